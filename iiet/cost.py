@@ -81,7 +81,7 @@ def inference_cost(
     body = _body_flops(config, evaluations, mean_tokens_seen=(context_length + 1) / 2)
     kv_bytes = bytes_per_value * 2 * config.num_kv_heads * config.head_dim  # of a token in a slot
     kv_bytes_seen = context_length * kv_bytes
-    field_bytes = bytes_per_value * _field_parameters(config)
+    field_bytes = bytes_per_value * field_parameters(config)
     field_stays = field_bytes + batch_size * kv_bytes_seen <= processor_cache_bytes
     step_bytes = field_bytes * (num_layers if field_stays else evaluations)
     step_bytes += bytes_per_value * config.dim * (config.vocab_size + 1)  # head and its norm
@@ -128,7 +128,7 @@ def num_parameters(config: ModelConfig, *, include_mix: bool = True) -> int:
     `include_mix=False` leaves out the method's own (mix, norms, stages), as published sizes do.
     """
     embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
-    fields = config.num_layers * _field_parameters(config)
+    fields = config.num_layers * field_parameters(config)
     own = METHODS[config.method].num_parameters(config.num_layers, config.dim, config.options)
     return embeddings + fields + config.dim + (own if include_mix else 0)
 
@@ -154,7 +154,7 @@ def _projection_values(config: ModelConfig) -> int:
     return config.dim * (2 * config.dim + 2 * kv_dim + 3 * config.ffn_dim)
 
 
-def _field_parameters(config: ModelConfig) -> int:
+def field_parameters(config: ModelConfig) -> int:
     return _projection_values(config) + 2 * config.dim  # matrices and both RMSNorms
 
 

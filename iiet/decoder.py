@@ -26,6 +26,7 @@ from iiet.cache import evaluation_slots
 from iiet.config import ModelConfig
 from iiet.context import DecodingCache, agreed_record, make_context
 from iiet.cpu_kernels import is_bare
+from iiet.initialization import draw_weights
 from iiet.layers import Field, RMSNorm
 from iiet.methods import METHODS, Evaluation, Layer, Observer
 from iiet.methods.base import LayerCall
@@ -67,10 +68,7 @@ class Decoder(nn.Module):
         )
         self.rope = Rope(config.head_dim, config.context_length, config.rope_theta)
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=config.initializer_std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+            draw_weights(module, config.initializer_std)
 
     @classmethod
     def load(cls, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> Decoder:

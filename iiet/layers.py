@@ -96,8 +96,7 @@ class RMSNorm(nn.RMSNorm):
         assert self.eps is not None
         if serves_norm(x, self.weight):
             return rms_norm(x, self.weight, self.eps)
-        # Where sharding casts the weight to bfloat16, the fused kernel still needs one dtype.
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
 class Field(nn.Module):

@@ -97,7 +97,7 @@ def evaluate_token(
 def _normalized(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     assert norm.eps is not None
     if not _on_cpu(x):
-        return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
+        return F.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
     if len(x) > 1:
         return rms_norm(x, norm.weight, norm.eps)
     x = x.view(-1)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from iiet.config import ModelConfig
-from iiet.cost import num_parameters
+from iiet.cost import field_parameters, num_parameters
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 
@@ -64,28 +64,44 @@ def training_memory(
         precision: of the arithmetic; weights, gradients and moments are float32.
         activation_checkpointing: whether each layer is recomputed in the backward pass.
         num_shards: workers that share weights, gradients and moments; 1 if each has all.
-        num_passes: passes of a step; workers share their gradients only in the last one.
+        num_passes: passes of a step; a sharded model stays gathered between them, its gradients do
+            not. Replicated ones have all in any case.
         has_teacher: whether a frozen model of the same size runs beside it.
     """
     config = config if schedule is None else replace(config, schedule=schedule)
     parameters = num_parameters(config)
-    # A layer is gathered from all shards while it runs, and the largest matrix too.
-    gathered = 0 if num_shards == 1 else parameters // config.num_layers
-    held = -(-parameters // num_shards) + gathered
-    # The backward pass needs the copies of all layers, or of the one that is recomputed.
-    copied = parameters // (config.num_layers if activation_checkpointing else 1)
-    copies = copied if precision == "bf16" else 0
     width = _FULL if precision == "fp32" else _HALF
+    shard = -(-parameters // num_shards) * _FULL
+    gathered, reduced = _gathered_bytes(config, width, num_passes) if num_shards > 1 else (0, 0)
+    copies = 0
+    if precision == "bf16":
+        # The backward pass needs the copies of all layers, or of the one that is recomputed. Of
+        # a sharded model, layers are gathered as bfloat16, and the head is copied.
+        copied = parameters // (config.num_layers if activation_checkpointing else 1)
+        copies = copied if num_shards == 1 else config.vocab_size * config.dim
     tokens = num_sequences * config.context_length
     # A teacher's logits, and the gradient that the divergence keeps.
     of_teacher = tokens * 2 * config.vocab_size * _FULL if has_teacher else 0
     return TrainingMemory(
-        weights=(held + (parameters if has_teacher else 0)) * _FULL + copies * _HALF,
-        gradients=(held if num_passes == 1 else parameters) * _FULL,
-        optimizer=2 * (-(-parameters // num_shards)) * _FULL,
+        weights=shard + gathered + (parameters if has_teacher else 0) * _FULL + copies * _HALF,
+        gradients=shard + reduced,
+        optimizer=2 * shard,
         activations=of_teacher
         + _peak_bytes(config, tokens, width, activation_checkpointing, num_shards),
     )
+
+
+def _gathered_bytes(config: ModelConfig, width: int, num_passes: int) -> tuple[int, int]:
+    """Count the weights and gradients of a sharded model that a worker holds in full.
+
+    What belongs to no field stays for the whole step, in float32. So do the fields of a step of
+    several passes; in a single pass, the next layer is gathered while one runs.
+    """
+    layer = field_parameters(config)
+    others = (num_parameters(config) - config.num_layers * layer) * _FULL
+    layers = config.num_layers if num_passes > 1 else min(2, config.num_layers)
+    # A layer's gradients are copied to float32 to be summed over the workers.
+    return others + layers * layer * width, others + layer * (width + _FULL)
 
 
 def _peak_bytes(

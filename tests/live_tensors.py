@@ -45,3 +45,26 @@ class LiveTensors(TorchDispatchMode):
 
     def _remove(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+
+class LiveStorages(TorchDispatchMode):
+    """Finds the peak of all memory that operations touch, also if it grows or shrinks in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, result)):
+            if isinstance(tensor, torch.Tensor):
+                self._live.add(tensor.untyped_storage())
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self._live))
+        return result

@@ -1,7 +1,8 @@
 """`python -m benchmarks.gpu_model PRESET [options]`, from the repository's root.
 
-Estimates a training step, a distillation step (`--distill R`) or a decoded token (`--decode`) on a
-GPU, and prints kernels, time, memory, and the kernels and places that take longest. It needs no GPU
+Estimates a training step, a distillation step (`--distill R`), both eager and compiled, or decoded
+tokens (`--decode N`) on a GPU, and prints kernels, time, memory, and the kernels and places that
+take longest. Clipping and the optimizer count for the memory and not for the rest. It needs no GPU
 but a C++ compiler, takes some seconds, and computes nothing.
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -39,8 +39,10 @@ def pretended_gpu() -> Iterator[None]:
         yield
 
 
-def _tolist(tensor: Tensor) -> Any:
+def _tolist(tensor: Tensor, _real: Callable[[Tensor], Any] = torch.Tensor.tolist) -> Any:
     """Do `Tensor.tolist` by operations that a trace sees."""
+    if not isinstance(tensor, FakeTensor):
+        return _real(tensor)
     if not tensor.dim():
         return tensor.item()
     return [_tolist(part) for part in tensor.cpu().unbind()]

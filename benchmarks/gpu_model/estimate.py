@@ -25,10 +25,15 @@ def estimate(options: Namespace) -> list[dict[str, Any]]:
             trace = decoding(config, num_tokens=options.decode)
             numbers = _numbers(trace, trace.kernels)
             return [{"what": f"{name}, {options.decode} tokens decoded", **numbers}]
-        return [_training(name, config, options)]
+        return [
+            _training(f"{name}, {way}", config, options, is_compiled=way == "compiled")
+            for way in ("eager", "compiled")
+        ]
 
 
-def _training(name: str, config: ModelConfig, options: Namespace) -> dict[str, Any]:
+def _training(
+    name: str, config: ModelConfig, options: Namespace, *, is_compiled: bool
+) -> dict[str, Any]:
     teacher = None
     if options.distill is not None:
         teacher = config
@@ -47,6 +52,7 @@ def _training(name: str, config: ModelConfig, options: Namespace) -> dict[str, A
         teacher=teacher,
         precision=precision,
         activation_checkpointing=options.checkpointing,
+        compile=is_compiled,
     )
     plan = training_memory(
         config,

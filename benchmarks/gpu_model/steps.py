@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_model.device import decoder_on_gpu
+from benchmarks.gpu_model.fusion import fusing_backend
 from benchmarks.gpu_model.trace import Trace
 from iiet.batch import Batch
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.generation import stream
 from orchestrator.settings import TrainingSettings
+from orchestrator.training.compiling import compile_fields
 from orchestrator.training.distributed import World
 from orchestrator.training.loop import Hooks, Position, TrainingSetup, train
 from orchestrator.training.objective import make_objective
@@ -40,7 +42,7 @@ def training_step(
         num_sequences: Sequences of a pass, each as long as the context.
         num_passes: Passes of the step.
         teacher: Distill from this model, which runs beside the student; None: pretraining.
-        settings: Of the recipe, such as `precision` and `activation_checkpointing`.
+        settings: Of the recipe, such as `precision`, `activation_checkpointing` and `compile`.
     """
     recipe = TrainingSettings(
         num_steps=2,
@@ -53,6 +55,8 @@ def training_step(
     with trace:
         decoder = decoder_on_gpu(config).train()
         decoder.activation_checkpointing = recipe.activation_checkpointing
+        if recipe.compile:
+            compile_fields(decoder, backend=fusing_backend(trace))
         optimizer = make_optimizer(decoder, recipe)
         _make_moments(decoder, optimizer)
         setup = TrainingSetup(

@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -29,7 +31,7 @@ _SOURCES = (f"{_ROOT}/iiet/", f"{_ROOT}/orchestrator/")
 
 FUSED_ON_GPUS = ("_fused_rms_norm", "_fused_rms_norm_backward")
 """Operations with a kernel on GPUs, which CPUs compute by several others."""
-_VIEWS = {"_unsafe_view", "detach", "alias", "lift_fresh", "_reshape_alias"}
+VIEWS = {"_unsafe_view", "detach", "alias", "lift_fresh", "_reshape_alias"}
 """Views that PyTorch does not mark as such."""
 _OVERWRITE = {"copy_", "zero_", "fill_", "normal_", "uniform_", "exponential_"}
 """In-place operations that do not read what was there."""
@@ -77,8 +79,8 @@ class Kernel:
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records kernels while it is entered; code below it runs on a pretended GPU.
 
-    A read of a value from the GPU is recorded as a wait and answers `answer`, because there is no
-    value.
+    Tensors on the CPU are real. A read of a value from the GPU is recorded as a wait and answers
+    `answer`, because there is no value.
     """
 
     def __init__(self, answer: float = 1.0) -> None:
@@ -91,6 +93,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live_bytes = self.peak_bytes = 0
         self._answer = answer
         self._storages: dict[int, int] = {}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let `torch.compile` work below this mode."""
+        return True
 
     def restart(self) -> None:
         """Forget the kernels so far; what is live stays counted."""
@@ -109,10 +116,13 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
+        if TracingContext.try_get() is not None or name.startswith("prim::"):
+            return func(*args, **kwargs)  # What a compiler looks at does not run.
+        if _is_real(args, kwargs):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
         if name == "_local_scalar_dense":
             return self._read(args[0])
-        if name.startswith("prim::"):
-            return func(*args, **kwargs)
         if torch.is_inference_mode_enabled() and name not in FUSED_ON_GPUS:
             # Here operations that consist of others arrive whole.
             with self:
@@ -139,7 +149,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._hold(tensor.untyped_storage())
         if not any(tensor.is_cuda for tensor in given) and not on_gpu:
             return
-        if func.is_view or name in _VIEWS or "empty" in name:
+        if func.is_view or name in VIEWS or "empty" in name:
             return
         place = _place()
         if name in ("_to_copy", "copy_") and not kwargs.get("non_blocking", False):
@@ -155,7 +165,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 name=name,
                 dtype=given[0].dtype if given else results[0].dtype,
                 num_bytes=_bytes_moved(func, name, args, kwargs, results),
-                flops=_flops(func, name, args, kwargs, out),
+                flops=count_flops(func, name, args, kwargs, out),
                 phase=_phase(place),
                 place=place,
                 launches=_num_launches(name, args),
@@ -174,6 +184,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live_bytes -= self._storages.pop(key)
 
 
+def _is_real(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether an operation runs on the CPU, with numbers."""
+    tensors = list(_tensors((args, kwargs)))
+    device = kwargs.get("device")
+    stays = device is None or torch.device(device).type == "cpu"
+    return stays and all(not isinstance(t, FakeTensor) and t.is_cpu for t in tensors)
+
+
 def count_places(places: Iterable[str]) -> dict[str, int]:
     """Return how often each place occurs, most often first."""
     return dict(Counter(places).most_common())
@@ -183,7 +201,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     return (value for value in tree_leaves(values) if isinstance(value, Tensor))
 
 
-def _size(tensor: Tensor) -> int:
+def num_bytes(tensor: Tensor) -> int:
     """Count the bytes of the values that a tensor can tell apart."""
     shape = zip(tensor.shape, tensor.stride(), strict=True)
     return tensor.element_size() * math.prod(size for size, stride in shape if stride)
@@ -197,7 +215,7 @@ def _bytes_moved(
     named = {argument.name: value for argument, value in zip(schema, args, strict=False)}
     named.update(kwargs)
     for argument in schema:
-        size = sum(map(_size, _tensors(named.get(argument.name))))
+        size = sum(map(num_bytes, _tensors(named.get(argument.name))))
         if argument.alias_info is None or not argument.alias_info.is_write:
             read += size
             continue
@@ -206,16 +224,16 @@ def _bytes_moved(
             read += size
     # Results that are no arguments are new.
     known = {id(tensor) for tensor in _tensors(named)}
-    new = sum(_size(tensor) for tensor in results if id(tensor) not in known)
+    new = sum(num_bytes(tensor) for tensor in results if id(tensor) not in known)
     if name in _READ_ROWS:
-        return read - _size(named[schema[0].name]) + 2 * new
+        return read - num_bytes(named[schema[0].name]) + 2 * new
     if name in _WRITE_ROWS:
         *_, moved = _tensors((args, kwargs))
-        return 2 * _size(moved)
+        return 2 * num_bytes(moved)
     return read + written + new
 
 
-def _flops(
+def count_flops(
     func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
 ) -> float:
     packet = getattr(torch.ops.aten, name.removesuffix("_"), None)

@@ -19,7 +19,7 @@ from orchestrator.workspace.errors import UserError
 
 
 def compile_fields(decoder: Decoder, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile each field in place, at its first call. Call this before the decoder is sharded."""
+    """Compile each field in place, at its first call."""
     for field in decoder.fields:
         # Compile the method, not the module: the hooks of sharding stay outside the graph.
         field.forward = torch.compile(field.forward, backend=backend)

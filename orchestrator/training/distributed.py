@@ -33,6 +33,8 @@ class World:
     """This worker's device, such as `cpu` or `cuda:0`."""
     parallel: str = "ddp"
     """`ddp`: each worker has the whole model; `fsdp`: each worker has a shard of it."""
+    shards: int | None = None
+    """Workers that share one copy of the model, if not all; it divides `size`."""
 
     @property
     def is_first(self) -> bool:
@@ -43,6 +45,11 @@ class World:
     def is_sharded(self) -> bool:
         """Whether the model is sharded over the workers."""
         return self.size > 1 and self.parallel == "fsdp"
+
+    @property
+    def num_shards(self) -> int:
+        """Number of workers that share one copy of the model; 1 if each has all of it."""
+        return self.shards or self.size if self.is_sharded else 1
 
 
 def replicate(decoder: Decoder, world: World, *, has_idle_parameters: bool) -> nn.Module:
@@ -61,24 +68,40 @@ def replicate(decoder: Decoder, world: World, *, has_idle_parameters: bool) -> n
     )
 
 
-def without_gradient_sync(model: nn.Module, world: World) -> AbstractContextManager[None]:
-    """Return a context in which backward passes only accumulate gradients on this worker."""
-    if isinstance(model, DistributedDataParallel):
+def pass_of_several(
+    model: nn.Module, world: World, *, is_last: bool
+) -> AbstractContextManager[None]:
+    """Return the context of one of several passes of a step, forward and backward.
+
+    Copies of the model average their gradients in the last pass only. Shards are gathered in the
+    first pass and kept until the last one has ended. Gradients are sharded in every pass: whole
+    ones between the passes would take twice the memory of whole weights in bf16.
+    """
+    if world.is_sharded:
+        return _sharded_pass(model, is_last=is_last)
+    if isinstance(model, DistributedDataParallel) and not is_last:
         return cast("AbstractContextManager[None]", model.no_sync())
-    return _without_sharded_sync(model) if world.is_sharded else nullcontext()
+    return nullcontext()
 
 
 @contextmanager
-def _without_sharded_sync(model: Any) -> Iterator[None]:
-    model.set_requires_gradient_sync(False)
+def _sharded_pass(model: Any, *, is_last: bool) -> Iterator[None]:
+    def keep_weights(*, forward: bool, backward: bool) -> None:
+        model.set_reshard_after_backward(not backward)
+        for layer in model.layers:  # The root never gives up its own after a forward pass.
+            layer.set_reshard_after_forward(not forward, recurse=False)
+
+    keep_weights(forward=True, backward=not is_last)
+    model.set_requires_all_reduce(is_last)  # Between replicas.
     try:
         yield
     finally:
-        model.set_requires_gradient_sync(True)
+        keep_weights(forward=False, backward=False)
+        model.set_requires_all_reduce(True)
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients to a norm of at most `max_norm`; return the norm before, on the device."""
+    """Scale the gradients to a norm of at most `max_norm`; return the norm before as a scalar."""
     return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
 
 
@@ -86,6 +109,17 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor on every worker; return any other as it is. All workers call it."""
     gather = getattr(tensor, "full_tensor", None)
     return cast("Tensor", gather()) if gather else tensor
+
+
+def own_rows(full: Tensor, parameter: Any) -> Tensor:
+    """Return this worker's rows of a full tensor if the parameter is sharded, else all."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return full
+    shards = mesh.ndim - 1  # The dimension before it, if there is one, is that of the replicas.
+    num_rows = -(-len(full) // mesh.size(shards))
+    first = num_rows * mesh.get_local_rank(shards)
+    return full[first : first + num_rows]
 
 
 def autocast(precision: str, world: World) -> AbstractContextManager[None]:

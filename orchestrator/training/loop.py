@@ -23,7 +23,7 @@ from orchestrator.training.distributed import (
     autocast,
     clip_gradients,
     mean_over_workers,
-    without_gradient_sync,
+    pass_of_several,
 )
 from orchestrator.training.learning_rate import learning_rate_at
 from orchestrator.training.objective import Objective
@@ -221,7 +221,8 @@ def _compute_gradients(setup: TrainingSetup, batch: Batch, step: int) -> dict[st
     for number, part in enumerate(passes, start=1):
         share = len(part) / len(batch)
         is_last = number == len(passes)
-        with nullcontext() if is_last else without_gradient_sync(setup.model, setup.world):
+        several = pass_of_several(setup.model, setup.world, is_last=is_last)
+        with several if len(passes) > 1 else nullcontext():
             with autocast(setup.recipe.precision, setup.world):
                 loss, parts = setup.objective(setup.model, part, step)
             torch.autograd.backward(loss * share)

@@ -223,15 +223,11 @@ class _Run:
         self.decoder.activation_checkpointing = recipe.activation_checkpointing
         if recipe.compile:
             compile_fields(self.decoder)
-        if world.is_sharded:
-            from orchestrator.training.sharding import shard
-
-            shard(self.decoder, world, precision=recipe.precision)
         self.optimizer = make_optimizer(self.decoder, recipe)
         if checkpoint is None:
             self.event("started", **self._hardware())
             return
-        state = load_training_state(checkpoint, mapped=world.device != "cpu")
+        state = load_training_state(checkpoint, mapped=world.device != "cpu" or world.is_sharded)
         moments = state["optimizer"]
         if world.is_sharded:
             from orchestrator.training.sharding import sharded_state

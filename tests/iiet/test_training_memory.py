@@ -144,12 +144,12 @@ def test_memory_saving_settings_save_memory() -> None:
     assert total(precision="bf16") < total()
     assert total(num_shards=8) < total()
     assert total(has_teacher=True) > total()
-    # Of the sharded parts an eighth stays, and a gathered layer.
+    # Of the sharded parts an eighth stays, and what is gathered.
     alone = training_memory(config, num_sequences=1)
     shared = training_memory(config, num_sequences=1, num_shards=8)
     assert shared.optimizer == pytest.approx(alone.optimizer / 8, rel=1e-6)
-    assert shared.weights < alone.weights / 4
-    # Between the passes of a step, each shard's worker holds all gradients.
+    assert shared.weights < 0.4 * alone.weights
+    # Between the passes of a step, a sharded model stays gathered; its gradients do not.
     in_passes = training_memory(config, num_sequences=1, num_shards=8, num_passes=2)
-    assert shared.gradients < alone.gradients / 4
-    assert in_passes.gradients == alone.gradients
+    assert alone.weights < in_passes.weights < 1.2 * alone.weights
+    assert in_passes.gradients == shared.gradients < 0.4 * alone.gradients

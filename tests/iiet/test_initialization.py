@@ -1,0 +1,40 @@
+"""Weights that are drawn one module at a time are those that the constructor draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from iiet.config import preset
+from iiet.decoder import Decoder
+from iiet.initialization import initial_weights
+from iiet.methods import METHODS
+
+OPTIONS: list[dict[str, Any]] = [
+    *({"method": method} for method in METHODS),
+    {"method": "iiet", "method_options": {"learn_damping": True, "damping": 0.5}},
+    {"method": "vanilla", "tie_embeddings": False, "num_kv_heads": 1},
+    {"method": "vanilla", "tie_embeddings": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_values_and_the_random_state_afterwards_are_the_constructors(
+    options: dict[str, Any],
+) -> None:
+    config = preset("tiny", num_layers=2, dim=20, num_heads=2, ffn_dim=24, **options)
+    torch.manual_seed(3)
+    expected = Decoder(config).state_dict()
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    torch.manual_seed(3)
+    found = {
+        name: weight.clone() for name, weight in initial_weights(decoder, config.initializer_std)
+    }
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.is_meta for parameter in decoder.parameters())
