@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-long lint format bench ui clean
+.PHONY: help demo test test-quick test-long lint format bench gpu ui clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ format: $(INSTALLED) ## Rewrite the code in the project's format
 
 bench: $(INSTALLED) ## Measure the ratios in docs/benchmarks.md
 	$(BIN)/python -m benchmarks
+
+gpu: $(INSTALLED) ## Check and measure this machine's GPUs, and write gpu-report.md (under an hour)
+	$(BIN)/python -m benchmarks.gpu
 
 ui: $(INSTALLED) ## Browse the runs in MLflow
 	$(BIN)/iiet-orch ui
