@@ -1,7 +1,8 @@
 """Fifty training steps, eager and compiled: host synchronizations, equal losses, speed.
 
-The same data and weights in both. A step of several passes waits for the GPU once per pass (to
-record its loss) and once for the gradient's norm; every further wait leaves the GPU idle.
+The same data and weights in both. While the host waits for the GPU it starts no kernels, and the
+GPU is idle after the wait. The loop reads the numbers of a step once, at its end; the limit allows
+one wait more for each pass.
 """
 
 from __future__ import annotations
