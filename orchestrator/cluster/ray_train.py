@@ -101,6 +101,7 @@ def run_train_jobs(
                     placement=placement,
                     stop=stop,
                     parallel=cluster.parallel,
+                    shards=cluster.num_shards,
                     max_failures=cluster.max_failures,
                     node_wait_minutes=cluster.node_wait_minutes,
                 )
@@ -117,6 +118,7 @@ def fit_job(
     *,
     stop: Message,
     parallel: Literal["ddp", "fsdp"] | None = None,
+    shards: int | None = None,
     max_failures: int = 0,
     node_wait_minutes: float | None = None,
 ) -> None:
@@ -129,6 +131,7 @@ def fit_job(
         stop: Asks the workers to save and return.
         parallel: `ddp`, each worker has the whole model, or `fsdp`, they share it; None for `ddp`
             if the settings offer no choice.
+        shards: With `fsdp`, workers that share one copy of the model; None for all.
         max_failures: How often it is started again after a worker died.
         node_wait_minutes: Longest wait for a node that replaces a lost one; None waits for ever.
 
@@ -148,6 +151,7 @@ def fit_job(
             "stop": stop,
             "num_threads": placement.cpus,
             "parallel": parallel,
+            "shards": shards,
             "use_gpu": placement.use_gpu,
         },
         scaling_config=_scaling_config(placement),
@@ -222,6 +226,7 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 size=num_workers,
                 device=_train_device(use_gpu=config["use_gpu"]),
                 parallel=config["parallel"] or "ddp",
+                shards=config["shards"],
             )
             with (
                 out_of_memory_explained(job, world, config["parallel"]),

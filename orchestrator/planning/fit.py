@@ -220,6 +220,9 @@ def _alternatives(training: PlannedTraining) -> Iterator[tuple[str, PlannedTrain
     if training.parallel == "ddp" and training.num_workers > 1:
         shared = replace(training, parallel="fsdp")
         yield from _with_less_memory(shared, "--set cluster.parallel=fsdp")
+    if training.shards and training.shards < training.num_workers:
+        shared, text = replace(training, shards=None), f"cluster.num_shards={training.num_workers}"
+        yield from _with_less_memory(shared, f"--set {text}")
     for name, smaller in _smaller_presets(training):
         yield from _with_less_memory(smaller, f"--preset {name}")
 

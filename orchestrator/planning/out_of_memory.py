@@ -47,6 +47,7 @@ def out_of_memory_explained(
             num_workers=world.size,
             on_gpus=world.device != "cpu",
             parallel=parallel,
+            shards=world.shards,
             model=model,
         )
         raise DeviceError(

@@ -61,6 +61,8 @@ class PlannedTraining:
     num_workers: int = 1
     parallel: Literal["ddp", "fsdp"] | None = None
     """`fsdp`: the workers share the model; None if the settings offer no choice."""
+    shards: int | None = None
+    """With `fsdp`, workers that share one copy of the model, if not all."""
     on_gpus: bool = False
     """Whether each worker has a GPU."""
     model: ModelSettings | None = None
@@ -142,7 +144,7 @@ class PlannedTraining:
             num_sequences=self.sequences_per_pass,
             precision=self.recipe.precision,
             activation_checkpointing=self.recipe.activation_checkpointing,
-            num_shards=self.num_workers if self.parallel == "fsdp" else 1,
+            num_shards=(self.shards or self.num_workers) if self.parallel == "fsdp" else 1,
             num_passes=self.num_passes,
             has_teacher=self.teacher is not None,
         )

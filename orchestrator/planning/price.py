@@ -94,7 +94,13 @@ def pretraining_group(
     num_workers = cluster.num_gpus or cluster.num_workers
     on_gpus = cluster.num_gpus > 0
     placed = (
-        replace(each, num_workers=num_workers, on_gpus=on_gpus, parallel=cluster.parallel)
+        replace(
+            each,
+            num_workers=num_workers,
+            on_gpus=on_gpus,
+            parallel=cluster.parallel,
+            shards=cluster.num_shards,
+        )
         for each in trainings
     )
     places = 1 if on_gpus else local_resources(count_gpus=False).cpus // num_workers

@@ -40,6 +40,10 @@ class ClusterSettings(Section):
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several workers share a model. `ddp`: each holds all of it; `fsdp`: each holds a part of
     its weights, gradients and moments, which needs less memory and more traffic."""
+    num_shards: int | None = Field(default=None, gt=1)
+    """With `fsdp`, workers that share one copy of the model (default: all). A smaller number, which
+    divides that of the workers, makes several copies (HSDP): weights are gathered among the workers
+    of a copy only, such as the GPUs of a node, and gradients are averaged over all copies."""
     max_failures: int = Field(default=2, ge=0)
     """Restarts of a training job from its newest checkpoint after a worker died."""
     node_wait_minutes: float | None = Field(default=None, ge=0)
@@ -83,6 +87,18 @@ class ClusterSettings(Section):
                 "workers vary; take ddp, or leave cluster.min_gpus out"
             )
         return parallel
+
+    @field_validator("num_shards")
+    @classmethod
+    def _refuse_uneven_copies(cls, shards: int | None, info: ValidationInfo) -> int | None:
+        if shards is None:
+            return shards
+        if info.data.get("parallel") == "ddp":
+            raise ValueError("it needs cluster.parallel=fsdp, which shares a model")
+        workers = info.data.get("num_gpus") or info.data.get("num_workers") or shards
+        if workers % shards:
+            raise ValueError(f"{shards} does not divide the {workers} workers of a training job")
+        return shards
 
     @field_validator("env")
     @classmethod

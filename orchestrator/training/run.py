@@ -245,6 +245,7 @@ class _Run:
         return {
             "num_workers": self.world.size,
             "parallel": self.world.parallel,
+            "num_shards": self.world.num_shards,
             "device": self.world.device,
             "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
             "num_threads": torch.get_num_threads(),

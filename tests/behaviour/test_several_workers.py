@@ -1,5 +1,5 @@
 """Two workers, replicated or sharded, have the losses of one, also after a resume as the other;
-so have three that cannot share a step evenly."""
+so have three that cannot share a step evenly, and two copies of a model in two shards each."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def run_calls(rank: int, folder: str, calls: list[Call], num_workers: int) -> No
         run_module.make_objective = spoiled(objective) if is_bad else objective
         is_masked = job["run_folder"].endswith("-masked")
         run_module.BatchPlan.batch = completions_only(batch) if is_masked else batch
-        world = World(rank=rank, size=num_workers, parallel=parallel)
+        shards = 2 if parallel == "hsdp" else None
+        parallel = parallel.replace("hsdp", "fsdp")
+        world = World(rank=rank, size=num_workers, parallel=parallel, shards=shards)
         run_job(TrainingJob.model_validate(job), world=world, should_stop=stop_after(step))
     torch.distributed.destroy_process_group()
 
@@ -112,6 +114,13 @@ class Runs:
         return [found[step] for step in sorted(found)]
 
 
+TWICE: dict[str, Any] = {"num_tokens_per_step": 2 * 64}
+HSDP: dict[str, dict[str, Any]] = {
+    "hsdp": {},
+    "hsdp-passes": {**TWICE, "num_sequences_per_pass": 1},
+    "alone-then-hsdp": {},
+}
+"""Runs of copies of shards, and their recipes."""
 MIDDLE = ("alone-then-ddp", "alone-then-fsdp", "ddp-then-alone", "fsdp-then-alone",
           "ddp-then-fsdp", "fsdp-then-ddp")  # fmt: skip
 
@@ -163,6 +172,31 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Runs:
         if name.endswith("-alone"):
             run_job(runs.job(name))
     return runs
+
+
+@pytest.fixture(scope="module")
+def copies_of_shards(runs: Runs) -> Runs:
+    """Runs of four workers, two for each copy of the model."""
+    calls: list[Call] = []
+    for name, recipe in HSDP.items():
+        calls.append((runs.job(name, **recipe).model_dump(mode="json"), "hsdp", None))
+    run_job(runs.job("alone-then-hsdp"), should_stop=stop_after(HALF))
+    calls.append((runs.job("hsdp-then-alone").model_dump(mode="json"), "hsdp", HALF))
+    mp.spawn(run_calls, (str(runs.folder), calls, 4), nprocs=4)
+    run_job(runs.job("hsdp-then-alone"))
+    run_job(runs.job("alone-twice", **TWICE))
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*HSDP, "hsdp-then-alone"])
+def test_copies_of_shards_have_the_losses_of_one_worker(copies_of_shards: Runs, name: str) -> None:
+    runs, alone = copies_of_shards, "alone-twice" if name == "hsdp-passes" else "alone"
+    for metric in ("train/loss", "validation/loss", "train/gradient_norm", "train/tokens"):
+        expected = pytest.approx(runs.numbers(alone, metric), rel=1e-4, abs=1e-5)
+        assert runs.numbers(name, metric) == expected
+    events = [r for r in read_journal(runs.folder / name)[0] if r.get("num_shards") == 2]
+    assert [(r["num_workers"], r["parallel"]) for r in events] == [(4, "fsdp")]
 
 
 @pytest.mark.slow

@@ -69,6 +69,21 @@ def test_a_varying_number_of_gpus_is_checked(assignments: list[str], words: str)
         resolve_settings({}, assignments)
 
 
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        (["num_shards=2"], "it needs cluster.parallel=fsdp"),
+        (["parallel=fsdp", "num_shards=3", "num_workers=4"], "3 does not divide the 4 workers"),
+        (["parallel=fsdp", "num_shards=8", "num_gpus=12"], "8 does not divide the 12 workers"),
+        (["parallel=fsdp", "num_shards=1", "num_gpus=8"], "num_shards"),
+    ],
+)
+def test_shards_divide_the_workers(assignments: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        resolve_settings({}, [f"cluster.{assignment}" for assignment in assignments])
+    ClusterSettings(num_gpus=32, parallel="fsdp", num_shards=8)
+
+
 def test_a_job_starts_with_the_fewest_gpus() -> None:
     assert ClusterSettings(num_gpus=8).fewest_gpus == 8
     assert ClusterSettings(num_gpus=8, min_gpus=2).fewest_gpus == 2
