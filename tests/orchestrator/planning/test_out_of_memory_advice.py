@@ -32,7 +32,7 @@ def planned(*assignments: str) -> PlannedTraining:
     return PlannedTraining(
         config=build_model_config(settings.model, vocab_size=32000),
         recipe=settings.training,
-        num_workers=2,
+        num_workers=4,
         parallel="ddp",
         on_gpus=True,
         model=settings.model,
@@ -42,7 +42,7 @@ def planned(*assignments: str) -> PlannedTraining:
 @pytest.mark.parametrize(
     ("preset", "assignments", "words"),
     [
-        ("340m", (), "less: --set training.num_sequences_per_pass=8;"),
+        ("340m", (), "less: --set training.num_sequences_per_pass=4;"),
         ("340m", ("training.num_sequences_per_pass=1",), "training.activation_checkpointing=true"),
         (
             "1.3b",
