@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,19 +89,27 @@ def worker_variables(entries: Iterable[str], address: str) -> dict[str, str]:
     return found
 
 
+def address_variables(address: str, environment: Mapping[str, str]) -> dict[str, str | None]:
+    """Return the variables of a Ray that is started here or joined; None: not set.
+
+    What the user has set in `environment` stays, except `RAY_ADDRESS`: parts of Ray read it
+    themselves, so it follows the address.
+    """
+    defaults = _LOCAL_ENVIRONMENT if address == LOCAL else _JOINING_ENVIRONMENT
+    variables: dict[str, str | None] = {
+        name: environment.get(name) or value
+        for name, value in defaults.items()
+        if name != "RAY_AUTH_TOKEN" or not environment.get("RAY_AUTH_TOKEN_PATH")
+    }
+    return variables | {ADDRESS_VARIABLE: None if address in (LOCAL, AUTO) else address}
+
+
 @contextmanager
 def ray_environment(address: str) -> Iterator[None]:
-    """Set what the user has not set for a Ray that is started here or joined, in the block.
-
-    `RAY_ADDRESS` follows the address, because parts of Ray read it themselves.
-    """
-    names = {*_LOCAL_ENVIRONMENT, *_JOINING_ENVIRONMENT, ADDRESS_VARIABLE}
-    before = {name: os.environ.get(name) for name in names}
-    defaults = _LOCAL_ENVIRONMENT if address == LOCAL else _JOINING_ENVIRONMENT
-    if os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        defaults = {name: defaults[name] for name in defaults if name != "RAY_AUTH_TOKEN"}
-    wanted = {**before, **{name: before[name] or value for name, value in defaults.items()}}
-    _set(wanted | {ADDRESS_VARIABLE: None if address in (LOCAL, AUTO) else address})
+    """Set the `address_variables` in the block. No Ray may run in this process before it."""
+    variables = address_variables(address, os.environ)
+    before = {name: os.environ.get(name) for name in variables}
+    _set(variables)
     _refresh_ray(is_local=address == LOCAL)
     try:
         yield
@@ -109,7 +117,7 @@ def ray_environment(address: str) -> Iterator[None]:
         _set(before)
 
 
-def _set(values: dict[str, str | None]) -> None:
+def _set(values: Mapping[str, str | None]) -> None:
     for name, value in values.items():
         if value is None:
             os.environ.pop(name, None)

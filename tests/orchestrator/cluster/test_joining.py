@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import cli
-from orchestrator.cluster import joining
+from orchestrator.cluster import joining, start
 from orchestrator.cluster.joining import check_ray_can_run, check_reachable, joining_problem
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.settings import ClusterSettings
@@ -24,8 +24,9 @@ SETTINGS_FRAME = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for an answer only briefly."""
+    """Wait for an answer only briefly, and join although other tests' Ray may run here."""
     monkeypatch.setattr(joining, "CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(start, "_running", None)
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ import sys
 
 import psutil
 import pytest
+from pretended_cluster import run_driver
 
 from orchestrator.cluster.environment import (
+    address_variables,
     prepare_environment,
-    ray_environment,
     worker_variables,
 )
 
@@ -45,25 +46,35 @@ def test_a_second_cluster_is_the_first(ray_session: None) -> None:
     [("local", None, True), ("auto", None, False), ("head:6379", "head:6379", False)],
 )
 def test_the_environment_follows_the_address(
-    address: str, variable: str | None, own_token: bool, monkeypatch: pytest.MonkeyPatch
+    address: str, variable: str | None, own_token: bool
 ) -> None:
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RAY_ADDRESS", "of.the.shell:6379")
-    before = dict(os.environ)
-    with ray_environment(address):
-        assert os.environ.get("RAY_ADDRESS") == variable
-        # A cluster asks for a token only if it was told to.
-        assert (os.environ.get("RAY_AUTH_MODE") == "token") is own_token
-        assert (len(os.environ.get("RAY_AUTH_TOKEN", "")) == 64) is own_token
-    assert dict(os.environ) == before
+    found = address_variables(address, {"RAY_ADDRESS": "of.the.shell:6379"})
+    assert found["RAY_ADDRESS"] == variable
+    # A cluster asks for a token only if it was told to.
+    assert (found.get("RAY_AUTH_MODE") == "token") is own_token
+    assert (len(found.get("RAY_AUTH_TOKEN") or "") == 64) is own_token
 
 
 @pytest.mark.parametrize("address", ["local", "head:6379"])
-def test_what_the_user_has_set_stays(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    with ray_environment(address):
-        assert os.environ["RAY_AUTH_MODE"] == "disabled"
+def test_what_the_user_has_set_stays(address: str) -> None:
+    given = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": "token"}
+    found = {**given, **address_variables(address, given)}
+    assert {name: found.get(name) for name in (*given, "RAY_AUTH_TOKEN")} == {
+        **given, "RAY_AUTH_TOKEN": None,
+    }  # fmt: skip
+
+
+def test_the_environment_is_restored() -> None:
+    # In a process of its own: one with a running Ray must keep its token.
+    program = (
+        "import os, orchestrator.cluster, ray\n"
+        "from orchestrator.cluster.environment import ray_environment\n"
+        "before = dict(os.environ)\n"
+        "with ray_environment('local'):\n"
+        "    inside = dict(os.environ)\n"
+        "print(inside != before, dict(os.environ) == before)\n"
+    )
+    assert run_driver(program, timeout=60).split() == ["True", "True"]
 
 
 def test_workers_of_a_cluster_get_named_variables(monkeypatch: pytest.MonkeyPatch) -> None:
