@@ -30,7 +30,6 @@ from orchestrator.workspace.errors import UserError
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """A float32 weight and AdamW's two moments."""
-FLOAT32_BYTES = 4
 PROCESS_BYTES = 512 * 2**20
 """Roughly what PyTorch, Ray and kernels take in each worker beside tensors."""
 HOST_PROCESS_BYTES = 2 * 2**30
@@ -176,15 +175,11 @@ class PlannedTraining:
         """What takes the machine's memory beside the GPUs' -> bytes of all workers together.
 
         Tokens, checkpoints that are read, and a teacher's stored outputs are mapped from files, and
-        the system drops them if it needs memory.
+        the system drops them if it needs memory. Each worker draws its weights tensor by tensor.
         """
-        weights = self.num_workers * FLOAT32_BYTES * self.num_parameters
-        # Each worker draws the weights in the machine's memory, long before a checkpoint is copied.
-        at_start = weights > self.checkpoint_bytes
-        name = "the first weights of each worker" if at_start else "a copy for the checkpoint"
         return {
             "PyTorch": self.num_workers * HOST_PROCESS_BYTES,
-            name: max(weights, self.checkpoint_bytes),
+            "pinned buffers for checkpoints": _pinned_bytes(self.config),
         }
 
     @property
@@ -214,6 +209,17 @@ class PlannedTraining:
             num_written = -(-recipe.num_steps // recipe.checkpoint_every_steps) + has_stable
             number = min(number, num_written)
         return self.checkpoint_bytes * number
+
+
+def _pinned_bytes(config: ModelConfig) -> int:
+    """Bytes of the buffers of a checkpoint, each of which PyTorch rounds up to a power of two."""
+    dim, kv_dim = config.dim, config.num_kv_heads * config.head_dim
+    field = [dim * (dim + 2 * kv_dim), dim * dim, 2 * dim * config.ffn_dim, dim * config.ffn_dim]
+    embeddings = [config.vocab_size * dim] * (1 if config.tie_embeddings else 2)
+    matrices = [*embeddings, *(config.num_layers * field)]
+    others = num_parameters(config) - sum(matrices)
+    rounded = sum(1 << (size - 1).bit_length() for size in matrices) + 2 * others
+    return CHECKPOINT_BYTES_PER_PARAMETER * rounded
 
 
 def planned_training(job: TrainingJob) -> PlannedTraining:

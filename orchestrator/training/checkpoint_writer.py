@@ -1,4 +1,5 @@
-"""Write checkpoints in a background thread: a step waits only for a copy of the state in memory.
+"""Write checkpoints in a background thread: a step waits only for a copy of the state in memory,
+on GPUs only its update of the weights (`host_copies.py`).
 
 One checkpoint is written at a time: the next one, a stop and the end of the run wait for it, and
 raise its error (full disk) on all workers. A killed process loses at most that checkpoint.
@@ -27,8 +28,9 @@ from orchestrator.training.checkpoint import (
     weights_key,
 )
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.training.distributed import World, full_tensor, run_on_first
+from orchestrator.training.distributed import World, run_on_first
 from orchestrator.training.first_stage import first_stage_of
+from orchestrator.training.host_copies import HostCopies
 from orchestrator.training.learning_rate import stable_steps
 from orchestrator.training.loop import Position
 from orchestrator.workspace.errors import RunFailed
@@ -60,6 +62,7 @@ class CheckpointWriter:
         self.first_stage = first_stage_of(job)
         """First stage shared with other models, if any."""
         self._job, self._world, self._store, self._event = job, world, store, event
+        self._copies = HostCopies(world.device)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._saved_step = 0
@@ -114,15 +117,17 @@ class CheckpointWriter:
         is_first = self._world.is_first
         if not (is_first or self._world.is_sharded):
             return
-        weights = _copy_to_cpu(decoder.state_dict(), keep=is_first)
+        self._copies.order_updates(optimizer)
+        state = {"weights": decoder.state_dict(), "optimizer": optimizer.state_dict()}
+        copied = self._copies.copy(state, keep=is_first)
         training_state = {
-            "optimizer": _copy_to_cpu(optimizer.state_dict(), keep=is_first),
+            "optimizer": copied["optimizer"],
             "position": asdict(position),
             "random": _random_state(self._world),
         }
         if is_first:
-            copied = replace(position)
-            self._writing = self._pool.submit(self._write, copied, weights, training_state)
+            arguments = replace(position), copied["weights"], training_state
+            self._writing = self._pool.submit(self._write, *arguments)
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written.
@@ -148,6 +153,7 @@ class CheckpointWriter:
     def _write(
         self, position: Position, weights: dict[str, Tensor], training_state: dict[str, Any]
     ) -> None:
+        self._copies.wait()
         started = time.perf_counter()
         folder, recipe = self._job.folder, self._job.recipe
         self.checkpoint = save_checkpoint(
@@ -221,18 +227,6 @@ def prune_checkpoints(
     for folder in find_checkpoints(run_folder)[:-num_kept]:
         if folder not in keep:
             delete_folder(folder)
-
-
-def _copy_to_cpu(value: Any, *, keep: bool) -> Any:
-    # A full copy of every tensor. All workers that hold shards take part; only the first keeps it.
-    if isinstance(value, Tensor):
-        tensor = full_tensor(value.detach())
-        return tensor.to("cpu", copy=True) if keep else None
-    if isinstance(value, dict):
-        return {name: _copy_to_cpu(part, keep=keep) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copy_to_cpu(part, keep=keep) for part in value)
-    return value
 
 
 def _provenance(job: TrainingJob, store: TokenStore) -> dict[str, Any]:
