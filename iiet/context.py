@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from iiet.attention import attend
+from iiet.cpu_kernels import rotate_
 from iiet.plain import needs_all_derivatives
-from iiet.precision import HALF
-from iiet.rope import Rope, RopeTables
-from iiet.token_step import serves_fields, serves_token_step
+from iiet.rope import Rope, RopeTables, turn_
+from iiet.token_step import serves_fields, serves_token_step, uses_cpu_forms
 from iiet.window import Window
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     "DecodingCache",
     "PassContext",
     "agreed_record",
-    "attend",
     "get_record",
     "make_context",
     "set_record",
@@ -106,6 +106,8 @@ class PassContext:
     """Keys and values of earlier tokens; None when all tokens are in this pass."""
     is_token_step: bool = False
     """Whether `token_step.evaluate_token` serves this pass."""
+    turns: Tensor | None = None
+    """`rope` as matrices, for a token step on a GPU."""
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, slot: int | None) -> Tensor:
         """Append keys and values to the cache's `slot`, if there is a cache, and attend to all.
@@ -123,6 +125,13 @@ class PassContext:
                 return attend(queries, keys, values, mask=self.mask, is_causal=self.is_causal)
         return attend(queries, keys, values, mask=self.mask, is_causal=self.is_causal)
 
+    def rotate_heads_(self, heads: Tensor) -> None:
+        """Rotate the heads of one token, (batch, heads, 1, head_dim), in place."""
+        if self.turns is None:
+            rotate_(heads, *self.rope)
+        else:
+            turn_(heads, self.turns)
+
     def attend_heads(self, heads: Tensor, num_heads: int, slot: int | None) -> Tensor:
         """Do `attend` for one token, whose heads of queries, keys and values are one tensor."""
         num_others = heads.size(1) - num_heads
@@ -133,42 +142,6 @@ class PassContext:
             return self.attend(queries, keys, values, slot)
         keys, values = append(heads.narrow(1, num_heads, num_others), slot)
         return attend(queries, keys, values, mask=self.mask, is_causal=False)
-
-
-def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, is_causal: bool
-) -> Tensor:
-    """Mix values by how well their keys match the queries; query heads may share key heads.
-
-    Args:
-        queries: (batch, heads, time, head_dim), as the result.
-        keys: (batch, key heads, tokens, head_dim); heads is a multiple of key heads.
-        values: of the shape of the keys.
-        mask: as in `PassContext`; `is_causal` too.
-    """
-    num_sharing = queries.size(1) // keys.size(1)
-    shares = num_sharing > 1 and _fused_kernel_shares_heads(queries, mask)
-    if num_sharing > 1 and not shares:
-        if queries.size(2) == 1:  # As many tokens of one head as query heads that share it.
-            together = queries.reshape(len(queries), keys.size(1), num_sharing, -1)
-            mixed = F.scaled_dot_product_attention(together, keys, values, mask)
-            return mixed.reshape(queries.shape)
-        keys = keys.repeat_interleave(num_sharing, dim=1)
-        values = values.repeat_interleave(num_sharing, dim=1)
-    return F.scaled_dot_product_attention(
-        queries, keys, values, mask, is_causal=is_causal, enable_gqa=shares
-    )
-
-
-_CPU_SHARES_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
-"""Whether the fused CPU kernel supports shared key heads (pytorch/pytorch#157893)."""
-
-
-def _fused_kernel_shares_heads(queries: Tensor, mask: Tensor | None) -> bool:
-    # Without a fused kernel PyTorch would use its math kernel, which stores all scores.
-    if queries.is_cpu:  # Repeating a cache's keys takes ten times as long as attending to them.
-        return _CPU_SHARES_HEADS
-    return mask is None and queries.dtype in HALF
 
 
 def make_context(
@@ -222,13 +195,14 @@ def make_context(
         mask = _continuing(past, total, device)
     elif position_ids is not None and cache is None:
         mask = _packed(position_ids)
-    return PassContext(
-        rope=rope.at(positions, device, hidden.dtype),
+    return _context(
+        hidden,
+        rope.at(positions, device, hidden.dtype),
+        fields,
         mask=mask,
         is_causal=mask is None and time > 1,
         total=total,
         cache=cache,
-        is_token_step=_is_token_step(hidden, cache, fields),
     )
 
 
@@ -240,20 +214,24 @@ def _step_context(
     fields: Iterable[nn.Module],
 ) -> PassContext:
     assert hidden.size(1) == 1, "a window decodes one token per row"
-    return PassContext(
-        rope=rope.at(window.positions(), hidden.device, hidden.dtype),
+    return _context(
+        hidden,
+        rope.at(window.positions(), hidden.device, hidden.dtype),
+        fields,
         mask=window.mask(),
         is_causal=False,
         total=window.size,
         cache=cache,
-        is_token_step=_is_token_step(hidden, cache, fields),
     )
 
 
-def _is_token_step(
-    hidden: Tensor, cache: DecodingCache | None, fields: Iterable[nn.Module]
-) -> bool:
-    return serves_token_step(hidden, cached=cache is not None) and serves_fields(fields)
+def _context(
+    hidden: Tensor, rope: RopeTables, fields: Iterable[nn.Module], **settings: Any
+) -> PassContext:
+    is_token_step = serves_token_step(hidden, cached=settings["cache"] is not None)
+    is_token_step = is_token_step and serves_fields(fields)
+    turns = rope.matrices() if is_token_step and not uses_cpu_forms(hidden) else None
+    return PassContext(rope=rope, is_token_step=is_token_step, turns=turns, **settings)
 
 
 def _real_tokens(

@@ -127,7 +127,8 @@ class Field(nn.Module):
             slot: the cache slot of this evaluation; None without a cache.
         """
         if context.is_token_step:
-            return evaluate_token(self, x, context.rope, partial(context.attend_heads, slot=slot))
+            attend = partial(context.attend_heads, slot=slot)
+            return evaluate_token(self, x, context.rotate_heads_, attend)
         u: Tensor = x + self.attention(self.attention_norm(x), context, slot)
         y: Tensor = u + self.feed_forward(self.feed_forward_norm(u))
         return y

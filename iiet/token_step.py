@@ -3,11 +3,11 @@
 On a CPU, a step reads every weight once, which evicts the interpreter from the processor's cache,
 so each operation, view and module call then costs several times as much. On a GPU, a step of one
 row is bound by the launches of its kernels. So `evaluate_token` repeats `Field.forward` without
-modules and transposes: on a GPU it launches 14 kernels, where the modules launch 17.
+modules and transposes: on a GPU by 13 kernels, where the modules launch 17.
 
     both    keys and values are appended as one tensor
     CPU     products near the speed at which memory delivers the weights
-    GPU     PyTorch's fused norm; the last product adds to the residual in place
+    GPU     rotation by two kernels; the last product adds to the residual in place
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iiet.cpu_kernels import cached_scalar, is_bare, may_read_weights, rms_norm, rotate_
+from iiet.cpu_kernels import cached_scalar, is_bare, may_read_weights, rms_norm
 
-__all__ = ["evaluate_token", "few_rows_product", "serves_fields", "serves_token_step"]
+__all__ = [
+    "evaluate_token",
+    "few_rows_product",
+    "serves_fields",
+    "serves_token_step",
+    "uses_cpu_forms",
+]
 
 MAX_ROWS: Final = 8  # On a CPU; for more tokens `F.linear` is as fast.
 
@@ -31,14 +37,15 @@ def serves_token_step(hidden: Tensor, *, cached: bool) -> bool:
     return (
         cached
         and hidden.size(1) == 1
-        and (not _on_cpu(hidden) or _serves_cpu(hidden))
+        and (not uses_cpu_forms(hidden) or _serves_cpu(hidden))
         and not torch.is_grad_enabled()
         and may_read_weights()
         and not torch.is_autocast_enabled(hidden.device.type)
     )
 
 
-def _on_cpu(x: Tensor) -> bool:
+def uses_cpu_forms(x: Tensor) -> bool:
+    """Tell whether the forms for CPUs compute this tensor."""
     return x.is_cpu
 
 
@@ -65,14 +72,17 @@ def _is_bare_field(field: nn.Module) -> bool:
 
 
 def evaluate_token(
-    field: Any, x: Tensor, rope: tuple[Tensor, Tensor], attend: Callable[[Tensor, int], Tensor]
+    field: Any,
+    x: Tensor,
+    rotate_: Callable[[Tensor], None],
+    attend: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
     """Compute `Field.forward` for one token per row, (batch, 1, dim).
 
     Args:
         field: an `iiet.layers.Field` that `serves_fields` allows.
         x: on a CPU at most `MAX_ROWS` rows.
-        rope: cosines and sines, as in `iiet.rope`.
+        rotate_: rotates the heads of queries and keys, (batch, heads, 1, head_dim), in place.
         attend: attends with the heads of queries, keys and values as one tensor, (batch, all heads,
             1, head_dim), and the number of query heads.
     """
@@ -82,13 +92,13 @@ def evaluate_token(
     qkv = few_rows_product(normed, attention.qkv.weight, batch)
     # With one token, heads before time is the same memory as time before heads.
     heads = qkv.view(batch, -1, 1, attention.head_dim)
-    rotate_(heads.narrow(1, 0, num_turned), *rope)
+    rotate_(heads.narrow(1, 0, num_turned))
     mixed = attend(heads, attention.num_heads)
     u = _add_few_rows_product(x, mixed, attention.out.weight, batch)
     normed = _normalized(u, field.feed_forward_norm)
     gate, up = few_rows_product(normed, network.gate_up.weight, batch).chunk(2, -1)
     inner = F.silu(gate).mul_(up)
-    if not _on_cpu(x):  # Out of place, the product would begin with a copy of u.
+    if not uses_cpu_forms(x):  # Out of place, the product would begin with a copy of u.
         u.view(batch, -1).addmm_(inner.view(batch, -1), network.down.weight.t())
         return u
     return _add_few_rows_product(u, inner, network.down.weight, batch)
@@ -96,7 +106,7 @@ def evaluate_token(
 
 def _normalized(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     assert norm.eps is not None
-    if not _on_cpu(x):
+    if not uses_cpu_forms(x):
         return F.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
     if len(x) > 1:
         return rms_norm(x, norm.weight, norm.eps)
@@ -119,7 +129,7 @@ def few_rows_product(x: Tensor, weight: Tensor, rows: int) -> Tensor:
     Returns:
         (rows, out), or for one row on a CPU (out,); contiguous.
     """
-    if not _on_cpu(x):
+    if not uses_cpu_forms(x):
         return F.linear(x.reshape(rows, -1), weight)
     if rows == 1:
         return torch.mv(weight, x.view(-1))
@@ -131,6 +141,6 @@ def few_rows_product(x: Tensor, weight: Tensor, rows: int) -> Tensor:
 
 def _add_few_rows_product(base: Tensor, x: Tensor, weight: Tensor, rows: int) -> Tensor:
     """Compute `base + x @ weight.T`, (rows, 1, out); one operation for one row on a CPU."""
-    if rows == 1 and _on_cpu(x):
+    if rows == 1 and uses_cpu_forms(x):
         return torch.addmv(base.view(-1), weight, x.view(-1)).view_as(base)
     return base + few_rows_product(x, weight, rows).view_as(base)

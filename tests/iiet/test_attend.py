@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from iiet.context import _CPU_SHARES_HEADS, attend
+from iiet.attention import _CPU_SHARES_HEADS, attend
 
 HEADS, KEY_HEADS, WIDTH, TOKENS = 8, 2, 8, 64
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from iiet import Decoder, context, generate, generation, preset, static_steps, token_step
-from iiet.context import attend
+from iiet import Decoder, attention, context, generate, generation, preset, static_steps, token_step
+from iiet.attention import attend
 from iiet.static_steps import StaticSteps
 
 VOCAB = 41
@@ -43,7 +43,8 @@ def small_windows(monkeypatch):
 @pytest.fixture
 def gpu_forms(monkeypatch):
     """Tokens are computed by the formulas of a GPU."""
-    monkeypatch.setattr(token_step, "_on_cpu", lambda _: False)
+    for module in (context, token_step):
+        monkeypatch.setattr(module, "uses_cpu_forms", lambda _: False)
 
 
 def both(decoder, *, steps=None, max_new_tokens=24, batch=2, **options):
@@ -230,7 +231,7 @@ def test_all_steps_are_one_compiled_graph(gpu_forms):
 
 def test_query_heads_of_one_token_share_key_heads_without_copies(monkeypatch):
     """Kernels of a GPU that take a mask, or float32, do not know shared heads."""
-    monkeypatch.setattr(context, "_fused_kernel_shares_heads", lambda *_: False)
+    monkeypatch.setattr(attention, "_fused_kernel_shares_heads", lambda *_: False)
     queries, keys, values = torch.randn(2, 6, 1, 8), *torch.randn(2, 2, 2, 9, 8)
     mask = torch.zeros(2, 1, 1, 9).index_fill(3, torch.tensor([7, 8]), -torch.inf)
     monkeypatch.setattr(torch.Tensor, "repeat_interleave", None)
