@@ -179,6 +179,10 @@ def make_context(
             f"{total} tokens do not fit a context_length of {rope.num_positions}; "
             "shorten the input, or train with a longer context: later positions were never seen"
         )
+    visible = None
+    if attention_mask is not None and attention_mask.dim() == 3:
+        visible, attention_mask = attention_mask, None
+        _check_visible(visible, (batch, time, time), cache, position_ids)
     real = _real_tokens(attention_mask, record, batch=batch, past=past, time=time)
     if record is not None:
         record.attention_mask = real
@@ -189,7 +193,9 @@ def make_context(
     elif real is not None:
         positions = (real.cumsum(-1) - 1).clamp_min(0)[:, past:]
     mask: Tensor | None = None
-    if real is not None:
+    if visible is not None:
+        mask = visible[:, None]
+    elif real is not None:
         mask = _causal(past, total, device, real)
     elif past and time > 1:
         mask = _continuing(past, total, device)
@@ -232,6 +238,19 @@ def _context(
     is_token_step = is_token_step and serves_fields(fields)
     turns = rope.matrices() if is_token_step and not uses_cpu_forms(hidden) else None
     return PassContext(rope=rope, is_token_step=is_token_step, turns=turns, **settings)
+
+
+def _check_visible(
+    visible: Tensor,
+    shape: tuple[int, ...],
+    cache: DecodingCache | None,
+    position_ids: Tensor | None,
+) -> None:
+    if cache is not None or position_ids is None or tuple(visible.shape) != shape:
+        raise ValueError(
+            f"an attention_mask of queries and keys must be (batch, time, time), here {shape}, and "
+            f"needs position_ids and no cache; got {tuple(visible.shape)}"
+        )
 
 
 def _real_tokens(

@@ -161,6 +161,8 @@ class Decoder(nn.Module):
             schedule: corrections of this call, instead of the config's.
             cache: keys and values of earlier tokens, and which of them are padding; extended here.
             attention_mask: (batch, cached + time), false for padding. Positions count the others.
+                Or, with `position_ids` and without a cache, (batch, time, time): true where a token
+                (second axis) may look, at itself at least.
             position_ids: (batch or 1, time), instead of counted positions. Without mask and cache,
                 a position that does not follow the previous one starts another sequence of the row.
             last_only: whether to compute the last token's logits only, (batch, 1, vocab).

@@ -158,6 +158,29 @@ def test_padding_on_the_left_changes_nothing(decoder):
     torch.testing.assert_close(torch.cat([prefill, rest], 1)[:, 3:], alone, rtol=0, atol=1e-11)
 
 
+@torch.no_grad()
+def test_branches_of_a_row_equal_their_own_rows(decoder):
+    """Two continuations, of the second token of each row on, behind each other in one row."""
+    first, second = tokens()[:, :5], torch.cat([tokens()[:, :2], tokens()[:, 5:]], 1)
+    row = torch.cat([first, second[:, 2:]], 1)
+    size = row.size(1)
+    visible = torch.ones(BATCH, size, size, dtype=torch.bool).tril()
+    visible[:, 5:, 2:5] = False
+    positions = torch.tensor([[*range(5), *range(2, second.size(1))]])
+    logits = decoder(row, attention_mask=visible, position_ids=positions)
+    expected = torch.cat([decoder(first), decoder(second)[:, 2:]], 1)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)
+    for arguments in (
+        {},
+        {
+            "position_ids": positions,
+            "cache": KeyValueCache(decoder.config, batch_size=1, max_tokens=9),
+        },
+    ):
+        with pytest.raises(ValueError, match=r"must be \(batch, time, time\)"):
+            decoder(row, attention_mask=visible, **arguments)
+
+
 def test_inference_equals_training(decoder):
     """The paths with and without gradients are different code."""
     with torch.no_grad():
