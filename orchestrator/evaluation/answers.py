@@ -7,7 +7,7 @@ changes no answer: padding is masked, and each sampled context has a seed of its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import psutil
@@ -17,8 +17,10 @@ from iiet.cache import KvStrategy
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from iiet.generation import stream
+from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.batch_limit import BatchLimit
 from orchestrator.evaluation.model_tokenizer import ModelTokenizer
+from orchestrator.workspace.provenance import content_key
 
 _TAIL_MARGIN = 8
 """Tokens read before a possible stop text: the first ones may be parts of characters."""
@@ -53,6 +55,11 @@ class Question:
     seed: int = 0
     """Random seed of a sampled answer."""
 
+    @property
+    def key(self) -> str:
+        """A hash of all that determines the answer of a model."""
+        return content_key("answer", self.context, asdict(self.settings), self.seed)
+
 
 def generate_answers(
     decoder: Decoder,
@@ -62,6 +69,7 @@ def generate_answers(
     batch_size: int = 32,
     on_answered: Callable[[int], None] | None = None,
     note: Callable[[str], None] | None = None,
+    journal: AnswerJournal | None = None,
 ) -> list[str]:
     """Return the answer to each question, without the text that ended it.
 
@@ -73,15 +81,20 @@ def generate_answers(
             values need more than half of the free memory.
         on_answered: Called after each batch with the number of answers so far.
         note: Called with a sentence if a batch runs out of a GPU's memory; smaller ones follow.
+        journal: Gets the answers of each batch; questions that it holds are not asked again.
 
     Raises:
         DeviceError: If the memory is too small for one question.
         ValueError: If an answer may fill the model's context, or a setting is out of range.
     """
+    journal = journal or AnswerJournal()
     answers: dict[int, str] = {}
     by_settings: dict[AnswerSettings, list[int]] = {}
     for number, question in enumerate(questions):
-        by_settings.setdefault(question.settings, []).append(number)
+        if (stored := journal.get(question.key)) is not None:
+            answers[number] = stored
+        else:
+            by_settings.setdefault(question.settings, []).append(number)
     limit = BatchLimit(batch_size, "questions", note)
     for settings, numbers in by_settings.items():
         numbers.sort(key=lambda number: -len(questions[number].context))
@@ -94,6 +107,7 @@ def generate_answers(
                 continue
             numbers = numbers[len(batch) :]
             answers |= dict(zip(batch, texts, strict=True))
+            journal.add({questions[number].key: answers[number] for number in batch})
             if on_answered:
                 on_answered(len(answers))
     return [answers[number] for number in range(len(questions))]

@@ -10,10 +10,11 @@ from pathlib import Path
 from iiet.decoder import Decoder
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import open_tokens
+from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.batch_limit import BatchLimit
 from orchestrator.evaluation.evaluated_model import EvaluatedModel
 from orchestrator.evaluation.harness import Suite, run_model, run_suite
-from orchestrator.evaluation.harness.run import OnResult
+from orchestrator.evaluation.harness.run import JournalOf, OnResult
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.evaluation import EvaluationKeys, EvaluationResult, TaskResult
 from orchestrator.settings.precision import Precision
@@ -95,8 +96,16 @@ class ModelMeasurer:
             self._store.write(keys[result.name], result)
             results[result.name] = result
 
+        def journal_of(name: str) -> AnswerJournal:
+            journal = self._store.journal(keys[name], name)
+            if journal.num_answers:
+                self._progress.note(
+                    f"{name}: {journal.num_answers:,} answers were stored before an interruption"
+                )
+            return journal
+
         if missing:
-            self._run(suite.only(missing), store)
+            self._run(suite.only(missing), store, journal_of)
         evaluation = EvaluationResult(
             results={name: results[name] for name in suite.tasks},
             groups=suite.groups,
@@ -129,7 +138,7 @@ class ModelMeasurer:
     def _decoder(self) -> Decoder:
         return self._model.decoder(DTYPES[self.precision], device=self._conditions.device)
 
-    def _run(self, suite: Suite, on_result: OnResult) -> None:
+    def _run(self, suite: Suite, on_result: OnResult, journal_of: JournalOf) -> None:
         model, conditions, progress = self._model, self._conditions, self._progress
         if model.config is not None:
             run_suite(
@@ -140,6 +149,7 @@ class ModelMeasurer:
                 limit=conditions.limit,
                 progress=progress,
                 on_result=on_result,
+                journal_of=journal_of,
             )
             return
         # Imported here: transformers takes seconds, and our own models do without it.
@@ -153,7 +163,14 @@ class ModelMeasurer:
             prompts=suite.prompts,
             progress=progress,
         )
-        run_model(suite, runner, limit=conditions.limit, progress=progress, on_result=on_result)
+        run_model(
+            suite,
+            runner,
+            limit=conditions.limit,
+            progress=progress,
+            on_result=on_result,
+            journal_of=journal_of,
+        )
 
 
 def heldout_loss(

@@ -1,29 +1,26 @@
 """Log-likelihoods of continuations under a decoder: what lm-eval's tasks need from a model.
 
-A context that several continuations share (the choices of one question) is run once, and they reuse
-its keys and values. A repeated pair is scored once, and the head is applied only where a token is
-scored. None of this changes a number beyond rounding: the cache has a slot for every evaluation.
+Sequences that begin alike share a row, in which each token is evaluated once (`prefix_trees`). A
+repeated pair is scored once, and the head is applied only where a token is scored. None of this
+changes a number beyond rounding.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from iiet.decoder import Decoder
+from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.batch_limit import BatchLimit
-
-Tokens = tuple[int, ...]
-
-MIN_SHARED_CONTEXT = 8
-"""Tokens; for shorter contexts, a second pass costs more than it saves."""
+from orchestrator.evaluation.prefix_trees import PrefixTree, Segment, Tokens, prefix_trees
+from orchestrator.workspace.provenance import content_key
 
 MAX_TOKENS_ON_CPU = 2048
 """Tokens of one pass on a CPU; more do not fit its caches and run a third slower."""
@@ -41,13 +38,6 @@ class Score(NamedTuple):
     """Whether each of its tokens had the highest probability."""
 
 
-class Segment(NamedTuple):
-    """A part of a continuation that fits into one forward pass."""
-
-    context: Tokens
-    continuation: Tokens
-
-
 @torch.no_grad()
 def score_continuations(
     decoder: Decoder,
@@ -56,6 +46,7 @@ def score_continuations(
     batch_size: int = 32,
     on_scored: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
+    journal: AnswerJournal | None = None,
 ) -> list[Score]:
     """Score each continuation given its context, in the order of `pairs`.
 
@@ -69,6 +60,7 @@ def score_continuations(
             have the same number of tokens. On a CPU at most `MAX_TOKENS_ON_CPU` tokens.
         on_scored: Called after each pass with the number of segments done and their total.
         note: Called with a sentence if a batch runs out of a GPU's memory; smaller ones follow.
+        journal: Gets the scores of each batch; batches that it holds are not run again.
 
     Raises:
         DeviceError: If the memory is too small for one sequence.
@@ -81,7 +73,7 @@ def score_continuations(
         scores: dict[Segment, Score] = {}
         distinct = list(dict.fromkeys(segment for segments in split for segment in segments))
         limit = BatchLimit(_max_tokens(decoder, batch_size), "tokens", note)
-        for scored in _score_segments(decoder, distinct, limit):
+        for scored in _score_segments(decoder, distinct, limit, journal or AnswerJournal()):
             scores.update(scored)
             if on_scored:
                 on_scored(len(scores), len(distinct))
@@ -115,174 +107,124 @@ def _max_tokens(decoder: Decoder, batch_size: int) -> int:
 
 
 def _score_segments(
-    decoder: Decoder, segments: list[Segment], limit: BatchLimit
+    decoder: Decoder, segments: list[Segment], limit: BatchLimit, journal: AnswerJournal
 ) -> Iterator[dict[Segment, Score]]:
-    by_context: defaultdict[Tokens, list[Segment]] = defaultdict(list)
-    for segment in segments:
-        by_context[segment.context].append(segment)
-    single: list[Segment] = []
-    groups: list[list[Segment]] = []
-    for context, group in by_context.items():
-        if len(group) > 1 and len(context) >= MIN_SHARED_CONTEXT:
-            groups.append(group)
+    left = dict.fromkeys(segments)
+    while left:
+        for rows in _batches(decoder, left, limit.size):
+            batch = [segment for row in rows for segment in row.segments]
+            key = content_key("scores", batch)
+            scores = [Score(*stored) for stored in journal.get(key) or ()]
+            if not scores:
+                size = len(rows) * len(rows[0].tokens)
+                score = partial(_score_rows, decoder, rows)
+                found = limit.run(score, size=size, can_split=len(batch) > 1)
+                if found is None:
+                    break  # Divide what is left into smaller batches.
+                scores = found
+                journal.add({key: scores})
+            for segment in batch:
+                del left[segment]
+            yield dict(zip(batch, scores, strict=True))
+
+
+def _batches(
+    decoder: Decoder, segments: Iterable[Segment], max_tokens: int
+) -> list[list[PrefixTree]]:
+    """Divide segments into batches of rows of similar length, of at most `max_tokens` tokens."""
+    # A layer's other arithmetic is about 24 d^2 per token, that of a key 4 d at a lower speed.
+    rows = prefix_trees(segments, max_tokens=max_tokens, keys_per_token=decoder.config.dim)
+    batches: list[list[PrefixTree]] = []
+    for row in rows:
+        batch = batches[-1] if batches else []
+        is_alike = batch and batch[0].is_branched == row.is_branched
+        if is_alike and (len(batch) + 1) * len(batch[0].tokens) <= max_tokens:
+            batch.append(row)
         else:
-            single += group
-    single.sort(key=lambda segment: -_length(segment))
-    # Sort by continuation first: a context has several, so their padding costs most.
-    groups.sort(key=lambda group: (-_longest(group), -len(group[0].context)))
-    while single:  # The first of a batch is its longest.
-        batch = single[: max(1, limit.size // _length(single[0]))]
-        size = len(batch) * _length(single[0])
-        score = partial(_score_whole, decoder, batch)
-        if scores := limit.run(score, size=size, can_split=len(batch) > 1):
-            single = single[len(batch) :]
-            yield scores
-    while groups:
-        first = groups[: _num_groups_at_once(groups, decoder.config.context_length, limit.size)]
-        num_segments = sum(map(len, first))
-        size = num_segments * (max(len(g[0].context) for g in first) + _longest(first[0]) - 1)
-        if limit.was_halved and size > limit.size and num_segments > 1:
-            middle = len(first[0]) // 2  # One group, or it would have been a smaller batch.
-            groups = [first[0][:middle], first[0][middle:], *groups[1:]]
-            continue
-        score = partial(_score_groups, decoder, first)
-        if scores := limit.run(score, size=size, can_split=num_segments > 1):
-            groups = groups[len(first) :]
-            yield scores
+            batches.append([row])
+    return batches
 
 
-def _length(segment: Segment) -> int:
-    return len(segment.context) + len(segment.continuation) - 1
-
-
-def _num_groups_at_once(groups: list[list[Segment]], context_length: int, max_tokens: int) -> int:
-    """Count the first groups whose padded contexts and continuations fit together; at least 1."""
-    longest, context, num_segments = _longest(groups[0]), 0, 0
-    for count, group in enumerate(groups):
-        context = max(context, len(group[0].context))
-        num_segments += len(group)
-        length = context + longest - 1
-        if count and (num_segments * length > max_tokens or length > context_length):
-            return count
-    return len(groups)
-
-
-def _longest(group: list[Segment]) -> int:
-    return max(len(segment.continuation) for segment in group)
-
-
-def _score_whole(decoder: Decoder, batch: list[Segment]) -> dict[Segment, Score]:
-    """Run each segment as one sequence, padded on the right, which causal attention ignores."""
-    inputs = _padded([(*p.context, *p.continuation)[:-1] for p in batch], decoder.device)
-    hidden = _last_hidden(decoder, inputs)
-    starts = torch.tensor([len(segment.context) - 1 for segment in batch], device=decoder.device)
-    return _scores(decoder, batch, hidden, starts)
-
-
-def _score_groups(decoder: Decoder, groups: list[list[Segment]]) -> dict[Segment, Score]:
-    """Run each context once, then all continuations with the contexts' keys and values."""
+def _score_rows(decoder: Decoder, rows: list[PrefixTree]) -> list[Score]:
+    """Score the segments of all rows, padded on the right."""
     device = decoder.device
-    contexts = [group[0].context for group in groups]
-    batch = [segment for group in groups for segment in group]
-    context_rows = [row for row, group in enumerate(groups) for _ in group]
-    cache = _PrefixCache(torch.tensor(context_rows, device=device))
-    at_context = _last_hidden(decoder, _padded(contexts, device), cache=cache)
-    ends = [len(context) - 1 for context in contexts]
-    first = at_context[list(range(len(contexts))), ends][context_rows]
-    tails = [segment.continuation[:-1] for segment in batch]
-    starts = torch.zeros(len(batch), dtype=torch.long, device=device)
-    if not any(tails):
-        return _scores(decoder, batch, first[:, None], starts)
-    cache.start_continuations(at_context.size(1))
-    inputs = _padded(tails, device)
-    # Padding after a shorter context is masked; positions count unmasked tokens.
-    lengths = torch.tensor(ends, device=device)[context_rows] + 1
-    is_context = torch.arange(at_context.size(1), device=device) < lengths[:, None]
-    mask = torch.cat([is_context, torch.ones_like(inputs, dtype=torch.bool)], 1)
-    hidden = _last_hidden(decoder, inputs, cache=cache, attention_mask=mask)
-    return _scores(decoder, batch, torch.cat([first[:, None], hidden], 1), starts)
+    inputs = _padded([row.tokens for row in rows], device)
+    positions = mask = None
+    if rows[0].is_branched:
+        positions = _padded([row.depths for row in rows], device)
+        mask = _mask_of([row.ends() for row in rows], device)
+    hidden = _last_hidden(decoder, inputs, attention_mask=mask, position_ids=positions)
+    # Continuations that begin alike need the logits of a column once.
+    columns: dict[int, int] = {}
+    wanted: list[tuple[int, int]] = []
+    for start, row in zip(range(0, inputs.numel(), inputs.size(1)), rows, strict=True):
+        for segment, predicting in zip(row.segments, row.predicting, strict=True):
+            for column, target in zip(predicting, segment.continuation, strict=True):
+                wanted.append((columns.setdefault(start + column, len(columns)), target))
+    selected = hidden.flatten(0, 1)[torch.tensor(list(columns), device=device)]
+    found = zip(*_token_scores(decoder, selected, torch.tensor(wanted, device=device)), strict=True)
+    scores = []
+    for segment in (segment for row in rows for segment in row.segments):
+        losses, hits = zip(*(next(found) for _ in segment.continuation), strict=True)
+        scores.append(Score(-math.fsum(losses), all(hits)))
+    return scores
 
 
-def _padded(sequences: Sequence[Tokens], device: torch.device) -> Tensor:
-    """Return (batch, time), padded with zeros on the right; at least one column."""
-    time = max(1, max(map(len, sequences)))
-    rows = [[*sequence, *[0] * (time - len(sequence))] for sequence in sequences]
+def _padded(sequences: Sequence[Sequence[int]], device: torch.device, *, value: int = 0) -> Tensor:
+    """Return (batch, time), padded on the right."""
+    time = max(map(len, sequences))
+    rows = [[*sequence, *[value] * (time - len(sequence))] for sequence in sequences]
     return torch.tensor(rows, device=device)
+
+
+def _mask_of(ends: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return which column each column sees, (batch, time, time): itself and its ancestors.
+
+    Args:
+        ends: For each row and column, where the column's descendants end.
+    """
+    time = max(map(len, ends))
+    # No token sees padding; padding sees the padding before it.
+    until = _padded(ends, device, value=time)[:, None]
+    columns = torch.arange(time, device=device)
+    queries = columns[:, None]
+    return (columns <= queries) & (queries < until)
 
 
 def _last_hidden(
     decoder: Decoder,
     input_ids: Tensor,
     *,
-    cache: _PrefixCache | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
 ) -> Tensor:
     """Return `h_L`, (batch, time, dim), without applying the head at each position."""
     states = decoder.hidden_states(
-        decoder.embedding(input_ids), cache=cache, attention_mask=attention_mask
+        decoder.embedding(input_ids), attention_mask=attention_mask, position_ids=position_ids
     )
     # One after the other, so that those of earlier layers are freed.
     (last,) = deque(states, maxlen=1)
     return last
 
 
-def _scores(
-    decoder: Decoder, batch: list[Segment], hidden: Tensor, starts: Tensor
-) -> dict[Segment, Score]:
-    """Score segments from hidden states, (segments, time, dim).
-
-    The first token of segment i is predicted at column `starts[i]`, the others at the next columns.
-    """
-    counts = torch.tensor([len(segment.continuation) for segment in batch], device=hidden.device)
-    columns = torch.arange(hidden.size(1), device=hidden.device)
-    is_scored = (columns >= starts[:, None]) & (columns < (starts + counts)[:, None])
-    selected = hidden[is_scored]  # (tokens, dim), segment after segment
-    targets = torch.tensor([t for p in batch for t in p.continuation], device=hidden.device)
-    num_at_once = max(1, MAX_LOGITS_AT_ONCE // decoder.config.vocab_size)
-    losses: list[float] = []
-    hits: list[bool] = []
-    for start in range(0, len(targets), num_at_once):
-        wanted = targets[start : start + num_at_once]
-        logits = decoder.logits(selected[start : start + num_at_once])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses += F.cross_entropy(logits, wanted, reduction="none").tolist()
-        hits += (logits.argmax(-1) == wanted).tolist()
-    scores: dict[Segment, Score] = {}
-    start = 0
-    for segment in batch:
-        own = slice(start, start + len(segment.continuation))
-        scores[segment] = Score(-math.fsum(losses[own]), all(hits[own]))
-        start = own.stop
-    return scores
-
-
-class _PrefixCache:
-    """Prefix cache: stores each context's keys and values, then reuses them for its continuations.
+def _token_scores(
+    decoder: Decoder, hidden: Tensor, wanted: Tensor
+) -> tuple[list[float], list[bool]]:
+    """Return the loss of each wanted token, and whether it is the likeliest.
 
     Args:
-        rows: (continuations,), the row of each continuation's context.
+        hidden: (columns, dim).
+        wanted: (tokens, 2): the column that predicts it, and the token.
     """
-
-    def __init__(self, rows: Tensor) -> None:
-        self._rows = rows
-        self._stored: dict[int, tuple[Tensor, Tensor]] = {}
-        self._length = 0
-
-    def start_continuations(self, length: int) -> None:
-        """Stop storing contexts and start reusing them; padded, they have `length` tokens."""
-        self._length = length
-
-    def get_seq_length(self) -> int:
-        """Return the number of cached tokens."""
-        return self._length
-
-    def update(self, keys: Tensor, values: Tensor, slot: int, /) -> tuple[Tensor, Tensor]:
-        """Store a slot's keys and values, or put those of the contexts before them."""
-        if not self._length:
-            self._stored[slot] = keys, values
-            return keys, values
-        context_keys, context_values = self._stored.pop(slot)
-        return (
-            torch.cat([context_keys[self._rows], keys], 2),
-            torch.cat([context_values[self._rows], values], 2),
+    losses, hits = hidden.new_zeros(len(wanted), dtype=torch.float64), wanted.new_zeros(len(wanted))
+    num_at_once = max(1, MAX_LOGITS_AT_ONCE // decoder.config.vocab_size)
+    for start in range(0, len(hidden), num_at_once):
+        logits = decoder.logits(hidden[start : start + num_at_once])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        (here,) = (
+            ((wanted[:, 0] >= start) & (wanted[:, 0] < start + len(logits))).nonzero().unbind(1)
         )
+        columns, targets = (wanted[here] - wanted.new_tensor([start, 0])).unbind(1)
+        losses[here] = -logits.log_softmax(-1)[columns, targets].double()
+        hits[here] = (logits.argmax(-1)[columns] == targets).to(hits.dtype)
+    return losses.tolist(), hits.bool().tolist()

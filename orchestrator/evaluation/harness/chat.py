@@ -1,9 +1,10 @@
-"""Chat templates for lm-eval: messages become the text that the model was trained to read."""
+"""What our model classes of lm-eval share: chat templates, progress, answers stored before."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.model_tokenizer import Message, ModelTokenizer
 from orchestrator.settings.prompts import Prompts
 from orchestrator.terminal.progress import Progress
@@ -11,11 +12,15 @@ from orchestrator.workspace.errors import UserError
 
 
 class ChatModel:
-    """What lm-eval asks of a model class to write prompts with the model's chat template."""
+    """What lm-eval asks of a model class to write prompts with the model's chat template.
+
+    `journal` has the answers to the current task that were given before an interruption.
+    """
 
     text: ModelTokenizer
     prompts = Prompts()
     progress = Progress()
+    journal = AnswerJournal()
     _noted = False
 
     @property

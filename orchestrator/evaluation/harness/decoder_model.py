@@ -106,6 +106,7 @@ class DecoderModel(ChatModel, TemplateLM):  # type: ignore[misc]
             batch_size=self._batch_size,
             on_answered=lambda done: advance(done, len(questions)),
             note=self.progress.note,
+            journal=self.journal,
         )
 
     def _loglikelihood_tokens(
@@ -123,6 +124,7 @@ class DecoderModel(ChatModel, TemplateLM):  # type: ignore[misc]
             batch_size=self._batch_size,
             on_scored=self._advance(),
             note=self.progress.note,
+            journal=self.journal,
         )
 
     def _advance(self) -> Callable[[int, int], None]:

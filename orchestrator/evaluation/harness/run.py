@@ -15,6 +15,7 @@ from lm_eval.api.task import Task
 
 from iiet.decoder import Decoder
 from orchestrator.data.hub import offline
+from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.harness.answer_settings import check_answer_settings
 from orchestrator.evaluation.harness.decoder_model import DecoderModel
 from orchestrator.evaluation.harness.suite import Suite
@@ -35,6 +36,8 @@ from orchestrator.settings.prompts import Prompts
 from orchestrator.terminal.progress import Progress
 
 OnResult = Callable[[TaskResult], None]
+JournalOf = Callable[[str], AnswerJournal]
+"""Opens the answers to a task, by its name, that were stored before an interruption."""
 
 FEWSHOT_SEED = 1234
 """lm-eval's default, so that prompts are the usual ones."""
@@ -54,6 +57,7 @@ def run_suite(
     limit: int | None = None,
     progress: Progress | None = None,
     on_result: OnResult | None = None,
+    journal_of: JournalOf = lambda _: AnswerJournal(),
 ) -> EvaluationResult:
     """Run the tasks of a suite on a decoder, one after the other.
 
@@ -64,6 +68,7 @@ def run_suite(
         limit: Number of items of each task, the first ones; all if unset.
         progress: Shows the items done; the caller ends the stage.
         on_result: Called with the result of each task when it is complete.
+        journal_of: Stores the answers to a task while it runs.
 
     Raises:
         UserError: If the tokenizer is missing or damaged, or a task wants answers that the decoder
@@ -76,7 +81,14 @@ def run_suite(
     prompts = suite.prompts or Prompts()
     check_template(tokenizer, prompts)
     model = DecoderModel(decoder, tokenizer, batch_size, prompts=prompts, progress=progress)
-    result = run_model(suite, model, limit=limit, progress=progress, on_result=on_result)
+    result = run_model(
+        suite,
+        model,
+        limit=limit,
+        progress=progress,
+        on_result=on_result,
+        journal_of=journal_of,
+    )
     if model.num_cut:
         progress.note(
             f"{model.num_cut} prompts lost their beginning: they are longer than the "
@@ -92,6 +104,7 @@ def run_model(
     limit: int | None = None,
     progress: Progress | None = None,
     on_result: OnResult | None = None,
+    journal_of: JournalOf = lambda _: AnswerJournal(),
 ) -> EvaluationResult:
     """Run a suite on any model of lm-eval; arguments as in `run_suite`."""
     progress = progress or Progress()
@@ -100,7 +113,12 @@ def run_model(
     results: dict[str, TaskResult] = {}
     for name, task in suite.tasks.items():
         task.set_fewshot_seed(FEWSHOT_SEED)  # Each run draws the same examples.
-        with suppress_output(), offline(), _templates_compiled_once():
+        with (
+            journal_of(name) as model.journal,
+            suppress_output(),
+            offline(),
+            _templates_compiled_once(),
+        ):
             output = evaluator.evaluate(
                 lm=model,
                 task_dict={"tasks": {name: task}},

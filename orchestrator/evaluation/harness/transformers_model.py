@@ -22,6 +22,7 @@ from orchestrator.evaluation.model_tokenizer import FolderTokenizer
 from orchestrator.settings.prompts import Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError, first_line
+from orchestrator.workspace.provenance import content_key
 
 SEED = 1234
 """Random seed of sampled answers, lm-eval's default."""
@@ -36,6 +37,24 @@ class _WatchedModel(ChatModel, HFLM):  # type: ignore[misc]
         """Score (context, continuation) texts."""
         self._begin(requests)
         return super().loglikelihood(requests, **options)
+
+    def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> Any:
+        """Score tokens, with one call of lm-eval's method for each of its batches."""
+        tokens = [[*context, *continuation] for _, context, continuation in requests]
+        order = sorted(range(len(requests)), key=lambda n: (-len(tokens[n]), tokens[n]))
+        scores: dict[int, Any] = {}
+        for start in range(0, len(order), self.batch_size):
+            numbers = order[start : start + self.batch_size]
+            batch = [requests[number] for number in numbers]
+            key = content_key("scores", [request[1:] for request in batch])
+            found = self.journal.get(key)
+            if found is None:
+                found = super()._loglikelihood_tokens(batch, **options)
+                self.journal.add({key: found})
+            else:
+                self._advance(len(batch))
+            scores |= zip(numbers, map(tuple, found), strict=True)
+        return [scores[number] for number in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], **options: Any) -> Any:
         """Score whole texts."""

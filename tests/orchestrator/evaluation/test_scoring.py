@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from iiet.generation import generate
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation import scoring
+from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.scoring import score_continuations
 
 VOCAB, CONTEXT = 60, 24
@@ -66,7 +68,7 @@ def mixed_pairs() -> list[tuple[list[int], list[int]]]:
     draw = random.Random(0)
     pairs = []
     for _ in range(6):
-        context = tokens(draw, scoring.MIN_SHARED_CONTEXT, 18)
+        context = tokens(draw, 8, 18)
         pairs += [(context, tokens(draw, 1, 6)) for _ in range(4)]
     one_token = tokens(draw, 12, 12)
     pairs += [(one_token, [draw.randrange(VOCAB)]) for _ in range(3)]
@@ -110,6 +112,36 @@ def test_batches_do_not_change_scores(decoder: Decoder, monkeypatch: pytest.Monk
             assert one.is_greedy == other.is_greedy
 
 
+def test_scoring_resumes_to_the_same_bits(decoder: Decoder, tmp_path: Path) -> None:
+    decoder, pairs, path = decoder.float(), mixed_pairs(), tmp_path / "answers"
+    usual = score_continuations(decoder, pairs, batch_size=2)
+    passes: list[int] = []
+    decoder.embedding.register_forward_hook(lambda *_: passes.append(1))
+
+    def stop(done: int, total: int) -> None:
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), AnswerJournal(path) as journal:
+        score_continuations(decoder, pairs, batch_size=2, on_scored=stop, journal=journal)
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:2], lines[2][:-9], *lines[3:]]))
+    with AnswerJournal(path) as journal:
+        again = score_continuations(decoder, pairs, batch_size=2, journal=journal)
+    assert again == usual
+    num_batches, passes[:] = len(passes) - 1, []
+    score_continuations(decoder, pairs, batch_size=2)
+    assert len(passes) == num_batches, "only the batch whose line was cut off runs again"
+
+
+def test_no_logits_of_a_position_that_is_not_scored(decoder: Decoder) -> None:
+    rows: list[int] = []
+    decoder.norm.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    # Choices that begin with the same two tokens: these have three columns together.
+    score_continuations(decoder, [(range(16), (1, 2, end)) for end in (3, 4, 5)])
+    assert rows == [3]
+
+
 def test_the_output_of_greedy_decoding_is_greedy(decoder: Decoder) -> None:
     prompt = [5, 9, 3, 40, 2, 2, 8, 30, 1, 17]
     written = generate(decoder, torch.tensor([prompt]), max_new_tokens=4)[0, 10:].tolist()
@@ -123,7 +155,7 @@ def test_a_shared_context_and_a_repeated_pair_are_run_once(decoder: Decoder) -> 
     shapes: list[tuple[int, ...]] = []
     decoder.embedding.register_forward_hook(lambda _, args, __: shapes.append(args[0].shape))
     score_continuations(decoder, [(context, choice) for choice in choices])
-    assert shapes == [(1, 16), (3, 2)]
+    assert shapes == [(1, 22)]
 
 
 def test_progress_reaches_its_end_and_the_mode_is_restored(decoder: Decoder) -> None:

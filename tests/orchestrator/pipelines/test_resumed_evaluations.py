@@ -1,0 +1,206 @@
+"""An interrupted evaluation goes on where it was, and ends with the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_tracking import untracked
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from orchestrator.data.token_store import open_tokens
+from orchestrator.evaluation.evaluated_model import open_model
+from orchestrator.pipelines.evaluating import evaluate_model
+from orchestrator.pipelines.sweep_plans import plan_suite
+from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.settings import EvaluationSettings
+from orchestrator.sweeping.trial_run import run_trial
+from orchestrator.sweeping.trials import checkpoint_trial
+from orchestrator.terminal.progress import Progress
+from orchestrator.training.checkpoint import load_config, save_checkpoint
+from orchestrator.workspace.folders import Workspace, open_workspace
+
+TASKS = {
+    "choices": """\
+output_type: multiple_choice
+doc_to_text: context
+doc_to_choice: endings
+doc_to_target: label
+metric_list: [{metric: acc}]
+""",
+    "rolling": """\
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{context * 9}}"
+metric_list: [{metric: bits_per_byte}]
+""",
+    "written": """\
+output_type: generate_until
+doc_to_text: context
+doc_to_target: label
+generation_kwargs: {until: ["."], max_gen_toks: 5, do_sample: true, temperature: 1.0}
+metric_list: [{metric: exact_match}]
+""",
+}
+ITEMS = """\
+import datasets
+
+
+def read(**settings):
+    words = ["bag", "fog", "hen", "pig", "cab", "deed", "face", "bead"]
+    rows = [{"context": f"a {w} and the {w} had", "endings": ["end", f"{w} gone"], "label": 0}
+            for w in words]
+    return {"test": datasets.Dataset.from_list(rows)}
+"""
+
+
+class StopsAfter(Progress):
+    """Raises like Ctrl-C when the progress is reported once too often; keeps notes and reports."""
+
+    def __init__(self, reports: int | None = None) -> None:
+        self.reports_left, self.notes, self.seen = reports, list[str](), list[float]()
+
+    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
+        self.seen.append(done)
+        if self.reports_left is not None:
+            self.reports_left -= 1
+            if self.reports_left < 0:
+                raise KeyboardInterrupt
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, tiny_model: dict[str, Any], tiny_tokens: Path) -> Path:
+    torch.manual_seed(0)
+    config = {**tiny_model, "initializer_std": 0.3, "context_length": 32}
+    decoder = Decoder(ModelConfig.from_dict(config))
+    return save_checkpoint(
+        tmp_path / "run",
+        1,
+        config=decoder.config,
+        weights=decoder.state_dict(),
+        training_state={},
+        tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
+        provenance={"tokens": tiny_tokens.name},
+    )
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> EvaluationSettings:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "items.py").write_text(ITEMS)
+    for name, text in TASKS.items():
+        head = f"task: {name}\ncustom_dataset: !function items.read\ntest_split: test\n"
+        (folder / f"{name}.yaml").write_text(head + text)
+    return EvaluationSettings(suite=",".join(TASKS), include_path=str(folder), batch_size=2)
+
+
+@contextmanager
+def counted_passes() -> Iterator[list[int]]:
+    """Count the tokens of each forward pass of any decoder."""
+    sizes: list[int] = []
+
+    def record(module: torch.nn.Module, arguments: tuple[Any, ...], _: Any) -> None:
+        if isinstance(module, torch.nn.Embedding):
+            sizes.append(arguments[0].numel())
+
+    handle = torch.nn.modules.module.register_module_forward_hook(record)
+    try:
+        yield sizes
+    finally:
+        handle.remove()
+
+
+def evaluate(
+    model: Path, settings: EvaluationSettings, workspace: Workspace, progress: Progress
+) -> EvaluationResult:
+    return evaluate_model(open_model(model), settings, untracked(workspace, progress))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_same_command_does_only_the_rest(
+    name: str, checkpoint: Path, settings: EvaluationSettings, tmp_path: Path
+) -> None:
+    settings = settings.model_copy(update={"suite": name})
+    with counted_passes() as whole:
+        usual = evaluate(checkpoint, settings, open_workspace(tmp_path / "other"), Progress())
+    workspace = open_workspace(tmp_path / "workspace")
+    with counted_passes() as before, pytest.raises(KeyboardInterrupt):
+        evaluate(checkpoint, settings, workspace, StopsAfter(1))
+    assert [path.suffix for path in workspace.evaluations.iterdir()] == [".answers"]
+    progress = StopsAfter()
+    with counted_passes() as rest:
+        resumed = evaluate(checkpoint, settings, workspace, progress)
+    assert before
+    assert rest
+    assert sorted(before + rest) == sorted(whole), "each pass ran once"
+    assert resumed == usual
+    assert f"{name}: " in progress.notes[0]
+    assert "answers were stored before an interruption" in progress.notes[0]
+    assert progress.seen == sorted(progress.seen)
+    assert [path.suffix for path in workspace.evaluations.iterdir()] == [".json"]
+
+
+def test_another_batch_size_uses_no_answer_of_other_batches(
+    checkpoint: Path, settings: EvaluationSettings, tmp_path: Path
+) -> None:
+    settings = settings.model_copy(update={"suite": "choices"})
+    wider = settings.model_copy(update={"batch_size": 3})
+    usual = evaluate(checkpoint, wider, open_workspace(tmp_path / "other"), Progress())
+    workspace = open_workspace(tmp_path / "workspace")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(checkpoint, settings, workspace, StopsAfter(1))
+    assert evaluate(checkpoint, wider, workspace, Progress()) == usual
+
+
+def test_a_trial_uses_what_an_interrupted_command_measured(
+    checkpoint: Path, settings: EvaluationSettings, tiny_tokens: Path, tmp_path: Path
+) -> None:
+    settings = settings.model_copy(update={"suite": "choices"})
+    workspace = open_workspace(tmp_path / "workspace")
+    with counted_passes() as before, pytest.raises(KeyboardInterrupt):
+        evaluate(checkpoint, settings, workspace, StopsAfter(1))
+    config = load_config(checkpoint)
+    suite = plan_suite(settings, tiny_tokens, config, Progress())
+    with counted_passes() as rest:
+        run = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, workspace))
+    assert run.result
+    other = open_workspace(tmp_path / "other")
+    with counted_passes() as whole:
+        usual = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, other))
+    assert usual.result
+    assert run.result.quality == usual.result.quality
+    assert sorted(before + rest) == sorted(whole), "each pass ran once"
+
+
+@pytest.mark.slow
+def test_a_model_of_transformers_resumes_too(
+    settings: EvaluationSettings, tiny_tokens: Path, tmp_path: Path
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.3}
+    GPT2LMHeadModel(GPT2Config(vocab_size=320, **sizes)).save_pretrained(tmp_path / "gpt2")
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(open_tokens(tiny_tokens).tokenizer_path), eos_token="<|endoftext|>"
+    ).save_pretrained(tmp_path / "gpt2")
+    for name in ("choices", "rolling"):
+        only = settings.model_copy(update={"suite": name})
+        usual = evaluate(tmp_path / "gpt2", only, open_workspace(tmp_path / "other"), Progress())
+        workspace = open_workspace(tmp_path / "workspace")
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(tmp_path / "gpt2", only, workspace, StopsAfter(1))
+        assert list(workspace.evaluations.glob("*.answers"))
+        progress = StopsAfter()
+        assert evaluate(tmp_path / "gpt2", only, workspace, progress) == usual
+        assert f"{name}: " in progress.notes[0]
+        assert not list(workspace.evaluations.glob("*.answers"))
