@@ -182,7 +182,11 @@ def make_context(
     visible = None
     if attention_mask is not None and attention_mask.dim() == 3:
         visible, attention_mask = attention_mask, None
-        _check_visible(visible, (batch, time, time), cache, position_ids)
+        if cache is not None or position_ids is None or visible.shape != (batch, time, time):
+            raise ValueError(
+                f"an attention_mask of queries and keys must be (batch, time, time), with "
+                f"position_ids and without a cache; got {tuple(visible.shape)}"
+            )
     real = _real_tokens(attention_mask, record, batch=batch, past=past, time=time)
     if record is not None:
         record.attention_mask = real
@@ -238,19 +242,6 @@ def _context(
     is_token_step = is_token_step and serves_fields(fields)
     turns = rope.matrices() if is_token_step and not uses_cpu_forms(hidden) else None
     return PassContext(rope=rope, is_token_step=is_token_step, turns=turns, **settings)
-
-
-def _check_visible(
-    visible: Tensor,
-    shape: tuple[int, ...],
-    cache: DecodingCache | None,
-    position_ids: Tensor | None,
-) -> None:
-    if cache is not None or position_ids is None or tuple(visible.shape) != shape:
-        raise ValueError(
-            f"an attention_mask of queries and keys must be (batch, time, time), here {shape}, and "
-            f"needs position_ids and no cache; got {tuple(visible.shape)}"
-        )
 
 
 def _real_tokens(
