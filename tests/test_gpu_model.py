@@ -50,3 +50,19 @@ def test_a_training_step(tmp_path: Path) -> None:
     assert launches(eager, "_fused_rms_norm") == 2 * 2 * (2 * 4 * 2 + 1)
     assert compiled["kernels"] < 0.8 * eager["kernels"]
     assert compiled["mfu"] > 1.15 * eager["mfu"]
+
+
+def test_decoded_tokens(tmp_path: Path) -> None:
+    (numbers,) = estimate(tmp_path, "--decode", "4")
+    assert numbers["waits"] == 0, numbers["waits_by_place"]
+    num_evaluations = 4 * 2 * 4
+    # A fused kernel serves the mask.
+    assert launches(numbers, "efficient_attention") == num_evaluations
+    files = ("token_step.py", "rope.py:turn_", "cache.py", "attention.py")
+    in_fields = [
+        line["launches"]
+        for line in numbers["by_place"]
+        if any(file in line["name"] for file in files)
+    ]
+    assert sum(in_fields) <= 14 * num_evaluations
+    assert numbers["kernels"] <= 21 * num_evaluations  # With mix, norms and the head.

@@ -3,8 +3,19 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from iiet import Decoder, attention, context, generate, generation, preset, static_steps, token_step
+from iiet import (
+    Decoder,
+    attention,
+    context,
+    generate,
+    generation,
+    preset,
+    static_steps,
+    stream,
+    token_step,
+)
 from iiet.attention import attend
 from iiet.static_steps import StaticSteps
 
@@ -214,6 +225,39 @@ def test_an_ordinary_pass_may_follow():
     torch.testing.assert_close(decoder(tokens[:, 8:], cache=cache), expected[:, 8:])
     cache.set_length(7)
     torch.testing.assert_close(decoder(tokens[:, 7:9], cache=cache), expected[:, 7:9])
+
+
+class Operations(TorchDispatchMode):
+    """Collects the names of the operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_step_waits_for_the_device(temperature, gpu_forms):
+    decoder = decoder_of(num_kv_heads=2)
+    options = {"seed": [1, 2], "top_k": 9, "top_p": 0.9, "stop_tokens": [VOCAB]}
+    steps = stream(
+        decoder,
+        prompts(),
+        max_new_tokens=20,
+        temperature=temperature,
+        attention_mask=padding(),
+        steps=StaticSteps(decoder),
+        **options,
+    )
+    next(steps)  # The prompt's pass reads the mask.
+    with Operations() as seen:
+        assert len(list(steps)) == 19
+    assert "index_copy_" in seen.names
+    waiting = {"_local_scalar_dense", "multinomial", "nonzero", "_unique2", "equal", "isin"}
+    assert not seen.names & waiting
 
 
 @pytest.mark.slow
