@@ -34,8 +34,10 @@ from orchestrator.evaluation.evaluated_model import (
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress
+from orchestrator.training.checkpoint import DTYPES
 from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.model_lookup import load_influence_table
+from orchestrator.training.precision import device_precision
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key, environment
@@ -186,12 +188,14 @@ def _measure(
     decoders: dict[str, Decoder] = {}
     for name, model in models.items():
         if model.path not in loaded:
-            loaded[model.path] = model.decoder(device=device)
+            dtype = DTYPES[device_precision(device)]
+            loaded[model.path] = model.decoder(dtype, device=device)
         assert model.config is not None, "EvaluatedModel.decoder refuses what is no decoder"
         decoders[name] = loaded[model.path].with_schedule(model.config.corrections)
     some = next(iter(decoders.values()))
-    dtype = str(next(some.parameters()).dtype).removeprefix("torch.")
-    return measure_costs(decoders, conditions, progress), device_name(some.device), dtype
+    costs = measure_costs(decoders, conditions, progress)
+    dtype_name = str(next(some.parameters()).dtype).removeprefix("torch.")
+    return costs, device_name(some.device), dtype_name
 
 
 def _track(

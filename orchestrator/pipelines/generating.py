@@ -22,8 +22,10 @@ from orchestrator.evaluation.answers import AnswerSettings, Question, generate_a
 from orchestrator.evaluation.model_tokenizer import ModelTokenizer, checkpoint_tokenizer
 from orchestrator.pipelines.context import open_context
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.model_loading import AUTO, load_model
+from orchestrator.training.checkpoint import DTYPES
+from orchestrator.training.model_loading import best_device, load_model
 from orchestrator.training.model_lookup import parse_schedule, resolve_model
+from orchestrator.training.precision import device_precision
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
 
@@ -108,7 +110,11 @@ class TextGenerator:
 
     def __init__(self, checkpoint: Path, schedule: IterationSchedule | None = None) -> None:
         self.text: ModelTokenizer = checkpoint_tokenizer(checkpoint)
-        self.decoder: Decoder = load_model(checkpoint, device=AUTO, schedule=schedule)
+        device = best_device()
+        dtype = DTYPES[device_precision(device)]  # As it is evaluated.
+        self.decoder: Decoder = load_model(
+            checkpoint, device=device, dtype=dtype, schedule=schedule
+        )
 
     def chat(self, prompt: str) -> str:
         """Return a user's message as the model's chat template writes it, ready to be answered."""

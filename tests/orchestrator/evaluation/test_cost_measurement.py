@@ -42,7 +42,7 @@ def measure_by_flops(
     """Measure with a fake clock: time is proportional to FLOPs, plus a constant."""
     calls = iter(range(1000))
 
-    def timed(model: Decoder, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    def timed(model: Decoder, prompt: torch.Tensor, new_tokens: int, _: Any) -> tuple[float, float]:
         context = prompt.size(1)
         first = inference_cost(model.config, context_length=context).prefill_flops_per_token
         step = inference_cost(model.config, context_length=context + new_tokens // 2)

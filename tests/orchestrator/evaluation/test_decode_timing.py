@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
+from iiet.static_steps import StaticSteps
 from orchestrator.evaluation import decode_timing
 from orchestrator.evaluation.decode_timing import (
     decode_milliseconds,
@@ -31,7 +34,7 @@ def test_models_take_turns_and_the_median_ignores_one_outlier(
     names = {id(twin): name for name, twin in twins.items()}
     order: list[str] = []
 
-    def timed(model: Decoder, prompt: Any, new_tokens: int) -> tuple[float, float]:
+    def timed(model: Decoder, prompt: Any, new_tokens: int, _: Any) -> tuple[float, float]:
         order.append(names[id(model)])
         disturbed = len(order) == 6
         return 5.0, {"a": 1.0, "b": 2.0, "c": 4.0}[order[-1]] * (100 if disturbed else 1)
@@ -75,6 +78,23 @@ def test_every_step_of_decoding_is_timed(decoder: Decoder, monkeypatch: pytest.M
     assert timing.median == 1000.0  # and every further token one more
 
 
+def test_the_warm_up_makes_the_graphs_that_are_timed(
+    tiny_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = Decoder(ModelConfig.from_dict({**tiny_model, "context_length": 24}))
+    replayed: list[int] = []
+    captured: list[int] = []
+
+    def capture(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+        captured.append(len(replayed))
+        return lambda: replayed.append(1) or step()  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(decode_timing, "_graphs", lambda d: StaticSteps(d, capture=capture))
+    decode_milliseconds({"model": decoder}, prompt_tokens=4, new_tokens=20, repetitions=2)
+    assert captured == [0]
+    assert len(replayed) == 3 * 19
+
+
 @pytest.mark.parametrize(
     ("context_length", "lengths"), [(2048, (16, 32)), (48, (16, 32)), (32, (10, 22)), (3, (1, 2))]
 )
@@ -86,7 +106,7 @@ def test_short_contexts_get_fewer_tokens(
 ) -> None:
     asked: list[tuple[int, int]] = []
 
-    def timed(model: Decoder, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    def timed(model: Decoder, prompt: torch.Tensor, new_tokens: int, _: Any) -> tuple[float, float]:
         asked.append((prompt.shape[1], new_tokens))
         return 1.0, 1.0
 
