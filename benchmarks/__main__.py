@@ -12,13 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from benchmarks import decoding, many_trials, mix, schedules, sweep, teacher_cache, training
+from benchmarks import (
+    decoding,
+    many_trials,
+    mix,
+    model_size,
+    schedules,
+    sweep,
+    teacher_cache,
+    training,
+)
 from benchmarks.machine import describe, machine_facts
 from benchmarks.report import Report
 
@@ -30,6 +40,7 @@ BENCHMARKS: dict[str, Callable[..., Report]] = {
     "training": training.measure,
     "sweep": sweep.measure,
     "many_trials": many_trials.measure,
+    "model_size": model_size.measure,
 }
 """The benchmarks by name, in the order in which they run."""
 
@@ -56,12 +67,18 @@ def _run(names: Sequence[str], quick: bool, json_file: Path | None) -> None:
     if quick:
         out.print("--quick: tiny sizes that only test the benchmarks; the numbers mean nothing")
     found: dict[str, Report] = {}
+    minutes: dict[str, float] = {}
     for name in names:
+        started = time.perf_counter()
         found[name] = BENCHMARKS[name](quick=quick, say=_say)
+        minutes[name] = (time.perf_counter() - started) / 60
         out.print()
         out.print(found[name].table())
+        out.print(f"{name} took {minutes[name]:.1f} minutes")
     if json_file is not None:
-        reports = {name: report.to_dict() for name, report in found.items()}
+        reports = {
+            name: {**report.to_dict(), "minutes": minutes[name]} for name, report in found.items()
+        }
         content = {"machine": facts, "quick": quick, "benchmarks": reports}
         json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -62,7 +62,7 @@ class _Size:
     has_goals: bool = False
 
 
-_FULL = _Size(dim=128, num_layers=6, num_steps=100, num_trials=6, num_items=60, has_goals=True)
+_FULL = _Size(dim=128, num_layers=6, num_steps=50, num_trials=5, num_items=60, has_goals=True)
 _QUICK = _Size(dim=16, num_layers=2, num_steps=2, num_trials=3, num_items=20)
 _CONTEXT = 64
 _VOCABULARY = 1024

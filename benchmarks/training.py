@@ -36,7 +36,7 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
 
     `quick`: a tiny size, which only tests the benchmark. `say` reports progress.
     """
-    size, repetitions = (_QUICK, 2) if quick else (_FULL, 5)
+    size, repetitions = (_QUICK, 2) if quick else (_FULL, 4)
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(size, Path(folder))
         say("training: bare loop and whole loop")

@@ -24,7 +24,7 @@ ADAPTERS = {
     "lm_eval": ("orchestrator.evaluation",),
     "typer": ("orchestrator.cli",),
     "datasets": ("orchestrator.data", "orchestrator.evaluation.heldout"),
-    "matplotlib": ("orchestrator.reporting",),
+    "matplotlib": ("orchestrator.reporting", "benchmarks.model_size_figure"),
     "moocore": ("orchestrator.reporting.pareto",),
     "optuna": ("orchestrator.sweeping.search",),
 }

@@ -25,10 +25,11 @@ NUM_ROWS = {
     "training": 4,
     "sweep": 5,
     "many_trials": 14,
+    "model_size": 6,
 }
 """Rows of a quick run."""
-SLOW = ("mix", "training", "sweep", "many_trials")
-"""They start processes."""
+SLOW = ("mix", "training", "sweep", "many_trials", "model_size")
+"""They start processes, or run whole trials."""
 
 
 @pytest.mark.parametrize(
@@ -177,3 +178,30 @@ def test_the_share_finds_all_parts_of_the_mix_and_leaves_no_marks() -> None:
     lean = ImplicitEuler.start
     assert 0 < mix_share(decoder, input_ids) < 1
     assert ImplicitEuler.start == lean
+
+
+def test_the_figure_of_model_sizes_draws_every_cost(tmp_path: Path) -> None:
+    from benchmarks.model_size import COSTS
+    from benchmarks.model_size_figure import main as draw
+
+    def quantity(label: str, value: float) -> dict[str, object]:
+        return {"label": label, "spread": {"median": value, "low": value, "high": value}}
+
+    rows = [
+        {
+            "what": f"{cost}, {label} / vanilla, {size}M parameters",
+            "quantities": [
+                quantity(label, ratio * size),
+                quantity("vanilla", size),
+                quantity("size", size),
+            ],
+            "ratio": {"median": ratio, "low": ratio - 0.1, "high": ratio + 0.1},
+        }
+        for cost in COSTS
+        for size in (1.0, 3.0)
+        for label, ratio in (("r = 1", 1.9), ("r = 3", 3.7))
+    ]
+    numbers = tmp_path / "numbers.json"
+    numbers.write_text(json.dumps({"benchmarks": {"model_size": {"rows": rows}}}))
+    draw(numbers, tmp_path / "figure")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000

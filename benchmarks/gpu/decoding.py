@@ -29,7 +29,7 @@ _PROMPT, _NEW = 128, 128
 _TOY_PROMPT, _TOY_NEW = 8, 8
 # Eight layers of the largest size show the same as all.
 _SIZES: dict[str, dict[str, Any]] = {"55m": {}, "340m": {}, "1.3b": {"num_layers": 8}}
-_TOY = {"num_layers": 2, "dim": 32, "num_heads": 2, "ffn_dim": 64, "vocab_size": 300}
+_TOY = {"num_layers": 2, "dim": 32, "num_heads": 2, "ffn_dim": 64, "vocab_size": 400}
 _COPIED_BYTES, _TOY_COPIED_BYTES = 2**30, 2**22
 
 

@@ -57,7 +57,7 @@ class _Timer(Progress):
 
 
 def _trained(setup: Setup) -> Path:
-    toy = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 64, "vocab_size": 300}
+    toy = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 64, "vocab_size": 400}
     model = preset("tiny", **toy) if setup.is_toy else preset("55m")
     steps, sequences = (4, 2) if setup.is_toy else (50, 8)
     num_tokens = sequences * model.context_length

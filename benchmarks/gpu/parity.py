@@ -107,7 +107,7 @@ def _config(setup: Setup, method: str) -> ModelConfig:
     corrections = {"schedule": 3} if METHODS[method].has_corrections else {}
     if setup.is_toy:
         sizes = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 64, "context_length": 32}
-        return preset("tiny", method=method, vocab_size=300, **sizes, **corrections)
+        return preset("tiny", method=method, vocab_size=400, **sizes, **corrections)
     # Heads of 128, as in the published sizes.
     sizes = {"dim": 512, "num_layers": 4, "num_heads": 4, "ffn_dim": 1408, "context_length": 512}
     return preset("tiny", method=method, vocab_size=2048, **sizes, **corrections)

@@ -40,7 +40,7 @@ class Setup:
     def data(self) -> DataSettings:
         """The English texts that come with Python."""
         if self.is_toy:
-            return DataSettings(max_documents=100, vocab_size=300)
+            return DataSettings(max_documents=250, vocab_size=400)
         return DataSettings()
 
     def tokens(self) -> Path:
@@ -91,8 +91,8 @@ class Setup:
             "model.num_layers": 2,
             "model.num_heads": 2,
             "model.ffn_dim": 64,
-            "model.context_length": 32,
-            "training.num_tokens_per_step": 4 * 32,
-            "training.num_validation_tokens": 32,
+            "model.context_length": 64,
+            "training.num_tokens_per_step": 4 * 64,
+            "training.num_validation_tokens": 64,
             "evaluation.num_items": 20,
         }

@@ -107,7 +107,7 @@ def _free_bytes(setup: Setup) -> float:
 
 def _config(setup: Setup, case: _Case) -> ModelConfig:
     corrections = {"schedule": case.corrections} if case.method == "iiet" else {}
-    toy = {"vocab_size": 300, "dim": 32, "num_heads": 2, "ffn_dim": 64, "context_length": 32}
+    toy = {"vocab_size": 400, "dim": 32, "num_heads": 2, "ffn_dim": 64, "context_length": 32}
     return preset(case.size, method=case.method, **corrections, **(toy if setup.is_toy else {}))
 
 

@@ -91,7 +91,7 @@ def steps_job(setup: Setup, name: str, **recipe: object) -> TrainingJob:
 def _model(setup: Setup) -> tuple[ModelConfig, int]:
     """Return the model and the sequences of a step."""
     if setup.is_toy:
-        sizes = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 64, "vocab_size": 300}
+        sizes = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 64, "vocab_size": 400}
         return preset("tiny", **sizes, schedule=1, context_length=32), 4
     return preset("55m"), 8
 

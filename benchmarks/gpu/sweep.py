@@ -60,7 +60,7 @@ def _problem(
     finished = [result for result in results if result["quality"].get("accuracy") is not None]
     if len(finished) != NUM_TRIALS:
         return f"{len(finished)} of {NUM_TRIALS} trials have an accuracy"
-    if devices := {str(start["device"]) for start in starts if start["device"] != setup.device}:
+    if devices := {str(start["device"]) for start in starts} - {setup.device}:
         return f"trials ran on {', '.join(devices)}, not on {setup.device}"
     if gpus_per_trial == 1.0 and setup.num_gpus >= NUM_TRIALS:
         gpus = [start["visible_gpus"] for start in starts]
