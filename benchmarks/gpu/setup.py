@@ -55,6 +55,7 @@ class Setup:
         """
         rest = {
             "precision": self.precision,
+            "compile": False,
             "iterate_from_fraction": 0.0,
             "warmup_steps": 10,
             "learning_rate": 1e-3,

@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import fmean
 
-from benchmarks.gpu.finding import Finding, Skipped
+from benchmarks.gpu.finding import Finding
 from benchmarks.gpu.setup import Setup
 from benchmarks.gpu.synchronizations import counted_synchronizations
 from benchmarks.gpu.training_steps import Steps, run_steps
 from iiet.config import ModelConfig, preset
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.compiling import check_compiler
-from orchestrator.workspace.errors import UserError
 
 NUM_PASSES = 2
 """Forward and backward passes of one step."""
@@ -53,13 +51,12 @@ def synchronizations(setup: Setup) -> Iterator[Finding]:
 
 def compiled(setup: Setup) -> Iterator[Finding]:
     """Compare losses and speed of the same steps, eager and compiled."""
-    try:
-        check_compiler("training")
-    except UserError as error:
-        raise Skipped(str(error)) from None
     eager = run_steps(setup, steps_job(setup, "eager", compile=False))
     yield _speed("eager", eager)
     fast = run_steps(setup, steps_job(setup, "compiled", compile=True))
+    if fast.compiler_problem:
+        yield Finding(what="compiled", problem=fast.compiler_problem)
+        return
     yield _speed("compiled", fast, eager)
     differences = [abs(a - b) for a, b in zip(eager.losses, fast.losses, strict=True)]
     tolerance = LOSS_TOLERANCE[setup.precision]

@@ -12,6 +12,7 @@ from itertools import pairwise
 from benchmarks.gpu.setup import Setup
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.run import run_job
+from orchestrator.workspace.journal import read_journal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class Steps:
     """Seconds from the call to the end of the first step."""
     metrics: list[Mapping[str, float]]
     """What the training reported at each step."""
+    compiler_problem: str
+    """Why a training that was to be compiled was not; empty if there was no problem."""
 
     @property
     def settled_seconds(self) -> float:
@@ -57,6 +60,8 @@ def run_steps(
                 on_step()
 
     run_job(job, world=setup.world, report=report)
+    events = [record for record in read_journal(job.folder)[0] if "text" in record]
+    problems = [event["text"] for event in events if event.get("name") == "not compiled"]
     shutil.rmtree(job.folder)
     each = [after - before for before, after in pairwise(times)]
     return Steps(
@@ -64,4 +69,5 @@ def run_steps(
         seconds=each[1:],
         first_seconds=each[0],
         metrics=metrics,
+        compiler_problem="".join(problems),
     )

@@ -56,7 +56,7 @@ def training_step(
         decoder = decoder_on_gpu(config).train()
         decoder.activation_checkpointing = recipe.activation_checkpointing
         if recipe.compile:
-            compile_fields(decoder, backend=fusing_backend(trace))
+            compile_fields(decoder, _no_event, backend=fusing_backend(trace))
         optimizer = make_optimizer(decoder, recipe)
         _make_moments(decoder, optimizer)
         setup = TrainingSetup(
@@ -86,13 +86,17 @@ def _make_moments(decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
+def _no_event(name: str, **details: Any) -> None:
+    assert name != "not compiled", details["text"]
+
+
 def _hooks(batch: Any) -> Hooks:
     return Hooks(
         batch=batch,
         flops_per_token=lambda _: 0.0,
         validate=lambda _: 0.0,
         report=lambda *_: None,
-        event=lambda *_, **__: None,
+        event=_no_event,
         throughput=lambda _: {},
         save=lambda _: None,
         should_stop=lambda: False,

@@ -57,9 +57,9 @@ class TrainingSettings(Section):
     fp32 weights (default in a file: bf16 if GPUs are named, else fp32)."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, more time."""
-    compile: bool = False
-    """Compile the layers' fields with `torch.compile`: one minute before the first step, then
-    faster on GPUs; needs a C++ compiler."""
+    compile: bool | None = None
+    """Compile the layers' fields with `torch.compile`: about a minute in the first step, then
+    faster; needs a C++ compiler (default: on GPUs only)."""
     seed: int = Field(default=0, ge=0)
     """Seed of the weights and of the data order."""
     validate_every_steps: int = Field(default=100, gt=0)

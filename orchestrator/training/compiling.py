@@ -1,40 +1,91 @@
-"""`torch.compile` for the fields of a decoder; it changes only the rounding of results.
+"""`torch.compile` for the fields of a decoder in training; it changes only the rounding of results.
 
-One compiled graph serves all evaluations, layers and iteration schedules. A new batch size, a mask
-or validation compiles another graph.
+One compiled graph serves all evaluations, layers and iteration schedules; another number of
+sequences, or a mask, compiles another one. Passes without gradients run as they are: a graph of
+their own would take longer than the few validations of a run. A failure of the compiler is one
+event; training then continues uncompiled.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
+import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, fx
 
 from iiet.decoder import Decoder
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import shortened
+
+_PARTITION = {
+    # Recompute what is cheap, as the uncompiled forms do: a sixth less memory, 4 % more time.
+    "ban_recompute_materialized_backward": False,
+    # Compile the backward pass with the forward pass: both fail, or take their time, in one place.
+    "force_non_lazy_backward_lowering": True,
+}
 
 
-def compile_fields(decoder: Decoder, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile each field in place, at its first call."""
+def compile_fields(
+    decoder: Decoder, event: Callable[..., None], backend: str | Callable[..., Any] = "inductor"
+) -> None:
+    """Compile each field in place, at its first call with gradients.
+
+    Args:
+        decoder: The model.
+        event: Gets `compiled` with the seconds, or `not compiled` with a text.
+        backend: PyTorch's name of a compiler, or a function from graph and inputs to a callable.
+    """
+    compiler = _Compiler(backend, event)
     for field in decoder.fields:
         # Compile the method, not the module: the hooks of sharding stay outside the graph.
-        field.forward = torch.compile(field.forward, backend=backend)
+        field.forward = compiler.compiled(field.forward)
 
 
-def check_compiler(section: str) -> None:
-    """Check that this machine has the C++ compiler that PyTorch needs.
+class _Compiler:
+    """Compiles the fields of one decoder, and stops at its first failure."""
 
-    Raises:
-        UserError: If there is no C++ compiler.
-    """
-    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(name) is None:
-        raise UserError(
-            f"{section}.compile=true needs a C++ compiler, and there is no {name}; install one "
-            "(`apt install g++`), name yours in the environment variable CXX, or set "
-            f"{section}.compile=false"
-        )
+    def __init__(self, backend: str | Callable[..., Any], event: Callable[..., None]) -> None:
+        # Importing them takes two seconds.
+        from torch._dynamo import lookup_backend
+        from torch._functorch import config
+
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute", category=UserWarning)
+        self._event = event
+        self._num_graphs = 0
+        self._has_failed = False
+        make = lookup_backend(backend) if isinstance(backend, str) else backend
+
+        def make_graph(graph: fx.GraphModule, inputs: list[Any]) -> Any:
+            self._num_graphs += 1
+            with config.patch(_PARTITION):
+                return make(graph, inputs)
+
+        self._backend = make_graph  # One object for all fields, so that they share graphs.
+
+    def compiled(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a function that is compiled where that works, and else `forward`."""
+        fast = torch.compile(forward, backend=self._backend)
+
+        def run(*args: Any, **options: Any) -> Tensor:
+            if self._has_failed or not torch.is_grad_enabled():
+                return forward(*args, **options)
+            num_graphs, started = self._num_graphs, time.perf_counter()
+            try:
+                result = fast(*args, **options)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                self._has_failed = True
+                self._event("not compiled", text=_failure(error))
+                return forward(*args, **options)
+            if self._num_graphs > num_graphs:
+                self._event("compiled", seconds=time.perf_counter() - started)
+            return result
+
+        return run
+
+
+def _failure(error: Exception) -> str:
+    cause = getattr(error, "inner_exception", error)
+    reason = shortened(" ".join(f"{type(cause).__name__}: {cause}".split()))
+    return f"torch.compile failed, so training runs uncompiled, slower on GPUs: {reason}"

@@ -11,7 +11,6 @@ from orchestrator.data.batches import check_even_split, check_text_length
 from orchestrator.data.token_store import open_tokens
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import check_checkpoint, load_config
-from orchestrator.training.compiling import check_compiler
 from orchestrator.training.job import key_fields, sequences_per_step
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object, write_json
@@ -28,8 +27,6 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
         cannot be divided among the workers.
     """
     config = job.model
-    if job.recipe.compile:
-        check_compiler(job.section)
     if job.storage:
         from orchestrator.training.remote_copy import RemoteCopy  # importing pyarrow is slow
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from orchestrator.data.token_store import open_tokens
 from orchestrator.records.training import TrainingJob
+from orchestrator.terminal.formatting import format_duration
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
 from orchestrator.training.job import PROFILE_NAME, job_key
@@ -126,7 +127,9 @@ class RunMonitor:
     def _note(self, label: str, event: Mapping[str, Any]) -> None:
         if event["name"] == "profiled":
             self._progress.note(f"{event['text']}: {self._jobs[label].folder / PROFILE_NAME}")
-        elif event["name"] in ("damaged", "not copied", "not profiled"):
+        elif event["name"] == "compiled":
+            self._progress.note(f"{label}: compiled in {format_duration(event['seconds'])}")
+        elif event["name"] in ("damaged", "not copied", "not profiled", "not compiled"):
             self._progress.note(event["text"])
         elif event["name"] == "skipped":
             self._progress.note(

@@ -221,8 +221,8 @@ class _Run:
         recipe, world = self.job.recipe, self.world
         self.decoder = decoder_to_train(self.job, world, checkpoint)
         self.decoder.activation_checkpointing = recipe.activation_checkpointing
-        if recipe.compile:
-            compile_fields(self.decoder)
+        if self.decoder.device.type == "cuda" if recipe.compile is None else recipe.compile:
+            compile_fields(self.decoder, self.event)
         self.optimizer = make_optimizer(self.decoder, recipe)
         if checkpoint is None:
             self.event("started", **self._hardware())

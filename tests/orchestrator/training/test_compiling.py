@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._dynamo.testing import CompileCounter
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from iiet import Decoder, IterationSchedule, next_token_loss, preset
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
+from orchestrator.training import compiling
 from orchestrator.training.compiling import compile_fields
+from orchestrator.training.distributed import World, autocast
 from orchestrator.training.job import job_key
 from orchestrator.training.run import run_job
-from orchestrator.workspace.errors import UserError
+from orchestrator.training.sharding import shard
 from orchestrator.workspace.journal import read_journal
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 @pytest.fixture
@@ -38,7 +49,7 @@ def jobs(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> list[
             model={**tiny_model, "schedule": [2, 1]},
             recipe=TrainingSettings(**recipe, compile=compiled),
         )
-        for compiled in (False, True)
+        for compiled in (None, True)
     ]
 
 
@@ -47,53 +58,82 @@ def losses(job: TrainingJob) -> list[float]:
     return [v[name] for v in values for name in ("train/loss", "validation/loss") if name in v]
 
 
+def events(job: TrainingJob, name: str) -> list[dict[str, Any]]:
+    return [record for record in read_journal(job.folder)[0] if record.get("name") == name]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # The compiler warns of itself.
 def test_compiled_fields_give_the_losses_of_plain_ones(jobs: list[TrainingJob]) -> None:
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
     for job in jobs:
         run_job(job)
     assert losses(jobs[1]) == pytest.approx(losses(jobs[0]), abs=1e-5)
-    # Of training and of validation; each serves every layer, evaluation and schedule.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    # It serves every layer, evaluation and schedule; validation runs as it is.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+    # The default compiles nothing on a CPU.
+    assert [len(events(job, "compiled")) for job in jobs] == [0, 1]
+    assert events(jobs[1], "compiled")[0]["seconds"] > 0
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Read by the compiler.
+def broken_compiler(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    raise OSError("no space\nleft for the compiler")
+
+
+def test_a_broken_compiler_is_one_warning_and_changes_nothing(
+    jobs: list[TrainingJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_badly(decoder: Decoder, event: Callable[..., None]) -> None:
+        compile_fields(decoder, event, backend=broken_compiler)
+
+    monkeypatch.setattr("orchestrator.training.run.compile_fields", compile_badly)
+    for job in jobs:
+        run_job(job)
+    assert losses(jobs[1]) == losses(jobs[0])
+    (event,) = events(jobs[1], "not compiled")
+    assert event["text"].endswith("OSError: no space left for the compiler")
+
+
+def test_other_errors_are_not_taken_for_a_failure_of_the_compiler() -> None:
+    def out_of_memory(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    decoder, found = tiny_decoder(2), []
+    compile_fields(decoder, lambda name, **_: found.append(name), backend=lambda *_: out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder(torch.randint(13, (2, 8)))
+    assert not found
+
+
 def test_one_graph_serves_all_layers_schedules_and_lists_of_estimates() -> None:
-    """At 24 layers and at 30: one graph of a training step, one of a validation step."""
-    torch.compiler.reset()
+    """At 24 layers and at 30: one graph of a training step."""
     graphs = CompileCounter()
     ids = torch.randint(13, (2, 8))
 
     def train(decoder: Decoder, schedule: IterationSchedule, **mask: torch.Tensor) -> None:
         next_token_loss(decoder(ids, schedule=schedule, **mask), ids).backward()
 
-    def validate(decoder: Decoder, schedule: IterationSchedule) -> None:
-        with torch.inference_mode():
-            decoder(ids, schedule=schedule)
-
     deep, deeper = (tiny_decoder(num_layers) for num_layers in (24, 30))
+    shared = compiling._Compiler(graphs, lambda *_, **__: None)
     for decoder in (deep, deeper):
-        compile_fields(decoder, backend=graphs)
+        for field in decoder.fields:
+            field.forward = shared.compiled(field.forward)
     train(deep, IterationSchedule.none(24))
     assert graphs.frame_count == 1
     train(deep, IterationSchedule.ramp(24, 3, 0))
     train(deeper, IterationSchedule.uniform(30, 1))
+    with torch.inference_mode():
+        deep(ids, schedule=IterationSchedule.uniform(24, 1))
     assert graphs.frame_count == 1
-    validate(deep, IterationSchedule.uniform(24, 1))
-    validate(deeper, IterationSchedule.none(30))
-    assert graphs.frame_count == 2
     deep.activation_checkpointing = True
     train(deep, IterationSchedule.uniform(24, 1))
-    assert graphs.frame_count == 2
+    assert graphs.frame_count == 1
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, 0] = False
     train(deep, IterationSchedule.uniform(24, 1), attention_mask=mask)
     train(deep, IterationSchedule.none(24), attention_mask=mask)
-    assert graphs.frame_count == 3
+    assert graphs.frame_count == 2
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
@@ -102,12 +142,24 @@ def tiny_decoder(num_layers: int) -> Decoder:
     return Decoder(preset("tiny", num_layers=num_layers, **sizes))
 
 
-def test_without_a_compiler_a_run_does_not_start(
-    jobs: list[TrainingJob], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compilation_is_no_part_of_the_key(jobs: list[TrainingJob]) -> None:
     assert job_key(jobs[0]) == job_key(jobs[1])
-    monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setenv("CXX", "")
-    with pytest.raises(UserError, match=r"training.compile=true needs a C\+\+ compiler"):
-        run_job(jobs[1])
-    assert not jobs[1].folder.exists()
+
+
+def test_sharded_fields_compile_to_one_graph_between_the_hooks() -> None:
+    found: list[str] = []
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        world = World(rank=0, size=2, device="cpu", parallel="fsdp")
+        decoder = tiny_decoder(3)
+        shard(decoder, world, precision="bf16")
+        compile_fields(decoder, lambda name, **_: found.append(name), backend="aot_eager")
+        ids = torch.zeros(2, 8, dtype=torch.long)
+        for _ in range(2):
+            with autocast("bf16", world):
+                loss = next_token_loss(decoder(ids), ids)
+            loss.backward()
+    finally:
+        dist.destroy_process_group()
+    assert found == ["compiled"]
+    assert not torch._dynamo.utils.counters["graph_break"]
