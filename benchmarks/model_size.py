@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.decoded_tokens import largest_regret
 from benchmarks.report import Quantity, Report, Row, checked
 from benchmarks.shape import fresh_decoder, shaped_config
 from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
-from iiet import Decoder, ModelConfig, generate, num_parameters
+from iiet import Decoder, ModelConfig, num_parameters
 from iiet.losses import next_token_loss
 from orchestrator.data.preparation import prepare
-from orchestrator.evaluation.decode_timing import decode_milliseconds
+from orchestrator.evaluation.decode_timing import decode_milliseconds, random_prompt
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.sweep_plans import plan_iterations
 from orchestrator.settings import Settings, resolve_settings
@@ -118,15 +119,9 @@ def _config(size: _Size, dim: int, num_layers: int, corrections: int | None) -> 
 
 def _check(label: str, decoder: Decoder, place: str) -> str:
     """Compare decoded tokens with the likeliest ones of the full forward."""
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(decoder.config.vocab_size, (1, 8), generator=generator)
-    tokens = generate(decoder.eval(), prompt, max_new_tokens=8)
-    with torch.inference_mode():
-        logits = decoder(tokens)[:, prompt.size(1) - 1 : -1]
-    chosen = logits.gather(-1, tokens[:, prompt.size(1) :, None])
-    regret = (logits.amax(-1, keepdim=True) - chosen).max() / logits.std()
+    regret = largest_regret(decoder, random_prompt(decoder, 1, 8), 8)
     what = f"logits of decoded tokens and the full forward's largest, {label}, {place},"
-    return checked(what, regret.item(), _TOLERANCE)
+    return checked(what, regret, _TOLERANCE)
 
 
 def _training_steps(decoders: Mapping[str, Decoder], size: _Size) -> dict[str, list[float]]:

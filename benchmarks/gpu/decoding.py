@@ -1,10 +1,13 @@
 """Decoding at batch 1 against the memory bandwidth, and whether the L2 cache keeps a layer.
 
-A decoding step has to read the weights of each evaluation, and its keys and values. The bound is
-these bytes (`iiet/cost.py`) divided by the bandwidth, which is measured here. An IIET evaluates a
-layer 1 + r times in a row: if the layer's weights stay in the L2 cache, a correction costs less
-than a prediction. The rows `matrices only` measure that without anything else. A correction that
-takes less time than its weights take from memory proves it; small kernels take longer than both.
+Tokens are decoded as `generate` does it, by CUDA graphs on a GPU, and must be those that the full
+forward pass finds likeliest. A step has to read the weights of each evaluation, and its keys and
+values. The bound is these bytes (`iiet/cost.py`) divided by the bandwidth, which is measured here.
+
+An IIET evaluates a layer 1 + r times in a row: if the layer's weights stay in the L2 cache, a
+correction costs less than a prediction. The rows `matrices only` measure that without anything
+else. A correction that takes less time than its weights take from memory proves it; small kernels
+take longer than both.
 """
 
 from __future__ import annotations
@@ -14,17 +17,20 @@ from typing import Any
 
 import torch
 
+from benchmarks.decoded_tokens import largest_regret
 from benchmarks.gpu.bandwidth import bytes_per_second, seconds_to_read
 from benchmarks.gpu.finding import Figure, Finding
 from benchmarks.gpu.setup import Setup
 from iiet.config import preset
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
-from orchestrator.evaluation.decode_timing import decode_milliseconds, threads
+from orchestrator.evaluation.decode_timing import decode_milliseconds, random_prompt, threads
 
 CORRECTIONS = 3
 GAIN = 0.9
 """A correction that takes less than this share of a prediction gains from the cache."""
+REGRET_TOLERANCE = 0.1
+"""By how much the logit of a decoded token may be below the largest: bf16 rounds by about 0.01."""
 _PROMPT, _NEW = 128, 128
 _TOY_PROMPT, _TOY_NEW = 8, 8
 # Eight layers of the largest size show the same as all.
@@ -45,8 +51,20 @@ def decoding(setup: Setup) -> Iterator[Finding]:
         label = f"{name}, {config.num_layers} layers"
         with torch.device(device):
             decoder = Decoder(config).to(torch.bfloat16).eval()
+        yield _tokens(label, decoder, new=_TOY_NEW if setup.is_toy else _NEW)
         yield from _decode(setup, label, decoder, bandwidth)
         yield _matrices(setup, label, decoder, bandwidth)
+
+
+def _tokens(label: str, decoder: Decoder, new: int) -> Finding:
+    """Compare decoded tokens with those of the full forward pass."""
+    regret = largest_regret(decoder, random_prompt(decoder, 1, new), new)
+    return Finding(
+        what=f"{label}, decoded tokens",
+        figures={"logits below the largest (std)": regret, "tolerance": REGRET_TOLERANCE},
+        # A comparison with NaN is false.
+        problem=None if regret <= REGRET_TOLERANCE else "they are not the full forward's",
+    )
 
 
 def _decode(setup: Setup, label: str, decoder: Decoder, bandwidth: float) -> Iterator[Finding]:
