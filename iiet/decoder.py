@@ -26,13 +26,14 @@ from iiet.cache import evaluation_slots
 from iiet.config import ModelConfig
 from iiet.context import DecodingCache, agreed_record, make_context
 from iiet.cpu_kernels import is_bare
+from iiet.half_weights import FieldWeights, HalfWeights, half_is_wanted
 from iiet.initialization import draw_weights
 from iiet.layers import Field, RMSNorm
 from iiet.methods import METHODS, Evaluation, Layer, Observer
 from iiet.methods.base import LayerCall
 from iiet.rope import Rope
 from iiet.schedule import IterationSchedule
-from iiet.token_step import few_rows_product, serves_token_step
+from iiet.token_step import few_rows_product, serves_fields, serves_token_step
 from iiet.weights import CONFIG, WEIGHTS, read_folder, rename_older_weights, write_folder
 
 __all__ = ["Decoder"]
@@ -43,6 +44,10 @@ class Decoder(nn.Module):
 
     activation_checkpointing: bool = False
     """Whether training keeps only the layers' inputs and recomputes layers in the backward pass."""
+
+    half_weights: HalfWeights | None = None
+    """Copies of the fields' weights for bfloat16 autocast, which the caller refreshes after each
+    change of the weights; None: a GPU makes them in each pass, and a CPU needs none."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -219,7 +224,9 @@ class Decoder(nn.Module):
         )
         schedule = schedule or self.schedule
         slots = None if cache is None else evaluation_slots(evaluations_per_layer)
-        hidden, state = embeddings, self.method.start(embeddings, self.config.num_layers)
+        weights = self._half_weights(embeddings) if cache is None else None
+        hidden = embeddings if weights is None else embeddings.to(HalfWeights.dtype)
+        state = self.method.start(embeddings, self.config.num_layers)
         for number, layer in enumerate(self.layers):
             call = LayerCall(
                 schedule[number],
@@ -228,9 +235,18 @@ class Decoder(nn.Module):
                 shared=self.shared,
                 recompute=self.activation_checkpointing and cache is None,
                 observe=observe,
+                weights=None if weights is None else weights[number],
             )
             hidden, state = layer(hidden, state, call)
             yield hidden
+
+    def _half_weights(self, embeddings: Tensor) -> list[FieldWeights] | None:
+        if not half_is_wanted(embeddings):
+            return None
+        weights = self.half_weights
+        if weights is None and embeddings.is_cuda and serves_fields(self.fields):
+            weights = HalfWeights(self.fields)
+        return None if weights is None else weights.of_pass()
 
     def evaluations(
         self,

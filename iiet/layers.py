@@ -18,18 +18,22 @@ from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iiet.config import ModelConfig
 from iiet.context import PassContext
 from iiet.cpu_kernels import (
+    add,
     gated_product,
+    product,
     project_heads,
     rms_norm,
     serves_linear,
     serves_norm,
 )
+from iiet.precision import HALF
 from iiet.rope import rotate
 from iiet.token_step import evaluate_token
 
@@ -53,8 +57,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: PassContext, slot: int | None) -> Tensor:
         """Attend within `x` and to the tokens in the cache's `slot`."""
         mixed = context.attend(*self._heads(x, context), slot)
-        result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
-        return result
+        return product(self.out, mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, context: PassContext) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries and keys, and values, each (batch, its heads, time, head_dim)."""
@@ -80,7 +83,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the network."""
-        gate_up = self.gate_up(x)
+        gate_up = product(self.gate_up, x)
         if serves_linear(self.down):
             return gated_product(gate_up, self.down.weight)
         gate, up = gate_up.chunk(2, dim=-1)
@@ -96,7 +99,12 @@ class RMSNorm(nn.RMSNorm):
         assert self.eps is not None
         if serves_norm(x, self.weight):
             return rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        # The fused kernel needs one dtype, and autocast would make that float32.
+        weight = self.weight.to(x.dtype)
+        if x.dtype in HALF and torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class Field(nn.Module):
@@ -118,17 +126,24 @@ class Field(nn.Module):
         self.feed_forward_norm = RMSNorm(dim, eps=eps)
         self.feed_forward = FeedForward(dim, config.ffn_dim)
 
-    def forward(self, x: Tensor, context: PassContext, slot: int | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: PassContext,
+        slot: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """Evaluate F(x), (batch, time, dim) to (batch, time, dim).
 
         Args:
             x: where to evaluate.
             context: what all evaluations of this pass share.
             slot: the cache slot of this evaluation; None without a cache.
+            dtype: of the result; None for that of `x`.
         """
         if context.is_token_step:
             attend = partial(context.attend_heads, slot=slot)
             return evaluate_token(self, x, context.rotate_heads_, attend)
         u: Tensor = x + self.attention(self.attention_norm(x), context, slot)
-        y: Tensor = u + self.feed_forward(self.feed_forward_norm(u))
-        return y
+        return add(u, self.feed_forward(self.feed_forward_norm(u)), dtype)

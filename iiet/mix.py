@@ -96,12 +96,11 @@ class LayerMix:
     def point(self, estimate: Tensor) -> Tensor:
         """Return the point x at which to evaluate the field."""
         assert len(self.sums) == 2, "the mix was called with corrects=False"
-        return self.history.add(self.sums[0], estimate, self.own[0]).to(self.dtype)
+        return self.history.add(self.sums[0], estimate, self.own[0], self.dtype)
 
     def leave(self, estimate: Tensor) -> tuple[Tensor, History]:
         """Return the hidden state `h_l`, and the history with the layer's estimate."""
-        hidden, history = self.history.leave(self.sums[-1], estimate, self.own[-1])
-        return hidden.to(self.dtype), history
+        return self.history.leave(self.sums[-1], estimate, self.own[-1], self.dtype)
 
 
 class EstimateNorm(KeepsFloat32, nn.LayerNorm):
@@ -128,13 +127,15 @@ class PlainHistory:
             sums = [total + weight * estimate for total, weight in zip(sums, weights, strict=True)]
         return self, tuple(sums)
 
-    def add(self, base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
-        """Compute `base + weight * estimate`; the weight is a scalar."""
-        return base + weight * estimate
+    def add(self, base: Tensor, estimate: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Compute `base + weight * estimate`, rounded to `dtype`; the weight is a scalar."""
+        return (base + weight * estimate).to(dtype)
 
-    def leave(self, base: Tensor, estimate: Tensor, weight: Tensor) -> tuple[Tensor, PlainHistory]:
+    def leave(
+        self, base: Tensor, estimate: Tensor, weight: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, PlainHistory]:
         """Compute `add`, and append the estimate to the history."""
-        return self.add(base, estimate, weight), PlainHistory((*self.estimates, estimate))
+        return self.add(base, estimate, weight, dtype), PlainHistory((*self.estimates, estimate))
 
 
 @dataclass(frozen=True)
@@ -168,27 +169,34 @@ class FusedHistory:
         link, *sums = _Sums.apply(self.link, rows, estimates)  # type: ignore[no-untyped-call]
         return replace(self, link=link), tuple(sums)
 
-    def add(self, base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
+    def add(self, base: Tensor, estimate: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         if not torch.is_grad_enabled():
-            return torch.addcmul(base, estimate, weight)
-        result: Tensor = _AddScaled.apply(base, estimate, weight)  # type: ignore[no-untyped-call]
+            return _add_scaled(base, estimate, weight, dtype)
+        result: Tensor = _AddScaled.apply(base, estimate, weight, dtype)  # type: ignore[no-untyped-call]
         return result
 
-    def leave(self, base: Tensor, estimate: Tensor, weight: Tensor) -> tuple[Tensor, FusedHistory]:
+    def leave(
+        self, base: Tensor, estimate: Tensor, weight: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, FusedHistory]:
         if self.count == len(self.buffer):  # No layer reads the last layer's estimate.
-            return self.add(base, estimate, weight), self
+            return self.add(base, estimate, weight, dtype), self
         entry, link = self.buffer[self.count], None
         if torch.is_grad_enabled():
             link, hidden = _Leave.apply(  # type: ignore[no-untyped-call]
-                self.link, base, estimate, weight, entry
+                self.link, base, estimate, weight, dtype, entry
             )
         else:
-            hidden = torch.addcmul(base, estimate, weight)
+            hidden = _add_scaled(base, estimate, weight, dtype)
             entry.copy_(estimate)
         return hidden, FusedHistory(self.buffer, self.count + 1, link)
 
 
 History = PlainHistory | FusedHistory
+
+
+def _add_scaled(base: Tensor, estimate: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute `base + weight * estimate`, rounded to `dtype` on writing."""
+    return torch.addcmul(base, estimate, weight, out=torch.empty_like(base, dtype=dtype))
 
 
 def _products(rows: Tensor, tensors: Tensor) -> Tensor:
@@ -258,13 +266,19 @@ class _Sums(torch.autograd.Function):
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, link: Tensor, base: Tensor, estimate: Tensor, weight: Tensor, entry: Tensor
+        ctx: Any,
+        link: Tensor,
+        base: Tensor,
+        estimate: Tensor,
+        weight: Tensor,
+        dtype: torch.dtype,
+        entry: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight)
         ctx.entry = entry
         entry.copy_(estimate)
-        return _link(len(link) + 1, entry), torch.addcmul(base, estimate, weight)
+        return _link(len(link) + 1, entry), _add_scaled(base, estimate, weight, dtype)
 
     @staticmethod
     @once_differentiable
@@ -276,20 +290,24 @@ class _Leave(torch.autograd.Function):
         if buffer_grad is not None:
             earlier, own = buffer_grad[:-1], buffer_grad[-1]
         if hidden_grad is not None:
+            hidden_grad = at_least_float32(hidden_grad)
             weight_grad = _inner(hidden_grad, ctx.entry)
             scaled = hidden_grad * weight if own is None else None
             own = scaled if own is None else torch.addcmul(own, hidden_grad, weight)
-        return earlier, hidden_grad, own, weight_grad, None
+        return earlier, hidden_grad, own, weight_grad, None, None
 
 
 class _AddScaled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, base: Tensor, estimate: Tensor, weight: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(estimate, weight)
-        return torch.addcmul(base, estimate, weight)
+        return _add_scaled(base, estimate, weight, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         estimate, weight = ctx.saved_tensors
-        return grad, grad * weight, _inner(grad, estimate)
+        grad = at_least_float32(grad)
+        return grad, grad * weight, _inner(grad, estimate), None

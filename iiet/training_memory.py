@@ -50,6 +50,7 @@ def training_memory(
     *,
     num_sequences: int,
     precision: Literal["fp32", "bf16"] = "fp32",
+    on_gpus: bool = False,
     activation_checkpointing: bool = False,
     num_shards: int = 1,
     num_passes: int = 1,
@@ -62,6 +63,7 @@ def training_memory(
         schedule: the costliest one that is trained; the config's own if None.
         num_sequences: sequences of one forward pass, each as long as the context.
         precision: of the arithmetic; weights, gradients and moments are float32.
+        on_gpus: with bf16, whole fields are then bfloat16 (`half_weights`), and so is a teacher.
         activation_checkpointing: whether each layer is recomputed in the backward pass.
         num_shards: workers that share weights, gradients and moments; 1 if each has all.
         num_passes: passes of a step; a sharded model stays gathered between them, its gradients do
@@ -73,21 +75,25 @@ def training_memory(
     width = _FULL if precision == "fp32" else _HALF
     shard = -(-parameters // num_shards) * _FULL
     gathered, reduced = _gathered_bytes(config, width, num_passes) if num_shards > 1 else (0, 0)
-    copies = 0
-    if precision == "bf16":
+    copies, inner = 0, _FULL
+    if on_gpus and precision == "bf16" and num_shards == 1:
+        copies, inner = config.num_layers * field_parameters(config), _HALF
+        copies += config.vocab_size * config.dim
+    elif precision == "bf16":
         # The backward pass needs the copies of all layers, or of the one that is recomputed. Of
         # a sharded model, layers are gathered as bfloat16, and the head is copied.
         copied = parameters // (config.num_layers if activation_checkpointing else 1)
         copies = copied if num_shards == 1 else config.vocab_size * config.dim
     tokens = num_sequences * config.context_length
+    teacher = parameters * (width if on_gpus else _FULL) if has_teacher else 0
     # A teacher's logits, and the gradient that the divergence keeps.
     of_teacher = tokens * 2 * config.vocab_size * _FULL if has_teacher else 0
     return TrainingMemory(
-        weights=shard + gathered + (parameters if has_teacher else 0) * _FULL + copies * _HALF,
+        weights=shard + gathered + teacher + copies * _HALF,
         gradients=shard + reduced,
         optimizer=2 * shard,
         activations=of_teacher
-        + _peak_bytes(config, tokens, width, activation_checkpointing, num_shards),
+        + _peak_bytes(config, tokens, width, inner, activation_checkpointing, num_shards),
     )
 
 
@@ -108,20 +114,24 @@ def _peak_bytes(
     config: ModelConfig,
     tokens: int,
     width: int,
+    inner: int,
     activation_checkpointing: bool,
     num_shards: int,
 ) -> int:
-    """Count activations at the peak; `width` is the bytes of a value in the arithmetic."""
+    """Count activations at the peak.
+
+    `width` is the bytes of a value in the arithmetic, `inner` of a hidden state within a field.
+    """
     method = METHODS[config.method]
     state = config.dim * _FULL
-    of_layers = [_layer_bytes(config, layer, width) for layer in range(config.num_layers)]
+    of_layers = [_layer_bytes(config, layer, width, inner) for layer in range(config.num_layers)]
     # What layers leave for later ones, and as much for its gradient while they go backward.
     left = method.num_left * config.num_layers * state
     # The last hidden state and its norm.
     loss = _LOGITS_AT_ONCE * config.vocab_size * _FULL + 2 * state
     # Gradients of its output, of the state between attention and feed-forward network, and of what
     # its output is added to.
-    field = _FEED_FORWARD_TEMPORARIES * config.ffn_dim * width + 3 * state
+    field = _FEED_FORWARD_TEMPORARIES * config.ffn_dim * width + 3 * config.dim * inner
     if activation_checkpointing:
         kept = config.num_layers * state + left  # each layer's input
         field += max(of_layers) - state + left
@@ -134,13 +144,13 @@ def _peak_bytes(
     return tokens * kept + max(tokens * loss, tokens * field + matrices * _FULL)
 
 
-def _layer_bytes(config: ModelConfig, layer: int, width: int) -> int:
+def _layer_bytes(config: ModelConfig, layer: int, width: int, inner: int) -> int:
     method, dim = METHODS[config.method], config.dim
     kv_dim = config.num_kv_heads * config.head_dim
-    # In float32: the point, its norm, and the state between attention and feed-forward network. In
-    # the arithmetic's precision: queries, keys, values, attention's output, the network's input,
-    # gate and up.
-    evaluation = 3 * dim * _FULL + (3 * dim + 2 * kv_dim + 2 * config.ffn_dim) * width
+    # The point, its norm, and the state between attention and feed-forward network. In the
+    # arithmetic's precision: queries, keys, values, attention's output, the network's input, gate
+    # and up.
+    evaluation = 3 * dim * inner + (3 * dim + 2 * kv_dim + 2 * config.ffn_dim) * width
     of_layer = config.corrections, layer, config.options
     return (
         method.num_differentiated(*of_layer) * evaluation + method.num_kept(*of_layer) * dim * _FULL

@@ -48,8 +48,8 @@ def test_a_training_step(tmp_path: Path) -> None:
     assert eager["peak_gib"] == pytest.approx(eager["planned_gib"], rel=0.1)
     # Two norms per evaluation, and the last norm of each pass.
     assert launches(eager, "_fused_rms_norm") == 2 * 2 * (2 * 4 * 2 + 1)
-    assert compiled["kernels"] < 0.8 * eager["kernels"]
-    assert compiled["mfu"] > 1.15 * eager["mfu"]
+    assert compiled["kernels"] < 0.9 * eager["kernels"]
+    assert compiled["mfu"] > 1.05 * eager["mfu"]
 
 
 def test_decoded_tokens(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def _training(
         config,
         num_sequences=options.sequences,
         precision=precision,
+        on_gpus=True,
         activation_checkpointing=options.checkpointing,
         num_passes=options.passes,
         has_teacher=teacher is not None,

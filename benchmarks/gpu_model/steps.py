@@ -22,7 +22,8 @@ from orchestrator.training.compiling import compile_fields
 from orchestrator.training.distributed import World
 from orchestrator.training.loop import Hooks, Position, TrainingSetup, train
 from orchestrator.training.objective import make_objective
-from orchestrator.training.optimizer import make_optimizer
+from orchestrator.training.optimizer import keep_half_weights, make_optimizer
+from orchestrator.training.precision import frozen_dtype
 
 GPU = "cuda:0"
 
@@ -58,13 +59,14 @@ def training_step(
         if recipe.compile:
             compile_fields(decoder, _no_event, backend=fusing_backend(trace))
         optimizer = make_optimizer(decoder, recipe)
+        keep_half_weights(decoder, optimizer, recipe.precision)
         _make_moments(decoder, optimizer)
         setup = TrainingSetup(
             model=decoder,
             optimizer=optimizer,
             objective=make_objective(
                 lambda _: config.corrections,
-                decoder_on_gpu(teacher).requires_grad_(False).eval() if teacher else None,
+                _frozen(teacher, recipe) if teacher else None,
             ),
             recipe=recipe,
             world=World(device=GPU),
@@ -77,6 +79,11 @@ def training_step(
         trace.restart()
         train(setup, Position(step=1), _hooks(batch))
     return trace
+
+
+def _frozen(config: ModelConfig, recipe: TrainingSettings) -> Decoder:
+    dtype = frozen_dtype(recipe.precision, GPU)
+    return decoder_on_gpu(config, dtype).requires_grad_(False).eval()
 
 
 def _make_moments(decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:

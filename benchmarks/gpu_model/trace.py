@@ -56,7 +56,7 @@ class Kernel:
     name: str
     """The operation, such as `mm`."""
     dtype: torch.dtype
-    """Type of its first argument."""
+    """Type of its first argument, or of a product's factors."""
     num_bytes: int
     """Bytes read and written."""
     flops: float
@@ -163,7 +163,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.kernels.append(
             Kernel(
                 name=name,
-                dtype=given[0].dtype if given else results[0].dtype,
+                dtype=_dtype(name, given or results),
                 num_bytes=_bytes_moved(func, name, args, kwargs, results),
                 flops=count_flops(func, name, args, kwargs, out),
                 phase=_phase(place),
@@ -233,13 +233,20 @@ def _bytes_moved(
     return read + written + new
 
 
+def _dtype(name: str, tensors: list[Tensor]) -> torch.dtype:
+    # What is added to a product may have another type than its factors.
+    return tensors[name.startswith(("addmm", "baddbmm"))].dtype
+
+
 def count_flops(
     func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
 ) -> float:
     packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
     if packet not in flop_registry:
         return 0.0
-    flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
+    # PyTorch's counter does not know the type that some products take as an argument.
+    known = [value for value in args if not isinstance(value, torch.dtype)]
+    flops = float(flop_registry[packet](*known, **kwargs, out_val=out))
     if "attention" not in name:
         return flops
     names = [argument.name for argument in func._schema.arguments]

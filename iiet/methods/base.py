@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iiet.context import PassContext
+from iiet.half_weights import FieldWeights
 from iiet.schedule import IterationSchedule
 
 __all__ = ["Advance", "Evaluate", "Evaluation", "Layer", "LayerCall", "NoOptions", "Observer"]
@@ -68,6 +69,8 @@ class LayerCall(NamedTuple):
     inputs."""
     observe: Observer | None = None
     """Called after each evaluation."""
+    weights: FieldWeights | None = None
+    """Copies in bfloat16 for the field's weights; None to use its own."""
 
 
 class Evaluate:
@@ -90,9 +93,12 @@ class Evaluate:
         """
         call, k = self._call, self._k
         self._k += 1
-        output: Tensor = self._layer.field(
-            x, call.context, None if call.slots is None else call.slots[k]
-        )
+        field, slot = self._layer.field, None if call.slots is None else call.slots[k]
+        if call.weights is None:
+            output: Tensor = field(x, call.context, slot)
+        else:
+            dtype = None if norm is None else torch.float32  # The norm computes in float32.
+            output = call.weights.evaluate(field, x, call.context, slot=slot, dtype=dtype)
         estimate = None if norm is None else norm(output)
         if call.observe is not None:
             moved = None if estimate is None or previous is None else estimate - previous

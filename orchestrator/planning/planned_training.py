@@ -142,6 +142,7 @@ class PlannedTraining:
             schedule_at(self.recipe.num_steps - 1),  # No earlier one makes more corrections.
             num_sequences=self.sequences_per_pass,
             precision=self.recipe.precision,
+            on_gpus=self.on_gpus,
             activation_checkpointing=self.recipe.activation_checkpointing,
             num_shards=(self.shards or self.num_workers) if self.parallel == "fsdp" else 1,
             num_passes=self.num_passes,

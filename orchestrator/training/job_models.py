@@ -15,7 +15,7 @@ from iiet.initialization import initial_weights
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.distributed import World, own_rows
 from orchestrator.training.model_loading import load_model
-from orchestrator.training.precision import use_tf32
+from orchestrator.training.precision import frozen_dtype, use_tf32
 from orchestrator.training.teacher_cache import CachedTeacher, cache_plan, open_cache
 
 
@@ -81,4 +81,6 @@ def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | No
     plan = cache_plan(job) if job.teacher_cache else None
     if plan and (cached := open_cache(Path(str(job.teacher_cache)), plan)):
         return cached
-    return load_model(Path(job.teacher_folder), device=world.device, check=False, frozen=True)
+    dtype = frozen_dtype(job.recipe.precision, world.device)
+    folder = Path(job.teacher_folder)
+    return load_model(folder, device=world.device, dtype=dtype, check=False, frozen=True)

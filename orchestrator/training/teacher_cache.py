@@ -32,6 +32,7 @@ from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.distributed import World, autocast
 from orchestrator.training.job import sequences_per_step
 from orchestrator.training.model_loading import load_model
+from orchestrator.training.precision import frozen_dtype
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object, write_json
 from orchestrator.workspace.locks import lock_file
@@ -189,7 +190,8 @@ def teacher_outputs_by_step(job: TrainingJob, *, device: str = "cpu") -> Outputs
     steps = teaching_steps(recipe, loss)
     folder = Path(str(job.teacher_folder))
     # Loaded at the first call: a complete cache needs no teacher.
-    teacher = cache(lambda: load_model(folder, device=device, frozen=True))
+    dtype = frozen_dtype(recipe.precision, device)
+    teacher = cache(lambda: load_model(folder, device=device, dtype=dtype, frozen=True))
 
     @torch.no_grad()
     def output_of_pass(input_ids: Tensor) -> Any:
