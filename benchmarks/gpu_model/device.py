@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -31,7 +31,7 @@ def pretended_gpu() -> Iterator[None]:
             common = torch.cuda.amp.common
             stack.enter_context(patch.object(common, "amp_definitely_not_available", lambda: False))
             stack.enter_context(patch.object(torch.cuda, "is_bf16_supported", lambda: True))
-        stack.enter_context(patch.object(torch.Tensor, "tolist", _tolist))
+        stack.enter_context(patch.object(FakeTensor, "tolist", _tolist))
         # PyTorch updates lists of tensors by one kernel if it knows their class.
         types = [*_foreach_utils._foreach_supported_types, FakeTensor]
         stack.enter_context(patch.object(_foreach_utils, "_foreach_supported_types", types))
@@ -39,13 +39,10 @@ def pretended_gpu() -> Iterator[None]:
         yield
 
 
-def _tolist(tensor: Tensor, _real: Callable[[Tensor], Any] = torch.Tensor.tolist) -> Any:
-    """Do `Tensor.tolist` by operations that a trace sees."""
-    if not isinstance(tensor, FakeTensor):
-        return _real(tensor)
-    if not tensor.dim():
-        return tensor.item()
-    return [_tolist(part) for part in tensor.cpu().unbind()]
+def _tolist(tensor: Tensor) -> Any:
+    """Read all elements by one copy; `FakeTensor.tolist` would wait for each."""
+    tensor = tensor.cpu()
+    return tensor.item() if not tensor.dim() else [_tolist(part) for part in tensor.unbind()]
 
 
 def _no_kernel(*_: Any) -> None:
