@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iiet import Decoder, KeyValueCache, cpu_kernels, next_token_loss, plain_formulas, preset
+from iiet import (
+    Decoder,
+    KeyValueCache,
+    cpu_kernels,
+    next_token_loss,
+    plain_formulas,
+    preset,
+    token_step,
+)
 from iiet.cpu_kernels import gated_product, project_heads, rms_norm
 from iiet.layers import Attention, FeedForward, RMSNorm
 from iiet.rope import Rope, rotate
@@ -90,10 +98,13 @@ def test_rotation_in_half_precision_is_rounded_once():
     assert torch.equal(rotate(exact.bfloat16(), *rope), expected)
 
 
+@pytest.mark.parametrize("is_intel", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 8])
-@pytest.mark.parametrize("shape", [(3, 7), (7, 3)])
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3), (8, 3)])
 @torch.no_grad()
-def test_product_of_few_rows(rows, shape):
+def test_product_of_few_rows(rows, shape, is_intel, monkeypatch):
+    monkeypatch.setattr(token_step, "_is_intel", lambda: is_intel)
+    monkeypatch.setattr(token_step, "_NUMBERS_IN_SECOND_CACHE", 21)
     weight = torch.randn(*shape, dtype=torch.float64)
     x = torch.randn(rows, 1, shape[1], dtype=torch.float64)
     product = few_rows_product(x, weight, rows)
