@@ -16,10 +16,15 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-__all__ = ["NO_TARGET", "Batch"]
+__all__ = ["NO_TARGET", "Batch", "Count"]
 
 NO_TARGET = -100
 """The value in `targets` where there is nothing to predict."""
+
+
+Count = float | Tensor | None
+"""The divisor of a mean; None: the number of positions that count. A tensor, a scalar, waits for no
+GPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +38,9 @@ class Batch:
     """True for the positions that count; None: all that have a target."""
     is_text: bool = field(default=False, kw_only=True)
     """Whether a student also learns from its teacher at the last position, which has no target."""
-    target_count: float | None = field(default=None, kw_only=True)
+    target_count: Count = field(default=None, kw_only=True)
     """Divisor of means over targets; None: `num_targets`. See `split`."""
-    position_count: float | None = field(default=None, kw_only=True)
+    position_count: Count = field(default=None, kw_only=True)
     """Divisor of means over positions; None: `num_positions`."""
 
     def __post_init__(self) -> None:
@@ -94,6 +99,22 @@ class Batch:
     def pinned(self) -> Batch:
         """Return the batch in pinned memory of the CPU."""
         return self._map(Tensor.pin_memory)
+
+    def flattened(self) -> Batch:
+        """Return all positions as one sequence, row after row, with the counts of this batch."""
+        # Tensors, because numbers would wait for a GPU.
+        targets, positions = self.target_count, self.position_count
+        if targets is None:
+            targets = self.counted.sum()
+        if positions is None:
+            taught = self.taught
+            positions = self.input_ids.numel() if taught is None else taught.sum()
+        flat = self._map(lambda values: values.reshape(1, -1))
+        return replace(flat, target_count=targets, position_count=positions)
+
+    def span(self, times: slice) -> Batch:
+        """Return some positions of each sequence, with the counts of the whole batch."""
+        return self._map(itemgetter((slice(None), times)))
 
     def counted_as(self, target_count: float, position_count: float) -> Batch:
         """Return the batch with these divisors for its means."""

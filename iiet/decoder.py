@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -23,14 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iiet.cache import evaluation_slots
+from iiet.chunked_loss import LazyLogits, Logits
 from iiet.config import ModelConfig
 from iiet.context import DecodingCache, agreed_record, make_context
-from iiet.cpu_kernels import is_bare
+from iiet.cpu_kernels import is_bare, may_read_weights
 from iiet.half_weights import FieldWeights, HalfWeights, half_is_wanted
 from iiet.initialization import draw_weights
 from iiet.layers import Field, RMSNorm
 from iiet.methods import METHODS, Evaluation, Layer, Observer
 from iiet.methods.base import LayerCall
+from iiet.precision import product_dtype
 from iiet.rope import Rope
 from iiet.schedule import IterationSchedule
 from iiet.token_step import few_rows_product, serves_fields, serves_token_step
@@ -157,7 +159,8 @@ class Decoder(nn.Module):
         last_only: bool = False,
         return_hidden: bool = False,
         observe: Observer | None = None,
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        finish: Callable[..., Any] | None = None,
+    ) -> Any:
         """Compute the logits of each token's successor.
 
         Args:
@@ -173,6 +176,8 @@ class Decoder(nn.Module):
             last_only: whether to compute the last token's logits only, (batch, 1, vocab).
             return_hidden: whether to return the hidden states `h_1..h_L`, without final norm, too.
             observe: called after each field evaluation.
+            finish: called with what would be returned; its result is returned instead. It may get
+                `LazyLogits`, from which the losses of this package compute logits in chunks.
 
         Returns:
             Logits, (batch, time, vocab); or these and L hidden states, each (batch, time, dim).
@@ -195,8 +200,12 @@ class Decoder(nn.Module):
             last = hidden
             if return_hidden:
                 hiddens.append(hidden)
-        logits = self.logits(last[:, -1:] if last_only else last)
-        return (logits, tuple(hiddens)) if return_hidden else logits
+        last = last[:, -1:] if last_only else last
+        logits = self.logits(last) if finish is None else self._lazy_logits(last)
+        answer = (logits, tuple(hiddens)) if return_hidden else (logits,)
+        if finish is not None:
+            return finish(*answer)
+        return answer if return_hidden else logits
 
     def hidden_states(
         self,
@@ -288,6 +297,15 @@ class Decoder(nn.Module):
             return F.linear(normed, self.embedding.weight)
         logits: Tensor = self.head(normed)
         return logits
+
+    def _lazy_logits(self, hidden: Tensor) -> Logits:
+        """Return logits that a loss can compute in chunks, unless the head must be called."""
+        head, kind = (self.embedding, nn.Embedding) if self.head is None else (self.head, nn.Linear)
+        reads_weight = may_read_weights() and is_bare(head, kind)
+        # The gradients of a chunk are computed before a loss is scaled, and float16 loses them.
+        if not reads_weight or product_dtype(hidden) == torch.float16:
+            return self.logits(hidden)
+        return LazyLogits(self.norm(hidden), head.weight)
 
     def evaluations_per_layer(self, schedule: IterationSchedule | None = None) -> tuple[int, ...]:
         """Count the evaluations of each layer under a schedule, the decoder's own when None.

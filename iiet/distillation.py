@@ -19,9 +19,10 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from iiet.batch import Batch
+from iiet.batch import Batch, Count
+from iiet.chunked_loss import LazyLogits, Logits, loss_by_chunks
+from iiet.decoder import Decoder
 from iiet.losses import (
-    CHUNK_ELEMENTS,
     DivergenceKind,
     batch_cross_entropy,
     check_temperature,
@@ -29,8 +30,9 @@ from iiet.losses import (
     hidden_state_error,
     kl_divergence,
     mean_divergence,
+    rows_at_once,
+    softened,
 )
-from iiet.precision import at_least_float32
 
 __all__ = [
     "CoarseDistribution",
@@ -39,6 +41,7 @@ __all__ = [
     "coarsen",
     "distillation_loss",
     "frozen_teacher",
+    "student_loss",
 ]
 
 
@@ -91,10 +94,15 @@ class DistillationConfig:
         inside = self.start_step <= step and (self.end_step is None or step < self.end_step)
         return inside and (self.kl_weight > 0 or self.hidden_weight > 0)
 
+    def needs_hidden(self, step: int) -> bool:
+        """Whether the loss of this step needs the hidden states of both models."""
+        return self.uses_teacher(step) and self.hidden_weight > 0
+
 
 Model = Callable[..., Any]
 """`model(input_ids) -> logits`; with `return_hidden=True`, `(logits, one hidden state per layer)`.
-A decoder, a wrapped one, or a cache of a teacher's answers (logits or `CoarseDistribution`)."""
+A decoder, a wrapped one, or a cache of a teacher's answers (logits or `CoarseDistribution`). Only
+of a `Decoder` the logits are computed in chunks (`iiet.chunked_loss`)."""
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -141,43 +149,78 @@ def distillation_loss(
         ValueError: the teacher is None, or its answers are for another temperature or `top_k`.
     """
     batch = Batch.of_text(batch) if isinstance(batch, Tensor) else batch
-    if not config.uses_teacher(step):
-        loss = batch_cross_entropy(student(batch.input_ids), batch)
-        return loss, {"cross_entropy": loss.detach()}
-    if teacher is None:
-        raise ValueError(
-            f"step {step} needs a teacher, got None; set kl_weight and hidden_weight 0"
-        )
-    with_hidden = config.hidden_weight > 0
-    if isinstance(teacher, nn.Module):
-        teacher.eval()
-    with torch.no_grad():
-        answer, teacher_hidden = _run(teacher, batch.input_ids, with_hidden)
-    logits, hidden = _run(student, batch.input_ids, with_hidden)
-
-    parts: dict[str, Tensor] = {}
-    loss = logits.new_zeros((), dtype=torch.float32)
-    if config.kl_weight > 0:
-        parts["kl"] = _divergence(answer, logits, config, batch)
-        loss = loss + config.kl_weight * parts["kl"]
-    # The teacher's logits may need more memory than the model: free them before the cross-entropy
-    # stores a tensor of their size.
-    del answer
-    if with_hidden:
-        parts["hidden"] = hidden_state_error(
-            teacher_hidden, hidden, mask=batch.taught, count=batch.position_count
-        )
-        loss = loss + config.hidden_weight * parts["hidden"]
-    parts["cross_entropy"] = batch_cross_entropy(logits, batch)
-    loss = loss + parts["cross_entropy"]
-    return loss, {name: part.detach() for name, part in parts.items()}
+    loss_of = student_loss(teacher, batch, config=config, step=step)
+    result: tuple[Tensor, dict[str, Tensor]] = _run(
+        student, batch.input_ids, loss_of, with_hidden=config.needs_hidden(step)
+    )
+    return result
 
 
-def _run(model: Model, input_ids: Tensor, with_hidden: bool) -> tuple[Any, Sequence[Tensor]]:
-    if not with_hidden:
-        return model(input_ids), ()
-    logits, hidden = model(input_ids, return_hidden=True)
-    return logits, hidden
+def student_loss(
+    teacher: Model | None, batch: Batch, *, config: DistillationConfig, step: int = 0
+) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """Run the teacher; return `distillation_loss` as a function of what the student computes.
+
+    It takes the student's logits (and its hidden states, where the config `needs_hidden`), so it
+    may be a decoder's `finish`. Arguments and errors are those of `distillation_loss`.
+    """
+    answer: Answer | None = None
+    teacher_hidden: Sequence[Tensor] = ()
+    if config.uses_teacher(step):
+        if teacher is None:
+            raise ValueError(
+                f"step {step} needs a teacher, got None; set kl_weight and hidden_weight 0"
+            )
+        if isinstance(teacher, nn.Module):
+            teacher.eval()
+        with torch.no_grad():
+            answer, teacher_hidden = _run(
+                teacher, batch.input_ids, _both, with_hidden=config.needs_hidden(step)
+            )
+
+    def of_logits(part: Tensor, span: Batch, rows: slice | None) -> tuple[Tensor, ...]:
+        if answer is None or config.kl_weight == 0:
+            entropy = batch_cross_entropy(part, span)
+            return entropy, entropy
+        # The divergence comes first, and frees the teacher's logits before the cross-entropy keeps
+        # a tensor of their size.
+        divergence = _divergence(_positions(answer, rows), part, config, span)
+        entropy = batch_cross_entropy(part, span)
+        return config.kl_weight * divergence + entropy, entropy, divergence
+
+    def loss_of(logits: Logits, hidden: Sequence[Tensor] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, *details = loss_by_chunks(logits, batch, of_logits)
+        parts = dict(zip(("cross_entropy", "kl"), details, strict=False))
+        if teacher_hidden:
+            error = hidden_state_error(
+                teacher_hidden, hidden, mask=batch.taught, count=batch.position_count
+            )
+            loss, parts["hidden"] = loss + config.hidden_weight * error, error.detach()
+        return loss, parts
+
+    return loss_of
+
+
+def _run(model: Model, input_ids: Tensor, finish: Callable[..., Any], *, with_hidden: bool) -> Any:
+    """Call `finish` with a model's logits, and its hidden states if wanted; return its result."""
+    options = {"return_hidden": True} if with_hidden else {}
+    if isinstance(model, Decoder):
+        return model(input_ids, finish=finish, **options)
+    found = model(input_ids, **options)
+    return finish(*found) if with_hidden else finish(found)
+
+
+def _both(answer: Answer, hidden: Sequence[Tensor] = ()) -> tuple[Answer, Sequence[Tensor]]:
+    return answer, hidden
+
+
+def _positions(answer: Answer, rows: slice | None) -> Tensor | CoarseDistribution:
+    """Return the answer at some positions, counted row by row; None: all, in their shape."""
+    if isinstance(answer, LazyLogits):
+        return answer.whole() if rows is None else answer.at(rows)
+    if rows is None:
+        return answer
+    return answer.flatten(0, -2)[None, rows] if isinstance(answer, Tensor) else answer.at(rows)
 
 
 def _divergence(
@@ -223,6 +266,15 @@ class CoarseDistribution:
     temperature: float
     """What the logits were divided by."""
 
+    def at(self, rows: slice) -> CoarseDistribution:
+        """Return it at some positions, counted row by row, as one sequence."""
+        return CoarseDistribution(
+            ids=self.ids.flatten(0, -2)[None, rows],
+            log_probs=self.log_probs.flatten(0, -2)[None, rows],
+            log_tail=self.log_tail.flatten()[None, rows],
+            temperature=self.temperature,
+        )
+
     @classmethod
     def joined(cls, parts: Sequence[CoarseDistribution]) -> CoarseDistribution:
         """Concatenate distributions along the batch; at least one."""
@@ -232,6 +284,10 @@ class CoarseDistribution:
             log_tail=torch.cat([part.log_tail for part in parts]),
             temperature=parts[0].temperature,
         )
+
+
+Answer = Logits | CoarseDistribution
+"""What a teacher says about the next tokens of a batch."""
 
 
 @torch.no_grad()
@@ -247,9 +303,10 @@ def coarsen(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> CoarseDi
     k = min(top_k, vocab)
     ids: list[Tensor] = []
     buckets: list[Tensor] = []
+    flat = logits.reshape(-1, vocab)
     # In chunks, since the temporary tensors have several times the size of the logits.
-    for rows in torch.split(logits.reshape(-1, vocab), max(1, CHUNK_ELEMENTS // vocab)):
-        scaled = at_least_float32(rows) / temperature
+    for rows in torch.split(flat, rows_at_once(flat)):
+        scaled = softened(rows, temperature)
         ids.append(scaled.topk(k, dim=-1).indices)
         buckets.append(_log_buckets(scaled, ids[-1]))
     log_probs = torch.cat(buckets).view(*shape, k + 1)
@@ -266,7 +323,7 @@ def coarse_kl_divergence(
     student_logits: Tensor,
     *,
     mask: Tensor | None = None,
-    count: float | None = None,
+    count: Count = None,
 ) -> Tensor:
     """Compute the mean KL(teacher || student) over the teacher's buckets, times T^2.
 

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iiet.batch import NO_TARGET, Batch
+from iiet import chunked_loss
+from iiet.batch import NO_TARGET, Batch, Count
+from iiet.chunked_loss import Logits, loss_by_chunks
 from iiet.precision import at_least_float32
 
 __all__ = [
-    "CHUNK_ELEMENTS",
     "DivergenceKind",
     "batch_cross_entropy",
     "cross_entropy",
@@ -33,13 +34,15 @@ __all__ = [
     "kl_divergence",
     "mean_divergence",
     "next_token_loss",
+    "rows_at_once",
+    "softened",
 ]
 
 DivergenceKind = Literal["forward", "reverse", "jensen_shannon"]
 
-# A chunk is this share of the logits: the half dozen temporary tensors of its size then stay
-# smaller than the logits themselves. Below the lower bound a core is not busy; above the upper one
-# no time is saved.
+# A divergence has half a dozen temporary tensors. On a CPU each is this share of the logits, so all
+# are smaller than the logits. Below the lower bound a core is not busy; above the upper one no time
+# is saved.
 CHUNK_SHARE = 16
 FEWEST_ELEMENTS = 1 << 16
 CHUNK_ELEMENTS = 1 << 21
@@ -50,7 +53,7 @@ respect to logits / T)."""
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, *, mask: Tensor | None = None, count: float | None = None
+    logits: Tensor, targets: Tensor, *, mask: Tensor | None = None, count: Count = None
 ) -> Tensor:
     """Compute the mean of `-log softmax(logits)[target]`, in float32 or better.
 
@@ -61,13 +64,16 @@ def cross_entropy(
             f"targets must be (batch, time) as the logits, here {tuple(logits.shape[:-1])}, "
             f"got {tuple(targets.shape)}"
         )
-    counted = _counted(mask, logits) & (targets != NO_TARGET)
+    counted = targets != NO_TARGET
     if mask is not None:
+        counted &= _counted(mask, logits)
         targets = targets.masked_fill(~counted, NO_TARGET)
         # The gradient there is zero times the softmax, which is NaN if the logits are.
         logits = logits.masked_fill(~counted.unsqueeze(-1), 0)
-    total = F.cross_entropy(
-        at_least_float32(logits).flatten(0, 1),
+    # A GPU converts and takes the logarithm in one kernel.
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    total = F.nll_loss(
+        torch.log_softmax(logits, dim=-1, dtype=dtype).flatten(0, 1),
         targets.flatten(),
         ignore_index=NO_TARGET,
         reduction="sum",
@@ -75,12 +81,18 @@ def cross_entropy(
     return total / _divisor(count, counted, total.dtype)
 
 
-def batch_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+def batch_cross_entropy(logits: Logits, batch: Batch) -> Tensor:
     """Compute the `cross_entropy` of a batch's targets."""
-    return cross_entropy(logits, batch.targets, mask=batch.taught, count=batch.target_count)
+
+    def loss_of(part: Tensor, span: Batch, _: slice | None) -> tuple[Tensor]:
+        loss = cross_entropy(part, span.targets, mask=span.taught, count=span.target_count)
+        return (loss,)
+
+    (loss,) = loss_by_chunks(logits, batch, loss_of)
+    return loss
 
 
-def next_token_loss(logits: Tensor, input_ids: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def next_token_loss(logits: Logits, input_ids: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Compute the mean of `-log p(token t+1 | tokens <= t)`: the `cross_entropy` of text.
 
     `mask` says which of `input_ids`, (batch, time), count as targets.
@@ -95,7 +107,7 @@ def kl_divergence(
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,
-    count: float | None = None,
+    count: Count = None,
     kind: DivergenceKind = "forward",
 ) -> Tensor:
     """Compute the mean divergence between next-token distributions, times T^2.
@@ -119,7 +131,7 @@ def kl_divergence(
     theirs = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
 
     def compare(rows: slice, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = torch.log_softmax(at_least_float32(theirs[rows]) / temperature, dim=-1)
+        log_p = torch.log_softmax(softened(theirs[rows], temperature), dim=-1)
         return _DIVERGENCES[kind](log_p, torch.log_softmax(scaled, dim=-1))
 
     return mean_divergence(student_logits, compare, temperature, mask, count)
@@ -130,7 +142,7 @@ def hidden_state_error(
     student_hidden: Sequence[Tensor],
     *,
     mask: Tensor | None = None,
-    count: float | None = None,
+    count: Count = None,
 ) -> Tensor:
     """Compute the mean over layers and positions of `|h_student - h_teacher|^2 / |h_teacher|^2`.
 
@@ -175,10 +187,25 @@ def _counted(mask: Tensor | None, values: Tensor) -> Tensor:
     return mask.bool()
 
 
-def _divisor(count: float | None, counted: Tensor, dtype: torch.dtype) -> Tensor:
-    if count is None:
-        return counted.sum().clamp(min=1).to(dtype)
+def _divisor(count: Count, counted: Tensor, dtype: torch.dtype) -> Tensor:
+    if count is None or isinstance(count, Tensor):
+        count = counted.sum() if count is None else count
+        return count.clamp(min=1).to(dtype)
     return torch.full((), count or 1.0, dtype=dtype, device=counted.device)
+
+
+def softened(logits: Tensor, temperature: float) -> Tensor:
+    """Compute `logits / T`, in float32 or better."""
+    logits = at_least_float32(logits)
+    return logits if temperature == 1 else logits / temperature
+
+
+def rows_at_once(logits: Tensor) -> int:
+    """Return how many rows of logits, (rows, vocab), are compared with a teacher's together."""
+    elements = min(CHUNK_ELEMENTS, max(FEWEST_ELEMENTS, logits.numel() // CHUNK_SHARE))
+    if not logits.is_cpu:  # Each chunk is three dozen kernels, whose launches cost time.
+        elements = chunked_loss.CHUNK_ELEMENTS
+    return max(1, elements // logits.shape[-1])
 
 
 def mean_divergence(
@@ -186,7 +213,7 @@ def mean_divergence(
     compare: Compare,
     temperature: float,
     mask: Tensor | None,
-    count: float | None,
+    count: Count,
 ) -> Tensor:
     """Compute the mean of the divergence that `compare` gives, times T^2."""
     keep_gradient = student_logits.requires_grad and torch.is_grad_enabled()
@@ -204,7 +231,7 @@ class _MeanDivergence(torch.autograd.Function):
         compare: Compare,
         temperature: float,
         mask: Tensor | None,
-        count: float | None,
+        count: Count,
         keep_gradient: bool,
     ) -> Tensor:
         vocab = student.shape[-1]
@@ -215,11 +242,10 @@ class _MeanDivergence(torch.autograd.Function):
         # float16 would round most of the gradient to 0 before the loss scale arrives in `backward`.
         kept = torch.float32 if ours.dtype == torch.float16 else ours.dtype
         gradient = torch.zeros_like(ours, dtype=kept) if keep_gradient else None
-        elements = min(CHUNK_ELEMENTS, max(FEWEST_ELEMENTS, ours.numel() // CHUNK_SHARE))
-        chunk = max(1, elements // vocab)
+        chunk = rows_at_once(ours)
         for start in range(0, len(ours), chunk):
             rows = slice(start, start + chunk)
-            value, slope = compare(rows, at_least_float32(ours[rows]) / temperature)
+            value, slope = compare(rows, softened(ours[rows], temperature))
             # Rounding can take a tiny divergence below zero. Positions that do not count may hold
             # NaN, which a product would spread.
             values[rows] = value.clamp(min=0).masked_fill(~counted[rows], 0)

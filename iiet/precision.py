@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-__all__ = ["HALF", "KeepsFloat32", "at_least_float32"]
+__all__ = ["HALF", "KeepsFloat32", "at_least_float32", "product_dtype"]
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -17,6 +17,14 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     """Return a float32 or float64 tensor as it is, and any other as float32."""
     # `torch.promote_types` says the same and costs a decoding step as much as a kernel.
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which a product of the tensor is computed."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
 
 
 class KeepsFloat32(nn.Module):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from iiet.chunked_loss import CHUNK_ELEMENTS
 from iiet.config import ModelConfig
 from iiet.cost import field_parameters, num_parameters
 from iiet.methods import METHODS
@@ -23,7 +24,9 @@ __all__ = ["TrainingMemory", "training_memory"]
 
 _FULL, _HALF = 4, 2  # bytes of a float32 and of a bfloat16 value
 _FEED_FORWARD_TEMPORARIES = 4  # tensors of width ffn_dim at once in its backward pass
-_LOGITS_AT_ONCE = 3  # log-probabilities and two gradients in the loss's backward pass, float32
+# Tensors like the logits of a chunk, float32: log-probabilities and two gradients; with a teacher,
+# its distribution, the divergence's terms and its gradient.
+_LOGITS_AT_ONCE, _LOGITS_WITH_TEACHER = 3, 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +89,13 @@ def training_memory(
         copies = copied if num_shards == 1 else config.vocab_size * config.dim
     tokens = num_sequences * config.context_length
     teacher = parameters * (width if on_gpus else _FULL) if has_teacher else 0
-    # A teacher's logits, and the gradient that the divergence keeps.
-    of_teacher = tokens * 2 * config.vocab_size * _FULL if has_teacher else 0
     return TrainingMemory(
         weights=shard + gathered + teacher + copies * _HALF,
         gradients=shard + reduced,
         optimizer=2 * shard,
-        activations=of_teacher
-        + _peak_bytes(config, tokens, width, inner, activation_checkpointing, num_shards),
+        activations=_peak_bytes(
+            config, tokens, width, inner, activation_checkpointing, num_shards, has_teacher
+        ),
     )
 
 
@@ -117,6 +119,7 @@ def _peak_bytes(
     inner: int,
     activation_checkpointing: bool,
     num_shards: int,
+    has_teacher: bool,
 ) -> int:
     """Count activations at the peak.
 
@@ -127,8 +130,12 @@ def _peak_bytes(
     of_layers = [_layer_bytes(config, layer, width, inner) for layer in range(config.num_layers)]
     # What layers leave for later ones, and as much for its gradient while they go backward.
     left = method.num_left * config.num_layers * state
-    # The last hidden state and its norm.
-    loss = _LOGITS_AT_ONCE * config.vocab_size * _FULL + 2 * state
+    # The last hidden state, its norm and the norm's gradient; the head's gradient so far, and that
+    # of a chunk.
+    logits = min(tokens * config.vocab_size, CHUNK_ELEMENTS)
+    at_once = _LOGITS_WITH_TEACHER if has_teacher else _LOGITS_AT_ONCE
+    loss = at_once * logits * _FULL + tokens * 3 * state
+    loss += config.vocab_size * config.dim * (_FULL + width)
     # Gradients of its output, of the state between attention and feed-forward network, and of what
     # its output is added to.
     field = _FEED_FORWARD_TEMPORARIES * config.ffn_dim * width + 3 * config.dim * inner
@@ -141,7 +148,7 @@ def _peak_bytes(
         field += max(0, left - of_layers[-1])
     # The gradient of a matrix before it is added up; the head's waits for the embeddings'.
     matrices = config.ffn_dim * config.dim + config.vocab_size * config.dim // num_shards
-    return tokens * kept + max(tokens * loss, tokens * field + matrices * _FULL)
+    return tokens * kept + max(loss, tokens * field + matrices * _FULL)
 
 
 def _layer_bytes(config: ModelConfig, layer: int, width: int, inner: int) -> int:

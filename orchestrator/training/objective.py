@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from iiet.batch import Batch
-from iiet.distillation import DistillationConfig, Model, distillation_loss
+from iiet.distillation import DistillationConfig, Model, student_loss
 from iiet.losses import batch_cross_entropy
 from orchestrator.training.schedules import ScheduleByStep
 
@@ -29,9 +29,14 @@ def make_objective(
     config = distillation or DistillationConfig()
 
     def loss_of(model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        student = partial(model, schedule=schedule_at(step))
+        # The loss is computed within the model's forward pass, where replicas and shards expect it.
+        student = partial(model, batch.input_ids, schedule=schedule_at(step))
         if teacher is None:
-            return batch_cross_entropy(student(batch.input_ids), batch), {}
-        return distillation_loss(student, teacher, batch, config=config, step=step)
+            return student(finish=partial(batch_cross_entropy, batch=batch)), {}
+        result: tuple[Tensor, Mapping[str, Tensor]] = student(
+            return_hidden=config.needs_hidden(step),
+            finish=student_loss(teacher, batch, config=config, step=step),
+        )
+        return result
 
     return loss_of

@@ -7,6 +7,7 @@ a batch without counting it: all workers must run a sharded model together.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -40,7 +41,8 @@ def validation_loss(
         num_targets = batch.num_targets
         batch = batch.to(world.device)
         with autocast(precision, world):
-            loss = batch_cross_entropy(decoder(batch.input_ids, schedule=schedule), batch)
+            finish = partial(batch_cross_entropy, batch=batch)
+            loss = decoder(batch.input_ids, schedule=schedule, finish=finish)
         if number < len(batches):
             total += loss.item() * num_targets
             count += num_targets

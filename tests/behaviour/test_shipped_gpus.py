@@ -52,7 +52,8 @@ def test_all_trainings_of_a_sweep_for_gpus_fit_the_assumed_one(name: str, tmp_pa
 def test_a_pass_of_twice_the_sequences_does_not_fit(name: str, tmp_path: Path) -> None:
     # So none of the passes is smaller than it has to be, and the plan of each part is looked at.
     per_pass = 2 * int(read_settings(shipped_sweeps()[name]).training.num_sequences_per_pass or 0)
-    own = planned(name, tmp_path, f"training.{PER_PASS}={per_pass}").problems["an H100"]
+    alone = f"training.{PER_PASS}={per_pass}", "cluster.num_gpus=1"
+    own = planned(name, tmp_path, *alone).problems["an H100"]
     assert f"--set training.{PER_PASS}={per_pass // 2}" in str(own)
     students = f"distillation.training.{PER_PASS}={per_pass}"
     found = planned(name, tmp_path, students, "sweep.gpus_per_trial=1").problems["an H100"]

@@ -52,7 +52,7 @@ def test_the_buckets_hold_all_the_mass(top_k, temperature):
 def test_chunks_keep_results_bitwise_equal(dtype, monkeypatch):
     logits = (3 * torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0))).to(dtype)
     whole = coarsen(logits, 4, temperature=2.0)
-    monkeypatch.setattr("iiet.distillation.CHUNK_ELEMENTS", 3 * 11)
+    monkeypatch.setattr("iiet.losses.CHUNK_ELEMENTS", 3 * 11)
     parts = coarsen(logits, 4, temperature=2.0)
     for name in ("ids", "log_probs", "log_tail"):
         assert torch.equal(getattr(parts, name), getattr(whole, name)), name

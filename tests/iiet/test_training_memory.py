@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -42,7 +43,7 @@ def measured_bytes(
     is_half = precision == "bf16"
     with LiveTensors(decoder) as live:
         with torch.autocast("cpu", dtype=torch.bfloat16) if is_half else nullcontext():
-            loss = next_token_loss(decoder(input_ids), input_ids)
+            loss = decoder(input_ids, finish=partial(next_token_loss, input_ids=input_ids))
         torch.autograd.backward(loss)
     return live.peak
 

@@ -44,12 +44,12 @@ def test_a_part_of_several_gpus_is_refused(gpus: float) -> None:
 def test_a_trial_gets_the_smallest_number_of_gpus_on_which_it_fits() -> None:
     settings = resolve_settings({}, ["model.preset=340m", "model.corrections=3"])
     config = build_model_config(settings.model, vocab_size=32_000)
-    recipe = TrainingSettings(num_steps=10, num_tokens_per_step=16 * 2048, precision="bf16")
+    recipe = TrainingSettings(num_steps=10, num_tokens_per_step=32 * 2048, precision="bf16")
     training = PlannedTraining(config=config, recipe=recipe, on_gpus=True)
-    # All sequences of a worker go through one pass: 16 on one GPU, 8 on each of two, 4, 2.
+    # All sequences of a worker go through one pass: 32 on one GPU, 16 on each of two, 8, 4.
     needed = [replace(training, num_workers=number).worker_bytes for number in (1, 2, 4)]
     assert needed[1] > ASSUMED_GPU_BYTES >= needed[2]
-    # Three cannot share 16 sequences evenly.
+    # Three cannot share 32 sequences evenly.
     assert assigned("cluster.num_gpus=8", trainings=(training,)) == (4, 2)
     assert assigned("cluster.num_gpus=2", trainings=(training,)) == (2, 1), "refused later"
 

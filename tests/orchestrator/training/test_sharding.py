@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +65,7 @@ def step(decoder: Decoder, world: World, precision: str, num_passes: int = 1) ->
             several = pass_of_several(decoder, world, is_last=number == num_passes - 1)
             with several if num_passes > 1 else nullcontext():
                 with autocast(precision, world):
-                    loss = next_token_loss(decoder(tokens), tokens)
+                    loss = decoder(tokens, finish=partial(next_token_loss, input_ids=tokens))
                 loss.backward()  # type: ignore[no-untyped-call]
     return seen.counts
 

@@ -1,0 +1,257 @@
+"""Losses from hidden states in chunks equal those of whole logits, which never exist."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from iiet import Decoder, next_token_loss, plain_formulas, preset
+from iiet.batch import NO_TARGET, Batch
+from iiet.chunked_loss import LazyLogits
+from iiet.distillation import DistillationConfig, coarsen, distillation_loss, frozen_teacher
+from iiet.losses import batch_cross_entropy
+from orchestrator.training.distributed import World
+from orchestrator.training.objective import make_objective
+from orchestrator.training.validation import validation_loss
+
+VOCAB, SEQUENCES, TIME = 101, 3, 12
+ELEMENTS = SEQUENCES * TIME * VOCAB
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut 36 positions into chunks of 8, the last one smaller."""
+    monkeypatch.setattr("iiet.chunked_loss.CHUNK_ELEMENTS", 8 * VOCAB)
+
+
+def fresh_decoder(*, tied: bool = True) -> Decoder:
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "vocab_size": VOCAB}
+    config = preset("tiny", schedule="1,0", tie_embeddings=tied, initializer_std=0.3, **sizes)
+    return Decoder(config).double()
+
+
+def some_teacher(decoder: Decoder) -> Decoder:
+    teacher = frozen_teacher(decoder)
+    for parameter in teacher.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    return teacher
+
+
+def some_batch(kind: str) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCAB, (SEQUENCES, TIME), generator=generator)
+    mask = torch.rand(SEQUENCES, TIME, generator=generator) < 0.4
+    if kind == "text":
+        return Batch.of_text(ids)
+    if kind == "masked text":
+        return Batch.of_text(ids, mask).counted_as(11.0, 17.0)
+    if kind == "few targets":
+        return Batch(ids, ids.flip(1).masked_fill(mask, NO_TARGET))
+    return Batch(ids, ids, torch.zeros_like(mask))
+
+
+def value_and_gradients(decoder: Decoder, loss: Tensor, scale: float = 3.0) -> list[Tensor]:
+    decoder.zero_grad()
+    (scale * loss).backward()  # type: ignore[no-untyped-call]
+    return [loss.detach(), *(p.grad for p in decoder.parameters() if p.grad is not None)]
+
+
+def whole(decoder: nn.Module) -> Callable[..., Any]:
+    """Hide that a model is a decoder, so that its logits are computed before the loss."""
+    return lambda *arguments, **options: decoder(*arguments, **options)
+
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "cross-entropy": {"kl_weight": 0.0},
+    "forward": {"kl_weight": 0.7, "temperature": 2.0},
+    "reverse": {"divergence": "reverse"},
+    "Jensen-Shannon": {"divergence": "jensen_shannon", "temperature": 0.8},
+    "top k": {"top_k": 4, "temperature": 2.0},
+    "hidden": {"kl_weight": 0.7, "hidden_weight": 0.3},
+    "hidden alone": {"kl_weight": 0.0, "hidden_weight": 0.3},
+}
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("kind", ["text", "masked text", "few targets", "nothing"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_values_and_gradients_equal_those_of_whole_logits(loss: str, tied: bool, kind: str) -> None:
+    decoder, batch, config = fresh_decoder(tied=tied), some_batch(kind), LOSSES[loss]
+    teacher = some_teacher(decoder)
+    results = []
+    for student, guide in ((decoder, teacher), (whole(decoder), whole(teacher))):
+        total, parts = distillation_loss(student, guide, batch, config=DistillationConfig(**config))
+        results.append([*value_and_gradients(decoder, total), *parts.values()])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_stored_answers_of_a_teacher_serve_as_well() -> None:
+    decoder, batch = fresh_decoder(), some_batch("text")
+    teacher = some_teacher(decoder)
+    for top_k in (None, 4):
+        config = DistillationConfig(top_k=top_k)
+        logits = teacher(batch.input_ids)
+        answer = logits if top_k is None else coarsen(logits, top_k)
+        live, _ = distillation_loss(decoder, teacher, batch, config=config)
+        stored, _ = distillation_loss(decoder, lambda _, a=answer: a, batch, config=config)
+        assert stored.item() == pytest.approx(live.item(), rel=1e-12)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon", "top k"])
+def test_a_student_equal_to_its_teacher_gets_the_gradient_of_the_cross_entropy(
+    divergence: str,
+) -> None:
+    decoder, batch = fresh_decoder(), some_batch("text")
+    options = {"top_k": 4} if divergence == "top k" else {"divergence": divergence}
+    results = []
+    for kl_weight in (0.0, 5.0):
+        loss, parts = distillation_loss(
+            decoder,
+            frozen_teacher(decoder),
+            batch,
+            config=DistillationConfig(kl_weight=kl_weight, hidden_weight=0.1, **options),  # type: ignore[arg-type]
+        )
+        assert parts.get("kl", torch.zeros(())).item() == 0
+        results.append(value_and_gradients(decoder, loss))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-15)
+
+
+def test_logits_of_one_chunk_give_bitwise_the_same() -> None:
+    decoder, batch = fresh_decoder().float(), some_batch("text")
+    teacher, results = some_teacher(decoder), []
+    for student, guide in ((decoder, teacher), (whole(decoder), whole(teacher))):
+        loss, _ = distillation_loss(student, guide, batch, config=DistillationConfig())
+        results.append(value_and_gradients(decoder, loss, scale=0.25))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of any tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("loss", [None, *LOSSES])
+def test_no_tensor_of_a_training_step_is_as_large_as_the_logits(loss: str | None) -> None:
+    decoder, batch = fresh_decoder(), some_batch("masked text")
+    schedule = decoder.schedule
+    config = DistillationConfig(**LOSSES[loss]) if loss else None
+    objective = make_objective(lambda _: schedule, some_teacher(decoder) if loss else None, config)
+    with Largest() as seen:
+        objective(decoder, batch, 0)[0].backward()  # type: ignore[no-untyped-call]
+        validation_loss(decoder, [batch], schedule, precision="fp32", world=World())
+    assert seen.elements < ELEMENTS / 2
+
+
+def adapted(decoder: Decoder) -> None:
+    assert decoder.head is not None
+    adapter = nn.Sequential(decoder.head, nn.Linear(VOCAB, VOCAB, dtype=torch.float64))
+    decoder.head = adapter  # type: ignore[assignment]
+
+
+def hooked(decoder: Decoder) -> None:
+    assert decoder.head is not None
+    decoder.head.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("change", [adapted, hooked, nn.Module.half])
+def test_a_head_that_must_be_called_gets_whole_logits(change: Callable[[Decoder], None]) -> None:
+    decoder, batch = fresh_decoder(tied=False), some_batch("text")
+    assert isinstance(decoder(batch.input_ids, finish=lambda logits: logits), LazyLogits)
+    change(decoder)
+    assert isinstance(decoder(batch.input_ids, finish=lambda logits: logits), Tensor)
+    chunked = decoder(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
+    assert torch.equal(chunked, batch_cross_entropy(decoder(batch.input_ids), batch))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_second_derivatives_exist_with_plain_formulas() -> None:
+    decoder, ids = fresh_decoder(), some_batch("text").input_ids
+    weights = list(decoder.parameters())
+    with plain_formulas():
+        loss = decoder(ids, finish=partial(next_token_loss, input_ids=ids))
+        slopes = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+        sum(slope.square().sum() for slope in slopes if slope is not None).backward()  # type: ignore[union-attr]
+    assert decoder.embedding.weight.grad is not None
+    loss = decoder(ids, finish=partial(next_token_loss, input_ids=ids))
+    with pytest.raises(RuntimeError, match="plain_formulas"):
+        torch.autograd.grad(loss, decoder.norm.weight, create_graph=True)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("frozen", ["embedding", "all but the head"])
+def test_frozen_weights_get_no_gradient(frozen: str) -> None:
+    decoder, batch = fresh_decoder(tied=False), some_batch("text")
+    assert decoder.head is not None
+    is_trained = {"embedding": decoder.layers, "all but the head": decoder.head}[frozen]
+    decoder.requires_grad_(False)
+    is_trained.requires_grad_()
+    expected = value_and_gradients(decoder, batch_cross_entropy(decoder(batch.input_ids), batch))
+    loss = decoder(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
+    torch.testing.assert_close(value_and_gradients(decoder, loss), expected)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_graph_can_be_walked_twice() -> None:
+    decoder, batch = fresh_decoder(), some_batch("text")
+    loss = decoder(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
+    first, second = (
+        torch.autograd.grad(loss, decoder.embedding.weight, retain_graph=True) for _ in range(2)
+    )
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.fixture(params=[8 * VOCAB, 1 << 25], ids=["chunks", "whole"])
+def chunk_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iiet.chunked_loss.CHUNK_ELEMENTS", request.param)
+
+
+@pytest.mark.usefixtures("chunk_elements")
+def test_gradients_in_bf16_are_summed_as_exactly_as_those_of_whole_logits() -> None:
+    exact, batch = fresh_decoder(tied=False), some_batch("text")
+    decoder = copy.deepcopy(exact).float()
+    expected = value_and_gradients(exact, batch_cross_entropy(exact(batch.input_ids), batch))
+
+    def error(finish: Callable[..., Any] | None) -> float:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            answer = decoder(batch.input_ids, finish=finish)
+            loss = answer if finish else batch_cross_entropy(answer, batch)
+        found = value_and_gradients(decoder, loss)
+        assert loss.dtype == found[-1].dtype == torch.float32
+        return float((found[-1] - expected[-1]).norm() / expected[-1].norm())
+
+    assert error(partial(batch_cross_entropy, batch=batch)) < 1.1 * error(None) < 0.05
+
+
+def test_a_batch_of_another_shape_is_refused() -> None:
+    decoder, batch = fresh_decoder(), some_batch("text")
+    other = Batch.of_text(batch.input_ids.T)
+    with pytest.raises(ValueError, match=r"batch must be .* here \(3, 12\), got \(12, 3\)"):
+        decoder(batch.input_ids, finish=partial(batch_cross_entropy, batch=other))
