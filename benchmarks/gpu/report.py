@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.gpu.finding import Figure, SectionResult
+from benchmarks.gpu.finding import Figure, Finding, SectionResult
 from orchestrator.reporting.markdown import bullets, markdown_table
 
 Facts = dict[str, Any]
@@ -49,18 +49,7 @@ def _verdicts(results: Sequence[SectionResult]) -> str:
 
 def _section(result: SectionResult) -> str:
     parts = [f"## {result.name}", result.question]
-    measured = [finding for finding in result.findings if finding.figures]
-    if measured:
-        columns = list(dict.fromkeys(name for f in measured for name in f.figures))
-        rows = [
-            [
-                finding.what,
-                *(format_figure(finding.figures.get(name, "")) for name in columns),
-                "failed" if finding.problem else "",
-            ]
-            for finding in measured
-        ]
-        parts.append(markdown_table(["", *columns, ""], rows))
+    parts += map(_table, _of_one_kind(result.findings))
     notes = [f"{f.what}: not measured, {f.skipped}" for f in result.findings if f.skipped]
     notes += [f"**{problem}**" for problem in result.problems]
     if result.skipped:
@@ -70,6 +59,34 @@ def _section(result: SectionResult) -> str:
     if result.details:
         parts.append(f"```text\n{result.details.strip()}\n```")
     return "\n\n".join(parts)
+
+
+def _of_one_kind(findings: Sequence[Finding]) -> list[list[Finding]]:
+    """Group findings that share most of their columns, so that few cells stay empty."""
+    groups: list[list[Finding]] = []
+    for finding in findings:
+        for group in groups:
+            shared = finding.figures.keys() & group[0].figures.keys()
+            if 2 * len(shared) > len(finding.figures):
+                group.append(finding)
+                break
+        else:
+            if finding.figures:
+                groups.append([finding])
+    return groups
+
+
+def _table(findings: Sequence[Finding]) -> str:
+    columns = list(dict.fromkeys(name for finding in findings for name in finding.figures))
+    rows = [
+        [
+            finding.what,
+            *(format_figure(finding.figures.get(name, "")) for name in columns),
+            "failed" if finding.problem else "",
+        ]
+        for finding in findings
+    ]
+    return markdown_table(["", *columns, ""], rows)
 
 
 def format_figure(value: Figure) -> str:
