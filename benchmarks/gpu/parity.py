@@ -24,6 +24,7 @@ from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from orchestrator.training.distributed import World, autocast
 from orchestrator.training.objective import make_objective
+from orchestrator.training.precision import frozen_dtype
 
 TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}
 """Arithmetic to the largest relative error of logits and gradients; their unit in the last place is
@@ -71,8 +72,12 @@ def _compare(setup: Setup, method: str, kinds: list[str], *, distills: bool) -> 
 
 def _outputs(config: ModelConfig, world: World, kind: str, *, distills: bool) -> _Outputs:
     torch.manual_seed(0)
+    precision = "bf16" if kind == "bf16" else "fp32"
     decoder = Decoder(config).to(world.device)
-    teacher = frozen_teacher(Decoder(config).to(world.device)) if distills else None
+    teacher = None
+    if distills:
+        dtype = frozen_dtype(precision, world.device)
+        teacher = frozen_teacher(Decoder(config).to(world.device, dtype))
     schedule = IterationSchedule.none(config.num_layers) if distills else config.corrections
     objective = make_objective(lambda _: schedule, teacher, DistillationConfig())
     generator = torch.Generator().manual_seed(1)
@@ -80,7 +85,7 @@ def _outputs(config: ModelConfig, world: World, kind: str, *, distills: bool) ->
     tokens = torch.randint(config.vocab_size, shape, generator=generator)
     batch = Batch.of_text(tokens.to(world.device))
     with _tf32(allowed=kind == "tf32"):
-        with autocast("bf16" if kind == "bf16" else "fp32", world):
+        with autocast(precision, world):
             logits = decoder(batch.input_ids, schedule=schedule)
             loss, _ = objective(decoder, batch, 0)
         torch.autograd.backward(loss)
