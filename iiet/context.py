@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iiet.attention import attend
-from iiet.cpu_kernels import rotate_
 from iiet.plain import needs_all_derivatives
-from iiet.rope import Rope, RopeTables, turn_
+from iiet.rope import Rope, RopeTables
 from iiet.token_step import serves_fields, serves_token_step, uses_cpu_forms
 from iiet.window import Window
 
@@ -124,13 +123,6 @@ class PassContext:
             with sdpa_kernel(SDPBackend.MATH):
                 return attend(queries, keys, values, mask=self.mask, is_causal=self.is_causal)
         return attend(queries, keys, values, mask=self.mask, is_causal=self.is_causal)
-
-    def rotate_heads_(self, heads: Tensor) -> None:
-        """Rotate the heads of one token, (batch, heads, 1, head_dim), in place."""
-        if self.turns is None:
-            rotate_(heads, *self.rope)
-        else:
-            turn_(heads, self.turns)
 
     def attend_heads(self, heads: Tensor, num_heads: int, slot: int | None) -> Tensor:
         """Do `attend` for one token, whose heads of queries, keys and values are one tensor."""

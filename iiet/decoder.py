@@ -35,7 +35,7 @@ from iiet.methods.base import LayerCall
 from iiet.precision import product_dtype
 from iiet.rope import Rope
 from iiet.schedule import IterationSchedule
-from iiet.token_step import few_rows_product, serves_fields, serves_token_step
+from iiet.token_step import few_rows_product, serves_fields, serves_token_step, uses_cpu_forms
 from iiet.weights import CONFIG, WEIGHTS, read_folder, rename_older_weights, write_folder
 
 __all__ = ["Decoder"]
@@ -288,8 +288,10 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Map the last hidden state, (batch, time, dim), to logits, (batch, time, vocab)."""
         normed = self.norm(hidden)
-        if serves_token_step(normed, cached=True) and (
-            self.head is None or is_bare(self.head, nn.Linear)
+        if (
+            uses_cpu_forms(normed)
+            and serves_token_step(normed, cached=True)
+            and (self.head is None or is_bare(self.head, nn.Linear))
         ):
             weight = self.embedding.weight if self.head is None else self.head.weight
             return few_rows_product(normed, weight, len(normed)).view(len(normed), 1, -1)

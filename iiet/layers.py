@@ -15,7 +15,6 @@ Shazeer 2020.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -143,7 +142,6 @@ class Field(nn.Module):
             dtype: of the result; None for that of `x`.
         """
         if context.is_token_step:
-            attend = partial(context.attend_heads, slot=slot)
-            return evaluate_token(self, x, context.rotate_heads_, attend)
+            return evaluate_token(self, x, context, slot)
         u: Tensor = x + self.attention(self.attention_norm(x), context, slot)
         return add(u, self.feed_forward(self.feed_forward_norm(u)), dtype)

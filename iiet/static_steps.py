@@ -173,7 +173,8 @@ def capture_graph(step: Step, device: torch.device) -> Step:
             step()  # First calls allocate workspaces and choose kernels, which no graph may do.
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
+        # Another thread may use the device meanwhile, for instance to copy a batch.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             logits = step()
 
     def replay() -> Tensor:

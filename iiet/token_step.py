@@ -13,7 +13,7 @@ modules and transposes: on a GPU by 13 kernels, where the modules launch 17.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iiet.cpu_kernels import cached_scalar, is_bare, may_read_weights, rms_norm
+from iiet.cpu_kernels import cached_scalar, is_bare, may_read_weights, rms_norm, rotate_
+from iiet.rope import turn_
 
 __all__ = [
     "evaluate_token",
@@ -74,43 +75,55 @@ def _is_bare_field(field: nn.Module) -> bool:
     return True
 
 
-def evaluate_token(
-    field: Any,
-    x: Tensor,
-    rotate_: Callable[[Tensor], None],
-    attend: Callable[[Tensor, int], Tensor],
-) -> Tensor:
+def evaluate_token(field: Any, x: Tensor, context: Any, slot: int | None) -> Tensor:
     """Compute `Field.forward` for one token per row, (batch, 1, dim).
 
     Args:
         field: an `iiet.layers.Field` that `serves_fields` allows.
         x: on a CPU at most `MAX_ROWS` rows.
-        rotate_: rotates the heads of queries and keys, (batch, heads, 1, head_dim), in place.
-        attend: attends with the heads of queries, keys and values as one tensor, (batch, all heads,
-            1, head_dim), and the number of query heads.
+        context: the pass's `iiet.context.PassContext`.
+        slot: the cache slot of this evaluation.
     """
+    compute = _evaluate_on_cpu if uses_cpu_forms(x) else _evaluate_on_gpu
+    return compute(field, x, context, slot)
+
+
+def _evaluate_on_cpu(field: Any, x: Tensor, context: Any, slot: int | None) -> Tensor:
     attention, network = field.attention, field.feed_forward
     batch, num_turned = x.size(0), attention.num_heads + attention.num_kv_heads
     normed = _normalized(x, field.attention_norm)
     qkv = few_rows_product(normed, attention.qkv.weight, batch)
     # With one token, heads before time is the same memory as time before heads.
     heads = qkv.view(batch, -1, 1, attention.head_dim)
-    rotate_(heads.narrow(1, 0, num_turned))
-    mixed = attend(heads, attention.num_heads)
+    rotate_(heads.narrow(1, 0, num_turned), *context.rope)
+    mixed = context.attend_heads(heads, attention.num_heads, slot)
     u = _add_few_rows_product(x, mixed, attention.out.weight, batch)
     normed = _normalized(u, field.feed_forward_norm)
     gate, up = few_rows_product(normed, network.gate_up.weight, batch).chunk(2, -1)
-    inner = F.silu(gate).mul_(up)
-    if not uses_cpu_forms(x):  # Out of place, the product would begin with a copy of u.
-        u.view(batch, -1).addmm_(inner.view(batch, -1), network.down.weight.t())
-        return u
-    return _add_few_rows_product(u, inner, network.down.weight, batch)
+    return _add_few_rows_product(u, F.silu(gate).mul_(up), network.down.weight, batch)
+
+
+def _evaluate_on_gpu(field: Any, x: Tensor, context: Any, slot: int | None) -> Tensor:
+    attention, network = field.attention, field.feed_forward
+    batch, num_turned = x.size(0), attention.num_heads + attention.num_kv_heads
+    qkv = F.linear(_fused_norm(x, field.attention_norm), attention.qkv.weight)
+    heads = qkv.view(batch, -1, 1, attention.head_dim)
+    turn_(heads.narrow(1, 0, num_turned), context.turns)
+    mixed = context.attend_heads(heads, attention.num_heads, slot)
+    u = x + F.linear(mixed.reshape(batch, 1, -1), attention.out.weight)
+    gate_up = F.linear(_fused_norm(u, field.feed_forward_norm), network.gate_up.weight)
+    gate, up = gate_up.view(batch, -1).chunk(2, -1)
+    # Out of place, this product would begin with a copy of u.
+    u.view(batch, -1).addmm_(F.silu(gate).mul_(up), network.down.weight.t())
+    return u
+
+
+def _fused_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    return F.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
 
 
 def _normalized(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     assert norm.eps is not None
-    if not uses_cpu_forms(x):
-        return F.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
     if len(x) > 1:
         return rms_norm(x, norm.weight, norm.eps)
     x = x.view(-1)
@@ -124,13 +137,11 @@ def few_rows_product(x: Tensor, weight: Tensor, rows: int) -> Tensor:
     Args:
         x: `rows` contiguous vectors, in any shape.
         weight: (out, in).
-        rows: on a CPU at most `MAX_ROWS`.
+        rows: at most `MAX_ROWS`.
 
     Returns:
-        (rows, out), or for one row on a CPU (out,); contiguous.
+        (out,) for one row, else (rows, out); contiguous.
     """
-    if not uses_cpu_forms(x):
-        return F.linear(x.reshape(rows, -1), weight)
     if rows == 1:
         return torch.mv(weight, x.view(-1))
     x = x.view(rows, -1)
@@ -164,7 +175,7 @@ def _is_intel() -> bool:
 
 
 def _add_few_rows_product(base: Tensor, x: Tensor, weight: Tensor, rows: int) -> Tensor:
-    """Compute `base + x @ weight.T`, (rows, 1, out); one operation for one row on a CPU."""
-    if rows == 1 and uses_cpu_forms(x):
+    """Compute `base + x @ weight.T`, (rows, 1, out); one operation for one row."""
+    if rows == 1:
         return torch.addmv(base.view(-1), weight, x.view(-1)).view_as(base)
     return base + few_rows_product(x, weight, rows).view_as(base)

@@ -8,13 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from iiet import (
     Decoder,
     attention,
-    context,
     generate,
     generation,
     preset,
     static_steps,
     stream,
-    token_step,
 )
 from iiet.attention import attend
 from iiet.static_steps import StaticSteps
@@ -54,8 +52,8 @@ def small_windows(monkeypatch):
 @pytest.fixture
 def gpu_forms(monkeypatch):
     """Tokens are computed by the formulas of a GPU."""
-    for module in (context, token_step):
-        monkeypatch.setattr(module, "uses_cpu_forms", lambda _: False)
+    for module in ("context", "decoder", "token_step"):
+        monkeypatch.setattr(f"iiet.{module}.uses_cpu_forms", lambda _: False)
 
 
 def both(decoder, *, steps=None, max_new_tokens=24, batch=2, **options):
