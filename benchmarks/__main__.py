@@ -21,6 +21,7 @@ from rich.console import Console
 
 from benchmarks import (
     decoding,
+    evaluation,
     many_trials,
     mix,
     model_size,
@@ -38,6 +39,7 @@ BENCHMARKS: dict[str, Callable[..., Report]] = {
     "schedules": schedules.measure,
     "teacher_cache": teacher_cache.measure,
     "training": training.measure,
+    "evaluation": evaluation.measure,
     "sweep": sweep.measure,
     "many_trials": many_trials.measure,
     "model_size": model_size.measure,

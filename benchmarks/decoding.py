@@ -101,10 +101,11 @@ def _models(size: _Size, dim: int) -> tuple[Decoder, Any]:
         method="vanilla",
     )
     decoder = fresh_decoder(config).eval()
-    return decoder, _llama(config, published_from_decoder(decoder))
+    return decoder, llama_of(config, published_from_decoder(decoder))
 
 
-def _llama(config: ModelConfig, weights: dict[str, Tensor]) -> Any:
+def llama_of(config: ModelConfig, weights: dict[str, Tensor]) -> Any:
+    """Return transformers' Llama of a shape, with weights by their published names."""
     llama: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,

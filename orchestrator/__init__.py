@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from orchestrator.evaluation.cost_measurement import MeasurementSettings
     from orchestrator.pipelines.benchmarking import BenchmarkResult, benchmark
     from orchestrator.pipelines.distilling import DistillResult, distill
+    from orchestrator.pipelines.evaluation_dry_runs import EvaluationDryRun, plan_evaluation
     from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate
     from orchestrator.pipelines.exporting import export
     from orchestrator.pipelines.generating import Sampling, generate, generate_stream
@@ -46,6 +47,7 @@ _MODULES = {
     "pipelines.distilling": ("DistillResult", "distill"),
     "pipelines.training_dry_runs": ("TrainingDryRun", "plan_distill", "plan_pretrain"),
     "pipelines.evaluating": ("ModelEvaluations", "evaluate"),
+    "pipelines.evaluation_dry_runs": ("EvaluationDryRun", "plan_evaluation"),
     "pipelines.exporting": ("export",),
     "pipelines.generating": ("Sampling", "generate", "generate_stream"),
     "pipelines.importing": ("import_model",),
@@ -69,6 +71,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 __all__ = [
     "BenchmarkResult",
+    "EvaluationDryRun",
     "MeasurementSettings",
     "DistillResult",
     "ModelEvaluations",
@@ -99,6 +102,7 @@ __all__ = [
     "measure_influence",
     "pick",
     "plan_distill",
+    "plan_evaluation",
     "plan_pretrain",
     "plan_sweep",
     "prepare",

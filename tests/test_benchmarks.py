@@ -23,13 +23,14 @@ NUM_ROWS = {
     "schedules": 8,
     "teacher_cache": 4,
     "training": 4,
+    "evaluation": 2,
     "sweep": 5,
     "many_trials": 14,
     "model_size": 6,
 }
 """Rows of a quick run."""
-SLOW = ("mix", "training", "sweep", "many_trials", "model_size")
-"""They start processes, or run whole trials."""
+SLOW = ("mix", "training", "evaluation", "sweep", "many_trials", "model_size")
+"""They start processes, run whole trials, or take longer than two seconds."""
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from orchestrator.cli.options import (
     AddressOption,
     CheckpointArgument,
     ConfigOption,
+    DryRunOption,
     MetricOption,
     SetOption,
     VerboseOption,
@@ -88,11 +89,12 @@ def evaluate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allow code in a model folder to run.")
     ] = False,
+    dry_run: DryRunOption = False,
     address: AddressOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Measure accuracy and bits per byte with lm-eval."""
+    """Measure accuracy and bits per byte with lm-eval; resumes after an interruption."""
     settings = read_options(
         config,
         set_,
@@ -104,16 +106,18 @@ def evaluate(
         evaluation__batch_size=batch_size,
         cluster__address=address,
     )
-    with open_session(workspace, "evaluate", verbose=verbose) as session:
+    with open_session(workspace, "evaluate", verbose=verbose, dry_run=dry_run) as session:
         from orchestrator.pipelines import evaluating
 
-        result = evaluating.evaluate(
-            settings,
-            models=checkpoints or [],
-            schedules=schedule or [],
-            trust_remote_code=trust_remote_code,
-            **session.common,
-        )
+        options = {"models": checkpoints or [], "schedules": schedule or [], **session.common}
+        if dry_run:
+            from orchestrator.pipelines.evaluation_dry_runs import plan_evaluation
+            from orchestrator.reporting.price_table import two_column_table
+
+            rows = plan_evaluation(settings, **options).rows
+            session.console.print(two_column_table("Plan of the evaluation", rows))
+            return
+        result = evaluating.evaluate(settings, trust_remote_code=trust_remote_code, **options)
         _print_evaluations(session, result.evaluations)
 
 

@@ -75,9 +75,14 @@ class ModelMeasurer:
 
     def has_stored(self, suite: Suite) -> bool:
         """Return whether all tasks of a suite have been measured before."""
-        limit = self._conditions.limit
-        keys = (self._key(suite.fingerprint(name), limit) for name in suite.tasks)
-        return all(map(self._store.read, keys))
+        return all(map(self._store.read, self._keys(suite).values()))
+
+    def stored_answers(self, suite: Suite) -> dict[str, int | None]:
+        """Return for each task how many answers are stored; None if its result is."""
+        return {
+            name: None if self._store.read(key) else self._store.journal(key, name).num_answers
+            for name, key in self._keys(suite).items()
+        }
 
     def tasks(self, suite: Suite) -> Measured:
         """Measure the tasks of a suite.
@@ -85,8 +90,7 @@ class ModelMeasurer:
         Raises:
             UserError: If the weights or the tokenizer are missing or damaged.
         """
-        limit = self._conditions.limit
-        keys = {name: self._key(suite.fingerprint(name), limit) for name in suite.tasks}
+        keys = self._keys(suite)
         found = {name: self._store.read(key) for name, key in keys.items()}
         results = {name: result for name, result in found.items() if result}
         missing = [name for name in suite.tasks if name not in results]
@@ -128,6 +132,10 @@ class ModelMeasurer:
             found = TaskResult(name=VALIDATION_LOSS, version="1", metrics={VALIDATION_LOSS: loss})
             self._store.write(key, found)
         return found.metrics[VALIDATION_LOSS]
+
+    def _keys(self, suite: Suite) -> dict[str, str]:
+        limit = self._conditions.limit
+        return {name: self._key(suite.fingerprint(name), limit) for name in suite.tasks}
 
     def _key(self, what: str, limit: int | None = None) -> str:
         # Models that transformers runs keep their own dtype.

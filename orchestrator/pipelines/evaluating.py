@@ -17,7 +17,7 @@ from orchestrator.evaluation.harness import Suite, load_suite
 from orchestrator.evaluation.measuring import Conditions, Measured, ModelMeasurer
 from orchestrator.evaluation.model_tokenizer import check_template
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.evaluation.task_selection import newest_tokens, select_tasks
+from orchestrator.evaluation.task_selection import TaskSelection, newest_tokens, select_tasks
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings
@@ -153,6 +153,30 @@ def _suite_loader(
     model: EvaluatedModel, settings: EvaluationSettings, workspace: Workspace, progress: Progress
 ) -> Callable[[], Suite]:
     """Return a function that loads the tasks: it can be pickled, and loaded tasks cannot."""
+    asked = selected_tasks(model, settings, workspace, progress)
+    return partial(
+        load_suite,
+        asked.names,
+        folders=asked.folders,
+        heldout=asked.heldout,
+        num_fewshot=settings.num_fewshot,
+        prompts=settings.prompts,
+    )
+
+
+def selected_tasks(
+    model: EvaluatedModel,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    progress: Progress,
+    *,
+    make: bool = True,
+) -> TaskSelection:
+    """Return the tasks to run on a model.
+
+    Args:
+        make: Whether missing held-out tasks are made.
+    """
 
     def tokens() -> Path:
         if not model.is_external:
@@ -161,14 +185,12 @@ def _suite_loader(
         progress.note(f"held-out tasks for {model.name} are made from the tokens {folder.name}")
         return folder
 
-    asked = select_tasks(settings, tokens, context_length=model.context_length, progress=progress)
-    return partial(
-        load_suite,
-        asked.names,
-        folders=asked.folders,
-        heldout=asked.heldout,
-        num_fewshot=settings.num_fewshot,
-        prompts=settings.prompts,
+    return select_tasks(
+        settings,
+        tokens,
+        context_length=model.context_length,
+        progress=progress,
+        make=make,
     )
 
 

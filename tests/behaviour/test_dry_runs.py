@@ -37,7 +37,7 @@ for name, arguments in json.loads(sys.argv[1]).items():
         code = main(arguments)
     found[name] = (code, out.getvalue())
     loaded = {"ray", "mlflow", "lm_eval", "datasets"} & set(sys.modules)
-    assert name == "pick" or not loaded, (name, loaded)
+    assert name in ("pick", "evaluate") or not loaded, (name, loaded)
 print(json.dumps(found))
 """
 OPTIONS = [f"--set={assignment}" for assignment in SMALL]
@@ -53,6 +53,7 @@ FROM_MODELS = {
     "sweep-threshold": ["sweep-threshold", "full", *OPTIONS],
     "search": ["search", "full", *OPTIONS],
     "pick": ["pick", "mine"],
+    "evaluate": ["evaluate", "full", *OPTIONS],
 }
 """Dry runs about a model or a sweep of a workspace."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,10 @@ from iiet.decoder import Decoder
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.pipelines.evaluating import evaluate_model
+from orchestrator.pipelines.evaluation_dry_runs import plan_evaluation
 from orchestrator.pipelines.sweep_plans import plan_suite
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.settings import EvaluationSettings
+from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
@@ -125,6 +127,12 @@ def evaluate(
     return evaluate_model(open_model(model), settings, untracked(workspace, progress))
 
 
+def planned(model: Path, settings: EvaluationSettings, workspace: Workspace) -> dict[str, str]:
+    """Return what a dry run says about each task."""
+    found = plan_evaluation(Settings(evaluation=settings), workspace=workspace, models=[model])
+    return dict(found.rows)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_the_same_command_does_only_the_rest(
     name: str, checkpoint: Path, settings: EvaluationSettings, tmp_path: Path
@@ -136,6 +144,7 @@ def test_the_same_command_does_only_the_rest(
     with counted_passes() as before, pytest.raises(KeyboardInterrupt):
         evaluate(checkpoint, settings, workspace, StopsAfter(1))
     assert [path.suffix for path in workspace.evaluations.iterdir()] == [".answers"]
+    states = [planned(checkpoint, settings, workspace)]
     progress = StopsAfter()
     with counted_passes() as rest:
         resumed = evaluate(checkpoint, settings, workspace, progress)
@@ -147,6 +156,9 @@ def test_the_same_command_does_only_the_rest(
     assert "answers were stored before an interruption" in progress.notes[0]
     assert progress.seen == sorted(progress.seen)
     assert [path.suffix for path in workspace.evaluations.iterdir()] == [".json"]
+    states.append(planned(checkpoint, settings, workspace))
+    assert re.fullmatch(r"8 items to measure; resumes after \d+ answers", states[0][name])
+    assert states[1] == {name: "8 items, stored"}
 
 
 def test_another_batch_size_uses_no_answer_of_other_batches(

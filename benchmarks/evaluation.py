@@ -1,0 +1,256 @@
+"""Evaluation against lm-eval's own class for transformers (`lm_eval --model hf`), item for item.
+
+Both programs read the same folder: an IIET as `iiet-orch export` writes it, and a Llama of
+transformers. lm-eval runs as well as its users can run it: loaded once, float32, no bootstrap, the
+faster of two batch sizes, and task by task (one call for several tasks can score wrongly where
+they share a text). Models and tasks are loaded before; building the prompts, tokenizing and the
+metrics are part of the time. The ratios are of CPU seconds, which a busy machine changes less.
+
+Tasks: the held-out suite of the demo's corpus, and official items of PIQA, ARC and LAMBADA if they
+are beside the repository (`../shared/data/tasks`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_eval import evaluator
+from lm_eval.models.huggingface import HFLM
+
+from benchmarks.decoding import llama_of
+from benchmarks.report import Goal, Quantity, Report, Row, checked
+from benchmarks.shape import fresh_decoder, shaped_config
+from benchmarks.timing import Spread, paired_ratio, take_turns
+from iiet import published_from_decoder
+from iiet.export import export_pretrained
+from iiet.huggingface import fast_tokenizer
+from orchestrator.data.preparation import prepare
+from orchestrator.data.token_store import open_tokens
+from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model
+from orchestrator.evaluation.harness import Suite, load_suite, run_suite
+from orchestrator.evaluation.harness.suppressed_output import suppress_output
+from orchestrator.evaluation.heldout import build_heldout
+from orchestrator.records.evaluation import STDERR_SUFFIX, TaskResult
+from orchestrator.settings import DataSettings
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.folders import open_workspace
+
+__all__ = ["measure"]
+
+_OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tasks"
+_OFFICIAL_NAMES = {
+    "PIQA": "local_piqa",
+    "ARC easy": "local_arc_easy",
+    "LAMBADA": "local_lambada_openai",
+}
+_HELDOUT = "held-out suite"
+_TOLERANCE = 1e-4
+_END_OF_TEXT = "<|endoftext|>"
+_GOAL = Goal("at least", 1.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Size:
+    dim: int = 256
+    num_layers: Mapping[str, int] = field(default_factory=lambda: {"llama": 12, "iiet": 6})
+    vocab_size: int = 8192
+    max_documents: int | None = None
+    context_length: int = 512
+    num_items: int = 48
+    """Items of each task."""
+    batch_sizes: tuple[int, ...] = (16, 32)
+    repetitions: int = 3
+    has_goals: bool = True
+
+
+_FULL = _Size()
+_QUICK = _Size(
+    dim=16,
+    num_layers={"llama": 2, "iiet": 2},
+    vocab_size=512,
+    max_documents=200,
+    context_length=64,
+    num_items=4,
+    batch_sizes=(2,),
+    repetitions=2,
+    has_goals=False,
+)
+
+
+@dataclass(frozen=True)
+class _Time:
+    cpu: float
+    wall: float
+
+
+def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
+    """Measure items per second of both programs.
+
+    `quick`: tiny sizes and the held-out suite only, which only tests the benchmark. `say` reports
+    progress.
+    """
+    size = _QUICK if quick else _FULL
+    rows: list[Row] = []
+    checks: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = _Inputs(size, Path(folder))
+        for kind, layers in size.num_layers.items():
+            say(f"evaluation: {kind}")
+            model = open_model(inputs.save_model(kind))
+            pair = _Pair(model, inputs.suite, size)
+            for name, tasks in inputs.rows(is_quick=quick).items():
+                say(f"evaluation: {kind}, {name}")
+                shape = f"{layers} layers" + (", r = 2" if kind == "iiet" else "")
+                row, check = pair.compare(f"{name}, {kind} ({shape})", tasks)
+                rows.append(row)
+                checks.append(check)
+    setting = (
+        f"width {size.dim}, vocabulary {inputs.vocab_size:,}, float32, up to {size.num_items} "
+        f"items per task, lm-eval with the best batch size of {size.batch_sizes}; ratios of CPU "
+        f"seconds; {size.repetitions} repetitions in turns"
+    )
+    return Report(title="evaluation", setting=setting, rows=tuple(rows), checks=tuple(checks))
+
+
+class _Inputs:
+    """A tokenizer with its held-out tasks, and the folders of models."""
+
+    def __init__(self, size: _Size, folder: Path) -> None:
+        self._size, self._folder = size, folder
+        data = DataSettings(vocab_size=size.vocab_size, max_documents=size.max_documents)
+        tokens = prepare(data, open_workspace(folder / "workspace"), Progress())
+        store = open_tokens(tokens)
+        self._tokenizer_path, self.vocab_size = store.tokenizer_path, store.vocab_size
+        heldout = build_heldout(
+            tokens, num_items=size.num_items, context_length=size.context_length
+        )
+        self._heldout_names = list(heldout.tasks)
+        self._has_official = _OFFICIAL.is_dir()
+        names = [*_OFFICIAL_NAMES.values()] if self._has_official else []
+        folders = [_OFFICIAL] if self._has_official else []
+        self.suite = load_suite(
+            [*names, *self._heldout_names], folders=folders, heldout=heldout.folder
+        )
+
+    def rows(self, *, is_quick: bool) -> dict[str, list[str]]:
+        """Return the tasks of each row."""
+        official = {} if is_quick or not self._has_official else _OFFICIAL_NAMES
+        return {name: [task] for name, task in official.items()} | {_HELDOUT: self._heldout_names}
+
+    def save_model(self, kind: str) -> Path:
+        """Write a folder for transformers with random weights, and return it."""
+        size, folder = self._size, self._folder / kind
+        config = shaped_config(
+            size.dim,
+            num_layers=size.num_layers[kind],
+            vocab_size=self.vocab_size,
+            context_length=size.context_length,
+            method="vanilla" if kind == "llama" else kind,
+            num_corrections=2 if kind == "iiet" else None,
+        )
+        decoder = fresh_decoder(config)
+        if kind == "iiet":
+            with suppress_output():
+                return export_pretrained(
+                    decoder, folder, tokenizer_file=self._tokenizer_path, end_of_text=_END_OF_TEXT
+                )
+        with suppress_output():
+            llama_of(config, published_from_decoder(decoder)).save_pretrained(folder)
+        fast_tokenizer(
+            self._tokenizer_path, end_of_text=_END_OF_TEXT, context_length=size.context_length
+        ).save_pretrained(folder)
+        return folder
+
+
+class _Pair:
+    """One model, loaded by both programs."""
+
+    def __init__(self, model: EvaluatedModel, suite: Suite, size: _Size) -> None:
+        self._suite, self._size = suite, size
+        self._decoder, self._tokenizer = model.decoder(), model.tokenizer()
+        with suppress_output():
+            self._by_batch_size = {
+                batch_size: HFLM(
+                    pretrained=str(model.path),
+                    device="cpu",
+                    dtype="float32",
+                    batch_size=batch_size,
+                    trust_remote_code=True,
+                )
+                for batch_size in size.batch_sizes
+            }
+
+    def compare(self, what: str, tasks: Sequence[str]) -> tuple[Row, str]:
+        """Check that all numbers agree, and measure both programs on some tasks."""
+        found = self._ours(tasks)
+        times: dict[int, float] = {}
+        for batch_size, stock in self._by_batch_size.items():
+            started = time.process_time()
+            reference = self._stock(stock, tasks)
+            times[batch_size] = time.process_time() - started
+        check = checked(f"numbers of {what}", _largest_difference(found, reference), _TOLERANCE)
+        best = self._by_batch_size[min(times, key=times.__getitem__)]
+        seconds = take_turns(
+            {
+                "lm-eval": lambda: _timed(lambda: self._stock(best, tasks)),
+                "ours": lambda: _timed(lambda: self._ours(tasks)),
+            },
+            repetitions=self._size.repetitions,
+            warm_ups=0,
+        )
+        num_items = sum(self._suite.num_items(name, self._size.num_items) for name in tasks)
+        quantities = [
+            Quantity(f"{name}, {clock}", Spread.of([num_items / t for t in values]), "items/s")
+            for clock in ("cpu", "wall")
+            for name, values in (
+                (name, [getattr(t, clock) for t in found]) for name, found in seconds.items()
+            )
+        ]
+        cpu = {name: [t.cpu for t in values] for name, values in seconds.items()}
+        row = Row(
+            what=f"lm-eval / ours, {what}",
+            quantities=tuple(quantities),
+            ratio=paired_ratio(cpu["lm-eval"], cpu["ours"]),
+            goal=_GOAL if self._size.has_goals else None,
+        )
+        return row, check
+
+    def _ours(self, tasks: Sequence[str]) -> dict[str, TaskResult]:
+        suite = self._suite.only(tasks)
+        return run_suite(suite, self._decoder, self._tokenizer, limit=self._size.num_items).results
+
+    def _stock(self, model: HFLM, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+        results = {}
+        with suppress_output():
+            for name in tasks:
+                output = evaluator.evaluate(
+                    lm=model,
+                    task_dict={"tasks": {name: self._suite.tasks[name]}},
+                    limit=self._size.num_items,
+                    bootstrap_iters=0,
+                )
+                results[name] = output["results"][name]
+        return results
+
+
+def _timed(work: Callable[[], object]) -> _Time:
+    cpu, wall = time.process_time(), time.perf_counter()
+    work()
+    return _Time(time.process_time() - cpu, time.perf_counter() - wall)
+
+
+def _largest_difference(
+    ours: Mapping[str, TaskResult], stock: Mapping[str, Mapping[str, Any]]
+) -> float:
+    """Compare all metrics but standard errors: absolute below 1, else relative."""
+    return max(
+        abs(value - stock[name][f"{metric},none"]) / max(1.0, abs(value))
+        for name, result in ours.items()
+        for metric, value in result.metrics.items()
+        if not metric.endswith(STDERR_SUFFIX)
+    )

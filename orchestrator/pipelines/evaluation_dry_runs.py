@@ -1,0 +1,108 @@
+"""Dry runs of evaluations: what is stored of each task. Nothing is measured, fetched or written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from orchestrator.data.hub import offline
+from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_models, short_names
+from orchestrator.evaluation.harness import load_suite
+from orchestrator.evaluation.heldout import TASKS
+from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
+from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.evaluation.task_selection import TaskSelection
+from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.evaluating import selected_tasks
+from orchestrator.settings import Settings
+from orchestrator.terminal.formatting import format_count
+from orchestrator.terminal.progress import Progress
+from orchestrator.training.model_loading import best_device
+from orchestrator.workspace.errors import RunFailed
+from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.read_only import read_only
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationDryRun:
+    """What an evaluation would measure."""
+
+    rows: tuple[tuple[str, str], ...]
+    """Model and task, and how far it is."""
+
+
+@read_only()
+def plan_evaluation(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str,
+    models: Sequence[Path | str] = (),
+    schedules: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> EvaluationDryRun:
+    """Return what `evaluate` would measure with these arguments.
+
+    A precision that is not set is that of this machine's best device.
+
+    Raises:
+        UserError: As `evaluate`.
+    """
+    context = open_context(workspace, progress)
+    opened = open_models(context.workspace, list(map(Path, models)), schedules)
+    return EvaluationDryRun(
+        rows=tuple(
+            (f"{label}: {task}" if len(opened) > 1 else task, state)
+            for label, model in zip(short_names(opened), opened, strict=True)
+            for task, state in _states(model, settings, context)
+        )
+    )
+
+
+def _states(model: EvaluatedModel, settings: Settings, context: Context) -> list[tuple[str, str]]:
+    asked = selected_tasks(
+        model, settings.evaluation, context.workspace, context.progress, make=False
+    )
+    states: list[tuple[str, str]] = []
+    if asked.heldout and not asked.heldout.is_dir():
+        states = [(name, "to measure, its items are not made yet") for name in TASKS]
+        others = tuple(name for name in asked.names if name not in TASKS)
+        if not others:
+            return states
+        asked = replace(asked, names=others, heldout=None)
+    return states + _states_of_loaded(model, asked, settings, context)
+
+
+def _states_of_loaded(
+    model: EvaluatedModel, asked: TaskSelection, settings: Settings, context: Context
+) -> list[tuple[str, str]]:
+    try:
+        with offline():
+            suite = load_suite(
+                asked.names,
+                folders=asked.folders,
+                heldout=asked.heldout,
+                num_fewshot=settings.evaluation.num_fewshot,
+                prompts=settings.evaluation.prompts,
+            )
+    except RunFailed:
+        return [(name, _NEEDS_HUB) for name in asked.names]
+    precision = settings.evaluation.precision
+    if precision is None and settings.cluster.num_gpus:
+        precision = "bf16"
+    limit = settings.evaluation.limit
+    conditions = Conditions(precision=precision, limit=limit, device=str(best_device()))
+    store = EvaluationStore(context.workspace.evaluations, context.progress.note)
+    stored = ModelMeasurer(model, store, conditions).stored_answers(suite)
+    states = []
+    for name, num_answers in stored.items():
+        items = format_count(suite.num_items(name, limit), "item")
+        if num_answers is None:
+            states.append((name, f"{items}, stored"))
+        else:
+            resumes = f"; resumes after {num_answers:,} answers" if num_answers else ""
+            states.append((name, f"{items} to measure{resumes}"))
+    return [*states, *((name, _NEEDS_HUB) for name in suite.skipped)]
+
+
+_NEEDS_HUB = "needs the hub, which a dry run does not ask"
