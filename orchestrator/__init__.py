@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from orchestrator.evaluation.cost_measurement import MeasurementSettings
     from orchestrator.pipelines.benchmarking import BenchmarkResult, benchmark
     from orchestrator.pipelines.distilling import DistillResult, distill
-    from orchestrator.pipelines.evaluation_dry_runs import EvaluationDryRun, plan_evaluation
     from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate
+    from orchestrator.pipelines.evaluation_dry_runs import EvaluationDryRun, plan_evaluation
     from orchestrator.pipelines.exporting import export
     from orchestrator.pipelines.generating import Sampling, generate, generate_stream
     from orchestrator.pipelines.importing import import_model

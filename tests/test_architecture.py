@@ -21,7 +21,7 @@ PACKAGES = ("iiet", "orchestrator", "benchmarks")
 ADAPTERS = {
     "ray": ("orchestrator.cluster",),
     "mlflow": ("orchestrator.tracking", "orchestrator.pipelines.ui"),
-    "lm_eval": ("orchestrator.evaluation",),
+    "lm_eval": ("orchestrator.evaluation", "benchmarks.evaluation"),
     "typer": ("orchestrator.cli",),
     "datasets": ("orchestrator.data", "orchestrator.evaluation.heldout"),
     "matplotlib": ("orchestrator.reporting", "benchmarks.model_size_figure"),
