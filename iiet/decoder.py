@@ -27,7 +27,7 @@ from iiet.chunked_loss import LazyLogits, Logits
 from iiet.config import ModelConfig
 from iiet.context import DecodingCache, agreed_record, make_context
 from iiet.cpu_kernels import is_bare, may_read_weights
-from iiet.half_weights import FieldWeights, HalfWeights, half_is_wanted
+from iiet.half_weights import FieldWeights, HalfWeights, are_float32, half_is_wanted
 from iiet.initialization import draw_weights
 from iiet.layers import Field, RMSNorm
 from iiet.methods import METHODS, Evaluation, Layer, Observer
@@ -253,7 +253,8 @@ class Decoder(nn.Module):
         if not half_is_wanted(embeddings):
             return None
         weights = self.half_weights
-        if weights is None and embeddings.is_cuda and serves_fields(self.fields):
+        may_copy = embeddings.is_cuda and serves_fields(self.fields) and are_float32(self.fields)
+        if weights is None and may_copy:
             weights = HalfWeights(self.fields)
         return None if weights is None else weights.of_pass()
 

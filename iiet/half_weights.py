@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from iiet.context import PassContext
 from iiet.plain import needs_all_derivatives
 
-__all__ = ["FieldWeights", "GradientSum", "HalfWeights", "half_is_wanted"]
+__all__ = ["FieldWeights", "GradientSum", "HalfWeights", "are_float32", "half_is_wanted"]
 
 _ADDS_PRODUCTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
 """Whether CUDA's products of bfloat16 matrices can be added to a float32 matrix."""
@@ -40,6 +40,11 @@ def half_is_wanted(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not needs_all_derivatives()
     )
+
+
+def are_float32(fields: Iterable[nn.Module]) -> bool:
+    """Tell whether all weights of some fields are float32; those of a gathered shard may not be."""
+    return all(p.dtype == torch.float32 for field in fields for p in field.parameters())
 
 
 class HalfWeights:

@@ -19,9 +19,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iiet import METHODS, Decoder, next_token_loss, preset
+from iiet.half_weights import are_float32
+from iiet.token_step import serves_fields
 from iiet.training_memory import training_memory
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
+from orchestrator.training.compiling import compile_fields
 from orchestrator.training.distributed import World, autocast, pass_of_several
 from orchestrator.training.job_models import decoder_to_train
 from orchestrator.training.sharding import shard
@@ -85,6 +88,34 @@ def test_a_layer_is_gathered_once_for_all_its_evaluations(
         assert counts == {"allgather": 2 * LAYERS + 1, "reduce_scatter": LAYERS + 1}
 
 
+@pytest.mark.slow
+def test_compiled_fields_are_one_graph_and_gathered_as_often(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, graphs, gathers = make_decoder(), [], []
+    gather = dist.all_gather_single
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        gathers.append(1)
+        return gather(*arguments, **options)
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
+
+    monkeypatch.setattr(dist, "all_gather_single", counted)
+    torch._dynamo.reset()
+    shard(decoder, world, precision="bf16")
+    compile_fields(decoder, lambda *_, **__: None, backend)
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    for _ in range(2):  # Not `step`: nothing is compiled while operations are counted.
+        with autocast("bf16", world):
+            loss = next_token_loss(decoder(tokens), tokens)
+        loss.backward()  # type: ignore[no-untyped-call]
+    assert len(graphs) == 1
+    assert len(gathers) == 2 * (2 * LAYERS + 1)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_passes_of_a_step_gather_once_together(world: World, precision: str) -> None:
     decoder = make_decoder()
@@ -116,6 +147,16 @@ def test_replicas_of_shards_average_gradients_in_the_last_pass_only() -> None:
         assert len(weight.to_local()) == len(weight) // 2
     finally:
         dist.destroy_process_group()
+
+
+def test_weights_that_stay_gathered_are_not_copied_again(world: World) -> None:
+    decoder = make_decoder()
+    shard(decoder, world, precision="bf16")
+    with pass_of_several(decoder, world, is_last=False), autocast("bf16", world):
+        decoder(torch.zeros(1, 8, dtype=torch.long))
+        assert serves_fields(decoder.fields)
+        # A copy's gradients would come after those of its layer have been reduced.
+        assert not are_float32(decoder.fields)
 
 
 @pytest.mark.parametrize("method", METHODS)
