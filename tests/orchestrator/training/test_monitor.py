@@ -61,13 +61,20 @@ def test_the_time_left_accounts_for_corrections(job: TrainingJob) -> None:
     journal.close()
 
 
-def test_a_skipped_step_and_damage_are_noted(job: TrainingJob) -> None:
+def test_unusual_events_are_noted(job: TrainingJob) -> None:
     progress, journal = RecordingProgress(), Journal(job.folder)
     monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
     journal.event("skipped", step=7, loss=float("nan"), gradient_norm=2.0)
     journal.event("damaged", text="a sentence")
+    journal.event("compiled", seconds=41.3)
+    journal.event("not compiled", text="another sentence")
     monitor.poll()
-    assert progress.notes == ["iiet: step 7 was skipped: loss nan, gradient norm 2", "a sentence"]
+    assert progress.notes == [
+        "iiet: step 7 was skipped: loss nan, gradient norm 2",
+        "a sentence",
+        "iiet: compiled in 41 s",
+        "another sentence",
+    ]
     journal.close()
 
 
