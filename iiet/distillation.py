@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeVar, get_args
@@ -291,7 +291,7 @@ Answer = Logits | CoarseDistribution
 
 
 @torch.no_grad()
-def coarsen(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> CoarseDistribution:
+def coarsen(logits: Logits, top_k: int, *, temperature: float = 1.0) -> CoarseDistribution:
     """Reduce `softmax(logits / T)` to its `top_k` likeliest tokens and a tail.
 
     A vocabulary of at most `top_k` tokens leaves the tail empty.
@@ -303,9 +303,7 @@ def coarsen(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> CoarseDi
     k = min(top_k, vocab)
     ids: list[Tensor] = []
     buckets: list[Tensor] = []
-    flat = logits.reshape(-1, vocab)
-    # In chunks, since the temporary tensors have several times the size of the logits.
-    for rows in torch.split(flat, rows_at_once(flat)):
+    for rows in _pieces(logits):
         scaled = softened(rows, temperature)
         ids.append(scaled.topk(k, dim=-1).indices)
         buckets.append(_log_buckets(scaled, ids[-1]))
@@ -316,6 +314,17 @@ def coarsen(logits: Tensor, top_k: int, *, temperature: float = 1.0) -> CoarseDi
         log_tail=log_probs[..., -1],
         temperature=temperature,
     )
+
+
+def _pieces(logits: Logits) -> Iterator[Tensor]:
+    """Yield all rows of the logits, so few at once that temporary tensors are small."""
+    if isinstance(logits, LazyLogits):
+        fixed = logits.detached()
+        for rows in fixed.chunks():
+            yield from _pieces(fixed.at(rows))
+    else:
+        flat = logits.reshape(-1, logits.shape[-1])
+        yield from torch.split(flat, rows_at_once(flat))
 
 
 def coarse_kl_divergence(

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,11 +196,12 @@ def teacher_outputs_by_step(job: TrainingJob, *, device: str = "cpu") -> Outputs
     @torch.no_grad()
     def output_of_pass(input_ids: Tensor) -> Any:
         with autocast(recipe.precision, World(device=device)):
-            logits = teacher()(input_ids.to(device))
+            ids = input_ids.to(device)
             # Keep the logits of one pass only on the device, as the job itself does.
             if loss.top_k is None:
-                return logits.cpu()
-            return coarsen(logits, loss.top_k, temperature=loss.temperature)
+                return teacher()(ids).cpu()
+            shorten = partial(coarsen, top_k=loss.top_k, temperature=loss.temperature)
+            return teacher()(ids, finish=shorten)
 
     def outputs(number: int) -> tuple[Tensor, TeacherOutput]:
         sequences = plan.batch(steps[number], store.train, global_batch=global_batch).input_ids

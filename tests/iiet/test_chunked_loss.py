@@ -109,6 +109,19 @@ def test_stored_answers_of_a_teacher_serve_as_well() -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
+@torch.no_grad()
+def test_a_teacher_is_reduced_to_its_likeliest_tokens_without_whole_logits() -> None:
+    decoder, ids = fresh_decoder(), some_batch("text").input_ids
+    expected = coarsen(decoder(ids), 4, temperature=2.0)
+    with Largest() as seen:
+        found = decoder(ids, finish=partial(coarsen, top_k=4, temperature=2.0))
+    assert seen.elements < ELEMENTS / 2
+    assert torch.equal(found.ids, expected.ids)
+    torch.testing.assert_close(found.log_probs, expected.log_probs)
+    torch.testing.assert_close(found.log_tail, expected.log_tail)
+
+
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon", "top k"])
 def test_a_student_equal_to_its_teacher_gets_the_gradient_of_the_cross_entropy(
     divergence: str,

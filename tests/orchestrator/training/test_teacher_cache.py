@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from iiet.chunked_loss import Logits
 from iiet.decoder import Decoder
 from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
 from orchestrator.planning.planned_training import planned_training
@@ -473,8 +474,8 @@ def test_the_logits_of_one_pass_only_are_in_memory(
 ) -> None:
     sizes: list[int] = []
 
-    def watched(logits: torch.Tensor, *args: Any, **more: Any) -> Any:
-        sizes.append(len(logits))
+    def watched(logits: Logits, *args: Any, **more: Any) -> Any:
+        sizes.append(logits.shape[0])
         return coarsen(logits, *args, **more)
 
     monkeypatch.setattr(teacher_cache, "coarsen", watched)
