@@ -25,6 +25,7 @@ from benchmarks import (
     many_trials,
     mix,
     model_size,
+    quantized_weights,
     schedules,
     sweep,
     teacher_cache,
@@ -36,6 +37,7 @@ from benchmarks.report import Report
 BENCHMARKS: dict[str, Callable[..., Report]] = {
     "mix": mix.measure,
     "decoding": decoding.measure,
+    "quantized_weights": quantized_weights.measure,
     "schedules": schedules.measure,
     "teacher_cache": teacher_cache.measure,
     "training": training.measure,

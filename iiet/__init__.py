@@ -26,6 +26,7 @@ from iiet.pruning import (
     within_cost,
 )
 from iiet.published import decoder_from_published, published_from_decoder
+from iiet.quantization import quantize_weights
 from iiet.schedule import IterationSchedule
 from iiet.static_steps import StaticSteps
 
@@ -59,6 +60,7 @@ __all__ = [
     "plain_formulas",
     "preset",
     "published_from_decoder",
+    "quantize_weights",
     "schedule_at_threshold",
     "schedule_family",
     "spread_over_cost",

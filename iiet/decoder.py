@@ -35,7 +35,13 @@ from iiet.methods.base import LayerCall
 from iiet.precision import product_dtype
 from iiet.rope import Rope
 from iiet.schedule import IterationSchedule
-from iiet.token_step import few_rows_product, serves_fields, serves_token_step, uses_cpu_forms
+from iiet.token_step import (
+    few_rows_product,
+    is_bare_linear,
+    serves_fields,
+    serves_token_step,
+    uses_cpu_forms,
+)
 from iiet.weights import CONFIG, WEIGHTS, read_folder, rename_older_weights, write_folder
 
 __all__ = ["Decoder"]
@@ -70,7 +76,7 @@ class Decoder(nn.Module):
             dim=config.dim, layer_norm_eps=config.layer_norm_eps, options=options
         )
         self.norm = RMSNorm(config.dim, eps=config.rms_norm_eps)
-        self.head = (
+        self.head: nn.Module | None = (
             None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         )
         self.rope = Rope(config.head_dim, config.context_length, config.rope_theta)
@@ -292,10 +298,10 @@ class Decoder(nn.Module):
         if (
             uses_cpu_forms(normed)
             and serves_token_step(normed, cached=True)
-            and (self.head is None or is_bare(self.head, nn.Linear))
+            and (self.head is None or is_bare_linear(self.head))
         ):
-            weight = self.embedding.weight if self.head is None else self.head.weight
-            return few_rows_product(normed, weight, len(normed)).view(len(normed), 1, -1)
+            product = few_rows_product(normed, self.head or self.embedding, len(normed))
+            return product.view(len(normed), 1, -1)
         if self.head is None:
             return F.linear(normed, self.embedding.weight)
         logits: Tensor = self.head(normed)
@@ -308,7 +314,7 @@ class Decoder(nn.Module):
         # The gradients of a chunk are computed before a loss is scaled, and float16 loses them.
         if not reads_weight or product_dtype(hidden) == torch.float16:
             return self.logits(hidden)
-        return LazyLogits(self.norm(hidden), head.weight)
+        return LazyLogits(self.norm(hidden), cast("Tensor", head.weight))
 
     def evaluations_per_layer(self, schedule: IterationSchedule | None = None) -> tuple[int, ...]:
         """Count the evaluations of each layer under a schedule, the decoder's own when None.

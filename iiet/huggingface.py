@@ -255,7 +255,7 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replace the head."""
-        self.decoder.head = value  # type: ignore[assignment]  # Adapters may have wrapped it.
+        self.decoder.head = value
 
     def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Embedding:
         """Change the vocabulary's size; the arguments are those of transformers."""

@@ -6,7 +6,7 @@ row is bound by the launches of its kernels. So `evaluate_token` repeats `Field.
 modules and transposes: on a GPU by 13 kernels, where the modules launch 17.
 
     both    keys and values are appended as one tensor
-    CPU     products near the speed at which memory delivers the weights
+    CPU     products near the speed at which memory delivers the weights, which may be quantized
     GPU     rotation by two kernels; the last product adds to the residual in place
 """
 
@@ -23,11 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iiet.cpu_kernels import cached_scalar, is_bare, may_read_weights, rms_norm, rotate_
+from iiet.quantized_linear import QuantizedLinear
 from iiet.rope import turn_
 
 __all__ = [
     "evaluate_token",
     "few_rows_product",
+    "is_bare_linear",
     "serves_fields",
     "serves_token_step",
     "uses_cpu_forms",
@@ -70,9 +72,14 @@ def _is_bare_field(field: nn.Module) -> bool:
         if module is None or not is_bare(module, kinds[name]):
             return False
         for linear in module._modules.values():
-            if linear is None or not is_bare(linear, nn.Linear):
+            if linear is None or not is_bare_linear(linear):
                 return False
     return True
+
+
+def is_bare_linear(linear: nn.Module) -> bool:
+    """Tell whether `few_rows_product` may compute this linear layer."""
+    return is_bare(linear, nn.Linear) or is_bare(linear, QuantizedLinear)
 
 
 def evaluate_token(field: Any, x: Tensor, context: Any, slot: int | None) -> Tensor:
@@ -92,15 +99,15 @@ def _evaluate_on_cpu(field: Any, x: Tensor, context: Any, slot: int | None) -> T
     attention, network = field.attention, field.feed_forward
     batch, num_turned = x.size(0), attention.num_heads + attention.num_kv_heads
     normed = _normalized(x, field.attention_norm)
-    qkv = few_rows_product(normed, attention.qkv.weight, batch)
+    qkv = few_rows_product(normed, attention.qkv, batch)
     # With one token, heads before time is the same memory as time before heads.
     heads = qkv.view(batch, -1, 1, attention.head_dim)
     rotate_(heads.narrow(1, 0, num_turned), *context.rope)
     mixed = context.attend_heads(heads, attention.num_heads, slot)
-    u = _add_few_rows_product(x, mixed, attention.out.weight, batch)
+    u = _add_few_rows_product(x, mixed, attention.out, batch)
     normed = _normalized(u, field.feed_forward_norm)
-    gate, up = few_rows_product(normed, network.gate_up.weight, batch).chunk(2, -1)
-    return _add_few_rows_product(u, F.silu(gate).mul_(up), network.down.weight, batch)
+    gate, up = few_rows_product(normed, network.gate_up, batch).chunk(2, -1)
+    return _add_few_rows_product(u, F.silu(gate).mul_(up), network.down, batch)
 
 
 def _evaluate_on_gpu(field: Any, x: Tensor, context: Any, slot: int | None) -> Tensor:
@@ -131,17 +138,20 @@ def _normalized(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     return torch.addcmul(cached_scalar(0.0, x), x, norm.weight, value=rstd)
 
 
-def few_rows_product(x: Tensor, weight: Tensor, rows: int) -> Tensor:
+def few_rows_product(x: Tensor, linear: nn.Module, rows: int) -> Tensor:
     """Compute `x @ weight.T` near the speed at which memory delivers the weight.
 
     Args:
         x: `rows` contiguous vectors, in any shape.
-        weight: (out, in).
+        linear: holds the weight, (out, in); one that `is_bare_linear` allows, or an embedding.
         rows: at most `MAX_ROWS`.
 
     Returns:
-        (out,) for one row, else (rows, out); contiguous.
+        (rows, out), or (out,) for one row of a float weight; contiguous.
     """
+    if type(linear) is QuantizedLinear:
+        return linear.product(x.view(rows, -1))
+    weight: Tensor = linear.weight  # type: ignore[assignment]
     if rows == 1:
         return torch.mv(weight, x.view(-1))
     x = x.view(rows, -1)
@@ -174,8 +184,8 @@ def _is_intel() -> bool:
         return "GenuineIntel" in platform.processor()
 
 
-def _add_few_rows_product(base: Tensor, x: Tensor, weight: Tensor, rows: int) -> Tensor:
+def _add_few_rows_product(base: Tensor, x: Tensor, linear: nn.Module, rows: int) -> Tensor:
     """Compute `base + x @ weight.T`, (rows, 1, out); one operation for one row."""
-    if rows == 1:
-        return torch.addmv(base.view(-1), weight, x.view(-1)).view_as(base)
-    return base + few_rows_product(x, weight, rows).view_as(base)
+    if rows == 1 and type(linear) is nn.Linear:
+        return torch.addmv(base.view(-1), linear.weight, x.view(-1)).view_as(base)
+    return base + few_rows_product(x, linear, rows).view_as(base)

@@ -20,6 +20,7 @@ from iiet.methods.implicit_euler import ImplicitEuler
 NUM_ROWS = {
     "mix": 5,
     "decoding": 6,
+    "quantized_weights": 6,
     "schedules": 8,
     "teacher_cache": 4,
     "training": 4,

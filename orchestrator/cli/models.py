@@ -71,6 +71,10 @@ def generate(
         Literal["exact", "last"],
         typer.Option(help="Cache slots: `exact`, one per evaluation, or `last`, one per layer."),
     ] = "exact",
+    weights: Annotated[
+        Literal["bf16", "int8"] | None,
+        typer.Option(help="Decode on the CPU with weights of this format (default: float32)."),
+    ] = None,
     schedule: ScheduleOption = None,
     workspace: WorkspaceOption = None,
     verbose: VerboseOption = False,
@@ -94,7 +98,11 @@ def generate(
         )
         options = {**session.common, "model": checkpoint, "schedule": schedule, "chat": chat}
         # The text goes to standard output, so warnings go elsewhere.
-        options |= {"sampling": sampling, "progress": _Warnings(session.terminal)}
+        options |= {
+            "sampling": sampling,
+            "weights": weights,
+            "progress": _Warnings(session.terminal),
+        }
         if len(prompts) > 1:
             for text, written in zip(prompts, generating.generate(prompts, **options), strict=True):
                 typer.echo(f"{text}{': ' if chat else ''}{written}\n")

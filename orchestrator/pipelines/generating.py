@@ -17,6 +17,8 @@ from tokenizers.decoders import DecodeStream
 
 from iiet.decoder import Decoder
 from iiet.generation import stream as stream_tokens
+from iiet.quantization import quantize_weights
+from iiet.quantized_linear import WeightFormat
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
 from orchestrator.evaluation.model_tokenizer import ModelTokenizer, checkpoint_tokenizer
@@ -50,6 +52,7 @@ def generate(
     model: Path | str | None = None,
     schedule: str | None = None,
     sampling: Sampling | None = None,
+    weights: WeightFormat | None = None,
     chat: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
@@ -60,13 +63,15 @@ def generate(
         model: A checkpoint or run, by path or name; the newest IIET or imported model when unset.
         schedule: Iteration schedule as typed, if not the checkpoint's own.
         sampling: How tokens are chosen, and when to stop.
+        weights: Decode on the CPU with the weights in this format; faster than float32, less exact.
         chat: Put each prompt into the model's chat template, as a user's message.
 
     Raises:
         UserError: If the model is missing, damaged, has no tokenizer or no chat template, the
-            schedule does not fit it, or prompts and new tokens do not fit its context.
+            schedule does not fit it, prompts and new tokens do not fit its context, or the CPU
+            lacks the instructions for these weights.
     """
-    writer, texts = _open(prompts, workspace, model, schedule, progress, chat=chat)
+    writer, texts = _open(prompts, workspace, model, schedule, weights, progress, chat=chat)
     return writer.continue_all(texts, sampling or Sampling())
 
 
@@ -77,11 +82,12 @@ def generate_stream(
     model: Path | str | None = None,
     schedule: str | None = None,
     sampling: Sampling | None = None,
+    weights: WeightFormat | None = None,
     chat: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of one prompt, piece by piece; arguments and errors as `generate`."""
-    writer, texts = _open([prompt], workspace, model, schedule, progress, chat=chat)
+    writer, texts = _open([prompt], workspace, model, schedule, weights, progress, chat=chat)
     return writer.stream(texts[0], sampling or Sampling())
 
 
@@ -90,6 +96,7 @@ def _open(
     workspace: Workspace | Path | str,
     model: Path | str | None,
     schedule: str | None,
+    weights: WeightFormat | None,
     progress: Progress | None,
     *,
     chat: bool,
@@ -97,7 +104,7 @@ def _open(
     context = open_context(workspace, progress)
     path = Path(model) if model else None
     checkpoint = resolve_model(context.workspace, path, context.progress.note)
-    writer = TextGenerator(checkpoint, parse_schedule(schedule, checkpoint))
+    writer = TextGenerator(checkpoint, parse_schedule(schedule, checkpoint), weights)
     return writer, [writer.chat(text) if chat else text for text in prompts]
 
 
@@ -105,16 +112,27 @@ class TextGenerator:
     """A checkpoint, under its own iteration schedule or another, with its tokenizer.
 
     Raises:
-        UserError: If the checkpoint is damaged, has no tokenizer, or cannot use the schedule.
+        UserError: If the checkpoint is damaged, has no tokenizer, or cannot use the schedule, or
+            if the CPU lacks the instructions for the format of the weights.
     """
 
-    def __init__(self, checkpoint: Path, schedule: IterationSchedule | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        schedule: IterationSchedule | None = None,
+        weights: WeightFormat | None = None,
+    ) -> None:
         self.text: ModelTokenizer = checkpoint_tokenizer(checkpoint)
-        device = best_device()
+        device = best_device() if weights is None else "cpu"
         dtype = DTYPES[device_precision(device)]  # As it is evaluated.
         self.decoder: Decoder = load_model(
             checkpoint, device=device, dtype=dtype, schedule=schedule
         )
+        if weights is not None:
+            try:
+                self.decoder = quantize_weights(self.decoder, weights)
+            except ValueError as error:
+                raise UserError(f"--weights {weights}: {error}") from None
 
     def chat(self, prompt: str) -> str:
         """Return a user's message as the model's chat template writes it, ready to be answered."""
