@@ -248,9 +248,10 @@ def _largest_difference(
     ours: Mapping[str, TaskResult], stock: Mapping[str, Mapping[str, Any]]
 ) -> float:
     """Compare all metrics but standard errors: absolute below 1, else relative."""
-    return max(
+    largest: float = max(
         abs(value - stock[name][f"{metric},none"]) / max(1.0, abs(value))
         for name, result in ours.items()
         for metric, value in result.metrics.items()
         if not metric.endswith(STDERR_SUFFIX)
     )
+    return largest
