@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -163,7 +164,7 @@ def test_the_report_shows_verdicts_first_and_every_problem() -> None:
         Finding(what="a", figures={"ms": 12.345, "GB/s": 2345.6}),
         Finding(what="b", figures={"ms": 1.0}, problem="too | slow"),
         Finding(what="c", skipped="no memory"),
-        Finding(what="d", figures={"nats": 0.5}),
+        Finding(what="d", figures={"nats": 0.5, "bits": math.nan}),
     )
     result = SectionResult(name="speed", question="How fast?", findings=findings, seconds=3.2)
     text = to_markdown([result], {"name": "A card", "driver": "1.2"})
@@ -175,6 +176,7 @@ def test_the_report_shows_verdicts_first_and_every_problem() -> None:
     assert "| a | 12.3 | 2,346 |  |" in lines
     assert "| b | 1 |  | failed |" in lines
     assert "- c: not measured, no memory" in lines
-    assert "| d | 0.5 |  |" in lines, "other columns are another table"
+    assert "| d | 0.5 | nan |  |" in lines, "other columns are another table"
     [stored] = to_dict([result], {})["sections"]
     assert (stored["status"], stored["problems"]) == ("failed", ["b: too | slow"])
+    assert "NaN" not in json.dumps(stored), "JSON has no such number"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,11 +14,16 @@ Facts = dict[str, Any]
 
 
 def to_dict(results: Sequence[SectionResult], facts: Facts) -> dict[str, Any]:
-    """Return plain JSON values."""
+    """Return plain JSON values; a figure that is not finite is a string."""
     sections = [
         {**asdict(result), "status": result.status, "problems": result.problems}
         for result in results
     ]
+    for finding in (finding for section in sections for finding in section["findings"]):
+        finding["figures"] = {
+            name: value if isinstance(value, str) or math.isfinite(value) else str(value)
+            for name, value in finding["figures"].items()
+        }
     return {"machine": facts, "sections": sections}
 
 
