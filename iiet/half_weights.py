@@ -26,8 +26,10 @@ from iiet.plain import needs_all_derivatives
 
 __all__ = ["FieldWeights", "GradientSum", "HalfWeights", "are_float32", "half_is_wanted"]
 
-_ADDS_PRODUCTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
-"""Whether CUDA's products of bfloat16 matrices can be added to a float32 matrix."""
+_ADDS_PRODUCTS = torch.version.hip is None and tuple(
+    map(int, torch.__version__.split(".")[:2])
+) >= (2, 12)
+"""Whether GPUs can add products of bfloat16 matrices to a float32 matrix."""
 
 
 def half_is_wanted(x: Tensor) -> bool:

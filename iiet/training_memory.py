@@ -140,8 +140,9 @@ def _peak_bytes(
     # its output is added to.
     field = _FEED_FORWARD_TEMPORARIES * config.ffn_dim * width + 3 * config.dim * inner
     if activation_checkpointing:
-        kept = config.num_layers * state + left  # each layer's input
-        field += max(of_layers) - state + left
+        inputs = config.dim * inner  # of a layer
+        kept = config.num_layers * inputs + left
+        field += max(of_layers) - inputs + left
     else:
         kept = sum(of_layers) + left
         # The first layer to go backward needs no gradient of `left`, and frees what it kept.
