@@ -1,7 +1,7 @@
 """A decoder as a model class of lm-eval: text in, log-likelihoods or generated answers out.
 
 lm-eval's own class for Hugging Face models gives the same log-likelihoods up to rounding, but takes
-1.5 to 2 times as long: it runs a shared context once per choice, and the head at every position.
+longer (docs/benchmarks.md): it runs a shared beginning once per choice, and the head everywhere.
 Its cache of logits, on by default, returns wrong scores for some inputs.
 """
 
