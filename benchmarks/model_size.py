@@ -4,7 +4,8 @@ Three costs: a training step (forward, backward, clipping, AdamW), a decoded tok
 sweep's trial (the training and evaluation that `run_trial` makes; `sweep` shows that Ray adds
 nothing to it). The three models of a size take turns. An IIET with r corrections makes 1 + r times
 the evaluations; embedding, head and what a trial does beside them cost the same, so its ratio to
-vanilla is smaller in small models. `benchmarks/model_size_figure.py` draws the stored numbers.
+vanilla is smaller in small models. All run on one thread, so processor time is measured: it depends
+less on what else the machine does. `benchmarks/model_size_figure.py` draws the stored numbers.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from benchmarks.decoded_tokens import largest_regret
 from benchmarks.report import Quantity, Report, Row, checked
 from benchmarks.shape import fresh_decoder, shaped_config
 from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
-from iiet import Decoder, ModelConfig, num_parameters
+from iiet import Decoder, ModelConfig, num_parameters, stream
 from iiet.losses import next_token_loss
 from orchestrator.data.preparation import prepare
-from orchestrator.evaluation.decode_timing import decode_milliseconds, random_prompt
+from orchestrator.evaluation.decode_timing import random_prompt
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.sweep_plans import plan_iterations
 from orchestrator.settings import Settings, resolve_settings
@@ -97,11 +98,12 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
             for cost, times in zip(COSTS, measured, strict=True):
                 rows += _rows(cost, place, times, configs)
     setting = (
+        "processor time; "
         f"heads of 64, ffn 2.75 d, vocabulary {size.vocab_size}, float32; a step has "
         f"{size.num_sequences} x {size.context_length} tokens, {size.repetitions} repetitions in "
         f"turns; decoding at batch 1 after {size.prompt_tokens} tokens; a trial has "
         f"{size.num_trial_steps} such steps, two held-out tasks of {size.num_items} items and the "
-        f"validation loss, {size.trial_repetitions} repetitions of its processor time"
+        f"validation loss, {size.trial_repetitions} repetitions"
     )
     return Report(title="model_size", setting=setting, rows=tuple(rows), checks=tuple(checks))
 
@@ -139,7 +141,7 @@ def _training_steps(decoders: Mapping[str, Decoder], size: _Size) -> dict[str, l
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return stopwatch(step)
+        return stopwatch(step, clock=time.process_time)
 
     tasks = {label: task(decoder.train()) for label, decoder in decoders.items()}
     seconds = take_turns(tasks, repetitions=size.repetitions)
@@ -147,13 +149,21 @@ def _training_steps(decoders: Mapping[str, Decoder], size: _Size) -> dict[str, l
 
 
 def _decoded_tokens(decoders: Mapping[str, Decoder], size: _Size) -> dict[str, list[float]]:
-    timings = decode_milliseconds(
-        decoders,
-        prompt_tokens=size.prompt_tokens,
-        new_tokens=size.new_tokens,
-        repetitions=size.repetitions,
-    )
-    return {label: list(timing.repetitions) for label, timing in timings.items()}
+    def task(decoder: Decoder) -> Callable[[], float]:
+        prompt = random_prompt(decoder, 1, size.prompt_tokens)
+
+        def decode() -> float:
+            steps = stream(decoder, prompt, max_new_tokens=size.new_tokens)
+            next(steps)  # The prefill is not part of a token's cost.
+            started = time.process_time()
+            for _ in steps:
+                pass
+            return 1e3 * (time.process_time() - started) / (size.new_tokens - 1)
+
+        return decode
+
+    tasks = {label: task(decoder.eval()) for label, decoder in decoders.items()}
+    return take_turns(tasks, repetitions=size.repetitions)
 
 
 class _Trials:
@@ -173,8 +183,6 @@ class _Trials:
             tokens = prepare(settings.data, workspace, Progress())
             plan = plan_iterations(settings, Context(workspace), tokens)
             for trial in plan.trials:
-                # A trial runs on one thread and is measured once: its processor time depends less
-                # on what else the machine does than the time that passes.
                 started = time.process_time()
                 run_trial(trial)
                 found[trial.label].append(1e3 * (time.process_time() - started))
