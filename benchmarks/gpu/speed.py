@@ -90,7 +90,9 @@ def _measure(setup: Setup, case: _Case, label: str, *, compiles: bool) -> Findin
     }
     if (mfu := steps.settled("train/mfu")) is not None:
         figures["MFU (%)"] = 100 * mfu
-    problem = None
+    problem = steps.compiler_problem or None
+    if compiles:
+        figures["compile time (s)"] = steps.compile_seconds
     if setup.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
         figures |= {"peak (GiB)": peak / GIB, "peak / plan": peak / planned}

@@ -99,6 +99,6 @@ def _speed(what: str, steps: Steps, eager: Steps | None = None) -> Finding:
         "step (ms)": 1e3 * steps.settled_seconds,
     }
     if eager:
-        figures["compile time (s)"] = steps.first_seconds - eager.first_seconds
+        figures["compile time (s)"] = steps.compile_seconds
         figures["eager / compiled"] = eager.settled_seconds / steps.settled_seconds
     return Finding(what=what, figures=figures)

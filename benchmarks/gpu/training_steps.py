@@ -26,6 +26,8 @@ class Steps:
     """Seconds from the call to the end of the first step."""
     metrics: list[Mapping[str, float]]
     """What the training reported at each step."""
+    compile_seconds: float
+    """Seconds that the compiler took, by the journal; 0 without one."""
     compiler_problem: str
     """Why a training that was to be compiled was not; empty if there was no problem."""
 
@@ -60,8 +62,9 @@ def run_steps(
                 on_step()
 
     run_job(job, world=setup.world, report=report)
-    events = [record for record in read_journal(job.folder)[0] if "text" in record]
-    problems = [event["text"] for event in events if event.get("name") == "not compiled"]
+    events = [record for record in read_journal(job.folder)[0] if "name" in record]
+    problems = [event["text"] for event in events if event["name"] == "not compiled"]
+    compilations = [event["seconds"] for event in events if event["name"] == "compiled"]
     shutil.rmtree(job.folder)
     each = [after - before for before, after in pairwise(times)]
     return Steps(
@@ -69,5 +72,6 @@ def run_steps(
         seconds=each[1:],
         first_seconds=each[0],
         metrics=metrics,
+        compile_seconds=sum(compilations),
         compiler_problem="".join(problems),
     )
