@@ -18,7 +18,7 @@ from typing import Final, get_args
 import torch
 from torch import Tensor
 
-from benchmarks.report import Goal, Quantity, Report, Row
+from benchmarks.report import Goal, Quantity, Report, Row, checked
 from benchmarks.shape import fresh_decoder, shaped_config
 from benchmarks.timing import Spread, paired_ratio, take_turns
 from iiet import Decoder, next_token_loss, quantize_weights, stream
@@ -33,6 +33,8 @@ _GOALS: Final = {
 }
 _MOST_BITS: Final = Goal("at most", 1.005)
 _SEQUENCE_BYTES: Final = 256
+_TOLERANCE: Final = 0.1
+"""Root mean square, in standard deviations of the logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +79,12 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
             check_weight_format(weight_format)
     except ValueError as error:
         return Report(title="quantized weights", setting=f"not measured: {error}", rows=())
+    checks: list[str] = []
     rows = [
         row
         for dim in size.dims
         for batch_size in size.batch_sizes
-        for row in _step_rows(size, dim, batch_size, say)
+        for row in _step_rows(size, dim, batch_size, say, checks)
     ]
     say(f"quantized weights: training for {size.training_steps} steps")
     rows += _quality_rows(size, has_goals=not quick)
@@ -92,10 +95,14 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
         f"{size.trained_layers} layers, trained on bytes of this repository for "
         f"{size.training_steps} steps of {size.num_sequences} x {_SEQUENCE_BYTES}"
     )
-    return Report(title="quantized weights", setting=setting, rows=tuple(rows))
+    return Report(
+        title="quantized weights", setting=setting, rows=tuple(rows), checks=tuple(checks)
+    )
 
 
-def _step_rows(size: _Size, dim: int, batch_size: int, say: Callable[[str], None]) -> list[Row]:
+def _step_rows(
+    size: _Size, dim: int, batch_size: int, say: Callable[[str], None], checks: list[str]
+) -> list[Row]:
     say(f"quantized weights: d {dim}, batch {batch_size}")
     config = shaped_config(
         dim,
@@ -112,6 +119,8 @@ def _step_rows(size: _Size, dim: int, batch_size: int, say: Callable[[str], None
     for name in _FORMATS:
         quantized = quantize_weights(decoder, name)
         tasks[name] = partial(_milliseconds, quantized, prompt, size.new_tokens)
+        what = f"logits of float32 and {name}, d {dim}, batch {batch_size},"
+        checks.append(checked(what, _difference(quantized, decoder, prompt), _TOLERANCE))
     found = take_turns(tasks, repetitions=size.repetitions)
     return [
         Row(
@@ -130,6 +139,12 @@ def _step_rows(size: _Size, dim: int, batch_size: int, say: Callable[[str], None
         )
         for name in _FORMATS
     ]
+
+
+@torch.inference_mode()
+def _difference(quantized: Decoder, decoder: Decoder, prompt: Tensor) -> float:
+    exact = decoder(prompt)
+    return float((quantized(prompt) - exact).square().mean().sqrt() / exact.std())
 
 
 def _milliseconds(decoder: Decoder, prompt: Tensor, new_tokens: int) -> float:
