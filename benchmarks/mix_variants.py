@@ -114,15 +114,15 @@ class _StackedHistory:
     def sums(self, rows: Tensor) -> tuple[_StackedHistory, tuple[Tensor, ...]]:
         return self, tuple(rows)  # Sums wait for the layer's own estimate.
 
-    def add(self, base: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
+    def add(self, base: Tensor, estimate: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         row = torch.cat([base, weight[None]])
         mixed: Tensor = torch.tensordot(row, torch.stack([*self.estimates, estimate]), dims=1)
-        return mixed
+        return mixed.to(dtype)
 
     def leave(
-        self, base: Tensor, estimate: Tensor, weight: Tensor
+        self, base: Tensor, estimate: Tensor, weight: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, _StackedHistory]:
-        hidden = self.add(base, estimate, weight)
+        hidden = self.add(base, estimate, weight, dtype)
         return hidden, _StackedHistory((*self.estimates, estimate))
 
 

@@ -184,8 +184,8 @@ class CountingCache(KeyValueCache):
 
     num_read = 0
 
-    def update(self, keys, values, slot, /):
-        held = super().update(keys, values, slot)
+    def _write(self, slot, *pairs):
+        held = super()._write(slot, *pairs)
         self.num_read += sum(tensor.nbytes for tensor in held)
         return held
 

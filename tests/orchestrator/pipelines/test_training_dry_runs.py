@@ -45,7 +45,7 @@ def test_a_dry_run_needs_no_tokens_and_no_gpus_and_writes_nothing(
     assert "assumed" in lines["vocabulary"]
     assert "15,728,640,000 in 30,000 steps of 524,288" in lines["tokens"]
     assert "256 sequences" in lines["a step"]
-    assert "32 for each worker, in 8 passes of at most 4" in lines["a step"]
+    assert "32 for each worker, in 4 passes of at most 8" in lines["a step"]
     assert "15 to 25% of 989 TFLOP/s" in lines["time"]
     assert "H100" in lines["time"]
     assert "no GPU" in lines["on this machine"]
