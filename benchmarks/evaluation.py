@@ -6,12 +6,13 @@ faster of two batch sizes, and task by task (one call for several tasks can scor
 they share a text). Models and tasks are loaded before; building the prompts, tokenizing and the
 metrics are part of the time. The ratios are of CPU seconds, which a busy machine changes less.
 
-Tasks: the held-out suite of the demo's corpus, and official items of PIQA, ARC and LAMBADA if they
-are beside the repository (`../shared/data/tasks`).
+Tasks: the held-out suite of the demo's corpus; and official items of PIQA, ARC and LAMBADA if the
+environment variable `IIET_BENCHMARK_TASKS` names a folder with lm-eval's files of such tasks.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +43,7 @@ from orchestrator.workspace.folders import open_workspace
 
 __all__ = ["measure"]
 
-_OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tasks"
+_OFFICIAL_VARIABLE = "IIET_BENCHMARK_TASKS"
 _OFFICIAL_NAMES = {
     "PIQA": "local_piqa",
     "ARC easy": "local_arc_easy",
@@ -130,9 +131,9 @@ class _Inputs:
             tokens, num_items=size.num_items, context_length=size.context_length
         )
         self._heldout_names = list(heldout.tasks)
-        self._has_official = _OFFICIAL.is_dir()
-        names = [*_OFFICIAL_NAMES.values()] if self._has_official else []
-        folders = [_OFFICIAL] if self._has_official else []
+        folders = [Path(os.environ[_OFFICIAL_VARIABLE])] if _OFFICIAL_VARIABLE in os.environ else []
+        self._has_official = bool(folders)
+        names = [*_OFFICIAL_NAMES.values()] if folders else []
         self.suite = load_suite(
             [*names, *self._heldout_names], folders=folders, heldout=heldout.folder
         )

@@ -21,9 +21,8 @@ __all__ = ["QuantizedLinear", "WeightFormat", "check_weight_format"]
 
 WeightFormat = Literal["bf16", "int8"]
 
-_MAX_INT8_ROWS: Final = (
-    16  # For more, int8 weights are turned into bf16 ones, which then is faster.
-)
+# For more rows, int8 weights are turned into bf16 ones, which then is faster.
+_MAX_INT8_ROWS: Final = 16
 
 
 def check_weight_format(weight_format: str) -> None:
