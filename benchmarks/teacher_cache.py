@@ -28,7 +28,8 @@ from benchmarks.report import Goal, Quantity, Report, Row, checked
 from benchmarks.shape import fresh_decoder, shaped_config
 from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
 from iiet import Decoder, DistillationConfig, IterationSchedule, distillation_loss
-from iiet.distillation import Model, coarsen, frozen_teacher
+from iiet.coarse_distribution import coarsen
+from iiet.distillation import Model, frozen_teacher
 from orchestrator.training.teacher_cache import (
     CachedTeacher,
     CachePlan,

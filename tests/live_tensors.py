@@ -68,3 +68,25 @@ class LiveStorages(TorchDispatchMode):
                 self._live.add(tensor.untyped_storage())
         self.peak = max(self.peak, sum(storage.nbytes() for storage in self._live))
         return result
+
+
+class LargestTensor(TorchDispatchMode):
+    """Finds the largest tensor that an operation makes, in values of its storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_values = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                held = tensor.untyped_storage().nbytes() // tensor.itemsize
+                self.num_values = max(self.num_values, held)
+        return result

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iiet.coarse_distribution import CoarseDistribution, coarsen
 from iiet.config import ModelConfig
-from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
+from iiet.distillation import DistillationConfig
 from orchestrator.data.batches import BatchPlan
 from orchestrator.data.token_store import open_tokens
 from orchestrator.records.training import TrainingJob

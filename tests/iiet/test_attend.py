@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import pytest
 import torch
+from live_tensors import LargestTensor
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from iiet.attention import _CPU_SHARES_HEADS, attend
 
 HEADS, KEY_HEADS, WIDTH, TOKENS = 8, 2, 8, 64
-
-
-class Largest(TorchDispatchMode):
-    """Records the size of the largest tensor that an operation makes."""
-
-    num_values = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                held = tensor.untyped_storage().nbytes() // tensor.itemsize
-                self.num_values = max(self.num_values, held)
-        return result
 
 
 def heads(time: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,7 +25,7 @@ def test_shared_heads_are_repeated_heads_and_no_scores_are_kept(
 ) -> None:
     queries, keys, values = heads(TOKENS, dtype)
     mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril() if masked else None
-    with Largest() as largest:
+    with LargestTensor() as largest:
         mixed = attend(queries, keys, values, mask=mask, is_causal=not masked)
     repeated = (x.repeat_interleave(HEADS // KEY_HEADS, dim=1) for x in (keys, values))
     expected = attend(queries, *repeated, mask=mask, is_causal=not masked)
@@ -62,6 +38,6 @@ def test_shared_heads_are_repeated_heads_and_no_scores_are_kept(
 @torch.no_grad()
 def test_a_decoded_token_copies_no_keys(dtype: torch.dtype) -> None:
     queries, keys, values = heads(1, dtype)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         attend(queries, keys, values, mask=None, is_causal=False)
     assert largest.num_values < keys.numel()

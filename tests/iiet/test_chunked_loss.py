@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from live_tensors import LargestTensor
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from iiet import Decoder, next_token_loss, plain_formulas, preset
 from iiet.batch import NO_TARGET, Batch
 from iiet.chunked_loss import LazyLogits
-from iiet.distillation import DistillationConfig, coarsen, distillation_loss, frozen_teacher
+from iiet.coarse_distribution import coarsen
+from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
 from iiet.losses import batch_cross_entropy
 from orchestrator.training.distributed import World
 from orchestrator.training.objective import make_objective
@@ -113,9 +113,9 @@ def test_stored_answers_of_a_teacher_serve_as_well() -> None:
 def test_a_teacher_is_reduced_to_its_likeliest_tokens_without_whole_logits() -> None:
     decoder, ids = fresh_decoder(), some_batch("text").input_ids
     expected = coarsen(decoder(ids), 4, temperature=2.0)
-    with Largest() as seen:
+    with LargestTensor() as seen:
         found = decoder(ids, finish=partial(coarsen, top_k=4, temperature=2.0))
-    assert seen.elements < ELEMENTS / 2
+    assert seen.num_values < ELEMENTS / 2
     assert torch.equal(found.ids, expected.ids)
     torch.testing.assert_close(found.log_probs, expected.log_probs)
     torch.testing.assert_close(found.log_tail, expected.log_tail)
@@ -150,25 +150,6 @@ def test_logits_of_one_chunk_give_bitwise_the_same() -> None:
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
-class Largest(TorchDispatchMode):
-    """Notes the most elements of any tensor that an operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("loss", [None, *LOSSES])
 def test_no_tensor_of_a_training_step_is_as_large_as_the_logits(loss: str | None) -> None:
@@ -176,10 +157,10 @@ def test_no_tensor_of_a_training_step_is_as_large_as_the_logits(loss: str | None
     schedule = decoder.schedule
     config = DistillationConfig(**LOSSES[loss]) if loss else None
     objective = make_objective(lambda _: schedule, some_teacher(decoder) if loss else None, config)
-    with Largest() as seen:
+    with LargestTensor() as seen:
         objective(decoder, batch, 0)[0].backward()  # type: ignore[no-untyped-call]
         validation_loss(decoder, [batch], schedule, precision="fp32", world=World())
-    assert seen.elements < ELEMENTS / 2
+    assert seen.num_values < ELEMENTS / 2
 
 
 def adapted(decoder: Decoder) -> None:

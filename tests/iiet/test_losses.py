@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from iiet import losses
 from iiet.batch import NO_TARGET, Batch
-from iiet.distillation import coarse_kl_divergence, coarsen
+from iiet.coarse_distribution import coarse_kl_divergence, coarsen
 from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
 
 KINDS = ("forward", "reverse", "jensen_shannon")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iiet import losses
-from iiet.distillation import coarse_kl_divergence, coarsen
+from iiet.coarse_distribution import coarse_kl_divergence, coarsen
 from iiet.losses import kl_divergence
 
 VOCAB = 17

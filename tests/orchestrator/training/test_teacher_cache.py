@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from iiet.chunked_loss import Logits
+from iiet.coarse_distribution import CoarseDistribution, coarsen
 from iiet.decoder import Decoder
-from iiet.distillation import CoarseDistribution, DistillationConfig, coarsen
+from iiet.distillation import DistillationConfig
 from orchestrator.planning.planned_training import planned_training
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings, TrainingSettings
