@@ -30,13 +30,15 @@ NUM_ROWS = {
     "model_size": 6,
 }
 """Rows of a quick run."""
-SLOW = ("mix", "training", "evaluation", "sweep", "many_trials", "model_size")
+SLOW = ("mix", "training", "evaluation", "model_size")
 """They start processes, run whole trials, or take longer than two seconds."""
+LONG = {name: [pytest.mark.long, pytest.mark.slow] for name in ("sweep", "many_trials")}
+"""They run whole sweeps."""
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in BENCHMARKS],
+    [pytest.param(n, marks=LONG.get(n, [pytest.mark.slow] * (n in SLOW))) for n in BENCHMARKS],
 )
 def test_a_quick_run_checks_measures_and_stores(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -170,6 +170,7 @@ def test_another_suite_measures_without_training(finished: tuple[Path, str]) -> 
     assert len(list((workspace / "evaluations").iterdir())) > num_before
 
 
+@pytest.mark.long
 def test_distilled_baselines_stand_beside_the_front(finished: tuple[Path, str]) -> None:
     workspace, _ = finished
     arguments = ["sweep-threshold", "--distilled-baselines", "vanilla,fewer_layers"]

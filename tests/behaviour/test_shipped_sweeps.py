@@ -66,10 +66,8 @@ def test_every_shipped_sweep_is_run_here() -> None:
     assert {*FRONTS, "search"} == set(shipped_sweeps())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name == "toy" else pytest.mark.long) for name in FRONTS],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", FRONTS)
 def test_a_shipped_sweep_ends_with_its_front(name: str, workspace: Workspace) -> None:
     result = run(workspace, name)
     assert result.report.page is not None
@@ -88,6 +86,7 @@ def test_a_plan_names_what_is_known_and_what_follows_later(workspace: Workspace)
     assert "the teacher is not trained" in " ".join(found.sentences)
 
 
+@pytest.mark.long
 def test_a_search_continues_from_the_family(workspace: Workspace) -> None:
     options = ("search.num_trials=2", "search.population_size=2")
     run(workspace, "toy")

@@ -148,6 +148,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return settings, code
 
 
+@pytest.mark.long
 def test_a_job_runs_in_a_copy_of_the_working_directory_and_can_be_stopped(
     server: str, folders: tuple[Path, Path]
 ) -> None:
