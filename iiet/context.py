@@ -174,11 +174,7 @@ def make_context(
     visible = None
     if attention_mask is not None and attention_mask.dim() == 3:
         visible, attention_mask = attention_mask, None
-        if cache is not None or position_ids is None or visible.shape != (batch, time, time):
-            raise ValueError(
-                f"an attention_mask of queries and keys must be (batch, time, time), with "
-                f"position_ids and without a cache; got {tuple(visible.shape)}"
-            )
+        _check_visible(visible, hidden, is_positioned=position_ids is not None and cache is None)
     real = _real_tokens(attention_mask, record, batch=batch, past=past, time=time)
     if record is not None:
         record.attention_mask = real
@@ -206,6 +202,15 @@ def make_context(
         total=total,
         cache=cache,
     )
+
+
+def _check_visible(visible: Tensor, hidden: Tensor, *, is_positioned: bool) -> None:
+    batch, time = hidden.shape[:2]
+    if not is_positioned or visible.shape != (batch, time, time):
+        raise ValueError(
+            f"an attention_mask of queries and keys must be (batch, time, time), with "
+            f"position_ids and without a cache; got {tuple(visible.shape)}"
+        )
 
 
 def _step_context(

@@ -11,7 +11,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class LiveTensors(TorchDispatchMode):
+class _SeesOperations(TorchDispatchMode):
+    """Calls `_see` after each operation."""
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._see(args, result)
+        return result
+
+    def _see(self, args: tuple[Any, ...], result: Any) -> None:
+        raise NotImplementedError
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+class LiveTensors(_SeesOperations):
     """Counts the bytes of all tensors that operations make, while they live."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -22,18 +44,9 @@ class LiveTensors(TorchDispatchMode):
             if tensor is not None:
                 self._sizes[tensor.untyped_storage()._cdata] = 0
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
-        return result
+    def _see(self, args: tuple[Any, ...], result: Any) -> None:
+        for tensor in _tensors(result):
+            self._add(tensor.untyped_storage())
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -47,7 +60,7 @@ class LiveTensors(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
 
-class LiveStorages(TorchDispatchMode):
+class LiveStorages(_SeesOperations):
     """Finds the peak of all memory that operations touch, also if it grows or shrinks in place."""
 
     def __init__(self) -> None:
@@ -55,38 +68,20 @@ class LiveStorages(TorchDispatchMode):
         self.peak = 0
         self._live: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, result)):
-            if isinstance(tensor, torch.Tensor):
-                self._live.add(tensor.untyped_storage())
+    def _see(self, args: tuple[Any, ...], result: Any) -> None:
+        for tensor in _tensors((args, result)):
+            self._live.add(tensor.untyped_storage())
         self.peak = max(self.peak, sum(storage.nbytes() for storage in self._live))
-        return result
 
 
-class LargestTensor(TorchDispatchMode):
+class LargestTensor(_SeesOperations):
     """Finds the largest tensor that an operation makes, in values of its storage."""
 
     def __init__(self) -> None:
         super().__init__()
         self.num_values = 0
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                held = tensor.untyped_storage().nbytes() // tensor.itemsize
-                self.num_values = max(self.num_values, held)
-        return result
+    def _see(self, args: tuple[Any, ...], result: Any) -> None:
+        for tensor in _tensors(result):
+            held = tensor.untyped_storage().nbytes() // tensor.itemsize
+            self.num_values = max(self.num_values, held)
