@@ -27,9 +27,8 @@ from benchmarks.shape import shaped_config
 from iiet.batch import Batch
 from iiet.decoder import Decoder
 from iiet.losses import next_token_loss
-from orchestrator.data.batches import BatchPlan
 from orchestrator.data.corpus import Document
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.sources import open_data
 from orchestrator.data.tokenization import write_tokens
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DataSettings, TrainingSettings
@@ -134,19 +133,19 @@ class Runs:
 
     def batch(self, job: TrainingJob, step: int) -> Batch:
         """Return the batch of a step, read as the loop reads it."""
-        store, config = open_tokens(job.tokens_folder), job.model
-        plan = BatchPlan(len(store.train), config.context_length, job.recipe.seed)
-        return plan.batch(step, store.train, global_batch=sequences_per_step(job.recipe, config))
+        return open_data(job.tokens_folder).batch(
+            step,
+            context_length=job.model.context_length,
+            seed=job.recipe.seed,
+            global_batch=sequences_per_step(job.recipe, job.model),
+        )
 
     def loading(self) -> float:
         """Return the seconds that the loop spends on one step's batch."""
         job = self.job()
-        store, config = open_tokens(job.tokens_folder), job.model
-        plan = BatchPlan(len(store.train), config.context_length, job.recipe.seed)
-        number = sequences_per_step(job.recipe, config)
         started = time.perf_counter()
         for step in range(self.size.num_steps):
-            plan.batch(step, store.train, global_batch=number)
+            self.batch(job, step)
         return (time.perf_counter() - started) / self.size.num_steps
 
     def workers(self, num_workers: int) -> Steps:

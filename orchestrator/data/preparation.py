@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.data.corpus import read_documents, source_state
+from orchestrator.data.prepared import is_complete, verify_data
 from orchestrator.data.text_files import find_files
-from orchestrator.data.token_store import is_complete, open_tokens, verify_tokens
+from orchestrator.data.token_store import open_tokens
 from orchestrator.data.tokenization import (
     TEMPORARY_PREFIX,
     TokenProgress,
@@ -75,7 +76,7 @@ def prepare(
             if folder is None:
                 return _write(settings, workspace, progress)
     progress.start("corpus")
-    verify_tokens(folder, always=verify)
+    verify_data(folder, always=verify)
     progress.finish(f"{describe(folder)}, found again")
     return folder
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from orchestrator.data.token_store import SplitCounts
+from orchestrator.data.prepared import SplitCounts
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object, write_json
 

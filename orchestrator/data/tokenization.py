@@ -23,12 +23,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from orchestrator.data.corpus import Document, hash_fraction, is_validation
-from orchestrator.data.token_store import (
+from orchestrator.data.prepared import (
     MANIFEST_NAME,
     Manifest,
     SplitCounts,
     is_complete,
-    verify_tokens,
+    verify_data,
 )
 from orchestrator.data.token_writer import RECORD_NAME, StaleTokens, TokenWriter
 from orchestrator.data.tokenizer import (
@@ -84,7 +84,7 @@ def write_tokens(
         final = parent / fingerprint
         if not is_complete(final):
             replace_folder(temporary, final)
-            verify_tokens(final)
+            verify_data(final)
     except BaseException as error:
         # Other user errors keep the commits: an unreachable network, for example, is one.
         if isinstance(error, StaleTokens) or not can_resume(temporary):

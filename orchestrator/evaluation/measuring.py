@@ -8,8 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from iiet.decoder import Decoder
-from orchestrator.data.batches import validation_batches
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.sources import open_data
 from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.batch_limit import BatchLimit
 from orchestrator.evaluation.evaluated_model import EvaluatedModel
@@ -124,7 +123,7 @@ class ModelMeasurer:
         Raises:
             UserError: If the weights or the tokens are missing or damaged.
         """
-        fingerprint = open_tokens(tokens_folder).fingerprint
+        fingerprint = open_data(tokens_folder).fingerprint
         key = self._key(content_key(VALIDATION_LOSS, fingerprint, NUM_VALIDATION_TOKENS))
         found = self._store.read(key)
         if found is None:
@@ -194,8 +193,7 @@ def heldout_loss(
     """
     limit = BatchLimit(LARGEST_VALIDATION_BATCH, "sequences", note)
     while True:
-        batches = validation_batches(
-            open_tokens(tokens_folder).validation,
+        batches = open_data(tokens_folder).validation_batches(
             context_length=decoder.config.context_length,
             num_tokens=NUM_VALIDATION_TOKENS,
             batch_size=limit.size,

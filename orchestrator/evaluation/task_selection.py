@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.data.token_store import MANIFEST_NAME, verify_tokens
+from orchestrator.data.prepared import MANIFEST_NAME, verify_data
 from orchestrator.evaluation.heldout import TASKS, build_heldout
 from orchestrator.settings import EvaluationSettings
 from orchestrator.terminal.progress import Progress
@@ -45,7 +45,7 @@ def newest_tokens(workspace: Workspace) -> Path:
             "run `iiet-orch prepare`, or choose tasks of lm-eval with --suite"
         )
     folder = max(manifests, key=lambda path: path.stat().st_mtime).parent
-    verify_tokens(folder)
+    verify_data(folder)
     return folder
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from iiet.influence import InfluenceMetric, InfluenceTable, influence_table
 from orchestrator.cluster.launch import command_device
-from orchestrator.data.batches import validation_batches
-from orchestrator.data.token_store import TokenStore, open_tokens
+from orchestrator.data.prepared import PreparedData
+from orchestrator.data.sources import open_data
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.progress import Progress
@@ -112,8 +112,8 @@ def read_or_measure_influence(
         UserError: If the checkpoint or the tokens are damaged, do not go together, or the model
             makes no corrections.
     """
-    progress, store = context.progress, open_tokens(tokens_folder)
-    path, key, num_tokens = _place(checkpoint, settings, store)
+    progress, data = context.progress, open_data(tokens_folder)
+    path, key, num_tokens = _place(checkpoint, settings, data)
     found = _stored(path, key, progress)
     progress.start(f"influence ({settings.metric})", num_tokens)
     if found is None:
@@ -135,12 +135,12 @@ def stored_influence(
     Raises:
         UserError: As `read_or_measure_influence`.
     """
-    path, key, _ = _place(checkpoint, settings, open_tokens(tokens_folder))
+    path, key, _ = _place(checkpoint, settings, open_data(tokens_folder))
     return _stored(path, key, progress)
 
 
 def _place(
-    checkpoint: Path, settings: InfluenceSettings, store: TokenStore
+    checkpoint: Path, settings: InfluenceSettings, data: PreparedData
 ) -> tuple[Path, str, int]:
     """Return file and key of a checkpoint's table, and the number of tokens that it is of."""
     config = load_config(checkpoint)
@@ -149,17 +149,17 @@ def _place(
             f"{checkpoint} is a model ({config.method}) without corrections, so there is "
             "no influence to measure; take an IIET with r >= 1"
         )
-    if store.vocab_size > config.vocab_size:
+    if data.vocab_size > config.vocab_size:
         raise UserError(
-            f"{checkpoint} knows {config.vocab_size} tokens, but {store.folder} uses "
-            f"{store.vocab_size}: these are not the tokens it was trained on"
+            f"{checkpoint} knows {config.vocab_size} tokens, but {data.folder} uses "
+            f"{data.vocab_size}: these are not the tokens it was trained on"
         )
-    num_tokens = min(settings.num_tokens, len(store.validation))
+    num_tokens = min(settings.num_tokens, data.num_validation_tokens or settings.num_tokens)
     key = content_key(
         "influence",
         weights_key(checkpoint),
         list(config.corrections),
-        store.fingerprint,
+        data.fingerprint,
         settings.metric,
         num_tokens,
     )
@@ -176,8 +176,7 @@ def _measure(
 ) -> InfluenceTable:
     decoder = load_model(checkpoint, device=device)
     context_length = decoder.config.context_length
-    batches = validation_batches(
-        open_tokens(tokens_folder).validation,
+    batches = open_data(tokens_folder).validation_batches(
         context_length=context_length,
         num_tokens=num_tokens,
         batch_size=SEQUENCES_PER_BATCH,

@@ -16,7 +16,7 @@ from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
 from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.sources import open_data
 from orchestrator.evaluation.model_tokenizer import check_template, checkpoint_tokenizer
 from orchestrator.evaluation.task_selection import (
     HELDOUT,
@@ -248,7 +248,7 @@ def plan_suite(
     # Held-out tasks alone need no names: they are all tasks of their folder.
     is_heldout_alone = settings.suite == HELDOUT and not settings.include_path
     return TrialSuite(
-        tokens=open_tokens(tokens).fingerprint,
+        tokens=open_data(tokens).fingerprint,
         tokens_folder=str(tokens),
         tasks=() if is_heldout_alone else tuple(asked.names),
         suite=asked.heldout.name if asked.heldout else "",

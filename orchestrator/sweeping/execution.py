@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from iiet.cost import inference_cost
 from orchestrator.cluster.launch import trial_device
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.sources import open_data
 from orchestrator.planning.fit import check_fit
 from orchestrator.planning.planned_training import planned_training
 from orchestrator.planning.price import PlannedWork, trial_group
@@ -294,7 +294,7 @@ def _tracked_run(plan: SweepPlan, settings: Settings, tracking: Tracking) -> Ite
     run = tracking.run(
         plan.key, name=plan.name, kind="sweep", params=params, tags={"iiet.sweep": plan.name}
     )
-    tokens = open_tokens(plan.tokens_folder)
+    tokens = open_data(plan.tokens_folder)
     run.log_dataset("tokens", tokens.fingerprint, tokens.profile)
     try:
         yield run

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from iiet.decoder import Decoder
-from orchestrator.data.token_store import TokenStore
+from orchestrator.data.prepared import PreparedData
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import (
     checkpoint_name,
@@ -55,13 +55,13 @@ class CheckpointWriter:
     """Saves one run. Every worker calls it at the same steps; the first worker writes."""
 
     def __init__(
-        self, job: TrainingJob, world: World, store: TokenStore, event: Callable[..., None]
+        self, job: TrainingJob, world: World, data: PreparedData, event: Callable[..., None]
     ) -> None:
         self.checkpoint: Path | None = None
         """The newest checkpoint that is written; known to the first worker."""
         self.first_stage = first_stage_of(job)
         """First stage shared with other models, if any."""
-        self._job, self._world, self._store, self._event = job, world, store, event
+        self._job, self._world, self._data, self._event = job, world, data, event
         self._copies = HostCopies(world.device)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -162,8 +162,8 @@ class CheckpointWriter:
             config=self._job.model,
             weights=weights,
             training_state=training_state,
-            tokenizer_path=self._store.tokenizer_path,
-            provenance=_provenance(self._job, self._store),
+            tokenizer_path=self._data.tokenizer_path,
+            provenance=_provenance(self._job, self._data),
             text_files=self._text_files,
         )
         if recipe.keep_best and position.validated_step == position.step:
@@ -229,9 +229,9 @@ def prune_checkpoints(
             delete_folder(folder)
 
 
-def _provenance(job: TrainingJob, store: TokenStore) -> dict[str, Any]:
+def _provenance(job: TrainingJob, data: PreparedData) -> dict[str, Any]:
     return {
-        "tokens": store.fingerprint,
+        "tokens": data.fingerprint,
         "objective": job.objective,
         "recipe": job.recipe.model_dump(mode="json"),
         "distillation": asdict(job.distillation) if job.distillation else None,

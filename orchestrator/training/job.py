@@ -12,7 +12,7 @@ from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.sources import open_data
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import check_checkpoint, checkpoint_name, weights_key
@@ -65,7 +65,7 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
         "model": job.model.to_dict(),
         "recipe": job.recipe.model_dump(mode="json", exclude=NON_KEY_FIELDS),
         # A dry run plans jobs whose tokens are not prepared; no stored job has their key.
-        "tokens": open_tokens(job.tokens_folder).fingerprint if job.tokens_folder else "",
+        "tokens": open_data(job.tokens_folder).fingerprint if job.tokens_folder else "",
         "teacher": weights_key(Path(teacher)) if teacher else None,
         "initial": weights_key(Path(job.initial_folder)) if job.initial_folder else None,
         "distillation": asdict(job.distillation or DistillationConfig()) if distills else None,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from iiet.dropping import kept_config
-from orchestrator.data.batches import check_even_split, check_text_length
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.batches import check_even_split
+from orchestrator.data.sources import open_data
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import check_checkpoint, load_config
 from orchestrator.training.job import key_fields, sequences_per_step
@@ -31,14 +31,12 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
         from orchestrator.training.remote_copy import RemoteCopy  # importing pyarrow is slow
 
         RemoteCopy(job.storage, job.folder)
-    store = open_tokens(job.tokens_folder)
-    if store.vocab_size > config.vocab_size:
+    data = open_data(job.tokens_folder)
+    if data.vocab_size > config.vocab_size:
         raise UserError(
-            f"the tokens need a vocab_size of {store.vocab_size}, the model's is "
-            f"{config.vocab_size}"
+            f"the tokens need a vocab_size of {data.vocab_size}, the model's is {config.vocab_size}"
         )
-    check_text_length(len(store.train), config.context_length, "training")
-    check_text_length(len(store.validation), config.context_length, "validation")
+    data.check_length(config.context_length)
     global_batch = sequences_per_step(job.recipe, config, section=job.section)
     check_even_split(global_batch, num_workers, section=job.section)
     if job.objective == "distill" and not job.teacher_folder:

@@ -9,7 +9,7 @@ from pathlib import Path
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
-from orchestrator.data.token_store import verify_tokens
+from orchestrator.data.prepared import verify_data
 from orchestrator.settings import InfluenceSettings
 from orchestrator.training.checkpoint import (
     check_checkpoint,
@@ -175,7 +175,7 @@ def tokens_folder_of(checkpoint: Path, workspace: Workspace) -> Path:
             f"the tokens that {checkpoint} was trained on ({fingerprint or 'unknown'}) are not in "
             f"{workspace.root}; run `iiet-orch prepare` with the same data settings"
         )
-    verify_tokens(folder)
+    verify_data(folder)
     return folder
 
 
@@ -271,5 +271,5 @@ def _tokens_by_tokenizer(tokenizer: Path, workspace: Workspace) -> Path:
             f"`iiet-orch prepare --set data.tokenizer={tokenizer}` makes them"
         )
     folder = max(files, key=lambda file: file.stat().st_mtime).parent
-    verify_tokens(folder)
+    verify_data(folder)
     return folder

@@ -11,7 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.sources import open_data
 from orchestrator.records.training import TrainingJob
 from orchestrator.terminal.formatting import format_duration
 from orchestrator.terminal.progress import Progress
@@ -72,7 +72,7 @@ class RunMonitor:
                 params=params[label],
                 tags={"iiet.method": job.model.method},
             )
-            tokens = open_tokens(job.tokens_folder)
+            tokens = open_data(job.tokens_folder)
             self._runs[label].log_dataset("tokens", tokens.fingerprint, tokens.profile)
         return self._runs
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from iiet.batch import Batch
-from orchestrator.data.batches import BatchPlan, validation_batches
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.sources import open_data
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.training.checkpoint import check_checkpoint, load_training_state
 from orchestrator.training.checkpoint_lookup import newest_checkpoint
@@ -109,14 +108,13 @@ class _Run:
     def __init__(self, job: TrainingJob, world: World, report: Report | None) -> None:
         self.job, self.world = job, world
         self.config = job.model
-        self.store = open_tokens(job.tokens_folder)
+        self.data = open_data(job.tokens_folder)
         self.journal = Journal(job.folder) if world.is_first else None
         self._report = report
         self.schedule_at = schedule_by_step(self.config.corrections, job.recipe)
-        self.plan = BatchPlan(len(self.store.train), self.config.context_length, job.recipe.seed)
         self.global_batch = sequences_per_step(job.recipe, self.config)
         self.teacher = load_teacher(job, world)
-        self.writer = CheckpointWriter(job, world, self.store, self.event)
+        self.writer = CheckpointWriter(job, world, self.data, self.event)
         self.position = Position()
         self.batches = BatchPrefetcher(
             self.batch, num_steps=job.recipe.num_steps, pin=world.device.startswith("cuda")
@@ -182,9 +180,10 @@ class _Run:
         return outcome
 
     def batch(self, step: int) -> Batch:
-        return self.plan.batch(
+        return self.data.batch(
             step,
-            self.store.train,
+            context_length=self.config.context_length,
+            seed=self.job.recipe.seed,
             global_batch=self.global_batch,
             rank=self.world.rank,
             world_size=self.world.size,
@@ -193,8 +192,7 @@ class _Run:
     def validate(self, step: int) -> float:
         # Under the schedule of the latest step.
         recipe, world = self.job.recipe, self.world
-        batches = validation_batches(
-            self.store.validation,
+        batches = self.data.validation_batches(
             context_length=self.config.context_length,
             num_tokens=recipe.num_validation_tokens,
             batch_size=recipe.num_sequences_per_pass or self.global_batch // world.size,

@@ -24,8 +24,7 @@ from torch import Tensor
 from iiet.coarse_distribution import CoarseDistribution, coarsen
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
-from orchestrator.data.batches import BatchPlan
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.sources import open_data
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.progress import Progress
@@ -138,7 +137,7 @@ def cache_plan(job: TrainingJob) -> CachePlan | None:
         job.recipe,
         job.distillation or DistillationConfig(),
         teacher_key=weights_key(folder),
-        tokens=open_tokens(job.tokens_folder).fingerprint,
+        tokens=open_data(job.tokens_folder).fingerprint,
     )
 
 
@@ -184,8 +183,7 @@ def outputs_plan(
 
 def teacher_outputs_by_step(job: TrainingJob, *, device: str = "cpu") -> OutputsByStep:
     """Return a function that computes the teacher's outputs of a step as the job itself would."""
-    store, config, recipe = open_tokens(job.tokens_folder), job.model, job.recipe
-    plan = BatchPlan(len(store.train), config.context_length, recipe.seed)
+    data, config, recipe = open_data(job.tokens_folder), job.model, job.recipe
     global_batch = sequences_per_step(recipe, config)
     loss = job.distillation or DistillationConfig()
     steps = teaching_steps(recipe, loss)
@@ -205,7 +203,13 @@ def teacher_outputs_by_step(job: TrainingJob, *, device: str = "cpu") -> Outputs
             return teacher()(ids, finish=shorten)
 
     def outputs(number: int) -> tuple[Tensor, TeacherOutput]:
-        sequences = plan.batch(steps[number], store.train, global_batch=global_batch).input_ids
+        batch = data.batch(
+            steps[number],
+            context_length=config.context_length,
+            seed=recipe.seed,
+            global_batch=global_batch,
+        )
+        sequences = batch.input_ids
         parts = torch.split(sequences, recipe.num_sequences_per_pass or len(sequences))
         join = torch.cat if loss.top_k is None else CoarseDistribution.joined
         return sequences, join([output_of_pass(part) for part in parts])

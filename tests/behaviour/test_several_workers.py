@@ -14,6 +14,7 @@ import torch
 import torch.multiprocessing as mp
 
 from iiet.batch import Batch
+from orchestrator.data.token_store import TokenStore
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
@@ -78,12 +79,12 @@ def run_calls(rank: int, folder: str, calls: list[Call], num_workers: int) -> No
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/{num_workers}", rank=rank, world_size=num_workers
     )
-    objective, batch = run_module.make_objective, run_module.BatchPlan.batch
+    objective, batch = run_module.make_objective, TokenStore.batch
     for job, parallel, step in calls:
         is_bad = rank == 1 and job["run_folder"].endswith("-bad")
         run_module.make_objective = spoiled(objective) if is_bad else objective
         is_masked = job["run_folder"].endswith("-masked")
-        run_module.BatchPlan.batch = completions_only(batch) if is_masked else batch
+        TokenStore.batch = completions_only(batch) if is_masked else batch
         shards = 2 if parallel == "hsdp" else None
         parallel = parallel.replace("hsdp", "fsdp")
         world = World(rank=rank, size=num_workers, parallel=parallel, shards=shards)
@@ -156,7 +157,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Runs:
     run_job(runs.job("alone-untied"))
     run_job(runs.job("alone-bf16", precision="bf16"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module.BatchPlan, "batch", completions_only(run_module.BatchPlan.batch))
+        patch.setattr(TokenStore, "batch", completions_only(TokenStore.batch))
         run_job(runs.job("alone-masked"))
     for name in MIDDLE:
         first, second = name.split("-then-")

@@ -8,8 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iiet.batch import Batch
-from orchestrator.data.batches import BatchPlan, check_even_split, permute, validation_batches
+from orchestrator.data.batches import (
+    WindowOrder,
+    check_even_split,
+    gather,
+    positions_of_step,
+    validation_batches,
+)
+from orchestrator.data.keyed_random import permute
 from orchestrator.workspace.errors import UserError
 
 
@@ -29,50 +35,45 @@ def test_permutations_depend_on_the_key_and_mix() -> None:
 
 @given(st.integers(10, 500), st.integers(2, 10), st.integers(0, 5), st.integers(1, 6))
 def test_an_epoch_visits_each_window_once(tokens: int, context: int, seed: int, batch: int) -> None:
-    plan = BatchPlan(tokens, context, seed)
+    order = WindowOrder(tokens, context, seed)
+    steps = range(3 * order.num_windows)
     starts = np.concatenate(
-        [plan.starts(step, global_batch=batch) for step in range(3 * plan.num_windows)]
+        [order.starts(positions_of_step(step, global_batch=batch)) for step in steps]
     )
     for epoch in range(3):
-        first = epoch * plan.num_windows
-        visited = np.sort(starts[first : first + plan.num_windows])
+        first = epoch * order.num_windows
+        visited = np.sort(starts[first : first + order.num_windows])
         assert (np.diff(visited) == context).all()
         assert visited[0] >= 0
         assert visited[-1] + context <= tokens
 
 
 def test_epochs_differ_in_order_and_offset() -> None:
-    plan = BatchPlan(10_000, 64)
-    epochs = [plan.starts(step, global_batch=plan.num_windows) for step in range(6)]
+    order = WindowOrder(10_000, 64)
+    epochs = np.split(order.starts(np.arange(6 * order.num_windows)), 6)
     assert len({tuple(epoch) for epoch in epochs}) == 6
     assert len({int(epoch[0]) % 64 for epoch in epochs}) > 2
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
 def test_workers_share_one_batch(world_size: int) -> None:
-    tokens = np.random.default_rng(0).integers(0, 300, 5000).astype(np.uint16)
-    plan = BatchPlan(len(tokens), 32, seed=4)
-    whole = plan.batch(17, tokens, global_batch=12).input_ids
     parts = [
-        plan.batch(17, tokens, global_batch=12, rank=rank, world_size=world_size).input_ids
+        positions_of_step(17, global_batch=12, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
-    assert torch.equal(torch.cat(parts), whole)
-    assert whole.shape == (12, 32)
-    assert whole.dtype == torch.int64
+    assert np.concatenate(parts).tolist() == list(range(17 * 12, 18 * 12))
 
 
 def test_sequences_are_slices_of_the_tokens() -> None:
     tokens = np.arange(2000, dtype=np.uint16)
-    batch = BatchPlan(2000, 16).batch(3, tokens, global_batch=5)
-    rows = batch.input_ids
+    rows = gather(tokens, WindowOrder(2000, 16).starts(np.arange(15, 20)), 16)
+    assert rows.shape == (5, 16)
+    assert rows.dtype == torch.int64
     assert (rows == rows[:, :1] + torch.arange(16)).all()
-    assert torch.equal(batch.targets, Batch.of_text(rows).targets)
-    assert batch.mask is None
 
 
 def test_seeds_differ() -> None:
-    first, second = (BatchPlan(9999, 16, seed).starts(0, global_batch=50) for seed in (0, 1))
+    first, second = (WindowOrder(9999, 16, seed).starts(np.arange(50)) for seed in (0, 1))
     assert (first != second).mean() > 0.9
 
 
@@ -88,12 +89,11 @@ def test_validation_batches_are_spread_over_the_text() -> None:
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 5, 7])
 def test_workers_share_a_step_as_evenly_as_possible(num_workers: int) -> None:
-    plan = BatchPlan(100, 4)
     shares = [
-        plan.starts(3, global_batch=7, rank=rank, world_size=num_workers)
+        positions_of_step(3, global_batch=7, rank=rank, world_size=num_workers)
         for rank in range(num_workers)
     ]
-    assert np.concatenate(shares).tolist() == plan.starts(3, global_batch=7).tolist()
+    assert np.concatenate(shares).tolist() == list(range(21, 28))
     assert {len(share) for share in shares} <= {7 // num_workers, -(-7 // num_workers)}
 
 
@@ -101,8 +101,8 @@ def test_too_little_text_and_uneven_workers_are_errors() -> None:
     with pytest.raises(
         UserError, match="training text has 15 tokens, fewer than one sequence of 16"
     ):
-        BatchPlan(15, 16)
-    assert BatchPlan(16, 16).starts(5, global_batch=2).tolist() == [0, 0]
+        WindowOrder(15, 16)
+    assert WindowOrder(16, 16).starts(np.arange(10, 12)).tolist() == [0, 0]
     with pytest.raises(UserError, match="validation text has 3 tokens"):
         list(validation_batches(np.zeros(3), context_length=4, num_tokens=8, batch_size=1))
     with pytest.raises(UserError, match="5 sequences, which 2 workers cannot share evenly"):

@@ -17,7 +17,8 @@ import pytest
 from orchestrator.data import preparation, tokenization
 from orchestrator.data.corpus import Document
 from orchestrator.data.preparation import describe, prepare
-from orchestrator.data.token_store import open_tokens, verify_tokens
+from orchestrator.data.prepared import verify_data
+from orchestrator.data.token_store import open_tokens
 from orchestrator.data.token_writer import RECORD_NAME
 from orchestrator.data.tokenization import TEMPORARY_PREFIX
 from orchestrator.settings import DataSettings
@@ -46,7 +47,7 @@ def test_finished_work_is_reused(
     workspace: Workspace, settings: DataSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = prepare(settings, workspace)
-    verify_tokens(folder, always=True)
+    verify_data(folder, always=True)
     assert folder == workspace.tokens / open_tokens(folder).fingerprint
     monkeypatch.setattr(preparation, "read_documents", fail_to_read)
     assert prepare(settings, workspace) == folder
@@ -87,7 +88,7 @@ def test_damaged_tokens_are_prepared_again(workspace: Workspace, settings: DataS
     progress.note = notes.append  # type: ignore[method-assign]
     assert prepare(settings, workspace, progress) == folder
     assert "missing or damaged; preparing them again" in notes[0]
-    verify_tokens(folder, always=True)
+    verify_data(folder, always=True)
 
 
 def test_a_user_error_leaves_no_tokens(workspace: Workspace, tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_an_interrupted_preparation_resumes_to_identical_bytes(
     monkeypatch.setattr(tokenization, "encode_batches", counting)
     monkeypatch.setattr(tokenization, "train_tokenizer", None)  # trained before the interruption
     folder = prepare(settings, workspace)
-    verify_tokens(folder, always=True)
+    verify_data(folder, always=True)
     manifest = open_tokens(folder).manifest
     num_documents = manifest.train.documents + manifest.validation.documents
     assert sum(encoded) == num_documents - safe, "committed documents are not tokenized again"
@@ -183,7 +184,7 @@ def test_a_damaged_file_of_an_interrupted_preparation_is_named(
     with pytest.raises(UserError, match=r"train\.bin is damaged.*starts over"):
         prepare(settings, workspace)
     assert not left.exists()
-    verify_tokens(prepare(settings, workspace), always=True)
+    verify_data(prepare(settings, workspace), always=True)
 
 
 def test_damaged_content_of_finished_tokens_is_named(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.data.token_store import MANIFEST_NAME, open_tokens, verify_tokens
+from orchestrator.data.prepared import MANIFEST_NAME, verify_data
+from orchestrator.data.token_store import open_tokens
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.whole_folders import VERIFIED_NAME
 
@@ -22,7 +23,7 @@ def test_a_damaged_file_is_named(folder: Path) -> None:
     (folder / "train.bin").write_bytes(bytes([data[0] ^ 1]) + data[1:])
     open_tokens(folder)
     with pytest.raises(UserError, match=r"is damaged: train\.bin was changed after writing"):
-        verify_tokens(folder)
+        verify_data(folder)
     (folder / "train.bin").write_bytes(data[:-2])
     with pytest.raises(UserError, match=r"train\.bin is damaged: .* bytes instead of"):
         open_tokens(folder)
@@ -46,7 +47,7 @@ def test_another_format_and_a_damaged_stamp_do_not_count_as_verified(folder: Pat
     for name in ("train.bin", "validation.bin", "validation.jsonl", "tokenizer.json"):
         (folder / name).unlink()
     with pytest.raises(UserError, match="is missing"):
-        verify_tokens(folder)
+        verify_data(folder)
     (folder / MANIFEST_NAME).write_text('{"format": 99}')
     with pytest.raises(UserError, match="another version"):
-        verify_tokens(folder)
+        verify_data(folder)

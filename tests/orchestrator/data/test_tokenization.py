@@ -11,7 +11,8 @@ import pytest
 
 from orchestrator.data import tokenization
 from orchestrator.data.corpus import Document, is_validation
-from orchestrator.data.token_store import TokenStore, open_tokens, verify_tokens
+from orchestrator.data.prepared import verify_data
+from orchestrator.data.token_store import TokenStore, open_tokens
 from orchestrator.data.tokenization import write_tokens
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings
@@ -36,7 +37,7 @@ def split_documents(store: TokenStore, array: np.ndarray) -> list[str]:
 
 def test_the_tokens_are_the_documents(tmp_path: Path) -> None:
     store = open_tokens(write_tokens(tmp_path, DOCUMENTS, SETTINGS, resume_key="a key"))
-    verify_tokens(store.folder, always=True)
+    verify_data(store.folder, always=True)
     train = [d.text for d in DOCUMENTS if not is_validation(d.text, 0.2)]
     validation = [d for d in DOCUMENTS if is_validation(d.text, 0.2)]
     assert split_documents(store, store.train) == train
@@ -140,4 +141,4 @@ def test_incomplete_tokens_are_replaced(tmp_path: Path) -> None:
     folder = write_tokens(tmp_path, DOCUMENTS, SETTINGS, resume_key="a key")
     (folder / "train.bin").unlink()
     assert write_tokens(tmp_path, DOCUMENTS, SETTINGS, resume_key="a key") == folder
-    verify_tokens(folder, always=True)
+    verify_data(folder, always=True)

@@ -1,0 +1,17 @@
+"""Open a folder of prepared data, whatever it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator.data.prepared import PreparedData
+from orchestrator.data.token_store import open_tokens
+
+
+def open_data(folder: Path | str) -> PreparedData:
+    """Open a folder of prepared data; check the sizes of its files, but not their content.
+
+    Raises:
+        UserError: If the folder is missing, incomplete or damaged.
+    """
+    return open_tokens(folder)
