@@ -159,14 +159,14 @@ def plan_students(
         teacher: Checkpoint of the full model.
         influence: Its table; without it the plan has no students.
         baselines: Label to checkpoint; when unset, the workspace's models without corrections that
-            have the teacher's shape and tokens.
+            have the teacher's shape and tokens; `sweep.num_layers` allows other depths.
         make: Whether missing held-out tasks are made, and lm-eval's tasks loaded.
     """
     workspace, full = context.workspace, load_config(teacher)
     tokens = tokens_folder_of(teacher, workspace)
     left_out: dict[str, str] = {}
     if baselines is None:
-        known = find_baselines(workspace, teacher)
+        known = find_baselines(workspace, teacher, settings.sweep.num_layers)
         baselines, left_out = known.found, known.left_out
         for run, reason in left_out.items():
             context.progress.note(f"run {run}: {reason}")

@@ -31,6 +31,7 @@ def front_rows(front: Front) -> list[dict[str, Any]]:
             **({"sweep": front.sweep_of[result.key]} if front.sweep_of else {}),
             "role": result.role,
             "method": result.method,
+            "num_layers": result.model.num_layers,
             "schedule": result.schedule_text,
             "threshold": result.threshold_text,
             "on_front": bool(point and point.on_front),

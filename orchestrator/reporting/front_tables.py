@@ -37,7 +37,7 @@ TASK_TABLES_NOTE = (
 )
 ROW_STYLES = {"baseline": "cyan", "member": "bold", "full": "", "dominated": "dim"}
 NOTABLE_SIZE_RATIO = 1.1
-"""The mix of a method adds less than this to a model; other depths show a column of parameters."""
+"""The mix of a method adds less than this to a model; otherwise a column shows parameters."""
 SHORT_TITLES = {
     "quality/accuracy": "accuracy %",
     "quality/bits_per_byte": "bits/byte",
@@ -74,7 +74,7 @@ def front_columns(front: Front) -> list[FrontColumn]:
         FrontColumn("schedule", model_name, justify="left"),
         FrontColumn("threshold", _threshold, 6),
         *_cost_columns(front.axes.cost),
-        *_parameter_columns(front),
+        *_size_columns(front),
         FrontColumn(_short_title(quality), lambda p: quality_text(front, p)),
         FrontColumn("bits/byte", lambda p: _number(p, "quality/bits_per_byte", ".3f"), 5),
         FrontColumn("of full", lambda p: _percent(front.share(p), 1), 2),
@@ -161,13 +161,17 @@ def _threshold(point: FrontPoint) -> str:
     return text if text.startswith(">") else text.removeprefix("<=").rpartition(" to ")[2]
 
 
-def _parameter_columns(front: Front) -> list[FrontColumn]:
-    """Return the column of parameters; none if all models are of about one size."""
-    name = "cost/num_parameters"
+def _size_columns(front: Front) -> list[FrontColumn]:
+    """Return the columns of layers and parameters, those in which models differ notably."""
+    columns, name = [], "cost/num_parameters"
+    if len({point.result.model.num_layers for point in front.points}) > 1:
+        columns.append(FrontColumn("layers", lambda p: str(p.result.model.num_layers), 4))
     counts = [count for p in front.points if (count := p.result.value(name))]
-    if not counts or max(counts) < NOTABLE_SIZE_RATIO * min(counts):
-        return []
-    return [FrontColumn("parameters", lambda p: format_parameters(p.result.value(name) or 0.0), 4)]
+    if counts and max(counts) >= NOTABLE_SIZE_RATIO * min(counts):
+        columns.append(
+            FrontColumn("parameters", lambda p: format_parameters(p.result.value(name) or 0.0), 4)
+        )
+    return columns
 
 
 def _percent(share: float | None, digits: int) -> str:

@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from iiet.config import PRESETS
 from iiet.methods import METHODS
 from orchestrator.settings.section import Section
+from orchestrator.terminal.formatting import format_count
 
 DEFAULT_METHOD = "iiet"
 BASELINE_METHOD = "vanilla"
@@ -84,12 +86,21 @@ class ModelSettings(Section):
     tie_embeddings: bool | None = None
     """Whether the output head shares the embedding's weights."""
 
+    @property
+    def own_or_preset_layers(self) -> int | None:
+        """Number of layers, the preset's if none is set; None if there is no such preset."""
+        return self.num_layers or PRESETS.get(self.preset, {}).get("num_layers")
 
-def model_label(method: str, corrections: object) -> str:
+
+def model_label(method: str, corrections: object, num_layers: int | None = None) -> str:
     """Return the name of a model in tables.
 
-    `vanilla` for a method without corrections, `r = 3` for the default method, else `other, r = 3`.
+    `vanilla` for a method without corrections, `r = 3` for the default method, else `other, r = 3`;
+    with a number of layers `vanilla, 8 layers`.
     """
-    if not METHODS[method].has_corrections:
-        return method
-    return f"r = {corrections}" if method == DEFAULT_METHOD else f"{method}, r = {corrections}"
+    parts = [method] if method != DEFAULT_METHOD else []
+    if METHODS[method].has_corrections:
+        parts.append(f"r = {corrections}")
+    if num_layers is not None:
+        parts.append(format_count(num_layers, "layer"))
+    return ", ".join(parts)

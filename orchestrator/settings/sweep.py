@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from math import ceil
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from iiet.methods import METHODS
-from orchestrator.settings.model import BASELINE_METHOD, DEFAULT_METHOD
+from orchestrator.settings.model import BASELINE_METHOD, DEFAULT_METHOD, MAX_LAYERS
 from orchestrator.settings.section import Section
 from orchestrator.settings.training import MAX_STEPS
 from orchestrator.workspace.errors import quoted, shortened
 
+T = TypeVar("T")
 _MODEL_WITH_COUNT = re.compile(r"((?P<method>.+), )?r = [0-9.,*]+")
 """How users write a model with its corrections: `r = 3`, `other, r = 3..0`."""
+_WITH_LAYERS = re.compile(r"(?P<model>.+), [1-9][0-9,]* layers?")
+"""A model with its number of layers: `vanilla, 8 layers`, `r = 3, 1 layer`."""
 
 MIN_GPU_SHARE = 0.01
 """Smallest share of a GPU that a trial may ask for."""
@@ -68,8 +72,13 @@ class SweepSettings(Section):
     methods: tuple[str, ...] = Field(default=(BASELINE_METHOD, DEFAULT_METHOD), min_length=1)
     """Methods that `sweep-iterations` pretrains."""
     learning_rates: dict[str, float | tuple[float, ...]] = Field(default={BASELINE_METHOD: 4e-3})
-    """Peak learning rates that differ from `training.learning_rate`, by method, or by the
-    corrections of an IIET (`r = 3`). Of several rates, each is a trial."""
+    """Peak learning rates that differ from `training.learning_rate`, by method, by the corrections
+    of an IIET (`r = 3`), or with a number of layers (`vanilla, 8 layers`). Of several rates, each
+    is a trial."""
+    num_layers: dict[str, int | tuple[int, ...]] = Field(default={})
+    """Numbers of layers that differ from `model.num_layers`, by method, or by the corrections of an
+    IIET (`r = 3`). Of several numbers, each is a trial of `sweep-iterations`. In other sweeps they
+    are those of the baselines (vanilla and the teacher without corrections)."""
     seeds: Seeds = ()
     """Train every model with each of these seeds; tables show mean and error (default: the
     recipe's seed alone)."""
@@ -134,14 +143,52 @@ class SweepSettings(Section):
             several = of_model if isinstance(of_model, tuple) else (of_model,)
             if not several or min(several) <= 0:
                 raise ValueError(f"a learning rate of {shortened(name)} is not above 0")
-            of_count = _MODEL_WITH_COUNT.fullmatch(name)
-            method = (of_count["method"] or DEFAULT_METHOD) if of_count else name
-            if method not in METHODS:
-                raise ValueError(
-                    f"{quoted(name)} is not a model; name a method ({', '.join(METHODS)}), or the "
-                    "corrections of an IIET, such as r = 3"
-                )
+            of_depth = _WITH_LAYERS.fullmatch(name)
+            _refuse_unknown_model(name, of_depth["model"] if of_depth else name)
         return rates
+
+    @field_validator("num_layers")
+    @classmethod
+    def _refuse_layers_of_unknown_models(
+        cls, numbers: dict[str, int | tuple[int, ...]]
+    ) -> dict[str, int | tuple[int, ...]]:
+        for name, of_model in numbers.items():
+            _refuse_unknown_model(name, name)
+            several = of_model if isinstance(of_model, tuple) else (of_model,)
+            if not several or min(several) < 1 or max(several) > MAX_LAYERS:
+                raise ValueError(
+                    f"the number of layers of {shortened(name)} is not from 1 to {MAX_LAYERS}"
+                )
+            if len(set(several)) < len(several):
+                raise ValueError(f"a number of layers of {shortened(name)} is given twice")
+        return numbers
+
+
+def _refuse_unknown_model(name: str, model: str) -> None:
+    of_count = _MODEL_WITH_COUNT.fullmatch(model)
+    method = (of_count["method"] or DEFAULT_METHOD) if of_count else model
+    if method not in METHODS:
+        raise ValueError(
+            f"{quoted(name)} is not a model; name a method ({', '.join(METHODS)}), or the "
+            "corrections of an IIET, such as r = 3"
+        )
+
+
+def has_layers(name: str) -> bool:
+    """Whether a model's name contains a number of layers: `vanilla, 8 layers`."""
+    return bool(_WITH_LAYERS.fullmatch(name))
+
+
+def values_of_model(
+    setting: Mapping[str, T | tuple[T, ...]], names: Iterable[str], *, default: T
+) -> tuple[T, ...]:
+    """Return what a setting by model holds for one: under the first of its names that is a key.
+
+    Args:
+        names: The model's label first, its method last.
+    """
+    found = next((setting[name] for name in names if name in setting), default)
+    return found if isinstance(found, tuple) else (found,)
 
 
 class SearchSettings(Section):

@@ -1,4 +1,7 @@
-"""Find the baselines of a teacher in a workspace: same tokens, shape and recipe."""
+"""Find the baselines of a teacher in a workspace: same tokens, shape and recipe.
+
+Their number of layers is the teacher's, or one that the settings ask for.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from typing import Any
 from iiet.config import ModelConfig
 from orchestrator.records.training import TrainingOutcome
 from orchestrator.settings import TrainingSettings, model_label
+from orchestrator.settings.sweep import values_of_model
+from orchestrator.terminal.formatting import format_count
 from orchestrator.training.checkpoint import (
     check_checkpoint,
     checkpoint_name,
@@ -40,16 +45,22 @@ class _MadeModel:
     provenance: Mapping[str, Any]
 
 
-def find_baselines(workspace: Workspace, teacher: Path) -> Baselines:
+def find_baselines(
+    workspace: Workspace, teacher: Path, layers: Mapping[str, int | tuple[int, ...]] | None = None
+) -> Baselines:
     """Return the workspace's newest models without corrections that can be a teacher's baselines.
 
     Damaged runs are reported. A run that was trained differently is reported only if there is no
     other model of its kind.
+
+    Args:
+        layers: Numbers of layers that differ from the teacher's, as in `sweep.num_layers`.
     """
     found: dict[str, Path] = {}
     left_out: dict[str, str] = {}
     unlike: dict[str, tuple[str, str]] = {}
-    wanted = _comparable(_MadeModel(load_config(teacher), load_provenance(teacher)))
+    full = load_config(teacher)
+    wanted = _comparable(_MadeModel(full, load_provenance(teacher)))
     for run in sorted(run_folders(workspace), key=last_recorded):
         try:
             made = _made(run)
@@ -58,8 +69,15 @@ def find_baselines(workspace: Workspace, teacher: Path) -> Baselines:
             continue
         if not made or made.config.corrections.num_corrections or "imported" in made.provenance:
             continue
-        label = model_label(made.config.method, 0)
-        reason = _difference(_comparable(made), wanted)
+        method, number = made.config.method, made.config.num_layers
+        label = model_label(method, 0)
+        asked = values_of_model(layers or {}, (label, method), default=full.num_layers)
+        if number in asked and number != full.num_layers:
+            label = model_label(method, 0, number)
+        own = {"model.num_layers": number} if number in asked else {}
+        reason = _difference(_comparable(made), wanted | own)
+        if not reason and number not in asked:
+            reason = f"it has {format_count(number, 'layer')}, which sweep.num_layers leaves out"
         if not reason and not (run / DONE_NAME).exists():
             reason = "its training is not finished"
         if reason:

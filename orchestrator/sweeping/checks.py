@@ -6,6 +6,7 @@ to train, so a missing task or an impossible model is found first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from iiet.methods import METHODS
@@ -19,7 +20,14 @@ from orchestrator.planning.resources import (
 )
 from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.settings import Settings
-from orchestrator.sweeping.model_plans import learning_rates, settings_of, swept_models
+from orchestrator.settings.sweep import has_layers
+from orchestrator.sweeping.model_plans import (
+    ModelVariant,
+    baseline_models,
+    learning_rates,
+    settings_of,
+    swept_models,
+)
 from orchestrator.sweeping.selection import check_budgets
 from orchestrator.sweeping.student_plans import check_student_batch, distillation_config
 from orchestrator.terminal.progress import Progress
@@ -113,17 +121,13 @@ def check_models(settings: Settings) -> None:
                 build_model_config(settings_of(settings, model).model, vocab_size=vocab_size)
             except UserError as error:
                 problems.append(str(error))
-        names = [model.name for model in models]
-        idle = [n for n in settings.sweep.learning_rates if n not in {*METHODS, *names}]
-        if idle:
-            problems.append(
-                f"sweep.learning_rates has a rate of {', '.join(idle)}, which is not swept; swept "
-                f"are {', '.join(names)}"
-            )
+        problems += _settings_of_no_model(settings, models)
         if problems:
             raise UserError("; ".join(dict.fromkeys(problems)))
         return
     config = build_model_config(settings.model, vocab_size=vocab_size)
+    if problems := _settings_of_no_model(settings, baseline_models(settings)):
+        raise UserError("; ".join(problems))
     if settings.distillation.control != "pruned":
         check_student_batch(settings.distillation, config)
     check_budgets(settings.sweep, config)
@@ -133,6 +137,29 @@ def check_models(settings: Settings) -> None:
             f"model.method={settings.model.method} and model.corrections="
             f"{settings.model.corrections} has none; take method iiet with 1 correction or more"
         )
+
+
+def _settings_of_no_model(settings: Settings, models: Sequence[ModelVariant]) -> list[str]:
+    """Return which learning rates and numbers of layers are those of a model that is not trained.
+
+    Args:
+        models: What is trained, apart from a teacher and its students.
+    """
+    sweep, names = settings.sweep, ", ".join(model.name for model in models)
+    known = {key for model in models for key in model.keys}
+    rates = [name for name in sweep.learning_rates if name not in {*METHODS, *known}]
+    if sweep.kind == "iterations":
+        trained = f"is not swept; swept are {names}"
+    else:
+        # Other rates may be those of the teacher, or of an iterations sweep from the same file.
+        rates = [name for name in rates if has_layers(name)]
+        trained = f"is no baseline of this sweep; baselines are {names}"
+    layers = [name for name in sweep.num_layers if name not in known]
+    problems = [
+        (f"sweep.learning_rates has a rate of {', '.join(rates)}", rates),
+        (f"sweep.num_layers has a number of layers of {', '.join(layers)}", layers),
+    ]
+    return [f"{problem}, which {trained}" for problem, found in problems if found]
 
 
 def _check_thresholds(settings: Settings) -> None:

@@ -16,6 +16,7 @@ from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import BASELINE_METHOD, ModelSettings, Settings, model_label
+from orchestrator.settings.sweep import values_of_model
 from orchestrator.sweeping.trials import evaluation_key, make_plan
 from orchestrator.training.first_stage import share_first_stages
 from orchestrator.training.job import job_key
@@ -30,6 +31,8 @@ class ModelVariant:
     method: str
     corrections: int | str | tuple[int, ...] | None = None
     """As in the settings; None for a method without corrections."""
+    num_layers: int | None = None
+    """Number of layers if it is not the settings' own."""
     learning_rate: float | None = None
     """One of several rates of the model; None if it has only one."""
     seed: int | None = None
@@ -37,8 +40,13 @@ class ModelVariant:
 
     @property
     def name(self) -> str:
-        """Name of the model: `vanilla`, `r = 3`."""
-        return model_label(self.method, self.corrections)
+        """Name of the model: `vanilla`, `r = 3`, `vanilla, 8 layers`."""
+        return model_label(self.method, self.corrections, self.num_layers)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Its names in the settings, the most specific one first."""
+        return self.name, model_label(self.method, self.corrections), self.method
 
     @property
     def group(self) -> str:
@@ -52,11 +60,17 @@ class ModelVariant:
 
 
 def swept_models(settings: Settings) -> Iterator[ModelVariant]:
-    """Yield the methods and iteration counts that a sweep trains."""
+    """Yield the methods, iteration counts and numbers of layers that a sweep trains."""
     for method in settings.sweep.methods:
         counts = settings.sweep.iterations if METHODS[method].has_corrections else (None,)
         for count in counts:
-            yield ModelVariant(method=method, corrections=count)
+            yield from _at_each_depth(settings, ModelVariant(method=method, corrections=count))
+
+
+def _at_each_depth(settings: Settings, model: ModelVariant) -> Iterator[ModelVariant]:
+    own = settings.model.own_or_preset_layers
+    for number in values_of_model(settings.sweep.num_layers, model.keys, default=own):
+        yield replace(model, num_layers=None if number == own else number)
 
 
 def swept_variants(settings: Settings) -> Iterator[ModelVariant]:
@@ -70,10 +84,8 @@ def swept_variants(settings: Settings) -> Iterator[ModelVariant]:
 
 def learning_rates(settings: Settings, model: ModelVariant) -> tuple[float, ...]:
     """Return the learning rates of a model: its own, its method's, else those of all."""
-    rates = settings.sweep.learning_rates
-    usual = rates.get(model.method, settings.training.learning_rate)
-    own = rates.get(model.name, usual)
-    return own if isinstance(own, tuple) else (own,)
+    usual = settings.training.learning_rate
+    return values_of_model(settings.sweep.learning_rates, model.keys, default=usual)
 
 
 def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
@@ -81,6 +93,8 @@ def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
     changes: dict[str, Any] = {"method": variant.method}
     if variant.corrections is not None:
         changes["corrections"] = variant.corrections
+    if variant.num_layers is not None:
+        changes["num_layers"] = variant.num_layers
     if variant.method != settings.model.method:
         changes["method_options"] = {}
     model = ModelSettings.model_validate({**settings.model.model_dump(), **changes})
@@ -95,9 +109,16 @@ def teacher_and_baselines(settings: Settings) -> dict[str, Settings]:
     """Return the settings of the teacher and the baselines that a sweep trains."""
     model = settings.model
     teacher = ModelVariant(method=model.method, corrections=model.corrections)
-    baselines = (ModelVariant(method=BASELINE_METHOD), replace(teacher, corrections=0))
+    baselines = baseline_models(settings)
     named = {TEACHER: teacher, **{baseline.name: baseline for baseline in baselines}}
     return {name: settings_of(settings, variant) for name, variant in named.items()}
+
+
+def baseline_models(settings: Settings) -> list[ModelVariant]:
+    """Return the baselines of the settings' teacher, each at its numbers of layers."""
+    usual = ModelVariant(method=BASELINE_METHOD)
+    none = ModelVariant(method=settings.model.method, corrections=0)
+    return [model for one in (usual, none) for model in _at_each_depth(settings, one)]
 
 
 def max_num_students(settings: Settings, teacher: ModelConfig) -> int:

@@ -24,10 +24,10 @@ from orchestrator.terminal.layout import ResponsiveLayout
 def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> ResponsiveLayout:
     """Return a table of a plan's trials and their states; narrow terminals show fewer columns.
 
-    Learning rates are shown if they differ.
+    Learning rates and numbers of layers are shown if they differ.
     """
     without: list[set[str]] = [set()]
-    for title in ("KV/token", "FLOPs", "thresholds", "rate"):
+    for title in ("KV/token", "FLOPs", "thresholds", "rate", "layers"):
         without.append({*without[-1], title})
     return ResponsiveLayout(*(_plan_table(plan, states, titles) for titles in without))
 
@@ -40,6 +40,7 @@ def _plan_table(plan: SweepPlan, states: Sequence[TrialState], left_out: Contain
         "model": [state.trial.label for state in states],
         "thresholds": [state.trial.threshold_text for state in states],
         "rate": ["" if rate is None else f"{rate:g}" for rate in rates],
+        "layers": [str(trial.model.num_layers) for trial in plan.trials],
         "NFE": [str(cost.evaluations_per_token) for cost in costs],
         "FLOPs": [f"{cost.decode_flops_per_token / full_flops:.0%}" for cost in costs],
         "KV/token": [format_bytes(cost.kv_bytes_per_token) for cost in costs],
@@ -49,6 +50,8 @@ def _plan_table(plan: SweepPlan, states: Sequence[TrialState], left_out: Contain
         del columns["thresholds"]
     if len(set(rates) - {None}) <= 1:
         del columns["rate"]
+    if len(set(columns["layers"])) <= 1:
+        del columns["layers"]
     columns = {title: cells for title, cells in columns.items() if title not in left_out}
     table = Table(title=f"Plan of {plan.name}", title_justify="left", box=box.SIMPLE_HEAD)
     for title in columns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -58,6 +59,17 @@ def test_the_terminal_table_fits_and_keeps_what_matters(
     knee = next(line for line in rows if "knee" in line)
     assert knee.split()[0] == "0,1,1,1,1,1"
     assert "44.4 ± 1.2" in knee
+
+
+def test_layers_have_a_column_if_they_differ(sample_results: list[Trial]) -> None:
+    assert " layers" not in "\n".join(printed(find_front(sample_results), 160))
+    last = sample_results[-1]
+    assert last.role == "baseline"
+    deep = replace(last.model, method="vanilla", num_layers=99, schedule=None)
+    results = [*sample_results[:-1], last.model_copy(update={"model": deep})]
+    head, _, *rows = printed(find_front(results), 160)
+    assert " layers " in head
+    assert sum(" 99 " in row for row in rows) == 1
 
 
 def test_parameters_have_a_column_if_models_are_of_different_sizes(

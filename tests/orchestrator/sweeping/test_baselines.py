@@ -89,6 +89,28 @@ def test_a_baseline_of_another_recipe_is_left_out_with_the_difference(
     assert not find_baselines(workspace, teacher).left_out, "another one stands there"
 
 
+def test_baselines_of_other_depths_are_found_if_they_are_asked_for(
+    workspace: Workspace, teacher: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    vanilla = {**tiny_model, **VANILLA}
+    own = pretrained(workspace, "own", tiny_tokens, vanilla)
+    deep = pretrained(workspace, "deep", tiny_tokens, {**vanilla, "num_layers": 3})
+    usual = find_baselines(workspace, teacher)
+    assert usual.found == {"vanilla": own}
+    assert not usual.left_out, "another vanilla model stands there"
+    other = find_baselines(workspace, teacher, {"vanilla": 3})
+    assert other.found == {"vanilla, 3 layers": deep}
+    assert other.left_out == {
+        "own": "vanilla is left out: it has 2 layers, which sweep.num_layers leaves out"
+    }
+    pretrained(workspace, "long", tiny_tokens, {**vanilla, "num_layers": 1}, num_steps=3)
+    several = find_baselines(workspace, teacher, {"vanilla": (1, 2, 3)})
+    assert several.found == {"vanilla": own, "vanilla, 3 layers": deep}
+    assert several.left_out == {
+        "long": "vanilla, 1 layer is left out: training.num_steps is 3 and the teacher's 2"
+    }
+
+
 @pytest.mark.parametrize(
     ("harm", "words"),
     [

@@ -73,6 +73,31 @@ def workspace(tmp_path: Path) -> Workspace:
             ["sweep.iterations=[0, 1]", "sweep.learning_rates={r = 7: 0.001}"],
             "a rate of r = 7, which is not swept; swept are vanilla, r = 0, r = 1",
         ),
+        (
+            "iterations",
+            ["sweep.learning_rates={'vanilla, 8 layers': 0.001}"],
+            "a rate of vanilla, 8 layers, which is not swept; swept are vanilla, r = 0",
+        ),
+        (
+            "threshold",
+            ["sweep.learning_rates={'vanilla, 8 layers': 0.001}"],
+            "a rate of vanilla, 8 layers, which is no baseline of this sweep",
+        ),
+        (
+            "iterations",
+            ["sweep.num_layers={pcformer: 2, r = 9: 3}"],
+            "layers of pcformer, r = 9, which is not swept; swept are vanilla, r = 0",
+        ),
+        (
+            "search",
+            ["sweep.num_layers={r = 2: 3}"],
+            "layers of r = 2, which is no baseline of this sweep; baselines are vanilla, r = 0",
+        ),
+        (
+            "iterations",
+            ["model.num_layers=2", "sweep.iterations=['2,1']", "sweep.num_layers={iiet: [2, 4]}"],
+            "the iteration schedule 2,1 is for 2 layers, the model has 4",
+        ),
         ("threshold", ["sweep.gpus_per_trial=64"], "--gpus-per-trial"),
         ("threshold", ["sweep.gpus_per_trial=0", "cluster.num_gpus=8"], "names GPUs"),
         ("iterations", ["sweep.gpus_per_trial=9", "cluster.num_gpus=8"], "asks for 9 GPUs"),
@@ -119,6 +144,11 @@ def test_arguments_of_another_kind_of_sweep_are_refused(
         ("sweep={thresholds: [0.1], budgets: [3]}", "exclude each other"),
         ("sweep.learning_rates={iiet: []}", "a learning rate of iiet is not above 0"),
         ("sweep.methods=[vanila, iiet, pcfrmer]", "no such method: vanila, pcfrmer; known: van"),
+        ("sweep.num_layers={vanilla: 0}", "number of layers of vanilla is not from 1 to 1000"),
+        ("sweep.num_layers={vanilla: []}", "number of layers of vanilla is not from 1 to 1000"),
+        ("sweep.num_layers={vanilla: [2, 2]}", "a number of layers of vanilla is given twice"),
+        ("sweep.num_layers={vanila: 2}", "'vanila' is not a model"),
+        ("sweep.num_layers={'vanilla, 8 layers': 2}", "'vanilla, 8 layers' is not a model"),
         ("sweep.methods=[]", r"sweep\.methods: .* at least 1 item"),
         ("sweep.iterations=[]", r"sweep\.iterations: .* at least 1 item"),
     ],
@@ -194,6 +224,22 @@ def test_the_plan_of_a_file_whose_teacher_is_not_trained_is_that_of_its_training
     assert "the tokens are not prepared" in told
     assert f"at most {2 if kind == 'threshold' else 7} students" in told
     assert not list(workspace.runs.glob("*"))
+
+
+def test_the_plan_shows_the_depths_that_are_asked_for(workspace: Workspace) -> None:
+    depths = ["model.num_layers=2", "sweep.num_layers={vanilla: [2, 8]}", "sweep.iterations=[3]"]
+    iterations = plan_sweep(
+        resolve_settings({}, ["sweep.kind=iterations", *depths]), workspace=workspace
+    )
+    table = iterations.to_pandas()
+    assert table["name"].tolist() == ["vanilla", "vanilla, 8 layers", "r = 3"]
+    assert table["evaluations"].tolist() == [2, 8, 8]
+    console = Console(file=StringIO(), width=120)
+    print_plan(console, iterations)
+    assert "vanilla, 8 layers 0.004 8 8" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    threshold = plan_sweep(resolve_settings({}, depths), workspace=workspace)
+    names = ["teacher", "vanilla", "vanilla, 8 layers", "r = 0"]
+    assert threshold.to_pandas()["name"].tolist() == names
 
 
 @pytest.mark.parametrize("kind", ["threshold", "search", "iterations"])

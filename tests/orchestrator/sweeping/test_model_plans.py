@@ -95,7 +95,57 @@ def test_variants_have_a_label_for_each_rate_and_seed() -> None:
     assert [t.seed for t in trainings] == [0, 7, 0, 7, 0, 7]
 
 
-@pytest.mark.parametrize("name", ["none, r = 2", "r = x", "other r = 2"])
+def test_a_model_at_several_depths_has_the_rates_of_the_most_specific_name() -> None:
+    settings = resolve_settings(
+        {},
+        [
+            "sweep.kind=iterations",
+            "sweep.iterations=[1]",
+            "model.num_layers=2",
+            "sweep.num_layers={vanilla: [2, 8], r = 1: 4}",
+            "sweep.learning_rates={vanilla: 4.0e-3, 'vanilla, 8 layers': [1.0e-3, 2.0e-3], r = 1: "
+            "3.0e-3}",
+            "sweep.seeds=[7]",
+        ],
+    )
+    check_models(settings)
+    found = {}
+    for variant in swept_variants(settings):
+        own = settings_of(settings, variant)
+        config = build_model_config(own.model, vocab_size=300)
+        found[variant.label] = (config.num_layers, own.training.learning_rate)
+    assert found == {
+        "vanilla, seed 7": (2, 4e-3),
+        "vanilla, 8 layers, rate 0.001, seed 7": (8, 1e-3),
+        "vanilla, 8 layers, rate 0.002, seed 7": (8, 2e-3),
+        "r = 1, 4 layers, seed 7": (4, 3e-3),
+    }
+
+
+@pytest.mark.parametrize("number", ["6", "[6]"])
+def test_the_depth_of_the_preset_is_no_other_model(number: str) -> None:
+    usual = resolve_settings({}, ["sweep.kind=iterations"])
+    named = resolve_settings({}, ["sweep.kind=iterations", f"sweep.num_layers={{iiet: {number}}}"])
+    assert list(swept_variants(named)) == list(swept_variants(usual))
+
+
+def test_baselines_of_other_depths_stand_beside_a_teacher() -> None:
+    settings = resolve_settings(
+        {},
+        [
+            "model.num_layers=2",
+            "sweep.num_layers={vanilla: [2, 8], r = 0: [1]}",
+            "sweep.learning_rates={vanilla: 4.0e-3, 'vanilla, 8 layers': 1.0e-3}",
+        ],
+    )
+    check_models(settings)
+    models = teacher_and_baselines(settings)
+    depths = {name: own.model.own_or_preset_layers for name, own in models.items()}
+    assert depths == {"teacher": 2, "vanilla": 2, "vanilla, 8 layers": 8, "r = 0, 1 layer": 1}
+    assert [own.training.learning_rate for own in models.values()] == [2e-3, 4e-3, 1e-3, 2e-3]
+
+
+@pytest.mark.parametrize("name", ["none, r = 2", "r = x", "other r = 2", "none, 8 layers"])
 def test_a_rate_of_no_model_is_refused(other: str, name: str) -> None:
     with pytest.raises(UserError, match="is not a model"):
         resolve_settings({}, [f"sweep.learning_rates={{'{name}': 0.001}}"])
