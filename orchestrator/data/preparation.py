@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.data.corpus import read_documents, source_state
+from orchestrator.data.depth.store import (
+    DepthStore,
+    depth_folder,
+    depth_tokenizer,
+    longest_sequence,
+    write_depth,
+)
+from orchestrator.data.depth.tasks import make_tasks
 from orchestrator.data.prepared import is_complete, verify_data
+from orchestrator.data.sources import open_data
 from orchestrator.data.text_files import find_files
 from orchestrator.data.token_store import open_tokens
 from orchestrator.data.tokenization import (
@@ -46,6 +55,8 @@ class ExpectedTokens:
     """Where `vocab_size` comes from, for display."""
     num_train_tokens: int | None
     """Training tokens; None if they are not prepared yet."""
+    context_length: int | None = None
+    """Length of the sequences, where the data have one; None for text."""
     new_bytes: int
     """Estimate of the bytes that preparation will write; 0 if it is done."""
 
@@ -68,7 +79,10 @@ def prepare(
     """
     progress = progress or Progress()
     folder = find_prepared(settings, workspace.tokens)
-    if folder is None:
+    if folder is None and settings.source == "depth":
+        check_may_write(workspace.tokens)
+        folder = write_depth(settings, workspace.tokens)
+    elif folder is None:
         check_may_write(workspace.tokens)
         # One process at a time: two would write the same files.
         with lock_file(workspace.tokens / ".lock"):
@@ -105,8 +119,12 @@ def _write(settings: DataSettings, workspace: Workspace, progress: Progress) -> 
 
 
 def describe(folder: Path) -> str:
-    """Summarize a token folder in one line."""
-    manifest = open_tokens(folder).manifest
+    """Summarize prepared data in one line."""
+    data = open_data(folder)
+    if isinstance(data, DepthStore):
+        tasks = ", ".join(f"{task.name} (chance {100 * task.chance:.3g}%)" for task in data.tasks)
+        return f"{tasks}, sequences of {data.sequence_length} tokens, vocabulary {data.vocab_size}"
+    manifest = data.manifest
     train, validation = manifest.train, manifest.validation
     return (
         f"{train.documents + validation.documents:,} documents, {train.tokens:,} tokens to train "
@@ -119,7 +137,9 @@ def _source_key(settings: DataSettings) -> str:
     is_path = settings.tokenizer != "train" and not settings.tokenizer.startswith(HUB_PREFIX)
     if is_path and (path := expand_user(settings.tokenizer)).is_file():
         tokenizer_state = [path.stat().st_size, path.stat().st_mtime_ns]
-    return content_key(settings.model_dump(mode="json"), source_state(settings), tokenizer_state)
+    # Without the section of another source, so that keys are those of earlier versions.
+    chosen = settings.model_dump(mode="json", exclude={"depth"})
+    return content_key(chosen, source_state(settings), tokenizer_state)
 
 
 def _pointer(key: str, parent: Path) -> Path:
@@ -132,6 +152,9 @@ def find_prepared(settings: DataSettings, parent: Path) -> Path | None:
     Raises:
         UserError: If the source's files do not exist, or the file of the source's key is damaged.
     """
+    if settings.source == "depth":
+        folder = depth_folder(settings, parent)
+        return folder if is_complete(folder) else None
     path = _pointer(_source_key(settings), parent)
     found = read_json(path)
     if found is None:
@@ -151,6 +174,14 @@ def expected_tokens(settings: DataSettings, prepared: Path | None) -> ExpectedTo
     Raises:
         UserError: If files or a tokenizer that the settings name are missing.
     """
+    if settings.source == "depth":
+        return ExpectedTokens(
+            vocab_size=num_token_ids(depth_tokenizer(settings.depth)),
+            origin="of the depth tasks",
+            num_train_tokens=None,
+            context_length=sequence_length(settings),
+            new_bytes=0,
+        )
     if prepared is not None:
         store = open_tokens(prepared)
         return ExpectedTokens(
@@ -166,6 +197,15 @@ def expected_tokens(settings: DataSettings, prepared: Path | None) -> ExpectedTo
         num_train_tokens=None,
         new_bytes=_bytes_to_write(settings, vocab_size),
     )
+
+
+def sequence_length(settings: DataSettings) -> int | None:
+    """Return the length in tokens of the data's sequences; None for text, which has any length.
+
+    Raises:
+        UserError: If depth tasks are wanted, and none is named or a sequence cannot hold one.
+    """
+    return longest_sequence(make_tasks(settings.depth)) if settings.source == "depth" else None
 
 
 def _vocabulary(settings: DataSettings) -> tuple[int, str]:

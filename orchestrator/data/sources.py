@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.data.prepared import PreparedData
+from orchestrator.data.depth.store import DepthStore
+from orchestrator.data.prepared import PreparedData, check_files, read_manifest
 from orchestrator.data.token_store import open_tokens
 
 
@@ -14,4 +15,9 @@ def open_data(folder: Path | str) -> PreparedData:
     Raises:
         UserError: If the folder is missing, incomplete or damaged.
     """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest.settings.get("source") == "depth":
+        check_files(folder, manifest)
+        return DepthStore(folder, manifest)
     return open_tokens(folder)

@@ -260,7 +260,11 @@ def _smaller_presets(training: PlannedTraining) -> list[tuple[str, PlannedTraini
     for name in PRESETS:
         changed = training.model.model_copy(update={"preset": name})
         try:
-            config = build_model_config(changed, vocab_size=training.config.vocab_size)
+            config = build_model_config(
+                changed,
+                vocab_size=training.config.vocab_size,
+                context_length=training.config.context_length,
+            )
             smaller = replace(training, config=config)
             smaller.sequences_per_worker  # noqa: B018  # raises if the step does not go with it
         except UserError:

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from iiet.config import PRESETS
 from iiet.methods import METHODS
+from orchestrator.settings.depth import DepthSettings
 from orchestrator.settings.section import Section
 from orchestrator.terminal.formatting import format_count
 
@@ -22,9 +23,9 @@ MAX_LAYERS = 1000
 class DataSettings(Section):
     """Corpus, tokenizer and held-out documents."""
 
-    source: Literal["python", "files", "hub"] = "python"
+    source: Literal["python", "files", "hub", "depth"] = "python"
     """`python`: the English texts that come with every Python; `files`: `files` below; `hub`: the
-    data set `hub_name`."""
+    data set `hub_name`; `depth`: the generated tasks in `depth` below."""
     files: tuple[str, ...] = ()
     """Paths or glob patterns of `.txt`, `.jsonl` (also `.jsonl.gz`) or `.parquet` files; a folder
     means all such files in it and below it."""
@@ -43,6 +44,8 @@ class DataSettings(Section):
     """`train` a byte-level BPE, or the path of a `tokenizer.json`, or `hub:NAME`."""
     vocab_size: int = Field(default=2048, ge=258, le=MAX_VOCAB_SIZE)
     """Entries of a trained tokenizer."""
+    depth: DepthSettings = DepthSettings()
+    """Generated tasks of known depth."""
 
     @field_validator("files")
     @classmethod
@@ -56,6 +59,19 @@ class DataSettings(Section):
                 "leave data.files out"
             )
         return files
+
+    @field_validator("depth")
+    @classmethod
+    def _refuse_tasks_of_another_source(
+        cls, depth: DepthSettings, info: ValidationInfo
+    ) -> DepthSettings:
+        source = info.data.get("source", "depth")
+        if depth.tasks and source != "depth":
+            raise ValueError(
+                f"data.source is {source}, which does not generate tasks; set data.source=depth, "
+                "or leave data.depth.tasks out"
+            )
+        return depth
 
 
 class ModelSettings(Section):

@@ -7,9 +7,11 @@ to train, so a missing task or an impossible model is found first.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 
 from iiet.methods import METHODS
+from orchestrator.data.preparation import sequence_length
 from orchestrator.evaluation.task_selection import lm_eval_task_fingerprints
 from orchestrator.planning.resources import (
     Resources,
@@ -112,20 +114,25 @@ def check_models(settings: Settings) -> None:
         UserError: Names everything that is wrong with the models, all at once.
     """
     _refuse_chat_template(settings)
-    vocab_size, kind = settings.data.vocab_size, settings.sweep.kind
+    kind = settings.sweep.kind
+    build = partial(
+        build_model_config,
+        vocab_size=settings.data.vocab_size,
+        context_length=sequence_length(settings.data),
+    )
     if kind == "iterations":
         problems = []
         models = list(swept_models(settings))
         for model in models:
             try:
-                build_model_config(settings_of(settings, model).model, vocab_size=vocab_size)
+                build(settings_of(settings, model).model)
             except UserError as error:
                 problems.append(str(error))
         problems += _settings_of_no_model(settings, models)
         if problems:
             raise UserError("; ".join(dict.fromkeys(problems)))
         return
-    config = build_model_config(settings.model, vocab_size=vocab_size)
+    config = build(settings.model)
     if problems := _settings_of_no_model(settings, baseline_models(settings)):
         raise UserError("; ".join(problems))
     if settings.distillation.control != "pruned":

@@ -13,8 +13,14 @@ _SIZES = (
 )  # fmt: skip
 
 
-def build_model_config(model: ModelSettings, *, vocab_size: int) -> ModelConfig:
+def build_model_config(
+    model: ModelSettings, *, vocab_size: int, context_length: int | None = None
+) -> ModelConfig:
     """Return the model configuration of the settings for a tokenizer of `vocab_size` entries.
+
+    Args:
+        context_length: Length of the data's sequences, where they have one; the model gets it
+            unless its settings name another.
 
     Raises:
         UserError: If the preset or the method is unknown, or the sizes do not fit together.
@@ -24,6 +30,8 @@ def build_model_config(model: ModelSettings, *, vocab_size: int) -> ModelConfig:
     if model.method not in METHODS:
         raise UserError(f"model.method: {model.method!r} is unknown; known: {', '.join(METHODS)}")
     sizes = {name: getattr(model, name) for name in _SIZES if getattr(model, name) is not None}
+    if context_length is not None:
+        sizes.setdefault("context_length", context_length)
     if "num_heads" in sizes:
         sizes.setdefault("num_kv_heads", sizes["num_heads"])
     num_layers: int = sizes.get("num_layers", PRESETS[model.preset]["num_layers"])

@@ -27,8 +27,10 @@ def pretraining_job(
         name: Name of the run's folder; when unset, that of a finished run of this model, or else
             made from method, schedule and content.
     """
-    vocab_size = expected_tokens(settings.data, tokens).vocab_size
-    config = build_model_config(settings.model, vocab_size=vocab_size)
+    expected = expected_tokens(settings.data, tokens)
+    config = build_model_config(
+        settings.model, vocab_size=expected.vocab_size, context_length=expected.context_length
+    )
     job = TrainingJob(
         run_folder="",
         tokens_folder=str(tokens or ""),

@@ -1,0 +1,1 @@
+"""Depth tasks: sequences generated from a seed and a position, whose answers need serial steps."""
