@@ -26,6 +26,11 @@ def print_report(console: Console, report: ReportResult, workspace: Path) -> Non
     for sentence in report.sentences:
         print_line(console, f"  {sentence}")
     console.print()
+    if report.worth:
+        console.print(report.worth.to_terminal())
+        for note in report.worth.notes:
+            print_line(console, f"  {note}")
+        console.print()
     if report.page:
         print_line(console, f"report: {report.page}")
     console.print(f"MLflow: iiet-orch ui --workspace {workspace}", soft_wrap=True, markup=False)

@@ -16,6 +16,7 @@ from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_files import WrittenReport
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import load_sweep_results, newest_sweep
+from orchestrator.reporting.worth_section import WorthSection
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.folders import Workspace
 
@@ -30,6 +31,8 @@ class ReportResult:
     """Every model with its place."""
     sentences: tuple[str, ...]
     """Notes on how to read the front, then its findings."""
+    worth: WorthSection | None
+    """What corrections are worth in layers; None without vanilla models of several depths."""
     folder: Path
     """Folder of the report's files."""
     page: Path | None
@@ -75,6 +78,7 @@ def report_result(written: WrittenReport) -> ReportResult:
         title=written.report.title,
         front=written.report.front,
         sentences=tuple(written.report.sentences),
+        worth=written.report.worth,
         folder=written.folder,
         page=written.page,
     )

@@ -11,6 +11,7 @@ from typing import Any
 from orchestrator.reporting.confidence import confidence_metrics
 from orchestrator.reporting.front_text import verdict
 from orchestrator.reporting.pareto import Front
+from orchestrator.reporting.worth_section import WorthSection
 from orchestrator.workspace.files import json_text
 
 
@@ -55,8 +56,11 @@ def front_csv(front: Front) -> str:
     return file.getvalue()
 
 
-def front_json(front: Front) -> str:
-    """Return axes, picks, hypervolume with its box, and every result, as strict JSON."""
+def front_json(front: Front, worth: WorthSection | None = None) -> str:
+    """Return axes, picks, hypervolume with its box, and every result, as strict JSON.
+
+    With `worth`, also what the corrections of each model are worth.
+    """
     picks = {"best": front.best, "knee": front.knee, "cheapest": front.cheapest}
     box = front.hypervolume_box
     box_json = box and {"cost": box.cost, "quality": [box.quality, box.full_quality]}
@@ -68,6 +72,7 @@ def front_json(front: Front) -> str:
             "picks": {name: point and point.result.key for name, point in picks.items()},
             "front": [point.result.key for point in front.members],
             "confidence_basis": front.basis and asdict(front.basis),
+            **({"correction_worth": [row.to_dict() for row in worth.rows]} if worth else {}),
             "results": [
                 {**row, "details": result.model_dump(mode="json", exclude={"job", "suite"})}
                 for row, result in zip(front_rows(front), front.results, strict=True)

@@ -26,7 +26,12 @@ from orchestrator.reporting.front_axes import (
 )
 from orchestrator.reporting.front_data import front_rows
 from orchestrator.reporting.front_text import hypervolume_text
-from orchestrator.reporting.html_tables import influence_section, models_table, tasks_section
+from orchestrator.reporting.html_tables import (
+    influence_section,
+    models_table,
+    tasks_section,
+    worth_html,
+)
 from orchestrator.reporting.pareto import Front, FrontPoint, find_front
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.shown_points import shown_points
@@ -59,6 +64,8 @@ def render_page(report: SweepReport, *, picture: str | None = None) -> str:
         '<section class="wide"><h2>All models, cheapest first</h2>',
         f"{models_table(front)}{tasks_section(front)}</section>",
     ]
+    if report.worth is not None:
+        parts.append(worth_html(report.worth))
     if report.influence is not None:
         parts.append(influence_section(report.influence))
     for name in report.curves:

@@ -15,6 +15,12 @@ from orchestrator.reporting.front_tables import (
 )
 from orchestrator.reporting.pareto import Front, FrontPoint
 from orchestrator.reporting.shown_points import shown_points
+from orchestrator.reporting.worth_section import (
+    WORTH_EXPLANATION,
+    WORTH_HEADS,
+    WORTH_TITLE,
+    WorthSection,
+)
 from orchestrator.terminal.formatting import BYTE_UNITS
 
 # Light to dark, one for each number of corrections; higher numbers share the last.
@@ -55,6 +61,21 @@ def tasks_section(front: Front) -> str:
             f"{_table(heads, rows)}</details>"
         )
     return "".join(parts)
+
+
+def worth_html(worth: WorthSection) -> str:
+    """Return the section on what corrections are worth."""
+    heads = [_head(head, "" if number else "text") for number, head in enumerate(WORTH_HEADS)]
+    rows = []
+    for row in worth.rows:
+        name, *numbers = row.cells
+        cells = [f'<td class="text">{escape(name)}</td>', *map(_cell, numbers)]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    notes = "".join(f"<li>{escape(note)}</li>" for note in worth.notes)
+    return (
+        f'<h2>{escape(WORTH_TITLE)}</h2><p class="lead">{escape(WORTH_EXPLANATION)}</p>'
+        f'{_table(heads, rows)}<ul class="findings">{notes}</ul>'
+    )
 
 
 def schedule_strip(schedule: Sequence[int] | None) -> str:

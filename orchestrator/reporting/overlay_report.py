@@ -25,6 +25,7 @@ from orchestrator.reporting.sweep_results import (
     load_sweep_results,
 )
 from orchestrator.reporting.training_curves import read_training_curves
+from orchestrator.reporting.worth_section import worth_section
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
 
@@ -67,6 +68,10 @@ def write_overlay_report(
         },
         facts=_facts(sweeps),
         notes=[*_notes(sweeps, axes), *left_out_notes(front), *item_notes(shown.values(), items)],
+        worth=worth_section(
+            [result for sweep in sweeps for result in sweep.results],
+            {result.key: sweep.name for sweep in reversed(sweeps) for result in sweep.results},
+        ),
     )
     folder = workspace.overlays / _folder_name(sweeps, axes)
     return WrittenReport(report, folder, tuple(write_report_files(report, folder)))

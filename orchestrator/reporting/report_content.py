@@ -11,6 +11,7 @@ from iiet.influence import InfluenceTable
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.pareto import Front
+from orchestrator.reporting.worth_section import WorthSection
 
 Curve = tuple[str, Sequence[tuple[int, float]]]
 """A name and its points: step and value."""
@@ -30,6 +31,8 @@ class SweepReport:
     """Title of a list -> names and values, such as settings and provenance."""
     notes: Sequence[str] = ()
     """Sentences to read before the findings, such as that the tasks differ."""
+    worth: WorthSection | None = None
+    """What corrections are worth in layers, if there are vanilla models of several depths."""
     mark_paper: bool = True
     """Whether the picture marks the paper's headline."""
 

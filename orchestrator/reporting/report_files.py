@@ -24,6 +24,7 @@ from orchestrator.reporting.influence_tables import influence_markdown
 from orchestrator.reporting.markdown import bullets
 from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_content import SweepReport
+from orchestrator.reporting.worth_section import WORTH_TITLE
 from orchestrator.workspace.files import write_text
 
 
@@ -60,7 +61,7 @@ def write_report_files(report: SweepReport, folder: Path) -> list[Path]:
         texts["front.html"] = render_page(report, picture=(folder / "front.svg").read_text("utf-8"))
     texts["front.md"] = report_markdown(report)
     texts["front.csv"] = front_csv(report.front)
-    texts["front.json"] = front_json(report.front) + "\n"
+    texts["front.json"] = front_json(report.front, report.worth) + "\n"
     for name, text in texts.items():
         write_text(folder / name, text)
         paths.append(folder / name)
@@ -90,6 +91,8 @@ def report_markdown(report: SweepReport) -> str:
         parts.append(f"## Task by task\n\n{TASK_TABLES_NOTE}")
     for table in tables:
         parts += [f"### {table.title}", table.to_markdown()]
+    if report.worth is not None:
+        parts += [f"## {WORTH_TITLE}", report.worth.to_markdown()]
     if report.influence is not None:
         parts += [
             f"## Influence of each correction ({report.influence.metric})",

@@ -25,6 +25,7 @@ from orchestrator.reporting.training_curves import (
     read_history_curves,
     read_training_curves,
 )
+from orchestrator.reporting.worth_section import worth_section
 from orchestrator.tracking import Tracking
 from orchestrator.workspace.folders import Workspace
 
@@ -68,6 +69,7 @@ def write_sweep_report(
         curves=curves,
         facts=sweep.facts,
         notes=[*sweep.notes, *notes],
+        worth=worth_section(sweep.results),
     )
     folder = sweep.folder(workspace) / axes.slug
     files = write_report_files(report, folder)

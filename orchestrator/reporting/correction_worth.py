@@ -1,0 +1,195 @@
+"""What a correction is worth in layers: phi, from losses, accuracies and numbers of layers alone.
+
+A model of L layers with e evaluations per layer is as good as vanilla of L' layers, trained on the
+same tokens, if both have the same validation loss. Then phi = log(L'/L) / log(e): 1 if e
+evaluations of a layer are worth e layers, 0 if they are worth one. An IIET has e = 1 + r.
+L' is the smallest depth at which vanilla reaches the loss; between trained depths its loss is taken
+to be linear in the logarithm of the depth. A depth that is no better than a shallower one is never
+the first to reach a loss, so a curve that is not monotone needs no rule of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from orchestrator.reporting.bootstrap import NUM_RESAMPLES, Floats, Interval, interval_of
+from orchestrator.terminal.formatting import format_count
+
+SATURATED_ACCURACY = 0.98
+"""From this accuracy on, the loss says how sure a model is rather than how much it can compute: any
+deeper model reaches nearly the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredModel:
+    """A trained model: its depth and what was measured, over its seeds."""
+
+    num_layers: int
+    evaluations_per_layer: float = 1.0
+    losses: tuple[float, ...]
+    """Validation loss of each seed, nats per token."""
+    accuracy: float | None = None
+    """Mean over the seeds, from 0 to 1; None if it was not measured."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the seeds."""
+        return math.fsum(self.losses) / len(self.losses)
+
+    @property
+    def is_saturated(self) -> bool:
+        """Whether the accuracy is too high for the loss to measure depth."""
+        return self.accuracy is not None and self.accuracy >= SATURATED_ACCURACY
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionWorth:
+    """How many layers a model's evaluations are worth, or why that cannot be said."""
+
+    equivalent_layers: float | None = None
+    """L': the depth of a vanilla model with the same loss."""
+    phi: float | None = None
+    interval: Interval | None = None
+    """Of phi, over draws of the seeds; None if every model has one seed."""
+    is_open: tuple[bool, bool] = (False, False)
+    """Whether the interval's lower and upper end lie beyond the vanilla depths; such an end is phi
+    of the shallowest or of the deepest one."""
+    refusal: str = ""
+    """Why there is no phi."""
+
+
+def correction_worth(
+    model: MeasuredModel, vanilla: Sequence[MeasuredModel], *, seed: int = 0
+) -> CorrectionWorth:
+    """Return what a model's evaluations are worth, measured by vanilla models of several depths.
+
+    It is refused where fewer than two depths are trained; where their losses do not bracket the
+    model's; where the accuracy of the model, or of the deeper of the two vanilla models whose
+    losses bracket it, is saturated; and where the losses of these two do not differ significantly:
+    the interval of their difference, over draws of the seeds, contains zero.
+
+    Args:
+        model: Any model; with one evaluation per layer it has an equivalent depth, but no phi.
+        vanilla: One for each depth, trained on the model's tokens.
+        seed: Of the draws.
+    """
+    curve = sorted(vanilla, key=lambda one: one.num_layers)
+    refusal = _refusal(model, curve)
+    if refusal:
+        return CorrectionWorth(refusal=refusal)
+    rng = np.random.default_rng(seed)
+    log_depths = np.log([one.num_layers for one in curve])
+    losses = np.array([[one.loss for one in curve]])
+    drawn = np.stack([_draw_means(one.losses, rng) for one in curve], axis=1)
+    deeper = int(np.argmax(losses[0] <= model.loss))
+    if deeper and _are_alike(curve[deeper - 1 : deeper + 1], drawn[:, deeper - 1 : deeper + 1]):
+        return CorrectionWorth(
+            refusal=f"its loss lies between those of vanilla with {curve[deeper - 1].num_layers} "
+            f"and with {curve[deeper].num_layers} layers, which differ by less than their seeds do"
+        )
+    log_depth = log_equivalent_depth(log_depths, losses, np.array([model.loss]))
+    equivalent_layers = math.exp(float(log_depth[0]))
+    if model.evaluations_per_layer == 1:
+        refusal = "it evaluates each layer once, so it has no corrections to divide by"
+        return CorrectionWorth(equivalent_layers=equivalent_layers, refusal=refusal)
+
+    def phi(log_depths: Floats) -> Floats:
+        return (log_depths - math.log(model.num_layers)) / math.log(model.evaluations_per_layer)
+
+    value, interval, is_open = float(phi(log_depth)[0]), None, (False, False)
+    if max(len(one.losses) for one in (model, *curve)) > 1:
+        found = log_equivalent_depth(log_depths, drawn, _draw_means(model.losses, rng))
+        interval = interval_of(value, phi(np.clip(found, log_depths[0], log_depths[-1])))
+        ends = phi(log_depths[[0, -1]])
+        is_open = (bool(interval.low <= ends[0]), bool(interval.high >= ends[1]))
+    return CorrectionWorth(
+        equivalent_layers=equivalent_layers, phi=value, interval=interval, is_open=is_open
+    )
+
+
+def log_equivalent_depth(log_depths: Floats, losses: Floats, targets: Floats) -> Floats:
+    """Return the logarithm of the smallest depth at which each curve reaches its target.
+
+    It is minus infinity if the curve begins below the target, and infinity if it never reaches it.
+
+    Args:
+        log_depths: (depths,), increasing.
+        losses: (curves, depths)
+        targets: (curves,)
+    """
+    reached = losses <= targets[:, None]
+    curves, after = np.arange(len(losses)), reached.argmax(axis=1)
+    before = np.maximum(after - 1, 0)
+    above, below = losses[curves, before], losses[curves, after]
+    share = np.zeros(len(losses))
+    np.divide(above - targets, above - below, out=share, where=after > 0)
+    found = log_depths[before] + share * (log_depths[after] - log_depths[before])
+    found[after == 0] = np.where(below == targets, log_depths[0], -np.inf)[after == 0]
+    found[~reached.any(axis=1)] = np.inf
+    return np.asarray(found)
+
+
+def depths_without_gain(vanilla: Sequence[MeasuredModel]) -> list[int]:
+    """Return the depths at which vanilla is no better than at a smaller depth."""
+    curve = sorted(vanilla, key=lambda one: one.num_layers)
+    return [
+        one.num_layers
+        for number, one in enumerate(curve)
+        if number and one.loss >= min(other.loss for other in curve[:number])
+    ]
+
+
+def _refusal(model: MeasuredModel, curve: Sequence[MeasuredModel]) -> str:
+    """Return why a model cannot be placed among vanilla models, shallowest first; empty if it can.
+
+    The seeds are not looked at here.
+    """
+    if len({one.num_layers for one in curve}) < 2:
+        return "it needs vanilla models of at least two depths, trained on the same tokens"
+    if model.is_saturated:
+        return f"its accuracy of {model.accuracy:.2%} is saturated: its loss no longer tells depth"
+    shallowest, best = curve[0], min(curve, key=lambda one: one.loss)
+    if model.loss > shallowest.loss:
+        return (
+            "its loss is higher than that of the shallowest vanilla model "
+            f"({format_count(shallowest.num_layers, 'layer')})"
+            + "; train a shallower one"
+            * (shallowest.num_layers > 1)
+        )
+    if model.loss < best.loss:
+        return (
+            f"its loss is lower than that of every vanilla model (the best has {best.num_layers} "
+            "layers); train a deeper one"
+        )
+    deeper = next(number for number, one in enumerate(curve) if one.loss <= model.loss)
+    if curve[deeper].is_saturated and deeper:
+        shallow, deep = curve[deeper - 1], curve[deeper]
+        has_between = deep.num_layers - shallow.num_layers > 1
+        return (
+            f"vanilla with {deep.num_layers} layers is saturated (accuracy {deep.accuracy:.2%}), "
+            f"so it is worth between {shallow.num_layers} and {deep.num_layers} layers"
+            + "; train vanilla models of depths between them"
+            * has_between
+        )
+    return ""
+
+
+def _draw_means(losses: Sequence[float], rng: np.random.Generator) -> Floats:
+    """Return the mean loss in each draw of as many seeds as there are, with replacement."""
+    if len(losses) == 1:
+        return np.full(NUM_RESAMPLES, losses[0])
+    drawn = rng.integers(len(losses), size=(NUM_RESAMPLES, len(losses)))
+    means: Floats = np.asarray(losses)[drawn].mean(axis=1)
+    return means
+
+
+def _are_alike(pair: Sequence[MeasuredModel], drawn: Floats) -> bool:
+    """Return whether two models' losses do not differ significantly; False if that is unknown."""
+    if any(len(one.losses) < 2 for one in pair):
+        return False
+    difference = interval_of(pair[0].loss - pair[1].loss, drawn[:, 0] - drawn[:, 1])
+    return not difference.excludes_zero
