@@ -132,8 +132,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         decoder = Decoder(preset(chosen.preset))
     decoder.requires_grad_(False)
     config = decoder.config
-    if not METHODS[config.method].has_corrections or not decoder.schedule.num_corrections:
-        parser.error(f"the model ({config.method}) makes no corrections; take an IIET with r >= 1")
+    method = METHODS[config.method]
+    if method.repeats_stack or not decoder.schedule.num_corrections:
+        parser.error(
+            f"the model ({config.method}) makes no corrections of single layers; take an IIET with "
+            "r >= 1"
+        )
     num_tokens = min(chosen.tokens, config.context_length)
     if chosen.text is None:
         input_ids = torch.randint(config.vocab_size, (1, num_tokens))

@@ -191,6 +191,11 @@ def _method_problems(config: ModelConfig) -> list[str]:
                 f"schedule is required for method {config.method!r}; "
                 "IterationSchedule.uniform(num_layers, 3) is usual"
             )
+        elif METHODS[config.method].repeats_stack and len(set(schedule)) > 1:
+            problems.append(
+                f"method {config.method!r} repeats the whole stack, so all layers must make the "
+                f"same number of corrections, got schedule {schedule}"
+            )
     elif schedule is not None and schedule.num_corrections:
         problems.append(f"method {config.method!r} makes no corrections, got schedule {schedule}")
     if schedule is not None and schedule.num_layers != config.num_layers:

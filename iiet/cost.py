@@ -38,7 +38,8 @@ class InferenceCost:
     """Keys and values that decoding such a token reads: each evaluation reads its own slot."""
     weight_bytes_per_token: float
     """Weights that a decoding step reads, divided by the rows of the batch. A field is read once
-    per evaluation, or once per layer if it stays in the processor's cache. The method's own weights
+    per evaluation, or once per layer if it stays in the processor's cache between the evaluations
+    (with the other fields, where a method repeats the stack). The method's own weights
     (norms, mix, gates) are left out: under a thousandth at the published sizes."""
     num_parameters: int
     """All parameters, including the method's own."""
@@ -82,7 +83,8 @@ def inference_cost(
     kv_bytes = bytes_per_value * 2 * config.num_kv_heads * config.head_dim  # of a token in a slot
     kv_bytes_seen = context_length * kv_bytes
     field_bytes = bytes_per_value * field_parameters(config)
-    field_stays = field_bytes + batch_size * kv_bytes_seen <= processor_cache_bytes
+    num_held = num_layers if METHODS[config.method].repeats_stack else 1
+    field_stays = num_held * field_bytes + batch_size * kv_bytes_seen <= processor_cache_bytes
     step_bytes = field_bytes * (num_layers if field_stays else evaluations)
     step_bytes += bytes_per_value * config.dim * (config.vocab_size + 1)  # head and its norm
     return InferenceCost(

@@ -1,7 +1,7 @@
 """The decoder: embed, advance L times, norm, logits. The same for every method.
 
     h_0    = embedding(input_ids)
-    h_l    = layer_l(h_{l-1}, ...)        for l = 1..L
+    h_l    = layer_l(h_{l-1}, ...)        for l = 1..L; where the method repeats the stack, again
     logits = head(RMSNorm(h_L))
 
 The iteration schedule belongs to a call, not to the weights: a decoder has all parameters of its
@@ -180,7 +180,8 @@ class Decoder(nn.Module):
             position_ids: (batch or 1, time), instead of counted positions. Without mask and cache,
                 a position that does not follow the previous one starts another sequence of the row.
             last_only: whether to compute the last token's logits only, (batch, 1, vocab).
-            return_hidden: whether to return the hidden states `h_1..h_L`, without final norm, too.
+            return_hidden: whether to return the hidden states `h_1..h_L`, without final norm, too;
+                those of the last run where the method repeats the stack.
             observe: called after each field evaluation.
             finish: called with what would be returned; its result is returned instead. It may get
                 `LazyLogits`, from which the losses of this package compute logits in chunks.
@@ -225,7 +226,8 @@ class Decoder(nn.Module):
     ) -> Iterator[Tensor]:
         """Yield `h_1, ..., h_L`, each (batch, time, dim); the only loop over layers.
 
-        Arguments and errors are those of `forward`.
+        Where the method repeats the stack, they are those of the last run. Arguments and errors are
+        those of `forward`.
         """
         evaluations_per_layer = self.evaluations_per_layer(schedule)
         context = make_context(
@@ -242,18 +244,22 @@ class Decoder(nn.Module):
         weights = self._half_weights(embeddings) if cache is None else None
         hidden = embeddings if weights is None else embeddings.to(HalfWeights.dtype)
         state = self.method.start(embeddings, self.config.num_layers)
-        for number, layer in enumerate(self.layers):
-            call = LayerCall(
-                schedule[number],
-                context,
-                slots=None if slots is None else slots[number],
-                shared=self.shared,
-                recompute=self.activation_checkpointing and cache is None,
-                observe=observe,
-                weights=None if weights is None else weights[number],
-            )
-            hidden, state = layer(hidden, state, call)
-            yield hidden
+        num_runs = self.method.num_runs(schedule)
+        for run in range(num_runs):
+            for number, layer in enumerate(self.layers):
+                call = LayerCall(
+                    schedule[number],
+                    context,
+                    slots=None if slots is None else slots[number],
+                    shared=self.shared,
+                    recompute=self.activation_checkpointing and cache is None,
+                    observe=observe,
+                    weights=None if weights is None else weights[number],
+                    first_evaluation=run * (evaluations_per_layer[number] // num_runs),
+                )
+                hidden, state = layer(hidden, state, call)
+                if run == num_runs - 1:
+                    yield hidden
 
     def _half_weights(self, embeddings: Tensor) -> list[FieldWeights] | None:
         if not half_is_wanted(embeddings):

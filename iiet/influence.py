@@ -73,8 +73,13 @@ class InfluenceAccumulator:
 
         Raises:
             ValueError: the batch does not have two axes, or has nothing to measure: no tokens, or
-                no targets for the metric `loss`.
+                no targets for the metric `loss`; or the decoder's method repeats the stack.
         """
+        if decoder.method.repeats_stack:
+            raise ValueError(
+                f"method {decoder.config.method!r} repeats the whole stack, so no layer has "
+                "corrections of its own whose influence could be measured"
+            )
         known, attention_mask = _as_batch(batch, decoder.device)
         counted = _counted(known, self.metric)
         num_tokens = int(counted.sum())

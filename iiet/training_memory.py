@@ -108,7 +108,8 @@ def _gathered_bytes(config: ModelConfig, width: int, num_passes: int) -> tuple[i
     layer = field_parameters(config)
     others = (num_parameters(config) - config.num_layers * layer) * _FULL
     layers = config.num_layers if num_passes > 1 else min(2, config.num_layers)
-    # A layer's gradients are copied to float32 to be summed over the workers.
+    # A layer's gradients are copied to float32 to be summed over the workers. Where the stack
+    # repeats, those of all layers wait for their earlier runs (`_peak_bytes`).
     return others + layers * layer * width, others + layer * (width + _FULL)
 
 
@@ -126,7 +127,7 @@ def _peak_bytes(
     `width` is the bytes of a value in the arithmetic, `inner` of a hidden state within a field.
     """
     method = METHODS[config.method]
-    state = config.dim * _FULL
+    state, num_runs = config.dim * _FULL, method.num_runs(config.corrections)
     of_layers = [_layer_bytes(config, layer, width, inner) for layer in range(config.num_layers)]
     # What layers leave for later ones, and as much for its gradient while they go backward.
     left = method.num_left * config.num_layers * state
@@ -141,15 +142,19 @@ def _peak_bytes(
     field = _FEED_FORWARD_TEMPORARIES * config.ffn_dim * width + 3 * config.dim * inner
     if activation_checkpointing:
         inputs = config.dim * inner  # of a layer
-        kept = config.num_layers * inputs + left
-        field += max(of_layers) - inputs + left
+        kept = num_runs * config.num_layers * inputs + left
+        field += max(of_layers) // num_runs - inputs + left
     else:
         kept = sum(of_layers) + left
         # The first layer to go backward needs no gradient of `left`, and frees what it kept.
         field += max(0, left - of_layers[-1])
     # The gradient of a matrix before it is added up; the head's waits for the embeddings'.
     matrices = config.ffn_dim * config.dim + config.vocab_size * config.dim // num_shards
-    return tokens * kept + max(loss, tokens * field + matrices * _FULL)
+    at_start = tokens * kept + max(loss, tokens * field + matrices * _FULL)
+    # Where the stack repeats, a field's gradients wait for those of the field's earlier runs.
+    waiting = config.num_layers * field_parameters(config) * width if num_runs > 1 else 0
+    after_run = tokens * (kept - kept // num_runs + field) + matrices * _FULL + waiting
+    return max(at_start, after_run)
 
 
 def _layer_bytes(config: ModelConfig, layer: int, width: int, inner: int) -> int:

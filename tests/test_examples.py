@@ -84,10 +84,13 @@ def test_a_text_is_read_with_the_folders_tokenizer(
     assert capsys.readouterr().out.startswith("iteration schedule 3, 5 tokens\n")
 
 
-def test_a_model_without_corrections_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("method", ["vanilla", "looped"])
+def test_a_model_whose_layers_do_not_correct_is_refused(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Decoder(preset("tiny", method="vanilla", num_layers=1, **SHAPE)).save(tmp_path)
+    Decoder(preset("tiny", method=method, num_layers=1, **SHAPE)).save(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         example.main([str(tmp_path)])
-    assert "makes no corrections; take an IIET with r >= 1" in capsys.readouterr().err
+    assert (
+        "makes no corrections of single layers; take an IIET with r >= 1" in capsys.readouterr().err
+    )

@@ -13,6 +13,7 @@ from iiet.methods.base import Advance, Evaluate, Evaluation, Layer, Observer
 from iiet.methods.explicit_euler import ExplicitEuler
 from iiet.methods.explicit_runge_kutta import ExplicitRK2, ExplicitRK4, GatedRK2
 from iiet.methods.implicit_euler import ImplicitEuler
+from iiet.methods.looped import Looped
 from iiet.methods.predictor_corrector import PredictorCorrectorRK2, PredictorCorrectorRK4
 
 __all__ = ["METHODS", "Advance", "Evaluate", "Evaluation", "Layer", "Methods", "Observer"]
@@ -61,6 +62,7 @@ METHODS = Methods(
         "ode_rk2": ExplicitRK2,
         "ode_rk4": ExplicitRK4,
         "ode_rk2_gated": GatedRK2,
+        "looped": Looped,
     }
 )
 """Registry keys are the papers' names; class and file names carry the mathematics."""

@@ -71,6 +71,8 @@ class LayerCall(NamedTuple):
     """Called after each evaluation."""
     weights: FieldWeights | None = None
     """Copies in bfloat16 for the field's weights; None to use its own."""
+    first_evaluation: int = 0
+    """Evaluations that the layer made in earlier runs of the stack, where the method repeats it."""
 
 
 class Evaluate:
@@ -79,7 +81,7 @@ class Evaluate:
     def __init__(self, layer: Layer, call: LayerCall) -> None:
         self._layer = layer
         self._call = call
-        self._k = 0
+        self._k = call.first_evaluation
 
     def __call__(
         self,
@@ -126,6 +128,9 @@ class Layer(nn.Module, ABC):
     """A frozen dataclass: the options that `ModelConfig.method_options` may set."""
     has_corrections: ClassVar[bool] = False
     """Whether an iteration schedule sets how often a layer corrects its prediction."""
+    repeats_stack: ClassVar[bool] = False
+    """Whether a correction is another run of all layers, one after the other, so that all layers
+    make as many; else each layer makes all of its evaluations before the next one begins."""
     is_random: ClassVar[bool] = False
     """Whether a layer draws random numbers; a recomputed layer then draws the same ones."""
     num_left: ClassVar[int] = 0
@@ -157,6 +162,11 @@ class Layer(nn.Module, ABC):
     @abstractmethod
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
         """Count the field evaluations of a layer, the first layer being 0."""
+
+    @classmethod
+    def num_runs(cls, schedule: IterationSchedule) -> int:
+        """Count how often a pass runs the stack of layers."""
+        return 1 + schedule.max_corrections if cls.repeats_stack else 1
 
     @classmethod
     def num_differentiated(cls, schedule: IterationSchedule, layer: int, options: Any) -> int:

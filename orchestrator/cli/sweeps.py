@@ -114,7 +114,9 @@ def sweep_iterations(
             help="Corrections per layer of each IIET, or a ramp over the layers: 0,1,3,3..0."
         ),
     ] = None,
-    methods: Annotated[str | None, typer.Option(help="Methods: vanilla,pcformer,iiet.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods: vanilla,pcformer,looped,iiet.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, max=MAX_COUNT, help="Optimizer steps of each model.")
     ] = None,

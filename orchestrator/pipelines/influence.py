@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iiet.influence import InfluenceMetric, InfluenceTable, influence_table
+from iiet.methods import METHODS
 from orchestrator.cluster.launch import command_device
 from orchestrator.data.prepared import PreparedData
 from orchestrator.data.sources import open_data
@@ -148,6 +149,11 @@ def _place(
         raise UserError(
             f"{checkpoint} is a model ({config.method}) without corrections, so there is "
             "no influence to measure; take an IIET with r >= 1"
+        )
+    if METHODS[config.method].repeats_stack:
+        raise UserError(
+            f"{checkpoint} is a model ({config.method}) that repeats the whole stack, so no layer "
+            "has corrections of its own whose influence could be measured; take an IIET with r >= 1"
         )
     if data.vocab_size > config.vocab_size:
         raise UserError(

@@ -80,10 +80,11 @@ class ModelSettings(Section):
     preset: str = "tiny"
     """Name of a preset: tiny, 55m, 340m, 740m, 1.3b."""
     method: str = DEFAULT_METHOD
-    """How a layer advances the hidden state: iiet, vanilla, pcformer, or another known method."""
+    """How a layer advances the hidden state: iiet, vanilla, pcformer, looped, or another method."""
     corrections: int | str | tuple[int, ...] = 2
     """Corrections per layer (the iteration schedule): `3`, or one number per layer, `2,2,1,1,1,1`.
-    Only methods with corrections, such as iiet, read it."""
+    Only methods with corrections, such as iiet, read it; looped takes one number, and repeats the
+    stack of layers that often."""
     method_options: dict[str, Any] = Field(default={})
     """Options of the method by name, such as `damping` of iiet (default: the method's defaults).
     Models of other methods in the same sweep use their defaults."""

@@ -138,6 +138,12 @@ def check_models(settings: Settings) -> None:
     if settings.distillation.control != "pruned":
         check_student_batch(settings.distillation, config)
     check_budgets(settings.sweep, config)
+    if METHODS[config.method].repeats_stack:
+        raise UserError(
+            f"a {kind} sweep prunes the corrections of single layers, and model.method="
+            f"{config.method} repeats the whole stack; take method iiet, or compare numbers of "
+            "repetitions with sweep.kind=iterations"
+        )
     if not METHODS[config.method].has_corrections or not sum(config.corrections):
         raise UserError(
             f"a {kind} sweep prunes its teacher's corrections, and a teacher of "

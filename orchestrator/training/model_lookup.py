@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from iiet.influence import InfluenceTable
+from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
 from orchestrator.data.prepared import verify_data
@@ -241,7 +242,9 @@ def _may_be_teacher(checkpoints: Sequence[Path]) -> bool:
     # Without a readable configuration the run may be the one that is meant.
     for folder in checkpoints:
         with suppress(UserError):
-            return bool(load_config(folder).corrections.num_corrections)
+            config = load_config(folder)
+            repeats_stack = METHODS[config.method].repeats_stack
+            return bool(config.corrections.num_corrections) and not repeats_stack
     return True
 
 

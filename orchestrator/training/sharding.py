@@ -2,8 +2,9 @@
 
 The matrices of a layer's field are one unit, gathered once for all evaluations of the field: in the
 forward pass, and again in the backward pass. All else (embeddings, head, norms, the mix) is the
-root's unit, gathered once per step: 2L + 1 gathers for L layers. With bf16, fields are sent as bf16
-and gradients are summed in float32; the root's unit stays float32, which the fused norms need.
+root's unit, gathered once per step: 2L + 1 gathers for L layers. A method that repeats the stack
+gathers the layers again in each run. With bf16, fields are sent as bf16 and gradients are summed in
+float32; the root's unit stays float32, which the fused norms need.
 
 Replicas of shards (HSDP) gather within `World.num_shards` workers, and only gradients are averaged
 over all of them. Checkpoints hold full tensors, so a run can resume with another number of workers

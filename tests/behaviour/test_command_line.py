@@ -46,6 +46,7 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
         (["sweep-iterations", "--iterations", "1000000000"], "is not an iteration schedule"),
         (["sweep-iterations", "--iterations", "3*1000000000"], "is not an iteration schedule"),
         (["pretrain", "--corrections", "3*999999999"], "is for 999999999 layers"),
+        (["pretrain", "--method", "looped", "--corrections", "2..0"], "repeats the whole stack"),
         (["pretrain", "--corrections", "1001"], "must be an integer from 0 to 1000"),
         (["search", "--seed", "4294967296"], "--seed"),
         (["search", "--trials", "9" * 5000], "--trials"),

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from method_schedules import schedule_for
 from torch._dynamo.testing import CompileCounter
 
-from iiet import METHODS, Decoder, IterationSchedule, KeyValueCache, ModelConfig, next_token_loss
+from iiet import METHODS, Decoder, KeyValueCache, ModelConfig, next_token_loss
 
 BATCH, TIME, VOCAB = 2, 6, 29
 GRAPHS = {"backend": "aot_eager", "fullgraph": True}
@@ -30,7 +31,7 @@ def decoder_of(method, num_layers=1):
         num_kv_heads=1,
         ffn_dim=24,
         context_length=8,
-        schedule=IterationSchedule(corrections) if METHODS[method].has_corrections else None,
+        schedule=schedule_for(method, corrections),
         initializer_std=0.3,
     )
     return Decoder(config).double()

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from method_schedules import schedule_for
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,10 +35,7 @@ HEAD = 2 * 8 * 50
 
 
 def small(method, schedule=(2, 0, 1)):
-    corrects = METHODS[method].has_corrections
-    return dataclasses.replace(
-        SMALL, method=method, schedule=IterationSchedule(schedule) if corrects else None
-    )
+    return dataclasses.replace(SMALL, method=method, schedule=schedule_for(method, schedule))
 
 
 # Terms of the mix over the three layers of SMALL. Per layer: earlier estimates before the first
@@ -109,6 +107,8 @@ BY_HAND = {
     "ode_rk2": (6, 6 * 1280 + 800, 6 * 1136 + 80, 192, 13568, 1896),
     "ode_rk4": (12, 12 * 1280 + 800, 12 * 1136 + 80, 384, 25472, 1896),
     "ode_rk2_gated": (6, 6 * 1280 + 800 + 96, 6 * 1136 + 80 + 96, 192, 13568, 1896 + 51),
+    # 2 runs after the first, in every layer.
+    "looped": (9, 9 * 1280 + 800, 9 * 1136 + 80, 288, 19520, 1896),
 }  # fmt: skip
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from method_schedules import schedule_for
 from torch.autograd import gradgradcheck
 
-from iiet import METHODS, Decoder, IterationSchedule, ModelConfig, plain_formulas
+from iiet import METHODS, Decoder, ModelConfig, plain_formulas
 from iiet.context import make_context
 from iiet.methods.base import LayerCall
 
@@ -17,7 +18,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWa
 
 def small_decoder(method, num_kv_heads=1):
     """Two layers in float64, far from their starting point."""
-    corrects = METHODS[method].has_corrections
     torch.manual_seed(0)
     config = ModelConfig(
         method=method,
@@ -28,7 +28,7 @@ def small_decoder(method, num_kv_heads=1):
         num_kv_heads=num_kv_heads,
         ffn_dim=8,
         context_length=8,
-        schedule=IterationSchedule((1, 2)) if corrects else None,
+        schedule=schedule_for(method, (1, 2)),
         method_options=METHODS[method].Options(**OPTIONS.get(method, {})),
         initializer_std=0.3,
     )

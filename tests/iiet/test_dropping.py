@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from method_schedules import schedule_for
 from torch import nn
 
 from iiet import (
     METHODS,
     Decoder,
-    IterationSchedule,
     ModelConfig,
     decoder_from_published,
     inference_cost,
@@ -34,7 +34,7 @@ def decoder_of(method="iiet", schedule=(2, 0, 1, 1)):
         num_kv_heads=4,
         ffn_dim=24,
         context_length=16,
-        schedule=IterationSchedule(schedule) if METHODS[method].has_corrections else None,
+        schedule=schedule_for(method, schedule),
     )
     torch.manual_seed(0)
     decoder = Decoder(config).double()

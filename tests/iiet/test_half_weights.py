@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from method_schedules import schedule_for
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
-from iiet import METHODS, Decoder, IterationSchedule, next_token_loss, preset
+from iiet import METHODS, Decoder, next_token_loss, preset
 from iiet.cpu_kernels import rotate_into
 from iiet.half_weights import GradientSum, HalfWeights
 from iiet.rope import Rope, rotate
@@ -20,7 +21,7 @@ SIZES = {"vocab_size": 48, "dim": 32, "num_layers": 3, "num_heads": 2, "ffn_dim"
 
 def decoder_of(method="iiet"):
     torch.manual_seed(0)
-    schedule = IterationSchedule((2, 0, 3)) if METHODS[method].has_corrections else None
+    schedule = schedule_for(method, (2, 0, 3))
     sizes = {**SIZES, "context_length": 16, "initializer_std": 0.15}
     decoder = Decoder(preset("tiny", method=method, schedule=schedule, **sizes))
     decoder.half_weights = HalfWeights(decoder.fields)

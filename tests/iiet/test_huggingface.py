@@ -11,6 +11,7 @@ import re
 
 import pytest
 import torch
+from method_schedules import schedule_for
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -55,7 +56,6 @@ WORDS = [
 
 
 def make_decoder(method="iiet", schedule=(2, 0, 3), tied=True, seed=0):
-    corrects = METHODS[method].has_corrections
     config = ModelConfig(
         method=method,
         vocab_size=len(WORDS),
@@ -65,7 +65,7 @@ def make_decoder(method="iiet", schedule=(2, 0, 3), tied=True, seed=0):
         num_kv_heads=2,
         ffn_dim=24,
         context_length=48,
-        schedule=IterationSchedule(schedule) if corrects else None,
+        schedule=schedule_for(method, schedule),
         tie_embeddings=tied,
         rope_theta=500.0,
         initializer_std=0.4,

@@ -201,6 +201,8 @@ def test_only_positions_that_count_are_measured(metric):
     joined = influence_table(decoder, [uneven], metric=metric)
     for row, expected in zip(split.value_rows, joined.value_rows, strict=True):
         assert row == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    with pytest.raises(ValueError, match="'looped' repeats the whole stack"):
+        influence_table(Decoder(preset("tiny", method="looped")), random_batches(1))
     with pytest.raises(ValueError, match="nothing to measure"):
         influence_table(decoder, [Batch(tokens, tokens, mask=mask & False)], metric=metric)
 

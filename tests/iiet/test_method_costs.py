@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from method_schedules import schedule_for
 from torch import Tensor, nn
 
 from iiet.config import ModelConfig, preset
@@ -28,10 +29,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 
 def small(method: str, **options: Any) -> ModelConfig:
-    schedule = {"schedule": [3, 0, 1, 2]} if METHODS[method].has_corrections else {}
+    schedule = schedule_for(method, (3, 0, 1, 2))
     return preset(
         "tiny", method=method, dim=DIM, num_layers=LAYERS, num_heads=1, ffn_dim=12, vocab_size=32,
-        context_length=TIME, method_options=options or None, **schedule,
+        context_length=TIME, method_options=options or None, schedule=schedule,
     )  # fmt: skip
 
 

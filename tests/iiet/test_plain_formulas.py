@@ -10,11 +10,11 @@ import math
 
 import pytest
 import torch
+from method_schedules import schedule_for
 from published_gradients import published_gradients
 from torch.nn.functional import layer_norm, softmax
 
 from iiet import (
-    METHODS,
     Decoder,
     ModelConfig,
     decoder_from_published,
@@ -26,11 +26,9 @@ PUBLISHED = ["vanilla", "iiet", "pcformer", "pcformer_rk4"]
 
 
 def small_config(method, **overrides):
-    from iiet import IterationSchedule
-
     sizes = {"vocab_size": 23, "dim": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2}
     sizes |= {"ffn_dim": 20, "context_length": 16, "tie_embeddings": False, "rope_theta": 500.0}
-    schedule = IterationSchedule((2, 0, 3)) if METHODS[method].has_corrections else None
+    schedule = schedule_for(method, (2, 0, 3))
     return ModelConfig(**{"method": method, "schedule": schedule, **sizes, **overrides})
 
 

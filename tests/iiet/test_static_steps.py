@@ -27,7 +27,7 @@ def decoder_of(method="iiet", schedule="2,0,1", dtype=torch.float64, **overrides
         "tiny",
         method=method,
         initializer_std=0.3,
-        **({"schedule": schedule} if method == "iiet" else {}),
+        schedule=schedule,
         **{**SIZES, **overrides},
     )
     return Decoder(config).to(dtype)
@@ -75,6 +75,7 @@ def both(decoder, *, steps=None, max_new_tokens=24, batch=2, **options):
         ("iiet", "2,0,1", "exact"),
         ("iiet", "3", "last"),
         ("pcformer", None, "exact"),
+        ("looped", "2", "exact"),
     ],
 )
 def test_the_tokens_are_the_same(method, schedule, strategy, padded, small_windows, gpu_forms):

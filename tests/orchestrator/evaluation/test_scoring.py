@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from method_schedules import schedule_for
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.generation import generate
 from iiet.methods import METHODS
-from iiet.schedule import IterationSchedule
 from orchestrator.evaluation import scoring
 from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.scoring import score_continuations
@@ -22,7 +22,7 @@ VOCAB, CONTEXT = 60, 24
 
 def make_decoder(method: str = "iiet") -> Decoder:
     torch.manual_seed(3)
-    schedule = IterationSchedule((2, 0, 1)) if METHODS[method].has_corrections else None
+    schedule = schedule_for(method, (2, 0, 1))
     decoder = Decoder(
         ModelConfig(
             method=method,

@@ -65,6 +65,12 @@ def workspace(tmp_path: Path) -> Workspace:
             "after the last step of the training",
         ),
         ("threshold", ["model.method=vanilla"], "model.method=vanilla .* has none"),
+        ("threshold", ["model.method=looped"], "model.method=looped repeats the whole stack"),
+        (
+            "iterations",
+            ["sweep.methods=[looped]", "sweep.iterations=[1, 3..0]"],
+            "'looped' repeats the whole stack, .* got schedule 3,2,2,1,1,0",
+        ),
         ("search", ["model.corrections=0"], "a search sweep prunes its teacher's corrections"),
         ("threshold", ["model.num_heads=7"], "multiple of twice num_heads"),
         ("iterations", ["sweep.iterations=[0, -1, x]"], "from 0 to 1000, got -1.*; model: 'x' is"),

@@ -36,6 +36,7 @@ def other(monkeypatch: pytest.MonkeyPatch) -> str:
         ("vanilla", "vanilla"),
         ("pcformer", "pcformer"),
         ("iiet", "r = 3"),
+        ("looped", "looped, r = 3"),
         ("other", "other, r = 3"),
     ],
 )
