@@ -72,6 +72,9 @@ def correction_map(layer, hidden, state, call) -> Step:
         call: what all evaluations share.
     """
     mix = layer.mix(state, dtype=hidden.dtype, corrects=True)
+    if layer.reinjection is not None:
+        prediction = layer.prediction_norm(layer.field(hidden, call.context))
+        mix = mix.with_prediction(prediction, layer.reinjection.squeeze())
     damping = layer.options.damping if layer.damping is None else layer.damping
 
     def step(estimate: Tensor) -> Tensor:

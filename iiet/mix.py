@@ -93,6 +93,12 @@ class LayerMix:
     own: tuple[Tensor, ...]
     """`C[l,l]`, a scalar; where the layer corrects, after `A[l,l]`."""
 
+    def with_prediction(self, prediction: Tensor, weight: Tensor) -> LayerMix:
+        """Return the mix that adds `weight * prediction` to all points; the weight is a scalar."""
+        point, hidden = self.sums
+        point = self.history.add(point, prediction, weight, point.dtype)
+        return replace(self, sums=(point, hidden))
+
     def point(self, estimate: Tensor) -> Tensor:
         """Return the point x at which to evaluate the field."""
         assert len(self.sums) == 2, "the mix was called with corrects=False"

@@ -25,7 +25,14 @@ def small_decoder(**options: object) -> Decoder:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"damping": 0.4}, {"damping": 0.6, "learn_damping": True}], ids=str
+    "options",
+    [
+        {},
+        {"damping": 0.4},
+        {"damping": 0.6, "learn_damping": True},
+        {"reinject_prediction": True},
+    ],
+    ids=str,
 )
 def test_the_spectral_radius_is_that_of_the_whole_jacobian(options: dict[str, object]) -> None:
     decoder, input_ids = small_decoder(**options), torch.randint(31, (1, 6))

@@ -1,6 +1,6 @@
 """The implicit Euler method, solved by a fixed number of fixed-point corrections. This is IIET."""
 
-# ruff: noqa: ARG002, ARG003 - all methods share their signatures
+# ruff: noqa: ARG002 - all methods share their signatures
 
 from __future__ import annotations
 
@@ -36,12 +36,15 @@ class ImplicitEulerOptions:
     differentiated_corrections: int | None = None
     """Training differentiates only this many last corrections of each layer, at least 1; the
     evaluations before are constants. None: all are differentiated."""
+    reinject_prediction: bool = False
+    """Whether each correction also reads the prediction, with one learned weight per layer that
+    starts at 0."""
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        learned: object = self.learn_damping
-        if type(learned) is not bool:
-            problems.append(f"learn_damping must be true or false, got {learned!r}")
+        for name in ("learn_damping", "reinject_prediction"):
+            if type(getattr(self, name)) is not bool:
+                problems.append(f"{name} must be true or false, got {getattr(self, name)!r}")
         damping = self.damping
         if type(damping) not in (int, float) or not math.isfinite(damping) or not 0 <= damping <= 1:
             problems.append(f"damping must be a number from 0 to 1, got {damping!r}")
@@ -63,7 +66,9 @@ class ImplicitEuler(Layer):
         e   = N_l(F_l(sum_{k<l} A[l,k] s_k + A[l,l] e))                correction, r_l times
         s_l = e;   h_l = sum_{k<=l} C[l,k] s_k
 
-    With damping d, a correction applies only that share of its step: `e + d (N_l(...) - e)`.
+    With damping d, a correction applies only that share of its step: `e + d (N_l(...) - e)`. Where
+    the prediction e^0 is reinjected, `b_l e^0` is added to the point of each correction; b_l is
+    learned and starts at 0.
 
     Cost: `1 + r_l` evaluations per layer.
     Source: the IIET paper, checked against its published code; options: this project.
@@ -79,7 +84,9 @@ class ImplicitEuler(Layer):
         self.prediction_norm = EstimateNorm(dim, eps=layer_norm_eps)
         self.correction_norm = EstimateNorm(dim, eps=layer_norm_eps)
         self.mix = Mix(self.index)
-        self.damping = nn.Parameter(torch.empty(1)) if self.options.learn_damping else None
+        options = self.options
+        self.damping = nn.Parameter(torch.empty(1)) if options.learn_damping else None
+        self.reinjection = nn.Parameter(torch.empty(1)) if options.reinject_prediction else None
         self.reset_parameters()
 
     @classmethod
@@ -101,28 +108,34 @@ class ImplicitEuler(Layer):
     def flops_beside_fields(
         cls, schedule: IterationSchedule, layer: int, dim: int, options: ImplicitEulerOptions
     ) -> int:
-        return Mix.num_flops(layer, dim, num_points=schedule[layer])
+        reinjects = options.reinject_prediction and schedule[layer] > 0
+        return Mix.num_flops(layer, dim, num_points=schedule[layer]) + 2 * dim * reinjects
 
     @classmethod
     def num_kept(
         cls, schedule: IterationSchedule, layer: int, options: ImplicitEulerOptions
     ) -> int:
         """Count the input of each norm and the estimate before each correction; with learned
-        damping, also each correction without its damping.
+        damping, also each correction without its damping; and a prediction that is a constant, if
+        it is reinjected.
         """
         norms = cls.num_differentiated(schedule, layer, options)
         corrections = min(norms, schedule[layer])
-        return norms + corrections * (1 + options.learn_damping)
+        constant = options.reinject_prediction and norms == corrections > 0
+        return norms + corrections * (1 + options.learn_damping) + constant
 
     @classmethod
     def num_parameters(cls, num_layers: int, dim: int, options: ImplicitEulerOptions) -> int:
         rows = sum(map(Mix.num_parameters, range(num_layers)))
-        return rows + num_layers * (4 * dim + options.learn_damping)
+        scalars = options.learn_damping + options.reinject_prediction
+        return rows + num_layers * (4 * dim + scalars)
 
     def reset_parameters(self) -> None:
         self.mix.reset_parameters()
         if self.damping is not None:
             nn.init.constant_(self.damping, self.options.damping)
+        if self.reinjection is not None:
+            nn.init.zeros_(self.reinjection)
 
     def advance(
         self,
@@ -134,9 +147,17 @@ class ImplicitEuler(Layer):
         shared: nn.Module | None,
     ) -> Advance:
         mix = self.mix(state, dtype=hidden.dtype, corrects=num_corrections > 0)
+        has_gradients = torch.is_grad_enabled()
 
         def predict() -> Tensor:
-            return evaluate(hidden, norm=self.prediction_norm)
+            nonlocal mix
+            prediction = evaluate(hidden, norm=self.prediction_norm)
+            if self.reinjection is not None and num_corrections > 0:
+                # The weight is learned even where the prediction is a constant.
+                with torch.set_grad_enabled(has_gradients):
+                    weight = at_least_float32(self.reinjection).squeeze()
+                    mix = mix.with_prediction(prediction, weight)
+            return prediction
 
         def correct(estimate: Tensor) -> Tensor:
             return evaluate(mix.point(estimate), norm=self.correction_norm, previous=estimate)

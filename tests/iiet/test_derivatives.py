@@ -10,7 +10,7 @@ from iiet.context import make_context
 from iiet.methods.base import LayerCall
 
 DIM, VOCAB = 8, 7
-OPTIONS = {"iiet": {"damping": 0.7, "learn_damping": True}}
+OPTIONS = {"iiet": {"damping": 0.7, "learn_damping": True, "reinject_prediction": True}}
 
 # PyTorch's forward derivative of SiLU and others is a script of the kind that it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")

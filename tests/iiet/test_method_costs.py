@@ -25,6 +25,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("iiet", {"damping": 0.5, "learn_damping": True}),
     ("iiet", {"differentiated_corrections": 2}),
     ("iiet", {"differentiated_corrections": 1, "learn_damping": True}),
+    ("iiet", {"reinject_prediction": True, "damping": 0.5}),
+    ("iiet", {"reinject_prediction": True, "differentiated_corrections": 1}),
 ]
 
 

@@ -21,7 +21,13 @@ OPTIONS = {
     "learned": {"damping": 0.25, "learn_damping": True},
     "off": {"damping": 0.0, "learn_damping": True},
     "truncated": {"differentiated_corrections": 1},
-    "all": {"damping": 0.7, "learn_damping": True, "differentiated_corrections": 2},
+    "reinjected": {"reinject_prediction": True},
+    "all": {
+        "damping": 0.7,
+        "learn_damping": True,
+        "differentiated_corrections": 2,
+        "reinject_prediction": True,
+    },
 }
 
 
@@ -40,7 +46,11 @@ def small_decoder(schedule=(3, 0, 2), dtype=torch.float64, **options):
         initializer_std=0.2,
         method_options=options,
     )
-    return Decoder(config).to(dtype)
+    decoder = Decoder(config).to(dtype)
+    for layer in decoder.layers:
+        if layer.reinjection is not None:  # It starts at 0, where nothing would be seen of it.
+            torch.nn.init.constant_(layer.reinjection, 0.3 * (1 + layer.index))
+    return decoder
 
 
 def tokens(batch=2, time=11):
@@ -106,6 +116,56 @@ def test_each_layer_learns_its_own_damping():
         assert found[name].item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-5)
 
 
+@pytest.mark.parametrize("damping", [1.0, 0.4])
+@torch.no_grad()
+def test_each_correction_also_reads_the_prediction(damping):
+    decoder = small_decoder(reinject_prediction=True, damping=damping)
+    seen = []
+    decoder(tokens(), observe=seen.append)
+    history = [seen[0].input]
+    for number, layer in enumerate(decoder.layers):
+        prediction, *corrections = (one for one in seen if one.layer == number)
+        *earlier, own = layer.mix.inner
+        e = prediction.estimate
+        for correction in corrections:
+            mixed = sum(a * s for a, s in zip(earlier, history, strict=True)) + own * e
+            point = mixed + 0.3 * (1 + number) * prediction.estimate
+            torch.testing.assert_close(correction.input, point)
+            e = torch.lerp(e, correction.estimate, damping)
+        history.append(e)
+    assert len(history) == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"damping": 0.4}, {"differentiated_corrections": 1}])
+def test_a_reinjection_starts_as_the_plain_model_and_is_learned(options):
+    plain = small_decoder(**options)
+    decoder = Decoder(
+        dataclasses.replace(
+            plain.config,
+            method_options=dataclasses.replace(plain.config.options, reinject_prediction=True),
+        )
+    ).double()
+    missing, _ = decoder.load_state_dict(plain.state_dict(), strict=False)
+    assert missing == [f"layers.{layer}.reinjection" for layer in range(3)]
+    assert torch.equal(decoder(tokens()), plain(tokens()))
+    found, expected = gradients(decoder), gradients(plain)
+    assert_same({name: found[name] for name in expected}, expected)
+    assert [found[name] is None for name in missing] == [False, True, False]
+    step = 1e-6
+    for name in (missing[0], missing[2]):
+        losses = []
+        for value in (step, -step):
+            torch.nn.init.constant_(decoder.get_parameter(name), value)
+            with torch.no_grad():
+                losses.append(next_token_loss(decoder(tokens()), tokens()).item())
+        torch.nn.init.zeros_(decoder.get_parameter(name))
+        slope = (losses[0] - losses[1]) / (2 * step)
+        if "differentiated_corrections" in options:  # Constants depend on it, too.
+            assert abs(found[name].item()) > 1e-6
+        else:
+            assert found[name].item() == pytest.approx(slope, rel=1e-5)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @torch.no_grad()
 def test_decoding_with_a_cache_equals_the_full_forward(options):
@@ -123,6 +183,7 @@ def test_options_survive_folders_of_both_kinds(options, tmp_path):
     for layer in decoder.layers:
         if layer.damping is not None:
             layer.damping.add_(0.1 * (1 + layer.index))
+    assert decoder.config.options.reinject_prediction == (decoder.layers[0].reinjection is not None)
     expected = decoder(tokens())
     decoder.save(tmp_path / "own")
     again = Decoder.load(tmp_path / "own")
@@ -146,6 +207,7 @@ def test_options_survive_folders_of_both_kinds(options, tmp_path):
         ({"damping": float("nan")}, "damping must be a number from 0 to 1, got nan"),
         ({"damping": 0}, "damping 0 takes nothing of a correction; set learn_damping=true"),
         ({"learn_damping": 1}, "learn_damping must be true or false, got 1"),
+        ({"reinject_prediction": "yes"}, "reinject_prediction must be true or false, got 'yes'"),
         ({"differentiated_corrections": 0}, "must be at least 1 or None, got 0"),
         ({"damping": 2, "learn_damping": "no"}, "got 'no'; damping must be .* got 2"),
     ],
@@ -184,23 +246,30 @@ def loss_by_hand(decoder, last):
     hidden = decoder.embedding(tokens())
     context, estimates = make_context(hidden, decoder.rope), [hidden]
     for layer, count in zip(decoder.layers, decoder.schedule, strict=True):
-        e = layer.prediction_norm(layer.field(hidden, context))
+        e = prediction = layer.prediction_norm(layer.field(hidden, context))
         *earlier, own = layer.mix.inner.unbind()
         for k in range(count):
             if k == count - last and k > 0:
                 e = e.detach()
             sums = sum(a * s for a, s in zip(earlier, estimates, strict=True))
+            if layer.reinjection is not None:
+                first = prediction.detach() if last < count else prediction
+                sums = sums + layer.reinjection * first
             e = layer.correction_norm(layer.field(sums + own * e, context))
         estimates.append(e)
         hidden = sum(c * s for c, s in zip(layer.mix.outer.unbind(), estimates, strict=True))
     return next_token_loss(decoder.logits(hidden), tokens())
 
 
+@pytest.mark.parametrize("reinjects", [False, True])
 @pytest.mark.parametrize("last", [1, 2, 3])
-def test_a_truncated_backward_pass_is_that_of_the_truncated_graph(last):
+def test_a_truncated_backward_pass_is_that_of_the_truncated_graph(last, reinjects):
     """Values are those of the whole pass to the last bit. With 2 corrections of 2, and 3 of 3, the
     whole layer is differentiated."""
-    truncated, whole = small_decoder(differentiated_corrections=last), small_decoder()
+    truncated, whole = (
+        small_decoder(differentiated_corrections=most, reinject_prediction=reinjects)
+        for most in (last, None)
+    )
     assert torch.equal(truncated(tokens()), whole(tokens()))
     found = gradients(truncated)
     loss_by_hand(whole, last).backward()
