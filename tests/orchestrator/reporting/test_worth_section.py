@@ -89,7 +89,9 @@ def test_any_method_counts_by_its_evaluations_per_layer() -> None:
     ramp = scratch("r = 3,1", 2, law(2 * 3**0.46), r=3)
     model = type(ramp.model).from_dict({**ramp.model.to_dict(), "schedule": [3, 1]})
     ramp = ramp.model_copy(update={"model": model})
-    assert phis(*VANILLA, thrice, ramp) == {
+    looped = scratch("looped, r = 1", 2, law(2 * 2**0.46), method="looped", r=1)
+    assert phis(*VANILLA, thrice, ramp, looped) == {
+        "looped, r = 1": pytest.approx(0.46),
         "pcformer": pytest.approx(0.46),
         "r = 3,1": pytest.approx(0.46),
     }

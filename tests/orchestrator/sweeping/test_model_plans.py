@@ -123,6 +123,23 @@ def test_a_model_at_several_depths_has_the_rates_of_the_most_specific_name() -> 
     }
 
 
+def test_a_looped_model_of_another_depth_is_named_by_both() -> None:
+    settings = resolve_settings(
+        {},
+        [
+            "sweep.kind=iterations",
+            "sweep.methods=[looped]",
+            "sweep.iterations=[3]",
+            "model.num_layers=1",
+            "sweep.num_layers={'looped, r = 3': [1, 2]}",
+            "sweep.learning_rates={'looped, r = 3, 2 layers': 0.001}",
+        ],
+    )
+    check_models(settings)
+    found = {v.label: learning_rates(settings, v) for v in swept_variants(settings)}
+    assert found == {"looped, r = 3": (2e-3,), "looped, r = 3, 2 layers": (1e-3,)}
+
+
 @pytest.mark.parametrize("number", ["6", "[6]"])
 def test_the_depth_of_the_preset_is_no_other_model(number: str) -> None:
     usual = resolve_settings({}, ["sweep.kind=iterations"])
