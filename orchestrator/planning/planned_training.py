@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_che
 from orchestrator.training.first_stage import FirstStage, first_stage_of
 from orchestrator.training.job import sequences_per_step
 from orchestrator.training.learning_rate import stable_steps
-from orchestrator.training.schedules import schedule_by_step
+from orchestrator.training.schedules import drawn_by_step, schedule_by_step
 from orchestrator.training.teacher_cache import CachePlan, cache_plan
 from orchestrator.workspace.errors import UserError
 
@@ -97,12 +98,16 @@ class PlannedTraining:
         schedule_at = schedule_by_step(self.config.corrections, self.recipe)
         return dict(Counter(map(schedule_at, self.steps_left)))
 
-    @property
+    @cached_property
     def flops(self) -> float:
         """Training FLOPs of these steps, without a teacher's."""
+        drawn_at = drawn_by_step(self.config.corrections, self.recipe)
+        trained = Counter(self.stages)
+        if self.recipe.drawn_schedules:
+            trained.update(chain.from_iterable(map(drawn_at, self.steps_left)))
         return self.recipe.num_tokens_per_step * sum(
-            num_steps * training_flops_per_token(self.config, schedule)
-            for schedule, num_steps in self.stages.items()
+            times * training_flops_per_token(self.config, schedule)
+            for schedule, times in trained.items()
         )
 
     @property
@@ -145,7 +150,7 @@ class PlannedTraining:
             on_gpus=self.on_gpus,
             activation_checkpointing=self.recipe.activation_checkpointing,
             num_shards=(self.shards or self.num_workers) if self.parallel == "fsdp" else 1,
-            num_passes=self.num_passes,
+            num_passes=self.num_passes * (1 + self.recipe.drawn_schedules),
             has_teacher=self.teacher is not None,
         )
 

@@ -55,13 +55,12 @@ def training_rows(
         f"{training.sequences_per_pass}",
     )
     if training.stages:
-        yield (
-            "corrections",
-            ", then ".join(
-                f"{_corrections(schedule)} for {num_steps:,} steps"
-                for schedule, num_steps in training.stages.items()
-            ),
+        stages = ", then ".join(
+            f"{_corrections(schedule)} for {num_steps:,} steps"
+            for schedule, num_steps in training.stages.items()
         )
+        drawn = f"; {recipe.drawn_schedules} cheaper schedules drawn beside them in each step"
+        yield "corrections", stages + (drawn if recipe.drawn_schedules else "")
     yield "a checkpoint", format_bytes(training.checkpoint_bytes)
 
 

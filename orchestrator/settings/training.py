@@ -11,6 +11,9 @@ from orchestrator.settings.section import Section
 MAX_STEPS = 1_000_000
 """Plans loop over the steps; a larger number is a typing error and would look like a hang."""
 
+MAX_DRAWN_SCHEDULES = 100
+"""Each costs a forward and a backward pass per step."""
+
 
 class TrainingSettings(Section):
     """Recipe of a training: tokens, learning rates, validation and checkpoints."""
@@ -46,6 +49,11 @@ class TrainingSettings(Section):
     iterate_ramp_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
     """Share of the steps, after `iterate_from_fraction`, in which corrections grow: 1, 2, ... up to
     the full schedule, each for the same time; 0 starts all of them at once."""
+    drawn_schedules: int = Field(default=0, ge=0, le=MAX_DRAWN_SCHEDULES)
+    """In each step, also learn under this many cheaper schedules: the loss is the mean over the
+    full schedule and these. Each has a number of corrections for all layers (at most a layer's
+    own), drawn below the largest from seed and step. Steps and models without corrections draw
+    none."""
     spike_factor: float | None = Field(default=None, gt=1.0)
     """A step also counts as bad if its gradient norm exceeds this factor times the median of the
     steps before (default: off)."""
@@ -123,6 +131,17 @@ class DistillationSettings(Section):
         iterate_from_fraction=0.0,
     )
     """The recipe of the distillation."""
+
+    @field_validator("training")
+    @classmethod
+    def _refuse_drawn_schedules(cls, training: TrainingSettings) -> TrainingSettings:
+        if training.drawn_schedules:
+            raise ValueError(
+                "a student is trained under one schedule, and drawn_schedules="
+                f"{training.drawn_schedules} asks for several; leave it out, or set "
+                "training.drawn_schedules, for a model that is trained from scratch"
+            )
+        return training
 
     @field_validator("teacher_until_step")
     @classmethod

@@ -99,6 +99,8 @@ def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
         changes["method_options"] = {}
     model = ModelSettings.model_validate({**settings.model.model_dump(), **changes})
     recipe = {"learning_rate": variant.learning_rate or learning_rates(settings, variant)[0]}
+    if variant.corrections in (None, 0, "0"):  # There is nothing to draw.
+        recipe["drawn_schedules"] = 0
     if variant.seed is not None:
         recipe["seed"] = variant.seed
     training = settings.training.model_copy(update=recipe)

@@ -89,7 +89,11 @@ def first_stage_of(job: TrainingJob) -> FirstStage | None:
     has_stages = 0 < num_steps < recipe.num_steps and METHODS[config.method].has_corrections
     if not (may_share and has_stages):
         return None
-    no_stages = {"iterate_from_fraction": 0.0, "iterate_ramp_fraction": 0.0}
+    no_stages = {
+        "iterate_from_fraction": 0.0,
+        "iterate_ramp_fraction": 0.0,
+        "drawn_schedules": 0,
+    }
     plain = job.model_copy(
         update={
             "model": replace(config, schedule=config.corrections.none(config.num_layers)),

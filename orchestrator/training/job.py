@@ -60,10 +60,13 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
     teacher = job.teacher_folder if distills else None
     # Absent where all layers are kept, so that keys of such jobs are those of earlier versions.
     dropping = {} if job.kept_layers is None else {"kept_layers": list(job.kept_layers)}
+    recipe = job.recipe.model_dump(mode="json", exclude=NON_KEY_FIELDS)
+    if not job.recipe.drawn_schedules:  # Likewise.
+        del recipe["drawn_schedules"]
     return {
         **dropping,
         "model": job.model.to_dict(),
-        "recipe": job.recipe.model_dump(mode="json", exclude=NON_KEY_FIELDS),
+        "recipe": recipe,
         # A dry run plans jobs whose tokens are not prepared; no stored job has their key.
         "tokens": open_data(job.tokens_folder).fingerprint if job.tokens_folder else "",
         "teacher": weights_key(Path(teacher)) if teacher else None,

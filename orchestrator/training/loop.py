@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import product
 from statistics import median
 
 import torch
@@ -75,6 +76,8 @@ class TrainingSetup:
     """The decoder, replicated or sharded if there are several workers."""
     optimizer: torch.optim.Optimizer
     objective: Objective
+    drawn_objectives: Callable[[int], Sequence[Objective]] = lambda _: ()
+    """Step -> further losses; the mean of these and `objective` is minimized."""
     recipe: TrainingSettings
     world: World
 
@@ -215,16 +218,19 @@ def _count_skipped(
 def _compute_gradients(setup: TrainingSetup, batch: Batch, step: int) -> dict[str, float]:
     # Several passes save memory. Each pass divides by its share of the targets of all workers, so
     # the gradients are those of a single pass up to rounding.
-    passes = batch.split(setup.recipe.num_sequences_per_pass or len(batch))
+    parts_of_batch = batch.split(setup.recipe.num_sequences_per_pass or len(batch))
+    # The full schedule comes last: workers average gradients in that pass, which uses all weights.
+    objectives = [*setup.drawn_objectives(step), setup.objective]
+    passes = list(product(objectives, parts_of_batch))
     # They are added up on the device and read once: a step waits for a GPU only at its end.
     totals: dict[str, Tensor] = {}
-    for number, part in enumerate(passes, start=1):
-        share = len(part) / len(batch)
+    for number, (objective, part) in enumerate(passes, start=1):
+        share = len(part) / len(batch) / len(objectives)
         is_last = number == len(passes)
         several = pass_of_several(setup.model, setup.world, is_last=is_last)
         with several if len(passes) > 1 else nullcontext():
             with autocast(setup.recipe.precision, setup.world):
-                loss, parts = setup.objective(setup.model, part, step)
+                loss, parts = objective(setup.model, part, step)
             torch.autograd.backward(loss * share)
         for name, value in {"loss": loss, **parts}.items():
             totals[name] = totals.get(name, 0.0) + share * value.detach().double()

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from iiet.batch import Batch
 from iiet.distillation import DistillationConfig, Model, student_loss
 from iiet.losses import batch_cross_entropy
-from orchestrator.training.schedules import ScheduleByStep
+from iiet.schedule import IterationSchedule
+from orchestrator.training.schedules import ScheduleByStep, SchedulesByStep
 
 Objective = Callable[[nn.Module, Batch, int], tuple[Tensor, Mapping[str, Tensor]]]
 """(model, batch, step) -> scalar loss, named parts. All are means that divide by the batch's
@@ -40,3 +41,12 @@ def make_objective(
         return result
 
     return loss_of
+
+
+def drawn_objectives(drawn_at: SchedulesByStep) -> Callable[[int], list[Objective]]:
+    """Return step -> the cross-entropies under the schedules that are drawn in this step."""
+
+    def under(schedule: IterationSchedule) -> Objective:
+        return make_objective(lambda _: schedule)
+
+    return lambda step: [under(schedule) for schedule in drawn_at(step)]

@@ -11,6 +11,7 @@ from orchestrator.settings import Settings
 from orchestrator.training.finished_weights import folder_of_weights
 from orchestrator.training.job import job_key
 from orchestrator.training.model_config import build_model_config
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
 
 KEY_CHARACTERS = 8
@@ -26,11 +27,20 @@ def pretraining_job(
             planned, but not run.
         name: Name of the run's folder; when unset, that of a finished run of this model, or else
             made from method, schedule and content.
+
+    Raises:
+        UserError: If the settings do not go together.
     """
     expected = expected_tokens(settings.data, tokens)
     config = build_model_config(
         settings.model, vocab_size=expected.vocab_size, context_length=expected.context_length
     )
+    if settings.training.drawn_schedules and not config.corrections.num_corrections:
+        raise UserError(
+            f"training.drawn_schedules={settings.training.drawn_schedules} draws schedules of "
+            f"fewer corrections, and the model ({config.method}) makes none; leave it out, or take "
+            "method iiet with 1 correction or more"
+        )
     job = TrainingJob(
         run_folder="",
         tokens_folder=str(tokens or ""),

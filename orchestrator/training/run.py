@@ -28,12 +28,16 @@ from orchestrator.training.job import DONE_NAME, finished_outcome, sequences_per
 from orchestrator.training.job_checks import check_job, write_job_file
 from orchestrator.training.job_models import decoder_to_train, load_teacher
 from orchestrator.training.loop import Diverged, Hooks, Position, TrainingSetup, train
-from orchestrator.training.objective import make_objective
+from orchestrator.training.objective import drawn_objectives, make_objective
 from orchestrator.training.optimizer import keep_half_weights, make_optimizer
 from orchestrator.training.precision import check_precision
 from orchestrator.training.prefetching import BatchPrefetcher
 from orchestrator.training.profiling import StepProfiler
-from orchestrator.training.schedules import flops_per_token_by_step, schedule_by_step
+from orchestrator.training.schedules import (
+    drawn_by_step,
+    flops_per_token_by_step,
+    schedule_by_step,
+)
 from orchestrator.training.teacher_cache import CachedTeacher
 from orchestrator.training.throughput import ThroughputMeter
 from orchestrator.training.validation import validation_loss
@@ -139,6 +143,9 @@ class _Run:
             model=replicate(self.decoder, self.world, has_idle_parameters=has_idle_parameters),
             optimizer=self.optimizer,
             objective=make_objective(self.schedule_at, self.teacher, self.job.distillation),
+            drawn_objectives=drawn_objectives(
+                drawn_by_step(self.config.corrections, self.job.recipe)
+            ),
             recipe=self.job.recipe,
             world=self.world,
         )

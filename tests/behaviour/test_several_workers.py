@@ -151,10 +151,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Runs:
         call(f"{parallel}-bf16", parallel, precision="bf16")
         call(f"{parallel}-masked", parallel, num_sequences_per_pass=1)
         call(f"{parallel}-untied", parallel)
+        call(f"{parallel}-drawn", parallel, drawn_schedules=2)
     for name in BAD_RUNS:
         call(name, name.removesuffix("-bad"), skip_bad_steps=1)
     run_job(runs.job("alone"))
     run_job(runs.job("alone-untied"))
+    run_job(runs.job("alone-drawn", drawn_schedules=2))
     run_job(runs.job("alone-bf16", precision="bf16"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TokenStore, "batch", completions_only(TokenStore.batch))
@@ -222,11 +224,14 @@ def test_several_workers_have_the_losses_of_one(runs: Runs, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["untied", "drawn"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_several_workers_train_a_head_of_its_own_like_one(runs: Runs, parallel: str) -> None:
-    for metric in ("train/loss", "validation/loss", "train/gradient_norm"):
-        expected = pytest.approx(runs.numbers("alone-untied", metric), rel=1e-4, abs=1e-5)
-        assert runs.numbers(f"{parallel}-untied", metric) == expected
+def test_a_head_of_its_own_and_drawn_schedules_are_trained_alike(
+    runs: Runs, parallel: str, kind: str
+) -> None:
+    for metric in ("train/loss", "validation/loss", "train/gradient_norm", "train/flops"):
+        expected = pytest.approx(runs.numbers(f"alone-{kind}", metric), rel=1e-4, abs=1e-5)
+        assert runs.numbers(f"{parallel}-{kind}", metric) == expected
 
 
 @pytest.mark.slow
