@@ -76,6 +76,11 @@ class PreparedData(ABC):
         return self.folder / TOKENIZER_NAME
 
     @property
+    def parts(self) -> tuple[PreparedData, ...]:
+        """The data of each source, if several are mixed; otherwise this one."""
+        return (self,)
+
+    @property
     @abstractmethod
     def profile(self) -> dict[str, Any]:
         """Origin and size of the data, as plain values for display."""

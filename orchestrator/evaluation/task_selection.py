@@ -1,17 +1,25 @@
 """Select the tasks of an evaluation: the suite in the settings as names and folders for lm-eval.
 
-A suite is a list of names; `heldout` stands for the tasks made from held-out documents.
+A suite is a list of names; `heldout` stands for all tasks that the prepared data give: those made
+from held-out documents, or depth tasks. One of these can also be named by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.data.prepared import MANIFEST_NAME, verify_data
-from orchestrator.evaluation.heldout import TASKS, build_heldout
-from orchestrator.settings import EvaluationSettings
+from orchestrator.data.sources import open_data
+from orchestrator.evaluation.heldout import (
+    TEXT_TASKS,
+    build_heldout,
+    has_accuracy,
+    is_heldout_task,
+    offered_tasks,
+)
+from orchestrator.settings import DataSettings, EvaluationSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import expand_user, is_folder
@@ -29,7 +37,12 @@ class TaskSelection:
     folders: tuple[Path, ...]
     """Folders of the user's task files; they take precedence over lm-eval's own."""
     heldout: Path | None = None
-    """Folder of the held-out tasks; None if they were not requested."""
+    """Folder of the held-out tasks; None if none was requested."""
+
+    @property
+    def heldout_names(self) -> tuple[str, ...]:
+        """The held-out tasks among the names."""
+        return tuple(filter(is_heldout_task, self.names))
 
 
 def newest_tokens(workspace: Workspace) -> Path:
@@ -41,7 +54,7 @@ def newest_tokens(workspace: Workspace) -> Path:
     manifests = list(workspace.tokens.glob(f"*/{MANIFEST_NAME}"))
     if not manifests:
         raise UserError(
-            f"held-out tasks are made from prepared text, and {workspace.root} has none; "
+            f"held-out tasks are made from prepared data, and {workspace.root} has none; "
             "run `iiet-orch prepare`, or choose tasks of lm-eval with --suite"
         )
     folder = max(manifests, key=lambda path: path.stat().st_mtime).parent
@@ -65,14 +78,16 @@ def select_tasks(
         make: Whether missing held-out tasks are made.
 
     Raises:
-        UserError: If held-out tasks are requested, and there are no tokens or they give no items.
+        UserError: If held-out tasks are requested, and there are no tokens or they do not give
+            them.
     """
-    names = [name.strip() for name in settings.suite.split(",") if name.strip()]
-    folders = user_task_folders(settings)
-    if HELDOUT not in names:
+    names, folders = named_tasks(settings), user_task_folders(settings)
+    if not any(map(_is_heldout, names)):
         return TaskSelection(names=tuple(names), folders=tuple(folders))
+    folder = tokens()
+    check_offered(settings, offered_tasks(open_data(folder)))
     built = build_heldout(
-        tokens(),
+        folder,
         num_items=settings.num_items,
         context_length=context_length,
         progress=progress,
@@ -80,9 +95,45 @@ def select_tasks(
     )
     for note in built.notes:
         progress.note(note)
-    place = names.index(HELDOUT)
-    names[place : place + 1] = [name for name in TASKS if name in built.tasks]
+    if HELDOUT in names:
+        place = names.index(HELDOUT)
+        names[place : place + 1] = built.tasks
+    names = list(dict.fromkeys(names))
     return TaskSelection(names=tuple(names), folders=tuple(folders), heldout=built.folder)
+
+
+def named_tasks(settings: EvaluationSettings) -> list[str]:
+    """Return the names in `evaluation.suite`."""
+    return [name.strip() for name in settings.suite.split(",") if name.strip()]
+
+
+def needs_lm_eval(settings: EvaluationSettings) -> bool:
+    """Return whether the suite has tasks besides held-out ones."""
+    names = named_tasks(settings)
+    return not all(map(_is_heldout, names)) if names else bool(settings.include_path)
+
+
+def _is_heldout(name: str) -> bool:
+    return name == HELDOUT or is_heldout_task(name)
+
+
+def check_offered(settings: EvaluationSettings, offered: Collection[str]) -> None:
+    """Raise `UserError` if the suite names held-out tasks that the data do not offer.
+
+    Args:
+        offered: Held-out tasks that the data can give.
+    """
+    names = filter(is_heldout_task, named_tasks(settings))
+    if missing := [name for name in names if name not in offered]:
+        raise UserError(
+            f"evaluation.suite names {', '.join(missing)}, which the data cannot make; they can "
+            f"make {', '.join(offered)}"
+        )
+
+
+def tasks_of_source(settings: DataSettings) -> tuple[str, ...]:
+    """Return the held-out tasks that data of these settings offer, prepared or not."""
+    return settings.depth.tasks if settings.source == "depth" else TEXT_TASKS
 
 
 def user_task_folders(settings: EvaluationSettings) -> list[Path]:
@@ -124,25 +175,27 @@ def lm_eval_task_fingerprints(
             accuracy although one is needed.
         RunFailed: If the hub provides none of the tasks.
     """
-    folders = user_task_folders(settings)
-    names = [name.strip() for name in settings.suite.split(",")]
-    others = [name for name in names if name and name != HELDOUT]
-    if not others and not (settings.include_path and HELDOUT not in names):
-        return {}
-    # Imports lm-eval, which takes seconds.
-    from orchestrator.evaluation.harness import check_answer_settings, load_suite
+    folders, names = user_task_folders(settings), named_tasks(settings)
+    is_accuracy_known = any(name == HELDOUT or has_accuracy(name) for name in names)
+    fingerprints = {}
+    if needs_lm_eval(settings):
+        # Imports lm-eval, which takes seconds.
+        from orchestrator.evaluation.harness import check_answer_settings, load_suite
 
-    loaded = load_suite(
-        others, folders=folders, num_fewshot=settings.num_fewshot, prompts=settings.prompts
-    )
-    progress = progress or Progress()
-    for name, reason in loaded.skipped.items():
-        progress.note(f"skipped {name}: {reason}")
-    if needs_accuracy and HELDOUT not in names and not loaded.has_accuracy:
+        others = [name for name in names if not _is_heldout(name)]
+        loaded = load_suite(
+            others, folders=folders, num_fewshot=settings.num_fewshot, prompts=settings.prompts
+        )
+        progress = progress or Progress()
+        for name, reason in loaded.skipped.items():
+            progress.note(f"skipped {name}: {reason}")
+        is_accuracy_known |= loaded.has_accuracy
+        if context_length is not None:
+            check_answer_settings(loaded.tasks, context_length)
+        fingerprints = {name: loaded.fingerprint(name) for name in sorted(loaded.tasks)}
+    if needs_accuracy and not is_accuracy_known:
         raise UserError(
             f"a sweep's front needs an accuracy, and no task of evaluation.suite={settings.suite} "
             f"reports one; add a task such as {HELDOUT}: {settings.suite},{HELDOUT}"
         )
-    if context_length is not None:
-        check_answer_settings(loaded.tasks, context_length)
-    return {name: loaded.fingerprint(name) for name in sorted(loaded.tasks)}
+    return fingerprints

@@ -9,7 +9,6 @@ from pathlib import Path
 from orchestrator.data.hub import offline
 from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_models, short_names
 from orchestrator.evaluation.harness import load_suite
-from orchestrator.evaluation.heldout import TASKS
 from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.task_selection import TaskSelection
@@ -65,8 +64,9 @@ def _states(model: EvaluatedModel, settings: Settings, context: Context) -> list
     )
     states: list[tuple[str, str]] = []
     if asked.heldout and not asked.heldout.is_dir():
-        states = [(name, "to measure, its items are not made yet") for name in TASKS]
-        others = tuple(name for name in asked.names if name not in TASKS)
+        missing = asked.heldout_names
+        states = [(name, "to measure, its items are not made yet") for name in missing]
+        others = tuple(name for name in asked.names if name not in missing)
         if not others:
             return states
         asked = replace(asked, names=others, heldout=None)

@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING
 
 from iiet.config import ModelConfig
 from orchestrator.data.preparation import expected_tokens, find_prepared
-from orchestrator.evaluation.task_selection import HELDOUT
+from orchestrator.evaluation.task_selection import (
+    check_offered,
+    needs_lm_eval,
+    tasks_of_source,
+)
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.influence import stored_influence
 from orchestrator.pipelines.sweep_plans import (
@@ -204,6 +208,7 @@ def _draft_from_settings(
     name: str | None = None,
 ) -> _Draft:
     """Return what is known of a sweep that makes its tokens, and trains its teacher or models."""
+    check_offered(settings.evaluation, tasks_of_source(settings.data))
     tokens = find_prepared(settings.data, context.workspace.tokens)
     if settings.sweep.kind == "iterations":
         if models is None:
@@ -256,7 +261,7 @@ def _draft_of_students(
 
 def _draft_of_plan(plan: SweepPlan, settings: Settings) -> _Draft:
     draft = _Draft(plan=plan, states=trial_states(plan, settings.sweep))
-    is_lm_eval = settings.evaluation.include_path or settings.evaluation.suite != HELDOUT
+    is_lm_eval = needs_lm_eval(settings.evaluation)
     if is_lm_eval and plan.tokens_folder and not plan.trials[0].suite.fingerprints:
         draft.notes.append("the tasks of lm-eval are not loaded, so no trial can be found measured")
     return draft

@@ -12,7 +12,7 @@ from typing import Any
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.influence import InfluenceTable
-from orchestrator.evaluation.heldout import TASKS as HELDOUT_TASKS
+from orchestrator.evaluation.heldout import is_heldout_task
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.reporting.influence_tables import influence_markdown
 from orchestrator.reporting.markdown import bullets, markdown_table
@@ -144,12 +144,12 @@ The model's code is in the same folder. It only needs
 
 def _reproduction(evaluation: EvaluationResult) -> Iterable[str]:
     """Yield sentences on the origin of the tasks and how to reproduce their numbers."""
-    own = [name for name in evaluation.results if name in HELDOUT_TASKS]
-    others = [name for name in evaluation.results if name not in HELDOUT_TASKS]
+    own = [name for name in evaluation.results if is_heldout_task(name)]
+    others = [name for name in evaluation.results if not is_heldout_task(name)]
     if own:
         names = ", ".join(f"`{name}`" for name in own)
         yield (
-            f"These tasks are made from text that was held out of the model's training: {names}. "
+            f"These tasks are made from data that were held out of the model's training: {names}. "
             "lm-eval does not have them; `iiet-orch evaluate` measures them."
         )
     if own and others:

@@ -38,6 +38,11 @@ class DepthSettings(Section):
         return tasks
 
 
+def is_depth_task(name: str) -> bool:
+    """Return whether this is the name of a depth task, with any depth."""
+    return _TASK_NAME.fullmatch(name) is not None
+
+
 def parse_task_name(name: str) -> tuple[str, int]:
     """Return kind and depth of a task.
 

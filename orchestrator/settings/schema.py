@@ -28,8 +28,9 @@ class EvaluationSettings(Section):
     """Tasks that measure accuracy."""
 
     suite: str = "heldout"
-    """Comma-separated names: `heldout` (tasks made from the held-out documents), `paper` (the seven
-    tasks of the papers), and any task of lm-eval or of `include_path`."""
+    """Comma-separated names: `heldout` (tasks made from the data: from held-out documents, or the
+    depth tasks that are trained), one of these tasks by itself (`phop_6`), `paper` (the seven tasks
+    of the papers), and any task of lm-eval or of `include_path`."""
     num_items: int = Field(default=700, gt=0)
     """Items of each held-out task; 700 keep one standard error under 1.9 points."""
     limit: int | None = Field(default=None, gt=0, le=MAX_COUNT)

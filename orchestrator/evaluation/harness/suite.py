@@ -138,7 +138,8 @@ def load_suite(
     suite = replace(suite, prompts=prompts)
     if planned is None:
         return suite
-    return _as_planned(suite, {*planned, *(heldout_configs(heldout) if heldout else ())})
+    own = heldout_configs(heldout) if heldout else {}
+    return _as_planned(suite, {*planned, *(name for name in own if not names or name in names)})
 
 
 def _state(*folders: Path | None) -> tuple[tuple[Path, int, int], ...]:

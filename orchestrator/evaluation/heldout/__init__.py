@@ -1,10 +1,21 @@
-"""Held-out tasks: lm-eval tasks made from the documents that were kept out of training."""
+"""Held-out tasks: lm-eval tasks made from prepared data, of what is kept out of training."""
 
 from orchestrator.evaluation.heldout.suite import (
-    TASKS,
     HeldoutSuite,
     build_heldout,
+    has_accuracy,
     heldout_configs,
+    is_heldout_task,
+    offered_tasks,
 )
+from orchestrator.evaluation.heldout.text_tasks import TEXT_TASKS
 
-__all__ = ["TASKS", "HeldoutSuite", "build_heldout", "heldout_configs"]
+__all__ = [
+    "TEXT_TASKS",
+    "HeldoutSuite",
+    "build_heldout",
+    "has_accuracy",
+    "heldout_configs",
+    "is_heldout_task",
+    "offered_tasks",
+]

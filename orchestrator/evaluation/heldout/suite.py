@@ -1,8 +1,9 @@
-"""The offline test suite: lm-eval tasks made from the documents that were held out of training.
+"""The offline test suite: lm-eval tasks made from prepared data, of what training never sees.
 
-The folder `heldout-<key>` beside the tokens holds the items of each task as JSON lines, and their
-checksums in `suite.json`. `TASK_CONFIGS` says how a task asks and scores; the YAML files are only
-for lm-eval's own command (`lm_eval run --include_path . --tasks heldout ...` in the folder).
+Text offers `TEXT_TASKS`, depth data one task for each of their depth tasks, a mixture those of all
+its parts. The folder `heldout-<key>` beside the data holds the items of each task as JSON lines,
+and their checksums in `suite.json`. The YAML files are only for lm-eval's own command
+(`lm_eval run --include_path . --tasks heldout ...` in the folder).
 """
 
 from __future__ import annotations
@@ -11,18 +12,27 @@ import copy
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from orchestrator.data.corpus import Document, hash_fraction
-from orchestrator.data.token_store import TokenStore, open_tokens
-from orchestrator.data.tokenizer import load_tokenizer
-from orchestrator.evaluation.heldout.items import ItemBuilder
-from orchestrator.evaluation.heldout.ngrams import TokenBigrams, WordTrigrams
+from orchestrator.data.depth.store import DepthStore
+from orchestrator.data.prepared import PreparedData
+from orchestrator.data.sources import open_data
+from orchestrator.data.token_store import TokenStore
+from orchestrator.evaluation.heldout.depth_tasks import DEPTH_CONFIG, DEPTH_VERSION, depth_rows
+from orchestrator.evaluation.heldout.text_tasks import (
+    MAX_ITEM_TOKENS,
+    TEXT_ACCURACY_TASKS,
+    TEXT_CONFIGS,
+    TEXT_TASKS,
+    TEXT_VERSION,
+    text_rows,
+)
+from orchestrator.settings.depth import is_depth_task
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json
@@ -34,57 +44,9 @@ from orchestrator.workspace.whole_folders import (
     new_folder,
 )
 
-SUITE_VERSION = 1
-"""Increase it if the same documents give other items; it is part of the tasks' version."""
-
 GROUP = "heldout"
-ACCURACY_TASKS = ("lastword", "continuation")
-TASKS = (*ACCURACY_TASKS, "bits_per_byte")
 SUITE_NAME = "suite.json"
-
-MAX_ITEM_TOKENS = 64
-"""Longest passage with its ending: two or three sentences, for any context length."""
-MAX_ROLLING_BYTES = 80_000
-SOURCE_BYTES_PER_ITEM = 400
-"""Held-out text searched per item; about a quarter of the sentences give one."""
-KNOWN_TEXT_TOKENS = 2_000_000
 LARGEST_STANDARD_ERROR = 0.02
-
-TASK_CONFIGS: dict[str, dict[str, Any]] = {
-    "lastword": {
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{context}}",
-        "doc_to_target": "{{' ' + word}}",
-        "metric_list": [
-            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-        ],
-    },
-    "continuation": {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{context}}",
-        "doc_to_choice": "endings",
-        "doc_to_target": "label",
-        "target_delimiter": " ",
-        "metric_list": [
-            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-            {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
-        ],
-    },
-    "bits_per_byte": {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [
-            {"metric": name, "aggregation": aggregation, "higher_is_better": False}
-            for name, aggregation in (
-                ("bits_per_byte", "bits_per_byte"),
-                ("byte_perplexity", "weighted_perplexity"),
-                ("word_perplexity", "weighted_perplexity"),
-            )
-        ],
-    },
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +60,24 @@ class HeldoutSuite:
     """Warnings for readers of the results, such as too few items for a small error."""
 
 
+def is_heldout_task(name: str) -> bool:
+    """Return whether a task is one that some prepared data offer."""
+    return name in TEXT_TASKS or is_depth_task(name)
+
+
+def has_accuracy(name: str) -> bool:
+    """Return whether a held-out task reports an accuracy."""
+    return name in TEXT_ACCURACY_TASKS or is_depth_task(name)
+
+
+def offered_tasks(data: PreparedData) -> tuple[str, ...]:
+    """Return the held-out tasks that data can give."""
+    names: list[str] = []
+    for part in data.parts:
+        names += [t.name for t in part.tasks] if isinstance(part, DepthStore) else TEXT_TASKS
+    return tuple(dict.fromkeys(names))
+
+
 def build_heldout(
     tokens: Path | str,
     *,
@@ -106,29 +86,32 @@ def build_heldout(
     progress: Progress | None = None,
     make: bool = True,
 ) -> HeldoutSuite:
-    """Return the suite of a folder of tokens; make it if it is missing.
+    """Return the suite of prepared data; make it if it is missing.
 
     Args:
-        tokens: Folder of prepared tokens.
+        tokens: Folder of the data.
         num_items: Largest number of items of each accuracy task.
         context_length: Tokens that the model reads; every item fits into them.
         make: If not, a missing suite is returned as it will be called, with all tasks.
 
     Raises:
-        UserError: If the tokens or the suite are damaged, or the documents give no items.
+        UserError: If the data or the suite are damaged, or the documents give no items.
     """
-    store = open_tokens(tokens)
+    data = open_data(tokens)
     max_tokens = min(context_length, MAX_ITEM_TOKENS)
-    key = content_key("heldout", SUITE_VERSION, store.fingerprint, num_items, max_tokens)
-    folder = store.folder / f"heldout-{key}"
+    is_text = isinstance(data, TokenStore)
+    version = TEXT_VERSION if is_text else f"{TEXT_VERSION} {DEPTH_VERSION}"
+    key = content_key("heldout", version, data.fingerprint, num_items, max_tokens)
+    folder = data.folder / f"heldout-{key}"
     suite = _stored_suite(folder)
     if suite is None and not make:
-        return HeldoutSuite(folder=folder, tasks=dict.fromkeys(TASKS, 0), notes=())
+        tasks = dict.fromkeys(offered_tasks(data), 0)
+        return HeldoutSuite(folder=folder, tasks=tasks, notes=())
     if suite is None:
         progress = progress or Progress()
         progress.start("held-out tasks")
-        items = _items(store, num_items, max_tokens)
-        suite = _write(folder, items, _notes(items))
+        rows = _rows(data, num_items, max_tokens)
+        suite = _write(folder, rows, _notes(rows))
         progress.finish(", ".join(f"{n:,} {name}" for name, n in suite.tasks.items()))
     return suite
 
@@ -149,11 +132,17 @@ def heldout_configs(folder: Path) -> dict[str, dict[str, Any]]:
             "task": name,
             "custom_dataset": partial(_read_items, _rows_path(suite.folder, name)),
             "test_split": "test",
-            **copy.deepcopy(TASK_CONFIGS[name]),
-            "metadata": {"version": SUITE_VERSION},
+            **copy.deepcopy(_task_config(name)),
         }
         for name in suite.tasks
     }
+
+
+def _task_config(name: str) -> dict[str, Any]:
+    """Return how a task asks and scores."""
+    if name in TEXT_CONFIGS:
+        return {**TEXT_CONFIGS[name], "metadata": {"version": TEXT_VERSION}}
+    return {**DEPTH_CONFIG, "metadata": {"version": DEPTH_VERSION}}
 
 
 def _read_items(path: Path, **_settings: Any) -> dict[str, Any]:
@@ -179,7 +168,7 @@ def _stored_suite(folder: Path) -> HeldoutSuite | None:
         notes = tuple(str(note) for note in found["notes"])
         rows = [_rows_path(folder, name).name for name in tasks]
         checksums = {name: str(found["checksums"][name]) for name in rows}
-        is_whole = set(tasks) <= set(TASKS)
+        is_whole = all(map(is_heldout_task, tasks))
     except (KeyError, TypeError, ValueError, AttributeError):
         is_whole = False
     if not is_whole:
@@ -192,61 +181,40 @@ def _stored_suite(folder: Path) -> HeldoutSuite | None:
     return HeldoutSuite(folder=folder, tasks=tasks, notes=notes)
 
 
-def _items(store: TokenStore, num_items: int, max_tokens: int) -> dict[str, list[dict[str, Any]]]:
-    documents = _sample(store, SOURCE_BYTES_PER_ITEM * num_items)
-    tokenizer = load_tokenizer(store.tokenizer_path)
-    known = store.train[:KNOWN_TEXT_TOKENS]
-    builder = ItemBuilder(
-        documents,
-        words=WordTrigrams(tokenizer.decode(known.tolist())),
-        tokens=TokenBigrams(known, store.vocab_size),
-        encode=lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids),
-        max_tokens=max_tokens,
-    )
-    return {
-        "lastword": [asdict(i) for i in builder.last_words(num_items)],
-        "continuation": [asdict(i) for i in builder.continuations(num_items)],
-        "bits_per_byte": [asdict(d) for d in _sample(store, MAX_ROLLING_BYTES)],
-    }
+def _rows(data: PreparedData, num_items: int, max_tokens: int) -> dict[str, list[dict[str, Any]]]:
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for part in data.parts:
+        if isinstance(part, DepthStore):
+            rows |= depth_rows(part, num_items)
+        elif isinstance(part, TokenStore):
+            rows |= text_rows(part, num_items, max_tokens)
+    return rows
 
 
-def _sample(store: TokenStore, num_bytes: int) -> list[Document]:
-    """Return about `num_bytes` of held-out documents, chosen by hash, in their order."""
-    share = min(1.0, num_bytes / store.manifest.validation.bytes)
-    with store.validation_documents_path.open(encoding="utf-8") as lines:
-        documents = (Document(**json.loads(line)) for line in lines)
-        return [document for document in documents if hash_fraction(document.text, "test") < share]
-
-
-def _notes(items: Mapping[str, list[dict[str, Any]]]) -> list[str]:
-    if not any(items[name] for name in ACCURACY_TASKS):
-        raise UserError(
-            "the held-out documents give no test items: they contain too little English prose; "
-            "give more text, or set evaluation.suite to tasks of lm-eval"
-        )
+def _notes(rows: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     notes = []
-    for name in ACCURACY_TASKS:
-        error = 0.5 / math.sqrt(max(1, len(items[name])))
+    for name in filter(has_accuracy, rows):
+        error = 0.5 / math.sqrt(max(1, len(rows[name])))
         if error > LARGEST_STANDARD_ERROR:
             notes.append(
-                f"{name} has only {len(items[name])} items; one standard error may reach "
+                f"{name} has only {len(rows[name])} items; one standard error may reach "
                 f"{100 * error:.1f} points"
             )
     return notes
 
 
 def _write(
-    folder: Path, items: Mapping[str, list[dict[str, Any]]], notes: list[str]
+    folder: Path, rows: Mapping[str, list[dict[str, Any]]], notes: list[str]
 ) -> HeldoutSuite:
-    tasks = {name: len(items[name]) for name in TASKS if items[name]}
+    tasks = {name: len(found) for name, found in rows.items() if found}
     with new_folder(folder) as temporary:
-        rows = {name: _rows_path(temporary, name) for name in tasks}
-        for name, path in rows.items():
-            path.write_text("".join(json.dumps(row) + "\n" for row in items[name]), "utf-8")
+        paths = {name: _rows_path(temporary, name) for name in tasks}
+        for name, path in paths.items():
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows[name]), "utf-8")
             (temporary / f"{name}.yaml").write_text(_task_file(name, path.name), "utf-8")
         group = yaml.safe_dump({"group": GROUP, "task": list(tasks)})
         (temporary / f"{GROUP}.yaml").write_text(group, "utf-8")
-        checksums = checksums_of(temporary, [path.name for path in rows.values()])
+        checksums = checksums_of(temporary, [path.name for path in paths.values()])
         suite = {"tasks": tasks, "notes": notes, "checksums": checksums}
         (temporary / SUITE_NAME).write_text(json.dumps(suite, indent=2) + "\n", "utf-8")
         mark_verified(temporary, checksums)
@@ -260,7 +228,6 @@ def _task_file(name: str, file_name: str) -> str:
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": file_name}},
         "test_split": "test",
-        **TASK_CONFIGS[name],
-        "metadata": {"version": SUITE_VERSION},
+        **_task_config(name),
     }
     return yaml.safe_dump(config, sort_keys=False)

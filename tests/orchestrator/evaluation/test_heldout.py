@@ -16,7 +16,12 @@ from orchestrator.data.token_store import open_tokens
 from orchestrator.data.tokenization import write_tokens
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.evaluation.harness import load_suite
-from orchestrator.evaluation.heldout import TASKS, HeldoutSuite, build_heldout, heldout_configs
+from orchestrator.evaluation.heldout import (
+    TEXT_TASKS,
+    HeldoutSuite,
+    build_heldout,
+    heldout_configs,
+)
 from orchestrator.evaluation.heldout.ngrams import TokenBigrams, WordTrigrams
 from orchestrator.evaluation.heldout.sentence_splitting import (
     cut_position,
@@ -132,10 +137,10 @@ def test_a_suite_is_reused_and_depends_on_its_settings(tokens: Path, suite: Held
 
 
 def test_the_same_documents_give_the_same_items(tokens: Path, suite: HeldoutSuite) -> None:
-    before = {name: rows(suite, name) for name in TASKS}
+    before = {name: rows(suite, name) for name in TEXT_TASKS}
     (suite.folder / "suite.json").unlink()
     build_heldout(tokens, num_items=NUM_ITEMS, context_length=CONTEXT_LENGTH)
-    assert {name: rows(suite, name) for name in TASKS} == before
+    assert {name: rows(suite, name) for name in TEXT_TASKS} == before
 
 
 def test_code_in_the_folder_is_never_run(tokens: Path, suite: HeldoutSuite, tmp_path: Path) -> None:
@@ -147,7 +152,7 @@ def test_code_in_the_folder_is_never_run(tokens: Path, suite: HeldoutSuite, tmp_
         text = f"task: {name}\ncustom_dataset: !function heldout_reader.lastword\n"
         (folder / f"{name}.yaml").write_text(text)
     found = load_suite(heldout=folder)
-    assert set(found.tasks) == set(TASKS)
+    assert set(found.tasks) == set(TEXT_TASKS)
     assert found.num_items("lastword") == suite.tasks["lastword"]
     assert not ran.exists()
 
@@ -161,7 +166,7 @@ def test_a_suite_without_checksums_is_damaged(suite: HeldoutSuite, tmp_path: Pat
         heldout_configs(folder)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", TEXT_TASKS)
 @pytest.mark.parametrize("damage", ["changed", "cut", "missing", "a folder"])
 def test_a_damaged_file_is_named_in_the_error(
     suite: HeldoutSuite, tmp_path: Path, name: str, damage: str
@@ -185,10 +190,10 @@ def test_a_damaged_file_is_named_in_the_error(
 def test_a_suite_does_not_depend_on_its_path(suite: HeldoutSuite, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(suite.folder, tmp_path / suite.folder.name))
     here, there = load_suite(heldout=suite.folder), load_suite(heldout=copy)
-    for name in TASKS:
+    for name in TEXT_TASKS:
         assert there.fingerprint(name) == here.fingerprint(name)
         assert "custom_dataset" in here.tasks[name].dump_config()
-    assert len({here.fingerprint(name) for name in TASKS}) == len(TASKS)
+    assert len({here.fingerprint(name) for name in TEXT_TASKS}) == len(TEXT_TASKS)
 
 
 def test_text_without_sentences_is_one_error(tmp_path: Path) -> None:
@@ -256,7 +261,7 @@ def test_lm_eval_runs_the_tasks(
     # No bootstrap: it forks, and a process with threads of Ray or PyTorch may then hang.
     results = lm_eval.evaluate(lm=Guess(), task_dict=tasks, bootstrap_iters=0)
     found = results["results"]
-    assert set(TASKS) <= set(found)
+    assert set(TEXT_TASKS) <= set(found)
     assert found["lastword"]["acc,none"] == 0.0
     assert 0.05 < found["continuation"]["acc,none"] < 0.45
     assert found["bits_per_byte"]["bits_per_byte,none"] == pytest.approx(1.4427, abs=1e-3)

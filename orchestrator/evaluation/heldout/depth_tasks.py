@@ -1,0 +1,38 @@
+"""Tasks made from depth data, one for each of its depth tasks: `phop_6`, `chain_8`.
+
+A question is a generated sequence up to the position that is asked. The choices are all symbols of
+the task, so the accuracy is that of the likeliest symbol.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.data.depth.store import DepthStore
+
+DEPTH_VERSION = 1
+"""Increase it if the same data give other items; it is part of the tasks' version."""
+
+DEPTH_CONFIG: dict[str, Any] = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{context}}",
+    "doc_to_choice": "choices",
+    "doc_to_target": "label",
+    "target_delimiter": "",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+def depth_rows(store: DepthStore, num_items: int) -> dict[str, list[dict[str, Any]]]:
+    """Return `num_items` items of each task of the data."""
+    return {
+        task.name: [
+            {
+                "context": item.context,
+                "choices": list(task.symbols),
+                "label": task.symbols.index(item.answer),
+            }
+            for item in store.items(task, num_items)
+        ]
+        for task in store.tasks
+    }

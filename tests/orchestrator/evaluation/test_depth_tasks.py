@@ -1,0 +1,161 @@
+"""Depth tasks in lm-eval: right answers, scored as the likeliest symbol of the alphabet."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.model import LM
+
+from iiet import Decoder, ModelConfig
+from orchestrator.data.preparation import prepare
+from orchestrator.evaluation.harness import load_suite, run_suite
+from orchestrator.evaluation.harness.run import run_model
+from orchestrator.evaluation.heldout import HeldoutSuite, build_heldout
+from orchestrator.evaluation.model_tokenizer import PlainTokenizer
+from orchestrator.evaluation.task_selection import (
+    lm_eval_task_fingerprints,
+    select_tasks,
+)
+from orchestrator.pipelines.sweep_dry_runs import plan_sweep
+from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace
+
+NUM_ITEMS = 300
+
+
+def depth_settings(*tasks: str, **options: Any) -> Settings:
+    tree = {"data.source": "depth", "data.depth.tasks": tasks, "data.depth.length": 16}
+    return resolve_settings({}, options={**tree, **options})
+
+
+def prepared(folder: Path, *tasks: str) -> Path:
+    return prepare(depth_settings(*tasks).data, Workspace(folder))
+
+
+def built(data: Path) -> HeldoutSuite:
+    return build_heldout(data, num_items=NUM_ITEMS, context_length=32)
+
+
+def hops(context: str, count: int) -> str:
+    """Solve p-hop induction by search, from the text alone."""
+    symbols = re.findall(r"<\|\d+\|>", context)
+    place = len(symbols) - 1
+    for _ in range(count):
+        place = 1 + max(i for i in range(place) if symbols[i] == symbols[place])
+    return symbols[place]
+
+
+class HandMade(LM):
+    """Gives all probability to the continuation that a function of the context returns."""
+
+    def __init__(self, answer: Callable[[str], str]) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:  # type: ignore[override]
+        hits = [self.answer(request.args[0]) == request.args[1] for request in requests]
+        return [(0.0 if hit else -10.0, hit) for hit in hits]
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:  # type: ignore[override]
+        raise AssertionError("there is no text")
+
+    def generate_until(self, requests: list[Any]) -> list[str]:  # type: ignore[override]
+        raise AssertionError("nothing is generated")
+
+
+def test_a_perfect_model_has_all_items_right_and_a_guess_is_at_chance(tmp_path: Path) -> None:
+    suite = load_suite(heldout=built(prepared(tmp_path, "phop_2", "phop_4")).folder)
+    perfect = run_model(suite, HandMade(lambda text: hops(text, int(text[7]))))
+    assert perfect.accuracies["phop_2"][0] == perfect.accuracies["phop_4"][0] == 1.0
+    draw = random.Random(0)
+    guess = run_model(suite, HandMade(lambda _: f"<|{draw.randrange(4)}|>"))
+    constant = run_model(suite, HandMade(lambda _: "<|2|>"))
+    for name in ("phop_2", "phop_4"):
+        assert guess.accuracies[name][0] < 0.45
+        mean, error = constant.accuracies[name]
+        assert abs(mean - 0.25) < 4 * error
+    assert "bits_per_byte" not in constant.quality()
+    assert constant.quality()["accuracy"] == pytest.approx(constant.accuracy)
+
+
+@pytest.mark.parametrize("name", ["phop_2", "chain_3", "s5_4"])
+def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path: Path, name: str) -> None:
+    data = prepared(tmp_path, name)
+    tokenizer = PlainTokenizer(data / "tokenizer.json")
+    torch.manual_seed(0)
+    decoder = Decoder(
+        ModelConfig(
+            method="vanilla",
+            vocab_size=tokenizer.tokenizer.get_vocab_size(),
+            dim=16,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=2,
+            ffn_dim=32,
+            context_length=32,
+            initializer_std=0.5,
+        )
+    ).eval()
+    suite = built(data)
+    result = run_suite(load_suite(heldout=suite.folder), decoder, tokenizer).results[name]
+    lines = (suite.folder / f"{name}.jsonl").read_text().splitlines()
+    values = []
+    for row in map(json.loads, lines):
+        context = torch.tensor([tokenizer.encode(row["context"], add_special_tokens=False)])
+        ids = [tokenizer.tokenizer.token_to_id(choice) for choice in row["choices"]]
+        with torch.no_grad():
+            scores = decoder(context)[0, -1, ids]
+        values.append(float(scores.argmax() == row["label"]))
+    assert result.values["acc"] == values
+    assert 0 < sum(values) < NUM_ITEMS
+
+
+def chosen(suite: str, data: Path, **options: Any) -> tuple[str, ...]:
+    settings = EvaluationSettings(suite=suite, num_items=20, **options)
+    return select_tasks(settings, lambda: data, context_length=32, progress=Progress()).names
+
+
+def test_a_task_of_the_data_can_be_named_by_itself(tmp_path: Path) -> None:
+    data = prepared(tmp_path, "phop_2", "chain_2")
+    assert chosen("heldout", data) == ("phop_2", "chain_2")
+    assert chosen("chain_2", data) == ("chain_2",)
+    assert chosen("chain_2, heldout", data) == ("chain_2", "phop_2")
+    settings = EvaluationSettings(suite="chain_2")
+    assert lm_eval_task_fingerprints(settings, needs_accuracy=True) == {}
+    with pytest.raises(UserError, match="a sweep's front needs an accuracy"):
+        lm_eval_task_fingerprints(EvaluationSettings(suite="bits_per_byte"), needs_accuracy=True)
+    folder = build_heldout(data, num_items=20, context_length=32).folder
+    assert list(load_suite(["chain_2"], heldout=folder, planned=()).tasks) == ["chain_2"]
+
+
+@pytest.mark.parametrize(
+    ("source", "suite", "reason"),
+    [
+        ("depth", "phop_4", "names phop_4, which the data cannot make; they can make phop_2$"),
+        ("depth", "heldout,lastword", "names lastword, which the data cannot make"),
+        ("python", "phop_2", "names phop_2, which .* they can make lastword, continuation"),
+    ],
+)
+def test_a_task_that_the_data_cannot_make_is_an_error_before_any_work(
+    tmp_path: Path, source: str, suite: str, reason: str
+) -> None:
+    options = {"evaluation.suite": suite, "model.context_length": 16}
+    is_depth = source == "depth"
+    settings = (
+        depth_settings("phop_2", **options) if is_depth else resolve_settings({}, options=options)
+    )
+    with pytest.raises(UserError, match=reason):
+        plan_sweep(settings, workspace=tmp_path)
+    assert not list(tmp_path.iterdir())
+    if is_depth:
+        with pytest.raises(UserError, match=reason):
+            chosen(suite, prepared(tmp_path, "phop_2"))
