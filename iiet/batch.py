@@ -36,6 +36,8 @@ class Batch:
     """Token ids, or `NO_TARGET`."""
     mask: Tensor | None = None
     """True for the positions that count; None: all that have a target."""
+    sources: Tensor | None = field(default=None, kw_only=True)
+    """Number of the source of each position, for sums by source; None: there is one source."""
     is_text: bool = field(default=False, kw_only=True)
     """Whether a student also learns from its teacher at the last position, which has no target."""
     target_count: Count = field(default=None, kw_only=True)
@@ -47,7 +49,8 @@ class Batch:
         shape = self.input_ids.shape
         if len(shape) != 2:
             raise ValueError(f"input_ids must be (batch, time), got {tuple(shape)}")
-        for name, values in (("targets", self.targets), ("mask", self.mask)):
+        others = {"targets": self.targets, "mask": self.mask, "sources": self.sources}
+        for name, values in others.items():
             # One row or one column would silently be broadcast to all.
             if values is not None and values.shape != shape:
                 raise ValueError(
@@ -138,7 +141,8 @@ class Batch:
         return parts
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        mask = None if self.mask is None else change(self.mask)
-        return replace(
-            self, input_ids=change(self.input_ids), targets=change(self.targets), mask=mask
+        mask, sources = (
+            None if values is None else change(values) for values in (self.mask, self.sources)
         )
+        ids, targets = change(self.input_ids), change(self.targets)
+        return replace(self, input_ids=ids, targets=targets, mask=mask, sources=sources)

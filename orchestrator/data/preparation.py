@@ -1,8 +1,4 @@
-"""Prepare tokens: turn the source of text into a token folder, once.
-
-A small file maps the source's key, a hash of the settings and of names, sizes and times of files,
-to the token folder, which is named by the fingerprint of the content.
-"""
+"""Prepare data: turn the source that settings name into a folder of prepared data, once."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.data.corpus import read_documents, source_state
 from orchestrator.data.depth.store import (
     DepthStore,
     depth_folder,
@@ -18,25 +13,22 @@ from orchestrator.data.depth.store import (
     longest_sequence,
     write_depth,
 )
-from orchestrator.data.depth.tasks import make_tasks
-from orchestrator.data.prepared import is_complete, verify_data
+from orchestrator.data.depth.task import DepthTask
+from orchestrator.data.depth.tasks import make_tasks, vocabulary
+from orchestrator.data.mixture import MixtureStore, mixture_tasks
+from orchestrator.data.mixture_writing import whole_tokenizer, write_mixture
+from orchestrator.data.prepared import PreparedData, is_complete, verify_data
+from orchestrator.data.source_index import find_folder, index_file, source_key
 from orchestrator.data.sources import open_data
 from orchestrator.data.text_files import find_files
-from orchestrator.data.token_store import open_tokens
-from orchestrator.data.tokenization import (
-    TEMPORARY_PREFIX,
-    TokenProgress,
-    can_resume,
-    write_tokens,
-)
+from orchestrator.data.text_writing import write_text
+from orchestrator.data.token_store import TokenStore
+from orchestrator.data.tokenization import TEMPORARY_PREFIX, can_resume
 from orchestrator.data.tokenizer import HUB_PREFIX, load_tokenizer, num_token_ids
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import expand_user, read_json, write_json
-from orchestrator.workspace.folders import Workspace, is_valid_name
+from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.locks import lock_file
-from orchestrator.workspace.provenance import content_key
 from orchestrator.workspace.read_only import check_may_write
 
 ASSUMED_VOCABULARY = 32000
@@ -96,24 +88,16 @@ def prepare(
 
 
 def _write(settings: DataSettings, workspace: Workspace, progress: Progress) -> Path:
-    key = _source_key(settings)
-    pointer = _pointer(key, workspace.tokens)
-    if pointer.exists():
-        progress.note(
-            f"the tokens that {pointer} names are missing or damaged; preparing them again"
-        )
-    for leftover in workspace.tokens.glob(f"{TEMPORARY_PREFIX}*"):
+    parent = workspace.tokens
+    key = source_key(settings)
+    index = index_file(key, parent)
+    if index.exists():
+        progress.note(f"the tokens that {index} names are missing or damaged; preparing them again")
+    for leftover in parent.glob(f"{TEMPORARY_PREFIX}*"):
         if not can_resume(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
-    progress_with_rate = TokenProgress(progress)
-    folder = write_tokens(
-        workspace.tokens,
-        read_documents(settings, progress_with_rate),
-        settings,
-        resume_key=key,
-        progress=progress_with_rate,
-    )
-    write_json(pointer, {"fingerprint": folder.name})
+    write = write_mixture if settings.source == "mixture" else write_text
+    folder = write(settings, parent, key, progress)
     progress.finish(describe(folder))
     return folder
 
@@ -122,28 +106,33 @@ def describe(folder: Path) -> str:
     """Summarize prepared data in one line."""
     data = open_data(folder)
     if isinstance(data, DepthStore):
-        tasks = ", ".join(f"{task.name} (chance {100 * task.chance:.3g}%)" for task in data.tasks)
+        tasks = ", ".join(map(_task_with_chance, data.tasks))
         return f"{tasks}, sequences of {data.sequence_length} tokens, vocabulary {data.vocab_size}"
-    manifest = data.manifest
-    train, validation = manifest.train, manifest.validation
+    if isinstance(data, MixtureStore):
+        sources = ", ".join(
+            f"{100 * data.shares[name]:.3g}% {_source_in_words(name, source)}"
+            for name, source in data.sources.items()
+        )
+        return f"{sources}, vocabulary {data.vocab_size:,}"
+    return f"{_token_counts(data)}, vocabulary {data.vocab_size:,}"
+
+
+def _source_in_words(name: str, source: TokenStore | DepthStore) -> str:
+    if isinstance(source, TokenStore):
+        return f"{name} ({_token_counts(source)})"
+    return ", ".join(map(_task_with_chance, source.tasks))
+
+
+def _task_with_chance(task: DepthTask) -> str:
+    return f"{task.name} (chance {100 * task.chance:.3g}%)"
+
+
+def _token_counts(data: PreparedData) -> str:
+    train, validation = data.manifest.train, data.manifest.validation
     return (
         f"{train.documents + validation.documents:,} documents, {train.tokens:,} tokens to train "
-        f"on, {validation.tokens:,} held out, vocabulary {manifest.vocab_size:,}"
+        f"on, {validation.tokens:,} held out"
     )
-
-
-def _source_key(settings: DataSettings) -> str:
-    tokenizer_state = None
-    is_path = settings.tokenizer != "train" and not settings.tokenizer.startswith(HUB_PREFIX)
-    if is_path and (path := expand_user(settings.tokenizer)).is_file():
-        tokenizer_state = [path.stat().st_size, path.stat().st_mtime_ns]
-    # Without the section of another source, so that keys are those of earlier versions.
-    chosen = settings.model_dump(mode="json", exclude={"depth"})
-    return content_key(chosen, source_state(settings), tokenizer_state)
-
-
-def _pointer(key: str, parent: Path) -> Path:
-    return parent / "sources" / f"{key}.json"
 
 
 def find_prepared(settings: DataSettings, parent: Path) -> Path | None:
@@ -155,17 +144,7 @@ def find_prepared(settings: DataSettings, parent: Path) -> Path | None:
     if settings.source == "depth":
         folder = depth_folder(settings, parent)
         return folder if is_complete(folder) else None
-    path = _pointer(_source_key(settings), parent)
-    found = read_json(path)
-    if found is None:
-        return None
-    fingerprint = found.get("fingerprint") if isinstance(found, dict) else None
-    if not is_valid_name(fingerprint):
-        raise UserError(
-            f"{path} is damaged (fingerprint: {fingerprint!r}); delete it and run the command again"
-        )
-    folder = parent / str(fingerprint)
-    return folder if is_complete(folder) else None
+    return find_folder(source_key(settings), parent)
 
 
 def expected_tokens(settings: DataSettings, prepared: Path | None) -> ExpectedTokens:
@@ -183,19 +162,22 @@ def expected_tokens(settings: DataSettings, prepared: Path | None) -> ExpectedTo
             new_bytes=0,
         )
     if prepared is not None:
-        store = open_tokens(prepared)
+        data = open_data(prepared)
         return ExpectedTokens(
-            vocab_size=store.vocab_size,
+            vocab_size=data.vocab_size,
             origin="of the prepared tokens",
-            num_train_tokens=len(store.train),
+            num_train_tokens=len(data.train) if isinstance(data, TokenStore) else None,
+            context_length=sequence_length(settings),
             new_bytes=0,
         )
     vocab_size, origin = _vocabulary(settings)
+    texts = settings.texts if settings.source == "mixture" else {settings.source: settings}
     return ExpectedTokens(
         vocab_size=vocab_size,
         origin=origin,
         num_train_tokens=None,
-        new_bytes=_bytes_to_write(settings, vocab_size),
+        context_length=sequence_length(settings),
+        new_bytes=sum(_bytes_to_write(text, vocab_size) for text in texts.values()),
     )
 
 
@@ -205,10 +187,25 @@ def sequence_length(settings: DataSettings) -> int | None:
     Raises:
         UserError: If depth tasks are wanted, and none is named or a sequence cannot hold one.
     """
-    return longest_sequence(make_tasks(settings.depth)) if settings.source == "depth" else None
+    if settings.source == "depth":
+        tasks = make_tasks(settings.depth)
+        return longest_sequence(tasks, with_markers=len(tasks) > 1)
+    if settings.source == "mixture" and not settings.texts:
+        return longest_sequence(mixture_tasks(settings), with_markers=True)
+    return None
 
 
 def _vocabulary(settings: DataSettings) -> tuple[int, str]:
+    if settings.source == "mixture":
+        if not settings.texts:
+            return num_token_ids(whole_tokenizer(settings, None)), "of the depth tasks"
+        num_symbols = len(vocabulary(mixture_tasks(settings), with_markers=True))
+        size, origin = _text_vocabulary(settings)
+        return size + num_symbols, f"{num_symbols} symbols, and {size:,}: {origin}"
+    return _text_vocabulary(settings)
+
+
+def _text_vocabulary(settings: DataSettings) -> tuple[int, str]:
     if settings.tokenizer == "train":
         return settings.vocab_size, "data.vocab_size; a short text may give fewer"
     if settings.tokenizer.startswith(HUB_PREFIX):

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from iiet.batch import Batch
 from orchestrator.data.batches import positions_of_step
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json_object
+from orchestrator.workspace.files import read_json_object, write_json
 from orchestrator.workspace.whole_folders import damaged_file
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -52,6 +52,17 @@ class Manifest(BaseModel):
     """Bytes of each file."""
     sha256: dict[str, str]
     """Hash of each file."""
+    texts: dict[str, str] = {}
+    """Of a mixture: text source -> name of its folder, which lies beside this one."""
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest of a folder, its last file."""
+        unused = set() if self.texts else {"texts"}
+        write_json(folder / MANIFEST_NAME, self.model_dump(exclude=unused))
+
+    def text_folders(self, folder: Path) -> dict[str, Path]:
+        """Return the folder of each text source of the mixture in `folder`."""
+        return {name: folder.parent / beside for name, beside in self.texts.items()}
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,11 @@ class PreparedData(ABC):
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         return self.manifest.vocab_size
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the sources that `Batch.sources` numbers; empty if there is one source."""
+        return ()
 
     @property
     def tokenizer_path(self) -> Path:
@@ -137,6 +153,8 @@ def is_complete(folder: Path) -> bool:
 def verify_data(folder: Path, *, always: bool = False) -> None:
     """Raise a `UserError` if a file's content has changed; see `whole_folders.damaged_file`."""
     manifest = read_manifest(folder)
+    for text in manifest.text_folders(folder).values():
+        verify_data(text, always=always)
     check_files(folder, manifest)
     if damage := damaged_file(folder, manifest.sha256, always=always):
         raise UserError(f"{folder} is damaged: {damage}; {remedy_of(folder)}")
@@ -177,3 +195,5 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             problem = f"{path} is damaged: {path.stat().st_size} bytes instead of {size}"
         if problem:
             raise UserError(f"{problem}; {remedy_of(folder)}")
+    for text in manifest.text_folders(folder).values():
+        check_files(text, read_manifest(text))

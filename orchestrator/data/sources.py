@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.data.depth.store import DepthStore
+from orchestrator.data.depth.store import open_depth
+from orchestrator.data.mixture import open_mixture
 from orchestrator.data.prepared import PreparedData, check_files, read_manifest
 from orchestrator.data.token_store import open_tokens
 
@@ -17,7 +18,9 @@ def open_data(folder: Path | str) -> PreparedData:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    check_files(folder, manifest)
     if manifest.settings.get("source") == "depth":
-        check_files(folder, manifest)
-        return DepthStore(folder, manifest)
+        return open_depth(folder, manifest)
+    if manifest.settings.get("source") == "mixture":
+        return open_mixture(folder, manifest)
     return open_tokens(folder)

@@ -24,7 +24,6 @@ from tokenizers import Tokenizer
 
 from orchestrator.data.corpus import Document, hash_fraction, is_validation
 from orchestrator.data.prepared import (
-    MANIFEST_NAME,
     Manifest,
     SplitCounts,
     is_complete,
@@ -41,7 +40,6 @@ from orchestrator.settings import DataSettings
 from orchestrator.terminal.formatting import format_bytes
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import write_json
 from orchestrator.workspace.provenance import content_key, file_digest
 from orchestrator.workspace.whole_folders import replace_folder
 
@@ -64,12 +62,14 @@ def write_tokens(
     settings: DataSettings,
     *,
     resume_key: str,
+    tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Tokenize documents into `parent`/<fingerprint>; keep a folder that has the same content.
 
     Args:
-        resume_key: Identifies the documents, so that a later call can resume this one.
+        resume_key: Identifies documents and tokenizer, so that a later call can resume this one.
+        tokenizer: Used instead of the one that the settings name.
 
     Raises:
         UserError: If there is no text, or too little to hold some out.
@@ -80,6 +80,8 @@ def write_tokens(
     if not isinstance(progress, TokenProgress):
         progress = TokenProgress(progress or Progress())
     try:
+        if tokenizer is not None:
+            _save(tokenizer, temporary / "tokenizer.json")
         fingerprint = _write_folder(temporary, documents, settings, progress)
         final = parent / fingerprint
         if not is_complete(final):
@@ -127,7 +129,7 @@ def _write_folder(
     fingerprint = content_key(writer.corpus_digest, checksums["tokenizer.json"])
     manifest = Manifest(
         fingerprint=fingerprint,
-        settings=settings.model_dump(mode="json"),
+        settings=settings.read_by_source(),
         dtype="uint16" if dtype.itemsize == 2 else "uint32",
         vocab_size=vocab_size,
         end_of_text_id=end,
@@ -136,7 +138,7 @@ def _write_folder(
         sizes={name: (folder / name).stat().st_size for name in checksums},
         sha256=checksums,
     )
-    write_json(folder / MANIFEST_NAME, manifest.model_dump())
+    manifest.write(folder)
     writer.delete_record()
     return fingerprint
 
@@ -217,19 +219,13 @@ def _choose_tokenizer(
 ) -> tuple[Tokenizer, Iterator[Document]]:
     # The returned documents include those that the training of the tokenizer has read.
     path = folder / "tokenizer.json"
-    if path.is_file():  # saved before an interruption
+    if path.is_file():  # saved before an interruption, or given
         return load_tokenizer(path), documents
     if settings.tokenizer != "train":
         tokenizer = load_tokenizer(settings.tokenizer)
         _save(tokenizer, path)
         return tokenizer, documents
-    read: list[Document] = []
-    num_characters = 0
-    for document in documents:
-        read.append(document)
-        num_characters += len(document.text)
-        if num_characters >= TOKENIZER_CHARACTERS:
-            break
+    read = list(_first_characters(documents, TOKENIZER_CHARACTERS))
     if not read:
         raise _empty_corpus()
     progress.advance(0, "training the tokenizer")
@@ -238,6 +234,25 @@ def _choose_tokenizer(
     progress.advance(0, "tokenizing")
     _save(tokenizer, path)
     return tokenizer, chain(read, documents)
+
+
+def training_texts(
+    documents: Iterable[Document], settings: DataSettings, *, num_characters: int
+) -> Iterator[str]:
+    """Yield the texts that a tokenizer is trained on: the first ones that are not held out."""
+    fraction, stream = _validation_fraction(iter(documents), settings.validation_fraction)
+    for document in _first_characters(stream, num_characters):
+        if not is_validation(document.text, fraction):
+            yield document.text
+
+
+def _first_characters(documents: Iterator[Document], num_characters: int) -> Iterator[Document]:
+    num_read = 0
+    for document in documents:
+        yield document
+        num_read += len(document.text)
+        if num_read >= num_characters:
+            return
 
 
 def _save(tokenizer: Tokenizer, path: Path) -> None:

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from iiet.config import PRESETS
 from iiet.methods import METHODS
 from orchestrator.settings.depth import DepthSettings
+from orchestrator.settings.mixture import TEXT_SOURCES, check_shares, source_order
 from orchestrator.settings.section import Section
 from orchestrator.terminal.formatting import format_count
 
@@ -23,9 +24,14 @@ MAX_LAYERS = 1000
 class DataSettings(Section):
     """Corpus, tokenizer and held-out documents."""
 
-    source: Literal["python", "files", "hub", "depth"] = "python"
+    source: Literal["python", "files", "hub", "depth", "mixture"] = "python"
     """`python`: the English texts that come with every Python; `files`: `files` below; `hub`: the
-    data set `hub_name`; `depth`: the generated tasks in `depth` below."""
+    data set `hub_name`; `depth`: the generated tasks in `depth` below; `mixture`: several of these
+    at the `shares` below."""
+    shares: dict[str, float] = Field(default={})
+    """For `source: mixture`: the share of the training sequences that each source gives, such as
+    `{python: 0.8, phop_6: 0.2}`. Names are `python`, `files`, `hub`, and depth tasks. Shares sum to
+    1 and are rounded to thousandths."""
     files: tuple[str, ...] = ()
     """Paths or glob patterns of `.txt`, `.jsonl` (also `.jsonl.gz`) or `.parquet` files; a folder
     means all such files in it and below it."""
@@ -47,17 +53,38 @@ class DataSettings(Section):
     depth: DepthSettings = DepthSettings()
     """Generated tasks of known depth."""
 
+    @field_validator("shares")
+    @classmethod
+    def _refuse_bad_shares(cls, shares: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        source = info.data.get("source", "mixture")
+        if shares and source != "mixture":
+            raise ValueError(
+                f"data.source is {source}, which is one source; set data.source=mixture, or leave "
+                "data.shares out"
+            )
+        if not shares and source == "mixture" and "source" in info.data:
+            raise ValueError(
+                "data.source is mixture, but no source has a share; give some, such as "
+                "--set 'data.shares={python: 0.8, phop_6: 0.2}'"
+            )
+        check_shares(shares)
+        return shares
+
     @field_validator("files")
     @classmethod
     def _refuse_files_of_another_source(
         cls, files: tuple[str, ...], info: ValidationInfo
     ) -> tuple[str, ...]:
         source = info.data.get("source", "files")
-        if files and source != "files":
+        if not files or source == "files":
+            return files
+        if source != "mixture":
             raise ValueError(
                 f"data.source is {source}, which does not read them; set data.source=files, or "
                 "leave data.files out"
             )
+        if "files" not in info.data.get("shares", ["files"]):
+            raise ValueError("data.shares has no `files`; give them a share, or leave them out")
         return files
 
     @field_validator("depth")
@@ -66,12 +93,43 @@ class DataSettings(Section):
         cls, depth: DepthSettings, info: ValidationInfo
     ) -> DepthSettings:
         source = info.data.get("source", "depth")
+        if depth.tasks and source == "mixture":
+            raise ValueError(
+                "the tasks of a mixture are those in data.shares; leave data.depth.tasks out"
+            )
         if depth.tasks and source != "depth":
             raise ValueError(
                 f"data.source is {source}, which does not generate tasks; set data.source=depth, "
                 "or leave data.depth.tasks out"
             )
         return depth
+
+    @property
+    def texts(self) -> dict[str, DataSettings]:
+        """The text sources of a mixture, each with the settings that it would have alone."""
+        no_hub: dict[str, object] = {"hub_name": "", "hub_config": None}
+        unread: dict[str, dict[str, object]] = {
+            "python": {"files": (), **no_hub},
+            "files": no_hub,
+            "hub": {"files": ()},
+        }
+        alone = {"shares": {}, "depth": DepthSettings()}
+        return {
+            name: self.model_copy(update={"source": name, **alone, **unread[name]})
+            for name in source_order(self.shares)
+            if name in TEXT_SOURCES
+        }
+
+    @property
+    def tasks(self) -> DepthSettings:
+        """The depth tasks of a mixture, with their options."""
+        names = (name for name in source_order(self.shares) if name not in TEXT_SOURCES)
+        return self.depth.model_copy(update={"tasks": tuple(names)})
+
+    def read_by_source(self) -> dict[str, Any]:
+        """Return the settings that the source reads, as JSON values, for keys and manifests."""
+        unread = {"mixture": set(), "depth": {"shares"}}.get(self.source, {"shares", "depth"})
+        return self.model_dump(mode="json", exclude=unread)
 
 
 class ModelSettings(Section):

@@ -17,7 +17,6 @@ from orchestrator.data.depth.task import NO_ANSWER, DepthTask
 from orchestrator.data.depth.tasks import make_tasks, marker, symbol_tokenizer, vocabulary
 from orchestrator.data.keyed_random import random_bits
 from orchestrator.data.prepared import (
-    MANIFEST_NAME,
     TOKENIZER_NAME,
     Manifest,
     PreparedData,
@@ -29,7 +28,6 @@ from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer, num_toke
 from orchestrator.settings import DataSettings
 from orchestrator.settings.depth import DepthSettings
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import write_json
 from orchestrator.workspace.provenance import content_key
 from orchestrator.workspace.whole_folders import checksums_of, new_folder
 
@@ -49,21 +47,16 @@ class DepthItem(NamedTuple):
 
 @dataclass(frozen=True)
 class DepthStore(PreparedData):
-    """Prepared depth tasks."""
+    """Prepared depth tasks, or those of a mixture."""
 
-    @cached_property
-    def tasks(self) -> tuple[DepthTask, ...]:
-        return make_tasks(DepthSettings.model_validate(self.manifest.settings["depth"]))
-
-    @property
-    def has_markers(self) -> bool:
-        """Whether each sequence begins with the token of its task."""
-        return len(self.tasks) > 1
+    tasks: tuple[DepthTask, ...]
+    has_markers: bool
+    """Whether each sequence begins with the token of its task."""
 
     @property
     def sequence_length(self) -> int:
         """Tokens of the longest sequence."""
-        return longest_sequence(self.tasks)
+        return longest_sequence(self.tasks, with_markers=self.has_markers)
 
     @property
     def profile(self) -> dict[str, Any]:
@@ -155,9 +148,15 @@ def content_number(*parts: str | int) -> int:
     return int(content_key(*parts)[:16], 16)
 
 
-def longest_sequence(tasks: tuple[DepthTask, ...]) -> int:
-    """Return the tokens of the longest sequence of some tasks that are trained on together."""
-    return max(task.length for task in tasks) + (len(tasks) > 1)
+def longest_sequence(tasks: tuple[DepthTask, ...], *, with_markers: bool) -> int:
+    """Return the tokens of the longest sequence of some tasks."""
+    return max(task.length for task in tasks) + with_markers
+
+
+def open_depth(folder: Path, manifest: Manifest) -> DepthStore:
+    """Open a folder of nothing but depth tasks."""
+    tasks = make_tasks(DepthSettings.model_validate(manifest.settings["depth"]))
+    return DepthStore(folder, manifest, tasks, has_markers=len(tasks) > 1)
 
 
 def depth_tokenizer(settings: DepthSettings) -> Tokenizer:
@@ -188,7 +187,7 @@ def write_depth(settings: DataSettings, parent: Path) -> Path:
         tokenizer.save(str(temporary / TOKENIZER_NAME))
         manifest = Manifest(
             fingerprint=folder.name,
-            settings=settings.model_dump(mode="json"),
+            settings=settings.read_by_source(),
             dtype="uint16",
             vocab_size=num_token_ids(tokenizer),
             end_of_text_id=end_of_text_id(tokenizer),
@@ -197,5 +196,5 @@ def write_depth(settings: DataSettings, parent: Path) -> Path:
             sizes={TOKENIZER_NAME: (temporary / TOKENIZER_NAME).stat().st_size},
             sha256=checksums_of(temporary, [TOKENIZER_NAME]),
         )
-        write_json(temporary / MANIFEST_NAME, manifest.model_dump())
+        manifest.write(temporary)
     return folder

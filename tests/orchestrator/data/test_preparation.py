@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data import preparation, tokenization
+from orchestrator.data import text_writing, tokenization
 from orchestrator.data.corpus import Document
 from orchestrator.data.preparation import describe, prepare
 from orchestrator.data.prepared import verify_data
@@ -49,7 +49,7 @@ def test_finished_work_is_reused(
     folder = prepare(settings, workspace)
     verify_data(folder, always=True)
     assert folder == workspace.tokens / open_tokens(folder).fingerprint
-    monkeypatch.setattr(preparation, "read_documents", fail_to_read)
+    monkeypatch.setattr(text_writing, "read_documents", fail_to_read)
     assert prepare(settings, workspace) == folder
     assert "200 documents" in describe(folder)
     with pytest.raises(AssertionError, match="read again"):

@@ -1,0 +1,275 @@
+"""A mixture gives each source its share, in one vocabulary, and its sequences unchanged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from iiet.batch import NO_TARGET
+from orchestrator.data import mixture_writing
+from orchestrator.data.mixture import MixtureStore
+from orchestrator.data.preparation import describe, expected_tokens, find_prepared, prepare
+from orchestrator.data.prepared import verify_data
+from orchestrator.data.sources import open_data
+from orchestrator.data.token_store import TokenStore
+from orchestrator.data.tokenization import TEMPORARY_PREFIX
+from orchestrator.data.tokenizer import load_tokenizer
+from orchestrator.settings import DataSettings, resolve_settings
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace
+
+SHARES = {"files": 0.7, "phop_2": 0.2, "chain_2": 0.1}
+SYMBOL = "<|0|>"
+LENGTH = 20
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "a.txt"
+    texts = [f"Text {i} says that {SYMBOL} has {i * 13} kinds of fish." for i in range(300)]
+    path.write_text("<|endoftext|>".join(texts))
+    return path
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "workspace")
+
+
+def data_settings(text: Path, shares: dict[str, float], **changes: object) -> DataSettings:
+    tree = {
+        "source": "mixture",
+        "shares": shares,
+        "files": [str(text)] if "files" in shares else [],
+        "vocab_size": 300,
+        "depth": {"length": 16},
+        **changes,
+    }
+    return resolve_settings({"data": tree}).data
+
+
+def two_texts(text: Path, shares: dict[str, float]) -> DataSettings:
+    folder = text.parent / "data_set"
+    folder.mkdir()
+    rows = [{"text": f"Row {i} holds {i * 7} birds and no fish at all."} for i in range(200)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return data_settings(text, shares, hub_name=str(folder))
+
+
+@pytest.fixture
+def settings(text: Path) -> DataSettings:
+    return data_settings(text, SHARES)
+
+
+@pytest.fixture
+def mixture(settings: DataSettings, workspace: Workspace) -> MixtureStore:
+    data = open_data(prepare(settings, workspace))
+    assert isinstance(data, MixtureStore)
+    return data
+
+
+def test_shares_are_exact_in_each_block_of_a_thousand(mixture: MixtureStore) -> None:
+    batch = mixture.sequences(np.arange(2000), context_length=LENGTH, seed=0)
+    assert batch.sources is not None
+    numbers = batch.sources[:, 0]
+    assert (batch.sources == numbers[:, None]).all()
+    for block in (numbers[:1000], numbers[1000:]):
+        found = {n: int((block == k).sum()) / 1000 for k, n in enumerate(mixture.source_names)}
+        assert found == SHARES
+    assert not torch.equal(numbers[:1000], numbers[1000:])
+
+
+def test_a_position_alone_decides_its_sequence(mixture: MixtureStore) -> None:
+    options = {"context_length": LENGTH, "seed": 3}
+    whole = mixture.batch(7, **options, global_batch=24)
+    for world_size in (2, 3):
+        parts = [
+            mixture.batch(7, **options, global_batch=24, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        assert torch.equal(torch.cat([part.input_ids for part in parts]), whole.input_ids)
+        assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
+    one = mixture.sequences(np.array([7 * 24 + 5]), **options)
+    assert torch.equal(one.input_ids[0], whole.input_ids[5])
+
+
+def test_each_source_gives_the_sequences_that_it_gives_alone(
+    mixture: MixtureStore, text: Path, workspace: Workspace
+) -> None:
+    alone = DataSettings(source="files", files=(str(text),), vocab_size=300)
+    folder = prepare(alone, workspace)
+    assert folder in mixture.manifest.text_folders(mixture.folder).values()  # stored once
+    texts = open_data(folder)
+    batch = mixture.sequences(np.arange(1000), context_length=LENGTH, seed=4)
+    rows = batch.sources[:, 0] == mixture.source_names.index("files")
+    expected = texts.sequences(np.arange(700), context_length=LENGTH, seed=4)
+    found = {(*ids, *targets) for ids, targets in _rows(batch.input_ids, batch.targets, rows)}
+    every = torch.ones(700, dtype=torch.bool)
+    assert found == {(*a, *b) for a, b in _rows(expected.input_ids, expected.targets, every)}
+
+
+def _rows(
+    ids: torch.Tensor, targets: torch.Tensor, chosen: torch.Tensor
+) -> list[tuple[list[int], list[int]]]:
+    return list(zip(ids[chosen].tolist(), targets[chosen].tolist(), strict=True))
+
+
+def test_text_never_becomes_a_symbol(mixture: MixtureStore) -> None:
+    tokenizer = load_tokenizer(mixture.tokenizer_path)
+    (texts,) = mixture.texts
+    first_symbol = texts.vocab_size
+    assert tokenizer.encode(SYMBOL).ids == [first_symbol]
+    assert SYMBOL in tokenizer.decode(texts.train[:200].tolist())
+    assert max(texts.train.max(), texts.validation.max()) < first_symbol
+    batch = mixture.sequences(np.arange(1000), context_length=LENGTH, seed=0)
+    is_task = batch.sources > 0
+    has_target = batch.targets != NO_TARGET
+    assert (batch.targets[is_task & has_target] >= first_symbol).all()
+    assert (batch.input_ids[is_task[:, 0], 0] >= first_symbol).all()  # the task's marker
+    assert mixture.vocab_size == int(tokenizer.get_vocab_size())
+    # A student learns from its teacher where there is something to predict.
+    assert torch.equal(batch.taught, has_target)
+
+
+def test_validation_has_the_shares_of_training(mixture: MixtureStore) -> None:
+    options = {"context_length": LENGTH, "num_tokens": 30 * LENGTH, "batch_size": 8}
+    batches = list(mixture.validation_batches(**options))
+    again = list(mixture.validation_batches(**options))
+    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(batches, again, strict=True))
+    counts = dict.fromkeys(mixture.source_names, 0)
+    for batch in batches:
+        (number,) = batch.sources.unique().tolist()
+        counts[mixture.source_names[number]] += len(batch)
+    assert counts == {name: round(30 * share) for name, share in SHARES.items()}
+    # All of a short text limits the tasks, too.
+    large = list(mixture.validation_batches(**{**options, "num_tokens": 10**9}))
+    assert sum(map(len, large)) == pytest.approx(mixture.num_validation_tokens / LENGTH, abs=3)
+
+
+def test_prepared_once_and_found_again_also_elsewhere(
+    settings: DataSettings, workspace: Workspace, tmp_path: Path
+) -> None:
+    assert find_prepared(settings, workspace.tokens) is None
+    expected = expected_tokens(settings, None)
+    folder = prepare(settings, workspace)
+    assert find_prepared(settings, workspace.tokens) == folder == prepare(settings, workspace)
+    data = open_data(folder)
+    assert data.vocab_size == expected.vocab_size == expected_tokens(settings, folder).vocab_size
+    assert data.fingerprint == folder.name
+    assert "70% files (300 documents" in describe(folder)
+    assert data.profile["phop_2_share"] == 0.2
+    workspace.root.rename(tmp_path / "moved")
+    moved = Workspace(tmp_path / "moved")
+    assert find_prepared(settings, moved.tokens) == moved.tokens / folder.name
+    verify_data(moved.tokens / folder.name, always=True)
+
+
+def test_other_shares_read_the_same_tokens(
+    mixture: MixtureStore, text: Path, workspace: Workspace
+) -> None:
+    other = data_settings(text, {"files": 0.5, "phop_2": 0.5})
+    data = open_data(prepare(other, workspace))
+    assert data.fingerprint != mixture.fingerprint
+    assert data.texts[0].folder == mixture.texts[0].folder
+    reordered = data_settings(text, dict(reversed(SHARES.items())))
+    assert find_prepared(reordered, workspace.tokens) == mixture.folder
+
+
+def test_damaged_tokens_of_a_text_are_found_and_written_again(
+    mixture: MixtureStore, settings: DataSettings, workspace: Workspace
+) -> None:
+    (texts,) = mixture.texts
+    path = texts.folder / "train.bin"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"\x01")
+    with pytest.raises(UserError, match=rf"{texts.folder.name} is damaged: train\.bin"):
+        verify_data(mixture.folder, always=True)
+    path.unlink()
+    with pytest.raises(UserError, match=r"train\.bin is missing"):
+        open_data(mixture.folder)
+    assert find_prepared(settings, workspace.tokens) is None
+    assert prepare(settings, workspace) == mixture.folder
+    assert path.read_bytes() == content
+
+
+def test_an_interrupted_preparation_resumes_with_the_text_that_it_was_at(
+    text: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = two_texts(text, {"files": 0.5, "hub": 0.25, "s5_4": 0.25})
+    write_text = mixture_writing.write_text
+    written: list[str] = []
+
+    def stop_after_first(alone: DataSettings, *others: object) -> Path:
+        if written:
+            raise KeyboardInterrupt
+        written.append(alone.source)
+        return write_text(alone, *others)
+
+    monkeypatch.setattr(mixture_writing, "write_text", stop_after_first)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings, workspace)
+    assert written == ["files"]
+    monkeypatch.setattr(
+        mixture_writing,
+        "write_text",
+        lambda s, *o: (written.append(s.source), write_text(s, *o))[1],
+    )
+    folder = prepare(settings, workspace)
+    assert written == ["files", "hub"]
+    assert not list(workspace.tokens.glob(f"{TEMPORARY_PREFIX}*"))
+    assert prepare(settings, Workspace(workspace.root / "other")).name == folder.name
+
+
+def test_a_loaded_tokenizer_gets_the_symbols_once(
+    mixture: MixtureStore, text: Path, tmp_path: Path
+) -> None:
+    plain = data_settings(text, SHARES, tokenizer=str(mixture.texts[0].tokenizer_path))
+    loaded = open_data(prepare(plain, Workspace(tmp_path / "other")))
+    assert loaded.fingerprint == mixture.fingerprint
+    with_symbols = data_settings(text, SHARES, tokenizer=str(mixture.tokenizer_path))
+    with pytest.raises(UserError, match=r"cannot get <\|0\|> as a new token"):
+        prepare(with_symbols, Workspace(tmp_path / "third"))
+
+
+def test_mixtures_of_texts_alone_or_of_tasks_alone(text: Path, workspace: Workspace) -> None:
+    texts = open_data(prepare(two_texts(text, {"files": 0.5, "hub": 0.5}), workspace))
+    assert isinstance(texts, MixtureStore)
+    assert all(isinstance(data, TokenStore) for data in texts.sources.values())
+    assert texts.sequences(np.arange(8), context_length=LENGTH, seed=0).taught is None
+    settings = data_settings(text, {"phop_2": 0.75, "s5_4": 0.25})
+    tasks = open_data(prepare(settings, workspace))
+    expected = expected_tokens(settings, None)
+    assert (expected.vocab_size, expected.context_length) == (tasks.vocab_size, 17)
+    assert tasks.num_validation_tokens is None
+    with pytest.raises(UserError, match=r"more than model\.context_length=8"):
+        tasks.check_length(8)
+
+
+@pytest.mark.parametrize(
+    ("tree", "reason"),
+    [
+        ({"shares": {"python": 0.6, "phop_6": 0.3}}, r"sum to 0\.9; they must sum to 1"),
+        ({"shares": {"python": 1.0, "phop_6": 0}}, r"share of phop_6 is 0; it must be above 0"),
+        ({"shares": {"pyhton": 0.5, "phop_6": 0.5}}, "did you mean python"),
+        ({"shares": {"python": 0.5, "pjop_6": 0.5}}, "did you mean phop_6"),
+        ({"shares": {"python": 0.5, "phop_0": 0.5}}, "phop_0 has depth 0"),
+        ({}, "no source has a share"),
+        ({"shares": {"python": 1.0}, "files": ["a.txt"]}, r"data\.shares has no `files`"),
+        (
+            {"shares": {"python": 0.5, "phop_6": 0.5}, "depth": {"tasks": ["phop_6"]}},
+            r"leave data\.depth\.tasks out",
+        ),
+    ],
+)
+def test_bad_mixtures_are_errors(tree: dict[str, object], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        resolve_settings({"data": {"source": "mixture", **tree}})
+
+
+def test_shares_of_one_source_are_an_error() -> None:
+    with pytest.raises(UserError, match=r"data\.source is python, which is one source"):
+        resolve_settings({"data": {"shares": {"python": 1.0}}})
