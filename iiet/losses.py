@@ -30,6 +30,8 @@ __all__ = [
     "DivergenceKind",
     "batch_cross_entropy",
     "cross_entropy",
+    "cross_entropy_and_accuracy",
+    "cross_entropy_by_source",
     "hidden_state_error",
     "kl_divergence",
     "mean_divergence",
@@ -59,6 +61,14 @@ def cross_entropy(
 
     Positions whose target is `NO_TARGET` do not count, whatever the mask says.
     """
+    total, counted = _losses(logits, targets, mask, reduction="sum")
+    return total / _divisor(count, counted, total.dtype)
+
+
+def _losses(
+    logits: Tensor, targets: Tensor, mask: Tensor | None, *, reduction: Literal["sum", "none"]
+) -> tuple[Tensor, Tensor]:
+    # The sum, or the loss of each position in one row; and which positions count.
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
             f"targets must be (batch, time) as the logits, here {tuple(logits.shape[:-1])}, "
@@ -72,13 +82,13 @@ def cross_entropy(
         logits = logits.masked_fill(~counted.unsqueeze(-1), 0)
     # A GPU converts and takes the logarithm in one kernel.
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    total = F.nll_loss(
+    losses = F.nll_loss(
         torch.log_softmax(logits, dim=-1, dtype=dtype).flatten(0, 1),
         targets.flatten(),
         ignore_index=NO_TARGET,
-        reduction="sum",
+        reduction=reduction,
     )
-    return total / _divisor(count, counted, total.dtype)
+    return losses, counted
 
 
 def batch_cross_entropy(logits: Logits, batch: Batch) -> Tensor:
@@ -90,6 +100,43 @@ def batch_cross_entropy(logits: Logits, batch: Batch) -> Tensor:
 
     (loss,) = loss_by_chunks(logits, batch, loss_of)
     return loss
+
+
+def cross_entropy_and_accuracy(logits: Logits, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Compute the `cross_entropy` of a batch, and the share of its targets that are likeliest."""
+
+    def loss_of(part: Tensor, span: Batch, _: slice | None) -> tuple[Tensor, Tensor]:
+        losses, counted = _losses(part, span.targets, span.taught, reduction="sum")
+        divisor = _divisor(span.target_count, counted, losses.dtype)
+        is_right = (part.argmax(dim=-1) == span.targets) & counted
+        return losses / divisor, is_right.sum() / divisor
+
+    loss, accuracy = loss_by_chunks(logits, batch, loss_of)
+    return loss, accuracy
+
+
+def cross_entropy_by_source(
+    logits: Logits, batch: Batch, *, num_sources: int
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Compute the `cross_entropy` of a batch, and what each of its sources adds to it.
+
+    Returns:
+        The loss; for each source its part of the loss, detached; for each source its share of the
+        targets. The loss is the sum of the parts, and the mean of a source is part / share.
+    """
+
+    def loss_of(part: Tensor, span: Batch, _: slice | None) -> tuple[Tensor, ...]:
+        assert span.sources is not None
+        losses, counted = _losses(part, span.targets, span.taught, reduction="none")
+        divisor = _divisor(span.target_count, counted, losses.dtype)
+        sources, known, counted = span.sources.flatten(), losses.detach(), counted.flatten()
+        own = [sources == number for number in range(num_sources)]
+        parts = [(known * rows).sum() / divisor for rows in own]
+        shares = [(counted & rows).sum() / divisor for rows in own]
+        return losses.sum() / divisor, *parts, *shares
+
+    loss, *others = loss_by_chunks(logits, batch, loss_of)
+    return loss, tuple(others[:num_sources]), tuple(others[num_sources:])
 
 
 def next_token_loss(logits: Logits, input_ids: Tensor, *, mask: Tensor | None = None) -> Tensor:

@@ -24,6 +24,7 @@ from orchestrator.training.loop import Hooks, Position, TrainingSetup, train
 from orchestrator.training.objective import make_objective
 from orchestrator.training.optimizer import keep_half_weights, make_optimizer
 from orchestrator.training.precision import frozen_dtype
+from orchestrator.workspace.journal import VALIDATION_METRIC
 
 GPU = "cuda:0"
 
@@ -101,7 +102,7 @@ def _hooks(batch: Any) -> Hooks:
     return Hooks(
         batch=batch,
         flops_per_token=lambda _: 0.0,
-        validate=lambda _: 0.0,
+        validate=lambda _: {VALIDATION_METRIC: 0.0},
         report=lambda *_: None,
         event=_no_event,
         throughput=lambda _: {},

@@ -37,6 +37,10 @@ class MixtureStore(PreparedData):
     order: SourceOrder
 
     @property
+    def parts(self) -> tuple[PreparedData, ...]:
+        return tuple(self.sources.values())
+
+    @property
     def texts(self) -> list[TokenStore]:
         """The text sources."""
         return [data for data in self.sources.values() if isinstance(data, TokenStore)]
@@ -88,7 +92,9 @@ class MixtureStore(PreparedData):
             rows = torch.from_numpy(own)
             part = data.sequences(numbers, context_length=context_length, seed=seed)
             ids[rows], targets[rows], sources[rows] = part.input_ids, part.targets, number
-        return Batch(ids, targets, is_text=self._is_text, sources=sources)
+        # A teacher has nothing to say about the padding of depth tasks.
+        is_text = len(self.texts) == len(self.sources)
+        return Batch(ids, targets, is_text=is_text, sources=sources)
 
     def validation_batches(
         self, *, context_length: int, num_tokens: int, batch_size: int
@@ -106,13 +112,7 @@ class MixtureStore(PreparedData):
                 num_tokens=own * context_length,
                 batch_size=batch_size,
             ):
-                sources = torch.full_like(batch.input_ids, number)
-                yield replace(batch, is_text=self._is_text, sources=sources)
-
-    @property
-    def _is_text(self) -> bool:
-        # A teacher has nothing to say about the padding of depth tasks.
-        return len(self.texts) == len(self.sources)
+                yield replace(batch, sources=torch.full_like(batch.input_ids, number))
 
 
 def open_mixture(folder: Path, manifest: Manifest) -> MixtureStore:

@@ -21,7 +21,8 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import DTYPES
 from orchestrator.training.distributed import World
 from orchestrator.training.precision import device_precision
-from orchestrator.training.validation import validation_loss
+from orchestrator.training.validation import validation_metrics
+from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.provenance import content_key
 
 VALIDATION_LOSS = "validation_loss"
@@ -183,7 +184,7 @@ class ModelMeasurer:
 def heldout_loss(
     decoder: Decoder, tokens_folder: Path, *, note: Callable[[str], None] | None = None
 ) -> float:
-    """Return the mean next-token loss over held-out tokens, in nats, under the model's schedule.
+    """Return the mean loss over held-out targets, in nats, under the model's schedule.
 
     Args:
         note: Called with a sentence if a batch runs out of a GPU's memory; smaller ones follow.
@@ -200,13 +201,13 @@ def heldout_loss(
         )
         # The arithmetic is that of the weights, as for the tasks.
         measure = partial(
-            validation_loss,
+            validation_metrics,
             decoder,
             list(batches),
             decoder.schedule,
             precision="fp32",
             world=World(device=str(decoder.device)),
         )
-        loss = limit.run(measure, size=limit.size, can_split=limit.size > 1)
-        if loss is not None:
-            return loss
+        metrics = limit.run(measure, size=limit.size, can_split=limit.size > 1)
+        if metrics is not None:
+            return metrics[VALIDATION_METRIC]

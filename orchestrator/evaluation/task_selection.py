@@ -133,6 +133,8 @@ def check_offered(settings: EvaluationSettings, offered: Collection[str]) -> Non
 
 def tasks_of_source(settings: DataSettings) -> tuple[str, ...]:
     """Return the held-out tasks that data of these settings offer, prepared or not."""
+    if settings.source == "mixture":
+        return (*(TEXT_TASKS if settings.texts else ()), *settings.tasks.tasks)
     return settings.depth.tasks if settings.source == "depth" else TEXT_TASKS
 
 

@@ -27,7 +27,7 @@ from orchestrator.training.distributed import (
     pass_of_several,
 )
 from orchestrator.training.learning_rate import learning_rate_at
-from orchestrator.training.objective import Objective
+from orchestrator.training.objective import Objective, mean_by_source
 from orchestrator.training.optimizer import set_learning_rate
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import VALIDATION_METRIC
@@ -90,8 +90,8 @@ class Hooks:
     """Step -> this worker's share of the batch, on the CPU; the shares may differ in size."""
     flops_per_token: Callable[[int], float]
     """Step -> training FLOPs per token."""
-    validate: Callable[[int], float]
-    """Steps done -> validation loss, the same on all workers."""
+    validate: Callable[[int], Mapping[str, float]]
+    """Steps done -> validation metrics by name, the same on all workers."""
     report: Callable[[int, Mapping[str, float]], None]
     """(Steps done, metrics by name); called on every worker."""
     event: Callable[..., None]
@@ -166,9 +166,10 @@ def train(setup: TrainingSetup, position: Position, hooks: Hooks) -> bool:
             named = {f"train/{name}": number for name, number in numbers.items()}
             hooks.report(position.step, {**named, **hooks.throughput(position)})
         if is_last or position.step % recipe.validate_every_steps == 0:
-            position.validation_loss = hooks.validate(position.step)
+            metrics = hooks.validate(position.step)
+            position.validation_loss = metrics[VALIDATION_METRIC]
             position.validated_step = position.step
-            hooks.report(position.step, {VALIDATION_METRIC: position.validation_loss})
+            hooks.report(position.step, metrics)
         if is_last or position.step % recipe.checkpoint_every_steps == 0:
             hooks.save(position)
         hooks.end_step()
@@ -235,7 +236,7 @@ def _compute_gradients(setup: TrainingSetup, batch: Batch, step: int) -> dict[st
         for name, value in {"loss": loss, **parts}.items():
             totals[name] = totals.get(name, 0.0) + share * value.detach().double()
     norm = clip_gradients(setup.model, setup.recipe.clip_norm)
-    return mean_over_workers({**totals, "gradient_norm": norm}, setup.world)
+    return mean_by_source(mean_over_workers({**totals, "gradient_norm": norm}, setup.world))
 
 
 def _record_every(recipe: TrainingSettings) -> int:

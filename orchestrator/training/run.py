@@ -40,7 +40,7 @@ from orchestrator.training.schedules import (
 )
 from orchestrator.training.teacher_cache import CachedTeacher
 from orchestrator.training.throughput import ThroughputMeter
-from orchestrator.training.validation import validation_loss
+from orchestrator.training.validation import validation_metrics
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.locks import lock_file
@@ -142,7 +142,12 @@ class _Run:
         return TrainingSetup(
             model=replicate(self.decoder, self.world, has_idle_parameters=has_idle_parameters),
             optimizer=self.optimizer,
-            objective=make_objective(self.schedule_at, self.teacher, self.job.distillation),
+            objective=make_objective(
+                self.schedule_at,
+                self.teacher,
+                self.job.distillation,
+                source_names=self.data.source_names,
+            ),
             drawn_objectives=drawn_objectives(
                 drawn_by_step(self.config.corrections, self.job.recipe)
             ),
@@ -196,7 +201,7 @@ class _Run:
             world_size=self.world.size,
         )
 
-    def validate(self, step: int) -> float:
+    def validate(self, step: int) -> dict[str, float]:
         # Under the schedule of the latest step.
         recipe, world = self.job.recipe, self.world
         batches = self.data.validation_batches(
@@ -204,12 +209,13 @@ class _Run:
             num_tokens=recipe.num_validation_tokens,
             batch_size=recipe.num_sequences_per_pass or self.global_batch // world.size,
         )
-        return validation_loss(
+        return validation_metrics(
             self.decoder,
             list(batches),
             self.schedule_at(step - 1),
             precision=recipe.precision,
             world=world,
+            source_names=self.data.source_names,
         )
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The validation loss of a model in training, computed by all workers together.
+"""Loss and accuracy of a model on held-out batches, computed by all workers together.
 
 Each worker takes every n-th batch. If the last round has too few batches, the remaining workers run
 a batch without counting it: all workers must run a sharded model together.
@@ -6,46 +6,79 @@ a batch without counting it: all workers must run a sharded model together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 
 from iiet.batch import Batch
 from iiet.decoder import Decoder
-from iiet.losses import batch_cross_entropy
+from iiet.losses import batch_cross_entropy, cross_entropy_and_accuracy
 from iiet.schedule import IterationSchedule
 from orchestrator.training.distributed import World, autocast, mean_over_workers
+from orchestrator.workspace.journal import VALIDATION_METRIC
+
+ACCURACY_METRIC = "validation/accuracy"
+_SUMS = ("loss", "targets", "right", "answers")
 
 
 @torch.no_grad()
-def validation_loss(
+def validation_metrics(
     decoder: Decoder,
     batches: Sequence[Batch],
     schedule: IterationSchedule,
     *,
     precision: str,
     world: World,
-) -> float:
-    """Return the mean loss per target in nats, the same on all workers; 0 without targets.
+    source_names: Sequence[str] = (),
+) -> dict[str, float]:
+    """Return loss and accuracy on held-out batches, by name of the metric.
 
-    The batches are the same on every worker. The decoder's mode (training or evaluation) is
+    Batches and result are the same on every worker. The decoder's mode (training or evaluation) is
     restored afterwards.
+
+    Args:
+        source_names: The sources of a mixture; each batch is of one of them.
+
+    Returns:
+        `validation/loss`: the mean per target in nats, 0 without targets; `validation/accuracy`:
+        of the targets that are no text, if there are any; of a mixture also both of each source,
+        such as `validation/loss_python` and `validation/accuracy_phop_6`.
     """
-    total = count = 0.0
+    names = [f"_{name}" for name in source_names] or [""]
+    sums = {what + name: 0.0 for name in names for what in _SUMS}
     was_training = decoder.training
     decoder.eval()
     for first in range(0, len(batches), world.size):
         number = first + world.rank
         batch = batches[min(number, len(batches) - 1)]
         num_targets = batch.num_targets
+        name = names[0 if batch.sources is None else int(batch.sources[0, 0])]
         batch = batch.to(world.device)
         with autocast(precision, world):
-            finish = partial(batch_cross_entropy, batch=batch)
-            loss = decoder(batch.input_ids, schedule=schedule, finish=finish)
+            loss_of = batch_cross_entropy if batch.is_text else cross_entropy_and_accuracy
+            finish = partial(loss_of, batch=batch)
+            found = decoder(batch.input_ids, schedule=schedule, finish=finish)
         if number < len(batches):
-            total += loss.item() * num_targets
-            count += num_targets
+            loss, *accuracies = found if isinstance(found, tuple) else (found,)
+            sums["loss" + name] += loss.item() * num_targets
+            sums["targets" + name] += num_targets
+            for accuracy in accuracies:
+                sums["right" + name] += accuracy.item() * num_targets
+                sums["answers" + name] += num_targets
     decoder.train(was_training)
-    sums = mean_over_workers({"total": total, "count": count}, world)
-    return sums["total"] / (sums["count"] or 1.0)
+    sums = mean_over_workers(sums, world)
+    total = {what: sum(sums[what + name] for name in names) for what in _SUMS}
+    metrics = {VALIDATION_METRIC: 0.0}
+    for name in dict.fromkeys(["", *names]):
+        metrics |= _means(total | sums, name)
+    return metrics
+
+
+def _means(sums: Mapping[str, float], name: str) -> dict[str, float]:
+    means = {}
+    if sums["targets" + name]:
+        means[VALIDATION_METRIC + name] = sums["loss" + name] / sums["targets" + name]
+    if sums["answers" + name]:
+        means[ACCURACY_METRIC + name] = sums["right" + name] / sums["answers" + name]
+    return means

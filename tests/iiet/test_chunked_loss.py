@@ -20,7 +20,7 @@ from iiet.distillation import DistillationConfig, distillation_loss, frozen_teac
 from iiet.losses import batch_cross_entropy
 from orchestrator.training.distributed import World
 from orchestrator.training.objective import make_objective
-from orchestrator.training.validation import validation_loss
+from orchestrator.training.validation import validation_metrics
 
 VOCAB, SEQUENCES, TIME = 101, 3, 12
 ELEMENTS = SEQUENCES * TIME * VOCAB
@@ -159,7 +159,7 @@ def test_no_tensor_of_a_training_step_is_as_large_as_the_logits(loss: str | None
     objective = make_objective(lambda _: schedule, some_teacher(decoder) if loss else None, config)
     with LargestTensor() as seen:
         objective(decoder, batch, 0)[0].backward()  # type: ignore[no-untyped-call]
-        validation_loss(decoder, [batch], schedule, precision="fp32", world=World())
+        validation_metrics(decoder, [batch], schedule, precision="fp32", world=World())
     assert seen.num_values < ELEMENTS / 2
 
 

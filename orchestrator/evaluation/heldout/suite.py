@@ -182,12 +182,11 @@ def _stored_suite(folder: Path) -> HeldoutSuite | None:
 
 
 def _rows(data: PreparedData, num_items: int, max_tokens: int) -> dict[str, list[dict[str, Any]]]:
-    rows: dict[str, list[dict[str, Any]]] = {}
+    texts = [part for part in data.parts if isinstance(part, TokenStore)]
+    rows = text_rows(texts, num_items, max_tokens) if texts else {}
     for part in data.parts:
         if isinstance(part, DepthStore):
             rows |= depth_rows(part, num_items)
-        elif isinstance(part, TokenStore):
-            rows |= text_rows(part, num_items, max_tokens)
     return rows
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
+
+import numpy as np
 
 from orchestrator.data.corpus import Document, hash_fraction
 from orchestrator.data.token_store import TokenStore
@@ -64,31 +67,32 @@ TEXT_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def text_rows(
-    store: TokenStore, num_items: int, max_tokens: int
+    stores: Sequence[TokenStore], num_items: int, max_tokens: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the items of each task.
+    """Return the items of each task, made from all texts together.
 
     Args:
+        stores: Texts of one tokenizer.
         num_items: Largest number of items of each accuracy task.
         max_tokens: Longest passage with its ending.
 
     Raises:
         UserError: If the documents give no items.
     """
-    documents = _sample(store, SOURCE_BYTES_PER_ITEM * num_items)
-    tokenizer = load_tokenizer(store.tokenizer_path)
-    known = store.train[:KNOWN_TEXT_TOKENS]
+    documents = _sample(stores, SOURCE_BYTES_PER_ITEM * num_items)
+    tokenizer = load_tokenizer(stores[0].tokenizer_path)
+    known = np.concatenate([store.train[: KNOWN_TEXT_TOKENS // len(stores)] for store in stores])
     builder = ItemBuilder(
         documents,
         words=WordTrigrams(tokenizer.decode(known.tolist())),
-        tokens=TokenBigrams(known, store.vocab_size),
+        tokens=TokenBigrams(known, stores[0].vocab_size),
         encode=lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids),
         max_tokens=max_tokens,
     )
     rows = {
         "lastword": [asdict(i) for i in builder.last_words(num_items)],
         "continuation": [asdict(i) for i in builder.continuations(num_items)],
-        "bits_per_byte": [asdict(d) for d in _sample(store, MAX_ROLLING_BYTES)],
+        "bits_per_byte": [asdict(d) for d in _sample(stores, MAX_ROLLING_BYTES)],
     }
     if not any(rows[name] for name in TEXT_ACCURACY_TASKS):
         raise UserError(
@@ -98,9 +102,12 @@ def text_rows(
     return rows
 
 
-def _sample(store: TokenStore, num_bytes: int) -> list[Document]:
+def _sample(stores: Sequence[TokenStore], num_bytes: int) -> list[Document]:
     """Return about `num_bytes` of held-out documents, chosen by hash, in their order."""
-    share = min(1.0, num_bytes / store.manifest.validation.bytes)
-    with store.validation_documents_path.open(encoding="utf-8") as lines:
-        documents = (Document(**json.loads(line)) for line in lines)
-        return [document for document in documents if hash_fraction(document.text, "test") < share]
+    share = min(1.0, num_bytes / sum(store.manifest.validation.bytes for store in stores))
+    documents: list[Document] = []
+    for store in stores:
+        with store.validation_documents_path.open(encoding="utf-8") as lines:
+            read = (Document(**json.loads(line)) for line in lines)
+            documents += [each for each in read if hash_fraction(each.text, "test") < share]
+    return documents

@@ -23,7 +23,7 @@ from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.checkpoint_writer import best_checkpoint
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import RunFailed
-from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 
 MakeJob = Callable[..., TrainingJob]
 
@@ -135,7 +135,9 @@ def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     validation = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5}
-    monkeypatch.setattr(run_module._Run, "validate", lambda self, step: validation[step])
+    monkeypatch.setattr(
+        run_module._Run, "validate", lambda self, step: {VALIDATION_METRIC: validation[step]}
+    )
     recipe = {"validate_every_steps": 2, "num_checkpoints_kept": 1, "keep_best": True}
     job = make_job(**recipe)
     run_job(job, should_stop=iter([False] * 5 + [True]).__next__)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +23,8 @@ from orchestrator.training.distributed import World
 from orchestrator.training.loop import Hooks, Position, TrainingSetup, train
 from orchestrator.training.objective import Objective, make_objective
 from orchestrator.training.teacher_cache import CachePlan, open_cache, write_cache
-from orchestrator.training.validation import validation_loss
+from orchestrator.training.validation import validation_metrics
+from orchestrator.workspace.journal import VALIDATION_METRIC
 
 SCHEDULE = IterationSchedule((2, 1))
 NUM_STEPS, NUM_ROWS, LENGTH = 4, 6, 12
@@ -85,7 +88,7 @@ def trained(
     hooks = Hooks(
         batch=source,
         flops_per_token=lambda _: 0.0,
-        validate=lambda _: 0.0,
+        validate=lambda _: {VALIDATION_METRIC: 0.0},
         report=lambda _, numbers: reported.append(numbers),
         event=never,
         throughput=lambda _: {},
@@ -141,7 +144,7 @@ def test_a_step_without_targets_changes_nothing() -> None:
 @pytest.mark.parametrize("source", [completions, answers])
 def test_validation_weighs_batches_by_their_targets(source: Source) -> None:
     decoder, batches = fresh_decoder(), [*source(0).split(4), nothing(0), *source(1).split(5)]
-    found = validation_loss(decoder, batches, SCHEDULE, precision="fp32", world=World())
+    found = validation_metrics(decoder, batches, SCHEDULE, precision="fp32", world=World())
     both = [source(0), source(1)]
     logits, targets = (
         torch.cat(values)
@@ -149,9 +152,72 @@ def test_validation_weighs_batches_by_their_targets(source: Source) -> None:
     )
     masks = [b.targets != NO_TARGET if b.mask is None else b.mask for b in both]
     expected = cross_entropy(logits, targets, mask=torch.cat(masks)).item()
+    assert found[VALIDATION_METRIC] == pytest.approx(expected, rel=1e-12)
+    right = (logits.argmax(-1) == targets)[torch.cat(masks).bool()].double().mean().item()
+    assert found.get("validation/accuracy") == (
+        None if batches[0].is_text else pytest.approx(right)
+    )
+    empty = validation_metrics(decoder, [nothing(0)], SCHEDULE, precision="fp32", world=World())
+    assert empty == {VALIDATION_METRIC: 0.0}
+
+
+def of_two_sources(step: int) -> Batch:
+    """Six sequences of text and two of answers, in one batch."""
+    text, task = completions(step), answers(step)
+    sources = torch.cat([torch.zeros_like(text.input_ids), torch.ones_like(task.input_ids)])
+    return Batch(
+        torch.cat([text.input_ids, task.input_ids]),
+        torch.cat([text.targets.masked_fill(~text.counted, NO_TARGET), task.targets]),
+        sources=sources,
+    )
+
+
+@pytest.mark.parametrize("per_pass", [None, 3])
+def test_losses_by_source_are_those_of_each_source_and_weigh_up_to_the_total(
+    per_pass: int | None,
+) -> None:
+    names = ("files", "phop_2")
+    objective = make_objective(lambda _: SCHEDULE, source_names=names)
+    decoder, numbers = trained(of_two_sources, objective, per_pass=per_pass)
+    plain, plain_numbers = trained(
+        of_two_sources, make_objective(lambda _: SCHEDULE), per_pass=per_pass
+    )
+    batch, first = of_two_sources(0), numbers[0]
+    logits = fresh_decoder()(batch.input_ids)
+    total = 0.0
+    for number, name in enumerate(names):
+        chosen = (batch.sources == number) & batch.counted
+        expected = cross_entropy(logits, batch.targets, mask=chosen).item()
+        assert first[f"train/loss_{name}"] == pytest.approx(expected, rel=1e-9)
+        total += expected * chosen.sum().item()
+    assert first["train/loss"] == pytest.approx(total / batch.num_targets, rel=1e-9)
+    assert set(first) - set(plain_numbers[0]) == {f"train/loss_{name}" for name in names}
+    for found, expected in zip(decoder.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
+
+
+def test_validation_by_source_weighs_up_to_the_total() -> None:
+    decoder, names = fresh_decoder(), ("files", "phop_2", "chain_2")
+    batches = [
+        replace(batch, sources=torch.full_like(batch.input_ids, number))
+        for number, source in enumerate((completions, answers))
+        for batch in source(0).split(3)
+    ]
+    options: dict[str, Any] = {"precision": "fp32", "world": World()}
+    found = validation_metrics(decoder, batches, SCHEDULE, **options, source_names=names)
+    alone = {
+        name: validation_metrics(decoder, [source(0)], SCHEDULE, **options)
+        for name, source in zip(names, (completions, answers), strict=False)
+    }
+    expected = {
+        f"{metric}_{name}": value for name, own in alone.items() for metric, value in own.items()
+    }
+    weights = [completions(0).num_targets, answers(0).num_targets]
+    losses = [own[VALIDATION_METRIC] for own in alone.values()]
+    expected[VALIDATION_METRIC] = float(np.average(losses, weights=weights))
+    expected["validation/accuracy"] = alone["phop_2"]["validation/accuracy"]
     assert found == pytest.approx(expected, rel=1e-12)
-    empty = validation_loss(decoder, [nothing(0)], SCHEDULE, precision="fp32", world=World())
-    assert empty == 0.0
+    assert "validation/accuracy_phop_2" in found
 
 
 def test_a_teacher_cache_serves_every_mask_and_masked_outputs_do_not_matter(
