@@ -25,7 +25,6 @@ def make_objective(
     schedule_at: ScheduleByStep,
     teacher: Model | None = None,
     distillation: DistillationConfig | None = None,
-    *,
     source_names: Sequence[str] = (),
 ) -> Objective:
     """Return the loss under the schedule of the step: cross-entropy, or IIAD with a teacher.

@@ -146,7 +146,7 @@ class _Run:
                 self.schedule_at,
                 self.teacher,
                 self.job.distillation,
-                source_names=self.data.source_names,
+                self.data.source_names,
             ),
             drawn_objectives=drawn_objectives(
                 drawn_by_step(self.config.corrections, self.job.recipe)
