@@ -1,0 +1,184 @@
+"""What the depth study knows of an arm, and how checkpoints are read under other schedules.
+
+A reading is loss and accuracy on validation sequences, at all positions with an answer. Each
+checkpoint is read as it was trained; one whose method has corrections also without them, with one
+more, and with twice as many.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from depth_arms import Arm
+from depth_rules import Measured
+from pydantic import Field
+from torch.nn import functional as F
+
+from iiet import Decoder
+from iiet.cost import inference_cost
+from iiet.schedule import IterationSchedule
+from orchestrator import Trial
+from orchestrator.data.prepared import PreparedData
+from orchestrator.records.record import Record
+
+NUM_SEQUENCES = 2048
+"""Validation sequences of a reading."""
+BATCH_SIZE = 128
+"""Sequences in one forward pass; the readings do not depend on it, except for rounding."""
+LOSS, ACCURACY = "validation_loss", "accuracy"
+
+
+class Reading(Record):
+    """Loss and accuracy of a checkpoint under one iteration schedule."""
+
+    loss: float
+    """Cross-entropy in nats per answer."""
+    accuracy: float
+
+
+class CheckpointReadings(Record):
+    """Readings of one checkpoint, as they are stored."""
+
+    own: Reading
+    """As it was trained."""
+    others: dict[int, Reading]
+    """Other numbers of corrections, of every layer -> reading; empty if the method has none."""
+
+
+class SeedResult(Record):
+    """An arm at its best rate under one seed."""
+
+    readings: CheckpointReadings
+    heldout_accuracy: float | None
+    """On the items of the evaluation."""
+    seconds: float
+    """Of the training."""
+
+
+class ArmResult(Record):
+    """A finished arm."""
+
+    name: str
+    num_layers: int
+    evaluations: float
+    """Field evaluations per token (NFE)."""
+    num_parameters: int
+    training_flops: float
+    """Of one training."""
+    losses_by_rate: dict[float, float]
+    """Learning rate -> validation loss at the first seed."""
+    best_rate: float
+    """Rate with the lowest loss; it counts for all seeds."""
+    seeds: dict[int, SeedResult]
+
+    @property
+    def has_inner_rate(self) -> bool:
+        """Whether a lower and a higher rate than the best one were tried."""
+        return min(self.losses_by_rate) < self.best_rate < max(self.losses_by_rate)
+
+    @property
+    def accuracies(self) -> dict[int, float]:
+        """Accuracy as it was trained, by seed."""
+        return {seed: result.readings.own.accuracy for seed, result in self.seeds.items()}
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Loss as it was trained, by seed."""
+        return {seed: result.readings.own.loss for seed, result in self.seeds.items()}
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.accuracies.values())
+
+    def measured(self) -> Measured:
+        """Return what the rules need."""
+        others = {seed: one.readings.others for seed, one in self.seeds.items()}
+        none = {seed: found[0].accuracy for seed, found in others.items() if 0 in found}
+        return Measured(accuracies=self.accuracies, without_corrections=none)
+
+
+def arm_result(
+    arm: Arm,
+    trials: Sequence[Trial],
+    losses_by_rate: Mapping[float, float],
+    best_rate: float,
+    readings: Mapping[str, CheckpointReadings],
+) -> ArmResult:
+    """Put together what was measured.
+
+    Args:
+        trials: At the best rate, one for each seed.
+        readings: Key of a trial -> readings of its checkpoint.
+    """
+    cost = inference_cost(trials[0].model)
+    return ArmResult(
+        name=arm.name,
+        num_layers=trials[0].model.num_layers,
+        evaluations=cost.evaluations_per_token,
+        num_parameters=cost.num_parameters,
+        training_flops=trials[0].train.flops or 0.0,
+        losses_by_rate=dict(losses_by_rate),
+        best_rate=best_rate,
+        seeds={
+            seed_of(trial): SeedResult(
+                readings=readings[trial.key],
+                heldout_accuracy=trial.quality.get(ACCURACY),
+                seconds=trial.train.seconds or 0.0,
+            )
+            for trial in trials
+        },
+    )
+
+
+def seed_of(trial: Trial) -> int:
+    """Return the seed of a trial's training."""
+    assert trial.job is not None
+    return trial.job.recipe.seed
+
+
+def other_corrections(corrections: int) -> list[int]:
+    """Return the other numbers of corrections at which a model is read."""
+    return sorted({0, corrections + 1, 2 * corrections} - {corrections})
+
+
+@torch.no_grad()
+def read_checkpoint(
+    folder: Path, data: PreparedData, *, num_sequences: int = NUM_SEQUENCES
+) -> CheckpointReadings:
+    """Read a checkpoint under its own and, if its method has corrections, under other schedules."""
+    decoder = Decoder.load(folder).eval()
+    length, layers = decoder.config.context_length, decoder.config.num_layers
+    counts = other_corrections(max(decoder.schedule)) if decoder.method.has_corrections else []
+    schedules = [decoder.schedule, *(IterationSchedule.uniform(layers, r) for r in counts)]
+    losses, hits, total = [0.0] * len(schedules), [0] * len(schedules), 0
+    for batch in data.validation_batches(
+        context_length=length, num_tokens=num_sequences * length, batch_size=BATCH_SIZE
+    ):
+        targets = batch.targets[batch.counted]
+        total += len(targets)
+        for number, schedule in enumerate(schedules):
+            logits = decoder(batch.input_ids, schedule=schedule)[batch.counted]
+            losses[number] += F.cross_entropy(logits, targets, reduction="sum").item()
+            hits[number] += int((logits.argmax(-1) == targets).sum())
+    own, *others = (
+        Reading(loss=loss / total, accuracy=hit / total)
+        for loss, hit in zip(losses, hits, strict=True)
+    )
+    return CheckpointReadings(own=own, others=dict(zip(counts, others, strict=True)))
+
+
+class StudyResults(Record):
+    """The whole study, as `results.json` keeps it."""
+
+    arms: dict[str, ArmResult] = Field(default_factory=dict)
+    """Finished arms by name."""
+    not_run: dict[str, str] = Field(default_factory=dict)
+    """Other arms -> why they are not finished."""
+    flops: float = 0.0
+    """Training FLOPs of the sweeps that have ended."""
+    seconds: float = 0.0
+    """What these sweeps took, evaluation included."""

@@ -1,0 +1,313 @@
+"""`python examples/depth_study.py`: do corrections pay where a task needs depth and layers are few?
+
+The study trains arms in the order of priority: vanilla models of several depths, IIETs with 0 and
+more corrections, in two stages, with options; models that repeat the whole stack; PCformer. Each
+arm takes two sweeps or three:
+
+    rates     every learning rate of the arm at the first seed; if the best one is the lowest or the
+              highest, one more beyond it
+    seeds     the best rate, by validation loss, under all seeds
+
+Then each checkpoint is read on validation sequences, as it was trained and under other schedules.
+After each arm, `results.md`, `results.json` and a picture are written: verdicts by rules that were
+fixed before (`depth_rules.py`), tables, and what a correction is worth in layers.
+
+Nothing is trained twice: the same command resumes after an interruption, and another selection of
+arms keeps what is finished. It takes hours on a CPU:
+
+    python examples/depth_study.py --dry-run
+    python examples/depth_study.py --hours 5
+    python examples/depth_study.py --arms 'vanilla, ? layers' 'r = ?, 2 layers'
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from depth_arms import Arm, Choices, select_arms, study_arms
+from depth_figure import write_figure
+from depth_results import (
+    LOSS,
+    ArmResult,
+    CheckpointReadings,
+    StudyResults,
+    arm_result,
+    read_checkpoint,
+)
+from depth_tables import arm_line, study_markdown
+
+from orchestrator import (
+    RunFailed,
+    Settings,
+    SweepModel,
+    Trial,
+    UserError,
+    plan_sweep,
+    prepare,
+    read_settings,
+    sweep,
+)  # fmt: skip
+from orchestrator.cli.app import exit_code_of
+from orchestrator.cli.session import Session, open_session
+from orchestrator.cluster.start import ray_cluster
+from orchestrator.data.sources import open_data
+from orchestrator.pipelines.sweep_dry_runs import SweepDryRun
+from orchestrator.pipelines.sweeps import raise_failures
+from orchestrator.reporting.price_table import two_column_table
+from orchestrator.terminal.formatting import format_count, format_duration
+from orchestrator.terminal.layout import print_line
+from orchestrator.workspace.files import write_text
+
+SETTINGS = Path(__file__).with_suffix(".yaml")
+ASSUMED_SPEED = 4e10
+"""Training FLOPs per second of all trainings together, until a first one is measured."""
+RATE_STEP = 2.0
+"""Factor between a learning rate and the next one beyond the tried ones."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study, or print its plan; return the exit code as `iiet-orch` does."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workspace", type=Path, help="folder for all that is made")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="instead of sweep.seeds")
+    parser.add_argument(
+        "--arms", nargs="+", default=[], metavar="NAME", help="only these; * and ? stand for others"
+    )
+    parser.add_argument(
+        "--hours", type=float, metavar="N", help="begin no arm that would end after N hours"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan")
+    options = parser.parse_args(arguments)
+    changes = list(options.changes)
+    if options.seeds:
+        changes.append(f"sweep.seeds={options.seeds}")
+
+    try:
+        settings = read_settings(SETTINGS, changes)
+        is_dry = options.dry_run
+        with open_session(
+            options.workspace, "depth-study", verbose=False, dry_run=is_dry
+        ) as session:
+            study = DepthStudy(settings, Choices(), session)
+            selected = select_arms(study.arms, options.arms)
+            if is_dry:
+                study.print_plan(selected)
+            else:
+                study.run(selected, hours=options.hours)
+    except BaseException as error:
+        return exit_code_of(error)
+    return 0
+
+
+class DepthStudy:
+    """The arms in order, and what is known of them.
+
+    Args:
+        settings: `sweep.seeds` are the seeds, the first of them that of the learning rates.
+        choices: Which arms there are.
+        session: Workspace, progress and console.
+        name: Prefix of the names of its sweeps, and of the folder of its results.
+
+    Raises:
+        UserError: If there are no seeds.
+    """
+
+    def __init__(
+        self, settings: Settings, choices: Choices, session: Session, name: str = "depth"
+    ) -> None:
+        if not settings.sweep.seeds:
+            raise UserError("sweep.seeds is empty; name seeds, such as --seeds 2 3 4")
+        self.settings, self.choices, self.session, self.name = settings, choices, session, name
+        self.arms = study_arms(settings, choices)
+        self.seeds = settings.sweep.seeds
+        self.folder = session.workspace.overlays / name
+        stored = StudyResults.read_measured(self.folder / "results.json", session.progress.note)
+        self.results = stored or StudyResults()
+        self.trials: dict[str, Sequence[Trial]] = {}
+        self.failures: dict[str, str] = {}
+
+    def run(self, selected: Sequence[Arm], *, hours: float | None = None) -> None:
+        """Run the selected arms that are not finished, and write the results after each.
+
+        Raises:
+            RunFailed: If a trial failed, after all arms; the same command tries it again.
+        """
+        started, root = time.monotonic(), self.session.workspace.root
+        self.tokens = prepare(
+            self.settings, workspace=self.session.workspace, progress=self.session.progress
+        )
+        finished = {arm.name: found for arm in self.arms if (found := self._result(arm))}
+        not_run = {
+            arm.name: "not selected" if arm not in selected else "not run yet"
+            for arm in self.arms
+            if arm.name not in finished
+        }
+        self._write(finished, not_run)
+        with ray_cluster(self.settings.cluster, folder=root, say=self.session.progress.start):
+            for arm in (arm for arm in selected if arm.name not in finished):
+                needed = self._hours_left(arm)
+                left = None if hours is None else hours - (time.monotonic() - started) / 3600
+                if left is not None and needed > left:
+                    not_run[arm.name] = f"it takes {needed:.2f} hours, and {left:.2f} were left"
+                elif result := self._run(arm):
+                    finished[arm.name] = result
+                    del not_run[arm.name]
+                else:
+                    not_run[arm.name] = "failed"
+                self._write(finished, not_run)
+        print_line(self.session.console, f"study: {self.folder / 'results.md'}")
+        raise_failures(self.failures)
+
+    def print_plan(self, selected: Sequence[Arm]) -> None:
+        """Print what each arm takes from here on, as far as it is known."""
+        rows, total = [], 0.0
+        for arm in selected:
+            price = self._plan(self._expected_models(arm)).price
+            total += price.flops / self.speed
+            rows.append(
+                (
+                    arm.name,
+                    f"{format_count(price.num_trainings, 'training')}, {price.flops:.1e} FLOPs, "
+                    f"{format_duration(price.flops / self.speed)}; "
+                    f"after it {format_duration(total)}"
+                    if price.num_trainings
+                    else "finished",
+                )
+            )
+        self.session.console.print(two_column_table("Arms in order", rows))
+        measured = "measured" if self.results.seconds else "assumed"
+        print_line(
+            self.session.console,
+            f"  at {measured} {self.speed:.1e} training FLOPs per second in all; a further "
+            "learning rate, where the best one is the lowest or the highest, takes a fifth more",
+        )
+
+    @property
+    def speed(self) -> float:
+        """Training FLOPs per second of all trainings together, evaluation and pauses included."""
+        known = self.results
+        return known.flops / known.seconds if known.flops and known.seconds else ASSUMED_SPEED
+
+    def _run(self, arm: Arm) -> ArmResult | None:
+        try:
+            result = self._result(arm, may_train=True)
+        except RunFailed as error:
+            self.failures[arm.name] = str(error)
+            return None
+        if result:
+            print_line(self.session.console, arm_line(result))
+        return result
+
+    def _result(self, arm: Arm, *, may_train: bool = False) -> ArmResult | None:
+        """Return the result of an arm; None if something is not finished and may not be trained."""
+        by_rate = self._by_rate(arm, arm.rates, "rates", may_train=may_train)
+        if by_rate and (more := _rate_beyond(by_rate)):
+            others = self._by_rate(arm, [more], "further rate", may_train=may_train)
+            by_rate = by_rate | others if others else {}
+        if not by_rate:
+            return None
+        best = _best_rate(by_rate)
+        models = [arm.model(rate=best, seed=seed) for seed in self.seeds]
+        trials = self._trials(models, f"{arm.slug}-seeds", may_train=may_train)
+        if not trials:
+            return None
+        self.trials[arm.name] = [trial.model_copy(update={"group": arm.name}) for trial in trials]
+        readings = {trial.key: self._readings(trial) for trial in trials}
+        losses = {rate: trial.quality[LOSS] for rate, trial in by_rate.items()}
+        return arm_result(arm, trials, losses, best, readings)
+
+    def _by_rate(
+        self, arm: Arm, rates: Sequence[float], phase: str, *, may_train: bool
+    ) -> dict[float, Trial]:
+        """Return learning rate -> trial of the first seed; empty if not all are finished."""
+        models = [arm.model(rate=rate, seed=self.seeds[0]) for rate in rates]
+        name = f"{arm.slug}-{phase.replace(' ', '-')}"
+        trials = self._trials(models, name, may_train=may_train)
+        return {trial.job.recipe.learning_rate: trial for trial in trials if trial.job}
+
+    def _trials(
+        self, models: Sequence[SweepModel], name: str, *, may_train: bool
+    ) -> Sequence[Trial]:
+        """Return the finished trials of some models; none if not all are finished."""
+        plan = self._plan(models)
+        known = [state.trial.result() for state in plan.states]
+        finished = [trial for trial in known if trial]
+        if len(finished) == len(known) or not may_train:
+            return finished if len(finished) == len(known) else []
+        started = time.monotonic()
+        result = sweep(
+            self.settings,
+            workspace=self.session.workspace,
+            models=models,
+            name=f"{self.name}-{name}",
+            progress=self.session.progress,
+        )
+        self.failures |= result.failures
+        self.results = self.results.model_copy(
+            update={
+                "flops": self.results.flops + plan.price.flops,
+                "seconds": self.results.seconds + time.monotonic() - started,
+            }
+        )
+        return result.trials
+
+    def _readings(self, trial: Trial) -> CheckpointReadings:
+        path = self.folder / "readings" / f"{trial.key}.json"
+        found = CheckpointReadings.read_measured(path, self.session.progress.note)
+        if found is None:
+            self.session.progress.start(f"reading {trial.name}")
+            found = read_checkpoint(Path(str(trial.checkpoint)), open_data(self.tokens))
+            found.write(path)
+        return found
+
+    def _plan(self, models: Sequence[SweepModel]) -> SweepDryRun:
+        return plan_sweep(self.settings, workspace=self.session.workspace, models=models, name="s")
+
+    def _expected_models(self, arm: Arm) -> list[SweepModel]:
+        """Return the models of an arm if its best rate is a middle one."""
+        models = [arm.model(rate=rate, seed=self.seeds[0]) for rate in arm.rates]
+        middle = arm.rates[len(arm.rates) // 2]
+        return models + [arm.model(rate=middle, seed=seed) for seed in self.seeds[1:]]
+
+    def _hours_left(self, arm: Arm) -> float:
+        return self._plan(self._expected_models(arm)).price.flops / self.speed / 3600
+
+    def _write(self, finished: Mapping[str, ArmResult], not_run: Mapping[str, str]) -> None:
+        arms = {arm.name: finished[arm.name] for arm in self.arms if arm.name in finished}
+        self.results = self.results.model_copy(update={"arms": arms, "not_run": dict(not_run)})
+        self.results.write(self.folder / "results.json")
+        if not arms:
+            return
+        trials = [trial for name in arms for trial in self.trials[name]]
+        text = study_markdown(
+            self.results, self.choices, self.settings, trials, chances=self._chances()
+        )
+        write_text(self.folder / "results.md", text)
+        write_figure(self.results.arms, self.choices, self.folder / "accuracy")
+
+    def _chances(self) -> Mapping[str, float]:
+        profile = open_data(self.tokens).profile
+        return {name: value for name, value in profile.items() if name.startswith("chance_")}
+
+
+def _best_rate(by_rate: Mapping[float, Trial]) -> float:
+    return min(by_rate, key=lambda rate: by_rate[rate].quality[LOSS])
+
+
+def _rate_beyond(by_rate: Mapping[float, Trial]) -> float | None:
+    """Return a rate beyond the tried ones, on the side of the best; None if that is inside."""
+    best = _best_rate(by_rate)
+    if len(by_rate) == 1 or min(by_rate) < best < max(by_rate):
+        return None
+    return best / RATE_STEP if best == min(by_rate) else best * RATE_STEP
+
+
+if __name__ == "__main__":
+    sys.exit(main())
