@@ -1,7 +1,8 @@
 """The arms of the depth study: what is trained, in which order, at which learning rates.
 
 An arm is a model with its training, apart from learning rate and seed. The order is that of
-priority: all arms of one number of layers that the rules need, then those of the next.
+priority: first the arms that the rules need, for all numbers of layers; then vanilla models of
+depths between; then options and other methods; last, more layers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Choices:
     """Numbers of layers with vanilla and looped models only."""
     corrections: tuple[int, ...] = (1, 3)
     """Numbers of corrections; the last one is that of the variants."""
-    vanilla_between: tuple[int, ...] = (3, 6)
+    vanilla_between: tuple[int, ...] = (3,)
     """Further depths of vanilla models, which place the others more exactly."""
     two_stages_from: float = 0.5
     """Share of the steps without corrections in the arm with two stages."""
@@ -86,8 +87,9 @@ def pcformer_name(num_layers: int) -> str:
 
 def study_arms(settings: Settings, choices: Choices) -> list[Arm]:
     """Return all arms in the order of priority; one that several parts need comes once."""
-    arms = [arm for layers in choices.layers for arm in _arms_of(settings, choices, layers)]
+    arms = [arm for layers in choices.layers for arm in _deciding_arms(settings, choices, layers)]
     arms += [_vanilla(settings, layers) for layers in choices.vanilla_between]
+    arms += [arm for layers in choices.layers for arm in _further_arms(settings, choices, layers)]
     for layers in choices.more_layers:
         arms += _vanilla_arms(settings, choices, layers)
         arms += [_looped(settings, r, layers) for r in choices.corrections]
@@ -109,21 +111,25 @@ def select_arms(arms: Sequence[Arm], patterns: Sequence[str]) -> list[Arm]:
     return [arm for arm in arms if any(fnmatchcase(arm.name, p) for p in patterns)]
 
 
-def _arms_of(settings: Settings, choices: Choices, layers: int) -> Iterator[Arm]:
-    most = choices.corrections[-1]
+def _deciding_arms(settings: Settings, choices: Choices, layers: int) -> Iterator[Arm]:
     yield from _vanilla_arms(settings, choices, layers)
     for r in (0, *choices.corrections):
         yield _iiet(settings, r, layers)
     stages = {"iterate_from_fraction": choices.two_stages_from}
-    yield _iiet(settings, most, layers, TWO_STAGES, training=stages)
+    yield _iiet(settings, choices.corrections[-1], layers, TWO_STAGES, training=stages)
     for r in choices.corrections:
         yield _looped(settings, r, layers)
+
+
+def _further_arms(settings: Settings, choices: Choices, layers: int) -> Iterator[Arm]:
+    most = choices.corrections[-1]
     for suffix, options in (
         (REINJECTED, {"reinject_prediction": True}),
         (DAMPED, {"learn_damping": True}),
     ):
         yield _iiet(settings, most, layers, suffix, model={"method_options": options})
     yield _arm(settings, ModelVariant(method=PCFORMER, num_layers=layers))
+    yield _iiet(settings, most, layers, DRAWN, training={"drawn_schedules": 1})
 
 
 def _vanilla_arms(settings: Settings, choices: Choices, layers: int) -> Iterator[Arm]:

@@ -56,7 +56,7 @@ def write_figure(arms: Mapping[str, ArmResult], choices: Choices, stem: Path) ->
     numbers = [
         layers
         for layers in (*choices.layers, *choices.more_layers)
-        if _lines(layers, choices) and any(name in arms for name in _names(layers, choices))
+        if any(name in arms for name in _names(layers, choices))
     ] or [choices.layers[0]]
     size = (4.2 * len(numbers) + 0.4, 4.6)
     figure = Figure(figsize=size, layout="constrained", dpi=DOTS_PER_INCH)
@@ -105,7 +105,7 @@ def _lines(layers: int, choices: Choices) -> list[tuple[str, str, str, list[str]
     shown = ", ".join(map(str, (0, *choices.corrections)))
     return [
         (f"IIET, r = {shown}", BLUE, "s-", plain),
-        ("the whole stack repeated", RED, "D-", [vanilla_name(layers), *loops]),
+        ("the whole stack repeated", RED, "D-", loops),
         ("IIET in two stages", SKY, "v", [most + TWO_STAGES]),
         ("prediction reinjected", GREEN, "^", [most + REINJECTED]),
         ("learned damping", PINK, "P", [most + DAMPED]),

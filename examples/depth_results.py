@@ -171,6 +171,20 @@ def read_checkpoint(
     return CheckpointReadings(own=own, others=dict(zip(counts, others, strict=True)))
 
 
+def copying_accuracy(data: PreparedData, context_length: int) -> float:
+    """Return how often the answer is the symbol at its own position, which needs no depth."""
+    hits = total = 0
+    for batch in data.validation_batches(
+        context_length=context_length,
+        num_tokens=NUM_SEQUENCES * context_length,
+        batch_size=NUM_SEQUENCES,
+    ):
+        counted = batch.counted
+        hits += int((batch.targets == batch.input_ids)[counted].sum())
+        total += int(counted.sum())
+    return hits / total
+
+
 class StudyResults(Record):
     """The whole study, as `results.json` keeps it."""
 

@@ -79,17 +79,17 @@ def verdicts(
         corrections: Numbers of corrections; the last one is that of the variants.
         seeds: All of these are needed.
         variants: What the names of IIETs with another training or option have after the name of the
-            plain one; the same test is applied to them.
+            plain one; those that ran take the same test.
     """
-    found = []
+    found: list[Verdict] = []
     for number in layers:
         most = corrections[-1]
         for r in corrections:
             found += _of_unit(arms, number, r, seeds)
         found.append(_internalised(arms, iiet_name(most, number), seeds))
         without = iiet_name(0, number)
-        for variant in variants:
-            name = iiet_name(most, number) + variant
+        names = [iiet_name(most, number) + variant for variant in variants]
+        for name in filter(arms.__contains__, names):
             found.append(_pays(arms, name, without, number, most, seeds))
     return found
 

@@ -36,9 +36,12 @@ from depth_results import (
     CheckpointReadings,
     StudyResults,
     arm_result,
+    copying_accuracy,
     read_checkpoint,
 )
 from depth_tables import arm_line, study_markdown
+from rich import box
+from rich.table import Table
 
 from orchestrator import (
     RunFailed,
@@ -57,8 +60,7 @@ from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.sources import open_data
 from orchestrator.pipelines.sweep_dry_runs import SweepDryRun
 from orchestrator.pipelines.sweeps import raise_failures
-from orchestrator.reporting.price_table import two_column_table
-from orchestrator.terminal.formatting import format_count, format_duration
+from orchestrator.terminal.formatting import format_duration
 from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.files import write_text
 
@@ -167,21 +169,16 @@ class DepthStudy:
 
     def print_plan(self, selected: Sequence[Arm]) -> None:
         """Print what each arm takes from here on, as far as it is known."""
-        rows, total = [], 0.0
+        table, total = Table(box=box.SIMPLE_HEAD), 0.0
+        for head in ("arm", "trainings", "FLOPs", "time", "in all"):
+            table.add_column(head, justify="left" if head == "arm" else "right")
         for arm in selected:
             price = self._plan(self._expected_models(arm)).price
-            total += price.flops / self.speed
-            rows.append(
-                (
-                    arm.name,
-                    f"{format_count(price.num_trainings, 'training')}, {price.flops:.1e} FLOPs, "
-                    f"{format_duration(price.flops / self.speed)}; "
-                    f"after it {format_duration(total)}"
-                    if price.num_trainings
-                    else "finished",
-                )
-            )
-        self.session.console.print(two_column_table("Arms in order", rows))
+            seconds = price.flops / self.speed
+            total += seconds
+            row = [str(price.num_trainings), f"{price.flops:.1e}", format_duration(seconds)]
+            table.add_row(arm.name, *(row if price.num_trainings else []), format_duration(total))
+        self.session.console.print(table)
         measured = "measured" if self.results.seconds else "assumed"
         print_line(
             self.session.console,
@@ -286,15 +283,10 @@ class DepthStudy:
         if not arms:
             return
         trials = [trial for name in arms for trial in self.trials[name]]
-        text = study_markdown(
-            self.results, self.choices, self.settings, trials, chances=self._chances()
-        )
+        copied = copying_accuracy(open_data(self.tokens), trials[0].model.context_length)
+        text = study_markdown(self.results, self.choices, self.settings, trials, copied=copied)
         write_text(self.folder / "results.md", text)
         write_figure(self.results.arms, self.choices, self.folder / "accuracy")
-
-    def _chances(self) -> Mapping[str, float]:
-        profile = open_data(self.tokens).profile
-        return {name: value for name, value in profile.items() if name.startswith("chance_")}
 
 
 def _best_rate(by_rate: Mapping[float, Trial]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from depth_arms import VARIANTS, Choices
 from depth_results import NUM_SEQUENCES, ArmResult, Reading, StudyResults
@@ -28,20 +28,20 @@ def study_markdown(
     settings: Settings,
     trials: Sequence[Trial],
     *,
-    chances: Mapping[str, float],
+    copied: float,
 ) -> str:
     """Return the whole study as Markdown.
 
     Args:
         trials: Of all finished arms at their best rates, each seed separately.
-        chances: Name of a task's chance level -> accuracy of a guess.
+        copied: Accuracy of the symbol at the position itself as the answer.
     """
     arms = [*results.arms.values()]
     worth = worth_section(trials)
     missing = [f"{name}: {reason}" for name, reason in results.not_run.items()]
     parts = [
         "# Depth study",
-        _introduction(settings, chances),
+        _introduction(settings, copied),
         "![Accuracy against NFE](accuracy.png)",
         "## Verdicts",
         bullets(_verdicts(results, choices, settings.sweep.seeds)),
@@ -72,15 +72,14 @@ def arm_line(arm: ArmResult) -> str:
     )
 
 
-def _introduction(settings: Settings, chances: Mapping[str, float]) -> str:
-    recipe, model = settings.training, settings.model
-    sequences = f"{NUM_SEQUENCES:,} validation sequences"
-    levels = [f"{name.removeprefix('chance_')} {value:.1%}" for name, value in chances.items()]
+def _introduction(settings: Settings, copied: float) -> str:
+    recipe, model, data = settings.training, settings.model, settings.data
     return (
-        f"Width {model.dim}, {recipe.num_steps:,} steps of {recipe.num_tokens_per_step:,} tokens, "
-        f"seeds {join_names([*map(str, settings.sweep.seeds)])}. Accuracies and losses are those "
-        f"of all positions with an answer in {sequences}. Accuracy of a guess: "
-        f"{', '.join(levels) or 'not known'}."
+        f"Tasks: {', '.join(data.depth.tasks) or data.source}. Width {model.dim}, "
+        f"{recipe.num_steps:,} steps of {recipe.num_tokens_per_step:,} tokens, seeds "
+        f"{join_names([*map(str, settings.sweep.seeds)])}. Accuracies and losses are those of all "
+        f"positions with an answer in {NUM_SEQUENCES:,} validation sequences. There, the symbol at "
+        f"the position itself is the answer in {copied:.1%}, which no depth is needed for."
     )
 
 
