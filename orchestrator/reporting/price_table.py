@@ -59,8 +59,9 @@ def training_rows(
             f"{_corrections(schedule)} for {num_steps:,} steps"
             for schedule, num_steps in training.stages.items()
         )
-        drawn = f"; {recipe.drawn_schedules} cheaper schedules drawn beside them in each step"
-        yield "corrections", stages + (drawn if recipe.drawn_schedules else "")
+        drawn = format_count(recipe.drawn_schedules, "cheaper schedule")
+        beside = f"; with corrections, each step also trains {drawn}"
+        yield "corrections", stages + (beside if recipe.drawn_schedules else "")
     yield "a checkpoint", format_bytes(training.checkpoint_bytes)
 
 

@@ -180,7 +180,10 @@ def _describe(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     # YAML has lists; the settings keep them as tuples.
     message = (message[0].lower() + message[1:]).replace("tuple", "list")
-    return f"{shortened('.'.join(location))}: {message}; got {quoted(problem['input'])}"
+    # A section that is refused as a whole is too long to repeat.
+    is_section = isinstance(problem["input"], Mapping) and problem["type"] == "value_error"
+    given = "" if is_section else f"; got {quoted(problem['input'])}"
+    return f"{shortened('.'.join(location))}: {message}{given}"
 
 
 def _keys_of(location: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """A decoder compiled as a whole is one graph and equals the eager one."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -139,7 +140,10 @@ for given in (masks(True), masks(False)):
     torch.testing.assert_close(found, right)
 assert not torch._dynamo.utils.counters["graph_break"]
 """
-    subprocess.run([sys.executable, "-c", script], cwd=FOLDER, check=True)
+    path = os.pathsep.join([str(FOLDER), *sys.path])
+    subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path}, check=True
+    )
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
