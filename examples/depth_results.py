@@ -11,11 +11,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from depth_arms import Arm
 from depth_rules import Measured
 from pydantic import Field
-from torch.nn import functional as F
 
 from iiet import Decoder
 from iiet.cost import inference_cost
@@ -23,6 +21,9 @@ from iiet.schedule import IterationSchedule
 from orchestrator import Trial
 from orchestrator.data.prepared import PreparedData
 from orchestrator.records.record import Record
+from orchestrator.training.distributed import World
+from orchestrator.training.validation import ACCURACY_METRIC, validation_metrics
+from orchestrator.workspace.journal import VALIDATION_METRIC
 
 NUM_SEQUENCES = 2048
 """Validation sequences of a reading."""
@@ -145,30 +146,25 @@ def other_corrections(corrections: int) -> list[int]:
     return sorted({0, corrections + 1, 2 * corrections} - {corrections})
 
 
-@torch.no_grad()
 def read_checkpoint(
     folder: Path, data: PreparedData, *, num_sequences: int = NUM_SEQUENCES
 ) -> CheckpointReadings:
     """Read a checkpoint under its own and, if its method has corrections, under other schedules."""
-    decoder = Decoder.load(folder).eval()
+    decoder = Decoder.load(folder)
     length, layers = decoder.config.context_length, decoder.config.num_layers
+    batches = [
+        *data.validation_batches(
+            context_length=length, num_tokens=num_sequences * length, batch_size=BATCH_SIZE
+        )
+    ]
+
+    def reading(schedule: IterationSchedule) -> Reading:
+        found = validation_metrics(decoder, batches, schedule, precision="fp32", world=World())
+        return Reading(loss=found[VALIDATION_METRIC], accuracy=found[ACCURACY_METRIC])
+
     counts = other_corrections(max(decoder.schedule)) if decoder.method.has_corrections else []
-    schedules = [decoder.schedule, *(IterationSchedule.uniform(layers, r) for r in counts)]
-    losses, hits, total = [0.0] * len(schedules), [0] * len(schedules), 0
-    for batch in data.validation_batches(
-        context_length=length, num_tokens=num_sequences * length, batch_size=BATCH_SIZE
-    ):
-        targets = batch.targets[batch.counted]
-        total += len(targets)
-        for number, schedule in enumerate(schedules):
-            logits = decoder(batch.input_ids, schedule=schedule)[batch.counted]
-            losses[number] += F.cross_entropy(logits, targets, reduction="sum").item()
-            hits[number] += int((logits.argmax(-1) == targets).sum())
-    own, *others = (
-        Reading(loss=loss / total, accuracy=hit / total)
-        for loss, hit in zip(losses, hits, strict=True)
-    )
-    return CheckpointReadings(own=own, others=dict(zip(counts, others, strict=True)))
+    others = {count: reading(IterationSchedule.uniform(layers, count)) for count in counts}
+    return CheckpointReadings(own=reading(decoder.schedule), others=others)
 
 
 def copying_accuracy(data: PreparedData, context_length: int) -> float:

@@ -118,7 +118,7 @@ class DepthStudy:
         name: Prefix of the names of its sweeps, and of the folder of its results.
 
     Raises:
-        UserError: If there are no seeds.
+        UserError: If there are no seeds, or the data have no answers.
     """
 
     def __init__(
@@ -126,6 +126,11 @@ class DepthStudy:
     ) -> None:
         if not settings.sweep.seeds:
             raise UserError("sweep.seeds is empty; name seeds, such as --seeds 2 3 4")
+        if settings.data.source != "depth":
+            raise UserError(
+                f"data.source is {settings.data.source}, and the study counts answers of depth "
+                "tasks; leave it out, or set it to depth"
+            )
         self.settings, self.choices, self.session, self.name = settings, choices, session, name
         self.arms = study_arms(settings, choices)
         self.seeds = settings.sweep.seeds
@@ -154,7 +159,7 @@ class DepthStudy:
         self._write(finished, not_run)
         with ray_cluster(self.settings.cluster, folder=root, say=self.session.progress.start):
             for arm in (arm for arm in selected if arm.name not in finished):
-                needed = self._hours_left(arm)
+                needed = self._most_hours(arm)
                 left = None if hours is None else hours - (time.monotonic() - started) / 3600
                 if left is not None and needed > left:
                     not_run[arm.name] = f"it takes {needed:.2f} hours, and {left:.2f} were left"
@@ -273,8 +278,11 @@ class DepthStudy:
         middle = arm.rates[len(arm.rates) // 2]
         return models + [arm.model(rate=middle, seed=seed) for seed in self.seeds[1:]]
 
-    def _hours_left(self, arm: Arm) -> float:
-        return self._plan(self._expected_models(arm)).price.flops / self.speed / 3600
+    def _most_hours(self, arm: Arm) -> float:
+        """Return what an arm takes from here on, with one further learning rate."""
+        models = self._expected_models(arm)
+        flops = self._plan(models).price.flops
+        return flops * (1 + (len(arm.rates) > 1) / len(models)) / self.speed / 3600
 
     def _write(self, finished: Mapping[str, ArmResult], not_run: Mapping[str, str]) -> None:
         arms = {arm.name: finished[arm.name] for arm in self.arms if arm.name in finished}

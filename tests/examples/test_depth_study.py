@@ -7,6 +7,7 @@ from pathlib import Path
 
 import depth_study as study
 import pytest
+import torch
 from depth_arms import Choices, select_arms, study_arms
 from depth_figure import write_figure
 from depth_results import (
@@ -26,9 +27,7 @@ from orchestrator import Settings, UserError, prepare, read_settings
 from orchestrator.cli.session import Session
 from orchestrator.data.sources import open_data
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.distributed import World
 from orchestrator.training.pretraining_job import pretraining_job
-from orchestrator.training.validation import validation_loss
 from orchestrator.workspace.folders import Workspace, open_workspace
 
 TINY = [
@@ -108,8 +107,14 @@ def test_a_reading_is_that_of_the_same_weights_under_another_schedule(
         assert reading == own
         assert own != found.own
     batches = [*data.validation_batches(context_length=40, num_tokens=800, batch_size=20)]
-    loss = validation_loss(decoder, batches, decoder.schedule, precision="fp32", world=World())
-    assert found.own.loss == pytest.approx(loss, rel=1e-5)
+    ids, targets = (
+        torch.cat([getattr(one, name) for one in batches]) for name in ("input_ids", "targets")
+    )
+    logits, counted = decoder(ids), targets >= 0
+    loss = torch.nn.functional.cross_entropy(logits[counted], targets[counted])
+    assert found.own.loss == pytest.approx(loss.item(), rel=1e-5)
+    right = logits.argmax(-1)[counted] == targets[counted]
+    assert found.own.accuracy == pytest.approx(right.float().mean().item(), abs=1e-6)
 
 
 def arm_of(name: str, accuracy: float, *, layers: int = 2, nfe: float = 2.0) -> ArmResult:
@@ -165,6 +170,10 @@ def test_its_dry_run_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture
         (["--arms", "iiet"], "no arm has a name like 'iiet'"),
         (["--seeds", "2", "2"], "a seed is given twice"),
         (["--set", "sweep.seeds=[]"], "sweep.seeds is empty"),
+        (
+            ["--set", "data.source=python", "--set", "data.depth.tasks=[]"],
+            "data.source is python, and the study counts answers",
+        ),
         (["--set", "data.depth.length=10"], "too short for phop_5"),
     ],
 )
