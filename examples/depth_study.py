@@ -188,7 +188,7 @@ class DepthStudy:
         print_line(
             self.session.console,
             f"  at {measured} {self.speed:.1e} training FLOPs per second in all; a further "
-            "learning rate, where the best one is the lowest or the highest, takes a fifth more",
+            "learning rate, where the best one is the lowest or the highest, is not counted",
         )
 
     @property

@@ -160,7 +160,7 @@ def test_its_dry_run_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture
     assert study.main(["--workspace", str(tmp_path / "ws"), "--dry-run", *changes, *arms]) == 0
     shown = capfd.readouterr().out
     assert len([line for line in shown.splitlines() if "r = " in line]) == 3
-    assert "  r = 3, 2 layers           4 " in shown
+    assert "  r = 3, 2 layers           5 " in shown
     assert not list(tmp_path.iterdir())
 
 
