@@ -62,7 +62,10 @@ def make_objective(
 
 
 def drawn_objectives(drawn_at: SchedulesByStep) -> Callable[[int], list[Objective]]:
-    """Return step -> the cross-entropies under the schedules that are drawn in this step."""
+    """Return step -> the cross-entropies under the schedules that are drawn in this step.
+
+    They have no parts, so the losses of a mixture's sources are those of the full schedule.
+    """
 
     def under(schedule: IterationSchedule) -> Objective:
         return make_objective(lambda _: schedule)
