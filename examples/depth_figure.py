@@ -2,7 +2,7 @@
 
 The gray line is vanilla, from the panel's number of layers on: what the same cost buys with more
 weights. All other models of a panel have the same number of layers. Bars reach from the worst to
-the best seed.
+the best seed. Models of the same cost stand side by side.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from orchestrator.reporting.figure_style import (
 )
 from orchestrator.terminal.formatting import format_count
 
-MAX_LAYERS = 128
-"""Depths up to which vanilla models are looked up."""
+SHIFT = 1.035
+"""Factor between the places of two models of the same cost."""
 
 
 def write_figure(arms: Mapping[str, ArmResult], choices: Choices, stem: Path) -> list[Path]:
@@ -76,10 +76,11 @@ def write_figure(arms: Mapping[str, ArmResult], choices: Choices, stem: Path) ->
 
 
 def _draw_panel(panel: Panel, arms: Mapping[str, ArmResult], choices: Choices, layers: int) -> None:
-    depths = [vanilla_name(depth) for depth in range(layers, MAX_LAYERS)]
-    _draw(panel, arms, depths, "vanilla, more layers", GRAY, "o-", show_layers=True)
-    for label, color, style, names in _lines(layers, choices):
-        _draw(panel, arms, names, label, color, style)
+    deepest = layers * (1 + max(choices.corrections))
+    depths = [vanilla_name(depth) for depth in range(layers, deepest + 1)]
+    _draw(panel, arms, depths, "vanilla, more layers", GRAY, "o-")
+    for label, color, style, places, names in _lines(layers, choices):
+        _draw(panel, arms, names, label, color, style, shift=SHIFT**places)
     panel.set_title(format_count(layers, "layer"), fontsize=10, color=INK)
     panel.set_xlabel("NFE per token")
     panel.set_xscale("log", base=2)
@@ -94,23 +95,26 @@ def _draw_panel(panel: Panel, arms: Mapping[str, ArmResult], choices: Choices, l
 
 
 def _names(layers: int, choices: Choices) -> list[str]:
-    return [name for _, _, _, names in _lines(layers, choices) for name in names]
+    return [name for *_, names in _lines(layers, choices) for name in names]
 
 
-def _lines(layers: int, choices: Choices) -> list[tuple[str, str, str, list[str]]]:
-    """Return label, color, style and the names of the arms of each line; most are single points."""
+def _lines(layers: int, choices: Choices) -> list[tuple[str, str, str, int, list[str]]]:
+    """Return label, color, style, places to the right and the arms' names of each line.
+
+    Most lines are single points.
+    """
     plain = [iiet_name(r, layers) for r in (0, *choices.corrections)]
     loops = [looped_name(r, layers) for r in choices.corrections]
     most = plain[-1]
     shown = ", ".join(map(str, (0, *choices.corrections)))
     return [
-        (f"IIET, r = {shown}", BLUE, "s-", plain),
-        ("the whole stack repeated", RED, "D-", loops),
-        ("IIET in two stages", SKY, "v", [most + TWO_STAGES]),
-        ("prediction reinjected", GREEN, "^", [most + REINJECTED]),
-        ("learned damping", PINK, "P", [most + DAMPED]),
-        ("schedules drawn", INK, "X", [most + DRAWN]),
-        (PCFORMER, ORANGE, "*", [pcformer_name(layers)]),
+        (f"IIET, r = {shown}", BLUE, "s-", 0, plain),
+        ("the whole stack repeated", RED, "D-", 1, loops),
+        ("IIET in two stages", SKY, "v", -2, [most + TWO_STAGES]),
+        ("prediction reinjected", GREEN, "^", -1, [most + REINJECTED]),
+        ("learned damping", PINK, "P", 2, [most + DAMPED]),
+        ("schedules drawn", INK, "X", 3, [most + DRAWN]),
+        (PCFORMER, ORANGE, "*", 0, [pcformer_name(layers)]),
     ]
 
 
@@ -122,22 +126,16 @@ def _draw(
     color: str,
     style: str,
     *,
-    show_layers: bool = False,
+    shift: float = 1.0,
 ) -> None:
     found = [arms[name] for name in names if name in arms]
     if not found:
         return
-    xs = [arm.evaluations for arm in found]
+    xs = [arm.evaluations * shift for arm in found]
     ys = [100 * arm.accuracy for arm in found]
     least = [100 * (arm.accuracy - min(arm.accuracies.values())) for arm in found]
     most = [100 * (max(arm.accuracies.values()) - arm.accuracy) for arm in found]
     panel.errorbar(
         xs, ys, (least, most), fmt=style, color=color, label=label, lw=1.4, ms=6, capsize=2,
-        elinewidth=0.8, zorder=2 if show_layers else 3,
+        elinewidth=0.8,
     )  # fmt: skip
-    if show_layers:
-        for arm, x, y in zip(found, xs, ys, strict=True):
-            panel.annotate(
-                f"{arm.num_layers}", (x, y), (0, 7), textcoords="offset points", fontsize=7,
-                color=GRAY, ha="center",
-            )  # fmt: skip

@@ -1,16 +1,6 @@
 """The rules of the depth study, fixed before it ran: from accuracies to verdicts.
 
-Accuracies are those on validation sequences, at all positions with an answer. A verdict needs all
-seeds, and holds only if it holds in each of them.
-
-    gap           vanilla of L (1 + r) layers minus vanilla of L layers, where the latter is under
-                  80 %
-    pay           the model with r corrections exceeds the same with r = 0 by more than 10 points,
-                  and recovers at least half of the gap: its accuracy minus that of vanilla of L
-                  layers
-    internalised  the model trained with corrections is as good (at most 1 point lower) without them
-    wrong unit    of iteration is the layer, if repetitions of the whole stack pay and corrections
-                  do not; repetitions are compared with vanilla of L layers, which is r = 0 of them
+`RULES` states them. Accuracies are those on validation sequences, at all positions with an answer.
 """
 
 from __future__ import annotations
@@ -29,6 +19,19 @@ LEAST_SHARE = 0.5
 AS_GOOD_WITHIN = 0.01
 """Accuracies that differ by no more than this are as good; the rules that were fixed say only "as
 good"."""
+
+RULES = (
+    "The gap is the accuracy of vanilla with L (1 + r) layers minus that of vanilla with L layers, "
+    f"where the latter is under {SHALLOW_BELOW:.0%}.",
+    f"Iteration pays if r corrections exceed r = 0 by more than {100 * LEAST_GAIN:.0f} points, and "
+    f"exceed vanilla with L layers by at least {LEAST_SHARE:.0%} of the gap. For repetitions of "
+    "the whole stack, r = 0 is vanilla with L layers.",
+    "Corrections are internalised if the same weights, read at r = 0, are as good: at most "
+    f"{100 * AS_GOOD_WITHIN:.0f} point lower.",
+    "The layer is the wrong unit of iteration if repetitions of the whole stack pay, and "
+    "corrections of single layers do not.",
+    "All of these must hold in every seed. Without all seeds of all arms nothing is decided.",
+)
 
 Accuracies = Mapping[int, float]
 """Seed -> accuracy."""

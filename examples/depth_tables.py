@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from depth_arms import VARIANTS, Choices
 from depth_results import NUM_SEQUENCES, ArmResult, Reading, StudyResults
-from depth_rules import verdicts
+from depth_rules import RULES, verdicts
 
 from orchestrator import Settings, Trial
 from orchestrator.reporting.markdown import bullets, markdown_table
@@ -43,6 +43,9 @@ def study_markdown(
         "# Depth study",
         _introduction(settings, copied),
         "![Accuracy against NFE](accuracy.png)",
+        "Models of the same NFE stand side by side.",
+        "## Rules, fixed before the study ran",
+        bullets(RULES),
         "## Verdicts",
         bullets(_verdicts(results, choices, settings.sweep.seeds)),
         "## Arms at their best learning rates",
