@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import depth_study as study
 import pytest
@@ -23,7 +27,7 @@ from depth_tables import study_markdown
 from rich.console import Console
 
 from iiet import Decoder, preset
-from orchestrator import Settings, UserError, prepare, read_settings
+from orchestrator import RunFailed, Settings, Trial, UserError, prepare, read_settings
 from orchestrator.cli.session import Session
 from orchestrator.data.sources import open_data
 from orchestrator.terminal.progress import Progress
@@ -184,6 +188,85 @@ def test_mistakes_are_one_sentence(
     shown = " ".join(capfd.readouterr().err.split())
     assert words in shown
     assert "Traceback" not in shown
+
+
+BEST_RATE = {"vanilla": 4e-3, "r = 0": 9e-3, "r = 1": 1e-9}
+"""Rates with the lowest made-up loss: tried, one beyond the tried ones, and far below them."""
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Labels of all models that made-up sweeps train."""
+    labels: list[str] = []
+
+    def result_of(trial: Trial) -> Trial:
+        assert trial.job
+        best = BEST_RATE[trial.label.split(",")[0]]
+        loss = abs(math.log(trial.job.recipe.learning_rate / best))
+        made = {"quality": {"validation_loss": loss, "accuracy": 0.5}, "checkpoint": "/none"}
+        made["train"] = {"flops": 1e9, "seconds": 1.0, "steps": 4, "tokens": 1280}
+        return Trial.model_validate(trial.model_dump() | made)
+
+    def sweep(settings: Settings, **options: Any) -> SimpleNamespace:
+        if options["name"].startswith("depth-r-2"):
+            raise RunFailed("all trials failed")
+        plan = study.plan_sweep(settings, **options)
+        for state in plan.states:
+            if state.name != "finished":
+                labels.append(state.trial.label)
+                result_of(state.trial).write(state.trial.result_path)
+        return SimpleNamespace(trials=[s.trial.result() for s in plan.states], failures={})
+
+    reading = Reading(loss=1.0, accuracy=0.6)
+    found = CheckpointReadings(own=reading, others={})
+    monkeypatch.setattr(study, "sweep", sweep)
+    monkeypatch.setattr(study, "ray_cluster", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(study, "read_checkpoint", lambda *_, **__: found)
+    return labels
+
+
+def test_the_best_rate_is_inside_the_tried_ones_or_one_more_is_tried(
+    settings: Settings, workspace: Workspace, trained: list[str]
+) -> None:
+    own = study.DepthStudy(settings, Choices(), session_of(workspace))
+    own.run(select_arms(own.arms, ["vanilla, 2 layers", "r = [01], 2 layers"]))
+    best = {name: (arm.best_rate, arm.has_inner_rate) for name, arm in own.results.arms.items()}
+    assert best == {
+        "vanilla, 2 layers": (4e-3, True),
+        "r = 0, 2 layers": (8e-3, True),
+        "r = 1, 2 layers": (5e-4, False),
+    }
+    # Four rates and two more seeds each; one more rate of two arms.
+    assert len(trained) == 3 * 6 + 2
+    assert len(set(trained)) == len(trained)
+    again = study.DepthStudy(settings, Choices(), session_of(workspace))
+    again.run(again.arms[:1])
+    assert again.results == own.results
+    assert len(trained) == 20
+
+
+def test_an_arm_that_fails_does_not_end_the_study(
+    settings: Settings, workspace: Workspace, trained: list[str]
+) -> None:
+    own = study.DepthStudy(settings, Choices(corrections=(1, 2)), session_of(workspace))
+    with pytest.raises(RunFailed, match="1 trials failed"):
+        own.run(select_arms(own.arms, ["r = [12], 2 layers"]))
+    assert list(own.results.arms) == ["r = 1, 2 layers"]
+    assert own.results.not_run["r = 2, 2 layers"] == "failed"
+    assert own.results.not_run["r = 0, 2 layers"] == "not selected"
+
+
+def test_no_arm_begins_that_would_not_end_in_time(
+    settings: Settings, workspace: Workspace, trained: list[str]
+) -> None:
+    own = study.DepthStudy(settings, Choices(), session_of(workspace))
+    few, many = "vanilla, 2 layers", "vanilla, 16 layers"
+    arms = select_arms(own.arms, [few, many])
+    own.results = own.results.model_copy(update={"flops": 1e20, "seconds": 1e20})
+    assert own._most_hours(arms[1]) > 7 * own._most_hours(arms[0])
+    own.run(arms, hours=2 * own._most_hours(arms[0]))
+    assert list(own.results.arms) == [few]
+    assert own.results.not_run[many].startswith("it takes ")
 
 
 @pytest.mark.long
