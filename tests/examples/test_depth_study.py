@@ -202,7 +202,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def result_of(trial: Trial) -> Trial:
         assert trial.job
         best = BEST_RATE[trial.label.split(",")[0]]
-        loss = abs(math.log(trial.job.recipe.learning_rate / best))
+        # An IIET with one correction is worth half as many layers again.
+        worth = trial.model.num_layers * (1.5 if trial.label.startswith("r = 1") else 1.0)
+        loss = 1 / worth + 1e-9 * abs(math.log(trial.job.recipe.learning_rate / best))
         made = {"quality": {"validation_loss": loss, "accuracy": 0.5}, "checkpoint": "/none"}
         made["train"] = {"flops": 1e9, "seconds": 1.0, "steps": 4, "tokens": 1280}
         return Trial.model_validate(trial.model_dump() | made)
@@ -243,6 +245,17 @@ def test_the_best_rate_is_inside_the_tried_ones_or_one_more_is_tried(
     again.run(again.arms[:1])
     assert again.results == own.results
     assert len(trained) == 20
+
+
+def test_the_page_says_what_corrections_are_worth(
+    settings: Settings, workspace: Workspace, trained: list[str]
+) -> None:
+    own = study.DepthStudy(settings, Choices(), session_of(workspace))
+    own.run(select_arms(own.arms, ["vanilla, [24] layers", "r = 1, 2 layers"]))
+    text = (workspace.overlays / "depth" / "results.md").read_text()
+    # The loss 1/3 lies two thirds of the way from 1/2 to 1/4.
+    assert "| r = 1, 2 layers | 2 | 2 | 3 | 0.3333 | 3.17 layers | 0.67 (0.67 to 0.67) |" in text
+    assert "Validation loss of vanilla: 2 layers 0.5, 4 layers 0.25." in text
 
 
 def test_an_arm_that_fails_does_not_end_the_study(
