@@ -74,7 +74,10 @@ def prepare(
     if folder is None and settings.source == "depth":
         check_may_write(workspace.tokens)
         folder = write_depth(settings, workspace.tokens)
-    elif folder is None:
+        progress.start("corpus")
+        progress.finish(describe(folder))
+        return folder
+    if folder is None:
         check_may_write(workspace.tokens)
         # One process at a time: two would write the same files.
         with lock_file(workspace.tokens / ".lock"):

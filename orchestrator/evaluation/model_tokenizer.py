@@ -23,7 +23,9 @@ from orchestrator.training.checkpoint import (
     tokenizer_file,
 )
 from orchestrator.training.model_loading import read_config
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import UserError, quoted
+
+MAX_SYMBOLS_SHOWN = 6
 
 Message = dict[str, str]
 """`role` (system, user, assistant) and `content`."""
@@ -45,6 +47,10 @@ class ModelTokenizer(Protocol):
 
     def encode_document(self, text: str) -> tuple[int, ...]:
         """Return the tokens of the beginning of a document; at least one."""
+        ...
+
+    def symbol_id(self, text: str) -> int | None:
+        """Return the token of a text that is never merged with the text around it, or None."""
         ...
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -76,15 +82,35 @@ class PlainTokenizer:
         self.tokenizer: Tokenizer = load_tokenizer(path)
         self.prefix_id = end_of_text_id(self.tokenizer)
         self.end_ids = frozenset({self.prefix_id})
+        self._symbols = {
+            token.content: number
+            for number, token in self.tokenizer.get_added_tokens_decoder().items()
+            if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+        }
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:  # noqa: ARG002
         """Return the tokens of a text, as in the training data."""
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._encode(text, add_special_tokens=False)
 
     def encode_document(self, text: str) -> tuple[int, ...]:
         """Return the tokens after an end-of-text token, unless the tokenizer adds its own."""
-        ids, plain = self.tokenizer.encode(text).ids, self.encode(text, add_special_tokens=False)
+        plain = self._encode(text, add_special_tokens=False)
+        ids = self._encode(text, add_special_tokens=True)
         return tuple(ids) if tuple(ids[:1]) != plain[:1] else (self.prefix_id, *plain)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        try:
+            return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        except Exception:  # tokenizers raises plain Exception
+            known = [text for text, number in self._symbols.items() if number != self.prefix_id]
+            raise UserError(
+                f"the model's tokenizer cannot read {quoted(text)}; it reads symbols such as "
+                f"{', '.join(known[:MAX_SYMBOLS_SHOWN])}"
+            ) from None
+
+    def symbol_id(self, text: str) -> int | None:
+        """Return the token of a text that is never merged with the text around it, or None."""
+        return self._symbols.get(text)
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of tokens."""
@@ -132,6 +158,9 @@ class FolderTokenizer:
     def encode_document(self, text: str) -> tuple[int, ...]:
         """Return the tokens as transformers does; the opening token for an empty text."""
         return self.encode(text, add_special_tokens=True) or (self.prefix_id,)
+
+    def symbol_id(self, text: str) -> None:
+        """Return None: only the text as a whole says how its tokens are made."""
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of tokens."""

@@ -8,6 +8,7 @@ its sequence alone.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -48,20 +49,19 @@ class PrefixTree:
         """Whether it holds more than one sequence and its beginnings."""
         return len(self.tokens) > len(self._path)
 
-    def takes(self, segment: Segment, *, max_tokens: int, keys_per_token: int) -> bool:
-        """Return whether it should share this row: that saves more than the longer row costs.
+    def takes(self, inputs: Tokens, *, max_tokens: int, keys_per_token: int) -> bool:
+        """Return whether inputs should share this row: that saves more than the longer row costs.
 
         The kernel computes all pairs of query and key, and the mask drops those of different
         branches. So a row is full when it has wasted as much as the beginning costs in a new row.
         """
-        shared, inputs = self._num_shared(segment.inputs), segment.inputs
+        shared = self._num_shared(inputs)
         size = len(self.tokens) + len(inputs) - shared
         wasted = self._num_wasted_with(inputs, shared)
         return size <= max_tokens and wasted <= shared * keys_per_token
 
-    def add(self, segment: Segment) -> None:
-        """Add a segment; in a row of several, they come in the order of their inputs."""
-        inputs = segment.inputs
+    def add(self, inputs: Tokens, segments: Iterable[Segment]) -> None:
+        """Add the segments of these inputs; in a row of several, inputs come in their order."""
         shared = self._num_shared(inputs)
         self._num_wasted = self._num_wasted_with(inputs, shared)
         first = len(self.tokens)
@@ -69,8 +69,9 @@ class PrefixTree:
         self.tokens += inputs[shared:]
         self.depths += range(shared, len(inputs))
         self._last = inputs
-        self.segments.append(segment)
-        self.predicting.append(self._path[len(segment.context) - 1 :])
+        for segment in segments:
+            self.segments.append(segment)
+            self.predicting.append(self._path[len(segment.context) - 1 :])
 
     def ends(self) -> list[int]:
         """Return for each column where its descendants end; they begin at the next column."""
@@ -105,10 +106,14 @@ def prefix_trees(
     """
     trees: list[PrefixTree] = []
     max_tokens = min(max_tokens, MAX_SHARED_TOKENS)
-    for segment in sorted(segments, key=lambda segment: segment.inputs):
+    # Choices of one token each have the same inputs.
+    by_inputs: defaultdict[Tokens, list[Segment]] = defaultdict(list)
+    for segment in segments:
+        by_inputs[segment.inputs].append(segment)
+    for inputs in sorted(by_inputs):
         if not (
-            trees and trees[-1].takes(segment, max_tokens=max_tokens, keys_per_token=keys_per_token)
+            trees and trees[-1].takes(inputs, max_tokens=max_tokens, keys_per_token=keys_per_token)
         ):
             trees.append(PrefixTree())
-        trees[-1].add(segment)
+        trees[-1].add(inputs, by_inputs[inputs])
     return sorted(trees, key=lambda tree: (tree.is_branched, -len(tree.tokens)))

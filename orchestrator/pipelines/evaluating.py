@@ -14,6 +14,7 @@ import pandas
 from orchestrator.cluster.launch import command_device
 from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_models, short_names
 from orchestrator.evaluation.harness import Suite, load_suite
+from orchestrator.evaluation.heldout import heldout_chances
 from orchestrator.evaluation.measuring import Conditions, Measured, ModelMeasurer
 from orchestrator.evaluation.model_tokenizer import check_template
 from orchestrator.evaluation.store import EvaluationStore
@@ -154,6 +155,9 @@ def _suite_loader(
 ) -> Callable[[], Suite]:
     """Return a function that loads the tasks: it can be pickled, and loaded tasks cannot."""
     asked = selected_tasks(model, settings, workspace, progress)
+    for name, chance in (heldout_chances(asked.heldout) if asked.heldout else {}).items():
+        if name in asked.names:
+            progress.note(f"chance of {name}: {chance}")
     return partial(
         load_suite,
         asked.names,

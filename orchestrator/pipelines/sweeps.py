@@ -18,7 +18,7 @@ from orchestrator.cluster.launch import joined_cluster, trial_device
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.sources import open_data
-from orchestrator.evaluation.heldout import offered_tasks
+from orchestrator.evaluation.heldout import heldout_chances, offered_tasks
 from orchestrator.evaluation.task_selection import check_offered
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.influence import read_or_measure_influence
@@ -36,7 +36,7 @@ from orchestrator.pipelines.sweep_plans import (
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.sweep_report import write_sweep_report
-from orchestrator.reporting.sweep_results import LEFT_OUT_TITLE, StoredSweep
+from orchestrator.reporting.sweep_results import CHANCE_TITLE, LEFT_OUT_TITLE, StoredSweep
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.checks import check_devices, check_on_nodes, check_sweep
 from orchestrator.sweeping.execution import SweepOutcome, run_sweep
@@ -184,6 +184,7 @@ def _run(
         influence=influence,
         facts={
             **({LEFT_OUT_TITLE: plan.left_out} if plan.left_out else {}),
+            **({CHANCE_TITLE: chances} if (chances := _chances(plan)) else {}),
             "Trials": _states(plan, outcome),
             "Settings": flatten(settings),
             "Provenance": {
@@ -208,6 +209,13 @@ def _run(
         stopped=outcome.stopped,
         report=report_result(written),
     )
+
+
+def _chances(plan: SweepPlan) -> dict[str, str]:
+    """Return the accuracy of a guess for each depth task that the trials answer."""
+    suite = plan.trials[0].suite
+    known = heldout_chances(Path(suite.suite_folder)) if suite.suite_folder else {}
+    return {name: text for name, text in known.items() if not suite.tasks or name in suite.tasks}
 
 
 def _states(plan: SweepPlan, outcome: SweepOutcome) -> dict[str, str]:

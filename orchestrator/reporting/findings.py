@@ -32,7 +32,7 @@ def findings(front: Front) -> list[str]:
     """Return what the front says, the most useful sentence first."""
     full = front.full
     if full is None:
-        return ["No trial has been measured on both axes yet."]
+        return [f"No trial has been measured in {front.axes.in_words} yet."]
     kept = front.cheapest_keeping(KEPT_SHARE)
     if kept is full:
         kept = None

@@ -61,6 +61,11 @@ class FrontAxes:
         return f"{self.quality}_stderr"
 
     @property
+    def in_words(self) -> str:
+        """Both axes, as `accuracy and NFE per token`."""
+        return f"{metric_title(self.quality).lower()} and {metric_title(self.cost)}"
+
+    @property
     def slug(self) -> str:
         """Both option values joined by a dash, for folder names; empty for the default axes."""
         if self == FrontAxes():

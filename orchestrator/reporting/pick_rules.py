@@ -60,7 +60,7 @@ def pick_from_front(front: Front, rule: PickRule) -> FrontPoint:
         UserError: If no model meets the rule; the message names the nearest.
     """
     if not front.members:
-        raise UserError("no trial of this sweep has been measured on both axes yet")
+        raise UserError(f"no trial of this sweep has been measured in {front.axes.in_words} yet")
     if rule.name == "keep":
         return _pick_keeping(front, rule)
     if rule.name == "budget":

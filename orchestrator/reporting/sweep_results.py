@@ -25,6 +25,8 @@ RESULTS_FILE = "results.json"
 PLAN_FILE = "plan.json"
 LEFT_OUT_TITLE = "Left out"
 """Title of the facts that list the models left out of the front, with the reasons."""
+CHANCE_TITLE = "Chance"
+"""Title of the facts that say how accurate a guess is, by depth task."""
 
 
 class StoredSweep(Record):
@@ -43,9 +45,11 @@ class StoredSweep(Record):
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on models that are left out of the front."""
+        """Sentences on models that are left out of the front, and on the accuracy of a guess."""
+        left_out, chances = self.facts.get(LEFT_OUT_TITLE, {}), self.facts.get(CHANCE_TITLE, {})
         return [
-            f"Run {name}: {reason}." for name, reason in self.facts.get(LEFT_OUT_TITLE, {}).items()
+            *(f"Run {name}: {reason}." for name, reason in left_out.items()),
+            *(f"Chance of {task}: {chance}." for task, chance in chances.items()),
         ]
 
     def folder(self, workspace: Workspace) -> Path:

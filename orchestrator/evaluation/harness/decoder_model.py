@@ -59,6 +59,14 @@ class DecoderModel(ChatModel, TemplateLM):  # type: ignore[misc]
         """Encode text as the model's tokenizer does."""
         return list(self._ids(string, add_special_tokens=add_special_tokens is not False))
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        symbol = self.text.symbol_id(continuation)
+        if symbol is None or context[-1:].isspace():
+            pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+            return pair
+        # The context is not encoded again for each of many symbols.
+        return self.tok_encode(context), [symbol]
+
     def loglikelihood(self, requests: list[Instance], **_: Any) -> list[tuple[float, bool]]:
         """Score (context, continuation) texts."""
         self._num_items = num_items(requests)

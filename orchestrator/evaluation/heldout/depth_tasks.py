@@ -6,9 +6,11 @@ the task, so the accuracy is that of the likeliest symbol.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.data.depth.store import DepthStore
+from orchestrator.data.depth.task import DepthTask
 
 DEPTH_VERSION = 1
 """Increase it if the same data give other items; it is part of the tasks' version."""
@@ -21,6 +23,19 @@ DEPTH_CONFIG: dict[str, Any] = {
     "target_delimiter": "",
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }
+
+
+def chance_in_words(task: DepthTask, rows: Sequence[dict[str, Any]]) -> str:
+    """Return the accuracy that needs no answering, with that of repeating the last symbol.
+
+    The latter is more than chance where a hop often leads back to where it began.
+    """
+    answers = [row["choices"][row["label"]] for row in rows]
+    repeated = sum(row["context"].endswith(a) for row, a in zip(rows, answers, strict=True))
+    chance, share = f"{100 * task.chance:.1f}%", repeated / len(rows)
+    if share <= task.chance:
+        return chance
+    return f"{chance}, or {100 * share:.1f}% by repeating the last symbol"
 
 
 def depth_rows(store: DepthStore, num_items: int) -> dict[str, list[dict[str, Any]]]:

@@ -23,7 +23,12 @@ from orchestrator.data.depth.store import DepthStore
 from orchestrator.data.prepared import PreparedData
 from orchestrator.data.sources import open_data
 from orchestrator.data.token_store import TokenStore
-from orchestrator.evaluation.heldout.depth_tasks import DEPTH_CONFIG, DEPTH_VERSION, depth_rows
+from orchestrator.evaluation.heldout.depth_tasks import (
+    DEPTH_CONFIG,
+    DEPTH_VERSION,
+    chance_in_words,
+    depth_rows,
+)
 from orchestrator.evaluation.heldout.text_tasks import (
     MAX_ITEM_TOKENS,
     TEXT_ACCURACY_TASKS,
@@ -58,6 +63,8 @@ class HeldoutSuite:
     """Name of a task -> number of its items; tasks without items are left out."""
     notes: tuple[str, ...]
     """Warnings for readers of the results, such as too few items for a small error."""
+    chances: dict[str, str]
+    """Depth task -> the accuracy of a guess, in words."""
 
 
 def is_heldout_task(name: str) -> bool:
@@ -106,14 +113,20 @@ def build_heldout(
     suite = _stored_suite(folder)
     if suite is None and not make:
         tasks = dict.fromkeys(offered_tasks(data), 0)
-        return HeldoutSuite(folder=folder, tasks=tasks, notes=())
+        return HeldoutSuite(folder=folder, tasks=tasks, notes=(), chances={})
     if suite is None:
         progress = progress or Progress()
         progress.start("held-out tasks")
         rows = _rows(data, num_items, max_tokens)
-        suite = _write(folder, rows, _notes(rows))
+        suite = _write(folder, rows, _notes(rows), _chances(data, rows))
         progress.finish(", ".join(f"{n:,} {name}" for name, n in suite.tasks.items()))
     return suite
+
+
+def heldout_chances(folder: Path) -> dict[str, str]:
+    """Return the accuracy of a guess in words, for each depth task of a suite."""
+    suite = _stored_suite(folder)
+    return suite.chances if suite else {}
 
 
 def heldout_configs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -168,6 +181,7 @@ def _stored_suite(folder: Path) -> HeldoutSuite | None:
         notes = tuple(str(note) for note in found["notes"])
         rows = [_rows_path(folder, name).name for name in tasks]
         checksums = {name: str(found["checksums"][name]) for name in rows}
+        chances = {name: str(text) for name, text in found.get("chances", {}).items()}
         is_whole = all(map(is_heldout_task, tasks))
     except (KeyError, TypeError, ValueError, AttributeError):
         is_whole = False
@@ -178,7 +192,7 @@ def _stored_suite(folder: Path) -> HeldoutSuite | None:
             f"the held-out tasks are damaged: {damage}; delete the folder {folder} and run the "
             "command again, which makes the same tasks"
         )
-    return HeldoutSuite(folder=folder, tasks=tasks, notes=notes)
+    return HeldoutSuite(folder=folder, tasks=tasks, notes=notes, chances=chances)
 
 
 def _rows(data: PreparedData, num_items: int, max_tokens: int) -> dict[str, list[dict[str, Any]]]:
@@ -188,6 +202,12 @@ def _rows(data: PreparedData, num_items: int, max_tokens: int) -> dict[str, list
         if isinstance(part, DepthStore):
             rows |= depth_rows(part, num_items)
     return rows
+
+
+def _chances(data: PreparedData, rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
+    stores = [part for part in data.parts if isinstance(part, DepthStore)]
+    tasks = [task for store in stores for task in store.tasks]
+    return {task.name: chance_in_words(task, rows[task.name]) for task in tasks}
 
 
 def _notes(rows: Mapping[str, list[dict[str, Any]]]) -> list[str]:
@@ -203,7 +223,10 @@ def _notes(rows: Mapping[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _write(
-    folder: Path, rows: Mapping[str, list[dict[str, Any]]], notes: list[str]
+    folder: Path,
+    rows: Mapping[str, list[dict[str, Any]]],
+    notes: list[str],
+    chances: dict[str, str],
 ) -> HeldoutSuite:
     tasks = {name: len(found) for name, found in rows.items() if found}
     with new_folder(folder) as temporary:
@@ -214,10 +237,10 @@ def _write(
         group = yaml.safe_dump({"group": GROUP, "task": list(tasks)})
         (temporary / f"{GROUP}.yaml").write_text(group, "utf-8")
         checksums = checksums_of(temporary, [path.name for path in paths.values()])
-        suite = {"tasks": tasks, "notes": notes, "checksums": checksums}
+        suite = {"tasks": tasks, "notes": notes, "chances": chances, "checksums": checksums}
         (temporary / SUITE_NAME).write_text(json.dumps(suite, indent=2) + "\n", "utf-8")
         mark_verified(temporary, checksums)
-    return HeldoutSuite(folder=folder, tasks=tasks, notes=tuple(notes))
+    return HeldoutSuite(folder=folder, tasks=tasks, notes=tuple(notes), chances=chances)
 
 
 def _task_file(name: str, file_name: str) -> str:

@@ -111,7 +111,9 @@ def test_a_front_that_keeps_no_quality_says_so(sample_results: list[Trial]) -> N
     assert findings(find_front(results))[0] == (
         "No cheaper model keeps 99% of the full model's quality."
     )
-    assert findings(find_front([])) == ["No trial has been measured on both axes yet."]
+    assert findings(find_front([])) == [
+        "No trial has been measured in accuracy and NFE per token yet."
+    ]
 
 
 def test_metrics_of_the_front_are_finite_numbers(sample_results: list[Trial]) -> None:

@@ -65,7 +65,7 @@ def test_keep_with_confidence(front: Front) -> None:
 def test_a_rule_that_no_model_meets_names_the_nearest(front: Front) -> None:
     with pytest.raises(UserError, match=r"the best keeps 1\.00"):
         pick_from_front(front, PickRule(name="keep", share=1.5))
-    with pytest.raises(UserError, match="measured on both axes"):
+    with pytest.raises(UserError, match="measured in accuracy"):
         pick_from_front(find_front([]), PickRule(name="best"))
 
 
