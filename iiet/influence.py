@@ -26,7 +26,7 @@ from torch.nn import functional
 from iiet.batch import NO_TARGET, Batch
 from iiet.decoder import Decoder
 from iiet.influence_values import InfluenceMetric, InfluenceTable, Rows, checked_metric
-from iiet.losses import batch_cross_entropy
+from iiet.losses import cross_entropy_and_accuracy
 from iiet.methods import Evaluation
 from iiet.schedule import IterationSchedule
 
@@ -45,6 +45,7 @@ class _BatchMeans:
     values: Rows
     residuals: Rows
     layers: tuple[float, ...]
+    accuracy_lost: Rows = ()
 
 
 @dataclass
@@ -88,13 +89,15 @@ class InfluenceAccumulator:
             raise ValueError(f"a batch of shape {shape} holds nothing to measure")
         compare = _COMPARISONS.get(self.metric)
         observer = _Comparing(decoder.schedule, counted, num_tokens, compare)
+        accuracy_lost: Rows = ()
         if compare is None:
-            values = _rises_of_loss(decoder, known, attention_mask, observer)
+            values, accuracy_lost = _costs_of_stopping(decoder, known, attention_mask, observer)
         else:  # Without logits, which would need more memory than everything else.
             observer.run(decoder, known.input_ids, attention_mask)
             values = _numbers(observer.values)
         residuals, (layers,) = _numbers(observer.residuals), _numbers([observer.layers])
-        self.batches.append(_BatchMeans(num_tokens, values, residuals, layers))
+        lost = () if known.is_text else accuracy_lost
+        self.batches.append(_BatchMeans(num_tokens, values, residuals, layers, lost))
 
     def merge(self, other: InfluenceAccumulator) -> None:
         """Add the batches that another worker measured with the same decoder and metric.
@@ -121,7 +124,12 @@ class InfluenceAccumulator:
         values, errors = _means_and_errors([batch.values for batch in self.batches], counts)
         residuals, _ = _means_and_errors([batch.residuals for batch in self.batches], counts)
         (layers,), _ = _means_and_errors([(batch.layers,) for batch in self.batches], counts)
-        return InfluenceTable(self.metric, values, errors, sum(counts), residuals, layers)
+        # In a mixture, some batches are text, which has no accuracy.
+        answers = [batch for batch in self.batches if batch.accuracy_lost]
+        lost, _ = _means_and_errors(
+            [batch.accuracy_lost for batch in answers], [batch.num_tokens for batch in answers]
+        )
+        return InfluenceTable(self.metric, values, errors, sum(counts), residuals, layers, lost)
 
 
 def influence_table(
@@ -139,7 +147,8 @@ def influence_table(
         relative   |y(i) - y(i-1)| / |y(i)|
         loss       rise of the loss when the layer stops after i-1 corrections, all else full
 
-    The block influence of a layer is `1 - cos(h_{l-1}, h_l)` with each metric.
+    The block influence of a layer is `1 - cos(h_{l-1}, h_l)` with each metric. `loss` also measures
+    the accuracy that is lost, unless the batches are text.
 
     Args:
         decoder: measured under its own iteration schedule, in the precision of the surrounding
@@ -249,30 +258,42 @@ def _relative_size(part: Tensor, whole: Tensor) -> Tensor:
 _COMPARISONS = {"cosine": _cosine_distance, "relative": _relative_change}
 
 
-def _rises_of_loss(
+def _costs_of_stopping(
     decoder: Decoder, batch: Batch, attention_mask: Tensor | None, observer: _Comparing
-) -> Rows:
-    """Measure the loss with each layer stopped before each of its corrections, against full."""
+) -> tuple[Rows, Rows]:
+    """Compare each layer stopped before each of its corrections with the full schedule.
+
+    Returns:
+        The rises of the loss, and the accuracies lost.
+    """
     sequences = replace(batch, target_count=None).split(1)
     counts = [sequence.num_targets for sequence in sequences]
 
-    def loss(logits: Tensor) -> float:
+    def loss_and_accuracy(logits: Tensor) -> tuple[float, ...]:
         # In float64, because rises are small beside the loss; by sequence, to spare memory.
-        losses = [
-            batch_cross_entropy(ours[None].double(), sequence).item()
+        found = [
+            cross_entropy_and_accuracy(ours[None].double(), sequence)
             for ours, sequence in zip(logits, sequences, strict=True)
         ]
-        return math.fsum(n * each for n, each in zip(counts, losses, strict=True)) / sum(counts)
+        return tuple(
+            math.fsum(n * each.item() for n, each in zip(counts, means, strict=True)) / sum(counts)
+            for means in zip(*found, strict=True)
+        )
 
-    def stopped_loss(layer: int, corrections: int) -> float:
+    def stopped(layer: int, corrections: int) -> tuple[float, ...]:
         schedule = full.with_layer(layer, corrections)
-        return loss(decoder(batch.input_ids, schedule=schedule, attention_mask=attention_mask))
+        return loss_and_accuracy(
+            decoder(batch.input_ids, schedule=schedule, attention_mask=attention_mask)
+        )
 
     full = decoder.schedule
-    full_loss = loss(decoder.logits(observer.run(decoder, batch.input_ids, attention_mask)))
-    return tuple(
-        tuple(stopped_loss(layer, i) - full_loss for i in range(count))
-        for layer, count in enumerate(full)
+    full_loss, full_accuracy = loss_and_accuracy(
+        decoder.logits(observer.run(decoder, batch.input_ids, attention_mask))
+    )
+    measured = [[stopped(layer, i) for i in range(count)] for layer, count in enumerate(full)]
+    return (
+        tuple(tuple(loss - full_loss for loss, _ in row) for row in measured),
+        tuple(tuple(full_accuracy - accuracy for _, accuracy in row) for row in measured),
     )
 
 

@@ -48,6 +48,9 @@ class InfluenceTable:
     layer_values: tuple[float, ...] = ()
     """Block influence of each layer, the mean of `1 - cos(h_{l-1}, h_l)` over tokens: by how much
     the whole layer turns the hidden state. Tables of earlier versions have none."""
+    accuracy_lost_rows: Rows = ()
+    """With `loss`, what stopping a layer before each correction costs in accuracy, the share of
+    targets that get the largest logit. Text has none: its targets are not answers."""
 
     @property
     def schedule(self) -> IterationSchedule:
@@ -118,6 +121,7 @@ class InfluenceTable:
             "residuals": [list(row) for row in self.residual_rows],
             "contractions": [_finite(factor) for factor in self.contractions],
             "layers": list(self.layer_values),
+            "accuracy_lost": [list(row) for row in self.accuracy_lost_rows],
         }
 
     @classmethod
@@ -130,6 +134,7 @@ class InfluenceTable:
             num_tokens=int(table["num_tokens"]),
             residual_rows=_rows_of(table.get("residuals", ())),
             layer_values=tuple(map(float, table.get("layers", ()))),
+            accuracy_lost_rows=_rows_of(table.get("accuracy_lost", ())),
         )
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.generating import Sampling, generate, generate_stream
     from orchestrator.pipelines.importing import import_model
     from orchestrator.pipelines.influence import InfluenceResult, measure_influence
+    from orchestrator.pipelines.influence_check import InfluenceCheckResult, check_influence
     from orchestrator.pipelines.picking import PickResult, pick
     from orchestrator.pipelines.preparing import prepare
     from orchestrator.pipelines.pretraining import PretrainResult, pretrain
@@ -52,6 +53,7 @@ _MODULES = {
     "pipelines.generating": ("Sampling", "generate", "generate_stream"),
     "pipelines.importing": ("import_model",),
     "pipelines.influence": ("InfluenceResult", "measure_influence"),
+    "pipelines.influence_check": ("InfluenceCheckResult", "check_influence"),
     "pipelines.picking": ("PickResult", "pick"),
     "pipelines.preparing": ("prepare",),
     "pipelines.pretraining": ("PretrainResult", "pretrain"),
@@ -75,6 +77,7 @@ __all__ = [
     "MeasurementSettings",
     "DistillResult",
     "ModelEvaluations",
+    "InfluenceCheckResult",
     "InfluenceResult",
     "Interrupted",
     "PickResult",
@@ -93,6 +96,7 @@ __all__ = [
     "UserError",
     "Workspace",
     "benchmark",
+    "check_influence",
     "distill",
     "evaluate",
     "export",

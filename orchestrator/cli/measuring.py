@@ -35,6 +35,12 @@ def influence(
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
     metric: MetricOption = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Compare every metric with what dropping each correction costs."
+        ),
+    ] = False,
     address: AddressOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
@@ -43,8 +49,18 @@ def influence(
     settings = read_options(config, set_, influence__metric=metric, cluster__address=address)
     with open_session(workspace, "influence", verbose=verbose) as session:
         from orchestrator.pipelines.influence import measure_influence
+        from orchestrator.pipelines.influence_check import check_influence
+        from orchestrator.reporting.influence_check import influence_check_table
         from orchestrator.reporting.influence_tables import influence_terminal_table
 
+        if check:
+            checked = check_influence(settings, model=checkpoint, **session.common)
+            session.console.print(influence_check_table(checked.check))
+            for sentence in checked.check.notes():
+                print_line(session.console, f"  {sentence}")
+            if checked.picture:
+                print_line(session.console, f"  picture: {checked.picture}")
+            return
         result = measure_influence(settings, model=checkpoint, **session.common)
         session.console.print(influence_terminal_table(result.table))
 

@@ -15,7 +15,7 @@ import torch
 from live_tensors import LiveTensors
 from safetensors.torch import load_file
 
-from iiet.batch import Batch
+from iiet.batch import NO_TARGET, Batch
 from iiet.config import ModelConfig, preset
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceAccumulator, InfluenceTable, influence_table
@@ -105,6 +105,30 @@ def test_block_influence_is_the_turn_of_the_hidden_state_in_each_layer(metric):
     ]
     table = influence_table(decoder, [tokens[:1], tokens[1:]], metric=metric)
     assert table.layer_values == pytest.approx(expected, rel=1e-10)
+
+
+@torch.no_grad()
+def test_accuracy_lost_is_that_of_stopping_early_and_text_has_none():
+    decoder, tokens = small_decoder(), torch.cat(random_batches(3))
+    targets = torch.where(torch.arange(8) % 3 > 0, tokens.roll(1, dims=1), NO_TARGET)
+    table = influence_table(decoder, Batch(tokens, targets).split(2), metric="loss")
+
+    def accuracy(*corrections):
+        logits = decoder(tokens, schedule=IterationSchedule(corrections))
+        counted = targets != NO_TARGET
+        return (logits.argmax(-1) == targets)[counted].double().mean().item()
+
+    full = accuracy(2, 0, 1)
+    expected = (
+        (full - accuracy(0, 0, 1), full - accuracy(1, 0, 1)),
+        (),
+        (full - accuracy(2, 0, 0),),
+    )
+    for row, expected_row in zip(table.accuracy_lost_rows, expected, strict=True):
+        assert row == pytest.approx(expected_row, abs=1e-12)
+    assert any(expected[0])
+    assert InfluenceTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+    assert influence_table(decoder, [tokens], metric="loss").accuracy_lost_rows == ()
 
 
 def small_decoder(schedule=(2, 0, 1)):
