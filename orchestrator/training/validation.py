@@ -38,7 +38,8 @@ def validation_metrics(
     restored afterwards.
 
     Args:
-        source_names: The sources of a mixture; each batch is of one of them.
+        source_names: The sources of a mixture, whose batches are of one source each; without names
+            there are no numbers by source.
 
     Returns:
         `validation/loss`: the mean per target in nats, 0 without targets; `validation/accuracy`:
@@ -53,7 +54,7 @@ def validation_metrics(
         number = first + world.rank
         batch = batches[min(number, len(batches) - 1)]
         num_targets = batch.num_targets
-        name = names[0 if batch.sources is None else int(batch.sources[0, 0])]
+        name = names[int(batch.sources[0, 0]) if source_names and batch.sources is not None else 0]
         batch = batch.to(world.device)
         with autocast(precision, world):
             loss_of = batch_cross_entropy if batch.is_text else cross_entropy_and_accuracy
