@@ -8,6 +8,7 @@ from pathlib import Path
 
 from orchestrator.data.depth.store import (
     DepthStore,
+    check_depth_length,
     depth_folder,
     depth_tokenizer,
     longest_sequence,
@@ -190,12 +191,25 @@ def sequence_length(settings: DataSettings) -> int | None:
     Raises:
         UserError: If depth tasks are wanted, and none is named or a sequence cannot hold one.
     """
+    has_text = settings.source not in ("depth", "mixture") or settings.texts
+    return None if has_text else _longest_task(settings)
+
+
+def check_context_length(settings: DataSettings, context_length: int) -> None:
+    """Check that a model's context holds the sequences of depth tasks, prepared or not.
+
+    Raises:
+        UserError: If it does not, or a sequence cannot hold its task.
+    """
+    if settings.source in ("depth", "mixture"):
+        check_depth_length(_longest_task(settings), context_length)
+
+
+def _longest_task(settings: DataSettings) -> int:
     if settings.source == "depth":
         tasks = make_tasks(settings.depth)
         return longest_sequence(tasks, with_markers=len(tasks) > 1)
-    if settings.source == "mixture" and not settings.texts:
-        return longest_sequence(mixture_tasks(settings), with_markers=True)
-    return None
+    return longest_sequence(mixture_tasks(settings), with_markers=True)
 
 
 def _vocabulary(settings: DataSettings) -> tuple[int, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from iiet.methods import METHODS
-from orchestrator.data.preparation import expected_tokens
+from orchestrator.data.preparation import check_context_length, expected_tokens
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import Settings
 from orchestrator.training.finished_weights import folder_of_weights
@@ -41,6 +41,7 @@ def pretraining_job(
             f"fewer corrections, and the model ({config.method}) makes none; leave it out, or take "
             "method iiet with 1 correction or more"
         )
+    check_context_length(settings.data, config.context_length)
     job = TrainingJob(
         run_folder="",
         tokens_folder=str(tokens or ""),

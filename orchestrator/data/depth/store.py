@@ -69,12 +69,7 @@ class DepthStore(PreparedData):
         return None
 
     def check_length(self, context_length: int) -> None:
-        if self.sequence_length > context_length:
-            raise UserError(
-                f"the depth tasks have sequences of {self.sequence_length} tokens, more than "
-                f"model.context_length={context_length}; set it to {self.sequence_length}, or "
-                "make the tasks shorter"
-            )
+        check_depth_length(self.sequence_length, context_length)
 
     def sequences(self, positions: np.ndarray, *, context_length: int, seed: int) -> Batch:
         return self._sequences(positions, context_length, "train", seed)
@@ -149,8 +144,18 @@ def content_number(*parts: str | int) -> int:
 
 
 def longest_sequence(tasks: tuple[DepthTask, ...], *, with_markers: bool) -> int:
-    """Return the tokens of the longest sequence of some tasks."""
-    return max(task.length for task in tasks) + with_markers
+    """Return the tokens of the longest sequence of some tasks; 0 if there are none."""
+    return max((task.length + with_markers for task in tasks), default=0)
+
+
+def check_depth_length(sequence_length: int, context_length: int) -> None:
+    """Raise a `UserError` if a model's context is shorter than the longest sequence."""
+    if sequence_length > context_length:
+        raise UserError(
+            f"the depth tasks have sequences of {sequence_length} tokens, more than "
+            f"model.context_length={context_length}; set it to {sequence_length}, or make the "
+            "tasks shorter"
+        )
 
 
 def open_depth(folder: Path, manifest: Manifest) -> DepthStore:
