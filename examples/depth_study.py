@@ -4,9 +4,9 @@ The study trains arms in the order of priority: vanilla models of several depths
 more corrections, in two stages, with options; models that repeat the whole stack; PCformer. Each
 arm takes two sweeps or three:
 
-    rates     every learning rate of the arm at the first seed; if the best one is the lowest or the
-              highest, one more beyond it
-    seeds     the best rate, by validation loss, under all seeds
+    rates           every learning rate of the arm at the first seed
+    further rate    if the best one, by validation loss, is the lowest or the highest: one beyond it
+    seeds           the best rate under all seeds
 
 Then each checkpoint is read on validation sequences, as it was trained and under other schedules.
 After each arm, `results.md`, `results.json` and a picture are written: verdicts by rules that were
@@ -209,30 +209,32 @@ class DepthStudy:
 
     def _result(self, arm: Arm, *, may_train: bool = False) -> ArmResult | None:
         """Return the result of an arm; None if something is not finished and may not be trained."""
-        by_rate = self._by_rate(arm, arm.rates, "rates", may_train=may_train)
+        models = [arm.model(rate=rate, seed=self.seeds[0]) for rate in arm.rates]
+        by_rate = self._by_rate(self._trials(models, f"{arm.slug}-rates", may_train=may_train))
         if by_rate and (more := _rate_beyond(by_rate)):
-            others = self._by_rate(arm, [more], "further rate", may_train=may_train)
-            by_rate = by_rate | others if others else {}
+            # A single training would get all CPUs, which slows it down where others use them. So
+            # the other seeds train at the best rate so far; usually it stays the best.
+            models = [arm.model(rate=more, seed=self.seeds[0]), *self._seeds_at(arm, by_rate)]
+            trials = self._trials(models, f"{arm.slug}-further-rate", may_train=may_train)
+            by_rate = by_rate | self._by_rate(trials) if trials else {}
         if not by_rate:
             return None
-        best = _best_rate(by_rate)
-        models = [arm.model(rate=best, seed=seed) for seed in self.seeds]
+        models = self._seeds_at(arm, by_rate)
         trials = self._trials(models, f"{arm.slug}-seeds", may_train=may_train)
         if not trials:
             return None
         self.trials[arm.name] = [trial.model_copy(update={"group": arm.name}) for trial in trials]
         readings = {trial.key: self._readings(trial) for trial in trials}
         losses = {rate: trial.quality[LOSS] for rate, trial in by_rate.items()}
-        return arm_result(arm, trials, losses, best, readings)
+        return arm_result(arm, trials, losses, _best_rate(by_rate), readings)
 
-    def _by_rate(
-        self, arm: Arm, rates: Sequence[float], phase: str, *, may_train: bool
-    ) -> dict[float, Trial]:
-        """Return learning rate -> trial of the first seed; empty if not all are finished."""
-        models = [arm.model(rate=rate, seed=self.seeds[0]) for rate in rates]
-        name = f"{arm.slug}-{phase.replace(' ', '-')}"
-        trials = self._trials(models, name, may_train=may_train)
-        return {trial.job.recipe.learning_rate: trial for trial in trials if trial.job}
+    def _by_rate(self, trials: Sequence[Trial]) -> dict[float, Trial]:
+        """Return learning rate -> trial of the first seed."""
+        recipes = ((trial, trial.job.recipe) for trial in trials if trial.job)
+        return {own.learning_rate: trial for trial, own in recipes if own.seed == self.seeds[0]}
+
+    def _seeds_at(self, arm: Arm, by_rate: Mapping[float, Trial]) -> list[SweepModel]:
+        return [arm.model(rate=_best_rate(by_rate), seed=seed) for seed in self.seeds]
 
     def _trials(
         self, models: Sequence[SweepModel], name: str, *, may_train: bool
@@ -279,10 +281,11 @@ class DepthStudy:
         return models + [arm.model(rate=middle, seed=seed) for seed in self.seeds[1:]]
 
     def _most_hours(self, arm: Arm) -> float:
-        """Return what an arm takes from here on, with one further learning rate."""
+        """Return what an arm takes from here on if a further learning rate is the best."""
         models = self._expected_models(arm)
         flops = self._plan(models).price.flops
-        return flops * (1 + (len(arm.rates) > 1) / len(models)) / self.speed / 3600
+        more = len(self.seeds) if len(arm.rates) > 1 else 0
+        return flops * (1 + more / len(models)) / self.speed / 3600
 
     def _write(self, finished: Mapping[str, ArmResult], not_run: Mapping[str, str]) -> None:
         arms = {arm.name: finished[arm.name] for arm in self.arms if arm.name in finished}

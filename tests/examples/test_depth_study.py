@@ -238,13 +238,14 @@ def test_the_best_rate_is_inside_the_tried_ones_or_one_more_is_tried(
         "r = 0, 2 layers": (8e-3, True),
         "r = 1, 2 layers": (5e-4, False),
     }
-    # Four rates and two more seeds each; one more rate of two arms.
-    assert len(trained) == 3 * 6 + 2
+    # Four rates and two more seeds each; one more rate of two arms, and two more seeds where the
+    # further rate is the best.
+    assert len(trained) == 3 * 6 + 2 + 2
     assert len(set(trained)) == len(trained)
     again = study.DepthStudy(settings, Choices(), session_of(workspace))
     again.run(again.arms[:1])
     assert again.results == own.results
-    assert len(trained) == 20
+    assert len(trained) == 22
 
 
 def test_the_page_says_what_corrections_are_worth(
