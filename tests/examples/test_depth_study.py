@@ -310,7 +310,8 @@ def test_two_arms_one_after_the_other_and_nothing_is_trained_twice(
     assert list(arm.seeds) == [2, 3]
     assert first.seconds > 0
     runs = len([*workspace.runs.glob("*/done.json")])
-    assert runs == 4
+    # Two rates, one beyond them, and the second seed; once more if the further rate is the best.
+    assert runs == 4 + (arm.best_rate not in (1e-3, 2e-3))
 
     assert "hours, and" in run(corrected, hours=0.0).not_run[corrected]
     both = run(corrected)
