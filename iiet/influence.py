@@ -26,7 +26,7 @@ from torch.nn import functional
 from iiet.batch import NO_TARGET, Batch
 from iiet.decoder import Decoder
 from iiet.influence_values import InfluenceMetric, InfluenceTable, Rows, checked_metric
-from iiet.losses import cross_entropy_and_accuracy
+from iiet.loss_metrics import cross_entropy_and_accuracy
 from iiet.methods import Evaluation
 from iiet.schedule import IterationSchedule
 

@@ -30,8 +30,6 @@ __all__ = [
     "DivergenceKind",
     "batch_cross_entropy",
     "cross_entropy",
-    "cross_entropy_and_accuracy",
-    "cross_entropy_by_source",
     "hidden_state_error",
     "kl_divergence",
     "mean_divergence",
@@ -61,14 +59,14 @@ def cross_entropy(
 
     Positions whose target is `NO_TARGET` do not count, whatever the mask says.
     """
-    total, counted = _losses(logits, targets, mask, reduction="sum")
-    return total / _divisor(count, counted, total.dtype)
+    total, counted = target_losses(logits, targets, mask, reduction="sum")
+    return total / divisor_of(count, counted, total.dtype)
 
 
-def _losses(
+def target_losses(
     logits: Tensor, targets: Tensor, mask: Tensor | None, *, reduction: Literal["sum", "none"]
 ) -> tuple[Tensor, Tensor]:
-    # The sum, or the loss of each position in one row; and which positions count.
+    """Return the sum, or the losses of all positions in one row; and which positions count."""
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
             f"targets must be (batch, time) as the logits, here {tuple(logits.shape[:-1])}, "
@@ -100,43 +98,6 @@ def batch_cross_entropy(logits: Logits, batch: Batch) -> Tensor:
 
     (loss,) = loss_by_chunks(logits, batch, loss_of)
     return loss
-
-
-def cross_entropy_and_accuracy(logits: Logits, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Compute the `cross_entropy` of a batch, and the share of its targets that are likeliest."""
-
-    def loss_of(part: Tensor, span: Batch, _: slice | None) -> tuple[Tensor, Tensor]:
-        losses, counted = _losses(part, span.targets, span.taught, reduction="sum")
-        divisor = _divisor(span.target_count, counted, losses.dtype)
-        is_right = (part.argmax(dim=-1) == span.targets) & counted
-        return losses / divisor, is_right.sum() / divisor
-
-    loss, accuracy = loss_by_chunks(logits, batch, loss_of)
-    return loss, accuracy
-
-
-def cross_entropy_by_source(
-    logits: Logits, batch: Batch, *, num_sources: int
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Compute the `cross_entropy` of a batch, and what each of its sources adds to it.
-
-    Returns:
-        The loss; for each source its part of the loss, detached; for each source its share of the
-        targets. The loss is the sum of the parts, and the mean of a source is part / share.
-    """
-
-    def loss_of(part: Tensor, span: Batch, _: slice | None) -> tuple[Tensor, ...]:
-        assert span.sources is not None
-        losses, counted = _losses(part, span.targets, span.taught, reduction="none")
-        divisor = _divisor(span.target_count, counted, losses.dtype)
-        sources, known, counted = span.sources.flatten(), losses.detach(), counted.flatten()
-        own = [sources == number for number in range(num_sources)]
-        parts = [(known * rows).sum() / divisor for rows in own]
-        shares = [(counted & rows).sum() / divisor for rows in own]
-        return losses.sum() / divisor, *parts, *shares
-
-    loss, *others = loss_by_chunks(logits, batch, loss_of)
-    return loss, tuple(others[:num_sources]), tuple(others[num_sources:])
 
 
 def next_token_loss(logits: Logits, input_ids: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -213,7 +174,7 @@ def hidden_state_error(
         size = target.square().sum(dim=-1).clamp(min=torch.finfo(target.dtype).tiny)
         errors.append((difference.square().sum(dim=-1) / size).sum())
     error = torch.stack(errors).mean()
-    return error / _divisor(count, counted, error.dtype)
+    return error / divisor_of(count, counted, error.dtype)
 
 
 def check_temperature(temperature: float) -> None:
@@ -234,7 +195,8 @@ def _counted(mask: Tensor | None, values: Tensor) -> Tensor:
     return mask.bool()
 
 
-def _divisor(count: Count, counted: Tensor, dtype: torch.dtype) -> Tensor:
+def divisor_of(count: Count, counted: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the divisor of a mean over the positions that count, a scalar."""
     if count is None or isinstance(count, Tensor):
         count = counted.sum() if count is None else count
         return count.clamp(min=1).to(dtype)
@@ -284,7 +246,7 @@ class _MeanDivergence(torch.autograd.Function):
         vocab = student.shape[-1]
         ours = student.reshape(-1, vocab)
         counted = _counted(mask, student).flatten()
-        divisor = _divisor(count, counted, torch.promote_types(student.dtype, torch.float32))
+        divisor = divisor_of(count, counted, torch.promote_types(student.dtype, torch.float32))
         values = ours.new_zeros(len(ours), dtype=divisor.dtype)
         # float16 would round most of the gradient to 0 before the loss scale arrives in `backward`.
         kept = torch.float32 if ours.dtype == torch.float16 else ours.dtype

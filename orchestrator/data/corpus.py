@@ -89,7 +89,7 @@ def _read_source(settings: DataSettings, progress: Progress) -> Iterator[tuple[s
 def _check_hub_settings(settings: DataSettings) -> None:
     if not settings.hub_name:
         raise UserError(
-            "data.source is `hub`, but data.hub_name is empty; name a data set, such as "
+            "the source `hub` reads data.hub_name, which is empty; name a data set, such as "
             "--set data.hub_name=cerebras/SlimPajama-627B"
         )
 

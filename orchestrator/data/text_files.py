@@ -47,7 +47,7 @@ def find_files(settings: DataSettings) -> list[Path]:
     """
     if not settings.files:
         raise UserError(
-            "data.source is `files`, but data.files is empty; name text files, such as "
+            "the source `files` reads data.files, which is empty; name text files, such as "
             "--set 'data.files=[books/*.txt]'"
         )
     found: set[Path] = set()

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from iiet.batch import Batch
 from iiet.distillation import DistillationConfig, Model, student_loss
-from iiet.losses import batch_cross_entropy, cross_entropy_by_source
+from iiet.loss_metrics import cross_entropy_by_source
+from iiet.losses import batch_cross_entropy
 from iiet.schedule import IterationSchedule
 from orchestrator.training.schedules import ScheduleByStep, SchedulesByStep
 

@@ -13,7 +13,8 @@ import torch
 
 from iiet.batch import Batch
 from iiet.decoder import Decoder
-from iiet.losses import batch_cross_entropy, cross_entropy_and_accuracy
+from iiet.loss_metrics import cross_entropy_and_accuracy
+from iiet.losses import batch_cross_entropy
 from iiet.schedule import IterationSchedule
 from orchestrator.training.distributed import World, autocast, mean_over_workers
 from orchestrator.workspace.journal import VALIDATION_METRIC

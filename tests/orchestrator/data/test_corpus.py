@@ -44,9 +44,9 @@ def test_the_source_state_changes_with_the_file(tmp_path: Path) -> None:
 def test_settings_without_a_source_are_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file matches"):
         list(read_documents(files(tmp_path / "*.txt")))
-    with pytest.raises(UserError, match=r"data\.files is empty"):
+    with pytest.raises(UserError, match=r"data\.files, which is empty"):
         list(read_documents(files()))
-    with pytest.raises(UserError, match=r"data\.hub_name is empty"):
+    with pytest.raises(UserError, match=r"data\.hub_name, which is empty"):
         list(read_documents(DataSettings(source="hub")))
 
 

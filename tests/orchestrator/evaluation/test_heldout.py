@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from orchestrator.data.corpus import Document
+from orchestrator.data.preparation import prepare
+from orchestrator.data.sources import open_data
 from orchestrator.data.token_store import open_tokens
 from orchestrator.data.tokenization import write_tokens
 from orchestrator.data.tokenizer import load_tokenizer
@@ -21,6 +23,7 @@ from orchestrator.evaluation.heldout import (
     HeldoutSuite,
     build_heldout,
     heldout_configs,
+    offered_tasks,
 )
 from orchestrator.evaluation.heldout.ngrams import TokenBigrams, WordTrigrams
 from orchestrator.evaluation.heldout.sentence_splitting import (
@@ -28,10 +31,11 @@ from orchestrator.evaluation.heldout.sentence_splitting import (
     find_sentences,
     is_plain,
 )
-from orchestrator.evaluation.task_selection import select_tasks
+from orchestrator.evaluation.task_selection import select_tasks, tasks_of_source
 from orchestrator.settings import DataSettings, EvaluationSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace
 
 CONTEXT_LENGTH = 48
 NUM_ITEMS = 60
@@ -202,6 +206,32 @@ def test_text_without_sentences_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give no test items"):
         build_heldout(folder, num_items=50, context_length=64)
     assert not list(folder.glob("*heldout*"))
+
+
+def test_a_mixture_gives_tasks_of_all_texts_together_and_of_its_depth_tasks(
+    tmp_path: Path,
+) -> None:
+    for number, name in enumerate(("files", "hub")):
+        draw = random.Random(number)
+        lines = [json.dumps({"text": f"{name}: {story(draw)}"}) for _ in range(120)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stories.jsonl").write_text("\n".join(lines))
+    settings = DataSettings(
+        source="mixture",
+        shares={"files": 0.5, "hub": 0.3, "s5_4": 0.2},
+        files=(str(tmp_path / "files"),),
+        hub_name=str(tmp_path / "hub"),
+        vocab_size=400,
+        validation_fraction=0.3,
+    )
+    data = prepare(settings, Workspace(tmp_path / "workspace"))
+    names = (*TEXT_TASKS, "s5_4")
+    assert tasks_of_source(settings) == offered_tasks(open_data(data)) == names
+    suite = build_heldout(data, num_items=NUM_ITEMS, context_length=CONTEXT_LENGTH)
+    assert suite.tasks.keys() == set(names)
+    assert suite.tasks["s5_4"] == NUM_ITEMS
+    whole = [row["text"].partition(":")[0] for row in rows(suite, "bits_per_byte")]
+    assert set(whole) == {"files", "hub"}
 
 
 def test_sentences_are_spans_of_the_text() -> None:
