@@ -102,11 +102,15 @@ class PlainTokenizer:
         try:
             return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         except Exception:  # tokenizers raises plain Exception
-            known = [text for text, number in self._symbols.items() if number != self.prefix_id]
             raise UserError(
                 f"the model's tokenizer cannot read {quoted(text)}; it reads symbols such as "
-                f"{', '.join(known[:MAX_SYMBOLS_SHOWN])}"
+                f"{', '.join(self.symbols[:MAX_SYMBOLS_SHOWN])}"
             ) from None
+
+    @property
+    def symbols(self) -> list[str]:
+        """Texts that are never merged with the text around them, without the end of a text."""
+        return [text for text, number in self._symbols.items() if number != self.prefix_id]
 
     def symbol_id(self, text: str) -> int | None:
         """Return the token of a text that is never merged with the text around it, or None."""

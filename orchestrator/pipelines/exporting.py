@@ -18,6 +18,7 @@ from iiet.weights import CONFIG
 from orchestrator.cluster.launch import command_device
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.evaluation.evaluated_model import open_model
+from orchestrator.evaluation.model_tokenizer import PlainTokenizer
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.records.evaluation import EvaluationResult
@@ -188,7 +189,21 @@ def model_card(
         or load_influence_table(origin, metric)
         or load_influence_table(checkpoint, metric),
         full=full if is_cheaper else None,
+        prompt=_readable_prompt(checkpoint),
     )
+
+
+def _readable_prompt(checkpoint: Path) -> str:
+    """Return a beginning of a text; of symbols, if the model's tokenizer reads nothing else."""
+    usual, file = ModelCard.prompt, checkpoint / TOKENIZER
+    if not file.is_file():
+        return usual
+    tokenizer = PlainTokenizer(file)
+    try:
+        tokenizer.encode(usual, add_special_tokens=False)
+    except UserError:
+        return "".join(tokenizer.symbols[:2])
+    return usual
 
 
 def check_target(folder: Path) -> None:

@@ -19,6 +19,7 @@ from orchestrator.reporting.pareto import KEPT_SHARE, Front
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.reporting.sweep_results import StoredSweep
+from orchestrator.reporting.training_curves import ACCURACY_CHARTS
 from orchestrator.tracking import (
     NOTE_TAG,
     VIEW_TAG,
@@ -28,7 +29,7 @@ from orchestrator.tracking import (
     Tracking,
     tag_filter,
 )
-from orchestrator.workspace.journal import VALIDATION_METRIC
+from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
 
 ARTIFACT_FOLDER = "front"
 SWEEP_TAG = "iiet.sweep"
@@ -169,6 +170,8 @@ def front_chart_view(report: SweepReport) -> ChartView:
         if set(pair) <= measured and pair not in scatters:
             scatters.append(pair)
     curves = [VALIDATION_METRIC, "train/loss"] if report.curves else []
+    if set(ACCURACY_CHARTS) & set(report.curves):
+        curves.insert(0, ACCURACY_METRIC)
     return ChartView(
         key=chart_view_key(report.name),
         name=f"Front of {report.name}",

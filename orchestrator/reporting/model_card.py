@@ -5,6 +5,7 @@ Markdown with the front matter that model hubs read. A part that was not measure
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,8 @@ class ModelCard:
     """The table that the schedule was chosen by: the model's own, or its teacher's."""
     chosen: str = ""
     """Sentence on how the model was picked from a sweep; empty if it was not."""
+    prompt: str = "Once"
+    """A text that the model's tokenizer reads, for the example."""
     full: ModelConfig | None = None
     """The full model, to compare costs; None if this is the full model."""
 
@@ -46,7 +49,7 @@ class ModelCard:
             self._summary(),
             self.chosen and f"Chosen as {self.chosen}",
             "## Use",
-            _USE,
+            _use(self.prompt),
             "## Iteration schedule",
             self._schedule(),
             "## Cost",
@@ -128,13 +131,15 @@ class ModelCard:
 REQUIREMENTS = ("torch>=2.6", "transformers>=5.24,<6")
 """Packages that the code of an exported folder needs."""
 
-_USE = f"""```python
+
+def _use(prompt: str) -> str:
+    return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # the folder of this file
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-tokens = model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=40)
+tokens = model.generate(**tokenizer({json.dumps(prompt)}, return_tensors="pt"), max_new_tokens=40)
 print(tokenizer.decode(tokens[0]))
 ```
 

@@ -15,7 +15,7 @@ from orchestrator.reporting.report_content import Curve
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.reporting.shown_points import shown_points
 from orchestrator.reporting.sweep_results import StoredSweep
-from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
+from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC, read_journal
 
 HYPERVOLUME_BY_TRIALS = "sweep/hypervolume"
 """Metric whose step is the number of finished models."""
@@ -29,6 +29,11 @@ STUDENT_CHARTS = {
 """Title -> metric; the report shows the first chart that has a curve. Short trainings are validated
 too rarely for the first one."""
 BASELINE_CHART = "Validation loss of full model and baselines"
+ACCURACY_CHARTS = (
+    "Validation accuracy while training",
+    "Validation accuracy of full model and baselines",
+)
+"""Titles for the students, and for the others; only where data have answers."""
 HISTORY_CHARTS = {
     "Hypervolume against trials finished": HYPERVOLUME_BY_TRIALS,
     "Hypervolume against training in GFLOPs": HYPERVOLUME_BY_GFLOPS,
@@ -62,6 +67,9 @@ def read_training_curves(sweep: StoredSweep, front: Front) -> Mapping[str, Seque
             break
     if curves := _read_curves(others, VALIDATION_METRIC):
         charts[BASELINE_CHART] = curves
+    for title, runs in zip(ACCURACY_CHARTS, (students, others), strict=True):
+        if curves := _read_curves(runs, ACCURACY_METRIC):
+            charts[title] = curves
     return charts
 
 

@@ -17,9 +17,8 @@ from iiet.loss_metrics import cross_entropy_and_accuracy
 from iiet.losses import batch_cross_entropy
 from iiet.schedule import IterationSchedule
 from orchestrator.training.distributed import World, autocast, mean_over_workers
-from orchestrator.workspace.journal import VALIDATION_METRIC
+from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
 
-ACCURACY_METRIC = "validation/accuracy"
 _SUMS = ("loss", "targets", "right", "answers")
 
 

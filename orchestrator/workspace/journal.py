@@ -19,6 +19,8 @@ from orchestrator.workspace.paths import workspace_root
 
 JOURNAL_NAME = "journal.jsonl"
 VALIDATION_METRIC = "validation/loss"
+ACCURACY_METRIC = "validation/accuracy"
+"""Share of right answers; only of data that have answers."""
 TAIL_BYTES = 65_536
 
 Record = dict[str, Any]
