@@ -19,7 +19,8 @@ from orchestrator.evaluation.heldout import (
     is_heldout_task,
     offered_tasks,
 )
-from orchestrator.settings import DataSettings, EvaluationSettings
+from orchestrator.records.evaluation import BITS_METRIC
+from orchestrator.settings import DataSettings, EvaluationSettings, Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import expand_user, is_folder
@@ -128,6 +129,20 @@ def check_offered(settings: EvaluationSettings, offered: Collection[str]) -> Non
         raise UserError(
             f"evaluation.suite names {', '.join(missing)}, which the data cannot make; they can "
             f"make {', '.join(offered)}"
+        )
+
+
+def check_search(settings: Settings, offered: Collection[str]) -> None:
+    """Raise `UserError` if a search is to improve bits per byte, and no task gives them."""
+    evaluation, objective = settings.evaluation, settings.search.objective
+    names = named_tasks(evaluation)
+    given = set(offered) if HELDOUT in names else set(offered) & set(names)
+    if settings.sweep.kind != "search" or objective != BITS_METRIC or needs_lm_eval(evaluation):
+        return
+    if BITS_METRIC not in given:
+        raise UserError(
+            f"search.objective={objective}: no task of evaluation.suite={evaluation.suite} gives "
+            "bits per byte on these data; set it to accuracy or validation_loss"
         )
 
 

@@ -16,6 +16,7 @@ from iiet.config import ModelConfig
 from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.evaluation.task_selection import (
     check_offered,
+    check_search,
     needs_lm_eval,
     tasks_of_source,
 )
@@ -208,7 +209,9 @@ def _draft_from_settings(
     name: str | None = None,
 ) -> _Draft:
     """Return what is known of a sweep that makes its tokens, and trains its teacher or models."""
-    check_offered(settings.evaluation, tasks_of_source(settings.data))
+    offered = tasks_of_source(settings.data)
+    check_offered(settings.evaluation, offered)
+    check_search(settings, offered)
     tokens = find_prepared(settings.data, context.workspace.tokens)
     if settings.sweep.kind == "iterations":
         if models is None:

@@ -28,7 +28,7 @@ DEPTH_CONFIG: dict[str, Any] = {
 def chance_in_words(task: DepthTask, rows: Sequence[dict[str, Any]]) -> str:
     """Return the accuracy that needs no answering, with that of repeating the last symbol.
 
-    The latter is more than chance where a hop often leads back to where it began.
+    The latter is more than chance where hops often end at a symbol equal to the last one.
     """
     answers = [row["choices"][row["label"]] for row in rows]
     repeated = sum(row["context"].endswith(a) for row, a in zip(rows, answers, strict=True))

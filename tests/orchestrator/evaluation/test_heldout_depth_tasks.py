@@ -141,6 +141,13 @@ def test_a_task_of_the_data_can_be_named_by_itself(tmp_path: Path) -> None:
     assert list(load_suite(["chain_2"], heldout=folder, planned=()).tasks) == ["chain_2"]
 
 
+def test_a_search_for_bits_per_byte_is_refused_where_there_are_none(tmp_path: Path) -> None:
+    wish = {"sweep.kind": "search", "search.objective": "bits_per_byte"}
+    settings = depth_settings("phop_2", **wish, **{"model.context_length": 16})
+    with pytest.raises(UserError, match="gives bits per byte on these data; set it to accuracy"):
+        plan_sweep(settings, workspace=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("source", "suite", "reason"),
     [
