@@ -82,9 +82,9 @@ class InfluenceCheck:
             sentences.append("Text has no accuracy here: the cost is the metric `loss` itself.")
         if count < MIN_CORRECTIONS:
             sentences.append(
-                f"{count} corrections are too few to decide between metrics: without any relation "
-                f"the correlation exceeds {chance_correlation(count):.2f} (either sign) in one of "
-                "20 models."
+                f"{count} corrections are too few to decide between metrics: unrelated values "
+                f"reach a correlation of {chance_correlation(count):.2f} (either sign) in about "
+                "one of 20 models."
             )
         return sentences
 
@@ -114,7 +114,7 @@ def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
 
 
 def chance_correlation(count: int) -> float:
-    """Return about the size of a rank correlation that unrelated values exceed in 1 of 20 cases."""
+    """Return about the size of a rank correlation that unrelated values reach in 1 of 20 cases."""
     # Its standard deviation is 1/sqrt(count - 1).
     return min(1.96 / math.sqrt(count - 1), 1.0) if count > 1 else 1.0
 
