@@ -6,6 +6,7 @@ the task, so the accuracy is that of the likeliest symbol.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,16 +27,23 @@ DEPTH_CONFIG: dict[str, Any] = {
 
 
 def chance_in_words(task: DepthTask, rows: Sequence[dict[str, Any]]) -> str:
-    """Return the accuracy that needs no answering, with that of repeating the last symbol.
+    """Return the accuracy that needs no answering, with that of repeating a symbol at the end.
 
-    The latter is more than chance where hops often end at a symbol equal to the last one.
+    The latter is more than chance where hops often lead back to a symbol near their start.
     """
-    answers = [row["choices"][row["label"]] for row in rows]
-    repeated = sum(row["context"].endswith(a) for row, a in zip(rows, answers, strict=True))
-    chance, share = f"{100 * task.chance:.1f}%", repeated / len(rows)
-    if share <= task.chance:
+    chance = f"{100 * task.chance:.1f}%"
+    right = {"last symbol": 0, "symbol before the last": 0}
+    for row in rows:
+        answer, context = row["choices"][row["label"]], row["context"]
+        last = next((symbol for symbol in row["choices"] if context.endswith(symbol)), "")
+        right["last symbol"] += last == answer
+        right["symbol before the last"] += context.removesuffix(last).endswith(answer)
+    best = max(right, key=right.__getitem__)
+    share = right[best] / len(rows)
+    error = math.sqrt(task.chance * (1 - task.chance) / len(rows))
+    if share <= task.chance + 2 * error:
         return chance
-    return f"{chance}, or {100 * share:.1f}% by repeating the last symbol"
+    return f"{chance}, or {100 * share:.1f}% by repeating the {best}"
 
 
 def depth_rows(store: DepthStore, num_items: int) -> dict[str, list[dict[str, Any]]]:
