@@ -24,6 +24,7 @@ from orchestrator.cli.options import (
 )
 from orchestrator.cli.session import Session, open_session
 from orchestrator.terminal.layout import print_line
+from orchestrator.workspace.errors import UserError
 
 if TYPE_CHECKING:
     from orchestrator.records.evaluation import EvaluationResult
@@ -46,6 +47,8 @@ def influence(
     verbose: VerboseOption = False,
 ) -> None:
     """Measure how much each correction of each layer matters."""
+    if check and metric:
+        raise UserError("--check measures every metric; leave --metric out")
     settings = read_options(config, set_, influence__metric=metric, cluster__address=address)
     with open_session(workspace, "influence", verbose=verbose) as session:
         from orchestrator.pipelines.influence import measure_influence

@@ -111,6 +111,7 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
         (["pick", "--knee", "--best"], "--knee and --best"),
         (["pick", "--dry-run", "--to", "there"], "--dry-run exports nothing"),
         (["pick", "--keep", "99"], "--keep"),
+        (["influence", "--check", "--metric", "loss"], "--check measures every metric"),
         (["pick", "--knee", "--confidence", "0.5"], "--confidence can be used with --keep"),
         (["submit", "ui"], "`iiet-orch ui` does not run on a cluster"),
         (["submit", "no-such-command"], "no-such-command"),

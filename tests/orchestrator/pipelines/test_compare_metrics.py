@@ -50,6 +50,7 @@ def make_decoder(tiny_model: dict[str, Any], **changes: Any) -> Decoder:
     return Decoder(ModelConfig.from_dict(config))
 
 
+@pytest.mark.slow  # It draws four pictures.
 @torch.no_grad()
 def test_costs_are_accuracies_lost_by_stopping_early_and_are_found_again(
     tmp_path: Path, tokens: Path, tiny_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
