@@ -49,15 +49,15 @@ ProfileOption = Annotated[
 @app.command(rich_help_panel="All steps")
 def quickstart(
     workspace: WorkspaceOption = None,
-    config: ConfigOption = "toy",
+    config: ConfigOption = "demo",
     dry_run: DryRunOption = False,
     address: AddressOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Run all steps on a CPU, from the English texts that come with Python to the front.
+    """Run all steps on a CPU, from a generated task to the front, in minutes.
 
-    With --config, run the sweep of that file.
+    With --config, run the sweep of that file, or of that name: `toy` reads text.
     """
     settings = read_options(config, set_, cluster__address=address)
     with open_session(workspace, "quickstart", verbose=verbose, dry_run=dry_run) as session:

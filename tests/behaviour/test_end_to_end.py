@@ -50,12 +50,12 @@ def _newest_log(workspace: Path) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A workspace after `quickstart`, and the output of the command."""
+    """A workspace after a whole sweep on text, and the output of the command."""
     workspace = tmp_path_factory.mktemp("whole-job")
-    return workspace, run("quickstart", *small(), workspace=workspace)
+    return workspace, run("sweep", "toy", *small(), workspace=workspace)
 
 
-def test_quickstart_ends_with_a_front(finished: tuple[Path, str]) -> None:
+def test_a_sweep_ends_with_a_front(finished: tuple[Path, str]) -> None:
     workspace, printed = finished
     for word in ("vanilla", "r = 0", "teacher", "iiet-orch ui", "front.html"):
         assert word in printed
@@ -92,7 +92,7 @@ def test_a_copy_of_the_workspace_finds_everything_again(
         if str(workspace).encode() in path.read_bytes()
     ]
     assert naming == []
-    assert "6 of 6 trials are finished" in run("quickstart", *small(), "--dry-run", workspace=copy)
+    assert "6 of 6 trials are finished" in run("sweep", "toy", *small(), "--dry-run", workspace=copy)
     assert str(copy) in "".join(run("report", workspace=copy).split())
 
 
@@ -136,7 +136,7 @@ def test_mlflow_holds_the_sweep_and_its_trials(finished: tuple[Path, str]) -> No
 def test_a_rerun_reuses_everything(finished: tuple[Path, str]) -> None:
     workspace, first = finished
     before = _checkpoints(workspace)
-    second = run("quickstart", *small(), workspace=workspace)
+    second = run("sweep", "toy", *small(), workspace=workspace)
     assert "found again" in second
     assert _checkpoints(workspace) == before, "nothing was trained again"
     assert _table(second) == _table(first)

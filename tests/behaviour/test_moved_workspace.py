@@ -81,7 +81,7 @@ def contents(workspace: Path) -> dict[Path, bytes]:
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with a finished sweep, a registered model and an interrupted training."""
     workspace = tmp_path_factory.mktemp("original")
-    run("quickstart", *SETTINGS, workspace=workspace)
+    run("sweep", "toy", *SETTINGS, workspace=workspace)
     run("pick", "--best", workspace=workspace)
     process = subprocess.Popen(
         command(*PAUSED, workspace=workspace), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -122,7 +122,7 @@ def test_a_copy_goes_on_and_the_original_stays(original: Path, tmp_path: Path) -
     report_and_resume(there)
     run("pick", "--cheapest", workspace=there)
     finished = {path: path.stat().st_mtime for path in there.glob("*/*/done.json")}
-    printed = run("quickstart", *SETTINGS, workspace=there)
+    printed = run("sweep", "toy", *SETTINGS, workspace=there)
     assert "6 trials, 6 of them found finished" in printed
     assert {path: path.stat().st_mtime for path in there.glob("*/*/done.json")} == finished
     assert num_tracked_runs(there) == num_runs
