@@ -14,7 +14,7 @@ PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(INSTALLED) ## Install, then run everything on Python's documentation (CPU, about ten minutes)
+demo: $(INSTALLED) ## Install, then run everything on a generated task (CPU, minutes)
 	$(BIN)/iiet-orch quickstart
 
 test: $(INSTALLED) ## Install, then run the whole test suite

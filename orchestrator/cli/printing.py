@@ -26,7 +26,8 @@ def print_report(console: Console, report: ReportResult, workspace: Path) -> Non
     for sentence in report.sentences:
         print_line(console, f"  {sentence}")
     console.print()
-    if report.worth:
+    # Where every model is refused, the reasons stand in the files of the report.
+    if report.worth and report.worth.has_phi:
         console.print(report.worth.to_terminal())
         for note in report.worth.notes:
             print_line(console, f"  {note}")

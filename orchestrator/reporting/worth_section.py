@@ -97,6 +97,11 @@ class WorthSection:
     """Number of layers -> the vanilla model, for each set of models that compare."""
 
     @property
+    def has_phi(self) -> bool:
+        """Whether it could be said for any model."""
+        return any(row.worth.phi is not None for row in self.rows)
+
+    @property
     def notes(self) -> list[str]:
         """The vanilla models, and why models have no phi."""
         notes = []

@@ -92,7 +92,9 @@ def test_a_copy_of_the_workspace_finds_everything_again(
         if str(workspace).encode() in path.read_bytes()
     ]
     assert naming == []
-    assert "6 of 6 trials are finished" in run("sweep", "toy", *small(), "--dry-run", workspace=copy)
+    assert "6 of 6 trials are finished" in run(
+        "sweep", "toy", *small(), "--dry-run", workspace=copy
+    )
     assert str(copy) in "".join(run("report", workspace=copy).split())
 
 

@@ -88,7 +88,7 @@ def test_shipped_sweeps_are_named_and_valid() -> None:
     assert listed
     sweeps = shipped_sweeps()
     assert set(listed[1].split(", ")) == set(sweeps)
-    assert len(sweeps) == 6
+    assert len(sweeps) == 8
     for path in sweeps.values():
         read_settings(path)
 

@@ -302,7 +302,7 @@ def test_held_out_tasks_of_a_folder_come_from_the_newest_tokens(
     def build(tokens: Path | str, **_: Any) -> HeldoutSuite:
         asked.append(tokens)
         tasks = Path(__file__).parent  # without any: what follows is another test's
-        return HeldoutSuite(folder=tasks, tasks={}, notes=())
+        return HeldoutSuite(folder=tasks, tasks={}, notes=(), chances={})
 
     monkeypatch.setattr(task_selection, "build_heldout", build)
     with pytest.raises(UserError, match="no held-out tasks"):
