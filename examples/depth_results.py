@@ -22,8 +22,8 @@ from orchestrator import Trial
 from orchestrator.data.prepared import PreparedData
 from orchestrator.records.record import Record
 from orchestrator.training.distributed import World
-from orchestrator.training.validation import ACCURACY_METRIC, validation_metrics
-from orchestrator.workspace.journal import VALIDATION_METRIC
+from orchestrator.training.validation import validation_metrics
+from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
 
 NUM_SEQUENCES = 2048
 """Validation sequences of a reading."""
