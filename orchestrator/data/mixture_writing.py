@@ -22,12 +22,11 @@ from orchestrator.data.depth.store import GENERATOR_VERSION
 from orchestrator.data.depth.tasks import add_symbols, symbol_tokenizer, vocabulary
 from orchestrator.data.mixture import mixture_tasks, order_of
 from orchestrator.data.prepared import (
-    TOKENIZER_NAME,
-    Manifest,
     SplitCounts,
     is_complete,
     read_manifest,
     verify_data,
+    write_without_tokens,
 )
 from orchestrator.data.source_index import MIXTURE_VERSION, find_folder, source_key, store_folder
 from orchestrator.data.text_writing import write_text
@@ -35,18 +34,12 @@ from orchestrator.data.tokenization import (
     TOKENIZER_CHARACTERS,
     training_texts,
 )
-from orchestrator.data.tokenizer import (
-    end_of_text_id,
-    load_tokenizer,
-    num_token_ids,
-    train_tokenizer,
-)
+from orchestrator.data.tokenizer import load_tokenizer, num_token_ids, train_tokenizer
 from orchestrator.settings import DataSettings
 from orchestrator.settings.mixture import source_order
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.provenance import content_key
-from orchestrator.workspace.whole_folders import checksums_of, new_folder
 
 
 def write_mixture(settings: DataSettings, parent: Path, key: str, progress: Progress) -> Path:
@@ -75,7 +68,15 @@ def write_mixture(settings: DataSettings, parent: Path, key: str, progress: Prog
     )
     folder = parent / fingerprint
     if not is_complete(folder):
-        _write_folder(folder, settings, texts, whole)
+        counts = [read_manifest(path) for path in texts.values()]
+        write_without_tokens(
+            folder,
+            settings.read_by_source(),
+            whole,
+            train=_total([manifest.train for manifest in counts]),
+            validation=_total([manifest.validation for manifest in counts]),
+            texts={name: path.name for name, path in texts.items()},
+        )
     verify_data(folder)
     store_folder(key, folder)
     return folder
@@ -122,27 +123,6 @@ def _text_tokenizer(settings: DataSettings, progress: Progress) -> Tokenizer:
     tokenizer = train_tokenizer(chain.from_iterable(texts), settings.vocab_size)
     progress.advance(0, "the tokenizer is trained")
     return tokenizer
-
-
-def _write_folder(
-    folder: Path, settings: DataSettings, texts: dict[str, Path], tokenizer: Tokenizer
-) -> None:
-    counts = [read_manifest(path) for path in texts.values()]
-    vocab_size = num_token_ids(tokenizer)
-    with new_folder(folder) as temporary:
-        tokenizer.save(str(temporary / TOKENIZER_NAME))
-        Manifest(
-            fingerprint=folder.name,
-            settings=settings.read_by_source(),
-            dtype="uint16" if vocab_size <= 1 << 16 else "uint32",
-            vocab_size=vocab_size,
-            end_of_text_id=end_of_text_id(tokenizer),
-            train=_total([manifest.train for manifest in counts]),
-            validation=_total([manifest.validation for manifest in counts]),
-            sizes={TOKENIZER_NAME: (temporary / TOKENIZER_NAME).stat().st_size},
-            sha256=checksums_of(temporary, [TOKENIZER_NAME]),
-            texts={name: path.name for name, path in texts.items()},
-        ).write(temporary)
 
 
 def _total(counts: list[SplitCounts]) -> SplitCounts:

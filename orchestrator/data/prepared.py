@@ -7,19 +7,21 @@ everything that determines the sequences, which identifies the data in all keys.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
+from tokenizers import Tokenizer
 
 from iiet.batch import Batch
 from orchestrator.data.batches import positions_of_step
+from orchestrator.data.tokenizer import end_of_text_id, num_token_ids
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object, write_json
-from orchestrator.workspace.whole_folders import damaged_file
+from orchestrator.workspace.whole_folders import checksums_of, damaged_file, new_folder
 
 TOKENIZER_NAME = "tokenizer.json"
 MANIFEST_NAME = "manifest.json"
@@ -139,6 +141,39 @@ class PreparedData(ABC):
             step, global_batch=global_batch, rank=rank, world_size=world_size
         )
         return self.sequences(positions, context_length=context_length, seed=seed)
+
+
+def write_without_tokens(
+    folder: Path,
+    settings: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    *,
+    train: SplitCounts,
+    validation: SplitCounts,
+    texts: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a folder of a tokenizer and a manifest; its tokens are generated, or lie beside it.
+
+    Args:
+        folder: Its name is the fingerprint.
+        texts: Of a mixture: text source -> name of its folder.
+    """
+    vocab_size = num_token_ids(tokenizer)
+    with new_folder(folder) as temporary:
+        tokenizer.save(str(temporary / TOKENIZER_NAME))
+        Manifest(
+            fingerprint=folder.name,
+            settings=dict(settings),
+            dtype="uint16" if vocab_size <= 1 << 16 else "uint32",
+            vocab_size=vocab_size,
+            end_of_text_id=end_of_text_id(tokenizer),
+            train=train,
+            validation=validation,
+            sizes={TOKENIZER_NAME: (temporary / TOKENIZER_NAME).stat().st_size},
+            sha256=checksums_of(temporary, [TOKENIZER_NAME]),
+            texts=dict(texts or {}),
+        ).write(temporary)
+    return folder
 
 
 def is_complete(folder: Path) -> bool:

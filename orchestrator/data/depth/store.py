@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,25 +18,26 @@ from orchestrator.data.depth.task import NO_ANSWER, DepthTask
 from orchestrator.data.depth.tasks import make_tasks, marker, symbol_tokenizer, vocabulary
 from orchestrator.data.keyed_random import random_bits
 from orchestrator.data.prepared import (
-    TOKENIZER_NAME,
     Manifest,
     PreparedData,
     SplitCounts,
     is_complete,
+    write_without_tokens,
 )
 from orchestrator.data.shares import SourceOrder
-from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer, num_token_ids
+from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings
 from orchestrator.settings.depth import DepthSettings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.provenance import content_key
-from orchestrator.workspace.whole_folders import checksums_of, new_folder
 
 GENERATOR_VERSION = 1
 """Increase it if the same settings give other sequences."""
 _STREAMS = {"train": 1, "validation": 2, "test": 3}
 _ASKING = 4
 """Stream of the random numbers that choose the asked positions."""
+_SEQUENCES_PER_ROUND = 256
+"""Sequences that are generated together for test items."""
 
 
 class DepthItem(NamedTuple):
@@ -83,23 +85,20 @@ class DepthStore(PreparedData):
             yield self._sequences(numbers, context_length, "validation")
 
     def items(self, task: DepthTask, num_items: int) -> Iterator[DepthItem]:
-        """Yield questions of a task; no stream of training or validation holds their sequences."""
-        number, per_round = 0, 256
-        while number < num_items:
-            for item in self._round_of_items(task, number // per_round, per_round):
-                if number < num_items:
-                    yield item
-                number += 1
+        """Return questions of a task; no stream of training or validation holds their sequences."""
+        rounds = map(partial(self._round_of_items, task), count())
+        return islice(chain.from_iterable(rounds), num_items)
 
-    def _round_of_items(self, task: DepthTask, round_: int, size: int) -> Iterator[DepthItem]:
-        places = np.arange(round_ * size, (round_ + 1) * size, dtype=np.int64)
-        symbols, answers = task.generate(self._bits(task, places, "test"))
-        asking = random_bits(self._key(task, "test", seed=_ASKING), places, 1)[:, 0]
+    def _round_of_items(self, task: DepthTask, number: int) -> Iterator[DepthItem]:
+        first = number * _SEQUENCES_PER_ROUND
+        numbers = np.arange(first, first + _SEQUENCES_PER_ROUND, dtype=np.int64)
+        symbols, answers = task.generate(self._bits(task, numbers, "test"))
+        asking = random_bits(self._key(task, "test", seed=_ASKING), numbers, 1)[:, 0]
+        texts, start = task.symbols, marker(task) if self.has_markers else ""
         for row, place in enumerate(task.asked_positions(answers, asking)):
             if place != NO_ANSWER:
-                context = [task.symbols[symbol] for symbol in symbols[row, : place + 1]]
-                first = [marker(task)] if self.has_markers else []
-                yield DepthItem("".join([*first, *context]), task.symbols[answers[row, place]])
+                context = "".join(texts[symbol] for symbol in symbols[row, : place + 1])
+                yield DepthItem(start + context, texts[answers[row, place]])
 
     def _sequences(
         self,
@@ -114,7 +113,7 @@ class DepthStore(PreparedData):
         parts = order.split(positions, content_number("order", stream, seed))
         for task, (own, numbers) in zip(self.tasks, parts, strict=True):
             symbols, answers = task.generate(self._bits(task, numbers, stream, seed))
-            known = self._token_ids(task)
+            known = self._token_ids[task.name]
             first = int(self.has_markers)
             end = first + task.length
             if self.has_markers:
@@ -129,8 +128,13 @@ class DepthStore(PreparedData):
     def _key(self, task: DepthTask, stream: str, seed: int) -> int:
         return content_number(GENERATOR_VERSION, task.name, _STREAMS[stream], seed)
 
-    def _token_ids(self, task: DepthTask) -> np.ndarray:
-        return np.array([self._ids[symbol] for symbol in task.symbols])
+    @cached_property
+    def _token_ids(self) -> dict[str, np.ndarray]:
+        # Name of a task -> the token of each of its symbols.
+        return {
+            task.name: np.array([self._ids[symbol] for symbol in task.symbols])
+            for task in self.tasks
+        }
 
     @cached_property
     def _ids(self) -> Mapping[str, int]:
@@ -187,19 +191,10 @@ def write_depth(settings: DataSettings, parent: Path) -> Path:
     folder = depth_folder(settings, parent)
     if is_complete(folder):
         return folder
-    tokenizer = depth_tokenizer(settings.depth)
-    with new_folder(folder) as temporary:
-        tokenizer.save(str(temporary / TOKENIZER_NAME))
-        manifest = Manifest(
-            fingerprint=folder.name,
-            settings=settings.read_by_source(),
-            dtype="uint16",
-            vocab_size=num_token_ids(tokenizer),
-            end_of_text_id=end_of_text_id(tokenizer),
-            train=SplitCounts(),
-            validation=SplitCounts(),
-            sizes={TOKENIZER_NAME: (temporary / TOKENIZER_NAME).stat().st_size},
-            sha256=checksums_of(temporary, [TOKENIZER_NAME]),
-        )
-        manifest.write(temporary)
-    return folder
+    return write_without_tokens(
+        folder,
+        settings.read_by_source(),
+        depth_tokenizer(settings.depth),
+        train=SplitCounts(),
+        validation=SplitCounts(),
+    )

@@ -48,14 +48,11 @@ def chance_in_words(task: DepthTask, rows: Sequence[dict[str, Any]]) -> str:
 
 def depth_rows(store: DepthStore, num_items: int) -> dict[str, list[dict[str, Any]]]:
     """Return `num_items` items of each task of the data."""
-    return {
-        task.name: [
-            {
-                "context": item.context,
-                "choices": list(task.symbols),
-                "label": task.symbols.index(item.answer),
-            }
+    rows = {}
+    for task in store.tasks:
+        choices = list(task.symbols)
+        rows[task.name] = [
+            {"context": item.context, "choices": choices, "label": choices.index(item.answer)}
             for item in store.items(task, num_items)
         ]
-        for task in store.tasks
-    }
+    return rows

@@ -106,6 +106,16 @@ def test_items_are_texts_that_the_tokenizer_reads_back(tmp_path: Path) -> None:
             assert item.answer in task.symbols
 
 
+def test_items_go_on_after_sequences_without_an_answer(tmp_path: Path) -> None:
+    # One sequence in 416 has no symbol twice.
+    data = opened(tmp_path, "phop_1", num_symbols=8, length=8)
+    (task,) = data.tasks
+    items = list(data.items(task, 2000))
+    assert len(items) == 2000
+    runs = {tuple(items[first : first + 5]) for first in range(len(items) - 4)}
+    assert len(runs) == len(items) - 4, "sequences come again"
+
+
 @pytest.mark.parametrize(
     ("tree", "reason"),
     [
