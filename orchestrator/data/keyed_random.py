@@ -48,7 +48,7 @@ def permute(values: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 def mix(value: int) -> int:
-    # splitmix64's finalizer: every bit of the input changes about half of the output's.
+    """Return a hash of 64 bits: every bit of `value` changes about half of it (splitmix64)."""
     value &= _MASK
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK
@@ -56,6 +56,7 @@ def mix(value: int) -> int:
 
 
 def mix_array(values: np.ndarray) -> np.ndarray:
+    """Return `mix` of each value, uint64."""
     values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     mixed: np.ndarray = values ^ values >> np.uint64(31)

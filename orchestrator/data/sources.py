@@ -7,7 +7,7 @@ from pathlib import Path
 from orchestrator.data.depth.store import open_depth
 from orchestrator.data.mixture import open_mixture
 from orchestrator.data.prepared import PreparedData, check_files, read_manifest
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.token_store import map_tokens
 
 
 def open_data(folder: Path | str) -> PreparedData:
@@ -23,4 +23,4 @@ def open_data(folder: Path | str) -> PreparedData:
         return open_depth(folder, manifest)
     if manifest.settings.get("source") == "mixture":
         return open_mixture(folder, manifest)
-    return open_tokens(folder)
+    return map_tokens(folder, manifest)

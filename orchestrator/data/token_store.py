@@ -17,6 +17,7 @@ from iiet.batch import Batch
 from orchestrator.data.batches import WindowOrder, check_text_length, gather, validation_batches
 from orchestrator.data.prepared import (
     MANIFEST_NAME,
+    Manifest,
     PreparedData,
     check_files,
     read_manifest,
@@ -80,6 +81,11 @@ def open_tokens(folder: Path | str) -> TokenStore:
     folder = Path(folder)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
+    return map_tokens(folder, manifest)
+
+
+def map_tokens(folder: Path, manifest: Manifest) -> TokenStore:
+    """Map the files of a folder whose manifest is read and whose files are checked."""
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     with damage_as_user_error(folder / MANIFEST_NAME, remedy=remedy_of(folder)):
         return TokenStore(
