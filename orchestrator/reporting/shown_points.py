@@ -1,8 +1,8 @@
 """Choose the models of a large sweep that tables, pages and bootstraps contain.
 
-A page of ten thousand rows helps nobody, and a bootstrap of all of them needs gigabytes. Of so many
-models, those on the front, the full model and the baselines are shown, and the nearest ones below
-the front. `front.csv` and `front.json` contain all.
+Pages of ten thousand rows cannot be read, and a bootstrap over that many models needs gigabytes. So
+a large sweep shows the models on the front, the full model, the baselines, and the models nearest
+below the front. `front.csv` and `front.json` contain all.
 """
 
 from __future__ import annotations
