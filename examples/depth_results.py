@@ -21,6 +21,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator import Trial
 from orchestrator.data.prepared import PreparedData
 from orchestrator.records.record import Record
+from orchestrator.reporting.correction_worth import MeasuredModel
 from orchestrator.training.distributed import World
 from orchestrator.training.validation import validation_metrics
 from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
@@ -63,6 +64,8 @@ class ArmResult(Record):
     """A finished arm."""
 
     name: str
+    key: str
+    """Of all trials that the arm may need; results of other settings have another key."""
     num_layers: int
     evaluations: float
     """Field evaluations per token (NFE)."""
@@ -95,6 +98,16 @@ class ArmResult(Record):
         """Mean over the seeds."""
         return statistics.fmean(self.accuracies.values())
 
+    @property
+    def model(self) -> MeasuredModel:
+        """What is needed to say what its evaluations are worth in layers."""
+        return MeasuredModel(
+            num_layers=self.num_layers,
+            evaluations_per_layer=self.evaluations / self.num_layers,
+            losses=tuple(self.losses.values()),
+            accuracy=self.accuracy,
+        )
+
     def measured(self) -> Measured:
         """Return what the rules need."""
         others = {seed: one.readings.others for seed, one in self.seeds.items()}
@@ -104,6 +117,7 @@ class ArmResult(Record):
 
 def arm_result(
     arm: Arm,
+    key: str,
     trials: Sequence[Trial],
     losses_by_rate: Mapping[float, float],
     best_rate: float,
@@ -118,6 +132,7 @@ def arm_result(
     cost = inference_cost(trials[0].model)
     return ArmResult(
         name=arm.name,
+        key=key,
         num_layers=trials[0].model.num_layers,
         evaluations=cost.evaluations_per_token,
         num_parameters=cost.num_parameters,

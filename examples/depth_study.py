@@ -13,11 +13,13 @@ After each arm, `results.md`, `results.json` and a picture are written: verdicts
 fixed before (`depth_rules.py`), tables, and what a correction is worth in layers.
 
 Nothing is trained twice: the same command resumes after an interruption, and another selection of
-arms keeps what is finished. It takes hours on a CPU:
+arms keeps what is finished. In another workspace `--known` takes over the finished arms of a
+`results.json`; that of the published tables is `depth_study.json`. It takes hours on a CPU:
 
     python examples/depth_study.py --dry-run
     python examples/depth_study.py --hours 5
     python examples/depth_study.py --arms 'vanilla, ? layers' 'r = ?, 2 layers'
+    python examples/depth_study.py --known examples/depth_study.json
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.terminal.formatting import format_duration
 from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.files import write_text
+from orchestrator.workspace.provenance import content_key
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
 ASSUMED_SPEED = 4e10
@@ -85,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--hours", type=float, metavar="N", help="begin no arm that would end after N hours"
     )
+    parser.add_argument(
+        "--known", type=Path, metavar="FILE", help="a results.json whose arms are not run again"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan")
     options = parser.parse_args(arguments)
     changes = list(options.changes)
@@ -98,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.workspace, "depth-study", verbose=False, dry_run=is_dry
         ) as session:
             study = DepthStudy(settings, Choices(), session)
+            if options.known:
+                study.take_over(options.known)
             selected = select_arms(study.arms, options.arms)
             if is_dry:
                 study.print_plan(selected)
@@ -137,8 +145,18 @@ class DepthStudy:
         self.folder = session.workspace.overlays / name
         stored = StudyResults.read_measured(self.folder / "results.json", session.progress.note)
         self.results = stored or StudyResults()
-        self.trials: dict[str, Sequence[Trial]] = {}
         self.failures: dict[str, str] = {}
+
+    def take_over(self, path: Path) -> None:
+        """Count an earlier `results.json`'s arms as finished where their settings are the same.
+
+        Raises:
+            UserError: If the file is missing or damaged.
+        """
+        found = StudyResults.read(path, remedy="name a results.json of this study")
+        if found is None:
+            raise UserError(f"--known: there is no file {path}; name a results.json of this study")
+        self.results = self.results.model_copy(update={"arms": found.arms | self.results.arms})
 
     def run(self, selected: Sequence[Arm], *, hours: float | None = None) -> None:
         """Run the selected arms that are not finished, and write the results after each.
@@ -178,6 +196,9 @@ class DepthStudy:
         for head in ("arm", "trainings", "FLOPs", "time", "in all"):
             table.add_column(head, justify="left" if head == "arm" else "right")
         for arm in selected:
+            if self._known(arm):
+                table.add_row(arm.name, "known", "", "", format_duration(total))
+                continue
             price = self._plan(self._expected_models(arm)).price
             seconds = price.flops / self.speed
             total += seconds
@@ -209,6 +230,8 @@ class DepthStudy:
 
     def _result(self, arm: Arm, *, may_train: bool = False) -> ArmResult | None:
         """Return the result of an arm; None if something is not finished and may not be trained."""
+        if known := self._known(arm):
+            return known
         models = [arm.model(rate=rate, seed=self.seeds[0]) for rate in arm.rates]
         by_rate = self._by_rate(self._trials(models, f"{arm.slug}-rates", may_train=may_train))
         if by_rate and (more := _rate_beyond(by_rate)):
@@ -223,10 +246,18 @@ class DepthStudy:
         trials = self._trials(models, f"{arm.slug}-seeds", may_train=may_train)
         if not trials:
             return None
-        self.trials[arm.name] = [trial.model_copy(update={"group": arm.name}) for trial in trials]
         readings = {trial.key: self._readings(trial) for trial in trials}
         losses = {rate: trial.quality[LOSS] for rate, trial in by_rate.items()}
-        return arm_result(arm, trials, losses, _best_rate(by_rate), readings)
+        return arm_result(arm, self._key(arm), trials, losses, _best_rate(by_rate), readings)
+
+    def _known(self, arm: Arm) -> ArmResult | None:
+        """Return a stored result if its settings are still those of the arm."""
+        found = self.results.arms.get(arm.name)
+        return found if found and found.key == self._key(arm) else None
+
+    def _key(self, arm: Arm) -> str:
+        models = [arm.model(rate=rate, seed=seed) for rate in arm.rates for seed in self.seeds]
+        return content_key([state.trial.key for state in self._plan(models).states])
 
     def _by_rate(self, trials: Sequence[Trial]) -> dict[float, Trial]:
         """Return learning rate -> trial of the first seed."""
@@ -293,9 +324,10 @@ class DepthStudy:
         self.results.write(self.folder / "results.json")
         if not arms:
             return
-        trials = [trial for name in arms for trial in self.trials[name]]
-        copied = copying_accuracy(open_data(self.tokens), trials[0].model.context_length)
-        text = study_markdown(self.results, self.choices, self.settings, trials, copied=copied)
+        some = self._expected_models(self.arms[0])[:1]
+        length = self._plan(some).states[0].trial.model.context_length
+        copied = copying_accuracy(open_data(self.tokens), length)
+        text = study_markdown(self.results, self.choices, self.settings, copied=copied)
         write_text(self.folder / "results.md", text)
         write_figure(self.results.arms, self.choices, self.folder / "accuracy")
 

@@ -6,13 +6,14 @@ import math
 import statistics
 from collections.abc import Collection, Iterator, Sequence
 
-from depth_arms import VARIANTS, Choices
+from depth_arms import VARIANTS, Choices, vanilla_name
 from depth_results import NUM_SEQUENCES, ArmResult, Reading, StudyResults
 from depth_rules import RULES, verdicts
 
-from orchestrator import Settings, Trial
+from orchestrator import Settings
+from orchestrator.reporting.correction_worth import correction_worth
 from orchestrator.reporting.markdown import bullets, markdown_table
-from orchestrator.reporting.worth_section import WORTH_TITLE, worth_section
+from orchestrator.reporting.worth_section import WORTH_TITLE, WorthRow, WorthSection
 from orchestrator.terminal.formatting import (
     format_count,
     format_duration,
@@ -26,18 +27,16 @@ def study_markdown(
     results: StudyResults,
     choices: Choices,
     settings: Settings,
-    trials: Sequence[Trial],
     *,
     copied: float,
 ) -> str:
     """Return the whole study as Markdown.
 
     Args:
-        trials: Of all finished arms at their best rates, each seed separately.
         copied: Accuracy of the symbol at the position itself as the answer.
     """
     arms = [*results.arms.values()]
-    worth = worth_section(trials)
+    worth = _worth(arms)
     missing = [f"{name}: {reason}" for name, reason in results.not_run.items()]
     parts = [
         "# Depth study",
@@ -160,6 +159,25 @@ def _reading_cells(readings: Sequence[Reading]) -> tuple[str, str]:
         _percent([reading.accuracy for reading in readings]),
         _loss([reading.loss for reading in readings]),
     )
+
+
+def _worth(arms: Sequence[ArmResult]) -> WorthSection | None:
+    """Return what evaluations are worth in layers; None without vanilla models of two depths."""
+    vanilla = {
+        arm.num_layers: arm.model for arm in arms if arm.name == vanilla_name(arm.num_layers)
+    }
+    others = [arm for arm in arms if arm.name != vanilla_name(arm.num_layers)]
+    if len(vanilla) < 2:
+        return None
+    rows = (
+        WorthRow(
+            name=arm.name,
+            model=arm.model,
+            worth=correction_worth(arm.model, [*vanilla.values()]),
+        )
+        for arm in others
+    )
+    return WorthSection(rows=tuple(rows), vanilla=(vanilla,))
 
 
 def _percent(values: Collection[float]) -> str:

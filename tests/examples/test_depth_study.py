@@ -129,7 +129,8 @@ def arm_of(name: str, accuracy: float, *, layers: int = 2, nfe: float = 2.0) -> 
         return SeedResult(readings=readings, heldout_accuracy=accuracy, seconds=60.0)
 
     return ArmResult(
-        name=name, num_layers=layers, evaluations=nfe, num_parameters=1000, training_flops=1e12,
+        name=name, key="", num_layers=layers, evaluations=nfe, num_parameters=1000,
+        training_flops=1e12,
         losses_by_rate={1e-3: 0.5, 2e-3: 0.4}, best_rate=2e-3,
         seeds={number: seed(0.01 * number) for number in (2, 3, 4)},
     )  # fmt: skip
@@ -148,7 +149,7 @@ def test_the_page_and_the_picture_of_some_arms(settings: Settings, tmp_path: Pat
         )
     }
     results = StudyResults(arms=arms, not_run={"pcformer, 2 layers": "not selected"})
-    text = study_markdown(results, Choices(), settings, [], copied=0.513)
+    text = study_markdown(results, Choices(), settings, copied=0.513)
     assert "- does iteration pay in 'r = 3, 2 layers': yes; in 3 of 3 seeds (seed 2: 97.0%," in text
     assert "is the answer in 51.3%" in text
     assert "| r = 3, 2 layers | 0 | 50.0 | 2 | 96.0 ± 0.6 | 0.04 ± 0.006 |" in text
@@ -205,7 +206,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         # An IIET with one correction is worth half as many layers again.
         worth = trial.model.num_layers * (1.5 if trial.label.startswith("r = 1") else 1.0)
         loss = 1 / worth + 1e-9 * abs(math.log(trial.job.recipe.learning_rate / best))
-        made = {"quality": {"validation_loss": loss, "accuracy": 0.5}, "checkpoint": "/none"}
+        # The folder's name tells `read` the loss.
+        made = {"quality": {"validation_loss": loss, "accuracy": 0.5}, "checkpoint": f"/{loss}"}
         made["train"] = {"flops": 1e9, "seconds": 1.0, "steps": 4, "tokens": 1280}
         return Trial.model_validate(trial.model_dump() | made)
 
@@ -219,11 +221,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 result_of(state.trial).write(state.trial.result_path)
         return SimpleNamespace(trials=[s.trial.result() for s in plan.states], failures={})
 
-    reading = Reading(loss=1.0, accuracy=0.6)
-    found = CheckpointReadings(own=reading, others={})
+    def read(folder: Path, *_: object) -> CheckpointReadings:
+        return CheckpointReadings(own=Reading(loss=float(folder.name), accuracy=0.6), others={})
+
     monkeypatch.setattr(study, "sweep", sweep)
     monkeypatch.setattr(study, "ray_cluster", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(study, "read_checkpoint", lambda *_, **__: found)
+    monkeypatch.setattr(study, "read_checkpoint", read)
     return labels
 
 
@@ -257,6 +260,37 @@ def test_the_page_says_what_corrections_are_worth(
     # The loss 1/3 lies two thirds of the way from 1/2 to 1/4.
     assert "| r = 1, 2 layers | 2 | 2 | 3 | 0.3333 | 3.17 layers | 0.67 (0.67 to 0.67) |" in text
     assert "Validation loss of vanilla: 2 layers 0.5, 4 layers 0.25." in text
+
+
+def test_known_arms_of_other_settings_are_run_again(
+    settings: Settings, workspace: Workspace, tmp_path: Path, trained: list[str]
+) -> None:
+    own = study.DepthStudy(settings, Choices(), session_of(workspace))
+    own.run(select_arms(own.arms, ["vanilla, [24] layers"]))
+    num_trained, stored = len(trained), workspace.overlays / "depth" / "results.json"
+
+    elsewhere = session_of(open_workspace(tmp_path / "elsewhere"))
+    same = study.DepthStudy(settings, Choices(), elsewhere)
+    same.take_over(stored)
+    same.run(select_arms(same.arms, ["vanilla, 2 layers"]))
+    assert same.results.arms == own.results.arms
+    assert len(trained) == num_trained
+    assert "known" in printed_plan(same)
+
+    longer = settings.training.model_copy(update={"num_steps": 5})
+    other = study.DepthStudy(settings.model_copy(update={"training": longer}), Choices(), elsewhere)
+    other.take_over(stored)
+    other.run(select_arms(other.arms, ["vanilla, 2 layers"]))
+    assert list(other.results.arms) == ["vanilla, 2 layers"]
+    assert len(trained) > num_trained
+    with pytest.raises(UserError, match="there is no file"):
+        other.take_over(tmp_path / "none.json")
+
+
+def printed_plan(own: study.DepthStudy) -> str:
+    own.print_plan(own.arms[:1])
+    assert isinstance(own.session.console.file, StringIO)
+    return own.session.console.file.getvalue()
 
 
 def test_an_arm_that_fails_does_not_end_the_study(
