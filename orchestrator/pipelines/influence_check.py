@@ -1,28 +1,39 @@
 """Check which metric of influence names the corrections that a checkpoint cannot lose.
 
-Influence is measured by every metric, on the same held-out tokens, and read again where it is
-stored. Correlations and picture are stored beside the weights as `influence_check`, and logged.
+Influence is measured by every metric, on the same held-out tokens, and so are the schedules that
+thresholds of each metric give. Both are read again where they are stored. Correlations, qualities
+and picture are stored beside the weights as `influence_check`, and logged.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from iiet.influence import InfluenceMetric
+from iiet.influence import InfluenceMetric, InfluenceTable
+from iiet.pruning import schedule_family
+from iiet.schedule import IterationSchedule
 from orchestrator.cluster.launch import command_device
+from orchestrator.data.sources import open_data
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.pipelines.influence import read_or_measure_influence
+from orchestrator.pipelines.influence import SEQUENCES_PER_BATCH, read_or_measure_influence
 from orchestrator.reporting.influence_check import InfluenceCheck
 from orchestrator.settings import InfluenceSettings, Settings
+from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.device_work import OnDevice, on_cpu
+from orchestrator.training.distributed import World
+from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
+from orchestrator.training.validation import validation_metrics
 from orchestrator.workspace.files import read_cached, write_json
 from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
 from orchestrator.workspace.provenance import content_key
 
 if TYPE_CHECKING:
@@ -94,22 +105,79 @@ def compare_metrics(
         )
         for metric in metrics
     }
-    check = InfluenceCheck(tables)
-    key = content_key("influence check", weights_key(checkpoint), check.to_dict())
+    key = content_key(
+        "influence check",
+        weights_key(checkpoint),
+        open_data(tokens_folder).fingerprint,
+        {metric: table.to_dict() for metric, table in tables.items()},
+    )
+    pruned = _stored(checkpoint, key, context.progress)
+    if pruned is None:
+        work = partial(_measure_pruned, checkpoint, tokens_folder, tables, settings.num_tokens)
+        pruned = on_device(work, context.progress)
+    check = InfluenceCheck(tables, pruned)
     picture = _store(check, key, checkpoint, context.progress)
     _track(context, check, key, checkpoint)
     return InfluenceCheckResult(checkpoint=checkpoint, check=check, picture=picture)
+
+
+def _measure_pruned(
+    checkpoint: Path,
+    tokens_folder: Path,
+    tables: Mapping[InfluenceMetric, InfluenceTable],
+    num_tokens: int,
+    device: str,
+    progress: Progress,
+) -> dict[IterationSchedule, float]:
+    """Return the accuracy, or for text the loss, under each schedule of each metric's family."""
+    decoder, data = load_model(checkpoint, device=device), open_data(tokens_folder)
+    batches = [
+        *data.validation_batches(
+            context_length=decoder.config.context_length,
+            num_tokens=num_tokens,
+            batch_size=SEQUENCES_PER_BATCH,
+        )
+    ]
+    families = [schedule_family(table) for table in tables.values()]
+    schedules = list(dict.fromkeys(member.schedule for family in families for member in family))
+    name = ACCURACY_METRIC if tables["loss"].accuracy_lost_rows else VALIDATION_METRIC
+    progress.start("pruned schedules", len(schedules))
+    qualities = {}
+    for schedule in schedules:
+        found = validation_metrics(
+            decoder, batches, schedule, precision="fp32", world=World(device=device)
+        )
+        qualities[schedule] = found[name]
+        progress.advance(len(qualities))
+    progress.finish(format_count(len(schedules), "schedule"))
+    return qualities
+
+
+def _path(checkpoint: Path) -> Path:
+    return checkpoint / "influence_check.json"
+
+
+def _stored(
+    checkpoint: Path, key: str, progress: Progress
+) -> dict[IterationSchedule, float] | None:
+    def parse(found: dict[str, Any]) -> dict[IterationSchedule, float] | None:
+        if found.get("key") != key:
+            return None
+        return {
+            IterationSchedule(tuple(map(int, schedule.split(",")))): float(quality)
+            for schedule, quality in found["pruned"].items()
+        }
+
+    return read_cached(_path(checkpoint), parse, progress.note)
 
 
 def _store(check: InfluenceCheck, key: str, checkpoint: Path, progress: Progress) -> Path | None:
     from orchestrator.reporting.figure_style import save_figure  # Imports matplotlib.
     from orchestrator.reporting.influence_check_figure import draw_influence_check
 
-    path = checkpoint / "influence_check.json"
+    path = _path(checkpoint)
     picture = path.with_suffix(".png")
-    if picture.is_file() and read_cached(
-        path, lambda found: found.get("key") == key or None, progress.note
-    ):
+    if picture.is_file() and _stored(checkpoint, key, progress):
         return picture
     try:
         save_figure(draw_influence_check(check), path.with_suffix(""), kinds=("png",))
@@ -137,6 +205,7 @@ def _track(context: Context, check: InfluenceCheck, key: str, checkpoint: Path) 
         (f"cost_of_dropping/layer_{layer:02d}", cost, i)
         for (layer, i), cost in zip(check.names, check.costs, strict=True)
     ]
+    points += [(f"pruned_quality/{one}", check.pruned_quality(one), 0) for one in check.tables]
     run.log_points(points)
     for kind in ("json", "png"):
         file = checkpoint / f"influence_check.{kind}"

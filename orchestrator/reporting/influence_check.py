@@ -3,6 +3,8 @@
 Dropping correction i of layer l means what pruning does: the layer stops after i-1 corrections, so
 its later ones are dropped, too; all other layers keep theirs. The cost is the accuracy lost, or for
 text the rise of the loss. Pruning acts on suffix maxima of the influence, so they are ranked, too.
+What counts in the end is how good the schedules are that a metric chooses: they are measured
+without training, and averaged over all budgets of corrections.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from statistics import StatisticsError, correlation
+from statistics import StatisticsError, correlation, fmean
 from typing import Any
 
 from rich import box
@@ -20,6 +22,8 @@ from rich.console import Group
 from rich.table import Table
 
 from iiet.influence import InfluenceMetric, InfluenceTable
+from iiet.pruning import schedule_family
+from iiet.schedule import IterationSchedule
 
 MIN_CORRECTIONS = 10
 """With fewer, a difference between the correlations of two metrics says little."""
@@ -31,6 +35,9 @@ class InfluenceCheck:
 
     tables: Mapping[InfluenceMetric, InfluenceTable]
     """One table per metric, `loss` among them."""
+    pruned: Mapping[IterationSchedule, float]
+    """Accuracy, or for text loss, of the same weights under each schedule of each metric's
+    family."""
 
     @property
     def names(self) -> list[tuple[int, int]]:
@@ -47,6 +54,11 @@ class InfluenceCheck:
     def cost_name(self) -> str:
         """What the costs are, with their unit."""
         return "accuracy lost (points)" if self.has_accuracy else "rise of the loss (nats)"
+
+    @property
+    def pruned_name(self) -> str:
+        """What `pruned_quality` is, with its unit."""
+        return "accuracy when pruned (%)" if self.has_accuracy else "loss when pruned (nats)"
 
     @cached_property
     def costs(self) -> list[float]:
@@ -66,12 +78,27 @@ class InfluenceCheck:
         influences = self.influences(metric)
         return rank_correlation(influences, self.costs), rank_correlation(maxima, self.costs)
 
+    def pruned_quality(self, metric: InfluenceMetric) -> float:
+        """Return the mean over all budgets (0, 1, ... corrections in all): each has the accuracy,
+        or for text the loss, of the best schedule of the metric's family within the budget.
+        """
+        best = max if self.has_accuracy else min
+        family = [member.schedule for member in schedule_family(self.tables[metric])]
+        budgets = range(len(self.costs) + 1)
+        return fmean(
+            best(self.pruned[one] for one in family if one.num_corrections <= budget)
+            for budget in budgets
+        )
+
     def notes(self) -> list[str]:
         """Return what a reader must know to judge the correlations."""
         count = len(self.costs)
         sentences = [
             "The cost is that of stopping the layer before the correction: its later corrections "
-            "are dropped, too, all other layers are full."
+            "are dropped, too, all other layers are full.",
+            f"`{self.pruned_name}` is the mean over all budgets (0, 1, ... corrections in all) of "
+            "the best schedule that thresholds of the metric give within the budget, without "
+            "training.",
         ]
         if self.has_accuracy:
             sentences.append(
@@ -99,6 +126,8 @@ class InfluenceCheck:
                 metric: [None if math.isnan(rho) else rho for rho in self.correlations(metric)]
                 for metric in self.tables
             },
+            "pruned": {str(schedule): quality for schedule, quality in self.pruned.items()},
+            "pruned_quality": {metric: self.pruned_quality(metric) for metric in self.tables},
         }
 
 
@@ -130,12 +159,14 @@ def influence_check_table(check: InfluenceCheck) -> Group:
     columns = [check.influences(metric) for metric in metrics]
     for (layer, i), *influences, cost in zip(check.names, *columns, check.costs, strict=True):
         rows.add_row(f"{layer},{i}", *(f"{value:.2g}" for value in influences), f"{cost:.3g}")
-    title = "Rank correlation (Spearman) with the cost"
+    title = "Rank correlation (Spearman) with the cost, and what pruning by the metric leaves"
     ranks = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for head in ("metric", "influence", "suffix maxima"):
+    for head in ("metric", "influence", "suffix maxima", check.pruned_name):
         ranks.add_column(head, justify="left" if head == "metric" else "right", no_wrap=True)
     for metric in metrics:
-        ranks.add_row(metric, *map(correlation_text, check.correlations(metric)))
+        quality = check.pruned_quality(metric)
+        text = f"{100 * quality:.1f}" if check.has_accuracy else f"{quality:.4f}"
+        ranks.add_row(metric, *map(correlation_text, check.correlations(metric)), text)
     return Group(rows, ranks)
 
 

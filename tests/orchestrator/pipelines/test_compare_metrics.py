@@ -15,7 +15,7 @@ from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
 from orchestrator.data.depth.store import write_depth
 from orchestrator.data.sources import open_data
-from orchestrator.pipelines import influence
+from orchestrator.pipelines import influence, influence_check
 from orchestrator.pipelines.influence_check import compare_metrics
 from orchestrator.settings import DataSettings, InfluenceSettings
 from orchestrator.settings.depth import DepthSettings
@@ -70,6 +70,9 @@ def test_costs_are_accuracies_lost_by_stopping_early_and_are_found_again(
     assert result.check.names == [(1, 1), (1, 2), (2, 1)]
     assert result.check.costs == pytest.approx(lost)
     assert len(set(lost)) > 1
+    assert IterationSchedule((0, 0)) in result.check.pruned
+    for schedule, share in result.check.pruned.items():
+        assert 100 * share == pytest.approx(accuracy(*schedule))
     assert result.to_pandas()["cost"].tolist() == result.check.costs
     stored = json.loads((checkpoint / "influence_check.json").read_text())
     assert stored["costs"] == result.check.costs
@@ -81,6 +84,7 @@ def test_costs_are_accuracies_lost_by_stopping_early_and_are_found_again(
         raise AssertionError("measured again")
 
     monkeypatch.setattr(influence, "influence_table", fail)
+    monkeypatch.setattr(influence_check, "validation_metrics", fail)
     assert compare_metrics(checkpoint, SETTINGS, tokens, context).check == result.check
 
 

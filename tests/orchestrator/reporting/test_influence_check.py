@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import pytest
 from rich.console import Console
 
 from iiet.influence import InfluenceTable
+from iiet.pruning import schedule_family
+from iiet.schedule import IterationSchedule
 from orchestrator.reporting.influence_check import (
     InfluenceCheck,
     influence_check_table,
@@ -18,13 +21,22 @@ from orchestrator.reporting.influence_check_figure import draw_influence_check
 Rows = tuple[tuple[float, ...], ...]
 
 
-def check_of(cosine: Rows, loss: Rows, accuracy_lost: Rows = ()) -> InfluenceCheck:
+def check_of(
+    cosine: Rows,
+    loss: Rows,
+    accuracy_lost: Rows = (),
+    pruned: Mapping[tuple[int, ...], float] | None = None,
+) -> InfluenceCheck:
     def table(metric: str, rows: Rows, lost: Rows = ()) -> InfluenceTable:
         return InfluenceTable(metric, rows, rows, 64, accuracy_lost_rows=lost)  # type: ignore[arg-type]
 
-    return InfluenceCheck(
-        {"cosine": table("cosine", cosine), "loss": table("loss", loss, accuracy_lost)}
-    )
+    tables = {"cosine": table("cosine", cosine), "loss": table("loss", loss, accuracy_lost)}
+    if pruned is None:  # Every schedule of both families is alike.
+        families = [schedule_family(one) for one in tables.values()]
+        qualities = {member.schedule: 0.5 for family in families for member in family}
+    else:
+        qualities = {IterationSchedule(counts): quality for counts, quality in pruned.items()}
+    return InfluenceCheck(tables, qualities)  # type: ignore[arg-type]
 
 
 def test_equal_values_share_the_mean_of_their_ranks() -> None:
@@ -56,8 +68,26 @@ def test_suffix_maxima_repair_an_order_that_single_values_do_not_show() -> None:
         console.print(influence_check_table(check))
     printed = [line.split() for line in captured.get().splitlines()]
     assert ["1,2", "0.4", "1.5", "30"] in printed
-    assert ["cosine", "-0.20", "+0.95"] in printed
+    assert ["cosine", "-0.20", "+0.95", "50.0"] in printed
     assert "4 corrections are too few" in check.notes()[-1]
+
+
+def test_the_quality_when_pruned_is_the_best_of_the_family_within_each_budget() -> None:
+    rows = ((0.4, 0.3), (0.1,))
+    pruned = {(2, 1): 0.9, (2, 0): 0.95, (0, 0): 0.2, (0, 1): 0.6}
+    # Cosine keeps layer 1 (2,1 to 2,0, 1,0, 0,0), loss layer 2 (2,1 to 0,1, 0,0).
+    check = check_of(
+        cosine=rows,
+        loss=((0.01, 0.02), (0.5,)),
+        accuracy_lost=rows,
+        pruned={**pruned, (1, 0): 0.3},
+    )
+    # Within 0, 1, 2 and 3 corrections.
+    assert check.pruned_quality("cosine") == pytest.approx((0.2 + 0.3 + 0.95 + 0.95) / 4)
+    assert check.pruned_quality("loss") == pytest.approx((0.2 + 0.6 + 0.6 + 0.9) / 4)
+    # Of a loss the lowest is the best.
+    text = check_of(cosine=rows, loss=((0.4, 0.3), (0.1,)), pruned={**pruned, (1, 0): 0.1})
+    assert text.pruned_quality("loss") == pytest.approx((0.2 + 0.1 + 0.1 + 0.1) / 4)
 
 
 def test_the_scatter_has_a_panel_for_each_metric_and_names_every_correction() -> None:
@@ -84,7 +114,7 @@ def test_the_scatter_has_a_panel_for_each_metric_and_names_every_correction() ->
 def test_the_cost_is_the_rise_of_the_loss_where_there_is_no_accuracy() -> None:
     check = check_of(cosine=((0.3, 0.2),), loss=((0.1, 0.2),))
     assert (check.cost_name, check.costs) == ("rise of the loss (nats)", [0.1, 0.2])
-    assert "the cost is the metric `loss` itself" in check.notes()[1]
+    assert "the cost is the metric `loss` itself" in check.notes()[2]
     assert check.to_dict()["rank_correlation"]["cosine"] == pytest.approx([-1.0, -1.0])
     undefined = check_of(cosine=((0.3,),), loss=((0.1,),))
     assert undefined.to_dict()["rank_correlation"]["cosine"] == [None, None]
