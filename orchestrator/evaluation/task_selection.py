@@ -132,8 +132,14 @@ def check_offered(settings: EvaluationSettings, offered: Collection[str]) -> Non
         )
 
 
-def check_search(settings: Settings, offered: Collection[str]) -> None:
-    """Raise `UserError` if a search is to improve bits per byte, and no task gives them."""
+def check_sweep_tasks(settings: Settings, offered: Collection[str]) -> None:
+    """Check the tasks of a sweep before it begins.
+
+    Raises:
+        UserError: As `check_offered`; or if a search is to improve bits per byte, and no task gives
+            them.
+    """
+    check_offered(settings.evaluation, offered)
     evaluation, objective = settings.evaluation, settings.search.objective
     names = named_tasks(evaluation)
     given = set(offered) if HELDOUT in names else set(offered) & set(names)

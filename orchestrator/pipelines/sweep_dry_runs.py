@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 from iiet.config import ModelConfig
 from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.evaluation.task_selection import (
-    check_offered,
-    check_search,
+    check_sweep_tasks,
     needs_lm_eval,
     tasks_of_source,
 )
@@ -209,9 +208,7 @@ def _draft_from_settings(
     name: str | None = None,
 ) -> _Draft:
     """Return what is known of a sweep that makes its tokens, and trains its teacher or models."""
-    offered = tasks_of_source(settings.data)
-    check_offered(settings.evaluation, offered)
-    check_search(settings, offered)
+    check_sweep_tasks(settings, tasks_of_source(settings.data))
     tokens = find_prepared(settings.data, context.workspace.tokens)
     if settings.sweep.kind == "iterations":
         if models is None:

@@ -19,7 +19,7 @@ from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.sources import open_data
 from orchestrator.evaluation.heldout import heldout_chances, offered_tasks
-from orchestrator.evaluation.task_selection import check_offered, check_search
+from orchestrator.evaluation.task_selection import check_sweep_tasks
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.influence import read_or_measure_influence
 from orchestrator.pipelines.pretraining import pretrain_models
@@ -147,9 +147,7 @@ def _sweep_students(
     name: str | None,
 ) -> SweepResult:
     tokens = tokens_folder_of(teacher, context.workspace)
-    offered = offered_tasks(open_data(tokens))
-    check_offered(settings.evaluation, offered)
-    check_search(settings, offered)
+    check_sweep_tasks(settings, offered_tasks(open_data(tokens)))
     device = trial_device(settings, context.workspace.root)
     influence = read_or_measure_influence(
         teacher, settings.influence, tokens, context, on_device=device
