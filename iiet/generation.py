@@ -1,8 +1,8 @@
 """Text generation: prefill once, then one token per step through the cache.
 
 Prompts of different lengths are padded on the left. A row that has ended repeats its stop token;
-generation ends when all rows have ended. The seed alone determines what is sampled; with a seed for
-each row, a row's tokens do not depend on the other rows.
+generation ends when all rows have ended. The seed alone determines what is sampled
+(`iiet.sampling`); with a seed for each row, a row's tokens do not depend on the other rows.
 
 On a GPU, steps have fixed shapes (`iiet.static_steps`), and no step waits for the device. Whether
 all rows have ended is read every `STOP_INTERVAL` steps, and what was computed after the end is
@@ -12,6 +12,7 @@ dropped, so the results are the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, Final
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from iiet.cache import KeyValueCache, KvStrategy
 from iiet.decoder import Decoder
+from iiet.sampling import Sampler, row_keys
 from iiet.static_steps import StaticSteps
 
-__all__ = ["STOP_INTERVAL", "generate", "stream"]
+__all__ = ["STOP_INTERVAL", "cache_dtype", "checked_sampler", "generate", "stream"]
 
 STOP_INTERVAL: Final = 8
 """Steps of a GPU between two looks at whether all rows have ended; a CPU looks at each."""
@@ -77,26 +79,25 @@ def stream(
         ValueError: a setting out of range, or more tokens than the context holds; at the call, not
         at the first step.
     """
-    _check(decoder, input_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
-    seeds = [seed] if seed is None or isinstance(seed, int) else seed
-    if len(seeds) not in (1, len(input_ids)):
-        raise ValueError(f"seed must be one, or one for each of {len(input_ids)} rows")
+    sampler = checked_sampler(
+        decoder,
+        input_ids,
+        max_new_tokens=max_new_tokens,
+        attention_mask=attention_mask,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
     if steps is not None and steps.decoder is not decoder:
         raise ValueError("steps decode with another decoder")
     if steps is None and decoder.device.type == "cuda":
         steps = StaticSteps(decoder)
-    choose = partial(
-        sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        generators=_generators(seeds, input_ids.device) if temperature else (None,),
-    )
     new_cache = partial(KeyValueCache, decoder.config, device=decoder.device)
     cache = (new_cache if steps is None else steps.empty_cache)(
         batch_size=input_ids.size(0),
         max_tokens=input_ids.size(1) + max_new_tokens,
-        dtype=_cache_dtype(decoder),
+        dtype=cache_dtype(decoder),
         strategy=kv_strategy,
     )
 
@@ -111,30 +112,23 @@ def stream(
         return logits[:, -1]
 
     stops = torch.tensor(sorted(stop_tokens), dtype=input_ids.dtype, device=input_ids.device)
-    chosen = _chosen(next_logits, choose, stops, max_new_tokens)
+    chosen = _chosen(next_logits, sampler, stops, max_new_tokens)
     if not len(stops):
         return (tokens for tokens, _ in chosen)
     return _until_all_end(chosen, STOP_INTERVAL if decoder.device.type == "cuda" else 1)
 
 
-def _generators(seeds: Sequence[int | None], device: torch.device) -> list[torch.Generator]:
-    generators = [torch.Generator(device=device) for _ in seeds]
-    for generator, number in zip(generators, seeds, strict=True):
-        generator.seed() if number is None else generator.manual_seed(number)
-    return generators
-
-
 def _chosen(
     next_logits: Callable[[Tensor | None], Tensor],
-    choose: Callable[[Tensor], Tensor],
+    sampler: Sampler,
     stops: Tensor,
     max_new_tokens: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the next tokens, (batch,), and whether all rows have ended, (); wait for nothing."""
     following = ended = None
-    for _ in range(max_new_tokens):
+    for position in range(max_new_tokens):
         with torch.inference_mode():
-            latest = choose(next_logits(following))
+            latest = sampler(next_logits(following), position)
             if following is not None and ended is not None:
                 latest = torch.where(ended, following, latest)
             following = latest
@@ -161,39 +155,7 @@ def _until_all_end(steps: Iterator[tuple[Tensor, Tensor]], interval: int) -> Ite
         num_steps = interval
 
 
-def sample(
-    logits: Tensor,
-    temperature: float,
-    *,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generators: Sequence[torch.Generator | None] = (None,),
-) -> Tensor:
-    """Choose a token, (batch,), for each row of logits, (batch, vocab); settings as in `stream`.
-
-    `generators` is one for all rows, or one for each.
-    """
-    if temperature == 0.0:
-        return logits.argmax(-1)
-    values, tokens = (logits.float() / temperature), None
-    if top_k is not None and top_k < logits.size(-1):
-        values, tokens = values.topk(top_k, dim=-1)
-    elif top_p is not None and top_p < 1.0:
-        values, tokens = values.sort(dim=-1, descending=True)
-    probabilities = values.softmax(-1)
-    if top_p is not None and top_p < 1.0:
-        # A token stays if those before it do not reach p yet; the first always stays.
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    # What `multinomial` does for one sample, but that would wait for a GPU to check its input.
-    noise = torch.empty_like(probabilities)
-    for part, generator in zip(noise.chunk(len(generators)), generators, strict=True):
-        part.exponential_(generator=generator)
-    choice = (probabilities / noise).argmax(-1, keepdim=True)
-    return (choice if tokens is None else tokens.gather(-1, choice)).squeeze(-1)
-
-
-def _cache_dtype(decoder: Decoder) -> torch.dtype:
+def cache_dtype(decoder: Decoder) -> torch.dtype:
     """Return the dtype in which keys and values are computed."""
     kind = decoder.device.type
     if torch.is_autocast_enabled(kind):
@@ -201,15 +163,35 @@ def _cache_dtype(decoder: Decoder) -> torch.dtype:
     return decoder.embedding.weight.dtype
 
 
-def _check(
+def checked_sampler(
     decoder: Decoder,
     input_ids: Tensor,
+    *,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
     attention_mask: Tensor | None,
-) -> None:
+    seed: int | Sequence[int] | None,
+    **sampling: Any,
+) -> Sampler:
+    """Return the sampler of a generation; a ValueError lists all that is wrong with a request.
+
+    Arguments are those of `stream`.
+    """
+    problems = _problems(decoder, input_ids, max_new_tokens, attention_mask)
+    try:
+        sampler = Sampler(**sampling)
+        if sampler.temperature:
+            keys = row_keys(seed, len(input_ids), input_ids.device)
+            sampler = replace(sampler, row_keys=keys)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return sampler
+
+
+def _problems(
+    decoder: Decoder, input_ids: Tensor, max_new_tokens: int, attention_mask: Tensor | None
+) -> list[str]:
     problems: list[str] = []
     if input_ids.dim() != 2 or not input_ids.numel():
         problems.append(
@@ -222,12 +204,6 @@ def _check(
         )
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not 0.0 <= temperature < float("inf"):
-        problems.append(f"temperature must be 0 or larger, got {temperature}")
-    if top_k is not None and top_k < 1:
-        problems.append(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        problems.append(f"top_p must be in (0, 1], got {top_p}")
     if attention_mask is not None:
         if attention_mask.shape != input_ids.shape:
             problems.append(
@@ -238,5 +214,4 @@ def _check(
             problems.append(
                 "prompts must be padded on the left, the mask's last column is not all true"
             )
-    if problems:
-        raise ValueError("; ".join(problems))
+    return problems

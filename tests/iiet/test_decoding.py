@@ -5,7 +5,6 @@ import torch
 
 from iiet import Decoder, IterationSchedule, KeyValueCache, generate, preset, stream
 from iiet.cache import evaluation_slots
-from iiet.generation import sample
 
 VOCAB = 31
 
@@ -224,29 +223,6 @@ def test_stop_tokens_end_rows_and_then_the_batch():
     for row, end in enumerate(ends):
         assert torch.equal(ended[row, : end + 1], free[row, : end + 1])
         assert (ended[row, end:] == free[row, end]).all()
-
-
-def shares(logits, **settings):
-    """How often each token is chosen in many draws."""
-    generator = torch.Generator().manual_seed(0)
-    rows = logits.expand(20_000, -1)
-    chosen = sample(rows, settings.pop("temperature", 1.0), generators=[generator], **settings)
-    return torch.bincount(chosen, minlength=logits.numel()) / len(rows)
-
-
-def test_sampling_follows_the_probabilities():
-    probabilities = torch.tensor([0.1, 0.5, 0.15, 0.25])
-    logits = probabilities.log()
-    torch.testing.assert_close(shares(logits), probabilities, rtol=0, atol=0.02)
-    sharp = probabilities**2 / (probabilities**2).sum()
-    torch.testing.assert_close(shares(logits, temperature=0.5), sharp, rtol=0, atol=0.02)
-    two = torch.tensor([0, 2, 0, 1]) / 3
-    for settings in ({"top_k": 2}, {"top_p": 0.75}, {"top_p": 0.6}, {"top_k": 3, "top_p": 0.7}):
-        torch.testing.assert_close(shares(logits, **settings), two, rtol=0, atol=0.02)
-    only = torch.tensor([0.0, 1.0, 0.0, 0.0])
-    for settings in ({"top_k": 1}, {"top_p": 0.3}, {"top_p": 0.5}, {"temperature": 0.0}):
-        assert torch.equal(shares(logits, **settings), only)
-    torch.testing.assert_close(shares(logits, top_k=9, top_p=1.0), probabilities, rtol=0, atol=0.02)
 
 
 def test_all_problems_at_once_and_at_the_call():

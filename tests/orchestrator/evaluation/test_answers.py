@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from iiet.decoder import Decoder
-from iiet.generation import generate, sample
+from iiet.generation import generate
+from iiet.sampling import Sampler, row_keys
 from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
 from orchestrator.evaluation.harness.answer_settings import answer_settings
 from orchestrator.evaluation.model_tokenizer import PlainTokenizer
@@ -35,11 +36,15 @@ def slowly(decoder: Decoder, tokenizer: PlainTokenizer, question: Question) -> s
     settings = question.settings
     room = decoder.config.context_length - settings.max_new_tokens
     tokens, answer = list(question.context[-room:]), []
-    generator = torch.Generator().manual_seed(question.seed)
-    for _ in range(settings.max_new_tokens):
+    sampler = Sampler(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        row_keys=row_keys(question.seed, 1),
+    )
+    for position in range(settings.max_new_tokens):
         logits = decoder(torch.tensor([tokens]))[:, -1]
-        options = {"top_k": settings.top_k, "top_p": settings.top_p}
-        token = int(sample(logits, settings.temperature, generators=[generator], **options))
+        token = int(sampler(logits, position))
         if token in tokenizer.end_ids:
             break
         tokens.append(token)

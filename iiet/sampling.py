@@ -1,0 +1,172 @@
+"""The one sampler: a token from logits, by noise that belongs to a row, a position and a token.
+
+    token = argmax over v of  p_v / E_v,      E_v exponential: then token v is chosen with p_v
+
+E is a function of (the row's seed, the number of tokens that the row has generated, v), so it does
+not depend on the other rows, on the order of computing, on top_k and top_p, or on the device.
+Whoever samples a position twice, from two models or in two passes, uses the same noise: a draft
+then often chooses what the model itself chooses, and the model's choice is the same as without a
+draft.
+
+The noise is SplitMix64 over a counter, in integer operations that run on any device and wait for
+nothing. Only the candidates that top_k leaves need noise.
+
+Source: the choice is the Gumbel-max trick; common noise for draft and model is from Daliri, Musco,
+Suresh 2024, "Coupling without communication and drafter-invariant speculative decoding"; SplitMix64
+is from Steele, Lea, Flood 2014.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+__all__ = ["Sampler", "row_keys"]
+
+_STEP: Final = 0x9E3779B97F4A7C15
+_FIRST_FACTOR: Final = 0xBF58476D1CE4E5B9
+_SECOND_FACTOR: Final = 0x94D049BB133111EB
+_WORD: Final = 1 << 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How tokens are chosen.
+
+    Raises:
+        ValueError: a setting is out of range; all problems at once.
+    """
+
+    temperature: float = 0.0
+    """0 takes the likeliest token; above, sample from `softmax(logits / T)`."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that together hold this probability, in (0, 1]."""
+    row_keys: Tensor | None = None
+    """A number per row, (batch,), from `row_keys`; needed where the temperature is above 0."""
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        if not 0.0 <= self.temperature < float("inf"):
+            problems.append(f"temperature must be 0 or larger, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            problems.append(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            problems.append(f"top_p must be in (0, 1], got {self.top_p}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def __call__(self, logits: Tensor, positions: Tensor | int) -> Tensor:
+        """Choose a token for each row of logits.
+
+        Args:
+            logits: (batch, vocab) or (batch, time, vocab).
+            positions: how many tokens the row has generated before each, of the result's shape, or
+                one number for all.
+
+        Returns:
+            Tokens, (batch,) or (batch, time).
+        """
+        if self.temperature == 0.0:
+            return logits.argmax(-1)
+        candidates, tokens = self._probabilities(logits)
+        choice = (candidates / self._noise(logits, positions, tokens)).argmax(-1, keepdim=True)
+        return (choice if tokens is None else tokens.gather(-1, choice)).squeeze(-1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probability with which each token is chosen, in the logits' shape."""
+        if self.temperature == 0.0:
+            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        candidates, tokens = self._probabilities(logits)
+        candidates = candidates / candidates.sum(-1, keepdim=True)
+        if tokens is None:
+            return candidates
+        return torch.zeros_like(logits, dtype=candidates.dtype).scatter_(-1, tokens, candidates)
+
+    def _probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the candidates' probabilities, up to a factor, and which tokens they are; None:
+        all, in their order.
+        """
+        values, tokens = logits.float() / self.temperature, None
+        if self.top_k is not None and self.top_k < logits.size(-1):
+            values, tokens = values.topk(self.top_k, dim=-1)
+        elif self.top_p is not None and self.top_p < 1.0:
+            values, tokens = values.sort(dim=-1, descending=True)
+        probabilities = values.softmax(-1)
+        if self.top_p is not None and self.top_p < 1.0:
+            # A token stays if those before it do not reach p yet; the first always stays.
+            before = probabilities.cumsum(-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
+        return probabilities, tokens
+
+    def _noise(self, logits: Tensor, positions: Tensor | int, tokens: Tensor | None) -> Tensor:
+        """Return exponential noise for tokens, (..., candidates), or for all of them."""
+        assert self.row_keys is not None, "a temperature above 0 needs keys"
+        keys = self.row_keys.view(-1, *(1,) * (logits.dim() - 2))
+        keys = _mixed(keys + _counted(positions))
+        if tokens is None:
+            tokens = torch.arange(logits.size(-1), device=logits.device)
+        # The largest 63 bits. Near 0, where the noise decides, floats are dense.
+        bits = _mixed(keys.unsqueeze(-1) + _counted(tokens)) >> 1 & (1 << 63) - 1
+        return bits.float().add_(0.5).mul_(-(2.0**-63)).log1p_().neg_()
+
+
+def row_keys(
+    seed: int | Sequence[int] | None, batch_size: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return the numbers by which the rows of a batch draw their noise, (batch,).
+
+    Args:
+        seed: one for each row, or one from which those of all rows follow; the first row's is the
+            seed itself. None: a random one.
+        batch_size: the number of rows.
+        device: of the result.
+
+    Raises:
+        ValueError: another number of seeds.
+    """
+    if seed is None:
+        seed = torch.Generator().seed()
+    if isinstance(seed, int):
+        seeds = [seed, *(_mix(seed + row * _STEP) for row in range(1, batch_size))]
+    elif len(seed) == batch_size:
+        seeds = list(seed)
+    elif len(seed) == 1:
+        return row_keys(seed[0], batch_size, device)
+    else:
+        raise ValueError(f"seed must be one, or one for each of {batch_size} rows")
+    return torch.tensor([_signed(_mix(number)) for number in seeds], device=device)
+
+
+def _counted(number: Tensor | int) -> Tensor | int:
+    """Return where the counter stands after so many steps; products wrap around."""
+    if isinstance(number, int):
+        return _signed((number + 1) * _STEP)
+    return (number + 1) * _signed(_STEP)
+
+
+def _mixed(state: Tensor) -> Tensor:
+    """Do `_mix` for integers of 64 bits."""
+    for shift, factor in ((30, _FIRST_FACTOR), (27, _SECOND_FACTOR)):
+        # A shift repeats the sign, so the mask clears what comes in from the left.
+        state = (state ^ (state >> shift & (1 << 64 - shift) - 1)).mul_(_signed(factor))
+    return state ^ (state >> 31 & (1 << 33) - 1)
+
+
+def _mix(state: int) -> int:
+    """Return the number of 64 bits that SplitMix64 makes of a state."""
+    state %= _WORD
+    state = (state ^ state >> 30) * _FIRST_FACTOR % _WORD
+    state = (state ^ state >> 27) * _SECOND_FACTOR % _WORD
+    return state ^ state >> 31
+
+
+def _signed(number: int) -> int:
+    """Return the number of 64 bits that PyTorch's signed integers hold in its place."""
+    number %= _WORD
+    return number - _WORD if number >= _WORD // 2 else number

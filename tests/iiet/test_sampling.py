@@ -1,0 +1,107 @@
+"""The sampler follows the probabilities, with noise that belongs to row, position and token."""
+
+import math
+
+import pytest
+import torch
+
+from iiet.sampling import Sampler, row_keys
+
+PROBABILITIES = torch.tensor([0.1, 0.5, 0.15, 0.25])
+LOGITS = PROBABILITIES.log()
+
+
+def sampler_of(seed=0, batch=1, **settings):
+    return Sampler(**{"temperature": 1.0, **settings}, row_keys=row_keys(seed, batch))
+
+
+def shares(logits, *, count=20_000, **settings):
+    """How often each token is chosen in many positions of a row."""
+    chosen = sampler_of(**settings)(logits.expand(1, count, -1), torch.arange(count)[None])
+    return torch.bincount(chosen[0], minlength=logits.numel()) / count
+
+
+def test_sampling_follows_the_probabilities():
+    torch.testing.assert_close(shares(LOGITS), PROBABILITIES, rtol=0, atol=0.02)
+    sharp = PROBABILITIES**2 / (PROBABILITIES**2).sum()
+    torch.testing.assert_close(shares(LOGITS, temperature=0.5), sharp, rtol=0, atol=0.02)
+    two = torch.tensor([0, 2, 0, 1]) / 3
+    for settings in ({"top_k": 2}, {"top_p": 0.75}, {"top_p": 0.6}, {"top_k": 3, "top_p": 0.7}):
+        torch.testing.assert_close(shares(LOGITS, **settings), two, rtol=0, atol=0.02)
+        exact = sampler_of(**settings).probabilities(LOGITS[None])[0]
+        torch.testing.assert_close(exact, two)
+    only = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    for settings in ({"top_k": 1}, {"top_p": 0.3}, {"top_p": 0.5}, {"temperature": 0.0}):
+        assert torch.equal(shares(LOGITS, **settings), only)
+        assert torch.equal(sampler_of(**settings).probabilities(LOGITS[None])[0], only)
+    torch.testing.assert_close(shares(LOGITS, top_k=9, top_p=1.0), PROBABILITIES, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("over", ["positions", "rows", "seeds"])
+def test_a_chi_square_test_finds_no_pattern_over(over):
+    """Also of pairs: neighbours are independent."""
+    count, vocab = 40_000, 7
+    logits = torch.linspace(-1, 1, vocab)
+    if over == "positions":
+        chosen = sampler_of()(logits.expand(1, count, -1), torch.arange(count)[None])[0]
+    else:
+        seed = 3 if over == "rows" else list(range(count))
+        chosen = sampler_of(seed, batch=count)(logits.expand(count, -1), 5)
+    exact = logits.softmax(-1)
+    pairs = torch.bincount(chosen[0::2] * vocab + chosen[1::2], minlength=vocab**2)
+    expected = torch.outer(exact, exact).flatten() * (count // 2)
+    statistic = float(((pairs - expected) ** 2 / expected).sum())
+    degrees = vocab**2 - 1  # Mean of the statistic; its variance is twice that.
+    assert abs(statistic - degrees) < 4 * math.sqrt(2 * degrees)
+
+
+def test_top_k_and_top_p_do_not_change_the_noise():
+    """Where the free choice is among the candidates, it stays."""
+    logits = torch.randn(1, 500, 40, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(500)[None]
+    free = sampler_of()(logits, positions)
+    for settings in ({"top_k": 8}, {"top_p": 0.6}):
+        sampler = sampler_of(**settings)
+        chosen = sampler(logits, positions)
+        is_candidate = sampler.probabilities(logits).gather(-1, free[..., None])[..., 0] > 0
+        assert 0.3 < is_candidate.float().mean() < 0.95
+        assert torch.equal(chosen[is_candidate], free[is_candidate])
+
+
+def test_a_choice_depends_on_seed_and_position_alone():
+    logits = torch.randn(3, 6, 11, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(6).expand(3, 6)
+    together = sampler_of([4, 5, 6], batch=3)(logits, positions)
+    for row, seed in enumerate((4, 5, 6)):
+        for time in range(6):
+            assert sampler_of(seed)(logits[row : row + 1, time], time) == together[row, time]
+    assert torch.equal(sampler_of(4, 3)(logits, positions)[0], together[0])
+    assert not torch.equal(sampler_of(9, 3)(logits, positions), sampler_of(4, 3)(logits, positions))
+
+
+def test_two_models_mostly_choose_alike():
+    """Common noise: two distributions at a distance TV agree with at least (1-TV)/(1+TV)."""
+    other = (PROBABILITIES + torch.tensor([0.1, -0.1, 0.0, 0.0])).log()
+    count = 20_000
+    positions = torch.arange(count)[None]
+    chosen = [sampler_of()(x.expand(1, count, -1), positions) for x in (LOGITS, other)]
+    agreement = float((chosen[0] == chosen[1]).float().mean())
+    assert (1 - 0.1) / (1 + 0.1) - 0.02 < agreement < 1 - 0.1 + 0.02
+
+
+def test_the_noise_is_that_of_the_published_generator():
+    """SplitMix64 with seed 1234567 begins with these numbers (Rosetta Code)."""
+    from iiet.sampling import _counted, _mix, _mixed, _signed
+
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    states = torch.tensor(1234567) + _counted(torch.arange(3))
+    assert _mixed(states).tolist() == [_signed(number) for number in expected]
+    assert [_mix(int(state)) for state in states] == expected
+
+
+def test_settings_out_of_range_and_seeds_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"temperature must be .* -1.*top_k.* 0.*top_p.* 1.5"):
+        Sampler(temperature=-1.0, top_k=0, top_p=1.5)
+    with pytest.raises(ValueError, match="one for each of 3 rows"):
+        row_keys([1, 2], 3)
+    assert not torch.equal(row_keys(None, 2), row_keys(None, 2))
