@@ -11,6 +11,8 @@ from iiet.config import PRESETS, ModelConfig, preset
 from iiet.cost import InferenceCost, inference_cost, num_parameters, training_flops_per_token
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
+from iiet.draft_plan import DraftCosts
+from iiet.drafts import PromptLookup
 from iiet.dropping import drop_layers, most_important_layers
 from iiet.generation import generate, stream
 from iiet.influence import InfluenceTable, influence_table
@@ -28,6 +30,7 @@ from iiet.pruning import (
 from iiet.published import decoder_from_published, published_from_decoder
 from iiet.quantization import quantize_weights
 from iiet.schedule import IterationSchedule
+from iiet.speculative import DraftRecord
 from iiet.static_steps import StaticSteps
 
 __all__ = [
@@ -36,12 +39,15 @@ __all__ = [
     "Batch",
     "Decoder",
     "DistillationConfig",
+    "DraftCosts",
+    "DraftRecord",
     "FamilyMember",
     "InferenceCost",
     "InfluenceTable",
     "IterationSchedule",
     "KeyValueCache",
     "ModelConfig",
+    "PromptLookup",
     "StaticSteps",
     "cross_entropy",
     "decoder_from_published",

@@ -3,7 +3,8 @@
 Correction i of a new token must attend to correction i of earlier tokens; then cached decoding
 equals the full forward. So the prediction of layer l has slot l, and corrections follow from slot L
 on, layer by layer. Another schedule numbers the slots differently: a cache records its evaluations
-per layer, and a pass under another schedule is refused.
+per layer, and a pass under another schedule is refused. A schedule with fewer corrections can use a
+view of the cache: the slots of the evaluations that it makes, in the same memory.
 
 The strategy `last` keeps one slot per layer, which each evaluation overwrites: a quarter of the
 memory at three corrections, but not exact. The published decoding does this.
@@ -11,14 +12,15 @@ memory at three corrections, but not exact. The published decoding does this.
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from iiet.config import ModelConfig
-from iiet.context import CacheRecord, set_record
-from iiet.window import Window
+from iiet.context import CacheRecord, get_record, set_record
+from iiet.window import RowWindow, Window
 
 __all__ = ["KeyValueCache", "KvStrategy", "check_kv_strategy", "evaluation_slots"]
 
@@ -57,6 +59,7 @@ class KeyValueCache:
         self._evaluations_per_layer = evaluations_per_layer = config.evaluations_per_layer()
         set_record(self, CacheRecord(evaluations_per_layer))
         self.max_tokens = max_tokens
+        self.dtype = dtype
         self.strategy = strategy
         # By slot: the row of the storage that holds its keys and values.
         rows = list(range(sum(evaluations_per_layer)))
@@ -74,8 +77,42 @@ class KeyValueCache:
         ]
         self._lengths = [0] * len(rows)
         self.num_bytes = sum(held.nbytes for held in storage)
-        self.window: Window | None = None
-        """Where steps of fixed shapes write and look; None: passes follow the tokens held."""
+        self.window: Window | RowWindow | None = None
+        """Where a pass writes and looks; None: passes follow the tokens held."""
+
+    def view(self, config: ModelConfig) -> KeyValueCache:
+        """Return a cache in the same memory for a schedule with no more corrections in any layer.
+
+        It holds the same tokens. Its passes write keys and values of their evaluations over those
+        of this cache, and its length changes by itself.
+
+        Raises:
+            ValueError: a layer makes more evaluations, or has other heads.
+        """
+        counts, heads = config.evaluations_per_layer(), self._keys[0].size(1)
+        own = self._evaluations_per_layer
+        is_within = len(counts) == len(own) and all(map(int.__le__, counts, own))
+        if not is_within or config.num_kv_heads != heads:
+            raise ValueError(
+                f"a view is for at most {','.join(map(str, own))} evaluations per layer and "
+                f"{heads} key/value heads, got {','.join(map(str, counts))} and "
+                f"{config.num_kv_heads}"
+            )
+        slots = [0] * sum(counts)
+        for theirs, ours in zip(evaluation_slots(counts), evaluation_slots(own), strict=True):
+            for their_slot, our_slot in zip(theirs, ours, strict=False):
+                slots[their_slot] = our_slot
+        view = copy.copy(self)
+        view._evaluations_per_layer = counts
+        view._slots = [self._slots[slot] for slot in slots]
+        view._keys = [self._keys[slot] for slot in slots]
+        view._values = [self._values[slot] for slot in slots]
+        view._lengths = [self.get_seq_length()] * len(slots)
+        view.num_bytes = 0
+        record = get_record(self)
+        mask = None if record is None else record.attention_mask
+        set_record(view, CacheRecord(counts, mask))
+        return view
 
     def get_seq_length(self) -> int:
         """Return the number of tokens held; a ValueError after an interrupted pass."""
@@ -117,7 +154,7 @@ class KeyValueCache:
     def _write(self, slot: int, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if self.window is not None:
             for held, new in pairs:
-                held.index_copy_(2, self.window.columns, new)
+                self.window.write(held, new)
             end = self.window.size
         else:
             start = self._lengths[slot]

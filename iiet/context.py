@@ -20,7 +20,7 @@ from iiet.attention import attend
 from iiet.plain import needs_all_derivatives
 from iiet.rope import Rope, RopeTables
 from iiet.token_step import serves_fields, serves_token_step, uses_cpu_forms
-from iiet.window import Window
+from iiet.window import RowWindow, Window
 
 __all__ = [
     "CacheRecord",
@@ -159,9 +159,9 @@ def make_context(
         attention_mask: None: only the padding that the cache remembers counts.
         position_ids: None: positions count all tokens but padding.
     """
-    window: Window | None = getattr(cache, "window", None)
+    window: Window | RowWindow | None = getattr(cache, "window", None)
     if window is not None:
-        return _step_context(hidden, rope, cache, window, fields)
+        return _window_context(hidden, rope, cache, window, fields)
     batch, time = hidden.shape[:2]
     device = hidden.device
     past = 0 if cache is None else int(cache.get_seq_length())
@@ -213,14 +213,14 @@ def _check_visible(visible: Tensor, hidden: Tensor, *, is_positioned: bool) -> N
         )
 
 
-def _step_context(
+def _window_context(
     hidden: Tensor,
     rope: Rope,
     cache: DecodingCache | None,
-    window: Window,
+    window: Window | RowWindow,
     fields: Iterable[nn.Module],
 ) -> PassContext:
-    assert hidden.size(1) == 1, "a window decodes one token per row"
+    assert hidden.size(1) == window.columns.size(-1), "a pass has as many tokens as its window"
     return _context(
         hidden,
         rope.at(window.positions(), hidden.device, hidden.dtype),

@@ -78,16 +78,6 @@ class Sampler:
         choice = (candidates / self._noise(logits, positions, tokens)).argmax(-1, keepdim=True)
         return (choice if tokens is None else tokens.gather(-1, choice)).squeeze(-1)
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Return the probability with which each token is chosen, in the logits' shape."""
-        if self.temperature == 0.0:
-            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        candidates, tokens = self._probabilities(logits)
-        candidates = candidates / candidates.sum(-1, keepdim=True)
-        if tokens is None:
-            return candidates
-        return torch.zeros_like(logits, dtype=candidates.dtype).scatter_(-1, tokens, candidates)
-
     def _probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the candidates' probabilities, up to a factor, and which tokens they are; None:
         all, in their order.

@@ -83,6 +83,35 @@ def test_a_cache_refuses_another_schedule(strategy, is_filled, other):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("schedule", [(0, 0, 0), (1, 0, 1), (2, 0, 1)])
+def test_a_view_serves_fewer_corrections_in_the_same_memory(schedule):
+    """It holds the same tokens, padding among them, and gets its own length."""
+    decoder, (tokens, mask) = decoder_of(), padded()
+    fewer = decoder.with_schedule(IterationSchedule(schedule))
+    cache = cache_of(decoder)
+    decoder(tokens[:, :6], cache=cache, attention_mask=mask[:, :6])
+    before = [held[:, :, :6].clone() for held in cache._slots]
+    view = cache.view(fewer.config)
+    assert view.get_seq_length() == 6
+    assert {held.data_ptr() for held in view._slots} <= {held.data_ptr() for held in cache._slots}
+    drafted = fewer(tokens[:, 6:], cache=view)
+    assert (cache.get_seq_length(), view.get_seq_length()) == (6, 9)
+    expected = decoder(tokens, attention_mask=mask)[:, 6:]
+    assert torch.allclose(drafted, expected) == (schedule == (2, 0, 1))
+    # The full schedule writes over what the view wrote.
+    torch.testing.assert_close(decoder(tokens[:, 6:], cache=cache), expected, rtol=0, atol=1e-11)
+    assert all(torch.equal(b, held[:, :, :6]) for b, held in zip(before, cache._slots, strict=True))
+
+
+def test_a_view_for_more_evaluations_is_refused():
+    decoder = decoder_of()
+    for schedule in ((3, 0, 0), (0, 1, 0)):
+        other = decoder.with_schedule(IterationSchedule(schedule))
+        with pytest.raises(ValueError, match="at most 3,1,2 evaluations per layer and 2 key/value"):
+            cache_of(decoder).view(other.config)
+
+
+@torch.no_grad()
 def test_a_cache_is_refused_after_an_interrupted_pass():
     decoder = decoder_of()
     cache = cache_of(decoder)
