@@ -75,14 +75,29 @@ def generate(
         Literal["bf16", "int8"] | None,
         typer.Option(help="Decode on the CPU with weights of this format (default: float32)."),
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="Draft under a cheaper schedule, or the best one (auto); no token changes."
+        ),
+    ] = None,
+    draft_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MAX_COUNT, help="Tokens to draft at once (default: as many as pay)."
+        ),
+    ] = None,
     schedule: ScheduleOption = None,
     workspace: WorkspaceOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Continue a text and print it while it is generated.
 
-    The prompt is not changed; --chat puts it into the chat template of an imported model.
+    The prompt is not changed; --chat puts it into the chat template of an imported model. With
+    --draft, the model's cheaper schedule drafts tokens and the model verifies several at once.
     """
+    if draft is None and draft_tokens is not None:
+        raise UserError(f"--draft-tokens {draft_tokens} needs --draft SCHEDULE or --draft auto")
     prompts = prompt if prompt is not None else [_piped_prompt()]
     with open_session(workspace, "generate", verbose=verbose) as session:
         from orchestrator.pipelines import generating
@@ -100,6 +115,9 @@ def generate(
         # The text goes to standard output, so warnings go elsewhere.
         options |= {
             "sampling": sampling,
+            "drafting": None
+            if draft is None
+            else generating.Drafting(draft=draft, num_tokens=draft_tokens or "auto"),
             "weights": weights,
             "progress": _Warnings(session.terminal),
         }

@@ -6,12 +6,13 @@ changes no answer: padding is masked, and each sampled context has a seed of its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import psutil
 import torch
+from torch import Tensor
 
 from iiet.cache import KvStrategy
 from iiet.cost import inference_cost
@@ -21,6 +22,8 @@ from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.batch_limit import BatchLimit
 from orchestrator.evaluation.model_tokenizer import ModelTokenizer
 from orchestrator.workspace.provenance import content_key
+
+Decode = Callable[..., Iterator[Tensor]]
 
 _TAIL_MARGIN = 8
 """Tokens read before a possible stop text: the first ones may be parts of characters."""
@@ -70,6 +73,7 @@ def generate_answers(
     on_answered: Callable[[int], None] | None = None,
     note: Callable[[str], None] | None = None,
     journal: AnswerJournal | None = None,
+    decode: Decode = stream,
 ) -> list[str]:
     """Return the answer to each question, without the text that ended it.
 
@@ -82,6 +86,7 @@ def generate_answers(
         on_answered: Called after each batch with the number of answers so far.
         note: Called with a sentence if a batch runs out of a GPU's memory; smaller ones follow.
         journal: Gets the answers of each batch; questions that it holds are not asked again.
+        decode: Yields the tokens of a batch, step by step, as `iiet.generation.stream` does.
 
     Raises:
         DeviceError: If the memory is too small for one question.
@@ -101,7 +106,9 @@ def generate_answers(
         while numbers:  # The first of a batch is its longest.
             length = len(questions[numbers[0]].context) + settings.max_new_tokens
             batch = numbers[: min(limit.size, _rows_that_fit(decoder, length))]
-            answer = partial(_answer, decoder, tokenizer, [questions[number] for number in batch])
+            answer = partial(
+                _answer, decoder, tokenizer, [questions[number] for number in batch], decode
+            )
             texts = limit.run(answer, size=len(batch), can_split=len(batch) > 1)
             if texts is None:
                 continue
@@ -128,7 +135,7 @@ def _rows_that_fit(decoder: Decoder, length: int) -> int:
 
 
 def _answer(
-    decoder: Decoder, tokenizer: ModelTokenizer, questions: Sequence[Question]
+    decoder: Decoder, tokenizer: ModelTokenizer, questions: Sequence[Question], decode: Decode
 ) -> list[str]:
     """Decode contexts of the same settings together, until all rows have ended."""
     settings, device = questions[0].settings, decoder.device
@@ -144,7 +151,7 @@ def _answer(
     padded = [[0] * (length - len(context)) + [*context] for context in contexts]
     is_token = [[False] * (length - len(context)) + [True] * len(context) for context in contexts]
     needs_mask = min(map(len, contexts)) < length
-    steps = stream(
+    steps = decode(
         decoder,
         torch.tensor(padded, device=device),
         attention_mask=torch.tensor(is_token, device=device) if needs_mask else None,

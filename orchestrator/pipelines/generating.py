@@ -9,8 +9,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -20,9 +22,16 @@ from iiet.generation import stream as stream_tokens
 from iiet.quantization import quantize_weights
 from iiet.quantized_linear import WeightFormat
 from iiet.schedule import IterationSchedule
-from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
+from iiet.speculative import DraftRecord
+from iiet.speculative import stream as speculative_stream
+from orchestrator.evaluation.answers import (
+    AnswerSettings,
+    Decode,
+    Question,
+    generate_answers,
+)
 from orchestrator.evaluation.model_tokenizer import ModelTokenizer, checkpoint_tokenizer
-from orchestrator.pipelines.context import open_context
+from orchestrator.pipelines.context import Context, open_context
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import DTYPES
 from orchestrator.training.model_loading import best_device, load_model
@@ -45,6 +54,16 @@ class Sampling(AnswerSettings):
     """Random seed for sampling; random when unset."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drafting:
+    """How a cheaper schedule of the model drafts tokens, which changes none of them."""
+
+    draft: str
+    """Iteration schedule of the draft, as typed, or `auto`."""
+    num_tokens: int | Literal["auto"] = "auto"
+    """Tokens to draft at once."""
+
+
 def generate(
     prompts: Sequence[str],
     *,
@@ -52,6 +71,7 @@ def generate(
     model: Path | str | None = None,
     schedule: str | None = None,
     sampling: Sampling | None = None,
+    drafting: Drafting | None = None,
     weights: WeightFormat | None = None,
     chat: bool = False,
     progress: Progress | None = None,
@@ -63,6 +83,7 @@ def generate(
         model: A checkpoint or run, by path or name; the newest IIET or imported model when unset.
         schedule: Iteration schedule as typed, if not the checkpoint's own.
         sampling: How tokens are chosen, and when to stop.
+        drafting: Decode with drafts, and note what they did at the end.
         weights: Decode on the CPU with the weights in this format; faster than float32, less exact.
         chat: Put each prompt into the model's chat template, as a user's message.
 
@@ -71,8 +92,10 @@ def generate(
             schedule does not fit it, prompts and new tokens do not fit its context, or the CPU
             lacks the instructions for these weights.
     """
-    writer, texts = _open(prompts, workspace, model, schedule, weights, progress, chat=chat)
-    return writer.continue_all(texts, sampling or Sampling())
+    writer, context = _open(workspace, model, schedule, weights, drafting, progress)
+    written = writer.continue_all(writer.as_asked(prompts, chat=chat), sampling or Sampling())
+    _note_drafts(writer, context)
+    return written
 
 
 def generate_stream(
@@ -82,30 +105,41 @@ def generate_stream(
     model: Path | str | None = None,
     schedule: str | None = None,
     sampling: Sampling | None = None,
+    drafting: Drafting | None = None,
     weights: WeightFormat | None = None,
     chat: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of one prompt, piece by piece; arguments and errors as `generate`."""
-    writer, texts = _open([prompt], workspace, model, schedule, weights, progress, chat=chat)
-    return writer.stream(texts[0], sampling or Sampling())
+    writer, context = _open(workspace, model, schedule, weights, drafting, progress)
+    (text,) = writer.as_asked([prompt], chat=chat)
+    pieces = writer.stream(text, sampling or Sampling())
+
+    def noted() -> Iterator[str]:
+        yield from pieces
+        _note_drafts(writer, context)
+
+    return noted()
 
 
 def _open(
-    prompts: Sequence[str],
     workspace: Workspace | Path | str,
     model: Path | str | None,
     schedule: str | None,
     weights: WeightFormat | None,
+    drafting: Drafting | None,
     progress: Progress | None,
-    *,
-    chat: bool,
-) -> tuple[TextGenerator, list[str]]:
+) -> tuple[TextGenerator, Context]:
     context = open_context(workspace, progress)
     path = Path(model) if model else None
     checkpoint = resolve_model(context.workspace, path, context.progress.note)
-    writer = TextGenerator(checkpoint, parse_schedule(schedule, checkpoint), weights)
-    return writer, [writer.chat(text) if chat else text for text in prompts]
+    writer = TextGenerator(checkpoint, parse_schedule(schedule, checkpoint), weights, drafting)
+    return writer, context
+
+
+def _note_drafts(writer: TextGenerator, context: Context) -> None:
+    if writer.record is not None:
+        context.progress.note(str(writer.record))
 
 
 class TextGenerator:
@@ -121,7 +155,9 @@ class TextGenerator:
         checkpoint: Path,
         schedule: IterationSchedule | None = None,
         weights: WeightFormat | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
+        self.checkpoint = checkpoint
         self.text: ModelTokenizer = checkpoint_tokenizer(checkpoint)
         device = best_device() if weights is None else "cpu"
         dtype = DTYPES[device_precision(device)]  # As it is evaluated.
@@ -133,6 +169,25 @@ class TextGenerator:
                 self.decoder = quantize_weights(self.decoder, weights)
             except ValueError as error:
                 raise UserError(f"--weights {weights}: {error}") from None
+        self._stream: Decode = stream_tokens
+        self.record: DraftRecord | None = None
+        """What drafts did, in all generations together; None: nothing is drafted."""
+        if drafting is not None:
+            self.record = DraftRecord()
+            is_auto = drafting.draft == "auto"
+            asked = parse_schedule(
+                None if is_auto else drafting.draft, checkpoint, option="--draft"
+            )
+            self._stream = partial(
+                speculative_stream,
+                draft=asked or "auto",
+                draft_tokens=drafting.num_tokens,
+                record=self.record,
+            )
+
+    def as_asked(self, prompts: Sequence[str], *, chat: bool) -> list[str]:
+        """Return the texts to continue: the prompts, or what the chat template makes of them."""
+        return [self.chat(prompt) if chat else prompt for prompt in prompts]
 
     def chat(self, prompt: str) -> str:
         """Return a user's message as the model's chat template writes it, ready to be answered."""
@@ -153,7 +208,7 @@ class TextGenerator:
         options = asdict(sampling)
         del options["stop"]
         try:
-            steps = stream_tokens(self.decoder, ids, stop_tokens=ends, **options)
+            steps = self._stream(self.decoder, ids, stop_tokens=ends, **options)
         except ValueError as error:
             raise UserError(str(error)) from None
         tokens = takewhile(lambda token: token not in ends, map(int, steps))
@@ -171,7 +226,9 @@ class TextGenerator:
             )
         asked = [Question(context, sampling, seed + row) for row, context in enumerate(contexts)]
         try:
-            texts = generate_answers(self.decoder, self.text, asked, batch_size=len(asked))
+            texts = generate_answers(
+                self.decoder, self.text, asked, batch_size=len(asked), decode=self._stream
+            )
         except ValueError as error:
             raise UserError(str(error)) from None
         return [text.rstrip(INCOMPLETE) for text in texts]

@@ -197,8 +197,10 @@ def load_influence_table(checkpoint: Path, metric: str | None = None) -> Influen
     return wanted or (next(iter(tables.values())) if len(tables) == 1 else None)
 
 
-def parse_schedule(text: str | None, checkpoint: Path) -> IterationSchedule | None:
-    """Parse the value of `--schedule` for a checkpoint; None stays None.
+def parse_schedule(
+    text: str | None, checkpoint: Path, *, option: str = "--schedule"
+) -> IterationSchedule | None:
+    """Parse the value of an option for a checkpoint; None stays None.
 
     Raises:
         UserError: If it is not valid for the model's number of layers.
@@ -208,7 +210,7 @@ def parse_schedule(text: str | None, checkpoint: Path) -> IterationSchedule | No
     try:
         return IterationSchedule.parse(text, num_layers=load_config(checkpoint).num_layers)
     except ValueError as error:
-        raise UserError(f"--schedule: {error}") from None
+        raise UserError(f"{option}: {error}") from None
 
 
 def _newest(

@@ -103,6 +103,7 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
         (["generate", "--prompt", "x"], "iiet-orch pretrain"),
         (["generate", "--temperature", "-1"], "--temperature"),
         (["generate", "--kv", "none"], "--kv"),
+        (["generate", "--prompt", "x", "--draft-tokens", "3"], "--draft-tokens 3 needs --draft"),
         (["import", "missing-folder"], "is no model folder"),
         (["import"], "folder"),
         (["export"], "iiet-orch pretrain"),

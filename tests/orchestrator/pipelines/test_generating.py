@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,23 @@ from iiet.generation import generate
 from iiet.quantized_linear import QuantizedLinear
 from iiet.schedule import IterationSchedule
 from orchestrator.data.token_store import open_tokens
-from orchestrator.pipelines.generating import Sampling, TextGenerator
+from orchestrator.pipelines import generating
+from orchestrator.pipelines.generating import Drafting, Sampling, TextGenerator
+from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import UserError
 
 FEW = Sampling(max_new_tokens=8)
+
+
+class Notes(Progress):
+    """Keeps what is noted."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +92,46 @@ def test_a_seed_decides_and_no_seed_does_not(writer: TextGenerator) -> None:
     # In a batch, each prompt has a seed of its own.
     assert writer.continue_all(["abc", "a"], sampled)[0] == first
     assert len(set(writer.continue_all(["abc"] * 4, sampled))) > 1
+
+
+@pytest.mark.parametrize("draft", ["0", "2,0", "3,1", "auto"])
+def test_drafts_change_no_text(writer: TextGenerator, draft: str) -> None:
+    """Neither of one prompt nor of a batch, greedy or sampled, with a stop text."""
+    drafting = TextGenerator(writer.checkpoint, drafting=Drafting(draft=draft, num_tokens=3))
+    assert drafting.record is not None
+    stop = ("".join(writer.stream("abc def", FEW))[2:4],)
+    for sampling in (FEW, replace(FEW, temperature=1.0, seed=5), replace(FEW, stop=stop)):
+        text = "".join(writer.stream("abc def", sampling))
+        assert "".join(drafting.stream("abc def", sampling)) == text
+        prompts = ["a", "abc def ghi", "lmno pa"]
+        assert drafting.continue_all(prompts, sampling) == writer.continue_all(prompts, sampling)
+    assert drafting.record.drafted > 0
+
+
+def test_a_draft_that_does_not_fit_is_refused(writer: TextGenerator) -> None:
+    with pytest.raises(UserError, match=r"^--draft: the iteration schedule 1,2,3 is for 3 layers"):
+        TextGenerator(writer.checkpoint, drafting=Drafting(draft="1,2,3"))
+    last = TextGenerator(writer.checkpoint, drafting=Drafting(draft="0"))
+    with pytest.raises(UserError, match="drafts need kv_strategy='exact', got 'last'"):
+        last.stream("abc", replace(FEW, kv_strategy="last"))
+
+
+def test_what_drafts_did_is_noted(writer: TextGenerator, tmp_path: Path) -> None:
+    notes = Notes()
+    for prompts in (["abc def"], ["abc def", "a"]):
+        common: dict[str, Any] = {
+            "workspace": tmp_path,
+            "model": writer.checkpoint,
+            "progress": notes,
+        }
+        options = {**common, "sampling": FEW, "drafting": Drafting(draft="2,1", num_tokens=3)}
+        if len(prompts) == 1:
+            assert "".join(generating.generate_stream(prompts[0], **options))
+        else:
+            assert len(generating.generate(prompts, **options)) == 2
+    assert len(notes.texts) == 2
+    for text in notes.texts:
+        assert re.search(r"^100.0% of \d+ drafted tokens accepted, \d\.\d\d tokens per ver", text)
 
 
 def test_text_ends_before_the_stop_token(writer: TextGenerator) -> None:
