@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from orchestrator import Settings, SweepModel, UserError
-from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, model_label
+from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, ElasticSettings, model_label
 from orchestrator.sweeping.model_plans import ModelVariant, learning_rates, settings_of
 
 LOOPED, PCFORMER = "looped", "pcformer"
@@ -129,7 +129,9 @@ def _further_arms(settings: Settings, choices: Choices, layers: int) -> Iterator
     ):
         yield _iiet(settings, most, layers, suffix, model={"method_options": options})
     yield _arm(settings, ModelVariant(method=PCFORMER, num_layers=layers))
-    yield _iiet(settings, most, layers, DRAWN, training={"drawn_schedules": 1})
+    # One cheaper schedule a step with the full one's weight, and without a divergence.
+    drawn = ElasticSettings(num_drawn=1, weight=1.0, kl_weight=0.0)
+    yield _iiet(settings, most, layers, DRAWN, training={"elastic": drawn})
 
 
 def _vanilla_arms(settings: Settings, choices: Choices, layers: int) -> Iterator[Arm]:

@@ -58,6 +58,7 @@ def training_memory(
     num_shards: int = 1,
     num_passes: int = 1,
     has_teacher: bool = False,
+    has_members: bool = False,
 ) -> TrainingMemory:
     """Estimate the memory of a training step.
 
@@ -72,6 +73,7 @@ def training_memory(
         num_passes: passes of a step; a sharded model stays gathered between them, its gradients do
             not. Replicated ones have all in any case.
         has_teacher: whether a frozen model of the same size runs beside it.
+        has_members: whether cheaper schedules learn from it in the same step (`iiet.elastic`).
     """
     config = config if schedule is None else replace(config, schedule=schedule)
     parameters = num_parameters(config)
@@ -89,13 +91,15 @@ def training_memory(
         copies = copied if num_shards == 1 else config.vocab_size * config.dim
     tokens = num_sequences * config.context_length
     teacher = parameters * (width if on_gpus else _FULL) if has_teacher else 0
+    # The last hidden states of the full schedule stay for the members.
+    kept = tokens * config.dim * _FULL if has_members else 0
+    compares = has_teacher or has_members
     return TrainingMemory(
         weights=shard + gathered + teacher + copies * _HALF,
         gradients=shard + reduced,
         optimizer=2 * shard,
-        activations=_peak_bytes(
-            config, tokens, width, inner, activation_checkpointing, num_shards, has_teacher
-        ),
+        activations=kept
+        + _peak_bytes(config, tokens, width, inner, activation_checkpointing, num_shards, compares),
     )
 
 
@@ -120,11 +124,12 @@ def _peak_bytes(
     inner: int,
     activation_checkpointing: bool,
     num_shards: int,
-    has_teacher: bool,
+    compares: bool,
 ) -> int:
     """Count activations at the peak.
 
-    `width` is the bytes of a value in the arithmetic, `inner` of a hidden state within a field.
+    `width` is the bytes of a value in the arithmetic, `inner` of a hidden state within a field;
+    `compares` says whether the loss compares two distributions.
     """
     method = METHODS[config.method]
     state, num_runs = config.dim * _FULL, method.num_runs(config.corrections)
@@ -134,7 +139,7 @@ def _peak_bytes(
     # The last hidden state, its norm and the norm's gradient; the head's gradient so far, and that
     # of a chunk.
     logits = min(tokens * config.vocab_size, CHUNK_ELEMENTS)
-    at_once = _LOGITS_WITH_TEACHER if has_teacher else _LOGITS_AT_ONCE
+    at_once = _LOGITS_WITH_TEACHER if compares else _LOGITS_AT_ONCE
     loss = at_once * logits * _FULL + tokens * 3 * state
     loss += config.vocab_size * config.dim * (_FULL + width)
     # Gradients of its output, of the state between attention and feed-forward network, and of what

@@ -25,7 +25,7 @@ from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_che
 from orchestrator.training.first_stage import FirstStage, first_stage_of
 from orchestrator.training.job import sequences_per_step
 from orchestrator.training.learning_rate import stable_steps
-from orchestrator.training.schedules import drawn_by_step, schedule_by_step
+from orchestrator.training.schedules import drawn_by_step, elastic_family, schedule_by_step
 from orchestrator.training.teacher_cache import CachePlan, cache_plan
 from orchestrator.workspace.errors import UserError
 
@@ -103,12 +103,18 @@ class PlannedTraining:
         """Training FLOPs of these steps, without a teacher's."""
         drawn_at = drawn_by_step(self.config.corrections, self.recipe)
         trained = Counter(self.stages)
-        if self.recipe.drawn_schedules:
+        if self.recipe.elastic:
             trained.update(chain.from_iterable(map(drawn_at, self.steps_left)))
         return self.recipe.num_tokens_per_step * sum(
             times * training_flops_per_token(self.config, schedule)
             for schedule, times in trained.items()
         )
+
+    @property
+    def num_members(self) -> int:
+        """Schedules of an elastic training that a step trains beside the full one."""
+        family = elastic_family(self.config.corrections, self.recipe.elastic)
+        return min(len(family), self.recipe.elastic.num_drawn) if self.recipe.elastic else 0
 
     @property
     def sequences_per_worker(self) -> int:
@@ -150,8 +156,9 @@ class PlannedTraining:
             on_gpus=self.on_gpus,
             activation_checkpointing=self.recipe.activation_checkpointing,
             num_shards=(self.shards or self.num_workers) if self.parallel == "fsdp" else 1,
-            num_passes=self.num_passes * (1 + self.recipe.drawn_schedules),
+            num_passes=self.num_passes * (1 + self.num_members),
             has_teacher=self.teacher is not None,
+            has_members=self.num_members > 0,
         )
 
     @cached_property

@@ -59,9 +59,9 @@ def training_rows(
             f"{_corrections(schedule)} for {num_steps:,} steps"
             for schedule, num_steps in training.stages.items()
         )
-        drawn = format_count(recipe.drawn_schedules, "cheaper schedule")
+        drawn = format_count(training.num_members, "cheaper schedule")
         beside = f"; with corrections, each step also trains {drawn}"
-        yield "corrections", stages + (beside if recipe.drawn_schedules else "")
+        yield "corrections", stages + (beside if training.num_members else "")
     yield "a checkpoint", format_bytes(training.checkpoint_bytes)
 
 

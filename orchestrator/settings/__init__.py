@@ -27,7 +27,7 @@ from orchestrator.settings.schema import (
 )
 from orchestrator.settings.section import Section
 from orchestrator.settings.sweep import SearchSettings, SweepSettings
-from orchestrator.settings.training import DistillationSettings, TrainingSettings
+from orchestrator.settings.training import DistillationSettings, ElasticSettings, TrainingSettings
 
 __all__ = [
     "BASELINE_METHOD",
@@ -36,6 +36,7 @@ __all__ = [
     "ClusterSettings",
     "DataSettings",
     "DistillationSettings",
+    "ElasticSettings",
     "EvaluationSettings",
     "InfluenceSettings",
     "ModelSettings",

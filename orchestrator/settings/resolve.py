@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -188,12 +188,16 @@ def _describe(problem: Any) -> str:
 
 def _keys_of(location: list[str]) -> list[str]:
     # Empty if the location is no section.
-    section: Any = DEFAULTS
+    section: type[Section] = Settings
     for name in location:
-        section = getattr(section, name, None)
-        if not isinstance(section, Section):
+        field = section.model_fields.get(name)
+        # A section that may be left out is one of two types.
+        types = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        found = [t for t in types if isinstance(t, type) and issubclass(t, Section)]
+        if not found:
             return []
-    return list(type(section).model_fields)
+        section = found[0]
+    return list(section.model_fields)
 
 
 def _join_problems(origin: str, problems: list[str]) -> str:

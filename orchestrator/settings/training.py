@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from orchestrator.settings.section import Section
 
 MAX_STEPS = 1_000_000
 """Plans loop over the steps; a larger number is a typing error and would look like a hang."""
 
-MAX_DRAWN_SCHEDULES = 100
-"""Each costs a forward and a backward pass per step."""
+MAX_DRAWN = 100
+"""Each drawn schedule costs a forward and a backward pass per step."""
+
+
+class ElasticSettings(Section):
+    """Elastic training: one set of weights learns every schedule of a family.
+
+    A step minimizes the loss of the full schedule, plus `weight` times (cross-entropy + `kl_weight`
+    times KL(full schedule || member)) for each drawn member. The divergence is from what the full
+    schedule predicts in the same step.
+    """
+
+    schedules: tuple[int | str, ...] = ()
+    """The family, without the full schedule: schedules within the model's, as `2,2,1,1`, `3..0` or
+    one number for all layers (default: one for each number k below the largest, in which layer l
+    makes `min(r_l, k)` corrections). A sweep with `sweep.elastic` sets them by influence."""
+    num_drawn: int = Field(default=2, gt=0, le=MAX_DRAWN)
+    """Members of each step, drawn without repetition from seed and step; all, if the family has no
+    more. Steps without corrections have none."""
+    weight: float = Field(default=0.5, ge=0.0)
+    """Weight of each member's loss; the full schedule's has weight 1. At 0 none is drawn."""
+    kl_weight: float = Field(default=1.0, ge=0.0)
+    """Weight of the divergence in a member's loss; its cross-entropy has weight 1."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    """Softmax temperature of both distributions; the divergence is scaled by its square."""
 
 
 class TrainingSettings(Section):
@@ -49,11 +73,9 @@ class TrainingSettings(Section):
     iterate_ramp_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
     """Share of the steps, after `iterate_from_fraction`, in which corrections grow: 1, 2, ... up to
     the full schedule, each for the same time; 0 starts all of them at once."""
-    drawn_schedules: int = Field(default=0, ge=0, le=MAX_DRAWN_SCHEDULES)
-    """In each step, also learn under this many cheaper schedules: the loss is the mean over the
-    full schedule and these. Each has a number of corrections for all layers (at most a layer's
-    own), drawn below the largest from seed and step. Steps and models without corrections draw
-    none."""
+    elastic: ElasticSettings | None = None
+    """Also learn cheaper schedules in each step (default: only the full one). `elastic: {}` takes
+    the defaults of its section."""
     spike_factor: float | None = Field(default=None, gt=1.0)
     """A step also counts as bad if its gradient norm exceeds this factor times the median of the
     steps before (default: off)."""
@@ -85,6 +107,17 @@ class TrainingSettings(Section):
     keep_best: bool = False
     """Also keep the checkpoint with the lowest validation loss, which `best.json` names; only
     checkpoints of steps with a validation loss are compared."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older_name(cls, values: Any) -> Any:
+        # Files of earlier versions say `drawn_schedules`: so many schedules without a divergence.
+        if not isinstance(values, Mapping) or "drawn_schedules" not in values:
+            return values
+        others = {name: value for name, value in values.items() if name != "drawn_schedules"}
+        if number := values["drawn_schedules"]:
+            others["elastic"] = {"num_drawn": number, "weight": 1.0, "kl_weight": 0.0}
+        return others
 
     @field_validator("iterate_ramp_fraction")
     @classmethod
@@ -131,17 +164,6 @@ class DistillationSettings(Section):
         iterate_from_fraction=0.0,
     )
     """The recipe of the distillation."""
-
-    @field_validator("training")
-    @classmethod
-    def _refuse_drawn_schedules(cls, training: TrainingSettings) -> TrainingSettings:
-        if training.drawn_schedules:
-            raise ValueError(
-                "a student is trained under one schedule, and drawn_schedules="
-                f"{training.drawn_schedules} asks for several; leave it out, or set "
-                "training.drawn_schedules, for a model that is trained from scratch"
-            )
-        return training
 
     @field_validator("teacher_until_step")
     @classmethod

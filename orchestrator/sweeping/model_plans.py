@@ -98,9 +98,10 @@ def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
     if variant.method != settings.model.method:
         changes["method_options"] = {}
     model = ModelSettings.model_validate({**settings.model.model_dump(), **changes})
-    recipe = {"learning_rate": variant.learning_rate or learning_rates(settings, variant)[0]}
-    if variant.corrections in (None, 0, "0"):  # There is nothing to draw.
-        recipe["drawn_schedules"] = 0
+    rate = variant.learning_rate or learning_rates(settings, variant)[0]
+    recipe: dict[str, Any] = {"learning_rate": rate}
+    if variant.corrections in (None, 0, "0"):  # There is no cheaper schedule.
+        recipe["elastic"] = None
     if variant.seed is not None:
         recipe["seed"] = variant.seed
     training = settings.training.model_copy(update=recipe)

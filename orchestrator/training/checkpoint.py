@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from iiet.config import ModelConfig
+from iiet.methods import METHODS
+from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, WEIGHTS, write_folder
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import INVALID_VALUE_ERRORS, read_json_object
@@ -31,6 +34,8 @@ from orchestrator.workspace.whole_folders import (
 TOKENIZER = "tokenizer.json"
 TRAINING_STATE = "training_state.pt"
 PROVENANCE = "provenance.json"
+ELASTIC = "elastic"
+"""Entry of the provenance: the schedules that elastic weights learned beside the full one."""
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -155,6 +160,28 @@ def load_provenance(folder: Path) -> dict[str, Any]:
             f"the checkpoint {folder} is damaged: {PROVENANCE}: checksums is no object; {REMEDY}"
         )
     return provenance
+
+
+def served_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
+    """Return the schedules that a checkpoint's weights learned, costliest first.
+
+    These are the model's own, and of elastic weights the family; none for a method without
+    corrections.
+
+    Raises:
+        UserError: If the folder is no checkpoint, or the file is damaged.
+    """
+    config, members = load_config(folder), load_provenance(folder).get(ELASTIC, [])
+    if not METHODS[config.method].has_corrections:
+        return ()
+    parse = partial(IterationSchedule.parse, num_layers=config.num_layers)
+    try:
+        return (config.corrections, *map(parse, members))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the checkpoint {folder} is damaged: {PROVENANCE}: {ELASTIC}: "
+            f"{shortened(str(error))}; {REMEDY}"
+        ) from None
 
 
 def weights_key(folder: Path) -> str:

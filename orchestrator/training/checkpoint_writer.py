@@ -22,6 +22,7 @@ from iiet.decoder import Decoder
 from orchestrator.data.prepared import PreparedData
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import (
+    ELASTIC,
     checkpoint_name,
     read_text_files,
     save_checkpoint,
@@ -33,6 +34,7 @@ from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.host_copies import HostCopies
 from orchestrator.training.learning_rate import stable_steps
 from orchestrator.training.loop import Position
+from orchestrator.training.schedules import elastic_family
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.files import damage_as_user_error, read_json_object, write_json
 from orchestrator.workspace.folders import is_valid_name
@@ -234,6 +236,7 @@ def _provenance(job: TrainingJob, data: PreparedData) -> dict[str, Any]:
         "tokens": data.fingerprint,
         "objective": job.objective,
         "recipe": job.recipe.model_dump(mode="json"),
+        ELASTIC: [*map(str, elastic_family(job.model.corrections, job.recipe.elastic))],
         "distillation": asdict(job.distillation) if job.distillation else None,
         "teacher": weights_key(Path(job.teacher_folder)) if job.teacher_folder else None,
         "kept_layers": job.kept_layers,

@@ -92,7 +92,7 @@ def first_stage_of(job: TrainingJob) -> FirstStage | None:
     no_stages = {
         "iterate_from_fraction": 0.0,
         "iterate_ramp_fraction": 0.0,
-        "drawn_schedules": 0,
+        "elastic": None,
     }
     plain = job.model_copy(
         update={

@@ -61,8 +61,8 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
     # Absent where all layers are kept, so that keys of such jobs are those of earlier versions.
     dropping = {} if job.kept_layers is None else {"kept_layers": list(job.kept_layers)}
     recipe = job.recipe.model_dump(mode="json", exclude=NON_KEY_FIELDS)
-    if not job.recipe.drawn_schedules:  # Likewise.
-        del recipe["drawn_schedules"]
+    if job.recipe.elastic is None:  # Likewise.
+        del recipe["elastic"]
     return {
         **dropping,
         "model": job.model.to_dict(),

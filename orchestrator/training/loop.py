@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import product
 from statistics import median
 
 import torch
@@ -27,7 +26,12 @@ from orchestrator.training.distributed import (
     pass_of_several,
 )
 from orchestrator.training.learning_rate import learning_rate_at
-from orchestrator.training.objective import Objective, mean_by_source
+from orchestrator.training.objective import (
+    Objective,
+    Passes,
+    mean_by_source,
+    single_pass,
+)
 from orchestrator.training.optimizer import set_learning_rate
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import VALIDATION_METRIC
@@ -76,8 +80,8 @@ class TrainingSetup:
     """The decoder, replicated or sharded if there are several workers."""
     optimizer: torch.optim.Optimizer
     objective: Objective
-    drawn_objectives: Callable[[int], Sequence[Objective]] = lambda _: ()
-    """Step -> further losses; the mean of these and `objective` is minimized."""
+    passes: Passes = single_pass
+    """The losses whose sum is minimized: `objective`, and in elastic training those of members."""
     recipe: TrainingSettings
     world: World
 
@@ -217,19 +221,21 @@ def _count_skipped(
 
 
 def _compute_gradients(setup: TrainingSetup, batch: Batch, step: int) -> dict[str, float]:
-    # Several passes save memory. Each pass divides by its share of the targets of all workers, so
-    # the gradients are those of a single pass up to rounding.
+    # Parts of a batch save memory. Each divides by its share of the targets of all workers, so the
+    # gradients are those of a single pass up to rounding.
     parts_of_batch = batch.split(setup.recipe.num_sequences_per_pass or len(batch))
-    # The full schedule comes last: workers average gradients in that pass, which uses all weights.
-    objectives = [*setup.drawn_objectives(step), setup.objective]
-    passes = list(product(objectives, parts_of_batch))
+    passes = (
+        (part, objective)
+        for part in parts_of_batch
+        for objective in setup.passes(setup.objective, step)
+    )
+    num_passes = len(parts_of_batch) * len(setup.passes(setup.objective, step))
     # They are added up on the device and read once: a step waits for a GPU only at its end.
     totals: dict[str, Tensor] = {}
-    for number, (objective, part) in enumerate(passes, start=1):
-        share = len(part) / len(batch) / len(objectives)
-        is_last = number == len(passes)
-        several = pass_of_several(setup.model, setup.world, is_last=is_last)
-        with several if len(passes) > 1 else nullcontext():
+    for number, (part, objective) in enumerate(passes, start=1):
+        share = len(part) / len(batch)
+        several = pass_of_several(setup.model, setup.world, is_last=number == num_passes)
+        with several if num_passes > 1 else nullcontext():
             with autocast(setup.recipe.precision, setup.world):
                 loss, parts = objective(setup.model, part, step)
             torch.autograd.backward(loss * share)

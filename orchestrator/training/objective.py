@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from iiet.batch import Batch
 from iiet.distillation import DistillationConfig, Model, student_loss
+from iiet.elastic import AnswerKeeper, member_loss
 from iiet.loss_metrics import cross_entropy_by_source
 from iiet.losses import batch_cross_entropy
 from iiet.schedule import IterationSchedule
+from orchestrator.settings import ElasticSettings
 from orchestrator.training.schedules import ScheduleByStep, SchedulesByStep
 
-Objective = Callable[[nn.Module, Batch, int], tuple[Tensor, Mapping[str, Tensor]]]
+Objective = Callable[[Model, Batch, int], tuple[Tensor, Mapping[str, Tensor]]]
 """(model, batch, step) -> scalar loss, named parts. All are means that divide by the batch's
 `target_count` or `position_count`."""
+Passes = Callable[[Objective, int], Sequence[Objective]]
+"""(a model's objective, step) -> the losses of one part of a batch, in the order in which they are
+computed. Their sum is minimized."""
 
 LOSS, SHARE = "loss_", "share_of_targets_"
 """Prefixes of the parts of a source: what it adds to the loss, and its share of the targets."""
@@ -38,7 +43,7 @@ def make_objective(
     """
     config = distillation or DistillationConfig()
 
-    def loss_of(model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def loss_of(model: Model, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         # The loss is computed within the model's forward pass, where replicas and shards expect it.
         student = partial(model, batch.input_ids, schedule=schedule_at(step))
         if teacher is None and source_names:
@@ -62,16 +67,46 @@ def make_objective(
     return loss_of
 
 
-def drawn_objectives(drawn_at: SchedulesByStep) -> Callable[[int], list[Objective]]:
-    """Return step -> the cross-entropies under the schedules that are drawn in this step.
+def single_pass(objective: Objective, _: int) -> Sequence[Objective]:
+    """Return the passes of a training under one schedule in each step: its objective alone."""
+    return (objective,)
 
-    They have no parts, so the losses of a mixture's sources are those of the full schedule.
+
+def elastic_passes(drawn_at: SchedulesByStep, elastic: ElasticSettings) -> Passes:
+    """Return passes that first compute a model's objective, then the loss of each drawn member.
+
+    The parts of the first pass are those of the objective and `full_loss`; the others add
+    `member_loss` (their mean cross-entropy) and `member_kl`.
     """
+    config = DistillationConfig(kl_weight=elastic.kl_weight, temperature=elastic.temperature)
 
-    def under(schedule: IterationSchedule) -> Objective:
-        return make_objective(lambda _: schedule)
+    def passes_of(objective: Objective, step: int) -> Sequence[Objective]:
+        members = drawn_at(step)
+        if not members:
+            return single_pass(objective, step)
+        answers: list[AnswerKeeper] = []
 
-    return lambda step: [under(schedule) for schedule in drawn_at(step)]
+        def full(model: Model, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+            answers.append(AnswerKeeper(model))
+            loss, parts = objective(answers[0], batch, step)
+            return loss, {**parts, "full_loss": loss}
+
+        def of_member(
+            model: Model, batch: Batch, _: int, *, schedule: IterationSchedule
+        ) -> tuple[Tensor, Mapping[str, Tensor]]:
+            answer = answers[0].answer
+            assert answer is not None, "the full schedule comes first"
+            finish = member_loss(answer, batch, config)
+            loss, parts = model(batch.input_ids, schedule=schedule, finish=finish)
+            means = {_MEMBER_PARTS[name]: part / len(members) for name, part in parts.items()}
+            return elastic.weight * loss, means
+
+        return full, *(partial(of_member, schedule=member) for member in members)
+
+    return passes_of
+
+
+_MEMBER_PARTS = {"cross_entropy": "member_loss", "kl": "member_kl"}
 
 
 def mean_by_source(numbers: Mapping[str, float]) -> dict[str, float]:

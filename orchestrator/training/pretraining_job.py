@@ -11,7 +11,7 @@ from orchestrator.settings import Settings
 from orchestrator.training.finished_weights import folder_of_weights
 from orchestrator.training.job import job_key
 from orchestrator.training.model_config import build_model_config
-from orchestrator.workspace.errors import UserError
+from orchestrator.training.schedules import checked_family
 from orchestrator.workspace.folders import Workspace
 
 KEY_CHARACTERS = 8
@@ -35,18 +35,12 @@ def pretraining_job(
     config = build_model_config(
         settings.model, vocab_size=expected.vocab_size, context_length=expected.context_length
     )
-    if settings.training.drawn_schedules and not config.corrections.num_corrections:
-        raise UserError(
-            f"training.drawn_schedules={settings.training.drawn_schedules} draws schedules of "
-            f"fewer corrections, and the model ({config.method}) makes none; leave it out, or take "
-            "method iiet with 1 correction or more"
-        )
     check_context_length(settings.data, config.context_length)
     job = TrainingJob(
         run_folder="",
         tokens_folder=str(tokens or ""),
         model=config,
-        recipe=settings.training,
+        recipe=checked_family(settings.training, config),
         first_stages=str(workspace.first_stages),
         storage=settings.cluster.storage,
     )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from iiet.batch import Batch
+from iiet.schedule import IterationSchedule
 from orchestrator.data.sources import open_data
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.training.checkpoint import check_checkpoint, load_training_state
@@ -28,7 +29,7 @@ from orchestrator.training.job import DONE_NAME, finished_outcome, sequences_per
 from orchestrator.training.job_checks import check_job, write_job_file
 from orchestrator.training.job_models import decoder_to_train, load_teacher
 from orchestrator.training.loop import Diverged, Hooks, Position, TrainingSetup, train
-from orchestrator.training.objective import drawn_objectives, make_objective
+from orchestrator.training.objective import elastic_passes, make_objective, single_pass
 from orchestrator.training.optimizer import keep_half_weights, make_optimizer
 from orchestrator.training.precision import check_precision
 from orchestrator.training.prefetching import BatchPrefetcher
@@ -36,13 +37,14 @@ from orchestrator.training.profiling import StepProfiler
 from orchestrator.training.schedules import (
     drawn_by_step,
     flops_per_token_by_step,
+    members_by_step,
     schedule_by_step,
 )
 from orchestrator.training.teacher_cache import CachedTeacher
 from orchestrator.training.throughput import ThroughputMeter
 from orchestrator.training.validation import validation_metrics
 from orchestrator.workspace.errors import RunFailed
-from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.journal import CHEAPEST_METRIC, VALIDATION_METRIC, Journal
 from orchestrator.workspace.locks import lock_file
 from orchestrator.workspace.whole_folders import delete_leftovers
 
@@ -116,6 +118,7 @@ class _Run:
         self.journal = Journal(job.folder) if world.is_first else None
         self._report = report
         self.schedule_at = schedule_by_step(self.config.corrections, job.recipe)
+        self.members_at = members_by_step(self.config.corrections, job.recipe)
         self.global_batch = sequences_per_step(job.recipe, self.config)
         self.teacher = load_teacher(job, world)
         self.writer = CheckpointWriter(job, world, self.data, self.event)
@@ -139,6 +142,8 @@ class _Run:
 
     def setup(self) -> TrainingSetup:
         has_idle_parameters = self.decoder.method.has_corrections
+        recipe = self.job.recipe
+        drawn_at = drawn_by_step(self.config.corrections, recipe)
         return TrainingSetup(
             model=replicate(self.decoder, self.world, has_idle_parameters=has_idle_parameters),
             optimizer=self.optimizer,
@@ -148,10 +153,8 @@ class _Run:
                 self.job.distillation,
                 self.data.source_names,
             ),
-            drawn_objectives=drawn_objectives(
-                drawn_by_step(self.config.corrections, self.job.recipe)
-            ),
-            recipe=self.job.recipe,
+            passes=elastic_passes(drawn_at, recipe.elastic) if recipe.elastic else single_pass,
+            recipe=recipe,
             world=self.world,
         )
 
@@ -202,21 +205,30 @@ class _Run:
         )
 
     def validate(self, step: int) -> dict[str, float]:
-        # Under the schedule of the latest step.
+        # Under the schedule of the latest step, and of an elastic model also its cheapest one.
         recipe, world = self.job.recipe, self.world
-        batches = self.data.validation_batches(
-            context_length=self.config.context_length,
-            num_tokens=recipe.num_validation_tokens,
-            batch_size=recipe.num_sequences_per_pass or self.global_batch // world.size,
+        batches = list(
+            self.data.validation_batches(
+                context_length=self.config.context_length,
+                num_tokens=recipe.num_validation_tokens,
+                batch_size=recipe.num_sequences_per_pass or self.global_batch // world.size,
+            )
         )
-        return validation_metrics(
-            self.decoder,
-            list(batches),
-            self.schedule_at(step - 1),
-            precision=recipe.precision,
-            world=world,
-            source_names=self.data.source_names,
-        )
+
+        def metrics_of(schedule: IterationSchedule) -> dict[str, float]:
+            return validation_metrics(
+                self.decoder,
+                batches,
+                schedule,
+                precision=recipe.precision,
+                world=world,
+                source_names=self.data.source_names,
+            )
+
+        metrics = metrics_of(self.schedule_at(step - 1))
+        if members := self.members_at(step - 1):
+            metrics[CHEAPEST_METRIC] = metrics_of(members[-1])[VALIDATION_METRIC]
+        return metrics
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
         if self.journal:

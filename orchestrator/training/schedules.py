@@ -7,13 +7,15 @@ from functools import lru_cache
 
 import numpy as np
 
+from iiet.config import ModelConfig
 from iiet.cost import inference_cost, training_flops_per_token
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig, Model
 from iiet.schedule import IterationSchedule
-from orchestrator.data.keyed_random import random_bits, uniform_below
+from orchestrator.data.keyed_random import random_bits
 from orchestrator.records.training import TrainingJob
-from orchestrator.settings import TrainingSettings
+from orchestrator.settings import ElasticSettings, TrainingSettings
+from orchestrator.workspace.errors import UserError
 
 _DRAWS = 0x5DEECE66D << 20
 """Added to the seed, so that draws do not depend on the order of the data."""
@@ -21,7 +23,7 @@ _DRAWS = 0x5DEECE66D << 20
 ScheduleByStep = Callable[[int], IterationSchedule]
 """Step -> the iteration schedule that is trained in this step."""
 SchedulesByStep = Callable[[int], tuple[IterationSchedule, ...]]
-"""Step -> the cheaper schedules that are trained beside it."""
+"""Step -> cheaper schedules that are, or may be, trained beside it."""
 
 
 def schedule_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> ScheduleByStep:
@@ -44,21 +46,86 @@ def schedule_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> S
     return schedule_at
 
 
-def drawn_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> SchedulesByStep:
-    """Return the schedules that are drawn in each step, from the seed and the step alone.
+def elastic_family(
+    schedule: IterationSchedule, elastic: ElasticSettings | None
+) -> tuple[IterationSchedule, ...]:
+    """Return the schedules that are trained beside the full one, costliest first; none if off.
 
-    One with cap k gives layer l `min(r_l, k)` corrections of the step's own schedule; k is drawn
-    from 0 to one below the largest r_l. A step without corrections draws none.
+    Raises:
+        ValueError: If one has other layers than the full schedule, or is not below it.
+    """
+    if elastic is None or not elastic.weight:
+        return ()
+    if not elastic.schedules:
+        return tuple(_capped(schedule, most) for most in reversed(range(schedule.max_corrections)))
+    members = {IterationSchedule.parse(s, num_layers=len(schedule)) for s in elastic.schedules}
+    for member in members:
+        if member == schedule or not member.is_within(schedule):
+            raise ValueError(
+                f"the schedule {member} is not below the full one, {schedule}; each layer makes at "
+                "most its corrections, and one layer fewer"
+            )
+    return tuple(sorted(members, key=lambda m: (m.num_evaluations, m.corrections), reverse=True))
+
+
+def checked_family(
+    recipe: TrainingSettings, config: ModelConfig, *, section: str = "training"
+) -> TrainingSettings:
+    """Return the recipe with the schedules of its family written one way, as keys need it.
+
+    Raises:
+        UserError: If the model has no cheaper schedule, or not those of the family.
+    """
+    elastic, full = recipe.elastic, config.corrections
+    if elastic is None:
+        return recipe
+    if not full.num_corrections:
+        raise UserError(
+            f"{section}.elastic trains schedules of fewer corrections, and the model "
+            f"({config.method}) makes none; leave it out, or take method iiet with 1 correction or "
+            "more"
+        )
+    try:
+        family = elastic_family(full, elastic.model_copy(update={"weight": 1.0}))
+        for member in family:
+            config.evaluations_per_layer(member)
+    except ValueError as error:
+        raise UserError(f"{section}.elastic.schedules: {error}") from None
+    names = tuple(map(str, family)) if elastic.schedules else ()
+    return recipe.model_copy(update={"elastic": elastic.model_copy(update={"schedules": names})})
+
+
+def members_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> SchedulesByStep:
+    """Return the family of each step, costliest first, from which `drawn_by_step` draws.
+
+    Before all corrections are switched on, members make at most those of the step's own schedule,
+    and are distinct from it and each other. A step without corrections has none.
     """
     schedule_at = schedule_by_step(schedule, recipe)
+    family = elastic_family(schedule, recipe.elastic)
+
+    @lru_cache
+    def below(full: IterationSchedule) -> tuple[IterationSchedule, ...]:
+        members = (IterationSchedule(tuple(map(min, member, full))) for member in family)
+        return tuple(member for member in dict.fromkeys(members) if member != full)
+
+    return lambda step: below(schedule_at(step))
+
+
+def drawn_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> SchedulesByStep:
+    """Return the members that are drawn in each step, from the seed and the step alone.
+
+    They are distinct, and more draws leave the first ones as they are.
+    """
+    members_at = members_by_step(schedule, recipe)
 
     def drawn_at(step: int) -> tuple[IterationSchedule, ...]:
-        full = schedule_at(step)
-        if not recipe.drawn_schedules or not full.num_corrections:
+        members = members_at(step)
+        if not members or recipe.elastic is None:
             return ()
-        bits = random_bits(_DRAWS + recipe.seed, np.array([step]), recipe.drawn_schedules)[0]
-        caps = uniform_below(bits, full.max_corrections)
-        return tuple(_capped(full, cap) for cap in caps.tolist())
+        ranks = random_bits(_DRAWS + recipe.seed, np.array([step]), len(members))[0]
+        chosen = np.argsort(ranks, kind="stable")[: recipe.elastic.num_drawn]
+        return tuple(members[number] for number in chosen.tolist())
 
     return drawn_at
 

@@ -19,6 +19,8 @@ from orchestrator.workspace.paths import workspace_root
 
 JOURNAL_NAME = "journal.jsonl"
 VALIDATION_METRIC = "validation/loss"
+CHEAPEST_METRIC = "validation/cheapest_loss"
+"""That loss under the cheapest schedule of an elastic model."""
 ACCURACY_METRIC = "validation/accuracy"
 """Share of right answers; only of data that have answers."""
 TAIL_BYTES = 65_536

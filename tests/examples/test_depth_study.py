@@ -70,7 +70,7 @@ def test_the_arms_in_the_order_of_priority(settings: Settings, workspace: Worksp
     by_name = {arm.name: job for arm, job in zip(arms, jobs, strict=True)}
     assert by_name["r = 3, 1 layer, two stages"].recipe.iterate_from_fraction == 0.5
     assert by_name["r = 3, 2 layers"].recipe.iterate_from_fraction == 0
-    assert by_name["r = 3, 2 layers, schedules drawn"].recipe.drawn_schedules == 1
+    assert by_name["r = 3, 2 layers, schedules drawn"].recipe.elastic.num_drawn == 1
     assert by_name["looped, r = 3, 2 layers"].model.corrections.corrections == (3, 3)
     assert by_name["vanilla, 8 layers"].model.num_layers == 8
     damped = by_name["r = 3, 2 layers, learned damping"].model
