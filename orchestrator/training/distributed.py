@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from iiet.decoder import Decoder
+from iiet.distillation import Model
 
 T = TypeVar("T")
 
@@ -73,9 +74,10 @@ def pass_of_several(
 ) -> AbstractContextManager[None]:
     """Return the context of one of several passes of a step, forward and backward.
 
-    Copies of the model average their gradients in the last pass only. Shards are gathered in the
-    first pass and kept until the last one has ended. Gradients are sharded in every pass: whole
-    ones between the passes would take twice the memory of whole weights in bf16.
+    Copies of the model average their gradients in the last pass only, also those of weights that
+    this pass does not use. Shards are gathered in the first pass and kept until the last one has
+    ended. Gradients are sharded in every pass: whole ones between the passes would take twice the
+    memory of whole weights in bf16.
     """
     if world.is_sharded:
         return _sharded_pass(model, is_last=is_last)
@@ -98,6 +100,32 @@ def _sharded_pass(model: Any, *, is_last: bool) -> Iterator[None]:
     finally:
         keep_weights(forward=False, backward=False)
         model.set_requires_all_reduce(True)
+
+
+def with_all_gradients(model: Model) -> Model:
+    """Return a model each of whose passes gives every parameter of its method a gradient.
+
+    The gradient is zero where the schedule of the pass does not use the parameter. Copies of shards
+    add up the gradients of a step's passes, so all passes must have the same ones. Other models
+    are returned as they are: they add up each parameter by itself.
+    """
+    decoder: Any = model
+    if not hasattr(decoder, "set_requires_all_reduce"):
+        return model
+
+    def call(*inputs: Any, finish: Callable[..., Any], **options: Any) -> Any:
+        def finish_with_zero(*answer: Any) -> Any:
+            result = finish(*answer)
+            parameters = decoder.method_parameters().values()
+            zero = 0.0 * torch.cat([each.flatten() for each in parameters]).sum()
+            if isinstance(result, Tensor):
+                return result + zero
+            loss, *others = result
+            return loss + zero, *others
+
+        return model(*inputs, finish=finish_with_zero, **options)
+
+    return call
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:

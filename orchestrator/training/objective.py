@@ -14,6 +14,7 @@ from iiet.loss_metrics import cross_entropy_by_source
 from iiet.losses import batch_cross_entropy
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import ElasticSettings
+from orchestrator.training.distributed import with_all_gradients
 from orchestrator.training.schedules import ScheduleByStep, SchedulesByStep
 
 Objective = Callable[[Model, Batch, int], tuple[Tensor, Mapping[str, Tensor]]]
@@ -87,7 +88,7 @@ def elastic_passes(drawn_at: SchedulesByStep, elastic: ElasticSettings) -> Passe
         answers: list[AnswerKeeper] = []
 
         def full(model: Model, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-            answers.append(AnswerKeeper(model))
+            answers.append(AnswerKeeper(with_all_gradients(model)))
             loss, parts = objective(answers[0], batch, step)
             return loss, {**parts, "full_loss": loss}
 
@@ -97,7 +98,8 @@ def elastic_passes(drawn_at: SchedulesByStep, elastic: ElasticSettings) -> Passe
             answer = answers[0].answer
             assert answer is not None, "the full schedule comes first"
             finish = member_loss(answer, batch, config)
-            loss, parts = model(batch.input_ids, schedule=schedule, finish=finish)
+            run = with_all_gradients(model)
+            loss, parts = run(batch.input_ids, schedule=schedule, finish=finish)
             means = {_MEMBER_PARTS[name]: part / len(members) for name, part in parts.items()}
             return elastic.weight * loss, means
 

@@ -117,10 +117,13 @@ class Runs:
         return [found[step] for step in sorted(found)]
 
 
+ELASTIC: dict[str, Any] = {"elastic": {"schedules": ["2,0", "1,1", "0,0"]}}
+"""Members use fewer parameters than the full schedule, which comes first."""
 TWICE: dict[str, Any] = {"num_tokens_per_step": 2 * 64}
 HSDP: dict[str, dict[str, Any]] = {
     "hsdp": {},
     "hsdp-passes": {**TWICE, "num_sequences_per_pass": 1},
+    "hsdp-elastic": {**TWICE, **ELASTIC, "num_sequences_per_pass": 1},
     "alone-then-hsdp": {},
 }
 """Runs of copies of shards, and their recipes."""
@@ -151,12 +154,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Runs:
         call(f"{parallel}-bf16", parallel, precision="bf16")
         call(f"{parallel}-masked", parallel, num_sequences_per_pass=1)
         call(f"{parallel}-untied", parallel)
-        call(f"{parallel}-drawn", parallel, drawn_schedules=2)
+        call(f"{parallel}-elastic", parallel, **ELASTIC)
     for name in BAD_RUNS:
         call(name, name.removesuffix("-bad"), skip_bad_steps=1)
     run_job(runs.job("alone"))
     run_job(runs.job("alone-untied"))
-    run_job(runs.job("alone-drawn", drawn_schedules=2))
+    run_job(runs.job("alone-elastic", **ELASTIC))
     run_job(runs.job("alone-bf16", precision="bf16"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TokenStore, "batch", completions_only(TokenStore.batch))
@@ -192,13 +195,16 @@ def copies_of_shards(runs: Runs) -> Runs:
     mp.spawn(run_calls, (str(runs.folder), calls, 4), nprocs=4)
     run_job(runs.job("hsdp-then-alone"))
     run_job(runs.job("alone-twice", **TWICE))
+    run_job(runs.job("alone-twice-elastic", **TWICE, **ELASTIC))
     return runs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*HSDP, "hsdp-then-alone"])
 def test_copies_of_shards_have_the_losses_of_one_worker(copies_of_shards: Runs, name: str) -> None:
-    runs, alone = copies_of_shards, "alone-twice" if name == "hsdp-passes" else "alone"
+    runs = copies_of_shards
+    of_one = {"hsdp-passes": "alone-twice", "hsdp-elastic": "alone-twice-elastic"}
+    alone = of_one.get(name, "alone")
     for metric in ("train/loss", "validation/loss", "train/gradient_norm", "train/tokens"):
         expected = pytest.approx(runs.numbers(alone, metric), rel=1e-4, abs=1e-5)
         assert runs.numbers(name, metric) == expected
@@ -224,9 +230,9 @@ def test_several_workers_have_the_losses_of_one(runs: Runs, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["untied", "drawn"])
+@pytest.mark.parametrize("kind", ["untied", "elastic"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_head_of_its_own_and_drawn_schedules_are_trained_alike(
+def test_a_head_of_its_own_and_elastic_weights_are_trained_alike(
     runs: Runs, parallel: str, kind: str
 ) -> None:
     for metric in ("train/loss", "validation/loss", "train/gradient_norm", "train/flops"):

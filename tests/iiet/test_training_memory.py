@@ -11,10 +11,12 @@ import pytest
 import torch
 from live_tensors import LiveTensors
 
+from iiet.batch import Batch
 from iiet.config import ModelConfig, preset
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
-from iiet.losses import next_token_loss
+from iiet.elastic import AnswerKeeper, member_loss
+from iiet.losses import batch_cross_entropy, next_token_loss
 from iiet.methods import METHODS
 from iiet.training_memory import training_memory
 
@@ -76,6 +78,24 @@ def test_a_divergence_over_a_large_vocabulary_does_not_double_the_peak(
     loss: dict[str, Any],
 ) -> None:
     assert distilled_bytes(**loss) < 1.4 * distilled_bytes(kl_weight=0.0)
+
+
+def test_what_the_full_schedule_predicted_is_kept_in_little_memory() -> None:
+    config = preset("tiny", vocab_size=32_000, num_layers=2, context_length=64, schedule=1)
+    decoder = Decoder(config)
+    for parameter in decoder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    batch = Batch.of_text(torch.randint(config.vocab_size, (4, config.context_length)))
+    with LiveTensors(decoder) as live:
+        full = AnswerKeeper(decoder)
+        loss = full(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
+        torch.autograd.backward(loss)
+        assert full.answer is not None
+        finish = member_loss(full.answer, batch, DistillationConfig())
+        none = config.corrections.none(2)
+        loss, _ = decoder(batch.input_ids, schedule=none, finish=finish)
+        torch.autograd.backward(loss)
+    assert live.peak < 1.4 * distilled_bytes(kl_weight=0.0)
 
 
 SHAPES = {
@@ -144,7 +164,7 @@ def test_memory_saving_settings_save_memory() -> None:
     assert total(activation_checkpointing=True) < 0.5 * total()
     assert total(precision="bf16") < total()
     assert total(num_shards=8) < total()
-    assert total(has_teacher=True) > total()
+    assert total(has_teacher=True) > total(has_members=True) > total()
     # Of the sharded parts an eighth stays, and what is gathered.
     alone = training_memory(config, num_sequences=1)
     shared = training_memory(config, num_sequences=1, num_shards=8)

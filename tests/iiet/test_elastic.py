@@ -1,0 +1,79 @@
+"""A cheaper schedule learns from what the full one predicted in the same step."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from iiet import chunked_loss
+from iiet.batch import Batch
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.distillation import DistillationConfig, distillation_loss
+from iiet.elastic import AnswerKeeper, member_loss
+from iiet.losses import batch_cross_entropy
+from iiet.plain import plain_formulas
+from iiet.schedule import IterationSchedule
+
+
+@pytest.fixture
+def decoder(tiny_model: dict[str, object]) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(ModelConfig.from_dict({**tiny_model, "schedule": [2, 1]})).double()
+
+
+@pytest.fixture
+def batch(decoder: Decoder) -> Batch:
+    return Batch.of_text(torch.randint(decoder.config.vocab_size, (3, 12)))
+
+
+def member_gradients(
+    decoder: Decoder, batch: Batch, schedule: tuple[int, ...], **loss: float
+) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+    keeper = AnswerKeeper(decoder)
+    keeper(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
+    assert keeper.answer is not None
+    finish = member_loss(keeper.answer, batch, DistillationConfig(**loss))  # type: ignore[arg-type]
+    value, parts = decoder(batch.input_ids, schedule=IterationSchedule(schedule), finish=finish)
+    return parts, list(torch.autograd.grad(value, list(decoder.parameters()), allow_unused=True))
+
+
+def test_the_full_schedule_teaches_itself_nothing(decoder: Decoder, batch: Batch) -> None:
+    parts, found = member_gradients(decoder, batch, (2, 1), kl_weight=5.0)
+    assert parts["kl"] == 0
+    loss = decoder(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
+    expected = torch.autograd.grad(loss, list(decoder.parameters()))
+    torch.testing.assert_close(found, list(expected), rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("chunk", [chunked_loss.CHUNK_ELEMENTS, 64])
+def test_a_member_learns_as_from_a_frozen_copy(
+    decoder: Decoder, batch: Batch, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", chunk)
+    parts, found = member_gradients(decoder, batch, (0, 1), kl_weight=0.7, temperature=2.0)
+
+    def teacher(input_ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = decoder(input_ids)
+        return logits
+
+    config = DistillationConfig(kl_weight=0.7, temperature=2.0)
+    student = decoder.with_schedule(IterationSchedule((0, 1)))
+    loss, expected_parts = distillation_loss(student, teacher, batch, config=config)
+    assert parts["kl"] == pytest.approx(expected_parts["kl"].item(), rel=1e-9)
+    expected = torch.autograd.grad(loss, list(decoder.parameters()), allow_unused=True)
+    torch.testing.assert_close(found, list(expected), rtol=1e-8, atol=1e-13)
+
+
+def test_whole_logits_are_kept_where_there_are_no_hidden_states(
+    decoder: Decoder, batch: Batch
+) -> None:
+    parts, found = member_gradients(decoder, batch, (0, 0))
+    with plain_formulas():
+        plain_parts, expected = member_gradients(decoder, batch, (0, 0))
+    assert parts["kl"] == pytest.approx(plain_parts["kl"].item(), rel=1e-9)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-13)
