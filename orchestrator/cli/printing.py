@@ -32,6 +32,11 @@ def print_report(console: Console, report: ReportResult, workspace: Path) -> Non
         for note in report.worth.notes:
             print_line(console, f"  {note}")
         console.print()
+    if report.elastic:
+        console.print(report.elastic.to_terminal())
+        for note in report.elastic.notes:
+            print_line(console, f"  {note}")
+        console.print()
     if report.page:
         print_line(console, f"report: {report.page}")
     console.print(f"MLflow: iiet-orch ui --workspace {workspace}", soft_wrap=True, markup=False)

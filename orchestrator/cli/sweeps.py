@@ -60,6 +60,14 @@ def sweep_threshold(
         str | None,
         typer.Option(help="Distill baselines of the students' FLOPs, too: vanilla,fewer_layers."),
     ] = None,
+    elastic: Annotated[
+        bool | None,
+        typer.Option("--elastic/--no-elastic", help="Train one set of weights for all schedules."),
+    ] = None,
+    compare: Annotated[
+        bool | None,
+        typer.Option("--compare/--no-compare", help="With --elastic, train students, too."),
+    ] = None,
     metric: MetricOption = None,
     control: ControlOption = None,
     seeds: SeedsOption = None,
@@ -84,6 +92,8 @@ def sweep_threshold(
         sweep__budget_unit=unit,
         sweep__selection=selection,
         sweep__distilled_baselines=split_names(distilled_baselines),
+        sweep__elastic=elastic,
+        sweep__compare=compare,
         sweep__seeds=parse_seeds(seeds),
         influence__metric=metric,
         distillation__control=control,

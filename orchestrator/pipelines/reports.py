@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas
 
 from orchestrator.pipelines.context import open_context
+from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.front_axes import parse_axes
 from orchestrator.reporting.front_data import front_rows
 from orchestrator.reporting.overlay_report import write_overlay_report
@@ -33,6 +34,8 @@ class ReportResult:
     """Notes on how to read the front, then its findings."""
     worth: WorthSection | None
     """What corrections are worth in layers; None without vanilla models of several depths."""
+    elastic: ElasticSection | None
+    """Elastic weights against separate students; None if the sweep has not both."""
     folder: Path
     """Folder of the report's files."""
     page: Path | None
@@ -79,6 +82,7 @@ def report_result(written: WrittenReport) -> ReportResult:
         front=written.report.front,
         sentences=tuple(written.report.sentences),
         worth=written.report.worth,
+        elastic=written.report.elastic,
         folder=written.folder,
         page=written.page,
     )

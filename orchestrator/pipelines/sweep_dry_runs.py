@@ -42,6 +42,7 @@ from orchestrator.settings import Settings
 from orchestrator.sweeping.asha import asha_trials
 from orchestrator.sweeping.checks import check_devices, check_models, check_sweep
 from orchestrator.sweeping.distilled_baselines import costliest_distilled_baselines
+from orchestrator.sweeping.elastic_plans import costliest_elastic, elastic_savings
 from orchestrator.sweeping.model_plans import (
     TEACHER,
     ScratchModel,
@@ -256,7 +257,10 @@ def _draft_of_students(
         return draft
     if settings.sweep.kind == "search":
         return _draft_of_search(plan, settings, context.workspace, teacher)
-    return _draft_of_plan(plan, settings)
+    draft = _draft_of_plan(plan, settings)
+    if elastic := [trial for trial in plan.trials if trial.is_elastic]:
+        draft.notes.append(elastic_savings(settings, elastic, context.workspace.teachers))
+    return draft
 
 
 def _draft_of_plan(plan: SweepPlan, settings: Settings) -> _Draft:
@@ -296,17 +300,23 @@ def _draft_of_search(
 def _add_unknown_students(
     draft: _Draft, settings: Settings, teacher: ModelConfig, reason: str
 ) -> None:
-    number = max_num_students(settings, teacher)
+    number, sweep = max_num_students(settings, teacher), settings.sweep
     students = costliest_students(settings, teacher, number)
+    elastic = costliest_elastic(settings, teacher) if sweep.elastic else []
+    if sweep.elastic and not sweep.compare:
+        students = []
     baselines = costliest_distilled_baselines(settings, teacher)
-    draft.unknown = [*students, *baselines]
+    draft.unknown = [*elastic, *students, *baselines]
     priced = (
         "they are priced as if each made all of the teacher's corrections"
         if draft.unknown
         else "none of them is trained"
     )
+    counts = format_count(number, "student")
+    if elastic:
+        of_each = f", and {counts}" if sweep.compare else ""
+        counts = f"{format_count(len(elastic), 'elastic training')}{of_each}"
     more = f" and {format_count(len(baselines), 'distilled baseline')}" if baselines else ""
     draft.notes.append(
-        f"{reason}, so its students' schedules are not known yet: at most "
-        f"{format_count(number, 'student')}{more}; {priced}"
+        f"{reason}, so its students' schedules are not known yet: at most {counts}{more}; {priced}"
     )

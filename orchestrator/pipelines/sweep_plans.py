@@ -36,6 +36,7 @@ from orchestrator.sweeping.checks import check_models
 from orchestrator.sweeping.distilled_baselines import (
     distilled_baseline_trials,
 )
+from orchestrator.sweeping.elastic_plans import elastic_trials, without_elastic
 from orchestrator.sweeping.model_plans import (
     ScratchModel,
     iterations_plan,
@@ -179,6 +180,13 @@ def plan_students(
     cost = schedule_cost(settings.sweep.budget_unit, full)
     is_search = settings.sweep.kind == "search"
     members = choose_members(influence, settings.sweep, cost=cost) if influence else ()
+    elastic: list[Trial] = []
+    if settings.sweep.elastic:
+        if influence:
+            elastic = elastic_trials(
+                settings, workspace, teacher=teacher, members=members, suite=suite
+            )
+        settings = without_elastic(settings)
     beside = [
         checkpoint_trial("baseline", label, folder, load_config(folder), suite, workspace)
         for label, folder in baselines.items()
@@ -193,6 +201,7 @@ def plan_students(
         teacher=teacher,
         members=members,
         suite=suite,
+        elastic=elastic,
         baselines=beside,
         left_out=left_out,
         name=None if is_search else name,

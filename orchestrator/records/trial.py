@@ -172,6 +172,8 @@ class Trial(Record):
     """Largest threshold that gives this schedule."""
     parent: str | None = None
     """Weights key of the teacher."""
+    is_elastic: bool = False
+    """Whether its weights serve other schedules of the sweep, too."""
     seed: int | None = None
     """Seed of its training, if the sweep has several."""
     group: str | None = None

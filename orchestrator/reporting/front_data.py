@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator.reporting.confidence import confidence_metrics
+from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.front_text import verdict
 from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.worth_section import WorthSection
@@ -56,10 +57,13 @@ def front_csv(front: Front) -> str:
     return file.getvalue()
 
 
-def front_json(front: Front, worth: WorthSection | None = None) -> str:
+def front_json(
+    front: Front, worth: WorthSection | None = None, elastic: ElasticSection | None = None
+) -> str:
     """Return axes, picks, hypervolume with its box, and every result, as strict JSON.
 
-    With `worth`, also what the corrections of each model are worth.
+    With `worth`, also what the corrections of each model are worth; with `elastic`, also elastic
+    weights against separate students.
     """
     picks = {"best": front.best, "knee": front.knee, "cheapest": front.cheapest}
     box = front.hypervolume_box
@@ -73,6 +77,7 @@ def front_json(front: Front, worth: WorthSection | None = None) -> str:
             "front": [point.result.key for point in front.members],
             "confidence_basis": front.basis and asdict(front.basis),
             **({"correction_worth": [row.to_dict() for row in worth.rows]} if worth else {}),
+            **({"elastic": elastic.to_dict()} if elastic else {}),
             "results": [
                 {**row, "details": result.model_dump(mode="json", exclude={"job", "suite"})}
                 for row, result in zip(front_rows(front), front.results, strict=True)

@@ -27,6 +27,7 @@ from orchestrator.reporting.front_axes import (
 from orchestrator.reporting.front_data import front_rows
 from orchestrator.reporting.front_text import hypervolume_text
 from orchestrator.reporting.html_tables import (
+    elastic_html,
     influence_section,
     models_table,
     tasks_section,
@@ -66,6 +67,8 @@ def render_page(report: SweepReport, *, picture: str | None = None) -> str:
     ]
     if report.worth is not None:
         parts.append(worth_html(report.worth))
+    if report.elastic is not None:
+        parts.append(elastic_html(report.elastic))
     if report.influence is not None:
         parts.append(influence_section(report.influence))
     for name in report.curves:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from iiet.influence import InfluenceTable
+from orchestrator.reporting.elastic_section import ELASTIC_TITLE, ElasticSection
 from orchestrator.reporting.front_tables import (
     TASK_TABLES_NOTE,
     FrontColumn,
@@ -65,16 +66,32 @@ def tasks_section(front: Front) -> str:
 
 def worth_html(worth: WorthSection) -> str:
     """Return the section on what corrections are worth."""
-    heads = [_head(head, "" if number else "text") for number, head in enumerate(WORTH_HEADS)]
+    cells = [row.cells for row in worth.rows]
+    return _section(WORTH_TITLE, WORTH_EXPLANATION, WORTH_HEADS, cells, worth.notes)
+
+
+def elastic_html(elastic: ElasticSection) -> str:
+    """Return the section on elastic weights against separate students."""
+    explanation, heads = elastic.explanation, elastic.heads
+    return _section(ELASTIC_TITLE, explanation, heads, elastic.cells, elastic.notes)
+
+
+def _section(
+    title: str,
+    explanation: str,
+    heads: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    notes: Sequence[str],
+) -> str:
+    cells_of_head = [_head(head, "" if number else "text") for number, head in enumerate(heads)]
     rows = []
-    for row in worth.rows:
-        name, *numbers = row.cells
-        cells = [f'<td class="text">{escape(name)}</td>', *map(_cell, numbers)]
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    notes = "".join(f"<li>{escape(note)}</li>" for note in worth.notes)
+    for name, *numbers in cells:
+        row = [f'<td class="text">{escape(name)}</td>', *map(_cell, numbers)]
+        rows.append(f"<tr>{''.join(row)}</tr>")
+    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return (
-        f'<h2>{escape(WORTH_TITLE)}</h2><p class="lead">{escape(WORTH_EXPLANATION)}</p>'
-        f'{_table(heads, rows)}<ul class="findings">{notes}</ul>'
+        f'<h2>{escape(title)}</h2><p class="lead">{escape(explanation)}</p>'
+        f'{_table(cells_of_head, rows)}<ul class="findings">{listed}</ul>'
     )
 
 

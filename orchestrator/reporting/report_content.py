@@ -9,6 +9,7 @@ from typing import Any
 
 from iiet.influence import InfluenceTable
 from orchestrator.records.trial import Trial
+from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.worth_section import WorthSection
@@ -33,6 +34,8 @@ class SweepReport:
     """Sentences to read before the findings, such as that the tasks differ."""
     worth: WorthSection | None = None
     """What corrections are worth in layers, if there are vanilla models of several depths."""
+    elastic: ElasticSection | None = None
+    """Elastic weights against separate students, if the sweep has both."""
     mark_paper: bool = True
     """Whether the picture marks the paper's headline."""
 

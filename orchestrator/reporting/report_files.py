@@ -13,6 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from iiet.influence import InfluenceTable
+from orchestrator.reporting.elastic_section import ELASTIC_TITLE
 from orchestrator.reporting.figure_style import save_figure
 from orchestrator.reporting.front_data import front_csv, front_json
 from orchestrator.reporting.front_figure import draw_front
@@ -61,7 +62,7 @@ def write_report_files(report: SweepReport, folder: Path) -> list[Path]:
         texts["front.html"] = render_page(report, picture=(folder / "front.svg").read_text("utf-8"))
     texts["front.md"] = report_markdown(report)
     texts["front.csv"] = front_csv(report.front)
-    texts["front.json"] = front_json(report.front, report.worth) + "\n"
+    texts["front.json"] = front_json(report.front, report.worth, report.elastic) + "\n"
     for name, text in texts.items():
         write_text(folder / name, text)
         paths.append(folder / name)
@@ -93,6 +94,8 @@ def report_markdown(report: SweepReport) -> str:
         parts += [f"### {table.title}", table.to_markdown()]
     if report.worth is not None:
         parts += [f"## {WORTH_TITLE}", report.worth.to_markdown()]
+    if report.elastic is not None:
+        parts += [f"## {ELASTIC_TITLE}", report.elastic.to_markdown()]
     if report.influence is not None:
         parts += [
             f"## Influence of each correction ({report.influence.metric})",

@@ -7,6 +7,7 @@ gets its own folder, in the workspace and in MLflow, and changes nothing else of
 from __future__ import annotations
 
 from orchestrator.reporting.confidence import with_confidence
+from orchestrator.reporting.elastic_section import ElasticSection, elastic_section
 from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER, track_front, track_results
 from orchestrator.reporting.pareto import KEPT_SHARE, Front, find_front
@@ -70,6 +71,7 @@ def write_sweep_report(
         facts=sweep.facts,
         notes=[*sweep.notes, *notes],
         worth=worth_section(sweep.results),
+        elastic=_elastic_section(workspace, sweep, axes),
     )
     folder = sweep.folder(workspace) / axes.slug
     files = write_report_files(report, folder)
@@ -83,6 +85,15 @@ def write_sweep_report(
     else:
         view = track_front(tracking, run, report.stored_at(folder), files)
     return WrittenReport(report, folder, tuple(files), run.run_id, view)
+
+
+def _elastic_section(
+    workspace: Workspace, sweep: StoredSweep, axes: FrontAxes
+) -> ElasticSection | None:
+    if not any(result.is_elastic for result in sweep.results):
+        return None
+    items = load_item_values(workspace, sweep.results)
+    return elastic_section(average_seeds(sweep.results), sweep.results, items, axes)
 
 
 def sweep_front(

@@ -56,6 +56,13 @@ class SweepSettings(Section):
     selection: Literal["threshold", "knapsack"] = "threshold"
     """Schedules to choose from: the threshold's nested family, or the knapsack's optimum at each
     cost."""
+    elastic: bool = False
+    """Train one set of weights from the teacher for all schedules of a threshold sweep, instead of
+    a student for each. `distillation.training.elastic` says how."""
+    elastic_steps: int | None = Field(default=None, gt=0, le=MAX_STEPS)
+    """Optimizer steps of the elastic training (default: those of `distillation.training`)."""
+    compare: bool = False
+    """With `elastic`, also train the student of each schedule, and compare."""
     distilled_baselines: tuple[Literal["vanilla", "fewer_layers"], ...] = ()
     """Baselines that are distilled from the teacher, at the FLOPs of students: `vanilla`, of as
     many layers as a student has evaluations, from random weights; `fewer_layers`, the teacher

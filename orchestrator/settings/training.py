@@ -75,7 +75,8 @@ class TrainingSettings(Section):
     the full schedule, each for the same time; 0 starts all of them at once."""
     elastic: ElasticSettings | None = None
     """Also learn cheaper schedules in each step (default: only the full one). `elastic: {}` takes
-    the defaults of its section."""
+    the defaults of its section. Then the full schedule learns from the targets alone, without a
+    teacher beside it."""
     spike_factor: float | None = Field(default=None, gt=1.0)
     """A step also counts as bad if its gradient norm exceeds this factor times the median of the
     steps before (default: off)."""

@@ -57,6 +57,7 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
         _check_thresholds(settings)
     if sweep.asha:
         _check_asha(settings)
+    _check_elastic(settings)
     if kind == "iterations":
         _refuse_chat_template(settings)
     if sweep.distilled_baselines:
@@ -181,6 +182,42 @@ def _check_thresholds(settings: Settings) -> None:
         raise UserError(
             f"sweep.thresholds: {below[0]:g} is below 0, which no influence of the metric "
             f"{settings.influence.metric} is; give thresholds of at least 0, such as 0.001,0.01"
+        )
+
+
+def _check_elastic(settings: Settings) -> None:
+    sweep, distillation = settings.sweep, settings.distillation
+    elastic = distillation.training.elastic
+    if not sweep.elastic:
+        if sweep.compare:
+            raise UserError(
+                "sweep.compare trains a student for each schedule beside elastic weights, and "
+                "sweep.elastic is off; set it (--elastic), or leave --compare out"
+            )
+        if elastic and sweep.kind != "iterations":
+            raise UserError(
+                "distillation.training.elastic trains several schedules at once, and a sweep's "
+                "students have one each; leave it out, or set sweep.elastic (--elastic)"
+            )
+        return
+    if sweep.kind != "threshold":
+        raise UserError(
+            f"sweep.elastic trains the schedules of a threshold sweep at once, and sweep.kind="
+            f"{sweep.kind} does not know them before training; leave it out, or set sweep.kind to "
+            "threshold"
+        )
+    if distillation.control != "distill":
+        raise UserError(
+            f"sweep.elastic trains one set of weights for all schedules, and distillation.control="
+            f"{distillation.control} is about students of one schedule; leave one of the two out"
+        )
+    if elastic and (elastic.schedules or not elastic.weight):
+        name, value = ("schedules", list(elastic.schedules))
+        if not elastic.weight:
+            name, value = ("weight", 0)
+        raise UserError(
+            f"sweep.elastic trains the schedules that influence chooses, and "
+            f"distillation.training.elastic.{name}={value} asks for others; leave it out"
         )
 
 

@@ -27,10 +27,14 @@ from orchestrator.sweeping.trials import (
 )
 from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.job import job_key, sequences_per_step
+from orchestrator.training.schedules import checked_family
 from orchestrator.training.teacher_cache import outputs_plan
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
+
+SECTION = "distillation.training"
+"""Settings section of the students' recipe."""
 
 
 def threshold_plan(
@@ -40,13 +44,15 @@ def threshold_plan(
     teacher: Path,
     members: Sequence[FamilyMember],
     suite: TrialSuite,
+    elastic: Sequence[Trial] = (),
     baselines: Sequence[Trial] = (),
     left_out: Mapping[str, str] | None = None,
     name: str | None = None,
 ) -> SweepPlan:
-    """Plan the teacher, its students under the chosen schedules, and the baselines.
+    """Plan the teacher, elastic weights, students under the chosen schedules, and the baselines.
 
-    Students that are pruned but not trained have no seeds: each schedule is one trial.
+    Elastic weights take the students' place, unless the two are compared. Students that are pruned
+    but not trained have no seeds: each schedule is one trial.
 
     Args:
         settings: Sections `sweep` and `distillation`.
@@ -54,21 +60,22 @@ def threshold_plan(
         teacher: Checkpoint of the full model.
         members: The schedules, costliest first; see `choose_members`.
         suite: What is measured.
+        elastic: The trials of elastic weights; see `elastic_trials`.
         baselines: Models that stand beside the front.
         left_out: Name of a run that cannot be a baseline -> reason.
         name: Name of the sweep; made from its key when unset.
     """
     full = load_config(teacher)
     trials = [checkpoint_trial("teacher", "teacher", teacher, full, suite, workspace)]
-    is_trained = settings.distillation.control != "pruned"
-    for seed in (is_trained and settings.sweep.seeds) or (None,):
-        for member in members:
+    trials += elastic
+    sweep, is_trained = settings.sweep, settings.distillation.control != "pruned"
+    for seed in (is_trained and sweep.seeds) or (None,):
+        for member in members if not elastic or sweep.compare else ():
             config = replace(full, schedule=member.schedule)
             trials.append(
                 student_trial(settings, workspace, teacher, config, member, suite, seed=seed)
             )
     trials += baselines
-    sweep = settings.sweep
     num_requested = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
     plan = make_plan("threshold", name, trials, suite, num_requested, teacher=teacher)
     return plan.model_copy(update={"left_out": dict(left_out or {})})
@@ -102,18 +109,20 @@ def student_job(
     if distillation.control == "pruned":
         return None
     check_student_batch(distillation, config)
+    recipe = checked_family(distillation.training, config, section=SECTION)
     is_scratch = distillation.control == "scratch"
-    is_distilled = distillation.control == "distill"
+    # The members of an elastic training learn from its own full schedule.
+    is_distilled = distillation.control == "distill" and recipe.elastic is None
     return TrainingJob(
         run_folder=run_folder,
         tokens_folder=tokens_folder,
         model=config,
-        recipe=distillation.training,
+        recipe=recipe,
         objective="pretrain" if is_scratch else "distill" if is_distilled else "cross_entropy",
         teacher_folder=str(teacher) if is_distilled else None,
         initial_folder=None if is_scratch else str(teacher),
         distillation=distillation_config(distillation) if is_distilled else None,
-        section="distillation.training",
+        section=SECTION,
         provenance={"teacher": weights_key(teacher)},
     )
 
@@ -185,7 +194,7 @@ def unplanned_trainings(
                 PlannedTraining(
                     config=config,
                     recipe=recipe,
-                    section="distillation.training",
+                    section=SECTION,
                     teacher=teacher if is_distilled else None,
                     loss=loss,
                     cache=cache if is_distilled else None,
@@ -205,7 +214,7 @@ def check_student_batch(distillation: DistillationSettings, config: ModelConfig)
     Raises:
         UserError: If it is not.
     """
-    sequences_per_step(distillation.training, config, section="distillation.training")
+    sequences_per_step(distillation.training, config, section=SECTION)
 
 
 def distillation_config(distillation: DistillationSettings) -> DistillationConfig:

@@ -29,6 +29,7 @@ from orchestrator.records.early_stop import AshaTrial
 from orchestrator.records.trial import Trial
 from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.sweeping.asha import record_early_stop, stored_early_stop
+from orchestrator.sweeping.elastic_plans import waits_for_weights
 from orchestrator.sweeping.round_progress import RoundProgress
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.terminal.progress import Progress
@@ -67,7 +68,7 @@ class TrialQueue:
     _busy: set[str] = field(default_factory=set)
 
     def run(self, waiting: Sequence[Trial], search: ScheduleSearch | None = None) -> None:
-        """Run unfinished trials, then those that a search suggests.
+        """Run unfinished trials, then those that measure their weights, then a search's.
 
         Waits for those that another process runs.
 
@@ -83,7 +84,9 @@ class TrialQueue:
             with ray_cluster(self.cluster, folder=self.folder, say=say):
                 if self.cluster.wait_for_gpus:
                     wait_for_gpus(self.settings.gpus_per_trial or 0, self.progress.note)
-                self._run_or_wait(waiting)
+                later = [t for t in waiting if waits_for_weights(t, waiting)]
+                self._run_or_wait([t for t in waiting if t not in later], num_later=len(later))
+                self._run_or_wait(list(filter(self._has_weights, later)))
                 if search:
                     self._run_search(search)
         if search:
@@ -97,10 +100,17 @@ class TrialQueue:
         more = [t for t in search.known_trials() if t.label not in self.failures]
         self._run_or_wait([t for t in more if not t.result()])
 
-    def _run_or_wait(self, trials: Sequence[Trial]) -> None:
+    def _has_weights(self, trial: Trial) -> bool:
+        # The training has failed, or was stopped early, if there are none by now.
+        has_weights = Path(str(trial.checkpoint)).is_dir()
+        if not has_weights:
+            self.failures[trial.label] = "its weights are not trained"
+        return has_weights
+
+    def _run_or_wait(self, trials: Sequence[Trial], *, num_later: int = 0) -> None:
         if not trials:
             return
-        self._run_round(trials, self.num_all - len(trials))
+        self._run_round(trials, self.num_all - num_later - len(trials))
         left = [t for t in trials if t.key in self._busy and self._is_unfinished(t)]
         begin: Callable[[], None] | None = partial(self._note_waiting, left)
         while left:

@@ -165,10 +165,11 @@ def make_plan(
 def num_models(trials: Sequence[Trial]) -> int:
     """Return the number of schedules or models that a sweep is about; seeds count once.
 
+    Of a teacher's students, schedules count: an elastic one and a separate one are the same.
     Baselines count where all models are trained from scratch.
     """
     own = [t for t in trials if t.role == "trial" or (t.job and t.parent is None)]
-    return len({trial.group or trial.key for trial in own})
+    return len({t.schedule if t.parent else t.group or t.key for t in own})
 
 
 def num_distilled_baselines(trials: Sequence[Trial]) -> int:

@@ -1,0 +1,190 @@
+"""Section of a report: elastic weights against separate students, schedule by schedule.
+
+Both answered the same items, so their difference has a paired interval (`paired_bootstrap`). Where
+single items are missing, the difference stands alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich import box
+from rich.table import Table
+
+from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.trial import Trial
+from orchestrator.reporting.bootstrap import INTERVAL_LEVEL, Interval
+from orchestrator.reporting.front_axes import FrontAxes, is_accuracy, metric_title
+from orchestrator.reporting.markdown import bullets, markdown_table
+from orchestrator.reporting.paired_bootstrap import match_items, resample_scores
+from orchestrator.reporting.seed_averages import SeedAverages
+
+ELASTIC_TITLE = "Elastic weights against separate students"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticRow:
+    """One schedule under elastic weights, and its separate student."""
+
+    elastic: Trial
+    student: Trial
+    difference: Interval | None
+    """Quality of the elastic weights minus that of the student."""
+
+    def to_dict(self, axes: FrontAxes) -> dict[str, Any]:
+        """Return JSON values."""
+        interval = self.difference
+        return {
+            "schedule": list(self.elastic.schedule or ()),
+            "elastic": self.elastic.value(axes.quality),
+            "student": self.student.value(axes.quality),
+            "difference": None if interval is None else interval.value,
+            "interval": None if interval is None else [interval.low, interval.high],
+            "elastic_loss": self.elastic.value("quality/validation_loss"),
+            "student_loss": self.student.value("quality/validation_loss"),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticSection:
+    """The section in all formats."""
+
+    rows: tuple[ElasticRow, ...]
+    """Costliest schedule first."""
+    axes: FrontAxes
+    """Those of the front; its quality is compared."""
+    flops: tuple[float, float] | None
+    """Training FLOPs of the elastic weights and of all separate students together."""
+
+    @property
+    def explanation(self) -> str:
+        """What the columns mean."""
+        return (
+            f"Quality is {metric_title(self.axes.quality).lower()}; the difference is that of the "
+            f"elastic weights minus that of the student of the same schedule, with the range of "
+            f"{INTERVAL_LEVEL:.0%} of draws of the items that both answered. Losses are in nats "
+            "per token of the validation text."
+        )
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Titles of the columns."""
+        quality = metric_title(self.axes.quality).lower()
+        names = ("schedule", "NFE", "elastic", "separate", f"difference in {quality}")
+        return (*names, "elastic loss", "separate loss")
+
+    @property
+    def cells(self) -> list[tuple[str, ...]]:
+        """Texts of all rows."""
+        return [self._cells(row) for row in self.rows]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the two cost to train."""
+        if self.flops is None:
+            return []
+        elastic, separate = self.flops
+        return [
+            f"Training took {elastic:.3g} FLOPs for the elastic weights, {elastic / separate:.0%} "
+            f"of the {separate:.3g} for the separate students. Outputs of the teacher that were "
+            "stored for all students are not counted."
+        ]
+
+    def to_markdown(self) -> str:
+        """Return table and notes in Markdown, without the title."""
+        return "\n\n".join(
+            [self.explanation, markdown_table(self.heads, self.cells), bullets(self.notes)]
+        )
+
+    def to_terminal(self) -> Table:
+        """Return the table for a terminal."""
+        table = Table(title=ELASTIC_TITLE, title_justify="left", box=box.SIMPLE_HEAD)
+        for number, head in enumerate(self.heads):
+            justify: Literal["left", "right"] = "right" if number else "left"
+            table.add_column(head, justify=justify, no_wrap=not number)
+        for cells in self.cells:
+            table.add_row(*cells)
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            "quality": self.axes.quality,
+            "schedules": [row.to_dict(self.axes) for row in self.rows],
+            "training_flops": None if self.flops is None else list(self.flops),
+        }
+
+    def _cells(self, row: ElasticRow) -> tuple[str, ...]:
+        scale, digits = (100, 1) if is_accuracy(self.axes.quality) else (1, 3)
+        unit = "%" if scale == 100 else ""
+        pair = (row.elastic, row.student)
+        qualities, losses = (
+            [model.value(name) for model in pair]
+            for name in (self.axes.quality, "quality/validation_loss")
+        )
+        difference = ""
+        if row.difference is not None:
+            bounds = (row.difference.value, row.difference.low, row.difference.high)
+            value, low, high = (f"{scale * bound:+.{digits}f}" for bound in bounds)
+            difference = f"{value} ({low} to {high})"
+        elif None not in qualities:
+            elastic, student = (quality or 0.0 for quality in qualities)
+            difference = f"{scale * (elastic - student):+.{digits}f}"
+        return (
+            row.elastic.schedule_text,
+            f"{sum(row.elastic.model.evaluations_per_layer())}",
+            *("" if q is None else f"{scale * q:.{digits}f}{unit}" for q in qualities),
+            difference,
+            *("" if loss is None else f"{loss:.4f}" for loss in losses),
+        )
+
+
+def elastic_section(
+    averages: SeedAverages,
+    results: Sequence[Trial],
+    items: Mapping[str, EvaluationResult],
+    axes: FrontAxes,
+) -> ElasticSection | None:
+    """Return the section; None if no schedule was trained both ways.
+
+    Args:
+        averages: The results, with one for all seeds of a model.
+        results: The same, each seed by itself.
+        items: Key of a result -> its evaluation with the values of single items.
+        axes: Axes of the front.
+    """
+    own = [r for r in averages.results if r.role == "trial" and r.parent and r.schedule is not None]
+    elastic = {r.schedule: r for r in own if r.is_elastic}
+    # The controls are not students that a teacher has taught.
+    students = {r.schedule: r for r in own if r.job and r.job.teacher_folder and not r.is_elastic}
+    shared = [schedule for schedule in elastic if schedule in students]
+    if not shared:
+        return None
+    evaluations = averages.evaluations(items)
+    rows = []
+    for schedule in sorted(shared, key=lambda s: (sum(s or ()), s), reverse=True):
+        pair = (elastic[schedule], students[schedule])
+        keys = [model.key for model in pair]
+        difference = None
+        if all(key in evaluations for key in keys):
+            matched = match_items({key: evaluations[key] for key in keys})
+            quality = matched and resample_scores(matched).quality(axes.quality)
+            difference = quality.difference(0, 1) if quality else None
+        rows.append(ElasticRow(elastic=pair[0], student=pair[1], difference=difference))
+    return ElasticSection(rows=tuple(rows), axes=axes, flops=_training_flops(results, shared))
+
+
+def _training_flops(
+    results: Sequence[Trial], schedules: Sequence[tuple[int, ...] | None]
+) -> tuple[float, float] | None:
+    """Return the FLOPs of the elastic trainings, and of the students of some schedules."""
+    trained = [r for r in results if r.job and r.role == "trial" and r.schedule in schedules]
+    spent = [
+        [r.train.flops or 0.0 for r in trained if r.is_elastic == is_elastic]
+        for is_elastic in (True, False)
+    ]
+    if not all(map(all, spent)) or not all(spent):
+        return None
+    return sum(spent[0]), sum(spent[1])

@@ -1,0 +1,190 @@
+"""Plan the elastic weights of a threshold sweep: one training, and a trial for each schedule.
+
+The trial of the full schedule trains the weights. The others are measured with its checkpoint, so
+they wait for it; their keys follow from the training, and are known before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from iiet.config import ModelConfig
+from iiet.pruning import FamilyMember
+from iiet.schedule import IterationSchedule
+from orchestrator.planning.planned_training import PlannedTraining, planned_training
+from orchestrator.planning.price import trial_group
+from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.settings import DistillationSettings, ElasticSettings, Settings, TrainingSettings
+from orchestrator.sweeping.student_plans import (
+    SECTION,
+    student_job,
+    sweep_seeds,
+    unplanned_trainings,
+)
+from orchestrator.sweeping.trials import evaluation_key, trained_trial
+from orchestrator.terminal.formatting import format_count
+from orchestrator.training.checkpoint import checkpoint_name, load_config
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.provenance import content_key
+
+
+def elastic_trials(
+    settings: Settings,
+    workspace: Workspace,
+    *,
+    teacher: Path,
+    members: Sequence[FamilyMember],
+    suite: TrialSuite,
+) -> list[Trial]:
+    """Return the trials of elastic weights, for each seed the full schedule's first.
+
+    Args:
+        settings: Sections `sweep` and `distillation`.
+        workspace: Where trials are stored.
+        teacher: Checkpoint of the full model, whose weights they start from.
+        members: The schedules, costliest first; the full one is always measured, too.
+        suite: What is measured.
+
+    Raises:
+        UserError: If no schedule is below the full one.
+    """
+    full = load_config(teacher)
+    of_schedule = {member.schedule: member for member in members}
+    cheaper = [schedule for schedule in of_schedule if schedule != full.corrections]
+    if not cheaper:
+        raise UserError(
+            "sweep.elastic trains schedules that are cheaper than the teacher's, and this sweep "
+            f"has none; set lower sweep.budgets, or higher sweep.thresholds than those that keep "
+            f"{full.corrections}"
+        )
+    job = student_job(
+        _elastic_distillation(settings, [str(schedule) for schedule in cheaper]),
+        teacher=teacher,
+        config=full,
+        tokens_folder=suite.tokens_folder,
+    )
+    assert job is not None, "check_sweep refuses controls"
+    trials = []
+    for seed in settings.sweep.seeds or (None,):
+        trained = trained_trial(
+            "trial",
+            _label(full.corrections),
+            job,
+            suite,
+            workspace,
+            member=of_schedule.get(full.corrections),
+            seed=seed,
+        )
+        trained = trained.model_copy(update={"is_elastic": True})
+        trials.append(trained)
+        trials += [_served(trained, of_schedule[schedule], workspace) for schedule in cheaper]
+    return trials
+
+
+def _label(schedule: IterationSchedule) -> str:
+    return f"{schedule}, elastic"
+
+
+def _served(trained: Trial, member: FamilyMember, workspace: Workspace) -> Trial:
+    """Return the trial that measures trained elastic weights under another schedule."""
+    job = trained.job
+    assert job is not None
+    config = replace(trained.model, schedule=member.schedule)
+    # The key is that of the training, because the weights are not known before it.
+    weights = content_key("elastic", trained.key, config.to_dict())
+    label = _label(member.schedule)
+    return trained.model_copy(
+        update={
+            "key": evaluation_key(weights, trained.suite),
+            "label": label if trained.seed is None else f"{label}, seed {trained.seed}",
+            "group": None if trained.seed is None else label,
+            "model": config,
+            "folder": str(workspace.trials / weights),
+            "job": None,
+            "checkpoint": str(job.folder / checkpoint_name(job.recipe.num_steps)),
+            "threshold_above": member.threshold_above,
+            "threshold_up_to": member.threshold_up_to,
+        }
+    )
+
+
+def waits_for_weights(trial: Trial, trainings: Sequence[Trial]) -> bool:
+    """Return whether a trial measures weights that one of some other trials trains."""
+    folders = {str(other.job.folder) for other in trainings if other.job}
+    is_measured = trial.job is None and trial.checkpoint is not None
+    return is_measured and str(Path(str(trial.checkpoint)).parent) in folders
+
+
+def costliest_elastic(settings: Settings, teacher: ModelConfig) -> list[PlannedTraining]:
+    """Return the elastic training with each seed, its family unknown, at most.
+
+    Members of a nested family cost at least one evaluation less than the one before, so none costs
+    more than these.
+    """
+    schedule, chain = teacher.corrections, []
+    while schedule.num_corrections:
+        layer = max(range(len(schedule)), key=lambda number: schedule[number])
+        schedule = schedule.with_layer(layer, schedule[layer] - 1)
+        chain.append(str(schedule))
+    distillation = _elastic_distillation(settings, chain)
+    elastic = distillation.training.elastic
+    assert elastic is not None
+    few = elastic.model_copy(update={"schedules": elastic.schedules[: elastic.num_drawn]})
+    recipe = distillation.training.model_copy(update={"elastic": few})
+    return [
+        PlannedTraining(
+            config=teacher,
+            recipe=recipe.model_copy(update={"seed": seed}),
+            section=SECTION,
+        )
+        for seed in sweep_seeds(settings)
+    ]
+
+
+def elastic_savings(settings: Settings, trials: Sequence[Trial], teachers: Path) -> str:
+    """Say what the elastic training costs, and what it saves against separate students.
+
+    Args:
+        trials: Those of elastic weights; at least one.
+        teachers: Folder of stored teacher outputs.
+    """
+    jobs = [trial.job for trial in trials if trial.job]
+    own = sum(_from_start(job).flops for job in jobs)
+    recipe = without_elastic(settings).distillation.training
+    models = {trial.model.corrections: (trial.model, recipe) for trial in trials}
+    students = unplanned_trainings(settings, jobs[0].model, [*models.values()])
+    group = trial_group(students, settings, teachers)
+    separate = sum(each.flops for each in group.trainings) + group.teacher_flops
+    runs = "one elastic training" if len(jobs) == 1 else f"{len(jobs):,} elastic trainings"
+    return (
+        f"{runs} of {jobs[0].recipe.num_steps:,} steps: {own:.3g} FLOPs, {own / separate:.0%} of "
+        f"the {separate:.3g} of {format_count(len(students), 'separate student')}"
+    )
+
+
+def _from_start(job: TrainingJob) -> PlannedTraining:
+    return replace(planned_training(job), steps_done=0)
+
+
+def without_elastic(settings: Settings) -> Settings:
+    """Return the settings of students, each trained under one schedule."""
+    distillation = settings.distillation
+    recipe = distillation.training.model_copy(update={"elastic": None})
+    students = distillation.model_copy(update={"training": recipe})
+    return settings.model_copy(update={"distillation": students})
+
+
+def _elastic_distillation(settings: Settings, schedules: Sequence[str]) -> DistillationSettings:
+    """Return the settings of an elastic training from a teacher."""
+    distillation = settings.distillation
+    recipe: TrainingSettings = distillation.training
+    elastic = recipe.elastic or ElasticSettings()
+    changes = {
+        "elastic": elastic.model_copy(update={"schedules": tuple(schedules)}),
+        "num_steps": settings.sweep.elastic_steps or recipe.num_steps,
+    }
+    return distillation.model_copy(update={"training": recipe.model_copy(update=changes)})

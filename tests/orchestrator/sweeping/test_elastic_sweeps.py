@@ -1,0 +1,374 @@
+"""A sweep that trains one set of weights for all of its schedules."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sample_trials import sample_trial
+
+from iiet.config import ModelConfig
+from iiet.cost import inference_cost, training_flops_per_token
+from iiet.influence import InfluenceTable
+from orchestrator.evaluation.measuring import heldout_loss
+from orchestrator.planning.planned_training import PlannedTraining
+from orchestrator.records.evaluation import EvaluationResult, TaskResult
+from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.reporting.elastic_section import ELASTIC_TITLE, elastic_section
+from orchestrator.reporting.front_axes import FrontAxes
+from orchestrator.reporting.report_files import report_markdown
+from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.reporting.sweep_report import write_sweep_report
+from orchestrator.reporting.sweep_results import StoredSweep
+from orchestrator.settings import Settings, resolve_settings
+from orchestrator.sweeping import trial_queue, trial_run
+from orchestrator.sweeping.checks import check_sweep
+from orchestrator.sweeping.elastic_plans import (
+    costliest_elastic,
+    elastic_savings,
+    elastic_trials,
+    waits_for_weights,
+    without_elastic,
+)
+from orchestrator.sweeping.selection import choose_members
+from orchestrator.sweeping.student_plans import distillation_job, threshold_plan
+from orchestrator.sweeping.trial_queue import TrialQueue
+from orchestrator.sweeping.trial_run import run_trial
+from orchestrator.sweeping.trials import exact_cost
+from orchestrator.terminal.progress import Progress
+from orchestrator.training.checkpoint import load_config
+from orchestrator.training.model_loading import load_model
+from orchestrator.training.run import run_job
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace, open_workspace
+
+TABLE = InfluenceTable(
+    metric="cosine",
+    value_rows=((0.5, 0.1), (0.3,)),
+    error_rows=((0.0, 0.0), (0.0,)),
+    num_tokens=64,
+)
+SMALL = [
+    "sweep.elastic=true",
+    "distillation.training.num_steps=3",
+    "distillation.training.num_tokens_per_step=64",
+    "distillation.training.num_validation_tokens=64",
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Path:
+    model = ModelConfig.from_dict(
+        {
+            "vocab_size": 300, "dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2,
+            "ffn_dim": 32, "context_length": 16, "schedule": [2, 1],
+        }
+    ).to_dict()  # fmt: skip
+    recipe = resolve_settings({}, ["training.num_steps=2", "training.num_tokens_per_step=64"])
+    outcome = run_job(
+        TrainingJob(
+            run_folder=str(tmp_path_factory.mktemp("runs") / "teacher"),
+            tokens_folder=str(tiny_tokens),
+            model=model,
+            recipe=recipe.training,
+        )
+    )
+    return Path(str(outcome.checkpoint))
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path)
+
+
+@pytest.fixture
+def suite(tiny_tokens: Path) -> TrialSuite:
+    return TrialSuite(tokens_folder=str(tiny_tokens))
+
+
+def plan_of(settings: Settings, space: Workspace, teacher: Path, suite: TrialSuite) -> SweepPlan:
+    """Return the plan as the pipeline makes it."""
+    members = choose_members(TABLE, settings.sweep)
+    elastic = []
+    if settings.sweep.elastic:
+        elastic = elastic_trials(settings, space, teacher=teacher, members=members, suite=suite)
+    return threshold_plan(
+        without_elastic(settings),
+        space,
+        teacher=teacher,
+        members=members,
+        suite=suite,
+        elastic=elastic,
+    )
+
+
+def test_one_training_serves_all_schedules(
+    space: Workspace, teacher: Path, suite: TrialSuite
+) -> None:
+    settings = resolve_settings({}, [*SMALL, "sweep.elastic_steps=5"])
+    plan = plan_of(settings, space, teacher, suite)
+    assert [trial.label for trial in plan.trials] == [
+        "teacher", "2,1, elastic", "1,1, elastic", "1,0, elastic", "0,0, elastic",
+    ]  # fmt: skip
+    _, trained, *served = plan.trials
+    (job,) = [trial.job for trial in plan.trials if trial.job]
+    assert trained.job is job
+    assert (job.objective, job.teacher_folder, job.initial_folder) == (
+        "cross_entropy", None, str(teacher),
+    )  # fmt: skip
+    assert job.recipe.num_steps == 5
+    assert job.recipe.elastic
+    assert job.recipe.elastic.schedules == ("1,1", "1,0", "0,0")
+    assert {trial.checkpoint for trial in served} == {f"{trained.folder}/step_00000005"}
+    assert all(waits_for_weights(trial, plan.trials) for trial in served)
+    assert not waits_for_weights(plan.trials[0], plan.trials)
+    assert not waits_for_weights(served[0], served)
+    assert len({trial.key for trial in plan.trials}) == 5
+    assert [trial.threshold_text for trial in served[:1]] == ["0.1 to 0.3"]
+    assert plan.num_distinct == 4
+    # Another family, or other steps, give other weights.
+    for change in ("sweep.thresholds=[0.2]", "sweep.elastic_steps=6"):
+        other = plan_of(resolve_settings({}, [*SMALL, change]), space, teacher, suite)
+        assert other.trials[1].key != trained.key
+
+
+def test_seeds_have_weights_of_their_own(
+    space: Workspace, teacher: Path, suite: TrialSuite
+) -> None:
+    settings = resolve_settings({}, [*SMALL, "sweep.seeds=[3, 4]"])
+    plan = plan_of(settings, space, teacher, suite)
+    assert [t.label for t in plan.trials[1::4]] == ["2,1, elastic, seed 3", "2,1, elastic, seed 4"]
+    assert {t.group for t in plan.trials if t.schedule == (0, 0)} == {"0,0, elastic"}
+    assert len({trial.folder for trial in plan.trials if trial.job}) == 2
+    assert plan.num_distinct == 4
+
+
+def test_students_beside_elastic_weights_are_those_of_a_plain_sweep(
+    space: Workspace, teacher: Path, suite: TrialSuite
+) -> None:
+    compared = plan_of(
+        resolve_settings({}, [*SMALL, "sweep.compare=true", "distillation.training.elastic={}"]),
+        space,
+        teacher,
+        suite,
+    )
+    plain = plan_of(resolve_settings({}, [*SMALL, "sweep.elastic=false"]), space, teacher, suite)
+    keys = {trial.key for trial in compared.trials}
+    assert {trial.key for trial in plain.trials} < keys
+    assert len(keys) == len(plain.trials) + 4
+    assert compared.num_distinct == plain.num_distinct == 4
+
+
+def test_a_family_needs_a_schedule_below_the_full_one(
+    space: Workspace, teacher: Path, suite: TrialSuite
+) -> None:
+    settings = resolve_settings({}, [*SMALL, "sweep.thresholds=[0.01]"])
+    with pytest.raises(UserError, match=r"^sweep.elastic trains schedules that are cheaper"):
+        plan_of(settings, space, teacher, suite)
+
+
+def test_a_distilled_elastic_student_has_no_teacher_beside_it(
+    space: Workspace, teacher: Path, tiny_tokens: Path
+) -> None:
+    family = "distillation.training.elastic.schedules=['1,0']"
+    settings = resolve_settings({}, [*SMALL[1:], family])
+    job = distillation_job(settings, space, teacher, "2,1", tiny_tokens)
+    assert (job.objective, job.teacher_folder, job.distillation) == ("cross_entropy", None, None)
+    with pytest.raises(UserError, match=r"^distillation.training.elastic.schedules: .* below"):
+        distillation_job(settings, space, teacher, "0,1", tiny_tokens)
+
+
+def test_what_is_saved_is_counted_from_shapes(
+    space: Workspace, teacher: Path, suite: TrialSuite
+) -> None:
+    settings = resolve_settings({}, [*SMALL, "distillation.teacher_cache=live"])
+    trials = list(plan_of(settings, space, teacher, suite).trials[1:])
+    text = elastic_savings(settings, trials, space.teachers)
+    full = load_config(teacher)
+    job = trials[0].job
+    assert job
+    own = PlannedTraining(config=full, recipe=job.recipe).flops
+    per_token = sum(training_flops_per_token(full, t.model.corrections) for t in trials)
+    per_token += 4 * inference_cost(full).forward_flops_per_token
+    separate = 3 * 64 * per_token
+    assert text == (
+        f"one elastic training of 3 steps: {own:.3g} FLOPs, {own / separate:.0%} of the "
+        f"{separate:.3g} of 4 separate students"
+    )
+    (unknown,) = costliest_elastic(settings, full)
+    assert unknown.flops >= own
+
+
+def test_weights_are_trained_once_and_measured_under_each_schedule(
+    space: Workspace, teacher: Path, suite: TrialSuite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(trial: Trial, _: str) -> Trial:
+        decoder = load_model(Path(str(trial.checkpoint)), schedule=trial.model.corrections)
+        loss = heldout_loss(decoder, Path(suite.tokens_folder))
+        return trial.model_copy(update={"quality": {"validation_loss": loss}})
+
+    monkeypatch.setattr(trial_run, "measure_trial", measure)
+    plan = plan_of(resolve_settings({}, SMALL), space, teacher, suite)
+    runs = [run_trial(trial) for trial in plan.trials[1:]]
+    assert [run.state for run in runs] == ["made"] * 4
+    losses = [run.result.quality["validation_loss"] for run in runs if run.result]
+    assert len(set(losses)) == 4
+    assert len({run.result.checkpoint for run in runs if run.result}) == 1
+    assert len(list(space.trials.glob("*/done.json"))) == 1
+    again = plan_of(resolve_settings({}, SMALL), space, teacher, suite)
+    assert [run_trial(trial).state for trial in again.trials[1:]] == ["found"] * 4
+
+
+class Rounds:
+    """Stands for Ray: notes the labels of each round, and writes results of those that succeed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> None:
+        self.rounds: list[list[str]] = []
+        self.fails = fails
+        monkeypatch.setattr(trial_queue, "ray_cluster", lambda *_, **__: nullcontext())
+        monkeypatch.setattr(
+            TrialQueue, "_run_round", lambda queue, trials, *_: self.run(queue, trials)
+        )
+
+    def run(self, queue: TrialQueue, trials: list[Trial]) -> None:
+        self.rounds.append([trial.label for trial in trials])
+        for trial in trials:
+            if trial.job and self.fails:
+                queue.failures[trial.label] = "it was made to fail"
+                continue
+            if trial.job:
+                name = f"step_{trial.job.recipe.num_steps:08d}"
+                (trial.job.folder / name).mkdir(parents=True, exist_ok=True)
+            trial.write(trial.result_path)
+
+
+def queue_of(plan: SweepPlan, settings: Settings, space: Workspace) -> TrialQueue:
+    return TrialQueue(space.sweeps / "x", settings.sweep, Progress(), num_all=len(plan.trials))
+
+
+def test_schedules_wait_for_the_training_of_their_weights(
+    space: Workspace, teacher: Path, suite: TrialSuite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = resolve_settings({}, SMALL)
+    plan = plan_of(settings, space, teacher, suite)
+    rounds = Rounds(monkeypatch, fails=True)
+    queue = queue_of(plan, settings, space)
+    queue.run(plan.trials)
+    assert rounds.rounds == [["teacher", "2,1, elastic"]]
+    assert queue.failures["0,0, elastic"] == "its weights are not trained"
+
+    rounds = Rounds(monkeypatch)
+    queue = queue_of(plan, settings, space)
+    waiting = [trial for trial in plan.trials if not trial.result()]
+    queue.run(waiting)
+    served = ["1,1, elastic", "1,0, elastic", "0,0, elastic"]
+    assert rounds.rounds == [["2,1, elastic"], served]
+    assert queue.failures == {}
+    # Measured again: the weights are there, and nothing waits.
+    for trial in plan.trials[2:]:
+        trial.result_path.unlink()
+    rounds = Rounds(monkeypatch)
+    queue_of(plan, settings, space).run(list(plan.trials[2:]))
+    assert rounds.rounds == [served]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("search", ["sweep.elastic=true"], "sweep.kind=search does not know them before"),
+        ("iterations", ["sweep.elastic=true"], "sweep.kind=iterations does not know"),
+        ("threshold", ["sweep.compare=true"], r"sweep.elastic is off; set it \(--elastic\)"),
+        (
+            "threshold",
+            ["sweep.elastic=true", "distillation.control=pruned"],
+            "distillation.control=pruned is about students of one schedule",
+        ),
+        (
+            "threshold",
+            ["sweep.elastic=true", "distillation.training.elastic.schedules=[0]"],
+            r"elastic.schedules=\[0\] asks for others; leave it out",
+        ),
+        (
+            "threshold",
+            ["sweep.elastic=true", "distillation.training.elastic.weight=0"],
+            "elastic.weight=0 asks for others",
+        ),
+        ("threshold", ["distillation.training.elastic={}"], r"or set sweep.elastic \(--elastic\)"),
+        ("threshold", ["sweep.elastic=true", "sweep.asha=true"], "compares learning rates"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(kind: str, changes: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_sweep(resolve_settings({}, [f"sweep.kind={kind}", *changes]))
+
+
+def evaluation(share: float, name: str = "task") -> EvaluationResult:
+    right = (np.arange(200) < 200 * share).astype(float)
+    result = TaskResult(
+        name=name,
+        version="1",
+        num_items=200,
+        num_fewshot=0,
+        metrics={"acc": float(right.mean())},
+        items=[f"item {number}" for number in range(200)],
+        values={"acc": right.tolist()},
+        log_likelihoods=[],
+    )
+    return EvaluationResult(results={name: result})
+
+
+def measured(trial: Trial, accuracy: float, loss: float, flops: float) -> Trial:
+    return trial.model_copy(
+        update={
+            "cost": exact_cost(trial.model, trial.model),
+            "quality": {"accuracy": accuracy, "validation_loss": loss},
+            "train": trial.train.model_copy(update={"flops": flops}),
+        }
+    )
+
+
+def test_the_report_holds_both_side_by_side(
+    space: Workspace, teacher: Path, suite: TrialSuite
+) -> None:
+    settings = resolve_settings({}, [*SMALL, "sweep.compare=true"])
+    plan = plan_of(settings, space, teacher, suite)
+    results = []
+    for trial in plan.trials:
+        accuracy = 0.6 if trial.schedule == (0, 0) and not trial.is_elastic else 0.8
+        results.append(measured(trial, accuracy, 5.0, 6e9 if trial.is_elastic else 4e9))
+    items = {result.key: evaluation(result.quality["accuracy"]) for result in results}
+    averages = average_seeds(results)
+    section = elastic_section(averages, results, items, FrontAxes())
+    assert section is not None
+    assert [row.elastic.schedule for row in section.rows] == [(2, 1), (1, 1), (1, 0), (0, 0)]
+    same, better = section.rows[0].difference, section.rows[-1].difference
+    assert same is not None
+    assert better is not None
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    assert 0 < better.low < better.value == pytest.approx(0.2)
+    assert section.flops == (6e9, 16e9)
+    assert "38% of the 1.6e+10" in section.notes[0]
+    # Without single items, the difference has no interval.
+    alone = elastic_section(averages, results, {}, FrontAxes())
+    assert alone is not None
+    assert alone.cells[-1][4] == "+20.0"
+
+    written = write_sweep_report(space, StoredSweep(name="x", key="x", results=tuple(results)))
+    assert f"## {ELASTIC_TITLE}" in report_markdown(written.report)
+    assert ELASTIC_TITLE in (written.folder / "front.html").read_text("utf-8")
+    stored = json.loads((written.folder / "front.json").read_text("utf-8"))["elastic"]
+    assert [row["schedule"] for row in stored["schedules"]][-1] == [0, 0]
+    assert stored["training_flops"] == [6e9, 16e9]
+    # Elastic weights alone have nothing beside them.
+    assert elastic_section(average_seeds(results[:5]), results[:5], items, FrontAxes()) is None
+
+
+def test_a_sweep_of_one_kind_has_no_such_section() -> None:
+    alone: Any = [sample_trial(key=f"{n}", role="trial", schedule=(n, 0)) for n in range(3)]
+    assert elastic_section(average_seeds(alone), alone, {}, FrontAxes()) is None
