@@ -212,12 +212,10 @@ def _check_elastic(settings: Settings) -> None:
             f"{distillation.control} is about students of one schedule; leave one of the two out"
         )
     if elastic and (elastic.schedules or not elastic.weight):
-        name, value = ("schedules", list(elastic.schedules))
-        if not elastic.weight:
-            name, value = ("weight", 0)
+        given = "weight=0" if not elastic.weight else f"schedules={list(elastic.schedules)}"
         raise UserError(
             f"sweep.elastic trains the schedules that influence chooses, and "
-            f"distillation.training.elastic.{name}={value} asks for others; leave it out"
+            f"distillation.training.elastic.{given} asks for others; leave it out"
         )
 
 
