@@ -224,6 +224,12 @@ def pick(
     ] = False,
     best: Annotated[bool, typer.Option("--best", help="Highest quality.")] = False,
     cheapest: Annotated[bool, typer.Option("--cheapest", help="Lowest cost.")] = False,
+    draft_for: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Fastest draft of this full model, such as teacher, by its name."
+        ),
+    ] = None,
     cost: CostOption = None,
     quality: QualityOption = None,
     to: FolderToWriteOption = None,
@@ -235,7 +241,7 @@ def pick(
     verbose: VerboseOption = False,
 ) -> None:
     """Choose a model from a sweep's front; export it and register it in MLflow."""
-    rule = _rule(keep, confidence, budget, knee=knee, best=best, cheapest=cheapest)
+    rule = _rule(keep, confidence, budget, draft_for, knee=knee, best=best, cheapest=cheapest)
     dry_run = dry_run or only_name  # --only-name is the option's earlier name
     with open_session(workspace, "pick", verbose=verbose, dry_run=dry_run) as session:
         from orchestrator.pipelines import picking
@@ -258,16 +264,24 @@ def pick(
             print_line(session.console, line)
 
 
-def _rule(keep: float | None, confidence: float, budget: float | None, **flags: bool) -> Any:
+def _rule(
+    keep: float | None,
+    confidence: float,
+    budget: float | None,
+    draft_for: str | None,
+    **flags: bool,
+) -> Any:
     from orchestrator.reporting.pick_rules import PickRule
 
     asked = [name for name, is_set in flags.items() if is_set]
-    asked += [name for name, value in (("keep", keep), ("budget", budget)) if value is not None]
+    valued = {"keep": keep, "budget": budget, "draft": draft_for}
+    asked += [name for name, value in valued.items() if value is not None]
     if len(asked) > 1:
-        raise UserError(f"pick takes one rule; got {' and '.join(f'--{name}' for name in asked)}")
+        options = ("--draft-for" if name == "draft" else f"--{name}" for name in asked)
+        raise UserError(f"pick takes one rule; got {' and '.join(options)}")
     name: Any = asked[0] if asked else "keep"
     if confidence and name != "keep":
         raise UserError("--confidence can be used with --keep only")
-    numbers = {"share": keep, "budget": budget}
-    given = {key: value for key, value in numbers.items() if value is not None}
+    numbers = {"share": keep, "budget": budget, "model": draft_for}
+    given: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
     return PickRule(name=name, confidence=confidence, **given)

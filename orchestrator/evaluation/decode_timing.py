@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -202,15 +203,28 @@ def _time_steps(
     was_training = decoder.training
     decoder.eval()
     try:
-        started = _now(decoder.device)
-        steps = stream(decoder, prompt, max_new_tokens=new_tokens, steps=graphs)
-        next(steps)
-        first = _now(decoder.device)
-        for _ in steps:
-            pass
-        ended = _now(decoder.device)
+        start = partial(stream, decoder, prompt, max_new_tokens=new_tokens, steps=graphs)
+        return time_stream(start, new_tokens, decoder.device)
     finally:
         decoder.train(was_training)
+
+
+def time_stream(
+    start: Callable[[], Iterator[Tensor]], new_tokens: int, device: torch.device
+) -> tuple[float, float]:
+    """Return the milliseconds that a generation takes to its first token, and per token after it.
+
+    Args:
+        start: Begins the generation; it yields once per token.
+        new_tokens: At least 2.
+    """
+    started = _now(device)
+    steps = start()
+    next(steps)
+    first = _now(device)
+    for _ in steps:
+        pass
+    ended = _now(device)
     return 1e3 * (first - started), 1e3 * (ended - first) / (new_tokens - 1)
 
 

@@ -12,6 +12,7 @@ from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.exporting import export_checkpoint, model_card
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
+from orchestrator.reporting.drafts import draft_sentence, draft_targets
 from orchestrator.reporting.findings import describe_point
 from orchestrator.reporting.front_axes import parse_axes
 from orchestrator.reporting.pareto import FrontPoint
@@ -87,6 +88,11 @@ def pick(
     sentence = describe_point(front, point, kept_share=rule.share)
     keys = average_seeds(found.results).keys_of_seeds[point.result.key]
     result = lowest_seed([result for result in found.results if result.key in keys])
+    if rule.name == "draft":
+        full = draft_targets(found.results)[result.key]
+        sentence += f"; {draft_sentence(point.result, full.name)}"
+        # A cheaper schedule of the same weights is no model of its own: the full one is exported.
+        result = full if full.checkpoint == result.checkpoint else result
     if len(keys) > 1:
         number = f"{len(keys)} seeds, its checkpoint is that of seed {result.seed}"
         sentence += f"; its numbers are means over {number}"

@@ -33,7 +33,7 @@ from orchestrator.workspace.provenance import content_key
 
 Role = Literal["trial", "teacher", "baseline"]
 T = TypeVar("T")
-NUMBER_GROUPS = ("cost", "quality", "train")
+NUMBER_GROUPS = ("cost", "quality", "train", "decoding")
 """First parts of the tracked names."""
 MAX_EXPONENT = 700.0
 """Above it, `exp` overflows a float."""
@@ -85,6 +85,25 @@ class TrialCost(_NumbersByName):
     num_parameters: int | float | None = None
     decode_ms_per_token: float | None = None
     decode_ms_spread: float | None = None
+
+
+class TrialDecoding(_NumbersByName):
+    """How a model drafts for the full one, and how it decodes with one cache slot per layer."""
+
+    acceptance: float | None = None
+    """Share of its drafted tokens that the full model keeps, on the full model's own
+    continuations."""
+    exact_ms_per_token: float | None = None
+    """Time of a token of the full model's output, with this draft."""
+    speed_up: float | None = None
+    """Plain decoding's time over that."""
+    kv_exact_loss: float | None = None
+    """Loss on held-out text with a cache slot per evaluation, nats per token."""
+    kv_last_loss: float | None = None
+    """Loss on the same text with a slot per layer (`--kv last`), nats per token."""
+    kv_last_agreement: float | None = None
+    """Share of the model's own greedy tokens that it also chooses with a slot per layer, each after
+    the tokens that it chose with a slot per evaluation (teacher-forced)."""
 
 
 class TrialTraining(_NumbersByName):
@@ -186,6 +205,8 @@ class Trial(Record):
     """Where the results of the tasks are stored, with a value for each item."""
     train: TrialTraining = TrialTraining()
     """What its training took."""
+    decoding: TrialDecoding = TrialDecoding()
+    """How it drafts and decodes, if that was measured."""
     run_id: str | None = None
     """MLflow run of the trial."""
 
@@ -242,7 +263,7 @@ class Trial(Record):
         return threshold_range_text(self.threshold_above, self.threshold_up_to)
 
     def metrics(self) -> dict[str, float]:
-        """Return every number by its tracked name: `cost/*`, `quality/*`, `train/*`."""
+        """Return every number by its tracked name, such as `cost/evaluations`."""
         return {
             f"{group}/{name}": float(number)
             for group in NUMBER_GROUPS
@@ -274,6 +295,8 @@ class Trial(Record):
             return self.cost.numbers()
         if group == "train":
             return self.train.numbers()
+        if group == "decoding":
+            return self.decoding.numbers()
         loss = finite_or_none(self.quality.get("validation_loss"))
         if loss is not None and loss < MAX_EXPONENT:
             return {"perplexity": math.exp(loss), **self.quality}

@@ -11,6 +11,7 @@ import math
 from statistics import NormalDist
 
 from orchestrator.reporting.bootstrap import INTERVAL_LEVEL
+from orchestrator.reporting.drafts import draft_sentences
 from orchestrator.reporting.front_axes import is_accuracy, metric_title
 from orchestrator.reporting.front_text import confidence_text, cost_text, full_name, quality_text
 from orchestrator.reporting.pareto import KEPT_SHARE, Front, FrontPoint
@@ -51,6 +52,7 @@ def findings(front: Front) -> list[str]:
             else _comparison(front, baseline, choice)
         )
     sentences += _about_random_start(front)
+    sentences += draft_sentences(front.results)
     if front.unmeasured:
         names = join_names([result.name for result in front.unmeasured])
         sentences.append(f"Models that lack a measurement are not on the front: {names}.")

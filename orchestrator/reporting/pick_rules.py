@@ -5,6 +5,7 @@ budget    the best within a cost
 knee      the member farthest above the chord from the cheapest to the best
 best      the member of highest quality
 cheapest  the member of lowest cost
+draft     the one that speeds up the exact output of a full model most
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from orchestrator.reporting.drafts import pick_draft
 from orchestrator.reporting.pareto import KEPT_SHARE, Front, FrontPoint
 from orchestrator.workspace.errors import UserError
 
-PickRuleName = Literal["keep", "budget", "knee", "best", "cheapest"]
+PickRuleName = Literal["keep", "budget", "knee", "best", "cheapest", "draft"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,8 @@ class PickRule:
     """For `keep`: smallest share of the draws in which the quality is kept."""
     budget: float = 0.0
     """For `budget`: highest cost, in the unit of the front's cost axis."""
+    model: str = ""
+    """For `draft`: name of the full model."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.share <= 2.0:
@@ -59,6 +63,9 @@ def pick_from_front(front: Front, rule: PickRule) -> FrontPoint:
     Raises:
         UserError: If no model meets the rule; the message names the nearest.
     """
+    if rule.name == "draft":
+        draft = pick_draft(front.results, rule.model)
+        return next(point for point in front.points if point.result.key == draft.key)
     if not front.members:
         raise UserError(f"no trial of this sweep has been measured in {front.axes.in_words} yet")
     if rule.name == "keep":

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
-from orchestrator.records.trial import Trial, TrialCost, TrialTraining
+from orchestrator.records.trial import Trial, TrialCost, TrialDecoding, TrialTraining
 from orchestrator.reporting.pareto import FrontPoint
 from orchestrator.workspace.provenance import content_key
 
@@ -69,6 +69,7 @@ def _average(group: Sequence[Trial]) -> Trial:
             "quality": _average_quality([result.quality for result in group]),
             "cost": TrialCost(**_means([result.cost.numbers() for result in group])),
             "train": TrialTraining(**train, seeds=len(group)),
+            "decoding": TrialDecoding(**_means([result.decoding.numbers() for result in group])),
             "seed": None,
             "group": None,
         }

@@ -2,8 +2,8 @@
 
 The sweep's folder holds its plan and settings. Finished trials are found by their keys and not run
 again, so the same command resumes after any interruption. After each trial the sweep's MLflow run
-gets the front so far. Milliseconds are measured last, the models taking turns, because trials
-that run at the same time would disturb the clock.
+gets the front so far. Milliseconds, also those of drafts, are measured last, the models taking
+turns, because trials that run at the same time would disturb the clock.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import SETTINGS_NAME, Settings, flatten, to_yaml
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop
 from orchestrator.sweeping.decode_times import with_costs
+from orchestrator.sweeping.decoding import with_decoding
 from orchestrator.sweeping.front_history import FrontHistory
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trial_states import StoredPlan, stored_plan
@@ -109,7 +110,8 @@ def run_sweep(
         sweep.delete_teacher_caches()
         stopped = sweep.track_early_stops()
         found = _finished_trials(sweep.plan, sweep.failures)
-        results = with_costs(found, sweep.plan, folder, settings, progress)
+        costed = with_costs(found, sweep.plan, folder, settings, progress)
+        results = with_decoding(costed, sweep.plan, folder, settings, progress)
     return SweepOutcome(
         plan=sweep.plan,
         folder=folder,

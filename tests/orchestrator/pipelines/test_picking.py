@@ -24,6 +24,7 @@ from orchestrator.pipelines.exporting import export
 from orchestrator.pipelines.generating import Sampling, TextGenerator
 from orchestrator.pipelines.picking import PickResult, pick
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
+from orchestrator.records.trial import TrialDecoding
 from orchestrator.reporting.pick_rules import PickRule
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.settings import read_settings
@@ -171,6 +172,39 @@ def test_a_pruned_model_is_the_teacher_under_its_schedule(
     assert choice.folder == tmp_path / "cheapest"
     model = IIETForCausalLM.from_pretrained(choice.folder)
     assert model.to_decoder().schedule == IterationSchedule((0, 0))
+
+
+def test_the_pick_of_a_draft_is_the_full_model_or_a_model_of_its_own(
+    context: Context, sweep: StoredSweep, tmp_path: Path
+) -> None:
+    full, student, pruned = sweep.results
+
+    def picked(name: str, *speed_ups: float) -> tuple[PickResult, IterationSchedule]:
+        drafts = [
+            trial.model_copy(
+                update={
+                    "decoding": TrialDecoding(
+                        acceptance=0.9, exact_ms_per_token=2.0, speed_up=speed_up
+                    )
+                }
+            )
+            for trial, speed_up in zip((student, pruned), speed_ups, strict=True)
+        ]
+        changed = sweep.model_copy(update={"name": name, "results": (full, *drafts)})
+        changed.store(context.workspace)
+        rule = PickRule(name="draft", model="teacher")
+        choice = pick_from(context, name, rule, to=tmp_path / name)
+        model = IIETForCausalLM.from_pretrained(choice.folder)
+        assert version_of(context, name, "draft").description == choice.sentence
+        return choice, model.to_decoder().schedule
+
+    choice, schedule = picked("own-weights", 1.1, 1.3)
+    assert choice.point.result.key == "pruned"
+    assert schedule == IterationSchedule((2, 1)), "the full model drafts under 0,0"
+    assert "takes 2.00 ms a token with 0,0 as its draft (90% of" in choice.sentence
+    choice, schedule = picked("other-weights", 1.3, 1.1)
+    assert choice.point.result.key == "cheap"
+    assert schedule == IterationSchedule((1, 0))
 
 
 def test_picking_again_makes_no_second_version(context: Context, sweep: StoredSweep) -> None:

@@ -1,0 +1,178 @@
+"""How the models of a sweep decode, measured once, when all trials have ended.
+
+    drafts         acceptance of each schedule, and time per token of the full model's exact output
+    slot per layer loss and agreement with `--kv last`, on request
+
+Only text is generated, so sweeps on other data have no such numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from iiet.decoder import Decoder
+from iiet.schedule import IterationSchedule
+from orchestrator.cluster.launch import trial_device
+from orchestrator.data.prepared import PreparedData
+from orchestrator.data.sources import open_data
+from orchestrator.data.token_store import TokenStore
+from orchestrator.evaluation.draft_speed import NEW_TOKENS, PROMPT_TOKENS, measure_draft
+from orchestrator.evaluation.kv_strategies import compare_kv_strategies
+from orchestrator.records.record import Record
+from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.trial import Trial, TrialDecoding
+from orchestrator.reporting.drafts import draft_targets
+from orchestrator.reporting.pareto import find_front
+from orchestrator.reporting.shown_points import MAX_SHOWN, shown_points
+from orchestrator.settings import Settings
+from orchestrator.terminal.formatting import format_count
+from orchestrator.terminal.progress import Progress
+from orchestrator.training.checkpoint import DTYPES
+from orchestrator.training.model_loading import load_model
+from orchestrator.training.precision import device_precision
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.provenance import content_key, environment
+
+DECODING_NAME = "decoding.json"
+NUM_TEXTS = 32
+"""Beginnings of held-out text that are continued."""
+
+
+class _StoredDecoding(Record):
+    """What was measured on one machine."""
+
+    state: str
+    """Hash of the kind of device, this machine and its libraries."""
+    by_name: dict[str, TrialDecoding]
+    """Name of a measurement -> its numbers."""
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    trial: Trial
+    full: Trial | None
+    """The model that the trial drafts for; None for a comparison of cache strategies."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.trial.key} for {self.full.key}" if self.full else f"{self.trial.key} kv"
+
+
+def with_decoding(
+    results: Sequence[Trial], plan: SweepPlan, folder: Path, settings: Settings, progress: Progress
+) -> list[Trial]:
+    """Add what the settings ask for; costs must be known. What is stored is not measured again."""
+    wanted = _wanted(results, settings)
+    if not wanted or _text_of(open_data(plan.tokens_folder)) is None:
+        return list(results)
+    path, on_gpu = folder / DECODING_NAME, ["GPU"] if settings.trials_use_gpus else []
+    state = content_key(environment(), NEW_TOKENS, *on_gpu)
+    stored = _StoredDecoding.read_measured(path, progress.note)
+    known = stored.by_name if stored and stored.state == state else {}
+    if missing := [one for one in wanted if one.name not in known]:
+        progress.start("decoding", len(missing))
+        work = partial(_measure, missing, Path(plan.tokens_folder))
+        known = {**known, **trial_device(settings, folder)(work, progress)}
+        _StoredDecoding(state=state, by_name=known).write(path)
+    numbers: dict[str, dict[str, float]] = {}
+    for one in wanted:
+        if one.name in known:
+            numbers.setdefault(one.trial.key, {}).update(known[one.name].numbers())
+    return [
+        result.model_copy(update={"decoding": TrialDecoding(**numbers.get(result.key, {}))})
+        for result in results
+    ]
+
+
+def _wanted(results: Sequence[Trial], settings: Settings) -> list[_Measurement]:
+    """Return the measurements of the models that tables show."""
+    shown = list(results)
+    if len(shown) > MAX_SHOWN:
+        keys = {point.result.key for point in shown_points(find_front(results))}
+        shown = [result for result in results if result.key in keys]
+    targets = draft_targets(results) if settings.sweep.measure_drafts else {}
+    wanted = [_Measurement(one, targets[one.key]) for one in shown if one.key in targets]
+    if settings.sweep.measure_kv_last:
+        wanted += [_Measurement(one, None) for one in shown if one.schedule and one.checkpoint]
+    return wanted
+
+
+def _text_of(data: PreparedData) -> TokenStore | None:
+    return next((part for part in data.parts if isinstance(part, TokenStore)), None)
+
+
+def _measure(
+    wanted: Sequence[_Measurement], tokens_folder: Path, device: str, progress: Progress
+) -> dict[str, TrialDecoding]:
+    text = _text_of(open_data(tokens_folder))
+    assert text is not None
+    found: dict[str, TrialDecoding] = {}
+    full: tuple[str, Decoder] | None = None
+    for one in sorted(wanted, key=lambda one: one.full.key if one.full else ""):
+        try:
+            if one.full is None:
+                model = _load(one.trial, device)
+                found[one.name] = _kv_numbers(model, _texts(text, model))
+            else:
+                if full is None or full[0] != one.full.key:
+                    full = one.full.key, _load(one.full, device)
+                found[one.name] = _draft_numbers(full[1], one, _texts(text, full[1]), device)
+        except UserError as error:
+            progress.note(f"{one.trial.name}: decoding is not measured: {error}")
+        progress.advance(len(found))
+    progress.finish(_summary(found))
+    return found
+
+
+def _load(trial: Trial, device: str) -> Decoder:
+    return load_model(
+        Path(str(trial.checkpoint)),
+        device=device,
+        dtype=DTYPES[device_precision(device)],
+        schedule=trial.model.corrections,
+        frozen=True,
+    )
+
+
+def _texts(text: TokenStore, model: Decoder) -> Tensor:
+    """Return held-out sequences, (texts, time), a prompt and the length of its continuation."""
+    length = min(PROMPT_TOKENS + NEW_TOKENS, model.config.context_length)
+    (batch,) = text.validation_batches(
+        context_length=length, num_tokens=NUM_TEXTS * length, batch_size=NUM_TEXTS
+    )
+    return batch.input_ids
+
+
+def _draft_numbers(full: Decoder, one: _Measurement, texts: Tensor, device: str) -> TrialDecoding:
+    assert one.full is not None
+    draft: Decoder | IterationSchedule = one.trial.model.corrections
+    if one.trial.checkpoint != one.full.checkpoint:
+        draft = _load(one.trial, device)
+    speed = measure_draft(full, draft, texts)
+    return TrialDecoding(
+        acceptance=speed.acceptance,
+        exact_ms_per_token=speed.ms_per_token,
+        speed_up=speed.speed_up,
+    )
+
+
+def _kv_numbers(model: Decoder, texts: Tensor) -> TrialDecoding:
+    found = compare_kv_strategies(model, texts)
+    return TrialDecoding(
+        kv_exact_loss=found.exact_loss,
+        kv_last_loss=found.last_loss,
+        kv_last_agreement=found.agreement,
+    )
+
+
+def _summary(found: Mapping[str, TrialDecoding]) -> str:
+    speed_ups = [one.speed_up for one in found.values() if one.speed_up is not None]
+    counted = format_count(len(found), "measurement")
+    if not speed_ups:
+        return counted
+    return f"{counted}, the best draft makes exact output {max(speed_ups):.2f} times as fast"

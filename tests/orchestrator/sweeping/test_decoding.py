@@ -1,0 +1,76 @@
+"""The end of a sweep: drafts and cache strategies are measured once, for text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from iiet.schedule import IterationSchedule
+from orchestrator.data.depth.store import write_depth
+from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.trial import Trial
+from orchestrator.settings import DataSettings, Settings, resolve_settings
+from orchestrator.settings.depth import DepthSettings
+from orchestrator.sweeping import decoding
+from orchestrator.sweeping.decoding import with_decoding
+from orchestrator.sweeping.trials import checkpoint_trial, exact_cost
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.folders import open_workspace
+
+
+@pytest.fixture
+def results(tiny_plan: SweepPlan, tmp_path: Path) -> list[Trial]:
+    """A teacher, and its weights without corrections."""
+    teacher = tiny_plan.trials[0]
+    assert teacher.role == "teacher"
+    config = teacher.model
+    pruned = checkpoint_trial(
+        "trial",
+        "0,0",
+        Path(str(teacher.checkpoint)),
+        replace(config, schedule=IterationSchedule.none(2)),
+        teacher.suite,
+        open_workspace(tmp_path),
+    )
+    return [
+        trial.model_copy(update={"cost": exact_cost(trial.model, config)})
+        for trial in (teacher, pruned)
+    ]
+
+
+def measured(
+    results: list[Trial], plan: SweepPlan, folder: Path, *changes: str
+) -> tuple[Trial, Trial]:
+    settings: Settings = resolve_settings({}, changes)
+    full, pruned = with_decoding(results, plan, folder, settings, Progress())
+    return full, pruned
+
+
+def test_the_pruned_teacher_is_measured_as_the_teachers_draft(
+    results: list[Trial], tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, pruned = measured(results, tiny_plan, tmp_path)
+    assert full.decoding.numbers() == {}
+    assert set(pruned.decoding.numbers()) == {"acceptance", "exact_ms_per_token", "speed_up"}
+    assert 0 <= pruned.metrics()["decoding/acceptance"] <= 1
+    both = measured(results, tiny_plan, tmp_path, "sweep.measure_kv_last=true")
+    assert both[0].decoding.kv_last_agreement is not None
+    assert both[1].decoding.kv_last_agreement == 1.0, "without corrections there is one slot"
+    assert both[1].decoding.exact_ms_per_token == pruned.decoding.exact_ms_per_token
+
+    monkeypatch.setattr(decoding, "_measure", pytest.fail)
+    assert measured(results, tiny_plan, tmp_path, "sweep.measure_kv_last=true") == both
+    assert measured(results, tiny_plan, tmp_path) == (full, pruned)
+    off = measured(results, tiny_plan, tmp_path, "sweep.measure_drafts=false")
+    assert list(off) == results
+
+
+def test_depth_tasks_are_not_generated(
+    results: list[Trial], tiny_plan: SweepPlan, tmp_path: Path
+) -> None:
+    depth = DepthSettings(tasks=("phop_2",), num_symbols=2, length=8)
+    tokens = write_depth(DataSettings(source="depth", depth=depth), tmp_path)
+    plan = tiny_plan.model_copy(update={"tokens_folder": str(tokens)})
+    assert list(measured(results, plan, tmp_path)) == results
