@@ -52,7 +52,7 @@ def writer(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> TextG
     return TextGenerator(write(Decoder(config), tmp_path_factory.mktemp("run"), tiny_tokens))
 
 
-def write(decoder: Decoder, folder: Path, tokens: Path) -> Path:
+def write(decoder: Decoder, folder: Path, tokens: Path, **provenance: Any) -> Path:
     return save_checkpoint(
         folder,
         1,
@@ -60,7 +60,7 @@ def write(decoder: Decoder, folder: Path, tokens: Path) -> Path:
         weights=decoder.state_dict(),
         training_state={},
         tokenizer_path=open_tokens(tokens).tokenizer_path,
-        provenance={},
+        provenance=provenance,
     )
 
 
@@ -106,6 +106,17 @@ def test_drafts_change_no_text(writer: TextGenerator, draft: str) -> None:
         prompts = ["a", "abc def ghi", "lmno pa"]
         assert drafting.continue_all(prompts, sampling) == writer.continue_all(prompts, sampling)
     assert drafting.record.drafted > 0
+
+
+def test_elastic_weights_draft_under_the_schedules_that_they_learned(
+    writer: TextGenerator, tiny_tokens: Path, tmp_path: Path
+) -> None:
+    folder = write(writer.decoder, tmp_path, tiny_tokens, elastic=["1,1", "1,0"])
+    drafting = TextGenerator(folder, drafting=Drafting(draft="auto", num_tokens=2))
+    "".join(drafting.stream("abc", FEW))
+    assert drafting.record is not None
+    assert set(drafting.record.rounds_by_draft) <= {"1,1", "1,0"}
+    assert drafting.record.rounds_by_draft
 
 
 def test_a_draft_that_does_not_fit_is_refused(writer: TextGenerator) -> None:
