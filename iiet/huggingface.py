@@ -11,7 +11,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -32,7 +32,10 @@ from transformers.utils.generic import can_return_tuple
 from iiet.config import ModelConfig
 from iiet.context import get_record, set_record
 from iiet.decoder import Decoder
+from iiet.drafted_generation import generate_with_drafts
 from iiet.precision import KeepsFloat32
+from iiet.schedule import IterationSchedule
+from iiet.speculative import DraftRecord
 
 __all__ = ["IIETConfig", "IIETForCausalLM", "fast_tokenizer"]
 
@@ -55,6 +58,8 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     corrections: list[int] | tuple[int, ...] | str | int | None = None
     """The iteration schedule: corrections per layer, text ("1,0,0", "3..0"), or one number for all
     layers; None for methods without corrections."""
+    elastic_schedules: list[str] | None = None
+    """Cheaper schedules that the weights learned, for `draft="auto"`; None: none in particular."""
     vocab_size: int = 32000
     hidden_size: int = 512
     num_hidden_layers: int = 12
@@ -123,6 +128,9 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
     # Layers read each other's estimates, so a decoder stays on one device.
     _no_split_modules = ["Decoder"]  # noqa: RUF012
 
+    draft_record: DraftRecord | None = None
+    """What the drafts of the last `generate` with `draft=` did."""
+
     def __init__(self, config: IIETConfig) -> None:
         _check_attention(config._attn_implementation)
         super().__init__(config)
@@ -175,6 +183,7 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = 0,
         output_hidden_states: bool | None = None,
+        schedule: str | IterationSchedule | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits and, given labels, the loss.
@@ -193,6 +202,7 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
             output_hidden_states: whether to return L + 1 hidden states, each (batch, time, dim), as
                 a Llama does: the embeddings, `h_1..h_{L-1}`, and `h_L` after the final norm.
                 (`Decoder` returns `h_L` before the norm.)
+            schedule: iteration schedule of this call, as value or text, instead of the config's.
             others: `past_key_values`, the older name of `cache`; `num_items_in_batch` and
                 `shift_labels`, for the loss; `cache_position`, which must continue the cache;
                 `token_type_ids` of one type, which some tokenizers return. Anything else must be
@@ -212,12 +222,14 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
             output_hidden_states = self.config.output_hidden_states
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        decoder = self._under(schedule)
         if cache is not None:
-            _prepare_cache(cache, self.decoder.evaluations_per_layer())
+            _prepare_cache(cache, decoder.evaluations_per_layer())
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds, input_ids = self.decoder.embedding(input_ids), None
         found = self.decoder(
             input_ids,
+            schedule=None if schedule is None else decoder.schedule,
             inputs_embeds=inputs_embeds,
             cache=cache,
             attention_mask=attention_mask,
@@ -239,6 +251,69 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
                 logits, labels, vocab_size=self.config.vocab_size, **loss_options
             )
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache, hidden_states=hidden)
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *,
+        schedule: str | IterationSchedule | None = None,
+        draft: str | IterationSchedule | None = None,
+        draft_tokens: int | Literal["auto"] = "auto",
+        **options: Any,
+    ) -> Any:
+        """Do transformers' `generate`; with a draft, the same tokens in fewer passes.
+
+        Args:
+            schedule: iteration schedule of this request, as value or text, instead of the config's.
+            draft: a cheaper schedule that proposes tokens, or `auto` for the best one; the model
+                verifies several at once. Sampled tokens are others than without a draft from the
+                same seed, with the same distribution.
+            draft_tokens: how many tokens to propose at once; `auto`: as many as are expected to
+                pay.
+
+        Raises:
+            ValueError: a schedule does not fit, or a draft is asked for with what it does not
+                serve, such as beams.
+        """
+        if draft is None:
+            if draft_tokens != "auto":
+                raise ValueError(f"draft_tokens={draft_tokens!r} needs draft=")
+            asked = {} if schedule is None else {"schedule": self._under(schedule).schedule}
+            return super().generate(inputs, generation_config, **asked, **options)
+        decoder = self._under(schedule)
+        is_length_given = any(
+            config is not None and config.max_length is not None
+            for config in (generation_config, self.generation_config)
+        ) or options.get("max_length")
+        prepared = self._prepare_generation_config(generation_config, **options)  # type: ignore[misc]
+        config, others = prepared
+        settings = config.to_dict()
+        if not is_length_given:
+            settings["max_length"] = None
+        prompts = others.pop("input_ids", None) if inputs is None else inputs
+        mask = others.pop("attention_mask", None)
+        tokens, self.draft_record = generate_with_drafts(
+            decoder,
+            prompts,
+            settings={**settings, **others},
+            defaults=config._get_default_generation_params(),
+            draft=draft if isinstance(draft, str) else str(draft),
+            draft_tokens=draft_tokens,
+            family=[
+                IterationSchedule.parse(text, num_layers=self.config.num_hidden_layers)
+                for text in self.config.elastic_schedules or ()
+            ],
+            attention_mask=mask,
+        )
+        return tokens
+
+    def _under(self, schedule: str | IterationSchedule | None) -> Decoder:
+        """Return the decoder under a schedule; under its own for None."""
+        if schedule is None:
+            return self.decoder
+        num_layers = self.config.num_hidden_layers
+        return self.decoder.with_schedule(IterationSchedule.parse(schedule, num_layers=num_layers))
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding."""
