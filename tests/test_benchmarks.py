@@ -22,6 +22,7 @@ NUM_ROWS = {
     "decoding": 6,
     "quantized_weights": 6,
     "schedules": 8,
+    "speculation": 18,
     "teacher_cache": 4,
     "training": 4,
     "evaluation": 2,

@@ -183,6 +183,12 @@ def export(
     measure: Annotated[
         bool, typer.Option(help="Evaluate the model for its card, unless that is done.")
     ] = True,
+    conformance: Annotated[
+        bool,
+        typer.Option(
+            "--conformance", help="Add logits, and a script that holds other engines to them."
+        ),
+    ] = False,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -199,6 +205,7 @@ def export(
             to=to,
             schedule=schedule,
             measure=measure,
+            conformance=conformance,
             **session.common,
         )
         print_line(session.console, f"exported: {folder}")

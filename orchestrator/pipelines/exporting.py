@@ -17,6 +17,7 @@ from iiet.influence import InfluenceTable
 from iiet.weights import CONFIG
 from orchestrator.cluster.launch import command_device
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
+from orchestrator.evaluation.conformance import write_conformance
 from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.evaluation.model_tokenizer import PlainTokenizer
 from orchestrator.pipelines.context import Context, open_context
@@ -64,6 +65,7 @@ def export(
     to: Path | str | None = None,
     schedule: str | None = None,
     measure: bool = True,
+    conformance: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Export a checkpoint with its card, and return the folder.
@@ -74,6 +76,8 @@ def export(
         to: Folder to write; under the workspace, named by the run, when unset.
         schedule: Iteration schedule as typed, if not the checkpoint's own.
         measure: Evaluate the model for the card. If that fails, the card is without quality.
+        conformance: Add logits of decode steps, and a script that holds other implementations to
+            them.
 
     Raises:
         UserError: If the checkpoint, the schedule or the folder cannot be used.
@@ -97,7 +101,12 @@ def export(
         context, checkpoint, decoder.config, evaluation, metric=settings.influence.metric
     )
     return export_checkpoint(
-        checkpoint, folder, decoder=decoder, card=card, progress=context.progress
+        checkpoint,
+        folder,
+        decoder=decoder,
+        card=card,
+        conformance=conformance,
+        progress=context.progress,
     )
 
 
@@ -107,6 +116,7 @@ def export_checkpoint(
     *,
     decoder: Decoder,
     card: ModelCard,
+    conformance: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Export the decoder with the checkpoint's tokenizer and text files, and return the folder.
@@ -116,6 +126,7 @@ def export_checkpoint(
         folder: Created if missing; replaced if it is an earlier export and nothing else.
         decoder: The model; its own schedule becomes the default.
         card: Text of `README.md`.
+        conformance: Add the conformance file and its script.
 
     Raises:
         UserError: If the folder holds something else or cannot be written, the tokenizer has no
@@ -144,6 +155,8 @@ def export_checkpoint(
                 token_ids=token_ids,
                 text_files=text_files or None,
             )
+            if conformance:
+                write_conformance(decoder, temporary)
             write_text(temporary / CARD, card.to_markdown())
             lines = [f"{file_digest(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
             write_text(temporary / MANIFEST, "".join(lines))
