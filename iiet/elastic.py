@@ -20,9 +20,12 @@ from torch import Tensor
 
 from iiet.batch import Batch
 from iiet.chunked_loss import LazyLogits, Logits
+from iiet.config import ModelConfig
+from iiet.cost import training_flops_per_token
 from iiet.distillation import DistillationConfig, Model, student_loss
+from iiet.schedule import IterationSchedule
 
-__all__ = ["AnswerKeeper", "member_loss"]
+__all__ = ["AnswerKeeper", "member_flops_per_token", "member_loss"]
 
 
 class AnswerKeeper:
@@ -68,3 +71,11 @@ def member_loss(
         return student_loss(lambda _: fixed, batch, config=config)(logits)
 
     return loss_of
+
+
+def member_flops_per_token(
+    config: ModelConfig, member: IterationSchedule, loss: DistillationConfig
+) -> float:
+    """Count a member's forward and backward pass, and the full schedule's logits once more."""
+    again = 2 * config.dim * config.vocab_size if loss.kl_weight else 0
+    return training_flops_per_token(config, member) + again

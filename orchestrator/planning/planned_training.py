@@ -16,6 +16,7 @@ from typing import Any, Literal
 from iiet.config import ModelConfig
 from iiet.cost import num_parameters, training_flops_per_token
 from iiet.distillation import DistillationConfig
+from iiet.elastic import member_flops_per_token
 from iiet.schedule import IterationSchedule
 from iiet.training_memory import TrainingMemory, training_memory
 from orchestrator.records.training import TrainingJob
@@ -25,7 +26,12 @@ from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_che
 from orchestrator.training.first_stage import FirstStage, first_stage_of
 from orchestrator.training.job import sequences_per_step
 from orchestrator.training.learning_rate import stable_steps
-from orchestrator.training.schedules import drawn_by_step, elastic_family, schedule_by_step
+from orchestrator.training.schedules import (
+    drawn_by_step,
+    elastic_family,
+    member_distillation,
+    schedule_by_step,
+)
 from orchestrator.training.teacher_cache import CachePlan, cache_plan
 from orchestrator.workspace.errors import UserError
 
@@ -101,14 +107,19 @@ class PlannedTraining:
     @cached_property
     def flops(self) -> float:
         """Training FLOPs of these steps, without a teacher's."""
-        drawn_at = drawn_by_step(self.config.corrections, self.recipe)
-        trained = Counter(self.stages)
-        if self.recipe.elastic:
-            trained.update(chain.from_iterable(map(drawn_at, self.steps_left)))
-        return self.recipe.num_tokens_per_step * sum(
+        trained = [
             times * training_flops_per_token(self.config, schedule)
-            for schedule, times in trained.items()
-        )
+            for schedule, times in self.stages.items()
+        ]
+        if self.recipe.elastic:
+            drawn_at = drawn_by_step(self.config.corrections, self.recipe)
+            loss = member_distillation(self.recipe.elastic)
+            drawn = Counter(chain.from_iterable(map(drawn_at, self.steps_left)))
+            trained += [
+                times * member_flops_per_token(self.config, member, loss)
+                for member, times in drawn.items()
+            ]
+        return self.recipe.num_tokens_per_step * sum(trained)
 
     @property
     def num_members(self) -> int:

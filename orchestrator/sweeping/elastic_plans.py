@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from iiet.config import ModelConfig
 from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
 from orchestrator.planning.planned_training import PlannedTraining, planned_training
 from orchestrator.planning.price import trial_group
-from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, ElasticSettings, Settings, TrainingSettings
 from orchestrator.sweeping.student_plans import (
@@ -27,6 +27,7 @@ from orchestrator.sweeping.student_plans import (
 from orchestrator.sweeping.trials import evaluation_key, trained_trial
 from orchestrator.terminal.formatting import format_count
 from orchestrator.training.checkpoint import checkpoint_name, load_config
+from orchestrator.training.job import job_key
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
@@ -95,7 +96,7 @@ def _served(trained: Trial, member: FamilyMember, workspace: Workspace) -> Trial
     assert job is not None
     config = replace(trained.model, schedule=member.schedule)
     # The key is that of the training, because the weights are not known before it.
-    weights = content_key("elastic", trained.key, config.to_dict())
+    weights = content_key("elastic", job_key(job), config.to_dict())
     label = _label(member.schedule)
     return trained.model_copy(
         update={
@@ -145,29 +146,47 @@ def costliest_elastic(settings: Settings, teacher: ModelConfig) -> list[PlannedT
     ]
 
 
-def elastic_savings(settings: Settings, trials: Sequence[Trial], teachers: Path) -> str:
-    """Say what the elastic training costs, and what it saves against separate students.
+class ElasticFlops(NamedTuple):
+    """Training FLOPs of all seeds of a sweep, from the first step on."""
+
+    elastic: float
+    """Of the elastic weights."""
+    separate: float
+    """Of the student of each schedule, what their teacher computes included."""
+
+    @property
+    def share(self) -> float:
+        """Share of the separate students' FLOPs that the elastic weights take."""
+        return self.elastic / self.separate
+
+
+def elastic_flops(settings: Settings, trials: Sequence[Trial], teachers: Path) -> ElasticFlops:
+    """Return what elastic weights cost, and what the separate students of a sweep would cost.
 
     Args:
+        settings: Sections `sweep` and `distillation`.
         trials: Those of elastic weights; at least one.
         teachers: Folder of stored teacher outputs.
     """
     jobs = [trial.job for trial in trials if trial.job]
-    own = sum(_from_start(job).flops for job in jobs)
+    own = sum(replace(planned_training(job), steps_done=0).flops for job in jobs)
     recipe = without_elastic(settings).distillation.training
     models = {trial.model.corrections: (trial.model, recipe) for trial in trials}
     students = unplanned_trainings(settings, jobs[0].model, [*models.values()])
     group = trial_group(students, settings, teachers)
-    separate = sum(each.flops for each in group.trainings) + group.teacher_flops
+    return ElasticFlops(own, sum(each.flops for each in group.trainings) + group.teacher_flops)
+
+
+def elastic_savings(settings: Settings, trials: Sequence[Trial], teachers: Path) -> str:
+    """Say what `elastic_flops` returns."""
+    jobs = [trial.job for trial in trials if trial.job]
+    flops = elastic_flops(settings, trials, teachers)
     runs = "one elastic training" if len(jobs) == 1 else f"{len(jobs):,} elastic trainings"
     return (
-        f"{runs} of {jobs[0].recipe.num_steps:,} steps: {own:.3g} FLOPs, {own / separate:.0%} of "
-        f"the {separate:.3g} of {format_count(len(students), 'separate student')}"
+        f"{runs} of {jobs[0].recipe.num_steps:,} steps: {flops.elastic:.3g} FLOPs, "
+        f"{flops.share:.0%} of the {flops.separate:.3g} of "
+        f"{format_count(len(trials), 'separate student')}"
     )
-
-
-def _from_start(job: TrainingJob) -> PlannedTraining:
-    return replace(planned_training(job), steps_done=0)
 
 
 def without_elastic(settings: Settings) -> Settings:

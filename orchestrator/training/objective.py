@@ -15,7 +15,7 @@ from iiet.losses import batch_cross_entropy
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import ElasticSettings
 from orchestrator.training.distributed import with_all_gradients
-from orchestrator.training.schedules import ScheduleByStep, SchedulesByStep
+from orchestrator.training.schedules import ScheduleByStep, SchedulesByStep, member_distillation
 
 Objective = Callable[[Model, Batch, int], tuple[Tensor, Mapping[str, Tensor]]]
 """(model, batch, step) -> scalar loss, named parts. All are means that divide by the batch's
@@ -79,7 +79,7 @@ def elastic_passes(drawn_at: SchedulesByStep, elastic: ElasticSettings) -> Passe
     The parts of the first pass are those of the objective and `full_loss`; the others add
     `member_loss` (their mean cross-entropy) and `member_kl`.
     """
-    config = DistillationConfig(kl_weight=elastic.kl_weight, temperature=elastic.temperature)
+    config = member_distillation(elastic)
 
     def passes_of(objective: Objective, step: int) -> Sequence[Objective]:
         members = drawn_at(step)

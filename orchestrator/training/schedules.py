@@ -11,6 +11,7 @@ from iiet.config import ModelConfig
 from iiet.cost import inference_cost, training_flops_per_token
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig, Model
+from iiet.elastic import member_flops_per_token
 from iiet.schedule import IterationSchedule
 from orchestrator.data.keyed_random import random_bits
 from orchestrator.records.training import TrainingJob
@@ -95,6 +96,12 @@ def checked_family(
     return recipe.model_copy(update={"elastic": elastic.model_copy(update={"schedules": names})})
 
 
+def member_distillation(elastic: ElasticSettings | None) -> DistillationConfig:
+    """Return what members learn from the full schedule."""
+    elastic = elastic or ElasticSettings()
+    return DistillationConfig(kl_weight=elastic.kl_weight, temperature=elastic.temperature)
+
+
 def members_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> SchedulesByStep:
     """Return the family of each step, costliest first, from which `drawn_by_step` draws.
 
@@ -145,11 +152,17 @@ def flops_per_token_by_step(
     if isinstance(teacher, Decoder):
         teacher_flops = inference_cost(teacher.config).forward_flops_per_token
 
+    loss = member_distillation(job.recipe.elastic)
+
     @lru_cache
     def student_flops(schedule: IterationSchedule) -> float:
         return float(training_flops_per_token(config, schedule))
 
+    @lru_cache
+    def member_flops(member: IterationSchedule) -> float:
+        return float(member_flops_per_token(config, member, loss))
+
     return lambda step: (
-        sum(map(student_flops, drawn_at(step)), start=student_flops(schedule_at(step)))
+        sum(map(member_flops, drawn_at(step)), start=student_flops(schedule_at(step)))
         + (teacher_flops if distillation.uses_teacher(step) else 0.0)
     )

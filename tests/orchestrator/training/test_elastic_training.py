@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from orchestrator.training.distributed import World
 from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.job import job_key, key_fields
 from orchestrator.training.loop import TrainingSetup, _compute_gradients
-from orchestrator.training.objective import elastic_passes, make_objective, single_pass
+from orchestrator.training.objective import Passes, elastic_passes, make_objective, single_pass
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.training.run import run_job
 from orchestrator.training.schedules import drawn_by_step
@@ -184,9 +185,12 @@ def test_a_resumed_run_equals_one_from_the_start_and_its_flops_are_planned(
     # The number of evaluations is that of the draws.
     drawn_at = drawn_by_step(whole.model.corrections, whole.recipe)
     trained = [IterationSchedule.none(2)] * 2 + [whole.model.corrections] * 6
-    trained += [schedule for step in range(8) for schedule in drawn_at(step)]
-    assert len(trained) == 2 + 6 * 3
-    flops = 32 * sum(training_flops_per_token(whole.model, one) for one in trained)
+    drawn_ones = [schedule for step in range(8) for schedule in drawn_at(step)]
+    assert len(drawn_ones) == 6 * 2
+    flops = sum(training_flops_per_token(whole.model, one) for one in trained + drawn_ones)
+    # Each member computes the full schedule's logits again.
+    flops += len(drawn_ones) * 2 * whole.model.dim * whole.model.vocab_size
+    flops *= 32
     assert outcome.training_flops == pytest.approx(flops)
     planned = PlannedTraining(config=whole.model, recipe=whole.recipe)
     assert planned.flops == pytest.approx(flops)
@@ -203,6 +207,59 @@ def test_a_resumed_run_equals_one_from_the_start_and_its_flops_are_planned(
         for one in (plain, whole)
     ]
     assert stages[0] == stages[1] is not None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16"},
+        {"activation_checkpointing": True, "num_sequences_per_pass": 1},
+        {"compile": False, "checkpoint_every_steps": 3},
+    ],
+    ids=str,
+)
+def test_memory_and_precision_change_rounding_alone(
+    changes: dict[str, Any], tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    def loss(name: str, **more: Any) -> float:
+        job = TrainingJob(
+            run_folder=str(tmp_path / name),
+            tokens_folder=str(tiny_tokens),
+            model={**tiny_model, "schedule": [2, 2]},
+            recipe=TrainingSettings(**{**RECIPE, **more}),
+        )
+        return run_job(job).validation_loss
+
+    tolerance = 0.03 if "precision" in changes else 1e-5
+    assert loss("changed", **changes) == pytest.approx(loss("plain"), abs=tolerance)
+
+
+def test_the_sources_of_a_mixture_have_the_losses_of_the_full_schedule(
+    tiny_model: dict[str, Any],
+) -> None:
+    decoder = Decoder(ModelConfig.from_dict({**tiny_model, "schedule": [2, 2]})).double()
+    tokens = torch.randint(decoder.config.vocab_size, (2, 16))
+    batch = replace(Batch.of_text(tokens), sources=(tokens > 20).long())
+    batch = batch.counted_as(batch.num_targets, batch.num_positions)
+
+    def numbers(passes: Passes) -> dict[str, float]:
+        setup = TrainingSetup(
+            model=decoder,
+            optimizer=torch.optim.SGD(decoder.parameters()),
+            objective=make_objective(lambda _: decoder.schedule, source_names=("a", "b")),
+            passes=passes,
+            recipe=TrainingSettings(),
+            world=World(),
+        )
+        return _compute_gradients(setup, batch, 0)
+
+    none = IterationSchedule((0, 0))
+    plain = numbers(single_pass)
+    elastic = numbers(elastic_passes(lambda _: (none,), ElasticSettings()))
+    assert plain.keys() >= {"loss_a", "loss_b"}
+    for name in ("loss_a", "loss_b"):
+        assert elastic[name] == pytest.approx(plain[name], rel=1e-12)
+    assert elastic["full_loss"] == pytest.approx(plain["loss"], rel=1e-12)
 
 
 def test_at_weight_0_training_is_that_of_the_full_schedule(

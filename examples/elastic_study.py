@@ -1,0 +1,266 @@
+"""`python examples/elastic_study.py`: one set of weights for all schedules, or a student for each?
+
+For each teacher, of text (the shipped sweep `toy`) and of a task that needs depth (`depth`):
+
+    teacher     one model with corrections
+    elastic     elastic weights of several lengths of training, as multiples of a student's steps,
+                and once the separate student of each schedule; both under several seeds
+    longer      the teacher itself, trained on without a teacher for as many steps
+
+`results.md` compares them schedule by schedule, with paired intervals, and says whether the bars
+are met that were fixed before (`BARS` and `MAX_FLOPS`). Nothing is trained twice: the same command
+resumes after an interruption. It takes hours on a CPU:
+
+    python examples/elastic_study.py --dry-run
+    python examples/elastic_study.py --teachers depth --times 1 2
+    python examples/elastic_study.py --set distillation.training.elastic.num_drawn=3
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator import (
+    RunFailed,
+    Settings,
+    SweepResult,
+    Trial,
+    plan_pretrain,
+    plan_sweep,
+    prepare,
+    pretrain,
+    read_settings,
+    sweep,
+)  # fmt: skip
+from orchestrator.cli.app import exit_code_of
+from orchestrator.cli.printing import print_plan, print_report, print_training_plan
+from orchestrator.cli.session import Session, open_session
+from orchestrator.cluster.start import ray_cluster
+from orchestrator.data.preparation import find_prepared
+from orchestrator.pipelines.sweeps import raise_failures
+from orchestrator.reporting.elastic_section import ElasticSection
+from orchestrator.reporting.markdown import bullets, markdown_table
+from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.sweeping.elastic_plans import ElasticFlops, elastic_flops
+from orchestrator.terminal.layout import print_line
+from orchestrator.training.job import finished_outcome
+from orchestrator.training.pretraining_job import pretraining_job
+from orchestrator.workspace.files import write_text
+
+LOSS, ACCURACY = "quality/validation_loss", "quality/accuracy"
+MAX_FLOPS = 1 / 3
+"""Largest share of the separate students' training FLOPs."""
+EVERY_CORRECTION = 1e-30
+"""A threshold below every influence."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """How much worse than its separate student a schedule may be."""
+
+    quality: str
+    most: float
+    schedules: tuple[tuple[int, ...], ...] = ()
+    """Schedules that must meet it; all if empty."""
+
+
+TEACHERS: Mapping[str, tuple[str, ...]] = {
+    "text": ("toy",),
+    # Thresholds drop all corrections of the second layer at once; the knapsack one by one.
+    "depth": ("depth", "sweep.selection=knapsack"),
+}
+"""Teacher -> its shipped sweep, and what is changed in it."""
+BARS = {"text": Bar(LOSS, 0.003), "depth": Bar(ACCURACY, 0.02, ((0, 3), (0, 2)))}
+FULL_BAR = {"text": Bar(LOSS, 0.003)}
+"""How much worse than the teacher that was trained on the full schedule may be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Elastic weights of one length of training, beside students and the longer teacher."""
+
+    teacher: str
+    times: float
+    section: ElasticSection
+    longer: Trial
+    flops: ElasticFlops
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study, or print its plan; return the exit code as `iiet-orch` does."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workspace", type=Path, help="folder for all that is made")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes")
+    parser.add_argument("--teachers", nargs="+", choices=[*TEACHERS], default=[*TEACHERS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    parser.add_argument(
+        "--times", type=float, nargs="+", default=[1.0, 2.0, 4.0], metavar="X",
+        help="lengths of the elastic training, as multiples of a student's steps",
+    )  # fmt: skip
+    parser.add_argument("--name", default="elastic-study", help="prefix of the sweeps' names")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan")
+    options = parser.parse_args(arguments)
+
+    try:
+        usual = [f"sweep.seeds={options.seeds}", "sweep.elastic=true", "sweep.compare=true"]
+        settings = {
+            teacher: read_settings(file, [*changes, *usual, *options.changes])
+            for teacher in options.teachers
+            for file, *changes in [TEACHERS[teacher]]
+        }
+        is_dry = options.dry_run
+        with open_session(
+            options.workspace, "elastic-study", verbose=False, dry_run=is_dry
+        ) as session:
+            if is_dry:
+                print_plans(settings, options.times, session)
+            else:
+                run_study(settings, options.times, session, options.name)
+    except BaseException as error:
+        return exit_code_of(error)
+    return 0
+
+
+def print_plans(settings: Mapping[str, Settings], times: Sequence[float], session: Session) -> None:
+    """Print what is left of each teacher's training, or of its longest elastic sweep."""
+    workspace = session.workspace
+    for teacher, own in settings.items():
+        tokens = find_prepared(own.data, workspace.tokens)
+        outcome = finished_outcome(pretraining_job(own, workspace, tokens))
+        if outcome is None:
+            print_training_plan(session.console, plan_pretrain(own, workspace=workspace))
+            steps = ", ".join(f"{_steps(own, factor):,}" for factor in times)
+            print_line(session.console, f"  {teacher}: then elastic trainings of {steps} steps")
+        else:
+            longest = _of_length(own, max(times))
+            plan = plan_sweep(longest, workspace=workspace, teacher=outcome.checkpoint)
+            print_plan(session.console, plan)
+
+
+def run_study(
+    settings: Mapping[str, Settings], times: Sequence[float], session: Session, name: str
+) -> None:
+    """Run what is not finished, and write the results after each length of training.
+
+    Raises:
+        RunFailed: If a trial failed; the same command tries it again.
+    """
+    folder, readings = session.workspace.overlays / name, []
+    cluster = next(iter(settings.values())).cluster
+    with ray_cluster(cluster, folder=session.workspace.root, say=session.progress.start):
+        for teacher, own in settings.items():
+            for factor in times:
+                readings.append(_reading(teacher, own, factor, session, name))
+                write_text(folder / "results.md", study_markdown(readings))
+                print_line(session.console, f"study: {folder / 'results.md'}")
+
+
+def _reading(
+    teacher: str, settings: Settings, factor: float, session: Session, name: str
+) -> Reading:
+    workspace, progress = session.workspace, session.progress
+    prepare(settings, workspace=workspace, progress=progress)
+    checkpoint = pretrain(settings, workspace=workspace, progress=progress).checkpoint
+
+    def run(own: Settings, what: str) -> SweepResult:
+        found = sweep(
+            own,
+            workspace=workspace,
+            teacher=checkpoint,
+            baselines={},
+            name=f"{name}-{teacher}-{what}",
+            progress=progress,
+        )
+        print_report(session.console, found.report, workspace.root)
+        raise_failures(found.failures)
+        return found
+
+    own = _of_length(settings, factor)
+    both = run(own, f"x{factor:g}")
+    longer = run(_longer_teacher(own), f"longer-x{factor:g}")
+    section = both.report.elastic
+    if section is None:
+        raise RunFailed(f"the sweep {both.name} has no schedule that was trained both ways")
+    trials = average_seeds(longer.trials).results
+    return Reading(
+        teacher=teacher,
+        times=factor,
+        section=section,
+        longer=next(trial for trial in trials if trial.role == "trial"),
+        flops=elastic_flops(own, [t for t in both.trials if t.is_elastic], workspace.teachers),
+    )
+
+
+def _steps(settings: Settings, factor: float) -> int:
+    return round(factor * settings.distillation.training.num_steps)
+
+
+def _of_length(settings: Settings, factor: float) -> Settings:
+    own = settings.sweep.model_copy(update={"elastic_steps": _steps(settings, factor)})
+    return settings.model_copy(update={"sweep": own})
+
+
+def _longer_teacher(settings: Settings) -> Settings:
+    """Return the sweep that only trains the full schedule on, by cross-entropy."""
+    changes = {"elastic": False, "compare": False, "thresholds": (EVERY_CORRECTION,)}
+    recipe = settings.distillation.training.model_copy(
+        update={"num_steps": settings.sweep.elastic_steps, "elastic": None}
+    )
+    control = {"control": "cross_entropy", "training": recipe}
+    return settings.model_copy(
+        update={
+            "sweep": settings.sweep.model_copy(update=changes),
+            "distillation": settings.distillation.model_copy(update=control),
+        }
+    )
+
+
+def checks(reading: Reading) -> Iterator[tuple[str, float, float]]:
+    """Yield each bar: what is compared, how much worse it is, and how much it may be."""
+    bar = BARS[reading.teacher]
+    for row in reading.section.rows:
+        schedule = row.elastic.schedule or ()
+        if not bar.schedules or schedule in bar.schedules:
+            name = f"({row.elastic.schedule_text}) against its student"
+            yield name, _shortfall(bar.quality, row.elastic, row.student), bar.most
+    if full := FULL_BAR.get(reading.teacher):
+        elastic = reading.section.rows[0].elastic  # The costliest schedule.
+        shortfall = _shortfall(full.quality, elastic, reading.longer)
+        yield "the full schedule against the teacher trained on", shortfall, full.most
+    yield "share of the separate students' training FLOPs", reading.flops.share, MAX_FLOPS
+
+
+def _shortfall(quality: str, model: Trial, other: Trial) -> float:
+    difference = (model.value(quality) or 0.0) - (other.value(quality) or 0.0)
+    return difference if quality == LOSS else -difference
+
+
+def study_markdown(readings: Sequence[Reading]) -> str:
+    """Return the page of results."""
+    parts = ["# Elastic weights against separate students"]
+    for reading in readings:
+        found = list(checks(reading))
+        rows = [
+            (name, f"{value:.4f}", f"{most:.4f}", "yes" if value <= most else "no")
+            for name, value, most in found
+        ]
+        longer = reading.longer
+        full = [f"{metric.partition('/')[2]} {longer.value(metric):.4f}"
+                for metric in (LOSS, ACCURACY) if longer.value(metric) is not None]  # fmt: skip
+        parts += [
+            f"## {reading.teacher}, elastic training of {reading.times:g} times a student's steps",
+            reading.section.to_markdown(),
+            bullets([f"The teacher, trained on for as many steps: {', '.join(full)}."]),
+            markdown_table(("bar", "worse by", "at most", "met"), rows),
+        ]
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
