@@ -14,6 +14,7 @@ from pathlib import Path
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable
+from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
 from orchestrator.cluster.launch import command_device
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
@@ -33,8 +34,10 @@ from orchestrator.training.checkpoint import (
     load_config,
     load_provenance,
     read_text_files,
+    served_schedules,
     weights_key,
 )
+from orchestrator.training.checkpoint_lookup import is_checkpoint
 from orchestrator.training.model_loading import EXPORTED_TYPE, load_model
 from orchestrator.training.model_lookup import (
     find_checkpoint_by_weights,
@@ -154,6 +157,7 @@ def export_checkpoint(
                 end_of_text=end_of_text,
                 token_ids=token_ids,
                 text_files=text_files or None,
+                elastic_schedules=_drafts(checkpoint, decoder),
             )
             if conformance:
                 write_conformance(decoder, temporary)
@@ -168,6 +172,15 @@ def export_checkpoint(
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
     progress.finish(f"{format_bytes(num_bytes)} with code, tokenizer and card")
     return folder
+
+
+def _drafts(checkpoint: Path, decoder: Decoder) -> list[IterationSchedule]:
+    """Return the schedules below the decoder's own that the checkpoint's weights learned."""
+    own, served = (
+        decoder.schedule,
+        served_schedules(checkpoint) if is_checkpoint(checkpoint) else (),
+    )
+    return [schedule for schedule in served if schedule != own and schedule.is_within(own)]
 
 
 def model_card(

@@ -27,7 +27,7 @@ from orchestrator.pipelines.exporting import CARD, MANIFEST, export_checkpoint
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.model_card import REQUIREMENTS, ModelCard
 from orchestrator.settings import EvaluationSettings
-from orchestrator.training.checkpoint import save_checkpoint
+from orchestrator.training.checkpoint import ELASTIC, PROVENANCE, save_checkpoint
 from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -117,6 +117,18 @@ def exported(checkpoint: Path, folder: Path, evaluation: EvaluationResult | None
     decoder = load_model(checkpoint)
     card = ModelCard(name="tiny", config=decoder.config, evaluation=evaluation)
     return export_checkpoint(checkpoint, folder, decoder=decoder, card=card)
+
+
+def test_an_export_names_the_schedules_that_its_weights_learned(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """They are the drafts that transformers' `generate(draft="auto")` tries."""
+    provenance = json.loads((checkpoint / PROVENANCE).read_text())
+    for members, expected in ((["1,1", "0,0"], ["1,1", "0,0"]), ([], None)):
+        (checkpoint / PROVENANCE).write_text(json.dumps({**provenance, ELASTIC: members}))
+        folder = exported(checkpoint, tmp_path / "model")
+        assert json.loads((folder / "config.json").read_text())["elastic_schedules"] == expected
+        assert load_model(folder).config == load_model(checkpoint).config
 
 
 def test_an_export_may_hold_a_conformance_file(checkpoint: Path, tmp_path: Path) -> None:
