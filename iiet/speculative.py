@@ -14,6 +14,8 @@ A draft with no more corrections in any layer reads and writes the model's own c
 of its evaluations, and verification overwrites what it wrote: no second cache, no second prefill.
 Any other draft has a cache of its own.
 
+Passes are not of fixed shapes, so a GPU runs them without the CUDA graphs of plain decoding.
+
 Source: Leviathan, Kalman, Matias 2023; drafting with the model's own weights as in LayerSkip
 (Elhoushi et al. 2024); exact sampling as in Daliri, Musco, Suresh 2024.
 """

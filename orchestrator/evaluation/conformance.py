@@ -41,7 +41,7 @@ def write_conformance(decoder: Decoder, folder: Path) -> None:
 
 
 def conformance_schedules(decoder: Decoder) -> dict[str, IterationSchedule | None]:
-    """Return schedules by name: the model's own, half of its corrections, none.
+    """Return schedules by name: the model's own, its corrections in every other layer, none.
 
     A method without corrections has one, `-`.
     """
@@ -50,7 +50,7 @@ def conformance_schedules(decoder: Decoder) -> dict[str, IterationSchedule | Non
     own = decoder.schedule
     if decoder.method.repeats_stack:  # All layers make as many.
         half = IterationSchedule.uniform(len(own), own.max_corrections // 2)
-    else:  # One of a pair of layers makes none, so that layers of both kinds follow each other.
+    else:  # So layers with and without corrections follow each other.
         half = IterationSchedule(tuple(r if layer % 2 == 0 else 0 for layer, r in enumerate(own)))
     schedules = (own, half, IterationSchedule.none(len(own)))
     return {str(schedule): schedule for schedule in schedules}
