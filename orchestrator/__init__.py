@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from orchestrator.evaluation.cost_measurement import MeasurementSettings
     from orchestrator.pipelines.benchmarking import BenchmarkResult, benchmark
+    from orchestrator.pipelines.comparing import CompareResult, compare
     from orchestrator.pipelines.distilling import DistillResult, distill
     from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate
     from orchestrator.pipelines.evaluation_dry_runs import EvaluationDryRun, plan_evaluation
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "evaluation.cost_measurement": ("MeasurementSettings",),
     "pipelines.benchmarking": ("BenchmarkResult", "benchmark"),
+    "pipelines.comparing": ("CompareResult", "compare"),
     "pipelines.distilling": ("DistillResult", "distill"),
     "pipelines.training_dry_runs": ("TrainingDryRun", "plan_distill", "plan_pretrain"),
     "pipelines.evaluating": ("ModelEvaluations", "evaluate"),
@@ -73,6 +75,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 __all__ = [
     "BenchmarkResult",
+    "CompareResult",
     "EvaluationDryRun",
     "MeasurementSettings",
     "DistillResult",
@@ -97,6 +100,7 @@ __all__ = [
     "Workspace",
     "benchmark",
     "check_influence",
+    "compare",
     "distill",
     "evaluate",
     "export",

@@ -3,7 +3,9 @@
 Each command imports what it needs when it runs, so that `--help` is instant.
 """
 
-from orchestrator.cli import training, measuring, sweeps, results, models, cluster, manifests  # noqa: F401, I001  # the order of --help
+# The order is that of --help.
+from orchestrator.cli import training, measuring, comparing, sweeps  # noqa: F401, I001
+from orchestrator.cli import results, models, cluster, manifests  # noqa: F401
 from orchestrator.cli.app import main
 
 __all__ = ["main"]

@@ -12,11 +12,19 @@ from orchestrator.cli.app import app
 from orchestrator.cli.options import (
     MAX_COUNT,
     AddressOption,
+    ApplyChatTemplateOption,
+    BatchSizeOption,
+    ChatTemplateOption,
     CheckpointArgument,
     ConfigOption,
     DryRunOption,
+    IncludePathOption,
+    LimitOption,
     MetricOption,
+    NumFewshotOption,
     SetOption,
+    SuiteOption,
+    TrustRemoteCodeOption,
     VerboseOption,
     WorkspaceOption,
     parse_whole_numbers,
@@ -79,35 +87,18 @@ def evaluate(
     ] = None,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
-    suite: Annotated[
-        str | None, typer.Option(help="heldout, paper, or comma-separated lm-eval tasks.")
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="Folder with your own lm-eval task files.")
-    ] = None,
+    suite: SuiteOption = None,
+    include_path: IncludePathOption = None,
     schedule: Annotated[
         list[str] | None,
         typer.Option("--schedule", "-r", help="Another iteration schedule; may be repeated."),
     ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(help="Solved examples before each item.")
-    ] = None,
-    apply_chat_template: Annotated[
-        bool,
-        typer.Option("--apply-chat-template", help="Write prompts with the model's chat template."),
-    ] = False,
-    chat_template: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The same, with one of its named templates."),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(help="Score only the first N items of each task (default: all)."),
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences in one forward pass.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Allow code in a model folder to run.")
-    ] = False,
+    num_fewshot: NumFewshotOption = None,
+    apply_chat_template: ApplyChatTemplateOption = False,
+    chat_template: ChatTemplateOption = None,
+    limit: LimitOption = None,
+    batch_size: BatchSizeOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
     dry_run: DryRunOption = False,
     address: AddressOption = None,
     set_: SetOption = None,

@@ -86,6 +86,27 @@ ScheduleOption = Annotated[
     str | None,
     typer.Option("--schedule", "-r", help="Another iteration schedule: 1, or 2,1,1,0,0,0."),
 ]
+SuiteOption = Annotated[
+    str | None, typer.Option(help="heldout, paper, or comma-separated lm-eval tasks.")
+]
+IncludePathOption = Annotated[
+    Path | None, typer.Option(help="Folder with your own lm-eval task files.")
+]
+NumFewshotOption = Annotated[int | None, typer.Option(help="Solved examples before each item.")]
+ApplyChatTemplateOption = Annotated[
+    bool,
+    typer.Option("--apply-chat-template", help="Write prompts with the model's chat template."),
+]
+ChatTemplateOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The same, with one of its named templates.")
+]
+LimitOption = Annotated[
+    int | None, typer.Option(help="Score only the first N items of each task (default: all).")
+]
+BatchSizeOption = Annotated[int | None, typer.Option(help="Sequences in one forward pass.")]
+TrustRemoteCodeOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow code in a model folder to run.")
+]
 TrialsAtOnceOption = Annotated[
     int | None,
     typer.Option(

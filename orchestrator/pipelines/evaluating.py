@@ -83,10 +83,26 @@ def evaluate(
     opened = open_models(
         context.workspace, list(map(Path, models)), schedules, warn=context.progress.note
     )
+    evaluations = evaluate_opened(opened, settings, context, trust_remote_code=trust_remote_code)
+    return ModelEvaluations(evaluations=dict(zip(short_names(opened), evaluations, strict=True)))
+
+
+def evaluate_opened(
+    models: Sequence[EvaluatedModel],
+    settings: Settings,
+    context: Context,
+    *,
+    trust_remote_code: bool = False,
+) -> list[EvaluationResult]:
+    """Evaluate models that are open, each under its schedule.
+
+    Raises:
+        UserError, RunFailed: As `evaluate`.
+    """
     if prompts := settings.evaluation.prompts:
-        for model in opened:
+        for model in models:
             check_template(model.tokenizer(trust_remote_code=trust_remote_code), prompts)
-    evaluations = [
+    return [
         evaluate_model(
             model,
             settings.evaluation,
@@ -94,9 +110,8 @@ def evaluate(
             on_device=command_device(settings.cluster, context.workspace.root),
             trust_remote_code=trust_remote_code,
         )
-        for model in opened
+        for model in models
     ]
-    return ModelEvaluations(evaluations=dict(zip(short_names(opened), evaluations, strict=True)))
 
 
 def evaluate_model(

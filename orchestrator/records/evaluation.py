@@ -25,6 +25,12 @@ ACCURACY_METRICS = ("acc_norm", "acc", "exact_match")
 FILTER_MARK = ":"
 """Stands between a metric and the name of a task's filter."""
 
+HASH_LENGTH = 16
+"""Digits that are kept of lm-eval's hash of a document."""
+
+NO_FILTER = "none"
+"""lm-eval's name of the filter of tasks that name none."""
+
 BITS_METRIC = "bits_per_byte"
 STDERR_SUFFIX = "_stderr"
 
@@ -134,6 +140,19 @@ class EvaluationResult(Record):
         for task, metrics in self.tasks.items():
             numbers |= {f"{task}/{name}": value for name, value in metrics.items()}
         return {name: value for name, value in numbers.items() if not math.isnan(value)}
+
+
+def plain_value(value: Any) -> Any:
+    """Return an item's value under a metric as numbers; None if it is none, such as a text."""
+    try:
+        return [float(part) for part in value] if isinstance(value, tuple | list) else float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def metric_label(metric: str, filter_name: str) -> str:
+    """Return a metric's name in a result: with the filter, if the task names one."""
+    return metric if filter_name == NO_FILTER else f"{metric}{FILTER_MARK}{filter_name}"
 
 
 def accuracy_among(metrics: Iterable[str]) -> str | None:

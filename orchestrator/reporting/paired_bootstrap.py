@@ -46,8 +46,13 @@ class MatchedItems:
     """Task -> the metric that is compared."""
     groups: Mapping[str, tuple[str, ...]]
     """Group that counts as one task in the average -> its tasks."""
-    num_left_out: int
-    """Items that only some of the models answered."""
+    left_out: Mapping[str, int]
+    """Task -> number of items that only some of the models answered."""
+
+    @property
+    def num_left_out(self) -> int:
+        """Items of all tasks that only some of the models answered."""
+        return sum(self.left_out.values())
 
     @property
     def num_items(self) -> int:
@@ -98,20 +103,20 @@ def match_items(evaluations: Mapping[str, Sequence[EvaluationResult]]) -> Matche
     """
     runs = [run for seeds in evaluations.values() for run in seeds]
     num_seeds = [len(seeds) for seeds in evaluations.values() if seeds]
-    tasks, metrics, num_left_out = {}, {}, 0
+    tasks, metrics, left_out = {}, {}, {}
     for name in dict.fromkeys(name for run in runs for name in run.results):
         results = [run.results[name] for run in runs if name in run.results]
-        num_left_out += len({item for result in results for item in _items(result)})
-        metric = _shared_metric(results)
+        left_out[name] = len({item for result in results for item in _items(result)})
+        metric = shared_metric(results)
         values = _item_values(results, metric) if metric and len(results) == len(runs) else None
         if metric and values is not None:
             tasks[name], metrics[name] = values, metric
-            num_left_out -= len(values.weights)
+            left_out[name] -= len(values.weights)
     if not tasks:
         return None
     groups = {name: members for run in runs for name, members in run.groups.items()}
     model_of_run = np.repeat(np.arange(len(num_seeds)), num_seeds)
-    return MatchedItems(model_of_run, tasks, metrics, groups, num_left_out)
+    return MatchedItems(model_of_run, tasks, metrics, groups, left_out)
 
 
 def resample_scores(
@@ -138,8 +143,8 @@ def _items(result: TaskResult) -> list[Item]:
     return items
 
 
-def _shared_metric(results: Sequence[TaskResult]) -> str | None:
-    # An accuracy, else the bits per byte.
+def shared_metric(results: Sequence[TaskResult]) -> str | None:
+    """Return the metric that all results have by item: an accuracy, else the bits per byte."""
     shared = set.intersection(*(set(result.values) for result in results))
     metric = accuracy_among(name for name in results[0].values if name in shared)
     return metric or (BITS_METRIC if BITS_METRIC in shared else None)

@@ -26,10 +26,12 @@ from orchestrator.evaluation.model_tokenizer import (
     check_template,
 )
 from orchestrator.records.evaluation import (
-    FILTER_MARK,
+    HASH_LENGTH,
     STDERR_SUFFIX,
     EvaluationResult,
     TaskResult,
+    metric_label,
+    plain_value,
     standard_error,
 )
 from orchestrator.settings.prompts import Prompts
@@ -41,9 +43,6 @@ JournalOf = Callable[[str], AnswerJournal]
 
 FEWSHOT_SEED = 1234
 """lm-eval's default, so that prompts are the usual ones."""
-
-NO_FILTER = "none"
-"""lm-eval's name of the filter of tasks that name none."""
 
 AGGREGATIONS = {function: key for key, function in AGGREGATION_REGISTRY.items()}
 
@@ -158,9 +157,9 @@ def _task_result(task: Task, name: str, output: dict[str, Any]) -> TaskResult:
             total = output["results"][name].get(f"{metric},{filter_name}")
             if not isinstance(total, int | float):
                 continue
-            label = metric if filter_name == NO_FILTER else f"{metric}{FILTER_MARK}{filter_name}"
+            label = metric_label(metric, filter_name)
             metrics[label] = float(total)
-            found = [_plain(sample[metric]) for sample in samples if metric in sample]
+            found = [plain_value(sample[metric]) for sample in samples if metric in sample]
             if None in found:  # Texts, such as those that BLEU compares.
                 continue
             values[label] = found
@@ -178,19 +177,11 @@ def _task_result(task: Task, name: str, output: dict[str, Any]) -> TaskResult:
         num_items=len(samples),
         num_fewshot=int(task.get_config("num_fewshot") or 0),
         metrics=metrics,
-        items=[sample["doc_hash"][:16] for sample in samples],
+        items=[sample["doc_hash"][:HASH_LENGTH] for sample in samples],
         values=values,
         log_likelihoods=scores,
         answers=texts if is_generated else [],
     )
-
-
-def _plain(value: Any) -> Any:
-    """Return a value of an item as numbers; None if it is none."""
-    try:
-        return [float(part) for part in value] if isinstance(value, tuple | list) else float(value)
-    except (TypeError, ValueError):
-        return None
 
 
 def _score(response: Any) -> float:

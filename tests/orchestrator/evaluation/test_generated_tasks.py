@@ -14,7 +14,7 @@ from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
 from orchestrator.evaluation.harness import load_suite, run_suite
 from orchestrator.evaluation.model_tokenizer import PlainTokenizer
-from orchestrator.reporting.paired_bootstrap import _shared_metric
+from orchestrator.reporting.paired_bootstrap import shared_metric
 from orchestrator.workspace.errors import UserError
 
 QUESTIONS = ["a bag", "the hen had gone", "cab", "face the deaf pig", "x", "dad had a"]
@@ -102,7 +102,7 @@ def test_each_filter_is_a_metric_and_the_first_is_the_accuracy(
     assert result.num_items == len(rows)
     assert result.accuracy_metric == "exact_match:strict-match"
     assert evaluation.quality()["accuracy_stderr"] == pytest.approx((0.25 / 5) ** 0.5)
-    assert _shared_metric([result, result]) == "exact_match:strict-match"
+    assert shared_metric([result, result]) == "exact_match:strict-match"
 
 
 def test_repetitions_are_sampled_apart_and_again_alike(

@@ -1,0 +1,216 @@
+"""Two models compared: stored evaluations, outputs of lm-eval, one of each, and mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_tracking import untracked
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from orchestrator import cli
+from orchestrator.data.token_store import open_tokens
+from orchestrator.evaluation import measuring
+from orchestrator.pipelines.comparing import CompareResult, compare, compare_models
+from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.training.checkpoint import save_checkpoint
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import Workspace, open_workspace
+
+TASK = """\
+task: {name}
+custom_dataset: !function items.read
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}} {name}"
+doc_to_choice: [bag, fog, dad]
+doc_to_target: label
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.0}}
+"""
+ITEMS = """\
+import datasets
+
+
+def read(**settings):
+    words = ["bag", "hen", "cab", "face", "dad", "pig"]
+    rows = [{"text": f"{a} {b}", "label": (i + j) % 3}
+            for i, a in enumerate(words) for j, b in enumerate(words)]
+    return {"test": datasets.Dataset.from_list(rows)}
+"""
+DATE = "2026-01-01T00-00-00.000001"
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path / "workspace")
+
+
+@pytest.fixture
+def checkpoint(workspace: Workspace, tiny_model: dict[str, Any], tiny_tokens: Path) -> Path:
+    torch.manual_seed(0)
+    decoder = Decoder(ModelConfig.from_dict({**tiny_model, "initializer_std": 0.5}))
+    return save_checkpoint(
+        workspace.runs / "tiny",
+        1,
+        config=decoder.config,
+        weights=decoder.state_dict(),
+        training_state={},
+        tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
+        provenance={"tokens": tiny_tokens.name},
+    )
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "items.py").write_text(ITEMS)
+    for name in ("red", "blue"):
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name))
+    return Settings(evaluation=EvaluationSettings(suite="red,blue", include_path=str(folder)))
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tasks that were run, in order."""
+    names: list[str] = []
+    real = measuring.run_suite
+
+    def recorded(suite: Any, *arguments: Any, **options: Any) -> EvaluationResult:
+        names.extend(suite.tasks)
+        return real(suite, *arguments, **options)
+
+    monkeypatch.setattr(measuring, "run_suite", recorded)
+    return names
+
+
+def lm_eval_output(folder: Path, tasks: dict[str, dict[str, float]]) -> Path:
+    """Write results and samples as lm-eval does: task -> hash of a document to its `acc`."""
+    folder.mkdir()
+    results = {
+        "results": {name: {"acc,none": 0.5} for name in tasks},
+        "versions": dict.fromkeys(tasks, 1.0),
+        "n-shot": dict.fromkeys(tasks, 0),
+        "group_subtasks": {},
+    }
+    (folder / f"results_{DATE}.json").write_text(json.dumps(results))
+    for name, values in tasks.items():
+        samples = [
+            {"doc_id": n, "doc_hash": key, "filter": "none", "metrics": ["acc"], "acc": value}
+            for n, (key, value) in enumerate(values.items())
+        ]
+        lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+        (folder / f"samples_{name}_{DATE}.jsonl").write_text(lines)
+    return folder
+
+
+def test_one_model_under_two_schedules_is_measured_once(
+    checkpoint: Path, settings: Settings, workspace: Workspace, runs: list[str]
+) -> None:
+    def run() -> CompareResult:
+        models = ("tiny", "tiny")
+        return compare_models(settings, models, untracked(workspace), schedules=["2,1", "0"])
+
+    found = run()
+    assert run() == found
+    assert runs == 2 * ["red", "blue"]
+    assert found.comparison.names == ("r=2,1", "r=0")
+    table = found.to_pandas()
+    assert list(table["task"]) == ["red", "blue", "average"]
+    assert list(table["num_items"]) == [36, 36, 72]
+    assert (table["second"] - table["first"]).tolist() == pytest.approx(list(table["difference"]))
+    assert (table["only_second"] - table["only_first"]).iloc[2] == pytest.approx(
+        72 * table["difference"].iloc[2]
+    )
+    assert ((table["low"] <= table["difference"]) & (table["difference"] <= table["high"])).all()
+    assert table["p_value"].between(0, 1).all()
+    assert len(found.findings) == 3
+
+
+def test_an_output_of_lm_eval_names_the_tasks_that_the_other_side_is_measured_on(
+    checkpoint: Path, settings: Settings, workspace: Workspace, runs: list[str], tmp_path: Path
+) -> None:
+    both = compare_models(settings, ("tiny", "tiny"), untracked(workspace))
+    assert {row.difference.value for row in both.comparison.tasks} == {0}
+    [stored] = [
+        found
+        for path in workspace.evaluations.glob("*.json")
+        if (found := json.loads(path.read_text()))["name"] == "blue"
+    ]
+    # lm-eval's hashes are longer than the ones that are kept; one right answer becomes wrong.
+    right = stored["values"]["acc"]
+    changed = [*right]
+    changed[right.index(1.0)] = 0.0
+    hashes = [digits + "0" * 48 for digits in stored["items"]]
+    output = lm_eval_output(tmp_path / "out", {"blue": dict(zip(hashes, changed, strict=True))})
+    default = Settings(
+        evaluation=settings.evaluation.model_copy(update={"suite": EvaluationSettings().suite})
+    )
+    found = compare_models(default, (output, "tiny"), untracked(workspace))
+    assert runs == ["red", "blue"]
+    [row] = found.comparison.tasks
+    assert row.mcnemar is not None
+    assert (row.task, row.num_items, row.mcnemar.only_second) == ("blue", 36, 1)
+    assert found.comparison.names == (str(output), "tiny")
+
+
+def test_two_outputs_of_lm_eval_are_compared_at_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = [f"{number:064x}" for number in range(40)]
+    values = [{key: float(n < right) for n, key in enumerate(keys)} for right in (20, 32)]
+    for name, of_model in zip(("one", "two"), values, strict=True):
+        lm_eval_output(tmp_path / name, {"piqa": of_model})
+    space = ["--workspace", str(tmp_path / "space")]
+    assert cli.main(["compare", "one", "two", "--json", "found.json", *space]) == 0
+    printed = capsys.readouterr().out
+    assert "accuracy of piqa: two is better (+30.00 points, 95 % interval" in printed
+    written = json.loads((tmp_path / "found.json").read_text())
+    assert written["models"] == ["one", "two"]
+    [row] = written["rows"]
+    assert (row["only_first"], row["only_second"]) == (0, 12)
+    assert row["p_value"] == pytest.approx(2 * 0.5**12)
+    assert row["low"] > 0
+
+
+def test_mistakes_are_one_sentence_and_exit_code_2(
+    checkpoint: Path,
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lm_eval_output(tmp_path / "one", {"piqa": {"0" * 64: 1.0}})
+    lm_eval_output(tmp_path / "two", {"sciq": {"0" * 64: 1.0}})
+    (tmp_path / "empty").mkdir()
+    for words, reason in [
+        (["one", "two"], "nothing can be compared: only one has piqa; only two has sciq"),
+        (["one", "two", "-r", "1"], "--schedule: one is an output of lm-eval"),
+        (["one", "tiny", "-r", "1", "-r", "0"], "--schedule: one is an output of lm-eval"),
+        (["one", "tiny", "-r", "1", "-r", "0", "-r", "2"], "got 3 schedules for 2 models"),
+        (["one", "missing"], "there is no folder missing"),
+        (["one", "."], ". has results of several models; name one of its folders: one, two"),
+        (["one", "empty"], "empty holds no intact checkpoint"),
+    ]:
+        assert cli.main(["compare", *words, "--workspace", str(workspace.root)]) == 2
+        printed = " ".join(capsys.readouterr().err.split())
+        assert reason in printed, printed
+        assert "Traceback" not in printed
+
+
+def test_the_python_function_needs_a_workspace_only_for_its_own_models(tmp_path: Path) -> None:
+    output = lm_eval_output(tmp_path / "one", {"piqa": {"0" * 64: 1.0}})
+    found = compare(Settings(), workspace=tmp_path / "space", models=(output, output))
+    assert found.comparison.names == (f"{output} (A)", f"{output} (B)")
+    assert "no difference" in found.findings[0]
+    with pytest.raises(UserError, match="there is no folder"):
+        compare(Settings(), workspace=tmp_path / "space", models=(output, "nothing"))
