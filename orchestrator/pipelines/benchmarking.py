@@ -34,7 +34,8 @@ from orchestrator.evaluation.evaluated_model import (
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import DTYPES
+from orchestrator.training.checkpoint import DTYPES, served_schedules
+from orchestrator.training.checkpoint_lookup import is_checkpoint
 from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.model_lookup import load_influence_table
 from orchestrator.training.precision import device_precision
@@ -151,14 +152,17 @@ def benchmark_models(
 def family_of(model: EvaluatedModel) -> list[EvaluatedModel]:
     """Return an IIET under schedules from full to none; any other model alone.
 
-    The schedules are those that its influence table proposes, spread evenly over cost; without a
-    table, the same number of corrections in all layers.
+    The schedules are those that elastic weights learned, or that its influence table proposes,
+    spread evenly over cost; without both, the same number of corrections in all layers.
     """
     config = model.config
     if config is None or not config.corrections.num_corrections:
         return [model]
     influence = None if model.is_external else load_influence_table(model.path)
-    if influence is not None and influence.schedule == config.corrections:
+    served = served_schedules(model.path) if is_checkpoint(model.path) else ()
+    if len(served) > 1 and config.corrections == served[0]:
+        schedules = list(served)
+    elif influence is not None and influence.schedule == config.corrections:
         family = schedule_family(influence)
         members = spread_over_cost(family, min(NUM_SCHEDULES, len(family)))
         schedules = [member.schedule for member in members]

@@ -214,6 +214,7 @@ def model_card(
         influence=influence
         or load_influence_table(origin, metric)
         or load_influence_table(checkpoint, metric),
+        served=served_schedules(checkpoint),
         full=full if is_cheaper else None,
         prompt=_readable_prompt(checkpoint),
     )

@@ -6,20 +6,23 @@ Markdown with the front matter that model hubs read. A part that was not measure
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.influence import InfluenceTable
+from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.heldout import is_heldout_task
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.reporting.influence_tables import influence_markdown
 from orchestrator.reporting.markdown import bullets, markdown_table
-from orchestrator.terminal.formatting import format_parameters
+from orchestrator.terminal.formatting import format_parameters, join_names
 
-OMITTED_PROVENANCE = ("checksums", "environment", "recipe", "distillation", "imported")
+OMITTED_PROVENANCE = (
+    "checksums", "environment", "recipe", "distillation", "imported", "elastic",
+)  # fmt: skip
 """Parts of a provenance that have their own lines, or mean nothing outside the run's folder."""
 
 
@@ -38,6 +41,8 @@ class ModelCard:
     """Sentence on how the model was picked from a sweep; empty if it was not."""
     prompt: str = "Once"
     """A text that the model's tokenizer reads, for the example."""
+    served: Sequence[IterationSchedule] = ()
+    """Schedules that the weights learned."""
     full: ModelConfig | None = None
     """The full model, to compare costs; None if this is the full model."""
 
@@ -81,12 +86,14 @@ class ModelCard:
         corrections = self.config.schedule
         if corrections is None:
             return "This method makes no corrections."
-        return (
+        text = (
             f"Corrections per layer: `{corrections}`. A layer with r corrections evaluates its "
             "block 1 + r times; decoding keeps keys and values of every evaluation. "
             "`from_pretrained` takes `corrections=[...]` to load the same weights under another "
             "schedule, which this card does not describe."
         )
+        others = [f"`{served}`" for served in self.served if served != corrections]
+        return text + (f" The weights also learned {join_names(others)}." if others else "")
 
     def _cost(self) -> str:
         cost = inference_cost(self.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,9 @@ def test_weights_are_trained_once_and_students_only_to_compare(
     assert done.report.elastic is None
     picked = pick(workspace=workspace)
     assert picked.folder
-    assert load_config(picked.folder).corrections == picked.point.result.model.corrections
+    exported = json.loads((picked.folder / "config.json").read_text("utf-8"))
+    assert tuple(exported["schedule"]) == picked.point.result.schedule
+    assert "learned" in (picked.folder / "README.md").read_text("utf-8")
 
     compared = settings_of(tmp_path, "sweep.compare=true")
     note = next(n for n in plan_sweep(compared, workspace=workspace).notes if "elastic" in n)

@@ -27,6 +27,7 @@ from orchestrator.pipelines.influence import read_or_measure_influence
 from orchestrator.settings import InfluenceSettings
 from orchestrator.terminal.formatting import shortest_schedule
 from orchestrator.training.checkpoint import save_checkpoint
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
 
 CONDITIONS = MeasurementSettings(batch_sizes=(1,), contexts=(4,), new_tokens=3, repetitions=2)
@@ -38,7 +39,13 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 def saved(
-    folder: Path, tokens: Path, model: dict[str, Any], *, step: int = 1, **changes: Any
+    folder: Path,
+    tokens: Path,
+    model: dict[str, Any],
+    *,
+    step: int = 1,
+    elastic: Sequence[str] = (),
+    **changes: Any,
 ) -> Path:
     torch.manual_seed(0)
     decoder = Decoder(ModelConfig.from_dict({**model, **changes}))
@@ -49,7 +56,7 @@ def saved(
         weights=decoder.state_dict(),
         training_state={},
         tokenizer_path=open_tokens(tokens).tokenizer_path,
-        provenance={"tokens": tokens.name},
+        provenance={"tokens": tokens.name, "elastic": list(elastic)},
     )
 
 
@@ -76,6 +83,16 @@ def test_the_family_is_that_of_the_stored_influence(
     assert schedules[0] == IterationSchedule((2, 1))
     assert schedules[-1] == IterationSchedule.none(2)
     assert len(schedules) == 4  # three corrections: each is dropped by a threshold of its own
+
+
+def test_the_family_of_elastic_weights_is_what_they_learned(
+    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    checkpoint = saved(tmp_path / "run", tiny_tokens, tiny_model, elastic=["2,0", "0,0"])
+    assert short_names(family_of(open_model(checkpoint))) == ["r=2,1", "r=2,0", "r=0"]
+    damaged = saved(tmp_path / "other", tiny_tokens, tiny_model, elastic=["2,0,0"])
+    with pytest.raises(UserError, match=r"provenance.json: elastic: .* is for 3 layers"):
+        family_of(open_model(damaged))
 
 
 def test_no_two_labels_are_alike_and_none_is_dropped(

@@ -272,6 +272,13 @@ def test_the_card_names_the_versions_that_this_project_declares(
     assert '"transformers>=' in text
 
 
+def test_the_card_of_elastic_weights_names_what_they_learned(tiny_model: dict[str, Any]) -> None:
+    config = ModelConfig.from_dict(tiny_model)
+    family = [config.corrections, IterationSchedule((1, 0)), IterationSchedule((0, 0))]
+    text = ModelCard(name="tiny", config=config, served=family).to_markdown()
+    assert "The weights also learned `1,0`; `0,0`." in text
+
+
 def measured(*names: str) -> EvaluationResult:
     results = {
         name: TaskResult(
