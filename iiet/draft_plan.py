@@ -20,16 +20,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from iiet.config import ModelConfig
-from iiet.cost import inference_cost
-from iiet.schedule import IterationSchedule
-
 __all__ = [
     "MAX_DRAFT_TOKENS",
     "DraftCosts",
     "DraftPlan",
-    "counted_costs",
-    "cheaper_schedules",
     "expected_gain",
 ]
 
@@ -40,9 +34,6 @@ _FIRST_WEIGHT: Final = 8.0  # In tokens.
 _MEMORY: Final = 100.0
 _FIRST_PAUSE: Final = 32
 _LONGEST_PAUSE: Final = 512
-_FLOPS_PER_BYTE: Final = {"cpu": 2.0, "cuda": 100.0}
-"""FLOPs that take as long as reading a byte of weights. On a CPU, one core verified a further token
-of one row for 16 to 26 % of a step; a GPU computes far faster than it reads."""
 
 
 @dataclass(frozen=True)
@@ -65,61 +56,9 @@ class DraftCosts:
 
 def expected_gain(acceptance: float, num_drafted: int, costs: DraftCosts) -> float:
     """Return the tokens per cost of a round, against plain decoding; 1 for no drafted token."""
-    tokens = sum(acceptance**power for power in range(num_drafted + 1))
+    most = num_drafted + 1
+    tokens = most if acceptance == 1.0 else (1.0 - acceptance**most) / (1.0 - acceptance)
     return tokens / (num_drafted * costs.draft + costs.verification(num_drafted))
-
-
-def counted_costs(
-    config: ModelConfig,
-    draft: ModelConfig | None,
-    *,
-    num_tokens: int,
-    batch_size: int = 1,
-    bytes_per_value: int = 4,
-    device: str = "cpu",
-) -> DraftCosts:
-    """Count the costs of a draft model, or (None) of one that costs nothing.
-
-    A pass takes as long as its bytes and, at the device's rate, its FLOPs together.
-
-    Args:
-        config: the verifying model, under its schedule.
-        draft: the draft, under its schedule.
-        num_tokens: tokens that a step sees.
-        batch_size: rows of a step.
-        bytes_per_value: of weights, keys and values.
-        device: `cpu` or `cuda`; others count as `cuda`.
-    """
-    rate = _FLOPS_PER_BYTE.get(device, _FLOPS_PER_BYTE["cuda"])
-
-    def counted(model: ModelConfig) -> tuple[float, float]:
-        cost = inference_cost(
-            model,
-            context_length=min(num_tokens, model.context_length),
-            batch_size=batch_size,
-            bytes_per_value=bytes_per_value,
-        )
-        token = batch_size * cost.decode_flops_per_token / rate
-        read = cost.weight_bytes_per_token + cost.kv_bytes_read_per_token
-        return batch_size * read + token, token
-
-    step, token = counted(config)
-    return DraftCosts(0.0 if draft is None else counted(draft)[0] / step, token / step)
-
-
-def cheaper_schedules(
-    schedule: IterationSchedule, family: Iterable[IterationSchedule] = ()
-) -> list[IterationSchedule]:
-    """Return the schedules that may draft for a model, cheapest first.
-
-    These are the members of a family within the model's own schedule. Without a family: the
-    model's own, cut to at most 0, 1, ... corrections per layer. Empty where the model makes none.
-    """
-    found = {s for s in family if s.is_within(schedule) and s != schedule}
-    if not found:
-        limits = range(schedule.max_corrections)
-        found = {IterationSchedule(tuple(min(r, limit) for r in schedule)) for limit in limits}
-    return sorted(found, key=lambda s: (s.num_evaluations, s.corrections))
 
 
 class _Acceptance:
@@ -166,20 +105,21 @@ class DraftPlan:
         """Return the number of the next draft and how many tokens, 0 to `limit`, it proposes."""
         if limit < 1 or not self._costs or self.max_tokens == 0:
             return 0, 0
+        if self._num_plain:
+            self._num_plain -= 1
+            if self._num_plain:
+                return 0, 0
+            for seen in self._seen:
+                seen.forget()
+            return self._best(limit)[1:]
         gain, draft, num = self._best(limit)
         if self._num_tokens is not None:
             return draft, num
-        if gain <= 1.0 and not self._num_plain:
-            self._num_plain, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
-        elif not self._num_plain:
+        if gain > 1.0:
             self._pause = _FIRST_PAUSE
             return draft, num
-        self._num_plain -= 1
-        if self._num_plain:
-            return 0, 0
-        for seen in self._seen:
-            seen.forget()
-        return self._best(limit)[1:]
+        self._num_plain, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+        return 0, 0
 
     def saw(self, draft: int, num_proposed: int, kept: Iterable[int]) -> None:
         """Learn how many of the proposed tokens each row kept."""

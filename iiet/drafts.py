@@ -14,7 +14,7 @@ Source: Leviathan, Kalman, Matias 2023; prompt lookup is from Saxena 2023.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final, Protocol
 
 import torch
@@ -37,14 +37,23 @@ class Rows:
         prompts: (batch, time).
         padding: (batch, time), false for padding on the left; None where there is none.
         max_new_tokens: the most that a row may get.
+        stop_tokens: tokens that end a row, and are part of it.
         num_drafted: the most tokens that are proposed at once.
     """
 
     def __init__(
-        self, prompts: Tensor, padding: Tensor | None, *, max_new_tokens: int, num_drafted: int
+        self,
+        prompts: Tensor,
+        padding: Tensor | None,
+        *,
+        max_new_tokens: int,
+        stop_tokens: Collection[int] = (),
+        num_drafted: int = 0,
     ) -> None:
         batch, self.prompt_length = prompts.shape
         self.padding = None if padding is None else padding.bool()
+        self._max_new_tokens = max_new_tokens
+        self._stop_tokens = frozenset(stop_tokens)
         columns = self.prompt_length + max_new_tokens + num_drafted + 1
         self.max_tokens = math.ceil(columns / _ALIGNMENT) * _ALIGNMENT
         self.tokens = prompts.new_zeros(batch, self.max_tokens)
@@ -57,12 +66,25 @@ class Rows:
         """Rows that have not ended. The others go along, so that all passes have one shape; what
         they get after their end is in no list."""
 
-    def add(self, row: int, tokens: list[int], *, is_end: bool) -> None:
-        """Decide a row's next tokens, which are in their columns already."""
-        self.generated[row] += tokens
-        self.lengths[row] += len(tokens)
-        if is_end:
+    @property
+    def room(self) -> int:
+        """The most tokens that an open row may still get."""
+        return self._max_new_tokens - min(len(self.generated[row]) for row in self.open)
+
+    def decide(self, row: int, tokens: Sequence[int]) -> int:
+        """Add an open row's next tokens, which are in their columns already, up to its end.
+
+        Returns how many these are.
+        """
+        new = list(tokens[: self._max_new_tokens - len(self.generated[row])])
+        ends = [number for number, token in enumerate(new, start=1) if token in self._stop_tokens]
+        if ends:
+            new = new[: ends[0]]
+        self.generated[row] += new
+        self.lengths[row] += len(new)
+        if ends or len(self.generated[row]) == self._max_new_tokens:
             self.open.remove(row)
+        return len(new)
 
     def catch_up(self) -> None:
         """Move rows that have ended to where the shortest open row is."""

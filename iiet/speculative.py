@@ -22,7 +22,7 @@ Source: Leviathan, Kalman, Matias 2023; drafting with the model's own weights as
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -31,16 +31,14 @@ from torch import Tensor
 
 from iiet.cache import KeyValueCache, KvStrategy
 from iiet.decoder import Decoder
-from iiet.draft_plan import DraftCosts, DraftPlan, cheaper_schedules, counted_costs
+from iiet.draft_choice import DraftChoice, costs_of, named_drafts
+from iiet.draft_plan import DraftCosts, DraftPlan
 from iiet.drafts import CachedModel, Draft, ModelDraft, PromptLookup, Rows
 from iiet.generation import cache_dtype, checked_sampler
 from iiet.sampling import Sampler
 from iiet.schedule import IterationSchedule
 
 __all__ = ["DraftRecord", "Speculation", "generate", "stream"]
-
-DraftChoice = IterationSchedule | Decoder | PromptLookup | str
-"""A schedule, as value or text; a decoder of the same vocabulary; prompt lookup; or `auto`."""
 
 
 @dataclass
@@ -129,7 +127,7 @@ def stream(
         input_ids: prompts, (batch, time).
         max_new_tokens: at least 1.
         draft: `auto` tries the schedules of `family`, or else those that
-            `iiet.draft_plan.cheaper_schedules` names, and keeps to the best; a method without
+            `iiet.draft_choice.cheaper_schedules` names, and keeps to the best; a method without
             corrections has none, and then decoding is plain.
         draft_tokens: how many tokens to draft at once; `auto`: as many as are expected to pay, and
             none where none do.
@@ -161,75 +159,22 @@ def stream(
         seed=seed,
     )
     num_tokens = input_ids.size(1) + max_new_tokens
-    drafts = _named_drafts(decoder, draft, family, num_tokens)
+    drafts = named_drafts(decoder, draft, family, num_tokens)
     plan = DraftPlan(
-        _all_costs(decoder, list(drafts.values()), costs, len(input_ids), num_tokens),
+        costs_of(
+            list(drafts.values()), decoder, costs, batch_size=len(input_ids), num_tokens=num_tokens
+        ),
         None if draft_tokens == "auto" else min(draft_tokens, max_new_tokens),
     )
     rows = Rows(
         input_ids,
         attention_mask,
         max_new_tokens=max_new_tokens,
+        stop_tokens=stop_tokens,
         num_drafted=min(plan.max_tokens, max_new_tokens),
     )
-    decoding = _Decoding(decoder, rows, drafts, plan, sampler, max_new_tokens, stop_tokens)
+    decoding = _Decoding(decoder, rows, sampler, plan, drafts)
     return decoding.steps(DraftRecord() if record is None else record)
-
-
-def _named_drafts(
-    decoder: Decoder, draft: DraftChoice, family: Collection[IterationSchedule], num_tokens: int
-) -> dict[str, Decoder | PromptLookup]:
-    """Return the drafts to choose from by name; a ValueError says why one does not fit."""
-    if isinstance(draft, PromptLookup):
-        return {"prompt lookup": draft}
-    if isinstance(draft, Decoder):
-        ours, theirs = decoder.config, draft.config
-        if theirs.vocab_size != ours.vocab_size or theirs.context_length < num_tokens:
-            raise ValueError(
-                f"a draft needs the model's vocabulary of {ours.vocab_size} tokens and a context "
-                f"of at least the {num_tokens} asked for, got a decoder with "
-                f"{theirs.vocab_size} and {theirs.context_length}"
-            )
-        return {f"{theirs.method} of width {theirs.dim}": draft}
-    method = decoder.config.method
-    if draft == "auto":
-        found = cheaper_schedules(decoder.schedule, family)
-        if decoder.method.repeats_stack:  # All layers make as many corrections.
-            found = [s for s in found if len(set(s)) == 1]
-    elif decoder.method.has_corrections:
-        found = [IterationSchedule.parse(draft, num_layers=decoder.config.num_layers)]
-    else:
-        raise ValueError(
-            f"draft={str(draft)!r}: the method {method!r} makes no corrections, so no schedule is "
-            "cheaper than its own; draft with another decoder, or decode without a draft"
-        )
-    return {str(schedule): decoder.with_schedule(schedule) for schedule in found}
-
-
-def _all_costs(
-    decoder: Decoder,
-    drafts: Sequence[Decoder | PromptLookup],
-    costs: DraftCosts | Sequence[DraftCosts] | None,
-    batch_size: int,
-    num_tokens: int,
-) -> list[DraftCosts]:
-    if costs is None:
-        weight = decoder.embedding.weight
-        return [
-            counted_costs(
-                decoder.config,
-                draft.config if isinstance(draft, Decoder) else None,
-                num_tokens=num_tokens,
-                batch_size=batch_size,
-                bytes_per_value=weight.element_size(),
-                device=weight.device.type,
-            )
-            for draft in drafts
-        ]
-    given = [costs] if isinstance(costs, DraftCosts) else list(costs)
-    if len(given) != len(drafts):
-        raise ValueError(f"costs must be one for each of {len(drafts)} drafts, got {len(given)}")
-    return given
 
 
 class _Decoding:
@@ -239,99 +184,83 @@ class _Decoding:
         self,
         decoder: Decoder,
         rows: Rows,
-        drafts: dict[str, Decoder | PromptLookup],
-        plan: DraftPlan,
         sampler: Sampler,
-        max_new_tokens: int,
-        stop_tokens: Collection[int],
+        plan: DraftPlan,
+        drafts: Mapping[str, Decoder | PromptLookup],
     ) -> None:
         self._rows = rows
-        self._plan = plan
         self._sampler = sampler
-        self._max_new_tokens = max_new_tokens
-        self._stop_tokens = frozenset(stop_tokens)
+        self._plan = plan
         self._model = CachedModel(decoder, _new_cache(decoder, rows), rows)
-        self._named = drafts
-        self._opened: dict[str, Draft] = {}
+        self._given = drafts
+        self._drafts: dict[str, Draft] = {}
 
     def steps(self, record: DraftRecord) -> Iterator[Tensor]:
         """Yield the next tokens, (batch,), until all rows have ended."""
-        rows, tokens = self._rows, self._rows.tokens
+        rows = self._rows
+        with torch.inference_mode():
+            self._prefill()
         num_yielded = 0
-        while rows.open:
-            with torch.inference_mode():
-                self._round(record) if num_yielded else self._prefill()
-            ready = min(len(rows.generated[row]) for row in rows.open or range(len(tokens)))
-            if not rows.open:
-                ready = max(map(len, rows.generated))
+        while True:
+            lengths = [len(tokens) for tokens in rows.generated]
+            ready = min(lengths[row] for row in rows.open) if rows.open else max(lengths)
             for time in range(num_yielded, ready):
-                # A row that has ended repeats its stop token.
+                # A row that has ended repeats its last token.
                 step = [tokens[min(time, len(tokens) - 1)] for tokens in rows.generated]
-                yield torch.tensor(step, dtype=tokens.dtype, device=tokens.device)
+                yield rows.tokens.new_tensor(step)
             num_yielded = ready
+            if not rows.open:
+                return
+            with torch.inference_mode():
+                self._round(record)
 
     def _prefill(self) -> None:
+        rows = self._rows
         first = self._sampler(self._model.prefill(), 0).unsqueeze(1)
-        self._rows.write(self._rows.lengths, first)
-        self._decide(first.tolist(), [0] * len(first))
+        rows.write(rows.lengths, first)
+        for row, tokens in enumerate(first.tolist()):
+            rows.decide(row, tokens)
+        rows.catch_up()
 
     def _round(self, record: DraftRecord) -> None:
         """Draft, verify and decide; with no drafted token, this is a plain step."""
         rows = self._rows
-        most = self._max_new_tokens - min(len(rows.generated[row]) for row in rows.open)
-        number, num_wanted = self._plan.choose(most - 1)
-        num_drafted, name = 0, ""
+        number, num_wanted = self._plan.choose(rows.room - 1)
+        name, num_drafted = list(self._given)[number] if num_wanted else "", 0
         if num_wanted:
-            name = list(self._named)[number]
             num_drafted = self._draft(name).propose(rows, num_wanted, self._sampler)
         drafted = rows.read(rows.lengths, num_drafted).tolist()
         logits = self._model([length - 1 for length in rows.lengths], num_drafted + 1)
-        positions = rows.positions(rows.lengths, num_drafted + 1)
-        chosen = self._sampler(logits, positions)
+        chosen = self._sampler(logits, rows.positions(rows.lengths, num_drafted + 1))
         rows.write(rows.lengths, chosen)
         choices = chosen.tolist()  # Waits for a GPU.
-        kept = list(map(_num_equal, drafted, choices))
-        verified = list(rows.open)
-        num_new = self._decide(choices, kept)
+        # What each row keeps, and how much of it lies before the row's end.
+        kept = {row: _num_equal(drafted[row], choices[row]) for row in rows.open}
+        num_new = {row: rows.decide(row, choices[row][: num + 1]) for row, num in kept.items()}
+        rows.catch_up()
         if not num_drafted:
-            record.plain_steps += len(verified)
+            record.plain_steps += len(kept)
             return
-        self._plan.saw(number, num_drafted, [kept[row] for row in verified])
-        record.verifications += len(verified)
-        record.drafted += num_drafted * len(verified)
-        record.accepted += sum(min(kept[row], num_new[row]) for row in verified)
+        self._plan.saw(number, num_drafted, kept.values())
+        record.verifications += len(kept)
+        record.drafted += num_drafted * len(kept)
+        record.accepted += sum(min(num, num_new[row]) for row, num in kept.items())
         record.rounds_by_draft[name] = record.rounds_by_draft.get(name, 0) + 1
-
-    def _decide(self, choices: Sequence[list[int]], kept: Sequence[int]) -> dict[int, int]:
-        """Add the model's choices after kept tokens to the open rows; return how many."""
-        num_new: dict[int, int] = {}
-        for row in list(self._rows.open):
-            room = self._max_new_tokens - len(self._rows.generated[row])
-            new = choices[row][: min(kept[row] + 1, room)]
-            stops = [time for time, token in enumerate(new) if token in self._stop_tokens]
-            new = new[: stops[0] + 1] if stops else new
-            self._rows.add(row, new, is_end=bool(stops) or len(new) == room)
-            num_new[row] = len(new)
-        self._rows.catch_up()
-        return num_new
 
     def _draft(self, name: str) -> Draft:
         """Return a draft; views of the cache are made after the prompt's pass."""
-        draft = self._opened.get(name)
-        if draft is None:
-            given = self._named[name]
+        if name not in self._drafts:
+            given = self._given[name]
             draft = given if isinstance(given, PromptLookup) else self._model_draft(given)
-            self._opened[name] = draft
-        return draft
+            self._drafts[name] = draft
+        return self._drafts[name]
 
     def _model_draft(self, decoder: Decoder) -> ModelDraft:
-        own = self._model.decoder
-        shares = decoder.embedding is own.embedding and decoder.schedule.is_within(own.schedule)
-        if shares:
-            cache = self._model.cache.view(decoder.config)
-        else:
-            cache = _new_cache(decoder, self._rows)
-        return ModelDraft(CachedModel(decoder, cache, self._rows), is_view=shares)
+        own = self._model
+        is_view = decoder.layers is own.decoder.layers
+        is_view = is_view and decoder.schedule.is_within(own.decoder.schedule)
+        cache = own.cache.view(decoder.config) if is_view else _new_cache(decoder, self._rows)
+        return ModelDraft(CachedModel(decoder, cache, self._rows), is_view=is_view)
 
 
 def _new_cache(decoder: Decoder, rows: Rows) -> KeyValueCache:

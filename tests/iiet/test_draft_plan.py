@@ -5,13 +5,10 @@ from collections import Counter
 
 import pytest
 
-from iiet import IterationSchedule, preset
 from iiet.draft_plan import (
     MAX_DRAFT_TOKENS,
     DraftCosts,
     DraftPlan,
-    cheaper_schedules,
-    counted_costs,
     expected_gain,
 )
 
@@ -81,24 +78,3 @@ def test_a_fixed_number_is_kept_up_to_the_limit():
         (0, 4), (0, 3), (0, 0),
     }  # fmt: skip
     assert DraftPlan([]).choose(10) == DraftPlan([CHEAP], num_tokens=0).choose(10) == (0, 0)
-
-
-def test_counted_costs_fall_with_corrections_and_rise_with_rows():
-    full, none = preset("tiny", schedule=3), preset("tiny", schedule=0)
-    one, many = (counted_costs(full, none, num_tokens=64, batch_size=rows) for rows in (1, 8))
-    assert 0.2 < one.draft < 0.6
-    assert 0.1 < one.further_token < many.further_token < 1
-    assert counted_costs(full, full, num_tokens=64).draft == 1
-    assert counted_costs(full, None, num_tokens=64).draft == 0
-    on_gpu = counted_costs(full, none, num_tokens=64, device="cuda")
-    assert on_gpu.further_token < 0.05
-    with pytest.raises(ValueError, match="costs must be 0 or larger"):
-        DraftCosts(-1.0, 0.0)
-
-
-def test_schedules_that_may_draft():
-    full = IterationSchedule((3, 1, 2))
-    assert [str(s) for s in cheaper_schedules(full)] == ["0,0,0", "1,1,1", "2,1,2"]
-    family = [IterationSchedule(s) for s in ((3, 1, 2), (3, 0, 0), (0, 0, 0), (0, 3, 0))]
-    assert [str(s) for s in cheaper_schedules(full, family)] == ["0,0,0", "3,0,0"]
-    assert cheaper_schedules(IterationSchedule.none(3)) == []
