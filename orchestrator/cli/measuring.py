@@ -98,6 +98,12 @@ def evaluate(
     chat_template: ChatTemplateOption = None,
     limit: LimitOption = None,
     batch_size: BatchSizeOption = None,
+    log_samples: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Write results and samples in lm-eval's files, for other tools."
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     dry_run: DryRunOption = False,
     address: AddressOption = None,
@@ -127,7 +133,9 @@ def evaluate(
             rows = plan_evaluation(settings, **options).rows
             session.console.print(two_column_table("Plan of the evaluation", rows))
             return
-        result = evaluating.evaluate(settings, trust_remote_code=trust_remote_code, **options)
+        result = evaluating.evaluate(
+            settings, log_samples=log_samples, trust_remote_code=trust_remote_code, **options
+        )
         _print_evaluations(session, result.evaluations)
 
 

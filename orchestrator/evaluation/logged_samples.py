@@ -56,8 +56,11 @@ class LoggedRun:
             date: read_json_object(self.results[date], remedy=_REMEDY) or {}
             for date in dict.fromkeys(date for date, _ in self.samples.values())
         }
+        # In the order in which lm-eval ran them.
+        named = [name for run in runs.values() for name in run.get("results") or ()]
         tasks = {}
-        for name, (date, path) in self.samples.items():
+        for name in dict.fromkeys([*(n for n in named if n in self.samples), *self.samples]):
+            date, path = self.samples[name]
             with damage_as_user_error(path, remedy=_REMEDY):
                 tasks[name] = _task_result(name, path, runs[date])
         groups: dict[str, tuple[str, ...]] = {}

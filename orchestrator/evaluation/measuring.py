@@ -43,6 +43,8 @@ class Conditions:
     batch_size: int = 32
     device: str = "cpu"
     trust_remote_code: bool = False
+    needs_responses: bool = False
+    """Measure again what an older version stored without all that the model said."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class ModelMeasurer:
 
     def has_stored(self, suite: Suite) -> bool:
         """Return whether all tasks of a suite have been measured before."""
-        return all(map(self._store.read, self._keys(suite).values()))
+        return all(map(self._read, self._keys(suite).values()))
 
     def stored_answers(self, suite: Suite) -> dict[str, int | None]:
         """Return for each task how many answers are stored; None if its result is."""
@@ -91,7 +93,7 @@ class ModelMeasurer:
             UserError: If the weights or the tokenizer are missing or damaged.
         """
         keys = self._keys(suite)
-        found = {name: self._store.read(key) for name, key in keys.items()}
+        found = {name: self._read(key) for name, key in keys.items()}
         results = {name: result for name, result in found.items() if result}
         missing = [name for name in suite.tasks if name not in results]
 
@@ -108,6 +110,11 @@ class ModelMeasurer:
                 )
             return journal
 
+        if partly := [name for name in missing if self._store.read(keys[name])]:
+            self._progress.note(
+                f"{', '.join(partly)}: measured again, as results of an earlier version lack what "
+                "lm-eval's files hold"
+            )
         if missing:
             self._run(suite.only(missing), store, journal_of)
         evaluation = EvaluationResult(
@@ -132,6 +139,12 @@ class ModelMeasurer:
             found = TaskResult(name=VALIDATION_LOSS, version="1", metrics={VALIDATION_LOSS: loss})
             self._store.write(key, found)
         return found.metrics[VALIDATION_LOSS]
+
+    def _read(self, key: str) -> TaskResult | None:
+        result = self._store.read(key)
+        if result and self._conditions.needs_responses and not result.has_all_responses:
+            return None
+        return result
 
     def _keys(self, suite: Suite) -> dict[str, str]:
         limit = self._conditions.limit

@@ -14,6 +14,11 @@ import pandas
 from orchestrator.cluster.launch import command_device
 from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_models, short_names
 from orchestrator.evaluation.harness import Suite, load_suite
+from orchestrator.evaluation.harness.logged_files import (
+    LoggedOutput,
+    new_output_folder,
+    write_lm_eval_files,
+)
 from orchestrator.evaluation.heldout import heldout_chances
 from orchestrator.evaluation.measuring import Conditions, Measured, ModelMeasurer
 from orchestrator.evaluation.model_tokenizer import check_template
@@ -61,6 +66,7 @@ def evaluate(
     workspace: Workspace | Path | str,
     models: Sequence[Path | str] = (),
     schedules: Sequence[str] = (),
+    log_samples: Path | str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> ModelEvaluations:
@@ -71,6 +77,7 @@ def evaluate(
         models: Checkpoints or runs, by path or name, or transformers folders; the newest IIET or
             imported model when empty.
         schedules: Iteration schedules as typed; each model's own when empty.
+        log_samples: Folder that gets results and samples in lm-eval's files, one folder per model.
         trust_remote_code: Whether code in a model folder may run.
 
     Raises:
@@ -83,8 +90,16 @@ def evaluate(
     opened = open_models(
         context.workspace, list(map(Path, models)), schedules, warn=context.progress.note
     )
-    evaluations = evaluate_opened(opened, settings, context, trust_remote_code=trust_remote_code)
-    return ModelEvaluations(evaluations=dict(zip(short_names(opened), evaluations, strict=True)))
+    names = short_names(opened)
+    folder = None if log_samples is None else new_output_folder(log_samples)
+    evaluations = evaluate_opened(
+        opened,
+        settings,
+        context,
+        outputs=None if folder is None else [LoggedOutput(folder, name) for name in names],
+        trust_remote_code=trust_remote_code,
+    )
+    return ModelEvaluations(evaluations=dict(zip(names, evaluations, strict=True)))
 
 
 def evaluate_opened(
@@ -92,9 +107,13 @@ def evaluate_opened(
     settings: Settings,
     context: Context,
     *,
+    outputs: Sequence[LoggedOutput] | None = None,
     trust_remote_code: bool = False,
 ) -> list[EvaluationResult]:
     """Evaluate models that are open, each under its schedule.
+
+    Args:
+        outputs: Where each model's results and samples are written in lm-eval's files.
 
     Raises:
         UserError, RunFailed: As `evaluate`.
@@ -102,15 +121,17 @@ def evaluate_opened(
     if prompts := settings.evaluation.prompts:
         for model in models:
             check_template(model.tokenizer(trust_remote_code=trust_remote_code), prompts)
+    places: Sequence[LoggedOutput | None] = outputs or [None] * len(models)
     return [
         evaluate_model(
             model,
             settings.evaluation,
             context,
             on_device=command_device(settings.cluster, context.workspace.root),
+            output=output,
             trust_remote_code=trust_remote_code,
         )
-        for model in models
+        for model, output in zip(models, places, strict=True)
     ]
 
 
@@ -120,12 +141,14 @@ def evaluate_model(
     context: Context,
     *,
     on_device: OnDevice = on_cpu,
+    output: LoggedOutput | None = None,
     trust_remote_code: bool = False,
 ) -> EvaluationResult:
     """Return an evaluation of a model; only tasks without a stored result are run.
 
     Args:
         on_device: Runs these tasks.
+        output: Where results and samples are written in lm-eval's files.
 
     Raises:
         UserError, RunFailed: As `evaluate`.
@@ -141,6 +164,7 @@ def evaluate_model(
         limit=settings.limit,
         batch_size=settings.batch_size,
         trust_remote_code=trust_remote_code,
+        needs_responses=output is not None,
     )
     measure = partial(_measure, model, load, conditions, workspace.evaluations)
     store = EvaluationStore(workspace.evaluations, progress.note)
@@ -149,6 +173,8 @@ def evaluate_model(
     measured = measure("cpu", progress) if is_stored else on_device(measure, progress)
     progress.finish(_summary(measured.evaluation) + ("" if measured.num_run else ", found again"))
     _track(context, measured, model, measured.precision)
+    if output is not None:
+        _write_output(output, suite, measured, model, conditions, progress)
     return measured.evaluation
 
 
@@ -163,6 +189,29 @@ def _measure(
     store = EvaluationStore(evaluations, progress.note)
     conditions = replace(conditions, device=device)
     return ModelMeasurer(model, store, conditions, progress).tasks(load())
+
+
+def _write_output(
+    output: LoggedOutput,
+    suite: Suite,
+    measured: Measured,
+    model: EvaluatedModel,
+    conditions: Conditions,
+    progress: Progress,
+) -> None:
+    model_args: dict[str, Any] = {"pretrained": str(model.path)}
+    if model.config is not None:
+        schedule = ",".join(map(str, model.config.corrections))
+        model_args |= {"dtype": measured.precision, "schedule": schedule}
+    config = {
+        "model": model.architecture,
+        "model_args": model_args,
+        "batch_size": conditions.batch_size,
+        "limit": conditions.limit,
+    }
+    tokenizer = model.tokenizer(trust_remote_code=conditions.trust_remote_code)
+    path = write_lm_eval_files(output, suite, measured.evaluation, tokenizer, config)
+    progress.note(f"samples in lm-eval's files: {path}")
 
 
 def _suite_loader(

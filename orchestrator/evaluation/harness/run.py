@@ -111,27 +111,31 @@ def run_model(
     progress.start("evaluate", sum(suite.num_items(name, limit) for name in suite.tasks))
     results: dict[str, TaskResult] = {}
     for name, task in suite.tasks.items():
-        task.set_fewshot_seed(FEWSHOT_SEED)  # Each run draws the same examples.
-        with (
-            journal_of(name) as model.journal,
-            suppress_output(),
-            offline(),
-            _templates_compiled_once(),
-        ):
-            output = evaluator.evaluate(
-                lm=model,
-                task_dict={"tasks": {name: task}},
-                limit=limit,
-                bootstrap_iters=0,
-                system_instruction=prompts.system_instruction,
-                apply_chat_template=prompts.chat_template,
-                fewshot_as_multiturn=prompts.fewshot_as_multiturn,
-            )
-        results[name] = _task_result(task, name, output)
+        with journal_of(name) as model.journal:
+            output = evaluate_task(task, name, model, prompts, limit)
+        results[name] = task_result(task, name, output)
         progress.advance(sum(result.num_items for result in results.values()))
         if on_result:
             on_result(results[name])
     return EvaluationResult(results=results, groups=suite.groups, skipped=suite.skipped)
+
+
+def evaluate_task(
+    task: Task, name: str, model: LM, prompts: Prompts, limit: int | None
+) -> dict[str, Any]:
+    """Return lm-eval's output for one task, without standard errors."""
+    task.set_fewshot_seed(FEWSHOT_SEED)  # Each run draws the same examples.
+    with suppress_output(), offline(), _templates_compiled_once():
+        output: dict[str, Any] = evaluator.evaluate(
+            lm=model,
+            task_dict={"tasks": {name: task}},
+            limit=limit,
+            bootstrap_iters=0,
+            system_instruction=prompts.system_instruction,
+            apply_chat_template=prompts.chat_template,
+            fewshot_as_multiturn=prompts.fewshot_as_multiturn,
+        )
+    return output
 
 
 @contextmanager
@@ -145,7 +149,7 @@ def _templates_compiled_once() -> Iterator[None]:
         del environment.from_string  # The method of the class is visible again.
 
 
-def _task_result(task: Task, name: str, output: dict[str, Any]) -> TaskResult:
+def task_result(task: Task, name: str, output: dict[str, Any]) -> TaskResult:
     """Convert lm-eval's output: one value per metric, filter and item."""
     by_filter: dict[str, list[dict[str, Any]]] = {}
     for sample in output["samples"][name]:
@@ -170,7 +174,7 @@ def _task_result(task: Task, name: str, output: dict[str, Any]) -> TaskResult:
     responses = [sample["resps"] for sample in samples]  # By request, then by repetition.
     texts = [[r for rs in of_item for r in rs if isinstance(r, str)] for of_item in responses]
     is_generated = any(texts)
-    scores = [[_score(rs[0]) for rs in of_item] for of_item in responses if not is_generated]
+    scored = [] if is_generated else [[rs[0] for rs in of_item] for of_item in responses]
     return TaskResult(
         name=name,
         version=str(task.VERSION),
@@ -179,10 +183,16 @@ def _task_result(task: Task, name: str, output: dict[str, Any]) -> TaskResult:
         metrics=metrics,
         items=[sample["doc_hash"][:HASH_LENGTH] for sample in samples],
         values=values,
-        log_likelihoods=scores,
+        log_likelihoods=[[_score(response) for response in of_item] for of_item in scored],
+        is_greedy=[[bool(r[1]) for r in of_item if _is_pair(r)] for of_item in scored],
         answers=texts if is_generated else [],
     )
 
 
 def _score(response: Any) -> float:
-    return float(response[0] if isinstance(response, tuple | list) else response)
+    return float(response[0] if _is_pair(response) else response)
+
+
+def _is_pair(response: Any) -> bool:
+    """Whether it is (log-likelihood, is_greedy); whole texts have a log-likelihood only."""
+    return isinstance(response, tuple | list)

@@ -1,4 +1,4 @@
-"""Outputs of stock lm-eval, written by its own tracker, read as evaluations."""
+"""Outputs of stock lm-eval read as evaluations, and evaluations written as such outputs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ import yaml
 from iiet.decoder import Decoder
 from orchestrator.evaluation.harness import load_suite, run_suite
 from orchestrator.evaluation.harness.decoder_model import DecoderModel
+from orchestrator.evaluation.harness.logged_files import (
+    LoggedOutput,
+    new_output_folder,
+    write_lm_eval_files,
+)
 from orchestrator.evaluation.harness.suite import Suite
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.evaluation.logged_samples import _groups, find_logged_run
@@ -20,7 +25,7 @@ from orchestrator.evaluation.model_tokenizer import PlainTokenizer
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings.prompts import Prompts
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import RunFailed, UserError
 
 READER = """\
 import datasets
@@ -121,6 +126,62 @@ def test_stock_output_is_read_as_the_evaluation_that_we_store(
         again = find_logged_run(path)
         assert again is not None
         assert again.read() == read
+
+
+def test_written_files_are_those_of_stock_lm_eval(
+    suite: Suite, ours: EvaluationResult, output: Path, tokenizer: PlainTokenizer, tmp_path: Path
+) -> None:
+    from lm_eval.utils import (
+        get_file_task_name,
+        get_latest_filename,
+        get_results_filenames,
+        get_sample_results_filenames,
+    )
+
+    config = {"model": "iiet", "model_args": {}, "batch_size": 8, "limit": None}
+    place = LoggedOutput(new_output_folder(tmp_path / "own"), "runs/tiny r=2,1")
+    folder = write_lm_eval_files(place, suite, ours, tokenizer, config)
+    assert folder == tmp_path / "own" / "runs__tiny r=2,1"
+    files = [str(path) for path in sorted(folder.iterdir())]
+    samples = {get_file_task_name(Path(f).name): f for f in get_sample_results_filenames(files)}
+    stock = {get_file_task_name(f.name): f for f in output.rglob("samples_*.jsonl")}
+    assert samples.keys() == stock.keys() == TASKS.keys()
+    for name, file in samples.items():
+        assert Path(file).read_text() == stock[name].read_text()
+    written = json.loads(Path(get_latest_filename(get_results_filenames(files))).read_text())
+    [theirs] = [json.loads(path.read_text()) for path in output.rglob("results_*.json")]
+    assert theirs.keys() <= written.keys()
+    for part in ("configs", "versions", "n-shot", "higher_is_better", "n-samples", "task_hashes"):
+        assert written[part] == theirs[part]
+    for name, result in ours.results.items():
+        own, other = written["results"][name], theirs["results"][name]
+        differing = {key for key in other if own[key] != other[key]}
+        assert all("_stderr" in key and other[key] == "N/A" for key in differing)
+        assert own.get("acc_stderr,none") == result.metrics.get("acc_stderr")
+    # Read again, they are the evaluation.
+    run = find_logged_run(tmp_path / "own")
+    assert run is not None
+    for name, result in run.read().results.items():
+        assert result.metrics == ours.results[name].metrics
+        assert result.values == ours.results[name].values
+
+
+def test_stored_responses_that_do_not_fit_the_task_are_refused(
+    suite: Suite, ours: EvaluationResult, tokenizer: PlainTokenizer, tmp_path: Path
+) -> None:
+    config = {"model": "iiet", "model_args": {}, "batch_size": 8, "limit": None}
+    place = LoggedOutput(new_output_folder(tmp_path / "own"), "tiny")
+    good = ours.results["choices"]
+    for changes, reason in (
+        ({"log_likelihoods": [[0.0, -1.0]] * 7}, "give other values than were measured"),
+        ({"log_likelihoods": good.log_likelihoods[:2]}, "are not those that it asks for"),
+    ):
+        damaged = EvaluationResult(results={"choices": good.model_copy(update=changes)})
+        with pytest.raises(RunFailed, match=reason):
+            write_lm_eval_files(place, suite, damaged, tokenizer, config)
+    with pytest.raises(UserError, match="--log-samples takes a folder"):
+        new_output_folder("found.json")
+    assert not list(place.folder.iterdir())
 
 
 def test_of_each_task_the_newest_samples_count(output: Path) -> None:

@@ -15,8 +15,11 @@ from iiet.decoder import Decoder
 from orchestrator import cli
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation import measuring
+from orchestrator.evaluation.evaluated_model import open_models
+from orchestrator.evaluation.harness.logged_files import LoggedOutput
 from orchestrator.pipelines.comparing import CompareResult, compare, compare_models
-from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.pipelines.evaluating import evaluate_opened
+from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import UserError
@@ -161,6 +164,39 @@ def test_an_output_of_lm_eval_names_the_tasks_that_the_other_side_is_measured_on
     assert found.comparison.names == (str(output), "tiny")
 
 
+def test_written_files_compare_as_the_stored_evaluations_do(
+    checkpoint: Path, settings: Settings, workspace: Workspace, runs: list[str], tmp_path: Path
+) -> None:
+    context = untracked(workspace)
+    stored = compare_models(settings, ("tiny", "tiny"), context, schedules=["2,1", "0"])
+    opened = open_models(workspace, [checkpoint], ["2,1", "0"])
+    outputs = [LoggedOutput(tmp_path / "own", name) for name in stored.comparison.names]
+    evaluate_opened(opened, settings, context, outputs=outputs)
+    assert runs == 2 * ["red", "blue"], "the responses come from the store"
+    folders = tmp_path / "own" / "r=2,1", tmp_path / "own" / "r=0"
+    written = compare_models(settings, folders, context)
+    assert written.rows() == stored.rows()
+    mixed = compare_models(settings, (folders[0], checkpoint), context, schedules=["0"])
+    assert mixed.rows() == stored.rows()
+
+
+def test_results_of_older_versions_are_measured_again_for_the_files(
+    checkpoint: Path, settings: Settings, workspace: Workspace, runs: list[str], tmp_path: Path
+) -> None:
+    context, opened = untracked(workspace), open_models(workspace, [checkpoint], None)
+    [measured] = evaluate_opened(opened, settings, context)
+    for path in workspace.evaluations.glob("*.json"):
+        result = TaskResult.read(path)
+        assert result is not None
+        if result.name == "red":
+            result.model_copy(update={"is_greedy": []}).write(path)
+    evaluate_opened(opened, settings, context)
+    assert runs == ["red", "blue"]
+    outputs = [LoggedOutput(tmp_path / "own", "tiny")]
+    assert evaluate_opened(opened, settings, context, outputs=outputs) == [measured]
+    assert runs == ["red", "blue", "red"]
+
+
 def test_two_outputs_of_lm_eval_are_compared_at_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,3 +250,28 @@ def test_the_python_function_needs_a_workspace_only_for_its_own_models(tmp_path:
     assert "no difference" in found.findings[0]
     with pytest.raises(UserError, match="there is no folder"):
         compare(Settings(), workspace=tmp_path / "space", models=(output, "nothing"))
+
+
+@pytest.mark.slow
+def test_the_commands_write_and_compare_lm_evals_files(
+    checkpoint: Path,
+    settings: Settings,
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    space = ["--workspace", str(workspace.root)]
+    options = ["--suite", "red", "--include-path", "tasks", *space]
+    both = ["-r", "2,1", "-r", "0"]
+    assert cli.main(["evaluate", "tiny", *both, "--log-samples", "out", *options]) == 0
+    assert cli.main(["compare", "tiny", "tiny", *both, *options, "--json", "stored.json"]) == 0
+    assert cli.main(["compare", "out/r=2,1", "out/r=0", *space, "--json", "written.json"]) == 0
+    stored, written = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("stored", "written")
+    )
+    assert stored["rows"] == written["rows"]
+    assert stored["rows"][0]["num_items"] == 36
+    assert cli.main(["evaluate", "tiny", "--log-samples", "tasks/red.yaml", *options]) == 2
+    assert "--log-samples: cannot make the folder tasks/red.yaml" in capsys.readouterr().err
