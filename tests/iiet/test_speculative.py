@@ -150,6 +150,24 @@ def test_drafts_share_the_cache_only_within_the_schedule(monkeypatch):
         assert len(sizes) == num
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+def test_each_token_is_the_likeliest_but_for_rounding(precision):
+    """Rows of different lengths, query heads that share a key head."""
+    decoder = decoder_of(num_kv_heads=1)
+    decoder.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    mask = padding()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        tokens, record = speculative.generate(
+            decoder, prompts(), attention_mask=mask, max_new_tokens=30, **drafts("0", 3)
+        )
+    assert 0 < record.acceptance < 1
+    mask = torch.cat([mask, mask.new_ones(3, 30)], 1)
+    with torch.no_grad():
+        logits = decoder.float()(tokens, attention_mask=mask)[:, 5:-1]
+    regret = logits.amax(-1) - logits.gather(-1, tokens[:, 6:, None])[..., 0]
+    assert regret.max() < (1e-4 if precision == "float32" else 0.1) * logits.std()
+
+
 def test_the_stream_is_plain_tensors_and_the_same_twice():
     decoder, record = decoder_of(), DraftRecord()
     options = {"max_new_tokens": 20, "temperature": 1.0, "seed": 2, "draft": "0"}
