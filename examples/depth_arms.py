@@ -35,6 +35,9 @@ class Choices:
     """Numbers of corrections; the last one is that of the variants."""
     vanilla_between: tuple[int, ...] = (3,)
     """Further depths of vanilla models, which place the others more exactly."""
+    num_rates: int = 2
+    """Best learning rates of the first seed that are tried under all seeds. With one, a rate that
+    happens to suit the first seed decides an arm."""
     two_stages_from: float = 0.5
     """Share of the steps without corrections in the arm with two stages."""
 

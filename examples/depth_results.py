@@ -74,8 +74,11 @@ class ArmResult(Record):
     """Of one training."""
     losses_by_rate: dict[float, float]
     """Learning rate -> validation loss at the first seed."""
+    mean_losses: dict[float, float]
+    """Learning rate -> validation loss, mean over all seeds; for the best rates at the first
+    seed."""
     best_rate: float
-    """Rate with the lowest loss; it counts for all seeds."""
+    """Rate with the lowest mean loss; it counts for all seeds."""
     seeds: dict[int, SeedResult]
 
     @property
@@ -120,13 +123,14 @@ def arm_result(
     key: str,
     trials: Sequence[Trial],
     losses_by_rate: Mapping[float, float],
-    best_rate: float,
+    mean_losses: Mapping[float, float],
     readings: Mapping[str, CheckpointReadings],
 ) -> ArmResult:
     """Put together what was measured.
 
     Args:
         trials: At the best rate, one for each seed.
+        mean_losses: Of the rates that were tried under all seeds.
         readings: Key of a trial -> readings of its checkpoint.
     """
     cost = inference_cost(trials[0].model)
@@ -138,7 +142,8 @@ def arm_result(
         num_parameters=cost.num_parameters,
         training_flops=trials[0].train.flops or 0.0,
         losses_by_rate=dict(losses_by_rate),
-        best_rate=best_rate,
+        mean_losses=dict(mean_losses),
+        best_rate=rates_by_loss(mean_losses)[0],
         seeds={
             seed_of(trial): SeedResult(
                 readings=readings[trial.key],
@@ -148,6 +153,11 @@ def arm_result(
             for trial in trials
         },
     )
+
+
+def rates_by_loss(losses: Mapping[float, float]) -> list[float]:
+    """Return learning rates, that of the lowest loss first."""
+    return sorted(losses, key=lambda rate: losses[rate])
 
 
 def seed_of(trial: Trial) -> int:

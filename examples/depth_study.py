@@ -6,11 +6,11 @@ arm takes two sweeps or three:
 
     rates           every learning rate of the arm at the first seed
     further rate    if the best one, by validation loss, is the lowest or the highest: one beyond it
-    seeds           the best rate under all seeds
+    seeds           the two best rates under all seeds; the one with the lower mean loss counts
 
-Then each checkpoint is read on validation sequences, as it was trained and under other schedules.
-After each arm, `results.md`, `results.json` and a picture are written: verdicts by rules that were
-fixed before (`depth_rules.py`), tables, and what a correction is worth in layers.
+Then each checkpoint of that rate is read on validation sequences, as it was trained and under other
+schedules. After each arm, `results.md`, `results.json` and a picture are written: verdicts by rules
+that were fixed before (`depth_rules.py`), tables, and what a correction is worth in layers.
 
 Nothing is trained twice: the same command resumes after an interruption, and another selection of
 arms keeps what is finished. In another workspace `--known` takes over the finished arms of a
@@ -25,6 +25,7 @@ arms keeps what is finished. In another workspace `--known` takes over the finis
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,9 @@ from depth_results import (
     StudyResults,
     arm_result,
     copying_accuracy,
+    rates_by_loss,
     read_checkpoint,
+    seed_of,
 )
 from depth_tables import arm_line, study_markdown
 from rich import box
@@ -233,22 +236,29 @@ class DepthStudy:
         if known := self._known(arm):
             return known
         models = [arm.model(rate=rate, seed=self.seeds[0]) for rate in arm.rates]
-        by_rate = self._by_rate(self._trials(models, f"{arm.slug}-rates", may_train=may_train))
-        if by_rate and (more := _rate_beyond(by_rate)):
+        losses = self._first_losses(self._trials(models, f"{arm.slug}-rates", may_train=may_train))
+        if losses and (more := _rate_beyond(losses)):
             # A single training would get all CPUs, which slows it down where others use them. So
-            # the other seeds train at the best rate so far; usually it stays the best.
-            models = [arm.model(rate=more, seed=self.seeds[0]), *self._seeds_at(arm, by_rate)]
+            # the other seeds train at the best rates so far; usually these stay the best.
+            models = [arm.model(rate=more, seed=self.seeds[0]), *self._seeds_at(arm, losses)]
             trials = self._trials(models, f"{arm.slug}-further-rate", may_train=may_train)
-            by_rate = by_rate | self._by_rate(trials) if trials else {}
-        if not by_rate:
+            losses = losses | self._first_losses(trials) if trials else {}
+        if not losses:
             return None
-        models = self._seeds_at(arm, by_rate)
+        models = self._seeds_at(arm, losses)
         trials = self._trials(models, f"{arm.slug}-seeds", may_train=may_train)
         if not trials:
             return None
-        readings = {trial.key: self._readings(trial) for trial in trials}
-        losses = {rate: trial.quality[LOSS] for rate, trial in by_rate.items()}
-        return arm_result(arm, self._key(arm), trials, losses, _best_rate(by_rate), readings)
+        by_rate: dict[float, list[Trial]] = {}
+        for trial in trials:
+            by_rate.setdefault(_rate_of(trial), []).append(trial)
+        means = {
+            rate: statistics.fmean(trial.quality[LOSS] for trial in seeds)
+            for rate, seeds in by_rate.items()
+        }
+        best = by_rate[rates_by_loss(means)[0]]
+        readings = {trial.key: self._readings(trial) for trial in best}
+        return arm_result(arm, self._key(arm), best, losses, means, readings)
 
     def _known(self, arm: Arm) -> ArmResult | None:
         """Return a stored result if its settings are still those of the arm."""
@@ -257,15 +267,18 @@ class DepthStudy:
 
     def _key(self, arm: Arm) -> str:
         models = [arm.model(rate=rate, seed=seed) for rate in arm.rates for seed in self.seeds]
-        return content_key([state.trial.key for state in self._plan(models).states])
+        keys = [state.trial.key for state in self._plan(models).states]
+        return content_key(keys, self.choices.num_rates)
 
-    def _by_rate(self, trials: Sequence[Trial]) -> dict[float, Trial]:
-        """Return learning rate -> trial of the first seed."""
-        recipes = ((trial, trial.job.recipe) for trial in trials if trial.job)
-        return {own.learning_rate: trial for trial, own in recipes if own.seed == self.seeds[0]}
+    def _first_losses(self, trials: Sequence[Trial]) -> dict[float, float]:
+        """Return learning rate -> validation loss at the first seed."""
+        first = [trial for trial in trials if seed_of(trial) == self.seeds[0]]
+        return {_rate_of(trial): trial.quality[LOSS] for trial in first}
 
-    def _seeds_at(self, arm: Arm, by_rate: Mapping[float, Trial]) -> list[SweepModel]:
-        return [arm.model(rate=_best_rate(by_rate), seed=seed) for seed in self.seeds]
+    def _seeds_at(self, arm: Arm, losses: Mapping[float, float]) -> list[SweepModel]:
+        """Return the models of all seeds at the best rates of the first seed."""
+        rates = rates_by_loss(losses)[: self.choices.num_rates]
+        return [arm.model(rate=rate, seed=seed) for rate in rates for seed in self.seeds]
 
     def _trials(
         self, models: Sequence[SweepModel], name: str, *, may_train: bool
@@ -308,14 +321,14 @@ class DepthStudy:
     def _expected_models(self, arm: Arm) -> list[SweepModel]:
         """Return the models of an arm if its best rate is a middle one."""
         models = [arm.model(rate=rate, seed=self.seeds[0]) for rate in arm.rates]
-        middle = arm.rates[len(arm.rates) // 2]
-        return models + [arm.model(rate=middle, seed=seed) for seed in self.seeds[1:]]
+        likely = arm.rates[-1 - self.choices.num_rates : -1] or arm.rates
+        return models + [arm.model(rate=r, seed=seed) for r in likely for seed in self.seeds[1:]]
 
     def _most_hours(self, arm: Arm) -> float:
         """Return what an arm takes from here on if a further learning rate is the best."""
         models = self._expected_models(arm)
         flops = self._plan(models).price.flops
-        more = len(self.seeds) if len(arm.rates) > 1 else 0
+        more = 1 + self.choices.num_rates * (len(self.seeds) - 1) if len(arm.rates) > 1 else 0
         return flops * (1 + more / len(models)) / self.speed / 3600
 
     def _write(self, finished: Mapping[str, ArmResult], not_run: Mapping[str, str]) -> None:
@@ -332,16 +345,17 @@ class DepthStudy:
         write_figure(self.results.arms, self.choices, self.folder / "accuracy")
 
 
-def _best_rate(by_rate: Mapping[float, Trial]) -> float:
-    return min(by_rate, key=lambda rate: by_rate[rate].quality[LOSS])
+def _rate_of(trial: Trial) -> float:
+    assert trial.job is not None
+    return trial.job.recipe.learning_rate
 
 
-def _rate_beyond(by_rate: Mapping[float, Trial]) -> float | None:
+def _rate_beyond(losses: Mapping[float, float]) -> float | None:
     """Return a rate beyond the tried ones, on the side of the best; None if that is inside."""
-    best = _best_rate(by_rate)
-    if len(by_rate) == 1 or min(by_rate) < best < max(by_rate):
+    best = rates_by_loss(losses)[0]
+    if len(losses) == 1 or min(losses) < best < max(losses):
         return None
-    return best / RATE_STEP if best == min(by_rate) else best * RATE_STEP
+    return best / RATE_STEP if best == min(losses) else best * RATE_STEP
 
 
 if __name__ == "__main__":

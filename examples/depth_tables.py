@@ -51,6 +51,8 @@ def study_markdown(
         "± is the standard error over the seeds. Held-out items are those of the evaluation.",
         _arm_table(arms),
         "## Learning rates: validation loss at the first seed",
+        f"In brackets: the mean over all seeds, for the {choices.num_rates} best; the lowest of "
+        "these decides.",
         _rate_table(arms),
         "## The same weights under other iteration schedules",
         "Accuracy in percent and loss, mean over the seeds; r is the number of corrections of "
@@ -139,6 +141,8 @@ def _rate_cells(arm: ArmResult, rates: Sequence[float]) -> Iterator[str]:
     for rate in rates:
         loss = arm.losses_by_rate.get(rate)
         text = "" if loss is None else f"{loss:.4g}"
+        if rate in arm.mean_losses:
+            text += f" ({arm.mean_losses[rate]:.3g})"
         yield f"**{text}**" if rate == arm.best_rate else text
 
 
