@@ -151,7 +151,7 @@ def _train(
     for step in range(size.training_steps):
         ids = chain.text(8, size.prompt_tokens, seed=100 + step)
         for schedule in schedules:
-            next_token_loss(decoder(ids, schedule=schedule), ids).backward()
+            torch.autograd.backward(next_token_loss(decoder(ids, schedule=schedule), ids))
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
