@@ -30,6 +30,8 @@ NUM_SEQUENCES = 2048
 """Validation sequences of a reading."""
 BATCH_SIZE = 128
 """Sequences in one forward pass; the readings do not depend on it, except for rounding."""
+RATE_STEP = 2.0
+"""Factor between a learning rate and the next one beyond the tried ones."""
 LOSS, ACCURACY = "validation_loss", "accuracy"
 
 
@@ -158,6 +160,20 @@ def arm_result(
 def rates_by_loss(losses: Mapping[float, float]) -> list[float]:
     """Return learning rates, that of the lowest loss first."""
     return sorted(losses, key=lambda rate: losses[rate])
+
+
+def rate_of(trial: Trial) -> float:
+    """Return the learning rate of a trial's training."""
+    assert trial.job is not None
+    return trial.job.recipe.learning_rate
+
+
+def rate_beyond(losses: Mapping[float, float]) -> float | None:
+    """Return a rate beyond the tried ones, on the side of the best; None if that is inside."""
+    best = rates_by_loss(losses)[0]
+    if len(losses) == 1 or min(losses) < best < max(losses):
+        return None
+    return best / RATE_STEP if best == min(losses) else best * RATE_STEP
 
 
 def seed_of(trial: Trial) -> int:

@@ -40,6 +40,8 @@ from depth_results import (
     StudyResults,
     arm_result,
     copying_accuracy,
+    rate_beyond,
+    rate_of,
     rates_by_loss,
     read_checkpoint,
     seed_of,
@@ -73,8 +75,6 @@ from orchestrator.workspace.provenance import content_key
 SETTINGS = Path(__file__).with_suffix(".yaml")
 ASSUMED_SPEED = 4e10
 """Training FLOPs per second of all trainings together, until a first one is measured."""
-RATE_STEP = 2.0
-"""Factor between a learning rate and the next one beyond the tried ones."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -237,7 +237,7 @@ class DepthStudy:
             return known
         models = [arm.model(rate=rate, seed=self.seeds[0]) for rate in arm.rates]
         losses = self._first_losses(self._trials(models, f"{arm.slug}-rates", may_train=may_train))
-        if losses and (more := _rate_beyond(losses)):
+        if losses and (more := rate_beyond(losses)):
             # A single training would get all CPUs, which slows it down where others use them. So
             # the other seeds train at the best rates so far; usually these stay the best.
             models = [arm.model(rate=more, seed=self.seeds[0]), *self._seeds_at(arm, losses)]
@@ -251,7 +251,7 @@ class DepthStudy:
             return None
         by_rate: dict[float, list[Trial]] = {}
         for trial in trials:
-            by_rate.setdefault(_rate_of(trial), []).append(trial)
+            by_rate.setdefault(rate_of(trial), []).append(trial)
         means = {
             rate: statistics.fmean(trial.quality[LOSS] for trial in seeds)
             for rate, seeds in by_rate.items()
@@ -273,7 +273,7 @@ class DepthStudy:
     def _first_losses(self, trials: Sequence[Trial]) -> dict[float, float]:
         """Return learning rate -> validation loss at the first seed."""
         first = [trial for trial in trials if seed_of(trial) == self.seeds[0]]
-        return {_rate_of(trial): trial.quality[LOSS] for trial in first}
+        return {rate_of(trial): trial.quality[LOSS] for trial in first}
 
     def _seeds_at(self, arm: Arm, losses: Mapping[float, float]) -> list[SweepModel]:
         """Return the models of all seeds at the best rates of the first seed."""
@@ -343,19 +343,6 @@ class DepthStudy:
         text = study_markdown(self.results, self.choices, self.settings, copied=copied)
         write_text(self.folder / "results.md", text)
         write_figure(self.results.arms, self.choices, self.folder / "accuracy")
-
-
-def _rate_of(trial: Trial) -> float:
-    assert trial.job is not None
-    return trial.job.recipe.learning_rate
-
-
-def _rate_beyond(losses: Mapping[float, float]) -> float | None:
-    """Return a rate beyond the tried ones, on the side of the best; None if that is inside."""
-    best = rates_by_loss(losses)[0]
-    if len(losses) == 1 or min(losses) < best < max(losses):
-        return None
-    return best / RATE_STEP if best == min(losses) else best * RATE_STEP
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def row_keys(
 
 
 def _counted(number: Tensor | int) -> Tensor | int:
-    """Return where the counter stands after so many steps; products wrap around."""
+    """Return SplitMix64's state after `number + 1` steps, modulo 2^64."""
     if isinstance(number, int):
         return _signed((number + 1) * _STEP)
     return (number + 1) * _signed(_STEP)

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from iiet.cache import KeyValueCache, KvStrategy
+from iiet.cache import KvStrategy
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation import check_conformance
+from orchestrator.evaluation.kv_strategies import logits_of_steps
 
 FILE = "conformance.safetensors"
 NUM_STEPS = 64
@@ -71,13 +72,4 @@ def decode_logits(
         The logits after each step, (time - num_prompt, vocab).
     """
     decoder = decoder if schedule is None else decoder.with_schedule(schedule)
-    cache = KeyValueCache(
-        decoder.config,
-        batch_size=1,
-        max_tokens=len(ids),
-        dtype=decoder.embedding.weight.dtype,
-        strategy=kv_strategy,
-    )
-    decoder(ids[None, :num_prompt], cache=cache, last_only=True)
-    steps = [decoder(token[None], cache=cache)[0] for token in ids[num_prompt:, None]]
-    return torch.cat(steps)
+    return logits_of_steps(decoder, ids[None], num_prompt, kv_strategy=kv_strategy)[0]

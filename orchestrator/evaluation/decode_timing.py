@@ -115,8 +115,7 @@ def time_per_token(
     progress.start("time per token", len(models) * SWEEP_REPETITIONS)
     decoders = random_decoders(models, device)
     context_length = min(decoder.config.context_length for decoder in decoders.values())
-    # In a short context, the prompt takes a third, and the new tokens the rest.
-    prompt_tokens = min(SWEEP_PROMPT_TOKENS, context_length // 3)
+    prompt_tokens = sweep_prompt_length(context_length)
     # One row is too little work for several threads: they would wait for each other.
     with threads(1):
         timings = decode_milliseconds(
@@ -129,6 +128,11 @@ def time_per_token(
     slowest = max(timing.median for timing in timings.values())
     progress.finish(f"{len(decoders)} models, the slowest {slowest:.1f} ms")
     return timings
+
+
+def sweep_prompt_length(context_length: int) -> int:
+    """Return the tokens of a prompt: in a short context a third, and the new tokens the rest."""
+    return min(SWEEP_PROMPT_TOKENS, context_length // 3)
 
 
 def random_decoders(models: Mapping[str, ModelConfig], device: str) -> dict[str, Decoder]:

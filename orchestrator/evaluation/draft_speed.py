@@ -22,9 +22,8 @@ from iiet import speculative
 from iiet.decoder import Decoder
 from iiet.generation import stream
 from iiet.schedule import IterationSchedule
-from orchestrator.evaluation.decode_timing import threads, time_stream
+from orchestrator.evaluation.decode_timing import sweep_prompt_length, threads, time_stream
 
-PROMPT_TOKENS, NEW_TOKENS = 16, 32
 NUM_TIMED = 6
 """Texts that are also continued one by one, with the clock; acceptance takes all."""
 
@@ -41,11 +40,6 @@ class DraftSpeed:
     """Median ratio of plain decoding's time to that with the draft, prompt by prompt."""
 
 
-def prompt_length(context_length: int) -> int:
-    """Return the tokens of a prompt; a short context gives a third of it, as decode timing does."""
-    return min(PROMPT_TOKENS, context_length // 3)
-
-
 @torch.inference_mode()
 def measure_draft(
     full: Decoder,
@@ -59,7 +53,7 @@ def measure_draft(
         draft: A cheaper schedule of it, or another decoder of the same vocabulary.
         texts: (texts, time), held out; the beginnings are continued to the same length.
     """
-    prompts = texts[:, : prompt_length(full.config.context_length)].to(full.device)
+    prompts = texts[:, : sweep_prompt_length(full.config.context_length)].to(full.device)
     new_tokens = texts.size(1) - prompts.size(1)
     _, record = speculative.generate(
         full, prompts, max_new_tokens=new_tokens, draft=draft, draft_tokens=1

@@ -34,8 +34,8 @@ from orchestrator.evaluation.evaluated_model import (
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import DTYPES, served_schedules
-from orchestrator.training.checkpoint_lookup import is_checkpoint
+from orchestrator.training.checkpoint import DTYPES
+from orchestrator.training.checkpoint_lookup import known_schedules
 from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.model_lookup import load_influence_table
 from orchestrator.training.precision import device_precision
@@ -159,7 +159,7 @@ def family_of(model: EvaluatedModel) -> list[EvaluatedModel]:
     if config is None or not config.corrections.num_corrections:
         return [model]
     influence = None if model.is_external else load_influence_table(model.path)
-    served = served_schedules(model.path) if is_checkpoint(model.path) else ()
+    served = known_schedules(model.path)
     if len(served) > 1 and config.corrections == served[0]:
         schedules = list(served)
     elif influence is not None and influence.schedule == config.corrections:

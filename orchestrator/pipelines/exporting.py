@@ -37,7 +37,7 @@ from orchestrator.training.checkpoint import (
     served_schedules,
     weights_key,
 )
-from orchestrator.training.checkpoint_lookup import is_checkpoint
+from orchestrator.training.checkpoint_lookup import known_schedules
 from orchestrator.training.model_loading import EXPORTED_TYPE, load_model
 from orchestrator.training.model_lookup import (
     find_checkpoint_by_weights,
@@ -176,11 +176,9 @@ def export_checkpoint(
 
 def _drafts(checkpoint: Path, decoder: Decoder) -> list[IterationSchedule]:
     """Return the schedules below the decoder's own that the checkpoint's weights learned."""
-    own, served = (
-        decoder.schedule,
-        served_schedules(checkpoint) if is_checkpoint(checkpoint) else (),
-    )
-    return [schedule for schedule in served if schedule != own and schedule.is_within(own)]
+    own = decoder.schedule
+    known = known_schedules(checkpoint)
+    return [schedule for schedule in known if schedule != own and schedule.is_within(own)]
 
 
 def model_card(

@@ -33,8 +33,8 @@ from orchestrator.evaluation.answers import (
 from orchestrator.evaluation.model_tokenizer import ModelTokenizer, checkpoint_tokenizer
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import DTYPES, served_schedules
-from orchestrator.training.checkpoint_lookup import is_checkpoint
+from orchestrator.training.checkpoint import DTYPES
+from orchestrator.training.checkpoint_lookup import known_schedules
 from orchestrator.training.model_loading import best_device, load_model
 from orchestrator.training.model_lookup import parse_schedule, resolve_model
 from orchestrator.training.precision import device_precision
@@ -183,8 +183,7 @@ class TextGenerator:
                 speculative_stream,
                 draft=asked or "auto",
                 draft_tokens=drafting.num_tokens,
-                # Those that elastic weights learned; of another folder none are known.
-                family=served_schedules(checkpoint) if is_checkpoint(checkpoint) else (),
+                family=known_schedules(checkpoint),
                 record=self.record,
             )
 

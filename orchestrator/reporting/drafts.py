@@ -37,14 +37,15 @@ def draft_targets(results: Sequence[Trial]) -> dict[str, Trial]:
 
 def best_drafts(results: Sequence[Trial]) -> dict[str, Trial]:
     """Return name of a full model -> its fastest measured draft."""
-    best: dict[str, Trial] = {}
-    for key, target in draft_targets(results).items():
-        result = next(result for result in results if result.key == key)
-        if result.decoding.speed_up is not None:
-            known = best.get(target.name)
-            if known is None or result.decoding.speed_up > (known.decoding.speed_up or 0.0):
-                best[target.name] = result
-    return best
+    targets = draft_targets(results)
+    measured: dict[str, list[Trial]] = {}
+    for result in results:
+        if result.key in targets and result.decoding.speed_up is not None:
+            measured.setdefault(targets[result.key].name, []).append(result)
+    return {
+        name: max(drafts, key=lambda draft: draft.decoding.speed_up or 0.0)
+        for name, drafts in measured.items()
+    }
 
 
 def pick_draft(results: Sequence[Trial], model: str) -> Trial:

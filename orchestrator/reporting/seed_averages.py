@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.trial import Trial, TrialCost, TrialDecoding, TrialTraining
-from orchestrator.reporting.pareto import FrontPoint
+from orchestrator.reporting.pareto import FrontPoint, find_front
+from orchestrator.reporting.shown_points import MAX_SHOWN, shown_points
 from orchestrator.workspace.provenance import content_key
 
 
@@ -52,6 +53,14 @@ def average_seeds(results: Sequence[Trial]) -> SeedAverages:
         averages.append(_average(group) if len(group) > 1 else group[0])
         keys_of_seeds[averages[-1].key] = tuple(result.key for result in group)
     return SeedAverages(tuple(averages), keys_of_seeds)
+
+
+def shown_results(results: Sequence[Trial]) -> list[Trial]:
+    """Return the results, or of many the seeds of those models that tables show."""
+    if len(results) <= MAX_SHOWN:
+        return list(results)
+    averages = average_seeds(results)
+    return averages.seeds_of(shown_points(find_front(averages.results)), results)
 
 
 def lowest_seed(group: Sequence[Trial]) -> Trial:

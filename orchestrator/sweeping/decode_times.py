@@ -15,9 +15,7 @@ from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, time_per_tok
 from orchestrator.records.record import Record
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.pareto import find_front
-from orchestrator.reporting.seed_averages import average_seeds
-from orchestrator.reporting.shown_points import MAX_SHOWN, shown_points
+from orchestrator.reporting.seed_averages import shown_results
 from orchestrator.settings import Settings
 from orchestrator.sweeping.trials import exact_cost, full_config
 from orchestrator.terminal.progress import Progress
@@ -44,15 +42,11 @@ def with_costs(
 ) -> list[Trial]:
     """Add what each model costs: exact counts, and measured milliseconds.
 
-    Of many models, those are measured that tables show; see `shown_points`.
+    Of many models, those are measured that tables show.
     """
     full = full_config(plan)
     counted = [t.model_copy(update={"cost": exact_cost(t.model, full)}) for t in found]
-    timed = counted
-    if len(counted) > MAX_SHOWN:
-        averages = average_seeds(counted)
-        timed = averages.seeds_of(shown_points(find_front(averages.results)), counted)
-    times = _decode_times(timed, folder, settings, progress)
+    times = _decode_times(shown_results(counted), folder, settings, progress)
     return [
         t.model_copy(update={"cost": t.cost.model_copy(update=vars(times[t.key]))})
         if t.key in times

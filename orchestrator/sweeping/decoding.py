@@ -21,14 +21,14 @@ from orchestrator.cluster.launch import trial_device
 from orchestrator.data.prepared import PreparedData
 from orchestrator.data.sources import open_data
 from orchestrator.data.token_store import TokenStore
-from orchestrator.evaluation.draft_speed import NEW_TOKENS, PROMPT_TOKENS, measure_draft
+from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, SWEEP_PROMPT_TOKENS
+from orchestrator.evaluation.draft_speed import measure_draft
 from orchestrator.evaluation.kv_strategies import compare_kv_strategies
 from orchestrator.records.record import Record
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial, TrialDecoding
 from orchestrator.reporting.drafts import draft_targets
-from orchestrator.reporting.pareto import find_front
-from orchestrator.reporting.shown_points import MAX_SHOWN, shown_points
+from orchestrator.reporting.seed_averages import shown_results
 from orchestrator.settings import Settings
 from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
@@ -71,7 +71,7 @@ def with_decoding(
     if not wanted or _text_of(open_data(plan.tokens_folder)) is None:
         return list(results)
     path, on_gpu = folder / DECODING_NAME, ["GPU"] if settings.trials_use_gpus else []
-    state = content_key(environment(), NEW_TOKENS, *on_gpu)
+    state = content_key(environment(), SWEEP_NEW_TOKENS, *on_gpu)
     stored = _StoredDecoding.read_measured(path, progress.note)
     known = stored.by_name if stored and stored.state == state else {}
     if missing := [one for one in wanted if one.name not in known]:
@@ -91,10 +91,7 @@ def with_decoding(
 
 def _wanted(results: Sequence[Trial], settings: Settings) -> list[_Measurement]:
     """Return the measurements of the models that tables show."""
-    shown = list(results)
-    if len(shown) > MAX_SHOWN:
-        keys = {point.result.key for point in shown_points(find_front(results))}
-        shown = [result for result in results if result.key in keys]
+    shown = shown_results(results)
     targets = draft_targets(results) if settings.sweep.measure_drafts else {}
     wanted = [_Measurement(one, targets[one.key]) for one in shown if one.key in targets]
     if settings.sweep.measure_kv_last:
@@ -141,7 +138,7 @@ def _load(trial: Trial, device: str) -> Decoder:
 
 def _texts(text: TokenStore, model: Decoder) -> Tensor:
     """Return held-out sequences, (texts, time), a prompt and the length of its continuation."""
-    length = min(PROMPT_TOKENS + NEW_TOKENS, model.config.context_length)
+    length = min(SWEEP_PROMPT_TOKENS + SWEEP_NEW_TOKENS, model.config.context_length)
     (batch,) = text.validation_batches(
         context_length=length, num_tokens=NUM_TEXTS * length, batch_size=NUM_TEXTS
     )

@@ -7,7 +7,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator.training.checkpoint import PROVENANCE, check_checkpoint, step_of
+from iiet.schedule import IterationSchedule
+from orchestrator.training.checkpoint import (
+    PROVENANCE,
+    check_checkpoint,
+    served_schedules,
+    step_of,
+)
 from orchestrator.workspace.errors import UserError
 
 _NAME = re.compile(r"step_(\d{8,})")
@@ -16,6 +22,15 @@ _NAME = re.compile(r"step_(\d{8,})")
 def is_checkpoint(path: Path) -> bool:
     """Return whether a folder is a checkpoint, intact or damaged, and not a run folder."""
     return (path / PROVENANCE).is_file() or bool(_NAME.fullmatch(path.name))
+
+
+def known_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
+    """Return the `served_schedules` of a checkpoint; of another model folder none are known.
+
+    Raises:
+        UserError: If the checkpoint is damaged.
+    """
+    return served_schedules(folder) if is_checkpoint(folder) else ()
 
 
 def find_checkpoints(run_folder: Path) -> list[Path]:

@@ -11,7 +11,8 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.generation import generate
 from iiet.schedule import IterationSchedule
-from orchestrator.evaluation.draft_speed import measure_draft, prompt_length
+from orchestrator.evaluation.decode_timing import sweep_prompt_length
+from orchestrator.evaluation.draft_speed import measure_draft
 from orchestrator.evaluation.kv_strategies import compare_kv_strategies
 
 
@@ -44,7 +45,7 @@ def test_acceptance_is_the_share_of_tokens_that_both_choose(
     none = IterationSchedule.none(len(full.schedule))
     speed = measure_draft(full, none, texts)
     # After the same tokens, the same weights without corrections choose some of the same tokens.
-    length = prompt_length(full.config.context_length)
+    length = sweep_prompt_length(full.config.context_length)
     continued = generate(full, texts[:, :length], max_new_tokens=texts.size(1) - length)
     with torch.no_grad():
         choices = full(continued[:, :-1], schedule=none).argmax(-1)
