@@ -1,9 +1,9 @@
 """Self-speculative decoding against its rivals: prompt lookup, a small vanilla draft, plain steps.
 
 Acceptance depends on what models have learned, so each is trained first, for a few minutes, on
-text of a Markov chain: the next symbol depends on the last two. One set of weights learns its full
-schedule and none (r = 0); the rival draft is a vanilla model of two layers and half the width. All
-continue the same prompts by sampling, which gives prompt lookup no loops to copy.
+Python's documentation. One set of weights learns its full schedule and none (r = 0); the rival
+draft is a vanilla model of two layers and half the width, trained on the same tokens. All continue
+the same held-out prompts by sampling, which gives prompt lookup no loops to copy.
 
 Each rival drafts as many tokens as its acceptance and its measured costs suggest, or none. Then
 costs and acceptance are put into the formula of `iiet.draft_plan`: the prediction stands beside
@@ -14,6 +14,7 @@ would give at other acceptances.
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 
 from benchmarks.report import Goal, Quantity, Report, Row, checked
 from benchmarks.shape import fresh_decoder, shaped_config
@@ -37,6 +39,11 @@ from iiet import (
 )
 from iiet.draft_plan import MAX_DRAFT_TOKENS, expected_gain
 from iiet.speculative import DraftRecord
+from orchestrator.data.preparation import prepare
+from orchestrator.data.token_store import open_tokens
+from orchestrator.settings import DataSettings
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.folders import open_workspace
 
 __all__ = ["measure"]
 
@@ -51,11 +58,12 @@ class _Size:
     dims: tuple[int, ...] = (256, 512)
     num_layers: int = 6
     num_corrections: int = 2
-    vocab_size: int = 8192
-    num_symbols: int = 64
-    training_steps: int = 200
-    prompt_tokens: int = 64
-    new_tokens: int = 128
+    vocab_size: int = 2048
+    max_documents: int | None = None
+    training_steps: int = 150
+    context_length: int = 128
+    prompt_tokens: int = 32
+    new_tokens: int = 96
     batch_sizes: tuple[int, ...] = (1, 8)
     repetitions: int = 5
 
@@ -65,9 +73,10 @@ _QUICK = _Size(
     dims=(64,),
     num_layers=2,
     num_corrections=1,
-    vocab_size=128,
-    num_symbols=8,
+    vocab_size=300,
+    max_documents=30,
     training_steps=3,
+    context_length=32,
     prompt_tokens=8,
     new_tokens=8,
     batch_sizes=(1, 2),
@@ -89,45 +98,54 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
     `quick`: tiny sizes, which only test the benchmark. `say` reports progress.
     """
     size = _QUICK if quick else _FULL
-    chain = _Chain(size)
+    text = _Text(size)
     rows: list[Row] = []
     checks: list[str] = []
     for dim in size.dims:
         say(f"speculation: training d {dim}")
-        models = _trained(size, dim, chain)
+        models = _trained(size, dim, text)
         for batch_size in size.batch_sizes:
             say(f"speculation: d {dim}, batch {batch_size}")
-            prompt = chain.text(batch_size, size.prompt_tokens, seed=1)
+            prompt = text.prompts(batch_size, size.prompt_tokens)
             checks.append(_check(models, prompt))
             rows += _rows(models, prompt, size)
     setting = (
         f"IIET, r = {size.num_corrections}, {size.num_layers} layers, heads of 64, ffn 2.75 d, "
-        f"vocabulary {size.vocab_size}, tied head, float32, {size.training_steps} training steps; "
+        f"vocabulary {size.vocab_size}, tied head, float32; {size.training_steps} training steps "
+        f"of 8 x {size.context_length} tokens of Python's documentation; "
         f"draft r = 0; vanilla draft of 2 layers, half the width; prompt {size.prompt_tokens}, "
         f"{size.new_tokens} new tokens, temperature 1; {size.repetitions} repetitions in turns"
     )
     return Report(title="speculation", setting=setting, rows=tuple(rows), checks=tuple(checks))
 
 
-class _Chain:
-    """Text in which the last two symbols decide how likely the next one is."""
+class _Text:
+    """Python's documentation as tokens; prompts come from its held-out part."""
 
     def __init__(self, size: _Size) -> None:
-        generator = torch.Generator().manual_seed(0)
-        shape = (size.num_symbols, size.num_symbols, size.num_symbols)
-        self._chances = (3.0 * torch.randn(shape, generator=generator)).softmax(-1)
+        data = DataSettings(vocab_size=size.vocab_size, max_documents=size.max_documents)
+        with tempfile.TemporaryDirectory() as folder:
+            store = open_tokens(prepare(data, open_workspace(folder), Progress()))
+            self._train, self._held_out = (
+                torch.from_numpy(part.astype("int64")) for part in (store.train, store.validation)
+            )
 
-    def text(self, batch_size: int, num_tokens: int, *, seed: int) -> Tensor:
-        """Draw sequences, (batch, tokens)."""
-        generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(len(self._chances), (batch_size, num_tokens), generator=generator)
-        for time_ in range(2, num_tokens):
-            chances = self._chances[tokens[:, time_ - 2], tokens[:, time_ - 1]]
-            tokens[:, time_] = torch.multinomial(chances, 1, generator=generator)[:, 0]
-        return tokens
+    def batch(self, num_tokens: int, *, step: int) -> Tensor:
+        """Draw eight training sequences, (8, tokens)."""
+        return _windows(self._train, 8, num_tokens, seed=step)
+
+    def prompts(self, batch_size: int, num_tokens: int) -> Tensor:
+        """Draw held-out sequences, (batch, tokens)."""
+        return _windows(self._held_out, batch_size, num_tokens, seed=0)
 
 
-def _trained(size: _Size, dim: int, chain: _Chain) -> _Models:
+def _windows(tokens: Tensor, count: int, num_tokens: int, *, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(tokens) - num_tokens, (count,), generator=generator)
+    return torch.stack([tokens[start : start + num_tokens] for start in starts.tolist()])
+
+
+def _trained(size: _Size, dim: int, text: _Text) -> _Models:
     shape: dict[str, Any] = {
         "vocab_size": size.vocab_size,
         # Both ends of a step of fixed length fit.
@@ -138,22 +156,24 @@ def _trained(size: _Size, dim: int, chain: _Chain) -> _Models:
     )
     full = fresh_decoder(config)
     none = IterationSchedule.none(size.num_layers)
-    _train(full, [full.schedule, none], size, chain)
+    _train(full, [full.schedule, none], size, text)
     small = fresh_decoder(shaped_config(dim // 2, num_layers=2, method="vanilla", **shape))
-    _train(small, [None], size, chain)
+    _train(small, [None], size, text)
     return _Models(full.eval(), full.eval().with_schedule(none), small.eval())
 
 
 def _train(
-    decoder: Decoder, schedules: list[IterationSchedule | None], size: _Size, chain: _Chain
+    decoder: Decoder, schedules: list[IterationSchedule | None], size: _Size, text: _Text
 ) -> None:
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(decoder.parameters())
+    rate = OneCycleLR(optimizer, max_lr=2e-3, total_steps=size.training_steps)
     for step in range(size.training_steps):
-        ids = chain.text(8, size.prompt_tokens, seed=100 + step)
+        ids = text.batch(size.context_length, step=step)
         for schedule in schedules:
             torch.autograd.backward(next_token_loss(decoder(ids, schedule=schedule), ids))
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
+        rate.step()
         optimizer.zero_grad()
 
 
