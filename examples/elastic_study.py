@@ -8,7 +8,8 @@ For each teacher, of text (the shipped sweep `toy`) and of a task that needs dep
     longer      the teacher itself, trained on without a teacher for as many steps
 
 `results.md` compares them schedule by schedule, with paired intervals, and says whether the bars
-are met that were fixed before (`BARS` and `MAX_FLOPS`). Nothing is trained twice: the same command
+are met that were fixed before (`BARS` and `MAX_FLOPS`); `trade-off.png` shows what longer elastic
+training buys. Nothing is trained twice: the same command
 resumes after an interruption. It takes hours on a CPU:
 
     python examples/elastic_study.py --dry-run
@@ -23,6 +24,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from elastic_figure import Lines, write_figure
 
 from orchestrator import (
     RunFailed,
@@ -158,6 +161,7 @@ def run_study(
             for factor in times:
                 readings.append(_reading(teacher, own, factor, session, name))
                 write_text(folder / "results.md", study_markdown(readings))
+                write_figure(figure_panels(readings), MAX_FLOPS, folder / "trade-off")
                 print_line(session.console, f"study: {folder / 'results.md'}")
 
 
@@ -234,6 +238,22 @@ def checks(reading: Reading) -> Iterator[tuple[str, float, float]]:
         shortfall = _shortfall(full.quality, elastic, reading.longer)
         yield "the full schedule against the teacher trained on", shortfall, full.most
     yield "share of the separate students' training FLOPs", reading.flops.share, MAX_FLOPS
+
+
+def figure_panels(readings: Sequence[Reading]) -> dict[str, tuple[str, Lines, float]]:
+    """Return the panels of the picture, in points of accuracy or thousandths of a nat."""
+    panels: dict[str, tuple[str, Lines, float]] = {}
+    for reading in readings:
+        bar = BARS[reading.teacher]
+        scale, unit = (
+            (1000, "loss, 0.001 nats") if bar.quality == LOSS else (100, "accuracy, points")
+        )
+        label = f"worse than the separate student ({unit})"
+        _, lines, _ = panels.setdefault(reading.teacher, (label, {}, scale * bar.most))
+        for row in reading.section.rows:
+            worse = scale * _shortfall(bar.quality, row.elastic, row.student)
+            lines.setdefault(row.elastic.schedule_text, []).append((reading.flops.share, worse))
+    return panels
 
 
 def _shortfall(quality: str, model: Trial, other: Trial) -> float:

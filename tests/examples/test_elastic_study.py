@@ -6,6 +6,7 @@ from pathlib import Path
 
 import elastic_study as study
 import pytest
+from elastic_figure import write_figure
 from sample_trials import sample_trial
 
 from orchestrator.records.trial import Trial
@@ -59,6 +60,20 @@ def test_depth_is_held_to_the_accuracy_of_two_schedules() -> None:
     page = study.study_markdown([reading("depth")])
     assert "| (0,2) against its student | 0.0500 | 0.0200 | no |" in page
     assert "trained on for as many steps: validation_loss 1.9900, accuracy 1.0000." in page
+
+
+def test_the_picture_shows_each_schedule_at_the_cost_of_each_length(tmp_path: Path) -> None:
+    readings = [reading("text"), reading("depth", share=0.2), reading("depth", share=0.4)]
+    panels = study.figure_panels(readings)
+    label, lines, most = panels["depth"]
+    assert "points" in label
+    assert most == pytest.approx(2.0)
+    assert [share for share, _ in lines["0,2"]] == [0.2, 0.4]
+    assert [worse for _, worse in lines["0,2"]] == pytest.approx([5.0, 5.0])
+    assert panels["text"][1]["0,2"][0] == (0.3, pytest.approx(4.0))  # 0.004 nats.
+    paths = write_figure(panels, study.MAX_FLOPS, tmp_path / "trade-off")
+    assert [path.suffix for path in paths] == [".png", ".svg"]
+    assert "0,3" in paths[1].read_text()  # The legend names the schedules.
 
 
 @pytest.mark.parametrize("teacher", study.TEACHERS)
