@@ -5,6 +5,8 @@ Needs torch and the standard library. The adapter to transformers, `iiet.hugging
 imported here.
 """
 
+from importlib import metadata
+
 from iiet.batch import Batch
 from iiet.cache import KeyValueCache
 from iiet.config import PRESETS, ModelConfig, preset
@@ -32,6 +34,11 @@ from iiet.quantization import quantize_weights
 from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord
 from iiet.static_steps import StaticSteps
+
+try:
+    __version__ = metadata.version("iiet-orch")
+except metadata.PackageNotFoundError:  # The source was copied, not installed.
+    __version__ = "unknown"
 
 __all__ = [
     "METHODS",

@@ -5,21 +5,40 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
 from rich.console import Console
 
 from orchestrator.cli.help import Application
 from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, path_error_message
+from orchestrator.workspace.provenance import installed_version
 
 app = Application(
     name="iiet-orch",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Pretrain, sweep and distill iterative Transformers; show accuracy against their cost.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"iiet-orch {installed_version('iiet-orch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options_of_all(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -42,11 +42,12 @@ def environment() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
-        **{name: _version(name) for name in names},
+        **{name: installed_version(name) for name in names},
     }
 
 
-def _version(name: str) -> str:
+def installed_version(name: str) -> str:
+    """Return the version of a distribution, or `not installed`."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
