@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
+
 from orchestrator.pipelines.context import Context
+from orchestrator.settings import SETTINGS_NAME
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import FinishedRun, Tracking
 from orchestrator.workspace.folders import Workspace
@@ -22,9 +25,15 @@ class FakeRun:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self.tags |= tags
 
-    def log_dataset(self, name: str, digest: str, profile: Mapping[str, object]) -> None:
-        assert (name, len(digest)) == ("tokens", 16)
+    def log_dataset(
+        self, name: str, digest: str, profile: Mapping[str, object], *, context: str = "training"
+    ) -> None:
+        assert (name, len(digest)) == (profile["source"], 16)
         assert profile["train_tokens"]
+
+    def log_text(self, text: str, name: str) -> None:
+        assert name == SETTINGS_NAME
+        assert yaml.safe_load(text)["training"]
 
     def log_metrics(self, values: Mapping[str, float], *, step: int = 0) -> None:
         assert all(isinstance(value, int | float) for value in values.values())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from orchestrator.data.depth.store import open_depth
 from orchestrator.data.mixture import open_mixture
@@ -24,3 +26,18 @@ def open_data(folder: Path | str) -> PreparedData:
     if manifest.settings.get("source") == "mixture":
         return open_mixture(folder, manifest)
     return map_tokens(folder, manifest)
+
+
+@lru_cache(maxsize=64)
+def describe_data(folder: Path | str) -> tuple[str, str, dict[str, Any]]:
+    """Return name, fingerprint and profile of a folder of prepared data, for a tracked run.
+
+    Raises:
+        UserError: As `open_data`.
+    """
+    data = open_data(folder)
+    profile = data.profile
+    # Depth tasks, sources of a mixture, a data set of the hub, else the only source.
+    mixed = ", ".join(data.source_names)
+    name = profile.get("tasks") or mixed or profile.get("hub_name") or profile["source"]
+    return name, data.fingerprint, profile

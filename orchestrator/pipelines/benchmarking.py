@@ -32,6 +32,7 @@ from orchestrator.evaluation.evaluated_model import (
     short_names,
 )
 from orchestrator.pipelines.context import Context, open_context
+from orchestrator.records.parameters import schedule_parameters
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import DTYPES
@@ -211,8 +212,7 @@ def _track(
         name=f"benchmark {model.name}"[:80],
         kind="benchmark",
         params={
-            "method": model.architecture,
-            "schedule": model.config.corrections,
+            **schedule_parameters(model.config),
             "checkpoint": model.path,
             "device": result.device,
             "dtype": result.dtype,

@@ -15,7 +15,7 @@ from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.pretraining import PretrainResult, tracked_jobs
 from orchestrator.planning.fit import check_trainings
 from orchestrator.planning.resources import check_run_resources
-from orchestrator.settings import Settings, flatten
+from orchestrator.settings import Settings
 from orchestrator.sweeping.student_plans import distillation_job
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
@@ -87,8 +87,8 @@ def distill_teacher(
     job = distillation_job(settings, context.workspace, teacher, schedule, tokens)
     check_trainings([job], settings.cluster)
     label = str(job.model.corrections)
-    jobs, params = {label: job}, {label: {"schedule": label, **flatten(settings)}}
-    with tracked_jobs("distill", jobs, params, settings.cluster, context, local=local) as (run, _):
+    named, cluster = {label: settings}, settings.cluster
+    with tracked_jobs("distill", {label: job}, named, cluster, context, local=local) as (run, _):
         (outcome,) = run()
     context.progress.finish(f"schedule {label}, validation loss {outcome.validation_loss:.3f}")
     return DistillResult(

@@ -26,6 +26,7 @@ from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.task_selection import TaskSelection, newest_tokens, select_tasks
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
+from orchestrator.records.parameters import schedule_parameters
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.terminal.formatting import format_with_error
 from orchestrator.terminal.progress import Progress
@@ -266,10 +267,10 @@ def _track(context: Context, measured: Measured, model: EvaluatedModel, precisio
     keys, evaluation = measured.keys.tasks, measured.evaluation
     params: dict[str, Any] = {"method": model.architecture}
     if model.config is not None:
-        params |= {"schedule": model.config.corrections, "precision": precision}
+        params |= {**schedule_parameters(model.config), "precision": precision}
     run = context.tracking.run(
         content_key("evaluation", keys),
-        name=f"evaluate {', '.join(keys)}"[:80],
+        name=f"evaluate {model.name}: {', '.join(keys)}"[:80],
         kind="evaluation",
         params={**params, "checkpoint": model.path, "num_items": evaluation.num_items},
     )

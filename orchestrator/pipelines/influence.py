@@ -18,7 +18,7 @@ from iiet.influence import InfluenceMetric, InfluenceTable, influence_table
 from iiet.methods import METHODS
 from orchestrator.cluster.launch import command_device
 from orchestrator.data.prepared import PreparedData
-from orchestrator.data.sources import open_data
+from orchestrator.data.sources import describe_data, open_data
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.progress import Progress
@@ -124,7 +124,7 @@ def read_or_measure_influence(
         progress.finish(_summary(found))
     else:
         progress.finish(f"{_summary(found)}, found again")
-    _track(context, key, found, path, checkpoint)
+    _track(context, key, found, path, checkpoint, tokens_folder)
     return found
 
 
@@ -221,10 +221,17 @@ def _store(path: Path, key: str, table: InfluenceTable, progress: Progress) -> N
         progress.note(f"cannot store the influence beside the weights: {error}")
 
 
-def _track(context: Context, key: str, table: InfluenceTable, path: Path, checkpoint: Path) -> None:
+def _track(
+    context: Context,
+    key: str,
+    table: InfluenceTable,
+    path: Path,
+    checkpoint: Path,
+    tokens_folder: Path,
+) -> None:
     run = context.tracking.run(
         key,
-        name=f"influence {table.metric}",
+        name=f"influence {table.metric} of {checkpoint.parent.name}",
         kind="influence",
         params={
             "metric": table.metric,
@@ -233,6 +240,7 @@ def _track(context: Context, key: str, table: InfluenceTable, path: Path, checkp
             "checkpoint": checkpoint,
         },
     )
+    run.log_dataset(*describe_data(tokens_folder), context="evaluation")
     points = [
         (f"{name}/layer_{layer:02d}", value, correction)
         for name, rows in (("influence", table.rows()), ("residual", table.residual_rows))

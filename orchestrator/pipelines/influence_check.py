@@ -18,7 +18,7 @@ from iiet.influence import InfluenceMetric, InfluenceTable
 from iiet.pruning import schedule_family
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.launch import command_device
-from orchestrator.data.sources import open_data
+from orchestrator.data.sources import describe_data, open_data
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.influence import SEQUENCES_PER_BATCH, read_or_measure_influence
 from orchestrator.reporting.influence_check import InfluenceCheck
@@ -117,7 +117,7 @@ def compare_metrics(
         pruned = on_device(work, context.progress)
     check = InfluenceCheck(tables, pruned)
     picture = _store(check, key, checkpoint, context.progress)
-    _track(context, check, key, checkpoint)
+    _track(context, check, key, checkpoint, tokens_folder)
     return InfluenceCheckResult(checkpoint=checkpoint, check=check, picture=picture)
 
 
@@ -188,13 +188,16 @@ def _store(check: InfluenceCheck, key: str, checkpoint: Path, progress: Progress
     return picture
 
 
-def _track(context: Context, check: InfluenceCheck, key: str, checkpoint: Path) -> None:
+def _track(
+    context: Context, check: InfluenceCheck, key: str, checkpoint: Path, tokens_folder: Path
+) -> None:
     run = context.tracking.run(
         key,
-        name="influence check",
+        name=f"influence check of {checkpoint.parent.name}",
         kind="influence",
         params={"cost": check.cost_name, "checkpoint": checkpoint},
     )
+    run.log_dataset(*describe_data(tokens_folder), context="evaluation")
     points = [
         (f"rank_correlation/{metric}{suffix}", rho, 0)
         for metric in check.tables

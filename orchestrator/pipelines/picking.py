@@ -49,7 +49,7 @@ class PickResult:
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row: the model's parameters and metrics."""
         result = self.point.result
-        return pandas.DataFrame([{**result.params(), **result.metrics()}])
+        return pandas.DataFrame([{"name": result.name, **result.params(), **result.metrics()}])
 
 
 def pick(

@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas
 
@@ -23,7 +22,7 @@ from orchestrator.pipelines.training_dry_runs import check_pretraining
 from orchestrator.planning.fit import check_trainings
 from orchestrator.planning.resources import check_on_cluster, check_run_resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, flatten, to_yaml
+from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_yaml
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun
 from orchestrator.training.continuing import continue_job, continued_settings
@@ -136,8 +135,7 @@ def pretrain_models(
     was_finished = all(finished_outcome(job) for job in jobs.values())
     for label, job in jobs.items():
         write_text(job.folder / SETTINGS_NAME, to_yaml(models[label]))
-    params = {label: flatten(own) for label, own in models.items()}
-    with tracked_jobs("pretrain", jobs, params, cluster, context, local=local) as (run_jobs, runs):
+    with tracked_jobs("pretrain", jobs, models, cluster, context, local=local) as (run_jobs, runs):
         outcomes = dict(zip(runs, run_jobs(), strict=True))
         for label, outcome in outcomes.items():
             origin = jobs[label].continued_from
@@ -163,7 +161,7 @@ def pretrain_models(
 def tracked_jobs(
     kind: str,
     jobs: Mapping[str, TrainingJob],
-    params: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Settings],
     cluster: ClusterSettings,
     context: Context,
     *,
@@ -176,7 +174,7 @@ def tracked_jobs(
     """
     progress = context.progress
     monitor = RunMonitor(jobs, context.tracking, progress)
-    runs = monitor.open_runs(kind, params)
+    runs = monitor.open_runs(kind, settings)
     if any(job.recipe.profile_steps and finished_outcome(job) for job in jobs.values()):
         progress.note("no profile of a run that is finished: no step is trained")
     progress.start(kind, sum(job.recipe.num_steps for job in jobs.values()))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -26,6 +25,7 @@ from pydantic import (
 
 from iiet.methods import METHODS
 from orchestrator.records.evaluation import EvaluationKeys
+from orchestrator.records.parameters import job_parameters, model_parameters
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings.prompts import Prompts
@@ -271,24 +271,25 @@ class Trial(Record):
             if number is not None
         }
 
-    def params(self) -> dict[str, str]:
-        """Return the tracked parameters; `r_NN` are a layer's corrections."""
-        params = {"method": self.method, "role": self.role, "label": self.name}
-        if self.schedule is not None:
-            params["schedule"] = self.schedule_text
-            params |= {f"r_{layer:02d}": str(r) for layer, r in enumerate(self.schedule, start=1)}
+    def params(self, job: TrainingJob | None = None) -> dict[str, str]:
+        """Return the tracked parameters, those of its training included.
+
+        Args:
+            job: The training of its weights, if another run trained them.
+        """
+        trained = self.job or job
+        params = {"role": self.role, **(job_parameters(trained) if trained else {})}
+        # Elastic weights are trained under another schedule than they are measured under.
+        params |= model_parameters(self.model)
         if self.threshold_text:
             up_to = self.threshold_up_to
             params["threshold"] = "inf" if up_to is None else f"{up_to:.6g}"
             params["threshold_range"] = self.threshold_text
         if self.checkpoint:
             params["checkpoint"] = self.checkpoint
-        if self.seed is not None:
-            params |= {"seed": str(self.seed), "group": self.group or ""}
-        if self.parent:
-            params["parent"] = self.parent
-        recipe = _recipe(self.job) if self.job else {}
-        return params | {f"recipe/{name}": text for name, text in recipe.items()}
+            if self.parent and not trained:
+                params["teacher"] = self.checkpoint  # It was pruned, and not trained.
+        return params | ({"group": self.group} if self.group else {})
 
     def _numbers(self, group: str) -> Mapping[str, float | None]:
         if group == "cost":
@@ -301,14 +302,6 @@ class Trial(Record):
         if loss is not None and loss < MAX_EXPONENT:
             return {"perplexity": math.exp(loss), **self.quality}
         return self.quality
-
-
-def _recipe(job: TrainingJob) -> dict[str, str]:
-    """Return the settings of a job's training, those of the distillation loss included."""
-    settings = {**job.recipe.model_dump(mode="json"), "objective": job.objective}
-    loss = asdict(job.distillation) if job.distillation else {}
-    settings |= {f"distillation.{name}": value for name, value in loss.items()}
-    return {name: str(value) for name, value in settings.items() if value is not None}
 
 
 def teacher_or_costliest(

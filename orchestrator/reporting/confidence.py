@@ -28,6 +28,9 @@ from orchestrator.reporting.shown_points import shown_points
 
 KEEPS_METRIC = f"paired/confidence_keeps_{100 * KEPT_SHARE:.0f}"
 ON_FRONT_METRIC = "paired/confidence_on_front"
+SHARE_METRIC = "paired/share_of_full"
+SUMMARY_METRICS = (SHARE_METRIC, KEEPS_METRIC, ON_FRONT_METRIC)
+"""Numbers that a model's run has as metrics; its differences to others are rows of a table."""
 
 
 def with_confidence(
@@ -91,12 +94,34 @@ def confidence_metrics(point: FrontPoint) -> dict[str, float]:
             for other, difference in comparison.against.items():
                 metrics |= _interval_metrics(difference_metric(other, prefix), difference)
     if confidence.share is not None:
-        metrics |= _interval_metrics("paired/share_of_full", confidence.share)
+        metrics |= _interval_metrics(SHARE_METRIC, confidence.share)
     if confidence.keeps is not None:
         metrics[KEEPS_METRIC] = confidence.keeps
     if confidence.on_front is not None:
         metrics[ON_FRONT_METRIC] = confidence.on_front
     return metrics
+
+
+def interval_rows(front: Front) -> list[dict[str, str | float]]:
+    """Return one row for each difference of two models, on the front's quality and each task."""
+    rows: list[dict[str, str | float]] = []
+    for point in front.points:
+        if point.confidence is None:
+            continue
+        overall = {front.axes.quality: point.confidence.overall}
+        for measured, comparison in {**overall, **point.confidence.tasks}.items():
+            for other, interval in comparison.against.items() if comparison else ():
+                rows.append(
+                    {
+                        "model": full_name(front, point),
+                        "against": other,
+                        "measured": measured,
+                        "difference": interval.value,
+                        "low": interval.low,
+                        "high": interval.high,
+                    }
+                )
+    return rows
 
 
 def difference_metric(other: str, prefix: str = "") -> str:

@@ -1,17 +1,24 @@
 """Report of a sweep in MLflow.
 
-The sweep's run holds the front as metrics, files, table and note. Each result is a nested run with
-its paired errors. A saved chart view shows cost against quality.
+The sweep's run holds the front as metrics, files, tables and note. Each result is a nested run;
+intervals are rows of a table. A saved chart view shows cost against quality.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from orchestrator.data.sources import describe_data
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.confidence import confidence_metrics
+from orchestrator.reporting.confidence import (
+    SUMMARY_METRICS,
+    confidence_metrics,
+    interval_rows,
+)
 from orchestrator.reporting.front_data import front_rows
 from orchestrator.reporting.front_tables import front_markdown
 from orchestrator.reporting.markdown import bullets
@@ -29,6 +36,8 @@ from orchestrator.tracking import (
     Tracking,
     tag_filter,
 )
+from orchestrator.training.job_checks import stored_job
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
 
 ARTIFACT_FOLDER = "front"
@@ -64,15 +73,16 @@ def front_metrics(front: Front) -> dict[str, float]:
 def track_results(
     tracking: Tracking, run: TrackedRun, sweep: StoredSweep, front: Front
 ) -> tuple[StoredSweep, Front]:
-    """Track every result as a run nested in the sweep's run, with its paired errors.
+    """Track every result as a run nested in the sweep's run, with its confidence.
 
-    Each seed of a model gets the paired errors of the mean over seeds. The returned results have
-    the ids of their runs.
+    Each seed of a model gets the confidence of the mean over seeds. The returned results have the
+    ids of their runs.
     """
     keys_of_seeds = average_seeds(sweep.results).keys_of_seeds
     paired = {
-        key: confidence_metrics(point)
+        key: {name: value for name, value in known.items() if name in SUMMARY_METRICS}
         for point in front.points
+        if (known := confidence_metrics(point))
         for key in keys_of_seeds[point.result.key]
     }
     runs = [
@@ -102,12 +112,43 @@ def finished_run(
     return FinishedRun(
         key=result.key,
         kind=result.role,
-        name=result.name,
-        params=result.params(),
+        name=run_name(result),
+        params=trial_parameters(result),
         tags={SWEEP_TAG: sweep, "iiet.method": result.method},
-        metrics={**result.metrics(), **(more or {})},
+        metrics={**tracked_metrics(result), **(more or {})},
         journal_folder=journal,
+        dataset=_dataset(result),
     )
+
+
+def _dataset(result: Trial) -> tuple[str, str, dict[str, Any]] | None:
+    with suppress(UserError):  # The tokens of an old sweep may be gone.
+        return describe_data(result.suite.tokens_folder)
+    return None
+
+
+def run_name(result: Trial) -> str:
+    """Return the name of a trial's run; those of several teachers can be told apart."""
+    is_teacher = result.role == "teacher" and result.schedule
+    return f"{result.name} {result.schedule_text}" if is_teacher else result.name
+
+
+def trial_parameters(result: Trial) -> dict[str, str]:
+    """Return a trial's parameters; teachers and baselines have the recipe of their own runs."""
+    # A pruned student has the weights of its teacher, and no recipe.
+    is_pruned = result.role == "trial" and result.parent and not result.is_elastic
+    if result.job or is_pruned or result.checkpoint is None:
+        return result.params()
+    return result.params(stored_job(Path(result.checkpoint).parent))
+
+
+def tracked_metrics(result: Trial) -> dict[str, float]:
+    """Return a trial's metrics without the standard errors of single tasks, which are in tables."""
+    return {
+        name: value
+        for name, value in result.metrics().items()
+        if not (name.endswith("_stderr") and name.count("/") > 1)
+    }
 
 
 def track_front(
@@ -117,12 +158,26 @@ def track_front(
     run.log_metrics(front_metrics(report.front))
     for path in files:
         run.log_artifact(path, ARTIFACT_FOLDER)
-    run.log_table(front_rows(report.front), f"{ARTIFACT_FOLDER}/table.json")
+    run.log_table(table_rows(report.front), f"{ARTIFACT_FOLDER}/table.json")
+    if intervals := interval_rows(report.front):
+        run.log_table(intervals, f"{ARTIFACT_FOLDER}/intervals.json")
     view = front_chart_view(report)
     tracking.save_view(view)
     run.set_tags({NOTE_TAG: run_note(report, run.run_id), VIEW_TAG: view.key})
     run.finish()
     return view.key
+
+
+def table_rows(front: Front) -> list[dict[str, Any]]:
+    """Return the rows of the front without differences to other models: those are more rows."""
+    return [
+        {
+            name: value
+            for name, value in row.items()
+            if not name.startswith("paired/") or name in SUMMARY_METRICS
+        }
+        for row in front_rows(front)
+    ]
 
 
 def run_note(report: SweepReport, run_id: str | None) -> str:

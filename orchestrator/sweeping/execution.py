@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from iiet.cost import inference_cost
 from orchestrator.cluster.launch import trial_device
-from orchestrator.data.sources import open_data
+from orchestrator.data.sources import describe_data
 from orchestrator.planning.fit import check_fit
 from orchestrator.planning.planned_training import planned_training
 from orchestrator.planning.price import PlannedWork, trial_group
@@ -28,11 +28,12 @@ from orchestrator.records.trial import Trial
 from orchestrator.reporting.mlflow_report import finished_run
 from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.reporting.training_curves import history_folder
-from orchestrator.settings import SETTINGS_NAME, Settings, flatten, to_yaml
+from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop
 from orchestrator.sweeping.decode_times import with_costs
 from orchestrator.sweeping.decoding import with_decoding
 from orchestrator.sweeping.front_history import FrontHistory
+from orchestrator.sweeping.sweep_parameters import sweep_parameters
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trial_states import StoredPlan, stored_plan
 from orchestrator.sweeping.trials import full_config
@@ -287,17 +288,15 @@ def _tracked_run(plan: SweepPlan, settings: Settings, tracking: Tracking) -> Ite
     """Open the sweep's MLflow run; its status says how the block ended. The report nests the
     trials' runs in it.
     """
-    params = {
-        "kind": plan.kind,
-        "teacher": plan.teacher or "",
-        "num_trials": len(plan.trials),
-        **flatten(settings),
-    }
     run = tracking.run(
-        plan.key, name=plan.name, kind="sweep", params=params, tags={"iiet.sweep": plan.name}
+        plan.key,
+        name=plan.name,
+        kind="sweep",
+        params=sweep_parameters(plan, settings),
+        tags={"iiet.sweep": plan.name},
     )
-    tokens = open_data(plan.tokens_folder)
-    run.log_dataset("tokens", tokens.fingerprint, tokens.profile)
+    run.log_dataset(*describe_data(plan.tokens_folder))
+    run.log_text(to_yaml(settings), SETTINGS_NAME)
     try:
         yield run
     except BaseException as error:

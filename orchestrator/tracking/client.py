@@ -17,15 +17,26 @@ for _name, _value in QUIET_ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 from mlflow import MlflowClient  # noqa: E402 - the environment comes first
-from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag  # noqa: E402
+from mlflow.entities import (  # noqa: E402
+    Dataset,
+    DatasetInput,
+    InputTag,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.store.artifact.artifact_repository_registry import (  # noqa: E402
     get_artifact_repository,
 )
+from mlflow.tracking.context.registry import resolve_tags  # noqa: E402
+from mlflow.utils.git_utils import get_git_commit  # noqa: E402
 
 __all__ = [
     "Dataset",
     "DatasetInput",
+    "InputTag",
     "Metric",
     "MlflowClient",
     "MlflowException",
@@ -33,4 +44,6 @@ __all__ = [
     "Run",
     "RunTag",
     "get_artifact_repository",
+    "get_git_commit",
+    "resolve_tags",
 ]

@@ -14,6 +14,7 @@ from typing import Any
 from orchestrator.tracking.client import (
     Dataset,
     DatasetInput,
+    InputTag,
     Metric,
     MlflowClient,
     Param,
@@ -160,11 +161,27 @@ def _log_table(
         _update(client, run, tags={TABLES_TAG: json.dumps([*tables, entry])})
 
 
+def _log_text(client: MlflowClient, run: StoredRun, text: str, name: str) -> None:
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary, name)
+        path.write_text(text, encoding="utf-8")
+        _log_artifact(client, run, path, None)
+
+
 def _log_dataset(
-    client: MlflowClient, run: StoredRun, name: str, digest: str, profile: str
+    client: MlflowClient,
+    run: StoredRun,
+    name: str,
+    digest: str,
+    profile: str,
+    context: str = "training",
 ) -> None:
+    if digest in run.datasets:
+        return
     dataset = Dataset(name=name, digest=digest, source_type="local", source=digest, profile=profile)
-    client.log_inputs(run.id, datasets=[DatasetInput(dataset=dataset, tags=[])])
+    tags = [InputTag("mlflow.data.context", context)]
+    client.log_inputs(run.id, datasets=[DatasetInput(dataset=dataset, tags=tags)])
+    run.datasets.add(digest)
 
 
 def _register(
@@ -193,6 +210,7 @@ def _register(
 OPERATIONS: dict[str, Callable[..., None]] = {
     "update": _update,
     "artifact": _log_artifact,
+    "text": _log_text,
     "table": _log_table,
     "dataset": _log_dataset,
     "register": _register,

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.tracking.client import Metric, MlflowClient, MlflowException, Run
+from orchestrator.tracking.context_tags import context_tags
 from orchestrator.tracking.relocation import ARTIFACTS_TAG, relocate_artifacts
 from orchestrator.workspace.credentials import strip_credentials
 from orchestrator.workspace.folders import Workspace
@@ -73,6 +74,8 @@ class StoredRun:
     tags: dict[str, str]
     metrics: dict[str, Metric]
     """The last point of each."""
+    datasets: set[str]
+    """Digests of the data that it read."""
 
     @classmethod
     def of(cls, run: Run) -> StoredRun:
@@ -84,6 +87,7 @@ class StoredRun:
             params=dict(run.data.params),
             tags=dict(run.data.tags),
             metrics={point.key: point for point in run.data._metric_objs},
+            datasets={each.dataset.digest for each in getattr(run.inputs, "dataset_inputs", ())},
         )
 
 
@@ -192,7 +196,7 @@ class Store:
         if found := self.known(identity):
             return found
         tags = {KEY_TAG: identity.key, KIND_TAG: identity.kind, ROOT_TAG: identity.root_key}
-        tags |= {"mlflow.source.name": "iiet-orch", "mlflow.source.type": "LOCAL"}
+        tags |= context_tags()
         if parent:
             tags[PARENT_TAG] = parent.id
         created = client.create_run(str(self.experiment_id), run_name=identity.name, tags=tags)

@@ -64,9 +64,29 @@ class TrackedRun:
         data = [[row.get(column) for column in columns] for row in rows]
         self.write("table", columns=columns, data=data, name=name)
 
-    def log_dataset(self, name: str, digest: str, profile: Mapping[str, Any]) -> None:
-        """Log the data that the run read; `digest` is a hash, `profile` its origin and sizes."""
-        self.write("dataset", name=name, digest=digest, profile=json.dumps(dict(profile)))
+    def log_text(self, text: str, name: str) -> None:
+        """Store a text as the file `name` of the run; replace an existing one."""
+        self.write("text", text=text, name=name)
+
+    def log_dataset(
+        self, name: str, digest: str, profile: Mapping[str, Any], *, context: str = "training"
+    ) -> None:
+        """Log the data that the run read.
+
+        Args:
+            name: Name for people.
+            digest: Hash of the content.
+            profile: Origin and sizes.
+            context: What it was read for: training or evaluation.
+        """
+        self._delivery.write(self.dataset_record(name, digest, profile, context=context))
+
+    def dataset_record(
+        self, name: str, digest: str, profile: Mapping[str, Any], *, context: str = "training"
+    ) -> Record:
+        """Return the operation of `log_dataset`, for `Delivery.write`."""
+        values = {"name": name, "digest": digest, "profile": json.dumps(dict(profile))}
+        return self.record("dataset", {**values, "context": context})
 
     def register(self, model: str, folder: Path, *, key: str, alias: str, note: str = "") -> None:
         """Store an exported folder with the run, as a version of a registered model.

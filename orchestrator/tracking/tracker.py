@@ -39,6 +39,8 @@ class FinishedRun:
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
     journal_folder: Path | None = None
+    dataset: tuple[str, str, Mapping[str, Any]] | None = None
+    """Name, digest and profile, as `TrackedRun.log_dataset` takes them."""
 
 
 class Tracking:
@@ -90,7 +92,8 @@ class Tracking:
         """Log finished runs nested in `parent`; they are found together, by one search."""
         tracked, records = [], []
         for run in runs:
-            tracked.append(self.handle(run.key, name=run.name, kind=run.kind, parent=parent))
+            own = self.handle(run.key, name=run.name, kind=run.kind, parent=parent)
+            tracked.append(own)
             arguments = {
                 "params": dict(run.params),
                 "tags": dict(run.tags),
@@ -99,7 +102,9 @@ class Tracking:
                 "journal": run.journal_folder,
                 "status": "FINISHED",
             }
-            records.append(tracked[-1].record("update", arguments))
+            records.append(own.record("update", arguments))
+            if run.dataset:
+                records.append(own.dataset_record(*run.dataset))
         self._delivery.write(*records)
         return tracked
 

@@ -74,6 +74,16 @@ def write_job_file(job: TrainingJob) -> None:
         write_json(path, {**record, "essence": essence, "job": job.stored_at(path)})
 
 
+def stored_job(folder: Path) -> TrainingJob | None:
+    """Return the job of a run's folder; None if its file is missing, damaged or too old."""
+    path = folder / JOB_NAME
+    try:
+        stored = read_json_object(path)
+        return TrainingJob.parse(stored.get("job", {}), path) if stored else None
+    except UserError:
+        return None
+
+
 def _check_job_file(job: TrainingJob) -> dict[str, Any]:
     # Compares the fields of the key with those in `job.json`, and returns them.
     earlier = read_json_object(job.folder / JOB_NAME)

@@ -11,8 +11,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.sources import open_data
+from orchestrator.data.sources import describe_data
+from orchestrator.records.parameters import job_parameters
 from orchestrator.records.training import TrainingJob
+from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.terminal.formatting import format_duration
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
@@ -60,20 +62,18 @@ class RunMonitor:
         self._copied_at = time.monotonic()
         self._started_ms = int(time.time() * 1000)
 
-    def open_runs(
-        self, kind: str, params: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, TrackedRun]:
-        """Find or create the tracked run of each job, with a kind and parameters by label."""
+    def open_runs(self, kind: str, settings: Mapping[str, Settings]) -> dict[str, TrackedRun]:
+        """Find or create the tracked run of each job, with a kind and all settings by label."""
         for label, job in self._jobs.items():
             self._runs[label] = self._tracking.run(
                 job_key(job),
-                name=job.folder.name,
+                name=_run_name(label, job),
                 kind=kind,
-                params=params[label],
+                params=job_parameters(job),
                 tags={"iiet.method": job.model.method},
             )
-            tokens = open_data(job.tokens_folder)
-            self._runs[label].log_dataset("tokens", tokens.fingerprint, tokens.profile)
+            self._runs[label].log_dataset(*describe_data(job.tokens_folder))
+            self._runs[label].log_text(to_yaml(settings[label]), SETTINGS_NAME)
         return self._runs
 
     def poll(self) -> None:
@@ -160,6 +160,12 @@ class RunMonitor:
                 run.log_journal(self._jobs[label].folder, part)
                 self._unsent[label], self._sent[label] = [], end
         self._copied_at = time.monotonic()
+
+
+def _run_name(label: str, job: TrainingJob) -> str:
+    # The folder of a student is named by its key.
+    teacher = job.teacher_folder or job.initial_folder
+    return f"{label} of {Path(teacher).parent.name}" if teacher else job.folder.name
 
 
 def _remaining_costs(job: TrainingJob) -> list[float]:

@@ -156,7 +156,8 @@ from orchestrator.settings import resolve_settings
 from orchestrator.workspace.folders import Workspace
 
 nothing = lambda *_, **__: None
-run = SimpleNamespace(set_tags=nothing, log_dataset=nothing, log_journal=nothing, finish=nothing)
+names = "set_tags", "log_dataset", "log_text", "log_journal", "finish"
+run = SimpleNamespace(**dict.fromkeys(names, nothing))
 tracking = SimpleNamespace(run=lambda *_, **__: run)
 recipe = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
 sizes = {"num_layers": 2, "dim": 16, "num_heads": 2, "ffn_dim": 32, "context_length": 16}

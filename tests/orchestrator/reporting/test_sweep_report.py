@@ -19,6 +19,7 @@ from sample_trials import with_items
 from iiet.influence import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
+from orchestrator.reporting.confidence import SUMMARY_METRICS
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front_axes import FrontAxes, parse_axes
 from orchestrator.reporting.front_data import front_rows
@@ -217,8 +218,23 @@ def test_mlflow_holds_the_sweep_once(
     assert knee.data.params["r_02"] == "1"
     assert knee.data.metrics["cost/evaluations"] == 11
     assert knee.data.metrics["quality/accuracy"] == pytest.approx(0.4437)
-    assert knee.data.metrics["paired/vs_teacher"] == pytest.approx(-0.003)
     assert 0 < knee.data.metrics["paired/confidence_keeps_99"] < 1
+    # Differences to others are rows of a table.
+    named = [n for n in knee.data.metrics if n.startswith("paired/")]
+    assert sorted(named) == sorted(SUMMARY_METRICS)
+    assert "quality/accuracy_stderr" in knee.data.metrics
+    assert not any(n.endswith("_stderr") and n.count("/") > 1 for n in knee.data.metrics)
+    path = client.download_artifacts(first.run_id, "front/intervals.json", str(workspace.root))
+    table = json.loads(Path(path).read_text("utf-8"))
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    [row] = [
+        row
+        for row in rows
+        if (row["model"], row["against"]) == ("0,1,1,1,1,1", "teacher")
+        and row["measured"] == "quality/accuracy"
+    ]
+    assert row["difference"] == pytest.approx(-0.003)
+    assert row["low"] < row["difference"] < row["high"]
     losses = client.get_metric_history(knee.info.run_id, "train/loss")
     assert sorted({point.step for point in losses}) == [10, 20]
 
@@ -230,7 +246,7 @@ def test_mlflow_holds_the_sweep_once(
     assert "**0,1,1,1,1,1**" in note
     assert note.startswith("- The cheapest model that keeps 99%")
     artifacts = {file.path for file in client.list_artifacts(first.run_id, "front")}
-    assert artifacts == {f"front/{name}" for name in {*FILES, "table.json"}}
+    assert artifacts == {f"front/{name}" for name in {*FILES, "table.json", "intervals.json"}}
 
     view = client.get_experiment(experiment).tags[f"mlflow.sharedViewState.{chart_view_key('toy')}"]
     state = json.loads(json.loads(view)["state"])

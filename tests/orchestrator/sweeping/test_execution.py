@@ -49,6 +49,9 @@ class FakeTracking:
     def log_dataset(self, *_: Any) -> None:
         pass
 
+    def log_text(self, *_: Any) -> None:
+        pass
+
     def finish(self, *_: Any) -> None:
         pass
 

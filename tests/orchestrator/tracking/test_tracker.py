@@ -426,6 +426,22 @@ def test_a_dataset_is_logged_once_with_its_digest(tracking: Tracking) -> None:
     (found,) = stored(tracking, run).inputs.dataset_inputs
     assert found.dataset.digest == "0123456789abcdef"
     assert json.loads(found.dataset.profile) == {"train_tokens": 7}
+    assert found.tags[0].value == "training"
+    trial = FinishedRun(
+        key="reader", kind="trial", name="t", params={}, tags={}, metrics={},
+        dataset=("tokens", "0123456789abcdef", {"train_tokens": 7}),
+    )  # fmt: skip
+    [nested] = tracking.log_finished([trial], parent=run)
+    (found,) = stored(tracking, nested).inputs.dataset_inputs
+    assert found.dataset.name == "tokens"
+
+
+def test_a_text_is_a_file_of_the_run(tracking: Tracking, tmp_path: Path) -> None:
+    run = tracking.run("text", name="t", kind="pretrain")
+    for text in ("old", "seed: 3\n"):
+        run.log_text(text, "settings.yaml")
+    path = client(tracking).download_artifacts(str(run.run_id), "settings.yaml", str(tmp_path))
+    assert Path(path).read_text(encoding="utf-8") == "seed: 3\n"
 
 
 def test_a_model_has_one_version_for_each_key_and_aliases_move(
