@@ -101,7 +101,8 @@ class Hooks:
     event: Callable[..., None]
     """(Name, details) of an unusual event; called on every worker."""
     throughput: Callable[[Position], Mapping[str, float]]
-    """Position -> speed since the last call, and memory: metrics by name."""
+    """Position -> speed since the last call, and memory: metrics by name; called on every
+    worker."""
     save: Callable[[Position], None]
     """Write a checkpoint; called on every worker."""
     should_stop: Callable[[], bool]

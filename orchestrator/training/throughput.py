@@ -6,30 +6,39 @@ FLOP/s; it is left out if the peak is not known, and on CPUs.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import psutil
 import torch
 
 from orchestrator.training.distributed import World
+from orchestrator.training.gpu_load import MEGABYTE, gpu_loads
 from orchestrator.training.loop import Position
 from orchestrator.training.peak_flops import gpu_peak_flops
 
-MEGABYTE, GIGABYTE = 1e6, 1e9
+GIGABYTE = 1e9
 
 
 class ThroughputMeter:
     """Measures the speed between two calls of `measure`."""
 
-    def __init__(self, position: Position, world: World, precision: str) -> None:
-        self._last, self._world = replace(position), world
+    def __init__(
+        self,
+        position: Position,
+        world: World,
+        precision: str,
+        *,
+        gpu_loads: Callable[[World], Mapping[str, float]] = gpu_loads,
+    ) -> None:
+        self._last, self._world, self._gpu_loads = replace(position), world, gpu_loads
         self._gpu = torch.device(world.device) if world.device.startswith("cuda") else None
         name = torch.cuda.get_device_name(self._gpu) if self._gpu else ""
         self._peak = gpu_peak_flops(name, precision) if self._gpu else None
         psutil.cpu_percent()  # The first call only starts its clock.
 
     def measure(self, position: Position) -> dict[str, float]:
-        """Return the metrics since the last call.
+        """Return the metrics since the last call; every worker calls it at the same steps.
 
         `train/memory_gb` is the peak so far on a GPU, and the present resident set on a CPU.
         """
@@ -53,14 +62,9 @@ class ThroughputMeter:
 
     def _system(self) -> dict[str, float]:
         memory = psutil.virtual_memory()
-        found = {
+        return {
             "system/cpu_utilization_percentage": psutil.cpu_percent(),
             "system/system_memory_usage_megabytes": memory.used / MEGABYTE,
             "system/system_memory_usage_percentage": memory.percent,
+            **self._gpu_loads(self._world),
         }
-        if self._gpu:
-            free, total = torch.cuda.mem_get_info(self._gpu)
-            name = f"system/gpu_{self._gpu.index or 0}_memory_usage"
-            found[f"{name}_megabytes"] = (total - free) / MEGABYTE
-            found[f"{name}_percentage"] = 100.0 * (total - free) / total
-        return found

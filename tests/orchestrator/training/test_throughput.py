@@ -35,17 +35,18 @@ def test_mfu_is_the_share_of_the_peak_of_all_gpus(monkeypatch: pytest.MonkeyPatc
     for name, answer in {
         "get_device_name": "NVIDIA H100 80GB HBM3",
         "max_memory_allocated": 3 * 10**9,
-        "mem_get_info": (60 * 10**9, 80 * 10**9),
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(throughput_module, "gpu_peak_flops", lambda name, precision: 1e15)
     position = Position()
-    meter = ThroughputMeter(position, World(size=4, device="cuda:0"), "bf16")
+    world = World(size=4, device="cuda:0")
+    loads = {"system/gpu_0_power_usage_watts": 350.0}
+    meter = ThroughputMeter(position, world, "bf16", gpu_loads=lambda _: loads)
     position.num_tokens, position.flops, position.seconds = 10, 8e15, 5.0
     found = meter.measure(position)
     assert found["train/mfu"] == pytest.approx(0.4)
     assert found["train/memory_gb"] == 3.0
-    assert found["system/gpu_0_memory_usage_percentage"] == 25.0
+    assert found["system/gpu_0_power_usage_watts"] == 350.0
 
 
 def test_a_run_records_its_speed_memory_and_machine(
