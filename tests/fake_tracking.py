@@ -11,7 +11,7 @@ import yaml
 from orchestrator.pipelines.context import Context
 from orchestrator.settings import SETTINGS_NAME
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import FinishedRun, Tracking
+from orchestrator.tracking import NestedRun, Tracking
 from orchestrator.workspace.folders import Workspace
 
 
@@ -44,10 +44,10 @@ class FakeRun:
     def log_artifact(self, path: Path, folder: str) -> None:
         assert path.is_file()
 
-    def log_journal(self, folder: Path, part: object = None) -> None:
+    def log_journal(self, folder: Path) -> None:
         assert folder.is_dir()
 
-    def finish(self, status: str = "FINISHED", *, wait: bool = True) -> None:
+    def finish(self, status: str = "FINISHED", **_: Any) -> None:
         self.statuses.append((self.kind, status))
 
 
@@ -64,7 +64,7 @@ class FakeTracking:
         self.runs.append(FakeRun(kind, self.statuses))
         return self.runs[-1]
 
-    def log_finished(self, runs: Sequence[FinishedRun], *, parent: FakeRun) -> None:
+    def log_nested(self, runs: Sequence[NestedRun], *, parent: FakeRun) -> None:
         assert parent in self.runs
         self.finished += [run.key for run in runs]
 

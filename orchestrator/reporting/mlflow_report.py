@@ -31,7 +31,7 @@ from orchestrator.tracking import (
     NOTE_TAG,
     VIEW_TAG,
     ChartView,
-    FinishedRun,
+    NestedRun,
     TrackedRun,
     Tracking,
     tag_filter,
@@ -89,7 +89,7 @@ def track_results(
         finished_run(sweep.name, result, sweep.journal_of(result), paired.get(result.key, {}))
         for result in sweep.results
     ]
-    nested = tracking.log_finished(runs, parent=run)
+    nested = tracking.log_nested(runs, parent=run)
     tracked = [
         result.model_copy(update={"run_id": own.run_id})
         for result, own in zip(sweep.results, nested, strict=True)
@@ -100,7 +100,7 @@ def track_results(
 
 def finished_run(
     sweep: str, result: Trial, journal: Path | None, more: Mapping[str, float] | None = None
-) -> FinishedRun:
+) -> NestedRun:
     """Return the run of a trial.
 
     Args:
@@ -109,7 +109,7 @@ def finished_run(
         journal: Folder with the journal of its own training; None if it has none.
         more: Further metrics.
     """
-    return FinishedRun(
+    return NestedRun(
         key=result.key,
         kind=result.role,
         name=run_name(result),

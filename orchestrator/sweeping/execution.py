@@ -175,7 +175,7 @@ class _SweepRun:
         """Log the trials that are finished now, and the front."""
         new = [result for trial in trials if (result := self._history.add(trial))]
         runs = [finished_run(self.plan.name, t, Path(t.folder) if t.job else None) for t in new]
-        self.tracking.log_finished(runs, parent=self.run)
+        self.tracking.log_nested(runs, parent=self.run)
         if self._history.record(at_end=at_end):
             self.run.log_journal(self._history_folder)
 

@@ -157,6 +157,8 @@ class Delivery:
 
 
 def _storable(record: Record) -> Record:
-    # What was read from a journal is read from it again.
-    arguments = {n: v for n, v in record.get("arguments", {}).items() if n != "part"}
+    # The run may have ended when this is delivered; and one that is created then is running anyway.
+    arguments = dict(record.get("arguments", {}))
+    if arguments.get("status") == "RUNNING":
+        del arguments["status"]
     return {**record, "arguments": arguments} if arguments else record

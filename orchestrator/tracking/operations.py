@@ -23,7 +23,7 @@ from orchestrator.tracking.client import (
 )
 from orchestrator.tracking.flavor import write_flavor
 from orchestrator.tracking.store import StoredRun
-from orchestrator.workspace.journal import JournalPart, Record, read_journal
+from orchestrator.workspace.journal import Record, read_journal
 
 OFFSET_TAG = "iiet.mirrored_bytes"
 TABLES_TAG = "mlflow.loggedArtifacts"
@@ -48,15 +48,15 @@ def _update(
     points: Sequence[tuple[str, float, int]] = (),
     time_ms: int = 0,
     journal: Path | None = None,
-    part: JournalPart | None = None,
     status: str | None = None,
 ) -> None:
     """Send what the run does not hold yet, in one request where it fits.
 
     Args:
+        tags: An empty text deletes the tag.
         points: Name, value and step of metrics, all with the same time.
+        time_ms: Time of the points, and of the end of the run.
         journal: Folder whose journal's new metrics are copied.
-        part: What was read from it last. The file is only read if the run does not end there.
         status: `RUNNING` starts a killed or failed run again; a finished one stays finished.
     """
     if status == "RUNNING" and run.status in ("KILLED", "FAILED"):
@@ -64,19 +64,19 @@ def _update(
         run.status = status
     new_params = {_valid_name(name): value[:MAX_PARAM_CHARACTERS] for name, value in params.items()}
     new_params = {name: new_params[name] for name in new_params if name not in run.params}
-    new_tags = {name: value[:MAX_TAG_CHARACTERS] for name, value in tags.items()}
+    new_tags = {name: value[:MAX_TAG_CHARACTERS] for name, value in tags.items() if value}
+    for name in run.tags.keys() & {name for name, value in tags.items() if not value}:
+        client.delete_tag(run.id, name)
+        del run.tags[name]
     metrics = [
         Metric(_valid_name(name), value, time_ms, step)
         for name, value, step in points
-        if not _is_stored(run, _valid_name(name), value, step)
+        if not _is_stored(run.metrics.get(_valid_name(name)), value, step)
     ]
     if journal:
-        offset = int(run.tags.get(OFFSET_TAG, 0))
-        if part is None or part.start != offset:
-            found, end = read_journal(journal, offset, part.end if part else None)
-            part = JournalPart(found, offset, end)
-        metrics += _journal_metrics(part.records)
-        new_tags[OFFSET_TAG] = str(part.end)
+        records, end = read_journal(journal, int(run.tags.get(OFFSET_TAG, 0)))
+        metrics += _journal_metrics(run, records)
+        new_tags[OFFSET_TAG] = str(end)
     new_tags = {name: value for name, value in new_tags.items() if run.tags.get(name) != value}
     # The last request has the tags: what was copied from a journal counts as copied from then on.
     while len(metrics) > METRICS_PER_REQUEST:
@@ -98,18 +98,21 @@ def _update(
         run.status = str(status)
 
 
-def _journal_metrics(records: Iterable[Record]) -> list[Metric]:
-    return [
-        Metric(_valid_name(name), value, record["time"], record["step"])
-        for record in records
-        if record["kind"] == "metrics"
-        for name, value in record["values"].items()
-    ]
+def _journal_metrics(run: StoredRun, records: Iterable[Record]) -> list[Metric]:
+    # A resumed training records the steps after its checkpoint a second time.
+    last, metrics = dict(run.metrics), []
+    for record in records:
+        values = record["values"] if record["kind"] == "metrics" else {}
+        for name, value in values.items():
+            point = Metric(_valid_name(name), value, record["time"], record["step"])
+            if not _is_stored(last.get(point.key), value, point.step):
+                metrics.append(point)
+                last[point.key] = point
+    return metrics
 
 
-def _is_stored(run: StoredRun, name: str, value: float, step: int) -> bool:
+def _is_stored(last: Metric | None, value: float, step: int) -> bool:
     # MLflow would add a point even if step and value equal those of the last one.
-    last = run.metrics.get(name)
     if last is None or last.step < step:
         return False
     return last.step > step or _is_same(last.value, value)

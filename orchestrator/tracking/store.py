@@ -56,6 +56,8 @@ class RunIdentity(BaseModel):
     name: str
     """Name in the user interface; not used to find the run."""
     parent: RunIdentity | None = None
+    started_ms: int | None = None
+    """When it started, in ms; now when unset. Only used to create the run."""
 
     @property
     def root_key(self) -> str:
@@ -165,7 +167,6 @@ class Store:
         """Search for a run again, because the store may have changed."""
         forgotten = self.known(identity)
         self._runs = {place: run for place, run in self._runs.items() if run is not forgotten}
-        self._searched.clear()
 
     def newest(self, kind: str, limit: int) -> list[Run]:
         """Return the newest runs of a kind, newest first."""
@@ -199,7 +200,9 @@ class Store:
         tags |= context_tags()
         if parent:
             tags[PARENT_TAG] = parent.id
-        created = client.create_run(str(self.experiment_id), run_name=identity.name, tags=tags)
+        created = client.create_run(
+            str(self.experiment_id), identity.started_ms, tags, run_name=identity.name
+        )
         run = StoredRun.of(created)
         self._runs[identity.kind, identity.key, parent.id if parent else None] = run
         return run

@@ -12,7 +12,6 @@ from orchestrator.tracking.delivery import SHORT_WAIT_SECONDS, Delivery
 from orchestrator.tracking.outbox import Record
 from orchestrator.tracking.store import RunIdentity
 from orchestrator.workspace.errors import Interrupted
-from orchestrator.workspace.journal import JournalPart
 from orchestrator.workspace.paths import portable_path
 
 NOTE_TAG = "mlflow.note.content"
@@ -34,17 +33,18 @@ class TrackedRun:
         run = self._delivery.store.known(self.identity)
         return run.id if run else None
 
+    @property
+    def is_store_down(self) -> bool:
+        """Whether the store failed a moment ago, so that records go to the outbox for now."""
+        return self._delivery.is_paused
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags; existing ones are replaced."""
+        """Set tags; existing ones are replaced, and an empty text deletes the tag."""
         self.write("update", tags=dict(tags))
 
-    def log_journal(self, folder: Path, part: JournalPart | None = None) -> None:
-        """Copy the journal's new metrics; records already in the run are not copied again.
-
-        Args:
-            part: What was read from the journal since the last copy, so that it is not read again.
-        """
-        self.write("update", journal=folder, part=part)
+    def log_journal(self, folder: Path) -> None:
+        """Copy the journal's new metrics; records already in the run are not copied again."""
+        self.write("update", journal=folder)
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Set metrics at a step."""
@@ -98,13 +98,22 @@ class TrackedRun:
         """
         self.write("register", model=model, key=key, folder=folder, alias=alias, note=note)
 
-    def finish(self, status: str = "FINISHED", *, wait: bool = True) -> None:
+    def finish(
+        self,
+        status: str = "FINISHED",
+        *,
+        journal: Path | None = None,
+        ended_ms: int | None = None,
+        wait: bool = True,
+    ) -> None:
         """End the run as FINISHED, FAILED or KILLED; an unchanged status keeps its end time.
 
         Args:
+            journal: Folder whose journal's last metrics are copied.
+            ended_ms: When it ended, in ms; now when unset.
             wait: Wait until the store has everything; after a failure, only for a moment.
         """
-        self.write("update", status=status, time_ms=now_ms())
+        self.write("update", status=status, time_ms=ended_ms or now_ms(), journal=journal)
         if wait:
             if status == "FINISHED":
                 self._delivery.wait()

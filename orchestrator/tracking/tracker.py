@@ -29,8 +29,8 @@ class TrackedSweep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinishedRun:
-    """A run that is logged as a whole."""
+class NestedRun:
+    """A run in a sweep's run, with all that is known of it."""
 
     key: str
     kind: str
@@ -39,8 +39,15 @@ class FinishedRun:
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
     journal_folder: Path | None = None
+    """Folder of the journal whose new metrics are copied."""
     dataset: tuple[str, str, Mapping[str, Any]] | None = None
     """Name, digest and profile, as `TrackedRun.log_dataset` takes them."""
+    status: str = "FINISHED"
+    """RUNNING, FINISHED, FAILED or KILLED."""
+    started_ms: int | None = None
+    """When it started, in ms; now when unset."""
+    ended_ms: int | None = None
+    """When it ended, if it has; now when unset."""
 
 
 class Tracking:
@@ -70,37 +77,48 @@ class Tracking:
         parent: TrackedRun | None = None,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
+        started_ms: int | None = None,
     ) -> TrackedRun:
         """Find the run of this `RunIdentity`, or create it; there is never a second one.
 
         A killed or failed run is set to running again; a finished one stays finished. Existing
-        parameters keep their values; tags are replaced.
+        parameters keep their values; tags are replaced. `started_ms` is the start of a new run, in
+        ms; now when unset.
         """
-        run = self.handle(key, name=name, kind=kind, parent=parent)
+        run = self.handle(key, name=name, kind=kind, parent=parent, started_ms=started_ms)
         texts = {name: str(value) for name, value in (params or {}).items()}
         run.write("update", params=texts, tags=dict(tags or {}), status="RUNNING")
         return run
 
     def handle(
-        self, key: str, *, name: str, kind: str, parent: TrackedRun | None = None
+        self,
+        key: str,
+        *,
+        name: str,
+        kind: str,
+        parent: TrackedRun | None = None,
+        started_ms: int | None = None,
     ) -> TrackedRun:
         """Return a run like `run`, but ask the store for it only when something is written."""
         within = parent.identity if parent else None
-        return TrackedRun(self._delivery, RunIdentity(key=key, kind=kind, name=name, parent=within))
+        identity = RunIdentity(key=key, kind=kind, name=name, parent=within, started_ms=started_ms)
+        return TrackedRun(self._delivery, identity)
 
-    def log_finished(self, runs: Sequence[FinishedRun], *, parent: TrackedRun) -> list[TrackedRun]:
-        """Log finished runs nested in `parent`; they are found together, by one search."""
+    def log_nested(self, runs: Sequence[NestedRun], *, parent: TrackedRun) -> list[TrackedRun]:
+        """Log runs nested in `parent`; they are found together, by one search."""
         tracked, records = [], []
         for run in runs:
-            own = self.handle(run.key, name=run.name, kind=run.kind, parent=parent)
+            own = self.handle(
+                run.key, name=run.name, kind=run.kind, parent=parent, started_ms=run.started_ms
+            )
             tracked.append(own)
             arguments = {
                 "params": dict(run.params),
                 "tags": dict(run.tags),
                 "points": metric_points(run.metrics),
-                "time_ms": now_ms(),
+                "time_ms": run.ended_ms or now_ms(),
                 "journal": run.journal_folder,
-                "status": "FINISHED",
+                "status": run.status,
             }
             records.append(own.record("update", arguments))
             if run.dataset:

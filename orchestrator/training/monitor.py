@@ -17,13 +17,11 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.terminal.formatting import format_duration
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import TrackedRun, Tracking, status_after
+from orchestrator.tracking import JournalCopies, TrackedRun, Tracking, status_after
 from orchestrator.training.job import PROFILE_NAME, job_key
 from orchestrator.training.run_lock import is_run_locked
 from orchestrator.training.schedules import flops_per_token_by_step
-from orchestrator.workspace.journal import JournalPart, Record, read_journal
-
-SECONDS_BETWEEN_COPIES = 5.0
+from orchestrator.workspace.journal import read_journal, recorded_times
 
 
 class JournalReader:
@@ -32,13 +30,11 @@ class JournalReader:
     def __init__(self, folder: Path) -> None:
         self.step = 0
         """The last recorded step."""
-        self.offset = 0
-        """Bytes that were read."""
-        self._folder = folder
+        self._folder, self._offset = folder, 0
 
     def read(self) -> list[dict[str, Any]]:
         """Return the records since the last call."""
-        records, self.offset = read_journal(self._folder, self.offset)
+        records, self._offset = read_journal(self._folder, self._offset)
         for record in records:
             if record["kind"] == "metrics":
                 self.step = record.get("step", self.step)
@@ -56,24 +52,16 @@ class RunMonitor:
         self._costs = {label: _remaining_costs(job) for label, job in jobs.items()}
         self._numbers: dict[str, dict[str, float]] = {label: {} for label in jobs}
         self._runs: dict[str, TrackedRun] = {}
-        # Records that were read and not yet sent to MLflow, and the offset where they begin.
-        self._unsent: dict[str, list[Record]] = {label: [] for label in jobs}
-        self._sent = dict.fromkeys(jobs, 0)
-        self._copied_at = time.monotonic()
+        self._copies = JournalCopies()
         self._started_ms = int(time.time() * 1000)
 
     def open_runs(self, kind: str, settings: Mapping[str, Settings]) -> dict[str, TrackedRun]:
         """Find or create the tracked run of each job, with a kind and all settings by label."""
         for label, job in self._jobs.items():
-            self._runs[label] = self._tracking.run(
-                job_key(job),
-                name=_run_name(label, job),
-                kind=kind,
-                params=job_parameters(job),
-                tags={"iiet.method": job.model.method},
-            )
-            self._runs[label].log_dataset(*describe_data(job.tokens_folder))
-            self._runs[label].log_text(to_yaml(settings[label]), SETTINGS_NAME)
+            run = open_training_run(self._tracking, job, kind, _run_name(label, job))
+            run.log_text(to_yaml(settings[label]), SETTINGS_NAME)
+            self._copies.follow(label, run, job.folder)
+            self._runs[label] = run
         return self._runs
 
     def poll(self) -> None:
@@ -81,14 +69,11 @@ class RunMonitor:
         self._read()
         num_done = sum(journal.step for journal in self._journals.values())
         self._progress.advance(num_done, self._text(), seconds_left=self._seconds_left())
-        if time.monotonic() - self._copied_at > SECONDS_BETWEEN_COPIES:
-            self._copy()
+        self._copies.poll()
 
     def _read(self) -> None:
         for label, journal in self._journals.items():
-            records = journal.read()
-            self._unsent[label] += records
-            for record in records:
+            for record in journal.read():
                 if record["kind"] == "metrics":
                     self._numbers[label] |= record["values"]
                 elif record["time"] >= self._started_ms:
@@ -143,23 +128,34 @@ class RunMonitor:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Copy the rest into MLflow and end the runs, except those that another process trains."""
         self._read()
-        self._copy()
         ended = [
-            run
+            (run, self._jobs[label].folder)
             for label, run in self._runs.items()
             if error is None or not is_run_locked(self._jobs[label].folder)
         ]
-        for number, run in enumerate(ended, start=1):
-            run.finish(status_after(error), wait=number == len(ended))
+        for number, (run, folder) in enumerate(ended, start=1):
+            end_training_run(run, folder, status_after(error), wait=number == len(ended))
 
-    def _copy(self) -> None:
-        for label, run in self._runs.items():
-            start, end = self._sent[label], self._journals[label].offset
-            if end > start:
-                part = JournalPart(self._unsent[label], start, end)
-                run.log_journal(self._jobs[label].folder, part)
-                self._unsent[label], self._sent[label] = [], end
-        self._copied_at = time.monotonic()
+
+def open_training_run(tracking: Tracking, job: TrainingJob, kind: str, name: str) -> TrackedRun:
+    """Find or create the tracked run of a job; a new one starts when the job's journal does."""
+    times = recorded_times(job.folder)
+    run = tracking.run(
+        job_key(job),
+        name=name,
+        kind=kind,
+        params=job_parameters(job),
+        tags={"iiet.method": job.model.method},
+        started_ms=times[0] if times else None,
+    )
+    run.log_dataset(*describe_data(job.tokens_folder))
+    return run
+
+
+def end_training_run(run: TrackedRun, folder: Path, status: str, *, wait: bool) -> None:
+    """Copy the rest of a journal and end its run when the journal ends; `wait` as in `finish`."""
+    times = recorded_times(folder)
+    run.finish(status, journal=folder, ended_ms=times[1] if times else None, wait=wait)
 
 
 def _run_name(label: str, job: TrainingJob) -> str:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ CHEAPEST_METRIC = "validation/cheapest_loss"
 ACCURACY_METRIC = "validation/accuracy"
 """Share of right answers; only of data that have answers."""
 TAIL_BYTES = 65_536
+"""A record is shorter than this."""
 
 Record = dict[str, Any]
 
@@ -70,20 +70,11 @@ class Journal:
         self._file.flush()
 
 
-@dataclass(frozen=True)
-class JournalPart:
-    """The records between two byte offsets of a journal."""
-
-    records: Sequence[Record]
-    start: int
-    end: int
-
-
 def read_journal(folder: Path, offset: int = 0, end: int | None = None) -> tuple[list[Record], int]:
     """Return the complete records after a byte offset, and the offset to continue from.
 
     Args:
-        end: Byte offset of the end of an earlier read; records after it are not read.
+        end: Byte offset after which nothing is read.
     """
     path = folder / JOURNAL_NAME
     if not path.exists():
@@ -118,6 +109,15 @@ def last_recorded(folder: Path) -> float:
     """
     records = read_tail(folder)
     return float(records[-1]["time"] / 1000) if records else folder.stat().st_mtime
+
+
+def recorded_times(folder: Path) -> tuple[int, int] | None:
+    """Return the times of a journal's first and last record in ms; None if it has no record."""
+    with suppress(OSError):
+        first, last = read_journal(folder, end=TAIL_BYTES)[0], read_tail(folder)
+        if first and last:
+            return first[0]["time"], last[-1]["time"]
+    return None
 
 
 def validation_losses(records: Iterable[Record]) -> list[tuple[int, float]]:

@@ -33,7 +33,7 @@ from orchestrator.reporting.sweep_results import (
     load_sweep_results,
 )
 from orchestrator.reporting.training_curves import HYPERVOLUME_BY_TRIALS, history_folder
-from orchestrator.tracking import FinishedRun, open_tracking
+from orchestrator.tracking import NestedRun, open_tracking
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -161,7 +161,7 @@ def test_seeds_have_paired_errors_and_runs(
     class Runs:
         """Fake of MLflow, whose database takes seconds to create."""
 
-        def log_finished(self, runs: Sequence[FinishedRun], **_: Any) -> list[Any]:
+        def log_nested(self, runs: Sequence[NestedRun], **_: Any) -> list[Any]:
             self.runs = {run.key: run for run in runs}
             return [SimpleNamespace(run_id=f"run of {run.key}") for run in runs]
 

@@ -17,7 +17,7 @@ from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_early_stop
 from orchestrator.sweeping.execution import STOPPED_TAG, SweepOutcome, run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue
-from orchestrator.tracking import FinishedRun, Tracking
+from orchestrator.tracking import NestedRun, Tracking
 from orchestrator.workspace.folders import open_workspace
 
 
@@ -33,7 +33,7 @@ class FakeTracking:
     def run(self, key: str, **_: Any) -> FakeTracking:
         return self
 
-    def log_finished(self, runs: Sequence[FinishedRun], *, parent: FakeTracking) -> None:
+    def log_nested(self, runs: Sequence[NestedRun], *, parent: FakeTracking) -> None:
         assert parent is self
         self.finished += [run.key for run in runs]
 

@@ -9,6 +9,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -18,10 +19,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-from orchestrator.tracking import NOTE_TAG, FinishedRun, TrackedRun, Tracking, open_tracking
+from orchestrator.tracking import NOTE_TAG, NestedRun, TrackedRun, Tracking, open_tracking
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
-from orchestrator.workspace.journal import Journal, JournalPart, read_journal
+from orchestrator.workspace.journal import Journal
 
 
 @pytest.fixture(scope="module")
@@ -111,37 +112,76 @@ def test_a_journal_record_is_copied_once(tracking: Tracking, tmp_path: Path) -> 
     assert stored(tracking, run).data.metrics["train/acc_none"] == 0.5
 
 
-def test_a_journal_that_was_read_is_not_read_again(
+def test_a_resumed_training_repeats_no_step(
+    tracking: Tracking, workspace: Workspace, tmp_path: Path
+) -> None:
+    run, journal = tracking.run("resumed", name="j", kind="pretrain"), Journal(tmp_path)
+    for step in (1, 2, 3):
+        journal.metrics(step, {"train/loss": 5.0 - step, "train/tokens_per_second": step})
+    run.log_journal(tmp_path)
+    assert run.run_id is not None
+    # It goes on from its checkpoint at step 1; another process, which knows nothing, copies it.
+    for step in (2, 3, 4):
+        journal.metrics(step, {"train/loss": 5.0 - step, "train/tokens_per_second": 10.0 * step})
+    journal.close()
+    run.log_journal(tmp_path)
+    other = open_tracking(workspace, warn=pytest.fail)
+    again = other.run("resumed", name="j", kind="pretrain")
+    again.log_journal(tmp_path)
+    assert again.run_id == run.run_id
+    history = client(tracking).get_metric_history(run.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(1, 4), (2, 3), (3, 2), (4, 1)]
+
+
+def test_a_copy_after_a_lost_answer_adds_no_point(
     tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, journal = tracking.run("parts", name="j", kind="pretrain"), Journal(tmp_path)
-    journal.metrics(1, {"train/loss": 3.0})
-    first, middle = read_journal(tmp_path)
-    journal.metrics(2, {"train/loss": 2.0})
-    second, end = read_journal(tmp_path, middle)
-    journal.metrics(3, {"train/loss": 1.0})
+    journal = Journal(tmp_path)
+    for step in range(5):
+        journal.metrics(step, {"train/loss": float(step)})
     journal.close()
-    read: list[tuple[int, int | None]] = []
+    run = tracking.run("lost answer", name="j", kind="pretrain")
+    assert run.run_id is not None
+    log_batch = MlflowClient.log_batch
 
-    def reading(folder: Path, offset: int = 0, end: int | None = None) -> object:
-        read.append((offset, end))
-        return read_journal(folder, offset, end)
+    def stored_without_answer(*given: Any, **more: Any) -> None:
+        log_batch(*given, **more)
+        raise OSError("the connection was closed")
 
-    monkeypatch.setattr("orchestrator.tracking.operations.read_journal", reading)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", stored_without_answer)
+        patch.setattr(tracking._delivery, "_warn", lambda text: None)
+        run.log_journal(tmp_path)
+        tracking._delivery.wait()
+    assert len(tracking.outbox.records()) == 1
+    assert tracking.sync() == 1
+    history = client(tracking).get_metric_history(run.run_id, "train/loss")
+    assert [point.step for point in history] == list(range(5))
 
-    def steps() -> list[int]:
-        assert run.run_id is not None
-        return [p.step for p in client(tracking).get_metric_history(run.run_id, "train/loss")]
 
-    run.log_journal(tmp_path, JournalPart(first, 0, middle))
-    assert steps() == [1]
-    assert read == []
-    # Another process, which has read everything, resumes the run; then the server was away.
-    run.log_journal(tmp_path, JournalPart([*first, *second], 0, end))
-    assert steps() == [1, 2]
-    run.log_journal(tmp_path)
-    assert steps() == [1, 2, 3]
-    assert read == [(middle, end), (end, None)]
+def test_a_run_has_the_times_of_its_training(tracking: Tracking) -> None:
+    sweep = tracking.run("times", name="s", kind="sweep", started_ms=1_000)
+    trial = NestedRun(
+        key="timed", kind="trial", name="t", params={}, tags={}, metrics={"loss": 1.0},
+        status="RUNNING", started_ms=2_000,
+    )  # fmt: skip
+    [run] = tracking.log_nested([trial], parent=sweep)
+    assert stored(tracking, run).info.status == "RUNNING"
+    assert stored(tracking, run).info.end_time is None
+    failed = replace(trial, status="FAILED", ended_ms=3_000, tags={NOTE_TAG: "why", "a": "b"})
+    tracking.log_nested([failed], parent=sweep)
+    found = stored(tracking, run)
+    assert (found.info.start_time, found.info.end_time) == (2_000, 3_000)
+    assert (found.info.status, found.data.tags[NOTE_TAG]) == ("FAILED", "why")
+    # It is tried again, and the reason disappears.
+    again = replace(trial, status="FINISHED", ended_ms=4_000, tags={NOTE_TAG: ""})
+    tracking.log_nested([replace(again, status="RUNNING"), again], parent=sweep)
+    found = stored(tracking, run)
+    assert (found.info.start_time, found.info.end_time) == (2_000, 4_000)
+    assert found.info.status == "FINISHED"
+    assert NOTE_TAG not in found.data.tags
+    assert found.data.tags["a"] == "b"
+    assert stored(tracking, sweep).info.start_time == 1_000
 
 
 def test_a_run_is_searched_once_and_unchanged_values_are_not_sent(
@@ -149,7 +189,7 @@ def test_a_run_is_searched_once_and_unchanged_values_are_not_sent(
 ) -> None:
     sweep = tracking.run("counted", name="s", kind="sweep", params={"seed": 1}, tags={"a": "b"})
     trials = [
-        FinishedRun(
+        NestedRun(
             key=f"counted-{n}", kind="trial", name="t", params={"n": str(n)}, tags={},
             metrics={"loss": n},
         )
@@ -158,17 +198,17 @@ def test_a_run_is_searched_once_and_unchanged_values_are_not_sent(
     assert sweep.run_id is not None
     assert requests == {"search_runs": 1, "create_run": 1, "log_batch": 1}
     requests.clear()
-    tracking.log_finished(trials, parent=sweep)
+    tracking.log_nested(trials, parent=sweep)
     sweep.finish()
     assert requests == {"search_runs": 1, "create_run": 20, "log_batch": 20, "update_run_info": 21}
     requests.clear()
-    tracking.log_finished(trials, parent=sweep)
+    tracking.log_nested(trials, parent=sweep)
     sweep.finish()
     assert not requests
     again = open_tracking(workspace, warn=pytest.fail)
     requests.clear()
     sweep = again.handle("counted", name="s", kind="sweep")
-    again.log_finished(trials, parent=sweep)
+    again.log_nested(trials, parent=sweep)
     sweep.finish()
     assert requests == {"search_runs": 1}
 
@@ -184,7 +224,7 @@ def test_a_run_that_was_deleted_meanwhile_is_created_again(tracking: Tracking) -
 
 def test_a_trial_becomes_a_finished_nested_run(tracking: Tracking) -> None:
     sweep = tracking.run("nesting", name="sweep", kind="sweep")
-    trial = FinishedRun(
+    trial = NestedRun(
         key="trial-key",
         kind="trial",
         name="t",
@@ -193,7 +233,7 @@ def test_a_trial_becomes_a_finished_nested_run(tracking: Tracking) -> None:
         metrics={"cost/evaluations": 3, "quality/accuracy": 0.5},
     )
     for _ in range(2):
-        [run] = tracking.log_finished([trial], parent=sweep)
+        [run] = tracking.log_nested([trial], parent=sweep)
     found = stored(tracking, run)
     assert found.data.params == trial.params
     assert found.data.metrics == trial.metrics
@@ -358,11 +398,11 @@ def test_pending_operations_are_plain_json(
     tracking = open_tracking(workspace, warn=lambda text: None)
     run = tracking.run("plain", name="p", kind="sweep")
     run.log_metrics({"hypervolume": 0.5})
-    run.log_journal(tmp_path, JournalPart([], 0, 7))
+    run.log_journal(tmp_path)
     assert run.run_id is None
     lines = [json.loads(line) for line in tracking.outbox.path.read_text().splitlines()]
     assert [sorted(line["arguments"]) for line in lines] == [
-        ["params", "status", "tags"],
+        ["params", "tags"],
         ["points", "time_ms"],
         ["journal"],
     ]
