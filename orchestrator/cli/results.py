@@ -48,9 +48,9 @@ def ui(
 
 @app.command(rich_help_panel="Results")
 def sync(workspace: WorkspaceOption = None, verbose: VerboseOption = False) -> None:
-    """Deliver to MLflow what it missed while it did not answer."""
+    """Publish the workspace in MLflow again: what it missed, and all pretrainings and sweeps."""
     with open_session(workspace, "sync", verbose=verbose) as session:
         from orchestrator.pipelines import syncing
 
-        delivered = syncing.sync(**session.common)
-        session.console.print(f"{delivered} records delivered")
+        result = syncing.sync(**session.common)
+        session.console.print(f"{result.num_delivered} records delivered")

@@ -138,9 +138,7 @@ def pretrain_models(
     with tracked_jobs("pretrain", jobs, models, cluster, context, local=local) as (run_jobs, runs):
         outcomes = dict(zip(runs, run_jobs(), strict=True))
         for label, outcome in outcomes.items():
-            origin = jobs[label].continued_from
-            tags = {"iiet.continued_from": origin} if origin else {}
-            runs[label].set_tags({"iiet.checkpoint": str(outcome.checkpoint), **tags})
+            runs[label].set_tags(checkpoint_tags(jobs[label], outcome))
     results = {
         label: PretrainResult(
             checkpoint=Path(str(outcome.checkpoint)), validation_loss=outcome.validation_loss
@@ -155,6 +153,13 @@ def pretrain_models(
     found = ", found again" if was_finished else ""
     context.progress.finish(f"validation loss {', '.join(losses)}{found}")
     return results
+
+
+def checkpoint_tags(job: TrainingJob, outcome: TrainingOutcome) -> dict[str, str]:
+    """Return the tags of a finished training's MLflow run: its checkpoint, and its origin."""
+    origin = job.continued_from
+    tags = {"iiet.continued_from": origin} if origin else {}
+    return {"iiet.checkpoint": str(outcome.checkpoint), **tags}
 
 
 @contextmanager

@@ -38,11 +38,13 @@ from orchestrator.tracking import (
 )
 from orchestrator.training.job_checks import stored_job
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
+from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC, recorded_times
 
 ARTIFACT_FOLDER = "front"
 SWEEP_TAG = "iiet.sweep"
 """Name of the sweep; the chart view filters by it."""
+REASON_TAG = "iiet.reason"
+"""Why a trial ended without a result."""
 MAX_NOTE_CHARACTERS = 7500
 MAX_FINDINGS_CHARACTERS = 6000
 MAX_PARALLEL_LAYERS = 24
@@ -86,7 +88,7 @@ def track_results(
         for key in keys_of_seeds[point.result.key]
     }
     runs = [
-        finished_run(sweep.name, result, sweep.journal_of(result), paired.get(result.key, {}))
+        trial_run(sweep.name, result, sweep.journal_of(result), paired.get(result.key, {}))
         for result in sweep.results
     ]
     nested = tracking.log_nested(runs, parent=run)
@@ -98,27 +100,62 @@ def track_results(
     return sweep, front.with_results({r.key: r for r in average_seeds(tracked).results})
 
 
-def finished_run(
-    sweep: str, result: Trial, journal: Path | None, more: Mapping[str, float] | None = None
+def trial_run(
+    sweep: str,
+    result: Trial,
+    journal: Path | None,
+    more: Mapping[str, float] | None = None,
+    *,
+    status: str = "FINISHED",
+    reason: str = "",
 ) -> NestedRun:
-    """Return the run of a trial.
+    """Return the run of a trial. It starts and ends when the training did.
 
     Args:
         sweep: Name of the sweep.
-        result: The measured trial.
+        result: The trial, with what is measured of it.
         journal: Folder with the journal of its own training; None if it has none.
         more: Further metrics.
+        status: RUNNING, FINISHED, FAILED or KILLED.
+        reason: Why it ended without a result.
     """
+    started_ms, ended_ms = _trial_times(result, journal)
     return NestedRun(
         key=result.key,
         kind=result.role,
         name=run_name(result),
         params=trial_parameters(result),
-        tags={SWEEP_TAG: sweep, "iiet.method": result.method},
+        tags={
+            SWEEP_TAG: sweep,
+            "iiet.method": result.method,
+            REASON_TAG: reason,
+            NOTE_TAG: _reason_note(status, reason),
+        },
         metrics={**tracked_metrics(result), **(more or {})},
         journal_folder=journal,
         dataset=_dataset(result),
+        status=status,
+        started_ms=started_ms,
+        ended_ms=ended_ms,
     )
+
+
+def _reason_note(status: str, reason: str) -> str:
+    heading = "**Failed:** " if status == "FAILED" else ""
+    return f"{heading}{reason[:1].upper()}{reason[1:]}"[:MAX_NOTE_CHARACTERS] if reason else ""
+
+
+def _trial_times(result: Trial, journal: Path | None) -> tuple[int | None, int | None]:
+    """Return start and end in ms; of a model that was only measured, when its result was written.
+
+    None, where neither is known, is now.
+    """
+    if journal and (times := recorded_times(journal)):
+        return times
+    with suppress(OSError):
+        written_ms = int(result.result_path.stat().st_mtime * 1000)
+        return written_ms, written_ms
+    return None, None
 
 
 def _dataset(result: Trial) -> tuple[str, str, dict[str, Any]] | None:
@@ -164,7 +201,6 @@ def track_front(
     view = front_chart_view(report)
     tracking.save_view(view)
     run.set_tags({NOTE_TAG: run_note(report, run.run_id), VIEW_TAG: view.key})
-    run.finish()
     return view.key
 
 

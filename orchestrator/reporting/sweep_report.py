@@ -29,6 +29,7 @@ from orchestrator.reporting.training_curves import (
 from orchestrator.reporting.worth_section import worth_section
 from orchestrator.tracking import Tracking
 from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.journal import recorded_times
 
 
 def write_sweep_report(
@@ -55,8 +56,9 @@ def write_sweep_report(
     sweep.store(workspace)
     front, notes = sweep_front(workspace, sweep, axes)
     run = None
+    started_ms, ended_ms = recorded_times(sweep.folder(workspace)) or (None, None)
     if tracking is not None:
-        run = tracking.handle(sweep.key, name=sweep.name, kind="sweep")
+        run = tracking.handle(sweep.key, name=sweep.name, kind="sweep", started_ms=started_ms)
         if not axes.slug:
             sweep, front = track_results(tracking, run, sweep, front)
             sweep.store(workspace)
@@ -81,9 +83,9 @@ def write_sweep_report(
     if axes.slug:
         for path in files:
             run.log_artifact(path, f"{ARTIFACT_FOLDER}/{axes.slug}")
-        run.finish()
     else:
         view = track_front(tracking, run, report.stored_at(folder), files)
+    run.finish(ended_ms=ended_ms)
     return WrittenReport(report, folder, tuple(files), run.run_id, view)
 
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from iiet.cost import inference_cost
 from orchestrator.cluster.launch import trial_device
-from orchestrator.data.sources import describe_data
 from orchestrator.planning.fit import check_fit
 from orchestrator.planning.planned_training import planned_training
 from orchestrator.planning.price import PlannedWork, trial_group
@@ -25,7 +24,6 @@ from orchestrator.records.early_stop import EarlyStop
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.mlflow_report import finished_run
 from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
@@ -33,7 +31,7 @@ from orchestrator.sweeping.asha import asha_trials, stored_early_stop
 from orchestrator.sweeping.decode_times import with_costs
 from orchestrator.sweeping.decoding import with_decoding
 from orchestrator.sweeping.front_history import FrontHistory
-from orchestrator.sweeping.sweep_parameters import sweep_parameters
+from orchestrator.sweeping.live_sweep import LiveSweep, open_sweep_run
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trial_states import StoredPlan, stored_plan
 from orchestrator.sweeping.trials import full_config
@@ -50,6 +48,7 @@ from orchestrator.training.teacher_cache_policy import (
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.journal import Journal
 
 if TYPE_CHECKING:
     from orchestrator.sweeping.search import ScheduleSearch
@@ -105,6 +104,9 @@ def run_sweep(
     folder = workspace.sweeps / plan.name
     _note_other_plan(plan, folder, progress)
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
+    journal = Journal(folder)
+    journal.event("started")
+    journal.close()
     with _tracked_run(plan, settings, tracking) as run:
         sweep = _SweepRun(plan, settings_on_gpus, workspace, run, tracking, progress, search)
         sweep.run_trials()
@@ -149,10 +151,16 @@ class _SweepRun:
         stored.write(self.folder / PLAN_FILE)
         num_all = len(self.plan.trials) + (self.search.num_left if self.search else 0)
         self._history = FrontHistory(self.plan, self._history_folder, num_trials=num_all)
+        self._live = LiveSweep(
+            self.plan, self.run, self.tracking, self._history_folder, num_trials=num_all
+        )
         self._take_in(self.plan.trials)
         asha, trials = asha_trials(self.plan, self.settings.sweep), self.plan.trials
-        stopped = {t.key for t in trials if stored_early_stop(t, asha.get(t.key))}
-        waiting = [t for t in trials if t.result() is None and t.key not in stopped]
+        stops = {t.key: stop for t in trials if (stop := stored_early_stop(t, asha.get(t.key)))}
+        for trial in trials:
+            if trial.key in stops:
+                self._live.log_end(trial, "KILLED", stops[trial.key].text)
+        waiting = [t for t in trials if t.result() is None and t.key not in stops]
         queue = TrialQueue(
             self.folder,
             self.settings.sweep,
@@ -160,12 +168,14 @@ class _SweepRun:
             cluster=self.settings.cluster,
             num_all=num_all,
             asha=asha,
-            stopped=stopped,
-            on_end=lambda trial: self._take_in([trial]),
+            stopped=set(stops),
+            on_end=self._take_end,
+            watch=self._live.watch,
         )
         try:
             queue.run(self._with_shared_teacher(waiting), self.search)
         finally:
+            self._live.close()
             if self.search:
                 self._add_suggested(self.search, stored)
         self._take_in(self.plan.trials, at_end=True)
@@ -174,10 +184,17 @@ class _SweepRun:
     def _take_in(self, trials: Iterable[Trial], *, at_end: bool = False) -> None:
         """Log the trials that are finished now, and the front."""
         new = [result for trial in trials if (result := self._history.add(trial))]
-        runs = [finished_run(self.plan.name, t, Path(t.folder) if t.job else None) for t in new]
-        self.tracking.log_nested(runs, parent=self.run)
+        self._live.log_results(new)
         if self._history.record(at_end=at_end):
             self.run.log_journal(self._history_folder)
+            if self._history.front:
+                self._live.show_front(self._history.front, self._history.num_measured)
+
+    def _take_end(self, trial: Trial, state: str, reason: str) -> None:
+        """Log how a trial ended."""
+        self._take_in([trial])
+        if state in ("failed", "stopped", "stopped early") and trial.result() is None:
+            self._live.log_end(trial, "FAILED" if state == "failed" else "KILLED", reason)
 
     def _add_suggested(self, search: ScheduleSearch, stored: StoredPlan) -> None:
         """Add what the search has suggested to the plan."""
@@ -288,15 +305,7 @@ def _tracked_run(plan: SweepPlan, settings: Settings, tracking: Tracking) -> Ite
     """Open the sweep's MLflow run; its status says how the block ended. The report nests the
     trials' runs in it.
     """
-    run = tracking.run(
-        plan.key,
-        name=plan.name,
-        kind="sweep",
-        params=sweep_parameters(plan, settings),
-        tags={"iiet.sweep": plan.name},
-    )
-    run.log_dataset(*describe_data(plan.tokens_folder))
-    run.log_text(to_yaml(settings), SETTINGS_NAME)
+    run = open_sweep_run(plan, settings, tracking)
     try:
         yield run
     except BaseException as error:

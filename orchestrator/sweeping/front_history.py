@@ -13,7 +13,7 @@ from pathlib import Path
 
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.pareto import find_front
+from orchestrator.reporting.pareto import Front, find_front
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.reporting.training_curves import (
     HYPERVOLUME_BY_GFLOPS,
@@ -41,6 +41,13 @@ class FrontHistory:
         self._flops = 0.0
         self._last = _last_step(folder)
         self._interval = max(1, num_trials // MAX_CURVE_POINTS)
+        self.front: Front | None = None
+        """The front that was recorded last; most models that others beat are not in it."""
+
+    @property
+    def num_measured(self) -> int:
+        """Number of finished trials."""
+        return len(self._seen)
 
     def add(self, trial: Trial) -> Trial | None:
         """Take in the result of a trial; return it with its exact cost if it is new."""
@@ -87,7 +94,7 @@ class FrontHistory:
         journal.metrics(num_found, numbers)
         journal.metrics(round(self._flops / FLOPS_PER_STEP), {HYPERVOLUME_BY_GFLOPS: volume})
         journal.close()
-        self._last = num_found
+        self._last, self.front = num_found, front
         return True
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,11 +32,12 @@ from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.sweeping.asha import record_early_stop, stored_early_stop
 from orchestrator.sweeping.elastic_plans import waits_for_weights
 from orchestrator.sweeping.round_progress import RoundProgress
-from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
+from orchestrator.sweeping.trial_run import FAILED_EVENT, is_trial_locked, run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import note_saved_state, wait_interruptibly
 from orchestrator.training.run_lock import waiting_text
 from orchestrator.workspace.errors import Interrupted, RunFailed
+from orchestrator.workspace.journal import Journal
 
 if TYPE_CHECKING:
     from orchestrator.sweeping.search import ScheduleSearch
@@ -55,8 +57,11 @@ class TrialQueue:
     """Where the trials run."""
     asha: Mapping[str, AshaTrial] = field(default_factory=dict)
     """Key of each trial that can be stopped early -> what it is compared with."""
-    on_end: Callable[[Trial], None] = lambda _: None
-    """Called in this thread with each trial that has ended."""
+    on_end: Callable[[Trial, str, str], None] = lambda *_: None
+    """Called in this thread with each trial that has ended: its state, as in `TrialRun` or
+    `failed`, and the reason if it failed or was stopped early."""
+    watch: Callable[[Sequence[Trial]], None] = lambda _: None
+    """Called a few times a second in this thread with the running trials."""
     failures: dict[str, str] = field(default_factory=dict)
     """Label -> reason of trials that failed for good."""
     made: set[str] = field(default_factory=set)
@@ -105,6 +110,7 @@ class TrialQueue:
         has_weights = Path(str(trial.checkpoint)).is_dir()
         if not has_weights:
             self.failures[trial.label] = "its weights are not trained"
+            self.on_end(trial, "failed", self.failures[trial.label])
         return has_weights
 
     def _run_or_wait(self, trials: Sequence[Trial], *, num_later: int = 0) -> None:
@@ -114,7 +120,8 @@ class TrialQueue:
         left = [t for t in trials if t.key in self._busy and self._is_unfinished(t)]
         begin: Callable[[], None] | None = partial(self._note_waiting, left)
         while left:
-            wait_interruptibly(partial(_any_ended, left), begin=begin)
+            watch = partial(self.watch, left)
+            wait_interruptibly(partial(_any_ended, left), begin=begin, watch=watch)
             begin = None
             free = [t for t in left if self._is_unfinished(t) and not is_trial_locked(t)]
             self._busy.difference_update(trial.key for trial in free)
@@ -159,6 +166,10 @@ class TrialQueue:
             trials_now.end(report.key, finished=is_finished)
             self._record_end(report, trials_now.trials[report.key])
 
+        def show(running: Collection[str]) -> None:
+            trials_now.show(running)
+            self.watch([trials_now.trials[key] for key in running])
+
         early_stops, asha = Message(), dict(self.asha)
 
         def stop_early(key: str, step: int, loss: float) -> None:
@@ -179,7 +190,7 @@ class TrialQueue:
                 early_stops=early_stops,
                 hooks=TrialHooks(
                     on_result=record_end,
-                    watch=trials_now.show,
+                    watch=show,
                     saved=trials_now.saved,
                     seconds_to_save=seconds,
                 ),
@@ -197,8 +208,10 @@ class TrialQueue:
         return {"trial": trial.model_dump(mode="json"), "asha": asha.model_dump() if asha else None}
 
     def _record_end(self, report: TrialReport, trial: Trial) -> None:
-        state = (report.result or {}).get("state")
+        state, reason = (report.result or {}).get("state", "stopped"), ""
         if report.error:
+            state, reason = "failed", report.error
+            _record_failure(trial, reason)
             self.failures[trial.label] = report.error
             if report.after_stop:
                 self._failed_while_stopping[trial.label] = report.error
@@ -206,10 +219,11 @@ class TrialQueue:
         elif state == "stopped early":
             self.stopped.add(trial.key)
             stop = stored_early_stop(trial, self.asha.get(trial.key))
-            self.progress.note(f"trial {trial.label}" + (f" {stop.text}" if stop else ""))
+            reason = stop.text if stop else ""
+            self.progress.note(f"trial {trial.label} {reason}".rstrip())
         elif state in (sets := {"made": self.made, "busy": self._busy, "found": self._found}):
             sets[state].add(trial.key)
-        self.on_end(trial)
+        self.on_end(trial, state, reason)
 
 
 def run_tune_trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
@@ -224,6 +238,15 @@ def run_tune_trial(parameters: dict[str, Any], context: TrialContext) -> dict[st
         on_device=context.on_device,
     )
     return {"state": run.state}
+
+
+def _record_failure(trial: Trial, reason: str) -> None:
+    # For those who publish the sweep later. The disk may be full, and the trial may run elsewhere.
+    with suppress(OSError):
+        if not is_trial_locked(trial):
+            journal = Journal(Path(trial.folder))
+            journal.event(FAILED_EVENT, text=reason)
+            journal.close()
 
 
 def _any_ended(trials: Sequence[Trial]) -> bool:

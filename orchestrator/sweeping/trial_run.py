@@ -31,6 +31,9 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import Journal
 
+FAILED_EVENT, STOPPED_EVENT = "failed", "stopped early"
+"""Events in a trial's journal, with the reason as `text`."""
+
 Train = Callable[..., TrainingOutcome]
 """Trains a job as `run_job` does, with its arguments `should_stop` and `report`."""
 Measure = Callable[[str], Trial]
@@ -101,7 +104,7 @@ def run_trial(
             return TrialRun("made", measured)
         if stop := stored_early_stop(trial, asha):
             journal = Journal(Path(trial.folder))
-            journal.event("stopped early", text=stop.text)
+            journal.event(STOPPED_EVENT, text=stop.text)
             journal.close()
         return TrialRun("stopped early" if stop else "stopped")
 

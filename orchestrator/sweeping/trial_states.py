@@ -15,7 +15,9 @@ from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import Settings, SweepSettings
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop
+from orchestrator.sweeping.trial_run import FAILED_EVENT, STOPPED_EVENT
 from orchestrator.training.job import finished_outcome
+from orchestrator.workspace.journal import read_tail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,19 @@ def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
             training = planned_training(trial.job)
             states.append(TrialState(trial=trial, name="to train", training=training))
     return states
+
+
+def recorded_end(trial: Trial) -> tuple[str, str] | None:
+    """Return MLflow's status and the reason of a trial that ended without a result.
+
+    They are those that its journal ends with; None if the trial has not begun.
+    """
+    records = read_tail(Path(trial.folder))
+    if not records:
+        return None
+    status = "FAILED" if records[-1].get("name") == FAILED_EVENT else "KILLED"
+    is_reason = records[-1].get("name") in (FAILED_EVENT, STOPPED_EVENT)
+    return status, str(records[-1].get("text", "")) if is_reason else ""
 
 
 class StoredPlan(SweepPlan):

@@ -30,6 +30,11 @@ class TrackedRun:
     def run_id(self) -> str | None:
         """The run's id; None if the store does not respond."""
         self._delivery.wait()
+        return self.known_id
+
+    @property
+    def known_id(self) -> str | None:
+        """The run's id if the store has returned it by now."""
         run = self._delivery.store.known(self.identity)
         return run.id if run else None
 

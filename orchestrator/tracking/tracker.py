@@ -147,6 +147,15 @@ class Tracking:
             for run in runs
         ]
 
+    @property
+    def is_store_down(self) -> bool:
+        """Whether the store failed a moment ago."""
+        return self._delivery.is_paused
+
+    def wait(self) -> None:
+        """Wait until the store has everything, as long as it responds."""
+        self._delivery.wait()
+
     def sync(self) -> int:
         """Deliver the outbox; return how many operations were delivered, or refused for good."""
         return self._delivery.sync()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -70,28 +70,26 @@ class Journal:
         self._file.flush()
 
 
-def read_journal(folder: Path, offset: int = 0, end: int | None = None) -> tuple[list[Record], int]:
-    """Return the complete records after a byte offset, and the offset to continue from.
-
-    Args:
-        end: Byte offset after which nothing is read.
-    """
+def read_journal(folder: Path, offset: int = 0) -> tuple[list[Record], int]:
+    """Return the complete records after a byte offset, and the offset to continue from."""
     path = folder / JOURNAL_NAME
     if not path.exists():
         return [], offset
     with path.open("rb") as file:
         file.seek(offset)
-        data = file.read() if end is None else file.read(max(0, end - offset))
+        data = file.read()
     whole = data[: data.rfind(b"\n") + 1]
-    records = []
-    for line in whole.splitlines():
+    return list(_records(whole.splitlines())), offset + len(whole)
+
+
+def _records(lines: Iterable[bytes]) -> Iterator[Record]:
+    for line in lines:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue  # Cut off by a crash.
         if _is_record(record):
-            records.append(record)
-    return records, offset + len(whole)
+            yield record
 
 
 def read_tail(folder: Path) -> list[Record]:
@@ -113,10 +111,12 @@ def last_recorded(folder: Path) -> float:
 
 def recorded_times(folder: Path) -> tuple[int, int] | None:
     """Return the times of a journal's first and last record in ms; None if it has no record."""
-    with suppress(OSError):
-        first, last = read_journal(folder, end=TAIL_BYTES)[0], read_tail(folder)
-        if first and last:
-            return first[0]["time"], last[-1]["time"]
+    with suppress(OSError, StopIteration), (folder / JOURNAL_NAME).open("rb") as file:
+        first = next(_records(file))
+        file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
+        # A line that is being written, or was cut off, is no record.
+        last = next(_records(reversed(file.read().splitlines())))
+        return first["time"], last["time"]
     return None
 
 

@@ -87,7 +87,8 @@ def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
         def run(rounds: TrialQueue, waiting: list[Trial], _: None) -> None:
             for number, trial in enumerate(waiting):
                 finish(trial)
-                rounds.on_end(trial)
+                rounds.watch([trial])
+                rounds.on_end(trial, "made", "")
                 if number == 1:
                     then()
 

@@ -28,14 +28,14 @@ class FakeTracking:
         self.tags: dict[str, str] = {}
         self.metrics: dict[str, float] = {}
         self.mirrored: list[Path] = []
-        self.finished: list[str] = []
+        self.ended: list[tuple[str, str]] = []
 
     def run(self, key: str, **_: Any) -> FakeTracking:
         return self
 
     def log_nested(self, runs: Sequence[NestedRun], *, parent: FakeTracking) -> None:
         assert parent is self
-        self.finished += [run.key for run in runs]
+        self.ended += [(run.key, run.status) for run in runs]
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self.tags |= tags
@@ -98,7 +98,8 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     assert better.label in tracking.tags[STOPPED_TAG]
     assert tracking.metrics == {"sweep/trainings_saved": pytest.approx(0.25)}
     assert len(tracking.mirrored) == 1, "the front over time, from what was found finished"
-    assert tracking.finished == [trial.key for trial in tiny_plan.trials if trial.result()]
+    finished = [(trial.key, "FINISHED") for trial in tiny_plan.trials if trial.result()]
+    assert tracking.ended == [*finished, (stopped.key, "KILLED")]
 
     assert outcome_of().stopped == {}
     assert asked == [stopped.key]

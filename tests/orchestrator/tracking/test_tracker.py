@@ -467,11 +467,11 @@ def test_a_dataset_is_logged_once_with_its_digest(tracking: Tracking) -> None:
     assert found.dataset.digest == "0123456789abcdef"
     assert json.loads(found.dataset.profile) == {"train_tokens": 7}
     assert found.tags[0].value == "training"
-    trial = FinishedRun(
+    trial = NestedRun(
         key="reader", kind="trial", name="t", params={}, tags={}, metrics={},
         dataset=("tokens", "0123456789abcdef", {"train_tokens": 7}),
     )  # fmt: skip
-    [nested] = tracking.log_finished([trial], parent=run)
+    [nested] = tracking.log_nested([trial], parent=run)
     (found,) = stored(tracking, nested).inputs.dataset_inputs
     assert found.dataset.name == "tokens"
 

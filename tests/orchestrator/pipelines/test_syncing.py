@@ -1,0 +1,176 @@
+"""A workspace can be published again: an empty store gets all runs, a full one gets nothing new."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.entities import Run
+
+from orchestrator.evaluation import decode_timing as benchmark
+from orchestrator.pipelines.context import Context
+from orchestrator.pipelines.syncing import sync
+from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import Trial, TrialTraining
+from orchestrator.reporting.mlflow_report import REASON_TAG
+from orchestrator.reporting.sweep_report import write_sweep_report
+from orchestrator.reporting.sweep_results import StoredSweep
+from orchestrator.settings import SETTINGS_NAME, resolve_settings, to_yaml
+from orchestrator.sweeping.execution import run_sweep
+from orchestrator.sweeping.trial_queue import TrialQueue, _record_failure
+from orchestrator.tracking import NOTE_TAG, open_tracking
+from orchestrator.training.monitor import RunMonitor
+from orchestrator.training.run import run_job
+from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.journal import Journal, recorded_times
+
+
+def stored_runs(database: Path) -> dict[tuple[str, str], Run]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{database}")
+    experiment = client.get_experiment_by_name("iiet-orch")
+    runs = client.search_runs([experiment.experiment_id])
+    found = {(run.data.tags["iiet.kind"], run.data.tags["iiet.key"]): run for run in runs}
+    assert len(found) == len(runs), "a run was made twice"
+    return found
+
+
+def points(database: Path) -> list[Any]:
+    query = (
+        "SELECT t.value, m.key, m.step, m.value, m.timestamp FROM metrics m "
+        "JOIN tags t ON t.run_uuid = m.run_uuid AND t.key = 'iiet.key' ORDER BY 1, 2, 3, 5"
+    )
+    with closing(sqlite3.connect(database)) as connection:
+        return connection.execute(query).fetchall()
+
+
+def train(trial: Trial) -> None:
+    journal = Journal(Path(trial.folder))
+    journal.event("started")
+    for step in range(1, 4):
+        journal.metrics(step, {"train/loss": 5.0 - step, "train/learning_rate": 1e-3})
+    journal.event("finished")
+    journal.close()
+
+
+def finish(trial: Trial, accuracy: float) -> None:
+    measured = {
+        "quality": {"accuracy": accuracy},
+        "train": TrialTraining(flops=1),
+        "checkpoint": trial.checkpoint or f"{trial.folder}/step_00000003",
+    }
+    trial.model_copy(update=measured).write(trial.result_path)
+
+
+@pytest.fixture
+def workspace(
+    tiny_plan: SweepPlan,
+    tiny_job: Callable[..., TrainingJob],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Workspace:
+    """A pretraining, and a sweep in which one trial has failed."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(benchmark, "SWEEP_PROMPT_TOKENS", 4)
+    monkeypatch.setattr(benchmark, "SWEEP_NEW_TOKENS", 2)
+    workspace, settings = open_workspace(tmp_path), resolve_settings({})
+    context = Context(workspace)
+    job = tiny_job("runs/pre", num_steps=2)
+    job.folder.mkdir(parents=True)
+    (job.folder / SETTINGS_NAME).write_text(to_yaml(settings))
+    monitor = RunMonitor({"iiet": job}, context.tracking, context.progress)
+    monitor.open_runs("pretrain", {"iiet": {}})
+    with monitor:
+        run_job(job)
+
+    def run(queue: TrialQueue, waiting: list[Trial], _: None) -> None:
+        queue.watch(waiting)
+        for number, trial in enumerate(waiting):
+            if trial.job:
+                train(trial)
+            if number == 2:
+                queue.failures[trial.label] = "no space"
+                _record_failure(trial, "no space")
+                queue.on_end(trial, "failed", "no space")
+            else:
+                finish(trial, 0.5 - 0.01 * number)
+                queue.on_end(trial, "made", "")
+
+    monkeypatch.setattr(TrialQueue, "run", run)
+    outcome = run_sweep(tiny_plan, settings, workspace, tracking=context.tracking)
+    assert set(outcome.failures.values()) == {"no space"}
+    found = StoredSweep(name=tiny_plan.name, key=tiny_plan.key, results=outcome.results)
+    write_sweep_report(workspace, found, tracking=context.tracking)
+    journal = Journal(outcome.folder)
+    journal.event("finished")
+    journal.close()
+    context.tracking.wait()
+    return workspace
+
+
+@pytest.mark.slow
+def test_a_finished_workspace_is_published_in_an_empty_store_and_only_once(
+    workspace: Workspace, tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = tmp_path / "other.db"
+    before = stored_runs(workspace.database)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    result = sync(workspace=workspace)
+    assert (result.num_delivered, result.trainings, result.sweeps) == (
+        0, ("pre",), (tiny_plan.name,),
+    )  # fmt: skip
+    after = stored_runs(database)
+    assert set(after) == set(before)
+    assert len(after) == 2 + len(tiny_plan.trials)
+    for place, run in before.items():
+        new = after[place]
+        assert new.info.status == run.info.status, place
+        lost = {"sweep/teacher_tokens", "sweep/teacher_flops"}  # Known only while it runs.
+        kept = {k: v for k, v in run.data.metrics.items() if k not in lost}
+        assert new.data.metrics == kept, place
+        names = {REASON_TAG, "iiet.method", "iiet.sweep"}
+        shown = [{k: v for k, v in r.data.tags.items() if k in names} for r in (run, new)]
+        assert shown[0] == shown[1]
+        assert run.data.params.items() <= new.data.params.items()
+        if place[0] != "sweep":
+            assert new.info.end_time == run.info.end_time, place
+            parent = new.data.tags.get("mlflow.parentRunId")
+            assert (parent is None) == (place[0] == "pretrain")
+    [sweep] = [run for (kind, _), run in after.items() if kind == "sweep"]
+    times = recorded_times(workspace.sweeps / tiny_plan.name)
+    assert (sweep.info.start_time, sweep.info.end_time) == times
+    assert f"run_uuid={sweep.info.run_id}" in sweep.data.tags[NOTE_TAG]
+    [failed] = [run for run in after.values() if run.info.status == "FAILED"]
+    assert failed.data.tags[NOTE_TAG] == "**Failed:** No space"
+
+    copied = points(database)
+    assert len(copied) == len(set(copied))
+    steps = [(row[0], row[2]) for row in copied if row[1] == "train/loss"]
+    assert len(steps) == len(set(steps)) > 3
+    sync(workspace=workspace)
+    assert points(database) == copied
+    assert stored_runs(database).keys() == after.keys()
+
+
+def test_a_damaged_folder_is_noted_and_the_others_are_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    workspace = open_workspace(tmp_path)
+    folder = workspace.sweeps / "broken"
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_text("{")
+    open_tracking(workspace)
+    notes: list[str] = []
+    context = Context(workspace)
+    monkeypatch.setattr(type(context.progress), "note", lambda _, text: notes.append(text))
+    assert sync(workspace=workspace).sweeps == ()
+    [note] = notes
+    assert note.startswith("broken is not published: ")
+    assert "plan.json" in note

@@ -1,0 +1,155 @@
+"""A sweep can be watched in MLflow: trials appear when they start, and the front grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mlflow.entities import Run
+
+from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.trial import Trial, TrialTraining
+from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER, REASON_TAG
+from orchestrator.sweeping.front_history import FrontHistory
+from orchestrator.sweeping.live_sweep import SECONDS_BETWEEN_FRONTS, LiveSweep
+from orchestrator.tracking import NOTE_TAG, VIEW_TAG, TrackedRun, Tracking, open_tracking
+from orchestrator.tracking.journal_copies import SECONDS_BETWEEN_COPIES
+from orchestrator.training.run_lock import lock_run_folder
+from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.journal import Journal, recorded_times
+
+pytestmark = pytest.mark.slow
+
+
+class Watched:
+    """A sweep of which nothing is finished, and a clock that only tests set."""
+
+    def __init__(self, plan: SweepPlan, tracking: Tracking, folder: Path) -> None:
+        self.plan, self.tracking, self.now = plan, tracking, 0.0
+        self.run: TrackedRun = tracking.run(plan.key, name=plan.name, kind="sweep")
+        self.history = FrontHistory(plan, folder, num_trials=len(plan.trials))
+        self.live = LiveSweep(
+            plan, self.run, tracking, folder, num_trials=len(plan.trials), clock=lambda: self.now
+        )
+
+    def stored(self, run: TrackedRun | None = None) -> Run:
+        run_id = (run or self.run).run_id  # It waits for what is on its way.
+        assert run_id is not None
+        return self.tracking.store.connect().get_run(run_id)
+
+    def trial(self, trial: Trial) -> Run:
+        handle = self.tracking.handle(trial.key, name="", kind=trial.role, parent=self.run)
+        return self.stored(handle)
+
+    def num_trials(self) -> int:
+        assert self.run.run_id
+        return len(
+            self.tracking.store.connect().search_runs(
+                [str(self.tracking.store.experiment_id)], "tags.`iiet.kind` != 'sweep'"
+            )
+        )
+
+    def losses(self, trial: Trial) -> list[int]:
+        run_id = self.trial(trial).info.run_id
+        history = self.tracking.store.connect().get_metric_history(run_id, "train/loss")
+        return [point.step for point in history]
+
+    def finish(self, trial: Trial, accuracy: float) -> None:
+        measured = {"quality": {"accuracy": accuracy}, "train": TrialTraining(flops=1e9)}
+        trial.model_copy(update=measured).write(trial.result_path)
+        result = self.history.add(trial)
+        assert result
+        self.live.log_results([result])
+        assert self.history.record() is (self.history.front is not None)
+        if self.history.front:
+            self.live.show_front(self.history.front, self.history.num_measured)
+
+
+@pytest.fixture
+def watched(tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tracking = open_tracking(open_workspace(tmp_path), warn=pytest.fail)
+    return Watched(tiny_plan, tracking, tmp_path / "history")
+
+
+def test_a_sweep_is_seen_while_it_runs(watched: Watched) -> None:
+    teacher, first, second, *_ = watched.plan.trials
+    assert first.job is not None
+    assert second.job is not None
+    assert watched.num_trials() == 0
+
+    # The teacher is only measured; its run has the times and the curve of its own training.
+    watched.live.watch([teacher])
+    assert watched.trial(teacher).info.status == "RUNNING"
+    times = recorded_times(Path(str(teacher.checkpoint)).parent)
+    watched.finish(teacher, 0.5)
+    found = watched.trial(teacher)
+    assert (found.info.start_time, found.info.end_time) == times
+    assert found.info.status == "FINISHED"
+    assert watched.losses(teacher)
+
+    # A trial appears when it starts, with its parameters and its cost, and has a curve soon.
+    journal = Journal(Path(first.folder))
+    journal.event("started")
+    watched.live.watch([first])
+    found = watched.trial(first)
+    assert found.info.status == "RUNNING"
+    assert found.data.params["schedule"] == first.schedule_text
+    assert 0 < found.data.metrics["cost/relative_evaluations"] <= 1
+    for step in (1, 2):
+        journal.metrics(step, {"train/loss": 4.0 - step, "train/learning_rate": 1e-3})
+    watched.live.watch([first])
+    assert watched.losses(first) == [], "copies are not made all the time"
+    watched.now += SECONDS_BETWEEN_COPIES
+    watched.live.watch([first])
+    assert watched.losses(first) == [1, 2]
+    assert watched.trial(first).data.metrics["train/learning_rate"] == 1e-3
+
+    # The front so far is in the sweep's run, with its picture.
+    noted = watched.stored()
+    assert f"1 of {len(watched.plan.trials)} models" in noted.data.tags[NOTE_TAG]
+    picture = f"/get-artifact?path={ARTIFACT_FOLDER}/front.svg&run_uuid={watched.run.run_id}"
+    assert picture in noted.data.tags[NOTE_TAG]
+    assert VIEW_TAG in noted.data.tags
+    files = watched.tracking.store.connect().list_artifacts(noted.info.run_id, ARTIFACT_FOLDER)
+    assert [file.path for file in files] == [f"{ARTIFACT_FOLDER}/front.svg"]
+
+    journal.metrics(3, {"train/loss": 1.0})
+    journal.close()
+    watched.finish(first, 0.49)
+    found, times = watched.trial(first), recorded_times(Path(first.folder))
+    assert watched.losses(first) == [1, 2, 3]
+    assert (found.info.start_time, found.info.end_time) == times
+    assert found.data.metrics["quality/accuracy"] == 0.49
+    watched.live.watch([second])
+    assert f"1 of {len(watched.plan.trials)} models" in watched.stored().data.tags[NOTE_TAG]
+    watched.now += SECONDS_BETWEEN_FRONTS
+    watched.live.watch([second])
+    assert f"2 of {len(watched.plan.trials)} models" in watched.stored().data.tags[NOTE_TAG]
+
+
+def test_a_trial_without_a_result_says_why_until_it_is_tried_again(watched: Watched) -> None:
+    teacher, first, second, third, *_ = watched.plan.trials
+    watched.live.watch([first, second, third])
+    watched.live.log_end(first, "FAILED", "its loss is not finite")
+    watched.live.log_end(second, "KILLED", "stopped early at step 3 of 40: another was better")
+    with lock_run_folder(Path(teacher.folder)):  # Another process runs it.
+        watched.live.watch([teacher])
+        watched.live.close()
+    found = watched.trial(first)
+    assert found.info.status == "FAILED"
+    assert found.data.tags[REASON_TAG] == "its loss is not finite"
+    assert found.data.tags[NOTE_TAG] == "**Failed:** Its loss is not finite"
+    found = watched.trial(second)
+    assert (found.info.status, found.data.tags[NOTE_TAG][:13]) == ("KILLED", "Stopped early")
+    assert watched.trial(third).info.status == "KILLED"
+    assert REASON_TAG not in watched.trial(third).data.tags
+    assert watched.trial(teacher).info.status == "RUNNING"
+
+    watched.finish(teacher, 0.5)
+    watched.live.watch([first])
+    assert "its loss is not finite" in watched.stored().data.tags[NOTE_TAG]
+    found = watched.trial(first)
+    assert found.info.status == "RUNNING"
+    assert not {REASON_TAG, NOTE_TAG} & found.data.tags.keys()
+    assert watched.num_trials() == 4, "no run is made twice"
