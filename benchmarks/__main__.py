@@ -30,6 +30,7 @@ from benchmarks import (
     speculation,
     sweep,
     teacher_cache,
+    tracking_load,
     training,
 )
 from benchmarks.machine import describe, machine_facts
@@ -46,6 +47,7 @@ BENCHMARKS: dict[str, Callable[..., Report]] = {
     "evaluation": evaluation.measure,
     "sweep": sweep.measure,
     "many_trials": many_trials.measure,
+    "tracking_load": tracking_load.measure,
     "model_size": model_size.measure,
 }
 """The benchmarks by name, in the order in which they run."""

@@ -28,13 +28,16 @@ NUM_ROWS = {
     "evaluation": 2,
     "sweep": 5,
     "many_trials": 14,
+    "tracking_load": 8,
     "model_size": 6,
 }
 """Rows of a quick run."""
 SLOW = ("mix", "training", "evaluation", "model_size")
 """They start processes, run whole trials, or take longer than two seconds."""
-LONG = {name: [pytest.mark.long, pytest.mark.slow] for name in ("sweep", "many_trials")}
-"""They run whole sweeps."""
+LONG = {
+    name: [pytest.mark.long, pytest.mark.slow] for name in ("sweep", "many_trials", "tracking_load")
+}
+"""They run whole sweeps, or MLflow's server."""
 
 
 @pytest.mark.parametrize(
