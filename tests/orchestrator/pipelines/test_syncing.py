@@ -85,7 +85,7 @@ def workspace(
     job.folder.mkdir(parents=True)
     (job.folder / SETTINGS_NAME).write_text(to_yaml(settings))
     monitor = RunMonitor({"iiet": job}, context.tracking, context.progress)
-    monitor.open_runs("pretrain", {"iiet": {}})
+    monitor.open_runs("pretrain", {"iiet": settings})
     with monitor:
         run_job(job)
 
