@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +24,7 @@ import psutil
 
 from orchestrator.terminal.logs import mask_secrets_in_file
 from orchestrator.terminal.signals import SIGNALS, signal_handlers
-from orchestrator.tracking import Tracking, open_tracking
+from orchestrator.tracking import ChartView, Tracking, open_tracking
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.folders import Workspace
 
@@ -91,15 +91,50 @@ def serve(
 
 
 def link_lines(tracking: Tracking, url: str) -> list[str]:
-    """Return links to the training view and, for each recent sweep, to its charts and run."""
-    lines = [f"training runs: {tracking.links(url).training_view}"]
-    for sweep in tracking.sweeps(MAX_SWEEPS_SHOWN):
-        links = tracking.links(url, run_id=sweep.run_id, view=sweep.view)
-        if links.chart_view:
-            lines.append(f"sweep {sweep.name}, charts: {links.chart_view}")
-            lines.append(f"sweep {sweep.name}, table:  {links.table_view}")
-        lines.append(f"sweep {sweep.name}, report: {links.run}")
+    """Return links to all runs and, for each recent sweep, to its charts, table, report and run.
+
+    The saved view of all runs is written anew, with the nested runs of these sweeps.
+    """
+    sweeps = tracking.sweeps(MAX_SWEEPS_SHOWN)
+    view = runs_view([sweep.run_id for sweep in sweeps])
+    tracking.save_view(view)
+    lines = [f"training runs: {tracking.links(url, view=view.key).table_view}"]
+    for sweep in sweeps:
+        links = tracking.links(url, run_id=sweep.run_id, view=sweep.view, report=sweep.report)
+        named = {
+            "charts: ": links.chart_view,
+            "table:  ": links.table_view,
+            "report: ": links.report,
+            "run:    ": links.run,
+        }
+        lines += [f"sweep {sweep.name}, {name}{link}" for name, link in named.items() if link]
     return lines
+
+
+def runs_view(sweeps: Sequence[str]) -> ChartView:
+    """Return the view of all runs, newest first, with what they are, their quality and cost.
+
+    Args:
+        sweeps: Ids of sweeps whose trials are shown below them.
+    """
+    params = ("method", "schedule", "learning_rate", "seed")
+    metrics = (
+        "quality/accuracy", "quality/bits_per_byte", "validation/loss",
+        "cost/evaluations", "cost/decode_ms_per_token",
+    )  # fmt: skip
+    return ChartView(
+        key="runs",
+        name="All runs",
+        run_filter="",
+        order_by="attributes.start_time",
+        is_ascending=False,
+        columns=[
+            *(f"metrics.{name}" for name in metrics),
+            *(f"params.{name}" for name in params),
+            "attributes.Dataset",
+        ],
+        expanded=sweeps,
+    )
 
 
 def check_port(port: int) -> None:

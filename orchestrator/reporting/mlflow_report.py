@@ -29,6 +29,7 @@ from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.reporting.training_curves import ACCURACY_CHARTS
 from orchestrator.tracking import (
     NOTE_TAG,
+    REPORT_TAG,
     VIEW_TAG,
     ChartView,
     NestedRun,
@@ -200,7 +201,8 @@ def track_front(
         run.log_table(intervals, f"{ARTIFACT_FOLDER}/intervals.json")
     view = front_chart_view(report)
     tracking.save_view(view)
-    run.set_tags({NOTE_TAG: run_note(report, run.run_id), VIEW_TAG: view.key})
+    tags = {VIEW_TAG: view.key, REPORT_TAG: f"{ARTIFACT_FOLDER}/front.html"}
+    run.set_tags({NOTE_TAG: run_note(report, run.run_id), **tags})
     return view.key
 
 
@@ -268,7 +270,7 @@ def front_chart_view(report: SweepReport) -> ChartView:
         name=f"Front of {report.name}",
         # The sweep's own run has no cost and would be an empty row in the charts.
         run_filter=tag_filter({SWEEP_TAG: report.name}) + " and tags.`iiet.kind` != 'sweep'",
-        order_by=cost,
+        order_by=f"metrics.{cost}",
         columns=["params.schedule", "params.threshold", *(f"metrics.{name}" for name in metrics)],
         scatters=scatters,
         parallel_params=layers,

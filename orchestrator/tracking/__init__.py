@@ -10,10 +10,17 @@ from orchestrator.tracking.chart_view import ChartView
 from orchestrator.tracking.journal_copies import JournalCopies
 from orchestrator.tracking.store import tag_filter
 from orchestrator.tracking.tracked_run import NOTE_TAG, TrackedRun, status_after
-from orchestrator.tracking.tracker import VIEW_TAG, NestedRun, Tracking, open_tracking
+from orchestrator.tracking.tracker import (
+    REPORT_TAG,
+    VIEW_TAG,
+    NestedRun,
+    Tracking,
+    open_tracking,
+)
 
 __all__ = [
     "NOTE_TAG",
+    "REPORT_TAG",
     "VIEW_TAG",
     "ChartView",
     "JournalCopies",

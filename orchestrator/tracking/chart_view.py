@@ -30,9 +30,13 @@ class ChartView:
     run_filter: str
     """Search expression for the runs."""
     order_by: str
-    """Metric by which the table is sorted, lowest first."""
+    """Column by which the table is sorted, such as `metrics.NAME`."""
+    is_ascending: bool = True
+    """Whether the lowest value is the first row."""
     columns: Sequence[str] = ()
-    """Metrics and parameters shown as columns, as `metrics.NAME` and `params.NAME`."""
+    """Shown columns: `metrics.NAME`, `params.NAME`, `attributes.Dataset`."""
+    expanded: Sequence[str] = ()
+    """Ids of runs whose nested runs are shown below them."""
     scatters: Sequence[tuple[str, str]] = ()
     """Pairs of metrics, horizontal and vertical, one scatter plot each."""
     parallel_params: Sequence[str] = ()
@@ -65,8 +69,8 @@ class ChartView:
         section = _stable_id(self.key, "section")
         return {
             "searchFilter": self.run_filter,
-            "orderByKey": f"metrics.`{self.order_by}`",
-            "orderByAsc": True,
+            "orderByKey": _sort_key(self.order_by),
+            "orderByAsc": self.is_ascending,
             "startTime": "ALL",
             "lifecycleFilter": "Active",
             "datasetsFilter": [],
@@ -74,10 +78,10 @@ class ChartView:
             "selectedColumns": [_column(name) for name in self.columns],
             "columnOrder": [],
             "columnWidths": {},
-            "runsExpanded": {},
+            "runsExpanded": dict.fromkeys(self.expanded, True),
             "runsPinned": [],
             "runsHidden": [],
-            "runsHiddenMode": "SHOWALL",
+            "runsHiddenMode": "SHOW_ALL",
             "runsVisibilityMap": {},
             "compareRunSections": self._sections(),
             # Otherwise MLflow sorts its own sections between ours by name.
@@ -98,7 +102,7 @@ class ChartView:
             "hideEmptyCharts": True,
             "groupBy": None,
             "autoRefreshEnabled": True,
-            "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0},
+            "globalLineChartConfig": {"xAxisKey": "step"},
         }
 
     def _sections(self) -> list[dict[str, Any]]:
@@ -149,6 +153,9 @@ class ChartView:
                 "selectedMetricKeys": [metric],
                 "xAxisKey": "step",
                 "scaleType": "linear",
+                # Otherwise curves are smoothed, and their ends are no values of the run.
+                "lineSmoothness": 0,
+                "useGlobalLineSmoothing": False,
             }
             for metric in self.curves
         ]
@@ -158,6 +165,10 @@ class ChartView:
 def _stable_id(*parts: str) -> str:
     # Saving the same view again must give the same ids.
     return str(uuid.uuid5(uuid.NAMESPACE_OID, "/".join(parts)))
+
+
+def _sort_key(name: str) -> str:
+    return name if name.startswith("attributes.") else _column(name)
 
 
 def _column(name: str) -> str:

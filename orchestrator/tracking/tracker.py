@@ -16,6 +16,7 @@ from orchestrator.workspace.errors import UserError, first_line
 from orchestrator.workspace.folders import Workspace
 
 VIEW_TAG = "iiet.chart_view"
+REPORT_TAG = "iiet.report"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class TrackedSweep:
     run_id: str
     view: str | None
     """Key of its chart view; None before its first report."""
+    report: str | None
+    """Path of the report's page among its artifacts; None before its first report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +134,9 @@ class Tracking:
         tag = {"tag": VIEW_TAG_PREFIX + view.key, "value": view.tag_value()}
         self._delivery.write({"operation": "tag the experiment", **tag})
 
-    def links(self, base_url: str, *, run_id: str | None = None, view: str | None = None) -> Links:
-        """Return links to MLflow's pages; see `Links`."""
-        return Links.of(base_url, self.experiment_id, run_id=run_id, view=view)
+    def links(self, base_url: str, **pages: str | None) -> Links:
+        """Return links to MLflow's pages; `pages` as `Links.of` takes them."""
+        return Links.of(base_url, self.experiment_id, **pages)
 
     def sweeps(self, limit: int) -> list[TrackedSweep]:
         """Return the newest sweeps in the store; none while it does not respond."""
@@ -143,7 +146,12 @@ class Tracking:
             self._delivery.pause(error)
             return []
         return [
-            TrackedSweep(run.info.run_name or "", run.info.run_id, run.data.tags.get(VIEW_TAG))
+            TrackedSweep(
+                name=run.info.run_name or "",
+                run_id=run.info.run_id,
+                view=run.data.tags.get(VIEW_TAG),
+                report=run.data.tags.get(REPORT_TAG),
+            )
             for run in runs
         ]
 

@@ -15,7 +15,7 @@ def chart_view(**changes: object) -> ChartView:
         "key": "front-toy",
         "name": "Front of toy",
         "run_filter": tag_filter({"iiet.sweep": "toy"}),
-        "order_by": "cost/evaluations",
+        "order_by": "metrics.cost/evaluations",
         "columns": ("metrics.cost/evaluations", "params.schedule"),
         "scatters": (("cost/evaluations", "quality/accuracy"),),
         "parallel_params": ("r_01", "r_02"),
@@ -36,12 +36,22 @@ def test_a_view_holds_filter_axes_and_every_layer() -> None:
     assert state["isAccordionReordered"]
     assert [s["display"] for s in state["compareRunSections"]] == [True, False, False]
     assert kinds == ["SCATTER", "PARALLEL", "LINE"]
-    scatter, parallel, _ = state["compareRunCharts"]
+    scatter, parallel, line = state["compareRunCharts"]
     assert scatter["xaxis"]["key"] == "cost/evaluations"
     assert scatter["yaxis"]["key"] == "quality/accuracy"
     assert parallel["selectedParams"] == ["r_01", "r_02"]
+    # A smoothed curve shows other values than the run has.
+    assert (line["lineSmoothness"], line["useGlobalLineSmoothing"]) == (0, False)
     section = state["compareRunSections"][0]["uuid"]
     assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == {section}
+
+
+def test_runs_are_sorted_by_a_column_and_unfolded_by_their_ids() -> None:
+    state = chart_view(expanded=["abc"]).state()
+    assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`cost/evaluations`", True)
+    assert state["runsExpanded"] == {"abc": True}
+    newest = chart_view(order_by="attributes.start_time", is_ascending=False).state()
+    assert (newest["orderByKey"], newest["orderByAsc"]) == ("attributes.start_time", False)
 
 
 def test_saving_a_view_again_gives_the_same_charts() -> None:
