@@ -134,6 +134,14 @@ NameOption = Annotated[
     str | None,
     typer.Option(help="Name of the sweep (default: from its content).", callback=check_name_option),
 ]
+LoggerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--logger",
+        metavar="NAMES",
+        help="mlflow, or mlflow,tensorboard for TensorBoard's files, too.",
+    ),
+]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan and its cost; run nothing.")
 ]

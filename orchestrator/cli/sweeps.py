@@ -17,6 +17,7 @@ from orchestrator.cli.options import (
     ControlOption,
     DryRunOption,
     GpusPerTrialOption,
+    LoggerOption,
     MetricOption,
     NameOption,
     SeedsOption,
@@ -77,6 +78,7 @@ def sweep_threshold(
     name: NameOption = None,
     dry_run: DryRunOption = False,
     address: AddressOption = None,
+    logger: LoggerOption = None,
     wait_for_gpus: WaitForGpusOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
@@ -101,6 +103,7 @@ def sweep_threshold(
         sweep__workers_per_trial=workers_per_trial,
         sweep__gpus_per_trial=gpus_per_trial,
         cluster__address=address,
+        tracking__loggers=split_names(logger),
         cluster__wait_for_gpus=wait_for_gpus,
     )
     _sweep(
@@ -145,6 +148,7 @@ def sweep_iterations(
     name: NameOption = None,
     dry_run: DryRunOption = False,
     address: AddressOption = None,
+    logger: LoggerOption = None,
     wait_for_gpus: WaitForGpusOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
@@ -164,6 +168,7 @@ def sweep_iterations(
         sweep__gpus_per_trial=gpus_per_trial,
         training__num_steps=steps,
         cluster__address=address,
+        tracking__loggers=split_names(logger),
         cluster__wait_for_gpus=wait_for_gpus,
     )
     _sweep(settings, "sweep-iterations", workspace, name=name, dry_run=dry_run, verbose=verbose)
@@ -175,13 +180,18 @@ def sweep_file(
     workspace: WorkspaceOption = None,
     dry_run: DryRunOption = False,
     address: AddressOption = None,
+    logger: LoggerOption = None,
     wait_for_gpus: WaitForGpusOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Run a whole sweep from its file, pretraining included."""
     settings = read_options(
-        file, set_, cluster__address=address, cluster__wait_for_gpus=wait_for_gpus
+        file,
+        set_,
+        cluster__address=address,
+        cluster__wait_for_gpus=wait_for_gpus,
+        tracking__loggers=split_names(logger),
     )
     _sweep(settings, "sweep", workspace, dry_run=dry_run, verbose=verbose)
 
@@ -219,6 +229,7 @@ def search_schedules(
     name: NameOption = None,
     dry_run: DryRunOption = False,
     address: AddressOption = None,
+    logger: LoggerOption = None,
     wait_for_gpus: WaitForGpusOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
@@ -237,6 +248,7 @@ def search_schedules(
         sweep__workers_per_trial=workers_per_trial,
         sweep__gpus_per_trial=gpus_per_trial,
         cluster__address=address,
+        tracking__loggers=split_names(logger),
         cluster__wait_for_gpus=wait_for_gpus,
     )
     _sweep(

@@ -16,12 +16,14 @@ from orchestrator.cli.options import (
     ControlOption,
     DryRunOption,
     GpusOption,
+    LoggerOption,
     SetOption,
     VerboseOption,
     WaitForGpusOption,
     WorkersOption,
     WorkspaceOption,
     read_options,
+    split_names,
 )
 from orchestrator.cli.printing import print_plan, print_sweep, print_training_plan
 from orchestrator.cli.session import open_session
@@ -52,6 +54,7 @@ def quickstart(
     config: ConfigOption = "demo",
     dry_run: DryRunOption = False,
     address: AddressOption = None,
+    logger: LoggerOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -59,7 +62,9 @@ def quickstart(
 
     With --config, run the sweep of that file, or of that name: `toy` reads text.
     """
-    settings = read_options(config, set_, cluster__address=address)
+    settings = read_options(
+        config, set_, cluster__address=address, tracking__loggers=split_names(logger)
+    )
     with open_session(workspace, "quickstart", verbose=verbose, dry_run=dry_run) as session:
         if dry_run:
             from orchestrator.pipelines.sweep_dry_runs import plan_sweep
@@ -143,6 +148,7 @@ def pretrain(
         typer.Option(min=0.01, max=1.0, help="Share of the peak FLOP/s that --dry-run assumes."),
     ] = None,
     address: AddressOption = None,
+    logger: LoggerOption = None,
     wait_for_gpus: WaitForGpusOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
@@ -162,6 +168,7 @@ def pretrain(
         training__profile_steps=0 if continue_ and profile is None else profile,
         cluster__storage=storage,
         cluster__address=address,
+        tracking__loggers=split_names(logger),
         cluster__wait_for_gpus=wait_for_gpus,
     )
     if dry_run:
@@ -184,7 +191,8 @@ def pretrain(
         from orchestrator.pipelines.context import Context
         from orchestrator.pipelines.pretraining import pretrain_in_context
 
-        context = Context(session.workspace, session.progress)
+        loggers = settings.tracking.loggers
+        context = Context(session.workspace, session.progress, loggers=loggers)
         result = pretrain_in_context(settings, context, continued=continue_, name=name, local=local)
         print_line(session.console, f"checkpoint: {result.checkpoint}")
 
@@ -202,6 +210,7 @@ def distill(
     profile: ProfileOption = None,
     dry_run: DryRunOption = False,
     address: AddressOption = None,
+    logger: LoggerOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -212,6 +221,7 @@ def distill(
         distillation__control=control,
         distillation__training__profile_steps=profile,
         cluster__address=address,
+        tracking__loggers=split_names(logger),
     )
     if dry_run:
         with open_session(workspace, "distill", verbose=verbose, dry_run=True) as session:
@@ -227,7 +237,8 @@ def distill(
         from orchestrator.pipelines.context import Context
         from orchestrator.pipelines.distilling import distill_in_context
 
-        context = Context(session.workspace, session.progress)
+        loggers = settings.tracking.loggers
+        context = Context(session.workspace, session.progress, loggers=loggers)
         result = distill_in_context(
             settings, context, schedule=schedule, teacher=checkpoint, local=local
         )

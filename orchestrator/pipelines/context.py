@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +22,13 @@ class Context:
         progress: Progress | None = None,
         *,
         tracking: Tracking | None = None,
+        loggers: Collection[str] = (),
     ) -> None:
-        """Name the workspace; the store is opened at first use unless `tracking` is given."""
-        self.workspace = workspace
+        """Name the workspace; the store is opened at first use unless `tracking` is given.
+
+        `loggers` are those of the settings, for pipelines that train.
+        """
+        self.workspace, self._loggers = workspace, loggers
         self.progress = progress or Progress()
         self._tracking = tracking
 
@@ -37,16 +42,25 @@ class Context:
         if self._tracking is None:
             from orchestrator.tracking import open_tracking  # Importing MLflow takes a second.
 
-            self._tracking = open_tracking(self.workspace, warn=self.progress.note)
+            self._tracking = open_tracking(
+                self.workspace, warn=self.progress.note, loggers=self._loggers
+            )
         return self._tracking
 
 
-def open_context(workspace: Workspace | Path | str, progress: Progress | None = None) -> Context:
+def open_context(
+    workspace: Workspace | Path | str,
+    progress: Progress | None = None,
+    *,
+    loggers: Collection[str] = (),
+) -> Context:
     """Open the workspace; its folder is made if it is missing, except in a `read_only` block.
+
+    `loggers` as for `Context`.
 
     Raises:
         UserError: If the folder cannot be used; see `open_workspace`.
     """
     if not isinstance(workspace, Workspace):
         workspace = open_workspace(Path(workspace))
-    return Context(workspace, progress)
+    return Context(workspace, progress, loggers=loggers)

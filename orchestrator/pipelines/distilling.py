@@ -54,7 +54,7 @@ def distill(
         RunFailed: If the run failed or diverged.
     """
     check_run_resources(settings.cluster, local=local)
-    context = open_context(workspace, progress)
+    context = open_context(workspace, progress, loggers=settings.tracking.loggers)
     return distill_in_context(settings, context, schedule=schedule, teacher=teacher, local=local)
 
 

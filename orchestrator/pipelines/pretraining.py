@@ -77,7 +77,7 @@ def pretrain(
         RunFailed: If the run failed or diverged.
     """
     check_run_resources(settings.cluster, local=local)
-    context = open_context(workspace, progress)
+    context = open_context(workspace, progress, loggers=settings.tracking.loggers)
     return pretrain_in_context(settings, context, continued=continued, name=name, local=local)
 
 

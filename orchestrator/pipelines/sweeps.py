@@ -103,7 +103,7 @@ def sweep(
         RunFailed: If the teacher's training or every trial failed; single failures are in the
             result.
     """
-    context = open_context(workspace, progress)
+    context = open_context(workspace, progress, loggers=settings.tracking.loggers)
     check_arguments(settings, teacher, models)
     pretrains = teacher is None and settings.sweep.kind != "iterations"
     check_devices(settings, pretrains=pretrains)

@@ -27,6 +27,7 @@ from orchestrator.settings.schema import (
 )
 from orchestrator.settings.section import Section
 from orchestrator.settings.sweep import SearchSettings, SweepSettings
+from orchestrator.settings.tracking import TENSORBOARD, TrackingSettings
 from orchestrator.settings.training import DistillationSettings, ElasticSettings, TrainingSettings
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "Section",
     "Settings",
     "SweepSettings",
+    "TENSORBOARD",
+    "TrackingSettings",
     "TrainingSettings",
     "flatten",
     "model_label",

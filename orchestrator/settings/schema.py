@@ -11,6 +11,7 @@ from orchestrator.settings.model import DataSettings, ModelSettings
 from orchestrator.settings.prompts import Prompts
 from orchestrator.settings.section import MAX_COUNT, Section
 from orchestrator.settings.sweep import SearchSettings, SweepSettings
+from orchestrator.settings.tracking import TrackingSettings
 from orchestrator.settings.training import DistillationSettings, TrainingSettings
 
 
@@ -86,6 +87,8 @@ class Settings(Section):
     """Search for free schedules."""
     cluster: ClusterSettings = ClusterSettings()
     """Workers and GPUs."""
+    tracking: TrackingSettings = TrackingSettings()
+    """Loggers of metrics."""
 
     @property
     def trials_use_gpus(self) -> bool:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
+from orchestrator.settings import TENSORBOARD
 from orchestrator.tracking.client import MlflowException
 from orchestrator.tracking.operations import OPERATIONS
 from orchestrator.tracking.outbox import Outbox, Record
 from orchestrator.tracking.sender import Sender
 from orchestrator.tracking.store import FAILURES, RunIdentity, Store, is_refusal
+from orchestrator.tracking.tensorboard_log import TensorBoardLog
 from orchestrator.workspace.errors import first_line
 from orchestrator.workspace.folders import Workspace
 
@@ -32,17 +34,23 @@ class Delivery:
     A slow server delays neither training nor Ctrl-C; only `wait` and `sync` wait for it.
     """
 
-    def __init__(self, workspace: Workspace, *, warn: Warn | None = None) -> None:
+    def __init__(
+        self, workspace: Workspace, *, warn: Warn | None = None, loggers: Collection[str] = ()
+    ) -> None:
         """Name store and outbox.
 
         Args:
             warn: Called once when the store stops responding, and for values that it refuses
                 (default: a log message).
+            loggers: As the setting; with `tensorboard`, journals are mirrored there, too.
         """
         self.root = workspace.root
         self.store = Store(workspace)
         self.outbox = Outbox(workspace.root)
         self._warn = warn or logging.getLogger(__name__).warning
+        self._tensorboard: TensorBoardLog | None = None
+        if TENSORBOARD in loggers:
+            self._tensorboard = TensorBoardLog(workspace.root / TENSORBOARD, warn=self._warn)
         self._sender = Sender(self._send)
         self._pause_seconds = self._paused_until = 0.0
         self._num_performed = 0
@@ -58,6 +66,10 @@ class Delivery:
         """Perform operations soon, or put them into the outbox; returns at once."""
         if records:
             self._sender.put(records)
+        if self._tensorboard:
+            for record in records:
+                if "run" in record:
+                    self._tensorboard.mirror(record["run"], record["arguments"])
 
     def wait(self, seconds: float = MAX_WAIT_SECONDS, *, in_all: bool = False) -> None:
         """Wait until the store has everything; the outbox gets what it does not have in time.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,11 @@ class NestedRun:
 class Tracking:
     """One experiment. Only `TrackedRun.finish` and what returns something wait for the store."""
 
-    def __init__(self, workspace: Workspace, *, warn: Warn | None = None) -> None:
-        """Name the store; `open_tracking` also connects. `warn` is that of `Delivery`."""
-        self._delivery = Delivery(workspace, warn=warn)
+    def __init__(
+        self, workspace: Workspace, *, warn: Warn | None = None, loggers: Collection[str] = ()
+    ) -> None:
+        """Name the store; `open_tracking` also connects. Arguments as those of `Delivery`."""
+        self._delivery = Delivery(workspace, warn=warn, loggers=loggers)
         self.store, self.outbox = self._delivery.store, self._delivery.outbox
 
     @property
@@ -169,7 +171,9 @@ class Tracking:
         return self._delivery.sync()
 
 
-def open_tracking(workspace: Workspace, *, warn: Warn | None = None) -> Tracking:
+def open_tracking(
+    workspace: Workspace, *, warn: Warn | None = None, loggers: Collection[str] = ()
+) -> Tracking:
     """Open the workspace's store; create its database and experiment if they are missing.
 
     Call it once before workers start. A server is connected to by the first operation; one that
@@ -178,7 +182,7 @@ def open_tracking(workspace: Workspace, *, warn: Warn | None = None) -> Tracking
     Raises:
         UserError: If the address is not one of MLflow's, or the local store is damaged.
     """
-    tracking = Tracking(workspace, warn=warn)
+    tracking = Tracking(workspace, warn=warn, loggers=loggers)
     if tracking.store.is_remote:
         return tracking
     uri = tracking.store.public_uri

@@ -1,0 +1,123 @@
+"""TensorBoard reads what the journals hold, each point once."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.tracking import open_tracking
+from orchestrator.tracking.tensorboard_log import TensorBoardLog
+from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.journal import Journal
+
+RUN: dict[str, Any] = {"key": "k", "name": "2,1", "parent": {"key": "s", "name": "toy"}}
+
+
+def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return all points below a folder as TensorBoard reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    read.Reload()
+    found = {tag: read.Scalars(tag) for tag in read.Tags()["scalars"]}
+    return {tag: [(p.step, round(p.value, 4)) for p in events] for tag, events in found.items()}
+
+
+def write(journal: Path, steps: range, **more: float) -> None:
+    file = Journal(journal)
+    for step in steps:
+        file.metrics(step, {"train/loss": 5.0 - step / 10, **more})
+    file.event("finished")
+    file.close()
+
+
+def log_of(folder: Path) -> TensorBoardLog:
+    return TensorBoardLog(folder, warn=pytest.fail)
+
+
+def test_every_point_is_there_at_its_time(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write(tmp_path / "run", range(1, 4))
+    write(tmp_path / "run", range(4, 5), **{"validation/loss": 4.5})
+    log_of(tmp_path / "log").mirror(RUN, {"journal": tmp_path / "run", "status": "FINISHED"})
+    folder = tmp_path / "log" / "toy" / "2,1"
+    assert points(folder) == {
+        "train/loss": [(1, 4.9), (2, 4.8), (3, 4.7), (4, 4.6)],
+        "validation/loss": [(4, 4.5)],
+    }
+    read = EventAccumulator(str(folder))
+    read.Reload()
+    written = (tmp_path / "run" / "journal.jsonl").stat().st_mtime
+    assert read.Scalars("train/loss")[-1].wall_time == pytest.approx(written, abs=60)
+
+
+def test_a_resumed_training_has_each_point_once(tmp_path: Path) -> None:
+    journal, folder = tmp_path / "run", tmp_path / "log" / "toy" / "2,1"
+    log = log_of(tmp_path / "log")
+    write(journal, range(1, 4))
+    log.mirror(RUN, {"journal": journal})
+    write(journal, range(3, 6))  # It was killed, and repeats a step.
+    log.mirror(RUN, {"journal": journal})
+    expected = {"train/loss": [(step, round(5 - step / 10, 4)) for step in range(1, 6)]}
+    assert points(folder) == expected
+    # Another process, which finds what this one has written.
+    again = log_of(tmp_path / "log")
+    for status in ("RUNNING", "FINISHED"):
+        again.mirror(RUN, {"journal": journal, "status": status})
+    assert points(folder) == expected
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_metrics_after_the_end_are_added(tmp_path: Path) -> None:
+    log = log_of(tmp_path / "log")
+    write(tmp_path / "run", range(1, 2))
+    log.mirror(RUN, {"journal": tmp_path / "run", "status": "FINISHED"})
+    write(tmp_path / "run", range(2, 3), **{"train/kl": math.nan})
+    log.mirror(RUN, {"journal": tmp_path / "run", "status": "FINISHED"})
+    found = points(tmp_path / "log" / "toy" / "2,1")
+    assert found["train/loss"] == [(1, 4.9), (2, 4.8)]
+    assert math.isnan(found["train/kl"][0][1])
+
+
+def test_two_runs_of_one_name_have_two_folders(tmp_path: Path) -> None:
+    log = log_of(tmp_path / "log")
+    for key in ("a", "b"):
+        write(tmp_path / key, range(1, 3))
+        run = {"key": key, "name": "a/b: c", "parent": None}
+        log.mirror(run, {"journal": tmp_path / key, "status": "FINISHED"})
+    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["a_b_ c", "a_b_ c b"]
+    assert len(points(tmp_path / "log" / "a_b_ c b")["train/loss"]) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("a file")
+    warnings: list[str] = []
+    log = TensorBoardLog(tmp_path / "log", warn=warnings.append)
+    for step in (1, 2):
+        write(tmp_path / "run", range(step, step + 1))
+        log.mirror(RUN, {"journal": tmp_path / "run"})
+    [warning] = warnings
+    assert warning.startswith("cannot write TensorBoard's files in ")
+
+
+@pytest.mark.slow
+def test_tracked_runs_are_mirrored_if_the_setting_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    workspace = Workspace(tmp_path / "ws")
+    workspace.root.mkdir()
+    write(workspace.runs / "iiet", range(1, 4))
+    for loggers, has_files in ((("mlflow",), False), (("mlflow", "tensorboard"), True)):
+        tracking = open_tracking(workspace, warn=pytest.fail, loggers=loggers)
+        run = tracking.run("k", name="iiet", kind="pretrain")
+        run.log_journal(workspace.runs / "iiet")
+        run.finish()
+        assert (workspace.root / "tensorboard").exists() == has_files
+    assert len(points(workspace.root / "tensorboard" / "iiet")["train/loss"]) == 3
+    client = tracking.store.connect()
+    assert len(client.get_metric_history(str(run.run_id), "train/loss")) == 3
