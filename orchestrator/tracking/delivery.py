@@ -66,6 +66,10 @@ class Delivery:
         """Perform operations soon, or put them into the outbox; returns at once."""
         if records:
             self._sender.put(records)
+        self.mirror(*records)
+
+    def mirror(self, *records: Record) -> None:
+        """Let the other loggers read the journals that operations name; returns at once."""
         if self._tensorboard:
             for record in records:
                 if "run" in record:

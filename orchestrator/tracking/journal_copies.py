@@ -36,6 +36,8 @@ class JournalCopies:
         if self._clock() - self._copied_at < SECONDS_BETWEEN_COPIES:
             return
         for run, folder in self._followed.values():
-            if not run.is_store_down:
+            if run.is_store_down:
+                run.mirror_journal(folder)
+            else:
                 run.log_journal(folder)
         self._copied_at = self._clock()

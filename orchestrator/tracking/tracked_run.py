@@ -51,6 +51,10 @@ class TrackedRun:
         """Copy the journal's new metrics; records already in the run are not copied again."""
         self.write("update", journal=folder)
 
+    def mirror_journal(self, folder: Path) -> None:
+        """Copy the journal's new metrics to the loggers beside MLflow only."""
+        self._delivery.mirror(self.record("update", {"journal": folder}))
+
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Set metrics at a step."""
         self.log_points(metric_points(values, step))

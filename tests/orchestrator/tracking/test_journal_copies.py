@@ -14,10 +14,14 @@ class Run:
 
     def __init__(self) -> None:
         self.copied: list[Path] = []
+        self.mirrored: list[Path] = []
         self.is_store_down = False
 
     def log_journal(self, folder: Path) -> None:
         self.copied.append(folder)
+
+    def mirror_journal(self, folder: Path) -> None:
+        self.mirrored.append(folder)
 
 
 def test_journals_are_copied_until_their_end_while_the_store_responds() -> None:
@@ -37,6 +41,7 @@ def test_journals_are_copied_until_their_end_while_the_store_responds() -> None:
     copies.end("unknown")
     second.is_store_down = True
     copies.poll()
+    assert second.mirrored == [Path("b")], "other loggers need no store"
     now += SECONDS_BETWEEN_COPIES
     second.is_store_down = False
     copies.poll()
