@@ -40,9 +40,9 @@ from orchestrator.sweeping.student_plans import threshold_plan
 from orchestrator.sweeping.trial_run import measure_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import open_tracking
-from orchestrator.training.job import DONE_NAME
 from orchestrator.training.run import run_job
 from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.names import DONE_NAME
 
 __all__ = ["measure"]
 

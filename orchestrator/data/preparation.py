@@ -24,12 +24,13 @@ from orchestrator.data.sources import open_data
 from orchestrator.data.text_files import find_files
 from orchestrator.data.text_writing import write_text
 from orchestrator.data.token_store import TokenStore
-from orchestrator.data.tokenization import TEMPORARY_PREFIX, can_resume
+from orchestrator.data.tokenization import can_resume
 from orchestrator.data.tokenizer import HUB_PREFIX, load_tokenizer, num_token_ids
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.locks import lock_file
+from orchestrator.workspace.names import TEMPORARY_PREFIX
 from orchestrator.workspace.read_only import check_may_write
 
 ASSUMED_VOCABULARY = 32000

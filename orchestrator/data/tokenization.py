@@ -40,10 +40,10 @@ from orchestrator.settings import DataSettings
 from orchestrator.terminal.formatting import format_bytes
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.names import TEMPORARY_PREFIX
 from orchestrator.workspace.provenance import content_key, file_digest
 from orchestrator.workspace.whole_folders import replace_folder
 
-TEMPORARY_PREFIX = ".writing-"
 TOKENIZER_CHARACTERS = 50_000_000
 """A tokenizer is trained on at most this much text; more changes its pairs little."""
 DOCUMENTS_PER_BATCH = 1024

@@ -28,7 +28,6 @@ from orchestrator.pipelines.context import Context
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
-from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.settings.precision import default_precision
 from orchestrator.sweeping.baselines import find_baselines
@@ -60,6 +59,7 @@ from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import last_recorded
+from orchestrator.workspace.names import PLAN_FILE
 
 if TYPE_CHECKING:
     from orchestrator.sweeping.search import ScheduleSearch

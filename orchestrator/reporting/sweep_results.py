@@ -20,9 +20,8 @@ from orchestrator.records.trial import Trial
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, check_name, is_valid_name
 from orchestrator.workspace.journal import last_recorded
+from orchestrator.workspace.names import RESULTS_FILE
 
-RESULTS_FILE = "results.json"
-PLAN_FILE = "plan.json"
 LEFT_OUT_TITLE = "Left out"
 """Title of the facts that list the models left out of the front, with the reasons."""
 CHANCE_TITLE = "Chance"

@@ -22,11 +22,12 @@ from orchestrator.training.checkpoint import (
     load_provenance,
 )
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.training.job import DONE_NAME, NON_KEY_FIELDS
+from orchestrator.training.job import NON_KEY_FIELDS
 from orchestrator.training.model_lookup import run_folders
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import last_recorded
+from orchestrator.workspace.names import DONE_NAME
 
 
 @dataclass(frozen=True)

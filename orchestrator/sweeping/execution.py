@@ -24,7 +24,6 @@ from orchestrator.records.early_stop import EarlyStop
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop
@@ -49,6 +48,7 @@ from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.names import PLAN_FILE
 
 if TYPE_CHECKING:
     from orchestrator.sweeping.search import ScheduleSearch

@@ -24,12 +24,12 @@ from orchestrator.records.training import TrainingOutcome
 from orchestrator.records.trial import Trial, TrialTraining
 from orchestrator.sweeping.asha import discard_early_stop, stored_early_stop
 from orchestrator.training.checkpoint import load_provenance
-from orchestrator.training.job import DONE_NAME
 from orchestrator.training.run import Report, run_job
 from orchestrator.training.run_lock import is_run_locked, lock_run_folder
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.names import DONE_NAME
 
 FAILED_EVENT, STOPPED_EVENT = "failed", "stopped early"
 """Events in a trial's journal, with the reason as `text`."""

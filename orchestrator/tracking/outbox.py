@@ -12,9 +12,9 @@ from typing import Any
 
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.locks import lock_file
+from orchestrator.workspace.names import OUTBOX_NAME
 from orchestrator.workspace.paths import absolute_path, portable_path, workspace_root
 
-OUTBOX_NAME = "tracking-outbox.jsonl"
 PATH_NAME = "path in workspace"
 RECORDS_PER_WRITE = 100
 """The file is written once for so many delivered operations; a crash delivers them again."""

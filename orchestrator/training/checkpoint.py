@@ -23,6 +23,7 @@ from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, WEIGHTS, write_folder
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import INVALID_VALUE_ERRORS, read_json_object
+from orchestrator.workspace.names import PROVENANCE
 from orchestrator.workspace.provenance import KEY_LENGTH, content_key, file_key
 from orchestrator.workspace.whole_folders import (
     checksums_of,
@@ -33,7 +34,6 @@ from orchestrator.workspace.whole_folders import (
 
 TOKENIZER = "tokenizer.json"
 TRAINING_STATE = "training_state.pt"
-PROVENANCE = "provenance.json"
 ELASTIC = "elastic"
 """Entry of the provenance: the schedules that elastic weights learned beside the full one."""
 

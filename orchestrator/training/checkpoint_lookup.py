@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from iiet.schedule import IterationSchedule
 from orchestrator.training.checkpoint import (
-    PROVENANCE,
     check_checkpoint,
     served_schedules,
     step_of,
 )
 from orchestrator.workspace.errors import UserError
-
-_NAME = re.compile(r"step_(\d{8,})")
+from orchestrator.workspace.names import CHECKPOINT_NAME, PROVENANCE
 
 
 def is_checkpoint(path: Path) -> bool:
     """Return whether a folder is a checkpoint, intact or damaged, and not a run folder."""
-    return (path / PROVENANCE).is_file() or bool(_NAME.fullmatch(path.name))
+    return (path / PROVENANCE).is_file() or bool(CHECKPOINT_NAME.fullmatch(path.name))
 
 
 def known_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
@@ -37,7 +34,7 @@ def find_checkpoints(run_folder: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first, unchecked."""
     if not run_folder.is_dir():
         return []
-    names = {path: _NAME.fullmatch(path.name) for path in run_folder.iterdir()}
+    names = {path: CHECKPOINT_NAME.fullmatch(path.name) for path in run_folder.iterdir()}
     found = [(int(match[1]), path) for path, match in names.items() if match]
     return [path for _, path in sorted(found)]
 

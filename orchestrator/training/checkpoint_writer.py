@@ -38,13 +38,13 @@ from orchestrator.training.schedules import elastic_family
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.files import damage_as_user_error, read_json_object, write_json
 from orchestrator.workspace.folders import is_valid_name
+from orchestrator.workspace.names import BEST
 from orchestrator.workspace.provenance import environment
 from orchestrator.workspace.whole_folders import delete_folder
 
 if TYPE_CHECKING:
     from orchestrator.training.remote_copy import RemoteCopy
 
-BEST = "best.json"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What Python, PyTorch and safetensors raise if the disk is full."""
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from orchestrator.training.job import DONE_NAME
-from orchestrator.training.job_checks import JOB_NAME
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object
 from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.names import DONE_NAME, JOB_NAME
 
 
 def folder_of_weights(workspace: Workspace, key: str, usual: Path) -> Path:

@@ -17,7 +17,6 @@ from pathlib import Path
 from iiet.methods import METHODS
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import (
-    PROVENANCE,
     check_checkpoint,
     checkpoint_name,
     step_of,
@@ -25,6 +24,7 @@ from orchestrator.training.checkpoint import (
 from orchestrator.training.job import JOURNAL_ONLY_FIELDS, job_key
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import Journal, read_journal
+from orchestrator.workspace.names import PROVENANCE
 from orchestrator.workspace.provenance import content_key
 from orchestrator.workspace.whole_folders import delete_folder, new_folder
 

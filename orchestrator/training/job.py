@@ -17,9 +17,9 @@ from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import check_checkpoint, checkpoint_name, weights_key
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.names import DONE_NAME
 from orchestrator.workspace.provenance import content_key
 
-DONE_NAME = "done.json"
 PROFILE_NAME = "profile"
 """Folder of the profiler's files in a run's folder."""
 

@@ -14,9 +14,8 @@ from orchestrator.training.checkpoint import check_checkpoint, load_config
 from orchestrator.training.job import key_fields, sequences_per_step
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object, write_json
+from orchestrator.workspace.names import JOB_NAME
 from orchestrator.workspace.provenance import RECIPE_VERSION, content_key
-
-JOB_NAME = "job.json"
 
 
 def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:

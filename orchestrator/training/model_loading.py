@@ -24,9 +24,10 @@ from iiet.decoder import Decoder
 from iiet.published import config_from_published, decoder_from_published
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, non_finite
-from orchestrator.training.checkpoint import PROVENANCE, TRAINING_STATE, check_checkpoint
+from orchestrator.training.checkpoint import TRAINING_STATE, check_checkpoint
 from orchestrator.training.precision import use_tf32
 from orchestrator.workspace.errors import UserError, shortened
+from orchestrator.workspace.names import PROVENANCE
 from orchestrator.workspace.provenance import content_key, file_key
 
 CHECKPOINT = "a checkpoint"

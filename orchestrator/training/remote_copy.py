@@ -14,10 +14,11 @@ from pyarrow import fs
 from pyarrow.lib import ArrowException
 
 from orchestrator.settings import storage_problem
-from orchestrator.training.checkpoint import PROVENANCE, check_checkpoint
+from orchestrator.training.checkpoint import check_checkpoint
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.workspace.credentials import mask_secrets
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.names import PROVENANCE
 from orchestrator.workspace.whole_folders import VERIFIED_NAME, new_folder
 
 COPY_ERRORS = (OSError, ArrowException)

@@ -10,8 +10,8 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import step_of
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.first_stage import first_stage_of
-from orchestrator.training.job import DONE_NAME
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.names import DONE_NAME
 
 
 def describe_saved_state(jobs: Mapping[str, TrainingJob], *, named: bool = False) -> str:

@@ -25,7 +25,7 @@ from orchestrator.training.checkpoint_writer import CheckpointWriter, set_random
 from orchestrator.training.compiling import compile_fields
 from orchestrator.training.distributed import World, replicate, run_on_first
 from orchestrator.training.first_stage import metrics_until
-from orchestrator.training.job import DONE_NAME, finished_outcome, sequences_per_step
+from orchestrator.training.job import finished_outcome, sequences_per_step
 from orchestrator.training.job_checks import check_job, write_job_file
 from orchestrator.training.job_models import decoder_to_train, load_teacher
 from orchestrator.training.loop import Diverged, Hooks, Position, TrainingSetup, train
@@ -46,9 +46,9 @@ from orchestrator.training.validation import validation_metrics
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import CHEAPEST_METRIC, VALIDATION_METRIC, Journal
 from orchestrator.workspace.locks import lock_file
+from orchestrator.workspace.names import DONE_NAME, WORKERS_LOCK_NAME
 from orchestrator.workspace.whole_folders import delete_leftovers
 
-LOCK_NAME = "lock"
 LOCK_SECONDS = 180.0
 """Longest wait for the lock of an earlier worker; NFS keeps that of a lost node for 90 seconds."""
 
@@ -316,7 +316,7 @@ def _locked(folder: Path, world: World) -> Iterator[None]:
     with ExitStack() as stack:
 
         def acquire() -> None:
-            if not stack.enter_context(lock_file(folder / LOCK_NAME, seconds=LOCK_SECONDS)):
+            if not stack.enter_context(lock_file(folder / WORKERS_LOCK_NAME, seconds=LOCK_SECONDS)):
                 raise RunFailed(
                     f"another process trained in {folder} for {LOCK_SECONDS:g} s; wait for it, "
                     "stop it, or choose another name"

@@ -14,13 +14,11 @@ from pathlib import Path
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.terminal.formatting import join_names
 from orchestrator.terminal.signals import interruption_text, wait_interruptibly
-from orchestrator.training.job import DONE_NAME, finished_outcome
+from orchestrator.training.job import finished_outcome
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.locks import is_locked, lock_file
-
-RUN_LOCK_NAME = "trial.lock"
-"""Trials that measure other tasks on the same weights share this file."""
+from orchestrator.workspace.names import DONE_NAME, RUN_LOCK_NAME
 
 
 def lock_run_folder(

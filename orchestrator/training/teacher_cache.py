@@ -36,6 +36,7 @@ from orchestrator.training.precision import frozen_dtype
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object, write_json
 from orchestrator.workspace.locks import lock_file
+from orchestrator.workspace.names import TEMPORARY_PREFIX
 from orchestrator.workspace.provenance import content_key
 from orchestrator.workspace.whole_folders import (
     checksums_of,
@@ -46,7 +47,6 @@ from orchestrator.workspace.whole_folders import (
 )
 
 MANIFEST_NAME = "manifest.json"
-TEMPORARY_PREFIX = ".writing-"
 FORMAT_VERSION = 1
 
 TeacherOutput = Tensor | CoarseDistribution

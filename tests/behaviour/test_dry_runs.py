@@ -14,12 +14,12 @@ from small_size import SMALL
 from orchestrator import measure_influence, plan_sweep, prepare, pretrain, sweep
 from orchestrator.cli.app import app
 from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.reporting.sweep_results import PLAN_FILE
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.shipped import shipped_sweeps
 from orchestrator.sweeping.trial_states import StoredPlan
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.names import PLAN_FILE
 from orchestrator.workspace.read_only import read_only
 from orchestrator.workspace.whole_folders import VERIFIED_NAME
 

@@ -17,8 +17,8 @@ from small_size import SMALL
 
 from orchestrator.planning.save_time import LEAST_SECONDS
 from orchestrator.tracking.delivery import SHORT_WAIT_SECONDS
-from orchestrator.tracking.outbox import OUTBOX_NAME
 from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.workspace.names import OUTBOX_NAME
 
 pytestmark = pytest.mark.slow
 

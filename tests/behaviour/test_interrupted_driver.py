@@ -18,9 +18,9 @@ import torch
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
-from orchestrator.training.job import DONE_NAME
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.names import DONE_NAME
 
 DRIVER = """
 import json, pathlib, sys

@@ -24,12 +24,11 @@ from orchestrator.pipelines.importing import import_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import check_checkpoint, weights_key
-from orchestrator.training.job import DONE_NAME
-from orchestrator.training.job_checks import JOB_NAME
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json
+from orchestrator.workspace.names import DONE_NAME, JOB_NAME
 
 RUNS = Path(__file__).parents[1] / "fixtures" / "older"
 RECIPE = {

@@ -16,11 +16,11 @@ from orchestrator.data.preparation import describe, expected_tokens, find_prepar
 from orchestrator.data.prepared import verify_data
 from orchestrator.data.sources import open_data
 from orchestrator.data.token_store import TokenStore
-from orchestrator.data.tokenization import TEMPORARY_PREFIX
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings, resolve_settings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.names import TEMPORARY_PREFIX
 
 SHARES = {"files": 0.7, "phop_2": 0.2, "chain_2": 0.1}
 SYMBOL = "<|0|>"

@@ -20,11 +20,11 @@ from orchestrator.data.preparation import describe, prepare
 from orchestrator.data.prepared import verify_data
 from orchestrator.data.token_store import open_tokens
 from orchestrator.data.token_writer import RECORD_NAME
-from orchestrator.data.tokenization import TEMPORARY_PREFIX
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.names import TEMPORARY_PREFIX
 
 
 @pytest.fixture

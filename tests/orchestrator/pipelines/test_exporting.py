@@ -27,10 +27,11 @@ from orchestrator.pipelines.exporting import CARD, MANIFEST, export_checkpoint
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.model_card import REQUIREMENTS, ModelCard
 from orchestrator.settings import EvaluationSettings
-from orchestrator.training.checkpoint import ELASTIC, PROVENANCE, save_checkpoint
+from orchestrator.training.checkpoint import ELASTIC, save_checkpoint
 from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.names import PROVENANCE
 
 TASKS = {
     "choice": """\

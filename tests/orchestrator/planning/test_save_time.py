@@ -8,9 +8,9 @@ import pytest
 
 from orchestrator.planning.save_time import LEAST_SECONDS, WRITE_BYTES_PER_SECOND, seconds_to_save
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.job import DONE_NAME
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import Journal, read_journal
+from orchestrator.workspace.names import DONE_NAME
 
 MakeJob = Callable[..., TrainingJob]
 

@@ -28,7 +28,6 @@ from orchestrator.reporting.overlay_report import write_overlay_report
 from orchestrator.reporting.sweep_report import sweep_front, write_sweep_report
 from orchestrator.reporting.sweep_results import (
     LEFT_OUT_TITLE,
-    RESULTS_FILE,
     StoredSweep,
     load_sweep_results,
 )
@@ -38,6 +37,7 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import Workspace, open_workspace
 from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.names import RESULTS_FILE
 
 FILES = {"front.png", "front.svg", "front.html", "front.md", "front.csv", "front.json"}
 FILES |= {"influence.png", "influence.svg"}

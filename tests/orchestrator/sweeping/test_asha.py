@@ -11,13 +11,13 @@ from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.asha import (
-    STOPPED_NAME,
     asha_trials,
     discard_early_stop,
     record_early_stop,
     stored_early_stop,
 )
 from orchestrator.workspace.journal import VALIDATION_METRIC, Journal
+from orchestrator.workspace.names import STOPPED_NAME
 
 
 def rates(plan: SweepPlan, folder: Path) -> tuple[Trial, Trial]:

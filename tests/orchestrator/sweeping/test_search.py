@@ -27,9 +27,9 @@ from orchestrator.reporting.pareto import find_front
 from orchestrator.settings import SearchSettings
 from orchestrator.sweeping.search import GENERATION, STUDY_FILE, ScheduleSearch, finished_schedules
 from orchestrator.sweeping.student_plans import search_plan
-from orchestrator.training.run_lock import RUN_LOCK_NAME
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.names import RUN_LOCK_NAME
 
 FULL = IterationSchedule((2, 2, 0, 2, 2, 2))
 FAMILY = [FULL, IterationSchedule((1, 1, 0, 1, 1, 1)), IterationSchedule((0,) * 6)]

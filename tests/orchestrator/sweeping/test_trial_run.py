@@ -32,11 +32,10 @@ from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_ea
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import interruption_text
-from orchestrator.training.job import DONE_NAME
 from orchestrator.training.run import run_job
-from orchestrator.training.run_lock import RUN_LOCK_NAME
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
+from orchestrator.workspace.names import DONE_NAME, RUN_LOCK_NAME
 
 WORKER = """
 import json, sys

@@ -15,11 +15,12 @@ from iiet.schedule import IterationSchedule
 from iiet.weights import WEIGHTS
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.checkpoint import PROVENANCE, checkpoint_name, weights_key
+from orchestrator.training.checkpoint import checkpoint_name, weights_key
 from orchestrator.training.first_stage import FirstStage, first_stage_of, share_first_stages
 from orchestrator.training.job import job_key
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.names import PROVENANCE
 
 RECIPE: dict[str, Any] = {
     "num_steps": 8,

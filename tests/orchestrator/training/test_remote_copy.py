@@ -11,12 +11,13 @@ import pytest
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.checkpoint import PROVENANCE, weights_key
+from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import job_key
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.names import PROVENANCE
 
 RECIPE = {
     "num_steps": 6, "num_tokens_per_step": 64, "warmup_steps": 2, "num_validation_tokens": 64,

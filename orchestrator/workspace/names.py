@@ -1,0 +1,32 @@
+"""Names of files and folders that several packages read.
+
+They are here so that a listing of the workspace imports no PyTorch.
+"""
+
+from __future__ import annotations
+
+import re
+
+JOB_NAME = "job.json"
+"""What a training in this folder is."""
+DONE_NAME = "done.json"
+"""How a training ended that is finished."""
+RUN_LOCK_NAME = "trial.lock"
+"""Locked by the command that trains or measures in a folder; trials that measure other tasks on the
+same weights share it."""
+WORKERS_LOCK_NAME = "lock"
+"""Locked by the process that trains in a folder; workers outlive a killed command by seconds."""
+BEST = "best.json"
+"""Names the checkpoint with the lowest validation loss."""
+PROVENANCE = "provenance.json"
+"""Origin and checksums of a checkpoint."""
+STOPPED_NAME = "stopped-early.json"
+"""Why a trial was stopped early."""
+PLAN_FILE = "plan.json"
+RESULTS_FILE = "results.json"
+"""Plan and results of a sweep."""
+OUTBOX_NAME = "tracking-outbox.jsonl"
+"""Records that MLflow has not received."""
+TEMPORARY_PREFIX = ".writing-"
+"""Begins the name of a folder of tokens or teacher outputs that is not complete yet."""
+CHECKPOINT_NAME = re.compile(r"step_(\d{8,})")
