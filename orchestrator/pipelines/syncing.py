@@ -14,7 +14,7 @@ from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.pretraining import checkpoint_tags
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.sweep_report import write_sweep_report
-from orchestrator.reporting.sweep_results import PLAN_FILE, RESULTS_FILE, load_sweep_results
+from orchestrator.reporting.sweep_results import load_sweep_results
 from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import SETTINGS_NAME, read_settings
 from orchestrator.sweeping.live_sweep import LiveSweep, open_sweep_run
@@ -22,13 +22,13 @@ from orchestrator.sweeping.trial_run import is_trial_locked
 from orchestrator.sweeping.trial_states import StoredPlan, recorded_end
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.job import finished_outcome
-from orchestrator.training.job_checks import JOB_NAME
 from orchestrator.training.monitor import end_training_run, open_training_run
 from orchestrator.training.run_lock import is_run_locked
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import recorded_times
+from orchestrator.workspace.names import JOB_NAME, PLAN_FILE, RESULTS_FILE
 
 
 @dataclass(frozen=True, kw_only=True)

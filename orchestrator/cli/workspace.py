@@ -1,0 +1,169 @@
+"""Commands that show what a workspace holds and what runs in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from orchestrator.cli.app import app
+from orchestrator.cli.options import WorkspaceOption
+from orchestrator.terminal.formatting import (
+    format_bytes,
+    format_count,
+    format_duration,
+    shortest_schedule,
+)
+from orchestrator.terminal.layout import ResponsiveLayout, print_line
+from orchestrator.terminal.tables import plain_table
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.inventory import KINDS, Entry, Kind
+
+if TYPE_CHECKING:
+    from orchestrator.workspace.activity import Activity, Status
+    from orchestrator.workspace.folders import Workspace
+
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON; docs/workspace.md names its keys.")
+]
+
+
+@app.command("list", rich_help_panel="Workspace")
+def list_workspace(
+    kind: Annotated[
+        Kind | None,
+        typer.Argument(
+            metavar="KIND",
+            help="runs, checkpoints, trials, sweeps or models (default: all but checkpoints).",
+        ),
+    ] = None,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List runs, trials, sweeps, exported models and checkpoints, the newest first."""
+    from orchestrator.workspace.inventory import list_entries
+
+    space = existing_workspace(workspace)
+    kinds = [kind] if kind else [k for k in KINDS if as_json or k != "checkpoints"]
+    found = {k: list_entries(space, k) for k in kinds}
+    if as_json:
+        lists = {k: [entry.to_json() for entry in entries] for k, entries in found.items()}
+        print_json({"workspace": str(space.root), **lists})
+        return
+    console = Console(highlight=False)
+    for name, entries in found.items():
+        size = format_bytes(sum(entry.num_bytes for entry in entries))
+        print_line(console, f"{name}: {len(entries)}" + (f", {size}" if entries else ""))
+        if entries:
+            console.print(_entry_table(entries))
+        console.print()
+
+
+@app.command(rich_help_panel="Workspace")
+def status(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None:
+    """Show what runs in the workspace now: progress, speed, time left."""
+    from orchestrator.workspace.activity import read_status
+
+    space = existing_workspace(workspace)
+    found = read_status(space)
+    if as_json:
+        print_json({"workspace": str(space.root), **found.to_json()})
+    else:
+        _print_status(Console(highlight=False), space, found)
+
+
+def existing_workspace(path: Path | None) -> Workspace:
+    """Return the workspace, which is only read.
+
+    Raises:
+        UserError: If there is none.
+    """
+    from orchestrator.workspace.folders import locate_workspace
+
+    workspace = locate_workspace(path)
+    if not workspace.root.is_dir():
+        raise UserError(
+            f"there is no workspace {workspace.root}; name one with --workspace, or "
+            "`iiet-orch quickstart` makes one"
+        )
+    return workspace
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON; numbers that are not finite become null."""
+    text = json.dumps(_finite(value), indent=2)
+    typer.echo(text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and value - value != 0.0 else value
+
+
+def _entry_table(entries: Sequence[Entry]) -> ResponsiveLayout:
+    columns = {
+        "name": [entry.name for entry in entries],
+        "label": [entry.details.get("label", "") for entry in entries],
+        "state": [_state(entry) for entry in entries],
+        "model": [_model(entry) for entry in entries],
+        "loss>": [_loss(entry) for entry in entries],
+        "size>": [format_bytes(entry.num_bytes) for entry in entries],
+        "changed": [f"{datetime.fromtimestamp(e.changed):%Y-%m-%d %H:%M}" for e in entries],
+    }
+    filled = {title: texts for title, texts in columns.items() if any(texts)}
+    fewer = {title: filled[title] for title in filled if title not in ("loss>", "model")}
+    return ResponsiveLayout(
+        *(plain_table([*some], zip(*some.values(), strict=True)) for some in (filled, fewer))
+    )
+
+
+def _state(entry: Entry) -> str:
+    trials = entry.details.get("trials")
+    return f"{entry.state}, {entry.details['finished']}/{trials} trials" if trials else entry.state
+
+
+def _model(entry: Entry) -> str:
+    method, schedule = entry.details.get("method", ""), entry.details.get("schedule")
+    return f"{method} {shortest_schedule(schedule)}" if schedule and any(schedule) else method
+
+
+def _loss(entry: Entry) -> str:
+    loss = entry.details.get("validation_loss")
+    return "" if loss is None else f"{loss:.4g}"
+
+
+def _print_status(console: Console, workspace: Workspace, found: Status) -> None:
+    if not found.activities:
+        print_line(console, f"nothing runs in {workspace.root}")
+    for sweep in found.sweeps:
+        left = f", about {format_duration(sweep.seconds_left)} left" if sweep.seconds_left else ""
+        done = f"{sweep.finished} of {format_count(sweep.trials, 'trial')}"
+        print_line(console, f"sweep {sweep.name}: {done} finished{left}")
+    for activity in found.activities:
+        print_line(console, _sentence(activity))
+    if found.pending_records:
+        waiting = format_count(found.pending_records, "record")
+        print_line(console, f"{waiting} not delivered to MLflow; `iiet-orch sync` delivers")
+
+
+def _sentence(activity: Activity) -> str:
+    facts = [f"{activity.label} in {', '.join(activity.sweeps)}" if activity.sweeps else ""]
+    if activity.kind == "training":
+        facts.append(f"step {activity.step or 0:,} of {activity.steps or 0:,}")
+        facts.append(f"loss {activity.loss:.4g}" if activity.loss is not None else "")
+        speed, left = activity.tokens_per_second, activity.seconds_left
+        facts.append(f"{speed:,.0f} tokens/s" if speed else "")
+        facts.append(f"{format_duration(left)} left" if left is not None else "")
+    age = activity.seconds_since_record
+    if age is not None and age >= 60:
+        facts.append(f"last record {format_duration(age)} ago")
+    facts.append(f"process {activity.process}" if activity.process else "")
+    return f"{activity.kind} {activity.name}: " + ", ".join(filter(None, facts))

@@ -1,0 +1,179 @@
+"""Say what runs in a workspace now: locks that are held, and progress from journals.
+
+Like a listing, this only reads small files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.inventory import (
+    StoredTraining,
+    sweep_progress,
+    training_folders,
+    trials_by_folder,
+)
+from orchestrator.workspace.locks import is_locked, lock_holder
+from orchestrator.workspace.names import OUTBOX_NAME
+
+SECONDS_OF_ANSWERS = 120.0
+"""An evaluation holds no lock; one that stored answers in this time counts as running."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activity:
+    """Something that a process does now."""
+
+    kind: Literal["training", "measuring", "preparing", "teacher outputs", "evaluating"]
+    """What it does; `measuring` is the end of a trial."""
+    name: str
+    """Run or trial, relative to the workspace."""
+    process: int | None = None
+    """Id of the process, if it is known: it runs on this machine."""
+    sweeps: tuple[str, ...] = ()
+    """Sweeps that the trial is part of."""
+    label: str | None = None
+    """Name of the trial in its sweep."""
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    """Latest training loss."""
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+    """Estimate of the time to the last step."""
+    seconds_since_record: float | None = None
+    """Time since the last line of its journal; long if it hangs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningSweep:
+    """A sweep with a trial that runs now."""
+
+    name: str
+    finished: int
+    """Trials that have ended."""
+    trials: int
+    seconds_left: float | None
+    """Estimate: trials that are left, as long as the finished ones took."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """What runs in a workspace now."""
+
+    activities: tuple[Activity, ...]
+    sweeps: tuple[RunningSweep, ...]
+    pending_records: int
+    """Records that wait for MLflow; `iiet-orch sync` delivers them."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON values of `status --json`."""
+        return asdict(self)
+
+
+def read_status(workspace: Workspace, now: float | None = None) -> Status:
+    """Return what runs in a workspace at a time, in seconds since 1970 (default: now)."""
+    now = time.time() if now is None else now
+    trainings = _trainings(workspace, now)
+    others = (*_other_locks(workspace), *_evaluations(workspace, now))
+    names = dict.fromkeys(name for activity in trainings for name in activity.sweeps)
+    outbox, pending = workspace.root / OUTBOX_NAME, 0
+    with suppress(OSError):
+        pending = outbox.read_bytes().count(b"\n")
+    return Status(
+        activities=(*trainings, *others),
+        sweeps=tuple(_running_sweep(workspace.sweeps / name, trainings) for name in names),
+        pending_records=pending,
+    )
+
+
+def is_idle(workspace: Workspace) -> bool:
+    """Return whether no process is known to work in a workspace."""
+    return not read_status(workspace).activities
+
+
+def seconds_left(training: StoredTraining) -> float | None:
+    """Estimate the time to the last step of a running training; None before its first steps.
+
+    A step counts as its field evaluations: corrections that are still off will make it slower.
+    """
+    speed = training.metrics.get("train/tokens_per_second")
+    recipe, schedule = training.recipe, training.model.get("schedule") or ()
+    layers = training.model.get("num_layers") or 1
+    if not speed or not training.num_steps:
+        return None
+    first_corrected = round(training.num_steps * (recipe.get("iterate_from_fraction") or 0.0))
+    full = (layers + sum(schedule)) / layers
+    left = max(0, training.num_steps - training.step)
+    plain = max(0, min(left, first_corrected - training.step))
+    now = 1.0 if training.step <= first_corrected and first_corrected else full
+    work = (plain + (left - plain) * full) / now
+    return work * float(recipe.get("num_tokens_per_step") or 0) / speed
+
+
+def _trainings(workspace: Workspace, now: float) -> list[Activity]:
+    running = [t for t in map(StoredTraining, training_folders(workspace)) if t.lock]
+    planned = trials_by_folder(workspace) if running else {}
+    found = []
+    for training in running:
+        own = planned.get(training.folder, [])
+        lock, records = training.lock, training.records
+        found.append(
+            Activity(
+                kind="measuring" if training.is_finished or not training.job else "training",
+                name=str(training.folder.relative_to(workspace.root)),
+                process=lock_holder(lock) if lock else None,
+                sweeps=tuple(sweep for sweep, _ in own),
+                label=own[0][1].get("label") if own else None,
+                step=training.step,
+                steps=training.num_steps or None,
+                loss=training.metrics.get("train/loss"),
+                tokens_per_second=training.metrics.get("train/tokens_per_second"),
+                seconds_left=None if training.is_finished else seconds_left(training),
+                seconds_since_record=now - records[-1]["time"] / 1000 if records else None,
+            )
+        )
+    return found
+
+
+def _other_locks(workspace: Workspace) -> Iterator[Activity]:
+    if is_locked(lock := workspace.tokens / ".lock"):
+        yield Activity(kind="preparing", name="tokens", process=lock_holder(lock))
+    for lock in sorted(workspace.teachers.glob(".*.lock")):
+        if is_locked(lock):
+            key = lock.name.removeprefix(".").removesuffix(".lock")
+            name = f"teachers/{key}"
+            yield Activity(kind="teacher outputs", name=name, process=lock_holder(lock))
+
+
+def _evaluations(workspace: Workspace, now: float) -> Iterator[Activity]:
+    for path in sorted(workspace.evaluations.glob("*.answers")):
+        age = now - path.stat().st_mtime
+        if age < SECONDS_OF_ANSWERS:
+            name = str(path.relative_to(workspace.root))
+            yield Activity(kind="evaluating", name=name, seconds_since_record=age)
+
+
+def _running_sweep(folder: Path, trainings: list[Activity]) -> RunningSweep:
+    finished, left = sweep_progress(folder)
+    seconds = [s for trial in finished if (s := _train_seconds(folder, trial))]
+    at_once = sum(folder.name in activity.sweeps for activity in trainings)
+    estimate = len(left) / max(1, at_once) * sum(seconds) / len(seconds) if seconds else None
+    return RunningSweep(
+        name=folder.name,
+        finished=len(finished),
+        trials=len(finished) + len(left),
+        seconds_left=estimate,
+    )
+
+
+def _train_seconds(sweep: Path, trial: Mapping[str, Any]) -> float | None:
+    training = StoredTraining(sweep.parents[1] / trial["folder"])
+    seconds = training.outcome.get("train_seconds")
+    return float(seconds) if trial.get("job") and isinstance(seconds, int | float) else None

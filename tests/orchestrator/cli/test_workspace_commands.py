@@ -1,0 +1,179 @@
+"""`list` and `status` on a small workspace with real trainings, and locks that are really held."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import cli
+from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.settings import resolve_settings
+from orchestrator.sweeping.trial_states import stored_plan
+from orchestrator.training.run import run_job
+from orchestrator.training.run_lock import lock_run_folder
+from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.locks import lock_file
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path)
+
+
+@pytest.fixture
+def run(space: Workspace, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in the workspace and returns what it prints, in one line."""
+
+    def command(*words: str, code: int = 0) -> str:
+        assert cli.main([*words, "--workspace", str(space.root)]) == code
+        captured = capsys.readouterr()
+        return " ".join((captured.out + captured.err).split())
+
+    return command
+
+
+def _files(root: Path) -> dict[Path, float]:
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+
+
+def _stop_after(num_steps: int) -> Callable[[], bool]:
+    asked = iter(range(1000))
+    return lambda: next(asked) >= num_steps
+
+
+@pytest.fixture
+def two_runs(tiny_job: Callable[..., Any], space: Workspace) -> Path:
+    """A finished run, and one of 8 steps that was stopped after 3; returns the folder of that."""
+    run_job(tiny_job("runs/whole", num_steps=2))
+    run_job(tiny_job("runs/half", num_steps=8), should_stop=_stop_after(3))
+    return space.runs / "half"
+
+
+def _store_sweep(space: Workspace, plan: SweepPlan) -> None:
+    plan = plan.model_copy(update={"name": "my-sweep"})
+    stored = stored_plan(plan, resolve_settings(), space.teachers)
+    stored.write(space.sweeps / "my-sweep" / "plan.json")
+
+
+def test_runs_are_listed_with_their_states_and_nothing_is_written(
+    space: Workspace, two_runs: Path, run: Run
+) -> None:
+    before = _files(space.root)
+    listed = json.loads(run("list", "--json"))
+    assert listed["workspace"] == str(space.root)
+    runs = {entry["name"]: entry for entry in listed["runs"]}
+    assert runs["whole"]["state"] == "finished"
+    assert runs["half"]["state"] == "stopped at 3/8"
+    assert runs["half"]["schedule"] == [2, 1]
+    real = sum(p.stat().st_size for p in (space.runs / "whole").rglob("*") if p.is_file())
+    assert runs["whole"]["bytes"] == real
+    names = {entry["name"] for entry in listed["checkpoints"]}
+    assert names == {"runs/whole/step_00000002", "runs/half/step_00000003"}
+    assert run("status").startswith("nothing runs in")
+    assert _files(space.root) == before
+
+
+def test_a_table_fits_80_columns(
+    space: Workspace, two_runs: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["list", "runs", "--workspace", str(space.root)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "stopped at 3/8" in "".join(lines)
+
+
+def test_a_sweep_counts_its_finished_trials(
+    space: Workspace, tiny_plan: SweepPlan, run: Run
+) -> None:
+    _store_sweep(space, tiny_plan)
+    first = tiny_plan.trials[0]
+    first.write(first.result_path)
+    [sweep] = json.loads(run("list", "sweeps", "--json"))["sweeps"]
+    assert (sweep["finished"], sweep["trials"]) == (1, len(tiny_plan.trials))
+    assert sweep["state"] == "interrupted"
+    [trial] = json.loads(run("list", "trials", "--json"))["trials"]
+    assert (trial["state"], trial["label"]) == ("finished", first.label)
+    assert trial["sweeps"] == ["my-sweep"]
+
+
+def test_status_shows_a_running_training_and_its_sweep(
+    space: Workspace, tiny_plan: SweepPlan, run: Run
+) -> None:
+    _store_sweep(space, tiny_plan)
+    trial = next(trial for trial in tiny_plan.trials if trial.job)
+    assert trial.job
+    run_job(trial.job, should_stop=_stop_after(30))
+    with lock_run_folder(Path(trial.folder)):
+        found = json.loads(run("status", "--json"))
+        printed = run("status")
+    [activity] = found["activities"]
+    assert (activity["kind"], activity["label"]) == ("training", trial.label)
+    assert (activity["step"], activity["steps"]) == (30, 40)
+    # All steps of a student cost the same.
+    tokens = 10 * trial.job.recipe.num_tokens_per_step
+    assert activity["seconds_left"] == pytest.approx(tokens / activity["tokens_per_second"])
+    [sweep] = found["sweeps"]
+    assert (sweep["name"], sweep["finished"]) == ("my-sweep", 0)
+    assert f"sweep my-sweep: 0 of {len(tiny_plan.trials)} trials finished" in printed
+    assert "step 30 of 40" in printed
+    assert run("status").startswith("nothing runs in")
+
+
+def test_corrections_that_are_still_off_lengthen_the_estimate(
+    space: Workspace, tiny_job: Callable[..., Any], run: Run
+) -> None:
+    # 2 layers with corrections 2,1: a step costs 2 field evaluations, later 5.
+    job = tiny_job("runs/staged", num_steps=20, iterate_from_fraction=0.5)
+    run_job(job, should_stop=_stop_after(4))
+    with lock_run_folder(job.folder):
+        [activity] = json.loads(run("status", "--json"))["activities"]
+    steps_of_now = 6 + 10 * 5 / 2
+    expected = steps_of_now * job.recipe.num_tokens_per_step / activity["tokens_per_second"]
+    assert activity["seconds_left"] == pytest.approx(expected)
+
+
+def test_status_shows_what_is_prepared(space: Workspace, run: Run) -> None:
+    with lock_file(space.tokens / ".lock"), lock_file(space.teachers / ".abc.lock"):
+        found = json.loads(run("status", "--json"))
+    kinds = {activity["kind"]: activity["name"] for activity in found["activities"]}
+    assert kinds == {"preparing": "tokens", "teacher outputs": "teachers/abc"}
+
+
+def test_a_damaged_job_file_is_listed_as_damaged(
+    space: Workspace, two_runs: Path, run: Run
+) -> None:
+    (two_runs / "job.json").write_text("{")
+    runs = json.loads(run("list", "runs", "--json"))["runs"]
+    assert {entry["name"]: entry["state"] for entry in runs}["half"] == "damaged"
+
+
+@pytest.mark.parametrize("command", ["list", "status"])
+def test_there_must_be_a_workspace(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, "--workspace", str(tmp_path / "none")]) == 2
+    assert "there is no workspace" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_only_known_kinds_are_listed(run: Run) -> None:
+    assert "'trials', 'sweeps', 'models'" in run("list", "trails", code=2)
+
+
+def test_a_listing_imports_no_pytorch(space: Workspace) -> None:
+    program = (
+        "import sys; from orchestrator import cli\n"
+        f"for name in ('list', 'status'): cli.main([name, '-w', {str(space.root)!r}])\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
