@@ -15,6 +15,8 @@ from orchestrator.records.trial import Trial
 from orchestrator.reporting.drafts import draft_sentence, draft_targets
 from orchestrator.reporting.findings import describe_point
 from orchestrator.reporting.front_axes import parse_axes
+from orchestrator.reporting.mlflow_report import run_name
+from orchestrator.reporting.model_card import ModelCard
 from orchestrator.reporting.pareto import FrontPoint
 from orchestrator.reporting.pick_rules import PickRule, pick_from_front
 from orchestrator.reporting.seed_averages import average_seeds, lowest_seed
@@ -25,9 +27,11 @@ from orchestrator.reporting.sweep_results import (
     load_sweep_results,
     newest_sweep,
 )
+from orchestrator.settings.model import model_family
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import resolve_checkpoint
+from orchestrator.training.tracked_models import trial_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
 from orchestrator.workspace.folders import Workspace
@@ -44,7 +48,11 @@ class PickResult:
     folder: Path | None
     """Where it was exported to; None if it was not."""
     version: str | None
-    """Its address in MLflow's registry, as `models:/SWEEP@knee`; None if it was not exported."""
+    """Its address in MLflow's registry, as `models:/iiet-tiny@knee`; None if it was not exported.
+
+    The name is that of method and preset, and the alias that of the rule. So another pick by the
+    same rule, also from another sweep, moves the alias to its own version.
+    """
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row: the model's parameters and metrics."""
@@ -101,11 +109,27 @@ def pick(
     items = load_item_values(context.workspace, [result])
     folder = resolve_path(to) if to else context.workspace.exports / found.name / rule.alias
     chosen = f"`{rule.alias}` of the sweep `{found.name}`: {sentence}."
-    _export(found, result, items.get(result.key), folder, chosen, context)
-    run = context.tracking.handle(found.key, name=found.name, kind="sweep")
-    run.register(found.name, folder, key=result.key, alias=rule.alias, note=sentence)
+    card = _export(found, result, items.get(result.key), folder, chosen, context)
+    name = model_family(card.config)
+    model = trial_model(result)
+    assert model is not None  # Its checkpoint was read a moment ago.
+    sweep_run = context.tracking.handle(found.key, name=found.name, kind="sweep")
+    run = context.tracking.handle(
+        result.key, name=run_name(result), kind=result.role, parent=sweep_run
+    )
+    tags = {"sweep": found.name, "schedule": result.schedule_text}
+    tags |= {axis: f"{result.value(axis):.6g}" for axis in (front.axes.cost, front.axes.quality)}
+    run.register(
+        name,
+        folder,
+        model=model,
+        alias=rule.alias,
+        note=sentence,
+        tags={tag: text for tag, text in tags.items() if text},
+        example=card.prompt,
+    )
     run.finish()
-    version = f"models:/{found.name}@{rule.alias}"
+    version = f"models:/{name}@{rule.alias}"
     return PickResult(point=point, sentence=sentence, folder=folder, version=version)
 
 
@@ -116,7 +140,7 @@ def _export(
     folder: Path,
     chosen: str,
     context: Context,
-) -> None:
+) -> ModelCard:
     if result.checkpoint is None:
         raise UserError(f"the sweep {sweep.name} has no weights of {result.name}")
     checkpoint = resolve_checkpoint(Path(result.checkpoint))
@@ -125,3 +149,4 @@ def _export(
     card = model_card(context, checkpoint, decoder.config, evaluation, influence=sweep.influence)
     card = replace(card, chosen=chosen)
     export_checkpoint(checkpoint, folder, decoder=decoder, card=card, progress=context.progress)
+    return card

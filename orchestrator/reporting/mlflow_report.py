@@ -38,6 +38,7 @@ from orchestrator.tracking import (
     tag_filter,
 )
 from orchestrator.training.job_checks import stored_job
+from orchestrator.training.tracked_models import trial_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC, recorded_times
 
@@ -138,6 +139,7 @@ def trial_run(
         status=status,
         started_ms=started_ms,
         ended_ms=ended_ms,
+        model=trial_model(result) if status == "FINISHED" else None,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from iiet.config import PRESETS
+from iiet.config import PRESETS, ModelConfig
 from iiet.methods import METHODS
 from orchestrator.settings.depth import DepthSettings
 from orchestrator.settings.mixture import TEXT_SOURCES, check_shares, source_order
@@ -179,3 +179,15 @@ def model_label(method: str, corrections: object, num_layers: int | None = None)
     if num_layers is not None:
         parts.append(format_count(num_layers, "layer"))
     return ", ".join(parts)
+
+
+def model_family(config: ModelConfig) -> str:
+    """Return method and size: `iiet-tiny` for a preset's layers, else `iiet-2x64`, layers x width.
+
+    Vocabulary and context length, which follow the data, are not part of it.
+    """
+    sizes = ("num_layers", "dim", "ffn_dim", "num_heads")
+    own = [getattr(config, name) for name in sizes]
+    presets = [name for name, preset in PRESETS.items() if [preset[s] for s in sizes] == own]
+    size = presets[0] if presets else f"{config.num_layers}x{config.dim}"
+    return f"{config.method}-{size}"

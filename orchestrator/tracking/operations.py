@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
+from orchestrator.tracking import logged_models
 from orchestrator.tracking.client import (
     Dataset,
     DatasetInput,
@@ -21,14 +22,12 @@ from orchestrator.tracking.client import (
     RunTag,
     get_artifact_repository,
 )
-from orchestrator.tracking.flavor import write_flavor
+from orchestrator.tracking.logged_models import NO_DATASETS, Datasets
 from orchestrator.tracking.store import StoredRun
 from orchestrator.workspace.journal import Record, read_journal
 
 OFFSET_TAG = "iiet.mirrored_bytes"
 TABLES_TAG = "mlflow.loggedArtifacts"
-VERSION_TAG = "iiet.key"
-MODEL_FOLDER = "model"
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -187,26 +186,22 @@ def _log_dataset(
     run.datasets.add(digest)
 
 
-def _register(
-    client: MlflowClient, run: StoredRun, model: str, key: str, folder: Path, alias: str, note: str
+def _log_model(
+    client: MlflowClient, run: StoredRun, *, datasets: Datasets = NO_DATASETS, **model: Any
 ) -> None:
-    if not client.search_registered_models(f"name = '{model}'"):
-        client.create_registered_model(model)
-    versions = client.search_model_versions(f"name = '{model}'")
-    same = [v for v in versions if v.tags.get(VERSION_TAG) == key and v.run_id == run.id]
-    path = f"{MODEL_FOLDER}-{key}"
-    if not same:
-        _log_artifact(client, run, folder, path)
-        with TemporaryDirectory() as flavor:
-            write_flavor(Path(flavor))
-            _log_artifact(client, run, Path(flavor), path)
-        source = f"{run.artifact_uri}/{path}"
-        same = [
-            client.create_model_version(
-                model, source, run.id, tags={VERSION_TAG: key}, description=note
-            )
-        ]
-    client.set_registered_model_alias(model, alias, same[0].version)
+    named = {_valid_name(name): dataset for name, dataset in datasets.items()}
+    logged_models.log_model(client, run, datasets=named, **model)
+
+
+def _register(
+    client: MlflowClient,
+    run: StoredRun,
+    *,
+    logged: Mapping[str, Any] = MappingProxyType({}),
+    **version: Any,
+) -> None:
+    datasets = {_valid_name(name): data for name, data in logged.get("datasets", {}).items()}
+    logged_models.register(client, run, logged={**logged, "datasets": datasets}, **version)
 
 
 # Outboxes on disk contain these names.
@@ -216,6 +211,7 @@ OPERATIONS: dict[str, Callable[..., None]] = {
     "text": _log_text,
     "table": _log_table,
     "dataset": _log_dataset,
+    "model": _log_model,
     "register": _register,
 }
 

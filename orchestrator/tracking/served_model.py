@@ -1,7 +1,7 @@
-"""The loader of a registered model: prompts in, continuations out.
+"""The loader of a registered model: texts in; continuations or log-probabilities out.
 
 This file is copied into the folder of each registered model, where `mlflow.pyfunc.load_model`
-imports it. So it may import torch and transformers, but nothing from this project.
+imports it. So it may import MLflow, pandas, torch and transformers, but nothing from this project.
 """
 
 from __future__ import annotations
@@ -9,9 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+PARAMS: Mapping[str, int | float | str] = {
+    "output": "text",
+    "max_new_tokens": 64,
+    "temperature": 0.0,
+    "schedule": "",
+    "draft": "",
+}
+"""Parameters of `TextModel.predict` with their defaults."""
+SCHEDULE_PARAMS = ("schedule", "draft")
+"""Those that only models with corrections take."""
+OUTPUTS = {"text": "string", "logprob": "double"}
+"""Values of the parameter `output`, each the name of the returned column, with its type."""
+
 
 class TextModel:
-    """Continues prompts one by one: without padding, no prompt changes another one's result."""
+    """Reads texts one by one: without padding, no text changes another one's result."""
 
     def __init__(self, folder: str) -> None:
         """Load model and tokenizer; this runs the model's code in the folder."""
@@ -21,41 +34,99 @@ class TextModel:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         self.model: Any = model.eval()
 
-    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> list[str]:
-        """Return the continuation of each prompt.
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
+        """Return a table with a row for each text.
 
         Args:
             model_input: A table with one column of texts, or a list of texts.
-            params: `max_new_tokens`, limited by the context length, and `temperature`, where 0
-                always takes the most likely token.
+            params: `output` is `text` for a column `text` with continuations, or `logprob` for a
+                column `logprob` with the natural logarithm of the probability of each text, from
+                its first token on, as the beginning of a document. Continuations have at most
+                `max_new_tokens` tokens, limited by the context length; `temperature` 0 always
+                takes the most likely token. Where the model makes corrections, `schedule` is the
+                iteration schedule instead of the model's own, and `draft` a cheaper one that
+                proposes tokens, or `auto`; it changes the speed of continuations only.
 
         Raises:
-            ValueError: If `max_new_tokens` is below 1.
+            MlflowException: If a parameter cannot be served, or a text is too long for `logprob`.
         """
-        settings = {"max_new_tokens": 64, "temperature": 0.0, **(params or {})}
-        if settings["max_new_tokens"] < 1:
-            raise ValueError(f"max_new_tokens must be at least 1; got {settings['max_new_tokens']}")
-        is_table = hasattr(model_input, "iloc")
-        prompts = model_input.iloc[:, 0].tolist() if is_table else list(model_input)
-        return [self._continue(str(prompt), **settings) for prompt in prompts]
+        import pandas
+        from mlflow.exceptions import MlflowException
 
-    def _continue(self, prompt: str, *, max_new_tokens: int, temperature: float) -> str:
+        is_table = hasattr(model_input, "iloc")
+        texts = model_input.iloc[:, 0].tolist() if is_table else list(model_input)
+        settings = {**PARAMS, **(params or {})}
+        try:
+            _check(settings)
+            read = self._continue if settings["output"] == "text" else self._logprob
+            rows = [read(str(text), settings) for text in texts]
+        except ValueError as error:  # MLflow's server shows only its own errors.
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+        column = settings["output"]
+        kind = "object" if column == "text" else "float64"
+        return pandas.DataFrame({column: pandas.Series(rows, dtype=kind)})
+
+    def _continue(self, prompt: str, settings: Mapping[str, Any]) -> str:
         import torch
 
-        context = self.model.config.max_position_embeddings
-        ids = self.tokenizer(prompt)["input_ids"] or [self.tokenizer.eos_token_id]
+        context, wanted = self.model.config.max_position_embeddings, settings["max_new_tokens"]
+        ids = self.tokenizer(prompt)["input_ids"] or [self._first_token()]
         # A prompt that is too long loses its first tokens, but keeps at least half a context.
-        ids = ids[-max(context - max_new_tokens, (context + 1) // 2) :]
+        ids = ids[-max(context - wanted, (context + 1) // 2) :]
+        temperature = settings["temperature"]
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
         with torch.no_grad():
             output = self.model.generate(
                 input_ids=torch.tensor([ids]),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                max_new_tokens=min(max_new_tokens, context - len(ids)),
+                max_new_tokens=min(wanted, context - len(ids)),
                 pad_token_id=self.tokenizer.eos_token_id,
                 **{"do_sample": False, **sampling},
+                **_given(settings, "schedule", "draft"),
             )
         return str(self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+
+    def _logprob(self, text: str, settings: Mapping[str, Any]) -> float:
+        import torch
+
+        context, ids = self.model.config.max_position_embeddings, self.tokenizer(text)["input_ids"]
+        first = self._first_token()
+        if not ids or ids[0] != first:
+            ids = [first, *ids]
+        if len(ids) - 1 > context:
+            raise ValueError(
+                f"output='logprob' reads texts of at most {context} tokens, which is the model's "
+                f"context; got one of {len(ids) - 1}"
+            )
+        if len(ids) == 1:
+            return 0.0
+        with torch.no_grad():
+            given = _given(settings, "schedule")
+            logits = self.model(input_ids=torch.tensor([ids[:-1]]), **given).logits[0]
+        chosen = logits.double().log_softmax(-1).gather(1, torch.tensor(ids[1:]).unsqueeze(1))
+        return float(chosen.sum())
+
+    def _first_token(self) -> int:
+        # The token before a document: of its own, or that which ends the document before it.
+        tokenizer = self.tokenizer
+        own = tokenizer.bos_token_id
+        return int(tokenizer.eos_token_id if own is None else own)
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    if settings["output"] not in OUTPUTS:
+        raise ValueError(f"output must be {' or '.join(OUTPUTS)}; got {settings['output']!r}")
+    if settings["max_new_tokens"] < 1:
+        raise ValueError(f"max_new_tokens must be at least 1; got {settings['max_new_tokens']}")
+    if not settings["temperature"] >= 0:
+        raise ValueError(f"temperature must be 0 or more; got {settings['temperature']}")
+    if settings["draft"] and settings["output"] != "text":
+        raise ValueError(f"draft={settings['draft']!r} proposes tokens, which output='text' needs")
+
+
+def _given(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    # Models without corrections, and those of transformers, do not know these arguments.
+    return {name: settings[name] for name in names if settings[name]}
 
 
 # MLflow calls this function by its name.

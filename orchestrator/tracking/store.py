@@ -70,6 +70,7 @@ class StoredRun:
     """What a run in the store holds; whoever changes the run also changes this."""
 
     id: str
+    experiment_id: str
     artifact_uri: str
     status: str
     params: dict[str, str]
@@ -84,6 +85,7 @@ class StoredRun:
         """Return the state of a run that MLflow returned."""
         return cls(
             id=run.info.run_id,
+            experiment_id=run.info.experiment_id,
             artifact_uri=run.info.artifact_uri,
             status=run.info.status,
             params=dict(run.data.params),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,19 @@ from orchestrator.workspace.paths import portable_path
 
 NOTE_TAG = "mlflow.note.content"
 """Tag with the description at the top of a run's page, in Markdown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedModel:
+    """A model that is logged with the runs that made and measured it."""
+
+    key: str
+    """Of its weights and its schedule."""
+    name: str
+    params: Mapping[str, str]
+    datasets: Mapping[str, tuple[str, str] | None]
+    """The metrics that describe the model -> name and digest of the data that they were measured
+    on; None for costs, which need no data."""
 
 
 class TrackedRun:
@@ -97,15 +111,51 @@ class TrackedRun:
         values = {"name": name, "digest": digest, "profile": json.dumps(dict(profile))}
         return self.record("dataset", {**values, "context": context})
 
-    def register(self, model: str, folder: Path, *, key: str, alias: str, note: str = "") -> None:
-        """Store an exported folder with the run, as a version of a registered model.
+    def log_model(self, model: TrackedModel) -> None:
+        """Log a model that this run made or measured; there is one logged model for each key."""
+        self._delivery.write(self.model_record(model))
+
+    def model_record(self, model: TrackedModel) -> Record:
+        """Return the operation of `log_model`, for `Delivery.write`."""
+        return self.record("model", {"key": model.key, **self._logged(model)})
+
+    def register(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        model: TrackedModel,
+        alias: str,
+        note: str = "",
+        tags: Mapping[str, str] | None = None,
+        example: str = "",
+    ) -> None:
+        """Store an exported folder with a logged model, as a version of a registered model.
 
         Args:
-            model: Name of the registered model; created if it is missing.
-            key: Content key of the model; the same key in the same run is the same version.
+            name: Name of the registered model; created if it is missing.
+            model: What was exported; the same model of the same run is the same version.
             alias: Moves to this version.
+            note: Description of the version.
+            tags: Tags of the version.
+            example: A text that the model reads, stored as MLflow's input example.
         """
-        self.write("register", model=model, key=key, folder=folder, alias=alias, note=note)
+        self.write(
+            "register",
+            model=name,
+            key=model.key,
+            folder=folder,
+            alias=alias,
+            note=note,
+            tags=dict(tags or {}),
+            example=example,
+            logged=self._logged(model),
+        )
+
+    def _logged(self, model: TrackedModel) -> dict[str, Any]:
+        root = self._delivery.root
+        params = {name: portable_path(text, root) for name, text in model.params.items()}
+        return {"name": model.name, "params": params, "datasets": dict(model.datasets)}
 
     def finish(
         self,

@@ -11,7 +11,12 @@ from orchestrator.tracking.chart_view import VIEW_TAG_PREFIX, ChartView
 from orchestrator.tracking.delivery import Delivery, Warn
 from orchestrator.tracking.links import Links
 from orchestrator.tracking.store import FAILURES, RunIdentity
-from orchestrator.tracking.tracked_run import TrackedRun, metric_points, now_ms
+from orchestrator.tracking.tracked_run import (
+    TrackedModel,
+    TrackedRun,
+    metric_points,
+    now_ms,
+)
 from orchestrator.workspace.errors import UserError, first_line
 from orchestrator.workspace.folders import Workspace
 
@@ -51,6 +56,8 @@ class NestedRun:
     """When it started, in ms; now when unset."""
     ended_ms: int | None = None
     """When it ended, if it has; now when unset."""
+    model: TrackedModel | None = None
+    """What was made or measured."""
 
 
 class Tracking:
@@ -128,6 +135,8 @@ class Tracking:
             records.append(own.record("update", arguments))
             if run.dataset:
                 records.append(own.dataset_record(*run.dataset))
+            if run.model:
+                records.append(own.model_record(run.model))
         self._delivery.write(*records)
         return tracked
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
+import json
 from pathlib import Path
 from typing import Any
 
-import mlflow
-import pandas
 import pytest
 import torch
-from mlflow.types import DataType
 from sample_trials import sample_trial, with_items
 
 from iiet.config import ModelConfig
@@ -21,13 +18,13 @@ from iiet.schedule import IterationSchedule
 from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.exporting import export
-from orchestrator.pipelines.generating import Sampling, TextGenerator
 from orchestrator.pipelines.picking import PickResult, pick
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import TrialDecoding
 from orchestrator.reporting.pick_rules import PickRule
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.settings import read_settings
+from orchestrator.tracking import TrackedModel
 from orchestrator.training.checkpoint import save_checkpoint, weights_key
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import load_influence_table
@@ -43,6 +40,8 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
 
 
 SETTINGS = read_settings(None, [])
+NAME = "iiet-2x16"
+"""Method and size of the models."""
 
 
 def pick_from(context: Context, sweep: str | None, rule: PickRule, **options: Any) -> PickResult:
@@ -106,9 +105,21 @@ def test_the_pick_is_exported_and_registered(context: Context, sweep: StoredSwee
     choice = pick_from(context, None, PickRule(name="keep"))
     assert choice.point.result.key == "cheap"
     assert "99.6% of the full model's, at 60% of its NFE (3 of 5)" in choice.sentence
-    version = version_of(context, "two-models", "keep-99")
-    assert choice.version == "models:/two-models@keep-99"
+    version = version_of(context, NAME, "keep-99")
+    assert choice.version == f"models:/{NAME}@keep-99"
     assert version.description == choice.sentence
+    assert version.tags["sweep"] == "two-models"
+    assert version.tags["schedule"] == "1,0"
+    assert version.tags["cost/evaluations"] == "3"
+    assert version.tags["quality/accuracy"] == "0.498"
+    client = context.tracking.store.connect()
+    run = client.get_run(version.run_id)
+    assert (run.data.tags["iiet.key"], run.data.tags["iiet.kind"]) == ("cheap", "trial")
+    (output,) = run.outputs.model_outputs
+    logged = client.get_logged_model(output.model_id)
+    assert version.source == logged.artifact_location
+    own = {"name": NAME, "version": str(version.version)}
+    assert own in json.loads(logged.tags["mlflow.modelVersions"])
     assert choice.folder is not None
     card = (choice.folder / "README.md").read_text()
     assert f"Chosen as `keep-99` of the sweep `two-models`: {choice.sentence}." in card
@@ -119,33 +130,6 @@ def test_the_pick_is_exported_and_registered(context: Context, sweep: StoredSwee
         torch.testing.assert_close(registered(tokens).logits, student(tokens))
 
 
-@pytest.mark.slow
-def test_the_registered_model_is_loaded_by_mlflow_and_continues_texts(
-    context: Context, sweep: StoredSweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    choice = pick_from(context, None, PickRule(name="keep"))
-    monkeypatch.setattr(mlflow, "set_tracking_uri", pytest.fail)
-    source = version_of(context, "two-models", "keep-99").source
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Other libraries warn while they load.
-        model = mlflow.pyfunc.load_model(source)
-    prompts = ["abc def", "ghi", ""]
-    found = model.predict(prompts, params={"max_new_tokens": 5})
-    student = TextGenerator(Path(str(choice.point.result.checkpoint)))
-    sampling = Sampling(max_new_tokens=5, temperature=0.0)
-    assert found[:2] == ["".join(student.stream(text, sampling)) for text in prompts[:2]]
-    table = pandas.DataFrame({"prompt": prompts})
-    assert list(model.predict(table, params={"max_new_tokens": 5})) == found
-    assert len(set(model.predict(3 * ["abc"], params={"temperature": 5.0}))) > 1
-    assert model.predict([50 * "abc def "]) == model.predict([49 * "abc def "])  # Its start is cut.
-    with pytest.raises(ValueError, match=r"at least 1; got 0"):
-        model.predict(prompts, params={"max_new_tokens": 0})
-    assert model.metadata.get_input_schema().input_types() == [DataType.string]
-    requirements = (Path(source.removeprefix("file://")) / "requirements.txt").read_text()
-    assert "transformers==" in requirements
-    assert "+" not in requirements
-
-
 def test_nothing_of_a_model_runs_when_it_is_registered(
     context: Context, sweep: StoredSweep, tmp_path: Path
 ) -> None:
@@ -154,14 +138,15 @@ def test_nothing_of_a_model_runs_when_it_is_registered(
     (folder / "config.json").write_text('{"auto_map": {"AutoConfig": "code.Config"}}')
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     run = context.tracking.run("registering", name="r", kind="sweep")
-    run.register("other", folder, key="k", alias="best")
-    run.finish()
-    version = version_of(context, "other", "best")
-    place = Path(version.source.removeprefix("file://"))
-    assert (place / "MLmodel").is_file()
-    run.register("other", folder, key="k", alias="best")
-    run.finish()
-    assert version_of(context, "other", "best").version == version.version
+    model = TrackedModel(key="k", name="other", params={}, datasets={})
+    versions = []
+    for _ in range(2):
+        run.register("other", folder, model=model, alias="best")
+        run.finish()
+        versions.append(version_of(context, "other", "best"))
+    first, second = versions
+    assert (Path(first.source.removeprefix("file://")) / "MLmodel").is_file()
+    assert first.version == second.version
     assert not (tmp_path / "ran").exists()
 
 
@@ -195,7 +180,7 @@ def test_the_pick_of_a_draft_is_the_full_model_or_a_model_of_its_own(
         rule = PickRule(name="draft", model="teacher")
         choice = pick_from(context, name, rule, to=tmp_path / name)
         model = IIETForCausalLM.from_pretrained(choice.folder)
-        assert version_of(context, name, "draft").description == choice.sentence
+        assert version_of(context, NAME, "draft").description == choice.sentence
         return choice, model.to_decoder().schedule
 
     choice, schedule = picked("own-weights", 1.1, 1.3)
@@ -208,15 +193,14 @@ def test_the_pick_of_a_draft_is_the_full_model_or_a_model_of_its_own(
 
 
 def test_picking_again_makes_no_second_version(context: Context, sweep: StoredSweep) -> None:
-    for _ in range(2):
-        pick_from(context, "two-models", PickRule(name="best"))
-    pick_from(context, "two-models", PickRule(name="keep", share=1.0))
+    for rule in (PickRule(name="best"), PickRule(name="best"), PickRule(name="keep", share=1.0)):
+        choice = pick_from(context, "two-models", rule)
+    best, kept = (version_of(context, NAME, alias) for alias in ("best", "keep-100"))
+    assert best.version == kept.version
+    assert kept.description == choice.sentence
     client = context.tracking.store.connect()
-    keys = [v.tags["iiet.key"] for v in client.search_model_versions("name = 'two-models'")]
-    assert keys.count("full") == 1
-    assert version_of(context, "two-models", "best").version == (
-        version_of(context, "two-models", "keep-100").version
-    )
+    found = client.search_model_versions(f"name = '{NAME}'")
+    assert [v.version for v in found if v.run_id == best.run_id] == [best.version]
 
 
 def test_of_several_seeds_one_is_exported_with_its_own_numbers(
@@ -254,7 +238,10 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(
     card = (tmp_path / "seeds" / "README.md").read_text()
     assert "| choices | acc | 0.4800 |" in card
     assert "iiet seed0" in card
-    assert version_of(context, "seeds", "cheapest").tags["iiet.key"] == "cheap-0"
+    version = version_of(context, NAME, "cheapest")
+    run = context.tracking.store.connect().get_run(version.run_id)
+    assert run.data.tags["iiet.key"] == "cheap-0"
+    assert version.tags["quality/accuracy"] == "0.48"
 
 
 def test_a_dry_run_exports_nothing(context: Context, sweep: StoredSweep) -> None:

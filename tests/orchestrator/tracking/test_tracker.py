@@ -19,7 +19,14 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-from orchestrator.tracking import NOTE_TAG, NestedRun, TrackedRun, Tracking, open_tracking
+from orchestrator.tracking import (
+    NOTE_TAG,
+    NestedRun,
+    TrackedModel,
+    TrackedRun,
+    Tracking,
+    open_tracking,
+)
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
 from orchestrator.workspace.journal import Journal
@@ -415,7 +422,8 @@ def test_a_copy_has_its_own_artifacts_and_the_original_stays(
     run = tracking.run("copied", name="c", kind="sweep", tags={"at": f"{workspace.root}/runs/x"})
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    run.register("copied", tmp_path / "model", key="k", alias="best")
+    model = TrackedModel(key="k", name="copied", params={}, datasets={})
+    run.register("copied", tmp_path / "model", model=model, alias="best")
     elsewhere = client(tracking).create_experiment("of the user", f"file://{workspace.root}-x")
     run.finish()
     before = {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()}
@@ -482,20 +490,3 @@ def test_a_text_is_a_file_of_the_run(tracking: Tracking, tmp_path: Path) -> None
         run.log_text(text, "settings.yaml")
     path = client(tracking).download_artifacts(str(run.run_id), "settings.yaml", str(tmp_path))
     assert Path(path).read_text(encoding="utf-8") == "seed: 3\n"
-
-
-def test_a_model_has_one_version_for_each_key_and_aliases_move(
-    tracking: Tracking, tmp_path: Path
-) -> None:
-    run = tracking.run("models", name="m", kind="sweep")
-    for name in ("small", "large"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(name)
-    run.register("front", tmp_path / "small", key="s", alias="knee")
-    run.register("front", tmp_path / "large", key="l", alias="best", note="the full model")
-    run.register("front", tmp_path / "small", key="s", alias="best")
-    run.finish()
-    assert len(client(tracking).search_model_versions("name = 'front'")) == 2
-    best = client(tracking).get_model_version_by_alias("front", "best")
-    assert best.version == client(tracking).get_model_version_by_alias("front", "knee").version
-    assert Path(best.source.removeprefix("file://"), "config.json").read_text() == "small"
