@@ -148,7 +148,7 @@ def test_a_clean_process_loads_and_reads_registered_models(picked: Picked, tmp_p
         ("a", {"output": "loss"}, "text or logprob; got 'loss'"),
         ("a", {"output": "logprob", "draft": "0,0"}, "needs"),
         ("a", {"temperature": -1.0}, "0 or more; got -1.0"),
-        ("a", {"schedule": "1,1,1"}, "3 entries"),
+        ("a", {"schedule": "1,1,1"}, "is for 3 layers"),
         (50 * "abc ", {"output": "logprob"}, "at most 16 tokens"),
     ]
     calls = json.dumps([call[:2] for call in asked])
@@ -159,11 +159,11 @@ def test_a_clean_process_loads_and_reads_registered_models(picked: Picked, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     found, refused, num_drawn, long, plain, logits = json.loads(done.stdout.splitlines()[-1])
     texts = {"text": continuations(picked.full)}
-    scores = {"logprob": [log_probability(picked.full, text) for text in TEXTS]}
-    cheaper = {"logprob": [log_probability(picked.full, text, "0,0") for text in TEXTS]}
+    scores = [log_probability(picked.full, text) for text in TEXTS]
+    cheaper = [log_probability(picked.full, text, "0,0") for text in TEXTS]
     assert found[0] == found[4] == found[5] == texts, "a draft changes no token"
-    assert found[1] == pytest.approx(scores, rel=1e-5)
-    assert found[2] == pytest.approx(cheaper, rel=1e-5)
+    assert found[1]["logprob"] == pytest.approx(scores, rel=1e-5)
+    assert found[2]["logprob"] == pytest.approx(cheaper, rel=1e-5)
     assert found[3] == {"text": continuations(picked.full, "1,0")}
     assert num_drawn > 1
     assert long[0] == long[1], "a prompt that is too long loses its start"
@@ -171,8 +171,8 @@ def test_a_clean_process_loads_and_reads_registered_models(picked: Picked, tmp_p
     for message, (_, _, expected) in zip(refused, asked, strict=True):
         assert expected in message
     assert plain[0] == {"text": continuations(picked.plain)}
-    score = {"logprob": [log_probability(picked.plain, text) for text in TEXTS]}
-    assert plain[1] == pytest.approx(score, rel=1e-5)
+    scores = [log_probability(picked.plain, text) for text in TEXTS]
+    assert plain[1]["logprob"] == pytest.approx(scores, rel=1e-5)
     ids = load_tokenizer(picked.full / TOKENIZER).encode("abc").ids
     with torch.no_grad():
         expected = load_model(picked.full)(torch.tensor([ids])).flatten()
@@ -231,4 +231,4 @@ def test_mlflow_serves_a_registered_model(picked: Picked, server: str) -> None:
     assert [row["logprob"] for row in found["predictions"]] == pytest.approx(scores, rel=1e-5)
     status, found = post(server, {"inputs": TEXTS, "params": {"schedule": "1,1,1"}})
     assert status == 400
-    assert "3 entries" in found["message"]
+    assert "is for 3 layers" in found["message"]
