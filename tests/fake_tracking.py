@@ -11,7 +11,7 @@ import yaml
 from orchestrator.pipelines.context import Context
 from orchestrator.settings import SETTINGS_NAME
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import NestedRun, Tracking
+from orchestrator.tracking import NestedRun, TrackedModel, Tracking
 from orchestrator.workspace.folders import Workspace
 
 
@@ -46,6 +46,9 @@ class FakeRun:
 
     def log_journal(self, folder: Path) -> None:
         assert folder.is_dir()
+
+    def log_model(self, model: TrackedModel) -> None:
+        assert Path(model.params["checkpoint"]).is_dir()
 
     def finish(self, status: str = "FINISHED", **_: Any) -> None:
         self.statuses.append((self.kind, status))

@@ -91,7 +91,7 @@ def _publish_training(path: Path, context: Context) -> bool:
     run.log_text(settings.read_text(encoding="utf-8"), SETTINGS_NAME)
     if outcome:
         run.set_tags(checkpoint_tags(job, outcome))
-    end_training_run(run, folder, "FINISHED" if outcome else "KILLED", wait=False)
+    end_training_run(run, job, "FINISHED" if outcome else "KILLED", wait=False)
     return True
 
 

@@ -8,8 +8,8 @@ second run for every resumed trial.
 
 from orchestrator.tracking.chart_view import ChartView
 from orchestrator.tracking.journal_copies import JournalCopies
-from orchestrator.tracking.store import tag_filter
-from orchestrator.tracking.tracked_run import NOTE_TAG, TrackedModel, TrackedRun, status_after
+from orchestrator.tracking.store import NOTE_TAG, tag_filter
+from orchestrator.tracking.tracked_run import TrackedModel, TrackedRun, status_after
 from orchestrator.tracking.tracker import (
     REPORT_TAG,
     VIEW_TAG,

@@ -24,11 +24,10 @@ from orchestrator.tracking.client import (
     get_artifact_repository,
 )
 from orchestrator.tracking.flavor import write_external_model, write_flavor
-from orchestrator.tracking.store import KEY_TAG, StoredRun, tag_filter
+from orchestrator.tracking.store import KEY_TAG, NOTE_TAG, StoredRun, tag_filter, valid_name
 
 EXTERNAL_TAG = "mlflow.model.isExternal"
 VERSIONS_TAG = "mlflow.modelVersions"
-NOTE_TAG = "mlflow.note.content"
 CHECKPOINT_PARAM = "checkpoint"
 
 Datasets = Mapping[str, Sequence[str] | None]
@@ -54,12 +53,13 @@ def log_model(
     model = _find(client, run, key) or _create(client, run, key, name, params)
     _link(client, run, model)
     linked = {(p.run_id, p.key, p.step, p.value) for p in model.metrics or ()}
-    found = [run.metrics[name] for name in datasets if name in run.metrics]
+    data_of = {valid_name(name): data for name, data in datasets.items()}
+    found = [run.metrics[name] for name in data_of if name in run.metrics]
     # MLflow would store NaN as 0. Time and step are the run's, so the run gets no second point.
     points = [
         Metric(
             point.key, point.value, point.timestamp, point.step, model.model_id,
-            *(datasets[point.key] or (None, None)),
+            *(data_of[point.key] or (None, None)),
         )
         for point in found
         if math.isfinite(point.value)

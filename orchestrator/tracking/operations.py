@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
-from orchestrator.tracking import logged_models
 from orchestrator.tracking.client import (
     Dataset,
     DatasetInput,
@@ -22,8 +21,8 @@ from orchestrator.tracking.client import (
     RunTag,
     get_artifact_repository,
 )
-from orchestrator.tracking.logged_models import NO_DATASETS, Datasets
-from orchestrator.tracking.store import StoredRun
+from orchestrator.tracking.logged_models import log_model, register
+from orchestrator.tracking.store import StoredRun, valid_name
 from orchestrator.workspace.journal import Record, read_journal
 
 OFFSET_TAG = "iiet.mirrored_bytes"
@@ -61,16 +60,16 @@ def _update(
     if status == "RUNNING" and run.status in ("KILLED", "FAILED"):
         client.update_run(run.id, status=status)
         run.status = status
-    new_params = {_valid_name(name): value[:MAX_PARAM_CHARACTERS] for name, value in params.items()}
+    new_params = {valid_name(name): value[:MAX_PARAM_CHARACTERS] for name, value in params.items()}
     new_params = {name: new_params[name] for name in new_params if name not in run.params}
     new_tags = {name: value[:MAX_TAG_CHARACTERS] for name, value in tags.items() if value}
     for name in run.tags.keys() & {name for name, value in tags.items() if not value}:
         client.delete_tag(run.id, name)
         del run.tags[name]
     metrics = [
-        Metric(_valid_name(name), value, time_ms, step)
+        Metric(valid_name(name), value, time_ms, step)
         for name, value, step in points
-        if not _is_stored(run.metrics.get(_valid_name(name)), value, step)
+        if not _is_stored(run.metrics.get(valid_name(name)), value, step)
     ]
     if journal:
         records, end = read_journal(journal, int(run.tags.get(OFFSET_TAG, 0)))
@@ -103,7 +102,7 @@ def _journal_metrics(run: StoredRun, records: Iterable[Record]) -> list[Metric]:
     for record in records:
         values = record["values"] if record["kind"] == "metrics" else {}
         for name, value in values.items():
-            point = Metric(_valid_name(name), value, record["time"], record["step"])
+            point = Metric(valid_name(name), value, record["time"], record["step"])
             if not _is_stored(last.get(point.key), value, point.step):
                 metrics.append(point)
                 last[point.key] = point
@@ -186,36 +185,13 @@ def _log_dataset(
     run.datasets.add(digest)
 
 
-def _log_model(
-    client: MlflowClient, run: StoredRun, *, datasets: Datasets = NO_DATASETS, **model: Any
-) -> None:
-    named = {_valid_name(name): dataset for name, dataset in datasets.items()}
-    logged_models.log_model(client, run, datasets=named, **model)
-
-
-def _register(
-    client: MlflowClient,
-    run: StoredRun,
-    *,
-    logged: Mapping[str, Any] = MappingProxyType({}),
-    **version: Any,
-) -> None:
-    datasets = {_valid_name(name): data for name, data in logged.get("datasets", {}).items()}
-    logged_models.register(client, run, logged={**logged, "datasets": datasets}, **version)
-
-
 # Outboxes on disk contain these names.
-OPERATIONS: dict[str, Callable[..., None]] = {
+OPERATIONS: dict[str, Callable[..., object]] = {
     "update": _update,
     "artifact": _log_artifact,
     "text": _log_text,
     "table": _log_table,
     "dataset": _log_dataset,
-    "model": _log_model,
-    "register": _register,
+    "model": log_model,
+    "register": register,
 }
-
-
-def _valid_name(name: str) -> str:
-    # MLflow allows letters, digits, `_ - . : /` and space in names; lm-eval has `acc,none`.
-    return "".join(c if c.isalnum() or c in "_-.:/ " else "_" for c in name)

@@ -34,6 +34,8 @@ KEY_TAG, KIND_TAG = "iiet.key", "iiet.kind"
 ROOT_TAG = "iiet.root_key"
 """Key of the sweep, for a run that is nested in one; else the run's own key."""
 PARENT_TAG = "mlflow.parentRunId"
+NOTE_TAG = "mlflow.note.content"
+"""Tag with the description at the top of a page, in Markdown."""
 MAX_RUNS_FOUND = 50_000  # MLflow's own limit.
 
 FAILURES = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
@@ -225,6 +227,11 @@ def tag_filter(tags: Mapping[str, str]) -> str:
     """Return a search expression for runs with all of the tags."""
     quoted = {name: f'"{value}"' if "'" in value else f"'{value}'" for name, value in tags.items()}
     return " and ".join(f"tags.`{name}` = {value}" for name, value in quoted.items())
+
+
+def valid_name(name: str) -> str:
+    """Return a metric's or parameter's name as the store takes it: lm-eval has `acc,none`."""
+    return "".join(c if c.isalnum() or c in "_-.:/ " else "_" for c in name)
 
 
 def _check_database(uri: str) -> None:

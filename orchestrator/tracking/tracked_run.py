@@ -15,9 +15,6 @@ from orchestrator.tracking.store import RunIdentity
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.paths import portable_path
 
-NOTE_TAG = "mlflow.note.content"
-"""Tag with the description at the top of a run's page, in Markdown."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedModel:

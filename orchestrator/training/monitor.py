@@ -21,6 +21,7 @@ from orchestrator.tracking import JournalCopies, TrackedRun, Tracking, status_af
 from orchestrator.training.job import PROFILE_NAME, job_key
 from orchestrator.training.run_lock import is_run_locked
 from orchestrator.training.schedules import flops_per_token_by_step
+from orchestrator.training.tracked_models import job_model
 from orchestrator.workspace.journal import read_journal, recorded_times
 
 
@@ -129,12 +130,12 @@ class RunMonitor:
         """Copy the rest into MLflow and end the runs, except those that another process trains."""
         self._read()
         ended = [
-            (run, self._jobs[label].folder)
+            (run, self._jobs[label])
             for label, run in self._runs.items()
             if error is None or not is_run_locked(self._jobs[label].folder)
         ]
-        for number, (run, folder) in enumerate(ended, start=1):
-            end_training_run(run, folder, status_after(error), wait=number == len(ended))
+        for number, (run, job) in enumerate(ended, start=1):
+            end_training_run(run, job, status_after(error), wait=number == len(ended))
 
 
 def open_training_run(tracking: Tracking, job: TrainingJob, kind: str, name: str) -> TrackedRun:
@@ -152,10 +153,15 @@ def open_training_run(tracking: Tracking, job: TrainingJob, kind: str, name: str
     return run
 
 
-def end_training_run(run: TrackedRun, folder: Path, status: str, *, wait: bool) -> None:
-    """Copy the rest of a journal and end its run when the journal ends; `wait` as in `finish`."""
-    times = recorded_times(folder)
-    run.finish(status, journal=folder, ended_ms=times[1] if times else None, wait=wait)
+def end_training_run(run: TrackedRun, job: TrainingJob, status: str, *, wait: bool) -> None:
+    """Copy the rest of a journal, log the trained model, and end the run when the journal ends;
+    `wait` as in `finish`."""
+    times = recorded_times(job.folder)
+    model = job_model(job) if status == "FINISHED" else None
+    if model:
+        run.log_journal(job.folder)
+        run.log_model(model)
+    run.finish(status, journal=job.folder, ended_ms=times[1] if times else None, wait=wait)
 
 
 def _run_name(label: str, job: TrainingJob) -> str:

@@ -13,65 +13,73 @@ from pathlib import Path
 from iiet.config import ModelConfig
 from iiet.methods import METHODS
 from orchestrator.data.sources import describe_data
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import Trial
 from orchestrator.settings.model import model_family
 from orchestrator.terminal.formatting import format_schedule
 from orchestrator.tracking import TrackedModel
 from orchestrator.training.checkpoint import weights_key
+from orchestrator.training.job import finished_outcome
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
 
 Dataset = tuple[str, str]
 """Name and digest."""
 
 
-def tracked_model(
-    checkpoint: Path,
-    config: ModelConfig,
-    datasets: Mapping[str, Dataset | None],
-    *,
-    seed: int | None = None,
-) -> TrackedModel | None:
-    """Describe a checkpoint under the schedule of a config; None if its folder is gone.
+def job_model(job: TrainingJob) -> TrackedModel | None:
+    """Describe what a finished training made; None if it has not finished, or its folder is gone.
 
-    Args:
-        datasets: As in `TrackedModel`.
-        seed: Of its training, if it is one of several.
+    It is linked with what was measured on the validation data at its last step.
     """
-    try:
-        weights = weights_key(checkpoint)
-    except UserError:
+    outcome = finished_outcome(job)
+    if outcome is None or outcome.checkpoint is None:
         return None
-    schedule = config.schedule if METHODS[config.method].has_corrections else None
-    params = {"method": config.method, "checkpoint": str(checkpoint)}
-    parts = [model_family(config)]
-    if schedule is not None:
-        params["schedule"] = str(schedule)
-        parts.append(format_schedule(tuple(schedule)))
-    if seed is not None:
-        params["seed"] = str(seed)
-        parts.append(f"seed {seed}")
-    return TrackedModel(
-        key=f"{weights} {params.get('schedule', '')}".strip(),
-        name=" ".join(parts),
-        params=params,
-        datasets=datasets,
-    )
+    data = _prepared_data(job.tokens_folder)
+    datasets = dict.fromkeys((VALIDATION_METRIC, ACCURACY_METRIC), data)
+    return _tracked_model(outcome.checkpoint, job.model, datasets, seed=job.recipe.seed)
 
 
 def trial_model(trial: Trial) -> TrackedModel | None:
-    """Describe the model of a measured trial, with its costs and qualities; as `tracked_model`."""
+    """Describe the model of a measured trial, with its costs and qualities; None if its folder is
+    gone.
+    """
     if trial.checkpoint is None:
         return None
-    datasets = {name: _dataset(name, trial.suite) for name in trial.metrics()}
-    return tracked_model(Path(trial.checkpoint), trial.model, datasets, seed=trial.seed)
+    data, suite = _prepared_data(trial.suite.tokens_folder), trial.suite
+    tasks = (", ".join(suite.tasks)[:100] or "held-out tasks", suite.key)
+    datasets: dict[str, Dataset | None] = {}
+    for name in trial.metrics():
+        is_loss = name in ("quality/validation_loss", "quality/perplexity")
+        datasets[name] = data if is_loss else tasks if name.startswith("quality/") else None
+    seed = trial.job.recipe.seed if trial.job else trial.seed
+    return _tracked_model(trial.checkpoint, trial.model, datasets, seed=seed)
 
 
-def _dataset(metric: str, suite: TrialSuite) -> Dataset | None:
-    if not metric.startswith("quality/"):
+def _tracked_model(
+    checkpoint: str,
+    config: ModelConfig,
+    datasets: Mapping[str, Dataset | None],
+    *,
+    seed: int | None,
+) -> TrackedModel | None:
+    try:
+        weights = weights_key(Path(checkpoint))
+    except UserError:
         return None
-    if metric in ("quality/validation_loss", "quality/perplexity"):
-        with suppress(UserError):  # The tokens of an old sweep may be gone.
-            name, digest, _ = describe_data(suite.tokens_folder)
-            return name, digest
-        return None
-    return ", ".join(suite.tasks)[:100] or "held-out tasks", suite.key
+    params = {"method": config.method, "checkpoint": checkpoint}
+    name = model_family(config)
+    if METHODS[config.method].has_corrections:
+        params["schedule"] = str(config.corrections)
+        name += f" {format_schedule(tuple(config.corrections))}"
+    if seed is not None:
+        params["seed"] = str(seed)
+    key = f"{weights} {params.get('schedule', '')}".strip()
+    return TrackedModel(key=key, name=name, params=params, datasets=datasets)
+
+
+def _prepared_data(folder: str) -> Dataset | None:
+    with suppress(UserError):  # The tokens of an old sweep may be gone.
+        name, digest, _ = describe_data(folder)
+        return name, digest
+    return None
