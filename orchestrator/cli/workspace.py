@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,9 +24,10 @@ from orchestrator.terminal.formatting import (
 from orchestrator.terminal.layout import ResponsiveLayout, print_line
 from orchestrator.terminal.tables import plain_table
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.inventory import KINDS, Entry, Kind
+from orchestrator.workspace.inventory import KINDS, Entry, Kind, RemovableKind
 
 if TYPE_CHECKING:
+    from orchestrator.pipelines.cleaning import Removable
     from orchestrator.workspace.activity import Activity, Status
     from orchestrator.workspace.folders import Workspace
 
@@ -75,6 +78,64 @@ def status(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> No
         print_json({"workspace": str(space.root), **found.to_json()})
     else:
         _print_status(Console(highlight=False), space, found)
+
+
+@app.command(rich_help_panel="Workspace")
+def clean(
+    kinds: Annotated[
+        list[RemovableKind] | None,
+        typer.Argument(
+            metavar="KIND",
+            help="temporary, ray, teachers, first-stages, checkpoints or damaged (default: all).",
+        ),
+    ] = None,
+    workspace: WorkspaceOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what can go; delete nothing.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete what is no longer needed: shows it with sizes and reasons, then asks.
+
+    Finished weights, evaluations, and what a running process holds are never touched.
+    """
+    from orchestrator.pipelines import cleaning
+
+    space = existing_workspace(workspace)
+    console = Console(highlight=False)
+    found = cleaning.find_removable(space, kinds or cleaning.KINDS)
+    if not as_json:
+        _print_removable(console, space, found)
+    deleted: list[Removable] = []
+    is_asked = found and not dry_run and (yes or not as_json)
+    if is_asked and (yes or _agrees(sum(item.num_bytes for item in found))):
+        deleted = cleaning.delete_removable(space, found)
+        freed = format_bytes(sum(item.num_bytes for item in deleted))
+        if not as_json:
+            print_line(console, f"deleted {len(deleted)} of {len(found)}: {freed}")
+    if as_json:
+        values = {"found": found, "deleted": deleted}
+        print_json({name: [cleaning.to_json(i) for i in items] for name, items in values.items()})
+
+
+def _agrees(num_bytes: int) -> bool:
+    if not sys.stdin.isatty():
+        raise UserError("nothing was deleted; --yes deletes without asking, --dry-run only lists")
+    return typer.confirm(f"Delete all of this ({format_bytes(num_bytes)})?")
+
+
+def _print_removable(console: Console, workspace: Workspace, found: Sequence[Removable]) -> None:
+    for kind, items in groupby(found, key=lambda item: item.kind):
+        group = list(items)
+        size = format_bytes(sum(item.num_bytes for item in group))
+        print_line(console, f"{kind}: {format_count(len(group), 'item')}, {size}")
+        for item in group:
+            inside = item.path.is_relative_to(workspace.root)
+            name = item.path.relative_to(workspace.root) if inside else item.path
+            print_line(console, f"  {name}, {format_bytes(item.num_bytes)}: {item.reason}")
+    if not found:
+        print_line(console, f"nothing to delete in {workspace.root}")
 
 
 def existing_workspace(path: Path | None) -> Workspace:

@@ -42,6 +42,7 @@ from orchestrator.training.loop import Diverged
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import jobs_to_train
 from orchestrator.workspace.errors import DeviceError, RunFailed, UserError, first_line
+from orchestrator.workspace.names import RAY_FOLDER
 
 # isort: split
 # After our own modules, because `orchestrator.cluster.start` sets the environment that Ray reads.
@@ -50,7 +51,6 @@ import ray.train.torch
 
 train_api: Any = ray.train  # type checkers see the API before version 2 there
 
-RAY_FOLDER = "ray"
 GROW_SECONDS = 300.0  # how often a job of variable size looks for nodes that have joined
 FINAL_ERRORS: dict[str, type[Exception]] = {
     "UserError": UserError,

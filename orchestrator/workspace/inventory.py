@@ -6,9 +6,11 @@ answer takes a moment also while trainings run.
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,6 +33,17 @@ from orchestrator.workspace.names import (
 
 Kind = Literal["runs", "checkpoints", "trials", "sweeps", "models"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+class RemovableKind(StrEnum):
+    """What `clean` looks for."""
+
+    TEMPORARY = "temporary"
+    RAY = "ray"
+    TEACHERS = "teachers"
+    FIRST_STAGES = "first-stages"
+    CHECKPOINTS = "checkpoints"
+    DAMAGED = "damaged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,13 +162,18 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(path for path in _folders(folder) if CHECKPOINT_NAME.fullmatch(path.name))
 
 
-def size_of(path: Path) -> int:
-    """Return the bytes of a file, or of all files in a folder."""
-    found = [path] if path.is_file() else path.rglob("*")
+def size_of(path: Path, *, links: bool = True) -> int:
+    """Return the bytes of a file, or of all files in a folder.
+
+    Args:
+        links: Count also files that have another name elsewhere; deleting those frees nothing.
+    """
     total = 0
-    for file in found:
+    for file in [path] if path.is_file() else path.rglob("*"):
         with suppress(OSError):  # Deleted meanwhile.
-            total += file.lstat().st_size if not file.is_dir() else 0
+            found = file.lstat()
+            is_counted = stat.S_ISREG(found.st_mode) and (links or found.st_nlink == 1)
+            total += found.st_size if is_counted else 0
     return total
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,12 @@ def make_scratch_folder(*, longest_path: int | None = None) -> ScratchFolder:
 
 def delete_abandoned_folders(parent: Path) -> None:
     """Delete this user's scratch folders whose owners have ended; follow no links."""
+    for folder in abandoned_folders(parent):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def abandoned_folders(parent: Path) -> Iterator[Path]:
+    """Yield this user's scratch folders whose owners have ended, each while it is locked."""
     for folder in parent.glob(f"{PREFIX}*"):
         with suppress(OSError):
             found = folder.lstat()
@@ -69,6 +76,6 @@ def delete_abandoned_folders(parent: Path) -> None:
             try:
                 lock_descriptor(owner_file)
                 if os.read(owner_file, 2 * len(_MARK)) == _MARK.encode():
-                    shutil.rmtree(folder, ignore_errors=True)
+                    yield folder
             finally:
                 os.close(owner_file)

@@ -88,12 +88,23 @@ def delete_folder(folder: Path) -> None:
 
 def delete_leftovers(parent: Path) -> None:
     """Delete what killed processes left half-written or half-deleted in a folder."""
-    for leftover in parent.glob(f".*{_TEMPORARY}"):
+    for leftover in leftovers(parent):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def leftovers(parent: Path, *, below: bool = False) -> Iterator[Path]:
+    """Yield what killed processes left in a folder, each while it is locked.
+
+    Args:
+        below: Look into the folders below, too.
+    """
+    pattern = f".*{_TEMPORARY}"
+    for leftover in parent.rglob(pattern) if below else parent.glob(pattern):
         with suppress(OSError):
             lock = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
             try:
                 lock_descriptor(lock)
-                shutil.rmtree(leftover, ignore_errors=True)
+                yield leftover
             finally:
                 os.close(lock)
 

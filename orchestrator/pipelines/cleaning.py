@@ -1,0 +1,248 @@
+"""Find and delete what a workspace, and this machine's temporary folder, no longer need.
+
+Finished weights, what evaluations refer to, and what a process holds are never found. Before
+something is deleted its lock is taken, and it is looked for again.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from orchestrator.records.training import TrainingJob
+from orchestrator.training.checkpoint import check_checkpoint, checkpoint_name
+from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.training.checkpoint_writer import best_checkpoint
+from orchestrator.training.job import finished_outcome
+from orchestrator.training.learning_rate import stable_steps
+from orchestrator.workspace.activity import is_idle
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import read_json, read_json_object
+from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.inventory import RemovableKind, size_of, training_folders
+from orchestrator.workspace.locks import is_locked, lock_file
+from orchestrator.workspace.names import (
+    JOB_NAME,
+    PLAN_FILE,
+    RAY_FOLDER,
+    RESULTS_FILE,
+    RUN_LOCK_NAME,
+    TEMPORARY_PREFIX,
+    WORKERS_LOCK_NAME,
+)
+from orchestrator.workspace.read_only import read_only
+from orchestrator.workspace.scratch import abandoned_folders
+from orchestrator.workspace.whole_folders import delete_folder, leftovers
+
+KINDS: tuple[RemovableKind, ...] = tuple(RemovableKind)
+SECONDS_OF_WRITING = 3600.0
+"""A file is not written for longer; an older temporary one was left by a killed process."""
+
+
+_WITHOUT_READERS = (RemovableKind.TEMPORARY, RemovableKind.RAY)
+"""Folders of these kinds have no readers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removable:
+    """Something that can be deleted."""
+
+    kind: RemovableKind
+    path: Path
+    num_bytes: int
+    """Disk space that it frees: a file that has another link frees none."""
+    reason: str
+    """Why it can go, and what it costs if it is needed again."""
+    locks: tuple[Path, ...] = ()
+    """Files to lock while it is deleted."""
+
+
+def find_removable(workspace: Workspace, kinds: Sequence[RemovableKind] = KINDS) -> list[Removable]:
+    """Return what can go, by kind and path; nothing is written."""
+    with read_only():
+        found = [item for kind in kinds for item in _FINDERS[kind](workspace)]
+    paths: dict[Path, Removable] = {}
+    for item in sorted(found, key=lambda item: (KINDS.index(item.kind), item.path)):
+        # A damaged checkpoint may also be one that a finished run no longer needs.
+        if not paths.keys() & {item.path, *item.path.parents}:
+            paths[item.path] = item
+    return list(paths.values())
+
+
+def delete_removable(workspace: Workspace, items: Sequence[Removable]) -> list[Removable]:
+    """Delete what can still go, and return it; what a process has taken meanwhile stays."""
+    kinds = tuple(dict.fromkeys(item.kind for item in items))
+    still = {item.path for item in find_removable(workspace, kinds)} if items else set()
+    return [item for item in items if item.path in still and _delete(item)]
+
+
+def _delete(item: Removable) -> bool:
+    with ExitStack() as stack:
+        for path in item.locks:
+            if not stack.enter_context(lock_file(path, seconds=0.0)):
+                return False
+        with suppress(OSError):
+            if item.path.is_dir() and item.kind not in _WITHOUT_READERS:
+                delete_folder(item.path)  # For readers it is gone at once.
+            elif item.path.is_dir():
+                shutil.rmtree(item.path)
+            else:
+                item.path.unlink()
+            return True
+    return False
+
+
+def _temporary(workspace: Workspace) -> Iterator[Removable]:
+    for folder in leftovers(workspace.root, below=True):
+        yield _item(
+            RemovableKind.TEMPORARY, folder, "half-written or half-deleted by a process that ended"
+        )
+    for file in workspace.root.rglob(".*.tmp"):
+        if file.is_file() and time.time() - file.stat().st_mtime > SECONDS_OF_WRITING:
+            yield _item(RemovableKind.TEMPORARY, file, "half-written by a process that ended")
+    places = ((workspace.tokens, "tokens"), (workspace.teachers, "teacher outputs"))
+    for parent, what in places:
+        for folder in parent.glob(f"{TEMPORARY_PREFIX}*"):
+            key = folder.name.removeprefix(TEMPORARY_PREFIX)
+            lock = parent / (".lock" if parent == workspace.tokens else f".{key}.lock")
+            if not is_locked(lock):
+                reason = f"{what} of an interrupted command, which would resume there"
+                yield _item(RemovableKind.TEMPORARY, folder, reason, lock)
+
+
+def _ray(workspace: Workspace) -> Iterator[Removable]:
+    for parent in {Path(tempfile.gettempdir()), Path("/tmp")}:
+        for folder in abandoned_folders(parent):
+            yield _item(RemovableKind.RAY, folder, "Ray's temporary files of a command that ended")
+    for folder in workspace.sweeps.glob(f"*/{RAY_FOLDER}-*"):
+        if not _has_driver(folder):
+            yield _item(RemovableKind.RAY, folder, "Ray Tune's files of a command that ended")
+    for run in training_folders(workspace):
+        folder = run / RAY_FOLDER
+        if folder.is_dir() and not _is_in_use(run):
+            yield _item(
+                RemovableKind.RAY, folder, "Ray Train's files of a command that ended", *_locks(run)
+            )
+
+
+def _teachers(workspace: Workspace) -> Iterator[Removable]:
+    folders = [f for f in workspace.teachers.glob("*") if f.is_dir()]
+    for folder in folders if folders and _is_quiet(workspace) else ():
+        if not folder.name.startswith("."):
+            reason = "teacher outputs for distillation; they are computed again when needed"
+            lock = folder.with_name(f".{folder.name}.lock")
+            yield _item(RemovableKind.TEACHERS, folder, reason, lock)
+
+
+def _first_stages(workspace: Workspace) -> Iterator[Removable]:
+    folders = [f for f in workspace.first_stages.glob("*") if f.is_dir()]
+    for folder in folders if folders and _is_quiet(workspace) else ():
+        if not folder.name.startswith("."):
+            reason = "steps that models of one recipe share; another such model trains them again"
+            yield _item(RemovableKind.FIRST_STAGES, folder, reason)
+
+
+def _checkpoints(workspace: Workspace) -> Iterator[Removable]:
+    needed = _named_checkpoints(workspace)
+    for folder in training_folders(workspace):
+        if _is_in_use(folder) or len(find_checkpoints(folder)) < 2:
+            continue
+        with suppress(UserError):  # Of a damaged or older record everything is kept.
+            kept = _kept_checkpoints(folder)
+            for checkpoint in find_checkpoints(folder) if kept else ():
+                measured = any(checkpoint.glob("influence-*.json"))
+                if checkpoint not in kept and checkpoint not in needed and not measured:
+                    reason = "intermediate checkpoint of a finished training"
+                    yield _item(RemovableKind.CHECKPOINTS, checkpoint, reason, *_locks(folder))
+
+
+def _kept_checkpoints(folder: Path) -> set[Path | None]:
+    # Of a finished training: the last, the best, and the one that `--continue` starts from.
+    stored = read_json_object(folder / JOB_NAME)
+    if stored is None:
+        return set()
+    job = TrainingJob.parse(stored.get("job", {}), folder / JOB_NAME)
+    outcome = finished_outcome(job.model_copy(update={"run_folder": str(folder)}))
+    if outcome is None or not outcome.finished:
+        return set()
+    stable = folder / checkpoint_name(stable_steps(job.recipe))
+    return {Path(str(outcome.checkpoint)), best_checkpoint(folder), stable}
+
+
+def _named_checkpoints(workspace: Workspace) -> set[Path]:
+    """Return the checkpoints that a stored plan, training or result names."""
+    found: set[Path] = set()
+    for name in (JOB_NAME, "result-*.json", PLAN_FILE, RESULTS_FILE):
+        for file in workspace.root.glob(f"*/*/{name}"):
+            with suppress(OSError, UnicodeDecodeError):
+                names = re.findall(r'"([^"\n]+/step_\d{8,})"', file.read_text(encoding="utf-8"))
+                found |= {workspace.root / name for name in names}
+    return found
+
+
+def _damaged(workspace: Workspace) -> Iterator[Removable]:
+    for folder in training_folders(workspace):
+        for checkpoint in find_checkpoints(folder) if not _is_in_use(folder) else ():
+            try:
+                check_checkpoint(checkpoint)
+            except UserError as error:
+                reason = str(error).removeprefix(f"the checkpoint {checkpoint} ")
+                yield _item(RemovableKind.DAMAGED, checkpoint, reason, *_locks(folder))
+    for parent in (workspace.evaluations, workspace.benchmarks):
+        for file in sorted(parent.glob("*.json")):
+            try:
+                read_json(file, remedy="it is measured again")
+            except UserError as error:
+                yield _item(RemovableKind.DAMAGED, file, str(error).removeprefix(f"{file} "))
+
+
+_FINDERS: Mapping[RemovableKind, Callable[[Workspace], Iterator[Removable]]] = {
+    RemovableKind.TEMPORARY: _temporary,
+    RemovableKind.RAY: _ray,
+    RemovableKind.TEACHERS: _teachers,
+    RemovableKind.FIRST_STAGES: _first_stages,
+    RemovableKind.CHECKPOINTS: _checkpoints,
+    RemovableKind.DAMAGED: _damaged,
+}
+
+
+def _item(kind: RemovableKind, path: Path, reason: str, *locks: Path) -> Removable:
+    freed = size_of(path, links=False)
+    return Removable(kind=kind, path=path, num_bytes=freed, reason=reason, locks=locks)
+
+
+def _has_driver(folder: Path) -> bool:
+    """Return whether the command of a sweep's Ray folder may still run."""
+    prefix = f"{RAY_FOLDER}-{socket.gethostname()}-"
+    process = folder.name.removeprefix(prefix)
+    return not process.isdecimal() or psutil.pid_exists(int(process))
+
+
+def _is_quiet(workspace: Workspace) -> bool:
+    # A sweep between two trials holds no lock.
+    drivers = map(_has_driver, workspace.sweeps.glob(f"*/{RAY_FOLDER}-*"))
+    return is_idle(workspace) and not any(drivers)
+
+
+def _locks(run: Path) -> tuple[Path, ...]:
+    return (run / RUN_LOCK_NAME, run / WORKERS_LOCK_NAME)
+
+
+def _is_in_use(run: Path) -> bool:
+    return any(map(is_locked, _locks(run)))
+
+
+def to_json(item: Removable) -> dict[str, Any]:
+    """Return the JSON values of `clean --json`."""
+    names = {"kind": item.kind, "path": str(item.path)}
+    return {**names, "bytes": item.num_bytes, "reason": item.reason}

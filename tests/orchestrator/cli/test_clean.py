@@ -1,0 +1,180 @@
+"""`clean` deletes what can go, and nothing that a process or a finished result needs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import cli
+from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.training.run import run_job
+from orchestrator.training.run_lock import lock_run_folder
+from orchestrator.workspace.files import write_json
+from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.locks import lock_file
+from orchestrator.workspace.whole_folders import new_folder
+
+Clean = Callable[..., list[str]]
+KILLED = """
+import os
+from orchestrator.workspace.scratch import make_scratch_folder
+print(make_scratch_folder().folder, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path)
+
+
+@pytest.fixture
+def clean(space: Workspace, capsys: pytest.CaptureFixture[str]) -> Clean:
+    """Runs `clean --json` and returns the deleted paths (without `--yes` those that can go)."""
+
+    def command(*words: str) -> list[str]:
+        assert cli.main(["clean", *words, "--json", "--workspace", str(space.root)]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        found = printed["deleted" if "--yes" in words else "found"]
+        assert all(entry["reason"] for entry in found)
+        paths = [Path(entry["path"]) for entry in found]
+        return [str(p.relative_to(space.root)) for p in paths if p.is_relative_to(space.root)]
+
+    return command
+
+
+@pytest.fixture
+def whole(tiny_job: Callable[..., Any]) -> Path:
+    """The folder of a finished run of 6 steps with checkpoints after 2, 4 and 6."""
+    job = tiny_job("runs/whole", num_steps=6, checkpoint_every_steps=2, num_checkpoints_kept=9)
+    run_job(job)
+    assert len(find_checkpoints(job.folder)) == 3
+    return Path(job.folder)
+
+
+def test_intermediate_checkpoints_go_and_the_finished_run_stays(
+    whole: Path, clean: Clean, tiny_job: Callable[..., Any]
+) -> None:
+    earlier = ["runs/whole/step_00000002", "runs/whole/step_00000004"]
+    assert clean("--dry-run") == earlier
+    assert len(find_checkpoints(whole)) == 3
+    assert clean("--yes") == earlier
+    assert clean("--yes") == []
+    [last] = find_checkpoints(whole)
+    records = (whole / "journal.jsonl").read_text()
+    job = tiny_job("runs/whole", num_steps=6, checkpoint_every_steps=2, num_checkpoints_kept=9)
+    assert run_job(job).checkpoint == str(last)
+    assert (whole / "journal.jsonl").read_text() == records, "it is not trained again"
+
+
+def test_what_something_else_needs_stays(space: Workspace, whole: Path, clean: Clean) -> None:
+    write_json(space.sweeps / "a" / "plan.json", {"teacher": "runs/whole/step_00000002"})
+    (whole / "step_00000004" / "influence-cosine.json").write_text("{}")
+    assert clean("checkpoints", "--yes") == []
+
+
+def test_a_run_that_can_be_continued_keeps_its_checkpoint(
+    tiny_job: Callable[..., Any], clean: Clean
+) -> None:
+    recipe = {"decay": "wsd", "decay_fraction": 0.5, "checkpoint_every_steps": 2}
+    run_job(tiny_job("runs/a", num_steps=8, warmup_steps=1, num_checkpoints_kept=9, **recipe))
+    # The decay begins after step 4.
+    assert clean("--yes") == ["runs/a/step_00000002", "runs/a/step_00000006"]
+
+
+def test_an_unfinished_run_keeps_all(tiny_job: Callable[..., Any], clean: Clean) -> None:
+    job = tiny_job("runs/a", num_steps=8, checkpoint_every_steps=2, num_checkpoints_kept=9)
+    asked = iter(range(99))
+    run_job(job, should_stop=lambda: next(asked) >= 5)
+    assert clean("--yes") == []
+
+
+def test_what_a_process_holds_stays(space: Workspace, whole: Path, clean: Clean) -> None:
+    outputs = space.teachers / "abc"
+    outputs.mkdir(parents=True)
+    (outputs / "logits.bin").write_bytes(b"0" * 100)
+    with lock_run_folder(whole):
+        assert clean("--yes") == []
+    with lock_file(space.teachers / ".abc.lock"):
+        assert clean("teachers", "--yes") == []
+    assert clean("teachers", "--yes") == ["teachers/abc"]
+    assert not outputs.exists()
+
+
+def test_what_killed_processes_left_goes_but_not_what_is_being_written(
+    space: Workspace, clean: Clean
+) -> None:
+    leftover = space.runs / ".a.0123456789abcdef.iiet-temporary"
+    leftover.mkdir(parents=True)
+    interrupted = space.tokens / ".writing-0123"
+    interrupted.mkdir(parents=True)
+    with new_folder(space.runs / "b") as filling, lock_file(space.tokens / ".lock"):
+        leftover.mkdir(exist_ok=True)  # A writer deletes the leftovers beside it.
+        assert clean("temporary", "--yes") == [str(leftover.relative_to(space.root))]
+        assert filling.exists()
+    assert clean("temporary", "--yes") == ["tokens/.writing-0123"]
+    assert (space.runs / "b").is_dir()
+
+
+def test_ray_folders_of_dead_processes_go(space: Workspace, clean: Clean) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, check=False)
+    scratch = Path(killed.stdout.decode().strip())
+    assert scratch.is_dir()
+    sweep = space.sweeps / "a"
+    alive = sweep / f"ray-{socket.gethostname()}-{os.getpid()}"
+    dead = sweep / f"ray-{socket.gethostname()}-{2**22 + 1}"
+    elsewhere = sweep / "ray-another-machine-17"
+    for folder in (alive, dead, elsewhere):
+        folder.mkdir(parents=True)
+    assert clean("ray", "--yes") == [str(dead.relative_to(space.root))]
+    assert not scratch.exists()
+    assert alive.exists()
+    assert elsewhere.exists()
+    (space.teachers / "abc").mkdir(parents=True)
+    assert clean("teachers", "--yes") == [], "the sweep may be between two trials"
+
+
+def test_damaged_files_go(space: Workspace, whole: Path, clean: Clean) -> None:
+    weights = whole / "step_00000004" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    good, bad = space.evaluations / "good.json", space.evaluations / "bad.json"
+    write_json(good, {"a": 1})
+    write_json(bad, {"a": 1})
+    bad.write_text(bad.read_text().replace("1", "2", 1))
+    assert clean("damaged", "--yes") == ["evaluations/bad.json", "runs/whole/step_00000004"]
+    assert good.exists()
+
+
+def test_it_asks_first(
+    space: Workspace, whole: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    command = ["clean", "--workspace", str(space.root)]
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert cli.main(command) == 2
+    assert "--yes deletes without asking" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+    assert cli.main(command) == 0
+    assert len(find_checkpoints(whole)) == 3
+    monkeypatch.setattr("sys.stdin", Terminal("y\n"))
+    assert cli.main(command) == 0
+    assert "deleted 2 of 2" in capsys.readouterr().out
+    assert len(find_checkpoints(whole)) == 1
+
+
+def test_only_known_kinds_are_cleaned(space: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["clean", "everything", "--workspace", str(space.root)]) == 2
+    assert "temporary" in capsys.readouterr().err
