@@ -31,6 +31,7 @@ from iiet.losses import (
 
 __all__ = [
     "DistillationConfig",
+    "RememberingTeacher",
     "distillation_loss",
     "frozen_teacher",
     "student_loss",
@@ -114,6 +115,22 @@ def frozen_teacher(decoder: ModuleT) -> ModuleT:
         if is_function and "_orig_mod" not in module._modules:
             del module.forward
     return teacher.requires_grad_(False).eval()
+
+
+class RememberingTeacher:
+    """A teacher that several schedules learn from in one step: it reads each batch once."""
+
+    def __init__(self, teacher: Model) -> None:
+        self._teacher = teacher
+        self._input_ids: Tensor | None = None
+        self._answer: tuple[Answer, Sequence[Tensor]]
+
+    def __call__(self, input_ids: Tensor, *, return_hidden: bool = False) -> Any:
+        """Return what the teacher says; for the same tensor as before what it said then."""
+        if input_ids is not self._input_ids:
+            self._answer = _run(self._teacher, input_ids, _both, with_hidden=return_hidden)
+            self._input_ids = input_ids
+        return self._answer if return_hidden else self._answer[0]
 
 
 def distillation_loss(

@@ -1,12 +1,13 @@
 """Elastic training: one set of weights learns every schedule of a family.
 
-    loss = L(full) + weight * sum over drawn members m of (CE(m) + kl_weight * KL(full || m))
+    loss = L(full) + weight * sum over drawn members m of L(m)
 
 A step runs the full schedule first, then each member of the family that is drawn, forward and
-backward one after another. The members learn from what the full schedule predicted in this step,
-without a gradient to it and without another forward pass: its last hidden states are kept, and the
-logits are computed again in the chunks of the loss. A member costs its own forward and backward
-pass, and the head's product once more.
+backward one after another. With a teacher, L is the distillation loss of each (`student_loss`).
+Without one, L(full) is the cross-entropy, and L(m) = CE(m) + kl_weight * KL(full || m): the members
+learn from what the full schedule predicted in this step, without a gradient to it and without
+another forward pass. Its last hidden states are kept, and the logits are computed again in the
+chunks of the loss, so a member costs its own forward and backward pass, and the head's product.
 Source: slimmable networks (Yu et al. 2018) and in-place distillation (Yu and Huang 2019) for
 widths; per layer and correction: this project.
 """
@@ -74,8 +75,11 @@ def member_loss(
 
 
 def member_flops_per_token(
-    config: ModelConfig, member: IterationSchedule, loss: DistillationConfig
+    config: ModelConfig, member: IterationSchedule, *, reads_full: bool
 ) -> float:
-    """Count a member's forward and backward pass, and the full schedule's logits once more."""
-    again = 2 * config.dim * config.vocab_size if loss.kl_weight else 0
+    """Count a member's forward and backward pass.
+
+    `reads_full`: it learns from the full schedule, whose logits are computed once more.
+    """
+    again = 2 * config.dim * config.vocab_size if reads_full else 0
     return training_flops_per_token(config, member) + again

@@ -29,7 +29,7 @@ from orchestrator.training.learning_rate import stable_steps
 from orchestrator.training.schedules import (
     drawn_by_step,
     elastic_family,
-    member_distillation,
+    members_read_full,
     schedule_by_step,
 )
 from orchestrator.training.teacher_cache import CachePlan, cache_plan
@@ -113,10 +113,10 @@ class PlannedTraining:
         ]
         if self.recipe.elastic:
             drawn_at = drawn_by_step(self.config.corrections, self.recipe)
-            loss = member_distillation(self.recipe.elastic)
+            reads_full = members_read_full(self.recipe.elastic, has_teacher=bool(self.teacher))
             drawn = Counter(chain.from_iterable(map(drawn_at, self.steps_left)))
             trained += [
-                times * member_flops_per_token(self.config, member, loss)
+                times * member_flops_per_token(self.config, member, reads_full=reads_full)
                 for member, times in drawn.items()
             ]
         return self.recipe.num_tokens_per_step * sum(trained)

@@ -19,9 +19,10 @@ MAX_DRAWN = 100
 class ElasticSettings(Section):
     """Elastic training: one set of weights learns every schedule of a family.
 
-    A step minimizes the loss of the full schedule, plus `weight` times (cross-entropy + `kl_weight`
-    times KL(full schedule || member)) for each drawn member. The divergence is from what the full
-    schedule predicts in the same step.
+    A step minimizes the loss of the full schedule, plus `weight` times that of each drawn member.
+    In a distillation these are the losses of students. Without a teacher, the full schedule learns
+    from the targets, and a member also from what the full schedule predicts in the same step: its
+    loss is cross-entropy + `kl_weight` times KL(full schedule || member).
     """
 
     schedules: tuple[int | str, ...] = ()
@@ -34,9 +35,11 @@ class ElasticSettings(Section):
     weight: float = Field(default=0.5, ge=0.0)
     """Weight of each member's loss; the full schedule's has weight 1. At 0 none is drawn."""
     kl_weight: float = Field(default=1.0, ge=0.0)
-    """Weight of the divergence in a member's loss; its cross-entropy has weight 1."""
+    """Weight of the divergence in a member's loss, whose cross-entropy has weight 1. In a
+    distillation, `distillation.kl_weight` has its place."""
     temperature: float = Field(default=1.0, gt=0.0)
-    """Softmax temperature of both distributions; the divergence is scaled by its square."""
+    """Softmax temperature of both distributions; the divergence is scaled by its square. In a
+    distillation, `distillation.temperature` has its place."""
 
 
 class TrainingSettings(Section):
@@ -75,8 +78,7 @@ class TrainingSettings(Section):
     the full schedule, each for the same time; 0 starts all of them at once."""
     elastic: ElasticSettings | None = None
     """Also learn cheaper schedules in each step (default: only the full one). `elastic: {}` takes
-    the defaults of its section. Then the full schedule learns from the targets alone, without a
-    teacher beside it."""
+    the defaults of its section."""
     spike_factor: float | None = Field(default=None, gt=1.0)
     """A step also counts as bad if its gradient norm exceeds this factor times the median of the
     steps before (default: off)."""

@@ -19,9 +19,7 @@ from orchestrator.planning.price import trial_group
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, ElasticSettings, Settings, TrainingSettings
 from orchestrator.sweeping.student_plans import (
-    SECTION,
     student_job,
-    sweep_seeds,
     unplanned_trainings,
 )
 from orchestrator.sweeping.trials import evaluation_key, trained_trial
@@ -136,21 +134,14 @@ def costliest_elastic(settings: Settings, teacher: ModelConfig) -> list[PlannedT
     assert elastic is not None
     few = elastic.model_copy(update={"schedules": elastic.schedules[: elastic.num_drawn]})
     recipe = distillation.training.model_copy(update={"elastic": few})
-    return [
-        PlannedTraining(
-            config=teacher,
-            recipe=recipe.model_copy(update={"seed": seed}),
-            section=SECTION,
-        )
-        for seed in sweep_seeds(settings)
-    ]
+    return unplanned_trainings(settings, teacher, [(teacher, recipe)])
 
 
 class ElasticFlops(NamedTuple):
     """Training FLOPs of all seeds of a sweep, from the first step on."""
 
     elastic: float
-    """Of the elastic weights."""
+    """Of the elastic weights, what their teacher computes included."""
     separate: float
     """Of the student of each schedule, what their teacher computes included."""
 
@@ -169,12 +160,14 @@ def elastic_flops(settings: Settings, trials: Sequence[Trial], teachers: Path) -
         teachers: Folder of stored teacher outputs.
     """
     jobs = [trial.job for trial in trials if trial.job]
-    own = sum(replace(planned_training(job), steps_done=0).flops for job in jobs)
+    own = [replace(planned_training(job), steps_done=0) for job in jobs]
     recipe = without_elastic(settings).distillation.training
     models = {trial.model.corrections: (trial.model, recipe) for trial in trials}
     students = unplanned_trainings(settings, jobs[0].model, [*models.values()])
-    group = trial_group(students, settings, teachers)
-    return ElasticFlops(own, sum(each.flops for each in group.trainings) + group.teacher_flops)
+    groups = [trial_group(trainings, settings, teachers) for trainings in (own, students)]
+    return ElasticFlops(
+        *(sum(each.flops for each in group.trainings) + group.teacher_flops for group in groups)
+    )
 
 
 def elastic_savings(settings: Settings, trials: Sequence[Trial], teachers: Path) -> str:

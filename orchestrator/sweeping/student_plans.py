@@ -16,6 +16,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import (
     DistillationSettings,
+    ElasticSettings,
     SearchSettings,
     Settings,
     TrainingSettings,
@@ -109,10 +110,10 @@ def student_job(
     if distillation.control == "pruned":
         return None
     check_student_batch(distillation, config)
+    _check_teacher_of_members(distillation)
     recipe = checked_family(distillation.training, config, section=SECTION)
     is_scratch = distillation.control == "scratch"
-    # The members of an elastic training learn from its own full schedule.
-    is_distilled = distillation.control == "distill" and recipe.elastic is None
+    is_distilled = distillation.control == "distill"
     return TrainingJob(
         run_folder=run_folder,
         tokens_folder=tokens_folder,
@@ -215,6 +216,19 @@ def check_student_batch(distillation: DistillationSettings, config: ModelConfig)
         UserError: If it is not.
     """
     sequences_per_step(distillation.training, config, section=SECTION)
+
+
+def _check_teacher_of_members(distillation: DistillationSettings) -> None:
+    elastic, usual = distillation.training.elastic, ElasticSettings()
+    if elastic is None or distillation.control != "distill":
+        return
+    for name in ("kl_weight", "temperature"):
+        if (given := getattr(elastic, name)) != getattr(usual, name):
+            raise UserError(
+                f"{SECTION}.elastic.{name}={given} is about members that learn from the full "
+                f"schedule, and in a distillation they learn from the teacher; set "
+                f"distillation.{name}"
+            )
 
 
 def distillation_config(distillation: DistillationSettings) -> DistillationConfig:

@@ -73,13 +73,23 @@ def single_pass(objective: Objective, _: int) -> Sequence[Objective]:
     return (objective,)
 
 
-def elastic_passes(drawn_at: SchedulesByStep, elastic: ElasticSettings) -> Passes:
+def elastic_passes(
+    drawn_at: SchedulesByStep,
+    elastic: ElasticSettings,
+    teacher: Model | None = None,
+    distillation: DistillationConfig | None = None,
+) -> Passes:
     """Return passes that first compute a model's objective, then the loss of each drawn member.
 
     The parts of the first pass are those of the objective and `full_loss`; the others add
-    `member_loss` (their mean cross-entropy) and `member_kl`.
+    `member_loss` (their mean cross-entropy), `member_kl` and `member_hidden`.
+
+    Args:
+        teacher: What the members learn from (default: the full schedule of the same step). One
+            that computes its answers should be a `RememberingTeacher`.
+        distillation: What they learn from a teacher.
     """
-    config = member_distillation(elastic)
+    own = member_distillation(elastic)
 
     def passes_of(objective: Objective, step: int) -> Sequence[Objective]:
         members = drawn_at(step)
@@ -88,18 +98,30 @@ def elastic_passes(drawn_at: SchedulesByStep, elastic: ElasticSettings) -> Passe
         answers: list[AnswerKeeper] = []
 
         def full(model: Model, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-            answers.append(AnswerKeeper(with_all_gradients(model)))
-            loss, parts = objective(answers[0], batch, step)
+            run = with_all_gradients(model)
+            if teacher is None:
+                answers.append(AnswerKeeper(run))
+                run = answers[0]
+            loss, parts = objective(run, batch, step)
             return loss, {**parts, "full_loss": loss}
 
-        def of_member(
-            model: Model, batch: Batch, _: int, *, schedule: IterationSchedule
+        def loss_of(
+            model: Model, batch: Batch, step: int, schedule: IterationSchedule
         ) -> tuple[Tensor, Mapping[str, Tensor]]:
+            if teacher is not None:
+                return make_objective(lambda _: schedule, teacher, distillation)(model, batch, step)
             answer = answers[0].answer
             assert answer is not None, "the full schedule comes first"
-            finish = member_loss(answer, batch, config)
-            run = with_all_gradients(model)
-            loss, parts = run(batch.input_ids, schedule=schedule, finish=finish)
+            finish = member_loss(answer, batch, own)
+            result: tuple[Tensor, Mapping[str, Tensor]] = model(
+                batch.input_ids, schedule=schedule, finish=finish
+            )
+            return result
+
+        def of_member(
+            model: Model, batch: Batch, step: int, *, schedule: IterationSchedule
+        ) -> tuple[Tensor, Mapping[str, Tensor]]:
+            loss, parts = loss_of(with_all_gradients(model), batch, step, schedule)
             means = {_MEMBER_PARTS[name]: part / len(members) for name, part in parts.items()}
             return elastic.weight * loss, means
 
@@ -108,7 +130,7 @@ def elastic_passes(drawn_at: SchedulesByStep, elastic: ElasticSettings) -> Passe
     return passes_of
 
 
-_MEMBER_PARTS = {"cross_entropy": "member_loss", "kl": "member_kl"}
+_MEMBER_PARTS = {"cross_entropy": "member_loss", "kl": "member_kl", "hidden": "member_hidden"}
 
 
 def mean_by_source(numbers: Mapping[str, float]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from iiet.batch import Batch
+from iiet.distillation import Model, RememberingTeacher
 from iiet.schedule import IterationSchedule
 from orchestrator.data.sources import open_data
 from orchestrator.records.training import TrainingJob, TrainingOutcome
@@ -143,17 +144,20 @@ class _Run:
     def setup(self) -> TrainingSetup:
         has_idle_parameters = self.decoder.method.has_corrections
         recipe = self.job.recipe
-        drawn_at = drawn_by_step(self.config.corrections, recipe)
+        teacher: Model | None = self.teacher
+        passes = single_pass
+        if recipe.elastic:
+            if teacher is not None:
+                teacher = RememberingTeacher(teacher)
+            drawn_at = drawn_by_step(self.config.corrections, recipe)
+            passes = elastic_passes(drawn_at, recipe.elastic, teacher, self.job.distillation)
         return TrainingSetup(
             model=replicate(self.decoder, self.world, has_idle_parameters=has_idle_parameters),
             optimizer=self.optimizer,
             objective=make_objective(
-                self.schedule_at,
-                self.teacher,
-                self.job.distillation,
-                self.data.source_names,
+                self.schedule_at, teacher, self.job.distillation, self.data.source_names
             ),
-            passes=elastic_passes(drawn_at, recipe.elastic) if recipe.elastic else single_pass,
+            passes=passes,
             recipe=recipe,
             world=self.world,
         )

@@ -96,10 +96,14 @@ def checked_family(
     return recipe.model_copy(update={"elastic": elastic.model_copy(update={"schedules": names})})
 
 
-def member_distillation(elastic: ElasticSettings | None) -> DistillationConfig:
-    """Return what members learn from the full schedule."""
-    elastic = elastic or ElasticSettings()
+def member_distillation(elastic: ElasticSettings) -> DistillationConfig:
+    """Return what members learn from the full schedule if there is no teacher."""
     return DistillationConfig(kl_weight=elastic.kl_weight, temperature=elastic.temperature)
+
+
+def members_read_full(elastic: ElasticSettings | None, *, has_teacher: bool) -> bool:
+    """Return whether the loss of a member needs what the full schedule predicts."""
+    return elastic is not None and elastic.kl_weight > 0 and not has_teacher
 
 
 def members_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> SchedulesByStep:
@@ -152,7 +156,7 @@ def flops_per_token_by_step(
     if isinstance(teacher, Decoder):
         teacher_flops = inference_cost(teacher.config).forward_flops_per_token
 
-    loss = member_distillation(job.recipe.elastic)
+    reads_full = members_read_full(job.recipe.elastic, has_teacher=job.objective == "distill")
 
     @lru_cache
     def student_flops(schedule: IterationSchedule) -> float:
@@ -160,7 +164,7 @@ def flops_per_token_by_step(
 
     @lru_cache
     def member_flops(member: IterationSchedule) -> float:
-        return float(member_flops_per_token(config, member, loss))
+        return float(member_flops_per_token(config, member, reads_full=reads_full))
 
     return lambda step: (
         sum(map(member_flops, drawn_at(step)), start=student_flops(schedule_at(step)))

@@ -120,7 +120,7 @@ def test_one_training_serves_all_schedules(
     (job,) = [trial.job for trial in plan.trials if trial.job]
     assert trained.job is job
     assert (job.objective, job.teacher_folder, job.initial_folder) == (
-        "cross_entropy", None, str(teacher),
+        "distill", str(teacher), str(teacher),
     )  # fmt: skip
     assert job.recipe.num_steps == 5
     assert job.recipe.elastic
@@ -173,15 +173,25 @@ def test_a_family_needs_a_schedule_below_the_full_one(
         plan_of(settings, space, teacher, suite)
 
 
-def test_a_distilled_elastic_student_has_no_teacher_beside_it(
+def test_a_distilled_elastic_student_learns_from_its_teacher(
     space: Workspace, teacher: Path, tiny_tokens: Path
 ) -> None:
-    family = "distillation.training.elastic.schedules=['1,0']"
-    settings = resolve_settings({}, [*SMALL[1:], family])
-    job = distillation_job(settings, space, teacher, "2,1", tiny_tokens)
-    assert (job.objective, job.teacher_folder, job.distillation) == ("cross_entropy", None, None)
+    def job(schedule: str, *changes: str) -> TrainingJob:
+        family = "distillation.training.elastic.schedules=['1,0']"
+        settings = resolve_settings({}, [*SMALL[1:], family, *changes])
+        return distillation_job(settings, space, teacher, schedule, tiny_tokens)
+
+    distilled = job("2,1", "distillation.kl_weight=2")
+    assert (distilled.objective, distilled.teacher_folder) == ("distill", str(teacher))
+    assert distilled.distillation is not None
+    assert distilled.distillation.kl_weight == 2.0
     with pytest.raises(UserError, match=r"^distillation.training.elastic.schedules: .* below"):
-        distillation_job(settings, space, teacher, "0,1", tiny_tokens)
+        job("0,1")
+    # The control has no teacher, so the members learn from the full schedule.
+    own = "distillation.training.elastic.kl_weight=2"
+    assert job("2,1", "distillation.control=cross_entropy", own).objective == "cross_entropy"
+    with pytest.raises(UserError, match=r"elastic.kl_weight=2.0 .* set distillation.kl_weight"):
+        job("2,1", own)
 
 
 def test_what_is_saved_is_counted_from_shapes(
@@ -193,16 +203,17 @@ def test_what_is_saved_is_counted_from_shapes(
     full = load_config(teacher)
     job = trials[0].job
     assert job
-    own = PlannedTraining(config=full, recipe=job.recipe).flops
+    forward = inference_cost(full).forward_flops_per_token
+    own = PlannedTraining(config=full, recipe=job.recipe, teacher=full).flops + 3 * 64 * forward
     per_token = sum(training_flops_per_token(full, t.model.corrections) for t in trials)
-    per_token += 4 * inference_cost(full).forward_flops_per_token
+    per_token += 4 * forward
     separate = 3 * 64 * per_token
     assert text == (
         f"one elastic training of 3 steps: {own:.3g} FLOPs, {own / separate:.0%} of the "
         f"{separate:.3g} of 4 separate students"
     )
     (unknown,) = costliest_elastic(settings, full)
-    assert unknown.flops >= own
+    assert unknown.flops + 3 * 64 * forward >= own
 
 
 def test_weights_are_trained_once_and_measured_under_each_schedule(

@@ -15,6 +15,12 @@ from iiet.batch import Batch
 from iiet.config import ModelConfig
 from iiet.cost import training_flops_per_token
 from iiet.decoder import Decoder
+from iiet.distillation import (
+    DistillationConfig,
+    RememberingTeacher,
+    distillation_loss,
+    frozen_teacher,
+)
 from iiet.plain import plain_formulas
 from iiet.schedule import IterationSchedule
 from orchestrator.planning.planned_training import PlannedTraining
@@ -135,6 +141,58 @@ def test_the_gradients_are_those_of_the_sum_written_plainly(
     assert numbers["full_loss"] == pytest.approx(entropy[decoder.schedule].item(), rel=1e-9)
     means = [sum(of[s].item() for s in cheaper) / num_drawn for of in (entropy, kl)]
     assert [numbers["member_loss"], numbers["member_kl"]] == pytest.approx(means, rel=1e-9)
+
+
+@pytest.mark.parametrize("hidden_weight", [0.0, 0.4])
+def test_with_a_teacher_each_schedule_learns_as_its_student_would(
+    tiny_model: dict[str, Any], hidden_weight: float
+) -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(ModelConfig.from_dict({**tiny_model, "schedule": [2, 2]})).double()
+    teacher = frozen_teacher(decoder)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    num_read = 0
+
+    def count(*_: Any) -> None:
+        nonlocal num_read
+        num_read += 1
+
+    teacher.register_forward_pre_hook(count)
+    cheaper = (IterationSchedule((0, 0)), IterationSchedule((1, 0)))
+    config = DistillationConfig(kl_weight=0.7, temperature=1.5, hidden_weight=hidden_weight)
+    remembering = RememberingTeacher(teacher)
+    setup = TrainingSetup(
+        model=decoder,
+        optimizer=torch.optim.SGD(decoder.parameters()),
+        objective=make_objective(lambda _: decoder.schedule, remembering, config),
+        passes=elastic_passes(lambda _: cheaper, ElasticSettings(weight=0.3), remembering, config),
+        recipe=TrainingSettings(clip_norm=1e9, num_sequences_per_pass=1),
+        world=World(),
+    )
+    batch = Batch.of_text(torch.randint(decoder.config.vocab_size, (2, 16)))
+    batch = batch.counted_as(batch.num_targets, batch.num_positions)
+    numbers = _compute_gradients(setup, batch, 0)
+    found = [parameter.grad for parameter in decoder.parameters()]
+    assert num_read == 2  # Each part of the batch once, for three schedules.
+
+    losses, parts = zip(
+        *(
+            distillation_loss(decoder.with_schedule(one), teacher, batch, config=config)
+            for one in (decoder.schedule, *cheaper)
+        ),
+        strict=True,
+    )
+    loss = losses[0] + 0.3 * (losses[1] + losses[2])
+    expected = list(torch.autograd.grad(loss, list(decoder.parameters())))
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
+    assert numbers["loss"] == pytest.approx(loss.item(), rel=1e-9)
+    assert numbers["full_loss"] == pytest.approx(losses[0].item(), rel=1e-9)
+    names = {"cross_entropy": "member_loss", "kl": "member_kl", "hidden": "member_hidden"}
+    for name in parts[0]:
+        mean = (parts[1][name] + parts[2][name]).item() / 2
+        assert numbers[names[name]] == pytest.approx(mean, rel=1e-9)
 
 
 def test_without_a_divergence_members_learn_from_the_targets_alone(
