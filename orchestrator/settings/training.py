@@ -29,10 +29,11 @@ class ElasticSettings(Section):
     """The family, without the full schedule: schedules within the model's, as `2,2,1,1`, `3..0` or
     one number for all layers (default: one for each number k below the largest, in which layer l
     makes `min(r_l, k)` corrections). A sweep with `sweep.elastic` sets them by influence."""
-    num_drawn: int = Field(default=2, gt=0, le=MAX_DRAWN)
-    """Members of each step, drawn without repetition from seed and step; all, if the family has no
-    more. Steps without corrections have none."""
-    weight: float = Field(default=0.5, ge=0.0)
+    num_drawn: int = Field(default=1, gt=0, le=MAX_DRAWN)
+    """Members of each step, drawn without repetition from seed and step, in proportion to the
+    corrections that they leave out; all, if the family has no more. Steps without corrections have
+    none."""
+    weight: float = Field(default=1.0, ge=0.0)
     """Weight of each member's loss; the full schedule's has weight 1. At 0 none is drawn."""
     kl_weight: float = Field(default=1.0, ge=0.0)
     """Weight of the divergence in a member's loss, whose cross-entropy has weight 1. In a

@@ -16,6 +16,7 @@ from orchestrator.data.sources import open_data
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import check_checkpoint, checkpoint_name, weights_key
+from orchestrator.training.schedules import DRAWS_VERSION
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.names import DONE_NAME
 from orchestrator.workspace.provenance import content_key
@@ -63,6 +64,8 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
     recipe = job.recipe.model_dump(mode="json", exclude=NON_KEY_FIELDS)
     if job.recipe.elastic is None:  # Likewise.
         del recipe["elastic"]
+    else:
+        recipe["elastic"]["draws"] = DRAWS_VERSION
     return {
         **dropping,
         "model": job.model.to_dict(),

@@ -18,6 +18,8 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.workspace.errors import UserError
 
+DRAWS_VERSION = 2
+"""Increase when the same seed and step draw other members."""
 _DRAWS = 0x5DEECE66D << 20
 """Added to the seed, so that draws do not depend on the order of the data."""
 
@@ -126,16 +128,22 @@ def members_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> Sc
 def drawn_by_step(schedule: IterationSchedule, recipe: TrainingSettings) -> SchedulesByStep:
     """Return the members that are drawn in each step, from the seed and the step alone.
 
-    They are distinct, and more draws leave the first ones as they are.
+    They are distinct, and more draws leave the first ones as they are. The chance of a member is
+    proportional to the corrections that it leaves out: the further it is from the full schedule,
+    the more it has to learn, and the less a step of it costs.
     """
-    members_at = members_by_step(schedule, recipe)
+    members_at, schedule_at = members_by_step(schedule, recipe), schedule_by_step(schedule, recipe)
 
     def drawn_at(step: int) -> tuple[IterationSchedule, ...]:
         members = members_at(step)
         if not members or recipe.elastic is None:
             return ()
-        ranks = random_bits(_DRAWS + recipe.seed, np.array([step]), len(members))[0]
-        chosen = np.argsort(ranks, kind="stable")[: recipe.elastic.num_drawn]
+        full = schedule_at(step).num_corrections
+        left_out = np.array([full - member.num_corrections for member in members])
+        bits = random_bits(_DRAWS + recipe.seed, np.array([step]), len(members))[0]
+        # Exponential times with these rates; the first ones win (Efraimidis and Spirakis 2006).
+        times = -np.log(((bits >> np.uint64(11)) + np.uint64(1)) * 2.0**-53) / left_out
+        chosen = np.argsort(times, kind="stable")[: recipe.elastic.num_drawn]
         return tuple(members[number] for number in chosen.tolist())
 
     return drawn_at
