@@ -34,9 +34,7 @@ class ChartView:
     is_ascending: bool = True
     """Whether the lowest value is the first row."""
     columns: Sequence[str] = ()
-    """Shown columns: `metrics.NAME`, `params.NAME`, `attributes.Dataset`."""
-    expanded: Sequence[str] = ()
-    """Ids of runs whose nested runs are shown below them."""
+    """Metrics and parameters shown as columns, as `metrics.NAME` and `params.NAME`."""
     scatters: Sequence[tuple[str, str]] = ()
     """Pairs of metrics, horizontal and vertical, one scatter plot each."""
     parallel_params: Sequence[str] = ()
@@ -78,7 +76,7 @@ class ChartView:
             "selectedColumns": [_column(name) for name in self.columns],
             "columnOrder": [],
             "columnWidths": {},
-            "runsExpanded": dict.fromkeys(self.expanded, True),
+            "runsExpanded": {},
             "runsPinned": [],
             "runsHidden": [],
             "runsHiddenMode": "SHOW_ALL",

@@ -46,12 +46,11 @@ def test_a_view_holds_filter_axes_and_every_layer() -> None:
     assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == {section}
 
 
-def test_runs_are_sorted_by_a_column_and_unfolded_by_their_ids() -> None:
-    state = chart_view(expanded=["abc"]).state()
+def test_runs_are_sorted_by_a_column() -> None:
+    state = chart_view().state()
     assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`cost/evaluations`", True)
-    assert state["runsExpanded"] == {"abc": True}
-    newest = chart_view(order_by="attributes.start_time", is_ascending=False).state()
-    assert (newest["orderByKey"], newest["orderByAsc"]) == ("attributes.start_time", False)
+    newest = chart_view(order_by="attributes.created", is_ascending=False).state()
+    assert (newest["orderByKey"], newest["orderByAsc"]) == ("attributes.created", False)
 
 
 def test_saving_a_view_again_gives_the_same_charts() -> None:
