@@ -91,7 +91,8 @@ def _publish_training(path: Path, context: Context) -> bool:
     run.log_text(settings.read_text(encoding="utf-8"), SETTINGS_NAME)
     if outcome:
         run.set_tags(checkpoint_tags(job, outcome))
-    end_training_run(run, job, "FINISHED" if outcome else "KILLED", wait=False)
+    end = ("FINISHED", "") if outcome else recorded_end(folder) or ("KILLED", "")
+    end_training_run(run, job, *end, wait=False)
     return True
 
 
@@ -108,7 +109,7 @@ def _publish_sweep(path: Path, context: Context) -> bool:
     live = LiveSweep(plan, run, tracking, history, num_trials=len(plan.trials))
     results = {trial.key: result for trial in plan.trials if (result := trial.result())}
     for trial in plan.trials:
-        if trial.key not in results and (end := recorded_end(trial)):
+        if trial.key not in results and (end := recorded_end(Path(trial.folder))):
             live.log_end(trial, *end)
     has_results = (folder / RESULTS_FILE).is_file()
     found = load_sweep_results(workspace, folder.name) if has_results else None

@@ -35,6 +35,7 @@ from orchestrator.tracking import (
     NestedRun,
     TrackedRun,
     Tracking,
+    reason_tags,
     tag_filter,
 )
 from orchestrator.training.job_checks import stored_job
@@ -45,8 +46,6 @@ from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC, r
 ARTIFACT_FOLDER = "front"
 SWEEP_TAG = "iiet.sweep"
 """Name of the sweep; the chart view filters by it."""
-REASON_TAG = "iiet.reason"
-"""Why a trial ended without a result."""
 MAX_NOTE_CHARACTERS = 7500
 MAX_FINDINGS_CHARACTERS = 6000
 MAX_PARALLEL_LAYERS = 24
@@ -130,8 +129,7 @@ def trial_run(
         tags={
             SWEEP_TAG: sweep,
             "iiet.method": result.method,
-            REASON_TAG: reason,
-            NOTE_TAG: _reason_note(status, reason),
+            **reason_tags(status, reason),
         },
         metrics={**tracked_metrics(result), **(more or {})},
         journal_folder=journal,
@@ -141,11 +139,6 @@ def trial_run(
         ended_ms=ended_ms,
         model=trial_model(result) if status == "FINISHED" else None,
     )
-
-
-def _reason_note(status: str, reason: str) -> str:
-    heading = "**Failed:** " if status == "FAILED" else ""
-    return f"{heading}{reason[:1].upper()}{reason[1:]}"[:MAX_NOTE_CHARACTERS] if reason else ""
 
 
 def _trial_times(result: Trial, journal: Path | None) -> tuple[int | None, int | None]:

@@ -17,6 +17,7 @@ from orchestrator.settings import Settings, SweepSettings
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop
 from orchestrator.sweeping.trial_run import FAILED_EVENT, STOPPED_EVENT
 from orchestrator.training.job import finished_outcome
+from orchestrator.training.run import DIVERGED_EVENT
 from orchestrator.workspace.journal import read_tail
 
 
@@ -58,17 +59,18 @@ def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
     return states
 
 
-def recorded_end(trial: Trial) -> tuple[str, str] | None:
-    """Return MLflow's status and the reason of a trial that ended without a result.
+def recorded_end(folder: Path) -> tuple[str, str] | None:
+    """Return MLflow's status and the reason of a training or trial that ended without a result.
 
-    They are those that its journal ends with; None if the trial has not begun.
+    They are those that the journal ends with; None if it is empty.
     """
-    records = read_tail(Path(trial.folder))
+    records = read_tail(folder)
     if not records:
         return None
-    status = "FAILED" if records[-1].get("name") == FAILED_EVENT else "KILLED"
-    is_reason = records[-1].get("name") in (FAILED_EVENT, STOPPED_EVENT)
-    return status, str(records[-1].get("text", "")) if is_reason else ""
+    name = records[-1].get("name")
+    status = "FAILED" if name in (FAILED_EVENT, DIVERGED_EVENT) else "KILLED"
+    has_reason = status == "FAILED" or name == STOPPED_EVENT
+    return status, str(records[-1].get("text", "")) if has_reason else ""
 
 
 class StoredPlan(SweepPlan):

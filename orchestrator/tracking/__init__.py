@@ -8,8 +8,13 @@ second run for every resumed trial.
 
 from orchestrator.tracking.chart_view import ChartView
 from orchestrator.tracking.journal_copies import JournalCopies
-from orchestrator.tracking.store import NOTE_TAG, tag_filter
-from orchestrator.tracking.tracked_run import TrackedModel, TrackedRun, status_after
+from orchestrator.tracking.store import NOTE_TAG, REASON_TAG, tag_filter
+from orchestrator.tracking.tracked_run import (
+    TrackedModel,
+    TrackedRun,
+    reason_tags,
+    status_after,
+)
 from orchestrator.tracking.tracker import (
     REPORT_TAG,
     VIEW_TAG,
@@ -20,6 +25,7 @@ from orchestrator.tracking.tracker import (
 
 __all__ = [
     "NOTE_TAG",
+    "REASON_TAG",
     "REPORT_TAG",
     "VIEW_TAG",
     "ChartView",
@@ -29,6 +35,7 @@ __all__ = [
     "TrackedRun",
     "Tracking",
     "open_tracking",
+    "reason_tags",
     "status_after",
     "tag_filter",
 ]

@@ -82,6 +82,8 @@ class Delivery:
             seconds: Longest wait for a single operation.
             in_all: Whether this is the longest wait for all of them.
         """
+        if self._pause_seconds:  # It did not respond last time: one long wait is enough.
+            seconds = min(seconds, SHORT_WAIT_SECONDS)
         is_over, num_before = False, -1
         try:
             while not is_over and num_before < self._num_performed:

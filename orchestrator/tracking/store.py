@@ -34,6 +34,8 @@ KEY_TAG, KIND_TAG = "iiet.key", "iiet.kind"
 ROOT_TAG = "iiet.root_key"
 """Key of the sweep, for a run that is nested in one; else the run's own key."""
 PARENT_TAG = "mlflow.parentRunId"
+REASON_TAG = "iiet.reason"
+"""Tag that says why a run ended without a result."""
 NOTE_TAG = "mlflow.note.content"
 """Tag with the description at the top of a page, in Markdown."""
 MAX_RUNS_FOUND = 50_000  # MLflow's own limit.

@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.tracking.delivery import SHORT_WAIT_SECONDS, Delivery
 from orchestrator.tracking.outbox import Record
-from orchestrator.tracking.store import RunIdentity
+from orchestrator.tracking.store import NOTE_TAG, REASON_TAG, RunIdentity
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.paths import portable_path
 
@@ -199,6 +199,16 @@ def status_after(error: BaseException | None) -> str:
     if error is None:
         return "FINISHED"
     return "KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED"
+
+
+def reason_tags(status: str, reason: str) -> dict[str, str]:
+    """Return the tags that show why a run has no result, also at the top of its page.
+
+    Without a reason, they delete that of an earlier end.
+    """
+    note = f"{reason[:1].upper()}{reason[1:]}"
+    failed = status == "FAILED" and reason
+    return {REASON_TAG: reason, NOTE_TAG: f"**Failed:** {note}" if failed else note}
 
 
 def metric_points(values: Mapping[str, float], step: int = 0) -> list[tuple[str, float, int]]:

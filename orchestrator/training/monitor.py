@@ -17,11 +17,12 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.terminal.formatting import format_duration
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import JournalCopies, TrackedRun, Tracking, status_after
+from orchestrator.tracking import JournalCopies, TrackedRun, Tracking, reason_tags, status_after
 from orchestrator.training.job import PROFILE_NAME, job_key
 from orchestrator.training.run_lock import is_run_locked
 from orchestrator.training.schedules import flops_per_token_by_step
 from orchestrator.training.tracked_models import job_model
+from orchestrator.workspace.errors import first_line
 from orchestrator.workspace.journal import read_journal, recorded_times
 
 
@@ -135,7 +136,9 @@ class RunMonitor:
             if error is None or not is_run_locked(self._jobs[label].folder)
         ]
         for number, (run, job) in enumerate(ended, start=1):
-            end_training_run(run, job, status_after(error), wait=number == len(ended))
+            reason = first_line(error) if error else ""
+            is_last = number == len(ended)
+            end_training_run(run, job, status_after(error), reason, wait=is_last)
 
 
 def open_training_run(tracking: Tracking, job: TrainingJob, kind: str, name: str) -> TrackedRun:
@@ -153,9 +156,16 @@ def open_training_run(tracking: Tracking, job: TrainingJob, kind: str, name: str
     return run
 
 
-def end_training_run(run: TrackedRun, job: TrainingJob, status: str, *, wait: bool) -> None:
-    """Copy the rest of a journal, log the trained model, and end the run when the journal ends;
-    `wait` as in `finish`."""
+def end_training_run(
+    run: TrackedRun, job: TrainingJob, status: str, reason: str = "", *, wait: bool
+) -> None:
+    """Copy the rest of a journal, log the trained model, and end the run when the journal ends.
+
+    Args:
+        reason: Shown if the run has failed.
+        wait: As in `TrackedRun.finish`.
+    """
+    run.set_tags(reason_tags(status, reason if status == "FAILED" else ""))
     times = recorded_times(job.folder)
     model = job_model(job) if status == "FINISHED" else None
     if model:

@@ -50,6 +50,8 @@ from orchestrator.workspace.locks import lock_file
 from orchestrator.workspace.names import DONE_NAME, WORKERS_LOCK_NAME
 from orchestrator.workspace.whole_folders import delete_leftovers
 
+DIVERGED_EVENT = "diverged"
+"""Event in the journal, with the reason as `text`."""
 LOCK_SECONDS = 180.0
 """Longest wait for the lock of an earlier worker; NFS keeps that of a lost node for 90 seconds."""
 
@@ -301,7 +303,7 @@ class _Run:
     def with_last_checkpoint(self, error: Diverged) -> Diverged:
         with suppress(RunFailed):  # The divergence is the error to report.
             self.writer.finish()
-        self.event("diverged", step=self.position.step, text=str(error))
+        self.event(DIVERGED_EVENT, step=self.position.step, text=str(error))
         last = f"the last good checkpoint is {self.writer.checkpoint or 'none'}"
         section = self.job.section
         # Models from scratch, and vanilla ones that are distilled, may have a rate of their own.

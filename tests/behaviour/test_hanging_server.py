@@ -35,23 +35,39 @@ def silent_server() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "options", [["--local"], pytest.param([], marks=pytest.mark.long)], ids=["here", "under Ray"]
+    ("command", "section", "folders"),
+    [
+        (["pretrain", "--local"], "training", "runs/*"),
+        pytest.param(["pretrain"], "training", "runs/*", marks=pytest.mark.long),
+        pytest.param(
+            ["sweep-threshold"], "distillation.training", "trials/*", marks=pytest.mark.long
+        ),
+    ],
+    ids=["here", "under Ray", "a sweep"],
 )
 def test_ctrl_c_is_answered_at_once_while_mlflow_hangs(
-    options: list[str], silent_server: str, tmp_path: Path
+    command: list[str], section: str, folders: str, silent_server: str, tmp_path: Path
 ) -> None:
-    settings = [*SMALL, "training.num_steps=100000", "training.checkpoint_every_steps=50"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator.cli", "pretrain", "--workspace", str(tmp_path)]
-        + options
-        + [part for setting in settings for part in ("--set", setting)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "MLFLOW_TRACKING_URI": silent_server},
-    )
+    def start(command: list[str], settings: list[str], uri: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "orchestrator.cli", *command, "--workspace", str(tmp_path)]
+            + [part for setting in settings for part in ("--set", setting)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "MLFLOW_TRACKING_URI": uri},
+        )
+
+    if section != "training":
+        teacher = start(["pretrain", "--local"], SMALL, "")
+        printed, _ = teacher.communicate()
+        assert teacher.returncode == 0, printed
+    longer = [f"{section}.num_steps=100000", f"{section}.checkpoint_every_steps=50"]
+    if section != "training":
+        longer.append("distillation.teacher_cache=live")
+    process = start(command, [*SMALL, *longer], silent_server)
     # The first request gets no answer for half a minute; the training does not wait for it.
-    while not any(map(find_checkpoints, tmp_path.glob("runs/*"))):
+    while not any(map(find_checkpoints, tmp_path.glob(folders))):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
     asked_at = time.monotonic()
@@ -61,5 +77,8 @@ def test_ctrl_c_is_answered_at_once_while_mlflow_hangs(
     assert process.returncode == 130, printed
     assert seconds < LEAST_SECONDS + SHORT_WAIT_SECONDS + SECONDS_TO_CLOSE, printed
     assert "saved at step" in printed
-    lines = (tmp_path / OUTBOX_NAME).read_text().splitlines()
-    assert json.loads(lines[-1])["arguments"]["status"] == "KILLED"
+    lines = map(json.loads, (tmp_path / OUTBOX_NAME).read_text().splitlines())
+    statuses = [line.get("arguments", {}).get("status") for line in lines]
+    assert statuses[-1] == "KILLED"
+    num_trials = sum(1 for folder in tmp_path.glob("trials/*") if find_checkpoints(folder))
+    assert statuses.count("KILLED") >= 1 + num_trials

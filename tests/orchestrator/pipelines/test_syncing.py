@@ -17,13 +17,12 @@ from orchestrator.pipelines.syncing import sync
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialTraining
-from orchestrator.reporting.mlflow_report import REASON_TAG
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.settings import SETTINGS_NAME, resolve_settings, to_yaml
 from orchestrator.sweeping.execution import run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue, _record_failure
-from orchestrator.tracking import NOTE_TAG, open_tracking
+from orchestrator.tracking import NOTE_TAG, REASON_TAG, open_tracking
 from orchestrator.training.monitor import RunMonitor
 from orchestrator.training.run import run_job
 from orchestrator.workspace.folders import Workspace, open_workspace

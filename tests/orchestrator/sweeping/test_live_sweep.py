@@ -9,10 +9,17 @@ from mlflow.entities import Run
 
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial, TrialTraining
-from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER, REASON_TAG
+from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
 from orchestrator.sweeping.front_history import FrontHistory
 from orchestrator.sweeping.live_sweep import SECONDS_BETWEEN_FRONTS, LiveSweep
-from orchestrator.tracking import NOTE_TAG, VIEW_TAG, TrackedRun, Tracking, open_tracking
+from orchestrator.tracking import (
+    NOTE_TAG,
+    REASON_TAG,
+    VIEW_TAG,
+    TrackedRun,
+    Tracking,
+    open_tracking,
+)
 from orchestrator.tracking.journal_copies import SECONDS_BETWEEN_COPIES
 from orchestrator.training.run_lock import lock_run_folder
 from orchestrator.workspace.folders import open_workspace
