@@ -1,10 +1,12 @@
-"""Print what several commands show: a sweep's front, or the plan of a sweep."""
+"""Print what several commands show: a sweep's front, the plan of a sweep, or JSON."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 
 from orchestrator.terminal.formatting import format_count
@@ -15,6 +17,10 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.sweep_dry_runs import SweepDryRun
     from orchestrator.pipelines.sweeps import SweepResult
     from orchestrator.pipelines.training_dry_runs import TrainingDryRun
+
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON; docs/workspace.md names its keys.")
+]
 
 
 def print_report(console: Console, report: ReportResult, workspace: Path) -> None:
@@ -69,3 +75,17 @@ def print_training_plan(console: Console, found: TrainingDryRun) -> None:
     workers = format_count(training.num_workers, "GPU" if training.on_gpus else "CPU worker")
     title = f"Plan: {training.config.method}, {workers}"
     console.print(two_column_table(title, found.rows))
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON; numbers that are not finite become null."""
+    text = json.dumps(_finite(value), indent=2)
+    typer.echo(text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and value - value != 0.0 else value

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from orchestrator.cli.app import app
 from orchestrator.cli.options import WorkspaceOption
+from orchestrator.cli.printing import JsonOption, print_json
 from orchestrator.terminal.formatting import (
     format_bytes,
     format_count,
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.cleaning import Removable
     from orchestrator.workspace.activity import Activity, Status
     from orchestrator.workspace.folders import Workspace
-
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print JSON; docs/workspace.md names its keys.")
-]
 
 
 @app.command("list", rich_help_panel="Workspace")
@@ -153,20 +149,6 @@ def existing_workspace(path: Path | None) -> Workspace:
             "`iiet-orch quickstart` makes one"
         )
     return workspace
-
-
-def print_json(value: Any) -> None:
-    """Print a value as JSON; numbers that are not finite become null."""
-    text = json.dumps(_finite(value), indent=2)
-    typer.echo(text)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and value - value != 0.0 else value
 
 
 def _entry_table(entries: Sequence[Entry]) -> ResponsiveLayout:

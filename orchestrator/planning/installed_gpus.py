@@ -44,6 +44,17 @@ def installed_gpus(nvml: Any = pynvml) -> list[InstalledGpu]:
     return gpus
 
 
+def driver_version(nvml: Any = pynvml) -> str | None:
+    """Return the version of NVIDIA's driver; None without it."""
+    with suppress(nvml.NVMLError):
+        nvml.nvmlInit()
+        try:
+            return str(nvml.nvmlSystemGetDriverVersion())
+        finally:
+            nvml.nvmlShutdown()
+    return None
+
+
 def _visible(nvml: Any) -> list[Any]:
     """Return the handles of the visible GPUs; as CUDA, stop at the first that does not exist."""
     handles = [nvml.nvmlDeviceGetHandleByIndex(n) for n in range(nvml.nvmlDeviceGetCount())]

@@ -1,0 +1,41 @@
+"""The command that checks this machine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from orchestrator.cli.app import app
+from orchestrator.cli.options import WorkspaceOption
+from orchestrator.cli.printing import JsonOption, print_json
+from orchestrator.terminal.layout import print_line
+
+MARKS = {"ok": ("✓", "green"), "note": ("!", "yellow"), "broken": ("✗", "red")}
+
+
+@app.command(rich_help_panel="Workspace")
+def doctor(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None:
+    """Check this machine and the workspace; name a remedy for what is broken.
+
+    Exits with 1 if something is broken. Nothing is written or started.
+    """
+    from orchestrator.pipelines.doctor import examine
+    from orchestrator.workspace.folders import locate_workspace
+
+    console = Console(highlight=False)
+    found: list[dict[str, Any]] = []
+    for finding in examine(locate_workspace(workspace)):
+        found.append(asdict(finding))
+        if not as_json:
+            mark = MARKS[finding.state]
+            print_line(console, Text.assemble(mark, f" {finding.check}: {finding.text}"))
+            if finding.remedy:
+                print_line(console, f"    {finding.remedy}")
+    if as_json:
+        print_json({"findings": found})
+    if any(finding["state"] == "broken" for finding in found):
+        raise typer.Exit(1)
