@@ -1,0 +1,132 @@
+"""`config` and `init`: what they print and write is read back as the same settings."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator import cli
+from orchestrator.settings import Settings, read_settings
+from orchestrator.settings.rendering import marked_yaml
+from orchestrator.settings.shipped import shipped_sweeps
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("Some text.")
+    return tmp_path
+
+
+def _printed(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
+    assert cli.main([*words]) == code
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out
+
+
+def test_show_marks_what_differs_from_the_defaults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = _printed(capsys, "config", "show", "demo", "--set", "training.seed=7")
+    assert "  seed: 7  # default: 0\n" in printed
+    assert "  method: iiet\n" in printed
+    (tmp_path / "shown.yaml").write_text(printed)
+    assert read_settings(tmp_path / "shown.yaml") == read_settings("demo", ["training.seed=7"])
+    assert "default:" not in _printed(capsys, "config", "show")
+
+
+@pytest.mark.parametrize("name", sorted(shipped_sweeps()))
+def test_what_is_shown_is_valid_and_the_same(name: str, tmp_path: Path) -> None:
+    settings = read_settings(name, ['evaluation.system_instruction="a: b\\n#c"'])
+    for only_changed in (True, False):
+        (tmp_path / "a.yaml").write_text(marked_yaml(settings, only_changed=only_changed))
+        assert read_settings(tmp_path / "a.yaml") == settings
+
+
+def test_a_section_that_is_unset_by_default_is_marked() -> None:
+    settings = read_settings(None, ["training.elastic.num_drawn=2"])
+    assert "  elastic:  # default: null\n" in marked_yaml(settings)
+
+
+def test_the_schema_describes_every_section(capsys: pytest.CaptureFixture[str]) -> None:
+    schema = json.loads(_printed(capsys, "config", "schema"))
+    assert set(schema["properties"]) == set(Settings.model_fields)
+    assert schema["$defs"]["InfluenceSettings"]["properties"]["metric"]["description"]
+
+
+def test_shipped_sweeps_are_listed_and_copied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = _printed(capsys, "config", "list")
+    assert all(name in listed for name in shipped_sweeps())
+    _printed(capsys, "config", "copy", "depth")
+    assert read_settings(tmp_path / "depth.yaml") == read_settings("depth")
+    assert "--force" in _printed(capsys, "config", "copy", "depth", code=2)
+    _printed(capsys, "config", "copy", "toy", "depth.yaml", "--force")
+    assert read_settings(tmp_path / "depth.yaml") == read_settings("toy")
+    assert "did you mean depth" in _printed(capsys, "config", "copy", "depht", code=2)
+
+
+@pytest.mark.parametrize("size", ["tiny", "55m", "340m"])
+def test_init_writes_a_valid_commented_file(
+    size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data", "text", "--size", size, "--steps", "2000", "--gpus", "1"]
+    printed = _printed(capsys, "init", "mine.yaml", *options)
+    assert "next: iiet-orch sweep mine.yaml --dry-run" in printed
+    settings = read_settings(tmp_path / "mine.yaml")
+    assert (settings.data.source, settings.data.files) == ("files", ("text",))
+    assert (settings.model.preset, settings.training.num_steps) == (size, 2000)
+    assert settings.cluster.num_gpus == 1
+    text = (tmp_path / "mine.yaml").read_text()
+    assert "# Peak learning rate" in text
+    tree = yaml.safe_load(text)
+    assert "hub_name" not in tree["data"]
+    assert tree["sweep"]["kind"] == "threshold"
+
+
+def test_init_takes_a_data_set_of_the_hub(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _printed(capsys, "init", "--hub", "someone/texts")
+    assert read_settings(tmp_path / "my-sweep.yaml").data.hub_name == "someone/texts"
+
+
+def test_init_asks_for_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal("text/*.txt\n55m\n"))
+    _printed(capsys, "init")
+    settings = read_settings(tmp_path / "my-sweep.yaml")
+    assert (settings.data.files, settings.model.preset) == (("text/*.txt",), "55m")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["init"], "--data PATH"),
+        (["init", "--data", "nowhere"], "nowhere"),
+        (["init", "--data", "text", "--hub", "a/b"], "leave one out"),
+        (["init", "--data", "text", "--size", "9m"], "--size"),
+        (["init", "text", "--data", "text"], "exists"),
+        (["config", "show", "nothing"], "there is no settings file"),
+        (["config", "show", "--set", "training.num_step=1"], "did you mean training.num_steps"),
+    ],
+)
+def test_a_mistake_writes_nothing(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    before = sorted(tmp_path.rglob("*"))
+    assert said in " ".join(_printed(capsys, *words, code=2).split())
+    assert sorted(tmp_path.rglob("*")) == before
