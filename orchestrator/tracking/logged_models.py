@@ -50,8 +50,10 @@ def log_model(
         key: Of the weights and their schedule.
         datasets: The metrics that describe the model; the run holds their values.
     """
-    model = _find(client, run, key) or _create(client, run, key, name, params)
-    _link(client, run, model)
+    known = _find(client, run, key)
+    model = known or _create(client, run, key, name, params)
+    if known or model.source_run_id != run.id:
+        _link(client, run, model)
     linked = {(p.run_id, p.key, p.step, p.value) for p in model.metrics or ()}
     data_of = {valid_name(name): data for name, data in datasets.items()}
     found = [run.metrics[name] for name in data_of if name in run.metrics]
@@ -154,6 +156,7 @@ def _create(
     # Another process may have created it meanwhile; all keep the first one.
     first = _find(client, run, key)
     if first is None or first.model_id == model.model_id:
+        client.log_outputs(run.id, [LoggedModelOutput(model.model_id, step=0)])
         return model
     client.delete_logged_model(model.model_id)
     return first
