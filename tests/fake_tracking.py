@@ -28,8 +28,9 @@ class FakeRun:
     def log_dataset(
         self, name: str, digest: str, profile: Mapping[str, object], *, context: str = "training"
     ) -> None:
-        assert (name, len(digest)) == (profile["source"], 16)
-        assert profile["train_tokens"]
+        assert name
+        assert len(digest) == 16
+        assert profile["source"]
 
     def log_text(self, text: str, name: str) -> None:
         assert name == SETTINGS_NAME

@@ -173,7 +173,7 @@ def evaluate_model(
     is_stored = settings.precision and ModelMeasurer(model, store, conditions).has_stored(suite)
     measured = measure("cpu", progress) if is_stored else on_device(measure, progress)
     progress.finish(_summary(measured.evaluation) + ("" if measured.num_run else ", found again"))
-    _track(context, measured, model, measured.precision)
+    _track(context, measured, model, suite)
     if output is not None:
         _write_output(output, suite, measured, model, conditions, progress)
     return measured.evaluation
@@ -263,17 +263,20 @@ def selected_tasks(
     )
 
 
-def _track(context: Context, measured: Measured, model: EvaluatedModel, precision: str) -> None:
+def _track(context: Context, measured: Measured, model: EvaluatedModel, suite: Suite) -> None:
     keys, evaluation = measured.keys.tasks, measured.evaluation
     params: dict[str, Any] = {"method": model.architecture}
     if model.config is not None:
-        params |= {**schedule_parameters(model.config), "precision": precision}
+        params |= {**schedule_parameters(model.config), "precision": measured.precision}
     run = context.tracking.run(
         content_key("evaluation", keys),
         name=f"evaluate {model.name}: {', '.join(keys)}"[:80],
         kind="evaluation",
         params={**params, "checkpoint": model.path, "num_items": evaluation.num_items},
     )
+    tasks = {name: suite.fingerprint(name) for name in suite.tasks}
+    profile = {"source": "tasks", "num_items": evaluation.num_items, **tasks}
+    run.log_dataset(", ".join(tasks)[:500], content_key(tasks), profile, context="evaluation")
     run.log_metrics({f"quality/{name}": value for name, value in evaluation.quality().items()})
     run.finish()
 

@@ -46,6 +46,8 @@ from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC, r
 ARTIFACT_FOLDER = "front"
 SWEEP_TAG = "iiet.sweep"
 """Name of the sweep; the chart view filters by it."""
+CHECKPOINT_TAG = "iiet.checkpoint"
+"""Folder of the weights, as in the runs of pretrainings."""
 MAX_NOTE_CHARACTERS = 7500
 MAX_FINDINGS_CHARACTERS = 6000
 MAX_PARALLEL_LAYERS = 24
@@ -129,6 +131,7 @@ def trial_run(
         tags={
             SWEEP_TAG: sweep,
             "iiet.method": result.method,
+            CHECKPOINT_TAG: result.checkpoint or "",
             **reason_tags(status, reason),
         },
         metrics={**tracked_metrics(result), **(more or {})},
@@ -170,9 +173,11 @@ def trial_parameters(result: Trial) -> dict[str, str]:
     """Return a trial's parameters; teachers and baselines have the recipe of their own runs."""
     # A pruned student has the weights of its teacher, and no recipe.
     is_pruned = result.role == "trial" and result.parent and not result.is_elastic
-    if result.job or is_pruned or result.checkpoint is None:
-        return result.params()
-    return result.params(stored_job(Path(result.checkpoint).parent))
+    job = None
+    if result.checkpoint and not (result.job or is_pruned):
+        job = stored_job(Path(result.checkpoint).parent)
+    # MLflow's page that compares runs would begin with an axis of checkpoints.
+    return {name: text for name, text in result.params(job).items() if name != "checkpoint"}
 
 
 def tracked_metrics(result: Trial) -> dict[str, float]:
@@ -238,8 +243,9 @@ def run_note(report: SweepReport, run_id: str | None) -> str:
 
 
 def _picture(name: str, run_id: str) -> str:
-    # An SVG fits the page's width; a PNG has more pixels and would be cut off.
-    return f"![{name}](/get-artifact?path={ARTIFACT_FOLDER}/{name}.svg&run_uuid={run_id})"
+    # An SVG fits the page's width; a PNG has more pixels and would be cut off. The address is
+    # relative, because MLflow may be served below a path.
+    return f"![{name}](get-artifact?path={ARTIFACT_FOLDER}/{name}.svg&run_uuid={run_id})"
 
 
 def front_chart_view(report: SweepReport) -> ChartView:

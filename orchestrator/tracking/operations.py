@@ -92,7 +92,8 @@ def _update(
     run.params |= new_params
     run.tags |= new_tags
     if status not in (None, "RUNNING", run.status):
-        client.set_terminated(run.id, status, end_time=time_ms)
+        # The run of a short piece of work is created after that has ended.
+        client.set_terminated(run.id, status, end_time=max(time_ms, run.started_ms))
         run.status = str(status)
 
 

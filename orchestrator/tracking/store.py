@@ -77,6 +77,7 @@ class StoredRun:
     experiment_id: str
     artifact_uri: str
     status: str
+    started_ms: int
     params: dict[str, str]
     tags: dict[str, str]
     metrics: dict[str, Metric]
@@ -92,6 +93,7 @@ class StoredRun:
             experiment_id=run.info.experiment_id,
             artifact_uri=run.info.artifact_uri,
             status=run.info.status,
+            started_ms=run.info.start_time or 0,
             params=dict(run.data.params),
             tags=dict(run.data.tags),
             metrics={point.key: point for point in run.data._metric_objs},

@@ -342,6 +342,9 @@ def test_the_evaluation_is_a_run_with_its_quality(
     assert runs[0].data.tags["iiet.kind"] == "evaluation"
     assert runs[0].data.metrics["quality/accuracy"] == pytest.approx(found.accuracy)
     assert runs[0].data.params["schedule"] == "2,1"
+    [read] = runs[0].inputs.dataset_inputs
+    assert read.dataset.name == ", ".join(found.results)
+    assert read.tags[0].value == "evaluation"
 
 
 def test_held_out_tasks_need_the_tokens_of_the_checkpoint(

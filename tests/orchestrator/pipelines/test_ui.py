@@ -3,7 +3,6 @@ port."""
 
 from __future__ import annotations
 
-import shutil
 import socket
 import subprocess
 import sys
@@ -12,13 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from browser import BROWSER, page_text
 
 from orchestrator.pipelines.ui import LOG_NAME, check_port, serve
 from orchestrator.tracking import REPORT_TAG, VIEW_TAG, open_tracking
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
-
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture
@@ -113,14 +111,3 @@ def test_a_server_that_ends_names_its_last_line_and_its_log(
     monkeypatch.setattr("orchestrator.pipelines.ui._start", start)
     with pytest.raises(RunFailed, match=r"ended \(3\); its last line: no such host; see .*log"):
         serve(workspace, port=free_port(), say=lambda line: None)
-
-
-def page_text(url: str, profile: Path) -> str:
-    assert BROWSER is not None
-    command = [
-        *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
-        *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
-        *("--disable-sync", f"--user-data-dir={profile}", "--virtual-time-budget=30000"),
-        *("--dump-dom", url),
-    ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout

@@ -484,6 +484,13 @@ def test_a_dataset_is_logged_once_with_its_digest(tracking: Tracking) -> None:
     assert found.dataset.name == "tokens"
 
 
+def test_no_run_ends_before_its_start(tracking: Tracking) -> None:
+    run = tracking.run("short", name="s", kind="influence")
+    run.finish(ended_ms=1)
+    info = stored(tracking, run).info
+    assert info.end_time == info.start_time > 1
+
+
 def test_a_text_is_a_file_of_the_run(tracking: Tracking, tmp_path: Path) -> None:
     run = tracking.run("text", name="t", kind="pretrain")
     for text in ("old", "seed: 3\n"):
