@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from typing import Annotated
 
 import typer
@@ -14,6 +16,8 @@ from orchestrator.cli.help import Application
 from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, path_error_message
 from orchestrator.workspace.provenance import installed_version
+
+_SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 
 app = Application(
     name="iiet-orch",
@@ -50,8 +54,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app(arguments, prog_name="iiet-orch")
     except BaseException as error:
-        return exit_code_of(error)
+        code = exit_code_of(error)
+        words = sys.argv[1:] if arguments is None else arguments
+        if code == 2 and (setting := _bare_setting(words)):
+            _complain(f"{setting} looks like a setting; write --set {setting}")
+        return code
     return 0
+
+
+def _bare_setting(words: list[str]) -> str | None:
+    """Return the first word such as `training.num_steps=500` that no option takes."""
+    pairs = zip(["", *words], words, strict=False)
+    return next((w for option, w in pairs if _SETTING.match(w) and option[:1] != "-"), None)
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -22,6 +22,8 @@ def doctor(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> No
     """Check this machine and the workspace; name a remedy for what is broken.
 
     Exits with 1 if something is broken. Nothing is written or started.
+
+    Example: iiet-orch doctor
     """
     from orchestrator.pipelines.doctor import examine
     from orchestrator.workspace.folders import locate_workspace

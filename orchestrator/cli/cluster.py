@@ -57,7 +57,10 @@ def submit(
         bool, typer.Option("--follow/--no-follow", help="Show the job's output until it ends.")
     ] = True,
 ) -> None:
-    """Run a command as a job of a Ray cluster, in a copy of the working directory."""
+    """Run a command as a job of a Ray cluster, in a copy of the working directory.
+
+    Example: iiet-orch submit --server http://head:8265 sweep demo --workspace /shared/work
+    """
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,60}", name):
         raise UserError(f"--name {quoted(name)}: a job's name has letters, digits and . - _")
     from orchestrator.pipelines import submitting
@@ -76,7 +79,10 @@ def submit(
 
 @jobs.command("list")
 def list_jobs(server: ServerOption = DEFAULT_SERVER) -> None:
-    """List the submitted jobs, the newest first."""
+    """List the submitted jobs, the newest first.
+
+    Example: iiet-orch jobs list
+    """
     found = _connect(server).jobs()
     console = Console(highlight=False)
     console.print(_table(found) if found else "no jobs")
@@ -84,13 +90,19 @@ def list_jobs(server: ServerOption = DEFAULT_SERVER) -> None:
 
 @jobs.command("logs")
 def show_logs(job: JobArgument, server: ServerOption = DEFAULT_SERVER) -> None:
-    """Show a job's output until it ends, and exit with its exit code."""
+    """Show a job's output until it ends, and exit with its exit code.
+
+    Example: iiet-orch jobs logs ID
+    """
     _follow(_connect(server), job)
 
 
 @jobs.command("stop")
 def stop_job(job: JobArgument, server: ServerOption = DEFAULT_SERVER) -> None:
-    """Stop a job after it has saved its state; submitting it again resumes."""
+    """Stop a job after it has saved its state; submitting it again resumes.
+
+    Example: iiet-orch jobs stop ID
+    """
     console = Console(highlight=False)
     connection = _connect(server)
     if not connection.find(job).is_finished:

@@ -60,9 +60,12 @@ def compare(
     ] = None,
     address: AddressOption = None,
     set_: SetOption = None,
-    verbose: VerboseOption = False,
+    verbose: VerboseOption = None,
 ) -> None:
-    """Compare two models on the same items: paired differences, intervals, McNemar's test."""
+    """Compare two models on the same items: paired differences, intervals, McNemar's test.
+
+    Example: iiet-orch compare my-run other-run --json comparison.json
+    """
     settings = read_options(
         config,
         set_,

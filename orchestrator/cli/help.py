@@ -18,6 +18,8 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
+OLD_NAMES = ("--corrections",)
+"""Earlier names of options; they still work, and no help shows them."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 SHORT_TYPES = {
@@ -79,9 +81,10 @@ def _row(parameter: Any, ctx: Any) -> tuple[Text, Text]:
 def _names(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         return f"{parameter.metavar or parameter.name}{'...' if parameter.nargs == -1 else ''}"
-    short = [name for name in parameter.opts if not name.startswith("--")]
-    long = [name for name in parameter.opts if name.startswith("--")]
-    names = ", ".join([*short, "/".join([*long, *parameter.secondary_opts])])
+    every = [name for name in (*parameter.opts, *parameter.secondary_opts) if name not in OLD_NAMES]
+    short = [name for name in every if not name.startswith("--")]
+    long = [name for name in every if name.startswith("--")]
+    names = ", ".join(filter(None, ["/".join(short), "/".join(long)]))
     return names if short else f"    {names}"
 
 

@@ -54,7 +54,10 @@ def write_slurm(
     env: VariablesOption = None,
     output: OutputOption = None,
 ) -> None:
-    """Write a script for sbatch that starts Ray on all nodes and runs a command."""
+    """Write a script for sbatch that starts Ray on all nodes and runs a command.
+
+    Example: iiet-orch manifest slurm --gpus-per-node 4 -o job.sh pretrain --gpus 8 -w /shared/work
+    """
     _check("--time", time, r"[\d:-]+", "a time such as 24:00:00")
     _check("--partition", partition, r"[\w.,-]+", "the name of a partition")
     from orchestrator.cluster.slurm import batch_script
@@ -76,7 +79,10 @@ def write_kuberay(
     env: VariablesOption = None,
     output: OutputOption = None,
 ) -> None:
-    """Write a RayJob that starts a cluster in Kubernetes and runs a command."""
+    """Write a RayJob that starts a cluster in Kubernetes and runs a command.
+
+    Example: iiet-orch manifest kuberay --image my/image --claim disk pretrain -w /shared
+    """
     if env and secret is None:
         raise UserError("--env takes the variables from a Secret; name it by --secret")
     from orchestrator.cluster.kuberay import ray_job, to_yaml

@@ -52,9 +52,12 @@ def influence(
     ] = False,
     address: AddressOption = None,
     set_: SetOption = None,
-    verbose: VerboseOption = False,
+    verbose: VerboseOption = None,
 ) -> None:
-    """Measure how much each correction of each layer matters."""
+    """Measure how much each correction of each layer matters.
+
+    Example: iiet-orch influence my-run --metric loss
+    """
     if check and metric:
         raise UserError("--check measures every metric; leave --metric out")
     settings = read_options(config, set_, influence__metric=metric, cluster__address=address)
@@ -108,9 +111,12 @@ def evaluate(
     dry_run: DryRunOption = False,
     address: AddressOption = None,
     set_: SetOption = None,
-    verbose: VerboseOption = False,
+    verbose: VerboseOption = None,
 ) -> None:
-    """Measure accuracy and bits per byte with lm-eval; resumes after an interruption."""
+    """Measure accuracy and bits per byte with lm-eval; resumes after an interruption.
+
+    Example: iiet-orch evaluate my-run -r 2 -r 2,1,1,0,0,0 --suite heldout
+    """
     settings = read_options(
         config,
         set_,
@@ -188,9 +194,12 @@ def benchmark(
     ] = 9,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of PyTorch on a CPU.")] = 1,
     address: AddressOption = None,
-    verbose: VerboseOption = False,
+    verbose: VerboseOption = None,
 ) -> None:
-    """Measure latency, throughput and memory, and compare them with the cost model."""
+    """Measure latency, throughput and memory, and compare them with the cost model.
+
+    Example: iiet-orch benchmark my-run --batch-sizes 1,8
+    """
     batches = parse_whole_numbers(batch_sizes, "--batch-sizes")
     prompts = parse_whole_numbers(contexts, "--contexts")
     settings = read_options(None, [], cluster__address=address)

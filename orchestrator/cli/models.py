@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,9 +22,8 @@ from orchestrator.cli.options import (
     WorkspaceOption,
     read_options,
 )
-from orchestrator.cli.session import open_session
+from orchestrator.cli.session import Warnings, open_session
 from orchestrator.terminal.layout import print_line
-from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import check_name_option
 
@@ -89,12 +88,14 @@ def generate(
     ] = None,
     schedule: ScheduleOption = None,
     workspace: WorkspaceOption = None,
-    verbose: VerboseOption = False,
+    verbose: VerboseOption = None,
 ) -> None:
     """Continue a text and print it while it is generated.
 
     The prompt is not changed; --chat puts it into the chat template of an imported model. With
     --draft, the model's cheaper schedule drafts tokens and the model verifies several at once.
+
+    Example: iiet-orch generate my-run --prompt "The list is" -n 40
     """
     if draft is None and draft_tokens is not None:
         raise UserError(f"--draft-tokens {draft_tokens} needs --draft SCHEDULE or --draft auto")
@@ -119,7 +120,7 @@ def generate(
             if draft is None
             else generating.Drafting(draft=draft, num_tokens=draft_tokens or "auto"),
             "weights": weights,
-            "progress": _Warnings(session.terminal),
+            "progress": Warnings(session.terminal),
         }
         if len(prompts) > 1:
             for text, written in zip(prompts, generating.generate(prompts, **options), strict=True):
@@ -131,16 +132,6 @@ def generate(
         for piece in pieces:
             typer.echo(piece, nl=False)
         typer.echo()
-
-
-class _Warnings(Progress):
-    """Prints notes, and nothing else, to a stream."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def note(self, text: str) -> None:
-        typer.echo(text, file=self._stream)
 
 
 def _piped_prompt() -> str:
@@ -165,9 +156,12 @@ def import_folder(
         typer.Option(help="Name of the run (default: the folder's).", callback=check_name_option),
     ] = None,
     workspace: WorkspaceOption = None,
-    verbose: VerboseOption = False,
+    verbose: VerboseOption = None,
 ) -> None:
-    """Import a published, Llama or exported model, or a checkpoint of another workspace."""
+    """Import a published, Llama or exported model, or a checkpoint of another workspace.
+
+    Example: iiet-orch import Llama-3.2-1B --name llama
+    """
     with open_session(workspace, "import", verbose=verbose) as session:
         from orchestrator.pipelines.importing import import_model
 
@@ -192,9 +186,12 @@ def export(
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
-    verbose: VerboseOption = False,
+    verbose: VerboseOption = None,
 ) -> None:
-    """Export a folder that transformers and lm-eval load without this package."""
+    """Export a folder that transformers and lm-eval load without this package.
+
+    Example: iiet-orch export my-run --to my-model
+    """
     settings: Any = read_options(config, set_)
     with open_session(workspace, "export", verbose=verbose) as session:
         from orchestrator.pipelines import exporting
@@ -245,9 +242,12 @@ def pick(
     ] = False,
     only_name: Annotated[bool, typer.Option("--only-name", hidden=True)] = False,
     workspace: WorkspaceOption = None,
-    verbose: VerboseOption = False,
+    verbose: VerboseOption = None,
 ) -> None:
-    """Choose a model from a sweep's front; export it and register it in MLflow."""
+    """Choose a model from a sweep's front; export it and register it in MLflow.
+
+    Example: iiet-orch pick --keep 0.99 --to my-model
+    """
     rule = _rule(keep, confidence, budget, draft_for, knee=knee, best=best, cheapest=cheapest)
     dry_run = dry_run or only_name  # --only-name is the option's earlier name
     with open_session(workspace, "pick", verbose=verbose, dry_run=dry_run) as session:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -36,7 +36,13 @@ SetOption = Annotated[
     ),
 ]
 VerboseOption = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Show the output of libraries.")
+    bool | None,
+    typer.Option(
+        "--verbose/--quiet",
+        "-v/-q",
+        show_default=False,
+        help="Show the output of libraries; or no progress, only results and warnings.",
+    ),
 ]
 WorkersOption = Annotated[
     int | None,
@@ -85,6 +91,16 @@ ControlOption = Annotated[
 ScheduleOption = Annotated[
     str | None,
     typer.Option("--schedule", "-r", help="Another iteration schedule: 1, or 2,1,1,0,0,0."),
+]
+SeedOption = Annotated[
+    int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of the weights and the data order.")
+]
+LearningRateOption = Annotated[
+    float | None, typer.Option("--lr", help="Peak learning rate, such as 1e-3.")
+]
+DtypeOption = Annotated[
+    Literal["fp32", "bf16"] | None,
+    typer.Option(help="Arithmetic of the training (default: bf16 on GPUs, fp32 on CPUs)."),
 ]
 SuiteOption = Annotated[
     str | None, typer.Option(help="heldout, paper, or comma-separated lm-eval tasks.")
@@ -229,6 +245,13 @@ def split_names(text: str | None) -> list[str | int] | None:
     names = [part.strip() for part in text.split(",") if part.strip()]
     # A number of more digits is not a count; it stays a text, which the settings refuse.
     return [int(name) if re.fullmatch("[0-9]{1,9}", name) else name for name in names]
+
+
+def parse_schedules(texts: list[str] | None) -> list[str | int] | None:
+    """Read a repeated `--schedule`: a number for all layers, or a text; None stays None."""
+    if texts is None:
+        return None
+    return [int(text) if re.fullmatch("[0-9]{1,9}", text) else text for text in texts]
 
 
 def _number_texts(text: str) -> list[str]:

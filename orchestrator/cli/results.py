@@ -24,9 +24,12 @@ def show_report(
     cost: CostOption = None,
     quality: QualityOption = None,
     workspace: WorkspaceOption = None,
-    verbose: VerboseOption = False,
+    verbose: VerboseOption = None,
 ) -> None:
-    """Write and show the front of one or several sweeps: table, pictures, one HTML page."""
+    """Write and show the front of one or several sweeps: table, pictures, one HTML page.
+
+    Example: iiet-orch report --cost flops
+    """
     with open_session(workspace, "report", verbose=verbose) as session:
         from orchestrator.pipelines import reports
 
@@ -39,7 +42,10 @@ def ui(
     workspace: WorkspaceOption = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
 ) -> None:
-    """Start MLflow on 127.0.0.1 and print links to the runs and fronts."""
+    """Start MLflow on 127.0.0.1 and print links to the runs and fronts.
+
+    Example: iiet-orch ui --port 5001
+    """
     from orchestrator.pipelines.ui import serve
     from orchestrator.workspace.folders import open_workspace
 
@@ -47,8 +53,11 @@ def ui(
 
 
 @app.command(rich_help_panel="Results")
-def sync(workspace: WorkspaceOption = None, verbose: VerboseOption = False) -> None:
-    """Publish the workspace in MLflow again: what it missed, and all pretrainings and sweeps."""
+def sync(workspace: WorkspaceOption = None, verbose: VerboseOption = None) -> None:
+    """Publish the workspace in MLflow again: what it missed, and all pretrainings and sweeps.
+
+    Example: iiet-orch sync --workspace my-workspace
+    """
     with open_session(workspace, "sync", verbose=verbose) as session:
         from orchestrator.pipelines import syncing
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 
+from orchestrator.terminal.progress import Progress, terminal_progress
 from orchestrator.workspace.credentials import mask_secrets
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, path_error_message
 
 if TYPE_CHECKING:
-    from orchestrator.terminal.progress import Progress
     from orchestrator.workspace.folders import Workspace
 
 
@@ -40,16 +40,28 @@ class Session:
         return {"workspace": self.workspace, "progress": self.progress}
 
 
+class Warnings(Progress):
+    """Prints notes, and nothing else, to a stream."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def note(self, text: str) -> None:
+        """Print a note."""
+        print(mask_secrets(text), file=self._stream)
+
+
 @contextmanager
 def open_session(
-    workspace: Path | None, command: str, *, verbose: bool, dry_run: bool = False
+    workspace: Path | None, command: str, *, verbose: bool | None, dry_run: bool = False
 ) -> Iterator[Session]:
     """Open the workspace, send the libraries' output to a log, and name the log on failure.
 
-    A dry run writes no log, and nothing else.
+    Args:
+        verbose: True shows the libraries' output, too; False shows no progress.
+        dry_run: Write no log, and nothing else.
     """
     from orchestrator.terminal.logs import command_log
-    from orchestrator.terminal.progress import terminal_progress
     from orchestrator.workspace.folders import open_workspace
     from orchestrator.workspace.read_only import read_only
 
@@ -60,10 +72,10 @@ def open_session(
             stack.enter_context(read_only())
         space = open_workspace(workspace)
         log, terminal = stack.enter_context(
-            command_log(space.logs, command, verbose=verbose or dry_run)
+            command_log(space.logs, command, verbose=bool(verbose) or dry_run)
         )
         try:
-            with terminal_progress(console) as progress:
+            with Warnings(terminal) if verbose is False else terminal_progress(console) as progress:
                 yield Session(space, progress, console, terminal)
         except (UserError, Interrupted):
             raise

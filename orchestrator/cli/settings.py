@@ -34,7 +34,10 @@ def show_settings(
         bool, typer.Option("--changed", help="Only what differs from the defaults.")
     ] = False,
 ) -> None:
-    """Print the resolved settings as YAML; what differs from its default is marked."""
+    """Print the resolved settings as YAML; what differs from its default is marked.
+
+    Example: iiet-orch config show demo --changed
+    """
     from orchestrator.settings.rendering import marked_yaml
 
     typer.echo(marked_yaml(read_options(file, set_), only_changed=changed), nl=False)
@@ -42,7 +45,10 @@ def show_settings(
 
 @config.command("schema")
 def show_schema() -> None:
-    """Print the JSON schema of the settings, for editors."""
+    """Print the JSON schema of the settings, for editors.
+
+    Example: iiet-orch config schema
+    """
     from orchestrator.settings import Settings
 
     print_json(Settings.model_json_schema())
@@ -50,7 +56,10 @@ def show_schema() -> None:
 
 @config.command("list")
 def list_sweeps() -> None:
-    """List the shipped sweeps."""
+    """List the shipped sweeps.
+
+    Example: iiet-orch config list
+    """
     from orchestrator.settings.shipped import shipped_sweeps
 
     rows = []
@@ -68,7 +77,10 @@ def copy_sweep(
     ] = None,
     force: ForceOption = False,
 ) -> None:
-    """Copy a shipped sweep to a file, to change it."""
+    """Copy a shipped sweep to a file, to change it.
+
+    Example: iiet-orch config copy toy my-sweep.yaml
+    """
     from orchestrator.pipelines.starting_file import write_new_file
     from orchestrator.settings.shipped import find_settings_file
 
@@ -98,7 +110,10 @@ def init(
     gpus: Annotated[int | None, typer.Option(min=0, max=MAX_COUNT, help="GPUs to use.")] = None,
     force: ForceOption = False,
 ) -> None:
-    """Write a commented settings file for your own data and size; asks for what is missing."""
+    """Write a commented settings file for your own data and size; asks for what is missing.
+
+    Example: iiet-orch init my-sweep.yaml --data my-texts/ --size tiny
+    """
     if not data and not hub:
         if not sys.stdin.isatty():
             raise UserError("name your text with --data PATH, or a data set with --hub NAME")

@@ -29,6 +29,7 @@ from orchestrator.cli.options import (
     WorkspaceOption,
     parse_numbers,
     parse_rates,
+    parse_schedules,
     parse_seeds,
     read_options,
     split_names,
@@ -81,9 +82,12 @@ def sweep_threshold(
     logger: LoggerOption = None,
     wait_for_gpus: WaitForGpusOption = None,
     set_: SetOption = None,
-    verbose: VerboseOption = False,
+    verbose: VerboseOption = None,
 ) -> None:
-    """Prune by influence, distill and evaluate each schedule, and show the front."""
+    """Prune by influence, distill and evaluate each schedule, and show the front.
+
+    Example: iiet-orch sweep-threshold my-run --schedules 7 --dry-run
+    """
     settings = read_options(
         config,
         set_,
@@ -121,12 +125,16 @@ def sweep_threshold(
 def sweep_iterations(
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
-    iterations: Annotated[
-        str | None,
+    schedule: Annotated[
+        list[str] | None,
         typer.Option(
-            help="Corrections per layer of each IIET, or a ramp over the layers: 0,1,3,3..0."
+            "--schedule",
+            "-r",
+            help="Iteration schedule of an IIET: 2, or 2,1,1,0,0,0, or a ramp over the layers, "
+            "3..0; may be repeated.",
         ),
     ] = None,
+    iterations: Annotated[str | None, typer.Option(hidden=True)] = None,  # Commas separate models.
     methods: Annotated[
         str | None, typer.Option(help="Methods: vanilla,pcformer,looped,iiet.")
     ] = None,
@@ -151,14 +159,17 @@ def sweep_iterations(
     logger: LoggerOption = None,
     wait_for_gpus: WaitForGpusOption = None,
     set_: SetOption = None,
-    verbose: VerboseOption = False,
+    verbose: VerboseOption = None,
 ) -> None:
-    """Pretrain methods and iteration counts on the same tokens and show them on one front."""
+    """Pretrain methods and iteration counts on the same tokens and show them on one front.
+
+    Example: iiet-orch sweep-iterations --methods vanilla,iiet -r 0 -r 1 -r 3..0 --seeds 0,1
+    """
     settings = read_options(
         config,
         set_,
         sweep__kind="iterations",
-        sweep__iterations=split_names(iterations),
+        sweep__iterations=parse_schedules(schedule) or split_names(iterations),
         sweep__methods=split_names(methods),
         sweep__seeds=parse_seeds(seeds),
         sweep__learning_rates=parse_rates(rates),
@@ -183,9 +194,12 @@ def sweep_file(
     logger: LoggerOption = None,
     wait_for_gpus: WaitForGpusOption = None,
     set_: SetOption = None,
-    verbose: VerboseOption = False,
+    verbose: VerboseOption = None,
 ) -> None:
-    """Run a whole sweep from its file, pretraining included."""
+    """Run a whole sweep from its file, pretraining included.
+
+    Example: iiet-orch sweep toy --set training.num_steps=300
+    """
     settings = read_options(
         file,
         set_,
@@ -232,9 +246,12 @@ def search_schedules(
     logger: LoggerOption = None,
     wait_for_gpus: WaitForGpusOption = None,
     set_: SetOption = None,
-    verbose: VerboseOption = False,
+    verbose: VerboseOption = None,
 ) -> None:
-    """Search schedules with any count in any layer, starting from those of a threshold sweep."""
+    """Search schedules with any count in any layer, starting from those of a threshold sweep.
+
+    Example: iiet-orch search my-run --trials 30 --sampler tpe
+    """
     settings = read_options(
         config,
         set_,
@@ -268,7 +285,7 @@ def _sweep(
     workspace: Path | None,
     *,
     dry_run: bool,
-    verbose: bool,
+    verbose: bool | None,
     teacher: Path | str | None = None,
     name: str | None = None,
 ) -> None:

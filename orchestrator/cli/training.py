@@ -15,8 +15,11 @@ from orchestrator.cli.options import (
     ConfigOption,
     ControlOption,
     DryRunOption,
+    DtypeOption,
     GpusOption,
+    LearningRateOption,
     LoggerOption,
+    SeedOption,
     SetOption,
     VerboseOption,
     WaitForGpusOption,
@@ -56,11 +59,13 @@ def quickstart(
     address: AddressOption = None,
     logger: LoggerOption = None,
     set_: SetOption = None,
-    verbose: VerboseOption = False,
+    verbose: VerboseOption = None,
 ) -> None:
     """Run all steps on a CPU, from a generated task to the front, in minutes.
 
     With --config, run the sweep of that file, or of that name: `toy` reads text.
+
+    Example: iiet-orch quickstart --workspace my-workspace
     """
     settings = read_options(
         config, set_, cluster__address=address, tracking__loggers=split_names(logger)
@@ -88,9 +93,12 @@ def prepare(
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
-    verbose: VerboseOption = False,
+    verbose: VerboseOption = None,
 ) -> None:
-    """Read a corpus, train or load its tokenizer, and write token shards."""
+    """Read a corpus, train or load its tokenizer, and write token shards.
+
+    Example: iiet-orch prepare my-texts/ --set data.vocab_size=4096
+    """
     shortcuts = {"data__source": "files", "data__files": files} if files else {}
     settings = read_options(config, set_, **shortcuts)
     with open_session(workspace, "prepare", verbose=verbose) as session:
@@ -110,11 +118,19 @@ def pretrain(
     method: Annotated[str | None, typer.Option(help="iiet, vanilla, pcformer, ...")] = None,
     corrections: Annotated[
         str | None,
-        typer.Option("--corrections", "-r", help="Corrections: 3, or one per layer: 2,2,1,1,1,1."),
+        typer.Option(
+            "--schedule",
+            "--corrections",
+            "-r",
+            help="Iteration schedule: 3, or one number per layer: 2,2,1,1,1,1.",
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, max=MAX_COUNT, help="Optimizer steps.")
     ] = None,
+    seed: SeedOption = None,
+    lr: LearningRateOption = None,
+    dtype: DtypeOption = None,
     continue_: Annotated[
         Path | None,
         typer.Option(
@@ -151,9 +167,12 @@ def pretrain(
     logger: LoggerOption = None,
     wait_for_gpus: WaitForGpusOption = None,
     set_: SetOption = None,
-    verbose: VerboseOption = False,
+    verbose: VerboseOption = None,
 ) -> None:
-    """Pretrain one model on GPUs or CPUs; an interrupted run resumes."""
+    """Pretrain one model on GPUs or CPUs; an interrupted run resumes.
+
+    Example: iiet-orch pretrain --preset tiny -r 2,2,1,1,1,1 --steps 500 --seed 1
+    """
     settings = read_options(
         _settings_to_continue(workspace, continue_, config) if continue_ else config,
         set_,
@@ -163,6 +182,9 @@ def pretrain(
         model__method=method,
         model__corrections=corrections,
         training__num_steps=steps,
+        training__seed=seed,
+        training__learning_rate=lr,
+        training__precision=dtype,
         training__skip_bad_steps=skip_bad_steps,
         # A continued run is not profiled because the finished one was.
         training__profile_steps=0 if continue_ and profile is None else profile,
@@ -206,19 +228,28 @@ def distill(
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
     control: ControlOption = None,
+    seed: SeedOption = None,
+    lr: LearningRateOption = None,
+    dtype: DtypeOption = None,
     local: LocalOption = False,
     profile: ProfileOption = None,
     dry_run: DryRunOption = False,
     address: AddressOption = None,
     logger: LoggerOption = None,
     set_: SetOption = None,
-    verbose: VerboseOption = False,
+    verbose: VerboseOption = None,
 ) -> None:
-    """Distill a teacher into itself under a cheaper iteration schedule (IIAD)."""
+    """Distill a teacher into itself under a cheaper iteration schedule (IIAD).
+
+    Example: iiet-orch distill 2,1,1,0,0,0 my-run --lr 5e-4
+    """
     settings = read_options(
         config,
         set_,
         distillation__control=control,
+        distillation__training__seed=seed,
+        distillation__training__learning_rate=lr,
+        distillation__training__precision=dtype,
         distillation__training__profile_steps=profile,
         cluster__address=address,
         tracking__loggers=split_names(logger),

@@ -44,7 +44,10 @@ def list_workspace(
     workspace: WorkspaceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List runs, trials, sweeps, exported models and checkpoints, the newest first."""
+    """List runs, trials, sweeps, exported models and checkpoints, the newest first.
+
+    Example: iiet-orch list runs --json
+    """
     from orchestrator.workspace.inventory import list_entries
 
     space = existing_workspace(workspace)
@@ -65,7 +68,10 @@ def list_workspace(
 
 @app.command(rich_help_panel="Workspace")
 def status(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> None:
-    """Show what runs in the workspace now: progress, speed, time left."""
+    """Show what runs in the workspace now: progress, speed, time left.
+
+    Example: iiet-orch status --json
+    """
     from orchestrator.workspace.activity import read_status
 
     space = existing_workspace(workspace)
@@ -95,6 +101,8 @@ def clean(
     """Delete what is no longer needed: shows it with sizes and reasons, then asks.
 
     Finished weights, evaluations, and what a running process holds are never touched.
+
+    Example: iiet-orch clean checkpoints --dry-run
     """
     from orchestrator.pipelines import cleaning
 

@@ -1,0 +1,98 @@
+"""Every command's help ends with an example that the command accepts; options that all share."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_size import SMALL
+from typer.main import get_command
+
+from orchestrator import cli
+from orchestrator.cli.cluster import parse_command
+from orchestrator.settings import Settings
+from orchestrator.workspace.errors import UserError
+
+
+def _commands(group: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, (*names, name))
+        else:
+            yield (*names, name), command
+
+
+COMMANDS = dict(_commands(get_command(cli.app.app)))
+
+
+@pytest.mark.parametrize("names", COMMANDS, ids=" ".join)
+def test_the_help_has_an_example_that_the_command_accepts(
+    names: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main([*names, "--help"]) == 0
+    [example] = [
+        line for line in capsys.readouterr().out.splitlines() if "Example: iiet-orch " in line
+    ]
+    words = shlex.split(example.partition("iiet-orch ")[2])
+    assert tuple(words[: len(names)]) == names
+    command = COMMANDS[names]
+    command.make_context(names[-1], words[len(names) :])  # Exits if an option is unknown.
+    if names in (("submit",), ("manifest", "slurm"), ("manifest", "kuberay")):
+        inner = command.make_context(names[-1], words[len(names) :]).params["command"]
+        assert parse_command(inner)["workspace"]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
+    """Runs a command as far as its pipeline, and returns the settings that this would get."""
+
+    def settings_of(*words: str) -> Settings:
+        found: list[Settings] = []
+
+        def stop(settings: Settings, *_: object, **__: object) -> None:
+            found.append(settings)
+            raise UserError("that is enough")
+
+        for pipeline in ("pretraining.pretrain", "distilling.distill"):
+            monkeypatch.setattr(f"orchestrator.pipelines.{pipeline}_in_context", stop)
+        monkeypatch.setattr("orchestrator.pipelines.sweeps.sweep", stop)
+        assert cli.main([*words]) == 2
+        return found[0]
+
+    return settings_of
+
+
+def test_schedules_have_one_option(asked: Callable[..., Settings], tmp_path: Path) -> None:
+    where = ["-w", str(tmp_path)]
+    for option in ("--schedule", "-r", "--corrections"):
+        assert asked("pretrain", option, "2,1", *where).model.corrections in ("2,1", (2, 1))
+    sweep = asked("sweep-iterations", "-r", "0", "--schedule", "3..0", "-r", "2,1", *where).sweep
+    assert sweep.iterations == (0, "3..0", "2,1")
+    assert asked("sweep-iterations", "--iterations", "0,1", *where).sweep.iterations == (0, 1)
+
+
+def test_seed_rate_and_arithmetic_are_options(
+    asked: Callable[..., Settings], tmp_path: Path
+) -> None:
+    options = ["--seed", "3", "--lr", "1e-4", "--dtype", "bf16", "-w", str(tmp_path)]
+    recipe = asked("pretrain", *options).training
+    assert (recipe.seed, recipe.learning_rate, recipe.precision) == (3, 1e-4, "bf16")
+    recipe = asked("distill", "1", *options).distillation.training
+    assert (recipe.seed, recipe.learning_rate, recipe.precision) == (3, 1e-4, "bf16")
+
+
+def test_a_quiet_command_prints_its_result_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    command = ["prepare", "--workspace", str(tmp_path), *settings]
+    assert cli.main([*command, "--quiet"]) == 0
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("tokens: ")
+    assert cli.main(command) == 0
+    assert "found again" in capsys.readouterr().out
+    assert "\x1b" not in line, "no colours in a pipe"
