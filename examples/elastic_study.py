@@ -73,8 +73,8 @@ class Bar:
 
 TEACHERS: Mapping[str, tuple[str, ...]] = {
     "text": ("toy",),
-    # Thresholds drop all corrections of the second layer at once; the knapsack one by one.
-    "depth": ("depth", "sweep.selection=knapsack"),
+    # Thresholds drop all corrections of the second layer at once; budgets one by one.
+    "depth": ("depth", "sweep.selection=knapsack", "sweep.budgets=[2, 3, 4, 5, 6, 7, 8]"),
 }
 """Teacher -> its shipped sweep, and what is changed in it."""
 BARS = {"text": Bar(LOSS, 0.003), "depth": Bar(ACCURACY, 0.02, ((0, 3), (0, 2)))}
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--teachers", nargs="+", choices=[*TEACHERS], default=[*TEACHERS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument(
-        "--times", type=float, nargs="+", default=[1.0, 2.0, 4.0], metavar="X",
+        "--times", type=float, nargs="+", default=[0.85, 2.0], metavar="X",
         help="lengths of the elastic training, as multiples of a student's steps",
     )  # fmt: skip
     parser.add_argument("--name", default="elastic-study", help="prefix of the sweeps' names")
