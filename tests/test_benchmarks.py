@@ -28,7 +28,7 @@ NUM_ROWS = {
     "evaluation": 2,
     "sweep": 5,
     "many_trials": 14,
-    "tracking_load": 8,
+    "tracking_load": 10,
     "model_size": 6,
 }
 """Rows of a quick run."""

@@ -96,15 +96,18 @@ class LiveSweep:
         self._open.pop(trial.key, None)
 
     def _log(self, trials: Sequence[Trial], status: str, reason: str = "") -> list[TrackedRun]:
-        costed = (
-            trial.model_copy(update={"cost": exact_cost(trial.model, self._full)})
-            for trial in trials
-        )
         runs = [
-            trial_run(self._name, trial, journal_folder(trial), status=status, reason=reason)
-            for trial in costed
+            trial_run(
+                self._name, self._costed(trial), journal_folder(trial), status=status, reason=reason
+            )
+            for trial in trials
         ]
         return self._tracking.log_nested(runs, parent=self._run)
+
+    def _costed(self, trial: Trial) -> Trial:
+        if trial.cost.evaluations is not None:
+            return trial
+        return trial.model_copy(update={"cost": exact_cost(trial.model, self._full)})
 
     def _log_front(self, front: Front) -> None:
         notes = [f"{self._num_measured} of {self._num_trials} models are measured so far."]
