@@ -21,6 +21,7 @@ def page_text(url: str, profile: Path) -> str:
         *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
         *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
         *("--disable-sync", f"--user-data-dir={profile}", "--virtual-time-budget=30000"),
-        *("--window-size=1600,2400", "--dump-dom", url),
+        # Charts are drawn when they come into view, which they only do in a picture.
+        *("--window-size=1600,2400", f"--screenshot={profile}.png", "--dump-dom", url),
     ]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
