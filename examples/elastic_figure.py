@@ -52,6 +52,7 @@ def _draw_panel(
     panel.axhline(most, color=GRAY, ls="--", lw=1)
     panel.axvline(100 * max_share, color=GRAY, ls="--", lw=1)
     panel.axhline(0, color=INK, lw=0.6)
+    panel.set_xlim(left=0)
     panel.set_title(teacher, fontsize=10, color=INK)
     panel.set_xlabel("training FLOPs, % of the separate students'")
     panel.set_ylabel(label)
