@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = read_settings(SETTINGS, changes)
         is_dry = options.dry_run
         with open_session(
-            options.workspace, "depth-study", verbose=False, dry_run=is_dry
+            options.workspace, "depth-study", verbose=None, dry_run=is_dry
         ) as session:
             study = DepthStudy(settings, Choices(), session)
             if options.known:

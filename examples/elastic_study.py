@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         is_dry = options.dry_run
         with open_session(
-            options.workspace, "elastic-study", verbose=False, dry_run=is_dry
+            options.workspace, "elastic-study", verbose=None, dry_run=is_dry
         ) as session:
             if is_dry:
                 print_plans(settings, options.times, session)

@@ -15,6 +15,6 @@ from orchestrator.workspace.errors import RunFailed
 def test_a_full_disk_is_reported_in_one_sentence(tmp_path: Path) -> None:
     with (
         pytest.raises(RunFailed, match=f"no space is left on the disk of {tmp_path}"),
-        open_session(tmp_path, "pretrain", verbose=False),
+        open_session(tmp_path, "pretrain", verbose=None),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
