@@ -103,9 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = read_settings(SETTINGS, options.changes)
         is_dry = options.dry_run
-        with open_session(
-            options.workspace, "iiad-study", verbose=None, dry_run=is_dry
-        ) as session:
+        with open_session(options.workspace, "iiad-study", verbose=None, dry_run=is_dry) as session:
             run_study(settings, choices, session, dry_run=is_dry)
     except BaseException as error:
         return exit_code_of(error)

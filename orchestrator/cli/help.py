@@ -68,10 +68,14 @@ def _table(rows: Iterable[tuple[Text, Text]]) -> Table:
 def _row(parameter: Any, ctx: Any) -> tuple[Text, Text]:
     record = parameter.get_help_record(ctx) or ("", "")
     names = Text(_names(parameter), style="bold cyan")
+    choices: list[str] = []
     if parameter.param_type_name == "option" and (value := _value(record[0])):
-        names.append(f" {value}", style="yellow")
+        choices = value.split("|") if "|" in value else []
+        names.append(" CHOICE" if choices else f" {value}", style="yellow")
     found = EXTRAS.search(record[1])
     text = Text(record[1][: found.start()] if found else record[1])
+    if choices:
+        text = Text.assemble((", ".join(choices), "yellow"), ". ", text)
     for part in found[1].split("; ") if found else ():
         if part.startswith(("default: ", "required")):
             text.append(f"{' ' if text else ''}[{part}]", style="dim")

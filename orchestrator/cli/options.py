@@ -76,17 +76,21 @@ ModelArgument = Annotated[
     ),
 ]
 CostOption = Annotated[
-    str | None, typer.Option(help="Cost of the front: evaluations, flops, ms or kv.")
+    Literal["evaluations", "flops", "ms", "kv"] | None, typer.Option(help="Cost of the front.")
 ]
 QualityOption = Annotated[
-    str | None, typer.Option(help="Quality of the front: accuracy, bits, perplexity or loss.")
+    Literal["accuracy", "bits", "perplexity", "loss"] | None,
+    typer.Option(help="Quality of the front."),
 ]
 FolderToWriteOption = Annotated[
     Path | None, typer.Option("--to", help="Folder to write (default: inside the workspace).")
 ]
-MetricOption = Annotated[str | None, typer.Option(help="cosine, relative or loss.")]
+MetricOption = Annotated[
+    Literal["cosine", "relative", "loss"] | None, typer.Option(help="Measure of influence.")
+]
 ControlOption = Annotated[
-    str | None, typer.Option(help="distill, cross_entropy, pruned or scratch.")
+    Literal["distill", "cross_entropy", "pruned", "scratch"] | None,
+    typer.Option(help="How students are made; the others are control experiments."),
 ]
 ScheduleOption = Annotated[
     str | None,

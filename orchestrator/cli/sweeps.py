@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -55,9 +55,13 @@ def sweep_threshold(
         typer.Option(help="Comma-separated budgets instead, one schedule each: 8,12,16."),
     ] = None,
     unit: Annotated[
-        str | None, typer.Option(help="Unit of budgets: evaluations, flops or kv (bytes).")
+        Literal["evaluations", "flops", "kv"] | None,
+        typer.Option(help="Unit of budgets; that of kv is bytes."),
     ] = None,
-    selection: Annotated[str | None, typer.Option(help="threshold or knapsack.")] = None,
+    selection: Annotated[
+        Literal["threshold", "knapsack"] | None,
+        typer.Option(help="Schedules to choose from: the nested family, or the best at each cost."),
+    ] = None,
     distilled_baselines: Annotated[
         str | None,
         typer.Option(help="Distill baselines of the students' FLOPs, too: vanilla,fewer_layers."),
@@ -224,12 +228,12 @@ def search_schedules(
         ),
     ] = None,
     objective: Annotated[
-        str | None,
-        typer.Option(
-            help="Quality to weigh against NFE: accuracy, bits_per_byte or validation_loss."
-        ),
+        Literal["accuracy", "bits_per_byte", "validation_loss"] | None,
+        typer.Option(help="Quality to weigh against NFE."),
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="nsga2, tpe or gp.")] = None,
+    sampler: Annotated[
+        Literal["nsga2", "tpe", "gp"] | None, typer.Option(help="Optuna's sampler.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, max=MAX_SEED, help="Random seed of the suggestions.")
     ] = None,

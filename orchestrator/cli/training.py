@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -114,7 +114,9 @@ def pretrain(
     config: ConfigOption = None,
     gpus: GpusOption = None,
     workers: WorkersOption = None,
-    preset: Annotated[str | None, typer.Option(help="Size: tiny, 55m, 340m, 740m, 1.3b.")] = None,
+    preset: Annotated[
+        Literal["tiny", "55m", "340m", "740m", "1.3b"] | None, typer.Option(help="Size.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="iiet, vanilla, pcformer, ...")] = None,
     corrections: Annotated[
         str | None,

@@ -5,15 +5,26 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from small_size import SMALL
 from typer.main import get_command
 
+from iiet.config import PRESETS
 from orchestrator import cli
 from orchestrator.cli.cluster import parse_command
-from orchestrator.settings import Settings
+from orchestrator.reporting.front_axes import COSTS, QUALITIES
+from orchestrator.settings import (
+    DistillationSettings,
+    InfluenceSettings,
+    SearchSettings,
+    Section,
+    Settings,
+    SweepSettings,
+    TrainingSettings,
+)
+from orchestrator.settings.starting import SIZES
 from orchestrator.workspace.errors import UserError
 
 
@@ -96,3 +107,30 @@ def test_a_quiet_command_prints_its_result_only(
     assert cli.main(command) == 0
     assert "found again" in capsys.readouterr().out
     assert "\x1b" not in line, "no colours in a pipe"
+
+
+def test_choices_are_those_of_the_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def allowed(section: type[Section], field: str) -> tuple[str, ...]:
+        return get_args(section.model_fields[field].annotation)
+
+    choices = {
+        "influence --metric": allowed(InfluenceSettings, "metric"),
+        "distill --control": allowed(DistillationSettings, "control"),
+        "sweep-threshold --unit": allowed(SweepSettings, "budget_unit"),
+        "sweep-threshold --selection": allowed(SweepSettings, "selection"),
+        "search --objective": allowed(SearchSettings, "objective"),
+        "search --sampler": allowed(SearchSettings, "sampler"),
+        "pretrain --dtype": allowed(TrainingSettings, "precision"),
+        "pretrain --preset": tuple(PRESETS),
+        "report --cost": tuple(COSTS),
+        "report --quality": tuple(QUALITIES),
+        "init --size": SIZES,
+    }
+    monkeypatch.setenv("COLUMNS", "200")
+    for words, names in choices.items():
+        command, option = words.split()
+        assert cli.main([command, "--help"]) == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        assert f"{option} CHOICE {', '.join(names)}. " in printed
