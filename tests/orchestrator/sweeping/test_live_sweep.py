@@ -115,7 +115,7 @@ def test_a_sweep_is_seen_while_it_runs(watched: Watched) -> None:
     # The front so far is in the sweep's run, with its picture.
     noted = watched.stored()
     assert f"1 of {len(watched.plan.trials)} models" in noted.data.tags[NOTE_TAG]
-    picture = f"/get-artifact?path={ARTIFACT_FOLDER}/front.svg&run_uuid={watched.run.run_id}"
+    picture = f"get-artifact?path={ARTIFACT_FOLDER}/front.svg&run_uuid={watched.run.run_id}"
     assert picture in noted.data.tags[NOTE_TAG]
     assert VIEW_TAG in noted.data.tags
     files = watched.tracking.store.connect().list_artifacts(noted.info.run_id, ARTIFACT_FOLDER)
