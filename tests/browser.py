@@ -20,7 +20,7 @@ def page_text(url: str, profile: Path) -> str:
     command = [
         *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
         *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
-        *("--disable-sync", f"--user-data-dir={profile}", "--virtual-time-budget=30000"),
+        *("--disable-sync", f"--user-data-dir={profile}", "--virtual-time-budget=90000"),
         # Charts are drawn when they come into view, which they only do in a picture.
         *("--window-size=1600,2400", f"--screenshot={profile}.png", "--dump-dom", url),
     ]
