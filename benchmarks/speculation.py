@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ class _Text:
     def __init__(self, size: _Size) -> None:
         data = DataSettings(vocab_size=size.vocab_size, max_documents=size.max_documents)
         with tempfile.TemporaryDirectory() as folder:
-            store = open_tokens(prepare(data, open_workspace(folder), Progress()))
+            store = open_tokens(prepare(data, open_workspace(Path(folder)), Progress()))
             self._train, self._held_out = (
                 torch.from_numpy(part.astype("int64")) for part in (store.train, store.validation)
             )

@@ -30,7 +30,7 @@ from orchestrator.training.job import finished_outcome, sequences_per_step
 from orchestrator.training.job_checks import check_job, write_job_file
 from orchestrator.training.job_models import decoder_to_train, load_teacher
 from orchestrator.training.loop import Diverged, Hooks, Position, TrainingSetup, train
-from orchestrator.training.objective import elastic_passes, make_objective, single_pass
+from orchestrator.training.objective import Passes, elastic_passes, make_objective, single_pass
 from orchestrator.training.optimizer import keep_half_weights, make_optimizer
 from orchestrator.training.precision import check_precision
 from orchestrator.training.prefetching import BatchPrefetcher
@@ -147,7 +147,7 @@ class _Run:
         has_idle_parameters = self.decoder.method.has_corrections
         recipe = self.job.recipe
         teacher: Model | None = self.teacher
-        passes = single_pass
+        passes: Passes = single_pass
         if recipe.elastic:
             if teacher is not None:
                 teacher = RememberingTeacher(teacher)
