@@ -32,12 +32,12 @@ from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.sweeping.asha import record_early_stop, stored_early_stop
 from orchestrator.sweeping.elastic_plans import waits_for_weights
 from orchestrator.sweeping.round_progress import RoundProgress
-from orchestrator.sweeping.trial_run import FAILED_EVENT, is_trial_locked, run_trial
+from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.signals import note_saved_state, wait_interruptibly
 from orchestrator.training.run_lock import waiting_text
 from orchestrator.workspace.errors import Interrupted, RunFailed
-from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.journal import FAILED_EVENT, Journal
 
 if TYPE_CHECKING:
     from orchestrator.sweeping.search import ScheduleSearch

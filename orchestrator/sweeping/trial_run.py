@@ -28,10 +28,9 @@ from orchestrator.training.run import Report, run_job
 from orchestrator.training.run_lock import is_run_locked, lock_run_folder
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace
-from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.journal import STOPPED_EVENT, Journal
 from orchestrator.workspace.names import DONE_NAME
 
-FAILED_EVENT, STOPPED_EVENT = "failed", "stopped early"
 """Events in a trial's journal, with the reason as `text`."""
 
 Train = Callable[..., TrainingOutcome]

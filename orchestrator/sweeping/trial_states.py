@@ -15,10 +15,9 @@ from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import Settings, SweepSettings
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop
-from orchestrator.sweeping.trial_run import FAILED_EVENT, STOPPED_EVENT
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.run import DIVERGED_EVENT
-from orchestrator.workspace.journal import read_tail
+from orchestrator.workspace.journal import FAILED_EVENT, STOPPED_EVENT, read_tail
 
 
 @dataclass(frozen=True, kw_only=True)

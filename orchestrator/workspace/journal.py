@@ -17,6 +17,8 @@ from typing import Any
 from orchestrator.workspace.paths import workspace_root
 
 JOURNAL_NAME = "journal.jsonl"
+FAILED_EVENT, STOPPED_EVENT = "failed", "stopped early"
+"""Events of a trial's journal."""
 VALIDATION_METRIC = "validation/loss"
 CHEAPEST_METRIC = "validation/cheapest_loss"
 """That loss under the cheapest schedule of an elastic model."""

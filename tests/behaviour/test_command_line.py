@@ -17,7 +17,8 @@ from orchestrator.workspace.errors import UserError
 def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     code = cli.main(list(arguments))
     captured = capfd.readouterr()
-    printed = " ".join((captured.out + captured.err).split())
+    # Click draws a box around its messages, and breaks their lines.
+    printed = " ".join((captured.out + captured.err).replace("│", " ").split())
     assert "Traceback" not in printed
     return code, printed
 

@@ -156,7 +156,7 @@ from orchestrator.settings import resolve_settings
 from orchestrator.workspace.folders import Workspace
 
 nothing = lambda *_, **__: None
-names = "set_tags", "log_dataset", "log_text", "log_journal", "finish"
+names = "set_tags", "log_dataset", "log_text", "log_journal", "log_model", "finish"
 run = SimpleNamespace(**dict.fromkeys(names, nothing))
 tracking = SimpleNamespace(run=lambda *_, **__: run)
 recipe = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}

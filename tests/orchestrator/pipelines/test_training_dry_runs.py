@@ -82,7 +82,7 @@ def test_prepared_tokens_replace_assumptions(
     ("arguments", "words"),
     [
         (["--preset", "1.3b"], "multiple of the context length 2048"),
-        (["--preset", "huge"], "model.preset"),
+        (["--preset", "huge"], "'huge' is not one of"),
         (["--set", "data.source=files"], "data.files"),
         (["--set", "data.tokenizer=missing.json"], "missing.json"),
         (["--workers", "3"], "3 workers cannot share evenly"),
