@@ -35,6 +35,7 @@ from orchestrator.tracking import (
     NestedRun,
     TrackedRun,
     Tracking,
+    now_ms,
     reason_tags,
     tag_filter,
 )
@@ -144,17 +145,17 @@ def trial_run(
     )
 
 
-def _trial_times(result: Trial, journal: Path | None) -> tuple[int | None, int | None]:
+def _trial_times(result: Trial, journal: Path | None) -> tuple[int, int | None]:
     """Return start and end in ms; of a model that was only measured, when its result was written.
 
-    None, where neither is known, is now.
+    Where neither is known it starts now: MLflow's background thread may create the run later.
     """
     if journal and (times := recorded_times(journal)):
         return times
     with suppress(OSError):
         written_ms = int(result.result_path.stat().st_mtime * 1000)
         return written_ms, written_ms
-    return None, None
+    return now_ms(), None
 
 
 def _dataset(result: Trial) -> tuple[str, str, dict[str, Any]] | None:

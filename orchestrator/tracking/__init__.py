@@ -12,6 +12,7 @@ from orchestrator.tracking.store import NOTE_TAG, REASON_TAG, tag_filter
 from orchestrator.tracking.tracked_run import (
     TrackedModel,
     TrackedRun,
+    now_ms,
     reason_tags,
     status_after,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "TrackedRun",
     "Tracking",
     "open_tracking",
+    "now_ms",
     "reason_tags",
     "status_after",
     "tag_filter",
