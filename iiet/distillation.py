@@ -126,7 +126,7 @@ class RememberingTeacher:
         self._answer: tuple[Answer, Sequence[Tensor]]
 
     def __call__(self, input_ids: Tensor, *, return_hidden: bool = False) -> Any:
-        """Return what the teacher says; for the same tensor as before what it said then."""
+        """Return the teacher's answer; it is computed once for each tensor of token ids."""
         if input_ids is not self._input_ids:
             self._answer = _run(self._teacher, input_ids, _both, with_hidden=return_hidden)
             self._input_ids = input_ids

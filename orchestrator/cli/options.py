@@ -247,15 +247,17 @@ def split_names(text: str | None) -> list[str | int] | None:
     if text.startswith("[") and text.endswith("]"):  # As in a settings file.
         text = text[1:-1]
     names = [part.strip() for part in text.split(",") if part.strip()]
-    # A number of more digits is not a count; it stays a text, which the settings refuse.
-    return [int(name) if re.fullmatch("[0-9]{1,9}", name) else name for name in names]
+    return [*map(_count_or_text, names)]
 
 
 def parse_schedules(texts: list[str] | None) -> list[str | int] | None:
     """Read a repeated `--schedule`: a number for all layers, or a text; None stays None."""
-    if texts is None:
-        return None
-    return [int(text) if re.fullmatch("[0-9]{1,9}", text) else text for text in texts]
+    return None if texts is None else [*map(_count_or_text, texts)]
+
+
+def _count_or_text(text: str) -> int | str:
+    # A number of more digits is not a count; it stays a text, which the settings refuse.
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else text
 
 
 def _number_texts(text: str) -> list[str]:

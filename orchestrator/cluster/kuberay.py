@@ -1,4 +1,4 @@
-"""Write a RayJob for KubeRay: a head without GPUs for the command, worker pods for trainings.
+"""Write a RayJob for KubeRay. The command runs on a head without GPUs, trainings on worker pods.
 
 A pod that is told to end drains: Ray tells the training, which saves a checkpoint, and the pod
 waits for it. A job that failed starts again on a new cluster and resumes.

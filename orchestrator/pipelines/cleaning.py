@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -20,25 +19,29 @@ from typing import Any
 import psutil
 
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.checkpoint import check_checkpoint, checkpoint_name
-from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.training.checkpoint import check_checkpoint
 from orchestrator.training.checkpoint_writer import best_checkpoint
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.learning_rate import stable_steps
 from orchestrator.workspace.activity import is_idle
+from orchestrator.workspace.checkpoint_names import checkpoint_name, find_checkpoints
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json, read_json_object
 from orchestrator.workspace.folders import Workspace
-from orchestrator.workspace.inventory import RemovableKind, size_of, training_folders
+from orchestrator.workspace.inventory import (
+    RemovableKind,
+    folders_in,
+    run_locks,
+    size_of,
+    training_folders,
+)
 from orchestrator.workspace.locks import is_locked, lock_file
 from orchestrator.workspace.names import (
     JOB_NAME,
     PLAN_FILE,
     RAY_FOLDER,
     RESULTS_FILE,
-    RUN_LOCK_NAME,
     TEMPORARY_PREFIX,
-    WORKERS_LOCK_NAME,
 )
 from orchestrator.workspace.read_only import read_only
 from orchestrator.workspace.scratch import abandoned_folders
@@ -121,9 +124,8 @@ def _temporary(workspace: Workspace) -> Iterator[Removable]:
 
 
 def _ray(workspace: Workspace) -> Iterator[Removable]:
-    for parent in {Path(tempfile.gettempdir()), Path("/tmp")}:
-        for folder in abandoned_folders(parent):
-            yield _item(RemovableKind.RAY, folder, "Ray's temporary files of a command that ended")
+    for folder in abandoned_folders():
+        yield _item(RemovableKind.RAY, folder, "Ray's temporary files of a command that ended")
     for folder in workspace.sweeps.glob(f"*/{RAY_FOLDER}-*"):
         if not _has_driver(folder):
             yield _item(RemovableKind.RAY, folder, "Ray Tune's files of a command that ended")
@@ -131,25 +133,24 @@ def _ray(workspace: Workspace) -> Iterator[Removable]:
         folder = run / RAY_FOLDER
         if folder.is_dir() and not _is_in_use(run):
             yield _item(
-                RemovableKind.RAY, folder, "Ray Train's files of a command that ended", *_locks(run)
+                RemovableKind.RAY,
+                folder,
+                "Ray Train's files of a command that ended",
+                *run_locks(run),
             )
 
 
 def _teachers(workspace: Workspace) -> Iterator[Removable]:
-    folders = [f for f in workspace.teachers.glob("*") if f.is_dir()]
-    for folder in folders if folders and _is_quiet(workspace) else ():
-        if not folder.name.startswith("."):
-            reason = "teacher outputs for distillation; they are computed again when needed"
-            lock = folder.with_name(f".{folder.name}.lock")
-            yield _item(RemovableKind.TEACHERS, folder, reason, lock)
+    reason = "teacher outputs for distillation; they are computed again when needed"
+    for folder in _unused(workspace, workspace.teachers):
+        lock = folder.with_name(f".{folder.name}.lock")
+        yield _item(RemovableKind.TEACHERS, folder, reason, lock)
 
 
 def _first_stages(workspace: Workspace) -> Iterator[Removable]:
-    folders = [f for f in workspace.first_stages.glob("*") if f.is_dir()]
-    for folder in folders if folders and _is_quiet(workspace) else ():
-        if not folder.name.startswith("."):
-            reason = "steps that models of one recipe share; another such model trains them again"
-            yield _item(RemovableKind.FIRST_STAGES, folder, reason)
+    reason = "steps that models of one recipe share; another such model trains them again"
+    for folder in _unused(workspace, workspace.first_stages):
+        yield _item(RemovableKind.FIRST_STAGES, folder, reason)
 
 
 def _checkpoints(workspace: Workspace) -> Iterator[Removable]:
@@ -163,7 +164,7 @@ def _checkpoints(workspace: Workspace) -> Iterator[Removable]:
                 measured = any(checkpoint.glob("influence-*.json"))
                 if checkpoint not in kept and checkpoint not in needed and not measured:
                     reason = "intermediate checkpoint of a finished training"
-                    yield _item(RemovableKind.CHECKPOINTS, checkpoint, reason, *_locks(folder))
+                    yield _item(RemovableKind.CHECKPOINTS, checkpoint, reason, *run_locks(folder))
 
 
 def _kept_checkpoints(folder: Path) -> set[Path | None]:
@@ -197,7 +198,7 @@ def _damaged(workspace: Workspace) -> Iterator[Removable]:
                 check_checkpoint(checkpoint)
             except UserError as error:
                 reason = str(error).removeprefix(f"the checkpoint {checkpoint} ")
-                yield _item(RemovableKind.DAMAGED, checkpoint, reason, *_locks(folder))
+                yield _item(RemovableKind.DAMAGED, checkpoint, reason, *run_locks(folder))
     for parent in (workspace.evaluations, workspace.benchmarks):
         for file in sorted(parent.glob("*.json")):
             try:
@@ -228,18 +229,20 @@ def _has_driver(folder: Path) -> bool:
     return not process.isdecimal() or psutil.pid_exists(int(process))
 
 
+def _unused(workspace: Workspace, parent: Path) -> list[Path]:
+    """Return the folders in `parent`, which any command may read; none while one runs."""
+    folders = folders_in(parent)
+    return folders if folders and _is_quiet(workspace) else []
+
+
 def _is_quiet(workspace: Workspace) -> bool:
     # A sweep between two trials holds no lock.
     drivers = map(_has_driver, workspace.sweeps.glob(f"*/{RAY_FOLDER}-*"))
     return is_idle(workspace) and not any(drivers)
 
 
-def _locks(run: Path) -> tuple[Path, ...]:
-    return (run / RUN_LOCK_NAME, run / WORKERS_LOCK_NAME)
-
-
 def _is_in_use(run: Path) -> bool:
-    return any(map(is_locked, _locks(run)))
+    return any(map(is_locked, run_locks(run)))
 
 
 def to_json(item: Removable) -> dict[str, Any]:

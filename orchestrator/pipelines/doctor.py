@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import sqlite3
 import sys
 import tempfile
@@ -23,9 +22,10 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from orchestrator.terminal.formatting import format_bytes, format_count
-from orchestrator.workspace.activity import read_status
+from orchestrator.workspace.activity import pending_records, read_status
 from orchestrator.workspace.credentials import mask_secrets, strip_credentials
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import free_disk
 from orchestrator.workspace.folders import Workspace, open_workspace
 from orchestrator.workspace.locks import is_locked
 from orchestrator.workspace.paths import WORKSPACE_FILE_NAME
@@ -84,14 +84,22 @@ def examine(workspace: Workspace) -> Iterator[Finding]:
             yield Finding(check=name, state="broken", text=problem)
 
 
+def _judged(
+    check: str, text: str, *, is_bad: bool, remedy: str, state: State = "broken"
+) -> Finding:
+    """Return a finding that is `ok` and needs no remedy; if it `is_bad`, one with both."""
+    if is_bad:
+        return Finding(check=check, state=state, text=text, remedy=remedy)
+    return Finding(check=check, state="ok", text=text)
+
+
 def _python() -> Iterator[Finding]:
     wanted = SpecifierSet(metadata.metadata(DISTRIBUTION)["Requires-Python"])
-    is_fit = wanted.contains(platform.python_version())
-    yield Finding(
-        check="python",
-        state="ok" if is_fit else "broken",
-        text=f"Python {platform.python_version()}, {sys.executable}",
-        remedy="" if is_fit else f"install {DISTRIBUTION} with a Python {wanted}",
+    yield _judged(
+        "python",
+        f"Python {platform.python_version()}, {sys.executable}",
+        is_bad=not wanted.contains(platform.python_version()),
+        remedy=f"install {DISTRIBUTION} with a Python {wanted}",
     )
 
 
@@ -153,20 +161,19 @@ def _cpu_and_memory() -> Iterator[Finding]:
     from orchestrator.planning.resources import free_memory, local_resources
 
     cpus, load = local_resources(count_gpus=False).cpus, os.getloadavg()[0]
-    is_busy = load > 1.5 * cpus
-    yield Finding(
-        check="cpu",
-        state="note" if is_busy else "ok",
-        text=f"{format_count(cpus, 'CPU')}, load {load:.1f}",
-        remedy="other processes use the CPUs; trainings are slower" if is_busy else "",
+    yield _judged(
+        "cpu",
+        f"{format_count(cpus, 'CPU')}, load {load:.1f}",
+        is_bad=load > 1.5 * cpus,
+        state="note",
+        remedy="other processes use the CPUs; trainings are slower",
     )
     free, total = free_memory(), psutil.virtual_memory().total
-    is_low = free < LEAST_MEMORY
-    yield Finding(
-        check="memory",
-        state="broken" if is_low else "ok",
-        text=f"{format_bytes(free)} of {format_bytes(total)} free",
-        remedy="end other programs, or raise the container's limit" if is_low else "",
+    yield _judged(
+        "memory",
+        f"{format_bytes(free)} of {format_bytes(total)} free",
+        is_bad=free < LEAST_MEMORY,
+        remedy="end other programs, or raise the container's limit",
     )
 
 
@@ -180,28 +187,23 @@ def _gpus() -> Iterator[Finding]:
         yield Finding(check="gpus", state="ok", text="none; everything runs on CPUs")
         return
     listed = ", ".join(f"{gpu.name} ({format_bytes(gpu.free_bytes)} free)" for gpu in gpus)
-    is_usable = usable >= len(gpus)
-    yield Finding(
-        check="gpus",
-        state="ok" if is_usable else "broken",
-        text=f"{listed or usable}; driver {driver_version() or 'unknown'}; PyTorch uses {usable}",
-        remedy=""
-        if is_usable
-        else "install a PyTorch that is built for this driver (pytorch.org), and see nvidia-smi",
+    yield _judged(
+        "gpus",
+        f"{listed or usable}; driver {driver_version() or 'unknown'}; PyTorch uses {usable}",
+        is_bad=usable < len(gpus),
+        remedy="install a PyTorch that is built for this driver (pytorch.org), and see nvidia-smi",
     )
 
 
 def _disk(workspace: Workspace) -> Iterator[Finding]:
     places = {"workspace": workspace.root, "temporary files": Path(tempfile.gettempdir())}
     for what, folder in places.items():
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(existing).free
-        is_full = free < LEAST_DISK
-        yield Finding(
-            check="disk",
-            state="broken" if is_full else "ok",
-            text=f"{format_bytes(free)} free for the {what} in {folder}",
-            remedy="`iiet-orch clean` lists what can go" if is_full else "",
+        free = free_disk(folder)
+        yield _judged(
+            "disk",
+            f"{format_bytes(free)} free for the {what} in {folder}",
+            is_bad=free < LEAST_DISK,
+            remedy="`iiet-orch clean` lists what can go",
         )
 
 
@@ -212,8 +214,7 @@ def _ray() -> Iterator[Finding]:
     check_ray_can_run(address)
     where = "starts on this machine" if address == LOCAL else f"answers at {address}"
     yield Finding(check="ray", state="ok", text=f"Ray {installed_version('ray')} {where}")
-    places = {Path(tempfile.gettempdir()), Path("/tmp")}
-    abandoned = [str(folder) for place in places for folder in abandoned_folders(place)]
+    abandoned = [str(folder) for folder in abandoned_folders()]
     if abandoned:
         left = _processes_in(abandoned)
         kill = f"kill {' '.join(map(str, left))}; then " if left else ""
@@ -255,13 +256,9 @@ def _mlflow(workspace: Workspace) -> Iterator[Finding]:
         except sqlite3.Error as error:
             problem = f"the database {path} cannot be read ({error})"
             remedy = "move it away; `iiet-orch sync` publishes the workspace in a new one"
-    yield Finding(
-        check="mlflow",
-        state="broken" if problem else "ok",
-        text=problem or f"store {shown}",
-        remedy=remedy if problem else "",
-    )
-    if pending := read_status(workspace).pending_records:
+    text = problem or f"store {shown}"
+    yield _judged("mlflow", text, is_bad=bool(problem), remedy=remedy)
+    if pending := pending_records(workspace):
         text = f"{format_count(pending, 'record')} not delivered to MLflow"
         yield Finding(check="mlflow", state="note", text=text, remedy="`iiet-orch sync`")
 
@@ -291,11 +288,10 @@ def _hub() -> Iterator[Finding]:
     from orchestrator.data.hub import hub_problem
 
     problem = hub_problem()
-    yield Finding(
-        check="hugging face hub",
-        state="note" if problem else "ok",
-        text=problem or "reachable",
-        remedy="data sets and models of the hub must be in its cache or in files"
-        if problem
-        else "",
+    yield _judged(
+        "hugging face hub",
+        problem or "reachable",
+        is_bad=bool(problem),
+        state="note",
+        remedy="data sets and models of the hub must be in its cache or in files",
     )

@@ -18,7 +18,7 @@ from orchestrator.pipelines.imported_text import read_model_text_files
 from orchestrator.terminal.formatting import format_parameters
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import TOKENIZER, load_provenance, save_checkpoint
-from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_intact_checkpoint
+from orchestrator.training.checkpoint_lookup import newest_intact_checkpoint
 from orchestrator.training.model_loading import (
     PUBLISHED,
     folder_kind,
@@ -26,6 +26,7 @@ from orchestrator.training.model_loading import (
     model_folder_key,
 )
 from orchestrator.training.model_lookup import resolve_checkpoint
+from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
 from orchestrator.workspace.folders import Workspace

@@ -21,8 +21,8 @@ from iiet.schedule import IterationSchedule
 from iiet.training_memory import TrainingMemory, training_memory
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ModelSettings, TrainingSettings
-from orchestrator.training.checkpoint import load_config, load_provenance, step_of
-from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_checkpoint
+from orchestrator.training.checkpoint import load_config, load_provenance
+from orchestrator.training.checkpoint_lookup import newest_checkpoint
 from orchestrator.training.first_stage import FirstStage, first_stage_of
 from orchestrator.training.job import sequences_per_step
 from orchestrator.training.learning_rate import stable_steps
@@ -33,6 +33,7 @@ from orchestrator.training.schedules import (
     schedule_by_step,
 )
 from orchestrator.training.teacher_cache import CachePlan, cache_plan
+from orchestrator.workspace.checkpoint_names import find_checkpoints, step_of
 from orchestrator.workspace.errors import UserError
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12

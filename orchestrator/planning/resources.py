@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import psutil
 from orchestrator.planning.installed_gpus import installed_gpus
 from orchestrator.planning.nodes import Node, describe_nodes, num_workers_on
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import free_disk
 from orchestrator.workspace.ray_address import LOCAL
 
 if TYPE_CHECKING:
@@ -206,8 +206,7 @@ def local_free_bytes(folder: Path, *, num_workers: int = 1, num_gpus: int = 0) -
         num_workers: Workers that share this machine's memory.
         num_gpus: If not 0, the memory is that of a GPU, one per worker.
     """
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    disk = shutil.disk_usage(parent).free
+    disk = free_disk(folder)
     if num_gpus:
         # The free bytes of each, not its size: other processes may use it too.
         free = min((gpu.free_bytes for gpu in installed_gpus()[:num_gpus]), default=None)

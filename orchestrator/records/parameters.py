@@ -26,11 +26,18 @@ RECIPE = (
 )  # fmt: skip
 
 
-def schedule_parameters(model: ModelConfig) -> dict[str, str]:
-    """Return a model's method and corrections; `r_NN` are those of a layer, for charts."""
+def method_parameters(model: ModelConfig) -> dict[str, str]:
+    """Return a model's method, and its schedule if the method makes corrections."""
     params = {"method": model.method}
     if METHODS[model.method].has_corrections:
         params["schedule"] = str(model.corrections)
+    return params
+
+
+def schedule_parameters(model: ModelConfig) -> dict[str, str]:
+    """Return a model's method and corrections; `r_NN` are those of a layer, for charts."""
+    params = method_parameters(model)
+    if "schedule" in params:
         params |= {f"r_{layer:02d}": str(r) for layer, r in enumerate(model.corrections, start=1)}
     return params
 

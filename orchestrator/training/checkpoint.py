@@ -21,6 +21,7 @@ from iiet.config import ModelConfig
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, WEIGHTS, write_folder
+from orchestrator.workspace.checkpoint_names import checkpoint_name
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import INVALID_VALUE_ERRORS, read_json_object
 from orchestrator.workspace.names import PROVENANCE
@@ -57,16 +58,6 @@ REMEDY = (
     "copy the checkpoint here again, or move its folder away; a run that is started again resumes "
     "from the previous checkpoint"
 )
-
-
-def checkpoint_name(step: int) -> str:
-    """Return the folder name of the checkpoint after `step` optimizer steps."""
-    return f"step_{step:08d}"
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the step in the name of a checkpoint's folder."""
-    return int(checkpoint.name.rpartition("_")[2])
 
 
 def save_checkpoint(

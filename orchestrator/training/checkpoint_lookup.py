@@ -7,13 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from iiet.schedule import IterationSchedule
-from orchestrator.training.checkpoint import (
-    check_checkpoint,
-    served_schedules,
-    step_of,
-)
+from orchestrator.training.checkpoint import check_checkpoint, served_schedules
+from orchestrator.workspace.checkpoint_names import CHECKPOINT_NAME, find_checkpoints, step_of
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.names import CHECKPOINT_NAME, PROVENANCE
+from orchestrator.workspace.names import PROVENANCE
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -28,15 +25,6 @@ def known_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
         UserError: If the checkpoint is damaged.
     """
     return served_schedules(folder) if is_checkpoint(folder) else ()
-
-
-def find_checkpoints(run_folder: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, oldest first, unchecked."""
-    if not run_folder.is_dir():
-        return []
-    names = {path: CHECKPOINT_NAME.fullmatch(path.name) for path in run_folder.iterdir()}
-    found = [(int(match[1]), path) for path, match in names.items() if match]
-    return [path for _, path in sorted(found)]
 
 
 def newest_intact_checkpoint(

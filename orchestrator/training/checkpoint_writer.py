@@ -21,20 +21,14 @@ from torch import Tensor
 from iiet.decoder import Decoder
 from orchestrator.data.prepared import PreparedData
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.checkpoint import (
-    ELASTIC,
-    checkpoint_name,
-    read_text_files,
-    save_checkpoint,
-    weights_key,
-)
-from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.training.checkpoint import ELASTIC, read_text_files, save_checkpoint, weights_key
 from orchestrator.training.distributed import World, run_on_first
 from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.host_copies import HostCopies
 from orchestrator.training.learning_rate import stable_steps
 from orchestrator.training.loop import Position
 from orchestrator.training.schedules import elastic_family
+from orchestrator.workspace.checkpoint_names import checkpoint_name, find_checkpoints
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.files import damage_as_user_error, read_json_object, write_json
 from orchestrator.workspace.folders import is_valid_name

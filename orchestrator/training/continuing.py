@@ -12,13 +12,13 @@ from pathlib import Path
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import SETTINGS_NAME, Settings, TrainingSettings, read_settings
-from orchestrator.training.checkpoint import step_of
-from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_intact_checkpoint
+from orchestrator.training.checkpoint_lookup import newest_intact_checkpoint
 from orchestrator.training.job import key_fields
 from orchestrator.training.job_checks import describe_difference
 from orchestrator.training.learning_rate import learning_rate_at, stable_steps
 from orchestrator.training.model_lookup import find_run_folder, tokens_folder_of
 from orchestrator.training.schedules import schedule_by_step
+from orchestrator.workspace.checkpoint_names import find_checkpoints, step_of
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object
 from orchestrator.workspace.folders import Workspace

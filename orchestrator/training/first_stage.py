@@ -16,12 +16,9 @@ from pathlib import Path
 
 from iiet.methods import METHODS
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.checkpoint import (
-    check_checkpoint,
-    checkpoint_name,
-    step_of,
-)
+from orchestrator.training.checkpoint import check_checkpoint
 from orchestrator.training.job import JOURNAL_ONLY_FIELDS, job_key
+from orchestrator.workspace.checkpoint_names import checkpoint_name, step_of
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import Journal, read_journal
 from orchestrator.workspace.names import PROVENANCE

@@ -15,8 +15,9 @@ from iiet.distillation import DistillationConfig
 from orchestrator.data.sources import open_data
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.checkpoint import check_checkpoint, checkpoint_name, weights_key
+from orchestrator.training.checkpoint import check_checkpoint, weights_key
 from orchestrator.training.schedules import DRAWS_VERSION
+from orchestrator.workspace.checkpoint_names import checkpoint_name
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.names import DONE_NAME
 from orchestrator.workspace.provenance import content_key

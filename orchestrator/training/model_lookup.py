@@ -20,11 +20,11 @@ from orchestrator.training.checkpoint import (
     weights_key,
 )
 from orchestrator.training.checkpoint_lookup import (
-    find_checkpoints,
     is_checkpoint,
     newest_checkpoint,
     newest_intact_checkpoint,
 )
+from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import INVALID_VALUE_ERRORS, expand_user, read_json, resolve_path
 from orchestrator.workspace.folders import Workspace, is_valid_name

@@ -15,7 +15,7 @@ from pyarrow.lib import ArrowException
 
 from orchestrator.settings import storage_problem
 from orchestrator.training.checkpoint import check_checkpoint
-from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.credentials import mask_secrets
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.names import PROVENANCE

@@ -7,9 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.checkpoint import step_of
-from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.first_stage import first_stage_of
+from orchestrator.workspace.checkpoint_names import find_checkpoints, step_of
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.names import DONE_NAME
 

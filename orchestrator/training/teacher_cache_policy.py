@@ -6,7 +6,6 @@ give the same losses to the last bit (on the same machine, with the same number 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -27,6 +26,7 @@ from orchestrator.training.teacher_cache import (
     write_cache,
 )
 from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.files import free_disk
 from orchestrator.workspace.whole_folders import delete_folder
 
 # Limits of `auto` for one sweep.
@@ -154,7 +154,7 @@ def _chosen_caches(
         if mode != "live" and plan:
             caches.setdefault(plan.key, (plan, []))[1].append(number)
     # Read the free space once, so that bytes already promised are not subtracted twice.
-    free, promised = _free_bytes(parent), 0
+    free, promised = free_disk(parent), 0
     for plan, students in caches.values():
         needed, limit = bytes_to_write(plan, parent), free - promised
         if is_auto:
@@ -179,8 +179,3 @@ def _chosen_caches(
         progress.note(f"the teacher's outputs are {state}{why}")
         promised += needed
         yield plan, students, needed
-
-
-def _free_bytes(folder: Path) -> int:
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(existing).free

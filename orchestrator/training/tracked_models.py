@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from iiet.config import ModelConfig
-from iiet.methods import METHODS
 from orchestrator.data.sources import describe_data
+from orchestrator.records.parameters import method_parameters
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
 from orchestrator.settings.model import model_family
@@ -67,10 +67,9 @@ def _tracked_model(
         weights = weights_key(Path(checkpoint))
     except UserError:
         return None
-    params = {"method": config.method, "checkpoint": checkpoint}
+    params = {**method_parameters(config), "checkpoint": checkpoint}
     name = model_family(config)
-    if METHODS[config.method].has_corrections:
-        params["schedule"] = str(config.corrections)
+    if "schedule" in params:
         name += f" {format_schedule(tuple(config.corrections))}"
     if seed is not None:
         params["seed"] = str(seed)

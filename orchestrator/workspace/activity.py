@@ -83,14 +83,18 @@ def read_status(workspace: Workspace, now: float | None = None) -> Status:
     trainings = _trainings(workspace, now)
     others = (*_other_locks(workspace), *_evaluations(workspace, now))
     names = dict.fromkeys(name for activity in trainings for name in activity.sweeps)
-    outbox, pending = workspace.root / OUTBOX_NAME, 0
-    with suppress(OSError):
-        pending = outbox.read_bytes().count(b"\n")
     return Status(
         activities=(*trainings, *others),
         sweeps=tuple(_running_sweep(workspace.sweeps / name, trainings) for name in names),
-        pending_records=pending,
+        pending_records=pending_records(workspace),
     )
+
+
+def pending_records(workspace: Workspace) -> int:
+    """Return the number of records that wait for MLflow."""
+    with suppress(OSError):
+        return (workspace.root / OUTBOX_NAME).read_bytes().count(b"\n")
+    return 0
 
 
 def is_idle(workspace: Workspace) -> bool:
@@ -118,17 +122,17 @@ def seconds_left(training: StoredTraining) -> float | None:
 
 
 def _trainings(workspace: Workspace, now: float) -> list[Activity]:
-    running = [t for t in map(StoredTraining, training_folders(workspace)) if t.lock]
+    stored = map(StoredTraining, training_folders(workspace))
+    running = [(training, lock) for training in stored if (lock := training.lock)]
     planned = trials_by_folder(workspace) if running else {}
     found = []
-    for training in running:
-        own = planned.get(training.folder, [])
-        lock, records = training.lock, training.records
+    for training, lock in running:
+        own, records = planned.get(training.folder, []), training.records
         found.append(
             Activity(
                 kind="measuring" if training.is_finished or not training.job else "training",
                 name=str(training.folder.relative_to(workspace.root)),
-                process=lock_holder(lock) if lock else None,
+                process=lock_holder(lock),
                 sweeps=tuple(sweep for sweep, _ in own),
                 label=own[0][1].get("label") if own else None,
                 step=training.step,

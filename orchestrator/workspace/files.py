@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,12 @@ def is_folder(path: Path | str) -> bool:
         return expand_user(path).is_dir()
     except (OSError, ValueError):
         return False
+
+
+def free_disk(folder: Path) -> int:
+    """Return the free bytes of the disk of a folder, which need not exist yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,13 +14,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from orchestrator.workspace.checkpoint_names import checkpoint_name, find_checkpoints, step_of
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import VALIDATION_METRIC, last_recorded, read_tail
 from orchestrator.workspace.locks import is_locked
 from orchestrator.workspace.names import (
-    CHECKPOINT_NAME,
     DONE_NAME,
     JOB_NAME,
     PLAN_FILE,
@@ -81,8 +81,8 @@ class StoredTraining:
         """The last records of its journal."""
         self.metrics: dict[str, float] = {}
         """The last value of each of their metrics."""
-        saved = checkpoints_in(folder)
-        self.step = int(saved[-1].name.removeprefix("step_")) if saved else 0
+        saved = find_checkpoints(folder)
+        self.step = step_of(saved[-1]) if saved else 0
         """Last step in its journal, or of its newest checkpoint."""
         for record in self.records:
             if record["kind"] == "metrics":
@@ -110,14 +110,13 @@ class StoredTraining:
     def is_finished(self) -> bool:
         """Whether the training has finished and its last checkpoint is there."""
         step = self.outcome.get("step")
-        name = f"step_{step:08d}" if isinstance(step, int) else ""
+        name = checkpoint_name(step) if isinstance(step, int) else ""
         return bool(self.outcome.get("finished")) and (self.folder / name).is_dir()
 
     @property
     def lock(self) -> Path | None:
         """The lock that a process holds now; None if none runs here."""
-        locks = (self.folder / RUN_LOCK_NAME, self.folder / WORKERS_LOCK_NAME)
-        return next(filter(is_locked, locks), None)
+        return next(filter(is_locked, run_locks(self.folder)), None)
 
     def state(self) -> str:
         """Return how far the training is."""
@@ -129,7 +128,9 @@ class StoredTraining:
             return "finished"
         if not self.job:
             damaged = (self.folder / JOB_NAME).is_file()
-            return "damaged" if damaged else "imported" if checkpoints_in(self.folder) else "empty"
+            return (
+                "damaged" if damaged else "imported" if find_checkpoints(self.folder) else "empty"
+            )
         events = [record for record in self.records if record["kind"] == "event"]
         verb = "diverged" if events and events[-1]["name"] == "diverged" else "stopped"
         return f"{verb} at {self.step:,}/{self.num_steps:,}"
@@ -154,12 +155,12 @@ def list_entries(workspace: Workspace, kind: Kind) -> list[Entry]:
 
 def training_folders(workspace: Workspace) -> list[Path]:
     """Return the folders of all runs and trials."""
-    return [*_folders(workspace.runs), *_folders(workspace.trials)]
+    return [*folders_in(workspace.runs), *folders_in(workspace.trials)]
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, oldest first, unchecked."""
-    return sorted(path for path in _folders(folder) if CHECKPOINT_NAME.fullmatch(path.name))
+def run_locks(folder: Path) -> tuple[Path, Path]:
+    """Return the files that processes lock while they train or measure in a folder."""
+    return folder / RUN_LOCK_NAME, folder / WORKERS_LOCK_NAME
 
 
 def size_of(path: Path, *, links: bool = True) -> int:
@@ -190,13 +191,13 @@ def sweep_progress(folder: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[
 
 
 def _runs(workspace: Workspace) -> Iterator[Entry]:
-    for folder in _folders(workspace.runs):
+    for folder in folders_in(workspace.runs):
         yield _training_entry(folder)
 
 
 def _trials(workspace: Workspace) -> Iterator[Entry]:
     planned = trials_by_folder(workspace)
-    for folder in _folders(workspace.trials):
+    for folder in folders_in(workspace.trials):
         entry = _training_entry(folder)
         state = entry.state
         # A folder without a training holds the results of a model that was trained elsewhere.
@@ -210,7 +211,7 @@ def _trials(workspace: Workspace) -> Iterator[Entry]:
 def trials_by_folder(workspace: Workspace) -> dict[Path, list[tuple[str, Mapping[str, Any]]]]:
     """Return folder -> sweeps that plan a trial there, with the trial."""
     found: dict[Path, list[tuple[str, Mapping[str, Any]]]] = {}
-    for sweep in _folders(workspace.sweeps):
+    for sweep in folders_in(workspace.sweeps):
         for trials in sweep_progress(sweep):
             for trial in trials:
                 found.setdefault(workspace.root / trial["folder"], []).append((sweep.name, trial))
@@ -230,7 +231,7 @@ def _training_entry(folder: Path) -> Entry:
 
 def _checkpoints(workspace: Workspace) -> Iterator[Entry]:
     for folder in training_folders(workspace):
-        for checkpoint in checkpoints_in(folder):
+        for checkpoint in find_checkpoints(folder):
             yield Entry(
                 name=str(checkpoint.relative_to(workspace.root)),
                 state="complete" if (checkpoint / PROVENANCE).is_file() else "damaged",
@@ -240,7 +241,7 @@ def _checkpoints(workspace: Workspace) -> Iterator[Entry]:
 
 
 def _sweeps(workspace: Workspace) -> Iterator[Entry]:
-    for folder in _folders(workspace.sweeps):
+    for folder in folders_in(workspace.sweeps):
         finished, left = sweep_progress(folder)
         kind = _object(folder / PLAN_FILE).get("kind")
         is_running = any(StoredTraining(workspace.root / trial["folder"]).lock for trial in left)
@@ -280,8 +281,8 @@ _LISTS: Mapping[Kind, Callable[[Workspace], Iterator[Entry]]] = {
 }
 
 
-def _folders(parent: Path) -> list[Path]:
-    # Names of temporary folders begin with a dot.
+def folders_in(parent: Path) -> list[Path]:
+    """Return the folders in another one by name, without temporary ones, which begin with a dot."""
     return sorted(p for p in parent.glob("*") if p.is_dir() and not p.name.startswith("."))
 
 

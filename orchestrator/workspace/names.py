@@ -5,8 +5,6 @@ They are here so that a listing of the workspace imports no PyTorch.
 
 from __future__ import annotations
 
-import re
-
 JOB_NAME = "job.json"
 """What a training in this folder is."""
 DONE_NAME = "done.json"
@@ -31,4 +29,3 @@ OUTBOX_NAME = "tracking-outbox.jsonl"
 """Records that MLflow has not received."""
 TEMPORARY_PREFIX = ".writing-"
 """Begins the name of a folder of tokens or teacher outputs that is not complete yet."""
-CHECKPOINT_NAME = re.compile(r"step_(\d{8,})")

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from orchestrator.workspace.locks import lock_descriptor
@@ -21,6 +22,7 @@ PREFIX = "iiet-orch-ray-"
 OWNER_NAME = "owner"
 _MARK = "Scratch files of iiet-orch; deleted when the process that locks this file has ended.\n"
 _NUM_RANDOM_CHARACTERS = 8
+_SHORT_PARENT = Path("/tmp")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def make_scratch_folder(*, longest_path: int | None = None) -> ScratchFolder:
     """
     parent = Path(tempfile.gettempdir())
     if longest_path and len(str(parent / PREFIX)) + _NUM_RANDOM_CHARACTERS > longest_path:
-        parent = Path("/tmp")
+        parent = _SHORT_PARENT
     delete_abandoned_folders(parent)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     # Locked before it gets its name, so that no process sees it unlocked while this one lives.
@@ -65,9 +67,13 @@ def delete_abandoned_folders(parent: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def abandoned_folders(parent: Path) -> Iterator[Path]:
-    """Yield this user's scratch folders whose owners have ended, each while it is locked."""
-    for folder in parent.glob(f"{PREFIX}*"):
+def abandoned_folders(*parents: Path) -> Iterator[Path]:
+    """Yield this user's scratch folders whose owners have ended, each while it is locked.
+
+    `parents`: where to look; all places where `make_scratch_folder` makes them, if there are none.
+    """
+    places = set(parents) or {Path(tempfile.gettempdir()), _SHORT_PARENT}
+    for folder in chain.from_iterable(place.glob(f"{PREFIX}*") for place in places):
         with suppress(OSError):
             found = folder.lstat()
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from small_size import SMALL
 
-from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.journal import read_journal
 
 pytestmark = pytest.mark.slow

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from small_size import SMALL
+from started_command import start_command
 
 from orchestrator.planning.save_time import LEAST_SECONDS
 from orchestrator.tracking.delivery import SHORT_WAIT_SECONDS
-from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.names import OUTBOX_NAME
 
 pytestmark = pytest.mark.slow
 
 SECONDS_TO_CLOSE = 8.0  # Ray's processes, on a busy machine.
-
-
-@pytest.fixture
-def silent_server() -> Iterator[str]:
-    """The address of a server that accepts connections and never answers."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen(100)
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.mark.parametrize(
@@ -48,24 +35,16 @@ def silent_server() -> Iterator[str]:
 def test_ctrl_c_is_answered_at_once_while_mlflow_hangs(
     command: list[str], section: str, folders: str, silent_server: str, tmp_path: Path
 ) -> None:
-    def start(command: list[str], settings: list[str], uri: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.cli", *command, "--workspace", str(tmp_path)]
-            + [part for setting in settings for part in ("--set", setting)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "MLFLOW_TRACKING_URI": uri},
-        )
-
     if section != "training":
-        teacher = start(["pretrain", "--local"], SMALL, "")
+        teacher = start_command("pretrain", "--local", workspace=tmp_path, settings=SMALL)
         printed, _ = teacher.communicate()
         assert teacher.returncode == 0, printed
     longer = [f"{section}.num_steps=100000", f"{section}.checkpoint_every_steps=50"]
     if section != "training":
         longer.append("distillation.teacher_cache=live")
-    process = start(command, [*SMALL, *longer], silent_server)
+    process = start_command(
+        *command, workspace=tmp_path, settings=[*SMALL, *longer], tracking_uri=silent_server
+    )
     # The first request gets no answer for half a minute; the training does not wait for it.
     while not any(map(find_checkpoints, tmp_path.glob(folders))):
         assert process.poll() is None, process.communicate()[0]

@@ -15,7 +15,7 @@ from orchestrator.records.trial import Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import weights_key
-from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.journal import read_journal
 
 

@@ -15,7 +15,7 @@ import pytest
 from small_size import SMALL
 
 from orchestrator.tracking.relocation import ADDRESS_COLUMNS
-from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.journal import read_journal
 
 pytestmark = [pytest.mark.long, pytest.mark.slow]

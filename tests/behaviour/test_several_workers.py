@@ -19,10 +19,10 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
 from orchestrator.training.checkpoint import load_training_state
-from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.distributed import World
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
+from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.journal import read_journal
 
 RECIPE = {

@@ -24,10 +24,10 @@ from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import Trial
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.training.checkpoint import weights_key
-from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import jobs_to_train
+from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.journal import read_journal
 
 # With the argument `hold`, pauses after its first checkpoint until its standard input is closed.

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from small_size import SMALL
+from started_command import start_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -25,18 +23,6 @@ SETTINGS = [
     "distillation.teacher_cache=live",
     "sweep.num_schedules=2",
 ]
-
-
-def start(workspace: Path, *command: str) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "orchestrator.cli", *command, "--workspace", str(workspace)]
-        + [part for setting in SETTINGS for part in ("--set", setting)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
 
 
 def trials(workspace: Path) -> list[Run]:
@@ -58,10 +44,10 @@ def kind(run: Run) -> str:
 
 
 def test_a_sweep_is_watched_interrupted_and_resumed(tmp_path: Path) -> None:
-    pretraining = start(tmp_path, "pretrain", "--local")
+    pretraining = start_command("pretrain", "--local", workspace=tmp_path, settings=SETTINGS)
     printed, _ = pretraining.communicate()
     assert pretraining.returncode == 0, printed
-    process = start(tmp_path, *SWEEP)
+    process = start_command(*SWEEP, workspace=tmp_path, settings=SETTINGS)
     watched: list[Run] = []
     while not watched:
         assert process.poll() is None, process.communicate()[0]
@@ -81,7 +67,7 @@ def test_a_sweep_is_watched_interrupted_and_resumed(tmp_path: Path) -> None:
     assert states["sweep"] == "KILLED"
     assert "RUNNING" not in states.values()
 
-    process = start(tmp_path, *SWEEP)
+    process = start_command(*SWEEP, workspace=tmp_path, settings=SETTINGS)
     printed, _ = process.communicate(timeout=900)
     assert process.returncode == 0, printed
     found = trials(tmp_path)

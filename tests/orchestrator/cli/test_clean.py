@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from orchestrator import cli
-from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import lock_run_folder
+from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import Workspace, open_workspace
 from orchestrator.workspace.locks import lock_file

@@ -18,9 +18,9 @@ from orchestrator.cluster.local import run_local_jobs
 from orchestrator.planning.nodes import Node
 from orchestrator.planning.resources import Resources
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.checkpoint import step_of, weights_key
-from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
+from orchestrator.workspace.checkpoint_names import find_checkpoints, step_of
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import read_journal
 

@@ -15,10 +15,10 @@ import pytest
 from orchestrator.planning.fit import check_trainings
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings
-from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
 from orchestrator.training.loop import Diverged
 from orchestrator.training.run import run_job
+from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.scratch import PREFIX

@@ -20,8 +20,8 @@ from orchestrator.settings import SETTINGS_NAME, Settings, read_settings, resolv
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
 from orchestrator.training.checkpoint import load_config, weights_key
-from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.run import run_job
+from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.folders import Workspace

@@ -12,8 +12,8 @@ import pytest
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import TrainingSettings
 from orchestrator.sweeping.baselines import find_baselines
-from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.run import run_job
+from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.folders import Workspace, open_workspace
 
 

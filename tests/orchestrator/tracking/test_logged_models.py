@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,9 @@ from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 
 from orchestrator.tracking import TrackedModel, TrackedRun, Tracking, open_tracking
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.folders import Workspace
 
 TOKENS, TASKS = ("tokens", "0123456789abcdef"), ("held-out tasks", "fedcba9876543210")
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    # One store for all tests of the module: making a database takes seconds.
-    return open_workspace(tmp_path_factory.mktemp("workspace"))
-
-
-@pytest.fixture
-def tracking(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracking]:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return open_tracking(workspace, warn=pytest.fail)
 
 
 def model_of(key: str, **datasets: tuple[str, str] | None) -> TrackedModel:

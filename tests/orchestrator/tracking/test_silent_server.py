@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,14 +18,10 @@ MOST_SECONDS = 10.0
 
 
 @pytest.fixture
-def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracking]:
+def tracking(tmp_path: Path, silent_server: str, monkeypatch: pytest.MonkeyPatch) -> Tracking:
     """MLflow at the address of a silent server."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen(100)
-        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        yield open_tracking(open_workspace(tmp_path), warn=lambda text: None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", silent_server)
+    return open_tracking(open_workspace(tmp_path), warn=lambda text: None)
 
 
 def trial(number: int, status: str, folder: Path) -> NestedRun:

@@ -7,7 +7,6 @@ import math
 import shutil
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -30,19 +29,6 @@ from orchestrator.tracking import (
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
 from orchestrator.workspace.journal import Journal
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    # One store for all tests of the module: making a database takes seconds.
-    return open_workspace(tmp_path_factory.mktemp("workspace"))
-
-
-@pytest.fixture
-def tracking(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracking]:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
-    return open_tracking(workspace, warn=pytest.fail)
 
 
 @pytest.fixture

@@ -18,10 +18,11 @@ from orchestrator.training.checkpoint import (
     save_checkpoint,
     weights_key,
 )
-from orchestrator.training.checkpoint_lookup import find_checkpoints, newest_checkpoint
+from orchestrator.training.checkpoint_lookup import newest_checkpoint
 from orchestrator.training.checkpoint_writer import prune_checkpoints
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import resolve_checkpoint
+from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import UserError
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "training_state.pt")

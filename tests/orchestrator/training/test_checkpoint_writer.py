@@ -19,9 +19,9 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.training import checkpoint_writer as writer_module
 from orchestrator.training import run as run_module
 from orchestrator.training.checkpoint import check_checkpoint, load_training_state
-from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.checkpoint_writer import best_checkpoint
 from orchestrator.training.run import run_job
+from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 

@@ -15,10 +15,11 @@ from iiet.schedule import IterationSchedule
 from iiet.weights import WEIGHTS
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.checkpoint import checkpoint_name, weights_key
+from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.first_stage import FirstStage, first_stage_of, share_first_stages
 from orchestrator.training.job import job_key
 from orchestrator.training.run import run_job
+from orchestrator.workspace.checkpoint_names import checkpoint_name
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.names import PROVENANCE
 

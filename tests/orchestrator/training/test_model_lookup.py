@@ -15,9 +15,9 @@ from iiet.decoder import Decoder
 from orchestrator import cli
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.evaluated_model import open_models
-from orchestrator.training.checkpoint import checkpoint_name, save_checkpoint
-from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.training.model_lookup import find_model_folder, resolve_model, resolve_teacher
+from orchestrator.workspace.checkpoint_names import checkpoint_name, find_checkpoints
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
 

@@ -12,9 +12,9 @@ import pytest
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import weights_key
-from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.training.job import job_key
 from orchestrator.training.run import run_job
+from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.names import PROVENANCE

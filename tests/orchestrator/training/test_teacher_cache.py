@@ -406,13 +406,13 @@ def test_auto_respects_the_free_disk_space_and_reports_it(
     jobs = [student("a"), student("b")]
     plan = plan_of(jobs[0])
     for free, is_stored in ((10 * plan.num_bytes + 10, True), (10 * plan.num_bytes - 10, False)):
-        monkeypatch.setattr(teacher_cache_policy, "_free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr(teacher_cache_policy, "free_disk", lambda _, free=free: free)
         notes, parent = Notes(), tmp_path / str(free)
         shared = store_teacher_outputs(jobs, DistillationSettings(), parent, progress=notes)
         assert [bool(job.teacher_cache) for job in shared] == [is_stored] * 2
         assert len(notes.notes) == 1
     assert "10% of the free disk" in notes.notes[0]
-    monkeypatch.setattr(teacher_cache_policy, "_free_bytes", lambda _: plan.num_bytes - 1)
+    monkeypatch.setattr(teacher_cache_policy, "free_disk", lambda _: plan.num_bytes - 1)
     with pytest.raises(UserError, match=r"distillation\.teacher_cache=exact needs"):
         store_teacher_outputs(jobs, DistillationSettings(teacher_cache="exact"), tmp_path / "t")
 
@@ -433,7 +433,7 @@ def test_bytes_that_are_written_already_are_not_needed_again(
         write_cache(plan, tmp_path / "t", full_after_half)
     left = bytes_to_write(plan, tmp_path / "t")
     assert left == plan.num_bytes - plan.num_steps // 2 * (plan.num_bytes // plan.num_steps)
-    monkeypatch.setattr(teacher_cache_policy, "_free_bytes", lambda _: left + 1)
+    monkeypatch.setattr(teacher_cache_policy, "free_disk", lambda _: left + 1)
     exact = DistillationSettings(teacher_cache="exact")
     assert work_of(jobs, exact, tmp_path / "t").num_bytes == left
     shared = store_teacher_outputs(jobs, exact, tmp_path / "t")
@@ -464,7 +464,7 @@ def test_bytes_of_an_earlier_cache_are_not_subtracted_twice(
         written = sum(path.stat().st_size for path in parent.rglob("*.bin"))
         return 3 * size - written
 
-    monkeypatch.setattr(teacher_cache_policy, "_free_bytes", free_bytes)
+    monkeypatch.setattr(teacher_cache_policy, "free_disk", free_bytes)
     exact = DistillationSettings(teacher_cache="exact")
     shared = store_teacher_outputs(jobs, exact, tmp_path / "t")
     assert all(job.teacher_cache for job in shared)

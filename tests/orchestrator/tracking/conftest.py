@@ -1,0 +1,21 @@
+"""An experiment in a store of its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.tracking import Tracking, open_tracking
+from orchestrator.workspace.folders import Workspace, open_workspace
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    # One store for all tests of the module: making a database takes seconds.
+    return open_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture
+def tracking(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Tracking:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    return open_tracking(workspace, warn=pytest.fail)
