@@ -2,14 +2,17 @@
 
 PYTHON ?= python3
 VENV := .venv
+FLOORS := .venv-floors
 BIN := $(VENV)/bin
+# Files or folders that `make test`, `test-quick` and `test-long` run; all if empty.
+TESTS ?=
 INSTALLED := $(VENV)/.installed
 # Two test files at a time, each with its own Ray; more would only wait for each other's processes.
 # If a process crashes, the run ends and names the test; pytest-xdist may hang after a restart.
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-long lint format bench gpu ui clean
+.PHONY: help demo test test-quick test-long test-floors test-wheel wheel lint format bench gpu ui clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,13 +21,24 @@ demo: $(INSTALLED) ## Install, then run everything on a generated task (CPU, min
 	$(BIN)/iiet-orch quickstart
 
 test: $(INSTALLED) ## Install, then run the whole test suite
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) $(TESTS)
 
 test-quick: $(INSTALLED) ## Run the tests that take seconds
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(TESTS)
 
 test-long: $(INSTALLED) ## Run the longest checks: fuzzing, compilers, whole sweeps (half an hour)
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m "long and not installs" $(TESTS)
+
+test-wheel: $(INSTALLED) ## Install the wheel into empty environments, and run it there (gigabytes)
+	$(BIN)/python -m pytest -m installs tests/behaviour/test_empty_environments.py
+
+test-floors: ## Run the quick tests with the lowest versions that pyproject.toml allows
+	mkdir -p $(FLOORS)
+	$(PYTHON) tests/lowest_versions.py > $(FLOORS)/constraints.txt
+	PIP_CONSTRAINT=$(abspath $(FLOORS))/constraints.txt $(MAKE) test-quick VENV=$(FLOORS)
+
+wheel: $(INSTALLED) ## Build the wheel and the source archive into dist/
+	$(BIN)/python -m hatchling build
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .
@@ -44,8 +58,8 @@ gpu: $(INSTALLED) ## Check and measure this machine's GPUs, and write gpu-report
 ui: $(INSTALLED) ## Browse the runs in MLflow
 	$(BIN)/iiet-orch ui
 
-clean: ## Remove the environment and caches; the workspace stays
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## Remove environments, builds and caches; the workspace stays
+	rm -rf $(VENV) $(FLOORS) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The stamp is renewed when the dependencies change, so that repeated runs start at once.
 $(INSTALLED): pyproject.toml

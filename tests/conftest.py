@@ -29,8 +29,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", r"ignore::DeprecationWarning:ray\.")
 
 
+@pytest.hookimpl(tryfirst=True)  # Before pytest reads the marks for `-m`.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run files with many slow tests first, so that no process waits at the end."""
+    """Add the marks that follow from others; run files with many slow tests first, so that no
+    process waits at the end.
+    """
+    for mark, implied in (("installs", "long"), ("long", "slow")):
+        for item in items:
+            if item.get_closest_marker(mark):
+                item.add_marker(implied)
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 

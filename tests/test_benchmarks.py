@@ -34,15 +34,14 @@ NUM_ROWS = {
 """Rows of a quick run."""
 SLOW = ("mix", "training", "evaluation", "model_size")
 """They start processes, run whole trials, or take longer than two seconds."""
-LONG = {
-    name: [pytest.mark.long, pytest.mark.slow] for name in ("sweep", "many_trials", "tracking_load")
-}
+LONG = ("sweep", "many_trials", "tracking_load")
 """They run whole sweeps, or MLflow's server."""
+MARKS = {**dict.fromkeys(SLOW, pytest.mark.slow), **dict.fromkeys(LONG, pytest.mark.long)}
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=LONG.get(n, [pytest.mark.slow] * (n in SLOW))) for n in BENCHMARKS],
+    [pytest.param(n, marks=MARKS.get(n, ())) for n in BENCHMARKS],
 )
 def test_a_quick_run_checks_measures_and_stores(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

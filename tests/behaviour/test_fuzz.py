@@ -29,7 +29,7 @@ from small_size import SMALL
 from orchestrator import cli
 from orchestrator.settings import Section, Settings
 
-pytestmark = [pytest.mark.long, pytest.mark.slow]
+pytestmark = pytest.mark.long
 
 NUM_SETTINGS = int(os.environ.get("IIET_FUZZ_SETTINGS", 1000))
 NUM_DAMAGES = int(os.environ.get("IIET_FUZZ_DAMAGES", 500))

@@ -148,7 +148,6 @@ def test_another_token_is_refused(report: dict[str, Any]) -> None:
     assert "asks for another token; set RAY_AUTH_MODE=token" in report["token"]
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_no_secret_is_written_by_a_command_whose_workers_have_it(tmp_path: Path) -> None:
     code, output = joined(tmp_path, "command")["command"]
@@ -159,7 +158,6 @@ def test_no_secret_is_written_by_a_command_whose_workers_have_it(tmp_path: Path)
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_a_node_with_other_code_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "code"

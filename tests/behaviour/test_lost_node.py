@@ -98,7 +98,6 @@ assert "node joins" in events
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["job after a notice", "job", "trial"])
 def test_a_lost_node_changes_no_loss(
     kind: str, tmp_path: Path, tiny_job: Callable[..., TrainingJob]

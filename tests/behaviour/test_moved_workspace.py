@@ -18,7 +18,7 @@ from orchestrator.tracking.relocation import ADDRESS_COLUMNS
 from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.journal import read_journal
 
-pytestmark = [pytest.mark.long, pytest.mark.slow]
+pytestmark = pytest.mark.long
 
 SETTINGS = [part for setting in SMALL for part in ("--set", setting)]
 PAUSED = [

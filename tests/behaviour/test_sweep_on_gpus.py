@@ -19,7 +19,7 @@ from small_size import SMALL
 from orchestrator.sweeping.trial_states import StoredPlan
 from orchestrator.workspace.journal import read_journal
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.long
 
 COMMAND = """
 import sys

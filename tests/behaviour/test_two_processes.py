@@ -265,7 +265,6 @@ def with_checkpoints(trial: Trial) -> Trial:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_under_ray_a_waiting_driver_takes_over_from_a_killed_one(
     job: TrainingJob, start: Start
 ) -> None:

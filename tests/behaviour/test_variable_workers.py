@@ -16,7 +16,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.long
 
 DRIVER = """
 import contextlib, json, os, pathlib, signal, sys

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from small_size import SMALL
 from started_command import start_command
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.long
 
 SWEEP = ["sweep-threshold", "--name", "watched"]
 SETTINGS = [

@@ -345,7 +345,6 @@ def test_no_arm_begins_that_would_not_end_in_time(
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_two_arms_one_after_the_other_and_nothing_is_trained_twice(
     workspace: Workspace, ray_session: None
 ) -> None:

@@ -190,7 +190,6 @@ def test_its_dry_run_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_the_example_runs_all_its_phases_and_trains_nothing_twice(
     tmp_path: Path, ray_session: None
 ) -> None:

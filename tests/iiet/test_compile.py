@@ -16,8 +16,6 @@ from iiet import METHODS, Decoder, KeyValueCache, ModelConfig, next_token_loss
 BATCH, TIME, VOCAB = 2, 6, 29
 GRAPHS = {"backend": "aot_eager", "fullgraph": True}
 FOLDER = Path(__file__).resolve().parent
-LONG = (pytest.mark.long, pytest.mark.slow)
-"""A long test is slow, too, so that `-m "not slow"` leaves it out."""
 
 
 def decoder_of(method, num_layers=1):
@@ -80,7 +78,7 @@ def cases(quick, *slow):
     def marks(case):
         if case == quick:
             return ()
-        return pytest.mark.slow if case in slow else LONG
+        return pytest.mark.slow if case in slow else pytest.mark.long
 
     every = [(method, masked) for method in METHODS for masked in (False, True)]
     return [pytest.param(*case, marks=marks(case)) for case in every]
@@ -125,7 +123,10 @@ def test_longer_decoding_recompiles_nothing():
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(name, marks=pytest.mark.slow if name == "iiet" else LONG) for name in METHODS],
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "iiet" else pytest.mark.long)
+        for name in METHODS
+    ],
 )
 def test_a_fresh_process_compiles(method):
     """No earlier run has filled a table or imported a module."""
@@ -148,7 +149,9 @@ assert not torch._dynamo.utils.counters["graph_break"]
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # The compiler warns of itself.
-@pytest.mark.parametrize("masked", [pytest.param(masked, marks=LONG) for masked in (False, True)])
+@pytest.mark.parametrize(
+    "masked", [pytest.param(masked, marks=pytest.mark.long) for masked in (False, True)]
+)
 def test_the_default_compiler_gives_the_same(masked):
     decoder = decoder_of("iiet")
     compiled = torch.compile(decoder)

@@ -218,7 +218,6 @@ def test_a_missing_variable_is_named_before_anything_starts(
     assert not record(tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_a_real_run_on_a_real_ray_saves_its_state_and_resumes(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path

@@ -1,0 +1,64 @@
+"""The wheel runs where nothing else is installed: `iiet` with PyTorch alone, and a whole sweep."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+from new_environment import ROOT, build, install, new_environment, run
+from small_size import SMALL
+
+pytestmark = [pytest.mark.installs, pytest.mark.timeout(3600)]
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+TORCH = next(r for r in PROJECT["dependencies"] if r.startswith("torch"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", tmp_path_factory.mktemp("dist"))
+
+
+def test_the_core_runs_with_pytorch_alone(wheel: Path, tmp_path: Path) -> None:
+    program = shutil.copy(ROOT / "tests" / "core_program.py", tmp_path)
+    with new_environment() as python:
+        install(python, TORCH)
+        install(python, "--no-deps", str(wheel))
+        listed = json.loads(run(python, "-m", "pip", "list", "--format=json", cwd=tmp_path))
+        found = json.loads(run(python, str(program), cwd=tmp_path))
+        environment = str(python.parents[1])
+    names = {entry["name"].lower() for entry in listed}
+    assert {"torch", "iiet-orch"} <= names
+    assert names.isdisjoint({"numpy", "transformers", "safetensors", "ray", "mlflow"})
+    assert found["file"].startswith(environment)
+    assert found["version"] == PROJECT["version"]
+    assert found["missing"] == []
+    assert found["losses"] == sorted(found["losses"], reverse=True)
+    assert "pip install safetensors" in found["save"]
+    assert "pip install transformers" in found["adapter"]
+
+
+def test_the_wheel_installs_its_libraries_and_runs_a_sweep(wheel: Path, tmp_path: Path) -> None:
+    settings = [part for setting in SMALL for part in ("--set", setting)]
+    workspace = ["--workspace", str(tmp_path / "workspace")]
+    with new_environment() as python:
+        install(python, str(wheel))
+        command = python.parent / "iiet-orch"
+        run(python, "-m", "pip", "check", cwd=tmp_path)
+        assert run(command, "--version", cwd=tmp_path).split()[-1] == PROJECT["version"]
+        doctor = json.loads(run(command, "doctor", "--json", *workspace, cwd=tmp_path))
+        listed = run(command, "config", "list", cwd=tmp_path)
+        printed = run(command, "sweep", "toy", *settings, *workspace, cwd=tmp_path)
+        exported = run(command, "pick", "--to", str(tmp_path / "model"), *workspace, cwd=tmp_path)
+    [own] = [finding for finding in doctor["findings"] if finding["check"] == "import path"]
+    assert str(python.parents[1]) in own["text"]
+    for file in (ROOT / "sweeps").glob("*.yaml"):
+        assert file.stem in listed
+    for word in ("vanilla", "r = 0", "teacher", "front.html"):
+        assert word in printed
+    assert "model" in exported
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "model" / "iiet_huggingface.py").is_file()
