@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-import pynvml
 import torch
 
 from benchmarks.gpu.setup import Setup
 from benchmarks.machine import machine_facts
+from orchestrator.planning.installed_gpus import driver_version
 from orchestrator.training.peak_flops import gpu_peak_flops
 
 
@@ -33,20 +33,11 @@ def report_facts(setup: Setup) -> dict[str, Any]:
         "L2 cache (MB)": round(getattr(properties, "L2_cache_size", 0) / 1e6, 1),
         "compute capability": f"{properties.major}.{properties.minor}",
         "bf16 peak (TFLOP/s)": peak / 1e12 if peak else "unknown, so there is no MFU",
-        "driver": _driver(),
+        "driver": driver_version() or "unknown",
         "CUDA of PyTorch": torch.version.cuda,
         "NCCL": _nccl(),
         **shared,
     }
-
-
-def _driver() -> str:
-    with suppress(pynvml.NVMLError):
-        pynvml.nvmlInit()
-        version = str(pynvml.nvmlSystemGetDriverVersion())
-        pynvml.nvmlShutdown()
-        return version
-    return "unknown"
 
 
 def _nccl() -> str:

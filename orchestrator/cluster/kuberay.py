@@ -33,7 +33,7 @@ def ray_job(
     """Return the RayJob as plain values.
 
     Args:
-        image: Container image with this package and its extra `cluster`.
+        image: Container image with this package and its extras `cluster` and `gpu`.
         claim: Name of the PersistentVolumeClaim (ReadWriteMany) of the workspace.
         secret: Name of the Secret that holds the deployment's variables.
     """

@@ -180,7 +180,7 @@ def _cpu_and_memory() -> Iterator[Finding]:
 def _gpus() -> Iterator[Finding]:
     import torch
 
-    from orchestrator.planning.installed_gpus import driver_version, installed_gpus
+    from orchestrator.planning.installed_gpus import driver_version, installed_gpus, nvml_module
 
     gpus, usable = installed_gpus(), torch.cuda.device_count()
     if not gpus and not usable:
@@ -193,6 +193,13 @@ def _gpus() -> Iterator[Finding]:
         is_bad=usable < len(gpus),
         remedy="install a PyTorch that is built for this driver (pytorch.org), and see nvidia-smi",
     )
+    if usable and torch.version.cuda and nvml_module() is None:
+        yield Finding(
+            check="gpus",
+            state="note",
+            text="the memory, load and names of GPUs are unknown to plans and metrics",
+            remedy=f"pip install '{DISTRIBUTION}[gpu]'",
+        )
 
 
 def _disk(workspace: Workspace) -> Iterator[Finding]:

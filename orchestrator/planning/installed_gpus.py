@@ -2,7 +2,7 @@
 
 PyTorch's own functions open a CUDA context, which takes several hundred MiB of each GPU until the
 process ends. A command that starts jobs must leave that memory to them. NVML is NVIDIA's: without
-its driver, and for AMD's GPUs, nothing is known here.
+its driver or the extra `gpu`, and for AMD's GPUs, nothing is known here.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
-
-import pynvml
 
 
 @dataclass(frozen=True)
@@ -25,12 +23,24 @@ class InstalledGpu:
     """Memory that no process uses now."""
 
 
-def installed_gpus(nvml: Any = pynvml) -> list[InstalledGpu]:
+def nvml_module() -> Any:
+    """Return the module `pynvml`; None where the extra `gpu` is not installed."""
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return None
+    return pynvml
+
+
+def installed_gpus(nvml: Any = None) -> list[InstalledGpu]:
     """Return the GPUs that `CUDA_VISIBLE_DEVICES` leaves, in its order; empty without NVML.
 
     Args:
-        nvml: The module `pynvml`.
+        nvml: The module `pynvml`; the installed one if None.
     """
+    nvml = nvml or nvml_module()
+    if nvml is None:
+        return []
     try:
         nvml.nvmlInit()
     except nvml.NVMLError:
@@ -44,8 +54,15 @@ def installed_gpus(nvml: Any = pynvml) -> list[InstalledGpu]:
     return gpus
 
 
-def driver_version(nvml: Any = pynvml) -> str | None:
-    """Return the version of NVIDIA's driver; None without it."""
+def driver_version(nvml: Any = None) -> str | None:
+    """Return the version of NVIDIA's driver; None without it or without NVML.
+
+    Args:
+        nvml: As for `installed_gpus`.
+    """
+    nvml = nvml or nvml_module()
+    if nvml is None:
+        return None
     with suppress(nvml.NVMLError):
         nvml.nvmlInit()
         try:

@@ -1,6 +1,7 @@
 """Load of every worker's GPU: memory, and from NVML utilization and power, by the worker's rank.
 
-The names are those of MLflow's system metrics. A GPU that does not answer has no such metric.
+The names are those of MLflow's system metrics. A GPU that does not answer has no such metric; none
+has utilization and power where the extra `gpu` is not installed.
 """
 
 from __future__ import annotations

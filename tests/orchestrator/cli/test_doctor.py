@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from orchestrator import cli
 from orchestrator.workspace.folders import open_workspace
@@ -101,3 +103,15 @@ def test_a_library_outside_its_range_is_broken(
     torch, missing = _broken(tmp_path / "space", capsys)
     assert torch["remedy"] == "pip install 'torch<1'"
     assert missing["text"] == "no-such-library not installed, wanted >=2"
+
+
+def test_gpus_without_the_extra_are_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # Importing it fails as if it were missing.
+    assert cli.main(["doctor", "--json", "--workspace", str(tmp_path / "space")]) == 0
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    [note] = [f for f in findings if f["check"] == "gpus" and f["state"] == "note"]
+    assert note["remedy"] == "pip install 'iiet-orch[gpu]'"

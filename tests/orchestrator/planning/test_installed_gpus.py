@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pynvml
 import pytest
 
-from orchestrator.planning.installed_gpus import InstalledGpu, installed_gpus
+from orchestrator.planning.installed_gpus import InstalledGpu, driver_version, installed_gpus
 
 FIRST, SECOND = "GPU-1a2b", "GPU-1a9c"
 PART = "MIG-77"
@@ -83,3 +84,9 @@ def test_a_machine_without_nvml_has_no_known_gpu() -> None:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
     assert installed_gpus(WithoutDriver()) == []
+
+
+def test_without_the_extra_gpu_no_gpu_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # Importing it fails as if it were missing.
+    assert installed_gpus() == []
+    assert driver_version() is None
