@@ -10,8 +10,14 @@ use. This file is also copied into exported folders, where this package is not i
 import copy
 import dataclasses
 from collections.abc import Mapping
+from importlib.util import find_spec
 from os import PathLike
 from typing import Any, Literal
+
+if find_spec("transformers") is None:
+    raise ImportError(
+        f"{__name__} needs transformers, which is not installed; type pip install transformers"
+    )
 
 import torch
 from huggingface_hub.dataclasses import strict

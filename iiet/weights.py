@@ -36,9 +36,12 @@ def non_finite(weights: Mapping[str, Tensor]) -> list[str]:
 def write_folder(
     folder: str | PathLike[str], config: ModelConfig, weights: Mapping[str, Tensor]
 ) -> None:
-    """Write both files; makes the folder, replaces files of these names."""
-    from safetensors.torch import save_file
+    """Write both files; makes the folder, replaces files of these names.
 
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    save_file = _safetensors().torch.save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
@@ -54,11 +57,10 @@ def read_folder(folder: str | PathLike[str]) -> tuple[ModelConfig, dict[str, Ten
     """Read the config and the weights by name, which stay mapped from the file until changed.
 
     Raises:
+        ImportError: safetensors is not installed.
         ValueError: a file is missing or damaged, or has values that are not finite.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    safetensors = _safetensors()
     file = Path(folder) / CONFIG
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -71,12 +73,24 @@ def read_folder(folder: str | PathLike[str]) -> tuple[ModelConfig, dict[str, Ten
             )
         config = ModelConfig.from_dict(values)
         file = Path(folder) / WEIGHTS
-        weights = load_file(file)
-    except (OSError, ValueError, SafetensorError) as error:
+        weights = safetensors.torch.load_file(file)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"cannot load {file}: {error}") from None
     if problems := non_finite(weights):
         raise ValueError(f"cannot load {file}: {'; '.join(problems)}")
     return config, weights
+
+
+def _safetensors() -> Any:
+    """Return the library, which nothing else in this package needs."""
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "Decoder.save and Decoder.load need safetensors, which is not installed; type "
+            "pip install safetensors"
+        ) from error
+    return safetensors
 
 
 _OLDER_NAMES = (
