@@ -30,6 +30,9 @@ ADAPTERS = {
 }
 """Library -> the only packages or modules that import it."""
 
+OPTIONAL = ("cluster", "gpu", "tensorboard")
+"""Extras whose libraries are imported at first use."""
+
 ORDER = (
     "workspace",
     "terminal",
@@ -92,24 +95,59 @@ def test_each_outside_library_has_one_adapter(library: str) -> None:
 
 
 def test_every_imported_library_is_declared() -> None:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    declared = {
-        _normal(re.split(r"[^\w.-]", requirement)[0])
-        for requirement in settings["project"]["dependencies"]
-    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = _distributions(project["dependencies"])
+    extras = project["optional-dependencies"]
+    optional = {name for extra in OPTIONAL for name in _distributions(extras[extra])}
     suppliers = metadata.packages_distributions()
     known = {*sys.stdlib_module_names, *PACKAGES}
     for name, path in MODULES.items():
+        at_start = {i.split(".")[0] for i in _imports_at_start(path)}
         for library in {i.split(".")[0] for i in _imports(path)} - known:
             found = {_normal(supplier) for supplier in suppliers.get(library, [library])}
-            assert found & declared, (
-                f"{name} imports {library}; declare {' or '.join(found)} in pyproject.toml"
-            )
+            place = f"{name} imports {library}; declare {' or '.join(found)} in pyproject.toml"
+            assert found & (required | optional), place
+            is_required = found & required or library not in at_start
+            assert is_required, f"{place} as required, or import it within a function"
+
+
+def _distributions(requirements: list[str]) -> set[str]:
+    return {_normal(re.split(r"[^\w.-]", requirement)[0]) for requirement in requirements}
+
+
+def _imports_at_start(path: Path) -> Iterator[str]:
+    """Return what importing a module imports, except in functions."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            waiting += ast.iter_child_nodes(node)
 
 
 def _normal(distribution: str) -> str:
     """Spell a distribution as package indexes do."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def test_files_are_loaded_without_running_their_code() -> None:
+    """The package `cluster` unpickles what Ray has pickled in the same run, and nothing else."""
+    for name, path in MODULES.items():
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            function, place = ast.unparse(call.func), f"{name}, line {call.lineno}"
+            if re.fullmatch(r"(cloud)?pickle\.(loads?|Unpickler)", function):
+                assert name.startswith("orchestrator.cluster."), place
+            if function == "torch.load":
+                options = {option.arg: ast.unparse(option.value) for option in call.keywords}
+                assert options["weights_only"] == "True", place
+            for option in call.keywords:
+                is_allowed = option.arg == "allow_pickle" and ast.unparse(option.value) == "True"
+                assert not is_allowed, place
 
 
 def test_the_root_of_the_orchestrator_holds_packages_only() -> None:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -118,7 +119,8 @@ def load_training_state(folder: Path, *, mapped: bool = False) -> dict[str, Any]
             workers then need no memory of the machine for them.
 
     Raises:
-        UserError: If a version wrote it whose optimizer state has another order of parameters.
+        UserError: If a version wrote it whose optimizer state has another order of parameters, or
+            it holds objects that are neither tensors nor plain values.
     """
     with safe_open(folder / WEIGHTS, framework="pt") as weights:
         is_older = any(name.startswith("method.") for name in weights.keys())  # noqa: SIM118
@@ -128,9 +130,14 @@ def load_training_state(folder: Path, *, mapped: bool = False) -> dict[str, Any]
             "version 0.2, and its optimizer state is for the parameters of that version; train "
             f"under another name, and import its model with `iiet-orch import {folder}`"
         )
-    state: dict[str, Any] = torch.load(
-        folder / TRAINING_STATE, weights_only=True, map_location="cpu", mmap=mapped
-    )
+    file = folder / TRAINING_STATE
+    try:
+        state: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu", mmap=mapped)
+    except UnpicklingError:
+        raise UserError(
+            f"{file} holds objects that are neither tensors nor plain values, which could run "
+            f"code, so it is not loaded; {REMEDY}"
+        ) from None
     return state
 
 

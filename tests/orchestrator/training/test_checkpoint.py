@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,27 @@ def test_a_saved_checkpoint_loads_unchanged(run: Path, decoder: Decoder) -> None
     mapped = load_training_state(folder, mapped=True)["moments"]
     assert torch.equal(mapped, torch.ones(2))
     assert load_provenance(folder)["tokens"] == "abc"
+
+
+class RunsCode:
+    """An object whose unpickling makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_training_state_runs_no_code(run: Path, tmp_path: Path, mapped: bool) -> None:
+    folder, made = find_checkpoints(run)[-1], tmp_path / "made"
+    torch.save({"step": 100, "moments": RunsCode(made)}, folder / TRAINING_STATE)
+    with pytest.raises(UserError, match=f"{TRAINING_STATE} holds objects .* could run code"):
+        load_training_state(folder, mapped=mapped)
+    assert not made.exists()
+    torch.load(folder / TRAINING_STATE, weights_only=False)
+    assert made.exists(), "the file would have run it"
 
 
 @pytest.mark.parametrize("method", METHODS)
