@@ -1,0 +1,112 @@
+"""Hashes of what a recipe trains: settings, order of the data, and initial weights.
+
+`python tests/recipe_hashes.py` writes them to `fixtures/recipe_hashes.json`, with which a test
+compares them. Do so only when a change of recipe is meant: the same command then trains another
+model than before. Settings and orders are integers and texts, equal on every machine. Weights are
+drawn by PyTorch's generator on the CPU, whose last bits may differ between processors; so their
+names, shapes and values rounded to two decimals (half a standard deviation) are hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from method_schedules import schedule_for
+
+from iiet import METHODS, Decoder, IterationSchedule, preset
+from orchestrator.data.batches import WindowOrder, positions_of_step
+from orchestrator.data.corpus import is_validation
+from orchestrator.data.depth.store import open_depth, write_depth
+from orchestrator.data.prepared import read_manifest
+from orchestrator.data.shares import SourceOrder
+from orchestrator.settings import (
+    DataSettings,
+    ElasticSettings,
+    Settings,
+    TrainingSettings,
+    read_settings,
+)
+from orchestrator.settings.depth import DepthSettings
+from orchestrator.settings.shipped import shipped_sweeps
+from orchestrator.training.schedules import drawn_by_step
+
+FILE = Path(__file__).resolve().parent / "fixtures" / "recipe_hashes.json"
+SECTIONS = (
+    "data", "model", "training", "distillation", "influence", "evaluation", "sweep", "search",
+)  # fmt: skip
+"""Sections of the settings that say what is trained and measured."""
+DEPTH_TASKS = ("phop_2", "chain_3", "s5_4")
+CONTEXT = 32
+POSITIONS = np.arange(600, dtype=np.int64)
+
+
+def recipe_hashes() -> dict[str, dict[str, str]]:
+    """Return group -> name -> hash."""
+    own = [name for name in METHODS if METHODS[name].__module__.startswith("iiet.")]
+    return {
+        "settings": _settings(),
+        "order of the data": _orders(),
+        "initial weights": {method: _hash(_weights(method)) for method in own},
+    }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _settings() -> dict[str, str]:
+    shipped = {name: _sections(read_settings(name)) for name in shipped_sweeps()}
+    found = {f"default {name}": _hash(value) for name, value in _sections(Settings()).items()}
+    return found | {f"sweep {name}": _hash(value) for name, value in shipped.items()}
+
+
+def _sections(settings: Settings) -> dict[str, Any]:
+    tree = settings.model_dump(mode="json")
+    return {name: tree[name] for name in SECTIONS}
+
+
+def _orders() -> dict[str, str]:
+    windows = [WindowOrder(10_007, CONTEXT, seed).starts(POSITIONS) for seed in (0, 1)]
+    shares = [positions_of_step(3, global_batch=7, rank=r, world_size=2) for r in (0, 1)]
+    sources = SourceOrder.of_shares((0.5, 0.3, 0.2)).split(POSITIONS, key=1)
+    texts = map("document {}".format, range(200))
+    elastic = TrainingSettings(num_steps=100, elastic=ElasticSettings(num_drawn=2))
+    drawn = drawn_by_step(IterationSchedule((3, 2)), elastic)
+    return {
+        "windows of a text": _hash([order.tolist() for order in windows]),
+        "shares of workers": _hash([share.tolist() for share in shares]),
+        "sources of a mixture": _hash([[v.tolist() for v in source] for source in sources]),
+        "held-out documents": _hash([is_validation(text, 0.1) for text in texts]),
+        "elastic schedules": _hash([[str(s) for s in drawn(step)] for step in range(100)]),
+        **{f"sequences of {task}": _hash(_sequences(task)) for task in DEPTH_TASKS},
+    }
+
+
+def _sequences(task: str) -> list[list[int]]:
+    depth = DepthSettings(tasks=(task,), length=CONTEXT)
+    with TemporaryDirectory() as parent:
+        folder = write_depth(DataSettings(source="depth", depth=depth), Path(parent))
+        data = open_depth(folder, read_manifest(folder))
+        batch = data.sequences(POSITIONS[:8], context_length=CONTEXT, seed=0)
+    return [*batch.input_ids.tolist(), *batch.targets.tolist()]
+
+
+def _weights(method: str) -> list[Any]:
+    sizes = {"num_layers": 2, "dim": 32, "num_heads": 2, "ffn_dim": 48, "vocab_size": 64}
+    schedule = schedule_for(method, (2, 1))
+    torch.manual_seed(0)
+    weights = Decoder(preset("tiny", method=method, schedule=schedule, **sizes)).state_dict()
+    return [
+        [name, list(weight.shape), (weight.double() * 100).round().int().flatten().tolist()]
+        for name, weight in sorted(weights.items())
+    ]
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(recipe_hashes(), indent=2) + "\n", encoding="utf-8")
