@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-long test-floors test-wheel wheel lint format bench gpu ui clean
+.PHONY: help demo test test-quick test-long test-floors test-wheel wheel lint format docs docs-links bench gpu ui clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,12 @@ lint: $(INSTALLED) ## Check style and types
 format: $(INSTALLED) ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED) ## Build the documentation site in build/site; a broken link or reference fails
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going docs build/site
+
+docs-links: $(INSTALLED) ## Check the links of the documentation to other sites (needs the network)
+	$(BIN)/python -m sphinx --builder linkcheck docs build/links
 
 bench: $(INSTALLED) ## Measure the ratios in docs/benchmarks.md
 	$(BIN)/python -m benchmarks

@@ -14,7 +14,8 @@ STEPS = re.findall(r"^\| `([\w/]+\.py)` \| (.+?) \|", TEXT, flags=re.MULTILINE)
 
 
 def source(path: str) -> Path:
-    return ROOT / path if path.startswith(("iiet/", "tests/")) else ROOT / "orchestrator" / path
+    is_whole = path.startswith(("iiet/", "tests/", "examples/"))
+    return ROOT / path if is_whole else ROOT / "orchestrator" / path
 
 
 def definitions(path: Path) -> set[str]:
@@ -43,6 +44,13 @@ def test_every_named_function_exists(path: str, functions: str) -> None:
 def test_each_value_is_traced_in_many_steps() -> None:
     assert len(STEPS) >= 40
     assert TEXT.count("\n## A") == 3
+
+
+def test_every_named_folder_exists() -> None:
+    folders = re.findall(r"^- `([a-z/_]+)/`: ", TEXT, flags=re.MULTILINE)
+    assert len(folders) >= 7
+    for folder in folders:
+        assert (ROOT / folder).is_dir(), folder
 
 
 def test_the_packages_are_those_of_the_orchestrator() -> None:

@@ -1,0 +1,53 @@
+"""The commands of docs/tutorial.md run in their order, at a small size."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from documented import ROOT, blocks
+from small_size import SMALL
+
+from orchestrator import cli
+
+PAGE = ROOT / "docs" / "tutorial.md"
+NOT_RUN = {"pip", "iiet-orch ui"}
+"""An installation, and a server that does not end."""
+TAKES_SETTINGS = {"sweep"}
+
+pytestmark = pytest.mark.slow
+
+
+def commands() -> list[list[str]]:
+    """Return the words of each line."""
+    lines = [line for block in blocks(PAGE, "bash") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_from_text_to_a_model_of_transformers(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ray_session: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IIET_WORKSPACE", raising=False)
+    texts = tmp_path / "my-texts"
+    texts.mkdir()
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        sections = page.read_text(encoding="utf-8").replace("\n## ", "\n<|endoftext|>\n## ")
+        (texts / f"{page.stem}.txt").write_text(sections, encoding="utf-8")
+    ran = []
+    for words in commands():
+        if words[0] in NOT_RUN or " ".join(words) in NOT_RUN:
+            continue
+        small = [f"--set={change}" for change in SMALL] if words[1] in TAKES_SETTINGS else []
+        assert cli.main([*words[1:], *small]) == 0, capsys.readouterr().err
+        ran.append(words[1])
+    assert {"doctor", "init", "sweep", "status", "pick", "generate"} <= set(ran)
+    assert re.search(r"schedule.*NFE", capsys.readouterr().out)
+    (snippet,) = blocks(PAGE, "python")
+    exec(snippet, {})
+    assert capsys.readouterr().out
