@@ -9,9 +9,10 @@ from typing import Any, cast
 import yaml
 
 from orchestrator.pipelines.context import Context
+from orchestrator.records.measurement import Measurement, TrackedModel
 from orchestrator.settings import SETTINGS_NAME
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import NestedRun, TrackedModel, Tracking
+from orchestrator.tracking import NestedRun, Tracking
 from orchestrator.workspace.folders import Workspace
 
 
@@ -67,6 +68,11 @@ class FakeTracking:
     def run(self, key: str, *, kind: str, **_: Any) -> FakeRun:
         self.runs.append(FakeRun(kind, self.statuses))
         return self.runs[-1]
+
+    def log_measurement(self, measured: Measurement) -> None:
+        assert measured.points
+        assert measured.dataset is None or measured.dataset[2]["source"]
+        self.statuses.append((measured.kind, "FINISHED"))
 
     def log_nested(self, runs: Sequence[NestedRun], *, parent: FakeRun) -> None:
         assert parent in self.runs

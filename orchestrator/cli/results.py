@@ -54,7 +54,7 @@ def ui(
 
 @app.command(rich_help_panel="Results")
 def sync(workspace: WorkspaceOption = None, verbose: VerboseOption = None) -> None:
-    """Publish the workspace in MLflow again: what it missed, and all pretrainings and sweeps.
+    """Publish the workspace in MLflow again: what it missed, all trainings and all measurements.
 
     Example: iiet-orch sync --workspace my-workspace
     """

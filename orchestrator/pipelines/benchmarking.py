@@ -32,6 +32,7 @@ from orchestrator.evaluation.evaluated_model import (
     short_names,
 )
 from orchestrator.pipelines.context import Context, open_context
+from orchestrator.records.measurement import Measurement
 from orchestrator.records.parameters import schedule_parameters
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress
@@ -207,18 +208,18 @@ def _track(
     context: Context, model: EvaluatedModel, costs: Sequence[MeasuredCost], result: BenchmarkResult
 ) -> None:
     assert model.config is not None, "what was measured is a decoder"
-    run = context.tracking.run(
-        content_key("benchmark", list(model.key), asdict(result.conditions), result.device),
-        name=f"benchmark {model.name}"[:80],
-        kind="benchmark",
-        params={
-            **schedule_parameters(model.config),
-            "checkpoint": model.path,
-            "device": result.device,
-            "dtype": result.dtype,
-            "num_threads": result.conditions.num_threads,
-        },
+    context.log_measurement(
+        Measurement.of(
+            key=content_key("benchmark", list(model.key), asdict(result.conditions), result.device),
+            name=f"benchmark {model.name}"[:80],
+            kind="benchmark",
+            params={
+                **schedule_parameters(model.config),
+                "checkpoint": model.path,
+                "device": result.device,
+                "dtype": result.dtype,
+                "num_threads": result.conditions.num_threads,
+            },
+            metrics={name: value for cost in costs for name, value in cost.metrics().items()},
+        )
     )
-    for cost in costs:
-        run.log_metrics(cost.metrics())
-    run.finish()

@@ -199,7 +199,7 @@ def _damaged(workspace: Workspace) -> Iterator[Removable]:
             except UserError as error:
                 reason = str(error).removeprefix(f"the checkpoint {checkpoint} ")
                 yield _item(RemovableKind.DAMAGED, checkpoint, reason, *run_locks(folder))
-    for parent in (workspace.evaluations, workspace.benchmarks):
+    for parent in (workspace.evaluations, workspace.benchmarks, workspace.measurements):
         for file in sorted(parent.glob("*.json")):
             try:
                 read_json(file, remedy="it is measured again")

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.records.measurement import Measurement
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.folders import Workspace, open_workspace
 
@@ -46,6 +47,16 @@ class Context:
                 self.workspace, warn=self.progress.note, loggers=self._loggers
             )
         return self._tracking
+
+    def log_measurement(self, measured: Measurement) -> None:
+        """Log a measurement in MLflow, and keep it for `sync`."""
+        path = measured.path(self.workspace.measurements)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            measured.write(path)
+        except OSError as error:
+            self.progress.note(f"`iiet-orch sync` cannot find it again: {error}")
+        self.tracking.log_measurement(measured)
 
 
 def open_context(

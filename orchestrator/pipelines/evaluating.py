@@ -26,12 +26,14 @@ from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.task_selection import TaskSelection, newest_tokens, select_tasks
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
+from orchestrator.records.measurement import Measurement
 from orchestrator.records.parameters import schedule_parameters
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.terminal.formatting import format_with_error
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.model_lookup import tokens_folder_of
+from orchestrator.training.tracked_models import evaluated_model
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
 
@@ -268,17 +270,23 @@ def _track(context: Context, measured: Measured, model: EvaluatedModel, suite: S
     params: dict[str, Any] = {"method": model.architecture}
     if model.config is not None:
         params |= {**schedule_parameters(model.config), "precision": measured.precision}
-    run = context.tracking.run(
-        content_key("evaluation", keys),
-        name=f"evaluate {model.name}: {', '.join(keys)}"[:80],
-        kind="evaluation",
-        params={**params, "checkpoint": model.path, "num_items": evaluation.num_items},
-    )
     tasks = {name: suite.fingerprint(name) for name in suite.tasks}
-    profile = {"source": "tasks", "num_items": evaluation.num_items, **tasks}
-    run.log_dataset(", ".join(tasks)[:500], content_key(tasks), profile, context="evaluation")
-    run.log_metrics({f"quality/{name}": value for name, value in evaluation.quality().items()})
-    run.finish()
+    data = (", ".join(tasks)[:500], content_key(tasks))
+    metrics = {f"quality/{name}": value for name, value in evaluation.quality().items()}
+    tracked = None
+    if model.config is not None and not model.is_external:
+        tracked = evaluated_model(model.path, model.config, dict.fromkeys(metrics, data))
+    context.log_measurement(
+        Measurement.of(
+            key=content_key("evaluation", keys),
+            name=f"evaluate {model.name}: {', '.join(keys)}"[:80],
+            kind="evaluation",
+            params={**params, "checkpoint": model.path, "num_items": evaluation.num_items},
+            dataset=(*data, {"source": "tasks", "num_items": evaluation.num_items, **tasks}),
+            metrics=metrics,
+            model=tracked,
+        )
+    )
 
 
 def _summary(evaluation: EvaluationResult) -> str:

@@ -20,6 +20,7 @@ from orchestrator.cluster.launch import command_device
 from orchestrator.data.prepared import PreparedData
 from orchestrator.data.sources import describe_data, open_data
 from orchestrator.pipelines.context import Context, open_context
+from orchestrator.records.measurement import Measurement
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, weights_key
@@ -229,18 +230,6 @@ def _track(
     checkpoint: Path,
     tokens_folder: Path,
 ) -> None:
-    run = context.tracking.run(
-        key,
-        name=f"influence {table.metric} of {checkpoint.parent.name}",
-        kind="influence",
-        params={
-            "metric": table.metric,
-            "schedule": table.schedule,
-            "num_tokens": table.num_tokens,
-            "checkpoint": checkpoint,
-        },
-    )
-    run.log_dataset(*describe_data(tokens_folder), context="evaluation")
     points = [
         (f"{name}/layer_{layer:02d}", value, correction)
         for name, rows in (("influence", table.rows()), ("residual", table.residual_rows))
@@ -252,11 +241,22 @@ def _track(
     ]
     contractions = enumerate(table.contractions, start=1)
     points += [("contraction", c, layer) for layer, c in contractions if not math.isnan(c)]
-    run.log_points(points)
-    for file in (path, path.with_suffix(".png")):
-        if file.is_file():
-            run.log_artifact(file, "influence")
-    run.finish()
+    context.log_measurement(
+        Measurement.of(
+            key=key,
+            name=f"influence {table.metric} of {checkpoint.parent.name}",
+            kind="influence",
+            params={
+                "metric": table.metric,
+                "schedule": table.schedule,
+                "num_tokens": table.num_tokens,
+                "checkpoint": checkpoint,
+            },
+            dataset=describe_data(tokens_folder),
+            points=points,
+            files=[str(path), str(path.with_suffix(".png"))],
+        )
+    )
 
 
 def _summary(table: InfluenceTable) -> str:

@@ -21,6 +21,7 @@ from orchestrator.cluster.launch import command_device
 from orchestrator.data.sources import describe_data, open_data
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.influence import SEQUENCES_PER_BATCH, read_or_measure_influence
+from orchestrator.records.measurement import Measurement
 from orchestrator.reporting.influence_check import InfluenceCheck
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.formatting import format_count
@@ -191,27 +192,26 @@ def _store(check: InfluenceCheck, key: str, checkpoint: Path, progress: Progress
 def _track(
     context: Context, check: InfluenceCheck, key: str, checkpoint: Path, tokens_folder: Path
 ) -> None:
-    run = context.tracking.run(
-        key,
-        name=f"influence check of {checkpoint.parent.name}",
-        kind="influence",
-        params={"cost": check.cost_name, "checkpoint": checkpoint},
-    )
-    run.log_dataset(*describe_data(tokens_folder), context="evaluation")
-    points = [
-        (f"rank_correlation/{metric}{suffix}", rho, 0)
+    metrics = {
+        f"rank_correlation/{metric}{suffix}": rho
         for metric in check.tables
         for suffix, rho in zip(("", "_suffix_maxima"), check.correlations(metric), strict=True)
         if not math.isnan(rho)
-    ]
-    points += [
+    }
+    points = [
         (f"cost_of_dropping/layer_{layer:02d}", cost, i)
         for (layer, i), cost in zip(check.names, check.costs, strict=True)
     ]
-    points += [(f"pruned_quality/{one}", check.pruned_quality(one), 0) for one in check.tables]
-    run.log_points(points)
-    for kind in ("json", "png"):
-        file = checkpoint / f"influence_check.{kind}"
-        if file.is_file():
-            run.log_artifact(file, "influence")
-    run.finish()
+    context.log_measurement(
+        Measurement.of(
+            key=key,
+            name=f"influence check of {checkpoint.parent.name}",
+            kind="influence",
+            params={"cost": check.cost_name, "checkpoint": checkpoint},
+            dataset=describe_data(tokens_folder),
+            metrics=metrics
+            | {f"pruned_quality/{one}": check.pruned_quality(one) for one in check.tables},
+            points=points,
+            files=[str(checkpoint / f"influence_check.{kind}") for kind in ("json", "png")],
+        )
+    )

@@ -1,4 +1,4 @@
-"""Publish a workspace in MLflow: what the store missed, and all pretrainings and sweeps from disk.
+"""Publish a workspace in MLflow: what the store missed, then all its work from disk.
 
 Runs are found by their keys, and what they hold is not sent again, so this may be repeated. In an
 empty store it makes the runs of the workspace anew.
@@ -6,12 +6,15 @@ empty store it makes the runs of the workspace anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.pretraining import checkpoint_tags
+from orchestrator.records.measurement import Measurement
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import load_sweep_results
@@ -22,7 +25,7 @@ from orchestrator.sweeping.trial_run import is_trial_locked
 from orchestrator.sweeping.trial_states import StoredPlan, recorded_end
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.job import finished_outcome
-from orchestrator.training.monitor import end_training_run, open_training_run
+from orchestrator.training.monitor import end_training_run, open_training_run, training_run_name
 from orchestrator.training.run_lock import is_run_locked
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object
@@ -41,10 +44,14 @@ class SyncResult:
     """Folders of pretrainings that were published."""
     sweeps: tuple[str, ...]
     """Names of sweeps that were published, with their trials."""
+    students: tuple[str, ...]
+    """Folders of students that no sweep plans; `distill` made them."""
+    measurements: tuple[str, ...]
+    """Evaluations, benchmarks and influence tables that were published."""
 
 
 def sync(*, workspace: Workspace | Path | str, progress: Progress | None = None) -> SyncResult:
-    """Deliver what MLflow missed, and publish every pretraining and sweep of the workspace.
+    """Deliver what MLflow missed, and publish all trainings, sweeps and measurements.
 
     What runs at the moment is left to the process that waits for it. A damaged folder is noted and
     left out.
@@ -54,45 +61,84 @@ def sync(*, workspace: Workspace | Path | str, progress: Progress | None = None)
     """
     context = open_context(workspace, progress)
     num_delivered = context.tracking.sync()
-    runs, sweeps = context.workspace.runs, context.workspace.sweeps
-    trainings = _publish(sorted(runs.glob(f"*/{JOB_NAME}")), _publish_training, context)
-    published = _publish(sorted(sweeps.glob(f"*/{PLAN_FILE}")), _publish_sweep, context)
+    place, pretraining = context.workspace, partial(_publish_training, kind="pretrain")
+    trainings = _publish(sorted(place.runs.glob(f"*/{JOB_NAME}")), pretraining, context)
+    published = _publish(sorted(place.sweeps.glob(f"*/{PLAN_FILE}")), _publish_sweep, context)
+    student = partial(_publish_training, kind="distill")
+    students = _publish(sorted(_students(place)), student, context)
+    files = sorted(place.measurements.glob("*.json"))
+    measured = _publish(files, _publish_measurement, context, name=lambda path: path.stem)
     context.tracking.wait()
-    context.progress.finish(f"{len(trainings)} pretrainings and {len(published)} sweeps")
-    return SyncResult(num_delivered=num_delivered, trainings=trainings, sweeps=published)
+    context.progress.finish(
+        f"{len(trainings)} pretrainings, {len(published)} sweeps, {len(students)} students of "
+        f"`distill` and {len(measured)} measurements"
+    )
+    return SyncResult(
+        num_delivered=num_delivered,
+        trainings=trainings,
+        sweeps=published,
+        students=students,
+        measurements=measured,
+    )
+
+
+def _students(workspace: Workspace) -> Iterator[Path]:
+    """Yield the job files of trainings among the trials that belong to no sweep."""
+    planned: set[str] = set()
+    for path in workspace.sweeps.glob(f"*/{PLAN_FILE}"):
+        with suppress(UserError):  # It was noted where its sweep should have been published.
+            plan = StoredPlan.read(path)
+            planned |= {Path(trial.folder).name for trial in plan.trials} if plan else set()
+    for job in workspace.trials.glob(f"*/{JOB_NAME}"):
+        if job.parent.name not in planned:
+            yield job
 
 
 def _publish(
-    files: list[Path], publish: Callable[[Path, Context], bool], context: Context
+    files: list[Path],
+    publish: Callable[[Path, Context], bool],
+    context: Context,
+    *,
+    name: Callable[[Path], str] = lambda path: path.parent.name,
 ) -> tuple[str, ...]:
-    """Publish the folders of these files, and return the names of those that were published."""
+    """Publish what these files describe, and return the names of what was published."""
     names = []
     context.progress.start("sync", len(files))
     for number, path in enumerate(files):
         if context.tracking.is_store_down:
             break
-        context.progress.advance(number, path.parent.name)
+        context.progress.advance(number, name(path))
         try:
             if publish(path, context):
-                names.append(path.parent.name)
+                names.append(name(path))
         except UserError as error:
-            context.progress.note(f"{path.parent.name} is not published: {error}")
+            context.progress.note(f"{name(path)} is not published: {error}")
     return tuple(names)
 
 
-def _publish_training(path: Path, context: Context) -> bool:
+def _publish_training(path: Path, context: Context, *, kind: str) -> bool:
     folder, settings = path.parent, path.with_name(SETTINGS_NAME)
-    if is_run_locked(folder) or not settings.is_file():
+    if is_run_locked(folder) or (kind == "pretrain" and not settings.is_file()):
         return False
     job = TrainingJob.parse((read_json_object(path) or {}).get("job", {}), path)
     job = job.model_copy(update={"run_folder": str(folder)})
     outcome = finished_outcome(job)
-    run = open_training_run(context.tracking, job, "pretrain", folder.name)
-    run.log_text(settings.read_text(encoding="utf-8"), SETTINGS_NAME)
-    if outcome:
+    label = folder.name if kind == "pretrain" else str(job.model.corrections)
+    run = open_training_run(context.tracking, job, kind, training_run_name(label, job))
+    if settings.is_file():
+        run.log_text(settings.read_text(encoding="utf-8"), SETTINGS_NAME)
+    if outcome and kind == "pretrain":
         run.set_tags(checkpoint_tags(job, outcome))
     end = ("FINISHED", "") if outcome else recorded_end(folder) or ("KILLED", "")
     end_training_run(run, job, *end, wait=False)
+    return True
+
+
+def _publish_measurement(path: Path, context: Context) -> bool:
+    measured = Measurement.read(path)
+    if measured is None:
+        return False
+    context.tracking.log_measurement(measured, wait=False)
     return True
 
 

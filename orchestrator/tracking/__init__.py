@@ -10,7 +10,6 @@ from orchestrator.tracking.chart_view import ChartView
 from orchestrator.tracking.journal_copies import JournalCopies
 from orchestrator.tracking.store import NOTE_TAG, REASON_TAG, tag_filter
 from orchestrator.tracking.tracked_run import (
-    TrackedModel,
     TrackedRun,
     now_ms,
     reason_tags,
@@ -32,7 +31,6 @@ __all__ = [
     "ChartView",
     "JournalCopies",
     "NestedRun",
-    "TrackedModel",
     "TrackedRun",
     "Tracking",
     "open_tracking",

@@ -5,28 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.records.measurement import TrackedModel
 from orchestrator.tracking.delivery import SHORT_WAIT_SECONDS, Delivery
 from orchestrator.tracking.outbox import Record
 from orchestrator.tracking.store import NOTE_TAG, REASON_TAG, RunIdentity
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.paths import portable_path
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackedModel:
-    """A model that is logged with the runs that made and measured it."""
-
-    key: str
-    """Of its weights and its schedule."""
-    name: str
-    params: Mapping[str, str]
-    datasets: Mapping[str, tuple[str, str] | None]
-    """The metrics that describe the model -> name and digest of the data that they were measured
-    on; None for costs, which need no data."""
 
 
 class TrackedRun:
@@ -70,9 +57,11 @@ class TrackedRun:
         """Set metrics at a step."""
         self.log_points(metric_points(values, step))
 
-    def log_points(self, points: Sequence[tuple[str, float, int]]) -> None:
-        """Set metrics, given by name, value and step."""
-        self.write("update", points=points, time_ms=now_ms())
+    def log_points(
+        self, points: Sequence[tuple[str, float, int]], *, time_ms: int | None = None
+    ) -> None:
+        """Set metrics, given by name, value and step, with one time; now when unset."""
+        self.write("update", points=points, time_ms=time_ms or now_ms())
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file, or the files of a folder, in a folder of the run; replace existing ones."""

@@ -7,16 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.records.measurement import Measurement, TrackedModel
 from orchestrator.tracking.chart_view import VIEW_TAG_PREFIX, ChartView
 from orchestrator.tracking.delivery import Delivery, Warn
 from orchestrator.tracking.links import Links
 from orchestrator.tracking.store import FAILURES, RunIdentity
-from orchestrator.tracking.tracked_run import (
-    TrackedModel,
-    TrackedRun,
-    metric_points,
-    now_ms,
-)
+from orchestrator.tracking.tracked_run import TrackedRun, metric_points, now_ms
 from orchestrator.workspace.errors import UserError, first_line
 from orchestrator.workspace.folders import Workspace
 
@@ -139,6 +135,29 @@ class Tracking:
                 records.append(own.model_record(run.model))
         self._delivery.write(*records)
         return tracked
+
+    def log_measurement(self, measured: Measurement, *, wait: bool = True) -> None:
+        """Log a measurement; what its run already holds is not sent again.
+
+        Args:
+            wait: As in `TrackedRun.finish`.
+        """
+        run = self.run(
+            measured.key,
+            name=measured.name,
+            kind=measured.kind,
+            params=measured.params,
+            started_ms=measured.ended_ms,
+        )
+        if measured.dataset:
+            run.log_dataset(*measured.dataset, context="evaluation")
+        run.log_points(measured.points, time_ms=measured.ended_ms)
+        if measured.model:
+            run.log_model(measured.model)
+        for file in map(Path, measured.files):
+            if file.is_file():
+                run.log_artifact(file, measured.kind)
+        run.finish(ended_ms=measured.ended_ms, wait=wait)
 
     def save_view(self, view: ChartView) -> None:
         """Save a chart view in the experiment, so that links can open it."""

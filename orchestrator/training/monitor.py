@@ -60,7 +60,7 @@ class RunMonitor:
     def open_runs(self, kind: str, settings: Mapping[str, Settings]) -> dict[str, TrackedRun]:
         """Find or create the tracked run of each job, with a kind and all settings by label."""
         for label, job in self._jobs.items():
-            run = open_training_run(self._tracking, job, kind, _run_name(label, job))
+            run = open_training_run(self._tracking, job, kind, training_run_name(label, job))
             run.log_text(to_yaml(settings[label]), SETTINGS_NAME)
             self._copies.follow(label, run, job.folder)
             self._runs[label] = run
@@ -174,7 +174,8 @@ def end_training_run(
     run.finish(status, journal=job.folder, ended_ms=times[1] if times else None, wait=wait)
 
 
-def _run_name(label: str, job: TrainingJob) -> str:
+def training_run_name(label: str, job: TrainingJob) -> str:
+    """Return the name of a training's tracked run."""
     # The folder of a student is named by its key.
     teacher = job.teacher_folder or job.initial_folder
     return f"{label} of {Path(teacher).parent.name}" if teacher else job.folder.name

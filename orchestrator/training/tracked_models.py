@@ -12,12 +12,12 @@ from pathlib import Path
 
 from iiet.config import ModelConfig
 from orchestrator.data.sources import describe_data
+from orchestrator.records.measurement import TrackedModel
 from orchestrator.records.parameters import method_parameters
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
 from orchestrator.settings.model import model_family
 from orchestrator.terminal.formatting import format_schedule
-from orchestrator.tracking import TrackedModel
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.job import finished_outcome
 from orchestrator.workspace.errors import UserError
@@ -56,12 +56,23 @@ def trial_model(trial: Trial) -> TrackedModel | None:
     return _tracked_model(trial.checkpoint, trial.model, datasets, seed=seed)
 
 
+def evaluated_model(
+    checkpoint: Path, config: ModelConfig, datasets: Mapping[str, Dataset]
+) -> TrackedModel | None:
+    """Describe a checkpoint that was evaluated; None if its folder is gone.
+
+    Args:
+        datasets: What was measured -> the data that it was measured on.
+    """
+    return _tracked_model(str(checkpoint), config, datasets)
+
+
 def _tracked_model(
     checkpoint: str,
     config: ModelConfig,
     datasets: Mapping[str, Dataset | None],
     *,
-    seed: int | None,
+    seed: int | None = None,
 ) -> TrackedModel | None:
     try:
         weights = weights_key(Path(checkpoint))
@@ -74,7 +85,7 @@ def _tracked_model(
     if seed is not None:
         params["seed"] = str(seed)
     key = f"{weights} {params.get('schedule', '')}".strip()
-    return TrackedModel(key=key, name=name, params=params, datasets=datasets)
+    return TrackedModel(key=key, name=name, params=params, datasets=dict(datasets))
 
 
 def _prepared_data(folder: str) -> Dataset | None:

@@ -46,6 +46,8 @@ class Workspace:
         # One file per content key: task results; costs of models under given conditions.
         self.evaluations = root / "evaluations"
         self.benchmarks = root / "benchmarks"
+        # One file per run of an evaluation, benchmark or influence: what MLflow shows of it.
+        self.measurements = root / "measurements"
         # MLflow's.
         self.database = root / "mlflow.db"
         self.artifacts = root / "artifacts"

@@ -20,11 +20,11 @@ from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.exporting import export
 from orchestrator.pipelines.picking import PickResult, pick
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
+from orchestrator.records.measurement import TrackedModel
 from orchestrator.records.trial import TrialDecoding
 from orchestrator.reporting.pick_rules import PickRule
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.settings import read_settings
-from orchestrator.tracking import TrackedModel
 from orchestrator.training.checkpoint import save_checkpoint, weights_key
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import load_influence_table

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sqlite3
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from orchestrator.data.sources import describe_data
 from orchestrator.evaluation import decode_timing as benchmark
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.syncing import sync
+from orchestrator.records.measurement import Measurement
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialTraining
@@ -30,8 +36,6 @@ from orchestrator.workspace.journal import Journal, recorded_times
 
 
 def stored_runs(database: Path) -> dict[tuple[str, str], Run]:
-    from mlflow import MlflowClient
-
     client = MlflowClient(tracking_uri=f"sqlite:///{database}")
     experiment = client.get_experiment_by_name("iiet-orch")
     runs = client.search_runs([experiment.experiment_id])
@@ -65,6 +69,8 @@ def finish(trial: Trial, accuracy: float) -> None:
         "checkpoint": trial.checkpoint or f"{trial.folder}/step_00000003",
     }
     trial.model_copy(update=measured).write(trial.result_path)
+    # A file system's clock may lag by some ms; here nothing lies between start and result.
+    os.utime(trial.result_path, ns=(time.time_ns(), time.time_ns()))
 
 
 @pytest.fixture
@@ -74,7 +80,7 @@ def workspace(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Workspace:
-    """A pretraining, and a sweep in which one trial has failed."""
+    """A pretraining, a student, a table, and a sweep in which one trial has failed."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(benchmark, "SWEEP_PROMPT_TOKENS", 4)
     monkeypatch.setattr(benchmark, "SWEEP_NEW_TOKENS", 2)
@@ -83,10 +89,26 @@ def workspace(
     job = tiny_job("runs/pre", num_steps=2)
     job.folder.mkdir(parents=True)
     (job.folder / SETTINGS_NAME).write_text(to_yaml(settings))
-    monitor = RunMonitor({"iiet": job}, context.tracking, context.progress)
-    monitor.open_runs("pretrain", {"iiet": settings})
-    with monitor:
-        run_job(job)
+    student = tiny_job("trials/abc", num_steps=2, seed=1)
+    for kind, trained in (("pretrain", job), ("distill", student)):
+        monitor = RunMonitor({"iiet": trained}, context.tracking, context.progress)
+        monitor.open_runs(kind, {"iiet": settings})
+        with monitor:
+            run_job(trained)
+    picture = tmp_path / "influence.png"
+    picture.write_bytes(b"a picture")
+    context.log_measurement(
+        Measurement.of(
+            key="table",
+            kind="influence",
+            name="influence of pre",
+            params={"checkpoint": workspace.runs / "pre", "num_tokens": 64},
+            metrics={"unknown": math.nan},
+            points=[("influence/layer_01", 0.5, 1), ("influence/layer_01", 0.25, 2)],
+            dataset=describe_data(job.tokens_folder),
+            files=[str(picture), str(tmp_path / "missing.png")],
+        )
+    )
 
     def run(queue: TrialQueue, waiting: list[Trial], _: None) -> None:
         queue.watch(waiting)
@@ -124,15 +146,16 @@ def test_a_finished_workspace_is_published_in_an_empty_store_and_only_once(
     assert (result.num_delivered, result.trainings, result.sweeps) == (
         0, ("pre",), (tiny_plan.name,),
     )  # fmt: skip
+    assert (result.students, result.measurements) == (("abc",), ("influence-table",))
     after = stored_runs(database)
     assert set(after) == set(before)
-    assert len(after) == 2 + len(tiny_plan.trials)
+    assert len(after) == 4 + len(tiny_plan.trials)
     for place, run in before.items():
         new = after[place]
         assert new.info.status == run.info.status, place
         lost = {"sweep/teacher_tokens", "sweep/teacher_flops"}  # Known only while it runs.
         kept = {k: v for k, v in run.data.metrics.items() if k not in lost}
-        assert new.data.metrics == kept, place
+        assert new.data.metrics == pytest.approx(kept, rel=0, abs=0, nan_ok=True), place
         names = {REASON_TAG, "iiet.method", "iiet.sweep"}
         shown = [{k: v for k, v in r.data.tags.items() if k in names} for r in (run, new)]
         assert shown[0] == shown[1]
@@ -140,11 +163,16 @@ def test_a_finished_workspace_is_published_in_an_empty_store_and_only_once(
         if place[0] != "sweep":
             assert new.info.end_time == run.info.end_time, place
             parent = new.data.tags.get("mlflow.parentRunId")
-            assert (parent is None) == (place[0] == "pretrain")
+            assert (parent is None) == (place[0] in ("pretrain", "distill", "influence"))
+            assert new.info.run_name == run.info.run_name
     [sweep] = [run for (kind, _), run in after.items() if kind == "sweep"]
     times = recorded_times(workspace.sweeps / tiny_plan.name)
     assert (sweep.info.start_time, sweep.info.end_time) == times
     assert f"run_uuid={sweep.info.run_id}" in sweep.data.tags[NOTE_TAG]
+    table = after["influence", "table"]
+    assert table.data.params["checkpoint"] == "runs/pre"
+    files = MlflowClient(f"sqlite:///{database}").list_artifacts(table.info.run_id, "influence")
+    assert [file.path for file in files] == ["influence/influence.png"]
     [failed] = [run for run in after.values() if run.info.status == "FAILED"]
     assert failed.data.tags[NOTE_TAG] == "**Failed:** No space"
 

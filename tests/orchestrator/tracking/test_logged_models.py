@@ -13,7 +13,8 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 
-from orchestrator.tracking import TrackedModel, TrackedRun, Tracking, open_tracking
+from orchestrator.records.measurement import TrackedModel
+from orchestrator.tracking import TrackedRun, Tracking, open_tracking
 from orchestrator.workspace.folders import Workspace
 
 TOKENS, TASKS = ("tokens", "0123456789abcdef"), ("held-out tasks", "fedcba9876543210")

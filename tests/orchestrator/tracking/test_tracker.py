@@ -18,10 +18,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+from orchestrator.records.measurement import TrackedModel
 from orchestrator.tracking import (
     NOTE_TAG,
     NestedRun,
-    TrackedModel,
     TrackedRun,
     Tracking,
     open_tracking,

@@ -15,7 +15,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
 from orchestrator.settings.model import model_family
 from orchestrator.training.run import run_job
-from orchestrator.training.tracked_models import job_model, trial_model
+from orchestrator.training.tracked_models import evaluated_model, job_model, trial_model
 
 
 def test_a_trained_and_a_measured_model_are_one(
@@ -41,6 +41,10 @@ def test_a_trained_and_a_measured_model_are_one(
     assert measured is not None
     assert other is not None
     assert measured.key == trained.key != other.key
+    evaluated = evaluated_model(Path(checkpoint), job.model, {"quality/accuracy": ("copy", "1")})
+    assert evaluated is not None
+    assert evaluated.key == trained.key
+    assert evaluated.datasets == {"quality/accuracy": ("copy", "1")}
     assert measured.datasets == {
         "cost/evaluations": None,
         "quality/validation_loss": (name, digest),
