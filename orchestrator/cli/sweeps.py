@@ -10,7 +10,6 @@ import typer
 from orchestrator.cli.app import app
 from orchestrator.cli.options import (
     MAX_COUNT,
-    MAX_SEED,
     AddressOption,
     CheckpointArgument,
     ConfigOption,
@@ -114,7 +113,7 @@ def sweep_threshold(
         tracking__loggers=split_names(logger),
         cluster__wait_for_gpus=wait_for_gpus,
     )
-    _sweep(
+    run_sweep_command(
         settings,
         "sweep-threshold",
         workspace,
@@ -186,7 +185,9 @@ def sweep_iterations(
         tracking__loggers=split_names(logger),
         cluster__wait_for_gpus=wait_for_gpus,
     )
-    _sweep(settings, "sweep-iterations", workspace, name=name, dry_run=dry_run, verbose=verbose)
+    run_sweep_command(
+        settings, "sweep-iterations", workspace, name=name, dry_run=dry_run, verbose=verbose
+    )
 
 
 @app.command("sweep", rich_help_panel="Sweeps")
@@ -211,79 +212,10 @@ def sweep_file(
         cluster__wait_for_gpus=wait_for_gpus,
         tracking__loggers=split_names(logger),
     )
-    _sweep(settings, "sweep", workspace, dry_run=dry_run, verbose=verbose)
+    run_sweep_command(settings, "sweep", workspace, dry_run=dry_run, verbose=verbose)
 
 
-@app.command("search", rich_help_panel="Sweeps")
-def search_schedules(
-    checkpoint: CheckpointArgument = None,
-    workspace: WorkspaceOption = None,
-    config: ConfigOption = None,
-    trials: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=MAX_COUNT,
-            help="Maximum number of schedules to try after those of the threshold sweep.",
-        ),
-    ] = None,
-    objective: Annotated[
-        Literal["accuracy", "bits_per_byte", "validation_loss"] | None,
-        typer.Option(help="Quality to weigh against NFE."),
-    ] = None,
-    sampler: Annotated[
-        Literal["nsga2", "tpe", "gp"] | None, typer.Option(help="Optuna's sampler.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=MAX_SEED, help="Random seed of the suggestions.")
-    ] = None,
-    schedules: Annotated[
-        int | None,
-        typer.Option(min=2, max=MAX_COUNT, help="Schedules of the threshold sweep to start from."),
-    ] = None,
-    trials_at_once: TrialsAtOnceOption = None,
-    workers_per_trial: WorkersPerTrialOption = None,
-    gpus_per_trial: GpusPerTrialOption = None,
-    name: NameOption = None,
-    dry_run: DryRunOption = False,
-    address: AddressOption = None,
-    logger: LoggerOption = None,
-    wait_for_gpus: WaitForGpusOption = None,
-    set_: SetOption = None,
-    verbose: VerboseOption = None,
-) -> None:
-    """Search schedules with any count in any layer, starting from those of a threshold sweep.
-
-    Example: iiet-orch search my-run --trials 30 --sampler tpe
-    """
-    settings = read_options(
-        config,
-        set_,
-        sweep__kind="search",
-        search__num_trials=trials,
-        search__objective=objective,
-        search__sampler=sampler,
-        search__seed=seed,
-        sweep__num_schedules=schedules,
-        sweep__trials_at_once=trials_at_once,
-        sweep__workers_per_trial=workers_per_trial,
-        sweep__gpus_per_trial=gpus_per_trial,
-        cluster__address=address,
-        tracking__loggers=split_names(logger),
-        cluster__wait_for_gpus=wait_for_gpus,
-    )
-    _sweep(
-        settings,
-        "search",
-        workspace,
-        teacher=checkpoint or "newest",
-        name=name,
-        dry_run=dry_run,
-        verbose=verbose,
-    )
-
-
-def _sweep(
+def run_sweep_command(
     settings: Any,
     command: str,
     workspace: Path | None,

@@ -11,9 +11,7 @@ from orchestrator.cli.app import app
 from orchestrator.cli.options import (
     MAX_COUNT,
     AddressOption,
-    CheckpointArgument,
     ConfigOption,
-    ControlOption,
     DryRunOption,
     DtypeOption,
     GpusOption,
@@ -28,7 +26,7 @@ from orchestrator.cli.options import (
     read_options,
     split_names,
 )
-from orchestrator.cli.printing import print_plan, print_sweep, print_training_plan
+from orchestrator.cli.printing import print_training_plan
 from orchestrator.cli.session import open_session
 from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.errors import UserError
@@ -49,37 +47,6 @@ ProfileOption = Annotated[
         help="Record this many steps with PyTorch's profiler, time and memory.",
     ),
 ]
-
-
-@app.command(rich_help_panel="All steps")
-def quickstart(
-    workspace: WorkspaceOption = None,
-    config: ConfigOption = "demo",
-    dry_run: DryRunOption = False,
-    address: AddressOption = None,
-    logger: LoggerOption = None,
-    set_: SetOption = None,
-    verbose: VerboseOption = None,
-) -> None:
-    """Run all steps on a CPU, from a generated task to the front, in minutes.
-
-    With --config, run the sweep of that file, or of that name: `toy` reads text.
-
-    Example: iiet-orch quickstart --workspace my-workspace
-    """
-    settings = read_options(
-        config, set_, cluster__address=address, tracking__loggers=split_names(logger)
-    )
-    with open_session(workspace, "quickstart", verbose=verbose, dry_run=dry_run) as session:
-        if dry_run:
-            from orchestrator.pipelines.sweep_dry_runs import plan_sweep
-
-            print_plan(session.console, plan_sweep(settings, **session.common))
-            return
-        from orchestrator.pipelines.sweeps import sweep
-
-        result = sweep(settings, **session.common)
-        print_sweep(session.console, result, session.workspace.root)
 
 
 @app.command(rich_help_panel="Train")
@@ -210,7 +177,7 @@ def pretrain(
         return
     if mfu is not None:
         raise UserError("--mfu is an assumption of the plan; use it with --dry-run")
-    _check_resources(settings, local=local)
+    check_resources_of_run(settings, local=local)
     with open_session(workspace, "pretrain", verbose=verbose) as session:
         from orchestrator.pipelines.context import Context
         from orchestrator.pipelines.pretraining import pretrain_in_context
@@ -218,63 +185,6 @@ def pretrain(
         loggers = settings.tracking.loggers
         context = Context(session.workspace, session.progress, loggers=loggers)
         result = pretrain_in_context(settings, context, continued=continue_, name=name, local=local)
-        print_line(session.console, f"checkpoint: {result.checkpoint}")
-
-
-@app.command(rich_help_panel="Train")
-def distill(
-    schedule: Annotated[
-        str, typer.Argument(help="The student's corrections per layer: 1, or 2,1,1,0,0,0.")
-    ],
-    checkpoint: CheckpointArgument = None,
-    workspace: WorkspaceOption = None,
-    config: ConfigOption = None,
-    control: ControlOption = None,
-    seed: SeedOption = None,
-    lr: LearningRateOption = None,
-    dtype: DtypeOption = None,
-    local: LocalOption = False,
-    profile: ProfileOption = None,
-    dry_run: DryRunOption = False,
-    address: AddressOption = None,
-    logger: LoggerOption = None,
-    set_: SetOption = None,
-    verbose: VerboseOption = None,
-) -> None:
-    """Distill a teacher into itself under a cheaper iteration schedule (IIAD).
-
-    Example: iiet-orch distill 2,1,1,0,0,0 my-run --lr 5e-4
-    """
-    settings = read_options(
-        config,
-        set_,
-        distillation__control=control,
-        distillation__training__seed=seed,
-        distillation__training__learning_rate=lr,
-        distillation__training__precision=dtype,
-        distillation__training__profile_steps=profile,
-        cluster__address=address,
-        tracking__loggers=split_names(logger),
-    )
-    if dry_run:
-        with open_session(workspace, "distill", verbose=verbose, dry_run=True) as session:
-            from orchestrator.pipelines import training_dry_runs
-
-            plan = training_dry_runs.plan_distill(
-                settings, workspace=session.workspace, schedule=schedule, teacher=checkpoint
-            )
-            print_training_plan(session.console, plan)
-        return
-    _check_resources(settings, local=local)
-    with open_session(workspace, "distill", verbose=verbose) as session:
-        from orchestrator.pipelines.context import Context
-        from orchestrator.pipelines.distilling import distill_in_context
-
-        loggers = settings.tracking.loggers
-        context = Context(session.workspace, session.progress, loggers=loggers)
-        result = distill_in_context(
-            settings, context, schedule=schedule, teacher=checkpoint, local=local
-        )
         print_line(session.console, f"checkpoint: {result.checkpoint}")
 
 
@@ -293,7 +203,7 @@ def _settings_to_continue(workspace: Path | None, run: Path, config: str | None)
     return str(path)
 
 
-def _check_resources(settings: Any, *, local: bool) -> None:
+def check_resources_of_run(settings: Any, *, local: bool) -> None:
     """Refuse too few CPUs or GPUs before heavy imports and before the workspace is made."""
     from orchestrator.planning.resources import check_run_resources
 

@@ -1,0 +1,49 @@
+"""The command that runs all steps."""
+
+from __future__ import annotations
+
+from orchestrator.cli.app import app
+from orchestrator.cli.options import (
+    AddressOption,
+    ConfigOption,
+    DryRunOption,
+    LoggerOption,
+    SetOption,
+    VerboseOption,
+    WorkspaceOption,
+    read_options,
+    split_names,
+)
+from orchestrator.cli.printing import print_plan, print_sweep
+from orchestrator.cli.session import open_session
+
+
+@app.command(rich_help_panel="All steps")
+def quickstart(
+    workspace: WorkspaceOption = None,
+    config: ConfigOption = "demo",
+    dry_run: DryRunOption = False,
+    address: AddressOption = None,
+    logger: LoggerOption = None,
+    set_: SetOption = None,
+    verbose: VerboseOption = None,
+) -> None:
+    """Run all steps on a CPU, from a generated task to the front, in minutes.
+
+    With --config, run the sweep of that file, or of that name: `toy` reads text.
+
+    Example: iiet-orch quickstart --workspace my-workspace
+    """
+    settings = read_options(
+        config, set_, cluster__address=address, tracking__loggers=split_names(logger)
+    )
+    with open_session(workspace, "quickstart", verbose=verbose, dry_run=dry_run) as session:
+        if dry_run:
+            from orchestrator.pipelines.sweep_dry_runs import plan_sweep
+
+            print_plan(session.console, plan_sweep(settings, **session.common))
+            return
+        from orchestrator.pipelines.sweeps import sweep
+
+        result = sweep(settings, **session.common)
+        print_sweep(session.console, result, session.workspace.root)
