@@ -27,6 +27,7 @@ ADAPTERS = {
     "matplotlib": ("orchestrator.reporting", "benchmarks.model_size_figure"),
     "moocore": ("orchestrator.reporting.pareto",),
     "optuna": ("orchestrator.sweeping.search",),
+    "huggingface_hub": ("orchestrator.data", "iiet.huggingface"),
 }
 """Library -> the only packages or modules that import it."""
 

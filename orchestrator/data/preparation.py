@@ -16,6 +16,7 @@ from orchestrator.data.depth.store import (
 )
 from orchestrator.data.depth.task import DepthTask
 from orchestrator.data.depth.tasks import make_tasks, vocabulary
+from orchestrator.data.hub_models import is_hub_name
 from orchestrator.data.mixture import MixtureStore, mixture_tasks
 from orchestrator.data.mixture_writing import whole_tokenizer, write_mixture
 from orchestrator.data.prepared import PreparedData, is_complete, verify_data
@@ -25,7 +26,7 @@ from orchestrator.data.text_files import find_files
 from orchestrator.data.text_writing import write_text
 from orchestrator.data.token_store import TokenStore
 from orchestrator.data.tokenization import can_resume
-from orchestrator.data.tokenizer import HUB_PREFIX, load_tokenizer, num_token_ids
+from orchestrator.data.tokenizer import load_tokenizer, num_token_ids
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.folders import Workspace
@@ -226,7 +227,7 @@ def _vocabulary(settings: DataSettings) -> tuple[int, str]:
 def _text_vocabulary(settings: DataSettings) -> tuple[int, str]:
     if settings.tokenizer == "train":
         return settings.vocab_size, "data.vocab_size; a short text may give fewer"
-    if settings.tokenizer.startswith(HUB_PREFIX):
+    if is_hub_name(settings.tokenizer):
         return ASSUMED_VOCABULARY, f"assumed; {settings.tokenizer} is not downloaded"
     return num_token_ids(load_tokenizer(settings.tokenizer)), f"of {settings.tokenizer}"
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from orchestrator.data.corpus import source_state
 from orchestrator.data.depth.store import GENERATOR_VERSION
+from orchestrator.data.hub_models import is_hub_name
 from orchestrator.data.prepared import is_complete
-from orchestrator.data.tokenizer import HUB_PREFIX
 from orchestrator.settings import DataSettings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import expand_user, read_json, write_json
@@ -38,7 +38,7 @@ def source_key(settings: DataSettings, *more: Any) -> str:
     else:
         state = source_state(settings)
     tokenizer_state = None
-    is_path = settings.tokenizer != "train" and not settings.tokenizer.startswith(HUB_PREFIX)
+    is_path = settings.tokenizer != "train" and not is_hub_name(settings.tokenizer)
     if is_path and (path := expand_user(settings.tokenizer)).is_file():
         tokenizer_state = [path.stat().st_size, path.stat().st_mtime_ns]
     return content_key(settings.read_by_source(), state, tokenizer_state, *more)

@@ -12,13 +12,13 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from orchestrator.data.hub import offline, require_hub
+from orchestrator.data.hub import offline
+from orchestrator.data.hub_models import download_tokenizer, is_hub_name
 from orchestrator.workspace.errors import UserError, first_line
 from orchestrator.workspace.files import expand_user
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-HUB_PREFIX = "hub:"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -43,17 +43,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     Raises:
         UserError: If it is missing or damaged, or the hub cannot be reached.
     """
-    text = str(name)
-    if text.startswith(HUB_PREFIX):
-        repository = text[len(HUB_PREFIX) :]
-        require_hub(f"the tokenizer {repository}")
-        try:
-            return Tokenizer.from_pretrained(repository)
-        except Exception as error:  # tokenizers raises plain Exception
-            raise UserError(f"cannot load the tokenizer {text}: {error}") from None
-    path = expand_user(text)
-    if path.is_dir():
-        path = path / "tokenizer.json"
+    path = tokenizer_path(name)
     if not path.is_file():
         raise UserError(
             f"there is no tokenizer at {path}; data.tokenizer takes `train`, the path of a "
@@ -65,6 +55,16 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         raise UserError(
             f"{path} is not a tokenizer.json of the tokenizers library: {error}"
         ) from None
+
+
+def tokenizer_path(name: str | Path) -> Path:
+    """Return the `tokenizer.json` that a user names: the file, its folder, or `hub:NAME`.
+
+    Raises:
+        UserError: If the hub does not give it.
+    """
+    path = download_tokenizer(name) if is_hub_name(name) else expand_user(name)
+    return path / "tokenizer.json" if path.is_dir() else path
 
 
 def load_transformers_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -19,6 +19,7 @@ import torch
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
+from orchestrator.data.hub_models import shown_path
 from orchestrator.evaluation.model_tokenizer import (
     FolderTokenizer,
     ModelTokenizer,
@@ -184,7 +185,7 @@ def _open_external(path: Path, schedule: str | IterationSchedule | None) -> Eval
     length = values.get("max_position_embeddings") or values.get("n_positions") or 2048
     return EvaluatedModel(
         path=path,
-        name=_named(path.name, config, schedule),
+        name=_named(shown_path(path).name, config, schedule),
         key=(digests, how),
         config=config,
         architecture=architecture if config is None else config.method,
@@ -244,7 +245,8 @@ def _labels(models: Sequence[EvaluatedModel]) -> dict[tuple[Path, str], str]:
         for model in models:
             path = model.path
             if counts[labels[path, model.name]] > 1:
-                folder = path.name if model.is_external else path.parent.name
+                shown = shown_path(path)
+                folder = shown.name if model.is_external else path.parent.name
                 schedule = model.name.removeprefix(folder)
-                labels[path, model.name] = "/".join(path.parts[-num_parts:]) + schedule
+                labels[path, model.name] = "/".join(shown.parts[-num_parts:]) + schedule
     return labels

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from iiet.cost import num_parameters
 from iiet.weights import CONFIG
-from orchestrator.data.tokenizer import load_tokenizer, num_token_ids
+from orchestrator.data.hub_models import download_model, is_hub_name, shown_name
+from orchestrator.data.tokenizer import load_tokenizer, num_token_ids, tokenizer_path
 from orchestrator.pipelines.context import open_context
 from orchestrator.pipelines.imported_text import read_model_text_files
 from orchestrator.terminal.formatting import format_parameters
@@ -25,7 +26,7 @@ from orchestrator.training.model_loading import (
     load_model,
     model_folder_key,
 )
-from orchestrator.training.model_lookup import resolve_checkpoint
+from orchestrator.training.model_lookup import hub_hint, resolve_checkpoint
 from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
@@ -46,18 +47,18 @@ def import_model(
 
     Args:
         folder: In the published naming, a plain Llama folder, an exported folder, or a checkpoint
-            or run of another workspace, also of an earlier version.
-        tokenizer: A `tokenizer.json`, if the folder has none or not the right one.
+            or run of another workspace, also of an earlier version; or `hub:OWNER/NAME`.
+        tokenizer: A `tokenizer.json`, or `hub:NAME`, if the folder has none or not the right one.
         name: Name of the run; the folder's name when unset.
 
     Raises:
-        UserError: If the folder cannot be read, the tokenizer does not fit the model, or another
-            model has the name.
+        UserError: If the folder cannot be read, the hub does not give it, the tokenizer does not
+            fit the model, or another model has the name.
     """
     context = open_context(workspace, progress)
     progress = context.progress
-    folder = resolve_path(folder)
-    progress.start("import")
+    progress.start("import")  # A download takes its time.
+    folder = _source_folder(folder)
     if not (folder / CONFIG).is_file() and find_checkpoints(folder):
         folder = resolve_checkpoint(folder)
     decoder = load_model(folder)
@@ -65,7 +66,7 @@ def import_model(
     is_llama = folder_kind(folder) == PUBLISHED and config.method == "vanilla"
     origin = "a Llama folder" if is_llama else folder_kind(folder)
     own = folder / TOKENIZER
-    file = resolve_path(tokenizer) if tokenizer else own if own.is_file() else None
+    file = tokenizer_path(tokenizer).absolute() if tokenizer else own if own.is_file() else None
     if file is None:
         progress.note(
             f"{folder} has no tokenizer.json: the model can be used with token ids only; "
@@ -76,7 +77,9 @@ def import_model(
             f"the tokenizer {file} has {num_ids} entries, the model only {config.vocab_size}"
         )
     text_files = read_model_text_files(folder, file, vocab_size=config.vocab_size)
-    named = folder.parent.name if folder in find_checkpoints(folder.parent) else folder.name
+    own_name = shown_name(folder)
+    is_checkpoint = folder in find_checkpoints(folder.parent)
+    named = folder.parent.name if is_checkpoint else own_name.rpartition("/")[2]
     run_folder = context.workspace.runs / (name or re.sub(r"[^\w.-]+", "-", named))
     text = {name: content.decode("utf-8", "replace") for name, content in text_files.items()}
     source = content_key(model_folder_key(folder), file_key(file) if file else None, text)
@@ -92,7 +95,7 @@ def import_model(
             text_files=text_files,
             provenance={
                 "objective": "import",
-                "imported": {"from": folder.name, "read as": origin, "source": source},
+                "imported": {"from": own_name, "read as": origin, "source": source},
                 "environment": environment(),
             },
         )
@@ -102,6 +105,16 @@ def import_model(
     count = format_parameters(num_parameters(config))
     progress.finish(f"{origin}: {config.method}, {count} parameters")
     return checkpoint
+
+
+def _source_folder(named: Path | str) -> Path:
+    if is_hub_name(named):
+        return download_model(named)
+    folder = resolve_path(named)
+    if not folder.exists():
+        missing = f"{folder} is no model folder: there is nothing of this name"
+        raise UserError(f"{missing}{hub_hint(Path(named))}")
+    return folder
 
 
 def _imported_before(run_folder: Path, source: str) -> Path | None:

@@ -25,6 +25,7 @@ from orchestrator.evaluation.task_selection import (
     user_task_folders,
 )
 from orchestrator.pipelines.context import Context
+from orchestrator.pipelines.hub_imports import local_model
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
@@ -99,7 +100,8 @@ def check_arguments(
 
 def teacher_checkpoint(context: Context, teacher: Path | str) -> Path:
     """Return the checkpoint of a teacher that is given by path, by name or as `NEWEST`."""
-    return resolve_teacher(context.workspace, None if teacher == NEWEST else Path(teacher))
+    wanted = None if teacher == NEWEST else teacher
+    return resolve_teacher(context.workspace, local_model(context, wanted))
 
 
 def plan_teacher(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,7 @@ from iiet.influence import InfluenceTable
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
+from orchestrator.data.hub_models import HUB_PREFIX, download_model, is_hub_name
 from orchestrator.data.prepared import verify_data
 from orchestrator.settings import InfluenceSettings
 from orchestrator.training.checkpoint import (
@@ -85,12 +87,15 @@ def find_model_folder(workspace: Workspace, path: Path, *, model_folders: bool =
     Args:
         workspace: Where relative paths are looked up after the working folder.
         path: As typed: a path, or a name in the workspace such as `NAME` of a run, `runs/NAME` or
-            `runs/NAME/step_00000100`.
+            `runs/NAME/step_00000100`; or `hub:OWNER/NAME`, which is downloaded.
         model_folders: Whether a folder of transformers is accepted.
 
     Raises:
-        UserError: If there is no such folder; names the runs of the workspace.
+        UserError: If there is no such folder; names the runs of the workspace. Or if the hub does
+            not give the model.
     """
+    if is_hub_name(path):
+        return download_model(path)
     path = expand_user(path)
     places = [p for p in (path, workspace.root / path, workspace.runs / path) if p.exists()]
     for place in places:
@@ -106,8 +111,15 @@ def find_model_folder(workspace: Workspace, path: Path, *, model_folders: bool =
     known = f"its {newest}runs are {names}" if runs else "it has no runs yet"
     raise UserError(
         f"there is no folder {path}, and nothing of that name in the workspace {workspace.root}; "
-        f"{known}"
+        f"{known}{hub_hint(path)}"
     )
+
+
+def hub_hint(path: Path) -> str:
+    """Return the end of a sentence about a missing folder that may be a model of the hub."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path), flags=re.ASCII):
+        return ""
+    return f". For a model of the Hugging Face hub write {HUB_PREFIX}{path}"
 
 
 def find_run_folder(workspace: Workspace, path: Path) -> Path:
