@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from orchestrator import cli
-from orchestrator.cli.help import OLD_NAMES
+from orchestrator.cli.help import LIST_MARK, OLD_NAMES
 from orchestrator.settings import Settings
 
 COMMAND_LINE = "command-line.md"
@@ -92,7 +92,9 @@ def _option_row(parameter: Any, annotation: Any) -> str:
     else:
         every = [*parameter.opts, *parameter.secondary_opts]
         names = ", ".join(f"`{name}`" for name in every if name not in OLD_NAMES)
-    choices = ", ".join(f"`{choice}`" for choice in _choices(annotation))
+    named = (parameter.metavar or "").removesuffix(LIST_MARK)
+    values = _choices(annotation) or (named.split("|") if "|" in named else ())
+    choices = ", ".join(f"`{choice}`" for choice in values)
     text = _text(parameter.help or "")
     default = parameter.default
     is_shown = isinstance(default, str | int | float | Path) and not isinstance(default, bool)

@@ -5,19 +5,22 @@
 
 from __future__ import annotations
 
-import re
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from orchestrator.cli.help import Application
+from orchestrator.cli.hints import hint
 from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, path_error_message
 from orchestrator.workspace.provenance import installed_version
 
-_SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
+NO_COLOR = "--no-color"
 
 app = Application(
     name="iiet-orch",
@@ -41,6 +44,9 @@ def _options_of_all(
         bool,
         typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version."),
     ] = False,
+    _no_color: Annotated[
+        bool, typer.Option(NO_COLOR, help="Print no colours; so does NO_COLOR=1.")
+    ] = False,
 ) -> None:
     pass
 
@@ -51,21 +57,30 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
         arguments: The words after `iiet-orch` (default: those of this process).
     """
-    try:
-        app(arguments, prog_name="iiet-orch")
-    except BaseException as error:
-        code = exit_code_of(error)
-        words = sys.argv[1:] if arguments is None else arguments
-        if code == 2 and (setting := _bare_setting(words)):
-            _complain(f"{setting} looks like a setting; write --set {setting}")
-        return code
+    words = sys.argv[1:] if arguments is None else arguments
+    with _colors_off() if NO_COLOR in words else nullcontext():
+        words = [word for word in words if word != NO_COLOR]  # It may stand anywhere.
+        try:
+            app(words, prog_name="iiet-orch")
+        except BaseException as error:
+            code = exit_code_of(error)
+            if code == 2 and (sentence := hint(words)):
+                _complain(sentence)
+            return code
     return 0
 
 
-def _bare_setting(words: list[str]) -> str | None:
-    """Return the first word such as `training.num_steps=500` that no option takes."""
-    pairs = zip(["", *words], words, strict=False)
-    return next((w for option, w in pairs if _SETTING.match(w) and option[:1] != "-"), None)
+@contextmanager
+def _colors_off() -> Iterator[None]:
+    """Set the variable that Rich reads, which prints our text and Typer's."""
+    before = os.environ.get("NO_COLOR")
+    os.environ["NO_COLOR"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["NO_COLOR"]
+        if before is not None:
+            os.environ["NO_COLOR"] = before
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.cli.app import app
+from orchestrator.cli.json_output import JsonOption, print_json
 from orchestrator.cli.options import WorkspaceOption
-from orchestrator.cli.printing import JsonOption, print_json
 from orchestrator.terminal.layout import print_line
 
 MARKS = {"ok": ("✓", "green"), "note": ("!", "yellow"), "broken": ("✗", "red")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from orchestrator.cli.app import app
 from orchestrator.cli.help import Application
+from orchestrator.cli.json_output import JsonOption, print_json
 from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.errors import UserError, quoted
 
@@ -78,12 +80,15 @@ def submit(
 
 
 @jobs.command("list")
-def list_jobs(server: ServerOption = DEFAULT_SERVER) -> None:
+def list_jobs(server: ServerOption = DEFAULT_SERVER, as_json: JsonOption = False) -> None:
     """List the submitted jobs, the newest first.
 
     Example: iiet-orch jobs list
     """
     found = _connect(server).jobs()
+    if as_json:
+        print_json({"jobs": [asdict(job) for job in found]})
+        return
     console = Console(highlight=False)
     console.print(_table(found) if found else "no jobs")
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from orchestrator.cli.app import app
+from orchestrator.cli.completion import complete_models
+from orchestrator.cli.json_output import JsonOption
+from orchestrator.cli.option_values import read_options
 from orchestrator.cli.options import (
     AddressOption,
     ApplyChatTemplateOption,
     BatchSizeOption,
     ChatTemplateOption,
     ConfigOption,
+    DeviceOption,
     IncludePathOption,
     LimitOption,
     NumFewshotOption,
@@ -22,7 +25,6 @@ from orchestrator.cli.options import (
     TrustRemoteCodeOption,
     VerboseOption,
     WorkspaceOption,
-    read_options,
 )
 from orchestrator.cli.session import open_session
 from orchestrator.terminal.layout import print_line
@@ -34,11 +36,15 @@ def compare(
         str,
         typer.Argument(
             metavar="A",
-            help="A checkpoint, a run (by path or name), a Hugging Face folder, or a folder that "
-            "lm-eval wrote with --log_samples.",
+            help="A checkpoint, a run (by path or name), a Hugging Face folder, hub:OWNER/NAME, or "
+            "a folder that lm-eval wrote with --log_samples.",
+            autocompletion=complete_models,
         ),
     ],
-    second: Annotated[str, typer.Argument(metavar="B", help="The other one.")],
+    second: Annotated[
+        str,
+        typer.Argument(metavar="B", help="The other one.", autocompletion=complete_models),
+    ],
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
     suite: SuiteOption = None,
@@ -55,16 +61,15 @@ def compare(
     limit: LimitOption = None,
     batch_size: BatchSizeOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the result to a file.")
-    ] = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
     address: AddressOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = None,
 ) -> None:
     """Compare two models on the same items: paired differences, intervals, McNemar's test.
 
-    Example: iiet-orch compare my-run other-run --json comparison.json
+    Example: iiet-orch compare my-run other-run --suite heldout
     """
     settings = read_options(
         config,
@@ -76,8 +81,9 @@ def compare(
         evaluation__limit=limit,
         evaluation__batch_size=batch_size,
         cluster__address=address,
+        cluster__device=device,
     )
-    with open_session(workspace, "compare", verbose=verbose) as session:
+    with open_session(workspace, "compare", verbose=verbose, as_json=as_json) as session:
         from orchestrator.pipelines import comparing
         from orchestrator.reporting.comparison_tables import comparison_table
 
@@ -88,11 +94,11 @@ def compare(
             trust_remote_code=trust_remote_code,
             **session.common,
         )
+        if as_json:
+            session.print_json(result.to_json())
+            return
         names = result.comparison.names
         print_line(session.console, f"A: {names[0]}\nB: {names[1]}")
         session.console.print(comparison_table(result.comparison))
         for sentence in (*result.findings, *result.comparison.notes):
             print_line(session.console, f"  {sentence}")
-        if json_file:
-            result.write_json(json_file)
-            print_line(session.console, f"  written to {json_file}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from orchestrator.cli.app import app
+from orchestrator.cli.json_output import JsonOption
+from orchestrator.cli.option_values import read_options, split_names
 from orchestrator.cli.options import (
     AddressOption,
     CheckpointArgument,
@@ -18,44 +20,58 @@ from orchestrator.cli.options import (
     LoggerOption,
     SeedOption,
     SetOption,
+    TrainingDeviceOption,
     VerboseOption,
     WorkspaceOption,
-    read_options,
-    split_names,
 )
 from orchestrator.cli.printing import print_training_plan
 from orchestrator.cli.session import open_session
 from orchestrator.cli.training import LocalOption, ProfileOption, check_resources_of_run
 from orchestrator.terminal.layout import print_line
+from orchestrator.workspace.errors import UserError
 
 
 @app.command(rich_help_panel="Train")
 def distill(
-    schedule: Annotated[
-        str, typer.Argument(help="The student's corrections per layer: 1, or 2,1,1,0,0,0.")
-    ],
     checkpoint: CheckpointArgument = None,
+    schedule: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--schedule",
+            "-r",
+            help="The student's corrections per layer: 1, or 2,1,1,0,0,0; repeated for several "
+            "students.",
+        ),
+    ] = None,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
     control: ControlOption = None,
     seed: SeedOption = None,
     lr: LearningRateOption = None,
+    device: TrainingDeviceOption = None,
     dtype: DtypeOption = None,
     local: LocalOption = False,
     profile: ProfileOption = None,
     dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
     address: AddressOption = None,
     logger: LoggerOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = None,
 ) -> None:
-    """Distill a teacher into itself under a cheaper iteration schedule (IIAD).
+    """Distill a teacher into itself under cheaper iteration schedules (IIAD), a student each.
 
-    Example: iiet-orch distill 2,1,1,0,0,0 my-run --lr 5e-4
+    Example: iiet-orch distill my-run -r 2,1,1,0,0,0 -r 1 --lr 5e-4
     """
+    if not schedule:
+        raise UserError(
+            "--schedule says how many corrections the student's layers make, such as --schedule 1 "
+            "or --schedule 2,1,1,0,0,0"
+        )
     settings = read_options(
         config,
         set_,
+        train_on=device,
         distillation__control=control,
         distillation__training__seed=seed,
         distillation__training__learning_rate=lr,
@@ -64,23 +80,32 @@ def distill(
         cluster__address=address,
         tracking__loggers=split_names(logger),
     )
-    if dry_run:
-        with open_session(workspace, "distill", verbose=verbose, dry_run=True) as session:
-            from orchestrator.pipelines import training_dry_runs
+    if not dry_run:
+        check_resources_of_run(settings, local=local)
+    with open_session(
+        workspace, "distill", verbose=verbose, dry_run=dry_run, as_json=as_json
+    ) as session:
+        if dry_run:
+            from orchestrator.pipelines.training_dry_runs import plan_distill
 
-            plan = training_dry_runs.plan_distill(
-                settings, workspace=session.workspace, schedule=schedule, teacher=checkpoint
-            )
-            print_training_plan(session.console, plan)
-        return
-    check_resources_of_run(settings, local=local)
-    with open_session(workspace, "distill", verbose=verbose) as session:
+            options: dict[str, Any] = {"workspace": session.workspace, "teacher": checkpoint}
+            plans = [plan_distill(settings, schedule=wanted, **options) for wanted in schedule]
+            if as_json:
+                session.print_json({"students": [plan.to_json() for plan in plans]})
+            else:
+                for plan in plans:
+                    print_training_plan(session.console, plan)
+            return
         from orchestrator.pipelines.context import Context
         from orchestrator.pipelines.distilling import distill_in_context
 
         loggers = settings.tracking.loggers
         context = Context(session.workspace, session.progress, loggers=loggers)
-        result = distill_in_context(
-            settings, context, schedule=schedule, teacher=checkpoint, local=local
+        students = distill_in_context(
+            settings, context, schedules=schedule, teacher=checkpoint, local=local
         )
-        print_line(session.console, f"checkpoint: {result.checkpoint}")
+        if as_json:
+            session.print_json({"students": [student.to_json() for student in students]})
+        else:
+            for student in students:
+                print_line(session.console, f"checkpoint: {student.checkpoint}")

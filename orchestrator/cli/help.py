@@ -1,4 +1,4 @@
-"""The `--help` of a command: two columns, the option and its description.
+"""The `--help` of commands and groups: two columns, the option and its description.
 
 Typer's own table gives types and number ranges columns of their own, and cuts the options' names
 on narrow terminals. Here names are never cut, and descriptions wrap.
@@ -7,7 +7,7 @@ on narrow terminals. Here names are never cut, and descriptions wrap.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import typer
@@ -16,9 +16,9 @@ from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
-OLD_NAMES = ("--corrections",)
+OLD_NAMES = ("--corrections", "--unit")
 """Earlier names of options; they still work, and no help shows them."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -27,6 +27,8 @@ SHORT_TYPES = {
     "float range": "X", "str": "TEXT", "text": "TEXT", "path": "PATH",
 }  # fmt: skip
 """Type as Typer names it, to the placeholder of an option's value."""
+LIST_MARK = ",..."
+"""Ends the placeholder of an option that takes several of its choices, with commas between."""
 EXTRAS = re.compile(r" *\[((?:default|required|env)[^\]]*|[^\]]*<=?x[^\]]*|x[<>][^\]]*)\]$")
 """The default and the range that Typer appends to a help text; an error names the range."""
 
@@ -36,29 +38,59 @@ class Command(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
         """Print the help."""
-        console = Console(highlight=False)
-        parameters = [p for p in self.get_params(ctx) if not getattr(p, "hidden", False)]
-        console.print(Padding(Text(self.get_usage(ctx)), (1, 1, 0, 1)))
-        console.print(Padding(Text(_unfolded(self.help or "")), (1, 1)))
-        for title, kind in (("Arguments", "argument"), ("Options", "option")):
-            rows = [_row(p, ctx) for p in parameters if p.param_type_name == kind]
-            if rows:
-                console.print(
-                    Panel(_table(rows), title=title, title_align="left", border_style="dim")
-                )
+        _print_help(self, ctx)
+
+
+class Group(TyperGroup):
+    """Commands with one help: the options, then the commands of each panel."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+        """Print the help."""
+        console = _print_help(self, ctx)
+        panels: dict[str, list[tuple[Text, Text]]] = {}
+        for name, command in self.commands.items():
+            title = getattr(command, "rich_help_panel", None) or "Commands"
+            row = Text(name, style="bold cyan"), Text(command.get_short_help_str(limit=200))
+            panels.setdefault(title if isinstance(title, str) else "Commands", []).append(row)
+        width = max(map(len, self.commands))
+        for title, rows in panels.items():
+            _print_panel(console, title, rows, width=width)
+
+
+def _print_help(command: Any, ctx: Any) -> Console:
+    console = Console(highlight=False)
+    parameters = [p for p in command.get_params(ctx) if not getattr(p, "hidden", False)]
+    console.print(Padding(Text(command.get_usage(ctx)), (1, 1, 0, 1)))
+    console.print(Padding(Text(_unfolded(command.help or "")), (1, 1)))
+    for title, kind in (("Arguments", "argument"), ("Options", "option")):
+        rows = [_row(p, ctx) for p in parameters if p.param_type_name == kind]
+        if rows:
+            _print_panel(console, title, rows)
+    return console
+
+
+def _print_panel(
+    console: Console, title: str, rows: Sequence[tuple[Text, Text]], *, width: int = 0
+) -> None:
+    table = _table(rows, width=width)
+    console.print(Panel(table, title=title, title_align="left", border_style="dim"))
 
 
 class Application(typer.Typer):
-    """A Typer whose commands have this help."""
+    """A Typer whose groups and commands have this help."""
+
+    def __init__(self, **options: Any) -> None:
+        """Make an application; see `typer.Typer`."""
+        super().__init__(**{"cls": Group, **options})
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[Function], Function]:
         """Register a command; see `typer.Typer.command`."""
         return super().command(name, **{"cls": Command, **options})
 
 
-def _table(rows: Iterable[tuple[Text, Text]]) -> Table:
+def _table(rows: Sequence[tuple[Text, Text]], *, width: int = 0) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, min_width=max(len(names) for names, _ in rows))
+    table.add_column(no_wrap=True, min_width=max(width, *(len(names) for names, _ in rows)))
     table.add_column(overflow="fold", ratio=1)
     for row in rows:
         table.add_row(*row)
@@ -70,8 +102,9 @@ def _row(parameter: Any, ctx: Any) -> tuple[Text, Text]:
     names = Text(_names(parameter), style="bold cyan")
     choices: list[str] = []
     if parameter.param_type_name == "option" and (value := _value(record[0])):
-        choices = value.split("|") if "|" in value else []
-        names.append(" CHOICE" if choices else f" {value}", style="yellow")
+        choices = value.removesuffix(LIST_MARK).split("|") if "|" in value else []
+        kind = "CHOICES" if value.endswith(LIST_MARK) else "CHOICE"
+        names.append(f" {kind if choices else value}", style="yellow")
     found = EXTRAS.search(record[1])
     text = Text(record[1][: found.start()] if found else record[1])
     if choices:

@@ -13,7 +13,8 @@ from rich.console import Console
 from orchestrator.cli.app import app
 from orchestrator.cli.cluster import WORDS_LAST, CommandArgument, parse_command
 from orchestrator.cli.help import Application
-from orchestrator.cli.options import MAX_COUNT, read_options
+from orchestrator.cli.option_values import one_schedule, read_options
+from orchestrator.cli.options import MAX_COUNT
 from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.errors import UserError, quoted
 
@@ -104,10 +105,12 @@ def _deployment(
     given: dict[str, Any] = {
         setting: options[name] for name, setting in SETTINGS_OF_OPTIONS.items() if name in options
     }
+    if schedules := given.get("model__corrections"):
+        given["model__corrections"] = one_schedule(schedules)
     config = options.get("config", options.get("file"))
     return plan_deployment(
         words,
-        read_options(config, options.get("set_"), **given),
+        read_options(config, options.get("set_"), train_on=options.get("device"), **given),
         workspace=options["workspace"],
         gpus_per_node=gpus_per_node,
         cpus_per_node=cpus_per_node,

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.app import app
+from orchestrator.cli.completion import complete_models
+from orchestrator.cli.json_output import JsonOption
+from orchestrator.cli.option_values import parse_whole_numbers, read_options
 from orchestrator.cli.options import (
     MAX_COUNT,
     AddressOption,
@@ -17,18 +20,18 @@ from orchestrator.cli.options import (
     ChatTemplateOption,
     CheckpointArgument,
     ConfigOption,
+    DeviceOption,
     DryRunOption,
     IncludePathOption,
     LimitOption,
     MetricOption,
     NumFewshotOption,
+    SchedulesOption,
     SetOption,
     SuiteOption,
     TrustRemoteCodeOption,
     VerboseOption,
     WorkspaceOption,
-    parse_whole_numbers,
-    read_options,
 )
 from orchestrator.cli.session import Session, open_session
 from orchestrator.terminal.layout import print_line
@@ -50,6 +53,8 @@ def influence(
             "--check", help="Compare every metric with what dropping each correction costs."
         ),
     ] = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
     address: AddressOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = None,
@@ -60,8 +65,10 @@ def influence(
     """
     if check and metric:
         raise UserError("--check measures every metric; leave --metric out")
-    settings = read_options(config, set_, influence__metric=metric, cluster__address=address)
-    with open_session(workspace, "influence", verbose=verbose) as session:
+    settings = read_options(
+        config, set_, influence__metric=metric, cluster__address=address, cluster__device=device
+    )
+    with open_session(workspace, "influence", verbose=verbose, as_json=as_json) as session:
         from orchestrator.pipelines.influence import measure_influence
         from orchestrator.pipelines.influence_check import check_influence
         from orchestrator.reporting.influence_check import influence_check_table
@@ -69,6 +76,9 @@ def influence(
 
         if check:
             checked = check_influence(settings, model=checkpoint, **session.common)
+            if as_json:
+                session.print_json(checked.to_json())
+                return
             session.console.print(influence_check_table(checked.check))
             for sentence in checked.check.notes():
                 print_line(session.console, f"  {sentence}")
@@ -76,7 +86,10 @@ def influence(
                 print_line(session.console, f"  picture: {checked.picture}")
             return
         result = measure_influence(settings, model=checkpoint, **session.common)
-        session.console.print(influence_terminal_table(result.table))
+        if as_json:
+            session.print_json(result.to_json())
+        else:
+            session.console.print(influence_terminal_table(result.table))
 
 
 @app.command(rich_help_panel="Measure")
@@ -84,18 +97,16 @@ def evaluate(
     checkpoints: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Checkpoints, runs (by path or name) or Hugging Face folders, side by side; by "
-            "default the newest IIET or imported model."
+            help="Checkpoints, runs (by path or name), Hugging Face folders or hub:OWNER/NAME, "
+            "side by side; by default the newest IIET or imported model.",
+            autocompletion=complete_models,
         ),
     ] = None,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
     suite: SuiteOption = None,
     include_path: IncludePathOption = None,
-    schedule: Annotated[
-        list[str] | None,
-        typer.Option("--schedule", "-r", help="Another iteration schedule; may be repeated."),
-    ] = None,
+    schedule: SchedulesOption = None,
     num_fewshot: NumFewshotOption = None,
     apply_chat_template: ApplyChatTemplateOption = False,
     chat_template: ChatTemplateOption = None,
@@ -109,6 +120,8 @@ def evaluate(
     ] = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     dry_run: DryRunOption = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
     address: AddressOption = None,
     set_: SetOption = None,
     verbose: VerboseOption = None,
@@ -127,8 +140,11 @@ def evaluate(
         evaluation__limit=limit,
         evaluation__batch_size=batch_size,
         cluster__address=address,
+        cluster__device=device,
     )
-    with open_session(workspace, "evaluate", verbose=verbose, dry_run=dry_run) as session:
+    with open_session(
+        workspace, "evaluate", verbose=verbose, dry_run=dry_run, as_json=as_json
+    ) as session:
         from orchestrator.pipelines import evaluating
 
         options = {"models": checkpoints or [], "schedules": schedule or [], **session.common}
@@ -136,25 +152,33 @@ def evaluate(
             from orchestrator.pipelines.evaluation_dry_runs import plan_evaluation
             from orchestrator.reporting.price_table import two_column_table
 
-            rows = plan_evaluation(settings, **options).rows
-            session.console.print(two_column_table("Plan of the evaluation", rows))
+            plan = plan_evaluation(settings, **options)
+            if as_json:
+                session.print_json(plan.to_json())
+            else:
+                session.console.print(two_column_table("Plan of the evaluation", plan.rows))
             return
         result = evaluating.evaluate(
             settings, log_samples=log_samples, trust_remote_code=trust_remote_code, **options
         )
-        _print_evaluations(session, result.evaluations)
+        if as_json:
+            session.print_json(result.to_json())
+        _print_evaluations(session, result.evaluations, with_table=not as_json)
 
 
-def _print_evaluations(session: Session, evaluations: Mapping[str, EvaluationResult]) -> None:
+def _print_evaluations(
+    session: Session, evaluations: Mapping[str, EvaluationResult], *, with_table: bool
+) -> None:
     from orchestrator.reporting.evaluation_tables import (
         average_notes,
         evaluation_table,
         tasks_with_other_items,
     )
 
-    session.console.print(evaluation_table(evaluations))
-    for sentence in average_notes(evaluations):
-        print_line(session.console, f"  {sentence}")
+    if with_table:
+        session.console.print(evaluation_table(evaluations))
+        for sentence in average_notes(evaluations):
+            print_line(session.console, f"  {sentence}")
     if different := tasks_with_other_items(list(evaluations.values())):
         session.progress.note(
             f"not comparable: {', '.join(different)} had other items for some of the models, "
@@ -167,8 +191,9 @@ def benchmark(
     checkpoints: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Checkpoints, runs (by path or name) or model folders; the newest IIET or "
-            "imported model by default."
+            help="Checkpoints, runs (by path or name), model folders or hub:OWNER/NAME; the newest "
+            "IIET or imported model by default.",
+            autocompletion=complete_models,
         ),
     ] = None,
     workspace: WorkspaceOption = None,
@@ -193,6 +218,8 @@ def benchmark(
         int, typer.Option(min=1, max=10_000, help="Measurements of each model, in turns.")
     ] = 9,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of PyTorch on a CPU.")] = 1,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
     address: AddressOption = None,
     verbose: VerboseOption = None,
 ) -> None:
@@ -202,8 +229,8 @@ def benchmark(
     """
     batches = parse_whole_numbers(batch_sizes, "--batch-sizes")
     prompts = parse_whole_numbers(contexts, "--contexts")
-    settings = read_options(None, [], cluster__address=address)
-    with open_session(workspace, "benchmark", verbose=verbose) as session:
+    settings = read_options(None, [], cluster__address=address, cluster__device=device)
+    with open_session(workspace, "benchmark", verbose=verbose, as_json=as_json) as session:
         from orchestrator.evaluation.cost_measurement import MeasurementSettings
         from orchestrator.pipelines import benchmarking
         from orchestrator.reporting import benchmark_tables
@@ -221,6 +248,9 @@ def benchmark(
             ),
             **session.common,
         )
+        if as_json:
+            session.print_json({"path": str(found.path), **found.to_json()})
+            return
         for table in benchmark_tables.cost_and_share_tables(found.costs):
             session.console.print(table)
         lines = benchmark_tables.benchmark_sentences(found.costs)

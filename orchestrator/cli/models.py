@@ -8,17 +8,19 @@ from typing import Annotated, Any, Literal
 import typer
 
 from orchestrator.cli.app import app
+from orchestrator.cli.json_output import JsonOption
+from orchestrator.cli.option_values import one_schedule, read_options
 from orchestrator.cli.options import (
     MAX_COUNT,
     MAX_SEED,
     ConfigOption,
+    DeviceOption,
     FolderToWriteOption,
     ModelArgument,
     ScheduleOption,
     SetOption,
     VerboseOption,
     WorkspaceOption,
-    read_options,
 )
 from orchestrator.cli.session import Warnings, open_session
 from orchestrator.terminal.layout import print_line
@@ -85,7 +87,9 @@ def generate(
         ),
     ] = None,
     schedule: ScheduleOption = None,
+    device: DeviceOption = None,
     workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
     verbose: VerboseOption = None,
 ) -> None:
     """Continue a text and print it while it is generated.
@@ -98,7 +102,7 @@ def generate(
     if draft is None and draft_tokens is not None:
         raise UserError(f"--draft-tokens {draft_tokens} needs --draft SCHEDULE or --draft auto")
     prompts = prompt if prompt is not None else [_piped_prompt()]
-    with open_session(workspace, "generate", verbose=verbose) as session:
+    with open_session(workspace, "generate", verbose=verbose, as_json=as_json) as session:
         from orchestrator.pipelines import generating
 
         sampling = generating.Sampling(
@@ -110,7 +114,7 @@ def generate(
             stop=tuple(stop or ()),
             kv_strategy=kv,
         )
-        options = {**session.common, "model": checkpoint, "schedule": schedule, "chat": chat}
+        options = {**session.common, "model": checkpoint, "chat": chat}
         # The text goes to standard output, so warnings go elsewhere.
         options |= {
             "sampling": sampling,
@@ -118,10 +122,17 @@ def generate(
             if draft is None
             else generating.Drafting(draft=draft, num_tokens=draft_tokens or "auto"),
             "weights": weights,
+            "schedule": one_schedule(schedule),
+            "device": device,
             "progress": Warnings(session.terminal),
         }
-        if len(prompts) > 1:
-            for text, written in zip(prompts, generating.generate(prompts, **options), strict=True):
+        if as_json or len(prompts) > 1:
+            texts = generating.generate(prompts, **options)
+            if as_json:
+                pairs = zip(prompts, texts, strict=True)
+                session.print_json({"texts": [{"prompt": p, "text": text} for p, text in pairs]})
+                return
+            for text, written in zip(prompts, texts, strict=True):
                 typer.echo(f"{text}{': ' if chat else ''}{written}\n")
             return
         pieces = generating.generate_stream(prompts[0], **options)
@@ -144,27 +155,35 @@ def _piped_prompt() -> str:
 @app.command("import", rich_help_panel="Models")
 def import_folder(
     folder: Annotated[
-        Path, typer.Argument(help="Model folder, or a checkpoint or run of another workspace.")
+        Path,
+        typer.Argument(
+            help="Model folder, a checkpoint or run of another workspace, or hub:OWNER/NAME."
+        ),
     ],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="A tokenizer.json, if the folder has none.")
+        str | None,
+        typer.Option(metavar="PATH", help="A tokenizer.json, or hub:NAME, if the folder has none."),
     ] = None,
     name: Annotated[
         str | None,
         typer.Option(help="Name of the run (default: the folder's).", callback=check_name_option),
     ] = None,
     workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
     verbose: VerboseOption = None,
 ) -> None:
     """Import a published, Llama or exported model, or a checkpoint of another workspace.
 
     Example: iiet-orch import Llama-3.2-1B --name llama
     """
-    with open_session(workspace, "import", verbose=verbose) as session:
+    with open_session(workspace, "import", verbose=verbose, as_json=as_json) as session:
         from orchestrator.pipelines.importing import import_model
 
         checkpoint = import_model(folder, tokenizer=tokenizer, name=name, **session.common)
-        print_line(session.console, f"checkpoint: {checkpoint}")
+        if as_json:
+            session.print_json({"checkpoint": str(checkpoint)})
+        else:
+            print_line(session.console, f"checkpoint: {checkpoint}")
 
 
 @app.command(rich_help_panel="Models")
@@ -181,26 +200,58 @@ def export(
             "--conformance", help="Add logits, and a script that holds other engines to them."
         ),
     ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload the folder to the Hugging Face hub, too."),
+    ] = None,
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public",
+            show_default=False,
+            help="Who sees a new repository (default: as its owner's settings say).",
+        ),
+    ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(help="Token of the hub (default: HF_TOKEN, or that of `hf auth login`)."),
+    ] = None,
+    device: DeviceOption = None,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
+    as_json: JsonOption = False,
     set_: SetOption = None,
     verbose: VerboseOption = None,
 ) -> None:
     """Export a folder that transformers and lm-eval load without this package.
 
-    Example: iiet-orch export my-run --to my-model
+    Example: iiet-orch export my-run --to my-model --push-to-hub me/my-model --private
     """
-    settings: Any = read_options(config, set_)
-    with open_session(workspace, "export", verbose=verbose) as session:
-        from orchestrator.pipelines import exporting
-
-        folder = exporting.export(
-            settings,
-            model=checkpoint,
-            to=to,
-            schedule=schedule,
-            measure=measure,
-            conformance=conformance,
-            **session.common,
+    if push_to_hub is None and (private is not None or token):
+        raise UserError(
+            "--private, --public and --token are for --push-to-hub; name the repository"
         )
+    settings: Any = read_options(config, set_, cluster__device=device)
+    with open_session(workspace, "export", verbose=verbose, as_json=as_json) as session:
+        from orchestrator.pipelines import exporting, pushing
+
+        options: dict[str, Any] = {
+            "model": checkpoint,
+            "to": to,
+            "schedule": one_schedule(schedule),
+            "measure": measure,
+            "conformance": conformance,
+            **session.common,
+        }
+        address = None
+        if push_to_hub is None:
+            folder = exporting.export(settings, **options)
+        else:
+            target = pushing.HubTarget(repository=push_to_hub, private=private, token=token)
+            folder, address = pushing.export_to_hub(settings, target, **options)
+        if as_json:
+            session.print_json({"folder": str(folder), "hub": address})
+            return
         print_line(session.console, f"exported: {folder}")
+        if address:
+            print_line(session.console, f"pushed: {address}")

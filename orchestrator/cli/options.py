@@ -1,15 +1,22 @@
-"""The options that several commands share, and how they become settings."""
+"""The arguments and options that several commands share."""
 
 from __future__ import annotations
 
-import math
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from orchestrator.workspace.errors import UserError, quoted
+from orchestrator.cli.completion import (
+    METHODS,
+    complete_method_list,
+    complete_methods,
+    complete_models,
+    complete_settings,
+    complete_settings_files,
+    complete_sweeps,
+    list_completer,
+)
 from orchestrator.workspace.folders import check_name_option
 
 MAX_COUNT = 2**31 - 1
@@ -27,12 +34,21 @@ WorkspaceOption = Annotated[
 ]
 ConfigOption = Annotated[
     str | None,
-    typer.Option("--config", "-c", help="Settings: a YAML file, or the name of a shipped sweep."),
+    typer.Option(
+        "--config",
+        "-c",
+        help="Settings: a YAML file, or the name of a shipped sweep.",
+        autocompletion=complete_settings_files,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="Change a setting: training.num_steps=500."
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Change a setting: training.num_steps=500.",
+        autocompletion=complete_settings,
     ),
 ]
 VerboseOption = Annotated[
@@ -66,13 +82,59 @@ AddressOption = Annotated[
 CheckpointArgument = Annotated[
     Path | None,
     typer.Argument(
-        help="Checkpoint or run, by path or name; the workspace's newest IIET by default."
+        help="Checkpoint or run, by path or name, or hub:OWNER/NAME; the workspace's newest IIET "
+        "by default.",
+        autocompletion=complete_models,
     ),
 ]
 ModelArgument = Annotated[
     Path | None,
     typer.Argument(
-        help="Checkpoint or run, by path or name; the newest IIET or imported model by default."
+        help="Checkpoint or run, by path or name, or hub:OWNER/NAME; the newest IIET or imported "
+        "model by default.",
+        autocompletion=complete_models,
+    ),
+]
+SweepsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SWEEP",
+        help="Names of sweeps, several on one front (default: the newest).",
+        autocompletion=complete_sweeps,
+    ),
+]
+SweepArgument = Annotated[
+    str | None,
+    typer.Argument(help="Name of a sweep (default: the newest).", autocompletion=complete_sweeps),
+]
+SettingsFileArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A YAML file, or the name of a shipped sweep.", autocompletion=complete_settings_files
+    ),
+]
+MethodOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="|".join(METHODS),
+        help="Or one that another package adds.",
+        autocompletion=complete_methods,
+    ),
+]
+MethodsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar=f"{'|'.join(METHODS)},...",
+        help="With commas between: vanilla,iiet.",
+        autocompletion=complete_method_list,
+    ),
+]
+DistilledBaselinesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="vanilla|fewer_layers,...",
+        help="Distill baselines of the students' FLOPs, too.",
+        autocompletion=list_completer(("vanilla", "fewer_layers")),
     ),
 ]
 CostOption = Annotated[
@@ -93,8 +155,24 @@ ControlOption = Annotated[
     typer.Option(help="How students are made; the others are control experiments."),
 ]
 ScheduleOption = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option("--schedule", "-r", help="Another iteration schedule: 1, or 2,1,1,0,0,0."),
+]
+SchedulesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--schedule", "-r", help="Another iteration schedule: 1, or 2,1,1,0,0,0; may be repeated."
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="cpu|cuda|cuda:N", help="Where to compute (default: on a GPU if there is one)."
+    ),
+]
+TrainingDeviceOption = Annotated[
+    Literal["cpu", "cuda"] | None,
+    typer.Option("--device", help="Where to train (default: as cluster.num_gpus says)."),
 ]
 SeedOption = Annotated[
     int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of the weights and the data order.")
@@ -107,7 +185,11 @@ DtypeOption = Annotated[
     typer.Option(help="Arithmetic of the training (default: bf16 on GPUs, fp32 on CPUs)."),
 ]
 SuiteOption = Annotated[
-    str | None, typer.Option(help="heldout, paper, or comma-separated lm-eval tasks.")
+    str | None,
+    typer.Option(
+        help="heldout, paper, or comma-separated lm-eval tasks.",
+        autocompletion=list_completer(("heldout", "paper")),
+    ),
 ]
 IncludePathOption = Annotated[
     Path | None, typer.Option(help="Folder with your own lm-eval task files.")
@@ -158,111 +240,11 @@ LoggerOption = Annotated[
     str | None,
     typer.Option(
         "--logger",
-        metavar="NAMES",
-        help="mlflow, or mlflow,tensorboard for TensorBoard's files, too.",
+        metavar="mlflow|tensorboard,...",
+        help="mlflow,tensorboard writes TensorBoard's files, too.",
+        autocompletion=list_completer(("mlflow", "tensorboard")),
     ),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan and its cost; run nothing.")
 ]
-
-
-def read_options(config: str | None, assignments: list[str] | None, **options: Any) -> Any:
-    """Read the settings: file, then --set, then the command's own options.
-
-    Args:
-        **options: `section__key` to the option's value; None means that it was not given.
-
-    Raises:
-        UserError: Names everything that is wrong.
-    """
-    from orchestrator.settings import read_settings
-
-    given = {name.replace("__", "."): value for name, value in options.items() if value is not None}
-    settings = read_settings(config or None, assignments or [], given)
-    if settings.evaluation.include_path:
-        from orchestrator.evaluation.task_selection import user_task_folders
-
-        user_task_folders(settings.evaluation)
-    return settings
-
-
-def parse_numbers(text: str | None, option: str) -> list[float] | None:
-    """Read comma-separated numbers; None stays None.
-
-    Raises:
-        UserError: If one is not a number; names the option.
-    """
-    if text is None:
-        return None
-    try:
-        found = [float(part) for part in _number_texts(text)]
-    except ValueError:
-        found = [math.nan]
-    if not all(map(math.isfinite, found)):
-        raise UserError(f"{option} takes numbers with commas between them; got {quoted(text)}")
-    return found
-
-
-def parse_rates(text: str | None) -> dict[str, list[float]] | None:
-    """Read `--rates`: the same learning rates for every method; None stays None."""
-    from iiet.methods import METHODS
-
-    rates = parse_numbers(text, "--rates")
-    return None if rates is None else dict.fromkeys(METHODS, rates)
-
-
-def parse_whole_numbers(
-    text: str | None, option: str, *, at_least: int = 1, at_most: int = MAX_COUNT
-) -> tuple[int, ...] | None:
-    """Read comma-separated whole numbers, without repetitions; None stays None.
-
-    Raises:
-        UserError: If one is not a whole number or out of range; names the option.
-    """
-    if text is None:
-        return None
-    try:
-        found = tuple(int(part) for part in _number_texts(text))
-    except ValueError:
-        found = (at_least - 1,)
-    if min(found) < at_least or max(found) > at_most:
-        raise UserError(
-            f"{option} takes whole numbers from {at_least} to {at_most} with commas between them; "
-            f"got {quoted(text)}"
-        )
-    return tuple(dict.fromkeys(found))
-
-
-def parse_seeds(text: str | None) -> tuple[int, ...] | None:
-    """Read `--seeds`; None stays None."""
-    return parse_whole_numbers(text, "--seeds", at_least=0, at_most=MAX_SEED)
-
-
-def split_names(text: str | None) -> list[str | int] | None:
-    """Read comma-separated names or numbers; None stays None."""
-    if text is None:
-        return None
-    text = text.strip()
-    if text.startswith("[") and text.endswith("]"):  # As in a settings file.
-        text = text[1:-1]
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    return [*map(_count_or_text, names)]
-
-
-def parse_schedules(texts: list[str] | None) -> list[str | int] | None:
-    """Read a repeated `--schedule`: a number for all layers, or a text; None stays None."""
-    return None if texts is None else [*map(_count_or_text, texts)]
-
-
-def _count_or_text(text: str) -> int | str:
-    # A number of more digits is not a count; it stays a text, which the settings refuse.
-    return int(text) if re.fullmatch("[0-9]{1,9}", text) else text
-
-
-def _number_texts(text: str) -> list[str]:
-    found = [part.strip() for part in text.split(",")]
-    # Only Python reads `1_0` as a number.
-    if not all(re.fullmatch("[-+.0-9eE]{1,40}", part) for part in found):
-        raise ValueError(text)
-    return found

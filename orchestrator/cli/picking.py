@@ -7,10 +7,12 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator.cli.app import app
+from orchestrator.cli.json_output import JsonOption
 from orchestrator.cli.options import (
     CostOption,
     FolderToWriteOption,
     QualityOption,
+    SweepArgument,
     VerboseOption,
     WorkspaceOption,
 )
@@ -21,9 +23,7 @@ from orchestrator.workspace.errors import UserError
 
 @app.command(rich_help_panel="Models")
 def pick(
-    sweep: Annotated[
-        str | None, typer.Argument(help="Name of a sweep (default: the newest).")
-    ] = None,
+    sweep: SweepArgument = None,
     keep: Annotated[
         float | None,
         typer.Option(help="Cheapest that keeps this share of the quality, such as 0.99."),
@@ -51,6 +51,7 @@ def pick(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the choice; export and register nothing.")
     ] = False,
+    as_json: JsonOption = False,
     only_name: Annotated[bool, typer.Option("--only-name", hidden=True)] = False,
     workspace: WorkspaceOption = None,
     verbose: VerboseOption = None,
@@ -61,7 +62,9 @@ def pick(
     """
     rule = _rule(keep, confidence, budget, draft_for, knee=knee, best=best, cheapest=cheapest)
     dry_run = dry_run or only_name  # --only-name is the option's earlier name
-    with open_session(workspace, "pick", verbose=verbose, dry_run=dry_run) as session:
+    with open_session(
+        workspace, "pick", verbose=verbose, dry_run=dry_run, as_json=as_json
+    ) as session:
         from orchestrator.pipelines import picking
 
         choice = picking.pick(
@@ -73,6 +76,9 @@ def pick(
             dry_run=dry_run,
             **session.common,
         )
+        if as_json:
+            session.print_json(choice.to_json())
+            return
         lines = [f"{rule.alias}: {choice.sentence}"]
         if choice.folder is None:
             lines.append(f"checkpoint: {choice.point.result.checkpoint}")

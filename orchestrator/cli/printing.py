@@ -1,26 +1,21 @@
-"""Print what several commands show: a sweep's front, the plan of a sweep, or JSON."""
+"""Print what several commands show: a sweep's front, the plan of a sweep or training."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
 
 from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.layout import print_line
 
 if TYPE_CHECKING:
+    from orchestrator.cli.session import Session
     from orchestrator.pipelines.reports import ReportResult
     from orchestrator.pipelines.sweep_dry_runs import SweepDryRun
     from orchestrator.pipelines.sweeps import SweepResult
     from orchestrator.pipelines.training_dry_runs import TrainingDryRun
-
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print JSON; docs/workspace.md names its keys.")
-]
 
 
 def print_report(console: Console, report: ReportResult, workspace: Path) -> None:
@@ -48,12 +43,23 @@ def print_report(console: Console, report: ReportResult, workspace: Path) -> Non
     console.print(f"MLflow: iiet-orch ui --workspace {workspace}", soft_wrap=True, markup=False)
 
 
-def print_sweep(console: Console, result: SweepResult, workspace: Path) -> None:
+def print_sweep(session: Session, result: SweepResult, *, as_json: bool) -> None:
     """Print a sweep's front; then raise `RunFailed` if trials failed."""
     from orchestrator.pipelines.sweeps import raise_failures
 
-    print_report(console, result.report, workspace)
+    if as_json:
+        session.print_json(result.to_json())
+    else:
+        print_report(session.console, result.report, session.workspace.root)
     raise_failures(result.failures)
+
+
+def show_plan(session: Session, found: SweepDryRun, *, as_json: bool) -> None:
+    """Print what a sweep would do, as a table or as JSON."""
+    if as_json:
+        session.print_json(found.to_json())
+    else:
+        print_plan(session.console, found)
 
 
 def print_plan(console: Console, found: SweepDryRun) -> None:
@@ -75,17 +81,3 @@ def print_training_plan(console: Console, found: TrainingDryRun) -> None:
     workers = format_count(training.num_workers, "GPU" if training.on_gpus else "CPU worker")
     title = f"Plan: {training.config.method}, {workers}"
     console.print(two_column_table(title, found.rows))
-
-
-def print_json(value: Any) -> None:
-    """Print a value as JSON; numbers that are not finite become null."""
-    text = json.dumps(_finite(value), indent=2)
-    typer.echo(text)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and value - value != 0.0 else value

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from orchestrator.cli.app import app
+from orchestrator.cli.json_output import JsonOption
+from orchestrator.cli.option_values import read_options, split_names
 from orchestrator.cli.options import (
     AddressOption,
     ConfigOption,
     DryRunOption,
     LoggerOption,
     SetOption,
+    TrainingDeviceOption,
     VerboseOption,
     WorkspaceOption,
-    read_options,
-    split_names,
 )
-from orchestrator.cli.printing import print_plan, print_sweep
+from orchestrator.cli.printing import print_sweep, show_plan
 from orchestrator.cli.session import open_session
 
 
@@ -22,7 +23,9 @@ from orchestrator.cli.session import open_session
 def quickstart(
     workspace: WorkspaceOption = None,
     config: ConfigOption = "demo",
+    device: TrainingDeviceOption = None,
     dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
     address: AddressOption = None,
     logger: LoggerOption = None,
     set_: SetOption = None,
@@ -35,15 +38,21 @@ def quickstart(
     Example: iiet-orch quickstart --workspace my-workspace
     """
     settings = read_options(
-        config, set_, cluster__address=address, tracking__loggers=split_names(logger)
+        config,
+        set_,
+        train_on=device,
+        cluster__address=address,
+        tracking__loggers=split_names(logger),
     )
-    with open_session(workspace, "quickstart", verbose=verbose, dry_run=dry_run) as session:
+    with open_session(
+        workspace, "quickstart", verbose=verbose, dry_run=dry_run, as_json=as_json
+    ) as session:
         if dry_run:
             from orchestrator.pipelines.sweep_dry_runs import plan_sweep
 
-            print_plan(session.console, plan_sweep(settings, **session.common))
+            show_plan(session, plan_sweep(settings, **session.common), as_json=as_json)
             return
         from orchestrator.pipelines.sweeps import sweep
 
         result = sweep(settings, **session.common)
-        print_sweep(session.console, result, session.workspace.root)
+        print_sweep(session, result, as_json=as_json)

@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from orchestrator.cli.app import app
-from orchestrator.cli.options import CostOption, QualityOption, VerboseOption, WorkspaceOption
+from orchestrator.cli.json_output import JsonOption
+from orchestrator.cli.options import (
+    CostOption,
+    QualityOption,
+    SweepsArgument,
+    VerboseOption,
+    WorkspaceOption,
+)
 from orchestrator.cli.printing import print_report
 from orchestrator.cli.session import open_session
 
 
 @app.command("report", rich_help_panel="Results")
 def show_report(
-    sweeps: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="SWEEP",
-            help="Names of sweeps, several on one front (default: the newest).",
-        ),
-    ] = None,
+    sweeps: SweepsArgument = None,
     cost: CostOption = None,
     quality: QualityOption = None,
     workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
     verbose: VerboseOption = None,
 ) -> None:
     """Write and show the front of one or several sweeps: table, pictures, one HTML page.
 
     Example: iiet-orch report --cost flops
     """
-    with open_session(workspace, "report", verbose=verbose) as session:
+    with open_session(workspace, "report", verbose=verbose, as_json=as_json) as session:
         from orchestrator.pipelines import reports
 
         result = reports.report(sweeps=sweeps or [], cost=cost, quality=quality, **session.common)
-        print_report(session.console, result, session.workspace.root)
+        if as_json:
+            session.print_json(result.to_json())
+        else:
+            print_report(session.console, result, session.workspace.root)
 
 
 @app.command(rich_help_panel="Results")
@@ -53,13 +59,20 @@ def ui(
 
 
 @app.command(rich_help_panel="Results")
-def sync(workspace: WorkspaceOption = None, verbose: VerboseOption = None) -> None:
+def sync(
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = None,
+) -> None:
     """Publish the workspace in MLflow again: what it missed, all trainings and all measurements.
 
     Example: iiet-orch sync --workspace my-workspace
     """
-    with open_session(workspace, "sync", verbose=verbose) as session:
+    with open_session(workspace, "sync", verbose=verbose, as_json=as_json) as session:
         from orchestrator.pipelines import syncing
 
         result = syncing.sync(**session.common)
-        session.console.print(f"{result.num_delivered} records delivered")
+        if as_json:
+            session.print_json(asdict(result))
+        else:
+            session.console.print(f"{result.num_delivered} records delivered")

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 import typer
 
 from orchestrator.cli.app import app
+from orchestrator.cli.json_output import JsonOption
+from orchestrator.cli.option_values import read_options, split_names
 from orchestrator.cli.options import (
     MAX_COUNT,
     MAX_SEED,
@@ -18,13 +20,12 @@ from orchestrator.cli.options import (
     LoggerOption,
     NameOption,
     SetOption,
+    TrainingDeviceOption,
     TrialsAtOnceOption,
     VerboseOption,
     WaitForGpusOption,
     WorkersPerTrialOption,
     WorkspaceOption,
-    read_options,
-    split_names,
 )
 from orchestrator.cli.sweeps import run_sweep_command
 
@@ -42,10 +43,13 @@ def search_schedules(
             help="Maximum number of schedules to try after those of the threshold sweep.",
         ),
     ] = None,
-    objective: Annotated[
-        Literal["accuracy", "bits_per_byte", "validation_loss"] | None,
+    quality: Annotated[
+        Literal["accuracy", "bits", "loss"] | None,
         typer.Option(help="Quality to weigh against NFE."),
     ] = None,
+    objective: Annotated[
+        Literal["accuracy", "bits_per_byte", "validation_loss"] | None, typer.Option(hidden=True)
+    ] = None,  # The option's earlier name and values.
     sampler: Annotated[
         Literal["nsga2", "tpe", "gp"] | None, typer.Option(help="Optuna's sampler.")
     ] = None,
@@ -60,7 +64,9 @@ def search_schedules(
     workers_per_trial: WorkersPerTrialOption = None,
     gpus_per_trial: GpusPerTrialOption = None,
     name: NameOption = None,
+    device: TrainingDeviceOption = None,
     dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
     address: AddressOption = None,
     logger: LoggerOption = None,
     wait_for_gpus: WaitForGpusOption = None,
@@ -71,12 +77,18 @@ def search_schedules(
 
     Example: iiet-orch search my-run --trials 30 --sampler tpe
     """
+    wanted: str | None = objective
+    if quality:
+        from orchestrator.reporting.front_axes import QUALITIES
+
+        wanted = QUALITIES[quality].removeprefix("quality/")
     settings = read_options(
         config,
         set_,
+        train_on=device,
         sweep__kind="search",
         search__num_trials=trials,
-        search__objective=objective,
+        search__objective=wanted,
         search__sampler=sampler,
         search__seed=seed,
         sweep__num_schedules=schedules,
@@ -94,5 +106,6 @@ def search_schedules(
         teacher=checkpoint or "newest",
         name=name,
         dry_run=dry_run,
+        as_json=as_json,
         verbose=verbose,
     )

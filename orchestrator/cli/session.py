@@ -9,13 +9,14 @@ import errno
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 
+from orchestrator.cli.json_output import print_json
 from orchestrator.terminal.progress import Progress, terminal_progress
 from orchestrator.workspace.credentials import mask_secrets
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, path_error_message
@@ -33,11 +34,17 @@ class Session:
     console: Console
     terminal: TextIO
     """The terminal's standard error; `sys.stderr` goes to the log meanwhile."""
+    output: TextIO
+    """Standard output; `sys.stdout` may go to the log meanwhile."""
 
     @property
     def common(self) -> dict[str, Any]:
         """The keyword arguments that every pipeline takes."""
         return {"workspace": self.workspace, "progress": self.progress}
+
+    def print_json(self, value: Any) -> None:
+        """Print the result of a command with `--json`."""
+        print_json(value, self.output)
 
 
 class Warnings(Progress):
@@ -53,20 +60,27 @@ class Warnings(Progress):
 
 @contextmanager
 def open_session(
-    workspace: Path | None, command: str, *, verbose: bool | None, dry_run: bool = False
+    workspace: Path | None,
+    command: str,
+    *,
+    verbose: bool | None,
+    dry_run: bool = False,
+    as_json: bool = False,
 ) -> Iterator[Session]:
     """Open the workspace, send the libraries' output to a log, and name the log on failure.
 
     Args:
         verbose: True shows the libraries' output, too; False shows no progress.
         dry_run: Write no log, and nothing else.
+        as_json: Show progress on standard error; standard output is for the JSON.
     """
     from orchestrator.terminal.logs import command_log
     from orchestrator.workspace.folders import open_workspace
     from orchestrator.workspace.read_only import read_only
 
     # Bound now: `sys.stdout` is replaced while libraries are silenced.
-    console = Console(file=sys.stdout, highlight=False)
+    output = sys.stdout
+    console = Console(file=output, highlight=False)
     with ExitStack() as stack:
         if dry_run:
             stack.enter_context(read_only())
@@ -74,9 +88,13 @@ def open_session(
         log, terminal = stack.enter_context(
             command_log(space.logs, command, verbose=bool(verbose) or dry_run)
         )
+        if as_json:
+            console = Console(file=terminal, highlight=False)
+            # What libraries print, or Ray's workers, must not get between the JSON.
+            stack.enter_context(redirect_stdout(sys.stderr))
         try:
             with Warnings(terminal) if verbose is False else terminal_progress(console) as progress:
-                yield Session(space, progress, console, terminal)
+                yield Session(space, progress, console, terminal, output)
         except (UserError, Interrupted):
             raise
         except KeyboardInterrupt:

@@ -10,9 +10,11 @@ import typer
 from rich.console import Console
 
 from orchestrator.cli.app import app
+from orchestrator.cli.completion import complete_settings_files
 from orchestrator.cli.help import Application
-from orchestrator.cli.options import MAX_COUNT, SetOption, read_options
-from orchestrator.cli.printing import print_json
+from orchestrator.cli.json_output import JsonOption, print_json
+from orchestrator.cli.option_values import read_options
+from orchestrator.cli.options import MAX_COUNT, SetOption
 from orchestrator.terminal.layout import print_line
 from orchestrator.terminal.tables import plain_table
 from orchestrator.workspace.errors import UserError
@@ -27,7 +29,11 @@ app.add_typer(config, name="config", rich_help_panel="Settings")
 @config.command("show")
 def show_settings(
     file: Annotated[
-        str | None, typer.Argument(help="A YAML file, or a shipped sweep (default: the defaults).")
+        str | None,
+        typer.Argument(
+            help="A YAML file, or a shipped sweep (default: the defaults).",
+            autocompletion=complete_settings_files,
+        ),
     ] = None,
     set_: SetOption = None,
     changed: Annotated[
@@ -55,7 +61,7 @@ def show_schema() -> None:
 
 
 @config.command("list")
-def list_sweeps() -> None:
+def list_sweeps(as_json: JsonOption = False) -> None:
     """List the shipped sweeps.
 
     Example: iiet-orch config list
@@ -66,12 +72,21 @@ def list_sweeps() -> None:
     for name, path in shipped_sweeps().items():
         with path.open(encoding="utf-8") as file:
             rows.append((name, file.readline().removeprefix("# ").strip()))
+    if as_json:
+        print_json({"sweeps": [{"name": name, "text": text} for name, text in rows]})
+        return
     Console(highlight=False).print(plain_table(("name", "what it does"), rows))
 
 
 @config.command("copy")
 def copy_sweep(
-    name: Annotated[str, typer.Argument(help="A shipped sweep; `config list` names them.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A shipped sweep; `config list` names them.",
+            autocompletion=complete_settings_files,
+        ),
+    ],
     to: Annotated[
         Path | None, typer.Argument(metavar="FILE", help="File to write (default: NAME.yaml).")
     ] = None,

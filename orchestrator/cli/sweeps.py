@@ -8,24 +8,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from orchestrator.cli.app import app
-from orchestrator.cli.options import (
-    MAX_COUNT,
-    AddressOption,
-    CheckpointArgument,
-    ConfigOption,
-    ControlOption,
-    DryRunOption,
-    GpusPerTrialOption,
-    LoggerOption,
-    MetricOption,
-    NameOption,
-    SeedsOption,
-    SetOption,
-    TrialsAtOnceOption,
-    VerboseOption,
-    WaitForGpusOption,
-    WorkersPerTrialOption,
-    WorkspaceOption,
+from orchestrator.cli.json_output import JsonOption
+from orchestrator.cli.option_values import (
     parse_numbers,
     parse_rates,
     parse_schedules,
@@ -33,7 +17,30 @@ from orchestrator.cli.options import (
     read_options,
     split_names,
 )
-from orchestrator.cli.printing import print_plan, print_sweep
+from orchestrator.cli.options import (
+    MAX_COUNT,
+    AddressOption,
+    CheckpointArgument,
+    ConfigOption,
+    ControlOption,
+    DistilledBaselinesOption,
+    DryRunOption,
+    GpusPerTrialOption,
+    LoggerOption,
+    MethodsOption,
+    MetricOption,
+    NameOption,
+    SeedsOption,
+    SetOption,
+    SettingsFileArgument,
+    TrainingDeviceOption,
+    TrialsAtOnceOption,
+    VerboseOption,
+    WaitForGpusOption,
+    WorkersPerTrialOption,
+    WorkspaceOption,
+)
+from orchestrator.cli.printing import print_sweep, show_plan
 from orchestrator.cli.session import open_session
 
 
@@ -53,18 +60,15 @@ def sweep_threshold(
         str | None,
         typer.Option(help="Comma-separated budgets instead, one schedule each: 8,12,16."),
     ] = None,
-    unit: Annotated[
+    cost: Annotated[
         Literal["evaluations", "flops", "kv"] | None,
-        typer.Option(help="Unit of budgets; that of kv is bytes."),
+        typer.Option("--cost", "--unit", help="Cost that the budgets are of; kv is in bytes."),
     ] = None,
     selection: Annotated[
         Literal["threshold", "knapsack"] | None,
         typer.Option(help="Schedules to choose from: the nested family, or the best at each cost."),
     ] = None,
-    distilled_baselines: Annotated[
-        str | None,
-        typer.Option(help="Distill baselines of the students' FLOPs, too: vanilla,fewer_layers."),
-    ] = None,
+    distilled_baselines: DistilledBaselinesOption = None,
     elastic: Annotated[
         bool | None,
         typer.Option("--elastic/--no-elastic", help="Train one set of weights for all schedules."),
@@ -80,7 +84,9 @@ def sweep_threshold(
     workers_per_trial: WorkersPerTrialOption = None,
     gpus_per_trial: GpusPerTrialOption = None,
     name: NameOption = None,
+    device: TrainingDeviceOption = None,
     dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
     address: AddressOption = None,
     logger: LoggerOption = None,
     wait_for_gpus: WaitForGpusOption = None,
@@ -94,11 +100,12 @@ def sweep_threshold(
     settings = read_options(
         config,
         set_,
+        train_on=device,
         sweep__kind="threshold",
         sweep__num_schedules=schedules,
         sweep__thresholds=parse_numbers(thresholds, "--thresholds"),
         sweep__budgets=parse_numbers(budgets, "--budgets"),
-        sweep__budget_unit=unit,
+        sweep__budget_unit=cost,
         sweep__selection=selection,
         sweep__distilled_baselines=split_names(distilled_baselines),
         sweep__elastic=elastic,
@@ -120,6 +127,7 @@ def sweep_threshold(
         teacher=checkpoint or "newest",
         name=name,
         dry_run=dry_run,
+        as_json=as_json,
         verbose=verbose,
     )
 
@@ -138,9 +146,7 @@ def sweep_iterations(
         ),
     ] = None,
     iterations: Annotated[str | None, typer.Option(hidden=True)] = None,  # Commas separate models.
-    methods: Annotated[
-        str | None, typer.Option(help="Methods: vanilla,pcformer,looped,iiet.")
-    ] = None,
+    methods: MethodsOption = None,
     steps: Annotated[
         int | None, typer.Option(min=1, max=MAX_COUNT, help="Optimizer steps of each model.")
     ] = None,
@@ -157,7 +163,9 @@ def sweep_iterations(
     workers_per_trial: WorkersPerTrialOption = None,
     gpus_per_trial: GpusPerTrialOption = None,
     name: NameOption = None,
+    device: TrainingDeviceOption = None,
     dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
     address: AddressOption = None,
     logger: LoggerOption = None,
     wait_for_gpus: WaitForGpusOption = None,
@@ -171,6 +179,7 @@ def sweep_iterations(
     settings = read_options(
         config,
         set_,
+        train_on=device,
         sweep__kind="iterations",
         sweep__iterations=parse_schedules(schedule) or split_names(iterations),
         sweep__methods=split_names(methods),
@@ -186,15 +195,23 @@ def sweep_iterations(
         cluster__wait_for_gpus=wait_for_gpus,
     )
     run_sweep_command(
-        settings, "sweep-iterations", workspace, name=name, dry_run=dry_run, verbose=verbose
+        settings,
+        "sweep-iterations",
+        workspace,
+        name=name,
+        dry_run=dry_run,
+        as_json=as_json,
+        verbose=verbose,
     )
 
 
 @app.command("sweep", rich_help_panel="Sweeps")
 def sweep_file(
-    file: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped sweep.")],
+    file: SettingsFileArgument,
     workspace: WorkspaceOption = None,
+    device: TrainingDeviceOption = None,
     dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
     address: AddressOption = None,
     logger: LoggerOption = None,
     wait_for_gpus: WaitForGpusOption = None,
@@ -208,11 +225,14 @@ def sweep_file(
     settings = read_options(
         file,
         set_,
+        train_on=device,
         cluster__address=address,
         cluster__wait_for_gpus=wait_for_gpus,
         tracking__loggers=split_names(logger),
     )
-    run_sweep_command(settings, "sweep", workspace, dry_run=dry_run, verbose=verbose)
+    run_sweep_command(
+        settings, "sweep", workspace, dry_run=dry_run, as_json=as_json, verbose=verbose
+    )
 
 
 def run_sweep_command(
@@ -221,18 +241,22 @@ def run_sweep_command(
     workspace: Path | None,
     *,
     dry_run: bool,
+    as_json: bool,
     verbose: bool | None,
     teacher: Path | str | None = None,
     name: str | None = None,
 ) -> None:
-    with open_session(workspace, command, verbose=verbose, dry_run=dry_run) as session:
+    with open_session(
+        workspace, command, verbose=verbose, dry_run=dry_run, as_json=as_json
+    ) as session:
         options = {**session.common, "teacher": teacher, "name": name}
         if dry_run:
             from orchestrator.pipelines import sweep_dry_runs
 
-            print_plan(session.console, sweep_dry_runs.plan_sweep(settings, **options))
+            plan = sweep_dry_runs.plan_sweep(settings, **options)
+            show_plan(session, plan, as_json=as_json)
         else:
             from orchestrator.pipelines import sweeps
 
             result = sweeps.sweep(settings, **options)
-            print_sweep(session.console, result, session.workspace.root)
+            print_sweep(session, result, as_json=as_json)

@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from orchestrator.cli.app import app
+from orchestrator.cli.completion import complete_models
+from orchestrator.cli.json_output import JsonOption
+from orchestrator.cli.option_values import one_schedule, read_options, split_names
 from orchestrator.cli.options import (
     MAX_COUNT,
     AddressOption,
@@ -17,14 +20,14 @@ from orchestrator.cli.options import (
     GpusOption,
     LearningRateOption,
     LoggerOption,
+    MethodOption,
     SeedOption,
     SetOption,
+    TrainingDeviceOption,
     VerboseOption,
     WaitForGpusOption,
     WorkersOption,
     WorkspaceOption,
-    read_options,
-    split_names,
 )
 from orchestrator.cli.printing import print_training_plan
 from orchestrator.cli.session import open_session
@@ -59,6 +62,7 @@ def prepare(
     ] = None,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
+    as_json: JsonOption = False,
     set_: SetOption = None,
     verbose: VerboseOption = None,
 ) -> None:
@@ -66,13 +70,16 @@ def prepare(
 
     Example: iiet-orch prepare my-texts/ --set data.vocab_size=4096
     """
-    shortcuts = {"data__source": "files", "data__files": files} if files else {}
+    shortcuts: dict[str, Any] = {"data__source": "files", "data__files": files} if files else {}
     settings = read_options(config, set_, **shortcuts)
-    with open_session(workspace, "prepare", verbose=verbose) as session:
+    with open_session(workspace, "prepare", verbose=verbose, as_json=as_json) as session:
         from orchestrator.pipelines import preparing
 
         folder = preparing.prepare(settings, **session.common)
-        print_line(session.console, f"tokens: {folder}")
+        if as_json:
+            session.print_json({"tokens": str(folder)})
+        else:
+            print_line(session.console, f"tokens: {folder}")
 
 
 @app.command(rich_help_panel="Train")
@@ -84,9 +91,9 @@ def pretrain(
     preset: Annotated[
         Literal["tiny", "55m", "340m", "740m", "1.3b"] | None, typer.Option(help="Size.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="iiet, vanilla, pcformer, ...")] = None,
+    method: MethodOption = None,
     corrections: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--schedule",
             "--corrections",
@@ -99,6 +106,7 @@ def pretrain(
     ] = None,
     seed: SeedOption = None,
     lr: LearningRateOption = None,
+    device: TrainingDeviceOption = None,
     dtype: DtypeOption = None,
     continue_: Annotated[
         Path | None,
@@ -106,6 +114,7 @@ def pretrain(
             "--continue",
             metavar="RUN",
             help="Finished run, by path or name, to continue to more --steps (wsd or constant).",
+            autocompletion=complete_models,
         ),
     ] = None,
     skip_bad_steps: Annotated[
@@ -128,6 +137,7 @@ def pretrain(
     local: LocalOption = False,
     profile: ProfileOption = None,
     dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
     mfu: Annotated[
         float | None,
         typer.Option(min=0.01, max=1.0, help="Share of the peak FLOP/s that --dry-run assumes."),
@@ -145,11 +155,12 @@ def pretrain(
     settings = read_options(
         _settings_to_continue(workspace, continue_, config) if continue_ else config,
         set_,
+        train_on=device,
         cluster__num_gpus=gpus,
         cluster__num_workers=workers,
         model__preset=preset,
         model__method=method,
-        model__corrections=corrections,
+        model__corrections=one_schedule(corrections),
         training__num_steps=steps,
         training__seed=seed,
         training__learning_rate=lr,
@@ -163,7 +174,9 @@ def pretrain(
         cluster__wait_for_gpus=wait_for_gpus,
     )
     if dry_run:
-        with open_session(workspace, "pretrain", verbose=verbose, dry_run=True) as session:
+        with open_session(
+            workspace, "pretrain", verbose=verbose, dry_run=True, as_json=as_json
+        ) as session:
             from orchestrator.pipelines import training_dry_runs
 
             plan = training_dry_runs.plan_pretrain(
@@ -173,19 +186,25 @@ def pretrain(
                 name=name,
                 mfu=mfu,
             )
-            print_training_plan(session.console, plan)
+            if as_json:
+                session.print_json(plan.to_json())
+            else:
+                print_training_plan(session.console, plan)
         return
     if mfu is not None:
         raise UserError("--mfu is an assumption of the plan; use it with --dry-run")
     check_resources_of_run(settings, local=local)
-    with open_session(workspace, "pretrain", verbose=verbose) as session:
+    with open_session(workspace, "pretrain", verbose=verbose, as_json=as_json) as session:
         from orchestrator.pipelines.context import Context
         from orchestrator.pipelines.pretraining import pretrain_in_context
 
         loggers = settings.tracking.loggers
         context = Context(session.workspace, session.progress, loggers=loggers)
         result = pretrain_in_context(settings, context, continued=continue_, name=name, local=local)
-        print_line(session.console, f"checkpoint: {result.checkpoint}")
+        if as_json:
+            session.print_json(result.to_json())
+        else:
+            print_line(session.console, f"checkpoint: {result.checkpoint}")
 
 
 def _settings_to_continue(workspace: Path | None, run: Path, config: str | None) -> str:

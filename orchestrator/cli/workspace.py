@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 
 from orchestrator.cli.app import app
+from orchestrator.cli.json_output import JsonOption, print_json
 from orchestrator.cli.options import WorkspaceOption
-from orchestrator.cli.printing import JsonOption, print_json
 from orchestrator.terminal.formatting import (
     format_bytes,
     format_count,

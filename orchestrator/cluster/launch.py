@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from orchestrator.cluster.joining import check_ray_can_run
-from orchestrator.planning.resources import Resources
+from orchestrator.planning.resources import Resources, check_device
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.terminal.progress import Progress
@@ -93,9 +93,26 @@ def command_device(cluster: ClusterSettings, folder: Path) -> OnDevice:
 
     The settings may name GPUs, or a cluster that has some: then the work is a Ray
     task with a GPU. Otherwise it runs in this process, on a GPU if this machine has one.
+    `cluster.device` may name the CPU or a GPU instead.
+
+    Raises:
+        UserError: If this machine does not have that device.
     """
     on_gpu = cluster.num_gpus > 0 or None
+    if cluster.device == "cuda" and cluster.ray_address != LOCAL:
+        on_gpu = True
+    elif cluster.device and not (cluster.device == "cuda" and on_gpu):
+        check_device(cluster.device)
+        return partial(_run_here, device=cluster.device)
     return partial(_run_on_device, cluster=cluster, folder=folder, on_gpu=on_gpu)
+
+
+def _run_here(work: DeviceWork[T], progress: Progress, *, device: str) -> T:
+    if device != "cpu":
+        import torch
+
+        torch.cuda.set_device(device)
+    return work(device, progress)
 
 
 def _run_on_device(

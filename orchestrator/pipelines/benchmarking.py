@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas
 
@@ -76,6 +77,17 @@ class BenchmarkResult:
             rows.append(row)
         return pandas.DataFrame(rows).rename(columns=lambda name: name.replace(" ", "_"))
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the machine, the conditions and the measurements as JSON values."""
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "machine": {**environment(), "cpus": os.cpu_count()},
+            "conditions": asdict(self.conditions),
+            "peak_bytes": HOW_MEASURED,
+            "costs": [asdict(cost) for cost in self.costs],
+        }
+
 
 def benchmark(
     *,
@@ -136,15 +148,7 @@ def benchmark_models(
         dtype=dtype,
         path=context.workspace.benchmarks / f"{key}.json",
     )
-    values = {
-        "device": result.device,
-        "dtype": result.dtype,
-        "machine": {**environment(), "cpus": os.cpu_count()},
-        "conditions": asdict(conditions),
-        "peak_bytes": HOW_MEASURED,
-        "costs": [asdict(cost) for cost in costs],
-    }
-    write_json(result.path, values)
+    write_json(result.path, result.to_json())
     context.progress.finish(f"{len(models)} models, {len(costs)} measurements")
     for name, model in zip(names, models, strict=True):
         _track(context, model, [cost for cost in costs if cost.model == name], result)

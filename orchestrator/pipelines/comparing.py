@@ -15,7 +15,6 @@ from orchestrator.reporting.comparison_findings import comparison_findings
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import json_text, write_text
 from orchestrator.workspace.folders import Workspace
 
 if TYPE_CHECKING:
@@ -49,15 +48,14 @@ class CompareResult:
 
         return pandas.DataFrame(self.rows())
 
-    def write_json(self, path: Path) -> None:
-        """Write names, rows, conclusions and notes as JSON."""
-        content = {
+    def to_json(self) -> dict[str, Any]:
+        """Return names, rows, conclusions and notes as JSON values."""
+        return {
             "models": list(self.comparison.names),
             "rows": self.rows(),
             "findings": list(self.findings),
             "notes": list(self.comparison.notes),
         }
-        write_text(path, json_text(content) + "\n")
 
 
 def compare(

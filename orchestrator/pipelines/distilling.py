@@ -6,12 +6,15 @@ trained. The controls (cross-entropy only, from scratch) use the same recipe.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.joining import check_ray_can_run
 from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.hub_imports import local_model
 from orchestrator.pipelines.pretraining import PretrainResult, tracked_jobs
 from orchestrator.planning.fit import check_trainings
 from orchestrator.planning.resources import check_run_resources
@@ -28,6 +31,10 @@ class DistillResult(PretrainResult):
 
     schedule: IterationSchedule
     """The student's corrections."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return schedule, checkpoint and loss as JSON values."""
+        return {"schedule": list(self.schedule), **super().to_json()}
 
 
 def distill(
@@ -55,44 +62,56 @@ def distill(
     """
     check_run_resources(settings.cluster, local=local)
     context = open_context(workspace, progress, loggers=settings.tracking.loggers)
-    return distill_in_context(settings, context, schedule=schedule, teacher=teacher, local=local)
+    (student,) = distill_in_context(
+        settings, context, schedules=[schedule], teacher=teacher, local=local
+    )
+    return student
 
 
 def distill_in_context(
     settings: Settings,
     context: Context,
     *,
-    schedule: str | IterationSchedule,
+    schedules: Sequence[str | IterationSchedule],
     teacher: Path | str | None = None,
     local: bool = False,
-) -> DistillResult:
-    """Distill a teacher in an open workspace; as `distill`, after `check_run_resources`."""
+) -> list[DistillResult]:
+    """Distill a student under each schedule; as `distill`, after `check_run_resources`."""
     if not local:
         check_ray_can_run(settings.cluster.ray_address)
-    checkpoint = resolve_teacher(context.workspace, Path(teacher) if teacher else None)
+    checkpoint = resolve_teacher(context.workspace, local_model(context, teacher))
     tokens = tokens_folder_of(checkpoint, context.workspace)
-    return distill_teacher(settings, context, checkpoint, str(schedule), tokens, local=local)
+    wanted = [str(schedule) for schedule in schedules]
+    return distill_teacher(settings, context, checkpoint, wanted, tokens, local=local)
 
 
 def distill_teacher(
     settings: Settings,
     context: Context,
     teacher: Path,
-    schedule: str,
+    schedules: Sequence[str],
     tokens: Path,
     *,
     local: bool = False,
-) -> DistillResult:
-    """Distill a teacher on these tokens; as `distill`."""
-    job = distillation_job(settings, context.workspace, teacher, schedule, tokens)
-    check_trainings([job], settings.cluster)
-    label = str(job.model.corrections)
-    named, cluster = {label: settings}, settings.cluster
-    with tracked_jobs("distill", {label: job}, named, cluster, context, local=local) as (run, _):
-        (outcome,) = run()
-    context.progress.finish(f"schedule {label}, validation loss {outcome.validation_loss:.3f}")
-    return DistillResult(
-        checkpoint=Path(str(outcome.checkpoint)),
-        validation_loss=outcome.validation_loss,
-        schedule=job.model.corrections,
-    )
+) -> list[DistillResult]:
+    """Distill a teacher on these tokens; equal schedules give one student; as `distill`."""
+    planned = [
+        distillation_job(settings, context.workspace, teacher, schedule, tokens)
+        for schedule in schedules
+    ]
+    jobs = {str(job.model.corrections): job for job in planned}
+    cluster = settings.cluster
+    check_trainings(list(jobs.values()), cluster)
+    named = dict.fromkeys(jobs, settings)
+    with tracked_jobs("distill", jobs, named, cluster, context, local=local) as (run, _):
+        outcomes = dict(zip(jobs, run(), strict=True))
+    losses = [f"{label}: {outcome.validation_loss:.3f}" for label, outcome in outcomes.items()]
+    context.progress.finish(f"validation loss by schedule {'; '.join(losses)}")
+    return [
+        DistillResult(
+            checkpoint=Path(str(outcome.checkpoint)),
+            validation_loss=outcome.validation_loss,
+            schedule=jobs[label].model.corrections,
+        )
+        for label, outcome in outcomes.items()
+    ]

@@ -62,6 +62,24 @@ class ModelEvaluations:
             if not metric.endswith(STDERR_SUFFIX)
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """Return for each model its qualities, tasks, and tasks that could not run."""
+        facts = {"version", "num_items", "num_fewshot", "metrics"}
+        return {
+            "models": [
+                {
+                    "name": name,
+                    "quality": found.quality(),
+                    "tasks": {
+                        task: result.model_dump(mode="json", include=facts)
+                        for task, result in found.results.items()
+                    },
+                    "skipped": dict(found.skipped),
+                }
+                for name, found in self.evaluations.items()
+            ]
+        }
+
 
 def evaluate(
     settings: Settings,

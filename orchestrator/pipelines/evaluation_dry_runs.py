@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from orchestrator.cluster.launch import command_device
 from orchestrator.data.hub import offline
 from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_models, short_names
 from orchestrator.evaluation.harness import load_suite
@@ -20,6 +22,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.training.model_loading import best_device
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.ray_address import LOCAL
 from orchestrator.workspace.read_only import read_only
 
 
@@ -27,8 +30,19 @@ from orchestrator.workspace.read_only import read_only
 class EvaluationDryRun:
     """What an evaluation would measure."""
 
-    rows: tuple[tuple[str, str], ...]
-    """Model and task, and how far it is."""
+    tasks: tuple[tuple[str, str, str], ...]
+    """Model, task, and how far it is."""
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """Task, with its model if there are several, and how far it is."""
+        has_several = len({model for model, _, _ in self.tasks}) > 1
+        return [(f"{model}: {t}" if has_several else t, state) for model, t, state in self.tasks]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the tasks as JSON values."""
+        names = ("model", "task", "state")
+        return {"tasks": [dict(zip(names, row, strict=True)) for row in self.tasks]}
 
 
 @read_only()
@@ -50,8 +64,8 @@ def plan_evaluation(
     context = open_context(workspace, progress)
     opened = open_models(context.workspace, list(map(Path, models)), schedules)
     return EvaluationDryRun(
-        rows=tuple(
-            (f"{label}: {task}" if len(opened) > 1 else task, state)
+        tasks=tuple(
+            (label, task, state)
             for label, model in zip(short_names(opened), opened, strict=True)
             for task, state in _states(model, settings, context)
         )
@@ -87,11 +101,14 @@ def _states_of_loaded(
             )
     except RunFailed:
         return [(name, _NEEDS_HUB) for name in asked.names]
-    precision = settings.evaluation.precision
-    if precision is None and settings.cluster.num_gpus:
+    precision, cluster = settings.evaluation.precision, settings.cluster
+    device = cluster.device
+    command_device(cluster, context.workspace.root)  # Raises if this machine lacks the device.
+    is_elsewhere = cluster.num_gpus or (device == "cuda" and cluster.ray_address != LOCAL)
+    if precision is None and device in (None, "cuda") and is_elsewhere:
         precision = "bf16"
     limit = settings.evaluation.limit
-    conditions = Conditions(precision=precision, limit=limit, device=str(best_device()))
+    conditions = Conditions(precision=precision, limit=limit, device=device or str(best_device()))
     store = EvaluationStore(context.workspace.evaluations, context.progress.note)
     stored = ModelMeasurer(model, store, conditions).stored_answers(suite)
     states = []

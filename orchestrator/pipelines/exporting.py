@@ -23,6 +23,7 @@ from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.evaluation.model_tokenizer import PlainTokenizer
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.evaluating import evaluate_model
+from orchestrator.pipelines.hub_imports import local_model
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import Settings
@@ -86,7 +87,7 @@ def export(
         UserError: If the checkpoint, the schedule or the folder cannot be used.
     """
     context = open_context(workspace, progress)
-    checkpoint = resolve_model(context.workspace, Path(model) if model else None)
+    checkpoint = resolve_model(context.workspace, local_model(context, model))
     wanted = parse_schedule(schedule, checkpoint)
     name = checkpoint.parent.name + (f"-r{wanted}".replace(",", "") if wanted else "")
     folder = resolve_path(to) if to else context.workspace.exports / name

@@ -32,6 +32,8 @@ from orchestrator.evaluation.answers import (
 )
 from orchestrator.evaluation.model_tokenizer import ModelTokenizer, checkpoint_tokenizer
 from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.hub_imports import local_model
+from orchestrator.planning.resources import check_device
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import DTYPES
 from orchestrator.training.checkpoint_lookup import known_schedules
@@ -74,6 +76,7 @@ def generate(
     sampling: Sampling | None = None,
     drafting: Drafting | None = None,
     weights: WeightFormat | None = None,
+    device: str | None = None,
     chat: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
@@ -86,14 +89,15 @@ def generate(
         sampling: How tokens are chosen, and when to stop.
         drafting: Decode with drafts, and note what they did at the end.
         weights: Decode on the CPU with the weights in this format; faster than float32, less exact.
+        device: `cpu`, `cuda` or `cuda:N`; a GPU if there is one when unset.
         chat: Put each prompt into the model's chat template, as a user's message.
 
     Raises:
         UserError: If the model is missing, damaged, has no tokenizer or no chat template, the
             schedule does not fit it, prompts and new tokens do not fit its context, or the CPU
-            lacks the instructions for these weights.
+            lacks the instructions for these weights, or this machine the device.
     """
-    writer, context = _open(workspace, model, schedule, weights, drafting, progress)
+    writer, context = _open(workspace, model, schedule, weights, device, drafting, progress)
     written = writer.continue_all(writer.as_asked(prompts, chat=chat), sampling or Sampling())
     _note_drafts(writer, context)
     return written
@@ -108,11 +112,12 @@ def generate_stream(
     sampling: Sampling | None = None,
     drafting: Drafting | None = None,
     weights: WeightFormat | None = None,
+    device: str | None = None,
     chat: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of one prompt, piece by piece; arguments and errors as `generate`."""
-    writer, context = _open(workspace, model, schedule, weights, drafting, progress)
+    writer, context = _open(workspace, model, schedule, weights, device, drafting, progress)
     (text,) = writer.as_asked([prompt], chat=chat)
     pieces = writer.stream(text, sampling or Sampling())
 
@@ -128,13 +133,19 @@ def _open(
     model: Path | str | None,
     schedule: str | None,
     weights: WeightFormat | None,
+    device: str | None,
     drafting: Drafting | None,
     progress: Progress | None,
 ) -> tuple[TextGenerator, Context]:
+    if weights is not None and device not in (None, "cpu"):
+        raise UserError(f"--weights {weights} decodes on the CPU; leave --device {device} out")
+    if device is not None:
+        check_device(device)
     context = open_context(workspace, progress)
-    path = Path(model) if model else None
+    path = local_model(context, model)
     checkpoint = resolve_model(context.workspace, path, context.progress.note)
-    writer = TextGenerator(checkpoint, parse_schedule(schedule, checkpoint), weights, drafting)
+    wanted = parse_schedule(schedule, checkpoint)
+    writer = TextGenerator(checkpoint, wanted, weights, drafting, device=device)
     return writer, context
 
 
@@ -157,14 +168,14 @@ class TextGenerator:
         schedule: IterationSchedule | None = None,
         weights: WeightFormat | None = None,
         drafting: Drafting | None = None,
+        *,
+        device: str | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.text: ModelTokenizer = checkpoint_tokenizer(checkpoint)
-        device = best_device() if weights is None else "cpu"
-        dtype = DTYPES[device_precision(device)]  # As it is evaluated.
-        self.decoder: Decoder = load_model(
-            checkpoint, device=device, dtype=dtype, schedule=schedule
-        )
+        where = "cpu" if weights is not None else device or best_device()
+        dtype = DTYPES[device_precision(where)]  # As it is evaluated.
+        self.decoder: Decoder = load_model(checkpoint, device=where, dtype=dtype, schedule=schedule)
         if weights is not None:
             try:
                 self.decoder = quantize_weights(self.decoder, weights)

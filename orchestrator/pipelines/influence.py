@@ -20,6 +20,7 @@ from orchestrator.cluster.launch import command_device
 from orchestrator.data.prepared import PreparedData
 from orchestrator.data.sources import describe_data, open_data
 from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.hub_imports import local_model
 from orchestrator.records.measurement import Measurement
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.progress import Progress
@@ -68,6 +69,11 @@ class InfluenceResult:
                 )
         return pandas.DataFrame(rows)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the checkpoint, its schedule and the table as JSON values."""
+        schedule = list(self.table.schedule)
+        return {"checkpoint": str(self.checkpoint), "schedule": schedule, **self.table.to_dict()}
+
 
 def measure_influence(
     settings: Settings,
@@ -87,7 +93,7 @@ def measure_influence(
             workspace.
     """
     context = open_context(workspace, progress)
-    checkpoint = resolve_teacher(context.workspace, Path(model) if model else None)
+    checkpoint = resolve_teacher(context.workspace, local_model(context, model))
     tokens = tokens_folder_of(checkpoint, context.workspace)
     device = command_device(settings.cluster, context.workspace.root)
     table = read_or_measure_influence(

@@ -20,6 +20,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.cluster.launch import command_device
 from orchestrator.data.sources import describe_data, open_data
 from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.hub_imports import local_model
 from orchestrator.pipelines.influence import SEQUENCES_PER_BATCH, read_or_measure_influence
 from orchestrator.records.measurement import Measurement
 from orchestrator.reporting.influence_check import InfluenceCheck
@@ -62,6 +63,11 @@ class InfluenceCheckResult:
             **{metric: check.influences(metric) for metric in check.tables}, cost=check.costs
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the checkpoint, the picture and the comparison as JSON values."""
+        picture = self.picture and str(self.picture)
+        return {"checkpoint": str(self.checkpoint), "picture": picture, **self.check.to_dict()}
+
 
 def check_influence(
     settings: Settings,
@@ -80,7 +86,7 @@ def check_influence(
         UserError: As `measure_influence`.
     """
     context = open_context(workspace, progress)
-    checkpoint = resolve_teacher(context.workspace, Path(model) if model else None)
+    checkpoint = resolve_teacher(context.workspace, local_model(context, model))
     tokens = tokens_folder_of(checkpoint, context.workspace)
     device = command_device(settings.cluster, context.workspace.root)
     return compare_metrics(checkpoint, settings.influence, tokens, context, on_device=device)

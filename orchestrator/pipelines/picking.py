@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas
 
@@ -58,6 +59,20 @@ class PickResult:
         """Return one row: the model's parameters and metrics."""
         result = self.point.result
         return pandas.DataFrame([{"name": result.name, **result.params(), **result.metrics()}])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the model, its numbers, and where it was exported and registered."""
+        result = self.point.result
+        return {
+            "name": result.name,
+            "method": result.method,
+            "schedule": result.schedule,
+            "sentence": self.sentence,
+            "metrics": result.metrics(),
+            "checkpoint": result.checkpoint,
+            "folder": self.folder and str(self.folder),
+            "version": self.version,
+        }
 
 
 def pick(

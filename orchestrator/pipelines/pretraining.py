@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas
 
@@ -51,6 +52,10 @@ class PretrainResult:
             if record["kind"] == "metrics":
                 rows.setdefault(record["step"], {}).update(record["values"])
         return pandas.DataFrame([{"step": step, **rows[step]} for step in sorted(rows)])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return checkpoint and loss as JSON values."""
+        return {"checkpoint": str(self.checkpoint), "validation_loss": self.validation_loss}
 
 
 def pretrain(

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas
 
 from orchestrator.pipelines.context import open_context
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.front_axes import parse_axes
-from orchestrator.reporting.front_data import front_rows
+from orchestrator.reporting.front_data import front_rows, front_values
 from orchestrator.reporting.overlay_report import write_overlay_report
 from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_files import WrittenReport
@@ -44,6 +45,16 @@ class ReportResult:
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row per model: cost, quality, place on the front, checkpoint."""
         return pandas.DataFrame(front_rows(self.front))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return title, sentences and files, and what `front.json` holds."""
+        return {
+            "title": self.title,
+            "sentences": list(self.sentences),
+            "folder": str(self.folder),
+            "page": self.page and str(self.page),
+            **front_values(self.front, self.worth, self.elastic),
+        }
 
 
 def report(

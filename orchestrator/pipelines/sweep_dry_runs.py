@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from iiet.config import ModelConfig
 from orchestrator.data.preparation import expected_tokens, find_prepared
@@ -98,9 +98,23 @@ class SweepDryRun:
         return (*self.notes, *(f"{name}: {text}" for name, text in self.rows))
 
     def to_pandas(self) -> pandas.DataFrame:
-        """Return one row per trial: label, role, schedule, exact costs, state."""
+        """Return `trial_rows` as a table."""
         import pandas
 
+        return pandas.DataFrame(self.trial_rows())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the trials, the notes, the price, and what does not fit, as JSON values."""
+        return {
+            "name": self.plan.name,
+            "trials": self.trial_rows(),
+            "notes": list(self.notes),
+            "price": self.price.model_dump(mode="json"),
+            "problems": dict(self.problems),
+        }
+
+    def trial_rows(self) -> list[dict[str, Any]]:
+        """Return one row per trial: label, role, schedule, exact costs, state."""
         full = full_config(self.plan)
         rows = []
         for state in self.states:
@@ -110,7 +124,7 @@ class SweepDryRun:
             rows.append(
                 {**row, "steps_done": state.steps_done, **exact_cost(config, full).numbers()}
             )
-        return pandas.DataFrame(rows)
+        return rows
 
 
 @dataclass(kw_only=True)

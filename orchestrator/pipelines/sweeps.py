@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas
 
@@ -71,6 +71,11 @@ class SweepResult:
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row per trial: cost, quality, place on the front, checkpoint."""
         return self.report.to_pandas()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return name, failed and stopped trials, and the values of the report."""
+        states = {"failures": dict(self.failures), "stopped": dict(self.stopped)}
+        return {"name": self.name, **states, **self.report.to_json()}
 
 
 def sweep(

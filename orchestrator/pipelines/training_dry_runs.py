@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import ExpectedTokens, expected_tokens, find_prepared
 from orchestrator.pipelines.context import open_context
+from orchestrator.pipelines.hub_imports import local_model
 from orchestrator.planning.fit import check_fit, find_problems
 from orchestrator.planning.planned_training import PlannedTraining, planned_training
 from orchestrator.planning.price import PlannedWork, Price, pretraining_group
@@ -55,6 +57,17 @@ class TrainingDryRun:
             *price_rows(self.price, self.problems),
         ]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the model, the state, the price, and what does not fit, as JSON values."""
+        config = self.training.config
+        return {
+            "method": config.method,
+            "schedule": list(config.corrections),
+            "state": self.state,
+            "price": self.price.model_dump(mode="json"),
+            "problems": dict(self.problems),
+        }
+
 
 @read_only()
 def plan_pretrain(
@@ -99,8 +112,9 @@ def plan_distill(
     Raises:
         UserError: As `distill`.
     """
-    space = open_context(workspace).workspace
-    checkpoint = resolve_teacher(space, Path(teacher) if teacher else None)
+    context = open_context(workspace)
+    space = context.workspace
+    checkpoint = resolve_teacher(space, local_model(context, teacher))
     tokens = tokens_folder_of(checkpoint, space)
     job = distillation_job(settings, space, checkpoint, str(schedule), tokens)
     return _dry_run(job, settings, space)

@@ -18,7 +18,8 @@ import psutil
 
 from orchestrator.planning.installed_gpus import installed_gpus
 from orchestrator.planning.nodes import Node, describe_nodes, num_workers_on
-from orchestrator.workspace.errors import UserError
+from orchestrator.settings.cluster import device_problem
+from orchestrator.workspace.errors import UserError, quoted
 from orchestrator.workspace.files import free_disk
 from orchestrator.workspace.ray_address import LOCAL
 
@@ -114,6 +115,27 @@ def check_run_resources(cluster: ClusterSettings, *, local: bool = False) -> Non
     """Check that a run gets the workers and GPUs of its settings; see `check_resources`."""
     address = LOCAL if local else cluster.ray_address
     check_resources(cluster.num_workers, cluster.num_gpus, address=address, local=local)
+
+
+def check_device(device: str) -> None:
+    """Check that this machine has a device: `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        UserError: If it has not; says what it has.
+    """
+    if problem := device_problem(device):
+        raise UserError(f"--device {quoted(device)}: {problem}")
+    if device == "cpu":
+        return
+    gpus = local_resources().gpus
+    if not gpus:
+        raise UserError(
+            f"--device {device}: this machine has no GPU that PyTorch{_torch_build()} can use; "
+            "leave --device out to use the CPU"
+        )
+    if int(device.partition(":")[2] or 0) >= gpus:
+        others = "cuda:0" if gpus == 1 else f"cuda:0 to cuda:{gpus - 1}"
+        raise UserError(f"--device {device}: this machine has {others}")
 
 
 def check_on_cluster(cluster: ClusterSettings, resources: Resources) -> None:

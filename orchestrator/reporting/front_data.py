@@ -13,7 +13,6 @@ from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.front_text import verdict
 from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.worth_section import WorthSection
-from orchestrator.workspace.files import json_text
 
 
 def front_rows(front: Front) -> list[dict[str, Any]]:
@@ -57,10 +56,10 @@ def front_csv(front: Front) -> str:
     return file.getvalue()
 
 
-def front_json(
+def front_values(
     front: Front, worth: WorthSection | None = None, elastic: ElasticSection | None = None
-) -> str:
-    """Return axes, picks, hypervolume with its box, and every result, as strict JSON.
+) -> dict[str, Any]:
+    """Return axes, picks, hypervolume with its box, and every result, as values of strict JSON.
 
     With `worth`, also what the corrections of each model are worth; with `elastic`, also elastic
     weights against separate students.
@@ -68,23 +67,20 @@ def front_json(
     picks = {"best": front.best, "knee": front.knee, "cheapest": front.cheapest}
     box = front.hypervolume_box
     box_json = box and {"cost": box.cost, "quality": [box.quality, box.full_quality]}
-    return json_text(
-        {
-            "axes": {"cost": front.axes.cost, "quality": front.axes.quality},
-            "hypervolume": front.hypervolume,
-            "hypervolume_box": box_json,
-            "picks": {name: point and point.result.key for name, point in picks.items()},
-            "front": [point.result.key for point in front.members],
-            "confidence_basis": front.basis and asdict(front.basis),
-            **({"correction_worth": [row.to_dict() for row in worth.rows]} if worth else {}),
-            **({"elastic": elastic.to_dict()} if elastic else {}),
-            "results": [
-                {**row, "details": result.model_dump(mode="json", exclude={"job", "suite"})}
-                for row, result in zip(front_rows(front), front.results, strict=True)
-            ],
-        },
-        allow_nan=False,
-    )
+    return {
+        "axes": {"cost": front.axes.cost, "quality": front.axes.quality},
+        "hypervolume": front.hypervolume,
+        "hypervolume_box": box_json,
+        "picks": {name: point and point.result.key for name, point in picks.items()},
+        "front": [point.result.key for point in front.members],
+        "confidence_basis": front.basis and asdict(front.basis),
+        **({"correction_worth": [row.to_dict() for row in worth.rows]} if worth else {}),
+        **({"elastic": elastic.to_dict()} if elastic else {}),
+        "results": [
+            {**row, "details": result.model_dump(mode="json", exclude={"job", "suite"})}
+            for row, result in zip(front_rows(front), front.results, strict=True)
+        ],
+    }
 
 
 def _rounded(value: float | None) -> float | None:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from iiet.influence import InfluenceTable
 from orchestrator.reporting.elastic_section import ELASTIC_TITLE
 from orchestrator.reporting.figure_style import save_figure
-from orchestrator.reporting.front_data import front_csv, front_json
+from orchestrator.reporting.front_data import front_csv, front_values
 from orchestrator.reporting.front_figure import draw_front
 from orchestrator.reporting.front_tables import TASK_TABLES_NOTE, front_markdown, task_tables
 from orchestrator.reporting.front_text import hypervolume_text, model_name
@@ -26,7 +26,7 @@ from orchestrator.reporting.markdown import bullets
 from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.worth_section import WORTH_TITLE
-from orchestrator.workspace.files import write_text
+from orchestrator.workspace.files import json_text, write_text
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def write_report_files(report: SweepReport, folder: Path) -> list[Path]:
         texts["front.html"] = render_page(report, picture=(folder / "front.svg").read_text("utf-8"))
     texts["front.md"] = report_markdown(report)
     texts["front.csv"] = front_csv(report.front)
-    texts["front.json"] = front_json(report.front, report.worth, report.elastic) + "\n"
+    values = front_values(report.front, report.worth, report.elastic)
+    texts["front.json"] = json_text(values, allow_nan=False) + "\n"
     for name, text in texts.items():
         write_text(folder / name, text)
         paths.append(folder / name)

@@ -28,6 +28,9 @@ class ClusterSettings(Section):
     """Data-parallel workers of a training job; with GPUs, one each."""
     num_gpus: int = Field(default=0, ge=0)
     """GPUs of a training job; 0 trains on CPUs."""
+    device: str | None = None
+    """Device of a command that only measures: `cpu`, `cuda`, or `cuda:1` for the second GPU of this
+    machine (default: as `num_gpus` says, else a GPU if this machine has one)."""
     min_gpus: int | None = Field(default=None, gt=0)
     """Fewest GPUs of a training job that may lose nodes: it goes on with those that are left, and
     takes others, up to `num_gpus`, when they join (default: always `num_gpus`)."""
@@ -65,6 +68,13 @@ class ClusterSettings(Section):
         if address is not None and (problem := address_problem(address)):
             raise ValueError(problem)
         return address
+
+    @field_validator("device")
+    @classmethod
+    def _refuse_other_devices(cls, device: str | None) -> str | None:
+        if device is not None and (problem := device_problem(device)):
+            raise ValueError(problem)
+        return device
 
     @property
     def fewest_gpus(self) -> int:
@@ -114,6 +124,13 @@ class ClusterSettings(Section):
         if problem := storage_problem(storage or ""):
             raise ValueError(problem)
         return storage
+
+
+def device_problem(device: str) -> str | None:
+    """Return why this is no name of a device, or None."""
+    if re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", device):
+        return None
+    return "a device is cpu, cuda, or cuda:N for one of several GPUs"
 
 
 def variable_problem(entry: str) -> str | None:

@@ -9,6 +9,7 @@ import pytest
 
 import iiet
 from orchestrator import cli
+from orchestrator.cli import completion
 
 PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
@@ -27,6 +28,22 @@ def test_there_is_one_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("iiet-orch pretrain --continu", {"--continue"}),
         ("iiet-orch generate --kv ", {"exact", "last"}),
         ("iiet-orch jobs st", {"stop"}),
+        ("iiet-orch influence ", {"my-run", "other"}),
+        ("iiet-orch evaluate my-run o", {"other"}),
+        ("iiet-orch generate my-run/", {"my-run/step_00000005", "my-run/step_00000010"}),
+        ("iiet-orch pretrain --continue my", {"my-run"}),
+        ("iiet-orch report wide ", {"narrow", "wide"}),
+        ("iiet-orch pick n", {"narrow"}),
+        ("iiet-orch pick --workspace nowhere ", set()),
+        ("iiet-orch sweep paper", {"paper-55m", "paper-340m"}),
+        ("iiet-orch pretrain --preset 3", {"340m"}),
+        ("iiet-orch pretrain --method ode_rk2", {"ode_rk2", "ode_rk2_gated"}),
+        ("iiet-orch sweep-iterations --methods vanilla,pcformer_", {"vanilla,pcformer_rk4"}),
+        ("iiet-orch pretrain --logger mlflow,", {"mlflow,tensorboard"}),
+        (
+            "iiet-orch pretrain --set training.num_st",
+            {"training.num_steps="},
+        ),
     ],
 )
 def test_a_shell_completes(
@@ -34,12 +51,24 @@ def test_a_shell_completes(
     offered: set[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
+    for folder in ("my-run/step_00000005", "my-run/step_00000010", "other/step_00000001", "empty"):
+        (tmp_path / "runs" / folder).mkdir(parents=True)
+    for name in ("narrow", "wide"):
+        (tmp_path / "sweeps" / name).mkdir(parents=True)
+    monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path))
     monkeypatch.setenv("_IIET_ORCH_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", typed)
     monkeypatch.setenv("COMP_CWORD", str(len(typed.split(" ")) - 1))
     cli.main([])
     assert set(capsys.readouterr().out.split()) == offered
+
+
+def test_the_methods_that_are_offered_are_those_of_the_program() -> None:
+    from iiet.methods import METHODS
+
+    assert sorted(completion.METHODS) == sorted(METHODS)
 
 
 def test_completion_can_be_shown_for_a_shell(

@@ -49,7 +49,7 @@ FROM_SETTINGS = {
 }
 """Dry runs that need nothing of a workspace."""
 FROM_MODELS = {
-    "distill": ["distill", "1", "full", *OPTIONS],
+    "distill": ["distill", "full", "-r", "1", *OPTIONS],
     "sweep-threshold": ["sweep-threshold", "full", *OPTIONS],
     "search": ["search", "full", *OPTIONS],
     "pick": ["pick", "mine"],

@@ -210,7 +210,7 @@ def test_commands_run_one_by_one(finished: tuple[Path, str]) -> None:
     assert "correction 2" in run("influence", "--metric", "relative", *small(), workspace=workspace)
     assert "lastword" in run("evaluate", "--schedule", "1", *small(), workspace=workspace)
     assert "front.html" in run("report", workspace=workspace)
-    assert "checkpoint:" in run("distill", "1,0,1", *small(), workspace=workspace)
+    assert "checkpoint:" in run("distill", "-r", "1,0,1", *small(), workspace=workspace)
 
 
 def _checkpoints(workspace: Path) -> dict[str, float]:

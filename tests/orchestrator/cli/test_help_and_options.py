@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from iiet.config import PRESETS
 from orchestrator import cli
+from orchestrator.cli import completion
 from orchestrator.cli.cluster import parse_command
 from orchestrator.reporting.front_axes import COSTS, QUALITIES
 from orchestrator.settings import (
@@ -57,6 +58,18 @@ def test_the_help_has_an_example_that_the_command_accepts(
         assert parse_command(inner)["workspace"]
 
 
+@pytest.mark.parametrize("names", [(), ("config",), *COMMANDS], ids=" ".join)
+def test_a_help_fits_80_columns(
+    names: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main([*names, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "\x1b" not in printed
+    assert "<bool>" not in printed, "Typer's names of types are for programmers"
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
     """Runs a command as far as its pipeline, and returns the settings that this would get."""
@@ -77,6 +90,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
     return settings_of
 
 
+def allowed(section: type[Section], field: str) -> tuple[str, ...]:
+    """Return the values that a setting may have."""
+    return get_args(section.model_fields[field].annotation)
+
+
 def test_schedules_have_one_option(asked: Callable[..., Settings], tmp_path: Path) -> None:
     where = ["-w", str(tmp_path)]
     for option in ("--schedule", "-r", "--corrections"):
@@ -92,8 +110,41 @@ def test_seed_rate_and_arithmetic_are_options(
     options = ["--seed", "3", "--lr", "1e-4", "--dtype", "bf16", "-w", str(tmp_path)]
     recipe = asked("pretrain", *options).training
     assert (recipe.seed, recipe.learning_rate, recipe.precision) == (3, 1e-4, "bf16")
-    recipe = asked("distill", "1", *options).distillation.training
+    recipe = asked("distill", "-r", "1", *options).distillation.training
     assert (recipe.seed, recipe.learning_rate, recipe.precision) == (3, 1e-4, "bf16")
+
+
+def test_qualities_and_costs_have_the_same_names_everywhere(
+    asked: Callable[..., Settings], tmp_path: Path
+) -> None:
+    where = ["-w", str(tmp_path)]
+    for name in ("accuracy", "bits", "loss"):
+        objective = asked("search", "full", "--quality", name, *where).search.objective
+        assert f"quality/{objective}" == QUALITIES[name]
+    assert set(allowed(SweepSettings, "budget_unit")) < set(COSTS)
+    for option in ("--cost", "--unit"):
+        sweep = asked("sweep-threshold", "full", "--budgets", "8", option, "flops", *where).sweep
+        assert sweep.budget_unit == "flops"
+    old = asked("search", "full", "--objective", "bits_per_byte", *where).search
+    assert old.objective == "bits_per_byte"
+
+
+def test_the_device_of_a_training_is_an_option(
+    asked: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "orchestrator.planning.resources.check_run_resources", lambda *_, **__: None
+    )
+    file = tmp_path / "settings.yaml"
+    file.write_text("cluster: {num_gpus: 4, min_gpus: 2}\nsweep: {gpus_per_trial: 1}\n")
+    where = ["-c", str(file), "-w", str(tmp_path)]
+    for device, gpus in (("cpu", 0), ("cuda", 4)):
+        settings = asked("pretrain", "--device", device, *where)
+        assert settings.cluster.num_gpus == gpus
+        assert settings.trials_use_gpus == (device == "cuda")
+        assert settings.training.precision == ("bf16" if gpus else "fp32")
+    assert asked("pretrain", "--device", "cuda", "-w", str(tmp_path)).cluster.num_gpus == 1
+    assert asked("sweep", "toy", "--device", "cuda", "-w", str(tmp_path)).cluster.num_gpus == 1
 
 
 def test_a_quiet_command_prints_its_result_only(
@@ -112,15 +163,12 @@ def test_a_quiet_command_prints_its_result_only(
 def test_choices_are_those_of_the_settings(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def allowed(section: type[Section], field: str) -> tuple[str, ...]:
-        return get_args(section.model_fields[field].annotation)
-
     choices = {
         "influence --metric": allowed(InfluenceSettings, "metric"),
         "distill --control": allowed(DistillationSettings, "control"),
-        "sweep-threshold --unit": allowed(SweepSettings, "budget_unit"),
+        "sweep-threshold --cost": allowed(SweepSettings, "budget_unit"),
         "sweep-threshold --selection": allowed(SweepSettings, "selection"),
-        "search --objective": allowed(SearchSettings, "objective"),
+        "pretrain --method": tuple(completion.METHODS),
         "search --sampler": allowed(SearchSettings, "sampler"),
         "pretrain --dtype": allowed(TrainingSettings, "precision"),
         "pretrain --preset": tuple(PRESETS),

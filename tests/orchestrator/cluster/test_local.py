@@ -135,7 +135,7 @@ def test_after_ctrl_c_an_error_is_reported_with_what_was_saved_before_it(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("command", [["pretrain"], ["distill", "1"]])
+@pytest.mark.parametrize("command", [["pretrain"], ["distill", "-r", "1"]])
 def test_commands_refuse_several_workers(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,7 +167,7 @@ settings = resolve_settings(
 workspace, tokens = Workspace(Path(sys.argv[1])), Path(sys.argv[2])
 context = Context(workspace, tracking=tracking)
 teacher = pretrain_models({"iiet": settings}, context, tokens, local=True)["iiet"].checkpoint
-distill_teacher(settings, context, teacher, "1", tokens, local=True)
+distill_teacher(settings, context, teacher, ["1"], tokens, local=True)
 print(*{"ray"} & set(sys.modules))
 """
 

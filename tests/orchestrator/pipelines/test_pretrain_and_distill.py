@@ -247,12 +247,12 @@ def teacher(context: Context, tiny_tokens: Path) -> Path:
 def test_a_student_is_trained_and_found_again(
     context: Context, teacher: Path, tiny_tokens: Path, tracking: FakeTracking
 ) -> None:
-    student = distill_teacher(settings(), context, teacher, "1,0", tiny_tokens)
+    (student,) = distill_teacher(settings(), context, teacher, ["1,0"], tiny_tokens)
     assert student.schedule == load_config(student.checkpoint).corrections
     assert student.schedule.corrections == (1, 0)
     assert student.checkpoint.parent.parent == context.workspace.trials
     assert tracking.statuses[-1] == ("distill", "FINISHED")
-    assert distill_teacher(settings(), context, teacher, "1,0", tiny_tokens) == student
+    assert distill_teacher(settings(), context, teacher, ["1,0"], tiny_tokens) == [student]
 
 
 @pytest.mark.parametrize(
@@ -263,5 +263,5 @@ def test_a_schedule_that_does_not_fit_is_refused(
     context: Context, teacher: Path, tiny_tokens: Path, schedule: str, sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
-        distill_teacher(settings(), context, teacher, schedule, tiny_tokens)
+        distill_teacher(settings(), context, teacher, ["1", schedule], tiny_tokens)
     assert not context.workspace.trials.exists()

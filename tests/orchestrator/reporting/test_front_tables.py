@@ -14,7 +14,7 @@ from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.front_axes import FrontAxes
-from orchestrator.reporting.front_data import front_csv, front_json, front_rows
+from orchestrator.reporting.front_data import front_csv, front_rows, front_values
 from orchestrator.reporting.front_tables import (
     front_markdown,
     task_tables,
@@ -23,6 +23,10 @@ from orchestrator.reporting.front_tables import (
 from orchestrator.reporting.front_text import confidence_text, cost_text
 from orchestrator.reporting.pareto import Front, find_front
 from orchestrator.terminal.formatting import format_schedule
+
+
+def _strict_json(front: Front) -> str:
+    return json.dumps(front_values(front), allow_nan=False)
 
 
 @pytest.fixture
@@ -115,7 +119,7 @@ def test_a_table_on_other_axes_shows_them(
 
 def test_csv_and_json_hold_every_number(front: Front, sample_results: list[Trial]) -> None:
     rows = list(csv.DictReader(io.StringIO(front_csv(front))))
-    values = json.loads(front_json(front))
+    values = json.loads(_strict_json(front))
     by_key = {row["key"]: row for row in rows}
     for result in sample_results:
         for name, number in result.metrics().items():
@@ -136,7 +140,7 @@ def test_an_unmeasured_result_is_listed_with_null(sample_results: list[Trial]) -
     row = front_rows(front)[-1]
     assert row["verdict"] == "not measured"
     assert row["quality/accuracy"] is None
-    assert "NaN" not in front_json(front)
+    assert "NaN" not in _strict_json(front)
 
 
 def test_markdown_has_a_row_for_each_model_and_bold_members(front: Front) -> None:
@@ -150,7 +154,7 @@ def test_an_empty_front_has_tables_too() -> None:
     front = find_front([])
     assert front_rows(front) == []
     assert front_csv(front).strip() == ""
-    assert json.loads(front_json(front))["front"] == []
+    assert json.loads(_strict_json(front))["front"] == []
     assert printed(front, 80)
 
 
@@ -204,7 +208,7 @@ def test_each_task_has_a_table_with_intervals_and_differences(sure_front: Front)
 
 
 def test_csv_and_json_have_the_paired_numbers(sure_front: Front) -> None:
-    values = json.loads(front_json(sure_front))
+    values = json.loads(_strict_json(sure_front))
     row = next(r for r in values["results"] if r["schedule"] == "0,1,1,1,1,1")
     assert row["paired/vs_teacher"] == pytest.approx(-0.003)
     assert row["paired/vs_teacher_low"] < row["paired/vs_teacher"] < row["paired/vs_teacher_high"]

@@ -29,7 +29,7 @@ def test_a_logger_that_is_not_there_is_one_sentence(
     names: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tracking_settings, "find_spec", lambda name: None)
-    for command in (["pretrain"], ["distill", "1"], ["sweep", "toy"], ["quickstart"]):
+    for command in (["pretrain"], ["distill", "-r", "1"], ["sweep", "toy"], ["quickstart"]):
         assert main([*command, "--logger", names]) == 2
         error = capsys.readouterr().err
         assert words in " ".join(error.split())

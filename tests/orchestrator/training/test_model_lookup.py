@@ -68,7 +68,10 @@ def test_commands_that_store_results_refuse_an_older_checkpoint(
     with_path: bool,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = [*(["1"] if command == "distill" else []), *([str(damaged)] if with_path else [])]
+    arguments = [
+        *(["-r", "1"] if command == "distill" else []),
+        *([str(damaged)] if with_path else []),
+    ]
     before = sorted(workspace.root.glob("[!l]*/**"))
     code = cli.main([command, *arguments, "--workspace", str(workspace.root)])
     printed = " ".join(capfd.readouterr().err.split())

@@ -1,0 +1,267 @@
+"""`--json`: standard output holds the JSON alone, and docs/json.md names its keys."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sample_trials import sample_trial
+from typer.main import get_command
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from orchestrator import cli
+from orchestrator.cluster.job_server import Job
+from orchestrator.data.token_store import open_tokens
+from orchestrator.pipelines.reports import report
+from orchestrator.pipelines.sweeps import SweepResult
+from orchestrator.reporting.sweep_results import StoredSweep
+from orchestrator.training.checkpoint import save_checkpoint
+from orchestrator.workspace.folders import Workspace, open_workspace
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "json.md"
+Keys = tuple[set[str], set[str]]
+"""Keys that are always there, and all keys."""
+
+
+def _documented() -> dict[str, Keys]:
+    """Return the keys that the page names, by command."""
+    found: dict[str, Keys] = {}
+    for part in PAGE.read_text(encoding="utf-8").split("\n## ")[1:]:
+        heading, _, body = part.partition("\n")
+        always: set[str] = set()
+        optional: set[str] = set()
+        for cell in re.findall(r"^\| (`[^|]*) \|", body, flags=re.MULTILINE):
+            (optional if "optional" in cell else always).update(re.findall(r"`([^`]+)`", cell))
+        if other := re.search(r"All keys of `([^`]+)`", body):
+            always |= found[other[1]][0]
+            optional |= found[other[1]][1]
+        for name in heading.split(", "):
+            found[name] = (always, always | optional)
+    return found
+
+
+DOCUMENTED = _documented()
+
+
+def _commands(group: Any, *names: str) -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, *names, name)
+        else:
+            yield " ".join((*names, name)), command
+
+
+def _check(name: str, found: dict[str, Any]) -> None:
+    always, every = DOCUMENTED[name]
+    assert always <= set(found) <= every, set(found) ^ always
+
+
+def test_every_command_with_json_has_its_keys_on_the_page() -> None:
+    with_json = {
+        name
+        for name, command in _commands(get_command(cli.app.app))
+        if any("--json" in parameter.opts for parameter in command.params)
+    }
+    assert with_json == {name.partition(" --")[0] for name in DOCUMENTED}
+    assert all(always for always, _ in DOCUMENTED.values())
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Workspace:
+    """A workspace with a model, its tokens, and a sweep of two schedules."""
+    workspace = open_workspace(tmp_path_factory.mktemp("workspace"))
+    shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
+    torch.manual_seed(0)
+    decoder = Decoder(
+        ModelConfig.from_dict(
+            {"vocab_size": 300, "dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2}
+            | {"ffn_dim": 32, "context_length": 48, "schedule": [2, 1], "method": "iiet"}
+        )
+    )
+    checkpoint = save_checkpoint(
+        workspace.runs / "full",
+        1,
+        config=decoder.config,
+        weights=decoder.state_dict(),
+        training_state={},
+        tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
+        provenance={"tokens": tiny_tokens.name},
+    )
+    full, cheap = (
+        sample_trial(
+            key=name, role=role, label=name, schedule=schedule, cost={"evaluations": nfe},
+            quality={"accuracy": accuracy}, checkpoint=str(checkpoint),
+        )
+        for name, role, schedule, nfe, accuracy in (
+            ("teacher", "teacher", (2, 1), 5, 0.5), ("1,0", "trial", (1, 0), 3, 0.498),
+        )
+    )  # fmt: skip
+    StoredSweep(name="two", key="sweep-key", results=(full, cheap)).store(workspace)
+    return workspace
+
+
+Run = Callable[..., tuple[dict[str, Any], str]]
+
+
+@pytest.fixture
+def run(space: Workspace, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command with --json; returns the value, and what went to standard error."""
+
+    def command(*words: str) -> tuple[dict[str, Any], str]:
+        assert cli.main([*words, "--json", "--workspace", str(space.root)]) == 0
+        captured = capfd.readouterr()
+        assert captured.out[0] == "{", "the JSON alone"
+        found: dict[str, Any] = json.loads(captured.out)
+        return found, captured.err
+
+    return command
+
+
+SHORT = [
+    "--set=training.num_steps=2", "--set=training.num_tokens_per_step=96",
+    "--set=training.num_validation_tokens=96", "--set=distillation.training.num_steps=2",
+    "--set=distillation.training.num_tokens_per_step=96",
+    "--set=distillation.training.num_validation_tokens=96", "--set=influence.num_tokens=96",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["pick --dry-run", "pick", "two", "--dry-run"],
+        ["distill --dry-run", "distill", "full", "-r", "1,0", "-r", "0", "--dry-run", *SHORT],
+        ["pretrain --dry-run", "pretrain", "--dry-run"],
+        ["sweep --dry-run", "sweep-threshold", "full", "--dry-run", *SHORT],
+        ["generate", "generate", "full", "--prompt", "abc", "-n", "3"],
+        ["export", "export", "full", "--no-measure"],
+        ["list", "list"],
+        ["list", "list", "runs"],
+        ["status", "status"],
+        ["clean", "clean", "--dry-run"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_the_keys_are_those_of_the_page(run: Run, command: list[str]) -> None:
+    name, *words = command
+    found, _ = run(*words)
+    _check(name if name in DOCUMENTED else words[0], found)
+
+
+def test_a_list_without_a_workspace_has_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "list", "--json"]) == 0
+    _check("config list", json.loads(capsys.readouterr().out))
+
+
+def test_a_job_has_the_keys_of_the_page() -> None:
+    section = PAGE.read_text(encoding="utf-8").partition("\n## jobs list")[2].partition("\n## ")[0]
+    assert {field.name for field in fields(Job)} <= set(re.findall(r"`([^`]+)`", section))
+
+
+def test_students_have_the_keys_of_a_plan(run: Run) -> None:
+    students = run("distill", "full", "-r", "1,0", "-r", "0", "--dry-run", *SHORT)[0]["students"]
+    assert [student["schedule"] for student in students] == [[1, 0], [0, 0]]
+    for student in students:
+        _check("pretrain --dry-run", student)
+
+
+def test_an_error_prints_no_json(space: Workspace, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["influence", "none", "--json", "--workspace", str(space.root)]) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "there is no folder none" in captured.err
+
+
+@pytest.mark.slow
+def test_what_is_tracked_has_the_keys_of_the_page(
+    run: Run, space: Workspace, tmp_path: Path
+) -> None:
+    found, progress = run("influence", "full", *SHORT)
+    _check("influence", found)
+    assert [len(row) for row in found["values"]] == found["schedule"] == [2, 1]
+    assert "influence (cosine): 3 corrections" in progress
+    _check("influence --check", run("influence", "full", "--check", *SHORT)[0])
+    numbers = ["--batch-sizes", "1", "--contexts", "4", "--new-tokens", "2", "--repetitions", "1"]
+    _check("benchmark", run("benchmark", "full", "-r", "0", *numbers)[0])
+    _check("report", run("report", "two")[0])
+    _check("pick", run("pick", "two", "--best", "--to", str(tmp_path / "picked"))[0])
+    _check("import", run("import", str(tmp_path / "picked"), "--name", "again")[0])
+    _check("sync", run("sync")[0])
+    _check("doctor", run("doctor")[0])
+    result = report(workspace=space, sweeps=["two"])
+    ended = SweepResult(name="two", trials=(), failures={}, stopped={}, report=result)
+    _check("sweep", ended.to_json())
+
+
+TASK = """\
+task: letters
+custom_dataset: !function items.read
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: [bag, fog]
+doc_to_target: label
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+metadata: {version: 1.0}
+"""
+ITEMS = """\
+import datasets
+
+
+def read(**settings):
+    rows = [{"text": f"{a} {b}", "label": len(a + b) % 2} for a in "abcd" for b in "efgh"]
+    return {"test": datasets.Dataset.from_list(rows)}
+"""
+
+
+@pytest.mark.slow
+def test_evaluations_have_the_keys_of_the_page(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "items.py").write_text(ITEMS)
+    (tmp_path / "letters.yaml").write_text(TASK)
+    tasks = ["--suite", "letters", "--include-path", str(tmp_path)]
+    _check("evaluate --dry-run", run("evaluate", "full", "--dry-run", *tasks)[0])
+    found, progress = run("evaluate", "full", "-r", "2,1", "-r", "0", *tasks)
+    _check("evaluate", found)
+    assert [model["name"] for model in found["models"]] == ["r=2,1", "r=0"]
+    assert found["models"][0]["tasks"]["letters"]["num_items"] == 16
+    assert "evaluate: accuracy" in progress
+    compared, _ = run("compare", "full", "full", "-r", "2,1", "-r", "0", *tasks)
+    _check("compare", compared)
+    first = compared["rows"][0]
+    assert {"difference", "low", "high", "only_first", "only_second", "p_value"} <= set(first)
+
+
+@pytest.mark.slow
+def test_trainings_have_the_keys_of_the_page(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def result(*words: str) -> Any:
+        assert cli.main([*words, "--json", "-w", str(tmp_path / "space")]) == 0
+        return json.loads(capfd.readouterr().out)
+
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "\n\n".join(f"The square of {n} is {n * n}, and its cube {n**3}." for n in range(400))
+    )
+    data = [
+        "--set=data.source=files", f"--set=data.files=[{text}]", "--set=data.vocab_size=300",
+        "--set=model.dim=16", "--set=model.num_layers=2", "--set=model.num_heads=2",
+        "--set=model.num_kv_heads=2", "--set=model.ffn_dim=32", "--set=model.context_length=48",
+    ]  # fmt: skip
+    _check("prepare", result("prepare", *data))
+    _check("pretrain", result("pretrain", "-r", "2,1", "--local", *data, *SHORT))
+    found = result("distill", "-r", "1,0", "-r", "0", "-r", "0,0", "--local", *SHORT)
+    _check("distill", found)
+    # `0` and `0,0` are the same student.
+    assert [student["schedule"] for student in found["students"]] == [[1, 0], [0, 0]]
+    for student in found["students"]:
+        assert Path(student["checkpoint"]).is_dir()
+        assert student["validation_loss"] > 0
