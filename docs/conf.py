@@ -2,8 +2,8 @@
 
 Sphinx, because it is maintained: MkDocs 1 has had no release since August 2024, its successor has
 no plugins, and the Material theme is no longer developed. The pages are Markdown and stay readable
-where no site is built; `index.md` repeats the README. Two pages of the reference are written from
-the code before Sphinx reads (`generated_pages.py`), the third is made of docstrings.
+where no site is built; `index.md` repeats the README. Two pages of the reference include what is
+written from the code before Sphinx reads (`generated_pages.py`), the third is made of docstrings.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ exclude_patterns = ["_build"]
 smartquotes = False
 # GitHub's names of headings, so that a link to a heading works in both places.
 myst_heading_anchors = 3
+# Blocks without a language are what a terminal shows.
+highlight_language = "none"
 # GitHub draws fences of this language, and so does the site.
 myst_fence_as_directive = ["mermaid"]
 
@@ -72,14 +74,15 @@ def mark_formulas(lines: list[str]) -> list[str]:
 def _mark_formulas(
     _app: Any, what: str, _name: str, _object: Any, _options: Any, lines: list[str]
 ) -> None:
-    # In an attribute's first line, napoleon takes all before a colon for its type.
-    first = [""] if what in ("attribute", "data", "property") else []
+    # In an attribute's first line, napoleon takes all before a colon for its type. An empty comment
+    # is a first line without one.
+    first = ["..", ""] if what in ("attribute", "data", "property") else []
     lines[:] = first + mark_formulas(lines)
 
 
 def setup(app: Any) -> None:
     """Connect what happens before a page or a docstring is read."""
-    app.connect("builder-inited", lambda _: write_pages(DOCS / "reference"))
+    app.connect("builder-inited", lambda _: write_pages(DOCS.parent / "build" / "reference"))
     app.connect("source-read", _link_to_the_first_page)
     # Before napoleon, which indents the texts of arguments.
     app.connect("autodoc-process-docstring", _mark_formulas, priority=400)

@@ -1,7 +1,8 @@
-"""Writes the pages of the reference that come from the code: the command line and the settings.
+"""Writes the parts of the reference that come from the code: the command line and the settings.
 
 The command line is read from the Typer application, the settings from the JSON schema of the
-pydantic models. `docs/conf.py` calls this; `python docs/generated_pages.py FOLDER` does it alone.
+pydantic models. `docs/conf.py` calls this, and pages of docs/reference/ include what it writes.
+`python docs/generated_pages.py FOLDER` writes it alone.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ LARGEST_SHOWN_BOUND = 10**6
 
 
 def write_pages(folder: Path) -> None:
-    """Write both pages; a page that would not change is left as it is."""
+    """Write both parts; a file that would not change is left as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in ((COMMAND_LINE, command_line_page()), (SETTINGS, settings_page())):
         path = folder / name
@@ -45,20 +46,14 @@ def write_pages(folder: Path) -> None:
 
 
 def command_line_page() -> str:
-    """Return the reference of all commands, in the order of `iiet-orch --help`."""
-    lines = [
-        "# Command line\n",
-        "All commands with their options, from the program itself. [Commands](../commands.md) says",
-        "what they do and what they share.\n",
-    ]
-    panel = None
+    """Return the reference of all commands, in the panels and the order of `iiet-orch --help`."""
+    panels: dict[str, list[str]] = {}
+    title = ""
     for words, command in _commands(typer.main.get_command(cli.app.app)):
-        title = getattr(command, "rich_help_panel", None)
-        if len(words) == 1 and title != panel:
-            lines.append(f"## {title}\n")
-            panel = title
-        lines += _describe(words, command)
-    return "\n".join(lines)
+        if len(words) == 1:  # Commands of a group stand in its panel.
+            title = getattr(command, "rich_help_panel", title)
+        panels.setdefault(title, []).extend(_describe(words, command))
+    return "\n".join(line for title, lines in panels.items() for line in (f"## {title}\n", *lines))
 
 
 def _commands(group: Any, before: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -76,7 +71,7 @@ def _describe(words: tuple[str, ...], command: Any) -> list[str]:
         lines.append(f"```bash\n{' '.join(example.split())}\n```\n")
     shown = [p for p in command.params if not getattr(p, "hidden", False) and p.name != "help"]
     if shown:
-        lines += ["| option | meaning | default |", "| --- | --- | --- |"]
+        lines += ["| option | meaning |", "| --- | --- |"]
         # Arguments first, as in a command.
         shown.sort(key=lambda parameter: parameter.param_type_name != "argument")
         types = get_type_hints(command.callback)
@@ -98,8 +93,9 @@ def _option_row(parameter: Any, annotation: Any) -> str:
     text = _text(parameter.help or "")
     default = parameter.default
     is_shown = isinstance(default, str | int | float | Path) and not isinstance(default, bool)
-    shown = "required" if parameter.required else f"`{default}`" if is_shown else ""
-    return f"| {names} | {choices}{'. ' if choices else ''}{text} | {shown} |"
+    parts = [f"{choices}." if choices else "", text, "Required." if parameter.required else ""]
+    parts.append(f"Default: `{default}`." if is_shown else "")
+    return f"| {names} | {' '.join(filter(None, parts))} |"
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
@@ -112,12 +108,7 @@ def _choices(annotation: Any) -> tuple[Any, ...]:
 def settings_page() -> str:
     """Return the reference of all settings, section by section."""
     schema = Settings.model_json_schema()
-    lines = [
-        "# Settings\n",
-        "Every setting with its default, from the program itself. A file has the sections as",
-        "mappings; on the command line a setting is `--set section.key=value`.",
-        "`iiet-orch config show FILE` prints the settings that a file results in.\n",
-    ]
+    lines: list[str] = []
     for name, part in schema["properties"].items():
         lines += _section(name, part, getattr(Settings(), name), schema["$defs"])
     return "\n".join(lines)
@@ -130,7 +121,7 @@ def _section(
     section = definitions[_reference(part)]
     text = " ".join(str(section.get("description", "")).split())
     lines = [f"{'#' * (2 + name.count('.'))} {name}\n", f"{_text(text)}\n"]
-    lines += ["| setting | allowed | default | meaning |", "| --- | --- | --- | --- |"]
+    lines += ["| setting | meaning |", "| --- | --- |"]
     inner: list[str] = []
     for key, field in section["properties"].items():
         value = getattr(default, key, field.get("default"))
@@ -138,7 +129,8 @@ def _section(
             inner += _section(f"{name}.{key}", field, value, definitions)
             continue
         meaning = _text(" ".join(field.get("description", "").split()))
-        lines.append(f"| `{name}.{key}` | {_allowed(field)} | {_default(value)} | {meaning} |")
+        default = f"; default: {_default(value)}" if _default(value) else ""
+        lines.append(f"| `{name}.{key}` | {meaning} <br>*{_allowed(field)}{default}* |")
     return [*lines, "", *inner]
 
 
@@ -154,7 +146,7 @@ def _allowed(part: Mapping[str, Any]) -> str:
     if "enum" in part or "const" in part:
         return ", ".join(f"`{choice}`" for choice in part.get("enum", [part.get("const")]))
     bounds = [
-        f"{sign} {part[name]:g}"
+        f"{sign} {part[name]:,.10g}"
         for name, sign in BOUNDS.items()
         if name in part and abs(part[name]) <= LARGEST_SHOWN_BOUND
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from documented import ROOT, blocks
 from small_size import SMALL
 
 from orchestrator import cli
+from orchestrator.data.python_docs import python_documents
+from orchestrator.data.text_files import DOCUMENT_MARK
+from orchestrator.terminal.progress import Progress
 
 PAGE = ROOT / "docs" / "tutorial.md"
 NOT_RUN = {"pip", "iiet-orch ui"}
@@ -36,9 +40,9 @@ def test_from_text_to_a_model_of_transformers(
     monkeypatch.delenv("IIET_WORKSPACE", raising=False)
     texts = tmp_path / "my-texts"
     texts.mkdir()
-    for page in sorted((ROOT / "docs").glob("*.md")):
-        sections = page.read_text(encoding="utf-8").replace("\n## ", "\n<|endoftext|>\n## ")
-        (texts / f"{page.stem}.txt").write_text(sections, encoding="utf-8")
+    documents = islice(python_documents(Progress()), 250)
+    text = DOCUMENT_MARK.join(text for text, _ in documents)
+    (texts / "python.txt").write_text(text, encoding="utf-8")
     ran = []
     for words in commands():
         if words[0] in NOT_RUN or " ".join(words) in NOT_RUN:
