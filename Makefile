@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 FLOORS := .venv-floors
+EXTRA := dev
 BIN := $(VENV)/bin
 # Files or folders that `make test`, `test-quick` and `test-long` run; all if empty.
 TESTS ?=
@@ -35,7 +36,7 @@ test-wheel: $(INSTALLED) ## Install the wheel into empty environments, and run i
 test-floors: ## Run the quick tests with the lowest versions that pyproject.toml allows
 	mkdir -p $(FLOORS)
 	$(PYTHON) tests/lowest_versions.py > $(FLOORS)/constraints.txt
-	PIP_CONSTRAINT=$(abspath $(FLOORS))/constraints.txt $(MAKE) test-quick VENV=$(FLOORS)
+	PIP_CONSTRAINT=$(abspath $(FLOORS))/constraints.txt $(MAKE) test-quick VENV=$(FLOORS) EXTRA=test
 
 wheel: $(INSTALLED) ## Build the wheel and the source archive into dist/
 	$(BIN)/python -m hatchling build
@@ -71,5 +72,5 @@ clean: ## Remove environments, builds and caches; the workspace stays
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRA)]"
 	touch $@

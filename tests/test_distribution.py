@@ -72,16 +72,16 @@ def test_the_metadata_are_those_of_pyproject(metadata: Message) -> None:
     assert "# iiet-orch" in metadata.get_payload()
     extras = PROJECT["optional-dependencies"]
     assert set(metadata.get_all("Provides-Extra", [])) == set(extras)
-    assert {"cluster", "gpu", "dev"} <= set(extras)
+    assert {"cluster", "gpu", "test", "dev"} <= set(extras)
     required = metadata.get_all("Requires-Dist", [])
     assert len([r for r in required if "extra ==" not in r]) == len(PROJECT["dependencies"])
 
 
 def test_the_extras_for_users_are_installed_for_developers() -> None:
     extras = PROJECT["optional-dependencies"]
-    [own] = [r for r in extras["dev"] if r.startswith("iiet-orch[")]
-    listed = set(re.findall(r"[\w-]+", own.partition("[")[2]))
-    assert {"cluster", "gpu", "tensorboard"} <= listed <= set(extras)
+    own = [r for name in ("dev", "test") for r in extras[name] if r.startswith("iiet-orch[")]
+    listed = {extra for r in own for extra in re.findall(r"[\w-]+", r.partition("[")[2])}
+    assert {"test", "cluster", "gpu", "tensorboard"} <= listed <= set(extras)
 
 
 def test_a_wheel_can_be_built_and_tested_from_the_source_archive(tmp_path: Path) -> None:
