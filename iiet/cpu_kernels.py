@@ -20,7 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from iiet.plain import fast_forms_allowed
 
@@ -40,6 +45,13 @@ __all__ = [
 ]
 
 ENABLED = os.environ.get("IIET_CPU_KERNELS", "1") != "0"
+_GLOBAL_HOOKS = (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
+"""Hooks of all modules. PyTorch 2.6 has no function that looks for any."""
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -63,9 +75,7 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def may_read_weights() -> bool:
     """Tell whether forms that read weights instead of calling modules are allowed now."""
-    return (
-        ENABLED and fast_forms_allowed() and not _has_any_global_hook()  # type: ignore[no-untyped-call]
-    )
+    return ENABLED and fast_forms_allowed() and not any(_GLOBAL_HOOKS)
 
 
 def serves_linear(linear: nn.Module) -> bool:
