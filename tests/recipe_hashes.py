@@ -1,6 +1,6 @@
 """Hashes of what a recipe trains: settings, order of the data, and initial weights.
 
-`python tests/recipe_hashes.py` writes them to `fixtures/recipe_hashes.json`, with which a test
+`python tests/recipe_hashes.py` writes them to `fixtures/recipe/hashes.json`, with which a test
 compares them. Do so only when a change of recipe is meant: the same command then trains another
 model than before. Settings and orders are integers and texts, equal on every machine. Weights are
 drawn by PyTorch's generator on the CPU, whose last bits may differ between processors; so their
@@ -36,7 +36,7 @@ from orchestrator.settings.depth import DepthSettings
 from orchestrator.settings.shipped import shipped_sweeps
 from orchestrator.training.schedules import drawn_by_step
 
-FILE = Path(__file__).resolve().parent / "fixtures" / "recipe_hashes.json"
+FILE = Path(__file__).resolve().parent / "fixtures" / "recipe" / "hashes.json"
 SECTIONS = (
     "data", "model", "training", "distillation", "influence", "evaluation", "sweep", "search",
 )  # fmt: skip
