@@ -212,7 +212,10 @@ def _of_length(settings: Settings, factor: float) -> Settings:
 
 def _longer_teacher(settings: Settings) -> Settings:
     """Return the sweep that only trains the full schedule on, by cross-entropy."""
-    changes = {"elastic": False, "compare": False, "thresholds": (EVERY_CORRECTION,)}
+    changes = {
+        **{"elastic": False, "compare": False},
+        **{"selection": "threshold", "thresholds": (EVERY_CORRECTION,), "budgets": ()},
+    }
     recipe = settings.distillation.training.model_copy(
         update={"num_steps": settings.sweep.elastic_steps, "elastic": None}
     )

@@ -84,6 +84,7 @@ def test_its_sweeps_are_possible(teacher: str) -> None:
     check_sweep(own)
     longer = study._longer_teacher(own)
     check_sweep(longer)
+    assert (longer.sweep.selection, longer.sweep.budgets) == ("threshold", ())
     num_steps = own.distillation.training.num_steps
     assert longer.distillation.training.num_steps == own.sweep.elastic_steps == 2.5 * num_steps
 
