@@ -19,6 +19,8 @@ from orchestrator.workspace.folders import Workspace
 class FakeRun:
     """Remembers how a tracked run ended."""
 
+    is_store_down = False
+
     def __init__(self, kind: str, statuses: list[tuple[str, str]]) -> None:
         self.kind, self.statuses = kind, statuses
         self.tags: dict[str, str] = {}

@@ -51,7 +51,7 @@ def test_a_missing_or_damaged_tokenizer_is_a_clear_error(
     with pytest.raises(UserError, match=r"is not a tokenizer\.json"):
         load_tokenizer(tmp_path / "bad.json")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="the tokenizer gpt2 needs the hub"):
+    with pytest.raises(UserError, match="hub:gpt2 is not in the hub's cache"):
         load_tokenizer("hub:gpt2")
 
 
