@@ -129,8 +129,8 @@ def _section(
             inner += _section(f"{name}.{key}", field, value, definitions)
             continue
         meaning = _text(" ".join(field.get("description", "").split()))
-        default = f"; default: {_default(value)}" if _default(value) else ""
-        lines.append(f"| `{name}.{key}` | {meaning} <br>*{_allowed(field)}{default}* |")
+        usual = f"; default: {_default(value)}" if _default(value) else ""
+        lines.append(f"| `{name}.{key}` | {meaning} <br>*{_allowed(field)}{usual}* |")
     return [*lines, "", *inner]
 
 
