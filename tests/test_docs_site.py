@@ -12,8 +12,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import concept_figures
+import generated_pages
 import pytest
 import typer
+from conf import mark_formulas
 from documented import ROOT
 
 import iiet
@@ -21,10 +24,6 @@ import orchestrator
 from orchestrator import cli
 from orchestrator.cli.help import OLD_NAMES
 from orchestrator.settings import Section, Settings
-
-sys.path.append(str(ROOT / "docs"))
-import concept_figures
-import generated_pages
 
 RESULTS = ROOT / "docs" / "results.md"
 
@@ -73,6 +72,14 @@ def test_the_reference_has_every_setting_with_its_default() -> None:
         meaning, _, allowed = row.partition("<br>")
         assert meaning.strip(), name
         assert allowed.strip(" *"), name
+
+
+def test_formulas_of_docstrings_are_literal_text_and_arguments_are_not() -> None:
+    text = "Predict.\n\n    e = F(h)\n\n    s = e\n\nCost.\n\nArgs:\n    x: a number."
+    marked = mark_formulas(text.split("\n"))
+    assert [line for line in marked if line] == [
+        *("Predict.", "::", "    e = F(h)", "    s = e", "Cost.", "Args:", "    x: a number."),
+    ]
 
 
 def test_the_family_that_is_drawn_is_that_of_the_demos_table() -> None:
