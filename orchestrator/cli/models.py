@@ -41,6 +41,10 @@ def generate(
             "--chat", help="Answer the prompt as a user's message, with the model's chat template."
         ),
     ] = False,
+    system: Annotated[
+        str | None,
+        typer.Option(help="With --chat: the system's message, before the user's."),
+    ] = None,
     max_new_tokens: Annotated[
         int,
         typer.Option(
@@ -114,7 +118,7 @@ def generate(
             stop=tuple(stop or ()),
             kv_strategy=kv,
         )
-        options = {**session.common, "model": checkpoint, "chat": chat}
+        options = {**session.common, "model": checkpoint, "chat": chat, "system": system}
         # The text goes to standard output, so warnings go elsewhere.
         options |= {
             "sampling": sampling,
@@ -157,22 +161,26 @@ def import_folder(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="Model folder, a checkpoint or run of another workspace, or hub:OWNER/NAME."
+            help="Model folder, GGUF file, a checkpoint or run of another workspace, or "
+            "hub:OWNER/NAME."
         ),
     ],
     tokenizer: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="A tokenizer.json, or hub:NAME, if the folder has none."),
+        typer.Option(metavar="PATH", help="A tokenizer.json, or hub:NAME, if the model has none."),
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(help="Name of the run (default: the folder's).", callback=check_name_option),
+        typer.Option(
+            help="Name of the run (default: that of the folder or file).",
+            callback=check_name_option,
+        ),
     ] = None,
     workspace: WorkspaceOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = None,
 ) -> None:
-    """Import a published, Llama or exported model, or a checkpoint of another workspace.
+    """Import a published, Llama, GGUF or exported model, or a checkpoint of another workspace.
 
     Example: iiet-orch import Llama-3.2-1B --name llama
     """

@@ -30,7 +30,11 @@ from orchestrator.evaluation.answers import (
     Question,
     generate_answers,
 )
-from orchestrator.evaluation.model_tokenizer import ModelTokenizer, checkpoint_tokenizer
+from orchestrator.evaluation.model_tokenizer import (
+    Message,
+    ModelTokenizer,
+    checkpoint_tokenizer,
+)
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.hub_imports import local_model
 from orchestrator.planning.resources import check_device
@@ -40,7 +44,7 @@ from orchestrator.training.checkpoint_lookup import known_schedules
 from orchestrator.training.model_loading import best_device, load_model
 from orchestrator.training.model_lookup import parse_schedule, resolve_model
 from orchestrator.training.precision import device_precision
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import UserError, quoted
 from orchestrator.workspace.folders import Workspace
 
 INCOMPLETE = "\ufffd"
@@ -78,6 +82,7 @@ def generate(
     weights: WeightFormat | None = None,
     device: str | None = None,
     chat: bool = False,
+    system: str | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
     """Return the continuation of each prompt, all decoded as one batch.
@@ -91,14 +96,18 @@ def generate(
         weights: Decode on the CPU with the weights in this format; faster than float32, less exact.
         device: `cpu`, `cuda` or `cuda:N`; a GPU if there is one when unset.
         chat: Put each prompt into the model's chat template, as a user's message.
+        system: The system's message before it; the template's own when unset.
 
     Raises:
         UserError: If the model is missing, damaged, has no tokenizer or no chat template, the
             schedule does not fit it, prompts and new tokens do not fit its context, or the CPU
-            lacks the instructions for these weights, or this machine the device.
+            lacks the instructions for these weights, or this machine the device; or if a system's
+            message is given without `chat`.
     """
+    _check_system(system, chat=chat)
     writer, context = _open(workspace, model, schedule, weights, device, drafting, progress)
-    written = writer.continue_all(writer.as_asked(prompts, chat=chat), sampling or Sampling())
+    texts = writer.as_asked(prompts, chat=chat, system=system)
+    written = writer.continue_all(texts, sampling or Sampling())
     _note_drafts(writer, context)
     return written
 
@@ -114,11 +123,13 @@ def generate_stream(
     weights: WeightFormat | None = None,
     device: str | None = None,
     chat: bool = False,
+    system: str | None = None,
     progress: Progress | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of one prompt, piece by piece; arguments and errors as `generate`."""
+    _check_system(system, chat=chat)
     writer, context = _open(workspace, model, schedule, weights, device, drafting, progress)
-    (text,) = writer.as_asked([prompt], chat=chat)
+    (text,) = writer.as_asked([prompt], chat=chat, system=system)
     pieces = writer.stream(text, sampling or Sampling())
 
     def noted() -> Iterator[str]:
@@ -147,6 +158,14 @@ def _open(
     wanted = parse_schedule(schedule, checkpoint)
     writer = TextGenerator(checkpoint, wanted, weights, drafting, device=device)
     return writer, context
+
+
+def _check_system(system: str | None, *, chat: bool) -> None:
+    if system is not None and not chat:
+        raise UserError(
+            f"the system's message {quoted(system)} is for a chat; give --system together with "
+            "--chat"
+        )
 
 
 def _note_drafts(writer: TextGenerator, context: Context) -> None:
@@ -198,14 +217,18 @@ class TextGenerator:
                 record=self.record,
             )
 
-    def as_asked(self, prompts: Sequence[str], *, chat: bool) -> list[str]:
+    def as_asked(
+        self, prompts: Sequence[str], *, chat: bool, system: str | None = None
+    ) -> list[str]:
         """Return the texts to continue: the prompts, or what the chat template makes of them."""
-        return [self.chat(prompt) if chat else prompt for prompt in prompts]
+        return [self.chat(prompt, system) if chat else prompt for prompt in prompts]
 
-    def chat(self, prompt: str) -> str:
+    def chat(self, prompt: str, system: str | None = None) -> str:
         """Return a user's message as the model's chat template writes it, ready to be answered."""
-        message = {"role": "user", "content": prompt}
-        return self.text.chat([message], opens_answer=True, template=None)
+        messages: list[Message] = [{"role": "user", "content": prompt}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        return self.text.chat(messages, opens_answer=True, template=None)
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Yield the continuation of a prompt in pieces of whole characters.

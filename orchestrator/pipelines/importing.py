@@ -1,25 +1,33 @@
-"""Import a model folder from elsewhere as a checkpoint of the workspace.
+"""Import a model folder or a GGUF file from elsewhere as a checkpoint of the workspace.
 
-The result is a checkpoint like any other, with the folder's special tokens and chat template, but
+The result is a checkpoint like any other, with the model's special tokens and chat template, but
 without an optimizer state to resume from. Commands that need its tokens take the workspace's tokens
 that were made with its tokenizer.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from iiet.cost import num_parameters
+from iiet.decoder import Decoder
 from iiet.weights import CONFIG
+from orchestrator.data.gguf_tokenizer import gguf_token_ids, write_gguf_tokenizer
 from orchestrator.data.hub_models import download_model, is_hub_name, shown_name
 from orchestrator.data.tokenizer import load_tokenizer, num_token_ids, tokenizer_path
-from orchestrator.pipelines.context import open_context
+from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.imported_text import read_model_text_files
 from orchestrator.terminal.formatting import format_parameters
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import TOKENIZER, load_provenance, save_checkpoint
 from orchestrator.training.checkpoint_lookup import newest_intact_checkpoint
+from orchestrator.training.gguf_file import ARCHITECTURE, GgufFile
 from orchestrator.training.model_loading import (
     PUBLISHED,
     folder_kind,
@@ -35,6 +43,23 @@ from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.provenance import content_key, environment, file_key
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A model from elsewhere, whatever holds it."""
+
+    decoder: Decoder
+    folder: Path
+    """Holds `config.json` and the files of the tokenizer, if it has one."""
+    name: str
+    """Name of its folder or file."""
+    run_name: str
+    """Usual name of the run."""
+    kind: str
+    """What it was read as."""
+    key: str
+    """Hash of the files that determine the model."""
+
+
 def import_model(
     folder: Path | str,
     *,
@@ -43,78 +68,116 @@ def import_model(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Make a checkpoint of a model folder and return it; the same import is found again.
+    """Make a checkpoint of a model and return it; the same import is found again.
 
     Args:
-        folder: In the published naming, a plain Llama folder, an exported folder, or a checkpoint
-            or run of another workspace, also of an earlier version; or `hub:OWNER/NAME`.
-        tokenizer: A `tokenizer.json`, or `hub:NAME`, if the folder has none or not the right one.
-        name: Name of the run; the folder's name when unset.
+        folder: A model folder (in the published naming, a plain Llama folder, an exported folder, a
+            checkpoint or run of another workspace, also of an earlier version), a GGUF file of a
+            Llama, or `hub:OWNER/NAME`.
+        tokenizer: A `tokenizer.json`, or `hub:NAME`, if the model has none or not the right one.
+        name: Name of the run; that of the folder or file when unset.
 
     Raises:
-        UserError: If the folder cannot be read, the hub does not give it, the tokenizer does not
-            fit the model, or another model has the name.
+        UserError: If the model cannot be read, the hub does not give it, the tokenizer does not fit
+            it, or another model has the name.
     """
     context = open_context(workspace, progress)
     progress = context.progress
     progress.start("import")  # A download takes its time.
-    folder = _source_folder(folder)
-    if not (folder / CONFIG).is_file() and find_checkpoints(folder):
-        folder = resolve_checkpoint(folder)
-    decoder = load_model(folder)
-    config = decoder.config
-    is_llama = folder_kind(folder) == PUBLISHED and config.method == "vanilla"
-    origin = "a Llama folder" if is_llama else folder_kind(folder)
-    own = folder / TOKENIZER
-    file = tokenizer_path(tokenizer).absolute() if tokenizer else own if own.is_file() else None
-    if file is None:
-        progress.note(
-            f"{folder} has no tokenizer.json: the model can be used with token ids only; "
-            "import it with --tokenizer FILE to generate and evaluate"
-        )
-    elif (num_ids := num_token_ids(load_tokenizer(file))) > config.vocab_size:
-        raise UserError(
-            f"the tokenizer {file} has {num_ids} entries, the model only {config.vocab_size}"
-        )
-    text_files = read_model_text_files(folder, file, vocab_size=config.vocab_size)
-    own_name = shown_name(folder)
-    is_checkpoint = folder in find_checkpoints(folder.parent)
-    named = folder.parent.name if is_checkpoint else own_name.rpartition("/")[2]
-    run_folder = context.workspace.runs / (name or re.sub(r"[^\w.-]+", "-", named))
-    text = {name: content.decode("utf-8", "replace") for name, content in text_files.items()}
-    source = content_key(model_folder_key(folder), file_key(file) if file else None, text)
-    checkpoint = _imported_before(run_folder, source)
-    if checkpoint is None:
-        checkpoint = save_checkpoint(
-            run_folder,
-            0,
-            config=config,
-            weights=decoder.state_dict(),
-            training_state={},
-            tokenizer_path=file,
-            text_files=text_files,
-            provenance={
-                "objective": "import",
-                "imported": {"from": own_name, "read as": origin, "source": source},
-                "environment": environment(),
-            },
-        )
-    journal = Journal(run_folder)
+    path = _source_path(folder)
+    own = tokenizer_path(tokenizer).absolute() if tokenizer else None
+    with _opened(path, has_tokenizer=own is not None) as source:
+        checkpoint = _stored(source, own, name, context)
+    journal = Journal(checkpoint.parent)
     journal.event("imported")  # Commands without a path take the newest run.
     journal.close()
+    config = source.decoder.config
     count = format_parameters(num_parameters(config))
-    progress.finish(f"{origin}: {config.method}, {count} parameters")
+    progress.finish(f"{source.kind}: {config.method}, {count} parameters")
     return checkpoint
 
 
-def _source_folder(named: Path | str) -> Path:
+def _source_path(named: Path | str) -> Path:
     if is_hub_name(named):
         return download_model(named)
-    folder = resolve_path(named)
-    if not folder.exists():
-        missing = f"{folder} is no model folder: there is nothing of this name"
+    path = resolve_path(named)
+    if not path.exists():
+        missing = f"{path} is no model folder: there is nothing of this name"
         raise UserError(f"{missing}{hub_hint(Path(named))}")
-    return folder
+    return path
+
+
+@contextmanager
+def _opened(path: Path, *, has_tokenizer: bool) -> Iterator[_Source]:
+    if path.is_file():
+        file = GgufFile(path)
+        decoder = file.decoder()
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            if not has_tokenizer:
+                write_gguf_tokenizer(file.metadata, path, folder)
+            config = {"model_type": ARCHITECTURE, **gguf_token_ids(file.metadata)}
+            (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+            yield _Source(
+                decoder=decoder,
+                folder=folder,
+                name=path.name,
+                run_name=path.stem,
+                kind="a GGUF file",
+                key=file_key(path),
+            )
+        return
+    if not (path / CONFIG).is_file():
+        if find_checkpoints(path):
+            path = resolve_checkpoint(path)
+        elif files := sorted(path.glob("*.gguf")):
+            raise UserError(f"{path} is no model folder; name the GGUF file in it: {files[0]}")
+    decoder, kind = load_model(path), folder_kind(path)
+    is_llama = kind == PUBLISHED and decoder.config.method == "vanilla"
+    is_checkpoint, name = path in find_checkpoints(path.parent), shown_name(path)
+    yield _Source(
+        decoder=decoder,
+        folder=path,
+        name=name,
+        run_name=path.parent.name if is_checkpoint else name.rpartition("/")[2],
+        kind="a Llama folder" if is_llama else kind,
+        key=model_folder_key(path),
+    )
+
+
+def _stored(source: _Source, tokenizer: Path | None, name: str | None, context: Context) -> Path:
+    """Return the checkpoint of a model; see `import_model`."""
+    config, own = source.decoder.config, source.folder / TOKENIZER
+    file = tokenizer or (own if own.is_file() else None)
+    if file is None:
+        context.progress.note(
+            f"{source.folder} has no tokenizer.json: the model can be used with token ids only; "
+            "import it with --tokenizer FILE to generate and evaluate"
+        )
+    elif (num_ids := num_token_ids(load_tokenizer(file))) > config.vocab_size:
+        whose = tokenizer or f"of {source.name}"
+        raise UserError(
+            f"the tokenizer {whose} has {num_ids} entries, the model only {config.vocab_size}"
+        )
+    text_files = read_model_text_files(source.folder, file, vocab_size=config.vocab_size)
+    run_name = name or re.sub(r"[^\w.-]+", "-", source.run_name)
+    run_folder = context.workspace.runs / run_name
+    text = {name: content.decode("utf-8", "replace") for name, content in text_files.items()}
+    key = content_key(source.key, file_key(file) if file else None, text)
+    return _imported_before(run_folder, key) or save_checkpoint(
+        run_folder,
+        0,
+        config=config,
+        weights=source.decoder.state_dict(),
+        training_state={},
+        tokenizer_path=file,
+        text_files=text_files,
+        provenance={
+            "objective": "import",
+            "imported": {"from": source.name, "read as": source.kind, "source": key},
+            "environment": environment(),
+        },
+    )
 
 
 def _imported_before(run_folder: Path, source: str) -> Path | None:

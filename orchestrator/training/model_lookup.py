@@ -104,6 +104,11 @@ def find_model_folder(workspace: Workspace, path: Path, *, model_folders: bool =
         if has_model or (model_folders and (place / CONFIG).is_file()):
             return place.resolve()
     if places:
+        if places[0].is_file():
+            raise UserError(
+                f"{path} is a file; if it is a GGUF file, `iiet-orch import {path}` makes a "
+                "checkpoint of it"
+            )
         return places[0].resolve()
     runs = _newest_runs(workspace)
     names = ", ".join(sorted(run.name for run in runs[:MAX_RUNS_NAMED]))

@@ -1,0 +1,125 @@
+"""A GGUF file becomes the Llama that it was written from, or an error that names what is wrong."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf_files import tiny_llama, write_llama
+from transformers import AutoModelForCausalLM
+
+from iiet.published import published_from_decoder
+from orchestrator.training.gguf_file import GgufFile
+from orchestrator.workspace.errors import UserError
+
+TOKENS = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("good") / "tiny.gguf", tiny_llama())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_unquantized_weights_are_those_of_the_llama(tied: bool, tmp_path: Path) -> None:
+    llama = tiny_llama(tied=tied)
+    decoder = GgufFile(write_llama(tmp_path / "tiny.gguf", llama)).decoder()
+    config = decoder.config
+    assert (config.method, config.tie_embeddings, config.num_kv_heads) == ("vanilla", tied, 2)
+    assert (config.rope_theta, config.rms_norm_eps, config.context_length) == (777.0, 1e-5, 64)
+    weights = published_from_decoder(decoder)
+    assert all(torch.equal(weights[name], llama.state_dict()[name]) for name in weights)
+    with torch.no_grad():
+        torch.testing.assert_close(decoder(TOKENS), llama(TOKENS).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_quantized_weights_are_those_that_transformers_reads(kind: str, tmp_path: Path) -> None:
+    llama = tiny_llama()
+    path = write_llama(tmp_path / "tiny.gguf", llama, kind=kind)
+    stock = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    decoder = GgufFile(path).decoder()
+    weights = published_from_decoder(decoder)
+    assert all(torch.equal(weights[name], stock.state_dict()[name]) for name in weights)
+    name = "model.layers.1.mlp.up_proj.weight"
+    error = (weights[name] - llama.state_dict()[name]).abs().max()
+    assert 0 < error < 0.1, "close to the weights before they were quantized"
+    with torch.no_grad():
+        torch.testing.assert_close(decoder(TOKENS), stock(TOKENS).logits, rtol=0, atol=1e-4)
+
+
+def test_left_out_settings_have_the_formats_defaults(tmp_path: Path) -> None:
+    llama = tiny_llama(num_key_value_heads=4, rope_parameters={"rope_theta": 10000.0})
+    keys = ("llama.attention.head_count_kv", "llama.rope.freq_base", "llama.vocab_size")
+    path = write_llama(tmp_path / "tiny.gguf", llama, metadata=dict.fromkeys(keys))
+    with torch.no_grad():
+        found = GgufFile(path).decoder()(TOKENS)
+        torch.testing.assert_close(found, llama(TOKENS).logits, rtol=0, atol=1e-5)
+
+
+ROPE = {"rope_freqs.weight": np.ones(8, dtype=np.float32)}
+"""How llama.cpp stores the scaled rotary angles of Llama 3.1."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"metadata": {"general.architecture": "bert"}},
+            "of the architecture 'bert'; only 'llama'",
+        ),
+        ({"metadata": {"llama.rope.scaling.type": "yarn"}}, r"llama\.rope\.scaling\.type='yarn'"),
+        ({"metadata": {"llama.expert_count": 8}}, r"does not do: llama\.expert_count=8$"),
+        ({"metadata": {"llama.attention.key_length": 32}}, "key_length=32 with heads of 16"),
+        ({"metadata": {"llama.attention.head_count": [4, 2]}}, r"head_count=\[4, 2\]"),
+        ({"metadata": {"llama.block_count": None}}, r"does not say llama\.block_count$"),
+        ({"tensors": ROPE}, r"the tensor rope_freqs\.weight"),
+        ({"left_out": ["blk.1.attn_k.weight"]}, r"missing model\.layers\.1\.self_attn\.k_proj"),
+        ({"left_out": ["token_embd.weight"]}, "has no embeddings"),
+        ({"metadata": {"llama.feed_forward_length": 128}}, r"expected \(128, 64\)"),
+        ({"metadata": {"llama.attention.head_count_kv": 7}}, "cannot use .*tiny.gguf: "),
+        ({"tensors": {"output.weight": np.ones((320, 64), np.int8)}}, "the type I8 of output"),
+    ],
+)
+def test_what_the_decoder_does_not_do_is_named(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    path = write_llama(tmp_path / "tiny.gguf", tiny_llama(), **changes)
+    with pytest.raises(UserError, match=words):
+        GgufFile(path).decoder()
+
+
+def test_settings_that_switch_something_off_are_accepted(tmp_path: Path) -> None:
+    off = {"llama.expert_count": 0, "llama.rope.scaling.type": "none", "llama.vocab_size": 320}
+    GgufFile(write_llama(tmp_path / "tiny.gguf", tiny_llama(), metadata=off)).decoder()
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.001, 0.003, 0.01, 0.5, 0.9999])
+def test_a_cut_file_is_refused(share: float, good: Path, tmp_path: Path) -> None:
+    content = good.read_bytes()
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(content[: max(8, int(share * len(content)))])
+    with pytest.raises(UserError, match=r"cannot read .*cut\.gguf, which is damaged, not complete"):
+        GgufFile(cut)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    for content in (b"", b"GG", b"PK\x03\x04 a zip archive"):
+        path = tmp_path / "other.gguf"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"is no GGUF file, as it begins with b'"):
+            GgufFile(path)
+
+
+def test_without_the_package_the_error_says_what_to_install(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"pip install 'iiet-orch\[gguf\]'"):
+        GgufFile(good)
