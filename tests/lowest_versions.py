@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
-EXTRAS = ("cluster", "gpu", "tensorboard")
+EXTRAS = ("cluster", "gguf", "gpu", "tensorboard")
 """Those for users; tools for developers are installed in their newest versions."""
 
 

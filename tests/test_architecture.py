@@ -27,11 +27,12 @@ ADAPTERS = {
     "matplotlib": ("orchestrator.reporting", "benchmarks.model_size_figure"),
     "moocore": ("orchestrator.reporting.pareto",),
     "optuna": ("orchestrator.sweeping.search",),
+    "gguf": ("orchestrator.training.gguf_file",),
     "huggingface_hub": ("orchestrator.data", "iiet.huggingface"),
 }
 """Library -> the only packages or modules that import it."""
 
-OPTIONAL = ("cluster", "gpu", "tensorboard")
+OPTIONAL = ("cluster", "gguf", "gpu", "tensorboard")
 """Extras whose libraries are imported at first use."""
 
 ORDER = (

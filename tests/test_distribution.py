@@ -81,7 +81,7 @@ def test_the_extras_for_users_are_installed_for_developers() -> None:
     extras = PROJECT["optional-dependencies"]
     own = [r for name in ("dev", "test") for r in extras[name] if r.startswith("iiet-orch[")]
     listed = {extra for r in own for extra in re.findall(r"[\w-]+", r.partition("[")[2])}
-    assert {"test", "cluster", "gpu", "tensorboard"} <= listed <= set(extras)
+    assert {"test", "cluster", "gguf", "gpu", "tensorboard"} <= listed <= set(extras)
 
 
 def test_a_wheel_can_be_built_and_tested_from_the_source_archive(tmp_path: Path) -> None:

