@@ -18,6 +18,7 @@ from iiet.drafts import PromptLookup
 from iiet.dropping import drop_layers, most_important_layers
 from iiet.generation import generate, stream
 from iiet.influence import InfluenceTable, influence_table
+from iiet.influence_metrics import INFLUENCE_METRICS
 from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
 from iiet.methods import METHODS
 from iiet.plain import plain_formulas
@@ -41,6 +42,7 @@ except metadata.PackageNotFoundError:  # The source was copied, not installed.
     __version__ = "unknown"
 
 __all__ = [
+    "INFLUENCE_METRICS",
     "METHODS",
     "PRESETS",
     "Batch",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
+from iiet.extensions import ExtensionError
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 
@@ -23,6 +24,7 @@ class ModelConfig:
 
     Raises:
         ValueError: one error for all problems, each with the value received and what is allowed.
+        ExtensionError: likewise, if the method is unknown or its package is broken.
     """
 
     method: str = "iiet"
@@ -59,7 +61,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         problems = [*_size_problems(self), *_method_problems(self)]
         if problems:
-            raise ValueError("invalid model config: " + "; ".join(problems))
+            kind = ValueError if self.method in METHODS else ExtensionError
+            raise kind("invalid model config: " + "; ".join(problems))
 
     @property
     def head_dim(self) -> int:
@@ -175,7 +178,10 @@ def _parsed_options(method: str, values: Mapping[str, Any]) -> Any:
 def _method_problems(config: ModelConfig) -> list[str]:
     schedule: object = config.schedule
     if config.method not in METHODS:
-        return [f"method must be one of {', '.join(METHODS)}, got {config.method!r}"]
+        return [
+            f"method must be one of {', '.join(METHODS)}, got {config.method!r}; a method of "
+            "another package needs this package installed"
+        ]
     kind = METHODS[config.method].Options
     if not isinstance(config.method_options, kind | None):
         return [
@@ -223,6 +229,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "740m": _sizes(24, 1536, 4096, 12),
     "1.3b": _sizes(24, 2048, 5432, 16, tie_embeddings=False),
 }
+"""Named sizes: the fields of a `ModelConfig` without method and schedule."""
 _USUAL_CORRECTIONS = 3  # The paper's number.
 
 

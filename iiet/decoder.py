@@ -137,6 +137,7 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return self.embedding.weight.device
 
     def with_schedule(self, schedule: IterationSchedule) -> Decoder:

@@ -3,9 +3,7 @@
 In: a decoder and batches of tokens. Out: for each layer and correction its influence, with its
 standard error over batches, and its residual, whose decline says how well the iteration contracts;
 and for each layer its block influence, by which whole layers are dropped (`iiet.dropping`).
-Two metrics compare consecutive evaluations of a layer and cost one forward per batch. The third,
-`loss`, ends layers early, one correction at a time: it costs one forward per correction and
-measures what pruning does to the loss.
+What counts as influence is a metric's business (`iiet.influence_metrics`).
 
 Evaluations are compared as the decoder makes them, so only the last output is kept in memory beside
 the pass itself. An accumulator holds a few hundred numbers per batch and sums them with
@@ -21,16 +19,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from iiet.batch import NO_TARGET, Batch
 from iiet.decoder import Decoder
-from iiet.influence_values import InfluenceMetric, InfluenceTable, Rows, checked_metric
-from iiet.loss_metrics import cross_entropy_and_accuracy
-from iiet.methods import Evaluation
-from iiet.schedule import IterationSchedule
+from iiet.influence_metrics import INFLUENCE_METRICS, MeasuredBatch, Rows, checked_metric
+from iiet.influence_values import InfluenceTable
 
-__all__ = ["InfluenceAccumulator", "InfluenceMetric", "InfluenceTable", "influence_table"]
+__all__ = ["InfluenceAccumulator", "InfluenceTable", "influence_table"]
 
 BatchLike = Batch | Tensor | Mapping[str, Tensor]
 """A batch; or the tokens of text, (batch, time) of integers; or a mapping with these as `input_ids`
@@ -53,11 +48,11 @@ class InfluenceAccumulator:
     """Influence of the batches seen so far; those of several workers can be merged.
 
     Raises:
-        ValueError: an unknown metric.
+        ValueError: an unknown metric, or one whose package is broken.
     """
 
-    metric: InfluenceMetric
-    """What to measure."""
+    metric: str
+    """What to measure: a key of `iiet.INFLUENCE_METRICS`."""
     batches: list[_BatchMeans] = field(default_factory=list)
     """One entry per batch."""
 
@@ -66,7 +61,7 @@ class InfluenceAccumulator:
 
     @torch.no_grad()
     def add(self, decoder: Decoder, batch: BatchLike) -> None:
-        """Measure one batch at the positions that count; for `loss`, at those with a target.
+        """Measure one batch at the positions that count.
 
         Args:
             decoder: measured under its own iteration schedule.
@@ -74,7 +69,8 @@ class InfluenceAccumulator:
 
         Raises:
             ValueError: the batch does not have two axes, or has nothing to measure: no tokens, or
-                no targets for the metric `loss`; or the decoder's method repeats the stack.
+                no targets for a metric that needs them; the decoder's method repeats the stack; or
+                the metric returns other rows than the schedule has.
         """
         if decoder.method.repeats_stack:
             raise ValueError(
@@ -82,22 +78,28 @@ class InfluenceAccumulator:
                 "corrections of its own whose influence could be measured"
             )
         known, attention_mask = _as_batch(batch, decoder.device)
-        counted = _counted(known, self.metric)
-        num_tokens = int(counted.sum())
-        if num_tokens == 0:
+        metric = INFLUENCE_METRICS[self.metric]()
+        counted = _counted(known, needs_targets=metric.needs_targets)
+        measured = MeasuredBatch(decoder, known, attention_mask, counted)
+        if measured.num_tokens == 0:
             shape = tuple(known.input_ids.shape)
             raise ValueError(f"a batch of shape {shape} holds nothing to measure")
-        compare = _COMPARISONS.get(self.metric)
-        observer = _Comparing(decoder.schedule, counted, num_tokens, compare)
-        accuracy_lost: Rows = ()
-        if compare is None:
-            values, accuracy_lost = _costs_of_stopping(decoder, known, attention_mask, observer)
-        else:  # Without logits, which would need more memory than everything else.
-            observer.run(decoder, known.input_ids, attention_mask)
-            values = _numbers(observer.values)
-        residuals, (layers,) = _numbers(observer.residuals), _numbers([observer.layers])
-        lost = () if known.is_text else accuracy_lost
-        self.batches.append(_BatchMeans(num_tokens, values, residuals, layers, lost))
+        found = metric.measure(measured)
+        if tuple(map(len, found.values)) != tuple(decoder.schedule):
+            raise ValueError(
+                f"the influence metric {self.metric!r} must return a value for each correction of "
+                f"the schedule {decoder.schedule}, got {found.values!r}"
+            )
+        if not measured.layer_values:
+            measured.run()
+        means = _BatchMeans(
+            measured.num_tokens,
+            found.values,
+            measured.residuals,
+            measured.layer_values,
+            () if known.is_text else found.accuracy_lost,
+        )
+        self.batches.append(means)
 
     def merge(self, other: InfluenceAccumulator) -> None:
         """Add the batches that another worker measured with the same decoder and metric.
@@ -136,7 +138,7 @@ def influence_table(
     decoder: Decoder,
     batches: Iterable[BatchLike],
     *,
-    metric: InfluenceMetric = "cosine",
+    metric: str = "cosine",
     progress: Callable[[int], None] | None = None,
 ) -> InfluenceTable:
     """Measure the influence of every correction of a decoder.
@@ -154,7 +156,7 @@ def influence_table(
         decoder: measured under its own iteration schedule, in the precision of the surrounding
             autocast; the comparisons themselves are made in float64, a sequence at a time.
         batches: the calibration set, each item a `BatchLike`; a single tensor is one batch.
-        metric: which of the three.
+        metric: a key of `iiet.INFLUENCE_METRICS`.
         progress: called after each batch with the number of batches done.
 
     Returns:
@@ -188,113 +190,11 @@ def _as_batch(batch: BatchLike, device: torch.device) -> tuple[Batch, Tensor | N
     return replace(padded, targets=targets), is_real
 
 
-def _counted(batch: Batch, metric: InfluenceMetric) -> Tensor:
+def _counted(batch: Batch, *, needs_targets: bool) -> Tensor:
     """Return the positions that the means run over, (batch, time) of bool."""
-    if metric != "loss":
-        return torch.ones_like(batch.targets).bool() if batch.taught is None else batch.taught
-    return batch.counted
-
-
-class _Comparing:
-    """Observer of a pass: compares each evaluation with the one before it, and keeps only means."""
-
-    def __init__(
-        self,
-        schedule: IterationSchedule,
-        counted: Tensor,
-        num_tokens: int,
-        compare: Callable[[Tensor, Tensor], Tensor] | None,
-    ) -> None:
-        self.values: list[list[Tensor]] = [[] for _ in schedule]
-        self.residuals: list[list[Tensor]] = [[] for _ in schedule]
-        self.layers: list[Tensor] = []
-        self._schedule, self._counted, self._num_tokens = schedule, counted, num_tokens
-        self._compare = compare
-        self._previous: Tensor | None = None
-
-    def run(self, decoder: Decoder, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Run the decoder's layers under this observer; return the last hidden state."""
-        before: Tensor = decoder.embedding(input_ids)
-        for after in decoder.hidden_states(before, attention_mask=attention_mask, observe=self):
-            self.layers.append(self._mean(_cosine_distance, before, after))
-            before = after
-        return before
-
-    def __call__(self, seen: Evaluation) -> None:
-        if self._compare is not None and 1 <= seen.k <= self._schedule[seen.layer]:
-            assert self._previous is not None
-            change = self._mean(self._compare, self._previous, seen.output)
-            self.values[seen.layer].append(change)
-        self._previous = seen.output
-        if seen.residual is not None and seen.estimate is not None:
-            size = self._mean(_relative_size, seen.residual, seen.estimate)
-            self.residuals[seen.layer].append(size)
-
-    def _mean(self, measure: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
-        """Average a measure of two tensors, (batch, time, dim), over the positions that count."""
-        # In float64, because float32 keeps few digits of a cosine's distance from one.
-        sums = [
-            torch.where(counted, measure(one.double(), other.double()), 0.0).sum()
-            for one, other, counted in zip(a, b, self._counted, strict=True)
-        ]
-        return torch.stack(sums).sum() / self._num_tokens
-
-
-def _cosine_distance(before: Tensor, after: Tensor) -> Tensor:
-    # Half the squared distance of the directions is 1 - cos, and never rounds to below zero.
-    turn = functional.normalize(after, dim=-1) - functional.normalize(before, dim=-1)
-    return turn.square().sum(-1) / 2
-
-
-def _relative_change(before: Tensor, after: Tensor) -> Tensor:
-    return _relative_size(after - before, after)
-
-
-def _relative_size(part: Tensor, whole: Tensor) -> Tensor:
-    ratio: Tensor = part.square().sum(-1) / whole.square().sum(-1)
-    return ratio.sqrt()
-
-
-_COMPARISONS = {"cosine": _cosine_distance, "relative": _relative_change}
-
-
-def _costs_of_stopping(
-    decoder: Decoder, batch: Batch, attention_mask: Tensor | None, observer: _Comparing
-) -> tuple[Rows, Rows]:
-    """Compare each layer stopped before each of its corrections with the full schedule.
-
-    Returns:
-        The rises of the loss, and the accuracies lost.
-    """
-    sequences = replace(batch, target_count=None).split(1)
-    counts = [sequence.num_targets for sequence in sequences]
-
-    def loss_and_accuracy(logits: Tensor) -> tuple[float, ...]:
-        # In float64, because rises are small beside the loss; by sequence, to spare memory.
-        found = [
-            cross_entropy_and_accuracy(ours[None].double(), sequence)
-            for ours, sequence in zip(logits, sequences, strict=True)
-        ]
-        return tuple(
-            math.fsum(n * each.item() for n, each in zip(counts, means, strict=True)) / sum(counts)
-            for means in zip(*found, strict=True)
-        )
-
-    def stopped(layer: int, corrections: int) -> tuple[float, ...]:
-        schedule = full.with_layer(layer, corrections)
-        return loss_and_accuracy(
-            decoder(batch.input_ids, schedule=schedule, attention_mask=attention_mask)
-        )
-
-    full = decoder.schedule
-    full_loss, full_accuracy = loss_and_accuracy(
-        decoder.logits(observer.run(decoder, batch.input_ids, attention_mask))
-    )
-    measured = [[stopped(layer, i) for i in range(count)] for layer, count in enumerate(full)]
-    return (
-        tuple(tuple(loss - full_loss for loss, _ in row) for row in measured),
-        tuple(tuple(full_accuracy - accuracy for _, accuracy in row) for row in measured),
-    )
+    if needs_targets:
+        return batch.counted
+    return torch.ones_like(batch.targets).bool() if batch.taught is None else batch.taught
 
 
 def _means_and_errors(of_batches: Sequence[Rows], counts: Sequence[int]) -> tuple[Rows, Rows]:
@@ -317,9 +217,3 @@ def _mean_and_error(means: Sequence[float], counts: Sequence[int]) -> tuple[floa
         return mean, math.nan
     squares = math.fsum((n * (m - mean)) ** 2 for m, n in zip(means, counts, strict=True))
     return mean, math.sqrt(squares * len(means) / (len(means) - 1)) / total
-
-
-def _numbers(rows: Sequence[Sequence[Tensor]]) -> Rows:
-    """Read tensors of one number each."""
-    numbers = iter(torch.stack([n for row in rows for n in row]).tolist() if any(rows) else ())
-    return tuple(tuple(next(numbers) for _ in row) for row in rows)

@@ -10,20 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from iiet.influence_metrics import INFLUENCE_METRICS, Rows
 from iiet.pruning import suffix_maxima
 from iiet.schedule import IterationSchedule
 
-__all__ = ["InfluenceMetric", "InfluenceTable", "Rows", "checked_metric"]
-
-InfluenceMetric = Literal["cosine", "relative", "loss"]
-
-Rows = tuple[tuple[float, ...], ...]
-"""One row per layer, one number per correction; rows differ in length as the layers do."""
+__all__ = ["InfluenceTable", "Rows"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +29,8 @@ class InfluenceTable:
     Unpacks into two arrays: `values, errors = table`.
     """
 
-    metric: InfluenceMetric
-    """What was measured."""
+    metric: str
+    """What was measured: a key of `iiet.INFLUENCE_METRICS`."""
     value_rows: Rows
     """Influence per layer and correction; larger matters more. `loss` may be negative."""
     error_rows: Rows
@@ -89,14 +85,14 @@ class InfluenceTable:
 
         The sum over its corrections is what a schedule is worth.
 
-        `cosine` and `relative` compare a correction with the evaluation before it, so these are the
-        values themselves. `loss` compares stopping before a correction with the full layer, so a
+        Most metrics compare a correction with the evaluation before it, so these are the values
+        themselves. `loss` compares stopping before a correction with the full layer, so a
         correction's worth is the difference to stopping one correction later.
         """
-        if self.metric != "loss":
+        if not INFLUENCE_METRICS[self.metric].is_of_stopping:
             return self.value_rows
         return tuple(
-            tuple(now - later for now, later in zip(row, (*row[1:], 0.0), strict=True))
+            tuple(now - later for now, later in zip(row, (*row, 0.0)[1:], strict=True))
             for row in self.value_rows
         )
 
@@ -126,9 +122,14 @@ class InfluenceTable:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> InfluenceTable:
-        """Build a table from plain values; the inverse of `to_dict`."""
+        """Build a table from plain values; the inverse of `to_dict`.
+
+        The package of its metric need not be installed.
+        """
+        if not isinstance(table["metric"], str):
+            raise TypeError(f"metric must be a text, got {table['metric']!r}")
         return cls(
-            metric=checked_metric(table["metric"]),
+            metric=table["metric"],
             value_rows=_rows_of(table["values"]),
             error_rows=_rows_of(table["errors"]),
             num_tokens=int(table["num_tokens"]),
@@ -136,14 +137,6 @@ class InfluenceTable:
             layer_values=tuple(map(float, table.get("layers", ()))),
             accuracy_lost_rows=_rows_of(table.get("accuracy_lost", ())),
         )
-
-
-def checked_metric(metric: Any) -> InfluenceMetric:
-    """Return the metric, or raise a ValueError if there is none of this name."""
-    if metric not in get_args(InfluenceMetric):
-        raise ValueError(f"metric must be one of {get_args(InfluenceMetric)}, got {metric!r}")
-    checked: InfluenceMetric = metric
-    return checked
 
 
 def _contraction(residuals: Sequence[float]) -> float:

@@ -126,6 +126,8 @@ class Layer(nn.Module, ABC):
 
     Options: ClassVar[type[Any]] = NoOptions
     """A frozen dataclass: the options that `ModelConfig.method_options` may set."""
+    version: ClassVar[int] = 1
+    """Increase it if the formula changes: the orchestrator then trains such models anew."""
     has_corrections: ClassVar[bool] = False
     """Whether an iteration schedule sets how often a layer corrects its prediction."""
     repeats_stack: ClassVar[bool] = False

@@ -24,6 +24,8 @@ METHODS = (
     *("ode_rk2", "ode_rk4", "ode_rk2_gated", "looped"),
 )
 """Methods of this program; importing them would import PyTorch. Other packages may add more."""
+INFLUENCE_METRICS = ("cosine", "relative", "loss")
+"""Influence metrics of this program; likewise."""
 
 
 def complete_models(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -70,11 +72,20 @@ def complete_method_list(incomplete: str) -> list[str]:
     return _next_of(incomplete, _all_methods())
 
 
-def list_completer(names: Sequence[str]) -> Callable[[str], list[str]]:
-    """Return a function that offers the next of these names in a list with commas."""
+def complete_metrics(incomplete: str) -> list[str]:
+    """Offer the influence metrics, those of other packages among them."""
+    return _beginning_with(incomplete, [*INFLUENCE_METRICS, *_added("iiet.influence_metrics")])
+
+
+def list_completer(names: Sequence[str], *, group: str | None = None) -> Callable[[str], list[str]]:
+    """Return a function that offers the next of these names in a list with commas.
+
+    Args:
+        group: Entry points by which other packages add names.
+    """
 
     def complete(incomplete: str) -> list[str]:
-        return _next_of(incomplete, names)
+        return _next_of(incomplete, [*names, *(_added(group) if group else ())])
 
     return complete
 
@@ -86,7 +97,11 @@ def _next_of(incomplete: str, names: Sequence[str]) -> list[str]:
 
 
 def _all_methods() -> list[str]:
-    return [*METHODS, *sorted(entry.name for entry in entry_points(group="iiet.methods"))]
+    return [*METHODS, *_added("iiet.methods")]
+
+
+def _added(group: str) -> list[str]:
+    return sorted(entry.name for entry in entry_points(group=group))
 
 
 def _beginning_with(incomplete: str, names: Any) -> list[str]:

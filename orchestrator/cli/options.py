@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 import typer
 
 from orchestrator.cli.completion import (
+    INFLUENCE_METRICS,
     METHODS,
     complete_method_list,
     complete_methods,
+    complete_metrics,
     complete_models,
     complete_settings,
     complete_settings_files,
@@ -148,7 +150,12 @@ FolderToWriteOption = Annotated[
     Path | None, typer.Option("--to", help="Folder to write (default: inside the workspace).")
 ]
 MetricOption = Annotated[
-    Literal["cosine", "relative", "loss"] | None, typer.Option(help="Measure of influence.")
+    str | None,
+    typer.Option(
+        metavar="|".join(INFLUENCE_METRICS),
+        autocompletion=complete_metrics,
+        help="Measure of influence; packages may add others.",
+    ),
 ]
 ControlOption = Annotated[
     Literal["distill", "cross_entropy", "pruned", "scratch"] | None,
@@ -188,7 +195,7 @@ SuiteOption = Annotated[
     str | None,
     typer.Option(
         help="heldout, paper, or comma-separated lm-eval tasks.",
-        autocompletion=list_completer(("heldout", "paper")),
+        autocompletion=list_completer(("heldout", "paper"), group="iiet_orch.tasks"),
     ),
 ]
 IncludePathOption = Annotated[
@@ -242,7 +249,7 @@ LoggerOption = Annotated[
         "--logger",
         metavar="mlflow|tensorboard,...",
         help="mlflow,tensorboard writes TensorBoard's files, too.",
-        autocompletion=list_completer(("mlflow", "tensorboard")),
+        autocompletion=list_completer(("mlflow", "tensorboard"), group="iiet_orch.loggers"),
     ),
 ]
 DryRunOption = Annotated[

@@ -103,6 +103,9 @@ def open_session(
             where = f"\nThe log is {log}" if log else ""
             raise RunFailed(f"{error}{where}") from error
         except Exception as error:
+            extensions = sys.modules.get("iiet.extensions")  # Imported here, it would load torch.
+            if extensions and isinstance(error, extensions.ExtensionError):
+                raise UserError(str(error)) from error
             notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise RunFailed(

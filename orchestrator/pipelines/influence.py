@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iiet.influence import InfluenceMetric, InfluenceTable, influence_table
+from iiet.influence import InfluenceTable, influence_table
+from iiet.influence_metrics import INFLUENCE_METRICS
 from iiet.methods import METHODS
 from orchestrator.cluster.launch import command_device
 from orchestrator.data.prepared import PreparedData
@@ -168,6 +169,7 @@ def _place(
             f"{data.vocab_size}: these are not the tokens it was trained on"
         )
     num_tokens = min(settings.num_tokens, data.num_validation_tokens or settings.num_tokens)
+    version = INFLUENCE_METRICS[settings.metric].version
     key = content_key(
         "influence",
         weights_key(checkpoint),
@@ -175,6 +177,7 @@ def _place(
         data.fingerprint,
         settings.metric,
         num_tokens,
+        *([version] if version > 1 else []),  # Keys of earlier versions have none.
     )
     return checkpoint / f"influence-{settings.metric}.json", key, num_tokens
 
@@ -182,7 +185,7 @@ def _place(
 def _measure(
     checkpoint: Path,
     tokens_folder: Path,
-    metric: InfluenceMetric,
+    metric: str,
     num_tokens: int,
     device: str,
     progress: Progress,

@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from iiet.influence import InfluenceMetric, InfluenceTable
+from iiet.extensions import ExtensionError
+from iiet.influence import InfluenceTable
+from iiet.influence_metrics import INFLUENCE_METRICS
 from iiet.pruning import schedule_family
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.launch import command_device
@@ -101,7 +103,6 @@ def compare_metrics(
     on_device: OnDevice = on_cpu,
 ) -> InfluenceCheckResult:
     """Compare all metrics at a checkpoint; arguments and errors as `read_or_measure_influence`."""
-    metrics: tuple[InfluenceMetric, ...] = get_args(InfluenceMetric)
     tables = {
         metric: read_or_measure_influence(
             checkpoint,
@@ -110,7 +111,7 @@ def compare_metrics(
             context,
             on_device=on_device,
         )
-        for metric in metrics
+        for metric in _usable_metrics(context.progress)
     }
     key = content_key(
         "influence check",
@@ -128,10 +129,23 @@ def compare_metrics(
     return InfluenceCheckResult(checkpoint=checkpoint, check=check, picture=picture)
 
 
+def _usable_metrics(progress: Progress) -> list[str]:
+    """Return all metrics but those of broken packages, which are noted."""
+    usable = []
+    for metric in INFLUENCE_METRICS:
+        try:
+            INFLUENCE_METRICS[metric]
+        except ExtensionError as error:
+            progress.note(f"left out: {error}")
+        else:
+            usable.append(metric)
+    return usable
+
+
 def _measure_pruned(
     checkpoint: Path,
     tokens_folder: Path,
-    tables: Mapping[InfluenceMetric, InfluenceTable],
+    tables: Mapping[str, InfluenceTable],
     num_tokens: int,
     device: str,
     progress: Progress,

@@ -16,8 +16,10 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
 )
+from pydantic_core import PydanticCustomError
 
 from iiet.config import ModelConfig
+from iiet.extensions import ExtensionError
 from iiet.influence import InfluenceTable
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import (
@@ -27,6 +29,9 @@ from orchestrator.workspace.files import (
     write_json,
 )
 from orchestrator.workspace.paths import absolute_path, portable_path, workspace_root
+
+_EXTENSION = "extension"
+"""Type of a problem that is no damage: a package is missing or broken."""
 
 
 class Record(BaseModel):
@@ -76,6 +81,8 @@ class Record(BaseModel):
         try:
             return cls.model_validate(stored, context=workspace_root(path))
         except ValidationError as error:
+            if any(problem["type"] == _EXTENSION for problem in error.errors()):
+                raise UserError(f"cannot use {path}: {_problem(error)}") from None
             raise UserError(f"{path} is damaged ({_problem(error)}); {remedy}") from None
 
 
@@ -108,6 +115,8 @@ def _parsed_by(
             return value
         try:
             return kind.from_dict(value)
+        except ExtensionError as error:
+            raise PydanticCustomError(_EXTENSION, "{text}", {"text": str(error)}) from None
         except INVALID_VALUE_ERRORS as error:
             raise ValueError(problem.format(error)) from None
 

@@ -21,7 +21,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from iiet.influence import InfluenceMetric, InfluenceTable
+from iiet.influence import InfluenceTable
 from iiet.pruning import schedule_family
 from iiet.schedule import IterationSchedule
 
@@ -33,7 +33,7 @@ MIN_CORRECTIONS = 10
 class InfluenceCheck:
     """The influence of a model's corrections by every metric, and what dropping each one costs."""
 
-    tables: Mapping[InfluenceMetric, InfluenceTable]
+    tables: Mapping[str, InfluenceTable]
     """One table per metric, `loss` among them."""
     pruned: Mapping[IterationSchedule, float]
     """Accuracy, or for text loss, of the same weights under each schedule of each metric's
@@ -68,17 +68,17 @@ class InfluenceCheck:
             return [100 * lost for lost in chain(*table.accuracy_lost_rows)]
         return list(chain(*table.rows()))
 
-    def influences(self, metric: InfluenceMetric) -> list[float]:
+    def influences(self, metric: str) -> list[float]:
         """Return the influence of each correction."""
         return list(chain(*self.tables[metric].rows()))
 
-    def correlations(self, metric: InfluenceMetric) -> tuple[float, float]:
+    def correlations(self, metric: str) -> tuple[float, float]:
         """Return the rank correlation of influence and cost, and that of the suffix maxima."""
         maxima = list(chain(*self.tables[metric].suffix_maxima()))
         influences = self.influences(metric)
         return rank_correlation(influences, self.costs), rank_correlation(maxima, self.costs)
 
-    def pruned_quality(self, metric: InfluenceMetric) -> float:
+    def pruned_quality(self, metric: str) -> float:
         """Return the mean over all budgets (0, 1, ... corrections in all): each has the accuracy,
         or for text the loss, of the best schedule of the metric's family within the budget.
         """

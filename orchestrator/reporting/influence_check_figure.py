@@ -6,7 +6,6 @@ from matplotlib.axes import Axes as Panel
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from iiet.influence import InfluenceMetric
 from orchestrator.reporting.figure_style import DOTS_PER_INCH, GRAY, GRID, SWEEP_COLORS
 from orchestrator.reporting.influence_check import InfluenceCheck, correlation_text
 from orchestrator.reporting.label_placement import LabelPlacer
@@ -48,7 +47,7 @@ def draw_influence_check(check: InfluenceCheck, *, title: str = "") -> Figure:
     return figure
 
 
-def _draw_panel(panel: Panel, check: InfluenceCheck, metric: InfluenceMetric) -> LabelPlacer:
+def _draw_panel(panel: Panel, check: InfluenceCheck, metric: str) -> LabelPlacer:
     influences = check.influences(metric)
     placer = LabelPlacer(panel)
     panel.axhline(0, color=GRAY, lw=0.8, zorder=1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from iiet.influence_metrics import INFLUENCE_METRICS
+from orchestrator.settings.choices import OneOf
 from orchestrator.settings.cluster import ClusterSettings
 from orchestrator.settings.model import DataSettings, ModelSettings
 from orchestrator.settings.prompts import Prompts
@@ -18,9 +20,9 @@ from orchestrator.settings.training import DistillationSettings, TrainingSetting
 class InfluenceSettings(Section):
     """Measurement of each correction's influence."""
 
-    metric: Literal["cosine", "relative", "loss"] = "cosine"
-    """`cosine`, `relative` (both from consecutive evaluations) or `loss` (rise of the validation
-    loss)."""
+    metric: Annotated[str, OneOf(INFLUENCE_METRICS)] = "cosine"
+    """`cosine`, `relative` (both from consecutive evaluations), `loss` (rise of the validation
+    loss), or a metric of another package."""
     num_tokens: int = Field(default=32768, gt=0)
     """Validation tokens of the calibration set."""
 

@@ -145,6 +145,8 @@ class SweepSettings(Section):
             raise ValueError(
                 f"no such method: {shortened(', '.join(unknown))}; known: {', '.join(METHODS)}"
             )
+        for method in methods:
+            METHODS[method]  # A broken package is found here.
         return methods
 
     @field_validator("learning_rates")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 
+from iiet.influence_metrics import INFLUENCE_METRICS
 from iiet.methods import METHODS
 from orchestrator.data.preparation import sequence_length
 from orchestrator.evaluation.task_selection import lm_eval_task_fingerprints
@@ -178,7 +179,7 @@ def _settings_of_no_model(settings: Settings, models: Sequence[ModelVariant]) ->
 
 def _check_thresholds(settings: Settings) -> None:
     below = [threshold for threshold in settings.sweep.thresholds if threshold < 0]
-    if below and settings.influence.metric != "loss":
+    if below and not INFLUENCE_METRICS[settings.influence.metric].may_be_negative:
         raise UserError(
             f"sweep.thresholds: {below[0]:g} is below 0, which no influence of the metric "
             f"{settings.influence.metric} is; give thresholds of at least 0, such as 0.001,0.01"

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from iiet.config import ModelConfig
+from iiet.extensions import ExtensionError
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, WEIGHTS, write_folder
@@ -36,6 +37,8 @@ from orchestrator.workspace.whole_folders import (
 
 TOKENIZER = "tokenizer.json"
 TRAINING_STATE = "training_state.pt"
+METHOD_PACKAGE = "method_package"
+"""Entry of the provenance: the package that adds the model's method, if one does."""
 ELASTIC = "elastic"
 """Entry of the provenance: the schedules that elastic weights learned beside the full one."""
 
@@ -88,6 +91,8 @@ def save_checkpoint(
         checksums = checksums_of(temporary)
         key = checksums[WEIGHTS][:KEY_LENGTH]
         record = {**provenance, "step": step, "weights": key, "checksums": checksums}
+        if package := METHODS.names.package(config.method):
+            record[METHOD_PACKAGE] = package
         text = json.dumps(record, indent=2) + "\n"
         (temporary / PROVENANCE).write_text(text, encoding="utf-8")
         mark_verified(temporary, checksums)
@@ -98,17 +103,30 @@ def load_config(folder: Path) -> ModelConfig:
     """Read a checkpoint's model configuration.
 
     Raises:
-        UserError: If the file is missing, damaged, or not valid for this version of the program.
+        UserError: If the file is missing, damaged, or not valid for this version of the program; or
+            if the package of its method is not installed, or broken.
     """
     values = read_json_object(folder / CONFIG, remedy=REMEDY)
     if values is None:
         raise UserError(f"{folder} is no checkpoint: it has no {CONFIG}")
     try:
         return ModelConfig.from_dict(values)
+    except ExtensionError as error:
+        raise UserError(_method_problem(folder, values.get("method"), error)) from None
     except INVALID_VALUE_ERRORS as error:
         raise UserError(
             f"cannot read the model's configuration in {folder}: {shortened(str(error))}"
         ) from None
+
+
+def _method_problem(folder: Path, method: Any, error: ExtensionError) -> str:
+    package = load_provenance(folder).get(METHOD_PACKAGE)
+    if package is None or method in METHODS:
+        return f"cannot use {folder}: {shortened(str(error))}"
+    return (
+        f"{folder} is a model of the method {method!r}, which the package {package} adds; install "
+        "that package, and run the command again"
+    )
 
 
 def load_training_state(folder: Path, *, mapped: bool = False) -> dict[str, Any]:

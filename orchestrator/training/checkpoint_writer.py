@@ -33,7 +33,7 @@ from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.files import damage_as_user_error, read_json_object, write_json
 from orchestrator.workspace.folders import is_valid_name
 from orchestrator.workspace.names import BEST
-from orchestrator.workspace.provenance import environment
+from orchestrator.workspace.provenance import environment, extension_packages
 from orchestrator.workspace.whole_folders import delete_folder
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def _provenance(job: TrainingJob, data: PreparedData) -> dict[str, Any]:
         "distillation": asdict(job.distillation) if job.distillation else None,
         "teacher": weights_key(Path(job.teacher_folder)) if job.teacher_folder else None,
         "kept_layers": job.kept_layers,
-        "environment": environment(),
+        "environment": {**environment(), **extension_packages()},
         **job.provenance,
     }
 

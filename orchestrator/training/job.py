@@ -12,6 +12,7 @@ from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
+from iiet.methods import METHODS
 from orchestrator.data.sources import open_data
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import TrainingSettings
@@ -67,8 +68,10 @@ def key_fields(job: TrainingJob) -> dict[str, Any]:
         del recipe["elastic"]
     else:
         recipe["elastic"]["draws"] = DRAWS_VERSION
+    version = METHODS[job.model.method].version
     return {
         **dropping,
+        **({"method_version": version} if version > 1 else {}),  # Likewise.
         "model": job.model.to_dict(),
         "recipe": recipe,
         # A dry run plans jobs whose tokens are not prepared; no stored job has their key.

@@ -23,12 +23,10 @@ def build_model_config(
             unless its settings name another.
 
     Raises:
-        UserError: If the preset or the method is unknown, or the sizes do not fit together.
+        UserError: If the preset is unknown, or the sizes do not fit together.
     """
     if model.preset not in PRESETS:
         raise UserError(f"model.preset: {model.preset!r} is unknown; known: {', '.join(PRESETS)}")
-    if model.method not in METHODS:
-        raise UserError(f"model.method: {model.method!r} is unknown; known: {', '.join(METHODS)}")
     sizes = {name: getattr(model, name) for name in _SIZES if getattr(model, name) is not None}
     if context_length is not None:
         sizes.setdefault("context_length", context_length)

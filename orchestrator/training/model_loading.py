@@ -24,7 +24,7 @@ from iiet.decoder import Decoder
 from iiet.published import config_from_published, decoder_from_published
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, non_finite
-from orchestrator.training.checkpoint import TRAINING_STATE, check_checkpoint
+from orchestrator.training.checkpoint import TRAINING_STATE, check_checkpoint, load_config
 from orchestrator.training.precision import use_tf32
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.names import PROVENANCE
@@ -72,6 +72,8 @@ def load_model(
     kind = folder_kind(folder)
     try:
         if kind == CHECKPOINT:
+            if (folder / PROVENANCE).exists():
+                load_config(folder)  # Names the package of a method that is not installed.
             decoder = Decoder.load(folder)
         elif kind == EXPORTED:
             decoder = _exported(folder)

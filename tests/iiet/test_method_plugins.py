@@ -128,6 +128,7 @@ def site(tmp_path, monkeypatch):
         (folder / name).write_text(text)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(METHODS, "_classes", dict(METHODS._classes))
+    monkeypatch.setattr(METHODS, "_checked", set())
     yield folder
     for name in [name for name in sys.modules if name.startswith("relaxed_methods")]:
         del sys.modules[name]

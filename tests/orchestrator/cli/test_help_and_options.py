@@ -12,13 +12,13 @@ from small_size import SMALL
 from typer.main import get_command
 
 from iiet.config import PRESETS
+from iiet.influence_metrics import INFLUENCE_METRICS
 from orchestrator import cli
 from orchestrator.cli import completion
 from orchestrator.cli.cluster import parse_command
 from orchestrator.reporting.front_axes import COSTS, QUALITIES
 from orchestrator.settings import (
     DistillationSettings,
-    InfluenceSettings,
     SearchSettings,
     Section,
     Settings,
@@ -164,7 +164,7 @@ def test_choices_are_those_of_the_settings(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     choices = {
-        "influence --metric": allowed(InfluenceSettings, "metric"),
+        "influence --metric": tuple(INFLUENCE_METRICS),
         "distill --control": allowed(DistillationSettings, "control"),
         "sweep-threshold --cost": allowed(SweepSettings, "budget_unit"),
         "sweep-threshold --selection": allowed(SweepSettings, "selection"),

@@ -1,0 +1,262 @@
+"""Influence metrics: what makes a correction matter. Cosine, relative change, and rise of the loss.
+
+A metric gets a batch and the decoder, and returns one value per layer and correction. Two of the
+metrics compare consecutive evaluations of a layer and cost one forward pass. The third, `loss`,
+ends layers early, one correction at a time: one forward pass per correction. Other packages add
+metrics by entry points of the group `iiet.influence_metrics`. Source: this project.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from iiet.batch import Batch
+from iiet.decoder import Decoder
+from iiet.extensions import ExtensionNames, ExtensionTable
+from iiet.loss_metrics import cross_entropy_and_accuracy
+from iiet.methods import Evaluation
+
+__all__ = [
+    "INFLUENCE_METRICS",
+    "BatchInfluence",
+    "Comparison",
+    "InfluenceMetric",
+    "MeasuredBatch",
+    "Rows",
+    "checked_metric",
+]
+
+Rows = tuple[tuple[float, ...], ...]
+"""One row per layer, one number per correction; rows differ in length as the layers do."""
+
+Compare = Callable[[Tensor, Tensor], Tensor]
+"""Two outputs of evaluations, (time, dim) in float64 -> a number per position, (time,)."""
+
+
+class BatchInfluence(NamedTuple):
+    """What a metric finds in one batch."""
+
+    values: Rows
+    """Influence per layer and correction, as means over the positions that count."""
+    accuracy_lost: Rows = ()
+    """What stopping a layer before each correction costs in accuracy; empty if not measured."""
+
+
+class MeasuredBatch:
+    """A batch, and the decoder that is measured on it under its own iteration schedule."""
+
+    def __init__(
+        self, decoder: Decoder, batch: Batch, attention_mask: Tensor | None, counted: Tensor
+    ) -> None:
+        self.decoder, self.batch, self.attention_mask = decoder, batch, attention_mask
+        self.counted = counted
+        """Positions that the means run over, (batch, time) of bool."""
+        self.num_tokens = int(counted.sum())
+        """How many these are."""
+        self.residuals: Rows = ()
+        """Relative residual of each correction, after `run`."""
+        self.layer_values: tuple[float, ...] = ()
+        """Block influence of each layer, after `run`."""
+
+    def run(self) -> Tensor:
+        """Run the layers under the full schedule; return the last hidden state, (batch, time, dim).
+
+        Logits are not computed: they would need more memory than everything else.
+        """
+        return self._run(_Observer(self))
+
+    def compare(self, compare: Compare) -> Rows:
+        """Run the layers, and compare each evaluation of a layer with the one before it.
+
+        Args:
+            compare: Called for each sequence with the outputs of two consecutive evaluations,
+                (time, dim) in float64; returns a number for each position, (time,).
+
+        Returns:
+            The means over the positions that count, per layer and correction.
+        """
+        observer = _Observer(self, compare)
+        self._run(observer)
+        return _numbers(observer.values)
+
+    def mean(self, measure: Compare, a: Tensor, b: Tensor) -> Tensor:
+        """Average a measure of two tensors, (batch, time, dim), over the positions that count."""
+        # In float64, because float32 keeps few digits of a cosine's distance from one; by sequence,
+        # to spare memory.
+        sums = [
+            torch.where(counted, measure(one.double(), other.double()), 0.0).sum()
+            for one, other, counted in zip(a, b, self.counted, strict=True)
+        ]
+        return torch.stack(sums).sum() / self.num_tokens
+
+    def _run(self, observer: _Observer) -> Tensor:
+        before: Tensor = self.decoder.embedding(self.batch.input_ids)
+        for after in self.decoder.hidden_states(
+            before, attention_mask=self.attention_mask, observe=observer
+        ):
+            observer.layers.append(self.mean(_cosine_distance, before, after))
+            before = after
+        self.residuals, (self.layer_values,) = (
+            _numbers(observer.residuals),
+            _numbers([observer.layers]),
+        )
+        return before
+
+
+class _Observer:
+    """Compares each evaluation of a pass with the one before it, and keeps only means."""
+
+    def __init__(self, measured: MeasuredBatch, compare: Compare | None = None) -> None:
+        schedule = measured.decoder.schedule
+        self.values: list[list[Tensor]] = [[] for _ in schedule]
+        self.residuals: list[list[Tensor]] = [[] for _ in schedule]
+        self.layers: list[Tensor] = []
+        self._schedule, self._mean, self._compare = schedule, measured.mean, compare
+        self._previous: Tensor | None = None
+
+    def __call__(self, seen: Evaluation) -> None:
+        if self._compare is not None and 1 <= seen.k <= self._schedule[seen.layer]:
+            assert self._previous is not None
+            change = self._mean(self._compare, self._previous, seen.output)
+            self.values[seen.layer].append(change)
+        self._previous = seen.output
+        if seen.residual is not None and seen.estimate is not None:
+            size = self._mean(_relative_size, seen.residual, seen.estimate)
+            self.residuals[seen.layer].append(size)
+
+
+class InfluenceMetric(ABC):
+    """Base of all metrics."""
+
+    version: ClassVar[int] = 1
+    """Increase it if the metric gives other values: stored tables are then measured again."""
+    needs_targets: ClassVar[bool] = False
+    """Whether only positions with a target count; else all that the model is taught."""
+    may_be_negative: ClassVar[bool] = False
+    """Whether a correction may have a negative influence, and thresholds may be below 0."""
+    is_of_stopping: ClassVar[bool] = False
+    """Whether a value compares stopping before the correction with the full layer. A correction is
+    then worth the difference to stopping after it; else its value is its worth."""
+
+    @abstractmethod
+    def measure(self, measured: MeasuredBatch) -> BatchInfluence:
+        """Measure one batch; called without gradients.
+
+        The values of all batches are averaged, weighted by the positions that count.
+        """
+
+
+class Comparison(InfluenceMetric):
+    """Base of the metrics that compare consecutive evaluations of a layer: one forward pass."""
+
+    @abstractmethod
+    def compare(self, before: Tensor, after: Tensor) -> Tensor:
+        """Compare two outputs of a layer's field, (time, dim) in float64; return (time,)."""
+
+    def measure(self, measured: MeasuredBatch) -> BatchInfluence:
+        return BatchInfluence(measured.compare(self.compare))
+
+
+class Cosine(Comparison):
+    """`1 - cos(y(i-1), y(i))` of consecutive outputs y of a layer's field."""
+
+    def compare(self, before: Tensor, after: Tensor) -> Tensor:
+        return _cosine_distance(before, after)
+
+
+class Relative(Comparison):
+    """`|y(i) - y(i-1)| / |y(i)|` of consecutive outputs y of a layer's field."""
+
+    def compare(self, before: Tensor, after: Tensor) -> Tensor:
+        return _relative_size(after - before, after)
+
+
+class LossRise(InfluenceMetric):
+    """Rise of the loss when a layer stops before the correction, all other layers full."""
+
+    needs_targets = True
+    may_be_negative = True
+    is_of_stopping = True
+
+    def measure(self, measured: MeasuredBatch) -> BatchInfluence:
+        decoder, batch = measured.decoder, measured.batch
+        sequences = replace(batch, target_count=None).split(1)
+        counts = [sequence.num_targets for sequence in sequences]
+
+        def loss_and_accuracy(logits: Tensor) -> tuple[float, ...]:
+            # In float64, because rises are small beside the loss; by sequence, to spare memory.
+            found = [
+                cross_entropy_and_accuracy(ours[None].double(), sequence)
+                for ours, sequence in zip(logits, sequences, strict=True)
+            ]
+            return tuple(
+                math.fsum(n * each.item() for n, each in zip(counts, means, strict=True))
+                / sum(counts)
+                for means in zip(*found, strict=True)
+            )
+
+        def stopped(layer: int, corrections: int) -> tuple[float, ...]:
+            schedule = full.with_layer(layer, corrections)
+            mask = measured.attention_mask
+            return loss_and_accuracy(
+                decoder(batch.input_ids, schedule=schedule, attention_mask=mask)
+            )
+
+        full = decoder.schedule
+        full_loss, full_accuracy = loss_and_accuracy(decoder.logits(measured.run()))
+        found = [[stopped(layer, i) for i in range(count)] for layer, count in enumerate(full)]
+        return BatchInfluence(
+            tuple(tuple(loss - full_loss for loss, _ in row) for row in found),
+            tuple(tuple(full_accuracy - accuracy for _, accuracy in row) for row in found),
+        )
+
+
+_OWN: dict[str, type[InfluenceMetric]] = {
+    "cosine": Cosine,
+    "relative": Relative,
+    "loss": LossRise,
+}
+
+INFLUENCE_METRICS: ExtensionTable[type[InfluenceMetric]] = ExtensionTable(
+    ExtensionNames("iiet.influence_metrics", "influence metric", _OWN),
+    _OWN,
+    bases=(InfluenceMetric,),
+)
+"""Metrics by name; the keys are the values of the setting `influence.metric`."""
+
+
+def checked_metric(metric: Any) -> str:
+    """Return the name of a metric.
+
+    Raises:
+        ValueError: there is none of this name, or its package is broken.
+    """
+    if metric not in INFLUENCE_METRICS:
+        raise ValueError(f"metric must be one of {tuple(INFLUENCE_METRICS)}, got {metric!r}")
+    INFLUENCE_METRICS[metric]
+    return str(metric)
+
+
+def _cosine_distance(before: Tensor, after: Tensor) -> Tensor:
+    # Half the squared distance of the directions is 1 - cos, and never rounds to below zero.
+    turn = functional.normalize(after, dim=-1) - functional.normalize(before, dim=-1)
+    return turn.square().sum(-1) / 2
+
+
+def _relative_size(part: Tensor, whole: Tensor) -> Tensor:
+    ratio: Tensor = part.square().sum(-1) / whole.square().sum(-1)
+    return ratio.sqrt()
+
+
+def _numbers(rows: Sequence[Sequence[Tensor]]) -> Rows:
+    """Read tensors of one number each."""
+    numbers = iter(torch.stack([n for row in rows for n in row]).tolist() if any(rows) else ())
+    return tuple(tuple(next(numbers) for _ in row) for row in rows)

@@ -1,0 +1,128 @@
+"""A metric of another package: what it returns is the table, and what it declares is heeded."""
+
+import pytest
+import torch
+
+from iiet import INFLUENCE_METRICS, Decoder, influence_table, preset
+from iiet.extensions import ExtensionError
+from iiet.influence import InfluenceAccumulator
+from iiet.influence_metrics import BatchInfluence, Comparison, InfluenceMetric, LossRise
+from iiet.influence_values import InfluenceTable
+
+
+class SquaredChange(Comparison):
+    """|y(i) - y(i-1)|^2"""
+
+    def compare(self, before, after):
+        return (after - before).square().sum(-1)
+
+
+class Constant(InfluenceMetric):
+    """One in each layer, without a pass."""
+
+    rows = ((1.0, 1.0), (), (1.0,))
+
+    def measure(self, measured):
+        return BatchInfluence(self.rows)
+
+
+class TooFew(Constant):
+    rows = ((1.0,), (), (1.0,))
+
+
+class Slope(InfluenceMetric):
+    """Needs gradients, which it enables."""
+
+    needs_targets = True
+
+    def measure(self, measured):
+        with torch.enable_grad():
+            weight = measured.decoder.fields[0].feed_forward.down.weight
+            hidden = measured.run()
+            (gradient,) = torch.autograd.grad(hidden.square().sum(), weight)
+        size = gradient.norm().item()
+        return BatchInfluence(tuple((size,) * r for r in measured.decoder.schedule))
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setattr(INFLUENCE_METRICS, "_classes", dict(INFLUENCE_METRICS._classes))
+    monkeypatch.setattr(INFLUENCE_METRICS, "_checked", set())
+    for name, kind in {
+        "squared": SquaredChange,
+        "constant": Constant,
+        "too_few": TooFew,
+        "slope": Slope,
+        "stop": type("Stop", (LossRise,), {}),
+    }.items():
+        INFLUENCE_METRICS.register(name, kind)
+
+
+def decoder():
+    torch.manual_seed(0)
+    config = preset(
+        "tiny", dim=16, num_layers=3, num_heads=2, ffn_dim=24, vocab_size=20, context_length=16,
+        schedule=[2, 0, 1], initializer_std=0.3,
+    )  # fmt: skip
+    return Decoder(config).eval()
+
+
+TOKENS = torch.randint(20, (3, 9), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_a_comparison_gets_consecutive_outputs_of_each_layer():
+    model, outputs = decoder(), {}
+    model(TOKENS, observe=lambda seen: outputs.__setitem__((seen.layer, seen.k), seen.output))
+    table = influence_table(model, [TOKENS], metric="squared")
+    for layer, row in enumerate(table.value_rows):
+        for i, value in enumerate(row, start=1):
+            change = outputs[layer, i].double() - outputs[layer, i - 1].double()
+            assert value == pytest.approx(change.square().sum(-1).mean().item(), rel=1e-12)
+    assert table.metric == "squared"
+    assert table.worths() == table.value_rows
+
+
+def test_a_metric_without_a_pass_still_gives_a_whole_table():
+    table, cosine = (influence_table(decoder(), [TOKENS], metric=m) for m in ("constant", "cosine"))
+    assert table.value_rows == Constant.rows
+    assert table.residual_rows == cosine.residual_rows
+    assert table.layer_values == cosine.layer_values
+
+
+def test_a_metric_may_enable_gradients():
+    table = influence_table(decoder(), [TOKENS], metric="slope")
+    assert table.value_rows[0][0] > 0
+    assert table.num_tokens == 3 * 8, "the last token has no target"
+
+
+def test_rows_that_do_not_fit_the_schedule_are_refused():
+    with pytest.raises(
+        ValueError, match="'too_few' must return a value for each correction of the"
+    ):
+        influence_table(decoder(), [TOKENS], metric="too_few")
+
+
+def test_worths_follow_what_the_metric_declares():
+    stop, loss = (influence_table(decoder(), [TOKENS], metric=m) for m in ("stop", "loss"))
+    assert stop.value_rows == loss.value_rows
+    assert stop.worths() == loss.worths() != loss.value_rows
+
+
+def test_a_table_can_be_read_without_its_metric():
+    stored = influence_table(decoder(), [TOKENS], metric="constant").to_dict()
+    del INFLUENCE_METRICS._classes["constant"]
+    INFLUENCE_METRICS._checked.discard("constant")
+    table = InfluenceTable.from_dict(stored)
+    assert table.value_rows == Constant.rows
+    with pytest.raises(ExtensionError, match="there is no influence metric 'constant'; known: cos"):
+        table.worths()
+    with pytest.raises(ValueError, match="metric must be one of"):
+        InfluenceAccumulator("constant")
+
+
+def test_a_class_that_is_no_metric_is_refused():
+    with pytest.raises(ValueError, match="must be a subclass of iiet"):
+        INFLUENCE_METRICS.register("decoder", Decoder)
+    with pytest.raises(ValueError, match="influence metric 'cosine' exists already"):
+        INFLUENCE_METRICS.register("cosine", Constant)
