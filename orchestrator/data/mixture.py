@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from iiet.batch import Batch
 from orchestrator.data.depth.store import DepthStore, content_number
@@ -24,6 +25,7 @@ from orchestrator.data.shares import SourceOrder
 from orchestrator.data.token_store import TokenStore, open_tokens
 from orchestrator.settings import DataSettings
 from orchestrator.settings.mixture import source_order
+from orchestrator.workspace.errors import UserError
 
 _SIZES = ("train_tokens", "validation_tokens")
 
@@ -119,9 +121,17 @@ def open_mixture(folder: Path, manifest: Manifest) -> MixtureStore:
     """Open a folder that holds a mixture.
 
     Raises:
-        UserError: If the tokens of a text are missing, incomplete or damaged.
+        UserError: If the tokens of a text are missing, incomplete or damaged, or the package of a
+            text's source is not installed.
     """
-    settings = DataSettings.model_validate(manifest.settings)
+    try:
+        settings = DataSettings.model_validate(manifest.settings)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(
+            f"cannot read the mixture in {folder}: {reason}; a source of another package needs "
+            "this package installed"
+        ) from None
     folders = manifest.text_folders(folder)
     tasks = {task.name: task for task in mixture_tasks(settings)}
     sources = {

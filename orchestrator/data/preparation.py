@@ -22,7 +22,7 @@ from orchestrator.data.mixture_writing import whole_tokenizer, write_mixture
 from orchestrator.data.prepared import PreparedData, is_complete, verify_data
 from orchestrator.data.source_index import find_folder, index_file, source_key
 from orchestrator.data.sources import open_data
-from orchestrator.data.text_files import find_files
+from orchestrator.data.text_source import text_source
 from orchestrator.data.text_writing import write_text
 from orchestrator.data.token_store import TokenStore
 from orchestrator.data.tokenization import can_resume
@@ -37,8 +37,6 @@ from orchestrator.workspace.read_only import check_may_write
 ASSUMED_VOCABULARY = 32000
 """Entries of a tokenizer on the hub, assumed without a request: as in the published models."""
 ASSUMED_TEXT_BYTES_PER_TOKEN = 4
-ASSUMED_TOKENS_PER_DOCUMENT = 1000
-"""For data sets on the hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,13 +231,7 @@ def _text_vocabulary(settings: DataSettings) -> tuple[int, str]:
 
 
 def _bytes_to_write(settings: DataSettings, vocab_size: int) -> int:
-    if settings.source == "hub":
-        documents = settings.max_documents or 0
-        text = documents * ASSUMED_TOKENS_PER_DOCUMENT * ASSUMED_TEXT_BYTES_PER_TOKEN
-    elif settings.source == "files":
-        text = sum(path.stat().st_size for path in find_files(settings))
-    else:
-        return 0  # a few megabytes
+    text = text_source(settings).num_bytes()
     token_bytes = 2 if vocab_size <= 1 << 16 else 4
     held_out = int(text * settings.validation_fraction)  # stored as text, too
     return text // ASSUMED_TEXT_BYTES_PER_TOKEN * token_bytes + held_out

@@ -6,10 +6,22 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 
-from orchestrator.settings.depth import TASK_KINDS, parse_task_name
+from iiet.extensions import ExtensionNames
+from orchestrator.settings.depth import TASK_KINDS, is_depth_task, parse_task_name
 from orchestrator.workspace.errors import quoted
 
-TEXT_SOURCES = ("python", "files", "hub")
+OTHER_SOURCES = ("depth", "mixture")
+"""Values of `data.source` that are no text."""
+
+
+def _is_reserved(name: str) -> bool:
+    return name in OTHER_SOURCES or is_depth_task(name)
+
+
+TEXT_SOURCES = ExtensionNames(
+    "iiet_orch.data_sources", "data source", ("python", "files", "hub"), is_reserved=_is_reserved
+)
+"""Names of text sources, also of other packages; their classes: `orchestrator.data.text_source`."""
 
 
 def check_shares(shares: Mapping[str, float]) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from iiet.config import PRESETS, ModelConfig
 from iiet.methods import METHODS
+from orchestrator.settings.choices import OneOf
 from orchestrator.settings.depth import DepthSettings
-from orchestrator.settings.mixture import TEXT_SOURCES, check_shares, source_order
+from orchestrator.settings.mixture import OTHER_SOURCES, TEXT_SOURCES, check_shares, source_order
 from orchestrator.settings.section import Section
 from orchestrator.terminal.formatting import format_count
 
@@ -24,14 +25,16 @@ MAX_LAYERS = 1000
 class DataSettings(Section):
     """Corpus, tokenizer and held-out documents."""
 
-    source: Literal["python", "files", "hub", "depth", "mixture"] = "python"
+    source: Annotated[str, OneOf(TEXT_SOURCES, also=OTHER_SOURCES)] = "python"
     """`python`: the English texts that come with every Python; `files`: `files` below; `hub`: the
     data set `hub_name`; `depth`: the generated tasks in `depth` below; `mixture`: several of these
-    at the `shares` below."""
+    at the `shares` below; or a source of another package."""
     shares: dict[str, float] = Field(default={})
     """For `source: mixture`: the share of the training sequences that each source gives, such as
-    `{python: 0.8, phop_6: 0.2}`. Names are `python`, `files`, `hub`, and depth tasks. Shares sum to
-    1 and are rounded to thousandths."""
+    `{python: 0.8, phop_6: 0.2}`. Names are `python`, `files`, `hub`, those of other packages, and
+    depth tasks. Shares sum to 1 and are rounded to thousandths."""
+    source_options: dict[str, dict[str, Any]] = Field(default={})
+    """Options of sources of other packages, by their names: `{name: {option: value}}`."""
     files: tuple[str, ...] = ()
     """Paths or glob patterns of `.txt`, `.jsonl` (also `.jsonl.gz`) or `.parquet` files; a folder
     means all such files in it and below it."""
@@ -69,6 +72,22 @@ class DataSettings(Section):
             )
         check_shares(shares)
         return shares
+
+    @field_validator("source_options")
+    @classmethod
+    def _refuse_options_of_other_sources(
+        cls, options: dict[str, dict[str, Any]], info: ValidationInfo
+    ) -> dict[str, dict[str, Any]]:
+        source, shares = info.data.get("source"), info.data.get("shares")
+        if source is None or shares is None:  # One of them is wrong, which is reported.
+            return options
+        read = shares if source == "mixture" else (source,)
+        if unread := [name for name in options if name not in read]:
+            raise ValueError(
+                f"{', '.join(unread)} is not read; data.source is {source}"
+                + (f" of {', '.join(shares)}" if source == "mixture" else "")
+            )
+        return options
 
     @field_validator("files")
     @classmethod
@@ -114,8 +133,16 @@ class DataSettings(Section):
             "hub": {"files": ()},
         }
         alone = {"shares": {}, "depth": DepthSettings()}
+        options = self.source_options
         return {
-            name: self.model_copy(update={"source": name, **alone, **unread[name]})
+            name: self.model_copy(
+                update={
+                    "source": name,
+                    "source_options": {name: options[name]} if name in options else {},
+                    **alone,
+                    **unread.get(name, {"files": (), **no_hub}),
+                }
+            )
             for name in source_order(self.shares)
             if name in TEXT_SOURCES
         }
@@ -129,6 +156,8 @@ class DataSettings(Section):
     def read_by_source(self) -> dict[str, Any]:
         """Return the settings that the source reads, as JSON values, for keys and manifests."""
         unread = {"mixture": set(), "depth": {"shares"}}.get(self.source, {"shares", "depth"})
+        if not self.source_options:  # Keys of earlier versions have none.
+            unread = unread | {"source_options"}
         return self.model_dump(mode="json", exclude=unread)
 
 
@@ -137,7 +166,7 @@ class ModelSettings(Section):
 
     preset: str = "tiny"
     """Name of a preset: tiny, 55m, 340m, 740m, 1.3b."""
-    method: str = DEFAULT_METHOD
+    method: Annotated[str, OneOf(METHODS)] = DEFAULT_METHOD
     """How a layer advances the hidden state: iiet, vanilla, pcformer, looped, or another method."""
     corrections: int | str | tuple[int, ...] = 2
     """Corrections per layer (the iteration schedule): `3`, or one number per layer, `2,2,1,1,1,1`.
