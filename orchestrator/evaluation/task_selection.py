@@ -19,14 +19,13 @@ from orchestrator.evaluation.heldout import (
     is_heldout_task,
     offered_tasks,
 )
+from orchestrator.evaluation.python_tasks import HELDOUT
 from orchestrator.records.evaluation import BITS_METRIC
 from orchestrator.settings import DataSettings, EvaluationSettings, Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import expand_user, is_folder
 from orchestrator.workspace.folders import Workspace
-
-HELDOUT = "heldout"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from iiet.cost import inference_cost
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.heldout import is_heldout_task
+from orchestrator.evaluation.python_tasks import TASKS
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.reporting.influence_tables import influence_markdown
 from orchestrator.reporting.markdown import bullets, markdown_table
@@ -157,14 +158,17 @@ The model's code is in the same folder. It only needs
 def _reproduction(evaluation: EvaluationResult) -> Iterable[str]:
     """Yield sentences on the origin of the tasks and how to reproduce their numbers."""
     own = [name for name in evaluation.results if is_heldout_task(name)]
-    others = [name for name in evaluation.results if not is_heldout_task(name)]
+    added = {name: TASKS.names.package(name) for name in evaluation.results if name in TASKS}
+    others = [name for name in evaluation.results if name not in {*own, *added}]
     if own:
         names = ", ".join(f"`{name}`" for name in own)
         yield (
             f"These tasks are made from data that were held out of the model's training: {names}. "
             "lm-eval does not have them; `iiet-orch evaluate` measures them."
         )
-    if own and others:
+    for name, package in added.items():
+        yield f"The task `{name}` is of the package {package}; `iiet-orch evaluate` measures it."
+    if others and (own or added):
         yield ""
     if others:
         yield (

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import lm_eval.tasks
 from lm_eval.api.task import ConfigurableTask, Task
@@ -24,17 +25,11 @@ from orchestrator.data.hub import hub_problem, offline
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.evaluation.harness.task_index import index_names, nearest_name
 from orchestrator.evaluation.heldout import heldout_configs
+from orchestrator.evaluation.python_tasks import TASKS, expand_groups, task_config
 from orchestrator.records.evaluation import ACCURACY_METRICS
 from orchestrator.settings.prompts import Prompts
 from orchestrator.workspace.errors import RunFailed, UserError, first_line
 from orchestrator.workspace.provenance import content_key
-
-SUITES = {
-    "paper": (
-        "lambada_openai", "piqa", "hellaswag", "sciq", "arc_easy", "arc_challenge", "winogrande",
-    ),
-}  # fmt: skip
-"""Names for several tasks; each task counts in the average as if it had been named."""
 
 MAX_LOADED = 4
 """Suites that a process keeps; the models of one command have one to a few."""
@@ -112,7 +107,7 @@ def load_suite(
     """Load tasks by name; in one process, tasks of the same files are loaded once.
 
     Args:
-        names: Tasks, groups, tags, or a key of `SUITES`; if empty, all tasks in `folders` and
+        names: Tasks, groups, tags, or keys of `TASKS`; if empty, all tasks in `folders` and
             `heldout`.
         folders: Folders of task files; they take precedence over lm-eval's own.
         heldout: Folder of the held-out tasks; they take precedence over all others.
@@ -152,21 +147,21 @@ def _state(*folders: Path | None) -> tuple[tuple[Path, int, int], ...]:
 def _load(
     names: Sequence[str], folders: Sequence[Path], heldout: Path | None, num_fewshot: int | None
 ) -> Suite:
-    heldout_tasks = _heldout_tasks(heldout) if heldout else {}
     manager = TaskManager(include_path=list(folders), include_defaults=False)
-    wanted = [part for name in names for part in SUITES.get(name, (name,))]
-    wanted = list(dict.fromkeys(wanted)) or sorted({*manager.all_subtasks, *heldout_tasks})
+    own = heldout_configs(heldout) if heldout else {}
+    wanted = expand_groups(names) or sorted({*manager.all_subtasks, *own})
+    in_python = {name: config for name in wanted if (config := task_config(name))}
+    _check_names(manager, in_python)
+    made = _made_tasks({**own, **in_python})
     if not wanted:
         places = ", ".join(map(str, folders))
         raise UserError(
             f"there are no lm-eval task files in {places}" if folders else "no task was named"
         )
     _check_files(manager, folders)
-    manager, problems = _find(
-        manager, [name for name in wanted if name not in heldout_tasks], folders
-    )
+    manager, problems = _find(manager, [name for name in wanted if name not in made], folders)
     known = [name for name in wanted if name not in problems]
-    tasks, groups, skipped, unusable = _load_tasks(manager, known, heldout_tasks)
+    tasks, groups, skipped, unusable = _load_tasks(manager, known, made)
     if problems := problems | unusable:
         raise UserError(
             f"cannot evaluate {_as_text(problems)}; correct evaluation.suite, or leave out what "
@@ -195,10 +190,23 @@ def _as_planned(suite: Suite, names: Collection[str]) -> Suite:
     return replace(suite.only(names), skipped=suite.skipped | dict.fromkeys(others, reason))
 
 
-def _heldout_tasks(folder: Path) -> dict[str, Task]:
-    configs = heldout_configs(folder)
+def _made_tasks(configs: Mapping[str, dict[str, Any]]) -> dict[str, Task]:
     with suppress_output():
         return {name: ConfigurableTask(config=config) for name, config in configs.items()}
+
+
+def _check_names(manager: TaskManager, in_python: Collection[str]) -> None:
+    """Raise `UserError` if a task of a package has the name of one in a file."""
+    if not in_python:
+        return
+    builtin = index_names(Path(lm_eval.tasks.__file__).parent)
+    for name in in_python:
+        if name in builtin or name in manager.task_index:
+            origin = "evaluation.include_path" if name in manager.task_index else "lm-eval"
+            raise UserError(
+                f"evaluation.suite: the task {name!r} is defined by {TASKS.names.package(name)} "
+                f"and by {origin}; uninstall the package, or give one of them another name"
+            )
 
 
 def _check_files(manager: TaskManager, folders: Sequence[Path]) -> None:
@@ -236,20 +244,18 @@ def _find(
 
 
 def _load_tasks(
-    manager: TaskManager, names: Sequence[str], heldout_tasks: Mapping[str, Task]
+    manager: TaskManager, names: Sequence[str], made: Mapping[str, Task]
 ) -> tuple[dict[str, Task], dict[str, tuple[str, ...]], dict[str, str], dict[str, str]]:
     """Return tasks, groups, skipped and unusable names with their reasons."""
     tasks: dict[str, Task] = {}
     groups: dict[str, tuple[str, ...]] = {}
     skipped: dict[str, str] = {}
     unusable: dict[str, str] = {}
-    needing_hub = {
-        name for name in names if name not in heldout_tasks and _reads_hub(manager, name)
-    }
+    needing_hub = {name for name in names if name not in made and _reads_hub(manager, name)}
     problem = hub_problem() if needing_hub else None
     for name in names:
-        if name in heldout_tasks:
-            tasks[name] = heldout_tasks[name]
+        if name in made:
+            tasks[name] = made[name]
             continue
         online = name in needing_hub and problem is None
         try:
