@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.records.measurement import Measurement
+from orchestrator.settings import MLFLOW
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.folders import Workspace, open_workspace
 
@@ -28,7 +29,15 @@ class Context:
         """Name the workspace; the store is opened at first use unless `tracking` is given.
 
         `loggers` are those of the settings, for pipelines that train.
+
+        Raises:
+            UserError: If the package of a logger is missing or broken.
         """
+        if others := [name for name in loggers if name != MLFLOW]:
+            from orchestrator.tracking.log_mirror import logger_class  # Imports MLflow.
+
+            for name in others:
+                logger_class(name)
         self.workspace, self._loggers = workspace, loggers
         self.progress = progress or Progress()
         self._tracking = tracking
@@ -70,7 +79,7 @@ def open_context(
     `loggers` as for `Context`.
 
     Raises:
-        UserError: If the folder cannot be used; see `open_workspace`.
+        UserError: If the folder cannot be used, see `open_workspace`; or as `Context`.
     """
     if not isinstance(workspace, Workspace):
         workspace = open_workspace(Path(workspace))

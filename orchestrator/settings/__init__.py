@@ -27,7 +27,7 @@ from orchestrator.settings.schema import (
 )
 from orchestrator.settings.section import Section
 from orchestrator.settings.sweep import SearchSettings, SweepSettings
-from orchestrator.settings.tracking import TENSORBOARD, TrackingSettings
+from orchestrator.settings.tracking import MLFLOW, TrackingSettings
 from orchestrator.settings.training import DistillationSettings, ElasticSettings, TrainingSettings
 
 __all__ = [
@@ -45,7 +45,7 @@ __all__ = [
     "Section",
     "Settings",
     "SweepSettings",
-    "TENSORBOARD",
+    "MLFLOW",
     "TrackingSettings",
     "TrainingSettings",
     "flatten",

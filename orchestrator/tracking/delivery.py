@@ -11,13 +11,13 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 
-from orchestrator.settings import TENSORBOARD
+from orchestrator.settings import MLFLOW
 from orchestrator.tracking.client import MlflowException
+from orchestrator.tracking.log_mirror import LogMirror, log_folder
 from orchestrator.tracking.operations import OPERATIONS
 from orchestrator.tracking.outbox import Outbox, Record
 from orchestrator.tracking.sender import Sender
 from orchestrator.tracking.store import FAILURES, RunIdentity, Store, is_refusal
-from orchestrator.tracking.tensorboard_log import TensorBoardLog
 from orchestrator.workspace.errors import first_line
 from orchestrator.workspace.folders import Workspace
 
@@ -42,15 +42,20 @@ class Delivery:
         Args:
             warn: Called once when the store stops responding, and for values that it refuses
                 (default: a log message).
-            loggers: As the setting; with `tensorboard`, journals are mirrored there, too.
+            loggers: As the setting; those beside `mlflow` get the updates of runs, too.
+
+        Raises:
+            UserError: If the package of a logger is missing or broken.
         """
         self.root = workspace.root
         self.store = Store(workspace)
         self.outbox = Outbox(workspace.root)
         self._warn = warn or logging.getLogger(__name__).warning
-        self._tensorboard: TensorBoardLog | None = None
-        if TENSORBOARD in loggers:
-            self._tensorboard = TensorBoardLog(workspace.root / TENSORBOARD, warn=self._warn)
+        self._mirrors = [
+            LogMirror(name, log_folder(workspace.root, name), warn=self._warn)
+            for name in loggers
+            if name != MLFLOW
+        ]
         self._sender = Sender(self._send)
         self._pause_seconds = self._paused_until = 0.0
         self._num_performed = 0
@@ -69,11 +74,11 @@ class Delivery:
         self.mirror(*records)
 
     def mirror(self, *records: Record) -> None:
-        """Let the other loggers read the journals that operations name; returns at once."""
-        if self._tensorboard:
+        """Let the other loggers know the updates of runs; waits for them."""
+        for mirror in self._mirrors:
             for record in records:
-                if "run" in record:
-                    self._tensorboard.mirror(record["run"], record["arguments"])
+                if record["operation"] == "update":
+                    mirror.update(record["run"], record["arguments"])
 
     def wait(self, seconds: float = MAX_WAIT_SECONDS, *, in_all: bool = False) -> None:
         """Wait until the store has everything; the outbox gets what it does not have in time.

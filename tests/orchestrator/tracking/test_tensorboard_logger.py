@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.tracking import open_tracking
-from orchestrator.tracking.tensorboard_log import TensorBoardLog
+from orchestrator.tracking.log_mirror import LogMirror
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import Journal
 
@@ -34,8 +34,8 @@ def write(journal: Path, steps: range, **more: float) -> None:
     file.close()
 
 
-def log_of(folder: Path) -> TensorBoardLog:
-    return TensorBoardLog(folder, warn=pytest.fail)
+def log_of(folder: Path) -> LogMirror:
+    return LogMirror("tensorboard", folder, warn=pytest.fail)
 
 
 def test_every_point_is_there_at_its_time(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_every_point_is_there_at_its_time(tmp_path: Path) -> None:
 
     write(tmp_path / "run", range(1, 4))
     write(tmp_path / "run", range(4, 5), **{"validation/loss": 4.5})
-    log_of(tmp_path / "log").mirror(RUN, {"journal": tmp_path / "run", "status": "FINISHED"})
+    log_of(tmp_path / "log").update(RUN, {"journal": tmp_path / "run", "status": "FINISHED"})
     folder = tmp_path / "log" / "toy" / "2,1"
     assert points(folder) == {
         "train/loss": [(1, 4.9), (2, 4.8), (3, 4.7), (4, 4.6)],
@@ -59,15 +59,15 @@ def test_a_resumed_training_has_each_point_once(tmp_path: Path) -> None:
     journal, folder = tmp_path / "run", tmp_path / "log" / "toy" / "2,1"
     log = log_of(tmp_path / "log")
     write(journal, range(1, 4))
-    log.mirror(RUN, {"journal": journal})
+    log.update(RUN, {"journal": journal})
     write(journal, range(3, 6))  # It was killed, and repeats a step.
-    log.mirror(RUN, {"journal": journal})
+    log.update(RUN, {"journal": journal})
     expected = {"train/loss": [(step, round(5 - step / 10, 4)) for step in range(1, 6)]}
     assert points(folder) == expected
     # Another process, which finds what this one has written.
     again = log_of(tmp_path / "log")
     for status in ("RUNNING", "FINISHED"):
-        again.mirror(RUN, {"journal": journal, "status": status})
+        again.update(RUN, {"journal": journal, "status": status})
     assert points(folder) == expected
     assert len(list(folder.iterdir())) == 1
 
@@ -75,9 +75,9 @@ def test_a_resumed_training_has_each_point_once(tmp_path: Path) -> None:
 def test_metrics_after_the_end_are_added(tmp_path: Path) -> None:
     log = log_of(tmp_path / "log")
     write(tmp_path / "run", range(1, 2))
-    log.mirror(RUN, {"journal": tmp_path / "run", "status": "FINISHED"})
+    log.update(RUN, {"journal": tmp_path / "run", "status": "FINISHED"})
     write(tmp_path / "run", range(2, 3), **{"train/kl": math.nan})
-    log.mirror(RUN, {"journal": tmp_path / "run", "status": "FINISHED"})
+    log.update(RUN, {"journal": tmp_path / "run", "status": "FINISHED"})
     found = points(tmp_path / "log" / "toy" / "2,1")
     assert found["train/loss"] == [(1, 4.9), (2, 4.8)]
     assert math.isnan(found["train/kl"][0][1])
@@ -88,7 +88,7 @@ def test_two_runs_of_one_name_have_two_folders(tmp_path: Path) -> None:
     for key in ("a", "b"):
         write(tmp_path / key, range(1, 3))
         run = {"key": key, "name": "a/b: c", "parent": None}
-        log.mirror(run, {"journal": tmp_path / key, "status": "FINISHED"})
+        log.update(run, {"journal": tmp_path / key, "status": "FINISHED"})
     assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["a_b_ c", "a_b_ c b"]
     assert len(points(tmp_path / "log" / "a_b_ c b")["train/loss"]) == 2
 
@@ -96,12 +96,12 @@ def test_two_runs_of_one_name_have_two_folders(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("a file")
     warnings: list[str] = []
-    log = TensorBoardLog(tmp_path / "log", warn=warnings.append)
+    log = LogMirror("tensorboard", tmp_path / "log", warn=warnings.append)
     for step in (1, 2):
         write(tmp_path / "run", range(step, step + 1))
-        log.mirror(RUN, {"journal": tmp_path / "run"})
+        log.update(RUN, {"journal": tmp_path / "run"})
     [warning] = warnings
-    assert warning.startswith("cannot write TensorBoard's files in ")
+    assert warning.startswith("the logger tensorboard cannot log to ")
 
 
 @pytest.mark.slow
