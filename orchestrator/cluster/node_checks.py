@@ -24,7 +24,7 @@ from orchestrator.cluster.shared_memory import check_shared_memory, total_shared
 from orchestrator.workspace.errors import RunFailed, UserError, first_line
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.locks import lock_descriptor
-from orchestrator.workspace.provenance import KEY_LENGTH, environment
+from orchestrator.workspace.provenance import KEY_LENGTH, environment, extension_packages
 
 # isort: split
 import ray
@@ -94,7 +94,7 @@ def versions() -> dict[str, str]:
     digest = hashlib.sha256()
     for path in sorted([*root.glob("iiet/**/*.py"), *root.glob("orchestrator/**/*.py")]):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return {**found, CODE: digest.hexdigest()[:KEY_LENGTH]}
+    return {**found, **extension_packages(), CODE: digest.hexdigest()[:KEY_LENGTH]}
 
 
 @contextmanager
@@ -203,10 +203,10 @@ def _workspace_sentence(problem: str, address: str, folder: Path | None) -> str:
 
 def _check_versions(theirs: dict[str, str], ours: dict[str, str], address: str) -> None:
     for name, version in ours.items():
-        if theirs.get(name) != version:
+        if (other := theirs.get(name, "not installed")) != version:
             raise UserError(
-                f"{address} has {name} {theirs.get(name)}, and this machine has {version}; install "
-                "the same on all nodes"
+                f"{address} has {name} {other}, and this machine has {version}; install the same "
+                "on all nodes"
             )
 
 

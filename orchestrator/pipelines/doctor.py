@@ -64,6 +64,7 @@ def examine(workspace: Workspace) -> Iterator[Finding]:
         "python": _python,
         "libraries": _libraries,
         "import path": _import_path,
+        "extensions": _extensions,
         "pytorch": _pytorch,
         "cpu and memory": _cpu_and_memory,
         "gpus": _gpus,
@@ -147,6 +148,22 @@ def _import_path() -> Iterator[Finding]:
         if place == own.parent:
             break
     yield Finding(check="import path", state="ok", text=f"orchestrator is {own}")
+
+
+def _extensions() -> Iterator[Finding]:
+    from orchestrator.pipelines.extensions import installed_extensions
+
+    num_usable = 0
+    for found in installed_extensions():
+        num_usable += not found.problem
+        yield _judged(
+            "extensions",
+            found.problem or f"the {found.kind} {found.name} of {found.package}",
+            is_bad=bool(found.problem),
+            remedy=f"repair the package {found.package}, or uninstall it",
+        )
+    if not num_usable:
+        yield Finding(check="extensions", state="ok", text="no package adds anything usable")
 
 
 def _pytorch() -> Iterator[Finding]:

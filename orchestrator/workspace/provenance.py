@@ -18,6 +18,9 @@ RECIPE_VERSION = 4
 
 KEY_LENGTH = 16
 
+EXTENSION_GROUPS = ("iiet.", "iiet_orch.")
+"""How the names of the groups of entry points begin; `docs/extending.md` lists them."""
+
 
 def content_key(*parts: Any) -> str:
     """Return a short hash of JSON values; the order of mapping keys does not matter."""
@@ -44,6 +47,14 @@ def environment() -> dict[str, str]:
         "machine": platform.machine(),
         **{name: installed_version(name) for name in names},
     }
+
+
+def extension_packages() -> dict[str, str]:
+    """Return the packages that extend this program by entry points, and their versions."""
+    known = metadata.entry_points()
+    groups = [group for group in known.groups if group.startswith(EXTENSION_GROUPS)]
+    entries = [entry for group in groups for entry in known.select(group=group)]
+    return {entry.dist.name: entry.dist.version for entry in entries if entry.dist}
 
 
 def installed_version(name: str) -> str:

@@ -1,0 +1,213 @@
+"""Five tables to which packages add: names, contracts, clashes, and what a broken package does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from installed_package import PACKAGE, install, on_path
+
+from iiet import METHODS, preset
+from iiet.extensions import ExtensionError
+from iiet.influence_metrics import INFLUENCE_METRICS
+from orchestrator.cli import main
+from orchestrator.data.corpus import source_state
+from orchestrator.pipelines.extensions import EXTENSION_POINTS, installed_extensions
+from orchestrator.settings import Settings, resolve_settings
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.provenance import extension_packages
+
+GROUPS = {table.names.group: table for table in EXTENSION_POINTS}
+SOURCE = """
+from iiet.influence_metrics import Comparison, InfluenceMetric
+from orchestrator.data.text_source import TextSource
+
+
+class Distance(Comparison):
+    def compare(self, before, after):
+        return (after - before).norm(dim=-1)
+
+
+class Unfinished(InfluenceMetric):
+    pass
+
+
+class Letters(TextSource):
+    version = 2
+
+    def state(self):
+        return "letters"
+
+    def documents(self, progress):
+        yield from ((letter * 40, letter) for letter in "abc")
+"""
+NAMES = {
+    "iiet.influence_metrics": {
+        "distance": "of_mine:Distance",
+        "unfinished": "of_mine:Unfinished",
+        "no_class": "of_mine:SOURCE",
+        "broken": "of_mine_broken:Metric",
+    },
+    "iiet.methods": {"broken_method": "of_mine_broken:Method"},
+    "iiet_orch.tasks": {"broken_task": "of_mine_broken:Task"},
+    "iiet_orch.data_sources": {"letters": "of_mine:Letters", "broken_source": "of_mine_broken:A"},
+    "iiet_orch.loggers": {"broken_logger": "of_mine_broken:Logger"},
+}
+BROKEN = "import iiet\nraise ImportError('libfoo.so is\\nmissing')\n"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "site"
+    install(folder, {"of_mine": SOURCE + "SOURCE = 1\n", "of_mine_broken": BROKEN}, NAMES)
+    with on_path(folder):
+        yield folder
+
+
+def test_the_tables_hold_this_projects_classes_first() -> None:
+    first = {group: next(iter(table)) for group, table in GROUPS.items()}
+    assert first == {
+        "iiet.methods": "vanilla",
+        "iiet.influence_metrics": "cosine",
+        "iiet_orch.tasks": "paper",
+        "iiet_orch.data_sources": "python",
+        "iiet_orch.loggers": "tensorboard",
+    }
+    for table in EXTENSION_POINTS:
+        assert all(table[name] for name in table.names.own)
+        assert not table.names.entry_points()
+    assert extension_packages() == {}
+
+
+def test_names_of_packages_come_after_and_are_looked_up_when_used(site: Path) -> None:
+    assert list(INFLUENCE_METRICS) == [
+        "cosine", "relative", "loss", "broken", "distance", "no_class", "unfinished",
+    ]  # fmt: skip
+    assert len(INFLUENCE_METRICS) == 7
+    assert INFLUENCE_METRICS["distance"].__module__ == "of_mine"
+    assert INFLUENCE_METRICS.names.package("distance") == f"{PACKAGE} 1.0"
+    assert INFLUENCE_METRICS.names.package("cosine") is None
+    assert extension_packages() == {PACKAGE: "1.0"}
+    assert METHODS["iiet"], "a broken package does not disturb what does not use it"
+    with pytest.raises(KeyError):
+        METHODS["no such"]
+    assert METHODS.get("no such") is None
+    with pytest.raises(ExtensionError, match=r"^there is no method 'no such'; known: vanilla, "):
+        METHODS["no such"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        (
+            "broken",
+            "the influence metric 'broken' of the package my-extensions 1.0 cannot be imported "
+            "from of_mine_broken:Metric (ImportError: libfoo.so is missing); repair the package",
+        ),
+        ("no_class", "must be a subclass of iiet.influence_metrics.InfluenceMetric, got 1"),
+        ("unfinished", "must define measure, got <class 'of_mine.Unfinished'>"),
+        (
+            "angel",
+            "influence.metric: input should be 'cosine', 'relative', 'loss', 'broken', 'distance', "
+            "'no_class' or 'unfinished'; got 'angel'",
+        ),
+    ],
+)
+def test_a_metric_that_cannot_be_used_is_one_sentence(
+    site: Path, metric: str, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = ["influence", "--metric", metric, "--workspace", str(tmp_path / "ws")]
+    assert main(command) == 2
+    printed = capsys.readouterr().err
+    assert words in " ".join(printed.split())
+    assert "Traceback" not in printed
+
+
+def test_settings_take_the_names_of_packages(site: Path) -> None:
+    settings = resolve_settings({}, ["influence.metric=distance", "data.source=letters"])
+    assert settings.influence.metric == "distance"
+    schema = Settings.model_json_schema()["$defs"]
+    for section, name in (("InfluenceSettings", "metric"), ("DataSettings", "source")):
+        assert {"distance", "letters"} & set(schema[section]["properties"][name]["enum"])
+    assert source_state(settings.data) == [2, "letters"], "the version is part of the key"
+    both = ["data.source=mixture", "data.shares={letters: 0.5, phop_2: 0.5}"]
+    data = resolve_settings({}, both).data
+    assert list(data.texts) == ["letters"]
+    assert data.texts["letters"].source == "letters"
+    assert data.tasks.tasks == ("phop_2",)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("model.method=broken_method", "model.method: the method 'broken_method' of the package"),
+        ("sweep.methods=[iiet, broken_method]", "sweep.methods: the method 'broken_method' of the"),
+        ("tracking.loggers=[mlflow, csv]", "should be 'mlflow', 'tensorboard' or 'broken_logger'"),
+        ("data.source=latters", "'files', 'hub', 'broken_source' or 'letters'; got 'latters'"),
+        ("data.source_options={letters: {}}", "letters is not read; data.source is python"),
+    ],
+)
+def test_a_wrong_setting_is_refused(site: Path, change: str, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        resolve_settings({}, [change])
+    assert words in str(error.value)
+
+
+def test_what_is_broken_is_found_before_the_work(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = {
+        "data.source: the data source 'broken_source'": ("prepare", "data.source=broken_source"),
+        "tracking.loggers: the logger 'broken_logger'": (
+            "pretrain", "tracking.loggers=[mlflow, broken_logger]",
+        ),
+        "data.source_options.letters: there is no option 'size'; options of letters: none": (
+            "prepare", "data={source: letters, source_options: {letters: {size: 1}}}",
+        ),
+    }  # fmt: skip
+    for words, (command, change) in commands.items():
+        assert main([command, "--set", change, "--workspace", str(tmp_path / "ws")]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_two_packages_of_one_name_are_an_error_for_who_uses_it(site: Path) -> None:
+    others = {"iiet.influence_metrics": {"distance": "a:B"}, "iiet.methods": {"iiet": "a:B"}}
+    install(site / "other", {}, others, name="other")
+    with on_path(site / "other"):
+        assert INFLUENCE_METRICS["cosine"]
+        assert METHODS["vanilla"]
+        with pytest.raises(ExtensionError, match=r"by other 1\.0 and by my-ext.* 1\.0;"):
+            INFLUENCE_METRICS["distance"]
+        with pytest.raises(ExtensionError, match=r"by iiet-orch itself and by other 1\.0"):
+            preset("tiny")
+    assert preset("tiny")
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        ("iiet_orch.data_sources", "depth"),
+        ("iiet_orch.data_sources", "phop_3"),
+        ("iiet_orch.tasks", "lastword"),
+        ("iiet_orch.tasks", "heldout"),
+        ("iiet_orch.loggers", "mlflow"),
+    ],
+)
+def test_a_name_that_means_something_else_is_refused(tmp_path: Path, group: str, name: str) -> None:
+    install(tmp_path, {}, {group: {name: "a:B"}})
+    with on_path(tmp_path), pytest.raises(ExtensionError, match="is defined by iiet-orch itself"):
+        GROUPS[group][name]
+
+
+def test_doctor_lists_what_packages_add(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {(each.kind, each.name): each.problem for each in installed_extensions()}
+    assert len(found) == 9
+    usable = {("influence metric", "distance"), ("data source", "letters")}
+    assert {each for each, problem in found.items() if problem is None} == usable
+    assert main(["doctor", "--workspace", str(tmp_path / "ws")]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"extensions: the influence metric distance of {PACKAGE} 1.0" in printed
+    assert f"repair the package {PACKAGE} 1.0, or uninstall it" in printed
