@@ -1,0 +1,217 @@
+"""docs/extending.md is correct: its package is installed as it stands there, its commands run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shlex
+import sqlite3
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from installed_package import install, on_path
+from small_size import SMALL
+
+from orchestrator import cli
+from orchestrator.pipelines.extensions import EXTENSION_POINTS, installed_extensions
+from orchestrator.training.checkpoint import METHOD_PACKAGE, load_provenance
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+TRAINS = {"pretrain"}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
+
+
+PYPROJECT = tomllib.loads(blocks("toml")[0])
+MODULES = {
+    str(re.match(r"# (\w+)\.py\n", source)[1]): source  # type: ignore[index]
+    for source in blocks("python")
+}
+LINES = [line for block in blocks("bash") for line in block.splitlines()]
+
+
+def line_with(words: str) -> list[str]:
+    """Return the command of the page that contains these words, at a small size."""
+    [line] = [line for line in LINES if words in line]
+    command = shlex.split(line)[1:]
+    small = [part for setting in SMALL for part in ("--set", setting)]
+    return [command[0], *small, *command[1:]] if command[0] != "export" else command
+
+
+class Place:
+    """A folder in which the page's commands run, with the package installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.site = folder, folder / "site"
+        self.workspace = folder / "iiet-workspace"
+        groups = PYPROJECT["project"]["entry-points"]
+        install(self.site, MODULES, groups, name=PYPROJECT["project"]["name"])
+        with closing(sqlite3.connect(folder / "texts.db")) as database, database:
+            database.execute("CREATE TABLE documents (id INTEGER PRIMARY KEY, text TEXT)")
+            rows = [(" ".join(f"word {n} of {k}" for k in range(40)),) for n in range(90)]
+            database.executemany("INSERT INTO documents (text) VALUES (?)", rows)
+        self.done: set[str] = set()
+
+    def run(self, words: str, code: int = 0) -> None:
+        """Run the line of the page with these words in this process, once."""
+        if words in self.done:
+            return
+        command = line_with(words)
+        with on_path(self.site), pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            assert cli.main([*command, *(["--local"] if command[0] in TRAINS else [])]) == code
+        self.done.add(words)
+
+    def checkpoint(self, run: str) -> Path:
+        """Return the newest checkpoint of a run."""
+        return max((self.workspace / "runs" / run).glob("step_*"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("IIET_WORKSPACE", raising=False)
+        yield Place(tmp_path_factory.mktemp("extending"))
+
+
+def test_the_page_names_every_group_and_contract(place: Place) -> None:
+    [table] = re.findall(r"\n\| what .*?\n\n", PAGE, flags=re.DOTALL)
+    for point in EXTENSION_POINTS:
+        [row] = [row for row in table.splitlines() if f"`{point.names.group}`" in row]
+        module, *names = re.findall(r"`([\w.]+)`", row.split("|")[3])
+        bases = [f"{base.__module__}.{base.__qualname__}" for base in point._bases]
+        package, _, _ = module.rpartition(".")
+        known = {module, *(f"{package}.{name}" for name in names)}
+        # `iiet.methods` exports what `iiet.methods.base` defines.
+        assert known == {base.replace("methods.base.", "methods.") for base in bases}
+    assert set(PYPROJECT["project"]["entry-points"]) == {p.names.group for p in EXTENSION_POINTS}
+    assert PYPROJECT["tool"]["setuptools"]["py-modules"] == list(MODULES)
+    with on_path(place.site):
+        found = list(installed_extensions())
+    assert len(found) == 7
+    assert not [each.problem for each in found if each.problem]
+
+
+@pytest.mark.slow
+def test_the_method_trains_in_ray_and_is_missed_where_its_package_is_not(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # In a process of its own, whose Ray starts its workers with this path.
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli", *line_with("--method heavy_ball")],
+        env={**os.environ, "PYTHONPATH": f"{place.site}{os.pathsep}{ROOT}"},
+        cwd=place.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    checkpoint = place.checkpoint("heavy")
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert (config["method"], config["method_options"]) == ("heavy_ball", {"momentum": 0.2})
+    provenance = load_provenance(checkpoint)
+    assert provenance[METHOD_PACKAGE] == "my-extensions 1.0"
+    assert provenance["environment"]["my-extensions"] == "1.0"
+    place.run("export heavy")
+    assert "HeavyBall" in (place.folder / "heavy-folder" / "method_heavy_ball.py").read_text()
+    capsys.readouterr()
+    for command in (["generate"], ["evaluate", "heavy"], ["influence"], ["benchmark"]):
+        words = [*command, *([] if len(command) > 1 else ["heavy"])]
+        assert cli.main([*words, "--workspace", str(place.workspace)]) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert "is a model of the method 'heavy_ball', which the package my-extensions 1.0" in error
+    assert cli.main(["list", "--workspace", str(place.workspace)]) == 0
+    assert "heavy" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_shared_suite_of_methods_tests_it(place: Place) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "heavy_ball"),
+            str(ROOT / "tests" / "iiet" / "test_every_method.py"),
+        ],
+        env={**os.environ, "PYTHONPATH": f"{place.site}{os.pathsep}{ROOT}"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert int(done.stdout.split(" passed")[0].split()[-1]) > 15
+
+
+@pytest.mark.slow
+def test_the_metric_measures_and_is_compared_with_the_others(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.run("pretrain --name iterated")
+    place.run("--metric angle")
+    checkpoint = place.checkpoint("iterated")
+    angle, cosine = (
+        [value for row in json.loads(file.read_text())["values"] for value in row]
+        for file in (checkpoint / "influence-angle.json", _measured(place, "cosine"))
+    )
+    assert len(angle) == 6
+    # The mean of an angle is at most that of the mean cosine: both are measured on the same tokens.
+    assert all(0 < a**2 / 2 <= 1.1 * c for a, c in zip(angle, cosine, strict=True))
+    assert "angle" in json.loads((checkpoint / "influence_check.json").read_text())["influence"]
+
+
+def _measured(place: Place, metric: str) -> Path:
+    place.run("influence iterated --check")
+    return place.checkpoint("iterated") / f"influence-{metric}.json"
+
+
+@pytest.mark.slow
+def test_the_tasks_are_evaluated(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.run("pretrain --name iterated")
+    capsys.readouterr()
+    place.run("--suite arithmetic")
+    printed = capsys.readouterr().out
+    assert "addition" in printed
+    assert "subtraction" in printed
+    assert "lastword" in printed
+    stored = [path.read_text() for path in (place.workspace / "evaluations").rglob("*.json")]
+    assert sum('"addition"' in text for text in stored) == 1
+
+
+@pytest.mark.slow
+def test_the_source_is_prepared_once_and_trained_on(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.run("prepare --set data.source=sqlite")
+    assert "found again" not in capsys.readouterr().out
+    place.run("--name from-sqlite")
+    assert "found again" in capsys.readouterr().out
+    [manifest] = [
+        found
+        for path in (place.workspace / "tokens").glob("*/manifest.json")
+        if (found := json.loads(path.read_text()))["settings"]["source"] == "sqlite"
+    ]
+    assert manifest["settings"]["source_options"] == {"sqlite": {"file": "texts.db"}}
+    assert manifest["train"]["documents"] + manifest["validation"]["documents"] == 90
+    tokens = load_provenance(place.checkpoint("from-sqlite"))["tokens"]
+    assert tokens == manifest["fingerprint"]
+
+
+@pytest.mark.slow
+def test_the_logger_gets_each_point_once(place: Place) -> None:
+    place.run("--logger mlflow,csv")
+    with (place.workspace / "loggers" / "csv" / "logged" / "metrics.csv").open() as file:
+        rows = list(csv.reader(file))
+    losses = [(int(step), float(value)) for step, name, value in rows if name == "train/loss"]
+    assert [step for step, _ in losses] == sorted({step for step, _ in losses})
+    assert losses[-1][0] == 12
+    assert all(0 < loss < 10 for _, loss in losses)
+    assert any(name == "validation/loss" for _, name, _ in rows)
