@@ -1,0 +1,54 @@
+"""The notebook runs as it is, and is stored without outputs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NOTEBOOK = Path(__file__).resolve().parents[2] / "examples" / "first_hour.ipynb"
+
+
+def read_notebook() -> Any:
+    import nbformat
+
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def test_it_is_stored_without_outputs() -> None:
+    import nbformat
+
+    notebook = read_notebook()
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        assert not cell.get("outputs")
+        assert not cell.get("execution_count")
+
+
+@pytest.mark.slow
+def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv(
+        "PYTHONPATH", f"{NOTEBOOK.parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    )
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook = read_notebook()
+    NotebookClient(
+        notebook,
+        timeout=800,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    errors = [output for output in outputs if output.output_type == "error"]
+    assert not errors
+    shown = [output.data for output in outputs if "data" in output]
+    assert sum("image/png" in data for data in shown) == 2, "the losses, and the front"
+    front = next(d["text/plain"] for d in shown if "on_front" in d.get("text/plain", ""))
+    assert "teacher" in front
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "nats per token on held-out text" in printed
+    assert printed.count("layer 2, correction 2: moved by ") == 1
