@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -114,7 +115,7 @@ def inherits_docstring(name: str) -> bool:
 
 def raises_of_its_own(function: Any) -> bool:
     """Whether the body itself raises an error for the caller's mistake."""
-    tree = ast.parse(inspect.cleandoc("if True:\n" + inspect.getsource(function)))
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     return any(
         isinstance(node, ast.Raise)
         and isinstance(node.exc, ast.Call)
