@@ -115,7 +115,11 @@ class KeyValueCache:
         return view
 
     def get_seq_length(self) -> int:
-        """Return the number of tokens held; a ValueError after an interrupted pass."""
+        """Return the number of tokens held.
+
+        Raises:
+            ValueError: a pass through the cache was interrupted.
+        """
         if min(self._lengths) != max(self._lengths):
             raise ValueError(
                 f"the cache's slots hold from {min(self._lengths)} to {max(self._lengths)} tokens, "

@@ -75,7 +75,11 @@ def suffix_maxima(row: Sequence[float]) -> tuple[float, ...]:
 
 
 def schedule_at_threshold(influence: Influence, threshold: float) -> IterationSchedule:
-    """Keep `#{i : M[i] >= threshold}` corrections in each layer; NaN is a ValueError."""
+    """Keep `#{i : M[i] >= threshold}` corrections in each layer.
+
+    Raises:
+        ValueError: the threshold is NaN, or the table is malformed.
+    """
     threshold = float(threshold)  # An array's entry would make the comparison below an array, too.
     if math.isnan(threshold):
         raise ValueError("the threshold is NaN; give a number")
@@ -107,7 +111,10 @@ def spread_over_cost(
 ) -> tuple[FamilyMember, ...]:
     """Choose members spread as evenly over cost as the family allows, both ends included.
 
-    A family of at most `num_points` members is returned whole; below 2 points are a ValueError.
+    A family of at most `num_points` members is returned whole.
+
+    Raises:
+        ValueError: fewer than 2 points are asked for.
     """
     if num_points < 2:
         raise ValueError(f"num_points must be at least 2 (both ends), got {num_points}")
@@ -130,7 +137,8 @@ def within_cost(
 ) -> FamilyMember:
     """Choose the first member, the one with the most corrections, that costs at most `max_cost`.
 
-    A ValueError if none is that cheap.
+    Raises:
+        ValueError: none is that cheap.
     """
     for member in family:
         if cost(member.schedule) <= max_cost:

@@ -120,7 +120,11 @@ class IterationSchedule:
         return math.prod(1 + count for count in self)
 
     def is_within(self, other: IterationSchedule) -> bool:
-        """Whether no layer makes more corrections than under `other`, for as many layers."""
+        """Whether no layer makes more corrections than under `other`.
+
+        Raises:
+            ValueError: `other` has another number of layers.
+        """
         if self.num_layers != other.num_layers:
             raise ValueError(f"({self}) and ({other}) have different numbers of layers")
         return all(mine <= theirs for mine, theirs in zip(self, other, strict=True))
