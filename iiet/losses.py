@@ -162,7 +162,7 @@ def hidden_state_error(
     gets no gradient.
 
     Raises:
-        ValueError: there are no layers, or their numbers or shapes differ.
+        ValueError: there are no layers, or their numbers differ.
     """
     if not teacher_hidden or len(teacher_hidden) != len(student_hidden):
         raise ValueError(

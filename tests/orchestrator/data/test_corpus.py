@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data import corpus
+from orchestrator.data import text_source
 from orchestrator.data.corpus import is_validation, read_documents, source_state
 from orchestrator.settings import DataSettings
 from orchestrator.workspace.errors import UserError
@@ -67,7 +67,7 @@ def test_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
             read.append(number)
             yield {"text": f"text {number}"}
 
-    monkeypatch.setattr(corpus, "require_hub", lambda wanted: None)
+    monkeypatch.setattr(text_source, "require_hub", lambda wanted: None)
     monkeypatch.setattr(datasets, "load_dataset", stream)
     settings = DataSettings(source="hub", hub_name="some/name", max_documents=5)
     assert texts(settings) == [f"text {i}" for i in range(5)]
@@ -80,7 +80,7 @@ def test_an_error_of_the_hub_becomes_one_sentence(monkeypatch: pytest.MonkeyPatc
     def refuse(*arguments: Any, **more: Any) -> Any:
         raise RuntimeError("no such\ndata set")
 
-    monkeypatch.setattr(corpus, "require_hub", lambda wanted: None)
+    monkeypatch.setattr(text_source, "require_hub", lambda wanted: None)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(UserError, match="cannot read the data set some/name: no such data set"):
         list(read_documents(DataSettings(source="hub", hub_name="some/name")))
