@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from iiet.extensions import ExtensionError, ExtensionNames, ExtensionTable
-from orchestrator.evaluation.heldout import is_heldout_task
+from orchestrator.evaluation.heldout import is_heldout_task, item_sets
 from orchestrator.workspace.errors import UserError
 
 
@@ -101,7 +101,7 @@ def task_config(name: str) -> dict[str, Any] | None:
         splits["train"] = examples
     return {
         "task": name,
-        "custom_dataset": partial(_data_set, splits),
+        "custom_dataset": partial(item_sets, splits),
         "test_split": "test",
         **({"fewshot_split": "train"} if examples else {}),
         **task.config(),
@@ -114,10 +114,3 @@ def _class(name: str) -> type[EvaluationTask] | type[TaskGroup] | None:
         return TASKS.get(name)
     except ExtensionError as error:
         raise UserError(f"evaluation.suite: {error}") from None
-
-
-def _data_set(splits: Mapping[str, list[Mapping[str, Any]]], **_settings: Any) -> dict[str, Any]:
-    """Return the items of a task, for lm-eval's `custom_dataset`."""
-    import datasets  # The import takes a second.
-
-    return {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}

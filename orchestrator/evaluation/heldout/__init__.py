@@ -7,6 +7,7 @@ from orchestrator.evaluation.heldout.suite import (
     heldout_chances,
     heldout_configs,
     is_heldout_task,
+    item_sets,
     offered_tasks,
 )
 from orchestrator.evaluation.heldout.text_tasks import TEXT_TASKS
@@ -19,5 +20,6 @@ __all__ = [
     "heldout_chances",
     "heldout_configs",
     "is_heldout_task",
+    "item_sets",
     "offered_tasks",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -160,10 +160,17 @@ def _task_config(name: str) -> dict[str, Any]:
 
 def _read_items(path: Path, **_settings: Any) -> dict[str, Any]:
     """Read the items of a task, for lm-eval's `custom_dataset`."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return item_sets({"test": [json.loads(line) for line in lines]})
+
+
+def item_sets(
+    splits: Mapping[str, Sequence[Mapping[str, Any]]], **_settings: Any
+) -> dict[str, Any]:
+    """Return the items of a task by split, for lm-eval's `custom_dataset`."""
     import datasets  # The import takes a second.
 
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
+    return {name: datasets.Dataset.from_list(list(rows)) for name, rows in splits.items()}
 
 
 def _rows_path(folder: Path, name: str) -> Path:
