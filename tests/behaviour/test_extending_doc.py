@@ -125,9 +125,8 @@ def test_the_method_trains_in_ray_and_is_missed_where_its_package_is_not(
     place.run("export heavy")
     assert "HeavyBall" in (place.folder / "heavy-folder" / "method_heavy_ball.py").read_text()
     capsys.readouterr()
-    for command in (["generate"], ["evaluate", "heavy"], ["influence"], ["benchmark"]):
-        words = [*command, *([] if len(command) > 1 else ["heavy"])]
-        assert cli.main([*words, "--workspace", str(place.workspace)]) == 2
+    for command in (["generate", "--prompt", "x"], ["evaluate"], ["influence"], ["benchmark"]):
+        assert cli.main([*command, "heavy", "--workspace", str(place.workspace)]) == 2
         error = " ".join(capsys.readouterr().err.split())
         assert "is a model of the method 'heavy_ball', which the package my-extensions 1.0" in error
     assert cli.main(["list", "--workspace", str(place.workspace)]) == 0
