@@ -18,8 +18,8 @@ from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
 from orchestrator.data.sources import open_data
 from orchestrator.evaluation.model_tokenizer import check_template, checkpoint_tokenizer
+from orchestrator.evaluation.python_tasks import HELDOUT
 from orchestrator.evaluation.task_selection import (
-    HELDOUT,
     lm_eval_task_fingerprints,
     select_tasks,
     user_task_folders,
