@@ -141,7 +141,7 @@ def test_it_can_be_trained_further_on_other_text(
         "learning_rate": 1e-3,
     }  # fmt: skip
     changes = [f"--set=distillation.training.{name}={value}" for name, value in recipe.items()]
-    command = ["distill", "0", "tiny", "--control", "cross_entropy", "--local", *changes]
+    command = ["distill", "tiny", "-r", "0", "--control", "cross_entropy", "--local", *changes]
     assert cli.main([*command, *where]) == 0
     (trained,) = workspace.trials.glob("*/step_00000006")
     before, after = TextGenerator(checkpoint), TextGenerator(trained)
