@@ -105,8 +105,8 @@ def _deployment(
     given: dict[str, Any] = {
         setting: options[name] for name, setting in SETTINGS_OF_OPTIONS.items() if name in options
     }
-    if schedules := given.get("model__corrections"):
-        given["model__corrections"] = one_schedule(schedules)
+    if "model__corrections" in given:
+        given["model__corrections"] = one_schedule(given["model__corrections"])
     config = options.get("config", options.get("file"))
     return plan_deployment(
         words,

@@ -18,7 +18,6 @@ import psutil
 
 from orchestrator.planning.installed_gpus import installed_gpus
 from orchestrator.planning.nodes import Node, describe_nodes, num_workers_on
-from orchestrator.settings.cluster import device_problem
 from orchestrator.workspace.errors import UserError, quoted
 from orchestrator.workspace.files import free_disk
 from orchestrator.workspace.ray_address import LOCAL
@@ -123,6 +122,8 @@ def check_device(device: str) -> None:
     Raises:
         UserError: If it has not; says what it has.
     """
+    from orchestrator.settings.cluster import device_problem  # Imports PyTorch.
+
     if problem := device_problem(device):
         raise UserError(f"--device {quoted(device)}: {problem}")
     if device == "cpu":

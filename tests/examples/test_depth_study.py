@@ -52,7 +52,8 @@ def settings() -> Settings:
 
 
 def session_of(workspace: Workspace) -> Session:
-    return Session(workspace, Progress(), Console(file=StringIO(), width=140), StringIO())
+    console = Console(file=StringIO(), width=140)
+    return Session(workspace, Progress(), console, StringIO(), StringIO())
 
 
 def test_the_arms_in_the_order_of_priority(settings: Settings, workspace: Workspace) -> None:

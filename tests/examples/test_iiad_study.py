@@ -84,7 +84,7 @@ def session(tmp_path: Path, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(study, "sweep", sweep)
     monkeypatch.setattr(study, "print_report", lambda *_: None)
     monkeypatch.setattr(study, "report", lambda **_: SimpleNamespace(folder=tmp_path))
-    return Session(workspace, Progress(), Console(file=StringIO()), StringIO())
+    return Session(workspace, Progress(), Console(file=StringIO()), StringIO(), StringIO())
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_the_example_runs_all_its_phases_and_trains_nothing_twice(
     )
     workspace = open_workspace(tmp_path)
     console = Console(file=StringIO(), width=140)
-    session = Session(workspace, Progress(), console, StringIO())
+    session = Session(workspace, Progress(), console, StringIO(), StringIO())
     settings = read_settings(study.SETTINGS, changes)
     study.run_study(settings, choices, session, dry_run=True)
     assert "this is the first phase; then" in console.file.getvalue()  # type: ignore[attr-defined]
