@@ -9,6 +9,7 @@ from orchestrator.records.trial import Trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.monitor import JournalReader
 from orchestrator.training.resume_point import describe_saved_state
+from orchestrator.workspace.checkpoint_names import find_checkpoints
 
 TRAINING_SHARE = 0.9
 """Share of a trial's progress that is its training; the rest is its measurement."""
@@ -52,8 +53,13 @@ class RoundProgress:
 
     def saved(self) -> str:
         """Return how many trials are finished, and what the begun ones have saved."""
-        begun = {key: self.trials[key] for key, journal in self._journals.items() if journal.step}
-        jobs = {f"trial {trial.label}": trial.job for trial in begun.values() if trial.job}
+        # A long training may have a checkpoint before its first recorded step.
+        begun = [
+            self.trials[key]
+            for key, journal in self._journals.items()
+            if journal.step or find_checkpoints(Path(self.trials[key].folder))
+        ]
+        jobs = {f"trial {trial.label}": trial.job for trial in begun if trial.job}
         num_finished = self._num_done + self._num_finished
         text = f"{num_finished} of {self._num_all} trials are finished"
         return f"{text}; {describe_saved_state(jobs, named=True)}" if jobs else text

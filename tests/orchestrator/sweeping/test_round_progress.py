@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.sweeping.round_progress import RoundProgress
 from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.checkpoint_names import checkpoint_name
 from orchestrator.workspace.journal import Journal
 
 
@@ -44,3 +45,14 @@ def test_running_trials_count_by_their_steps_and_ended_ones_whole(tiny_plan: Swe
     progress.show([])
     assert shown.done == 3
     assert progress.saved() == "2 of 4 trials are finished", "a failed one has no result"
+
+
+def test_a_checkpoint_before_the_first_recorded_step_counts_as_saved(tiny_plan: SweepPlan) -> None:
+    trial = tiny_plan.trials[1]
+    progress = RoundProgress(Shown(), [trial], num_done=1, num_all=4)
+    progress.show({trial.key})
+    assert progress.saved() == "1 of 4 trials are finished"
+    checkpoint = Path(trial.folder) / checkpoint_name(50)
+    checkpoint.mkdir(parents=True)
+    found = f"1 of 4 trials are finished; trial {trial.label}: saved at step 50"
+    assert progress.saved() == found
