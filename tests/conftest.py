@@ -90,6 +90,32 @@ def tiny_model() -> dict[str, Any]:
 
 
 @pytest.fixture
+def save_tiny(tiny_tokens: Path, tiny_model: dict[str, Any]) -> Callable[..., Path]:
+    """A function that saves an untrained model: the run's folder, then changes of `tiny_model`."""
+    import torch
+
+    from iiet.config import ModelConfig
+    from iiet.decoder import Decoder
+    from orchestrator.data.token_store import open_tokens
+    from orchestrator.training.checkpoint import save_checkpoint
+
+    def save(run_folder: Path, **changes: Any) -> Path:
+        torch.manual_seed(0)
+        decoder = Decoder(ModelConfig.from_dict({**tiny_model, **changes}))
+        return save_checkpoint(
+            run_folder,
+            1,
+            config=decoder.config,
+            weights=decoder.state_dict(),
+            training_state={},
+            tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
+            provenance={"tokens": tiny_tokens.name},
+        )
+
+    return save
+
+
+@pytest.fixture
 def tiny_job(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> Callable[..., Any]:
     """A function that makes a `TrainingJob` in `tmp_path`: its folder's name, then its recipe."""
     from orchestrator.records.training import TrainingJob

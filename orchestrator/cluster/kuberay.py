@@ -1,7 +1,8 @@
-"""Write a RayJob for KubeRay. The command runs on a head without GPUs, trainings on worker pods.
+"""Write a RayJob for KubeRay.
 
-A pod that is told to end drains: Ray tells the training, which saves a checkpoint, and the pod
-waits for it. A job that failed starts again on a new cluster and resumes.
+The command runs on a head without GPUs, and trainings run on worker pods. A pod that is told to end
+drains: Ray tells the training, which saves a checkpoint, and the pod waits for it. A job that
+failed starts again on a new cluster and resumes.
 """
 
 from __future__ import annotations

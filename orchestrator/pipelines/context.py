@@ -61,7 +61,6 @@ class Context:
         """Log a measurement in MLflow, and keep it for `sync`."""
         path = measured.path(self.workspace.measurements)
         try:
-            path.parent.mkdir(exist_ok=True)
             measured.write(path)
         except OSError as error:
             self.progress.note(f"`iiet-orch sync` cannot find it again: {error}")

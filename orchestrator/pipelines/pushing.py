@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.hub_models import check_upload, upload_model
-from orchestrator.pipelines.context import open_context
 from orchestrator.pipelines.exporting import export
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
@@ -44,8 +43,8 @@ def export_to_hub(
         UserError: As `export`; or if the hub cannot be reached, or refuses the token or the model.
     """
     check_upload(target.repository, target.token)
+    progress = progress or Progress()
     folder = export(settings, workspace=workspace, progress=progress, **options)
-    progress = open_context(workspace, progress).progress
     progress.start("push")
     address = upload_model(folder, target.repository, private=target.private, token=target.token)
     progress.finish(address)

@@ -6,7 +6,6 @@ no file of this kind: their journals and results hold all that their runs show.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PlainSerializer, SerializationInfo
 
 from orchestrator.records.record import Record, WorkspacePath
+from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.paths import portable_path
 
 
@@ -54,7 +54,7 @@ class Measurement(Record):
     """Pictures and tables, as far as they exist."""
     model: TrackedModel | None = None
     """What was measured, if its metrics belong to a logged model."""
-    ended_ms: int = Field(default_factory=lambda: int(time.time() * 1000))
+    ended_ms: int = Field(default_factory=now_ms)
     """When it ended, in ms."""
 
     @classmethod

@@ -35,14 +35,18 @@ from orchestrator.tracking import (
     NestedRun,
     TrackedRun,
     Tracking,
-    now_ms,
     reason_tags,
     tag_filter,
 )
 from orchestrator.training.job_checks import stored_job
 from orchestrator.training.tracked_models import trial_model
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC, recorded_times
+from orchestrator.workspace.journal import (
+    ACCURACY_METRIC,
+    VALIDATION_METRIC,
+    now_ms,
+    recorded_times,
+)
 
 ARTIFACT_FOLDER = "front"
 SWEEP_TAG = "iiet.sweep"

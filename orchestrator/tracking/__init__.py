@@ -11,7 +11,6 @@ from orchestrator.tracking.journal_copies import JournalCopies
 from orchestrator.tracking.store import NOTE_TAG, REASON_TAG, tag_filter
 from orchestrator.tracking.tracked_run import (
     TrackedRun,
-    now_ms,
     reason_tags,
     status_after,
 )
@@ -34,7 +33,6 @@ __all__ = [
     "TrackedRun",
     "Tracking",
     "open_tracking",
-    "now_ms",
     "reason_tags",
     "status_after",
     "tag_filter",

@@ -8,11 +8,12 @@ of the trials' metrics, filtered to one sweep. The tag's format is undocumented 
 from __future__ import annotations
 
 import json
-import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from orchestrator.workspace.journal import now_ms
 
 VIEW_TAG_PREFIX = "mlflow.sharedViewState."
 MAX_VIEW_CHARACTERS = 20_000
@@ -48,7 +49,7 @@ class ChartView:
 
     def tag_value(self) -> str:
         """Return the value of the experiment's tag; a ValueError if it is too large for MLflow."""
-        now = int(time.time() * 1000)
+        now = now_ms()
         tag = {
             "name": self.name,
             "createdAt": now,

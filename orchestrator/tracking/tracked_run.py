@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from orchestrator.tracking.delivery import SHORT_WAIT_SECONDS, Delivery
 from orchestrator.tracking.outbox import Record
 from orchestrator.tracking.store import NOTE_TAG, REASON_TAG, RunIdentity
 from orchestrator.workspace.errors import Interrupted
+from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.paths import portable_path
 
 
@@ -203,8 +203,3 @@ def reason_tags(status: str, reason: str) -> dict[str, str]:
 def metric_points(values: Mapping[str, float], step: int = 0) -> list[tuple[str, float, int]]:
     """Return metrics at one step as name, value and step."""
     return [(name, float(value), step) for name, value in values.items()]
-
-
-def now_ms() -> int:
-    """Return the time in MLflow's unit."""
-    return int(time.time() * 1000)

@@ -12,9 +12,10 @@ from orchestrator.tracking.chart_view import VIEW_TAG_PREFIX, ChartView
 from orchestrator.tracking.delivery import Delivery, Warn
 from orchestrator.tracking.links import Links
 from orchestrator.tracking.store import FAILURES, RunIdentity
-from orchestrator.tracking.tracked_run import TrackedRun, metric_points, now_ms
+from orchestrator.tracking.tracked_run import TrackedRun, metric_points
 from orchestrator.workspace.errors import UserError, first_line
 from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.journal import now_ms
 
 VIEW_TAG = "iiet.chart_view"
 REPORT_TAG = "iiet.report"

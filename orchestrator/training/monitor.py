@@ -5,7 +5,6 @@ Training writes only journals, so neither the terminal nor the tracking server c
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -23,7 +22,7 @@ from orchestrator.training.run_lock import is_run_locked
 from orchestrator.training.schedules import flops_per_token_by_step
 from orchestrator.training.tracked_models import job_model
 from orchestrator.workspace.errors import first_line
-from orchestrator.workspace.journal import read_journal, recorded_times
+from orchestrator.workspace.journal import now_ms, read_journal, recorded_times
 
 
 class JournalReader:
@@ -55,7 +54,7 @@ class RunMonitor:
         self._numbers: dict[str, dict[str, float]] = {label: {} for label in jobs}
         self._runs: dict[str, TrackedRun] = {}
         self._copies = JournalCopies()
-        self._started_ms = int(time.time() * 1000)
+        self._started_ms = now_ms()
 
     def open_runs(self, kind: str, settings: Mapping[str, Settings]) -> dict[str, TrackedRun]:
         """Find or create the tracked run of each job, with a kind and all settings by label."""

@@ -30,6 +30,11 @@ TAIL_BYTES = 65_536
 Record = dict[str, Any]
 
 
+def now_ms() -> int:
+    """Return the time in ms since 1970, the unit of journals and of MLflow."""
+    return int(time.time() * 1000)
+
+
 class Journal:
     """Writes a journal; only one process may write at a time."""
 
@@ -67,7 +72,7 @@ class Journal:
         self._file.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        record = {"time": int(time.time() * 1000), **record}
+        record = {"time": now_ms(), **record}
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
 

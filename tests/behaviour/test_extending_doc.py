@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from installed_package import install, on_path
+from method_suite import assert_passes_suite
 from small_size import SMALL
 
 from orchestrator import cli
@@ -135,19 +136,7 @@ def test_the_method_trains_in_ray_and_is_missed_where_its_package_is_not(
 
 @pytest.mark.slow
 def test_the_shared_suite_of_methods_tests_it(place: Place) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "heavy_ball"),
-            str(ROOT / "tests" / "iiet" / "test_every_method.py"),
-        ],
-        env={**os.environ, "PYTHONPATH": f"{place.site}{os.pathsep}{ROOT}"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    assert int(done.stdout.split(" passed")[0].split()[-1]) > 15
+    assert_passes_suite("heavy_ball", place.site)
 
 
 @pytest.mark.slow

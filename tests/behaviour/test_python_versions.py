@@ -5,13 +5,12 @@ Each calls the Makefile's target as the workflow for GitHub does, in an environm
 
 from __future__ import annotations
 
-import subprocess
 import tomllib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from new_environment import ROOT, clean_variables, interpreter
+from new_environment import ROOT, interpreter, run
 
 pytestmark = [pytest.mark.installs, pytest.mark.timeout(3 * 3600)]
 
@@ -26,15 +25,7 @@ def make(target: str, version: str, *variables: str) -> str:
     python = interpreter(version)
     if python is None:
         pytest.skip(f"needs Python {version}")
-    done = subprocess.run(
-        ["make", target, f"PYTHON={python}", *variables],
-        cwd=ROOT,
-        env=clean_variables(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    return done.stdout
+    return run("make", target, f"PYTHON={python}", *variables, cwd=ROOT)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import constants
 from local_hub import TOKEN, LocalHub, local_hub
 
-from iiet.config import ModelConfig
-from iiet.decoder import Decoder
 from orchestrator import cli
 from orchestrator.data.hub_models import download_model, shown_name
-from orchestrator.data.token_store import open_tokens
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.evaluation.evaluated_model import open_model, open_models, short_names
-from orchestrator.training.checkpoint import load_config, load_provenance, save_checkpoint
+from orchestrator.training.checkpoint import load_config, load_provenance
 from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -43,20 +39,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
 
 
 @pytest.fixture
-def space(tmp_path: Path, tiny_model: dict[str, Any], tiny_tokens: Path) -> Workspace:
+def space(tmp_path: Path, save_tiny: Callable[..., Path]) -> Workspace:
     """A workspace with one run, `tiny`."""
     workspace = open_workspace(tmp_path / "space")
-    torch.manual_seed(0)
-    decoder = Decoder(ModelConfig.from_dict(tiny_model))
-    save_checkpoint(
-        workspace.runs / "tiny",
-        1,
-        config=decoder.config,
-        weights=decoder.state_dict(),
-        training_state={},
-        tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
-        provenance={"tokens": tiny_tokens.name},
-    )
+    save_tiny(workspace.runs / "tiny")
     return workspace
 
 

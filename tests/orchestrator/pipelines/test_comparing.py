@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fake_tracking import untracked
 
-from iiet.config import ModelConfig
-from iiet.decoder import Decoder
 from orchestrator import cli
-from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation.evaluated_model import open_models
 from orchestrator.evaluation.harness.logged_files import LoggedOutput
@@ -21,7 +18,6 @@ from orchestrator.pipelines.comparing import CompareResult, compare, compare_mod
 from orchestrator.pipelines.evaluating import evaluate_opened
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.settings import EvaluationSettings, Settings
-from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
 
@@ -56,18 +52,8 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 @pytest.fixture
-def checkpoint(workspace: Workspace, tiny_model: dict[str, Any], tiny_tokens: Path) -> Path:
-    torch.manual_seed(0)
-    decoder = Decoder(ModelConfig.from_dict({**tiny_model, "initializer_std": 0.5}))
-    return save_checkpoint(
-        workspace.runs / "tiny",
-        1,
-        config=decoder.config,
-        weights=decoder.state_dict(),
-        training_state={},
-        tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
-        provenance={"tokens": tiny_tokens.name},
-    )
+def checkpoint(workspace: Workspace, save_tiny: Callable[..., Path]) -> Path:
+    return save_tiny(workspace.runs / "tiny", initializer_std=0.5)
 
 
 @pytest.fixture

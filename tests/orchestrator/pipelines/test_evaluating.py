@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fake_tracking import untracked
 
-from iiet.config import ModelConfig
-from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
-from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model
 from orchestrator.evaluation.harness import suite
@@ -28,7 +25,7 @@ from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import load_config, save_checkpoint
+from orchestrator.training.checkpoint import load_config
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
 
@@ -65,18 +62,8 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path, tiny_model: dict[str, Any], tiny_tokens: Path) -> Path:
-    torch.manual_seed(0)
-    decoder = Decoder(ModelConfig.from_dict({**tiny_model, "initializer_std": 0.3}))
-    return save_checkpoint(
-        tmp_path / "run",
-        1,
-        config=decoder.config,
-        weights=decoder.state_dict(),
-        training_state={},
-        tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
-        provenance={"tokens": tiny_tokens.name},
-    )
+def checkpoint(tmp_path: Path, save_tiny: Callable[..., Path]) -> Path:
+    return save_tiny(tmp_path / "run", initializer_std=0.3)
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fake_tracking import untracked
 
 from iiet.config import ModelConfig
@@ -20,14 +20,13 @@ from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
-from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.exporting import CARD, MANIFEST, export_checkpoint
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.model_card import REQUIREMENTS, ModelCard
 from orchestrator.settings import EvaluationSettings
-from orchestrator.training.checkpoint import ELASTIC, save_checkpoint
+from orchestrator.training.checkpoint import ELASTIC
 from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -99,19 +98,8 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path, tiny_model: dict[str, Any], tiny_tokens: Path) -> Path:
-    torch.manual_seed(0)
-    config = {**tiny_model, "initializer_std": 0.3, "context_length": 64}
-    decoder = Decoder(ModelConfig.from_dict(config))
-    return save_checkpoint(
-        tmp_path / "run",
-        1,
-        config=decoder.config,
-        weights=decoder.state_dict(),
-        training_state={},
-        tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
-        provenance={"tokens": tiny_tokens.name},
-    )
+def checkpoint(tmp_path: Path, save_tiny: Callable[..., Path]) -> Path:
+    return save_tiny(tmp_path / "run", initializer_std=0.3, context_length=64)
 
 
 def exported(checkpoint: Path, folder: Path, evaluation: EvaluationResult | None = None) -> Path:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fake_tracking import untracked
 
-from iiet.config import ModelConfig
-from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable, influence_table
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import open_tokens
@@ -20,7 +18,7 @@ from orchestrator.pipelines import influence
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import InfluenceResult, read_or_measure_influence
 from orchestrator.settings import InfluenceSettings
-from orchestrator.training.checkpoint import check_checkpoint, save_checkpoint
+from orchestrator.training.checkpoint import check_checkpoint
 from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -29,23 +27,8 @@ SETTINGS = InfluenceSettings(num_tokens=512)
 
 
 @pytest.fixture
-def make_checkpoint(
-    tmp_path: Path, tiny_model: dict[str, Any], tiny_tokens: Path
-) -> Callable[..., Path]:
-    def make(**changes: Any) -> Path:
-        torch.manual_seed(0)
-        decoder = Decoder(ModelConfig.from_dict({**tiny_model, **changes}))
-        return save_checkpoint(
-            tmp_path / "run",
-            1,
-            config=decoder.config,
-            weights=decoder.state_dict(),
-            training_state={},
-            tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
-            provenance={"tokens": tiny_tokens.name},
-        )
-
-    return make
+def make_checkpoint(tmp_path: Path, save_tiny: Callable[..., Path]) -> Callable[..., Path]:
+    return partial(save_tiny, tmp_path / "run")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,13 @@ import pytest
 import torch
 from sample_trials import sample_trial
 
-from iiet.config import ModelConfig
-from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
-from orchestrator.data.token_store import open_tokens
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.pipelines.generating import Sampling, TextGenerator
 from orchestrator.pipelines.picking import pick
 from orchestrator.reporting.pick_rules import PickRule
 from orchestrator.reporting.sweep_results import StoredSweep
-from orchestrator.training.checkpoint import TOKENIZER, save_checkpoint
+from orchestrator.training.checkpoint import TOKENIZER
 from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.folders import Workspace, open_workspace
 
@@ -92,17 +89,11 @@ class Picked:
 
 
 @pytest.fixture
-def picked(tmp_path: Path, tiny_model: dict[str, Any], tiny_tokens: Path) -> Picked:
+def picked(tmp_path: Path, save_tiny: Callable[..., Path]) -> Picked:
     workspace = open_workspace(tmp_path / "workspace")
 
     def checkpoint(name: str, **changed: Any) -> Path:
-        torch.manual_seed(0)
-        decoder = Decoder(ModelConfig.from_dict({**tiny_model, **changed}))
-        return save_checkpoint(
-            workspace.runs / name, 1, config=decoder.config, weights=decoder.state_dict(),
-            training_state={}, tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
-            provenance={"tokens": tiny_tokens.name},
-        )  # fmt: skip
+        return save_tiny(workspace.runs / name, **changed)
 
     full, plain = checkpoint("full"), checkpoint("plain", method="vanilla", schedule=None)
     results = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,6 @@ import pytest
 import torch
 from fake_tracking import untracked
 
-from iiet.config import ModelConfig
-from iiet.decoder import Decoder
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.pipelines.evaluating import evaluate_model
@@ -24,7 +22,7 @@ from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import load_config, save_checkpoint
+from orchestrator.training.checkpoint import load_config
 from orchestrator.workspace.folders import Workspace, open_workspace
 
 TASKS = {
@@ -79,19 +77,8 @@ class StopsAfter(Progress):
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path, tiny_model: dict[str, Any], tiny_tokens: Path) -> Path:
-    torch.manual_seed(0)
-    config = {**tiny_model, "initializer_std": 0.3, "context_length": 32}
-    decoder = Decoder(ModelConfig.from_dict(config))
-    return save_checkpoint(
-        tmp_path / "run",
-        1,
-        config=decoder.config,
-        weights=decoder.state_dict(),
-        training_state={},
-        tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
-        provenance={"tokens": tiny_tokens.name},
-    )
+def checkpoint(tmp_path: Path, save_tiny: Callable[..., Path]) -> Path:
+    return save_tiny(tmp_path / "run", initializer_std=0.3, context_length=32)
 
 
 @pytest.fixture
