@@ -23,6 +23,7 @@ from orchestrator.settings import SETTINGS_NAME, read_settings
 from orchestrator.sweeping.live_sweep import LiveSweep, open_sweep_run
 from orchestrator.sweeping.trial_run import is_trial_locked
 from orchestrator.sweeping.trial_states import StoredPlan, recorded_end
+from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.monitor import end_training_run, open_training_run, training_run_name
@@ -70,8 +71,9 @@ def sync(*, workspace: Workspace | Path | str, progress: Progress | None = None)
     measured = _publish(files, _publish_measurement, context, name=lambda path: path.stem)
     context.tracking.wait()
     context.progress.finish(
-        f"{len(trainings)} pretrainings, {len(published)} sweeps, {len(students)} students of "
-        f"`distill` and {len(measured)} measurements"
+        f"{format_count(len(trainings), 'pretraining')}, {format_count(len(published), 'sweep')}, "
+        f"{format_count(len(students), 'student')} of `distill` and "
+        f"{format_count(len(measured), 'measurement')}"
     )
     return SyncResult(
         num_delivered=num_delivered,
