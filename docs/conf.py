@@ -23,7 +23,7 @@ project = "iiet-orch"
 author = "the iiet-orch authors"
 copyright = f"2026, {author}"
 version = release = iiet.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib.mermaid"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 
 # Option names begin with two hyphens, which must not become a dash.
@@ -32,8 +32,6 @@ smartquotes = False
 myst_heading_anchors = 3
 # Blocks without a language are what a terminal shows.
 highlight_language = "none"
-# GitHub draws fences of this language, and so does the site.
-myst_fence_as_directive = ["mermaid"]
 
 # Docstrings have Markdown's single backticks.
 default_role = "code"

@@ -6,7 +6,9 @@ import ast
 import re
 from pathlib import Path
 
+import packages_figure
 import pytest
+from matplotlib.image import imread
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -14,7 +16,7 @@ STEPS = re.findall(r"^\| `([\w/]+\.py)` \| (.+?) \|", TEXT, flags=re.MULTILINE)
 
 
 def source(path: str) -> Path:
-    is_whole = path.startswith(("iiet/", "tests/", "examples/"))
+    is_whole = path.startswith(("iiet/", "tests/", "examples/", "docs/"))
     return ROOT / path if is_whole else ROOT / "orchestrator" / path
 
 
@@ -56,6 +58,13 @@ def test_every_named_folder_exists() -> None:
 def test_the_packages_are_those_of_the_orchestrator() -> None:
     named = re.findall(r"^\| `(\w+)/` \|", TEXT, flags=re.MULTILINE)
     assert set(named) == {p.parent.name for p in (ROOT / "orchestrator").glob("*/__init__.py")}
-    (chart,) = re.findall(r"```mermaid\n(.*?)```", TEXT, flags=re.DOTALL)
-    for package in named:
-        assert re.search(rf"\b{package}\b", chart), package
+    drawn = {*packages_figure.PLACES, *packages_figure.USED_BY_ALL}
+    assert drawn == {*named, "iiet"}
+
+
+def test_each_drawn_package_gives_or_gets_something_and_the_figure_is_shown(tmp_path: Path) -> None:
+    ends = {end for giver, receiver, _ in packages_figure.FLOWS for end in (giver, receiver)}
+    assert ends == set(packages_figure.PLACES)
+    (drawn,) = packages_figure.write_figure(tmp_path / "packages")
+    shown = ROOT / "docs" / re.findall(r"!\[.*?\]\((images/packages.png)\)", TEXT)[0]
+    assert imread(drawn).shape == imread(shown).shape
