@@ -39,21 +39,27 @@ def resolve_settings(
         options: Values by `section.key`.
 
     Raises:
-        UserError: Names `origin`, every unknown key and every bad value at once.
+        UserError: Names every unknown key and every bad value at once, and `origin` unless
+            all of them were set by `assignments` or `options`.
     """
     merged = _unshared_copy(tree or {})
     problems: list[str] = []
+    changed: list[str] = []
     for change in (*assignments, *(options or {}).items()):
         try:
             name, value = _parse_assignment(change) if isinstance(change, str) else change
             _set_value(merged, name.split("."), value)
+            changed.append(f"{name}.")
         except UserError as error:
             problems.append(str(error))
     try:
         # Merged here, not by pydantic: both recipes have one type, but different defaults.
         settings = Settings.model_validate(_merge(DEFAULTS.model_dump(), merged))
     except ValidationError as error:
-        problems += [_describe(problem) for problem in error.errors()]
+        found = error.errors()
+        problems += [_describe(problem) for problem in found]
+        if all(_concerns(problem["loc"], changed) for problem in found):
+            origin = "settings"
     if problems:
         raise UserError(_join_problems(origin, problems))
     return fill_precisions(settings, merged)
@@ -161,6 +167,12 @@ def _merge(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
         elif value is not None or not isinstance(default, Mapping):
             merged[name] = value  # An empty section keeps its defaults.
     return merged
+
+
+def _concerns(location: Iterable[str | int], changed: Iterable[str]) -> bool:
+    # A validator of a whole section complains about the section.
+    where = "".join(f"{part}." for part in location)
+    return any(where.startswith(name) or name.startswith(where) for name in changed)
 
 
 def _describe(problem: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -204,3 +205,24 @@ def test_an_empty_section_keeps_its_defaults(tmp_path: Path) -> None:
     path.write_text("sweep:\ntraining:\n  num_steps: 5\n")
     assert read_settings(path).sweep == Settings().sweep
     assert read_settings(path, ["sweep.trials_at_once=3"]).sweep.trials_at_once == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "names_the_file"),
+    [
+        ({"assignments": ["sweep.num_schedules=0"]}, False),
+        ({"options": {"training.learning_rate": -1}}, False),
+        ({}, True),
+        ({"assignments": ["sweep.num_schedules=0", "training.num_steps=3"]}, False),
+        ({"assignments": ["training.batch_size=3"]}, False),
+        ({"assignments": ["sweep.num_schedules=4"]}, True),
+    ],
+)
+def test_a_file_is_blamed_for_its_own_problems_only(
+    tmp_path: Path, changes: dict[str, Any], names_the_file: bool
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"training: {{num_steps: {-5 if names_the_file else 5}}}")
+    with pytest.raises(UserError) as caught:
+        read_settings(path, **changes)
+    assert (str(path) in str(caught.value)) == names_the_file
