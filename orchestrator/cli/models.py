@@ -46,11 +46,15 @@ def generate(
         typer.Option(help="With --chat: the system's message, before the user's."),
     ] = None,
     max_new_tokens: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--max-new-tokens", "-n", min=1, max=MAX_COUNT, help="Maximum number of tokens to add."
+            "--max-new-tokens",
+            "-n",
+            min=1,
+            max=MAX_COUNT,
+            help="Maximum number of tokens to add (default: 64, or what fits the context).",
         ),
-    ] = 64,
+    ] = None,
     temperature: Annotated[
         float,
         typer.Option("--temperature", "-t", min=0.0, help="0 always takes the likeliest token."),

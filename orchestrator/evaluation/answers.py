@@ -30,13 +30,11 @@ _TAIL_MARGIN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerSettings:
-    """How an answer is generated, and when it ends."""
+class TokenChoice:
+    """How tokens are chosen, and which texts end them."""
 
     stop: tuple[str, ...] = ()
     """Texts that end the answer, and are no part of it."""
-    max_new_tokens: int = 256
-    """Largest number of tokens of an answer."""
     temperature: float = 0.0
     """0 takes the likeliest token."""
     top_k: int | None = None
@@ -45,6 +43,14 @@ class AnswerSettings:
     """Sample among the likeliest tokens that together hold this probability."""
     kv_strategy: KvStrategy = "exact"
     """A cache slot per evaluation, or one per layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSettings(TokenChoice):
+    """How an answer is generated, and when it ends."""
+
+    max_new_tokens: int = 256
+    """Largest number of tokens of an answer."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from orchestrator.evaluation.answers import (
     AnswerSettings,
     Decode,
     Question,
+    TokenChoice,
     generate_answers,
 )
 from orchestrator.evaluation.model_tokenizer import (
@@ -49,16 +50,26 @@ from orchestrator.workspace.folders import Workspace
 
 INCOMPLETE = "\ufffd"
 """Stands for the bytes of a character whose last byte was not generated."""
+USUAL_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling(AnswerSettings):
+class Sampling(TokenChoice):
     """How tokens are chosen, and when to stop."""
 
-    max_new_tokens: int = 128
-    """Maximum number of tokens to add."""
+    max_new_tokens: int | None = None
+    """Maximum number of tokens to add; when unset, 64, or fewer if no more fit the context."""
     seed: int | None = None
     """Random seed for sampling; random when unset."""
+
+    def limited(self, free_tokens: int) -> AnswerSettings:
+        """Return these settings for a context that has place for `free_tokens`."""
+        values = asdict(self)
+        del values["seed"]
+        if self.max_new_tokens is None:
+            # At least one: a prompt that leaves no place is an error, as with a given number.
+            values["max_new_tokens"] = max(1, min(USUAL_NEW_TOKENS, free_tokens))
+        return AnswerSettings(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,11 +248,13 @@ class TextGenerator:
             UserError: At the call: a setting is out of range, or prompt and new tokens do not fit
                 the context.
         """
-        ids = torch.tensor([self.text.encode_document(prompt)], device=self.decoder.device)
+        context = self.text.encode_document(prompt)
+        ids = torch.tensor([context], device=self.decoder.device)
         one_token = [self.text.encode(stop, add_special_tokens=False) for stop in sampling.stop]
         # A stop text that is one token may be a special token, which no piece shows.
         ends = self.text.end_ids.union(*(tokens for tokens in one_token if len(tokens) == 1))
-        options = asdict(sampling)
+        settings = sampling.limited(self.decoder.config.context_length - len(context))
+        options = {**asdict(settings), "seed": sampling.seed}
         del options["stop"]
         try:
             steps = self._stream(self.decoder, ids, stop_tokens=ends, **options)
@@ -255,12 +268,13 @@ class TextGenerator:
         seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         contexts = [self.text.encode_document(prompt) for prompt in prompts]
         longest, room = max(map(len, contexts)), self.decoder.config.context_length
-        if longest + sampling.max_new_tokens > room:
+        settings = sampling.limited(room - longest)
+        if longest + settings.max_new_tokens > room:
             raise UserError(
-                f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} do not "
+                f"a prompt of {longest} tokens and max_new_tokens={settings.max_new_tokens} do not "
                 f"fit the context_length of {room}"
             )
-        asked = [Question(context, sampling, seed + row) for row, context in enumerate(contexts)]
+        asked = [Question(context, settings, seed + row) for row, context in enumerate(contexts)]
         try:
             texts = generate_answers(
                 self.decoder, self.text, asked, batch_size=len(asked), decode=self._stream

@@ -183,6 +183,29 @@ def test_characters_come_whole(writer: TextGenerator) -> None:
     assert "\ufffd" not in "".join(pieces)
 
 
+@pytest.mark.parametrize("prompt", ["abc", "a long prompt, it is, and no end of it"])
+def test_without_a_number_the_continuation_fills_the_context(
+    writer: TextGenerator, prompt: str
+) -> None:
+    place = writer.decoder.config.context_length - len(writer.text.encode_document(prompt))
+    assert 0 < place < generating.USUAL_NEW_TOKENS
+    given = Sampling(max_new_tokens=place)
+    text = "".join(writer.stream(prompt, given))
+    assert "".join(writer.stream(prompt, Sampling())) == text
+    assert writer.continue_all([prompt, "a"], Sampling()) == writer.continue_all(
+        [prompt, "a"], given
+    )
+    assert Sampling().limited(500).max_new_tokens == generating.USUAL_NEW_TOKENS
+
+
+def test_a_prompt_that_leaves_no_place_is_refused(writer: TextGenerator) -> None:
+    prompt = "xq " * writer.decoder.config.context_length
+    with pytest.raises(UserError, match="do not fit the context_length of 32"):
+        writer.stream(prompt, Sampling())
+    with pytest.raises(UserError, match="do not fit the context_length of 32"):
+        writer.continue_all([prompt, "abc"], Sampling())
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
