@@ -30,6 +30,8 @@ from orchestrator.pipelines.sweep_plans import (
     check_arguments,
     plan_iterations,
     plan_students,
+    plan_suite,
+    plan_teacher,
     schedule_search,
     teacher_checkpoint,
 )
@@ -138,6 +140,9 @@ def raise_failures(failures: Mapping[str, str]) -> None:
 def _sweep_with_teacher(
     settings: Settings, context: Context, tokens: Path, name: str | None
 ) -> SweepResult:
+    teacher = plan_teacher(settings, context.workspace, tokens)[TEACHER]
+    # Fail before pretraining if the held-out text is too poor for the tasks, or an answer too long.
+    plan_suite(settings.evaluation, tokens, teacher.model, Progress())
     with ray_cluster(settings.cluster, folder=context.workspace.root, say=context.progress.start):
         trained = pretrain_models(teacher_and_baselines(settings), context, tokens)
         checkpoints = {label: result.checkpoint for label, result in trained.items()}
