@@ -24,7 +24,12 @@ from orchestrator.cluster.shared_memory import check_shared_memory, total_shared
 from orchestrator.workspace.errors import RunFailed, UserError, first_line
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.locks import lock_descriptor
-from orchestrator.workspace.provenance import KEY_LENGTH, environment, extension_packages
+from orchestrator.workspace.provenance import (
+    KEY_LENGTH,
+    NOT_INSTALLED,
+    environment,
+    extension_packages,
+)
 
 # isort: split
 import ray
@@ -203,11 +208,21 @@ def _workspace_sentence(problem: str, address: str, folder: Path | None) -> str:
 
 def _check_versions(theirs: dict[str, str], ours: dict[str, str], address: str) -> None:
     for name, version in ours.items():
-        if (other := theirs.get(name, "not installed")) != version:
+        other = theirs.get(name, NOT_INSTALLED)
+        if other == version:
+            continue
+        if NOT_INSTALLED in (other, version):
+            lacking, found = "this machine", f"{address} has version {other}"
+            if other == NOT_INSTALLED:
+                lacking, found = address, f"this machine has version {version}"
             raise UserError(
-                f"{address} has {name} {other}, and this machine has {version}; install the same "
-                "on all nodes"
+                f"{lacking} lacks the package {name}, and {found}; install the same version on all "
+                "nodes"
             )
+        raise UserError(
+            f"{address} has {name} {other}, and this machine has {version}; install the same on "
+            "all nodes"
+        )
 
 
 def _error_sentence(error: Exception, address: str) -> str:

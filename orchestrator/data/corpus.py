@@ -30,7 +30,9 @@ def read_documents(settings: DataSettings, progress: Progress | None = None) -> 
             the hub cannot be reached.
     """
     seen: set[bytes] = set()
-    for text, source in text_source(settings).documents(progress or Progress()):
+    progress = progress or Progress()
+    progress.start("corpus")  # Sources that know how much there is start again.
+    for text, source in text_source(settings).documents(progress):
         # JSON can hold lone surrogates, which UTF-8 cannot.
         data = text.strip().encode("utf-8", "replace")
         digest = hashlib.blake2b(data, digest_size=12).digest()

@@ -128,10 +128,7 @@ def open_mixture(folder: Path, manifest: Manifest) -> MixtureStore:
         settings = DataSettings.model_validate(manifest.settings)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(
-            f"cannot read the mixture in {folder}: {reason}; a source of another package needs "
-            "this package installed"
-        ) from None
+        raise UserError(f"cannot read the mixture in {folder}: {reason}") from None
     folders = manifest.text_folders(folder)
     tasks = {task.name: task for task in mixture_tasks(settings)}
     sources = {

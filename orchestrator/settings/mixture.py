@@ -56,5 +56,6 @@ def _check_task(name: str) -> None:
         (near,) = difflib.get_close_matches(name, known, n=1) or ["phop_6"]
         raise ValueError(
             f"{quoted(name)} is not a source; did you mean {near}? Sources are "
-            f"{', '.join(TEXT_SOURCES)} and depth tasks such as phop_6"
+            f"{', '.join(TEXT_SOURCES)} and depth tasks such as phop_6; a source of another "
+            "package needs this package installed"
         ) from error

@@ -18,6 +18,9 @@ RECIPE_VERSION = 4
 
 KEY_LENGTH = 16
 
+NOT_INSTALLED = "not installed"
+"""The version of a package that is missing."""
+
 EXTENSION_GROUPS = ("iiet.", "iiet_orch.")
 """How the names of the groups of entry points begin; `docs/extending.md` lists them."""
 
@@ -58,8 +61,8 @@ def extension_packages() -> dict[str, str]:
 
 
 def installed_version(name: str) -> str:
-    """Return the version of a distribution, or `not installed`."""
+    """Return the version of a distribution, or `NOT_INSTALLED`."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED

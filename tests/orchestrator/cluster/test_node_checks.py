@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from installed_package import PACKAGE, install, on_path
 
 from orchestrator.cluster import node_checks
 from orchestrator.cluster.node_checks import CODE, versions
@@ -47,3 +48,32 @@ def test_another_folder_and_locks_that_do_not_reach_are_noticed(
 def test_code_is_part_of_the_versions() -> None:
     assert {"python", "torch", "ray", CODE} <= set(versions())
     assert versions() == versions()
+
+
+def test_a_package_that_one_node_lacks_is_named_with_the_node(tmp_path: Path) -> None:
+    """The node and this machine are one process, with and without the package on its path."""
+    without = versions()
+    sites = {}
+    for version in ("1.0", "1.1"):
+        install(
+            tmp_path / version,
+            {},
+            {"iiet_orch.data_sources": {"letters": "letters:Letters"}},
+            version=version,
+        )
+        with on_path(tmp_path / version):
+            sites[version] = versions()
+    address = "the node 10.0.0.7"
+    node_checks._check_versions(sites["1.0"], sites["1.0"], address)
+    node_checks._check_versions(sites["1.0"], without, address)  # Nothing here can need it.
+    for theirs, words in (
+        (
+            without,
+            rf"^{address} lacks the package {PACKAGE}, and this machine has version 1\.0; in",
+        ),
+        (sites["1.1"], rf"^{address} has {PACKAGE} 1\.1, and this machine has 1\.0; install the"),
+    ):
+        with pytest.raises(UserError, match=words):
+            node_checks._check_versions(theirs, sites["1.0"], address)
+    with pytest.raises(UserError, match=rf"^this machine lacks the package mlflow, and {address} "):
+        node_checks._check_versions(without, {**without, "mlflow": "not installed"}, address)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from installed_package import PACKAGE, install, on_path
+from small_size import SMALL
 
 from iiet import METHODS, preset
 from iiet.extensions import ExtensionError
@@ -16,10 +18,13 @@ from orchestrator.data.corpus import source_state
 from orchestrator.pipelines.extensions import EXTENSION_POINTS, installed_extensions
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 from orchestrator.workspace.provenance import extension_packages
 
 GROUPS = {table.names.group: table for table in EXTENSION_POINTS}
 SOURCE = """
+from itertools import product
+
 from iiet.influence_metrics import Comparison, InfluenceMetric
 from orchestrator.data.text_source import TextSource
 
@@ -40,7 +45,12 @@ class Letters(TextSource):
         return "letters"
 
     def documents(self, progress):
-        yield from ((letter * 40, letter) for letter in "abc")
+        animals, places = ("lion", "zebra", "camel", "parrot"), ("river", "forest", "garden")
+        for number, (one, other, place) in enumerate(product(animals, animals, places)):
+            yield (
+                f"Letter {number}. The {one} went to the {place} and met the {other}, who was "
+                f"asleep there. Soon the {one} walked home with the {other} of the {place}."
+            ), "letters"
 """
 NAMES = {
     "iiet.influence_metrics": {
@@ -136,6 +146,42 @@ def test_settings_take_the_names_of_packages(site: Path) -> None:
     assert list(data.texts) == ["letters"]
     assert data.texts["letters"].source == "letters"
     assert data.tasks.tasks == ("phop_2",)
+
+
+def test_a_mixture_trains_on_a_source_of_a_package(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [
+        *SMALL,
+        "data.source=mixture",
+        "data.shares={letters: 0.5, chain_2: 0.5}",
+        "data.depth.length=32",
+        "training.num_steps=4",
+    ]
+    changes = [part for setting in settings for part in ("--set", setting)]
+    where = ["--workspace", str(tmp_path / "ws")]
+    command = ["pretrain", "--local", "--name", "mixed", *changes, *where]
+    assert main(command) == 0
+    assert "corpus: 50% letters" in capsys.readouterr().out
+    values = {}
+    for record in read_journal(tmp_path / "ws" / "runs" / "mixed")[0]:
+        values |= record["values"] if record["kind"] == "metrics" else {}
+    for name in ("letters", "chain_2"):
+        assert values[f"train/loss_{name}"] > 0
+        assert values[f"{VALIDATION_METRIC}_{name}"] > 0
+    assert main(["evaluate", "mixed", "--set", "evaluation.num_items=8", *where]) == 0
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.path", [path for path in sys.path if path != str(site)])
+        for again, words in (
+            (command, "data.shares: 'letters' is not a source"),
+            (["evaluate", "mixed", *where], "'letters' is not a source"),
+        ):
+            assert main(again) == 2
+            printed = " ".join(capsys.readouterr().err.split())
+            assert words in printed
+            assert "another package" in printed
+            assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize(
