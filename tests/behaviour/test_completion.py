@@ -1,4 +1,4 @@
-"""The version, and the completion of commands and options in shells."""
+"""The version, and what a shell gets to offer for commands, options and their values."""
 
 from __future__ import annotations
 
