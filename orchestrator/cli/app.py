@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     with _colors_off() if NO_COLOR in words else nullcontext():
         words = [word for word in words if word != NO_COLOR]  # It may stand anywhere.
         try:
-            app(words, prog_name="iiet-orch")
+            app.reduced_to(words)(words, prog_name="iiet-orch")
         except BaseException as error:
             code = exit_code_of(error)
             if code == 2 and (sentence := hint(words)):

@@ -125,7 +125,7 @@ def parse_command(words: Sequence[str]) -> dict[str, Any]:
     """
     if words[0] in NOT_ON_A_CLUSTER:
         raise UserError(f"`iiet-orch {words[0]}` does not run on a cluster; name another command")
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(app.reduced_to(words))
     context = group.make_context("iiet-orch", list(words))
     name, command, rest = group.resolve_command(context, list(words))
     options: dict[str, Any] = command.make_context(name, rest, parent=context).params
