@@ -19,10 +19,18 @@ GRAY, GRID = "#757575", "#dddddd"
 DOTS_PER_INCH = 200
 
 
+def fix_layout(figure: Figure) -> None:
+    """Compute a figure's layout once; Matplotlib would do so again for each file."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine(None)
+
+
 def save_figure(figure: Figure, stem: Path, kinds: Sequence[str] = ("png", "svg")) -> list[Path]:
     """Write a figure as `stem.png` and `stem.svg`; the same figure gives the same bytes."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = []
+    fix_layout(figure)
     # An SVG has a random salt and the date by default.
     with rc_context({"svg.hashsalt": "iiet"}):
         for kind in kinds:

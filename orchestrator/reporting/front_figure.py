@@ -15,7 +15,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from iiet.methods import METHODS
-from orchestrator.reporting.figure_style import DOTS_PER_INCH, GRAY, GRID, INK, ORANGE, SWEEP_COLORS
+from orchestrator.reporting.figure_style import (
+    DOTS_PER_INCH,
+    GRAY,
+    GRID,
+    INK,
+    ORANGE,
+    SWEEP_COLORS,
+    fix_layout,
+)
 from orchestrator.reporting.front_axes import (
     PAPER_COST_SHARE,
     PAPER_MARK,
@@ -68,7 +76,7 @@ def draw_front(front: Front, *, title: str = "", mark_paper: bool = False) -> Fi
         panel.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=12)
     _add_labels(labels, front)
     # Labels can be placed only in the final layout.
-    figure.draw_without_rendering()
+    fix_layout(figure)
     labels.place()
     return figure
 

@@ -6,7 +6,13 @@ from matplotlib.axes import Axes as Panel
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from orchestrator.reporting.figure_style import DOTS_PER_INCH, GRAY, GRID, SWEEP_COLORS
+from orchestrator.reporting.figure_style import (
+    DOTS_PER_INCH,
+    GRAY,
+    GRID,
+    SWEEP_COLORS,
+    fix_layout,
+)
 from orchestrator.reporting.influence_check import InfluenceCheck, correlation_text
 from orchestrator.reporting.label_placement import LabelPlacer
 
@@ -41,7 +47,7 @@ def draw_influence_check(check: InfluenceCheck, *, title: str = "") -> Figure:
     if title:
         figure.suptitle(title, fontsize=11, fontweight="bold")
     # Labels can be placed only in the final layout.
-    figure.draw_without_rendering()
+    fix_layout(figure)
     for placer in placers:
         placer.place()
     return figure
