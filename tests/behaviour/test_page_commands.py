@@ -1,0 +1,150 @@
+"""Every command of `iiet-orch` in the shell blocks of the pages runs, at a small size.
+
+Each page runs in a workspace of its own, a copy of one with three models and a sweep. Left out is
+what needs GPUs, the Hugging Face Hub, a cluster or another machine's storage, and a server that
+does not end; GPU commands run as dry runs. Four pages have tests of their own: the tutorial, the
+real model, troubleshooting, extending.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from documented import ROOT, Line, blocks, shell_lines
+from small_size import SMALL
+
+from orchestrator import cli
+from orchestrator.data.python_docs import python_documents
+from orchestrator.terminal.progress import Progress
+
+pytestmark = pytest.mark.long
+
+TESTED_ELSEWHERE = {"tutorial.md", "real-model.md", "troubleshooting.md", "extending.md"}
+LINES = [x for x in shell_lines() if x.words[0] == "iiet-orch" and x.page not in TESTED_ELSEWHERE]
+PAGES = list(dict.fromkeys(line.page for line in LINES))
+
+SERVERS_AND_CLUSTERS = {"ui", "submit", "jobs"}
+REPLACED = {"heldout,piqa": "heldout", "--trials": "--trials=3", "30": ""}
+"""Tasks of the hub are left out of a suite, and a search is shorter."""
+
+MAY_REFUSE = {"--knee": "this front has no knee"}
+"""Word of a command to the sentence with which it may end here: models this small learn nothing."""
+
+SMALL_TEXT = [*SMALL, "model.corrections=3", "data.max_documents=250"]
+SMALL_DEPTH = [
+    "training.num_steps=4", "training.num_tokens_per_step=256", "training.warmup_steps=1",
+    "training.num_validation_tokens=512", "distillation.training.num_steps=2",
+    "distillation.training.num_tokens_per_step=256", "distillation.training.warmup_steps=1",
+    "distillation.training.num_validation_tokens=512", "influence.num_tokens=512",
+    "evaluation.num_items=20", "sweep.num_schedules=3",
+]  # fmt: skip
+TAKES_SETTINGS = {
+    "prepare", "pretrain", "distill", "influence", "evaluate", "compare", "benchmark", "search",
+    "sweep", "sweep-threshold", "sweep-iterations",
+}  # fmt: skip
+
+
+def run(*words: str) -> int:
+    """Run a command in this process and return its exit code."""
+    return cli.main([word for word in words if word])
+
+
+def small(words: tuple[str, ...]) -> list[str]:
+    """Return the options that make a command small."""
+    if words[0] not in TAKES_SETTINGS or "--gpus" in words:
+        return []
+    is_depth = "depth" in words or "phop3.yaml" in words
+    changes = list(SMALL_DEPTH if is_depth else SMALL_TEXT)
+    if "mixture.yaml" in words:
+        changes.append("model.context_length=128")  # Its tasks do not fit into less.
+    return [f"--set={change}" for change in changes]
+
+
+@pytest.fixture(scope="module")
+def started_project(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+    """A folder with the files that the pages speak of, and a workspace."""
+    folder = tmp_path_factory.mktemp("project")
+    write_files(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("IIET_WORKSPACE", raising=False)
+        options = [f"--set={change}" for change in SMALL_TEXT]
+        for number, name in enumerate(("my-run", "other", "tiny")):
+            seed = f"--set=training.seed={number}"
+            assert run("pretrain", "--local", "--name", name, seed, *options) == 0
+        assert run("sweep-threshold", "tiny", *options) == 0
+        for name, output in (("tiny", "one"), ("other", "two")):
+            task = ("--suite", "capitals", "--include-path", "tasks")
+            assert run("evaluate", name, *task, "--log-samples", f"outputs/{output}", *options) == 0
+        assert run("export", "tiny", "--to", "my-chat-model", "--no-measure") == 0
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (folder / "my-chat-model" / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def write_files(folder: Path) -> None:
+    """Write texts, the settings files of the pages, and the task `capitals` with its items."""
+    texts = [text for text, _ in islice(python_documents(Progress()), 250)]
+    for name in ("my-texts", "corpus", "tasks"):
+        (folder / name).mkdir()
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "my-texts" / "all.jsonl").write_text(rows, encoding="utf-8")
+    (folder / "corpus" / "all.jsonl").write_text(rows, encoding="utf-8")
+    docs = ROOT / "docs"
+    (mixture,) = [b for b in blocks(docs / "data.md", "yaml") if "source: mixture" in b]
+    (phop3,) = [b for b in blocks(docs / "results.md", "yaml") if "# phop3.yaml" in b]
+    (capitals,) = [b for b in blocks(docs / "evaluation.md", "yaml") if "task: capitals" in b]
+    (folder / "mixture.yaml").write_text(mixture)
+    (folder / "phop3.yaml").write_text(phop3)
+    (folder / "tasks" / "capitals.yaml").write_text(capitals)
+    cities = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Peru": "Lima"}
+    items = [json.dumps({"country": k, "city": v}) + "\n" for k, v in cities.items()]
+    (folder / "tasks" / "capitals.jsonl").write_text("".join(items[:2]))
+    (folder / "tasks" / "examples.jsonl").write_text("".join(items[2:]))
+
+
+def why_left_out(line: Line) -> str | None:
+    """Return why a command cannot run here, if it cannot."""
+    words = line.words[1:]
+    if words[0] in SERVERS_AND_CLUSTERS:
+        return "a server or a cluster"
+    if any("hub" in word for word in words):
+        return "the Hugging Face Hub"
+    return "storage in a cloud" if any("s3://" in word for word in words) else None
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_run(
+    page: str,
+    started_project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    project = shutil.copytree(started_project, tmp_path / "project")
+    monkeypatch.chdir(project)
+    monkeypatch.delenv("IIET_WORKSPACE", raising=False)
+    for line in LINES:
+        if line.page != page or why_left_out(line):
+            continue
+        words = tuple(REPLACED.get(word, word) for word in line.words[1:])
+        words = words[: words.index(">")] if ">" in words else words
+        is_dry = "--gpus" in words and words[0] != "manifest" and "--dry-run" not in words
+        answer = "--yes" if words == ("clean",) else ""  # It asks on a terminal only.
+        code = run(*words, *small(words), "--dry-run" if is_dry else "", answer)
+        error = capsys.readouterr().err
+        excuse = next((MAY_REFUSE[word] for word in words if word in MAY_REFUSE), None)
+        assert code == 0 or (excuse and excuse in error), f"{line}\n{error}"
+
+
+def test_what_is_left_out_is_little_and_its_pages_say_what_it_needs() -> None:
+    left_out = [line for line in LINES if why_left_out(line)]
+    assert len(left_out) < len(LINES) / 4
+    for line in left_out:
+        text = (ROOT / "docs" / line.page).read_text(encoding="utf-8")
+        assert re.search(r"[Hh]ub|cluster|S3|server|127\.0\.0\.1", text), line
