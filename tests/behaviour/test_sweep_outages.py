@@ -73,6 +73,7 @@ def finish(trial: Trial) -> None:
     trial.model_copy(update=measured).write(trial.result_path)
 
 
+@pytest.mark.slow
 def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
     tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,7 +96,13 @@ OWN_PROCESS = {"Ray does not answer"}
 """A process of the tests may have joined a Ray already."""
 
 
-@pytest.mark.parametrize("entry", COMMANDS)
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(entry, marks=[pytest.mark.slow] if entry in OWN_PROCESS else [])
+        for entry in COMMANDS
+    ],
+)
 def test_a_command_prints_the_text(
     entry: str,
     tmp_path: Path,

@@ -164,6 +164,7 @@ def test_both_processes_return_the_outcome_of_one_training(
     assert len(events(job, "started", "resumed")) == 1
 
 
+@pytest.mark.slow
 def test_a_waiting_process_takes_over_from_a_killed_one(
     job: TrainingJob, first: Process, second: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,6 +149,7 @@ def test_a_model_is_the_same_with_and_without_them(method, monkeypatch):
     assert any(not torch.equal(off[name], value) for name, value in fast.items())
 
 
+@pytest.mark.slow
 def test_the_environment_turns_them_off():
     assert (os.environ.get("IIET_CPU_KERNELS") != "0") == cpu_kernels.ENABLED
     run = subprocess.run(

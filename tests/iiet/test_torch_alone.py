@@ -67,6 +67,7 @@ def test_the_folder_of_the_test_has_torch_and_not_the_other_libraries(torch_alon
         assert not (torch_alone / library).exists()
 
 
+@pytest.mark.slow
 def test_the_core_trains_measures_distills_and_generates(found: dict[str, Any]) -> None:
     assert found["file"] == iiet.__file__
     assert found["missing"] == []
@@ -76,10 +77,12 @@ def test_the_core_trains_measures_distills_and_generates(found: dict[str, Any]) 
     assert found["generated"] == [1, 7]
 
 
+@pytest.mark.slow
 def test_the_version_is_the_installed_one(found: dict[str, Any]) -> None:
     assert found["version"] == iiet.__version__ == metadata.version("iiet-orch")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "library"),
     [

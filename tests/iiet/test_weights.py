@@ -157,6 +157,7 @@ def test_weights_by_older_names_are_loaded(tmp_path):
         Decoder.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_neither_transformers_nor_the_orchestrator_is_imported(tmp_path):
     decoder_of().save(tmp_path)
     script = (

@@ -172,6 +172,7 @@ print(*{"ray"} & set(sys.modules))
 """
 
 
+@pytest.mark.slow
 def test_ray_is_not_imported(tmp_path: Path, tiny_tokens: Path) -> None:
     arguments = [sys.executable, "-c", LOCAL, str(tmp_path), str(tiny_tokens)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)

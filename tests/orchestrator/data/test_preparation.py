@@ -129,6 +129,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
 def test_an_interrupted_preparation_resumes_to_identical_bytes(
     workspace: Workspace,
@@ -174,6 +175,7 @@ def interrupted(workspace: Workspace, settings: DataSettings) -> Path:
     return left
 
 
+@pytest.mark.slow
 def test_a_damaged_file_of_an_interrupted_preparation_is_named(
     workspace: Workspace, settings: DataSettings
 ) -> None:
@@ -205,6 +207,7 @@ def test_damaged_content_of_finished_tokens_is_named(
         prepare(settings, workspace, verify=True)
 
 
+@pytest.mark.slow
 def test_encoding_uses_all_cores(workspace: Workspace, settings: DataSettings) -> None:
     code = (
         "import psutil, sys\n"

@@ -144,6 +144,7 @@ def test_answers_with_examples_and_a_template_from_the_command_line(
     assert len(prompts) == 3, "the stored result is read again"
 
 
+@pytest.mark.slow
 def test_all_that_shapes_a_prompt_is_in_the_key(
     llama: Any, evaluate: Any, prompts: list[str]
 ) -> None:
@@ -202,6 +203,7 @@ def test_a_model_without_a_template_is_an_error_before_anything_is_measured(
     assert not prompts
 
 
+@pytest.mark.slow
 def test_a_model_that_transformers_runs_answers_as_the_decoder(llama: Any, evaluate: Any) -> None:
     scaled = {"rope_type": "linear", "factor": 1.0, "rope_theta": 1e4}
     models = [llama(), llama("scaled", rope_parameters=scaled)]
@@ -212,6 +214,7 @@ def test_a_model_that_transformers_runs_answers_as_the_decoder(llama: Any, evalu
     assert stored[0]["metrics"] == stored[1]["metrics"]
 
 
+@pytest.mark.slow
 def test_models_of_one_command_share_the_loaded_tasks(
     llama: Any, evaluate: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +236,7 @@ def test_models_of_one_command_share_the_loaded_tasks(
     assert 5 in {result["num_items"] for result in changed}
 
 
+@pytest.mark.slow
 def test_the_task_of_the_documentation_runs(
     llama: Any,
     tmp_path: Path,

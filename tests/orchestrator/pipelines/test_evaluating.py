@@ -130,6 +130,7 @@ def test_each_task_is_run_once(
     assert len(list(workspace.evaluations.glob("*.json"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [None, "bf16"])
 def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
     precision: str | None,

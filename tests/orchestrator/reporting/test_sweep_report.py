@@ -99,6 +99,7 @@ def test_other_axes_get_their_own_folder(workspace: Workspace, sweep: StoredSwee
     assert (usual.folder / "front.json").is_file()
 
 
+@pytest.mark.slow
 def test_paired_errors_come_from_the_stored_items(
     workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
@@ -257,6 +258,7 @@ def test_mlflow_holds_the_sweep_once(
     assert {result.run_id for result in stored.results} == {run.info.run_id for run in nested}
 
 
+@pytest.mark.slow
 def test_a_long_note_refers_to_the_artifacts(workspace: Workspace, sweep: StoredSweep) -> None:
     many = [
         result.model_copy(update={"key": f"{result.key}{n}"})

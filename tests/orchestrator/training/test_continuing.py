@@ -65,6 +65,7 @@ def recorded(job: TrainingJob, name: str) -> dict[int, float]:
     return {r["step"]: r["values"][name] for r in records if name in r.get("values", {})}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "start"),
     [

@@ -32,6 +32,7 @@ def names_in_trace(folder: Path) -> list[str]:
         return [event.get("name", "") for event in json.load(file)["traceEvents"]]
 
 
+@pytest.mark.slow
 def test_a_profile_holds_its_steps_and_changes_no_result(tiny_job: MakeJob) -> None:
     plain, profiled = tiny_job("plain", **RECIPE), tiny_job("p", **RECIPE, profile_steps=2)
     assert job_key(plain) == job_key(profiled)
@@ -48,6 +49,7 @@ def test_a_profile_holds_its_steps_and_changes_no_result(tiny_job: MakeJob) -> N
     assert not (plain.folder / "profile").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_early_leaves_a_shorter_profile_or_none(tiny_job: MakeJob) -> None:
     job = tiny_job("run", **RECIPE, profile_steps=100)
     calls = iter([False, False, True])
