@@ -13,6 +13,8 @@ from orchestrator.cli.help import OLD_NAMES
 from orchestrator.settings import Settings
 from orchestrator.workspace.errors import UserError
 
+COMMANDS = get_command(cli.app.app).commands
+
 
 def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     code = cli.main(list(arguments))
@@ -177,7 +179,7 @@ def test_a_mistake_prints_one_sentence_and_exits_with_2(
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
-@pytest.mark.parametrize("name", sorted(get_command(cli.app.app).commands))
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_help_shows_every_option_uncut(
     name: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,7 +189,7 @@ def test_help_shows_every_option_uncut(
     assert "…" not in printed
     assert all(len(line) <= width for line in printed.splitlines())
     words = set(printed.replace("/", " ").replace(",", " ").split())
-    command = get_command(cli.app.app).commands[name]
+    command = COMMANDS[name]
     for parameter in command.params:
         for option in {*parameter.opts, *parameter.secondary_opts} - {*OLD_NAMES}:
             is_argument = parameter.param_type_name == "argument"
