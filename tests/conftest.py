@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from copied_database import copy_databases
 from hypothesis import HealthCheck, settings
 
 # No deadline: on a busy machine any example may take a second.
@@ -40,6 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(implied)
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Copy MLflow's databases once MLflow is imported; before the fixtures that make some."""
+    temporary: pytest.TempPathFactory = item.config._tmp_path_factory  # type: ignore[attr-defined]
+    copy_databases(temporary.getbasetemp() / "mlflow-template.db")
 
 
 @pytest.fixture
