@@ -61,6 +61,8 @@ def write_llama(
 ) -> Path:
     """Write a model; matrices as `kind`, vectors as float32.
 
+    The package gguf cannot quantize to every type; then matrices are random blocks of the type.
+
     Args:
         tokenizer: A byte-level `tokenizer.json`, which gets `SPECIAL_TOKENS` and `CHAT`.
         metadata: Other values; None leaves a key out.
@@ -97,8 +99,8 @@ def write_llama(
         if (part := theirs.rpartition("attn_")[2].removesuffix(".weight")) in heads:
             rows = array.reshape(heads[part], 2, -1, array.shape[-1])
             array = np.ascontiguousarray(rows.swapaxes(1, 2).reshape(array.shape))
-        stored = getattr(gguf.GGMLQuantizationType, kind if array.ndim > 1 else "F32")
-        writer.add_tensor(theirs, gguf.quantize(array, stored), raw_dtype=stored)
+        stored = gguf.GGMLQuantizationType[kind if array.ndim > 1 else "F32"]
+        writer.add_tensor(theirs, _blocks(array, stored), raw_dtype=stored)
     for name, array in (tensors or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -106,6 +108,19 @@ def write_llama(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _blocks(array: np.ndarray[Any, Any], kind: Any) -> np.ndarray[Any, Any]:
+    import gguf
+
+    try:
+        quantized: np.ndarray[Any, Any] = gguf.quantize(array, kind)
+    except NotImplementedError:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        shape = (*array.shape[:-1], array.shape[-1] // block * size)
+        # As the upper byte of a float16, none of these makes it infinite or no number.
+        quantized = np.random.default_rng(0).integers(0, 0x3C, shape).astype(np.uint8)
+    return quantized
 
 
 def _llama_cpp_name(name: str) -> str:

@@ -10,8 +10,8 @@ import tomllib
 from pathlib import Path
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
-EXTRAS = ("cluster", "gguf", "gpu", "tensorboard")
-"""Those for users; tools for developers are installed in their newest versions."""
+EXTRAS = ("cluster", "docs", "gguf", "gpu", "tensorboard")
+"""Tools for tests are installed in their newest versions."""
 
 
 def lowest_versions() -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from gguf_files import tiny_llama, write_llama
 from transformers import AutoModelForCausalLM
 
 from iiet.published import published_from_decoder
+from orchestrator import cli
 from orchestrator.training.gguf_file import GgufFile
 from orchestrator.workspace.errors import UserError
 
@@ -52,6 +55,65 @@ def test_quantized_weights_are_those_that_transformers_reads(kind: str, tmp_path
     assert 0 < error < 0.1, "close to the weights before they were quantized"
     with torch.no_grad():
         torch.testing.assert_close(decoder(TOKENS), stock(TOKENS).logits, rtol=0, atol=1e-4)
+
+
+READ = (
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+)
+REFUSED = ("Q8_1", "Q8_K", "Q1_0", "F64", "I8", "I16", "I32", "I64")
+SQUARE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+"""Rows of 256 numbers hold whole blocks of every type."""
+
+
+def test_every_type_of_the_package_is_read_or_refused() -> None:
+    assert {*READ, *REFUSED} == {kind.name for kind in gguf.GGMLQuantizationType}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_a_type_is_unpacked_as_the_package_unpacks_it(kind: str, tmp_path: Path) -> None:
+    llama = tiny_llama(**SQUARE)
+    path = write_llama(tmp_path / "tiny.gguf", llama, kind=kind)
+    weights = published_from_decoder(GgufFile(path).decoder())
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    names = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "blk.0.ffn_up.weight": "model.layers.0.mlp.up_proj.weight",
+        "blk.0.ffn_down.weight": "model.layers.0.mlp.down_proj.weight",
+    }
+    for theirs, ours in names.items():
+        data, stored_as = stored[theirs].data, stored[theirs].tensor_type
+        assert stored_as.name == kind
+        expected = torch.from_numpy(np.array(gguf.dequantize(data, stored_as)))
+        assert expected.isfinite().all()
+        assert expected.std() > 0
+        assert torch.equal(weights[ours], expected)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_another_type_is_refused_in_a_sentence(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_llama(tmp_path / "tiny.gguf", tiny_llama(**SQUARE), kind=kind)
+    assert cli.main(["import", str(path), "--workspace", str(tmp_path / "workspace")]) == 2
+    printed = " ".join(capfd.readouterr().err.split())
+    assert f"the package gguf cannot unpack the type {kind} of " in printed
+    assert "use a file of another type, such as Q8_0" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_type_that_is_newer_than_the_package_is_refused(good: Path, tmp_path: Path) -> None:
+    content = good.read_bytes()
+    name = b"output_norm.weight"
+    start = content.index(name) + len(name)  # Number of dimensions, dimensions, type.
+    (num_dimensions,) = struct.unpack_from("<I", content, start)
+    place = start + 4 + 8 * num_dimensions
+    assert struct.unpack_from("<I", content, place) == (gguf.GGMLQuantizationType.F32,)
+    newer = tmp_path / "newer.gguf"
+    newer.write_bytes(content[:place] + struct.pack("<I", 999) + content[place + 4 :])
+    with pytest.raises(UserError, match=r"newer than the installed package gguf \(.*999"):
+        GgufFile(newer)
 
 
 def test_left_out_settings_have_the_formats_defaults(tmp_path: Path) -> None:
