@@ -72,12 +72,10 @@ def _nothing_compiled():
     torch._dynamo.reset()
 
 
-def cases(quick, *slow):
-    """Return every method with and without a mask: one quick case, some slow, the others long."""
+def cases(*slow):
+    """Return every method with and without a mask: some cases slow, the others long."""
 
     def marks(case):
-        if case == quick:
-            return ()
         return pytest.mark.slow if case in slow else pytest.mark.long
 
     every = [(method, masked) for method in METHODS for masked in (False, True)]

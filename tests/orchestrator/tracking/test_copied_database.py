@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from copied_database import copy_databases
-from mlflow.store.db import utils
+from mlflow.store.db import utils as mlflow_utils
 from sqlalchemy import create_engine
+
+utils: Any = mlflow_utils
 
 
 @pytest.mark.slow
@@ -22,13 +26,13 @@ def test_a_copied_database_is_a_migrated_one(tmp_path: Path) -> None:
     assert ("alembic_version", utils._get_latest_schema_revision()) in migrated
 
 
-def _made_by(make: object, path: Path) -> set[tuple[object, ...]]:
+def _made_by(make: Callable[[Any], None], path: Path) -> set[tuple[object, ...]]:
     """Return the columns of a database's tables and indexes, and its version.
 
     Not its statements: the migrations write constraints in a random order.
     """
     engine = create_engine(f"sqlite:///{path}")
-    make(engine)  # type: ignore[operator]
+    make(engine)
     engine.dispose()
     with closing(sqlite3.connect(path)) as database:
         return {
