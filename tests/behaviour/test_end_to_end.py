@@ -1,4 +1,4 @@
-"""Whole commands in their own processes, at a tiny size."""
+"""Whole commands at a tiny size: what trains in a process of its own, the others in this one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import psutil
 import pytest
 from small_size import SMALL
 
+from orchestrator import cli
 from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.journal import read_journal
 
@@ -41,6 +44,14 @@ def run(*arguments: str, workspace: Path, code: int = 0) -> str:
     printed = done.stdout + done.stderr
     assert done.returncode == code, printed + _newest_log(workspace)
     return printed
+
+
+def answer(*arguments: str, workspace: Path) -> str:
+    """Run a command that trains nothing in this process, and return its output."""
+    with redirect_stdout(StringIO()) as out, redirect_stderr(out):
+        code = cli.main([*arguments, "--workspace", str(workspace)])
+    assert code == 0, out.getvalue() + _newest_log(workspace)
+    return out.getvalue()
 
 
 def _newest_log(workspace: Path) -> str:
@@ -92,10 +103,9 @@ def test_a_copy_of_the_workspace_finds_everything_again(
         if str(workspace).encode() in path.read_bytes()
     ]
     assert naming == []
-    assert "6 of 6 trials are finished" in run(
-        "sweep", "toy", *small(), "--dry-run", workspace=copy
-    )
-    assert str(copy) in "".join(run("report", workspace=copy).split())
+    plan = answer("sweep", "toy", *small(), "--dry-run", workspace=copy)
+    assert "6 of 6 trials are finished" in plan
+    assert str(copy) in "".join(answer("report", workspace=copy).split())
 
 
 def test_mlflow_holds_the_sweep_and_its_trials(finished: tuple[Path, str]) -> None:
@@ -147,7 +157,7 @@ def test_a_rerun_reuses_everything(finished: tuple[Path, str]) -> None:
 def test_other_thresholds_reuse_equal_trials(finished: tuple[Path, str]) -> None:
     workspace, _ = finished
     options = small("sweep.num_schedules=2")
-    plan = run("sweep-threshold", "--dry-run", *options, workspace=workspace)
+    plan = answer("sweep-threshold", "--dry-run", *options, workspace=workspace)
     assert "5 of 5 trials are finished and reused" in plan
 
 
@@ -157,9 +167,9 @@ def test_what_the_sweep_measured_is_not_measured_again(finished: tuple[Path, str
     results = json.loads((folder / "results.json").read_text())["results"]
     before = {path: path.stat().st_mtime_ns for path in (workspace / "evaluations").iterdir()}
     folders = [str(workspace / result["checkpoint"]) for result in results]
-    assert "found again" in run("evaluate", *folders, *small(), workspace=workspace)
-    run("export", folders[1], *small(), workspace=workspace)
-    run("pick", workspace=workspace)
+    assert "found again" in answer("evaluate", *folders, *small(), workspace=workspace)
+    answer("export", folders[1], *small(), workspace=workspace)
+    answer("pick", workspace=workspace)
     after = {path: path.stat().st_mtime_ns for path in (workspace / "evaluations").iterdir()}
     assert after == before
 
@@ -207,9 +217,10 @@ def test_distilled_baselines_stand_beside_the_front(finished: tuple[Path, str]) 
 
 def test_commands_run_one_by_one(finished: tuple[Path, str]) -> None:
     workspace, _ = finished
-    assert "correction 2" in run("influence", "--metric", "relative", *small(), workspace=workspace)
-    assert "lastword" in run("evaluate", "--schedule", "1", *small(), workspace=workspace)
-    assert "front.html" in run("report", workspace=workspace)
+    influence = answer("influence", "--metric", "relative", *small(), workspace=workspace)
+    assert "correction 2" in influence
+    assert "lastword" in answer("evaluate", "--schedule", "1", *small(), workspace=workspace)
+    assert "front.html" in answer("report", workspace=workspace)
     assert "checkpoint:" in run("distill", "-r", "1,0,1", *small(), workspace=workspace)
 
 
@@ -276,7 +287,7 @@ def test_sweep_iterations_compares_methods_at_their_best_rates(tmp_path: Path) -
         "sweep.methods=[vanilla, pcformer, iiet]", "sweep.iterations=[0, 1]",
         "sweep.learning_rates={vanilla: [1.0e-2, 1.0e-5]}", "sweep.trials_at_once=1",
     )  # fmt: skip
-    plan = run("sweep-iterations", "--asha", "--dry-run", *options, workspace=tmp_path)
+    plan = answer("sweep-iterations", "--asha", "--dry-run", *options, workspace=tmp_path)
     assert "one of 2 learning rates of a model continues at 0.25, 0.5 of the steps (ASHA)" in plan
     printed = run("sweep-iterations", "--asha", *options, workspace=tmp_path)
     for label in ("vanilla, rate 0.01", "pcformer", "r = 0", "r = 1"):
