@@ -136,7 +136,7 @@ class ModelCard:
         ]
 
 
-REQUIREMENTS = ("torch>=2.7", "transformers>=5.24,<6")
+REQUIREMENTS = ("torch>=2.8", "transformers>=5.24,<6")
 """Packages that the code of an exported folder needs."""
 
 
