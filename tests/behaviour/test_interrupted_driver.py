@@ -80,7 +80,7 @@ def wait_until(condition: Callable[[], Any], driver: subprocess.Popen[str]) -> N
 @pytest.mark.parametrize(
     ("number", "num_workers"),
     [
-        (signal.SIGINT, 1),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.long),
         pytest.param(signal.SIGTERM, 2, marks=pytest.mark.long),
         (signal.SIGKILL, 1),
     ],

@@ -21,7 +21,7 @@ from orchestrator.tracking.store import Store
 from orchestrator.workspace.folders import open_workspace
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_fails_a_trial_with_its_reason_and_the_others_continue(
     tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ NOT_RUN = {"pip", "iiet-orch ui"}
 """An installation, and a server that does not end."""
 TAKES_SETTINGS = {"sweep"}
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def commands() -> list[list[str]]:

@@ -27,7 +27,7 @@ def test_it_is_stored_without_outputs() -> None:
         assert not cell.get("execution_count")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nbclient import NotebookClient
 

@@ -81,6 +81,7 @@ def run_with_two(
     return [reports[key] for key in given]
 
 
+@pytest.mark.long
 def test_two_workers_make_what_one_makes_also_through_a_stop(
     tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
 ) -> None:

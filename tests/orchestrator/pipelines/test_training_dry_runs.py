@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +14,11 @@ import pytest
 
 from orchestrator import cli
 from orchestrator.data.preparation import expected_tokens, prepare
+from orchestrator.data.python_docs import python_documents
 from orchestrator.pipelines import sweeps
 from orchestrator.planning.planned_training import PlannedTraining
 from orchestrator.settings import resolve_settings
+from orchestrator.terminal.progress import Progress
 from orchestrator.training.model_config import build_model_config
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import open_workspace
@@ -126,13 +129,13 @@ def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
         raise AssertionError("the teacher is trained")
 
     text = tmp_path / "text.jsonl"
-    rows = [{"text": f"A sentence about {n} and its square {n * n}."} for n in range(300)]
+    rows = [{"text": text} for text, _ in islice(python_documents(Progress()), 120)]
     text.write_text("\n".join(map(json.dumps, rows)))
     settings = resolve_settings(
         {},
         [
             "data.source=files", f"data.files=[{text}]", "data.vocab_size=300",
-            "model={num_layers: 2, dim: 16, num_heads: 2, ffn_dim: 32, context_length: 16}",
+            "model={num_layers: 2, dim: 16, num_heads: 2, ffn_dim: 32, context_length: 64}",
             "training={num_steps: 10, num_tokens_per_step: 64, num_validation_tokens: 64}",
             "distillation.training={num_steps: 10, num_tokens_per_step: 64}",
             "sweep.num_schedules=5",
@@ -151,4 +154,4 @@ def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
         usage = SimpleNamespace(free=int(num_checkpoints * checkpoint) + new_tokens)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, found=usage: found)
         with pytest.raises(error, match=words):
-            sweeps.sweep(settings, workspace=tmp_path / "ws")
+            sweeps.sweep(settings, workspace=tmp_path / f"with room for {num_checkpoints}")
