@@ -94,7 +94,9 @@ def test_compiled_fields_are_one_graph_and_gathered_as_often(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder, graphs, gathers = make_decoder(), [], []
-    gather = dist.all_gather_single
+    # Its name before PyTorch renamed it.
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather = getattr(dist, name)
 
     def counted(*arguments: Any, **options: Any) -> Any:
         gathers.append(1)
@@ -104,7 +106,7 @@ def test_compiled_fields_are_one_graph_and_gathered_as_often(
         graphs.append(graph)
         return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
 
-    monkeypatch.setattr(dist, "all_gather_single", counted)
+    monkeypatch.setattr(dist, name, counted)
     torch._dynamo.reset()
     shard(decoder, world, precision="bf16")
     compile_fields(decoder, lambda *_, **__: None, backend)
