@@ -58,9 +58,12 @@ class _Compiler:
         self._has_failed = False
         make = lookup_backend(backend) if isinstance(backend, str) else backend
 
+        # An older PyTorch lacks some of these; the graphs are right without them.
+        known = {name: value for name, value in _PARTITION.items() if hasattr(config, name)}
+
         def make_graph(graph: fx.GraphModule, inputs: list[Any]) -> Any:
             self._num_graphs += 1
-            with config.patch(_PARTITION):
+            with config.patch(known):
                 return make(graph, inputs)
 
         self._backend = make_graph  # One object for all fields, so that they share graphs.
