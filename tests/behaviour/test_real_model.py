@@ -39,6 +39,35 @@ TEXTS = [
 ]
 
 
+PROMPTS = [
+    *TEXTS,
+    "Water boils at a temperature of",
+    "The largest planet of the solar system is",
+    "1, 2, 3, 5, 8, 13,",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "To bake bread, you need flour, water,",
+    "import numpy as np\n\n\ndef mean(values):\n",
+    "SELECT name, age FROM people WHERE",
+    "| city | country |\n| --- | --- |\n| Rome |",
+    "Question: How many legs does a spider have?\nAnswer:",
+    "In the year 1969, the first",
+    "La capitale de l'Allemagne est",
+    "Das Wetter ist heute",
+    "The quick brown fox",
+    "- milk\n- eggs\n-",
+    "He opened the door slowly, because he was afraid that",
+    "Photosynthesis is the process by which",
+    "x² + y² = r² is the equation of a",
+]
+QUESTIONS = [
+    "What is the capital of Germany?",
+    "Write a sentence about the sea.",
+    "How many days has a week?",
+    "Translate 'good morning' into French.",
+    "Name three colours.",
+]
+
+
 class Walk:
     """A folder in which the page's commands ran."""
 
@@ -113,18 +142,46 @@ def writer(walk: Walk) -> TextGenerator:
     return TextGenerator(walk.checkpoint)
 
 
+def greedy_text(stock: Any, tokenizer: Any, ids: torch.Tensor, num_tokens: int) -> str:
+    """Return what transformers writes after some tokens."""
+    written = stock.generate(ids, do_sample=False, max_new_tokens=num_tokens)[0, ids.size(1) :]
+    text: str = tokenizer.decode(written, skip_special_tokens=True)
+    return text
+
+
+def chat_tokens(tokenizer: Any, question: str) -> torch.Tensor:
+    """Return a user's question in the chat template of transformers, ready to be answered."""
+    ids: torch.Tensor = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    ).input_ids
+    return ids
+
+
+@pytest.mark.parametrize("text", PROMPTS)
 def test_logits_and_greedy_tokens_are_those_of_transformers(
-    stock: Any, stock_tokenizer: Any, writer: TextGenerator
+    text: str, stock: Any, stock_tokenizer: Any, writer: TextGenerator
 ) -> None:
-    for text in TEXTS:
-        ids = stock_tokenizer(text, return_tensors="pt").input_ids
-        assert list(writer.text.encode_document(text)) == ids[0].tolist()
-        with torch.no_grad():
-            ours, theirs = writer.decoder(ids), stock(ids).logits
-        assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
-        greedy = stock.generate(ids, do_sample=False, max_new_tokens=24)[0, ids.size(1) :]
-        expected = stock_tokenizer.decode(greedy, skip_special_tokens=True)
-        assert "".join(writer.stream(text, Sampling(max_new_tokens=24))) == expected
+    ids = stock_tokenizer(text, return_tensors="pt").input_ids
+    assert list(writer.text.encode_document(text)) == ids[0].tolist()
+    with torch.no_grad():
+        ours, theirs = writer.decoder(ids), stock(ids).logits
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    expected = greedy_text(stock, stock_tokenizer, ids, 24)
+    # Text ends with whole characters; transformers shows a part of one as U+FFFD.
+    written = "".join(writer.stream(text, Sampling(max_new_tokens=24)))
+    assert written == expected.rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_other_questions_are_answered_as_transformers_answers(
+    question: str, stock: Any, stock_tokenizer: Any, writer: TextGenerator
+) -> None:
+    expected = greedy_text(stock, stock_tokenizer, chat_tokens(stock_tokenizer, question), 48)
+    answer = "".join(writer.stream(writer.chat(question), Sampling(max_new_tokens=48)))
+    assert answer == expected.rstrip("\ufffd")
 
 
 def test_text_is_cut_by_the_rule_that_the_file_names(
@@ -144,14 +201,7 @@ def test_a_chat_is_answered_as_transformers_answers(
     (command,) = (line for line in walk.outputs if "--chat" in line and "--system" not in line)
     question = re.search(r'--prompt "(.*?)"', command)
     assert question
-    ids = stock_tokenizer.apply_chat_template(
-        [{"role": "user", "content": question[1]}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    ).input_ids
-    greedy = stock.generate(ids, do_sample=False, max_new_tokens=64)[0, ids.size(1) :]
-    answer = stock_tokenizer.decode(greedy, skip_special_tokens=True)
+    answer = greedy_text(stock, stock_tokenizer, chat_tokens(stock_tokenizer, question[1]), 64)
     assert walk.outputs[command].strip() == answer.strip()
     assert "Paris" in answer
 
