@@ -12,6 +12,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -275,7 +276,7 @@ def _mlflow(workspace: Workspace) -> Iterator[Finding]:
         path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
         try:
             if path.exists():
-                with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
+                with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
                     database.execute("SELECT count(*) FROM sqlite_master").fetchall()
         except sqlite3.Error as error:
             problem = f"the database {path} cannot be read ({error})"
