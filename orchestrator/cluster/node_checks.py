@@ -211,18 +211,13 @@ def _check_versions(theirs: dict[str, str], ours: dict[str, str], address: str) 
         other = theirs.get(name, NOT_INSTALLED)
         if other == version:
             continue
-        if NOT_INSTALLED in (other, version):
-            lacking, found = "this machine", f"{address} has version {other}"
-            if other == NOT_INSTALLED:
-                lacking, found = address, f"this machine has version {version}"
-            raise UserError(
-                f"{lacking} lacks the package {name}, and {found}; install the same version on all "
-                "nodes"
-            )
-        raise UserError(
-            f"{address} has {name} {other}, and this machine has {version}; install the same on "
-            "all nodes"
-        )
+        if other == NOT_INSTALLED:
+            problem = f"{address} lacks the package {name}, and this machine has version {version}"
+        elif version == NOT_INSTALLED:
+            problem = f"this machine lacks the package {name}, and {address} has version {other}"
+        else:
+            problem = f"{address} has {name} {other}, and this machine has {version}"
+        raise UserError(f"{problem}; install the same on all nodes")
 
 
 def _error_sentence(error: Exception, address: str) -> str:

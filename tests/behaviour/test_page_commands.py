@@ -35,7 +35,7 @@ REPLACED = {"heldout,piqa": "heldout", "--trials": "--trials=3", "30": ""}
 MAY_REFUSE = {"--knee": "this front has no knee"}
 """Word of a command to the sentence with which it may end here: models this small learn nothing."""
 
-SMALL_TEXT = [*SMALL, "model.corrections=3", "data.max_documents=250"]
+SMALL_TEXT = [*SMALL, "model.corrections=3"]
 SMALL_DEPTH = [
     "training.num_steps=4", "training.num_tokens_per_step=256", "training.warmup_steps=1",
     "training.num_validation_tokens=512", "distillation.training.num_steps=2",
