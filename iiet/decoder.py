@@ -28,7 +28,7 @@ from iiet.config import ModelConfig
 from iiet.context import DecodingCache, agreed_record, make_context
 from iiet.cpu_kernels import is_bare, may_read_weights
 from iiet.half_weights import FieldWeights, HalfWeights, are_float32, half_is_wanted
-from iiet.initialization import draw_weights
+from iiet.initialization import draw_weights, make_embedding
 from iiet.layers import Field, RMSNorm
 from iiet.methods import METHODS, Evaluation, Layer, Observer
 from iiet.methods.base import LayerCall
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.embedding = make_embedding(config.vocab_size, config.dim)
         method, options = METHODS[config.method], config.options
         self.layers = nn.ModuleList(
             method(

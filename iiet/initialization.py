@@ -12,12 +12,27 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-__all__ = ["draw_weights", "initial_weights"]
+__all__ = ["draw_weights", "initial_weights", "make_embedding"]
+
+
+def make_embedding(num_rows: int, dim: int) -> nn.Embedding:
+    """Return an embedding on the current device; weights are not drawn on the meta device.
+
+    Drawing there would import PyTorch's compiler, which takes a second.
+    """
+    if torch.get_default_device().type == "meta":
+        weight = torch.empty(num_rows, dim)
+        made: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
+        return made
+    return nn.Embedding(num_rows, dim)
 
 
 def draw_weights(module: nn.Module, std: float) -> None:
-    """Draw a linear layer's or an embedding's weights from a normal distribution; zero its bias."""
-    if isinstance(module, nn.Linear | nn.Embedding):
+    """Draw a linear layer's or an embedding's weights from a normal distribution; zero its bias.
+
+    On the meta device there is nothing to draw.
+    """
+    if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
