@@ -2,9 +2,9 @@
 root.
 
 Runs the named benchmarks (default: all) and prints one table for each; `--json` stores the same
-numbers. The default is one thread, because ratios on one core have the least noise. The table shows
-a missed goal, which is not a failure: the exit code is 0. It is 2 after a mistake on the command
-line.
+numbers. `decoding --gguf FILE` measures the model of that file instead of random weights. The
+default is one thread, because ratios on one core have the least noise. The table shows a missed
+goal, which is not a failure: the exit code is 0. It is 2 after a mistake on the command line.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,34 +62,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threads_before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
-        _run(options.names or list(BENCHMARKS), options.quick, options.json)
+        _run(options)
     finally:
         torch.set_num_threads(threads_before)
     return 0
 
 
-def _run(names: Sequence[str], quick: bool, json_file: Path | None) -> None:
+def _run(options: argparse.Namespace) -> None:
     # A pipe or a file has no width of its own; tables would be cut to 80 columns.
     out = Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False)
     facts = machine_facts()
     out.print(describe(facts), markup=False)
-    if quick:
+    if options.quick:
         out.print("--quick: tiny sizes that only test the benchmarks; the numbers mean nothing")
     found: dict[str, Report] = {}
     minutes: dict[str, float] = {}
-    for name in names:
+    for name in options.names or BENCHMARKS:
         started = time.perf_counter()
-        found[name] = BENCHMARKS[name](quick=quick, say=_say)
+        measure = BENCHMARKS[name]
+        if name == "decoding" and options.gguf is not None:
+            measure = partial(decoding.measure, gguf=options.gguf)
+        found[name] = measure(quick=options.quick, say=_say)
         minutes[name] = (time.perf_counter() - started) / 60
         out.print()
         out.print(found[name].table())
         out.print(f"{name} took {minutes[name]:.1f} minutes")
-    if json_file is not None:
+    if options.json is not None:
         reports = {
             name: {**report.to_dict(), "minutes": minutes[name]} for name, report in found.items()
         }
-        content = {"machine": facts, "quick": quick, "benchmarks": reports}
-        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        content = {"machine": facts, "quick": options.quick, "benchmarks": reports}
+        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _say(text: str) -> None:
@@ -102,6 +106,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, in seconds, no goals")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of PyTorch")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the model that decoding reads")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store all numbers in FILE")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in BENCHMARKS]
@@ -109,6 +114,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
     if options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
+    if options.gguf is not None and options.names != ["decoding"]:
+        parser.error("--gguf is for one benchmark: python -m benchmarks decoding --gguf FILE")
+    if options.gguf is not None and not options.gguf.is_file():
+        parser.error(f"--gguf {options.gguf}: there is no such file")
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"--json {options.json}: there is no folder {options.json.parent}; make it")
     return options

@@ -1,4 +1,5 @@
-"""Cached greedy decoding against `transformers`' Llama of the same shape, on the same weights.
+"""Cached greedy decoding against `transformers`' Llama on the same weights: random ones of several
+widths, or those of a GGUF file, which both programs read.
 
 transformers runs as well as its users can run it: `generate`, fused attention, the default cache,
 no gradients, no stop token. Each run gives two times: the whole run divided by the new tokens, and
@@ -17,16 +18,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+)
 
 from benchmarks.report import Goal, Quantity, Report, Row, checked
 from benchmarks.shape import fresh_decoder, shaped_config
 from benchmarks.timing import Spread, paired_ratio, take_turns
 from iiet import Decoder, ModelConfig, generate, published_from_decoder, stream
+from orchestrator.training.gguf_file import GgufFile
 
 __all__ = ["measure"]
 
@@ -66,26 +75,33 @@ class _Seconds:
     after_prefill: float
 
 
-def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
+def measure(*, quick: bool, say: Callable[[str], None], gguf: Path | None = None) -> Report:
     """Measure milliseconds per token of both programs, and the bound.
 
-    `quick`: tiny sizes, which only test the benchmark. `say` reports progress.
+    `quick`: tiny sizes, which only test the benchmark. `say` reports progress. `gguf`: a file with
+    the only model to measure, at its own size.
     """
     size = _QUICK if quick else _FULL
     rows: list[Row] = []
     checks: list[str] = []
-    for dim in size.dims:
-        decoder, llama = _models(size, dim)
+    drawn = [partial(_models, size, dim) for dim in size.dims]
+    for models in drawn if gguf is None else [partial(_read_models, gguf)]:
+        decoder, llama = models()
+        config = decoder.config
         for batch_size in size.batch_sizes:
-            say(f"decoding: d {dim}, batch {batch_size}")
+            say(f"decoding: d {config.dim}, batch {batch_size}")
             generator = torch.Generator().manual_seed(0)
             shape = (batch_size, size.prompt_tokens)
-            prompt = torch.randint(size.vocab_size, shape, generator=generator)
+            prompt = torch.randint(config.vocab_size, shape, generator=generator)
             checks.append(_check(decoder, llama, prompt, size.new_tokens))
             rows += _rows(decoder, llama, prompt, size)
+    model = (
+        f"heads of 64, ffn 2.75 d, vocabulary {size.vocab_size}, tied head"
+        if gguf is None
+        else f"weights of {gguf.name}"
+    )
     setting = (
-        f"vanilla, {size.num_layers} layers, heads of 64, ffn 2.75 d, vocabulary "
-        f"{size.vocab_size}, tied head, float32; prompt {size.prompt_tokens}, "
+        f"vanilla, {config.num_layers} layers, {model}, float32; prompt {size.prompt_tokens}, "
         f"{size.new_tokens} new tokens, greedy; a step decodes one token in each row; "
         f"{size.repetitions} repetitions in turns"
     )
@@ -102,6 +118,14 @@ def _models(size: _Size, dim: int) -> tuple[Decoder, Any]:
     )
     decoder = fresh_decoder(config).eval()
     return decoder, llama_of(config, published_from_decoder(decoder))
+
+
+def _read_models(gguf: Path) -> tuple[Decoder, Any]:
+    llama: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    llama.generation_config.eos_token_id = None  # Both programs generate all tokens.
+    return GgufFile(gguf).decoder().eval(), llama.eval()
 
 
 def llama_of(config: ModelConfig, weights: dict[str, Tensor]) -> Any:

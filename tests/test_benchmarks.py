@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_files import tiny_llama, write_llama
 
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.mix_share import mix_share
@@ -78,12 +79,25 @@ def test_mistakes_are_named_before_anything_runs(
         (["mixx"], ("mixx", *BENCHMARKS)),
         (["--threads", "0"], ("--threads", "0")),
         (["--json", str(tmp_path / "missing" / "file.json")], ("--json", "missing")),
+        (["decoding", "--gguf", str(tmp_path / "missing.gguf")], ("--gguf", "no such file")),
+        (["mix", "--gguf", str(Path(__file__))], ("benchmarks decoding --gguf",)),
     ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
         said = capsys.readouterr().err
         assert all(word in said for word in words), said
+
+
+def test_decoding_measures_the_model_of_a_file(tmp_path: Path) -> None:
+    file = write_llama(tmp_path / "tiny.gguf", tiny_llama())
+    assert main(["decoding", "--quick", "--gguf", str(file), "--json", str(tmp_path / "n")]) == 0
+    report = json.loads((tmp_path / "n").read_text())["benchmarks"]["decoding"]
+    assert "2 layers, weights of tiny.gguf" in report["setting"]
+    assert len(report["rows"]) == 6
+    assert [check.split(",")[1:3] for check in report["checks"]] == [
+        [" d 64", f" batch {size}"] for size in (1, 2)
+    ]
 
 
 def test_tasks_take_turns_and_the_start_rotates() -> None:
