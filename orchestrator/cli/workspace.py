@@ -60,7 +60,8 @@ def list_workspace(
     console = Console(highlight=False)
     for name, entries in found.items():
         size = format_bytes(sum(entry.num_bytes for entry in entries))
-        print_line(console, f"{name}: {len(entries)}" + (f", {size}" if entries else ""))
+        title = "exported models" if name == "models" else name
+        print_line(console, f"{title}: {len(entries)}" + (f", {size}" if entries else ""))
         if entries:
             console.print(_entry_table(entries))
         console.print()
