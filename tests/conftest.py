@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import socket
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +16,9 @@ from typing import Any
 
 import pytest
 from copied_database import copy_databases
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
+from small_size import SMALL
 
 # No deadline: on a busy machine any example may take a second.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -183,3 +188,29 @@ def ray_session() -> Iterator[None]:
 
     with ray_cluster(num_cpus=2):
         yield
+
+
+@pytest.fixture(scope="session")
+def small_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace after `iiet-orch sweep toy` at the small size, and beside it, with the ending
+    `.txt`, what the command printed.
+
+    It is made once for all processes of pytest. Its users are marked slow, and copy it.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    workspace = folder / "small-sweep"
+    printed = workspace.with_suffix(".txt")
+    with FileLock(workspace.with_suffix(".lock")):
+        if not printed.is_file():
+            shutil.rmtree(workspace, ignore_errors=True)
+            options = [f"--set={assignment}" for assignment in SMALL]
+            command = [sys.executable, "-m", "orchestrator.cli", "sweep", "toy", *options]
+            done = subprocess.run(
+                [*command, "--workspace", str(workspace)],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout
+            printed.write_text(done.stdout)
+    return workspace

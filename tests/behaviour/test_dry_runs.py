@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import typer
 from small_size import SMALL
 
-from orchestrator import measure_influence, plan_sweep, prepare, pretrain, sweep
+from orchestrator import measure_influence, plan_sweep, prepare, sweep
 from orchestrator.cli.app import app
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.settings import Settings, resolve_settings
@@ -114,11 +115,22 @@ def settings() -> Settings:
 
 @pytest.fixture(scope="module")
 def trained(
-    tmp_path_factory: pytest.TempPathFactory, settings: Settings, ray_session: None
+    small_sweep: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    settings: Settings,
+    ray_session: None,
 ) -> Workspace:
     """A workspace with the run `full`, its influence, and the sweep `mine` of its students."""
-    workspace = open_workspace(tmp_path_factory.mktemp("trained"))
-    pretrain(settings, workspace=workspace, name="full")
+    folder = shutil.copytree(small_sweep, tmp_path_factory.mktemp("trained") / "workspace")
+    workspace = open_workspace(folder)
+    (teacher,) = workspace.runs.glob("iiet-r2-*")
+    full = teacher.rename(workspace.root / "full")
+    for file in full.glob("step_*/influence-*"):
+        file.unlink()
+    shutil.rmtree(workspace.trials)
+    shutil.rmtree(workspace.runs)
+    workspace.runs.mkdir()
+    full.rename(workspace.runs / "full")
     unknown = plan_sweep(settings, workspace=workspace, teacher="full", name="mine")
     assert "the teacher's influence is not measured" in " ".join(unknown.sentences)
     assert unknown.price.num_trainings == settings.sweep.num_schedules

@@ -76,14 +76,9 @@ def wait_until(condition: Callable[[], Any], driver: subprocess.Popen[str]) -> N
         time.sleep(0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("number", "num_workers"),
-    [
-        pytest.param(signal.SIGINT, 1, marks=pytest.mark.long),
-        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.long),
-        (signal.SIGKILL, 1),
-    ],
+    ("number", "num_workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGKILL, 1)]
 )
 def test_an_interrupted_driver_leaves_a_run_that_resumes(
     job: TrainingJob, family: list[psutil.Process], number: int, num_workers: int

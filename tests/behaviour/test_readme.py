@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,13 +53,14 @@ def test_the_python_of_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_the_commands_in_python_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_sweep: Path, ray_session: None
 ) -> None:
     def read_small(name: str, changes: list[str] | None = None) -> Settings:
         return read_settings(name, [*SMALL, *(changes or [])])
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(orchestrator, "read_settings", read_small)
+    shutil.copytree(small_sweep, "my-workspace")  # Its models are found again; students are added.
     names: dict[str, object] = {}
     exec(blocks(PYTHON_PAGE, "python")[1], names)
     assert len(names["found"].evaluations) == 2  # type: ignore[attr-defined]

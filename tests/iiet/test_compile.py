@@ -120,20 +120,23 @@ def test_longer_decoding_recompiles_nothing():
 
 
 @pytest.mark.parametrize(
-    "method",
+    ("method", "masked"),
     [
-        pytest.param(name, marks=pytest.mark.slow if name == "iiet" else pytest.mark.long)
-        for name in METHODS
+        pytest.param("iiet", [False], marks=pytest.mark.slow, id="iiet"),
+        *(
+            pytest.param(name, [True, False], marks=pytest.mark.long, id=f"{name}, masked or not")
+            for name in METHODS
+        ),
     ],
 )
-def test_a_fresh_process_compiles(method):
+def test_a_fresh_process_compiles(method, masked):
     """No earlier run has filled a table or imported a module."""
     script = f"""
 import torch
 from test_compile import decoded, decoder_of, masks, tokens, trained
 decoder = decoder_of({method!r})
 compiled = torch.compile(decoder, backend="aot_eager")
-for given in (masks(True), masks(False)):
+for given in map(masks, {masked!r}):
     found = trained(decoder, compiled, **given), decoded(decoder, compiled, [4, 1], **given)
     right = trained(decoder, decoder, **given), decoded(decoder, decoder, [4, 1], **given)
     torch.testing.assert_close(found, right)

@@ -182,9 +182,9 @@ def test_the_stream_is_plain_tensors_and_the_same_twice():
 @pytest.mark.slow
 def test_ten_thousand_tokens_are_those_of_plain_decoding(monkeypatch):
     """Greedy, by several drafts, in padded batches whose rows keep different numbers."""
-    decoder, num_tokens = decoder_of("2,1,2", context_length=512), 0
+    decoder, num_tokens = decoder_of("2,1,2", context_length=256), 0
     expected = generation.generate(
-        decoder, prompts(4, 8), attention_mask=padding(4, 8), max_new_tokens=500
+        decoder, prompts(8, 16), attention_mask=padding(8, 16), max_new_tokens=210
     )
     records, seen = [], lengths_seen(monkeypatch)
     for draft, draft_tokens in (
@@ -193,18 +193,18 @@ def test_ten_thousand_tokens_are_those_of_plain_decoding(monkeypatch):
         ("0,0,2", 5),
         ("auto", 2),
         ("3,0,0", 4),
-        (decoder_of("1,0,0", context_length=512), 3),
+        (decoder_of("1,0,0", context_length=256), 3),
     ):
         tokens, record = speculative.generate(
             decoder,
-            prompts(4, 8),
-            attention_mask=padding(4, 8),
-            max_new_tokens=500,
+            prompts(8, 16),
+            attention_mask=padding(8, 16),
+            max_new_tokens=210,
             draft=draft,
             draft_tokens=draft_tokens,
         )
         assert torch.equal(tokens, expected)
-        num_tokens += tokens[:, 8:].numel()
+        num_tokens += tokens[:, 16:].numel()
         records.append(record)
         assert sum(len(set(firsts)) > 2 for firsts in seen) > 100
         seen.clear()

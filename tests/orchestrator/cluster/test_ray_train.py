@@ -107,22 +107,6 @@ def test_two_workers_train_on_the_same_global_batch(ray_session: None, make_job:
     assert started["parallel"] == "fsdp"
 
 
-@pytest.mark.slow
-def test_jobs_run_side_by_side_on_a_thread_each(ray_session: None, make_job: MakeJob) -> None:
-    from orchestrator.cluster.ray_train import run_train_jobs
-
-    jobs = [make_job("a"), make_job("b", seed=1)]
-    listeners = Listeners(jobs[0])
-    outcomes = run_train_jobs(jobs, watch=listeners.watch)
-    assert listeners.are_local(), listeners.found
-    assert [outcome.finished for outcome in outcomes] == [True, True]
-    assert [Path(o.checkpoint or "").parent for o in outcomes] == [job.folder for job in jobs]
-    for job in jobs:
-        (started,) = events(job, "started")
-        assert started["num_threads"] == 1
-        assert not (job.folder / "ray").exists()
-
-
 def test_finished_jobs_start_nothing(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     from orchestrator.cluster import ray_train as worker
 
@@ -143,7 +127,7 @@ def kill_worker_once(job: TrainingJob) -> Callable[[], None]:
     return watch
 
 
-LONG = {"num_steps": 400, "checkpoint_every_steps": 20, "validate_every_steps": 400}
+LONG = {"num_steps": 200, "checkpoint_every_steps": 20, "validate_every_steps": 200}
 
 
 @pytest.mark.slow
@@ -214,10 +198,15 @@ def test_what_trying_again_cannot_help_is_not_tried_again(
     from orchestrator.cluster.ray_train import run_train_jobs
 
     diverging, fine = make_job("diverging", learning_rate=1e30), make_job("fine")
+    listeners = Listeners(fine)
     with pytest.raises(Diverged, match="diverged at step"):
-        run_train_jobs([diverging, fine], ClusterSettings(max_failures=5))
-    assert len(events(diverging, "started")) == 1
+        run_train_jobs([diverging, fine], ClusterSettings(max_failures=5), watch=listeners.watch)
     assert events(fine, "finished"), "one job's end must not take the others along"
+    assert listeners.are_local(), listeners.found
+    for job in (diverging, fine):
+        (started,) = events(job, "started")
+        assert started["num_threads"] == 1, "they run side by side"
+        assert not (job.folder / "ray").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,24 +48,29 @@ def test_every_name_exists_and_editors_see_the_same_names() -> None:
 
 @pytest.fixture(scope="module")
 def settings() -> orchestrator.Settings:
-    changes = ["sweep.num_schedules=2", "evaluation.suite=heldout"]
+    # The models are those of the workspace, the students are not.
+    changes = ["distillation.training.num_steps=4", "sweep.num_schedules=2"]
     return orchestrator.read_settings(None, [*SMALL, *changes])
 
 
 @pytest.fixture(scope="module")
 def workspace(
-    tmp_path_factory: pytest.TempPathFactory, ray_session: None
+    tmp_path_factory: pytest.TempPathFactory, small_sweep: Path, ray_session: None
 ) -> orchestrator.Workspace:
-    return orchestrator.Workspace(tmp_path_factory.mktemp("api"))
+    """A workspace whose models were trained by a command, and are found again."""
+    folder = tmp_path_factory.mktemp("api") / "workspace"
+    return orchestrator.Workspace(shutil.copytree(small_sweep, folder))
 
 
 @pytest.mark.slow
 def test_a_project_runs_from_pretraining_to_a_picked_model(
     settings: orchestrator.Settings, workspace: orchestrator.Workspace
 ) -> None:
-    plan = orchestrator.plan_pretrain(settings, workspace=workspace)
+    plan = orchestrator.plan_pretrain(settings, workspace=workspace, name="another")
     assert plan.price.num_tokens == plan.training.num_tokens > 0
-    trained = orchestrator.pretrain(settings, workspace=workspace, name="full")
+    assert orchestrator.plan_pretrain(settings, workspace=workspace).price.num_tokens == 0
+    trained = orchestrator.pretrain(settings, workspace=workspace)
+    full = trained.checkpoint.parent.name
     steps = trained.to_pandas()
     assert steps["step"].iloc[-1] == settings.training.num_steps
     assert steps["train/loss"].notna().any()
@@ -73,9 +79,9 @@ def test_a_project_runs_from_pretraining_to_a_picked_model(
     assert influence.checkpoint == trained.checkpoint
     assert set(influence.to_pandas().columns) >= {"layer", "correction", "influence"}
 
-    dry_run = orchestrator.plan_sweep(settings, workspace=workspace, teacher="full", name="mine")
+    dry_run = orchestrator.plan_sweep(settings, workspace=workspace, teacher=full, name="mine")
     assert "to train" in set(dry_run.to_pandas()["state"])
-    result = orchestrator.sweep(settings, workspace=workspace, teacher="full", name="mine")
+    result = orchestrator.sweep(settings, workspace=workspace, teacher=full, name="mine")
     assert result.failures == {}
     trials = result.to_pandas()
     assert set(trials["role"]) == {"teacher", "trial"}
@@ -84,7 +90,7 @@ def test_a_project_runs_from_pretraining_to_a_picked_model(
     assert len(trials) == len(result.trials) == 3
 
     evaluated = orchestrator.evaluate(
-        settings, workspace=workspace, models=["full"], schedules=["1", "0"]
+        settings, workspace=workspace, models=[full], schedules=["1", "0"]
     )
     table = evaluated.to_pandas()
     assert set(table["model"]) == {"r=1", "r=0"}
@@ -99,7 +105,7 @@ def test_a_project_runs_from_pretraining_to_a_picked_model(
     assert picked.sentence
     assert picked.to_pandas()["method"].tolist() == ["iiet"]
     [text] = orchestrator.generate(
-        ["The"], workspace=workspace, model="full", sampling=orchestrator.Sampling(max_new_tokens=4)
+        ["The"], workspace=workspace, model=full, sampling=orchestrator.Sampling(max_new_tokens=4)
     )
     assert isinstance(text, str)
 
