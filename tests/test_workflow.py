@@ -53,14 +53,21 @@ def test_jobs_call_targets_of_the_makefile_only(workflow: dict[Any, Any]) -> Non
     targets = re.findall(r"^([a-z-]+):.*##", MAKEFILE, flags=re.MULTILINE)
     called = [command for job in workflow["jobs"].values() for command in commands(job)]
     assert set(called) <= {f"make {target}" for target in targets}
-    assert {"lint", "test-quick", "test-floors", "wheel", "test-wheel"} == {
-        command.removeprefix("make ") for command in called
-    }
+    tests = {"test", "test-quick", "test-long", "test-floors", "test-wheel"}
+    assert {command.removeprefix("make ") for command in called} == {"lint", "wheel", *tests}
 
 
-def test_jobs_may_only_read_and_run_for_changes_of_main(workflow: dict[Any, Any]) -> None:
+def test_jobs_may_only_read_and_run_for_changes_of_main_and_once_a_week(
+    workflow: dict[Any, Any],
+) -> None:
     assert workflow["permissions"] == {"contents": "read"}
     triggers = workflow[True]  # YAML 1.1 reads the key `on` as true.
-    assert triggers == {"push": {"branches": ["main"]}, "pull_request": None}
-    assert all("permissions" not in job for job in workflow["jobs"].values())
-    assert all(job["timeout-minutes"] <= 60 for job in workflow["jobs"].values())
+    [weekly] = triggers.pop("schedule")
+    assert re.fullmatch(r"\d+ \d+ \* \* \d", weekly["cron"])
+    assert triggers == {
+        "push": {"branches": ["main"]}, "pull_request": None, "workflow_dispatch": None
+    }  # fmt: skip
+    jobs = workflow["jobs"]
+    assert all("permissions" not in job for job in jobs.values())
+    assert [name for name, job in jobs.items() if "if" in job] == ["long"]
+    assert [name for name, job in jobs.items() if job["timeout-minutes"] > 60] == ["long"]
