@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
 from pathlib import Path
@@ -60,13 +61,16 @@ def _modules() -> dict[str, Path]:
     return dict(zip([n.removesuffix(".__init__") for n in names], files, strict=True))
 
 
-def _imports(path: Path) -> Iterator[str]:
+@cache
+def _imports(path: Path) -> tuple[str, ...]:
+    found: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found.append(node.module)
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(found)
 
 
 MODULES = _modules()
@@ -176,7 +180,7 @@ def test_packages_import_only_from_those_before_them() -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_module_imports_itself_through_others(package: str) -> None:
     """Imports of types count, too: a reader has to read them first."""
-    graph = {name: _module_imports(name) for name in MODULES if name.split(".")[0] == package}
+    graph = {n: set(_module_imports(n)) for n in MODULES if n.split(".")[0] == package}
     _check_no_cycle(graph)
 
 
@@ -193,7 +197,8 @@ def test_a_cycle_is_found() -> None:
         _check_no_cycle({"a": {"b"}, "b": {"a"}, "c": {"a"}})
 
 
-def _module_imports(name: str) -> set[str]:
+@cache
+def _module_imports(name: str) -> frozenset[str]:
     """Return the modules that one imports; a package stands for its `__init__.py`."""
     imported: set[str] = set()
     for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
@@ -202,7 +207,7 @@ def _module_imports(name: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             imported |= names if names <= set(MODULES) else {node.module, *names}
-    return imported & set(MODULES)
+    return frozenset(imported & set(MODULES))
 
 
 def _package(module: str) -> str:
