@@ -27,8 +27,8 @@ test: $(INSTALLED) ## Install, then run the whole test suite
 test-quick: $(INSTALLED) ## Run the tests that take seconds
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(TESTS)
 
-test-long: $(INSTALLED) ## Run the longest checks: fuzzing, compilers, whole sweeps (half an hour)
-	$(BIN)/python -m pytest -m "long and not installs" $(TESTS)
+test-long: $(INSTALLED) ## Run the longest checks: fuzzing, compilers, whole sweeps (an hour)
+	$(BIN)/python -m pytest $(PARALLEL) -m "long and not installs" $(TESTS)
 
 test-wheel: $(INSTALLED) ## Install the wheel into empty environments, and run it there (gigabytes)
 	$(BIN)/python -m pytest -m installs tests/behaviour/test_empty_environments.py

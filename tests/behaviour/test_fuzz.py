@@ -354,7 +354,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     if made := os.environ.get("IIET_FUZZ_WORKSPACE"):  # One that lies there already, to save time.
         root = Path(made)
     commands = [
-        ["quickstart", *OPTIONS],
+        ["sweep", "toy", *OPTIONS],
         ["evaluate", "--schedule", "1", *OPTIONS],
         ["influence", *OPTIONS],
         ["export", "--no-measure"],

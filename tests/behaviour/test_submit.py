@@ -157,13 +157,13 @@ def test_a_job_runs_in_a_copy_of_the_working_directory_and_can_be_stopped(
     long = start(server, code, "submit", "--env", "COLOR", "--name", "long", "pretrain")
     submitted = [
         start(server, settings, "submit", "pretrain", "--dry-run", "--config", "own.yaml"),
-        start(server, code, "submit", "--env", "COLOR", "report", "--cost", "a b"),
+        start(server, code, "submit", "--env", "COLOR", "report", "a b"),
     ]
     (planned, plan), (failed, output) = map(end, submitted)
     assert planned == 0, plan
     assert "77 steps" in " ".join(plan.split())
     assert failed == 3, output
-    assert "own code: report --cost a b blue" in output
+    assert "own code: report a b blue" in output
 
     wait_until((space / "ready").exists)
     _, listed = end(start(server, code, "jobs", "list"))

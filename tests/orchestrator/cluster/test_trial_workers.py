@@ -129,7 +129,7 @@ def test_a_worker_that_dies_is_tried_again_and_more_trials_than_places_all_end(
     victim = with_job(trials[0], {"num_steps": 400, "checkpoint_every_steps": 20})
     killed: list[int] = []
 
-    def kill_a_worker() -> None:
+    def kill_a_worker(_: Any) -> None:
         records, _ = read_journal(Path(victim.folder))
         if not killed and any(r.get("name") == "checkpoint" for r in records):
             killed.append(next(r["pid"] for r in records if r.get("name") == "started"))
