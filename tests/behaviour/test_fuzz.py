@@ -456,7 +456,7 @@ READERS: dict[str, tuple[str, ...]] = {
 }
 """By folder of the workspace: the commands that read it."""
 SAYS_SO = re.compile(
-    r"damaged|not what was written|cannot|missing|no whole|contradicts|left out|made anew"
+    r"damaged|not prepared|not what was written|cannot|missing|no whole|contradicts|left out|made anew"
     r"|is a folder|has no |measured again|not finished|no tokens|no paired errors|other settings",
     re.IGNORECASE,
 )
