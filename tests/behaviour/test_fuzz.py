@@ -456,8 +456,9 @@ READERS: dict[str, tuple[str, ...]] = {
 }
 """By folder of the workspace: the commands that read it."""
 SAYS_SO = re.compile(
-    r"damaged|not prepared|not what was written|cannot|missing|no whole|contradicts|left out|made anew"
-    r"|is a folder|has no |measured again|not finished|no tokens|no paired errors|other settings",
+    r"damaged|not prepared|not what was written|cannot|missing|no whole|contradicts|left out"
+    r"|made anew|is a folder|has no |measured again|not finished|no tokens|no paired errors"
+    r"|other settings",
     re.IGNORECASE,
 )
 
