@@ -211,8 +211,8 @@ def model_card(
         provenance={**provenance, "weights": weights_key(checkpoint)},
         evaluation=evaluation,
         influence=influence
-        or load_influence_table(origin, metric)
-        or load_influence_table(checkpoint, metric),
+        or load_influence_table(origin, metric, context.progress.note)
+        or (load_influence_table(checkpoint, metric, context.progress.note) if teacher else None),
         served=served_schedules(checkpoint),
         full=full if is_cheaper else None,
         prompt=_readable_prompt(checkpoint),

@@ -233,7 +233,8 @@ def _draft_from_settings(
         draft = _draft_of_plan(plan, settings)
     else:
         jobs = plan_teacher(settings, context.workspace, tokens)
-        outcomes = {label: finished_outcome(job) for label, job in jobs.items()}
+        damaged: list[str] = []
+        outcomes = {label: finished_outcome(job, damaged.append) for label, job in jobs.items()}
         done = {n: Path(str(o.checkpoint)) for n, o in outcomes.items() if o}
         if teacher := done.pop(TEACHER, None):
             draft = _draft_of_students(settings, context, teacher, name, baselines=done)
@@ -245,6 +246,7 @@ def _draft_from_settings(
             _add_unknown_students(
                 draft, settings, jobs[TEACHER].model, "the teacher is not trained"
             )
+        draft.notes += damaged
     if tokens is None:
         draft.notes.insert(0, UNPREPARED)
         draft.new_token_bytes = expected_tokens(settings.data, None).new_bytes

@@ -156,12 +156,14 @@ def _dry_run(
 ) -> TrainingDryRun:
     work = _work(job, settings, workspace, tokens)
     (training,) = work.trainings
+    damaged: list[str] = []
     if not job.tokens_folder:
         state = UNPREPARED
-    elif finished_outcome(job):
+    elif finished_outcome(job, damaged.append):
         state, work = f"finished: {job.folder}", replace(work, groups=[])
     else:
         state = f"from step {training.steps_done:,}" if training.steps_done else "not begun"
+        state = "; ".join([*damaged, state])
     return TrainingDryRun(
         training=training,
         tokens=tokens,

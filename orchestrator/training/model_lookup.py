@@ -197,19 +197,25 @@ def tokens_folder_of(checkpoint: Path, workspace: Workspace) -> Path:
     return folder
 
 
-def load_influence_table(checkpoint: Path, metric: str | None = None) -> InfluenceTable | None:
+def load_influence_table(
+    checkpoint: Path, metric: str | None = None, warn: Warn | None = None
+) -> InfluenceTable | None:
     """Return the influence table stored beside a checkpoint for its own schedule.
 
     It is the table of `metric` (default: that of the settings). Without it, it is the only other
-    table; None if there are none or several.
+    table; None if there are none or several. `warn` is called with a sentence for each damaged one.
     """
     own = load_config(checkpoint).corrections
     tables: dict[str, InfluenceTable] = {}
     for path in sorted(checkpoint.glob("influence-*.json")):
-        with suppress(*INVALID_VALUE_ERRORS):
+        try:
             table = InfluenceTable.from_dict(read_json(path))
-            if table.schedule == own:
-                tables[table.metric] = table
+        except INVALID_VALUE_ERRORS:
+            if warn:
+                warn(f"{path} is damaged and is left out; `iiet-orch influence` measures it again")
+            continue
+        if table.schedule == own:
+            tables[table.metric] = table
     wanted = tables.get(metric or InfluenceSettings().metric)
     return wanted or (next(iter(tables.values())) if len(tables) == 1 else None)
 
