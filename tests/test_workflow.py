@@ -62,11 +62,10 @@ def test_jobs_may_only_read_and_run_for_changes_of_main_and_once_a_week(
 ) -> None:
     assert workflow["permissions"] == {"contents": "read"}
     triggers = workflow[True]  # YAML 1.1 reads the key `on` as true.
-    [weekly] = triggers.pop("schedule")
+    [weekly] = triggers["schedule"]
     assert re.fullmatch(r"\d+ \d+ \* \* \d", weekly["cron"])
-    assert triggers == {
-        "push": {"branches": ["main"]}, "pull_request": None, "workflow_dispatch": None
-    }  # fmt: skip
+    on_demand = {"push": {"branches": ["main"]}, "pull_request": None, "workflow_dispatch": None}
+    assert triggers == {**on_demand, "schedule": [weekly]}
     jobs = workflow["jobs"]
     assert all("permissions" not in job for job in jobs.values())
     assert [name for name, job in jobs.items() if "if" in job] == ["long"]

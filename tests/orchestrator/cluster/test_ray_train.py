@@ -146,6 +146,9 @@ def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_f
     assert not events(whole, "resumed")
     assert metric(killed) == metric(whole)
     assert outcomes[0].validation_loss == outcomes[1].validation_loss
+    assert [outcome.finished for outcome in outcomes] == [True, True]
+    folders = [Path(outcome.checkpoint or "").parent for outcome in outcomes]
+    assert folders == [killed.folder, whole.folder], "in the order of the jobs"
 
 
 @pytest.mark.slow
