@@ -1,8 +1,8 @@
 """Write a RayJob for KubeRay.
 
-The command runs on a head without GPUs, and trainings run on worker pods. A pod that is told to end
-drains: Ray tells the training, which saves a checkpoint, and the pod waits for it. A job that
-failed starts again on a new cluster and resumes.
+The head pod has no GPUs and runs the command. Worker pods run the trainings. When a worker pod has
+to end, Ray tells its training, which saves a checkpoint; the pod ends after that. A job that failed
+starts again on a new cluster and resumes.
 """
 
 from __future__ import annotations
