@@ -1,47 +1,28 @@
-"""Jobs of a real head with Ray's job server: submitted, followed, listed and stopped."""
+"""A training that is submitted to a real Ray head with a token: followed, stopped, resumed."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from urllib.error import HTTPError
 
 import psutil
 import pytest
 from pretended_cluster import environment_without_ray
+from small_size import SMALL
 
-pytestmark = pytest.mark.slow
+from orchestrator.workspace.journal import read_journal
 
+PATIENCE_SECONDS = 180
 TOKEN = "a-token-of-this-test-and-of-nothing-else"
-OWN_CODE = """
-import os, pathlib, signal, sys, time
-
-def main():
-    space = pathlib.Path(os.environ["IIET_WORKSPACE"])
-    print("own code:", *sys.argv[1:], os.environ["COLOR"])
-    if sys.argv[1] == "report":
-        return 3
-
-    def save(*_):
-        time.sleep(4)  # Longer than Ray's own limit of three seconds.
-        (space / "saved").touch()
-        sys.exit(130)
-
-    signal.signal(signal.SIGTERM, save)
-    (space / "ready").touch()
-    while True:
-        signal.pause()
-"""
-PATIENCE_SECONDS = 120
 
 
 def free_port() -> int:
@@ -60,155 +41,117 @@ def wait_until(happened: Callable[[], object]) -> None:
         time.sleep(0.2)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """The address of a head's job server, which asks for a token."""
-    port, dashboard, client, agent = (free_port() for _ in range(4))
-    command = [
-        *("ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"),
-        *(f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"),
-        *("--num-cpus=1", "--num-gpus=0", f"--object-store-memory={80 * 2**20}"),
-    ]
-    with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
-        output = Path(scratch) / "output"
-        with output.open("w") as file:
-            variables = environment(RAY_TMPDIR=scratch, RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0")
-            head = subprocess.Popen(
-                command, env=variables, cwd=scratch, stdout=file, stderr=subprocess.STDOUT
-            )
-        started = psutil.Process(head.pid)
-        address = f"http://127.0.0.1:{dashboard}"
-
-        def answers() -> bool:
-            assert head.poll() is None, output.read_text()
-            try:
-                urllib.request.urlopen(address, timeout=1).close()
-            except OSError as error:
-                return isinstance(error, HTTPError)
-            return True
-
-        try:
-            wait_until(answers)
-            yield address
-        finally:
-            processes = started.children(recursive=True)
-            head.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                head.wait(10)
-            for process in [started, *processes]:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            head.wait()
-            psutil.wait_procs(processes)
-
-
-def environment(**changes: str) -> dict[str, str]:
-    kept = environment_without_ray()
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
-    return {**kept, "PATH": path, **token, **changes}
-
-
-def start(server: str, folder: Path, *words: str, **changes: str) -> subprocess.Popen[str]:
-    """Start a command in a folder, with a workspace of that folder's name."""
-    workspace = folder.parent / f"{folder.name}-workspace"
+def start(*words: str, folder: Path, **changes: str) -> subprocess.Popen[str]:
+    """Start a program of this environment, `ray` or `iiet-orch`."""
+    programs = Path(sys.executable).parent
+    variables = {
+        **environment_without_ray(),
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        **changes,
+    }
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "orchestrator.cli", *words],  # -P: not the code in `folder`
+        words,
         cwd=folder,
-        env=environment(
-            PYTHONPATH=os.pathsep.join(path for path in sys.path if path),
-            RAY_API_SERVER_ADDRESS=server,
-            RAY_ADDRESS="127.0.0.1:1",  # Of a cluster that this command does not need.
-            IIET_WORKSPACE=str(workspace),
-            COLOR="blue",
-            **changes,
-        ),
+        env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def end(process: subprocess.Popen[str]) -> tuple[int, str]:
-    printed, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    assert "Traceback" not in printed
-    return process.returncode, printed
-
-
 @pytest.fixture
-def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """A working directory with settings, and one with code of its own."""
-    settings, code = tmp_path / "settings", tmp_path / "code"
-    settings.mkdir()
-    (settings / "own.yaml").write_text("training: {num_steps: 77}\n")
-    (code / "orchestrator" / "cli").mkdir(parents=True)
-    (code / "orchestrator" / "__init__.py").touch()
-    (code / "orchestrator" / "cli" / "__init__.py").write_text(OWN_CODE)
-    (tmp_path / "code-workspace").mkdir()
-    return settings, code
+def server() -> Iterator[str]:
+    """The address of the job server of a head that asks for a token."""
+    port, dashboard, client, agent = (free_port() for _ in range(4))
+    with tempfile.TemporaryDirectory(prefix="iiet-", dir="/tmp") as scratch:
+        head = start(
+            *("ray", "start", "--head", "--block", f"--port={port}"),
+            *(f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
+            *(f"--dashboard-agent-listen-port={agent}", "--num-cpus=2", "--num-gpus=0"),
+            f"--object-store-memory={80 * 2**20}",
+            folder=Path(scratch),
+            RAY_TMPDIR=scratch,
+            RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",
+        )
+        started = psutil.Process(head.pid)
+        address = f"http://127.0.0.1:{dashboard}"
+
+        def has_agent() -> bool:
+            """Whether the agent that starts jobs is up; it comes after the server."""
+            probe = start(
+                "ray", "job", "submit", "--address", address, "true", folder=Path(scratch)
+            )
+            probe.communicate()
+            return probe.returncode == 0
+
+        try:
+            wait_until(has_agent)
+            yield address
+        finally:
+            processes = [started, *started.children(recursive=True)]
+            head.terminate()
+            psutil.wait_procs(processes, timeout=10)
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            head.communicate()
 
 
-@pytest.mark.long
-def test_a_job_runs_in_a_copy_of_the_working_directory_and_can_be_stopped(
-    server: str, folders: tuple[Path, Path]
+@pytest.mark.slow
+def test_a_submitted_training_is_stopped_after_its_checkpoint_and_resumes(
+    server: str, tmp_path: Path
 ) -> None:
-    settings, code = folders
-    space = code.parent / "code-workspace"
-    long = start(server, code, "submit", "--env", "COLOR", "--name", "long", "pretrain")
-    submitted = [
-        start(server, settings, "submit", "pretrain", "--dry-run", "--config", "own.yaml"),
-        start(server, code, "submit", "--env", "COLOR", "report", "a b"),
-    ]
-    (planned, plan), (failed, output) = map(end, submitted)
-    assert planned == 0, plan
-    assert "77 steps" in " ".join(plan.split())
-    assert failed == 3, output
-    assert "own code: report a b blue" in output
+    folder, space = tmp_path / "folder", tmp_path / "space"
+    folder.mkdir()
+    (folder / "own.yaml").write_text("training: {num_steps: 100000}\n")
+    changes = [*SMALL, "training.num_steps=100000", "training.checkpoint_every_steps=50000"]
+    words = ["pretrain", "--config", "own.yaml"]
+    words += [word for change in changes for word in ("--set", change)]
+    submit = ["iiet-orch", "submit", "--server", server, "--env", "COLOR"]
 
-    wait_until((space / "ready").exists)
-    _, listed = end(start(server, code, "jobs", "list"))
-    jobs = {line.split()[0]: line for line in listed.splitlines()[1:] if " pretrain" in line}
-    (name,) = (job for job in jobs if job.startswith("long-"))
-    assert " running " in jobs[name]
-    assert long.stdout
-    assert any(line.startswith("own code: pretrain") for line in long.stdout)
-    long.send_signal(signal.SIGINT)
-    interrupted, said = end(long)
-    assert interrupted == 130
-    assert f"the job {name} goes on" in said
+    def events() -> list[str]:
+        return [
+            record["name"]
+            for run in space.glob("runs/*")
+            for record in read_journal(run)[0]
+            if "name" in record
+        ]
 
-    follower = start(server, code, "jobs", "logs", name)
-    stopped, said = end(start(server, code, "jobs", "stop", name))
-    assert (stopped, said.splitlines()[-1]) == (0, f"{name}: STOPPED")
-    assert (space / "saved").exists()
-    assert end(follower)[0] == 130
+    for event in ("started", "resumed"):
+        job = start(*submit, *words, folder=folder, IIET_WORKSPACE=str(space), COLOR="blue")
+        assert job.stdout
+        found = re.match(r"job (pretrain-\w+); type `ray job logs", line := job.stdout.readline())
+        assert found, line + job.communicate()[0]
 
+        def has_begun(event: str = event, job: subprocess.Popen[str] = job) -> bool:
+            assert job.poll() is None, job.communicate()[0]
+            return event in events()
 
-def test_a_mistake_is_one_sentence(server: str, folders: tuple[Path, Path]) -> None:
+        wait_until(has_begun)
+        if event == "resumed":
+            job.send_signal(signal.SIGINT)
+            printed, _ = job.communicate()
+            assert job.returncode == 130
+            assert f"the job {found[1]} keeps running" in printed
+        stop = start("ray", "job", "stop", "--address", server, found[1], folder=folder)
+        printed, _ = stop.communicate()
+        assert stop.returncode == 0, printed
+        if event == "started":
+            printed, _ = job.communicate()
+            assert (job.returncode, "saved at step" in printed) == (130, True), printed
+
     mistakes = {
-        "has no job 'nothing'": start(server, folders[0], "jobs", "stop", "nothing"),
-        "asks for a token, and it refuses": start(
-            server, folders[0], "jobs", "list", RAY_AUTH_TOKEN="wrong" * 8
-        ),
-        "asks for a token, and none is set": start(
-            server, folders[0], "jobs", "list", RAY_AUTH_MODE="disabled"
-        ),
+        "takes no job": (["--server", "http://127.0.0.1:1", "report"], {}),
+        "no job: ": (["--server", server, "report"], {"RAY_AUTH_TOKEN": "wrong" * 8}),
     }
-    for sentence, process in mistakes.items():
-        code, printed = end(process)
-        assert code == 2
+    for sentence, (mistake, variables) in mistakes.items():
+        process = start("iiet-orch", "submit", *mistake, folder=folder,
+                        IIET_WORKSPACE=str(space), **variables)  # fmt: skip
+        printed, _ = process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode == 2, printed
         assert sentence in printed
         assert len(printed.splitlines()) == 1
-
-
-def test_without_the_client_the_extra_is_named(server: str) -> None:
-    program = (
-        "import sys; sys.modules['aiohttp'] = None\n"
-        "from orchestrator import cli\n"
-        f"sys.exit(cli.main(['jobs', 'list', '--server', '{server}']))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "pip install 'iiet-orch[cluster]'" in done.stderr

@@ -1,0 +1,88 @@
+"""`iiet-orch submit`: run another command on a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.cli.app import app
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.folders import ENVIRONMENT_NAME, check_name_option
+
+
+@app.command(
+    rich_help_panel="Clusters",
+    # Options after the first word belong to the command that it names.
+    context_settings={"allow_interspersed_args": False},
+)
+def submit(
+    command: Annotated[
+        list[str],
+        typer.Argument(metavar="COMMAND", help="A command of iiet-orch with its options."),
+    ],
+    server: Annotated[
+        str,
+        typer.Option(
+            envvar="RAY_API_SERVER_ADDRESS", show_envvar=False, help="Address of Ray's job server."
+        ),
+    ] = "http://127.0.0.1:8265",
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="What the job's id begins with (default: the command).", callback=check_name_option
+        ),
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Environment variable that the job gets from here."),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="Show the job's output until it ends.")
+    ] = True,
+) -> None:
+    """Run a command as a job of a Ray cluster, in a copy of the working directory.
+
+    Example: iiet-orch submit --server http://head:8265 sweep demo --workspace /shared/work
+    """
+    workspace = parse_command(command).get("workspace") or os.environ.get(ENVIRONMENT_NAME, "")
+    if not Path(workspace).is_absolute():  # It would lie in the job's copy of the folder.
+        raise UserError(
+            "a command on a cluster needs a workspace that all its nodes see, by an absolute path "
+            f"(got {workspace or 'none'}); set {ENVIRONMENT_NAME}=/shared/folder, or add "
+            "--workspace /shared/folder to the command"
+        )
+    if missing := [variable for variable in env or () if variable not in os.environ]:
+        raise UserError(f"--env {missing[0]}: this variable is not set here")
+    from orchestrator.cluster.submit import run_as_job
+
+    variables = {variable: os.environ[variable] for variable in env or ()}
+    code = run_as_job(
+        command,
+        server=server,
+        name=name or command[0],
+        variables={ENVIRONMENT_NAME: str(workspace), **variables},
+        follow=follow,
+        write=lambda text: print(text, end="", file=sys.stdout, flush=True),
+    )
+    raise typer.Exit(code)
+
+
+def parse_command(words: Sequence[str]) -> dict[str, Any]:
+    """Check the words of a command without running it, and return its options by name.
+
+    Raises:
+        UserError: If the command is not for a cluster.
+        SystemExit, click's UsageError: As the command itself, if they are wrong.
+    """
+    if words[0] in ("submit", "ui"):
+        raise UserError(f"`iiet-orch {words[0]}` does not run on a cluster; name another command")
+    group: Any = typer.main.get_command(app.reduced_to(words))
+    context = group.make_context("iiet-orch", list(words))
+    name, command, rest = group.resolve_command(context, list(words))
+    options: dict[str, Any] = command.make_context(name, rest, parent=context).params
+    return options

@@ -1,0 +1,87 @@
+"""Run a command as a job of a Ray cluster, through Ray's own `JobSubmissionClient`.
+
+Ray copies the working directory to the cluster's head and starts the command there, with the head's
+environment. `ray job list`, `ray job logs` and `ray job stop` do the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shlex
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.cluster.environment import prepare_for_server
+from orchestrator.terminal.signals import SIGNALS, signal_handlers
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, first_line
+
+STOP_SECONDS = 3600
+"""How long Ray waits for a stopped job to save its state; its own default is three seconds."""
+
+
+def run_as_job(
+    words: Sequence[str],
+    *,
+    server: str,
+    name: str,
+    variables: Mapping[str, str],
+    follow: bool,
+    write: Callable[[str], Any],
+) -> int:
+    """Submit `iiet-orch` with these words; return the exit code of the job, or 0 unless `follow`.
+
+    Args:
+        server: Address of the job server, such as `http://head:8265`.
+        name: What the job's id begins with.
+        variables: Environment of the job, beside that of the head.
+        follow: Write the job's output until it ends.
+        write: Called with the job's id, and with its output.
+
+    Raises:
+        UserError: If no job server answers, or it refuses the job.
+        Interrupted: After Ctrl-C or SIGTERM; the job keeps running.
+        RunFailed: If the job did not start, or the connection is lost.
+    """
+    prepare_for_server()
+    os.environ["RAY_API_SERVER_ADDRESS"] = server  # Ray prefers it to an address that is named.
+    environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **variables}
+    from ray.exceptions import RayError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(server)
+        job: str = client.submit_job(
+            entrypoint=shlex.join(["iiet-orch", *words]),
+            submission_id=f"{name}-{secrets.token_hex(3)}",
+            runtime_env={"working_dir": str(Path.cwd()), "env_vars": environment},
+        )
+    except (RayError, RuntimeError, ValueError, OSError) as error:
+        # Ray's message says what is wrong: no server, no token, no `ray[default]`, too large.
+        raise UserError(f"--server {server} takes no job: {first_line(error)}") from None
+    again = f"type `ray job logs --follow {job}` to see its output, `ray job stop {job}` to stop it"
+    write(f"job {job}; {again}\n")
+    if not follow:
+        return 0
+
+    async def show() -> None:
+        async for lines in client.tail_job_logs(job):
+            write(lines)
+
+    try:
+        with signal_handlers(SIGNALS, signal.default_int_handler):
+            asyncio.run(show())
+            found = client.get_job_info(job)
+    except KeyboardInterrupt:
+        raise Interrupted(f"the job {job} keeps running; {again}") from None
+    except Exception as error:
+        lost = f"the connection to the job {job} is lost ({first_line(error)})"
+        raise RunFailed(f"{lost}; it keeps running; {again}") from error
+    if found.status.value == "STOPPED":
+        return 130
+    if found.driver_exit_code is None:
+        raise RunFailed(f"the job {job} did not start: {first_line(found.message or '')}")
+    return int(found.driver_exit_code)
