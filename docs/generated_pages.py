@@ -17,7 +17,7 @@ import typer
 import yaml
 
 from orchestrator import cli
-from orchestrator.cli.help import LIST_MARK, OLD_NAMES
+from orchestrator.cli.help import LIST_MARK
 from orchestrator.settings import Settings
 
 COMMAND_LINE = "command-line.md"
@@ -86,7 +86,7 @@ def _option_row(parameter: Any, annotation: Any) -> str:
         names = f"`{name}{' ...' if parameter.nargs == -1 else ''}`"
     else:
         every = [*parameter.opts, *parameter.secondary_opts]
-        names = ", ".join(f"`{name}`" for name in every if name not in OLD_NAMES)
+        names = ", ".join(f"`{name}`" for name in every)
     named = (parameter.metavar or "").removesuffix(LIST_MARK)
     values = _choices(annotation) or (named.split("|") if "|" in named else ())
     choices = ", ".join(f"`{choice}`" for choice in values)

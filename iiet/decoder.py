@@ -42,7 +42,7 @@ from iiet.token_step import (
     serves_token_step,
     uses_cpu_forms,
 )
-from iiet.weights import CONFIG, WEIGHTS, read_folder, rename_older_weights, write_folder
+from iiet.weights import CONFIG, WEIGHTS, read_folder, write_folder
 
 __all__ = ["Decoder"]
 
@@ -329,7 +329,3 @@ class Decoder(nn.Module):
         One that does not fit the method or the number of layers is a ValueError.
         """
         return self.config.evaluations_per_layer(schedule)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        rename_older_weights(state_dict, prefix, num_layers=self.config.num_layers)
-        super()._load_from_state_dict(state_dict, prefix, *others)

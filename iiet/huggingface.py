@@ -374,17 +374,6 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         if callable(reset) and not type(module).__module__.startswith("torch."):
             reset()
 
-    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
-        super()._adjust_missing_and_unexpected_keys(loading_info)
-        # transformers would only warn of these, and start the layers from fresh weights.
-        for name in loading_info.unexpected_keys:
-            if name.startswith(("decoder.fields.", "decoder.method.")):
-                raise ValueError(
-                    f"the weights have the names of before version 0.2 ({name}); import the folder "
-                    "with iiet-orch and export it again, or load it with trust_remote_code=True "
-                    "where iiet.huggingface is not imported, so that its own code is used"
-                )
-
 
 def fast_tokenizer(
     tokenizer_file: str | PathLike[str], *, end_of_text: str, context_length: int

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from iiet.config import ModelConfig
 
-__all__ = ["CONFIG", "WEIGHTS", "non_finite", "read_folder", "rename_older_weights", "write_folder"]
+__all__ = ["CONFIG", "WEIGHTS", "non_finite", "read_folder", "write_folder"]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -91,31 +90,3 @@ def _safetensors() -> Any:
             "pip install safetensors"
         ) from error
     return safetensors
-
-
-_OLDER_NAMES = (
-    (r"fields\.(\d+)\.(.*)", r"layers.\1.field.\2"),
-    (r"method\.mix\.(prediction|correction)_norms\.(\d+)\.(.*)", r"layers.\2.\1_norm.\3"),
-    (r"method\.gates\.(\d+)\.(.*)", r"layers.\1.gate.\2"),
-    (r"method\.predictor\.(.*)", r"shared.\1"),
-)
-"""Patterns of weight names from before version 0.2, and their names now."""
-
-
-def rename_older_weights(state: dict[str, Any], prefix: str, *, num_layers: int) -> None:
-    """Rename the weights of a state dict from before version 0.2, in place.
-
-    The matrices A and C were parameters then; now each layer has its rows of them.
-    """
-    size = num_layers + 1
-    for name in [name for name in state if name.startswith(prefix)]:
-        ours = name.removeprefix(prefix)
-        match = re.fullmatch(r"method\.mix\.(inner|outer)", ours)
-        if match and state[name].shape == (size, size):
-            matrix = state.pop(name)
-            for layer in range(num_layers):
-                row = matrix[layer + 1, : layer + 2].clone()
-                state[f"{prefix}layers.{layer}.mix.{match[1]}"] = row
-        for pattern, replacement in _OLDER_NAMES:
-            if re.fullmatch(pattern, ours):
-                state[prefix + re.sub(pattern, replacement, ours)] = state.pop(name)

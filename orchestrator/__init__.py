@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.generating import Sampling, generate, generate_stream
     from orchestrator.pipelines.importing import import_model
     from orchestrator.pipelines.influence import InfluenceResult, measure_influence
-    from orchestrator.pipelines.influence_check import InfluenceCheckResult, check_influence
     from orchestrator.pipelines.picking import PickResult, pick
     from orchestrator.pipelines.preparing import prepare
     from orchestrator.pipelines.pretraining import PretrainResult, pretrain
@@ -55,7 +54,6 @@ _MODULES = {
     "pipelines.generating": ("Sampling", "generate", "generate_stream"),
     "pipelines.importing": ("import_model",),
     "pipelines.influence": ("InfluenceResult", "measure_influence"),
-    "pipelines.influence_check": ("InfluenceCheckResult", "check_influence"),
     "pipelines.picking": ("PickResult", "pick"),
     "pipelines.preparing": ("prepare",),
     "pipelines.pretraining": ("PretrainResult", "pretrain"),
@@ -80,7 +78,6 @@ __all__ = [
     "MeasurementSettings",
     "DistillResult",
     "ModelEvaluations",
-    "InfluenceCheckResult",
     "InfluenceResult",
     "Interrupted",
     "PickResult",
@@ -99,7 +96,6 @@ __all__ = [
     "UserError",
     "Workspace",
     "benchmark",
-    "check_influence",
     "compare",
     "distill",
     "evaluate",

@@ -20,8 +20,6 @@ from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command_name
 
-OLD_NAMES = ("--corrections", "--unit")
-"""Earlier names of options; they still work, and no help shows them."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 SHORT_TYPES = {
@@ -137,7 +135,7 @@ def _row(parameter: Any, ctx: Any) -> tuple[Text, Text]:
 def _names(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         return f"{parameter.metavar or parameter.name}{'...' if parameter.nargs == -1 else ''}"
-    every = [name for name in (*parameter.opts, *parameter.secondary_opts) if name not in OLD_NAMES]
+    every = (*parameter.opts, *parameter.secondary_opts)
     short = [name for name in every if not name.startswith("--")]
     long = [name for name in every if name.startswith("--")]
     names = ", ".join(filter(None, ["/".join(short), "/".join(long)]))

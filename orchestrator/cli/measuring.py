@@ -35,7 +35,6 @@ from orchestrator.cli.options import (
 )
 from orchestrator.cli.session import Session, open_session
 from orchestrator.terminal.layout import print_line
-from orchestrator.workspace.errors import UserError
 
 if TYPE_CHECKING:
     from orchestrator.records.evaluation import EvaluationResult
@@ -47,12 +46,6 @@ def influence(
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
     metric: MetricOption = None,
-    check: Annotated[
-        bool,
-        typer.Option(
-            "--check", help="Compare every metric with what dropping each correction costs."
-        ),
-    ] = False,
     device: DeviceOption = None,
     as_json: JsonOption = False,
     address: AddressOption = None,
@@ -63,28 +56,13 @@ def influence(
 
     Example: iiet-orch influence my-run --metric loss
     """
-    if check and metric:
-        raise UserError("--check measures every metric; leave --metric out")
     settings = read_options(
         config, set_, influence__metric=metric, cluster__address=address, cluster__device=device
     )
     with open_session(workspace, "influence", verbose=verbose, as_json=as_json) as session:
         from orchestrator.pipelines.influence import measure_influence
-        from orchestrator.pipelines.influence_check import check_influence
-        from orchestrator.reporting.influence_check import influence_check_table
         from orchestrator.reporting.influence_tables import influence_terminal_table
 
-        if check:
-            checked = check_influence(settings, model=checkpoint, **session.common)
-            if as_json:
-                session.print_json(checked.to_json())
-                return
-            session.console.print(influence_check_table(checked.check))
-            for sentence in checked.check.notes():
-                print_line(session.console, f"  {sentence}")
-            if checked.picture:
-                print_line(session.console, f"  picture: {checked.picture}")
-            return
         result = measure_influence(settings, model=checkpoint, **session.common)
         if as_json:
             session.print_json(result.to_json())

@@ -206,12 +206,6 @@ def export(
     measure: Annotated[
         bool, typer.Option(help="Evaluate the model for its card, unless that is done.")
     ] = True,
-    conformance: Annotated[
-        bool,
-        typer.Option(
-            "--conformance", help="Add logits, and a script that holds other engines to them."
-        ),
-    ] = False,
     push_to_hub: Annotated[
         str | None,
         typer.Option(metavar="OWNER/NAME", help="Upload the folder to the Hugging Face hub, too."),
@@ -252,7 +246,6 @@ def export(
             "to": to,
             "schedule": one_schedule(schedule),
             "measure": measure,
-            "conformance": conformance,
             **session.common,
         }
         address = None

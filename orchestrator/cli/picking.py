@@ -52,7 +52,6 @@ def pick(
         bool, typer.Option("--dry-run", help="Print the choice; export and register nothing.")
     ] = False,
     as_json: JsonOption = False,
-    only_name: Annotated[bool, typer.Option("--only-name", hidden=True)] = False,
     workspace: WorkspaceOption = None,
     verbose: VerboseOption = None,
 ) -> None:
@@ -61,7 +60,6 @@ def pick(
     Example: iiet-orch pick --keep 0.99 --to my-model
     """
     rule = _rule(keep, confidence, budget, draft_for, knee=knee, best=best, cheapest=cheapest)
-    dry_run = dry_run or only_name  # --only-name is the option's earlier name
     with open_session(
         workspace, "pick", verbose=verbose, dry_run=dry_run, as_json=as_json
     ) as session:

@@ -47,9 +47,6 @@ def search_schedules(
         Literal["accuracy", "bits", "loss"] | None,
         typer.Option(help="Quality to weigh against NFE."),
     ] = None,
-    objective: Annotated[
-        Literal["accuracy", "bits_per_byte", "validation_loss"] | None, typer.Option(hidden=True)
-    ] = None,  # The option's earlier name and values.
     sampler: Annotated[
         Literal["nsga2", "tpe", "gp"] | None, typer.Option(help="Optuna's sampler.")
     ] = None,
@@ -77,7 +74,7 @@ def search_schedules(
 
     Example: iiet-orch search my-run --trials 30 --sampler tpe
     """
-    wanted: str | None = objective
+    wanted = None
     if quality:
         from orchestrator.reporting.front_axes import QUALITIES
 

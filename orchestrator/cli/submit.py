@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,9 @@ def submit(
 
     Example: iiet-orch submit --server http://head:8265 sweep demo --workspace /shared/work
     """
+    server = server if "://" in server else f"http://{server}"
+    if not re.fullmatch(r"https?://[^/\s]+/?", server):
+        raise UserError(f"--server {server} is not an address such as http://HOST:8265")
     workspace = parse_command(command).get("workspace") or os.environ.get(ENVIRONMENT_NAME, "")
     if not Path(workspace).is_absolute():  # It would lie in the job's copy of the folder.
         raise UserError(

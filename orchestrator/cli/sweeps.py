@@ -62,7 +62,7 @@ def sweep_threshold(
     ] = None,
     cost: Annotated[
         Literal["evaluations", "flops", "kv"] | None,
-        typer.Option("--cost", "--unit", help="Cost that the budgets are of; kv is in bytes."),
+        typer.Option(help="Cost that the budgets are of; kv is in bytes."),
     ] = None,
     selection: Annotated[
         Literal["threshold", "knapsack"] | None,
@@ -145,7 +145,6 @@ def sweep_iterations(
             "3..0; may be repeated.",
         ),
     ] = None,
-    iterations: Annotated[str | None, typer.Option(hidden=True)] = None,  # Commas separate models.
     methods: MethodsOption = None,
     steps: Annotated[
         int | None, typer.Option(min=1, max=MAX_COUNT, help="Optimizer steps of each model.")
@@ -181,7 +180,7 @@ def sweep_iterations(
         set_,
         train_on=device,
         sweep__kind="iterations",
-        sweep__iterations=parse_schedules(schedule) or split_names(iterations),
+        sweep__iterations=parse_schedules(schedule),
         sweep__methods=split_names(methods),
         sweep__seeds=parse_seeds(seeds),
         sweep__learning_rates=parse_rates(rates),

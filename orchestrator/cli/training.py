@@ -96,7 +96,6 @@ def pretrain(
         list[str] | None,
         typer.Option(
             "--schedule",
-            "--corrections",
             "-r",
             help="Iteration schedule: 3, or one number per layer: 2,2,1,1,1,1.",
         ),

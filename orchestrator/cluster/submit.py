@@ -7,6 +7,7 @@ environment. `ray job list`, `ray job logs` and `ray job stop` do the rest.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import shlex
@@ -52,6 +53,8 @@ def run_as_job(
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
+    for own in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{own}").setLevel(logging.WARNING)  # They set levels of their own.
     try:
         client = JobSubmissionClient(server)
         job: str = client.submit_job(

@@ -18,7 +18,6 @@ from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
 from orchestrator.cluster.launch import command_device
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
-from orchestrator.evaluation.conformance import write_conformance
 from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.evaluation.model_tokenizer import PlainTokenizer
 from orchestrator.pipelines.context import Context, open_context
@@ -69,7 +68,6 @@ def export(
     to: Path | str | None = None,
     schedule: str | None = None,
     measure: bool = True,
-    conformance: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Export a checkpoint with its card, and return the folder.
@@ -80,8 +78,6 @@ def export(
         to: Folder to write; under the workspace, named by the run, when unset.
         schedule: Iteration schedule as typed, if not the checkpoint's own.
         measure: Evaluate the model for the card. If that fails, the card is without quality.
-        conformance: Add logits of decode steps, and a script that holds other implementations to
-            them.
 
     Raises:
         UserError: If the checkpoint, the schedule or the folder cannot be used.
@@ -109,7 +105,6 @@ def export(
         folder,
         decoder=decoder,
         card=card,
-        conformance=conformance,
         progress=context.progress,
     )
 
@@ -120,7 +115,6 @@ def export_checkpoint(
     *,
     decoder: Decoder,
     card: ModelCard,
-    conformance: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Export the decoder with the checkpoint's tokenizer and text files, and return the folder.
@@ -130,7 +124,6 @@ def export_checkpoint(
         folder: Created if missing; replaced if it is an earlier export and nothing else.
         decoder: The model; its own schedule becomes the default.
         card: Text of `README.md`.
-        conformance: Add the conformance file and its script.
 
     Raises:
         UserError: If the folder holds something else or cannot be written, the tokenizer has no
@@ -160,8 +153,6 @@ def export_checkpoint(
                 text_files=text_files or None,
                 elastic_schedules=_drafts(checkpoint, decoder),
             )
-            if conformance:
-                write_conformance(decoder, temporary)
             write_text(temporary / CARD, card.to_markdown())
             lines = [f"{file_digest(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
             write_text(temporary / MANIFEST, "".join(lines))

@@ -72,8 +72,7 @@ def import_model(
 
     Args:
         folder: A model folder (in the published naming, a plain Llama folder, an exported folder, a
-            checkpoint or run of another workspace, also of an earlier version), a GGUF file of a
-            Llama, or `hub:OWNER/NAME`.
+            checkpoint or run of another workspace), a GGUF file of a Llama, or `hub:OWNER/NAME`.
         tokenizer: A `tokenizer.json`, or `hub:NAME`, if the model has none or not the right one.
         name: Name of the run; that of the folder or file when unset.
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from orchestrator.settings.section import Section
 
@@ -111,17 +110,6 @@ class TrainingSettings(Section):
     keep_best: bool = False
     """Also keep the checkpoint with the lowest validation loss, which `best.json` names; only
     checkpoints of steps with a validation loss are compared."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_older_name(cls, values: Any) -> Any:
-        # Files of earlier versions say `drawn_schedules`: so many schedules without a divergence.
-        if not isinstance(values, Mapping) or "drawn_schedules" not in values:
-            return values
-        others = {name: value for name, value in values.items() if name != "drawn_schedules"}
-        if number := values["drawn_schedules"]:
-            others["elastic"] = {"num_drawn": number, "weight": 1.0, "kl_weight": 0.0}
-        return others
 
     @field_validator("iterate_ramp_fraction")
     @classmethod

@@ -15,7 +15,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from iiet.config import ModelConfig
@@ -137,17 +136,8 @@ def load_training_state(folder: Path, *, mapped: bool = False) -> dict[str, Any]
             workers then need no memory of the machine for them.
 
     Raises:
-        UserError: If a version wrote it whose optimizer state has another order of parameters, or
-            it holds objects that are neither tensors nor plain values.
+        UserError: If it holds objects that are neither tensors nor plain values.
     """
-    with safe_open(folder / WEIGHTS, framework="pt") as weights:
-        is_older = any(name.startswith("method.") for name in weights.keys())  # noqa: SIM118
-    if is_older:
-        raise UserError(
-            f"the training of {folder.parent} cannot resume: {folder.name} was written before "
-            "version 0.2, and its optimizer state is for the parameters of that version; train "
-            f"under another name, and import its model with `iiet-orch import {folder}`"
-        )
     file = folder / TRAINING_STATE
     try:
         state: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu", mmap=mapped)

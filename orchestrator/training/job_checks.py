@@ -89,8 +89,7 @@ def _check_job_file(job: TrainingJob) -> dict[str, Any]:
     if earlier is not None and earlier.get("recipe_version", 1) != RECIPE_VERSION:
         raise UserError(
             f"{job.folder} holds a run of another version of this program, which this version "
-            "cannot resume; choose another name, and import its model with `iiet-orch import "
-            f"{job.folder}`"
+            "cannot resume; choose another name or another workspace"
         )
     essence = key_fields(job)
     if earlier is not None and earlier.get("key") != content_key(essence):

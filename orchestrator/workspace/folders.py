@@ -6,7 +6,6 @@ was written by another version of the program is refused.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -90,7 +89,7 @@ def open_workspace(path: Path | None = None) -> Workspace:
     A `read_only` block makes nothing.
 
     Raises:
-        UserError: If the folder cannot be made or written, or holds trainings of another version.
+        UserError: If the folder cannot be made or written, or is of another version.
     """
     workspace = locate_workspace(path)
     root = workspace.root
@@ -98,41 +97,24 @@ def open_workspace(path: Path | None = None) -> Workspace:
     try:
         if root.exists() and not root.is_dir():
             raise UserError(f"the workspace {root} is no folder; choose another with --workspace")
-        is_known = read_json(file) == OWN_VERSION
-        if not is_known:  # A large workspace has thousands of records.
-            _refuse_another_version(root)
+        version = read_json(file)
+        if version not in (None, OWN_VERSION):
+            raise UserError(
+                f"the workspace {root} is of another version of this program, which this version "
+                "cannot read; nothing was changed. Choose a new workspace with --workspace"
+            )
         if is_read_only():
             return workspace
         root.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-        if not is_known:
+        if version is None:
             write_json(file, OWN_VERSION)
     except OSError as error:
         raise UserError(
             f"cannot use the workspace {root} ({error.strerror}); choose another with --workspace"
         ) from None
     return workspace
-
-
-def _refuse_another_version(root: Path) -> None:
-    jobs = (*root.glob("runs/*/job.json"), *root.glob("trials/*/job.json"))
-    if any(map(_is_of_another_version, jobs)):
-        raise UserError(
-            f"the workspace {root} holds trainings of another version of this program, which this "
-            "version can neither find nor resume; nothing was changed. Choose a new workspace with "
-            "--workspace, and bring models along with `iiet-orch import OLD_CHECKPOINT`, where "
-            f"OLD_CHECKPOINT is a folder such as {root}/runs/NAME"
-        )
-
-
-def _is_of_another_version(job: Path) -> bool:
-    try:
-        record = json.loads(job.read_text())
-    except (OSError, ValueError, RecursionError):
-        return False  # Damaged; reported when it is needed.
-    is_training = isinstance(record, dict) and "key" in record
-    return is_training and record.get("recipe_version", 1) != RECIPE_VERSION
 
 
 def locate_workspace(path: Path | None = None) -> Workspace:

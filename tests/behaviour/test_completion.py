@@ -27,7 +27,7 @@ def test_there_is_one_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("iiet-orch swe", {"sweep-threshold", "sweep-iterations", "sweep"}),
         ("iiet-orch pretrain --continu", {"--continue"}),
         ("iiet-orch generate --kv ", {"exact", "last"}),
-        ("iiet-orch jobs st", {"stop"}),
+        ("iiet-orch config sh", {"show"}),
         ("iiet-orch influence ", {"my-run", "other"}),
         ("iiet-orch evaluate my-run o", {"other"}),
         ("iiet-orch generate my-run/", {"my-run/step_00000005", "my-run/step_00000010"}),

@@ -20,7 +20,7 @@ import yaml
 from documented import PAGES, ROOT, Line, blocks, inline_commands, shell_lines
 
 from orchestrator import cli
-from orchestrator.cli.cluster import parse_command
+from orchestrator.cli.submit import parse_command
 from orchestrator.settings import Settings, read_settings, resolve_settings
 from orchestrator.settings.shipped import shipped_sweeps
 
@@ -57,7 +57,7 @@ def parsed(words: tuple[str, ...]) -> dict[str, Any]:
 def test_a_shell_line_is_accepted(line: Line) -> None:
     words = tuple(word for word in line.words[1:] if word != "&")
     options = parsed(words)
-    if words[0] in ("submit", "manifest"):
+    if words[0] == "submit":
         options = parse_command(options["command"])
     sweep = options.get("config") or options.get("file")
     name = sweep if sweep in shipped_sweeps() else None
@@ -85,7 +85,7 @@ def test_a_command_within_a_sentence_exists(line: Line) -> None:
         if word in getattr(command, "commands", {}):
             command = command.commands[word]
             known |= {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
-            if command.name in ("submit", "slurm", "kuberay"):
+            if command.name == "submit":
                 command = GROUP  # A command for the cluster follows.
     if words[0] != "COMMAND":
         assert words[0].startswith("--") or words[0] in GROUP.commands
@@ -121,8 +121,6 @@ def check_own_program(words: list[str]) -> None:
     if words[0] == "-m":
         path = ROOT.joinpath(*words[1].split("."))
         sources = [*path.glob("*.py")] if path.is_dir() else [path.with_suffix(".py")]
-    elif words[0] == "check_conformance.py":  # It is written beside an exported model.
-        sources = [ROOT / "orchestrator" / "evaluation" / words[0]]
     else:
         sources = [ROOT / words[0], *(ROOT / words[0]).parent.glob("*.py")]
     assert sources[0].is_file()

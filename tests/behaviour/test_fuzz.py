@@ -242,7 +242,7 @@ def questions(draw: st.DrawFn) -> tuple[list[str], str | bytes | None]:
         command, option, values = draw(
             st.sampled_from(
                 [
-                    ("pretrain --dry-run", "--corrections", SCHEDULES),
+                    ("pretrain --dry-run", "--schedule", SCHEDULES),
                     ("pretrain --dry-run", "--steps", LISTS),
                     ("pretrain --dry-run", "--workers", LISTS),
                     ("pretrain --dry-run", "--preset", WORDS),
@@ -259,7 +259,7 @@ def questions(draw: st.DrawFn) -> tuple[list[str], str | bytes | None]:
                     ("generate --prompt=a -n 2", "--stop", WORDS),
                     ("sweep-threshold --dry-run", "--thresholds", LISTS),
                     ("sweep-threshold --dry-run", "--budgets", LISTS),
-                    ("sweep-threshold --dry-run", "--unit", WORDS),
+                    ("sweep-threshold --dry-run", "--cost", WORDS),
                     ("sweep-threshold --dry-run", "--seeds", LISTS),
                     ("sweep-threshold --dry-run", "--name", WORDS),
                     ("search --dry-run", "--seed", LISTS),

@@ -72,7 +72,7 @@ def write(path: Path, text: str) -> None:
 
 PREPARED: dict[str, Callable[[Path, pytest.MonkeyPatch], Any]] = {
     "The workspace is of another version": lambda folder, _: write(
-        folder / "iiet-workspace/runs/a/job.json", '{"key": "a", "recipe_version": 1}'
+        folder / "iiet-workspace/workspace.json", '{"recipe_version": 1}'
     ),
     "A file of the workspace is damaged": lambda folder, _: write(
         folder / "iiet-workspace/runs/broken/step_00000010/config.json", "{"

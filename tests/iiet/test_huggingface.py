@@ -158,17 +158,6 @@ def test_weights_missing_from_a_folder_get_their_starting_values(method, tmp_pat
     assert torch.equal(model.decoder.embedding.weight, decoder.embedding.weight)
 
 
-def test_weights_by_older_names_are_refused(tmp_path):
-    IIETForCausalLM.from_decoder(make_decoder()).save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    older = {re.sub(r"layers\.(\d)\.field", r"fields.\1", name): w for name, w in weights.items()}
-    save_file(older, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"before version 0.2 \(decoder.fields.* and export it again"
-    ):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
 def test_loss_logits_and_hidden_states_are_the_decoders():
     decoder, ids = make_decoder(), tokens(2, 9)
     model = IIETForCausalLM.from_decoder(decoder)

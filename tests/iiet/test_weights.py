@@ -130,33 +130,6 @@ def test_errors_name_what_cannot_be_loaded(damage, message, tmp_path):
     assert str(tmp_path) in str(raised.value)
 
 
-def test_weights_by_older_names_are_loaded(tmp_path):
-    decoder = decoder_of(schedule="1,2")
-    decoder.save(tmp_path)
-    ours = load_file(tmp_path / "model.safetensors")
-    older = {}
-    for matrix in ("inner", "outer"):
-        rows = older[f"method.mix.{matrix}"] = torch.zeros(3, 3)
-        for layer in range(2):
-            rows[layer + 1, : layer + 2] = ours.pop(f"layers.{layer}.mix.{matrix}")
-    for name, tensor in ours.items():
-        kind, layer, *rest = name.split(".", 2)
-        if kind != "layers":
-            older[name] = tensor
-        elif rest[0].startswith("field."):
-            older[f"fields.{layer}.{rest[0].removeprefix('field.')}"] = tensor
-        else:
-            norm, part = rest[0].split(".")
-            older[f"method.mix.{norm}s.{layer}.{part}"] = tensor
-    save_file(older, tmp_path / "model.safetensors")
-    assert torch.equal(Decoder.load(tmp_path)(tokens()), decoder(tokens()))
-    older["method.mix.inner"] = torch.zeros(2, 2)
-    save_file(older, tmp_path / "model.safetensors")
-    message = r"does not fit config.json: Missing key\(s\) in state_dict: \"layers.0.mix.inner\""
-    with pytest.raises(ValueError, match=message):
-        Decoder.load(tmp_path)
-
-
 @pytest.mark.slow
 def test_loading_and_generating_import_few_libraries(tmp_path):
     """PyTorch's compiler alone, `torch._dynamo`, would take a second."""

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from orchestrator import cli
+from orchestrator.workspace.files import write_json
 from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.paths import WORKSPACE_FILE_NAME
 
 
 @pytest.fixture(autouse=True)
@@ -78,9 +80,7 @@ def test_a_damaged_database_is_broken(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_workspace_of_another_version_is_broken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = tmp_path / "space" / "runs" / "a" / "job.json"
-    job.parent.mkdir(parents=True)
-    job.write_text('{"key": "a", "recipe_version": 1}')
+    write_json(tmp_path / "space" / WORKSPACE_FILE_NAME, {"recipe_version": 1})
     [finding] = _broken(tmp_path / "space", capsys)
     assert "another version" in finding["text"]
 

@@ -120,19 +120,6 @@ def test_an_export_names_the_schedules_that_its_weights_learned(
         assert load_model(folder).config == load_model(checkpoint).config
 
 
-def test_an_export_may_hold_a_conformance_file(checkpoint: Path, tmp_path: Path) -> None:
-    decoder = load_model(checkpoint)
-    card = ModelCard(name="tiny", config=decoder.config)
-    options: dict[str, Any] = {"decoder": decoder, "card": card}
-    folder = export_checkpoint(checkpoint, tmp_path / "model", conformance=True, **options)
-    listed = (folder / MANIFEST).read_text()
-    for name in ("conformance.safetensors", "check_conformance.py"):
-        assert (folder / name).is_file()
-        assert name in listed
-    export_checkpoint(checkpoint, folder, **options)  # Replaces the earlier export.
-    assert not (folder / "conformance.safetensors").exists()
-
-
 @pytest.mark.slow
 def test_stock_lm_eval_gives_our_numbers(
     checkpoint: Path, workspace: Workspace, tmp_path: Path

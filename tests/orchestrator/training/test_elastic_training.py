@@ -388,11 +388,3 @@ def test_models_of_a_sweep_without_corrections_have_no_members(
     settings: Settings = resolve_settings({}, ["training.elastic.num_drawn=1"])
     variant = ModelVariant(method=method, corrections=corrections)
     assert (settings_of(settings, variant).training.elastic is not None) == is_elastic
-
-
-def test_settings_of_earlier_versions_are_read() -> None:
-    def elastic(number: int) -> ElasticSettings | None:
-        return TrainingSettings.model_validate({"drawn_schedules": number}).elastic
-
-    assert elastic(0) is None
-    assert elastic(2) == ElasticSettings(num_drawn=2, weight=1.0, kl_weight=0.0)
