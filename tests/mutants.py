@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import tomllib
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,14 +131,18 @@ def start(run: Run) -> int:
 
         status = int(
             pytest.main([
-                "-q", "-x", "-p", "no:cacheprovider", "--timeout", str(TIMEOUT_SECONDS),
+                "-q", "-x", "-p", "no:cacheprovider",
+                "-W", "ignore::pytest.PytestAssertRewriteWarning",  # of plugins imported before
+                "--timeout", str(TIMEOUT_SECONDS),
                 "--timeout-method", "thread", "--basetemp", f"{run.copy}-temporary",
                 *run.mutant.tests,
             ])
         )  # fmt: skip
+    except BaseException:
+        traceback.print_exc()
+    finally:
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:
         os._exit(status)
 
 
