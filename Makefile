@@ -7,13 +7,15 @@ EXTRA := dev
 BIN := $(VENV)/bin
 # Files or folders that `make test`, `test-quick` and `test-long` run; all if empty.
 TESTS ?=
+# Words of the names of faults in tests/mutants.toml that `make mutants` tries; all if empty.
+MUTANTS ?=
 INSTALLED := $(VENV)/.installed
 # Two test files at a time, each with its own Ray; more would only wait for each other's processes.
 # If a process crashes, the run ends and names the test; pytest-xdist may hang after a restart.
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-long test-floors test-wheel wheel lint format docs docs-links bench gpu ui clean
+.PHONY: help demo test test-quick test-long test-floors test-wheel mutants wheel lint format docs docs-links bench gpu ui clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +39,9 @@ test-floors: ## Run the quick tests with the lowest versions that pyproject.toml
 	mkdir -p $(FLOORS)
 	$(PYTHON) tests/lowest_versions.py > $(FLOORS)/constraints.txt
 	PIP_CONSTRAINT=$(abspath $(FLOORS))/constraints.txt $(MAKE) test-quick VENV=$(FLOORS) EXTRA=test
+
+mutants: $(INSTALLED) ## Put known faults into a copy of the code, and check that tests notice
+	$(BIN)/python tests/mutants.py $(MUTANTS)
 
 wheel: $(INSTALLED) ## Build the wheel and the source archive into dist/
 	$(BIN)/python -m hatchling build

@@ -9,8 +9,9 @@ import pytest
 from typer.main import get_command
 
 from orchestrator import cli
+from orchestrator.pipelines import preparing
 from orchestrator.settings import Settings
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 
 COMMANDS = get_command(cli.app.app).commands
 
@@ -22,6 +23,32 @@ def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     printed = " ".join((captured.out + captured.err).replace("│", " ").split())
     assert "Traceback" not in printed
     return code, printed
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (Interrupted("saved at step 4"), 130),
+        (RunFailed("it diverged"), 1),
+        (ZeroDivisionError("a fault"), 1),
+        (UserError("no such model"), 2),
+    ],
+)
+def test_exit_codes(
+    error: BaseException,
+    code: int,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(preparing, "prepare", fail)
+    found, printed = _run(capfd, "prepare", "--workspace", str(tmp_path))
+    assert found == code
+    assert (str(error) or "interrupted") in printed
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,18 @@ def front() -> Front:
     )
 
 
+def test_a_model_that_answers_as_the_full_one_keeps_all_of_it_in_every_draw() -> None:
+    same = evaluation(task("words", answers(0.5)))
+    points: dict[str, tuple[Role, float, EvaluationResult]] = {
+        "teacher": ("teacher", 24.0, same), "twin": ("trial", 12.0, same)
+    }  # fmt: skip
+    evaluations = {name: found for name, (_, _, found) in points.items()}
+    front = with_confidence(front_of(points), evaluations, kept_share=1.0, num_resamples=50)
+    confidence = at(front, "twin").confidence
+    assert confidence is not None
+    assert confidence.keeps == 1.0
+
+
 def test_scores_equal_those_of_the_evaluation() -> None:
     tasks = [task(n, answers(s)) for n, s in (("a", 0.3), ("b", 0.5), ("c", 0.9))]
     found = evaluation(*tasks, bits_task(2.2), groups={"both": ("a", "b")})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
@@ -92,6 +94,28 @@ def test_claims_have_their_confidence(
         in said[-1]
     )
     assert front_metrics(front)["front/keeping_99_confidence_keeps_99"] == kept.confidence.keeps
+
+
+def test_a_confidence_of_exactly_0_95_is_enough(
+    sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
+) -> None:
+    front = with_confidence(find_front(sample_results), sample_evaluations, num_resamples=100)
+
+    kept = front.cheapest_keeping(0.99)
+    assert kept is not None
+    dearer = next(p for p in front.points if p.is_candidate and p.cost > kept.cost)
+
+    def said(keeps: dict[str, float]) -> str:
+        points = tuple(
+            replace(p, confidence=replace(p.confidence, keeps=keeps.get(p.result.key, 0.5)))
+            for p in front.points
+            if p.confidence
+        )
+        return " ".join(findings(replace(front, points=points)))
+
+    sure = "The cheapest model that keeps it with a confidence of 0.95 or more is "
+    assert sure not in said({kept.result.key: 0.95})
+    assert sure + dearer.result.label in said({kept.result.key: 0.94, dearer.result.key: 0.95})
 
 
 def test_an_unresolved_difference_is_stated(

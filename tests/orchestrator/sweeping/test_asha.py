@@ -20,13 +20,13 @@ from orchestrator.workspace.journal import VALIDATION_METRIC, Journal
 from orchestrator.workspace.names import STOPPED_NAME
 
 
-def rates(plan: SweepPlan, folder: Path) -> tuple[Trial, Trial]:
-    low, high = (
+def rates(plan: SweepPlan, folder: Path) -> tuple[Trial, Trial, Trial]:
+    low, middle, high = (
         in_folder(with_job(plan.trials[1], {"learning_rate": rate}), folder / name, key=name,
                   label=name)
-        for name, rate in (("low", 1e-5), ("high", 1e-2))
+        for name, rate in (("low", 1e-5), ("middle", 1e-3), ("high", 1e-2))
     )  # fmt: skip
-    return low, high
+    return low, middle, high
 
 
 def asha_of(plan: SweepPlan, *trials: Trial, first_rung: float = 0.25) -> dict[str, AshaTrial]:
@@ -36,7 +36,7 @@ def asha_of(plan: SweepPlan, *trials: Trial, first_rung: float = 0.25) -> dict[s
 
 
 def test_the_same_model_at_other_rates_competes(tiny_plan: SweepPlan, tmp_path: Path) -> None:
-    low, high = rates(tiny_plan, tmp_path)
+    low, _, high = rates(tiny_plan, tmp_path)
     asha = asha_of(tiny_plan, low, high, tiny_plan.trials[2])
     assert asha[low.key].competitors == {high.label: high.folder}, "another schedule is no rate"
     assert tiny_plan.trials[2].key not in asha
@@ -46,11 +46,12 @@ def test_the_same_model_at_other_rates_competes(tiny_plan: SweepPlan, tmp_path: 
 
 
 def test_a_verdict_is_written_once_and_is_of_one_rule(tiny_plan: SweepPlan, tmp_path: Path) -> None:
-    low, high = rates(tiny_plan, tmp_path)
-    asha = asha_of(tiny_plan, low, high)
-    journal = Journal(Path(high.folder))
-    journal.metrics(10, {VALIDATION_METRIC: 1.0})
-    journal.close()
+    low, middle, high = rates(tiny_plan, tmp_path)
+    asha = asha_of(tiny_plan, low, middle, high)
+    for trial, loss in ((high, 1.0), (middle, 3.0)):
+        journal = Journal(Path(trial.folder))
+        journal.metrics(10, {VALIDATION_METRIC: loss})
+        journal.close()
     record_early_stop(asha, low.key, 10, 5.0)
     stop = stored_early_stop(low, asha[low.key])
     assert stop is not None
@@ -59,7 +60,7 @@ def test_a_verdict_is_written_once_and_is_of_one_rule(tiny_plan: SweepPlan, tmp_
     )
     record_early_stop(asha, low.key, 20, 9.0)
     assert stored_early_stop(low, asha[low.key]) == stop
-    other = asha_of(tiny_plan, low, high, first_rung=0.5)[low.key]
+    other = asha_of(tiny_plan, low, middle, high, first_rung=0.5)[low.key]
     assert stored_early_stop(low, other) is None, "another rule did not stop it"
     alone = asha[low.key].model_copy(update={"competitors": {}})
     assert stored_early_stop(low, alone) is None, "a sweep without the competitor did not"

@@ -384,6 +384,21 @@ def test_a_spike_is_a_bad_step_if_the_recipe_checks_for_it(
             if r.get("name") == "skipped"] == [21]  # fmt: skip
 
 
+def test_a_spike_is_measured_by_the_latest_norms(make_job: MakeJob) -> None:
+    job = make_job(recipe={"num_steps": 70, "spike_factor": 1e9, "validate_every_steps": 70})
+    state = load_training_state(Path(run_job(job).checkpoint or ""))
+    records, _ = read_journal(job.folder)
+    norms = [r["values"].get("train/gradient_norm") for r in records if r["kind"] == "metrics"]
+    assert state["position"]["recent_norms"] == [norm for norm in norms if norm][-64:]
+
+
+def test_two_seeds_are_two_initial_models(make_job: MakeJob) -> None:
+    still = {"num_steps": 1, "learning_rate": 1e-30, "weight_decay": 0.0}
+    outcomes = [run_job(make_job(str(n), recipe={**still, "seed": n})) for n in (0, 1)]
+    first, second = (load_model(Path(outcome.checkpoint or "")) for outcome in outcomes)
+    assert not torch.equal(first.embedding.weight, second.embedding.weight)
+
+
 @pytest.mark.parametrize("step", [4, 5, 6])
 def test_a_run_interrupted_among_skipped_steps_is_bitwise_equal(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, step: int

@@ -1,0 +1,225 @@
+"""Put each fault of `mutants.toml` into a copy of the project, and see whether tests notice.
+
+`make mutants` runs all faults, `make mutants MUTANTS="betas clipping"` those with one of the words
+in their name. Each fault replaces a text that occurs once in its file, and names the tests that
+must fail then. The same tests must pass without the fault. The command fails if a fault survives.
+
+To import PyTorch, Ray and MLflow takes longer than most of the tests. So this process imports them
+once, with nothing of the project, and forks for each fault, in a copy of its own. That needs a
+process of one thread, which is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import compileall
+import importlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("iiet", "orchestrator", "tests", "sweeps", "docs", "examples", "benchmarks")
+COPIED_FILES = ("pyproject.toml", "README.md", "Makefile")
+LIBRARIES = (
+    "torch._dynamo", "transformers.generation", "ray.train.torch", "ray.tune.search.optuna",
+    "mlflow.pytorch", "mlflow.pyfunc", "lm_eval.evaluator", "lm_eval.tasks", "datasets",
+    "matplotlib.pyplot", "moocore", "optuna", "tokenizers", "typer", "rich.table", "pydantic",
+    "pandas", "sqlalchemy", "pytest",
+)  # fmt: skip
+TIMEOUT_SECONDS = 120  # for one test: a fault may make it run for ever
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: in `file`, `new` in the place of `old`; one of `tests` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of pytest that goes on in a process of its own."""
+
+    mutant: Mutant
+    copy: Path
+    output: Path
+    started: float
+
+
+def read_mutants(path: Path = ROOT / "tests/mutants.toml") -> list[Mutant]:
+    """Return the faults of a file.
+
+    Raises:
+        ValueError: Some of them cannot be put into the code as it is; all of these are named.
+    """
+    entries = tomllib.loads(path.read_text())["mutant"]
+    mutants = [Mutant(**{**entry, "tests": tuple(entry["tests"])}) for entry in entries]
+    names = Counter(mutant.name for mutant in mutants)
+    problems = [f"{name!r} names {count} faults" for name, count in names.items() if count > 1]
+    for mutant in mutants:
+        where = f"{mutant.name!r}: {mutant.file}"
+        if not (ROOT / mutant.file).is_file():
+            problems.append(f"{where} does not exist")
+            continue
+        text = (ROOT / mutant.file).read_text()
+        if text.count(mutant.old) != 1:
+            problems.append(f"{where} has {text.count(mutant.old)} times: {mutant.old!r}")
+            continue
+        try:
+            same = ast.dump(ast.parse(text.replace(mutant.old, mutant.new)))
+            if same == ast.dump(ast.parse(text)):
+                problems.append(f"{where} stays the same program")
+        except SyntaxError as error:
+            problems.append(f"{where} is not Python then: {error}")
+        missing = [test for test in mutant.tests if not (ROOT / test.split("::")[0]).is_file()]
+        if missing or not mutant.tests:
+            problems.append(f"{where} has no tests {missing}")
+    if problems:
+        raise ValueError(f"{path.name} must follow the code:\n  " + "\n  ".join(problems))
+    return mutants
+
+
+def import_libraries() -> None:
+    """Import what the project needs, but nothing of the project and no second thread."""
+    for setting in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[setting] = "1"
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    sys.dont_write_bytecode = True  # The seconds of a file's age do not tell a fault from the next
+    installed = [path for path in sys.path if "site-packages" in path]
+    inside = [path for path in sys.path if Path(path or ".").resolve().is_relative_to(ROOT)]
+    sys.path[:] = [path for path in sys.path if path in installed or path not in inside]
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    ours = {"iiet", "orchestrator", "conftest"} & set(sys.modules)
+    threads = threading.active_count()  # pyarrow's allocator has one more, made to be forked
+    if ours or threads > 1:
+        sys.exit(f"Cannot fork: {threads} threads run, and {sorted(ours)} are imported.")
+
+
+def start(run: Run) -> int:
+    """Run a fault's tests on a copy in a new process, and return the process's number."""
+    process = os.fork()
+    if process:
+        return process
+    status = 70  # as `sysexits.h` numbers an error of the program itself
+    try:
+        handle = os.open(run.output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        os.chdir(run.copy)
+        os.environ["PYTHONPATH"] = str(run.copy)
+        sys.path.insert(0, str(run.copy))
+        sys.argv = ["pytest"]
+        import pytest
+
+        status = int(
+            pytest.main([
+                "-q", "-x", "-p", "no:cacheprovider",
+                "-W", "ignore::pytest.PytestAssertRewriteWarning",  # of plugins imported before
+                "--timeout", str(TIMEOUT_SECONDS),
+                "--timeout-method", "thread", "--basetemp", f"{run.copy}-temporary",
+                *run.mutant.tests,
+            ])
+        )  # fmt: skip
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def run_all(mutants: list[Mutant], copies: list[Path]) -> Iterator[tuple[Run, int]]:
+    """Yield each fault's run and exit code when it ends, as many at a time as there are copies."""
+    waiting, free, running = list(mutants), list(copies), dict[int, Run]()
+    while waiting or running:
+        while waiting and free:
+            mutant, copy = waiting.pop(0), free.pop()
+            changed = copy / mutant.file
+            if mutant.old:
+                changed.write_text((ROOT / mutant.file).read_text().replace(mutant.old, mutant.new))
+                Path(importlib.util.cache_from_source(str(changed))).unlink(missing_ok=True)
+            run = Run(mutant, copy, copy.with_suffix(".txt"), time.monotonic())
+            running[start(run)] = run
+        process, status = os.wait()
+        if run := running.pop(process, None):  # type: ignore[assignment]
+            yield run, os.waitstatus_to_exitcode(status)
+            shutil.copy2(ROOT / run.mutant.file, run.copy / run.mutant.file)
+            shutil.rmtree(f"{run.copy}-temporary", ignore_errors=True)
+            free.append(run.copy)
+
+
+def main() -> None:
+    """Run the command that the module's docstring describes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("words", nargs="*", help="run the faults with one of these in their name")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    try:
+        mutants = read_mutants()
+    except ValueError as error:
+        sys.exit(str(error))
+    chosen = [
+        mutant
+        for mutant in mutants
+        if not options.words or any(word in mutant.name for word in options.words)
+    ]
+    print(f"{len(chosen)} of {len(mutants)} faults; importing the libraries ...", flush=True)
+    import_libraries()
+    tests = sorted({test for mutant in chosen for test in mutant.tests})
+    whole = [Mutant(test, "pyproject.toml", "", "", (test,)) for test in tests]
+    bad: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copies = [Path(folder).resolve() / f"copy-{number}" for number in range(options.processes)]
+        for copy in copies:
+            for name in COPIED:
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+            for name in COPIED_FILES:
+                shutil.copy2(ROOT / name, copy)
+            compileall.compile_dir(copy / "iiet", quiet=1)
+            compileall.compile_dir(copy / "orchestrator", quiet=1)
+        for run, code in run_all(whole, copies):
+            if code:
+                bad.append(run.mutant.name)
+                print(run.output.read_text()[-3000:])
+        if bad:
+            sys.exit(f"Without any fault these tests fail: {', '.join(bad)}")
+        print(f"Without any fault, all tests of {len(tests)} entries pass.", flush=True)
+        for run, code in run_all(chosen, copies):
+            output = run.output.read_text()
+            failed = re.search(
+                r"^(?:FAILED|ERROR) \S*?([^/\s]+)$|^(?:FAILED|ERROR) (\S+)", output, re.M
+            )
+            verdict = {0: "SURVIVES", 1: "noticed"}.get(code, f"EXIT {code}")
+            by = f"  by {failed[1] or failed[2]}" if failed else ""
+            seconds = time.monotonic() - run.started
+            print(f"{verdict:8}  {seconds:4.0f} s  {run.mutant.name}{by}", flush=True)
+            if code != 1:
+                bad.append(run.mutant.name)
+            if code not in (0, 1):
+                print(output[-3000:])
+    print(f"{len(chosen) - len(bad)} of {len(chosen)} faults are noticed.")
+    if bad:
+        sys.exit("Not noticed: " + "; ".join(bad))
+
+
+if __name__ == "__main__":
+    main()

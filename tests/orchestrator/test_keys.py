@@ -1,0 +1,174 @@
+"""Every field of a job, a model and an evaluation is in the key, or named here as one that is not.
+
+A field that is left out of a key returns another model's result without a word, so new fields are
+found by introspection: they fail here until they are in the key or in `NOT_IN_KEY`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from iiet.config import ModelConfig
+from iiet.distillation import DistillationConfig
+from iiet.methods.implicit_euler import ImplicitEulerOptions
+from iiet.schedule import IterationSchedule
+from orchestrator.data.corpus import Document
+from orchestrator.data.tokenization import write_tokens
+from orchestrator.evaluation.evaluated_model import open_model
+from orchestrator.evaluation.harness import load_suite
+from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
+from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import TrialSuite
+from orchestrator.settings import DataSettings, ElasticSettings, TrainingSettings
+from orchestrator.settings.prompts import Prompts
+from orchestrator.training.job import job_key
+
+NOT_IN_KEY: dict[type, set[str]] = {
+    TrainingJob: {
+        "run_folder", "continued_from", "teacher_cache", "first_stages", "storage", "section",
+        "provenance",
+    },
+    TrainingSettings: {
+        "num_sequences_per_pass", "activation_checkpointing", "compile", "skip_bad_steps",
+        "validate_every_steps", "num_validation_tokens", "checkpoint_every_steps",
+        "checkpoint_every_minutes", "num_checkpoints_kept", "keep_best", "profile_steps",
+    },
+    TrialSuite: {"tokens_folder", "suite_folder", "include_folder", "vocabulary_folder"},
+    Conditions: {"batch_size", "device", "trust_remote_code", "needs_responses"},
+}  # fmt: skip
+OTHER: dict[str, Any] = {
+    "num_sequences_per_pass": 2, "iterate_ramp_fraction": 0.2, "elastic": None,
+    "spike_factor": 20.0, "compile": True, "checkpoint_every_minutes": 5.0, "schedules": ("1",),
+    "top_k": 5, "end_step": 9, "limit": 3, "num_fewshot": 2, "tasks": ("a",),
+    "prompts": Prompts(), "fingerprints": {"a": "b"}, "chat_template": "short",
+    "method": {"method": "pcformer", "schedule": None}, "dim": 32, "num_heads": 4,
+    "num_layers": {"num_layers": 3, "schedule": IterationSchedule((2, 1, 1))},
+    "num_kv_heads": 1, "schedule": IterationSchedule((1, 1)),
+    "method_options": ImplicitEulerOptions(damping=0.5),
+}  # fmt: skip
+"""A second value of the fields for which none can be derived from the first."""
+
+
+TASK = """\
+task: words
+custom_dataset: !function items.read
+test_split: test
+output_type: multiple_choice
+doc_to_text: context
+doc_to_choice: endings
+doc_to_target: label
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+ITEMS = """\
+import datasets
+
+def read(**settings):
+    row = {"context": "a b", "endings": ["bag", "fog"], "label": 0}
+    return {"test": datasets.Dataset.from_list([row, row])}
+"""
+
+
+def variants(base: Any, given: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return by field what `base` is with another value of that field alone."""
+    hints = get_type_hints(type(base))
+    names = [f.name for f in fields(base)] if is_dataclass(base) else type(base).model_fields
+    found = {}
+    for name in names:
+        value, choices = getattr(base, name), [c for c in get_args(hints[name]) if c is not None]
+        if name in (given or {}) or name in OTHER:
+            other = {**OTHER, **(given or {})}[name]
+        elif isinstance(value, bool):
+            other = not value
+        elif isinstance(value, int):
+            other = value + 1
+        elif isinstance(value, float):
+            other = value / 2 or 0.25
+        elif isinstance(value, str) and choices and all(isinstance(c, str) for c in choices):
+            other = next(choice for choice in choices if choice != value)
+        else:
+            other = "another"
+        changes = other if isinstance(other, dict) and name in other else {name: other}
+        found[name] = (
+            replace(base, **changes) if is_dataclass(base) else base.model_copy(update=changes)
+        )
+    return found
+
+
+def test_every_field_of_a_training_is_in_its_key_or_must_not_be(
+    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any], save_tiny: Callable[..., Path]
+) -> None:
+    teacher = save_tiny(tmp_path / "teacher")
+    other = save_tiny(tmp_path / "other", initializer_std=0.03)
+    words = [Document(f"word {number} " * 40, f"{number}") for number in range(40)]
+    tokens = write_tokens(tmp_path, words, DataSettings(vocab_size=300), resume_key="a")
+    model, recipe = ModelConfig.from_dict(tiny_model), TrainingSettings(elastic=ElasticSettings())
+    job = TrainingJob(
+        run_folder=str(tmp_path), tokens_folder=str(tiny_tokens), model=model, recipe=recipe,
+        objective="distill", teacher_folder=str(teacher), initial_folder=str(teacher),
+        distillation=DistillationConfig(),
+    )  # fmt: skip
+    folders = {"teacher_folder": str(other), "initial_folder": str(other)}
+    key = job_key(job)
+    parts: dict[str, Any] = {
+        "recipe": recipe, "model": model, "distillation": job.distillation
+    }  # fmt: skip
+    changed = {name: variants(part) for name, part in parts.items()}
+    given = {
+        **folders, "tokens_folder": str(tokens), "kept_layers": (0, 1), "provenance": {"a": 1},
+        "objective": "cross_entropy",
+        **{name: next(iter(of_part.values())) for name, of_part in changed.items()},
+    }  # fmt: skip
+    tried = {TrainingJob: variants(job, given)}
+    for name, of_part in changed.items():
+        tried[type(parts[name])] = {
+            field: job.model_copy(update={name: part}) for field, part in of_part.items()
+        }
+    assert recipe.elastic is not None
+    tried[ElasticSettings] = {
+        field: job.model_copy(update={"recipe": recipe.model_copy(update={"elastic": elastic})})
+        for field, elastic in variants(recipe.elastic).items()
+    }
+    for kind, jobs in tried.items():
+        same = {field for field, one in jobs.items() if job_key(one) == key}
+        assert same == NOT_IN_KEY.get(kind, set()), kind.__name__
+
+
+def test_every_field_of_what_is_measured_is_in_its_key_or_must_not_be() -> None:
+    suite = TrialSuite(tokens_folder="tokens", prompts=Prompts(chat_template=True))
+    given = {"prompts": Prompts(chat_template=False)}
+    same = {name for name, one in variants(suite, given).items() if one.key == suite.key}
+    assert same == NOT_IN_KEY[TrialSuite]
+    for one in variants(Prompts()).values():
+        assert one.key != Prompts().key
+        assert suite.model_copy(update={"prompts": one}).key != suite.key
+
+
+def test_a_stored_result_is_that_of_one_model_under_one_precision_and_limit(
+    tmp_path: Path, save_tiny: Callable[..., Path]
+) -> None:
+    (tmp_path / "words.yaml").write_text(TASK)
+    (tmp_path / "items.py").write_text(ITEMS)
+    suite = load_suite(["words"], folders=[tmp_path])
+    store, base = EvaluationStore(tmp_path / "store"), Conditions(precision="fp32")
+    checkpoint, same, other = (
+        save_tiny(tmp_path / name, initializer_std=std)
+        for name, std in (("run", 0.02), ("same", 0.02), ("other", 0.03))
+    )
+    model = open_model(checkpoint)
+    ModelMeasurer(model, store, base).tasks(suite)
+    assert ModelMeasurer(open_model(same), store, base).has_stored(suite), "a folder is not a model"
+    conditions = variants(base, {"precision": "bf16", "limit": 1})
+    found = {n for n, c in conditions.items() if ModelMeasurer(model, store, c).has_stored(suite)}
+    assert found == NOT_IN_KEY[Conditions]
+    (same / "tokenizer.json").write_text((same / "tokenizer.json").read_text() + " ")
+    others = [
+        open_model(other),
+        open_model(checkpoint, "1,1"),
+        open_model(model.path, text_folder=same),
+    ]
+    assert not any(ModelMeasurer(one, store, base).has_stored(suite) for one in others)
