@@ -5,7 +5,6 @@ An unexpected error becomes one sentence on the terminal and a traceback in that
 
 from __future__ import annotations
 
-import errno
 import sys
 import traceback
 from collections.abc import Iterator
@@ -19,7 +18,13 @@ from rich.console import Console
 from orchestrator.cli.json_output import print_json
 from orchestrator.terminal.progress import Progress, terminal_progress
 from orchestrator.workspace.credentials import mask_secrets
-from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, path_error_message
+from orchestrator.workspace.errors import (
+    Interrupted,
+    RunFailed,
+    UserError,
+    is_disk_full,
+    path_error_message,
+)
 
 if TYPE_CHECKING:
     from orchestrator.workspace.folders import Workspace
@@ -75,13 +80,13 @@ def open_session(
         as_json: Show progress on standard error; standard output is for the JSON.
     """
     from orchestrator.terminal.logs import command_log
-    from orchestrator.workspace.folders import open_workspace
+    from orchestrator.workspace.folders import locate_workspace, open_workspace
     from orchestrator.workspace.read_only import read_only
 
     # Bound now: `sys.stdout` is replaced while libraries are silenced.
     output = sys.stdout
     console = Console(file=output, highlight=False)
-    with ExitStack() as stack:
+    with _full_disk_as_failure(locate_workspace(workspace).root), ExitStack() as stack:
         if dry_run:
             stack.enter_context(read_only())
         space = open_workspace(workspace)
@@ -106,12 +111,8 @@ def open_session(
             extensions = sys.modules.get("iiet.extensions")  # Imported here, it would load torch.
             if extensions and isinstance(error, extensions.ExtensionError):
                 raise UserError(str(error)) from error
-            notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise RunFailed(
-                    f"no space is left on the disk of {space.root} (or of temporary files); free "
-                    f"some, then run the same command again to resume from what was saved{notes}"
-                ) from error
+            if is_disk_full(error):
+                raise
             if log is not None:
                 with log.open("a", encoding="utf-8") as file:
                     file.write(mask_secrets("".join(traceback.format_exception(error))))
@@ -120,5 +121,25 @@ def open_session(
             if log is None:
                 raise
             raise RunFailed(
-                f"{type(error).__name__}: {error}{notes}\nThe traceback is in {log}"
+                f"{type(error).__name__}: {error}{_notes(error)}\nThe traceback is in {log}"
             ) from error
+
+
+@contextmanager
+def _full_disk_as_failure(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except (RunFailed, Interrupted):
+        raise
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise RunFailed(
+            f"no space is left on the disk of {root}, of another folder to write, or of temporary "
+            "files; free some space, then run the same command again to resume from what was "
+            f"saved{_notes(error)}"
+        ) from error
+
+
+def _notes(error: BaseException) -> str:
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))

@@ -40,6 +40,7 @@ from orchestrator.settings import DataSettings
 from orchestrator.terminal.formatting import format_bytes
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import new_file
 from orchestrator.workspace.names import TEMPORARY_PREFIX
 from orchestrator.workspace.provenance import content_key, file_digest
 from orchestrator.workspace.whole_folders import replace_folder
@@ -256,9 +257,8 @@ def _first_characters(documents: Iterator[Document], num_characters: int) -> Ite
 
 
 def _save(tokenizer: Tokenizer, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    tokenizer.save(str(temporary))
-    temporary.replace(path)
+    with new_file(path) as temporary:
+        tokenizer.save(str(temporary))
 
 
 def _empty_corpus() -> UserError:

@@ -12,6 +12,8 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from orchestrator.workspace.files import new_file
+
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PINK, SKY, INK = "#CC79A7", "#56B4E9", "#1c1c1c"
 SWEEP_COLORS = (BLUE, RED, GREEN, PINK, ORANGE, SKY)
@@ -28,13 +30,14 @@ def fix_layout(figure: Figure) -> None:
 
 def save_figure(figure: Figure, stem: Path, kinds: Sequence[str] = ("png", "svg")) -> list[Path]:
     """Write a figure as `stem.png` and `stem.svg`; the same figure gives the same bytes."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
     paths = []
     fix_layout(figure)
     # An SVG has a random salt and the date by default.
     with rc_context({"svg.hashsalt": "iiet"}):
         for kind in kinds:
             path = stem.with_name(f"{stem.name}.{kind}")
-            figure.savefig(path, metadata={"Date": None} if kind == "svg" else {"Software": None})
+            metadata = {"Date": None} if kind == "svg" else {"Software": None}
+            with new_file(path) as temporary:
+                figure.savefig(temporary, format=kind, metadata=metadata)
             paths.append(path)
     return paths

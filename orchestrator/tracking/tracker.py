@@ -13,7 +13,7 @@ from orchestrator.tracking.delivery import Delivery, Warn
 from orchestrator.tracking.links import Links
 from orchestrator.tracking.store import FAILURES, RunIdentity
 from orchestrator.tracking.tracked_run import TrackedRun, metric_points
-from orchestrator.workspace.errors import UserError, first_line
+from orchestrator.workspace.errors import UserError, first_line, is_disk_full
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import now_ms
 
@@ -223,6 +223,8 @@ def open_tracking(
             f"MLflow's store {uri} needs the module {error.name}; install it, or {valid}"
         ) from None
     except FAILURES as error:
+        if is_disk_full(error):
+            raise
         raise UserError(
             f"cannot open MLflow's store {uri}: {first_line(error)[:200]}; "
             f"move the file away, or {valid}"

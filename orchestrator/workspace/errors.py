@@ -71,6 +71,21 @@ def shortened(text: str) -> str:
     return f"{text[:half]} ... {text[-half:]}"
 
 
+_DISK_FULL = (
+    os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full"
+)  # fmt: skip
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an error, or one that it came from, says that a disk or a quota is full.
+
+    Its text tells, because safetensors, sqlite and others raise errors of their own.
+    """
+    origin = error.__cause__ or error.__context__
+    is_said = any(text in str(error) for text in _DISK_FULL)
+    return is_said or (origin is not None and is_disk_full(origin))
+
+
 _PATH_PROBLEMS = {
     errno.EEXIST: "it exists and has another type",
     errno.EISDIR: "it is a folder, but a file is needed",

@@ -1,7 +1,8 @@
 """Atomic files with checksums, and clear errors for damaged ones.
 
-A file is written to a temporary name, flushed and renamed, so a reader finds the old content or the
-new one. A damaged file is a `UserError` that names the file and the remedy.
+A file is written to a temporary name, flushed and renamed, and then its folder is flushed: after a
+crash a reader finds the old content or the new one, and the new one once the writer has returned. A
+damaged file is a `UserError` that names the file and the remedy.
 """
 
 from __future__ import annotations
@@ -61,16 +62,38 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: temporary name, flush to disk, rename."""
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; it becomes `path` when the block ends without an error.
+
+    Then the content is on disk, and so is the name. After an error nothing is left behind.
+    """
     check_may_write(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush_to_disk(path.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, would survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, see `new_file`."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -82,9 +82,9 @@ def lock_holder(path: Path) -> int | None:
 
 
 def lock_descriptor(descriptor: int) -> None:
-    """Lock an open file or folder until its descriptor is closed.
+    """Lock a file, open for writing as network file systems need it, until its descriptor closes.
 
     Raises:
-        OSError: If another process has locked it, or its file system does not lock folders.
+        OSError: If another process has locked it, or its file system has no locks.
     """
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

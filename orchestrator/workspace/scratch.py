@@ -78,7 +78,7 @@ def abandoned_folders(*parents: Path) -> Iterator[Path]:
             found = folder.lstat()
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
                 continue
-            owner_file = os.open(folder / OWNER_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            owner_file = os.open(folder / OWNER_NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 lock_descriptor(owner_file)
                 if os.read(owner_file, 2 * len(_MARK)) == _MARK.encode():

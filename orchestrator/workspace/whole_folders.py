@@ -12,18 +12,18 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json_object, write_json
+from orchestrator.workspace.files import flush_to_disk, read_json_object, write_json
 from orchestrator.workspace.locks import lock_descriptor
 from orchestrator.workspace.provenance import file_digest
 from orchestrator.workspace.read_only import check_may_write, is_read_only
 
 VERIFIED_NAME = ".verified.json"
 """File in a folder: name -> size, time and digest of each file when it was last read."""
-_TEMPORARY, _UNLOCKED = ".iiet-temporary", ".iiet-unlocked"
+_TEMPORARY, _UNLOCKED, _LOCK = ".iiet-temporary", ".iiet-unlocked", "lock"
 
 
 @contextmanager
@@ -31,35 +31,36 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it becomes `folder` when the block ends without an error.
 
     An existing folder of that name is replaced at the end; after an error, it is unchanged. The
-    writer locks its temporary folder, so that others delete it only after this process has ended.
+    writer fills it within a temporary folder, and locks a file there, so that others delete that
+    folder only after this process has ended.
     """
     check_may_write(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     delete_leftovers(folder.parent)
     # Locked before it gets the name that others look for.
-    filling = _temporary_name(folder)
-    made = filling.with_suffix(_UNLOCKED)
-    made.mkdir()
-    lock = os.open(made, os.O_RDONLY)
+    temporary = _temporary_name(folder).with_suffix(_UNLOCKED)
+    temporary.mkdir()
     try:
-        with suppress(OSError):  # Some network file systems lock no folders.
-            lock_descriptor(lock)
-        made.rename(filling)
+        # A file that is open for writing: network file systems lock nothing else.
+        lock = os.open(temporary / _LOCK, os.O_RDWR | os.O_CREAT)
         try:
+            with suppress(OSError):  # Then nobody else can lock it either, and it stays.
+                lock_descriptor(lock)
+            temporary = temporary.rename(temporary.with_suffix(_TEMPORARY))
+            filling = temporary / folder.name
+            filling.mkdir()
             yield filling
             for path in (*filling.rglob("*"), filling):
-                _flush_to_disk(path)
+                flush_to_disk(path)
             replace_folder(filling, folder)
-        except BaseException:
-            shutil.rmtree(filling, ignore_errors=True)
-            raise
-        _flush_to_disk(folder.parent)
+        finally:
+            os.close(lock)
     finally:
-        os.close(lock)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def replace_folder(source: Path, folder: Path) -> None:
-    """Rename `source` to `folder`, and delete what had that name before.
+    """Rename `source` to `folder`, on disk too, and delete what had that name before.
 
     Raises:
         OSError: If it cannot be renamed; the earlier folder is then in place.
@@ -76,6 +77,7 @@ def replace_folder(source: Path, folder: Path) -> None:
                 raise
         with suppress(FileNotFoundError):  # Another process replaced it at the same moment.
             replaced.append(folder.rename(_temporary_name(folder)))
+    flush_to_disk(folder.parent)
     for earlier in replaced:
         shutil.rmtree(earlier, ignore_errors=True)
 
@@ -83,7 +85,9 @@ def replace_folder(source: Path, folder: Path) -> None:
 def delete_folder(folder: Path) -> None:
     """Delete a folder; for readers it is gone at once."""
     check_may_write(folder)
-    shutil.rmtree(folder.rename(_temporary_name(folder)), ignore_errors=True)
+    deleted = folder.rename(_temporary_name(folder))
+    flush_to_disk(folder.parent)  # A crash must not bring back the name of half a folder.
+    shutil.rmtree(deleted, ignore_errors=True)
 
 
 def delete_leftovers(parent: Path) -> None:
@@ -95,26 +99,21 @@ def delete_leftovers(parent: Path) -> None:
 def leftovers(parent: Path, *, below: bool = False) -> Iterator[Path]:
     """Yield what killed processes left in a folder, each while it is locked.
 
+    What was renamed to be deleted has no lock.
+
     Args:
         below: Look into the folders below, too.
     """
     pattern = f".*{_TEMPORARY}"
     for leftover in parent.rglob(pattern) if below else parent.glob(pattern):
-        with suppress(OSError):
-            lock = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
-            try:
+        with suppress(OSError), ExitStack() as stack:
+            if leftover.is_symlink():
+                continue
+            with suppress(FileNotFoundError):
+                lock = os.open(leftover / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+                stack.callback(os.close, lock)
                 lock_descriptor(lock)
-                yield leftover
-            finally:
-                os.close(lock)
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            yield leftover
 
 
 def checksums_of(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:

@@ -162,7 +162,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace import whole_folders
 
-flush = whole_folders._flush_to_disk
+flush = whole_folders.flush_to_disk
 
 def hang(path):
     if "step_00000004" in str(path):
@@ -170,7 +170,7 @@ def hang(path):
         time.sleep(600)
     flush(path)
 
-whole_folders._flush_to_disk = hang
+whole_folders.flush_to_disk = hang
 run_job(TrainingJob.model_validate(json.loads(pathlib.Path(sys.argv[1]).read_text())))
 """
 

@@ -22,21 +22,6 @@ def test_records_are_read_from_any_offset(tmp_path: Path) -> None:
     assert read_journal(tmp_path, end) == ([], end)
 
 
-def test_a_line_cut_off_by_a_crash_is_skipped_and_the_next_one_is_whole(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
-    journal.metrics(1, {"loss": 1.0})
-    journal.close()
-    path = tmp_path / JOURNAL_NAME
-    path.write_bytes(path.read_bytes() + b'{"kind": "metr')
-    records, offset = read_journal(tmp_path)
-    assert len(records) == 1
-    journal = Journal(tmp_path)
-    journal.metrics(2, {"loss": 0.5})
-    journal.close()
-    again, _ = read_journal(tmp_path, offset)
-    assert [r["step"] for r in again] == [2]
-
-
 def test_a_missing_journal_is_empty(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "nothing") == ([], 0)
 
