@@ -6,9 +6,9 @@ is held on the device (`iiet.window`). Attention reads the cache up to a multipl
 tokens, and each multiple has a graph: one per decoder (its iteration schedule), batch size and
 multiple. Graphs outlive a generation: a decoder keeps those that were used last.
 
-A product reads a workspace that PyTorch keeps for its stream, and that it frees when any graph of
-that stream is destroyed. So all captures share a stream, and no workspace outlives one: each graph
-has its own, in its own memory. Source: CUDAGraph::reset of PyTorch 2.13, `torch._inductor`'s trees.
+A product writes to a workspace that PyTorch keeps for its stream, and frees when any graph of that
+stream is destroyed (pytorch#193402). So no workspace outlives a capture: each graph has its own, in
+its own memory. And all captures share a stream, as PyTorch lends 32 in turn to whoever asks.
 """
 
 from __future__ import annotations
