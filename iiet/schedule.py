@@ -67,7 +67,7 @@ class IterationSchedule:
     @classmethod
     def parse(
         cls,
-        text: str | SupportsIndex | Iterable[SupportsIndex] | IterationSchedule,
+        text: str | SupportsIndex | Iterable[int] | IterationSchedule,
         *,
         num_layers: int,
     ) -> IterationSchedule:
