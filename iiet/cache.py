@@ -169,6 +169,12 @@ class KeyValueCache:
                     f"the cache has room for max_tokens={self.max_tokens}, got {end} tokens"
                 )
             for held, new in pairs:
+                # Autocast lets attention read what the cache rounds, or not, to another dtype.
+                if new.dtype != held.dtype and not torch.is_autocast_enabled(new.device.type):
+                    raise ValueError(
+                        f"the cache holds {held.dtype}, and the model's keys are {new.dtype}; make "
+                        f"the cache with dtype={new.dtype}"
+                    )
                 # `narrow` is faster than indexing, which counts in a decoding step.
                 held.narrow(2, start, num_new).copy_(new)
             self._lengths[slot] = end

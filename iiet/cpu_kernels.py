@@ -3,7 +3,7 @@
     rms_norm         PyTorch has no fused kernel for it on a CPU
     project_heads    queries, keys and values stay in the buffer that their product wrote
     gated_product    SwiGLU keeps gate and up only; the backward pass recomputes the rest
-    product, add     a linear layer and a residual connection of a field in bfloat16
+    product          a linear layer of a field in bfloat16
 
 `project_heads` and `gated_product` also halve an evaluation's memory on a GPU in eager mode. A
 field for one token is in `iiet.token_step`. Tests hold all equal to the plain formulas in
@@ -30,7 +30,6 @@ from torch.nn.modules.module import (
 from iiet.plain import fast_forms_allowed
 
 __all__ = [
-    "add",
     "cached_scalar",
     "gated_product",
     "is_bare",
@@ -292,31 +291,6 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         return _linear_gradients(ctx, x, weight, grad)
-
-
-def add(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Compute `a + b`, both of the same dtype, in `dtype`."""
-    if dtype is None or dtype == a.dtype:
-        return a + b
-    if not fast_forms_allowed():
-        return a.to(dtype) + b
-    if not torch.is_grad_enabled():
-        return torch.add(a, b, out=torch.empty_like(a, dtype=dtype))
-    result: Tensor = _Add.apply(a, b, dtype)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Add(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = a.dtype
-        return torch.add(a, b, out=torch.empty_like(a, dtype=dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad = grad.to(ctx.dtype)
-        return grad, grad, None
 
 
 def gated_product(gate_up: Tensor, down: Tensor) -> Tensor:

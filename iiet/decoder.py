@@ -148,7 +148,10 @@ class Decoder(nn.Module):
         """
         config = dataclasses.replace(self.config, schedule=schedule)
         twin = Decoder.__new__(Decoder)
-        twin.__dict__.update(self.__dict__, _modules=dict(self._modules), config=config)
+        # Dictionaries of its own, so that a hook on one does not fire on the other.
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = value.copy() if isinstance(value, dict) else value
+        twin.config = config
         # A compiled or wrapped forward calls this decoder and would use its schedule.
         twin.__dict__.pop("forward", None)
         twin.__dict__.pop("_compiled_call_impl", None)

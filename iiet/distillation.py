@@ -25,6 +25,7 @@ from iiet.decoder import Decoder
 from iiet.losses import (
     DivergenceKind,
     batch_cross_entropy,
+    check_temperature,
     hidden_state_error,
     kl_divergence,
 )
@@ -45,7 +46,7 @@ class DistillationConfig:
     kl_weight: float = 1.0
     """Weight of the divergence from the teacher; 0 turns it off. The cross-entropy has weight 1."""
     temperature: float = 1.0
-    """Softens both distributions of the divergence; above 0."""
+    """Softens both distributions of the divergence; from 0.001 to 1000."""
     divergence: DivergenceKind = "forward"
     """`forward` (mean-seeking), `reverse` (mode-seeking) or `jensen_shannon` (bounded)."""
     top_k: int | None = None
@@ -64,8 +65,10 @@ class DistillationConfig:
             for name in ("kl_weight", "hidden_weight", "start_step")
             if not getattr(self, name) >= 0
         ]
-        if not self.temperature > 0:
-            problems.append(f"temperature must be above 0, got {self.temperature}")
+        try:
+            check_temperature(self.temperature)
+        except ValueError as error:
+            problems.append(str(error))
         if self.divergence not in get_args(DivergenceKind):
             problems.append(
                 f"divergence must be one of {get_args(DivergenceKind)}, got {self.divergence!r}"

@@ -39,7 +39,9 @@ def named_drafts(
         return {f"{theirs.method} of width {theirs.dim}": draft}
     method = decoder.config.method
     if draft == "auto":
-        found = cheaper_schedules(decoder.schedule, family)
+        # A GPU decodes one token at a time with graphs, which drafts do not have.
+        is_gpu = decoder.device.type == "cuda"
+        found = [] if is_gpu else cheaper_schedules(decoder.schedule, family)
         if decoder.method.repeats_stack:  # All layers make as many corrections.
             found = [s for s in found if len(set(s)) == 1]
     elif decoder.method.has_corrections:

@@ -5,8 +5,8 @@ generation ends when all rows have ended. The seed alone determines what is samp
 (`iiet.sampling`); with a seed for each row, a row's tokens do not depend on the other rows.
 
 On a GPU, steps have fixed shapes (`iiet.static_steps`), and no step waits for the device. Whether
-all rows have ended is read every `STOP_INTERVAL` steps, and what was computed after the end is
-dropped, so the results are the same.
+all rows have ended, or logits are not finite, is read every `STOP_INTERVAL` steps, and what was
+computed after the end is dropped, so the results are the same.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from iiet.cache import KeyValueCache, KvStrategy
 from iiet.decoder import Decoder
-from iiet.sampling import Sampler, row_keys
-from iiet.static_steps import StaticSteps
+from iiet.sampling import LogitsNotFinite, Sampler, are_finite, row_keys
+from iiet.static_steps import StaticSteps, keep_steps, kept_steps
 
 __all__ = ["STOP_INTERVAL", "cache_dtype", "checked_sampler", "generate", "stream"]
 
@@ -52,7 +52,7 @@ def stream(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int | Sequence[int] | None = None,
+    seed: SupportsIndex | Sequence[SupportsIndex] | None = None,
     stop_tokens: Collection[int] = (),
     attention_mask: Tensor | None = None,
     kv_strategy: KvStrategy = "exact",
@@ -72,12 +72,12 @@ def stream(
         attention_mask: (batch, time), false for padding.
         kv_strategy: `exact`, or `last` for one cache slot per layer.
         steps: decodes in steps of fixed shapes, and lets several generations, one after the other,
-            share a cache and graphs. None: new ones on a GPU, and steps that follow the number of
-            tokens elsewhere.
+            share a cache and graphs. None: on a GPU those that the decoder keeps, and steps that
+            follow the number of tokens elsewhere.
 
     Raises:
         ValueError: a setting out of range, or more tokens than the context holds; at the call, not
-        at the first step.
+        at the first step. At a step: its logits are not finite.
     """
     sampler = checked_sampler(
         decoder,
@@ -91,8 +91,9 @@ def stream(
     )
     if steps is not None and steps.decoder is not decoder:
         raise ValueError("steps decode with another decoder")
-    if steps is None and decoder.device.type == "cuda":
-        steps = StaticSteps(decoder)
+    keeps = steps is None and decoder.device.type == "cuda"
+    if keeps:
+        steps = kept_steps(decoder)
     new_cache = partial(KeyValueCache, decoder.config, device=decoder.device)
     cache = (new_cache if steps is None else steps.empty_cache)(
         batch_size=input_ids.size(0),
@@ -113,9 +114,8 @@ def stream(
 
     stops = torch.tensor(sorted(stop_tokens), dtype=input_ids.dtype, device=input_ids.device)
     chosen = _chosen(next_logits, sampler, stops, max_new_tokens)
-    if not len(stops):
-        return (tokens for tokens, _ in chosen)
-    return _until_all_end(chosen, STOP_INTERVAL if decoder.device.type == "cuda" else 1)
+    found = _until_all_end(chosen, STOP_INTERVAL if decoder.device.type == "cuda" else 1)
+    return keep_steps(decoder, steps, found) if keeps and steps is not None else found
 
 
 def _chosen(
@@ -124,19 +124,21 @@ def _chosen(
     stops: Tensor,
     max_new_tokens: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the next tokens, (batch,), and whether all rows have ended, (); wait for nothing."""
+    """Yield the next tokens, (batch,), and whether all rows have ended and whether the logits
+    are finite, (2,); wait for nothing."""
     following = ended = None
     for position in range(max_new_tokens):
         with torch.inference_mode():
-            latest = sampler(next_logits(following), position)
+            logits = next_logits(following)
+            latest = sampler(logits, position)
             if following is not None and ended is not None:
                 latest = torch.where(ended, following, latest)
             following = latest
             # `isin` would wait for a GPU.
             ended = (following.unsqueeze(1) == stops).any(1)
-            all_ended = ended.all()
+            state = torch.stack([ended.all(), are_finite(logits)])
         # A clone made outside of inference mode is an ordinary tensor.
-        yield following.clone(), all_ended
+        yield following.clone(), state
 
 
 def _until_all_end(steps: Iterator[tuple[Tensor, Tensor]], interval: int) -> Iterator[Tensor]:
@@ -147,8 +149,10 @@ def _until_all_end(steps: Iterator[tuple[Tensor, Tensor]], interval: int) -> Ite
     """
     num_steps = 1
     while waiting := list(islice(steps, num_steps)):
-        is_end = torch.stack([all_ended for _, all_ended in waiting]).tolist()  # Waits for a GPU.
-        for (tokens, _), ends in zip(waiting, is_end, strict=True):
+        states = torch.stack([state for _, state in waiting]).tolist()  # Waits for a GPU.
+        for (tokens, _), (ends, is_finite) in zip(waiting, states, strict=True):
+            if not is_finite:
+                raise LogitsNotFinite
             yield tokens
             if ends:
                 return
@@ -169,7 +173,7 @@ def checked_sampler(
     *,
     max_new_tokens: int,
     attention_mask: Tensor | None,
-    seed: int | Sequence[int] | None,
+    seed: SupportsIndex | Sequence[SupportsIndex] | None,
     **sampling: Any,
 ) -> Sampler:
     """Return the sampler of a generation; a ValueError lists all that is wrong with a request.

@@ -136,7 +136,7 @@ class InfluenceAccumulator:
 
 def influence_table(
     decoder: Decoder,
-    batches: Iterable[BatchLike],
+    batches: BatchLike | Iterable[BatchLike],
     *,
     metric: str = "cosine",
     progress: Callable[[int], None] | None = None,
@@ -155,7 +155,7 @@ def influence_table(
     Args:
         decoder: measured under its own iteration schedule, in the precision of the surrounding
             autocast; the comparisons themselves are made in float64, a sequence at a time.
-        batches: the calibration set, each item a `BatchLike`; a single tensor is one batch.
+        batches: the calibration set, each item a `BatchLike`; or a single one.
         metric: a key of `iiet.INFLUENCE_METRICS`.
         progress: called after each batch with the number of batches done.
 
@@ -166,7 +166,7 @@ def influence_table(
         ValueError: an unknown metric, or no batches.
     """
     accumulator = InfluenceAccumulator(metric)
-    if isinstance(batches, Tensor) and batches.ndim == 2:
+    if isinstance(batches, Batch | Mapping) or (isinstance(batches, Tensor) and batches.ndim == 2):
         batches = [batches]
     for done, batch in enumerate(batches, start=1):
         accumulator.add(decoder, batch)

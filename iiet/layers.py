@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from iiet.config import ModelConfig
 from iiet.context import PassContext
 from iiet.cpu_kernels import (
-    add,
     gated_product,
     product,
     project_heads,
@@ -144,4 +143,6 @@ class Field(nn.Module):
         if context.is_token_step:
             return evaluate_token(self, x, context, slot)
         u: Tensor = x + self.attention(self.attention_norm(x), context, slot)
-        return add(u, self.feed_forward(self.feed_forward_norm(u)), dtype)
+        change = self.feed_forward(self.feed_forward_norm(u))
+        # `torch.add(..., out=)` would round to bfloat16 first.
+        return (u if dtype is None else u.to(dtype)) + change

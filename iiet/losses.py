@@ -46,6 +46,8 @@ DivergenceKind = Literal["forward", "reverse", "jensen_shannon"]
 CHUNK_SHARE = 16
 FEWEST_ELEMENTS = 1 << 16
 CHUNK_ELEMENTS = 1 << 21
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
+"""Of a divergence."""
 
 Compare = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 """(rows, the student's logits / T of these rows) -> (divergence of each row, its gradient with
@@ -129,7 +131,7 @@ def kl_divergence(
     T^2 keeps the gradient's size when the temperature T rises. The teacher gets no gradient.
 
     Raises:
-        ValueError: the shapes differ, the temperature is not above 0, or the kind is unknown.
+        ValueError: the shapes differ, or the temperature or the kind is not allowed.
     """
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(
@@ -184,8 +186,12 @@ def hidden_state_error(
 
 
 def check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    # Beyond, a quotient or the square is infinite in float32, and the divergence NaN.
+    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        raise ValueError(
+            f"temperature must be from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}, "
+            f"got {temperature}"
+        )
 
 
 def _counted(mask: Tensor | None, values: Tensor) -> Tensor:

@@ -18,19 +18,31 @@ is from Steele, Lea, Flood 2014.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
-from typing import Final
+from operator import index
+from typing import Final, SupportsIndex
 
 import torch
 from torch import Tensor
 
-__all__ = ["Sampler", "row_keys"]
+__all__ = ["LogitsNotFinite", "Sampler", "are_finite", "row_keys"]
 
 _STEP: Final = 0x9E3779B97F4A7C15
 _FIRST_FACTOR: Final = 0xBF58476D1CE4E5B9
 _SECOND_FACTOR: Final = 0x94D049BB133111EB
 _WORD: Final = 1 << 64
+_LEAST_TEMPERATURE: Final = torch.finfo(torch.float32).tiny  # Its inverse is finite.
+
+
+class LogitsNotFinite(ValueError):
+    """No token can be chosen, because a row's largest logit is NaN or infinite."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's logits are not finite, so no token can be chosen; its weights are "
+            "damaged or diverged, or too large for its dtype (then float32 helps)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +94,12 @@ class Sampler:
         """Return the candidates' probabilities, up to a factor, and which tokens they are; None:
         all, in their order.
         """
-        values, tokens = logits.float() / self.temperature, None
+        values = logits.float()
+        # The largest first, because a small temperature would make infinities of others.
+        values = (values - values.amax(-1, keepdim=True)) / max(
+            self.temperature, _LEAST_TEMPERATURE
+        )
+        tokens = None
         if self.top_k is not None and self.top_k < logits.size(-1):
             values, tokens = values.topk(self.top_k, dim=-1)
         elif self.top_p is not None and self.top_p < 1.0:
@@ -106,8 +123,15 @@ class Sampler:
         return bits.float().add_(0.5).mul_(-(2.0**-63)).log1p_().neg_()
 
 
+def are_finite(logits: Tensor) -> Tensor:
+    """Return whether the largest logits of all rows are finite, (); waits for nothing."""
+    return logits.amax(-1).isfinite().all()
+
+
 def row_keys(
-    seed: int | Sequence[int] | None, batch_size: int, device: torch.device | str = "cpu"
+    seed: SupportsIndex | Sequence[SupportsIndex] | None,
+    batch_size: int,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return the numbers by which the rows of a batch draw their noise, (batch,).
 
@@ -122,10 +146,11 @@ def row_keys(
     """
     if seed is None:
         seed = torch.Generator().seed()
-    if isinstance(seed, int):
-        seeds = [seed, *(_mix(seed + row * _STEP) for row in range(1, batch_size))]
+    if not isinstance(seed, Sized):
+        first = index(seed)
+        seeds = [first, *(_mix(first + row * _STEP) for row in range(1, batch_size))]
     elif len(seed) == batch_size:
-        seeds = list(seed)
+        seeds = [index(number) for number in seed]
     elif len(seed) == 1:
         return row_keys(seed[0], batch_size, device)
     else:

@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import index
+from typing import SupportsIndex, TypeGuard
 
 __all__ = ["IterationSchedule"]
 
@@ -37,11 +39,12 @@ class IterationSchedule:
                 f"takes text and lists), got {self.corrections!r}"
             )
         for layer, count in enumerate(self.corrections, start=1):
-            if type(count) is not int or not 0 <= count <= MAX_CORRECTIONS:
+            if not _is_integer(count) or not 0 <= count <= MAX_CORRECTIONS:
                 raise ValueError(
                     f"corrections of layer {layer} must be an integer from 0 to {MAX_CORRECTIONS}, "
                     f"got {_quoted(count)} in {_quoted(self.corrections)}"
                 )
+        object.__setattr__(self, "corrections", tuple(map(index, self.corrections)))
 
     @classmethod
     def uniform(cls, num_layers: int, r: int) -> IterationSchedule:
@@ -63,7 +66,10 @@ class IterationSchedule:
 
     @classmethod
     def parse(
-        cls, text: str | int | Iterable[int] | IterationSchedule, *, num_layers: int
+        cls,
+        text: str | SupportsIndex | Iterable[int] | IterationSchedule,
+        *,
+        num_layers: int,
     ) -> IterationSchedule:
         """Read a schedule for `num_layers` layers as people write it.
 
@@ -84,7 +90,7 @@ class IterationSchedule:
             counts = _counts_in(text, num_layers)
             for_each_layer = len(counts) == 1 and "*" not in text
             schedule = cls(counts * num_layers if for_each_layer else counts)
-        elif isinstance(text, int):
+        elif _is_integer(text):
             schedule = cls.uniform(num_layers, text)
         elif isinstance(text, Iterable):
             schedule = cls(tuple(text))
@@ -145,6 +151,14 @@ class IterationSchedule:
 
     def __str__(self) -> str:
         return ",".join(map(str, self.corrections))
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    """Return whether a value is an integer of Python, NumPy or PyTorch."""
+    try:
+        return not isinstance(value, bool) and index(value) is not None  # type: ignore[arg-type]
+    except TypeError:
+        return False
 
 
 def _counts_in(text: str, num_layers: int) -> tuple[int, ...]:

@@ -14,7 +14,9 @@ A draft with no more corrections in any layer reads and writes the model's own c
 of its evaluations, and verification overwrites what it wrote: no second cache, no second prefill.
 Any other draft has a cache of its own.
 
-Passes are not of fixed shapes, so a GPU runs them without the CUDA graphs of plain decoding.
+Passes are not of fixed shapes, so a GPU runs them without the CUDA graphs of plain decoding, which
+gain more there than drafts do: on a GPU, `auto` drafts nothing. Where nothing is drafted, decoding
+is that of `iiet.generation`.
 
 Source: Leviathan, Kalman, Matias 2023; drafting with the model's own weights as in LayerSkip
 (Elhoushi et al. 2024); exact sampling as in Daliri, Musco, Suresh 2024.
@@ -24,18 +26,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
 
+from iiet import generation
 from iiet.cache import KeyValueCache, KvStrategy
 from iiet.decoder import Decoder
 from iiet.draft_choice import DraftChoice, costs_of, named_drafts
 from iiet.draft_plan import DraftCosts, DraftPlan
 from iiet.drafts import CachedModel, Draft, ModelDraft, PromptLookup, Rows
 from iiet.generation import cache_dtype, checked_sampler
-from iiet.sampling import Sampler
+from iiet.sampling import LogitsNotFinite, Sampler, are_finite
 from iiet.schedule import IterationSchedule
 
 __all__ = ["DraftRecord", "Speculation", "generate", "stream"]
@@ -52,7 +55,8 @@ class DraftRecord:
     verifications: int = 0
     """Passes that verified drafted tokens."""
     plain_steps: int = 0
-    """Passes without drafted tokens, after the prompt's."""
+    """Passes without drafted tokens, after the prompt's. Where there is no draft at all, those of
+    rows that have ended count, too."""
     rounds_by_draft: dict[str, int] = field(default_factory=dict)
     """Rounds of the batch by the name of the draft."""
 
@@ -112,7 +116,7 @@ def stream(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int | Sequence[int] | None = None,
+    seed: SupportsIndex | Sequence[SupportsIndex] | None = None,
     stop_tokens: Collection[int] = (),
     attention_mask: Tensor | None = None,
     kv_strategy: KvStrategy = "exact",
@@ -127,8 +131,8 @@ def stream(
         input_ids: prompts, (batch, time).
         max_new_tokens: at least 1.
         draft: `auto` tries the schedules of `family`, or else those that
-            `iiet.draft_choice.cheaper_schedules` names, and keeps to the best; a method without
-            corrections has none, and then decoding is plain.
+            `iiet.draft_choice.cheaper_schedules` names, and keeps to the best; on a GPU, and for a
+            method without corrections, there are none, and then decoding is plain.
         draft_tokens: how many tokens to draft at once; `auto`: as many as are expected to pay, and
             none where none do.
         family: schedules that the weights serve, for `draft="auto"`.
@@ -160,6 +164,22 @@ def stream(
     )
     num_tokens = input_ids.size(1) + max_new_tokens
     drafts = named_drafts(decoder, draft, family, num_tokens)
+    record = DraftRecord() if record is None else record
+    if not drafts:
+        return _plain_steps(
+            generation.stream(
+                decoder,
+                input_ids,
+                max_new_tokens=max_new_tokens,
+                attention_mask=attention_mask,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                stop_tokens=stop_tokens,
+            ),
+            record,
+        )
     plan = DraftPlan(
         costs_of(
             list(drafts.values()), decoder, costs, batch_size=len(input_ids), num_tokens=num_tokens
@@ -174,7 +194,13 @@ def stream(
         num_drafted=min(plan.max_tokens, max_new_tokens),
     )
     decoding = _Decoding(decoder, rows, sampler, plan, drafts)
-    return decoding.steps(DraftRecord() if record is None else record)
+    return decoding.steps(record)
+
+
+def _plain_steps(steps: Iterator[Tensor], record: DraftRecord) -> Iterator[Tensor]:
+    for number, tokens in enumerate(steps):
+        record.plain_steps += len(tokens) if number else 0
+        yield tokens
 
 
 class _Decoding:
@@ -216,7 +242,7 @@ class _Decoding:
 
     def _prefill(self) -> None:
         rows = self._rows
-        first = self._sampler(self._model.prefill(), 0).unsqueeze(1)
+        first = self._chosen(self._model.prefill(), 0).unsqueeze(1)
         rows.write(rows.lengths, first)
         for row, tokens in enumerate(first.tolist()):
             rows.decide(row, tokens)
@@ -231,7 +257,7 @@ class _Decoding:
             num_drafted = self._draft(name).propose(rows, num_wanted, self._sampler)
         drafted = rows.read(rows.lengths, num_drafted).tolist()
         logits = self._model([length - 1 for length in rows.lengths], num_drafted + 1)
-        chosen = self._sampler(logits, rows.positions(rows.lengths, num_drafted + 1))
+        chosen = self._chosen(logits, rows.positions(rows.lengths, num_drafted + 1))
         rows.write(rows.lengths, chosen)
         choices = chosen.tolist()  # Waits for a GPU.
         # What each row keeps, and how much of it lies before the row's end.
@@ -246,6 +272,11 @@ class _Decoding:
         record.drafted += num_drafted * len(kept)
         record.accepted += sum(min(num, num_new[row]) for row, num in kept.items())
         record.rounds_by_draft[name] = record.rounds_by_draft.get(name, 0) + 1
+
+    def _chosen(self, logits: Tensor, positions: Tensor | int) -> Tensor:
+        if not are_finite(logits):
+            raise LogitsNotFinite
+        return self._sampler(logits, positions)
 
     def _draft(self, name: str) -> Draft:
         """Return a draft; views of the cache are made after the prompt's pass."""

@@ -4,14 +4,20 @@ A step of one row launches over a thousand kernels, each shorter than its launch
 launches all of them at once, but only with the same arguments: so what changes from token to token
 is held on the device (`iiet.window`). Attention reads the cache up to a multiple of `WINDOW`
 tokens, and each multiple has a graph: one per decoder (its iteration schedule), batch size and
-multiple.
+multiple. Graphs outlive a generation: a decoder keeps those that were used last.
+
+A product writes to a workspace that PyTorch keeps for its stream, and frees when any graph of that
+stream is destroyed (pytorch#193402). So no workspace outlives a capture: each graph has its own, in
+its own memory. And all captures share a stream, as PyTorch lends 32 in turn to whoever asks.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import torch
@@ -23,12 +29,14 @@ from iiet.cpu_kernels import may_read_weights
 from iiet.decoder import Decoder
 from iiet.window import Window
 
-__all__ = ["Capture", "StaticSteps", "capture_graph"]
+__all__ = ["Capture", "StaticSteps", "capture_graph", "keep_steps", "kept_steps"]
 
 WINDOW: Final = 256
 """Steps in tokens by which attention reads more of the cache."""
 MIN_TOKENS: Final = 16
 """Steps that repay the capture of a graph, which takes as long as a few steps without it."""
+MAX_GRAPHS: Final = 16
+"""Graphs that a decoder keeps; another one replaces the least recently used."""
 _ALIGNMENT: Final = 16  # A mask of another length would be copied by each call of attention.
 
 Step = Callable[[], Tensor]
@@ -46,7 +54,8 @@ class StaticSteps:
     """
 
     def __init__(self, decoder: Decoder, *, capture: Capture | None = None) -> None:
-        self.decoder = decoder
+        # Weak, so that memory kept for a decoder (`keep_steps`) goes with it.
+        self._decoder = weakref.ref(decoder)
         if capture is None and decoder.device.type == "cuda":
             capture = capture_graph
         self._capture = capture
@@ -54,6 +63,13 @@ class StaticSteps:
         self._weights: list[int] = []  # Where they were when a graph was captured: it reads them.
         self._length = self._end = 0
         self._may_capture = False
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder, which the caller must hold."""
+        decoder = self._decoder()
+        assert decoder is not None, "the decoder is gone"
+        return decoder
 
     def empty_cache(
         self, *, batch_size: int, max_tokens: int, dtype: torch.dtype, strategy: KvStrategy
@@ -81,7 +97,7 @@ class StaticSteps:
         cache.window = self._buffers.window
         cache.window.move(self._length, record.attention_mask)
         self._may_capture = self._capture is not None and _has_no_hooks(self.decoder)
-        if self._buffers.steps and _addresses(self.decoder) != self._weights:
+        if not self._may_capture or _addresses(self.decoder) != self._weights:
             self._buffers.steps.clear()
 
     @torch.inference_mode()
@@ -117,7 +133,12 @@ class StaticSteps:
                     f"failed: {error}",
                     stacklevel=2,
                 )
-        return steps.get(size, self.run)
+        if size not in steps:
+            return self.run
+        steps[size] = step = steps.pop(size)  # The last is the latest.
+        if len(steps) > MAX_GRAPHS:
+            del steps[next(iter(steps))]
+        return step
 
     def run(self) -> Tensor:
         """Compute the step in the window, without graphs; doing it twice changes nothing."""
@@ -144,7 +165,23 @@ class _Buffers:
         self.window = Window(batch_size, max_tokens, dtype=dtype, device=device)
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.steps: dict[int, Step] = {}
-        """By the size of the window."""
+        """By the size of the window, the least recently used first."""
+
+
+_kept: weakref.WeakKeyDictionary[Decoder, StaticSteps] = weakref.WeakKeyDictionary()
+
+
+def kept_steps(decoder: Decoder) -> StaticSteps:
+    """Return the steps that the decoder's last generation left; new ones while another has them."""
+    return _kept.pop(decoder, None) or StaticSteps(decoder)
+
+
+def keep_steps(decoder: Decoder, steps: StaticSteps, tokens: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Yield the tokens of a generation; at its end, keep its steps for the decoder's next."""
+    try:
+        yield from tokens
+    finally:
+        _kept[decoder] = steps
 
 
 def _addresses(decoder: Decoder) -> list[int]:
@@ -160,6 +197,11 @@ def _has_no_hooks(decoder: Decoder) -> bool:
     )
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def capture_graph(step: Step, device: torch.device) -> Step:
     """Record the kernels of a step in a CUDA graph; return a function that launches them all.
 
@@ -167,15 +209,19 @@ def capture_graph(step: Step, device: torch.device) -> Step:
         RuntimeError: a kernel cannot be captured, or memory is short.
     """
     with torch.cuda.device(device):
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side = _capture_stream(device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            step()  # First calls allocate workspaces and choose kernels, which no graph may do.
+            step()  # First calls choose kernels, which no graph may do.
         torch.cuda.current_stream().wait_stream(side)
+        torch._C._cuda_clearCublasWorkspaces()
         graph = torch.cuda.CUDAGraph()
-        # Another thread may use the device meanwhile, for instance to copy a batch.
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            logits = step()
+        try:
+            # Another thread may use the device meanwhile, for instance to copy a batch.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                logits = step()
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
 
     def replay() -> Tensor:
         graph.replay()

@@ -18,9 +18,11 @@ from iiet.cache import KvStrategy
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from iiet.generation import stream
+from iiet.sampling import LogitsNotFinite
 from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.batch_limit import BatchLimit
 from orchestrator.evaluation.model_tokenizer import ModelTokenizer
+from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.provenance import content_key
 
 Decode = Callable[..., Iterator[Tensor]]
@@ -169,9 +171,12 @@ def _answer(
         seed=[question.seed for question in questions],
         stop_tokens=rows.end_ids,
     )
-    for tokens in steps:
-        if rows.add(tokens.tolist()):
-            break
+    try:
+        for tokens in steps:
+            if rows.add(tokens.tolist()):
+                break
+    except LogitsNotFinite as error:
+        raise RunFailed(str(error)) from None
     return rows.texts()
 
 

@@ -21,6 +21,7 @@ from iiet.decoder import Decoder
 from iiet.generation import stream as stream_tokens
 from iiet.quantization import quantize_weights
 from iiet.quantized_linear import WeightFormat
+from iiet.sampling import LogitsNotFinite
 from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord
 from iiet.speculative import stream as speculative_stream
@@ -45,7 +46,7 @@ from orchestrator.training.checkpoint_lookup import known_schedules
 from orchestrator.training.model_loading import best_device, load_model
 from orchestrator.training.model_lookup import parse_schedule, resolve_model
 from orchestrator.training.precision import device_precision
-from orchestrator.workspace.errors import UserError, quoted
+from orchestrator.workspace.errors import RunFailed, UserError, quoted
 from orchestrator.workspace.folders import Workspace
 
 INCOMPLETE = "\ufffd"
@@ -287,15 +288,18 @@ class TextGenerator:
         """Yield the text of tokens; what may be the beginning of a stop text is held back."""
         decoding = DecodeStream(skip_special_tokens=True)
         held = ""
-        for token in tokens:
-            held += decoding.step(self.text.tokenizer, token) or ""
-            if found := [held.index(stop) for stop in stops if stop in held]:
-                held = held[: min(found)]
-                break
-            starts = [stop[:size] for stop in stops for size in range(1, len(stop))]
-            num_held = max((len(start) for start in starts if held.endswith(start)), default=0)
-            ready, held = held[: len(held) - num_held], held[len(held) - num_held :]
-            if ready:
-                yield ready
+        try:
+            for token in tokens:
+                held += decoding.step(self.text.tokenizer, token) or ""
+                if found := [held.index(stop) for stop in stops if stop in held]:
+                    held = held[: min(found)]
+                    break
+                starts = [stop[:size] for stop in stops for size in range(1, len(stop))]
+                num_held = max((len(start) for start in starts if held.endswith(start)), default=0)
+                ready, held = held[: len(held) - num_held], held[len(held) - num_held :]
+                if ready:
+                    yield ready
+        except LogitsNotFinite as error:
+            raise RunFailed(str(error)) from None
         if held:
             yield held

@@ -193,10 +193,10 @@ class Front:
     def hypervolume(self) -> float | None:
         """Share of the box that the front dominates; over 1 if it beats the full model.
 
-        None if the box is empty.
+        None if the box is empty, or no candidate is placed.
         """
         box = self.hypervolume_box
-        if box is None or box.cost <= 0 or box.full_quality == box.quality:
+        if not self.members or box is None or box.cost <= 0 or box.full_quality == box.quality:
             return None
         sign = -1.0 if self.axes.higher_is_better else 1.0
         points = np.array([[point.cost, sign * point.quality] for point in self.members])

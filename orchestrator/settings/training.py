@@ -37,7 +37,7 @@ class ElasticSettings(Section):
     kl_weight: float = Field(default=1.0, ge=0.0)
     """Weight of the divergence in a member's loss, whose cross-entropy has weight 1. In a
     distillation, `distillation.kl_weight` has its place."""
-    temperature: float = Field(default=1.0, gt=0.0)
+    temperature: float = Field(default=1.0, ge=1e-3, le=1e3)
     """Softmax temperature of both distributions; the divergence is scaled by its square. In a
     distillation, `distillation.temperature` has its place."""
 
@@ -131,7 +131,7 @@ class DistillationSettings(Section):
     scratch."""
     kl_weight: float = Field(default=1.0, ge=0.0)
     """Weight of KL(teacher || student); the cross-entropy has weight 1."""
-    temperature: float = Field(default=1.0, gt=0.0)
+    temperature: float = Field(default=1.0, ge=1e-3, le=1e3)
     """Softmax temperature of both distributions; the loss is scaled by its square."""
     divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
     """KL(teacher || student), its reverse, or Jensen-Shannon."""

@@ -7,6 +7,7 @@ raise its error (full disk) on all workers. A killed process loses at most that 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -193,12 +194,14 @@ class CheckpointWriter:
 
 
 def record_best(checkpoint: Path, step: int, validation_loss: float) -> None:
-    """Record a checkpoint in `best.json`, unless the one there is at least as good."""
+    """Record a checkpoint in `best.json`, unless the one there is at least as good or the loss is
+    not finite.
+    """
     path = checkpoint.parent / BEST
     best = read_json_object(path) if best_checkpoint(checkpoint.parent) else None
     with damage_as_user_error(path):
         is_better = best is None or validation_loss < best["validation_loss"]
-    if is_better:
+    if is_better and math.isfinite(validation_loss):
         found = {"checkpoint": checkpoint.name, "step": step, "validation_loss": validation_loss}
         write_json(path, found)
 

@@ -3,7 +3,8 @@
 One compiled graph serves all evaluations, layers and iteration schedules; another number of
 sequences, or a mask, compiles another one. Passes without gradients run as they are: a graph of
 their own would take longer than the few validations of a run. A failure of the compiler is one
-event; training then continues uncompiled.
+event; training then continues uncompiled. PyTorch's limit on the graphs of a job is one as well;
+what has no graph then runs uncompiled.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ _PARTITION = {
     "force_non_lazy_backward_lowering": True,
 }
 
+_LIMIT_HIT = (
+    "training needs more compiled graphs than PyTorch keeps "
+    "(torch._dynamo.config.recompile_limit), so some passes run uncompiled, slower on GPUs"
+)
+
 
 def compile_fields(
     decoder: Decoder, event: Callable[..., None], backend: str | Callable[..., Any] = "inductor"
@@ -49,8 +55,13 @@ class _Compiler:
 
     def __init__(self, backend: str | Callable[..., Any], event: Callable[..., None]) -> None:
         # Importing them takes two seconds.
+        from torch._dynamo import config as dynamo
         from torch._dynamo import lookup_backend
         from torch._functorch import config
+
+        # Each job has a backend of its own, and Dynamo keeps graphs for eight of them.
+        torch.compiler.reset()
+        dynamo.fail_on_recompile_limit_hit = True  # Else only a log tells of it.
 
         warnings.filterwarnings("ignore", message=r"The \.grad attribute", category=UserWarning)
         self._event = event
@@ -78,6 +89,10 @@ class _Compiler:
             num_graphs, started = self._num_graphs, time.perf_counter()
             try:
                 result = fast(*args, **options)
+            except torch._dynamo.exc.FailOnRecompileLimitHit:
+                torch._dynamo.config.fail_on_recompile_limit_hit = False
+                self._event("not compiled", text=_LIMIT_HIT)
+                return fast(*args, **options)
             except torch._dynamo.exc.TorchDynamoException as error:
                 self._has_failed = True
                 self._event("not compiled", text=_failure(error))

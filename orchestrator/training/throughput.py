@@ -34,13 +34,16 @@ class ThroughputMeter:
         self._last, self._world, self._gpu_loads = replace(position), world, gpu_loads
         self._gpu = torch.device(world.device) if world.device.startswith("cuda") else None
         name = torch.cuda.get_device_name(self._gpu) if self._gpu else ""
+        if self._gpu:  # Earlier trainings of this process do not count.
+            torch.cuda.reset_peak_memory_stats(self._gpu)
         self._peak = gpu_peak_flops(name, precision) if self._gpu else None
         psutil.cpu_percent()  # The first call only starts its clock.
 
     def measure(self, position: Position) -> dict[str, float]:
         """Return the metrics since the last call; every worker calls it at the same steps.
 
-        `train/memory_gb` is the peak so far on a GPU, and the present resident set on a CPU.
+        `train/memory_gb` is this training's peak so far on a GPU, and the present resident set on
+        a CPU.
         """
         last, self._last = self._last, replace(position)
         seconds = max(position.seconds - last.seconds, 1e-9)

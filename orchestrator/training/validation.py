@@ -6,6 +6,7 @@ a batch without counting it: all workers must run a sharded model together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -42,7 +43,7 @@ def validation_metrics(
             there are no numbers by source.
 
     Returns:
-        `validation/loss`: the mean per target in nats, 0 without targets; `validation/accuracy`:
+        `validation/loss`: the mean per target in nats, NaN without targets; `validation/accuracy`:
         of the targets that are no text, if there are any; of a mixture also both of each source,
         such as `validation/loss_python` and `validation/accuracy_phop_6`.
     """
@@ -70,7 +71,7 @@ def validation_metrics(
     decoder.train(was_training)
     sums = mean_over_workers(sums, world)
     total = {what: sum(sums[what + name] for name in names) for what in _SUMS}
-    metrics = {VALIDATION_METRIC: 0.0}
+    metrics = {VALIDATION_METRIC: math.nan}
     for name in dict.fromkeys(["", *names]):
         metrics |= _means(total | sums, name)
     return metrics

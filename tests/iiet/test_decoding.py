@@ -1,10 +1,14 @@
 """Cached decoding and generation equal the full forward and refuse what does not fit."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
-from iiet import Decoder, IterationSchedule, KeyValueCache, generate, preset, stream
+from iiet import Decoder, IterationSchedule, KeyValueCache, generate, preset, speculative, stream
 from iiet.cache import evaluation_slots
+from iiet.sampling import LogitsNotFinite
 
 VOCAB = 31
 
@@ -62,6 +66,29 @@ def test_the_last_strategy_is_exact_without_corrections_and_not_with_them():
     assert distance(decoder_of(None)) < 1e-11
     assert distance(decoder_of("0,0,0")) < 1e-11
     assert distance(decoder_of("2,0,1")) > 0.01
+
+
+@torch.no_grad()
+def test_a_cache_of_another_dtype_than_the_keys_is_refused():
+    decoder = decoder_of().bfloat16()
+    cache = KeyValueCache(decoder.config, batch_size=2, max_tokens=9)
+    with pytest.raises(ValueError, match=r"holds torch.float32.* with dtype=torch.bfloat16"):
+        decoder(prompt(), cache=cache)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_k": 4}])
+@pytest.mark.parametrize("generate", [generate, speculative.generate])
+def test_logits_that_are_not_finite_choose_no_token(generate, settings):
+    """Neither in the prompt's pass nor in a later one."""
+    for bad_pass in (0, 3):
+        decoder, passes = decoder_of(), itertools.count()
+
+        def spoil(module, given, found, passes=passes, bad_pass=bad_pass):
+            return found * math.nan if next(passes) == bad_pass else found
+
+        decoder.norm.register_forward_hook(spoil)
+        with pytest.raises(LogitsNotFinite, match="logits are not finite"):
+            generate(decoder, prompt(), max_new_tokens=20, **settings)
 
 
 @torch.no_grad()

@@ -1,9 +1,12 @@
 """Costs of drafts are counted, and the schedules to choose from are within the model's own."""
 
 import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iiet import DraftCosts, IterationSchedule, preset
-from iiet.draft_choice import cheaper_schedules, counted_costs
+from iiet import Decoder, DraftCosts, IterationSchedule, preset
+from iiet.draft_choice import cheaper_schedules, counted_costs, named_drafts
 
 
 def test_counted_costs_fall_with_corrections_and_rise_with_rows():
@@ -25,3 +28,14 @@ def test_schedules_that_may_draft():
     family = [IterationSchedule(s) for s in ((3, 1, 2), (3, 0, 0), (0, 0, 0), (0, 3, 0))]
     assert [str(s) for s in cheaper_schedules(full, family)] == ["0,0,0", "3,0,0"]
     assert cheaper_schedules(IterationSchedule.none(3)) == []
+
+
+def test_a_gpu_drafts_only_what_is_asked_for():
+    """Shown with a pretended GPU, as `auto` decides by the device of the weights alone."""
+    decoder = Decoder(preset("tiny", schedule=1))
+    assert list(named_drafts(decoder, "auto", (), 8)) == ["0,0,0,0"]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        decoder.embedding.weight = nn.Parameter(torch.empty(8, 8, device="cuda"))
+    assert decoder.device.type == "cuda"
+    assert named_drafts(decoder, "auto", (), 8) == {}
+    assert list(named_drafts(decoder, "0", (), 8)) == ["0,0,0,0"]

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
 from iiet import METHODS, Decoder, next_token_loss, preset
+from iiet.context import make_context
 from iiet.cpu_kernels import rotate_into
 from iiet.half_weights import GradientSum, HalfWeights
 from iiet.rope import Rope, rotate
@@ -66,6 +67,18 @@ def test_gradients_are_about_as_close_to_float32_as_those_of_autocast(method):
     assert found.keys() == cast.keys() == exact.keys()
     assert all(gradient.dtype == torch.float32 for gradient in found.values())
     assert 0 < error(found, exact) < 2 * error(cast, exact) < 0.1
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_the_last_sum_of_a_field_is_not_rounded(has_gradients):
+    field, x = decoder_of().fields[0].bfloat16(), torch.randn(4, 16, 32).bfloat16()
+    context = make_context(x, decoder_of().rope)
+    seen = {}
+    field.feed_forward_norm.register_forward_hook(lambda _, given, __: seen.update(u=given[0]))
+    field.feed_forward.register_forward_hook(lambda _, __, found: seen.update(change=found))
+    with torch.set_grad_enabled(has_gradients):
+        found = field(x, context, dtype=torch.float32)
+    assert torch.equal(found, seen["u"].float() + seen["change"].float())
 
 
 def test_recomputed_layers_have_the_same_gradients():

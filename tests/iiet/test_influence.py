@@ -199,8 +199,9 @@ def test_padding_has_no_effect(metric, side):
 def test_batches_come_as_tensors_or_mappings():
     decoder, (batch,) = small_decoder(), random_batches(1)
     expected = influence_table(decoder, [batch])
-    assert influence_table(decoder, batch).to_dict() == expected.to_dict()
-    assert influence_table(decoder, [{"input_ids": batch}]).to_dict() == expected.to_dict()
+    for one in (batch, {"input_ids": batch}, Batch.of_text(batch)):
+        for given in (one, [one]):
+            assert influence_table(decoder, given).to_dict() == expected.to_dict()
     with pytest.raises(ValueError, match=r"\(batch, time\).*\(8,\)"):
         influence_table(decoder, [batch[0]])
 

@@ -5,6 +5,7 @@ differences, and the cross-entropy also from the stored reference cases.
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from iiet import losses
 from iiet.batch import NO_TARGET, Batch
 from iiet.coarse_distribution import coarse_kl_divergence, coarsen
+from iiet.distillation import DistillationConfig
 from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
 
 KINDS = ("forward", "reverse", "jensen_shannon")
@@ -216,8 +218,16 @@ def test_wrong_use_is_named():
     teacher, student = random_logits(1, 2, 5), random_logits(1, 2, 6)
     with pytest.raises(ValueError, match="shape"):
         kl_divergence(teacher, student)
-    with pytest.raises(ValueError, match="temperature"):
-        kl_divergence(teacher, teacher, temperature=0.0)
+    for temperature in (0.0, 1e-42, 1e30, math.inf, math.nan):
+        for use in (
+            partial(kl_divergence, teacher, teacher),
+            partial(coarsen, teacher, 2),
+            DistillationConfig,
+        ):
+            with pytest.raises(ValueError, match=r"temperature must be from 0\.001 to 1000, got"):
+                use(temperature=temperature)
+    for temperature in (1e-3, 1e3):
+        assert kl_divergence(teacher, -teacher, temperature=temperature).isfinite()
     with pytest.raises(ValueError, match="backward"):
         kl_divergence(teacher, teacher, kind="backward")
     with pytest.raises(ValueError, match=r"targets must be .* here \(1, 2\), got \(1, 3\)"):

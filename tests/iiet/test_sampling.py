@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,6 +100,19 @@ def test_the_noise_is_that_of_the_published_generator():
     states = torch.tensor(1234567) + _counted(torch.arange(3))
     assert _mixed(states).tolist() == [_signed(number) for number in expected]
     assert [_mix(int(state)) for state in states] == expected
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-42, 1e-9])
+def test_the_smallest_temperatures_take_the_likeliest_token(temperature):
+    logits = torch.randn(64, 33, generator=torch.Generator().manual_seed(0)) - 50
+    for settings in ({}, {"top_k": 5}, {"top_p": 0.9}):
+        chosen = sampler_of(batch=64, temperature=temperature, **settings)(logits, 0)
+        assert torch.equal(chosen, logits.argmax(-1))
+
+
+def test_integers_of_numpy_are_seeds():
+    for seed in (7, [7, 2**63]):
+        assert torch.equal(row_keys(np.asarray(seed, np.uint64)[()], 2), row_keys(seed, 2))
 
 
 def test_settings_out_of_range_and_seeds_that_do_not_fit():

@@ -1,6 +1,8 @@
 """Schedules: all written forms, validation, comparison."""
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,13 +21,20 @@ from iiet.schedule import IterationSchedule
         ("0,2*2,1", (0, 2, 2, 1)),
         ([2, 2, 1, 1], (2, 2, 1, 1)),
         (IterationSchedule((2, 2, 1, 1)), (2, 2, 1, 1)),
+        (np.int64(3), (3, 3, 3, 3)),
+        (np.array([2, 2, 1, 1]), (2, 2, 1, 1)),
+        (torch.tensor([2, 2, 1, 1]), (2, 2, 1, 1)),
     ],
 )
 def test_parse_reads_every_way_of_writing(text, expected):
-    assert IterationSchedule.parse(text, num_layers=4).corrections == expected
+    found = IterationSchedule.parse(text, num_layers=4)
+    assert found.corrections == expected
+    assert {type(count) for count in found} == {int}
 
 
-@pytest.mark.parametrize("text", ["", "a", "1,2", "3*3", "1.5", "-1", "1,,2,2", [1, 2, 3, -1], 2.5])
+@pytest.mark.parametrize(
+    "text", ["", "a", "1,2", "3*3", "1.5", "-1", "1,,2,2", [1, 2, 3, -1], 2.5, True]
+)
 def test_parse_refuses_and_names_what_it_got(text):
     with pytest.raises(ValueError, match=r"schedule|layer"):
         IterationSchedule.parse(text, num_layers=4)

@@ -1,5 +1,8 @@
 """Steps of fixed shapes decode what the ordinary steps decode, from values on the device alone."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -15,7 +18,7 @@ from iiet import (
     stream,
 )
 from iiet.attention import attend
-from iiet.static_steps import StaticSteps
+from iiet.static_steps import StaticSteps, keep_steps, kept_steps
 
 VOCAB = 41
 SIZES = {"dim": 32, "num_layers": 3, "num_heads": 4, "ffn_dim": 24, "vocab_size": VOCAB}
@@ -177,6 +180,42 @@ def test_each_window_has_one_graph_which_later_generations_reuse(monkeypatch, sm
     expected, found = both(decoder, steps=steps, batch=3)
     assert torch.equal(expected, found)
     assert capture.num_captured == 6
+
+
+def test_a_decoder_keeps_the_graphs_used_last_for_its_next_generation(monkeypatch, small_windows):
+    """Shown with a recorder in the place of `capture_graph`: a CPU has no CUDA graphs, so neither
+    their streams nor their workspaces are tested here."""
+    monkeypatch.setattr(static_steps, "MIN_TOKENS", 4)
+    monkeypatch.setattr(static_steps, "MAX_GRAPHS", 2)
+    decoder, capture = decoder_of(), Recorder()
+    static_steps._kept[decoder] = kept = StaticSteps(decoder, capture=capture)
+
+    def run(decoder, max_new_tokens=24):
+        steps = kept_steps(decoder)
+        options = {"max_new_tokens": max_new_tokens, "attention_mask": padding()}
+        return keep_steps(decoder, steps, stream(decoder, prompts(), steps=steps, **options)), steps
+
+    unfinished, steps = run(decoder, 60)
+    assert (steps, next(unfinished).shape) == (kept, (2,))
+    assert kept_steps(decoder) is not kept  # Another generation meanwhile has a cache of its own.
+    expected = generate(decoder, prompts(), max_new_tokens=60, attention_mask=padding())
+    found = torch.stack(list(unfinished), 1)
+    assert torch.equal(found, expected[:, 7:])
+    # Windows of 16, 32, 48 and 64 tokens; the last two remain.
+    assert (capture.num_captured, list(kept._buffers.steps)) == (4, [48, 64])
+    assert len(list(run(decoder, 60)[0])) == 60
+    assert (capture.num_captured, list(kept._buffers.steps)) == (8, [48, 64])
+    assert len(list(run(decoder)[0])) == 24
+    assert (capture.num_captured, list(kept._buffers.steps)) == (10, [16, 32])
+    assert len(list(run(decoder)[0])) == 24
+    assert capture.num_captured == 10
+    with decoder.norm.register_forward_hook(lambda *_: None):  # Which no graph would call.
+        list(run(decoder)[0])
+        assert not kept._buffers.steps
+    gone = weakref.ref(kept)
+    del unfinished, steps, kept, decoder
+    gc.collect()
+    assert gone() is None
 
 
 def test_no_graph_where_it_would_not_pay_or_not_be_right():

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from iiet import Decoder, KeyValueCache, next_token_loss, preset
+from iiet import Decoder, IterationSchedule, KeyValueCache, next_token_loss, preset
 
 LINEARS = ["attention.qkv", "attention.out", "feed_forward.gate_up", "feed_forward.down"]
 NORMS = ["attention_norm", "feed_forward_norm"]
@@ -50,6 +50,16 @@ def fresh_decoder():
 
 def tokens():
     return torch.randint(20, (2, 8), generator=torch.Generator().manual_seed(1))
+
+
+def test_a_hook_on_a_decoder_is_not_one_on_its_twin_under_another_schedule():
+    decoder, seen = fresh_decoder(), []
+    twin = decoder.with_schedule(IterationSchedule.none(2))
+    twin.register_forward_hook(lambda *_: seen.append("twin"))
+    decoder.register_forward_pre_hook(lambda *_: seen.append("decoder"))
+    decoder(tokens())
+    twin(tokens())
+    assert seen == ["decoder", "twin"]
 
 
 def all_logits(decoder, dtype=torch.float64):

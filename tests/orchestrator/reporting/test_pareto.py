@@ -133,6 +133,9 @@ def test_hypervolume_is_the_kept_share_averaged_over_budgets() -> None:
         front.hypervolume_box.full_quality,
     ) == (24, 0.0, 0.5)
     assert front_of().hypervolume is None
+    # A baseline is placed, and no model that competes.
+    lacking = sample_trial(key="x", role="teacher", method="iiet", cost={"evaluations": 24})
+    assert find_front([lacking, result(6, 0.3, "baseline")]).hypervolume is None
 
 
 def test_a_better_trial_never_lowers_the_hypervolume() -> None:

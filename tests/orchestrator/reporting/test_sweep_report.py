@@ -310,10 +310,19 @@ def test_an_average_without_some_tasks_has_a_note(
 def test_a_sweep_without_measured_results_has_a_report(
     workspace: Workspace, sweep: StoredSweep
 ) -> None:
+    """Also where a baseline was."""
     bare = tuple(result.model_copy(update={"quality": {}}) for result in sweep.results)
     written = write_sweep_report(workspace, sweep.model_copy(update={"results": bare}))
     assert written.page is None
     assert "No trial has been measured" in (written.folder / "front.md").read_text("utf-8")
+    placed = tuple(
+        result if result.role == "baseline" else bare
+        for result, bare in zip(sweep.results, bare, strict=True)
+    )
+    assert {result.role for result in placed} > {"baseline"}
+    written = write_sweep_report(workspace, sweep.model_copy(update={"results": placed}))
+    assert not written.report.front.members
+    assert (written.folder / "front.md").is_file()
 
 
 def test_missing_and_damaged_sweeps_are_user_errors(

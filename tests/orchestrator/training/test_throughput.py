@@ -32,11 +32,13 @@ def test_speed_counts_the_steps_since_the_last_call() -> None:
 
 
 def test_mfu_is_the_share_of_the_peak_of_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    peak = {"bytes": 9 * 10**9}  # Of the trial before.
     for name, answer in {
-        "get_device_name": "NVIDIA H100 80GB HBM3",
-        "max_memory_allocated": 3 * 10**9,
+        "get_device_name": lambda _: "NVIDIA H100 80GB HBM3",
+        "reset_peak_memory_stats": lambda _: peak.update(bytes=3 * 10**9),
+        "max_memory_allocated": lambda _: peak["bytes"],
     }.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+        monkeypatch.setattr(torch.cuda, name, answer)
     monkeypatch.setattr(throughput_module, "gpu_peak_flops", lambda name, precision: 1e15)
     position = Position()
     world = World(size=4, device="cuda:0")
