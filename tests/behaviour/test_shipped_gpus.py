@@ -35,6 +35,8 @@ def planned(name: str, workspace: Path, *assignments: str) -> SweepDryRun:
 def test_the_sweeps_for_gpus_are_these() -> None:
     named = {name: read_settings(path).cluster.num_gpus for name, path in shipped_sweeps().items()}
     assert {name: number for name, number in named.items() if number} == ON_GPUS
+    # A thousandth of their tokens is more than any measurement reads.
+    assert {read_settings(name).data.validation_fraction for name in ON_GPUS} == {0.001}
 
 
 @pytest.mark.parametrize("name", ON_GPUS)
