@@ -62,6 +62,31 @@ def test_a_pass_of_twice_the_sequences_does_not_fit(name: str, tmp_path: Path) -
     assert f"--set distillation.training.{PER_PASS}={per_pass // 2}" in str(found)
 
 
+def test_the_time_of_a_sweep_is_that_of_its_trials_on_eight_gpus(tmp_path: Path) -> None:
+    prices = {
+        number: planned("paper-340m", tmp_path, f"sweep.num_schedules={number}").price
+        for number in (2, 8, 9, 16, 17)
+    }
+    hours = {number: price.hours[0] for number, price in prices.items()}
+    assert prices[2].rate
+    one = (prices[9].flops - prices[8].flops) / prices[2].rate.flops_range[0] / 3600
+    assert hours[8] == hours[2], "side by side"
+    assert hours[9] == hours[16] == pytest.approx(hours[2] + one), "the ninth waits for a GPU"
+    assert hours[17] == pytest.approx(hours[2] + 2 * one)
+
+
+def test_trials_share_a_model_that_is_too_large_for_one_gpu(tmp_path: Path) -> None:
+    sizes = ("dim=4096", "num_layers=32", "num_heads=32", "num_kv_heads=32", "ffn_dim=11008")
+    large = [f"model.{size}" for size in ("preset=1.3b", *sizes)]
+    for section in ("training", "distillation.training"):
+        large += [f"{section}.{PER_PASS}=1", f"{section}.activation_checkpointing=true"]
+    refused = planned("paper-340m", tmp_path, *large).problems["an H100"]
+    assert "cluster.parallel=fsdp" in str(refused)
+    found = planned("paper-340m", tmp_path, *large, "cluster.parallel=fsdp")
+    assert found.problems["an H100"] is None
+    assert found.states, found.notes
+
+
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_trials_on_cpus_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sweep\.gpus_per_trial=0 .* names GPUs"):
