@@ -29,9 +29,13 @@ def read_options(
     from orchestrator.settings import read_settings
 
     given = {name.replace("__", "."): value for name, value in options.items() if value is not None}
-    if train_on == "cpu" and given.get("cluster.num_gpus"):
-        raise UserError(f"--device cpu and --gpus {given['cluster.num_gpus']}: leave one out")
     if train_on == "cpu":
+        for option, key in (
+            ("--gpus", "cluster.num_gpus"),
+            ("--gpus-per-trial", "sweep.gpus_per_trial"),
+        ):
+            if number := given.get(key):
+                raise UserError(f"--device cpu and {option} {number:g}: leave one out")
         given |= {"cluster.num_gpus": 0, "cluster.min_gpus": None, "sweep.gpus_per_trial": None}
     settings = read_settings(config or None, assignments or [], given)
     if train_on == "cuda" and not settings.cluster.num_gpus:

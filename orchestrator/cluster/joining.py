@@ -65,8 +65,8 @@ def check_reachable(address: str) -> None:
 
 
 _ADVICE = (
-    f"start it (`ray start --head`), correct --address, cluster.address or {ADDRESS_VARIABLE}, or "
-    f"type --address {LOCAL} to use this machine"
+    f"start it (`ray start --head`), correct cluster.address or {ADDRESS_VARIABLE}, or set "
+    f"cluster.address={LOCAL} to use this machine"
 )
 
 

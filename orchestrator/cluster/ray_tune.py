@@ -31,7 +31,7 @@ from orchestrator.cluster.tune_callback import ANSWER, TrialReport, TuneCallback
 from orchestrator.planning.out_of_memory import out_of_memory_explained
 from orchestrator.planning.save_time import LEAST_SECONDS
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.settings import SweepSettings
+from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.terminal.signals import POLL_SECONDS, run_interruptibly
 from orchestrator.training.distributed import World
 from orchestrator.training.job import finished_outcome
@@ -63,6 +63,8 @@ class TrialContext:
     """Asks all trials to save and return."""
     early_stop: Message
     """Asks this trial's training to save and return."""
+    cluster: ClusterSettings
+    """How the trial's workers share a model."""
     notices: NodeNotices
     """Whether the node of the trial's own process will be taken away."""
 
@@ -99,7 +101,9 @@ class TrialContext:
                     should_save=self.notices.take,
                     report=report,
                 )
-        return train_with_workers(job, self.placement, should_stop=should_end, report=report)
+        return train_with_workers(
+            job, self.placement, self.cluster, should_stop=should_end, report=report
+        )
 
     def on_device(self, work: Callable[[str], T]) -> T:
         """Call a function with the name of one of the trial's devices, where that device is."""
@@ -137,6 +141,7 @@ def run_trials(
     trials: Mapping[str, dict[str, Any]] | TrialSearch,
     storage: Path,
     sweep: SweepSettings | None = None,
+    cluster: ClusterSettings | None = None,
     *,
     scheduler: AshaByModel | None = None,
     early_stops: Message | None = None,
@@ -151,6 +156,7 @@ def run_trials(
             called again for the same trial after a crash; it resumes from what is on disk.
         trials: Key -> parameters of each trial, which JSON can hold; or what suggests them.
         storage: Folder for Tune's own files, which all nodes see; it is deleted at the end.
+        cluster: How the workers of a trial share a model.
         scheduler: Gets the validation losses.
         early_stops: The part that is named as a trial asks its training to save and return.
         hooks: Show progress and collect results.
@@ -178,7 +184,11 @@ def run_trials(
         def run() -> None:
             stops = {"stop": callback.stop, "early_stops": early_stops or Message()}
             trainable = tune.with_parameters(
-                _tune_trial, function=function, placement=placement, **stops
+                _tune_trial,
+                function=function,
+                placement=placement,
+                cluster=cluster or ClusterSettings(),
+                **stops,
             )
             run_config = _run_config(storage, callback, sweep.max_failures_per_trial)
             _tuner(trainable, trials, placement, run_config, scheduler).fit()
@@ -241,12 +251,13 @@ def _tune_trial(
     stop: Message,
     early_stops: Message,
     placement: Placement,
+    cluster: ClusterSettings,
 ) -> None:
     torch.set_num_threads(placement.cpus * placement.workers)
     early_stop = early_stops.part(config["trial"]["key"])
     answer = {}
     with watch_messages(stop, early_stop) as inbox, watch_nodes([own_node()]) as notices:
-        context = TrialContext(placement, inbox, stop, early_stop, notices)
+        context = TrialContext(placement, inbox, stop, early_stop, cluster, notices)
         if not context.should_stop():
             try:
                 answer = {"result": function(json.loads(config["trial"]["parameters"]), context)}
@@ -259,6 +270,7 @@ def _tune_trial(
 def train_with_workers(
     job: TrainingJob,
     placement: Placement,
+    cluster: ClusterSettings,
     *,
     should_stop: Callable[[], bool],
     report: Report | None = None,
@@ -269,6 +281,7 @@ def train_with_workers(
     dies, the trial fails and is tried again, which resumes from the newest checkpoint.
 
     Args:
+        cluster: How the workers share the model.
         should_stop: Asked a few times a second.
         report: Called with the training step and its numbers.
 
@@ -283,7 +296,14 @@ def train_with_workers(
     tail.read()  # Whoever resumes the trial has read what is there already.
     stop = Message()
     with ThreadPoolExecutor(1) as pool:
-        training = pool.submit(fit_job, job, placement, stop=stop)
+        training = pool.submit(
+            fit_job,
+            job,
+            placement,
+            stop=stop,
+            parallel=cluster.parallel,
+            shards=cluster.shards_of(placement.workers),
+        )
         while not training.done():
             wait((training,), timeout=POLL_SECONDS)
             for record in tail.read():

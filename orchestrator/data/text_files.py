@@ -1,4 +1,4 @@
-"""Find and read the user's text files: `.txt`, `.jsonl`, `.jsonl.gz` and `.parquet`.
+"""Find and read the user's text files: `.txt`, `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.parquet`.
 
 A record of a `.jsonl` or `.parquet` file is a document. A `.txt` file is split at `<|endoftext|>`
 marks if it has any; otherwise at blank lines, if most blocks are a short title line followed by
@@ -8,6 +8,7 @@ text; otherwise the whole file is one document.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ PASSAGE_CHARACTERS = 4000
 TITLE_CHARACTERS = 100
 MAX_LINES_CHECKED = 1000
 """Lines searched to find out whether a field is missing in one line or in the whole file."""
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _KIND_NAMES: dict[type, str] = {
     type(None): "nothing (null)",
     bool: "true or false",
@@ -188,9 +189,15 @@ def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _open_lines(path: Path, errors: str = "strict") -> IO[str]:
+    # A byte-order mark is not part of the first line.
     if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8", errors=errors)
-    return path.open(encoding="utf-8", errors=errors)
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors=errors)
+    if path.name.endswith(".zst"):
+        import pyarrow  # Unlike zstandard's own reader, its reader notices a cut file.
+
+        stream = pyarrow.input_stream(path, compression="zstd")
+        return io.TextIOWrapper(stream, encoding="utf-8-sig", errors=errors)
+    return path.open(encoding="utf-8-sig", errors=errors)
 
 
 def _check_no_nul(text: str, path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,8 @@ from orchestrator.workspace.errors import UserError
 
 ASSUMED_BYTES_PER_DOCUMENT = 4000
 """For data sets on the hub."""
+PACKAGES_TO_DECOMPRESS = {".zst": "zstandard", ".lz4": "lz4"}
+"""Packages that the `datasets` library imports for compressed files."""
 
 
 class TextSource(ABC):
@@ -103,7 +106,17 @@ class HubDataset(TextSource):
 
     def state(self) -> Any:
         self._check_settings()
-        return ["hub", self.settings.hub_name, self.settings.hub_config]
+        state = ["hub", self.settings.hub_name, self.settings.hub_config]
+        folder = Path(self.settings.hub_name)
+        if not folder.is_dir():
+            return state
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        for path in files:
+            package = PACKAGES_TO_DECOMPRESS.get(path.suffix)
+            if package and find_spec(package) is None:
+                raise UserError(f"{path} needs {package}; run `pip install {package}`")
+        stats = [(str(path.relative_to(folder)), path.stat()) for path in files]
+        return [*state, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
 
     def documents(self, progress: Progress) -> Iterator[tuple[str, str]]:
         self._check_settings()

@@ -55,7 +55,7 @@ def newest_tokens(workspace: Workspace) -> Path:
     if not manifests:
         raise UserError(
             f"held-out tasks are made from prepared data, and {workspace.root} has none; "
-            "run `iiet-orch prepare`, or choose tasks of lm-eval with --suite"
+            "run `iiet-orch prepare`, or choose tasks of lm-eval with evaluation.suite"
         )
     folder = max(manifests, key=lambda path: path.stat().st_mtime).parent
     verify_data(folder)

@@ -132,7 +132,7 @@ def _is_in_range(requirement: Requirement) -> bool:
 
 
 def _import_path() -> Iterator[Finding]:
-    own = Path(__file__).resolve().parents[1]
+    own, is_clear = Path(__file__).resolve().parents[1], True
     # Workers of Ray, and `python` itself, look into the working folder first.
     places = list(dict.fromkeys(Path(place).resolve() for place in ("", *sys.path)))
     for place in places:
@@ -140,6 +140,7 @@ def _import_path() -> Iterator[Finding]:
             others = (place / name / "__init__.py", place / f"{name}.py")
             for found in filter(Path.is_file, others):
                 if found.parent not in (own, own.parent / "iiet"):
+                    is_clear = False
                     yield Finding(
                         check="import path",
                         state="broken",
@@ -148,7 +149,8 @@ def _import_path() -> Iterator[Finding]:
                     )
         if place == own.parent:
             break
-    yield Finding(check="import path", state="ok", text=f"orchestrator is {own}")
+    if is_clear:
+        yield Finding(check="import path", state="ok", text=f"orchestrator is {own}")
 
 
 def _extensions() -> Iterator[Finding]:

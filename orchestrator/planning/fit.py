@@ -153,10 +153,10 @@ def _check_host_memory(group: TrainingGroup, free: int | None) -> None:
     if at_once:
         change = f"--set sweep.trials_at_once={at_once}"
     elif gpus := next(fewer, 0):
-        change = f"--gpus {gpus}"
+        change = f"--set cluster.num_gpus={gpus}"
     else:
         change = nearest_fit(largest, lambda other: other.host_bytes <= free) or ""
-    advice = f"the nearest setting that fits: {change}" if change else "no setting needs less"
+    advice = f"the nearest setting that fits: {change}" if change else "no setting needs as little"
     many, each = "training", ""
     if group.at_once > 1:
         many, each = f"{group.at_once} trainings at once", " for each"
@@ -171,7 +171,7 @@ def _check_host_memory(group: TrainingGroup, free: int | None) -> None:
 def _too_little_memory(training: PlannedTraining, free: int, place: str) -> str:
     each = f" for each of {training.num_workers} workers" if training.num_workers > 1 else ""
     change = nearest_fit(training, lambda other: other.worker_bytes <= free)
-    advice = f"the nearest setting that fits: {change}" if change else "no preset fits"
+    advice = f"the nearest setting that fits: {change}" if change else "no setting needs as little"
     return (
         f"training would take about {format_bytes(training.worker_bytes)}{each} "
         f"({format_byte_parts(training.worker_memory)}), and {place} has {format_bytes(free)} "
@@ -224,7 +224,7 @@ def _alternatives(training: PlannedTraining) -> Iterator[tuple[str, PlannedTrain
         shared, text = replace(training, shards=None), f"cluster.num_shards={training.num_workers}"
         yield from _with_less_memory(shared, f"--set {text}")
     for name, smaller in _smaller_presets(training):
-        yield from _with_less_memory(smaller, f"--preset {name}")
+        yield from _with_less_memory(smaller, f"--set model.preset={name}")
 
 
 def _with_less_memory(

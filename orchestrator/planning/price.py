@@ -6,6 +6,7 @@ counts once: a first stage, and a teacher's stored outputs.
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from orchestrator.planning.nodes import num_sharing
 from orchestrator.planning.planned_training import PlannedTraining
 from orchestrator.planning.rate import Rate, assumed_rate
 from orchestrator.planning.resources import local_free_bytes, local_resources
-from orchestrator.planning.trial_gpus import assign_trial_gpus
+from orchestrator.planning.trial_gpus import assign_trial_gpus, placed_trial
 from orchestrator.records.record import Record
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.training.teacher_cache_policy import TeacherWork, estimate_teacher_work
@@ -54,6 +55,24 @@ class TrainingGroup:
         teacher = next((each.teacher for each in self.trainings if each.teacher), None)
         per_token = inference_cost(teacher).forward_flops_per_token if teacher else 0.0
         return self.teacher.num_tokens * per_token
+
+    def flops_of_a_device(self) -> float:
+        """FLOPs of one device from the start of the first training to the end of the last.
+
+        The longest training starts first, and each next one where one ends. A teacher's stored
+        outputs are computed before, on one GPU or all CPUs; one that runs in a training slows it.
+        """
+        own = list(self.without_shared_steps())
+        read = [each.num_teacher_tokens for each in own]
+        stored = self.teacher.num_stored_tokens / max(1, self.teacher.num_tokens)
+        live_flops = (1 - stored) * self.teacher_flops / max(1, sum(read))
+        works = (each.flops + live_flops * tokens for each, tokens in zip(own, read, strict=True))
+        places = [0.0] * self.at_once
+        for work in sorted(works, reverse=True):
+            heapq.heapreplace(places, places[0] + work)
+        writers = 1 if own[0].on_gpus else self.num_devices
+        last = max(places) * self.at_once / self.num_devices
+        return stored * self.teacher_flops / writers + last
 
     def disk(self, most_kept: int | None = None) -> dict[str, int]:
         """Return the bytes that are written, by name.
@@ -136,7 +155,8 @@ def trial_group(
     )
     return TrainingGroup(
         trainings=tuple(
-            replace(each, num_workers=num_workers, on_gpus=gpus > 0) for each in trainings
+            placed_trial(each, num_workers, settings.cluster, on_gpus=gpus > 0)
+            for each in trainings
         ),
         at_once=max(1, min(at_once, len(trainings))),
         sharing_a_gpu=num_sharing(gpus) if gpus else 1,
@@ -158,7 +178,7 @@ class Price(Record):
     flops: float = 0.0
     """FLOPs of both."""
     hours: tuple[float, float] = (0.0, 0.0)
-    """Shortest and longest time at the assumed rate."""
+    """Shortest and longest time at the assumed rate, until the last training ends."""
     num_devices: int = 0
     """GPUs or CPUs that are used."""
     uses_gpus: bool = False
@@ -213,7 +233,7 @@ class PlannedWork:
             own = list(group.without_shared_steps())
             own_flops = sum(each.flops for each in own) + group.teacher_flops
             for number, speed in enumerate(rate.flops_range):
-                hours[number] += own_flops / (speed * group.num_devices) / 3600
+                hours[number] += group.flops_of_a_device() / speed / 3600
             flops += own_flops
             trainings += own
         largest = max(trainings, key=lambda each: each.worker_bytes, default=None)

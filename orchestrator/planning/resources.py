@@ -86,23 +86,23 @@ def check_resources(
         num_gpus: GPUs of the training, one per worker, or a share of one; 0 trains on CPUs.
         address: Address of the Ray cluster; only this machine (`local`) is compared.
         local: Whether the training runs in this process, without Ray.
-        per_trial: Whether a trial of a sweep is meant, which has options of its own.
+        per_trial: Whether a trial of a sweep is meant, which has settings of its own.
 
     Raises:
         UserError: If there are too few CPUs or GPUs; says how many there are and what to type.
     """
     if local and max(num_workers, num_gpus) > 1:
-        asked = f"--gpus {num_gpus:g}" if num_gpus > 1 else f"--workers {num_workers}"
+        asked = f"num_gpus={num_gpus:g}" if num_gpus > 1 else f"num_workers={num_workers}"
         raise UserError(
-            f"--local trains in this process alone, and {asked} asks for several (cluster.num_gpus "
-            "and cluster.num_workers in the settings); leave out --local, or type "
-            "--set cluster.num_workers=1" + (" --set cluster.num_gpus=1" if num_gpus else "")
+            f"--local trains in this process alone, and cluster.{asked} asks for several; leave "
+            "out --local, or type --set cluster.num_workers=1"
+            + (" --set cluster.num_gpus=1" if num_gpus else "")
         )
     if num_gpus and num_workers not in (1, num_gpus):
-        option = "--workers-per-trial" if per_trial else "--workers"
+        key = "sweep.workers_per_trial" if per_trial else "cluster.num_workers"
         raise UserError(
             f"{num_workers} workers on {num_gpus:g} GPUs were asked for, but each worker has one; "
-            f"leave out {option}, or type {option} {math.ceil(num_gpus)}"
+            f"leave {key} out, or type --set {key}={math.ceil(num_gpus)}"
         )
     # A cluster elsewhere says itself what it has, once Ray runs: see `cluster.placement`.
     if address == LOCAL:
@@ -163,39 +163,39 @@ def check_available(
     places = sum(num_workers_on(node, 1, gpus_per_worker) for node in resources.nodes)
     if num_workers <= places:
         return
-    workers_option, gpus_option = "--workers", "--gpus"
-    if per_trial:
-        workers_option, gpus_option = "--workers-per-trial", "--gpus-per-trial"
     if num_gpus:
+        key = "sweep.gpus_per_trial" if per_trial else "cluster.num_gpus"
+        key = "cluster.min_gpus" if min_gpus else key
         # A trial uses GPUs also because the run does.
-        on_cpus = f"{gpus_option} and set cluster.num_gpus=0" if per_trial else gpus_option
-        assignment = "cluster.min_gpus={:g}" if min_gpus else f"{gpus_option} {{:g}}"
-        raise UserError(_too_few_gpus(num_gpus, places, resources, assignment, on_cpus))
+        on_cpus = "leave sweep.gpus_per_trial out and " * per_trial + "set cluster.num_gpus=0"
+        raise UserError(_too_few_gpus(num_gpus, places, resources, key, on_cpus))
+    key = "sweep.workers_per_trial" if per_trial else "cluster.num_workers"
     raise UserError(
         f"{num_workers} workers were asked for, but {resources.place} has {_cpus(resources)}, "
-        f"and each worker needs one; type {workers_option} {resources.cpus}"
+        f"and each worker needs one; type --set {key}={resources.cpus}"
     )
 
 
 def _too_few_gpus(
-    num_gpus: float, places: int, resources: Resources, assignment: str, option_for_cpus: str
+    num_gpus: float, places: int, resources: Resources, key: str, on_cpus: str
 ) -> str:
-    """`assignment` is what the user typed, with a place for the number."""
+    """`key` is the setting that asks for GPUs; `on_cpus` says how to train without them."""
     is_cluster = resources.place != THIS_MACHINE
-    other = f"type --address with a Ray cluster that has {num_gpus:g} GPU{'s' * (num_gpus > 1)}"
+    count = f"{num_gpus:g} GPU{'s' * (num_gpus > 1)}"
+    other = f"name a Ray cluster that has {count} by --set cluster.address=HOST:PORT"
     if is_cluster:
         other = "set cluster.wait_for_gpus=true to wait for nodes that join later"
     if resources.gpus:
         needs = "" if resources.gpus < num_gpus else ", and each worker needs a CPU beside its GPU"
         return (
-            f"{assignment.format(num_gpus)}: {resources.place} has {resources.gpus} "
+            f"{key}={num_gpus:g}: {resources.place} has {resources.gpus} "
             f"({describe_nodes(resources.nodes)}){needs}; "
-            + (f"type {assignment.format(places)}, or {other}" if places else other)
+            + (f"type --set {key}={places}, or {other}" if places else other)
         )
     return (
-        f"{assignment.format(num_gpus)}: {resources.place} has no GPU"
+        f"{key}={num_gpus:g}: {resources.place} has no GPU"
         f"{'' if is_cluster else f' that PyTorch{_torch_build()} can use'}; "
-        f"leave out {option_for_cpus} to train on its {_cpus(resources)}, or {other}"
+        f"{on_cpus} to train on its {_cpus(resources)}, or {other}"
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from orchestrator.planning.nodes import num_sharing
 from orchestrator.planning.planned_training import PlannedTraining
 from orchestrator.planning.resources import local_free_bytes
-from orchestrator.settings import Settings
+from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.training.peak_flops import ASSUMED_GPU_BYTES
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.ray_address import LOCAL
@@ -51,7 +51,11 @@ def assign_trial_gpus(
         if gpu_bytes is None and settings.cluster.ray_address == LOCAL:
             gpu_bytes = local_free_bytes(Path.cwd(), num_gpus=1).memory
         free = gpu_bytes or ASSUMED_GPU_BYTES
-        fitting = (n for n in range(1, num_gpus) if all(_fits(each, n, free) for each in trainings))
+        fitting = (
+            number
+            for number in range(1, num_gpus)
+            if all(_fits(each, number, settings.cluster, free) for each in trainings)
+        )
         per_trial = next(fitting, num_gpus)
     if per_trial > num_gpus:
         raise UserError(
@@ -67,8 +71,21 @@ def _with_sweep(settings: Settings, **changes: float) -> Settings:
     return settings.model_copy(update={"sweep": settings.sweep.model_copy(update=changes)})
 
 
-def _fits(training: PlannedTraining, num_gpus: int, free: int) -> bool:
+def placed_trial(
+    training: PlannedTraining, num_workers: int, cluster: ClusterSettings, *, on_gpus: bool
+) -> PlannedTraining:
+    """Return a training on the workers of a trial, which share the model as `cluster` says."""
+    return replace(
+        training,
+        num_workers=num_workers,
+        on_gpus=on_gpus,
+        parallel=cluster.parallel,
+        shards=cluster.shards_of(num_workers),
+    )
+
+
+def _fits(training: PlannedTraining, num_gpus: int, cluster: ClusterSettings, free: int) -> bool:
     try:
-        return replace(training, num_workers=num_gpus, on_gpus=True).worker_bytes <= free
+        return placed_trial(training, num_gpus, cluster, on_gpus=True).worker_bytes <= free
     except UserError:
         return False  # The sequences of a step cannot be divided evenly among this many GPUs.

@@ -27,8 +27,8 @@ from orchestrator.terminal.formatting import BYTE_UNITS
 # Light to dark, one for each number of corrections; higher numbers share the last.
 STRIP_COLORS = ("#eef2f6", "#bcd7ea", "#6baed6", "#2679b5", "#08417c")
 HEAT_LOW, HEAT_HIGH = (247, 251, 255), (8, 65, 124)
-PHONE_PRIORITIES = range(3, 8)
-"""Priorities of the columns that a phone leaves out."""
+LAST_PHONE_PRIORITY = 3
+"""A phone leaves out the columns that are less important than this."""
 LONG_STRIP = 12
 
 
@@ -36,11 +36,11 @@ def models_table(front: Front) -> str:
     """Return the table of all models, each schedule also as a strip."""
     columns = front_columns(front)
     heads = [_head(column.title, _classes(column)) for column in columns]
-    heads.insert(1, _head("corrections", "text"))
+    heads.insert(1, _head("corrections", "text minor"))
     rows = []
     for point in shown_points(front):
         cells = [_cell(column.cell(point), _classes(column)) for column in columns]
-        cells.insert(1, f'<td class="text">{schedule_strip(point.result.schedule)}</td>')
+        cells.insert(1, f'<td class="text minor">{schedule_strip(point.result.schedule)}</td>')
         rows.append(_row(point, cells))
     return _table(heads, rows)
 
@@ -149,7 +149,7 @@ def _cell(text: str, classes: str = "") -> str:
 
 
 def _classes(column: FrontColumn) -> str:
-    classes = {"text": column.justify == "left", "minor": column.priority in PHONE_PRIORITIES}
+    classes = {"text": column.justify == "left", "minor": column.priority > LAST_PHONE_PRIORITY}
     return " ".join(name for name, applies in classes.items() if applies)
 
 

@@ -76,6 +76,14 @@ class ClusterSettings(Section):
             raise ValueError(problem)
         return device
 
+    def shards_of(self, num_workers: int) -> int | None:
+        """Workers of a trial that share one copy of its model; None for all.
+
+        A trial may have fewer workers than a training job, among which `num_shards` are too many.
+        """
+        shards = self.num_shards
+        return shards if shards and num_workers % shards == 0 else None
+
     @property
     def fewest_gpus(self) -> int:
         """GPUs with which a training job can start."""

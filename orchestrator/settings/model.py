@@ -36,8 +36,8 @@ class DataSettings(Section):
     source_options: dict[str, dict[str, Any]] = Field(default={})
     """Options of sources of other packages, by their names: `{name: {option: value}}`."""
     files: tuple[str, ...] = ()
-    """Paths or glob patterns of `.txt`, `.jsonl` (also `.jsonl.gz`) or `.parquet` files; a folder
-    means all such files in it and below it."""
+    """Paths or glob patterns of `.txt`, `.jsonl` (also `.jsonl.gz`, `.jsonl.zst`) or `.parquet`
+    files; a folder means all such files in it and below it."""
     hub_name: str = ""
     """For `source: hub`: name of a data set on the hub, such as `cerebras/SlimPajama-627B`, or a
     folder that the `datasets` library can read."""

@@ -193,12 +193,12 @@ def _check_elastic(settings: Settings) -> None:
         if sweep.compare:
             raise UserError(
                 "sweep.compare trains a student for each schedule beside elastic weights, and "
-                "sweep.elastic is off; set it (--elastic), or leave --compare out"
+                "sweep.elastic is off; set it, or leave sweep.compare out"
             )
         if elastic and sweep.kind != "iterations":
             raise UserError(
                 "distillation.training.elastic trains several schedules at once, and a sweep's "
-                "students have one each; leave it out, or set sweep.elastic (--elastic)"
+                "students have one each; leave it out, or set sweep.elastic"
             )
         return
     if sweep.kind != "threshold":
@@ -256,7 +256,7 @@ def _check_asha(settings: Settings) -> None:
     if not any(len(learning_rates(settings, model)) > 1 for model in swept_models(settings)):
         raise UserError(
             "sweep.asha ends the worse of a model's learning rates, and no model has more than "
-            "one; name several: --rates 1e-3,2e-3,4e-3, or sweep.learning_rates for each model"
+            "one; name several for each model: --set 'sweep.learning_rates={iiet: [1e-3, 2e-3]}'"
         )
 
 

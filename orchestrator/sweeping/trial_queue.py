@@ -90,8 +90,9 @@ class TrialQueue:
                 if self.cluster.wait_for_gpus:
                     wait_for_gpus(self.settings.gpus_per_trial or 0, self.progress.note)
                 later = [t for t in waiting if waits_for_weights(t, waiting)]
-                self._run_or_wait([t for t in waiting if t not in later], num_later=len(later))
-                self._run_or_wait(list(filter(self._has_weights, later)))
+                first = [t for t in waiting if t not in later]
+                self._run_or_wait(first, num_later=len(later) + num_new)
+                self._run_or_wait(list(filter(self._has_weights, later)), num_later=num_new)
                 if search:
                     self._run_search(search)
         if search:
@@ -125,7 +126,7 @@ class TrialQueue:
             begin = None
             free = [t for t in left if self._is_unfinished(t) and not is_trial_locked(t)]
             self._busy.difference_update(trial.key for trial in free)
-            self._run_round(free, self.num_all - len(left))
+            self._run_round(free, self.num_all - num_later - len(left))
             left = [t for t in left if t not in free or t.key in self._busy]
             left = [t for t in left if self._is_unfinished(t)]
 
@@ -186,6 +187,7 @@ class TrialQueue:
                 else {t.key: self._parameters(t) for t in sorted(trials, key=_run_order)},
                 storage,
                 self.settings,
+                self.cluster,
                 scheduler=AshaByModel(asha, stop_early),
                 early_stops=early_stops,
                 hooks=TrialHooks(

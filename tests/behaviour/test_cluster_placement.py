@@ -163,7 +163,7 @@ def test_pretrain_runs_on_eight_gpus_and_is_refused_on_nine_before_tokens_are_pr
     printed = run_with_cluster(COMMANDS, f"--workspace={tmp_path / 'space'}", *options)
     refused, done = (json.loads(line) for line in printed.splitlines())
     assert refused[:2] == [2, False]
-    assert "--gpus 9: the cluster at" in refused[3]
+    assert "cluster.num_gpus=9: the cluster at" in refused[3]
     assert done[:2] == [0, True], done[3]
     (job,) = (tmp_path / "space" / "runs").iterdir()
     started = next(r for r in read_journal(job)[0] if r.get("name") == "started")

@@ -78,6 +78,7 @@ def test_exit_codes(
         ),
         (["pretrain", "--device", "cuda:1"], "'cuda:1' is not one of 'cpu', 'cuda'"),
         (["pretrain", "--device", "cpu", "--gpus", "2"], "--device cpu and --gpus 2"),
+        (["search", "--device", "cpu", "--gpus-per-trial", "1"], "and --gpus-per-trial 1: leave"),
         (["pretrain", "--lr", "0"], "training.learning_rate"),
         (["pretrain", "--dtype", "fp16"], "--dtype"),
         (["distill", "-r", "1", "--seed", "-1"], "--seed"),

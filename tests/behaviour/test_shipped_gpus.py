@@ -35,6 +35,8 @@ def planned(name: str, workspace: Path, *assignments: str) -> SweepDryRun:
 def test_the_sweeps_for_gpus_are_these() -> None:
     named = {name: read_settings(path).cluster.num_gpus for name, path in shipped_sweeps().items()}
     assert {name: number for name, number in named.items() if number} == ON_GPUS
+    # A thousandth of their tokens is more than any measurement reads.
+    assert {read_settings(name).data.validation_fraction for name in ON_GPUS} == {0.001}
 
 
 @pytest.mark.parametrize("name", ON_GPUS)
@@ -58,6 +60,31 @@ def test_a_pass_of_twice_the_sequences_does_not_fit(name: str, tmp_path: Path) -
     students = f"distillation.training.{PER_PASS}={per_pass}"
     found = planned(name, tmp_path, students, "sweep.gpus_per_trial=1").problems["an H100"]
     assert f"--set distillation.training.{PER_PASS}={per_pass // 2}" in str(found)
+
+
+def test_the_time_of_a_sweep_is_that_of_its_trials_on_eight_gpus(tmp_path: Path) -> None:
+    prices = {
+        number: planned("paper-340m", tmp_path, f"sweep.num_schedules={number}").price
+        for number in (2, 8, 9, 16, 17)
+    }
+    hours = {number: price.hours[0] for number, price in prices.items()}
+    assert prices[2].rate
+    one = (prices[9].flops - prices[8].flops) / prices[2].rate.flops_range[0] / 3600
+    assert hours[8] == hours[2], "side by side"
+    assert hours[9] == hours[16] == pytest.approx(hours[2] + one), "the ninth waits for a GPU"
+    assert hours[17] == pytest.approx(hours[2] + 2 * one)
+
+
+def test_trials_share_a_model_that_is_too_large_for_one_gpu(tmp_path: Path) -> None:
+    sizes = ("dim=4096", "num_layers=32", "num_heads=32", "num_kv_heads=32", "ffn_dim=11008")
+    large = [f"model.{size}" for size in ("preset=1.3b", *sizes)]
+    for section in ("training", "distillation.training"):
+        large += [f"{section}.{PER_PASS}=1", f"{section}.activation_checkpointing=true"]
+    refused = planned("paper-340m", tmp_path, *large).problems["an H100"]
+    assert "cluster.parallel=fsdp" in str(refused)
+    found = planned("paper-340m", tmp_path, *large, "cluster.parallel=fsdp")
+    assert found.problems["an H100"] is None
+    assert found.states, found.notes
 
 
 @pytest.mark.parametrize("name", ON_GPUS)

@@ -93,6 +93,8 @@ def test_a_package_of_the_same_name_is_broken(
     other.touch()
     [finding] = _broken(tmp_path / "space", capsys)
     assert str(other.resolve()) in finding["text"]
+    cli.main(["doctor", "--workspace", str(tmp_path / "space")])
+    assert "✓ import path" not in capsys.readouterr().out
 
 
 def test_a_library_outside_its_range_is_broken(

@@ -45,7 +45,7 @@ def test_a_port_where_nothing_listens_is_refused_with_what_to_type() -> None:
         unused.bind(("127.0.0.1", 0))
         address = address_of(unused)
         with pytest.raises(
-            UserError, match=f"no Ray cluster answers at {address}.*--address local"
+            UserError, match=f"no Ray cluster answers at {address}.*cluster.address=local"
         ):
             check_reachable(address)
         with pytest.raises(UserError, match=address), ray_cluster(ClusterSettings(address=address)):

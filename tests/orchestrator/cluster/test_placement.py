@@ -156,12 +156,12 @@ def test_trials_share_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("sweep", "words"),
     [
-        ({"workers_per_trial": 3}, ["3 workers", "--workers-per-trial 2"]),
+        ({"workers_per_trial": 3}, ["3 workers", "sweep.workers_per_trial=2"]),
         (
             {"gpus_per_trial": 1},
-            ["--gpus-per-trial 1", "leave out --gpus-per-trial and set cluster.num_gpus=0"],
+            ["sweep.gpus_per_trial=1: ", "set cluster.num_gpus=0"],
         ),
-        ({"gpus_per_trial": 0.5}, ["--gpus-per-trial 0.5", "no GPU"]),
+        ({"gpus_per_trial": 0.5}, ["sweep.gpus_per_trial=0.5", "no GPU"]),
     ],
 )
 def test_what_never_fits_says_what_would(sweep: dict[str, float], words: list[str]) -> None:
@@ -174,10 +174,10 @@ def test_what_never_fits_says_what_would(sweep: dict[str, float], words: list[st
     ("nodes", "num_gpus", "words"),
     [
         (DOCUMENTED, 33, ["has 32 (4 nodes with 64 CPUs and 8 GPUs each, 1 node with 8 CPUs)",
-                          "type --gpus 32", "cluster.wait_for_gpus=true"]),
-        (FEW_CPUS, 13, ["has 16", "a CPU beside its GPU", "type --gpus 12"]),
+                          "type --set cluster.num_gpus=32", "cluster.wait_for_gpus=true"]),
+        (FEW_CPUS, 13, ["has 16", "a CPU beside its GPU", "type --set cluster.num_gpus=12"]),
         ((Node(0, 4), HEAD), 1, ["has 4", "a CPU beside its GPU; set cluster.wait"]),
-        ((HEAD,), 1, ["the cluster at x has no GPU; leave out --gpus", "its 8 CPUs"]),
+        ((HEAD,), 1, ["the cluster at x has no GPU; set cluster.num_gpus=0", "its 8 CPUs"]),
     ],
 )  # fmt: skip
 def test_a_cluster_that_lacks_gpus_says_what_its_nodes_have(

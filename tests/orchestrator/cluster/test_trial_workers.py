@@ -18,7 +18,7 @@ from orchestrator.cluster.messages import Message
 from orchestrator.records.early_stop import AshaTrial
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
-from orchestrator.settings import SweepSettings, resolve_settings
+from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings
 from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_early_stop
 from orchestrator.training.job import job_key
 from orchestrator.training.model_loading import load_model
@@ -48,6 +48,7 @@ def run_with_two(
     folder: Path,
     watch: Callable[[Any], None] | None = None,
     asha: Mapping[str, AshaTrial] | None = None,
+    cluster: ClusterSettings | None = None,
 ) -> list[Any]:
     from orchestrator.cluster.ray_tune import TrialContext, TrialHooks, run_trials
 
@@ -74,6 +75,7 @@ def run_with_two(
         given,
         folder,
         sweep,
+        cluster,
         scheduler=AshaByModel(asha, stop_early),
         early_stops=early_stops,
         hooks=TrialHooks(watch=watch or (lambda _: None)),
@@ -106,13 +108,15 @@ def test_two_workers_make_what_one_makes_also_through_a_stop(
     step = int(saved[0].name.removeprefix("step_"))
     assert 0 < step < 300
 
-    [report] = run_with_two([trial], tmp_path / "second")
+    fsdp = ClusterSettings(num_workers=4, parallel="fsdp", num_shards=4)
+    [report] = run_with_two([trial], tmp_path / "second", cluster=fsdp)
     assert report.result == {"state": "made"}, report.error
     result = trial.result()
     assert result is not None
     events = [r for r in read_journal(folder)[0] if r["kind"] == "event"]
     resumed = next(r for r in events if r["name"] == "resumed")
     assert (resumed["num_workers"], resumed["step"]) == (2, step)
+    assert (resumed["parallel"], resumed["num_shards"]) == ("fsdp", 2)
 
     job = trial.job.model_copy(update={"run_folder": str(tmp_path / "alone")})
     assert job_key(job) == job_key(trial.job)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from orchestrator.data import text_writing, tokenization
 from orchestrator.data.corpus import Document
@@ -20,7 +21,8 @@ from orchestrator.data.preparation import describe, prepare
 from orchestrator.data.prepared import verify_data
 from orchestrator.data.token_store import open_tokens
 from orchestrator.data.token_writer import RECORD_NAME
-from orchestrator.settings import DataSettings
+from orchestrator.pipelines.training_dry_runs import plan_pretrain
+from orchestrator.settings import DataSettings, Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -78,6 +80,22 @@ def test_a_changed_source_is_prepared_again(
     assert second != first
     (tmp_path / "b.txt").unlink()
     assert prepare(settings, workspace) == first
+
+
+def test_a_changed_local_data_set_is_prepared_again(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = DataSettings(source="hub", hub_name=str(tmp_path / "set"), vocab_size=300)
+    (tmp_path / "set").mkdir()
+    for name, number in (("a", 50), ("b", 100)):
+        lines = "".join(f'{{"text": "Text {name}{i} is about {i} fish."}}\n' for i in range(50))
+        # As SlimPajama's files are.
+        (tmp_path / "set" / f"{name}.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+        assert f"{number} documents" in describe(prepare(settings, workspace))
+    (tmp_path / "set" / "c.jsonl.lz4").touch()
+    monkeypatch.setitem(sys.modules, "lz4", None)  # As if it were not installed.
+    with pytest.raises(UserError, match=r"c\.jsonl\.lz4 needs lz4; run `pip install lz4`"):
+        plan_pretrain(Settings(data=settings), workspace=workspace)
 
 
 def test_damaged_tokens_are_prepared_again(workspace: Workspace, settings: DataSettings) -> None:

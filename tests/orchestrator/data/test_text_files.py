@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 
 from orchestrator.data.corpus import read_documents
 from orchestrator.data.text_files import (
@@ -35,13 +36,14 @@ def texts(settings: DataSettings) -> list[str]:
 def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
     rows = [{"body": f"Document {i} has its own words."} for i in range(3)]
     expected = [row["body"] for row in rows]
-    lines = "\n".join(map(json.dumps, rows))
+    lines = "\ufeff" + "\n".join(map(json.dumps, rows))  # Windows starts files with such a mark.
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(expected))
     (tmp_path / "a.jsonl").write_text(lines + "\n\n")
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write(lines)
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    for name in ("a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"):
+    for name in ("a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
         assert texts(files(tmp_path / name, text_field="body")) == expected, name
     # All files together hold the same three texts, which count once.
     assert texts(files(tmp_path / "a.*", text_field="body")) == expected
@@ -86,6 +88,8 @@ def test_an_existing_name_with_brackets_is_not_a_pattern(tmp_path: Path) -> None
         ("a.txt", "A text.".encode("utf-16-le"), "text", "holds NUL bytes.*convert it to UTF-8"),
         ("a.txt", "A text.".encode("utf-16-be"), "text", "holds NUL bytes"),
         ("a.jsonl.gz", b"not gzip", "text", "cannot read"),
+        ("a.jsonl.zst", b"not zstd", "text", "cannot read"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "x"}\n')[:-6], "text", "cannot read"),
         ("a.parquet", b"not parquet", "text", "not a readable Parquet file"),
         ("a.txt", b"\xff\xfe\x00", "text", "not UTF-8"),
         ("a.csv", b"a,b", "text", "the kinds are .txt"),

@@ -145,7 +145,8 @@ def test_a_mistake_writes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"), [("num_gpus=800", "--gpus 800"), ("num_workers=3000", "3000 workers")]
+    ("changes", "sentence"),
+    [("num_gpus=800", "cluster.num_gpus=800"), ("num_workers=3000", "3000 workers")],
 )
 def test_too_few_resources_are_reported_before_the_workspace_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: str, sentence: str

@@ -113,7 +113,7 @@ def test_a_run_that_does_not_fit_is_refused_before_text_is_read(
     assert cli.main(["pretrain", "-w", str(tmp_path), *options]) == 2
     error = capsys.readouterr().err
     assert ("GiB free" in error) == (what == "memory")
-    assert "--preset tiny" in error or "--workspace" in error
+    assert "model.preset=tiny" in error or "--workspace" in error
     assert not (tmp_path / "tokens").exists()
 
 

@@ -55,11 +55,9 @@ def refused(asked: PlannedTraining, free: FreeBytes) -> str:
     return str(caught.value)
 
 
-def follow(message: str) -> tuple[list[str], str]:
-    """Return the assignments and the preset that a message proposes."""
-    return re.findall(r"--set (\S+=[^\s;]+)", message), (
-        re.findall(r"--preset (\S+)", message) or ["340m"]
-    )[0]
+def follow(message: str) -> list[str]:
+    """Return the assignments that a message proposes."""
+    return re.findall(r"--set (\S+=[^\s;]+)", message)
 
 
 def test_a_cluster_elsewhere_is_not_compared_with_this_machines_memory() -> None:
@@ -77,9 +75,8 @@ def test_the_proposed_change_fits(gigabytes: int) -> None:
     assert "weights" in message
     assert "activations" in message
     assert f"{gigabytes} GiB free" in message
-    settings, name = follow(message)
-    assert settings or name != "340m"
-    check(request(*settings, f"model.preset={name}"), free)
+    assert follow(message)
+    check(request(*follow(message)), free)
 
 
 def test_the_smallest_change_comes_first() -> None:
@@ -93,9 +90,9 @@ def test_the_smallest_change_comes_first() -> None:
     assert proposal(per_pass[16]) == "--set training.num_sequences_per_pass=16"
     assert proposal(per_pass[1]) == "--set training.num_sequences_per_pass=1"
     assert "activation_checkpointing=true" in proposal(per_pass[1] - 0.5)
-    assert proposal(4).startswith("--preset 55m")
+    assert proposal(4).startswith("--set model.preset=55m")
     free = FreeBytes(memory=GIB // 2, disk=None)
-    assert "no preset fits" in refused(request(), free)
+    assert "no setting needs as little" in refused(request(), free)
 
 
 def test_fsdp_is_proposed_if_the_settings_offer_it() -> None:
@@ -117,8 +114,7 @@ def test_a_full_disk_is_refused_before_the_first_checkpoint() -> None:
     assert "training.num_checkpoints_kept=2" in message
     assert "--workspace" in message
     assert f"checkpoints {format_bytes(5 * one)}" in message
-    settings, _ = follow(message)
-    check(request("training.num_steps=100000", *settings), free)
+    check(request("training.num_steps=100000", *follow(message)), free)
     # Checkpoints that this run has written already are replaced, not added to.
     check(replace(asked, present_bytes=2 * one), free)
     with pytest.raises(UserError, match="tokens"):
@@ -134,8 +130,8 @@ def test_proposals_keep_explicit_sizes() -> None:
     asked = PlannedTraining(
         config=build_model_config(model, vocab_size=32000), recipe=request().recipe, model=model
     )
-    # No preset makes a model with these explicit sizes smaller, so none is proposed.
-    assert "no preset fits" in refused(asked, FreeBytes(memory=2 * GIB, disk=None))
+    # No preset makes a model with these explicit sizes smaller, so none is tried.
+    assert "no setting needs as little" in refused(asked, FreeBytes(memory=2 * GIB, disk=None))
 
 
 def test_a_teachers_weights_are_counted() -> None:
@@ -189,9 +185,9 @@ def test_trials_share_the_memory_of_their_gpu(tiny_plan: SweepPlan) -> None:
     ("num_gpus", "at_once", "words"),
     [
         # 2 GiB for each of 8 processes, and the pinned buffers of a checkpoint of 3.8 GiB.
-        (8, 1, r"training on 8 GPUs would take about 21\.\d GiB .* --gpus 7"),
+        (8, 1, r"training on 8 GPUs would take about 21\.\d GiB .* --set cluster\.num_gpus=7"),
         (1, 8, r"8 trainings at once on 8 GPUs .* --set sweep\.trials_at_once=2"),
-        (32, 1, r"on 32 GPUs .* --gpus 7"),
+        (32, 1, r"on 32 GPUs .* --set cluster\.num_gpus=7"),
     ],
 )
 def test_workers_on_gpus_need_memory_of_the_machine(
@@ -218,7 +214,7 @@ def test_a_machine_too_small_for_one_worker_is_offered_a_smaller_model() -> None
     asked = replace(request("training.num_sequences_per_pass=1"), on_gpus=True)
     group = TrainingGroup(trainings=(asked,))
     free = FreeBytes(memory=4 * GIB, disk=None)
-    with pytest.raises(UserError, match=r"it has 4 GiB free; .* --preset 55m"):
+    with pytest.raises(UserError, match=r"it has 4 GiB free; .* --set model\.preset=55m"):
         check_fit(
             PlannedWork(groups=[group], folder=Path()),
             measure_free=lambda *_, num_gpus=0, **__: (

@@ -42,9 +42,9 @@ def test_a_job_that_fits_passes(num_workers: int, num_gpus: int, resources: Reso
 @pytest.mark.parametrize(
     ("num_workers", "num_gpus", "resources", "words"),
     [
-        (1, 8, TWO_CPUS, ["--gpus 8", "no GPU", "leave out --gpus", "2 CPUs", "--address"]),
-        (1, 8, TWO_GPUS, ["--gpus 8", "has 2", "type --gpus 2", "--address"]),
-        (3, 0, TWO_CPUS, ["3 workers", "2 CPUs", "type --workers 2"]),
+        (1, 8, TWO_CPUS, ["no GPU", "set cluster.num_gpus=0", "2 CPUs", "cluster.address"]),
+        (1, 8, TWO_GPUS, ["has 2", "type --set cluster.num_gpus=2", "cluster.address"]),
+        (3, 0, TWO_CPUS, ["3 workers", "2 CPUs", "type --set cluster.num_workers=2"]),
         (2, 0, Resources((Node(1),), "the cluster at x"), ["the cluster at x", "1 CPU,"]),
     ],
 )
@@ -57,21 +57,25 @@ def test_a_job_that_does_not_fit_is_refused_with_what_would(
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize(("workers", "gpus", "words"), [(2, 0, "--workers 2"), (1, 8, "--gpus 8")])
+@pytest.mark.parametrize(
+    ("workers", "gpus", "words"), [(2, 0, "num_workers=2"), (1, 8, "num_gpus=8")]
+)
 def test_one_process_cannot_run_several_workers(workers: int, gpus: int, words: str) -> None:
-    with pytest.raises(UserError, match=f"--local trains in this process alone, and {words}"):
+    with pytest.raises(
+        UserError, match=f"--local trains in this process alone, and cluster.{words}"
+    ):
         check_resources(workers, gpus, local=True)
 
 
 @pytest.mark.parametrize(
     ("num_workers", "num_gpus", "resources", "words"),
     [
-        (3, 0, TWO_CPUS, "type --workers-per-trial 2"),
-        (1, 8, TWO_GPUS, "type --gpus-per-trial 2"),
-        (1, 1, TWO_CPUS, "leave out --gpus-per-trial and set cluster.num_gpus=0"),
+        (3, 0, TWO_CPUS, "type --set sweep.workers_per_trial=2"),
+        (1, 8, TWO_GPUS, "type --set sweep.gpus_per_trial=2"),
+        (1, 1, TWO_CPUS, "leave sweep.gpus_per_trial out and set cluster.num_gpus=0"),
     ],
 )
-def test_a_trials_error_names_the_options_of_trials(
+def test_a_trials_error_names_the_settings_of_trials(
     num_workers: int, num_gpus: int, resources: Resources, words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
@@ -80,7 +84,7 @@ def test_a_trials_error_names_the_options_of_trials(
 
 @pytest.mark.parametrize(
     ("per_trial", "words"),
-    [(False, "leave out --workers, or"), (True, "type --workers-per-trial 2")],
+    [(False, "leave cluster.num_workers out"), (True, "type --set sweep.workers_per_trial=2")],
 )
 def test_gpus_have_one_worker_each(per_trial: bool, words: str) -> None:
     with pytest.raises(UserError, match=f"3 workers on 2 GPUs .* {words}"):

@@ -19,7 +19,7 @@ from orchestrator.records.trial import Trial, TrialCost
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.html_page import render_page
-from orchestrator.reporting.html_tables import _sort_value, schedule_strip
+from orchestrator.reporting.html_tables import _sort_value, models_table, schedule_strip
 from orchestrator.reporting.pareto import Front, find_front
 from orchestrator.reporting.report_content import SweepReport
 
@@ -81,6 +81,14 @@ def test_tasks_and_sweeps_are_distinguished(
     assert set(data["series"]) == {"a & b", "second"}
     assert {"paired/vs_teacher", "paired/confidence_on_front"} <= set(data["hover"])
     assert all(name in data["rows"][0] for name in data["hover"] if name.startswith("paired/"))
+
+
+def test_a_phone_shows_the_most_important_columns(
+    sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
+) -> None:
+    front = with_confidence(find_front(sample_results), sample_evaluations, num_resamples=100)
+    titles = re.findall(r'<th class="(?![^"]*minor)[^"]*"><button>(.*?)<', models_table(front))
+    assert titles == ["schedule", "NFE", "ms/token", "accuracy %", "of full", "front"]
 
 
 def test_the_page_has_the_front_of_every_pair_of_axes(sample_results: list[Trial]) -> None:

@@ -81,7 +81,8 @@ def test_a_varying_number_of_gpus_is_checked(assignments: list[str], words: str)
 def test_shards_divide_the_workers(assignments: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         resolve_settings({}, [f"cluster.{assignment}" for assignment in assignments])
-    ClusterSettings(num_gpus=32, parallel="fsdp", num_shards=8)
+    cluster = ClusterSettings(num_gpus=32, parallel="fsdp", num_shards=8)
+    assert {n: cluster.shards_of(n) for n in (4, 8, 12, 16)} == {4: None, 8: 8, 12: None, 16: 8}
 
 
 def test_a_job_starts_with_the_fewest_gpus() -> None:

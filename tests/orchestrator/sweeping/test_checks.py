@@ -104,7 +104,7 @@ def workspace(tmp_path: Path) -> Workspace:
             ["model.num_layers=2", "sweep.iterations=['2,1']", "sweep.num_layers={iiet: [2, 4]}"],
             "the iteration schedule 2,1 is for 2 layers, the model has 4",
         ),
-        ("threshold", ["sweep.gpus_per_trial=64"], "--gpus-per-trial"),
+        ("threshold", ["sweep.gpus_per_trial=64"], "sweep.gpus_per_trial=64"),
         ("threshold", ["sweep.gpus_per_trial=0", "cluster.num_gpus=8"], "names GPUs"),
         ("iterations", ["sweep.gpus_per_trial=9", "cluster.num_gpus=8"], "asks for 9 GPUs"),
         ("threshold", ["evaluation.suite=no_such_task"], "no_such_task"),
@@ -289,7 +289,7 @@ def test_a_cluster_has_the_gpus_of_a_trial_and_of_the_teacher() -> None:
     one = Resources((Node(16, 1),), "the cluster at x")
     check_on_nodes(settings, Resources((Node(16, 8),)), pretrains=True)
     check_on_nodes(settings, one, pretrains=False)
-    with pytest.raises(UserError, match="--gpus 8: the cluster at x has 1"):
+    with pytest.raises(UserError, match=r"cluster\.num_gpus=8: the cluster at x has 1"):
         check_on_nodes(settings, one, pretrains=True)
-    with pytest.raises(UserError, match="--gpus-per-trial 1: the cluster at x has no GPU"):
+    with pytest.raises(UserError, match="gpus_per_trial=1: the cluster at x has no GPU"):
         check_on_nodes(settings, Resources((Node(16),), "the cluster at x"), pretrains=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.pareto import find_front
-from orchestrator.settings import SearchSettings
+from orchestrator.settings import SearchSettings, SweepSettings
+from orchestrator.sweeping import trial_queue
 from orchestrator.sweeping.search import GENERATION, STUDY_FILE, ScheduleSearch, finished_schedules
 from orchestrator.sweeping.student_plans import search_plan
+from orchestrator.sweeping.trial_queue import TrialQueue
+from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import open_workspace
 from orchestrator.workspace.names import RUN_LOCK_NAME
@@ -166,6 +170,24 @@ def test_each_schedule_once_and_the_same_command_trains_nothing(
     assert [trial.label for trial in world.search(sampler=sampler).known_trials()] == first
     assert len(world.run(sampler=sampler, num_trials=num_trials + 1)) == 1, "a longer one goes on"
     assert world.made == made + 1
+
+
+def test_trials_that_are_not_suggested_yet_are_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, done = World(tmp_path), []
+
+    def run_round(_: TrialQueue, trials: list[Trial], num_done: int, *__: Any) -> None:
+        done.append(num_done)
+        for trial in trials:
+            world.finish(trial)
+
+    monkeypatch.setattr(trial_queue, "ray_cluster", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(TrialQueue, "_run_round", run_round)
+    search, family = world.search(num_trials=24), world.family.trials
+    queue = TrialQueue(tmp_path, SweepSettings(), Progress(), num_all=len(family) + 24)
+    queue.run(family, search)
+    assert done == [0, len(family)], "before the family, and before the search"
 
 
 def test_another_seed_suggests_others(tmp_path: Path) -> None:

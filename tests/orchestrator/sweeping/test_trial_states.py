@@ -102,7 +102,7 @@ def test_each_trial_is_a_row(tiny_plan: SweepPlan) -> None:
 
 
 def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
-    chosen = settings()
+    chosen = settings("sweep.trials_at_once=1")
     price = price_left(tiny_plan, chosen, tmp_path)
     assert price.num_tokens == 4 * 40 * STEP
     assert price.num_teacher_tokens == 40 * STEP, "its answers are stored once"
@@ -128,12 +128,18 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
 
 
 def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan: SweepPlan, tmp_path: Path) -> None:
-    chosen = settings("distillation.teacher_cache=live", "sweep.gpus_per_trial=1")
-    price = price_left(tiny_plan, chosen, tmp_path)
+    live, two = "distillation.teacher_cache=live", ["gpus_per_trial=1", "trials_at_once=2"]
+    chosen = settings(live, *(f"sweep.{one}" for one in two))
+    cheapest_first = tiny_plan.model_copy(update={"trials": tiny_plan.trials[::-1]})
+    price = price_left(cheapest_first, chosen, tmp_path)
     assert price.num_teacher_tokens == 4 * 40 * STEP
     assert "teacher outputs" not in price.disk
     assert price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
     assert price.uses_gpus
+    # The longest training starts first: one GPU trains 2,1 and 0,0, the other one 1,1 and 1,0.
+    assert price.rate
+    seconds = 3600 * price.hours[0] * price.rate.peak_flops * price.rate.shares[1]
+    assert seconds == pytest.approx(40 * STEP * (97_728 + 80_448 + 2 * TEACHER))
 
 
 @pytest.mark.parametrize(
