@@ -69,8 +69,10 @@ def serve(
     url = f"http://{HOST}:{port}"
     say(f"starting MLflow on {url} (takes some seconds)")
     stopped = threading.Event()
-    with signal_handlers(SIGNALS, lambda *_: stopped.set()):
-        server = _start(workspace, tracking.store.uri, port)
+    with (
+        signal_handlers(SIGNALS, lambda *_: stopped.set()),
+        _start(workspace, tracking.store.uri, port) as server,
+    ):
         try:
             _wait_until_healthy(server, url, workspace.logs / LOG_NAME, stopped)
             for line in link_lines(tracking, url):
@@ -151,7 +153,6 @@ def stop_group(server: subprocess.Popen[bytes]) -> None:
             time.sleep(0.05)
         if not _group_lives(server):
             break
-    server.wait()
 
 
 def _group_lives(server: subprocess.Popen[bytes]) -> bool:
