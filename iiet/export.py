@@ -78,6 +78,8 @@ def export_pretrained(
     if elastic_schedules:
         model.config.elastic_schedules = list(map(str, elastic_schedules))
     model.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):  # safetensors writes for the owner alone.
+        shutil.copymode(folder / "config.json", weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     elif tokenizer_file is not None:

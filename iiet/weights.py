@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -50,6 +51,7 @@ def write_folder(
     temporary.replace(folder / WEIGHTS)
     text = json.dumps(config.to_dict(), indent=2) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors writes for the owner alone.
 
 
 def read_folder(folder: str | PathLike[str]) -> tuple[ModelConfig, dict[str, Tensor]]:

@@ -208,8 +208,8 @@ def _print_status(console: Console, workspace: Workspace, found: Status) -> None
 
 def _sentence(activity: Activity) -> str:
     facts = [f"{activity.label} in {', '.join(activity.sweeps)}" if activity.sweeps else ""]
-    if activity.kind == "training":
-        facts.append(f"step {activity.step or 0:,} of {activity.steps or 0:,}")
+    if activity.kind in ("queued", "training") and activity.steps:
+        facts.append(f"step {activity.step or 0:,} of {activity.steps:,}")
         facts.append(f"loss {activity.loss:.4g}" if activity.loss is not None else "")
         speed, left = activity.tokens_per_second, activity.seconds_left
         facts.append(f"{speed:,.0f} tokens/s" if speed else "")

@@ -42,7 +42,7 @@ from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.ray_address import LOCAL
 from orchestrator.workspace.scratch import ScratchFolder, make_scratch_folder
 
-LONGEST_TEMPORARY_FOLDER = 40  # characters; a socket's path adds up to 64, of 107 at most
+LONGEST_TEMPORARY_FOLDER = 40  # characters; Ray's folder and a socket add up to 66, of 107 at most
 # After Ctrl-C everything together must take less than ten seconds.
 INTERRUPTED_START_SECONDS = 2.0
 INTERRUPTED_SHUTDOWN_SECONDS = 3.0
@@ -98,7 +98,7 @@ def _run_ray(start: Callable[[], Resources], scratch: ScratchFolder) -> Iterator
     thread = _RayThread(start, scratch)
     seconds = SHUTDOWN_SECONDS
     try:
-        with signal_handlers((signal.SIGTERM,), signal.default_int_handler):
+        with signal_handlers((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler):
             _running = thread.started()
             yield _running
     except (KeyboardInterrupt, Interrupted):
@@ -156,6 +156,8 @@ class _RayThread:
         self.scratch.delete()
 
     def _run(self) -> None:
+        # Ray's processes inherit this. A closed terminal must not end them before they have saved.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         try:
             self._resources.set_result(self.start())
         except BaseException as error:
@@ -188,7 +190,7 @@ def _start_here(
             runtime_env=runtime_env,
             log_to_driver=False,
             logging_level=logging.WARNING,
-            _temp_dir=str(scratch),
+            _temp_dir=str(scratch / "r"),  # Ray opens its folder to every user: one inside ours.
         )
     except Exception as error:
         raise RunFailed(f"Ray did not start: {error}") from error

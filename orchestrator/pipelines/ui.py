@@ -18,7 +18,6 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import psutil
 
@@ -45,7 +44,7 @@ def serve(
     say: Callable[[str], None] = print,
     should_stop: Callable[[], bool] | None = None,
 ) -> None:
-    """Serve MLflow's pages until Ctrl-C, SIGTERM or `should_stop`; then return normally.
+    """Serve MLflow's pages until Ctrl-C, SIGTERM, SIGHUP or `should_stop`; then return normally.
 
     Args:
         say: Called with each line for the user, links included.
@@ -70,13 +69,10 @@ def serve(
     url = f"http://{HOST}:{port}"
     say(f"starting MLflow on {url} (takes some seconds)")
     stopped = threading.Event()
-    # Python imports from the current directory first. The server starts in an empty one, so a file
-    # in a shared workspace is never imported.
     with (
         signal_handlers(SIGNALS, lambda *_: stopped.set()),
-        TemporaryDirectory(prefix="iiet-ui-") as empty,
+        _start(workspace, tracking.store.uri, port) as server,
     ):
-        server = _start(workspace, tracking.store.uri, port, Path(empty))
         try:
             _wait_until_healthy(server, url, workspace.logs / LOG_NAME, stopped)
             for line in link_lines(tracking, url):
@@ -157,7 +153,6 @@ def stop_group(server: subprocess.Popen[bytes]) -> None:
             time.sleep(0.05)
         if not _group_lives(server):
             break
-    server.wait()
 
 
 def _group_lives(server: subprocess.Popen[bytes]) -> bool:
@@ -170,8 +165,14 @@ def _group_lives(server: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def _start(workspace: Workspace, uri: str, port: int, folder: Path) -> subprocess.Popen[bytes]:
+# A child of the shell reads a pipe that this process alone holds open. The pipe ends with this
+# process, also by SIGKILL; then the whole group is killed.
+_WITH_PARENT = 'exec 3<&0; { read _ <&3; kill -KILL 0; } & exec "$@" 3<&- </dev/null'
+
+
+def _start(workspace: Workspace, uri: str, port: int) -> subprocess.Popen[bytes]:
     command = [
+        *("sh", "-c", _WITH_PARENT, "sh"),
         *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
         *("--host", HOST, "--port", str(port)),
         *("--no-serve-artifacts", "--default-artifact-root", workspace.artifacts.as_uri()),
@@ -188,11 +189,12 @@ def _start(workspace: Workspace, uri: str, port: int, folder: Path) -> subproces
     with (workspace.logs / LOG_NAME).open("wb") as log:
         return subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            cwd=folder,
+            # Python imports from the current directory first; no file of a shared workspace.
+            cwd=sys.prefix,
             start_new_session=True,
         )
 

@@ -13,14 +13,13 @@ from iiet.cost import num_parameters
 from orchestrator.planning.planned_training import CHECKPOINT_BYTES_PER_PARAMETER
 from orchestrator.records.training import TrainingJob
 from orchestrator.terminal.formatting import format_bytes, format_duration
-from orchestrator.workspace.journal import read_tail
+from orchestrator.workspace.journal import SPEED_METRIC, read_tail
 from orchestrator.workspace.names import DONE_NAME
 
 LEAST_SECONDS = 4.0
 """Enough for small models, with a message to the workers and the end of their processes."""
 WRITE_BYTES_PER_SECOND = 300e6
 """Assumed speed of a checkpoint that is gathered, hashed and flushed to a shared disk."""
-SPEED = "train/tokens_per_second"
 NUM_WRITES = 2
 """The checkpoint that may be being written, and the one of the state."""
 
@@ -57,7 +56,7 @@ def _write_seconds(records: Sequence[dict[str, Any]], num_bytes: int) -> float:
 
 def _step_seconds(records: Sequence[dict[str, Any]], job: TrainingJob) -> float:
     metrics = [record["values"] for record in records if record["kind"] == "metrics"]
-    known = [values[SPEED] for values in metrics if values.get(SPEED)]
+    known = [values[SPEED_METRIC] for values in metrics if values.get(SPEED_METRIC)]
     recipe = job.recipe
     num_tokens = recipe.num_tokens_per_step + recipe.num_validation_tokens
     return num_tokens / known[-1] if known else 0.0

@@ -13,11 +13,12 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from orchestrator.workspace.credentials import mask_secrets
+from orchestrator.workspace.locks import lock_descriptor
 
 NUM_LOGS_KEPT = 20
 
@@ -28,7 +29,8 @@ def command_log(
 ) -> Iterator[tuple[Path | None, TextIO]]:
     """Redirect standard error to a new log file until the block ends, unless `verbose`.
 
-    Yields the log file, or None, and the user's terminal. The folder keeps `NUM_LOGS_KEPT` files.
+    Yields the log file, or None, and the user's terminal. The file is locked meanwhile, so that
+    `status` finds the command. The folder keeps `NUM_LOGS_KEPT` files.
     """
     if verbose:
         yield None, sys.stderr
@@ -41,6 +43,9 @@ def command_log(
     saved = os.dup(2)
     with path.open("ab") as log:
         os.dup2(log.fileno(), 2)
+    lock = os.open(path, os.O_RDONLY)  # Not inherited by child processes.
+    with suppress(OSError):  # A file system without locks.
+        lock_descriptor(lock)
     handler = logging.FileHandler(path)
     handler.setFormatter(_MaskingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
@@ -57,6 +62,7 @@ def command_log(
         os.dup2(saved, 2)
         os.close(saved)
         terminal.close()
+        os.close(lock)
         mask_secrets_in_file(path)
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request: save the state, then stop.
+"""Ctrl-C, SIGTERM and a closed terminal as a request: save the state, then stop.
 
 Ray does not let a training loop save its state when the process that started it gets a signal. So
 a job runs in a thread, the main thread receives the signals, and the job sees a stop flag. A job
@@ -7,18 +7,22 @@ that fails while it stops is reported as that failure.
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import signal
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.2
 
 T = TypeVar("T")
@@ -28,11 +32,14 @@ T = TypeVar("T")
 def recorded_signals(*, second_ends: bool = False) -> Iterator[list[int]]:
     """Record the signals that arrive in the block in the list that it yields, without acting.
 
-    With `second_ends`, the second one raises `KeyboardInterrupt`.
+    With `second_ends`, the second one raises `KeyboardInterrupt`. A closed terminal is never the
+    second: its shell and the kernel both send SIGHUP, perhaps after Ctrl-C.
     """
     signals: list[int] = []
 
     def record(number: int, frame: Any) -> None:
+        if number == signal.SIGHUP and signals:
+            return
         signals.append(number)
         if second_ends and len(signals) > 1:
             signal.default_int_handler(number, frame)
@@ -135,7 +142,7 @@ def wait_interruptibly(
     begin: Callable[[], None] | None = None,
     watch: Callable[[], None] | None = None,
 ) -> None:
-    """Wait for another process or a node; Ctrl-C and SIGTERM end the wait alone.
+    """Wait for another process or a node; a signal ends the wait alone.
 
     Args:
         is_over, watch: Called every `POLL_SECONDS`; `watch` shows progress.
@@ -160,13 +167,38 @@ def wait_interruptibly(
 
 @contextmanager
 def signal_handlers(numbers: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
-    """Install a handler until the block ends; does nothing outside the main thread."""
+    """Install a handler until the block ends; does nothing outside the main thread.
+
+    SIGHUP stays ignored if it was, as by nohup.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    earlier = {number: signal.signal(number, handler) for number in numbers}
+
+    def handle(number: int, frame: Any) -> None:
+        if number == signal.SIGHUP:
+            _leave_closed_terminal()
+        handler(number, frame)
+
+    earlier = {
+        number: signal.signal(number, handle if callable(handler) else handler)
+        for number in numbers
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield
     finally:
         for number, function in earlier.items():
             signal.signal(number, function)
+
+
+def _leave_closed_terminal() -> None:
+    """Point descriptors of a terminal that is gone to nowhere: a message would be an error."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for path in Path("/dev/fd").iterdir():
+        try:
+            termios.tcgetattr(int(path.name))
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                os.dup2(nowhere, int(path.name))
+    os.close(nowhere)

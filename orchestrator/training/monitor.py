@@ -22,7 +22,7 @@ from orchestrator.training.run_lock import is_run_locked
 from orchestrator.training.schedules import flops_per_token_by_step
 from orchestrator.training.tracked_models import job_model
 from orchestrator.workspace.errors import first_line
-from orchestrator.workspace.journal import now_ms, read_journal, recorded_times
+from orchestrator.workspace.journal import SPEED_METRIC, now_ms, read_journal, recorded_times
 
 
 class JournalReader:
@@ -79,6 +79,8 @@ class RunMonitor:
                     self._numbers[label] |= record["values"]
                 elif record["time"] >= self._started_ms:
                     self._note(label, record)
+                if record["time"] < self._started_ms or record.get("name") == "resumed":
+                    self._numbers[label].pop(SPEED_METRIC, None)  # Of an earlier process.
 
     def _running(self) -> dict[str, dict[str, float]]:
         # The latest metrics of the jobs between their first and last step.
@@ -95,15 +97,15 @@ class RunMonitor:
             has_started = any(journal.step for journal in self._journals.values())
             return "" if has_started else "waiting for the first step"
         losses = "; ".join(f"{label} {n['train/loss']:.2f}" for label, n in running.items())
-        speed = sum(n.get("train/tokens_per_second", 0.0) for n in running.values())
-        return f"loss {losses}, {speed:,.0f} tokens/s"
+        speed = sum(n.get(SPEED_METRIC, 0.0) for n in running.values())
+        return f"loss {losses}" + (f", {speed:,.0f} tokens/s" if speed else "")
 
     def _seconds_left(self) -> float | None:
         # The longest job decides. Steps are weighted by FLOPs: corrections make them slower.
         times = []
         for label, numbers in self._running().items():
             costs, step = self._costs[label], self._journals[label].step
-            speed = numbers.get("train/tokens_per_second")
+            speed = numbers.get(SPEED_METRIC)
             if speed and step:
                 now = costs[step - 1] - costs[step]
                 num_tokens = self._jobs[label].recipe.num_tokens_per_step

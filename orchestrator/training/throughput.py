@@ -16,6 +16,7 @@ from orchestrator.training.distributed import World
 from orchestrator.training.gpu_load import MEGABYTE, gpu_loads
 from orchestrator.training.loop import Position
 from orchestrator.training.peak_flops import gpu_peak_flops
+from orchestrator.workspace.journal import SPEED_METRIC
 
 GIGABYTE = 1e9
 
@@ -49,7 +50,7 @@ class ThroughputMeter:
         seconds = max(position.seconds - last.seconds, 1e-9)
         flops_per_second = (position.flops - last.flops) / seconds
         found = {
-            "train/tokens_per_second": (position.num_tokens - last.num_tokens) / seconds,
+            SPEED_METRIC: (position.num_tokens - last.num_tokens) / seconds,
             "train/gflops_per_second": flops_per_second / 1e9,
             "train/memory_gb": self._memory_bytes() / GIGABYTE,
             **self._system(),

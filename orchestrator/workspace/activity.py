@@ -19,8 +19,9 @@ from orchestrator.workspace.inventory import (
     training_folders,
     trials_by_folder,
 )
+from orchestrator.workspace.journal import SPEED_METRIC
 from orchestrator.workspace.locks import is_locked, lock_holder
-from orchestrator.workspace.names import OUTBOX_NAME
+from orchestrator.workspace.names import OUTBOX_NAME, WORKERS_LOCK_NAME
 
 SECONDS_OF_ANSWERS = 120.0
 """An evaluation holds no lock; one that stored answers in this time counts as running."""
@@ -30,10 +31,12 @@ SECONDS_OF_ANSWERS = 120.0
 class Activity:
     """Something that a process does now."""
 
-    kind: Literal["training", "measuring", "preparing", "teacher outputs", "evaluating"]
-    """What it does; `measuring` is the end of a trial."""
+    kind: Literal[
+        "command", "queued", "training", "measuring", "preparing", "teacher outputs", "evaluating"
+    ]
+    """What it does; a `queued` training waits for its turn, `measuring` is the end of a trial."""
     name: str
-    """Run or trial, relative to the workspace."""
+    """The command, or run or trial, relative to the workspace."""
     process: int | None = None
     """Id of the process, if it is known: it runs on this machine."""
     sweeps: tuple[str, ...] = ()
@@ -82,9 +85,10 @@ def read_status(workspace: Workspace, now: float | None = None) -> Status:
     now = time.time() if now is None else now
     trainings = _trainings(workspace, now)
     others = (*_other_locks(workspace), *_evaluations(workspace, now))
+    commands = _commands(workspace)
     names = dict.fromkeys(name for activity in trainings for name in activity.sweeps)
     return Status(
-        activities=(*trainings, *others),
+        activities=(*commands, *trainings, *others),
         sweeps=tuple(_running_sweep(workspace.sweeps / name, trainings) for name in names),
         pending_records=pending_records(workspace),
     )
@@ -107,7 +111,7 @@ def seconds_left(training: StoredTraining) -> float | None:
 
     A step counts as its field evaluations: corrections that are still off will make it slower.
     """
-    speed = training.metrics.get("train/tokens_per_second")
+    speed = training.metrics.get(SPEED_METRIC)
     recipe, schedule = training.recipe, training.model.get("schedule") or ()
     layers = training.model.get("num_layers") or 1
     if not speed or not training.num_steps:
@@ -128,9 +132,14 @@ def _trainings(workspace: Workspace, now: float) -> list[Activity]:
     found = []
     for training, lock in running:
         own, records = planned.get(training.folder, []), training.records
+        kind: Literal["queued", "training", "measuring"] = "queued"
+        if is_locked(training.folder / WORKERS_LOCK_NAME):
+            kind = "training"
+        elif training.is_finished or (own and not own[0][1].get("job")):
+            kind = "measuring"
         found.append(
             Activity(
-                kind="measuring" if training.is_finished or not training.job else "training",
+                kind=kind,
                 name=str(training.folder.relative_to(workspace.root)),
                 process=lock_holder(lock),
                 sweeps=tuple(sweep for sweep, _ in own),
@@ -138,12 +147,21 @@ def _trainings(workspace: Workspace, now: float) -> list[Activity]:
                 step=training.step,
                 steps=training.num_steps or None,
                 loss=training.metrics.get("train/loss"),
-                tokens_per_second=training.metrics.get("train/tokens_per_second"),
-                seconds_left=None if training.is_finished else seconds_left(training),
+                tokens_per_second=(
+                    training.metrics.get(SPEED_METRIC) if kind == "training" else None
+                ),
+                seconds_left=seconds_left(training) if kind == "training" else None,
                 seconds_since_record=now - records[-1]["time"] / 1000 if records else None,
             )
         )
     return found
+
+
+def _commands(workspace: Workspace) -> Iterator[Activity]:
+    for log in sorted(workspace.logs.glob("*.log")):  # Such as `DATE-TIME-pretrain-4711.log`.
+        if is_locked(log):
+            name = log.stem.split("-", 2)[-1].rpartition("-")[0]
+            yield Activity(kind="command", name=name, process=lock_holder(log))
 
 
 def _other_locks(workspace: Workspace) -> Iterator[Activity]:

@@ -18,7 +18,12 @@ from orchestrator.workspace.checkpoint_names import checkpoint_name, find_checkp
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json_object
 from orchestrator.workspace.folders import Workspace
-from orchestrator.workspace.journal import VALIDATION_METRIC, last_recorded, read_tail
+from orchestrator.workspace.journal import (
+    SPEED_METRIC,
+    VALIDATION_METRIC,
+    last_recorded,
+    read_tail,
+)
 from orchestrator.workspace.locks import is_locked
 from orchestrator.workspace.names import (
     DONE_NAME,
@@ -88,6 +93,8 @@ class StoredTraining:
             if record["kind"] == "metrics":
                 self.step = max(self.step, record["step"])
                 self.metrics |= record["values"]
+            elif record["name"] == "resumed":
+                self.metrics.pop(SPEED_METRIC, None)  # That of the process before.
 
     @property
     def model(self) -> Mapping[str, Any]:

@@ -139,7 +139,7 @@ class DecoderModel(ChatModel, TemplateLM):  # type: ignore[misc]
         """Return what shows the progress of these requests as (done, total)."""
         before = self._num_items_done
         self._num_items_done += self._num_items
-        return lambda done, total: self.progress.advance(before + self._num_items * done / total)
+        return lambda done, total: self.progress.advance(before + self._num_items * done // total)
 
 
 def num_items(requests: list[Instance]) -> int:

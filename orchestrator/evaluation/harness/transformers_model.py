@@ -97,7 +97,7 @@ class _WatchedModel(ChatModel, HFLM):  # type: ignore[misc]
         self._num_done += num_sequences
         # A text of several windows is more than one sequence.
         share = min(1.0, self._num_done / max(1, self._num_requests))
-        self.progress.advance(self._num_before + self._num_items * share)
+        self.progress.advance(self._num_before + int(self._num_items * share))
 
 
 def load_transformers_model(

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator import cli
+from orchestrator.cli.session import open_session
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.trial_states import stored_plan
 from orchestrator.training.run import run_job
-from orchestrator.training.run_lock import lock_run_folder
 from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.locks import lock_file
+from orchestrator.workspace.names import RUN_LOCK_NAME, WORKERS_LOCK_NAME
 
 Run = Callable[..., str]
 
@@ -113,7 +117,7 @@ def test_status_shows_a_running_training_and_its_sweep(
     trial = next(trial for trial in tiny_plan.trials if trial.job)
     assert trial.job
     run_job(trial.job, should_stop=_stop_after(30))
-    with lock_run_folder(Path(trial.folder)):
+    with lock_file(Path(trial.folder) / WORKERS_LOCK_NAME):
         found = json.loads(run("status", "--json"))
         printed = run("status")
     [activity] = found["activities"]
@@ -129,13 +133,55 @@ def test_status_shows_a_running_training_and_its_sweep(
     assert run("status").startswith("nothing runs in")
 
 
+def test_status_tells_queued_from_running_and_measured_trials(
+    space: Workspace, two_runs: Path, tiny_plan: SweepPlan, run: Run
+) -> None:
+    _store_sweep(space, tiny_plan)
+    measured = next(trial for trial in tiny_plan.trials if not trial.job)
+
+    def kinds(*locks: Path) -> dict[str, str]:
+        with ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock_file(lock))
+            found = json.loads(run("status", "--json"))["activities"]
+        return {activity["name"]: activity["kind"] for activity in found}
+
+    assert kinds(space.runs / "new" / RUN_LOCK_NAME, two_runs / RUN_LOCK_NAME) == {
+        "runs/new": "queued", "runs/half": "queued",
+    }  # fmt: skip
+    assert kinds(two_runs / RUN_LOCK_NAME, two_runs / WORKERS_LOCK_NAME) == {
+        "runs/half": "training"
+    }
+    assert kinds(space.runs / "whole" / RUN_LOCK_NAME, Path(measured.folder) / RUN_LOCK_NAME) == {
+        "runs/whole": "measuring", str(Path(measured.folder).relative_to(space.root)): "measuring",
+    }  # fmt: skip
+
+
+def test_after_a_resume_the_speed_is_not_that_of_before(two_runs: Path, run: Run) -> None:
+    with lock_file(two_runs / WORKERS_LOCK_NAME):
+        [before] = json.loads(run("status", "--json"))["activities"]
+        journal = Journal(two_runs)
+        journal.event("resumed", step=3)
+        journal.close()
+        [after] = json.loads(run("status", "--json"))["activities"]
+    assert before["tokens_per_second"] > 0
+    assert (after["tokens_per_second"], after["seconds_left"]) == (None, None)
+    assert after["loss"] == before["loss"]
+
+
+def test_status_shows_a_command_that_has_no_training_yet(space: Workspace, run: Run) -> None:
+    with open_session(space.root, "sweep-threshold", verbose=None):
+        assert f"command sweep-threshold: process {os.getpid()}" in run("status")
+    assert run("status").startswith("nothing runs in")
+
+
 def test_corrections_that_are_still_off_lengthen_the_estimate(
     space: Workspace, tiny_job: Callable[..., Any], run: Run
 ) -> None:
     # 2 layers with corrections 2,1: a step costs 2 field evaluations, later 5.
     job = tiny_job("runs/staged", num_steps=20, iterate_from_fraction=0.5)
     run_job(job, should_stop=_stop_after(4))
-    with lock_run_folder(job.folder):
+    with lock_file(job.folder / WORKERS_LOCK_NAME):
         [activity] = json.loads(run("status", "--json"))["activities"]
     steps_of_now = 6 + 10 * 5 / 2
     expected = steps_of_now * job.recipe.num_tokens_per_step / activity["tokens_per_second"]

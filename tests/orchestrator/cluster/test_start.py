@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ from orchestrator.cluster.environment import (
     prepare_environment,
     worker_variables,
 )
+from orchestrator.workspace.scratch import PREFIX
 
 
 @pytest.mark.slow
@@ -29,6 +31,19 @@ def test_ray_listens_on_loopback_only(ray_session: None) -> None:
         addresses |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
     assert addresses
     assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_only_this_user_may_enter_rays_folder(ray_session: None) -> None:
+    import ray
+
+    from orchestrator.cluster.start import LONGEST_TEMPORARY_FOLDER
+
+    (socket,) = {node["ObjectStoreSocketName"] for node in ray.nodes()}
+    (outer,) = (path for path in Path(socket).parents if path.name.startswith(PREFIX))
+    assert outer.stat().st_mode & 0o777 == 0o700
+    longest = len(socket) - len(str(outer)) + LONGEST_TEMPORARY_FOLDER + len("4194304")
+    assert longest - len(str(os.getpid())) <= 107
 
 
 @pytest.mark.slow

@@ -406,6 +406,7 @@ def test_progress_is_told_within_a_task(
     assert heard.said == sorted(heard.said)
     assert heard.said[-1] == 12 * len(TASKS)
     assert any(0 < done < 12 for done in heard.said), heard.said
+    assert all(isinstance(done, int) for done in heard.said), heard.said
 
 
 def test_trusted_code_of_a_folder_runs(

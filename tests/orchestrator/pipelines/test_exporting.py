@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fake_tracking import untracked
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
+from iiet.huggingface import IIETForCausalLM
 from iiet.influence import InfluenceTable
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
@@ -106,6 +108,26 @@ def exported(checkpoint: Path, folder: Path, evaluation: EvaluationResult | None
     decoder = load_model(checkpoint)
     card = ModelCard(name="tiny", config=decoder.config, evaluation=evaluation)
     return export_checkpoint(checkpoint, folder, decoder=decoder, card=card)
+
+
+def test_every_file_has_the_mode_of_the_umask(
+    tmp_path: Path, save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = partialmethod(IIETForCausalLM.save_pretrained, max_shard_size="20KB")
+    monkeypatch.setattr(IIETForCausalLM, "save_pretrained", save)
+    before = os.umask(0o027)
+    try:
+        checkpoint = save_tiny(tmp_path / "run")
+        folder = exported(checkpoint, tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {
+        file.relative_to(tmp_path): oct(file.stat().st_mode & 0o777)
+        for part in (checkpoint, folder)
+        for file in part.iterdir()
+    }
+    assert modes == dict.fromkeys(modes, "0o640")
+    assert len([*folder.glob("model-0000?-of-*.safetensors")]) > 1
 
 
 def test_an_export_names_the_schedules_that_its_weights_learned(

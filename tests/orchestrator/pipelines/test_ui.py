@@ -3,6 +3,7 @@ port."""
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from browser import BROWSER, page_text
+from started_command import start_command
 
 from orchestrator.pipelines.ui import LOG_NAME, check_port, serve
 from orchestrator.tracking import REPORT_TAG, VIEW_TAG, open_tracking
@@ -29,6 +31,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def servers(port: int) -> list[psutil.Process]:
+    """Return the processes that have a port among their arguments, but this test's command."""
+    running = psutil.process_iter(["cmdline", "status"])
+    return [
+        process
+        for process in running
+        if str(port) in (words := process.info["cmdline"] or [])
+        and "orchestrator.cli" not in words
+        and process.info["status"] != psutil.STATUS_ZOMBIE
+    ]
 
 
 def test_a_taken_port_is_named_with_a_free_one() -> None:
@@ -93,8 +107,25 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(
     if BROWSER is not None:
         assert "Model training" in seen[1]
         assert "toy" in seen[1]
-    left = [p for p in psutil.process_iter(["cmdline"]) if str(port) in (p.info["cmdline"] or [])]
-    assert left == []
+    assert servers(port) == []
+    check_port(port)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
+def test_the_server_ends_with_its_command(workspace: Workspace, number: int) -> None:
+    port = free_port()
+    command = ("ui", "--port", str(port))
+    with start_command(*command, workspace=workspace.root, settings=[]) as process:
+        assert process.stdout
+        while "Ctrl-C stops the server" not in process.stdout.readline():
+            assert process.poll() is None
+        started = servers(port)
+        assert len(started) > 1
+        process.send_signal(number)
+        assert process.wait(60) == (0 if number == signal.SIGHUP else -number)
+    psutil.wait_procs(started, timeout=10)
+    assert servers(port) == []
     check_port(port)
 
 
@@ -102,7 +133,7 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(
 def test_a_server_that_ends_names_its_last_line_and_its_log(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(workspace: Workspace, uri: str, port: int, folder: Path) -> subprocess.Popen[bytes]:
+    def start(workspace: Workspace, uri: str, port: int) -> subprocess.Popen[bytes]:
         workspace.logs.mkdir(exist_ok=True)
         with (workspace.logs / LOG_NAME).open("wb") as log:
             command = [sys.executable, "-c", "print('no such host'); raise SystemExit(3)"]

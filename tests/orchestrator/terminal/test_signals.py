@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from orchestrator.terminal.signals import recorded_signals, run_interruptibly, wait_for_work
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
+
+IN_A_TERMINAL = """
+import os, sys, threading, time
+from pathlib import Path
+from orchestrator.terminal.signals import run_interruptibly
+from orchestrator.workspace.errors import Interrupted
+
+os.close(os.open(os.ttyname(1), os.O_RDWR))  # Now it is this process's terminal.
+asked = threading.Event()
+
+def work():
+    print("ready", flush=True)
+    asked.wait()
+
+def ask():
+    asked.set()
+    print("saving", flush=True)
+    return 60.0
+
+try:
+    run_interruptibly(work, ask_to_stop=ask, saved=lambda: "saved at step 40")
+except Interrupted as error:
+    Path(sys.argv[1]).write_text(str(error))
+"""
 
 
 def saved() -> str:
@@ -70,6 +98,38 @@ def test_a_signal_requests_a_stop_once_and_waits_for_the_state(number: int) -> N
     with pytest.raises(Interrupted, match=r"^interrupted; saved at step 40; "):
         run_interruptibly(asked.wait, ask_to_stop=ask, watch=watch, saved=saved)
     assert len(requests) == 1
+
+
+def test_a_closed_terminal_requests_a_stop_and_takes_no_message(tmp_path: Path) -> None:
+    terminal, inner = pty.openpty()
+    command = [sys.executable, "-c", IN_A_TERMINAL, str(tmp_path / "said")]
+    with subprocess.Popen(command, stdout=inner, stderr=inner, start_new_session=True) as process:
+        os.close(inner)
+        assert os.read(terminal, 5) == b"ready"
+        os.close(terminal)
+        assert process.wait(60) == 0
+    assert (tmp_path / "said").read_text().startswith("interrupted; saved at step 40; ")
+
+
+@pytest.mark.parametrize(
+    ("before", "pressed", "received"),
+    [
+        (signal.SIG_DFL, [signal.SIGHUP, signal.SIGHUP], [signal.SIGHUP]),
+        (signal.SIG_DFL, [signal.SIGINT, signal.SIGHUP], [signal.SIGINT]),
+        (signal.SIG_IGN, [signal.SIGHUP, signal.SIGINT], [signal.SIGINT]),  # Under nohup.
+    ],
+)
+def test_a_hangup_is_never_the_second_request_and_may_be_ignored(
+    before: signal.Handlers, pressed: list[int], received: list[int]
+) -> None:
+    earlier = signal.signal(signal.SIGHUP, before)
+    try:
+        with recorded_signals() as signals:
+            for number in pressed:
+                press(number)
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+    assert signals == received
 
 
 def test_a_second_signal_ends_the_wait() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,6 +59,22 @@ def test_the_time_left_accounts_for_corrections(job: TrainingJob) -> None:
     journal.metrics(100, speed)
     monitor.poll()
     assert progress.shown[-1] == (100, "", None)
+    journal.close()
+
+
+def test_a_speed_of_an_earlier_process_is_not_shown(job: TrainingJob) -> None:
+    progress, journal = RecordingProgress(), Journal(job.folder)
+    journal.metrics(60, {"train/loss": 5.5, "train/tokens_per_second": 640.0})
+    time.sleep(0.01)  # Records are stamped in milliseconds.
+    monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
+    monitor.poll()
+    assert progress.shown[-1] == (60, "loss iiet 5.50", None)
+    journal.metrics(70, {"train/tokens_per_second": 320.0})
+    monitor.poll()
+    assert progress.shown[-1][1] == "loss iiet 5.50, 320 tokens/s"
+    journal.event("resumed", step=60)  # A worker died.
+    monitor.poll()
+    assert progress.shown[-1][1] == "loss iiet 5.50"
     journal.close()
 
 
