@@ -28,6 +28,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # how soon a wait for places is announced
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # `preemption.py` serves trials, too
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "10",  # a group with a dead worker may never end
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 Tune prints nothing
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # files that nobody reads, left open after a stop
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",

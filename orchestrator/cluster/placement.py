@@ -9,7 +9,7 @@ Each worker uses as many threads as CPUs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.planning.nodes import cpus_of_cpu_worker, cpus_of_gpu_worker, num_places
 from orchestrator.planning.resources import Resources, check_available
@@ -34,6 +34,8 @@ class Placement:
     """Whether all workers of a job must lie on the same node."""
     min_workers: int | None = None
     """Fewest workers of a job whose number varies with the nodes; None: always `workers`."""
+    collective_timeout_seconds: int = ClusterSettings().collective_timeout_seconds
+    """Longest wait of a worker for the others in a collective operation."""
 
     @property
     def use_gpu(self) -> bool:
@@ -116,7 +118,7 @@ def pretraining_placement(
         UserError: If there is too little for one job.
     """
     most = 1 if cluster.num_gpus else None
-    return job_placement(
+    placement = job_placement(
         num_jobs,
         cluster.num_workers,
         cluster.num_gpus,
@@ -124,6 +126,7 @@ def pretraining_placement(
         min_gpus=cluster.min_gpus,
         most_at_once=most,
     )
+    return replace(placement, collective_timeout_seconds=cluster.collective_timeout_seconds)
 
 
 def trial_placement(sweep: SweepSettings, num_trials: int, resources: Resources) -> Placement:

@@ -28,6 +28,8 @@ _RayBackend: Any = ray.train.torch.TorchConfig().backend_cls
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Variables for the network interface of PyTorch's backends; a user's own value stays."""
 
+DELETE_SECONDS = 5.0
+
 _store_folder: ScratchFolder | None = None
 """Folder of the file store, in the process of the first worker."""
 
@@ -72,7 +74,10 @@ class _PrivateBackend(_RayBackend):  # type: ignore[misc]
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         super().on_shutdown(worker_group, backend_config)
         if self._has_store:
-            worker_group.execute_single(0, _delete_store)
+            # Behind the end of the group, which may wait for ever for a worker that has failed.
+            # Then the folder stays until another process makes one.
+            deletion = worker_group.execute_single_async(0, _delete_store)
+            ray.wait([deletion], timeout=DELETE_SECONDS)
 
 
 def _make_store() -> str:

@@ -1,7 +1,7 @@
 """Training jobs under Ray Train, which starts a job's workers again when one dies.
 
-A job resumes from its own folder, so Ray's own records, which a crash can damage, are deleted. An
-error that trying again cannot help comes back as an answer instead of an exception.
+A job resumes from its own folder, so Ray's own records, which a crash can damage, are deleted. A
+worker that fails raises its error, which ends the others: they may wait for it for ever.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -41,7 +42,8 @@ from orchestrator.training.distributed import World, gathered
 from orchestrator.training.loop import Diverged
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import jobs_to_train
-from orchestrator.workspace.errors import DeviceError, RunFailed, UserError, first_line
+from orchestrator.workspace.checkpoint_names import find_checkpoints
+from orchestrator.workspace.errors import RunFailed, UserError, first_line
 from orchestrator.workspace.names import RAY_FOLDER
 
 # isort: split
@@ -52,12 +54,8 @@ import ray.train.torch
 train_api: Any = ray.train  # type checkers see the API before version 2 there
 
 GROW_SECONDS = 300.0  # how often a job of variable size looks for nodes that have joined
-FINAL_ERRORS: dict[str, type[Exception]] = {
-    "UserError": UserError,
-    "Diverged": Diverged,
-    "CheckpointWriteFailed": CheckpointWriteFailed,
-}
-ANSWERED_ERRORS = {**FINAL_ERRORS, "RunFailed": RunFailed}
+FINAL_ERRORS = (UserError, Diverged, CheckpointWriteFailed)
+"""Errors that trying again cannot help."""
 
 
 def run_train_jobs(
@@ -132,7 +130,7 @@ def fit_job(
         parallel: `ddp`, each worker has the whole model, or `fsdp`, they share it; None for `ddp`
             if the settings offer no choice.
         shards: With `fsdp`, workers that share one copy of the model; None for all.
-        max_failures: How often it is started again after a worker died.
+        max_failures: How often it is started again after a worker died, without a new checkpoint.
         node_wait_minutes: Longest wait for a node that replaces a lost one; None waits for ever.
 
     Raises:
@@ -155,23 +153,35 @@ def fit_job(
             "use_gpu": placement.use_gpu,
         },
         scaling_config=_scaling_config(placement),
-        torch_config=PrivateTorchConfig(backend=collective_backend(use_gpu=placement.use_gpu)),
+        torch_config=PrivateTorchConfig(
+            backend=collective_backend(use_gpu=placement.use_gpu),
+            timeout_s=placement.collective_timeout_seconds,
+        ),
         run_config=train_api.RunConfig(
             name="train",
             storage_path=str(storage),
-            # `NodeWatch` limits what is no failure of a worker.
-            failure_config=train_api.FailureConfig(max_failures, controller_failure_limit=-1),
+            # `FailureLimit` limits the failures of workers, and `NodeWatch` all others.
+            failure_config=train_api.FailureConfig(-1, controller_failure_limit=-1),
             logging_config=train_api.LoggingConfig(log_level="WARNING"),
-            callbacks=_callbacks(job, placement, stop, node_wait_minutes),
+            callbacks=[
+                FailureLimit(job.folder, stop.is_posted, max_failures),
+                NodeWatch(
+                    NodeWait(has_started=journal_bytes(job) > 0, minutes=node_wait_minutes),
+                    placement,
+                    announce=wait_message(stop, job),
+                    name=job.folder.name,
+                ),
+                SaveBeforeResize(
+                    job.folder, save_request(stop, job), seconds=seconds_to_save([job])
+                ),
+            ],
         ),
     )
     try:
         with _failures_of(job):
-            answer = trainer.fit().return_value
+            trainer.fit()
     finally:
         shutil.rmtree(storage, ignore_errors=True)
-    if "error" in answer:
-        raise ANSWERED_ERRORS[answer["error"]](answer["text"])
 
 
 @contextmanager
@@ -180,7 +190,7 @@ def _failures_of(job: TrainingJob) -> Iterator[None]:
         yield
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         cause = getattr(error, "controller_failure", None)
-        if isinstance(cause, DeviceError):
+        if isinstance(cause, FINAL_ERRORS):
             raise cause from None
         raise RunFailed(f"training in {job.folder} failed: {failure_reason(error)}") from error
 
@@ -196,64 +206,62 @@ def _scaling_config(placement: Placement) -> Any:
     )
 
 
-def _callbacks(
-    job: TrainingJob, placement: Placement, stop: Message, node_wait_minutes: float | None
-) -> list[Any]:
-    return [
-        _EndAtDeviceError(),
-        NodeWatch(
-            NodeWait(has_started=journal_bytes(job) > 0, minutes=node_wait_minutes),
-            placement,
-            announce=wait_message(stop, job),
-            name=job.folder.name,
-        ),
-        SaveBeforeResize(job.folder, save_request(stop, job), seconds=seconds_to_save([job])),
-    ]
-
-
-def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
+def _train_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["num_threads"])
     context = ray.train.get_context()
     job = TrainingJob.model_validate(config["job"])
-    num_workers = context.get_world_size()
     stop: Message = config["stop"]
     save = save_request(stop, job)
     with watch_messages(stop, save) as inbox:
         requests = SaveRequests(inbox, save)
-        try:
-            world = World(
-                rank=context.get_world_rank(),
-                size=num_workers,
-                device=_train_device(use_gpu=config["use_gpu"]),
-                parallel=config["parallel"] or "ddp",
-                shards=config["shards"],
+        world = World(
+            rank=context.get_world_rank(),
+            size=context.get_world_size(),
+            device=_train_device(use_gpu=config["use_gpu"]),
+            parallel=config["parallel"] or "ddp",
+            shards=config["shards"],
+        )
+        with (
+            out_of_memory_explained(job, world, config["parallel"]),
+            watch_nodes(gathered(own_node(), world)) as notices,
+        ):
+            run_job(
+                job,
+                world=world,
+                should_stop=lambda: inbox.has(stop),
+                should_save=lambda: notices.take() or requests.take(),
             )
-            with (
-                out_of_memory_explained(job, world, config["parallel"]),
-                watch_nodes(gathered(own_node(), world)) as notices,
-            ):
-                run_job(
-                    job,
-                    world=world,
-                    should_stop=lambda: inbox.has(stop),
-                    should_save=lambda: notices.take() or requests.take(),
-                )
-            return {}  # The outcome is read from the job's folder.
-        except DeviceError:
-            raise  # `_EndAtDeviceError` ends all workers: others may wait for this one for ever.
-        except Exception as error:
-            # One of several workers that fails alone must die: the others wait for it for ever.
-            return final_answer(error, is_stopping=num_workers == 1 and inbox.has(stop))
 
 
-class _EndAtDeviceError(train_api.UserCallback):  # type: ignore[misc]
-    """Ends a job, in Ray's controller, if a worker's device does not allow it."""
+class FailureLimit(train_api.UserCallback):  # type: ignore[misc]
+    """Decides, in Ray's controller, whether a job whose workers failed is started again.
+
+    It is not if trying again cannot help, and after too many failures without a new checkpoint.
+    """
+
+    def __init__(
+        self, run_folder: Path, is_stopping: Callable[[], bool], max_failures: int
+    ) -> None:
+        """Watch a job that writes checkpoints to `run_folder`."""
+        self._run_folder, self._is_stopping = run_folder, is_stopping
+        self._max_failures, self._num_failures = max_failures, 0
+        self._newest = find_checkpoints(run_folder)[-1:]
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        """Raise a worker's `DeviceError`: errors of callbacks are not tried again."""
-        for error in worker_exceptions.values():
-            if isinstance(error, DeviceError):
+        """Raise the workers' error if it ends the job: errors of callbacks are not tried again."""
+        errors = worker_exceptions.values()
+        for error in errors:
+            if isinstance(error, FINAL_ERRORS):
                 raise error
+        # Of a worker that died; the others then fail because they lost the connection to it.
+        deaths = [e.health_check_failure for e in errors if hasattr(e, "health_check_failure")]
+        if any(getattr(death, "preempted", False) for death in deaths):
+            return  # A loss that was announced.
+        newest = find_checkpoints(self._run_folder)[-1:]
+        self._num_failures = 1 if newest != self._newest else self._num_failures + 1
+        self._newest = newest
+        if self._is_stopping() or self._num_failures > self._max_failures:
+            raise next(iter([*deaths, *errors]))
 
 
 def _train_device(*, use_gpu: bool) -> str:
@@ -263,21 +271,6 @@ def _train_device(*, use_gpu: bool) -> str:
     device = ray.train.torch.get_device()
     torch.cuda.set_device(device)
     return str(device)
-
-
-def final_answer(error: Exception, *, is_stopping: bool) -> dict[str, Any]:
-    """Return `{"error": kind, "text": ...}` if trying again cannot help; else raise the error.
-
-    Args:
-        is_stopping: Whether a stop was asked for; nothing is tried again then.
-    """
-    for name, kind in FINAL_ERRORS.items():
-        if isinstance(error, kind):
-            return {"error": name, "text": str(error)}
-    if not is_stopping:
-        raise error
-    text = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
-    return {"error": "RunFailed", "text": text}
 
 
 def failure_reason(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import logging
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from orchestrator.cluster.devices import worker_device
 from orchestrator.cluster.messages import Inbox, Message, watch_messages
 from orchestrator.cluster.placement import Placement, trial_placement
 from orchestrator.cluster.preemption import NodeNotices, own_node, watch_nodes
-from orchestrator.cluster.ray_train import final_answer, fit_job
+from orchestrator.cluster.ray_train import FINAL_ERRORS, fit_job
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.cluster.tune_callback import ANSWER, TrialReport, TuneCallback
@@ -37,7 +37,7 @@ from orchestrator.training.distributed import World
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.monitor import JournalReader
 from orchestrator.training.run import Report, run_job
-from orchestrator.workspace.errors import Interrupted
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import VALIDATION_METRIC
 
 # isort: split
@@ -141,8 +141,8 @@ def run_trials(
     trials: Mapping[str, dict[str, Any]] | TrialSearch,
     storage: Path,
     sweep: SweepSettings | None = None,
-    cluster: ClusterSettings | None = None,
     *,
+    cluster: ClusterSettings | None = None,
     scheduler: AshaByModel | None = None,
     early_stops: Message | None = None,
     hooks: TrialHooks | None = None,
@@ -156,7 +156,7 @@ def run_trials(
             called again for the same trial after a crash; it resumes from what is on disk.
         trials: Key -> parameters of each trial, which JSON can hold; or what suggests them.
         storage: Folder for Tune's own files, which all nodes see; it is deleted at the end.
-        cluster: How the workers of a trial share a model.
+        cluster: How the workers of a trial share a model, and how long they wait for each other.
         scheduler: Gets the validation losses.
         early_stops: The part that is named as a trial asks its training to save and return.
         hooks: Show progress and collect results.
@@ -171,7 +171,10 @@ def run_trials(
         return {}
     reports: dict[str, TrialReport] = {}
     with ray_cluster() as resources:
-        placement = trial_placement(sweep, num_trials, resources)
+        placement = replace(
+            trial_placement(sweep, num_trials, resources),
+            collective_timeout_seconds=(cluster or ClusterSettings()).collective_timeout_seconds,
+        )
         logger.info("trials: %s", placement)
         callback = TuneCallback(hooks.seconds_to_save)
 
@@ -262,7 +265,10 @@ def _tune_trial(
             try:
                 answer = {"result": function(json.loads(config["trial"]["parameters"]), context)}
             except Exception as error:
-                answer = final_answer(error, is_stopping=context.should_stop())
+                if not (isinstance(error, FINAL_ERRORS) or context.should_stop()):
+                    raise  # It is tried again.
+                is_known = isinstance(error, UserError | RunFailed)
+                answer = {"text": str(error) if is_known else f"{type(error).__name__}: {error}"}
     # Also when nothing was begun: Tune prints a warning about a trial that ends without a report.
     tune.report({ANSWER: json.dumps(answer)})
 

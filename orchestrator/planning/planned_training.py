@@ -74,6 +74,8 @@ class PlannedTraining:
     """Whether each worker has a GPU."""
     model: ModelSettings | None = None
     """Settings of the model, if an error may propose a smaller one."""
+    storage: str | None = None
+    """URI for copies of its checkpoints."""
 
     def with_recipe(self, **changes: Any) -> PlannedTraining:
         """Return the same training with other fields of the recipe."""
@@ -272,4 +274,5 @@ def planned_training(job: TrainingJob) -> PlannedTraining:
         first_stage=stage,
         steps_done=steps_done,
         present_bytes=sum(path.stat().st_size for path in files if path.is_file()),
+        storage=job.storage,
     )

@@ -1,7 +1,8 @@
 """How long runs need to save their state after a request to stop.
 
 The request is seen between two steps. So a step and a validation may come first, and a checkpoint
-may be being written; then the state is written. All of it is an upper limit for the wait.
+may be being written; then the state is written. Each is uploaded, too, if the run has a storage.
+All of it is an upper limit for the wait.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ LEAST_SECONDS = 4.0
 """Enough for small models, with a message to the workers and the end of their processes."""
 WRITE_BYTES_PER_SECOND = 300e6
 """Assumed speed of a checkpoint that is gathered, hashed and flushed to a shared disk."""
+UPLOAD_BYTES_PER_SECOND = 100e6
+"""Assumed speed of a copy to the run's storage."""
 NUM_WRITES = 2
 """The checkpoint that may be being written, and the one of the state."""
 
@@ -39,7 +42,7 @@ def seconds_to_save(
             records = read_tail(job.folder)
             size = CHECKPOINT_BYTES_PER_PARAMETER * num_parameters(job.model)
             num_bytes += size
-            seconds += NUM_WRITES * _write_seconds(records, size)
+            seconds += NUM_WRITES * _write_seconds(size, job.storage, records)
             step = max(step, _step_seconds(records, job))
     seconds += step
     if note and num_bytes:
@@ -47,11 +50,23 @@ def seconds_to_save(
     return seconds
 
 
-def _write_seconds(records: Sequence[dict[str, Any]], num_bytes: int) -> float:
-    # Of the newest checkpoint of this run, if there is one; versions before did not record it.
-    measured = [record.get("seconds") for record in records if record.get("name") == "checkpoint"]
-    seconds = measured[-1] if measured else None
-    return seconds if isinstance(seconds, float) else num_bytes / WRITE_BYTES_PER_SECOND
+def planned_seconds_to_save(checkpoint_bytes: int, storage: str | None) -> float:
+    """Return the longest time, without a step, until a run that is only planned has saved."""
+    return LEAST_SECONDS + NUM_WRITES * _write_seconds(checkpoint_bytes, storage)
+
+
+def _write_seconds(
+    num_bytes: int, storage: str | None, records: Sequence[dict[str, Any]] = ()
+) -> float:
+    # As the newest checkpoint of this run took, if there is one; versions before did not record it.
+    speeds = {"checkpoint": WRITE_BYTES_PER_SECOND}
+    if storage:
+        speeds["uploaded"] = UPLOAD_BYTES_PER_SECOND
+    seconds = {name: num_bytes / speed for name, speed in speeds.items()}
+    for record in records:
+        if record.get("name") in seconds and isinstance(record.get("seconds"), float):
+            seconds[record["name"]] = record["seconds"]
+    return sum(seconds.values())
 
 
 def _step_seconds(records: Sequence[dict[str, Any]], job: TrainingJob) -> float:

@@ -11,10 +11,12 @@ from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import ExpectedTokens
 from orchestrator.planning.planned_training import PlannedTraining
 from orchestrator.planning.price import Price
+from orchestrator.planning.save_time import planned_seconds_to_save
 from orchestrator.terminal.formatting import (
     format_byte_parts,
     format_bytes,
     format_count,
+    format_duration,
     format_duration_range,
 )
 
@@ -63,6 +65,9 @@ def training_rows(
         beside = f"; with corrections, each step also trains {drawn}"
         yield "corrections", stages + (beside if training.num_members else "")
     yield "a checkpoint", format_bytes(training.checkpoint_bytes)
+    stop = format_duration(planned_seconds_to_save(training.checkpoint_bytes, training.storage))
+    uploads = " and their uploads" * bool(training.storage)
+    yield "stop", f"at most {stop} after the step of the signal, for two checkpoints{uploads}"
 
 
 def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:

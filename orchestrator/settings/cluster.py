@@ -48,7 +48,11 @@ class ClusterSettings(Section):
     divides that of the workers, makes several copies (HSDP): weights are gathered among the workers
     of a copy only, such as the GPUs of a node, and gradients are averaged over all copies."""
     max_failures: int = Field(default=2, ge=0)
-    """Restarts of a training job from its newest checkpoint after a worker died."""
+    """Restarts of a training job from its newest checkpoint after a worker died. The count begins
+    anew when the job has written another checkpoint since the last one."""
+    collective_timeout_seconds: int = Field(default=600, gt=0)
+    """Longest wait of a worker for the others in a step; then the job fails, and starts again from
+    its newest checkpoint. Saving, uploads and downloads may take longer."""
     node_wait_minutes: float | None = Field(default=None, ge=0)
     """Longest wait of a job that has once started for nodes that replace lost ones; unset, it waits
     for ever."""

@@ -187,7 +187,7 @@ class TrialQueue:
                 else {t.key: self._parameters(t) for t in sorted(trials, key=_run_order)},
                 storage,
                 self.settings,
-                self.cluster,
+                cluster=self.cluster,
                 scheduler=AshaByModel(asha, stop_early),
                 early_stops=early_stops,
                 hooks=TrialHooks(

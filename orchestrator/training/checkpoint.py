@@ -40,6 +40,8 @@ METHOD_PACKAGE = "method_package"
 """Entry of the provenance: the package that adds the model's method, if one does."""
 ELASTIC = "elastic"
 """Entry of the provenance: the schedules that elastic weights learned beside the full one."""
+JOB_KEY = "job"
+"""Entry of the provenance: the key of the training that wrote the checkpoint."""
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"

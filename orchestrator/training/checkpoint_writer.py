@@ -22,10 +22,17 @@ from torch import Tensor
 from iiet.decoder import Decoder
 from orchestrator.data.prepared import PreparedData
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.checkpoint import ELASTIC, read_text_files, save_checkpoint, weights_key
+from orchestrator.training.checkpoint import (
+    ELASTIC,
+    JOB_KEY,
+    read_text_files,
+    save_checkpoint,
+    weights_key,
+)
 from orchestrator.training.distributed import World, run_on_first
 from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.host_copies import HostCopies
+from orchestrator.training.job import job_key
 from orchestrator.training.learning_rate import stable_steps
 from orchestrator.training.loop import Position
 from orchestrator.training.schedules import elastic_family
@@ -59,6 +66,7 @@ class CheckpointWriter:
         self.first_stage = first_stage_of(job)
         """First stage shared with other models, if any."""
         self._job, self._world, self._data, self._event = job, world, data, event
+        self._key = job_key(job)
         self._copies = HostCopies(world.device)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -71,7 +79,7 @@ class CheckpointWriter:
         if job.storage and world.is_first:
             from orchestrator.training.remote_copy import RemoteCopy  # importing pyarrow is slow
 
-            self._remote = RemoteCopy(job.storage, job.folder)
+            self._remote = RemoteCopy(job.storage, job.folder, self._key)
 
     def download(self) -> Path | None:
         """Download the newest checkpoint from the run's storage; None if there is none.
@@ -160,7 +168,7 @@ class CheckpointWriter:
             weights=weights,
             training_state=training_state,
             tokenizer_path=self._data.tokenizer_path,
-            provenance=_provenance(self._job, self._data),
+            provenance={**_provenance(self._job, self._data), JOB_KEY: self._key},
             text_files=self._text_files,
         )
         if recipe.keep_best and position.validated_step == position.step:
@@ -177,20 +185,23 @@ class CheckpointWriter:
             except OSError as error:
                 self._event("not shared", text=f"the first stage could not be stored: {error}")
         if self._remote:
-            self._upload(self._remote)
+            self._upload(self._remote, position.step)
 
     def _ends_first_stage(self, step: int) -> bool:
         stage = self.first_stage
         return stage is not None and step == stage.num_steps and not stage.exists
 
-    def _upload(self, remote: RemoteCopy) -> None:
+    def _upload(self, remote: RemoteCopy, step: int) -> None:
         from orchestrator.training.remote_copy import COPY_ERRORS, one_line
 
+        started = time.perf_counter()
         try:
             remote.upload()
         except COPY_ERRORS as error:
             text = f"no copy in {self._job.storage}: {one_line(error)}"
             self._event("not copied", text=f"{text}; training continues and tries again later")
+        else:
+            self._event("uploaded", step=step, seconds=round(time.perf_counter() - started, 3))
 
 
 def record_best(checkpoint: Path, step: int, validation_loss: float) -> None:

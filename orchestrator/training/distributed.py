@@ -6,6 +6,8 @@ they act on it: a collective operation that one worker leaves out hangs all othe
 
 from __future__ import annotations
 
+import pickle
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from iiet.decoder import Decoder
 from iiet.distillation import Model
+
+POLL_SECONDS = 0.1
 
 T = TypeVar("T")
 
@@ -179,17 +183,25 @@ def gathered(value: T, world: World) -> list[T]:
 
 
 def run_on_first(function: Callable[[], T], world: World) -> T:
-    """Call a function on the first worker; return its result, or raise its error, on all."""
+    """Call a function on the first worker; return its result, or raise its error, on all.
+
+    The others wait without a limit: saving, uploading or downloading may take longer than the limit
+    of a collective operation, which is fixed when the group starts.
+    """
     if world.size == 1:
         return function()
-    box: list[tuple[T | None, Exception | None]] = [(None, None)]
+    store = dist.distributed_c10d._get_default_store()
+    key = f"answer {store.add(f'calls of {world.rank}', 1)}"
     if world.is_first:
+        answer: tuple[T | None, Exception | None]
         try:
-            box = [(function(), None)]
+            answer = function(), None
         except Exception as error:  # Raised below, on every worker.
-            box = [(None, error)]
-    dist.broadcast_object_list(box, src=0)
-    result, problem = box[0]
+            answer = None, error
+        store.set(key, pickle.dumps(answer))
+    while not store.check([key]):
+        time.sleep(POLL_SECONDS)
+    result, problem = pickle.loads(store.get(key))
     if problem is not None:
         raise problem
     return cast("T", result)

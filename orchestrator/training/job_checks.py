@@ -26,10 +26,6 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
         cannot be divided among the workers.
     """
     config = job.model
-    if job.storage:
-        from orchestrator.training.remote_copy import RemoteCopy  # importing pyarrow is slow
-
-        RemoteCopy(job.storage, job.folder)
     data = open_data(job.tokens_folder)
     if data.vocab_size > config.vocab_size:
         raise UserError(
@@ -57,7 +53,11 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
                 f"the weights in {job.initial_folder} belong to a model with another configuration "
                 "than the one to train; only the iteration schedule may differ"
             )
-    _check_job_file(job)
+    essence = _check_job_file(job)
+    if job.storage:
+        from orchestrator.training.remote_copy import RemoteCopy  # importing pyarrow is slow
+
+        RemoteCopy(job.storage, job.folder, content_key(essence))
 
 
 def write_job_file(job: TrainingJob) -> None:

@@ -1,5 +1,6 @@
-"""Copies of a run's checkpoints on a remote file system, as `URI/RUN/step_...`.
+"""Copies of a run's checkpoints on a remote file system, as `URI/RUN-KEY/step_...`.
 
+The key is that of the training: runs of the same name may share a storage.
 `provenance.json` is copied last, so that an interrupted copy is recognized. A machine without the
 run folder downloads the newest intact copy. If the storage does not answer, training continues, and
 the next checkpoint is copied with the missing ones.
@@ -14,7 +15,7 @@ from pyarrow import fs
 from pyarrow.lib import ArrowException
 
 from orchestrator.settings import storage_problem
-from orchestrator.training.checkpoint import check_checkpoint
+from orchestrator.training.checkpoint import JOB_KEY, check_checkpoint, load_provenance
 from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.credentials import mask_secrets
 from orchestrator.workspace.errors import UserError
@@ -28,8 +29,10 @@ COPY_ERRORS = (OSError, ArrowException)
 class RemoteCopy:
     """The remote copies of one run's checkpoints."""
 
-    def __init__(self, uri: str, run_folder: Path) -> None:
+    def __init__(self, uri: str, run_folder: Path, key: str) -> None:
         """Open the storage: `s3://BUCKET/PATH`, `gs://BUCKET/PATH`, `file:///PATH` or a path.
+
+        `key` is that of the training.
 
         Raises:
             UserError: If the URI names no usable file system, or contains a secret.
@@ -43,8 +46,8 @@ class RemoteCopy:
                 f"cluster.storage: {uri!r} names no storage that can be used ({one_line(error)}); "
                 "write s3://BUCKET/PATH, gs://BUCKET/PATH, file:///PATH or an absolute path"
             ) from None
-        self._run_folder = run_folder
-        self._root = PurePosixPath(root) / run_folder.name
+        self._run_folder, self._key = run_folder, key
+        self._root = PurePosixPath(root) / f"{run_folder.name}-{key}"
 
     def upload(self) -> None:
         """Copy the checkpoints that are missing there; delete the copies of deleted checkpoints.
@@ -63,7 +66,9 @@ class RemoteCopy:
             self._store.delete_dir(str(self._root / name))
 
     def download(self, warn: Callable[[str], None]) -> Path | None:
-        """Download the newest intact copy, and warn of each damaged one; None if there is none.
+        """Download the newest intact copy of this training; None if there is none.
+
+        Warns of each that is damaged, or belongs to another training.
 
         Raises:
             OSError, ArrowException: If the storage fails.
@@ -75,6 +80,8 @@ class RemoteCopy:
                     source = str(self._root / name)
                     fs.copy_files(source, str(temporary), source_filesystem=self._store)
                     check_checkpoint(temporary, with_training_state=True)
+                    if load_provenance(temporary).get(JOB_KEY) != self._key:
+                        raise UserError(f"{source} belongs to another training")
             except UserError as error:
                 warn(f"{error}; an earlier copy is used")
             else:

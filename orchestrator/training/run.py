@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def run_job(
                 finished = train(run.setup(), run.position, hooks)
                 run_on_first(run.writer.finish, world)
             except Diverged as error:
-                raise run.with_last_checkpoint(error) from None
+                problem = partial(run.with_last_checkpoint, error)
+                raise run_on_first(problem, world) from None
             return run.end(finished)
 
 

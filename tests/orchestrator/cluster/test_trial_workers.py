@@ -75,7 +75,7 @@ def run_with_two(
         given,
         folder,
         sweep,
-        cluster,
+        cluster=cluster,
         scheduler=AshaByModel(asha, stop_early),
         early_stops=early_stops,
         hooks=TrialHooks(watch=watch or (lambda _: None)),

@@ -53,6 +53,9 @@ def test_a_dry_run_needs_no_tokens_and_no_gpus_and_writes_nothing(
     assert "H100" in lines["time"]
     assert "no GPU" in lines["on this machine"]
     assert lines["on an H100"] == "it fits"
+    assert lines["stop"] == "at most 31 s after the step of the signal, for two checkpoints"
+    stored = printed(capsys, "--config", "paper-340m", "--storage", "s3://x", "-w", str(tmp_path))
+    assert stored["stop"].startswith("at most 1.9 min"), "uploads take three times as long"
     slow = printed(capsys, "--config", "paper-340m", "--mfu", "0.15", "-w", str(tmp_path / "ws"))
     (_, longest), (only, _) = (re.findall(r"[\d.]+", text["time"])[:2] for text in (lines, slow))
     assert longest == only

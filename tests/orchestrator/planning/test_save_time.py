@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -42,16 +43,24 @@ def test_a_large_model_gets_more_time_than_a_small_one(
 
 
 def test_what_the_run_has_measured_counts(large: TrainingJob) -> None:
+    stored = large.model_copy(update={"storage": "s3://bucket"})
+    assert seconds_to_save([stored]) > 3 * seconds_to_save([large]), "an upload is slower"
     journal = Journal(large.folder)
     journal.event("checkpoint", step=10, path="step_00000010", seconds=90.5)
+    journal.event("uploaded", step=10, seconds=100.25)
     journal.metrics(11, {"train/tokens_per_second": 2.0**17})
     journal.close()
     assert seconds_to_save([large]) == LEAST_SECONDS + 2 * 90.5 + 4 + 2
+    assert seconds_to_save([stored]) == LEAST_SECONDS + 2 * (90.5 + 100.25) + 4 + 2
 
 
-def test_a_run_measures_its_checkpoints(tiny_job: MakeJob) -> None:
+def test_a_run_measures_its_checkpoints_and_their_uploads(
+    tiny_job: MakeJob, tmp_path: Path
+) -> None:
     job = tiny_job(num_steps=4, checkpoint_every_steps=2)
+    job = job.model_copy(update={"storage": str(tmp_path / "store")})
     run_job(job)
-    saved = [r["seconds"] for r in read_journal(job.folder)[0] if r.get("name") == "checkpoint"]
-    assert len(saved) == 2
-    assert min(saved) > 0.0
+    for name in ("checkpoint", "uploaded"):
+        saved = [r["seconds"] for r in read_journal(job.folder)[0] if r.get("name") == name]
+        assert len(saved) == 2
+        assert min(saved) > 0.0
