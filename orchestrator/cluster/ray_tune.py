@@ -258,7 +258,7 @@ def _tune_trial(
 ) -> None:
     torch.set_num_threads(placement.cpus * placement.workers)
     early_stop = early_stops.part(config["trial"]["key"])
-    answer = {}
+    answer: dict[str, Any] = {}
     with watch_messages(stop, early_stop) as inbox, watch_nodes([own_node()]) as notices:
         context = TrialContext(placement, inbox, stop, early_stop, cluster, notices)
         if not context.should_stop():

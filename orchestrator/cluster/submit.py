@@ -86,5 +86,5 @@ def run_as_job(
     if found.status.value == "STOPPED":
         return 130
     if found.driver_exit_code is None:
-        raise RunFailed(f"the job {job} did not start: {first_line(found.message or '')}")
+        raise RunFailed(f"the job {job} did not start: {(found.message or '').strip()}")
     return int(found.driver_exit_code)

@@ -198,7 +198,7 @@ def run_on_first(function: Callable[[], T], world: World) -> T:
             answer = function(), None
         except Exception as error:  # Raised below, on every worker.
             answer = None, error
-        store.set(key, pickle.dumps(answer))
+        store.set(key, pickle.dumps(answer))  # type: ignore[arg-type]  # takes bytes, too
     while not store.check([key]):
         time.sleep(POLL_SECONDS)
     result, problem = pickle.loads(store.get(key))
