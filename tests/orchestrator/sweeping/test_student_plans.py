@@ -102,6 +102,11 @@ def test_thresholds_that_lead_to_one_schedule_are_one_trial(
         assert (trial.threshold_above, trial.threshold_up_to) == (low, high)
 
 
+def test_a_threshold_keeps_a_correction_of_exactly_its_influence() -> None:
+    sweep = resolve_settings({}, ["sweep.thresholds=[0.3]"]).sweep
+    assert [str(member.schedule) for member in choose_members(TABLE, sweep)] == ["1,1"]
+
+
 def test_a_trial_of_another_sweep_has_the_same_key_and_folder(
     space: Workspace, teacher: Path, suite: TrialSuite
 ) -> None:
