@@ -143,6 +143,6 @@ class Field(nn.Module):
         if context.is_token_step:
             return evaluate_token(self, x, context, slot)
         u: Tensor = x + self.attention(self.attention_norm(x), context, slot)
-        change = self.feed_forward(self.feed_forward_norm(u))
+        change: Tensor = self.feed_forward(self.feed_forward_norm(u))
         # `torch.add(..., out=)` would round to bfloat16 first.
         return (u if dtype is None else u.to(dtype)) + change
