@@ -68,7 +68,8 @@ class StaticSteps:
     def decoder(self) -> Decoder:
         """The decoder, which the caller must hold."""
         decoder = self._decoder()
-        assert decoder is not None, "the decoder is gone"
+        if decoder is None:
+            raise ValueError("the decoder of these steps is gone; keep a reference to it")
         return decoder
 
     def empty_cache(
