@@ -12,13 +12,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 from copied_database import copy_databases
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from small_size import SMALL
+from terminal import unanswered
 
 # No deadline: on a busy machine any example may take a second.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -53,6 +54,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Copy MLflow's databases once MLflow is imported; before the fixtures that make some."""
     temporary: pytest.TempPathFactory = item.config._tmp_path_factory  # type: ignore[attr-defined]
     copy_databases(temporary.getbasetemp() / "mlflow-template.db")
+
+
+@pytest.fixture
+def terminal() -> Iterator[TextIO]:
+    """The input of a terminal into which nobody types."""
+    with unanswered() as typed:
+        yield typed
 
 
 @pytest.fixture

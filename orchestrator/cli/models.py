@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from orchestrator.cli.app import app
+from orchestrator.cli.completion import complete_models
 from orchestrator.cli.json_output import JsonOption
 from orchestrator.cli.option_values import one_schedule, read_options
 from orchestrator.cli.options import (
@@ -17,6 +18,7 @@ from orchestrator.cli.options import (
     DeviceOption,
     FolderToWriteOption,
     ModelArgument,
+    ReplaceModelOption,
     ScheduleOption,
     SetOption,
     VerboseOption,
@@ -30,7 +32,16 @@ from orchestrator.workspace.folders import check_name_option
 
 @app.command(rich_help_panel="Models")
 def generate(
-    checkpoint: ModelArgument = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Checkpoint, run or exported folder, by path or name, a sweep (its picked model), "
+            "or hub:OWNER/NAME; by default what `pick` chose last, or the newest IIET or imported "
+            "model if that is newer.",
+            autocompletion=complete_models,
+        ),
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", "-p", help="Text to continue; several run as one batch."),
@@ -122,28 +133,37 @@ def generate(
             stop=tuple(stop or ()),
             kv_strategy=kv,
         )
-        options = {**session.common, "model": checkpoint, "chat": chat, "system": system}
-        # The text goes to standard output, so warnings go elsewhere.
-        options |= {
-            "sampling": sampling,
-            "drafting": None
-            if draft is None
-            else generating.Drafting(draft=draft, num_tokens=draft_tokens or "auto"),
-            "weights": weights,
-            "schedule": one_schedule(schedule),
-            "device": device,
-            "progress": Warnings(session.terminal),
-        }
+        drafting = None
+        if draft is not None:
+            drafting = generating.Drafting(draft=draft, num_tokens=draft_tokens or "auto")
+        writer = generating.open_generator(
+            session.workspace,
+            checkpoint,
+            one_schedule(schedule),
+            drafting,
+            weights=weights,
+            device=device,
+            # The text goes to standard output, so warnings go elsewhere.
+            progress=Warnings(session.terminal),
+        )
+        asked = writer.as_asked(prompts, chat=chat, system=system)
+        own = writer.decoder.config.schedule
+        if verbose is not False:
+            under = f"schedule {own}" if own else "no corrections"
+            typer.echo(f"model: {writer.checkpoint}, {under}", file=session.terminal)
         if as_json or len(prompts) > 1:
-            texts = generating.generate(prompts, **options)
+            texts = writer.continue_all(asked, sampling)
             if as_json:
+                value: dict[str, Any] = {"model": str(writer.checkpoint)}
+                value["schedule"] = None if own is None else list(own)
                 pairs = zip(prompts, texts, strict=True)
-                session.print_json({"texts": [{"prompt": p, "text": text} for p, text in pairs]})
+                value["texts"] = [{"prompt": p, "text": text} for p, text in pairs]
+                session.print_json(value)
                 return
             for text, written in zip(prompts, texts, strict=True):
                 typer.echo(f"{text}{': ' if chat else ''}{written}\n")
             return
-        pieces = generating.generate_stream(prompts[0], **options)
+        pieces = writer.stream(asked[0], sampling)
         if not chat:  # An answer is printed without its question.
             typer.echo(prompts[0], nl=False)
         for piece in pieces:
@@ -202,6 +222,7 @@ def import_folder(
 def export(
     checkpoint: ModelArgument = None,
     to: FolderToWriteOption = None,
+    force: ReplaceModelOption = False,
     schedule: ScheduleOption = None,
     measure: Annotated[
         bool, typer.Option(help="Evaluate the model for its card, unless that is done.")
@@ -244,6 +265,7 @@ def export(
         options: dict[str, Any] = {
             "model": checkpoint,
             "to": to,
+            "force": force,
             "schedule": one_schedule(schedule),
             "measure": measure,
             **session.common,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
+
+import typer
 
 from orchestrator.cli.options import MAX_COUNT, MAX_SEED
 from orchestrator.workspace.errors import UserError, quoted
@@ -27,7 +30,11 @@ def read_options(
         UserError: Names everything that is wrong.
     """
     from orchestrator.settings import read_settings
+    from orchestrator.settings.shipped import shipped_sweeps
 
+    if config in shipped_sweeps() and Path(config).is_file():
+        file = Path(config).absolute()
+        typer.echo(f"settings: the file {file}, not the shipped sweep {config}", err=True)
     given = {name.replace("__", "."): value for name, value in options.items() if value is not None}
     if train_on == "cpu" and given.get("cluster.num_gpus"):
         raise UserError(f"--device cpu and --gpus {given['cluster.num_gpus']}: leave one out")

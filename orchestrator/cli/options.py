@@ -149,6 +149,9 @@ QualityOption = Annotated[
 FolderToWriteOption = Annotated[
     Path | None, typer.Option("--to", help="Folder to write (default: inside the workspace).")
 ]
+ReplaceModelOption = Annotated[
+    bool, typer.Option("--force", help="With --to: replace an export of another model.")
+]
 MetricOption = Annotated[
     str | None,
     typer.Option(

@@ -12,6 +12,7 @@ from orchestrator.cli.options import (
     CostOption,
     FolderToWriteOption,
     QualityOption,
+    ReplaceModelOption,
     SweepArgument,
     VerboseOption,
     WorkspaceOption,
@@ -48,6 +49,7 @@ def pick(
     cost: CostOption = None,
     quality: QualityOption = None,
     to: FolderToWriteOption = None,
+    force: ReplaceModelOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the choice; export and register nothing.")
     ] = False,
@@ -71,6 +73,7 @@ def pick(
             cost=cost,
             quality=quality,
             to=to,
+            force=force,
             dry_run=dry_run,
             **session.common,
         )

@@ -97,9 +97,9 @@ def copy_sweep(
     Example: iiet-orch config copy toy my-sweep.yaml
     """
     from orchestrator.pipelines.starting_file import write_new_file
-    from orchestrator.settings.shipped import find_settings_file
+    from orchestrator.settings.shipped import find_settings_file, shipped_sweeps
 
-    source = find_settings_file(name)
+    source = shipped_sweeps().get(name) or find_settings_file(name)
     to = to or Path(f"{source.stem}.yaml")
     write_new_file(to, source.read_text(encoding="utf-8"), replace=force)
     print_line(Console(), f"written: {to}\nnext: iiet-orch sweep {to} --dry-run")

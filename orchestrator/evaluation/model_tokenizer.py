@@ -8,6 +8,7 @@ used, called as lm-eval calls it, also by a checkpoint that was imported from it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,13 +100,15 @@ class PlainTokenizer:
         return tuple(ids) if tuple(ids[:1]) != plain[:1] else (self.prefix_id, *plain)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        try:
-            return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        except Exception:  # tokenizers raises plain Exception
-            raise UserError(
-                f"the model's tokenizer cannot read {quoted(text)}; it reads symbols such as "
-                f"{', '.join(self.symbols[:MAX_SYMBOLS_SHOWN])}"
-            ) from None
+        # Spaces between symbols mean nothing; a tokenizer that reads text reads them, too.
+        for readable in (text, "".join(text.split())):
+            with suppress(Exception):  # tokenizers raises plain Exception
+                found = self.tokenizer.encode(readable, add_special_tokens=add_special_tokens)
+                return tuple(found.ids)
+        raise UserError(
+            f"the model's tokenizer cannot read {quoted(text)}; it reads symbols such as "
+            f"{', '.join(self.symbols[:MAX_SYMBOLS_SHOWN])}"
+        )
 
     @property
     def symbols(self) -> list[str]:

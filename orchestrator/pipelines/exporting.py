@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
@@ -38,7 +39,7 @@ from orchestrator.training.checkpoint import (
     weights_key,
 )
 from orchestrator.training.checkpoint_lookup import known_schedules
-from orchestrator.training.model_loading import EXPORTED_TYPE, load_model
+from orchestrator.training.model_loading import EXPORTED_TYPE, decoder_config, load_model
 from orchestrator.training.model_lookup import (
     find_checkpoint_by_weights,
     load_influence_table,
@@ -68,6 +69,7 @@ def export(
     to: Path | str | None = None,
     schedule: str | None = None,
     measure: bool = True,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Export a checkpoint with its card, and return the folder.
@@ -78,6 +80,7 @@ def export(
         to: Folder to write; under the workspace, named by the run, when unset.
         schedule: Iteration schedule as typed, if not the checkpoint's own.
         measure: Evaluate the model for the card. If that fails, the card is without quality.
+        force: Replace an export of another model in `to`.
 
     Raises:
         UserError: If the checkpoint, the schedule or the folder cannot be used.
@@ -87,8 +90,9 @@ def export(
     wanted = parse_schedule(schedule, checkpoint)
     name = checkpoint.parent.name + (f"-r{wanted}".replace(",", "") if wanted else "")
     folder = resolve_path(to) if to else context.workspace.exports / name
-    check_target(folder)
     decoder = load_model(checkpoint, schedule=wanted)
+    replaces = force or to is None  # The workspace's own folder is that of the run.
+    check_target(folder, None if replaces else (checkpoint, decoder.config))
     evaluation = None
     if measure:
         try:
@@ -105,6 +109,7 @@ def export(
         folder,
         decoder=decoder,
         card=card,
+        replaces=replaces,
         progress=context.progress,
     )
 
@@ -115,15 +120,18 @@ def export_checkpoint(
     *,
     decoder: Decoder,
     card: ModelCard,
+    replaces: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Export the decoder with the checkpoint's tokenizer and text files, and return the folder.
 
     Args:
         checkpoint: Holds the tokenizer, and an imported model's tokenizer and chat files.
-        folder: Created if missing; replaced if it is an earlier export and nothing else.
+        folder: Created if missing; replaced if it is an earlier export of this model and nothing
+            else.
         decoder: The model; its own schedule becomes the default.
         card: Text of `README.md`.
+        replaces: Replace an export of another model, too.
 
     Raises:
         UserError: If the folder holds something else or cannot be written, the tokenizer has no
@@ -132,7 +140,8 @@ def export_checkpoint(
     from iiet.export import export_pretrained
 
     progress = progress or Progress()
-    check_target(folder)
+    model = None if replaces else (checkpoint, decoder.config)
+    check_target(folder, model)
     progress.start("export")
     file = checkpoint / TOKENIZER
     tokenizer_file = file if file.is_file() else None
@@ -156,7 +165,7 @@ def export_checkpoint(
             write_text(temporary / CARD, card.to_markdown())
             lines = [f"{file_digest(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
             write_text(temporary / MANIFEST, "".join(lines))
-            check_target(folder)  # Again: another process may have written there meanwhile.
+            check_target(folder, model)  # Again: another process may have written there meanwhile.
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from None
     except ValueError as error:  # The source of another package's method cannot be copied.
@@ -223,10 +232,22 @@ def _readable_prompt(checkpoint: Path) -> str:
     return usual
 
 
-def check_target(folder: Path) -> None:
-    """Raise `UserError` if a folder holds anything but an earlier export."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
+def check_target(folder: Path, model: tuple[Path, ModelConfig] | None = None) -> None:
+    """Raise `UserError` if a folder cannot be written, or holds anything but an earlier export.
+
+    Args:
+        model: Checkpoint and configuration: an export of another model is an error, too.
+    """
+    try:
+        # Permissions do not tell: root may write everywhere, but not in /proc.
+        with TemporaryDirectory(dir=next(place for place in folder.parents if place.exists())):
+            pass
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder} ({error.strerror}); choose another folder with --to"
+        ) from None
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         is_export = config.get("model_type") == EXPORTED_TYPE and "auto_map" in config
@@ -240,6 +261,16 @@ def check_target(folder: Path) -> None:
             f"{folder} is an earlier export, and some of its files are not as the export wrote "
             f"them: {', '.join(others[:3])}{more}; move them away, or choose another folder with "
             "--to"
+        )
+    if model is None:
+        return
+    checkpoint, wanted = model
+    # The card, which is as the export wrote it, names the weights.
+    has_weights = f"weights: `{weights_key(checkpoint)}`" in (folder / CARD).read_text("utf-8")
+    if not has_weights or decoder_config(folder) != wanted:
+        raise UserError(
+            f"{folder} is an export of another model; replace it with --force, or choose another "
+            "folder with --to"
         )
 
 

@@ -7,7 +7,7 @@ Several prompts are one batch; a batch says what each prompt alone says.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import takewhile
@@ -24,6 +24,8 @@ from iiet.quantized_linear import WeightFormat
 from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord
 from iiet.speculative import stream as speculative_stream
+from iiet.weights import CONFIG
+from orchestrator.data.tokenizer import load_tokenizer, num_token_ids
 from orchestrator.evaluation.answers import (
     AnswerSettings,
     Decode,
@@ -34,16 +36,24 @@ from orchestrator.evaluation.answers import (
 from orchestrator.evaluation.model_tokenizer import (
     Message,
     ModelTokenizer,
+    PlainTokenizer,
     checkpoint_tokenizer,
 )
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.hub_imports import local_model
+from orchestrator.pipelines.imported_text import read_model_text_files
 from orchestrator.planning.resources import check_device
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import DTYPES
+from orchestrator.training.checkpoint import DTYPES, tokenizer_file
 from orchestrator.training.checkpoint_lookup import known_schedules
-from orchestrator.training.model_loading import best_device, load_model
-from orchestrator.training.model_lookup import parse_schedule, resolve_model
+from orchestrator.training.model_loading import EXPORTED, best_device, folder_kind, load_model
+from orchestrator.training.model_lookup import (
+    find_model_folder,
+    parse_schedule,
+    picked_model,
+    resolve_checkpoint,
+    resolve_model,
+)
 from orchestrator.training.precision import device_precision
 from orchestrator.workspace.errors import UserError, quoted
 from orchestrator.workspace.folders import Workspace
@@ -100,7 +110,8 @@ def generate(
 
     Args:
         prompts: Texts to continue.
-        model: A checkpoint or run, by path or name; the newest IIET or imported model when unset.
+        model: A checkpoint, run or exported folder, by path or name, or a sweep: its picked model.
+            When unset the last pick, or the newest IIET or imported model if that is newer.
         schedule: Iteration schedule as typed, if not the checkpoint's own.
         sampling: How tokens are chosen, and when to stop.
         drafting: Decode with drafts, and note what they did at the end.
@@ -115,12 +126,11 @@ def generate(
             lacks the instructions for these weights, or this machine the device; or if a system's
             message is given without `chat`.
     """
-    _check_system(system, chat=chat)
-    writer, context = _open(workspace, model, schedule, weights, device, drafting, progress)
+    writer = open_generator(
+        workspace, model, schedule, drafting, weights=weights, device=device, progress=progress
+    )
     texts = writer.as_asked(prompts, chat=chat, system=system)
-    written = writer.continue_all(texts, sampling or Sampling())
-    _note_drafts(writer, context)
-    return written
+    return writer.continue_all(texts, sampling or Sampling())
 
 
 def generate_stream(
@@ -138,54 +148,64 @@ def generate_stream(
     progress: Progress | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of one prompt, piece by piece; arguments and errors as `generate`."""
-    _check_system(system, chat=chat)
-    writer, context = _open(workspace, model, schedule, weights, device, drafting, progress)
+    writer = open_generator(
+        workspace, model, schedule, drafting, weights=weights, device=device, progress=progress
+    )
     (text,) = writer.as_asked([prompt], chat=chat, system=system)
-    pieces = writer.stream(text, sampling or Sampling())
-
-    def noted() -> Iterator[str]:
-        yield from pieces
-        _note_drafts(writer, context)
-
-    return noted()
+    return writer.stream(text, sampling or Sampling())
 
 
-def _open(
+def open_generator(
     workspace: Workspace | Path | str,
-    model: Path | str | None,
-    schedule: str | None,
-    weights: WeightFormat | None,
-    device: str | None,
-    drafting: Drafting | None,
-    progress: Progress | None,
-) -> tuple[TextGenerator, Context]:
+    model: Path | str | None = None,
+    schedule: str | None = None,
+    drafting: Drafting | None = None,
+    *,
+    weights: WeightFormat | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> TextGenerator:
+    """Load the model that generates; arguments and errors as `generate`."""
     if weights is not None and device not in (None, "cpu"):
         raise UserError(f"--weights {weights} decodes on the CPU; leave --device {device} out")
     if device is not None:
         check_device(device)
     context = open_context(workspace, progress)
-    path = local_model(context, model)
-    checkpoint = resolve_model(context.workspace, path, context.progress.note)
-    wanted = parse_schedule(schedule, checkpoint)
-    writer = TextGenerator(checkpoint, wanted, weights, drafting, device=device)
-    return writer, context
+    folder, own = _model_folder(context, model)
+    wanted = parse_schedule(schedule, folder) or own
+    return TextGenerator(
+        folder, wanted, weights, drafting, device=device, note=context.progress.note
+    )
 
 
-def _check_system(system: str | None, *, chat: bool) -> None:
-    if system is not None and not chat:
-        raise UserError(
-            f"the system's message {quoted(system)} is for a chat; give --system together with "
-            "--chat"
+def _model_folder(
+    context: Context, model: Path | str | None
+) -> tuple[Path, IterationSchedule | None]:
+    """Return the folder of the model that is meant, and its schedule if that is not its own."""
+    workspace, path = context.workspace, local_model(context, model)
+    is_sweep = path is not None and not path.exists() and (workspace.sweeps / path).is_dir()
+    if is_sweep and not (workspace.runs / path).exists():
+        from orchestrator.pipelines.picking import pick  # It takes seconds to import.
+
+        name = str(path)
+        picked = (
+            picked_model(workspace, name)
+            or pick(workspace=workspace, sweep=name, dry_run=True, progress=context.progress).model
         )
-
-
-def _note_drafts(writer: TextGenerator, context: Context) -> None:
-    if writer.record is not None:
-        context.progress.note(str(writer.record))
+    else:
+        picked = None if path else picked_model(workspace)
+    if picked and picked.checkpoint:
+        own = None if picked.schedule is None else IterationSchedule(picked.schedule)
+        return resolve_checkpoint(Path(picked.checkpoint)), own
+    if path is not None:
+        folder = find_model_folder(workspace, path, model_folders=True)
+        if (folder / CONFIG).is_file() and folder_kind(folder) == EXPORTED:
+            return folder, None
+    return resolve_model(workspace, path, context.progress.note), None
 
 
 class TextGenerator:
-    """A checkpoint, under its own iteration schedule or another, with its tokenizer.
+    """A model folder, under its own iteration schedule or another, with its tokenizer.
 
     Raises:
         UserError: If the checkpoint is damaged, has no tokenizer, or cannot use the schedule, or
@@ -200,9 +220,11 @@ class TextGenerator:
         drafting: Drafting | None = None,
         *,
         device: str | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
-        self.text: ModelTokenizer = checkpoint_tokenizer(checkpoint)
+        self._note = note
+        self.text: ModelTokenizer = _tokenizer(checkpoint)
         where = "cpu" if weights is not None else device or best_device()
         dtype = DTYPES[device_precision(where)]  # As it is evaluated.
         self.decoder: Decoder = load_model(checkpoint, device=where, dtype=dtype, schedule=schedule)
@@ -231,7 +253,16 @@ class TextGenerator:
     def as_asked(
         self, prompts: Sequence[str], *, chat: bool, system: str | None = None
     ) -> list[str]:
-        """Return the texts to continue: the prompts, or what the chat template makes of them."""
+        """Return the texts to continue: the prompts, or what the chat template makes of them.
+
+        Raises:
+            UserError: If a system's message is given without `chat`, or there is no template.
+        """
+        if system is not None and not chat:
+            raise UserError(
+                f"the system's message {quoted(system)} is for a chat; give --system together with "
+                "--chat"
+            )
         return [self.chat(prompt, system) if chat else prompt for prompt in prompts]
 
     def chat(self, prompt: str, system: str | None = None) -> str:
@@ -281,6 +312,7 @@ class TextGenerator:
             )
         except ValueError as error:
             raise UserError(str(error)) from None
+        self._note_drafts()
         return [text.rstrip(INCOMPLETE) for text in texts]
 
     def _pieces(self, tokens: Iterable[int], stops: Sequence[str]) -> Iterator[str]:
@@ -299,3 +331,17 @@ class TextGenerator:
                 yield ready
         if held:
             yield held
+        self._note_drafts()
+
+    def _note_drafts(self) -> None:
+        if self._note is not None and self.record is not None:
+            self._note(str(self.record))
+
+
+def _tokenizer(folder: Path) -> ModelTokenizer:
+    # A model that was trained here reads text after its export as it did before.
+    if folder_kind(folder) == EXPORTED:
+        file = tokenizer_file(folder)
+        if not read_model_text_files(folder, file, vocab_size=num_token_ids(load_tokenizer(file))):
+            return PlainTokenizer(file)
+    return checkpoint_tokenizer(folder)

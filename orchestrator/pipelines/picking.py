@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from orchestrator.reporting.sweep_results import (
 from orchestrator.settings.model import model_family
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.model_loading import load_model
-from orchestrator.training.model_lookup import resolve_checkpoint
+from orchestrator.training.model_lookup import Picked, resolve_checkpoint
 from orchestrator.training.tracked_models import trial_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
@@ -44,6 +45,8 @@ class PickResult:
 
     point: FrontPoint
     """The model with its place on the front."""
+    model: Trial
+    """The one whose weights are used: of several seeds the lowest, of a draft its full model."""
     sentence: str
     """Its schedule, quality and cost, and how certain they are."""
     folder: Path | None
@@ -83,20 +86,25 @@ def pick(
     cost: str | None = None,
     quality: str | None = None,
     to: Path | str | None = None,
+    force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> PickResult:
     """Choose a model from a sweep's front; export and register it.
+
+    `generate` then takes it by default, until a model is trained or imported.
 
     Args:
         sweep: Name of the sweep; the newest when unset.
         rule: How to choose; the cheapest that keeps 99% of the quality when unset.
         cost, quality: Axes of the front, as in `report`.
         to: Folder to export to; under the workspace when unset.
+        force: Replace an export of another model there.
         dry_run: Choose only; export and register nothing.
 
     Raises:
-        UserError: If there is no such sweep, no model meets the rule, or its weights are gone.
+        UserError: If there is no such sweep, no model meets the rule, its weights are gone, or the
+            folder cannot be used.
     """
     if dry_run and to is not None:
         raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
@@ -120,11 +128,12 @@ def pick(
         number = f"{len(keys)} seeds, its checkpoint is that of seed {result.seed}"
         sentence += f"; its numbers are means over {number}"
     if dry_run:
-        return PickResult(point=point, sentence=sentence, folder=None, version=None)
+        return PickResult(point=point, model=result, sentence=sentence, folder=None, version=None)
     items = load_item_values(context.workspace, [result])
     folder = resolve_path(to) if to else context.workspace.exports / found.name / rule.alias
     chosen = f"`{rule.alias}` of the sweep `{found.name}`: {sentence}."
-    card = _export(found, result, items.get(result.key), folder, chosen, context)
+    replaces = force or to is None  # The workspace's own folder is that of the rule.
+    card = _export(found, result, items.get(result.key), folder, chosen, context, replaces)
     name = model_family(card.config)
     model = trial_model(result)
     assert model is not None  # Its checkpoint was read a moment ago.
@@ -144,8 +153,20 @@ def pick(
         example=card.prompt,
     )
     run.finish()
-    version = f"models:/{name}@{rule.alias}"
-    return PickResult(point=point, sentence=sentence, folder=folder, version=version)
+    assert result.checkpoint is not None
+    Picked(
+        sweep=found.name,
+        checkpoint=str(resolve_checkpoint(Path(result.checkpoint))),
+        schedule=result.schedule,
+        time=time.time(),
+    ).write(context.workspace.picked)
+    return PickResult(
+        point=point,
+        model=result,
+        sentence=sentence,
+        folder=folder,
+        version=f"models:/{name}@{rule.alias}",
+    )
 
 
 def _export(
@@ -155,6 +176,7 @@ def _export(
     folder: Path,
     chosen: str,
     context: Context,
+    replaces: bool,
 ) -> ModelCard:
     if result.checkpoint is None:
         raise UserError(f"the sweep {sweep.name} has no weights of {result.name}")
@@ -163,5 +185,7 @@ def _export(
     decoder = load_model(checkpoint, schedule=schedule)
     card = model_card(context, checkpoint, decoder.config, evaluation, influence=sweep.influence)
     card = replace(card, chosen=chosen)
-    export_checkpoint(checkpoint, folder, decoder=decoder, card=card, progress=context.progress)
+    export_checkpoint(
+        checkpoint, folder, decoder=decoder, card=card, replaces=replaces, progress=context.progress
+    )
     return card

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.data.text_files import find_files
+from orchestrator.data.text_files import find_files, read_file
 from orchestrator.settings import Settings, read_settings
 from orchestrator.settings.starting import starting_yaml
 from orchestrator.workspace.errors import UserError
@@ -15,10 +15,12 @@ def write_starting_file(settings: Settings, path: Path, *, replace: bool = False
     """Write settings with comments; a file that exists is kept unless `replace`.
 
     Raises:
-        UserError: If the file exists, or the settings name text files that do not.
+        UserError: If the file exists, or the settings name text files that do not, or are no text.
     """
     if settings.data.source == "files":
-        find_files(settings.data)
+        for text_file in find_files(settings.data):
+            if text_file.suffix == ".txt":
+                next(read_file(text_file, settings.data.text_field), None)
     write_new_file(path, starting_yaml(settings), replace=replace)
     assert read_settings(path) == settings, "the file says what was asked for"
     return path

@@ -13,6 +13,7 @@ from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
 from orchestrator.data.hub_models import HUB_PREFIX, download_model, is_hub_name
 from orchestrator.data.prepared import verify_data
+from orchestrator.records.record import Record, WorkspacePath
 from orchestrator.settings import InfluenceSettings
 from orchestrator.training.checkpoint import (
     check_checkpoint,
@@ -26,6 +27,7 @@ from orchestrator.training.checkpoint_lookup import (
     newest_checkpoint,
     newest_intact_checkpoint,
 )
+from orchestrator.training.model_loading import EXPORTED, decoder_config, folder_kind
 from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import INVALID_VALUE_ERRORS, expand_user, read_json, resolve_path
@@ -36,6 +38,32 @@ from orchestrator.workspace.provenance import file_key
 MAX_RUNS_NAMED = 20
 
 Warn = Callable[[str], None]
+
+
+class Picked(Record):
+    """The model that `pick` chose last."""
+
+    sweep: str
+    checkpoint: WorkspacePath
+    schedule: tuple[int, ...] | None
+    """Iteration schedule; None for a method without corrections."""
+    time: float
+    """When it was picked, in seconds since 1970."""
+
+
+def picked_model(workspace: Workspace, sweep: str | None = None) -> Picked | None:
+    """Return the last pick: of this sweep, or one that is newer than all runs; None without one.
+
+    Raises:
+        UserError: If its file is damaged.
+    """
+    found = Picked.read(workspace.picked)
+    if found is None or not Path(found.checkpoint).is_dir():
+        return None
+    if sweep is not None:
+        return found if found.sweep == sweep else None
+    is_newest = all(last_recorded(run) < found.time for run in run_folders(workspace))
+    return found if is_newest else None
 
 
 def resolve_teacher(workspace: Workspace, path: Path | None, warn: Warn | None = None) -> Path:
@@ -223,17 +251,22 @@ def load_influence_table(
 def parse_schedule(
     text: str | None, checkpoint: Path, *, option: str = "--schedule"
 ) -> IterationSchedule | None:
-    """Parse the value of an option for a checkpoint; None stays None.
+    """Parse the value of an option for a checkpoint or an exported folder; None stays None.
 
     Raises:
-        UserError: If it is not valid for the model's number of layers.
+        UserError: If it is not valid for the model's method and number of layers.
     """
     if text is None:
         return None
+    is_exported = folder_kind(checkpoint) == EXPORTED
+    config = (decoder_config(checkpoint) if is_exported else None) or load_config(checkpoint)
     try:
-        return IterationSchedule.parse(text, num_layers=load_config(checkpoint).num_layers)
+        schedule = IterationSchedule.parse(text, num_layers=config.num_layers)
+        config.evaluations_per_layer(schedule)  # Raises where the method makes no corrections.
     except ValueError as error:
-        raise UserError(f"{option}: {error}") from None
+        problem = str(error).removeprefix("invalid model config: ")
+        raise UserError(f"{option}: {problem}") from None
+    return schedule
 
 
 def _newest(

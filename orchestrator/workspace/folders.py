@@ -47,6 +47,8 @@ class Workspace:
         self.benchmarks = root / "benchmarks"
         # One file per run of an evaluation, benchmark or influence: what MLflow shows of it.
         self.measurements = root / "measurements"
+        # The model that `pick` chose last.
+        self.picked = root / "picked.json"
         # MLflow's.
         self.database = root / "mlflow.db"
         self.artifacts = root / "artifacts"

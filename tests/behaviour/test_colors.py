@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from terminal import run_in_terminal
 
 PROGRAM = """
 import json, sys
@@ -56,23 +56,7 @@ def test_a_pipe_gets_no_escape_sequence(environment: dict[str, str], tmp_path: P
 
 def _on_a_terminal(words: list[str], environment: dict[str, str], folder: Path) -> str:
     command = [sys.executable, "-c", PROGRAM, json.dumps([words])]
-    ours, theirs = pty.openpty()
-    started = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, env=environment
-    )
-    os.close(theirs)
-    printed = b""
-    while True:
-        try:
-            part = os.read(ours, 65536)
-        except OSError:  # The other end is closed.
-            break
-        if not part:
-            break
-        printed += part
-    os.close(ours)
-    started.wait()
-    return printed.decode()
+    return run_in_terminal(command, folder, environment)[1]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import re
 import shutil
 from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from documented import ROOT, Line, blocks, shell_lines
@@ -125,7 +126,9 @@ def test_the_commands_of_a_page_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    terminal: TextIO,
 ) -> None:
+    monkeypatch.setattr("sys.stdin", terminal)
     project = shutil.copytree(started_project, tmp_path / "project")
     monkeypatch.chdir(project)
     monkeypatch.delenv("IIET_WORKSPACE", raising=False)
@@ -135,7 +138,7 @@ def test_the_commands_of_a_page_run(
         words = tuple(REPLACED.get(word, word) for word in line.words[1:])
         words = words[: words.index(">")] if ">" in words else words
         is_dry = "--gpus" in words and "--dry-run" not in words
-        answer = "--yes" if words == ("clean",) else ""  # It asks on a terminal only.
+        answer = "--yes" if words == ("clean",) else ""  # It asks.
         code = run(*words, *small(words), "--dry-run" if is_dry else "", answer)
         error = capsys.readouterr().err
         excuse = next((MAY_REFUSE[word] for word in words if word in MAY_REFUSE), None)

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import pytest
+import torch
 import typer
 from documented import PAGES, ROOT, blocks
 from small_size import SMALL
+from terminal import run_in_terminal
 
 import orchestrator
+from iiet import Decoder, preset
 from orchestrator import cli
+from orchestrator.pipelines.exporting import export_checkpoint
+from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import Settings, read_settings
 from orchestrator.settings.shipped import shipped_sweeps
+from orchestrator.training.model_loading import load_model
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS_PAGE = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 PYTHON_PAGE = ROOT / "docs" / "python.md"
 COMMANDS = typer.main.get_command(cli.app.app).commands  # type: ignore[attr-defined]
+HIDDEN = 'import sys; sys.modules["iiet"] = sys.modules["orchestrator"] = None'
+"""Any import of them fails from here on."""
 GLOSSARY = (
     *("correction", "schedule", "NFE", "influence", "threshold family", "teacher", "student"),
     *("elastic", "front", "knee", "draft"),
@@ -52,9 +64,68 @@ def test_the_python_of_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-def test_the_commands_in_python_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_sweep: Path, ray_session: None
+def test_python_for_exported_models_asks_nothing(
+    save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
+    """In a terminal into which nobody types, by a Python that does not know this package."""
+    checkpoint = save_tiny(
+        tmp_path / "run", num_layers=3, schedule=[2, 1, 1], context_length=128, initializer_std=0.3
+    )
+    decoder = load_model(checkpoint)
+    card = ModelCard(name="tiny", config=decoder.config)
+    export_checkpoint(checkpoint, tmp_path / "my-model", decoder=decoder, card=card)
+    pages = (ROOT / "README.md", ROOT / "docs" / "tutorial.md", ROOT / "docs" / "speculation.md")
+    number_of = {"README.md": 0, "tutorial.md": 0, "speculation.md": 1}
+    snippets = [blocks(page, "python")[number_of[page.name]] for page in pages]
+    (tmp_path / "typed.py").write_text("\n".join([HIDDEN, *snippets]))
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "typed.py"]
+    code, printed = run_in_terminal(command, tmp_path, environment)
+    assert code == 0, printed
+    assert "The function" in printed
+    assert "drafted tokens accepted" in printed
+
+
+def test_python_that_drafts_runs() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 31, "dim": 8, "ffn_dim": 16, "num_heads": 2, "num_layers": 2}
+    decoder, small_decoder = (
+        Decoder(preset("tiny", **sizes, schedule=r)).eval().requires_grad_(False) for r in (2, 0)
+    )
+    names = {"decoder": decoder, "small_decoder": small_decoder, "ids": torch.ones(1, 4).long()}
+    exec(blocks(ROOT / "docs" / "speculation.md", "python")[0], names)
+    assert names["tokens"].shape == (1, 104)  # type: ignore[attr-defined]
+
+
+def test_all_python_of_the_pages_is_run_by_a_test() -> None:
+    """The package of extending.md by test_extending_doc.py, models.md by the test of that name."""
+    found = {page.name: len(blocks(page, "python")) for page in PAGES}
+    run = {"README.md": 2, "tutorial.md": 1, "python.md": 2, "speculation.md": 2}
+    run |= {"extending.md": 5, "models.md": 1}
+    assert {name: count for name, count in found.items() if count} == run
+
+
+def test_commands_without_a_function_are_named() -> None:
+    (listed,) = re.findall(r"but for (`.*?`)\. It takes", PYTHON_PAGE.read_text(), flags=re.DOTALL)
+    other_names = {"influence": "measure_influence", "import": "import_model", "search": "sweep"}
+    functions = (other_names.get(name, name.partition("-")[0]) for name in COMMANDS)
+    without = {
+        name for name, f in zip(COMMANDS, functions, strict=True) if f not in dir(orchestrator)
+    }
+    assert set(re.findall("`(.*?)`", listed)) == without
+    assert "quickstart` | everything, from a generated task" in COMMANDS_PAGE
+
+
+@pytest.mark.slow
+def test_the_commands_in_python_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small_sweep: Path,
+    ray_session: None,
+    terminal: TextIO,
+) -> None:
+    monkeypatch.setattr("sys.stdin", terminal)
+
     def read_small(name: str, changes: list[str] | None = None) -> Settings:
         return read_settings(name, [*SMALL, *(changes or [])])
 

@@ -1,4 +1,4 @@
-"""The commands of docs/tutorial.md run in their order, at a small size."""
+"""The commands of docs/tutorial.md run in their order, at a small size, and ask nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import shlex
 from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from documented import ROOT, blocks
@@ -35,9 +36,11 @@ def test_from_text_to_a_model_of_transformers(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     ray_session: None,
+    terminal: TextIO,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("IIET_WORKSPACE", raising=False)
+    monkeypatch.setattr("sys.stdin", terminal)
     texts = tmp_path / "my-texts"
     texts.mkdir()
     documents = islice(python_documents(Progress()), 250)
@@ -51,7 +54,9 @@ def test_from_text_to_a_model_of_transformers(
         assert cli.main([*words[1:], *small]) == 0, capsys.readouterr().err
         ran.append(words[1])
     assert {"doctor", "init", "sweep", "status", "pick", "generate"} <= set(ran)
-    assert re.search(r"schedule.*NFE", capsys.readouterr().out)
-    (snippet,) = blocks(PAGE, "python")
-    exec(snippet, {})
-    assert capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert re.search(r"schedule.*NFE", captured.out)
+    used = re.findall(r"^model: (.*), (.*)$", captured.err, flags=re.MULTILINE)
+    assert len(used) == 2
+    assert Path(used[1][0]) == tmp_path / "my-model"
+    assert used[0][1] == used[1][1], "the picked model, and the folder that it was exported to"

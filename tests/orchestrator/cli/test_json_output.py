@@ -153,6 +153,15 @@ def test_the_keys_are_those_of_the_page(run: Run, command: list[str]) -> None:
     _check(name if name in DOCUMENTED else words[0], found)
 
 
+def test_generate_names_the_model_and_the_schedule(run: Run, space: Workspace) -> None:
+    for model, schedule in (("full", [2, 1]), ("two", [1, 0])):  # A run, and a sweep's model.
+        found, progress = run("generate", model, "--prompt", "abc", "-n", "1")
+        assert found["model"] == str(space.runs / "full" / "step_00000001")
+        assert found["schedule"] == schedule
+        written = ",".join(map(str, schedule))
+        assert f"model: {found['model']}, schedule {written}\n" in progress
+
+
 def test_a_list_without_a_workspace_has_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "list", "--json"]) == 0
     _check("config list", json.loads(capsys.readouterr().out))

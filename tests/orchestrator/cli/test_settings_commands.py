@@ -72,6 +72,18 @@ def test_shipped_sweeps_are_listed_and_copied(
     assert "did you mean depth" in _printed(capsys, "config", "copy", "depht", code=2)
 
 
+def test_a_file_with_the_name_of_a_shipped_sweep_is_used_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "depth").write_text("training: {num_steps: 3}")
+    assert cli.main(["config", "show", "depth"]) == 0
+    captured = capsys.readouterr()
+    assert "num_steps: 3 " in captured.out
+    assert f"settings: the file {tmp_path / 'depth'}, not the shipped sweep depth" in captured.err
+    _printed(capsys, "config", "copy", "depth")
+    assert read_settings(tmp_path / "depth.yaml") == read_settings(shipped_sweeps()["depth"])
+
+
 @pytest.mark.parametrize("size", ["tiny", "55m", "340m"])
 def test_init_writes_a_valid_commented_file(
     size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -115,6 +127,7 @@ def test_init_asks_for_what_is_missing(
     [
         (["init"], "--data PATH"),
         (["init", "--data", "nowhere"], "nowhere"),
+        (["init", "--data", "binary.txt"], "binary.txt is not UTF-8 text"),
         (["init", "--data", "text", "--hub", "a/b"], "leave one out"),
         (["init", "--data", "text", "--size", "9m"], "--size"),
         (["init", "text", "--data", "text"], "exists"),
@@ -127,6 +140,7 @@ def test_a_mistake_writes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("sys.stdin", io.StringIO())
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
     before = sorted(tmp_path.rglob("*"))
     assert said in " ".join(_printed(capsys, *words, code=2).split())
     assert sorted(tmp_path.rglob("*")) == before

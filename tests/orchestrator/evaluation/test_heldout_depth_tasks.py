@@ -177,6 +177,7 @@ def test_a_task_that_the_data_cannot_make_is_an_error_before_any_work(
 
 def test_a_text_that_is_no_symbol_is_an_error(tmp_path: Path) -> None:
     tokenizer = PlainTokenizer(prepared(tmp_path, "phop_2") / "tokenizer.json")
-    assert tokenizer.encode_document("<|0|><|3|>") == (0, 1, 4)
+    for prompt in ("<|0|><|3|>", " <|0|> <|3|>\n"):
+        assert tokenizer.encode_document(prompt) == (0, 1, 4)
     with pytest.raises(UserError, match=r"cannot read .*; it reads symbols such as <\|0"):
         tokenizer.encode_document("<|0|>?")

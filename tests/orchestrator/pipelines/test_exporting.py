@@ -22,11 +22,12 @@ from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.pipelines.evaluating import evaluate_model
-from orchestrator.pipelines.exporting import CARD, MANIFEST, export_checkpoint
+from orchestrator.pipelines.exporting import CARD, MANIFEST, export, export_checkpoint
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.model_card import REQUIREMENTS, ModelCard
-from orchestrator.settings import EvaluationSettings
-from orchestrator.training.checkpoint import ELASTIC
+from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.terminal.progress import Progress
+from orchestrator.training.checkpoint import ELASTIC, weights_key
 from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -104,7 +105,8 @@ def checkpoint(tmp_path: Path, save_tiny: Callable[..., Path]) -> Path:
 
 def exported(checkpoint: Path, folder: Path, evaluation: EvaluationResult | None = None) -> Path:
     decoder = load_model(checkpoint)
-    card = ModelCard(name="tiny", config=decoder.config, evaluation=evaluation)
+    weights = {"weights": weights_key(checkpoint)}
+    card = ModelCard(name="tiny", config=decoder.config, provenance=weights, evaluation=evaluation)
     return export_checkpoint(checkpoint, folder, decoder=decoder, card=card)
 
 
@@ -181,6 +183,38 @@ def test_an_earlier_export_is_replaced_and_nothing_else(checkpoint: Path, tmp_pa
         exported(checkpoint, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["diary.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "run"]
+
+
+def test_an_export_of_another_model_is_replaced_only_if_asked_to(
+    checkpoint: Path, save_tiny: Callable[..., Path], workspace: Workspace, tmp_path: Path
+) -> None:
+    other = save_tiny(tmp_path / "other", initializer_std=0.1)
+    options: dict[str, Any] = {"workspace": workspace, "to": tmp_path / "out", "measure": False}
+    for _ in range(2):
+        export(Settings(), model=checkpoint, **options)
+    for refused in ({"model": other}, {"model": checkpoint, "schedule": "1,0"}):
+        with pytest.raises(UserError, match="out is an export of another model.*--force.*--to"):
+            export(Settings(), **options, **refused)
+    assert load_model(tmp_path / "out").config == load_model(checkpoint).config
+    export(Settings(), model=other, force=True, **options)
+    assert load_model(tmp_path / "out").config == load_model(other).config
+
+
+@pytest.mark.parametrize("to", ["/proc/x", "/proc/x/y", "a file/x", 300 * "x"])
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(
+    checkpoint: Path, workspace: Workspace, tmp_path: Path, to: str
+) -> None:
+    class Silent(Progress):
+        def note(self, text: str) -> None:
+            pytest.fail(f"it was measured: {text}")
+
+    (tmp_path / "a file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"cannot write .*[xy] \(.*\); choose another .*--to"):
+        export(
+            Settings(), workspace=workspace, model=checkpoint, to=tmp_path / to, progress=Silent()
+        )
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_method_whose_source_cannot_be_copied_is_refused(

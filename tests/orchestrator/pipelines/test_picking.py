@@ -18,6 +18,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.exporting import export
+from orchestrator.pipelines.generating import Sampling, generate, open_generator
 from orchestrator.pipelines.picking import PickResult, pick
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.measurement import TrackedModel
@@ -190,6 +191,47 @@ def test_the_pick_of_a_draft_is_the_full_model_or_a_model_of_its_own(
     choice, schedule = picked("other-weights", 1.3, 1.1)
     assert choice.point.result.key == "cheap"
     assert schedule == IterationSchedule((1, 0))
+
+
+def test_generate_takes_the_pick_until_a_run_is_newer(
+    context: Context,
+    sweep: StoredSweep,
+    tiny_model: dict[str, Any],
+    tiny_tokens: Path,
+    tmp_path: Path,
+) -> None:
+    def used(model: Path | str | None = None) -> tuple[Path, tuple[int, ...]]:
+        writer = open_generator(context.workspace, model)
+        return writer.checkpoint, tuple(writer.decoder.schedule)
+
+    teacher, student, _ = (Path(str(trial.checkpoint)) for trial in sweep.results)
+    context.workspace.picked.unlink(missing_ok=True)
+    assert used("two-models") == (student, (1, 0)), "what `pick two-models` would choose"
+    folder = tmp_path / "my-model"
+    pick_from(context, "two-models", PickRule(name="cheapest"), to=folder)
+    assert used() == used("two-models") == (teacher, (0, 0))
+    assert used(folder) == (folder, (0, 0))
+    few = Sampling(max_new_tokens=4)
+    texts = [
+        generate(["abc", "a"], workspace=context.workspace, model=model, sampling=few)
+        for model in (folder, None)
+    ]
+    assert texts[0] == texts[1], "an exported model reads as it did before"
+    later = checkpoint_of(context, "later", tiny_model, tiny_tokens, 2)
+    assert used() == (later, (2, 1))
+    assert used("two-models") == (teacher, (0, 0))
+
+
+def test_a_pick_replaces_another_model_only_if_asked_to(
+    context: Context, sweep: StoredSweep, tmp_path: Path
+) -> None:
+    for rule in ("best", "best"):
+        pick_from(context, "two-models", PickRule(name=rule), to=tmp_path / "mine")
+    other = PickRule(name="cheapest")  # The same weights under another schedule.
+    with pytest.raises(UserError, match="mine is an export of another model.*--force.*--to"):
+        pick_from(context, "two-models", other, to=tmp_path / "mine")
+    pick_from(context, "two-models", other, to=tmp_path / "mine", force=True)
+    assert load_model(tmp_path / "mine").schedule == IterationSchedule((0, 0))
 
 
 def test_picking_again_makes_no_second_version(context: Context, sweep: StoredSweep) -> None:

@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+from documented import ROOT, blocks
 from sample_trials import sample_trial
+from terminal import run_in_terminal
 
 from iiet.schedule import IterationSchedule
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
@@ -168,6 +170,21 @@ def test_a_clean_process_loads_and_reads_registered_models(picked: Picked, tmp_p
     with torch.no_grad():
         expected = load_model(picked.full)(torch.tensor([ids])).flatten()
     torch.testing.assert_close(torch.tensor(logits), expected)
+
+
+def test_the_python_of_the_page_asks_nothing(picked: Picked, tmp_path: Path) -> None:
+    (snippet,) = blocks(ROOT / "docs" / "models.md", "python")
+    for written, used in (
+        ("iiet-tiny", "iiet-2x16"),
+        ("1,1,1,0,0,0", "1,0"),
+        ("sqlite:///iiet-workspace", f"sqlite:///{picked.workspace.root}"),
+        ("The function returns", "abc"),  # The model's context is short.
+    ):
+        assert written in snippet
+        snippet = snippet.replace(written, used)
+    command = [sys.executable, "-c", snippet]
+    code, printed = run_in_terminal(command, tmp_path, picked.environment(tmp_path))
+    assert code == 0, printed
 
 
 @pytest.fixture

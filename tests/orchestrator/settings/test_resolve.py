@@ -34,6 +34,13 @@ def test_one_setting_of_a_recipe_keeps_its_other_defaults() -> None:
     assert usual.num_steps != Settings().training.num_steps
 
 
+@pytest.mark.parametrize("text", ["", "\n# training:\n#   num_steps: 3\n"])
+def test_a_file_without_settings_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"mine\.yaml holds no settings; `iiet-orch init`"):
+        read_settings(tmp_path / "mine.yaml")
+
+
 @pytest.mark.parametrize(
     ("setting", "known"),
     [

@@ -12,11 +12,17 @@ import torch
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
+from iiet.schedule import IterationSchedule
 from orchestrator import cli
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.evaluated_model import open_models
 from orchestrator.training.checkpoint import save_checkpoint
-from orchestrator.training.model_lookup import find_model_folder, resolve_model, resolve_teacher
+from orchestrator.training.model_lookup import (
+    find_model_folder,
+    parse_schedule,
+    resolve_model,
+    resolve_teacher,
+)
 from orchestrator.workspace.checkpoint_names import checkpoint_name, find_checkpoints
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -203,6 +209,15 @@ def test_the_source_folder_of_an_imported_model_does_not_hide_its_run(
     assert resolve_model(workspace, Path("llama")) == checkpoint
     # What can read both takes the nearer one.
     assert find_model_folder(workspace, Path("llama"), model_folders=True) == tmp_path / "llama"
+
+
+def test_a_schedule_for_a_model_without_corrections_is_refused(
+    workspace: Workspace, save_run: Any
+) -> None:
+    plain = save_run("plain", method="vanilla")
+    with pytest.raises(UserError, match="^--schedule: method 'vanilla' makes no corrections, got"):
+        parse_schedule("2", plain)
+    assert parse_schedule("0", plain) == IterationSchedule((0, 0))
 
 
 def test_the_newest_model_may_be_an_imported_one(workspace: Workspace, save_run: Any) -> None:
