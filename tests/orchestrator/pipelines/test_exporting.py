@@ -193,7 +193,7 @@ def test_an_export_of_another_model_is_replaced_only_if_asked_to(
     for _ in range(2):
         export(Settings(), model=checkpoint, **options)
     for refused in ({"model": other}, {"model": checkpoint, "schedule": "1,0"}):
-        with pytest.raises(UserError, match="out is an export of another model.*--force.*--to"):
+        with pytest.raises(UserError, match=r"out is an export of another model.*--force.*--to"):
             export(Settings(), **options, **refused)
     assert load_model(tmp_path / "out").config == load_model(checkpoint).config
     export(Settings(), model=other, force=True, **options)

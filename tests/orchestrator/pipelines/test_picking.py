@@ -228,7 +228,7 @@ def test_a_pick_replaces_another_model_only_if_asked_to(
     for rule in ("best", "best"):
         pick_from(context, "two-models", PickRule(name=rule), to=tmp_path / "mine")
     other = PickRule(name="cheapest")  # The same weights under another schedule.
-    with pytest.raises(UserError, match="mine is an export of another model.*--force.*--to"):
+    with pytest.raises(UserError, match=r"mine is an export of another model.*--force.*--to"):
         pick_from(context, "two-models", other, to=tmp_path / "mine")
     pick_from(context, "two-models", other, to=tmp_path / "mine", force=True)
     assert load_model(tmp_path / "mine").schedule == IterationSchedule((0, 0))

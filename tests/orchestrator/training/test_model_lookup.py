@@ -215,7 +215,7 @@ def test_a_schedule_for_a_model_without_corrections_is_refused(
     workspace: Workspace, save_run: Any
 ) -> None:
     plain = save_run("plain", method="vanilla")
-    with pytest.raises(UserError, match="^--schedule: method 'vanilla' makes no corrections, got"):
+    with pytest.raises(UserError, match=r"^--schedule: method 'vanilla' makes no corrections, got"):
         parse_schedule("2", plain)
     assert parse_schedule("0", plain) == IterationSchedule((0, 0))
 
