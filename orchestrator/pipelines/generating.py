@@ -43,11 +43,13 @@ from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.hub_imports import local_model
 from orchestrator.pipelines.imported_text import read_model_text_files
 from orchestrator.planning.resources import check_device
+from orchestrator.records.trial import Trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import DTYPES, tokenizer_file
 from orchestrator.training.checkpoint_lookup import known_schedules
 from orchestrator.training.model_loading import EXPORTED, best_device, folder_kind, load_model
 from orchestrator.training.model_lookup import (
+    Picked,
     find_model_folder,
     parse_schedule,
     picked_model,
@@ -183,17 +185,17 @@ def _model_folder(
 ) -> tuple[Path, IterationSchedule | None]:
     """Return the folder of the model that is meant, and its schedule if that is not its own."""
     workspace, path = context.workspace, local_model(context, model)
-    is_sweep = path is not None and not path.exists() and (workspace.sweeps / path).is_dir()
-    if is_sweep and not (workspace.runs / path).exists():
+    picked: Picked | Trial | None = None
+    if path is None:
+        picked = picked_model(workspace)
+    elif (workspace.sweeps / path).is_dir() and not (
+        path.exists() or (workspace.runs / path).exists()
+    ):
         from orchestrator.pipelines.picking import pick  # It takes seconds to import.
 
-        name = str(path)
-        picked = (
-            picked_model(workspace, name)
-            or pick(workspace=workspace, sweep=name, dry_run=True, progress=context.progress).model
-        )
-    else:
-        picked = None if path else picked_model(workspace)
+        picked = picked_model(workspace, path.name)
+        if picked is None:
+            picked = pick(workspace=workspace, sweep=path.name, dry_run=True).model
     if picked and picked.checkpoint:
         own = None if picked.schedule is None else IterationSchedule(picked.schedule)
         return resolve_checkpoint(Path(picked.checkpoint)), own
