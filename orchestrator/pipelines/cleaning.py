@@ -29,7 +29,6 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json, read_json_object
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.inventory import (
-    RemovableKind,
     folders_in,
     run_locks,
     size_of,
@@ -42,6 +41,7 @@ from orchestrator.workspace.names import (
     RAY_FOLDER,
     RESULTS_FILE,
     TEMPORARY_PREFIX,
+    RemovableKind,
 )
 from orchestrator.workspace.read_only import read_only
 from orchestrator.workspace.scratch import abandoned_folders
