@@ -188,9 +188,8 @@ def test_a_file_with_values_of_other_types_is_named_and_the_rest_is_listed(
         file.write_text(json.dumps(value))
         assert cli.main(["list", "--json", "--workspace", str(space.root)]) == 0
         printed = capfd.readouterr()
-        found = {
-            e["name"]: e["state"] for k in ("runs", "sweeps") for e in json.loads(printed.out)[k]
-        }
+        listed = json.loads(printed.out)
+        found = {entry["name"]: entry["state"] for entry in listed["runs"] + listed["sweeps"]}
         assert found["half"] == "stopped at 3/8"
         is_damaged = value is not stored
         assert (found[name] == "damaged") == is_damaged, value
@@ -200,11 +199,11 @@ def test_a_file_with_values_of_other_types_is_named_and_the_rest_is_listed(
 def test_records_of_other_types_are_skipped(two_runs: Path, run: Run) -> None:
     journal = two_runs / "journal.jsonl"
     last = next(record for record in read_tail(two_runs) if record["kind"] == "metrics")
-    usual = run("list", "runs")
     with journal.open("a") as file:
+        file.write("[" * 100_000 + "\n")
         for value in (*_replaced(last), {**last, "time": 10**30}):
             file.write(json.dumps(value) + "\n")
-    assert run("list", "runs").split("half")[1].split()[2:4] == usual.split("half")[1].split()[2:4]
+    assert "half stopped at 3/8 iiet 2,1" in run("list", "runs")
 
 
 @pytest.mark.parametrize("command", ["list", "status"])
