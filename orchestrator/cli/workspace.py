@@ -114,7 +114,9 @@ def clean(
 
     space = existing_workspace(workspace)
     console = Console(highlight=False)
-    found = cleaning.find_removable(space, kinds or cleaning.KINDS)
+    damage: dict[str, None] = {}
+    found = cleaning.find_removable(space, kinds or cleaning.KINDS, damage.setdefault)
+    _warn(damage)
     if not as_json:
         _print_removable(console, space, found)
     deleted: list[Removable] = []

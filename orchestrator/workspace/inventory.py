@@ -132,8 +132,10 @@ class StoredTraining:
         """Its job, if it has one."""
         self.outcome = _read(folder / DONE_NAME, StoredOutcome, damage.append)
         """How it ended; None until it has finished."""
+        if self.outcome and not self.job and not damage:
+            damage.append(f"{folder / JOB_NAME} is missing")
         self.is_damaged = bool(damage)
-        """Whether one of these files cannot be read."""
+        """Whether one of these files cannot be read, or a finished training has no job."""
         for sentence in damage:
             note(sentence)
         self.records = read_tail(folder)
@@ -241,7 +243,7 @@ def sweep_progress(folder: Path, note: Note) -> SweepProgress:
     for trial in plan.trials:
         run = folder.parents[1] / trial.folder
         ends = (run / f"result-{trial.key}.json", run / STOPPED_NAME)
-        has_ended = any(end.is_file() for end in ends)
+        has_ended = any(end.exists() for end in ends)
         (progress.finished if has_ended else progress.left).append(trial)
     return progress
 

@@ -26,7 +26,6 @@ from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import UserError
 
 
-
 @pytest.fixture
 def decoder(tiny_model: dict[str, Any]) -> Decoder:
     torch.manual_seed(0)
