@@ -121,7 +121,12 @@ def evaluate(
         cluster__device=device,
     )
     with open_session(
-        workspace, "evaluate", verbose=verbose, dry_run=dry_run, as_json=as_json
+        workspace,
+        "evaluate",
+        verbose=verbose,
+        dry_run=dry_run,
+        as_json=as_json,
+        must_write=False,
     ) as session:
         from orchestrator.pipelines import evaluating
 

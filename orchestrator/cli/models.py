@@ -121,7 +121,9 @@ def generate(
     if draft is None and draft_tokens is not None:
         raise UserError(f"--draft-tokens {draft_tokens} needs --draft SCHEDULE or --draft auto")
     prompts = prompt if prompt is not None else [_piped_prompt()]
-    with open_session(workspace, "generate", verbose=verbose, as_json=as_json) as session:
+    with open_session(
+        workspace, "generate", verbose=verbose, as_json=as_json, must_write=False
+    ) as session:
         from orchestrator.pipelines import generating
 
         sampling = generating.Sampling(

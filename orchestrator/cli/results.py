@@ -33,7 +33,9 @@ def show_report(
 
     Example: iiet-orch report --cost flops
     """
-    with open_session(workspace, "report", verbose=verbose, as_json=as_json) as session:
+    with open_session(
+        workspace, "report", verbose=verbose, as_json=as_json, must_write=False
+    ) as session:
         from orchestrator.pipelines import reports
 
         result = reports.report(sweeps=sweeps or [], cost=cost, quality=quality, **session.common)

@@ -71,6 +71,7 @@ def open_session(
     verbose: bool | None,
     dry_run: bool = False,
     as_json: bool = False,
+    must_write: bool = True,
 ) -> Iterator[Session]:
     """Open the workspace, send the libraries' output to a log, and name the log on failure.
 
@@ -78,6 +79,7 @@ def open_session(
         verbose: True shows the libraries' output, too; False shows no progress.
         dry_run: Write no log, and nothing else.
         as_json: Show progress on standard error; standard output is for the JSON.
+        must_write: Whether the command is useless where nothing can be stored.
     """
     from orchestrator.terminal.logs import command_log
     from orchestrator.workspace.folders import locate_workspace, open_workspace
@@ -89,10 +91,11 @@ def open_session(
     with _full_disk_as_failure(locate_workspace(workspace).root), ExitStack() as stack:
         if dry_run:
             stack.enter_context(read_only())
-        space = open_workspace(workspace)
-        log, terminal = stack.enter_context(
-            command_log(space.logs, command, verbose=bool(verbose) or dry_run)
-        )
+        space = open_workspace(workspace, must_write=must_write)
+        without_log = bool(verbose) or dry_run or not space.is_writable
+        log, terminal = stack.enter_context(command_log(space.logs, command, verbose=without_log))
+        if not space.is_writable:
+            Warnings(terminal).note(f"{space.root} cannot be written, so nothing is stored")
         if as_json:
             console = Console(file=terminal, highlight=False)
             # What libraries print, or Ray's workers, must not get between the JSON.

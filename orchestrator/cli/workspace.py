@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -24,12 +24,13 @@ from orchestrator.terminal.formatting import (
 from orchestrator.terminal.layout import ResponsiveLayout, print_line
 from orchestrator.terminal.tables import plain_table
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.inventory import KINDS, Entry, Kind, RemovableKind
+from orchestrator.workspace.names import KINDS, Kind, RemovableKind
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.cleaning import Removable
     from orchestrator.workspace.activity import Activity, Status
     from orchestrator.workspace.folders import Workspace
+    from orchestrator.workspace.inventory import Entry
 
 
 @app.command("list", rich_help_panel="Workspace")
@@ -52,7 +53,9 @@ def list_workspace(
 
     space = existing_workspace(workspace)
     kinds = [kind] if kind else [k for k in KINDS if as_json or k != "checkpoints"]
-    found = {k: list_entries(space, k) for k in kinds}
+    damage: dict[str, None] = {}  # A plan is read for its sweep and for its trials.
+    found = {k: list_entries(space, k, damage.setdefault) for k in kinds}
+    _warn(damage)
     if as_json:
         lists = {k: [entry.to_json() for entry in entries] for k, entries in found.items()}
         print_json({"workspace": str(space.root), **lists})
@@ -76,7 +79,9 @@ def status(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> No
     from orchestrator.workspace.activity import read_status
 
     space = existing_workspace(workspace)
-    found = read_status(space)
+    damage: dict[str, None] = {}
+    found = read_status(space, damage.setdefault)
+    _warn(damage)
     if as_json:
         print_json({"workspace": str(space.root), **found.to_json()})
     else:
@@ -109,7 +114,9 @@ def clean(
 
     space = existing_workspace(workspace)
     console = Console(highlight=False)
-    found = cleaning.find_removable(space, kinds or cleaning.KINDS)
+    damage: dict[str, None] = {}
+    found = cleaning.find_removable(space, kinds or cleaning.KINDS, damage.setdefault)
+    _warn(damage)
     if not as_json:
         _print_removable(console, space, found)
     deleted: list[Removable] = []
@@ -122,6 +129,11 @@ def clean(
     if as_json:
         values = {"found": found, "deleted": deleted}
         print_json({name: [cleaning.to_json(i) for i in items] for name, items in values.items()})
+
+
+def _warn(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        print_line(Console(stderr=True, highlight=False), sentence)
 
 
 def _agrees(num_bytes: int) -> bool:

@@ -40,6 +40,7 @@ from orchestrator.terminal.signals import recorded_signals
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
 from orchestrator.training.distributed import World, gathered
 from orchestrator.training.loop import Diverged
+from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import jobs_to_train
 from orchestrator.workspace.checkpoint_names import find_checkpoints
@@ -192,7 +193,10 @@ def _failures_of(job: TrainingJob) -> Iterator[None]:
         cause = getattr(error, "controller_failure", None)
         if isinstance(cause, FINAL_ERRORS):
             raise cause from None
-        raise RunFailed(f"training in {job.folder} failed: {failure_reason(error)}") from error
+        text = f"training in {job.folder} failed: {failure_reason(error)}"
+        if isinstance(error, ray.exceptions.RayError):  # Ray's controller died, not the training.
+            text += f"; {describe_saved_state({'': job})}; run the same command again to resume"
+        raise RunFailed(text) from error
 
 
 def _scaling_config(placement: Placement) -> Any:

@@ -6,6 +6,7 @@ something is deleted its lock is taken, and it is looked for again.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import socket
@@ -29,7 +30,7 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json, read_json_object
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.inventory import (
-    RemovableKind,
+    Note,
     folders_in,
     run_locks,
     size_of,
@@ -42,6 +43,7 @@ from orchestrator.workspace.names import (
     RAY_FOLDER,
     RESULTS_FILE,
     TEMPORARY_PREFIX,
+    RemovableKind,
 )
 from orchestrator.workspace.read_only import read_only
 from orchestrator.workspace.scratch import abandoned_folders
@@ -70,10 +72,17 @@ class Removable:
     """Files to lock while it is deleted."""
 
 
-def find_removable(workspace: Workspace, kinds: Sequence[RemovableKind] = KINDS) -> list[Removable]:
-    """Return what can go, by kind and path; nothing is written."""
+def find_removable(
+    workspace: Workspace,
+    kinds: Sequence[RemovableKind] = KINDS,
+    note: Note = lambda _: None,
+) -> list[Removable]:
+    """Return what can go, by kind and path; nothing is written.
+
+    `note` is called with a sentence for each damaged file for which checkpoints are kept.
+    """
     with read_only():
-        found = [item for kind in kinds for item in _FINDERS[kind](workspace)]
+        found = [item for kind in kinds for item in _FINDERS[kind](workspace, note)]
     paths: dict[Path, Removable] = {}
     for item in sorted(found, key=lambda item: (KINDS.index(item.kind), item.path)):
         # A damaged checkpoint may also be one that a finished run no longer needs.
@@ -105,7 +114,7 @@ def _delete(item: Removable) -> bool:
     return False
 
 
-def _temporary(workspace: Workspace) -> Iterator[Removable]:
+def _temporary(workspace: Workspace, _: Note) -> Iterator[Removable]:
     for folder in leftovers(workspace.root, below=True):
         yield _item(
             RemovableKind.TEMPORARY, folder, "half-written or half-deleted by a process that ended"
@@ -123,7 +132,7 @@ def _temporary(workspace: Workspace) -> Iterator[Removable]:
                 yield _item(RemovableKind.TEMPORARY, folder, reason, lock)
 
 
-def _ray(workspace: Workspace) -> Iterator[Removable]:
+def _ray(workspace: Workspace, _: Note) -> Iterator[Removable]:
     for folder in abandoned_folders():
         yield _item(RemovableKind.RAY, folder, "Ray's temporary files of a command that ended")
     for folder in workspace.sweeps.glob(f"*/{RAY_FOLDER}-*"):
@@ -140,31 +149,38 @@ def _ray(workspace: Workspace) -> Iterator[Removable]:
             )
 
 
-def _teachers(workspace: Workspace) -> Iterator[Removable]:
+def _teachers(workspace: Workspace, _: Note) -> Iterator[Removable]:
     reason = "teacher outputs for distillation; they are computed again when needed"
     for folder in _unused(workspace, workspace.teachers):
         lock = folder.with_name(f".{folder.name}.lock")
         yield _item(RemovableKind.TEACHERS, folder, reason, lock)
 
 
-def _first_stages(workspace: Workspace) -> Iterator[Removable]:
+def _first_stages(workspace: Workspace, _: Note) -> Iterator[Removable]:
     reason = "steps that models of one recipe share; another such model trains them again"
     for folder in _unused(workspace, workspace.first_stages):
         yield _item(RemovableKind.FIRST_STAGES, folder, reason)
 
 
-def _checkpoints(workspace: Workspace) -> Iterator[Removable]:
-    needed = _named_checkpoints(workspace)
+def _checkpoints(workspace: Workspace, note: Note) -> Iterator[Removable]:
+    try:
+        needed = _named_checkpoints(workspace)
+    except UserError as error:
+        note(str(error))
+        return
     for folder in training_folders(workspace):
         if _is_in_use(folder) or len(find_checkpoints(folder)) < 2:
             continue
-        with suppress(UserError):  # Of a damaged or older record everything is kept.
+        try:
             kept = _kept_checkpoints(folder)
-            for checkpoint in find_checkpoints(folder) if kept else ():
-                measured = any(checkpoint.glob("influence-*.json"))
-                if checkpoint not in kept and checkpoint not in needed and not measured:
-                    reason = "intermediate checkpoint of a finished training"
-                    yield _item(RemovableKind.CHECKPOINTS, checkpoint, reason, *run_locks(folder))
+        except UserError as error:
+            note(f"the checkpoints in {folder} are kept: {error}")
+            continue
+        for checkpoint in find_checkpoints(folder) if kept else ():
+            measured = any(checkpoint.glob("influence-*.json"))
+            if checkpoint not in kept and checkpoint not in needed and not measured:
+                reason = "intermediate checkpoint of a finished training"
+                yield _item(RemovableKind.CHECKPOINTS, checkpoint, reason, *run_locks(folder))
 
 
 def _kept_checkpoints(folder: Path) -> set[Path | None]:
@@ -181,17 +197,22 @@ def _kept_checkpoints(folder: Path) -> set[Path | None]:
 
 
 def _named_checkpoints(workspace: Workspace) -> set[Path]:
-    """Return the checkpoints that a stored plan, training or result names."""
+    """Return the checkpoints that a stored plan, training or result names.
+
+    Raises:
+        UserError: If one is damaged; it may have named others.
+    """
     found: set[Path] = set()
     for name in (JOB_NAME, "result-*.json", PLAN_FILE, RESULTS_FILE):
         for file in workspace.root.glob(f"*/*/{name}"):
-            with suppress(OSError, UnicodeDecodeError):
-                names = re.findall(r'"([^"\n]+/step_\d{8,})"', file.read_text(encoding="utf-8"))
-                found |= {workspace.root / name for name in names}
+            stored = read_json(file, remedy="all checkpoints are kept")
+            text = json.dumps(stored, ensure_ascii=False)
+            names = re.findall(r'"([^"]+/step_\d{8,})"', text)
+            found |= {workspace.root / name for name in names}
     return found
 
 
-def _damaged(workspace: Workspace) -> Iterator[Removable]:
+def _damaged(workspace: Workspace, _: Note) -> Iterator[Removable]:
     for folder in training_folders(workspace):
         for checkpoint in find_checkpoints(folder) if not _is_in_use(folder) else ():
             try:
@@ -207,7 +228,7 @@ def _damaged(workspace: Workspace) -> Iterator[Removable]:
                 yield _item(RemovableKind.DAMAGED, file, str(error).removeprefix(f"{file} "))
 
 
-_FINDERS: Mapping[RemovableKind, Callable[[Workspace], Iterator[Removable]]] = {
+_FINDERS: Mapping[RemovableKind, Callable[[Workspace, Note], Iterator[Removable]]] = {
     RemovableKind.TEMPORARY: _temporary,
     RemovableKind.RAY: _ray,
     RemovableKind.TEACHERS: _teachers,

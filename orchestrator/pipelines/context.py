@@ -58,7 +58,9 @@ class Context:
         return self._tracking
 
     def log_measurement(self, measured: Measurement) -> None:
-        """Log a measurement in MLflow, and keep it for `sync`."""
+        """Log a measurement in MLflow, and keep it for `sync`; if the workspace can be written."""
+        if not self.workspace.is_writable:
+            return
         path = measured.path(self.workspace.measurements)
         try:
             measured.write(path)

@@ -67,6 +67,8 @@ def report(
 ) -> ReportResult:
     """Write the report of one sweep, or of several sweeps on one front.
 
+    In a workspace that can only be read, no file is written.
+
     Args:
         sweeps: Names of sweeps; the newest one when empty.
         cost: Cost axis: `evaluations` (the default), `flops`, `ms` or `kv`.
@@ -83,7 +85,12 @@ def report(
     # Loaded before MLflow's store is opened, which takes seconds: the name may be wrong.
     found = load_sweep_results(context.workspace, names[0])
     return report_result(
-        write_sweep_report(context.workspace, found, axes=axes, tracking=context.tracking)
+        write_sweep_report(
+            context.workspace,
+            found,
+            axes=axes,
+            tracking=context.tracking if context.workspace.is_writable else None,
+        )
     )
 
 

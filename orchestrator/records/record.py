@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 from iiet.config import ModelConfig
 from iiet.extensions import ExtensionError
 from iiet.influence import InfluenceTable
-from orchestrator.workspace.errors import UserError, shortened
+from orchestrator.workspace.errors import UserError, first_problem
 from orchestrator.workspace.files import (
     DELETE_AND_RERUN,
     INVALID_VALUE_ERRORS,
@@ -82,15 +82,8 @@ class Record(BaseModel):
             return cls.model_validate(stored, context=workspace_root(path))
         except ValidationError as error:
             if any(problem["type"] == _EXTENSION for problem in error.errors()):
-                raise UserError(f"cannot use {path}: {_problem(error)}") from None
-            raise UserError(f"{path} is damaged ({_problem(error)}); {remedy}") from None
-
-
-def _problem(error: ValidationError) -> str:
-    """Name the first field that is wrong, and why."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(map(str, first["loc"]))
-    return shortened(f"{place}: {first['msg']}" if place else first["msg"])
+                raise UserError(f"cannot use {path}: {first_problem(error)}") from None
+            raise UserError(f"{path} is damaged ({first_problem(error)}); {remedy}") from None
 
 
 def _absolute(path: str, info: ValidationInfo) -> str:

@@ -74,7 +74,8 @@ def write_overlay_report(
         ),
     )
     folder = workspace.overlays / _folder_name(sweeps, axes)
-    return WrittenReport(report, folder, tuple(write_report_files(report, folder)))
+    files = write_report_files(report, folder) if workspace.is_writable else []
+    return WrittenReport(report, folder, tuple(files))
 
 
 def _facts(sweeps: Sequence[StoredSweep]) -> Mapping[str, Mapping[str, Any]]:

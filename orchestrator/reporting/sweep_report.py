@@ -53,7 +53,8 @@ def write_sweep_report(
     axes = axes or FrontAxes()
     if isinstance(sweep, str):
         sweep = load_sweep_results(workspace, sweep)
-    sweep.store(workspace)
+    if workspace.is_writable:
+        sweep.store(workspace)
     front, notes = sweep_front(workspace, sweep, axes)
     run = None
     started_ms, ended_ms = recorded_times(sweep.folder(workspace)) or (None, None)
@@ -76,7 +77,7 @@ def write_sweep_report(
         elastic=_elastic_section(workspace, sweep, axes),
     )
     folder = sweep.folder(workspace) / axes.slug
-    files = write_report_files(report, folder)
+    files = write_report_files(report, folder) if workspace.is_writable else []
     if tracking is None or run is None:
         return WrittenReport(report, folder, tuple(files))
     view = None

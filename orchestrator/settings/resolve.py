@@ -21,7 +21,7 @@ from orchestrator.settings.shipped import find_settings_file
 from orchestrator.workspace.errors import UserError, quoted, shortened
 
 DEFAULTS = Settings()
-MAX_PROBLEMS_SHOWN = 50
+MAX_PROBLEMS_SHOWN = 20
 
 
 def resolve_settings(

@@ -87,7 +87,8 @@ def wait_for_work(
         signals: The list of `recorded_signals`, entered before the jobs were started.
         ask_to_stop: Called once, at the first signal; returns the longest time that saving takes,
             in seconds, or 0 if there is no state to save.
-        saved: Returns what is saved, such as "saved at step 40"; called at the end, after a signal.
+        saved: Returns what is saved, such as "saved at step 40"; called after a signal, when the
+            error is shown.
         watch: Called every `POLL_SECONDS` in the calling thread, to show progress.
 
     Raises:
@@ -114,7 +115,8 @@ def wait_for_work(
         raise
     if not signals:
         return results
-    raise Interrupted(interruption_text(saved(), in_time=is_over or not seconds))
+    in_time = is_over or not seconds
+    raise Interrupted(lambda: interruption_text(saved(), in_time=in_time))
 
 
 def interruption_text(saved: str, *, in_time: bool = True) -> str:

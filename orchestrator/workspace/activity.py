@@ -6,7 +6,7 @@ Like a listing, this only reads small files.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.inventory import (
+    Note,
     StoredTraining,
+    StoredTrial,
     sweep_progress,
     training_folders,
     trials_by_folder,
@@ -80,10 +82,12 @@ class Status:
         return asdict(self)
 
 
-def read_status(workspace: Workspace, now: float | None = None) -> Status:
+def read_status(
+    workspace: Workspace, note: Note = lambda _: None, now: float | None = None
+) -> Status:
     """Return what runs in a workspace at a time, in seconds since 1970 (default: now)."""
     now = time.time() if now is None else now
-    trainings = _trainings(workspace, now)
+    trainings = _trainings(workspace, now, note)
     others = (*_other_locks(workspace), *_evaluations(workspace, now))
     commands = _commands(workspace)
     names = dict.fromkeys(name for activity in trainings for name in activity.sweeps)
@@ -112,23 +116,22 @@ def seconds_left(training: StoredTraining) -> float | None:
     A step counts as its field evaluations: corrections that are still off will make it slower.
     """
     speed = training.metrics.get(SPEED_METRIC)
-    recipe, schedule = training.recipe, training.model.get("schedule") or ()
-    layers = training.model.get("num_layers") or 1
-    if not speed or not training.num_steps:
+    if not speed or not training.job:
         return None
-    first_corrected = round(training.num_steps * (recipe.get("iterate_from_fraction") or 0.0))
-    full = (layers + sum(schedule)) / layers
+    model, recipe = training.job.model, training.job.recipe
+    first_corrected = round(training.num_steps * recipe.iterate_from_fraction)
+    full = (model.num_layers + sum(model.schedule)) / model.num_layers
     left = max(0, training.num_steps - training.step)
     plain = max(0, min(left, first_corrected - training.step))
     now = 1.0 if training.step <= first_corrected and first_corrected else full
     work = (plain + (left - plain) * full) / now
-    return work * float(recipe.get("num_tokens_per_step") or 0) / speed
+    return work * recipe.num_tokens_per_step / speed
 
 
-def _trainings(workspace: Workspace, now: float) -> list[Activity]:
-    stored = map(StoredTraining, training_folders(workspace))
+def _trainings(workspace: Workspace, now: float, note: Note) -> list[Activity]:
+    stored = [StoredTraining(folder, note) for folder in training_folders(workspace)]
     running = [(training, lock) for training in stored if (lock := training.lock)]
-    planned = trials_by_folder(workspace) if running else {}
+    planned = trials_by_folder(workspace, note) if running else {}
     found = []
     for training, lock in running:
         own, records = planned.get(training.folder, []), training.records
@@ -143,7 +146,7 @@ def _trainings(workspace: Workspace, now: float) -> list[Activity]:
                 name=str(training.folder.relative_to(workspace.root)),
                 process=lock_holder(lock),
                 sweeps=tuple(sweep for sweep, _ in own),
-                label=own[0][1].get("label") if own else None,
+                label=own[0][1].label or None if own else None,
                 step=training.step,
                 steps=training.num_steps or None,
                 loss=training.metrics.get("train/loss"),
@@ -183,7 +186,8 @@ def _evaluations(workspace: Workspace, now: float) -> Iterator[Activity]:
 
 
 def _running_sweep(folder: Path, trainings: list[Activity]) -> RunningSweep:
-    finished, left = sweep_progress(folder)
+    progress = sweep_progress(folder, lambda _: None)  # Noted already.
+    finished, left = progress.finished, progress.left
     seconds = [s for trial in finished if (s := _train_seconds(folder, trial))]
     at_once = sum(folder.name in activity.sweeps for activity in trainings)
     estimate = len(left) / max(1, at_once) * sum(seconds) / len(seconds) if seconds else None
@@ -195,7 +199,6 @@ def _running_sweep(folder: Path, trainings: list[Activity]) -> RunningSweep:
     )
 
 
-def _train_seconds(sweep: Path, trial: Mapping[str, Any]) -> float | None:
-    training = StoredTraining(sweep.parents[1] / trial["folder"])
-    seconds = training.outcome.get("train_seconds")
-    return float(seconds) if trial.get("job") and isinstance(seconds, int | float) else None
+def _train_seconds(sweep: Path, trial: StoredTrial) -> float | None:
+    outcome = StoredTraining(sweep.parents[1] / trial.folder).outcome
+    return outcome.train_seconds if trial.job and outcome else None

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from orchestrator.workspace.credentials import mask_secrets
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class _MaskedError(Exception):
@@ -26,7 +31,17 @@ class DeviceError(UserError):
 
 
 class Interrupted(_MaskedError):
-    """A stop by Ctrl-C or SIGTERM; its text says what is saved. Exit code 130."""
+    """A stop by Ctrl-C or SIGTERM; its text says what is saved. Exit code 130.
+
+    A function makes the text when it is shown: workers may save until Ray has ended.
+    """
+
+    def __init__(self, text: str | Callable[[], str] = "") -> None:
+        super().__init__("" if callable(text) else text)
+        self._late_text = text if callable(text) else None
+
+    def __str__(self) -> str:
+        return mask_secrets(self._late_text()) if self._late_text else super().__str__()
 
 
 class RunFailed(_MaskedError, RuntimeError):
@@ -84,6 +99,13 @@ def is_disk_full(error: BaseException) -> bool:
     origin = error.__cause__ or error.__context__
     is_said = any(text in str(error) for text in _DISK_FULL)
     return is_said or (origin is not None and is_disk_full(origin))
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first field that pydantic found to be wrong, and why."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return shortened(f"{place}: {first['msg']}" if place else first["msg"])
 
 
 _PATH_PROBLEMS = {

@@ -124,6 +124,8 @@ def read_json(path: Path, *, remedy: str = DELETE_AND_RERUN) -> Any:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, error, remedy) from None
+    if value is None:  # What is returned for a missing file is never written.
+        raise _damaged(path, "it holds null", remedy)
     if isinstance(value, dict) and _CHECKSUM_KEY in value:
         written = value.pop(_CHECKSUM_KEY)
         if written != _checksum(value):

@@ -6,6 +6,7 @@ was written by another version of the program is refused.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ ENVIRONMENT_NAME = "IIET_WORKSPACE"
 DEFAULT_NAME = "iiet-workspace"
 OWN_VERSION = {"recipe_version": RECIPE_VERSION}
 """Content of `workspace.json`."""
+_ONLY_READ_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS)
 MAX_NAME_BYTES = 200
 """File systems allow 255; temporary names are a little longer than the name."""
 
@@ -28,8 +30,9 @@ MAX_NAME_BYTES = 200
 class Workspace:
     """Absolute paths of the folders in a workspace."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, is_writable: bool = True) -> None:
         self.root = root
+        self.is_writable = is_writable
         # One folder per fingerprint of the data.
         self.tokens = root / "tokens"
         # One folder per name.
@@ -85,10 +88,11 @@ def check_name(name: Any, source: str) -> str:
     return str(name)
 
 
-def open_workspace(path: Path | None = None) -> Workspace:
+def open_workspace(path: Path | None = None, *, must_write: bool = True) -> Workspace:
     """Return the workspace (default: `IIET_WORKSPACE`, else `./iiet-workspace`); made if missing.
 
-    A `read_only` block makes nothing.
+    A `read_only` block makes nothing. Unless the caller must write, a workspace that this user may
+    only read is opened, too; its `is_writable` is then False.
 
     Raises:
         UserError: If the folder cannot be made or written, or is of another version.
@@ -113,6 +117,8 @@ def open_workspace(path: Path | None = None) -> Workspace:
         if version is None:
             write_json(file, OWN_VERSION)
     except OSError as error:
+        if not must_write and root.is_dir() and error.errno in _ONLY_READ_ERRORS:
+            return Workspace(root, is_writable=False)
         raise UserError(
             f"cannot use the workspace {root} ({error.strerror}); choose another with --workspace"
         ) from None

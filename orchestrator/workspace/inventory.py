@@ -1,7 +1,8 @@
 """List what a workspace holds: runs, checkpoints, trials, sweeps and exported models.
 
 Everything is read from small files, nothing is written, and PyTorch is not imported, so that an
-answer takes a moment also while trainings run.
+answer takes a moment also while trainings run. Anyone may have edited a file, so what is read is
+checked here, once: a damaged file is noted, and the rest is listed.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from math import nan
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from orchestrator.workspace.checkpoint_names import checkpoint_name, find_checkpoints, step_of
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import UserError, first_problem
 from orchestrator.workspace.files import read_json_object
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import (
@@ -34,21 +37,11 @@ from orchestrator.workspace.names import (
     RUN_LOCK_NAME,
     STOPPED_NAME,
     WORKERS_LOCK_NAME,
+    Kind,
 )
 
-Kind = Literal["runs", "checkpoints", "trials", "sweeps", "models"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-
-class RemovableKind(StrEnum):
-    """What `clean` looks for."""
-
-    TEMPORARY = "temporary"
-    RAY = "ray"
-    TEACHERS = "teachers"
-    FIRST_STAGES = "first-stages"
-    CHECKPOINTS = "checkpoints"
-    DAMAGED = "damaged"
+Note = Callable[[str], None]
+"""Called with a sentence on each damaged file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +65,84 @@ class Entry:
         return {**values, "changed": round(self.changed, 3), **self.details}
 
 
+T = TypeVar("T", bound="_Part")
+_PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+
+
+class _Part(BaseModel):
+    """The fields of a stored record that a listing shows."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
+class StoredModel(_Part):
+    """Of a model's configuration."""
+
+    method: str
+    schedule: list[NonNegativeInt]
+    num_layers: PositiveInt
+
+
+class StoredRecipe(_Part):
+    """Of the settings of a training."""
+
+    num_steps: PositiveInt
+    num_tokens_per_step: PositiveInt
+    iterate_from_fraction: float = 0.0
+
+
+class StoredJob(_Part):
+    """Of a `TrainingJob`."""
+
+    model: StoredModel
+    recipe: StoredRecipe
+
+
+class StoredOutcome(_Part):
+    """Of a `TrainingOutcome`."""
+
+    step: NonNegativeInt
+    finished: bool
+    validation_loss: float = nan
+    train_seconds: float = 0.0
+
+
+class StoredTrial(_Part):
+    """Of a `Trial` in a plan."""
+
+    key: _PathText
+    folder: _PathText
+    label: str = ""
+    job: dict[str, Any] | None = None
+
+
+class _JobFile(_Part):
+    job: StoredJob
+
+
+class _PlanFile(_Part):
+    kind: str | None = None
+    trials: list[StoredTrial]
+
+
 class StoredTraining:
     """What the folder of a run or trial says about its training."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read the folder."""
+    def __init__(self, folder: Path, note: Note = lambda _: None) -> None:
+        """Read the folder; damaged files are noted, and as good as missing."""
         self.folder = folder
-        self.job = _object(folder / JOB_NAME, "job")
-        """Its `TrainingJob` as JSON; empty if it has none or the file is damaged."""
-        self.outcome = _object(folder / DONE_NAME)
-        """Its `TrainingOutcome` as JSON; empty until it has finished."""
+        damage: list[str] = []
+        record = _read(folder / JOB_NAME, _JobFile, damage.append)
+        self.job = record and record.job
+        """Its job, if it has one."""
+        self.outcome = _read(folder / DONE_NAME, StoredOutcome, damage.append)
+        """How it ended; None until it has finished."""
+        if self.outcome and not self.job and not damage:
+            damage.append(f"{folder / JOB_NAME} is missing")
+        self.is_damaged = bool(damage)
+        """Whether one of these files cannot be read, or a finished training has no job."""
+        for sentence in damage:
+            note(sentence)
         self.records = read_tail(folder)
         """The last records of its journal."""
         self.metrics: dict[str, float] = {}
@@ -97,28 +158,15 @@ class StoredTraining:
                 self.metrics.pop(SPEED_METRIC, None)  # That of the process before.
 
     @property
-    def model(self) -> Mapping[str, Any]:
-        """Configuration of its model."""
-        found = self.job.get("model")
-        return found if isinstance(found, dict) else {}
-
-    @property
-    def recipe(self) -> Mapping[str, Any]:
-        """Recipe of its training."""
-        found = self.job.get("recipe")
-        return found if isinstance(found, dict) else {}
-
-    @property
     def num_steps(self) -> int:
         """Steps of the whole training; 0 if it is not known."""
-        return int(self.recipe.get("num_steps") or 0)
+        return self.job.recipe.num_steps if self.job else 0
 
     @property
     def is_finished(self) -> bool:
         """Whether the training has finished and its last checkpoint is there."""
-        step = self.outcome.get("step")
-        name = checkpoint_name(step) if isinstance(step, int) else ""
-        return bool(self.outcome.get("finished")) and (self.folder / name).is_dir()
+        end = self.outcome
+        return bool(end and end.finished) and (self.folder / checkpoint_name(end.step)).is_dir()
 
     @property
     def lock(self) -> Path | None:
@@ -129,35 +177,34 @@ class StoredTraining:
         """Return how far the training is."""
         if self.lock:
             return "measuring" if self.is_finished else "running"
+        if self.is_damaged:
+            return "damaged"
         if (self.folder / STOPPED_NAME).is_file():
             return "stopped early"
         if self.is_finished:
             return "finished"
         if not self.job:
-            damaged = (self.folder / JOB_NAME).is_file()
-            return (
-                "damaged" if damaged else "imported" if find_checkpoints(self.folder) else "empty"
-            )
+            return "imported" if find_checkpoints(self.folder) else "empty"
         events = [record for record in self.records if record["kind"] == "event"]
         verb = "diverged" if events and events[-1]["name"] == "diverged" else "stopped"
         return f"{verb} at {self.step:,}/{self.num_steps:,}"
 
     def details(self) -> dict[str, Any]:
         """Return method, schedule, steps and validation loss, the known ones."""
-        loss = self.outcome.get("validation_loss", self.metrics.get(VALIDATION_METRIC))
+        model, end = self.job and self.job.model, self.outcome
         found = {
-            "method": self.model.get("method"),
-            "schedule": self.model.get("schedule"),
-            "step": self.outcome.get("step") or self.step or None,
+            "method": model and model.method,
+            "schedule": model and model.schedule,
+            "step": (end and end.step) or self.step or None,
             "steps": self.num_steps or None,
-            "validation_loss": loss,
+            "validation_loss": end.validation_loss if end else self.metrics.get(VALIDATION_METRIC),
         }
         return {name: value for name, value in found.items() if value is not None}
 
 
-def list_entries(workspace: Workspace, kind: Kind) -> list[Entry]:
+def list_entries(workspace: Workspace, kind: Kind, note: Note) -> list[Entry]:
     """Return everything of one kind, the newest first."""
-    return sorted(_LISTS[kind](workspace), key=lambda entry: entry.changed, reverse=True)
+    return sorted(_LISTS[kind](workspace, note), key=lambda entry: entry.changed, reverse=True)
 
 
 def training_folders(workspace: Workspace) -> list[Path]:
@@ -185,48 +232,59 @@ def size_of(path: Path, *, links: bool = True) -> int:
     return total
 
 
-def sweep_progress(folder: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """Return the trials in a sweep's stored plan: those that have ended, and the others."""
-    root = folder.parents[1]
-    finished: list[Mapping[str, Any]] = []
-    left: list[Mapping[str, Any]] = []
-    for trial in _object(folder / PLAN_FILE).get("trials") or []:
-        run = root / trial["folder"]
-        ends = (run / f"result-{trial['key']}.json", run / STOPPED_NAME)
-        (finished if any(end.is_file() for end in ends) else left).append(trial)
-    return finished, left
+@dataclass(frozen=True)
+class SweepProgress:
+    """The trials in a sweep's stored plan."""
+
+    kind: str | None
+    """`threshold`, `iterations` or `search`; None without a readable plan."""
+    finished: list[StoredTrial]
+    """Those that have ended."""
+    left: list[StoredTrial]
 
 
-def _runs(workspace: Workspace) -> Iterator[Entry]:
+def sweep_progress(folder: Path, note: Note) -> SweepProgress:
+    """Return how far the sweep in a folder is; it has no trials if its plan cannot be read."""
+    plan = _read(folder / PLAN_FILE, _PlanFile, note) or _PlanFile(trials=[])
+    progress = SweepProgress(plan.kind, [], [])
+    for trial in plan.trials:
+        run = folder.parents[1] / trial.folder
+        ends = (run / f"result-{trial.key}.json", run / STOPPED_NAME)
+        has_ended = any(end.exists() for end in ends)
+        (progress.finished if has_ended else progress.left).append(trial)
+    return progress
+
+
+def _runs(workspace: Workspace, note: Note) -> Iterator[Entry]:
     for folder in folders_in(workspace.runs):
-        yield _training_entry(folder)
+        yield _training_entry(folder, note)
 
 
-def _trials(workspace: Workspace) -> Iterator[Entry]:
-    planned = trials_by_folder(workspace)
+def _trials(workspace: Workspace, note: Note) -> Iterator[Entry]:
+    planned = trials_by_folder(workspace, note)
     for folder in folders_in(workspace.trials):
-        entry = _training_entry(folder)
+        entry = _training_entry(folder, note)
         state = entry.state
         # A folder without a training holds the results of a model that was trained elsewhere.
         if state in ("finished", "empty"):
             state = "finished" if any(folder.glob("result-*.json")) else "to measure"
         own = planned.get(folder, [])
-        more = {"label": own[0][1]["label"], "sweeps": [sweep for sweep, _ in own]} if own else {}
+        more = {"label": own[0][1].label, "sweeps": [sweep for sweep, _ in own]} if own else {}
         yield replace(entry, state=state, details={**entry.details, **more})
 
 
-def trials_by_folder(workspace: Workspace) -> dict[Path, list[tuple[str, Mapping[str, Any]]]]:
+def trials_by_folder(workspace: Workspace, note: Note) -> dict[Path, list[tuple[str, StoredTrial]]]:
     """Return folder -> sweeps that plan a trial there, with the trial."""
-    found: dict[Path, list[tuple[str, Mapping[str, Any]]]] = {}
+    found: dict[Path, list[tuple[str, StoredTrial]]] = {}
     for sweep in folders_in(workspace.sweeps):
-        for trials in sweep_progress(sweep):
-            for trial in trials:
-                found.setdefault(workspace.root / trial["folder"], []).append((sweep.name, trial))
+        progress = sweep_progress(sweep, note)
+        for trial in (*progress.finished, *progress.left):
+            found.setdefault(workspace.root / trial.folder, []).append((sweep.name, trial))
     return found
 
 
-def _training_entry(folder: Path) -> Entry:
-    training = StoredTraining(folder)
+def _training_entry(folder: Path, note: Note) -> Entry:
+    training = StoredTraining(folder, note)
     return Entry(
         name=folder.name,
         state=training.state(),
@@ -236,7 +294,7 @@ def _training_entry(folder: Path) -> Entry:
     )
 
 
-def _checkpoints(workspace: Workspace) -> Iterator[Entry]:
+def _checkpoints(workspace: Workspace, _: Note) -> Iterator[Entry]:
     for folder in training_folders(workspace):
         for checkpoint in find_checkpoints(folder):
             yield Entry(
@@ -247,20 +305,23 @@ def _checkpoints(workspace: Workspace) -> Iterator[Entry]:
             )
 
 
-def _sweeps(workspace: Workspace) -> Iterator[Entry]:
+def _sweeps(workspace: Workspace, note: Note) -> Iterator[Entry]:
     for folder in folders_in(workspace.sweeps):
-        finished, left = sweep_progress(folder)
-        kind = _object(folder / PLAN_FILE).get("kind")
-        is_running = any(StoredTraining(workspace.root / trial["folder"]).lock for trial in left)
+        damage: list[str] = []
+        progress = sweep_progress(folder, damage.append)
+        for sentence in damage:
+            note(sentence)
+        finished, left = progress.finished, progress.left
+        is_running = any(StoredTraining(workspace.root / trial.folder).lock for trial in left)
         total = len(finished) + len(left)
         state = "running" if is_running else "interrupted" if left else "finished"
         yield Entry(
             name=folder.name,
-            state=state if total else "without a plan",
+            state="damaged" if damage else state if total else "without a plan",
             num_bytes=size_of(folder),
             changed=last_recorded(folder),
             details={
-                "kind": kind,
+                "kind": progress.kind,
                 "finished": len(finished),
                 "trials": total,
                 "has_report": (folder / RESULTS_FILE).is_file(),
@@ -268,7 +329,7 @@ def _sweeps(workspace: Workspace) -> Iterator[Entry]:
         )
 
 
-def _models(workspace: Workspace) -> Iterator[Entry]:
+def _models(workspace: Workspace, _: Note) -> Iterator[Entry]:
     for config in sorted(workspace.exports.glob("**/config.json")):
         folder = config.parent
         yield Entry(
@@ -279,7 +340,7 @@ def _models(workspace: Workspace) -> Iterator[Entry]:
         )
 
 
-_LISTS: Mapping[Kind, Callable[[Workspace], Iterator[Entry]]] = {
+_LISTS: Mapping[Kind, Callable[[Workspace, Note], Iterator[Entry]]] = {
     "runs": _runs,
     "checkpoints": _checkpoints,
     "trials": _trials,
@@ -293,11 +354,13 @@ def folders_in(parent: Path) -> list[Path]:
     return sorted(p for p in parent.glob("*") if p.is_dir() and not p.name.startswith("."))
 
 
-def _object(path: Path, *keys: str) -> dict[str, Any]:
-    """Return the JSON object in a file, or one inside it; empty if it is missing or damaged."""
-    with suppress(UserError):
-        found: Any = read_json_object(path) or {}
-        for key in keys:
-            found = found.get(key)
-        return found if isinstance(found, dict) else {}
-    return {}
+def _read(path: Path, kind: type[T], note: Note) -> T | None:
+    """Return the checked fields of a file; None if it is missing, or damaged, which is noted."""
+    try:
+        found = read_json_object(path)
+        return None if found is None else kind.model_validate(found)
+    except UserError as error:
+        note(str(error))
+    except ValidationError as error:
+        note(f"{path} is damaged ({first_problem(error)})")
+    return None

@@ -28,6 +28,9 @@ ACCURACY_METRIC = "validation/accuracy"
 TAIL_BYTES = 65_536
 """A record is shorter than this."""
 
+_YEAR_9999 = 250_000_000_000_000
+"""Time in ms; no date is later."""
+
 Record = dict[str, Any]
 
 
@@ -141,8 +144,12 @@ def validation_losses(records: Iterable[Record]) -> list[tuple[int, float]]:
 def _is_record(record: Any) -> bool:
     # A flipped bit may have renamed a key.
     match record:
-        case {"kind": "metrics", "time": int(), "step": int(), "values": dict() as values}:
-            return all(isinstance(value, int | float) for value in values.values())
-        case {"kind": "event", "time": int(), "name": str()}:
-            return True
+        case {"kind": "metrics", "time": int() as when, "step": int(), "values": dict() as values}:
+            are_numbers = all(
+                isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+                for value in values.values()
+            )
+            return are_numbers and 0 <= when < _YEAR_9999
+        case {"kind": "event", "time": int() as when, "name": str()}:
+            return 0 <= when < _YEAR_9999
     return False

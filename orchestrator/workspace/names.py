@@ -1,9 +1,12 @@
-"""Names of files and folders that several packages read.
+"""Names of files, folders and kinds of things that several packages read.
 
-They are here so that a listing of the workspace imports no PyTorch.
+They are here so that a listing of the workspace imports no PyTorch, and a help text nothing.
 """
 
 from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal, get_args
 
 JOB_NAME = "job.json"
 """What a training in this folder is."""
@@ -29,3 +32,18 @@ OUTBOX_NAME = "tracking-outbox.jsonl"
 """Records that MLflow has not received."""
 TEMPORARY_PREFIX = ".writing-"
 """Begins the name of a folder of tokens or teacher outputs that is not complete yet."""
+
+Kind = Literal["runs", "checkpoints", "trials", "sweeps", "models"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""What `list` lists."""
+
+
+class RemovableKind(StrEnum):
+    """What `clean` looks for."""
+
+    TEMPORARY = "temporary"
+    RAY = "ray"
+    TEACHERS = "teachers"
+    FIRST_STAGES = "first-stages"
+    CHECKPOINTS = "checkpoints"
+    DAMAGED = "damaged"

@@ -107,23 +107,6 @@ def test_a_copy_of_the_workspace_finds_everything_again(small_sweep: Path, tmp_p
     assert str(copy) in "".join(answer("report", workspace=copy).split())
 
 
-def test_damaged_files_are_named_in_plans_and_when_a_card_is_written(
-    small_sweep: Path, tmp_path: Path
-) -> None:
-    copy = shutil.copytree(small_sweep, tmp_path / "copy")
-    (table,) = copy.glob("runs/iiet-r2-*/step_*/influence-cosine.json")
-    table.write_text("{")
-    exported = answer("export", table.parents[1].name, "--no-measure", workspace=copy)
-    assert "influence-cosine.json is damaged and is left out" in " ".join(exported.split())
-    for model, command in (("r0", "sweep"), ("r2", "pretrain")):
-        (weights,) = copy.glob(f"runs/iiet-{model}-*/step_00000012/model.safetensors")
-        weights.write_bytes(b"")
-        which = ["toy"] if command == "sweep" else []
-        plan = answer(command, *which, *small(), "--dry-run", workspace=copy)
-        words = "model.safetensors was changed after writing; the end of this training is lost"
-        assert words in " ".join(plan.split())
-
-
 def test_mlflow_holds_the_sweep_and_its_trials(finished: tuple[Path, str]) -> None:
     workspace, _ = finished
     script = (

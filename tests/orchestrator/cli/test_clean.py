@@ -80,6 +80,10 @@ def test_what_something_else_needs_stays(space: Workspace, whole: Path, clean: C
     write_json(space.sweeps / "a" / "plan.json", {"teacher": "runs/whole/step_00000002"})
     (whole / "step_00000004" / "influence-cosine.json").write_text("{}")
     assert clean("checkpoints", "--yes") == []
+    (whole / "step_00000004" / "influence-cosine.json").unlink()
+    assert clean("checkpoints", "--dry-run") == ["runs/whole/step_00000004"]
+    (space.sweeps / "a" / "plan.json").write_text('{"teacher": ')  # What it names is not known.
+    assert clean("checkpoints", "--yes") == []
 
 
 def test_a_run_that_can_be_continued_keeps_its_checkpoint(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from file_modes import only_readable
 from sample_trials import sample_trial
 from typer.main import get_command
 
@@ -238,6 +239,35 @@ def test_evaluations_have_the_keys_of_the_page(run: Run, tmp_path: Path) -> None
     _check("compare", compared)
     first = compared["rows"][0]
     assert {"difference", "low", "high", "only_first", "only_second", "p_value"} <= set(first)
+
+
+def test_a_workspace_that_can_only_be_read_gives_the_same_answers(
+    space: Workspace, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "items.py").write_text(ITEMS)
+    (tmp_path / "letters.yaml").write_text(TASK)
+    tasks = ["--suite", "letters", "--include-path", str(tmp_path)]
+    commands = [["generate", "full", "--prompt", "abc", "-n", "3"], ["report", "two"]]
+    commands += [["report", "two", "--cost", "flops"], ["evaluate", "full", *tasks]]
+    copy = Workspace(Path(shutil.copytree(space.root, tmp_path / "copy")))
+    before = sorted(copy.root.rglob("*"))
+
+    def answer(words: list[str]) -> tuple[dict[str, Any], str]:
+        code = cli.main([*words, "--json", "--workspace", str(copy.root)])
+        captured = capfd.readouterr()
+        assert code == 0, captured.err
+        values = json.loads(captured.out)
+        values.pop("page", None)
+        for result in values.get("results", ()):
+            del result["run_id"], result["details"]["run_id"]  # MLflow's.
+        return values, " ".join(captured.err.split())
+
+    with only_readable(copy.root):
+        found = [answer(words) for words in commands]
+    assert sorted(copy.root.rglob("*")) == before
+    for words, (values, notes) in zip(commands, found, strict=True):
+        assert "copy cannot be written, so nothing is stored" in notes, words
+        assert values == answer(words)[0]
 
 
 @pytest.mark.slow

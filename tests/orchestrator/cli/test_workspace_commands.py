@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.trial_states import stored_plan
 from orchestrator.training.run import run_job
 from orchestrator.workspace.folders import Workspace, open_workspace
-from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.journal import Journal, read_tail
 from orchestrator.workspace.locks import lock_file
 from orchestrator.workspace.names import RUN_LOCK_NAME, WORKERS_LOCK_NAME
 
@@ -195,12 +195,60 @@ def test_status_shows_what_is_prepared(space: Workspace, run: Run) -> None:
     assert kinds == {"preparing": "tokens", "teacher outputs": "teachers/abc"}
 
 
-def test_a_damaged_job_file_is_listed_as_damaged(
-    space: Workspace, two_runs: Path, run: Run
+FOREIGN = [None, "x", 3, 1e400, True, [], {"a": 1}]
+
+
+def _replaced(value: Any) -> Iterator[Any]:
+    """Yield a JSON value with the whole, and then each part, replaced by what has another type."""
+    for other in FOREIGN:
+        if type(other) is not type(value) and not (type(value) is float and other == 3):
+            yield other
+    if isinstance(value, list):
+        yield from ([other, *value[1:]] for other in _replaced(value[0]))
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from ({**value, key: other} for other in _replaced(part))
+
+
+OUTCOME = {"step": 2, "finished": True, "validation_loss": 5.5}
+MODEL = {"method": "iiet", "schedule": [2, 1], "num_layers": 2}
+RECIPE = {"num_steps": 2, "num_tokens_per_step": 64}
+TRIAL = {"key": "k", "folder": "runs/half", "label": "half"}
+
+
+@pytest.mark.parametrize(
+    ("path", "stored"),
+    [
+        ("runs/whole/done.json", OUTCOME),
+        ("runs/whole/job.json", {"job": {"model": MODEL, "recipe": RECIPE}}),
+        ("sweeps/my-sweep/plan.json", {"trials": [TRIAL]}),
+    ],
+)
+def test_a_file_with_values_of_other_types_is_named_and_the_rest_is_listed(
+    path: str, stored: Any, space: Workspace, two_runs: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (two_runs / "job.json").write_text("{")
-    runs = json.loads(run("list", "runs", "--json"))["runs"]
-    assert {entry["name"]: entry["state"] for entry in runs}["half"] == "damaged"
+    file, name = space.root / path, Path(path).parent.name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for value in (stored, *_replaced(stored)):
+        file.write_text(json.dumps(value))
+        assert cli.main(["list", "--json", "--workspace", str(space.root)]) == 0
+        printed = capfd.readouterr()
+        listed = json.loads(printed.out)
+        found = {entry["name"]: entry["state"] for entry in listed["runs"] + listed["sweeps"]}
+        assert found["half"] == "stopped at 3/8"
+        is_damaged = value is not stored
+        assert (found[name] == "damaged") == is_damaged, value
+        assert (f"{path} is damaged" in "".join(printed.err.splitlines())) == is_damaged, value
+
+
+def test_records_of_other_types_are_skipped(two_runs: Path, run: Run) -> None:
+    journal = two_runs / "journal.jsonl"
+    last = next(record for record in read_tail(two_runs) if record["kind"] == "metrics")
+    with journal.open("a") as file:
+        file.write("[" * 100_000 + "\n")
+        for value in (*_replaced(last), {**last, "time": 10**30}):
+            file.write(json.dumps(value) + "\n")
+    assert "half stopped at 3/8 iiet 2,1" in run("list", "runs")
 
 
 @pytest.mark.parametrize("command", ["list", "status"])

@@ -279,6 +279,19 @@ def test_a_disk_that_is_full_at_ctrl_c_is_the_error_and_nothing_is_called_saved(
     assert not find_checkpoints(job.folder)
 
 
+def test_after_the_death_of_rays_controller_the_same_command_resumes(make_job: MakeJob) -> None:
+    import ray.exceptions
+
+    from orchestrator.cluster.ray_train import _failures_of
+
+    job = make_job("run")
+    run_job(job, should_stop=iter([False] * 6 + [True] * 9).__next__)
+    with pytest.raises(RunFailed) as caught, _failures_of(job):
+        raise ray.exceptions.ActorDiedError
+    words = "saved at step 6; run the same command again to resume"
+    assert str(caught.value).endswith(words)
+
+
 @pytest.mark.slow
 def test_what_trying_again_cannot_help_is_not_tried_again(
     ray_session: None, make_job: MakeJob

@@ -98,17 +98,6 @@ def test_a_changed_local_data_set_is_prepared_again(
         plan_pretrain(Settings(data=settings), workspace=workspace)
 
 
-def test_damaged_tokens_are_prepared_again(workspace: Workspace, settings: DataSettings) -> None:
-    folder = prepare(settings, workspace)
-    (folder / "train.bin").write_bytes(b"")
-    notes: list[str] = []
-    progress = Progress()
-    progress.note = notes.append  # type: ignore[method-assign]
-    assert prepare(settings, workspace, progress) == folder
-    assert "missing or damaged; preparing them again" in notes[0]
-    verify_data(folder, always=True)
-
-
 def test_a_user_error_leaves_no_tokens(workspace: Workspace, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(UserError, match="the corpus is empty"):

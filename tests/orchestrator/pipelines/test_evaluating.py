@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -213,47 +212,6 @@ def test_precision_is_what_the_model_computes_in_and_part_of_the_key(
     for known in (in_full, in_half):
         evaluate(checkpoint, known, workspace)
     assert runs == ["first"] * 2
-
-
-def test_a_damaged_result_is_measured_again(
-    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace, runs: list[str]
-) -> None:
-    first = evaluate(checkpoint, settings, workspace)
-    for path in workspace.evaluations.glob("*.json"):
-        name = json.loads(path.read_text())["name"]
-        path.write_text("{" if name == "first" else '{"name": "second"}')
-    assert evaluate(checkpoint, settings, workspace) == first
-    assert runs == ["first", "second"] * 2
-
-
-@pytest.mark.parametrize("how", ["deep", "a folder", "a link to itself", "flipped", "no object"])
-def test_any_damage_to_a_result_is_said_and_its_task_is_measured_again(
-    how: str, checkpoint: Path, settings: EvaluationSettings, workspace: Workspace, runs: list[str]
-) -> None:
-    first = evaluate(checkpoint, settings, workspace)
-    path = next(p for p in workspace.evaluations.iterdir() if '"first"' in p.read_text())
-    text = path.read_text()
-    path.unlink()
-    if how == "a folder":
-        path.mkdir()
-    elif how == "a link to itself":
-        path.symlink_to(path)
-    else:
-        damaged = {"deep": "[" * 100_000, "no object": "[]", "flipped": _flipped(text)}
-        path.write_text(damaged[how])
-    lines = Lines()
-    assert evaluate(checkpoint, settings, workspace, progress=lines) == first
-    assert runs == ["first", "second", "first"]
-    assert any(f"{path} is damaged" in note for note in lines.notes)
-    assert any("it is measured again" in note for note in lines.notes)
-    if how == "a folder":
-        assert any("cannot store the result of first" in note for note in lines.notes)
-
-
-def _flipped(text: str) -> str:
-    """Change a digit of the task's accuracy."""
-    before, name, after = text.partition('"acc": ')
-    return before + name + ("1" if after[0] == "0" else "0") + after[1:]
 
 
 def test_an_interrupted_evaluation_keeps_the_tasks_that_were_done(

@@ -6,7 +6,6 @@ import math
 import random
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,6 @@ from orchestrator.records.evaluation import (
     mean_and_error,
     standard_error,
 )
-from orchestrator.workspace.files import write_json
 
 
 def task(name: str, **metrics: float) -> TaskResult:
@@ -110,13 +108,3 @@ def test_the_mean_of_nothing_is_nan() -> None:
 def test_an_evaluation_json_round_trip_changes_nothing() -> None:
     found = evaluation(task("b1", acc=0.2), task("b2", acc=0.4), blimp=("b1", "b2"))
     assert EvaluationResult.model_validate_json(found.model_dump_json()) == found
-
-
-def test_a_damaged_evaluation_is_measured_again(tmp_path: Path) -> None:
-    notes: list[str] = []
-    path = tmp_path / "x.json"
-    for stored in ({}, {"results": {"a": {"name": "a"}}, "groups": {}}):
-        write_json(path, stored)
-        assert EvaluationResult.read_measured(path, notes.append) is None
-    assert f"{path} is damaged (results: Field required); it is measured again" == notes[0]
-    assert "(results.a.version: Field required)" in notes[1]

@@ -80,6 +80,14 @@ def test_all_problems_are_reported_at_once_with_their_values() -> None:
         assert part in text
 
 
+def test_of_many_problems_the_first_and_their_number_are_shown() -> None:
+    with pytest.raises(UserError, match="3000 problems") as caught:
+        resolve_settings({"training": {f"x{number}": 1 for number in range(3000)}})
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 22
+    assert lines[-1] == "  - and 2980 more"
+
+
 def test_broken_assignments_are_reported_with_the_other_problems() -> None:
     with pytest.raises(UserError, match="4 problems") as caught:
         resolve_settings({}, ["training", "model.dim=[", "a.b=&x [*x]", "training.num_steps=0"])

@@ -13,7 +13,6 @@ from iiet.methods import METHODS
 from orchestrator.training.checkpoint import (
     TRAINING_STATE,
     check_checkpoint,
-    load_config,
     load_provenance,
     load_training_state,
     save_checkpoint,
@@ -25,8 +24,6 @@ from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import resolve_checkpoint
 from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import UserError
-
-FILES = ("config.json", "model.safetensors", "tokenizer.json", "training_state.pt")
 
 
 @pytest.fixture
@@ -136,60 +133,6 @@ def test_equal_weights_have_an_equal_key(run: Path, decoder: Decoder) -> None:
     with torch.no_grad():
         decoder.norm.weight[0] += 1
     assert weights_key(save(run, 11, decoder)) != weights_key(first)
-
-
-@pytest.mark.parametrize(
-    ("name", "harm"),
-    [(name, harm) for name in FILES for harm in ("missing", "cut", "flipped")]
-    + [("provenance.json", "missing"), ("provenance.json", "cut")],
-)
-def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_is_used(
-    run: Path, name: str, harm: str
-) -> None:
-    newest = find_checkpoints(run)[-1]
-    damage(newest / name, harm)
-    warnings: list[str] = []
-    found = newest_checkpoint(run, warnings.append, with_training_state=True)
-    assert found == find_checkpoints(run)[-2]
-    assert len(warnings) == 1
-    assert str(newest) in warnings[0]
-    assert name in warnings[0]
-    with pytest.raises(UserError, match=name):
-        check_checkpoint(newest, with_training_state=True)
-    if name == TRAINING_STATE:  # Only a resumed training reads it.
-        load_model(newest)
-        return
-    with pytest.raises(UserError, match=name):
-        load_model(newest)
-
-
-def damage(path: Path, harm: str) -> None:
-    data = bytearray(path.read_bytes())
-    if harm == "missing":
-        path.unlink()
-    elif harm == "cut":
-        path.write_bytes(data[: len(data) // 2])
-    else:
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-
-
-@pytest.mark.parametrize(
-    "text", ["[]", "{", "[" * 100_000, '{"checksums": []}', '{"checksums": {}}', "\xff", ""]
-)
-def test_a_damaged_provenance_is_reported(run: Path, text: str) -> None:
-    folder = find_checkpoints(run)[-1]
-    (folder / "provenance.json").write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match=r"step_00000100 is damaged: (provenance\.json|config)"):
-        resolve_checkpoint(folder)
-
-
-@pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000, '{"num_layers": {}}', "null"])
-def test_a_damaged_configuration_is_reported(run: Path, text: str) -> None:
-    folder = find_checkpoints(run)[-1]
-    (folder / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"step_00000100"):
-        load_config(folder)
 
 
 def test_a_run_without_an_intact_checkpoint_has_no_newest_one(run: Path) -> None:

@@ -122,20 +122,6 @@ def test_the_loss_falls_and_is_reported(make_job: MakeJob) -> None:
     assert events(job)[-1] == "finished"
 
 
-def test_a_finished_job_with_a_damaged_checkpoint_is_reported_as_unfinished(
-    make_job: MakeJob,
-) -> None:
-    job = make_job()
-    run_job(job)
-    weights = find_checkpoints(job.folder)[-1] / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
-    warnings: list[str] = []
-    assert finished_outcome(job, warnings.append) is None
-    assert len(warnings) == 1
-    assert f"{weights.parent} is damaged" in warnings[0]
-    assert "is trained again" in warnings[0]
-
-
 def test_a_finished_job_returns_at_once(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = run_job(make_job())
     monkeypatch.setattr(run_module, "train", None)

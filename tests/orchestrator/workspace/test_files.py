@@ -13,7 +13,6 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import (
     damage_as_user_error,
     read_json,
-    read_json_object,
     write_json,
 )
 
@@ -27,42 +26,6 @@ def test_json_is_whole_or_reported_as_damaged(tmp_path: Path) -> None:
     path.write_text('{"x":')
     with pytest.raises(UserError, match="damaged"):
         read_json(path)
-
-
-def _damage(path: Path, how: str) -> None:
-    path.unlink(missing_ok=True)
-    if how == "a folder":
-        path.mkdir(parents=True)
-    elif how == "a link to itself":
-        path.symlink_to(path)
-    else:
-        contents = {
-            "empty": b"",
-            "cut off": b'{"x": 1',
-            "not UTF-8": b'{"x": "\xff"}',
-            "deep": b"[" * 100_000 + b"]" * 100_000,
-            "no object": b"[1, 2]",
-            "a long integer": b'{"x": ' + b"9" * 5000 + b"}",
-        }
-        path.write_bytes(contents[how])
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        "a folder", "a link to itself", "empty", "cut off", "not UTF-8", "deep", "no object",
-        "a long integer",
-    ],
-)  # fmt: skip
-def test_a_damaged_object_is_reported_with_its_remedy(tmp_path: Path, how: str) -> None:
-    path = tmp_path / "a.json"
-    _damage(path, how)
-    with pytest.raises(UserError) as caught:
-        read_json_object(path, remedy="do this")
-    text = str(caught.value)
-    assert text.startswith(f"{path} is damaged (")
-    assert text.endswith("; do this")
-    assert len(text) < len(str(path)) + 300
 
 
 def test_a_flipped_bit_in_a_number_is_reported(tmp_path: Path) -> None:

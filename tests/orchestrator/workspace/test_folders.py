@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from file_modes import only_readable
 
 from orchestrator import cli
 from orchestrator.workspace.errors import UserError
@@ -44,11 +44,12 @@ def test_a_workspace_that_is_a_file_is_refused(tmp_path: Path) -> None:
         open_workspace(path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_workspace_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o555)
-    with pytest.raises(UserError, match="cannot write"):
-        open_workspace(tmp_path)
+def test_a_read_only_workspace_is_refused_if_the_command_must_write(tmp_path: Path) -> None:
+    assert open_workspace(tmp_path).is_writable
+    with only_readable(tmp_path):
+        with pytest.raises(UserError, match=r"cannot use the workspace .*Permission denied"):
+            open_workspace(tmp_path)
+        assert not open_workspace(tmp_path, must_write=False).is_writable
 
 
 @pytest.fixture

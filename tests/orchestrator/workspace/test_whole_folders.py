@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -110,13 +109,3 @@ def test_a_file_is_read_once_and_again_after_a_change(
     (folder / "state").unlink()
     assert damaged_file(folder, checksums, names=["state"]) == "state is missing"
     assert damaged_file(folder, {**checksums, "../model/weights": "0"}, names=["../model/weights"])
-
-
-def test_a_damaged_stamp_costs_a_second_reading_only(tmp_path: Path) -> None:
-    folder = _write(tmp_path / "model", a="1")
-    checksums = checksums_of(folder)
-    assert damaged_file(folder, checksums) is None
-    (folder / whole_folders.VERIFIED_NAME).write_text("{")
-    assert damaged_file(folder, checksums) is None
-    os.utime(folder / "a", ns=(1, 1))
-    assert damaged_file(folder, checksums) is None
