@@ -26,7 +26,6 @@ from benchmarks import (
     many_trials,
     mix,
     model_size,
-    quantized_weights,
     schedules,
     speculation,
     sweep,
@@ -40,7 +39,6 @@ from benchmarks.report import Report
 BENCHMARKS: dict[str, Callable[..., Report]] = {
     "mix": mix.measure,
     "decoding": decoding.measure,
-    "quantized_weights": quantized_weights.measure,
     "schedules": schedules.measure,
     "speculation": speculation.measure,
     "teacher_cache": teacher_cache.measure,

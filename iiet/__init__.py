@@ -31,7 +31,6 @@ from iiet.pruning import (
     within_cost,
 )
 from iiet.published import decoder_from_published, published_from_decoder
-from iiet.quantization import quantize_weights
 from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord
 from iiet.static_steps import StaticSteps
@@ -75,7 +74,6 @@ __all__ = [
     "plain_formulas",
     "preset",
     "published_from_decoder",
-    "quantize_weights",
     "schedule_at_threshold",
     "schedule_family",
     "spread_over_cost",

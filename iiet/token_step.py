@@ -6,7 +6,7 @@ row is bound by the launches of its kernels. So `evaluate_token` repeats `Field.
 modules and transposes: on a GPU by 13 kernels, where the modules launch 17.
 
     both    keys and values are appended as one tensor
-    CPU     products near the speed at which memory delivers the weights, which may be quantized
+    CPU     products near the speed at which memory delivers the weights
     GPU     rotation by two kernels; the last product adds to the residual in place
 """
 
@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iiet.cpu_kernels import cached_scalar, is_bare, may_read_weights, rms_norm, rotate_
-from iiet.quantized_linear import QuantizedLinear
 from iiet.rope import turn_
 
 __all__ = [
@@ -79,7 +78,7 @@ def _is_bare_field(field: nn.Module) -> bool:
 
 def is_bare_linear(linear: nn.Module) -> bool:
     """Tell whether `few_rows_product` may compute this linear layer."""
-    return is_bare(linear, nn.Linear) or is_bare(linear, QuantizedLinear)
+    return is_bare(linear, nn.Linear)
 
 
 def evaluate_token(field: Any, x: Tensor, context: Any, slot: int | None) -> Tensor:
@@ -147,10 +146,8 @@ def few_rows_product(x: Tensor, linear: nn.Module, rows: int) -> Tensor:
         rows: at most `MAX_ROWS`.
 
     Returns:
-        (rows, out), or (out,) for one row of a float weight; contiguous.
+        (rows, out), or (out,) for one row; contiguous.
     """
-    if type(linear) is QuantizedLinear:
-        return linear.product(x.view(rows, -1))
     weight: Tensor = linear.weight  # type: ignore[assignment]
     if rows == 1:
         return torch.mv(weight, x.view(-1))

@@ -21,7 +21,6 @@ from iiet.methods.implicit_euler import ImplicitEuler
 NUM_ROWS = {
     "mix": 5,
     "decoding": 6,
-    "quantized_weights": 6,
     "schedules": 8,
     "speculation": 18,
     "teacher_cache": 4,
@@ -47,8 +46,6 @@ MARKS = {**dict.fromkeys(SLOW, pytest.mark.slow), **dict.fromkeys(LONG, pytest.m
 def test_a_quick_run_checks_measures_and_stores(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name == "quantized_weights" and not torch.cpu._is_avx512_bf16_supported():
-        pytest.skip("this CPU has no AVX512-BF16")
     file = tmp_path / "numbers.json"
     threads = torch.get_num_threads()
     assert main([name, "--quick", "--json", str(file)]) == 0

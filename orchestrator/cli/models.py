@@ -89,10 +89,6 @@ def generate(
         Literal["exact", "last"],
         typer.Option(help="Cache slots: `exact`, one per evaluation, or `last`, one per layer."),
     ] = "exact",
-    weights: Annotated[
-        Literal["bf16", "int8"] | None,
-        typer.Option(help="Decode on the CPU with weights of this format (default: float32)."),
-    ] = None,
     draft: Annotated[
         str | None,
         typer.Option(
@@ -143,7 +139,6 @@ def generate(
             checkpoint,
             one_schedule(schedule),
             drafting,
-            weights=weights,
             device=device,
             # The text goes to standard output, so warnings go elsewhere.
             progress=Warnings(session.terminal),

@@ -19,8 +19,6 @@ from tokenizers.decoders import DecodeStream
 
 from iiet.decoder import Decoder
 from iiet.generation import stream as stream_tokens
-from iiet.quantization import quantize_weights
-from iiet.quantized_linear import WeightFormat
 from iiet.sampling import LogitsNotFinite
 from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord
@@ -103,7 +101,6 @@ def generate(
     schedule: str | None = None,
     sampling: Sampling | None = None,
     drafting: Drafting | None = None,
-    weights: WeightFormat | None = None,
     device: str | None = None,
     chat: bool = False,
     system: str | None = None,
@@ -118,20 +115,16 @@ def generate(
         schedule: Iteration schedule as typed, if not the checkpoint's own.
         sampling: How tokens are chosen, and when to stop.
         drafting: Decode with drafts, and note what they did at the end.
-        weights: Decode on the CPU with the weights in this format; faster than float32, less exact.
         device: `cpu`, `cuda` or `cuda:N`; a GPU if there is one when unset.
         chat: Put each prompt into the model's chat template, as a user's message.
         system: The system's message before it; the template's own when unset.
 
     Raises:
         UserError: If the model is missing, damaged, has no tokenizer or no chat template, the
-            schedule does not fit it, prompts and new tokens do not fit its context, or the CPU
-            lacks the instructions for these weights, or this machine the device; or if a system's
-            message is given without `chat`.
+            schedule does not fit it, prompts and new tokens do not fit its context, this machine
+            lacks the device, or a system's message is given without `chat`.
     """
-    writer = open_generator(
-        workspace, model, schedule, drafting, weights=weights, device=device, progress=progress
-    )
+    writer = open_generator(workspace, model, schedule, drafting, device=device, progress=progress)
     texts = writer.as_asked(prompts, chat=chat, system=system)
     return writer.continue_all(texts, sampling or Sampling())
 
@@ -144,16 +137,13 @@ def generate_stream(
     schedule: str | None = None,
     sampling: Sampling | None = None,
     drafting: Drafting | None = None,
-    weights: WeightFormat | None = None,
     device: str | None = None,
     chat: bool = False,
     system: str | None = None,
     progress: Progress | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of one prompt, piece by piece; arguments and errors as `generate`."""
-    writer = open_generator(
-        workspace, model, schedule, drafting, weights=weights, device=device, progress=progress
-    )
+    writer = open_generator(workspace, model, schedule, drafting, device=device, progress=progress)
     (text,) = writer.as_asked([prompt], chat=chat, system=system)
     return writer.stream(text, sampling or Sampling())
 
@@ -164,21 +154,16 @@ def open_generator(
     schedule: str | None = None,
     drafting: Drafting | None = None,
     *,
-    weights: WeightFormat | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> TextGenerator:
     """Load the model that generates; arguments and errors as `generate`."""
-    if weights is not None and device not in (None, "cpu"):
-        raise UserError(f"--weights {weights} decodes on the CPU; leave --device {device} out")
     if device is not None:
         check_device(device)
     context = open_context(workspace, progress)
     folder, own = _model_folder(context, model)
     wanted = parse_schedule(schedule, folder) or own
-    return TextGenerator(
-        folder, wanted, weights, drafting, device=device, note=context.progress.note
-    )
+    return TextGenerator(folder, wanted, drafting, device=device, note=context.progress.note)
 
 
 def _model_folder(
@@ -211,15 +196,13 @@ class TextGenerator:
     """A model folder, under its own iteration schedule or another, with its tokenizer.
 
     Raises:
-        UserError: If the checkpoint is damaged, has no tokenizer, or cannot use the schedule, or
-            if the CPU lacks the instructions for the format of the weights.
+        UserError: If the checkpoint is damaged, has no tokenizer, or cannot use the schedule.
     """
 
     def __init__(
         self,
         checkpoint: Path,
         schedule: IterationSchedule | None = None,
-        weights: WeightFormat | None = None,
         drafting: Drafting | None = None,
         *,
         device: str | None = None,
@@ -228,14 +211,9 @@ class TextGenerator:
         self.checkpoint = checkpoint
         self._note = note
         self.text: ModelTokenizer = _tokenizer(checkpoint)
-        where = "cpu" if weights is not None else device or best_device()
+        where = device or best_device()
         dtype = DTYPES[device_precision(where)]  # As it is evaluated.
         self.decoder: Decoder = load_model(checkpoint, device=where, dtype=dtype, schedule=schedule)
-        if weights is not None:
-            try:
-                self.decoder = quantize_weights(self.decoder, weights)
-            except ValueError as error:
-                raise UserError(f"--weights {weights}: {error}") from None
         self._stream: Decode = stream_tokens
         self.record: DraftRecord | None = None
         """What drafts did, in all generations together; None: nothing is drafted."""

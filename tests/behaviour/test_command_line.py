@@ -72,10 +72,6 @@ def test_exit_codes(
         (["evaluate", "--device", "tpu"], "a device is cpu, cuda, or cuda:N"),
         (["generate", "-p", "x", "--device", "tpu"], "a device is cpu, cuda, or cuda:N"),
         (["generate", "-p", "x", "--device", "cuda:99"], "--device cuda:99: this machine has"),
-        (
-            ["generate", "-p", "x", "--weights", "int8", "--device", "cuda"],
-            "leave --device cuda out",
-        ),
         (["pretrain", "--device", "cuda:1"], "'cuda:1' is not one of 'cpu', 'cuda'"),
         (["pretrain", "--device", "cpu", "--gpus", "2"], "--device cpu and --gpus 2"),
         (["search", "--device", "cpu", "--gpus-per-trial", "1"], "and --gpus-per-trial 1: leave"),

@@ -13,7 +13,6 @@ import torch
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.generation import generate
-from iiet.quantized_linear import QuantizedLinear
 from iiet.schedule import IterationSchedule
 from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines import generating
@@ -229,16 +228,3 @@ def test_another_schedule_writes_as_that_model_does(
     assert pruned.decoder.schedule == none
     with pytest.raises(UserError, match="layers"):
         TextGenerator(checkpoint, IterationSchedule((0, 0, 0)))
-
-
-def test_quantized_weights_write_text_or_say_what_the_cpu_lacks(
-    writer: TextGenerator, tmp_path: Path, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint = write(writer.decoder, tmp_path, tiny_tokens)
-    if torch.cpu._is_avx512_bf16_supported():
-        quantized = TextGenerator(checkpoint, weights="int8")
-        assert isinstance(quantized.decoder.head, QuantizedLinear)
-        assert list(quantized.stream("abc", FEW)) == list(quantized.stream("abc", FEW))
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    with pytest.raises(UserError, match=r"--weights int8: .* need a CPU with the instructions"):
-        TextGenerator(checkpoint, weights="int8")
