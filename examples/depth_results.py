@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from correction_worth import MeasuredModel
 from depth_arms import Arm
 from depth_rules import Measured
 from pydantic import Field
@@ -21,7 +22,6 @@ from iiet.schedule import IterationSchedule
 from orchestrator import Trial
 from orchestrator.data.prepared import PreparedData
 from orchestrator.records.record import Record
-from orchestrator.reporting.correction_worth import MeasuredModel
 from orchestrator.training.distributed import World
 from orchestrator.training.validation import validation_metrics
 from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC

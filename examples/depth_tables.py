@@ -6,14 +6,13 @@ import math
 import statistics
 from collections.abc import Collection, Iterator, Sequence
 
+from correction_worth import WORTH_TITLE, WorthRow, WorthSection, correction_worth
 from depth_arms import VARIANTS, Choices, vanilla_name
 from depth_results import NUM_SEQUENCES, ArmResult, Reading, StudyResults
 from depth_rules import RULES, verdicts
 
 from orchestrator import Settings
-from orchestrator.reporting.correction_worth import correction_worth
 from orchestrator.reporting.markdown import bullets, markdown_table
-from orchestrator.reporting.worth_section import WORTH_TITLE, WorthRow, WorthSection
 from orchestrator.terminal.formatting import (
     format_count,
     format_duration,

@@ -28,11 +28,6 @@ def print_report(console: Console, report: ReportResult, workspace: Path) -> Non
         print_line(console, f"  {sentence}")
     console.print()
     # Where every model is refused, the reasons stand in the files of the report.
-    if report.worth and report.worth.has_phi:
-        console.print(report.worth.to_terminal())
-        for note in report.worth.notes:
-            print_line(console, f"  {note}")
-        console.print()
     if report.elastic:
         console.print(report.elastic.to_terminal())
         for note in report.elastic.notes:

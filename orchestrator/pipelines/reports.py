@@ -18,7 +18,6 @@ from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_files import WrittenReport
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import load_sweep_results, newest_sweep
-from orchestrator.reporting.worth_section import WorthSection
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.folders import Workspace
 
@@ -33,8 +32,6 @@ class ReportResult:
     """Every model with its place."""
     sentences: tuple[str, ...]
     """Notes on how to read the front, then its findings."""
-    worth: WorthSection | None
-    """What corrections are worth in layers; None without vanilla models of several depths."""
     elastic: ElasticSection | None
     """Elastic weights against separate students; None if the sweep has not both."""
     folder: Path
@@ -53,7 +50,7 @@ class ReportResult:
             "sentences": list(self.sentences),
             "folder": str(self.folder),
             "page": self.page and str(self.page),
-            **front_values(self.front, self.worth, self.elastic),
+            **front_values(self.front, self.elastic),
         }
 
 
@@ -99,7 +96,6 @@ def report_result(written: WrittenReport) -> ReportResult:
         title=written.report.title,
         front=written.report.front,
         sentences=tuple(written.report.sentences),
-        worth=written.report.worth,
         elastic=written.report.elastic,
         folder=written.folder,
         page=written.page,

@@ -12,7 +12,6 @@ from orchestrator.reporting.confidence import confidence_metrics
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.front_text import verdict
 from orchestrator.reporting.pareto import Front
-from orchestrator.reporting.worth_section import WorthSection
 
 
 def front_rows(front: Front) -> list[dict[str, Any]]:
@@ -56,13 +55,10 @@ def front_csv(front: Front) -> str:
     return file.getvalue()
 
 
-def front_values(
-    front: Front, worth: WorthSection | None = None, elastic: ElasticSection | None = None
-) -> dict[str, Any]:
+def front_values(front: Front, elastic: ElasticSection | None = None) -> dict[str, Any]:
     """Return axes, picks, hypervolume with its box, and every result, as values of strict JSON.
 
-    With `worth`, also what the corrections of each model are worth; with `elastic`, also elastic
-    weights against separate students.
+    With `elastic`, also elastic weights against separate students.
     """
     picks = {"best": front.best, "knee": front.knee, "cheapest": front.cheapest}
     box = front.hypervolume_box
@@ -74,7 +70,6 @@ def front_values(
         "picks": {name: point and point.result.key for name, point in picks.items()},
         "front": [point.result.key for point in front.members],
         "confidence_basis": front.basis and asdict(front.basis),
-        **({"correction_worth": [row.to_dict() for row in worth.rows]} if worth else {}),
         **({"elastic": elastic.to_dict()} if elastic else {}),
         "results": [
             {**row, "details": result.model_dump(mode="json", exclude={"job", "suite"})}

@@ -31,7 +31,6 @@ from orchestrator.reporting.html_tables import (
     influence_section,
     models_table,
     tasks_section,
-    worth_html,
 )
 from orchestrator.reporting.pareto import Front, FrontPoint, find_front
 from orchestrator.reporting.report_content import SweepReport
@@ -65,8 +64,6 @@ def render_page(report: SweepReport, *, picture: str | None = None) -> str:
         '<section class="wide"><h2>All models, cheapest first</h2>',
         f"{models_table(front)}{tasks_section(front)}</section>",
     ]
-    if report.worth is not None:
-        parts.append(worth_html(report.worth))
     if report.elastic is not None:
         parts.append(elastic_html(report.elastic))
     if report.influence is not None:

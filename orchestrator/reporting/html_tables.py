@@ -16,12 +16,6 @@ from orchestrator.reporting.front_tables import (
 )
 from orchestrator.reporting.pareto import Front, FrontPoint
 from orchestrator.reporting.shown_points import shown_points
-from orchestrator.reporting.worth_section import (
-    WORTH_EXPLANATION,
-    WORTH_HEADS,
-    WORTH_TITLE,
-    WorthSection,
-)
 from orchestrator.terminal.formatting import BYTE_UNITS
 
 # Light to dark, one for each number of corrections; higher numbers share the last.
@@ -62,12 +56,6 @@ def tasks_section(front: Front) -> str:
             f"{_table(heads, rows)}</details>"
         )
     return "".join(parts)
-
-
-def worth_html(worth: WorthSection) -> str:
-    """Return the section on what corrections are worth."""
-    cells = [row.cells for row in worth.rows]
-    return _section(WORTH_TITLE, WORTH_EXPLANATION, WORTH_HEADS, cells, worth.notes)
 
 
 def elastic_html(elastic: ElasticSection) -> str:

@@ -25,7 +25,6 @@ from orchestrator.reporting.sweep_results import (
     load_sweep_results,
 )
 from orchestrator.reporting.training_curves import read_training_curves
-from orchestrator.reporting.worth_section import worth_section
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.provenance import content_key
 
@@ -68,10 +67,6 @@ def write_overlay_report(
         },
         facts=_facts(sweeps),
         notes=[*_notes(sweeps, axes), *left_out_notes(front), *item_notes(shown.values(), items)],
-        worth=worth_section(
-            [result for sweep in sweeps for result in sweep.results],
-            {result.key: sweep.name for sweep in reversed(sweeps) for result in sweep.results},
-        ),
     )
     folder = workspace.overlays / _folder_name(sweeps, axes)
     files = write_report_files(report, folder) if workspace.is_writable else []

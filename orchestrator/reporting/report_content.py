@@ -12,7 +12,6 @@ from orchestrator.records.trial import Trial
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.pareto import Front
-from orchestrator.reporting.worth_section import WorthSection
 
 Curve = tuple[str, Sequence[tuple[int, float]]]
 """A name and its points: step and value."""
@@ -32,8 +31,6 @@ class SweepReport:
     """Title of a list -> names and values, such as settings and provenance."""
     notes: Sequence[str] = ()
     """Sentences to read before the findings, such as that the tasks differ."""
-    worth: WorthSection | None = None
-    """What corrections are worth in layers, if there are vanilla models of several depths."""
     elastic: ElasticSection | None = None
     """Elastic weights against separate students, if the sweep has both."""
     mark_paper: bool = True

@@ -25,7 +25,6 @@ from orchestrator.reporting.influence_tables import influence_markdown
 from orchestrator.reporting.markdown import bullets
 from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_content import SweepReport
-from orchestrator.reporting.worth_section import WORTH_TITLE
 from orchestrator.workspace.files import json_text, write_text
 
 
@@ -62,7 +61,7 @@ def write_report_files(report: SweepReport, folder: Path) -> list[Path]:
         texts["front.html"] = render_page(report, picture=(folder / "front.svg").read_text("utf-8"))
     texts["front.md"] = report_markdown(report)
     texts["front.csv"] = front_csv(report.front)
-    values = front_values(report.front, report.worth, report.elastic)
+    values = front_values(report.front, report.elastic)
     texts["front.json"] = json_text(values, allow_nan=False) + "\n"
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -93,8 +92,6 @@ def report_markdown(report: SweepReport) -> str:
         parts.append(f"## Task by task\n\n{TASK_TABLES_NOTE}")
     for table in tables:
         parts += [f"### {table.title}", table.to_markdown()]
-    if report.worth is not None:
-        parts += [f"## {WORTH_TITLE}", report.worth.to_markdown()]
     if report.elastic is not None:
         parts += [f"## {ELASTIC_TITLE}", report.elastic.to_markdown()]
     if report.influence is not None:

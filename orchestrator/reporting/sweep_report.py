@@ -26,7 +26,6 @@ from orchestrator.reporting.training_curves import (
     read_history_curves,
     read_training_curves,
 )
-from orchestrator.reporting.worth_section import worth_section
 from orchestrator.tracking import Tracking
 from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import recorded_times
@@ -73,7 +72,6 @@ def write_sweep_report(
         curves=curves,
         facts=sweep.facts,
         notes=[*sweep.notes, *notes],
-        worth=worth_section(sweep.results),
         elastic=_elastic_section(workspace, sweep, axes),
     )
     folder = sweep.folder(workspace) / axes.slug

@@ -11,12 +11,19 @@ the first to reach a loss, so a curve that is not monotone needs no rule of its 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.reporting.bootstrap import NUM_RESAMPLES, Floats, Interval, interval_of
+from orchestrator.reporting.bootstrap import (
+    INTERVAL_LEVEL,
+    NUM_RESAMPLES,
+    Floats,
+    Interval,
+    interval_of,
+)
+from orchestrator.reporting.markdown import bullets, markdown_table
 from orchestrator.terminal.formatting import format_count
 
 SATURATED_ACCURACY = 0.98
@@ -193,3 +200,88 @@ def _are_alike(pair: Sequence[MeasuredModel], drawn: Floats) -> bool:
         return False
     difference = interval_of(pair[0].loss - pair[1].loss, drawn[:, 0] - drawn[:, 1])
     return not difference.excludes_zero
+
+
+WORTH_TITLE = "What a correction is worth"
+WORTH_HEADS = ("model", "layers", "NFE/layer", "seeds", "loss", "as vanilla of", "phi")
+WORTH_EXPLANATION = (
+    "phi = log(L'/L) / log(e), for a model of L layers with e evaluations per layer (1 + r for an "
+    "IIET with r corrections; the mean where layers differ): 1 if an evaluation is worth a layer, "
+    "0 if more evaluations are worth nothing. L' is the smallest depth at which vanilla, trained "
+    "on the same tokens, reaches the model's validation loss, interpolated linearly in the "
+    f"logarithm of depth. Of {NUM_RESAMPLES:,} draws of the seeds the interval holds "
+    f"{INTERVAL_LEVEL:.0%}; a bound marked < or > lies beyond the vanilla depths. There is no phi "
+    "where the losses of vanilla do not bracket the model's, where the accuracy of the model or of "
+    f"the deeper vanilla model beside it is {SATURATED_ACCURACY:.0%} or more, or where the two "
+    "vanilla models beside it do not differ significantly. Published for loops over a stack: 0.46 "
+    "(arXiv 2604.21106)."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorthRow:
+    """One model with what its evaluations are worth."""
+
+    name: str
+    model: MeasuredModel
+    worth: CorrectionWorth
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Texts under `WORTH_HEADS`."""
+        model, layers = self.model, self.worth.equivalent_layers
+        return (
+            self.name,
+            str(model.num_layers),
+            f"{model.evaluations_per_layer:.3g}",
+            str(len(model.losses)),
+            f"{model.loss:.4g}",
+            "" if layers is None else f"{layers:.2f} layers",
+            _phi_text(self.worth),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorthSection:
+    """The section in all formats."""
+
+    rows: tuple[WorthRow, ...]
+    vanilla: tuple[Mapping[int, MeasuredModel], ...]
+    """Number of layers -> the vanilla model, for each set of models that compare."""
+
+    @property
+    def notes(self) -> list[str]:
+        """The vanilla models, and why models have no phi."""
+        notes = []
+        for models in self.vanilla:
+            depths = ", ".join(
+                f"{format_count(depth, 'layer')} {model.loss:.4g}"
+                for depth, model in sorted(models.items())
+            )
+            notes.append(f"Validation loss of vanilla: {depths}.")
+            if flat := depths_without_gain(list(models.values())):
+                numbers = " and ".join(map(str, flat))
+                notes.append(f"Vanilla with {numbers} layers is no better than a shallower one.")
+            if any(len(model.losses) == 1 for model in models.values()):
+                notes.append(
+                    "Some depths have one seed, so whether they differ significantly is not known."
+                )
+        refused = [row for row in self.rows if row.worth.refusal]
+        return [*notes, *(f"{row.name} has no phi: {row.worth.refusal}." for row in refused)]
+
+    def to_markdown(self) -> str:
+        """Return table and notes in Markdown, without the title."""
+        table = markdown_table(WORTH_HEADS, (row.cells for row in self.rows))
+        return "\n\n".join([WORTH_EXPLANATION, table, bullets(self.notes)])
+
+
+def _phi_text(worth: CorrectionWorth) -> str:
+    """Return phi with its interval: `0.55 (0.31 to >1.00)`."""
+    if worth.phi is None:
+        return "none"
+    if worth.interval is None:
+        return f"{worth.phi:.2f}"
+    low, high = worth.interval.low, worth.interval.high
+    is_low_open, is_high_open = worth.is_open
+    interval = f"{'<' * is_low_open}{low:.2f} to {'>' * is_high_open}{high:.2f}"
+    return f"{worth.phi:.2f} ({interval})"

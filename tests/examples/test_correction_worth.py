@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-
-from orchestrator.reporting.correction_worth import (
+from correction_worth import (
     SATURATED_ACCURACY,
     MeasuredModel,
     correction_worth,
