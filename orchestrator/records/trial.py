@@ -88,7 +88,7 @@ class TrialCost(_NumbersByName):
 
 
 class TrialDecoding(_NumbersByName):
-    """How a model drafts for the full one, and how it decodes with one cache slot per layer."""
+    """How a model drafts for the full one."""
 
     acceptance: float | None = None
     """Share of its drafted tokens that the full model keeps, on the full model's own
@@ -97,13 +97,6 @@ class TrialDecoding(_NumbersByName):
     """Time of a token of the full model's output, with this draft."""
     speed_up: float | None = None
     """Plain decoding's time over that."""
-    kv_exact_loss: float | None = None
-    """Loss on held-out text with a cache slot per evaluation, nats per token."""
-    kv_last_loss: float | None = None
-    """Loss on the same text with a slot per layer (`--kv last`), nats per token."""
-    kv_last_agreement: float | None = None
-    """Share of the model's own greedy tokens that it also chooses with a slot per layer, each after
-    the tokens that it chose with a slot per evaluation (teacher-forced)."""
 
 
 class TrialTraining(_NumbersByName):

@@ -83,8 +83,6 @@ def front_columns(front: Front) -> list[FrontColumn]:
         FrontColumn("P(front)", on_front, 10),
         FrontColumn("accepted", lambda p: _percent(p.result.decoding.acceptance, 0), 12),
         FrontColumn("exact ms", lambda p: _number(p, "decoding/exact_ms_per_token", ".2f"), 11),
-        FrontColumn("kv last loss", _kv_last_loss, 14),
-        FrontColumn("kv last same", lambda p: _percent(p.result.decoding.kv_last_agreement, 0), 13),
         FrontColumn("front", lambda p: verdict(front, p), justify="left"),
     ]
     if front.sweep_of:
@@ -145,13 +143,6 @@ def _cost_columns(axis: str) -> list[FrontColumn]:
 
 def _short_title(name: str) -> str:
     return SHORT_TITLES.get(name, metric_title(name))
-
-
-def _kv_last_loss(point: FrontPoint) -> str:
-    numbers = point.result.decoding
-    if numbers.kv_last_loss is None or numbers.kv_exact_loss is None:
-        return ""
-    return f"{numbers.kv_last_loss:.3f} ({numbers.kv_last_loss - numbers.kv_exact_loss:+.3f})"
 
 
 def _number(point: FrontPoint, name: str, form: str) -> str:

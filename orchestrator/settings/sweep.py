@@ -89,9 +89,6 @@ class SweepSettings(Section):
     measure_drafts: bool = True
     """At the end of a sweep over text, measure each schedule as a draft of the full model:
     acceptance, and the time per token of its exact output."""
-    measure_kv_last: bool = False
-    """Then also decode every model with one cache slot per layer (`generate --kv last`): its loss,
-    and the share of its tokens that stay the same."""
     seeds: Seeds = ()
     """Train every model with each of these seeds; tables show mean and error (default: the
     recipe's seed alone)."""

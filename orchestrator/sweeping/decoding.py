@@ -1,9 +1,7 @@
-"""How the models of a sweep decode, measured once, when all trials have ended.
+"""How the models of a sweep draft for the full one, measured once, when all trials have ended.
 
-    drafts         acceptance of each schedule, and time per token of the full model's exact output
-    slot per layer loss and agreement with `--kv last`, on request
-
-Only text is generated, so sweeps on other data have no such numbers.
+Of each schedule: the acceptance of its drafts, and the time per token of the full model's exact
+output. Only text is generated, so sweeps on other data have no such numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ from orchestrator.data.sources import open_data
 from orchestrator.data.token_store import TokenStore
 from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, SWEEP_PROMPT_TOKENS
 from orchestrator.evaluation.draft_speed import measure_draft
-from orchestrator.evaluation.kv_strategies import compare_kv_strategies
 from orchestrator.records.record import Record
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial, TrialDecoding
@@ -55,12 +52,12 @@ class _StoredDecoding(Record):
 @dataclass(frozen=True)
 class _Measurement:
     trial: Trial
-    full: Trial | None
-    """The model that the trial drafts for; None for a comparison of cache strategies."""
+    full: Trial
+    """The model that the trial drafts for."""
 
     @property
     def name(self) -> str:
-        return f"{self.trial.key} for {self.full.key}" if self.full else f"{self.trial.key} kv"
+        return f"{self.trial.key} for {self.full.key}"
 
 
 def with_decoding(
@@ -91,12 +88,9 @@ def with_decoding(
 
 def _wanted(results: Sequence[Trial], settings: Settings) -> list[_Measurement]:
     """Return the measurements of the models that tables show."""
-    shown = shown_results(results)
     targets = draft_targets(results) if settings.sweep.measure_drafts else {}
-    wanted = [_Measurement(one, targets[one.key]) for one in shown if one.key in targets]
-    if settings.sweep.measure_kv_last:
-        wanted += [_Measurement(one, None) for one in shown if one.schedule and one.checkpoint]
-    return wanted
+    shown = shown_results(results)
+    return [_Measurement(one, targets[one.key]) for one in shown if one.key in targets]
 
 
 def _text_of(data: PreparedData) -> TokenStore | None:
@@ -110,15 +104,11 @@ def _measure(
     assert text is not None
     found: dict[str, TrialDecoding] = {}
     full: tuple[str, Decoder] | None = None
-    for one in sorted(wanted, key=lambda one: one.full.key if one.full else ""):
+    for one in sorted(wanted, key=lambda one: one.full.key):
         try:
-            if one.full is None:
-                model = _load(one.trial, device)
-                found[one.name] = _kv_numbers(model, _texts(text, model))
-            else:
-                if full is None or full[0] != one.full.key:
-                    full = one.full.key, _load(one.full, device)
-                found[one.name] = _draft_numbers(full[1], one, _texts(text, full[1]), device)
+            if full is None or full[0] != one.full.key:
+                full = one.full.key, _load(one.full, device)
+            found[one.name] = _draft_numbers(full[1], one, _texts(text, full[1]), device)
         except UserError as error:
             progress.note(f"{one.trial.name}: decoding is not measured: {error}")
         progress.advance(len(found))
@@ -146,7 +136,6 @@ def _texts(text: TokenStore, model: Decoder) -> Tensor:
 
 
 def _draft_numbers(full: Decoder, one: _Measurement, texts: Tensor, device: str) -> TrialDecoding:
-    assert one.full is not None
     draft: Decoder | IterationSchedule = one.trial.model.corrections
     if one.trial.checkpoint != one.full.checkpoint:
         draft = _load(one.trial, device)
@@ -155,15 +144,6 @@ def _draft_numbers(full: Decoder, one: _Measurement, texts: Tensor, device: str)
         acceptance=speed.acceptance,
         exact_ms_per_token=speed.ms_per_token,
         speed_up=speed.speed_up,
-    )
-
-
-def _kv_numbers(model: Decoder, texts: Tensor) -> TrialDecoding:
-    found = compare_kv_strategies(model, texts)
-    return TrialDecoding(
-        kv_exact_loss=found.exact_loss,
-        kv_last_loss=found.last_loss,
-        kv_last_agreement=found.agreement,
     )
 
 
