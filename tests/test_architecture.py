@@ -59,7 +59,7 @@ LINES = {
     "iiet": 9_220,
     "benchmarks": 6_470,
     "examples": 2_750,
-    "orchestrator/workspace": 1_876,
+    "orchestrator/workspace": 1_878,
     "orchestrator/terminal": 648,
     "orchestrator/settings": 1_835,
     "orchestrator/records": 1_024,

@@ -138,7 +138,7 @@ def _trainings(workspace: Workspace, now: float, note: Note) -> list[Activity]:
         kind: Literal["queued", "training", "measuring"] = "queued"
         if is_locked(training.folder / WORKERS_LOCK_NAME):
             kind = "training"
-        elif training.is_finished or (own and not own[0][1].get("job")):
+        elif training.is_finished or (own and not own[0][1].job):
             kind = "measuring"
         found.append(
             Activity(

@@ -132,8 +132,8 @@ class StoredTraining:
         """Read the folder; damaged files are noted, and as good as missing."""
         self.folder = folder
         damage: list[str] = []
-        record = _read(folder / JOB_NAME, _JobFile, damage.append)
-        self.job = record and record.job
+        job_file = _read(folder / JOB_NAME, _JobFile, damage.append)
+        self.job = job_file and job_file.job
         """Its job, if it has one."""
         self.outcome = _read(folder / DONE_NAME, StoredOutcome, damage.append)
         """How it ended; None until it has finished."""
@@ -166,7 +166,9 @@ class StoredTraining:
     def is_finished(self) -> bool:
         """Whether the training has finished and its last checkpoint is there."""
         end = self.outcome
-        return bool(end and end.finished) and (self.folder / checkpoint_name(end.step)).is_dir()
+        if end is None or not end.finished:
+            return False
+        return (self.folder / checkpoint_name(end.step)).is_dir()
 
     @property
     def lock(self) -> Path | None:
