@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from orchestrator.data.corpus import Document
+from orchestrator.data.tokenization import write_tokens
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.settings import TrainingSettings
+from orchestrator.settings import DataSettings, TrainingSettings
 from orchestrator.sweeping.baselines import find_baselines
 from orchestrator.training.run import run_job
 from orchestrator.workspace.checkpoint_names import find_checkpoints
@@ -87,6 +89,17 @@ def test_a_baseline_of_another_recipe_is_left_out_with_the_difference(
     }
     pretrained(workspace, "alike", tiny_tokens, {**tiny_model, **VANILLA})
     assert not find_baselines(workspace, teacher).left_out, "another one stands there"
+
+
+def test_a_baseline_of_other_tokens_is_left_out(
+    tmp_path: Path, workspace: Workspace, teacher: Path, tiny_model: dict[str, Any]
+) -> None:
+    words = [Document(f"word {number} " * 40, f"{number}") for number in range(40)]
+    tokens = write_tokens(tmp_path, words, DataSettings(vocab_size=300), resume_key="a")
+    pretrained(workspace, "v", tokens, {**tiny_model, **VANILLA})
+    baselines = find_baselines(workspace, teacher)
+    assert not baselines.found
+    assert "vanilla is left out: tokens is " in baselines.left_out["v"]
 
 
 def test_baselines_of_other_depths_are_found_if_they_are_asked_for(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from iiet.config import ModelConfig
+from iiet.cost import inference_cost
 from iiet.influence import InfluenceTable
 from iiet.pruning import FamilyMember
 from orchestrator.pipelines.sweep_plans import text_of_teacher
@@ -215,6 +216,9 @@ def test_relative_costs_relate_to_the_full_model(teacher: Path) -> None:
     none = ModelConfig.from_dict({**_config(teacher), "schedule": [0, 0]})
     cost = exact_cost(none, full)
     assert (cost.evaluations, cost.relative_evaluations) == (2, 2 / 5)
+    most = inference_cost(full).decode_flops_per_token
+    assert cost.relative_flops == inference_cost(none).decode_flops_per_token / most
+    assert cost.relative_flops != 2 / 5, "the head is not evaluated more often"
     assert exact_cost(full, full).relative_flops == 1.0
 
 
