@@ -146,7 +146,7 @@ def start(run: Run) -> int:
         marks = "not long" if "::" in "".join(run.mutant.tests) else "not slow"
         status = int(
             pytest.main([
-                "-q", "-x", "-m", marks, "-p", "no:cacheprovider",
+                "-q", *["-x"] * bool(run.mutant.old), "-m", marks, "-p", "no:cacheprovider",
                 "-W", "ignore::pytest.PytestAssertRewriteWarning",  # of plugins imported before
                 "--timeout", str(TIMEOUT_SECONDS),
                 "--timeout-method", "thread", "--basetemp", f"{run.copy}-temporary",
