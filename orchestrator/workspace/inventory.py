@@ -166,7 +166,9 @@ class StoredTraining:
     def is_finished(self) -> bool:
         """Whether the training has finished and its last checkpoint is there."""
         end = self.outcome
-        return bool(end and end.finished) and (self.folder / checkpoint_name(end.step)).is_dir()
+        if end is None or not end.finished:
+            return False
+        return (self.folder / checkpoint_name(end.step)).is_dir()
 
     @property
     def lock(self) -> Path | None:

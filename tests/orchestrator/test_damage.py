@@ -28,7 +28,7 @@ from orchestrator.training.model_lookup import load_influence_table
 from orchestrator.workspace.folders import Workspace, open_workspace
 
 SETTINGS = [
-    *SMALL, "model.num_layers=2", "model.context_length=32", "model.corrections=1",
+    *SMALL, "data.max_documents=120", "model.num_layers=2", "model.context_length=32", "model.corrections=1",
     "training.num_steps=4", "training.checkpoint_every_steps=2", "training.keep_best=true",
     "influence.num_tokens=128", "evaluation.num_items=8", "sweep.num_schedules=2",
 ]  # fmt: skip
@@ -92,7 +92,7 @@ SAID = {
     "trials/*/done.json": ("stopped at 3/3",),
     "trials/*/result-*.json": ("to measure",),
     "sweeps/s/plan.json": ("without a plan",),
-    "sweeps/s/results.json": ("'has_report': False",),
+    "sweeps/s/results.json": ("'has_report': False", "has no finished sweep"),
     "runs/full/step_00000004/influence-cosine.json": ("influence is not",),
 }
 """Where a missing file is what an interrupted command leaves: words of the right answer."""
