@@ -38,6 +38,7 @@ from orchestrator.workspace.inventory import (
 )
 from orchestrator.workspace.locks import is_locked, lock_file
 from orchestrator.workspace.names import (
+    DONE_NAME,
     JOB_NAME,
     PLAN_FILE,
     RAY_FOLDER,
@@ -187,6 +188,8 @@ def _kept_checkpoints(folder: Path) -> set[Path | None]:
     # Of a finished training: the last, the best, and the one that `--continue` starts from.
     stored = read_json_object(folder / JOB_NAME)
     if stored is None:
+        if (folder / DONE_NAME).exists():
+            raise UserError(f"{folder / JOB_NAME} is missing")
         return set()
     job = TrainingJob.parse(stored.get("job", {}), folder / JOB_NAME)
     outcome = finished_outcome(job.model_copy(update={"run_folder": str(folder)}))

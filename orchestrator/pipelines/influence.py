@@ -208,7 +208,7 @@ def _measure(
 
 def _stored(path: Path, key: str, progress: Progress) -> InfluenceTable | None:
     def parse(found: dict[str, Any]) -> InfluenceTable | None:
-        if found.get("key") != key:
+        if found["key"] != key:
             return None
         table = InfluenceTable.from_dict(found)
         table.schedule  # noqa: B018  # a layer without a row is found here
