@@ -6,7 +6,6 @@ they act on it: a collective operation that one worker leaves out hangs all othe
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -191,17 +190,18 @@ def run_on_first(function: Callable[[], T], world: World) -> T:
     if world.size == 1:
         return function()
     store = dist.distributed_c10d._get_default_store()
-    key = f"answer {store.add(f'calls of {world.rank}', 1)}"
+    done = f"call {store.add(f'calls of {world.rank}', 1)} is done"
+    box: list[tuple[T | None, Exception | None]] = [(None, None)]
     if world.is_first:
-        answer: tuple[T | None, Exception | None]
         try:
-            answer = function(), None
+            box = [(function(), None)]
         except Exception as error:  # Raised below, on every worker.
-            answer = None, error
-        store.set(key, pickle.dumps(answer))  # type: ignore[arg-type]  # takes bytes, too
-    while not store.check([key]):
+            box = [(None, error)]
+        store.set(done, "")
+    while not store.check([done]):
         time.sleep(POLL_SECONDS)
-    result, problem = pickle.loads(store.get(key))
+    dist.broadcast_object_list(box, src=0)
+    result, problem = box[0]
     if problem is not None:
         raise problem
     return cast("T", result)
