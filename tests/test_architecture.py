@@ -71,7 +71,7 @@ LINES = {
     "orchestrator/cluster": 3_017,
     "orchestrator/reporting": 5_062,
     "orchestrator/sweeping": 3_533,
-    "orchestrator/pipelines": 5_015,
+    "orchestrator/pipelines": 5_018,
     "orchestrator/cli": 3_188,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
