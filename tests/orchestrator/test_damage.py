@@ -50,7 +50,7 @@ COMMANDS = {
     "export": ["export", "full", "--no-measure", "--json"],
     "import": ["import", "exports/full", "--name", "again", "--json"],
 }
-MODEL = ("generate", "plan", "pretrain")
+MODEL = ("generate", "plan")
 READERS: dict[str, tuple[str, ...]] = {
     "workspace.json": ("list", "generate"),
     "tokens/*/manifest.json": ("plan", "prepare"),
@@ -68,12 +68,11 @@ READERS: dict[str, tuple[str, ...]] = {
     "runs/full/done.json": ("list", "status", "clean", "plan", "pretrain"),
     "runs/full/best.json": ("clean", "pretrain"),
     "runs/full/journal.jsonl": ("list", "status"),
-    "runs/full/settings.yaml": ("pretrain",),
-    "runs/full/step_00000004/config.json": (*MODEL, "evaluate"),
-    "runs/full/step_00000004/model.safetensors": (*MODEL, "clean", "evaluate"),
+    "runs/full/step_00000004/config.json": (*MODEL, "evaluate", "pretrain"),
+    "runs/full/step_00000004/model.safetensors": (*MODEL, "clean", "evaluate", "pretrain"),
     "runs/full/step_00000004/provenance.json": (*MODEL, "clean"),
     "runs/full/step_00000004/tokenizer.json": MODEL,
-    "runs/full/step_00000004/training_state.pt": MODEL,
+    "runs/full/step_00000004/training_state.pt": ("pretrain",),
     "runs/full/step_00000004/.verified.json": MODEL,
     "runs/full/step_00000004/influence-cosine.json": ("influence", "plan"),
     "trials/*/job.json": ("list", "clean", "plan"),
