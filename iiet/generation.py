@@ -22,7 +22,7 @@ from torch import Tensor
 
 from iiet.cache import KeyValueCache, KvStrategy
 from iiet.decoder import Decoder
-from iiet.sampling import LogitsNotFinite, Sampler, are_finite, row_keys
+from iiet.sampling import LogitsNotFinite, Sampler, not_finite, row_keys
 from iiet.static_steps import StaticSteps, keep_steps, kept_steps
 
 __all__ = ["STOP_INTERVAL", "cache_dtype", "checked_sampler", "generate", "stream"]
@@ -124,8 +124,8 @@ def _chosen(
     stops: Tensor,
     max_new_tokens: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the next tokens, (batch,), and whether all rows have ended and whether the logits
-    are finite, (2,); wait for nothing."""
+    """Yield the next tokens, (batch,), and whether all rows have ended and whether logits
+    are not finite, (2,); wait for nothing."""
     following = ended = None
     for position in range(max_new_tokens):
         with torch.inference_mode():
@@ -136,7 +136,7 @@ def _chosen(
             following = latest
             # `isin` would wait for a GPU.
             ended = (following.unsqueeze(1) == stops).any(1)
-            state = torch.stack([ended.all(), are_finite(logits)])
+            state = torch.stack([ended.all(), not_finite(logits)])
         # A clone made outside of inference mode is an ordinary tensor.
         yield following.clone(), state
 
@@ -150,8 +150,8 @@ def _until_all_end(steps: Iterator[tuple[Tensor, Tensor]], interval: int) -> Ite
     num_steps = 1
     while waiting := list(islice(steps, num_steps)):
         states = torch.stack([state for _, state in waiting]).tolist()  # Waits for a GPU.
-        for (tokens, _), (ends, is_finite) in zip(waiting, states, strict=True):
-            if not is_finite:
+        for (tokens, _), (ends, is_broken) in zip(waiting, states, strict=True):
+            if is_broken:
                 raise LogitsNotFinite
             yield tokens
             if ends:

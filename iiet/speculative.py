@@ -38,7 +38,7 @@ from iiet.draft_choice import DraftChoice, costs_of, named_drafts
 from iiet.draft_plan import DraftCosts, DraftPlan
 from iiet.drafts import CachedModel, Draft, ModelDraft, PromptLookup, Rows
 from iiet.generation import cache_dtype, checked_sampler
-from iiet.sampling import LogitsNotFinite, Sampler, are_finite
+from iiet.sampling import LogitsNotFinite, Sampler, not_finite
 from iiet.schedule import IterationSchedule
 
 __all__ = ["DraftRecord", "Speculation", "generate", "stream"]
@@ -274,7 +274,7 @@ class _Decoding:
         record.rounds_by_draft[name] = record.rounds_by_draft.get(name, 0) + 1
 
     def _chosen(self, logits: Tensor, positions: Tensor | int) -> Tensor:
-        if not are_finite(logits):
+        if not_finite(logits):
             raise LogitsNotFinite
         return self._sampler(logits, positions)
 

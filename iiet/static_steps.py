@@ -66,7 +66,11 @@ class StaticSteps:
 
     @property
     def decoder(self) -> Decoder:
-        """The decoder, which the caller must hold."""
+        """The decoder, which the caller must hold.
+
+        Raises:
+            ValueError: it is gone.
+        """
         decoder = self._decoder()
         if decoder is None:
             raise ValueError("the decoder of these steps is gone; keep a reference to it")

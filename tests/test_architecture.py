@@ -56,7 +56,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 9_220,
+    "iiet": 9_225,
     "benchmarks": 6_470,
     "examples": 2_750,
     "orchestrator/workspace": 1_878,

@@ -143,19 +143,15 @@ def test_the_shared_suite_of_methods_tests_it(place: Place) -> None:
 def test_the_metric_measures(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     place.run("pretrain --name iterated")
     place.run("--metric angle")
+    place.run("--metric cosine")
     checkpoint = place.checkpoint("iterated")
     angle, cosine = (
         [value for row in json.loads(file.read_text())["values"] for value in row]
-        for file in (checkpoint / "influence-angle.json", _measured(place, "cosine"))
+        for file in (checkpoint / f"influence-{metric}.json" for metric in ("angle", "cosine"))
     )
     assert len(angle) == 6
     # The mean of an angle is at most that of the mean cosine: both are measured on the same tokens.
     assert all(0 < a**2 / 2 <= 1.1 * c for a, c in zip(angle, cosine, strict=True))
-
-
-def _measured(place: Place, metric: str) -> Path:
-    place.run(f"influence iterated --metric {metric}")
-    return place.checkpoint("iterated") / f"influence-{metric}.json"
 
 
 @pytest.mark.slow
