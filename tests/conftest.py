@@ -59,7 +59,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def terminal() -> Iterator[TextIO]:
     """The input of a terminal into which nobody types."""
-    with unanswered() as typed:
+    with unanswered() as (_, theirs), os.fdopen(os.dup(theirs)) as typed:
         yield typed
 
 

@@ -1,47 +1,50 @@
-"""A pseudo-terminal into which nobody types: a question finds the end of the input and fails."""
+"""A pseudo-terminal with empty lines typed ahead: a question takes one of them, and that fails."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
+import select
+import struct
 import subprocess
+import termios
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
-END_OF_INPUT = b"\x04"
-"""What Ctrl-D sends."""
+TYPED = 64 * b"\n"
 
 
 @contextmanager
-def unanswered() -> Iterator[TextIO]:
-    """Yield a terminal's input for `sys.stdin` of this process."""
+def unanswered() -> Iterator[tuple[int, int]]:
+    """Yield our end of a terminal and that of a program; an assertion if the program reads it."""
     ours, theirs = pty.openpty()
-    os.write(ours, 64 * END_OF_INPUT)
-    with os.fdopen(theirs) as typed:
-        yield typed
-    os.close(ours)
+    try:
+        mode = termios.tcgetattr(theirs)
+        mode[3] &= ~termios.ECHO
+        termios.tcsetattr(theirs, termios.TCSANOW, mode)
+        os.write(ours, TYPED)
+        yield ours, theirs
+        (num_left,) = struct.unpack("i", fcntl.ioctl(theirs, termios.FIONREAD, bytes(4)))
+        assert num_left == len(TYPED), "the program asked for something"
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 def run_in_terminal(
     command: Sequence[str | Path], folder: Path, environment: Mapping[str, str]
 ) -> tuple[int, str]:
     """Run a command whose three streams are a terminal; return its exit code and its output."""
-    ours, theirs = pty.openpty()
-    os.write(ours, 64 * END_OF_INPUT)
-    started = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, env=environment
-    )
-    os.close(theirs)
     printed = b""
-    while True:
-        try:
-            part = os.read(ours, 65536)
-        except OSError:  # The other end is closed.
-            break
-        if not part:
-            break
-        printed += part
-    os.close(ours)
-    return started.wait(), printed.decode()
+    with unanswered() as (ours, theirs):
+        started = subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, env=environment
+        )
+        has_ended = False
+        while not has_ended or select.select([ours], [], [], 0)[0]:
+            has_ended = started.poll() is not None
+            if select.select([ours], [], [], 0.05)[0]:
+                printed += os.read(ours, 65536)
+    return started.returncode, printed.decode()

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
@@ -86,6 +87,15 @@ def test_python_for_exported_models_asks_nothing(
         code, printed = run_in_terminal(command, tmp_path, environment)
         assert code == 0, printed
         assert re.search(expected, printed)
+
+
+def test_a_question_in_a_terminal_fails(tmp_path: Path) -> None:
+    program = "print('asked:'); answer = {}; print('ends')"
+    for answer, is_question in (("input()", True), ("''", False)):
+        command = [sys.executable, "-c", program.format(answer)]
+        asked = pytest.raises(AssertionError, match="asked for something")
+        with asked if is_question else nullcontext():
+            assert run_in_terminal(command, tmp_path, os.environ) == (0, "asked:\r\nends\r\n")
 
 
 def test_python_that_drafts_runs() -> None:
