@@ -34,7 +34,7 @@ def commands() -> list[list[str]]:
 def test_from_text_to_a_model_of_transformers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     ray_session: None,
     terminal: TextIO,
 ) -> None:
@@ -51,10 +51,10 @@ def test_from_text_to_a_model_of_transformers(
         if words[0] in NOT_RUN or " ".join(words) in NOT_RUN:
             continue
         small = [f"--set={change}" for change in SMALL] if words[1] in TAKES_SETTINGS else []
-        assert cli.main([*words[1:], *small]) == 0, capsys.readouterr().err
+        assert cli.main([*words[1:], *small]) == 0, capfd.readouterr().err
         ran.append(words[1])
     assert {"doctor", "init", "sweep", "status", "pick", "generate"} <= set(ran)
-    captured = capsys.readouterr()
+    captured = capfd.readouterr()
     assert re.search(r"schedule.*NFE", captured.out)
     used = re.findall(r"^model: (.*), (.*)$", captured.err, flags=re.MULTILINE)
     assert len(used) == 2
