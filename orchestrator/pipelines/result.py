@@ -1,0 +1,39 @@
+"""What pipelines return: plans and results, which the command line prints and Python reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import pandas
+    from rich.console import RenderableType
+
+
+class Result(BaseModel):
+    """A plan or a result: its fields are its JSON, but for those with `Field(exclude=True)`."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, extra="forbid")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `--json` prints: names and plain values."""
+        return self.model_dump(mode="json")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the result as a table, if it is one: a row of plain values for each item."""
+        raise NotImplementedError(f"{type(self).__name__} is not a table; use its fields")
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return `rows` as a table of pandas."""
+        import pandas
+
+        return pandas.DataFrame(self.rows())
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return what the terminal shows: sentences, and Rich's tables."""
+        return []
+
+    def raise_failures(self) -> None:
+        """Raise `RunFailed` if a part failed; called when the result is printed."""
