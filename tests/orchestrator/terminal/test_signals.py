@@ -105,7 +105,8 @@ def test_a_closed_terminal_requests_a_stop_and_takes_no_message(tmp_path: Path) 
     command = [sys.executable, "-c", IN_A_TERMINAL, str(tmp_path / "said")]
     with subprocess.Popen(command, stdout=inner, stderr=inner, start_new_session=True) as process:
         os.close(inner)
-        assert os.read(terminal, 5) == b"ready"
+        with os.fdopen(os.dup(terminal), "rb") as lines:  # The whole line: it is written in parts.
+            assert lines.readline() == b"ready\r\n"
         os.close(terminal)
         assert process.wait(60) == 0
     assert (tmp_path / "said").read_text().startswith("interrupted; saved at step 40; ")
