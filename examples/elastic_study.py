@@ -40,9 +40,9 @@ from orchestrator import (
     sweep,
 )  # fmt: skip
 from orchestrator.cli.app import exit_code_of
-from orchestrator.cli.printing import print_plan, print_report, print_training_plan
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.start import ray_cluster
+from orchestrator.pipelines.result import show
 from orchestrator.data.preparation import find_prepared
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.reporting.elastic_section import ElasticSection
@@ -137,13 +137,13 @@ def print_plans(settings: Mapping[str, Settings], times: Sequence[float], sessio
         tokens = find_prepared(own.data, workspace.tokens)
         outcome = finished_outcome(pretraining_job(own, workspace, tokens))
         if outcome is None:
-            print_training_plan(session.console, plan_pretrain(own, workspace=workspace))
+            show(plan_pretrain(own, workspace=workspace), session.console)
             steps = ", ".join(f"{_steps(own, factor):,}" for factor in times)
             print_line(session.console, f"  {teacher}: then elastic trainings of {steps} steps")
         else:
             longest = _of_length(own, max(times))
             plan = plan_sweep(longest, workspace=workspace, teacher=outcome.checkpoint)
-            print_plan(session.console, plan)
+            show(plan, session.console)
 
 
 def run_study(
@@ -181,7 +181,7 @@ def _reading(
             name=f"{name}-{teacher}-{what}",
             progress=progress,
         )
-        print_report(session.console, found.report, workspace.root)
+        show(found, session.console)
         raise_failures(found.failures)
         return found
 

@@ -45,9 +45,9 @@ from orchestrator import (
     sweep,
 )  # fmt: skip
 from orchestrator.cli.app import exit_code_of
-from orchestrator.cli.printing import print_plan, print_report
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.start import ray_cluster
+from orchestrator.pipelines.result import show
 from orchestrator.data.preparation import find_prepared
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.records.training import TrainingJob
@@ -147,7 +147,7 @@ def run_study(
             name=f"{name}-rates",
             progress=session.progress,
         )
-        print_plan(session.console, plan)
+        show(plan, session.console)
         print_line(session.console, _later_phases(settings, choices, len(study.contenders)))
         return
     root = session.workspace.root
@@ -319,7 +319,7 @@ class _Study:
         return result.trials
 
     def _print(self, phase: str, result: SweepResult) -> None:
-        print_report(self.session.console, result.report, self.session.workspace.root)
+        show(result, self.session.console)
         for label, reason in result.failures.items():
             self.failures[f"{label} of {phase}"] = reason
 

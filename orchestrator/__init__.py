@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.benchmarking import BenchmarkResult, benchmark
     from orchestrator.pipelines.comparing import CompareResult, compare
     from orchestrator.pipelines.distilling import DistillResult, distill
-    from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate
-    from orchestrator.pipelines.evaluation_dry_runs import EvaluationDryRun, plan_evaluation
+    from orchestrator.pipelines.evaluating import (
+        EvaluatePlan,
+        ModelEvaluations,
+        evaluate,
+        plan_evaluate,
+    )
     from orchestrator.pipelines.exporting import export
     from orchestrator.pipelines.generating import Sampling, generate, generate_stream
     from orchestrator.pipelines.importing import import_model
@@ -48,8 +52,7 @@ _MODULES = {
     "pipelines.comparing": ("CompareResult", "compare"),
     "pipelines.distilling": ("DistillResult", "distill"),
     "pipelines.training_dry_runs": ("TrainingDryRun", "plan_distill", "plan_pretrain"),
-    "pipelines.evaluating": ("ModelEvaluations", "evaluate"),
-    "pipelines.evaluation_dry_runs": ("EvaluationDryRun", "plan_evaluation"),
+    "pipelines.evaluating": ("EvaluatePlan", "ModelEvaluations", "evaluate", "plan_evaluate"),
     "pipelines.exporting": ("export",),
     "pipelines.generating": ("Sampling", "generate", "generate_stream"),
     "pipelines.importing": ("import_model",),
@@ -74,7 +77,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [
     "BenchmarkResult",
     "CompareResult",
-    "EvaluationDryRun",
+    "EvaluatePlan",
     "MeasurementSettings",
     "DistillResult",
     "ModelEvaluations",
@@ -106,7 +109,7 @@ __all__ = [
     "measure_influence",
     "pick",
     "plan_distill",
-    "plan_evaluation",
+    "plan_evaluate",
     "plan_pretrain",
     "plan_sweep",
     "prepare",

@@ -43,6 +43,8 @@ from orchestrator.workspace.folders import Workspace
 class PickResult:
     """The model that was picked from a sweep."""
 
+    alias: str
+    """The rule."""
     point: FrontPoint
     """The model with its place on the front."""
     model: Trial
@@ -76,6 +78,18 @@ class PickResult:
             "folder": self.folder and str(self.folder),
             "version": self.version,
         }
+
+    def shown(self) -> Any:
+        """Return the choice, and where it is."""
+        yield f"{self.alias}: {self.sentence}"
+        if self.folder is None:
+            yield f"checkpoint: {self.point.result.checkpoint}"
+        else:
+            yield f"exported: {self.folder}"
+            yield f"registered: {self.version}"
+
+    def raise_failures(self) -> None:
+        """Nothing that can be printed has failed."""
 
 
 def pick(
@@ -128,7 +142,14 @@ def pick(
         number = f"{len(keys)} seeds, its checkpoint is that of seed {result.seed}"
         sentence += f"; its numbers are means over {number}"
     if dry_run:
-        return PickResult(point=point, model=result, sentence=sentence, folder=None, version=None)
+        return PickResult(
+            alias=rule.alias,
+            point=point,
+            model=result,
+            sentence=sentence,
+            folder=None,
+            version=None,
+        )
     items = load_item_values(context.workspace, [result])
     folder = resolve_path(to) if to else context.workspace.exports / found.name / rule.alias
     chosen = f"`{rule.alias}` of the sweep `{found.name}`: {sentence}."
@@ -161,6 +182,7 @@ def pick(
         time=time.time(),
     ).write(context.workspace.picked)
     return PickResult(
+        alias=rule.alias,
         point=point,
         model=result,
         sentence=sentence,

@@ -57,6 +57,13 @@ class PretrainResult:
         """Return checkpoint and loss as JSON values."""
         return {"checkpoint": str(self.checkpoint), "validation_loss": self.validation_loss}
 
+    def shown(self) -> Any:
+        """Return the checkpoint."""
+        yield f"checkpoint: {self.checkpoint}"
+
+    def raise_failures(self) -> None:
+        """Nothing that can be printed has failed."""
+
 
 def pretrain(
     settings: Settings,

@@ -34,6 +34,8 @@ class ReportResult:
     """Notes on how to read the front, then its findings."""
     elastic: ElasticSection | None
     """Elastic weights against separate students; None if the sweep has not both."""
+    workspace: Path
+    """The workspace that it is of."""
     folder: Path
     """Folder of the report's files."""
     page: Path | None
@@ -52,6 +54,26 @@ class ReportResult:
             "page": self.page and str(self.page),
             **front_values(self.front, self.elastic),
         }
+
+    def shown(self) -> Any:
+        """Return the front's table, what it says, and where to find more."""
+        from orchestrator.reporting.front_tables import FrontTable
+
+        yield ""
+        yield FrontTable(self.front, self.title)
+        yield from (f"  {sentence}" for sentence in self.sentences)
+        yield ""
+        # Where every model is refused, the reasons stand in the files of the report.
+        if self.elastic:
+            yield self.elastic.to_terminal()
+            yield from (f"  {note}" for note in self.elastic.notes)
+            yield ""
+        if self.page:
+            yield f"report: {self.page}"
+        yield f"MLflow: iiet-orch ui --workspace {self.workspace}"
+
+    def raise_failures(self) -> None:
+        """Nothing that can be printed has failed."""
 
 
 def report(
@@ -78,25 +100,29 @@ def report(
     context = open_context(workspace, progress)
     names = list(dict.fromkeys(sweeps)) or [newest_sweep(context.workspace)]
     if len(names) > 1:
-        return report_result(write_overlay_report(context.workspace, names, axes=axes))
+        return report_result(
+            context.workspace, write_overlay_report(context.workspace, names, axes=axes)
+        )
     # Loaded before MLflow's store is opened, which takes seconds: the name may be wrong.
     found = load_sweep_results(context.workspace, names[0])
     return report_result(
+        context.workspace,
         write_sweep_report(
             context.workspace,
             found,
             axes=axes,
             tracking=context.tracking if context.workspace.is_writable else None,
-        )
+        ),
     )
 
 
-def report_result(written: WrittenReport) -> ReportResult:
+def report_result(workspace: Workspace, written: WrittenReport) -> ReportResult:
     return ReportResult(
         title=written.report.title,
         front=written.report.front,
         sentences=tuple(written.report.sentences),
         elastic=written.report.elastic,
+        workspace=workspace.root,
         folder=written.folder,
         page=written.page,
     )

@@ -113,6 +113,18 @@ class SweepDryRun:
             "problems": dict(self.problems),
         }
 
+    def shown(self) -> Any:
+        """Return trials, notes and price."""
+        from orchestrator.reporting.price_table import two_column_table
+        from orchestrator.sweeping.plan_table import plan_table
+
+        yield plan_table(self.plan, self.states)
+        yield from (f"  {line}" for line in self.notes)
+        yield two_column_table(None, self.rows)
+
+    def raise_failures(self) -> None:
+        """Nothing that can be printed has failed."""
+
     def trial_rows(self) -> list[dict[str, Any]]:
         """Return one row per trial: label, role, schedule, exact costs, state."""
         full = full_config(self.plan)

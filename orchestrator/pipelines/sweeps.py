@@ -79,6 +79,14 @@ class SweepResult:
         states = {"failures": dict(self.failures), "stopped": dict(self.stopped)}
         return {"name": self.name, **states, **self.report.to_json()}
 
+    def shown(self) -> Any:
+        """Return what the report shows."""
+        return self.report.shown()
+
+    def raise_failures(self) -> None:
+        """Raise `RunFailed` if trials failed."""
+        raise_failures(self.failures)
+
 
 def sweep(
     settings: Settings,

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.pretraining import checkpoint_tags
@@ -49,6 +50,19 @@ class SyncResult:
     """Folders of students that no sweep plans; `distill` made them."""
     measurements: tuple[str, ...]
     """Evaluations, benchmarks and influence tables that were published."""
+
+    def to_json(self) -> Any:
+        """Return the fields."""
+        from dataclasses import asdict
+
+        return asdict(self)
+
+    def shown(self) -> Any:
+        """Return a sentence."""
+        yield f"{self.num_delivered} records delivered"
+
+    def raise_failures(self) -> None:
+        """Nothing that can be printed has failed."""
 
 
 def sync(*, workspace: Workspace | Path | str, progress: Progress | None = None) -> SyncResult:

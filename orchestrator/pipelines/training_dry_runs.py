@@ -68,6 +68,18 @@ class TrainingDryRun:
             "problems": dict(self.problems),
         }
 
+    def shown(self) -> Any:
+        """Return the plan and its price."""
+        from orchestrator.reporting.price_table import two_column_table
+        from orchestrator.terminal.formatting import format_count
+
+        training = self.training
+        workers = format_count(training.num_workers, "GPU" if training.on_gpus else "CPU worker")
+        yield two_column_table(f"Plan: {training.config.method}, {workers}", self.rows)
+
+    def raise_failures(self) -> None:
+        """Nothing that can be printed has failed."""
+
 
 @read_only()
 def plan_pretrain(

@@ -13,7 +13,7 @@ import typer
 from small_size import SMALL
 
 from orchestrator import measure_influence, plan_sweep, prepare, sweep
-from orchestrator.cli.app import app
+from orchestrator.cli.app import build_app
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.shipped import shipped_sweeps
@@ -52,7 +52,7 @@ FROM_SETTINGS = {
 FROM_MODELS = {
     "distill": ["distill", "full", "-r", "1", *OPTIONS],
     "sweep-threshold": ["sweep-threshold", "full", *OPTIONS],
-    "search": ["search", "full", *OPTIONS],
+    "search": ["sweep-threshold", "full", "--search", "2", *OPTIONS],
     "pick": ["pick", "mine"],
     "evaluate": ["evaluate", "full", *OPTIONS],
 }
@@ -87,7 +87,7 @@ def stored_plan(workspace: Workspace, name: str) -> SweepPlan:
 
 
 def test_every_command_with_a_dry_run_is_run_here() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(build_app()).commands  # type: ignore[attr-defined]
     names = {
         name
         for name, command in commands.items()

@@ -191,7 +191,6 @@ def test_a_mistake_is_one_sentence(
         ["influence", NAME],
         ["distill", NAME, "-r", "0"],
         ["sweep-threshold", NAME],
-        ["search", NAME],
         ["generate", NAME, "--prompt", "x"],
         ["import", NAME],
         ["import", "tiny", "--tokenizer", NAME],

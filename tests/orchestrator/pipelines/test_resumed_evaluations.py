@@ -14,8 +14,7 @@ from fake_tracking import untracked
 
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.evaluated_model import open_model
-from orchestrator.pipelines.evaluating import evaluate_model
-from orchestrator.pipelines.evaluation_dry_runs import plan_evaluation
+from orchestrator.pipelines.evaluating import evaluate_model, plan_evaluate
 from orchestrator.pipelines.sweep_plans import plan_suite
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings
@@ -116,8 +115,8 @@ def evaluate(
 
 def planned(model: Path, settings: EvaluationSettings, workspace: Workspace) -> dict[str, str]:
     """Return what a dry run says about each task."""
-    found = plan_evaluation(Settings(evaluation=settings), workspace=workspace, models=[model])
-    return dict(found.rows)
+    found = plan_evaluate(Settings(evaluation=settings), workspace=workspace, models=[model])
+    return {row["task"]: row["state"] for row in found.rows()}
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
-from orchestrator.cli.printing import print_plan
+from orchestrator.pipelines.result import show
 from orchestrator.pipelines import sweeps
 from orchestrator.pipelines.sweep_dry_runs import plan_sweep
 from orchestrator.pipelines.sweep_plans import plan_suite
@@ -223,7 +223,7 @@ def test_the_plan_of_a_file_whose_teacher_is_not_trained_is_that_of_its_training
     found = plan_sweep(resolve_settings({}, assignments), workspace=workspace)
     assert found.to_pandas()["name"].tolist() == ["teacher", "vanilla", "r = 0"]
     console = Console(file=StringIO())
-    print_plan(console, found)
+    show(found, console)
     told = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert all(f"{name} " in told for name in ("teacher", "vanilla", "r = 0"))
     assert "3 models asked for, 3 distinct 0 of 3 trials are finished" in told
@@ -241,7 +241,7 @@ def test_the_plan_shows_the_depths_that_are_asked_for(workspace: Workspace) -> N
     assert table["name"].tolist() == ["vanilla", "vanilla, 8 layers", "r = 3"]
     assert table["evaluations"].tolist() == [2, 8, 8]
     console = Console(file=StringIO(), width=120)
-    print_plan(console, iterations)
+    show(iterations, console)
     assert "vanilla, 8 layers 0.004 8 8" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     threshold = plan_sweep(resolve_settings({}, depths), workspace=workspace)
     names = ["teacher", "vanilla", "vanilla, 8 layers", "r = 0"]

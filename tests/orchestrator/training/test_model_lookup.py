@@ -66,7 +66,7 @@ def damaged(workspace: Workspace, tiny_tokens: Path, tiny_model: dict[str, Any])
 
 
 @pytest.mark.parametrize("with_path", [True, False])
-@pytest.mark.parametrize("command", ["sweep-threshold", "search", "influence", "distill", "export"])
+@pytest.mark.parametrize("command", ["sweep-threshold", "influence", "distill", "export"])
 def test_commands_that_store_results_refuse_an_older_checkpoint(
     workspace: Workspace,
     damaged: Path,
