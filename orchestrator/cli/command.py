@@ -22,11 +22,11 @@ from annotated_types import Ge, Gt
 from typer.models import OptionInfo as Option
 
 from orchestrator.cli.session import Place, Session, Warnings, open_session
-from orchestrator.pipelines.result import Result, show
 from orchestrator.workspace.errors import UserError, quoted
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.context import Context
+    from orchestrator.pipelines.result import Result
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -85,7 +85,15 @@ class Call:
 
     def show(self, result: Result) -> None:
         """Print what a terminal shows of a result."""
+        from orchestrator.pipelines.result import show
+
         show(result, self.session.console)
+
+    def answer(self, values: dict[str, Any], lines: list[Any]) -> Result:
+        """Return a result of a few values and lines."""
+        from orchestrator.pipelines.result import Answer
+
+        return Answer(values=values, lines=lines)
 
     @property
     def common(self) -> dict[str, Any]:
@@ -110,7 +118,9 @@ class Command:
 
     def build(self) -> Callable[..., None]:
         """Return a function that has all options in its signature, for Typer."""
-        own = list(inspect.signature(self.function, eval_str=True).parameters.values())[1:]
+        # The result's type takes time to import, and is not looked at.
+        signature = inspect.signature(self.function, eval_str=True, locals={"Result": Any})
+        own = list(signature.parameters.values())[1:]
         parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
         make = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
         for flags, setting in self.options.items():

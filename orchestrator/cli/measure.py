@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +20,9 @@ from orchestrator.cli.options import (
     complete_models,
     complete_sweeps,
 )
-from orchestrator.pipelines.result import Result
+
+if TYPE_CHECKING:
+    from orchestrator.pipelines.result import Result
 
 CLUSTER = {"--device": "cluster.device", "--address": "cluster.address"}
 TASKS = {

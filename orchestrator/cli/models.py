@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,8 +24,10 @@ from orchestrator.cli.options import (
     complete_models,
 )
 from orchestrator.cli.session import Warnings
-from orchestrator.pipelines.result import Answer, Result
 from orchestrator.workspace.errors import UserError
+
+if TYPE_CHECKING:
+    from orchestrator.pipelines.result import Result
 
 
 @command("generate", group="Models", options={"--device": "cluster.device"}, workspace="read")
@@ -145,7 +147,7 @@ def generate(
             "texts": [{"prompt": text, "text": written} for text, written in pairs],
         }
         if call.as_json:
-            return Answer(values=values, lines=[])
+            return call.answer(values, [])
         for text, written in pairs:
             typer.echo(f"{text}{': ' if chat else ''}{written}\n")
         return None
@@ -188,7 +190,7 @@ def import_folder(
     from orchestrator.pipelines.importing import import_model
 
     checkpoint = import_model(folder, tokenizer=tokenizer, name=name, **call.common)
-    return Answer(values={"checkpoint": str(checkpoint)}, lines=[f"checkpoint: {checkpoint}"])
+    return call.answer({"checkpoint": str(checkpoint)}, [f"checkpoint: {checkpoint}"])
 
 
 @command("export", group="Models", options={"--device": "cluster.device"}, config=ConfigOption)
@@ -243,7 +245,7 @@ def export(
         target = pushing.HubTarget(repository=push_to_hub, private=private, token=token)
         folder, address = pushing.export_to_hub(call.settings, target, **options)
     lines = [f"exported: {folder}", *([f"pushed: {address}"] if address else [])]
-    return Answer(values={"folder": str(folder), "hub": address}, lines=lines)
+    return call.answer({"folder": str(folder), "hub": address}, lines)
 
 
 @command("pick", group="Models", plans=True)

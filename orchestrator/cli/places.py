@@ -5,17 +5,19 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 from rich.text import Text
 
 from orchestrator.cli.command import Call, as_text, command
 from orchestrator.cli.options import MAX_COUNT
-from orchestrator.pipelines.result import Answer, Result
 from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.names import Kind, RemovableKind
+
+if TYPE_CHECKING:
+    from orchestrator.pipelines.result import Result
 
 Size = Literal["tiny", "55m", "340m"]
 MARKS = {"ok": ("✓", "green"), "note": ("!", "yellow"), "broken": ("✗", "red")}
@@ -170,7 +172,7 @@ def show_schema(_call: Call) -> None:
 
 
 @command("config list", group="Settings", workspace=None)
-def list_sweeps(_call: Call) -> Result:
+def list_sweeps(call: Call) -> Result:
     """List the shipped sweeps.
 
     Example: iiet-orch config list
@@ -182,15 +184,15 @@ def list_sweeps(_call: Call) -> Result:
     for name, path in shipped_sweeps().items():
         with path.open(encoding="utf-8") as file:
             rows.append((name, file.readline().removeprefix("# ").strip()))
-    return Answer(
-        values={"sweeps": [{"name": name, "text": text} for name, text in rows]},
-        lines=[plain_table(("name", "what it does"), rows)],
+    return call.answer(
+        {"sweeps": [{"name": name, "text": text} for name, text in rows]},
+        [plain_table(("name", "what it does"), rows)],
     )
 
 
 @command("init", group="Settings", workspace=None, has_json=False)
 def init(
-    _call: Call,
+    call: Call,
     file: Annotated[
         Path | None, typer.Argument(help="File to write (default: my-sweep.yaml).")
     ] = None,
@@ -247,4 +249,4 @@ def init(
             gpus=gpus,
         )  # fmt: skip
         write_starting_file(settings, file, replace=force)
-    return Answer(values={}, lines=[f"written: {file}", f"next: iiet-orch sweep {file} --dry-run"])
+    return call.answer({}, [f"written: {file}", f"next: iiet-orch sweep {file} --dry-run"])

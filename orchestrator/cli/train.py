@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,8 +16,10 @@ from orchestrator.cli.options import (
     TeacherArgument,
     complete_models,
 )
-from orchestrator.pipelines.result import Answer, Result
 from orchestrator.workspace.errors import UserError
+
+if TYPE_CHECKING:
+    from orchestrator.pipelines.result import Result
 
 CLUSTER = {
     "--address": "cluster.address",
@@ -68,7 +70,7 @@ def prepare(
     from orchestrator.pipelines import preparing
 
     folder = preparing.prepare(call.settings, **call.common)
-    return Answer(values={"tokens": str(folder)}, lines=[f"tokens: {folder}"])
+    return call.answer({"tokens": str(folder)}, [f"tokens: {folder}"])
 
 
 def _settings_to_continue(values: dict[str, Any], options: dict[str, Any]) -> str | None:
@@ -200,16 +202,16 @@ def distill(
             for wanted in schedule
         ]
         values = {"students": [plan.to_json() for plan in plans]}
-        return Answer(values=values, lines=[part for plan in plans for part in plan.shown()])
+        return call.answer(values, [part for plan in plans for part in plan.shown()])
     _check_resources(call.settings, local=local)
     from orchestrator.pipelines.distilling import distill_in_context
 
     students = distill_in_context(
         call.settings, call.context, schedules=schedule, teacher=teacher, local=local
     )
-    return Answer(
-        values={"students": [student.to_json() for student in students]},
-        lines=[f"checkpoint: {student.checkpoint}" for student in students],
+    return call.answer(
+        {"students": [student.to_json() for student in students]},
+        [f"checkpoint: {student.checkpoint}" for student in students],
     )
 
 
