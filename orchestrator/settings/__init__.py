@@ -15,6 +15,7 @@ from orchestrator.settings.model import (
 )
 from orchestrator.settings.resolve import (
     SETTINGS_NAME,
+    find_field,
     flatten,
     read_settings,
     resolve_settings,
@@ -48,6 +49,7 @@ __all__ = [
     "MLFLOW",
     "TrackingSettings",
     "TrainingSettings",
+    "find_field",
     "flatten",
     "model_label",
     "read_settings",

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from orchestrator.settings.precision import fill_precisions
 from orchestrator.settings.safe_yaml import MAX_CHARACTERS, YamlProblem, parse_yaml
@@ -181,7 +182,7 @@ def _concerns(location: Iterable[str | int], changed: Iterable[str]) -> bool:
 def _describe(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
-        known = _keys_of(location[:-1])
+        known = _fields_of(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1)
         if near:
             hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?"
@@ -189,7 +190,7 @@ def _describe(problem: Any) -> str:
             hint = f"known: {', '.join(known)}"
         return f"{shortened('.'.join(location))} is not a setting; {hint}"
     # A union or a list adds parts after the field's name; the user knows only the field.
-    while len(location) > 1 and location[-1] not in _keys_of(location[:-1]):
+    while len(location) > 1 and location[-1] not in _fields_of(location[:-1]):
         location.pop()
     # Pydantic puts "Value error, " before a validator's own sentence.
     message = problem["msg"].removeprefix("Value error, ")
@@ -201,8 +202,18 @@ def _describe(problem: Any) -> str:
     return f"{shortened('.'.join(location))}: {message}{given}"
 
 
-def _keys_of(location: list[str]) -> list[str]:
-    # Empty if the location is no section.
+def find_field(key: str) -> FieldInfo:
+    """Return the field of a setting such as `training.num_steps`: type, limits, description.
+
+    Raises:
+        KeyError: If there is no such setting.
+    """
+    *sections, name = key.split(".")
+    return _fields_of(sections)[name]
+
+
+def _fields_of(location: list[str]) -> dict[str, FieldInfo]:
+    # Empty if the location is not a section.
     section: type[Section] = Settings
     for name in location:
         field = section.model_fields.get(name)
@@ -210,9 +221,9 @@ def _keys_of(location: list[str]) -> list[str]:
         types = [] if field is None else [field.annotation, *get_args(field.annotation)]
         found = [t for t in types if isinstance(t, type) and issubclass(t, Section)]
         if not found:
-            return []
+            return {}
         section = found[0]
-    return list(section.model_fields)
+    return section.model_fields
 
 
 def _join_problems(origin: str, problems: list[str]) -> str:
