@@ -52,9 +52,9 @@ from orchestrator.data.preparation import find_prepared
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.seed_averages import average_seeds
-from orchestrator.settings import BASELINE_METHOD, model_label
+from orchestrator.settings import BASELINE_METHOD
 from orchestrator.sweeping.checks import check_models, check_sweep
-from orchestrator.sweeping.model_plans import learning_rates, settings_of, swept_models
+from orchestrator.sweeping.model_plans import learning_rates, model_label, settings_of, swept_models
 from orchestrator.sweeping.student_plans import check_student_batch
 from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.layout import print_line

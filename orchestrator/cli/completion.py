@@ -50,7 +50,7 @@ def complete_sweeps(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def complete_settings_files(incomplete: str) -> list[str]:
     """Offer the shipped sweeps; a shell adds files where none of them fits."""
-    from orchestrator.settings.shipped import shipped_sweeps
+    from orchestrator.settings.files import shipped_sweeps
 
     return _beginning_with(incomplete, shipped_sweeps())
 

@@ -30,7 +30,7 @@ def read_options(
         UserError: Names everything that is wrong.
     """
     from orchestrator.settings import read_settings
-    from orchestrator.settings.shipped import shipped_sweeps
+    from orchestrator.settings.files import shipped_sweeps
 
     if config in shipped_sweeps() and Path(config).is_file():
         file = Path(config).absolute()

@@ -44,7 +44,7 @@ def show_settings(
 
     Example: iiet-orch config show demo --changed
     """
-    from orchestrator.settings.rendering import marked_yaml
+    from orchestrator.settings.files import marked_yaml
 
     typer.echo(marked_yaml(read_options(file, set_), only_changed=changed), nl=False)
 
@@ -66,7 +66,7 @@ def list_sweeps(as_json: JsonOption = False) -> None:
 
     Example: iiet-orch config list
     """
-    from orchestrator.settings.shipped import shipped_sweeps
+    from orchestrator.settings.files import shipped_sweeps
 
     rows = []
     for name, path in shipped_sweeps().items():
@@ -97,7 +97,7 @@ def copy_sweep(
     Example: iiet-orch config copy toy my-sweep.yaml
     """
     from orchestrator.pipelines.starting_file import write_new_file
-    from orchestrator.settings.shipped import find_settings_file, shipped_sweeps
+    from orchestrator.settings.files import find_settings_file, shipped_sweeps
 
     source = shipped_sweeps().get(name) or find_settings_file(name)
     to = to or Path(f"{source.stem}.yaml")
@@ -137,7 +137,7 @@ def init(
     if data and hub:
         raise UserError("--data and --hub name two sources; leave one out")
     from orchestrator.pipelines.starting_file import write_starting_file
-    from orchestrator.settings.starting import SIZES, starting_settings
+    from orchestrator.settings.files import SIZES, starting_settings
 
     if size and size not in SIZES:
         raise UserError(f"the size is one of {', '.join(SIZES)}; got {size!r}")

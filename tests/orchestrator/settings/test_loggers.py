@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.cli import main
 from orchestrator.settings import resolve_settings
-from orchestrator.settings import tracking as tracking_settings
+from orchestrator.settings import schema as tracking_settings
 from orchestrator.workspace.errors import UserError
 
 
