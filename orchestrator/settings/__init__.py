@@ -5,18 +5,17 @@ keys are errors, and validation never edits a value. The tree is saved with ever
 that determine a result are hashed into its key. Importing it does not load PyTorch.
 """
 
-from orchestrator.settings.cluster import ClusterSettings, storage_problem
+from orchestrator.settings.cluster import (
+    MLFLOW,
+    ClusterSettings,
+    TrackingSettings,
+    storage_problem,
+)
 from orchestrator.settings.data import DataSettings
+from orchestrator.settings.evaluation import EvaluationSettings, InfluenceSettings
 from orchestrator.settings.files import SETTINGS_NAME, read_settings, to_yaml
 from orchestrator.settings.resolve import flatten, resolve_settings
-from orchestrator.settings.schema import (
-    MLFLOW,
-    EvaluationSettings,
-    InfluenceSettings,
-    Settings,
-    TrackingSettings,
-    find_field,
-)
+from orchestrator.settings.schema import Settings, find_field
 from orchestrator.settings.section import Section
 from orchestrator.settings.sweep import SearchSettings, SweepSettings
 from orchestrator.settings.training import (

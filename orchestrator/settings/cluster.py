@@ -1,15 +1,25 @@
-"""Settings of the Ray cluster, workers, GPUs and storage."""
+"""Settings of the Ray cluster, workers, GPUs and storage, and of loggers."""
 
 from __future__ import annotations
 
 import re
-from typing import Literal
+from importlib.util import find_spec
+from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, ValidationInfo, field_validator
 
-from orchestrator.settings.section import Section
+from iiet.extensions import ExtensionNames
+from orchestrator.settings.section import OneOf, Section
 from orchestrator.workspace.credentials import has_secret, is_secret_name
 from orchestrator.workspace.ray_address import address_problem, chosen_address
+
+MLFLOW, TENSORBOARD = "mlflow", "tensorboard"
+
+LOGGERS = ExtensionNames(
+    "iiet_orch.loggers", "logger", (TENSORBOARD,), is_reserved=lambda name: name == MLFLOW
+)
+"""Names of loggers beside MLflow, also of other packages; `orchestrator.tracking.log_mirror` has
+their classes."""
 
 _VARIABLE = re.compile(r"[A-Za-z_]\w*(\*|=.*)?", flags=re.ASCII | re.DOTALL)
 
@@ -102,6 +112,26 @@ class ClusterSettings(Section):
                     "give only its name, and set it in the environment of the command"
                 )
         return entries
+
+
+class TrackingSettings(Section):
+    """Loggers of trainings and sweeps."""
+
+    loggers: tuple[Annotated[str, OneOf(LOGGERS, also=(MLFLOW,))], ...] = (MLFLOW,)
+    """`mlflow`, which always logs; with `tensorboard`, also TensorBoard's files, in the workspace's
+    folder `tensorboard`; and loggers of other packages."""
+
+    @field_validator("loggers")
+    @classmethod
+    def _refuse_what_cannot_log(cls, loggers: tuple[str, ...]) -> tuple[str, ...]:
+        if MLFLOW not in loggers:
+            raise ValueError("mlflow always logs, because reports link to it; name it, too")
+        if TENSORBOARD in loggers and find_spec(TENSORBOARD) is None:
+            raise ValueError(
+                "the package tensorboard is not installed; `pip install 'iiet-orch[tensorboard]'` "
+                "installs it, or leave tensorboard out"
+            )
+        return tuple(dict.fromkeys(loggers))
 
 
 def device_problem(device: str) -> str | None:

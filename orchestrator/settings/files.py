@@ -121,10 +121,11 @@ def _lines(
     indent = "  " * depth
     for name, field in type(section).model_fields.items():
         value, usual, key = getattr(section, name), getattr(default, name, None), prefix + name
-        mark = "" if explain or value == usual else f"  # default: {_flow(usual)}"
+        is_marked = not (explain or value == usual or isinstance(usual, Section))
+        mark = f"  # default: {_flow(usual)}" if is_marked else ""
         if isinstance(value, Section):
             if inner := [*_lines(value, usual, choose, f"{key}.", explain=explain)]:
-                yield f"{indent}{name}:{mark if usual is None else ''}\n"
+                yield f"{indent}{name}:{mark}\n"
                 yield from inner
                 yield "\n" if explain and not depth else ""
         elif choose(key, value == usual):

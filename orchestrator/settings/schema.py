@@ -1,129 +1,34 @@
-"""The whole tree of settings, and its small sections: influence, evaluation, loggers."""
+"""The whole tree of settings, and the rules between them.
+
+The rules of the tree hold for every command, and pydantic checks them once all fields are right.
+Those of a sweep hold for sweeps only: other commands read the same file without its sections
+`sweep` and `search`. Rules that need a model, the data or the workspace belong to the plans.
+
+A broken rule is a text `setting, setting: what to do`; the values are added when it is shown.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
-from typing import Annotated, Self, get_args
+from operator import attrgetter
+from typing import Self, get_args
 
-from pydantic import Field, StrictBool, StrictInt, field_validator, model_validator
+from pydantic import model_validator
 from pydantic.fields import FieldInfo
 
-from iiet.extensions import ExtensionNames
-from iiet.names import INFLUENCE_METRIC_NAMES
-from orchestrator.settings.cluster import ClusterSettings
+from orchestrator.settings.cluster import ClusterSettings, TrackingSettings
 from orchestrator.settings.data import DataSettings
-from orchestrator.settings.rules import broken_rules
-from orchestrator.settings.section import MAX_COUNT, OneOf, Section
+from orchestrator.settings.evaluation import EvaluationSettings, InfluenceSettings
+from orchestrator.settings.section import Section
 from orchestrator.settings.sweep import SearchSettings, SweepSettings
 from orchestrator.settings.training import (
     DistillationSettings,
+    ElasticSettings,
     ModelSettings,
-    Precision,
     TrainingSettings,
 )
-from orchestrator.workspace.provenance import content_key
-
-MLFLOW, TENSORBOARD = "mlflow", "tensorboard"
-
-LOGGERS = ExtensionNames(
-    "iiet_orch.loggers", "logger", (TENSORBOARD,), is_reserved=lambda name: name == MLFLOW
-)
-"""Names of loggers beside MLflow, also of other packages; `orchestrator.tracking.log_mirror` has
-their classes."""
-
-METRIC = OneOf(INFLUENCE_METRIC_NAMES, table="iiet.influence_metrics:INFLUENCE_METRICS")
-
-
-class InfluenceSettings(Section):
-    """Measurement of each correction's influence."""
-
-    metric: Annotated[str, METRIC] = "cosine"
-    """`cosine`, `relative` (both from consecutive evaluations), `loss` (rise of the validation
-    loss), or a metric of another package."""
-    num_tokens: StrictInt = Field(default=32768, gt=0)
-    """Validation tokens of the calibration set."""
-
-
-class Prompts(Section):
-    """The form of an evaluation's prompts; part of the key of what is measured."""
-
-    chat_template: bool | str = False
-    """Whether the model's chat template writes them, or the name of one of its templates."""
-    fewshot_as_multiturn: bool = True
-    """Whether solved examples are turns of the chat, or parts of the user's one message."""
-    system_instruction: str | None = None
-    """Text before each prompt; the system's message if a chat template writes it."""
-
-    @property
-    def key(self) -> str:
-        """Hash of the form."""
-        return content_key(self.model_dump(mode="json"))
-
-    @property
-    def template_name(self) -> str | None:
-        """Name of the wanted template; None for the model's default."""
-        return self.chat_template if isinstance(self.chat_template, str) else None
-
-
-class EvaluationSettings(Section):
-    """Tasks that measure accuracy."""
-
-    suite: str = "heldout"
-    """Comma-separated names: `heldout` (tasks made from the data: from held-out documents, or the
-    depth tasks that are trained), one of these tasks by itself (`phop_6`), `paper` (the seven tasks
-    of the papers), and any task of lm-eval or of `include_path`."""
-    num_items: StrictInt = Field(default=700, gt=0)
-    """Items of each held-out task; 700 keep one standard error under 1.9 points."""
-    limit: StrictInt | None = Field(default=None, gt=0, le=MAX_COUNT)
-    """Score only this many items of each task, from its first on (default: all)."""
-    num_fewshot: StrictInt | None = Field(default=None, ge=0, le=MAX_COUNT)
-    """Solved examples before each item, unless a task fixes it at 0 (default: the task's own
-    number)."""
-    apply_chat_template: StrictBool | str = False
-    """Write prompts with the model's chat template: `true`, or the name of one of its templates."""
-    fewshot_as_multiturn: StrictBool = True
-    """With a chat template, solved examples are turns of the chat; `false` puts them into the
-    user's one message."""
-    system_instruction: str | None = Field(default=None, min_length=1)
-    """Text directly before each prompt; with a chat template, the system's message."""
-    batch_size: StrictInt = Field(default=32, gt=0, le=MAX_COUNT)
-    """Sequences in one forward pass of the evaluation."""
-    precision: Precision | None = None
-    """Weights and arithmetic of the evaluated model (default: bf16 on GPUs, fp32 on CPUs). Scores
-    differ a little, so results of each are stored apart. Models that transformers runs keep their
-    own dtype."""
-    include_path: str | None = Field(default=None, min_length=1)
-    """Folder with further lm-eval task files."""
-
-    @property
-    def prompts(self) -> Prompts | None:
-        """How items become prompts; None if as the tasks' files say."""
-        prompts = Prompts(
-            chat_template=self.apply_chat_template,
-            fewshot_as_multiturn=self.fewshot_as_multiturn or not self.apply_chat_template,
-            system_instruction=self.system_instruction,
-        )
-        return None if prompts == Prompts() else prompts
-
-
-class TrackingSettings(Section):
-    """Loggers of trainings and sweeps."""
-
-    loggers: tuple[Annotated[str, OneOf(LOGGERS, also=(MLFLOW,))], ...] = (MLFLOW,)
-    """`mlflow`, which always logs; with `tensorboard`, also TensorBoard's files, in the workspace's
-    folder `tensorboard`; and loggers of other packages."""
-
-    @field_validator("loggers")
-    @classmethod
-    def _refuse_what_cannot_log(cls, loggers: tuple[str, ...]) -> tuple[str, ...]:
-        if MLFLOW not in loggers:
-            raise ValueError("mlflow always logs, because reports link to it; name it, too")
-        if TENSORBOARD in loggers and find_spec(TENSORBOARD) is None:
-            raise ValueError(
-                "the package tensorboard is not installed; `pip install 'iiet-orch[tensorboard]'` "
-                "installs it, or leave tensorboard out"
-            )
-        return tuple(dict.fromkeys(loggers))
+from orchestrator.workspace.errors import quoted
 
 
 class Settings(Section):
@@ -185,3 +90,168 @@ def find_field(key: str) -> FieldInfo:
     """
     *sections, name = key.split(".")
     return fields_of(sections)[name]
+
+
+def broken_rules(settings: Settings) -> list[str]:
+    """Return which rules of the whole tree are broken, with the values that break them."""
+    return [*_with_values(settings, _of_data_and_devices(settings), _of_trainings(settings))]
+
+
+def broken_sweep_rules(settings: Settings) -> list[str]:
+    """Return which rules of a sweep are broken; see `broken_rules`."""
+    return [*_with_values(settings, _of_sweep(settings), _of_elastic_sweep(settings))]
+
+
+def _with_values(settings: Settings, *parts: Iterable[str]) -> Iterator[str]:
+    for broken in (rule for rules in parts for rule in rules):
+        names, _, advice = broken.partition(": ")
+        values = [f"{name}={quoted(attrgetter(name)(settings))}" for name in names.split(", ")]
+        yield f"{', '.join(values)}: {advice}"
+
+
+def _of_data_and_devices(settings: Settings) -> Iterator[str]:
+    data, cluster, sweep = settings.data, settings.cluster, settings.sweep
+    is_mixture = data.source == "mixture"
+    read = data.shares if is_mixture else {data.source}
+    if is_mixture != bool(data.shares):
+        yield (
+            "data.source, data.shares: a mixture, and nothing else, has shares, such as "
+            "--set 'data.shares={python: 0.8, phop_6: 0.2}'"
+        )
+    if unread := [name for name in data.source_options if name not in read]:
+        yield f"data.source, data.source_options: {', '.join(unread)} is not read; leave it out"
+    if data.files and "files" not in read:
+        yield (
+            "data.source, data.files: the files are not read; set data.source=files, give `files` "
+            "a share of a mixture, or leave data.files out"
+        )
+    if data.depth.tasks and data.source != "depth":
+        yield (
+            "data.source, data.depth.tasks: the tasks are not generated; set data.source=depth, or "
+            "leave them out (a mixture has its tasks in data.shares)"
+        )
+    if (cluster.min_gpus or 0) > cluster.num_gpus:
+        yield "cluster.min_gpus, cluster.num_gpus: the first must not be above the second"
+    if cluster.min_gpus and cluster.parallel == "fsdp":
+        yield "cluster.min_gpus, cluster.parallel: fsdp needs a fixed number of workers; take ddp"
+    num_workers = cluster.num_gpus or cluster.num_workers
+    if cluster.num_shards and cluster.parallel == "ddp":
+        yield "cluster.num_shards, cluster.parallel: shards need cluster.parallel=fsdp"
+    elif cluster.num_shards and num_workers % cluster.num_shards:
+        yield f"cluster.num_shards: it must divide the {num_workers} workers of a training job"
+    if sweep.thresholds and sweep.budgets:
+        yield "sweep.thresholds, sweep.budgets: they exclude each other; leave one out"
+
+
+def _of_trainings(settings: Settings) -> Iterator[str]:
+    for name in ("training", "distillation.training"):
+        training = attrgetter(name)(settings)
+        if training.iterate_from_fraction + training.iterate_ramp_fraction > 1.0 + 1e-9:
+            yield (
+                f"{name}.iterate_from_fraction, {name}.iterate_ramp_fraction: the ramp must end "
+                "within the training, so both sum to 1 at most"
+            )
+    distillation = settings.distillation
+    first, until = distillation.teacher_from_step, distillation.teacher_until_step
+    if until is not None and until <= first:
+        yield (
+            "distillation.teacher_from_step, distillation.teacher_until_step: the teacher must "
+            "take part in at least one step; set the second above the first"
+        )
+    if distillation.control != "distill":  # The rest is about a teacher.
+        return
+    if first >= distillation.training.num_steps:
+        yield (
+            "distillation.teacher_from_step, distillation.training.num_steps: the teacher begins "
+            "after the last step of the training; set the first below the second, or "
+            "distillation.control=cross_entropy"
+        )
+    if distillation.teacher_cache == "top_k" and distillation.divergence != "forward":
+        yield (
+            "distillation.teacher_cache, distillation.divergence: top_k knows only the forward "
+            "divergence; set teacher_cache to auto, or divergence to forward"
+        )
+    if distillation.teacher_cache in ("exact", "top_k") and distillation.hidden_weight:
+        yield (
+            "distillation.teacher_cache, distillation.hidden_weight: hidden states are not stored; "
+            "set teacher_cache to live, or hidden_weight to 0"
+        )
+    for name in ("kl_weight", "temperature"):
+        elastic, usual = distillation.training.elastic, ElasticSettings()
+        if elastic and getattr(elastic, name) != getattr(usual, name):
+            yield (
+                f"distillation.training.elastic.{name}: in a distillation, members learn from the "
+                f"teacher and not from the full schedule; set distillation.{name}"
+            )
+
+
+def _of_sweep(settings: Settings) -> Iterator[str]:
+    sweep, kind, distillation = settings.sweep, settings.sweep.kind, settings.distillation
+    if kind != "iterations" and min(sweep.thresholds, default=0) < 0:
+        from iiet.influence_metrics import INFLUENCE_METRICS  # Imports PyTorch.
+
+        if not INFLUENCE_METRICS[settings.influence.metric].may_be_negative:
+            yield "sweep.thresholds, influence.metric: no influence of this metric is below 0"
+    if sweep.asha and kind != "iterations":
+        yield (
+            "sweep.asha, sweep.kind: it compares learning rates, and all trials of such a sweep "
+            "have the same; leave it out"
+        )
+    if sweep.asha and sweep.seeds:
+        yield (
+            "sweep.asha, sweep.seeds: it finds each model's best learning rate under one seed; "
+            "leave sweep.seeds out, and train the best rates under several seeds afterwards"
+        )
+    if kind == "iterations" and settings.evaluation.apply_chat_template:
+        yield (
+            "sweep.kind, evaluation.apply_chat_template: models that are trained from scratch have "
+            "no chat template; leave it out, or distill an imported model that has one"
+        )
+    if kind == "search" and sweep.seeds:
+        yield "sweep.kind, sweep.seeds: a search distills each schedule once; leave sweep.seeds out"
+    if kind == "search" and settings.search.sampler == "gp" and find_spec("scipy") is None:
+        yield "search.sampler: it needs scipy; run `pip install scipy`, or set nsga2 or tpe"
+    if not sweep.distilled_baselines:
+        return
+    if kind == "iterations":
+        yield "sweep.distilled_baselines, sweep.kind: such a sweep has no teacher; leave them out"
+    if distillation.control != "distill":
+        yield (
+            "sweep.distilled_baselines, distillation.control: the control distills nothing; leave "
+            "one of the two out"
+        )
+    if distillation.hidden_weight:
+        yield (
+            "sweep.distilled_baselines, distillation.hidden_weight: they have other numbers of "
+            "layers than the teacher, and hidden states are compared layer with layer; leave one "
+            "of the two out"
+        )
+
+
+def _of_elastic_sweep(settings: Settings) -> Iterator[str]:
+    sweep, elastic = settings.sweep, settings.distillation.training.elastic
+    if not sweep.elastic:
+        if sweep.compare:
+            yield "sweep.compare, sweep.elastic: it compares elastic weights; set both or none"
+        if elastic and sweep.kind != "iterations":
+            yield (
+                "sweep.elastic, distillation.training.elastic: a sweep's students have one "
+                "schedule each; leave the second out, or set the first"
+            )
+        return
+    if sweep.kind != "threshold":
+        yield (
+            "sweep.elastic, sweep.kind: only a threshold sweep knows all schedules before "
+            "training; leave sweep.elastic out"
+        )
+    if settings.distillation.control != "distill":
+        yield (
+            "sweep.elastic, distillation.control: a control is about students of one schedule; "
+            "leave one of the two out"
+        )
+    if elastic and (elastic.schedules or not elastic.weight):
+        yield (
+            "sweep.elastic, distillation.training.elastic.schedules, "
+            "distillation.training.elastic.weight: influence chooses the schedules of a sweep; "
+            "leave the last two out"
+        )

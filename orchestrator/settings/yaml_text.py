@@ -1,7 +1,7 @@
 """Read and write YAML as settings use it: PyYAML's safe loader, within limits.
 
-A name appears once in a mapping. Numbers are read as in YAML 1.2: `3e-4` is a number, and `017` or
-`1:30`, which YAML 1.1 reads as octal or in base 60, are texts; so are dates.
+A name appears once in a mapping. Numbers are read as people write them: `3e-4` is a number, and
+neither `017` (octal in YAML 1.1) nor `1:30` (there in base 60) nor a date is a whole number.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _REPLACED = (_INT, _FLOAT, "tag:yaml.org,2002:timestamp")
 _NUMBERS = {
     _INT: r"[-+]?(0|[1-9](_?[0-9]){0,18})$",
-    _FLOAT: r"[-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+)$|[-+]?([0-9]+\.?|[0-9]*\.[0-9]+)[eE][-+]?[0-9]+$"
-    r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
+    _FLOAT: r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|nan)$",
 }
 
 

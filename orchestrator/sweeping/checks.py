@@ -22,7 +22,7 @@ from orchestrator.planning.resources import (
 from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.settings import Settings
 from orchestrator.settings.resolve import list_of_problems
-from orchestrator.settings.rules import broken_sweep_rules
+from orchestrator.settings.schema import broken_sweep_rules
 from orchestrator.settings.sweep import has_layers
 from orchestrator.sweeping.model_plans import (
     ModelVariant,

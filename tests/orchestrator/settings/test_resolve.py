@@ -116,11 +116,11 @@ def test_broken_assignments_are_reported_with_the_other_problems() -> None:
         ("sweep.learning_rates={iiet: on}", "sweep.learning_rates: input should be a valid number"),
         ("model.corrections=yes", "model.corrections: input should be a valid integer; got True"),
         ("training.compile=1", "input should be a valid boolean; got 1"),
-        ("evaluation.num_fewshot=017", "valid integer; got '017'"),
+        ("evaluation.num_fewshot=017", "valid integer; got 17.0"),
         ("training.num_steps=1:30", "valid integer; got '1:30'"),
         ("training.num_steps=2026-02-30", "valid integer; got '2026-02-30'"),
         ("training.seed=9007199254740993", "this number is too large"),
-        ("training.num_steps=18446744073709551616", "got '18446744073709551616'"),
+        ("training.num_steps=18446744073709551616", "valid integer; got 1.844"),
         ("training.num_steps=!!int ''", "it holds a value that cannot be read"),
         ("training.compile=!!bool maybe", "holds a value that cannot be read ('maybe')"),
         ("training.seed=!!timestamp x", "holds a value that cannot be read"),
@@ -170,7 +170,7 @@ def test_numbers_have_the_usual_forms(text: str, number: float) -> None:
     assert resolve_settings(yaml.safe_load(to_yaml(found))) == found
 
 
-@pytest.mark.parametrize("text", ["1e5", "017", "1:30", "2026-02-28", "no", "~", "1_0", ".inf", ""])
+@pytest.mark.parametrize("text", ["1e5", "017", "089", "1:30", "2026-02-28", "no", "~", ".inf", ""])
 def test_texts_that_look_like_numbers_survive_yaml(text: str, tmp_path: Path) -> None:
     settings = resolve_settings({}, options={"data.text_field": text})
     (tmp_path / "s.yaml").write_text(to_yaml(settings))

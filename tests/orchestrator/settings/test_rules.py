@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from orchestrator.settings import resolve_settings
-from orchestrator.settings.rules import broken_sweep_rules
+from orchestrator.settings.schema import broken_sweep_rules
 from orchestrator.workspace.errors import UserError
 
 ELASTIC = "distillation.training.elastic"
