@@ -7,7 +7,7 @@ neither `017` (octal in YAML 1.1) nor `1:30` (there in base 60) nor a date is a 
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -61,15 +61,10 @@ def parse_yaml(text: str) -> Any:
 
 def dump_yaml(values: Any, **options: Any) -> str:
     """Return plain values as YAML that `parse_yaml` reads."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, **options)
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, **options))
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {
-        first: [found for found in resolvers if found[0] not in _REPLACED]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
@@ -85,6 +80,10 @@ class _Dumper(yaml.SafeDumper):
     """Quotes also those texts that `_Loader` would read as numbers."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [found for found in resolvers if found[0] not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 for _tag, _pattern in _NUMBERS.items():
     _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 _Dumper.add_implicit_resolver(_FLOAT, re.compile(_NUMBERS[_FLOAT]), list("-+.0123456789"))
