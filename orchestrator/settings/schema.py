@@ -9,7 +9,8 @@ A broken rule is a text `setting, setting: what to do`; the values are added whe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 from operator import attrgetter
 from typing import Self, get_args
@@ -94,19 +95,20 @@ def find_field(key: str) -> FieldInfo:
 
 def broken_rules(settings: Settings) -> list[str]:
     """Return which rules of the whole tree are broken, with the values that break them."""
-    return [*_with_values(settings, _of_data_and_devices(settings), _of_trainings(settings))]
+    return _with_values(settings, [*_of_data_and_devices(settings), *_of_trainings(settings)])
 
 
 def broken_sweep_rules(settings: Settings) -> list[str]:
     """Return which rules of a sweep are broken; see `broken_rules`."""
-    return [*_with_values(settings, _of_sweep(settings), _of_elastic_sweep(settings))]
+    return _with_values(settings, [*_of_sweep(settings), *_of_elastic_sweep(settings)])
 
 
-def _with_values(settings: Settings, *parts: Iterable[str]) -> Iterator[str]:
-    for broken in (rule for rules in parts for rule in rules):
-        names, _, advice = broken.partition(": ")
-        values = [f"{name}={quoted(attrgetter(name)(settings))}" for name in names.split(", ")]
-        yield f"{', '.join(values)}: {advice}"
+def _with_values(settings: Settings, rules: list[str]) -> list[str]:
+    def shown(match: re.Match[str]) -> str:
+        return f"{match[0]}={quoted(attrgetter(match[0])(settings))}"
+
+    split = [rule.partition(": ") for rule in rules]
+    return [re.sub(r"[\w.]+", shown, names) + f": {advice}" for names, _, advice in split]
 
 
 def _of_data_and_devices(settings: Settings) -> Iterator[str]:
@@ -121,15 +123,9 @@ def _of_data_and_devices(settings: Settings) -> Iterator[str]:
     if unread := [name for name in data.source_options if name not in read]:
         yield f"data.source, data.source_options: {', '.join(unread)} is not read; leave it out"
     if data.files and "files" not in read:
-        yield (
-            "data.source, data.files: the files are not read; set data.source=files, give `files` "
-            "a share of a mixture, or leave data.files out"
-        )
+        yield "data.source, data.files: only source files, or a mixture with their share, reads it"
     if data.depth.tasks and data.source != "depth":
-        yield (
-            "data.source, data.depth.tasks: the tasks are not generated; set data.source=depth, or "
-            "leave them out (a mixture has its tasks in data.shares)"
-        )
+        yield "data.source, data.depth.tasks: only source depth reads it; a mixture has shares"
     if (cluster.min_gpus or 0) > cluster.num_gpus:
         yield "cluster.min_gpus, cluster.num_gpus: the first must not be above the second"
     if cluster.min_gpus and cluster.parallel == "fsdp":
@@ -147,16 +143,14 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
     for name in ("training", "distillation.training"):
         training = attrgetter(name)(settings)
         if training.iterate_from_fraction + training.iterate_ramp_fraction > 1.0 + 1e-9:
-            yield (
-                f"{name}.iterate_from_fraction, {name}.iterate_ramp_fraction: the ramp must end "
-                "within the training, so both sum to 1 at most"
-            )
+            names = f"{name}.iterate_from_fraction, {name}.iterate_ramp_fraction"
+            yield f"{names}: the ramp must end within the training, so both sum to 1 at most"
     distillation = settings.distillation
     first, until = distillation.teacher_from_step, distillation.teacher_until_step
     if until is not None and until <= first:
         yield (
-            "distillation.teacher_from_step, distillation.teacher_until_step: the teacher must "
-            "take part in at least one step; set the second above the first"
+            "distillation.teacher_from_step, distillation.teacher_until_step: the teacher takes "
+            "part in no step; set the second above the first"
         )
     if distillation.control != "distill":  # The rest is about a teacher.
         return
@@ -193,15 +187,9 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
         if not INFLUENCE_METRICS[settings.influence.metric].may_be_negative:
             yield "sweep.thresholds, influence.metric: no influence of this metric is below 0"
     if sweep.asha and kind != "iterations":
-        yield (
-            "sweep.asha, sweep.kind: it compares learning rates, and all trials of such a sweep "
-            "have the same; leave it out"
-        )
+        yield "sweep.asha, sweep.kind: it compares learning rates, which only kind iterations has"
     if sweep.asha and sweep.seeds:
-        yield (
-            "sweep.asha, sweep.seeds: it finds each model's best learning rate under one seed; "
-            "leave sweep.seeds out, and train the best rates under several seeds afterwards"
-        )
+        yield "sweep.asha, sweep.seeds: it compares learning rates under one seed; leave seeds out"
     if kind == "iterations" and settings.evaluation.apply_chat_template:
         yield (
             "sweep.kind, evaluation.apply_chat_template: models that are trained from scratch have "
@@ -216,15 +204,11 @@ def _of_sweep(settings: Settings) -> Iterator[str]:
     if kind == "iterations":
         yield "sweep.distilled_baselines, sweep.kind: such a sweep has no teacher; leave them out"
     if distillation.control != "distill":
-        yield (
-            "sweep.distilled_baselines, distillation.control: the control distills nothing; leave "
-            "one of the two out"
-        )
+        yield "sweep.distilled_baselines, distillation.control: the control distills nothing"
     if distillation.hidden_weight:
         yield (
-            "sweep.distilled_baselines, distillation.hidden_weight: they have other numbers of "
-            "layers than the teacher, and hidden states are compared layer with layer; leave one "
-            "of the two out"
+            "sweep.distilled_baselines, distillation.hidden_weight: hidden states are compared "
+            "layer with layer, and the baselines have other numbers of layers; leave one out"
         )
 
 
@@ -234,24 +218,14 @@ def _of_elastic_sweep(settings: Settings) -> Iterator[str]:
         if sweep.compare:
             yield "sweep.compare, sweep.elastic: it compares elastic weights; set both or none"
         if elastic and sweep.kind != "iterations":
-            yield (
-                "sweep.elastic, distillation.training.elastic: a sweep's students have one "
-                "schedule each; leave the second out, or set the first"
-            )
+            names = "sweep.elastic, distillation.training.elastic"
+            yield f"{names}: a student has one schedule; leave the second out, or set the first"
         return
     if sweep.kind != "threshold":
-        yield (
-            "sweep.elastic, sweep.kind: only a threshold sweep knows all schedules before "
-            "training; leave sweep.elastic out"
-        )
+        yield "sweep.elastic, sweep.kind: only a threshold sweep knows its schedules beforehand"
     if settings.distillation.control != "distill":
-        yield (
-            "sweep.elastic, distillation.control: a control is about students of one schedule; "
-            "leave one of the two out"
-        )
+        yield "sweep.elastic, distillation.control: a control is about students of one schedule"
     if elastic and (elastic.schedules or not elastic.weight):
-        yield (
-            "sweep.elastic, distillation.training.elastic.schedules, "
-            "distillation.training.elastic.weight: influence chooses the schedules of a sweep; "
-            "leave the last two out"
-        )
+        given = "schedules" if elastic.schedules else "weight"
+        names = f"sweep.elastic, distillation.training.elastic.{given}"
+        yield f"{names}: influence chooses the schedules, which have a weight; leave the second out"
