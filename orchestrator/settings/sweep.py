@@ -61,7 +61,8 @@ DeepModelName = Annotated[str, AfterValidator(partial(_refuse_unknown_model, may
 _Rate = Annotated[StrictFloat, Field(gt=0)]
 _Layers = Annotated[StrictInt, Field(ge=1, le=MAX_LAYERS)]
 _Seed = Annotated[StrictInt, Field(ge=0, le=MAX_SEED)]
-_Several = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_refuse_duplicates)]
+_Several = Annotated[tuple[T, ...], Field(min_length=1)]
+_Different = AfterValidator(_refuse_duplicates)
 
 
 class SweepSettings(Section):
@@ -112,14 +113,16 @@ class SweepSettings(Section):
     """Peak learning rates that differ from `training.learning_rate`, by method, by the corrections
     of an IIET (`r = 3`), or with a number of layers (`vanilla, 8 layers`). Of several rates, each
     is a trial."""
-    num_layers: dict[ModelName, _Layers | _Several[_Layers]] = Field(default={})
+    num_layers: dict[ModelName, _Layers | Annotated[_Several[_Layers], _Different]] = Field(
+        default={}
+    )
     """Numbers of layers that differ from `model.num_layers`, by method, or by the corrections of an
     IIET (`r = 3`). Of several numbers, each is a trial of `sweep-iterations`. In other sweeps they
     are those of the baselines (vanilla and the teacher without corrections)."""
     measure_drafts: StrictBool = True
     """At the end of a sweep over text, measure each schedule as a draft of the full model:
     acceptance, and the time per token of its exact output."""
-    seeds: Annotated[tuple[_Seed, ...], AfterValidator(_refuse_duplicates)] = ()
+    seeds: Annotated[tuple[_Seed, ...], _Different] = ()
     """Train every model with each of these seeds; tables show mean and error (default: the
     recipe's seed alone)."""
     asha: StrictBool = False
