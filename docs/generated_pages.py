@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 import yaml
+from orchestrator.cli.help import LIST_MARK
 
 from orchestrator import cli
-from orchestrator.cli.help import LIST_MARK
 from orchestrator.settings import Settings
 
 COMMAND_LINE = "command-line.md"

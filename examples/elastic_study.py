@@ -42,8 +42,8 @@ from orchestrator import (
 from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.start import ray_cluster
-from orchestrator.pipelines.result import show
 from orchestrator.data.preparation import find_prepared
+from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.markdown import bullets, markdown_table

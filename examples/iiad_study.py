@@ -47,14 +47,14 @@ from orchestrator import (
 from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.start import ray_cluster
-from orchestrator.pipelines.result import show
 from orchestrator.data.preparation import find_prepared
+from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.seed_averages import average_seeds
-from orchestrator.settings import BASELINE_METHOD, model_label
+from orchestrator.settings import BASELINE_METHOD
 from orchestrator.sweeping.checks import check_models, check_sweep
-from orchestrator.sweeping.model_plans import learning_rates, settings_of, swept_models
+from orchestrator.sweeping.model_plans import learning_rates, model_label, settings_of, swept_models
 from orchestrator.sweeping.student_plans import check_student_batch
 from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.layout import print_line

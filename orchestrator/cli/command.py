@@ -304,7 +304,7 @@ def _read(
     config: str | None, changes: list[str], options: dict[str, Any], *, train_on: str | None
 ) -> Any:
     from orchestrator.settings import read_settings
-    from orchestrator.settings.shipped import shipped_sweeps
+    from orchestrator.settings.files import shipped_sweeps
 
     if config in shipped_sweeps() and Path(config).is_file():
         file = Path(config).absolute()

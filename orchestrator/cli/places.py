@@ -155,7 +155,7 @@ def show_settings(
 
     Example: iiet-orch config show demo --changed
     """
-    from orchestrator.settings.rendering import marked_yaml
+    from orchestrator.settings.files import marked_yaml
 
     typer.echo(marked_yaml(call.settings, only_changed=changed), nl=False)
 
@@ -177,7 +177,7 @@ def list_sweeps(call: Call) -> Result:
 
     Example: iiet-orch config list
     """
-    from orchestrator.settings.shipped import shipped_sweeps
+    from orchestrator.settings.files import shipped_sweeps
     from orchestrator.terminal.tables import plain_table
 
     rows = []
@@ -226,8 +226,7 @@ def init(
     Example: iiet-orch init my-sweep.yaml --data my-texts/ --size tiny
     """
     from orchestrator.pipelines.starting_file import write_new_file, write_starting_file
-    from orchestrator.settings.shipped import find_settings_file, shipped_sweeps
-    from orchestrator.settings.starting import starting_settings
+    from orchestrator.settings.files import find_settings_file, shipped_sweeps, starting_settings
 
     if (data is not None) + (hub is not None) + (copied is not None) > 1:
         raise UserError("--data, --hub and --from name different sources; leave all but one out")

@@ -29,8 +29,8 @@ from orchestrator.reporting.sweep_results import (
     load_sweep_results,
     newest_sweep,
 )
-from orchestrator.settings.model import model_family
 from orchestrator.terminal.progress import Progress
+from orchestrator.training.model_config import model_family
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import Picked, resolve_checkpoint
 from orchestrator.training.tracked_models import trial_model

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from orchestrator.data.text_files import find_files, read_file
 from orchestrator.settings import Settings, read_settings
-from orchestrator.settings.starting import starting_yaml
+from orchestrator.settings.files import starting_yaml
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_text
 

@@ -30,7 +30,7 @@ from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import EvaluationSettings, Settings
-from orchestrator.settings.precision import default_precision
+from orchestrator.settings.training import default_precision
 from orchestrator.sweeping.baselines import find_baselines
 from orchestrator.sweeping.checks import check_models
 from orchestrator.sweeping.distilled_baselines import (

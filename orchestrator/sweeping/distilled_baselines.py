@@ -22,8 +22,7 @@ from iiet.pruning import FamilyMember
 from orchestrator.planning.planned_training import PlannedTraining
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import BASELINE_METHOD, Settings, SweepSettings, TrainingSettings
-from orchestrator.settings.model import MAX_LAYERS
-from orchestrator.settings.training import MAX_STEPS
+from orchestrator.settings.training import MAX_LAYERS, MAX_STEPS
 from orchestrator.sweeping.model_plans import ModelVariant, learning_rates
 from orchestrator.sweeping.student_plans import student_job, unplanned_trainings
 from orchestrator.sweeping.trials import trained_trial

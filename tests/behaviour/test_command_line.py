@@ -89,8 +89,11 @@ def test_exit_codes(
         (["sweep-threshold", "--thresholds", "a,b"], "--thresholds"),
         (["sweep-threshold", "--thresholds", "nan"], "--thresholds takes numbers"),
         (["sweep-threshold", "--thresholds", "1_0"], "--thresholds takes numbers"),
-        (["sweep-threshold", "--thresholds", "-1"], "sweep.thresholds: -1 is below 0"),
-        (["sweep", "toy", "--set", "sweep.thresholds=[-1]"], "sweep.thresholds: -1 is below 0"),
+        (["sweep-threshold", "--thresholds", "-1"], "no influence of this metric is below 0"),
+        (
+            ["sweep", "toy", "--set", "sweep.thresholds=[-1]"],
+            "no influence of this metric is below 0",
+        ),
         (["sweep-threshold", "--seeds", "4294967296"], "--seeds takes whole numbers from 0 to"),
         (["sweep-iterations", "--schedule", "²"], "'²' is not an iteration schedule"),
         (["sweep-iterations", "--schedule", "9" * 5000], "is not an iteration schedule"),

@@ -22,7 +22,7 @@ from documented import PAGES, ROOT, Line, blocks, inline_commands, shell_lines
 from orchestrator import cli
 from orchestrator.cli.submit import parse_command
 from orchestrator.settings import Settings, read_settings, resolve_settings
-from orchestrator.settings.shipped import shipped_sweeps
+from orchestrator.settings.files import shipped_sweeps
 
 OTHER_PROGRAMS = {
     *("curl", "export", "git", "kubectl", "lm_eval", "mlflow", "optuna-dashboard", "ray", "sbatch"),

@@ -16,7 +16,7 @@ from orchestrator import measure_influence, plan_sweep, prepare, sweep
 from orchestrator.cli.app import build_app
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.settings import Settings, resolve_settings
-from orchestrator.settings.shipped import shipped_sweeps
+from orchestrator.settings.files import shipped_sweeps
 from orchestrator.sweeping.trial_states import StoredPlan
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.folders import Workspace, open_workspace

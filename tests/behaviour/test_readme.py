@@ -24,7 +24,7 @@ from orchestrator import cli
 from orchestrator.pipelines.exporting import export_checkpoint
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import Settings, read_settings
-from orchestrator.settings.shipped import shipped_sweeps
+from orchestrator.settings.files import shipped_sweeps
 from orchestrator.training.model_loading import load_model
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

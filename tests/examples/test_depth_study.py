@@ -174,7 +174,7 @@ def test_its_dry_run_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture
     ("arguments", "words"),
     [
         (["--arms", "iiet"], "no arm has a name like 'iiet'"),
-        (["--seeds", "2", "2"], "a seed is given twice"),
+        (["--seeds", "2", "2"], "a value is given twice"),
         (["--set", "sweep.seeds=[]"], "sweep.seeds is empty"),
         (
             ["--set", "data.source=python", "--set", "data.depth.tasks=[]"],

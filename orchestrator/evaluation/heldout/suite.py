@@ -37,7 +37,7 @@ from orchestrator.evaluation.heldout.text_tasks import (
     TEXT_VERSION,
     text_rows,
 )
-from orchestrator.settings.depth import is_depth_task
+from orchestrator.settings.data import is_depth_task
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json

@@ -25,7 +25,7 @@ from orchestrator.settings import (
     SweepSettings,
     TrainingSettings,
 )
-from orchestrator.settings.starting import SIZES
+from orchestrator.settings.files import SIZES
 from orchestrator.workspace.errors import UserError
 
 

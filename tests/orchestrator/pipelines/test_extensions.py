@@ -191,7 +191,6 @@ def test_a_mixture_trains_on_a_source_of_a_package(
         ("sweep.methods=[iiet, broken_method]", "sweep.methods: the method 'broken_method' of the"),
         ("tracking.loggers=[mlflow, csv]", "should be 'mlflow', 'tensorboard' or 'broken_logger'"),
         ("data.source=latters", "'files', 'hub', 'broken_source' or 'letters'; got 'latters'"),
-        ("data.source_options={letters: {}}", "letters is not read; data.source is python"),
     ],
 )
 def test_a_wrong_setting_is_refused(site: Path, change: str, words: str) -> None:

@@ -12,7 +12,7 @@ from orchestrator.data.depth.store import write_depth
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
-from orchestrator.settings.depth import DepthSettings
+from orchestrator.settings.data import DepthSettings
 from orchestrator.sweeping import decoding
 from orchestrator.sweeping.decoding import with_decoding
 from orchestrator.sweeping.trials import checkpoint_trial, exact_cost
