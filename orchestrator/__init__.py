@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from orchestrator.settings import Settings, read_settings
     from orchestrator.terminal.progress import Progress, terminal_progress
     from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
-    from orchestrator.workspace.folders import Workspace
+    from orchestrator.workspace.layout import Workspace
 
 _MODULES = {
     "evaluation.cost_measurement": ("MeasurementSettings",),

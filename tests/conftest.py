@@ -165,7 +165,7 @@ def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> 
     from orchestrator.sweeping.selection import choose_members
     from orchestrator.sweeping.student_plans import threshold_plan
     from orchestrator.training.run import run_job
-    from orchestrator.workspace.folders import open_workspace
+    from orchestrator.workspace.layout import open_workspace
 
     recipe = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
     longer = {**recipe, "num_steps": 40}

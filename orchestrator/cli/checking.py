@@ -26,7 +26,7 @@ def doctor(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> No
     Example: iiet-orch doctor
     """
     from orchestrator.pipelines.doctor import examine
-    from orchestrator.workspace.folders import locate_workspace
+    from orchestrator.workspace.layout import locate_workspace
 
     console = Console(highlight=False)
     found: list[dict[str, Any]] = []

@@ -17,7 +17,7 @@ import typer
 from orchestrator.workspace.errors import UserError
 
 if TYPE_CHECKING:
-    from orchestrator.workspace.folders import Workspace
+    from orchestrator.workspace.layout import Workspace
 
 METHODS = (
     *("vanilla", "iiet", "pcformer", "pcformer_rk4"),
@@ -30,7 +30,7 @@ INFLUENCE_METRICS = ("cosine", "relative", "loss")
 
 def complete_models(ctx: typer.Context, incomplete: str) -> list[str]:
     """Offer the runs of the workspace; with `RUN/` typed, its checkpoints."""
-    from orchestrator.workspace.checkpoint_names import find_checkpoints
+    from orchestrator.workspace.layout import find_checkpoints
 
     names: list[str] = []
     for workspace in _workspace(ctx):
@@ -110,7 +110,7 @@ def _beginning_with(incomplete: str, names: Any) -> list[str]:
 
 def _workspace(ctx: typer.Context) -> Iterator[Workspace]:
     """Yield the workspace that is named so far, or the default one, if it can be read."""
-    from orchestrator.workspace.folders import locate_workspace
+    from orchestrator.workspace.layout import locate_workspace
 
     named = ctx.params.get("workspace")
     with suppress(UserError, OSError):

@@ -27,7 +27,7 @@ from orchestrator.cli.options import (
 from orchestrator.cli.session import Warnings, open_session
 from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import check_name_option
+from orchestrator.workspace.layout import check_name_option
 
 
 @app.command(rich_help_panel="Models")

@@ -19,7 +19,7 @@ from orchestrator.cli.completion import (
     complete_sweeps,
     list_completer,
 )
-from orchestrator.workspace.folders import check_name_option
+from orchestrator.workspace.layout import check_name_option
 
 MAX_COUNT = 2**31 - 1
 """Largest count that an option takes: libraries hold counts in 32 bits."""

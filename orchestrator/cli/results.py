@@ -55,7 +55,7 @@ def ui(
     Example: iiet-orch ui --port 5001
     """
     from orchestrator.pipelines.ui import serve
-    from orchestrator.workspace.folders import open_workspace
+    from orchestrator.workspace.layout import open_workspace
 
     serve(open_workspace(workspace), port=port)
 

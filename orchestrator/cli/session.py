@@ -17,17 +17,17 @@ from rich.console import Console
 
 from orchestrator.cli.json_output import print_json
 from orchestrator.terminal.progress import Progress, terminal_progress
-from orchestrator.workspace.credentials import mask_secrets
 from orchestrator.workspace.errors import (
     Interrupted,
     RunFailed,
     UserError,
     is_disk_full,
+    mask_secrets,
     path_error_message,
 )
 
 if TYPE_CHECKING:
-    from orchestrator.workspace.folders import Workspace
+    from orchestrator.workspace.layout import Workspace
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def open_session(
         must_write: Whether the command is useless where nothing can be stored.
     """
     from orchestrator.terminal.logs import command_log
-    from orchestrator.workspace.folders import locate_workspace, open_workspace
+    from orchestrator.workspace.layout import locate_workspace, open_workspace
     from orchestrator.workspace.read_only import read_only
 
     # Bound now: `sys.stdout` is replaced while libraries are silenced.

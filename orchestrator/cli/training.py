@@ -33,7 +33,7 @@ from orchestrator.cli.printing import print_training_plan
 from orchestrator.cli.session import open_session
 from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import check_name_option
+from orchestrator.workspace.layout import check_name_option
 
 LocalOption = Annotated[
     bool, typer.Option("--local", help="Train in this process, without Ray (for debuggers).")
@@ -211,7 +211,7 @@ def _settings_to_continue(workspace: Path | None, run: Path, config: str | None)
         raise UserError("--continue takes the run's own settings; use it without --config")
     from orchestrator.settings import SETTINGS_NAME
     from orchestrator.training.model_lookup import find_run_folder
-    from orchestrator.workspace.folders import locate_workspace
+    from orchestrator.workspace.layout import locate_workspace
 
     path = find_run_folder(locate_workspace(workspace), run) / SETTINGS_NAME
     if not path.is_file():

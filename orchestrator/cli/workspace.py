@@ -24,13 +24,12 @@ from orchestrator.terminal.formatting import (
 from orchestrator.terminal.layout import ResponsiveLayout, print_line
 from orchestrator.terminal.tables import plain_table
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.names import KINDS, Kind, RemovableKind
+from orchestrator.workspace.layout import KINDS, Kind, RemovableKind
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.cleaning import Removable
-    from orchestrator.workspace.activity import Activity, Status
-    from orchestrator.workspace.folders import Workspace
-    from orchestrator.workspace.inventory import Entry
+    from orchestrator.workspace.layout import Workspace
+    from orchestrator.workspace.status import Activity, Entry, Status
 
 
 @app.command("list", rich_help_panel="Workspace")
@@ -49,7 +48,7 @@ def list_workspace(
 
     Example: iiet-orch list runs --json
     """
-    from orchestrator.workspace.inventory import list_entries
+    from orchestrator.workspace.status import list_entries
 
     space = existing_workspace(workspace)
     kinds = [kind] if kind else [k for k in KINDS if as_json or k != "checkpoints"]
@@ -76,7 +75,7 @@ def status(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> No
 
     Example: iiet-orch status --json
     """
-    from orchestrator.workspace.activity import read_status
+    from orchestrator.workspace.status import read_status
 
     space = existing_workspace(workspace)
     damage: dict[str, None] = {}
@@ -161,7 +160,7 @@ def existing_workspace(path: Path | None) -> Workspace:
     Raises:
         UserError: If there is none.
     """
-    from orchestrator.workspace.folders import locate_workspace
+    from orchestrator.workspace.layout import locate_workspace
 
     workspace = locate_workspace(path)
     if not workspace.root.is_dir():

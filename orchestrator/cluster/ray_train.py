@@ -43,9 +43,8 @@ from orchestrator.training.loop import Diverged
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import jobs_to_train
-from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import RunFailed, UserError, first_line
-from orchestrator.workspace.names import RAY_FOLDER
+from orchestrator.workspace.layout import RAY_FOLDER, find_checkpoints
 
 # isort: split
 # After our own modules, because `orchestrator.cluster.start` sets the environment that Ray reads.

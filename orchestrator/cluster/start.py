@@ -39,8 +39,8 @@ from orchestrator.terminal.signals import (
     signal_handlers,
 )
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
-from orchestrator.workspace.ray_address import LOCAL
-from orchestrator.workspace.scratch import ScratchFolder, make_scratch_folder
+from orchestrator.workspace.files import ScratchFolder, make_scratch_folder
+from orchestrator.workspace.layout import LOCAL
 
 LONGEST_TEMPORARY_FOLDER = 40  # characters; Ray's folder and a socket add up to 66, of 107 at most
 # After Ctrl-C everything together must take less than ten seconds.

@@ -34,7 +34,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.training.tracked_models import evaluated_model
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.provenance import content_key
 
 

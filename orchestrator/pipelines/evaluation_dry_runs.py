@@ -21,8 +21,7 @@ from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.model_loading import best_device
 from orchestrator.workspace.errors import RunFailed
-from orchestrator.workspace.folders import Workspace
-from orchestrator.workspace.ray_address import LOCAL
+from orchestrator.workspace.layout import LOCAL, Workspace
 from orchestrator.workspace.read_only import read_only
 
 

@@ -47,10 +47,9 @@ from orchestrator.training.model_lookup import (
     resolve_model,
 )
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.files import resolve_path, write_text
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.files import new_folder, resolve_path, write_text
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.provenance import file_digest
-from orchestrator.workspace.whole_folders import new_folder
 
 CARD = "README.md"
 MANIFEST = "MANIFEST.sha256"

@@ -35,11 +35,10 @@ from orchestrator.training.model_loading import (
     model_folder_key,
 )
 from orchestrator.training.model_lookup import hub_hint, resolve_checkpoint
-from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
-from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.layout import Workspace, find_checkpoints
 from orchestrator.workspace.provenance import content_key, environment, file_key
 
 

@@ -65,7 +65,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.model_lookup import tokens_folder_of
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.read_only import read_only
 
 if TYPE_CHECKING:

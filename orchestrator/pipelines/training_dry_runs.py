@@ -24,7 +24,7 @@ from orchestrator.training.continuing import continue_job, continued_settings
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.training.pretraining_job import pretraining_job
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.read_only import read_only
 
 UNPREPARED = (

@@ -25,7 +25,7 @@ from orchestrator.terminal.logs import mask_secrets_in_file
 from orchestrator.terminal.signals import SIGNALS, signal_handlers
 from orchestrator.tracking import ChartView, Tracking, open_tracking
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 5000

@@ -26,7 +26,7 @@ from orchestrator.training.job_checks import check_job
 from orchestrator.training.model_config import build_model_config
 from orchestrator.training.peak_flops import ASSUMED_GPU, ASSUMED_GPU_BYTES
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.ray_address import LOCAL
+from orchestrator.workspace.layout import LOCAL
 
 MeasureFree = Callable[..., FreeBytes]
 """Returns free memory and disk, like `local_free_bytes`."""

@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from orchestrator.settings.section import Section
-from orchestrator.workspace.credentials import has_secret, is_secret_name
-from orchestrator.workspace.ray_address import address_problem, chosen_address
+from orchestrator.workspace.errors import has_secret, is_secret_name
+from orchestrator.workspace.layout import address_problem, chosen_address
 
 _VARIABLE = re.compile(r"[A-Za-z_]\w*(\*|=.*)?", flags=re.ASCII | re.DOTALL)
 

@@ -18,11 +18,9 @@ from orchestrator.terminal.formatting import format_count
 from orchestrator.training.checkpoint import check_checkpoint, load_config, load_provenance
 from orchestrator.training.job import NON_KEY_FIELDS
 from orchestrator.training.model_lookup import run_folders
-from orchestrator.workspace.checkpoint_names import checkpoint_name, find_checkpoints
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import last_recorded
-from orchestrator.workspace.names import DONE_NAME
+from orchestrator.workspace.layout import DONE_NAME, Workspace, checkpoint_name, find_checkpoints
 
 
 @dataclass(frozen=True)

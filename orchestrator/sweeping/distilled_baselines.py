@@ -30,7 +30,7 @@ from orchestrator.sweeping.trials import trained_trial
 from orchestrator.terminal.formatting import format_count
 from orchestrator.training.checkpoint import load_config, load_provenance
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,9 +27,8 @@ from orchestrator.training.checkpoint import load_provenance
 from orchestrator.training.run import Report, run_job
 from orchestrator.training.run_lock import is_run_locked, lock_run_folder
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import STOPPED_EVENT, Journal
-from orchestrator.workspace.names import DONE_NAME
+from orchestrator.workspace.layout import DONE_NAME, Workspace
 
 """Events in a trial's journal, with the reason as `text`."""
 

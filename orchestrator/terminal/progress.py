@@ -18,7 +18,7 @@ from rich.text import Text
 
 from orchestrator.terminal.formatting import format_duration, format_number
 from orchestrator.terminal.layout import print_line
-from orchestrator.workspace.credentials import mask_secrets
+from orchestrator.workspace.errors import mask_secrets
 
 SECONDS_BETWEEN_LINES = 10.0
 POLL_SECONDS = 1.0

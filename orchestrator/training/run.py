@@ -46,10 +46,10 @@ from orchestrator.training.teacher_cache import CachedTeacher
 from orchestrator.training.throughput import ThroughputMeter
 from orchestrator.training.validation import validation_metrics
 from orchestrator.workspace.errors import RunFailed
+from orchestrator.workspace.files import delete_leftovers
 from orchestrator.workspace.journal import CHEAPEST_METRIC, VALIDATION_METRIC, Journal
+from orchestrator.workspace.layout import DONE_NAME, WORKERS_LOCK_NAME
 from orchestrator.workspace.locks import lock_file
-from orchestrator.workspace.names import DONE_NAME, WORKERS_LOCK_NAME
-from orchestrator.workspace.whole_folders import delete_leftovers
 
 DIVERGED_EVENT = "diverged"
 """Event in the journal, with the reason as `text`."""

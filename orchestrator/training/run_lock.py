@@ -17,8 +17,8 @@ from orchestrator.terminal.signals import interruption_text, wait_interruptibly
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.workspace.errors import Interrupted
+from orchestrator.workspace.layout import DONE_NAME, RUN_LOCK_NAME
 from orchestrator.workspace.locks import is_locked, lock_file
-from orchestrator.workspace.names import DONE_NAME, RUN_LOCK_NAME
 
 
 def lock_run_folder(

@@ -26,8 +26,7 @@ from orchestrator.training.teacher_cache import (
     write_cache,
 )
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.files import free_disk
-from orchestrator.workspace.whole_folders import delete_folder
+from orchestrator.workspace.files import delete_folder, free_disk
 
 # Limits of `auto` for one sweep.
 MAX_BYTES = 2 << 30

@@ -19,10 +19,10 @@ from orchestrator.settings import ClusterSettings
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
 from orchestrator.training.loop import Diverged
 from orchestrator.training.run import run_job
-from orchestrator.workspace.checkpoint_names import checkpoint_name, find_checkpoints
 from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.files import PREFIX
 from orchestrator.workspace.journal import read_journal
-from orchestrator.workspace.scratch import PREFIX
+from orchestrator.workspace.layout import checkpoint_name, find_checkpoints
 
 MakeJob = Callable[..., TrainingJob]
 

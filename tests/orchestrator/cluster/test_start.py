@@ -16,7 +16,7 @@ from orchestrator.cluster.environment import (
     prepare_environment,
     worker_variables,
 )
-from orchestrator.workspace.scratch import PREFIX
+from orchestrator.workspace.files import PREFIX
 
 
 @pytest.mark.slow

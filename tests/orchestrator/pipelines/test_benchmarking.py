@@ -28,7 +28,7 @@ from orchestrator.settings import InfluenceSettings
 from orchestrator.terminal.formatting import shortest_schedule
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 CONDITIONS = MeasurementSettings(batch_sizes=(1,), contexts=(4,), new_tokens=3, repetitions=2)
 

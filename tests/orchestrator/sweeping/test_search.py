@@ -32,8 +32,7 @@ from orchestrator.sweeping.student_plans import search_plan
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import open_workspace
-from orchestrator.workspace.names import RUN_LOCK_NAME
+from orchestrator.workspace.layout import RUN_LOCK_NAME, open_workspace
 
 FULL = IterationSchedule((2, 2, 0, 2, 2, 2))
 FAMILY = [FULL, IterationSchedule((1, 1, 0, 1, 1, 1)), IterationSchedule((0,) * 6)]

@@ -35,7 +35,7 @@ from orchestrator.terminal.signals import interruption_text
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
-from orchestrator.workspace.names import DONE_NAME, RUN_LOCK_NAME
+from orchestrator.workspace.layout import DONE_NAME, RUN_LOCK_NAME
 
 WORKER = """
 import json, sys
