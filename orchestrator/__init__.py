@@ -67,7 +67,7 @@ _MODULES = {
     "settings": ("Settings", "read_settings"),
     "terminal.progress": ("Progress", "terminal_progress"),
     "workspace.errors": ("Interrupted", "RunFailed", "UserError"),
-    "workspace.folders": ("Workspace",),
+    "workspace.layout": ("Workspace",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
