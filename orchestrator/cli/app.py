@@ -16,7 +16,7 @@ from rich.console import Console
 
 from orchestrator.cli.help import Application
 from orchestrator.cli.hints import hint
-from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.render import print_line
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, path_error_message
 from orchestrator.workspace.provenance import installed_version
 

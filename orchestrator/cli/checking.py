@@ -12,7 +12,7 @@ from rich.text import Text
 from orchestrator.cli.app import app
 from orchestrator.cli.json_output import JsonOption, print_json
 from orchestrator.cli.options import WorkspaceOption
-from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.render import print_line
 
 MARKS = {"ok": ("✓", "green"), "note": ("!", "yellow"), "broken": ("✗", "red")}
 

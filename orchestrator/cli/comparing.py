@@ -27,7 +27,7 @@ from orchestrator.cli.options import (
     WorkspaceOption,
 )
 from orchestrator.cli.session import open_session
-from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.render import print_line
 
 
 @app.command(rich_help_panel="Measure")

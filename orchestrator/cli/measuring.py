@@ -34,7 +34,7 @@ from orchestrator.cli.options import (
     WorkspaceOption,
 )
 from orchestrator.cli.session import Session, open_session
-from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.render import print_line
 
 if TYPE_CHECKING:
     from orchestrator.records.evaluation import EvaluationResult

@@ -25,7 +25,7 @@ from orchestrator.cli.options import (
     WorkspaceOption,
 )
 from orchestrator.cli.session import Warnings, open_session
-from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.render import print_line
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import check_name_option
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from orchestrator.terminal.formatting import format_count
-from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.render import format_count, print_line
 
 if TYPE_CHECKING:
     from orchestrator.cli.session import Session

@@ -15,8 +15,7 @@ from orchestrator.cli.help import Application
 from orchestrator.cli.json_output import JsonOption, print_json
 from orchestrator.cli.option_values import read_options
 from orchestrator.cli.options import MAX_COUNT, SetOption
-from orchestrator.terminal.layout import print_line
-from orchestrator.terminal.tables import plain_table
+from orchestrator.terminal.render import plain_table, print_line
 from orchestrator.workspace.errors import UserError
 
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]

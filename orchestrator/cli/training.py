@@ -31,7 +31,7 @@ from orchestrator.cli.options import (
 )
 from orchestrator.cli.printing import print_training_plan
 from orchestrator.cli.session import open_session
-from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.render import print_line
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import check_name_option
 

@@ -15,14 +15,15 @@ from rich.console import Console
 from orchestrator.cli.app import app
 from orchestrator.cli.json_output import JsonOption, print_json
 from orchestrator.cli.options import WorkspaceOption
-from orchestrator.terminal.formatting import (
+from orchestrator.terminal.render import (
+    ResponsiveLayout,
     format_bytes,
     format_count,
     format_duration,
+    plain_table,
+    print_line,
     shortest_schedule,
 )
-from orchestrator.terminal.layout import ResponsiveLayout, print_line
-from orchestrator.terminal.tables import plain_table
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import KINDS, Kind, RemovableKind
 

@@ -32,11 +32,12 @@ from orchestrator.cluster.nodes import alive_nodes
 from orchestrator.cluster.shared_memory import OBJECT_STORE_BYTES
 from orchestrator.planning.resources import Resources, local_resources
 from orchestrator.settings import ClusterSettings
-from orchestrator.terminal.signals import (
+from orchestrator.terminal.stop import (
     POLL_SECONDS,
     SIGNALS,
-    recorded_signals,
     signal_handlers,
+    stop_on_signals,
+    stop_requested,
 )
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.files import ScratchFolder, make_scratch_folder
@@ -130,15 +131,15 @@ class _RayThread:
         Raises:
             KeyboardInterrupt: After a signal, once Ray runs and can be ended, or it took too long.
         """
-        with recorded_signals() as signals:
+        with stop_on_signals():
             self._thread.start()
             deadline = math.inf
             while not self._resources.done() and time.monotonic() < deadline:
                 wait((self._resources,), timeout=POLL_SECONDS)
-                if signals:
+                if stop_requested():
                     deadline = min(deadline, time.monotonic() + INTERRUPTED_START_SECONDS)
-        if signals:
-            raise KeyboardInterrupt
+            if stop_requested():
+                raise KeyboardInterrupt
         return self._resources.result()
 
     def end(self, seconds: float) -> None:

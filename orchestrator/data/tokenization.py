@@ -37,8 +37,8 @@ from orchestrator.data.tokenizer import (
     train_tokenizer,
 )
 from orchestrator.settings import DataSettings
-from orchestrator.terminal.formatting import format_bytes
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_bytes
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import new_file, replace_folder
 from orchestrator.workspace.layout import TEMPORARY_PREFIX

@@ -25,7 +25,7 @@ from orchestrator.evaluation.model_tokenizer import (
     ModelTokenizer,
     checkpoint_tokenizer,
 )
-from orchestrator.terminal.formatting import shortest_schedule
+from orchestrator.terminal.render import shortest_schedule
 from orchestrator.training.checkpoint import (
     load_config,
     text_files_key,

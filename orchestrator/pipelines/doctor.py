@@ -22,7 +22,7 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from orchestrator.terminal.formatting import format_bytes, format_count
+from orchestrator.terminal.render import format_bytes, format_count
 from orchestrator.workspace.errors import UserError, mask_secrets, strip_credentials
 from orchestrator.workspace.files import abandoned_folders, free_disk
 from orchestrator.workspace.layout import (

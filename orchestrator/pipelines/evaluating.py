@@ -29,8 +29,8 @@ from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.measurement import Measurement
 from orchestrator.records.parameters import schedule_parameters
 from orchestrator.settings import EvaluationSettings, Settings
-from orchestrator.terminal.formatting import format_with_error
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_with_error
 from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.training.tracked_models import evaluated_model

@@ -17,8 +17,8 @@ from orchestrator.evaluation.task_selection import TaskSelection
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.evaluating import selected_tasks
 from orchestrator.settings import Settings
-from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_count
 from orchestrator.training.model_loading import best_device
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.layout import LOCAL, Workspace

@@ -27,8 +27,8 @@ from orchestrator.pipelines.hub_imports import local_model
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import Settings
-from orchestrator.terminal.formatting import format_bytes
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_bytes
 from orchestrator.training.checkpoint import (
     TOKEN_IDS,
     TOKENIZER,

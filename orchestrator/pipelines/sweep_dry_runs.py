@@ -60,8 +60,8 @@ from orchestrator.sweeping.trials import (
     exact_cost,
     full_config,
 )
-from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_count
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.model_lookup import tokens_folder_of

@@ -23,8 +23,8 @@ from orchestrator.settings import SETTINGS_NAME, read_settings
 from orchestrator.sweeping.live_sweep import LiveSweep, open_sweep_run
 from orchestrator.sweeping.trial_run import is_trial_locked
 from orchestrator.sweeping.trial_states import StoredPlan, recorded_end
-from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_count
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.monitor import end_training_run, open_training_run, training_run_name
 from orchestrator.training.run_lock import is_run_locked

@@ -13,7 +13,7 @@ from typing import Any
 from iiet.cost import num_parameters
 from orchestrator.planning.planned_training import CHECKPOINT_BYTES_PER_PARAMETER
 from orchestrator.records.training import TrainingJob
-from orchestrator.terminal.formatting import format_bytes, format_duration
+from orchestrator.terminal.render import format_bytes, format_duration
 from orchestrator.workspace.journal import SPEED_METRIC, read_tail
 from orchestrator.workspace.layout import DONE_NAME
 

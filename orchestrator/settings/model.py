@@ -12,7 +12,7 @@ from orchestrator.settings.choices import OneOf
 from orchestrator.settings.depth import DepthSettings
 from orchestrator.settings.mixture import OTHER_SOURCES, TEXT_SOURCES, check_shares, source_order
 from orchestrator.settings.section import Section
-from orchestrator.terminal.formatting import format_count
+from orchestrator.terminal.render import format_count
 
 DEFAULT_METHOD = "iiet"
 BASELINE_METHOD = "vanilla"

@@ -14,7 +14,7 @@ from iiet.config import ModelConfig
 from orchestrator.records.training import TrainingOutcome
 from orchestrator.settings import TrainingSettings, model_label
 from orchestrator.settings.sweep import values_of_model
-from orchestrator.terminal.formatting import format_count
+from orchestrator.terminal.render import format_count
 from orchestrator.training.checkpoint import check_checkpoint, load_config, load_provenance
 from orchestrator.training.job import NON_KEY_FIELDS
 from orchestrator.training.model_lookup import run_folders

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings
-from orchestrator.terminal.formatting import format_bytes
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_bytes
 from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.teacher_cache import (
     CachePlan,

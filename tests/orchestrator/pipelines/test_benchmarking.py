@@ -25,7 +25,7 @@ from orchestrator.pipelines.benchmarking import benchmark_models, family_of, usu
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import read_or_measure_influence
 from orchestrator.settings import InfluenceSettings
-from orchestrator.terminal.formatting import shortest_schedule
+from orchestrator.terminal.render import shortest_schedule
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
