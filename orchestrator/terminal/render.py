@@ -110,8 +110,11 @@ def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left")
     for title in columns:
-        justify = "right" if title.endswith(">") else "left"
-        table.add_column(title.removesuffix(">"), justify=justify, overflow="fold")
+        table.add_column(
+            title.removesuffix(">"),
+            justify="right" if title.endswith(">") else "left",
+            overflow="fold",
+        )
     for row in rows:
         table.add_row(*row)
     return table

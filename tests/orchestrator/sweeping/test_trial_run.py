@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from changed_trials import in_folder, with_accuracy, with_job
-from filelock import FileLock
 
 from iiet.decoder import Decoder
 from orchestrator.cluster.asha_scheduler import AshaByModel
@@ -36,6 +35,7 @@ from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 from orchestrator.workspace.layout import DONE_NAME, RUN_LOCK_NAME
+from orchestrator.workspace.locks import lock_file
 
 WORKER = """
 import json, sys
@@ -60,9 +60,10 @@ for line in sys.stdin:
 
 HOLDER = """
 import sys
-from filelock import FileLock
-lock = FileLock(sys.argv[1])
-lock.acquire()
+from pathlib import Path
+from orchestrator.workspace.locks import lock_descriptor
+lock = Path(sys.argv[1]).open("w")
+lock_descriptor(lock.fileno())
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -166,12 +167,12 @@ def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(
     made = run_trial(trial)
     text = trial.result_path.read_text()
     trial.result_path.unlink()
-    lock = FileLock(folder / RUN_LOCK_NAME)
-    lock.acquire()
+    lock = ExitStack()
+    lock.enter_context(lock_file(folder / RUN_LOCK_NAME))
 
     def finish_it() -> bool:
         trial.result_path.write_text(text)
-        lock.release()
+        lock.close()
         return False
 
     with stop_when(finish_it):
@@ -239,9 +240,8 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
     from orchestrator.terminal.progress import Progress
 
     asked, finished_meanwhile = trials[:4], trials[3]
-    lock = FileLock(Path(trials[2].folder) / RUN_LOCK_NAME)
-    Path(trials[2].folder).mkdir(parents=True)
-    lock.acquire()
+    lock = ExitStack()
+    lock.enter_context(lock_file(Path(trials[2].folder) / RUN_LOCK_NAME))
     rounds_function = trial_rounds.run_tune_trial
 
     def measure_nothing(parameters: dict[str, Any], context: Any) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
         def note(self, text: str) -> None:
             assert text == f"waiting for another process, which trains {trials[2].label}"
             assert [trial.result() is not None for trial in asked] == [True, True, False, True]
-            lock.release()
+            lock.close()
 
         def finish(self, summary: str) -> None:
             self.summary = summary
