@@ -67,8 +67,7 @@ from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.sources import open_data
 from orchestrator.pipelines.sweep_dry_runs import SweepDryRun
 from orchestrator.pipelines.sweeps import raise_failures
-from orchestrator.terminal.formatting import format_duration
-from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.render import format_duration, print_line
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.provenance import content_key
 

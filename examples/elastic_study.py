@@ -49,7 +49,7 @@ from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.markdown import bullets, markdown_table
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.sweeping.elastic_plans import ElasticFlops, elastic_flops
-from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.render import print_line
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.workspace.files import write_text

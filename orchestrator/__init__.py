@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from orchestrator.settings import Settings, read_settings
     from orchestrator.terminal.progress import Progress, terminal_progress
     from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
-    from orchestrator.workspace.folders import Workspace
+    from orchestrator.workspace.layout import Workspace
 
 _MODULES = {
     "evaluation.cost_measurement": ("MeasurementSettings",),
@@ -70,7 +70,7 @@ _MODULES = {
     "settings": ("Settings", "read_settings"),
     "terminal.progress": ("Progress", "terminal_progress"),
     "workspace.errors": ("Interrupted", "RunFailed", "UserError"),
-    "workspace.folders": ("Workspace",),
+    "workspace.layout": ("Workspace",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

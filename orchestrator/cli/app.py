@@ -17,7 +17,7 @@ from rich.console import Console
 # The order is that of --help.
 from orchestrator.cli import measure, models, places, submit, train  # noqa: F401
 from orchestrator.cli.command import COMMANDS
-from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.render import print_line
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, path_error_message
 from orchestrator.workspace.provenance import installed_version
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import check_name_option
+from orchestrator.workspace.layout import check_name_option
 
 MAX_COUNT = 1_000_000
 """Largest count that an option takes; a larger one is a typing error."""
@@ -29,7 +29,7 @@ def complete_sweeps(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def _names_in(ctx: typer.Context, pattern: str, incomplete: str) -> list[str]:
-    from orchestrator.workspace.folders import locate_workspace
+    from orchestrator.workspace.layout import locate_workspace
 
     # A shell would show an error in the middle of the command.
     with suppress(UserError, OSError, ValueError):

@@ -12,9 +12,9 @@ from rich.text import Text
 
 from orchestrator.cli.command import Call, as_text, command
 from orchestrator.cli.options import MAX_COUNT
-from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.render import print_line
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.names import Kind, RemovableKind
+from orchestrator.workspace.layout import Kind, RemovableKind
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
@@ -33,7 +33,7 @@ def ui(
     Example: iiet-orch ui --port 5001
     """
     from orchestrator.pipelines.ui import serve
-    from orchestrator.workspace.folders import open_workspace
+    from orchestrator.workspace.layout import open_workspace
 
     serve(open_workspace(call.workspace.root), port=port)
 
@@ -178,7 +178,7 @@ def list_sweeps(call: Call) -> Result:
     Example: iiet-orch config list
     """
     from orchestrator.settings.files import shipped_sweeps
-    from orchestrator.terminal.tables import plain_table
+    from orchestrator.terminal.render import plain_table
 
     rows = []
     for name, path in shipped_sweeps().items():

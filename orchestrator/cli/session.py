@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from rich.console import Console
 
 from orchestrator.terminal.progress import Progress, terminal_progress
-from orchestrator.workspace.credentials import mask_secrets
 from orchestrator.workspace.errors import (
     Interrupted,
     RunFailed,
     UserError,
     is_disk_full,
+    mask_secrets,
     path_error_message,
 )
 
@@ -75,7 +75,7 @@ def open_session(
         dry_run: Write no log, and nothing else.
         as_json: Show progress on standard error; standard output is for the JSON.
     """
-    from orchestrator.workspace.folders import locate_workspace
+    from orchestrator.workspace.layout import locate_workspace
 
     # Bound now: `sys.stdout` is replaced while libraries are silenced.
     output = sys.stdout
@@ -91,7 +91,7 @@ def open_session(
         return
 
     from orchestrator.terminal.logs import command_log
-    from orchestrator.workspace.folders import open_workspace
+    from orchestrator.workspace.layout import open_workspace
     from orchestrator.workspace.read_only import read_only
 
     with _full_disk_as_failure(locate_workspace(path).root), ExitStack() as stack:

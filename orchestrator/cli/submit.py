@@ -13,7 +13,7 @@ import typer
 
 from orchestrator.cli.command import Call, command
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import ENVIRONMENT_NAME, check_name_option
+from orchestrator.workspace.layout import ENVIRONMENT_NAME, check_name_option
 
 
 @command(

@@ -45,7 +45,7 @@ from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.model_lookup import load_influence_table
 from orchestrator.training.precision import device_precision
 from orchestrator.workspace.files import write_json
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.provenance import content_key, environment
 
 NUM_SCHEDULES = 5

@@ -24,20 +24,9 @@ from orchestrator.training.checkpoint import check_checkpoint
 from orchestrator.training.checkpoint_writer import best_checkpoint
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.learning_rate import stable_steps
-from orchestrator.workspace.activity import is_idle
-from orchestrator.workspace.checkpoint_names import checkpoint_name, find_checkpoints
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json, read_json_object
-from orchestrator.workspace.folders import Workspace
-from orchestrator.workspace.inventory import (
-    Note,
-    folders_in,
-    run_locks,
-    size_of,
-    training_folders,
-)
-from orchestrator.workspace.locks import is_locked, lock_file
-from orchestrator.workspace.names import (
+from orchestrator.workspace.files import abandoned_folders, delete_folder, leftovers, read_json
+from orchestrator.workspace.layout import (
     DONE_NAME,
     JOB_NAME,
     PLAN_FILE,
@@ -45,10 +34,20 @@ from orchestrator.workspace.names import (
     RESULTS_FILE,
     TEMPORARY_PREFIX,
     RemovableKind,
+    Workspace,
+    checkpoint_name,
+    find_checkpoints,
 )
+from orchestrator.workspace.locks import is_locked, lock_file
 from orchestrator.workspace.read_only import read_only
-from orchestrator.workspace.scratch import abandoned_folders
-from orchestrator.workspace.whole_folders import delete_folder, leftovers
+from orchestrator.workspace.status import (
+    Note,
+    folders_in,
+    is_idle,
+    run_locks,
+    size_of,
+    training_folders,
+)
 
 KINDS: tuple[RemovableKind, ...] = tuple(RemovableKind)
 SECONDS_OF_WRITING = 3600.0
@@ -186,7 +185,7 @@ def _checkpoints(workspace: Workspace, note: Note) -> Iterator[Removable]:
 
 def _kept_checkpoints(folder: Path) -> set[Path | None]:
     # Of a finished training: the last, the best, and the one that `--continue` starts from.
-    stored = read_json_object(folder / JOB_NAME)
+    stored = read_json(folder / JOB_NAME)
     if stored is None:
         if (folder / DONE_NAME).exists():
             raise UserError(f"{folder / JOB_NAME} is missing")

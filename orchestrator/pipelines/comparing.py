@@ -16,7 +16,7 @@ from orchestrator.reporting.comparison_findings import comparison_findings
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

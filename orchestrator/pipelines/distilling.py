@@ -22,7 +22,7 @@ from orchestrator.settings import Settings
 from orchestrator.sweeping.student_plans import distillation_job
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)

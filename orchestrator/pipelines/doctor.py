@@ -22,18 +22,20 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from orchestrator.terminal.formatting import format_bytes, format_count
-from orchestrator.workspace.activity import pending_records, read_status
-from orchestrator.workspace.credentials import mask_secrets, strip_credentials
-from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import free_disk
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.terminal.render import format_bytes, format_count
+from orchestrator.workspace.errors import UserError, mask_secrets, strip_credentials
+from orchestrator.workspace.files import abandoned_folders, free_disk
+from orchestrator.workspace.layout import (
+    LOCAL,
+    WORKSPACE_FILE_NAME,
+    Workspace,
+    chosen_address,
+    open_workspace,
+)
 from orchestrator.workspace.locks import is_locked
-from orchestrator.workspace.paths import WORKSPACE_FILE_NAME
 from orchestrator.workspace.provenance import installed_version
-from orchestrator.workspace.ray_address import LOCAL, chosen_address
 from orchestrator.workspace.read_only import read_only
-from orchestrator.workspace.scratch import PREFIX, abandoned_folders
+from orchestrator.workspace.status import pending_records, read_status
 
 DISTRIBUTION = "iiet-orch"
 NAMED = ("torch", "transformers", "ray", "mlflow", "lm-eval")
@@ -248,7 +250,7 @@ def _ray() -> Iterator[Finding]:
         yield Finding(
             check="ray",
             state="note",
-            text=f"{format_count(len(abandoned), 'folder')} {PREFIX}* of killed commands"
+            text=f"{format_count(len(abandoned), 'temporary folder')} of killed commands"
             + (f", whose processes {', '.join(map(str, left))} still run" if left else ""),
             remedy=f"{kill}`iiet-orch clean ray`",
         )

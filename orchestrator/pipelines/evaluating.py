@@ -37,16 +37,15 @@ from orchestrator.reporting.evaluation_tables import (
 )
 from orchestrator.reporting.price_table import two_column_table
 from orchestrator.settings import EvaluationSettings, Settings
-from orchestrator.terminal.formatting import format_count, format_with_error
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_count, format_with_error
 from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.model_loading import best_device
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.training.tracked_models import evaluated_model
 from orchestrator.workspace.errors import RunFailed
-from orchestrator.workspace.folders import Workspace, locate_workspace
+from orchestrator.workspace.layout import LOCAL, Workspace, locate_workspace
 from orchestrator.workspace.provenance import content_key
-from orchestrator.workspace.ray_address import LOCAL
 from orchestrator.workspace.read_only import read_only
 
 

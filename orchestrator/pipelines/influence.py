@@ -35,7 +35,7 @@ from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_cached, write_json
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.provenance import content_key
 
 SEQUENCES_PER_BATCH = 8

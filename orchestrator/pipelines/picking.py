@@ -36,7 +36,7 @@ from orchestrator.training.model_lookup import Picked, resolve_checkpoint
 from orchestrator.training.tracked_models import trial_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)

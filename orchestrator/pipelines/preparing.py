@@ -8,7 +8,7 @@ from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.pipelines.context import open_context
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 
 def prepare(

@@ -32,8 +32,8 @@ from orchestrator.training.job import finished_outcome
 from orchestrator.training.monitor import RunMonitor
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.workspace.files import write_text
-from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.layout import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from orchestrator.reporting.report_files import WrittenReport
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import load_sweep_results, newest_sweep
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)

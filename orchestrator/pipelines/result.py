@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
-from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.render import print_line
 
 if TYPE_CHECKING:
     import pandas

@@ -60,12 +60,12 @@ from orchestrator.sweeping.trials import (
     exact_cost,
     full_config,
 )
-from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_count
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.model_lookup import tokens_folder_of
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.read_only import read_only
 
 if TYPE_CHECKING:

@@ -58,9 +58,8 @@ from orchestrator.training.first_stage import share_first_stages
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import last_recorded
-from orchestrator.workspace.names import PLAN_FILE
+from orchestrator.workspace.layout import PLAN_FILE, Workspace
 
 if TYPE_CHECKING:
     from orchestrator.sweeping.search import ScheduleSearch

@@ -46,9 +46,8 @@ from orchestrator.sweeping.model_plans import TEACHER, teacher_and_baselines
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.workspace.errors import RunFailed
-from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import Journal
-from orchestrator.workspace.paths import portable_path
+from orchestrator.workspace.layout import Workspace, portable_path
 from orchestrator.workspace.provenance import environment
 
 if TYPE_CHECKING:

@@ -24,16 +24,15 @@ from orchestrator.settings import SETTINGS_NAME, read_settings
 from orchestrator.sweeping.live_sweep import LiveSweep, open_sweep_run
 from orchestrator.sweeping.trial_run import is_trial_locked
 from orchestrator.sweeping.trial_states import StoredPlan, recorded_end
-from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_count
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.monitor import end_training_run, open_training_run, training_run_name
 from orchestrator.training.run_lock import is_run_locked
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json_object
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.files import read_json
 from orchestrator.workspace.journal import recorded_times
-from orchestrator.workspace.names import JOB_NAME, PLAN_FILE, RESULTS_FILE
+from orchestrator.workspace.layout import JOB_NAME, PLAN_FILE, RESULTS_FILE, Workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +135,7 @@ def _publish_training(path: Path, context: Context, *, kind: str) -> bool:
     folder, settings = path.parent, path.with_name(SETTINGS_NAME)
     if is_run_locked(folder) or (kind == "pretrain" and not settings.is_file()):
         return False
-    job = TrainingJob.parse((read_json_object(path) or {}).get("job", {}), path)
+    job = TrainingJob.parse((read_json(path) or {}).get("job", {}), path)
     job = job.model_copy(update={"run_folder": str(folder)})
     outcome = finished_outcome(job)
     label = folder.name if kind == "pretrain" else str(job.model.corrections)

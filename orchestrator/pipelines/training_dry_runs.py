@@ -24,7 +24,7 @@ from orchestrator.training.continuing import continue_job, continued_settings
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.training.pretraining_job import pretraining_job
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.read_only import read_only
 
 UNPREPARED = (
@@ -71,7 +71,7 @@ class TrainingDryRun:
     def shown(self) -> Any:
         """Return the plan and its price."""
         from orchestrator.reporting.price_table import two_column_table
-        from orchestrator.terminal.formatting import format_count
+        from orchestrator.terminal.render import format_count
 
         training = self.training
         workers = format_count(training.num_workers, "GPU" if training.on_gpus else "CPU worker")

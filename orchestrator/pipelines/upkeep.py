@@ -10,21 +10,20 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 
 from orchestrator.pipelines.result import Result
-from orchestrator.terminal.formatting import (
+from orchestrator.terminal.render import (
+    ResponsiveLayout,
     format_bytes,
     format_count,
     format_duration,
+    plain_table,
     shortest_schedule,
 )
-from orchestrator.terminal.layout import ResponsiveLayout
-from orchestrator.terminal.tables import plain_table
-from orchestrator.workspace.activity import Activity, Status, read_status
-from orchestrator.workspace.inventory import Entry, list_entries
-from orchestrator.workspace.names import KINDS, Kind, RemovableKind
+from orchestrator.workspace.layout import KINDS, Kind, RemovableKind
+from orchestrator.workspace.status import Activity, Entry, Status, list_entries, read_status
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.cleaning import Removable
-    from orchestrator.workspace.folders import Workspace
+    from orchestrator.workspace.layout import Workspace
 
 Note = Callable[[str], None]
 

@@ -20,13 +20,13 @@ from orchestrator.planning.price import PlannedWork, TrainingGroup, pretraining_
 from orchestrator.planning.resources import FreeBytes, local_free_bytes
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings, Settings
-from orchestrator.terminal.formatting import format_byte_parts, format_bytes, format_count
+from orchestrator.terminal.render import format_byte_parts, format_bytes, format_count
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.job_checks import check_job
 from orchestrator.training.model_config import build_model_config
 from orchestrator.training.peak_flops import ASSUMED_GPU, ASSUMED_GPU_BYTES
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.ray_address import LOCAL
+from orchestrator.workspace.layout import LOCAL
 
 MeasureFree = Callable[..., FreeBytes]
 """Returns free memory and disk, like `local_free_bytes`."""

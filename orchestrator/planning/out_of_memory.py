@@ -17,7 +17,7 @@ from orchestrator.planning.fit import nearest_fit
 from orchestrator.planning.planned_training import PlannedTraining, planned_training
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import SETTINGS_NAME, read_settings
-from orchestrator.terminal.formatting import format_byte_parts, format_bytes
+from orchestrator.terminal.render import format_byte_parts, format_bytes
 from orchestrator.training.distributed import World
 from orchestrator.workspace.errors import DeviceError, out_of_memory_text
 

@@ -33,8 +33,8 @@ from orchestrator.training.schedules import (
     schedule_by_step,
 )
 from orchestrator.training.teacher_cache import CachePlan, cache_plan
-from orchestrator.workspace.checkpoint_names import find_checkpoints, step_of
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import find_checkpoints, step_of
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """A float32 weight and AdamW's two moments."""

@@ -23,7 +23,7 @@ from orchestrator.planning.trial_gpus import assign_trial_gpus, placed_trial
 from orchestrator.records.record import Record
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.training.teacher_cache_policy import TeacherWork, estimate_teacher_work
-from orchestrator.workspace.ray_address import LOCAL
+from orchestrator.workspace.layout import LOCAL
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from orchestrator.planning.installed_gpus import installed_gpus
 from orchestrator.planning.nodes import Node, describe_nodes, num_workers_on
 from orchestrator.workspace.errors import UserError, quoted
 from orchestrator.workspace.files import free_disk
-from orchestrator.workspace.ray_address import LOCAL
+from orchestrator.workspace.layout import LOCAL
 
 if TYPE_CHECKING:
     from orchestrator.settings import ClusterSettings

@@ -13,9 +13,9 @@ from typing import Any
 from iiet.cost import num_parameters
 from orchestrator.planning.planned_training import CHECKPOINT_BYTES_PER_PARAMETER
 from orchestrator.records.training import TrainingJob
-from orchestrator.terminal.formatting import format_bytes, format_duration
+from orchestrator.terminal.render import format_bytes, format_duration
 from orchestrator.workspace.journal import SPEED_METRIC, read_tail
-from orchestrator.workspace.names import DONE_NAME
+from orchestrator.workspace.layout import DONE_NAME
 
 LEAST_SECONDS = 4.0
 """Enough for small models, with a message to the workers and the end of their processes."""

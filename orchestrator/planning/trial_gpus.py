@@ -13,7 +13,7 @@ from orchestrator.planning.resources import local_free_bytes
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.training.peak_flops import ASSUMED_GPU_BYTES
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.ray_address import LOCAL
+from orchestrator.workspace.layout import LOCAL
 
 
 def assign_trial_gpus(

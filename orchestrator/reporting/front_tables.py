@@ -29,7 +29,7 @@ from orchestrator.reporting.front_text import (
 from orchestrator.reporting.markdown import markdown_table
 from orchestrator.reporting.pareto import KEPT_SHARE, Front, FrontPoint, PairedComparison
 from orchestrator.reporting.shown_points import shown_points
-from orchestrator.terminal.formatting import format_bytes, format_parameters, format_with_error
+from orchestrator.terminal.render import format_bytes, format_parameters, format_with_error
 
 TASK_TABLES_NOTE = (
     f"Each score has its {INTERVAL_LEVEL:.0%} interval over the draws, and so has each difference "

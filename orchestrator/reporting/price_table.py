@@ -12,7 +12,7 @@ from orchestrator.data.preparation import ExpectedTokens
 from orchestrator.planning.planned_training import PlannedTraining
 from orchestrator.planning.price import Price
 from orchestrator.planning.save_time import planned_seconds_to_save
-from orchestrator.terminal.formatting import (
+from orchestrator.terminal.render import (
     format_byte_parts,
     format_bytes,
     format_count,

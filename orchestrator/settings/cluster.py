@@ -10,8 +10,8 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt, ValidationInfo, 
 
 from iiet.extensions import ExtensionNames
 from orchestrator.settings.section import OneOf, Section
-from orchestrator.workspace.credentials import has_secret, is_secret_name
-from orchestrator.workspace.ray_address import address_problem, chosen_address
+from orchestrator.workspace.errors import has_secret, is_secret_name
+from orchestrator.workspace.layout import address_problem, chosen_address
 
 MLFLOW, TENSORBOARD = "mlflow", "tensorboard"
 

@@ -26,10 +26,10 @@ from orchestrator.settings.training import MAX_LAYERS, MAX_STEPS
 from orchestrator.sweeping.model_plans import ModelVariant, learning_rates
 from orchestrator.sweeping.student_plans import student_job, unplanned_trainings
 from orchestrator.sweeping.trials import trained_trial
-from orchestrator.terminal.formatting import format_count
+from orchestrator.terminal.render import format_count
 from orchestrator.training.checkpoint import load_config, load_provenance
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, ModelSettings, Settings
 from orchestrator.sweeping.trials import evaluation_key, make_plan
-from orchestrator.terminal.formatting import format_count
+from orchestrator.terminal.render import format_count
 from orchestrator.training.first_stage import share_first_stages
 from orchestrator.training.job import job_key
 

@@ -30,7 +30,7 @@ from orchestrator.training.job import job_key, sequences_per_step
 from orchestrator.training.schedules import checked_family
 from orchestrator.training.teacher_cache import outputs_plan
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.provenance import content_key
 
 SECTION = "distillation.training"

@@ -19,7 +19,7 @@ from orchestrator.tracking.outbox import Outbox, Record
 from orchestrator.tracking.sender import Sender
 from orchestrator.tracking.store import FAILURES, RunIdentity, Store, is_refusal
 from orchestrator.workspace.errors import first_line
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 FIRST_PAUSE_SECONDS = 30.0
 MAX_PAUSE_SECONDS = 600.0

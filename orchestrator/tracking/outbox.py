@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.workspace.files import write_text
+from orchestrator.workspace.layout import OUTBOX_NAME, absolute_path, portable_path, workspace_root
 from orchestrator.workspace.locks import lock_file
-from orchestrator.workspace.names import OUTBOX_NAME
-from orchestrator.workspace.paths import absolute_path, portable_path, workspace_root
 
 PATH_NAME = "path in workspace"
 RECORDS_PER_WRITE = 100

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings
-from orchestrator.terminal.formatting import format_bytes
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_bytes
 from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.teacher_cache import (
     CachePlan,
@@ -26,8 +26,7 @@ from orchestrator.training.teacher_cache import (
     write_cache,
 )
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.files import free_disk
-from orchestrator.workspace.whole_folders import delete_folder
+from orchestrator.workspace.files import delete_folder, free_disk
 
 # Limits of `auto` for one sweep.
 MAX_BYTES = 2 << 30

@@ -16,7 +16,7 @@ from orchestrator.records.measurement import TrackedModel
 from orchestrator.records.parameters import method_parameters
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
-from orchestrator.terminal.formatting import format_schedule
+from orchestrator.terminal.render import format_schedule
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.model_config import model_family

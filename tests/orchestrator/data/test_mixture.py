@@ -19,8 +19,7 @@ from orchestrator.data.token_store import TokenStore
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings, resolve_settings
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
-from orchestrator.workspace.names import TEMPORARY_PREFIX
+from orchestrator.workspace.layout import TEMPORARY_PREFIX, Workspace
 
 SHARES = {"files": 0.7, "phop_2": 0.2, "chain_2": 0.1}
 SYMBOL = "<|0|>"

@@ -16,7 +16,7 @@ from orchestrator.planning.price import PlannedWork, TrainingGroup
 from orchestrator.planning.resources import FreeBytes
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.settings import ModelSettings, Settings, resolve_settings
-from orchestrator.terminal.formatting import format_bytes
+from orchestrator.terminal.render import format_bytes
 from orchestrator.training.model_config import build_model_config
 from orchestrator.training.teacher_cache_policy import TeacherWork
 from orchestrator.workspace.errors import UserError

@@ -11,7 +11,7 @@ from orchestrator.planning.save_time import LEAST_SECONDS, WRITE_BYTES_PER_SECON
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import Journal, read_journal
-from orchestrator.workspace.names import DONE_NAME
+from orchestrator.workspace.layout import DONE_NAME
 
 MakeJob = Callable[..., TrainingJob]
 

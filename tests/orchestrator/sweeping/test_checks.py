@@ -25,7 +25,7 @@ from orchestrator.sweeping.selection import schedule_cost
 from orchestrator.sweeping.trials import SweepKind
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 TASK = """task: {name}
 dataset_path: json

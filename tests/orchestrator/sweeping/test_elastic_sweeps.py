@@ -45,7 +45,7 @@ from orchestrator.training.checkpoint import load_config
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 TABLE = InfluenceTable(
     metric="cosine",

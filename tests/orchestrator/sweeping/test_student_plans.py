@@ -34,7 +34,7 @@ from orchestrator.training.job import finished_outcome
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 
 @pytest.fixture(scope="module")

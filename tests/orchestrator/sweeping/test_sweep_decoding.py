@@ -17,7 +17,7 @@ from orchestrator.sweeping import decoding
 from orchestrator.sweeping.decoding import with_decoding
 from orchestrator.sweeping.trials import checkpoint_trial, exact_cost
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.layout import open_workspace
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.tracking import NestedRun, Tracking, open_tracking
-from orchestrator.workspace.folders import open_workspace
 from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.layout import open_workspace
 
 NUM_TRIALS = 200
 MOST_SECONDS = 10.0

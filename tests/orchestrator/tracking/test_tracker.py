@@ -27,8 +27,8 @@ from orchestrator.tracking import (
     open_tracking,
 )
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
 from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 
 @pytest.fixture

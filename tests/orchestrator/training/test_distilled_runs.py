@@ -32,8 +32,8 @@ from orchestrator.training.job_models import decoder_to_train
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import open_workspace
 from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.layout import open_workspace
 
 RECIPE: dict[str, Any] = {
     "num_steps": 6,

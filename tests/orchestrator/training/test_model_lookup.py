@@ -23,9 +23,13 @@ from orchestrator.training.model_lookup import (
     resolve_model,
     resolve_teacher,
 )
-from orchestrator.workspace.checkpoint_names import checkpoint_name, find_checkpoints
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import (
+    Workspace,
+    checkpoint_name,
+    find_checkpoints,
+    open_workspace,
+)
 
 
 @pytest.fixture

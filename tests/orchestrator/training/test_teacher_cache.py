@@ -42,8 +42,8 @@ from orchestrator.training.teacher_cache_policy import (
     store_teacher_outputs,
 )
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import VERIFIED_NAME, delete_folder
 from orchestrator.workspace.journal import read_journal
-from orchestrator.workspace.whole_folders import VERIFIED_NAME, delete_folder
 
 RECIPE: dict[str, Any] = {
     "num_steps": 6,
