@@ -13,7 +13,7 @@ from started_command import start_command
 from orchestrator.planning.save_time import LEAST_SECONDS
 from orchestrator.tracking.delivery import SHORT_WAIT_SECONDS
 from orchestrator.tracking.outbox import Outbox
-from orchestrator.workspace.checkpoint_names import find_checkpoints
+from orchestrator.workspace.layout import find_checkpoints
 
 pytestmark = pytest.mark.slow
 

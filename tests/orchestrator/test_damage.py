@@ -52,9 +52,8 @@ from orchestrator.training.teacher_cache import teacher_outputs_by_step
 from orchestrator.training.teacher_cache_policy import store_teacher_outputs
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text
-from orchestrator.workspace.folders import Workspace, open_workspace
 from orchestrator.workspace.journal import Journal, read_journal
-from orchestrator.workspace.names import PLAN_FILE, RESULTS_FILE
+from orchestrator.workspace.layout import PLAN_FILE, RESULTS_FILE, Workspace, open_workspace
 
 SETTINGS = [
     *SMALL, "data.source=files", "data.files=[texts.jsonl]",
