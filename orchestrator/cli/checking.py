@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from orchestrator.cli.app import app
 from orchestrator.cli.json_output import JsonOption, print_json
 from orchestrator.cli.options import WorkspaceOption
 from orchestrator.terminal.render import print_line
-
-MARKS = {"ok": ("✓", "green"), "note": ("!", "yellow"), "broken": ("✗", "red")}
 
 
 @app.command(rich_help_panel="Workspace")
@@ -31,12 +27,9 @@ def doctor(workspace: WorkspaceOption = None, as_json: JsonOption = False) -> No
     console = Console(highlight=False)
     found: list[dict[str, Any]] = []
     for finding in examine(locate_workspace(workspace)):
-        found.append(asdict(finding))
-        if not as_json:
-            mark = MARKS[finding.state]
-            print_line(console, Text.assemble(mark, f" {finding.check}: {finding.text}"))
-            if finding.remedy:
-                print_line(console, f"    {finding.remedy}")
+        found.append(finding.to_json())
+        for part in () if as_json else finding.shown():
+            print_line(console, part)
     if as_json:
         print_json({"findings": found})
     if any(finding["state"] == "broken" for finding in found):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -75,6 +74,7 @@ def sync(
 
         result = syncing.sync(**session.common)
         if as_json:
-            session.print_json(asdict(result))
+            session.print_json(result.to_json())
         else:
-            session.console.print(f"{result.num_delivered} records delivered")
+            for line in result.shown():
+                session.console.print(line)
