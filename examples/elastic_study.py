@@ -40,7 +40,6 @@ from orchestrator import (
     sweep,
 )  # fmt: skip
 from orchestrator.cli.app import exit_code_of
-from orchestrator.cli.printing import print_plan, print_report, print_training_plan
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import find_prepared
@@ -137,13 +136,13 @@ def print_plans(settings: Mapping[str, Settings], times: Sequence[float], sessio
         tokens = find_prepared(own.data, workspace.tokens)
         outcome = finished_outcome(pretraining_job(own, workspace, tokens))
         if outcome is None:
-            print_training_plan(session.console, plan_pretrain(own, workspace=workspace))
+            session.console.print(*plan_pretrain(own, workspace=workspace).shown(), sep="\n")
             steps = ", ".join(f"{_steps(own, factor):,}" for factor in times)
             print_line(session.console, f"  {teacher}: then elastic trainings of {steps} steps")
         else:
             longest = _of_length(own, max(times))
             plan = plan_sweep(longest, workspace=workspace, teacher=outcome.checkpoint)
-            print_plan(session.console, plan)
+            session.console.print(*plan.shown(), sep="\n")
 
 
 def run_study(
@@ -181,7 +180,7 @@ def _reading(
             name=f"{name}-{teacher}-{what}",
             progress=progress,
         )
-        print_report(session.console, found.report, workspace.root)
+        session.console.print(*found.report.shown(), sep="\n")
         raise_failures(found.failures)
         return found
 

@@ -45,7 +45,6 @@ from orchestrator import (
     sweep,
 )  # fmt: skip
 from orchestrator.cli.app import exit_code_of
-from orchestrator.cli.printing import print_plan, print_report
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import find_prepared
@@ -147,7 +146,7 @@ def run_study(
             name=f"{name}-rates",
             progress=session.progress,
         )
-        print_plan(session.console, plan)
+        session.console.print(*plan.shown(), sep="\n")
         print_line(session.console, _later_phases(settings, choices, len(study.contenders)))
         return
     root = session.workspace.root
@@ -319,7 +318,7 @@ class _Study:
         return result.trials
 
     def _print(self, phase: str, result: SweepResult) -> None:
-        print_report(self.session.console, result.report, self.session.workspace.root)
+        self.session.console.print(*result.report.shown(), sep="\n")
         for label, reason in result.failures.items():
             self.failures[f"{label} of {phase}"] = reason
 

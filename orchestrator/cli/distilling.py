@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,10 +24,9 @@ from orchestrator.cli.options import (
     VerboseOption,
     WorkspaceOption,
 )
-from orchestrator.cli.printing import print_training_plan
+from orchestrator.cli.printing import show
 from orchestrator.cli.session import open_session
 from orchestrator.cli.training import LocalOption, ProfileOption, check_resources_of_run
-from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.errors import UserError
 
 
@@ -85,27 +84,18 @@ def distill(
     with open_session(
         workspace, "distill", verbose=verbose, dry_run=dry_run, as_json=as_json
     ) as session:
-        if dry_run:
-            from orchestrator.pipelines.training_dry_runs import plan_distill
-
-            options: dict[str, Any] = {"workspace": session.workspace, "teacher": checkpoint}
-            plans = [plan_distill(settings, schedule=wanted, **options) for wanted in schedule]
-            if as_json:
-                session.print_json({"students": [plan.to_json() for plan in plans]})
-            else:
-                for plan in plans:
-                    print_training_plan(session.console, plan)
-            return
         from orchestrator.pipelines.context import Context
-        from orchestrator.pipelines.distilling import distill_in_context
+        from orchestrator.pipelines.hub_imports import local_model
+        from orchestrator.pipelines.training import plan_distill, run_distill
 
-        loggers = settings.tracking.loggers
+        loggers = settings.tracking.loggers if not dry_run else ()
         context = Context(session.workspace, session.progress, loggers=loggers)
-        students = distill_in_context(
-            settings, context, schedules=schedule, teacher=checkpoint, local=local
+        teacher = local_model(context, checkpoint)
+        plan = plan_distill(
+            settings,
+            workspace=session.workspace,
+            schedules=schedule,
+            teacher=teacher,
+            local=local,
         )
-        if as_json:
-            session.print_json({"students": [student.to_json() for student in students]})
-        else:
-            for student in students:
-                print_line(session.console, f"checkpoint: {student.checkpoint}")
+        show(session, plan if dry_run else run_distill(plan, context), as_json=as_json)

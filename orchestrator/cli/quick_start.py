@@ -15,7 +15,7 @@ from orchestrator.cli.options import (
     VerboseOption,
     WorkspaceOption,
 )
-from orchestrator.cli.printing import print_sweep, show_plan
+from orchestrator.cli.printing import show
 from orchestrator.cli.session import open_session
 
 
@@ -47,12 +47,7 @@ def quickstart(
     with open_session(
         workspace, "quickstart", verbose=verbose, dry_run=dry_run, as_json=as_json
     ) as session:
-        if dry_run:
-            from orchestrator.pipelines.sweep_dry_runs import plan_sweep
+        from orchestrator.pipelines import sweeps
 
-            show_plan(session, plan_sweep(settings, **session.common), as_json=as_json)
-            return
-        from orchestrator.pipelines.sweeps import sweep
-
-        result = sweep(settings, **session.common)
-        print_sweep(session, result, as_json=as_json)
+        run = sweeps.plan_sweep if dry_run else sweeps.sweep
+        show(session, run(settings, **session.common), as_json=as_json)

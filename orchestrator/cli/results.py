@@ -16,7 +16,7 @@ from orchestrator.cli.options import (
     VerboseOption,
     WorkspaceOption,
 )
-from orchestrator.cli.printing import print_report
+from orchestrator.cli.printing import show
 from orchestrator.cli.session import open_session
 
 
@@ -36,13 +36,10 @@ def show_report(
     with open_session(
         workspace, "report", verbose=verbose, as_json=as_json, must_write=False
     ) as session:
-        from orchestrator.pipelines import reports
+        from orchestrator.pipelines.sweeps import report
 
-        result = reports.report(sweeps=sweeps or [], cost=cost, quality=quality, **session.common)
-        if as_json:
-            session.print_json(result.to_json())
-        else:
-            print_report(session.console, result, session.workspace.root)
+        result = report(sweeps=sweeps or [], cost=cost, quality=quality, **session.common)
+        show(session, result, as_json=as_json)
 
 
 @app.command(rich_help_panel="Results")

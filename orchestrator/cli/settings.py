@@ -96,7 +96,7 @@ def copy_sweep(
 
     Example: iiet-orch config copy toy my-sweep.yaml
     """
-    from orchestrator.pipelines.starting_file import write_new_file
+    from orchestrator.pipelines.training import write_new_file
     from orchestrator.settings.shipped import find_settings_file, shipped_sweeps
 
     source = shipped_sweeps().get(name) or find_settings_file(name)
@@ -136,7 +136,7 @@ def init(
         size = size or typer.prompt("Size: tiny, 55m or 340m", default="tiny")
     if data and hub:
         raise UserError("--data and --hub name two sources; leave one out")
-    from orchestrator.pipelines.starting_file import write_starting_file
+    from orchestrator.pipelines.training import write_starting_file
     from orchestrator.settings.starting import SIZES, starting_settings
 
     if size and size not in SIZES:

@@ -40,7 +40,7 @@ from orchestrator.cli.options import (
     WorkersPerTrialOption,
     WorkspaceOption,
 )
-from orchestrator.cli.printing import print_sweep, show_plan
+from orchestrator.cli.printing import show
 from orchestrator.cli.session import open_session
 
 
@@ -249,13 +249,7 @@ def run_sweep_command(
         workspace, command, verbose=verbose, dry_run=dry_run, as_json=as_json
     ) as session:
         options = {**session.common, "teacher": teacher, "name": name}
-        if dry_run:
-            from orchestrator.pipelines import sweep_dry_runs
+        from orchestrator.pipelines import sweeps
 
-            plan = sweep_dry_runs.plan_sweep(settings, **options)
-            show_plan(session, plan, as_json=as_json)
-        else:
-            from orchestrator.pipelines import sweeps
-
-            result = sweeps.sweep(settings, **options)
-            print_sweep(session, result, as_json=as_json)
+        run = sweeps.plan_sweep if dry_run else sweeps.sweep
+        show(session, run(settings, **options), as_json=as_json)

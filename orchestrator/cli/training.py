@@ -29,7 +29,7 @@ from orchestrator.cli.options import (
     WorkersOption,
     WorkspaceOption,
 )
-from orchestrator.cli.printing import print_training_plan
+from orchestrator.cli.printing import show
 from orchestrator.cli.session import open_session
 from orchestrator.terminal.layout import print_line
 from orchestrator.workspace.errors import UserError
@@ -73,9 +73,9 @@ def prepare(
     shortcuts: dict[str, Any] = {"data__source": "files", "data__files": files} if files else {}
     settings = read_options(config, set_, **shortcuts)
     with open_session(workspace, "prepare", verbose=verbose, as_json=as_json) as session:
-        from orchestrator.pipelines import preparing
+        from orchestrator.pipelines import training
 
-        folder = preparing.prepare(settings, **session.common)
+        folder = training.prepare(settings, **session.common)
         if as_json:
             session.print_json({"tokens": str(folder)})
         else:
@@ -172,38 +172,25 @@ def pretrain(
         tracking__loggers=split_names(logger),
         cluster__wait_for_gpus=wait_for_gpus,
     )
-    if dry_run:
-        with open_session(
-            workspace, "pretrain", verbose=verbose, dry_run=True, as_json=as_json
-        ) as session:
-            from orchestrator.pipelines import training_dry_runs
-
-            plan = training_dry_runs.plan_pretrain(
-                settings,
-                workspace=session.workspace,
-                continued=continue_,
-                name=name,
-                mfu=mfu,
-            )
-            if as_json:
-                session.print_json(plan.to_json())
-            else:
-                print_training_plan(session.console, plan)
-        return
-    if mfu is not None:
+    if mfu is not None and not dry_run:
         raise UserError("--mfu is an assumption of the plan; use it with --dry-run")
-    check_resources_of_run(settings, local=local)
-    with open_session(workspace, "pretrain", verbose=verbose, as_json=as_json) as session:
+    if not dry_run:
+        check_resources_of_run(settings, local=local)
+    with open_session(
+        workspace, "pretrain", verbose=verbose, dry_run=dry_run, as_json=as_json
+    ) as session:
         from orchestrator.pipelines.context import Context
-        from orchestrator.pipelines.pretraining import pretrain_in_context
+        from orchestrator.pipelines.training import plan_pretrain, run_pretrain
 
-        loggers = settings.tracking.loggers
-        context = Context(session.workspace, session.progress, loggers=loggers)
-        result = pretrain_in_context(settings, context, continued=continue_, name=name, local=local)
-        if as_json:
-            session.print_json(result.to_json())
-        else:
-            print_line(session.console, f"checkpoint: {result.checkpoint}")
+        space, loggers = session.workspace, settings.tracking.loggers
+        plan = plan_pretrain(
+            settings, workspace=space, continued=continue_, name=name, local=local, mfu=mfu
+        )
+        if dry_run:
+            show(session, plan, as_json=as_json)
+            return
+        context = Context(space, session.progress, loggers=loggers)
+        show(session, run_pretrain(plan, context), as_json=as_json)
 
 
 def _settings_to_continue(workspace: Path | None, run: Path, config: str | None) -> str:
@@ -223,6 +210,6 @@ def _settings_to_continue(workspace: Path | None, run: Path, config: str | None)
 
 def check_resources_of_run(settings: Any, *, local: bool) -> None:
     """Refuse too few CPUs or GPUs before heavy imports and before the workspace is made."""
-    from orchestrator.planning.resources import check_run_resources
+    from orchestrator.planning.machine import check_run_resources
 
     check_run_resources(settings.cluster, local=local)

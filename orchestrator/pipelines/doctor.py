@@ -178,7 +178,7 @@ def _pytorch() -> Iterator[Finding]:
 
 
 def _cpu_and_memory() -> Iterator[Finding]:
-    from orchestrator.planning.resources import free_memory, local_resources
+    from orchestrator.planning.machine import free_memory, local_resources
 
     cpus, load = local_resources(count_gpus=False).cpus, os.getloadavg()[0]
     yield _judged(
@@ -200,7 +200,7 @@ def _cpu_and_memory() -> Iterator[Finding]:
 def _gpus() -> Iterator[Finding]:
     import torch
 
-    from orchestrator.planning.installed_gpus import driver_version, installed_gpus, nvml_module
+    from orchestrator.planning.machine import driver_version, installed_gpus, nvml_module
 
     gpus, usable = installed_gpus(), torch.cuda.device_count()
     if not gpus and not usable:

@@ -31,8 +31,6 @@ from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import STOPPED_EVENT, Journal
 from orchestrator.workspace.names import DONE_NAME
 
-"""Events in a trial's journal, with the reason as `text`."""
-
 Train = Callable[..., TrainingOutcome]
 """Trains a job as `run_job` does, with its arguments `should_stop` and `report`."""
 Measure = Callable[[str], Trial]

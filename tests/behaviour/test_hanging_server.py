@@ -11,7 +11,7 @@ import pytest
 from small_size import SMALL
 from started_command import start_command
 
-from orchestrator.planning.save_time import LEAST_SECONDS
+from orchestrator.planning.estimate import LEAST_SECONDS
 from orchestrator.tracking.delivery import SHORT_WAIT_SECONDS
 from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.names import OUTBOX_NAME

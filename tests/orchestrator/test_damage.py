@@ -18,7 +18,7 @@ from small_size import SMALL
 
 from orchestrator import cli
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.sweep_plans import plan_students
+from orchestrator.pipelines.sweeps import plan_students
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.settings import read_settings
 from orchestrator.sweeping.trial_run import run_trial

@@ -15,7 +15,14 @@ from changed_trials import with_job
 from rich.console import Console
 
 from iiet.influence import InfluenceTable
-from orchestrator.planning.price import PlannedWork, Price, trial_group
+from orchestrator.planning.estimate import (
+    LEAST_SECONDS,
+    WRITE_BYTES_PER_SECOND,
+    Price,
+    assign_trial_gpus,
+    on_trial_devices,
+    price_of_trials,
+)
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
@@ -48,8 +55,8 @@ def settings(*assignments: str) -> Settings:
 
 def price_left(plan: SweepPlan, chosen: Settings, teachers: Path) -> Price:
     trainings = [state.training for state in trial_states(plan, chosen.sweep) if state.training]
-    groups = [trial_group(trainings, chosen, teachers)]
-    return PlannedWork(groups=groups, folder=teachers).price()
+    placed = assign_trial_gpus(chosen)
+    return price_of_trials(on_trial_devices(trainings, placed), placed, teachers)
 
 
 def told(plan: SweepPlan, chosen: Settings) -> list[str]:
@@ -125,6 +132,13 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
         "at most 3.4 MiB: checkpoints 475 KiB, teacher outputs 2.94 MiB; "
     )
     assert words["on this machine"] == "it fits"
+    assert words["stop"].startswith("at most 4 s after the step of the signal, to save two")
+    # Two that are stopped at the same time write on the same disk.
+    both = price_left(tiny_plan, settings("sweep.trials_at_once=2"), tmp_path)
+    writing = 2 * 12 * 10_138 / WRITE_BYTES_PER_SECOND
+    assert price.stop_seconds == pytest.approx(LEAST_SECONDS + writing, abs=writing / 4)
+    assert both.stop_seconds == pytest.approx(LEAST_SECONDS + 2 * writing, abs=writing / 4)
+    assert "of each of the 2 that train at once" in dict(price_rows(both, {}))["stop"]
 
 
 def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan: SweepPlan, tmp_path: Path) -> None:
