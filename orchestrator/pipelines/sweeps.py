@@ -445,8 +445,6 @@ def plan_sweep(
         notes += pretraining.damaged
         baselines = {**pretraining.finished}
         checkpoint = baselines.pop(TEACHER, None)
-        left = [label for label in pretraining.jobs if label not in pretraining.finished]
-        plan = models_plan = _models_plan(pretraining, left or pretraining.jobs)
         if checkpoint is None:
             plan = _models_plan(pretraining, pretraining.jobs)
             unknown, counts = students_upper_bound(settings, pretraining.jobs[TEACHER].model)
@@ -465,20 +463,28 @@ def plan_sweep(
             search = schedule_search(settings, space, plan, checkpoint)
             plan = plan.model_copy(update={"trials": (*plan.trials, *search.known_trials())})
             unknown = [Estimate.of(job) for job in search.jobs_left()]
-            notes.append(_search_note(search))
+            notes.append(
+                f"the search tries at most {search.num_wanted:,} more of {search.num_schedules:,} "
+                f"schedules; which ones follows from the results, {search.num_left:,} are not "
+                "known yet and priced as if each made all of the teacher's corrections"
+                if search.num_wanted
+                else "the search has nothing to try beside the family"
+            )
 
     # How far it is, and what the rest takes.
     states = trial_states(plan, own)
     trials = [state.training for state in states if state.training]
     before = pretraining.left() if pretraining else []
-    if before and checkpoint is None:
+    if pretraining and checkpoint is None:
         trials = []  # They are the models that are pretrained.
-    elif before:
-        states += trial_states(models_plan, own)
+    elif pretraining and before:
+        left = [label for label in pretraining.jobs if label not in pretraining.finished]
+        states += trial_states(_models_plan(pretraining, left), own)
     if elastic := [trial for trial in plan.trials if trial.is_elastic]:
         notes.append(elastic_savings(settings, elastic, space.teachers))
-    is_loaded = fingerprints is not None or plan.trials[0].suite.fingerprints
-    if needs_lm_eval(settings.evaluation) and plan.tokens_folder and not is_loaded:
+    suite = plan.trials[0].suite
+    is_loaded = fingerprints is not None or suite.fingerprints or not suite.tasks
+    if needs_lm_eval(settings.evaluation) and not is_loaded:
         notes.append("the tasks of lm-eval are not loaded, so no trial can be found measured")
     trials += unknown
     placed = assign_trial_gpus(settings, trials)
@@ -523,16 +529,6 @@ def _models_plan(pretraining: TrainingPlan, labels: Iterable[str]) -> SweepPlan:
     return iterations_plan(models, suite=suite, name="the teacher and its baselines")
 
 
-def _search_note(search: ScheduleSearch) -> str:
-    if not search.num_wanted:
-        return "the search has nothing to try beside the family"
-    return (
-        f"the search tries at most {search.num_wanted:,} more of {search.num_schedules:,} "
-        f"schedules; which ones follows from the results, {search.num_left:,} are not known yet "
-        "and priced as if each made all of the teacher's corrections"
-    )
-
-
 def plan_iterations(
     settings: Settings,
     workspace: Workspace,
@@ -562,8 +558,8 @@ def plan_iterations(
     ]
     suite = TrialSuite(tokens_folder="")
     if tokens is not None:
-        suite = plan_suite(settings.evaluation, tokens, variants[0].job.model, hashes)
-        suite = _with_known_hashes(suite, hashes, workspace)
+        config, sweeps = variants[0].job.model, workspace.sweeps
+        suite = plan_suite(settings.evaluation, tokens, config, hashes, sweeps=sweeps)
     return iterations_plan(variants, suite=suite, name=name)
 
 
@@ -593,9 +589,10 @@ def plan_students(
         baselines, left_out = known.found, known.left_out
         for run, reason in left_out.items():
             context.progress.note(f"run {run}: {reason}")
-    suite = plan_suite(settings.evaluation, tokens_folder_of(teacher, workspace), full, hashes)
-    suite = suite.model_copy(update=text_of_teacher(teacher))
-    suite = _with_known_hashes(suite, hashes, workspace)
+    tokens = tokens_folder_of(teacher, workspace)
+    suite = plan_suite(
+        settings.evaluation, tokens, full, hashes, teacher=teacher, sweeps=workspace.sweeps
+    )
     if suite.prompts:
         check_template(checkpoint_tokenizer(teacher), suite.prompts)
     cost = schedule_cost(settings.sweep.budget_unit, full)
@@ -672,23 +669,25 @@ def plan_suite(
     tokens: Path,
     config: ModelConfig,
     hashes: Mapping[str, str] | None = None,
+    *,
+    teacher: Path | None = None,
+    sweeps: Path | None = None,
 ) -> TrialSuite:
     """Return how trials are evaluated.
 
     Args:
-        hashes: What `make_tasks` returns: held-out tasks are named by their content, others
-            may change under their names.
+        hashes: What `make_tasks` returns: held-out tasks are named by their content, others may
+            change under their names.
+        teacher: Checkpoint of the full model; an imported one reads text with its own tokenizer.
+        sweeps: Folder of sweeps; hashes that are not known are those that the newest sweep found.
     """
+    length = config.context_length
     asked = select_tasks(
-        settings,
-        lambda: tokens,
-        context_length=config.context_length,
-        progress=Progress(),
-        make=False,
+        settings, lambda: tokens, context_length=length, progress=Progress(), make=False
     )
     # Held-out tasks alone need no names: they are all tasks of their folder.
     is_heldout_alone = settings.suite == HELDOUT and not settings.include_path
-    return TrialSuite(
+    suite = TrialSuite(
         tokens=open_data(tokens).fingerprint,
         tokens_folder=str(tokens),
         tasks=() if is_heldout_alone else tuple(asked.names),
@@ -701,14 +700,9 @@ def plan_suite(
         prompts=settings.prompts,
         precision=settings.precision or default_precision(on_gpus=False),
         fingerprints=dict(hashes) if hashes else None,
+        **(text_of_teacher(teacher) if teacher else {}),
     )
-
-
-def _with_known_hashes(
-    suite: TrialSuite, hashes: Mapping[str, str] | None, workspace: Workspace
-) -> TrialSuite:
-    """Return a suite with the hashes of lm-eval's tasks that the newest sweep found, if unknown."""
-    stored = sorted(workspace.sweeps.glob("*/"), key=last_recorded, reverse=True)
+    stored = sorted(sweeps.glob("*/"), key=last_recorded, reverse=True) if sweeps else []
     for folder in stored if hashes is None else ():
         with suppress(UserError):
             if plan := StoredPlan.read(folder / PLAN_FILE):

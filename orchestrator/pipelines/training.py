@@ -115,12 +115,13 @@ class TrainingPlan(Result):
     """Label of each finished training -> its checkpoint."""
     damaged: tuple[str, ...]
     """Which ends of trainings are damaged, so they are trained again."""
-    folder: Path
-    """The workspace."""
+    workspace: Workspace
     tokens: ExpectedTokens | None = None
     """Tokens of a pretraining, prepared or not."""
     name: str | None = None
     """Name of a single run's folder, if one was given."""
+    is_continued: bool = False
+    """Whether a finished run is continued, on its own tokens."""
     notes: tuple[str, ...] = ()
     """What a run says when it starts."""
     local: bool = False
@@ -183,7 +184,7 @@ class TrainingPlan(Result):
 
     def _price_of(self, *labels: str) -> Price:
         new = self.tokens.new_bytes if self.tokens else 0
-        return price_of(self.left(labels), self.folder, new_token_bytes=new, mfu=self.mfu)
+        return price_of(self.left(labels), self.workspace.root, new_token_bytes=new, mfu=self.mfu)
 
     def _problems_of(self, *labels: str) -> dict[str, str | None]:
         # The fewest GPUs of a job have the largest shares of a step.
@@ -191,7 +192,8 @@ class TrainingPlan(Result):
         placed = [replace(each, devices=run_devices(fewest)) for each in self.left(labels)]
         check = partial(check_run_resources, self.cluster, local=self.local)
         disk = self._price_of(*labels).disk
-        return find_problems(placed, disk, self.folder, self.cluster.ray_address, check)
+        root, address = self.workspace.root, self.cluster.ray_address
+        return find_problems(placed, disk, root, address, check)
 
 
 class PretrainResult(Result):
@@ -299,6 +301,7 @@ def plan_pretrain(
         {method: continue_job(earlier, longer, notes.append)},
         space,
         tokens=expected_tokens(settings.data, Path(earlier.tokens_folder)),
+        is_continued=True,
         notes=tuple(notes),
         name=name,
         local=local,
@@ -359,7 +362,7 @@ def _plan(
         states=states,
         finished=finished,
         damaged=tuple(damaged),
-        folder=workspace.root,
+        workspace=workspace,
         **options,
     )
     plan.price  # noqa: B018  # raises if the workers cannot share a step
@@ -373,16 +376,13 @@ def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
     check = partial(check_on_cluster, cluster)
     joined = joined_cluster(cluster, context.workspace.root, check, context.progress)
     with nullcontext() if plan.local else joined:
-        (job,) = plan.jobs.values()
-        if not job.continued_from:
+        if not plan.is_continued:
             tokens = prepare_tokens(settings.data, context.workspace, context.progress)
-            if str(tokens) != job.tokens_folder:
+            if str(tokens) != next(iter(plan.jobs.values())).tokens_folder:
                 models, space = plan.models, context.workspace
                 plan = plan_models(models, space, tokens, name=plan.name, local=plan.local)
-        (outcome,) = run_trainings(plan, context).values()
-    return PretrainResult(
-        checkpoint=Path(str(outcome.checkpoint)), validation_loss=outcome.validation_loss
-    )
+        (result,) = run_trainings(plan, context).values()
+    return result
 
 
 def distill(
@@ -451,17 +451,13 @@ def run_distill(plan: TrainingPlan, context: Context) -> StudentsResult:
     if not plan.local:
         check_ray_can_run(plan.cluster.ray_address)
     students = [
-        DistillResult(
-            checkpoint=Path(str(outcome.checkpoint)),
-            validation_loss=outcome.validation_loss,
-            schedule=plan.jobs[label].model.corrections,
-        )
-        for label, outcome in run_trainings(plan, context).items()
+        DistillResult(**dict(result), schedule=plan.jobs[label].model.corrections)
+        for label, result in run_trainings(plan, context).items()
     ]
     return StudentsResult(students=students)
 
 
-def run_trainings(plan: TrainingPlan, context: Context) -> dict[str, TrainingOutcome]:
+def run_trainings(plan: TrainingPlan, context: Context) -> dict[str, PretrainResult]:
     """Train all that is not finished, with the progress display and MLflow's runs.
 
     Raises:
@@ -493,17 +489,20 @@ def run_trainings(plan: TrainingPlan, context: Context) -> dict[str, TrainingOut
             note=progress.note,
             say=partial(progress.advance, 0),
         )
-        outcomes = dict(zip(jobs, done, strict=True))
-        for label, outcome in outcomes.items() if plan.kind == "pretrain" else ():
-            runs[label].set_tags(checkpoint_tags(jobs[label], outcome))
+        results = {}
+        for (label, job), outcome in zip(jobs.items(), done, strict=True):
+            if plan.kind == "pretrain":
+                runs[label].set_tags(checkpoint_tags(job, outcome))
+            checkpoint, loss = Path(str(outcome.checkpoint)), outcome.validation_loss
+            results[label] = PretrainResult(checkpoint=checkpoint, validation_loss=loss)
     losses = [
-        f"{label} {outcome.validation_loss:.3f}"
-        for label, outcome in outcomes.items()
-        if not math.isnan(outcome.validation_loss)
+        f"{label} {result.validation_loss:.3f}"
+        for label, result in results.items()
+        if not math.isnan(result.validation_loss)
     ]
     found = ", found again" if len(plan.finished) == len(jobs) else ""
     progress.finish(f"validation loss {', '.join(losses)}{found}")
-    return outcomes
+    return results
 
 
 def checkpoint_tags(job: TrainingJob, outcome: TrainingOutcome) -> dict[str, str]:

@@ -96,10 +96,8 @@ class Devices:
 
     def num_used(self, num_trainings: int) -> int:
         """Return the GPUs that so many trainings use together, or this machine's CPUs."""
-        at_once = min(self.at_once, num_trainings)
-        if self.on_gpus:
-            return -(-at_once * self.num_workers // self.sharing_a_gpu)
-        return local_resources(count_gpus=False).cpus
+        gpus = -(-min(self.at_once, num_trainings) * self.num_workers // self.sharing_a_gpu)
+        return gpus if self.on_gpus else local_resources(count_gpus=False).cpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,12 +246,12 @@ class Estimate:
             "gradients": memory.gradients,
             "AdamW": memory.optimizer,
             "activations": memory.activations,
-            "a copy for the checkpoint": 0,
+            # By the first worker, while training continues; workers on CPUs share memory.
+            "a copy for the checkpoint": 0
+            if devices.on_gpus
+            else self.checkpoint_bytes // devices.num_workers,
             "PyTorch": PROCESS_BYTES + int(memory.activations * (ALLOCATOR_FACTOR - 1)),
         }
-        if not devices.on_gpus:
-            # The first worker copies a checkpoint while training continues, and all share memory.
-            parts["a copy for the checkpoint"] = self.checkpoint_bytes // devices.num_workers
         return {name: value for name, value in parts.items() if value}
 
     @property
@@ -296,11 +294,7 @@ class Rate(Record):
 
 
 def assumed_rate(training: Estimate, share: float | None = None) -> Rate:
-    """Return the rate of an installed GPU, else of an H100, or of a CPU core.
-
-    Args:
-        share: Share of the peak that training reaches (MFU); a usual range if unset.
-    """
+    """Return the rate of an installed GPU, else of an H100, or of a CPU core; see `price_of`."""
     given = (share, share) if share else None
     if not training.devices.on_gpus:
         shares, source = given or CPU_SHARES, "a CPU core, assumed"
@@ -480,12 +474,8 @@ def assign_trial_gpus(
 ) -> Settings:
     """Return the settings with the GPUs of a sweep's trials filled in.
 
-    If the run has GPUs, each trial gets the smallest number on which every trial fits, and only as
-    many trials run at once as the run's GPUs allow.
-
-    Args:
-        trainings: The unfinished trials; if unknown, a trial gets one GPU.
-        gpu_bytes: Free memory of a GPU; that of this machine's, or of the assumed GPU, if unset.
+    If the run has GPUs, each trial gets the smallest number on which every trial fits (by default
+    on this machine's GPU, or on the assumed one), and as many run at once as there are GPUs for.
 
     Raises:
         UserError: If trials are sent to CPUs although the run has GPUs, or ask for more GPUs than
@@ -537,12 +527,10 @@ def price_of_trials(
     before: Sequence[Estimate] = (),
     **others: Any,
 ) -> Price:
-    """Return the price of a sweep's trials; see `price_of`.
+    """Return the price of a sweep's trials, and of what the run trains before; see `price_of`.
 
     Args:
-        trainings: On the devices of trials.
         teachers: Folder of stored teacher outputs.
-        before: Trainings that the run itself makes first, on devices of their own.
 
     Raises:
         UserError: If a teacher's outputs do not fit on the disk.
@@ -590,5 +578,5 @@ def _write_seconds(
         seconds["uploaded"] = num_bytes / UPLOAD_BYTES_PER_SECOND
     for record in records:  # As the newest checkpoint of this run took, if there is one.
         if record.get("name") in seconds:
-            seconds[record["name"]] = record["seconds"]
+            seconds[record["name"]] = record.get("seconds", seconds[record["name"]])
     return sum(seconds.values())

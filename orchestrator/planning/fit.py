@@ -69,7 +69,7 @@ def find_problems(
 
         def free_there(*_: Any, num_gpus: int = 0, **__: Any) -> FreeBytes:
             # The memory of the machine that has this GPU is not known.
-            return gpu if num_gpus else replace(gpu, memory=None)
+            return gpu if num_gpus else gpu._replace(memory=None)
 
         check = partial(check_fit, trainings, disk, folder, measure_free=free_there)
         problems[gpu.place] = problem_of(check)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
@@ -65,26 +65,20 @@ class Resources:
         return sum(node.gpus for node in self.nodes)
 
 
-@dataclass(frozen=True)
-class FreeBytes:
-    """Free memory and disk where a job would run; None if this process cannot know it."""
+class FreeBytes(NamedTuple):
+    """Free memory for each worker, and free disk; None if this process cannot know it."""
 
     memory: int | None
-    """For each worker."""
     disk: int | None
-    """On the workspace's disk."""
     place: str = THIS_MACHINE
     """Whose memory it is, for messages."""
 
 
-@dataclass(frozen=True)
-class InstalledGpu:
-    """A GPU that this process may use."""
+class InstalledGpu(NamedTuple):
+    """A GPU that this process may use: such as `NVIDIA H100 80GB HBM3`, and its free memory."""
 
     name: str
-    """Its full name, such as `NVIDIA H100 80GB HBM3`."""
     free_bytes: int
-    """Memory that no process uses now."""
 
 
 def num_sharing(gpus: float) -> int:
@@ -95,28 +89,18 @@ def num_sharing(gpus: float) -> int:
 def num_places(
     nodes: Sequence[Node], num_workers: int, cpus: int, gpus: float, *, on_one_node: bool = False
 ) -> int:
-    """Return how many jobs find places for all of their workers at the same time.
+    """Return how many jobs find places for all of their workers, each with its CPUs and GPUs.
 
     A worker lies on one node, so the sum over a cluster says nothing: two nodes of 3 CPUs hold two
-    workers of 2 CPUs, not three.
-
-    Args:
-        num_workers: Workers of each job.
-        cpus, gpus: Of each worker.
-        on_one_node: Whether the workers of a job must lie on the same node.
+    workers of 2 CPUs, not three. With `on_one_node`, all workers of a job lie on the same node.
     """
     found = [node.num_workers(cpus, gpus) for node in nodes]
-    if on_one_node:
-        return sum(number // num_workers for number in found)
-    return sum(found) // num_workers
+    per_node = sum(number // num_workers for number in found)
+    return per_node if on_one_node else sum(found) // num_workers
 
 
 def cpus_of_gpu_worker(nodes: Sequence[Node], gpus: float) -> int:
-    """Return the CPUs of each worker that has a GPU or a share of one: at least 1.
-
-    It is the smallest number of CPUs per GPU over the nodes with GPUs, so each of them can use all
-    of its GPUs.
-    """
+    """Return the CPUs of a worker with a GPU or a share of one, so that all GPUs can be used."""
     sharing = num_sharing(gpus)
     shares = [node.cpus // (node.gpus * sharing) for node in nodes if node.gpus and node.cpus]
     return max(1, min(shares, default=1))
@@ -159,13 +143,10 @@ def local_resources(*, count_gpus: bool = True) -> Resources:
 
 
 def check_run_resources(cluster: ClusterSettings, *, local: bool = False) -> None:
-    """Check, before anything starts, that a training gets its workers and GPUs.
-
-    Args:
-        local: Whether it trains in this process, without Ray.
+    """Check that a training gets its workers and GPUs, `local` in this process without Ray.
 
     Raises:
-        UserError: As `check_resources`, or if this process alone cannot do it.
+        UserError: If it does not.
     """
     if local and max(cluster.num_workers, cluster.num_gpus) > 1:
         asked = "num_gpus" if cluster.num_gpus > 1 else "num_workers"
@@ -184,16 +165,10 @@ def check_on_cluster(cluster: ClusterSettings, resources: Resources) -> None:
 def check_resources(
     num_workers: int, num_gpus: float, address: str = LOCAL, *, per_trial: bool = False
 ) -> None:
-    """Check, before anything starts, that one training's workers get enough CPUs and GPUs.
+    """Check that one training gets its CPUs and GPUs; see `check_available`.
 
     Args:
-        num_workers: Data-parallel workers; with GPUs, 1 or the number of GPUs.
-        num_gpus: GPUs of the training, one per worker, or a share of one; 0 trains on CPUs.
-        address: Address of the Ray cluster; one that is joined says itself what it has.
-        per_trial: Whether a trial of a sweep is meant, which has settings of its own.
-
-    Raises:
-        UserError: If there are too few CPUs or GPUs; says how many there are and what to type.
+        address: Of the Ray cluster; one that is joined says itself what it has.
     """
     if num_gpus and num_workers not in (1, num_gpus):
         key = "sweep.workers_per_trial" if per_trial else "cluster.num_workers"
@@ -214,10 +189,16 @@ def check_available(
     min_gpus: int | None = None,
     per_trial: bool = False,
 ) -> None:
-    """Check that one training's workers find places on these nodes; see `check_resources`.
+    """Check that one training's workers find places on these nodes.
 
     Args:
+        num_workers: Data-parallel workers; with GPUs, 1 or the number of GPUs.
+        num_gpus: GPUs of the training, one per worker, or a share of one; 0 trains on CPUs.
         min_gpus: Fewest GPUs with which it starts, if their number may vary.
+        per_trial: Whether a trial of a sweep is meant, which has settings of its own.
+
+    Raises:
+        UserError: If there are too few CPUs or GPUs; says how many there are and what to type.
     """
     num_gpus = min_gpus or num_gpus
     num_workers = math.ceil(num_gpus) or num_workers
@@ -274,19 +255,14 @@ def _torch_build() -> str:
 
 
 def local_free_bytes(folder: Path, *, num_workers: int = 1, num_gpus: int = 0) -> FreeBytes:
-    """Return the free memory for each worker of a job, and the free disk.
+    """Return the free disk of a folder, which need not exist, and the free memory of a worker.
 
-    Args:
-        folder: Where the job writes; it need not exist yet.
-        num_workers: Workers that share this machine's memory.
-        num_gpus: If not 0, the memory is that of a GPU, one per worker.
+    `num_workers` share this machine's memory; with `num_gpus`, the memory is that of a GPU.
     """
-    disk = free_disk(folder)
     if num_gpus:
-        # The free bytes of each, not its size: other processes may use it too.
         free = min((gpu.free_bytes for gpu in installed_gpus()[:num_gpus]), default=None)
-        return FreeBytes(memory=free, disk=disk, place="a GPU of this machine")
-    return FreeBytes(memory=free_memory() // num_workers, disk=disk)
+        return FreeBytes(free, free_disk(folder), "a GPU of this machine")
+    return FreeBytes(free_memory() // num_workers, free_disk(folder))
 
 
 _GROUP_FILES = (
@@ -299,8 +275,7 @@ _GROUP_FILES = (
 def free_memory(groups: Iterable[Path] | None = None) -> int:
     """Return the machine's free bytes, or what a container's limit leaves, whichever is less.
 
-    Args:
-        groups: Folders of control groups that may have a limit; those of this process if unset.
+    The limits are those of control groups, by default of this process.
     """
     free = int(psutil.virtual_memory().available)
     for group in _memory_groups() if groups is None else groups:
@@ -353,11 +328,7 @@ def driver_version(nvml: Any = None) -> str | None:
 
 
 def installed_gpus(nvml: Any = None) -> list[InstalledGpu]:
-    """Return the GPUs that `CUDA_VISIBLE_DEVICES` leaves, in its order; empty without NVML.
-
-    Args:
-        nvml: The module `pynvml`; the installed one if None.
-    """
+    """Return the GPUs that `CUDA_VISIBLE_DEVICES` leaves, in its order; empty without NVML."""
     nvml = nvml or nvml_module()
     found: list[InstalledGpu] = []
     if nvml is None:

@@ -63,13 +63,7 @@ def train(
     models: dict[str, Settings], context: Context, tokens: Path, name: str | None = None
 ) -> dict[str, PretrainResult]:
     """Plan and train models; see `plan_models`."""
-    outcomes = run_trainings(plan_models(models, context.workspace, tokens, name=name), context)
-    return {
-        label: PretrainResult(
-            checkpoint=Path(str(outcome.checkpoint)), validation_loss=outcome.validation_loss
-        )
-        for label, outcome in outcomes.items()
-    }
+    return run_trainings(plan_models(models, context.workspace, tokens, name=name), context)
 
 
 def students(context: Context, teacher: Path, tokens: Path, *schedules: str) -> list[DistillResult]:
