@@ -417,7 +417,8 @@ def plan_sweep(
     check_sweep(settings)
     context = open_context(workspace, progress)
     space = context.workspace
-    asked = {"settings": settings, "models": models, "baselines": baselines, "name": name}
+    asked: dict[str, Any] = {"settings": settings, "baselines": baselines}
+    asked |= {"models": models, "name": name}
     notes: list[str] = []
     unknown: list[Estimate] = []
     pretraining: TrainingPlan | None = None

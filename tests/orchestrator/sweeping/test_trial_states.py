@@ -108,6 +108,16 @@ def test_each_trial_is_a_row(tiny_plan: SweepPlan) -> None:
     assert "0,0 >0.5 2 54% 256 B finished" in found
 
 
+def test_models_that_are_pretrained_before_a_plan_stand_in_its_table(tiny_plan: SweepPlan) -> None:
+    beside = with_job(tiny_plan.trials[1], {"learning_rate": 1.0})
+    states = trial_states(tiny_plan, settings().sweep)
+    states += trial_states(tiny_plan.model_copy(update={"trials": (beside,)}), settings().sweep)
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(plan_table(tiny_plan, states))
+    assert captured.get().count("to train") == 5
+
+
 def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     chosen = settings("sweep.trials_at_once=1")
     price = price_left(tiny_plan, chosen, tmp_path)
