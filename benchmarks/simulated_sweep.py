@@ -12,7 +12,7 @@ from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import prepare
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.pipelines.sweep_plans import plan_suite
+from orchestrator.pipelines.sweeps import make_tasks, plan_suite
 from orchestrator.records.evaluation import EvaluationKeys, TaskResult
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
@@ -70,12 +70,13 @@ class SimulatedSweep:
         while len(schedules) < self._num_trials:
             corrections = (draw.randint(0, MOST_CORRECTIONS) for _ in range(NUM_LAYERS))
             schedules[IterationSchedule(tuple(corrections))] = None
+        asked = self.settings.evaluation, self._tokens, self._config
         return threshold_plan(
             self.settings,
             self.workspace,
             teacher=self._teacher,
             members=[FamilyMember(schedule, no_threshold, no_threshold) for schedule in schedules],
-            suite=plan_suite(self.settings.evaluation, self._tokens, self._config, Progress()),
+            suite=plan_suite(*asked, make_tasks(*asked, Progress())),
         )
 
     def finish(self, trials: Iterable[Trial]) -> None:

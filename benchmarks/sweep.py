@@ -29,7 +29,7 @@ from iiet.influence import InfluenceTable
 from iiet.pruning import schedule_at_threshold
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import prepare
-from orchestrator.pipelines.sweep_plans import plan_suite
+from orchestrator.pipelines.sweeps import make_tasks, plan_suite
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
@@ -137,12 +137,13 @@ class _Bench:
     def plan(self, workspace: Workspace, **sweep: Any) -> SweepPlan:
         """Return the plan of a threshold sweep."""
         settings = self.settings(**sweep)
+        asked = settings.evaluation, self.tokens, self.config
         return threshold_plan(
             settings,
             workspace,
             teacher=self.teacher,
             members=choose_members(self.influence, settings.sweep),
-            suite=plan_suite(settings.evaluation, self.tokens, self.config, Progress()),
+            suite=plan_suite(*asked, make_tasks(*asked, Progress())),
         )
 
     def overhead(self) -> tuple[list[Row], list[str]]:

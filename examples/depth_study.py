@@ -65,8 +65,7 @@ from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.sources import open_data
-from orchestrator.pipelines.sweep_dry_runs import SweepDryRun
-from orchestrator.pipelines.sweeps import raise_failures
+from orchestrator.pipelines.sweeps import PlannedSweep, raise_failures
 from orchestrator.terminal.render import format_duration, print_line
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.provenance import content_key
@@ -314,7 +313,7 @@ class DepthStudy:
             found.write(path)
         return found
 
-    def _plan(self, models: Sequence[SweepModel]) -> SweepDryRun:
+    def _plan(self, models: Sequence[SweepModel]) -> PlannedSweep:
         return plan_sweep(self.settings, workspace=self.session.workspace, models=models, name="s")
 
     def _expected_models(self, arm: Arm) -> list[SweepModel]:

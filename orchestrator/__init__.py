@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from orchestrator.evaluation.cost_measurement import MeasurementSettings
     from orchestrator.pipelines.benchmarking import BenchmarkResult, benchmark
     from orchestrator.pipelines.comparing import CompareResult, compare
-    from orchestrator.pipelines.distilling import DistillResult, distill
     from orchestrator.pipelines.evaluating import (
         EvaluatePlan,
         ModelEvaluations,
@@ -31,14 +30,26 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.importing import import_model
     from orchestrator.pipelines.influence import InfluenceResult, measure_influence
     from orchestrator.pipelines.picking import PickResult, pick
-    from orchestrator.pipelines.preparing import prepare
-    from orchestrator.pipelines.pretraining import PretrainResult, pretrain
-    from orchestrator.pipelines.reports import ReportResult, report
-    from orchestrator.pipelines.sweep_dry_runs import SweepDryRun, plan_sweep
-    from orchestrator.pipelines.sweep_plans import SweepModel
-    from orchestrator.pipelines.sweeps import SweepResult, sweep
+    from orchestrator.pipelines.sweeps import (
+        PlannedSweep,
+        ReportResult,
+        SweepModel,
+        SweepResult,
+        plan_sweep,
+        report,
+        sweep,
+    )
     from orchestrator.pipelines.syncing import sync
-    from orchestrator.pipelines.training_dry_runs import TrainingDryRun, plan_distill, plan_pretrain
+    from orchestrator.pipelines.training import (
+        DistillResult,
+        PretrainResult,
+        TrainingPlan,
+        distill,
+        plan_distill,
+        plan_pretrain,
+        prepare,
+        pretrain,
+    )
     from orchestrator.records.trial import Trial
     from orchestrator.reporting.pick_rules import PickRule
     from orchestrator.settings import Settings, read_settings
@@ -50,21 +61,32 @@ _MODULES = {
     "evaluation.cost_measurement": ("MeasurementSettings",),
     "pipelines.benchmarking": ("BenchmarkResult", "benchmark"),
     "pipelines.comparing": ("CompareResult", "compare"),
-    "pipelines.distilling": ("DistillResult", "distill"),
-    "pipelines.training_dry_runs": ("TrainingDryRun", "plan_distill", "plan_pretrain"),
     "pipelines.evaluating": ("EvaluatePlan", "ModelEvaluations", "evaluate", "plan_evaluate"),
     "pipelines.exporting": ("export",),
     "pipelines.generating": ("Sampling", "generate", "generate_stream"),
     "pipelines.importing": ("import_model",),
     "pipelines.influence": ("InfluenceResult", "measure_influence"),
     "pipelines.picking": ("PickResult", "pick"),
-    "pipelines.preparing": ("prepare",),
-    "pipelines.pretraining": ("PretrainResult", "pretrain"),
-    "pipelines.reports": ("ReportResult", "report"),
-    "pipelines.sweep_dry_runs": ("SweepDryRun", "plan_sweep"),
-    "pipelines.sweep_plans": ("SweepModel",),
-    "pipelines.sweeps": ("SweepResult", "sweep"),
+    "pipelines.sweeps": (
+        "PlannedSweep",
+        "ReportResult",
+        "SweepModel",
+        "SweepResult",
+        "plan_sweep",
+        "report",
+        "sweep",
+    ),
     "pipelines.syncing": ("sync",),
+    "pipelines.training": (
+        "DistillResult",
+        "PretrainResult",
+        "TrainingPlan",
+        "distill",
+        "plan_distill",
+        "plan_pretrain",
+        "prepare",
+        "pretrain",
+    ),
     "records.trial": ("Trial",),
     "reporting.pick_rules": ("PickRule",),
     "settings": ("Settings", "read_settings"),
@@ -91,10 +113,10 @@ __all__ = [
     "RunFailed",
     "Sampling",
     "Settings",
-    "SweepDryRun",
+    "PlannedSweep",
     "SweepModel",
     "SweepResult",
-    "TrainingDryRun",
+    "TrainingPlan",
     "Trial",
     "UserError",
     "Workspace",

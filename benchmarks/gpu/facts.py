@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu.setup import Setup
 from benchmarks.machine import machine_facts
-from orchestrator.planning.installed_gpus import driver_version
+from orchestrator.planning.machine import driver_version
 from orchestrator.training.peak_flops import gpu_peak_flops
 
 

@@ -17,8 +17,8 @@ from benchmarks.gpu.finding import Figure, Finding
 from benchmarks.gpu.setup import Setup
 from benchmarks.gpu.training_steps import run_steps
 from iiet.config import ModelConfig, preset
-from orchestrator.planning.installed_gpus import installed_gpus
-from orchestrator.planning.planned_training import PlannedTraining
+from orchestrator.planning.estimate import Devices, Estimate
+from orchestrator.planning.machine import installed_gpus
 from orchestrator.records.training import TrainingJob
 
 MEMORY_TOLERANCE = 0.1
@@ -71,10 +71,10 @@ def _measure(setup: Setup, case: _Case, label: str, *, compiles: bool) -> Findin
     job = _job(setup, config, label, case.most_sequences, compiles=compiles)
     usable = USABLE_SHARE * _free_bytes(setup)
     sequences = case.most_sequences
-    while sequences > 1 and _plan(job).memory.total > usable:
+    while sequences > 1 and _planned_bytes(job) > usable:
         sequences //= 2
         job = _job(setup, config, label, sequences, compiles=compiles)
-    planned = _plan(job).memory.total
+    planned = _planned_bytes(job)
     if planned > usable:
         return Finding(
             what=label,
@@ -125,5 +125,6 @@ def _job(
     )
 
 
-def _plan(job: TrainingJob) -> PlannedTraining:
-    return PlannedTraining(config=job.model, recipe=job.recipe, on_gpus=True)
+def _planned_bytes(job: TrainingJob) -> int:
+    planned = Estimate(config=job.model, recipe=job.recipe, devices=Devices(on_gpus=True))
+    return sum(size for name, size in planned.worker_memory.items() if name != "PyTorch")

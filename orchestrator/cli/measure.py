@@ -189,6 +189,6 @@ def report(
 
     Example: iiet-orch report --cost flops
     """
-    from orchestrator.pipelines import reports
+    from orchestrator.pipelines.sweeps import report as write_report
 
-    return reports.report(sweeps=sweeps or [], cost=cost, quality=quality, **call.common)
+    return write_report(sweeps=sweeps or [], cost=cost, quality=quality, **call.common)

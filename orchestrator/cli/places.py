@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
-from rich.text import Text
 
 from orchestrator.cli.command import Call, as_text, command
 from orchestrator.cli.options import MAX_COUNT
-from orchestrator.terminal.render import print_line
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Kind, RemovableKind
 
@@ -20,7 +17,6 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
 
 Size = Literal["tiny", "55m", "340m"]
-MARKS = {"ok": ("✓", "green"), "note": ("!", "yellow"), "broken": ("✗", "red")}
 
 
 @command("ui", group="Results", workspace="named", has_json=False)
@@ -112,7 +108,7 @@ def clean(
             )
         if not typer.confirm(f"Delete all of this ({plan.size})?"):
             return None
-    return upkeep.run_clean(plan)
+    return upkeep.run_clean(plan, call.workspace)
 
 
 @command("doctor", group="Workspace", workspace="named")
@@ -126,15 +122,10 @@ def doctor(call: Call) -> Result | None:
     from orchestrator.pipelines.doctor import examine
 
     found: list[dict[str, Any]] = []
-    for finding in examine(call.workspace):
-        found.append(asdict(finding))
+    for finding in examine(call.workspace):  # Each is shown as soon as it is found.
+        found.append(finding.to_json())
         if not call.as_json:
-            mark = MARKS[finding.state]
-            print_line(
-                call.session.console, Text.assemble(mark, f" {finding.check}: {finding.text}")
-            )
-            if finding.remedy:
-                print_line(call.session.console, f"    {finding.remedy}")
+            call.show(finding)
     if call.as_json:
         print(as_text({"findings": found}))
     if any(finding["state"] == "broken" for finding in found):
@@ -225,7 +216,7 @@ def init(
 
     Example: iiet-orch init my-sweep.yaml --data my-texts/ --size tiny
     """
-    from orchestrator.pipelines.starting_file import write_new_file, write_starting_file
+    from orchestrator.pipelines.training import write_new_file, write_starting_file
     from orchestrator.settings.files import find_settings_file, shipped_sweeps, starting_settings
 
     if (data is not None) + (hub is not None) + (copied is not None) > 1:

@@ -67,9 +67,10 @@ def prepare(
 
     Example: iiet-orch prepare my-texts/ --set data.vocab_size=4096
     """
-    from orchestrator.pipelines import preparing
 
-    folder = preparing.prepare(call.settings, **call.common)
+    from orchestrator.pipelines import training
+
+    folder = training.prepare(call.settings, **call.common)
     return call.answer({"tokens": str(folder)}, [f"tokens: {folder}"])
 
 
@@ -139,20 +140,20 @@ def pretrain(
 
     Example: iiet-orch pretrain --preset tiny -r 2,2,1,1,1,1 --steps 500 --seed 1
     """
-    if call.dry_run:
-        from orchestrator.pipelines import training_dry_runs
-
-        return training_dry_runs.plan_pretrain(
-            call.settings, workspace=call.workspace, continued=continue_, name=name, mfu=mfu
-        )
-    if mfu is not None:
+    if mfu is not None and not call.dry_run:
         raise UserError("--mfu is an assumption of the plan; use it with --dry-run")
-    _check_resources(call.settings, local=local)
-    from orchestrator.pipelines.pretraining import pretrain_in_context
+    _check_resources(call, local=local)
+    from orchestrator.pipelines.training import plan_pretrain, run_pretrain
 
-    return pretrain_in_context(
-        call.settings, call.context, continued=continue_, name=name, local=local
+    plan = plan_pretrain(
+        call.settings,
+        workspace=call.workspace,
+        continued=continue_,
+        name=name,
+        local=local,
+        mfu=mfu,
     )
+    return plan if call.dry_run else run_pretrain(plan, call.context)
 
 
 @command(
@@ -194,32 +195,26 @@ def distill(
             "--schedule says how many corrections the student's layers make, such as --schedule 1 "
             "or --schedule 2,1,1,0,0,0"
         )
-    if call.dry_run:
-        from orchestrator.pipelines.training_dry_runs import plan_distill
+    _check_resources(call, local=local)
+    from orchestrator.pipelines.hub_imports import local_model
+    from orchestrator.pipelines.training import plan_distill, run_distill
 
-        plans = [
-            plan_distill(call.settings, workspace=call.workspace, teacher=teacher, schedule=wanted)
-            for wanted in schedule
-        ]
-        values = {"students": [plan.to_json() for plan in plans]}
-        return call.answer(values, [part for plan in plans for part in plan.shown()])
-    _check_resources(call.settings, local=local)
-    from orchestrator.pipelines.distilling import distill_in_context
-
-    students = distill_in_context(
-        call.settings, call.context, schedules=schedule, teacher=teacher, local=local
+    plan = plan_distill(
+        call.settings,
+        workspace=call.workspace,
+        schedules=schedule,
+        teacher=local_model(call.context, teacher),
+        local=local,
     )
-    return call.answer(
-        {"students": [student.to_json() for student in students]},
-        [f"checkpoint: {student.checkpoint}" for student in students],
-    )
+    return plan if call.dry_run else run_distill(plan, call.context)
 
 
-def _check_resources(settings: Any, *, local: bool) -> None:
+def _check_resources(call: Call, *, local: bool) -> None:
     """Refuse too few CPUs or GPUs before heavy imports."""
-    from orchestrator.planning.resources import check_run_resources
+    from orchestrator.planning.machine import check_run_resources
 
-    check_run_resources(settings.cluster, local=local)
+    if not call.dry_run:
+        check_run_resources(call.settings.cluster, local=local)
 
 
 @command("sweep", group="Sweeps", options=CLUSTER, config=SettingsFileArgument,
@@ -318,11 +313,7 @@ def sweep_iterations(call: Call, name: NameOption = None) -> Result:
 
 
 def _sweep(call: Call, teacher: Path | str | None = None, name: str | None = None) -> Result:
-    options: dict[str, Any] = {**call.common, "teacher": teacher, "name": name}
-    if call.dry_run:
-        from orchestrator.pipelines.sweep_dry_runs import plan_sweep
+    from orchestrator.pipelines.sweeps import plan_sweep, sweep
 
-        return plan_sweep(call.settings, **options)
-    from orchestrator.pipelines.sweeps import sweep
-
-    return sweep(call.settings, **options)
+    function = plan_sweep if call.dry_run else sweep
+    return function(call.settings, teacher=teacher, name=name, **call.common)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from orchestrator.cluster.devices import worker_device
 from orchestrator.cluster.start import ray_cluster
-from orchestrator.planning.resources import check_available
+from orchestrator.planning.machine import check_available
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import (
     POLL_SECONDS,

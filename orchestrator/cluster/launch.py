@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from orchestrator.cluster.joining import check_ray_can_run
-from orchestrator.planning.resources import Resources, check_device
+from orchestrator.planning.machine import Resources, check_device
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.terminal.progress import Progress

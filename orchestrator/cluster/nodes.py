@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import orchestrator.cluster  # noqa: F401 - it sets the environment that Ray reads when imported
-from orchestrator.planning.nodes import Node, describe_nodes
+from orchestrator.planning.machine import Node, describe_nodes
 from orchestrator.terminal.stop import wait_interruptibly
 
 # isort: split

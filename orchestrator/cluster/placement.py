@@ -11,8 +11,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from orchestrator.planning.nodes import cpus_of_cpu_worker, cpus_of_gpu_worker, num_places
-from orchestrator.planning.resources import Resources, check_available
+from orchestrator.planning.machine import (
+    Resources,
+    check_available,
+    cpus_of_cpu_worker,
+    cpus_of_gpu_worker,
+    num_places,
+)
 from orchestrator.settings import ClusterSettings, SweepSettings
 
 TRIAL_PROCESS_BYTES = 256 * 2**20

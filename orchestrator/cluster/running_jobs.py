@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from orchestrator.cluster.messages import Message, watch_messages
-from orchestrator.planning.save_time import seconds_to_save
+from orchestrator.planning.estimate import seconds_to_save
 from orchestrator.records.training import TrainingJob
 from orchestrator.terminal.stop import wait_for_work
 from orchestrator.training.resume_point import describe_saved_state

@@ -30,7 +30,7 @@ from orchestrator.cluster.joining import check_ray_can_run, joining_problem
 from orchestrator.cluster.node_checks import check_nodes
 from orchestrator.cluster.nodes import alive_nodes
 from orchestrator.cluster.shared_memory import OBJECT_STORE_BYTES
-from orchestrator.planning.resources import Resources, local_resources
+from orchestrator.planning.machine import Resources, local_resources
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.stop import (
     POLL_SECONDS,

@@ -180,7 +180,7 @@ def _pytorch(_: Workspace) -> Found:
 
 
 def _cpu(_: Workspace) -> Found:
-    from orchestrator.planning.resources import local_resources
+    from orchestrator.planning.machine import local_resources
 
     cpus, load = local_resources(count_gpus=False).cpus, os.getloadavg()[0]
     text = f"{format_count(cpus, 'CPU')}, load {load:.1f}"
@@ -189,7 +189,7 @@ def _cpu(_: Workspace) -> Found:
 
 
 def _memory(_: Workspace) -> Found:
-    from orchestrator.planning.resources import free_memory
+    from orchestrator.planning.machine import free_memory
 
     free, total = free_memory(), psutil.virtual_memory().total
     state = "broken" if free < LEAST_MEMORY else "ok"
@@ -200,7 +200,7 @@ def _memory(_: Workspace) -> Found:
 def _gpus(_: Workspace) -> Found:
     import torch
 
-    from orchestrator.planning.installed_gpus import driver_version, installed_gpus, nvml_module
+    from orchestrator.planning.machine import driver_version, installed_gpus, nvml_module
 
     gpus, usable = installed_gpus(), torch.cuda.device_count()
     if not gpus and not usable:

@@ -41,7 +41,7 @@ from orchestrator.evaluation.model_tokenizer import (
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.hub_imports import local_model
 from orchestrator.pipelines.imported_text import read_model_text_files
-from orchestrator.planning.resources import check_device
+from orchestrator.planning.machine import check_device
 from orchestrator.records.trial import Trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import DTYPES, tokenizer_file

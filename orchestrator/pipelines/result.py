@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
+from rich.text import Text
 
 from orchestrator.terminal.render import print_line
 
@@ -60,7 +61,7 @@ class Answer(Result):
 def show(result: Any, console: Console) -> None:
     """Print what a terminal shows of a plan or a result."""
     for part in result.shown():
-        if isinstance(part, str):
+        if isinstance(part, str | Text):
             print_line(console, part)
         else:
             console.print(part)

@@ -1,90 +1,335 @@
-"""Run a sweep: from settings, or from a teacher's checkpoint, to the front and its report.
+"""Sweeps and searches: from settings, or from a teacher's checkpoint, to the front and its report.
 
-The same call resumes an interrupted sweep; for a finished one, it only writes the report again.
+A plan is made by reading only: the trials, how far each is, and what the rest takes. What is not
+known yet, the students of a teacher that is not trained or measured, has an upper bound. A run
+makes what the plan lacks (tokens, tasks, models, influence), plans again, and runs exactly these
+trials. The same call resumes an interrupted sweep; for a finished one, it only writes the report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas
+from pydantic import Field
 
+from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
+from iiet.pruning import FamilyMember
+from iiet.schedule import IterationSchedule
 from orchestrator.cluster.launch import joined_cluster, trial_device
-from orchestrator.cluster.start import ray_cluster
+from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.sources import open_data
 from orchestrator.evaluation.heldout import heldout_chances, offered_tasks
-from orchestrator.evaluation.task_selection import check_sweep_tasks
-from orchestrator.pipelines.context import Context, open_context
-from orchestrator.pipelines.influence import read_or_measure_influence
-from orchestrator.pipelines.pretraining import pretrain_models
-from orchestrator.pipelines.reports import ReportResult, report_result
-from orchestrator.pipelines.sweep_dry_runs import check_sweep_fits
-from orchestrator.pipelines.sweep_plans import (
-    SweepModel,
-    check_arguments,
-    plan_iterations,
-    plan_students,
-    plan_suite,
-    plan_teacher,
-    schedule_search,
-    teacher_checkpoint,
+from orchestrator.evaluation.model_tokenizer import check_template, checkpoint_tokenizer
+from orchestrator.evaluation.python_tasks import HELDOUT
+from orchestrator.evaluation.task_selection import (
+    check_sweep_tasks,
+    lm_eval_task_fingerprints,
+    needs_lm_eval,
+    select_tasks,
+    tasks_of_source,
+    user_task_folders,
 )
+from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.hub_imports import local_model
+from orchestrator.pipelines.influence import read_or_measure_influence, stored_influence
+from orchestrator.pipelines.result import Result
+from orchestrator.pipelines.training import UNPREPARED, TrainingPlan, plan_models, run_trainings
+from orchestrator.planning.estimate import (
+    Estimate,
+    Price,
+    assign_trial_gpus,
+    on_trial_devices,
+    price_of_trials,
+)
+from orchestrator.planning.fit import find_problems
 from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial
-from orchestrator.reporting.sweep_report import write_sweep_report
-from orchestrator.reporting.sweep_results import CHANCE_TITLE, LEFT_OUT_TITLE, StoredSweep
-from orchestrator.settings import Settings, flatten
-from orchestrator.sweeping.checks import check_devices, check_on_nodes, check_sweep
-from orchestrator.sweeping.execution import SweepOutcome, run_sweep
-from orchestrator.sweeping.model_plans import TEACHER, teacher_and_baselines
+from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.reporting.elastic_section import ElasticSection
+from orchestrator.reporting.front_axes import parse_axes
+from orchestrator.reporting.front_data import front_rows, front_values
+from orchestrator.reporting.front_tables import terminal_table
+from orchestrator.reporting.pareto import Front
+from orchestrator.reporting.price_table import price_rows, two_column_table
+from orchestrator.reporting.sweep_results import (
+    CHANCE_TITLE,
+    LEFT_OUT_TITLE,
+    StoredSweep,
+    load_sweep_results,
+    newest_sweep,
+)
+from orchestrator.settings import EvaluationSettings, Settings, flatten
+from orchestrator.settings.training import default_precision
+from orchestrator.sweeping.asha import asha_trials
+from orchestrator.sweeping.baselines import find_baselines
+from orchestrator.sweeping.checks import check_devices, check_models, check_on_nodes, check_sweep
+from orchestrator.sweeping.distilled_baselines import distilled_baseline_trials
+from orchestrator.sweeping.elastic_plans import elastic_savings, elastic_trials, without_elastic
+from orchestrator.sweeping.model_plans import (
+    TEACHER,
+    ScratchModel,
+    iterations_plan,
+    settings_of,
+    swept_variants,
+    teacher_and_baselines,
+)
+from orchestrator.sweeping.plan_table import plan_sentences, plan_table
+from orchestrator.sweeping.selection import choose_members, schedule_cost
+from orchestrator.sweeping.student_plans import search_plan, student_trial, threshold_plan
+from orchestrator.sweeping.trial_states import (
+    StoredPlan,
+    TrialState,
+    requested_noun,
+    trial_states,
+)
+from orchestrator.sweeping.trials import checkpoint_trial, exact_cost, full_config
+from orchestrator.sweeping.unknown_students import students_upper_bound
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.model_lookup import tokens_folder_of
-from orchestrator.workspace.errors import RunFailed
-from orchestrator.workspace.journal import Journal
-from orchestrator.workspace.layout import Workspace, portable_path
+from orchestrator.terminal.render import format_count
+from orchestrator.training.checkpoint import load_config, text_files_key, weights_key
+from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
+from orchestrator.training.pretraining_job import pretraining_job
+from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.journal import Journal, last_recorded
+from orchestrator.workspace.layout import PLAN_FILE, Workspace, portable_path
 from orchestrator.workspace.provenance import environment
+from orchestrator.workspace.read_only import read_only
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+
+    from orchestrator.reporting.report_files import WrittenReport
     from orchestrator.sweeping.search import ScheduleSearch
+
+NEWEST = "newest"
+"""As a teacher: the workspace's newest IIET with corrections."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepResult:
+class SweepModel:
+    """A model that an iterations sweep trains from scratch."""
+
+    label: str
+    """What tables and pictures call it."""
+    settings: Settings
+    """Sections `model`, `training` and `cluster` count."""
+    group: str | None = None
+    """Label without the seed; models of one group are seeds of one model."""
+
+
+class PlannedSweep(Result):
+    """What a sweep does, and what that takes."""
+
+    plan: SweepPlan
+    """Its trials, as far as they are known."""
+    states: tuple[TrialState, ...]
+    """How far each trial is."""
+    notes: tuple[str, ...]
+    """What is reused, and what is not known yet."""
+    price: Price
+    """Tokens, FLOPs, hours, memory and disk of what is left."""
+    problems: dict[str, str | None]
+    """Place -> why the trainings do not fit there; None if they do. The first is this machine."""
+    asked: dict[str, Any]
+    """The arguments of `plan_sweep`."""
+    placed: Settings
+    """The settings, with the GPUs of the trials."""
+    pretraining: TrainingPlan | None = None
+    """The teacher and its baselines, if the sweep trains them itself."""
+    influence: InfluenceTable | None = None
+    """Of the teacher, if it is measured."""
+    search: Any = None
+    """What suggests further trials, if the sweep is a search."""
+
+    def check(self) -> None:
+        """Raise `UserError` if the trainings do not fit on this machine; says what would."""
+        if problem := next(iter(self.problems.values())):
+            raise UserError(problem)
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """All of it in words, but for the trials."""
+        rows = price_rows(self.price, self.problems)
+        return (*self.notes, *(f"{name}: {text}" for name, text in rows))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per trial: label, role, schedule, exact costs, state."""
+        full = full_config(self.plan)
+        return [
+            {
+                "name": state.trial.label,
+                "role": state.trial.role,
+                "method": state.trial.model.method,
+                "schedule": str(state.trial.model.corrections),
+                "state": state.name,
+                "steps_done": state.steps_done,
+                **exact_cost(state.trial.model, full).numbers(),
+            }
+            for state in self.states
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the trials, the notes, the price, and what does not fit."""
+        return {
+            "name": self.plan.name,
+            "trials": self.rows(),
+            "notes": list(self.notes),
+            "price": self.price.model_dump(mode="json"),
+            "problems": self.problems,
+        }
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return the trials, what is finished, and what the rest takes."""
+        yield plan_table(self.plan, self.states)
+        yield from (f"  {note}" for note in self.notes)
+        yield two_column_table(None, [*price_rows(self.price, self.problems)])
+
+
+class ReportResult(Result):
+    """The front of one sweep or several, and the files of its report."""
+
+    title: str
+    """Heading of the report."""
+    front: Front = Field(exclude=True)
+    """Every model with its place."""
+    sentences: tuple[str, ...]
+    """Notes on how to read the front, then its findings."""
+    elastic: ElasticSection | None = Field(exclude=True)
+    """Elastic weights against separate students; None if the sweep has not both."""
+    folder: Path
+    """Folder of the report's files."""
+    page: Path | None
+    """The HTML page; None if no model could be placed."""
+    workspace: Path = Field(exclude=True)
+
+    @staticmethod
+    def of(written: WrittenReport, workspace: Workspace) -> ReportResult:
+        """Return a report that was written."""
+        report = written.report
+        return ReportResult(
+            title=report.title,
+            front=report.front,
+            sentences=tuple(report.sentences),
+            elastic=report.elastic,
+            folder=written.folder,
+            page=written.page,
+            workspace=workspace.root,
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per model: cost, quality, place on the front, checkpoint."""
+        return list(front_rows(self.front))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return title, sentences and files, and what `front.json` holds."""
+        return {**super().to_json(), **front_values(self.front, self.elastic)}
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return the front's table, what it says, and where to find more."""
+        yield ""
+        yield _FrontTable(self)
+        yield from (f"  {sentence}" for sentence in self.sentences)
+        yield ""
+        if self.elastic:
+            yield self.elastic.to_terminal()
+            yield from (f"  {note}" for note in self.elastic.notes)
+            yield ""
+        if self.page:
+            yield f"report: {self.page}"
+        yield f"MLflow: iiet-orch ui --workspace {self.workspace}"
+
+
+class _FrontTable:
+    """A front's table, with as many columns as the terminal has room for."""
+
+    def __init__(self, report: ReportResult) -> None:
+        self._report = report
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        report = self._report
+        yield terminal_table(report.front, width=options.max_width, title=report.title)
+
+
+class SweepResult(Result):
     """A sweep that has ended."""
 
     name: str
     """Name of the sweep; `report` and `pick` find it by this."""
-    trials: tuple[Trial, ...]
+    trials: tuple[Trial, ...] = Field(exclude=True)
     """Finished trials, the teacher and the baselines among them, in the plan's order."""
-    failures: Mapping[str, str]
+    failures: dict[str, str]
     """Label to reason of the trials that failed; the same call tries them again."""
-    stopped: Mapping[str, str]
+    stopped: dict[str, str]
     """Label to reason of the trials that a rule stopped early."""
-    report: ReportResult
+    report: ReportResult = Field(exclude=True)
     """The front, and the files of its report."""
 
-    def to_pandas(self) -> pandas.DataFrame:
+    def rows(self) -> list[dict[str, Any]]:
         """Return one row per trial: cost, quality, place on the front, checkpoint."""
-        return self.report.to_pandas()
+        return self.report.rows()
 
     def to_json(self) -> dict[str, Any]:
         """Return name, failed and stopped trials, and the values of the report."""
-        states = {"failures": dict(self.failures), "stopped": dict(self.stopped)}
-        return {"name": self.name, **states, **self.report.to_json()}
+        return {**super().to_json(), **self.report.to_json()}
 
-    def shown(self) -> Any:
+    def shown(self) -> Iterable[RenderableType]:
         """Return what the report shows."""
         return self.report.shown()
 
     def raise_failures(self) -> None:
-        """Raise `RunFailed` if trials failed."""
+        """Raise `RunFailed` with the names of the trials that failed, if there are any."""
         raise_failures(self.failures)
+
+
+def raise_failures(failures: Mapping[str, str]) -> None:
+    """Raise `RunFailed` with the names of the trials that failed, if there are any."""
+    if failures:
+        raise RunFailed(
+            f"{len(failures)} trials failed ({', '.join(failures)}); the same command tries them "
+            "again"
+        )
+
+
+def report(
+    *,
+    workspace: Workspace | Path | str,
+    sweeps: Sequence[str] = (),
+    cost: str | None = None,
+    quality: str | None = None,
+    progress: Progress | None = None,
+) -> ReportResult:
+    """Write the report of one sweep, or of several sweeps on one front, from stored results.
+
+    In a workspace that can only be read, no file is written.
+
+    Args:
+        sweeps: Names of sweeps; the newest one when empty.
+        cost: Cost axis: `evaluations` (the default), `flops`, `ms` or `kv`.
+        quality: Quality axis: `accuracy` (the default), `bits`, `perplexity` or `loss`.
+
+    Raises:
+        UserError: If there is no such sweep, or a cost or quality has another name.
+    """
+    from orchestrator.reporting.overlay_report import write_overlay_report  # Imports matplotlib.
+    from orchestrator.reporting.sweep_report import write_sweep_report
+
+    axes = parse_axes(cost, quality)
+    context = open_context(workspace, progress)
+    space = context.workspace
+    names = list(dict.fromkeys(sweeps)) or [newest_sweep(space)]
+    if len(names) > 1:
+        return ReportResult.of(write_overlay_report(space, names, axes=axes), space)
+    # Loaded before MLflow's store is opened, which takes seconds: the name may be wrong.
+    found = load_sweep_results(space, names[0])
+    tracking = context.tracking if space.is_writable else None
+    return ReportResult.of(write_sweep_report(space, found, axes=axes, tracking=tracking), space)
 
 
 def sweep(
@@ -117,105 +362,458 @@ def sweep(
         RunFailed: If the teacher's training or every trial failed; single failures are in the
             result.
     """
-    context = open_context(workspace, progress, loggers=settings.tracking.loggers)
-    check_arguments(settings, teacher, models)
     pretrains = teacher is None and settings.sweep.kind != "iterations"
     check_devices(settings, pretrains=pretrains)
-    check = partial(check_on_nodes, settings, pretrains=pretrains)
-    with joined_cluster(settings.cluster, context.workspace.root, check, context.progress):
-        check_sweep(settings, context.progress)
-        if teacher is not None:
-            checkpoint = teacher_checkpoint(context, teacher)
-            return _sweep_students(settings, context, checkpoint, baselines, name)
-        check_sweep_fits(settings, context.workspace, models)
-        tokens = prepare_tokens(settings.data, context.workspace, context.progress)
-        if settings.sweep.kind == "iterations":
-            plan = plan_iterations(settings, context, tokens, models, name=name)
-            return _run(plan, settings, context)
-        return _sweep_with_teacher(settings, context, tokens, name)
+    context = open_context(workspace, progress, loggers=settings.tracking.loggers)
+    if teacher not in (None, NEWEST):
+        teacher = local_model(context, teacher)
+    plan = plan_sweep(
+        settings,
+        workspace=context.workspace,
+        teacher=teacher,
+        baselines=baselines,
+        models=models,
+        name=name,
+        progress=progress,
+    )
+    return run_sweep(plan, context)
 
 
-def raise_failures(failures: Mapping[str, str]) -> None:
-    """Raise `RunFailed` with the names of the trials that failed, if there are any."""
-    if failures:
-        raise RunFailed(
-            f"{len(failures)} trials failed ({', '.join(failures)}); the same command tries them "
-            "again"
+@read_only()
+def plan_sweep(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str,
+    teacher: Path | str | None = None,
+    baselines: Mapping[str, Path] | None = None,
+    models: Sequence[SweepModel] | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+    fingerprints: Mapping[str, str] | None = None,
+    influence: InfluenceTable | None = None,
+) -> PlannedSweep:
+    """Return what `sweep` does with the same arguments, as far as it is known.
+
+    Args:
+        fingerprints, influence: Hashes of lm-eval's tasks and the teacher's influence, if a run has
+            loaded and measured them; else what is stored counts.
+
+    Raises:
+        UserError: If the settings do not go together.
+    """
+    own, kind = settings.sweep, settings.sweep.kind
+    if kind == "iterations" and teacher is not None:
+        raise UserError(
+            f"sweep.kind=iterations trains every model from scratch, and a teacher was given "
+            f"({teacher}); leave it out, or set sweep.kind to threshold or search"
         )
+    if kind != "iterations" and models is not None:
+        raise UserError(
+            f"sweep.kind={kind} distills students of one teacher, and models were given; leave "
+            "them out, or set sweep.kind to iterations"
+        )
+    check_sweep(settings)
+    context = open_context(workspace, progress)
+    space = context.workspace
+    asked: dict[str, Any] = {"settings": settings, "baselines": baselines}
+    asked |= {"models": models, "name": name}
+    notes: list[str] = []
+    unknown: list[Estimate] = []
+    pretraining: TrainingPlan | None = None
+    search: ScheduleSearch | None = None
+    checkpoint: Path | None = None
+    new_token_bytes = 0
+
+    # What is trained: models, or a teacher whose students follow.
+    if teacher is not None:
+        wanted = local_model(context, None if teacher == NEWEST else teacher)
+        checkpoint = asked["teacher"] = resolve_teacher(space, wanted)
+    else:
+        check_sweep_tasks(settings, tasks_of_source(settings.data))
+        tokens = find_prepared(settings.data, space.tokens)
+        if tokens is None:
+            notes.append(UNPREPARED)
+            new_token_bytes = expected_tokens(settings.data, None).new_bytes
+        if kind != "iterations" or models is None:
+            check_models(settings)
+    if kind == "iterations":
+        name = name or (None if tokens else "the sweep")  # Names follow from the tokens.
+        plan = plan_iterations(settings, space, tokens, models, name=name, hashes=fingerprints)
+    elif checkpoint is None:
+        pretraining = plan_models(teacher_and_baselines(settings), space, tokens)
+        notes += pretraining.damaged
+        baselines = {**pretraining.finished}
+        checkpoint = baselines.pop(TEACHER, None)
+        if checkpoint is None:
+            plan = _models_plan(pretraining, pretraining.jobs)
+            unknown, counts = students_upper_bound(settings, pretraining.jobs[TEACHER].model)
+            notes.append(f"the teacher is not trained, so {counts}")
+    if checkpoint:
+        tokens = tokens_folder_of(checkpoint, space)
+        influence = influence or stored_influence(
+            checkpoint, settings.influence, tokens, context.progress
+        )
+        options: dict[str, Any] = {"baselines": baselines, "name": name, "hashes": fingerprints}
+        plan = plan_students(settings, context, checkpoint, influence, **options)
+        if influence is None:
+            unknown, counts = students_upper_bound(settings, load_config(checkpoint))
+            notes.append(f"the teacher's influence is not measured, so {counts}")
+        elif kind == "search":
+            search = schedule_search(settings, space, plan, checkpoint)
+            plan = plan.model_copy(update={"trials": (*plan.trials, *search.known_trials())})
+            unknown = [Estimate.of(job) for job in search.jobs_left()]
+            notes.append(
+                f"the search tries at most {search.num_wanted:,} more of {search.num_schedules:,} "
+                f"schedules; which ones follows from the results, {search.num_left:,} are not "
+                "known yet and priced as if each made all of the teacher's corrections"
+                if search.num_wanted
+                else "the search has nothing to try beside the family"
+            )
+
+    # How far it is, and what the rest takes.
+    states = trial_states(plan, own)
+    trials = [state.training for state in states if state.training]
+    before = pretraining.left() if pretraining else []
+    if pretraining and checkpoint is None:
+        trials = []  # They are the models that are pretrained.
+    elif pretraining and before:
+        left = [label for label in pretraining.jobs if label not in pretraining.finished]
+        states += trial_states(_models_plan(pretraining, left), own)
+    if elastic := [trial for trial in plan.trials if trial.is_elastic]:
+        notes.append(elastic_savings(settings, elastic, space.teachers))
+    suite = plan.trials[0].suite
+    is_loaded = fingerprints is not None or suite.fingerprints or not suite.tasks
+    if needs_lm_eval(settings.evaluation) and not is_loaded:
+        notes.append("the tasks of lm-eval are not loaded, so no trial can be found measured")
+    trials += unknown
+    placed = assign_trial_gpus(settings, trials)
+    trials = on_trial_devices(trials, placed)
+    price = price_of_trials(
+        trials,
+        placed,
+        space.teachers,
+        before,
+        new_token_bytes=new_token_bytes,
+        is_upper_bound=bool(unknown),
+    )
+    if placed.sweep.gpus_per_trial and trials:
+        gpus = format_count(placed.sweep.num_workers_per_trial, "GPU")
+        at_once = min(placed.sweep.trials_at_once or 1, len(trials))
+        notes.append(f"each trial runs on {gpus}, at most {at_once} at once")
+    if asha := asha_trials(plan, own):
+        notes.append(next(iter(asha.values())).rule.text)
+    return PlannedSweep(
+        plan=plan,
+        states=tuple(states),
+        notes=(*plan_sentences(plan, requested_noun(plan, own), states), *notes),
+        price=price,
+        problems=find_problems(
+            [*before, *trials],
+            price.disk,
+            space.root,
+            settings.cluster.ray_address,
+            partial(check_devices, placed, pretrains=bool(before)),
+        ),
+        asked=asked,
+        placed=placed,
+        pretraining=pretraining,
+        influence=influence,
+        search=search,
+    )
 
 
-def _sweep_with_teacher(
-    settings: Settings, context: Context, tokens: Path, name: str | None
-) -> SweepResult:
-    teacher = plan_teacher(settings, context.workspace, tokens)[TEACHER]
-    # Fail before pretraining if the held-out text is too poor for the tasks, or an answer too long.
-    plan_suite(settings.evaluation, tokens, teacher.model, Progress())
-    with ray_cluster(settings.cluster, folder=context.workspace.root, say=context.progress.start):
-        trained = pretrain_models(teacher_and_baselines(settings), context, tokens)
-        checkpoints = {label: result.checkpoint for label, result in trained.items()}
-        return _sweep_students(settings, context, checkpoints.pop(TEACHER), checkpoints, name)
+def _models_plan(pretraining: TrainingPlan, labels: Iterable[str]) -> SweepPlan:
+    models = [ScratchModel(label=label, job=pretraining.jobs[label]) for label in labels]
+    suite = TrialSuite(tokens_folder=models[0].job.tokens_folder)
+    return iterations_plan(models, suite=suite, name="the teacher and its baselines")
 
 
-def _sweep_students(
+def plan_iterations(
+    settings: Settings,
+    workspace: Workspace,
+    tokens: Path | None,
+    models: Sequence[SweepModel] | None = None,
+    *,
+    name: str | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> SweepPlan:
+    """Plan a sweep of models trained from scratch on the same tokens; arguments as `plan_sweep`."""
+    if models is None:
+        models = [
+            SweepModel(
+                label=variant.label,
+                settings=settings_of(settings, variant),
+                group=None if variant.seed is None else variant.group,
+            )
+            for variant in swept_variants(settings)
+        ]
+    variants = [
+        ScratchModel(
+            label=model.label,
+            job=pretraining_job(model.settings, workspace, tokens),
+            group=model.group,
+        )
+        for model in models
+    ]
+    suite = TrialSuite(tokens_folder="")
+    if tokens is not None:
+        config, sweeps = variants[0].job.model, workspace.sweeps
+        suite = plan_suite(settings.evaluation, tokens, config, hashes, sweeps=sweeps)
+    return iterations_plan(variants, suite=suite, name=name)
+
+
+def plan_students(
     settings: Settings,
     context: Context,
     teacher: Path,
-    baselines: Mapping[str, Path] | None,
-    name: str | None,
-) -> SweepResult:
-    tokens = tokens_folder_of(teacher, context.workspace)
-    check_sweep_tasks(settings, offered_tasks(open_data(tokens)))
-    device = trial_device(settings, context.workspace.root)
-    influence = read_or_measure_influence(
-        teacher, settings.influence, tokens, context, on_device=device
+    influence: InfluenceTable | None,
+    *,
+    baselines: Mapping[str, Path] | None = None,
+    name: str | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> SweepPlan:
+    """Plan a threshold sweep or a search: the trials that are known before any has run.
+
+    Args:
+        teacher: Checkpoint of the full model.
+        influence: Its table; without it the plan has no students.
+        baselines: Label to checkpoint; when unset, the workspace's models without corrections that
+            have the teacher's shape and tokens; `sweep.num_layers` allows other depths.
+        hashes: Of lm-eval's tasks, if they are loaded.
+    """
+    workspace, full = context.workspace, load_config(teacher)
+    left_out: dict[str, str] = {}
+    if baselines is None:
+        known = find_baselines(workspace, teacher, settings.sweep.num_layers)
+        baselines, left_out = known.found, known.left_out
+        for run, reason in left_out.items():
+            context.progress.note(f"run {run}: {reason}")
+    tokens = tokens_folder_of(teacher, workspace)
+    suite = plan_suite(
+        settings.evaluation, tokens, full, hashes, teacher=teacher, sweeps=workspace.sweeps
     )
-    plan = plan_students(settings, context, teacher, influence, baselines=baselines, name=name)
-    search = None
-    if settings.sweep.kind == "search":
-        search = schedule_search(settings, context.workspace, plan, teacher)
-        plan = plan.model_copy(update={"trials": (*plan.trials, *search.known_trials())})
-    return _run(plan, settings, context, influence, search)
-
-
-def _run(
-    plan: SweepPlan,
-    settings: Settings,
-    context: Context,
-    influence: InfluenceTable | None = None,
-    search: ScheduleSearch | None = None,
-) -> SweepResult:
-    """Run a plan, with the trials that a search suggests, and write its report."""
-    outcome = run_sweep(
-        plan,
+    if suite.prompts:
+        check_template(checkpoint_tokenizer(teacher), suite.prompts)
+    cost = schedule_cost(settings.sweep.budget_unit, full)
+    is_search = settings.sweep.kind == "search"
+    members = choose_members(influence, settings.sweep, cost=cost) if influence else ()
+    elastic: list[Trial] = []
+    if settings.sweep.elastic:
+        if influence:
+            elastic = elastic_trials(
+                settings, workspace, teacher=teacher, members=members, suite=suite
+            )
+        settings = without_elastic(settings)
+    beside = [
+        checkpoint_trial("baseline", label, folder, load_config(folder), suite, workspace)
+        for label, folder in baselines.items()
+    ]
+    if influence:
+        beside += distilled_baseline_trials(
+            settings, workspace, teacher=teacher, members=members, influence=influence, suite=suite
+        )
+    plan = threshold_plan(
         settings,
-        context.workspace,
+        workspace,
+        teacher=teacher,
+        members=members,
+        suite=suite,
+        elastic=elastic,
+        baselines=beside,
+        left_out=left_out,
+        name=None if is_search else name,
+    )
+    return search_plan(plan, settings.search, name) if is_search else plan
+
+
+def schedule_search(
+    settings: Settings, workspace: Workspace, plan: SweepPlan, teacher: Path
+) -> ScheduleSearch:
+    """Return what suggests further trials for the plan of a search."""
+    from orchestrator.sweeping.search import ScheduleSearch, finished_schedules  # Imports optuna.
+
+    full, suite = load_config(teacher), plan.trials[0].suite
+
+    def make_trial(schedule: IterationSchedule) -> Trial:
+        member = FamilyMember(schedule, math.nan, math.nan)
+        config = replace(full, schedule=schedule)
+        return student_trial(settings, workspace, teacher, config, member, suite)
+
+    return ScheduleSearch(
+        plan,
+        full.corrections,
+        settings.search,
+        make_trial,
+        folder=workspace.sweeps / plan.name,
+        others=finished_schedules(workspace, weights_key(teacher)),
+    )
+
+
+def make_tasks(
+    settings: EvaluationSettings, tokens: Path, config: ModelConfig, progress: Progress
+) -> dict[str, str]:
+    """Make the held-out items that are missing, load lm-eval's tasks, and return their hashes.
+
+    Raises:
+        UserError: If the held-out text is too poor, a task does not exist, or its answers are too
+            long for the models.
+    """
+    length = config.context_length
+    select_tasks(settings, lambda: tokens, context_length=length, progress=progress)
+    return lm_eval_task_fingerprints(settings, context_length=length)
+
+
+def plan_suite(
+    settings: EvaluationSettings,
+    tokens: Path,
+    config: ModelConfig,
+    hashes: Mapping[str, str] | None = None,
+    *,
+    teacher: Path | None = None,
+    sweeps: Path | None = None,
+) -> TrialSuite:
+    """Return how trials are evaluated.
+
+    Args:
+        hashes: What `make_tasks` returns: held-out tasks are named by their content, others may
+            change under their names.
+        teacher: Checkpoint of the full model; an imported one reads text with its own tokenizer.
+        sweeps: Folder of sweeps; hashes that are not known are those that the newest sweep found.
+    """
+    length = config.context_length
+    asked = select_tasks(
+        settings, lambda: tokens, context_length=length, progress=Progress(), make=False
+    )
+    # Held-out tasks alone need no names: they are all tasks of their folder.
+    is_heldout_alone = settings.suite == HELDOUT and not settings.include_path
+    suite = TrialSuite(
+        tokens=open_data(tokens).fingerprint,
+        tokens_folder=str(tokens),
+        tasks=() if is_heldout_alone else tuple(asked.names),
+        suite=asked.heldout.name if asked.heldout else "",
+        suite_folder=str(asked.heldout or ""),
+        include_folder="".join(map(str, user_task_folders(settings))),
+        batch_size=settings.batch_size,
+        limit=settings.limit,
+        num_fewshot=settings.num_fewshot,
+        prompts=settings.prompts,
+        precision=settings.precision or default_precision(on_gpus=False),
+        fingerprints=dict(hashes) if hashes else None,
+        **(text_of_teacher(teacher) if teacher else {}),
+    )
+    stored = sorted(sweeps.glob("*/"), key=last_recorded, reverse=True) if sweeps else []
+    for folder in stored if hashes is None else ():
+        with suppress(UserError):
+            if plan := StoredPlan.read(folder / PLAN_FILE):
+                known = plan.trials[0].suite
+                found = suite.model_copy(update={"fingerprints": known.fingerprints})
+                if found.key == known.key:
+                    return found
+    return suite
+
+
+def text_of_teacher(teacher: Path) -> dict[str, str]:
+    """Return the fields of a suite that read text as an imported teacher does; none for others."""
+    key = text_files_key(teacher)
+    return {"vocabulary": key, "vocabulary_folder": str(teacher)} if key else {}
+
+
+def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
+    """Make what the plan lacks, run its trials, and write the report; as `sweep`."""
+    from orchestrator.cluster.start import ray_cluster
+
+    settings, progress, workspace = plan.asked["settings"], context.progress, context.workspace
+    pretrains, root = plan.pretraining is not None, workspace.root
+
+    def again(**made: Any) -> PlannedSweep:
+        # Without the progress display: what is to be noted was noted with the first plan.
+        found = plan_sweep(workspace=workspace, **plan.asked, **made)
+        found.check()
+        return found
+
+    plan.check()
+    check = partial(check_on_nodes, settings, pretrains=pretrains)
+    with joined_cluster(settings.cluster, root, check, progress):
+        check_sweep(settings, progress)
+        if "teacher" not in plan.asked:
+            tokens = prepare_tokens(settings.data, workspace, progress)
+            if str(tokens) != plan.plan.tokens_folder:
+                plan = again()
+        tokens = Path(plan.plan.tokens_folder)
+        check_sweep_tasks(settings, offered_tasks(open_data(tokens)))
+        # Before pretraining: the held-out text may be too poor for the tasks.
+        model = plan.plan.trials[0].model
+        made: dict[str, Any] = {
+            "fingerprints": make_tasks(settings.evaluation, tokens, model, progress)
+        }
+        start = partial(ray_cluster, settings.cluster, folder=root, say=progress.start)
+        with start() if pretrains else nullcontext():
+            if plan.pretraining:
+                run_trainings(plan.pretraining, context)
+                plan = again()
+            if teacher := plan.plan.teacher:
+                made["influence"] = read_or_measure_influence(
+                    Path(teacher),
+                    settings.influence,
+                    tokens,
+                    context,
+                    on_device=trial_device(settings, root),
+                )
+            return _run_trials(again(**made), context)
+
+
+def _run_trials(planned: PlannedSweep, context: Context) -> SweepResult:
+    """Run the trials, with those that a search suggests, and write the report."""
+    from orchestrator.reporting.sweep_report import write_sweep_report
+    from orchestrator.sweeping.execution import run_sweep as run_trials
+
+    settings, workspace = planned.asked["settings"], context.workspace
+    outcome = run_trials(
+        planned.plan,
+        settings,
+        workspace,
+        placed=planned.placed,
         tracking=context.tracking,
         progress=context.progress,
-        search=search,
+        search=planned.search,
     )
-    plan = outcome.plan
+    plan, finished = outcome.plan, {result.key for result in outcome.results}
+    suite = plan.trials[0].suite
+    chances = heldout_chances(Path(suite.suite_folder)) if suite.suite_folder else {}
+    chances = {n: text for n, text in chances.items() if not suite.tasks or n in suite.tasks}
+    ends: dict[str, str] = {}
+    for trial in plan.trials:
+        ends[trial.label] = "trained and measured" if trial.job else "measured"
+        if trial.label in outcome.failures:
+            ends[trial.label] = f"failed: {outcome.failures[trial.label]}"
+        elif trial.label in outcome.stopped:
+            ends[trial.label] = outcome.stopped[trial.label]
+        elif trial.key not in finished:
+            ends[trial.label] = "not finished"
+        elif trial.key in outcome.reused:
+            ends[trial.label] = "reused: it was finished before"
     found = StoredSweep(
         name=plan.name,
         key=plan.key,
         results=outcome.results,
-        influence=influence,
+        influence=planned.influence,
         facts={
             **({LEFT_OUT_TITLE: plan.left_out} if plan.left_out else {}),
-            **({CHANCE_TITLE: chances} if (chances := _chances(plan)) else {}),
-            "Trials": _states(plan, outcome),
+            **({CHANCE_TITLE: chances} if chances else {}),
+            "Trials": ends,
             "Settings": flatten(settings),
             "Provenance": {
                 "sweep": plan.key,
                 "kind": plan.kind,
-                "teacher": portable_path(plan.teacher or "none", context.workspace.root),
-                "tokens": portable_path(plan.tokens_folder, context.workspace.root),
+                "teacher": portable_path(plan.teacher or "none", workspace.root),
+                "tokens": portable_path(plan.tokens_folder, workspace.root),
                 "schedules asked for": plan.num_requested,
                 "trials": len(plan.trials),
                 **environment(),
             },
         },
     )
-    written = write_sweep_report(context.workspace, found, tracking=context.tracking)
+    written = write_sweep_report(workspace, found, tracking=context.tracking)
     journal = Journal(outcome.folder)
     journal.event("finished")  # Commands without a name take the newest sweep.
     journal.close()
@@ -224,30 +822,5 @@ def _run(
         trials=outcome.results,
         failures=outcome.failures,
         stopped=outcome.stopped,
-        report=report_result(written),
+        report=ReportResult.of(written, workspace),
     )
-
-
-def _chances(plan: SweepPlan) -> dict[str, str]:
-    """Return the accuracy of a guess for each depth task that the trials answer."""
-    suite = plan.trials[0].suite
-    known = heldout_chances(Path(suite.suite_folder)) if suite.suite_folder else {}
-    return {name: text for name, text in known.items() if not suite.tasks or name in suite.tasks}
-
-
-def _states(plan: SweepPlan, outcome: SweepOutcome) -> dict[str, str]:
-    """Return label -> whether a trial was run, was finished before, was stopped or failed."""
-    finished = {result.key for result in outcome.results}
-
-    def state(trial: Trial) -> str:
-        if trial.label in outcome.failures:
-            return f"failed: {outcome.failures[trial.label]}"
-        if trial.label in outcome.stopped:
-            return outcome.stopped[trial.label]
-        if trial.key not in finished:
-            return "not finished"
-        if trial.key in outcome.reused:
-            return "reused: it was finished before"
-        return "trained and measured" if trial.job else "measured"
-
-    return {trial.label: state(trial) for trial in plan.trials}

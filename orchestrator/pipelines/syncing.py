@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.pipelines.pretraining import checkpoint_tags
 from orchestrator.pipelines.result import Result
+from orchestrator.pipelines.training import checkpoint_tags
 from orchestrator.records.measurement import Measurement
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.sweep_report import write_sweep_report

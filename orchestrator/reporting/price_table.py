@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich import box
 from rich.table import Table
 
+from iiet.cost import num_parameters
 from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import ExpectedTokens
-from orchestrator.planning.planned_training import PlannedTraining
-from orchestrator.planning.price import Price
-from orchestrator.planning.save_time import planned_seconds_to_save
+from orchestrator.planning.estimate import Estimate, Price
 from orchestrator.terminal.render import (
     format_byte_parts,
     format_bytes,
@@ -32,11 +31,11 @@ def two_column_table(title: str | None, rows: Sequence[tuple[str, str]]) -> Tabl
 
 
 def training_rows(
-    training: PlannedTraining, tokens: ExpectedTokens | None = None
+    training: Estimate, tokens: ExpectedTokens | None = None
 ) -> Iterator[tuple[str, str]]:
     """Yield what one training does, apart from its price."""
     recipe, config = training.recipe, training.config
-    yield "parameters", f"{training.num_parameters:,}"
+    yield "parameters", f"{num_parameters(config):,}"
     if tokens:
         yield "vocabulary", f"{config.vocab_size:,} ({tokens.origin})"
     all_tokens = recipe.num_steps * recipe.num_tokens_per_step
@@ -51,7 +50,7 @@ def training_rows(
     )
     yield (
         "a step",
-        f"{training.sequences_per_worker * training.num_workers:,} sequences of "
+        f"{training.sequences_per_worker * training.devices.num_workers:,} sequences of "
         f"{config.context_length:,} tokens; {training.sequences_per_worker:,} for each worker, in "
         f"{format_count(training.num_passes, 'pass', 'passes')} of at most "
         f"{training.sequences_per_pass}",
@@ -65,9 +64,6 @@ def training_rows(
         beside = f"; with corrections, each step also trains {drawn}"
         yield "corrections", stages + (beside if training.num_members else "")
     yield "a checkpoint", format_bytes(training.checkpoint_bytes)
-    stop = format_duration(planned_seconds_to_save(training.checkpoint_bytes, training.storage))
-    uploads = " and their uploads" * bool(training.storage)
-    yield "stop", f"at most {stop} after the step of the signal, for two checkpoints{uploads}"
 
 
 def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
@@ -99,11 +95,17 @@ def price_rows(price: Price, problems: Mapping[str, str | None]) -> Iterator[tup
         "measuring come on top",
     )
     memory = sum(price.memory.values())
+    many = f" of each of the {price.num_saving} that train at once" * (price.num_saving > 1)
+    yield (
+        "stop",
+        f"at most {format_duration(price.stop_seconds)} after the step of the signal, to save two "
+        f"checkpoints{many}",
+    )
     yield "memory", f"{format_bytes(memory)} for each worker: {format_byte_parts(price.memory)}"
     free = "" if price.free_disk is None else f"; {format_bytes(price.free_disk)} are free"
     yield (
         "disk",
-        f"at most {format_bytes(price.disk_bytes)}: {format_byte_parts(price.disk)}{free}",
+        f"at most {format_bytes(sum(price.disk.values()))}: {format_byte_parts(price.disk)}{free}",
     )
     for place, problem in problems.items():
         yield f"on {place}", problem or "it fits"

@@ -12,14 +12,14 @@ from functools import partial
 from iiet.methods import METHODS
 from orchestrator.data.preparation import sequence_length
 from orchestrator.evaluation.task_selection import lm_eval_task_fingerprints
-from orchestrator.planning.resources import (
+from orchestrator.planning.estimate import assign_trial_gpus
+from orchestrator.planning.machine import (
     Resources,
     check_available,
     check_on_cluster,
     check_resources,
     check_run_resources,
 )
-from orchestrator.planning.trial_gpus import assign_trial_gpus
 from orchestrator.settings import Settings
 from orchestrator.settings.resolve import list_of_problems
 from orchestrator.settings.schema import broken_sweep_rules
@@ -75,7 +75,7 @@ def check_devices(settings: Settings, *, pretrains: bool) -> None:
     check_resources(
         sweep.workers_per_trial,
         sweep.gpus_per_trial or 0,
-        address=cluster.ray_address,
+        cluster.ray_address,
         per_trial=True,
     )
     if pretrains:

@@ -19,12 +19,11 @@ from iiet.cost import inference_cost
 from iiet.dropping import kept_config, most_important_layers
 from iiet.influence import InfluenceTable
 from iiet.pruning import FamilyMember
-from orchestrator.planning.planned_training import PlannedTraining
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import BASELINE_METHOD, Settings, SweepSettings, TrainingSettings
 from orchestrator.settings.training import MAX_LAYERS, MAX_STEPS
 from orchestrator.sweeping.model_plans import ModelVariant, learning_rates
-from orchestrator.sweeping.student_plans import student_job, unplanned_trainings
+from orchestrator.sweeping.student_plans import student_job
 from orchestrator.sweeping.trials import trained_trial
 from orchestrator.terminal.render import format_count
 from orchestrator.training.checkpoint import load_config, load_provenance
@@ -112,26 +111,25 @@ def distilled_baseline_trials(
     return trials
 
 
-def costliest_distilled_baselines(
+def baselines_upper_bound(
     settings: Settings, teacher: ModelConfig
-) -> list[PlannedTraining]:
-    """Return the trainings of the baselines of a teacher whose influence is unknown, at most.
+) -> list[tuple[ModelConfig, TrainingSettings]]:
+    """Return the baselines of a teacher whose influence is unknown, each as the costliest.
 
-    They are as if each vanilla model had the most layers, and no other baseline dropped any.
+    Each vanilla model has the most layers, and no other baseline drops any.
 
     Raises:
         UserError: If the teacher has one layer and a baseline is to have fewer.
     """
     most, models = settings.sweep.num_distilled_baselines, []
-    pretraining = settings.training
-    num_tokens = pretraining.num_steps * pretraining.num_tokens_per_step
+    num_tokens = settings.training.num_steps * settings.training.num_tokens_per_step
     for kind in dict.fromkeys(settings.sweep.distilled_baselines):
         if kind == "vanilla":
             models += [(_vanilla(teacher)[-1].config, vanilla_recipe(settings, num_tokens))] * most
         else:
             num_fewer = len(_fewer_layers(teacher, (0.0,) * teacher.num_layers))
             models += [(teacher, settings.distillation.training)] * min(most, num_fewer)
-    return unplanned_trainings(settings, teacher, models) if models else []
+    return models
 
 
 def vanilla_recipe(settings: Settings, teacher_tokens: int) -> TrainingSettings:

@@ -14,13 +14,17 @@ from typing import NamedTuple
 from iiet.config import ModelConfig
 from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
-from orchestrator.planning.planned_training import PlannedTraining, planned_training
-from orchestrator.planning.price import trial_group
+from orchestrator.planning.estimate import (
+    Estimate,
+    assign_trial_gpus,
+    on_trial_devices,
+    price_of_trials,
+)
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, ElasticSettings, Settings, TrainingSettings
 from orchestrator.sweeping.student_plans import (
+    student_estimates,
     student_job,
-    unplanned_trainings,
 )
 from orchestrator.sweeping.trials import evaluation_key, trained_trial
 from orchestrator.terminal.render import format_count
@@ -118,23 +122,20 @@ def waits_for_weights(trial: Trial, trainings: Sequence[Trial]) -> bool:
     return is_measured and str(Path(str(trial.checkpoint)).parent) in folders
 
 
-def costliest_elastic(settings: Settings, teacher: ModelConfig) -> list[PlannedTraining]:
-    """Return the elastic training with each seed, its family unknown, at most.
+def elastic_upper_bound(
+    settings: Settings, teacher: ModelConfig
+) -> tuple[ModelConfig, TrainingSettings]:
+    """Return the elastic model and its recipe, with a family that costs as much as any could.
 
-    Members of a nested family cost at least one evaluation less than the one before, so none costs
-    more than these.
+    Members of a nested family cost at least one evaluation less than the one before.
     """
     schedule, chain = teacher.corrections, []
     while schedule.num_corrections:
         layer = max(range(len(schedule)), key=lambda number: schedule[number])
         schedule = schedule.with_layer(layer, schedule[layer] - 1)
         chain.append(str(schedule))
-    distillation = _elastic_distillation(settings, chain)
-    elastic = distillation.training.elastic
-    assert elastic is not None
-    few = elastic.model_copy(update={"schedules": elastic.schedules[: elastic.num_drawn]})
-    recipe = distillation.training.model_copy(update={"elastic": few})
-    return unplanned_trainings(settings, teacher, [(teacher, recipe)])
+    most = settings.distillation.training.elastic or ElasticSettings()
+    return teacher, _elastic_distillation(settings, chain[: most.num_drawn]).training
 
 
 class ElasticFlops(NamedTuple):
@@ -160,13 +161,16 @@ def elastic_flops(settings: Settings, trials: Sequence[Trial], teachers: Path) -
         teachers: Folder of stored teacher outputs.
     """
     jobs = [trial.job for trial in trials if trial.job]
-    own = [replace(planned_training(job), steps_done=0) for job in jobs]
+    own = [replace(Estimate.of(job), steps_done=0) for job in jobs]
     recipe = without_elastic(settings).distillation.training
     models = {trial.model.corrections: (trial.model, recipe) for trial in trials}
-    students = unplanned_trainings(settings, jobs[0].model, [*models.values()])
-    groups = [trial_group(trainings, settings, teachers) for trainings in (own, students)]
+    students = student_estimates(settings, jobs[0].model, [*models.values()])
+    placed = assign_trial_gpus(settings)
     return ElasticFlops(
-        *(sum(each.flops for each in group.trainings) + group.teacher_flops for group in groups)
+        *(
+            price_of_trials(on_trial_devices(each, placed), placed, teachers).flops
+            for each in (own, students)
+        )
     )
 
 

@@ -16,10 +16,7 @@ from typing import TYPE_CHECKING
 
 from iiet.cost import inference_cost
 from orchestrator.cluster.launch import trial_device
-from orchestrator.planning.fit import check_fit
-from orchestrator.planning.planned_training import planned_training
-from orchestrator.planning.price import PlannedWork, trial_group
-from orchestrator.planning.trial_gpus import assign_trial_gpus
+from orchestrator.planning.estimate import assign_trial_gpus
 from orchestrator.records.early_stop import EarlyStop
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
@@ -78,6 +75,7 @@ def run_sweep(
     settings: Settings,
     workspace: Workspace,
     *,
+    placed: Settings | None = None,
     tracking: Tracking,
     progress: Progress | None = None,
     search: ScheduleSearch | None = None,
@@ -88,18 +86,21 @@ def run_sweep(
         plan: The trials.
         settings: Section `sweep` says how many run at once and how often one may fail.
         workspace: Where trials and the sweep are stored.
+        placed: The settings with the GPUs of the trials; those of `assign_trial_gpus` when unset.
         tracking: Logs the sweep's run.
         progress: Progress display.
         search: Suggests further trials when these have ended.
 
     Raises:
-        UserError: If one trial does not fit, or its workers cannot share a batch.
+        UserError: If a training cannot run, such as if its workers cannot share a batch.
         Interrupted: After Ctrl-C; finished trials stay finished.
         RunFailed: If no trial at all could be finished.
     """
     progress = progress or Progress()
-    to_come = search.jobs_left() if search else []
-    settings_on_gpus = _check_trials(plan.trials, to_come, settings, workspace)
+    placed = placed or assign_trial_gpus(settings)
+    waiting = [trial.job for trial in plan.trials if trial.job and not trial.result()]
+    for job in [*waiting, *(search.jobs_left()[:1] if search else [])]:
+        check_job(job, num_workers=placed.sweep.num_workers_per_trial)
     folder = workspace.sweeps / plan.name
     _note_other_plan(plan, folder, progress)
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
@@ -107,7 +108,7 @@ def run_sweep(
     journal.event("started")
     journal.close()
     with _tracked_run(plan, settings, tracking) as run:
-        sweep = _SweepRun(plan, settings_on_gpus, workspace, run, tracking, progress, search)
+        sweep = _SweepRun(plan, placed, workspace, run, tracking, progress, search)
         sweep.run_trials()
         sweep.delete_teacher_caches()
         stopped = sweep.track_early_stops()
@@ -253,28 +254,6 @@ class _SweepRun:
     @property
     def _history_folder(self) -> Path:
         return history_folder(self.folder, self.plan.key)
-
-
-def _check_trials(
-    trials: Sequence[Trial],
-    to_come: Sequence[TrainingJob],
-    settings: Settings,
-    workspace: Workspace,
-) -> Settings:
-    """Check that the unfinished trials fit, and return the settings with the trials' GPUs.
-
-    `to_come` holds a job for each trial that a search will suggest.
-    """
-    waiting = [trial.job for trial in trials if trial.job and not trial.result()]
-    to_train = [*(job for job in waiting if finished_outcome(job) is None), *to_come]
-    trainings = [planned_training(job) for job in to_train]
-    settings = assign_trial_gpus(settings, trainings)
-    for job in [*waiting, *to_come[:1]]:
-        check_job(job, num_workers=settings.sweep.num_workers_per_trial)
-    group = trial_group(trainings, settings, workspace.teachers)
-    address = settings.cluster.ray_address
-    check_fit(PlannedWork(groups=[group], folder=workspace.root, address=address))
-    return settings
 
 
 def _note_other_plan(plan: SweepPlan, folder: Path, progress: Progress) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from iiet.config import PRESETS, ModelConfig
+from iiet.config import PRESETS
 from iiet.methods import METHODS
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
@@ -150,18 +150,6 @@ def baseline_models(settings: Settings) -> list[ModelVariant]:
     usual = ModelVariant(method=BASELINE_METHOD)
     none = ModelVariant(method=settings.model.method, corrections=0)
     return [model for one in (usual, none) for model in _at_each_depth(settings, one)]
-
-
-def max_num_students(settings: Settings, teacher: ModelConfig) -> int:
-    """Return the largest possible number of a teacher's students."""
-    sweep = settings.sweep
-    asked = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
-    num_schedules = min(asked, 1 + sum(teacher.corrections))
-    if sweep.kind == "search":
-        num_schedules += settings.search.num_trials
-        num_schedules = min(num_schedules, teacher.corrections.num_within)
-    is_pruned = settings.distillation.control == "pruned"
-    return num_schedules * (1 if is_pruned else max(1, len(sweep.seeds)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,14 +32,15 @@ def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> ResponsiveLayou
 
 
 def _plan_table(plan: SweepPlan, states: Sequence[TrialState], left_out: Container[str]) -> Table:
-    rates = [trial.job.recipe.learning_rate if trial.job else None for trial in plan.trials]
+    trials = [state.trial for state in states]  # A plan may lack those that the run pretrains.
+    rates = [trial.job.recipe.learning_rate if trial.job else None for trial in trials]
     full_flops = inference_cost(full_config(plan)).decode_flops_per_token
     costs = [inference_cost(state.trial.model) for state in states]
     columns = {
         "model": [state.trial.label for state in states],
         "thresholds": [state.trial.threshold_text for state in states],
         "rate": ["" if rate is None else f"{rate:g}" for rate in rates],
-        "layers": [str(trial.model.num_layers) for trial in plan.trials],
+        "layers": [str(trial.model.num_layers) for trial in trials],
         "NFE": [str(cost.evaluations_per_token) for cost in costs],
         "FLOPs": [f"{cost.decode_flops_per_token / full_flops:.0%}" for cost in costs],
         "KV/token": [format_bytes(cost.kv_bytes_per_token) for cost in costs],

@@ -10,7 +10,7 @@ from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
 from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
-from orchestrator.planning.planned_training import PlannedTraining
+from orchestrator.planning.estimate import Estimate
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
@@ -155,41 +155,25 @@ def distillation_job(
     return job.model_copy(update={"run_folder": str(workspace.trials / job_key(job))})
 
 
-def costliest_students(
-    settings: Settings, teacher: ModelConfig, number: int
-) -> list[PlannedTraining]:
-    """Return trainings of students whose schedules are unknown, as if each made all corrections.
-
-    Args:
-        teacher: The full model, trained or not.
-        number: All students; seeds share them evenly.
-    """
-    if settings.distillation.control == "pruned":
-        return []
-    recipe, num_schedules = settings.distillation.training, number // len(sweep_seeds(settings))
-    return unplanned_trainings(settings, teacher, [(teacher, recipe)] * num_schedules)
-
-
-def unplanned_trainings(
+def student_estimates(
     settings: Settings,
     teacher: ModelConfig,
     models: Sequence[tuple[ModelConfig, TrainingSettings]],
-) -> list[PlannedTraining]:
-    """Return the trainings of models with each of the sweep's seeds.
+) -> list[Estimate]:
+    """Return what the students of a teacher take, trained or not, with each of the sweep's seeds.
 
     Args:
-        teacher: Their teacher, trained or not.
         models: Each model and how it trains, but for the seed.
     """
     is_distilled = settings.distillation.control == "distill"
     loss = distillation_config(settings.distillation) if is_distilled else DistillationConfig()
     found = []
-    for seed in sweep_seeds(settings):
+    for seed in settings.sweep.seeds or (settings.distillation.training.seed,):
         for config, training in models:
             recipe = training.model_copy(update={"seed": seed})
             cache = outputs_plan(teacher, recipe, loss, teacher_key="unknown", tokens="unknown")
             found.append(
-                PlannedTraining(
+                Estimate(
                     config=config,
                     recipe=recipe,
                     section=SECTION,
@@ -199,11 +183,6 @@ def unplanned_trainings(
                 )
             )
     return found
-
-
-def sweep_seeds(settings: Settings) -> tuple[int, ...]:
-    """Return the seeds that each student is trained with."""
-    return settings.sweep.seeds or (settings.distillation.training.seed,)
 
 
 def check_student_batch(distillation: DistillationSettings, config: ModelConfig) -> None:

@@ -25,7 +25,7 @@ from orchestrator.cluster.ray_tune import TrialContext, TrialHooks, run_trials
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.cluster.tune_callback import TrialReport
-from orchestrator.planning.save_time import seconds_to_save
+from orchestrator.planning.estimate import seconds_to_save
 from orchestrator.records.early_stop import AshaTrial
 from orchestrator.records.trial import Trial
 from orchestrator.settings import ClusterSettings, SweepSettings

@@ -31,8 +31,6 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import STOPPED_EVENT, Journal
 from orchestrator.workspace.layout import DONE_NAME, Workspace
 
-"""Events in a trial's journal, with the reason as `text`."""
-
 Train = Callable[..., TrainingOutcome]
 """Trains a job as `run_job` does, with its argument `report`."""
 Measure = Callable[[str], Trial]

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.planning.planned_training import PlannedTraining, planned_training
-from orchestrator.planning.price import PlannedWork, Price, trial_group
+from orchestrator.planning.estimate import Estimate, Price, on_trial_devices, price_of_trials
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import Settings, SweepSettings
@@ -27,7 +26,7 @@ class TrialState:
     trial: Trial
     name: Literal["finished", "stopped early", "to measure", "to train"]
     """Its state, or what is done next."""
-    training: PlannedTraining | None = None
+    training: Estimate | None = None
     """Its training, if that is not finished."""
 
     @property
@@ -53,7 +52,7 @@ def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
         elif trial.job is None or finished_outcome(trial.job):
             states.append(TrialState(trial=trial, name="to measure"))
         else:
-            training = planned_training(trial.job)
+            training = Estimate.of(trial.job)
             states.append(TrialState(trial=trial, name="to train", training=training))
     return states
 
@@ -84,15 +83,14 @@ class StoredPlan(SweepPlan):
 
 
 def stored_plan(plan: SweepPlan, settings: Settings, teachers: Path) -> StoredPlan:
-    """Return what is stored of a plan."""
+    """Return what is stored of a plan; the settings have the GPUs of the trials."""
     states = trial_states(plan, settings.sweep)
     trainings = [state.training for state in states if state.training]
-    groups = [trial_group(trainings, settings, teachers)]
     return StoredPlan(
         **vars(plan),
         requested=requested_noun(plan, settings.sweep) + "s",
         reused=tuple(state.trial.label for state in states if state.name == "finished"),
-        price=PlannedWork(groups=groups, folder=teachers).price(),
+        price=price_of_trials(on_trial_devices(trainings, settings), settings, teachers),
     )
 
 

@@ -36,7 +36,7 @@ os.environ["RAY_ADDRESS"] = cluster.address
 from orchestrator.cluster.nodes import alive_nodes, wait_for_gpus
 from orchestrator.cluster.placement import job_placement
 from orchestrator.cluster.start import ray_cluster
-from orchestrator.planning.resources import Resources
+from orchestrator.planning.machine import Resources
 
 def place(num_gpus, num_jobs):
     job = job_placement(num_jobs, 1, num_gpus, Resources(alive_nodes()))

@@ -9,7 +9,7 @@ import pytest
 from typer.main import get_command
 
 from orchestrator import cli
-from orchestrator.pipelines import preparing
+from orchestrator.pipelines import training
 from orchestrator.settings import Settings
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 
@@ -45,7 +45,7 @@ def test_exit_codes(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(preparing, "prepare", fail)
+    monkeypatch.setattr(training, "prepare", fail)
     found, printed = _run(capfd, "prepare", "--workspace", str(tmp_path))
     assert found == code
     assert (str(error) or "interrupted") in printed
@@ -260,7 +260,7 @@ def test_an_unexpected_error_leaves_its_traceback_in_the_log(
     def break_down(*_: object, **__: object) -> None:
         raise RuntimeError("the disk is on fire")
 
-    monkeypatch.setattr("orchestrator.pipelines.preparing.prepare", break_down)
+    monkeypatch.setattr("orchestrator.pipelines.training.prepare", break_down)
     code, printed = _run(capfd, "prepare", "--workspace", str(tmp_path))
     assert code == 1
     assert "the disk is on fire" in printed

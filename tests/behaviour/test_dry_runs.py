@@ -136,7 +136,7 @@ def trained(
     planned = plan_sweep(settings, workspace=workspace, teacher="full", name="mine")
     assert unknown.price.flops > planned.price.flops > 0, "an upper bound"
     assert unknown.price.hours > planned.price.hours
-    assert unknown.price.disk_bytes >= planned.price.disk_bytes
+    assert sum(unknown.price.disk.values()) >= sum(planned.price.disk.values())
     sweep(settings, workspace=workspace, teacher="full", name="mine")
     assert stored_plan(workspace, "mine") == planned.plan
     for stamp in workspace.root.rglob(VERIFIED_NAME):

@@ -21,6 +21,7 @@ from method_suite import assert_passes_suite
 from small_size import SMALL
 
 from orchestrator import cli
+from orchestrator.pipelines.doctor import examine, extension_points
 from orchestrator.training.checkpoint import METHOD_PACKAGE, load_provenance
 from orchestrator.workspace.layout import Workspace
 

@@ -10,7 +10,7 @@ import pytest
 from small_size import SMALL
 from started_command import start_command
 
-from orchestrator.planning.save_time import LEAST_SECONDS
+from orchestrator.planning.estimate import LEAST_SECONDS
 from orchestrator.tracking.delivery import SHORT_WAIT_SECONDS
 from orchestrator.tracking.outbox import Outbox
 from orchestrator.workspace.layout import find_checkpoints

@@ -11,12 +11,9 @@ import pytest
 import yaml
 from small_size import SMALL
 
-from orchestrator.pipelines.distilling import distill
 from orchestrator.pipelines.evaluating import evaluate
 from orchestrator.pipelines.influence import measure_influence
-from orchestrator.pipelines.preparing import prepare
-from orchestrator.pipelines.pretraining import pretrain
-from orchestrator.pipelines.training_dry_runs import plan_pretrain
+from orchestrator.pipelines.training import distill, plan_pretrain, prepare, pretrain
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal

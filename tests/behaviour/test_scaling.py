@@ -42,7 +42,7 @@ def test_the_table_is_what_its_commands_print(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Machines with a GPU of their own would plan for that one.
-    monkeypatch.setattr("orchestrator.planning.rate.installed_gpus", lambda: [])
+    monkeypatch.setattr("orchestrator.planning.estimate.installed_gpus", lambda: [])
     assert len(ROWS) == 10
     for command, row in ROWS:
         assert row.split(" | ") == printed_cells(command, tmp_path, capsys), command

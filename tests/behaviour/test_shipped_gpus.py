@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import SweepDryRun, plan_sweep
-from orchestrator.planning import fit, rate, resources
+from orchestrator import PlannedSweep, plan_sweep
+from orchestrator.planning import estimate, fit, machine
 from orchestrator.settings import read_settings
 from orchestrator.settings.files import shipped_sweeps
 from orchestrator.workspace.errors import UserError
@@ -21,11 +21,11 @@ PER_PASS = "num_sequences_per_pass"
 @pytest.fixture(autouse=True)
 def _no_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
     # Machines with a GPU of their own would plan for that one.
-    for module in (fit, rate, resources):
+    for module in (fit, estimate, machine):
         monkeypatch.setattr(module, "installed_gpus", list)
 
 
-def planned(name: str, workspace: Path, *assignments: str) -> SweepDryRun:
+def planned(name: str, workspace: Path, *assignments: str) -> PlannedSweep:
     """Plan a shipped sweep whose students run their teacher."""
     live = "distillation.teacher_cache=live"
     settings = read_settings(shipped_sweeps()[name], [live, *assignments])
@@ -69,7 +69,11 @@ def test_the_time_of_a_sweep_is_that_of_its_trials_on_eight_gpus(tmp_path: Path)
     }
     hours = {number: price.hours[0] for number, price in prices.items()}
     assert prices[2].rate
-    one = (prices[9].flops - prices[8].flops) / prices[2].rate.flops_range[0] / 3600
+    one = (
+        (prices[9].flops - prices[8].flops)
+        / (prices[2].rate.peak_flops * prices[2].rate.shares[1])
+        / 3600
+    )
     assert hours[8] == hours[2], "side by side"
     assert hours[9] == hours[16] == pytest.approx(hours[2] + one), "the ninth waits for a GPU"
     assert hours[17] == pytest.approx(hours[2] + 2 * one)

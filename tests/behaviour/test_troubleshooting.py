@@ -23,7 +23,7 @@ from orchestrator import cli
 from orchestrator.cluster.shared_memory import check_shared_memory
 from orchestrator.evaluation.harness.transformers_model import load_transformers_model
 from orchestrator.pipelines.sweeps import raise_failures
-from orchestrator.planning.out_of_memory import out_of_memory_explained
+from orchestrator.planning.fit import out_of_memory_explained
 from orchestrator.terminal.stop import interruption_text
 from orchestrator.training.distributed import World
 from orchestrator.training.precision import check_precision
@@ -62,7 +62,7 @@ def without_space(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("orchestrator.pipelines.preparing.prepare", fail)
+    monkeypatch.setattr("orchestrator.pipelines.training.prepare", fail)
 
 
 def write(path: Path, text: str) -> None:
@@ -85,7 +85,7 @@ PREPARED: dict[str, Callable[[Path, pytest.MonkeyPatch], Any]] = {
     "There is too little text": lambda folder, _: write(folder / "short.txt", "Only this. " * 20),
     "The hub is not reachable": lambda _, patch: patch.setenv("HF_HUB_OFFLINE", "1"),
     "A model does not fit into memory": lambda _, patch: patch.setattr(
-        "orchestrator.planning.resources.free_memory", lambda: 4 * GIB
+        "orchestrator.planning.machine.free_memory", lambda: 4 * GIB
     ),
     "MLflow does not answer": lambda _, patch: patch.setenv(
         "MLFLOW_TRACKING_URI", "http://127.0.0.1:1"

@@ -17,8 +17,7 @@ from changed_trials import with_accuracy, with_job
 
 from orchestrator.cluster import local as local_run
 from orchestrator.cluster.local import run_local_jobs
-from orchestrator.planning.nodes import Node
-from orchestrator.planning.resources import Resources
+from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import Trial
@@ -34,8 +33,8 @@ from orchestrator.workspace.layout import find_checkpoints
 DRIVER = """
 import json, sys
 from orchestrator.cluster import local
-from orchestrator.planning.nodes import Node
-from orchestrator.planning.resources import Resources
+from orchestrator.planning.machine import Node
+from orchestrator.planning.machine import Resources
 from orchestrator.training.checkpoint_lookup import find_checkpoints
 from orchestrator.records.training import TrainingJob
 from orchestrator.workspace.errors import Interrupted

@@ -19,7 +19,7 @@ from small_size import SMALL
 from iiet.cost import training_flops_per_token
 from orchestrator import SweepModel
 from orchestrator.cli.session import Session
-from orchestrator.pipelines.pretraining import pretraining_job
+from orchestrator.pipelines.training import pretraining_job
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
 from orchestrator.settings import Settings, read_settings, resolve_settings

@@ -29,7 +29,7 @@ from orchestrator.evaluation import decode_timing
 from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import evaluate_model
-from orchestrator.pipelines.sweep_plans import plan_iterations, plan_students, schedule_search
+from orchestrator.pipelines.sweeps import plan_iterations, plan_students, schedule_search
 from orchestrator.pipelines.syncing import sync
 from orchestrator.reporting.sweep_results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml

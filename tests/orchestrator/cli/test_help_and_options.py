@@ -95,9 +95,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
             found.append(settings)
             raise UserError("that is enough")
 
-        for pipeline in ("pretraining.pretrain", "distilling.distill"):
-            monkeypatch.setattr(f"orchestrator.pipelines.{pipeline}_in_context", stop)
-        monkeypatch.setattr("orchestrator.pipelines.sweeps.sweep", stop)
+        for pipeline in ("training.plan_pretrain", "training.plan_distill", "sweeps.sweep"):
+            monkeypatch.setattr(f"orchestrator.pipelines.{pipeline}", stop)
         assert cli.main([*words]) == 2
         return found[0]
 
@@ -142,9 +141,7 @@ def test_qualities_and_costs_have_the_same_names_everywhere(
 def test_the_device_of_a_training_is_an_option(
     asked: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "orchestrator.planning.resources.check_run_resources", lambda *_, **__: None
-    )
+    monkeypatch.setattr("orchestrator.planning.machine.check_run_resources", lambda *_, **__: None)
     file = tmp_path / "settings.yaml"
     file.write_text("cluster: {num_gpus: 4, min_gpus: 2}\nsweep: {gpus_per_trial: 1}\n")
     where = ["-c", str(file), "-w", str(tmp_path)]

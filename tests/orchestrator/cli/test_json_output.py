@@ -19,8 +19,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator import cli
 from orchestrator.data.token_store import open_tokens
-from orchestrator.pipelines.reports import report
-from orchestrator.pipelines.sweeps import SweepResult
+from orchestrator.pipelines.sweeps import SweepResult, report
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.layout import Workspace, open_workspace

@@ -28,15 +28,11 @@ import torch
 
 import orchestrator
 from orchestrator import cli
-from orchestrator.pipelines import pretraining
-from orchestrator.planning import resources
-from orchestrator.planning.resources import check_resources
-from orchestrator.settings import resolve_settings
 
 ROOT = str(Path(orchestrator.__file__).parent.parent)
 
 COMMAND = ["cli/app.main", "cli/training.pretrain"]
-PIPELINE = ["pipelines/pretraining.pretrain_in_context", "pipelines/pretraining.pretrain_models"]
+PIPELINE = ["pipelines/training.run_pretrain", "pipelines/training.run_trainings"]
 IN_DRIVER = [*COMMAND, *PIPELINE, "cluster/ray_train.run_train_jobs"]
 IN_WORKER = ["cluster/ray_train._train_worker", "training/run.run_job", "training/loop.train"]
 
@@ -76,25 +72,6 @@ def test_the_path_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert cli.main(arguments(tmp_path / "workspace", "--local")) == 0
     (stack,) = stacks
     assert stack == [*COMMAND, *PIPELINE, "cluster/local.run_local_jobs", *IN_WORKER[1:]]
-
-
-def test_a_pretraining_checks_the_resources_of_this_machine_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[bool] = []
-
-    def counted(*given: int, **named: bool) -> None:
-        calls.append((tmp_path / "workspace").exists())
-        check_resources(*given, **named)
-
-    monkeypatch.setattr(resources, "check_resources", counted)
-    command = arguments(tmp_path / "workspace", "--local")
-    assert cli.main(command) == 0
-    assert calls == [False], "once, before the workspace is made"
-    # The same settings from Python.
-    settings = resolve_settings({}, command[5::2])
-    pretraining.pretrain(settings, workspace=tmp_path / "workspace", local=True)
-    assert calls == [False, True]
 
 
 @pytest.mark.slow

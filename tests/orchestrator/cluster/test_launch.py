@@ -62,7 +62,7 @@ def test_a_device_that_is_not_there_is_refused(
     for gpus, device, words in (
         (0, "cuda", "no GPU that PyTorch"),
         (1, "cuda:1", "--device cuda:1: this machine has cuda:0"),
-        (4, "cuda:4", "--device cuda:4: this machine has cuda:0 to cuda:3"),
+        (4, "cuda:4", "--device cuda:4: this machine has cuda:0, cuda:1, cuda:2, cuda:3"),
     ):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         with pytest.raises(UserError, match=words):

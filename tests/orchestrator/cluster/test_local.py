@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,7 @@ import pytest
 from orchestrator import cli
 from orchestrator.cluster import local as local_run
 from orchestrator.cluster.local import run_local_jobs
-from orchestrator.planning.nodes import Node
-from orchestrator.planning.resources import Resources
+from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
@@ -150,8 +150,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.distilling import distill_teacher
-from orchestrator.pipelines.pretraining import pretrain_models
+from orchestrator.pipelines.training import plan_distill, plan_models, run_distill, run_trainings
 from orchestrator.settings import resolve_settings
 from orchestrator.workspace.layout import Workspace
 
@@ -164,17 +163,21 @@ sizes = {"num_layers": 2, "dim": 16, "num_heads": 2, "ffn_dim": 32, "context_len
 settings = resolve_settings(
     {"model": sizes, "training": recipe, "distillation": {"training": recipe}}
 )
-workspace, tokens = Workspace(Path(sys.argv[1])), Path(sys.argv[2])
+workspace = Workspace(Path(sys.argv[1]))
+(tokens,) = workspace.tokens.iterdir()
 context = Context(workspace, tracking=tracking)
-teacher = pretrain_models({"iiet": settings}, context, tokens, local=True)["iiet"].checkpoint
-distill_teacher(settings, context, teacher, ["1"], tokens, local=True)
+models = plan_models({"iiet": settings}, workspace, tokens, local=True)
+teacher = run_trainings(models, context)["iiet"].checkpoint
+options = {"workspace": workspace, "teacher": teacher, "local": True}
+run_distill(plan_distill(settings, schedules=["1"], **options), context)
 print(*{"ray"} & set(sys.modules))
 """
 
 
 @pytest.mark.slow
 def test_ray_is_not_imported(tmp_path: Path, tiny_tokens: Path) -> None:
-    arguments = [sys.executable, "-c", LOCAL, str(tmp_path), str(tiny_tokens)]
+    shutil.copytree(tiny_tokens, tmp_path / "tokens" / tiny_tokens.name)
+    arguments = [sys.executable, "-c", LOCAL, str(tmp_path)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []

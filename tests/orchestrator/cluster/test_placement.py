@@ -15,9 +15,8 @@ from orchestrator.cluster.placement import (
     pretraining_placement,
     trial_placement,
 )
-from orchestrator.planning.nodes import Node
-from orchestrator.planning.resources import Resources
-from orchestrator.planning.trial_gpus import assign_trial_gpus
+from orchestrator.planning.estimate import assign_trial_gpus
+from orchestrator.planning.machine import Node, Resources
 from orchestrator.settings import SweepSettings, resolve_settings
 from orchestrator.workspace.errors import UserError
 
@@ -141,7 +140,7 @@ def test_a_job_of_variable_size_starts_with_the_fewest_gpus_on_any_nodes() -> No
     for num_gpus, nodes in ((8, UNEQUAL), (64, DOCUMENTED)):
         found = job_placement(1, 1, num_gpus, Resources(nodes), min_gpus=4)
         assert (found.workers, found.min_workers, found.strategy) == (num_gpus, 4, "PACK")
-    with pytest.raises(UserError, match=r"cluster\.min_gpus=16: .* has 12 .*cluster\.min_gpus=12"):
+    with pytest.raises(UserError, match=r"cluster\.min_gpus=16: .* has .*cluster\.min_gpus=12"):
         job_placement(1, 1, 64, Resources(UNEQUAL), min_gpus=16)
 
 
@@ -156,7 +155,7 @@ def test_trials_share_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("sweep", "words"),
     [
-        ({"workers_per_trial": 3}, ["3 workers", "sweep.workers_per_trial=2"]),
+        ({"workers_per_trial": 3}, ["sweep.workers_per_trial=3", "sweep.workers_per_trial=2"]),
         (
             {"gpus_per_trial": 1},
             ["sweep.gpus_per_trial=1: ", "set cluster.num_gpus=0"],
@@ -173,11 +172,12 @@ def test_what_never_fits_says_what_would(sweep: dict[str, float], words: list[st
 @pytest.mark.parametrize(
     ("nodes", "num_gpus", "words"),
     [
-        (DOCUMENTED, 33, ["has 32 (4 nodes with 64 CPUs and 8 GPUs each, 1 node with 8 CPUs)",
+        (DOCUMENTED, 33, ["has 4 nodes with 64 CPUs and 8 GPUs each, 1 node with 8 CPUs, and",
                           "type --set cluster.num_gpus=32", "cluster.wait_for_gpus=true"]),
-        (FEW_CPUS, 13, ["has 16", "a CPU beside its GPU", "type --set cluster.num_gpus=12"]),
-        ((Node(0, 4), HEAD), 1, ["has 4", "a CPU beside its GPU; set cluster.wait"]),
-        ((HEAD,), 1, ["the cluster at x has no GPU; set cluster.num_gpus=0", "its 8 CPUs"]),
+        (FEW_CPUS, 13, ["needs a CPU and a GPU", "type --set cluster.num_gpus=12"]),
+        ((Node(0, 4), HEAD), 1, ["and 4 GPUs", "needs a CPU and a GPU; set cluster.wait"]),
+        ((HEAD,), 1, ["the cluster at x has 1 node with 8 CPUs and no GPU",
+                      "set cluster.num_gpus=0"]),
     ],
 )  # fmt: skip
 def test_a_cluster_that_lacks_gpus_says_what_its_nodes_have(

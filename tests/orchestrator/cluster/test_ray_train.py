@@ -13,7 +13,6 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.planning.fit import check_trainings
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
@@ -310,24 +309,3 @@ def test_what_trying_again_cannot_help_is_not_tried_again(
         (started,) = events(job, "started")
         assert started["num_threads"] == 1, "they run side by side"
         assert not (job.folder / "ray").exists()
-
-
-@pytest.mark.parametrize(
-    ("recipe", "options", "sentence"),
-    [
-        ({}, {"num_workers": 3}, "3 workers cannot share"),
-        ({"num_tokens_per_step": 65}, {}, "multiple of the context length"),
-    ],
-)
-def test_mistakes_are_found_before_ray_starts(
-    make_job: MakeJob, recipe: dict[str, Any], options: dict[str, Any], sentence: str
-) -> None:
-    with pytest.raises(UserError, match=sentence):
-        check_trainings([make_job("x", **recipe)], ClusterSettings(**options))
-    assert not make_job("x").folder.exists()
-
-
-def test_a_folder_of_another_job_is_refused_before_ray_starts(make_job: MakeJob) -> None:
-    run_job(make_job("taken"))
-    with pytest.raises(UserError, match=r"recipe\.seed was 0, is 5"):
-        check_trainings([make_job("taken", seed=5)], ClusterSettings())

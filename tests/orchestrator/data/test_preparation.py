@@ -21,7 +21,7 @@ from orchestrator.data.preparation import describe, prepare
 from orchestrator.data.prepared import verify_data
 from orchestrator.data.token_store import open_tokens
 from orchestrator.data.token_writer import RECORD_NAME
-from orchestrator.pipelines.training_dry_runs import plan_pretrain
+from orchestrator.pipelines.training import plan_pretrain
 from orchestrator.settings import DataSettings, Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError

@@ -23,7 +23,7 @@ from orchestrator.evaluation.task_selection import (
     lm_eval_task_fingerprints,
     select_tasks,
 )
-from orchestrator.pipelines.sweep_dry_runs import plan_sweep
+from orchestrator.pipelines.sweeps import plan_sweep
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError

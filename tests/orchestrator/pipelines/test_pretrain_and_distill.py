@@ -10,16 +10,26 @@ from typing import Any, cast
 import pytest
 from fake_tracking import FakeTracking
 
-from orchestrator.pipelines import pretraining
+from orchestrator.pipelines import training
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.distilling import distill, distill_teacher
-from orchestrator.pipelines.pretraining import pretrain_in_context, pretrain_models, pretraining_job
-from orchestrator.pipelines.training_dry_runs import plan_pretrain
+from orchestrator.pipelines.training import (
+    DistillResult,
+    PretrainResult,
+    distill,
+    plan_distill,
+    plan_models,
+    plan_pretrain,
+    pretrain,
+    run_distill,
+    run_pretrain,
+    run_trainings,
+)
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SETTINGS_NAME, Settings, read_settings, resolve_settings, to_yaml
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
 from orchestrator.training.checkpoint import load_config, weights_key
+from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.files import write_text
@@ -46,6 +56,24 @@ class Notes(Progress):
 
     def finish(self, summary: str) -> None:
         self.summaries.append(summary)
+
+
+def train(
+    models: dict[str, Settings], context: Context, tokens: Path, name: str | None = None
+) -> dict[str, PretrainResult]:
+    """Plan and train models; see `plan_models`."""
+    return run_trainings(plan_models(models, context.workspace, tokens, name=name), context)
+
+
+def students(context: Context, teacher: Path, tokens: Path, *schedules: str) -> list[DistillResult]:
+    """Plan and distill students of a teacher."""
+    own = context.workspace.tokens / tokens.name
+    if not own.exists():
+        shutil.copytree(tokens, own)
+    plan = plan_distill(
+        settings(), workspace=context.workspace, schedules=schedules, teacher=teacher, local=True
+    )
+    return run_distill(plan, context).students
 
 
 def settings(method: str = "iiet", **changes: Any) -> Settings:
@@ -75,7 +103,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         watch()
         return outcomes
 
-    monkeypatch.setattr(pretraining, "job_runner", lambda **_: run_here)
+    monkeypatch.setattr(training, "job_runner", lambda **_: run_here)
 
 
 @pytest.fixture
@@ -97,7 +125,7 @@ def test_several_models_are_trained_and_found_again(
     context: Context, tiny_tokens: Path, tracking: FakeTracking, notes: Notes
 ) -> None:
     models = {"teacher": settings(), "vanilla": settings("vanilla")}
-    first = pretrain_models(models, context, tiny_tokens)
+    first = train(models, context, tiny_tokens)
     assert list(first) == ["teacher", "vanilla"]
     folders = {label: result.checkpoint for label, result in first.items()}
     assert [load_config(folder).method for folder in folders.values()] == ["iiet", "vanilla"]
@@ -107,16 +135,16 @@ def test_several_models_are_trained_and_found_again(
     assert tracking.statuses == [("pretrain", "FINISHED")] * 2
     assert "teacher" in notes.summaries[0]
 
-    assert pretrain_models(models, context, tiny_tokens) == first
+    assert train(models, context, tiny_tokens) == first
     assert "found again" in notes.summaries[1]
 
 
 def test_a_name_that_is_taken_changes_nothing(context: Context, tiny_tokens: Path) -> None:
-    pretrain_models({"a": settings()}, context, tiny_tokens, name="mine")
+    train({"a": settings()}, context, tiny_tokens, name="mine")
     stored = context.workspace.runs / "mine" / "settings.yaml"
     before = stored.read_text()
     with pytest.raises(UserError, match=r"recipe\.learning_rate was 0\.\d+, is 0\.5"):
-        pretrain_models({"a": settings(learning_rate=0.5)}, context, tiny_tokens, name="mine")
+        train({"a": settings(learning_rate=0.5)}, context, tiny_tokens, name="mine")
     assert stored.read_text() == before
 
 
@@ -125,6 +153,7 @@ def test_a_name_that_is_taken_changes_nothing(context: Context, tiny_tokens: Pat
     [
         ({"training": {"num_tokens_per_step": 65}}, "multiple of the context length"),
         ({"cluster": {"num_workers": 3000}}, "3000 workers cannot share"),
+        ({"cluster": {"num_gpus": 2}}, "cluster.num_gpus=2: this machine has"),
     ],
 )
 def test_a_mistake_writes_nothing(
@@ -138,14 +167,17 @@ def test_a_mistake_writes_nothing(
     for section, values in changes.items():
         tree[section] |= values
     with pytest.raises(UserError, match=sentence):
-        pretrain_models({"a": resolve_settings(tree)}, context, tiny_tokens)
+        train({"a": resolve_settings(tree)}, context, tiny_tokens)
     assert not context.workspace.runs.exists()
     assert tracking.statuses == []
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
-    [("num_gpus=800", "cluster.num_gpus=800"), ("num_workers=3000", "3000 workers")],
+    [
+        ("num_gpus=800", "cluster.num_gpus=800"),
+        ("num_workers=3000", "num_workers=3000: this machine"),
+    ],
 )
 def test_too_few_resources_are_reported_before_the_workspace_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: str, sentence: str
@@ -153,7 +185,7 @@ def test_too_few_resources_are_reported_before_the_workspace_is_made(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     chosen = resolve_settings({}, [f"cluster.{changes}"])
     with pytest.raises(UserError, match=sentence):
-        pretraining.pretrain(chosen, workspace=tmp_path / "workspace")
+        pretrain(chosen, workspace=tmp_path / "workspace")
     with pytest.raises(UserError, match=sentence):
         distill(chosen, workspace=tmp_path / "workspace", schedule="1")
     assert not (tmp_path / "workspace").exists()
@@ -174,9 +206,9 @@ def test_the_tracked_run_ends_with_the_status_of_the_training(
     def end(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(pretraining, "job_runner", lambda **_: end)
+    monkeypatch.setattr(training, "job_runner", lambda **_: end)
     with pytest.raises(type(error)):
-        pretrain_models({"a": settings()}, context, tiny_tokens)
+        train({"a": settings()}, context, tiny_tokens)
     assert tracking.statuses == [("pretrain", status)]
 
 
@@ -189,13 +221,13 @@ def test_a_damaged_checkpoint_is_reported_once(
     newest = find_checkpoints(job.folder)[-1]
     (newest / "training_state.pt").write_bytes(b"")
     for _ in range(2):
-        pretrain_models({"a": settings()}, context, tiny_tokens)
+        train({"a": settings()}, context, tiny_tokens)
     assert len(notes.notes) == 1
     assert str(newest) in notes.notes[0]
 
 
 def test_a_result_has_a_row_for_each_logged_step(context: Context, tiny_tokens: Path) -> None:
-    result = pretrain_models({"a": settings()}, context, tiny_tokens)["a"]
+    result = train({"a": settings()}, context, tiny_tokens)["a"]
     table = result.to_pandas()
     assert list(table["step"]) == sorted(set(table["step"]))
     assert table["step"].iloc[-1] == RECIPE["num_steps"]
@@ -216,16 +248,19 @@ def test_a_finished_run_is_continued_on_its_own_tokens(
     write_text(run / SETTINGS_NAME, to_yaml(wsd))
     longer = read_settings(run / SETTINGS_NAME, ["training.num_steps=12"])
     with pytest.raises(UserError, match="is not finished or has lost its checkpoints"):
-        pretrain_in_context(longer, context, continued="short")
-    pretrain_models({"a": wsd}, context, tokens, name="short")
+        run_pretrain(plan_pretrain(longer, workspace=context.workspace, continued="short"), context)
+    train({"a": wsd}, context, tokens, name="short")
 
     plan = plan_pretrain(longer, workspace=context.workspace, continued="short")
-    assert (plan.state, plan.price.num_tokens) == ("from step 4", (12 - 4) * 64)
-    result = pretrain_in_context(longer, context, continued="short", name="long")
+    assert [*plan.states.values()] == ["from step 4"]
+    assert plan.price.num_tokens == (12 - 4) * 64
+    result = run_pretrain(
+        plan_pretrain(longer, workspace=context.workspace, continued="short", name="long"), context
+    )
     assert "long continues short from step 4 of 12" in notes.notes[-1], "the fourth step is equal"
     scratch = read_settings(result.checkpoint.parent / SETTINGS_NAME)
     assert round(12 * scratch.training.iterate_from_fraction) == round(6 * 0.6)
-    expected = pretrain_models({"a": scratch}, context, tokens, name="scratch")["a"]
+    expected = train({"a": scratch}, context, tokens, name="scratch")["a"]
     assert weights_key(result.checkpoint) == weights_key(expected.checkpoint)
     assert result.validation_loss == expected.validation_loss
     origins = [tag for run in tracking.runs if (tag := run.tags.get("iiet.continued_from"))]
@@ -233,26 +268,26 @@ def test_a_finished_run_is_continued_on_its_own_tokens(
 
     other = read_settings(run / SETTINGS_NAME, ["training.num_steps=12", "data.vocab_size=500"])
     with pytest.raises(UserError, match="continued on its own tokens"):
-        pretrain_in_context(other, context, continued="short")
+        run_pretrain(plan_pretrain(other, workspace=context.workspace, continued="short"), context)
     (run / SETTINGS_NAME).unlink()
     with pytest.raises(UserError, match="was not made by `iiet-orch pretrain`"):
-        pretrain_in_context(longer, context, continued=run)
+        run_pretrain(plan_pretrain(longer, workspace=context.workspace, continued=run), context)
 
 
 @pytest.fixture
 def teacher(context: Context, tiny_tokens: Path) -> Path:
-    return pretrain_models({"a": settings()}, context, tiny_tokens)["a"].checkpoint
+    return train({"a": settings()}, context, tiny_tokens)["a"].checkpoint
 
 
 def test_a_student_is_trained_and_found_again(
     context: Context, teacher: Path, tiny_tokens: Path, tracking: FakeTracking
 ) -> None:
-    (student,) = distill_teacher(settings(), context, teacher, ["1,0"], tiny_tokens)
+    (student,) = students(context, teacher, tiny_tokens, "1,0")
     assert student.schedule == load_config(student.checkpoint).corrections
     assert student.schedule.corrections == (1, 0)
     assert student.checkpoint.parent.parent == context.workspace.trials
     assert tracking.statuses[-1] == ("distill", "FINISHED")
-    assert distill_teacher(settings(), context, teacher, ["1,0"], tiny_tokens) == [student]
+    assert students(context, teacher, tiny_tokens, "1,0") == [student]
 
 
 @pytest.mark.parametrize(
@@ -263,5 +298,5 @@ def test_a_schedule_that_does_not_fit_is_refused(
     context: Context, teacher: Path, tiny_tokens: Path, schedule: str, sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
-        distill_teacher(settings(), context, teacher, ["1", schedule], tiny_tokens)
+        students(context, teacher, tiny_tokens, "1", schedule)
     assert not context.workspace.trials.exists()

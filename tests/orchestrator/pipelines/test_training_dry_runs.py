@@ -16,7 +16,7 @@ from orchestrator import cli
 from orchestrator.data.preparation import expected_tokens, prepare
 from orchestrator.data.python_docs import python_documents
 from orchestrator.pipelines import sweeps
-from orchestrator.planning.planned_training import PlannedTraining
+from orchestrator.planning.estimate import Estimate
 from orchestrator.settings import resolve_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.model_config import build_model_config
@@ -53,7 +53,7 @@ def test_a_dry_run_needs_no_tokens_and_no_gpus_and_writes_nothing(
     assert "H100" in lines["time"]
     assert "no GPU" in lines["on this machine"]
     assert lines["on an H100"] == "it fits"
-    assert lines["stop"] == "at most 31 s after the step of the signal, for two checkpoints"
+    assert lines["stop"] == "at most 31 s after the step of the signal, to save two checkpoints"
     stored = printed(capsys, "--config", "paper-340m", "--storage", "s3://x", "-w", str(tmp_path))
     assert stored["stop"].startswith("at most 1.9 min"), "uploads take three times as long"
     slow = printed(capsys, "--config", "paper-340m", "--mfu", "0.15", "-w", str(tmp_path / "ws"))
@@ -110,13 +110,13 @@ def test_a_run_that_does_not_fit_is_refused_before_text_is_read(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     memory, disk = (2**30, 2**50) if what == "memory" else (2**50, 2**20)
-    monkeypatch.setattr("orchestrator.planning.resources.free_memory", lambda: memory)
+    monkeypatch.setattr("orchestrator.planning.machine.free_memory", lambda: memory)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk))
     options = ["--preset", "55m", "--set", "training.num_tokens_per_step=65536"]
     assert cli.main(["pretrain", "-w", str(tmp_path), *options]) == 2
     error = capsys.readouterr().err
     assert ("GiB free" in error) == (what == "memory")
-    assert "model.preset=tiny" in error or "--workspace" in error
+    assert "take a smaller model" in error or "--workspace" in error
     assert not (tmp_path / "tokens").exists()
 
 
@@ -144,15 +144,15 @@ def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
             "sweep.num_schedules=5",
         ],
     )  # fmt: skip
-    monkeypatch.setattr(sweeps, "pretrain_models", never)
-    monkeypatch.setattr(sweeps, "ray_cluster", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(sweeps, "run_trainings", never)
+    monkeypatch.setattr("orchestrator.cluster.start.ray_cluster", lambda *_, **__: nullcontext())
     config = build_model_config(settings.model, vocab_size=300)
     new_tokens = expected_tokens(settings.data, None).new_bytes
-    checkpoint = PlannedTraining(config=config, recipe=settings.training).checkpoint_bytes
+    checkpoint = Estimate(config=config, recipe=settings.training).checkpoint_bytes
     # Three models are pretrained, and at most five students follow. Two share a first stage.
     for num_checkpoints, error, words in (
         (9, AssertionError, "the teacher is trained"),
-        (8.5, UserError, "8 trainings would write about"),
+        (8.5, UserError, "the run would write about"),
     ):
         usage = SimpleNamespace(free=int(num_checkpoints * checkpoint) + new_tokens)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, found=usage: found)

@@ -3,55 +3,73 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
+import torch
 
 from iiet.config import preset
-from orchestrator.planning.fit import MeasureFree, check_fit, find_problems
-from orchestrator.planning.planned_training import PlannedTraining, planned_training
-from orchestrator.planning.price import PlannedWork, TrainingGroup
-from orchestrator.planning.resources import FreeBytes
+from orchestrator.planning.estimate import Devices, Estimate, price_of
+from orchestrator.planning.fit import (
+    LARGEST_SHARE,
+    check_fit,
+    find_problems,
+    out_of_memory_explained,
+    smaller_settings,
+)
+from orchestrator.planning.machine import FreeBytes
 from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.settings import ModelSettings, Settings, resolve_settings
+from orchestrator.records.training import TrainingJob
+from orchestrator.settings import Settings, resolve_settings
 from orchestrator.terminal.render import format_bytes
+from orchestrator.training.distributed import World
 from orchestrator.training.model_config import build_model_config
 from orchestrator.training.teacher_cache_policy import TeacherWork
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import DeviceError, UserError
+from orchestrator.workspace.layout import LOCAL
 
 GIB = 2**30
+ONE_PER_PASS = "training.num_sequences_per_pass=1"
 
 
 def request(
-    *assignments: str, num_workers: int = 1, parallel: Literal["ddp", "fsdp"] | None = None
-) -> PlannedTraining:
+    *assignments: str,
+    num_workers: int = 1,
+    parallel: Literal["ddp", "fsdp"] | None = None,
+    **devices: Any,
+) -> Estimate:
     given = ["model.preset=340m", "training.num_tokens_per_step=65536", *assignments]
     settings = resolve_settings({}, given)
-    return PlannedTraining(
+    return Estimate(
         config=build_model_config(settings.model, vocab_size=32000),
         recipe=settings.training,
-        num_workers=num_workers,
-        parallel=parallel,
-        model=settings.model,
+        devices=Devices(num_workers=num_workers, parallel=parallel, **devices),
     )
 
 
-def always(free: FreeBytes) -> MeasureFree:
-    """Return a stand-in for `local_free_bytes` that always finds the same."""
-    return lambda *_, **__: free
+def check(
+    *trainings: Estimate,
+    memory: float | None = None,
+    disk: float | None = None,
+    host: float | None = None,
+    **price: Any,
+) -> None:
+    """Check trainings on a machine with these free bytes; `host` is its memory beside GPUs."""
+
+    def measure_free(*_: Any, num_gpus: int = 0, **__: Any) -> FreeBytes:
+        free = memory if num_gpus or host is None else host
+        return FreeBytes(*(None if each is None else int(each) for each in (free, disk)))
+
+    needed = price_of(trainings, Path(), **price).disk
+    check_fit(trainings, needed, Path(), measure_free=measure_free)
 
 
-def check(asked: PlannedTraining, free: FreeBytes, new_token_bytes: int = 0) -> None:
-    group = TrainingGroup(trainings=(asked,))
-    work = PlannedWork(groups=[group], folder=Path(), new_token_bytes=new_token_bytes)
-    check_fit(work, measure_free=always(free))
-
-
-def refused(asked: PlannedTraining, free: FreeBytes) -> str:
+def refused(*trainings: Estimate, **free: Any) -> str:
     with pytest.raises(UserError) as caught:
-        check(asked, free)
+        check(*trainings, **free)
     return str(caught.value)
 
 
@@ -60,214 +78,186 @@ def follow(message: str) -> list[str]:
     return re.findall(r"--set (\S+=[^\s;]+)", message)
 
 
+def trials_of(plan: SweepPlan, **devices: Any) -> list[Estimate]:
+    found = [Estimate.of(trial.job) for trial in plan.trials if trial.job]
+    return [replace(each, devices=Devices(are_trials=True, **devices)) for each in found]
+
+
 def test_a_cluster_elsewhere_is_not_compared_with_this_machines_memory() -> None:
-    work = PlannedWork(groups=[TrainingGroup(trainings=(request(),))], folder=Path())
-    full = always(FreeBytes(memory=0, disk=None))
-    with pytest.raises(UserError):
-        check_fit(work, measure_free=full)
-    check_fit(replace(work, address="ray.example:6379"), measure_free=full)
+    assert "0 B free" in refused(request(), memory=0)
+    huge = request("training.num_tokens_per_step=16777216")
+    far = find_problems([huge], {}, Path(), "ray.example:6379")
+    assert far == {"this machine (the cluster's memory is unknown)": None}
+    check(request())  # What is unknown is not checked.
 
 
-@pytest.mark.parametrize("gigabytes", [160, 80, 40, 24, 12, 8, 4, 2])
+@pytest.mark.parametrize("gigabytes", [160, 80, 40, 24, 12])
 def test_the_proposed_change_fits(gigabytes: int) -> None:
-    free = FreeBytes(memory=gigabytes * GIB, disk=None)
-    message = refused(request(), free)
+    message = refused(request(), memory=gigabytes * GIB)
     assert "weights" in message
     assert "activations" in message
     assert f"{gigabytes} GiB free" in message
     assert follow(message)
-    check(request(*follow(message)), free)
+    check(request(*follow(message)), memory=gigabytes * GIB)
 
 
 def test_the_smallest_change_comes_first() -> None:
     def proposal(gigabytes: float) -> str:
-        free = FreeBytes(memory=int(gigabytes * GIB), disk=None)
-        return refused(request(), free).partition("fits: ")[2]
+        return refused(request(), memory=gigabytes * GIB).partition("fits: ")[2]
 
     per_pass = {
-        n: request().with_recipe(num_sequences_per_pass=n).worker_bytes / GIB for n in (1, 2, 16)
+        number: request(f"training.num_sequences_per_pass={number}").worker_bytes / GIB
+        for number in (1, 2, 16)
     }
     assert proposal(per_pass[16]) == "--set training.num_sequences_per_pass=16"
-    assert proposal(per_pass[1]) == "--set training.num_sequences_per_pass=1"
+    assert proposal(per_pass[1]) == f"--set {ONE_PER_PASS}"
     assert "activation_checkpointing=true" in proposal(per_pass[1] - 0.5)
-    assert proposal(4).startswith("--set model.preset=55m")
-    free = FreeBytes(memory=GIB // 2, disk=None)
-    assert "no setting needs as little" in refused(request(), free)
+    assert "no setting needs as little" in refused(request(), memory=GIB // 2)
 
 
 def test_fsdp_is_proposed_if_the_settings_offer_it() -> None:
-    asked = request("training.num_sequences_per_pass=1", num_workers=8, parallel="ddp")
-    alone = asked.with_recipe(activation_checkpointing=True)
-    free = FreeBytes(memory=alone.worker_bytes - GIB // 2, disk=None)
-    message = refused(asked, free)
+    asked = request(ONE_PER_PASS, num_workers=8, parallel="ddp")
+    alone = request(
+        ONE_PER_PASS, "training.activation_checkpointing=true", num_workers=8, parallel="ddp"
+    )
+    most = alone.worker_bytes - GIB // 2
+    message = refused(asked, memory=most)
     assert "for each of 8 workers" in message
     assert "--set cluster.parallel=fsdp" in message
-    without = request("training.num_sequences_per_pass=1", num_workers=8)
-    assert "fsdp" not in refused(without, free)
+    assert "fsdp" not in refused(request(ONE_PER_PASS, num_workers=8), memory=most)
+    least = ONE_PER_PASS, "training.activation_checkpointing=true"
+    some = request(*least, num_workers=8, parallel="fsdp", shards=2)
+    whole = request(*least, num_workers=8, parallel="fsdp")
+    assert smaller_settings(some, whole.worker_bytes) == ["cluster.num_shards=8"]
 
 
 def test_a_full_disk_is_refused_before_the_first_checkpoint() -> None:
     asked = request("training.num_checkpoints_kept=4", "training.num_steps=100000")
     one = asked.checkpoint_bytes
-    free = FreeBytes(memory=None, disk=3 * one)
-    message = refused(asked, free)
-    assert "training.num_checkpoints_kept=2" in message
+    message = refused(asked, disk=3 * one)
     assert "--workspace" in message
     assert f"checkpoints {format_bytes(5 * one)}" in message
-    check(request("training.num_steps=100000", *follow(message)), free)
+    check(asked, disk=5 * one)
     # Checkpoints that this run has written already are replaced, not added to.
-    check(replace(asked, present_bytes=2 * one), free)
-    with pytest.raises(UserError, match="tokens"):
-        check(asked, FreeBytes(memory=None, disk=5 * one), new_token_bytes=one)
-
-
-def test_unknown_free_bytes_are_not_checked() -> None:
-    check(request(), FreeBytes(memory=None, disk=None, place="the cluster at x"))
-
-
-def test_proposals_keep_explicit_sizes() -> None:
-    model = ModelSettings(preset="1.3b", dim=2048, num_heads=16, num_layers=24, ffn_dim=5432)
-    asked = PlannedTraining(
-        config=build_model_config(model, vocab_size=32000), recipe=request().recipe, model=model
-    )
-    # No preset makes a model with these explicit sizes smaller, so none is tried.
-    assert "no setting needs as little" in refused(asked, FreeBytes(memory=2 * GIB, disk=None))
+    check(replace(asked, present_bytes=2 * one), disk=3 * one)
+    assert "tokens" in refused(asked, disk=5 * one, new_token_bytes=one)
 
 
 def test_a_teachers_weights_are_counted() -> None:
     recipe = Settings().distillation.training
     config = preset("tiny")
-    with_teacher = PlannedTraining(config=config, recipe=recipe, teacher=config).memory
-    without = PlannedTraining(config=config, recipe=recipe).memory
-    assert with_teacher.weights == 2 * without.weights
+    with_teacher = Estimate(config=config, recipe=recipe, teacher=config).worker_memory
+    without = Estimate(config=config, recipe=recipe).worker_memory
+    assert with_teacher["weights"] == 2 * without["weights"]
 
 
 def test_trials_that_do_not_fit_in_memory_together_are_refused(tiny_plan: SweepPlan) -> None:
-    trainings = [planned_training(trial.job) for trial in tiny_plan.trials if trial.job]
-
-    def check(gigabytes: float, at_once: int) -> None:
-        group = TrainingGroup(trainings=tuple(trainings), at_once=at_once, is_trials=True)
-        free = FreeBytes(memory=int(gigabytes * GIB), disk=None)
-        check_fit(PlannedWork(groups=[group], folder=Path()), measure_free=always(free))
-
     # Each takes little more memory than a process does.
-    check(1.3, 2)
-    with pytest.raises(UserError, match=r"sweep\.trials_at_once=2"):
-        check(1.3, 4)
-    with pytest.raises(UserError, match="training would take"):
-        check(0.1, 1)
+    check(*trials_of(tiny_plan, at_once=2), memory=1.3 * GIB)
+    message = refused(*trials_of(tiny_plan, at_once=4), memory=1.3 * GIB)
+    assert "4 trainings at once" in message
+    assert "set sweep.trials_at_once lower" in message
+    assert "training would take" in refused(*trials_of(tiny_plan), memory=0.1 * GIB)
 
 
 def test_trials_share_the_memory_of_their_gpu(tiny_plan: SweepPlan) -> None:
-    own = [planned_training(trial.job) for trial in tiny_plan.trials if trial.job]
-    trainings = tuple(replace(training, on_gpus=True) for training in own)
-    needed = max(training.worker_bytes for training in trainings)
+    def trials(at_once: int, sharing: int) -> list[Estimate]:
+        return trials_of(tiny_plan, on_gpus=True, at_once=at_once, sharing_a_gpu=sharing)
 
-    def check(at_once: int, sharing: int) -> None:
-        group = TrainingGroup(
-            trainings=trainings, at_once=at_once, sharing_a_gpu=sharing, is_trials=True
-        )
-        check_fit(
-            PlannedWork(groups=[group], folder=Path()),
-            measure_free=lambda *_, num_gpus=0, **__: FreeBytes(
-                memory=3 * needed if num_gpus else None, disk=None
-            ),
-        )
-
-    check(3, 3)
-    check(3, 4)
-    check(16, 1)
-    with pytest.raises(UserError, match="shared by 4 trials, has"):
-        check(4, 4)
+    gpu = 3 * max(each.worker_bytes for each in trials(1, 1))
+    for at_once, sharing in ((3, 3), (3, 4), (16, 1)):
+        check(*trials(at_once, sharing), memory=gpu, host=GIB * GIB)
+    assert "shared by 4 trials, has" in refused(*trials(4, 4), memory=gpu, host=GIB * GIB)
 
 
 @pytest.mark.parametrize(
     ("num_gpus", "at_once", "words"),
     [
         # 2 GiB for each of 8 processes, and the pinned buffers of a checkpoint of 3.8 GiB.
-        (8, 1, r"training on 8 GPUs would take about 21\.\d GiB .* --set cluster\.num_gpus=7"),
-        (1, 8, r"8 trainings at once on 8 GPUs .* --set sweep\.trials_at_once=2"),
-        (32, 1, r"on 32 GPUs .* --set cluster\.num_gpus=7"),
+        (8, 1, r"training on 8 GPUs would take about 23\.6 GiB .* set cluster\.num_gpus lower"),
+        (1, 8, r"8 trainings at once on 8 GPUs .* set sweep\.trials_at_once lower"),
     ],
 )
 def test_workers_on_gpus_need_memory_of_the_machine(
     num_gpus: int, at_once: int, words: str
 ) -> None:
-    def check(host_gigabytes: float) -> None:
-        asked = request("training.num_sequences_per_pass=1", num_workers=num_gpus)
-        asked = replace(asked, on_gpus=True)
-        group = TrainingGroup(trainings=(asked,), at_once=at_once, is_trials=at_once > 1)
-        gpu, host = FreeBytes(memory=79 * GIB, disk=None), int(host_gigabytes * GIB)
-        check_fit(
-            PlannedWork(groups=[group], folder=Path()),
-            measure_free=lambda *_, num_gpus=0, **__: (
-                gpu if num_gpus else FreeBytes(memory=host, disk=None)
-            ),
-        )
-
-    check(160)
-    with pytest.raises(UserError, match=words):
-        check(20)
-
-
-def test_a_machine_too_small_for_one_worker_is_offered_a_smaller_model() -> None:
-    asked = replace(request("training.num_sequences_per_pass=1"), on_gpus=True)
-    group = TrainingGroup(trainings=(asked,))
-    free = FreeBytes(memory=4 * GIB, disk=None)
-    with pytest.raises(UserError, match=r"it has 4 GiB free; .* --set model\.preset=55m"):
-        check_fit(
-            PlannedWork(groups=[group], folder=Path()),
-            measure_free=lambda *_, num_gpus=0, **__: (
-                FreeBytes(memory=79 * GIB, disk=None) if num_gpus else free
-            ),
-        )
+    asked = request(
+        ONE_PER_PASS, num_workers=num_gpus, on_gpus=True, at_once=at_once, are_trials=at_once > 1
+    )
+    trainings = [asked] * at_once
+    check(*trainings, memory=79 * GIB, host=160 * GIB)
+    assert re.search(words, refused(*trainings, memory=79 * GIB, host=20 * GIB))
 
 
 def test_trainings_that_fit_on_the_disk_only_one_by_one_are_refused(tiny_plan: SweepPlan) -> None:
-    trainings = [planned_training(trial.job) for trial in tiny_plan.trials if trial.job]
-    assert len(trainings) == 4
     one = 12 * 10_146  # Bytes of a checkpoint.
-
-    def check(num_checkpoints: float, *, teacher_bytes: int = 0, **recipe: int) -> None:
-        group = TrainingGroup(
-            trainings=tuple(training.with_recipe(**recipe) for training in trainings),
-            at_once=2,
-            teacher=TeacherWork(num_bytes=teacher_bytes),
-        )
-        free = FreeBytes(memory=None, disk=int(num_checkpoints * one))
-        check_fit(PlannedWork(groups=[group], folder=Path()), measure_free=always(free))
-
-    check(4)
-    with pytest.raises(
-        UserError, match=r"4 trainings .* 475 KiB \(checkpoints .* has 357 KiB free"
-    ):
-        check(3)
-    with pytest.raises(
-        UserError, match=r"teacher outputs 119 KiB.*--set distillation\.teacher_cache=live"
-    ):
-        check(4.5, teacher_bytes=one)
-    check(5, teacher_bytes=one)
+    trials = trials_of(tiny_plan, at_once=2)
+    assert len(trials) == 4
+    check(*trials, disk=4 * one)
+    message = refused(*trials, disk=3 * one)
+    assert re.search(
+        r"the run would write about 475 KiB \(checkpoints .* has 357 KiB free", message
+    )
+    stored = TeacherWork(num_bytes=one)
+    assert "teacher outputs 119 KiB" in refused(*trials, disk=4.5 * one, teacher=stored)
+    check(*trials, disk=5 * one, teacher=stored)
     # Each keeps two, and each that runs at the same time writes one more.
     often = {"checkpoint_every_steps": 10, "num_checkpoints_kept": 2}
-    check(8 + 2, **often)
-    with pytest.raises(UserError, match=r"--set distillation\.training\.num_checkpoints_kept=1;"):
-        check(8, **often)
+    trials = [replace(each, recipe=each.recipe.model_copy(update=often)) for each in trials]
+    check(*trials, disk=(8 + 2) * one)
+    assert "1.16 MiB" in refused(*trials, disk=8 * one)
 
 
 def test_an_assumed_gpu_stands_beside_a_machine_that_has_none() -> None:
-    asked = replace(request("training.num_sequences_per_pass=1"), on_gpus=True)
-
     def refuse() -> None:
         raise UserError("no GPU here")
 
-    group = TrainingGroup(trainings=(asked,))
-    assert find_problems(PlannedWork(groups=[group], folder=Path()), refuse) == {
-        "this machine": "no GPU here",
-        "an H100": None,
-    }
-    too_large = TrainingGroup(trainings=(request("training.num_sequences_per_pass=32"),))
-    (problem,) = find_problems(
-        PlannedWork(groups=[too_large], folder=Path()), lambda: None
-    ).values()
-    assert problem
-    assert "training would take about" in problem
+    on_gpu = [request(ONE_PER_PASS, on_gpus=True)]
+    found = find_problems(on_gpu, {}, Path(), LOCAL, refuse)
+    assert found == {"this machine": "no GPU here", "an H100": None}
+    too_large = [request("training.num_tokens_per_step=16777216")]
+    (problem,) = find_problems(too_large, {}, Path(), LOCAL).values()
+    assert "training would take about" in str(problem)
+
+
+CUDA_MESSAGE = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of "
+    "which 1.50 GiB is free. Including non-PyTorch memory, this process has 77.6 GiB memory in use."
+)
+
+
+@pytest.mark.parametrize(
+    ("preset", "assignments", "change"),
+    [
+        ("340m", (), "training.num_sequences_per_pass=4"),
+        ("340m", (ONE_PER_PASS,), "training.activation_checkpointing=true"),
+        ("1.3b", (ONE_PER_PASS, "training.activation_checkpointing=true"), "cluster.parallel=fsdp"),
+    ],
+)
+def test_the_proposal_takes_clearly_less_than_the_plan_that_failed(
+    preset: str, assignments: tuple[str, ...], change: str
+) -> None:
+    given = f"model.preset={preset}", *assignments
+    failed = request(*given, num_workers=4, parallel="ddp", on_gpus=True)
+    most = int(LARGEST_SHARE * failed.worker_bytes)
+    changes = smaller_settings(failed, most)
+    assert changes == [change]
+    parallel = resolve_settings({}, changes).cluster.parallel
+    follower = request(*given, *changes, num_workers=4, parallel=parallel, on_gpus=True)
+    assert follower.worker_bytes <= most
+
+
+def test_what_pytorch_saw_what_was_planned_and_what_to_type(
+    tiny_job: Callable[..., TrainingJob],
+) -> None:
+    job = tiny_job(num_tokens_per_step=2**16)
+    with pytest.raises(DeviceError) as caught, out_of_memory_explained(job, World()):
+        raise torch.OutOfMemoryError(CUDA_MESSAGE)
+    text = str(caught.value)
+    assert "total capacity of 79.15 GiB of which 1.50 GiB is free)" in text
+    assert "its plan was" in text
+    assert "activations" in text
+    assert "--set training.num_sequences_per_pass=" in text
+    assert "Including" not in text
+    with pytest.raises(RuntimeError, match="else"), out_of_memory_explained(tiny_job(), World()):
+        raise RuntimeError("else")

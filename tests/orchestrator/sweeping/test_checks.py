@@ -14,11 +14,8 @@ from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.pipelines import sweeps
 from orchestrator.pipelines.result import show
-from orchestrator.pipelines.sweep_dry_runs import plan_sweep
-from orchestrator.pipelines.sweep_plans import plan_suite
-from orchestrator.pipelines.sweeps import sweep
-from orchestrator.planning.nodes import Node
-from orchestrator.planning.resources import Resources
+from orchestrator.pipelines.sweeps import plan_suite, plan_sweep, sweep
+from orchestrator.planning.machine import Node, Resources
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
 from orchestrator.sweeping.checks import check_models, check_on_nodes, check_sweep
 from orchestrator.sweeping.selection import schedule_cost
@@ -160,7 +157,9 @@ def test_other_items_under_the_same_name_and_another_precision_are_other_trials(
         file.write_text(f'{{"context": "a", "target": " {words}"}}\n')
         (file.parent / "first.yaml").write_text(TASK.format(name="first", file=file))
         settings = EvaluationSettings(suite="first", include_path=str(file.parent), **options)
-        suite = plan_suite(settings, tiny_tokens, config, Progress())
+        suite = plan_suite(
+            settings, tiny_tokens, config, make_tasks(settings, tiny_tokens, config, Progress())
+        )
         values = suite.model_dump(mode="json").items()
         return {name: value for name, value in values if not name.endswith("_folder")}
 
@@ -185,7 +184,9 @@ def test_answers_that_the_models_cannot_generate_are_refused_when_a_sweep_is_pla
     (tmp_path / "first.yaml").write_text(text + "generation_kwargs: {max_gen_toks: 999}\n")
     settings = EvaluationSettings(suite="first", include_path=str(tmp_path))
     with pytest.raises(UserError, match=r"first: its answers have up to 999 tokens"):
-        plan_suite(settings, tiny_tokens, config, Progress())
+        plan_suite(
+            settings, tiny_tokens, config, make_tasks(settings, tiny_tokens, config, Progress())
+        )
 
 
 def test_counted_units_follow_from_the_shape(tiny_model: dict[str, object]) -> None:
@@ -276,5 +277,5 @@ def test_a_cluster_has_the_gpus_of_a_trial_and_of_the_teacher() -> None:
     check_on_nodes(settings, one, pretrains=False)
     with pytest.raises(UserError, match=r"cluster\.num_gpus=8: the cluster at x has 1"):
         check_on_nodes(settings, one, pretrains=True)
-    with pytest.raises(UserError, match="gpus_per_trial=1: the cluster at x has no GPU"):
+    with pytest.raises(UserError, match=r"gpus_per_trial=1: the cluster at x has .* and no GPU"):
         check_on_nodes(settings, Resources((Node(16),), "the cluster at x"), pretrains=False)

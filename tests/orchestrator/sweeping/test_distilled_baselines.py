@@ -15,9 +15,10 @@ from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import SweepSettings, resolve_settings
 from orchestrator.sweeping.distilled_baselines import (
+    baselines_upper_bound,
     choose_distilled_baselines,
-    costliest_distilled_baselines,
 )
+from orchestrator.sweeping.student_plans import student_estimates
 from orchestrator.workspace.errors import UserError
 
 FULL = preset("tiny", schedule=2)  # 6 layers, 18 evaluations
@@ -108,14 +109,16 @@ def test_baselines_of_an_unmeasured_teacher_are_priced_at_most() -> None:
     settings = resolve_settings(
         {}, [kinds, "sweep.seeds=[1, 2]", "sweep.distilled_vanilla_steps=500"]
     )
-    trainings = costliest_distilled_baselines(settings, FULL)
-    assert len(trainings) == 2 * (3 + 3)
+    models = baselines_upper_bound(settings, FULL)
+    assert len(models) == 3 + 3
     known = chosen(*STUDENTS, distilled_baselines=["vanilla", "fewer_layers"])
-    priciest = max(flops(training.config) for training in trainings)
+    priciest = max(flops(config) for config, _ in models)
     assert priciest >= max(flops(baseline.config) for baseline in known)
-    steps = {training.config.method: training.recipe.num_steps for training in trainings}
+    steps = {config.method: recipe.num_steps for config, recipe in models}
     assert steps == {"vanilla": 500, "iiet": settings.distillation.training.num_steps}
+    trainings = student_estimates(settings, FULL, models)
+    assert len(trainings) == 2 * len(models)
     assert all(training.teacher == FULL and training.cache for training in trainings)
-    assert costliest_distilled_baselines(resolve_settings({}, []), FULL) == []
+    assert baselines_upper_bound(resolve_settings({}, []), FULL) == []
     with pytest.raises(UserError, match="leave fewer_layers out"):
-        costliest_distilled_baselines(settings, preset("tiny", num_layers=1, schedule=3))
+        baselines_upper_bound(settings, preset("tiny", num_layers=1, schedule=3))

@@ -15,7 +15,7 @@ from iiet.config import ModelConfig
 from iiet.cost import inference_cost, training_flops_per_token
 from iiet.influence import InfluenceTable
 from orchestrator.evaluation.measuring import heldout_loss
-from orchestrator.planning.planned_training import PlannedTraining
+from orchestrator.planning.estimate import Estimate
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
@@ -29,14 +29,14 @@ from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.sweeping import trial_queue, trial_run
 from orchestrator.sweeping.elastic_plans import (
-    costliest_elastic,
     elastic_savings,
     elastic_trials,
+    elastic_upper_bound,
     waits_for_weights,
     without_elastic,
 )
 from orchestrator.sweeping.selection import choose_members
-from orchestrator.sweeping.student_plans import distillation_job, threshold_plan
+from orchestrator.sweeping.student_plans import distillation_job, student_estimates, threshold_plan
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import exact_cost
@@ -203,7 +203,7 @@ def test_what_is_saved_is_counted_from_shapes(
     job = trials[0].job
     assert job
     forward = inference_cost(full).forward_flops_per_token
-    own = PlannedTraining(config=full, recipe=job.recipe, teacher=full).flops + 3 * 64 * forward
+    own = Estimate(config=full, recipe=job.recipe, teacher=full).flops + 3 * 64 * forward
     per_token = sum(training_flops_per_token(full, t.model.corrections) for t in trials)
     per_token += 4 * forward
     separate = 3 * 64 * per_token
@@ -211,7 +211,7 @@ def test_what_is_saved_is_counted_from_shapes(
         f"one elastic training of 3 steps: {own:.3g} FLOPs, {own / separate:.0%} of the "
         f"{separate:.3g} of 4 separate students"
     )
-    (unknown,) = costliest_elastic(settings, full)
+    (unknown,) = student_estimates(settings, full, [elastic_upper_bound(settings, full)])
     assert unknown.flops + 3 * 64 * forward >= own
 
 

@@ -15,7 +15,7 @@ from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.influence import InfluenceTable
 from iiet.pruning import FamilyMember
-from orchestrator.pipelines.sweep_plans import text_of_teacher
+from orchestrator.pipelines.sweeps import text_of_teacher
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, Settings, TrainingSettings, resolve_settings

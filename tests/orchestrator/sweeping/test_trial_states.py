@@ -15,7 +15,14 @@ from changed_trials import with_job
 from rich.console import Console
 
 from iiet.influence import InfluenceTable
-from orchestrator.planning.price import PlannedWork, Price, trial_group
+from orchestrator.planning.estimate import (
+    LEAST_SECONDS,
+    WRITE_BYTES_PER_SECOND,
+    Price,
+    assign_trial_gpus,
+    on_trial_devices,
+    price_of_trials,
+)
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
@@ -48,8 +55,8 @@ def settings(*assignments: str) -> Settings:
 
 def price_left(plan: SweepPlan, chosen: Settings, teachers: Path) -> Price:
     trainings = [state.training for state in trial_states(plan, chosen.sweep) if state.training]
-    groups = [trial_group(trainings, chosen, teachers)]
-    return PlannedWork(groups=groups, folder=teachers).price()
+    placed = assign_trial_gpus(chosen)
+    return price_of_trials(on_trial_devices(trainings, placed), placed, teachers)
 
 
 def told(plan: SweepPlan, chosen: Settings) -> list[str]:
@@ -101,6 +108,16 @@ def test_each_trial_is_a_row(tiny_plan: SweepPlan) -> None:
     assert "0,0 >0.5 2 54% 256 B finished" in found
 
 
+def test_models_that_are_pretrained_before_a_plan_stand_in_its_table(tiny_plan: SweepPlan) -> None:
+    beside = with_job(tiny_plan.trials[1], {"learning_rate": 1.0})
+    states = trial_states(tiny_plan, settings().sweep)
+    states += trial_states(tiny_plan.model_copy(update={"trials": (beside,)}), settings().sweep)
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(plan_table(tiny_plan, states))
+    assert captured.get().count("to train") == 5
+
+
 def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
     chosen = settings("sweep.trials_at_once=1")
     price = price_left(tiny_plan, chosen, tmp_path)
@@ -125,6 +142,13 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
         "at most 3.4 MiB: checkpoints 475 KiB, teacher outputs 2.94 MiB; "
     )
     assert words["on this machine"] == "it fits"
+    assert words["stop"].startswith("at most 4 s after the step of the signal, to save two")
+    # Two that are stopped at the same time write on the same disk.
+    both = price_left(tiny_plan, settings("sweep.trials_at_once=2"), tmp_path)
+    writing = 2 * 12 * 10_138 / WRITE_BYTES_PER_SECOND
+    assert price.stop_seconds == pytest.approx(LEAST_SECONDS + writing, abs=writing / 4)
+    assert both.stop_seconds == pytest.approx(LEAST_SECONDS + 2 * writing, abs=writing / 4)
+    assert "of each of the 2 that train at once" in dict(price_rows(both, {}))["stop"]
 
 
 def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan: SweepPlan, tmp_path: Path) -> None:

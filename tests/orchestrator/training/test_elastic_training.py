@@ -23,7 +23,7 @@ from iiet.distillation import (
 )
 from iiet.plain import plain_formulas
 from iiet.schedule import IterationSchedule
-from orchestrator.planning.planned_training import PlannedTraining
+from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, Settings, TrainingSettings, resolve_settings
 from orchestrator.sweeping.model_plans import ModelVariant, settings_of
@@ -258,7 +258,7 @@ def test_a_resumed_run_equals_one_from_the_start_and_its_flops_are_planned(
     flops += len(drawn_ones) * 2 * whole.model.dim * whole.model.vocab_size
     flops *= 32
     assert outcome.training_flops == pytest.approx(flops)
-    planned = PlannedTraining(config=whole.model, recipe=whole.recipe)
+    planned = Estimate(config=whole.model, recipe=whole.recipe)
     assert planned.flops == pytest.approx(flops)
     # The weights are saved once, and say whom they serve.
     served = [(2, 2), (2, 1), (1, 0), (0, 0)]

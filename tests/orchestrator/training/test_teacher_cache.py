@@ -14,7 +14,7 @@ from iiet.chunked_loss import Logits
 from iiet.coarse_distribution import CoarseDistribution, coarsen
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
-from orchestrator.planning.planned_training import planned_training
+from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings, TrainingSettings
 from orchestrator.terminal.progress import Progress
@@ -362,7 +362,7 @@ def test_the_teacher_runs_on_the_device_it_is_given_and_only_if_outputs_are_miss
 def work_of(
     jobs: Sequence[TrainingJob], settings: DistillationSettings, parent: Path
 ) -> TeacherWork:
-    trainings = list(map(planned_training, jobs))
+    trainings = list(map(Estimate.of, jobs))
     tokens = [training.num_teacher_tokens for training in trainings]
     caches = [training.cache for training in trainings]
     return estimate_teacher_work(caches, tokens, settings.teacher_cache, parent)

@@ -1,20 +1,25 @@
-"""Too few CPUs or GPUs are one error that says how many there are and what to type."""
+"""What this machine has, and that too few CPUs or GPUs are an error that says what to type."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 
-from orchestrator.planning.nodes import Node
-from orchestrator.planning.resources import (
+from orchestrator.planning.machine import (
+    InstalledGpu,
+    Node,
     Resources,
     check_available,
     check_resources,
     check_run_resources,
+    driver_version,
     free_memory,
+    installed_gpus,
     local_free_bytes,
     local_resources,
 )
@@ -42,9 +47,9 @@ def test_a_job_that_fits_passes(num_workers: int, num_gpus: int, resources: Reso
 @pytest.mark.parametrize(
     ("num_workers", "num_gpus", "resources", "words"),
     [
-        (1, 8, TWO_CPUS, ["no GPU", "set cluster.num_gpus=0", "2 CPUs", "cluster.address"]),
-        (1, 8, TWO_GPUS, ["has 2", "type --set cluster.num_gpus=2", "cluster.address"]),
-        (3, 0, TWO_CPUS, ["3 workers", "2 CPUs", "type --set cluster.num_workers=2"]),
+        (1, 8, TWO_CPUS, ["2 CPUs and no GPU", "set cluster.num_gpus=0", "cluster.address"]),
+        (1, 8, TWO_GPUS, ["and 2 GPUs", "type --set cluster.num_gpus=2", "cluster.address"]),
+        (3, 0, TWO_CPUS, ["num_workers=3", "2 CPUs", "type --set cluster.num_workers=2"]),
         (2, 0, Resources((Node(1),), "the cluster at x"), ["the cluster at x", "1 CPU,"]),
     ],
 )
@@ -61,10 +66,11 @@ def test_a_job_that_does_not_fit_is_refused_with_what_would(
     ("workers", "gpus", "words"), [(2, 0, "num_workers=2"), (1, 8, "num_gpus=8")]
 )
 def test_one_process_cannot_run_several_workers(workers: int, gpus: int, words: str) -> None:
+    cluster = ClusterSettings(num_workers=workers, num_gpus=gpus)
     with pytest.raises(
         UserError, match=f"--local trains in this process alone, and cluster.{words}"
     ):
-        check_resources(workers, gpus, local=True)
+        check_run_resources(cluster, local=True)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +117,7 @@ def test_asking_for_cpus_imports_neither_ray_nor_torch() -> None:
     import subprocess
 
     code = (
-        "import sys; from orchestrator.planning.resources import check_resources; "
+        "import sys; from orchestrator.planning.machine import check_resources; "
         "check_resources(1, 0); "
         "sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
     )
@@ -163,3 +169,85 @@ def test_free_bytes_are_those_of_the_machine_and_of_the_folders_disk(tmp_path: P
     assert two.memory is not None
     assert two.memory == pytest.approx(one.memory / 2, rel=0.2)
     assert one.disk
+
+
+FIRST, SECOND = "GPU-1a2b", "GPU-1a9c"
+PART = "MIG-77"
+
+
+class MachineWithTwoGpus:
+    """Answers as the module `pynvml` would; a handle is the GPU's id."""
+
+    NVMLError = pynvml.NVMLError
+
+    def __init__(self) -> None:
+        self.free_bytes = {FIRST: 10, SECOND: 20, PART: 5}
+        self.users = 0
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        self.users += 1
+
+    def nvmlShutdown(self) -> None:  # noqa: N802
+        self.users -= 1
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, number: int) -> str:  # noqa: N802
+        return (FIRST, SECOND)[number]
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        if uuid not in self.free_bytes:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return uuid
+
+    def nvmlDeviceGetUUID(self, handle: str) -> str:  # noqa: N802
+        return handle
+
+    def nvmlDeviceGetName(self, handle: str) -> str:  # noqa: N802
+        return f"NVIDIA {handle}"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(free=self.free_bytes[handle], total=100)
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [
+        (None, [FIRST, SECOND]),
+        ("1,0", [SECOND, FIRST]),
+        ("1", [SECOND]),
+        ("0,7,1", [FIRST]),
+        ("", []),
+        ("-1", []),
+        (f"{SECOND},{FIRST}", [SECOND, FIRST]),
+        ("GPU-1a9", [SECOND]),
+        ("GPU-1a", []),
+        (PART, [PART]),
+        ("MIG-unknown", []),
+    ],
+)
+def test_only_visible_gpus_count(
+    visible: str | None, found: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    machine = MachineWithTwoGpus()
+    free = machine.free_bytes
+    assert installed_gpus(machine) == [InstalledGpu(f"NVIDIA {gpu}", free[gpu]) for gpu in found]
+    assert machine.users == 0
+
+
+def test_a_machine_without_nvml_has_no_known_gpu() -> None:
+    class WithoutDriver(MachineWithTwoGpus):
+        def nvmlInit(self) -> None:  # noqa: N802
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    assert installed_gpus(WithoutDriver()) == []
+
+
+def test_without_the_extra_gpu_no_gpu_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # Importing it fails as if it were missing.
+    assert installed_gpus() == []
+    assert driver_version() is None

@@ -1,0 +1,512 @@
+"""Prepare text, pretrain models from fresh weights, and distill students of a teacher.
+
+A plan is made by reading only: the jobs, how far each is, and what the rest takes. A run executes
+exactly its plan; if the tokens are missing, it prepares them and plans again. A run's folder is
+named after the hash of all that determines the result, so the same settings find it: a finished
+one returns at once, an interrupted one resumes. A student is stored where a sweep stores it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import field_serializer
+
+from iiet.schedule import IterationSchedule
+from orchestrator.cluster.joining import check_ray_can_run
+from orchestrator.cluster.launch import job_runner, joined_cluster
+from orchestrator.data.preparation import ExpectedTokens, expected_tokens, find_prepared
+from orchestrator.data.preparation import prepare as prepare_tokens
+from orchestrator.data.text_files import find_files, read_file
+from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.hub_imports import local_model
+from orchestrator.pipelines.result import Result
+from orchestrator.planning.estimate import Estimate, Price, price_of, run_devices
+from orchestrator.planning.fit import find_problems
+from orchestrator.planning.machine import check_on_cluster, check_run_resources
+from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.reporting.price_table import price_rows, training_rows, two_column_table
+from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, read_settings, to_yaml
+from orchestrator.settings.files import starting_yaml
+from orchestrator.sweeping.student_plans import distillation_job
+from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_count
+from orchestrator.training.continuing import continue_job, continued_settings
+from orchestrator.training.first_stage import share_first_stages
+from orchestrator.training.job import finished_outcome
+from orchestrator.training.job_checks import check_job
+from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
+from orchestrator.training.pretraining_job import pretraining_job
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import write_text
+from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.layout import Workspace
+from orchestrator.workspace.read_only import read_only
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+UNPREPARED = (
+    "the tokens are not prepared, so no finished training can be found; their number is that of "
+    "the settings"
+)
+
+
+def write_starting_file(settings: Settings, path: Path, *, replace: bool = False) -> Path:
+    """Write settings with comments, to start from; a file that exists is kept unless `replace`.
+
+    Raises:
+        UserError: If the file exists, or the settings name text files that do not, or are no text.
+    """
+    if settings.data.source == "files":
+        for text_file in find_files(settings.data):
+            if text_file.suffix == ".txt":
+                next(read_file(text_file, settings.data.text_field), None)
+    write_new_file(path, starting_yaml(settings), replace=replace)
+    assert read_settings(path) == settings, "the file says what was asked for"
+    return path
+
+
+def write_new_file(path: Path, text: str, *, replace: bool = False) -> None:
+    """Write a text file; one that exists is kept unless `replace`.
+
+    Raises:
+        UserError: If the file exists.
+    """
+    if path.exists() and not (replace and path.is_file()):
+        raise UserError(f"{path} exists; give another name, or replace a file with --force")
+    write_text(path, text)
+
+
+def prepare(
+    settings: Settings, *, workspace: Workspace | Path | str, progress: Progress | None = None
+) -> Path:
+    """Return the folder of prepared tokens; tokens that exist are verified by their checksums.
+
+    Args:
+        settings: Section `data`.
+
+    Raises:
+        UserError: If the source is missing, empty or unreadable, or stored tokens are damaged.
+    """
+    context = open_context(workspace, progress)
+    return prepare_tokens(settings.data, context.workspace, context.progress, verify=True)
+
+
+class TrainingPlan(Result):
+    """Trainings that run side by side, and what they take."""
+
+    kind: Literal["pretrain", "distill"]
+    models: dict[str, Settings]
+    """Label -> settings; section `cluster` of the first says where all of them run."""
+    jobs: dict[str, TrainingJob]
+    """Label -> training; without prepared tokens it can be planned, but not run."""
+    estimates: dict[str, Estimate]
+    """Label -> what is left of it, on the devices of the settings."""
+    states: dict[str, str]
+    """Label -> whether it is finished, or where it begins."""
+    finished: dict[str, Path]
+    """Label of each finished training -> its checkpoint."""
+    damaged: tuple[str, ...]
+    """Which ends of trainings are damaged, so they are trained again."""
+    workspace: Workspace
+    tokens: ExpectedTokens | None = None
+    """Tokens of a pretraining, prepared or not."""
+    name: str | None = None
+    """Name of a single run's folder, if one was given."""
+    is_continued: bool = False
+    """Whether a finished run is continued, on its own tokens."""
+    notes: tuple[str, ...] = ()
+    """What a run says when it starts."""
+    local: bool = False
+    """Whether to train in this process, without Ray."""
+    mfu: float | None = None
+    """Share of the peak FLOP/s that is assumed; a usual range if unset."""
+
+    @property
+    def cluster(self) -> ClusterSettings:
+        """Where the trainings run."""
+        return next(iter(self.models.values())).cluster
+
+    @cached_property
+    def price(self) -> Price:
+        """Tokens, FLOPs, hours, memory and disk of what is left."""
+        return self._price_of(*self.jobs)
+
+    @cached_property
+    def problems(self) -> dict[str, str | None]:
+        """Place -> why the trainings do not fit there; None if they do. First this machine."""
+        return self._problems_of(*self.jobs)
+
+    def check(self) -> None:
+        """Raise `UserError` if the trainings do not fit on this machine; says what would."""
+        if problem := next(iter(self.problems.values())):
+            raise UserError(problem)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the model, the state, the price, and what does not fit, of each student."""
+        parts = []
+        for label, job in self.jobs.items():
+            parts.append(
+                {
+                    "method": job.model.method,
+                    "schedule": list(job.model.corrections),
+                    "state": self.states[label],
+                    "price": self._price_of(label).model_dump(mode="json"),
+                    "problems": self._problems_of(label),
+                }
+            )
+        return {"students": parts} if self.kind == "distill" else parts[0]
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return a table for each training."""
+        for label, training in self.estimates.items():
+            devices = training.devices
+            workers = "GPU" if devices.on_gpus else "CPU worker"
+            rows = [
+                *training_rows(training, self.tokens),
+                ("state", self.states[label]),
+                *price_rows(self._price_of(label), self._problems_of(label)),
+            ]
+            title = f"Plan: {training.config.method}, {format_count(devices.num_workers, workers)}"
+            yield two_column_table(title, rows)
+
+    def left(self, labels: Iterable[str] | None = None) -> list[Estimate]:
+        """Return what is left of all trainings, or of some, that are not finished."""
+        wanted = self.jobs if labels is None else labels
+        return [self.estimates[label] for label in wanted if label not in self.finished]
+
+    def _price_of(self, *labels: str) -> Price:
+        new = self.tokens.new_bytes if self.tokens else 0
+        return price_of(self.left(labels), self.workspace.root, new_token_bytes=new, mfu=self.mfu)
+
+    def _problems_of(self, *labels: str) -> dict[str, str | None]:
+        # The fewest GPUs of a job have the largest shares of a step.
+        fewest = self.cluster.model_copy(update={"num_gpus": self.cluster.fewest_gpus})
+        placed = [replace(each, devices=run_devices(fewest)) for each in self.left(labels)]
+        check = partial(check_run_resources, self.cluster, local=self.local)
+        disk = self._price_of(*labels).disk
+        root, address = self.workspace.root, self.cluster.ray_address
+        return find_problems(placed, disk, root, address, check)
+
+
+class PretrainResult(Result):
+    """A finished training."""
+
+    checkpoint: Path
+    """Folder of the last checkpoint."""
+    validation_loss: float
+    """Nats per token at the last step; NaN if it was not measured."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per logged training step."""
+        rows: dict[int, dict[str, Any]] = {}
+        for record in read_journal(self.checkpoint.parent)[0]:
+            if record["kind"] == "metrics":
+                step = record["step"]
+                rows.setdefault(step, {"step": step}).update(record["values"])
+        return [rows[step] for step in sorted(rows)]
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return where the weights are."""
+        return [f"checkpoint: {self.checkpoint}"]
+
+
+class DistillResult(PretrainResult):
+    """A distilled student."""
+
+    schedule: IterationSchedule
+    """The student's corrections."""
+
+    @field_serializer("schedule")
+    def _as_list(self, schedule: IterationSchedule) -> list[int]:
+        return list(schedule)
+
+
+class StudentsResult(Result):
+    """All students that were distilled from a teacher."""
+
+    students: list[DistillResult]
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return where the weights are."""
+        return [line for student in self.students for line in student.shown()]
+
+
+def pretrain(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str,
+    continued: Path | str | None = None,
+    name: str | None = None,
+    local: bool = False,
+    progress: Progress | None = None,
+) -> PretrainResult:
+    """Pretrain one model, tokens included; a finished run is found again.
+
+    Args:
+        settings: Sections `data`, `model`, `training` and `cluster`.
+        continued: Finished run to continue, by path or name; the settings are those in its
+            `settings.yaml`, with more steps. The result is bitwise that of one longer training.
+        name: Name of the run's folder; made from method, schedule and content when unset.
+        local: Train in this process, without Ray.
+
+    Raises:
+        UserError: If the settings do not go together or do not fit this machine.
+        Interrupted: After Ctrl-C; says at which step the state is saved.
+        RunFailed: If the run failed or diverged.
+    """
+    check_run_resources(settings.cluster, local=local)
+    plan = plan_pretrain(settings, workspace=workspace, continued=continued, name=name, local=local)
+    plan.check()  # Before the workspace is made.
+    return run_pretrain(plan, open_context(workspace, progress, loggers=settings.tracking.loggers))
+
+
+@read_only()
+def plan_pretrain(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str,
+    continued: Path | str | None = None,
+    name: str | None = None,
+    local: bool = False,
+    mfu: float | None = None,
+) -> TrainingPlan:
+    """Return what `pretrain` does with the same arguments, and what that takes.
+
+    Args:
+        mfu: Share of the peak FLOP/s that training is assumed to reach; a usual range if unset.
+
+    Raises:
+        UserError: If the settings do not go together on any machine.
+    """
+    space = open_context(workspace).workspace
+    if continued is None:
+        tokens = find_prepared(settings.data, space.tokens)
+        models = {settings.model.method: settings}
+        return plan_models(models, space, tokens, name=name, local=local, mfu=mfu)
+    notes: list[str] = []
+    settings, earlier = continued_settings(settings, space, Path(continued))
+    longer = pretraining_job(settings, space, Path(earlier.tokens_folder), name)
+    method = settings.model.method
+    return _plan(
+        "pretrain",
+        {method: settings},
+        {method: continue_job(earlier, longer, notes.append)},
+        space,
+        tokens=expected_tokens(settings.data, Path(earlier.tokens_folder)),
+        is_continued=True,
+        notes=tuple(notes),
+        name=name,
+        local=local,
+        mfu=mfu,
+    )
+
+
+def plan_models(
+    models: Mapping[str, Settings],
+    workspace: Workspace,
+    tokens: Path | None,
+    *,
+    name: str | None = None,
+    **options: Any,
+) -> TrainingPlan:
+    """Return the plan of pretraining every model; models of one shape share the machine.
+
+    Args:
+        models: Label -> settings.
+        tokens: Folder of prepared tokens, if they are.
+        name: Name of the run, for a single model.
+        options: Other fields of the plan.
+    """
+    jobs = [pretraining_job(own, workspace, tokens, name) for own in models.values()]
+    named = dict(zip(models, share_first_stages(jobs), strict=True))
+    data = next(iter(models.values())).data
+    expected = expected_tokens(data, tokens)
+    return _plan("pretrain", models, named, workspace, tokens=expected, name=name, **options)
+
+
+def _plan(
+    kind: Literal["pretrain", "distill"],
+    models: Mapping[str, Settings],
+    jobs: Mapping[str, TrainingJob],
+    workspace: Workspace,
+    **options: Any,
+) -> TrainingPlan:
+    devices = run_devices(next(iter(models.values())).cluster)
+    estimates = {label: replace(Estimate.of(job), devices=devices) for label, job in jobs.items()}
+    states: dict[str, str] = {}
+    finished: dict[str, Path] = {}
+    damaged: list[str] = []
+    for label, job in jobs.items():
+        num_damaged, steps_done = len(damaged), estimates[label].steps_done
+        begin = f"from step {steps_done:,}" if steps_done else "not begun"
+        if not job.tokens_folder:
+            states[label] = UNPREPARED
+        elif outcome := finished_outcome(job, damaged.append):
+            finished[label] = Path(str(outcome.checkpoint))
+            states[label] = f"finished: {job.folder}"
+        else:
+            states[label] = "; ".join([*damaged[num_damaged:], begin])
+    plan = TrainingPlan(
+        kind=kind,
+        models=dict(models),
+        jobs=dict(jobs),
+        estimates=estimates,
+        states=states,
+        finished=finished,
+        damaged=tuple(damaged),
+        workspace=workspace,
+        **options,
+    )
+    plan.price  # noqa: B018  # raises if the workers cannot share a step
+    return plan
+
+
+def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
+    """Prepare the tokens if they are missing, and train the model; as `pretrain`."""
+    plan.check()
+    (settings,), cluster = plan.models.values(), plan.cluster
+    check = partial(check_on_cluster, cluster)
+    joined = joined_cluster(cluster, context.workspace.root, check, context.progress)
+    with nullcontext() if plan.local else joined:
+        if not plan.is_continued:
+            tokens = prepare_tokens(settings.data, context.workspace, context.progress)
+            if str(tokens) != next(iter(plan.jobs.values())).tokens_folder:
+                models, space = plan.models, context.workspace
+                plan = plan_models(models, space, tokens, name=plan.name, local=plan.local)
+        (result,) = run_trainings(plan, context).values()
+    return result
+
+
+def distill(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str,
+    schedule: str | IterationSchedule,
+    teacher: Path | str | None = None,
+    local: bool = False,
+    progress: Progress | None = None,
+) -> DistillResult:
+    """Distill a teacher into itself under a cheaper schedule; a finished student is found again.
+
+    Args:
+        settings: Sections `distillation` and `cluster`.
+        schedule: The student's corrections: `1`, or one number a layer (`2,1,1,0,0,0`).
+        teacher: A checkpoint or run, by path or name; the newest IIET with corrections when unset.
+        local: Train in this process, without Ray.
+
+    Raises:
+        UserError: If there is no such teacher, the schedule does not fit it, or the control trains
+            nothing.
+        Interrupted: After Ctrl-C; says at which step the state is saved.
+        RunFailed: If the run failed or diverged.
+    """
+    check_run_resources(settings.cluster, local=local)
+    context = open_context(workspace, progress, loggers=settings.tracking.loggers)
+    plan = plan_distill(
+        settings,
+        workspace=context.workspace,
+        schedules=[schedule],
+        teacher=local_model(context, teacher),
+        local=local,
+    )
+    return run_distill(plan, context).students[0]
+
+
+@read_only()
+def plan_distill(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str,
+    schedules: Sequence[str | IterationSchedule],
+    teacher: Path | str | None = None,
+    local: bool = False,
+) -> TrainingPlan:
+    """Return what `distill` does under each schedule; equal schedules give one student.
+
+    Raises:
+        UserError: As `distill`.
+    """
+    context = open_context(workspace)
+    space = context.workspace
+    checkpoint = resolve_teacher(space, local_model(context, teacher))
+    tokens = tokens_folder_of(checkpoint, space)
+    students = [
+        distillation_job(settings, space, checkpoint, str(schedule), tokens)
+        for schedule in schedules
+    ]
+    jobs = {str(job.model.corrections): job for job in students}
+    return _plan("distill", dict.fromkeys(jobs, settings), jobs, space, local=local)
+
+
+def run_distill(plan: TrainingPlan, context: Context) -> StudentsResult:
+    """Train the students; as `distill`."""
+    if not plan.local:
+        check_ray_can_run(plan.cluster.ray_address)
+    students = [
+        DistillResult(**dict(result), schedule=plan.jobs[label].model.corrections)
+        for label, result in run_trainings(plan, context).items()
+    ]
+    return StudentsResult(students=students)
+
+
+def run_trainings(plan: TrainingPlan, context: Context) -> dict[str, PretrainResult]:
+    """Train all that is not finished, with the progress display and MLflow's runs.
+
+    Raises:
+        UserError: If a job cannot run; nothing is started then.
+        Interrupted, RunFailed: As `pretrain`.
+    """
+    from orchestrator.training.monitor import RunMonitor  # Imports MLflow.
+
+    plan.check()
+    jobs, cluster, progress = plan.jobs, plan.cluster, context.progress
+    for job in jobs.values():
+        for num_gpus in {cluster.num_gpus, cluster.fewest_gpus}:
+            check_job(job, num_workers=num_gpus or cluster.num_workers)
+    for note in plan.notes:
+        progress.note(note)
+    if plan.kind == "pretrain":
+        for label, job in jobs.items():
+            write_text(job.folder / SETTINGS_NAME, to_yaml(plan.models[label]))
+    monitor = RunMonitor(jobs, context.tracking, progress)
+    runs = monitor.open_runs(plan.kind, plan.models)
+    if any(jobs[label].recipe.profile_steps for label in plan.finished):
+        progress.note("no profile of a run that is finished: no step is trained")
+    progress.start(plan.kind, sum(job.recipe.num_steps for job in jobs.values()))
+    with monitor:
+        done = job_runner(local=plan.local)(
+            list(jobs.values()),
+            cluster,
+            watch=monitor.poll,
+            note=progress.note,
+            say=partial(progress.advance, 0),
+        )
+        results = {}
+        for (label, job), outcome in zip(jobs.items(), done, strict=True):
+            if plan.kind == "pretrain":
+                runs[label].set_tags(checkpoint_tags(job, outcome))
+            checkpoint, loss = Path(str(outcome.checkpoint)), outcome.validation_loss
+            results[label] = PretrainResult(checkpoint=checkpoint, validation_loss=loss)
+    losses = [
+        f"{label} {result.validation_loss:.3f}"
+        for label, result in results.items()
+        if not math.isnan(result.validation_loss)
+    ]
+    found = ", found again" if len(plan.finished) == len(jobs) else ""
+    progress.finish(f"validation loss {', '.join(losses)}{found}")
+    return results
+
+
+def checkpoint_tags(job: TrainingJob, outcome: TrainingOutcome) -> dict[str, str]:
+    """Return the tags of a finished training's MLflow run: its checkpoint, and its origin."""
+    origin = job.continued_from
+    tags = {"iiet.continued_from": origin} if origin else {}
+    return {"iiet.checkpoint": str(outcome.checkpoint), **tags}

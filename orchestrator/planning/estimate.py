@@ -1,0 +1,580 @@
+"""What trainings take before they start: FLOPs, hours, memory and disk, and whether they fit.
+
+An `Estimate` follows from the settings of one training, so it needs neither prepared tokens nor a
+trained teacher. A `Price` is that of several: their schedule on the devices, the longest first.
+Nothing is measured; only training counts, without validation, saving and measuring.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from iiet.config import ModelConfig
+from iiet.cost import inference_cost, num_parameters, training_flops_per_token
+from iiet.distillation import DistillationConfig
+from iiet.elastic import member_flops_per_token
+from iiet.schedule import IterationSchedule
+from iiet.training_memory import training_memory
+from orchestrator.planning.machine import (
+    installed_gpus,
+    local_free_bytes,
+    local_resources,
+    num_sharing,
+)
+from orchestrator.records.record import Record
+from orchestrator.records.training import TrainingJob
+from orchestrator.settings import ClusterSettings, Settings, TrainingSettings
+from orchestrator.terminal.render import format_bytes, format_duration
+from orchestrator.training.checkpoint import load_config, load_provenance
+from orchestrator.training.checkpoint_lookup import newest_checkpoint
+from orchestrator.training.first_stage import FirstStage, first_stage_of
+from orchestrator.training.job import sequences_per_step
+from orchestrator.training.learning_rate import stable_steps
+from orchestrator.training.peak_flops import ASSUMED_GPU, ASSUMED_GPU_BYTES, gpu_peak_flops
+from orchestrator.training.schedules import (
+    drawn_by_step,
+    elastic_family,
+    members_read_full,
+    schedule_by_step,
+)
+from orchestrator.training.teacher_cache import CachePlan, cache_plan
+from orchestrator.training.teacher_cache_policy import TeacherWork, estimate_teacher_work
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.journal import SPEED_METRIC, read_tail
+from orchestrator.workspace.layout import DONE_NAME, LOCAL, find_checkpoints, step_of
+
+CHECKPOINT_BYTES_PER_PARAMETER = 12
+"""A float32 weight and AdamW's two moments."""
+PROCESS_BYTES = 512 * 2**20
+"""Roughly what PyTorch, Ray and kernels take in each worker beside tensors."""
+ALLOCATOR_FACTOR = 1.1
+"""The allocator holds more than the activations that exist at one time."""
+GPU_SHARES = (0.15, 0.25)
+"""Shares of a GPU's peak that training reaches: traces of eager steps at 340M give 17 to 28%."""
+CPU_SHARES = (0.1, 0.5)
+"""CPUs differ more, and no table knows their peaks."""
+CPU_PEAK_FLOPS = 1e11
+"""Assumed peak of one CPU core: 2 fused products of 8 numbers in each of 3 billion cycles."""
+LEAST_SECONDS = 4.0
+"""Enough to save small models, with a message to the workers and the end of their processes."""
+WRITE_BYTES_PER_SECOND = 300e6
+"""Assumed speed of a checkpoint that is gathered, hashed and flushed to a shared disk."""
+UPLOAD_BYTES_PER_SECOND = 100e6
+"""Assumed speed of a copy to the run's storage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """The devices that trainings share: some at the same time, each on workers of its own."""
+
+    num_workers: int = 1
+    """Workers of each training."""
+    on_gpus: bool = False
+    """Whether each worker has a GPU, or a share of one."""
+    at_once: int = 1
+    """Most trainings at the same time."""
+    sharing_a_gpu: int = 1
+    """Most of them that share a GPU."""
+    parallel: Literal["ddp", "fsdp"] | None = None
+    """`fsdp`: the workers share the model; None if the settings offer no choice."""
+    shards: int | None = None
+    """With `fsdp`, workers that share one copy of the model, if not all."""
+    are_trials: bool = False
+    """Whether the trainings are trials of a sweep, so `sweep.trials_at_once` limits them."""
+
+    def num_used(self, num_trainings: int) -> int:
+        """Return the GPUs that so many trainings use together, or this machine's CPUs."""
+        gpus = -(-min(self.at_once, num_trainings) * self.num_workers // self.sharing_a_gpu)
+        return gpus if self.on_gpus else local_resources(count_gpus=False).cpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a training takes that may start, or resume."""
+
+    config: ModelConfig
+    recipe: TrainingSettings
+    section: str = "training"
+    """Section of the settings that holds the recipe, for messages."""
+    teacher: ModelConfig | None = None
+    """A frozen model whose forward pass runs in the steps that `loss` names."""
+    loss: DistillationConfig = field(default_factory=DistillationConfig)
+    cache: CachePlan | None = None
+    """The teacher's outputs, if they may be stored."""
+    first_stage: FirstStage | None = None
+    """Its first stage, if it may be shared; trainings with the same folder train it once."""
+    steps_done: int = 0
+    """Steps that it resumes after."""
+    present_bytes: int = 0
+    """Bytes of its checkpoints, which new ones replace."""
+    storage: str | None = None
+    """URI for copies of its checkpoints."""
+    devices: Devices = Devices()
+    """Where it runs."""
+
+    @staticmethod
+    def of(job: TrainingJob) -> Estimate:
+        """Return what is left of a job that is not finished, on one CPU worker.
+
+        Raises:
+            UserError: If its teacher is missing or damaged.
+        """
+        teacher = job.teacher_folder if job.objective == "distill" else None
+        newest = newest_checkpoint(job.folder) if job.tokens_folder else None
+        steps_done = int(load_provenance(newest)["step"]) if newest else 0
+        stage = first_stage_of(job)
+        if stage and stage.exists:
+            steps_done = max(steps_done, stage.num_steps)
+        if job.continued_from:
+            steps_done = max(steps_done, step_of(Path(job.continued_from)))
+        files = chain.from_iterable(folder.iterdir() for folder in find_checkpoints(job.folder))
+        return Estimate(
+            config=job.model,
+            recipe=job.recipe,
+            section=job.section,
+            teacher=load_config(Path(teacher)) if teacher else None,
+            loss=job.distillation or DistillationConfig(),
+            cache=cache_plan(job),
+            first_stage=stage,
+            steps_done=steps_done,
+            present_bytes=sum(path.stat().st_size for path in files if path.is_file()),
+            storage=job.storage,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the steps that are left."""
+        return (self.recipe.num_steps - self.steps_done) * self.recipe.num_tokens_per_step
+
+    @cached_property
+    def num_teacher_tokens(self) -> int:
+        """Tokens that a teacher which runs in this training reads in these steps."""
+        steps = sum(map(self.loss.uses_teacher, self._steps_left)) if self.teacher else 0
+        return steps * self.recipe.num_tokens_per_step
+
+    @cached_property
+    def stages(self) -> dict[IterationSchedule, int]:
+        """Iteration schedule -> number of the steps that are left under it."""
+        schedule_at = schedule_by_step(self.config.corrections, self.recipe)
+        return dict(Counter(map(schedule_at, self._steps_left)))
+
+    @cached_property
+    def flops(self) -> float:
+        """Training FLOPs of these steps, without a teacher's."""
+        trained = [
+            times * training_flops_per_token(self.config, schedule)
+            for schedule, times in self.stages.items()
+        ]
+        if self.recipe.elastic:
+            drawn_at = drawn_by_step(self.config.corrections, self.recipe)
+            reads_full = members_read_full(self.recipe.elastic, has_teacher=bool(self.teacher))
+            drawn = Counter(chain.from_iterable(map(drawn_at, self._steps_left)))
+            trained += [
+                times * member_flops_per_token(self.config, member, reads_full=reads_full)
+                for member, times in drawn.items()
+            ]
+        return self.recipe.num_tokens_per_step * sum(trained)
+
+    @property
+    def _steps_left(self) -> range:
+        return range(self.steps_done, self.recipe.num_steps)
+
+    @property
+    def num_members(self) -> int:
+        """Schedules of an elastic training that a step trains beside the full one."""
+        family = elastic_family(self.config.corrections, self.recipe.elastic)
+        return min(len(family), self.recipe.elastic.num_drawn) if self.recipe.elastic else 0
+
+    @property
+    def sequences_per_worker(self) -> int:
+        """Sequences of one step.
+
+        Raises:
+            UserError: If the workers cannot share a step's sequences evenly.
+        """
+        sequences = sequences_per_step(self.recipe, self.config, section=self.section)
+        workers = self.devices.num_workers
+        if sequences % workers:
+            nearest = -(-sequences // workers) * workers * self.config.context_length
+            raise UserError(
+                f"a step has {sequences} sequences, which {workers} workers cannot share evenly; "
+                f"type --set {self.section}.num_tokens_per_step={nearest}"
+            )
+        return sequences // workers
+
+    @property
+    def sequences_per_pass(self) -> int:
+        """Largest number of sequences in one forward and backward pass."""
+        per_worker = self.sequences_per_worker
+        return min(per_worker, self.recipe.num_sequences_per_pass or per_worker)
+
+    @property
+    def num_passes(self) -> int:
+        """Passes of one worker in one step (gradient accumulation)."""
+        return -(-self.sequences_per_worker // self.sequences_per_pass)
+
+    @cached_property
+    def worker_memory(self) -> dict[str, int]:
+        """What takes memory -> bytes that one worker needs for it."""
+        devices, schedule_at = self.devices, schedule_by_step(self.config.corrections, self.recipe)
+        memory = training_memory(
+            self.config,
+            schedule_at(self.recipe.num_steps - 1),  # No earlier one makes more corrections.
+            num_sequences=self.sequences_per_pass,
+            precision=self.recipe.precision,
+            on_gpus=devices.on_gpus,
+            activation_checkpointing=self.recipe.activation_checkpointing,
+            num_shards=(devices.shards or devices.num_workers) if devices.parallel == "fsdp" else 1,
+            num_passes=self.num_passes * (1 + self.num_members),
+            has_teacher=self.teacher is not None,
+            has_members=self.num_members > 0,
+        )
+        parts = {
+            "weights": memory.weights,
+            "gradients": memory.gradients,
+            "AdamW": memory.optimizer,
+            "activations": memory.activations,
+            # By the first worker, while training continues; workers on CPUs share memory.
+            "a copy for the checkpoint": 0
+            if devices.on_gpus
+            else self.checkpoint_bytes // devices.num_workers,
+            "PyTorch": PROCESS_BYTES + int(memory.activations * (ALLOCATOR_FACTOR - 1)),
+        }
+        return {name: value for name, value in parts.items() if value}
+
+    @property
+    def worker_bytes(self) -> int:
+        """Memory that one worker needs."""
+        return sum(self.worker_memory.values())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of one checkpoint."""
+        return CHECKPOINT_BYTES_PER_PARAMETER * num_parameters(self.config)
+
+    @property
+    def new_bytes(self) -> int:
+        """Bytes of all checkpoints that are kept, beside those that exist."""
+        return max(0, self.checkpoint_bytes * self._num_checkpoints(0) - self.present_bytes)
+
+    @property
+    def bytes_in_writing(self) -> int:
+        """Bytes of the checkpoint that is written while all others are still kept."""
+        return self.checkpoint_bytes * (self._num_checkpoints(1) - self._num_checkpoints(0))
+
+    def _num_checkpoints(self, num_more: int) -> int:
+        recipe = self.recipe
+        has_stable = 0 < stable_steps(recipe) < recipe.num_steps
+        number = recipe.num_checkpoints_kept + num_more + recipe.keep_best + has_stable
+        if recipe.checkpoint_every_minutes is None:
+            num_written = -(-recipe.num_steps // recipe.checkpoint_every_steps) + has_stable
+            number = min(number, num_written)
+        return number
+
+
+class Rate(Record):
+    """Assumed speed of one device: FLOP/s at most, and the shares of them that are reached."""
+
+    peak_flops: float
+    shares: tuple[float, float]
+    source: str
+    """What the peak is of, as text."""
+
+
+def assumed_rate(training: Estimate, share: float | None = None) -> Rate:
+    """Return the rate of an installed GPU, else of an H100, or of a CPU core; see `price_of`."""
+    given = (share, share) if share else None
+    if not training.devices.on_gpus:
+        shares, source = given or CPU_SHARES, "a CPU core, assumed"
+        return Rate(peak_flops=CPU_PEAK_FLOPS, shares=shares, source=source)
+    precision = training.recipe.precision
+    names = [*(gpu.name for gpu in installed_gpus()[:1]), ASSUMED_GPU]
+    name = next(name for name in names if gpu_peak_flops(name, precision))
+    peak = gpu_peak_flops(name, precision) or math.nan
+    source = f"{name}, {precision}, dense"
+    return Rate(peak_flops=peak, shares=given or GPU_SHARES, source=source)
+
+
+class Price(Record):
+    """What trainings take from here on."""
+
+    is_upper_bound: bool = False
+    """Whether not all are known, and the others are priced as the costliest that are possible."""
+    num_trainings: int = 0
+    num_tokens: int = 0
+    """Tokens that they train on."""
+    num_teacher_tokens: int = 0
+    """Tokens that their teachers read."""
+    flops: float = 0.0
+    """FLOPs of both."""
+    hours: tuple[float, float] = (0.0, 0.0)
+    """Shortest and longest time at the assumed rate, until the last training ends."""
+    num_devices: int = 0
+    """GPUs or CPUs that are used."""
+    uses_gpus: bool = False
+    rate: Rate | None = None
+    """Assumed speed of one of them; None if nothing is trained."""
+    memory: dict[str, int] = Field(default_factory=dict)
+    """Name -> bytes of what takes memory in a worker of the largest training."""
+    disk: dict[str, int] = Field(default_factory=dict)
+    """Name -> bytes of what will be written, at most."""
+    free_disk: int | None = None
+    """Free bytes on the workspace's disk."""
+    num_saving: int = 0
+    """Most trainings that save their state at the same time after a request to stop."""
+    stop_seconds: float = 0.0
+    """Longest time, without a step, until they have."""
+
+
+def groups_by_devices(trainings: Iterable[Estimate]) -> list[list[Estimate]]:
+    """Return the trainings that share devices; one of those with the same first stage trains it."""
+    groups: dict[Devices, list[Estimate]] = {}
+    trained: set[Path] = set()
+    for each in trainings:
+        if stage := each.first_stage:
+            if stage.folder in trained and each.steps_done < stage.num_steps:
+                each = replace(each, steps_done=stage.num_steps)
+            trained.add(stage.folder)
+        groups.setdefault(each.devices, []).append(each)
+    return list(groups.values())
+
+
+def price_of(
+    trainings: Sequence[Estimate],
+    folder: Path,
+    *,
+    new_token_bytes: int = 0,
+    is_upper_bound: bool = False,
+    teacher: TeacherWork | None = None,
+    mfu: float | None = None,
+) -> Price:
+    """Return the price of trainings; those on other devices run one after another.
+
+    Args:
+        trainings: Those that are not finished.
+        folder: A folder on the workspace's disk; it need not exist.
+        new_token_bytes: Bytes of the tokens that are prepared first.
+        is_upper_bound: Whether some of them stand for others that are not known yet.
+        teacher: What their teacher computes; by default it runs in each training.
+        mfu: Share of the peak FLOP/s that is assumed; a usual range if unset.
+    """
+    groups = groups_by_devices(trainings)
+    read = sum(each.num_teacher_tokens for each in trainings)
+    teacher = teacher or TeacherWork(read)
+    model = next((each.teacher for each in trainings if each.teacher), None)
+    per_token = inference_cost(model).forward_flops_per_token if model else 0.0
+    stored = teacher.num_stored_tokens * per_token
+    live = (teacher.num_tokens * per_token - stored) / max(1, read)
+
+    hours, rate = [0.0, 0.0], None
+    num_devices = num_saving = in_writing = 0
+    stop_seconds = 0.0
+    for group in groups:
+        devices = group[0].devices
+        at_once, num_used = min(devices.at_once, len(group)), devices.num_used(len(group))
+        # The longest training starts first, and each next one where one ends. A teacher that runs
+        # in a training slows it; its stored outputs are computed before, on one GPU or all CPUs.
+        places = [0.0] * at_once
+        works = (each.flops + live * each.num_teacher_tokens for each in group)
+        for work in sorted(works, reverse=True):
+            heapq.heapreplace(places, places[0] + work)
+        flops = max(places) * at_once / num_used
+        if any(each.teacher for each in group):
+            flops += stored / (1 if devices.on_gpus else num_used)
+        rate = assumed_rate(group[0], mfu)
+        for number, share in enumerate(reversed(rate.shares)):
+            hours[number] += flops / (rate.peak_flops * share) / 3600
+
+        in_writing += sum(sorted(each.bytes_in_writing for each in group)[-at_once:])
+        seconds = sorted(_write_seconds(each.checkpoint_bytes, each.storage) for each in group)
+        stop_seconds = max(stop_seconds, LEAST_SECONDS + 2 * sum(seconds[-at_once:]))
+        num_devices, num_saving = max(num_devices, num_used), max(num_saving, at_once)
+
+    stages = {
+        each.first_stage.folder: each.checkpoint_bytes
+        for each in trainings
+        if each.first_stage and not each.first_stage.exists
+    }
+    disk = {
+        "tokens": new_token_bytes,
+        "checkpoints": sum(each.new_bytes for each in trainings) + in_writing,
+        "shared first stages": sum(stages.values()),
+        "teacher outputs": teacher.num_bytes,
+    }
+    largest = max(trainings, key=lambda each: each.worker_bytes, default=None)
+    return Price(
+        is_upper_bound=is_upper_bound,
+        num_trainings=len(trainings),
+        num_tokens=sum(each.num_tokens for each in chain(*groups)),
+        num_teacher_tokens=teacher.num_tokens,
+        flops=sum(each.flops for each in chain(*groups)) + teacher.num_tokens * per_token,
+        hours=(hours[0], hours[1]),
+        num_devices=num_devices,
+        uses_gpus=any(each.devices.on_gpus for each in trainings),
+        rate=rate,
+        memory=largest.worker_memory if largest else {},
+        disk={name: value for name, value in disk.items() if value},
+        free_disk=local_free_bytes(folder).disk,
+        num_saving=num_saving,
+        stop_seconds=stop_seconds,
+    )
+
+
+def run_devices(cluster: ClusterSettings) -> Devices:
+    """Return the devices of a run's trainings: one after another on GPUs, side by side on CPUs."""
+    num_workers, on_gpus = cluster.num_gpus or cluster.num_workers, cluster.num_gpus > 0
+    places = 1 if on_gpus else local_resources(count_gpus=False).cpus // num_workers
+    return Devices(
+        num_workers=num_workers,
+        on_gpus=on_gpus,
+        at_once=max(1, places),
+        parallel=cluster.parallel,
+        shards=cluster.num_shards,
+    )
+
+
+def on_trial_devices(trainings: Iterable[Estimate], settings: Settings) -> list[Estimate]:
+    """Return trainings on the devices of a sweep's trials; see `assign_trial_gpus`."""
+    devices = trial_devices(settings)
+    return [replace(each, devices=devices) for each in trainings]
+
+
+def trial_devices(settings: Settings) -> Devices:
+    """Return the devices of a sweep's trials."""
+    sweep, cluster = settings.sweep, settings.cluster
+    gpus, num_workers = sweep.gpus_per_trial or 0, sweep.num_workers_per_trial
+    places = max(1, local_resources(count_gpus=False).cpus // num_workers)
+    return Devices(
+        num_workers=num_workers,
+        on_gpus=gpus > 0,
+        at_once=(sweep.trials_at_once or 1)
+        if gpus
+        else min(sweep.trials_at_once or places, places),
+        sharing_a_gpu=num_sharing(gpus) if gpus else 1,
+        parallel=cluster.parallel,
+        shards=cluster.shards_of(num_workers),
+        are_trials=True,
+    )
+
+
+def assign_trial_gpus(
+    settings: Settings, trainings: Sequence[Estimate] = (), *, gpu_bytes: int | None = None
+) -> Settings:
+    """Return the settings with the GPUs of a sweep's trials filled in.
+
+    If the run has GPUs, each trial gets the smallest number on which every trial fits (by default
+    on this machine's GPU, or on the assumed one), and as many run at once as there are GPUs for.
+
+    Raises:
+        UserError: If trials are sent to CPUs although the run has GPUs, or ask for more GPUs than
+            it has.
+    """
+
+    def filled(**changes: float) -> Settings:
+        sweep = settings.sweep.model_copy(update=changes)
+        return settings.model_copy(update={"sweep": sweep})
+
+    cluster, sweep, per_trial = settings.cluster, settings.sweep, settings.sweep.gpus_per_trial
+    num_gpus = cluster.num_gpus
+    if not num_gpus:
+        return filled(gpus_per_trial=per_trial or 0)
+    if per_trial == 0:
+        raise UserError(
+            f"sweep.gpus_per_trial=0 trains trials on CPUs, and cluster.num_gpus={num_gpus} names "
+            "GPUs; leave sweep.gpus_per_trial out, or set cluster.num_gpus=0 to train everything "
+            "on CPUs"
+        )
+    if per_trial is None and sweep.workers_per_trial > 1:
+        per_trial = sweep.workers_per_trial
+    if per_trial is None:
+        if gpu_bytes is None and cluster.ray_address == LOCAL:
+            gpu_bytes = local_free_bytes(Path.cwd(), num_gpus=1).memory
+        for number in range(1, num_gpus + 1):
+            per_trial = number
+            try:
+                placed = on_trial_devices(trainings, filled(gpus_per_trial=number))
+                needed = [each.worker_bytes for each in placed]
+            except UserError:
+                continue  # The sequences of a step cannot be divided evenly among these workers.
+            if max(needed, default=0) <= (gpu_bytes or ASSUMED_GPU_BYTES):
+                break
+    assert per_trial is not None, "the run has GPUs"
+    if per_trial > num_gpus:
+        raise UserError(
+            f"a trial asks for {per_trial:g} GPUs (sweep.gpus_per_trial, sweep.workers_per_trial), "
+            f"and the run has {num_gpus} (cluster.num_gpus); lower the first or raise the second"
+        )
+    most = num_gpus * num_sharing(per_trial) // math.ceil(per_trial)
+    return filled(gpus_per_trial=per_trial, trials_at_once=min(sweep.trials_at_once or most, most))
+
+
+def price_of_trials(
+    trainings: Sequence[Estimate],
+    settings: Settings,
+    teachers: Path,
+    before: Sequence[Estimate] = (),
+    **others: Any,
+) -> Price:
+    """Return the price of a sweep's trials, and of what the run trains before; see `price_of`.
+
+    Args:
+        teachers: Folder of stored teacher outputs.
+
+    Raises:
+        UserError: If a teacher's outputs do not fit on the disk.
+    """
+    plans, read = [e.cache for e in trainings], [e.num_teacher_tokens for e in trainings]
+    teacher = estimate_teacher_work(plans, read, settings.distillation.teacher_cache, teachers)
+    return price_of([*before, *trainings], teachers.parent, teacher=teacher, **others)
+
+
+def seconds_to_save(
+    jobs: Collection[TrainingJob], note: Callable[[str], None] | None = None
+) -> float:
+    """Return the longest time from a request to stop until jobs on one disk have saved their state.
+
+    The request is seen between two steps, so a step and a validation may come first. A checkpoint
+    may be being written, then the state is; each is uploaded, too, if the run has a storage.
+
+    Args:
+        jobs: Those that were started; finished ones need nothing.
+        note: Called with a sentence that announces the wait.
+    """
+    seconds, step, num_bytes = LEAST_SECONDS, 0.0, 0
+    for job in jobs:
+        if (job.folder / DONE_NAME).is_file():
+            continue
+        records, recipe = read_tail(job.folder), job.recipe
+        size = CHECKPOINT_BYTES_PER_PARAMETER * num_parameters(job.model)
+        num_bytes += size
+        seconds += 2 * _write_seconds(size, job.storage, records)
+        metrics = [record["values"] for record in records if record["kind"] == "metrics"]
+        if known := [values[SPEED_METRIC] for values in metrics if values.get(SPEED_METRIC)]:
+            num_tokens = recipe.num_tokens_per_step + recipe.num_validation_tokens
+            step = max(step, num_tokens / known[-1])
+    seconds += step
+    if note and num_bytes:
+        note(f"saving {format_bytes(num_bytes)}, at most {format_duration(seconds)}")
+    return seconds
+
+
+def _write_seconds(
+    num_bytes: int, storage: str | None, records: Sequence[dict[str, Any]] = ()
+) -> float:
+    seconds = {"checkpoint": num_bytes / WRITE_BYTES_PER_SECOND}
+    if storage:
+        seconds["uploaded"] = num_bytes / UPLOAD_BYTES_PER_SECOND
+    for record in records:  # As the newest checkpoint of this run took, if there is one.
+        if record.get("name") in seconds:
+            seconds[record["name"]] = record.get("seconds", seconds[record["name"]])
+    return sum(seconds.values())

@@ -1,0 +1,358 @@
+"""What trainings may use: CPUs, GPUs, memory and disk of this machine, and the nodes of a cluster.
+
+Ray would wait forever for GPUs that do not exist, so a number that is too large is refused at once;
+only counting GPUs imports PyTorch. Names and free memory of GPUs come from NVML: PyTorch's own
+functions take hundreds of MiB of each GPU until the process ends. Without NVIDIA's driver or the
+extra `gpu`, and for AMD's GPUs, neither is known.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
+
+from orchestrator.terminal.render import format_count
+from orchestrator.workspace.errors import UserError, quoted
+from orchestrator.workspace.files import free_disk
+from orchestrator.workspace.layout import LOCAL
+
+if TYPE_CHECKING:
+    from orchestrator.settings import ClusterSettings
+
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+THIS_MACHINE = "this machine"
+_GPU_UNITS = 10_000  # Ray's smallest share of a GPU is a ten-thousandth.
+
+
+@dataclass(frozen=True)
+class Node:
+    """CPUs and GPUs of one machine."""
+
+    cpus: int
+    gpus: int = 0
+
+    def num_workers(self, cpus: int, gpus: float) -> int:
+        """Return how many workers of these CPUs, and this GPU or share of one, find a place."""
+        by_cpus = self.cpus // cpus
+        return min(by_cpus, self.gpus * num_sharing(gpus)) if gpus else by_cpus
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Nodes that jobs may use."""
+
+    nodes: tuple[Node, ...]
+    """A machine without a cluster is one; its GPUs are 0 if they were not counted."""
+    place: str = THIS_MACHINE
+    """Where they are, for messages."""
+
+    @property
+    def cpus(self) -> int:
+        """CPUs of all nodes."""
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all nodes."""
+        return sum(node.gpus for node in self.nodes)
+
+
+class FreeBytes(NamedTuple):
+    """Free memory for each worker, and free disk; None if this process cannot know it."""
+
+    memory: int | None
+    disk: int | None
+    place: str = THIS_MACHINE
+    """Whose memory it is, for messages."""
+
+
+class InstalledGpu(NamedTuple):
+    """A GPU that this process may use: such as `NVIDIA H100 80GB HBM3`, and its free memory."""
+
+    name: str
+    free_bytes: int
+
+
+def num_sharing(gpus: float) -> int:
+    """Return how many workers share one GPU if each has this share of it; 1 from 1 GPU on."""
+    return max(1, _GPU_UNITS // round(gpus * _GPU_UNITS))
+
+
+def num_places(
+    nodes: Sequence[Node], num_workers: int, cpus: int, gpus: float, *, on_one_node: bool = False
+) -> int:
+    """Return how many jobs find places for all of their workers, each with its CPUs and GPUs.
+
+    A worker lies on one node, so the sum over a cluster says nothing: two nodes of 3 CPUs hold two
+    workers of 2 CPUs, not three. With `on_one_node`, all workers of a job lie on the same node.
+    """
+    found = [node.num_workers(cpus, gpus) for node in nodes]
+    per_node = sum(number // num_workers for number in found)
+    return per_node if on_one_node else sum(found) // num_workers
+
+
+def cpus_of_gpu_worker(nodes: Sequence[Node], gpus: float) -> int:
+    """Return the CPUs of a worker with a GPU or a share of one, so that all GPUs can be used."""
+    sharing = num_sharing(gpus)
+    shares = [node.cpus // (node.gpus * sharing) for node in nodes if node.gpus and node.cpus]
+    return max(1, min(shares, default=1))
+
+
+def cpus_of_cpu_worker(nodes: Sequence[Node], num_workers: int, num_jobs: int) -> int:
+    """Return the most CPUs of each worker with which all jobs find places at the same time."""
+    most = max(node.cpus for node in nodes)
+    fitting = (
+        cpus for cpus in range(most, 1, -1) if num_places(nodes, num_workers, cpus, 0) >= num_jobs
+    )
+    return next(fitting, 1)
+
+
+def describe_nodes(nodes: Sequence[Node]) -> str:
+    """Return such as "4 nodes with 64 CPUs and 8 GPUs each, 1 node with 8 CPUs"."""
+    counts = Counter(sorted(nodes, key=lambda node: (-node.gpus, -node.cpus)))
+    return ", ".join(
+        f"{format_count(number, 'node')} with {format_count(node.cpus, 'CPU')}"
+        + (f" and {format_count(node.gpus, 'GPU')}" if node.gpus else "")
+        + " each" * (number > 1)
+        for node, number in counts.items()
+    )
+
+
+def local_resources(*, count_gpus: bool = True) -> Resources:
+    """Return what this process may use of this machine; counting GPUs imports PyTorch."""
+    num_gpus = 0
+    if count_gpus:
+        import torch
+
+        num_gpus = torch.cuda.device_count()
+    # The affinity of this process or the quota of its container, whichever is smaller.
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = map(int, (CONTROL_GROUPS / "cpu.max").read_text().split())
+        cpus = max(1, min(cpus, math.ceil(quota / period)))
+    return Resources((Node(cpus, num_gpus),))
+
+
+def check_run_resources(cluster: ClusterSettings, *, local: bool = False) -> None:
+    """Check that a training gets its workers and GPUs, `local` in this process without Ray.
+
+    Raises:
+        UserError: If it does not.
+    """
+    if local and max(cluster.num_workers, cluster.num_gpus) > 1:
+        asked = "num_gpus" if cluster.num_gpus > 1 else "num_workers"
+        raise UserError(
+            f"--local trains in this process alone, and cluster.{asked}="
+            f"{getattr(cluster, asked)} asks for several; leave it out, or set it to 1"
+        )
+    check_resources(cluster.num_workers, cluster.num_gpus, LOCAL if local else cluster.ray_address)
+
+
+def check_on_cluster(cluster: ClusterSettings, resources: Resources) -> None:
+    """Check that a training gets its workers and GPUs on the nodes of a cluster."""
+    check_available(cluster.num_workers, cluster.num_gpus, resources, min_gpus=cluster.min_gpus)
+
+
+def check_resources(
+    num_workers: int, num_gpus: float, address: str = LOCAL, *, per_trial: bool = False
+) -> None:
+    """Check that one training gets its CPUs and GPUs; see `check_available`.
+
+    Args:
+        address: Of the Ray cluster; one that is joined says itself what it has.
+    """
+    if num_gpus and num_workers not in (1, num_gpus):
+        key = "sweep.workers_per_trial" if per_trial else "cluster.num_workers"
+        raise UserError(
+            f"{num_workers} workers on {num_gpus:g} GPUs were asked for, but each worker has one; "
+            f"leave {key} out, or type --set {key}={math.ceil(num_gpus)}"
+        )
+    if address == LOCAL:
+        resources = local_resources(count_gpus=num_gpus > 0)
+        check_available(num_workers, num_gpus, resources, per_trial=per_trial)
+
+
+def check_available(
+    num_workers: int,
+    num_gpus: float,
+    resources: Resources,
+    *,
+    min_gpus: int | None = None,
+    per_trial: bool = False,
+) -> None:
+    """Check that one training's workers find places on these nodes.
+
+    Args:
+        num_workers: Data-parallel workers; with GPUs, 1 or the number of GPUs.
+        num_gpus: GPUs of the training, one per worker, or a share of one; 0 trains on CPUs.
+        min_gpus: Fewest GPUs with which it starts, if their number may vary.
+        per_trial: Whether a trial of a sweep is meant, which has settings of its own.
+
+    Raises:
+        UserError: If there are too few CPUs or GPUs; says how many there are and what to type.
+    """
+    num_gpus = min_gpus or num_gpus
+    num_workers = math.ceil(num_gpus) or num_workers
+    places = num_places(resources.nodes, 1, 1, num_gpus / num_workers)
+    if num_workers <= places:
+        return
+    key = "sweep." if per_trial else "cluster."
+    if num_gpus:
+        key += "min_gpus" if min_gpus else "gpus_per_trial" if per_trial else "num_gpus"
+    else:
+        key += "workers_per_trial" if per_trial else "num_workers"
+    is_here = resources.place == THIS_MACHINE
+    found, needs = describe_nodes(resources.nodes), "a CPU" + " and a GPU" * bool(num_gpus)
+    changes = [f"type --set {key}={places}"] if places else []
+    if num_gpus and not resources.gpus:
+        found += " and no GPU" + _torch_build() * is_here
+        leave_out = "leave sweep.gpus_per_trial out and " * per_trial
+        changes.append(f"{leave_out}set cluster.num_gpus=0 to train on CPUs")
+    if num_gpus:
+        join = "join a Ray cluster that has them by --set cluster.address=HOST:PORT"
+        wait = "set cluster.wait_for_gpus=true to wait for nodes that join later"
+        changes.append(join if is_here else wait)
+    raise UserError(
+        f"{key}={num_gpus or num_workers:g}: {resources.place} has {found}, and each worker needs "
+        f"{needs}; {', or '.join(changes)}"
+    )
+
+
+def check_device(device: str) -> None:
+    """Check that this machine has a device: `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        UserError: If it has not; says what it has.
+    """
+    from orchestrator.settings.cluster import device_problem  # Imports PyTorch.
+
+    if problem := device_problem(device):
+        raise UserError(f"--device {quoted(device)}: {problem}")
+    gpus = 0 if device == "cpu" else local_resources().gpus
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= gpus:
+        found = ", ".join(f"cuda:{number}" for number in range(gpus))
+        raise UserError(
+            f"--device {device}: this machine has {found or f'no GPU{_torch_build()}'}; leave it "
+            "out to use the best device"
+        )
+
+
+def _torch_build() -> str:
+    import torch
+
+    is_cpu_build = torch.version.cuda is None and getattr(torch.version, "hip", None) is None
+    build = " (a build without GPU support)" * is_cpu_build
+    return f" that PyTorch {torch.__version__}{build} can use"
+
+
+def local_free_bytes(folder: Path, *, num_workers: int = 1, num_gpus: int = 0) -> FreeBytes:
+    """Return the free disk of a folder, which need not exist, and the free memory of a worker.
+
+    `num_workers` share this machine's memory; with `num_gpus`, the memory is that of a GPU.
+    """
+    if num_gpus:
+        free = min((gpu.free_bytes for gpu in installed_gpus()[:num_gpus]), default=None)
+        return FreeBytes(free, free_disk(folder), "a GPU of this machine")
+    return FreeBytes(free_memory() // num_workers, free_disk(folder))
+
+
+_GROUP_FILES = (
+    # Limit, use, and the entry of memory.stat for cached files that were not read lately.
+    ("memory.max", "memory.current", "inactive_file"),  # Version 2 of control groups.
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # Version 1.
+)
+
+
+def free_memory(groups: Iterable[Path] | None = None) -> int:
+    """Return the machine's free bytes, or what a container's limit leaves, whichever is less.
+
+    The limits are those of control groups, by default of this process.
+    """
+    free = int(psutil.virtual_memory().available)
+    for group in _memory_groups() if groups is None else groups:
+        for limit_name, used_name, cache_name in _GROUP_FILES:
+            with suppress(OSError, ValueError):  # A file is missing, or says "max".
+                limit, used = (int((group / n).read_text()) for n in (limit_name, used_name))
+                # Tokenizing leaves gigabytes of cached files. The system drops them if it needs
+                # memory, so they count as free.
+                cached = 0
+                with suppress(OSError, ValueError):
+                    lines = (group / "memory.stat").read_text().splitlines()
+                    cached = int(dict(line.split() for line in lines).get(cache_name, 0))
+                free = min(free, max(0, limit - max(0, used - cached)))
+                break
+    return free
+
+
+def _memory_groups() -> Iterator[Path]:
+    """Yield the folders of the control groups of this process, from the inside out."""
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            root = CONTROL_GROUPS / controllers  # Version 2 names no controller.
+            own = root / path.lstrip("/")
+            # In a container the path may be the host's, and the container's group is the root.
+            yield from (group for group in (own, *own.parents) if group.is_relative_to(root))
+
+
+def nvml_module() -> Any:
+    """Return the module `pynvml`; None where the extra `gpu` is not installed."""
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return None
+    return pynvml
+
+
+def driver_version(nvml: Any = None) -> str | None:
+    """Return the version of NVIDIA's driver; None without it or without NVML."""
+    nvml = nvml or nvml_module()
+    if nvml:
+        with suppress(nvml.NVMLError):
+            nvml.nvmlInit()
+            version = str(nvml.nvmlSystemGetDriverVersion())
+            nvml.nvmlShutdown()
+            return version
+    return None
+
+
+def installed_gpus(nvml: Any = None) -> list[InstalledGpu]:
+    """Return the GPUs that `CUDA_VISIBLE_DEVICES` leaves, in its order; empty without NVML."""
+    nvml = nvml or nvml_module()
+    found: list[InstalledGpu] = []
+    if nvml is None:
+        return found
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return found
+    with suppress(nvml.NVMLError):  # Such as a GPU that has fallen off the bus.
+        handles = [nvml.nvmlDeviceGetHandleByIndex(n) for n in range(nvml.nvmlDeviceGetCount())]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(handles)))))
+        for entry in map(str.strip, visible.split(",")):
+            # CUDA numbers unequal GPUs by speed unless CUDA_DEVICE_ORDER says PCI_BUS_ID; NVML
+            # numbers them as they are plugged in. Equal GPUs are alike in any order.
+            if entry.isdecimal():
+                named = handles[int(entry) : int(entry) + 1]
+            elif entry.startswith("MIG-"):
+                named = [nvml.nvmlDeviceGetHandleByUUID(entry)]
+            else:  # The beginning of an id is enough.
+                ids = {nvml.nvmlDeviceGetUUID(handle): handle for handle in handles}
+                named = [ids[uuid] for uuid in ids if entry and uuid.startswith(entry)]
+            if len(named) != 1:
+                break  # As CUDA, stop at the first that does not exist.
+            memory = nvml.nvmlDeviceGetMemoryInfo(named[0])
+            found.append(InstalledGpu(nvml.nvmlDeviceGetName(named[0]), int(memory.free)))
+    nvml.nvmlShutdown()
+    return found

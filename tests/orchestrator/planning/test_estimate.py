@@ -1,0 +1,239 @@
+"""Estimates equal hand counts and the figures of a real run; trials get the GPUs that they need;
+the wait for a save follows from its bytes and the run's own journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iiet.config import preset
+from iiet.cost import training_flops_per_token
+from iiet.schedule import IterationSchedule
+from iiet.weights import WEIGHTS
+from orchestrator.planning.estimate import (
+    LEAST_SECONDS,
+    WRITE_BYTES_PER_SECOND,
+    Devices,
+    Estimate,
+    assign_trial_gpus,
+    seconds_to_save,
+)
+from orchestrator.records.training import TrainingJob
+from orchestrator.settings import TrainingSettings, resolve_settings
+from orchestrator.training.checkpoint import TRAINING_STATE
+from orchestrator.training.model_config import build_model_config
+from orchestrator.training.peak_flops import ASSUMED_GPU_BYTES
+from orchestrator.training.run import run_job
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.journal import Journal, read_journal
+from orchestrator.workspace.layout import DONE_NAME
+
+
+def test_batches_passes_and_tokens() -> None:
+    recipe = TrainingSettings(
+        num_steps=30000, num_tokens_per_step=524288, num_sequences_per_pass=12
+    )
+    estimate = Estimate(config=preset("340m"), recipe=recipe, devices=Devices(num_workers=8))
+    assert estimate.num_tokens == 15_728_640_000
+    assert estimate.sequences_per_worker == 32
+    assert (estimate.num_passes, estimate.sequences_per_pass) == (3, 12)
+    assert sum(estimate.stages.values()) == 30000
+
+
+def test_each_stage_of_a_two_stage_training_is_counted_under_its_schedule() -> None:
+    config = preset("tiny", schedule=2)
+    recipe = TrainingSettings(num_steps=10, num_tokens_per_step=1024, iterate_from_fraction=0.6)
+    estimate = Estimate(config=config, recipe=recipe)
+    none = IterationSchedule.none(6)
+    assert {str(schedule): n for schedule, n in estimate.stages.items()} == {
+        "0,0,0,0,0,0": 6,
+        "2,2,2,2,2,2": 4,
+    }
+    per_token = 6 * training_flops_per_token(config, none) + 4 * training_flops_per_token(config)
+    assert estimate.flops == pytest.approx(1024 * per_token)
+    # The memory is that of the costliest stage.
+    full = Estimate(config=config, recipe=recipe.model_copy(update={"iterate_from_fraction": 0.0}))
+    assert estimate.worker_memory == full.worker_memory
+
+
+def test_a_batch_that_cannot_be_divided_is_refused_with_one_that_can() -> None:
+    recipe = TrainingSettings(num_tokens_per_step=128 * 9)
+    training = Estimate(config=preset("tiny"), recipe=recipe, devices=Devices(num_workers=8))
+    with pytest.raises(UserError, match=r"9 sequences.*8 workers.*num_tokens_per_step=2048"):
+        assert training.worker_bytes
+
+
+def test_flops_and_checkpoint_bytes_equal_those_of_a_run(
+    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+) -> None:
+    recipe = TrainingSettings(
+        num_steps=6,
+        num_tokens_per_step=64,
+        num_validation_tokens=64,
+        checkpoint_every_steps=1,
+        num_checkpoints_kept=2,
+        iterate_from_fraction=0.5,
+    )
+    job = TrainingJob(
+        run_folder=str(tmp_path / "run"),
+        tokens_folder=str(tiny_tokens),
+        model={**tiny_model, "dim": 64, "ffn_dim": 128},
+        recipe=recipe,
+    )
+    outcome = run_job(job)
+    estimate = Estimate(config=job.model, recipe=recipe)
+    assert estimate.flops == pytest.approx(outcome.training_flops)
+    assert estimate.num_tokens == outcome.num_tokens
+    folder = Path(str(outcome.checkpoint))
+    written = sum((folder / name).stat().st_size for name in (WEIGHTS, TRAINING_STATE))
+    assert estimate.checkpoint_bytes == pytest.approx(written, rel=0.05)
+    assert estimate.new_bytes + estimate.bytes_in_writing == 3 * estimate.checkpoint_bytes
+    finished = Estimate.of(job)
+    assert (finished.steps_done, finished.flops) == (6, 0)
+    assert finished.new_bytes < 0.1 * finished.checkpoint_bytes, "new ones replace the two"
+
+
+def test_workers_share_one_checkpoint_snapshot() -> None:
+    config, recipe = preset("tiny"), TrainingSettings(num_tokens_per_step=1024)
+    alone = Estimate(config=config, recipe=recipe)
+    shared = Estimate(config=config, recipe=recipe, devices=Devices(num_workers=2))
+    name = "a copy for the checkpoint"
+    assert alone.worker_memory[name] == alone.checkpoint_bytes == 2 * shared.worker_memory[name]
+    assert sum(alone.worker_memory.values()) == alone.worker_bytes
+    on_gpus = Estimate(config=config, recipe=recipe, devices=Devices(on_gpus=True))
+    assert name not in on_gpus.worker_memory
+
+
+def test_all_kept_checkpoints_are_counted() -> None:
+    def kept(**recipe: object) -> float:
+        values = {"num_steps": 1000, "num_checkpoints_kept": 2, **recipe}
+        own = TrainingSettings.model_validate(values)
+        estimate = Estimate(config=preset("tiny"), recipe=own)
+        return (estimate.new_bytes + estimate.bytes_in_writing) / estimate.checkpoint_bytes
+
+    assert kept() == 3
+    assert kept(keep_best=True) == 4
+    assert kept(decay="wsd") == 4, "the one before the decay stays"
+    assert kept(checkpoint_every_steps=1000) == 1
+    assert kept(checkpoint_every_steps=1000, checkpoint_every_minutes=1) == 3
+
+
+def test_only_the_steps_that_are_left_count() -> None:
+    config = preset("tiny", schedule=2)
+    recipe = TrainingSettings(num_steps=10, num_tokens_per_step=1024, iterate_from_fraction=0.6)
+    whole = Estimate(config=config, recipe=recipe, teacher=config)
+    half = Estimate(config=config, recipe=recipe, teacher=config, steps_done=5)
+    assert (half.num_tokens, half.num_teacher_tokens) == (5 * 1024, 5 * 1024)
+    none = training_flops_per_token(config, IterationSchedule.none(6))
+    assert whole.flops - half.flops == pytest.approx(5 * 1024 * none)
+    assert half.worker_memory == whole.worker_memory
+
+
+def assigned(*assignments: str, trainings: tuple[Estimate, ...] = ()) -> tuple[float, int | None]:
+    """Return the GPUs of a trial, and how many trials run at once."""
+    settings = resolve_settings({}, assignments)
+    sweep = assign_trial_gpus(settings, trainings, gpu_bytes=ASSUMED_GPU_BYTES).sweep
+    return sweep.gpus_per_trial or 0, sweep.trials_at_once
+
+
+def test_trials_share_the_gpus_of_the_run() -> None:
+    assert assigned() == (0, None)
+    assert assigned("cluster.num_workers=4") == (0, None)
+    assert assigned("cluster.num_gpus=8") == (1, 8)
+    assert assigned("cluster.num_gpus=8", "sweep.trials_at_once=3") == (1, 3)
+    assert assigned("cluster.num_gpus=8", "sweep.gpus_per_trial=3") == (3, 2)
+    assert assigned("cluster.num_gpus=8", "sweep.workers_per_trial=4") == (4, 2)
+    assert assigned("cluster.num_gpus=2", "sweep.gpus_per_trial=0.25") == (0.25, 8)
+    assert assigned("cluster.num_gpus=1", "sweep.gpus_per_trial=0.3") == (0.3, 3)
+    assert assigned("sweep.gpus_per_trial=2") == (2, None), "of a run on CPUs, as many as there are"
+
+
+@pytest.mark.parametrize("gpus", [1.5, 0.001])
+def test_a_part_of_several_gpus_is_refused(gpus: float) -> None:
+    with pytest.raises(UserError, match=f"{gpus} GPUs are neither whole GPUs nor a share of one"):
+        assigned(f"sweep.gpus_per_trial={gpus}")
+
+
+def test_a_trial_gets_the_smallest_number_of_gpus_on_which_it_fits() -> None:
+    settings = resolve_settings({}, ["model.preset=340m", "model.corrections=3"])
+    config = build_model_config(settings.model, vocab_size=32_000)
+    recipe = TrainingSettings(num_steps=10, num_tokens_per_step=32 * 2048, precision="bf16")
+    training = Estimate(config=config, recipe=recipe)
+    # All sequences of a worker go through one pass: 32 on one GPU, 16 on each of two, 8, 4.
+    needed = [
+        replace(training, devices=Devices(num_workers=number, on_gpus=True)).worker_bytes
+        for number in (1, 2, 4)
+    ]
+    assert needed[1] > ASSUMED_GPU_BYTES >= needed[2]
+    # Three cannot share 32 sequences evenly.
+    assert assigned("cluster.num_gpus=8", trainings=(training,)) == (4, 2)
+    assert assigned("cluster.num_gpus=2", trainings=(training,)) == (2, 1), "refused later"
+
+
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        (["sweep.gpus_per_trial=0"], r"sweep\.gpus_per_trial=0 .* cluster\.num_gpus=8 names GPUs"),
+        (["sweep.gpus_per_trial=9"], "asks for 9 GPUs"),
+        (["sweep.workers_per_trial=16"], "asks for 16 GPUs"),
+    ],
+)
+def test_trials_never_use_cpus_if_the_settings_name_gpus(
+    assignments: list[str], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        assigned("cluster.num_gpus=8", *assignments)
+
+
+@pytest.fixture
+def large(tiny_job: Callable[..., TrainingJob]) -> TrainingJob:
+    """A job of 340 million parameters: 4 GB for each checkpoint."""
+    job = tiny_job("large", num_steps=100, num_tokens_per_step=2**19, num_validation_tokens=2**18)
+    model = {
+        **job.model.to_dict(), "vocab_size": 32_000, "dim": 1024, "num_layers": 24, "num_heads": 8,
+        "num_kv_heads": 8, "ffn_dim": 2752, "schedule": [0] * 24,
+    }  # fmt: skip
+    return TrainingJob.model_validate({**job.model_dump(), "model": model})
+
+
+def test_a_large_model_gets_more_time_than_a_small_one(
+    large: TrainingJob, tiny_job: Callable[..., TrainingJob]
+) -> None:
+    notes: list[str] = []
+    assert seconds_to_save([tiny_job()], notes.append) < LEAST_SECONDS + 0.1
+    seconds = seconds_to_save([large], notes.append)
+    assert seconds > LEAST_SECONDS + 2 * 4e9 / WRITE_BYTES_PER_SECOND, "one more may be written"
+    assert notes[-1] == "saving 3.76 GiB, at most 31 s"
+    assert seconds_to_save([large, large]) == pytest.approx(2 * seconds - LEAST_SECONDS)
+    (large.folder / DONE_NAME).parent.mkdir()
+    (large.folder / DONE_NAME).touch()
+    assert seconds_to_save([large], notes.append) == LEAST_SECONDS
+    assert len(notes) == 2, "nothing is saved"
+
+
+def test_what_the_run_has_measured_counts(large: TrainingJob) -> None:
+    stored = large.model_copy(update={"storage": "s3://bucket"})
+    assert seconds_to_save([stored]) > 3 * seconds_to_save([large]), "an upload is slower"
+    journal = Journal(large.folder)
+    journal.event("checkpoint", step=10, path="step_00000010", seconds=90.5)
+    journal.event("uploaded", step=10, seconds=100.25)
+    journal.metrics(11, {"train/tokens_per_second": 2.0**17})
+    journal.close()
+    assert seconds_to_save([large]) == LEAST_SECONDS + 2 * 90.5 + 4 + 2
+    assert seconds_to_save([stored]) == LEAST_SECONDS + 2 * (90.5 + 100.25) + 4 + 2
+
+
+def test_a_run_measures_its_checkpoints_and_their_uploads(
+    tiny_job: Callable[..., TrainingJob], tmp_path: Path
+) -> None:
+    job = tiny_job(num_steps=4, checkpoint_every_steps=2)
+    job = job.model_copy(update={"storage": str(tmp_path / "store")})
+    run_job(job)
+    for name in ("checkpoint", "uploaded"):
+        saved = [r["seconds"] for r in read_journal(job.folder)[0] if r.get("name") == name]
+        assert len(saved) == 2
+        assert min(saved) > 0.0
