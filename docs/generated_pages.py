@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 import yaml
-from orchestrator.cli.help import LIST_MARK
 
 from orchestrator import cli
 from orchestrator.settings import Settings
@@ -87,8 +86,7 @@ def _option_row(parameter: Any, annotation: Any) -> str:
     else:
         every = [*parameter.opts, *parameter.secondary_opts]
         names = ", ".join(f"`{name}`" for name in every)
-    named = (parameter.metavar or "").removesuffix(LIST_MARK)
-    values = _choices(annotation) or (named.split("|") if "|" in named else ())
+    values = _choices(annotation)
     choices = ", ".join(f"`{choice}`" for choice in values)
     text = _text(parameter.help or "")
     default = parameter.default

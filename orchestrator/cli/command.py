@@ -257,9 +257,9 @@ def as_text(value: Any) -> str:
     return json.dumps(_finite(value), indent=2, default=str)
 
 
-def read_schedules(texts: list[str]) -> list[int | str]:
+def read_schedules(texts: list[str]) -> list[int | float | str]:
     """Read a repeated `--schedule`: a number for all layers, or a text."""
-    return [_count_or_text(text) for text in texts]
+    return [_value(text) for text in texts]
 
 
 def one_schedule(texts: list[str] | None) -> str | None:
@@ -276,12 +276,12 @@ def one_schedule(texts: list[str] | None) -> str | None:
     return texts[0] if texts else None
 
 
-def split_list(text: str) -> list[int | str]:
+def split_list(text: str) -> list[int | float | str]:
     """Read names or numbers with commas between them, also in brackets as in a settings file."""
     text = text.strip()
     if text.startswith("[") and text.endswith("]"):
         text = text[1:-1]
-    return [_count_or_text(part.strip()) for part in text.split(",") if part.strip()]
+    return [_value(part.strip()) for part in text.split(",") if part.strip()]
 
 
 def whole_numbers(text: str, option: str) -> tuple[int, ...]:
@@ -329,11 +329,14 @@ def _option(flags: str, setting: str | Setting) -> Any:
 
     setting = setting if isinstance(setting, Setting) else Setting(setting)
     found = find_field(setting.key)
-    kind, extras = setting.type or _plain_type(found.annotation), {}
+    kind = setting.type or _plain_type(found.annotation)
+    extras: dict[str, Any] = {}
     if kind in (int, float):
         for bound in found.metadata:
-            if isinstance(bound, Ge | Gt) and kind is int:
-                extras["min"] = bound.ge if isinstance(bound, Ge) else bound.gt + 1
+            if kind is int and isinstance(bound, Ge):
+                extras["min"] = bound.ge
+            elif kind is int and isinstance(bound, Gt):
+                extras["min"] = int(str(bound.gt)) + 1
     elif kind is tuple:
         kind, extras["metavar"] = str, "A,B,..."
     help_text = setting.help or " ".join((found.description or "").split())
@@ -349,8 +352,9 @@ def _plain_type(annotation: Any) -> Any:
         return _plain_type(kinds[0])
     if origin in (Literal, tuple, list):
         return annotation if origin is Literal else origin
-    if kinds := [kind for kind in kinds if kind is not type(None)]:
-        return _plain_type(kinds[0]) if len(kinds) == 1 else str
+    inner = [kind for kind in kinds if kind is not type(None)]
+    if inner:
+        return _plain_type(inner[0]) if len(inner) == 1 else str
     return annotation if annotation in METAVARS else str
 
 
@@ -364,9 +368,14 @@ def _name(flags: str) -> str:
     return flags.split(",")[0].split("/")[0].removeprefix("--").replace("-", "_")
 
 
-def _count_or_text(text: str) -> int | str:
-    # A number of more digits is not a count; it stays a text, which the settings refuse.
-    return int(text) if re.fullmatch("[0-9]{1,9}", text) else text
+def _value(text: str) -> int | float | str:
+    """Return a number as a number, other texts as they are; the settings refuse what is wrong."""
+    if re.fullmatch("-?[0-9]{1,9}", text):
+        return int(text)
+    try:
+        return float(text) if re.fullmatch("[-+.0-9eE]{1,40}", text) else text
+    except ValueError:
+        return text
 
 
 def _finite(value: Any) -> Any:

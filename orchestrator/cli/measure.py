@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
 
 CLUSTER = {"--device": "cluster.device", "--address": "cluster.address"}
-TASKS = {
+TASKS: dict[str, str | Setting] = {
     "--suite": "evaluation.suite",
     "--include-path": "evaluation.include_path",
     "--num-fewshot": "evaluation.num_fewshot",

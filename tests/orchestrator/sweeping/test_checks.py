@@ -14,7 +14,7 @@ from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.pipelines import sweeps
 from orchestrator.pipelines.result import show
-from orchestrator.pipelines.sweeps import plan_suite, plan_sweep, sweep
+from orchestrator.pipelines.sweeps import make_tasks, plan_suite, plan_sweep, sweep
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
 from orchestrator.sweeping.checks import check_models, check_on_nodes, check_sweep
