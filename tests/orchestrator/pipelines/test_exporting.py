@@ -250,7 +250,7 @@ def test_a_method_whose_source_cannot_be_copied_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["notes.md", "results/table.csv", CARD, MANIFEST])
+@pytest.mark.parametrize("name", ["notes.md", "results/table.csv", CARD])
 def test_a_users_own_file_in_an_export_is_never_lost(
     checkpoint: Path, tmp_path: Path, name: str
 ) -> None:
