@@ -89,8 +89,10 @@ class Listing(Result):
 
     def to_json(self) -> dict[str, Any]:
         """Return a list for each kind."""
-        lists = {kind: [entry.to_json() for entry in found] for kind, found in self.entries.items()}
-        return {"workspace": self.workspace, **lists}
+        values: dict[str, Any] = {"workspace": self.workspace}
+        for kind, entries in self.entries.items():
+            values[kind] = [entry.to_json() for entry in entries]
+        return values
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each entry."""
@@ -339,16 +341,16 @@ def _first_stages(workspace: Workspace, _: Note) -> Found:
 
 def _checkpoints(workspace: Workspace, note: Note) -> Found:
     needed: set[Path] = set()
-    for name in (JOB_NAME, "result-*.json", PLAN_FILE, RESULTS_FILE):
-        for file in workspace.root.glob(f"*/*/{name}"):
+    for pattern in (JOB_NAME, "result-*.json", PLAN_FILE, RESULTS_FILE):
+        for file in workspace.root.glob(f"*/*/{pattern}"):
             try:
                 stored = read_json(file, remedy="all checkpoints are kept")
             except UserError as error:  # It may have named any of them.
                 note(str(error))
                 return
-            needed |= {
-                *re.findall(r'"([^"]+/step_\d{8,})"', json.dumps(stored, ensure_ascii=False))
-            }
+            text = json.dumps(stored, ensure_ascii=False)
+            names = re.findall(r'"([^"]+/step_\d{8,})"', text)
+            needed |= {workspace.root / name for name in names}
     for folder in training_folders(workspace):
         checkpoints = find_checkpoints(folder)
         if _is_in_use(folder) or len(checkpoints) < 2:
@@ -359,17 +361,10 @@ def _checkpoints(workspace: Workspace, note: Note) -> Found:
             note(f"the checkpoints in {folder} are kept: {error}")
             continue
         for checkpoint in checkpoints if kept else ():
-            is_needed = any(workspace.root / name == checkpoint for name in needed)
-            if (
-                checkpoint not in kept
-                and not is_needed
-                and not [*checkpoint.glob("influence-*.json")]
-            ):
-                yield (
-                    checkpoint,
-                    "intermediate checkpoint of a finished training",
-                    *run_locks(folder),
-                )
+            measured = any(checkpoint.glob("influence-*.json"))
+            if checkpoint not in kept | needed and not measured:
+                reason = "intermediate checkpoint of a finished training"
+                yield checkpoint, reason, *run_locks(folder)
 
 
 def _kept_checkpoints(folder: Path) -> set[Path]:
