@@ -84,7 +84,6 @@ from orchestrator.sweeping.plan_table import plan_sentences, plan_table
 from orchestrator.sweeping.selection import choose_members, schedule_cost
 from orchestrator.sweeping.student_plans import search_plan, student_trial, threshold_plan
 from orchestrator.sweeping.trial_states import (
-    StoredPlan,
     TrialState,
     requested_noun,
     trial_states,
@@ -706,7 +705,7 @@ def plan_suite(
     stored = sorted(sweeps.glob("*/"), key=last_recorded, reverse=True) if sweeps else []
     for folder in stored if hashes is None else ():
         with suppress(UserError):
-            if plan := StoredPlan.read(folder / PLAN_FILE):
+            if plan := SweepPlan.read(folder / PLAN_FILE):
                 known = plan.trials[0].suite
                 found = suite.model_copy(update={"fingerprints": known.fingerprints})
                 if found.key == known.key:

@@ -15,6 +15,7 @@ from pathlib import Path
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.training import checkpoint_tags
 from orchestrator.records.measurement import Measurement
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import load_sweep_results
@@ -22,7 +23,7 @@ from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import SETTINGS_NAME, read_settings
 from orchestrator.sweeping.live_sweep import LiveSweep, open_sweep_run
 from orchestrator.sweeping.trial_run import is_trial_locked
-from orchestrator.sweeping.trial_states import StoredPlan, recorded_end
+from orchestrator.sweeping.trial_states import recorded_end
 from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.job import finished_outcome
@@ -89,7 +90,7 @@ def _students(workspace: Workspace) -> Iterator[Path]:
     planned: set[str] = set()
     for path in workspace.sweeps.glob(f"*/{PLAN_FILE}"):
         with suppress(UserError):  # It was noted where its sweep should have been published.
-            plan = StoredPlan.read(path)
+            plan = SweepPlan.read(path)
             planned |= {Path(trial.folder).name for trial in plan.trials} if plan else set()
     for job in workspace.trials.glob(f"*/{JOB_NAME}"):
         if job.parent.name not in planned:
@@ -146,7 +147,7 @@ def _publish_measurement(path: Path, context: Context) -> bool:
 
 def _publish_sweep(path: Path, context: Context) -> bool:
     workspace, tracking, folder = context.workspace, context.tracking, path.parent
-    plan = StoredPlan.read(path)
+    plan = SweepPlan.read(path)
     if plan is None or any(map(is_trial_locked, plan.trials)):
         return False
     started_ms, ended_ms = recorded_times(folder) or (None, None)

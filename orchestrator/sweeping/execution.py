@@ -29,7 +29,6 @@ from orchestrator.sweeping.decoding import with_decoding
 from orchestrator.sweeping.front_history import FrontHistory
 from orchestrator.sweeping.live_sweep import LiveSweep, open_sweep_run
 from orchestrator.sweeping.trial_queue import TrialQueue
-from orchestrator.sweeping.trial_states import StoredPlan, stored_plan
 from orchestrator.sweeping.trials import full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
@@ -147,9 +146,7 @@ class _SweepRun:
 
     def run_trials(self) -> None:
         """Run the plan's trials that are not finished, then those that the search suggests."""
-        # The remaining cost is estimated once: that reads checkpoints and measures this machine.
-        stored = stored_plan(self.plan, self.settings, self.workspace.teachers)
-        stored.write(self.folder / PLAN_FILE)
+        self.plan.write(self.folder / PLAN_FILE)
         num_all = len(self.plan.trials) + (self.search.num_left if self.search else 0)
         self._history = FrontHistory(self.plan, self._history_folder, num_trials=num_all)
         self._live = LiveSweep(
@@ -178,7 +175,7 @@ class _SweepRun:
         finally:
             self._live.close()
             if self.search:
-                self._add_suggested(self.search, stored)
+                self._add_suggested(self.search)
         self._take_in(self.plan.trials, at_end=True)
         self.failures, self.made = queue.failures, queue.made
 
@@ -197,12 +194,12 @@ class _SweepRun:
         if state in ("failed", "stopped", "stopped early") and trial.result() is None:
             self._live.log_end(trial, "FAILED" if state == "failed" else "KILLED", reason)
 
-    def _add_suggested(self, search: ScheduleSearch, stored: StoredPlan) -> None:
+    def _add_suggested(self, search: ScheduleSearch) -> None:
         """Add what the search has suggested to the plan."""
         known = {trial.key for trial in self.plan.trials}
         new = [trial for trial in search.known_trials() if trial.key not in known]
         self.plan = self.plan.model_copy(update={"trials": (*self.plan.trials, *new)})
-        stored.model_copy(update={"trials": self.plan.trials}).write(self.folder / PLAN_FILE)
+        self.plan.write(self.folder / PLAN_FILE)
 
     def _with_shared_teacher(self, waiting: Sequence[Trial]) -> list[Trial]:
         """Store the teacher's outputs once for all students if that is cheaper, and return the
@@ -260,7 +257,7 @@ class _SweepRun:
 def _note_other_plan(plan: SweepPlan, folder: Path, progress: Progress) -> None:
     """Note that a sweep of this name had other trials before, or that its plan is damaged."""
     try:
-        earlier = StoredPlan.read(folder / PLAN_FILE, remedy="it is written anew")
+        earlier = SweepPlan.read(folder / PLAN_FILE, remedy="it is written anew")
     except UserError as error:
         progress.note(str(error))
         return

@@ -22,7 +22,6 @@ from orchestrator.pipelines.sweeps import plan_students
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.settings import read_settings
 from orchestrator.sweeping.trial_run import run_trial
-from orchestrator.sweeping.trial_states import stored_plan
 from orchestrator.training.checkpoint_lookup import newest_checkpoint
 from orchestrator.training.model_lookup import load_influence_table
 from orchestrator.workspace.folders import Workspace, open_workspace
@@ -157,7 +156,7 @@ def _fill(workspace: Workspace) -> None:
     assert teacher
     influence = load_influence_table(teacher)
     plan = plan_students(settings, context, teacher, influence, name="s")
-    stored_plan(plan, settings, workspace.teachers).write(workspace.sweeps / "s" / "plan.json")
+    plan.write(workspace.sweeps / "s" / "plan.json")
     results = [run_trial(trial).result for trial in plan.trials]
     StoredSweep(
         name="s", key=plan.key, results=tuple(r for r in results if r), influence=influence
