@@ -496,12 +496,13 @@ def run_trainings(plan: TrainingPlan, context: Context) -> dict[str, PretrainRes
             checkpoint, loss = Path(str(outcome.checkpoint)), outcome.validation_loss
             results[label] = PretrainResult(checkpoint=checkpoint, validation_loss=loss)
     losses = [
-        f"{label} {result.validation_loss:.3f}"
+        f"{label}{':' * (plan.kind == 'distill')} {result.validation_loss:.3f}"
         for label, result in results.items()
         if not math.isnan(result.validation_loss)
     ]
     found = ", found again" if len(plan.finished) == len(jobs) else ""
-    progress.finish(f"validation loss {', '.join(losses)}{found}")
+    text = f"by schedule {'; '.join(losses)}" if plan.kind == "distill" else ", ".join(losses)
+    progress.finish(f"validation loss {text}{found}")
     return results
 
 
