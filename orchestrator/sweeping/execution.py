@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from iiet.cost import inference_cost
 from orchestrator.cluster.launch import trial_device
-from orchestrator.planning.estimate import assign_trial_gpus
 from orchestrator.records.early_stop import EarlyStop
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
@@ -86,7 +85,7 @@ def run_sweep(
         plan: The trials.
         settings: Section `sweep` says how many run at once and how often one may fail.
         workspace: Where trials and the sweep are stored.
-        placed: The settings with the GPUs of the trials; those of `assign_trial_gpus` when unset.
+        placed: The settings with the GPUs of the trials, if they are not the same.
         tracking: Logs the sweep's run.
         progress: Progress display.
         search: Suggests further trials when these have ended.
@@ -97,7 +96,7 @@ def run_sweep(
         RunFailed: If no trial at all could be finished.
     """
     progress = progress or Progress()
-    placed = placed or assign_trial_gpus(settings)
+    placed = placed or settings
     waiting = [trial.job for trial in plan.trials if trial.job and not trial.result()]
     for job in [*waiting, *(search.jobs_left()[:1] if search else [])]:
         check_job(job, num_workers=placed.sweep.num_workers_per_trial)
