@@ -180,7 +180,7 @@ def _reading(
             name=f"{name}-{teacher}-{what}",
             progress=progress,
         )
-        session.console.print(*found.report.shown(), sep="\n")
+        session.console.print(*found.shown(), sep="\n")
         raise_failures(found.failures)
         return found
 

@@ -318,7 +318,7 @@ class _Study:
         return result.trials
 
     def _print(self, phase: str, result: SweepResult) -> None:
-        self.session.console.print(*result.report.shown(), sep="\n")
+        self.session.console.print(*result.shown(), sep="\n")
         for label, reason in result.failures.items():
             self.failures[f"{label} of {phase}"] = reason
 

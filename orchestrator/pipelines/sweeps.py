@@ -150,7 +150,11 @@ class PlannedSweep(Result):
     """What suggests further trials, if the sweep is a search."""
 
     def check(self) -> None:
-        """Raise `UserError` if the trainings do not fit on this machine; says what would."""
+        """Check that the trainings fit on this machine.
+
+        Raises:
+            UserError: If they do not; says what would.
+        """
         if problem := next(iter(self.problems.values())):
             raise UserError(problem)
 

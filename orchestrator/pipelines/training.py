@@ -145,7 +145,11 @@ class TrainingPlan(Result):
         return self._problems_of(*self.jobs)
 
     def check(self) -> None:
-        """Raise `UserError` if the trainings do not fit on this machine; says what would."""
+        """Check that the trainings fit on this machine.
+
+        Raises:
+            UserError: If they do not; says what would.
+        """
         if problem := next(iter(self.problems.values())):
             raise UserError(problem)
 

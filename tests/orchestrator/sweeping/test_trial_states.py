@@ -108,12 +108,13 @@ def test_each_trial_is_a_row(tiny_plan: SweepPlan) -> None:
 
 
 def test_models_that_are_pretrained_before_a_plan_stand_in_its_table(tiny_plan: SweepPlan) -> None:
-    beside = with_job(tiny_plan.trials[1], {"learning_rate": 1.0})
-    states = trial_states(tiny_plan, settings().sweep)
-    states += trial_states(tiny_plan.model_copy(update={"trials": (beside,)}), settings().sweep)
-    console = Console(width=120)
+    teacher, first, *others = tiny_plan.trials
+    rated = with_job(first, {"learning_rate": 1.0})
+    plan = tiny_plan.model_copy(update={"trials": (teacher, rated, *others)})
+    beside = tiny_plan.model_copy(update={"trials": (first,)})
+    sweep, console = settings().sweep, Console(width=120)
     with console.capture() as captured:
-        console.print(plan_table(tiny_plan, states))
+        console.print(plan_table(plan, [*trial_states(plan, sweep), *trial_states(beside, sweep)]))
     assert captured.get().count("to train") == 5
 
 
