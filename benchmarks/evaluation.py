@@ -39,7 +39,7 @@ from orchestrator.evaluation.heldout import build_heldout
 from orchestrator.records.evaluation import STDERR_SUFFIX, TaskResult
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.layout import open_workspace
 
 __all__ = ["measure"]
 

@@ -32,7 +32,7 @@ from orchestrator.pipelines.sweeps import make_tasks, plan_iterations
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.layout import open_workspace
 
 __all__ = ["COSTS", "MODELS", "VANILLA", "measure"]
 

@@ -21,8 +21,8 @@ from orchestrator.settings import DataSettings, Settings, resolve_settings
 from orchestrator.sweeping.student_plans import threshold_plan
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.run import run_job
-from orchestrator.workspace.folders import open_workspace
 from orchestrator.workspace.journal import JOURNAL_NAME
+from orchestrator.workspace.layout import open_workspace
 
 NUM_LAYERS, MOST_CORRECTIONS = 12, 3
 NUM_STEPS = 60

@@ -44,7 +44,7 @@ from orchestrator.data.preparation import prepare
 from orchestrator.data.token_store import open_tokens
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.layout import open_workspace
 
 __all__ = ["measure"]
 

@@ -41,8 +41,7 @@ from orchestrator.sweeping.trial_run import measure_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import open_tracking
 from orchestrator.training.run import run_job
-from orchestrator.workspace.folders import Workspace, open_workspace
-from orchestrator.workspace.names import DONE_NAME
+from orchestrator.workspace.layout import DONE_NAME, Workspace, open_workspace
 
 __all__ = ["measure"]
 

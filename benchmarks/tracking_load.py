@@ -31,8 +31,8 @@ from orchestrator.records.trial import Trial, TrialTraining
 from orchestrator.sweeping.live_sweep import LiveSweep
 from orchestrator.tracking import TrackedRun, open_tracking
 from orchestrator.tracking.journal_copies import SECONDS_BETWEEN_COPIES
-from orchestrator.workspace.folders import Workspace, open_workspace
 from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 __all__ = ["measure"]
 

@@ -17,7 +17,6 @@ import typer
 import yaml
 
 from orchestrator import cli
-from orchestrator.cli.help import LIST_MARK
 from orchestrator.settings import Settings
 
 COMMAND_LINE = "command-line.md"
@@ -49,7 +48,7 @@ def command_line_page() -> str:
     """Return the reference of all commands, in the panels and the order of `iiet-orch --help`."""
     panels: dict[str, list[str]] = {}
     title = ""
-    for words, command in _commands(typer.main.get_command(cli.app.app)):
+    for words, command in _commands(typer.main.get_command(cli.app.build_app())):
         if len(words) == 1:  # Commands of a group stand in its panel.
             title = getattr(command, "rich_help_panel", title)
         panels.setdefault(title, []).extend(_describe(words, command))
@@ -87,8 +86,7 @@ def _option_row(parameter: Any, annotation: Any) -> str:
     else:
         every = [*parameter.opts, *parameter.secondary_opts]
         names = ", ".join(f"`{name}`" for name in every)
-    named = (parameter.metavar or "").removesuffix(LIST_MARK)
-    values = _choices(annotation) or (named.split("|") if "|" in named else ())
+    values = _choices(annotation)
     choices = ", ".join(f"`{choice}`" for choice in values)
     text = _text(parameter.help or "")
     default = parameter.default

@@ -24,7 +24,7 @@ from orchestrator.reporting.bootstrap import (
     interval_of,
 )
 from orchestrator.reporting.markdown import bullets, markdown_table
-from orchestrator.terminal.formatting import format_count
+from orchestrator.terminal.render import format_count
 
 SATURATED_ACCURACY = 0.98
 """From this accuracy on, the loss says how sure a model is rather than how much it can compute: any

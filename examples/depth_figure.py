@@ -40,7 +40,7 @@ from orchestrator.reporting.figure_style import (
     SKY,
     save_figure,
 )
-from orchestrator.terminal.formatting import format_count
+from orchestrator.terminal.render import format_count
 
 SHIFT = 1.035
 """Factor between the places of two models of the same cost."""

@@ -66,8 +66,7 @@ from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.sources import open_data
 from orchestrator.pipelines.sweeps import PlannedSweep, raise_failures
-from orchestrator.terminal.formatting import format_duration
-from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.render import format_duration, print_line
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.provenance import content_key
 

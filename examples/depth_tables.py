@@ -13,7 +13,7 @@ from depth_rules import RULES, verdicts
 
 from orchestrator import Settings
 from orchestrator.reporting.markdown import bullets, markdown_table
-from orchestrator.terminal.formatting import (
+from orchestrator.terminal.render import (
     format_count,
     format_duration,
     format_parameters,

@@ -43,12 +43,13 @@ from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import find_prepared
+from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.markdown import bullets, markdown_table
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.sweeping.elastic_plans import ElasticFlops, elastic_flops
-from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.render import print_line
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.workspace.files import write_text
@@ -136,13 +137,13 @@ def print_plans(settings: Mapping[str, Settings], times: Sequence[float], sessio
         tokens = find_prepared(own.data, workspace.tokens)
         outcome = finished_outcome(pretraining_job(own, workspace, tokens))
         if outcome is None:
-            session.console.print(*plan_pretrain(own, workspace=workspace).shown(), sep="\n")
+            show(plan_pretrain(own, workspace=workspace), session.console)
             steps = ", ".join(f"{_steps(own, factor):,}" for factor in times)
             print_line(session.console, f"  {teacher}: then elastic trainings of {steps} steps")
         else:
             longest = _of_length(own, max(times))
             plan = plan_sweep(longest, workspace=workspace, teacher=outcome.checkpoint)
-            session.console.print(*plan.shown(), sep="\n")
+            show(plan, session.console)
 
 
 def run_study(
@@ -180,7 +181,7 @@ def _reading(
             name=f"{name}-{teacher}-{what}",
             progress=progress,
         )
-        session.console.print(*found.shown(), sep="\n")
+        show(found, session.console)
         raise_failures(found.failures)
         return found
 

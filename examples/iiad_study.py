@@ -48,15 +48,15 @@ from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import find_prepared
+from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.seed_averages import average_seeds
-from orchestrator.settings import BASELINE_METHOD, model_label
+from orchestrator.settings import BASELINE_METHOD
 from orchestrator.sweeping.checks import check_models, check_sweep
-from orchestrator.sweeping.model_plans import learning_rates, settings_of, swept_models
+from orchestrator.sweeping.model_plans import learning_rates, model_label, settings_of, swept_models
 from orchestrator.sweeping.student_plans import check_student_batch
-from orchestrator.terminal.formatting import format_count
-from orchestrator.terminal.layout import print_line
+from orchestrator.terminal.render import format_count, print_line
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.training.schedules import flops_per_token_by_step
 from orchestrator.workspace.files import write_text
@@ -146,7 +146,7 @@ def run_study(
             name=f"{name}-rates",
             progress=session.progress,
         )
-        session.console.print(*plan.shown(), sep="\n")
+        show(plan, session.console)
         print_line(session.console, _later_phases(settings, choices, len(study.contenders)))
         return
     root = session.workspace.root
@@ -318,7 +318,7 @@ class _Study:
         return result.trials
 
     def _print(self, phase: str, result: SweepResult) -> None:
-        self.session.console.print(*result.shown(), sep="\n")
+        show(result, self.session.console)
         for label, reason in result.failures.items():
             self.failures[f"{label} of {phase}"] = reason
 

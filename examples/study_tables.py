@@ -16,8 +16,9 @@ from pathlib import Path
 from iiet.methods import METHODS
 from orchestrator import Trial
 from orchestrator.records.evaluation import STDERR_SUFFIX
-from orchestrator.settings import BASELINE_METHOD, model_label
-from orchestrator.terminal.formatting import format_with_error
+from orchestrator.settings import BASELINE_METHOD
+from orchestrator.sweeping.model_plans import model_label
+from orchestrator.terminal.render import format_with_error
 
 LOSS, BITS, ACCURACY = "validation_loss", "bits_per_byte", "accuracy"
 _ERRORS = (

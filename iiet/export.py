@@ -194,7 +194,7 @@ def _imports(node: ast.Import | ast.ImportFrom, package: str, packages: set[str]
 
 def _source_of_exported_name(name: str) -> str:
     """Return the module from which the package `iiet` takes a name; `iiet` itself if none."""
-    for node in ast.parse(inspect.getsource(import_module(_CORE))).body:
+    for node in ast.walk(ast.parse(inspect.getsource(import_module(_CORE)))):
         if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
             return str(node.module)
     return _CORE

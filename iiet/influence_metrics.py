@@ -20,9 +20,10 @@ from torch.nn import functional
 
 from iiet.batch import Batch
 from iiet.decoder import Decoder
-from iiet.extensions import ExtensionNames, ExtensionTable
+from iiet.extensions import ExtensionTable
 from iiet.loss_metrics import cross_entropy_and_accuracy
 from iiet.methods import Evaluation
+from iiet.names import INFLUENCE_METRIC_NAMES
 
 __all__ = [
     "INFLUENCE_METRICS",
@@ -219,15 +220,9 @@ class LossRise(InfluenceMetric):
         )
 
 
-_OWN: dict[str, type[InfluenceMetric]] = {
-    "cosine": Cosine,
-    "relative": Relative,
-    "loss": LossRise,
-}
-
 INFLUENCE_METRICS: ExtensionTable[type[InfluenceMetric]] = ExtensionTable(
-    ExtensionNames("iiet.influence_metrics", "influence metric", _OWN),
-    _OWN,
+    INFLUENCE_METRIC_NAMES,
+    {"cosine": Cosine, "relative": Relative, "loss": LossRise},
     bases=(InfluenceMetric,),
 )
 """Metrics by name; the keys are the values of the setting `influence.metric`."""

@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from orchestrator.evaluation.cost_measurement import MeasurementSettings
     from orchestrator.pipelines.benchmarking import BenchmarkResult, benchmark
     from orchestrator.pipelines.comparing import CompareResult, compare
-    from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate
-    from orchestrator.pipelines.evaluation_dry_runs import EvaluationDryRun, plan_evaluation
+    from orchestrator.pipelines.evaluating import (
+        EvaluatePlan,
+        ModelEvaluations,
+        evaluate,
+        plan_evaluate,
+    )
     from orchestrator.pipelines.exporting import export
     from orchestrator.pipelines.generating import Sampling, generate, generate_stream
     from orchestrator.pipelines.importing import import_model
@@ -51,14 +55,13 @@ if TYPE_CHECKING:
     from orchestrator.settings import Settings, read_settings
     from orchestrator.terminal.progress import Progress, terminal_progress
     from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
-    from orchestrator.workspace.folders import Workspace
+    from orchestrator.workspace.layout import Workspace
 
 _MODULES = {
     "evaluation.cost_measurement": ("MeasurementSettings",),
     "pipelines.benchmarking": ("BenchmarkResult", "benchmark"),
     "pipelines.comparing": ("CompareResult", "compare"),
-    "pipelines.evaluating": ("ModelEvaluations", "evaluate"),
-    "pipelines.evaluation_dry_runs": ("EvaluationDryRun", "plan_evaluation"),
+    "pipelines.evaluating": ("EvaluatePlan", "ModelEvaluations", "evaluate", "plan_evaluate"),
     "pipelines.exporting": ("export",),
     "pipelines.generating": ("Sampling", "generate", "generate_stream"),
     "pipelines.importing": ("import_model",),
@@ -89,14 +92,14 @@ _MODULES = {
     "settings": ("Settings", "read_settings"),
     "terminal.progress": ("Progress", "terminal_progress"),
     "workspace.errors": ("Interrupted", "RunFailed", "UserError"),
-    "workspace.folders": ("Workspace",),
+    "workspace.layout": ("Workspace",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "BenchmarkResult",
     "CompareResult",
-    "EvaluationDryRun",
+    "EvaluatePlan",
     "MeasurementSettings",
     "DistillResult",
     "ModelEvaluations",
@@ -128,7 +131,7 @@ __all__ = [
     "measure_influence",
     "pick",
     "plan_distill",
-    "plan_evaluation",
+    "plan_evaluate",
     "plan_pretrain",
     "plan_sweep",
     "prepare",

@@ -16,7 +16,6 @@ from typing import Any, TextIO
 
 import pytest
 from copied_database import copy_databases
-from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from small_size import SMALL
 from terminal import unanswered
@@ -165,7 +164,7 @@ def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> 
     from orchestrator.sweeping.selection import choose_members
     from orchestrator.sweeping.student_plans import threshold_plan
     from orchestrator.training.run import run_job
-    from orchestrator.workspace.folders import open_workspace
+    from orchestrator.workspace.layout import open_workspace
 
     recipe = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
     longer = {**recipe, "num_steps": 40}
@@ -205,12 +204,14 @@ def small_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     It is made once for all processes of pytest. Its users are marked slow, and copy it.
     """
+    from orchestrator.workspace.locks import lock_file
+
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     workspace = folder / "small-sweep"
     printed = workspace.with_suffix(".txt")
-    with FileLock(workspace.with_suffix(".lock")):
+    with lock_file(workspace.with_suffix(".lock")):
         if not printed.is_file():
             shutil.rmtree(workspace, ignore_errors=True)
             options = [f"--set={assignment}" for assignment in SMALL]

@@ -13,7 +13,7 @@ from orchestrator.records.measurement import Measurement, TrackedModel
 from orchestrator.settings import SETTINGS_NAME
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import NestedRun, Tracking
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 
 class FakeRun:

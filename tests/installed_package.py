@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.pipelines.extensions import EXTENSION_POINTS
+from orchestrator.pipelines.doctor import extension_points
 
 PACKAGE = "my-extensions"
 
@@ -46,7 +46,7 @@ def on_path(folder: Path) -> Iterator[None]:
     """Let this process find what is installed in a folder; afterwards it knows nothing of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        for table in EXTENSION_POINTS:
+        for table in extension_points():
             patch.setattr(table, "_classes", dict(table._classes))
             patch.setattr(table, "_checked", set[str]())
         yield

@@ -32,8 +32,8 @@ from orchestrator.settings import (
     TrainingSettings,
     read_settings,
 )
-from orchestrator.settings.depth import DepthSettings
-from orchestrator.settings.shipped import shipped_sweeps
+from orchestrator.settings.data import DepthSettings
+from orchestrator.settings.files import shipped_sweeps
 from orchestrator.training.schedules import drawn_by_step
 
 FILE = Path(__file__).resolve().parent / "fixtures" / "recipe" / "hashes.json"

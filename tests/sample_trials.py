@@ -11,7 +11,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.evaluation import EvaluationKeys, EvaluationResult
 from orchestrator.records.trial import Trial, TrialSuite
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 
 def sample_trial(

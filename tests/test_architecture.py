@@ -306,6 +306,9 @@ def _names_in(module: str) -> set[str]:
             names |= {alias.asname or alias.name for alias in node.names}
         else:
             names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            names |= {
+                a.name for n in ast.walk(node) if isinstance(n, ast.ImportFrom) for a in n.names
+            }
     return names
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from new_environment import ROOT, build
 
-from orchestrator.workspace.whole_folders import VERIFIED_NAME
+from orchestrator.workspace.files import VERIFIED_NAME
 
 pytestmark = pytest.mark.slow  # Each builds an archive, if it is the first.
 

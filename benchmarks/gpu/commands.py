@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.workspace.folders import open_workspace
 from orchestrator.workspace.journal import Record, read_journal
+from orchestrator.workspace.layout import open_workspace
 
 POLL_SECONDS = 0.02
 NUM_LINES_SHOWN = 15

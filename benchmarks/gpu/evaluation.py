@@ -16,7 +16,7 @@ from benchmarks.gpu.setup import Setup
 from iiet.config import preset
 from orchestrator.pipelines.evaluating import evaluate
 from orchestrator.settings import EvaluationSettings, Settings
-from orchestrator.settings.precision import Precision
+from orchestrator.settings.training import Precision
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.run import run_job
 

@@ -17,7 +17,7 @@ from benchmarks.gpu.commands import Commands, RunRecord
 from benchmarks.gpu.finding import Finding
 from benchmarks.gpu.setup import Setup
 from iiet.weights import WEIGHTS
-from orchestrator.workspace.checkpoint_names import find_checkpoints
+from orchestrator.workspace.layout import find_checkpoints
 
 LOSS_TOLERANCE = 2e-2
 """On GPUs: largest difference of the two runs' losses, in nats."""

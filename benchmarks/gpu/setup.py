@@ -11,7 +11,7 @@ from orchestrator.data.preparation import prepare
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DataSettings, TrainingSettings
 from orchestrator.training.distributed import World
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.layout import open_workspace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,28 +6,29 @@ the method's, its object the class. An entry point is imported when its method i
 
 from __future__ import annotations
 
-from iiet.extensions import ExtensionNames, ExtensionTable
+from iiet.extensions import ExtensionTable
 from iiet.methods.base import Advance, Evaluate, Evaluation, Layer, Observer
 from iiet.methods.explicit_euler import ExplicitEuler
 from iiet.methods.explicit_runge_kutta import ExplicitRK2, ExplicitRK4, GatedRK2
 from iiet.methods.implicit_euler import ImplicitEuler
 from iiet.methods.looped import Looped
 from iiet.methods.predictor_corrector import PredictorCorrectorRK2, PredictorCorrectorRK4
+from iiet.names import METHOD_NAMES
 
 __all__ = ["METHODS", "Advance", "Evaluate", "Evaluation", "Layer", "Observer"]
 
-_OWN: dict[str, type[Layer]] = {
-    "vanilla": ExplicitEuler,
-    "iiet": ImplicitEuler,
-    "pcformer": PredictorCorrectorRK2,
-    "pcformer_rk4": PredictorCorrectorRK4,
-    "ode_rk2": ExplicitRK2,
-    "ode_rk4": ExplicitRK4,
-    "ode_rk2_gated": GatedRK2,
-    "looped": Looped,
-}
-
 METHODS: ExtensionTable[type[Layer]] = ExtensionTable(
-    ExtensionNames("iiet.methods", "method", _OWN), _OWN, bases=(Layer,)
+    METHOD_NAMES,
+    {
+        "vanilla": ExplicitEuler,
+        "iiet": ImplicitEuler,
+        "pcformer": PredictorCorrectorRK2,
+        "pcformer_rk4": PredictorCorrectorRK4,
+        "ode_rk2": ExplicitRK2,
+        "ode_rk4": ExplicitRK4,
+        "ode_rk2_gated": GatedRK2,
+        "looped": Looped,
+    },
+    bases=(Layer,),
 )
 """Registry keys are the papers' names; class and file names carry the mathematics."""

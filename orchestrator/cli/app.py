@@ -1,4 +1,4 @@
-"""The application that commands register with, and its exit codes.
+"""`iiet-orch`: build the application for the words of one call, run it, and return its exit code.
 
 0 done, 1 failed (also while it was interrupted), 2 the user's mistake, 130 interrupted.
 """
@@ -9,27 +9,58 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from orchestrator.cli.help import Application
-from orchestrator.cli.hints import hint
-from orchestrator.terminal.layout import print_line
+# The order is that of --help.
+from orchestrator.cli import measure, models, places, submit, train  # noqa: F401
+from orchestrator.cli.command import COMMANDS
+from orchestrator.terminal.render import print_line
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, path_error_message
 from orchestrator.workspace.provenance import installed_version
 
 NO_COLOR = "--no-color"
 
-app = Application(
-    name="iiet-orch",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    help="Pretrain, sweep and distill iterative Transformers; show accuracy against their cost.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+
+def build_app(word: str | None = None) -> typer.Typer:
+    """Return the application; given a word, other commands than this have their names alone.
+
+    To import the settings and to inspect the options of all commands would take longer than most
+    commands do.
+    """
+    options: dict[str, Any] = {
+        "no_args_is_help": True,
+        "pretty_exceptions_enable": False,
+        "rich_markup_mode": "rich",
+        "context_settings": {"help_option_names": ["-h", "--help"]},
+    }
+    app = typer.Typer(
+        name="iiet-orch",
+        help="Pretrain, sweep and distill iterative Transformers; show accuracy against cost.",
+        **options,
+    )
+    app.callback()(_options_of_all)
+    config = typer.Typer(help="Show the settings, their schema, shipped sweeps.", **options)
+    for name, command in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        is_built = word is None or word in (name, group)
+        function = command.build() if is_built else _named(command.function.__doc__)
+        add = (config if group else app).command
+        add(last, rich_help_panel=None if group else command.group, **command.typer_options)(
+            function
+        )
+    app.add_typer(config, name="config", rich_help_panel="Settings")
+    return app
+
+
+def _named(text: str | None) -> Any:
+    def command() -> None:
+        raise AssertionError("only the command that is called is built")
+
+    command.__doc__ = text
+    return command
 
 
 def _print_version(is_asked: bool) -> None:
@@ -38,7 +69,6 @@ def _print_version(is_asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options_of_all(
     _version: Annotated[
         bool,
@@ -60,13 +90,12 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     with _colors_off() if NO_COLOR in words else nullcontext():
         words = [word for word in words if word != NO_COLOR]  # It may stand anywhere.
+        completes = "_IIET_ORCH_COMPLETE" in os.environ
         try:
-            app.reduced_to(words)(words, prog_name="iiet-orch")
+            app = build_app(None if completes else words[0] if words else "")
+            app(words, prog_name="iiet-orch")
         except BaseException as error:
-            code = exit_code_of(error)
-            if code == 2 and (sentence := hint(words)):
-                _complain(sentence)
-            return code
+            return exit_code_of(error)
     return 0
 
 

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from orchestrator.cli.app import app
-from orchestrator.cli.completion import complete_models
-from orchestrator.cli.json_output import JsonOption
-from orchestrator.cli.option_values import one_schedule, read_options
+from orchestrator.cli.command import Call, command, one_schedule
 from orchestrator.cli.options import (
     MAX_COUNT,
     MAX_SEED,
     ConfigOption,
-    DeviceOption,
+    CostOption,
     FolderToWriteOption,
     ModelArgument,
+    NameOption,
+    QualityOption,
     ReplaceModelOption,
     ScheduleOption,
-    SetOption,
-    VerboseOption,
-    WorkspaceOption,
+    SweepArgument,
+    complete_models,
 )
-from orchestrator.cli.session import Warnings, open_session
-from orchestrator.terminal.layout import print_line
+from orchestrator.cli.session import Warnings
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import check_name_option
+
+if TYPE_CHECKING:
+    from orchestrator.pipelines.result import Result
 
 
-@app.command(rich_help_panel="Models")
+@command("generate", group="Models", options={"--device": "cluster.device"}, workspace="read")
 def generate(
+    call: Call,
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
@@ -53,8 +54,7 @@ def generate(
         ),
     ] = False,
     system: Annotated[
-        str | None,
-        typer.Option(help="With --chat: the system's message, before the user's."),
+        str | None, typer.Option(help="With --chat: the system's message, before the user's.")
     ] = None,
     max_new_tokens: Annotated[
         int | None,
@@ -102,11 +102,7 @@ def generate(
         ),
     ] = None,
     schedule: ScheduleOption = None,
-    device: DeviceOption = None,
-    workspace: WorkspaceOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = None,
-) -> None:
+) -> Result | None:
     """Continue a text and print it while it is generated.
 
     The prompt is not changed; --chat puts it into the chat template of an imported model. With
@@ -117,68 +113,63 @@ def generate(
     if draft is None and draft_tokens is not None:
         raise UserError(f"--draft-tokens {draft_tokens} needs --draft SCHEDULE or --draft auto")
     prompts = prompt if prompt is not None else [_piped_prompt()]
-    with open_session(
-        workspace, "generate", verbose=verbose, as_json=as_json, must_write=False
-    ) as session:
-        from orchestrator.pipelines import generating
+    from orchestrator.pipelines import generating
 
-        sampling = generating.Sampling(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop=tuple(stop or ()),
-            kv_strategy=kv,
-        )
-        drafting = None
-        if draft is not None:
-            drafting = generating.Drafting(draft=draft, num_tokens=draft_tokens or "auto")
-        writer = generating.open_generator(
-            session.workspace,
-            checkpoint,
-            one_schedule(schedule),
-            drafting,
-            device=device,
-            # The text goes to standard output, so warnings go elsewhere.
-            progress=Warnings(session.terminal),
-        )
-        asked = writer.as_asked(prompts, chat=chat, system=system)
-        own = writer.decoder.config.schedule
-        if verbose is not False:
-            under = f"schedule {own}" if own else "no corrections"
-            typer.echo(f"model: {writer.checkpoint}, {under}", file=session.terminal)
-        if as_json or len(prompts) > 1:
-            texts = writer.continue_all(asked, sampling)
-            if as_json:
-                value: dict[str, Any] = {"model": str(writer.checkpoint)}
-                value["schedule"] = None if own is None else list(own)
-                pairs = zip(prompts, texts, strict=True)
-                value["texts"] = [{"prompt": p, "text": text} for p, text in pairs]
-                session.print_json(value)
-                return
-            for text, written in zip(prompts, texts, strict=True):
-                typer.echo(f"{text}{': ' if chat else ''}{written}\n")
-            return
-        pieces = writer.stream(asked[0], sampling)
-        if not chat:  # An answer is printed without its question.
-            typer.echo(prompts[0], nl=False)
-        for piece in pieces:
-            typer.echo(piece, nl=False)
-        typer.echo()
+    sampling = generating.Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        kv_strategy=kv,
+    )
+    drafting = draft and generating.Drafting(draft=draft, num_tokens=draft_tokens or "auto")
+    writer = generating.open_generator(
+        call.workspace,
+        checkpoint,
+        one_schedule(schedule),
+        drafting or None,
+        device=call.settings.cluster.device,
+        # The text goes to standard output, so warnings go elsewhere.
+        progress=Warnings(call.session.terminal),
+    )
+    asked = writer.as_asked(prompts, chat=chat, system=system)
+    own = writer.decoder.config.schedule
+    if not call.is_quiet:
+        under = f"schedule {own}" if own else "no corrections"
+        typer.echo(f"model: {writer.checkpoint}, {under}", file=call.session.terminal)
+    if call.as_json or len(prompts) > 1:
+        pairs = list(zip(prompts, writer.continue_all(asked, sampling), strict=True))
+        values: dict[str, Any] = {
+            "model": str(writer.checkpoint),
+            "schedule": None if own is None else list(own),
+            "texts": [{"prompt": text, "text": written} for text, written in pairs],
+        }
+        if call.as_json:
+            return call.answer(values, [])
+        for text, written in pairs:
+            typer.echo(f"{text}{': ' if chat else ''}{written}\n")
+        return None
+    pieces = writer.stream(asked[0], sampling)
+    if not chat:  # An answer is printed without its question.
+        typer.echo(prompts[0], nl=False)
+    for piece in pieces:
+        typer.echo(piece, nl=False)
+    typer.echo()
+    return None
 
 
 def _piped_prompt() -> str:
-    import sys
-
     text = "" if sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
     if not text:
         raise UserError("there is nothing to continue; give --prompt TEXT, or pipe a text in")
     return text
 
 
-@app.command("import", rich_help_panel="Models")
+@command("import", group="Models")
 def import_folder(
+    call: Call,
     folder: Annotated[
         Path,
         typer.Argument(
@@ -190,33 +181,21 @@ def import_folder(
         str | None,
         typer.Option(metavar="PATH", help="A tokenizer.json, or hub:NAME, if the model has none."),
     ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            help="Name of the run (default: that of the folder or file).",
-            callback=check_name_option,
-        ),
-    ] = None,
-    workspace: WorkspaceOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = None,
-) -> None:
+    name: NameOption = None,
+) -> Result:
     """Import a published, Llama, GGUF or exported model, or a checkpoint of another workspace.
 
     Example: iiet-orch import Llama-3.2-1B --name llama
     """
-    with open_session(workspace, "import", verbose=verbose, as_json=as_json) as session:
-        from orchestrator.pipelines.importing import import_model
+    from orchestrator.pipelines.importing import import_model
 
-        checkpoint = import_model(folder, tokenizer=tokenizer, name=name, **session.common)
-        if as_json:
-            session.print_json({"checkpoint": str(checkpoint)})
-        else:
-            print_line(session.console, f"checkpoint: {checkpoint}")
+    checkpoint = import_model(folder, tokenizer=tokenizer, name=name, **call.common)
+    return call.answer({"checkpoint": str(checkpoint)}, [f"checkpoint: {checkpoint}"])
 
 
-@app.command(rich_help_panel="Models")
+@command("export", group="Models", options={"--device": "cluster.device"}, config=ConfigOption)
 def export(
+    call: Call,
     checkpoint: ModelArgument = None,
     to: FolderToWriteOption = None,
     force: ReplaceModelOption = False,
@@ -240,13 +219,7 @@ def export(
         str | None,
         typer.Option(help="Token of the hub (default: HF_TOKEN, or that of `hf auth login`)."),
     ] = None,
-    device: DeviceOption = None,
-    workspace: WorkspaceOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-    set_: SetOption = None,
-    verbose: VerboseOption = None,
-) -> None:
+) -> Result:
     """Export a folder that transformers and lm-eval load without this package.
 
     Example: iiet-orch export my-run --to my-model --push-to-hub me/my-model --private
@@ -255,27 +228,82 @@ def export(
         raise UserError(
             "--private, --public and --token are for --push-to-hub; name the repository"
         )
-    settings: Any = read_options(config, set_, cluster__device=device)
-    with open_session(workspace, "export", verbose=verbose, as_json=as_json) as session:
-        from orchestrator.pipelines import exporting, pushing
+    from orchestrator.pipelines import exporting, pushing
 
-        options: dict[str, Any] = {
-            "model": checkpoint,
-            "to": to,
-            "force": force,
-            "schedule": one_schedule(schedule),
-            "measure": measure,
-            **session.common,
-        }
-        address = None
-        if push_to_hub is None:
-            folder = exporting.export(settings, **options)
-        else:
-            target = pushing.HubTarget(repository=push_to_hub, private=private, token=token)
-            folder, address = pushing.export_to_hub(settings, target, **options)
-        if as_json:
-            session.print_json({"folder": str(folder), "hub": address})
-            return
-        print_line(session.console, f"exported: {folder}")
-        if address:
-            print_line(session.console, f"pushed: {address}")
+    options: dict[str, Any] = {
+        "model": checkpoint,
+        "to": to,
+        "force": force,
+        "schedule": one_schedule(schedule),
+        "measure": measure,
+        **call.common,
+    }
+    address = None
+    if push_to_hub is None:
+        folder = exporting.export(call.settings, **options)
+    else:
+        target = pushing.HubTarget(repository=push_to_hub, private=private, token=token)
+        folder, address = pushing.export_to_hub(call.settings, target, **options)
+    lines = [f"exported: {folder}", *([f"pushed: {address}"] if address else [])]
+    return call.answer({"folder": str(folder), "hub": address}, lines)
+
+
+@command("pick", group="Models", plans=True)
+def pick(
+    call: Call,
+    sweep: SweepArgument = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(help="Cheapest that keeps this share of the quality, such as 0.99."),
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(help="With --keep: how sure that must be, such as 0.9.")
+    ] = 0.0,
+    budget: Annotated[
+        float | None, typer.Option(help="Best that costs at most this much, in the unit of --cost.")
+    ] = None,
+    knee: Annotated[
+        bool, typer.Option("--knee", help="Farthest above the line between the ends.")
+    ] = False,
+    best: Annotated[bool, typer.Option("--best", help="Highest quality.")] = False,
+    cheapest: Annotated[bool, typer.Option("--cheapest", help="Lowest cost.")] = False,
+    draft_for: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Fastest draft of this full model, such as teacher, by its name."
+        ),
+    ] = None,
+    cost: CostOption = None,
+    quality: QualityOption = None,
+    to: FolderToWriteOption = None,
+    force: ReplaceModelOption = False,
+) -> Result:
+    """Choose a model from a sweep's front; export it and register it in MLflow.
+
+    Example: iiet-orch pick --keep 0.99 --to my-model
+    """
+    from orchestrator.pipelines import picking
+    from orchestrator.reporting.pick_rules import PickRule
+
+    valued = {"keep": keep, "budget": budget, "draft": draft_for}
+    flags = {"knee": knee, "best": best, "cheapest": cheapest}
+    asked = [name for name, is_set in flags.items() if is_set]
+    asked += [name for name, value in valued.items() if value is not None]
+    if len(asked) > 1:
+        options = ("--draft-for" if name == "draft" else f"--{name}" for name in asked)
+        raise UserError(f"pick takes one rule; got {' and '.join(options)}")
+    rule_name: Any = asked[0] if asked else "keep"
+    if confidence and rule_name != "keep":
+        raise UserError("--confidence can be used with --keep only")
+    numbers = {"share": keep, "budget": budget, "model": draft_for}
+    given: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
+    return picking.pick(
+        sweep=sweep,
+        rule=PickRule(name=rule_name, confidence=confidence, **given),
+        cost=cost,
+        quality=quality,
+        to=to,
+        force=force,
+        dry_run=call.dry_run,
+        **call.common,
+    )

@@ -11,45 +11,37 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from rich.console import Console
 
-from orchestrator.cli.json_output import print_json
 from orchestrator.terminal.progress import Progress, terminal_progress
-from orchestrator.workspace.credentials import mask_secrets
 from orchestrator.workspace.errors import (
     Interrupted,
     RunFailed,
     UserError,
     is_disk_full,
+    mask_secrets,
     path_error_message,
 )
 
+Place = Literal["made", "read", "existing", "named"]
+
 if TYPE_CHECKING:
-    from orchestrator.workspace.folders import Workspace
+    pass
 
 
 @dataclass(frozen=True)
 class Session:
     """What a command works with; see the module's docstring."""
 
-    workspace: Workspace
+    workspace: Any
     progress: Progress
     console: Console
     terminal: TextIO
     """The terminal's standard error; `sys.stderr` goes to the log meanwhile."""
     output: TextIO
     """Standard output; `sys.stdout` may go to the log meanwhile."""
-
-    @property
-    def common(self) -> dict[str, Any]:
-        """The keyword arguments that every pipeline takes."""
-        return {"workspace": self.workspace, "progress": self.progress}
-
-    def print_json(self, value: Any) -> None:
-        """Print the result of a command with `--json`."""
-        print_json(value, self.output)
 
 
 class Warnings(Progress):
@@ -65,33 +57,47 @@ class Warnings(Progress):
 
 @contextmanager
 def open_session(
-    workspace: Path | None,
+    path: Path | None,
     command: str,
     *,
-    verbose: bool | None,
+    place: Place | None = "made",
+    verbose: bool | None = None,
     dry_run: bool = False,
     as_json: bool = False,
-    must_write: bool = True,
 ) -> Iterator[Session]:
     """Open the workspace, send the libraries' output to a log, and name the log on failure.
 
     Args:
+        place: `made`: the workspace is made if it is missing; `read`: likewise, but it may be one
+            that cannot be written. Commands that only look need no log: `existing`, the workspace
+            must exist; `named`, it need not; None, there is none.
         verbose: True shows the libraries' output, too; False shows no progress.
         dry_run: Write no log, and nothing else.
         as_json: Show progress on standard error; standard output is for the JSON.
-        must_write: Whether the command is useless where nothing can be stored.
     """
-    from orchestrator.terminal.logs import command_log
-    from orchestrator.workspace.folders import locate_workspace, open_workspace
-    from orchestrator.workspace.read_only import read_only
+    from orchestrator.workspace.layout import locate_workspace
 
     # Bound now: `sys.stdout` is replaced while libraries are silenced.
     output = sys.stdout
     console = Console(file=output, highlight=False)
-    with _full_disk_as_failure(locate_workspace(workspace).root), ExitStack() as stack:
+    if place not in ("made", "read"):
+        space = locate_workspace(path) if place else None
+        if space and place == "existing" and not space.root.is_dir():
+            raise UserError(
+                f"there is no workspace {space.root}; name one with --workspace, or "
+                "`iiet-orch quickstart` makes one"
+            )
+        yield Session(space, Warnings(sys.stderr), console, sys.stderr, output)
+        return
+
+    from orchestrator.terminal.logs import command_log
+    from orchestrator.workspace.layout import open_workspace
+    from orchestrator.workspace.read_only import read_only
+
+    with _full_disk_as_failure(locate_workspace(path).root), ExitStack() as stack:
         if dry_run:
             stack.enter_context(read_only())
-        space = open_workspace(workspace, must_write=must_write)
+        space = open_workspace(path, must_write=place == "made")
         without_log = bool(verbose) or dry_run or not space.is_writable
         log, terminal = stack.enter_context(command_log(space.logs, command, verbose=without_log))
         if not space.is_writable:
@@ -108,8 +114,7 @@ def open_session(
         except KeyboardInterrupt:
             raise Interrupted from None
         except RunFailed as error:
-            where = f"\nThe log is {log}" if log else ""
-            raise RunFailed(f"{error}{where}") from error
+            raise RunFailed(f"{error}\nThe log is {log}" if log else str(error)) from error
         except Exception as error:
             extensions = sys.modules.get("iiet.extensions")  # Imported here, it would load torch.
             if extensions and isinstance(error, extensions.ExtensionError):

@@ -11,18 +11,22 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.cli.app import app
+from orchestrator.cli.command import Call, command
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import ENVIRONMENT_NAME, check_name_option
+from orchestrator.workspace.layout import ENVIRONMENT_NAME, check_name_option
 
 
-@app.command(
-    rich_help_panel="Clusters",
+@command(
+    "submit",
+    group="Clusters",
+    workspace=None,
+    has_json=False,
     # Options after the first word belong to the command that it names.
     context_settings={"allow_interspersed_args": False},
 )
 def submit(
-    command: Annotated[
+    _call: Call,
+    words: Annotated[
         list[str],
         typer.Argument(metavar="COMMAND", help="A command of iiet-orch with its options."),
     ],
@@ -53,7 +57,7 @@ def submit(
     server = server if "://" in server else f"http://{server}"
     if not re.fullmatch(r"https?://[^/\s]+/?", server):
         raise UserError(f"--server {server} is not an address such as http://HOST:8265")
-    workspace = parse_command(command).get("workspace") or os.environ.get(ENVIRONMENT_NAME, "")
+    workspace = parse_command(words).get("workspace") or os.environ.get(ENVIRONMENT_NAME, "")
     if not Path(workspace).is_absolute():  # It would lie in the job's copy of the folder.
         raise UserError(
             "a command on a cluster needs a workspace that all its nodes see, by an absolute path "
@@ -66,9 +70,9 @@ def submit(
 
     variables = {variable: os.environ[variable] for variable in env or ()}
     code = run_as_job(
-        command,
+        words,
         server=server,
-        name=name or command[0],
+        name=name or words[0],
         variables={ENVIRONMENT_NAME: str(workspace), **variables},
         follow=follow,
         write=lambda text: print(text, end="", file=sys.stdout, flush=True),
@@ -85,8 +89,10 @@ def parse_command(words: Sequence[str]) -> dict[str, Any]:
     """
     if words[0] in ("submit", "ui"):
         raise UserError(f"`iiet-orch {words[0]}` does not run on a cluster; name another command")
-    group: Any = typer.main.get_command(app.reduced_to(words))
+    from orchestrator.cli.app import build_app
+
+    group: Any = typer.main.get_command(build_app(words[0]))
     context = group.make_context("iiet-orch", list(words))
-    name, command, rest = group.resolve_command(context, list(words))
-    options: dict[str, Any] = command.make_context(name, rest, parent=context).params
+    name, found, rest = group.resolve_command(context, list(words))
+    options: dict[str, Any] = found.make_context(name, rest, parent=context).params
     return options

@@ -24,7 +24,12 @@ from orchestrator.cluster.devices import worker_device
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.planning.machine import check_available
 from orchestrator.terminal.progress import Progress
-from orchestrator.terminal.signals import POLL_SECONDS, interruption_text, recorded_signals
+from orchestrator.terminal.stop import (
+    POLL_SECONDS,
+    interruption_text,
+    stop_on_signals,
+    stop_requested,
+)
 from orchestrator.training.device_work import DeviceWork
 from orchestrator.workspace.errors import Interrupted, RunFailed, first_line
 
@@ -83,12 +88,12 @@ def run_gpu_task(work: DeviceWork[T], progress: Progress, *, waits_for_gpus: boo
 def _run_once(work: DeviceWork[T], progress: Progress) -> T:
     # Ray's own retry would expect the same events again, and a task that resumes sends fewer.
     remote: Any = ray.remote(num_cpus=1, num_gpus=1, num_returns="streaming", max_retries=0)
-    with recorded_signals() as signals:
+    with stop_on_signals():
         events = remote(_stream).remote(work)
         progress.advance(0, WAITING)
         while True:
             ready, _ = ray.wait([events], timeout=POLL_SECONDS)
-            if signals:
+            if stop_requested():
                 ray.cancel(events, force=True)
                 raise Interrupted(interruption_text("what was stored is kept"))
             if ready:

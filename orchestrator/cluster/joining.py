@@ -17,7 +17,7 @@ from orchestrator.cluster.shared_memory import (
     free_shared_memory,
 )
 from orchestrator.workspace.errors import UserError, first_line
-from orchestrator.workspace.ray_address import ADDRESS_VARIABLE, AUTO, LOCAL
+from orchestrator.workspace.layout import ADDRESS_VARIABLE, AUTO, LOCAL
 
 CONNECT_SECONDS = 5.0
 # Ray's head node speaks gRPC, that is HTTP/2: both sides begin with a frame of their settings.

@@ -18,7 +18,7 @@ from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.device_work import DeviceWork, OnDevice, on_cpu
-from orchestrator.workspace.ray_address import LOCAL
+from orchestrator.workspace.layout import LOCAL
 
 T = TypeVar("T")
 

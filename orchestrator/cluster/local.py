@@ -15,11 +15,12 @@ from orchestrator.planning.fit import out_of_memory_explained
 from orchestrator.planning.machine import local_resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
-from orchestrator.terminal.signals import (
+from orchestrator.terminal.stop import (
     POLL_SECONDS,
     interruption_text,
     note_saved_state,
-    recorded_signals,
+    stop_on_signals,
+    stop_requested,
 )
 from orchestrator.training.distributed import World
 from orchestrator.training.resume_point import describe_saved_state
@@ -64,7 +65,7 @@ def run_local_jobs(
 def _saving_on_signals(
     jobs: Sequence[TrainingJob], watch: Callable[[], None] | None
 ) -> Iterator[Callable[[], bool]]:
-    """Yield a function that shows progress and returns whether a signal asked to save and stop."""
+    """Yield a function that shows progress and returns whether to save and stop."""
     watched_at = time.monotonic()
 
     def should_stop() -> bool:
@@ -72,19 +73,19 @@ def _saving_on_signals(
         if watch and time.monotonic() - watched_at > POLL_SECONDS:
             watch()
             watched_at = time.monotonic()
-        return bool(signals)
+        return stop_requested()
 
     def saved() -> str:
         return describe_saved_state({job.folder.name: job for job in jobs})
 
-    with recorded_signals(second_ends=True) as signals:
+    with stop_on_signals(second_ends=True):
         try:
             yield should_stop
         except KeyboardInterrupt:
             raise Interrupted(interruption_text(saved(), in_time=False)) from None
         except Exception as error:
-            if signals:
+            if stop_requested():
                 note_saved_state(error, saved())
             raise
-    if signals:
-        raise Interrupted(interruption_text(saved()))
+        if stop_requested():
+            raise Interrupted(interruption_text(saved()))

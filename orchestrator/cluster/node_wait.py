@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestrator.cluster.messages import Message
 from orchestrator.cluster.placement import Placement
-from orchestrator.terminal.formatting import format_duration
+from orchestrator.terminal.render import format_duration
 from orchestrator.workspace.errors import RunFailed
 
 # isort: split

@@ -9,7 +9,7 @@ from typing import Any
 
 import orchestrator.cluster  # noqa: F401 - it sets the environment that Ray reads when imported
 from orchestrator.planning.machine import Node, describe_nodes
-from orchestrator.terminal.signals import wait_interruptibly
+from orchestrator.terminal.stop import wait_interruptibly
 
 # isort: split
 import ray

@@ -17,7 +17,7 @@ import psutil
 import torch.distributed as dist
 
 from orchestrator.cluster.preemption import own_node
-from orchestrator.workspace.scratch import ScratchFolder, make_scratch_folder
+from orchestrator.workspace.files import ScratchFolder, make_scratch_folder
 
 # isort: split
 import ray

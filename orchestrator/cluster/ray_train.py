@@ -36,16 +36,15 @@ from orchestrator.planning.estimate import seconds_to_save
 from orchestrator.planning.fit import out_of_memory_explained
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
-from orchestrator.terminal.signals import recorded_signals
+from orchestrator.terminal.stop import stop_on_signals, stop_when
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
 from orchestrator.training.distributed import World, gathered
 from orchestrator.training.loop import Diverged
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import jobs_to_train
-from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import RunFailed, UserError, first_line
-from orchestrator.workspace.names import RAY_FOLDER
+from orchestrator.workspace.layout import RAY_FOLDER, find_checkpoints
 
 # isort: split
 # After our own modules, because `orchestrator.cluster.start` sets the environment that Ray reads.
@@ -89,7 +88,7 @@ def run_train_jobs(
         for ours in parts:
             stop = Message()
             ray_runs = ray_cluster(cluster, folder=ours[0].folder.parent, say=say)
-            with ray_runs as resources, recorded_signals() as signals:
+            with ray_runs as resources, stop_on_signals():
                 if cluster.wait_for_gpus:
                     wait_for_gpus(cluster.fewest_gpus, note)
                     resources = replace(resources, nodes=alive_nodes())
@@ -107,7 +106,7 @@ def run_train_jobs(
                 running = RunningJobs(ours, stop, note)
                 trainings = [*map(partial(pool.submit, fit), ours)]
                 pool.shutdown(wait=False)  # It runs what was submitted, and ends.
-                running.wait_for(trainings, signals, watch)
+                running.wait_for(trainings, watch)
     return [outcomes[job.run_folder] for job in jobs]
 
 
@@ -216,7 +215,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     job = TrainingJob.model_validate(config["job"])
     stop: Message = config["stop"]
     save = save_request(stop, job)
-    with watch_messages(stop, save) as inbox:
+    with watch_messages(stop, save) as inbox, stop_when(partial(inbox.has, stop)):
         requests = SaveRequests(inbox, save)
         world = World(
             rank=context.get_world_rank(),
@@ -232,7 +231,6 @@ def _train_worker(config: dict[str, Any]) -> None:
             run_job(
                 job,
                 world=world,
-                should_stop=lambda: inbox.has(stop),
                 should_save=lambda: notices.take() or requests.take(),
             )
 

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +33,7 @@ from orchestrator.planning.estimate import LEAST_SECONDS
 from orchestrator.planning.fit import out_of_memory_explained
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings, SweepSettings
-from orchestrator.terminal.signals import POLL_SECONDS, run_interruptibly
+from orchestrator.terminal.stop import POLL_SECONDS, run_interruptibly, stop_requested, stop_when
 from orchestrator.training.distributed import World
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.monitor import JournalReader
@@ -55,22 +56,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrialContext:
-    """Where a trial runs, and whether it is asked to stop."""
+    """Where a trial runs, and what may end its training early."""
 
     placement: Placement
     inbox: Inbox
-    stop: Message
-    """Asks all trials to save and return."""
     early_stop: Message
     """Asks this trial's training to save and return."""
     cluster: ClusterSettings
     """How the trial's workers share a model."""
     notices: NodeNotices
     """Whether the node of the trial's own process will be taken away."""
-
-    def should_stop(self) -> bool:
-        """Return whether to save and return soon."""
-        return self.inbox.has(self.stop)
 
     @property
     def device(self) -> str:
@@ -83,27 +78,14 @@ class TrialContext:
             tune.report({STEP: step, LOSS: numbers[VALIDATION_METRIC]})
             self.inbox.look()  # No step more after an early stop.
 
-    def train(
-        self, job: TrainingJob, should_stop: Callable[[], bool], report: Report | None = None
-    ) -> TrainingOutcome:
+    def train(self, job: TrainingJob, report: Report | None = None) -> TrainingOutcome:
         """Train a job here, or on the trial's workers; as `run_job`."""
-
-        def should_end() -> bool:
-            return should_stop() or self.inbox.has(self.early_stop)
-
-        if self.placement.workers == 1:
+        with stop_when(partial(self.inbox.has, self.early_stop)):
+            if self.placement.workers > 1:
+                return train_with_workers(job, self.placement, self.cluster, report=report)
             world = World(device=self.device)
             with out_of_memory_explained(job, world):
-                return run_job(
-                    job,
-                    world=world,
-                    should_stop=should_end,
-                    should_save=self.notices.take,
-                    report=report,
-                )
-        return train_with_workers(
-            job, self.placement, self.cluster, should_stop=should_end, report=report
-        )
+                return run_job(job, world=world, should_save=self.notices.take, report=report)
 
     def on_device(self, work: Callable[[str], T]) -> T:
         """Call a function with the name of one of the trial's devices, where that device is."""
@@ -259,13 +241,17 @@ def _tune_trial(
     torch.set_num_threads(placement.cpus * placement.workers)
     early_stop = early_stops.part(config["trial"]["key"])
     answer: dict[str, Any] = {}
-    with watch_messages(stop, early_stop) as inbox, watch_nodes([own_node()]) as notices:
-        context = TrialContext(placement, inbox, stop, early_stop, cluster, notices)
-        if not context.should_stop():
+    with (
+        watch_messages(stop, early_stop) as inbox,
+        stop_when(partial(inbox.has, stop)),
+        watch_nodes([own_node()]) as notices,
+    ):
+        if not stop_requested():
+            context = TrialContext(placement, inbox, early_stop, cluster, notices)
             try:
                 answer = {"result": function(json.loads(config["trial"]["parameters"]), context)}
             except Exception as error:
-                if not (isinstance(error, FINAL_ERRORS) or context.should_stop()):
+                if not (isinstance(error, FINAL_ERRORS) or stop_requested()):
                     raise  # It is tried again.
                 is_known = isinstance(error, UserError | RunFailed)
                 answer = {"text": str(error) if is_known else f"{type(error).__name__}: {error}"}
@@ -278,7 +264,6 @@ def train_with_workers(
     placement: Placement,
     cluster: ClusterSettings,
     *,
-    should_stop: Callable[[], bool],
     report: Report | None = None,
 ) -> TrainingOutcome:
     """Train a job on a trial's workers, until its end or a stop; a finished one takes no time.
@@ -288,7 +273,6 @@ def train_with_workers(
 
     Args:
         cluster: How the workers share the model.
-        should_stop: Asked a few times a second.
         report: Called with the training step and its numbers.
 
     Raises:
@@ -315,7 +299,7 @@ def train_with_workers(
             for record in tail.read():
                 if report and record["kind"] == "metrics":
                     report(record["step"], record["values"])
-            if should_stop():
+            if stop_requested():
                 stop.post()
     training.result()
     return finished_outcome(job) or TrainingOutcome(checkpoint=None, step=tail.step, finished=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.cluster.messages import Inbox, Message
-from orchestrator.workspace.checkpoint_names import find_checkpoints
+from orchestrator.workspace.layout import find_checkpoints
 
 # isort: split
 # After our own modules, because `orchestrator.cluster.start` sets the environment that Ray reads.

@@ -9,7 +9,7 @@ from functools import partial
 from orchestrator.cluster.messages import Message, watch_messages
 from orchestrator.planning.estimate import seconds_to_save
 from orchestrator.records.training import TrainingJob
-from orchestrator.terminal.signals import wait_for_work
+from orchestrator.terminal.stop import wait_for_work
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.workspace.journal import JOURNAL_NAME
 
@@ -26,12 +26,7 @@ class RunningJobs:
         self._sizes = {job.run_folder: journal_bytes(job) for job in jobs}
         self._said: dict[Message, str | None] = {}
 
-    def wait_for(
-        self,
-        trainings: Sequence[Future[None]],
-        signals: Sequence[int],
-        watch: Callable[[], None] | None,
-    ) -> None:
+    def wait_for(self, trainings: Sequence[Future[None]], watch: Callable[[], None] | None) -> None:
         """Wait until all have ended; see `wait_for_work`.
 
         Raises:
@@ -48,7 +43,6 @@ class RunningJobs:
             named = {job.folder.name: job for job in self._jobs.values()}
             wait_for_work(
                 trainings,
-                signals,
                 ask_to_stop=self._ask_to_stop,
                 saved=partial(describe_saved_state, named),
                 watch=show,

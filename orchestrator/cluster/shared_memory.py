@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.terminal.formatting import format_bytes
+from orchestrator.terminal.render import format_bytes
 from orchestrator.workspace.errors import UserError
 
 OBJECT_STORE_BYTES = 128 * 2**20

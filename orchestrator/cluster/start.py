@@ -32,15 +32,16 @@ from orchestrator.cluster.nodes import alive_nodes
 from orchestrator.cluster.shared_memory import OBJECT_STORE_BYTES
 from orchestrator.planning.machine import Resources, local_resources
 from orchestrator.settings import ClusterSettings
-from orchestrator.terminal.signals import (
+from orchestrator.terminal.stop import (
     POLL_SECONDS,
     SIGNALS,
-    recorded_signals,
     signal_handlers,
+    stop_on_signals,
+    stop_requested,
 )
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
-from orchestrator.workspace.ray_address import LOCAL
-from orchestrator.workspace.scratch import ScratchFolder, make_scratch_folder
+from orchestrator.workspace.files import ScratchFolder, make_scratch_folder
+from orchestrator.workspace.layout import LOCAL
 
 LONGEST_TEMPORARY_FOLDER = 40  # characters; Ray's folder and a socket add up to 66, of 107 at most
 # After Ctrl-C everything together must take less than ten seconds.
@@ -130,15 +131,15 @@ class _RayThread:
         Raises:
             KeyboardInterrupt: After a signal, once Ray runs and can be ended, or it took too long.
         """
-        with recorded_signals() as signals:
+        with stop_on_signals():
             self._thread.start()
             deadline = math.inf
             while not self._resources.done() and time.monotonic() < deadline:
                 wait((self._resources,), timeout=POLL_SECONDS)
-                if signals:
+                if stop_requested():
                     deadline = min(deadline, time.monotonic() + INTERRUPTED_START_SECONDS)
-        if signals:
-            raise KeyboardInterrupt
+            if stop_requested():
+                raise KeyboardInterrupt
         return self._resources.result()
 
     def end(self, seconds: float) -> None:

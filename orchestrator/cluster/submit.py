@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.cluster.environment import prepare_for_server
-from orchestrator.terminal.signals import SIGNALS, signal_handlers
+from orchestrator.terminal.stop import SIGNALS, signal_handlers
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, first_line
 
 STOP_SECONDS = 3600

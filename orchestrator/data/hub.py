@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from orchestrator.workspace.credentials import mask_secrets
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import UserError, mask_secrets
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 PROBE_SECONDS = 1.5

@@ -24,7 +24,7 @@ from orchestrator.data.prepared import Manifest, PreparedData
 from orchestrator.data.shares import SourceOrder
 from orchestrator.data.token_store import TokenStore, open_tokens
 from orchestrator.settings import DataSettings
-from orchestrator.settings.mixture import source_order
+from orchestrator.settings.data import source_order
 from orchestrator.workspace.errors import UserError
 
 _SIZES = ("train_tokens", "validation_tokens")

@@ -36,7 +36,7 @@ from orchestrator.data.tokenization import (
 )
 from orchestrator.data.tokenizer import load_tokenizer, num_token_ids, train_tokenizer
 from orchestrator.settings import DataSettings
-from orchestrator.settings.mixture import source_order
+from orchestrator.settings.data import source_order
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.provenance import content_key

@@ -29,9 +29,8 @@ from orchestrator.data.tokenization import can_resume
 from orchestrator.data.tokenizer import load_tokenizer, num_token_ids
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import TEMPORARY_PREFIX, Workspace
 from orchestrator.workspace.locks import lock_file
-from orchestrator.workspace.names import TEMPORARY_PREFIX
 from orchestrator.workspace.read_only import check_may_write
 
 ASSUMED_VOCABULARY = 32000

@@ -20,8 +20,13 @@ from iiet.batch import Batch
 from orchestrator.data.batches import positions_of_step
 from orchestrator.data.tokenizer import end_of_text_id, num_token_ids
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json_object, write_json
-from orchestrator.workspace.whole_folders import checksums_of, damaged_file, new_folder
+from orchestrator.workspace.files import (
+    checksums_of,
+    damaged_file,
+    new_folder,
+    read_json,
+    write_json,
+)
 
 TOKENIZER_NAME = "tokenizer.json"
 MANIFEST_NAME = "manifest.json"
@@ -186,7 +191,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def verify_data(folder: Path, *, always: bool = False) -> None:
-    """Raise a `UserError` if a file's content has changed; see `whole_folders.damaged_file`."""
+    """Raise a `UserError` if a file's content has changed; see `files.damaged_file`."""
     manifest = read_manifest(folder)
     for text in manifest.text_folders(folder).values():
         verify_data(text, always=always)
@@ -203,7 +208,7 @@ def remedy_of(folder: Path) -> str:
 def read_manifest(folder: Path) -> Manifest:
     """Read a manifest; a `UserError` if it is missing, damaged or of another version."""
     path = folder / MANIFEST_NAME
-    values = read_json_object(path, remedy=remedy_of(folder))
+    values = read_json(path, remedy=remedy_of(folder))
     if values is None:
         raise UserError(f"there are no prepared tokens at {folder}; run `iiet-orch prepare`")
     if values.get("format") != FORMAT_VERSION:

@@ -16,7 +16,7 @@ from orchestrator.data.prepared import is_complete
 from orchestrator.settings import DataSettings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import expand_user, read_json, write_json
-from orchestrator.workspace.folders import is_valid_name
+from orchestrator.workspace.layout import is_valid_name
 from orchestrator.workspace.provenance import content_key
 
 MIXTURE_VERSION = 1

@@ -19,7 +19,7 @@ from orchestrator.data.hub import require_hub
 from orchestrator.data.python_docs import PYTHON_DOCS_VERSION, python_documents, python_state
 from orchestrator.data.text_files import find_files, read_file, record_text, split_long
 from orchestrator.settings import DataSettings
-from orchestrator.settings.mixture import TEXT_SOURCES
+from orchestrator.settings.data import TEXT_SOURCES
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from orchestrator.data.prepared import SplitCounts
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json_object, write_json
+from orchestrator.workspace.files import read_json, write_json
 
 RECORD_NAME = "progress.json"
 _TRAIN, _VALIDATION, _TEXTS = "train.bin", "validation.bin", "validation.jsonl"
@@ -56,7 +56,7 @@ class TokenWriter:
     def __init__(self, folder: Path) -> None:
         self._record_path = folder / RECORD_NAME
         try:
-            record = read_json_object(self._record_path) or {}
+            record = read_json(self._record_path) or {}
         except UserError as error:
             raise StaleTokens(
                 f"{error}: the files of the interrupted preparation are deleted, and the same "

@@ -37,13 +37,12 @@ from orchestrator.data.tokenizer import (
     train_tokenizer,
 )
 from orchestrator.settings import DataSettings
-from orchestrator.terminal.formatting import format_bytes
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_bytes
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import new_file
-from orchestrator.workspace.names import TEMPORARY_PREFIX
+from orchestrator.workspace.files import new_file, replace_folder
+from orchestrator.workspace.layout import TEMPORARY_PREFIX
 from orchestrator.workspace.provenance import content_key, file_digest
-from orchestrator.workspace.whole_folders import replace_folder
 
 TOKENIZER_CHARACTERS = 50_000_000
 """A tokenizer is trained on at most this much text; more changes its pairs little."""

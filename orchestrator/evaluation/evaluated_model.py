@@ -25,7 +25,7 @@ from orchestrator.evaluation.model_tokenizer import (
     ModelTokenizer,
     checkpoint_tokenizer,
 )
-from orchestrator.terminal.formatting import shortest_schedule
+from orchestrator.terminal.render import shortest_schedule
 from orchestrator.training.checkpoint import (
     load_config,
     text_files_key,
@@ -42,7 +42,7 @@ from orchestrator.training.model_loading import (
 from orchestrator.training.model_lookup import find_model_folder, resolve_checkpoint, resolve_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.provenance import content_key, file_key
 
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")

@@ -24,7 +24,7 @@ from orchestrator.records.evaluation import (
     plain_value,
 )
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import damage_as_user_error, expand_user, read_json_object
+from orchestrator.workspace.files import damage_as_user_error, expand_user, read_json
 
 _DATE = r"(\d{4}-\d\d-\d\dT[\d.\-]+)"
 _SAMPLES = re.compile(rf"samples_(.+)_{_DATE}\.jsonl")
@@ -53,7 +53,7 @@ class LoggedRun:
             UserError: If a file is damaged, or of a version of lm-eval without hashes.
         """
         runs = {
-            date: read_json_object(self.results[date], remedy=_REMEDY) or {}
+            date: read_json(self.results[date], remedy=_REMEDY) or {}
             for date in dict.fromkeys(date for date, _ in self.samples.values())
         }
         # In the order in which lm-eval ran them.

@@ -16,7 +16,7 @@ from orchestrator.evaluation.harness import Suite, run_model, run_suite
 from orchestrator.evaluation.harness.run import JournalOf, OnResult
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.evaluation import EvaluationKeys, EvaluationResult, TaskResult
-from orchestrator.settings.precision import Precision
+from orchestrator.settings.training import Precision
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import DTYPES
 from orchestrator.training.distributed import World

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from iiet.weights import CONFIG
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer, load_transformers_tokenizer
-from orchestrator.settings.prompts import Prompts
+from orchestrator.settings.evaluation import Prompts
 from orchestrator.training.checkpoint import (
     GENERATION_CONFIG,
     TOKEN_IDS,

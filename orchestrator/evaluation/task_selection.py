@@ -24,8 +24,8 @@ from orchestrator.records.evaluation import BITS_METRIC
 from orchestrator.settings import DataSettings, EvaluationSettings, Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError, shortened
-from orchestrator.workspace.files import expand_user, is_folder
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.files import expand_user
+from orchestrator.workspace.layout import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +166,13 @@ def user_task_folders(settings: EvaluationSettings) -> list[Path]:
     """
     if not settings.include_path:
         return []
-    if not is_folder(settings.include_path):
+    folder = expand_user(settings.include_path).absolute()
+    if not folder.is_dir():
         raise UserError(
             f"evaluation.include_path: there is no folder {shortened(settings.include_path)} to "
             "find lm-eval task files in"
         )
-    return [expand_user(settings.include_path).absolute()]
+    return [folder]
 
 
 def lm_eval_task_fingerprints(

@@ -7,13 +7,13 @@ and the machine, and tracked in MLflow as one run per model. Every call measures
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas
+from rich.console import RenderableType
 
 from iiet.decoder import Decoder
 from iiet.pruning import schedule_family, spread_over_cost
@@ -33,8 +33,10 @@ from orchestrator.evaluation.evaluated_model import (
     short_names,
 )
 from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.result import Result
 from orchestrator.records.measurement import Measurement
 from orchestrator.records.parameters import schedule_parameters
+from orchestrator.reporting import benchmark_tables
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import DTYPES
@@ -43,7 +45,7 @@ from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.model_lookup import load_influence_table
 from orchestrator.training.precision import device_precision
 from orchestrator.workspace.files import write_json
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.provenance import content_key, environment
 
 NUM_SCHEDULES = 5
@@ -52,8 +54,7 @@ SHORT_CONTEXT = 32
 """Tokens of the shorter default prompt; the longer one is half the model's context."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkResult:
+class BenchmarkResult(Result):
     """All measurements of one call."""
 
     costs: list[MeasuredCost]
@@ -67,19 +68,19 @@ class BenchmarkResult:
     path: Path
     """The file that holds it."""
 
-    def to_pandas(self) -> pandas.DataFrame:
+    def rows(self) -> list[dict[str, Any]]:
         """Return one row per model, batch size and context."""
         rows = []
         for cost in self.costs:
             row = asdict(cost)
-            for part, share in row.pop("shares").items():
-                row[f"{part}_share"] = share["measured"]
-            rows.append(row)
-        return pandas.DataFrame(rows).rename(columns=lambda name: name.replace(" ", "_"))
+            row |= {f"{part}_share": s["measured"] for part, s in row.pop("shares").items()}
+            rows.append({name.replace(" ", "_"): value for name, value in row.items()})
+        return rows
 
     def to_json(self) -> dict[str, Any]:
-        """Return the machine, the conditions and the measurements as JSON values."""
+        """Return the file, the machine, the conditions and the measurements."""
         return {
+            "path": str(self.path),
             "device": self.device,
             "dtype": self.dtype,
             "machine": {**environment(), "cpus": os.cpu_count()},
@@ -87,6 +88,16 @@ class BenchmarkResult:
             "peak_bytes": HOW_MEASURED,
             "costs": [asdict(cost) for cost in self.costs],
         }
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return the tables of costs and shares, and what they say."""
+        yield from benchmark_tables.cost_and_share_tables(self.costs)
+        how = benchmark_tables.conditions_sentence(
+            self.conditions, device=self.device, dtype=self.dtype
+        )
+        for line in (*benchmark_tables.benchmark_sentences(self.costs), how):
+            yield f"  {line}"
+        yield f"  written to {self.path}"
 
 
 def benchmark(
@@ -148,7 +159,9 @@ def benchmark_models(
         dtype=dtype,
         path=context.workspace.benchmarks / f"{key}.json",
     )
-    write_json(result.path, result.to_json())
+    written = result.to_json()
+    del written["path"]  # The workspace may be moved.
+    write_json(result.path, written)
     context.progress.finish(f"{len(models)} models, {len(costs)} measurements")
     for name, model in zip(names, models, strict=True):
         _track(context, model, [cost for cost in costs if cost.model == name], result)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.evaluation.logged_samples import LoggedRun, find_logged_run
 from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.comparison import ComparedScore, Comparison, compare_evaluations
 from orchestrator.reporting.comparison_findings import comparison_findings
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 if TYPE_CHECKING:
-    import pandas
+    from rich.console import RenderableType
 
     from orchestrator.evaluation.evaluated_model import EvaluatedModel
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompareResult:
+class CompareResult(Result):
     """Two models on the items that both answered."""
 
     comparison: Comparison
@@ -42,20 +42,23 @@ class CompareResult:
         """
         return [_row(row) for row in (*self.comparison.tasks, *self.comparison.averages)]
 
-    def to_pandas(self) -> pandas.DataFrame:
-        """Return `rows` as a table."""
-        import pandas
-
-        return pandas.DataFrame(self.rows())
-
     def to_json(self) -> dict[str, Any]:
-        """Return names, rows, conclusions and notes as JSON values."""
+        """Return names, rows, conclusions and notes."""
         return {
             "models": list(self.comparison.names),
             "rows": self.rows(),
             "findings": list(self.findings),
             "notes": list(self.comparison.notes),
         }
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return the names, a table, and what can be concluded."""
+        from orchestrator.reporting.comparison_tables import comparison_table
+
+        first, second = self.comparison.names
+        yield f"A: {first}\nB: {second}"
+        yield comparison_table(self.comparison)
+        yield from (f"  {sentence}" for sentence in (*self.findings, *self.comparison.notes))
 
 
 def compare(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from orchestrator.records.measurement import Measurement
 from orchestrator.settings import MLFLOW
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 if TYPE_CHECKING:
     from orchestrator.tracking import Tracking

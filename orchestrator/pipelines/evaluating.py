@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas
+from rich.console import RenderableType
 
 from orchestrator.cluster.launch import command_device
+from orchestrator.data.hub import offline
 from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_models, short_names
 from orchestrator.evaluation.harness import Suite, load_suite
 from orchestrator.evaluation.harness.logged_files import (
@@ -25,29 +26,38 @@ from orchestrator.evaluation.model_tokenizer import check_template
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.task_selection import TaskSelection, newest_tokens, select_tasks
 from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.measurement import Measurement
 from orchestrator.records.parameters import schedule_parameters
+from orchestrator.reporting.evaluation_tables import (
+    average_notes,
+    evaluation_table,
+    tasks_with_other_items,
+)
+from orchestrator.reporting.price_table import two_column_table
 from orchestrator.settings import EvaluationSettings, Settings
-from orchestrator.terminal.formatting import format_with_error
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_count, format_with_error
 from orchestrator.training.device_work import OnDevice, on_cpu
+from orchestrator.training.model_loading import best_device
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.training.tracked_models import evaluated_model
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.errors import RunFailed
+from orchestrator.workspace.layout import LOCAL, Workspace, locate_workspace
 from orchestrator.workspace.provenance import content_key
+from orchestrator.workspace.read_only import read_only
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelEvaluations:
+class ModelEvaluations(Result):
     """Evaluations of one model or several."""
 
-    evaluations: Mapping[str, EvaluationResult]
+    evaluations: dict[str, EvaluationResult]
     """Name of the model, with its schedule where that was asked for, to what was measured."""
 
-    def to_pandas(self) -> pandas.DataFrame:
+    def rows(self) -> list[dict[str, Any]]:
         """Return one row per model, task and metric: value, standard error, number of items."""
-        return pandas.DataFrame(
+        return [
             {
                 "model": model,
                 "task": task,
@@ -60,7 +70,7 @@ class ModelEvaluations:
             for task, result in evaluation.results.items()
             for metric, value in result.metrics.items()
             if not metric.endswith(STDERR_SUFFIX)
-        )
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return for each model its qualities, tasks, and tasks that could not run."""
@@ -79,6 +89,90 @@ class ModelEvaluations:
                 for name, found in self.evaluations.items()
             ]
         }
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return the table of tasks, and which averages are of what."""
+        yield evaluation_table(self.evaluations)
+        yield from (f"  {sentence}" for sentence in average_notes(self.evaluations))
+
+
+class EvaluatePlan(Result):
+    """Models that are open, each under its schedule, and the settings of their evaluation."""
+
+    settings: Settings
+    workspace: Any
+    models: tuple[EvaluatedModel, ...]
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return model, task and state: stored, or what is to measure.
+
+        A precision that is not set is that of this machine's best device.
+        """
+        with read_only():
+            return [
+                {"model": label, "task": task, "state": state}
+                for label, model in zip(short_names(self.models), self.models, strict=True)
+                for task, state in _states(model, self.settings, self.workspace, Progress())
+            ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the tasks."""
+        return {"tasks": self.rows()}
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return a table of the tasks, with their models if there are several."""
+        several = len(self.models) > 1
+        yield two_column_table(
+            "Plan of the evaluation",
+            [
+                (f"{row['model']}: {row['task']}" if several else row["task"], row["state"])
+                for row in self.rows()
+            ],
+        )
+
+
+def plan_evaluate(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str,
+    models: Sequence[Path | str] = (),
+    schedules: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> EvaluatePlan:
+    """Open the models of an evaluation; arguments and errors as `evaluate`.
+
+    All models are opened first: a mistake in the last must not cost the time of the others.
+    """
+    if not isinstance(workspace, Workspace):
+        workspace = locate_workspace(Path(workspace))
+    warn = (progress or Progress()).note
+    opened = open_models(workspace, list(map(Path, models)), schedules, warn=warn)
+    return EvaluatePlan(settings=settings, workspace=workspace, models=tuple(opened))
+
+
+def run_evaluate(
+    plan: EvaluatePlan,
+    context: Context,
+    *,
+    log_samples: Path | str | None = None,
+    trust_remote_code: bool = False,
+) -> ModelEvaluations:
+    """Evaluate the models of a plan; stored results are read again. Errors as `evaluate`."""
+    names = short_names(plan.models)
+    folder = None if log_samples is None else new_output_folder(log_samples)
+    evaluations = evaluate_opened(
+        plan.models,
+        plan.settings,
+        context,
+        outputs=None if folder is None else [LoggedOutput(folder, name) for name in names],
+        trust_remote_code=trust_remote_code,
+    )
+    if different := tasks_with_other_items(evaluations):
+        context.progress.note(
+            f"not comparable: {', '.join(different)} had other items for some of the models, "
+            "which were trained on different tokens"
+        )
+    return ModelEvaluations(evaluations=dict(zip(names, evaluations, strict=True)))
 
 
 def evaluate(
@@ -107,20 +201,14 @@ def evaluate(
         RunFailed: If the hub gives none of the tasks.
     """
     context = open_context(workspace, progress)
-    # All models are opened first: a mistake in the last must not cost the time of the others.
-    opened = open_models(
-        context.workspace, list(map(Path, models)), schedules, warn=context.progress.note
-    )
-    names = short_names(opened)
-    folder = None if log_samples is None else new_output_folder(log_samples)
-    evaluations = evaluate_opened(
-        opened,
+    plan = plan_evaluate(
         settings,
-        context,
-        outputs=None if folder is None else [LoggedOutput(folder, name) for name in names],
-        trust_remote_code=trust_remote_code,
+        workspace=context.workspace,
+        models=models,
+        schedules=schedules,
+        progress=context.progress,
     )
-    return ModelEvaluations(evaluations=dict(zip(names, evaluations, strict=True)))
+    return run_evaluate(plan, context, log_samples=log_samples, trust_remote_code=trust_remote_code)
 
 
 def evaluate_opened(
@@ -319,3 +407,61 @@ def _summary(evaluation: EvaluationResult) -> str:
     if evaluation.skipped:
         parts.append(f"without {', '.join(evaluation.skipped)}")
     return ", ".join([*parts, f"{evaluation.num_items:,} items"])
+
+
+def _states(
+    model: EvaluatedModel, settings: Settings, workspace: Workspace, progress: Progress
+) -> list[tuple[str, str]]:
+    """Return each task and how far it is; nothing is measured, fetched or written."""
+    asked = selected_tasks(model, settings.evaluation, workspace, progress, make=False)
+    states: list[tuple[str, str]] = []
+    if asked.heldout and not asked.heldout.is_dir():
+        missing = asked.heldout_names
+        states = [(name, "to measure, its items are not made yet") for name in missing]
+        others = tuple(name for name in asked.names if name not in missing)
+        if not others:
+            return states
+        asked = replace(asked, names=others, heldout=None)
+    return states + _states_of_loaded(model, asked, settings, workspace, progress)
+
+
+def _states_of_loaded(
+    model: EvaluatedModel,
+    asked: TaskSelection,
+    settings: Settings,
+    workspace: Workspace,
+    progress: Progress,
+) -> list[tuple[str, str]]:
+    try:
+        with offline():
+            suite = load_suite(
+                asked.names,
+                folders=asked.folders,
+                heldout=asked.heldout,
+                num_fewshot=settings.evaluation.num_fewshot,
+                prompts=settings.evaluation.prompts,
+            )
+    except RunFailed:
+        return [(name, _NEEDS_HUB) for name in asked.names]
+    precision, cluster = settings.evaluation.precision, settings.cluster
+    device = cluster.device
+    command_device(cluster, workspace.root)  # Raises if this machine lacks the device.
+    is_elsewhere = cluster.num_gpus or (device == "cuda" and cluster.ray_address != LOCAL)
+    if precision is None and device in (None, "cuda") and is_elsewhere:
+        precision = "bf16"
+    limit = settings.evaluation.limit
+    conditions = Conditions(precision=precision, limit=limit, device=device or str(best_device()))
+    store = EvaluationStore(workspace.evaluations, progress.note)
+    stored = ModelMeasurer(model, store, conditions).stored_answers(suite)
+    states = []
+    for name, num_answers in stored.items():
+        items = format_count(suite.num_items(name, limit), "item")
+        if num_answers is None:
+            states.append((name, f"{items}, stored"))
+        else:
+            resumes = f"; resumes after {num_answers:,} answers" if num_answers else ""
+            states.append((name, f"{items} to measure{resumes}"))
+    return [*states, *((name, _NEEDS_HUB) for name in suite.skipped)]
+
+
+_NEEDS_HUB = "needs the hub, which a dry run does not ask"

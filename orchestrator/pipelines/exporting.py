@@ -27,8 +27,8 @@ from orchestrator.pipelines.hub_imports import local_model
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import Settings
-from orchestrator.terminal.formatting import format_bytes
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_bytes
 from orchestrator.training.checkpoint import (
     TOKEN_IDS,
     TOKENIZER,
@@ -47,10 +47,9 @@ from orchestrator.training.model_lookup import (
     resolve_model,
 )
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.files import resolve_path, write_text
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.files import new_folder, resolve_path, write_text
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.provenance import file_digest
-from orchestrator.workspace.whole_folders import new_folder
 
 CARD = "README.md"
 MANIFEST = "MANIFEST.sha256"

@@ -57,7 +57,7 @@ from orchestrator.training.model_lookup import (
 )
 from orchestrator.training.precision import device_precision
 from orchestrator.workspace.errors import RunFailed, UserError, quoted
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 INCOMPLETE = "\ufffd"
 """Stands for the bytes of a character whose last byte was not generated."""

@@ -23,8 +23,8 @@ from orchestrator.data.hub_models import download_model, is_hub_name, shown_name
 from orchestrator.data.tokenizer import load_tokenizer, num_token_ids, tokenizer_path
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.imported_text import read_model_text_files
-from orchestrator.terminal.formatting import format_parameters
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_parameters
 from orchestrator.training.checkpoint import TOKENIZER, load_provenance, save_checkpoint
 from orchestrator.training.checkpoint_lookup import newest_intact_checkpoint
 from orchestrator.training.gguf_file import ARCHITECTURE, GgufFile
@@ -35,11 +35,10 @@ from orchestrator.training.model_loading import (
     model_folder_key,
 )
 from orchestrator.training.model_lookup import hub_hint, resolve_checkpoint
-from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
-from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.layout import Workspace, find_checkpoints
 from orchestrator.workspace.provenance import content_key, environment, file_key
 
 

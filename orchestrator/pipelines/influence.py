@@ -9,10 +9,12 @@ model.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import RenderableType
 
 from iiet.influence import InfluenceTable, influence_table
 from iiet.influence_metrics import INFLUENCE_METRICS
@@ -22,7 +24,9 @@ from orchestrator.data.prepared import PreparedData
 from orchestrator.data.sources import describe_data, open_data
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.hub_imports import local_model
+from orchestrator.pipelines.result import Result
 from orchestrator.records.measurement import Measurement
+from orchestrator.reporting.influence_tables import influence_terminal_table
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, weights_key
@@ -31,18 +35,14 @@ from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_cached, write_json
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.provenance import content_key
-
-if TYPE_CHECKING:
-    import pandas
 
 SEQUENCES_PER_BATCH = 8
 """Standard errors are over batches, so batches are small and many."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class InfluenceResult:
+class InfluenceResult(Result):
     """The influence of a checkpoint's corrections."""
 
     checkpoint: Path
@@ -50,30 +50,31 @@ class InfluenceResult:
     table: InfluenceTable
     """Influence, standard errors and residuals, per layer and correction."""
 
-    def to_pandas(self) -> pandas.DataFrame:
+    def rows(self) -> list[dict[str, Any]]:
         """Return one row per layer and correction: influence, its standard error, residual."""
-        import pandas
-
-        table = self.table
-        rows = []
-        for layer, values in enumerate(table.rows()):
-            residuals = table.residual_rows[layer] if table.residual_rows else ()
-            for number, value in enumerate(values):
-                rows.append(
-                    {
-                        "layer": layer + 1,
-                        "correction": number + 1,
-                        "influence": value,
-                        "stderr": table.error_rows[layer][number],
-                        "residual": residuals[number] if number < len(residuals) else math.nan,
-                    }
-                )
-        return pandas.DataFrame(rows)
+        residual_rows = self.table.residual_rows or [()] * len(self.table.rows())
+        return [
+            {
+                "layer": layer,
+                "correction": number,
+                "influence": value,
+                "stderr": error,
+                "residual": residuals[number - 1] if number <= len(residuals) else math.nan,
+            }
+            for layer, (values, errors, residuals) in enumerate(
+                zip(self.table.rows(), self.table.error_rows, residual_rows, strict=True), start=1
+            )
+            for number, (value, error) in enumerate(zip(values, errors, strict=True), start=1)
+        ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the checkpoint, its schedule and the table as JSON values."""
+        """Return the checkpoint, its schedule and the table."""
         schedule = list(self.table.schedule)
         return {"checkpoint": str(self.checkpoint), "schedule": schedule, **self.table.to_dict()}
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return the table of layers and corrections."""
+        yield influence_terminal_table(self.table)
 
 
 def measure_influence(

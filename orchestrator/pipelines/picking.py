@@ -29,20 +29,22 @@ from orchestrator.reporting.sweep_results import (
     load_sweep_results,
     newest_sweep,
 )
-from orchestrator.settings.model import model_family
 from orchestrator.terminal.progress import Progress
+from orchestrator.training.model_config import model_family
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import Picked, resolve_checkpoint
 from orchestrator.training.tracked_models import trial_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)
 class PickResult:
     """The model that was picked from a sweep."""
 
+    alias: str
+    """The rule."""
     point: FrontPoint
     """The model with its place on the front."""
     model: Trial
@@ -76,6 +78,18 @@ class PickResult:
             "folder": self.folder and str(self.folder),
             "version": self.version,
         }
+
+    def shown(self) -> Any:
+        """Return the choice, and where it is."""
+        yield f"{self.alias}: {self.sentence}"
+        if self.folder is None:
+            yield f"checkpoint: {self.point.result.checkpoint}"
+        else:
+            yield f"exported: {self.folder}"
+            yield f"registered: {self.version}"
+
+    def raise_failures(self) -> None:
+        """Nothing that can be printed has failed."""
 
 
 def pick(
@@ -128,7 +142,14 @@ def pick(
         number = f"{len(keys)} seeds, its checkpoint is that of seed {result.seed}"
         sentence += f"; its numbers are means over {number}"
     if dry_run:
-        return PickResult(point=point, model=result, sentence=sentence, folder=None, version=None)
+        return PickResult(
+            alias=rule.alias,
+            point=point,
+            model=result,
+            sentence=sentence,
+            folder=None,
+            version=None,
+        )
     items = load_item_values(context.workspace, [result])
     folder = resolve_path(to) if to else context.workspace.exports / found.name / rule.alias
     chosen = f"`{rule.alias}` of the sweep `{found.name}`: {sentence}."
@@ -161,6 +182,7 @@ def pick(
         time=time.time(),
     ).write(context.workspace.picked)
     return PickResult(
+        alias=rule.alias,
         point=point,
         model=result,
         sentence=sentence,

@@ -10,7 +10,7 @@ from orchestrator.data.hub_models import check_upload, upload_model
 from orchestrator.pipelines.exporting import export
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.text import Text
+
+from orchestrator.terminal.render import print_line
 
 if TYPE_CHECKING:
     import pandas
@@ -37,3 +41,27 @@ class Result(BaseModel):
 
     def raise_failures(self) -> None:
         """Raise `RunFailed` if a part failed; called when the result is printed."""
+
+
+class Answer(Result):
+    """A result of a few values and lines."""
+
+    values: dict[str, Any]
+    lines: list[Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values."""
+        return self.values
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return the lines."""
+        return self.lines
+
+
+def show(result: Any, console: Console) -> None:
+    """Print what a terminal shows of a plan or a result."""
+    for part in result.shown():
+        if isinstance(part, str | Text):
+            print_line(console, part)
+        else:
+            console.print(part)

@@ -66,7 +66,7 @@ from orchestrator.reporting.sweep_results import (
     newest_sweep,
 )
 from orchestrator.settings import EvaluationSettings, Settings, flatten
-from orchestrator.settings.precision import default_precision
+from orchestrator.settings.training import default_precision
 from orchestrator.sweeping.asha import asha_trials
 from orchestrator.sweeping.baselines import find_baselines
 from orchestrator.sweeping.checks import check_devices, check_models, check_on_nodes, check_sweep
@@ -90,16 +90,14 @@ from orchestrator.sweeping.trial_states import (
 )
 from orchestrator.sweeping.trials import checkpoint_trial, exact_cost, full_config
 from orchestrator.sweeping.unknown_students import students_upper_bound
-from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_count
 from orchestrator.training.checkpoint import load_config, text_files_key, weights_key
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import Journal, last_recorded
-from orchestrator.workspace.names import PLAN_FILE
-from orchestrator.workspace.paths import portable_path
+from orchestrator.workspace.layout import PLAN_FILE, Workspace, portable_path
 from orchestrator.workspace.provenance import environment
 from orchestrator.workspace.read_only import read_only
 

@@ -6,13 +6,12 @@ empty store it makes the runs of the workspace anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.result import Result
 from orchestrator.pipelines.training import checkpoint_tags
 from orchestrator.records.measurement import Measurement
 from orchestrator.records.sweep_plan import SweepPlan
@@ -24,20 +23,18 @@ from orchestrator.settings import SETTINGS_NAME, read_settings
 from orchestrator.sweeping.live_sweep import LiveSweep, open_sweep_run
 from orchestrator.sweeping.trial_run import is_trial_locked
 from orchestrator.sweeping.trial_states import recorded_end
-from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_count
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.monitor import end_training_run, open_training_run, training_run_name
 from orchestrator.training.run_lock import is_run_locked
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json_object
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.files import read_json
 from orchestrator.workspace.journal import recorded_times
-from orchestrator.workspace.names import JOB_NAME, PLAN_FILE, RESULTS_FILE
+from orchestrator.workspace.layout import JOB_NAME, PLAN_FILE, RESULTS_FILE, Workspace
 
 
-@dataclass(frozen=True, kw_only=True)
-class SyncResult:
+class SyncResult(Result):
     """What MLflow has received."""
 
     num_delivered: int
@@ -51,6 +48,10 @@ class SyncResult:
     measurements: tuple[str, ...]
     """Evaluations, benchmarks and influence tables that were published."""
 
+    def shown(self) -> Iterator[str]:
+        """Return how much was delivered."""
+        yield f"{self.num_delivered} records delivered"
+
 
 def sync(*, workspace: Workspace | Path | str, progress: Progress | None = None) -> SyncResult:
     """Deliver what MLflow missed, and publish all trainings, sweeps and measurements.
@@ -62,68 +63,54 @@ def sync(*, workspace: Workspace | Path | str, progress: Progress | None = None)
         UserError: If MLflow does not know the store's address, or a local store is damaged.
     """
     context = open_context(workspace, progress)
-    num_delivered = context.tracking.sync()
-    place, pretraining = context.workspace, partial(_publish_training, kind="pretrain")
-    trainings = _publish(sorted(place.runs.glob(f"*/{JOB_NAME}")), pretraining, context)
-    published = _publish(sorted(place.sweeps.glob(f"*/{PLAN_FILE}")), _publish_sweep, context)
-    student = partial(_publish_training, kind="distill")
-    students = _publish(sorted(_students(place)), student, context)
-    files = sorted(place.measurements.glob("*.json"))
-    measured = _publish(files, _publish_measurement, context, name=lambda path: path.stem)
-    context.tracking.wait()
-    context.progress.finish(
-        f"{format_count(len(trainings), 'pretraining')}, {format_count(len(published), 'sweep')}, "
+    place, tracking, progress = context.workspace, context.tracking, context.progress
+    num_delivered = tracking.sync()
+
+    def publish(files: Iterable[Path], publish_one: Callable[[Path], bool]) -> tuple[str, ...]:
+        """Publish what these files describe, and return the names of what was published."""
+        names, waiting = [], sorted(files)
+        progress.start("sync", len(waiting))
+        for number, path in enumerate(waiting):
+            if tracking.is_store_down:
+                break
+            name = path.stem if path.parent == place.measurements else path.parent.name
+            progress.advance(number, name)
+            try:
+                if publish_one(path):
+                    names.append(name)
+            except UserError as error:
+                progress.note(f"{name} is not published: {error}")
+        return tuple(names)
+
+    trainings = publish(
+        place.runs.glob(f"*/{JOB_NAME}"), partial(_publish_training, context, "pretrain")
+    )
+    planned: set[str] = set()
+    """Names of trials; the others were made by `distill`."""
+    sweeps = publish(place.sweeps.glob(f"*/{PLAN_FILE}"), partial(_publish_sweep, context, planned))
+    others = [job for job in place.trials.glob(f"*/{JOB_NAME}") if job.parent.name not in planned]
+    students = publish(others, partial(_publish_training, context, "distill"))
+    measured = publish(place.measurements.glob("*.json"), partial(_publish_measurement, context))
+    tracking.wait()
+    progress.finish(
+        f"{format_count(len(trainings), 'pretraining')}, {format_count(len(sweeps), 'sweep')}, "
         f"{format_count(len(students), 'student')} of `distill` and "
         f"{format_count(len(measured), 'measurement')}"
     )
     return SyncResult(
         num_delivered=num_delivered,
         trainings=trainings,
-        sweeps=published,
+        sweeps=sweeps,
         students=students,
         measurements=measured,
     )
 
 
-def _students(workspace: Workspace) -> Iterator[Path]:
-    """Yield the job files of trainings among the trials that belong to no sweep."""
-    planned: set[str] = set()
-    for path in workspace.sweeps.glob(f"*/{PLAN_FILE}"):
-        with suppress(UserError):  # It was noted where its sweep should have been published.
-            plan = SweepPlan.read(path)
-            planned |= {Path(trial.folder).name for trial in plan.trials} if plan else set()
-    for job in workspace.trials.glob(f"*/{JOB_NAME}"):
-        if job.parent.name not in planned:
-            yield job
-
-
-def _publish(
-    files: list[Path],
-    publish: Callable[[Path, Context], bool],
-    context: Context,
-    *,
-    name: Callable[[Path], str] = lambda path: path.parent.name,
-) -> tuple[str, ...]:
-    """Publish what these files describe, and return the names of what was published."""
-    names = []
-    context.progress.start("sync", len(files))
-    for number, path in enumerate(files):
-        if context.tracking.is_store_down:
-            break
-        context.progress.advance(number, name(path))
-        try:
-            if publish(path, context):
-                names.append(name(path))
-        except UserError as error:
-            context.progress.note(f"{name(path)} is not published: {error}")
-    return tuple(names)
-
-
-def _publish_training(path: Path, context: Context, *, kind: str) -> bool:
+def _publish_training(context: Context, kind: str, path: Path) -> bool:
     folder, settings = path.parent, path.with_name(SETTINGS_NAME)
     if is_run_locked(folder) or (kind == "pretrain" and not settings.is_file()):
         return False
-    job = TrainingJob.parse((read_json_object(path) or {}).get("job", {}), path)
+    job = TrainingJob.parse((read_json(path) or {}).get("job", {}), path)
     job = job.model_copy(update={"run_folder": str(folder)})
     outcome = finished_outcome(job)
     label = folder.name if kind == "pretrain" else str(job.model.corrections)
@@ -137,18 +124,21 @@ def _publish_training(path: Path, context: Context, *, kind: str) -> bool:
     return True
 
 
-def _publish_measurement(path: Path, context: Context) -> bool:
+def _publish_measurement(context: Context, path: Path) -> bool:
     measured = Measurement.read(path)
-    if measured is None:
-        return False
-    context.tracking.log_measurement(measured, wait=False)
-    return True
+    if measured is not None:
+        context.tracking.log_measurement(measured, wait=False)
+    return measured is not None
 
 
-def _publish_sweep(path: Path, context: Context) -> bool:
+def _publish_sweep(context: Context, planned: set[str], path: Path) -> bool:
+    """Publish a sweep, and add the folders of its trials to those that a sweep has planned."""
     workspace, tracking, folder = context.workspace, context.tracking, path.parent
     plan = SweepPlan.read(path)
-    if plan is None or any(map(is_trial_locked, plan.trials)):
+    if plan is None:
+        return False
+    planned |= {Path(trial.folder).name for trial in plan.trials}
+    if any(map(is_trial_locked, plan.trials)):
         return False
     started_ms, ended_ms = recorded_times(folder) or (None, None)
     settings = read_settings(folder / SETTINGS_NAME)

@@ -33,10 +33,10 @@ from orchestrator.planning.machine import check_on_cluster, check_run_resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.reporting.price_table import price_rows, training_rows, two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, read_settings, to_yaml
-from orchestrator.settings.starting import starting_yaml
+from orchestrator.settings.files import starting_yaml
 from orchestrator.sweeping.student_plans import distillation_job
-from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_count
 from orchestrator.training.continuing import continue_job, continued_settings
 from orchestrator.training.first_stage import share_first_stages
 from orchestrator.training.job import finished_outcome
@@ -45,8 +45,8 @@ from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_text
-from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.read_only import read_only
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,10 +21,10 @@ from pathlib import Path
 import psutil
 
 from orchestrator.terminal.logs import mask_secrets_in_file
-from orchestrator.terminal.signals import SIGNALS, signal_handlers
+from orchestrator.terminal.stop import POLL_SECONDS, stop_on_signals, stop_requested
 from orchestrator.tracking import ChartView, Tracking, open_tracking
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 5000
@@ -42,9 +41,9 @@ def serve(
     *,
     port: int = DEFAULT_PORT,
     say: Callable[[str], None] = print,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: Callable[[], bool] = stop_requested,
 ) -> None:
-    """Serve MLflow's pages until Ctrl-C, SIGTERM, SIGHUP or `should_stop`; then return normally.
+    """Serve MLflow's pages until a stop is requested; then return normally.
 
     Args:
         say: Called with each line for the user, links included.
@@ -68,19 +67,17 @@ def serve(
     check_port(port)
     url = f"http://{HOST}:{port}"
     say(f"starting MLflow on {url} (takes some seconds)")
-    stopped = threading.Event()
     with (
-        signal_handlers(SIGNALS, lambda *_: stopped.set()),
+        stop_on_signals(),
         _start(workspace, tracking.store.uri, port) as server,
     ):
         try:
-            _wait_until_healthy(server, url, workspace.logs / LOG_NAME, stopped)
+            _wait_until_healthy(server, url, workspace.logs / LOG_NAME)
             for line in link_lines(tracking, url):
                 say(line)
             say("Ctrl-C stops the server")
-            while server.poll() is None and not (should_stop and should_stop()):
-                if stopped.wait(0.2):
-                    return
+            while server.poll() is None and not should_stop():
+                time.sleep(POLL_SECONDS)
             if server.poll() is not None:
                 raise _failed(server, workspace.logs / LOG_NAME)
         finally:
@@ -199,13 +196,11 @@ def _start(workspace: Workspace, uri: str, port: int) -> subprocess.Popen[bytes]
         )
 
 
-def _wait_until_healthy(
-    server: subprocess.Popen[bytes], url: str, log: Path, stopped: threading.Event
-) -> None:
+def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
     # The address is local: do not use a proxy from the environment.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
-    while not stopped.is_set():
+    while not stop_requested():
         if server.poll() is not None or time.monotonic() > deadline:
             raise _failed(server, log)
         try:
@@ -213,7 +208,7 @@ def _wait_until_healthy(
                 if answer.status == 200:
                     return
         except (urllib.error.URLError, OSError):
-            stopped.wait(0.2)
+            time.sleep(POLL_SECONDS)
 
 
 def _failed(server: subprocess.Popen[bytes], log: Path) -> RunFailed:

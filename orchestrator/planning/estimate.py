@@ -34,7 +34,7 @@ from orchestrator.planning.machine import (
 from orchestrator.records.record import Record
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings, Settings, TrainingSettings
-from orchestrator.terminal.formatting import format_bytes, format_duration
+from orchestrator.terminal.render import format_bytes, format_duration
 from orchestrator.training.checkpoint import load_config, load_provenance
 from orchestrator.training.checkpoint_lookup import newest_checkpoint
 from orchestrator.training.first_stage import FirstStage, first_stage_of
@@ -49,11 +49,9 @@ from orchestrator.training.schedules import (
 )
 from orchestrator.training.teacher_cache import CachePlan, cache_plan
 from orchestrator.training.teacher_cache_policy import TeacherWork, estimate_teacher_work
-from orchestrator.workspace.checkpoint_names import find_checkpoints, step_of
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import SPEED_METRIC, read_tail
-from orchestrator.workspace.names import DONE_NAME
-from orchestrator.workspace.ray_address import LOCAL
+from orchestrator.workspace.layout import DONE_NAME, LOCAL, find_checkpoints, step_of
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """A float32 weight and AdamW's two moments."""

@@ -14,7 +14,7 @@ from pydantic import Field, PlainSerializer, SerializationInfo
 
 from orchestrator.records.record import Record, WorkspacePath
 from orchestrator.workspace.journal import now_ms
-from orchestrator.workspace.paths import portable_path
+from orchestrator.workspace.layout import portable_path
 
 
 def _portable(texts: dict[str, str], info: SerializationInfo) -> dict[str, str]:

@@ -25,10 +25,10 @@ from orchestrator.workspace.errors import UserError, first_problem
 from orchestrator.workspace.files import (
     DELETE_AND_RERUN,
     INVALID_VALUE_ERRORS,
-    read_json_object,
+    read_json,
     write_json,
 )
-from orchestrator.workspace.paths import absolute_path, portable_path, workspace_root
+from orchestrator.workspace.layout import absolute_path, portable_path, workspace_root
 
 _EXTENSION = "extension"
 """Type of a problem that is no damage: a package is missing or broken."""
@@ -54,7 +54,7 @@ class Record(BaseModel):
         Raises:
             UserError: If the file is damaged or of another version; tells the user the `remedy`.
         """
-        stored = read_json_object(path, remedy=remedy)
+        stored = read_json(path, remedy=remedy)
         return None if stored is None else cls.parse(stored, path, remedy=remedy)
 
     @classmethod

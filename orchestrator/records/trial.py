@@ -28,7 +28,7 @@ from orchestrator.records.evaluation import EvaluationKeys
 from orchestrator.records.parameters import job_parameters, model_parameters
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.records.training import TrainingJob
-from orchestrator.settings.prompts import Prompts
+from orchestrator.settings.evaluation import Prompts
 from orchestrator.workspace.provenance import content_key
 
 Role = Literal["trial", "teacher", "baseline"]

@@ -17,8 +17,7 @@ from orchestrator.evaluation.cost_measurement import (
     MeasuredCost,
     MeasurementSettings,
 )
-from orchestrator.terminal.formatting import format_count
-from orchestrator.terminal.layout import ResponsiveLayout
+from orchestrator.terminal.render import ResponsiveLayout, format_count
 
 Columns = Sequence[tuple[str, Callable[[MeasuredCost], str]]]
 

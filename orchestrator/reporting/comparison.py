@@ -21,7 +21,7 @@ from orchestrator.reporting.paired_bootstrap import (
     resample_scores,
     shared_metric,
 )
-from orchestrator.terminal.formatting import format_count
+from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import UserError
 
 AVERAGE = "average"

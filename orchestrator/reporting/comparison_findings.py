@@ -10,7 +10,7 @@ from __future__ import annotations
 from orchestrator.reporting.bootstrap import INTERVAL_LEVEL
 from orchestrator.reporting.comparison import AVERAGE, ComparedScore, Comparison
 from orchestrator.reporting.mcnemar import adjust_by_holm
-from orchestrator.terminal.formatting import format_count
+from orchestrator.terminal.render import format_count
 
 SIGNIFICANT = 1 - INTERVAL_LEVEL
 """A p-value below it decides."""

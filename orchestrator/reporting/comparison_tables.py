@@ -7,7 +7,7 @@ from rich.table import Table
 
 from orchestrator.reporting.comparison import ComparedScore, Comparison
 from orchestrator.reporting.comparison_findings import format_p_value, format_score
-from orchestrator.terminal.layout import ResponsiveLayout
+from orchestrator.terminal.render import ResponsiveLayout
 
 
 def comparison_table(comparison: Comparison) -> ResponsiveLayout:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.records.trial import Trial
-from orchestrator.terminal.formatting import join_names
+from orchestrator.terminal.render import join_names
 from orchestrator.workspace.errors import UserError
 
 

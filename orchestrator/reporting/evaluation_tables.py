@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
-from orchestrator.terminal.layout import ResponsiveLayout
+from orchestrator.terminal.render import ResponsiveLayout
 
 AVERAGE = "average"
 

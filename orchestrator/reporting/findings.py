@@ -15,7 +15,7 @@ from orchestrator.reporting.drafts import draft_sentences
 from orchestrator.reporting.front_axes import is_accuracy, metric_title
 from orchestrator.reporting.front_text import confidence_text, cost_text, full_name, quality_text
 from orchestrator.reporting.pareto import KEPT_SHARE, Front, FrontPoint
-from orchestrator.terminal.formatting import join_names
+from orchestrator.terminal.render import join_names
 
 COST_NOUNS = {
     "cost/evaluations": "NFE",

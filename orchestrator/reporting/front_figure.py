@@ -35,7 +35,7 @@ from orchestrator.reporting.front_text import full_name
 from orchestrator.reporting.label_placement import LabelPlacer
 from orchestrator.reporting.pareto import Front, FrontPoint
 from orchestrator.reporting.shown_points import shown_points
-from orchestrator.terminal.formatting import format_count
+from orchestrator.terminal.render import format_count
 
 MAX_LABELED_LAYERS = 12
 BASELINE_MARKERS = "Ds^vP<"

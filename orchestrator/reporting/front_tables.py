@@ -12,6 +12,7 @@ from typing import Literal
 
 from rich import box
 from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from orchestrator.reporting.bootstrap import INTERVAL_LEVEL
@@ -28,7 +29,7 @@ from orchestrator.reporting.front_text import (
 from orchestrator.reporting.markdown import markdown_table
 from orchestrator.reporting.pareto import KEPT_SHARE, Front, FrontPoint, PairedComparison
 from orchestrator.reporting.shown_points import shown_points
-from orchestrator.terminal.formatting import format_bytes, format_parameters, format_with_error
+from orchestrator.terminal.render import format_bytes, format_parameters, format_with_error
 
 TASK_TABLES_NOTE = (
     f"Each score has its {INTERVAL_LEVEL:.0%} interval over the draws, and so has each difference "
@@ -112,6 +113,18 @@ def terminal_table(front: Front, *, width: int, title: str = "") -> Table:
     for point in points:
         table.add_row(*(column.cell(point) for column in columns), style=ROW_STYLES[point.kind])
     return table
+
+
+@dataclass(frozen=True)
+class FrontTable:
+    """The table of a front, in the width of the terminal that prints it."""
+
+    front: Front
+    title: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the table."""
+        yield terminal_table(self.front, width=options.max_width, title=self.title)
 
 
 def front_markdown(front: Front) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from orchestrator.reporting.bootstrap import Interval
 from orchestrator.reporting.front_axes import is_accuracy, metric_title
 from orchestrator.reporting.pareto import Front, FrontPoint
-from orchestrator.terminal.formatting import format_schedule, format_with_error, scale_and_digits
+from orchestrator.terminal.render import format_schedule, format_with_error, scale_and_digits
 
 
 def model_name(point: FrontPoint) -> str:

@@ -16,7 +16,7 @@ from orchestrator.reporting.front_tables import (
 )
 from orchestrator.reporting.pareto import Front, FrontPoint
 from orchestrator.reporting.shown_points import shown_points
-from orchestrator.terminal.formatting import BYTE_UNITS
+from orchestrator.terminal.render import BYTE_UNITS
 
 # Light to dark, one for each number of corrections; higher numbers share the last.
 STRIP_COLORS = ("#eef2f6", "#bcd7ea", "#6baed6", "#2679b5", "#08417c")

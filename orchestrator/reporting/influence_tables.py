@@ -14,7 +14,7 @@ from rich.table import Table
 
 from iiet.influence import InfluenceTable
 from orchestrator.reporting.markdown import markdown_table
-from orchestrator.terminal.layout import ResponsiveLayout
+from orchestrator.terminal.render import ResponsiveLayout
 
 
 def influence_terminal_table(influence: InfluenceTable) -> Group:

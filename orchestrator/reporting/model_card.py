@@ -19,7 +19,7 @@ from orchestrator.evaluation.python_tasks import TASKS
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.reporting.influence_tables import influence_markdown
 from orchestrator.reporting.markdown import bullets, markdown_table
-from orchestrator.terminal.formatting import format_parameters, join_names
+from orchestrator.terminal.render import format_parameters, join_names
 
 OMITTED_PROVENANCE = (
     "checksums", "environment", "recipe", "distillation", "imported", "elastic",

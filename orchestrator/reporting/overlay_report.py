@@ -25,7 +25,7 @@ from orchestrator.reporting.sweep_results import (
     load_sweep_results,
 )
 from orchestrator.reporting.training_curves import read_training_curves
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.provenance import content_key
 
 MAX_FOLDER_NAME_LENGTH = 80

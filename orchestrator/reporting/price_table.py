@@ -11,7 +11,7 @@ from iiet.cost import num_parameters
 from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import ExpectedTokens
 from orchestrator.planning.estimate import Estimate, Price
-from orchestrator.terminal.formatting import (
+from orchestrator.terminal.render import (
     format_byte_parts,
     format_bytes,
     format_count,

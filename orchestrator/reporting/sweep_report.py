@@ -27,8 +27,8 @@ from orchestrator.reporting.training_curves import (
     read_training_curves,
 )
 from orchestrator.tracking import Tracking
-from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import recorded_times
+from orchestrator.workspace.layout import Workspace
 
 
 def write_sweep_report(

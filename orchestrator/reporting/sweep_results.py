@@ -18,9 +18,8 @@ from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.record import Influence, Record
 from orchestrator.records.trial import Trial
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, check_name, is_valid_name
 from orchestrator.workspace.journal import last_recorded
-from orchestrator.workspace.names import RESULTS_FILE
+from orchestrator.workspace.layout import RESULTS_FILE, Workspace, check_name, is_valid_name
 
 LEFT_OUT_TITLE = "Left out"
 """Title of the facts that list the models left out of the front, with the reasons."""

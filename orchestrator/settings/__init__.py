@@ -2,37 +2,35 @@
 
 Sources: defaults (those of the shipped sweep `toy`), a YAML file, `--set a.b=c`, options. Unknown
 keys are errors, and validation never edits a value. The tree is saved with every run; the sections
-that determine a result are hashed into its key.
+that determine a result are hashed into its key. Importing it does not load PyTorch.
 """
 
-from orchestrator.settings.cluster import ClusterSettings, storage_problem
-from orchestrator.settings.model import (
-    BASELINE_METHOD,
-    DEFAULT_METHOD,
-    DataSettings,
-    ModelSettings,
-    model_label,
+from orchestrator.settings.cluster import (
+    MLFLOW,
+    ClusterSettings,
+    TrackingSettings,
+    storage_problem,
 )
-from orchestrator.settings.resolve import (
-    SETTINGS_NAME,
-    flatten,
-    read_settings,
-    resolve_settings,
-    to_yaml,
-)
-from orchestrator.settings.schema import (
-    EvaluationSettings,
-    InfluenceSettings,
-    Settings,
-)
+from orchestrator.settings.data import DataSettings
+from orchestrator.settings.evaluation import EvaluationSettings, InfluenceSettings
+from orchestrator.settings.files import SETTINGS_NAME, read_settings, to_yaml
+from orchestrator.settings.resolve import flatten, resolve_settings
+from orchestrator.settings.schema import Settings, find_field
 from orchestrator.settings.section import Section
 from orchestrator.settings.sweep import SearchSettings, SweepSettings
-from orchestrator.settings.tracking import MLFLOW, TrackingSettings
-from orchestrator.settings.training import DistillationSettings, ElasticSettings, TrainingSettings
+from orchestrator.settings.training import (
+    BASELINE_METHOD,
+    DEFAULT_METHOD,
+    DistillationSettings,
+    ElasticSettings,
+    ModelSettings,
+    TrainingSettings,
+)
 
 __all__ = [
     "BASELINE_METHOD",
     "DEFAULT_METHOD",
+    "MLFLOW",
     "SETTINGS_NAME",
     "ClusterSettings",
     "DataSettings",
@@ -45,11 +43,10 @@ __all__ = [
     "Section",
     "Settings",
     "SweepSettings",
-    "MLFLOW",
     "TrackingSettings",
     "TrainingSettings",
+    "find_field",
     "flatten",
-    "model_label",
     "read_settings",
     "resolve_settings",
     "storage_problem",

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from orchestrator.settings.precision import fill_precisions
-from orchestrator.settings.safe_yaml import MAX_CHARACTERS, YamlProblem, parse_yaml
-from orchestrator.settings.schema import Settings
+from orchestrator.settings.schema import Settings, fields_of
 from orchestrator.settings.section import Section
-from orchestrator.settings.shipped import find_settings_file
+from orchestrator.settings.training import default_precision
+from orchestrator.settings.yaml_text import YamlProblem, parse_yaml
 from orchestrator.workspace.errors import UserError, quoted, shortened
 
 DEFAULTS = Settings()
@@ -39,8 +36,8 @@ def resolve_settings(
         options: Values by `section.key`.
 
     Raises:
-        UserError: Names every unknown key and every bad value at once, and `origin` unless
-            all of them were set by `assignments` or `options`.
+        UserError: Names every unknown key and every bad value at once, or else every broken rule;
+            and `origin` unless all of them were set by `assignments` or `options`.
     """
     merged = _unshared_copy(tree or {})
     problems: list[str] = []
@@ -48,73 +45,32 @@ def resolve_settings(
     for change in (*assignments, *(options or {}).items()):
         try:
             name, value = _parse_assignment(change) if isinstance(change, str) else change
+            changed.append(name)
             _set_value(merged, name.split("."), value)
-            changed.append(f"{name}.")
         except UserError as error:
             problems.append(str(error))
     try:
         # Merged here, not by pydantic: both recipes have one type, but different defaults.
         settings = Settings.model_validate(_merge(DEFAULTS.model_dump(), merged))
     except ValidationError as error:
-        found = error.errors()
-        problems += [_describe(problem) for problem in found]
-        if all(_concerns(problem["loc"], changed) for problem in found):
+        found = [text for problem in error.errors() for text in _described(problem)]
+        if all(_concerns(text, changed) for text in found):
             origin = "settings"
+        problems += found
     if problems:
-        raise UserError(_join_problems(origin, problems))
-    return fill_precisions(settings, merged)
+        raise UserError(list_of_problems(origin, problems))
+    return _fill_precisions(settings, merged)
 
 
-def read_settings(
-    path: Path | str | None,
-    assignments: Iterable[str] = (),
-    options: Mapping[str, Any] | None = None,
-) -> Settings:
-    """Read a YAML file, a shipped sweep by its name, or nothing; see `resolve_settings`.
-
-    Raises:
-        UserError: If the file is missing or is not a YAML mapping, or a setting is wrong.
-    """
-    if isinstance(path, str):
-        path = find_settings_file(path)
-    tree = _read_yaml(path) if path else {}
-    return resolve_settings(tree, assignments, options, origin=str(path) if path else "settings")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            text = file.read(MAX_CHARACTERS + 1)  # Limits memory, however large the file is.
-        if len(text) > MAX_CHARACTERS:
-            raise YamlProblem(f"it has more than {MAX_CHARACTERS:,} characters")
-        tree = parse_yaml(text)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"the settings file {path} is not UTF-8 text (byte {error.start}); convert it first"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read the settings file {path}: {error}") from None
-    except YamlProblem as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if tree is None:
-        raise UserError(
-            f"{path} holds no settings; `iiet-orch init` or `iiet-orch config copy` writes a file "
-            "to start from"
-        )
-    if not isinstance(tree, dict):
-        raise UserError(
-            f"{path} must hold names and values such as `training:`, not a {type(tree).__name__}"
-        )
-    return tree
-
-
-SETTINGS_NAME = "settings.yaml"
-"""File with the settings of a run or sweep, in its folder."""
-
-
-def to_yaml(settings: Section) -> str:
-    """Return the whole tree as YAML, in the order of declaration."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+def list_of_problems(origin: str, problems: Iterable[str]) -> str:
+    """Return a message of all problems, or of the first ones and their number."""
+    unique = list(dict.fromkeys(problems))  # The branches of a union report the same problem.
+    if len(unique) == 1:
+        return f"{origin}: {unique[0]}"
+    shown = [f"  - {text}" for text in unique[:MAX_PROBLEMS_SHOWN]]
+    if len(unique) > len(shown):
+        shown.append(f"  - and {len(unique) - len(shown)} more")
+    return "\n".join([f"{origin}: {len(unique)} problems", *shown])
 
 
 def flatten(settings: Section, prefix: str = "") -> dict[str, str]:
@@ -172,54 +128,53 @@ def _merge(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
-def _concerns(location: Iterable[str | int], changed: Iterable[str]) -> bool:
-    # A validator of a whole section complains about the section.
-    where = "".join(f"{part}." for part in location)
-    return any(where.startswith(name) or name.startswith(where) for name in changed)
+def _concerns(problem: str, changed: Iterable[str]) -> bool:
+    # A problem begins with the setting, or, of a rule, names all settings that break it.
+    setting = problem.partition(":")[0]
+    return any(name in problem or name.startswith(f"{setting}.") for name in changed)
 
 
-def _describe(problem: Any) -> str:
+def _described(problem: Any) -> list[str]:
     location = [str(part) for part in problem["loc"]]
+    if not location:  # Broken rules, one a line; or the whole tree is not a mapping.
+        return str(problem["msg"]).removeprefix("Value error, ").split("\n")
     if problem["type"] == "extra_forbidden":
-        known = _keys_of(location[:-1])
+        known = fields_of(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"known: {', '.join(known)}"
         if near:
             hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?"
-        else:
-            hint = f"known: {', '.join(known)}"
-        return f"{shortened('.'.join(location))} is not a setting; {hint}"
+        return [f"{shortened('.'.join(location))} is not a setting; {hint}"]
     # A union or a list adds parts after the field's name; the user knows only the field.
-    while len(location) > 1 and location[-1] not in _keys_of(location[:-1]):
+    while len(location) > 1 and location[-1] not in fields_of(location[:-1]):
         location.pop()
-    # Pydantic puts "Value error, " before a validator's own sentence.
-    message = problem["msg"].removeprefix("Value error, ")
     # YAML has lists; the settings keep them as tuples.
-    message = (message[0].lower() + message[1:]).replace("tuple", "list")
-    # A section that is refused as a whole is too long to repeat.
-    is_section = isinstance(problem["input"], Mapping) and problem["type"] == "value_error"
-    given = "" if is_section else f"; got {quoted(problem['input'])}"
-    return f"{shortened('.'.join(location))}: {message}{given}"
+    message = problem["msg"].removeprefix("Value error, ").replace("tuple", "list")
+    message = message[0].lower() + message[1:]
+    return [f"{shortened('.'.join(location))}: {message}; got {quoted(problem['input'])}"]
 
 
-def _keys_of(location: list[str]) -> list[str]:
-    # Empty if the location is no section.
-    section: type[Section] = Settings
-    for name in location:
-        field = section.model_fields.get(name)
-        # A section that may be left out is one of two types.
-        types = [] if field is None else [field.annotation, *get_args(field.annotation)]
-        found = [t for t in types if isinstance(t, type) and issubclass(t, Section)]
-        if not found:
-            return []
-        section = found[0]
-    return list(section.model_fields)
+def _fill_precisions(settings: Settings, given: Mapping[str, Any]) -> Settings:
+    """Return the settings with the precision of their devices where `given` names none.
 
-
-def _join_problems(origin: str, problems: list[str]) -> str:
-    unique = list(dict.fromkeys(problems))  # The branches of a union report the same problem.
-    if len(unique) == 1:
-        return f"{origin}: {unique[0]}"
-    shown = [f"  - {text}" for text in unique[:MAX_PROBLEMS_SHOWN]]
-    if len(unique) > len(shown):
-        shown.append(f"  - and {len(unique) - len(shown)} more")
-    return "\n".join([f"{origin}: {len(unique)} problems", *shown])
+    This happens once, when settings are read. Recipes, keys and records then hold the precision
+    itself, and a plan does not depend on the machine that makes it.
+    """
+    trials = settings.trials_use_gpus
+    run = trials if settings.sweep.kind == "iterations" else settings.cluster.num_gpus > 0
+    training, distillation, evaluation = (
+        settings.training, settings.distillation, settings.evaluation,
+    )  # fmt: skip
+    if "precision" not in (given.get("training") or {}):
+        training = training.model_copy(update={"precision": default_precision(on_gpus=run)})
+    if "precision" not in ((given.get("distillation") or {}).get("training") or {}):
+        recipe = distillation.training.model_copy(
+            update={"precision": default_precision(on_gpus=trials)}
+        )
+        distillation = distillation.model_copy(update={"training": recipe})
+    # Without GPUs it stays open: `evaluate` loads models on a GPU if this machine has one.
+    if trials and not evaluation.precision:
+        evaluation = evaluation.model_copy(update={"precision": "bf16"})
+    return settings.model_copy(
+        update={"training": training, "distillation": distillation, "evaluation": evaluation}
+    )

@@ -1,71 +1,35 @@
-"""The whole tree of settings, and its sections for influence and evaluation."""
+"""The whole tree of settings, and the rules between them.
+
+The rules of the tree hold for every command, and pydantic checks them once all fields are right.
+Those of a sweep hold for sweeps only: other commands read the same file without its sections
+`sweep` and `search`. Rules that need a model, the data or the workspace belong to the plans.
+
+A broken rule is a text `setting, setting: what to do`; the values are added when it is shown.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from operator import attrgetter
+from typing import Self, get_args
 
-from pydantic import Field
+from pydantic import model_validator
+from pydantic.fields import FieldInfo
 
-from iiet.influence_metrics import INFLUENCE_METRICS
-from orchestrator.settings.choices import OneOf
-from orchestrator.settings.cluster import ClusterSettings
-from orchestrator.settings.model import DataSettings, ModelSettings
-from orchestrator.settings.prompts import Prompts
-from orchestrator.settings.section import MAX_COUNT, Section
+from orchestrator.settings.cluster import ClusterSettings, TrackingSettings
+from orchestrator.settings.data import DataSettings
+from orchestrator.settings.evaluation import EvaluationSettings, InfluenceSettings
+from orchestrator.settings.section import Section
 from orchestrator.settings.sweep import SearchSettings, SweepSettings
-from orchestrator.settings.tracking import TrackingSettings
-from orchestrator.settings.training import DistillationSettings, TrainingSettings
-
-
-class InfluenceSettings(Section):
-    """Measurement of each correction's influence."""
-
-    metric: Annotated[str, OneOf(INFLUENCE_METRICS)] = "cosine"
-    """`cosine`, `relative` (both from consecutive evaluations), `loss` (rise of the validation
-    loss), or a metric of another package."""
-    num_tokens: int = Field(default=32768, gt=0)
-    """Validation tokens of the calibration set."""
-
-
-class EvaluationSettings(Section):
-    """Tasks that measure accuracy."""
-
-    suite: str = "heldout"
-    """Comma-separated names: `heldout` (tasks made from the data: from held-out documents, or the
-    depth tasks that are trained), one of these tasks by itself (`phop_6`), `paper` (the seven tasks
-    of the papers), and any task of lm-eval or of `include_path`."""
-    num_items: int = Field(default=700, gt=0)
-    """Items of each held-out task; 700 keep one standard error under 1.9 points."""
-    limit: int | None = Field(default=None, gt=0, le=MAX_COUNT)
-    """Score only this many items of each task, from its first on (default: all)."""
-    num_fewshot: int | None = Field(default=None, ge=0, le=MAX_COUNT)
-    """Solved examples before each item, unless a task fixes it at 0 (default: the task's own
-    number)."""
-    apply_chat_template: bool | str = False
-    """Write prompts with the model's chat template: `true`, or the name of one of its templates."""
-    fewshot_as_multiturn: bool = True
-    """With a chat template, solved examples are turns of the chat; `false` puts them into the
-    user's one message."""
-    system_instruction: str | None = Field(default=None, min_length=1)
-    """Text directly before each prompt; with a chat template, the system's message."""
-    batch_size: int = Field(default=32, gt=0, le=MAX_COUNT)
-    """Sequences in one forward pass of the evaluation."""
-    precision: Literal["fp32", "bf16"] | None = None
-    """Weights and arithmetic of the evaluated model (default: bf16 on GPUs, fp32 on CPUs). Scores
-    differ a little, so results of each are stored apart. Models that transformers runs keep their
-    own dtype."""
-    include_path: str | None = Field(default=None, min_length=1)
-    """Folder with further lm-eval task files."""
-
-    @property
-    def prompts(self) -> Prompts | None:
-        """How items become prompts; None if as the tasks' files say."""
-        prompts = Prompts(
-            chat_template=self.apply_chat_template,
-            fewshot_as_multiturn=self.fewshot_as_multiturn or not self.apply_chat_template,
-            system_instruction=self.system_instruction,
-        )
-        return None if prompts == Prompts() else prompts
+from orchestrator.settings.training import (
+    DistillationSettings,
+    ElasticSettings,
+    ModelSettings,
+    TrainingSettings,
+)
+from orchestrator.workspace.errors import quoted
 
 
 class Settings(Section):
@@ -92,8 +56,176 @@ class Settings(Section):
     tracking: TrackingSettings = TrackingSettings()
     """Loggers of metrics."""
 
+    @model_validator(mode="after")
+    def _follow_the_rules(self) -> Self:
+        if broken := broken_rules(self):
+            raise ValueError("\n".join(broken))
+        return self
+
     @property
     def trials_use_gpus(self) -> bool:
         """Whether a sweep's trials run on GPUs (default: as `cluster.num_gpus` says)."""
         own = self.sweep.gpus_per_trial
         return (self.cluster.num_gpus if own is None else own) > 0
+
+
+def fields_of(location: list[str]) -> dict[str, FieldInfo]:
+    """Return the fields of the section at a location by name; none if it is not a section."""
+    section: type[Section] = Settings
+    for name in location:
+        field = section.model_fields.get(name)
+        # A section that may be left out is one of two types.
+        types = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        found = [t for t in types if isinstance(t, type) and issubclass(t, Section)]
+        if not found:
+            return {}
+        section = found[0]
+    return section.model_fields
+
+
+def find_field(key: str) -> FieldInfo:
+    """Return the field of a setting such as `training.num_steps`: type, limits, description.
+
+    Raises:
+        KeyError: If there is no such setting.
+    """
+    *sections, name = key.split(".")
+    return fields_of(sections)[name]
+
+
+def broken_rules(settings: Settings) -> list[str]:
+    """Return which rules of the whole tree are broken, with the values that break them."""
+    return _with_values(settings, [*_of_data_and_devices(settings), *_of_trainings(settings)])
+
+
+def broken_sweep_rules(settings: Settings) -> list[str]:
+    """Return which rules of a sweep are broken; see `broken_rules`."""
+    return _with_values(settings, [*_of_sweep(settings), *_of_elastic_sweep(settings)])
+
+
+def _with_values(settings: Settings, rules: list[str]) -> list[str]:
+    def shown(match: re.Match[str]) -> str:
+        return f"{match[0]}={quoted(attrgetter(match[0])(settings))}"
+
+    split = [rule.partition(": ") for rule in rules]
+    return [re.sub(r"[\w.]+", shown, names) + f": {advice}" for names, _, advice in split]
+
+
+def _of_data_and_devices(settings: Settings) -> Iterator[str]:
+    data, cluster, sweep = settings.data, settings.cluster, settings.sweep
+    is_mixture = data.source == "mixture"
+    read = data.shares if is_mixture else {data.source}
+    if is_mixture != bool(data.shares):
+        yield (
+            "data.source, data.shares: a mixture, and nothing else, has shares, such as "
+            "--set 'data.shares={python: 0.8, phop_6: 0.2}'"
+        )
+    if unread := [name for name in data.source_options if name not in read]:
+        yield f"data.source, data.source_options: {', '.join(unread)} is not read; leave it out"
+    if data.files and "files" not in read:
+        yield "data.source, data.files: only source files, or a mixture with their share, reads it"
+    if data.depth.tasks and data.source != "depth":
+        yield "data.source, data.depth.tasks: only source depth reads it; a mixture has shares"
+    if (cluster.min_gpus or 0) > cluster.num_gpus:
+        yield "cluster.min_gpus, cluster.num_gpus: the first must not be above the second"
+    if cluster.min_gpus and cluster.parallel == "fsdp":
+        yield "cluster.min_gpus, cluster.parallel: fsdp needs a fixed number of workers; take ddp"
+    num_workers = cluster.num_gpus or cluster.num_workers
+    if cluster.num_shards and cluster.parallel == "ddp":
+        yield "cluster.num_shards, cluster.parallel: shards need cluster.parallel=fsdp"
+    elif cluster.num_shards and num_workers % cluster.num_shards:
+        yield f"cluster.num_shards: it must divide the {num_workers} workers of a training job"
+    if sweep.thresholds and sweep.budgets:
+        yield "sweep.thresholds, sweep.budgets: they exclude each other; leave one out"
+
+
+def _of_trainings(settings: Settings) -> Iterator[str]:
+    for name in ("training", "distillation.training"):
+        training = attrgetter(name)(settings)
+        if training.iterate_from_fraction + training.iterate_ramp_fraction > 1.0 + 1e-9:
+            names = f"{name}.iterate_from_fraction, {name}.iterate_ramp_fraction"
+            yield f"{names}: the ramp must end within the training, so both sum to 1 at most"
+    distillation = settings.distillation
+    first, until = distillation.teacher_from_step, distillation.teacher_until_step
+    if until is not None and until <= first:
+        yield (
+            "distillation.teacher_from_step, distillation.teacher_until_step: the teacher takes "
+            "part in no step; set the second above the first"
+        )
+    if distillation.control != "distill":  # The rest is about a teacher.
+        return
+    if first >= distillation.training.num_steps:
+        yield (
+            "distillation.teacher_from_step, distillation.training.num_steps: the teacher begins "
+            "after the last step of the training; set the first below the second, or "
+            "distillation.control=cross_entropy"
+        )
+    if distillation.teacher_cache == "top_k" and distillation.divergence != "forward":
+        yield (
+            "distillation.teacher_cache, distillation.divergence: top_k knows only the forward "
+            "divergence; set teacher_cache to auto, or divergence to forward"
+        )
+    if distillation.teacher_cache in ("exact", "top_k") and distillation.hidden_weight:
+        yield (
+            "distillation.teacher_cache, distillation.hidden_weight: hidden states are not stored; "
+            "set teacher_cache to live, or hidden_weight to 0"
+        )
+    for name in ("kl_weight", "temperature"):
+        elastic, usual = distillation.training.elastic, ElasticSettings()
+        if elastic and getattr(elastic, name) != getattr(usual, name):
+            yield (
+                f"distillation.training.elastic.{name}: in a distillation, members learn from the "
+                f"teacher and not from the full schedule; set distillation.{name}"
+            )
+
+
+def _of_sweep(settings: Settings) -> Iterator[str]:
+    sweep, kind, distillation = settings.sweep, settings.sweep.kind, settings.distillation
+    if kind != "iterations" and min(sweep.thresholds, default=0) < 0:
+        from iiet.influence_metrics import INFLUENCE_METRICS  # Imports PyTorch.
+
+        if not INFLUENCE_METRICS[settings.influence.metric].may_be_negative:
+            yield "sweep.thresholds, influence.metric: no influence of this metric is below 0"
+    if sweep.asha and kind != "iterations":
+        yield "sweep.asha, sweep.kind: it compares learning rates, which only kind iterations has"
+    if sweep.asha and sweep.seeds:
+        yield "sweep.asha, sweep.seeds: it compares learning rates under one seed; leave seeds out"
+    if kind == "iterations" and settings.evaluation.apply_chat_template:
+        yield (
+            "sweep.kind, evaluation.apply_chat_template: models that are trained from scratch have "
+            "no chat template; leave it out, or distill an imported model that has one"
+        )
+    if kind == "search" and sweep.seeds:
+        yield "sweep.kind, sweep.seeds: a search distills each schedule once; leave sweep.seeds out"
+    if kind == "search" and settings.search.sampler == "gp" and find_spec("scipy") is None:
+        yield "search.sampler: it needs scipy; run `pip install scipy`, or set nsga2 or tpe"
+    if not sweep.distilled_baselines:
+        return
+    if kind == "iterations":
+        yield "sweep.distilled_baselines, sweep.kind: such a sweep has no teacher; leave them out"
+    if distillation.control != "distill":
+        yield "sweep.distilled_baselines, distillation.control: the control distills nothing"
+    if distillation.hidden_weight:
+        yield (
+            "sweep.distilled_baselines, distillation.hidden_weight: hidden states are compared "
+            "layer with layer, and the baselines have other numbers of layers; leave one out"
+        )
+
+
+def _of_elastic_sweep(settings: Settings) -> Iterator[str]:
+    sweep, elastic = settings.sweep, settings.distillation.training.elastic
+    if not sweep.elastic:
+        if sweep.compare:
+            yield "sweep.compare, sweep.elastic: it compares elastic weights; set both or none"
+        if elastic and sweep.kind != "iterations":
+            names = "sweep.elastic, distillation.training.elastic"
+            yield f"{names}: a student has one schedule; leave the second out, or set the first"
+        return
+    if sweep.kind != "threshold":
+        yield "sweep.elastic, sweep.kind: only a threshold sweep knows its schedules beforehand"
+    if settings.distillation.control != "distill":
+        yield "sweep.elastic, distillation.control: a control is about students of one schedule"
+    if elastic and (elastic.schedules or not elastic.weight):
+        given = "schedules" if elastic.schedules else "weight"
+        names = f"sweep.elastic, distillation.training.elastic.{given}"
+        yield f"{names}: influence chooses the schedules, which have a weight; leave the second out"

@@ -1,18 +1,29 @@
-"""Base class of all sections of the settings."""
+"""Base class of all sections of the settings, and texts that are one of several names.
+
+Sections use pydantic's strict types, so that `true` is not the number 1, and a text not a number.
+"""
 
 from __future__ import annotations
 
-import re
-import typing
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    field_validator,
+)
+from pydantic_core import core_schema
 
-MAX_WHOLE_NUMBER = 2**53
-"""Floats represent whole numbers exactly up to here."""
+from iiet.extensions import ExtensionNames, ExtensionTable
+
 MAX_COUNT = 2**31 - 1
 """Largest count that libraries below can hold in 32 bits."""
-_LEADING_ZERO = re.compile(r"\s*[-+]?0[0-9_]")
+_MAX_WHOLE_NUMBER = 2**53  # Floats represent whole numbers exactly up to here.
 
 
 class Section(BaseModel):
@@ -24,37 +35,54 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_surprising_conversions(cls, value: Any, info: ValidationInfo) -> Any:
-        # Pydantic would convert: a switch to a number, a number to a switch, "017" to 17.
-        types = _types_in(cls.model_fields[str(info.field_name)].annotation)
-        takes_number, takes_switch = bool({int, float} & types), bool in types
-        for leaf in _leaves(value):
-            if isinstance(leaf, bool):
-                if takes_number and not takes_switch:
-                    raise ValueError(
-                        "this is a number, and YAML reads true, yes and on as a switch"
-                    )
-            elif takes_switch and not takes_number and leaf is not None:
-                if not (isinstance(leaf, str) and str in types):
-                    raise ValueError("this is a switch: true or false")
-            elif takes_number and isinstance(leaf, str) and str not in types:
-                if _LEADING_ZERO.match(leaf):
-                    raise ValueError("a number does not begin with 0; leave the 0 out")
-            elif isinstance(leaf, int) and takes_number and abs(leaf) > MAX_WHOLE_NUMBER:
-                raise ValueError("this number is too large")
+    def _refuse_huge(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > _MAX_WHOLE_NUMBER:
+            raise ValueError("this number is too large")
         return value
 
 
-def _types_in(annotation: Any) -> set[Any]:
-    inner = typing.get_args(annotation)
-    return set().union(*map(_types_in, inner)) if inner else {annotation}
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """Annotation of a text: one of the names to which other packages add (`iiet.extensions`).
 
+    Raises:
+        ValueError: In the validation, if there is no such name, two packages have it, or the class
+            of another package cannot be imported.
+    """
 
-def _leaves(value: Any) -> typing.Iterator[Any]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item)
-    else:
-        yield value
+    names: ExtensionNames
+    also: tuple[str, ...] = ()
+    """Further names, which no package may add."""
+    table: str | None = None
+    """Place of the table of classes, `module:NAME`; read for names of other packages only."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.also, *self.names))
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        """Validate the text, then the name."""
+        return core_schema.no_info_after_validator_function(self.checked, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """List the names that are known now."""
+        return {**handler(schema), "enum": list(self)}
+
+    def checked(self, name: str) -> str:
+        """Return the name if it can be used."""
+        if name in self.also:
+            return name
+        known: ExtensionNames | ExtensionTable[Any] = self.names
+        if self.table and name not in self.names.own:
+            known = pkgutil.resolve_name(self.table)
+        if name not in known:
+            *others, last = map(repr, (*self.also, *known))
+            raise ValueError(f"input should be {', '.join(others)} or {last}")
+        if isinstance(known, ExtensionTable):
+            known[name]  # Imports the class.
+        else:
+            known.entry_point(name)
+        return name

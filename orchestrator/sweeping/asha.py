@@ -17,7 +17,7 @@ from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import SweepSettings
 from orchestrator.workspace.journal import read_journal, validation_losses
-from orchestrator.workspace.names import STOPPED_NAME
+from orchestrator.workspace.layout import STOPPED_NAME
 
 
 def asha_trials(plan: SweepPlan, sweep: SweepSettings) -> dict[str, AshaTrial]:

@@ -12,17 +12,15 @@ from typing import Any
 
 from iiet.config import ModelConfig
 from orchestrator.records.training import TrainingOutcome
-from orchestrator.settings import TrainingSettings, model_label
-from orchestrator.settings.sweep import values_of_model
-from orchestrator.terminal.formatting import format_count
+from orchestrator.settings import TrainingSettings
+from orchestrator.sweeping.model_plans import model_label, values_of_model
+from orchestrator.terminal.render import format_count
 from orchestrator.training.checkpoint import check_checkpoint, load_config, load_provenance
 from orchestrator.training.job import NON_KEY_FIELDS
 from orchestrator.training.model_lookup import run_folders
-from orchestrator.workspace.checkpoint_names import checkpoint_name, find_checkpoints
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import last_recorded
-from orchestrator.workspace.names import DONE_NAME
+from orchestrator.workspace.layout import DONE_NAME, Workspace, checkpoint_name, find_checkpoints
 
 
 @dataclass(frozen=True)

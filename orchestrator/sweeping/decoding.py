@@ -27,8 +27,8 @@ from orchestrator.records.trial import Trial, TrialDecoding
 from orchestrator.reporting.drafts import draft_targets
 from orchestrator.reporting.seed_averages import shown_results
 from orchestrator.settings import Settings
-from orchestrator.terminal.formatting import format_count
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_count
 from orchestrator.training.checkpoint import DTYPES
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.precision import device_precision

@@ -21,15 +21,14 @@ from iiet.influence import InfluenceTable
 from iiet.pruning import FamilyMember
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import BASELINE_METHOD, Settings, SweepSettings, TrainingSettings
-from orchestrator.settings.model import MAX_LAYERS
-from orchestrator.settings.training import MAX_STEPS
+from orchestrator.settings.training import MAX_LAYERS, MAX_STEPS
 from orchestrator.sweeping.model_plans import ModelVariant, learning_rates
 from orchestrator.sweeping.student_plans import student_job
 from orchestrator.sweeping.trials import trained_trial
-from orchestrator.terminal.formatting import format_count
+from orchestrator.terminal.render import format_count
 from orchestrator.training.checkpoint import load_config, load_provenance
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,12 +22,11 @@ from orchestrator.sweeping.student_plans import (
     student_job,
 )
 from orchestrator.sweeping.trials import evaluation_key, trained_trial
-from orchestrator.terminal.formatting import format_count
+from orchestrator.terminal.render import format_count
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import job_key
-from orchestrator.workspace.checkpoint_names import checkpoint_name
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace, checkpoint_name
 from orchestrator.workspace.provenance import content_key
 
 

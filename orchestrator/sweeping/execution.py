@@ -41,9 +41,8 @@ from orchestrator.training.teacher_cache_policy import (
 )
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text
-from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import Journal
-from orchestrator.workspace.names import PLAN_FILE
+from orchestrator.workspace.layout import PLAN_FILE, Workspace
 
 if TYPE_CHECKING:
     from orchestrator.sweeping.search import ScheduleSearch

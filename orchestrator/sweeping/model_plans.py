@@ -6,21 +6,49 @@ iterations sweep trains methods and iteration counts, with learning rates and se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
+from iiet.config import PRESETS
 from iiet.methods import METHODS
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
-from orchestrator.settings import BASELINE_METHOD, ModelSettings, Settings, model_label
-from orchestrator.settings.sweep import values_of_model
+from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, ModelSettings, Settings
 from orchestrator.sweeping.trials import evaluation_key, make_plan
+from orchestrator.terminal.render import format_count
 from orchestrator.training.first_stage import share_first_stages
 from orchestrator.training.job import job_key
 
 TEACHER = "teacher"
+T = TypeVar("T")
+
+
+def model_label(method: str, corrections: object, num_layers: int | None = None) -> str:
+    """Return the name of a model in tables.
+
+    `vanilla` for a method without corrections, `r = 3` for the default method, else `other, r = 3`;
+    with a number of layers `vanilla, 8 layers`.
+    """
+    parts = [method] if method != DEFAULT_METHOD else []
+    if METHODS[method].has_corrections:
+        parts.append(f"r = {corrections}")
+    if num_layers is not None:
+        parts.append(format_count(num_layers, "layer"))
+    return ", ".join(parts)
+
+
+def values_of_model(
+    setting: Mapping[str, T | tuple[T, ...]], names: Iterable[str], *, default: T
+) -> tuple[T, ...]:
+    """Return what a setting by model holds for one: under the first of its names that is a key.
+
+    Args:
+        names: The model's label first, its method last.
+    """
+    found = next((setting[name] for name in names if name in setting), default)
+    return found if isinstance(found, tuple) else (found,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +95,8 @@ def swept_models(settings: Settings) -> Iterator[ModelVariant]:
 
 
 def _at_each_depth(settings: Settings, model: ModelVariant) -> Iterator[ModelVariant]:
-    own = settings.model.own_or_preset_layers
+    shape = settings.model  # An unknown preset is refused where the model is built.
+    own = shape.num_layers or PRESETS.get(shape.preset, {}).get("num_layers")
     for number in values_of_model(settings.sweep.num_layers, model.keys, default=own):
         yield replace(model, num_layers=None if number == own else number)
 

@@ -17,8 +17,7 @@ from orchestrator.sweeping.trials import (
     num_distilled_baselines,
     num_models,
 )
-from orchestrator.terminal.formatting import format_bytes, format_count
-from orchestrator.terminal.layout import ResponsiveLayout
+from orchestrator.terminal.render import ResponsiveLayout, format_bytes, format_count
 
 
 def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> ResponsiveLayout:

@@ -9,7 +9,7 @@ from orchestrator.records.trial import Trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.monitor import JournalReader
 from orchestrator.training.resume_point import describe_saved_state
-from orchestrator.workspace.checkpoint_names import find_checkpoints
+from orchestrator.workspace.layout import find_checkpoints
 
 TRAINING_SHARE = 0.9
 """Share of a trial's progress that is its training; the rest is its measurement."""

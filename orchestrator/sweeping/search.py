@@ -28,7 +28,7 @@ from orchestrator.settings.sweep import MAX_SEED
 from orchestrator.training.run_lock import is_run_locked
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import damage_as_user_error
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 STUDY_FILE = "optuna.journal"
 GIVEN = "given"

@@ -16,7 +16,6 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import (
     DistillationSettings,
-    ElasticSettings,
     SearchSettings,
     Settings,
     TrainingSettings,
@@ -31,7 +30,7 @@ from orchestrator.training.job import job_key, sequences_per_step
 from orchestrator.training.schedules import checked_family
 from orchestrator.training.teacher_cache import outputs_plan
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.provenance import content_key
 
 SECTION = "distillation.training"
@@ -104,13 +103,11 @@ def student_job(
     """Return the job that trains a student; None for the control without training.
 
     Raises:
-        UserError: If the settings of the loss do not go together, or a step of the training is not
-            a whole number of sequences.
+        UserError: If a step of the training is not a whole number of sequences.
     """
     if distillation.control == "pruned":
         return None
     check_student_batch(distillation, config)
-    _check_teacher_of_members(distillation)
     recipe = checked_family(distillation.training, config, section=SECTION)
     is_scratch = distillation.control == "scratch"
     is_distilled = distillation.control == "distill"
@@ -197,46 +194,17 @@ def check_student_batch(distillation: DistillationSettings, config: ModelConfig)
     sequences_per_step(distillation.training, config, section=SECTION)
 
 
-def _check_teacher_of_members(distillation: DistillationSettings) -> None:
-    elastic, usual = distillation.training.elastic, ElasticSettings()
-    if elastic is None or distillation.control != "distill":
-        return
-    for name in ("kl_weight", "temperature"):
-        if (given := getattr(elastic, name)) != getattr(usual, name):
-            raise UserError(
-                f"{SECTION}.elastic.{name}={given} is about members that learn from the full "
-                f"schedule, and in a distillation they learn from the teacher; set "
-                f"distillation.{name}"
-            )
-
-
 def distillation_config(distillation: DistillationSettings) -> DistillationConfig:
-    """Return the loss that students are trained on.
-
-    Raises:
-        UserError: If its settings do not go together.
-    """
-    first, num_steps = distillation.teacher_from_step, distillation.training.num_steps
-    if first >= num_steps:
-        raise UserError(
-            f"distillation.teacher_from_step={first} is after the last step of the training, "
-            f"{num_steps - 1}; set it lower, distillation.training.num_steps higher, or "
-            "distillation.control to cross_entropy"
-        )
-    try:
-        return DistillationConfig(
-            kl_weight=distillation.kl_weight,
-            temperature=distillation.temperature,
-            divergence=distillation.divergence,
-            top_k=distillation.cache_top_k if distillation.teacher_cache == "top_k" else None,
-            hidden_weight=distillation.hidden_weight,
-            start_step=first,
-            end_step=distillation.teacher_until_step,
-        )
-    except ValueError as error:
-        raise UserError(
-            f"distillation: {error}; set teacher_cache to auto, or divergence to forward"
-        ) from None
+    """Return the loss that students are trained on."""
+    return DistillationConfig(
+        kl_weight=distillation.kl_weight,
+        temperature=distillation.temperature,
+        divergence=distillation.divergence,
+        top_k=distillation.cache_top_k if distillation.teacher_cache == "top_k" else None,
+        hidden_weight=distillation.hidden_weight,
+        start_step=distillation.teacher_from_step,
+        end_step=distillation.teacher_until_step,
+    )
 
 
 def student_trial(

@@ -34,7 +34,7 @@ from orchestrator.sweeping.elastic_plans import waits_for_weights
 from orchestrator.sweeping.round_progress import RoundProgress
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.terminal.signals import note_saved_state, wait_interruptibly
+from orchestrator.terminal.stop import note_saved_state, wait_interruptibly
 from orchestrator.training.run_lock import waiting_text
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import FAILED_EVENT, Journal
@@ -233,7 +233,6 @@ def run_tune_trial(parameters: dict[str, Any], context: TrialContext) -> dict[st
     run = run_trial(
         Trial.model_validate(parameters["trial"]),
         wait=False,
-        should_stop=context.should_stop,
         report=context.report,
         asha=AshaTrial.model_validate(parameters["asha"]) if parameters["asha"] else None,
         train=context.train,

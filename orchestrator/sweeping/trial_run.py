@@ -23,16 +23,16 @@ from orchestrator.records.early_stop import AshaTrial
 from orchestrator.records.training import TrainingOutcome
 from orchestrator.records.trial import Trial, TrialTraining
 from orchestrator.sweeping.asha import discard_early_stop, stored_early_stop
+from orchestrator.terminal.stop import stop_requested
 from orchestrator.training.checkpoint import load_provenance
 from orchestrator.training.run import Report, run_job
 from orchestrator.training.run_lock import is_run_locked, lock_run_folder
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import STOPPED_EVENT, Journal
-from orchestrator.workspace.names import DONE_NAME
+from orchestrator.workspace.layout import DONE_NAME, Workspace
 
 Train = Callable[..., TrainingOutcome]
-"""Trains a job as `run_job` does, with its arguments `should_stop` and `report`."""
+"""Trains a job as `run_job` does, with its argument `report`."""
 Measure = Callable[[str], Trial]
 """Returns a trial with its quality, measured on a device, given by name."""
 
@@ -52,7 +52,6 @@ def run_trial(
     trial: Trial,
     *,
     wait: bool = True,
-    should_stop: Callable[[], bool] = lambda: False,
     report: Report | None = None,
     asha: AshaTrial | None = None,
     train: Train | None = None,
@@ -63,7 +62,6 @@ def run_trial(
     Args:
         trial: What is trained and measured.
         wait: Wait for another process that runs this trial; otherwise the trial ends as `busy`.
-        should_stop: Asked before each training step, and while waiting.
         report: Called with the training step and its numbers.
         asha: What the trial competes with; an earlier stop by another rule is discarded.
         train: Trains its job; in this process, on the CPU, when unset.
@@ -75,7 +73,7 @@ def run_trial(
     finished = trial.result()
     if finished:
         return TrialRun("found", finished)
-    with lock_run_folder(Path(trial.folder), wait=wait, should_stop=should_stop) as is_ours:
+    with lock_run_folder(Path(trial.folder), wait=wait) as is_ours:
         if not is_ours:
             return TrialRun("stopped" if wait else "busy")
         # Once more: the process that had the lock before may have finished it.
@@ -87,8 +85,8 @@ def run_trial(
         discard_early_stop(trial)  # Left by another rule.
         outcome = None
         if trial.job:
-            outcome = (train or run_job)(trial.job, should_stop=should_stop, report=report)
-        if outcome is None or (outcome.finished and not should_stop()):
+            outcome = (train or run_job)(trial.job, report=report)
+        if outcome is None or (outcome.finished and not stop_requested()):
             trained = trial.model_copy(
                 update={
                     "checkpoint": outcome.checkpoint if outcome else trial.checkpoint,

@@ -26,7 +26,7 @@ from orchestrator.records.trial import (
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.finished_weights import folder_of_weights
 from orchestrator.training.job import job_key
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.provenance import content_key
 
 SweepKind = Literal["threshold", "iterations", "search"]

@@ -8,7 +8,7 @@ from orchestrator.settings import Settings
 from orchestrator.sweeping.distilled_baselines import baselines_upper_bound
 from orchestrator.sweeping.elastic_plans import elastic_upper_bound
 from orchestrator.sweeping.student_plans import student_estimates
-from orchestrator.terminal.formatting import format_count
+from orchestrator.terminal.render import format_count
 
 
 def students_upper_bound(settings: Settings, teacher: ModelConfig) -> tuple[list[Estimate], str]:

@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from orchestrator.workspace.credentials import mask_secrets
-from orchestrator.workspace.locks import lock_descriptor
+from orchestrator.workspace.errors import mask_secrets
+from orchestrator.workspace.locks import lock_descriptor, write_holder
 
 NUM_LOGS_KEPT = 20
 
@@ -39,13 +39,14 @@ def command_log(
     for old in sorted(folder.glob("*.log"))[: -NUM_LOGS_KEPT + 1]:
         old.unlink(missing_ok=True)
     path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}-{os.getpid()}.log"
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # Not inherited by child processes.
+    with suppress(OSError):  # A file system without locks.
+        lock_descriptor(lock)
+        write_holder(lock)
     sys.stderr.flush()
     saved = os.dup(2)
     with path.open("ab") as log:
         os.dup2(log.fileno(), 2)
-    lock = os.open(path, os.O_RDONLY)  # Not inherited by child processes.
-    with suppress(OSError):  # A file system without locks.
-        lock_descriptor(lock)
     handler = logging.FileHandler(path)
     handler.setFormatter(_MaskingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)

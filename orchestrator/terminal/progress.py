@@ -10,25 +10,59 @@ import sys
 import threading
 import time
 from contextlib import AbstractContextManager
+from functools import partial
 
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import Progress as Bar
 from rich.text import Text
 
-from orchestrator.terminal.formatting import format_duration, format_number
-from orchestrator.terminal.layout import print_line
-from orchestrator.workspace.credentials import mask_secrets
+from orchestrator.terminal.render import format_duration, format_number, print_line
+from orchestrator.workspace.errors import mask_secrets
 
 SECONDS_BETWEEN_LINES = 10.0
 POLL_SECONDS = 1.0
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """Silent progress, for tests and library callers."""
+    """Shows a task on a console; without one it is silent, for tests and library callers."""
+
+    _console: Console | None = None
+    _title, _state = "", ""
+    _total: float | None = None
+    _started, _printed = 0.0, 0.0
+    _bar: Bar | None = None
+    _repeating: threading.Event | None = None
+    """Ends the thread that repeats the last plain line of a silent task."""
+    _printing = threading.Lock()
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console
 
     def start(self, title: str, total: float | None = None) -> None:
         """Begin a task of `total` units; None if the total is not known."""
+        self.close()
+        self._title, self._total, self._started = title, total, time.monotonic()
+        if self._console and self._console.is_terminal:
+            text = partial(TextColumn, markup=False)
+            self._bar = Bar(
+                SpinnerColumn(),
+                text("{task.description}"),
+                BarColumn(bar_width=28),
+                text("{task.fields[share]}"),
+                TimeElapsedColumn(),
+                text("{task.fields[left]}"),
+                text("{task.fields[text]}"),
+                console=self._console,
+                transient=True,
+            )
+            # Without a total the bar pulses until the first unit is done: 0 % would look dead.
+            self._task = self._bar.add_task(title, total=None, share="", text="", left="")
+            self._bar.start()
+        elif self._console:
+            self._printed, self._state = self._started, self._count(0) if total else ""
+            self._repeating = threading.Event()
+            threading.Thread(target=self._repeat_line, args=(self._repeating,), daemon=True).start()
 
     def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
         """Report the units done since the start, and a few words, such as the current loss.
@@ -36,71 +70,46 @@ class Progress(AbstractContextManager["Progress"]):
         Args:
             seconds_left: Remaining time, if it does not follow from the units.
         """
+        if self._bar:
+            if done and self._total:
+                share = f"{min(1.0, done / self._total):4.0%}"
+                self._bar.update(self._task, total=self._total, share=share)
+            self._bar.update(self._task, completed=done, text=text)
+            left = self._bar.tasks[0].time_remaining if seconds_left is None else seconds_left
+            shown = "" if left is None else f"{format_duration(round(left))} left"
+            self._bar.update(self._task, left=shown)
+        elif self._repeating:
+            shown = f", {format_duration(round(seconds_left))} left" if seconds_left else ""
+            self._state = f"{self._count(done)} {text}{shown}".strip()
+            self._print_state()
 
     def note(self, text: str) -> None:
         """Print a warning or other information on a line of its own."""
+        if self._console:
+            print_line(self._console, f"  {mask_secrets(text)}")
 
     def finish(self, summary: str) -> None:
         """End the task with one line."""
+        self.close()
+        if self._console:
+            title = Text(f"{self._title}:")
+            if self._console.is_terminal:
+                title = Text.assemble(("✓", "green"), " ", (self._title, "bold"))
+            duration = format_duration(round(time.monotonic() - self._started))
+            print_line(self._console, title.append(f" {summary} ({duration})"))
 
     def close(self) -> None:
         """Stop drawing, also after an error."""
+        if self._bar:
+            self._bar.stop()
+        if self._repeating:
+            self._repeating.set()
+        self._bar = self._repeating = None
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-
-class _ConsoleProgress(Progress):
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._title = ""
-        self._total: float | None = None
-        self._started = 0.0
-
-    def start(self, title: str, total: float | None = None) -> None:
-        self.close()
-        self._title, self._total, self._started = title, total, time.monotonic()
-
-    def note(self, text: str) -> None:
-        print_line(self.console, f"  {mask_secrets(text)}")
-
-    def finish(self, summary: str) -> None:
-        self.close()
-        duration = format_duration(round(time.monotonic() - self._started))
-        print_line(self.console, self._headline().append(f" {summary} ({duration})"))
-
-    def _headline(self) -> Text:
-        return Text(f"{self._title}:")
-
-
-class PlainProgress(_ConsoleProgress):
-    """Plain lines for pipes, log files and CI; a thread repeats the last state of a silent task."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
-        self._state = ""
-        self._printed = 0.0
-        self._lock = threading.Lock()
-        self._ended: threading.Event | None = None
-
-    def start(self, title: str, total: float | None = None) -> None:
-        super().start(title, total)
-        self._printed = self._started
-        self._state = self._share(0) if total else ""
-        self._ended = threading.Event()
-        threading.Thread(target=self._repeat_state, args=(self._ended,), daemon=True).start()
-
-    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
-        left = f", {format_duration(round(seconds_left))} left" if seconds_left else ""
-        self._state = f"{self._share(done)} {text}{left}".strip()
-        self._print_state()
-
-    def close(self) -> None:
-        if self._ended:
-            self._ended.set()
-            self._ended = None
-
-    def _repeat_state(self, ended: threading.Event) -> None:
+    def _repeat_line(self, ended: threading.Event) -> None:
         while not ended.wait(POLL_SECONDS):
             try:
                 self._print_state()
@@ -108,66 +117,19 @@ class PlainProgress(_ConsoleProgress):
                 return
 
     def _print_state(self) -> None:
-        with self._lock:
+        with self._printing:
             now = time.monotonic()
-            if now - self._printed < SECONDS_BETWEEN_LINES:
-                return
-            self._printed = now
-            seconds = f"{format_duration(round(now - self._started))} so far"
-            state = ", ".join(filter(None, (self._state, seconds)))
-            print_line(self.console, f"  {self._title}: {state}")
+            if self._console and now - self._printed >= SECONDS_BETWEEN_LINES:
+                self._printed = now
+                seconds = f"{format_duration(round(now - self._started))} so far"
+                state = ", ".join(filter(None, (self._state, seconds)))
+                print_line(self._console, f"  {self._title}: {state}")
 
-    def _share(self, done: float) -> str:
+    def _count(self, done: float) -> str:
         total = f"/{format_number(self._total)}" if self._total else ""
         return format_number(done) + total
 
 
-class BarProgress(_ConsoleProgress):
-    """One bar at a time on a terminal; a finished task leaves its line above."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
-        self._bar: RichProgress | None = None
-
-    def start(self, title: str, total: float | None = None) -> None:
-        super().start(title, total)
-        self._bar = RichProgress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=28),
-            TextColumn("{task.fields[share]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}", markup=False),
-            TextColumn("{task.fields[text]}", markup=False),
-            console=self.console,
-            transient=True,
-        )
-        # Without a total the bar pulses until the first unit is done: 0 % would look dead.
-        self._task = self._bar.add_task(title, total=None, share="", text="", left="")
-        self._bar.start()
-
-    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
-        if not self._bar:
-            return
-        if done and self._total:
-            share = f"{min(1.0, done / self._total):4.0%}"
-            self._bar.update(self._task, total=self._total, share=share)
-        self._bar.update(self._task, completed=done, text=text)
-        left = self._bar.tasks[0].time_remaining if seconds_left is None else seconds_left
-        self._bar.update(
-            self._task, left="" if left is None else f"{format_duration(round(left))} left"
-        )
-
-    def close(self) -> None:
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
-
-    def _headline(self) -> Text:
-        return Text.assemble(("✓", "green"), " ", (self._title, "bold"))
-
-
 def terminal_progress(console: Console | None = None) -> Progress:
-    """Return a bar if standard output is a terminal, else plain lines."""
-    console = console or Console(file=sys.stdout)
-    return BarProgress(console) if console.is_terminal else PlainProgress(console)
+    """Return progress on a console, by default on standard output."""
+    return Progress(console or Console(file=sys.stdout))

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from orchestrator.tracking.client import get_git_commit, resolve_tags
-from orchestrator.workspace.credentials import strip_credentials
+from orchestrator.workspace.errors import strip_credentials
 
 SOURCE_TAG = "mlflow.source.name"
 COMMIT_TAG, REPOSITORY_TAG = "mlflow.source.git.commit", "mlflow.source.git.repoURL"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from iiet.extensions import ExtensionError, ExtensionTable
-from orchestrator.settings.tracking import LOGGERS as LOGGER_NAMES
+from orchestrator.settings.cluster import LOGGERS as LOGGER_NAMES
 from orchestrator.tracking.run_logger import LoggedRun, RunLogger
 from orchestrator.tracking.tensorboard_logger import TensorBoardLogger
 from orchestrator.workspace.errors import UserError, first_line

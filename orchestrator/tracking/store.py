@@ -21,8 +21,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from orchestrator.tracking.client import Metric, MlflowClient, MlflowException, Run
 from orchestrator.tracking.context_tags import context_tags
 from orchestrator.tracking.relocation import ARTIFACTS_TAG, relocate_artifacts
-from orchestrator.workspace.credentials import strip_credentials
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.errors import strip_credentials
+from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.locks import lock_file
 
 EXPERIMENT_NAME = "iiet-orch"

@@ -13,7 +13,7 @@ from orchestrator.tracking.outbox import Record
 from orchestrator.tracking.store import NOTE_TAG, REASON_TAG, RunIdentity
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import now_ms
-from orchestrator.workspace.paths import portable_path
+from orchestrator.workspace.layout import portable_path
 
 
 class TrackedRun:

@@ -14,8 +14,8 @@ from orchestrator.tracking.links import Links
 from orchestrator.tracking.store import FAILURES, RunIdentity
 from orchestrator.tracking.tracked_run import TrackedRun, metric_points
 from orchestrator.workspace.errors import UserError, first_line, is_disk_full
-from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import now_ms
+from orchestrator.workspace.layout import Workspace
 
 VIEW_TAG = "iiet.chart_view"
 REPORT_TAG = "iiet.report"

@@ -22,17 +22,17 @@ from iiet.extensions import ExtensionError
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, WEIGHTS, write_folder
-from orchestrator.workspace.checkpoint_names import checkpoint_name
 from orchestrator.workspace.errors import UserError, shortened
-from orchestrator.workspace.files import INVALID_VALUE_ERRORS, read_json_object
-from orchestrator.workspace.names import PROVENANCE
-from orchestrator.workspace.provenance import KEY_LENGTH, content_key, file_key
-from orchestrator.workspace.whole_folders import (
+from orchestrator.workspace.files import (
+    INVALID_VALUE_ERRORS,
     checksums_of,
     damaged_file,
     mark_verified,
     new_folder,
+    read_json,
 )
+from orchestrator.workspace.layout import PROVENANCE, checkpoint_name
+from orchestrator.workspace.provenance import KEY_LENGTH, content_key, file_key
 
 TOKENIZER = "tokenizer.json"
 TRAINING_STATE = "training_state.pt"
@@ -107,7 +107,7 @@ def load_config(folder: Path) -> ModelConfig:
         UserError: If the file is missing, damaged, or not valid for this version of the program; or
             if the package of its method is not installed, or broken.
     """
-    values = read_json_object(folder / CONFIG, remedy=REMEDY)
+    values = read_json(folder / CONFIG, remedy=REMEDY)
     if values is None:
         raise UserError(f"{folder} is no checkpoint: it has no {CONFIG}")
     try:
@@ -158,7 +158,7 @@ def load_provenance(folder: Path) -> dict[str, Any]:
         UserError: If the file is missing or damaged.
     """
     try:
-        provenance = read_json_object(folder / PROVENANCE, remedy=REMEDY)
+        provenance = read_json(folder / PROVENANCE, remedy=REMEDY)
     except UserError as error:
         raise UserError(f"the checkpoint {folder} is damaged: {PROVENANCE}: {error}") from None
     if provenance is None:

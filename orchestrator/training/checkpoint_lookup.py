@@ -8,9 +8,8 @@ from pathlib import Path
 
 from iiet.schedule import IterationSchedule
 from orchestrator.training.checkpoint import check_checkpoint, served_schedules
-from orchestrator.workspace.checkpoint_names import CHECKPOINT_NAME, find_checkpoints, step_of
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.names import PROVENANCE
+from orchestrator.workspace.layout import CHECKPOINT_NAME, PROVENANCE, find_checkpoints, step_of
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -36,13 +36,10 @@ from orchestrator.training.job import job_key
 from orchestrator.training.learning_rate import stable_steps
 from orchestrator.training.loop import Position
 from orchestrator.training.schedules import elastic_family
-from orchestrator.workspace.checkpoint_names import checkpoint_name, find_checkpoints
 from orchestrator.workspace.errors import RunFailed
-from orchestrator.workspace.files import damage_as_user_error, read_json_object, write_json
-from orchestrator.workspace.folders import is_valid_name
-from orchestrator.workspace.names import BEST
+from orchestrator.workspace.files import damage_as_user_error, delete_folder, read_json, write_json
+from orchestrator.workspace.layout import BEST, checkpoint_name, find_checkpoints, is_valid_name
 from orchestrator.workspace.provenance import environment, extension_packages
-from orchestrator.workspace.whole_folders import delete_folder
 
 if TYPE_CHECKING:
     from orchestrator.training.remote_copy import RemoteCopy
@@ -209,7 +206,7 @@ def record_best(checkpoint: Path, step: int, validation_loss: float) -> None:
     not finite.
     """
     path = checkpoint.parent / BEST
-    best = read_json_object(path) if best_checkpoint(checkpoint.parent) else None
+    best = read_json(path) if best_checkpoint(checkpoint.parent) else None
     with damage_as_user_error(path):
         is_better = best is None or validation_loss < best["validation_loss"]
     if is_better and math.isfinite(validation_loss):
@@ -223,7 +220,7 @@ def best_checkpoint(run_folder: Path) -> Path | None:
     Raises:
         UserError: If the file is damaged.
     """
-    best = read_json_object(run_folder / BEST)
+    best = read_json(run_folder / BEST)
     folder = (
         run_folder / best["checkpoint"] if best and is_valid_name(best.get("checkpoint")) else None
     )

@@ -18,11 +18,9 @@ from orchestrator.training.job_checks import describe_difference
 from orchestrator.training.learning_rate import learning_rate_at, stable_steps
 from orchestrator.training.model_lookup import find_run_folder, tokens_folder_of
 from orchestrator.training.schedules import schedule_by_step
-from orchestrator.workspace.checkpoint_names import find_checkpoints, step_of
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json_object
-from orchestrator.workspace.folders import Workspace
-from orchestrator.workspace.names import DONE_NAME, JOB_NAME
+from orchestrator.workspace.files import read_json
+from orchestrator.workspace.layout import DONE_NAME, JOB_NAME, Workspace, find_checkpoints, step_of
 
 FIELDS_OF_LATER_STEPS = {
     "num_steps",
@@ -51,7 +49,7 @@ def continued_settings(
     """
     folder = find_run_folder(workspace, run)
     path = folder / JOB_NAME
-    stored = read_json_object(path)
+    stored = read_json(path)
     if stored is None or not (folder / SETTINGS_NAME).is_file():
         raise UserError(f"{folder} was not made by `iiet-orch pretrain`, so it cannot be continued")
     checkpoints = find_checkpoints(folder)

@@ -9,9 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json_object
-from orchestrator.workspace.folders import Workspace
-from orchestrator.workspace.names import DONE_NAME, JOB_NAME
+from orchestrator.workspace.files import read_json
+from orchestrator.workspace.layout import DONE_NAME, JOB_NAME, Workspace
 
 
 def folder_of_weights(workspace: Workspace, key: str, usual: Path) -> Path:
@@ -38,6 +37,6 @@ def folder_of_weights(workspace: Workspace, key: str, usual: Path) -> Path:
 @lru_cache(maxsize=4096)
 def _key_in(record: Path, _modified: int) -> str | None:
     try:
-        return (read_json_object(record) or {}).get("key")
+        return (read_json(record) or {}).get("key")
     except UserError:
         return None  # Who uses that run is told of the damage.

@@ -18,12 +18,11 @@ from iiet.methods import METHODS
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import check_checkpoint
 from orchestrator.training.job import JOURNAL_ONLY_FIELDS, job_key
-from orchestrator.workspace.checkpoint_names import checkpoint_name, step_of
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import delete_folder, new_folder
 from orchestrator.workspace.journal import Journal, read_journal
-from orchestrator.workspace.names import PROVENANCE
+from orchestrator.workspace.layout import PROVENANCE, checkpoint_name, step_of
 from orchestrator.workspace.provenance import content_key
-from orchestrator.workspace.whole_folders import delete_folder, new_folder
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.checkpoint import check_checkpoint, weights_key
 from orchestrator.training.schedules import DRAWS_VERSION
-from orchestrator.workspace.checkpoint_names import checkpoint_name
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.names import DONE_NAME
+from orchestrator.workspace.layout import DONE_NAME, checkpoint_name
 from orchestrator.workspace.provenance import content_key
 
 PROFILE_NAME = "profile"

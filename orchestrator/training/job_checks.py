@@ -13,8 +13,8 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import check_checkpoint, load_config
 from orchestrator.training.job import key_fields, sequences_per_step
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json_object, write_json
-from orchestrator.workspace.names import JOB_NAME
+from orchestrator.workspace.files import read_json, write_json
+from orchestrator.workspace.layout import JOB_NAME
 from orchestrator.workspace.provenance import RECIPE_VERSION, content_key
 
 
@@ -77,7 +77,7 @@ def stored_job(folder: Path) -> TrainingJob | None:
     """Return the job of a run's folder; None if its file is missing, damaged or too old."""
     path = folder / JOB_NAME
     try:
-        stored = read_json_object(path)
+        stored = read_json(path)
         return TrainingJob.parse(stored.get("job", {}), path) if stored else None
     except UserError:
         return None
@@ -85,7 +85,7 @@ def stored_job(folder: Path) -> TrainingJob | None:
 
 def _check_job_file(job: TrainingJob) -> dict[str, Any]:
     # Compares the fields of the key with those in `job.json`, and returns them.
-    earlier = read_json_object(job.folder / JOB_NAME)
+    earlier = read_json(job.folder / JOB_NAME)
     if earlier is not None and earlier.get("recipe_version", 1) != RECIPE_VERSION:
         raise UserError(
             f"{job.folder} holds a run of another version of this program, which this version "

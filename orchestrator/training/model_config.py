@@ -1,4 +1,5 @@
-"""Build a `ModelConfig` from the `model` section of the settings and the size of the vocabulary."""
+"""Build a `ModelConfig` from the `model` section of the settings and the size of the vocabulary,
+and name the family of a model."""
 
 from __future__ import annotations
 
@@ -49,3 +50,15 @@ def build_model_config(
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from None
+
+
+def model_family(config: ModelConfig) -> str:
+    """Return method and size: `iiet-tiny` for a preset's layers, else `iiet-2x64`, layers x width.
+
+    Vocabulary and context length, which follow the data, are not part of it.
+    """
+    sizes = ("num_layers", "dim", "ffn_dim", "num_heads")
+    own = [getattr(config, name) for name in sizes]
+    presets = [name for name, preset in PRESETS.items() if [preset[s] for s in sizes] == own]
+    size = presets[0] if presets else f"{config.num_layers}x{config.dim}"
+    return f"{config.method}-{size}"

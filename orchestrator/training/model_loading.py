@@ -27,7 +27,7 @@ from iiet.weights import CONFIG, non_finite
 from orchestrator.training.checkpoint import TRAINING_STATE, check_checkpoint, load_config
 from orchestrator.training.precision import use_tf32
 from orchestrator.workspace.errors import UserError, shortened
-from orchestrator.workspace.names import PROVENANCE
+from orchestrator.workspace.layout import PROVENANCE
 from orchestrator.workspace.provenance import content_key, file_key
 
 CHECKPOINT = "a checkpoint"

@@ -28,11 +28,10 @@ from orchestrator.training.checkpoint_lookup import (
     newest_intact_checkpoint,
 )
 from orchestrator.training.model_loading import EXPORTED, decoder_config, folder_kind
-from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import INVALID_VALUE_ERRORS, expand_user, read_json, resolve_path
-from orchestrator.workspace.folders import Workspace, is_valid_name
 from orchestrator.workspace.journal import last_recorded
+from orchestrator.workspace.layout import Workspace, find_checkpoints, is_valid_name
 from orchestrator.workspace.provenance import file_key
 
 MAX_RUNS_NAMED = 20
@@ -237,7 +236,7 @@ def load_influence_table(
     tables: dict[str, InfluenceTable] = {}
     for path in sorted(checkpoint.glob("influence-*.json")):
         try:
-            table = InfluenceTable.from_dict(read_json(path))
+            table = InfluenceTable.from_dict(read_json(path) or {})
         except INVALID_VALUE_ERRORS:
             if warn:
                 warn(f"{path} is damaged and is left out; `iiet-orch influence` measures it again")

@@ -14,8 +14,8 @@ from orchestrator.data.sources import describe_data
 from orchestrator.records.parameters import job_parameters
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
-from orchestrator.terminal.formatting import format_duration
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_duration
 from orchestrator.tracking import JournalCopies, TrackedRun, Tracking, reason_tags, status_after
 from orchestrator.training.job import PROFILE_NAME, job_key
 from orchestrator.training.run_lock import is_run_locked

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from orchestrator.settings.precision import Precision, default_precision
+from orchestrator.settings.training import Precision, default_precision
 from orchestrator.workspace.errors import DeviceError
 
 Capability = Callable[[torch.device], tuple[int, int]]

@@ -12,7 +12,7 @@ from orchestrator.training.finished_weights import folder_of_weights
 from orchestrator.training.job import job_key
 from orchestrator.training.model_config import build_model_config
 from orchestrator.training.schedules import checked_family
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 KEY_CHARACTERS = 8
 

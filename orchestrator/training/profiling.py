@@ -15,7 +15,7 @@ import torch
 from torch.profiler import profile, schedule
 
 from orchestrator.training.job import PROFILE_NAME
-from orchestrator.workspace.whole_folders import new_folder
+from orchestrator.workspace.files import new_folder
 
 STEPS_BEFORE = 3
 """The first steps also allocate memory and choose kernels; it warms up in the last one."""

@@ -16,11 +16,9 @@ from pyarrow.lib import ArrowException
 
 from orchestrator.settings import storage_problem
 from orchestrator.training.checkpoint import JOB_KEY, check_checkpoint, load_provenance
-from orchestrator.workspace.checkpoint_names import find_checkpoints
-from orchestrator.workspace.credentials import mask_secrets
-from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.names import PROVENANCE
-from orchestrator.workspace.whole_folders import VERIFIED_NAME, new_folder
+from orchestrator.workspace.errors import UserError, mask_secrets
+from orchestrator.workspace.files import VERIFIED_NAME, new_folder
+from orchestrator.workspace.layout import PROVENANCE, find_checkpoints
 
 COPY_ERRORS = (OSError, ArrowException)
 """Raised if the storage does not answer or refuses."""

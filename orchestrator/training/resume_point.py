@@ -8,9 +8,8 @@ from pathlib import Path
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.first_stage import first_stage_of
-from orchestrator.workspace.checkpoint_names import find_checkpoints, step_of
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.names import DONE_NAME
+from orchestrator.workspace.layout import DONE_NAME, find_checkpoints, step_of
 
 
 def describe_saved_state(jobs: Mapping[str, TrainingJob], *, named: bool = False) -> str:

@@ -21,6 +21,7 @@ from iiet.distillation import Model, RememberingTeacher
 from iiet.schedule import IterationSchedule
 from orchestrator.data.sources import open_data
 from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.terminal.stop import stop_requested
 from orchestrator.training.checkpoint import check_checkpoint, load_training_state
 from orchestrator.training.checkpoint_lookup import newest_checkpoint
 from orchestrator.training.checkpoint_writer import CheckpointWriter, set_random_state
@@ -46,10 +47,10 @@ from orchestrator.training.teacher_cache import CachedTeacher
 from orchestrator.training.throughput import ThroughputMeter
 from orchestrator.training.validation import validation_metrics
 from orchestrator.workspace.errors import RunFailed
+from orchestrator.workspace.files import delete_leftovers
 from orchestrator.workspace.journal import CHEAPEST_METRIC, VALIDATION_METRIC, Journal
+from orchestrator.workspace.layout import DONE_NAME, WORKERS_LOCK_NAME
 from orchestrator.workspace.locks import lock_file
-from orchestrator.workspace.names import DONE_NAME, WORKERS_LOCK_NAME
-from orchestrator.workspace.whole_folders import delete_leftovers
 
 DIVERGED_EVENT = "diverged"
 """Event in the journal, with the reason as `text`."""
@@ -63,7 +64,7 @@ def run_job(
     job: TrainingJob,
     *,
     world: World | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: Callable[[], bool] = stop_requested,
     should_save: Callable[[], bool] | None = None,
     report: Report | None = None,
 ) -> TrainingOutcome:
@@ -94,7 +95,7 @@ def run_job(
         with closing(_Run(job, world, report)) as run:
             run.prepare(run_on_first(run.newest_checkpoint, world))
             try:
-                hooks = run.hooks(should_stop or _never, should_save or _never)
+                hooks = run.hooks(should_stop, should_save or _never)
                 finished = train(run.setup(), run.position, hooks)
                 run_on_first(run.writer.finish, world)
             except Diverged as error:

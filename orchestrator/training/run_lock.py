@@ -12,23 +12,22 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.terminal.formatting import join_names
-from orchestrator.terminal.signals import interruption_text, wait_interruptibly
+from orchestrator.terminal.render import join_names
+from orchestrator.terminal.stop import interruption_text, stop_requested, wait_interruptibly
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.workspace.errors import Interrupted
+from orchestrator.workspace.layout import DONE_NAME, RUN_LOCK_NAME
 from orchestrator.workspace.locks import is_locked, lock_file
-from orchestrator.workspace.names import DONE_NAME, RUN_LOCK_NAME
 
 
-def lock_run_folder(
-    folder: Path, *, wait: bool = False, should_stop: Callable[[], bool] | None = None
-) -> AbstractContextManager[bool]:
+def lock_run_folder(folder: Path, *, wait: bool = False) -> AbstractContextManager[bool]:
     """Hold a run folder's lock in a `with` block; it yields whether the lock was acquired.
 
-    With `wait`, wait for another process that holds it, until `should_stop` returns True.
+    With `wait`, wait for another process that holds it, until a stop is requested.
     """
-    return lock_file(folder / RUN_LOCK_NAME, seconds=None if wait else 0.0, should_stop=should_stop)
+    seconds = None if wait else 0.0
+    return lock_file(folder / RUN_LOCK_NAME, seconds=seconds, should_stop=stop_requested)
 
 
 def is_run_locked(folder: Path) -> bool:

@@ -34,17 +34,18 @@ from orchestrator.training.job import sequences_per_step
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.precision import frozen_dtype
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json_object, write_json
-from orchestrator.workspace.locks import lock_file
-from orchestrator.workspace.names import TEMPORARY_PREFIX
-from orchestrator.workspace.provenance import content_key
-from orchestrator.workspace.whole_folders import (
+from orchestrator.workspace.files import (
     checksums_of,
     damaged_file,
     delete_leftovers,
     mark_verified,
+    read_json,
     replace_folder,
+    write_json,
 )
+from orchestrator.workspace.layout import TEMPORARY_PREFIX
+from orchestrator.workspace.locks import lock_file
+from orchestrator.workspace.provenance import content_key
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -315,7 +316,7 @@ def find_cache_damage(folder: Path, plan: CachePlan, *, read: bool = True) -> st
     """Return what is wrong with a cache; None if nothing is. `read` verifies checksums, too."""
     manifest = None
     with suppress(UserError):
-        manifest = read_json_object(folder / MANIFEST_NAME)
+        manifest = read_json(folder / MANIFEST_NAME)
     if manifest is None:
         return f"{MANIFEST_NAME} is missing or damaged"
     if manifest.get("plan") != asdict(plan) or "checksums" not in manifest:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings
-from orchestrator.terminal.formatting import format_bytes
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_bytes
 from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.teacher_cache import (
     CachePlan,
@@ -26,15 +26,13 @@ from orchestrator.training.teacher_cache import (
     write_cache,
 )
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.files import free_disk
-from orchestrator.workspace.whole_folders import delete_folder
+from orchestrator.workspace.files import delete_folder, free_disk
 
 # Limits of `auto` for one sweep.
 MAX_BYTES = 2 << 30
 MAX_SHARE_OF_DISK = 0.1
 MIN_STUDENTS = 2
 _KEPT_NAME = "kept"  # File in a requested cache: `auto` does not delete it.
-_NEEDS_TEACHER = "distillation.hidden_weight needs its hidden states, which are not stored"
 
 
 class TeacherWork(NamedTuple):
@@ -64,10 +62,12 @@ def store_teacher_outputs(
         RunFailed: If the disk fills up.
     """
     progress, shared = progress or Progress(), list(jobs)
-    if settings.hidden_weight and any(job.objective == "distill" for job in jobs):
-        check_teacher_cache(settings)
-        if settings.teacher_cache == "auto":
-            progress.note(f"the teacher runs in each trial: {_NEEDS_TEACHER}")
+    is_distilled = any(job.objective == "distill" for job in jobs)
+    if settings.hidden_weight and is_distilled and settings.teacher_cache == "auto":
+        progress.note(
+            "the teacher runs in each trial: distillation.hidden_weight needs its hidden states, "
+            "which are not stored"
+        )
     plans = [cache_plan(job) for job in jobs]
     for plan, students, _ in _chosen_caches(plans, settings.teacher_cache, parent, progress):
         progress.start("teacher", plan.num_steps)
@@ -118,15 +118,6 @@ def estimate_teacher_work(
         num_bytes += needed
         num_stored += plan.num_tokens if needed else 0
     return TeacherWork(sum(tokens_left) + num_stored, num_stored, num_bytes)
-
-
-def check_teacher_cache(settings: DistillationSettings) -> None:
-    """Raise UserError if a teacher cache is requested for a loss that needs hidden states."""
-    if settings.hidden_weight and settings.teacher_cache in ("exact", "top_k"):
-        raise UserError(
-            f"distillation.teacher_cache={settings.teacher_cache} cannot be: {_NEEDS_TEACHER}; "
-            "set it to live, or hidden_weight to 0"
-        )
 
 
 def delete_teacher_caches(jobs: Sequence[TrainingJob], settings: DistillationSettings) -> None:

@@ -16,10 +16,10 @@ from orchestrator.records.measurement import TrackedModel
 from orchestrator.records.parameters import method_parameters
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
-from orchestrator.settings.model import model_family
-from orchestrator.terminal.formatting import format_schedule
+from orchestrator.terminal.render import format_schedule
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.job import finished_outcome
+from orchestrator.training.model_config import model_family
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
 

@@ -1,20 +1,76 @@
-"""Error types, and short quotes of values in messages.
+"""Error types, short quotes of values in messages, and masks for secrets.
 
 A user's mistake is a `UserError`: one sentence that names what was received, what is allowed and
-what to do next. Errors are shown and stored, so passwords in their texts are masked.
+what to do next. Errors are shown and stored, so passwords, keys and tokens in them are masked:
+addresses hold some, as `http://USER:PASSWORD@host` or `s3://bucket?secret=...` does, and so do
+environment variables such as `HF_TOKEN`; libraries repeat both in their errors. Typed addresses are
+not always valid (a key may contain a slash), so plain text is searched, and too much rather than
+too little is masked.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from orchestrator.workspace.credentials import mask_secrets
-
 if TYPE_CHECKING:
     from pydantic import ValidationError
+
+MASK = "***"
+SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "APIKEY")
+"""An environment variable holds a secret if one of these is a part of its name."""
+MAX_QUOTE_CHARACTERS = 200
+_SHORTEST_SECRET = 8  # characters; shorter values are words such as `true`
+
+# Everything up to the last @ of the host part, or of the whole word if a password may contain a
+# slash; `host:8080/` is not a user with a password. The limit of 1,000 characters per password
+# keeps the search fast: without it, a word of many addresses would take hours.
+_USER = re.compile(r"(?<=://)(?:[^\s/?#]*|[^\s/?#:@]*:(?!\d{1,5}[/?#])\S{0,1000})@")
+_SECRET_NAMES = (
+    "key|pass|passwd|password|pwd|secret|token|credential|credentials|sig|signature|sas|apikey|auth"
+)
+_QUERY = re.compile(
+    rf"([?&;](?:[\w.-]*[_.-])?(?:{_SECRET_NAMES})=)[^\s&;#'\"]+", flags=re.IGNORECASE
+)
+_ASSIGNMENT = re.compile(
+    rf"(?<!\w)((?:[A-Z0-9]+_)*(?:{'|'.join(SECRET_WORDS)})(?:_[A-Z0-9]+)*=)[^\s,;'\"\]]+"
+)
+
+
+def mask_secrets(text: str) -> str:
+    """Return a text with `***` in the place of secrets.
+
+    Those are users, passwords and keys of addresses, values assigned to names such as `HF_TOKEN`,
+    and the values of such environment variables of this process.
+    """
+    values = {value for name, value in os.environ.items() if is_secret_name(name)}
+    for value in sorted(values, key=len, reverse=True):
+        if len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, MASK)
+    text = _USER.sub(f"{MASK}@", text)
+    for pattern in (_QUERY, _ASSIGNMENT):
+        text = pattern.sub(rf"\g<1>{MASK}", text)
+    return text
+
+
+def is_secret_name(name: str) -> bool:
+    """Return whether an environment variable of this name holds a secret itself, not its file."""
+    parts = name.upper().split("_")
+    return not set(SECRET_WORDS).isdisjoint(parts) and parts[-1] not in ("PATH", "FILE", "DIR")
+
+
+def has_secret(address: str) -> bool:
+    """Return whether an address holds a password or a key; a user name alone does not count."""
+    user = _USER.search(address)
+    return bool(user and ":" in user[0].rstrip("@")) or _QUERY.search(address) is not None
+
+
+def strip_credentials(address: str) -> str:
+    """Return an address without user and password, and with masked keys, as a public link."""
+    return _QUERY.sub(rf"\g<1>{MASK}", _USER.sub("", address))
 
 
 class _MaskedError(Exception):
@@ -28,6 +84,10 @@ class UserError(_MaskedError, ValueError):
 
 class DeviceError(UserError):
     """A setting that the device of one worker does not allow; its other workers may not notice."""
+
+
+class RunFailed(_MaskedError, RuntimeError):
+    """A failure that is not the user's mistake, such as a worker that died. Exit code 1."""
 
 
 class Interrupted(_MaskedError):
@@ -44,11 +104,13 @@ class Interrupted(_MaskedError):
         return mask_secrets(self._late_text()) if self._late_text else super().__str__()
 
 
-class RunFailed(_MaskedError, RuntimeError):
-    """A failure that is not the user's mistake, such as a worker that died. Exit code 1."""
-
-
-MAX_QUOTE_CHARACTERS = 200
+def shortened(text: str) -> str:
+    """Return a text without secrets, cut in the middle to fit a message."""
+    text = mask_secrets(text)  # Before the cut: half an address is not recognized.
+    if len(text) <= MAX_QUOTE_CHARACTERS:
+        return text
+    half = MAX_QUOTE_CHARACTERS // 2 - 3
+    return f"{text[:half]} ... {text[-half:]}"
 
 
 def quoted(value: object) -> str:
@@ -71,36 +133,6 @@ def first_line(error: BaseException, *, with_type: bool = False) -> str:
     return f"{name}: {lines[0]}" if with_type else lines[0]
 
 
-def out_of_memory_text(error: BaseException) -> str:
-    """Return the facts of PyTorch's out-of-memory error, without the allocator's statistics."""
-    seen, is_free, _ = first_line(error).partition(" is free")
-    return seen + is_free
-
-
-def shortened(text: str) -> str:
-    """Return a text without secrets, cut in the middle to fit a message."""
-    text = mask_secrets(text)  # Before the cut: half an address is not recognized.
-    if len(text) <= MAX_QUOTE_CHARACTERS:
-        return text
-    half = MAX_QUOTE_CHARACTERS // 2 - 3
-    return f"{text[:half]} ... {text[-half:]}"
-
-
-_DISK_FULL = (
-    os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full"
-)  # fmt: skip
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error, or one that it came from, says that a disk or a quota is full.
-
-    Its text tells, because safetensors, sqlite and others raise errors of their own.
-    """
-    origin = error.__cause__ or error.__context__
-    is_said = any(text in str(error) for text in _DISK_FULL)
-    return is_said or (origin is not None and is_disk_full(origin))
-
-
 def first_problem(error: ValidationError) -> str:
     """Return the first field that pydantic found to be wrong, and why."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
@@ -108,24 +140,29 @@ def first_problem(error: ValidationError) -> str:
     return shortened(f"{place}: {first['msg']}" if place else first["msg"])
 
 
-_PATH_PROBLEMS = {
-    errno.EEXIST: "it exists and has another type",
-    errno.EISDIR: "it is a folder, but a file is needed",
-    errno.ENOTDIR: "a part of it is a file, but a folder is needed",
-    errno.ELOOP: "its links form a loop",
-    errno.ENAMETOOLONG: "it is too long for this file system",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "the operation is not permitted",
-    errno.EROFS: "its file system is read-only",
-}
+def out_of_memory_text(error: BaseException) -> str:
+    """Return the facts of PyTorch's out-of-memory error, without the allocator's statistics."""
+    seen, is_free, _ = first_line(error).partition(" is free")
+    return seen + is_free
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an error, or one that it came from, says that a disk or a quota is full.
+
+    Its text tells, because safetensors, sqlite and others raise errors of their own.
+    """
+    texts = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")
+    origin = error.__cause__ or error.__context__
+    is_said = any(text in str(error) for text in texts)
+    return is_said or (origin is not None and is_disk_full(origin))
 
 
 def path_error_message(error: OSError) -> str | None:
     """Return a sentence for an unusable file or folder; None for any other error."""
-    problem = _PATH_PROBLEMS.get(error.errno or 0)
-    if problem is None or error.filename is None:
+    problems = ("EEXIST", "EISDIR", "ENOTDIR", "ELOOP", "ENAMETOOLONG", "EACCES", "EPERM", "EROFS")
+    if error.filename is None or errno.errorcode.get(error.errno or 0) not in problems:
         return None
     return (
-        f"cannot use {shortened(os.fsdecode(error.filename))}: {problem}; fix it or move it away, "
-        "then run the command again"
+        f"cannot use {shortened(os.fsdecode(error.filename))} ({error.strerror}); fix it or move "
+        "it away, then run the command again"
     )

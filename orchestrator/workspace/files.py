@@ -1,27 +1,34 @@
-"""Atomic files with checksums, and clear errors for damaged ones.
+"""Files and folders that are whole or absent, checksums that tell damage, and temporary folders.
 
 A file is written to a temporary name, flushed and renamed, and then its folder is flushed: after a
 crash a reader finds the old content or the new one, and the new one once the writer has returned. A
-damaged file is a `UserError` that names the file and the remedy.
+folder is filled under a temporary name and renamed; it is renamed before it is deleted, too. What a
+crash leaves in between has a hidden name, and the next writer in that parent deletes it. A damaged
+file is a `UserError` that names the file and the remedy.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.workspace.errors import UserError, shortened
-from orchestrator.workspace.read_only import check_may_write
+from orchestrator.workspace.errors import UserError, path_error_message, shortened
+from orchestrator.workspace.locks import lock_descriptor
+from orchestrator.workspace.provenance import file_digest
+from orchestrator.workspace.read_only import check_may_write, is_read_only
 
 T = TypeVar("T")
 
-_CHECKSUM_KEY = "sha256_of_content"
 DELETE_AND_RERUN = "delete it and run the command again"
 INVALID_VALUE_ERRORS = (
     LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError,
@@ -29,6 +36,13 @@ INVALID_VALUE_ERRORS = (
 """Errors of code that reads a missing value, or one of another type than was written."""
 MAX_INDENTED_CHARACTERS = 1_000_000
 """Longer JSON is written in one line, ten times as fast and in less memory."""
+VERIFIED_NAME = ".verified.json"
+"""File in a folder: name -> size, time and digest of each file when it was last read."""
+SCRATCH_NAME = "ray"
+"""Begins the names of scratch folders; short because sockets in them have long paths."""
+_CHECKSUM_KEY = "sha256_of_content"
+_TEMPORARY, _UNLOCKED, _LOCK = ".iiet-temporary", ".iiet-unlocked", "lock"
+_SHORT_PARENT = Path("/tmp")
 
 
 def expand_user(path: Path | str) -> Path:
@@ -41,25 +55,19 @@ def expand_user(path: Path | str) -> Path:
 
 def resolve_path(path: Path | str) -> Path:
     """Return the absolute path; a `UserError` if its links form a loop, or no user is `~NAME`."""
-    path = expand_user(path)
     try:
-        return path.resolve()
+        return expand_user(path).resolve()
     except (RuntimeError, OSError, ValueError) as error:  # RuntimeError: a loop of links.
         raise UserError(f"cannot use the path {shortened(str(path))}: {error}") from None
-
-
-def is_folder(path: Path | str) -> bool:
-    """Return whether a typed path is a folder; False for a text that cannot be a path."""
-    try:
-        return expand_user(path).is_dir()
-    except (OSError, ValueError):
-        return False
 
 
 def free_disk(folder: Path) -> int:
     """Return the free bytes of the disk of a folder, which need not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
+
+
+# Files
 
 
 @contextmanager
@@ -96,12 +104,9 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; an object gets a checksum of its content."""
-    if isinstance(value, Mapping):
-        # A flipped bit can turn a number into another one and leave valid JSON.
-        value = {**value, _CHECKSUM_KEY: _checksum(value)}
-    write_text(path, json_text(value) + "\n")
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, with a checksum: a flipped bit may leave valid JSON."""
+    write_text(path, json_text({**value, _CHECKSUM_KEY: _checksum(value)}) + "\n")
 
 
 def json_text(value: Any, *, allow_nan: bool = True) -> str:
@@ -112,8 +117,8 @@ def json_text(value: Any, *, allow_nan: bool = True) -> str:
     return json.dumps(value, allow_nan=allow_nan, indent=2)
 
 
-def read_json(path: Path, *, remedy: str = DELETE_AND_RERUN) -> Any:
-    """Read JSON; None if the file is missing. An object's checksum is verified and removed.
+def read_json(path: Path, *, remedy: str = DELETE_AND_RERUN) -> dict[str, Any] | None:
+    """Read a JSON object; None if the file is missing. Its checksum is verified and removed.
 
     Raises:
         UserError: If the file is damaged; tells the user the `remedy`.
@@ -124,20 +129,11 @@ def read_json(path: Path, *, remedy: str = DELETE_AND_RERUN) -> Any:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, error, remedy) from None
-    if value is None:  # What is returned for a missing file is never written.
-        raise _damaged(path, "it holds null", remedy)
-    if isinstance(value, dict) and _CHECKSUM_KEY in value:
-        written = value.pop(_CHECKSUM_KEY)
-        if written != _checksum(value):
-            raise _damaged(path, "its content is not what was written", remedy)
-    return value
-
-
-def read_json_object(path: Path, *, remedy: str = DELETE_AND_RERUN) -> dict[str, Any] | None:
-    """Read a JSON object like `read_json`; a `UserError` also if the file holds something else."""
-    value = read_json(path, remedy=remedy)
-    if value is not None and not isinstance(value, dict):
+    if not isinstance(value, dict):
         raise _damaged(path, "it is not a JSON object", remedy)
+    written = value.pop(_CHECKSUM_KEY, None)
+    if written is not None and written != _checksum(value):
+        raise _damaged(path, "its content is not what was written", remedy)
     return value
 
 
@@ -163,7 +159,7 @@ def read_cached(
     """
     remedy = "it is measured again"
     try:
-        found = read_json_object(path, remedy=remedy)
+        found = read_json(path, remedy=remedy)
         with damage_as_user_error(path, remedy=remedy):
             return None if found is None else parse(found)
     except UserError as error:
@@ -172,30 +168,219 @@ def read_cached(
 
 
 def _damaged(path: Path, problem: Exception | str, remedy: str) -> UserError:
-    existing = (parent for parent in reversed(path.parents) if os.path.lexists(parent))
-    blocker = next((parent for parent in existing if not is_folder(parent)), None)
-    if isinstance(problem, OSError) and blocker is not None:
-        return UserError(
-            f"cannot use {blocker}: it is not a folder ({problem.strerror}); fix it or move it "
-            "away, then run the command again"
-        )
-    match problem:
-        case RecursionError():
-            reason = "it is nested too deep"
-        case UnicodeDecodeError():
-            reason = f"it is not UTF-8 text at byte {problem.start}"
-        case IsADirectoryError():
-            reason = "it is a folder"
-        case OSError():
-            reason = problem.strerror or type(problem).__name__
-        case KeyError():
-            reason = f"it has no {shortened(str(problem))}"
-        case _:
-            reason = shortened(" ".join(str(problem).split()))
-    return UserError(f"{path} is damaged ({reason}); {remedy}")
+    if isinstance(problem, OSError) and (sentence := path_error_message(problem)):
+        return UserError(sentence)
+    reason = f"it has no {problem}" if isinstance(problem, KeyError) else str(problem)
+    return UserError(f"{path} is damaged ({shortened(' '.join(reason.split()))}); {remedy}")
 
 
 def _checksum(value: Mapping[str, Any]) -> str:
     # Floats survive JSON exactly, so the parsed value gives the same text.
     text = json.dumps(value, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+# Folders
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; it becomes `folder` when the block ends without an error.
+
+    An existing folder of that name is replaced at the end; after an error, it is unchanged.
+    """
+    check_may_write(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    delete_leftovers(folder.parent)
+    temporary, lock = _make_locked(folder)
+    try:
+        try:
+            filling = temporary / folder.name
+            filling.mkdir()
+            yield filling
+            for path in (*filling.rglob("*"), filling):
+                flush_to_disk(path)
+            replace_folder(filling, folder)
+        finally:
+            os.close(lock)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_locked(folder: Path, mode: int = 0o777) -> tuple[Path, int]:
+    """Make a temporary folder for `folder`, with a file that is locked until its descriptor closes.
+
+    So others delete it only after this process has ended.
+    """
+    # Locked before it gets the name that others look for.
+    unlocked = _temporary_name(folder).with_suffix(_UNLOCKED)
+    unlocked.mkdir(mode)
+    try:
+        # A file that is open for writing: network file systems lock nothing else.
+        lock = os.open(unlocked / _LOCK, os.O_RDWR | os.O_CREAT)
+        with suppress(OSError):  # Then nobody else can lock it either, and it stays.
+            lock_descriptor(lock)
+        return unlocked.rename(unlocked.with_suffix(_TEMPORARY)), lock
+    except BaseException:
+        shutil.rmtree(unlocked, ignore_errors=True)
+        raise
+
+
+def replace_folder(source: Path, folder: Path) -> None:
+    """Rename `source` to `folder`, on disk too, and delete what had that name before.
+
+    Raises:
+        OSError: If it cannot be renamed; the earlier folder is then in place.
+    """
+    replaced: list[Path] = []
+    while True:
+        try:
+            source.rename(folder)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if replaced:
+                    replaced[-1].rename(folder)
+                raise
+        with suppress(FileNotFoundError):  # Another process replaced it at the same moment.
+            replaced.append(folder.rename(_temporary_name(folder)))
+    flush_to_disk(folder.parent)
+    for earlier in replaced:
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder; for readers it is gone at once."""
+    check_may_write(folder)
+    deleted = folder.rename(_temporary_name(folder))
+    flush_to_disk(folder.parent)  # A crash must not bring back the name of half a folder.
+    shutil.rmtree(deleted, ignore_errors=True)
+
+
+def delete_leftovers(parent: Path) -> None:
+    """Delete what killed processes left half-written or half-deleted in a folder."""
+    for leftover in leftovers(parent):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def leftovers(parent: Path, *, below: bool = False) -> Iterator[Path]:
+    """Yield what killed processes left in a folder, each while it is locked.
+
+    What was renamed to be deleted has no lock.
+
+    Args:
+        below: Look into the folders below, too.
+    """
+    pattern = f".*{_TEMPORARY}"
+    for leftover in parent.rglob(pattern) if below else parent.glob(pattern):
+        with suppress(OSError), ExitStack() as stack:
+            if leftover.is_symlink():
+                continue
+            with suppress(FileNotFoundError):
+                lock = os.open(leftover / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+                stack.callback(os.close, lock)
+                lock_descriptor(lock)
+            yield leftover
+
+
+def _temporary_name(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{_TEMPORARY}")
+
+
+@dataclass(frozen=True)
+class ScratchFolder:
+    """A temporary folder of this process outside the workspace; only this user may enter it."""
+
+    folder: Path
+    lock: int
+    """Descriptor that holds its lock; child processes do not inherit it."""
+
+    def delete(self) -> None:
+        """Delete the folder with its content."""
+        with suppress(OSError):
+            os.close(self.lock)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def make_scratch_folder(*, longest_path: int | None = None) -> ScratchFolder:
+    """Make a temporary folder for this process, and delete those of killed ones.
+
+    Args:
+        longest_path: Characters; if the folder's path would be longer, it is made in `/tmp`.
+    """
+    parent = Path(tempfile.gettempdir())
+    if longest_path and len(str(_temporary_name(parent / SCRATCH_NAME))) > longest_path:
+        parent = _SHORT_PARENT
+    delete_leftovers(parent)
+    return ScratchFolder(*_make_locked(parent / SCRATCH_NAME, mode=0o700))
+
+
+def abandoned_folders() -> Iterator[Path]:
+    """Yield the scratch folders of processes that have ended, each while it is locked."""
+    for parent in {Path(tempfile.gettempdir()), _SHORT_PARENT}:
+        yield from leftovers(parent)
+
+
+# Checksums of a folder's files, which are read once: size and time of each verified file are
+# stored, so the next process does not read it again.
+
+
+def checksums_of(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
+    """Return name -> SHA-256 of a folder's files, all of them when no names are given."""
+    wanted = sorted(path.name for path in folder.iterdir()) if names is None else names
+    return {name: file_digest(folder / name) for name in wanted}
+
+
+def mark_verified(folder: Path, checksums: Mapping[str, str]) -> None:
+    """Record that files have these checksums now, so that the next reader need not read them."""
+    stamps = {name: _stamp(folder / name, digest) for name, digest in checksums.items()}
+    write_json(folder / VERIFIED_NAME, _verified(folder) | stamps)
+
+
+def damaged_file(
+    folder: Path,
+    checksums: Mapping[str, str],
+    *,
+    names: Iterable[str] | None = None,
+    always: bool = False,
+) -> str | None:
+    """Return the first file that is missing or damaged as `NAME is ...`, or None.
+
+    Args:
+        checksums: Name -> SHA-256 as it was written.
+        names: The files to verify (default: all that have a checksum).
+        always: Read also files that have not changed since they were last verified.
+
+    A `read_only` block compares sizes only.
+    """
+    verified = _verified(folder)
+    read: dict[str, str] = {}
+    for name in checksums if names is None else names:
+        path, digest = folder / name, checksums.get(name)
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.parent != folder or digest is None:
+            return f"{name} is not what was written"
+        stamp = verified.get(name)
+        if is_read_only():
+            if stamp and stamp[2] == digest and stamp[0] != path.stat().st_size:
+                return f"{name} was changed after writing"
+        elif always or stamp != _stamp(path, digest):
+            if file_digest(path) != digest:
+                return f"{name} was changed after writing"
+            read[name] = digest
+    if read:
+        with suppress(OSError):  # A read-only folder is verified each time.
+            mark_verified(folder, read)
+    return None
+
+
+def _stamp(path: Path, digest: str) -> list[int | str]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, digest]
+
+
+def _verified(folder: Path) -> dict[str, list[int | str]]:
+    with suppress(UserError):
+        return read_json(folder / VERIFIED_NAME) or {}
+    return {}

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from orchestrator.workspace.paths import workspace_root
+from orchestrator.workspace.layout import workspace_root
 
 JOURNAL_NAME = "journal.jsonl"
 FAILED_EVENT, STOPPED_EVENT = "failed", "stopped early"
@@ -27,7 +27,6 @@ ACCURACY_METRIC = "validation/accuracy"
 """Share of right answers; only of data that have answers."""
 TAIL_BYTES = 65_536
 """A record is shorter than this."""
-
 _YEAR_9999 = 250_000_000_000_000
 """Time in ms; no date is later."""
 
@@ -49,8 +48,7 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / JOURNAL_NAME
         self._file = self.path.open("a+b")
-        size = self._file.seek(0, 2)
-        if size:
+        if size := self._file.seek(0, 2):
             # End the line that a crash cut off, so that it does not spoil the next one.
             self._file.seek(size - 1)
             if self._file.read(1) != b"\n":
@@ -75,9 +73,8 @@ class Journal:
         """Close the file."""
         self._file.close()
 
-    def _write(self, record: dict[str, Any]) -> None:
-        record = {"time": now_ms(), **record}
-        self._file.write(json.dumps(record).encode() + b"\n")
+    def _write(self, record: Record) -> None:
+        self._file.write(json.dumps({"time": now_ms(), **record}).encode() + b"\n")
         self._file.flush()
 
 
@@ -91,16 +88,6 @@ def read_journal(folder: Path, offset: int = 0) -> tuple[list[Record], int]:
         data = file.read()
     whole = data[: data.rfind(b"\n") + 1]
     return list(_records(whole.splitlines())), offset + len(whole)
-
-
-def _records(lines: Iterable[bytes]) -> Iterator[Record]:
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # Cut off by a crash.
-        if _is_record(record):
-            yield record
 
 
 def read_tail(folder: Path) -> list[Record]:
@@ -124,10 +111,7 @@ def recorded_times(folder: Path) -> tuple[int, int] | None:
     """Return the times of a journal's first and last record in ms; None if it has no record."""
     with suppress(OSError, StopIteration), (folder / JOURNAL_NAME).open("rb") as file:
         first = next(_records(file))
-        file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
-        # A line that is being written, or was cut off, is no record.
-        last = next(_records(reversed(file.read().splitlines())))
-        return first["time"], last["time"]
+        return first["time"], (read_tail(folder) or [first])[-1]["time"]
     return None
 
 
@@ -139,6 +123,14 @@ def validation_losses(records: Iterable[Record]) -> list[tuple[int, float]]:
         if record["kind"] == "metrics"
         and math.isfinite(loss := record["values"].get(VALIDATION_METRIC, math.nan))
     ]
+
+
+def _records(lines: Iterable[bytes]) -> Iterator[Record]:
+    for line in lines:
+        with suppress(ValueError, RecursionError):  # Cut off by a crash.
+            record = json.loads(line)
+            if _is_record(record):
+                yield record
 
 
 def _is_record(record: Any) -> bool:

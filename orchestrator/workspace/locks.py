@@ -1,6 +1,7 @@
 """Exclusive locks between processes; the system releases the locks of a process that has ended.
 
-The folder must be on a file system that supports locks.
+A lock is a file that stays. Who takes it writes its process and host into it, which count only
+while the lock is held. The folder must be on a file system that supports locks.
 """
 
 from __future__ import annotations
@@ -8,48 +9,60 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 POLL_SECONDS = 0.1
 
 
 @contextmanager
 def lock_file(
-    path: Path,
-    *,
-    seconds: float | None = None,
-    should_stop: Callable[[], bool] | None = None,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
+    path: Path, *, seconds: float | None = None, should_stop: Callable[[], bool] | None = None
 ) -> Iterator[bool]:
-    """Hold the lock of a file in the block; yields whether it was acquired. The file stays.
+    """Hold the lock of a file in the block; yields whether it was acquired.
 
     Args:
         path: The lock file; it is made with its folder if it is missing.
         seconds: Longest wait for another process that holds it (default: until it is free).
         should_stop: Called every `POLL_SECONDS`; True ends the wait.
-        clock, sleep: Measure time and wait.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    deadline = math.inf if seconds is None else clock() + seconds
-    while not lock.is_locked:
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            left = deadline - clock()
-            if left <= 0.0 or (should_stop and should_stop()):
-                break
-            sleep(min(POLL_SECONDS, left))
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield lock.is_locked
+        is_ours = False
+        while not is_ours:
+            try:
+                lock_descriptor(descriptor)
+                is_ours = True
+                write_holder(descriptor)
+            except BlockingIOError:
+                left = deadline - time.monotonic()
+                if left <= 0.0 or (should_stop and should_stop()):
+                    break
+                time.sleep(min(POLL_SECONDS, left))
+        yield is_ours
     finally:
-        lock.release()
+        os.close(descriptor)
+
+
+def lock_descriptor(descriptor: int) -> None:
+    """Lock a file, open for writing as network file systems need it, until its descriptor closes.
+
+    Raises:
+        OSError: If another process has locked it, or its file system has no locks.
+    """
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def write_holder(descriptor: int) -> None:
+    """Write who holds a lock into its file, for `lock_holder`."""
+    with suppress(OSError):  # The disk is full: the lock is held all the same.
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
 
 
 def is_locked(path: Path) -> bool:
@@ -68,23 +81,9 @@ def is_locked(path: Path) -> bool:
 
 
 def lock_holder(path: Path) -> int | None:
-    """Return the id of the process that holds the lock of a file; None if it is not known.
-
-    Only Linux knows it, of the processes of this machine and container.
-    """
-    with suppress(OSError):
-        inode = f":{path.stat().st_ino}"
-        for line in Path("/proc/locks").read_text().splitlines():
-            words = line.split()  # Such as `1: FLOCK ADVISORY WRITE 4711 fe:01:123 0 EOF`.
-            if words[1] == "FLOCK" and words[5].endswith(inode) and int(words[4]) > 0:
-                return int(words[4])
+    """Return the id of the process that holds a lock; None if none of this machine is known to."""
+    with suppress(OSError, ValueError), path.open(encoding="utf-8") as file:
+        process, host = file.readline().split()
+        if is_locked(path) and host == socket.gethostname():
+            return int(process)
     return None
-
-
-def lock_descriptor(descriptor: int) -> None:
-    """Lock a file, open for writing as network file systems need it, until its descriptor closes.
-
-    Raises:
-        OSError: If another process has locked it, or its file system has no locks.
-    """
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

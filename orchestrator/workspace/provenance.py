@@ -15,14 +15,9 @@ from typing import Any
 
 RECIPE_VERSION = 4
 """Part of every key; raise it when the code changes a recipe's result or the content of a key."""
-
 KEY_LENGTH = 16
-
 NOT_INSTALLED = "not installed"
 """The version of a package that is missing."""
-
-EXTENSION_GROUPS = ("iiet.", "iiet_orch.")
-"""How the names of the groups of entry points begin; `docs/extending.md` lists them."""
 
 
 def content_key(*parts: Any) -> str:
@@ -45,17 +40,17 @@ def file_key(path: Path) -> str:
 def environment() -> dict[str, str]:
     """Return versions and machine, stored with a result but not part of its key."""
     names = ("iiet-orch", "torch", "ray", "mlflow", "lm_eval", "transformers")
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        **{name: installed_version(name) for name in names},
-    }
+    machine = {"python": platform.python_version(), "machine": platform.machine()}
+    return machine | {name: installed_version(name) for name in names}
 
 
 def extension_packages() -> dict[str, str]:
-    """Return the packages that extend this program by entry points, and their versions."""
+    """Return the packages that extend this program by entry points, and their versions.
+
+    `docs/extending.md` lists the groups of entry points.
+    """
     known = metadata.entry_points()
-    groups = [group for group in known.groups if group.startswith(EXTENSION_GROUPS)]
+    groups = [group for group in known.groups if group.startswith(("iiet.", "iiet_orch."))]
     entries = [entry for group in groups for entry in known.select(group=group)]
     return {entry.dist.name: entry.dist.version for entry in entries if entry.dist}
 

@@ -13,7 +13,7 @@ from orchestrator.pipelines import training
 from orchestrator.settings import Settings
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 
-COMMANDS = get_command(cli.app.app).commands
+COMMANDS = get_command(cli.app.build_app()).commands
 
 
 def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -61,12 +61,12 @@ def test_exit_codes(
         (["pretrain", "--gpus", "8"], "GPU"),
         (["pretrain", "--workers", "0"], "--workers"),
         (["pretrain", "--gpu", "8"], "--gpus"),
-        (["pretrain", "training.num_steps=5"], "write --set training.num_steps=5"),
-        (["sweep-threshold", "training.num_steps=5"], "write --set training.num_steps=5"),
-        (["distill", "2,1", "my-run"], "write --schedule 2,1"),
-        (["distill", "1"], "write --schedule 1"),
+        (["pretrain", "training.num_steps=5"], "training.num_steps=5"),
+        (["sweep-threshold", "training.num_steps=5"], "training.num_steps=5"),
+        (["distill", "2,1", "my-run"], "my-run"),
+        (["distill", "1"], "--schedule says how many corrections"),
         (["distill", "my-run"], "--schedule says how many corrections"),
-        (["compare", "a", "b", "--json", "c.json"], "write --json > c.json"),
+        (["compare", "a", "b", "--json", "c.json"], "c.json"),
         (["pretrain", "-r", "1", "-r", "2"], "--schedule was given 2 times (1 and 2)"),
         (["generate", "-p", "x", "-r", "1", "-r", "2"], "--schedule was given 2 times"),
         (["evaluate", "--device", "tpu"], "a device is cpu, cuda, or cuda:N"),
@@ -74,7 +74,10 @@ def test_exit_codes(
         (["generate", "-p", "x", "--device", "cuda:99"], "--device cuda:99: this machine has"),
         (["pretrain", "--device", "cuda:1"], "'cuda:1' is not one of 'cpu', 'cuda'"),
         (["pretrain", "--device", "cpu", "--gpus", "2"], "--device cpu and --gpus 2"),
-        (["search", "--device", "cpu", "--gpus-per-trial", "1"], "and --gpus-per-trial 1: leave"),
+        (
+            ["sweep-threshold", "--device", "cpu", "--gpus-per-trial", "1"],
+            "and --gpus-per-trial 1: leave",
+        ),
         (["pretrain", "--lr", "0"], "training.learning_rate"),
         (["pretrain", "--dtype", "fp16"], "--dtype"),
         (["distill", "-r", "1", "--seed", "-1"], "--seed"),
@@ -86,8 +89,11 @@ def test_exit_codes(
         (["sweep-threshold", "--thresholds", "a,b"], "--thresholds"),
         (["sweep-threshold", "--thresholds", "nan"], "--thresholds takes numbers"),
         (["sweep-threshold", "--thresholds", "1_0"], "--thresholds takes numbers"),
-        (["sweep-threshold", "--thresholds", "-1"], "sweep.thresholds: -1 is below 0"),
-        (["sweep", "toy", "--set", "sweep.thresholds=[-1]"], "sweep.thresholds: -1 is below 0"),
+        (["sweep-threshold", "--thresholds", "-1"], "no influence of this metric is below 0"),
+        (
+            ["sweep", "toy", "--set", "sweep.thresholds=[-1]"],
+            "no influence of this metric is below 0",
+        ),
         (["sweep-threshold", "--seeds", "4294967296"], "--seeds takes whole numbers from 0 to"),
         (["sweep-iterations", "--schedule", "²"], "'²' is not an iteration schedule"),
         (["sweep-iterations", "--schedule", "9" * 5000], "is not an iteration schedule"),
@@ -96,13 +102,12 @@ def test_exit_codes(
         (["pretrain", "--schedule", "3*999999999"], "is for 999999999 layers"),
         (["pretrain", "--method", "looped", "--schedule", "2..0"], "repeats the whole stack"),
         (["pretrain", "--schedule", "1001"], "must be an integer from 0 to 1000"),
-        (["search", "--seed", "4294967296"], "--seed"),
-        (["search", "--trials", "9" * 5000], "--trials"),
+        (["sweep-threshold", "--search", "9" * 5000], "--search"),
         (["pretrain", "--config", "x" * 5000], "there is no settings file"),
         (["pretrain", "--config", "~no-such-user/a.yaml"], "there is no settings file"),
         (["pretrain", "--workspace", "x" * 5000], "cannot use the workspace"),
         (["evaluate", "~no-such-user/a"], "cannot use the path ~no-such-user/a"),
-        (["evaluate", "x" * 5000], "is too long for this file system"),
+        (["evaluate", "x" * 5000], "File name too long"),
         (["evaluate", "--include-path", "nowhere"], "there is no folder nowhere"),
         (["pretrain", "--set", "evaluation.include_path=nowhere"], "there is no folder nowhere"),
         (["generate", "--seed", "4294967296"], "--seed"),
@@ -271,7 +276,7 @@ def test_an_unexpected_error_leaves_its_traceback_in_the_log(
         ("sweep {file}", "iterations", None),
         ("sweep-threshold --config {file}", "threshold", "newest"),
         ("sweep-threshold run --config {file}", "threshold", Path("run")),
-        ("search --config {file}", "search", "newest"),
+        ("sweep-threshold --search 2 --config {file}", "search", "newest"),
         ("sweep-iterations --config {file}", "iterations", None),
     ],
 )

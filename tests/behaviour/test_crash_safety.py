@@ -35,10 +35,9 @@ from orchestrator.tracking.outbox import Outbox
 from orchestrator.training.checkpoint import check_checkpoint, load_training_state, save_checkpoint
 from orchestrator.training.checkpoint_writer import prune_checkpoints
 from orchestrator.training.teacher_cache import CachePlan, open_cache, write_cache
-from orchestrator.workspace.checkpoint_names import find_checkpoints
-from orchestrator.workspace.files import read_json, write_json
+from orchestrator.workspace.files import new_folder, read_json, write_json
 from orchestrator.workspace.journal import JOURNAL_NAME, Journal, read_journal
-from orchestrator.workspace.whole_folders import new_folder
+from orchestrator.workspace.layout import find_checkpoints
 
 RECORDED = ("fsync", "link", "mkdir", "rename", "replace", "rmdir", "truncate", "unlink")
 NEED_SPACE = ("fsync", "link", "mkdir", "rename", "replace")
@@ -260,7 +259,7 @@ CASES = {
     ),
     "first-json": Case(
         nothing,
-        lambda folder: write_json(folder / "new" / "a.json", [1, 2]),
+        lambda folder: write_json(folder / "new" / "a.json", {"x": [1, 2]}),
         lambda folder: read_json(folder / "new" / "a.json"),
     ),
     "outbox": Case(

@@ -14,7 +14,7 @@ from orchestrator.pipelines.generating import Sampling, generate
 from orchestrator.pipelines.picking import pick
 from orchestrator.settings import Settings, read_settings
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.layout import open_workspace
 
 pytestmark = pytest.mark.long
 

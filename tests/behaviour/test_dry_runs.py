@@ -13,15 +13,13 @@ import typer
 from small_size import SMALL
 
 from orchestrator import measure_influence, plan_sweep, prepare, sweep
-from orchestrator.cli.app import app
+from orchestrator.cli.app import build_app
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.settings import Settings, resolve_settings
-from orchestrator.settings.shipped import shipped_sweeps
-from orchestrator.workspace.files import write_text
-from orchestrator.workspace.folders import Workspace, open_workspace
-from orchestrator.workspace.names import PLAN_FILE
+from orchestrator.settings.files import shipped_sweeps
+from orchestrator.workspace.files import VERIFIED_NAME, write_text
+from orchestrator.workspace.layout import PLAN_FILE, Workspace, open_workspace
 from orchestrator.workspace.read_only import read_only
-from orchestrator.workspace.whole_folders import VERIFIED_NAME
 
 OFFLINE = """
 import contextlib, io, json, socket, sys
@@ -51,7 +49,7 @@ FROM_SETTINGS = {
 FROM_MODELS = {
     "distill": ["distill", "full", "-r", "1", *OPTIONS],
     "sweep-threshold": ["sweep-threshold", "full", *OPTIONS],
-    "search": ["search", "full", *OPTIONS],
+    "search": ["sweep-threshold", "full", "--search", "2", *OPTIONS],
     "pick": ["pick", "mine"],
     "evaluate": ["evaluate", "full", *OPTIONS],
 }
@@ -79,7 +77,7 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_every_command_with_a_dry_run_is_run_here() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(build_app()).commands  # type: ignore[attr-defined]
     names = {
         name
         for name, command in commands.items()

@@ -14,7 +14,7 @@ from orchestrator.pipelines.sweeps import SweepResult
 from orchestrator.reporting.elastic_section import ELASTIC_TITLE
 from orchestrator.settings import Settings, read_settings
 from orchestrator.training.checkpoint import load_config, served_schedules
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 pytestmark = pytest.mark.long
 

@@ -21,8 +21,8 @@ import pytest
 from small_size import SMALL
 
 from orchestrator import cli
-from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.layout import find_checkpoints
 
 pytestmark = pytest.mark.slow
 

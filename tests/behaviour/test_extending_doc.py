@@ -21,8 +21,9 @@ from method_suite import assert_passes_suite
 from small_size import SMALL
 
 from orchestrator import cli
-from orchestrator.pipelines.extensions import EXTENSION_POINTS, installed_extensions
+from orchestrator.pipelines.doctor import examine, extension_points
 from orchestrator.training.checkpoint import METHOD_PACKAGE, load_provenance
+from orchestrator.workspace.layout import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -87,7 +88,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 def test_the_page_names_every_group_and_contract(place: Place) -> None:
     [table] = re.findall(r"\n\| what .*?\n\n", PAGE, flags=re.DOTALL)
-    for point in EXTENSION_POINTS:
+    for point in extension_points():
         [row] = [row for row in table.splitlines() if f"`{point.names.group}`" in row]
         module, *names = re.findall(r"`([\w.]+)`", row.split("|")[3])
         bases = [f"{base.__module__}.{base.__qualname__}" for base in point._bases]
@@ -95,12 +96,11 @@ def test_the_page_names_every_group_and_contract(place: Place) -> None:
         known = {module, *(f"{package}.{name}" for name in names)}
         # `iiet.methods` exports what `iiet.methods.base` defines.
         assert known == {base.replace("methods.base.", "methods.") for base in bases}
-    assert set(PYPROJECT["project"]["entry-points"]) == {p.names.group for p in EXTENSION_POINTS}
+    assert set(PYPROJECT["project"]["entry-points"]) == {p.names.group for p in extension_points()}
     assert PYPROJECT["tool"]["setuptools"]["py-modules"] == list(MODULES)
     with on_path(place.site):
-        found = list(installed_extensions())
-    assert len(found) == 7
-    assert not [each.problem for each in found if each.problem]
+        found = [f for f in examine(Workspace(place.workspace)) if f.check == "extensions"]
+    assert [each.state for each in found] == ["ok"] * 7
 
 
 @pytest.mark.slow

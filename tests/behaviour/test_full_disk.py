@@ -16,7 +16,7 @@ from sample_trials import sample_trial
 from orchestrator.cli.session import open_session
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.layout import open_workspace
 
 
 def _wrapped() -> UserError:

@@ -208,7 +208,14 @@ def sound_assignments(draw: st.DrawFn) -> str:
 
 
 PLANS = st.sampled_from(
-    ["pretrain", "pretrain", "sweep-threshold", "sweep-iterations", "search", "sweep toy"]
+    [
+        "pretrain",
+        "pretrain",
+        "sweep-threshold",
+        "sweep-iterations",
+        "sweep-threshold --search 2",
+        "sweep toy",
+    ]
 )
 SCHEDULES = st.text(alphabet="0123456789,.*()[] -²", max_size=12) | WORDS
 LISTS = st.text(alphabet="0123456789,.-+eEnaif² ", max_size=12) | WORDS
@@ -433,7 +440,7 @@ COMMANDS: dict[str, list[str]] = {
     "import": ["import", "EXPORT", "--name", "again"],
     "plan of students": ["sweep-threshold", "--dry-run", *OPTIONS],
     "plan of a sweep": ["sweep", "toy", "--dry-run", *OPTIONS],
-    "plan of a search": ["search", "--dry-run", *OPTIONS],
+    "plan of a search": ["sweep-threshold", "--search", "2", "--dry-run", *OPTIONS],
     "prepare": ["prepare", *OPTIONS],
     "plan of a training": ["pretrain", "--dry-run", *OPTIONS],
     "training": ["pretrain", "--local", *OPTIONS],

@@ -18,9 +18,8 @@ import torch
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.run import run_job
-from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.journal import read_journal
-from orchestrator.workspace.names import DONE_NAME
+from orchestrator.workspace.layout import DONE_NAME, find_checkpoints
 
 DRIVER = """
 import json, pathlib, sys

@@ -15,8 +15,8 @@ from orchestrator.records.trial import Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import weights_key
-from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.layout import find_checkpoints
 
 
 def long_trial(trial: Trial, folder: Path) -> Trial:

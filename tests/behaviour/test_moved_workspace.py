@@ -15,8 +15,8 @@ import pytest
 from small_size import SMALL
 
 from orchestrator.tracking.relocation import ADDRESS_COLUMNS
-from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.layout import find_checkpoints
 
 pytestmark = pytest.mark.long
 

@@ -45,7 +45,7 @@ SMALL_DEPTH = [
     "evaluation.num_items=20", "sweep.num_schedules=3",
 ]  # fmt: skip
 TAKES_SETTINGS = {
-    "prepare", "pretrain", "distill", "influence", "evaluate", "compare", "benchmark", "search",
+    "prepare", "pretrain", "distill", "influence", "evaluate", "compare", "benchmark",
     "sweep", "sweep-threshold", "sweep-iterations",
 }  # fmt: skip
 

@@ -24,13 +24,13 @@ from orchestrator import cli
 from orchestrator.pipelines.exporting import export_checkpoint
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import Settings, read_settings
-from orchestrator.settings.shipped import shipped_sweeps
+from orchestrator.settings.files import shipped_sweeps
 from orchestrator.training.model_loading import load_model
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS_PAGE = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 PYTHON_PAGE = ROOT / "docs" / "python.md"
-COMMANDS = typer.main.get_command(cli.app.app).commands  # type: ignore[attr-defined]
+COMMANDS = typer.main.get_command(cli.app.build_app()).commands  # type: ignore[attr-defined]
 HIDDEN = 'import sys; sys.modules["iiet"] = sys.modules["orchestrator"] = None'
 """Any import of them fails from here on."""
 GLOSSARY = (
@@ -119,7 +119,7 @@ def test_all_python_of_the_pages_is_run_by_a_test() -> None:
 
 def test_commands_without_a_function_are_named() -> None:
     (listed,) = re.findall(r"but for (`.*?`)\. It takes", PYTHON_PAGE.read_text(), flags=re.DOTALL)
-    other_names = {"influence": "measure_influence", "import": "import_model", "search": "sweep"}
+    other_names = {"influence": "measure_influence", "import": "import_model"}
     functions = (other_names.get(name, name.partition("-")[0]) for name in COMMANDS)
     without = {
         name for name, f in zip(COMMANDS, functions, strict=True) if f not in dir(orchestrator)

@@ -22,8 +22,8 @@ from orchestrator.training.checkpoint import load_training_state
 from orchestrator.training.distributed import World
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
-from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.layout import find_checkpoints
 
 RECIPE = {
     "num_steps": 8,

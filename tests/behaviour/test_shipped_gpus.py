@@ -9,7 +9,7 @@ import pytest
 from orchestrator import PlannedSweep, plan_sweep
 from orchestrator.planning import estimate, fit, machine
 from orchestrator.settings import read_settings
-from orchestrator.settings.shipped import shipped_sweeps
+from orchestrator.settings.files import shipped_sweeps
 from orchestrator.workspace.errors import UserError
 
 NUM_STUDENTS = 10

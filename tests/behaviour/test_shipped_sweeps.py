@@ -13,8 +13,8 @@ from small_size import SMALL
 
 from orchestrator import SweepResult, plan_sweep, sweep
 from orchestrator.settings import Settings, read_settings
-from orchestrator.settings.shipped import shipped_sweeps
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.settings.files import shipped_sweeps
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from orchestrator.sweeping.execution import run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.tracking import open_tracking
 from orchestrator.tracking.store import Store
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.layout import open_workspace
 
 
 @pytest.mark.long

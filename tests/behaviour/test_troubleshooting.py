@@ -24,7 +24,7 @@ from orchestrator.cluster.shared_memory import check_shared_memory
 from orchestrator.evaluation.harness.transformers_model import load_transformers_model
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.planning.fit import out_of_memory_explained
-from orchestrator.terminal.signals import interruption_text
+from orchestrator.terminal.stop import interruption_text
 from orchestrator.training.distributed import World
 from orchestrator.training.precision import check_precision
 from orchestrator.training.run import run_job

@@ -26,8 +26,8 @@ from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import jobs_to_train
-from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.layout import find_checkpoints
 
 # With the argument `hold`, pauses after its first checkpoint until its standard input is closed.
 DRIVER = """

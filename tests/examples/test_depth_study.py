@@ -32,7 +32,7 @@ from orchestrator.cli.session import Session
 from orchestrator.data.sources import open_data
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.pretraining_job import pretraining_job
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 TINY = [
     "model.dim=16", "model.num_heads=2", "model.ffn_dim=32", "training.num_steps=4",
@@ -174,7 +174,7 @@ def test_its_dry_run_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture
     ("arguments", "words"),
     [
         (["--arms", "iiet"], "no arm has a name like 'iiet'"),
-        (["--seeds", "2", "2"], "a seed is given twice"),
+        (["--seeds", "2", "2"], "a value is given twice"),
         (["--set", "sweep.seeds=[]"], "sweep.seeds is empty"),
         (
             ["--set", "data.source=python", "--set", "data.depth.tasks=[]"],

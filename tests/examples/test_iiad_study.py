@@ -26,7 +26,7 @@ from orchestrator.settings import Settings, read_settings, resolve_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.schedules import schedule_by_step
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.layout import open_workspace
 from orchestrator.workspace.provenance import content_key
 
 CHOICES = study.Choices(seeds=(0,), two_stage_from=0.75)

@@ -24,7 +24,7 @@ from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
 from orchestrator.settings import DataSettings, ElasticSettings, TrainingSettings
-from orchestrator.settings.prompts import Prompts
+from orchestrator.settings.evaluation import Prompts
 from orchestrator.training.job import job_key
 
 NOT_IN_KEY: dict[type, set[str]] = {

@@ -27,7 +27,7 @@ from orchestrator.data.prepared import (
 from orchestrator.data.shares import SourceOrder
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings
-from orchestrator.settings.depth import DepthSettings
+from orchestrator.settings.data import DepthSettings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.provenance import content_key
 

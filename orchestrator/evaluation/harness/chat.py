@@ -6,7 +6,7 @@ from typing import Any
 
 from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.model_tokenizer import Message, ModelTokenizer
-from orchestrator.settings.prompts import Prompts
+from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 

@@ -22,7 +22,7 @@ from orchestrator.evaluation.harness.answer_settings import answer_settings
 from orchestrator.evaluation.harness.chat import ChatModel
 from orchestrator.evaluation.model_tokenizer import ModelTokenizer
 from orchestrator.evaluation.scoring import Score, score_continuations
-from orchestrator.settings.prompts import Prompts
+from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.provenance import content_key
 

@@ -33,7 +33,7 @@ from orchestrator.records.evaluation import (
     EvaluationResult,
     TaskResult,
 )
-from orchestrator.settings.prompts import Prompts
+from orchestrator.settings.evaluation import Prompts
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import expand_user
 

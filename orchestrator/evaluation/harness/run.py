@@ -34,7 +34,7 @@ from orchestrator.records.evaluation import (
     plain_value,
     standard_error,
 )
-from orchestrator.settings.prompts import Prompts
+from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
 
 OnResult = Callable[[TaskResult], None]

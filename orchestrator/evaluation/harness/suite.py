@@ -27,7 +27,7 @@ from orchestrator.evaluation.harness.task_index import index_names, nearest_name
 from orchestrator.evaluation.heldout import heldout_configs
 from orchestrator.evaluation.python_tasks import TASKS, expand_groups, task_config
 from orchestrator.records.evaluation import ACCURACY_METRICS
-from orchestrator.settings.prompts import Prompts
+from orchestrator.settings.evaluation import Prompts
 from orchestrator.workspace.errors import RunFailed, UserError, first_line
 from orchestrator.workspace.provenance import content_key
 

@@ -19,7 +19,7 @@ from orchestrator.evaluation.harness.chat import ChatModel
 from orchestrator.evaluation.harness.decoder_model import num_items
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.evaluation.model_tokenizer import FolderTokenizer
-from orchestrator.settings.prompts import Prompts
+from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError, first_line
 from orchestrator.workspace.provenance import content_key

@@ -37,17 +37,17 @@ from orchestrator.evaluation.heldout.text_tasks import (
     TEXT_VERSION,
     text_rows,
 )
-from orchestrator.settings.depth import is_depth_task
+from orchestrator.settings.data import is_depth_task
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_json
-from orchestrator.workspace.provenance import content_key
-from orchestrator.workspace.whole_folders import (
+from orchestrator.workspace.files import (
     checksums_of,
     damaged_file,
     mark_verified,
     new_folder,
+    read_json,
 )
+from orchestrator.workspace.provenance import content_key
 
 GROUP = "heldout"
 SUITE_NAME = "suite.json"

@@ -17,16 +17,14 @@ import pytest
 from orchestrator import cli
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import lock_run_folder
-from orchestrator.workspace.checkpoint_names import find_checkpoints
-from orchestrator.workspace.files import write_json
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.files import new_folder, write_json
+from orchestrator.workspace.layout import Workspace, find_checkpoints, open_workspace
 from orchestrator.workspace.locks import lock_file
-from orchestrator.workspace.whole_folders import new_folder
 
 Clean = Callable[..., list[str]]
 KILLED = """
 import os
-from orchestrator.workspace.scratch import make_scratch_folder
+from orchestrator.workspace.files import make_scratch_folder
 print(make_scratch_folder().folder, flush=True)
 os.kill(os.getpid(), 9)
 """

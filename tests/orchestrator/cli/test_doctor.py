@@ -13,8 +13,7 @@ import torch
 
 from orchestrator import cli
 from orchestrator.workspace.files import write_json
-from orchestrator.workspace.folders import open_workspace
-from orchestrator.workspace.paths import WORKSPACE_FILE_NAME
+from orchestrator.workspace.layout import WORKSPACE_FILE_NAME, open_workspace
 
 
 @pytest.fixture(autouse=True)

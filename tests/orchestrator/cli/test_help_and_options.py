@@ -25,7 +25,7 @@ from orchestrator.settings import (
     SweepSettings,
     TrainingSettings,
 )
-from orchestrator.settings.starting import SIZES
+from orchestrator.settings.files import SIZES
 from orchestrator.workspace.errors import UserError
 
 
@@ -42,7 +42,7 @@ COMMANDS = dict(_commands(get_command(cli.app.app)))
 
 @pytest.mark.parametrize("name", sorted({names[0] for names in COMMANDS}))
 def test_a_named_command_is_built_alone_and_is_the_same(name: str) -> None:
-    built = dict(_commands(get_command(cli.app.app.reduced_to([name, "--help"]))))
+    built = dict(_commands(get_command(cli.app.build_app([name, "--help"]))))
     assert list(built) == [names for names in COMMANDS if names[0] == name]
     for names, command in built.items():
         options = [parameter.opts for parameter in command.params]
@@ -51,7 +51,7 @@ def test_a_named_command_is_built_alone_and_is_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("words", [[], ["--version"], ["no-such-command"]])
 def test_words_that_name_no_command_leave_all(words: list[str]) -> None:
-    assert dict(_commands(get_command(cli.app.app.reduced_to(words)))).keys() == COMMANDS.keys()
+    assert dict(_commands(get_command(cli.app.build_app(words)))).keys() == COMMANDS.keys()
 
 
 @pytest.mark.parametrize("names", COMMANDS, ids=" ".join)

@@ -22,7 +22,7 @@ from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.sweeps import SweepResult, report
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.training.checkpoint import save_checkpoint
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "json.md"
 Keys = tuple[set[str], set[str]]

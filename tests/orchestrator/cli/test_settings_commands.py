@@ -11,8 +11,7 @@ import yaml
 
 from orchestrator import cli
 from orchestrator.settings import Settings, read_settings
-from orchestrator.settings.rendering import marked_yaml
-from orchestrator.settings.shipped import shipped_sweeps
+from orchestrator.settings.files import marked_yaml, shipped_sweeps
 
 
 @pytest.fixture(autouse=True)

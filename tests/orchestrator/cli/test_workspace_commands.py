@@ -17,10 +17,14 @@ from orchestrator import cli
 from orchestrator.cli.session import open_session
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.training.run import run_job
-from orchestrator.workspace.folders import Workspace, open_workspace
 from orchestrator.workspace.journal import Journal, read_tail
+from orchestrator.workspace.layout import (
+    RUN_LOCK_NAME,
+    WORKERS_LOCK_NAME,
+    Workspace,
+    open_workspace,
+)
 from orchestrator.workspace.locks import lock_file
-from orchestrator.workspace.names import RUN_LOCK_NAME, WORKERS_LOCK_NAME
 
 Run = Callable[..., str]
 

@@ -83,7 +83,7 @@ with ray_cluster():
         found["error"] = [str(error), "in mistake" in str(error.__cause__)]
     workers = Placement(jobs_at_once=1, workers=2, cpus=1, gpus=1)
     try:
-        TrialContext(workers, *[None] * 5).on_device(lambda device: mistake(device, None))
+        TrialContext(workers, *[None] * 4).on_device(lambda device: mistake(device, None))
     except UserError as error:
         found["error of a trial"] = str(error)
     found["after a death"] = on_gpu(partial(die_once, Path(sys.argv[1])), Progress())

@@ -20,9 +20,9 @@ from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
-from orchestrator.workspace.checkpoint_names import find_checkpoints, step_of
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.layout import find_checkpoints, step_of
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ from types import SimpleNamespace
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.training import plan_distill, plan_models, run_distill, run_trainings
 from orchestrator.settings import resolve_settings
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 nothing = lambda *_, **__: None
 names = "set_tags", "log_dataset", "log_text", "log_journal", "log_model", "finish"

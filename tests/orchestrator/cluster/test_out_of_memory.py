@@ -68,7 +68,7 @@ def test_a_trial_is_not_tried_again(ray_session: None, tiny_job: MakeJob, tmp_pa
         backward = torch.autograd.backward
         torch.autograd.backward = run_out
         try:
-            context.train(TrainingJob.model_validate(parameters), context.should_stop)
+            context.train(TrainingJob.model_validate(parameters))
         finally:
             torch.autograd.backward = backward  # Other trials use this process.
         return {}

@@ -18,10 +18,10 @@ from orchestrator.settings import ClusterSettings
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
 from orchestrator.training.loop import Diverged
 from orchestrator.training.run import run_job
-from orchestrator.workspace.checkpoint_names import checkpoint_name, find_checkpoints
 from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.files import SCRATCH_NAME
 from orchestrator.workspace.journal import read_journal
-from orchestrator.workspace.scratch import PREFIX
+from orchestrator.workspace.layout import checkpoint_name, find_checkpoints
 
 MakeJob = Callable[..., TrainingJob]
 
@@ -90,14 +90,16 @@ def test_two_workers_train_on_the_same_global_batch(ray_session: None, make_job:
 
     alone = run_job(make_job("alone"))
     listeners = Listeners(make_job("shared"))
-    stores = set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*/store"))  # Others may have theirs.
+    stores = set(
+        Path(tempfile.gettempdir()).glob(f".{SCRATCH_NAME}.*/store")
+    )  # Others may have theirs.
     (shared,) = run_train_jobs(
         [make_job("shared", num_sequences_per_pass=1)],
         ClusterSettings(num_workers=2, parallel="fsdp"),
         watch=listeners.watch,
     )
     assert listeners.are_local(), listeners.found
-    found = set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*/store"))
+    found = set(Path(tempfile.gettempdir()).glob(f".{SCRATCH_NAME}.*/store"))
     assert found <= stores, "where they met is gone"
     assert metric(make_job("shared")) == pytest.approx(metric(make_job("alone")), abs=1e-5)
     assert shared.validation_loss == pytest.approx(alone.validation_loss, abs=1e-5)

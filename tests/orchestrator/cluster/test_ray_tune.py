@@ -104,9 +104,11 @@ def test_a_stop_waits_for_running_trials_and_starts_no_other(
     def trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
         import time
 
+        from orchestrator.terminal.stop import stop_requested
+
         path = Path(folder) / f"trial.{parameters['x']}"
         path.touch()
-        while not context.should_stop():
+        while not stop_requested():
             time.sleep(0.01)
         path.write_text("saved")
         if parameters["x"] == 0:

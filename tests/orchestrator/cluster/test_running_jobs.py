@@ -14,7 +14,7 @@ from orchestrator.cluster.messages import Message
 from orchestrator.cluster.running_jobs import RunningJobs, wait_message
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings
-from orchestrator.terminal.signals import recorded_signals
+from orchestrator.terminal.stop import stop_on_signals
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import Journal
 
@@ -41,8 +41,8 @@ def test_ctrl_c_does_not_wait_for_a_job_without_a_node(
         if notes:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with recorded_signals() as signals, pytest.raises(Interrupted, match=r"^interrupted; nothing"):
-        running.wait_for([Future()], signals, watch)
+    with stop_on_signals(), pytest.raises(Interrupted, match=r"^interrupted; nothing"):
+        running.wait_for([Future()], watch)
     assert notes == ["run waits for a place: 0 of 1 CPUs are free"]
     assert stop.is_posted()
 

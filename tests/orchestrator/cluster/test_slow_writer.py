@@ -14,9 +14,9 @@ import pytest
 from orchestrator.planning import save_time
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.run import run_job
-from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.layout import find_checkpoints
 
 
 def with_slow_writer(

@@ -16,7 +16,7 @@ from orchestrator.cluster.environment import (
     prepare_environment,
     worker_variables,
 )
-from orchestrator.workspace.scratch import PREFIX
+from orchestrator.workspace.files import SCRATCH_NAME
 
 
 @pytest.mark.slow
@@ -40,7 +40,7 @@ def test_only_this_user_may_enter_rays_folder(ray_session: None) -> None:
     from orchestrator.cluster.start import LONGEST_TEMPORARY_FOLDER
 
     (socket,) = {node["ObjectStoreSocketName"] for node in ray.nodes()}
-    (outer,) = (path for path in Path(socket).parents if path.name.startswith(PREFIX))
+    (outer,) = (path for path in Path(socket).parents if path.name.startswith(f".{SCRATCH_NAME}."))
     assert outer.stat().st_mode & 0o777 == 0o700
     longest = len(socket) - len(str(outer)) + LONGEST_TEMPORARY_FOLDER + len("4194304")
     assert longest - len(str(os.getpid())) <= 107

@@ -16,7 +16,7 @@ from orchestrator.data.sources import open_data
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings, resolve_settings
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 
 def data_settings(*tasks: str, **changes: int) -> DataSettings:
@@ -131,9 +131,7 @@ def test_bad_settings_are_errors(tree: dict[str, object], reason: str) -> None:
         resolve_settings({"data": {"source": "depth", "depth": tree}})
 
 
-def test_tasks_of_another_source_and_no_tasks_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.source is python, which does not generate tasks"):
-        resolve_settings({"data": {"depth": {"tasks": ["phop_3"]}}})
+def test_no_tasks_and_tasks_that_do_not_fit_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.depth\.tasks is empty"):
         prepare(data_settings(), Workspace(tmp_path))
     with pytest.raises(UserError, match="length=64 is too short for phop_20"):

@@ -18,7 +18,7 @@ from orchestrator.evaluation.evaluated_model import open_model, open_models, sho
 from orchestrator.training.checkpoint import load_config, load_provenance
 from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 from orchestrator.workspace.read_only import read_only
 
 NAME = "hub:me/tiny"
@@ -191,7 +191,6 @@ def test_a_mistake_is_one_sentence(
         ["influence", NAME],
         ["distill", NAME, "-r", "0"],
         ["sweep-threshold", NAME],
-        ["search", NAME],
         ["generate", NAME, "--prompt", "x"],
         ["import", NAME],
         ["import", "tiny", "--tokenizer", NAME],

@@ -19,8 +19,7 @@ from orchestrator.data.token_store import TokenStore
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings, resolve_settings
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
-from orchestrator.workspace.names import TEMPORARY_PREFIX
+from orchestrator.workspace.layout import TEMPORARY_PREFIX, Workspace
 
 SHARES = {"files": 0.7, "phop_2": 0.2, "chain_2": 0.1}
 SYMBOL = "<|0|>"
@@ -254,22 +253,10 @@ def test_mixtures_of_texts_alone_or_of_tasks_alone(text: Path, workspace: Worksp
     [
         ({"shares": {"python": 0.6, "phop_6": 0.3}}, r"sum to 0\.9; they must sum to 1"),
         ({"shares": {"python": 1.0, "phop_6": 0}}, r"share of phop_6 is 0; it must be above 0"),
-        ({"shares": {"pyhton": 0.5, "phop_6": 0.5}}, "did you mean python"),
-        ({"shares": {"python": 0.5, "pjop_6": 0.5}}, "did you mean phop_6"),
+        ({"shares": {"python": 0.5, "pjop_6": 0.5}}, "'pjop_6' is not a source; sources are pyt"),
         ({"shares": {"python": 0.5, "phop_0": 0.5}}, "phop_0 has depth 0"),
-        ({}, "no source has a share"),
-        ({"shares": {"python": 1.0}, "files": ["a.txt"]}, r"data\.shares has no `files`"),
-        (
-            {"shares": {"python": 0.5, "phop_6": 0.5}, "depth": {"tasks": ["phop_6"]}},
-            r"leave data\.depth\.tasks out",
-        ),
     ],
 )
 def test_bad_mixtures_are_errors(tree: dict[str, object], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         resolve_settings({"data": {"source": "mixture", **tree}})
-
-
-def test_shares_of_one_source_are_an_error() -> None:
-    with pytest.raises(UserError, match=r"data\.source is python, which is one source"):
-        resolve_settings({"data": {"shares": {"python": 1.0}}})

@@ -25,8 +25,7 @@ from orchestrator.pipelines.training import plan_pretrain
 from orchestrator.settings import DataSettings, Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
-from orchestrator.workspace.names import TEMPORARY_PREFIX
+from orchestrator.workspace.layout import TEMPORARY_PREFIX, Workspace, open_workspace
 
 
 @pytest.fixture
@@ -113,7 +112,7 @@ from pathlib import Path
 from orchestrator.data import token_writer, tokenization
 from orchestrator.data.preparation import prepare
 from orchestrator.settings import DataSettings
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.layout import open_workspace
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's & ignores it.
 tokenization.COMMIT_BYTES, tokenization.DOCUMENTS_PER_BATCH = 2000, 5
@@ -221,7 +220,7 @@ def test_encoding_uses_all_cores(workspace: Workspace, settings: DataSettings) -
         "from pathlib import Path\n"
         "from orchestrator.settings import DataSettings\n"
         "from orchestrator.data.preparation import prepare\n"
-        "from orchestrator.workspace.folders import open_workspace\n"
+        "from orchestrator.workspace.layout import open_workspace\n"
         "settings = DataSettings.model_validate_json(sys.argv[1])\n"
         "before = psutil.Process().num_threads()\n"
         "prepare(settings, open_workspace(Path(sys.argv[2])))\n"

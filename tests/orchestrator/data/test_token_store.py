@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.data.prepared import MANIFEST_NAME, verify_data
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.whole_folders import VERIFIED_NAME
+from orchestrator.workspace.files import VERIFIED_NAME
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.evaluation.harness.chat import ChatModel
 from orchestrator.evaluation.model_tokenizer import Message
-from orchestrator.settings.prompts import Prompts
+from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 

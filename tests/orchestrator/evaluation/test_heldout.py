@@ -34,7 +34,7 @@ from orchestrator.evaluation.task_selection import select_tasks, tasks_of_source
 from orchestrator.settings import DataSettings, EvaluationSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 CONTEXT_LENGTH = 48
 NUM_ITEMS = 60

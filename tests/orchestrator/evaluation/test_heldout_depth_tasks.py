@@ -27,7 +27,7 @@ from orchestrator.pipelines.sweeps import plan_sweep
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 NUM_ITEMS = 150
 

@@ -23,7 +23,7 @@ from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.evaluation.logged_samples import _groups, find_logged_run
 from orchestrator.evaluation.model_tokenizer import PlainTokenizer
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.settings.prompts import Prompts
+from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import RunFailed, UserError
 

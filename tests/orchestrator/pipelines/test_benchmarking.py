@@ -25,10 +25,10 @@ from orchestrator.pipelines.benchmarking import benchmark_models, family_of, usu
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import read_or_measure_influence
 from orchestrator.settings import InfluenceSettings
-from orchestrator.terminal.formatting import shortest_schedule
+from orchestrator.terminal.render import shortest_schedule
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 CONDITIONS = MeasurementSettings(batch_sizes=(1,), contexts=(4,), new_tokens=3, repetitions=2)
 

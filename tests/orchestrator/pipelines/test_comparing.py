@@ -19,7 +19,7 @@ from orchestrator.pipelines.evaluating import evaluate_opened
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 TASK = """\
 task: {name}

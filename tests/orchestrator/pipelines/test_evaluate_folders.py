@@ -38,7 +38,7 @@ from orchestrator.training.checkpoint import (
 )
 from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 TASKS = {
     "choices": """\

@@ -26,7 +26,7 @@ from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 TASK = """\
 task: {name}

@@ -32,8 +32,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import ELASTIC, weights_key
 from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
-from orchestrator.workspace.names import PROVENANCE
+from orchestrator.workspace.layout import PROVENANCE, Workspace, open_workspace
 
 TASKS = {
     "choice": """\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +16,13 @@ from iiet.extensions import ExtensionError
 from iiet.influence_metrics import INFLUENCE_METRICS
 from orchestrator.cli import main
 from orchestrator.data.corpus import source_state
-from orchestrator.pipelines.extensions import EXTENSION_POINTS, installed_extensions
+from orchestrator.pipelines.doctor import extension_points
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 from orchestrator.workspace.provenance import extension_packages
 
-GROUPS = {table.names.group: table for table in EXTENSION_POINTS}
+GROUPS = {table.names.group: table for table in extension_points()}
 SOURCE = """
 from itertools import product
 
@@ -84,7 +85,7 @@ def test_the_tables_hold_this_projects_classes_first() -> None:
         "iiet_orch.data_sources": "python",
         "iiet_orch.loggers": "tensorboard",
     }
-    for table in EXTENSION_POINTS:
+    for table in extension_points():
         assert all(table[name] for name in table.names.own)
         assert not table.names.entry_points()
     assert extension_packages() == {}
@@ -191,7 +192,6 @@ def test_a_mixture_trains_on_a_source_of_a_package(
         ("sweep.methods=[iiet, broken_method]", "sweep.methods: the method 'broken_method' of the"),
         ("tracking.loggers=[mlflow, csv]", "should be 'mlflow', 'tensorboard' or 'broken_logger'"),
         ("data.source=latters", "'files', 'hub', 'broken_source' or 'letters'; got 'latters'"),
-        ("data.source_options={letters: {}}", "letters is not read; data.source is python"),
     ],
 )
 def test_a_wrong_setting_is_refused(site: Path, change: str, words: str) -> None:
@@ -249,11 +249,14 @@ def test_a_name_that_means_something_else_is_refused(tmp_path: Path, group: str,
 def test_doctor_lists_what_packages_add(
     site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = {(each.kind, each.name): each.problem for each in installed_extensions()}
+    assert main(["doctor", "--json", "--workspace", str(tmp_path / "ws")]) == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    found = [finding for finding in findings if finding["check"] == "extensions"]
     assert len(found) == 9
-    usable = {("influence metric", "distance"), ("data source", "letters")}
-    assert {each for each, problem in found.items() if problem is None} == usable
-    assert main(["doctor", "--workspace", str(tmp_path / "ws")]) == 1
-    printed = " ".join(capsys.readouterr().out.split())
-    assert f"extensions: the influence metric distance of {PACKAGE} 1.0" in printed
-    assert f"repair the package {PACKAGE} 1.0, or uninstall it" in printed
+    usable = {
+        f"the {what} of {PACKAGE} 1.0"
+        for what in ("influence metric distance", "data source letters")
+    }
+    assert {finding["text"] for finding in found if finding["state"] == "ok"} == usable
+    remedies = {finding["remedy"] for finding in found if finding["state"] == "broken"}
+    assert remedies == {f"repair the package {PACKAGE} 1.0, or uninstall it"}

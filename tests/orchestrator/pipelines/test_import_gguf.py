@@ -21,7 +21,7 @@ from orchestrator.reporting.model_card import ModelCard
 from orchestrator.training.checkpoint import load_provenance
 from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 FEW = Sampling(max_new_tokens=12)
 

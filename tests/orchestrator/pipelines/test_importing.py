@@ -19,7 +19,7 @@ from orchestrator.training.checkpoint import tokenizer_file
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import resolve_checkpoint, resolve_model, tokens_folder_of
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 
 @pytest.fixture

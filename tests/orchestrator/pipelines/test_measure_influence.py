@@ -21,7 +21,7 @@ from orchestrator.settings import InfluenceSettings
 from orchestrator.training.checkpoint import check_checkpoint
 from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 SETTINGS = InfluenceSettings(num_tokens=512)
 

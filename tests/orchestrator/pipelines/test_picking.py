@@ -31,7 +31,7 @@ from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import load_influence_table
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.layout import open_workspace
 
 
 @pytest.fixture(scope="module")

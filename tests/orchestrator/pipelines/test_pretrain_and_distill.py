@@ -31,10 +31,9 @@ from orchestrator.tracking import Tracking
 from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.training.run import run_job
-from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.files import write_text
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace, find_checkpoints
 
 RECIPE = {
     "num_steps": 6,

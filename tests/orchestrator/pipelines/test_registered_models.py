@@ -30,7 +30,7 @@ from orchestrator.reporting.pick_rules import PickRule
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.training.checkpoint import TOKENIZER
 from orchestrator.training.model_loading import load_model
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 pytestmark = pytest.mark.slow
 

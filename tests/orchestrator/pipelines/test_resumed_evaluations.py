@@ -14,8 +14,7 @@ from fake_tracking import untracked
 
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.evaluated_model import open_model
-from orchestrator.pipelines.evaluating import evaluate_model
-from orchestrator.pipelines.evaluation_dry_runs import plan_evaluation
+from orchestrator.pipelines.evaluating import evaluate_model, plan_evaluate
 from orchestrator.pipelines.sweeps import make_tasks, plan_suite
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings
@@ -23,7 +22,7 @@ from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 TASKS = {
     "choices": """\
@@ -116,8 +115,8 @@ def evaluate(
 
 def planned(model: Path, settings: EvaluationSettings, workspace: Workspace) -> dict[str, str]:
     """Return what a dry run says about each task."""
-    found = plan_evaluation(Settings(evaluation=settings), workspace=workspace, models=[model])
-    return dict(found.rows)
+    found = plan_evaluate(Settings(evaluation=settings), workspace=workspace, models=[model])
+    return {row["task"]: row["state"] for row in found.rows()}
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -31,8 +31,8 @@ from orchestrator.sweeping.trial_queue import TrialQueue, _record_failure
 from orchestrator.tracking import NOTE_TAG, REASON_TAG, open_tracking
 from orchestrator.training.monitor import RunMonitor
 from orchestrator.training.run import run_job
-from orchestrator.workspace.folders import Workspace, open_workspace
 from orchestrator.workspace.journal import Journal, recorded_times
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 
 def stored_runs(database: Path) -> dict[tuple[str, str], Run]:

@@ -21,7 +21,7 @@ from orchestrator.settings import resolve_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.model_config import build_model_config
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.layout import open_workspace
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:

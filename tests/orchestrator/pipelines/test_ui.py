@@ -18,7 +18,7 @@ from started_command import start_command
 from orchestrator.pipelines.ui import LOG_NAME, check_port, serve
 from orchestrator.tracking import REPORT_TAG, VIEW_TAG, open_tracking
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 
 @pytest.fixture

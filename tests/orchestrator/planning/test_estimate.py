@@ -30,7 +30,7 @@ from orchestrator.training.peak_flops import ASSUMED_GPU_BYTES
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import Journal, read_journal
-from orchestrator.workspace.names import DONE_NAME
+from orchestrator.workspace.layout import DONE_NAME
 
 
 def test_batches_passes_and_tokens() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from sample_trials import sample_trial
 
 from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.layout import open_workspace
 
 
 def test_paths_of_nested_records_follow_the_workspace(tmp_path: Path) -> None:

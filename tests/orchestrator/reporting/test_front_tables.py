@@ -22,7 +22,7 @@ from orchestrator.reporting.front_tables import (
 )
 from orchestrator.reporting.front_text import confidence_text, cost_text
 from orchestrator.reporting.pareto import Front, find_front
-from orchestrator.terminal.formatting import format_schedule
+from orchestrator.terminal.render import format_schedule
 
 
 def _strict_json(front: Front) -> str:

@@ -26,8 +26,8 @@ from orchestrator.records.trial import Trial
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.tracking import open_tracking
-from orchestrator.workspace.folders import open_workspace
 from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.layout import open_workspace
 
 PREFIX = "/team/mlflow"
 USER, PASSWORD = "ann", "open-sesame"

@@ -12,7 +12,7 @@ from orchestrator.reporting.front_axes import parse_axes
 from orchestrator.reporting.overlay_report import write_overlay_report
 from orchestrator.reporting.sweep_results import StoredSweep, load_sweep_results
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 
 @pytest.fixture

@@ -35,9 +35,8 @@ from orchestrator.reporting.training_curves import HYPERVOLUME_BY_TRIALS, histor
 from orchestrator.tracking import NestedRun, open_tracking
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
-from orchestrator.workspace.folders import Workspace, open_workspace
 from orchestrator.workspace.journal import Journal
-from orchestrator.workspace.names import RESULTS_FILE
+from orchestrator.workspace.layout import RESULTS_FILE, Workspace, open_workspace
 
 FILES = {"front.png", "front.svg", "front.html", "front.md", "front.csv", "front.json"}
 FILES |= {"influence.png", "influence.svg"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.cli import main
+from orchestrator.settings import cluster as tracking_settings
 from orchestrator.settings import resolve_settings
-from orchestrator.settings import tracking as tracking_settings
 from orchestrator.workspace.errors import UserError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from orchestrator.settings import Settings, flatten, read_settings, resolve_settings, to_yaml
+from orchestrator.settings import (
+    Settings,
+    find_field,
+    flatten,
+    read_settings,
+    resolve_settings,
+    to_yaml,
+)
 from orchestrator.workspace.errors import UserError
 
 
@@ -102,28 +110,29 @@ def test_broken_assignments_are_reported_with_the_other_problems() -> None:
 @pytest.mark.parametrize(
     ("assignment", "words"),
     [
-        ("training.num_steps=on", "this is a number, and YAML reads true, yes and on as a switch"),
-        ("cluster.num_workers=true", "this is a number"),
-        ("sweep.thresholds=[0.1, yes]", "this is a number"),
-        ("sweep.learning_rates={iiet: on}", "this is a number"),
-        ("model.corrections=yes", "this is a number"),
-        ("training.compile=1", "this is a switch: true or false"),
-        ("evaluation.num_fewshot=017", "begins with 0, which YAML reads as octal; write '17'"),
-        ("evaluation.num_fewshot='017'", "a number does not begin with 0"),
-        ("training.num_steps=1:30", "base 60"),
-        ("training.num_steps=2026-02-30", "'2026-02-30' cannot be read as a date"),
-        ("training.num_steps=18446744073709551616", "this number is too large"),
-        ("training.num_steps=!!int ''", "cannot be read as a whole number"),
-        ("training.compile=!!bool maybe", "cannot be read as a bool"),
-        ("training.seed=!!timestamp x", "cannot be read as a date"),
+        ("training.num_steps=on", "training.num_steps: input should be a valid integer; got True"),
+        ("cluster.num_workers='3'", "valid integer; got '3'"),
+        ("sweep.thresholds=[0.1, yes]", "sweep.thresholds: input should be a valid number; got Tr"),
+        ("sweep.learning_rates={iiet: on}", "sweep.learning_rates: input should be a valid number"),
+        ("model.corrections=yes", "model.corrections: input should be a valid integer; got True"),
+        ("training.compile=1", "input should be a valid boolean; got 1"),
+        ("evaluation.num_fewshot=017", "valid integer; got 17.0"),
+        ("training.num_steps=1:30", "valid integer; got '1:30'"),
+        ("training.num_steps=2026-02-30", "valid integer; got '2026-02-30'"),
+        ("training.seed=9007199254740993", "this number is too large"),
+        ("training.num_steps=18446744073709551616", "valid integer; got 1.844"),
+        ("training.num_steps=!!int ''", "it holds a value that cannot be read"),
+        ("training.compile=!!bool maybe", "holds a value that cannot be read ('maybe')"),
+        ("training.seed=!!timestamp x", "holds a value that cannot be read"),
+        ("training.learning_rate=.nan", "input should be a finite number; got nan"),
         ("training.num_steps=1000000000", "less than or equal to 1000000"),
         ("data.vocab_size=1000000000", "less than or equal to 1000000"),
         ("model.num_layers=1000000000", "less than or equal to 1000"),
         ("search.seed=4294967296", "less than or equal to 4294967295"),
         ("sweep.seeds=[-1]", "greater than or equal to 0"),
         ("evaluation.include_path=''", "at least 1 character"),
-        ("training.num_steps=" + "9" * 5000, "cannot be read as a whole number"),
-        ("training.num_steps=" + "[" * 5000, "more than 32 levels deep"),
+        ("training.num_steps=" + "9" * 5000, "training.num_steps: input should be"),
+        ("training.num_steps=" + "[" * 5000, "nested too deeply"),
         ("training.num_steps=" + "x" * 5000, "training.num_steps: input should be"),
         ("x" * 5000 + "=1", "is not a setting"),
         ("sweep.selection=remeasured", "input should be 'threshold' or 'knapsack'"),
@@ -138,7 +147,7 @@ def test_a_surprising_value_is_refused_in_a_short_message(assignment: str, words
 
 def test_a_file_in_another_encoding_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_bytes("training:\n  num_steps: 3\n".encode("utf-16"))
-    with pytest.raises(UserError, match="is not UTF-8 text"):
+    with pytest.raises(UserError, match=r"cannot read the settings file .*codec can't decode"):
         read_settings(tmp_path / "s.yaml")
 
 
@@ -151,8 +160,21 @@ def test_a_bad_assignment_is_an_error(assignment: str) -> None:
         resolve_settings({}, [assignment])
 
 
-def test_numbers_in_exponent_form_are_numbers() -> None:
-    assert resolve_settings({}, ["training.learning_rate=3e-4"]).training.learning_rate == 3e-4
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("3e-4", 3e-4), ("1E2", 100), (".5", 0.5), ("2.", 2), ("1", 1), ("1_000.5", 1000.5)],
+)
+def test_numbers_have_the_usual_forms(text: str, number: float) -> None:
+    found = resolve_settings({}, [f"training.learning_rate={text}"])
+    assert found.training.learning_rate == number
+    assert resolve_settings(yaml.safe_load(to_yaml(found))) == found
+
+
+@pytest.mark.parametrize("text", ["1e5", "017", "089", "1:30", "2026-02-28", "no", "~", ".inf", ""])
+def test_texts_that_look_like_numbers_survive_yaml(text: str, tmp_path: Path) -> None:
+    settings = resolve_settings({}, options={"data.text_field": text})
+    (tmp_path / "s.yaml").write_text(to_yaml(settings))
+    assert read_settings(tmp_path / "s.yaml") == settings
 
 
 def test_a_schedule_is_a_number_a_text_or_a_list() -> None:
@@ -208,6 +230,15 @@ def test_every_setting_has_a_description() -> None:
     walk(Settings)
 
 
+def test_a_field_is_found_by_its_key() -> None:
+    field = find_field("distillation.training.elastic.num_drawn")
+    assert (field.annotation, field.default) == (int, 1)
+    assert str(field.description).startswith("Members of each step")
+    for key in ("num_steps", "training.steps", "training.num_steps.x", ""):
+        with pytest.raises(KeyError):
+            find_field(key)
+
+
 def test_a_duplicate_name_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text("training:\n  num_steps: 5\ndata:\n  seed: 1\ntraining:\n  num_steps: 7\n")
@@ -241,3 +272,34 @@ def test_a_file_is_blamed_for_its_own_problems_only(
     with pytest.raises(UserError) as caught:
         read_settings(path, **changes)
     assert (str(path) in str(caught.value)) == names_the_file
+
+
+def _bomb() -> str:
+    """Return nine levels of nine aliases each: 387 million values in 20 lines."""
+    lines = ["a: &a [" + ", ".join("x" * 9) + "]"]
+    for below, above in pairwise("abcdefghi"):
+        lines.append(f"{above}: &{above} [" + ", ".join([f"*{below}"] * 9) + "]")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (_bomb(), "more than 1,000,000 characters with its anchors written out"),
+        ("a: 1\n" * 100_000, "a appears more than once (line 1, column 1)"),
+        ("a: &a [*a]", "with its anchors written out"),
+        ("a: &a {<<: *a}", "with its anchors written out"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("a: " + "x" * 1_000_000, "more than 1,000,000 characters"),
+        ("a: \0", "special characters are not allowed"),
+        ("a: 1\n---\na: 2", "expected a single document"),
+    ],
+)
+def test_a_file_beyond_a_limit_is_refused_in_a_short_message(
+    text: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_settings(tmp_path / "s.yaml")
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 1000

@@ -17,7 +17,7 @@ from orchestrator.sweeping.asha import (
     stored_early_stop,
 )
 from orchestrator.workspace.journal import VALIDATION_METRIC, Journal
-from orchestrator.workspace.names import STOPPED_NAME
+from orchestrator.workspace.layout import STOPPED_NAME
 
 
 def rates(plan: SweepPlan, folder: Path) -> tuple[Trial, Trial, Trial]:

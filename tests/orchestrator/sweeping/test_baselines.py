@@ -15,8 +15,7 @@ from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import DataSettings, TrainingSettings
 from orchestrator.sweeping.baselines import find_baselines
 from orchestrator.training.run import run_job
-from orchestrator.workspace.checkpoint_names import find_checkpoints
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, find_checkpoints, open_workspace
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from rich.console import Console
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.pipelines import sweeps
+from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import make_tasks, plan_suite, plan_sweep, sweep
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
@@ -21,7 +22,7 @@ from orchestrator.sweeping.selection import schedule_cost
 from orchestrator.sweeping.trials import SweepKind
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 TASK = """task: {name}
 dataset_path: json
@@ -42,24 +43,8 @@ def workspace(tmp_path: Path) -> Workspace:
 @pytest.mark.parametrize(
     ("kind", "settings", "words"),
     [
-        ("threshold", ["sweep.asha=true"], "compares learning rates"),
-        ("search", ["sweep.seeds=[0, 1]"], "sweep.seeds is for threshold sweeps"),
+        ("threshold", ["sweep.asha=true"], "it compares learning rates"),
         ("iterations", ["sweep.asha=true"], "no model has more than one"),
-        (
-            "threshold",
-            ["distillation.teacher_cache=top_k", "distillation.divergence=reverse"],
-            "set teacher_cache to auto, or divergence to forward",
-        ),
-        (
-            "search",
-            ["distillation.teacher_cache=exact", "distillation.hidden_weight=1"],
-            "hidden_weight to 0",
-        ),
-        (
-            "search",
-            ["distillation.teacher_from_step=999"],
-            "after the last step of the training",
-        ),
         ("threshold", ["model.method=vanilla"], "model.method=vanilla .* has none"),
         ("threshold", ["model.method=looped"], "model.method=looped repeats the whole stack"),
         (
@@ -142,13 +127,14 @@ def test_arguments_of_another_kind_of_sweep_are_refused(
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("sweep.seeds=[0, 1, 0]", "a seed is given twice"),
-        ("sweep={thresholds: [0.1], budgets: [3]}", "exclude each other"),
-        ("sweep.learning_rates={iiet: []}", "a learning rate of iiet is not above 0"),
-        ("sweep.methods=[vanila, iiet, pcfrmer]", "no such method: vanila, pcfrmer; known: van"),
-        ("sweep.num_layers={vanilla: 0}", "number of layers of vanilla is not from 1 to 1000"),
-        ("sweep.num_layers={vanilla: []}", "number of layers of vanilla is not from 1 to 1000"),
-        ("sweep.num_layers={vanilla: [2, 2]}", "a number of layers of vanilla is given twice"),
+        ("sweep.seeds=[0, 1, 0]", "sweep.seeds: a value is given twice"),
+        ("sweep.learning_rates={iiet: []}", r"sweep\.learning_rates: .* at least 1 item"),
+        ("sweep.learning_rates={iiet: [0.1, 0]}", "greater than 0; got 0"),
+        ("sweep.methods=[vanila, iiet]", "sweep.methods: input should be 'vanilla', .*; got 'vani"),
+        ("sweep.num_layers={vanilla: 0}", "greater than or equal to 1; got 0"),
+        ("sweep.num_layers={vanilla: []}", "at least 1 item"),
+        ("sweep.num_layers={vanilla: [2, 1001]}", "less than or equal to 1000; got 1001"),
+        ("sweep.num_layers={vanilla: [2, 2]}", "a value is given twice"),
         ("sweep.num_layers={vanila: 2}", "'vanila' is not a model"),
         ("sweep.num_layers={'vanilla, 8 layers': 2}", "'vanilla, 8 layers' is not a model"),
         ("sweep.methods=[]", r"sweep\.methods: .* at least 1 item"),
@@ -223,7 +209,7 @@ def test_the_plan_of_a_file_whose_teacher_is_not_trained_is_that_of_its_training
     found = plan_sweep(resolve_settings({}, assignments), workspace=workspace)
     assert found.to_pandas()["name"].tolist() == ["teacher", "vanilla", "r = 0"]
     console = Console(file=StringIO())
-    console.print(*found.shown(), sep="\n")
+    show(found, console)
     told = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert all(f"{name} " in told for name in ("teacher", "vanilla", "r = 0"))
     assert "3 models asked for, 3 distinct 0 of 3 trials are finished" in told
@@ -241,7 +227,7 @@ def test_the_plan_shows_the_depths_that_are_asked_for(workspace: Workspace) -> N
     assert table["name"].tolist() == ["vanilla", "vanilla, 8 layers", "r = 3"]
     assert table["evaluations"].tolist() == [2, 8, 8]
     console = Console(file=StringIO(), width=120)
-    console.print(*iterations.shown(), sep="\n")
+    show(iterations, console)
     assert "vanilla, 8 layers 0.004 8 8" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     threshold = plan_sweep(resolve_settings({}, depths), workspace=workspace)
     names = ["teacher", "vanilla", "vanilla, 8 layers", "r = 0"]

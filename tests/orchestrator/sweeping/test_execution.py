@@ -18,7 +18,7 @@ from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_ea
 from orchestrator.sweeping.execution import STOPPED_TAG, SweepOutcome, run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.tracking import NestedRun, Tracking
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.layout import open_workspace
 
 
 class FakeTracking:

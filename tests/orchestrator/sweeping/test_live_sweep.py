@@ -22,8 +22,8 @@ from orchestrator.tracking import (
 )
 from orchestrator.tracking.journal_copies import SECONDS_BETWEEN_COPIES
 from orchestrator.training.run_lock import lock_run_folder
-from orchestrator.workspace.folders import open_workspace
 from orchestrator.workspace.journal import Journal, recorded_times
+from orchestrator.workspace.layout import open_workspace
 
 pytestmark = pytest.mark.slow
 

@@ -6,11 +6,12 @@ import pytest
 
 from iiet.methods import METHODS
 from iiet.methods.implicit_euler import ImplicitEuler
-from orchestrator.settings import model_label, resolve_settings
+from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.checks import check_models, check_sweep
 from orchestrator.sweeping.model_plans import (
     ModelVariant,
     learning_rates,
+    model_label,
     settings_of,
     swept_models,
     swept_variants,
@@ -158,7 +159,7 @@ def test_baselines_of_other_depths_stand_beside_a_teacher() -> None:
     )
     check_models(settings)
     models = teacher_and_baselines(settings)
-    depths = {name: own.model.own_or_preset_layers for name, own in models.items()}
+    depths = {name: own.model.num_layers for name, own in models.items()}
     assert depths == {"teacher": 2, "vanilla": 2, "vanilla, 8 layers": 8, "r = 0, 1 layer": 1}
     assert [own.training.learning_rate for own in models.values()] == [2e-3, 4e-3, 1e-3, 2e-3]
 

@@ -8,8 +8,8 @@ from typing import Any
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.sweeping.round_progress import RoundProgress
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.checkpoint_names import checkpoint_name
 from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.layout import checkpoint_name
 
 
 class Shown(Progress):

@@ -10,7 +10,6 @@ from typing import Any
 
 import optuna
 import pytest
-from filelock import FileLock
 from optuna.distributions import IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -32,8 +31,8 @@ from orchestrator.sweeping.student_plans import search_plan
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import open_workspace
-from orchestrator.workspace.names import RUN_LOCK_NAME
+from orchestrator.workspace.layout import RUN_LOCK_NAME
+from orchestrator.workspace.locks import lock_file, open_workspace
 
 FULL = IterationSchedule((2, 2, 0, 2, 2, 2))
 FAMILY = [FULL, IterationSchedule((1, 1, 0, 1, 1, 1)), IterationSchedule((0,) * 6)]
@@ -217,7 +216,7 @@ def test_what_another_process_runs_is_neither_closed_nor_suggested_again(tmp_pat
     world.run(num_trials=12, at_once=2, most=4)
     [theirs] = [trial for trial in world.search().known_trials() if not trial.result()]
     search = world.search(num_trials=12)
-    with FileLock(Path(theirs.folder) / RUN_LOCK_NAME):
+    with lock_file(Path(theirs.folder) / RUN_LOCK_NAME):
         search.update_study()
     assert len(world.study().get_trials(states=(TrialState.RUNNING,))) == 1
     assert search.accept(search._point(theirs.model.corrections)) is None

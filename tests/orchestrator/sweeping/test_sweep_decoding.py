@@ -12,12 +12,12 @@ from orchestrator.data.depth.store import write_depth
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
-from orchestrator.settings.depth import DepthSettings
+from orchestrator.settings.data import DepthSettings
 from orchestrator.sweeping import decoding
 from orchestrator.sweeping.decoding import with_decoding
 from orchestrator.sweeping.trials import checkpoint_trial, exact_cost
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.layout import open_workspace
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from changed_trials import in_folder, with_accuracy, with_job
-from filelock import FileLock
 
 from iiet.decoder import Decoder
 from orchestrator.cluster.asha_scheduler import AshaByModel
@@ -31,11 +30,12 @@ from orchestrator.sweeping import trial_run
 from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_early_stop
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.terminal.signals import interruption_text
+from orchestrator.terminal.stop import interruption_text, stop_when
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
-from orchestrator.workspace.names import DONE_NAME, RUN_LOCK_NAME
+from orchestrator.workspace.layout import DONE_NAME, RUN_LOCK_NAME
+from orchestrator.workspace.locks import lock_file
 
 WORKER = """
 import json, sys
@@ -60,9 +60,10 @@ for line in sys.stdin:
 
 HOLDER = """
 import sys
-from filelock import FileLock
-lock = FileLock(sys.argv[1])
-lock.acquire()
+from pathlib import Path
+from orchestrator.workspace.locks import lock_descriptor
+lock = Path(sys.argv[1]).open("w")
+lock_descriptor(lock.fileno())
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -142,14 +143,16 @@ def test_a_trial_is_taken_over_from_a_process_that_died(
     with start(HOLDER, str(folder / RUN_LOCK_NAME)) as holder:
         assert is_trial_locked(trial)
         assert run_trial(trial, wait=False).state == "busy"
-        assert run_trial(trial, should_stop=lambda: True).state == "stopped"
+        with stop_when(lambda: True):
+            assert run_trial(trial).state == "stopped"
         assert starts(trial) == 0
 
         def kill_what_it_waits_for() -> bool:
             holder.kill()
             return False
 
-        run = run_trial(trial, should_stop=kill_what_it_waits_for)
+        with stop_when(kill_what_it_waits_for):
+            run = run_trial(trial)
     assert run.state == "made"
     assert starts(trial) == 1
     assert not is_trial_locked(trial)
@@ -164,15 +167,16 @@ def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(
     made = run_trial(trial)
     text = trial.result_path.read_text()
     trial.result_path.unlink()
-    lock = FileLock(folder / RUN_LOCK_NAME)
-    lock.acquire()
+    lock = ExitStack()
+    lock.enter_context(lock_file(folder / RUN_LOCK_NAME))
 
     def finish_it() -> bool:
         trial.result_path.write_text(text)
-        lock.release()
+        lock.close()
         return False
 
-    run = run_trial(trial, should_stop=finish_it)
+    with stop_when(finish_it):
+        run = run_trial(trial)
     assert run.state == "found"
     assert run.result == made.result
 
@@ -182,7 +186,8 @@ def test_a_stopped_trial_lets_another_process_go_on(
 ) -> None:
     trial = trials[1]
     asked = iter([False, False, True, True])
-    assert run_trial(trial, should_stop=lambda: next(asked)).state == "stopped"
+    with stop_when(lambda: next(asked)):
+        assert run_trial(trial).state == "stopped"
     assert not is_trial_locked(trial)
     assert run_trial(trial).state == "made"
     assert starts(trial) == 1, "it went on from its checkpoint"
@@ -204,7 +209,8 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
 
     def run_trials(_: Any, given: dict[str, Any], *__: Any, hooks: Any, **_more: Any) -> None:
         asked = iter([False] * 5 + [True] * 2)
-        run_trial(begun, should_stop=lambda: next(asked))
+        with stop_when(lambda: next(asked)):
+            run_trial(begun)
         hooks.watch({begun.key})
         if error:
             assert begun.key in given
@@ -234,9 +240,8 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
     from orchestrator.terminal.progress import Progress
 
     asked, finished_meanwhile = trials[:4], trials[3]
-    lock = FileLock(Path(trials[2].folder) / RUN_LOCK_NAME)
-    Path(trials[2].folder).mkdir(parents=True)
-    lock.acquire()
+    lock = ExitStack()
+    lock.enter_context(lock_file(Path(trials[2].folder) / RUN_LOCK_NAME))
     rounds_function = trial_rounds.run_tune_trial
 
     def measure_nothing(parameters: dict[str, Any], context: Any) -> dict[str, Any]:
@@ -253,7 +258,7 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
         def note(self, text: str) -> None:
             assert text == f"waiting for another process, which trains {trials[2].label}"
             assert [trial.result() is not None for trial in asked] == [True, True, False, True]
-            lock.release()
+            lock.close()
 
         def finish(self, summary: str) -> None:
             self.summary = summary
@@ -310,8 +315,9 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_go_on_later(
             record_early_stop(asha, key, step, loss)
             stopped.append(key)
 
-        def train(job: TrainingJob, *, should_stop: Any, report: Any) -> TrainingOutcome:
-            return run_job(job, should_stop=lambda: should_stop() or bool(stopped), report=report)
+        def train(job: TrainingJob, *, report: Any) -> TrainingOutcome:
+            with stop_when(lambda: bool(stopped)):
+                return run_job(job, report=report)
 
         scheduler = AshaByModel(asha, stop)
         tune_trial = SimpleNamespace(config={"trial": {"key": trial.key}}, status="RUNNING")

@@ -40,7 +40,7 @@ from orchestrator.sweeping.trial_states import (
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.run import run_job
-from orchestrator.workspace.folders import open_workspace
+from orchestrator.workspace.layout import open_workspace
 
 STEP = 64
 """Tokens of a step."""

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from orchestrator.cli.session import open_session
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
-from orchestrator.terminal.progress import BarProgress, PlainProgress
+from orchestrator.terminal.progress import Progress
 
 WIDTHS = (60, 80, 200)
 SUMMARY = "accuracy 44.5 ± 1.2%, 2.345 bits per byte, 12,345 items of all the tasks together"
@@ -30,7 +30,7 @@ def printed(console: Console) -> str:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_finished_line_is_folded_between_words(width: int) -> None:
     console = terminal(width)
-    with BarProgress(console) as bar:
+    with Progress(console) as bar:
         bar.start("evaluate")
         bar.finish(SUMMARY)
         bar.note(SUMMARY)
@@ -60,7 +60,7 @@ def test_a_silent_task_prints_its_state_again(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr("orchestrator.terminal.progress.POLL_SECONDS", 0.01)
     out = Lines(3)
-    with PlainProgress(Console(file=out, width=80)) as progress:
+    with Progress(Console(file=out, width=80)) as progress:
         progress.start("evaluate", 12000)
         assert out.enough.wait(60)
     assert out.getvalue().startswith("  evaluate: 0/12,000, 0 s so far\n")
@@ -75,7 +75,7 @@ def test_the_share_is_readable(
 ) -> None:
     monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", 0.0)
     out = io.StringIO()
-    with PlainProgress(Console(file=out, width=80)) as progress:
+    with Progress(Console(file=out, width=80)) as progress:
         progress.start("sweep", total)
         progress.advance(done)
     assert out.getvalue().startswith(f"  sweep: {shown}, ")
@@ -94,7 +94,7 @@ def test_progress_is_printed_while_library_output_is_suppressed(
 
 def test_the_bar_shows_no_share_before_the_first_unit() -> None:
     console = terminal(100)
-    with BarProgress(console) as bar:
+    with Progress(console) as bar:
         bar.start("pretrain", 100)
         bar.advance(0, "starting Ray")
         assert bar._bar is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.tracking import Tracking, open_tracking
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 
 @pytest.fixture(scope="module")

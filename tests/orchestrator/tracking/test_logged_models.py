@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 
 from orchestrator.records.measurement import TrackedModel
 from orchestrator.tracking import TrackedRun, Tracking, open_tracking
-from orchestrator.workspace.folders import Workspace
+from orchestrator.workspace.layout import Workspace
 
 TOKENS, TASKS = ("tokens", "0123456789abcdef"), ("held-out tasks", "fedcba9876543210")
 

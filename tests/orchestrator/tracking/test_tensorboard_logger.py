@@ -10,8 +10,8 @@ import pytest
 
 from orchestrator.tracking import open_tracking
 from orchestrator.tracking.log_mirror import LogMirror
-from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.layout import Workspace
 
 RUN: dict[str, Any] = {"key": "k", "name": "2,1", "parent": {"key": "s", "name": "toy"}}
 

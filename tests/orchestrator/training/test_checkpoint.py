@@ -22,8 +22,8 @@ from orchestrator.training.checkpoint_lookup import newest_checkpoint
 from orchestrator.training.checkpoint_writer import prune_checkpoints
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import resolve_checkpoint
-from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import find_checkpoints
 
 
 @pytest.fixture

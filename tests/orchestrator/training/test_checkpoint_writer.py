@@ -22,9 +22,9 @@ from orchestrator.training import run as run_module
 from orchestrator.training.checkpoint import check_checkpoint, load_training_state
 from orchestrator.training.checkpoint_writer import best_checkpoint
 from orchestrator.training.run import run_job
-from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
+from orchestrator.workspace.layout import find_checkpoints
 
 MakeJob = Callable[..., TrainingJob]
 
@@ -161,9 +161,9 @@ KILLED = """
 import json, pathlib, sys, time
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.run import run_job
-from orchestrator.workspace import whole_folders
+from orchestrator.workspace import files
 
-flush = whole_folders.flush_to_disk
+flush = files.flush_to_disk
 
 def hang(path):
     if "step_00000004" in str(path):
@@ -171,7 +171,7 @@ def hang(path):
         time.sleep(600)
     flush(path)
 
-whole_folders.flush_to_disk = hang
+files.flush_to_disk = hang
 run_job(TrainingJob.model_validate(json.loads(pathlib.Path(sys.argv[1]).read_text())))
 """
 

@@ -17,9 +17,9 @@ from orchestrator.training.job import job_key
 from orchestrator.training.learning_rate import learning_rate_at
 from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run import run_job
-from orchestrator.workspace.checkpoint_names import find_checkpoints, step_of
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.layout import find_checkpoints, step_of
 
 SHORT: dict[str, Any] = {
     "num_steps": 20,

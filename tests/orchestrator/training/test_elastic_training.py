@@ -37,8 +37,8 @@ from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.training.run import run_job
 from orchestrator.training.schedules import drawn_by_step
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace
 from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.layout import Workspace
 
 RECIPE: dict[str, Any] = {
     "num_steps": 8,

@@ -19,9 +19,8 @@ from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.first_stage import FirstStage, first_stage_of, share_first_stages
 from orchestrator.training.job import job_key
 from orchestrator.training.run import run_job
-from orchestrator.workspace.checkpoint_names import checkpoint_name
 from orchestrator.workspace.journal import read_journal
-from orchestrator.workspace.names import PROVENANCE
+from orchestrator.workspace.layout import PROVENANCE, checkpoint_name
 
 RECIPE: dict[str, Any] = {
     "num_steps": 8,

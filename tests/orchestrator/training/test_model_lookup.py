@@ -23,9 +23,13 @@ from orchestrator.training.model_lookup import (
     resolve_model,
     resolve_teacher,
 )
-from orchestrator.workspace.checkpoint_names import checkpoint_name, find_checkpoints
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.folders import Workspace, open_workspace
+from orchestrator.workspace.layout import (
+    Workspace,
+    checkpoint_name,
+    find_checkpoints,
+    open_workspace,
+)
 
 
 @pytest.fixture
@@ -66,7 +70,7 @@ def damaged(workspace: Workspace, tiny_tokens: Path, tiny_model: dict[str, Any])
 
 
 @pytest.mark.parametrize("with_path", [True, False])
-@pytest.mark.parametrize("command", ["sweep-threshold", "search", "influence", "distill", "export"])
+@pytest.mark.parametrize("command", ["sweep-threshold", "influence", "distill", "export"])
 def test_commands_that_store_results_refuse_an_older_checkpoint(
     workspace: Workspace,
     damaged: Path,

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
-from orchestrator.terminal.progress import BarProgress, PlainProgress, Progress
+from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
 from orchestrator.training.monitor import RunMonitor
 from orchestrator.workspace.journal import Journal
@@ -98,12 +98,12 @@ def test_unusual_events_are_noted(job: TrainingJob) -> None:
 def test_lines_and_bar_show_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", -1.0)
     out = io.StringIO()
-    with PlainProgress(Console(file=out, width=100)) as plain:
+    with Progress(Console(file=out, width=100)) as plain:
         plain.start("pretrain", 100)
         plain.advance(10, "loss 5.5", seconds_left=150.0)
     assert "pretrain: 10/100 loss 5.5, 2.5 min left" in out.getvalue()
     out = io.StringIO()
-    with BarProgress(Console(file=out, width=100, force_terminal=True)) as bar:
+    with Progress(Console(file=out, width=100, force_terminal=True)) as bar:
         bar.start("pretrain", 100)
         bar.advance(10, "loss 5.5", seconds_left=7200.0)
     assert "2 h left" in out.getvalue()

@@ -21,10 +21,9 @@ from orchestrator.training.distributed import World
 from orchestrator.training.job import job_key
 from orchestrator.training.remote_copy import RemoteCopy
 from orchestrator.training.run import run_job
-from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import read_journal
-from orchestrator.workspace.names import PROVENANCE
+from orchestrator.workspace.layout import PROVENANCE, find_checkpoints
 
 RECIPE = {
     "num_steps": 6, "num_tokens_per_step": 64, "warmup_steps": 2, "num_validation_tokens": 64,

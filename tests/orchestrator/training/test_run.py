@@ -24,10 +24,10 @@ from orchestrator.training.job_checks import check_job
 from orchestrator.training.loop import Diverged
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
-from orchestrator.workspace.checkpoint_names import find_checkpoints
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import read_json, write_json
 from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.layout import find_checkpoints
 from orchestrator.workspace.provenance import RECIPE_VERSION
 
 RECIPE: dict[str, Any] = {

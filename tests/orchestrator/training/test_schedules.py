@@ -12,11 +12,10 @@ from iiet.config import ModelConfig
 from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
 from orchestrator.records.training import TrainingJob
-from orchestrator.settings import TrainingSettings, resolve_settings
+from orchestrator.settings import TrainingSettings
 from orchestrator.training.job import job_key
 from orchestrator.training.run import run_job
 from orchestrator.training.schedules import schedule_by_step
-from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import read_journal
 
 
@@ -44,16 +43,6 @@ def test_a_ramp_to_the_end_trains_the_full_schedule_too() -> None:
 
 def test_a_model_without_corrections_has_one_stage() -> None:
     assert stages((0, 0), iterate_ramp_fraction=0.2) == [((0, 0), 100)]
-
-
-def test_the_ramp_must_end_within_the_training() -> None:
-    text = (
-        r"training.iterate_ramp_fraction: the ramp must end .*=0.7 it may be 0.3 at most; got 0.4"
-    )
-    changes = ["training.iterate_from_fraction=0.7", "training.iterate_ramp_fraction=0.4"]
-    with pytest.raises(UserError, match=text):
-        resolve_settings({}, changes)
-    resolve_settings({}, [changes[0], "training.iterate_ramp_fraction=0.3"])
 
 
 def test_flops_follow_the_schedule_of_each_step_and_the_key_depends_on_the_ramp(

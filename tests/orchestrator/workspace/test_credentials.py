@@ -15,13 +15,16 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.logs import command_log
 from orchestrator.training.job_checks import check_job
-from orchestrator.workspace.credentials import (
+from orchestrator.workspace.errors import (
+    Interrupted,
+    RunFailed,
+    UserError,
     has_secret,
     is_secret_name,
     mask_secrets,
+    quoted,
     strip_credentials,
 )
-from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, quoted
 
 SECRET = "geh3im"
 ADDRESSES = {

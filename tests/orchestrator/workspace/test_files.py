@@ -1,17 +1,28 @@
-"""Files are whole or reported as damaged, with a remedy."""
+"""Files and folders are whole or reported as damaged, and leave nothing behind."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.workspace import files
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import (
+    abandoned_folders,
+    checksums_of,
     damage_as_user_error,
+    damaged_file,
+    make_scratch_folder,
+    new_folder,
     read_json,
     write_json,
 )
@@ -23,9 +34,10 @@ def test_json_is_whole_or_reported_as_damaged(tmp_path: Path) -> None:
     write_json(path, {"x": 1})
     assert read_json(path) == {"x": 1}
     assert [p.name for p in path.parent.iterdir()] == ["b.json"]
-    path.write_text('{"x":')
-    with pytest.raises(UserError, match="damaged"):
-        read_json(path)
+    for text in ('{"x":', "null", "[1]", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(UserError, match="damaged"):
+            read_json(path)
 
 
 def test_a_flipped_bit_in_a_number_is_reported(tmp_path: Path) -> None:
@@ -38,7 +50,7 @@ def test_a_flipped_bit_in_a_number_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its content is not what was written"):
         read_json(path)
     path.write_text(json.dumps(stored))
-    assert read_json(path) == stored, "files of earlier versions have no checksum"
+    assert read_json(path) == stored, "a file from elsewhere has no checksum"
 
 
 @pytest.mark.parametrize(
@@ -53,3 +65,148 @@ def test_a_value_of_another_type_is_reported_with_its_file(
         damage_as_user_error(tmp_path / "a.json"),
     ):
         read({"a": "text"})
+
+
+def _write(folder: Path, **texts: str) -> Path:
+    with new_folder(folder) as filling:
+        for name, text in texts.items():
+            (filling / name).write_text(text)
+    return folder
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_folder_appears_at_the_end_and_replaces_an_earlier_one(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "model"
+    with new_folder(folder) as filling:
+        (filling / "a").write_text("1")
+        assert not folder.exists()
+    assert _names(folder) == ["a"]
+    assert folder.stat().st_mode & 0o777 == (tmp_path / "deep").stat().st_mode & 0o777
+    _write(folder, b="2")
+    assert _names(folder) == ["b"]
+    assert _names(folder.parent) == ["model"]
+
+
+def test_an_error_leaves_the_earlier_folder_and_nothing_else(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "model", a="1")
+
+    def fail() -> None:
+        with new_folder(folder) as filling:
+            (filling / "a").write_text("2")
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        fail()
+    assert (folder / "a").read_text() == "1"
+    assert _names(tmp_path) == ["model"]
+
+
+LOCK_LIKE_NFS = """
+import errno, fcntl, os
+real = fcntl.flock
+
+def flock(descriptor, operation):
+    access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+    if operation & fcntl.LOCK_EX and access == os.O_RDONLY:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    real(descriptor, operation)
+
+fcntl.flock = flock
+"""
+"""flock as network file systems emulate it by fcntl's locks: not of files opened for reading."""
+
+
+@pytest.mark.parametrize("file_system", ["", LOCK_LIKE_NFS], ids=["local", "network"])
+def test_what_a_killed_process_left_is_deleted_and_a_living_one_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_system: str
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", fcntl.flock)  # Set back at the end.
+    exec(file_system, {})
+    folder = tmp_path / "model"
+    code = (
+        f"{file_system}\n"
+        "import os, sys, pathlib; from orchestrator.workspace.files import new_folder\n"
+        "with new_folder(pathlib.Path(sys.argv[1])) as filling:\n"
+        "    (filling / 'a').write_text('half'); os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, folder], check=False).returncode == -9
+    assert len(_names(tmp_path)) == 1
+    with new_folder(folder) as mine:
+        assert len(_names(tmp_path)) == 1, "only what is being written"
+        _write(folder, b="of another writer")
+        assert mine.is_dir()
+        (mine / "c").write_text("mine")
+    assert _names(tmp_path) == ["model"]
+    assert _names(folder) == ["c"]
+
+
+def test_a_file_is_read_once_and_again_after_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _write(tmp_path / "model", weights="w" * 100, state="s" * 100)
+    checksums = checksums_of(folder)
+    read: list[str] = []
+    digest = files.file_digest
+    monkeypatch.setattr(files, "file_digest", lambda p: (read.append(p.name), digest(p))[1])
+    assert damaged_file(folder, checksums, names=["weights"]) is None
+    assert damaged_file(folder, checksums) is None
+    assert damaged_file(folder, checksums) is None
+    assert read == ["weights", "state"]
+    assert damaged_file(folder, checksums, always=True) is None
+    assert sorted(read) == ["state", "state", "weights", "weights"]
+    (folder / "weights").write_text("x" * 100)
+    assert damaged_file(folder, checksums) == "weights was changed after writing"
+    assert damaged_file(folder, checksums) == "weights was changed after writing", "never stored"
+    (folder / "state").unlink()
+    assert damaged_file(folder, checksums, names=["state"]) == "state is missing"
+    assert damaged_file(folder, {**checksums, "../model/weights": "0"}, names=["../model/weights"])
+
+
+@pytest.fixture
+def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The place of temporary files, for this test alone."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_a_scratch_folder_is_kept_while_its_owner_lives_and_then_deleted(parent: Path) -> None:
+    left, living = make_scratch_folder(), make_scratch_folder()
+    (left.folder / "session").mkdir()
+    (left.folder / "session" / "log").write_text("of a process that was killed")
+    assert parent not in {folder.parent for folder in abandoned_folders()}
+    os.close(left.lock)  # As after a kill.
+    assert left.folder in abandoned_folders()
+    other = make_scratch_folder()
+    assert {*parent.iterdir()} == {living.folder, other.folder}
+    assert other.folder.stat().st_mode & 0o077 == 0, "other users may not enter it"
+    other.delete()
+    living.delete()
+    assert not _names(parent)
+
+
+def test_a_scratch_folder_has_a_short_path(parent: Path) -> None:
+    made = make_scratch_folder(longest_path=40)
+    assert len(str(parent)) > 40
+    assert made.folder.parent == Path("/tmp")
+    assert len(str(made.folder)) <= 40
+    made.delete()
+
+
+def test_links_and_other_folders_are_never_deleted(parent: Path) -> None:
+    left = make_scratch_folder()
+    elsewhere = parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "results.csv").write_text("weeks of work")
+    (elsewhere / "lock").touch()
+    linked = parent / left.folder.name.replace("ray", "linked")
+    linked.symlink_to(elsewhere)
+    owner = parent / left.folder.name.replace("ray", "owner-is-a-link")
+    owner.mkdir()
+    (owner / "lock").symlink_to(elsewhere / "lock")
+    before = sorted(parent.rglob("*"))
+    make_scratch_folder().delete()
+    assert sorted(parent.rglob("*")) == before
+    left.delete()

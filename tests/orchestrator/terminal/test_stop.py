@@ -13,13 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.terminal.signals import recorded_signals, run_interruptibly, wait_for_work
+from orchestrator.terminal.stop import (
+    run_interruptibly,
+    stop_on_signals,
+    stop_requested,
+    stop_when,
+    wait_for_work,
+    wait_interruptibly,
+)
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 
 IN_A_TERMINAL = """
 import os, sys, threading, time
 from pathlib import Path
-from orchestrator.terminal.signals import run_interruptibly
+from orchestrator.terminal.stop import run_interruptibly
 from orchestrator.workspace.errors import Interrupted
 
 os.close(os.open(os.ttyname(1), os.O_RDWR))  # Now it is this process's terminal.
@@ -64,9 +71,9 @@ def test_the_results_of_several_jobs_are_in_their_order() -> None:
         meeting.wait(timeout=30)
         return number
 
-    with ThreadPoolExecutor(2) as pool, recorded_signals() as received:
+    with ThreadPoolExecutor(2) as pool, stop_on_signals():
         futures = [pool.submit(work, number) for number in range(6)]
-        results = wait_for_work(futures, received, ask_to_stop=float, saved=saved)
+        results = wait_for_work(futures, ask_to_stop=float, saved=saved)
     assert results == [*range(6)]
     assert sorted(calls) == [*range(6)]
 
@@ -113,24 +120,44 @@ def test_a_closed_terminal_requests_a_stop_and_takes_no_message(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("before", "pressed", "received"),
+    ("before", "pressed", "is_asked"),
     [
-        (signal.SIG_DFL, [signal.SIGHUP, signal.SIGHUP], [signal.SIGHUP]),
-        (signal.SIG_DFL, [signal.SIGINT, signal.SIGHUP], [signal.SIGINT]),
-        (signal.SIG_IGN, [signal.SIGHUP, signal.SIGINT], [signal.SIGINT]),  # Under nohup.
+        (signal.SIG_DFL, [signal.SIGHUP, signal.SIGHUP], True),
+        (signal.SIG_DFL, [signal.SIGINT, signal.SIGHUP], True),
+        (signal.SIG_IGN, [signal.SIGHUP], False),  # Under nohup.
+        (signal.SIG_IGN, [signal.SIGHUP, signal.SIGINT], True),
     ],
 )
 def test_a_hangup_is_never_the_second_request_and_may_be_ignored(
-    before: signal.Handlers, pressed: list[int], received: list[int]
+    before: signal.Handlers, pressed: list[int], is_asked: bool
 ) -> None:
     earlier = signal.signal(signal.SIGHUP, before)
     try:
-        with recorded_signals() as signals:
+        with stop_on_signals(second_ends=True):
             for number in pressed:
                 press(number)
+            assert stop_requested() == is_asked
+            press()
+            if not is_asked:
+                press()
+    except KeyboardInterrupt:
+        pass
+    else:
+        pytest.fail("the second request ends the block")
     finally:
         signal.signal(signal.SIGHUP, earlier)
-    assert signals == received
+    assert not stop_requested(), "the next block begins without it"
+
+
+def test_a_message_is_a_request_while_it_is_looked_for() -> None:
+    posted: list[str] = []
+    with stop_when(lambda: bool(posted)), stop_when(lambda: False):
+        assert not stop_requested()
+        posted.append("stop")
+        assert stop_requested()
+        with pytest.raises(Interrupted, match="while waiting"):
+            wait_interruptibly(lambda: True)
+    assert not stop_requested()
 
 
 def test_a_second_signal_ends_the_wait() -> None:

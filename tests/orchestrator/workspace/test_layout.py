@@ -1,4 +1,4 @@
-"""The workspace: where it is, who may use it, and names of folders in it."""
+"""The workspace: where it is, who may use it, names in it, and paths relative to it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import (
     write_json,
 )
-from orchestrator.workspace.folders import check_name_option, is_valid_name, open_workspace
-from orchestrator.workspace.paths import WORKSPACE_FILE_NAME
+from orchestrator.workspace.layout import (
+    WORKSPACE_FILE_NAME,
+    absolute_path,
+    check_name_option,
+    is_valid_name,
+    open_workspace,
+    portable_path,
+    workspace_root,
+)
 from orchestrator.workspace.provenance import RECIPE_VERSION
 
 
@@ -73,7 +80,7 @@ def test_tokens_alone_can_be_copied(used: Path, tmp_path: Path) -> None:
     assert open_workspace(tmp_path / "other").root == tmp_path / "other"
 
 
-@pytest.mark.parametrize("record", [7, {"root": "/a"}, {"recipe_version": RECIPE_VERSION + 1}])
+@pytest.mark.parametrize("record", [{"root": "/a"}, {"recipe_version": RECIPE_VERSION + 1}])
 def test_a_workspace_of_another_version_is_refused_and_not_changed(
     record: Any, used: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,3 +102,28 @@ def test_valid_names(name: str) -> None:
 )
 def test_a_path_to_another_place_is_not_a_valid_name(name: object) -> None:
     assert not is_valid_name(name)
+
+
+@pytest.mark.parametrize(
+    ("path", "stored"),
+    [
+        ("{root}/runs/a/step_1", "runs/a/step_1"),
+        ("{root}-copy/runs/a", "{root}-copy/runs/a"),
+        ("{root}", "{root}"),
+        ("/elsewhere/text.txt", "/elsewhere/text.txt"),
+        ("", ""),
+    ],
+)
+def test_a_path_comes_back_from_its_stored_form(path: str, stored: str, tmp_path: Path) -> None:
+    path, stored = (text.format(root=tmp_path) for text in (path, stored))
+    assert portable_path(path, tmp_path) == stored
+    assert absolute_path(stored, tmp_path) == path
+    assert portable_path(path, None) == absolute_path(path, None) == path
+
+
+def test_the_nearest_workspace_is_found(tmp_path: Path) -> None:
+    assert workspace_root(tmp_path) is None
+    outer = open_workspace(tmp_path / "outer").root
+    inner = open_workspace(outer / "runs" / "inner").root
+    assert workspace_root(outer / "runs" / "a" / "job.json") == outer
+    assert workspace_root(inner) == workspace_root(inner / "runs") == inner

@@ -1,0 +1,386 @@
+"""`@command`: a function and the settings that it takes become a command of `iiet-orch`.
+
+A command's options are its own parameters, then settings by their key (type, range, choices and
+help are those of the field), then what commands share: settings file, `--set`, workspace,
+`--dry-run`, `--json`, `--quiet`. The function gets a `Call` and returns a plan or a result, which
+is printed here. Only the command that is called is built, since the settings take time to import.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import typer
+from annotated_types import Ge, Gt
+from typer.models import OptionInfo as Option
+
+from orchestrator.cli.session import Place, Session, Warnings, open_session
+from orchestrator.workspace.errors import UserError, quoted
+
+if TYPE_CHECKING:
+    from orchestrator.pipelines.context import Context
+    from orchestrator.pipelines.result import Result
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+METAVARS = {bool: "", int: "N", float: "X", str: "TEXT", Path: "PATH", list: "TEXT"}
+"""What the help says of an option's type; Typer's own are wide, and Python's names."""
+MAX_COUNT = 1_000_000
+"""Largest count that an option takes; a larger one is a typing error."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An option for a setting whose field does not say all."""
+
+    key: str
+    """Such as `training.num_steps`."""
+    type: Any = None
+    """The option's type (default: the field's)."""
+    convert: Callable[[Any], Any] | None = None
+    """From the option's value to the setting's."""
+    help: str | None = None
+    """(Default: the field's description.)"""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a command works with."""
+
+    session: Session
+    settings: Any
+    """The resolved settings, if the command has options that are settings."""
+    dry_run: bool = False
+    as_json: bool = False
+    logs_training: bool = False
+
+    @property
+    def workspace(self) -> Any:
+        """The workspace."""
+        return self.session.workspace
+
+    @property
+    def context(self) -> Context:
+        """What a pipeline runs in."""
+        from orchestrator.pipelines.context import Context
+
+        loggers = self.settings.tracking.loggers if self.logs_training else ()
+        return Context(self.session.workspace, self.session.progress, loggers=loggers)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the user wants results and warnings only."""
+        return isinstance(self.session.progress, Warnings)
+
+    def note(self, text: str) -> None:
+        """Say something beside the result, on standard error."""
+        self.session.progress.note(text)
+
+    def show(self, result: Result) -> None:
+        """Print what a terminal shows of a result."""
+        from orchestrator.pipelines.result import show
+
+        show(result, self.session.console)
+
+    def answer(self, values: dict[str, Any], lines: list[Any]) -> Result:
+        """Return a result of a few values and lines."""
+        from orchestrator.pipelines.result import Answer
+
+        return Answer(values=values, lines=lines)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """The keyword arguments that every function of pipelines takes."""
+        return {"workspace": self.session.workspace, "progress": self.session.progress}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command as `command` registers it."""
+
+    name: str
+    group: str
+    function: Callable[..., Result | None]
+    options: Mapping[str, str | Setting]
+    config: Any
+    config_default: str | None
+    adjust: Callable[[dict[str, Any], dict[str, Any]], str | None] | None
+    shared: Mapping[str, tuple[Any, Any]]
+    workspace: Place | None
+    typer_options: Mapping[str, Any]
+
+    def build(self) -> Callable[..., None]:
+        """Return a function that has all options in its signature, for Typer."""
+        # The result's type takes time to import, and is not looked at.
+        signature = inspect.signature(self.function, eval_str=True, locals={"Result": Any})
+        own = list(signature.parameters.values())[1:]
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        make = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+        for flags, setting in self.options.items():
+            parameters.append(make(_name(flags), default=None, annotation=_option(flags, setting)))
+        if self.config is not None:
+            default = self.config_default
+            parameters.append(make("config", default=default, annotation=self.config))
+        for name, (annotation, default) in self.shared.items():
+            parameters.append(make(name, default=default, annotation=annotation))
+
+        for parameter in parameters:
+            info = next(
+                (m for m in parameter.annotation.__metadata__ if isinstance(m, Option)), None
+            )
+            if info and info.metavar is None:
+                info.metavar = METAVARS.get(_plain_type(parameter.annotation))
+
+        def run(**values: Any) -> None:
+            self._run(values)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__doc__ = self.function.__doc__
+        return run
+
+    def _run(self, values: dict[str, Any]) -> None:
+        """Read the settings, open the workspace, call the function and print what it returns."""
+        options: dict[str, Any] = {}
+        for flags, setting in self.options.items():
+            value = values.pop(_name(flags))
+            setting = setting if isinstance(setting, Setting) else Setting(setting)
+            if value is not None and value != []:
+                convert = setting.convert or partial(_converted, setting.key)
+                options[setting.key] = convert(value)
+        config, changes = values.pop("config", None), values.pop("set_", None) or []
+        shared = {name: values.pop(name) for name in self.shared if name != "set_"}
+        if self.adjust:
+            config = self.adjust({**values, **shared, "config": config}, options)
+        settings = None
+        if self.options or self.config is not None:
+            settings = _read(config, changes, options, train_on=shared.get("device"))
+        as_json, dry_run = shared.get("as_json", False), shared.get("dry_run", False)
+        with open_session(
+            shared.get("workspace"),
+            self.name,
+            place=self.workspace,
+            verbose=shared.get("verbose"),
+            dry_run=dry_run,
+            as_json=as_json,
+        ) as session:
+            logs_training = "--logger" in self.options
+            call = Call(session, settings, dry_run, as_json, logs_training)
+            result = self.function(call, **values)
+            if result is None:
+                return
+            if as_json:
+                print(as_text(result.to_json()), file=session.output)
+            else:
+                call.show(result)
+            result.raise_failures()
+
+
+COMMANDS: dict[str, Command] = {}
+"""All commands by name, in the order of `--help`."""
+
+
+def command(
+    name: str,
+    *,
+    group: str,
+    options: Mapping[str, str | Setting] | None = None,
+    config: Any = None,
+    config_default: Any = None,
+    adjust: Callable[[dict[str, Any], dict[str, Any]], str | None] | None = None,
+    workspace: Place | None = "made",
+    trains: bool = False,
+    plans: bool = False,
+    has_json: bool = True,
+    **typer_options: Any,
+) -> Callable[[Function], Function]:
+    """Register a function as a command.
+
+    Args:
+        name: A name with a space is a command of a group, `config show`.
+        group: Panel of `--help`.
+        options: `--flag` or `--flag,-f` or `--yes/--no` to the key of a setting.
+        config: Annotation of the option or argument that names the settings file; None for commands
+            that read none.
+        config_default: Its default.
+        adjust: Gets the command's values and the settings among its options by key; may change the
+            latter, and returns the settings file.
+        workspace: How the workspace is opened, see `open_session`; None if the command has none.
+        trains: Whether it takes `--device cpu|cuda`, which says where to train.
+        plans: Whether it takes `--dry-run`.
+        has_json: Whether it takes `--json`.
+        **typer_options: See `typer.Typer.command`.
+    """
+    from orchestrator.cli import options as shared_options
+
+    shared: dict[str, tuple[Any, Any]] = {}
+    if trains:
+        shared["device"] = shared_options.TrainingDeviceOption, None
+    if config is not None:
+        shared["set_"] = shared_options.SetOption, None
+    if workspace:
+        shared["workspace"] = shared_options.WorkspaceOption, None
+    if plans:
+        shared["dry_run"] = shared_options.DryRunOption, False
+    if has_json:
+        shared["as_json"] = shared_options.JsonOption, False
+    if workspace in ("made", "read"):
+        shared["verbose"] = shared_options.VerboseOption, None
+
+    def register(function: Function) -> Function:
+        COMMANDS[name] = Command(
+            name=name,
+            group=group,
+            function=function,
+            options=options or {},
+            config=config,
+            config_default=config_default,
+            adjust=adjust,
+            shared=shared,
+            workspace=workspace,
+            typer_options=typer_options,
+        )
+        return function
+
+    return register
+
+
+def as_text(value: Any) -> str:
+    """Return a value as JSON text; numbers that are not finite become null."""
+    return json.dumps(_finite(value), indent=2, default=str)
+
+
+def read_schedules(texts: list[str]) -> list[int | float | str]:
+    """Read a repeated `--schedule`: a number for all layers, or a text."""
+    return [_value(text) for text in texts]
+
+
+def one_schedule(texts: list[str] | None) -> str | None:
+    """Read the `--schedule` of a command that takes one.
+
+    Raises:
+        UserError: If it was given several times.
+    """
+    if texts and len(texts) > 1:
+        raise UserError(
+            f"--schedule was given {len(texts)} times ({' and '.join(texts)}), and this command "
+            "takes one schedule; commas separate its layers"
+        )
+    return texts[0] if texts else None
+
+
+def split_list(text: str) -> list[int | float | str]:
+    """Read names or numbers with commas between them, also in brackets as in a settings file."""
+    text = text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1]
+    return [_value(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Read whole numbers from 1 on with commas between them, without repetitions.
+
+    Raises:
+        UserError: If one is not such a number; names the option.
+    """
+    found = split_list(text)
+    numbers = [n for n in found if isinstance(n, int) and 1 <= n <= MAX_COUNT]
+    if len(numbers) < len(found):
+        raise UserError(
+            f"{option} takes whole numbers from 1 to {MAX_COUNT} with commas between them; got "
+            f"{quoted(text)}"
+        )
+    return tuple(dict.fromkeys(numbers))
+
+
+def _read(
+    config: str | None, changes: list[str], options: dict[str, Any], *, train_on: str | None
+) -> Any:
+    from orchestrator.settings import read_settings
+    from orchestrator.settings.files import shipped_sweeps
+
+    if config in shipped_sweeps() and Path(config).is_file():
+        file = Path(config).absolute()
+        typer.echo(f"settings: the file {file}, not the shipped sweep {config}", err=True)
+    if train_on == "cpu":
+        for option, key in (
+            ("--gpus", "cluster.num_gpus"),
+            ("--gpus-per-trial", "sweep.gpus_per_trial"),
+        ):
+            if number := options.get(key):
+                raise UserError(f"--device cpu and {option} {number:g}: leave one out")
+        options |= {"cluster.num_gpus": 0, "cluster.min_gpus": None, "sweep.gpus_per_trial": None}
+    settings = read_settings(config or None, changes, options)
+    if train_on == "cuda" and not settings.cluster.num_gpus:
+        settings = read_settings(config or None, changes, options | {"cluster.num_gpus": 1})
+    return settings
+
+
+def _option(flags: str, setting: str | Setting) -> Any:
+    """Return the annotation of an option for a setting."""
+    from orchestrator.settings import find_field
+
+    setting = setting if isinstance(setting, Setting) else Setting(setting)
+    found = find_field(setting.key)
+    kind = setting.type or _plain_type(found.annotation)
+    extras: dict[str, Any] = {}
+    if kind in (int, float):
+        for bound in found.metadata:
+            if kind is int and isinstance(bound, Ge):
+                extras["min"] = bound.ge
+            elif kind is int and isinstance(bound, Gt):
+                extras["min"] = int(str(bound.gt)) + 1
+    elif kind is tuple:
+        kind, extras["metavar"] = str, "A,B,..."
+    help_text = setting.help or " ".join((found.description or "").split())
+    return Annotated[
+        kind | None, typer.Option(*flags.split(","), help=help_text, show_default=False, **extras)
+    ]
+
+
+def _plain_type(annotation: Any) -> Any:
+    """Return the type of an option: a choice, bool, int, float, tuple (with commas) or str."""
+    origin, kinds = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _plain_type(kinds[0])
+    if origin in (Literal, tuple, list):
+        return annotation if origin is Literal else origin
+    inner = [kind for kind in kinds if kind is not type(None)]
+    if inner:
+        return _plain_type(inner[0]) if len(inner) == 1 else str
+    return annotation if annotation in METAVARS else str
+
+
+def _converted(key: str, value: Any) -> Any:
+    from orchestrator.settings import find_field
+
+    return split_list(value) if _plain_type(find_field(key).annotation) is tuple else value
+
+
+def _name(flags: str) -> str:
+    return flags.split(",")[0].split("/")[0].removeprefix("--").replace("-", "_")
+
+
+def _value(text: str) -> int | float | str:
+    """Return a number as a number, other texts as they are; the settings refuse what is wrong."""
+    if re.fullmatch("-?[0-9]{1,9}", text):
+        return int(text)
+    try:
+        return float(text) if re.fullmatch("[-+.0-9eE]{1,40}", text) else text
+    except ValueError:
+        return text
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and value - value != 0.0 else value

@@ -1,0 +1,194 @@
+"""Commands that measure models and show fronts: influence, evaluate, compare, benchmark, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.cli.command import Call, Setting, command, whole_numbers
+from orchestrator.cli.options import (
+    MAX_COUNT,
+    ConfigOption,
+    CostOption,
+    ModelsArgument,
+    QualityOption,
+    SchedulesOption,
+    TeacherArgument,
+    TrustRemoteCodeOption,
+    complete_models,
+    complete_sweeps,
+)
+
+if TYPE_CHECKING:
+    from orchestrator.pipelines.result import Result
+
+CLUSTER = {"--device": "cluster.device", "--address": "cluster.address"}
+TASKS: dict[str, str | Setting] = {
+    "--suite": "evaluation.suite",
+    "--include-path": "evaluation.include_path",
+    "--num-fewshot": "evaluation.num_fewshot",
+    "--apply-chat-template": Setting(
+        "evaluation.apply_chat_template", bool, help="Write prompts with the model's chat template."
+    ),
+    "--chat-template": Setting(
+        "evaluation.apply_chat_template", str, help="The same, with one of its named templates."
+    ),
+    "--limit": "evaluation.limit",
+    "--batch-size": "evaluation.batch_size",
+}
+
+
+@command("influence", group="Measure", options={"--metric": "influence.metric", **CLUSTER},
+         config=ConfigOption)  # fmt: skip
+def influence(call: Call, model: TeacherArgument = None) -> Result:
+    """Measure how much each correction of each layer matters.
+
+    Example: iiet-orch influence my-run --metric loss
+    """
+    from orchestrator.pipelines.influence import measure_influence
+
+    return measure_influence(call.settings, model=model, **call.common)
+
+
+@command("evaluate", group="Measure", options={**TASKS, **CLUSTER}, config=ConfigOption,
+         workspace="read", plans=True)  # fmt: skip
+def evaluate(
+    call: Call,
+    models: ModelsArgument = None,
+    schedule: SchedulesOption = None,
+    log_samples: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Write results and samples in lm-eval's files, for other tools."
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
+) -> Result:
+    """Measure accuracy and bits per byte with lm-eval; resumes after an interruption.
+
+    Example: iiet-orch evaluate my-run -r 2 -r 2,1,1,0,0,0 --suite heldout
+    """
+    from orchestrator.pipelines.evaluating import plan_evaluate, run_evaluate
+
+    plan = plan_evaluate(
+        call.settings, models=models or [], schedules=schedule or [], **call.common
+    )
+    if call.dry_run:
+        return plan
+    return run_evaluate(
+        plan, call.context, log_samples=log_samples, trust_remote_code=trust_remote_code
+    )
+
+
+@command("compare", group="Measure", options={**TASKS, **CLUSTER}, config=ConfigOption)
+def compare(
+    call: Call,
+    first: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="A checkpoint, a run (by path or name), a Hugging Face folder, hub:OWNER/NAME, or "
+            "a folder that lm-eval wrote with --log_samples.",
+            autocompletion=complete_models,
+        ),
+    ],
+    second: Annotated[
+        str,
+        typer.Argument(metavar="B", help="The other one.", autocompletion=complete_models),
+    ],
+    schedule: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--schedule", "-r", help="Iteration schedule of both; given twice, of A and of B."
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
+) -> Result:
+    """Compare two models on the same items: paired differences, intervals, McNemar's test.
+
+    Example: iiet-orch compare my-run other-run --suite heldout
+    """
+    from orchestrator.pipelines import comparing
+
+    return comparing.compare(
+        call.settings,
+        models=(first, second),
+        schedules=schedule or [],
+        trust_remote_code=trust_remote_code,
+        **call.common,
+    )
+
+
+@command("benchmark", group="Measure", options=CLUSTER)
+def benchmark(
+    call: Call,
+    models: ModelsArgument = None,
+    schedule: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--schedule",
+            "-r",
+            help="Iteration schedule; may be repeated. One IIET without it: from full to none.",
+        ),
+    ] = None,
+    batch_sizes: Annotated[
+        str, typer.Option(help="Comma-separated numbers of rows that are decoded together.")
+    ] = "1,8",
+    contexts: Annotated[
+        str | None, typer.Option(help="Tokens of the prompt (default: 32 and half the context).")
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option(min=2, max=MAX_COUNT, help="Tokens decoded after it.")
+    ] = 32,
+    repetitions: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Measurements of each model, in turns.")
+    ] = 9,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of PyTorch on a CPU.")] = 1,
+) -> Result:
+    """Measure latency, throughput and memory, and compare them with the cost model.
+
+    Example: iiet-orch benchmark my-run --batch-sizes 1,8
+    """
+    batches = whole_numbers(batch_sizes, "--batch-sizes")
+    prompts = whole_numbers(contexts or "", "--contexts")
+    from orchestrator.evaluation.cost_measurement import MeasurementSettings
+    from orchestrator.pipelines import benchmarking
+
+    return benchmarking.benchmark(
+        cluster=call.settings.cluster,
+        models=models or [],
+        schedules=schedule or [],
+        conditions=MeasurementSettings(
+            batch_sizes=batches,
+            contexts=prompts,
+            new_tokens=new_tokens,
+            repetitions=repetitions,
+            num_threads=threads,
+        ),
+        **call.common,
+    )
+
+
+@command("report", group="Results", workspace="read")
+def report(
+    call: Call,
+    sweeps: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SWEEP",
+            help="Names of sweeps, several on one front (default: the newest).",
+            autocompletion=complete_sweeps,
+        ),
+    ] = None,
+    cost: CostOption = None,
+    quality: QualityOption = None,
+) -> Result:
+    """Write and show the front of one or several sweeps: table, pictures, one HTML page.
+
+    Example: iiet-orch report --cost flops
+    """
+    from orchestrator.pipelines.sweeps import report as write_report
+
+    return write_report(sweeps=sweeps or [], cost=cost, quality=quality, **call.common)

@@ -1,0 +1,242 @@
+"""Commands that show and clean a workspace, check the machine, and write settings files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import typer
+
+from orchestrator.cli.command import Call, as_text, command
+from orchestrator.cli.options import MAX_COUNT
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import Kind, RemovableKind
+
+if TYPE_CHECKING:
+    from orchestrator.pipelines.result import Result
+
+Size = Literal["tiny", "55m", "340m"]
+
+
+@command("ui", group="Results", workspace="named", has_json=False)
+def ui(
+    call: Call,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
+) -> None:
+    """Start MLflow on 127.0.0.1 and print links to the runs and fronts.
+
+    Example: iiet-orch ui --port 5001
+    """
+    from orchestrator.pipelines.ui import serve
+    from orchestrator.workspace.layout import open_workspace
+
+    serve(open_workspace(call.workspace.root), port=port)
+
+
+@command("sync", group="Results")
+def sync(call: Call) -> Result:
+    """Publish the workspace in MLflow again: what it missed, all trainings and all measurements.
+
+    Example: iiet-orch sync --workspace my-workspace
+    """
+    from orchestrator.pipelines import syncing
+
+    return syncing.sync(**call.common)
+
+
+@command("list", group="Workspace", workspace="existing")
+def list_workspace(
+    call: Call,
+    kind: Annotated[
+        Kind | None,
+        typer.Argument(
+            metavar="KIND",
+            help="runs, checkpoints, trials, sweeps or models (default: all but checkpoints).",
+        ),
+    ] = None,
+) -> Result:
+    """List runs, trials, sweeps, exported models and checkpoints, the newest first.
+
+    Example: iiet-orch list runs --json
+    """
+    from orchestrator.pipelines.upkeep import list_workspace as listing
+
+    return listing(call.workspace, kind, with_checkpoints=call.as_json, note=call.note)
+
+
+@command("status", group="Workspace", workspace="existing")
+def status(call: Call) -> Result:
+    """Show what runs in the workspace now: progress, speed, time left.
+
+    Example: iiet-orch status --json
+    """
+    from orchestrator.pipelines.upkeep import show_status
+
+    return show_status(call.workspace, note=call.note)
+
+
+@command("clean", group="Workspace", workspace="existing", plans=True)
+def clean(
+    call: Call,
+    kinds: Annotated[
+        list[RemovableKind] | None,
+        typer.Argument(
+            metavar="KIND",
+            help="temporary, ray, teachers, first-stages, checkpoints or damaged (default: all).",
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
+) -> Result | None:
+    """Delete what is no longer needed: shows it with sizes and reasons, then asks.
+
+    Finished weights, evaluations, and what a running process holds are never touched.
+
+    Example: iiet-orch clean checkpoints --dry-run
+    """
+    from orchestrator.pipelines import upkeep
+
+    plan = upkeep.plan_clean(call.workspace, kinds or (), note=call.note)
+    if call.dry_run or not plan.found or (call.as_json and not yes):
+        return plan
+    if not call.as_json:
+        call.show(plan)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UserError(
+                "nothing was deleted; --yes deletes without asking, --dry-run only lists"
+            )
+        if not typer.confirm(f"Delete all of this ({plan.size})?"):
+            return None
+    return upkeep.run_clean(plan, call.workspace)
+
+
+@command("doctor", group="Workspace", workspace="named")
+def doctor(call: Call) -> Result | None:
+    """Check this machine and the workspace; name a remedy for what is broken.
+
+    Exits with 1 if something is broken. Nothing is written or started.
+
+    Example: iiet-orch doctor
+    """
+    from orchestrator.pipelines.doctor import examine
+
+    found: list[dict[str, Any]] = []
+    for finding in examine(call.workspace):  # Each is shown as soon as it is found.
+        found.append(finding.to_json())
+        if not call.as_json:
+            call.show(finding)
+    if call.as_json:
+        print(as_text({"findings": found}))
+    if any(finding["state"] == "broken" for finding in found):
+        raise typer.Exit(1)
+    return None
+
+
+@command("config show", group="Settings", config=Annotated[str | None, typer.Argument(
+    metavar="[FILE]", help="A YAML file, or a shipped sweep (default: the defaults)."
+)], workspace=None, has_json=False)  # fmt: skip
+def show_settings(
+    call: Call,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Only what differs from the defaults.")
+    ] = False,
+) -> None:
+    """Print the resolved settings as YAML; what differs from its default is marked.
+
+    Example: iiet-orch config show demo --changed
+    """
+    from orchestrator.settings.files import marked_yaml
+
+    typer.echo(marked_yaml(call.settings, only_changed=changed), nl=False)
+
+
+@command("config schema", group="Settings", workspace=None, has_json=False)
+def show_schema(_call: Call) -> None:
+    """Print the JSON schema of the settings, for editors.
+
+    Example: iiet-orch config schema
+    """
+    from orchestrator.settings import Settings
+
+    typer.echo(as_text(Settings.model_json_schema()))
+
+
+@command("config list", group="Settings", workspace=None)
+def list_sweeps(call: Call) -> Result:
+    """List the shipped sweeps.
+
+    Example: iiet-orch config list
+    """
+    from orchestrator.settings.files import shipped_sweeps
+    from orchestrator.terminal.render import plain_table
+
+    rows = []
+    for name, path in shipped_sweeps().items():
+        with path.open(encoding="utf-8") as file:
+            rows.append((name, file.readline().removeprefix("# ").strip()))
+    return call.answer(
+        {"sweeps": [{"name": name, "text": text} for name, text in rows]},
+        [plain_table(("name", "what it does"), rows)],
+    )
+
+
+@command("init", group="Settings", workspace=None, has_json=False)
+def init(
+    call: Call,
+    file: Annotated[
+        Path | None, typer.Argument(help="File to write (default: my-sweep.yaml).")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Your text: a file, folder or pattern; may be repeated."),
+    ] = None,
+    hub: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A data set of the hub instead.")
+    ] = None,
+    copied: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="SWEEP", help="Copy a shipped sweep; `config list` names them."
+        ),
+    ] = None,
+    size: Annotated[Size | None, typer.Option(help="Size of the model (default: tiny).")] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="train, the path of a tokenizer.json, or hub:NAME.")
+    ] = "train",
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MAX_COUNT, help="Optimizer steps of the teacher.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, max=MAX_COUNT, help="GPUs to use.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+) -> Result:
+    """Write a commented settings file for your own data and size; asks for what is missing.
+
+    With --from, copy a shipped sweep instead, to change it.
+
+    Example: iiet-orch init my-sweep.yaml --data my-texts/ --size tiny
+    """
+    from orchestrator.pipelines.training import write_new_file, write_starting_file
+    from orchestrator.settings.files import find_settings_file, shipped_sweeps, starting_settings
+
+    if (data is not None) + (hub is not None) + (copied is not None) > 1:
+        raise UserError("--data, --hub and --from name different sources; leave all but one out")
+    if copied is not None:
+        source = shipped_sweeps().get(copied) or find_settings_file(copied)
+        file = file or Path(f"{source.stem}.yaml")
+        write_new_file(file, source.read_text(encoding="utf-8"), replace=force)
+    else:
+        file = file or Path("my-sweep.yaml")
+        if not data and not hub:
+            if not sys.stdin.isatty():
+                raise UserError("name your text with --data PATH, or a data set with --hub NAME")
+            data = [typer.prompt("Your text (a file, folder or pattern)")]
+            size = size or typer.prompt("Size: tiny, 55m or 340m", default="tiny")
+            if size not in get_args(Size):
+                raise UserError(f"the size is one of {', '.join(get_args(Size))}; got {size!r}")
+        settings = starting_settings(
+            size or "tiny", files=data or (), hub_name=hub, tokenizer=tokenizer, steps=steps,
+            gpus=gpus,
+        )  # fmt: skip
+        write_starting_file(settings, file, replace=force)
+    return call.answer({}, [f"written: {file}", f"next: iiet-orch sweep {file} --dry-run"])

@@ -1,0 +1,168 @@
+"""Settings of the data: corpus, tokenizer, mixtures, and generated tasks of known depth."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from pydantic import Field, StrictFloat, StrictInt, field_validator
+
+from iiet.extensions import ExtensionNames
+from orchestrator.settings.section import MAX_COUNT, OneOf, Section
+from orchestrator.workspace.errors import quoted
+
+TASK_KINDS = ("phop", "chain", "s5")
+MAX_SYMBOLS = 10_000
+MAX_VOCAB_SIZE = 1_000_000
+"""The tokenizers library allocates all entries at once, and aborts the process if that fails."""
+OTHER_SOURCES = ("depth", "mixture")
+"""Values of `data.source` that are not texts."""
+_TASK_NAME = re.compile(rf"({'|'.join(TASK_KINDS)})_([0-9]+)")
+
+
+def is_depth_task(name: str) -> bool:
+    """Return whether this is the name of a depth task, with any depth."""
+    return _TASK_NAME.fullmatch(name) is not None
+
+
+def parse_task_name(name: str) -> tuple[str, int]:
+    """Return kind and depth of a task.
+
+    Raises:
+        ValueError: If it is not such a name, or the depth is 0.
+    """
+    match = _TASK_NAME.fullmatch(name)
+    if not match:
+        raise ValueError(
+            f"{quoted(name)} is not a depth task; name one of {', '.join(TASK_KINDS)} with its "
+            "depth, such as phop_6"
+        )
+    if not (depth := int(match[2])):
+        raise ValueError(f"{name} has depth 0; a depth task takes at least one step")
+    return match[1], depth
+
+
+TEXT_SOURCES = ExtensionNames(
+    "iiet_orch.data_sources",
+    "data source",
+    ("python", "files", "hub"),
+    is_reserved=lambda name: name in OTHER_SOURCES or is_depth_task(name),
+)
+"""Names of text sources, also of other packages; their classes: `orchestrator.data.text_source`."""
+
+
+def source_order(names: Iterable[str]) -> list[str]:
+    """Return the sources of a mixture in their order: texts first, then tasks by name."""
+    return sorted(names, key=lambda name: (name not in TEXT_SOURCES, name))
+
+
+class DepthSettings(Section):
+    """Depth tasks for `data.source: depth`."""
+
+    tasks: tuple[str, ...] = ()
+    """Names of the tasks, each with its depth: `phop_6` (induction over 6 hops), `chain_8` (8
+    pointers of a chain), `s5_16` (products of up to 16 permutations of 5 things). Of several tasks,
+    each gives as many sequences, which then begin with the task's name."""
+    num_symbols: StrictInt = Field(default=4, ge=2, le=MAX_SYMBOLS)
+    """Alphabet of `phop`."""
+    length: StrictInt = Field(default=64, gt=0, le=MAX_COUNT)
+    """Symbols of each sequence of `phop`."""
+    num_chains: StrictInt = Field(default=2, ge=2, le=MAX_SYMBOLS)
+    """Chains that are interleaved in each sequence of `chain`."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _refuse_unknown_tasks(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        for name in tasks:
+            parse_task_name(name)
+        if len(set(tasks)) < len(tasks):
+            raise ValueError("a task is given twice")
+        return tasks
+
+
+class DataSettings(Section):
+    """Corpus, tokenizer and held-out documents."""
+
+    source: Annotated[str, OneOf(TEXT_SOURCES, also=OTHER_SOURCES)] = "python"
+    """`python`: the English texts that come with every Python; `files`: `files` below; `hub`: the
+    data set `hub_name`; `depth`: the generated tasks in `depth` below; `mixture`: several of these
+    at the `shares` below; or a source of another package."""
+    shares: dict[str, StrictFloat] = Field(default={})
+    """For `source: mixture`: the share of the training sequences that each source gives, such as
+    `{python: 0.8, phop_6: 0.2}`. Names are `python`, `files`, `hub`, those of other packages, and
+    depth tasks. Shares sum to 1 and are rounded to thousandths."""
+    source_options: dict[str, dict[str, Any]] = Field(default={})
+    """Options of sources of other packages, by their names: `{name: {option: value}}`."""
+    files: tuple[str, ...] = ()
+    """Paths or glob patterns of `.txt`, `.jsonl` (also `.jsonl.gz`, `.jsonl.zst`) or `.parquet`
+    files; a folder means all such files in it and below it."""
+    hub_name: str = ""
+    """For `source: hub`: name of a data set on the hub, such as `cerebras/SlimPajama-627B`, or a
+    folder that the `datasets` library can read."""
+    hub_config: str | None = None
+    """Configuration of the hub's data set, if it has several."""
+    text_field: str = "text"
+    """Field that holds the text in JSON lines, Parquet and hub data sets."""
+    max_documents: StrictInt | None = Field(default=None, gt=0)
+    """Read at most this many documents (default: all)."""
+    validation_fraction: StrictFloat = Field(default=0.1, gt=0.0, lt=1.0)
+    """Share of the documents held out for validation and tasks, chosen by content hash."""
+    tokenizer: str = "train"
+    """`train` a byte-level BPE, or the path of a `tokenizer.json`, or `hub:NAME`."""
+    vocab_size: StrictInt = Field(default=2048, ge=258, le=MAX_VOCAB_SIZE)
+    """Entries of a trained tokenizer."""
+    depth: DepthSettings = DepthSettings()
+    """Generated tasks of known depth."""
+
+    @field_validator("shares")
+    @classmethod
+    def _refuse_bad_shares(cls, shares: dict[str, float]) -> dict[str, float]:
+        for name, share in shares.items():
+            if is_depth_task(name):
+                parse_task_name(name)
+            elif name not in TEXT_SOURCES:
+                raise ValueError(
+                    f"{quoted(name)} is not a source; sources are {', '.join(TEXT_SOURCES)} and "
+                    "depth tasks such as phop_6; one of another package needs this package "
+                    "installed"
+                )
+            if share <= 0:
+                raise ValueError(f"the share of {name} is {share:g}; it must be above 0")
+        total = math.fsum(shares.values())
+        if shares and abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares sum to {total:.6g}; they must sum to 1")
+        return shares
+
+    @property
+    def texts(self) -> dict[str, DataSettings]:
+        """The text sources of a mixture, each with the settings that it would have alone."""
+        alone = {"shares": {}, "depth": DepthSettings()}
+        own_fields = {"python": (), "files": ("files",), "hub": ("hub_name", "hub_config")}
+        unread = {"files": (), "hub_name": "", "hub_config": None}
+        return {
+            name: self.model_copy(
+                update={
+                    **alone,
+                    **{k: v for k, v in unread.items() if k not in own_fields.get(name, ())},
+                    "source": name,
+                    "source_options": {k: v for k, v in self.source_options.items() if k == name},
+                }
+            )
+            for name in source_order(self.shares)
+            if name in TEXT_SOURCES
+        }
+
+    @property
+    def tasks(self) -> DepthSettings:
+        """The depth tasks of a mixture, with their options."""
+        names = (name for name in source_order(self.shares) if name not in TEXT_SOURCES)
+        return self.depth.model_copy(update={"tasks": tuple(names)})
+
+    def read_by_source(self) -> dict[str, Any]:
+        """Return the settings that the source reads, as JSON values, for keys and manifests."""
+        unread = {"mixture": set(), "depth": {"shares"}}.get(self.source, {"shares", "depth"})
+        if not self.source_options:
+            unread = unread | {"source_options"}
+        return self.model_dump(mode="json", exclude=unread)

@@ -1,0 +1,86 @@
+"""Settings of what is measured of a model: influence, and tasks with their prompts."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, StrictBool, StrictInt
+
+from iiet.names import INFLUENCE_METRIC_NAMES
+from orchestrator.settings.section import MAX_COUNT, OneOf, Section
+from orchestrator.settings.training import Precision
+from orchestrator.workspace.provenance import content_key
+
+METRIC = OneOf(INFLUENCE_METRIC_NAMES, table="iiet.influence_metrics:INFLUENCE_METRICS")
+
+
+class InfluenceSettings(Section):
+    """Measurement of each correction's influence."""
+
+    metric: Annotated[str, METRIC] = "cosine"
+    """`cosine`, `relative` (both from consecutive evaluations), `loss` (rise of the validation
+    loss), or a metric of another package."""
+    num_tokens: StrictInt = Field(default=32768, gt=0)
+    """Validation tokens of the calibration set."""
+
+
+class Prompts(Section):
+    """The form of an evaluation's prompts; part of the key of what is measured."""
+
+    chat_template: bool | str = False
+    """Whether the model's chat template writes them, or the name of one of its templates."""
+    fewshot_as_multiturn: bool = True
+    """Whether solved examples are turns of the chat, or parts of the user's one message."""
+    system_instruction: str | None = None
+    """Text before each prompt; the system's message if a chat template writes it."""
+
+    @property
+    def key(self) -> str:
+        """Hash of the form."""
+        return content_key(self.model_dump(mode="json"))
+
+    @property
+    def template_name(self) -> str | None:
+        """Name of the wanted template; None for the model's default."""
+        return self.chat_template if isinstance(self.chat_template, str) else None
+
+
+class EvaluationSettings(Section):
+    """Tasks that measure accuracy."""
+
+    suite: str = "heldout"
+    """Comma-separated names: `heldout` (tasks made from the data: from held-out documents, or the
+    depth tasks that are trained), one of these tasks by itself (`phop_6`), `paper` (the seven tasks
+    of the papers), and any task of lm-eval or of `include_path`."""
+    num_items: StrictInt = Field(default=700, gt=0)
+    """Items of each held-out task; 700 keep one standard error under 1.9 points."""
+    limit: StrictInt | None = Field(default=None, gt=0, le=MAX_COUNT)
+    """Score only this many items of each task, from its first on (default: all)."""
+    num_fewshot: StrictInt | None = Field(default=None, ge=0, le=MAX_COUNT)
+    """Solved examples before each item, unless a task fixes it at 0 (default: the task's own
+    number)."""
+    apply_chat_template: StrictBool | str = False
+    """Write prompts with the model's chat template: `true`, or the name of one of its templates."""
+    fewshot_as_multiturn: StrictBool = True
+    """With a chat template, solved examples are turns of the chat; `false` puts them into the
+    user's one message."""
+    system_instruction: str | None = Field(default=None, min_length=1)
+    """Text directly before each prompt; with a chat template, the system's message."""
+    batch_size: StrictInt = Field(default=32, gt=0, le=MAX_COUNT)
+    """Sequences in one forward pass of the evaluation."""
+    precision: Precision | None = None
+    """Weights and arithmetic of the evaluated model (default: bf16 on GPUs, fp32 on CPUs). Scores
+    differ a little, so results of each are stored apart. Models that transformers runs keep their
+    own dtype."""
+    include_path: str | None = Field(default=None, min_length=1)
+    """Folder with further lm-eval task files."""
+
+    @property
+    def prompts(self) -> Prompts | None:
+        """How items become prompts; None if as the tasks' files say."""
+        prompts = Prompts(
+            chat_template=self.apply_chat_template,
+            fewshot_as_multiturn=self.fewshot_as_multiturn or not self.apply_chat_template,
+            system_instruction=self.system_instruction,
+        )
+        return None if prompts == Prompts() else prompts

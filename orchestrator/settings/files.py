@@ -1,0 +1,189 @@
+"""Settings files: the shipped sweeps, reading, writing for people, and a file to start from."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from orchestrator.settings.resolve import DEFAULTS, resolve_settings
+from orchestrator.settings.schema import Settings
+from orchestrator.settings.section import Section
+from orchestrator.settings.yaml_text import MAX_CHARACTERS, YamlProblem, dump_yaml, parse_yaml
+from orchestrator.workspace.errors import UserError, quoted
+
+SETTINGS_NAME = "settings.yaml"
+"""File with the settings of a run or sweep, in its folder."""
+COMMENT_WIDTH = 96
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+Size = Literal["tiny", "55m", "340m"]
+SIZES: tuple[Size, ...] = get_args(Size)
+_SWEEP_OF_SIZE = {"tiny": "toy", "55m": "paper-55m", "340m": "paper-340m"}
+_VOCABULARY_OF_PAPER = 32000
+_ALWAYS_WRITTEN = (
+    "data.source", "data.files", "data.hub_name", "data.text_field", "data.tokenizer",
+    "data.vocab_size", "model.preset", "model.method", "model.corrections", "training.num_steps",
+    "training.num_tokens_per_step", "training.learning_rate", "training.seed",
+    "distillation.training.num_steps", "distillation.training.learning_rate", "evaluation.suite",
+    "sweep.kind", "sweep.num_schedules", "cluster.num_gpus",
+)  # fmt: skip
+"""What a beginner changes first; beside it what differs from the defaults is written."""
+
+
+def shipped_sweeps() -> dict[str, Path]:
+    """Return name -> file of every shipped sweep, sorted by name."""
+    installed = _PACKAGE / "sweeps"
+    folder = installed if installed.is_dir() else _PACKAGE.parent / "sweeps"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_settings_file(name: str) -> Path:
+    """Return the file of a path, or of the name of a shipped sweep; a `UserError` for others."""
+    try:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+    except (OSError, ValueError, RuntimeError):
+        pass  # A text that cannot be a path on this machine, such as one that is too long.
+    shipped = shipped_sweeps()
+    if name in shipped:
+        return shipped[name]
+    near = difflib.get_close_matches(name, shipped, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"shipped: {', '.join(shipped)}"
+    raise UserError(
+        f"there is no settings file {quoted(name)} and no shipped sweep of that name; {hint}"
+    )
+
+
+def read_settings(
+    path: Path | str | None,
+    assignments: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Read a YAML file, a shipped sweep by its name, or nothing; see `resolve_settings`.
+
+    Raises:
+        UserError: If the file is missing or is not a YAML mapping, or a setting is wrong.
+    """
+    if isinstance(path, str):
+        path = find_settings_file(path)
+    tree = _read_yaml(path) if path else {}
+    return resolve_settings(tree, assignments, options, origin=str(path) if path else "settings")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            tree = parse_yaml(file.read(MAX_CHARACTERS + 1))  # However large the file is.
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the settings file {path}: {error}") from None
+    except YamlProblem as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if tree is None:
+        raise UserError(
+            f"{path} holds no settings; `iiet-orch init` or `iiet-orch config copy` writes a file "
+            "to start from"
+        )
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"{path} must hold names and values such as `training:`, not a {type(tree).__name__}"
+        )
+    return tree
+
+
+def to_yaml(settings: Section) -> str:
+    """Return the whole tree as YAML, in the order of declaration."""
+    return dump_yaml(settings.model_dump(mode="json"))
+
+
+def marked_yaml(settings: Settings, *, only_changed: bool = False) -> str:
+    """Return the settings as YAML; what differs from the default is marked with the default."""
+    return "".join(_lines(settings, DEFAULTS, lambda _, is_usual: not (only_changed and is_usual)))
+
+
+def _lines(
+    section: Section,
+    default: Any,
+    choose: Callable[[str, bool], bool],
+    prefix: str = "",
+    *,
+    explain: bool = False,
+) -> Iterator[str]:
+    """Yield the lines of the settings for which `choose` (key, has the default) is true.
+
+    Each has its default behind it, or, with `explain`, its description above it.
+    """
+    depth = prefix.count(".")
+    indent = "  " * depth
+    for name, field in type(section).model_fields.items():
+        value, usual, key = getattr(section, name), getattr(default, name, None), prefix + name
+        is_marked = not (explain or value == usual or isinstance(usual, Section))
+        mark = f"  # default: {_flow(usual)}" if is_marked else ""
+        if isinstance(value, Section):
+            if inner := [*_lines(value, usual, choose, f"{key}.", explain=explain)]:
+                yield f"{indent}{name}:{mark}\n"
+                yield from inner
+                yield "\n" if explain and not depth else ""
+        elif choose(key, value == usual):
+            words = " ".join((field.description or "").split()) if explain else ""
+            lines = textwrap.wrap(words, COMMENT_WIDTH - len(indent))
+            yield from (f"{indent}# {line}\n" for line in lines)
+            yield f"{indent}{name}: {_flow(value)}{mark}\n"
+
+
+def _flow(value: Any) -> str:
+    """Return a value as YAML in one line."""
+    plain = json.loads(json.dumps(value))  # Tuples become lists.
+    if isinstance(plain, str) and not plain.isprintable():
+        return json.dumps(plain)
+    text = dump_yaml(plain, default_flow_style=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def starting_settings(
+    size: Size,
+    *,
+    files: Sequence[str] = (),
+    hub_name: str | None = None,
+    tokenizer: str = "train",
+    steps: int | None = None,
+    gpus: int | None = None,
+) -> Settings:
+    """Return the settings of a shipped sweep of a size, for other data.
+
+    Raises:
+        UserError: If they are not valid.
+    """
+    sweep = shipped_sweeps()[_SWEEP_OF_SIZE[size]]
+    data: dict[str, Any] = {
+        "data.source": "hub" if hub_name else "files",
+        "data.files": list(files),
+        "data.hub_name": hub_name or "",
+        "data.tokenizer": tokenizer,
+        "data.max_documents": None,
+    }
+    if size != "tiny":
+        data["data.vocab_size"] = _VOCABULARY_OF_PAPER
+    given = {"training.num_steps": steps, "cluster.num_gpus": gpus}
+    return read_settings(sweep, (), data | {k: v for k, v in given.items() if v is not None})
+
+
+def starting_yaml(settings: Settings) -> str:
+    """Return such settings as a commented YAML file."""
+    unused = "data.files" if settings.data.source == "hub" else "data.hub_name"
+    written = _lines(
+        settings,
+        DEFAULTS,
+        lambda key, is_usual: key != unused and (key in _ALWAYS_WRITTEN or not is_usual),
+        explain=True,
+    )
+    head = (
+        f"# A sweep on your own text: a {settings.model.preset} teacher, its influence, and\n"
+        "# a front of distilled schedules. What is not written here has its default:\n"
+        "# `iiet-orch config show` prints all settings.\n\n"
+    )
+    return head + "".join(written).rstrip("\n") + "\n"

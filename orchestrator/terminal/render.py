@@ -1,0 +1,173 @@
+"""Numbers, lines and tables for people, in the width that the terminal has.
+
+A percent sign follows its number without a space, as in `f"{share:.0%}"`.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+MAX_PLAIN_SCHEDULE_LENGTH = 16
+
+
+def format_count(number: int, noun: str, plural: str | None = None) -> str:
+    """Format a number with its noun: `1 trial`, `1,234 trials`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def format_bytes(value: float) -> str:
+    """Format bytes with three digits: `512 B`, `1.5 GiB`."""
+    for unit in BYTE_UNITS[:-1]:
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} {BYTE_UNITS[-1]}"
+
+
+def format_byte_parts(parts: Mapping[str, int]) -> str:
+    """Format the parts of a sum of bytes: `checkpoints 1.0 GiB, tokens 3.0 MiB`."""
+    return ", ".join(f"{name} {format_bytes(value)}" for name, value in parts.items())
+
+
+def format_parameters(count: float) -> str:
+    """Format a number of parameters in thousands, millions or billions: `1.48 M`, `1.34 B`."""
+    for unit, size in (("B", 1e9), ("M", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} K"
+
+
+def format_number(value: float) -> str:
+    """Format a number: without decimals from 1,000 on, else with up to two."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration in the largest unit that fits: `12 s`, `2.5 min`, `1.5 h`, `3 days`."""
+    units = (("days", 48 * 3600, 24 * 3600), ("h", 3600, 3600), ("min", 60, 60), ("s", 0, 1))
+    unit, size = next((unit, size) for unit, least, size in units if seconds >= least)
+    number = seconds / size
+    return f"{number:,.0f} {unit}" if number >= 10 else f"{number:.2g} {unit}"
+
+
+def format_duration_range(least: float, most: float) -> str:
+    """Format a range of seconds: `2 to 3 h`, `30 min to 2 h`."""
+    first, second = format_duration(least), format_duration(most)
+    if first == second:
+        return first
+    number, unit = first.split(" ", 1)
+    return f"{number if second.endswith(f' {unit}') else first} to {second}"
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Join names by commas, or by semicolons if a name (such as a schedule) contains a comma."""
+    return ("; " if any("," in name for name in names) else ", ").join(names)
+
+
+def format_schedule(schedule: Sequence[int] | None) -> str:
+    """Write a schedule as it is typed; a long one with repetitions counted: `3*4,1*20`."""
+    plain = ",".join(map(str, schedule or ()))
+    return plain if len(plain) <= MAX_PLAIN_SCHEDULE_LENGTH else _with_repetitions(schedule or ())
+
+
+def shortest_schedule(schedule: Sequence[int]) -> str:
+    """Write a schedule as short as it can be typed: `3` (all layers), `2*4,0*20`, `2,1,0`."""
+    if len(set(schedule)) == 1:
+        return str(schedule[0])
+    return min(",".join(map(str, schedule)), _with_repetitions(schedule), key=len)
+
+
+def _with_repetitions(schedule: Sequence[int]) -> str:
+    groups = [(r, len(list(same))) for r, same in groupby(schedule)]
+    return ",".join(f"{r}*{count}" if count > 1 else str(r) for r, count in groups)
+
+
+def scale_and_digits(value: float, *, is_percent: bool) -> tuple[float, int]:
+    """Return the factor and the number of decimals that a number is printed with."""
+    return (100.0, 1) if is_percent else (1.0, 3 if abs(value) < 10 else 1)
+
+
+def format_with_error(value: float, error: float | None, *, is_percent: bool) -> str:
+    """Write a number with its standard error: `44.4 ± 1.2`; a share in percent without the sign."""
+    scale, digits = scale_and_digits(value, is_percent=is_percent)
+    text = f"{scale * value:.{digits}f}"
+    return text if not error else f"{text} ± {scale * error:.{digits}f}"
+
+
+def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table without lines: names stay whole, long texts fold.
+
+    A title that ends with `>` aligns its column to the right.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left")
+    for title in columns:
+        table.add_column(
+            title.removesuffix(">"),
+            justify="right" if title.endswith(">") else "left",
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+class ResponsiveLayout:
+    """Layouts of the same content, widest first; prints the first that fits the terminal.
+
+    A narrow terminal shows less or arranges it differently, but never breaks a name or a number.
+    """
+
+    def __init__(self, *layouts: RenderableType) -> None:
+        self.layouts = layouts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the layout for this width; the last one if none fits."""
+        unlimited = options.update(width=10_000)
+        for layout in self.layouts[:-1]:
+            if Measurement.get(console, unlimited, layout).maximum <= options.max_width:
+                yield layout
+                return
+        yield self.layouts[-1]
+
+
+def print_line(console: Console, line: str | Text) -> None:
+    """Print a line, folded between words on a terminal, unfolded elsewhere.
+
+    A word that is too long for the terminal, such as a path, stays whole, so that it can be copied.
+    """
+    line = line if isinstance(line, Text) else Text(line)
+    for part in _folded(line, console.width) if console.is_terminal else [line]:
+        console.print(part, highlight=False, soft_wrap=True)
+
+
+def _folded(line: Text, width: int) -> list[Text]:
+    # Rich's own wrapping would break long words.
+    parts, end = [], 0
+    # A number and its error stay together, as in `44.5 ± 1.2%`.
+    text = re.sub(" (?=± )|(?<=±) ", "\u00a0", line.plain)
+    for paragraph in text.split("\n"):
+        indent = " " * (len(paragraph) - len(paragraph.lstrip(" ")))
+        wrapped = textwrap.wrap(
+            paragraph,
+            width,
+            subsequent_indent=indent,
+            expand_tabs=False,
+            replace_whitespace=False,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for number, part in enumerate(wrapped or [""]):
+            added = indent if number else ""
+            start = text.index(part.removeprefix(added), end)
+            end = start + len(part) - len(added)
+            parts.append(Text(added) + line[start:end])
+    return parts

@@ -1,0 +1,228 @@
+"""Requests to save the state and stop: Ctrl-C, SIGTERM, a closed terminal, or a message.
+
+`stop_requested` answers for all of them, in the driver and in its workers. Ray does not let a
+training loop save its state when the process that started it gets a signal. So a job runs in a
+thread, the main thread receives the signals, and the job sees the request. A job that fails while
+it stops is reported as that failure.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import signal
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+POLL_SECONDS = 0.2
+
+T = TypeVar("T")
+
+_signals: list[int] = []
+"""Those that arrived in the blocks of `stop_on_signals` that run."""
+_sources: list[Callable[[], bool]] = []
+"""Those of the blocks of `stop_when` that run."""
+
+
+def stop_requested() -> bool:
+    """Return whether this process was asked to save its state and stop soon."""
+    return bool(_signals) or any(is_asked() for is_asked in _sources)
+
+
+@contextmanager
+def stop_when(is_asked: Callable[[], bool]) -> Iterator[None]:
+    """Count a function that returns True, as one does that looks for a message, as a request."""
+    _sources.append(is_asked)
+    try:
+        yield
+    finally:
+        _sources.remove(is_asked)
+
+
+@contextmanager
+def stop_on_signals(*, second_ends: bool = False) -> Iterator[None]:
+    """Make signals that arrive in the block a request to stop; they do nothing else.
+
+    With `second_ends`, the second one raises `KeyboardInterrupt`. A closed terminal is never the
+    second: its shell and the kernel both send SIGHUP, perhaps after Ctrl-C.
+    """
+
+    def record(number: int, frame: Any) -> None:
+        if number == signal.SIGHUP and _signals:
+            return
+        _signals.append(number)
+        if second_ends and len(_signals) > 1:
+            signal.default_int_handler(number, frame)
+
+    before = len(_signals)
+    with signal_handlers(SIGNALS, record):
+        try:
+            yield
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                del _signals[before:]
+
+
+@contextmanager
+def signal_handlers(numbers: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
+    """Install a handler until the block ends; does nothing outside the main thread.
+
+    SIGHUP stays ignored if it was, as by nohup.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if number == signal.SIGHUP:
+            _leave_closed_terminal()
+        handler(number, frame)
+
+    earlier = {
+        number: signal.signal(number, handle if callable(handler) else handler)
+        for number in numbers
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, function in earlier.items():
+            signal.signal(number, function)
+
+
+def _leave_closed_terminal() -> None:
+    """Point descriptors of a terminal that is gone to nowhere: a message would be an error."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for path in Path("/dev/fd").iterdir():
+        try:
+            termios.tcgetattr(int(path.name))
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                os.dup2(nowhere, int(path.name))
+    os.close(nowhere)
+
+
+def run_interruptibly(
+    work: Callable[[], T],
+    *,
+    ask_to_stop: Callable[[], float],
+    saved: Callable[[], str],
+    watch: Callable[[], None] | None = None,
+) -> T:
+    """Run a Ray job in a thread and wait for it; see `wait_for_work`."""
+    future: Future[T] = Future()
+
+    def fulfil() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    with stop_on_signals():
+        threading.Thread(target=fulfil, daemon=True).start()
+        (result,) = wait_for_work([future], ask_to_stop=ask_to_stop, saved=saved, watch=watch)
+    return result
+
+
+def wait_for_work(
+    futures: Sequence[Future[T]],
+    *,
+    ask_to_stop: Callable[[], float],
+    saved: Callable[[], str],
+    watch: Callable[[], None] | None = None,
+) -> list[T]:
+    """Wait for Ray jobs that run in threads, and return their results; a request stops them.
+
+    Call it in the block of `stop_on_signals` in which the jobs were started.
+
+    Args:
+        futures: The jobs; they end soon after `ask_to_stop`.
+        ask_to_stop: Called once, at the request; returns the longest time that saving takes, in
+            seconds, or 0 if there is no state to save.
+        saved: Returns what is saved, such as "saved at step 40"; called after a request, when the
+            error is shown.
+        watch: Called every `POLL_SECONDS` in the calling thread, to show progress.
+
+    Raises:
+        Interrupted: After a request, at the latest when the state should be saved, or after a
+            second signal. Work that is still running ends with the cluster.
+        Exception: The first failed job's own; after a request, its text also says what is saved.
+    """
+    seconds, deadline, is_over = 0.0, math.inf, False
+    try:
+        while not (is_over := all(future.done() for future in futures)):
+            if len(_signals) > 1 or time.monotonic() > deadline:
+                break
+            if stop_requested() and deadline == math.inf:
+                seconds = ask_to_stop()
+                deadline = time.monotonic() + seconds
+            wait(futures, timeout=POLL_SECONDS)
+            if watch:
+                watch()
+        results = [future.result() for future in futures] if is_over else []
+    except Exception as error:
+        if stop_requested():
+            note_saved_state(error, saved())
+        raise
+    if not stop_requested():
+        return results
+    in_time = is_over or not seconds
+    raise Interrupted(lambda: interruption_text(saved(), in_time=in_time))
+
+
+def wait_interruptibly(
+    is_over: Callable[[], bool],
+    *,
+    begin: Callable[[], None] | None = None,
+    watch: Callable[[], None] | None = None,
+) -> None:
+    """Wait for another process or a node; a request ends the wait alone.
+
+    Args:
+        is_over, watch: Called every `POLL_SECONDS`; `watch` shows progress.
+        begin: Called once, to announce the wait; signals are already handled.
+
+    Raises:
+        Interrupted: After a request.
+    """
+    with stop_on_signals():
+        if begin:
+            begin()
+        while True:
+            ended = is_over()
+            if stop_requested():
+                raise Interrupted("interrupted while waiting; run the same command again to resume")
+            if ended:
+                return
+            time.sleep(POLL_SECONDS)
+            if watch:
+                watch()
+
+
+def interruption_text(saved: str, *, in_time: bool = True) -> str:
+    """Return the message after Ctrl-C.
+
+    Args:
+        in_time: Whether all steps were saved, or there were none to save.
+    """
+    late = "" if in_time else ", and the latest steps were not saved in time"
+    return f"interrupted{late}; {saved}; run the same command again to resume"
+
+
+def note_saved_state(error: Exception, saved: str) -> None:
+    """Add to an error after Ctrl-C what is saved, such as "saved at step 40"."""
+    text = f"it happened while the run was stopping; {saved}"
+    if isinstance(error, UserError | RunFailed):
+        error.args = (f"{error}; {text}",)
+    else:
+        error.add_note(text)

@@ -1,0 +1,102 @@
+"""Rules between settings: each broken one is named with its settings, all of them at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from orchestrator.settings import resolve_settings
+from orchestrator.settings.schema import broken_sweep_rules
+from orchestrator.workspace.errors import UserError
+
+ELASTIC = "distillation.training.elastic"
+
+
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        ("data.shares={python: 1.0}", "data.source='python', data.shares={'python': 1.0}: "),
+        ("data.source=mixture", "data.source='mixture', data.shares={}: a mixture, and nothing"),
+        ("data.files=[a.txt]", "data.source='python', data.files=('a.txt',): "),
+        ("data={source: mixture, shares: {python: 1.0}, files: [a]}", "data.files=('a',): "),
+        ("data.depth.tasks=[phop_6]", "data.source='python', data.depth.tasks=('phop_6',): "),
+        ("data={source: mixture, shares: {phop_6: 1.0}, depth: {tasks: [s5_4]}}", "depth.tasks="),
+        ("data.source_options={letters: {}}", "letters is not read"),
+        ("cluster={min_gpus: 16, num_gpus: 8}", "cluster.min_gpus=16, cluster.num_gpus=8: "),
+        ("cluster={min_gpus: 4, num_gpus: 8, parallel: fsdp}", "cluster.parallel='fsdp': fsdp"),
+        ("cluster.num_shards=2", "cluster.parallel='ddp': shards need cluster.parallel=fsdp"),
+        ("cluster={parallel: fsdp, num_shards: 3, num_workers: 4}", "divide the 4 workers"),
+        ("cluster={parallel: fsdp, num_shards: 8, num_gpus: 12}", "divide the 12 workers"),
+        ("sweep={thresholds: [0.1], budgets: [3]}", "they exclude each other"),
+        (
+            "training={iterate_from_fraction: 0.7, iterate_ramp_fraction: 0.4}",
+            "training.iterate_from_fraction=0.7, training.iterate_ramp_fraction=0.4: the ramp",
+        ),
+        ("distillation.training.iterate_ramp_fraction=1; ...iterate_from_fraction=0.1", "the ramp"),
+        ("distillation={teacher_from_step: 9, teacher_until_step: 9}", "takes part in no step"),
+        ("distillation.teacher_from_step=60", "teacher_from_step=60, distillation.training.num_st"),
+        ("distillation={teacher_cache: top_k, divergence: reverse}", "divergence to forward"),
+        ("distillation={teacher_cache: exact, hidden_weight: 1}", "hidden_weight to 0"),
+        (f"{ELASTIC}.kl_weight=2", f"{ELASTIC}.kl_weight=2.0: "),
+        (f"{ELASTIC}.temperature=2", f"{ELASTIC}.temperature=2.0: "),
+    ],
+)
+def test_a_rule_of_the_tree_names_its_settings(assignments: str, words: str) -> None:
+    changes = assignments.replace("...", "distillation.training.").split("; ")
+    with pytest.raises(UserError) as refused:
+        resolve_settings({}, changes)
+    assert words in str(refused.value)
+    assert str(refused.value).startswith("settings: ")
+
+
+def test_what_a_control_does_not_read_may_be_anything() -> None:
+    control = ["distillation.control=cross_entropy", f"{ELASTIC}.kl_weight=2"]
+    resolve_settings({}, [*control, "distillation.teacher_from_step=60"])
+    resolve_settings({}, ["training={iterate_from_fraction: 0.7, iterate_ramp_fraction: 0.3}"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("threshold", "thresholds=[-0.1]", "influence.metric='cosine': no influence of this"),
+        ("threshold", "asha=true", "sweep.asha=True, sweep.kind='threshold': "),
+        ("iterations", "asha=true; sweep.seeds=[0, 1]", "sweep.asha=True, sweep.seeds=(0, 1): "),
+        ("search", "seeds=[0, 1]", "a search distills each schedule once"),
+        ("iterations", "distilled_baselines=[vanilla]", "such a sweep has no teacher"),
+        ("threshold", "distilled_baselines=[vanilla]; distillation.control=pruned", "'pruned': "),
+        ("search", "distilled_baselines=[vanilla]; distillation.hidden_weight=0.5", "=0.5: "),
+        ("search", "elastic=true", "sweep.elastic=True, sweep.kind='search': "),
+        ("iterations", "elastic=true", "sweep.elastic=True, sweep.kind='iterations': "),
+        ("threshold", "compare=true", "sweep.compare=True, sweep.elastic=False: "),
+        ("threshold", "elastic=true; distillation.control=pruned", "distillation.control='pruned'"),
+        ("threshold", f"elastic=true; {ELASTIC}.schedules=[0]", f"{ELASTIC}.schedules=(0,): "),
+        ("threshold", f"elastic=true; {ELASTIC}.weight=0", f"{ELASTIC}.weight=0.0: "),
+        ("threshold", f"elastic=false; {ELASTIC}={{}}", "leave the second out, or set the first"),
+    ],
+)
+def test_a_rule_of_sweeps_is_checked_where_a_sweep_is_planned(
+    kind: str, changes: str, words: str
+) -> None:
+    settings = resolve_settings({}, [f"sweep.kind={kind}", *f"sweep.{changes}".split("; ")])
+    (broken,) = broken_sweep_rules(settings)
+    assert words in broken
+
+
+def test_all_broken_rules_are_reported_at_once_after_all_fields_are_right() -> None:
+    rules = ["cluster.num_shards=2", "sweep={thresholds: [0.1], budgets: [3]}"]
+    with pytest.raises(UserError, match=r"2 problems\n  - cluster.num_shards.*\n  - sweep.thres"):
+        resolve_settings({}, rules)
+    with pytest.raises(UserError, match=r"settings: training\.num_steps: .*got 0$"):
+        resolve_settings({}, [*rules, "training.num_steps=0"])
+
+
+def test_importing_and_resolving_settings_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, iiet, orchestrator.settings as settings\n"
+        "settings.read_settings('toy', ['sweep.methods=[vanilla, pcformer]'])\n"
+        "print(*{'torch', 'numpy', 'ray', 'mlflow', 'typer', 'transformers'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
