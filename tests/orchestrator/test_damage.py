@@ -31,6 +31,7 @@ from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.sweeps import plan_iterations, plan_students, schedule_search
 from orchestrator.pipelines.syncing import sync
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.reporting.sweep_results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
 from orchestrator.sweeping import decoding
@@ -38,7 +39,6 @@ from orchestrator.sweeping.asha import asha_trials, record_early_stop
 from orchestrator.sweeping.decode_times import with_costs
 from orchestrator.sweeping.decoding import with_decoding
 from orchestrator.sweeping.trial_run import run_trial
-from orchestrator.sweeping.trial_states import StoredPlan, stored_plan
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
 from orchestrator.tracking.outbox import Outbox
@@ -195,8 +195,8 @@ def _time_the_drafts(workspace: Workspace, notes: Notes) -> Any:
     return [trial.decoding for trial in with_decoding(results, plan, folder, settings, notes)]
 
 
-def _plan(workspace: Workspace) -> StoredPlan:
-    plan = StoredPlan.read(workspace.sweeps / "s" / PLAN_FILE)
+def _plan(workspace: Workspace) -> SweepPlan:
+    plan = SweepPlan.read(workspace.sweeps / "s" / PLAN_FILE)
     assert plan
     return plan
 
@@ -334,7 +334,7 @@ def _fill(workspace: Workspace) -> None:
 
     influence, folder = load_influence_table(teacher), workspace.sweeps / "s"
     plan = plan_students(settings, context, teacher, influence, name="s")
-    stored_plan(plan, settings, workspace.teachers).write(folder / PLAN_FILE)
+    plan.write(folder / PLAN_FILE)
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     results = [result for trial in plan.trials if (result := run_trial(trial).result)]
     results = with_costs(results, plan, folder, settings, context.progress)
