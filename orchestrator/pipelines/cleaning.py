@@ -43,7 +43,7 @@ from orchestrator.workspace.read_only import read_only
 from orchestrator.workspace.status import (
     Note,
     folders_in,
-    is_idle,
+    read_status,
     run_locks,
     size_of,
     training_folders,
@@ -261,7 +261,7 @@ def _unused(workspace: Workspace, parent: Path) -> list[Path]:
 def _is_quiet(workspace: Workspace) -> bool:
     # A sweep between two trials holds no lock.
     drivers = map(_has_driver, workspace.sweeps.glob(f"*/{RAY_FOLDER}-*"))
-    return is_idle(workspace) and not any(drivers)
+    return not read_status(workspace).activities and not any(drivers)
 
 
 def _is_in_use(run: Path) -> bool:
