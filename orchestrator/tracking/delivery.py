@@ -64,6 +64,8 @@ class Delivery:
     def sync(self) -> int:
         """Deliver the outbox; return how many operations were delivered, or refused for good."""
         self._paused_until = 0.0
+        if num_damaged := self.outbox.num_damaged():
+            self._warn(f"{self.outbox.path} is damaged: {num_damaged} of its lines are left out")
         self._prepare(self.outbox.records())
         return self.outbox.deliver(self._perform)
 

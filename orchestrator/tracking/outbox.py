@@ -1,10 +1,12 @@
 """Operations that MLflow has not received: one JSON line each, kept until they are delivered.
 
-Values are those of JSON, and paths; a path in the workspace is stored relative to its root.
+A line begins with a checksum. Values are those of JSON, and paths; a path in the workspace is
+stored relative to its root.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,9 +38,14 @@ class Outbox:
         self._replace(records, keep=True)
 
     def records(self) -> list[Record]:
-        """Return the pending operations in order; lines cut off by a crash are skipped."""
+        """Return the pending operations in order; damaged lines are left out."""
         with lock_file(self._lock):
-            return [json.loads(line, object_hook=self._loaded) for line in self._lines()]
+            texts = [line.partition(" ")[2] for line in self._lines()]
+        return [json.loads(text, object_hook=self._loaded) for text in texts]
+
+    def num_damaged(self) -> int:
+        """Return the number of lines that are not what was written."""
+        return sum(not _is_whole(line) for line in self._all_lines())
 
     def deliver(self, attempt: Callable[[Record], bool]) -> int:
         """Attempt the pending operations in order, until one fails; return how many succeeded."""
@@ -69,20 +76,26 @@ class Outbox:
             assert isinstance(value, Path), value
             return {PATH_NAME: portable_path(str(value), self._root)}
 
-        return json.dumps(record, sort_keys=True, default=stored)
+        text = json.dumps(record, sort_keys=True, default=stored)
+        return f"{_checksum(text)} {text}"
 
     def _loaded(self, values: dict[str, Any]) -> Any:
         is_path = values.keys() == {PATH_NAME}
         return Path(absolute_path(values[PATH_NAME], self._root)) if is_path else values
 
     def _lines(self) -> list[str]:
+        return list(filter(_is_whole, self._all_lines()))
+
+    def _all_lines(self) -> list[str]:
         if not self.path.exists():
             return []
-        return list(filter(_is_object, self.path.read_text(encoding="utf-8").splitlines()))
+        return self.path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
-def _is_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
+def _is_whole(line: str) -> bool:
+    checksum, _, text = line.partition(" ")
+    return checksum == _checksum(text)
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -17,8 +18,9 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from documented import PAGES, ROOT, Line, blocks, inline_commands, shell_lines
+from documented import FENCE, PAGES, ROOT, Line, blocks, inline_commands, shell_lines
 
+import orchestrator
 from orchestrator import cli
 from orchestrator.cli.submit import parse_command
 from orchestrator.settings import Settings, read_settings, resolve_settings
@@ -148,7 +150,59 @@ def test_settings_in_yaml_are_valid(page: Path) -> None:
             resolve_settings(tree)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
+def words(page: Path) -> str:
+    """Return the text of a page in one line."""
+    return " ".join(page.read_text(encoding="utf-8").split())
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8"))
+    for target, anchor in links:
+        found = page.parent / target if target else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize(
+    ("page", "sentence", "content"),
+    [
+        (
+            "docs/results.md",
+            r"On Python's documentation .*? see the front in the \[.*?\]\((.*?)\)",
+            r"The front of .* on Python's documentation",
+        ),
+        ("CONTRIBUTING.md", r"A method of your own .*?\]\((.*?)\)", r" ## A method "),
+    ],
+)
+def test_a_page_that_is_named_for_something_has_it(page: str, sentence: str, content: str) -> None:
+    (target,) = re.findall(sentence, words(ROOT / page))
+    assert re.search(content, words((ROOT / page).parent / target))
+
+
+FUNCTIONS = {
+    "influence": "measure_influence", "import": "import_model", "search": "sweep",
+    "sweep-threshold": "sweep", "sweep-iterations": "sweep",
+}  # fmt: skip
+"""The functions of commands that have another name."""
+
+
+def test_the_commands_that_are_python_functions_are_those_that_the_pages_name() -> None:
+    public = {name for name in GROUP.commands if hasattr(orchestrator, FUNCTIONS.get(name, name))}
+    readme, page = words(ROOT / "README.md"), words(ROOT / "docs/python.md")
+    (others,) = re.findall(r"Every command is also a function, but for (.*?)\.", page)
+    assert set(re.findall(r"`(.+?)`", others)) == GROUP.commands.keys() - public
+    (alike,) = re.findall(r"([^.]*) have the same form", page)
+    for name in re.findall(r"`(\w+)`", alike):
+        assert "workspace" in inspect.signature(getattr(orchestrator, name)).parameters
+    rows = dict(re.findall(r"\| ([a-z ]+) \| ((?:`iiet-orch [a-z-]+`(?:, )?)+) \|", readme))
+    (kinds,) = re.findall(r"Those that (.*?) are Python functions", readme)
+    for kind in re.split(", | or ", kinds):
+        assert set(re.findall(r"iiet-orch ([a-z-]+)", rows[kind])) <= public

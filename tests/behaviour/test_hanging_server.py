@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from pathlib import Path
@@ -13,8 +12,8 @@ from started_command import start_command
 
 from orchestrator.planning.save_time import LEAST_SECONDS
 from orchestrator.tracking.delivery import SHORT_WAIT_SECONDS
+from orchestrator.tracking.outbox import Outbox
 from orchestrator.workspace.checkpoint_names import find_checkpoints
-from orchestrator.workspace.names import OUTBOX_NAME
 
 pytestmark = pytest.mark.slow
 
@@ -56,8 +55,7 @@ def test_ctrl_c_is_answered_at_once_while_mlflow_hangs(
     assert process.returncode == 130, printed
     assert seconds < LEAST_SECONDS + SHORT_WAIT_SECONDS + SECONDS_TO_CLOSE, printed
     assert "saved at step" in printed
-    lines = map(json.loads, (tmp_path / OUTBOX_NAME).read_text().splitlines())
-    statuses = [line.get("arguments", {}).get("status") for line in lines]
+    statuses = [record.get("arguments", {}).get("status") for record in Outbox(tmp_path).records()]
     assert statuses[-1] == "KILLED"
     num_trials = sum(1 for folder in tmp_path.glob("trials/*") if find_checkpoints(folder))
     assert statuses.count("KILLED") >= 1 + num_trials

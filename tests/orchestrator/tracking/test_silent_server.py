@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from pathlib import Path
@@ -32,8 +31,7 @@ def trial(number: int, status: str, folder: Path) -> NestedRun:
 
 
 def statuses(tracking: Tracking) -> list[str | None]:
-    records = map(json.loads, tracking.outbox.path.read_text().splitlines())
-    return [record["arguments"].get("status") for record in records]
+    return [record["arguments"].get("status") for record in tracking.outbox.records()]
 
 
 def test_a_stop_of_a_sweep_with_many_trials_waits_once(tracking: Tracking, tmp_path: Path) -> None:

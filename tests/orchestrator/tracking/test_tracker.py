@@ -393,8 +393,7 @@ def test_pending_operations_are_plain_json(
     run.log_metrics({"hypervolume": 0.5})
     run.log_journal(tmp_path)
     assert run.run_id is None
-    lines = [json.loads(line) for line in tracking.outbox.path.read_text().splitlines()]
-    assert [sorted(line["arguments"]) for line in lines] == [
+    assert [sorted(record["arguments"]) for record in tracking.outbox.records()] == [
         ["params", "tags"],
         ["points", "time_ms"],
         ["journal"],
