@@ -7,7 +7,6 @@ sentence that names it.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from small_size import SMALL
 
 from iiet.schedule import IterationSchedule
 from orchestrator import cli
+from orchestrator.data.python_docs import python_documents
 from orchestrator.evaluation import decode_timing
 from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.pipelines.context import Context
@@ -56,7 +57,7 @@ from orchestrator.workspace.journal import Journal, read_journal
 from orchestrator.workspace.names import PLAN_FILE, RESULTS_FILE
 
 SETTINGS = [
-    *SMALL, "data.max_documents=120",
+    *SMALL, "data.source=files", "data.files=[texts.jsonl]",
     "model.num_layers=2", "model.context_length=32", "model.corrections=1",
     "training.num_steps=2", "training.checkpoint_every_steps=1", "training.keep_best=true",
     "training.decay=constant", "distillation.training.num_steps=1",
@@ -241,9 +242,8 @@ SAID = {
 
 SAID_OTHERWISE = {
     "evaluations/*.json": ("single items are missing or damaged",),
-    "sweeps/search/optuna.journal": (
-        "its schedules will be suggested",
-    ),  # A killed search leaves a cut line.
+    # As a killed search leaves it: finished trials enter it again, and the rest is asked for anew.
+    "sweeps/search/optuna.journal": ("are not known yet",),
 }
 """Words that stand for the name of the file."""
 
@@ -312,11 +312,13 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copies]:
         for name in ("SWEEP_NEW_TOKENS", "SWEEP_REPETITIONS"):
             patch.setattr(decode_timing, name, 2)
         patch.setattr(decoding, "NUM_TEXTS", 2)
+        patch.chdir(folder)
+        texts = [text for text, _ in islice(python_documents(Progress()), 120)]
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        Path("texts.jsonl").write_text("".join(lines))
         workspace = open_workspace(folder / "whole")
         _fill(workspace)
-        gc.freeze()  # What is imported now is not looked through again and again.
         yield Copies(workspace.root)
-        gc.unfreeze()
 
 
 def _fill(workspace: Workspace) -> None:
