@@ -62,7 +62,8 @@ SETTINGS = [
     "training.num_steps=2", "training.checkpoint_every_steps=1", "training.keep_best=true",
     "training.decay=constant", "distillation.training.num_steps=1",
     "distillation.teacher_cache=exact",
-    "influence.num_tokens=128", "evaluation.num_items=8", "evaluation.limit=3", "sweep.num_schedules=2",
+    "influence.num_tokens=128", "evaluation.num_items=8", "evaluation.limit=3",
+    "sweep.num_schedules=2",
 ]  # fmt: skip
 """Last assignments count."""
 OPTIONS = [f"--set={assignment}" for assignment in SETTINGS]
@@ -140,10 +141,10 @@ READERS: dict[str, tuple[str, ...]] = {
     "teachers/*/.verified.json": ("read stored outputs",),
     "sweeps/s/times.json": ("time the models",),
     "sweeps/s/decoding.json": ("time the drafts",),
-    "sweeps/s/settings.yaml": ("sync a sweep",),
-    "sweeps/s/journal.jsonl": ("list", "status", "sync a sweep"),
+    "sweeps/s/settings.yaml": ("sync all",),
+    "sweeps/s/journal.jsonl": ("list", "status", "sync all"),
     "sweeps/search/optuna.journal": ("plan a search",),
-    "mlflow.db": ("sync",),
+    "mlflow.db": ("sync all",),
     "tracking-outbox.jsonl": ("sync",),
 }
 """By file: the commands and functions that read it."""
@@ -213,20 +214,21 @@ def _sync(workspace: Workspace, notes: Notes) -> Any:
         ]
 
 
-def _sync_without_sweeps(workspace: Workspace, notes: Notes) -> Any:
+def _sync_the_rest(workspace: Workspace, notes: Notes) -> Any:
     shutil.rmtree(workspace.sweeps)
+    shutil.rmtree(workspace.trials)
     return _sync(workspace, notes)
 
 
-def _sync_a_sweep(workspace: Workspace, notes: Notes) -> Any:
+def _sync_all(workspace: Workspace, notes: Notes) -> Any:
     (workspace.sweeps / "s" / RESULTS_FILE).unlink()  # Pictures take a while.
     return _sync(workspace, notes)
 
 
 Reader = Callable[[Workspace, Notes], Any]
 FUNCTIONS: dict[str, Reader] = {
-    "sync": _sync_without_sweeps,
-    "sync a sweep": _sync_a_sweep,
+    "sync": _sync_the_rest,
+    "sync all": _sync_all,
     "train the second stage": _train_the_second_stage,
     "read stored outputs": _read_stored_outputs,
     "time the models": _time_the_models,
