@@ -60,7 +60,6 @@ from orchestrator.workspace.status import (
     Note,
     RunningSweep,
     folders_in,
-    is_idle,
     list_entries,
     read_status,
     run_locks,
@@ -432,7 +431,7 @@ def _unused(workspace: Workspace, parent: Path) -> list[Path]:
     folders = folders_in(parent)
     # A sweep between two trials holds no lock.
     drivers = map(_has_driver, workspace.sweeps.glob(f"*/{RAY_FOLDER}-*"))
-    return folders if folders and is_idle(workspace) and not any(drivers) else []
+    return [] if not folders or read_status(workspace).activities or any(drivers) else folders
 
 
 def _is_in_use(run: Path) -> bool:
