@@ -8,7 +8,6 @@ under this schedule. It is complete once it has its own name. `MANIFEST.sha256` 
 from __future__ import annotations
 
 import json
-from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -53,11 +52,6 @@ from orchestrator.workspace.provenance import file_digest
 
 CARD = "README.md"
 MANIFEST = "MANIFEST.sha256"
-_USUAL_FILES = (
-    *("config.json", "generation_config.json", "model*.safetensors*", "tokenizer*.json"),
-    *("special_tokens_map.json", "chat_template.jinja", "iiet_*.py", CARD),
-)
-"""Names of the files in exports that were written before exports had a manifest."""
 
 
 def export(
@@ -278,8 +272,6 @@ def _other_files(folder: Path) -> list[str]:
     names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return [name for name in names if not any(fnmatch(name, usual) for usual in _USUAL_FILES)]
     except (OSError, UnicodeDecodeError):
         return [MANIFEST]
     digests = {name: digest for digest, _, name in (x.partition("  ") for x in text.splitlines())}

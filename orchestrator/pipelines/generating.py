@@ -277,6 +277,8 @@ class TextGenerator:
 
     def continue_all(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
         """Return the continuation of each prompt, all decoded as one batch. Raises as `stream`."""
+        if not prompts:
+            raise UserError("there is nothing to continue; give at least one prompt")
         seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         contexts = [self.text.encode_document(prompt) for prompt in prompts]
         longest, room = max(map(len, contexts)), self.decoder.config.context_length

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import pandas
 
 from iiet.schedule import IterationSchedule
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.exporting import export_checkpoint, model_card
+from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.drafts import draft_sentence, draft_targets
@@ -39,8 +39,7 @@ from orchestrator.workspace.files import resolve_path
 from orchestrator.workspace.layout import Workspace
 
 
-@dataclass(frozen=True, kw_only=True)
-class PickResult:
+class PickResult(Result):
     """The model that was picked from a sweep."""
 
     alias: str
@@ -60,10 +59,10 @@ class PickResult:
     same rule, also from another sweep, moves the alias to its own version.
     """
 
-    def to_pandas(self) -> pandas.DataFrame:
+    def rows(self) -> list[dict[str, Any]]:
         """Return one row: the model's parameters and metrics."""
         result = self.point.result
-        return pandas.DataFrame([{"name": result.name, **result.params(), **result.metrics()}])
+        return [{"name": result.name, **result.params(), **result.metrics()}]
 
     def to_json(self) -> dict[str, Any]:
         """Return the model, its numbers, and where it was exported and registered."""
@@ -79,7 +78,7 @@ class PickResult:
             "version": self.version,
         }
 
-    def shown(self) -> Any:
+    def shown(self) -> Iterator[str]:
         """Return the choice, and where it is."""
         yield f"{self.alias}: {self.sentence}"
         if self.folder is None:
@@ -87,9 +86,6 @@ class PickResult:
         else:
             yield f"exported: {self.folder}"
             yield f"registered: {self.version}"
-
-    def raise_failures(self) -> None:
-        """Nothing that can be printed has failed."""
 
 
 def pick(

@@ -429,9 +429,11 @@ def _has_driver(folder: Path) -> bool:
 def _unused(workspace: Workspace, parent: Path) -> list[Path]:
     """Return the folders in `parent`, which any command may read; none while one runs."""
     folders = folders_in(parent)
+    if not folders or read_status(workspace).activities:
+        return []
     # A sweep between two trials holds no lock.
     drivers = map(_has_driver, workspace.sweeps.glob(f"*/{RAY_FOLDER}-*"))
-    return [] if not folders or read_status(workspace).activities or any(drivers) else folders
+    return [] if any(drivers) else folders
 
 
 def _is_in_use(run: Path) -> bool:

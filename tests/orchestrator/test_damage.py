@@ -346,7 +346,7 @@ def _fill(workspace: Workspace) -> None:
 
     influence, folder = load_influence_table(teacher), workspace.sweeps / "s"
     plan = plan_students(settings, context, teacher, influence, name="s")
-    stored_plan(plan, settings, workspace.teachers).write(folder / PLAN_FILE)
+    plan.write(folder / PLAN_FILE)
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     results = [result for trial in plan.trials if (result := run_trial(trial).result)]
     results = with_costs(results, plan, folder, settings, context.progress)

@@ -195,8 +195,6 @@ def test_stock_lm_eval_gives_our_numbers(
 
 def test_an_earlier_export_is_replaced_and_nothing_else(checkpoint: Path, tmp_path: Path) -> None:
     folder = exported(checkpoint, tmp_path / "out")
-    (folder / MANIFEST).unlink()  # As exports were before they had one.
-    exported(checkpoint, folder)
     exported(checkpoint, folder)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").touch()
@@ -252,16 +250,11 @@ def test_a_method_whose_source_cannot_be_copied_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("has_manifest", [True, False])
 @pytest.mark.parametrize("name", ["notes.md", "results/table.csv", CARD])
 def test_a_users_own_file_in_an_export_is_never_lost(
-    checkpoint: Path, tmp_path: Path, name: str, has_manifest: bool
+    checkpoint: Path, tmp_path: Path, name: str
 ) -> None:
     folder = exported(checkpoint, tmp_path / "out")
-    if not has_manifest:
-        if name == CARD:
-            pytest.skip("only the manifest knows what the card said")
-        (folder / MANIFEST).unlink()
     own = folder / name
     own.parent.mkdir(exist_ok=True)
     own.write_text("an afternoon's work")

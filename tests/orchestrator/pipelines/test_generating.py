@@ -205,6 +205,11 @@ def test_a_prompt_that_leaves_no_place_is_refused(writer: TextGenerator) -> None
         writer.continue_all([prompt, "abc"], Sampling())
 
 
+def test_no_prompt_is_refused(writer: TextGenerator) -> None:
+    with pytest.raises(UserError, match="nothing to continue"):
+        writer.continue_all([], FEW)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
