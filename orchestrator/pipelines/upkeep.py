@@ -89,7 +89,9 @@ class Listing(Result):
 
     def to_json(self) -> dict[str, Any]:
         """Return a list for each kind."""
-        lists = {kind: [entry.to_json() for entry in found] for kind, found in self.entries.items()}
+        lists: dict[str, Any] = {
+            kind: [entry.to_json() for entry in found] for kind, found in self.entries.items()
+        }
         return {"workspace": self.workspace, **lists}
 
     def rows(self) -> list[dict[str, Any]]:
