@@ -28,7 +28,7 @@ from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.reporting.training_curves import read_history_curves
 from orchestrator.sweeping.front_history import FrontHistory
 from orchestrator.sweeping.round_progress import RoundProgress
-from orchestrator.sweeping.trial_states import stored_plan
+from orchestrator.sweeping.trial_states import trial_states
 from orchestrator.terminal.progress import Progress
 
 __all__ = ["measure"]
@@ -112,7 +112,7 @@ def _measure_size(num_trials: int, folder: Path) -> dict[str, float]:
     running = plan.trials[-_NUM_RUNNING:]
     sweep.finish(plan.trials[:-_NUM_RUNNING])
     with timed("planning"):
-        stored_plan(sweep.plan(), sweep.settings, sweep.workspace.teachers)
+        trial_states(sweep.plan(), sweep.settings.sweep)
     progress = RoundProgress(
         Progress(), plan.trials, num_done=num_trials - len(running), num_all=num_trials
     )

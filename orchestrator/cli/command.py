@@ -257,9 +257,10 @@ def as_text(value: Any) -> str:
     return json.dumps(_finite(value), indent=2, default=str)
 
 
-def read_schedules(texts: list[str]) -> list[int | float | str]:
+def read_schedules(texts: list[str]) -> list[int | str]:
     """Read a repeated `--schedule`: a number for all layers, or a text."""
-    return [_value(text) for text in texts]
+    # A number of more digits is not a count; it stays a text, which the settings refuse.
+    return [int(text) if re.fullmatch("[0-9]{1,9}", text) else text for text in texts]
 
 
 def one_schedule(texts: list[str] | None) -> str | None:
@@ -320,6 +321,10 @@ def _read(
     settings = read_settings(config or None, changes, options)
     if train_on == "cuda" and not settings.cluster.num_gpus:
         settings = read_settings(config or None, changes, options | {"cluster.num_gpus": 1})
+    if settings.evaluation.include_path:
+        from orchestrator.evaluation.task_selection import user_task_folders
+
+        user_task_folders(settings.evaluation)
     return settings
 
 
@@ -370,7 +375,7 @@ def _name(flags: str) -> str:
 
 def _value(text: str) -> int | float | str:
     """Return a number as a number, other texts as they are; the settings refuse what is wrong."""
-    if re.fullmatch("-?[0-9]{1,9}", text):
+    if re.fullmatch("-?[0-9]{1,18}", text):
         return int(text)
     try:
         return float(text) if re.fullmatch("[-+.0-9eE]{1,40}", text) else text

@@ -84,7 +84,6 @@ from orchestrator.sweeping.plan_table import plan_sentences, plan_table
 from orchestrator.sweeping.selection import choose_members, schedule_cost
 from orchestrator.sweeping.student_plans import search_plan, student_trial, threshold_plan
 from orchestrator.sweeping.trial_states import (
-    StoredPlan,
     TrialState,
     requested_noun,
     trial_states,
@@ -149,7 +148,11 @@ class PlannedSweep(Result):
     """What suggests further trials, if the sweep is a search."""
 
     def check(self) -> None:
-        """Raise `UserError` if the trainings do not fit on this machine; says what would."""
+        """Check that the trainings fit on this machine.
+
+        Raises:
+            UserError: If they do not; says what would.
+        """
         if problem := next(iter(self.problems.values())):
             raise UserError(problem)
 
@@ -704,7 +707,7 @@ def plan_suite(
     stored = sorted(sweeps.glob("*/"), key=last_recorded, reverse=True) if sweeps else []
     for folder in stored if hashes is None else ():
         with suppress(UserError):
-            if plan := StoredPlan.read(folder / PLAN_FILE):
+            if plan := SweepPlan.read(folder / PLAN_FILE):
                 known = plan.trials[0].suite
                 found = suite.model_copy(update={"fingerprints": known.fingerprints})
                 if found.key == known.key:

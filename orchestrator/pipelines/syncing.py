@@ -14,6 +14,7 @@ from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.pipelines.training import checkpoint_tags
 from orchestrator.records.measurement import Measurement
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.sweep_results import load_sweep_results
@@ -21,7 +22,7 @@ from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import SETTINGS_NAME, read_settings
 from orchestrator.sweeping.live_sweep import LiveSweep, open_sweep_run
 from orchestrator.sweeping.trial_run import is_trial_locked
-from orchestrator.sweeping.trial_states import StoredPlan, recorded_end
+from orchestrator.sweeping.trial_states import recorded_end
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import finished_outcome
@@ -133,7 +134,7 @@ def _publish_measurement(context: Context, path: Path) -> bool:
 def _publish_sweep(context: Context, planned: set[str], path: Path) -> bool:
     """Publish a sweep, and add the folders of its trials to those that a sweep has planned."""
     workspace, tracking, folder = context.workspace, context.tracking, path.parent
-    plan = StoredPlan.read(path)
+    plan = SweepPlan.read(path)
     if plan is None:
         return False
     planned |= {Path(trial.folder).name for trial in plan.trials}

@@ -145,7 +145,11 @@ class TrainingPlan(Result):
         return self._problems_of(*self.jobs)
 
     def check(self) -> None:
-        """Raise `UserError` if the trainings do not fit on this machine; says what would."""
+        """Check that the trainings fit on this machine.
+
+        Raises:
+            UserError: If they do not; says what would.
+        """
         if problem := next(iter(self.problems.values())):
             raise UserError(problem)
 
@@ -286,27 +290,15 @@ def plan_pretrain(
     Raises:
         UserError: If the settings do not go together on any machine.
     """
-    space = open_context(workspace).workspace
+    space, earlier = open_context(workspace).workspace, None
     if continued is None:
         tokens = find_prepared(settings.data, space.tokens)
-        models = {settings.model.method: settings}
-        return plan_models(models, space, tokens, name=name, local=local, mfu=mfu)
-    notes: list[str] = []
-    settings, earlier = continued_settings(settings, space, Path(continued))
-    longer = pretraining_job(settings, space, Path(earlier.tokens_folder), name)
-    method = settings.model.method
-    return _plan(
-        "pretrain",
-        {method: settings},
-        {method: continue_job(earlier, longer, notes.append)},
-        space,
-        tokens=expected_tokens(settings.data, Path(earlier.tokens_folder)),
-        is_continued=True,
-        notes=tuple(notes),
-        name=name,
-        local=local,
-        mfu=mfu,
-    )
+    else:
+        settings, earlier = continued_settings(settings, space, Path(continued))
+        tokens = Path(earlier.tokens_folder)
+    models = {settings.model.method: settings}
+    options: dict[str, Any] = {"name": name, "local": local, "mfu": mfu}
+    return plan_models(models, space, tokens, earlier=earlier, **options)
 
 
 def plan_models(
@@ -315,6 +307,7 @@ def plan_models(
     tokens: Path | None,
     *,
     name: str | None = None,
+    earlier: TrainingJob | None = None,
     **options: Any,
 ) -> TrainingPlan:
     """Return the plan of pretraining every model; models of one shape share the machine.
@@ -323,13 +316,24 @@ def plan_models(
         models: Label -> settings.
         tokens: Folder of prepared tokens, if they are.
         name: Name of the run, for a single model.
+        earlier: Finished run that it continues.
         options: Other fields of the plan.
     """
+    notes: list[str] = []
     jobs = [pretraining_job(own, workspace, tokens, name) for own in models.values()]
-    named = dict(zip(models, share_first_stages(jobs), strict=True))
-    data = next(iter(models.values())).data
-    expected = expected_tokens(data, tokens)
-    return _plan("pretrain", models, named, workspace, tokens=expected, name=name, **options)
+    if earlier:
+        jobs = [continue_job(earlier, job, notes.append) for job in jobs]
+    return _plan(
+        "pretrain",
+        models,
+        dict(zip(models, share_first_stages(jobs), strict=True)),
+        workspace,
+        tokens=expected_tokens(next(iter(models.values())).data, tokens),
+        name=name,
+        is_continued=earlier is not None,
+        notes=tuple(notes),
+        **options,
+    )
 
 
 def _plan(
@@ -496,12 +500,13 @@ def run_trainings(plan: TrainingPlan, context: Context) -> dict[str, PretrainRes
             checkpoint, loss = Path(str(outcome.checkpoint)), outcome.validation_loss
             results[label] = PretrainResult(checkpoint=checkpoint, validation_loss=loss)
     losses = [
-        f"{label} {result.validation_loss:.3f}"
+        f"{label}{':' * (plan.kind == 'distill')} {result.validation_loss:.3f}"
         for label, result in results.items()
         if not math.isnan(result.validation_loss)
     ]
     found = ", found again" if len(plan.finished) == len(jobs) else ""
-    progress.finish(f"validation loss {', '.join(losses)}{found}")
+    text = f"by schedule {'; '.join(losses)}" if plan.kind == "distill" else ", ".join(losses)
+    progress.finish(f"validation loss {text}{found}")
     return results
 
 

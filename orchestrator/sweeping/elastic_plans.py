@@ -14,12 +14,7 @@ from typing import NamedTuple
 from iiet.config import ModelConfig
 from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
-from orchestrator.planning.estimate import (
-    Estimate,
-    assign_trial_gpus,
-    on_trial_devices,
-    price_of_trials,
-)
+from orchestrator.planning.estimate import Estimate, price_of_trials
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, ElasticSettings, Settings, TrainingSettings
 from orchestrator.sweeping.student_plans import (
@@ -165,12 +160,8 @@ def elastic_flops(settings: Settings, trials: Sequence[Trial], teachers: Path) -
     recipe = without_elastic(settings).distillation.training
     models = {trial.model.corrections: (trial.model, recipe) for trial in trials}
     students = student_estimates(settings, jobs[0].model, [*models.values()])
-    placed = assign_trial_gpus(settings)
     return ElasticFlops(
-        *(
-            price_of_trials(on_trial_devices(each, placed), placed, teachers).flops
-            for each in (own, students)
-        )
+        *(price_of_trials(each, settings, teachers).flops for each in (own, students))
     )
 
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from iiet.cost import inference_cost
 from orchestrator.cluster.launch import trial_device
-from orchestrator.planning.estimate import assign_trial_gpus
 from orchestrator.records.early_stop import EarlyStop
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
@@ -29,7 +28,6 @@ from orchestrator.sweeping.decoding import with_decoding
 from orchestrator.sweeping.front_history import FrontHistory
 from orchestrator.sweeping.live_sweep import LiveSweep, open_sweep_run
 from orchestrator.sweeping.trial_queue import TrialQueue
-from orchestrator.sweeping.trial_states import StoredPlan, stored_plan
 from orchestrator.sweeping.trials import full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import TrackedRun, Tracking, status_after
@@ -86,7 +84,7 @@ def run_sweep(
         plan: The trials.
         settings: Section `sweep` says how many run at once and how often one may fail.
         workspace: Where trials and the sweep are stored.
-        placed: The settings with the GPUs of the trials; those of `assign_trial_gpus` when unset.
+        placed: The settings with the GPUs of the trials, if they are not the same.
         tracking: Logs the sweep's run.
         progress: Progress display.
         search: Suggests further trials when these have ended.
@@ -97,7 +95,7 @@ def run_sweep(
         RunFailed: If no trial at all could be finished.
     """
     progress = progress or Progress()
-    placed = placed or assign_trial_gpus(settings)
+    placed = placed or settings
     waiting = [trial.job for trial in plan.trials if trial.job and not trial.result()]
     for job in [*waiting, *(search.jobs_left()[:1] if search else [])]:
         check_job(job, num_workers=placed.sweep.num_workers_per_trial)
@@ -146,9 +144,7 @@ class _SweepRun:
 
     def run_trials(self) -> None:
         """Run the plan's trials that are not finished, then those that the search suggests."""
-        # The remaining cost is estimated once: that reads checkpoints and measures this machine.
-        stored = stored_plan(self.plan, self.settings, self.workspace.teachers)
-        stored.write(self.folder / PLAN_FILE)
+        self.plan.write(self.folder / PLAN_FILE)
         num_all = len(self.plan.trials) + (self.search.num_left if self.search else 0)
         self._history = FrontHistory(self.plan, self._history_folder, num_trials=num_all)
         self._live = LiveSweep(
@@ -177,7 +173,7 @@ class _SweepRun:
         finally:
             self._live.close()
             if self.search:
-                self._add_suggested(self.search, stored)
+                self._add_suggested(self.search)
         self._take_in(self.plan.trials, at_end=True)
         self.failures, self.made = queue.failures, queue.made
 
@@ -196,12 +192,12 @@ class _SweepRun:
         if state in ("failed", "stopped", "stopped early") and trial.result() is None:
             self._live.log_end(trial, "FAILED" if state == "failed" else "KILLED", reason)
 
-    def _add_suggested(self, search: ScheduleSearch, stored: StoredPlan) -> None:
+    def _add_suggested(self, search: ScheduleSearch) -> None:
         """Add what the search has suggested to the plan."""
         known = {trial.key for trial in self.plan.trials}
         new = [trial for trial in search.known_trials() if trial.key not in known]
         self.plan = self.plan.model_copy(update={"trials": (*self.plan.trials, *new)})
-        stored.model_copy(update={"trials": self.plan.trials}).write(self.folder / PLAN_FILE)
+        self.plan.write(self.folder / PLAN_FILE)
 
     def _with_shared_teacher(self, waiting: Sequence[Trial]) -> list[Trial]:
         """Store the teacher's outputs once for all students if that is cheaper, and return the
@@ -259,7 +255,7 @@ class _SweepRun:
 def _note_other_plan(plan: SweepPlan, folder: Path, progress: Progress) -> None:
     """Note that a sweep of this name had other trials before, or that its plan is damaged."""
     try:
-        earlier = StoredPlan.read(folder / PLAN_FILE, remedy="it is written anew")
+        earlier = SweepPlan.read(folder / PLAN_FILE, remedy="it is written anew")
     except UserError as error:
         progress.note(str(error))
         return

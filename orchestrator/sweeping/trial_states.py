@@ -1,7 +1,4 @@
-"""How far each trial of a plan is, and the price of what is left.
-
-A dry run prints both, and they are stored with the sweep.
-"""
+"""How far each trial of a plan is."""
 
 from __future__ import annotations
 
@@ -9,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.planning.estimate import Estimate, Price, on_trial_devices, price_of_trials
+from orchestrator.planning.estimate import Estimate
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
-from orchestrator.settings import Settings, SweepSettings
+from orchestrator.settings import SweepSettings
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.run import DIVERGED_EVENT
@@ -69,29 +66,6 @@ def recorded_end(folder: Path) -> tuple[str, str] | None:
     status = "FAILED" if name in (FAILED_EVENT, DIVERGED_EVENT) else "KILLED"
     has_reason = status == "FAILED" or name == STOPPED_EVENT
     return status, str(records[-1].get("text", "")) if has_reason else ""
-
-
-class StoredPlan(SweepPlan):
-    """What the folder of a sweep keeps of its plan."""
-
-    requested: str
-    """What `num_requested` counts: thresholds, budgets, schedules or models."""
-    reused: tuple[str, ...]
-    """Labels of the trials that were finished when the sweep was started."""
-    price: Price
-    """Price of what was left to train then."""
-
-
-def stored_plan(plan: SweepPlan, settings: Settings, teachers: Path) -> StoredPlan:
-    """Return what is stored of a plan; the settings have the GPUs of the trials."""
-    states = trial_states(plan, settings.sweep)
-    trainings = [state.training for state in states if state.training]
-    return StoredPlan(
-        **vars(plan),
-        requested=requested_noun(plan, settings.sweep) + "s",
-        reused=tuple(state.trial.label for state in states if state.name == "finished"),
-        price=price_of_trials(on_trial_devices(trainings, settings), settings, teachers),
-    )
 
 
 def requested_noun(plan: SweepPlan, sweep: SweepSettings) -> str:

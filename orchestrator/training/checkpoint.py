@@ -27,7 +27,6 @@ from orchestrator.workspace.files import (
     INVALID_VALUE_ERRORS,
     checksums_of,
     damaged_file,
-    mark_verified,
     new_folder,
     read_json,
 )
@@ -96,7 +95,6 @@ def save_checkpoint(
             record[METHOD_PACKAGE] = package
         text = json.dumps(record, indent=2) + "\n"
         (temporary / PROVENANCE).write_text(text, encoding="utf-8")
-        mark_verified(temporary, checksums)
     return folder
 
 

@@ -38,7 +38,6 @@ from orchestrator.workspace.files import (
     checksums_of,
     damaged_file,
     delete_leftovers,
-    mark_verified,
     read_json,
     replace_folder,
     write_json,
@@ -307,7 +306,6 @@ def write_cache(
                 os.fsync(file.fileno())
         checksums = checksums_of(temporary, plan.files())
         write_json(temporary / MANIFEST_NAME, {"plan": asdict(plan), "checksums": checksums})
-        mark_verified(temporary, checksums)
         replace_folder(temporary, folder)
     return folder
 

@@ -326,15 +326,14 @@ def abandoned_folders() -> Iterator[Path]:
 
 
 def checksums_of(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Return name -> SHA-256 of a folder's files, all of them when no names are given."""
+    """Return name -> SHA-256 of a folder's files, all of them when no names are given.
+
+    They count as verified, so that the next reader need not read them.
+    """
     wanted = sorted(path.name for path in folder.iterdir()) if names is None else names
-    return {name: file_digest(folder / name) for name in wanted}
-
-
-def mark_verified(folder: Path, checksums: Mapping[str, str]) -> None:
-    """Record that files have these checksums now, so that the next reader need not read them."""
-    stamps = {name: _stamp(folder / name, digest) for name, digest in checksums.items()}
-    write_json(folder / VERIFIED_NAME, _verified(folder) | stamps)
+    checksums = {name: file_digest(folder / name) for name in wanted}
+    _mark_verified(folder, checksums)
+    return checksums
 
 
 def damaged_file(
@@ -371,8 +370,13 @@ def damaged_file(
             read[name] = digest
     if read:
         with suppress(OSError):  # A read-only folder is verified each time.
-            mark_verified(folder, read)
+            _mark_verified(folder, read)
     return None
+
+
+def _mark_verified(folder: Path, checksums: Mapping[str, str]) -> None:
+    stamps = {name: _stamp(folder / name, digest) for name, digest in checksums.items()}
+    write_json(folder / VERIFIED_NAME, _verified(folder) | stamps)
 
 
 def _stamp(path: Path, digest: str) -> list[int | str]:

@@ -382,11 +382,6 @@ def pending_records(workspace: Workspace) -> int:
     return 0
 
 
-def is_idle(workspace: Workspace) -> bool:
-    """Return whether no process is known to work in a workspace."""
-    return not read_status(workspace).activities
-
-
 def _running_trainings(workspace: Workspace, note: Note) -> list[Activity]:
     stored = [_Training(folder, note) for folder in training_folders(workspace)]
     running = [(training, training.lock) for training in stored if training.lock]

@@ -9,7 +9,6 @@ import pytest
 
 import iiet
 from orchestrator import cli
-from orchestrator.cli import completion
 
 PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
@@ -28,22 +27,13 @@ def test_there_is_one_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("iiet-orch pretrain --continu", {"--continue"}),
         ("iiet-orch generate --kv ", {"exact", "last"}),
         ("iiet-orch config sh", {"show"}),
-        ("iiet-orch influence ", {"my-run", "other"}),
+        ("iiet-orch influence ", {"empty", "my-run", "other"}),
         ("iiet-orch evaluate my-run o", {"other"}),
         ("iiet-orch generate my-run/", {"my-run/step_00000005", "my-run/step_00000010"}),
         ("iiet-orch pretrain --continue my", {"my-run"}),
         ("iiet-orch report wide ", {"narrow", "wide"}),
         ("iiet-orch pick n", {"narrow"}),
         ("iiet-orch pick --workspace nowhere ", set()),
-        ("iiet-orch sweep paper", {"paper-55m", "paper-340m"}),
-        ("iiet-orch pretrain --preset 3", {"340m"}),
-        ("iiet-orch pretrain --method ode_rk2", {"ode_rk2", "ode_rk2_gated"}),
-        ("iiet-orch sweep-iterations --methods vanilla,pcformer_", {"vanilla,pcformer_rk4"}),
-        ("iiet-orch pretrain --logger mlflow,", {"mlflow,tensorboard"}),
-        (
-            "iiet-orch pretrain --set training.num_st",
-            {"training.num_steps="},
-        ),
     ],
 )
 def test_a_shell_completes(
@@ -63,12 +53,6 @@ def test_a_shell_completes(
     monkeypatch.setenv("COMP_CWORD", str(len(typed.split(" ")) - 1))
     cli.main([])
     assert set(capsys.readouterr().out.split()) == offered
-
-
-def test_the_methods_that_are_offered_are_those_of_the_program() -> None:
-    from iiet.methods import METHODS
-
-    assert sorted(completion.METHODS) == sorted(METHODS)
 
 
 def test_completion_can_be_shown_for_a_shell(

@@ -60,7 +60,7 @@ def test_a_shell_line_is_accepted(line: Line) -> None:
     words = tuple(word for word in line.words[1:] if word != "&")
     options = parsed(words)
     if words[0] == "submit":
-        options = parse_command(options["command"])
+        options = parse_command(options["words"])
     sweep = options.get("config") or options.get("file")
     name = sweep if sweep in shipped_sweeps() else None
     assert read_settings(name, options.get("set_") or [])

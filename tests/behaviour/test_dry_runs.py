@@ -17,7 +17,6 @@ from orchestrator.cli.app import build_app
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.files import shipped_sweeps
-from orchestrator.sweeping.trial_states import StoredPlan
 from orchestrator.workspace.files import VERIFIED_NAME, write_text
 from orchestrator.workspace.layout import PLAN_FILE, Workspace, open_workspace
 from orchestrator.workspace.read_only import read_only
@@ -77,13 +76,6 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def stored_plan(workspace: Workspace, name: str) -> SweepPlan:
-    """Return the plan that a sweep has stored."""
-    found = StoredPlan.read(workspace.sweeps / name / PLAN_FILE)
-    assert found
-    return SweepPlan(**{name: getattr(found, name) for name in SweepPlan.model_fields})
-
-
 def test_every_command_with_a_dry_run_is_run_here() -> None:
     commands = typer.main.get_command(build_app()).commands  # type: ignore[attr-defined]
     names = {
@@ -138,7 +130,7 @@ def trained(
     assert unknown.price.hours > planned.price.hours
     assert sum(unknown.price.disk.values()) >= sum(planned.price.disk.values())
     sweep(settings, workspace=workspace, teacher="full", name="mine")
-    assert stored_plan(workspace, "mine") == planned.plan
+    assert SweepPlan.read(workspace.sweeps / "mine" / PLAN_FILE) == planned.plan
     for stamp in workspace.root.rglob(VERIFIED_NAME):
         stamp.unlink()
     return workspace
@@ -164,7 +156,7 @@ def test_the_plan_of_a_dry_run_is_the_plan_of_the_sweep(
     planned = plan_sweep(chosen, workspace=trained, name="models")
     assert {state.name for state in planned.states} == {"to train"}
     sweep(chosen, workspace=trained, name="models")
-    assert stored_plan(trained, "models") == planned.plan
+    assert SweepPlan.read(trained.sweeps / "models" / PLAN_FILE) == planned.plan
     again = plan_sweep(chosen, workspace=trained, name="models")
     assert {state.name for state in again.states} == {"finished"}
     assert again.price.num_trainings == 0

@@ -16,7 +16,7 @@ import pytest
 from pretended_cluster import pretended_cluster
 from small_size import SMALL
 
-from orchestrator.sweeping.trial_states import StoredPlan
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.workspace.journal import read_journal
 
 pytestmark = pytest.mark.long
@@ -76,7 +76,7 @@ def tasks(log: str) -> list[str]:
 
 def precisions(workspace: Path) -> set[str]:
     """Return the precisions of all trials: of training, and of measuring."""
-    plans = [StoredPlan.read(path) for path in workspace.glob("sweeps/*/plan.json")]
+    plans = [SweepPlan.read(path) for path in workspace.glob("sweeps/*/plan.json")]
     trials = [trial for plan in plans if plan for trial in plan.trials]
     trained = {trial.job.recipe.precision for trial in trials if trial.job}
     return trained | {trial.suite.precision for trial in trials}

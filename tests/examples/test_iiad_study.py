@@ -73,16 +73,15 @@ def session(tmp_path: Path, tiny_tokens: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def sweep(settings: Settings, **options: Any) -> SimpleNamespace:
         if settings.sweep.kind == "threshold":
-            return SimpleNamespace(trials=results_of_students(), failures={}, report=None)
+            return SimpleNamespace(trials=results_of_students(), failures={}, shown=list)
         models = options["models"]
         failures = {model.label: "boom" for model in models if model.label in FAILING}
         trials = results_of(models, lambda own: pretraining_job(own, workspace, tiny_tokens))
-        return SimpleNamespace(trials=trials, failures=failures, report=None)
+        return SimpleNamespace(trials=trials, failures=failures, shown=list)
 
     monkeypatch.setattr(study, "prepare", lambda *_, **__: tiny_tokens)
     monkeypatch.setattr(study, "ray_cluster", lambda *_, **__: nullcontext())
     monkeypatch.setattr(study, "sweep", sweep)
-    monkeypatch.setattr(study, "print_report", lambda *_: None)
     monkeypatch.setattr(study, "report", lambda **_: SimpleNamespace(folder=tmp_path))
     return Session(workspace, Progress(), Console(file=StringIO()), StringIO(), StringIO())
 

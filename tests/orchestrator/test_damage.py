@@ -31,6 +31,7 @@ from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.sweeps import plan_iterations, plan_students, schedule_search
 from orchestrator.pipelines.syncing import sync
+from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.reporting.sweep_results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
 from orchestrator.sweeping import decoding
@@ -38,7 +39,6 @@ from orchestrator.sweeping.asha import asha_trials, record_early_stop
 from orchestrator.sweeping.decode_times import with_costs
 from orchestrator.sweeping.decoding import with_decoding
 from orchestrator.sweeping.trial_run import run_trial
-from orchestrator.sweeping.trial_states import StoredPlan, stored_plan
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
 from orchestrator.tracking.outbox import Outbox
@@ -61,7 +61,8 @@ SETTINGS = [
     "training.num_steps=2", "training.checkpoint_every_steps=1", "training.keep_best=true",
     "training.decay=constant", "distillation.training.num_steps=1",
     "distillation.teacher_cache=exact",
-    "influence.num_tokens=128", "evaluation.num_items=8", "sweep.num_schedules=2",
+    "influence.num_tokens=128", "evaluation.num_items=8", "evaluation.limit=3",
+    "sweep.num_schedules=2",
 ]  # fmt: skip
 """Last assignments count."""
 OPTIONS = [f"--set={assignment}" for assignment in SETTINGS]
@@ -139,10 +140,10 @@ READERS: dict[str, tuple[str, ...]] = {
     "teachers/*/.verified.json": ("read stored outputs",),
     "sweeps/s/times.json": ("time the models",),
     "sweeps/s/decoding.json": ("time the drafts",),
-    "sweeps/s/settings.yaml": ("sync",),
-    "sweeps/s/journal.jsonl": ("list", "status", "sync"),
+    "sweeps/s/settings.yaml": ("sync all",),
+    "sweeps/s/journal.jsonl": ("list", "status", "sync all"),
     "sweeps/search/optuna.journal": ("plan a search",),
-    "mlflow.db": ("sync",),
+    "mlflow.db": ("sync all",),
     "tracking-outbox.jsonl": ("sync",),
 }
 """By file: the commands and functions that read it."""
@@ -195,14 +196,13 @@ def _time_the_drafts(workspace: Workspace, notes: Notes) -> Any:
     return [trial.decoding for trial in with_decoding(results, plan, folder, settings, notes)]
 
 
-def _plan(workspace: Workspace) -> StoredPlan:
-    plan = StoredPlan.read(workspace.sweeps / "s" / PLAN_FILE)
+def _plan(workspace: Workspace) -> SweepPlan:
+    plan = SweepPlan.read(workspace.sweeps / "s" / PLAN_FILE)
     assert plan
     return plan
 
 
 def _sync(workspace: Workspace, notes: Notes) -> Any:
-    (workspace.sweeps / "s" / RESULTS_FILE).unlink(missing_ok=True)  # Pictures take a while.
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI")
         sync(workspace=workspace, progress=notes)
@@ -213,9 +213,21 @@ def _sync(workspace: Workspace, notes: Notes) -> Any:
         ]
 
 
+def _sync_the_rest(workspace: Workspace, notes: Notes) -> Any:
+    shutil.rmtree(workspace.sweeps)
+    shutil.rmtree(workspace.trials)
+    return _sync(workspace, notes)
+
+
+def _sync_all(workspace: Workspace, notes: Notes) -> Any:
+    (workspace.sweeps / "s" / RESULTS_FILE).unlink()  # Pictures take a while.
+    return _sync(workspace, notes)
+
+
 Reader = Callable[[Workspace, Notes], Any]
 FUNCTIONS: dict[str, Reader] = {
-    "sync": _sync,
+    "sync": _sync_the_rest,
+    "sync all": _sync_all,
     "train the second stage": _train_the_second_stage,
     "read stored outputs": _read_stored_outputs,
     "time the models": _time_the_models,
@@ -334,13 +346,12 @@ def _fill(workspace: Workspace) -> None:
 
     influence, folder = load_influence_table(teacher), workspace.sweeps / "s"
     plan = plan_students(settings, context, teacher, influence, name="s")
-    stored_plan(plan, settings, workspace.teachers).write(folder / PLAN_FILE)
+    plan.write(folder / PLAN_FILE)
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     results = [result for trial in plan.trials if (result := run_trial(trial).result)]
     results = with_costs(results, plan, folder, settings, context.progress)
     results = with_decoding(results, plan, folder, settings, context.progress)
     found = StoredSweep(name="s", key=plan.key, results=tuple(results), influence=influence)
-    found.store(workspace)
     journal = Journal(folder)
     journal.event("finished")
     journal.close()

@@ -43,7 +43,6 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import (
     checksums_of,
     damaged_file,
-    mark_verified,
     new_folder,
     read_json,
 )
@@ -246,7 +245,6 @@ def _write(
         checksums = checksums_of(temporary, [path.name for path in paths.values()])
         suite = {"tasks": tasks, "notes": notes, "chances": chances, "checksums": checksums}
         (temporary / SUITE_NAME).write_text(json.dumps(suite, indent=2) + "\n", "utf-8")
-        mark_verified(temporary, checksums)
     return HeldoutSuite(folder=folder, tasks=tasks, notes=tuple(notes), chances=chances)
 
 

@@ -63,12 +63,12 @@ def test_shipped_sweeps_are_listed_and_copied(
 ) -> None:
     listed = _printed(capsys, "config", "list")
     assert all(name in listed for name in shipped_sweeps())
-    _printed(capsys, "config", "copy", "depth")
+    _printed(capsys, "init", "--from", "depth")
     assert read_settings(tmp_path / "depth.yaml") == read_settings("depth")
-    assert "--force" in _printed(capsys, "config", "copy", "depth", code=2)
-    _printed(capsys, "config", "copy", "toy", "depth.yaml", "--force")
+    assert "--force" in _printed(capsys, "init", "--from", "depth", code=2)
+    _printed(capsys, "init", "--from", "toy", "depth.yaml", "--force")
     assert read_settings(tmp_path / "depth.yaml") == read_settings("toy")
-    assert "did you mean depth" in _printed(capsys, "config", "copy", "depht", code=2)
+    assert "did you mean depth" in _printed(capsys, "init", "--from", "depht", code=2)
 
 
 def test_a_file_with_the_name_of_a_shipped_sweep_is_used_and_said(
@@ -79,7 +79,7 @@ def test_a_file_with_the_name_of_a_shipped_sweep_is_used_and_said(
     captured = capsys.readouterr()
     assert "num_steps: 3 " in captured.out
     assert f"settings: the file {tmp_path / 'depth'}, not the shipped sweep depth" in captured.err
-    _printed(capsys, "config", "copy", "depth")
+    _printed(capsys, "init", "--from", "depth")
     assert read_settings(tmp_path / "depth.yaml") == read_settings(shipped_sweeps()["depth"])
 
 
@@ -127,7 +127,7 @@ def test_init_asks_for_what_is_missing(
         (["init"], "--data PATH"),
         (["init", "--data", "nowhere"], "nowhere"),
         (["init", "--data", "binary.txt"], "binary.txt is not UTF-8 text"),
-        (["init", "--data", "text", "--hub", "a/b"], "leave one out"),
+        (["init", "--data", "text", "--hub", "a/b"], "leave all but one out"),
         (["init", "--data", "text", "--size", "9m"], "--size"),
         (["init", "text", "--data", "text"], "exists"),
         (["config", "show", "nothing"], "there is no settings file"),

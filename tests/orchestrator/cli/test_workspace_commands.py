@@ -16,8 +16,6 @@ import pytest
 from orchestrator import cli
 from orchestrator.cli.session import open_session
 from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.trial_states import stored_plan
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import Journal, read_tail
 from orchestrator.workspace.layout import (
@@ -67,8 +65,7 @@ def two_runs(tiny_job: Callable[..., Any], space: Workspace) -> Path:
 
 def _store_sweep(space: Workspace, plan: SweepPlan) -> None:
     plan = plan.model_copy(update={"name": "my-sweep"})
-    stored = stored_plan(plan, resolve_settings(), space.teachers)
-    stored.write(space.sweeps / "my-sweep" / "plan.json")
+    plan.write(space.sweeps / "my-sweep" / "plan.json")
 
 
 def test_runs_are_listed_with_their_states_and_nothing_is_written(

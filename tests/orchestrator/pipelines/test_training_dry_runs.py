@@ -88,7 +88,7 @@ def test_prepared_tokens_replace_assumptions(
     ("arguments", "words"),
     [
         (["--preset", "1.3b"], "multiple of the context length 2048"),
-        (["--preset", "huge"], "'huge' is not one of"),
+        (["--preset", "huge"], "'huge' is unknown"),
         (["--set", "data.source=files"], "data.files"),
         (["--set", "data.tokenizer=missing.json"], "missing.json"),
         (["--workers", "3"], "3 workers cannot share evenly"),

@@ -31,8 +31,8 @@ from orchestrator.sweeping.student_plans import search_plan
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import RUN_LOCK_NAME
-from orchestrator.workspace.locks import lock_file, open_workspace
+from orchestrator.workspace.layout import RUN_LOCK_NAME, open_workspace
+from orchestrator.workspace.locks import lock_file
 
 FULL = IterationSchedule((2, 2, 0, 2, 2, 2))
 FAMILY = [FULL, IterationSchedule((1, 1, 0, 1, 1, 1)), IterationSchedule((0,) * 6)]

@@ -36,11 +36,12 @@ def test_an_equal_operation_waits_once_and_last(tmp_path: Path) -> None:
     assert outbox.records() == records(2, 1)
 
 
-def test_a_line_cut_off_by_a_crash_is_skipped(tmp_path: Path) -> None:
+def test_a_damaged_line_is_left_out(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
-    outbox.add(records(1))
-    with outbox.path.open("a") as file:
-        file.write('{"operation": "met')
-    assert Outbox(tmp_path).records() == records(1)
-    outbox.add(records(2))
-    assert outbox.records() == records(1, 2)
+    outbox.add(records(1, 2))
+    whole, other = outbox.path.read_text().splitlines()
+    for damaged in (other[:-5], other.replace("2", "3"), '{"trials": 1}', "[" * 100_000):
+        outbox.path.write_text(f"{damaged}\n{whole}\n")
+        assert (outbox.records(), outbox.num_damaged()) == (records(1), 1)
+    outbox.add(records(4))
+    assert (outbox.records(), outbox.num_damaged()) == (records(1, 4), 0)

@@ -17,6 +17,7 @@ import pytest
 from orchestrator.workspace import files
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import (
+    VERIFIED_NAME,
     abandoned_folders,
     checksums_of,
     damage_as_user_error,
@@ -151,6 +152,9 @@ def test_a_file_is_read_once_and_again_after_a_change(
     read: list[str] = []
     digest = files.file_digest
     monkeypatch.setattr(files, "file_digest", lambda p: (read.append(p.name), digest(p))[1])
+    assert damaged_file(folder, checksums) is None
+    assert not read, "the writer has read them"
+    (folder / VERIFIED_NAME).unlink()
     assert damaged_file(folder, checksums, names=["weights"]) is None
     assert damaged_file(folder, checksums) is None
     assert damaged_file(folder, checksums) is None
