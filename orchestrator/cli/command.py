@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
-from annotated_types import Ge, Gt
 from typer.models import OptionInfo as Option
 
 from orchestrator.cli.session import Place, Session, Warnings, open_session
 from orchestrator.workspace.errors import UserError, quoted
+from orchestrator.workspace.provenance import installed_version
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.context import Context
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+NO_COLOR = "--no-color"
 METAVARS = {bool: "", int: "N", float: "X", str: "TEXT", Path: "PATH", list: "TEXT"}
 """What the help says of an option's type; Typer's own are wide, and Python's names."""
 MAX_COUNT = 1_000_000
@@ -48,6 +49,8 @@ class Setting:
     """From the option's value to the setting's."""
     help: str | None = None
     """(Default: the field's description.)"""
+    hidden: bool = False
+    """Whether the help leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -132,21 +135,20 @@ class Command:
             parameters.append(make(name, default=default, annotation=annotation))
 
         for parameter in parameters:
-            info = next(
-                (m for m in parameter.annotation.__metadata__ if isinstance(m, Option)), None
-            )
-            if info and info.metavar is None:
-                info.metavar = METAVARS.get(_plain_type(parameter.annotation))
+            kind = _plain_type(parameter.annotation)
+            for info in parameter.annotation.__metadata__:
+                if isinstance(info, Option) and info.metavar is None:
+                    info.metavar = METAVARS.get(kind, "CHOICE")
+                    if get_origin(kind) is Literal:
+                        info.help = f"{', '.join(get_args(kind))}. {info.help or ''}"
 
-        def run(**values: Any) -> None:
-            self._run(values)
-
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run: Any = partial(self.run)
+        run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__doc__ = self.function.__doc__
-        return run
+        return run  # type: ignore[no-any-return]
 
-    def _run(self, values: dict[str, Any]) -> None:
+    def run(self, **values: Any) -> None:
         """Read the settings, open the workspace, call the function and print what it returns."""
         options: dict[str, Any] = {}
         for flags, setting in self.options.items():
@@ -167,7 +169,7 @@ class Command:
             shared.get("workspace"),
             self.name,
             place=self.workspace,
-            verbose=shared.get("verbose"),
+            verbose=True if shared.get("verbose") else False if shared.get("quiet") else None,
             dry_run=dry_run,
             as_json=as_json,
         ) as session:
@@ -232,7 +234,8 @@ def command(
     if has_json:
         shared["as_json"] = shared_options.JsonOption, False
     if workspace in ("made", "read"):
-        shared["verbose"] = shared_options.VerboseOption, None
+        shared["verbose"] = shared_options.VerboseOption, False
+        shared["quiet"] = shared_options.QuietOption, False
 
     def register(function: Function) -> Function:
         COMMANDS[name] = Command(
@@ -250,6 +253,63 @@ def command(
         return function
 
     return register
+
+
+def build_app(word: str | None = None) -> typer.Typer:
+    """Return the application; given a word, other commands than this have their names alone.
+
+    To import the settings and to inspect the options of all commands would take longer than most
+    commands do.
+    """
+    options: dict[str, Any] = {
+        "no_args_is_help": True,
+        "pretty_exceptions_enable": False,
+        "rich_markup_mode": "rich",
+        "context_settings": {"help_option_names": ["-h", "--help"]},
+    }
+    app = typer.Typer(
+        name="iiet-orch",
+        help="Pretrain, sweep and distill iterative Transformers; show accuracy against cost.",
+        **options,
+    )
+    app.callback()(_options_of_all)
+    config = typer.Typer(help="Show the settings, their schema, shipped sweeps.", **options)
+    for name, command in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        is_built = word is None or word in (name, group)
+        function = command.build() if is_built else _named(command.function.__doc__)
+        add = (config if group else app).command
+        add(last, rich_help_panel=None if group else command.group, **command.typer_options)(
+            function
+        )
+    app.add_typer(config, name="config", rich_help_panel="Settings")
+    return app
+
+
+def _named(text: str | None) -> Any:
+    def command() -> None:
+        raise AssertionError("only the command that is called is built")
+
+    command.__doc__ = text
+    return command
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"iiet-orch {installed_version('iiet-orch')}")
+        raise typer.Exit
+
+
+def _options_of_all(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version."),
+    ] = False,
+    _no_color: Annotated[
+        bool, typer.Option(NO_COLOR, help="Print no colours; so does NO_COLOR=1.")
+    ] = False,
+) -> None:
+    pass
 
 
 def as_text(value: Any) -> str:
@@ -338,15 +398,18 @@ def _option(flags: str, setting: str | Setting) -> Any:
     extras: dict[str, Any] = {}
     if kind in (int, float):
         for bound in found.metadata:
-            if kind is int and isinstance(bound, Ge):
+            if kind is int and hasattr(bound, "ge"):
                 extras["min"] = bound.ge
-            elif kind is int and isinstance(bound, Gt):
-                extras["min"] = int(str(bound.gt)) + 1
+            elif kind is int and hasattr(bound, "gt"):
+                extras["min"] = bound.gt + 1
     elif kind is tuple:
         kind, extras["metavar"] = str, "A,B,..."
     help_text = setting.help or " ".join((found.description or "").split())
     return Annotated[
-        kind | None, typer.Option(*flags.split(","), help=help_text, show_default=False, **extras)
+        kind | None,
+        typer.Option(
+            *flags.split(","), help=help_text, show_default=False, hidden=setting.hidden, **extras
+        ),
     ]
 
 

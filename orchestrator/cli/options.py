@@ -63,13 +63,10 @@ SetOption = Annotated[
     ),
 ]
 VerboseOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--verbose/--quiet",
-        "-v/-q",
-        show_default=False,
-        help="Show the output of libraries; or no progress, only results and warnings.",
-    ),
+    bool, typer.Option("--verbose", "-v", help="Show the output of libraries, too.")
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show no progress, only results and warnings.")
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON alone; docs/json.md names its keys.")

@@ -73,7 +73,7 @@ def test_there_are_many_shell_lines() -> None:
 
 def test_a_wrong_line_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (("pretrain", "--step", "3"), ("sweep",), ("pick", "--cost", "euros")):
-        with pytest.raises(Exception, match=r"step|file|FILE|euros"):
+        with pytest.raises(Exception, match=r"step|config|FILE|euros"):
             parsed(words)
     with pytest.raises(KeyError):
         parsed(("pretend",))

@@ -3,14 +3,15 @@
 The path of `iiet-orch pretrain --workers 2`, functions of this repository only:
 
 1. `cli.app.main`: parses the command line
-2. `cli.training.pretrain`: the command
-3. `pipelines.pretraining.pretrain_in_context`: prepares the tokens
-4. `pipelines.pretraining.pretrain_models`: plans and follows the jobs
-5. `cluster.ray_train.run_train_jobs`: starts Ray and a thread for each job
-6. `cluster.ray_train.fit_job`: starts the workers of a job
-7. `cluster.ray_train._train_worker`: in a worker, called by Ray
-8. `training.run.run_job`: resumes and saves
-9. `training.loop.train`: the loop, which calls `optimizer.step`
+2. `cli.command.run`: reads the settings, opens the workspace, prints the result
+3. `cli.train.pretrain`: the command
+4. `pipelines.training.run_pretrain`: makes what the plan lacks
+5. `pipelines.training.run_trainings`: follows the jobs
+6. `cluster.ray_train.run_train_jobs`: starts Ray and a thread for each job
+7. `cluster.ray_train.fit_job`: starts the workers of a job
+8. `cluster.ray_train._train_worker`: in a worker, called by Ray
+9. `training.run.run_job`: resumes and saves
+10. `training.loop.train`: the loop, which calls `optimizer.step`
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from orchestrator import cli
 
 ROOT = str(Path(orchestrator.__file__).parent.parent)
 
-COMMAND = ["cli/app.main", "cli/training.pretrain"]
+COMMAND = ["cli/app.main", "cli/command.run", "cli/train.pretrain"]
 PIPELINE = ["pipelines/training.run_pretrain", "pipelines/training.run_trainings"]
 IN_DRIVER = [*COMMAND, *PIPELINE, "cluster/ray_train.run_train_jobs"]
 IN_WORKER = ["cluster/ray_train._train_worker", "training/run.run_job", "training/loop.train"]
@@ -75,7 +76,7 @@ def test_the_path_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-def test_the_path_with_two_workers_has_nine_calls(
+def test_the_path_with_two_workers_has_ten_calls(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from orchestrator.cluster import ray_train
@@ -105,7 +106,7 @@ def test_the_path_with_two_workers_has_nine_calls(
     assert in_thread == [["cluster/ray_train.fit_job"]]
     in_worker = (tmp_path / "stack").read_text().splitlines()
     assert in_worker == IN_WORKER
-    assert len(in_driver[0]) + len(in_thread[0]) + len(in_worker) == 9
+    assert len(in_driver[0]) + len(in_thread[0]) + len(in_worker) == 10
 
 
 def recording(

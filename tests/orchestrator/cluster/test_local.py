@@ -142,7 +142,7 @@ def test_commands_refuse_several_workers(
     several = [*command, "--local", "--set", "cluster.num_workers=2", "-w", str(tmp_path / "ws")]
     assert cli.main(several) == 2
     assert "--local trains in this process alone" in capsys.readouterr().err
-    assert not (tmp_path / "ws").exists()
+    assert not list((tmp_path / "ws").glob("runs/*"))
 
 
 LOCAL = """

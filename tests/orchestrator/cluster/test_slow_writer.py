@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.planning import save_time
+from orchestrator.planning import estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import Interrupted
@@ -56,8 +56,8 @@ def test_sigterm_waits_for_a_slow_writer(
     slow = with_slow_writer(ray_train._train_worker, gate)
     monkeypatch.setattr(ray_train, "_train_worker", slow)
     # The driver looks at its workers more often than that before the checkpoint is written.
-    monkeypatch.setattr(save_time, "LEAST_SECONDS", 0.5)
-    monkeypatch.setattr(save_time, "WRITE_BYTES_PER_SECOND", 1000.0)  # 100 kB
+    monkeypatch.setattr(estimate, "LEAST_SECONDS", 0.5)
+    monkeypatch.setattr(estimate, "WRITE_BYTES_PER_SECOND", 1000.0)  # 100 kB
     notes: list[str] = []
     looks: list[int] = []
 
