@@ -71,8 +71,8 @@ LINES = {
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 5_075,
     "orchestrator/sweeping": 3_365,
-    "orchestrator/pipelines": 5_026,
-    "orchestrator/cli": 2_000,
+    "orchestrator/pipelines": 5_019,
+    "orchestrator/cli": 2_002,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""
