@@ -72,7 +72,7 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON alone; docs/json.md names its keys.")
 ]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Print the plan and its cost; run nothing.")
+    bool, typer.Option("--dry-run", help="Print what would be done and what it takes; do nothing.")
 ]
 TrainingDeviceOption = Annotated[
     Literal["cpu", "cuda"] | None,

@@ -21,11 +21,8 @@ from orchestrator.workspace.errors import UserError
 if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
 
-CLUSTER = {
-    "--address": "cluster.address",
-    "--logger": "tracking.loggers",
-    "--wait-for-gpus": "cluster.wait_for_gpus",
-}
+HERE = {"--address": "cluster.address", "--logger": "tracking.loggers"}
+CLUSTER = {**HERE, "--wait-for-gpus": "cluster.wait_for_gpus"}
 TRIALS = {
     "--seeds": "sweep.seeds",
     "--trials-at-once": "sweep.trials_at_once",
@@ -40,7 +37,7 @@ def _switch(name: str, key: str) -> dict[str, str | Setting]:
     return {f"--{name}": key, f"--no-{name}": off}
 
 
-@command("quickstart", group="All steps", options=CLUSTER, config=ConfigOption,
+@command("quickstart", group="All steps", options=HERE, config=ConfigOption,
          config_default="demo", trains=True, plans=True)  # fmt: skip
 def quickstart(call: Call) -> Result:
     """Run all steps on a CPU, from a generated task to the front, in minutes.
@@ -171,8 +168,7 @@ def pretrain(
         "--lr": "distillation.training.learning_rate",
         "--dtype": "distillation.training.precision",
         "--profile": "distillation.training.profile_steps",
-        "--address": "cluster.address",
-        "--logger": "tracking.loggers",
+        **HERE,
     },
     config=ConfigOption,
     trains=True,

@@ -374,7 +374,7 @@ def _fill(workspace: Workspace) -> None:
     race = ["sweep.kind=iterations", "sweep.iterations=[1]", "sweep.methods=[iiet]"]
     rates = ["sweep.asha=true", "sweep.learning_rates={iiet: [1e-3, 2e-3]}"]
     settings = read_settings(None, [*SETTINGS, *race, *rates])
-    plan = plan_iterations(settings, context, Path(plan.tokens_folder))
+    plan = plan_iterations(settings, workspace, Path(plan.tokens_folder))
     asha = asha_trials(plan, settings.sweep)
     record_early_stop(asha, plan.trials[0].key, 2, 9.0)
 

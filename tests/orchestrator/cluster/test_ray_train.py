@@ -215,7 +215,7 @@ def test_a_worker_that_dies_too_often_fails_the_stage(ray_session: None, make_jo
         ("error", UserError, "^a mistake$"),
         # With NCCL, the end of a group may wait for ever for a worker that has failed.
         ("error, and the group never ends", UserError, "^a mistake$"),
-        ("silence", RunFailed, "failed: .*[Tt]imed out"),
+        ("silence", RunFailed, "failed: .*([Tt]imed out|timeout)"),
     ],
 )
 def test_a_worker_that_fails_alone_ends_the_job_within_a_minute(
