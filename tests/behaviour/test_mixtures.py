@@ -43,12 +43,13 @@ def metrics_of(checkpoint: Path) -> dict[str, Any]:
 def test_a_mixture_is_planned_trained_distilled_and_measured(tmp_path: Path) -> None:
     workspace, settings = tmp_path / "workspace", documented()
     options: dict[str, Any] = {"workspace": workspace}
-    planned = plan_pretrain(settings, **options).training.config
+    (planned,) = plan_pretrain(settings, **options).jobs.values()
     with pytest.raises(UserError, match=r"65 tokens, more than model\.context_length=64"):
         plan_pretrain(documented("model.context_length=64"), **options)
     tokens = prepare(settings, **options)
     assert prepare(settings, **options) == tokens
-    assert plan_pretrain(settings, **options).training.config == planned
+    (again,) = plan_pretrain(settings, **options).jobs.values()
+    assert again.model == planned.model
     teacher = pretrain(settings, **options, local=True).checkpoint
 
     found = metrics_of(teacher)
