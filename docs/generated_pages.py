@@ -48,7 +48,7 @@ def command_line_page() -> str:
     """Return the reference of all commands, in the panels and the order of `iiet-orch --help`."""
     panels: dict[str, list[str]] = {}
     title = ""
-    for words, command in _commands(typer.main.get_command(cli.app.build_app())):
+    for words, command in _commands(typer.main.get_command(cli.build_app())):
         if len(words) == 1:  # Commands of a group stand in its panel.
             title = getattr(command, "rich_help_panel", title)
         panels.setdefault(title, []).extend(_describe(words, command))

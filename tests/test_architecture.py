@@ -72,7 +72,7 @@ LINES = {
     "orchestrator/reporting": 5_075,
     "orchestrator/sweeping": 3_365,
     "orchestrator/pipelines": 5_019,
-    "orchestrator/cli": 2_002,
+    "orchestrator/cli": 1_999,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -47,7 +47,7 @@ def setting_names(section: Section, prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def test_the_reference_has_every_command_and_option() -> None:
-    group: Any = typer.main.get_command(cli.app.build_app())
+    group: Any = typer.main.get_command(cli.build_app())
     page = generated_pages.command_line_page()
     sections = dict(re.findall(r"^### iiet-orch (.*?)\n(.*?)(?=^##|\Z)", page, re.S | re.M))
     assert len(sections) >= 26

@@ -13,7 +13,7 @@ from orchestrator.pipelines import training
 from orchestrator.settings import Settings
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 
-COMMANDS = get_command(cli.app.build_app()).commands
+COMMANDS = get_command(cli.build_app()).commands
 
 
 def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

@@ -30,7 +30,7 @@ OTHER_PROGRAMS = {
     *("curl", "export", "git", "kubectl", "lm_eval", "mlflow", "optuna-dashboard", "ray", "sbatch"),
     *("scancel", "ssh", "tensorboard"),
 }
-GROUP: Any = typer.main.get_command(cli.app.build_app())
+GROUP: Any = typer.main.get_command(cli.build_app())
 SHELL = shell_lines()
 OWN = [
     line

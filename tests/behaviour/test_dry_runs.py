@@ -13,7 +13,7 @@ import typer
 from small_size import SMALL
 
 from orchestrator import measure_influence, plan_sweep, prepare, sweep
-from orchestrator.cli.app import build_app
+from orchestrator.cli import build_app
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.files import shipped_sweeps

@@ -30,7 +30,7 @@ from orchestrator.training.model_loading import load_model
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS_PAGE = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 PYTHON_PAGE = ROOT / "docs" / "python.md"
-COMMANDS = typer.main.get_command(cli.app.build_app()).commands  # type: ignore[attr-defined]
+COMMANDS = typer.main.get_command(cli.build_app()).commands  # type: ignore[attr-defined]
 HIDDEN = 'import sys; sys.modules["iiet"] = sys.modules["orchestrator"] = None'
 """Any import of them fails from here on."""
 GLOSSARY = (

@@ -14,7 +14,7 @@ from orchestrator import cli
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TEXT = (DOCS / "scaling.md").read_text(encoding="utf-8")
 LONG_RUNS = (DOCS / "training.md").read_text(encoding="utf-8")
-COMMANDS = typer.main.get_command(cli.app.build_app()).commands  # type: ignore[attr-defined]
+COMMANDS = typer.main.get_command(cli.build_app()).commands  # type: ignore[attr-defined]
 ROWS = re.findall(
     r"^\| `(iiet-orch pretrain --dry-run[^`]*)` \| (.*) \|$", TEXT, flags=re.MULTILINE
 )

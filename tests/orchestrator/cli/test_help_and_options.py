@@ -34,12 +34,12 @@ def _commands(group: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
             yield (*names, name), command
 
 
-COMMANDS = dict(_commands(get_command(cli.app.build_app())))
+COMMANDS = dict(_commands(get_command(cli.build_app())))
 
 
 @pytest.mark.parametrize("name", sorted({names[0] for names in COMMANDS}))
 def test_a_named_command_alone_has_its_options(name: str) -> None:
-    built = dict(_commands(get_command(cli.app.build_app(name))))
+    built = dict(_commands(get_command(cli.build_app(name))))
     assert list(built) == list(COMMANDS)
     for names, command in built.items():
         if names[0] != name:

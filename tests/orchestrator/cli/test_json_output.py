@@ -65,7 +65,7 @@ def _check(name: str, found: dict[str, Any]) -> None:
 def test_every_command_with_json_has_its_keys_on_the_page() -> None:
     with_json = {
         name
-        for name, command in _commands(get_command(cli.app.build_app()))
+        for name, command in _commands(get_command(cli.build_app()))
         if any("--json" in parameter.opts for parameter in command.params)
     }
     assert with_json == {name.partition(" --")[0] for name in DOCUMENTED}
