@@ -127,7 +127,7 @@ class Progress(AbstractContextManager["Progress"]):
 
     def _count(self, done: float) -> str:
         total = f"/{format_number(self._total)}" if self._total else ""
-        return format_number(done) + total
+        return format_number(int(done)) + total  # A part of a trial or an item is none yet.
 
 
 def terminal_progress(console: Console | None = None) -> Progress:

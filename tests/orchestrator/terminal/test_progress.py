@@ -68,7 +68,7 @@ def test_a_silent_task_prints_its_state_again(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     ("done", "total", "shown"),
-    [(0.0108, 5, "0.01/5"), (2.5, 5, "2.5/5"), (17410, 32768, "17,410/32,768")],
+    [(0.0108, 5, "0/5"), (2.5, 5, "2/5"), (17410, 32768, "17,410/32,768")],
 )
 def test_the_share_is_readable(
     monkeypatch: pytest.MonkeyPatch, done: float, total: float, shown: str
