@@ -30,7 +30,7 @@ LINES = [x for x in shell_lines() if x.words[0] == "iiet-orch" and x.page not in
 PAGES = list(dict.fromkeys(line.page for line in LINES))
 
 SERVERS_AND_CLUSTERS = {"ui", "submit"}
-REPLACED = {"heldout,piqa": "heldout", "--trials": "--trials=3", "30": ""}
+REPLACED = {"heldout,piqa": "heldout", "--search": "--search=3", "30": ""}
 """Tasks of the hub are left out of a suite, and a search is shorter."""
 
 MAY_REFUSE = {"--knee": "this front has no knee"}
