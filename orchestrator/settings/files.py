@@ -84,10 +84,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except YamlProblem as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if tree is None:
-        raise UserError(
-            f"{path} holds no settings; `iiet-orch init` or `iiet-orch config copy` writes a file "
-            "to start from"
-        )
+        raise UserError(f"{path} holds no settings; `iiet-orch init` writes a file to start from")
     if not isinstance(tree, dict):
         raise UserError(
             f"{path} must hold names and values such as `training:`, not a {type(tree).__name__}"
