@@ -61,7 +61,7 @@ LINES = {
     "examples": 2_748,
     "orchestrator/workspace": 1_587,
     "orchestrator/terminal": 616,
-    "orchestrator/settings": 1_615,
+    "orchestrator/settings": 1_612,
     "orchestrator/records": 1_024,
     "orchestrator/data": 3_540,
     "orchestrator/tracking": 2_399,
@@ -72,7 +72,7 @@ LINES = {
     "orchestrator/reporting": 5_075,
     "orchestrator/sweeping": 3_365,
     "orchestrator/pipelines": 5_019,
-    "orchestrator/cli": 1_999,
+    "orchestrator/cli": 1_990,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

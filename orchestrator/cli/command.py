@@ -13,13 +13,15 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 from typer.models import OptionInfo as Option
 
+from orchestrator.cli import options as shared_options
+from orchestrator.cli.options import MAX_COUNT
 from orchestrator.cli.session import Place, Session, Warnings, open_session
 from orchestrator.workspace.errors import UserError, quoted
 from orchestrator.workspace.provenance import installed_version
@@ -33,8 +35,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 NO_COLOR = "--no-color"
 METAVARS = {bool: "", int: "N", float: "X", str: "TEXT", Path: "PATH", list: "TEXT"}
 """What the help says of an option's type; Typer's own are wide, and Python's names."""
-MAX_COUNT = 1_000_000
-"""Largest count that an option takes; a larger one is a typing error."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Call:
         """The workspace."""
         return self.session.workspace
 
-    @property
+    @cached_property
     def context(self) -> Context:
-        """What a pipeline runs in."""
+        """What a pipeline runs in, the same at each use."""
         from orchestrator.pipelines.context import Context
 
         loggers = self.settings.tracking.loggers if self.logs_training else ()
@@ -111,7 +111,7 @@ class Command:
     name: str
     group: str
     function: Callable[..., Result | None]
-    options: Mapping[str, str | Setting]
+    options: Mapping[str, Setting]
     config: Any
     config_default: str | None
     adjust: Callable[[dict[str, Any], dict[str, Any]], str | None] | None
@@ -153,14 +153,13 @@ class Command:
         options: dict[str, Any] = {}
         for flags, setting in self.options.items():
             value = values.pop(_name(flags))
-            setting = setting if isinstance(setting, Setting) else Setting(setting)
             if value is not None and value != []:
                 convert = setting.convert or partial(_converted, setting.key)
                 options[setting.key] = convert(value)
         config, changes = values.pop("config", None), values.pop("set_", None) or []
         shared = {name: values.pop(name) for name in self.shared if name != "set_"}
         if self.adjust:
-            config = self.adjust({**values, **shared, "config": config}, options)
+            config = self.adjust({**values, **shared, "config": config}, options) or config
         settings = None
         if self.options or self.config is not None:
             settings = _read(config, changes, options, train_on=shared.get("device"))
@@ -208,20 +207,18 @@ def command(
     Args:
         name: A name with a space is a command of a group, `config show`.
         group: Panel of `--help`.
-        options: `--flag` or `--flag,-f` or `--yes/--no` to the key of a setting.
+        options: `--flag` or `--flag,-f` to the key of a setting.
         config: Annotation of the option or argument that names the settings file; None for commands
             that read none.
         config_default: Its default.
         adjust: Gets the command's values and the settings among its options by key; may change the
-            latter, and returns the settings file.
+            latter, and returns another settings file, or None.
         workspace: How the workspace is opened, see `open_session`; None if the command has none.
         trains: Whether it takes `--device cpu|cuda`, which says where to train.
         plans: Whether it takes `--dry-run`.
         has_json: Whether it takes `--json`.
         **typer_options: See `typer.Typer.command`.
     """
-    from orchestrator.cli import options as shared_options
-
     shared: dict[str, tuple[Any, Any]] = {}
     if trains:
         shared["device"] = shared_options.TrainingDeviceOption, None
@@ -242,7 +239,10 @@ def command(
             name=name,
             group=group,
             function=function,
-            options=options or {},
+            options={
+                flags: setting if isinstance(setting, Setting) else Setting(setting)
+                for flags, setting in (options or {}).items()
+            },
             config=config,
             config_default=config_default,
             adjust=adjust,
@@ -388,11 +388,10 @@ def _read(
     return settings
 
 
-def _option(flags: str, setting: str | Setting) -> Any:
+def _option(flags: str, setting: Setting) -> Any:
     """Return the annotation of an option for a setting."""
     from orchestrator.settings import find_field
 
-    setting = setting if isinstance(setting, Setting) else Setting(setting)
     found = find_field(setting.key)
     kind = setting.type or _plain_type(found.annotation)
     extras: dict[str, Any] = {}
@@ -433,7 +432,7 @@ def _converted(key: str, value: Any) -> Any:
 
 
 def _name(flags: str) -> str:
-    return flags.split(",")[0].split("/")[0].removeprefix("--").replace("-", "_")
+    return flags.split(",")[0].removeprefix("--").replace("-", "_")
 
 
 def _value(text: str) -> int | float | str:

@@ -49,11 +49,9 @@ def quickstart(call: Call) -> Result:
     return _sweep(call)
 
 
-def _files(values: dict[str, Any], options: dict[str, Any]) -> str | None:
+def _files(values: dict[str, Any], options: dict[str, Any]) -> None:
     if values["files"]:
         options |= {"data.source": "files", "data.files": values["files"]}
-    config: str | None = values["config"]
-    return config
 
 
 @command("prepare", group="Train", config=ConfigOption, adjust=_files)
@@ -70,7 +68,6 @@ def prepare(
 
     Example: iiet-orch prepare my-texts/ --set data.vocab_size=4096
     """
-
     from orchestrator.pipelines import training
 
     folder = training.prepare(call.settings, **call.common)
@@ -78,10 +75,9 @@ def prepare(
 
 
 def _settings_to_continue(values: dict[str, Any], options: dict[str, Any]) -> str | None:
-    config: str | None = values["config"]
     if values["continue_"] is None:
-        return config
-    if config is not None:
+        return None
+    if values["config"] is not None:
         raise UserError("--continue takes the run's own settings; use it without --config")
     from orchestrator.settings import SETTINGS_NAME
     from orchestrator.training.model_lookup import find_run_folder
@@ -229,10 +225,8 @@ def sweep_file(call: Call) -> Result:
     return _sweep(call)
 
 
-def _threshold_kind(values: dict[str, Any], options: dict[str, Any]) -> str | None:
+def _threshold_kind(_: dict[str, Any], options: dict[str, Any]) -> None:
     options["sweep.kind"] = "search" if "search.num_trials" in options else "threshold"
-    config: str | None = values["config"]
-    return config
 
 
 @command(
@@ -271,10 +265,8 @@ def sweep_threshold(call: Call, teacher: TeacherArgument = None, name: NameOptio
     return _sweep(call, teacher or "newest", name)
 
 
-def _iterations_kind(values: dict[str, Any], options: dict[str, Any]) -> str | None:
+def _iterations_kind(_: dict[str, Any], options: dict[str, Any]) -> None:
     options["sweep.kind"] = "iterations"
-    config: str | None = values["config"]
-    return config
 
 
 def _rates_of_all(text: str) -> dict[str, Any]:
