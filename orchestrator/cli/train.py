@@ -201,7 +201,7 @@ def distill(
         call.settings,
         workspace=call.workspace,
         schedules=schedule,
-        teacher=local_model(call.context, teacher),
+        teacher=teacher if call.dry_run else local_model(call.context, teacher),
         local=local,
     )
     return plan if call.dry_run else run_distill(plan, call.context)

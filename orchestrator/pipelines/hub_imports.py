@@ -7,8 +7,6 @@ from pathlib import Path
 from orchestrator.data.hub_models import is_hub_name
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.importing import import_model
-from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.read_only import is_read_only
 
 
 def local_model(context: Context, model: Path | str | None) -> Path | None:
@@ -17,15 +15,10 @@ def local_model(context: Context, model: Path | str | None) -> Path | None:
     `hub:OWNER/NAME` is downloaded and imported as the run `NAME`; the same import is found again.
 
     Raises:
-        UserError: As `import_model`; or if this is a dry run, which imports nothing.
+        UserError: As `import_model`.
     """
     if not model:
         return None
     if not is_hub_name(model):
         return Path(model)
-    if is_read_only():
-        raise UserError(
-            f"{model} becomes a run of the workspace at first use, and a dry run writes nothing; "
-            f"`iiet-orch import {model}` imports it"
-        )
     return import_model(model, workspace=context.workspace, progress=context.progress)

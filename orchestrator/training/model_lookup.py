@@ -75,8 +75,14 @@ def resolve_teacher(workspace: Workspace, path: Path | None, warn: Warn | None =
             that is an error: only commands that store nothing may use another model.
 
     Raises:
-        UserError: If there is no checkpoint, or it is damaged.
+        UserError: If there is no checkpoint, it is damaged, or it is a model of the hub that is not
+            imported.
     """
+    if path is not None and is_hub_name(path):
+        raise UserError(
+            f"{path} becomes a run of the workspace at first use, and a dry run writes nothing; "
+            f"`iiet-orch import {path}` imports it"
+        )
     if path is not None:
         return resolve_checkpoint(find_model_folder(workspace, path), warn)
     if found := _newest(workspace, _may_be_teacher, warn):
