@@ -69,7 +69,7 @@ LINES = {
     "orchestrator/evaluation": 4_676,
     "orchestrator/planning": 1_153,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_979,
+    "orchestrator/reporting": 4_866,
     "orchestrator/sweeping": 3_365,
     "orchestrator/pipelines": 5_006,
     "orchestrator/cli": 1_990,
