@@ -24,7 +24,6 @@ from orchestrator.reporting.pareto import (
     FrontPoint,
     PairedComparison,
 )
-from orchestrator.reporting.shown_points import shown_points
 
 KEEPS_METRIC = f"paired/confidence_keeps_{100 * KEPT_SHARE:.0f}"
 ON_FRONT_METRIC = "paired/confidence_on_front"
@@ -44,7 +43,7 @@ def with_confidence(
     """Return the front with the confidence of each place.
 
     Without two models that answered the same items, return the front as it is. Models that
-    `shown_points` leaves out get no confidence, and are not drawn against the others.
+    `Front.shown` leaves out get no confidence, and are not drawn against the others.
 
     Args:
         front: Placed results.
@@ -54,8 +53,7 @@ def with_confidence(
         num_resamples: Number of draws.
         seed: Random seed of the draws.
     """
-    shown = shown_points(front)
-    points = [point for point in shown if point.result.key in evaluations]
+    points = [point for point in front.shown if point.result.key in evaluations]
     seeds = {p.result.key: evaluations[p.result.key] for p in points}
     matched = match_items(
         {key: [e] if isinstance(e, EvaluationResult) else e for key, e in seeds.items()}
@@ -179,7 +177,7 @@ class _ConfidenceEstimator:
 
     def _on_front(self) -> dict[int, float]:
         candidates = [number for number, point in enumerate(self.points) if point.is_candidate]
-        num_candidates = sum(point.is_candidate for point in shown_points(self.front))
+        num_candidates = sum(point.is_candidate for point in self.front.shown)
         if self.quality is None or not candidates or len(candidates) < num_candidates:
             return {}  # A candidate without draws could beat the others.
         drawn = self.quality.drawn[:, candidates]
