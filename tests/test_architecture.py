@@ -69,9 +69,9 @@ LINES = {
     "orchestrator/evaluation": 4_676,
     "orchestrator/planning": 1_153,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 5_075,
-    "orchestrator/sweeping": 3_365,
-    "orchestrator/pipelines": 5_019,
+    "orchestrator/reporting": 4_958,
+    "orchestrator/sweeping": 3_364,
+    "orchestrator/pipelines": 5_005,
     "orchestrator/cli": 1_990,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

@@ -56,7 +56,6 @@ from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.front_axes import parse_axes
 from orchestrator.reporting.front_data import front_values, model_rows
 from orchestrator.reporting.front_tables import terminal_table
-from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.price_table import price_rows, two_column_table
 from orchestrator.reporting.results import (
     CHANCE_TITLE,
@@ -200,8 +199,8 @@ class ReportResult(Result):
 
     title: str
     """Heading of the report."""
-    front: Front = Field(exclude=True)
-    """Every model with its place."""
+    front: Any = Field(exclude=True)
+    """A `Front`: every model with its place."""
     sentences: tuple[str, ...]
     """Notes on how to read the front, then its findings."""
     elastic: ElasticSection | None = Field(exclude=True)

@@ -6,7 +6,6 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.reporting.confidence import confidence_metrics
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.front_text import verdict
 from orchestrator.reporting.pareto import Front
@@ -25,7 +24,8 @@ def model_table(front: Front) -> DataFrame:
     from pandas import DataFrame
 
     points = {point.result.key: point for point in front.points}
-    paired = [confidence_metrics(points[t.key]) if t.key in points else {} for t in front.results]
+    known = {key: p.confidence.metrics() for key, p in points.items() if p.confidence}
+    paired = [known.get(trial.key, {}) for trial in front.results]
     names = sorted({name for metrics in paired for name in metrics})
     table = front.table.loc[[trial.key for trial in front.results]]
     measured = [name for name in table.columns if "/" in name]

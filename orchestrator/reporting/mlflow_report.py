@@ -14,17 +14,14 @@ from typing import Any
 
 from orchestrator.data.sources import describe_data
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.confidence import (
-    SUMMARY_METRICS,
-    confidence_metrics,
-    interval_rows,
-)
+from orchestrator.reporting.confidence import interval_rows
 from orchestrator.reporting.front_data import model_rows
 from orchestrator.reporting.front_tables import front_markdown
 from orchestrator.reporting.markdown import bullets
-from orchestrator.reporting.pareto import KEPT_SHARE, Front
+from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.results import StoredSweep, result_table
+from orchestrator.reporting.statistics import KEPT_SHARE, SUMMARY_METRICS
 from orchestrator.reporting.training_curves import ACCURACY_CHARTS
 from orchestrator.tracking import (
     NOTE_TAG,
@@ -90,7 +87,7 @@ def track_results(
     paired = {
         seed.key: {name: value for name, value in known.items() if name in SUMMARY_METRICS}
         for point in front.points
-        if (known := confidence_metrics(point))
+        if point.confidence and (known := point.confidence.metrics())
         for seed in front.seeds_of(point)
     }
     runs = [

@@ -10,7 +10,7 @@ from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.elastic_section import elastic_section
 from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER, track_front, track_results
-from orchestrator.reporting.pareto import KEPT_SHARE, Front, evaluations, find_front, left_out_notes
+from orchestrator.reporting.pareto import Front, evaluations, find_front, left_out_notes
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.report_files import WrittenReport, write_report_files
 from orchestrator.reporting.results import (
@@ -20,6 +20,7 @@ from orchestrator.reporting.results import (
     load_sweep_results,
     result_table,
 )
+from orchestrator.reporting.statistics import KEPT_SHARE
 from orchestrator.reporting.training_curves import (
     history_folder,
     read_history_curves,

@@ -19,7 +19,6 @@ from sample_trials import with_items
 from iiet.influence import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.confidence import SUMMARY_METRICS
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front_axes import FrontAxes, parse_axes
 from orchestrator.reporting.front_data import model_rows
@@ -30,6 +29,7 @@ from orchestrator.reporting.results import (
     StoredSweep,
     load_sweep_results,
 )
+from orchestrator.reporting.statistics import SUMMARY_METRICS
 from orchestrator.reporting.sweep_report import sweep_front, write_sweep_report
 from orchestrator.reporting.training_curves import HYPERVOLUME_BY_TRIALS, history_folder
 from orchestrator.tracking import NestedRun, open_tracking
