@@ -69,9 +69,13 @@ LINES = {
     "orchestrator/evaluation": 4_675,
     "orchestrator/planning": 1_153,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 5_075,
+    "orchestrator/reporting": 4_979,
     "orchestrator/sweeping": 3_365,
-    "orchestrator/pipelines": 5_008,
+<<<<<<< HEAD
+    "orchestrator/pipelines": 4_995,
+=======
+    "orchestrator/pipelines": 4_995,
+>>>>>>> main
     "orchestrator/cli": 1_990,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
