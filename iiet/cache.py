@@ -13,7 +13,7 @@ memory at three corrections, but not exact. The published decoding does this.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +22,7 @@ from iiet.config import ModelConfig
 from iiet.context import CacheRecord, get_record, set_record
 from iiet.window import Window
 
-if TYPE_CHECKING:
-    from iiet.decoder import Decoder
-
-__all__ = ["KeyValueCache", "KvStrategy", "cache_dtype", "check_kv_strategy", "evaluation_slots"]
+__all__ = ["KeyValueCache", "KvStrategy", "check_kv_strategy", "evaluation_slots"]
 
 KvStrategy = Literal["exact", "last"]
 
@@ -33,14 +30,6 @@ KvStrategy = Literal["exact", "last"]
 def check_kv_strategy(strategy: str) -> None:
     if strategy not in ("exact", "last"):
         raise ValueError(f"KV strategy must be 'exact' or 'last', got {strategy!r}")
-
-
-def cache_dtype(decoder: Decoder) -> torch.dtype:
-    """Return the dtype in which keys and values are computed."""
-    kind = decoder.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return decoder.embedding.weight.dtype
 
 
 def evaluation_slots(evaluations_per_layer: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -90,25 +79,6 @@ class KeyValueCache:
         self.num_bytes = sum(held.nbytes for held in storage)
         self.window: Window | None = None
         """Where a pass writes and looks; None: passes follow the tokens held."""
-
-    @classmethod
-    def of(
-        cls,
-        decoder: Decoder,
-        *,
-        batch_size: int,
-        max_tokens: int,
-        strategy: KvStrategy = "exact",
-    ) -> KeyValueCache:
-        """Make a cache on a decoder's device, in the dtype of its keys and values."""
-        return cls(
-            decoder.config,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            device=decoder.device,
-            dtype=cache_dtype(decoder),
-            strategy=strategy,
-        )
 
     def view(self, config: ModelConfig) -> KeyValueCache:
         """Return a cache in the same memory for a schedule with no more corrections in any layer.

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from typing import Any, Final, Literal, SupportsIndex, overload
 
 import torch
 from torch import Tensor
 
-from iiet.cache import KeyValueCache, KvStrategy
+from iiet.cache import KvStrategy
 from iiet.decoder import Decoder
 from iiet.sampling import LogitsNotFinite, Sampler, not_finite, row_keys
 from iiet.schedule import IterationSchedule
@@ -169,7 +168,7 @@ def stream(
     keeps = steps is None and decoder.device.type == "cuda"
     if keeps:
         steps = kept_steps(decoder)
-    cache = (partial(KeyValueCache.of, decoder) if steps is None else steps.empty_cache)(
+    cache = (decoder.new_cache if steps is None else steps.empty_cache)(
         batch_size=input_ids.size(0),
         max_tokens=input_ids.size(1) + max_new_tokens,
         strategy=kv_strategy,

@@ -350,7 +350,7 @@ def drafted_steps(
         return num_new, num_equal
 
     with torch.inference_mode():
-        cache = KeyValueCache.of(decoder, batch_size=batch, max_tokens=end)
+        cache = decoder.new_cache(batch_size=batch, max_tokens=end)
         logits = decoder(input_ids, cache=cache, attention_mask=attention_mask, last_only=True)
         num_new, _ = decide(logits, 0)
         candidates = []
@@ -363,7 +363,7 @@ def drafted_steps(
                     draft,
                     cache.view(draft.config)
                     if is_view
-                    else KeyValueCache.of(draft, batch_size=batch, max_tokens=end),
+                    else draft.new_cache(batch_size=batch, max_tokens=end),
                     is_view=is_view,
                     costs=counted_costs(
                         decoder.config,

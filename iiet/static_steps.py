@@ -23,7 +23,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from iiet.cache import KeyValueCache, KvStrategy, cache_dtype
+from iiet.cache import KeyValueCache, KvStrategy
 from iiet.context import get_record
 from iiet.cpu_kernels import may_read_weights
 from iiet.decoder import Decoder
@@ -80,7 +80,7 @@ class StaticSteps:
         self, *, batch_size: int, max_tokens: int, strategy: KvStrategy
     ) -> KeyValueCache:
         """Return a cache to fill with the prompt; then `begin` follows."""
-        shape = (batch_size, cache_dtype(self.decoder), strategy, self.decoder.device)
+        shape = (batch_size, self.decoder.cache_dtype, strategy, self.decoder.device)
         buffers = self._buffers
         if buffers is None or buffers.shape != shape or buffers.cache.max_tokens < max_tokens:
             self._buffers = buffers = None  # Freed before new ones are made.
@@ -159,8 +159,8 @@ class _Buffers:
     def __init__(self, decoder: Decoder, shape: _Shape, max_tokens: int) -> None:
         self.shape = shape
         batch_size, dtype, strategy, device = shape
-        self.cache = KeyValueCache.of(
-            decoder, batch_size=batch_size, max_tokens=max_tokens, strategy=strategy
+        self.cache = decoder.new_cache(
+            batch_size=batch_size, max_tokens=max_tokens, strategy=strategy
         )
         self.window = Window(batch_size, max_tokens, dtype=dtype, device=device)
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)

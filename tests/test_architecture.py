@@ -56,7 +56,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_701,
+    "iiet": 8_691,
     "benchmarks": 6_463,
     "examples": 2_748,
     "orchestrator/workspace": 1_587,
