@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,18 @@ from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.measurement import Measurement
 from orchestrator.records.parameters import schedule_parameters
-from orchestrator.reporting.comparison import Comparison, compare_evaluations
-from orchestrator.reporting.comparison_findings import comparison_findings
-from orchestrator.reporting.comparison_tables import comparison_table
-from orchestrator.reporting.evaluation_tables import (
+from orchestrator.reporting.command_tables import (
     average_notes,
     evaluation_table,
     tasks_with_other_items,
+    two_column_table,
 )
-from orchestrator.reporting.price_table import two_column_table
+from orchestrator.reporting.comparison import (
+    Comparison,
+    compare_evaluations,
+    comparison_findings,
+    comparison_table,
+)
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.progress import Progress
@@ -469,22 +472,7 @@ class CompareResult(Result):
         `difference` is the second model minus the first; `low` and `high` are its 95 % interval,
         `only_first` and `only_second` count the items that only one of them gets right.
         """
-        rows = []
-        for row in (*self.comparison.tasks, *self.comparison.averages):
-            values = asdict(row)
-            difference, test = values.pop("difference"), values.pop("mcnemar")
-            rows.append(
-                {
-                    **values,
-                    "difference": difference["value"],
-                    "low": difference["low"],
-                    "high": difference["high"],
-                    "only_first": test and test["only_first"],
-                    "only_second": test and test["only_second"],
-                    "p_value": row.mcnemar and row.mcnemar.p_value,
-                }
-            )
-        return rows
+        return [row.to_row() for row in (*self.comparison.tasks, *self.comparison.averages)]
 
     def to_json(self) -> dict[str, Any]:
         """Return names, rows, conclusions and notes."""

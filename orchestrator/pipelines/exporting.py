@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable
-from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
 from orchestrator.cluster.launch import command_device
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
@@ -37,7 +36,6 @@ from orchestrator.training.checkpoint import (
     served_schedules,
     weights_key,
 )
-from orchestrator.training.checkpoint_lookup import known_schedules
 from orchestrator.training.model_loading import EXPORTED_TYPE, decoder_config, load_model
 from orchestrator.training.model_lookup import (
     find_checkpoint_by_weights,
@@ -153,7 +151,6 @@ def export_checkpoint(
                 end_of_text=end_of_text,
                 token_ids=token_ids,
                 text_files=text_files or None,
-                elastic_schedules=_drafts(checkpoint, decoder),
             )
             write_text(temporary / CARD, card.to_markdown())
             lines = [f"{file_digest(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
@@ -166,13 +163,6 @@ def export_checkpoint(
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
     progress.finish(f"{format_bytes(num_bytes)} with code, tokenizer and card")
     return folder
-
-
-def _drafts(checkpoint: Path, decoder: Decoder) -> list[IterationSchedule]:
-    """Return the schedules below the decoder's own that the checkpoint's weights learned."""
-    own = decoder.schedule
-    known = known_schedules(checkpoint)
-    return [schedule for schedule in known if schedule != own and schedule.is_within(own)]
 
 
 def model_card(
