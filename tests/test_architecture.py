@@ -65,14 +65,14 @@ LINES = {
     "orchestrator/records": 1_024,
     "orchestrator/data": 3_540,
     "orchestrator/tracking": 2_399,
-    "orchestrator/training": 5_207,
-    "orchestrator/evaluation": 4_676,
+    "orchestrator/training": 5_215,
+    "orchestrator/evaluation": 4_763,
     "orchestrator/planning": 1_153,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 5_075,
     "orchestrator/sweeping": 3_365,
-    "orchestrator/pipelines": 5_019,
-    "orchestrator/cli": 1_990,
+    "orchestrator/pipelines": 4_746,
+    "orchestrator/cli": 1_993,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

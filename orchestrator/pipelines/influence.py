@@ -23,7 +23,7 @@ from orchestrator.cluster.launch import command_device
 from orchestrator.data.prepared import PreparedData
 from orchestrator.data.sources import describe_data, open_data
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.pipelines.hub_imports import local_model
+from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
 from orchestrator.records.measurement import Measurement
 from orchestrator.reporting.influence_tables import influence_terminal_table

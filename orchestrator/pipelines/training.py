@@ -25,7 +25,7 @@ from orchestrator.data.preparation import ExpectedTokens, expected_tokens, find_
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.text_files import find_files, read_file
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.pipelines.hub_imports import local_model
+from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
 from orchestrator.planning.estimate import Estimate, Price, price_of, run_devices
 from orchestrator.planning.fit import find_problems
@@ -440,7 +440,7 @@ def plan_distill(
     """
     context = open_context(workspace)
     space = context.workspace
-    checkpoint = resolve_teacher(space, local_model(context, teacher))
+    checkpoint = resolve_teacher(space, teacher)
     tokens = tokens_folder_of(checkpoint, space)
     students = [
         distillation_job(settings, space, checkpoint, str(schedule), tokens)
