@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.reporting.bootstrap import (
+from orchestrator.reporting.markdown import bullets, markdown_table
+from orchestrator.reporting.statistics import (
     INTERVAL_LEVEL,
     NUM_RESAMPLES,
     Floats,
     Interval,
     interval_of,
 )
-from orchestrator.reporting.markdown import bullets, markdown_table
 from orchestrator.terminal.render import format_count
 
 SATURATED_ACCURACY = 0.98

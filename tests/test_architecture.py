@@ -69,9 +69,9 @@ LINES = {
     "orchestrator/evaluation": 4_763,
     "orchestrator/planning": 1_153,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 5_075,
+    "orchestrator/reporting": 4_979,
     "orchestrator/sweeping": 3_365,
-    "orchestrator/pipelines": 4_746,
+    "orchestrator/pipelines": 4_733,
     "orchestrator/cli": 1_993,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

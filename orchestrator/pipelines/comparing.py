@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,12 @@ from orchestrator.evaluation.logged_samples import LoggedRun, find_logged_run
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.reporting.comparison import ComparedScore, Comparison, compare_evaluations
-from orchestrator.reporting.comparison_findings import comparison_findings
+from orchestrator.reporting.comparison import (
+    Comparison,
+    compare_evaluations,
+    comparison_findings,
+    comparison_table,
+)
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -40,7 +43,7 @@ class CompareResult(Result):
         `difference` is the second model minus the first; `low` and `high` are its 95 % interval,
         `only_first` and `only_second` count the items that only one of them gets right.
         """
-        return [_row(row) for row in (*self.comparison.tasks, *self.comparison.averages)]
+        return [row.to_row() for row in (*self.comparison.tasks, *self.comparison.averages)]
 
     def to_json(self) -> dict[str, Any]:
         """Return names, rows, conclusions and notes."""
@@ -53,8 +56,6 @@ class CompareResult(Result):
 
     def shown(self) -> Iterable[RenderableType]:
         """Return the names, a table, and what can be concluded."""
-        from orchestrator.reporting.comparison_tables import comparison_table
-
         first, second = self.comparison.names
         yield f"A: {first}\nB: {second}"
         yield comparison_table(self.comparison)
@@ -181,17 +182,3 @@ def _names(models: Sequence[Path | str], opened: dict[int, EvaluatedModel]) -> t
     if names[0] == names[1]:
         return f"{names[0]} (A)", f"{names[1]} (B)"
     return names[0], names[1]
-
-
-def _row(row: ComparedScore) -> dict[str, Any]:
-    values = asdict(row)
-    difference, test = values.pop("difference"), values.pop("mcnemar")
-    return {
-        **values,
-        "difference": difference["value"],
-        "low": difference["low"],
-        "high": difference["high"],
-        "only_first": test and test["only_first"],
-        "only_second": test and test["only_second"],
-        "p_value": row.mcnemar and row.mcnemar.p_value,
-    }

@@ -1,30 +1,40 @@
-"""Two evaluations on the same items: scores, paired differences, intervals, McNemar's test.
+"""Two evaluations on the same items: paired differences, what they decide, and a table of them.
 
 Differences are the second model minus the first. Tasks of different versions, and tasks without a
 metric or an item in common, are left out with the reason. The average over accuracies is that of
 `EvaluationResult.accuracy`; its test counts the items of all its tasks together.
+
+An accuracy is decided if the interval of the difference excludes zero and McNemar's test agrees:
+with few items that only one model gets right, bootstrap intervals are too short. Of many single
+tasks some differ by chance, so their p-values are corrected for their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from rich import box
+from rich.table import Table
 
 from orchestrator.records.evaluation import BITS_METRIC, EvaluationResult, TaskResult
-from orchestrator.reporting.bootstrap import NUM_RESAMPLES, Interval, Scores
-from orchestrator.reporting.mcnemar import McNemar, count_discordant
-from orchestrator.reporting.paired_bootstrap import (
-    MatchedItems,
-    match_items,
-    resample_scores,
+from orchestrator.reporting.statistics import (
+    INTERVAL_LEVEL,
+    NUM_RESAMPLES,
+    Interval,
+    adjust_by_holm,
+    count_discordant,
+    mcnemar_p_value,
+    pair_scores,
     shared_metric,
 )
-from orchestrator.terminal.render import format_count
+from orchestrator.terminal.render import ResponsiveLayout, format_count
 from orchestrator.workspace.errors import UserError
 
 AVERAGE = "average"
+SIGNIFICANT = 1 - INTERVAL_LEVEL
+"""A p-value below it decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +46,38 @@ class ComparedScore:
     metric: str
     first: float
     second: float
-    difference: Interval
-    """The second minus the first, with its 95 % interval."""
     num_items: int
     """Items that both models answered."""
     num_left_out: int
     """Items that only one of them answered."""
-    mcnemar: McNemar | None
-    """Of accuracies whose items are right or wrong."""
+    difference: Interval
+    """The second minus the first, with its 95 % interval."""
+    only_first: int | None
+    """Items that only the first gets right; None unless all are right or wrong, as are the next."""
+    only_second: int | None
+    """Items that only the second gets right."""
+    p_value: float | None
+    """Of McNemar's test."""
 
     @property
     def is_accuracy(self) -> bool:
         """Whether it is a share of right items; bits per byte otherwise."""
         return self.metric != BITS_METRIC
+
+    @property
+    def better(self) -> int:
+        """The number of the better model, 0 or 1."""
+        return int((self.difference.value > 0) == self.is_accuracy)
+
+    def text(self, value: float, *, is_difference: bool = False) -> str:
+        """Write a score, or a difference with its sign; accuracies in percent without the mark."""
+        sign = "+" if is_difference else ""
+        return f"{100 * value:{sign}.2f}" if self.is_accuracy else f"{value:{sign}.4f}"
+
+    def to_row(self) -> dict[str, Any]:
+        """Return plain values; `low` and `high` are the interval of `difference`."""
+        ends = {"low": self.difference.low, "high": self.difference.high}
+        return {**asdict(self), "difference": self.difference.value, **ends}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,62 +116,62 @@ def compare_evaluations(
     Raises:
         UserError: If no task can be compared; says why for each of them.
     """
-    notes = _notes_on_missing(first, second, names)
-    shared = []
-    for name in (name for name in first.results if name in second.results):
-        pair = first.results[name], second.results[name]
-        if reason := _reason_against(*pair, names):
-            notes.append(f"{name} is not compared: {reason}")
-            continue
-        shared.append(name)
-        if note := _note_on_prompts(*pair, names):
-            notes.append(note)
-    matched = match_items({"first": [_only(first, shared)], "second": [_only(second, shared)]})
-    if matched is None:
-        raise UserError(f"nothing can be compared: {'; '.join(notes)}")
-    draws = resample_scores(matched, num_resamples=num_resamples, seed=seed)
-    tasks = tuple(_compared(name, matched, [name], scores) for name, scores in draws.tasks.items())
-    averages = []
-    for quality in ("accuracy", BITS_METRIC):
-        members = [row.task for row in tasks if row.is_accuracy == (quality == "accuracy")]
-        scores = draws.quality(f"quality/{quality}")
-        if len(members) > 1 and scores:
-            row = _compared(AVERAGE, matched, members, scores)
-            averages.append(replace(row, metric=quality))
-    return Comparison(names=names, tasks=tasks, averages=tuple(averages), notes=tuple(notes))
-
-
-def _compared(
-    name: str, matched: MatchedItems, members: Sequence[str], scores: Scores
-) -> ComparedScore:
-    counts = [count_discordant(matched.tasks[member].values) for member in members]
-    known = [count for count in counts if count]
-    is_accuracy = matched.metrics[members[0]] != BITS_METRIC
-    return ComparedScore(
-        task=name,
-        metric=matched.metrics[members[0]],
-        first=float(scores.observed[0]),
-        second=float(scores.observed[1]),
-        difference=scores.difference(1, 0),
-        num_items=sum(len(matched.tasks[member].weights) for member in members),
-        num_left_out=sum(matched.left_out[member] for member in members),
-        mcnemar=reduce(add, known) if is_accuracy and len(known) == len(counts) else None,
-    )
-
-
-def _only(evaluation: EvaluationResult, names: Iterable[str]) -> EvaluationResult:
-    results = {name: evaluation.results[name] for name in names}
-    return EvaluationResult(results=results, groups=evaluation.groups)
-
-
-def _notes_on_missing(
-    first: EvaluationResult, second: EvaluationResult, names: tuple[str, str]
-) -> list[str]:
     notes = []
     for name, own, other in ((names[0], first, second), (names[1], second, first)):
         if more := [task for task in own.results if task not in other.results]:
             notes.append(f"only {name} has {', '.join(more)}")
-    return notes
+    shared = []
+    for task in (task for task in first.results if task in second.results):
+        pair = first.results[task], second.results[task]
+        if reason := _reason_against(*pair, names):
+            notes.append(f"{task} is not compared: {reason}")
+            continue
+        shared.append(task)
+        examples = [result.num_fewshot for result in pair]
+        if examples[0] != examples[1]:
+            notes.append(
+                f"{task}: the prompts differ, with {examples[0]} solved examples for {names[0]} "
+                f"and {examples[1]} for {names[1]}"
+            )
+
+    evaluations = {
+        name: [EvaluationResult(results={t: run.results[t] for t in shared}, groups=run.groups)]
+        for name, run in (("first", first), ("second", second))
+    }
+    paired = pair_scores(evaluations, num_resamples=num_resamples, seed=seed)
+    if paired is None:
+        raise UserError(f"nothing can be compared: {'; '.join(notes)}")
+    metrics = paired.metrics
+    compared = [(task, metrics[task], [task], scores) for task, scores in paired.scores.items()]
+    for quality in ("accuracy", BITS_METRIC):
+        members = [t for t in metrics if (metrics[t] == BITS_METRIC) == (quality == BITS_METRIC)]
+        average = paired.quality(f"quality/{quality}")
+        if len(members) > 1 and average:
+            compared.append((AVERAGE, quality, members, average))
+    rows = []
+    for task, metric, members, scores in compared:
+        values = np.hstack([paired.items[member].values for member in members])
+        counts = None if metric == BITS_METRIC else count_discordant(values)
+        row = ComparedScore(
+            task=task,
+            metric=metric,
+            first=float(scores.observed[0]),
+            second=float(scores.observed[1]),
+            num_items=values.shape[1],
+            num_left_out=sum(paired.left_out[member] for member in members),
+            difference=scores.difference(1, 0),
+            only_first=counts and counts[0],
+            only_second=counts and counts[1],
+            p_value=counts and mcnemar_p_value(*counts),
+        )
+        rows.append(row)
+    num_tasks = len(metrics)
+    return Comparison(
+        names=names,
+        tasks=tuple(rows[:num_tasks]),
+        averages=tuple(rows[num_tasks:]),
+        notes=tuple(notes),
+    )
 
 
 def _reason_against(first: TaskResult, second: TaskResult, names: tuple[str, str]) -> str | None:
@@ -164,10 +193,109 @@ def _reason_against(first: TaskResult, second: TaskResult, names: tuple[str, str
     return None
 
 
-def _note_on_prompts(first: TaskResult, second: TaskResult, names: tuple[str, str]) -> str | None:
-    if first.num_fewshot == second.num_fewshot:
-        return None
-    return (
-        f"{first.name}: the prompts differ, with {first.num_fewshot} solved examples for "
-        f"{names[0]} and {second.num_fewshot} for {names[1]}"
-    )
+def comparison_findings(comparison: Comparison) -> list[str]:
+    """Return the conclusions: overall, by task, and what they do not cover."""
+    sentences = [_conclusion(row, comparison.names) for row in comparison.overall]
+    if len(comparison.tasks) > 1:
+        tests = {row.task: row.p_value for row in comparison.tasks if row.p_value is not None}
+        p_values = adjust_by_holm(tests)
+        better: tuple[list[str], list[str]] = ([], [])
+        for row in comparison.tasks:
+            if row.difference.excludes_zero and p_values.get(row.task, 0.0) < SIGNIFICANT:
+                better[row.better].append(row.task)
+        decided = zip(comparison.names, better, strict=True)
+        parts = [f"{name} is better on {', '.join(tasks)}" for name, tasks in decided if tasks]
+        if not parts:
+            parts = ["none is decided"]
+        elif sum(map(len, better)) < len(comparison.tasks):
+            parts.append("the others are not decided")
+        holm = f" (p-values by Holm for {format_count(len(tests), 'test')})"
+        sentences.append(f"by task: {'; '.join(parts)}{holm if len(tests) > 1 else ''}")
+    return [
+        *sentences,
+        "The intervals are about other items of the same kind; other trainings of the two models "
+        "may differ by more.",
+    ]
+
+
+def _conclusion(row: ComparedScore, names: tuple[str, str]) -> str:
+    quality = "accuracy" if row.is_accuracy else "bits per byte"
+    of_task = "" if row.task == row.metric else f" of {row.task}"
+    subject = f"average {quality}" if row.task == AVERAGE else f"{quality}{of_task}"
+    if (row.only_first, row.only_second) == (0, 0):
+        items = format_count(row.num_items, "item")
+        return f"{subject}: no difference, both are right on the same of {items}"
+    interval = row.difference
+    ends = (interval.value, interval.low, interval.high)
+    value, low, high = (row.text(number, is_difference=True) for number in ends)
+    unit = " points" if row.is_accuracy else ""
+    test = ""
+    if row.p_value is not None:
+        p_value = _p_value_text(row.p_value)
+        test = f", McNemar p {p_value if p_value.startswith('<') else f'= {p_value}'}"
+    is_significant = row.p_value is None or row.p_value < SIGNIFICANT
+    if interval.excludes_zero and is_significant:
+        verdict = f"{names[row.better]} is better"
+    elif interval.excludes_zero != is_significant and row.p_value is not None:
+        verdict = "not decided, as interval and test disagree"
+    else:
+        verdict = "not decided, as the interval contains zero"
+    return f"{subject}: {verdict} ({value}{unit}, 95 % interval {low} to {high}{test})"
+
+
+def comparison_table(comparison: Comparison) -> ResponsiveLayout:
+    """Return a row for each task and average; narrow terminals show fewer columns.
+
+    The columns `A` and `B` are the two models, `b` and `c` the items that only A, and only B, gets
+    right.
+    """
+    rows = (*comparison.tasks, *comparison.averages)
+
+    def layout(names: tuple[str, ...]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("task", overflow="fold")
+        for name in names:
+            justify: Literal["left", "right"] = "left" if name == "metric" else "right"
+            table.add_column(name, justify=justify, no_wrap=True)
+        for number, row in enumerate(rows, start=1):
+            is_last = number == len(comparison.tasks) < len(rows)
+            cells = _cells(row)
+            table.add_row(row.task, *(cells[name] for name in names), end_section=is_last)
+        return table
+
+    return ResponsiveLayout(*map(layout, _LAYOUTS))
+
+
+_INTERVAL = "95 % interval"
+_LAYOUTS = (
+    ("metric", "A", "B", "B - A", _INTERVAL, "items", "left out", "b", "c", "p"),
+    ("metric", "A", "B", "B - A", _INTERVAL, "items", "p"),
+    ("A", "B", "B - A", _INTERVAL, "items", "p"),
+    ("A", "B", "B - A", "p"),
+    ("B - A", "p"),
+)
+
+
+def _cells(row: ComparedScore) -> dict[str, str]:
+    interval = row.difference
+    ends = (interval.value, interval.low, interval.high)
+    value, low, high = (row.text(number, is_difference=True) for number in ends)
+    return {
+        "metric": f"{row.metric}, %" if row.is_accuracy else row.metric,
+        "A": row.text(row.first),
+        "B": row.text(row.second),
+        "B - A": value,
+        _INTERVAL: f"{low} to {high}",
+        "items": f"{row.num_items:,}",
+        "left out": f"{row.num_left_out:,}",
+        "b": "" if row.only_first is None else f"{row.only_first:,}",
+        "c": "" if row.only_second is None else f"{row.only_second:,}",
+        "p": "" if row.p_value is None else _p_value_text(row.p_value),
+    }
+
+
+def _p_value_text(p_value: float) -> str:
+    """Write a p-value with two digits that matter: `0.031`, or `< 0.0001`."""
+    if p_value < 1e-4:
+        return "< 0.0001"
+    return f"{p_value:.4f}" if p_value < 0.01 else f"{p_value:.2g}" if p_value < 1 else "1"

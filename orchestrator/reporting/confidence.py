@@ -1,36 +1,24 @@
 """Confidence of a front: the place of each model when the items are drawn again.
 
-Costs are exact, so only quality is uncertain. The draws cover the seeds of models that were trained
-with several; they do not cover other trainings of the rest, nor other texts to take items from.
+Costs are exact, so only quality is uncertain.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import replace
 
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.reporting.bootstrap import NUM_RESAMPLES, Interval, Scores, front_shares
 from orchestrator.reporting.front_text import full_name
-from orchestrator.reporting.paired_bootstrap import match_items, resample_scores
-from orchestrator.reporting.pareto import (
-    KEPT_SHARE,
-    Confidence,
-    ConfidenceBasis,
-    Front,
-    FrontPoint,
-    PairedComparison,
-)
+from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.shown_points import shown_points
-
-KEEPS_METRIC = f"paired/confidence_keeps_{100 * KEPT_SHARE:.0f}"
-ON_FRONT_METRIC = "paired/confidence_on_front"
-SHARE_METRIC = "paired/share_of_full"
-SUMMARY_METRICS = (SHARE_METRIC, KEEPS_METRIC, ON_FRONT_METRIC)
-"""Numbers that a model's run has as metrics; its differences to others are rows of a table."""
+from orchestrator.reporting.statistics import (
+    KEPT_SHARE,
+    NUM_RESAMPLES,
+    ConfidenceBasis,
+    confidences,
+    pair_scores,
+)
 
 
 def with_confidence(
@@ -54,135 +42,57 @@ def with_confidence(
         num_resamples: Number of draws.
         seed: Random seed of the draws.
     """
-    shown = shown_points(front)
-    points = [point for point in shown if point.result.key in evaluations]
-    seeds = {p.result.key: evaluations[p.result.key] for p in points}
-    matched = match_items(
-        {key: [e] if isinstance(e, EvaluationResult) else e for key, e in seeds.items()}
-    )
-    full = front.full
-    if matched is None or full is None or len(points) < 2:
+    shown, full = shown_points(front), front.full
+    seeds = {p.result.key: evaluations.get(p.result.key, ()) for p in shown}
+    known = {
+        key: [found] if isinstance(found, EvaluationResult) else found
+        for key, found in seeds.items()
+        if found
+    }
+    if full is None or len(known) < 2:
         return front
-    draws = resample_scores(matched, num_resamples=num_resamples, seed=seed)
+    paired = pair_scores(known, num_resamples=num_resamples, seed=seed)
+    if paired is None:
+        return front
+    others = sorted((p for p in shown if p is full or p.is_baseline), key=lambda p: p is not full)
+    found = confidences(
+        paired,
+        list(known),
+        front.axes.quality,
+        higher_is_better=front.axes.higher_is_better,
+        compared_with={p.result.key: full_name(front, p) for p in others},
+        full=full.result.key,
+        costs={p.result.key: p.cost for p in shown if p.is_candidate},
+        kept_share=kept_share,
+    )
     basis = ConfidenceBasis(
         full_name(front, full),
-        matched.metrics,
-        num_items=matched.num_items,
-        num_left_out=matched.num_left_out,
+        paired.metrics,
+        num_items=paired.num_items,
+        num_left_out=sum(paired.left_out.values()),
         num_resamples=num_resamples,
     )
-    quality = draws.quality(front.axes.quality)
-    estimator = _ConfidenceEstimator(front, points, draws.tasks, quality, kept_share)
-    found = {point.result.key: estimator.confidence(n) for n, point in enumerate(points)}
     placed = (replace(p, confidence=found.get(p.result.key)) for p in front.points)
     return replace(front, points=tuple(placed), basis=basis)
 
 
-def confidence_metrics(point: FrontPoint) -> dict[str, float]:
-    """Return a point's confidence as flat metrics under `paired/`.
-
-    `paired/vs_OTHER` with `_low` and `_high` is the difference on the front's quality,
-    `paired/TASK/vs_OTHER` that on a task; `paired/share_of_full` relates to the full model.
-    """
-    confidence = point.confidence
-    if confidence is None:
-        return {}
-    metrics: dict[str, float] = {}
-    tasks = ((f"{name}/", comparison) for name, comparison in confidence.tasks.items())
-    for prefix, comparison in [("", confidence.overall), *tasks]:
-        if comparison is not None:
-            for other, difference in comparison.against.items():
-                metrics |= _interval_metrics(difference_metric(other, prefix), difference)
-    if confidence.share is not None:
-        metrics |= _interval_metrics(SHARE_METRIC, confidence.share)
-    if confidence.keeps is not None:
-        metrics[KEEPS_METRIC] = confidence.keeps
-    if confidence.on_front is not None:
-        metrics[ON_FRONT_METRIC] = confidence.on_front
-    return metrics
-
-
 def interval_rows(front: Front) -> list[dict[str, str | float]]:
     """Return one row for each difference of two models, on the front's quality and each task."""
-    rows: list[dict[str, str | float]] = []
-    for point in front.points:
-        if point.confidence is None:
-            continue
-        overall = {front.axes.quality: point.confidence.overall}
-        for measured, comparison in {**overall, **point.confidence.tasks}.items():
-            for other, interval in comparison.against.items() if comparison else ():
-                rows.append(
-                    {
-                        "model": full_name(front, point),
-                        "against": other,
-                        "measured": measured,
-                        "difference": interval.value,
-                        "low": interval.low,
-                        "high": interval.high,
-                    }
-                )
-    return rows
-
-
-def difference_metric(other: str, prefix: str = "") -> str:
-    """Return the tracked name of the difference to a model; MLflow takes no spaces or signs."""
-    return f"paired/{prefix}vs_{re.sub('[^0-9A-Za-z]+', '_', other).strip('_')}"
-
-
-def _interval_metrics(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-
-
-@dataclass
-class _ConfidenceEstimator:
-    """Computes confidences from the draws; models go by their number among the points."""
-
-    front: Front
-    points: Sequence[FrontPoint]
-    tasks: Mapping[str, Scores]
-    quality: Scores | None
-    kept_share: float
-
-    def __post_init__(self) -> None:
-        full = self.front.full
-        self.full = next((n for n, point in enumerate(self.points) if point is full), None)
-        others = [n for n, p in enumerate(self.points) if n == self.full or p.is_baseline]
-        others.sort(key=lambda n: n != self.full)  # the full model first
-        self.others = {full_name(self.front, self.points[n]): n for n in others}
-        self.on_front = self._on_front()
-
-    def confidence(self, number: int) -> Confidence:
-        share, keeps = self._share(number)
-        return Confidence(
-            overall=None if self.quality is None else self._compare(self.quality, number),
-            tasks={name: self._compare(scores, number) for name, scores in self.tasks.items()},
-            share=share,
-            keeps=keeps,
-            on_front=self.on_front.get(number),
+    return [
+        {
+            "model": full_name(front, point),
+            "against": other,
+            "measured": measured,
+            "difference": interval.value,
+            "low": interval.low,
+            "high": interval.high,
+        }
+        for point in front.points
+        if point.confidence is not None
+        for measured, comparison in (
+            (front.axes.quality, point.confidence.overall),
+            *point.confidence.tasks.items(),
         )
-
-    def _compare(self, scores: Scores, number: int) -> PairedComparison:
-        others = {name: other for name, other in self.others.items() if other != number}
-        against = {name: scores.difference(number, other) for name, other in others.items()}
-        return PairedComparison(scores.interval(number), against)
-
-    def _share(self, number: int) -> tuple[Interval | None, float | None]:
-        if self.quality is None or self.full is None:
-            return None, None
-        # For a loss, the full model's over this one's, as in `Front.share`.
-        pair = (number, self.full)
-        ratio = self.quality.ratio(*(pair if self.front.axes.higher_is_better else pair[::-1]))
-        if ratio is None:
-            return None, None
-        share, drawn = ratio
-        return share, float((drawn >= self.kept_share).mean())
-
-    def _on_front(self) -> dict[int, float]:
-        candidates = [number for number, point in enumerate(self.points) if point.is_candidate]
-        num_candidates = sum(point.is_candidate for point in shown_points(self.front))
-        if self.quality is None or not candidates or len(candidates) < num_candidates:
-            return {}  # A candidate without draws could beat the others.
-        drawn = self.quality.drawn[:, candidates]
-        costs = np.array([self.points[number].cost for number in candidates])
-        shares = front_shares(costs, drawn if self.front.axes.higher_is_better else -drawn)
-        return dict(zip(candidates, map(float, shares), strict=True))
+        if comparison is not None
+        for other, interval in comparison.against.items()
+    ]

@@ -1,7 +1,7 @@
 """Section of a report: elastic weights against separate students, schedule by schedule.
 
-Both answered the same items, so their difference has a paired interval (`paired_bootstrap`). Where
-single items are missing, the difference stands alone.
+Both answered the same items, so their difference has a paired interval. Where single items are
+missing, the difference stands alone.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from rich.table import Table
 
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.bootstrap import INTERVAL_LEVEL, Interval
 from orchestrator.reporting.front_axes import FrontAxes, is_accuracy, metric_title
 from orchestrator.reporting.markdown import bullets, markdown_table
-from orchestrator.reporting.paired_bootstrap import match_items, resample_scores
 from orchestrator.reporting.seed_averages import SeedAverages
+from orchestrator.reporting.statistics import INTERVAL_LEVEL, Interval, pair_scores
 
 ELASTIC_TITLE = "Elastic weights against separate students"
 
@@ -169,8 +168,8 @@ def elastic_section(
         keys = [model.key for model in pair]
         difference = None
         if all(key in evaluations for key in keys):
-            matched = match_items({key: evaluations[key] for key in keys})
-            quality = matched and resample_scores(matched).quality(axes.quality)
+            paired = pair_scores({key: evaluations[key] for key in keys})
+            quality = paired and paired.quality(axes.quality)
             difference = quality.difference(0, 1) if quality else None
         rows.append(ElasticRow(elastic=pair[0], student=pair[1], difference=difference))
     return ElasticSection(rows=tuple(rows), axes=axes, flops=_training_flops(results, shared))

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
-from orchestrator.reporting.bootstrap import INTERVAL_LEVEL
 from orchestrator.reporting.drafts import draft_sentences
 from orchestrator.reporting.front_axes import is_accuracy, metric_title
 from orchestrator.reporting.front_text import confidence_text, cost_text, full_name, quality_text
-from orchestrator.reporting.pareto import KEPT_SHARE, Front, FrontPoint
+from orchestrator.reporting.pareto import Front, FrontPoint
+from orchestrator.reporting.statistics import INTERVAL_LEVEL, KEPT_SHARE
 from orchestrator.terminal.render import join_names
 
 COST_NOUNS = {

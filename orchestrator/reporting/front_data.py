@@ -8,7 +8,6 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator.reporting.confidence import confidence_metrics
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.front_text import verdict
 from orchestrator.reporting.pareto import Front
@@ -20,7 +19,7 @@ def front_rows(front: Front) -> list[dict[str, Any]]:
     All rows have the same names. Missing numbers are None, as strict JSON asks.
     """
     points = {point.result.key: point for point in front.points}
-    paired = {key: confidence_metrics(point) for key, point in points.items()}
+    paired = {key: p.confidence.metrics() for key, p in points.items() if p.confidence}
     names = sorted({name for result in front.results for name in result.metrics()})
     names += sorted({name for metrics in paired.values() for name in metrics})
     rows = []

@@ -15,7 +15,6 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from orchestrator.reporting.bootstrap import INTERVAL_LEVEL
 from orchestrator.reporting.front_axes import COSTS, is_accuracy, metric_title
 from orchestrator.reporting.front_text import (
     confidence_text,
@@ -27,8 +26,9 @@ from orchestrator.reporting.front_text import (
     verdict,
 )
 from orchestrator.reporting.markdown import markdown_table
-from orchestrator.reporting.pareto import KEPT_SHARE, Front, FrontPoint, PairedComparison
+from orchestrator.reporting.pareto import Front, FrontPoint
 from orchestrator.reporting.shown_points import shown_points
+from orchestrator.reporting.statistics import INTERVAL_LEVEL, KEPT_SHARE, PairedComparison
 from orchestrator.terminal.render import format_bytes, format_parameters, format_with_error
 
 TASK_TABLES_NOTE = (

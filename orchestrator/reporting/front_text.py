@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from orchestrator.reporting.bootstrap import Interval
 from orchestrator.reporting.front_axes import is_accuracy, metric_title
 from orchestrator.reporting.pareto import Front, FrontPoint
+from orchestrator.reporting.statistics import Interval
 from orchestrator.terminal.render import format_schedule, format_with_error, scale_and_digits
 
 

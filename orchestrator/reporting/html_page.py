@@ -15,7 +15,6 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from orchestrator.reporting.confidence import KEEPS_METRIC, ON_FRONT_METRIC, difference_metric
 from orchestrator.reporting.front_axes import (
     PAPER_COST_SHARE,
     PAPER_MARK,
@@ -35,6 +34,7 @@ from orchestrator.reporting.html_tables import (
 from orchestrator.reporting.pareto import Front, FrontPoint, find_front
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.shown_points import shown_points
+from orchestrator.reporting.statistics import KEEPS_METRIC, ON_FRONT_METRIC, difference_metric
 
 SCRIPTS = ("plot.js", "front.js", "report.js")
 SHARES = ("cost/relative_flops", "cost/relative_evaluations", "share_of_full")

@@ -14,17 +14,14 @@ from typing import Any
 
 from orchestrator.data.sources import describe_data
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.confidence import (
-    SUMMARY_METRICS,
-    confidence_metrics,
-    interval_rows,
-)
+from orchestrator.reporting.confidence import interval_rows
 from orchestrator.reporting.front_data import front_rows
 from orchestrator.reporting.front_tables import front_markdown
 from orchestrator.reporting.markdown import bullets
-from orchestrator.reporting.pareto import KEPT_SHARE, Front
+from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.reporting.statistics import KEPT_SHARE, SUMMARY_METRICS
 from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.reporting.training_curves import ACCURACY_CHARTS
 from orchestrator.tracking import (
@@ -92,7 +89,7 @@ def track_results(
     paired = {
         key: {name: value for name, value in known.items() if name in SUMMARY_METRICS}
         for point in front.points
-        if (known := confidence_metrics(point))
+        if point.confidence and (known := point.confidence.metrics())
         for key in keys_of_seeds[point.result.key]
     }
     runs = [

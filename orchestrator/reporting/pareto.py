@@ -16,50 +16,8 @@ import moocore
 import numpy as np
 
 from orchestrator.records.trial import Trial, teacher_or_costliest
-from orchestrator.reporting.bootstrap import Interval
 from orchestrator.reporting.front_axes import FrontAxes
-
-KEPT_SHARE = 0.99
-"""A model keeps the full model's quality if it reaches this share of it."""
-
-
-@dataclass(frozen=True)
-class PairedComparison:
-    """One quality of a model over the items that all models answered."""
-
-    own: Interval
-    against: Mapping[str, Interval]
-    """Name of the full model or of a baseline -> this model's quality minus that one's."""
-
-
-@dataclass(frozen=True)
-class Confidence:
-    """How certain a model's place is when its items are drawn again."""
-
-    overall: PairedComparison | None
-    """On the front's quality; None if that has no values by item."""
-    tasks: Mapping[str, PairedComparison]
-    share: Interval | None
-    """Share of the full model's quality that the model keeps."""
-    keeps: float | None
-    """Share of the draws in which the model keeps at least `KEPT_SHARE`."""
-    on_front: float | None
-    """Share of the draws in which the model is on the front; None for baselines."""
-
-
-@dataclass(frozen=True)
-class ConfidenceBasis:
-    """The items and draws that confidences are computed from."""
-
-    full: str
-    """Name of the model that shares relate to."""
-    metrics: Mapping[str, str]
-    """Task -> the metric that is compared."""
-    num_items: int
-    """Items that all models answered."""
-    num_left_out: int
-    """Items that only some of them answered."""
-    num_resamples: int
+from orchestrator.reporting.statistics import Confidence, ConfidenceBasis
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.reporting.drafts import pick_draft
-from orchestrator.reporting.pareto import KEPT_SHARE, Front, FrontPoint
+from orchestrator.reporting.pareto import Front, FrontPoint
+from orchestrator.reporting.statistics import KEPT_SHARE
 from orchestrator.workspace.errors import UserError
 
 PickRuleName = Literal["keep", "budget", "knee", "best", "cheapest", "draft"]

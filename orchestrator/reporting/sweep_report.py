@@ -10,11 +10,12 @@ from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.elastic_section import ElasticSection, elastic_section
 from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER, track_front, track_results
-from orchestrator.reporting.pareto import KEPT_SHARE, Front, find_front
+from orchestrator.reporting.pareto import Front, find_front
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.report_files import WrittenReport, write_report_files
 from orchestrator.reporting.seed_averages import average_seeds
 from orchestrator.reporting.shown_points import left_out_notes, shown_points
+from orchestrator.reporting.statistics import KEPT_SHARE
 from orchestrator.reporting.sweep_results import (
     StoredSweep,
     item_notes,

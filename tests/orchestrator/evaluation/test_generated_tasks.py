@@ -14,7 +14,7 @@ from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
 from orchestrator.evaluation.harness import load_suite, run_suite
 from orchestrator.evaluation.model_tokenizer import PlainTokenizer
-from orchestrator.reporting.paired_bootstrap import shared_metric
+from orchestrator.reporting.statistics import shared_metric
 from orchestrator.workspace.errors import UserError
 
 QUESTIONS = ["a bag", "the hen had gone", "cab", "face the deaf pig", "x", "dad had a"]

@@ -11,10 +11,10 @@ from sample_trials import sample_trial
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult, standard_error
 from orchestrator.records.trial import Role
-from orchestrator.reporting.confidence import confidence_metrics, with_confidence
+from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.front_axes import FrontAxes
-from orchestrator.reporting.paired_bootstrap import match_items, resample_scores
 from orchestrator.reporting.pareto import Front, FrontPoint, find_front
+from orchestrator.reporting.statistics import Confidence, pair_scores
 
 NUM_ITEMS = 400
 
@@ -81,6 +81,12 @@ def at(front: Front, name: str) -> FrontPoint:
     return next(point for point in front.points if point.result.key == name)
 
 
+def sure(front: Front, name: str) -> Confidence:
+    confidence = at(front, name).confidence
+    assert confidence is not None
+    return confidence
+
+
 @pytest.fixture
 def front() -> Front:
     def measured(share: float, bits: float) -> EvaluationResult:
@@ -104,17 +110,14 @@ def test_a_model_that_answers_as_the_full_one_keeps_all_of_it_in_every_draw() ->
     }  # fmt: skip
     evaluations = {name: found for name, (_, _, found) in points.items()}
     front = with_confidence(front_of(points), evaluations, kept_share=1.0, num_resamples=50)
-    confidence = at(front, "twin").confidence
-    assert confidence is not None
-    assert confidence.keeps == 1.0
+    assert sure(front, "twin").keeps == 1.0
 
 
 def test_scores_equal_those_of_the_evaluation() -> None:
     tasks = [task(n, answers(s)) for n, s in (("a", 0.3), ("b", 0.5), ("c", 0.9))]
     found = evaluation(*tasks, bits_task(2.2), groups={"both": ("a", "b")})
-    matched = match_items({"one": [found], "two": [found]})
-    assert matched is not None
-    draws = resample_scores(matched, num_resamples=50)
+    draws = pair_scores({"one": [found], "two": [found]}, num_resamples=50)
+    assert draws is not None
     accuracy, bits = draws.quality("quality/accuracy"), draws.quality("quality/bits_per_byte")
     assert accuracy is not None
     assert bits is not None
@@ -132,19 +135,19 @@ def test_items_are_matched_by_hash_and_unmatched_ones_counted() -> None:
     other = evaluation(
         task("words", [0, 1, 1], items=["c", "a", "x"]), task("more", [1, 1], items=["p", "q"])
     )
-    matched = match_items({"one": [one], "other": [other]})
-    assert matched is not None
+    paired = pair_scores({"one": [one], "other": [other]})
+    assert paired is not None
     # Shared: `c` and the first `a`. Left out: `b`, the second `a`, `x`, and all of `more`.
-    assert matched.tasks["words"].values.tolist() == [[1.0, 1.0], [1.0, 0.0]]
-    assert (matched.num_items, matched.num_left_out) == (2, 5)
-    assert match_items({"one": [one], "other": [evaluation(task("more", [1.0]))]}) is None
+    assert paired.items["words"].values.tolist() == [[1.0, 1.0], [1.0, 0.0]]
+    assert (paired.num_items, dict(paired.left_out)) == (2, {"words": 3, "more": 2})
+    assert pair_scores({"one": [one], "other": [evaluation(task("more", [1.0]))]}) is None
 
 
 def test_another_task_does_not_change_a_tasks_draws() -> None:
     def drawn(*tasks: TaskResult) -> list[float]:
-        matched = match_items({"one": [evaluation(*tasks)]})
-        assert matched is not None
-        return list(resample_scores(matched, num_resamples=20).tasks["words"].drawn[:, 0])
+        paired = pair_scores({"one": [evaluation(*tasks)]}, num_resamples=20)
+        assert paired is not None
+        return list(paired.scores["words"].drawn[:, 0])
 
     words = task("words", answers(0.5))
     assert drawn(words) == drawn(task("other", answers(0.2)), words)
@@ -152,36 +155,31 @@ def test_another_task_does_not_change_a_tasks_draws() -> None:
 
 def test_runs_of_several_seeds_are_one_model() -> None:
     seeds = [evaluation(task("words", answers(share))) for share in (0.4, 0.6)]
-    matched = match_items({"several": seeds, "one": seeds[:1]})
-    assert matched is not None
-    scores = resample_scores(matched, num_resamples=2000).tasks["words"]
+    paired = pair_scores({"several": seeds, "one": seeds[:1]}, num_resamples=2000)
+    assert paired is not None
+    scores = paired.scores["words"]
     assert scores.observed == pytest.approx([0.5, 0.4])
     assert scores.drawn[:, 0].std() > 2 * scores.drawn[:, 1].std()
 
 
 def test_places_far_apart_are_certain(front: Front) -> None:
     for name, share in (("poor", 1.0), ("worse", 0.0), ("close", 1.0)):
-        sure = at(front, name).confidence
-        assert sure is not None
-        assert sure.on_front == share
-    poor, teacher = at(front, "poor").confidence, at(front, "teacher").confidence
-    assert poor is not None
-    assert teacher is not None
+        assert sure(front, name).on_front == share
+    poor, teacher = sure(front, "poor"), sure(front, "teacher")
     assert (poor.keeps, teacher.keeps) == (0.0, 1.0)
     assert teacher.share is not None
     assert (teacher.share.low, teacher.share.high) == (1.0, 1.0)
 
 
 def test_a_close_model_has_an_intermediate_confidence(front: Front) -> None:
-    close = at(front, "close").confidence
-    assert close is not None
+    close = sure(front, "close")
     assert close.share is not None
     assert close.overall is not None
     # It lacks one item that the teacher has. The teacher is better where that item is drawn at all;
     # 99% are kept where it is drawn no more often than once in a hundred right answers.
-    sure = at(front, "teacher").confidence
-    assert sure is not None
-    assert sure.on_front == pytest.approx(1 - (1 - 1 / NUM_ITEMS) ** NUM_ITEMS, abs=0.03)
+    assert sure(front, "teacher").on_front == pytest.approx(
+        1 - (1 - 1 / NUM_ITEMS) ** NUM_ITEMS, abs=0.03
+    )
     assert close.keeps == pytest.approx(0.83, abs=0.03)
     assert close.share.value == pytest.approx(0.995)
     difference = close.overall.against["teacher"]
@@ -191,9 +189,7 @@ def test_a_close_model_has_an_intermediate_confidence(front: Front) -> None:
 
 
 def test_models_are_compared_with_baselines_which_have_no_place(front: Front) -> None:
-    vanilla, close = at(front, "vanilla").confidence, at(front, "close").confidence
-    assert vanilla is not None
-    assert close is not None
+    vanilla, close = sure(front, "vanilla"), sure(front, "close")
     assert close.overall is not None
     assert vanilla.on_front is None
     assert list(close.overall.against) == ["teacher", "vanilla"]
@@ -208,9 +204,7 @@ def test_the_share_of_a_loss_is_inverted() -> None:
         "poor": ("trial", 6.0, evaluation(bits_task(2.5))),
     }
     front = front_of(points, FrontAxes(quality="quality/bits_per_byte"))
-    close, poor = at(front, "close").confidence, at(front, "poor").confidence
-    assert close is not None
-    assert poor is not None
+    close, poor = sure(front, "close"), sure(front, "poor")
     assert (close.keeps, poor.keeps) == (1.0, 0.0)
     assert close.share is not None
     assert close.share.value == pytest.approx(2.0 / 2.01)
@@ -233,17 +227,16 @@ def test_a_result_without_items_has_no_confidence() -> None:
     assert with_confidence(front, {}) is front
     partly = with_confidence(front, words, num_resamples=100)
     assert at(partly, "lost").confidence is None
-    a = at(partly, "a").confidence
-    assert a is not None
+    a = sure(partly, "a")
     # The lost one competes for the front and is the full model: neither can be told.
     assert (a.on_front, a.keeps, a.share) == (None, None, None)
 
 
 def test_metrics_are_flat_and_named_by_the_other_model(front: Front) -> None:
-    metrics = confidence_metrics(at(front, "close"))
+    metrics = sure(front, "close").metrics()
     assert metrics["paired/vs_teacher"] == pytest.approx(-0.0025)
     assert metrics["paired/vs_teacher_low"] <= metrics["paired/vs_teacher"]
     assert {"paired/words/vs_vanilla_high", "paired/share_of_full"} <= set(metrics)
     assert {"paired/confidence_keeps_99", "paired/confidence_on_front"} <= set(metrics)
-    assert confidence_metrics(front.points[0])["paired/confidence_keeps_99"] == 0.0
+    assert sure(front, "poor").metrics()["paired/confidence_keeps_99"] == 0.0
     assert all(math.isfinite(value) for value in metrics.values())

@@ -19,12 +19,12 @@ from sample_trials import with_items
 from iiet.influence import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.confidence import SUMMARY_METRICS
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front_axes import FrontAxes, parse_axes
 from orchestrator.reporting.front_data import front_rows
 from orchestrator.reporting.mlflow_report import chart_view_key, run_note, track_results
 from orchestrator.reporting.overlay_report import write_overlay_report
+from orchestrator.reporting.statistics import SUMMARY_METRICS
 from orchestrator.reporting.sweep_report import sweep_front, write_sweep_report
 from orchestrator.reporting.sweep_results import (
     LEFT_OUT_TITLE,

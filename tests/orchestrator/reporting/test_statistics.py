@@ -1,20 +1,25 @@
-"""Bootstrap against closed forms: errors of means, ratios and differences; seeds; fronts."""
+"""Bootstrap against closed forms, McNemar's test against exact fractions, Holm's correction."""
 
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from math import comb
 
 import numpy as np
 import pytest
 
-from orchestrator.reporting.bootstrap import (
+from orchestrator.reporting.statistics import (
     Floats,
     ItemValues,
     Scores,
+    adjust_by_holm,
+    count_discordant,
     draw_item_counts,
     draw_seed_weights,
     front_shares,
     interval_of,
+    mcnemar_p_value,
     mean_scores,
     resample,
 )
@@ -26,12 +31,12 @@ def drawn(values: Floats, weights: Floats | None = None, seed: int = 0, num: int
     weights = np.ones(values.shape[1]) if weights is None else weights
     seed_weights = np.ones((num, len(values)))
     return resample(
-        ItemValues(values, weights), seed_weights, model_of_run, np.random.default_rng(seed)
+        ItemValues("acc", values, weights), seed_weights, model_of_run, np.random.default_rng(seed)
     )
 
 
 def test_each_draw_has_the_number_of_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.reporting.bootstrap.MAX_COUNTS_PER_BLOCK", 50)
+    monkeypatch.setattr("orchestrator.reporting.statistics.MAX_COUNTS_PER_BLOCK", 50)
     blocks = list(draw_item_counts(7, 40, np.random.default_rng(0)))
     assert len(blocks) > 1
     counts = np.vstack(blocks)
@@ -100,7 +105,7 @@ def test_seeds_are_drawn_before_items() -> None:
     assert np.allclose(weights[:, :4].sum(axis=1), 1.0)
     assert np.all(weights[:, 4] == 1.0)
     scores = resample(
-        ItemValues(values, np.ones(50)), weights, model_of_run, np.random.default_rng(6)
+        ItemValues("acc", values, np.ones(50)), weights, model_of_run, np.random.default_rng(6)
     )
     assert scores.observed == pytest.approx([seeds.mean(), 0.3])
     assert scores.drawn[:, 0].std() == pytest.approx(seeds.std() / 2, rel=0.05)
@@ -114,7 +119,7 @@ def test_the_variances_of_seeds_and_items_add_up() -> None:
     values = seeds[:, None] + items[None, :]
     model_of_run = np.zeros(6, dtype=np.int64)
     weights = draw_seed_weights(model_of_run, 8000, rng)
-    scores = resample(ItemValues(values, np.ones(80)), weights, model_of_run, rng)
+    scores = resample(ItemValues("acc", values, np.ones(80)), weights, model_of_run, rng)
     expected = math.hypot(seeds.std() / math.sqrt(6), items.std() / math.sqrt(80))
     assert scores.drawn.std() == pytest.approx(expected, rel=0.05)
 
@@ -153,3 +158,28 @@ def test_an_interval_contains_its_share_of_the_draws() -> None:
     interval = interval_of(0.5, np.linspace(0.0, 1.0, 1001), level=0.9)
     assert (interval.low, interval.high) == pytest.approx((0.05, 0.95))
     assert interval.excludes_zero
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (0, 1), (5, 0), (6, 6), (3, 14), (120, 171)])
+def test_the_p_value_is_that_of_the_binomial_distribution(counts: tuple[int, int]) -> None:
+    num_items = sum(counts)
+    tail = sum(comb(num_items, k) for k in range(min(counts) + 1))
+    exact = min(Fraction(1), Fraction(2 * tail, 2**num_items))
+    assert mcnemar_p_value(*counts) == pytest.approx(float(exact), rel=1e-10)
+    assert mcnemar_p_value(*counts[::-1]) == mcnemar_p_value(*counts)
+
+
+def test_many_items_neither_overflow_nor_vanish() -> None:
+    # A difference of two standard deviations, sqrt(200,000), has the p-value of a normal deviate.
+    assert mcnemar_p_value(99_553, 100_447) == pytest.approx(0.0456, abs=3e-4)
+
+
+def test_right_and_wrong_items_are_counted_and_other_values_refused() -> None:
+    values = np.array([[1, 1, 0, 0, 1], [1, 0, 1, 0, 0]], dtype=float)
+    assert count_discordant(values) == (2, 1)
+    assert count_discordant(values * 0.5) is None
+
+
+def test_holm_multiplies_the_smallest_by_the_number_of_tests_and_keeps_the_order() -> None:
+    adjusted = adjust_by_holm({"a": 0.04, "b": 0.01, "c": 0.03, "d": 0.9})
+    assert adjusted == pytest.approx({"b": 0.04, "c": 0.09, "a": 0.09, "d": 0.9})

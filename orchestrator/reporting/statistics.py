@@ -1,0 +1,475 @@
+"""Paired statistics: how sure a difference of two models, or a place on a front, is.
+
+Two models mostly err on the same items, so their difference is known far better than either score.
+Items are matched by hash, task by task, over all models at once; items that only some models have
+are left out and counted. Then a bootstrap: each draw takes as many items as there are, with
+replacement, and scores all models on them, so what the items have in common cancels in differences
+and ratios. Each task is drawn separately. For a model that was trained with several seeds, each
+draw first draws its seeds. A draw is a count for each item and a score is a ratio of sums, so one
+matrix product scores all models.
+
+The intervals do not cover other trainings of models with one seed, nor other texts to take items
+from. Bootstrap intervals are too short where few items differ, hence McNemar's exact test beside
+them: items that both models get right, or both wrong, say nothing. If the models are equally good,
+each of the other `n = b + c` items is as likely to favor one as the other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.records.evaluation import (
+    BITS_METRIC,
+    EvaluationResult,
+    TaskResult,
+    accuracy_among,
+)
+
+NUM_RESAMPLES = 10_000
+INTERVAL_LEVEL = 0.95
+"""Share of the draws inside an interval; the rest lies outside in equal parts."""
+MAX_COUNTS_PER_BLOCK = 2_000_000
+"""Bounds the memory of `draw_item_counts`."""
+KEPT_SHARE = 0.99
+"""A model keeps the full model's quality if it reaches this share of it."""
+KEEPS_METRIC = f"paired/confidence_keeps_{100 * KEPT_SHARE:.0f}"
+ON_FRONT_METRIC = "paired/confidence_on_front"
+SHARE_METRIC = "paired/share_of_full"
+SUMMARY_METRICS = (SHARE_METRIC, KEEPS_METRIC, ON_FRONT_METRIC)
+"""Numbers that a model's run has as metrics; its differences to others are rows of a table."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number, and the range that contains most of its draws."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether all of the range lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One quality of every model, as measured and in every draw."""
+
+    observed: Floats
+    """(models,)"""
+    drawn: Floats
+    """(resamples, models)"""
+
+    def interval(self, model: int) -> Interval:
+        """Return a model's score with its interval."""
+        return interval_of(self.observed[model], self.drawn[:, model])
+
+    def difference(self, model: int, other: int) -> Interval:
+        """Return a model's score minus another one's over the same draws."""
+        drawn = self.drawn[:, model] - self.drawn[:, other]
+        return interval_of(self.observed[model] - self.observed[other], drawn)
+
+    def ratio(self, model: int, other: int) -> tuple[Interval, Floats] | None:
+        """Return a model's score over another one's: its interval and all its draws.
+
+        None if the divisor is zero in a draw, as with few items and a weak model.
+        """
+        if min(self.observed[other], self.drawn[:, other].min()) <= 0:
+            return None
+        drawn = self.drawn[:, model] / self.drawn[:, other]
+        return interval_of(self.observed[model] / self.observed[other], drawn), drawn
+
+
+def interval_of(value: float, drawn: Floats, *, level: float = INTERVAL_LEVEL) -> Interval:
+    """Return a number with the percentile interval of its draws."""
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(value), float(low), float(high))
+
+
+def mean_scores(tasks: Sequence[Scores]) -> Scores:
+    """Return the unweighted mean over several tasks."""
+    assert tasks, "a mean needs at least one task"
+    observed = sum(task.observed for task in tasks) / len(tasks)
+    drawn = sum(task.drawn for task in tasks) / len(tasks)
+    return Scores(np.asarray(observed), np.asarray(drawn))
+
+
+# Items that all models answered
+
+
+@dataclass(frozen=True)
+class ItemValues:
+    """The same items of one task under every run of every model."""
+
+    metric: str
+    """The metric that is compared."""
+    values: Floats
+    """(runs, items): what each item adds to a run's score, such as 1 for a right answer."""
+    weights: Floats
+    """(items,): what each item adds to the divisor: 1 for a mean, bytes for bits per byte."""
+
+
+@dataclass(frozen=True)
+class PairedScores:
+    """Scores of all models on the items that all of them answered."""
+
+    items: Mapping[str, ItemValues]
+    """Task -> its items."""
+    scores: Mapping[str, Scores]
+    """Task -> the scores of the models, in the order in which they were given."""
+    groups: Mapping[str, tuple[str, ...]]
+    """Group that counts as one task in the average -> its tasks."""
+    left_out: Mapping[str, int]
+    """Task -> number of items that only some of the models answered."""
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Task -> the metric that is compared."""
+        return {task: items.metric for task, items in self.items.items()}
+
+    @property
+    def num_items(self) -> int:
+        """Items of all tasks together."""
+        return sum(len(items.weights) for items in self.items.values())
+
+    def quality(self, name: str) -> Scores | None:
+        """Return the scores of a tracked quality; None if it has no values by item.
+
+        Args:
+            name: `quality/accuracy` (the average of `EvaluationResult.accuracy`, where a group
+                counts as one task), `quality/bits_per_byte`, or a task's compared metric as
+                `quality/TASK/METRIC`.
+        """
+        key, metrics = name.removeprefix("quality/"), self.metrics
+        if key == BITS_METRIC:
+            units = [[task] for task in metrics if metrics[task] == BITS_METRIC]
+        elif key == "accuracy":
+            tasks = [task for task in metrics if metrics[task] != BITS_METRIC]
+            grouped = {task for members in self.groups.values() for task in members}
+            units = [[task] for task in tasks if task not in grouped]
+            units += [[task for task in m if task in tasks] for m in self.groups.values()]
+        else:
+            task, _, metric = key.rpartition("/")
+            return self.scores[task] if metrics.get(task) == metric else None
+        means = [mean_scores([self.scores[task] for task in unit]) for unit in units if unit]
+        return mean_scores(means) if means else None
+
+
+def pair_scores(
+    evaluations: Mapping[str, Sequence[EvaluationResult]],
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> PairedScores | None:
+    """Score all models on draws of the items that all answered; None if there is no such item.
+
+    Args:
+        evaluations: Key of a model -> its evaluations, one for each seed.
+        num_resamples: Number of draws.
+        seed: The same seed gives the same draws.
+    """
+    runs = [run for seeds in evaluations.values() for run in seeds]
+    num_seeds = [len(seeds) for seeds in evaluations.values() if seeds]
+    items, left_out = {}, {}
+    for name in dict.fromkeys(name for run in runs for name in run.results):
+        results = [run.results[name] for run in runs if name in run.results]
+        positions = [_positions(result) for result in results]
+        left_out[name] = len(set().union(*positions))
+        metric = shared_metric(results)
+        common = [item for item in positions[0] if all(item in other for other in positions)]
+        if metric is None or not common or len(results) < len(runs):
+            continue
+        left_out[name] -= len(common)
+        rows = [
+            np.asarray([result.values[metric][position[item]] for item in common], dtype=float)
+            for result, position in zip(results, positions, strict=True)
+        ]
+        if metric == BITS_METRIC:  # Pairs of log-likelihood in nats and bytes.
+            bits = np.stack([-row[:, 0] / math.log(2) for row in rows])
+            items[name] = ItemValues(metric, bits, rows[0][:, 1])
+        else:
+            items[name] = ItemValues(metric, np.stack(rows), np.ones(len(common)))
+    if not items:
+        return None
+    model_of_run = np.repeat(np.arange(len(num_seeds)), num_seeds)
+    seed_weights = draw_seed_weights(model_of_run, num_resamples, np.random.default_rng(seed))
+    # A generator for each task: adding a task does not change another one's draws.
+    rngs = {task: np.random.default_rng([seed, *task.encode()]) for task in items}
+    scores = {
+        task: resample(values, seed_weights, model_of_run, rngs[task])
+        for task, values in items.items()
+    }
+    groups = {name: members for run in runs for name, members in run.groups.items()}
+    return PairedScores(items, scores, groups, left_out)
+
+
+def shared_metric(results: Sequence[TaskResult]) -> str | None:
+    """Return the metric that all results have by item: an accuracy, else the bits per byte."""
+    shared = set.intersection(*(set(result.values) for result in results))
+    metric = accuracy_among(name for name in results[0].values if name in shared)
+    return metric or (BITS_METRIC if BITS_METRIC in shared else None)
+
+
+def _positions(result: TaskResult) -> dict[tuple[str, int], int]:
+    """Return item -> its place; an item is a hash and the number of equal documents before it."""
+    seen: Counter[str] = Counter()
+    positions = {}
+    for place, item in enumerate(result.items):
+        positions[item, seen[item]] = place
+        seen[item] += 1
+    return positions
+
+
+def resample(
+    items: ItemValues,
+    seed_weights: Floats,
+    model_of_run: NDArray[np.int64],
+    rng: np.random.Generator,
+) -> Scores:
+    """Score every model on draws of one task's items.
+
+    Args:
+        items: The items under every run.
+        seed_weights: (resamples, runs): weight of each run in a draw; see `draw_seed_weights`.
+        model_of_run: (runs,): number of the model.
+        rng: Draws the items.
+    """
+    num_models = int(model_of_run.max()) + 1
+    is_of_model = (model_of_run[:, None] == np.arange(num_models)).astype(float)
+    # Equal runs share a row; otherwise rounding in the product could make them differ.
+    distinct, row_of_run = np.unique(items.values, axis=0, return_inverse=True)
+    row_of_run = row_of_run.reshape(-1)
+    columns = np.vstack([distinct, items.weights]).T
+    blocks = draw_item_counts(len(items.weights), len(seed_weights), rng)
+    sums = np.vstack([counts @ columns for counts in blocks])
+    by_run = (sums[:, :-1] / sums[:, -1:])[:, row_of_run]
+    total = columns.sum(axis=0)
+    measured = (total[:-1] / total[-1])[row_of_run]
+    observed = (measured @ is_of_model) / is_of_model.sum(axis=0)
+    return Scores(observed, (by_run * seed_weights) @ is_of_model)
+
+
+def draw_item_counts(
+    num_items: int, num_resamples: int, rng: np.random.Generator
+) -> Iterator[Floats]:
+    """Yield how often each item is drawn, in blocks of (resamples, items); rows sum to `items`."""
+    block_size = max(1, MAX_COUNTS_PER_BLOCK // num_items)
+    for start in range(0, num_resamples, block_size):
+        num_rows = min(block_size, num_resamples - start)
+        drawn = rng.integers(num_items, size=(num_rows, num_items))
+        drawn += num_items * np.arange(num_rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=num_rows * num_items)
+        yield counts.reshape(num_rows, num_items).astype(float)
+
+
+def draw_seed_weights(
+    model_of_run: NDArray[np.int64], num_resamples: int, rng: np.random.Generator
+) -> Floats:
+    """Return the weight of each run (seed) in each draw, (resamples, runs).
+
+    The weights of one model's runs sum to one.
+    """
+    weights = np.empty((num_resamples, len(model_of_run)))
+    for model in range(int(model_of_run.max()) + 1):
+        runs = np.flatnonzero(model_of_run == model)
+        drawn = rng.integers(len(runs), size=(num_resamples, len(runs)))
+        for number, run in enumerate(runs):
+            weights[:, run] = (drawn == number).mean(axis=1)
+    return weights
+
+
+def front_shares(costs: Floats, goodness: Floats) -> Floats:
+    """Return the share of the draws in which each model is on the front.
+
+    Args:
+        costs: (models,), exact.
+        goodness: (resamples, models), higher is better.
+    """
+    shares = np.zeros(len(costs))
+    best_of_cheaper = np.full(len(goodness), -np.inf)
+    for cost in np.unique(costs):
+        models = np.flatnonzero(costs == cost)
+        best = goodness[:, models].max(axis=1)
+        beats_cheaper = best > best_of_cheaper
+        for model in models:
+            shares[model] = (beats_cheaper & (goodness[:, model] == best)).mean()
+        best_of_cheaper = np.maximum(best, best_of_cheaper)
+    return shares
+
+
+# Confidence of a model's place on a front
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """One quality of a model over the items that all models answered."""
+
+    own: Interval
+    against: Mapping[str, Interval]
+    """Name of the full model or of a baseline -> this model's quality minus that one's."""
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """How certain a model's place is when its items are drawn again."""
+
+    overall: PairedComparison | None
+    """On the front's quality; None if that has no values by item."""
+    tasks: Mapping[str, PairedComparison]
+    share: Interval | None
+    """Share of the full model's quality that the model keeps."""
+    keeps: float | None
+    """Share of the draws in which the model keeps at least `KEPT_SHARE`."""
+    on_front: float | None
+    """Share of the draws in which the model is on the front; None for baselines."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return flat metrics under `paired/`.
+
+        `paired/vs_OTHER` with `_low` and `_high` is the difference on the front's quality,
+        `paired/TASK/vs_OTHER` that on a task; `paired/share_of_full` relates to the full model.
+        """
+        intervals = {
+            difference_metric(other, prefix): difference
+            for prefix, compared in (
+                ("", self.overall),
+                *((f"{name}/", compared) for name, compared in self.tasks.items()),
+            )
+            if compared is not None
+            for other, difference in compared.against.items()
+        }
+        if self.share is not None:
+            intervals[SHARE_METRIC] = self.share
+        found: dict[str, float] = {}
+        for name, interval in intervals.items():
+            found |= {name: interval.value}
+            found |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+        shares = {KEEPS_METRIC: self.keeps, ON_FRONT_METRIC: self.on_front}
+        return found | {name: share for name, share in shares.items() if share is not None}
+
+
+@dataclass(frozen=True)
+class ConfidenceBasis:
+    """The items and draws that confidences are computed from."""
+
+    full: str
+    """Name of the model that shares relate to."""
+    metrics: Mapping[str, str]
+    """Task -> the metric that is compared."""
+    num_items: int
+    """Items that all models answered."""
+    num_left_out: int
+    """Items that only some of them answered."""
+    num_resamples: int
+
+
+def difference_metric(other: str, prefix: str = "") -> str:
+    """Return the tracked name of the difference to a model; MLflow takes no spaces or signs."""
+    return f"paired/{prefix}vs_{re.sub('[^0-9A-Za-z]+', '_', other).strip('_')}"
+
+
+def confidences(
+    paired: PairedScores,
+    keys: Sequence[str],
+    quality: str,
+    *,
+    higher_is_better: bool,
+    compared_with: Mapping[str, str],
+    full: str | None,
+    costs: Mapping[str, float],
+    kept_share: float = KEPT_SHARE,
+) -> dict[str, Confidence]:
+    """Return key of a model -> the confidence of its place; costs are exact, qualities are drawn.
+
+    Args:
+        paired: Scores of the models.
+        keys: Keys of these models, in the same order.
+        quality: Tracked name of the front's quality.
+        higher_is_better: Whether the quality is an accuracy, and not a loss.
+        compared_with: Key -> name of the full model and of each baseline.
+        full: Key of the full model.
+        costs: Key -> cost of every candidate for the front. Without draws of all of them, no model
+            has a confidence of being on the front: the others could beat it.
+        kept_share: The share of the full model's quality that `Confidence.keeps` is about.
+    """
+    number_of = {key: number for number, key in enumerate(keys)}
+    others = {name: number_of[key] for key, name in compared_with.items() if key in number_of}
+    scores = paired.quality(quality)
+    on_front: dict[str, float] = {}
+    if scores is not None and costs and set(costs) <= set(keys):
+        drawn = scores.drawn[:, [number_of[key] for key in costs]]
+        goodness = drawn if higher_is_better else -drawn
+        shares = front_shares(np.array(list(costs.values())), goodness)
+        on_front = dict(zip(costs, map(float, shares), strict=True))
+
+    def compare(scores: Scores, number: int) -> PairedComparison:
+        against = {n: scores.difference(number, o) for n, o in others.items() if o != number}
+        return PairedComparison(scores.interval(number), against)
+
+    found = {}
+    for key, number in number_of.items():
+        share = keeps = None
+        if scores is not None and full in number_of:
+            # For a loss, the full model's over this one's.
+            pair = (number, number_of[full])
+            if ratio := scores.ratio(*(pair if higher_is_better else pair[::-1])):
+                share, keeps = ratio[0], float((ratio[1] >= kept_share).mean())
+        found[key] = Confidence(
+            overall=None if scores is None else compare(scores, number),
+            tasks={name: compare(of_task, number) for name, of_task in paired.scores.items()},
+            share=share,
+            keeps=keeps,
+            on_front=on_front.get(key),
+        )
+    return found
+
+
+# McNemar's test
+
+
+def count_discordant(values: Floats) -> tuple[int, int] | None:
+    """Return how many items only the first, and only the second of two models gets right.
+
+    None if a value of the (2, items) is neither 0 nor 1.
+    """
+    if not np.isin(values, (0, 1)).all():
+        return None
+    first, second = values.astype(bool)
+    return int((first & ~second).sum()), int((second & ~first).sum())
+
+
+def mcnemar_p_value(only_first: int, only_second: int) -> float:
+    """Return the probability of a difference at least this large between equally good models.
+
+    Source: McNemar 1947, Psychometrika 12.
+    """
+    from scipy.stats import binomtest  # Takes half a second.
+
+    num_items = only_first + only_second
+    return float(binomtest(only_first, num_items).pvalue) if num_items else 1.0
+
+
+def adjust_by_holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Return p-values that hold for all tests together: the chance of any false alarm is bounded.
+
+    `p'_(i) = max over j <= i of min(1, (n - j + 1) p_(j))` for the sorted p-values `p_(1..n)`.
+
+    Source: Holm 1979, Scandinavian Journal of Statistics 6.
+    """
+    adjusted: dict[str, float] = {}
+    largest = 0.0
+    for rank, (name, p_value) in enumerate(sorted(p_values.items(), key=lambda pair: pair[1])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_value))
+        adjusted[name] = largest
+    return adjusted
