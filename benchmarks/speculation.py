@@ -1,12 +1,12 @@
-"""Self-speculative decoding against its rivals: prompt lookup, a small vanilla draft, plain steps.
+"""Self-speculative decoding against its rivals: a small vanilla draft, and plain steps.
 
 Acceptance depends on what models have learned, so each is trained first, for a few minutes, on
 Python's documentation. One set of weights learns its full schedule and none (r = 0); the rival
 draft is a vanilla model of two layers and half the width, trained on the same tokens. All continue
-the same held-out prompts by sampling, which gives prompt lookup no loops to copy.
+the same held-out prompts by sampling.
 
-Each rival drafts as many tokens as its acceptance and its measured costs suggest, or none. Then
-costs and acceptance are put into the formula of `iiet.draft_plan`: the prediction stands beside
+Each rival drafts as many tokens as its acceptance and its counted costs suggest, or none. Then
+measured costs and acceptance are put into `iiet.speculative.expected_gain`: it stands beside
 the measured speed-up at a fixed number of drafted tokens, and a table shows what the same costs
 would give at other acceptances.
 """
@@ -30,16 +30,13 @@ from benchmarks.shape import fresh_decoder, shaped_config
 from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
 from iiet import (
     Decoder,
-    DraftCosts,
+    DraftRecord,
     IterationSchedule,
     KeyValueCache,
-    PromptLookup,
     generate,
     next_token_loss,
-    speculative,
 )
-from iiet.draft_plan import MAX_DRAFT_TOKENS, expected_gain
-from iiet.speculative import DraftRecord
+from iiet.speculative import MAX_DRAFT_TOKENS, expected_gain
 from orchestrator.data.preparation import prepare
 from orchestrator.data.token_store import open_tokens
 from orchestrator.settings import DataSettings
@@ -183,8 +180,8 @@ def _check(models: _Models, prompt: Tensor) -> str:
     exact = copy.deepcopy(models.full).double()
     options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3}
     expected, differing = generate(exact, prompt, **options), 0
-    for draft in ("auto", PromptLookup(), copy.deepcopy(models.small).double()):
-        found, _ = speculative.generate(exact, prompt, draft=draft, draft_tokens=3, **options)
+    for draft in ("auto", copy.deepcopy(models.small).double()):
+        found = generate(exact, prompt, draft=draft, draft_tokens=3, **options)
         differing += int((found != expected).sum())
     width = models.full.config.dim
     return checked(f"tokens with and without drafts, d {width}, batch {len(prompt)},", differing, 0)
@@ -192,16 +189,7 @@ def _check(models: _Models, prompt: Tensor) -> str:
 
 def _rows(models: _Models, prompt: Tensor, size: _Size) -> list[Row]:
     place = f"d {models.full.config.dim}, batch {len(prompt)}"
-    costs = {
-        "r = 0": _costs(models.full, models.cheap, prompt, size),
-        "prompt lookup": _costs(models.full, None, prompt, size),
-        "vanilla draft": _costs(models.full, models.small, prompt, size),
-    }
-    drafts = {
-        "r = 0": models.cheap.schedule,
-        "prompt lookup": PromptLookup(),
-        "vanilla draft": models.small,
-    }
+    drafts = {"r = 0": models.cheap.schedule, "vanilla draft": models.small}
     records = {name: DraftRecord() for name in [*drafts, "fixed"]}
 
     def with_draft(name: str, draft: Any, draft_tokens: Any) -> Callable[[], float]:
@@ -211,7 +199,6 @@ def _rows(models: _Models, prompt: Tensor, size: _Size) -> list[Row]:
             size,
             draft=draft,
             draft_tokens=draft_tokens,
-            costs=costs.get(name),
             record=records[name],
         )
 
@@ -232,24 +219,26 @@ def _rows(models: _Models, prompt: Tensor, size: _Size) -> list[Row]:
         )
         for name in drafts
     ]
-    rows.append(_prediction_row(place, costs["r = 0"], records["fixed"], seconds))
-    return rows + [_table_row(place, acceptance, costs["r = 0"]) for acceptance in _ACCEPTANCES]
+    costs = _costs(models, prompt, size)
+    rows.append(_prediction_row(place, costs, records["fixed"], seconds))
+    return rows + [_table_row(place, acceptance, costs) for acceptance in _ACCEPTANCES]
 
 
 def _prediction_row(
-    place: str, costs: DraftCosts, record: DraftRecord, seconds: dict[str, list[float]]
+    place: str, costs: tuple[float, float], record: DraftRecord, seconds: dict[str, list[float]]
 ) -> Row:
     """Predict the speed-up of a fixed number of drafted tokens from what each round kept."""
     tokens = record.tokens_per_verification or 1.0
-    predicted = tokens / (_FIXED * costs.draft + costs.verification(_FIXED))
+    draft_cost, token_cost = costs
+    predicted = tokens / (1.0 + _FIXED * (draft_cost + token_cost))
     measured = paired_ratio(seconds["plain"], seconds["fixed"])
     return Row(
         what=f"speed-up with {_FIXED} drafted tokens, predicted / measured, {place}",
         quantities=(
             Quantity("predicted", Spread.of([predicted]), "times"),
             Quantity("measured", measured, "times"),
-            Quantity("draft step", Spread.of([costs.draft]), "plain steps"),
-            Quantity("further verified token", Spread.of([costs.further_token]), "plain steps"),
+            Quantity("draft step", Spread.of([draft_cost]), "plain steps"),
+            Quantity("further verified token", Spread.of([token_cost]), "plain steps"),
             *_acceptance(record),
         ),
         ratio=Spread(
@@ -258,8 +247,12 @@ def _prediction_row(
     )
 
 
-def _table_row(place: str, acceptance: float, costs: DraftCosts) -> Row:
-    gains = {g: expected_gain(acceptance, g, costs) for g in range(MAX_DRAFT_TOKENS + 1)}
+def _table_row(place: str, acceptance: float, costs: tuple[float, float]) -> Row:
+    draft_cost, token_cost = costs
+    gains = {
+        g: expected_gain(acceptance, g, draft_cost=draft_cost, token_cost=token_cost)
+        for g in range(MAX_DRAFT_TOKENS + 1)
+    }
     best = max(gains, key=lambda g: gains[g])
     return Row(
         what=f"predicted speed-up at acceptance {acceptance:.0%}, {place}",
@@ -287,22 +280,20 @@ def _seconds(decoder: Decoder, prompt: Tensor, size: _Size, **drafting: Any) -> 
         "seed": list(range(len(prompt))),
     }
     started = time.perf_counter()
-    if drafting:
-        speculative.generate(decoder, prompt, **options, **drafting)
-    else:
-        generate(decoder, prompt, **options)
+    generate(decoder, prompt, **options, **drafting)
     return (time.perf_counter() - started) / size.new_tokens
 
 
-def _costs(full: Decoder, draft: Decoder | None, prompt: Tensor, size: _Size) -> DraftCosts:
-    """Measure a draft step and a further verified token in plain steps."""
-    tasks = {"step": _pass(full, prompt, 1), "verify": _pass(full, prompt, 1 + _FIXED)}
-    if draft is not None:
-        tasks["draft"] = _pass(draft, prompt, 1)
+def _costs(models: _Models, prompt: Tensor, size: _Size) -> tuple[float, float]:
+    """Measure a step under r = 0 and a further verified token, in plain steps."""
+    tasks = {
+        "step": _pass(models.full, prompt, 1),
+        "verify": _pass(models.full, prompt, 1 + _FIXED),
+        "draft": _pass(models.cheap, prompt, 1),
+    }
     seconds = take_turns(tasks, repetitions=10 * size.repetitions)
     further = paired_ratio(seconds["verify"], seconds["step"]).median - 1.0
-    cost = 0.0 if draft is None else paired_ratio(seconds["draft"], seconds["step"]).median
-    return DraftCosts(cost, max(0.0, further) / _FIXED)
+    return paired_ratio(seconds["draft"], seconds["step"]).median, max(0.0, further) / _FIXED
 
 
 def _pass(decoder: Decoder, prompt: Tensor, num_tokens: int) -> Callable[[], float]:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from iiet.cost import InferenceCost, inference_cost, num_parameters, training_flops_per_token
     from iiet.decoder import Decoder
     from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
-    from iiet.draft_plan import DraftCosts
-    from iiet.drafts import PromptLookup
     from iiet.dropping import drop_layers, most_important_layers
     from iiet.generation import generate, stream
     from iiet.influence import InfluenceTable, influence_table
@@ -49,8 +47,6 @@ _MODULES = {
     "cost": ("InferenceCost", "inference_cost", "num_parameters", "training_flops_per_token"),
     "decoder": ("Decoder",),
     "distillation": ("DistillationConfig", "distillation_loss", "frozen_teacher"),
-    "draft_plan": ("DraftCosts",),
-    "drafts": ("PromptLookup",),
     "dropping": ("drop_layers", "most_important_layers"),
     "generation": ("generate", "stream"),
     "influence": ("InfluenceTable", "influence_table"),
@@ -80,7 +76,6 @@ __all__ = [
     "Batch",
     "Decoder",
     "DistillationConfig",
-    "DraftCosts",
     "DraftRecord",
     "FamilyMember",
     "InferenceCost",
@@ -88,7 +83,6 @@ __all__ = [
     "IterationSchedule",
     "KeyValueCache",
     "ModelConfig",
-    "PromptLookup",
     "StaticSteps",
     "cross_entropy",
     "decoder_from_published",

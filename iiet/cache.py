@@ -20,7 +20,7 @@ from torch import Tensor
 
 from iiet.config import ModelConfig
 from iiet.context import CacheRecord, get_record, set_record
-from iiet.window import RowWindow, Window
+from iiet.window import Window
 
 __all__ = ["KeyValueCache", "KvStrategy", "check_kv_strategy", "evaluation_slots"]
 
@@ -77,7 +77,7 @@ class KeyValueCache:
         ]
         self._lengths = [0] * len(rows)
         self.num_bytes = sum(held.nbytes for held in storage)
-        self.window: Window | RowWindow | None = None
+        self.window: Window | None = None
         """Where a pass writes and looks; None: passes follow the tokens held."""
 
     def view(self, config: ModelConfig) -> KeyValueCache:

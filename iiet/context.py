@@ -20,7 +20,7 @@ from iiet.attention import attend
 from iiet.plain import needs_all_derivatives
 from iiet.rope import Rope, RopeTables
 from iiet.token_step import serves_fields, serves_token_step, uses_cpu_forms
-from iiet.window import RowWindow, Window
+from iiet.window import Window
 
 __all__ = [
     "CacheRecord",
@@ -159,7 +159,7 @@ def make_context(
         attention_mask: None: only the padding that the cache remembers counts.
         position_ids: None: positions count all tokens but padding.
     """
-    window: Window | RowWindow | None = getattr(cache, "window", None)
+    window: Window | None = getattr(cache, "window", None)
     if window is not None:
         return _window_context(hidden, rope, cache, window, fields)
     batch, time = hidden.shape[:2]
@@ -217,7 +217,7 @@ def _window_context(
     hidden: Tensor,
     rope: Rope,
     cache: DecodingCache | None,
-    window: Window | RowWindow,
+    window: Window,
     fields: Iterable[nn.Module],
 ) -> PassContext:
     assert hidden.size(1) == window.columns.size(-1), "a pass has as many tokens as its window"

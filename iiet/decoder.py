@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iiet.cache import evaluation_slots
+from iiet.cache import KeyValueCache, KvStrategy, evaluation_slots
 from iiet.chunked_loss import LazyLogits, Logits
 from iiet.config import ModelConfig
 from iiet.context import DecodingCache, agreed_record, make_context
@@ -134,6 +134,27 @@ class Decoder(nn.Module):
             for name, parameter in self.named_parameters()
             if name.startswith("shared.") or re.match(r"layers\.\d+\.(?!field\.)", name)
         }
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype in which keys and values are computed."""
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return self.embedding.weight.dtype
+
+    def new_cache(
+        self, *, batch_size: int, max_tokens: int, strategy: KvStrategy = "exact"
+    ) -> KeyValueCache:
+        """Return an empty cache for this schedule, on this device, in `cache_dtype`."""
+        return KeyValueCache(
+            self.config,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            device=self.device,
+            dtype=self.cache_dtype,
+            strategy=strategy,
+        )
 
     @property
     def device(self) -> torch.device:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import inspect
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec, resolve_name
 from os import PathLike
@@ -22,7 +22,6 @@ from typing import NamedTuple
 from iiet.decoder import Decoder
 from iiet.huggingface import IIETForCausalLM, fast_tokenizer
 from iiet.methods import METHODS
-from iiet.schedule import IterationSchedule
 
 __all__ = ["export_pretrained"]
 
@@ -39,7 +38,6 @@ def export_pretrained(
     end_of_text: str = "<|endoftext|>",
     token_ids: Mapping[str, int | list[int] | None] | None = None,
     text_files: Mapping[str, bytes] | None = None,
-    elastic_schedules: Sequence[IterationSchedule] = (),
 ) -> Path:
     """Write everything that `AutoModelForCausalLM.from_pretrained(folder)` needs.
 
@@ -51,7 +49,6 @@ def export_pretrained(
         token_ids: `bos_token_id`, `eos_token_id` and `pad_token_id`, instead of `end_of_text`.
         text_files: name to content of the model's own files for tokenizer and generation, as
             transformers writes them; made from `end_of_text` when not given.
-        elastic_schedules: cheaper schedules that the weights learned, for `draft="auto"`.
 
     Raises:
         ValueError: the tokenizer has no such token, or the source of a method of another package
@@ -75,8 +72,6 @@ def export_pretrained(
         "AutoConfig": f"{module}.IIETConfig",
         "AutoModelForCausalLM": f"{module}.IIETForCausalLM",
     }
-    if elastic_schedules:
-        model.config.elastic_schedules = list(map(str, elastic_schedules))
     model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):  # safetensors writes for the owner alone.
         shutil.copymode(folder / "config.json", weights)

@@ -7,32 +7,70 @@ generation ends when all rows have ended. The seed alone determines what is samp
 On a GPU, steps have fixed shapes (`iiet.static_steps`), and no step waits for the device. Whether
 all rows have ended, or logits are not finite, is read every `STOP_INTERVAL` steps, and what was
 computed after the end is dropped, so the results are the same.
+
+With a draft, the tokens are the same ones, from fewer passes (`iiet.speculative`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
-from typing import Any, Final, SupportsIndex
+from typing import Any, Final, Literal, SupportsIndex, overload
 
 import torch
 from torch import Tensor
 
-from iiet.cache import KeyValueCache, KvStrategy
+from iiet.cache import KvStrategy
 from iiet.decoder import Decoder
 from iiet.sampling import LogitsNotFinite, Sampler, not_finite, row_keys
+from iiet.schedule import IterationSchedule
+from iiet.speculative import DraftRecord, draft_models, drafted_steps
 from iiet.static_steps import StaticSteps, keep_steps, kept_steps
 
-__all__ = ["STOP_INTERVAL", "cache_dtype", "checked_sampler", "generate", "stream"]
+__all__ = ["STOP_INTERVAL", "generate", "stream"]
 
 STOP_INTERVAL: Final = 8
 """Steps of a GPU between two looks at whether all rows have ended; a CPU looks at each."""
 
 
-def generate(decoder: Decoder, input_ids: Tensor, *, max_new_tokens: int, **options: Any) -> Tensor:
-    """Continue prompts; all arguments are those of `stream`.
+@overload
+def generate(
+    decoder: Decoder,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    return_record: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+
+
+@overload
+def generate(
+    decoder: Decoder,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    return_record: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, DraftRecord]: ...
+
+
+def generate(
+    decoder: Decoder,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    return_record: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, DraftRecord]:
+    """Continue prompts; all other arguments are those of `stream`.
+
+    Args:
+        decoder: the model, under its own schedule.
+        input_ids: prompts, (batch, time).
+        max_new_tokens: at least 1.
+        return_record: also return what drafts did.
 
     Returns:
         Prompts and continuations, (batch, time + new), new at most `max_new_tokens`.
@@ -40,8 +78,10 @@ def generate(decoder: Decoder, input_ids: Tensor, *, max_new_tokens: int, **opti
     Raises:
         ValueError: as `stream`.
     """
-    tokens = stream(decoder, input_ids, max_new_tokens=max_new_tokens, **options)
-    return torch.cat([input_ids, *(step.unsqueeze(1) for step in tokens)], dim=1)
+    record = options.pop("record", None) or DraftRecord()
+    steps = stream(decoder, input_ids, max_new_tokens=max_new_tokens, record=record, **options)
+    tokens = torch.cat([input_ids, *(step.unsqueeze(1) for step in steps)], dim=1)
+    return (tokens, record) if return_record else tokens
 
 
 def stream(
@@ -56,6 +96,10 @@ def stream(
     stop_tokens: Collection[int] = (),
     attention_mask: Tensor | None = None,
     kv_strategy: KvStrategy = "exact",
+    draft: IterationSchedule | Decoder | str | None = None,
+    draft_tokens: int | Literal["auto"] = "auto",
+    family: Collection[IterationSchedule] = (),
+    record: DraftRecord | None = None,
     steps: StaticSteps | None = None,
 ) -> Iterator[Tensor]:
     """Continue prompts, one step at a time: yield the next tokens, (batch,).
@@ -71,6 +115,14 @@ def stream(
         stop_tokens: tokens that end a row; they are part of the result.
         attention_mask: (batch, time), false for padding.
         kv_strategy: `exact`, or `last` for one cache slot per layer.
+        draft: proposes tokens, which changes none: a cheaper schedule, as value or text; another
+            decoder of the same vocabulary; or `auto`, which tries the schedules of `family`, or
+            else the model's own with fewer corrections, and keeps the best. On a GPU, and for a
+            method without corrections, `auto` finds none, and decoding is plain.
+        draft_tokens: how many tokens to draft at once; `auto`: as many as are expected to pay, and
+            none where none do.
+        family: schedules that the weights serve, for `draft="auto"`.
+        record: gets what drafts did, while it happens.
         steps: decodes in steps of fixed shapes, and lets several generations, one after the other,
             share a cache and graphs. None: on a GPU those that the decoder keeps, and steps that
             follow the number of tokens elsewhere.
@@ -79,26 +131,46 @@ def stream(
         ValueError: a setting out of range, or more tokens than the context holds; at the call, not
         at the first step. At a step: its logits are not finite.
     """
-    sampler = checked_sampler(
-        decoder,
-        input_ids,
-        max_new_tokens=max_new_tokens,
-        attention_mask=attention_mask,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
+    problems = _problems(decoder, input_ids, max_new_tokens, attention_mask)
+    try:
+        sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+        if temperature:
+            sampler = replace(sampler, row_keys=row_keys(seed, len(input_ids), input_ids.device))
+    except ValueError as error:
+        problems.append(str(error))
+    if draft is not None and kv_strategy != "exact":
+        problems.append(
+            f"drafts need kv_strategy='exact', got {kv_strategy!r}: with one slot per layer, "
+            "tokens that are read together see other keys than tokens read one by one, so the "
+            "output would differ"
+        )
+    if draft_tokens != "auto" and (not isinstance(draft_tokens, int) or draft_tokens < 0):
+        problems.append(f"draft_tokens must be 'auto' or at least 0, got {draft_tokens!r}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    if draft is not None:
+        num_tokens = input_ids.size(1) + max_new_tokens
+        drafts = draft_models(decoder, draft, family=family, num_tokens=num_tokens)
+        if drafts:
+            return drafted_steps(
+                decoder,
+                drafts,
+                input_ids,
+                sampler,
+                max_new_tokens=max_new_tokens,
+                draft_tokens=draft_tokens,
+                stop_tokens=stop_tokens,
+                attention_mask=attention_mask,
+                record=DraftRecord() if record is None else record,
+            )
     if steps is not None and steps.decoder is not decoder:
         raise ValueError("steps decode with another decoder")
     keeps = steps is None and decoder.device.type == "cuda"
     if keeps:
         steps = kept_steps(decoder)
-    new_cache = partial(KeyValueCache, decoder.config, device=decoder.device)
-    cache = (new_cache if steps is None else steps.empty_cache)(
+    cache = (decoder.new_cache if steps is None else steps.empty_cache)(
         batch_size=input_ids.size(0),
         max_tokens=input_ids.size(1) + max_new_tokens,
-        dtype=cache_dtype(decoder),
         strategy=kv_strategy,
     )
 
@@ -113,7 +185,7 @@ def stream(
         return logits[:, -1]
 
     stops = torch.tensor(sorted(stop_tokens), dtype=input_ids.dtype, device=input_ids.device)
-    chosen = _chosen(next_logits, sampler, stops, max_new_tokens)
+    chosen = _chosen(next_logits, sampler, stops, max_new_tokens, record)
     found = _until_all_end(chosen, STOP_INTERVAL if decoder.device.type == "cuda" else 1)
     return keep_steps(decoder, steps, found) if keeps and steps is not None else found
 
@@ -123,6 +195,7 @@ def _chosen(
     sampler: Sampler,
     stops: Tensor,
     max_new_tokens: int,
+    record: DraftRecord | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the next tokens, (batch,), and whether all rows have ended and whether logits
     are not finite, (2,); wait for nothing."""
@@ -130,6 +203,8 @@ def _chosen(
     for position in range(max_new_tokens):
         with torch.inference_mode():
             logits = next_logits(following)
+            if following is not None and record is not None:
+                record.plain_steps += len(logits)
             latest = sampler(logits, position)
             if following is not None and ended is not None:
                 latest = torch.where(ended, following, latest)
@@ -157,40 +232,6 @@ def _until_all_end(steps: Iterator[tuple[Tensor, Tensor]], interval: int) -> Ite
             if ends:
                 return
         num_steps = interval
-
-
-def cache_dtype(decoder: Decoder) -> torch.dtype:
-    """Return the dtype in which keys and values are computed."""
-    kind = decoder.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return decoder.embedding.weight.dtype
-
-
-def checked_sampler(
-    decoder: Decoder,
-    input_ids: Tensor,
-    *,
-    max_new_tokens: int,
-    attention_mask: Tensor | None,
-    seed: SupportsIndex | Sequence[SupportsIndex] | None,
-    **sampling: Any,
-) -> Sampler:
-    """Return the sampler of a generation; a ValueError lists all that is wrong with a request.
-
-    Arguments are those of `stream`.
-    """
-    problems = _problems(decoder, input_ids, max_new_tokens, attention_mask)
-    try:
-        sampler = Sampler(**sampling)
-        if sampler.temperature:
-            keys = row_keys(seed, len(input_ids), input_ids.device)
-            sampler = replace(sampler, row_keys=keys)
-    except ValueError as error:
-        problems.append(str(error))
-    if problems:
-        raise ValueError("; ".join(problems))
-    return sampler
 
 
 def _problems(

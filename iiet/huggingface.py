@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from importlib.util import find_spec
 from os import PathLike
-from typing import Any, Literal
+from typing import Any
 
 if find_spec("transformers") is None:
     raise ImportError(
@@ -38,10 +38,8 @@ from transformers.utils.generic import can_return_tuple
 from iiet.config import ModelConfig
 from iiet.context import get_record, set_record
 from iiet.decoder import Decoder
-from iiet.drafted_generation import generate_with_drafts
 from iiet.precision import KeepsFloat32
 from iiet.schedule import IterationSchedule
-from iiet.speculative import DraftRecord
 
 __all__ = ["IIETConfig", "IIETForCausalLM", "fast_tokenizer"]
 
@@ -64,8 +62,6 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     corrections: list[int] | tuple[int, ...] | str | int | None = None
     """The iteration schedule: corrections per layer, text ("1,0,0", "3..0"), or one number for all
     layers; None for methods without corrections."""
-    elastic_schedules: list[str] | None = None
-    """Cheaper schedules that the weights learned, for `draft="auto"`; None: none in particular."""
     vocab_size: int = 32000
     hidden_size: int = 512
     num_hidden_layers: int = 12
@@ -133,9 +129,6 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
     _supports_sdpa = True
     # Layers read each other's estimates, so a decoder stays on one device.
     _no_split_modules = ["Decoder"]  # noqa: RUF012
-
-    draft_record: DraftRecord | None = None
-    """What the drafts of the last `generate` with `draft=` did."""
 
     def __init__(self, config: IIETConfig) -> None:
         _check_attention(config._attn_implementation)
@@ -264,57 +257,36 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         generation_config: Any = None,
         *,
         schedule: str | IterationSchedule | None = None,
-        draft: str | IterationSchedule | None = None,
-        draft_tokens: int | Literal["auto"] = "auto",
         **options: Any,
     ) -> Any:
-        """Do transformers' `generate`; with a draft, the same tokens in fewer passes.
+        """Do transformers' `generate`.
+
+        A cheaper schedule of the same weights drafts with
+        `generate(..., assistant_model=model.with_schedule("0"))`.
 
         Args:
             schedule: iteration schedule of this request, as value or text, instead of the config's.
-            draft: a cheaper schedule that proposes tokens, or `auto` for the best one; the model
-                verifies several at once. Sampled tokens are others than without a draft from the
-                same seed, with the same distribution.
-            draft_tokens: how many tokens to propose at once; `auto`: as many as are expected to
-                pay.
 
         Raises:
-            ValueError: a schedule does not fit, or a draft is asked for with what it does not
-                serve, such as beams.
+            ValueError: the schedule does not fit.
         """
-        if draft is None:
-            if draft_tokens != "auto":
-                raise ValueError(f"draft_tokens={draft_tokens!r} needs draft=")
-            asked = {} if schedule is None else {"schedule": self._under(schedule).schedule}
-            return super().generate(inputs, generation_config, **asked, **options)
-        decoder = self._under(schedule)
-        is_length_given = any(
-            config is not None and config.max_length is not None
-            for config in (generation_config, self.generation_config)
-        ) or options.get("max_length")
-        prepared = self._prepare_generation_config(generation_config, **options)  # type: ignore[misc]
-        config, others = prepared
-        settings = config.to_dict()
-        if not is_length_given:
-            settings["max_length"] = None
-        prompts = others.pop("input_ids", None) if inputs is None else inputs
-        mask = others.pop("attention_mask", None)
-        tokens, self.draft_record = generate_with_drafts(
-            decoder,
-            prompts,
-            settings={**settings, **others},
-            defaults=config._get_default_generation_params(),
-            draft=draft if isinstance(draft, str) else str(draft),
-            draft_tokens=draft_tokens,
-            family=[
-                IterationSchedule.parse(text, num_layers=self.config.num_hidden_layers)
-                for text in self.config.elastic_schedules or ()
-            ],
-            attention_mask=mask,
-        )
-        return tokens
+        asked = {} if schedule is None else {"schedule": self._under(schedule).schedule}
+        return super().generate(inputs, generation_config, **asked, **options)
 
-    def _under(self, schedule: str | IterationSchedule | None) -> Decoder:
+    def with_schedule(self, schedule: str | int | IterationSchedule) -> "IIETForCausalLM":
+        """Return a model with the same weights, shared, under another iteration schedule.
+
+        Raises:
+            ValueError: the schedule does not fit.
+        """
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        twin = type(self).from_decoder(
+            self._under(schedule), token_ids={name: getattr(self.config, name) for name in names}
+        )
+        twin.generation_config = copy.deepcopy(self.generation_config)
+        return twin
+
+    def _under(self, schedule: str | int | IterationSchedule | None) -> Decoder:
         """Return the decoder under a schedule; under its own for None."""
         if schedule is None:
             return self.decoder

@@ -1,47 +1,70 @@
-"""Self-speculative decoding: a cheap schedule drafts tokens, the model's own verifies them at once.
+"""Self-speculative decoding: a cheap schedule drafts tokens, the model verifies them at once.
 
-    draft    g tokens, one step each, under a schedule with fewer corrections
-    verify   one pass of the model over these g tokens; it chooses a token at each position
-    keep     the drafted tokens that equal the model's choices, up to the first that differs,
-             and the model's choice after them
+    1. draft     g tokens, one step each, under a schedule with fewer corrections
+    2. verify    one pass of the model over these g tokens chooses a token after each
+    3. accept    the drafted tokens that equal the model's choices, up to the first that differs in
+                 any row, and the model's choice after them
 
 The output is what the model alone generates from the same seed, token for token, up to rounding:
 each token is the model's choice, and its noise belongs to row and position (`iiet.sampling`). The
-draft decides only how many tokens a pass yields. Speed comes from passes that read the weights once
-for several tokens; where a draft does not pay, decoding is plain (`iiet.draft_plan`).
+draft decides only how many tokens a pass yields.
 
 A draft with no more corrections in any layer reads and writes the model's own cache, in the slots
 of its evaluations, and verification overwrites what it wrote: no second cache, no second prefill.
 Any other draft has a cache of its own.
 
-Passes are not of fixed shapes, so a GPU runs them without the CUDA graphs of plain decoding, which
-gain more there than drafts do: on a GPU, `auto` drafts nothing. Where nothing is drafted, decoding
-is that of `iiet.generation`.
+How many tokens to draft: with acceptance a (the chance that the next drafted token is kept), g
+drafted tokens yield 1 + a + ... + a^g tokens and cost g draft steps and one verification:
 
-Source: Leviathan, Kalman, Matias 2023; drafting with the model's own weights as in LayerSkip
-(Elhoushi et al. 2024); exact sampling as in Daliri, Musco, Suresh 2024.
+    gain(g) = (1 - a^(g+1)) / ((1 - a) (g c + 1 + g w))
+
+c is the cost of a draft step and w that of each further token in a verification, both in plain
+steps: counted, not timed, so the choice is the same in each run. Acceptance is seen. Where no gain
+exceeds 1, decoding is plain from there on.
+
+Passes are not of fixed shapes, so a GPU runs them without the CUDA graphs of plain decoding, which
+gain more there than drafts do: on a GPU, `auto` drafts nothing.
+
+Source: Leviathan, Kalman, Matias 2023 (the gain is theorem 3.8, with a cost for each token);
+drafting with the model's own weights as in LayerSkip (Elhoushi et al. 2024); exact sampling as in
+Daliri, Musco, Suresh 2024.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, SupportsIndex
+from typing import Final, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from iiet import generation
-from iiet.cache import KeyValueCache, KvStrategy
+from iiet.cache import KeyValueCache
+from iiet.config import ModelConfig
+from iiet.cost import inference_cost
 from iiet.decoder import Decoder
-from iiet.draft_choice import DraftChoice, costs_of, named_drafts
-from iiet.draft_plan import DraftCosts, DraftPlan
-from iiet.drafts import CachedModel, Draft, ModelDraft, PromptLookup, Rows
-from iiet.generation import cache_dtype, checked_sampler
 from iiet.sampling import LogitsNotFinite, Sampler, not_finite
 from iiet.schedule import IterationSchedule
 
-__all__ = ["DraftRecord", "Speculation", "generate", "stream"]
+__all__ = [
+    "MAX_DRAFT_TOKENS",
+    "DraftRecord",
+    "cheaper_schedules",
+    "counted_costs",
+    "draft_models",
+    "drafted_steps",
+    "expected_gain",
+]
+
+MAX_DRAFT_TOKENS: Final = 16
+"""The most tokens that `draft_tokens="auto"` drafts at once."""
+_MEASURED_TOKENS: Final = 16  # Of each draft, before `auto` keeps the best.
+_FIRST_ACCEPTANCE: Final = 0.9  # High, so that each draft is tried.
+_FIRST_WEIGHT: Final = 8.0  # In tokens.
+_FLOPS_PER_BYTE: Final = {"cpu": 2.0, "cuda": 100.0}
+"""FLOPs that take as long as reading a byte of weights. On a CPU, one core verified a further token
+of one row for 16 to 26 % of a step; a GPU computes far faster than it reads."""
 
 
 @dataclass
@@ -51,24 +74,26 @@ class DraftRecord:
     drafted: int = 0
     """Drafted tokens."""
     accepted: int = 0
-    """Drafted tokens that verification kept."""
+    """Drafted tokens that equal the model's choices, up to the first of the row that differs.
+    Where another row differs earlier, the batch drafts the others again, and they count again."""
     verifications: int = 0
     """Passes that verified drafted tokens."""
+    verified: int = 0
+    """Tokens that these passes yielded: the kept ones and the model's own."""
     plain_steps: int = 0
-    """Passes without drafted tokens, after the prompt's. Where there is no draft at all, those of
-    rows that have ended count, too."""
+    """Passes without drafted tokens, after the prompt's."""
     rounds_by_draft: dict[str, int] = field(default_factory=dict)
     """Rounds of the batch by the name of the draft."""
 
     @property
     def acceptance(self) -> float | None:
-        """The share of drafted tokens that were kept; None where there was no draft."""
+        """The share of drafted tokens that the model chose, too; None where there was no draft."""
         return self.accepted / self.drafted if self.drafted else None
 
     @property
     def tokens_per_verification(self) -> float | None:
-        """Tokens that a verification yields: the kept ones and the model's own."""
-        return 1 + self.accepted / self.verifications if self.verifications else None
+        """Tokens that a verification yields; None where there was none."""
+        return self.verified / self.verifications if self.verifications else None
 
     def __str__(self) -> str:
         if self.acceptance is None or self.tokens_per_verification is None:
@@ -81,232 +106,315 @@ class DraftRecord:
         )
 
 
-class Speculation(NamedTuple):
-    """What `generate` returns."""
-
-    tokens: Tensor
-    """Prompts and continuations, (batch, time + new)."""
-    record: DraftRecord
-
-
-def generate(
-    decoder: Decoder, input_ids: Tensor, *, max_new_tokens: int, **options: Any
-) -> Speculation:
-    """Continue prompts as `iiet.generation.generate` does; all arguments are those of `stream`.
-
-    Raises:
-        ValueError: as `stream`.
-    """
-    record = options.pop("record", None) or DraftRecord()
-    steps = stream(decoder, input_ids, max_new_tokens=max_new_tokens, record=record, **options)
-    tokens = torch.cat([input_ids, *(step.unsqueeze(1) for step in steps)], dim=1)
-    return Speculation(tokens, record)
-
-
-def stream(
+def draft_models(
     decoder: Decoder,
-    input_ids: Tensor,
+    draft: IterationSchedule | Decoder | str,
     *,
-    max_new_tokens: int,
-    draft: DraftChoice = "auto",
-    draft_tokens: int | Literal["auto"] = "auto",
     family: Collection[IterationSchedule] = (),
-    costs: DraftCosts | Sequence[DraftCosts] | None = None,
-    record: DraftRecord | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: SupportsIndex | Sequence[SupportsIndex] | None = None,
-    stop_tokens: Collection[int] = (),
-    attention_mask: Tensor | None = None,
-    kv_strategy: KvStrategy = "exact",
-) -> Iterator[Tensor]:
-    """Continue prompts: yield the next tokens, (batch,), of all rows that have not ended.
-
-    They are those of `iiet.generation.stream`, in bursts of one or more; rows that are ahead wait
-    for the others. Other arguments are those of `iiet.generation.stream`.
+    num_tokens: int,
+) -> dict[str, Decoder]:
+    """Return the drafts to choose from by name; none where `auto` finds no cheaper schedule.
 
     Args:
-        decoder: the model, under its own schedule.
-        input_ids: prompts, (batch, time).
-        max_new_tokens: at least 1.
-        draft: `auto` tries the schedules of `family`, or else those that
-            `iiet.draft_choice.cheaper_schedules` names, and keeps to the best; on a GPU, and for a
-            method without corrections, there are none, and then decoding is plain.
-        draft_tokens: how many tokens to draft at once; `auto`: as many as are expected to pay, and
-            none where none do.
-        family: schedules that the weights serve, for `draft="auto"`.
-        costs: measured costs, of the draft or one for each schedule of `draft="auto"`, for
-            `draft_tokens="auto"`; None: counted.
-        record: gets what happened, while it happens.
+        decoder: the model that verifies, under its own schedule.
+        draft: a schedule, as value or text; another decoder of the same vocabulary; or `auto` for
+            the schedules that `cheaper_schedules` names.
+        family: schedules that the weights serve, for `auto`.
+        num_tokens: prompt and continuation together.
 
     Raises:
-        ValueError: a setting out of range, a draft that does not fit, or more tokens than the
-            context holds; at the call, not at the first step.
+        ValueError: the draft does not fit the model.
     """
-    if kv_strategy != "exact":
+    if isinstance(draft, Decoder):
+        ours, theirs = decoder.config, draft.config
+        if theirs.vocab_size != ours.vocab_size or theirs.context_length < num_tokens:
+            raise ValueError(
+                f"a draft needs the model's vocabulary of {ours.vocab_size} tokens and a context "
+                f"of at least the {num_tokens} asked for, got a decoder with "
+                f"{theirs.vocab_size} and {theirs.context_length}"
+            )
+        return {f"{theirs.method} of width {theirs.dim}": draft}
+    method = decoder.config.method
+    if draft == "auto":
+        is_gpu = decoder.device.type == "cuda"
+        found = [] if is_gpu else cheaper_schedules(decoder.schedule, family)
+        if decoder.method.repeats_stack:  # All layers make as many corrections.
+            found = [s for s in found if len(set(s)) == 1]
+    elif decoder.method.has_corrections:
+        found = [IterationSchedule.parse(draft, num_layers=decoder.config.num_layers)]
+    else:
         raise ValueError(
-            f"drafts need kv_strategy='exact', got {kv_strategy!r}: with one slot per layer, "
-            "tokens that are read together see other keys than tokens read one by one, so the "
-            "output would differ"
+            f"draft={str(draft)!r}: the method {method!r} makes no corrections, so no schedule is "
+            "cheaper than its own; draft with another decoder, or decode without a draft"
         )
-    if draft_tokens != "auto" and (not isinstance(draft_tokens, int) or draft_tokens < 0):
-        raise ValueError(f"draft_tokens must be 'auto' or at least 0, got {draft_tokens!r}")
-    sampler = checked_sampler(
-        decoder,
-        input_ids,
-        max_new_tokens=max_new_tokens,
-        attention_mask=attention_mask,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
-    num_tokens = input_ids.size(1) + max_new_tokens
-    drafts = named_drafts(decoder, draft, family, num_tokens)
-    record = DraftRecord() if record is None else record
-    if not drafts:
-        return _plain_steps(
-            generation.stream(
-                decoder,
-                input_ids,
-                max_new_tokens=max_new_tokens,
-                attention_mask=attention_mask,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-                stop_tokens=stop_tokens,
-            ),
-            record,
+    return {str(schedule): decoder.with_schedule(schedule) for schedule in found}
+
+
+def cheaper_schedules(
+    schedule: IterationSchedule, family: Iterable[IterationSchedule] = ()
+) -> list[IterationSchedule]:
+    """Return the schedules that may draft for a model, cheapest first.
+
+    These are the members of a family within the model's own schedule. Without a family: the
+    model's own, cut to at most 0, 1, ... corrections per layer. Empty where the model makes none.
+    """
+    found = {s for s in family if s.is_within(schedule) and s != schedule}
+    if not found:
+        limits = range(schedule.max_corrections)
+        found = {IterationSchedule(tuple(min(r, limit) for r in schedule)) for limit in limits}
+    return sorted(found, key=lambda s: (s.num_evaluations, s.corrections))
+
+
+def expected_gain(
+    acceptance: float, num_drafted: int, *, draft_cost: float, token_cost: float
+) -> float:
+    """Return the tokens per cost of a round, against plain decoding; 1 for no drafted token.
+
+    Args:
+        acceptance: the chance that the next drafted token is kept.
+        num_drafted: tokens that are drafted at once.
+        draft_cost: of a step of the draft, in plain steps.
+        token_cost: of each token that a verification reads beyond the first, in plain steps.
+    """
+    most = num_drafted + 1
+    tokens = most if acceptance == 1.0 else (1.0 - acceptance**most) / (1.0 - acceptance)
+    return tokens / (1.0 + num_drafted * (draft_cost + token_cost))
+
+
+def counted_costs(
+    config: ModelConfig,
+    draft: ModelConfig,
+    *,
+    num_tokens: int,
+    batch_size: int = 1,
+    bytes_per_value: int = 4,
+    device: str = "cpu",
+) -> tuple[float, float]:
+    """Count `draft_cost` and `token_cost` of `expected_gain`.
+
+    A pass takes as long as its bytes and, at the device's rate, its FLOPs together.
+
+    Args:
+        config: the verifying model, under its schedule.
+        draft: the draft, under its schedule.
+        num_tokens: tokens that a step sees.
+        batch_size: rows of a step.
+        bytes_per_value: of weights, keys and values.
+        device: `cpu` or `cuda`; others count as `cuda`.
+    """
+    rate = _FLOPS_PER_BYTE.get(device, _FLOPS_PER_BYTE["cuda"])
+
+    def counted(model: ModelConfig) -> tuple[float, float]:
+        cost = inference_cost(
+            model,
+            context_length=min(num_tokens, model.context_length),
+            batch_size=batch_size,
+            bytes_per_value=bytes_per_value,
         )
-    plan = DraftPlan(
-        costs_of(
-            list(drafts.values()), decoder, costs, batch_size=len(input_ids), num_tokens=num_tokens
-        ),
-        None if draft_tokens == "auto" else min(draft_tokens, max_new_tokens),
-    )
-    rows = Rows(
-        input_ids,
-        attention_mask,
-        max_new_tokens=max_new_tokens,
-        stop_tokens=stop_tokens,
-        num_drafted=min(plan.max_tokens, max_new_tokens),
-    )
-    decoding = _Decoding(decoder, rows, sampler, plan, drafts)
-    return decoding.steps(record)
+        token = batch_size * cost.decode_flops_per_token / rate
+        read = cost.weight_bytes_per_token + cost.kv_bytes_read_per_token
+        return batch_size * read + token, token
+
+    step, token = counted(config)
+    return counted(draft)[0] / step, token / step
 
 
-def _plain_steps(steps: Iterator[Tensor], record: DraftRecord) -> Iterator[Tensor]:
-    for number, tokens in enumerate(steps):
-        record.plain_steps += len(tokens) if number else 0
-        yield tokens
+class _Draft:
+    """A draft with its cache, its costs, and how many of its tokens were kept.
 
-
-class _Decoding:
-    """The rounds of one generation."""
+    Args:
+        name: in the record.
+        decoder: proposes tokens.
+        cache: a view of the verifying model's, or an empty one.
+        is_view: whether it is a view; verification then writes the decided tokens into it.
+        costs: what `counted_costs` returns.
+    """
 
     def __init__(
         self,
+        name: str,
         decoder: Decoder,
-        rows: Rows,
-        sampler: Sampler,
-        plan: DraftPlan,
-        drafts: Mapping[str, Decoder | PromptLookup],
+        cache: KeyValueCache,
+        *,
+        is_view: bool,
+        costs: tuple[float, float],
     ) -> None:
-        self._rows = rows
-        self._sampler = sampler
-        self._plan = plan
-        self._model = CachedModel(decoder, _new_cache(decoder, rows), rows)
-        self._given = drafts
-        self._drafts: dict[str, Draft] = {}
+        self.name = name
+        self.num_tried = 0
+        self._decoder = decoder
+        self._cache = cache
+        self._is_view = is_view
+        self._costs = costs
+        self._num_held = 0
+        self._num_kept = 0
 
-    def steps(self, record: DraftRecord) -> Iterator[Tensor]:
-        """Yield the next tokens, (batch,), until all rows have ended."""
-        rows = self._rows
-        with torch.inference_mode():
-            self._prefill()
-        num_yielded = 0
-        while True:
-            lengths = [len(tokens) for tokens in rows.generated]
-            ready = min(lengths[row] for row in rows.open) if rows.open else max(lengths)
-            for time in range(num_yielded, ready):
-                # A row that has ended repeats its last token.
-                step = [tokens[min(time, len(tokens) - 1)] for tokens in rows.generated]
-                yield rows.tokens.new_tensor(step)
-            num_yielded = ready
-            if not rows.open:
-                return
-            with torch.inference_mode():
-                self._round(record)
+    def saw(self, num_kept: int, num_drafted: int) -> None:
+        """Count a round; nothing is known of the tokens after the first rejected one."""
+        self._num_kept += num_kept
+        self.num_tried += min(num_kept + 1, num_drafted)
 
-    def _prefill(self) -> None:
-        rows = self._rows
-        first = self._chosen(self._model.prefill(), 0).unsqueeze(1)
-        rows.write(rows.lengths, first)
-        for row, tokens in enumerate(first.tolist()):
-            rows.decide(row, tokens)
-        rows.catch_up()
+    def best(self, counts: Iterable[int]) -> tuple[float, int]:
+        """Return the largest expected gain, and the number of drafted tokens that has it."""
+        kept, tried = _FIRST_ACCEPTANCE * _FIRST_WEIGHT + self._num_kept, _FIRST_WEIGHT
+        acceptance = kept / (tried + self.num_tried)
+        draft, token = self._costs
+        gains = [
+            (expected_gain(acceptance, count, draft_cost=draft, token_cost=token), count)
+            for count in counts
+        ]
+        return max(gains, key=lambda found: found[0])
 
-    def _round(self, record: DraftRecord) -> None:
-        """Draft, verify and decide; with no drafted token, this is a plain step."""
-        rows = self._rows
-        number, num_wanted = self._plan.choose(rows.room - 1)
-        name, num_drafted = list(self._given)[number] if num_wanted else "", 0
-        if num_wanted:
-            num_drafted = self._draft(name).propose(rows, num_wanted, self._sampler)
-        drafted = rows.read(rows.lengths, num_drafted).tolist()
-        logits = self._model([length - 1 for length in rows.lengths], num_drafted + 1)
-        chosen = self._chosen(logits, rows.positions(rows.lengths, num_drafted + 1))
-        rows.write(rows.lengths, chosen)
-        choices = chosen.tolist()  # Waits for a GPU.
-        # What each row keeps, and how much of it lies before the row's end.
-        kept = {row: _num_equal(drafted[row], choices[row]) for row in rows.open}
-        num_new = {row: rows.decide(row, choices[row][: num + 1]) for row, num in kept.items()}
-        rows.catch_up()
-        if not num_drafted:
-            record.plain_steps += len(kept)
-            return
-        self._plan.saw(number, num_drafted, kept.values())
-        record.verifications += len(kept)
-        record.drafted += num_drafted * len(kept)
-        record.accepted += sum(min(num, num_new[row]) for row, num in kept.items())
-        record.rounds_by_draft[name] = record.rounds_by_draft.get(name, 0) + 1
+    def propose(
+        self,
+        tokens: Tensor,
+        length: int,
+        count: int,
+        sampler: Sampler,
+        *,
+        num_prompt: int,
+        attention_mask: Tensor | None,
+    ) -> None:
+        """Write `count` tokens after the first `length` of each row, (batch, time), step by step.
 
-    def _chosen(self, logits: Tensor, positions: Tensor | int) -> Tensor:
+        The first step reads what an own cache lacks: all tokens, at the first call, and what
+        verification decided since the last.
+        """
+        start, mask = min(self._num_held, length - 1), None
+        if self._is_view:
+            start = length - 1
+        elif start == 0 and attention_mask is not None:
+            mask = F.pad(attention_mask.bool(), (0, length - num_prompt), value=True)
+        for column in range(length, length + count):
+            self._cache.set_length(start)
+            logits = self._decoder(
+                tokens[:, start:column], cache=self._cache, attention_mask=mask, last_only=True
+            )
+            tokens[:, column] = sampler(logits[:, -1], column - num_prompt)
+            start, mask = column, None
+        self._num_held = length + count - 1  # The last proposed token was not read.
+
+
+def drafted_steps(
+    decoder: Decoder,
+    drafts: dict[str, Decoder],
+    input_ids: Tensor,
+    sampler: Sampler,
+    *,
+    max_new_tokens: int,
+    draft_tokens: int | Literal["auto"],
+    stop_tokens: Collection[int],
+    attention_mask: Tensor | None,
+    record: DraftRecord,
+) -> Iterator[Tensor]:
+    """Yield the next tokens, (batch,), in bursts of one or more; see `iiet.generation.stream`.
+
+    All rows advance together, by what the row with the fewest accepted tokens keeps.
+
+    Args:
+        decoder: verifies.
+        drafts: at least one, from `draft_models`. Of several, each drafts a few tokens, then the
+            one with the largest expected gain stays.
+        input_ids: prompts, (batch, time).
+        sampler: chooses tokens, for the draft as for the model.
+        max_new_tokens: this and the next three as in `iiet.generation.stream`.
+        draft_tokens: see there.
+        stop_tokens: see there.
+        attention_mask: see there.
+        record: gets what happened, while it happens.
+    """
+    batch, num_prompt = input_ids.shape
+    end = num_prompt + max_new_tokens
+    # Prompts, then what is decided, then what is drafted.
+    tokens = F.pad(input_ids, (0, max_new_tokens))
+    stops = tokens.new_tensor(sorted(stop_tokens))
+    has_ended = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
+    length = num_prompt
+
+    def decide(logits: Tensor, num_drafted: int) -> tuple[int, list[int]]:
+        """Write the model's tokens after `length`; return how many, and how many drafted ones
+        each open row has equal."""
         if not_finite(logits):
             raise LogitsNotFinite
-        return self._sampler(logits, positions)
+        positions = torch.arange(logits.size(1), device=tokens.device) + (length - num_prompt)
+        chosen = sampler(logits, positions[None])
+        is_equal = tokens[:, length : length + num_drafted] == chosen[:, :num_drafted]
+        num_equal = is_equal.long().cumprod(1).sum(1)[~has_ended].tolist()
+        num_new = min(num_equal, default=0) + 1
+        for column in range(num_new):
+            # A row that has ended repeats its last token.
+            latest = torch.where(has_ended, tokens[:, length + column - 1], chosen[:, column])
+            tokens[:, length + column] = latest
+            has_ended.logical_or_((latest.unsqueeze(1) == stops).any(1))
+            if stop_tokens and has_ended.all():
+                return column + 1, num_equal
+        return num_new, num_equal
 
-    def _draft(self, name: str) -> Draft:
-        """Return a draft; views of the cache are made after the prompt's pass."""
-        if name not in self._drafts:
-            given = self._given[name]
-            draft = given if isinstance(given, PromptLookup) else self._model_draft(given)
-            self._drafts[name] = draft
-        return self._drafts[name]
-
-    def _model_draft(self, decoder: Decoder) -> ModelDraft:
-        own = self._model
-        is_view = decoder.layers is own.decoder.layers
-        is_view = is_view and decoder.schedule.is_within(own.decoder.schedule)
-        cache = own.cache.view(decoder.config) if is_view else _new_cache(decoder, self._rows)
-        return ModelDraft(CachedModel(decoder, cache, self._rows), is_view=is_view)
-
-
-def _new_cache(decoder: Decoder, rows: Rows) -> KeyValueCache:
-    return KeyValueCache(
-        decoder.config,
-        batch_size=len(rows.tokens),
-        max_tokens=rows.max_tokens,
-        device=decoder.device,
-        dtype=cache_dtype(decoder),
-    )
-
-
-def _num_equal(drafted: Sequence[int], choices: Sequence[int]) -> int:
-    """Return how many tokens are equal up to the first that differs."""
-    for number, token in enumerate(drafted):
-        if token != choices[number]:
-            return number
-    return len(drafted)
+    with torch.inference_mode():
+        cache = decoder.new_cache(batch_size=batch, max_tokens=end)
+        logits = decoder(input_ids, cache=cache, attention_mask=attention_mask, last_only=True)
+        num_new, _ = decide(logits, 0)
+        candidates = []
+        for name, draft in drafts.items():
+            is_view = draft.layers is decoder.layers and draft.schedule.is_within(decoder.schedule)
+            weight = decoder.embedding.weight
+            candidates.append(
+                _Draft(
+                    name,
+                    draft,
+                    cache.view(draft.config)
+                    if is_view
+                    else draft.new_cache(batch_size=batch, max_tokens=end),
+                    is_view=is_view,
+                    costs=counted_costs(
+                        decoder.config,
+                        draft.config,
+                        num_tokens=end,
+                        batch_size=batch,
+                        bytes_per_value=weight.element_size(),
+                        device=weight.device.type,
+                    ),
+                )
+            )
+    while True:
+        for column in range(length, length + num_new):
+            yield tokens[:, column].clone()
+        length += num_new
+        if length == end or has_ended.all():
+            return
+        # How many tokens to draft, and with which draft.
+        most = end - length - 1
+        fixed = None if draft_tokens == "auto" else min(draft_tokens, most)
+        counts = range(1, min(MAX_DRAFT_TOKENS, most) + 1) if fixed is None else [fixed]
+        found: _Draft | None = None
+        num_drafted = 0
+        if candidates and counts:
+            if all(draft.num_tried >= _MEASURED_TOKENS for draft in candidates):
+                candidates = [max(candidates, key=lambda draft: draft.best(counts)[0])]
+            found = min(candidates, key=lambda draft: min(draft.num_tried, _MEASURED_TOKENS))
+            gain, num_drafted = found.best(counts)
+            if fixed is None and gain <= 1.0:
+                candidates.remove(found)
+                num_drafted = 0
+        with torch.inference_mode():
+            if found is not None and num_drafted:
+                found.propose(
+                    tokens,
+                    length,
+                    num_drafted,
+                    sampler,
+                    num_prompt=num_prompt,
+                    attention_mask=attention_mask,
+                )
+            cache.set_length(length - 1)
+            logits = decoder(tokens[:, length - 1 : length + num_drafted], cache=cache)
+            num_new, num_equal = decide(logits, num_drafted)
+        num_open = len(num_equal)
+        if found is None or not num_drafted:
+            record.plain_steps += num_open
+            continue
+        found.saw(min(num_equal), num_drafted)
+        record.drafted += num_drafted * num_open
+        record.accepted += sum(num_equal)
+        record.verifications += num_open
+        record.verified += num_new * num_open
+        record.rounds_by_draft[found.name] = record.rounds_by_draft.get(found.name, 0) + 1

@@ -77,10 +77,10 @@ class StaticSteps:
         return decoder
 
     def empty_cache(
-        self, *, batch_size: int, max_tokens: int, dtype: torch.dtype, strategy: KvStrategy
+        self, *, batch_size: int, max_tokens: int, strategy: KvStrategy
     ) -> KeyValueCache:
         """Return a cache to fill with the prompt; then `begin` follows."""
-        shape = (batch_size, dtype, strategy, self.decoder.device)
+        shape = (batch_size, self.decoder.cache_dtype, strategy, self.decoder.device)
         buffers = self._buffers
         if buffers is None or buffers.shape != shape or buffers.cache.max_tokens < max_tokens:
             self._buffers = buffers = None  # Freed before new ones are made.
@@ -159,13 +159,8 @@ class _Buffers:
     def __init__(self, decoder: Decoder, shape: _Shape, max_tokens: int) -> None:
         self.shape = shape
         batch_size, dtype, strategy, device = shape
-        self.cache = KeyValueCache(
-            decoder.config,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            device=device,
-            dtype=dtype,
-            strategy=strategy,
+        self.cache = decoder.new_cache(
+            batch_size=batch_size, max_tokens=max_tokens, strategy=strategy
         )
         self.window = Window(batch_size, max_tokens, dtype=dtype, device=device)
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)

@@ -1,6 +1,4 @@
-"""Where a pass writes into a cache, and which tokens it sees, if not simply after all those held.
-
-`Window` is for decoding steps of fixed shapes, `RowWindow` for rows of different lengths.
+"""Where a decoding step of fixed shapes writes into a cache, and which tokens it sees.
 
 What changes from token to token is a value on the device, never a number in Python, so all steps
 run the same kernels with the same arguments, and a CUDA graph can replay them. Attention reads a
@@ -15,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["RowWindow", "Window"]
+__all__ = ["Window"]
 
 
 class Window:
@@ -58,50 +56,3 @@ class Window:
     def write(self, held: Tensor, new: Tensor) -> None:
         """Put keys or values of the step's token, (batch, heads, 1, head_dim), into the cache's."""
         held.index_copy_(2, self.columns, new)
-
-
-class RowWindow:
-    """The window of one pass in which each row continues at a column of its own.
-
-    Args:
-        columns: where each row's new tokens go, (batch, new).
-        size: attention reads the cache's first `size` tokens; at least all columns.
-        padding: of the prompts, (batch, time), false for padding; None where there is none.
-        num_positions: positions of the model's context; later ones, of rows that have ended, are
-            read as the last.
-        dtype: that of the queries.
-    """
-
-    def __init__(
-        self,
-        columns: Tensor,
-        size: int,
-        *,
-        padding: Tensor | None,
-        num_positions: int,
-        dtype: torch.dtype,
-    ) -> None:
-        self.columns = columns
-        self.size = size
-        self._padding = padding
-        self._last_position = num_positions - 1
-        self._dtype = dtype
-
-    def positions(self) -> Tensor:
-        """Return the position of each new token, (batch, new); positions do not count padding."""
-        positions = self.columns
-        if self._padding is not None:
-            positions = positions - (~self._padding).sum(1, keepdim=True)
-        return positions.clamp_max(self._last_position)
-
-    def mask(self) -> Tensor:
-        """Return 0 for tokens that a new token sees, -inf else, (batch, 1, new, size)."""
-        hidden = torch.arange(self.size, device=self.columns.device) > self.columns.unsqueeze(-1)
-        if self._padding is not None:
-            hidden[..., : self._padding.size(1)] |= ~self._padding.unsqueeze(1)
-        bias = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device)
-        return bias.masked_fill_(hidden, -torch.inf).unsqueeze(1)
-
-    def write(self, held: Tensor, new: Tensor) -> None:
-        """Put keys or values, (batch, heads, new, head_dim), into the cache's."""
-        held.scatter_(2, self.columns[:, None, :, None].expand_as(new), new)

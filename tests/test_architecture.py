@@ -56,22 +56,22 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 9_288,
-    "benchmarks": 6_472,
+    "iiet": 8_691,
+    "benchmarks": 6_463,
     "examples": 2_748,
     "orchestrator/workspace": 1_587,
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_612,
     "orchestrator/records": 1_024,
     "orchestrator/data": 3_540,
-    "orchestrator/tracking": 2_399,
+    "orchestrator/tracking": 2_401,
     "orchestrator/training": 5_215,
-    "orchestrator/evaluation": 4_763,
+    "orchestrator/evaluation": 4_762,
     "orchestrator/planning": 1_153,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_979,
-    "orchestrator/sweeping": 3_365,
-    "orchestrator/pipelines": 4_733,
+    "orchestrator/reporting": 4_958,
+    "orchestrator/sweeping": 3_364,
+    "orchestrator/pipelines": 4_729,
     "orchestrator/cli": 1_993,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

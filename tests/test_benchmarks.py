@@ -22,7 +22,7 @@ NUM_ROWS = {
     "mix": 5,
     "decoding": 6,
     "schedules": 8,
-    "speculation": 18,
+    "speculation": 16,
     "teacher_cache": 4,
     "training": 4,
     "evaluation": 2,

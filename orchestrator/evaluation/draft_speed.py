@@ -18,9 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from iiet import speculative
 from iiet.decoder import Decoder
-from iiet.generation import stream
+from iiet.generation import generate, stream
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.decode_timing import sweep_prompt_length, threads, time_stream
 
@@ -55,12 +54,12 @@ def measure_draft(
     """
     prompts = texts[:, : sweep_prompt_length(full.config.context_length)].to(full.device)
     new_tokens = texts.size(1) - prompts.size(1)
-    _, record = speculative.generate(
-        full, prompts, max_new_tokens=new_tokens, draft=draft, draft_tokens=1
+    _, record = generate(
+        full, prompts, max_new_tokens=new_tokens, draft=draft, draft_tokens=1, return_record=True
     )
     with_draft: list[float] = []
     plain: list[float] = []
-    drafting: Callable[..., Iterator[Tensor]] = partial(speculative.stream, draft=draft)
+    drafting: Callable[..., Iterator[Tensor]] = partial(stream, draft=draft)
     ways = [(with_draft, drafting), (plain, stream)]
     # One row is too little work for several threads: they would wait for each other.
     with threads(1):

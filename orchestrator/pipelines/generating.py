@@ -22,7 +22,6 @@ from iiet.generation import stream as stream_tokens
 from iiet.sampling import LogitsNotFinite
 from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord
-from iiet.speculative import stream as speculative_stream
 from iiet.weights import CONFIG
 from orchestrator.data.tokenizer import load_tokenizer, num_token_ids
 from orchestrator.evaluation.answers import (
@@ -222,7 +221,7 @@ class TextGenerator:
                 None if is_auto else drafting.draft, checkpoint, option="--draft"
             )
             self._stream = partial(
-                speculative_stream,
+                stream_tokens,
                 draft=asked or "auto",
                 draft_tokens=drafting.num_tokens,
                 family=known_schedules(checkpoint),

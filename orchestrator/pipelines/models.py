@@ -46,11 +46,11 @@ from orchestrator.reporting.front_axes import FrontAxes, parse_axes
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.reporting.pareto import FrontPoint
 from orchestrator.reporting.pick_rules import PickRule, pick_from_front
-from orchestrator.reporting.seed_averages import average_seeds, lowest_seed
-from orchestrator.reporting.sweep_results import (
+from orchestrator.reporting.results import (
     StoredSweep,
     load_item_values,
     load_sweep_results,
+    lowest_seed,
     newest_sweep,
 )
 from orchestrator.settings import Settings
@@ -66,7 +66,7 @@ from orchestrator.training.checkpoint import (
     served_schedules,
     weights_key,
 )
-from orchestrator.training.checkpoint_lookup import known_schedules, newest_intact_checkpoint
+from orchestrator.training.checkpoint_lookup import newest_intact_checkpoint
 from orchestrator.training.gguf_file import ARCHITECTURE, GgufFile
 from orchestrator.training.model_config import model_family
 from orchestrator.training.model_loading import (
@@ -298,7 +298,7 @@ def export_checkpoint(
     """
     from iiet.export import export_pretrained
 
-    progress, own = progress or Progress(), decoder.schedule
+    progress = progress or Progress()
     model = None if replaces else (checkpoint, decoder.config)
     check_target(folder, model)
     progress.start("export")
@@ -310,7 +310,6 @@ def export_checkpoint(
         tokenizer = load_tokenizer(tokenizer_file)
         end_of_text = str(tokenizer.id_to_token(end_of_text_id(tokenizer)))
     token_ids = json.loads(text_files.pop(TOKEN_IDS)) if TOKEN_IDS in text_files else None
-    drafts = [s for s in known_schedules(checkpoint) if s != own and s.is_within(own)]
     try:
         with new_folder(folder) as temporary:
             export_pretrained(
@@ -320,7 +319,6 @@ def export_checkpoint(
                 end_of_text=end_of_text,
                 token_ids=token_ids,
                 text_files=text_files or None,
-                elastic_schedules=drafts,
             )
             write_text(temporary / CARD, card.to_markdown())
             lines = [f"{file_digest(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
@@ -505,15 +503,15 @@ def plan_pick(
         (progress or Progress()).note(line)
     point = pick_from_front(front, rule)
     sentence = describe_point(front, point, kept_share=rule.share)
-    keys = average_seeds(found.results).keys_of_seeds[point.result.key]
-    result = lowest_seed([result for result in found.results if result.key in keys])
+    seeds = front.seeds_of(point)
+    result = lowest_seed(seeds)
     if rule.name == "draft":
         full = draft_targets(found.results)[result.key]
         sentence += f"; {draft_sentence(point.result, full.name)}"
         # A cheaper schedule of the same weights is no model of its own: the full one is exported.
         result = full if full.checkpoint == result.checkpoint else result
-    if len(keys) > 1:
-        number = f"{len(keys)} seeds, its checkpoint is that of seed {result.seed}"
+    if len(seeds) > 1:
+        number = f"{len(seeds)} seeds, its checkpoint is that of seed {result.seed}"
         sentence += f"; its numbers are means over {number}"
     return PickResult(
         sweep=found, axes=axes, alias=rule.alias, point=point, model=result, sentence=sentence

@@ -45,7 +45,7 @@ class TextModel:
                 `max_new_tokens` tokens, limited by the context length; `temperature` 0 always
                 takes the most likely token. Where the model makes corrections, `schedule` is the
                 iteration schedule instead of the model's own, and `draft` a cheaper one that
-                proposes tokens, or `auto`; it changes the speed of continuations only.
+                proposes tokens; it changes the speed of continuations only.
 
         Raises:
             MlflowException: If a parameter cannot be served, or a text is too long for `logprob`.
@@ -75,6 +75,8 @@ class TextModel:
         ids = ids[-max(context - wanted, (context + 1) // 2) :]
         temperature = settings["temperature"]
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+        if settings["draft"]:
+            sampling["assistant_model"] = self.model.with_schedule(settings["draft"])
         with torch.no_grad():
             output = self.model.generate(
                 input_ids=torch.tensor([ids]),
@@ -82,7 +84,7 @@ class TextModel:
                 max_new_tokens=min(wanted, context - len(ids)),
                 pad_token_id=self.tokenizer.eos_token_id,
                 **{"do_sample": False, **sampling},
-                **_given(settings, "schedule", "draft"),
+                **_given(settings, "schedule"),
             )
         return str(self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
 

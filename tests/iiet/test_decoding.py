@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from iiet import Decoder, IterationSchedule, KeyValueCache, generate, preset, speculative, stream
+from iiet import Decoder, IterationSchedule, KeyValueCache, generate, preset, stream
 from iiet.cache import evaluation_slots
 from iiet.sampling import LogitsNotFinite
 
@@ -77,8 +77,8 @@ def test_a_cache_of_another_dtype_than_the_keys_is_refused():
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_k": 4}])
-@pytest.mark.parametrize("generate", [generate, speculative.generate])
-def test_logits_that_are_not_finite_choose_no_token(generate, settings):
+@pytest.mark.parametrize("draft", [None, "auto"])
+def test_logits_that_are_not_finite_choose_no_token(draft, settings):
     """Neither in the prompt's pass nor in a later one."""
     for bad_pass in (0, 3):
         decoder, passes = decoder_of(), itertools.count()
@@ -88,7 +88,7 @@ def test_logits_that_are_not_finite_choose_no_token(generate, settings):
 
         decoder.norm.register_forward_hook(spoil)
         with pytest.raises(LogitsNotFinite, match="logits are not finite"):
-            generate(decoder, prompt(), max_new_tokens=20, **settings)
+            generate(decoder, prompt(), max_new_tokens=20, draft=draft, **settings)
 
 
 @torch.no_grad()

@@ -254,7 +254,7 @@ def test_an_ordinary_pass_may_follow():
     """It sees the tokens of the steps, and the padding of the prompts."""
     decoder = decoder_of()
     steps = StaticSteps(decoder)
-    cache = steps.empty_cache(batch_size=2, max_tokens=16, dtype=torch.float64, strategy="exact")
+    cache = steps.empty_cache(batch_size=2, max_tokens=16, strategy="exact")
     tokens = prompts(2, 12)
     mask = padding(2, 12)
     expected = decoder(tokens, attention_mask=mask)

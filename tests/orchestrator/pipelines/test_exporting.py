@@ -29,10 +29,10 @@ from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.model_card import REQUIREMENTS, ModelCard
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import ELASTIC, weights_key
+from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import PROVENANCE, Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 TASKS = {
     "choice": """\
@@ -129,18 +129,6 @@ def test_every_file_has_the_mode_of_the_umask(
     }
     assert modes == dict.fromkeys(modes, "0o640")
     assert len([*folder.glob("model-0000?-of-*.safetensors")]) > 1
-
-
-def test_an_export_names_the_schedules_that_its_weights_learned(
-    checkpoint: Path, tmp_path: Path
-) -> None:
-    """They are the drafts that transformers' `generate(draft="auto")` tries."""
-    provenance = json.loads((checkpoint / PROVENANCE).read_text())
-    for members, expected in ((["1,1", "0,0"], ["1,1", "0,0"]), ([], None)):
-        (checkpoint / PROVENANCE).write_text(json.dumps({**provenance, ELASTIC: members}))
-        folder = exported(checkpoint, tmp_path / "model")
-        assert json.loads((folder / "config.json").read_text())["elastic_schedules"] == expected
-        assert load_model(folder).config == load_model(checkpoint).config
 
 
 @pytest.mark.slow
