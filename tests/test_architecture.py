@@ -57,7 +57,7 @@ ORDER = (
 
 LINES = {
     "iiet": 8_691,
-    "benchmarks": 6_463,
+    "benchmarks": 5_336,
     "examples": 2_748,
     "orchestrator/workspace": 1_587,
     "orchestrator/terminal": 616,
