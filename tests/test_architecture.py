@@ -69,9 +69,9 @@ LINES = {
     "orchestrator/evaluation": 4_675,
     "orchestrator/planning": 1_153,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_979,
-    "orchestrator/sweeping": 3_365,
-    "orchestrator/pipelines": 4_995,
+    "orchestrator/reporting": 4_845,
+    "orchestrator/sweeping": 3_364,
+    "orchestrator/pipelines": 4_994,
     "orchestrator/cli": 1_990,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

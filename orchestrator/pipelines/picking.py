@@ -21,14 +21,14 @@ from orchestrator.reporting.mlflow_report import run_name
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.reporting.pareto import FrontPoint
 from orchestrator.reporting.pick_rules import PickRule, pick_from_front
-from orchestrator.reporting.seed_averages import average_seeds, lowest_seed
-from orchestrator.reporting.sweep_report import sweep_front
-from orchestrator.reporting.sweep_results import (
+from orchestrator.reporting.results import (
     StoredSweep,
     load_item_values,
     load_sweep_results,
+    lowest_seed,
     newest_sweep,
 )
+from orchestrator.reporting.sweep_report import sweep_front
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.model_config import model_family
 from orchestrator.training.model_loading import load_model
@@ -127,15 +127,15 @@ def pick(
         context.progress.note(line)
     point = pick_from_front(front, rule)
     sentence = describe_point(front, point, kept_share=rule.share)
-    keys = average_seeds(found.results).keys_of_seeds[point.result.key]
-    result = lowest_seed([result for result in found.results if result.key in keys])
+    seeds = front.seeds_of(point)
+    result = lowest_seed(seeds)
     if rule.name == "draft":
         full = draft_targets(found.results)[result.key]
         sentence += f"; {draft_sentence(point.result, full.name)}"
         # A cheaper schedule of the same weights is no model of its own: the full one is exported.
         result = full if full.checkpoint == result.checkpoint else result
-    if len(keys) > 1:
-        number = f"{len(keys)} seeds, its checkpoint is that of seed {result.seed}"
+    if len(seeds) > 1:
+        number = f"{len(seeds)} seeds, its checkpoint is that of seed {result.seed}"
         sentence += f"; its numbers are means over {number}"
     if dry_run:
         return PickResult(

@@ -52,13 +52,12 @@ from orchestrator.planning.estimate import (
 from orchestrator.planning.fit import find_problems
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.reporting.command_tables import price_rows, two_column_table
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.front_axes import parse_axes
-from orchestrator.reporting.front_data import front_rows, front_values
+from orchestrator.reporting.front_data import front_values, model_rows
 from orchestrator.reporting.front_tables import terminal_table
-from orchestrator.reporting.pareto import Front
-from orchestrator.reporting.price_table import price_rows, two_column_table
-from orchestrator.reporting.sweep_results import (
+from orchestrator.reporting.results import (
     CHANCE_TITLE,
     LEFT_OUT_TITLE,
     StoredSweep,
@@ -200,8 +199,8 @@ class ReportResult(Result):
 
     title: str
     """Heading of the report."""
-    front: Front = Field(exclude=True)
-    """Every model with its place."""
+    front: Any = Field(exclude=True)
+    """A `Front`: every model with its place."""
     sentences: tuple[str, ...]
     """Notes on how to read the front, then its findings."""
     elastic: ElasticSection | None = Field(exclude=True)
@@ -228,7 +227,7 @@ class ReportResult(Result):
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per model: cost, quality, place on the front, checkpoint."""
-        return list(front_rows(self.front))
+        return model_rows(self.front)
 
     def to_json(self) -> dict[str, Any]:
         """Return title, sentences and files, and what `front.json` holds."""

@@ -32,7 +32,7 @@ from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.sweeps import plan_iterations, plan_students, schedule_search
 from orchestrator.pipelines.syncing import sync
 from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.reporting.sweep_results import StoredSweep, load_sweep_results
+from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
 from orchestrator.sweeping import decoding
 from orchestrator.sweeping.asha import asha_trials, record_early_stop

@@ -19,7 +19,7 @@ from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate_model
 from orchestrator.pipelines.exporting import export
 from orchestrator.pipelines.sweeps import make_tasks, plan_suite
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.reporting.sweep_results import load_item_values
+from orchestrator.reporting.results import load_item_values
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import checkpoint_trial

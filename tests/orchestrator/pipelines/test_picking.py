@@ -24,7 +24,7 @@ from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.measurement import TrackedModel
 from orchestrator.records.trial import TrialDecoding
 from orchestrator.reporting.pick_rules import PickRule
-from orchestrator.reporting.sweep_results import StoredSweep
+from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import read_settings
 from orchestrator.training.checkpoint import save_checkpoint, weights_key
 from orchestrator.training.model_loading import load_model
