@@ -57,7 +57,7 @@ ORDER = (
 
 LINES = {
     "iiet": 8_691,
-    "benchmarks": 6_463,
+    "benchmarks": 5_336,
     "examples": 2_748,
     "orchestrator/workspace": 1_587,
     "orchestrator/terminal": 616,
@@ -69,7 +69,7 @@ LINES = {
     "orchestrator/evaluation": 4_762,
     "orchestrator/planning": 1_153,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_958,
+    "orchestrator/reporting": 4_845,
     "orchestrator/sweeping": 3_364,
     "orchestrator/pipelines": 4_729,
     "orchestrator/cli": 1_993,

@@ -36,7 +36,7 @@ from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.measurement import Measurement
 from orchestrator.records.parameters import schedule_parameters
-from orchestrator.reporting import benchmark_tables
+from orchestrator.reporting import command_tables
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import DTYPES
@@ -91,11 +91,11 @@ class BenchmarkResult(Result):
 
     def shown(self) -> Iterable[RenderableType]:
         """Return the tables of costs and shares, and what they say."""
-        yield from benchmark_tables.cost_and_share_tables(self.costs)
-        how = benchmark_tables.conditions_sentence(
+        yield from command_tables.cost_and_share_tables(self.costs)
+        how = command_tables.conditions_sentence(
             self.conditions, device=self.device, dtype=self.dtype
         )
-        for line in (*benchmark_tables.benchmark_sentences(self.costs), how):
+        for line in (*command_tables.benchmark_sentences(self.costs), how):
             yield f"  {line}"
         yield f"  written to {self.path}"
 

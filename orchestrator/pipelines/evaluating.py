@@ -30,12 +30,12 @@ from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.measurement import Measurement
 from orchestrator.records.parameters import schedule_parameters
-from orchestrator.reporting.evaluation_tables import (
+from orchestrator.reporting.command_tables import (
     average_notes,
     evaluation_table,
     tasks_with_other_items,
+    two_column_table,
 )
-from orchestrator.reporting.price_table import two_column_table
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count, format_with_error

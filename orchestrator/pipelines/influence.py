@@ -26,7 +26,7 @@ from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
 from orchestrator.records.measurement import Measurement
-from orchestrator.reporting.influence_tables import influence_terminal_table
+from orchestrator.reporting.command_tables import influence_terminal_table
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, weights_key

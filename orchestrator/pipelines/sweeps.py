@@ -52,11 +52,11 @@ from orchestrator.planning.estimate import (
 from orchestrator.planning.fit import find_problems
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.reporting.command_tables import price_rows, two_column_table
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.front_axes import parse_axes
 from orchestrator.reporting.front_data import front_values, model_rows
 from orchestrator.reporting.front_tables import terminal_table
-from orchestrator.reporting.price_table import price_rows, two_column_table
 from orchestrator.reporting.results import (
     CHANCE_TITLE,
     LEFT_OUT_TITLE,

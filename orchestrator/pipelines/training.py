@@ -31,7 +31,7 @@ from orchestrator.planning.estimate import Estimate, Price, price_of, run_device
 from orchestrator.planning.fit import find_problems
 from orchestrator.planning.machine import check_on_cluster, check_run_resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.reporting.price_table import price_rows, training_rows, two_column_table
+from orchestrator.reporting.command_tables import price_rows, training_rows, two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, read_settings, to_yaml
 from orchestrator.settings.files import starting_yaml
 from orchestrator.sweeping.student_plans import distillation_job

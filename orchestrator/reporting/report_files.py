@@ -13,6 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from iiet.influence import InfluenceTable
+from orchestrator.reporting.command_tables import influence_markdown
 from orchestrator.reporting.elastic_section import ELASTIC_TITLE
 from orchestrator.reporting.figure_style import save_figure
 from orchestrator.reporting.front_data import front_values, model_table
@@ -21,7 +22,6 @@ from orchestrator.reporting.front_tables import TASK_TABLES_NOTE, front_markdown
 from orchestrator.reporting.front_text import hypervolume_text, model_name
 from orchestrator.reporting.html_page import render_page
 from orchestrator.reporting.influence_figure import draw_influence
-from orchestrator.reporting.influence_tables import influence_markdown
 from orchestrator.reporting.markdown import bullets
 from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_content import SweepReport
