@@ -26,11 +26,9 @@ if TYPE_CHECKING:
         evaluate,
         plan_evaluate,
     )
-    from orchestrator.pipelines.exporting import export
     from orchestrator.pipelines.generating import Sampling, generate, generate_stream
-    from orchestrator.pipelines.importing import import_model
     from orchestrator.pipelines.influence import InfluenceResult, measure_influence
-    from orchestrator.pipelines.picking import PickResult, pick
+    from orchestrator.pipelines.models import PickResult, export, import_model, pick, plan_pick
     from orchestrator.pipelines.sweeps import (
         PlannedSweep,
         ReportResult,
@@ -69,11 +67,9 @@ _MODULES = {
         "evaluate",
         "plan_evaluate",
     ),
-    "pipelines.exporting": ("export",),
     "pipelines.generating": ("Sampling", "generate", "generate_stream"),
-    "pipelines.importing": ("import_model",),
     "pipelines.influence": ("InfluenceResult", "measure_influence"),
-    "pipelines.picking": ("PickResult", "pick"),
+    "pipelines.models": ("PickResult", "export", "import_model", "pick", "plan_pick"),
     "pipelines.sweeps": (
         "PlannedSweep",
         "ReportResult",
@@ -139,6 +135,7 @@ __all__ = [
     "pick",
     "plan_distill",
     "plan_evaluate",
+    "plan_pick",
     "plan_pretrain",
     "plan_sweep",
     "prepare",

@@ -57,7 +57,7 @@ ORDER = (
 
 LINES = {
     "iiet": 8_691,
-    "benchmarks": 6_463,
+    "benchmarks": 5_336,
     "examples": 2_748,
     "orchestrator/workspace": 1_503,
     "orchestrator/terminal": 616,
@@ -65,14 +65,14 @@ LINES = {
     "orchestrator/records": 1_024,
     "orchestrator/data": 3_534,
     "orchestrator/tracking": 2_401,
-    "orchestrator/training": 5_218,
-    "orchestrator/evaluation": 4_701,
+    "orchestrator/training": 5_220,
+    "orchestrator/evaluation": 4_788,
     "orchestrator/planning": 1_154,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_845,
     "orchestrator/sweeping": 3_364,
-    "orchestrator/pipelines": 4_940,
-    "orchestrator/cli": 1_994,
+    "orchestrator/pipelines": 4_682,
+    "orchestrator/cli": 1_997,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

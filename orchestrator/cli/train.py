@@ -194,7 +194,7 @@ def distill(
             "or --schedule 2,1,1,0,0,0"
         )
     _check_resources(call, local=local)
-    from orchestrator.pipelines.hub_imports import local_model
+    from orchestrator.pipelines.models import local_model
     from orchestrator.pipelines.training import plan_distill, run_distill
 
     plan = plan_distill(

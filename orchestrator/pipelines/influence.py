@@ -23,7 +23,7 @@ from iiet.methods import METHODS
 from orchestrator.cluster.launch import command_device
 from orchestrator.data.sources import describe_data, open_data
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.pipelines.hub_imports import local_model
+from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
 from orchestrator.records.measurement import Measurement
 from orchestrator.reporting.command_tables import influence_terminal_table, two_column_table
@@ -138,7 +138,7 @@ def plan_influence(
             go together.
     """
     space = find_workspace(workspace)
-    checkpoint = resolve_teacher(space, Path(model) if model else None)
+    checkpoint = resolve_teacher(space, model)
     tokens_folder = tokens_folder_of(checkpoint, space)
     config, data = load_config(checkpoint), open_data(tokens_folder)
     if not config.corrections.num_corrections:

@@ -41,8 +41,8 @@ from orchestrator.evaluation.task_selection import (
     user_task_folders,
 )
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.pipelines.hub_imports import local_model
 from orchestrator.pipelines.influence import plan_influence, run_influence
+from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
 from orchestrator.pipelines.training import UNPREPARED, TrainingPlan, plan_models, run_trainings
 from orchestrator.planning.estimate import (
@@ -429,7 +429,7 @@ def plan_sweep(
 
     # What is trained: models, or a teacher whose students follow.
     if teacher is not None:
-        wanted = None if teacher == NEWEST else Path(teacher)
+        wanted = None if teacher == NEWEST else teacher
         checkpoint = asked["teacher"] = resolve_teacher(space, wanted)
     else:
         check_sweep_tasks(settings, tasks_of_source(settings.data))

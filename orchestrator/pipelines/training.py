@@ -26,7 +26,7 @@ from orchestrator.data.preparation import ExpectedTokens, expected_tokens, find_
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.text_files import find_files, read_file
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.pipelines.hub_imports import local_model
+from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
 from orchestrator.planning.estimate import Estimate, Price, price_of, run_devices
 from orchestrator.planning.fit import find_problems
@@ -439,7 +439,7 @@ def plan_distill(
         UserError: As `distill`.
     """
     space = find_workspace(workspace)
-    checkpoint = resolve_teacher(space, Path(teacher) if teacher else None)
+    checkpoint = resolve_teacher(space, teacher)
     tokens = tokens_folder_of(checkpoint, space)
     students = [
         distillation_job(settings, space, checkpoint, str(schedule), tokens)

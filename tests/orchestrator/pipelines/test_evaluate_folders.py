@@ -25,8 +25,7 @@ from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model
 from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.heldout import HeldoutSuite
 from orchestrator.pipelines.evaluating import evaluate_model
-from orchestrator.pipelines.exporting import export_checkpoint
-from orchestrator.pipelines.importing import import_model
+from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.model_card import ModelCard

@@ -16,7 +16,7 @@ from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model
 from orchestrator.evaluation.harness import suite
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate_model
-from orchestrator.pipelines.exporting import export
+from orchestrator.pipelines.models import export
 from orchestrator.pipelines.sweeps import load_tasks, plan_suite
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.results import load_item_values
