@@ -59,7 +59,7 @@ LINES = {
     "iiet": 8_691,
     "benchmarks": 5_334,
     "examples": 2_748,
-    "orchestrator/workspace": 1_503,
+    "orchestrator/workspace": 1_063,
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_634,
     "orchestrator/records": 1_024,
@@ -67,11 +67,11 @@ LINES = {
     "orchestrator/tracking": 2_401,
     "orchestrator/training": 5_220,
     "orchestrator/evaluation": 4_788,
-    "orchestrator/planning": 1_154,
+    "orchestrator/planning": 1_159,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_845,
-    "orchestrator/sweeping": 3_579,
-    "orchestrator/pipelines": 4_465,
+    "orchestrator/sweeping": 3_571,
+    "orchestrator/pipelines": 4_885,
     "orchestrator/cli": 1_997,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

@@ -60,7 +60,7 @@ def list_workspace(
 
     Example: iiet-orch list runs --json
     """
-    from orchestrator.pipelines.upkeep import list_workspace as listing
+    from orchestrator.pipelines.listing import list_workspace as listing
 
     return listing(call.workspace, kind, with_checkpoints=call.as_json, note=call.note)
 
@@ -71,7 +71,7 @@ def status(call: Call) -> Result:
 
     Example: iiet-orch status --json
     """
-    from orchestrator.pipelines.upkeep import show_status
+    from orchestrator.pipelines.listing import show_status
 
     return show_status(call.workspace, note=call.note)
 
