@@ -12,54 +12,56 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+import altair
+from altair import Axis, Chart, InlineData, Scale
 
 from benchmarks.model_size import COSTS, MODELS, VANILLA
-from orchestrator.reporting.figure_style import (
-    BLUE,
-    DOTS_PER_INCH,
-    GRAY,
-    GRID,
-    RED,
-    save_figure,
-)
-
-_STYLES = dict(zip(MODELS, ((GRAY, "s"), (BLUE, "o"), (RED, "^")), strict=True))
-"""Label to color and marker."""
+from orchestrator.reporting.charts import BLUE, GRAY, RED, Spec, chart_spec, save_chart
 
 
-def draw(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Return the figure of a benchmark's rows."""
-    figure = Figure(figsize=(9.0, 5.0), dpi=DOTS_PER_INCH, layout="constrained")
-    axes = figure.subplots(2, len(COSTS), sharex=True, squeeze=False)
-    for column, cost in enumerate(COSTS):
-        above, below = axes[0][column], axes[1][column]
-        above.set_title(cost)
-        above.set_yscale("log")
-        above.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-        above.yaxis.set_minor_formatter(NullFormatter())
-        below.set_xlabel("parameters (millions)")
-        for label in list(MODELS)[1:]:
-            found = [row for row in rows if row["what"].startswith(f"{cost}, {label} /")]
-            sizes = [_spread(row, "size")["median"] for row in found]
-            # The vanilla model stands in the rows of both.
-            for name in (label,) if above.lines else (VANILLA, label):
-                _draw_line(above, name, sizes, [_spread(row, name) for row in found])
-            _draw_line(below, label, sizes, [row["ratio"] for row in found])
-            below.axhline(1 + (MODELS[label] or 0), color=_STYLES[label][0], linestyle=":")
-        for axis in (above, below):
-            axis.set_xscale("log")
-            axis.xaxis.set_major_locator(FixedLocator(sizes))
-            axis.xaxis.set_minor_locator(NullLocator())
-            axis.xaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
-            axis.grid(color=GRID)
-            axis.spines[["top", "right"]].set_visible(False)
-        below.set_ylim(bottom=0)
-    axes[0][0].set_ylabel("milliseconds")
-    axes[1][0].set_ylabel("ratio to vanilla")
-    axes[0][0].legend(frameon=False)
-    return figure
+def draw(rows: Sequence[dict[str, Any]]) -> Spec:
+    """Return the chart of a benchmark's rows."""
+    columns = []
+    for cost in COSTS:
+        milliseconds, ratios = [], []
+        for number, label in enumerate([*MODELS][1:]):
+            for row in (row for row in rows if row["what"].startswith(f"{cost}, {label} /")):
+                size = _spread(row, "size")["median"]
+                ratios.append({"size": size, "model": label, **row["ratio"]})
+                # The vanilla model stands in the rows of both.
+                for name in (label,) if number else (VANILLA, label):
+                    milliseconds.append({"size": size, "model": name, **_spread(row, name)})
+        bounds = [{"model": n, "bound": 1 + (MODELS[n] or 0)} for n in [*MODELS][1:]]
+        expected = Chart(InlineData(values=bounds)).mark_rule(strokeDash=[2, 2])
+        expected = expected.encode(y="bound:Q", color="model:N")
+        above = _panel(milliseconds, "milliseconds", Scale(type="log"))
+        below = _panel(ratios, "ratio to vanilla", Scale(zero=True))
+        columns.append(above.properties(title=cost) & altair.layer(expected, below))
+    return chart_spec(altair.hconcat(*columns))
+
+
+def _panel(rows: list[dict[str, Any]], title: str, scale: Scale) -> altair.LayerChart:
+    sizes = sorted({row["size"] for row in rows})
+    x_axis = Axis(values=sizes, format=".2~g")
+    x = altair.X("size:Q", title="parameters (millions)", scale=Scale(type="log"), axis=x_axis)
+    domain = [*MODELS]
+    model = Chart(InlineData(values=rows)).encode(
+        x,
+        altair.Color(
+            "model:N",
+            scale=Scale(domain=domain, range=[GRAY, BLUE, RED]),
+            legend=altair.Legend(title=None, orient="bottom"),
+        ),
+    )
+    median = altair.Y("median:Q", title=title, scale=scale)
+    shapes = Scale(domain=domain, range=["square", "circle", "triangle-up"])
+    return altair.layer(
+        model.mark_rule().encode(y=altair.Y("low:Q", scale=scale), y2="high:Q"),
+        model.mark_line().encode(median),
+        model.mark_point(filled=True, size=50).encode(
+            median, altair.Shape("model:N", scale=shapes)
+        ),
+    ).properties(width=260, height=200)
 
 
 def _spread(row: dict[str, Any], label: str) -> dict[str, float]:
@@ -67,20 +69,10 @@ def _spread(row: dict[str, Any], label: str) -> dict[str, float]:
     return found
 
 
-def _draw_line(axis: Any, label: str, sizes: list[float], spreads: list[dict[str, float]]) -> None:
-    color, marker = _STYLES[label]
-    medians = [spread["median"] for spread in spreads]
-    errors = [
-        [spread["median"] - spread["low"] for spread in spreads],
-        [spread["high"] - spread["median"] for spread in spreads],
-    ]
-    axis.errorbar(sizes, medians, yerr=errors, color=color, marker=marker, capsize=3, label=label)
-
-
 def main(numbers: Path, stem: Path) -> None:
     """Draw the numbers of a JSON file."""
     stored = json.loads(numbers.read_text(encoding="utf-8"))
-    [path] = save_figure(draw(stored["benchmarks"]["model_size"]["rows"]), stem, kinds=("png",))
+    [path] = save_chart(draw(stored["benchmarks"]["model_size"]["rows"]), stem, kinds=["png"])
     print(path)
 
 

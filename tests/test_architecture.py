@@ -25,7 +25,8 @@ ADAPTERS = {
     "lm_eval": ("orchestrator.evaluation", "benchmarks.evaluation"),
     "typer": ("orchestrator.cli",),
     "datasets": ("orchestrator.data", "orchestrator.evaluation.heldout"),
-    "matplotlib": ("orchestrator.reporting", "benchmarks.model_size_figure"),
+    "altair": ("orchestrator.reporting.charts", "benchmarks.model_size_figure"),
+    "vl_convert": ("orchestrator.reporting.charts",),
     "moocore": ("orchestrator.reporting.pareto",),
     "optuna": ("orchestrator.sweeping.search",),
     "gguf": ("orchestrator.training.gguf_file",),
@@ -57,8 +58,8 @@ ORDER = (
 
 LINES = {
     "iiet": 8_691,
-    "benchmarks": 6_463,
-    "examples": 2_748,
+    "benchmarks": 6_455,
+    "examples": 2_731,
     "orchestrator/workspace": 1_587,
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_612,
@@ -69,9 +70,9 @@ LINES = {
     "orchestrator/evaluation": 4_675,
     "orchestrator/planning": 1_153,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_958,
+    "orchestrator/reporting": 4_952,
     "orchestrator/sweeping": 3_364,
-    "orchestrator/pipelines": 4_994,
+    "orchestrator/pipelines": 4_993,
     "orchestrator/cli": 1_990,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

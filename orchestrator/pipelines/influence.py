@@ -220,13 +220,12 @@ def _stored(path: Path, key: str, progress: Progress) -> InfluenceTable | None:
 
 
 def _store(path: Path, key: str, table: InfluenceTable, progress: Progress) -> None:
-    from orchestrator.reporting.influence_figure import draw_influence  # Imports matplotlib.
+    from orchestrator.reporting.charts import influence_chart, save_chart  # Imports Altair.
 
-    picture = path.with_suffix(".png")
+    title = "Influence of each correction"
     try:
-        draw_influence(
-            table.rows(), metric=table.metric, title="Influence of each correction"
-        ).savefig(picture)
+        chart = influence_chart(table.rows(), metric=table.metric, title=title)
+        save_chart(chart, path.with_suffix(""), kinds=["png"])
         write_json(path, {"key": key, **table.to_dict()})
     except OSError as error:
         progress.note(f"cannot store the influence beside the weights: {error}")
