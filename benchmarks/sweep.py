@@ -30,9 +30,8 @@ from iiet.pruning import schedule_at_threshold
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import prepare
 from orchestrator.pipelines.sweeps import make_tasks, plan_suite
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
 from orchestrator.sweeping.execution import run_sweep
 from orchestrator.sweeping.selection import choose_members
@@ -259,7 +258,7 @@ def _losses(trials: Sequence[Trial]) -> list[float]:
 
 
 def _finish(trial: Trial) -> None:
-    trial.model_copy(update={"quality": {"accuracy": 0.5}}).write(trial.result_path)
+    trial.with_numbers("quality", {"accuracy": 0.5}).write(trial.result_path)
 
 
 def _seconds(label: str, seconds: float) -> Quantity:

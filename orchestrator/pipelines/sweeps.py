@@ -50,8 +50,7 @@ from orchestrator.planning.estimate import (
     price_of_trials,
 )
 from orchestrator.planning.fit import find_problems
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.command_tables import price_rows, two_column_table
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.front_axes import parse_axes
@@ -172,7 +171,7 @@ class PlannedSweep(Result):
                 "schedule": str(state.trial.model.corrections),
                 "state": state.name,
                 "steps_done": state.steps_done,
-                **exact_cost(state.trial.model, full).numbers(),
+                **exact_cost(state.trial.model, full),
             }
             for state in self.states
         ]

@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 
 from iiet.config import PRESETS
 from iiet.methods import METHODS
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, ModelSettings, Settings
 from orchestrator.sweeping.trials import evaluation_key, make_plan
 from orchestrator.terminal.render import format_count

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from iiet.cost import inference_cost
-from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.trial import SweepPlan
 from orchestrator.sweeping.trial_states import TrialState
 from orchestrator.sweeping.trials import (
     full_config,

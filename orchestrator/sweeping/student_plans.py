@@ -11,9 +11,8 @@ from iiet.distillation import DistillationConfig
 from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
 from orchestrator.planning.estimate import Estimate
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.settings import (
     DistillationSettings,
     SearchSettings,

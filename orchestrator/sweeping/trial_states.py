@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.planning.estimate import Estimate
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import SweepSettings
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop
 from orchestrator.training.job import finished_outcome
