@@ -12,12 +12,11 @@ from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import prepare
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.pipelines.sweeps import load_tasks, plan_suite
 from orchestrator.records.evaluation import EvaluationKeys, TaskResult
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
-from orchestrator.sweeping.student_plans import threshold_plan
+from orchestrator.sweeping.plan import load_tasks, plan_suite, threshold_plan
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import JOURNAL_NAME

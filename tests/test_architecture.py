@@ -57,7 +57,7 @@ ORDER = (
 
 LINES = {
     "iiet": 8_691,
-    "benchmarks": 5_339,
+    "benchmarks": 5_337,
     "examples": 2_748,
     "orchestrator/workspace": 1_503,
     "orchestrator/terminal": 616,
@@ -70,8 +70,8 @@ LINES = {
     "orchestrator/planning": 1_154,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_834,
-    "orchestrator/sweeping": 3_344,
-    "orchestrator/pipelines": 4_681,
+    "orchestrator/sweeping": 3_560,
+    "orchestrator/pipelines": 4_464,
     "orchestrator/cli": 1_997,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

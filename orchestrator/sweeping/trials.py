@@ -136,31 +136,6 @@ def trained_trial(
     )
 
 
-def make_plan(
-    kind: str,
-    name: str | None,
-    trials: Sequence[Trial],
-    suite: TrialSuite,
-    num_requested: int,
-    *,
-    teacher: Path | None,
-) -> SweepPlan:
-    """Return the plan of these trials, named by their keys where the user gave no name."""
-    # Two measures of influence may lead to the same schedules by other thresholds.
-    shown = [[t.key, t.threshold_above, t.threshold_up_to] for t in trials]
-    key = content_key("sweep", kind, shown)
-    return SweepPlan(
-        key=key,
-        name=name or f"{kind}-{key[:8]}",
-        kind=kind,
-        tokens_folder=suite.tokens_folder,
-        teacher=str(teacher) if teacher else None,
-        num_requested=num_requested,
-        trials=tuple(trials),
-        num_distinct=num_models(trials),
-    )
-
-
 def num_models(trials: Sequence[Trial]) -> int:
     """Return the number of schedules or models that a sweep is about; seeds count once.
 

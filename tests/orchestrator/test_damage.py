@@ -29,7 +29,6 @@ from orchestrator.evaluation import decode_timing
 from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import evaluate_model
-from orchestrator.pipelines.sweeps import plan_iterations, plan_students, schedule_search
 from orchestrator.pipelines.syncing import sync
 from orchestrator.records.trial import SweepPlan
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
@@ -38,6 +37,7 @@ from orchestrator.sweeping import decoding
 from orchestrator.sweeping.asha import asha_trials, record_early_stop
 from orchestrator.sweeping.decode_times import with_costs
 from orchestrator.sweeping.decoding import with_decoding
+from orchestrator.sweeping.plan import plan_iterations, plan_students, schedule_search
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking

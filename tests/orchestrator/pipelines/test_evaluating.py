@@ -17,10 +17,10 @@ from orchestrator.evaluation.harness import suite
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate_model
 from orchestrator.pipelines.models import export
-from orchestrator.pipelines.sweeps import load_tasks, plan_suite
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.results import load_item_values
 from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.sweeping.plan import load_tasks, plan_suite
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress

@@ -15,9 +15,9 @@ from fake_tracking import untracked
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.pipelines.evaluating import evaluate_model, plan_evaluate
-from orchestrator.pipelines.sweeps import load_tasks, plan_suite
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.sweeping.plan import load_tasks, plan_suite
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress

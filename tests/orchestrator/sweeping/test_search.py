@@ -24,8 +24,8 @@ from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.settings import SearchSettings, SweepSettings
 from orchestrator.sweeping import trial_queue
+from orchestrator.sweeping.plan import search_plan
 from orchestrator.sweeping.search import GENERATION, STUDY_FILE, ScheduleSearch, finished_schedules
-from orchestrator.sweeping.student_plans import search_plan
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
