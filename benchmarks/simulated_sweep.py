@@ -12,13 +12,11 @@ from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import prepare
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.pipelines.sweeps import make_tasks, plan_suite
 from orchestrator.records.evaluation import EvaluationKeys, TaskResult
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial, TrialTraining
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
-from orchestrator.sweeping.student_plans import threshold_plan
+from orchestrator.sweeping.plan import load_tasks, plan_suite, threshold_plan
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import JOURNAL_NAME
@@ -76,7 +74,7 @@ class SimulatedSweep:
             self.workspace,
             teacher=self._teacher,
             members=[FamilyMember(schedule, no_threshold, no_threshold) for schedule in schedules],
-            suite=plan_suite(*asked, make_tasks(*asked, Progress())),
+            suite=plan_suite(*asked, load_tasks(*asked, Progress())),
         )
 
     def finish(self, trials: Iterable[Trial]) -> None:
@@ -91,10 +89,17 @@ class SimulatedSweep:
                 values = [float(draw.random() < accuracy) for _ in items]
                 store.write(key, _task_result(task, items, values))
             measured = {
-                "quality": {"accuracy": accuracy, "accuracy_stderr": 0.013, "validation_loss": 3.0},
+                "numbers": {
+                    "quality/accuracy": accuracy,
+                    "quality/accuracy_stderr": 0.013,
+                    "quality/validation_loss": 3.0,
+                    "train/steps": NUM_STEPS,
+                    "train/tokens": 30_720,
+                    "train/flops": 1e12,
+                    "train/seconds": 10.0,
+                },
                 "evaluation": EvaluationKeys(tasks=keys),
                 "checkpoint": f"{trial.folder}/step_{NUM_STEPS:08d}",
-                "train": TrialTraining(steps=NUM_STEPS, tokens=30_720, flops=1e12, seconds=10.0),
             }
             trial.model_copy(update=measured).write(trial.result_path)
             write_journal(trial, NUM_STEPS)

@@ -29,14 +29,12 @@ from iiet.influence import InfluenceTable
 from iiet.pruning import schedule_at_threshold
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import prepare
-from orchestrator.pipelines.sweeps import make_tasks, plan_suite
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
 from orchestrator.sweeping.execution import run_sweep
+from orchestrator.sweeping.plan import load_tasks, plan_suite, threshold_plan
 from orchestrator.sweeping.selection import choose_members
-from orchestrator.sweeping.student_plans import threshold_plan
 from orchestrator.sweeping.trial_run import measure_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import open_tracking
@@ -143,7 +141,7 @@ class _Bench:
             workspace,
             teacher=self.teacher,
             members=choose_members(self.influence, settings.sweep),
-            suite=plan_suite(*asked, make_tasks(*asked, Progress())),
+            suite=plan_suite(*asked, load_tasks(*asked, Progress())),
         )
 
     def overhead(self) -> tuple[list[Row], list[str]]:
@@ -259,7 +257,7 @@ def _losses(trials: Sequence[Trial]) -> list[float]:
 
 
 def _finish(trial: Trial) -> None:
-    trial.model_copy(update={"quality": {"accuracy": 0.5}}).write(trial.result_path)
+    trial.with_numbers("quality", {"accuracy": 0.5}).write(trial.result_path)
 
 
 def _seconds(label: str, seconds: float) -> Quantity:

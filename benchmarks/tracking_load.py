@@ -26,8 +26,7 @@ from benchmarks.report import Goal, Quantity, Report, Row, checked
 from benchmarks.simulated_sweep import SimulatedSweep
 from benchmarks.timing import Spread
 from orchestrator.pipelines.ui import LOG_NAME, serve
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial, TrialTraining
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.sweeping.live_sweep import LiveSweep
 from orchestrator.tracking import TrackedRun, open_tracking
 from orchestrator.tracking.journal_copies import SECONDS_BETWEEN_COPIES
@@ -145,8 +144,7 @@ class _Bench:
                     self.tracking.wait()  # Seconds pass in a training.
             journal.close()
             measured = {
-                "quality": {"accuracy": 0.5},
-                "train": TrialTraining(seconds=1.0),
+                "numbers": {"quality/accuracy": 0.5, "train/seconds": 1.0},
                 "checkpoint": f"{trial.folder}/step_{size.num_steps:08d}",
             }
             live.log_results([trial.model_copy(update=measured)])

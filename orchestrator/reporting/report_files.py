@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.reporting.charts import front_chart, influence_chart, save_chart
+from orchestrator.reporting.command_tables import influence_markdown
 from orchestrator.reporting.elastic_section import ELASTIC_TITLE
 from orchestrator.reporting.front_data import front_values, model_table
 from orchestrator.reporting.front_tables import TASK_TABLES_NOTE, front_markdown, task_tables
 from orchestrator.reporting.front_text import hypervolume_text, model_name
 from orchestrator.reporting.html_page import render_page
-from orchestrator.reporting.influence_tables import influence_markdown
 from orchestrator.reporting.markdown import bullets
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.workspace.files import json_text, write_text

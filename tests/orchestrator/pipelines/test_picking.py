@@ -17,12 +17,10 @@ from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.exporting import export
 from orchestrator.pipelines.generating import open_generator
-from orchestrator.pipelines.picking import PickResult, pick
+from orchestrator.pipelines.models import PickResult, export, pick, plan_pick
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.measurement import TrackedModel
-from orchestrator.records.trial import TrialDecoding
 from orchestrator.reporting.pick_rules import PickRule
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import read_settings
@@ -167,12 +165,8 @@ def test_the_pick_of_a_draft_is_the_full_model_or_a_model_of_its_own(
 
     def picked(name: str, *speed_ups: float) -> tuple[PickResult, IterationSchedule]:
         drafts = [
-            trial.model_copy(
-                update={
-                    "decoding": TrialDecoding(
-                        acceptance=0.9, exact_ms_per_token=2.0, speed_up=speed_up
-                    )
-                }
+            trial.with_numbers(
+                "decoding", {"acceptance": 0.9, "exact_ms_per_token": 2.0, "speed_up": speed_up}
             )
             for trial, speed_up in zip((student, pruned), speed_ups, strict=True)
         ]
@@ -262,10 +256,9 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(
                 "label": f"1,0, seed {seed}",
                 "seed": seed,
                 "group": "1,0",
-                "quality": {"accuracy": accuracy},
                 "checkpoint": str(folder),
             }
-        )
+        ).with_numbers("quality", {"accuracy": accuracy})
         task = TaskResult(
             name="choices", version="1", num_items=100, num_fewshot=0,
             metrics={"acc": accuracy}, items=[], values={}, log_likelihoods=[],
@@ -286,7 +279,8 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(
 
 
 def test_a_dry_run_exports_nothing(context: Context, sweep: StoredSweep) -> None:
-    choice = pick_from(context, "two-models", PickRule(name="budget", budget=2), dry_run=True)
+    rule = PickRule(name="budget", budget=2)
+    choice = plan_pick(workspace=context.workspace, sweep="two-models", rule=rule)
     assert choice.point.result.key == "pruned"
     assert choice.folder is None
     assert not (context.workspace.exports / "two-models" / "budget-2").exists()

@@ -15,7 +15,7 @@ import vl_convert
 from sample_trials import sample_front, sample_trial
 
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.records.trial import Trial, TrialCost
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.charts import (
     BASELINE,
     FULL_MODEL,
@@ -87,8 +87,7 @@ def test_the_front_shows_roles_steps_and_names(sample_results: list[Trial]) -> N
 
 
 def test_every_pair_of_axes_has_its_front(sample_results: list[Trial]) -> None:
-    changes = {"key": "new", "cost": TrialCost(evaluations=1.0), "quality": {}}
-    results = [*sample_results, sample_results[1].model_copy(update=changes)]
+    results = [*sample_results, sample_trial(key="new", cost={"evaluations": 1.0})]
     sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(results)}
     chart = front_chart(sample_front(results, sweep_of=sweep_of))
     costs, qualities = menu(chart, "cost"), menu(chart, "quality")
@@ -195,7 +194,7 @@ def test_deeper_baselines_are_named_by_their_layers(sample_results: list[Trial])
                 "key": f"deep{count}",
                 "label": f"vanilla, {count} layers",
                 "model": dataclasses.replace(vanilla.model, num_layers=count),
-                "cost": vanilla.cost.model_copy(update={"evaluations": count}),
+                "numbers": {**vanilla.numbers, "cost/evaluations": count},
             }
         )
         for count in (8, 16)
