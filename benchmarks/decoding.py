@@ -336,7 +336,7 @@ def _cached_difference(decoder: Decoder) -> float:
     cache = KeyValueCache(decoder.config, batch_size=1, max_tokens=8)
     decoder(tokens[:, :-1], cache=cache)
     step, full = decoder(tokens[:, -1:], cache=cache), decoder(tokens)[:, -1:]
-    return ((step - full).abs().max() / full.std()).item()
+    return float((step - full).abs().max() / full.std())
 
 
 def _token_step(decoder: Decoder, size: _Size) -> Callable[[], float]:

@@ -104,26 +104,24 @@ def _measure_size(size: _Size, folder: Path, repetitions: int) -> tuple[list[Row
         r: decoder.with_schedule(IterationSchedule.uniform(size.num_layers, r)) for r in _STUDENTS
     }
 
-    differences = []
-    for batch in batches:
-        one, other = (
-            distillation_loss(students[_HALF], teacher, batch) for teacher in (live, exact)
-        )
-        differences.append(abs(one[0].item() - other[0].item()))
+    def loss(teacher: Model, r: int, batch: Tensor, top_k: int | None = None) -> Tensor:
+        config = DistillationConfig(top_k=top_k)
+        return distillation_loss(students[r], teacher, batch, config=config)[0]
+
+    differences = [loss(live, _HALF, batch) - loss(exact, _HALF, batch) for batch in batches]
     what = f"losses of a live teacher and its stored outputs, d {size.dim},"
-    check = checked(what, max(differences), 0.0)
+    check = checked(what, max(abs(each.item()) for each in differences), 0.0)
 
     def task(teacher: Model, r: int, top_k: int | None = None) -> Callable[[], float]:
-        config = DistillationConfig(top_k=top_k)
         coming: Iterator[Tensor] = cycle(batches)
 
         def step() -> None:
-            loss, _ = distillation_loss(students[r], teacher, next(coming), config=config)
-            torch.autograd.backward(loss)
+            value = loss(teacher, r, next(coming), top_k)
+            torch.autograd.backward(value)
             nn.utils.clip_grad_norm_(students[r].parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            loss.item()
+            value.item()
 
         return stopwatch(step)
 
