@@ -29,14 +29,12 @@ from iiet.influence import InfluenceTable
 from iiet.pruning import schedule_at_threshold
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import prepare
-from orchestrator.pipelines.sweeps import load_tasks, plan_suite
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
 from orchestrator.sweeping.execution import run_sweep
+from orchestrator.sweeping.plan import load_tasks, plan_suite, threshold_plan
 from orchestrator.sweeping.selection import choose_members
-from orchestrator.sweeping.student_plans import threshold_plan
 from orchestrator.sweeping.trial_run import measure_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import open_tracking
@@ -211,7 +209,7 @@ class _Bench:
         workspace = open_workspace(self.folder / "resumed")
         plan = self.plan(workspace)
         for trial in plan.trials:
-            trial.model_copy(update={"quality": {"accuracy": 0.5}}).write(trial.result_path)
+            trial.with_numbers("quality", {"accuracy": 0.5}).write(trial.result_path)
         seconds = []
         for _ in range(3):
             started = time.perf_counter()

@@ -57,21 +57,21 @@ ORDER = (
 
 LINES = {
     "iiet": 8_691,
-    "benchmarks": 3_780,
+    "benchmarks": 3_778,
     "examples": 2_748,
     "orchestrator/workspace": 1_503,
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_634,
-    "orchestrator/records": 1_024,
+    "orchestrator/records": 904,
     "orchestrator/data": 3_534,
     "orchestrator/tracking": 2_401,
-    "orchestrator/training": 5_220,
+    "orchestrator/training": 5_218,
     "orchestrator/evaluation": 4_788,
     "orchestrator/planning": 1_154,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_845,
-    "orchestrator/sweeping": 3_364,
-    "orchestrator/pipelines": 4_682,
+    "orchestrator/reporting": 4_834,
+    "orchestrator/sweeping": 3_560,
+    "orchestrator/pipelines": 4_464,
     "orchestrator/cli": 1_997,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
