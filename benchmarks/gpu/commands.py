@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from benchmarks.gpu.report import (
     problem_unless,
 )
 from iiet.weights import WEIGHTS
+from orchestrator.reporting.results import load_sweep_results
 from orchestrator.workspace.journal import Record, read_journal
 from orchestrator.workspace.layout import find_checkpoints, open_workspace
 
@@ -270,9 +270,8 @@ def sweep(setup: Setup) -> Iterator[Finding]:
         if share:
             figures["GPUs of the trials"] = " and ".join(gpus)
 
-        stored = (commands.workspace.sweeps / "two" / "results.json").read_text(encoding="utf-8")
-        qualities = [result["quality"] for result in json.loads(stored)["results"]]
-        num_finished = sum(quality.get("accuracy") is not None for quality in qualities)
+        trials = load_sweep_results(commands.workspace, "two").results
+        num_finished = sum(trial.value("quality/accuracy") is not None for trial in trials)
         problem = None
         if num_finished != NUM_TRIALS:
             problem = f"{num_finished} of {NUM_TRIALS} trials have an accuracy"
