@@ -57,7 +57,7 @@ ORDER = (
 
 LINES = {
     "iiet": 8_691,
-    "benchmarks": 3_778,
+    "benchmarks": 3_777,
     "examples": 2_748,
     "orchestrator/workspace": 1_503,
     "orchestrator/terminal": 616,
