@@ -25,7 +25,7 @@ ADAPTERS = {
     "lm_eval": ("orchestrator.evaluation", "benchmarks.evaluation"),
     "typer": ("orchestrator.cli",),
     "datasets": ("orchestrator.data", "orchestrator.evaluation.heldout"),
-    "altair": ("orchestrator.reporting.charts", "benchmarks.model_size_figure"),
+    "altair": ("orchestrator.reporting.charts",),
     "vl_convert": ("orchestrator.reporting.charts",),
     "moocore": ("orchestrator.reporting.pareto",),
     "optuna": ("orchestrator.sweeping.search",),
@@ -58,7 +58,7 @@ ORDER = (
 
 LINES = {
     "iiet": 8_691,
-    "benchmarks": 5_329,
+    "benchmarks": 3_777,
     "examples": 2_731,
     "orchestrator/workspace": 1_503,
     "orchestrator/terminal": 616,
