@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from orchestrator.evaluation.cost_measurement import MeasurementSettings
     from orchestrator.pipelines.benchmarking import BenchmarkResult, benchmark
-    from orchestrator.pipelines.comparing import CompareResult, compare
     from orchestrator.pipelines.evaluating import (
+        CompareResult,
         EvaluatePlan,
         ModelEvaluations,
+        compare,
         evaluate,
         plan_evaluate,
     )
@@ -58,8 +59,14 @@ if TYPE_CHECKING:
 _MODULES = {
     "evaluation.cost_measurement": ("MeasurementSettings",),
     "pipelines.benchmarking": ("BenchmarkResult", "benchmark"),
-    "pipelines.comparing": ("CompareResult", "compare"),
-    "pipelines.evaluating": ("EvaluatePlan", "ModelEvaluations", "evaluate", "plan_evaluate"),
+    "pipelines.evaluating": (
+        "CompareResult",
+        "EvaluatePlan",
+        "ModelEvaluations",
+        "compare",
+        "evaluate",
+        "plan_evaluate",
+    ),
     "pipelines.generating": ("Sampling", "generate", "generate_stream"),
     "pipelines.influence": ("InfluenceResult", "measure_influence"),
     "pipelines.models": ("PickResult", "export", "import_model", "pick", "plan_pick"),

@@ -304,9 +304,10 @@ def test_held_out_tasks_of_a_folder_come_from_the_newest_tokens(
         return HeldoutSuite(folder=tasks, tasks={}, notes=(), chances={})
 
     monkeypatch.setattr(task_selection, "build_heldout", build)
+    monkeypatch.setattr(task_selection, "find_heldout", build)
     with pytest.raises(UserError, match="no held-out tasks"):
         evaluate(folder, EvaluationSettings(), workspace)
-    assert asked == [workspace.tokens / "newer"]
+    assert set(asked) == {workspace.tokens / "newer"}
 
 
 def without_weights(folder: Path) -> None:
