@@ -49,9 +49,8 @@ def test_distilled_baselines_of_one_kind_share_a_marker(sample_results: list[Tri
             update={
                 **distilled, "key": f"deep{count}",
                 "model": dataclasses.replace(vanilla.model, num_layers=count),
-                "cost": vanilla.cost.model_copy(update={"evaluations": count}),
             }
-        )
+        ).with_numbers("cost", {"evaluations": count})
         for count in (8, 16)
     ]  # fmt: skip
     fewer = teacher.model_copy(update={**distilled, "key": "fewer"})

@@ -14,10 +14,11 @@ from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.pipelines import sweeps
 from orchestrator.pipelines.result import show
-from orchestrator.pipelines.sweeps import load_tasks, plan_suite, plan_sweep, sweep
+from orchestrator.pipelines.sweeps import plan_sweep, sweep
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
 from orchestrator.sweeping.checks import check_models, check_on_nodes, check_sweep
+from orchestrator.sweeping.plan import load_tasks, plan_suite
 from orchestrator.sweeping.selection import schedule_cost
 from orchestrator.sweeping.trials import SweepKind
 from orchestrator.terminal.progress import Progress
