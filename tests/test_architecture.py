@@ -25,8 +25,7 @@ ADAPTERS = {
     "lm_eval": ("orchestrator.evaluation", "benchmarks.evaluation"),
     "typer": ("orchestrator.cli",),
     "datasets": ("orchestrator.data", "orchestrator.evaluation.heldout"),
-    "altair": ("orchestrator.reporting.charts",),
-    "vl_convert": ("orchestrator.reporting.charts",),
+    "matplotlib": ("orchestrator.reporting",),
     "moocore": ("orchestrator.reporting.pareto",),
     "optuna": ("orchestrator.sweeping.search",),
     "gguf": ("orchestrator.training.gguf_file",),
@@ -72,8 +71,8 @@ LINES = {
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_828,
     "orchestrator/sweeping": 3_560,
-    "orchestrator/pipelines": 4_463,
-    "orchestrator/cli": 1_997,
+    "orchestrator/pipelines": 4_428,
+    "orchestrator/cli": 1_897,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""
