@@ -69,7 +69,7 @@ LINES = {
     "orchestrator/evaluation": 4_788,
     "orchestrator/planning": 1_154,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_834,
+    "orchestrator/reporting": 4_809,
     "orchestrator/sweeping": 3_560,
     "orchestrator/pipelines": 4_464,
     "orchestrator/cli": 1_997,
