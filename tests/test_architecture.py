@@ -69,7 +69,7 @@ LINES = {
     "orchestrator/evaluation": 4_788,
     "orchestrator/planning": 1_154,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_828,
+    "orchestrator/reporting": 4_803,
     "orchestrator/sweeping": 3_560,
     "orchestrator/pipelines": 4_428,
     "orchestrator/cli": 1_897,
