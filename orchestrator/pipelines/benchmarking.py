@@ -35,7 +35,7 @@ from orchestrator.evaluation.evaluated_model import (
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.measurement import Measurement
-from orchestrator.records.parameters import schedule_parameters
+from orchestrator.records.training import schedule_parameters
 from orchestrator.reporting import command_tables
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress

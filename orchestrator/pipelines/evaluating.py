@@ -39,7 +39,7 @@ from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.measurement import Measurement
-from orchestrator.records.parameters import schedule_parameters
+from orchestrator.records.training import schedule_parameters
 from orchestrator.reporting.command_tables import (
     average_notes,
     evaluation_table,

@@ -41,8 +41,7 @@ from orchestrator.planning.estimate import (
     price_of_trials,
 )
 from orchestrator.planning.fit import find_problems
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.command_tables import price_rows, two_column_table
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.front_axes import parse_axes
@@ -146,7 +145,7 @@ class PlannedSweep(Result):
                 "schedule": str(state.trial.model.corrections),
                 "state": state.name,
                 "steps_done": state.steps_done,
-                **exact_cost(state.trial.model, full).numbers(),
+                **exact_cost(state.trial.model, full),
             }
             for state in self.states
         ]
@@ -293,7 +292,7 @@ def report(
     Raises:
         UserError: If there is no such sweep, or a cost or quality has another name.
     """
-    from orchestrator.reporting.overlay_report import write_overlay_report  # Imports matplotlib.
+    from orchestrator.reporting.overlay_report import write_overlay_report  # Imports Altair.
     from orchestrator.reporting.sweep_report import write_sweep_report
 
     axes = parse_axes(cost, quality)

@@ -14,8 +14,8 @@ from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.pipelines.training import checkpoint_tags
 from orchestrator.records.measurement import Measurement
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import SweepPlan
 from orchestrator.reporting.results import load_sweep_results
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.reporting.training_curves import history_folder

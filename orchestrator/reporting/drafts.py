@@ -12,6 +12,8 @@ from orchestrator.records.trial import Trial
 from orchestrator.terminal.render import join_names
 from orchestrator.workspace.errors import UserError
 
+COST, SPEED_UP = "cost/evaluations", "decoding/speed_up"
+
 
 def draft_targets(results: Sequence[Trial]) -> dict[str, Trial]:
     """Return key of a trial -> the full model that it drafts for; costs must be known.
@@ -22,30 +24,31 @@ def draft_targets(results: Sequence[Trial]) -> dict[str, Trial]:
     costliest: dict[str, Trial] = {}
     for result in results:
         if result.checkpoint and result.role != "baseline":
-            most = costliest.get(result.checkpoint)
-            if most is None or _evaluations(result) > _evaluations(most):
+            most = costliest.setdefault(result.checkpoint, result)
+            if result.numbers[COST] > most.numbers[COST]:
                 costliest[result.checkpoint] = result
     targets = {}
     for result in results:
-        own = costliest.get(str(result.checkpoint))
-        target = own if own and _evaluations(result) < _evaluations(own) else teacher
-        is_draft = result.role == "trial" and result.checkpoint
-        if target and is_draft and _evaluations(result) < _evaluations(target):
-            targets[result.key] = target
+        if result.role == "trial" and result.checkpoint:
+            for target in (costliest[result.checkpoint], teacher):
+                if target and result.numbers[COST] < target.numbers[COST]:
+                    targets[result.key] = target
+                    break
     return targets
 
 
 def best_drafts(results: Sequence[Trial]) -> dict[str, Trial]:
     """Return name of a full model -> its fastest measured draft."""
+    best: dict[str, Trial] = {}
+    if not any(SPEED_UP in result.numbers for result in results):
+        return best
     targets = draft_targets(results)
-    measured: dict[str, list[Trial]] = {}
     for result in results:
-        if result.key in targets and result.decoding.speed_up is not None:
-            measured.setdefault(targets[result.key].name, []).append(result)
-    return {
-        name: max(drafts, key=lambda draft: draft.decoding.speed_up or 0.0)
-        for name, drafts in measured.items()
-    }
+        if result.key in targets and SPEED_UP in result.numbers:
+            fastest = best.setdefault(targets[result.key].name, result)
+            if result.numbers[SPEED_UP] > fastest.numbers[SPEED_UP]:
+                best[targets[result.key].name] = result
+    return best
 
 
 def pick_draft(results: Sequence[Trial], model: str) -> Trial:
@@ -66,35 +69,28 @@ def pick_draft(results: Sequence[Trial], model: str) -> Trial:
             f"--draft-for: no draft of {model!r} was measured; say {join_names([*best])}"
         )
     draft = best[model]
-    if (draft.decoding.speed_up or 0.0) <= 1.0:
+    if draft.numbers[SPEED_UP] <= 1.0:
         raise UserError(
             f"no draft speeds up {model}: with the best one, {draft.name}, its output takes "
-            f"{1 / (draft.decoding.speed_up or 1.0):.2f} times as long as without"
+            f"{1 / draft.numbers[SPEED_UP]:.2f} times as long as without"
         )
     return draft
 
 
 def draft_sentences(results: Sequence[Trial]) -> list[str]:
     """Return a sentence on the best draft of each full model; none without measured ones."""
-    found = []
-    for name, best in best_drafts(results).items():
-        text = draft_sentence(best, name)
-        found.append(text[0].upper() + text[1:] + ".")
-    return found
+    clauses = [draft_sentence(draft, full) for full, draft in best_drafts(results).items()]
+    return [f"{clause[0].upper()}{clause[1:]}." for clause in clauses]
 
 
 def draft_sentence(draft: Trial, full: str) -> str:
     """Return a clause on a measured draft of the full model of this name."""
-    numbers = draft.decoding
-    speed_up, accepted = numbers.speed_up or 0.0, numbers.acceptance or 0.0
+    numbers = draft.numbers
+    accepted = numbers["decoding/acceptance"]
     name = f"{draft.name} as its draft ({accepted:.0%} of the drafted tokens kept)"
-    if speed_up <= 1.0:
+    if numbers[SPEED_UP] <= 1.0:
         return f"no draft speeds up the exact output of {full}; the best is {name}"
     return (
-        f"the exact output of {full} takes {numbers.exact_ms_per_token:.2f} ms a token with "
-        f"{name}, plain decoding {speed_up:.2f} times as long"
+        f"the exact output of {full} takes {numbers['decoding/exact_ms_per_token']:.2f} ms a token "
+        f"with {name}, plain decoding {numbers[SPEED_UP]:.2f} times as long"
     )
-
-
-def _evaluations(trial: Trial) -> float:
-    return float(trial.cost.evaluations or 0)

@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING
 
 from iiet.cost import inference_cost
 from orchestrator.cluster.launch import trial_device
-from orchestrator.records.early_stop import EarlyStop
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
 from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop

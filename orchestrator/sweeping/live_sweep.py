@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from orchestrator.data.sources import describe_data
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.front_so_far import track_front_so_far
 from orchestrator.reporting.mlflow_report import SWEEP_TAG, trial_run
 from orchestrator.reporting.pareto import Front
@@ -105,9 +104,9 @@ class LiveSweep:
         return self._tracking.log_nested(runs, parent=self._run)
 
     def _costed(self, trial: Trial) -> Trial:
-        if trial.cost.evaluations is not None:
+        if "cost/evaluations" in trial.numbers:
             return trial
-        return trial.model_copy(update={"cost": exact_cost(trial.model, self._full)})
+        return trial.with_numbers("cost", exact_cost(trial.model, self._full))
 
     def _log_front(self, front: Front) -> None:
         notes = [f"{self._num_measured} of {self._num_trials} models are measured so far."]

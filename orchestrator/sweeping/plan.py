@@ -30,9 +30,8 @@ from orchestrator.evaluation.task_selection import (
     user_task_folders,
 )
 from orchestrator.planning.estimate import Estimate
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.settings import EvaluationSettings, SearchSettings, Settings
 from orchestrator.settings.training import default_precision
 from orchestrator.sweeping.baselines import find_baselines

@@ -13,8 +13,7 @@ from rich.table import Table
 
 from iiet.cost import inference_cost
 from orchestrator.planning.estimate import Estimate
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import SweepSettings
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop
 from orchestrator.sweeping.trials import full_config, num_distilled_baselines, num_models

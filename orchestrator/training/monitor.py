@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.sources import describe_data
-from orchestrator.records.parameters import job_parameters
-from orchestrator.records.training import TrainingJob
+from orchestrator.records.training import TrainingJob, job_parameters
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_duration

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.evaluation import decode_timing as benchmark
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial, TrialTraining
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.settings import SweepSettings, resolve_settings
@@ -34,9 +33,7 @@ def test_a_full_disk_fails_a_trial_with_its_reason_and_the_others_continue(
 
         from orchestrator.sweeping import trial_run
 
-        trial_run.measure_trial = lambda trial, _: trial.model_copy(
-            update={"quality": {"accuracy": 0.5}}
-        )
+        trial_run.measure_trial = lambda trial, _: trial.with_numbers("quality", {"accuracy": 0.5})
         # No file may grow beyond this, as on a disk that is full.
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         room = 4096 if parameters["is_full"] else limits[1]
@@ -69,7 +66,7 @@ def test_a_full_disk_fails_a_trial_with_its_reason_and_the_others_continue(
 
 
 def finish(trial: Trial) -> None:
-    measured = {"quality": {"accuracy": 0.5}, "train": TrialTraining(flops=1)}
+    measured = {"numbers": {"quality/accuracy": 0.5, "train/flops": 1}}
     trial.model_copy(update=measured).write(trial.result_path)
 
 

@@ -30,7 +30,7 @@ from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.syncing import sync
-from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.trial import SweepPlan
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
 from orchestrator.sweeping import decoding
@@ -187,13 +187,14 @@ def _read_stored_outputs(workspace: Workspace, notes: Notes) -> Any:
 def _time_the_models(workspace: Workspace, notes: Notes) -> Any:
     plan, results = _plan(workspace), load_sweep_results(workspace, "s").results
     found = with_costs(results, plan, workspace.sweeps / "s", read_settings(None, SETTINGS), notes)
-    return [trial.cost for trial in found]
+    return [trial.numbers for trial in found]
 
 
 def _time_the_drafts(workspace: Workspace, notes: Notes) -> Any:
     plan, results = _plan(workspace), load_sweep_results(workspace, "s").results
     settings, folder = read_settings(None, SETTINGS), workspace.sweeps / "s"
-    return [trial.decoding for trial in with_decoding(results, plan, folder, settings, notes)]
+    found = with_decoding(results, plan, folder, settings, notes)
+    return [trial.numbers for trial in found]
 
 
 def _plan(workspace: Workspace) -> SweepPlan:

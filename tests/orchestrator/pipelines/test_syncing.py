@@ -20,9 +20,8 @@ from orchestrator.evaluation import decode_timing as benchmark
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.syncing import sync
 from orchestrator.records.measurement import Measurement
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial, TrialTraining
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.settings import SETTINGS_NAME, resolve_settings, to_yaml
@@ -64,8 +63,7 @@ def train(trial: Trial) -> None:
 
 def finish(trial: Trial, accuracy: float) -> None:
     measured = {
-        "quality": {"accuracy": accuracy},
-        "train": TrialTraining(flops=1),
+        "numbers": {"quality/accuracy": accuracy, "train/flops": 1},
         "checkpoint": trial.checkpoint or f"{trial.folder}/step_00000003",
     }
     trial.model_copy(update=measured).write(trial.result_path)

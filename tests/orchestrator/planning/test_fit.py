@@ -21,8 +21,8 @@ from orchestrator.planning.fit import (
     smaller_settings,
 )
 from orchestrator.planning.machine import FreeBytes
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import SweepPlan
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes

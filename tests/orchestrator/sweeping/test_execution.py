@@ -11,8 +11,7 @@ from changed_trials import with_job
 
 from iiet.cost import inference_cost
 from orchestrator.evaluation import decode_timing as benchmark
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial, TrialTraining
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_early_stop
 from orchestrator.sweeping.execution import STOPPED_TAG, SweepOutcome, run_sweep
@@ -57,7 +56,7 @@ class FakeTracking:
 
 
 def finish(trial: Trial) -> None:
-    measured = {"quality": {"accuracy": 0.5}, "train": TrialTraining(flops=1)}
+    measured = {"numbers": {"quality/accuracy": 0.5, "train/flops": 1}}
     trial.model_copy(update=measured).write(trial.result_path)
 
 

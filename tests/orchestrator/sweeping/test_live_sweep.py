@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial, TrialTraining
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
 from orchestrator.sweeping.front_history import FrontHistory
 from orchestrator.sweeping.live_sweep import SECONDS_BETWEEN_FRONTS, LiveSweep
@@ -62,7 +61,7 @@ class Watched:
         return [point.step for point in history]
 
     def finish(self, trial: Trial, accuracy: float) -> None:
-        measured = {"quality": {"accuracy": accuracy}, "train": TrialTraining(flops=1e9)}
+        measured = {"numbers": {"quality/accuracy": accuracy, "train/flops": 1e9}}
         trial.model_copy(update=measured).write(trial.result_path)
         result = self.history.add(trial)
         assert result

@@ -21,8 +21,7 @@ from sample_trials import sample_front, sample_trial
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.trial_search import TrialSearch
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.settings import SearchSettings, SweepSettings
 from orchestrator.sweeping import trial_queue
 from orchestrator.sweeping.plan import search_plan
@@ -72,7 +71,7 @@ class World:
         if trial.result() is None:
             self.made += trial.role == "trial"
             quality = {"accuracy": self.accuracy(trial.model.corrections), "bits": 1.0}
-            trial.model_copy(update={"quality": quality}).write(trial.result_path)
+            trial.with_numbers("quality", quality).write(trial.result_path)
 
     def search(self, **settings: Any) -> ScheduleSearch:
         own = SearchSettings(**settings)

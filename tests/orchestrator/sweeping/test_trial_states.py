@@ -23,9 +23,8 @@ from orchestrator.planning.estimate import (
     on_trial_devices,
     price_of_trials,
 )
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.command_tables import price_rows
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.sweeping.asha import asha_trials, record_early_stop
