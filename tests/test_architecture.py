@@ -69,9 +69,9 @@ LINES = {
     "orchestrator/evaluation": 4_788,
     "orchestrator/planning": 1_154,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_809,
+    "orchestrator/reporting": 4_801,
     "orchestrator/sweeping": 3_560,
-    "orchestrator/pipelines": 4_429,
+    "orchestrator/pipelines": 4_433,
     "orchestrator/cli": 1_897,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
