@@ -25,7 +25,8 @@ ADAPTERS = {
     "lm_eval": ("orchestrator.evaluation", "benchmarks.evaluation"),
     "typer": ("orchestrator.cli",),
     "datasets": ("orchestrator.data", "orchestrator.evaluation.heldout"),
-    "matplotlib": ("orchestrator.reporting",),
+    "altair": ("orchestrator.reporting.charts",),
+    "vl_convert": ("orchestrator.reporting.charts",),
     "moocore": ("orchestrator.reporting.pareto",),
     "optuna": ("orchestrator.sweeping.search",),
     "gguf": ("orchestrator.training.gguf_file",),
@@ -58,7 +59,7 @@ ORDER = (
 LINES = {
     "iiet": 8_691,
     "benchmarks": 3_777,
-    "examples": 2_748,
+    "examples": 2_731,
     "orchestrator/workspace": 1_503,
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_634,
@@ -69,9 +70,9 @@ LINES = {
     "orchestrator/evaluation": 4_788,
     "orchestrator/planning": 1_154,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_801,
+    "orchestrator/reporting": 4_795,
     "orchestrator/sweeping": 3_560,
-    "orchestrator/pipelines": 4_433,
+    "orchestrator/pipelines": 4_432,
     "orchestrator/cli": 1_897,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

@@ -292,7 +292,7 @@ def report(
     Raises:
         UserError: If there is no such sweep, or a cost or quality has another name.
     """
-    from orchestrator.reporting.overlay_report import write_overlay_report  # Imports matplotlib.
+    from orchestrator.reporting.overlay_report import write_overlay_report  # Imports Altair.
     from orchestrator.reporting.sweep_report import write_sweep_report
 
     axes = parse_axes(cost, quality)
