@@ -70,9 +70,9 @@ LINES = {
     "orchestrator/evaluation": 4_788,
     "orchestrator/planning": 1_159,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_803,
+    "orchestrator/reporting": 4_795,
     "orchestrator/sweeping": 3_552,
-    "orchestrator/pipelines": 4_848,
+    "orchestrator/pipelines": 4_852,
     "orchestrator/cli": 1_897,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
