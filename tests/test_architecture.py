@@ -26,7 +26,8 @@ ADAPTERS = {
     "typer": ("orchestrator.cli",),
     "datasets": ("orchestrator.data", "orchestrator.evaluation.heldout"),
     "altair": ("orchestrator.reporting.charts",),
-    "vl_convert": ("orchestrator.reporting.charts",),
+    "vl_convert": ("orchestrator.reporting.charts", "orchestrator.reporting.sections"),
+    "jinja2": ("orchestrator.reporting.sections",),
     "moocore": ("orchestrator.reporting.pareto",),
     "optuna": ("orchestrator.sweeping.search",),
     "gguf": ("orchestrator.training.gguf_file",),
@@ -59,7 +60,7 @@ ORDER = (
 LINES = {
     "iiet": 8_691,
     "benchmarks": 3_777,
-    "examples": 2_731,
+    "examples": 2_733,
     "orchestrator/workspace": 1_063,
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_634,
@@ -70,9 +71,9 @@ LINES = {
     "orchestrator/evaluation": 4_788,
     "orchestrator/planning": 1_159,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_795,
+    "orchestrator/reporting": 4_535,
     "orchestrator/sweeping": 3_552,
-    "orchestrator/pipelines": 4_852,
+    "orchestrator/pipelines": 4_835,
     "orchestrator/cli": 1_897,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.reporting.charts import front_chart, save_chart
+from orchestrator.reporting.charts import save_chart
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER, front_chart_view, run_note
 from orchestrator.reporting.pareto import Front
-from orchestrator.reporting.report_content import SweepReport
+from orchestrator.reporting.report import SweepReport
 from orchestrator.reporting.training_curves import STUDENT_CHARTS
 from orchestrator.tracking import NOTE_TAG, VIEW_TAG, TrackedRun, Tracking
 
@@ -37,8 +37,7 @@ def track_front_so_far(
         notes=[*notes, BEATEN_NOTE],
         curves=dict.fromkeys(STUDENT_CHARTS, ()),  # They are in the trials' runs.
     )
-    chart = front_chart(front, title=report.title, mark_paper=report.mark_paper)
-    for path in save_chart(chart, folder / "front", kinds=("svg",)):
+    for path in save_chart(report.front_chart(), folder / "front", kinds=("svg",)):
         run.log_artifact(path, ARTIFACT_FOLDER)
     view = front_chart_view(report)
     tracking.save_view(view)

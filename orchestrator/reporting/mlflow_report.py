@@ -15,11 +15,10 @@ from typing import Any
 from orchestrator.data.sources import describe_data
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.confidence import interval_rows
-from orchestrator.reporting.front_data import model_rows
-from orchestrator.reporting.front_tables import front_markdown
+from orchestrator.reporting.front_tables import model_rows, models_table
 from orchestrator.reporting.markdown import bullets
 from orchestrator.reporting.pareto import Front
-from orchestrator.reporting.report_content import SweepReport
+from orchestrator.reporting.report import SweepReport
 from orchestrator.reporting.results import StoredSweep, result_table
 from orchestrator.reporting.statistics import KEPT_SHARE, SUMMARY_METRICS
 from orchestrator.reporting.training_curves import ACCURACY_CHARTS
@@ -196,7 +195,7 @@ def track_front(
     run.log_metrics(front_metrics(report.front))
     for path in files:
         run.log_artifact(path, ARTIFACT_FOLDER)
-    run.log_table(table_rows(report.front), f"{ARTIFACT_FOLDER}/table.json")
+    run.log_table(table_rows(report.front, files[0].parent), f"{ARTIFACT_FOLDER}/table.json")
     if intervals := interval_rows(report.front):
         run.log_table(intervals, f"{ARTIFACT_FOLDER}/intervals.json")
     view = front_chart_view(report)
@@ -206,15 +205,15 @@ def track_front(
     return view.key
 
 
-def table_rows(front: Front) -> list[dict[str, Any]]:
-    """Return the rows of the front without differences to other models: those are more rows."""
+def table_rows(front: Front, folder: Path) -> list[dict[str, Any]]:
+    """Return the front's rows without differences to other models; paths relate to a folder."""
     return [
         {
             name: value
             for name, value in row.items()
             if not name.startswith("paired/") or name in SUMMARY_METRICS
         }
-        for row in model_rows(front)
+        for row in model_rows(front, folder)
     ]
 
 
@@ -233,7 +232,7 @@ def run_note(report: SweepReport, run_id: str | None) -> str:
     parts = [bullets(shown)]
     if run_id is not None and report.front.points:
         parts.append(_picture("front", run_id))
-    table = front_markdown(report.front)
+    table = models_table(report.front).to_markdown()
     if sum(map(len, parts)) + len(table) > MAX_NOTE_CHARACTERS:
         table = f"All models: `{ARTIFACT_FOLDER}/table.json` under Artifacts."
     parts.append(table)
