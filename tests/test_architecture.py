@@ -72,7 +72,7 @@ LINES = {
     "orchestrator/reporting": 4_834,
     "orchestrator/sweeping": 3_560,
     "orchestrator/pipelines": 4_429,
-    "orchestrator/cli": 1_897,
+    "orchestrator/cli": 1_869,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""
