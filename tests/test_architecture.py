@@ -71,8 +71,8 @@ LINES = {
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_834,
     "orchestrator/sweeping": 3_560,
-    "orchestrator/pipelines": 4_429,
-    "orchestrator/cli": 1_869,
+    "orchestrator/pipelines": 4_423,
+    "orchestrator/cli": 1_867,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -393,8 +393,9 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
         elif own.default is False:  # A switch has no opposite.
             info = typer.Option(f"--{name.replace('_', '-')}")
         info = copy(info or typer.Option())  # Commands may share it.
-        info.help = info.help or helps[name]
+        info.help = info.help or helps.pop(name)
         parameters.append(_parameter(name, own.default, Annotated[kind, info]))
+    assert not helps, f"{function.__name__} has no parameters {[*helps]}"
     return parameters
 
 
