@@ -59,7 +59,7 @@ def list_workspace(
     Args:
         kind: runs, checkpoints, trials, sweeps or models (default: all but checkpoints).
     """
-    from orchestrator.pipelines.upkeep import list_workspace as listing
+    from orchestrator.pipelines.listing import list_workspace as listing
 
     return listing(call.workspace, kind, with_checkpoints=call.as_json, note=call.note)
 
@@ -70,7 +70,7 @@ def status(call: Call) -> Result:
 
     Example: iiet-orch status --json
     """
-    from orchestrator.pipelines.upkeep import show_status
+    from orchestrator.pipelines.listing import show_status
 
     return show_status(call.workspace, note=call.note)
 

@@ -41,11 +41,15 @@ from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.drafts import draft_sentence, draft_targets
 from orchestrator.reporting.front_axes import FrontAxes, parse_axes
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.reporting.pareto import FrontPoint
-from orchestrator.reporting.pick_rules import PickRule, pick_from_front
+from orchestrator.reporting.pick_rules import (
+    PickRule,
+    draft_sentence,
+    draft_targets,
+    pick_from_front,
+)
 from orchestrator.reporting.results import (
     StoredSweep,
     load_item_values,
