@@ -60,7 +60,7 @@ LINES = {
     "iiet": 8_691,
     "benchmarks": 3_777,
     "examples": 2_731,
-    "orchestrator/workspace": 1_503,
+    "orchestrator/workspace": 1_063,
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_634,
     "orchestrator/records": 904,
@@ -68,12 +68,12 @@ LINES = {
     "orchestrator/tracking": 2_401,
     "orchestrator/training": 5_218,
     "orchestrator/evaluation": 4_788,
-    "orchestrator/planning": 1_154,
+    "orchestrator/planning": 1_159,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_795,
-    "orchestrator/sweeping": 3_560,
-    "orchestrator/pipelines": 4_432,
-    "orchestrator/cli": 1_897,
+    "orchestrator/sweeping": 3_552,
+    "orchestrator/pipelines": 4_846,
+    "orchestrator/cli": 1_867,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.text import Text
 
+from orchestrator.pipelines.listing import pending_records, show_status
 from orchestrator.pipelines.result import Result
 from orchestrator.settings import ClusterSettings
 from orchestrator.settings.cluster import LOCAL
@@ -31,7 +32,6 @@ from orchestrator.workspace.files import abandoned_folders, free_disk
 from orchestrator.workspace.layout import WORKSPACE_FILE_NAME, Workspace, find_workspace
 from orchestrator.workspace.locks import is_locked
 from orchestrator.workspace.provenance import NOT_INSTALLED, installed_version
-from orchestrator.workspace.status import pending_records, read_status
 
 if TYPE_CHECKING:
     from iiet.extensions import ExtensionTable
@@ -258,7 +258,7 @@ def _workspace(workspace: Workspace) -> Found:
     except OSError as error:
         problem = f"the file system of {workspace.root} has no locks ({error.strerror})"
         raise UserError(f"{problem}; move the workspace to one that has") from None
-    names = ", ".join(activity.name for activity in read_status(workspace).activities)
+    names = ", ".join(activity.name for activity in show_status(workspace).activities)
     yield "ok", f"{workspace.root}; {names or 'nothing'} runs in it", ""
 
 
