@@ -68,10 +68,10 @@ LINES = {
     "orchestrator/tracking": 2_401,
     "orchestrator/training": 5_218,
     "orchestrator/evaluation": 4_788,
-    "orchestrator/planning": 1_159,
+    "orchestrator/planning": 1_154,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_795,
-    "orchestrator/sweeping": 3_552,
+    "orchestrator/sweeping": 3_485,
     "orchestrator/pipelines": 4_846,
     "orchestrator/cli": 1_867,
 }
