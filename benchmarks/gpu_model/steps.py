@@ -22,7 +22,7 @@ from orchestrator.training.compiling import compile_fields
 from orchestrator.training.distributed import World
 from orchestrator.training.loop import Hooks, Position, TrainingSetup, train
 from orchestrator.training.objective import make_objective
-from orchestrator.training.optimizer import keep_half_weights, make_optimizer
+from orchestrator.training.optimizer import make_optimizer
 from orchestrator.training.precision import frozen_dtype
 from orchestrator.workspace.journal import VALIDATION_METRIC
 
@@ -60,7 +60,6 @@ def training_step(
         if recipe.compile:
             compile_fields(decoder, _no_event, backend=fusing_backend(trace))
         optimizer = make_optimizer(decoder, recipe)
-        keep_half_weights(decoder, optimizer, recipe.precision)
         _make_moments(decoder, optimizer)
         setup = TrainingSetup(
             model=decoder,
