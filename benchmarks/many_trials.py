@@ -23,8 +23,8 @@ from benchmarks.report import Goal, Quantity, Report, Row, checked
 from benchmarks.simulated_sweep import NUM_STEPS, SimulatedSweep, write_journal
 from benchmarks.timing import Spread
 from orchestrator.reporting.pareto import find_front
+from orchestrator.reporting.results import StoredSweep, result_table
 from orchestrator.reporting.sweep_report import write_sweep_report
-from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.reporting.training_curves import read_history_curves
 from orchestrator.sweeping.front_history import FrontHistory
 from orchestrator.sweeping.round_progress import RoundProgress
@@ -134,7 +134,7 @@ def _measure_size(num_trials: int, folder: Path) -> dict[str, float]:
     with timed("report"):
         write_sweep_report(sweep.workspace, stored)
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    volume = find_front(results).hypervolume or math.nan
+    volume = find_front(result_table(results)).hypervolume or math.nan
     [(_, curve)] = read_history_curves(folder)["Hypervolume against trials finished"]
     return {**seconds, "bytes": 1024.0 * kibibytes, "difference": abs(curve[-1][1] - volume)}
 

@@ -28,7 +28,7 @@ from iiet import Decoder, ModelConfig, num_parameters, stream
 from iiet.losses import next_token_loss
 from orchestrator.data.preparation import prepare
 from orchestrator.evaluation.decode_timing import random_prompt
-from orchestrator.pipelines.sweeps import make_tasks, plan_iterations
+from orchestrator.pipelines.sweeps import load_tasks, plan_iterations
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.terminal.progress import Progress
@@ -181,7 +181,7 @@ class _Trials:
             workspace = open_workspace(self.folder / str(self._num_sweeps))
             tokens = prepare(settings.data, workspace, Progress())
             plan = plan_iterations(settings, workspace, tokens, hashes={})
-            make_tasks(settings.evaluation, tokens, plan.trials[0].model, Progress())
+            load_tasks(settings.evaluation, tokens, plan.trials[0].model, Progress())
             for trial in plan.trials:
                 started = time.process_time()
                 run_trial(trial)

@@ -12,7 +12,7 @@ from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import prepare
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.pipelines.sweeps import make_tasks, plan_suite
+from orchestrator.pipelines.sweeps import load_tasks, plan_suite
 from orchestrator.records.evaluation import EvaluationKeys, TaskResult
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
@@ -76,7 +76,7 @@ class SimulatedSweep:
             self.workspace,
             teacher=self._teacher,
             members=[FamilyMember(schedule, no_threshold, no_threshold) for schedule in schedules],
-            suite=plan_suite(*asked, make_tasks(*asked, Progress())),
+            suite=plan_suite(*asked, load_tasks(*asked, Progress())),
         )
 
     def finish(self, trials: Iterable[Trial]) -> None:

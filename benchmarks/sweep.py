@@ -29,7 +29,7 @@ from iiet.influence import InfluenceTable
 from iiet.pruning import schedule_at_threshold
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import prepare
-from orchestrator.pipelines.sweeps import make_tasks, plan_suite
+from orchestrator.pipelines.sweeps import load_tasks, plan_suite
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
@@ -143,7 +143,7 @@ class _Bench:
             workspace,
             teacher=self.teacher,
             members=choose_members(self.influence, settings.sweep),
-            suite=plan_suite(*asked, make_tasks(*asked, Progress())),
+            suite=plan_suite(*asked, load_tasks(*asked, Progress())),
         )
 
     def overhead(self) -> tuple[list[Row], list[str]]:

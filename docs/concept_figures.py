@@ -33,6 +33,7 @@ from orchestrator.reporting.figure_style import (
 from orchestrator.reporting.front_figure import draw_front
 from orchestrator.reporting.influence_figure import draw_influence
 from orchestrator.reporting.pareto import Front, find_front
+from orchestrator.reporting.results import result_table
 
 FOLDER = Path(__file__).resolve().parent / "images" / "concepts"
 
@@ -184,7 +185,7 @@ def depth_front() -> Front:
     trials.append(_trial("teacher", "3,3", "teacher", *TEACHER_ACCURACY))
     for name, found in BASELINE_ACCURACY.items():
         trials.append(_trial(name, "0,0" if name == "r = 0" else None, "baseline", *found))
-    return find_front(trials)
+    return find_front(result_table(trials))
 
 
 def _trial(name: str, schedule: str | None, role: str, accuracy: float, error: float) -> Trial:

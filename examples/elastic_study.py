@@ -47,7 +47,7 @@ from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.markdown import bullets, markdown_table
-from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.reporting.results import result_table
 from orchestrator.sweeping.elastic_plans import ElasticFlops, elastic_flops
 from orchestrator.terminal.render import print_line
 from orchestrator.training.job import finished_outcome
@@ -191,7 +191,7 @@ def _reading(
     section = both.report.elastic
     if section is None:
         raise RunFailed(f"the sweep {both.name} has no schedule that was trained both ways")
-    trials = average_seeds(longer.trials).results
+    trials = result_table(longer.trials)["trial"]
     return Reading(
         teacher=teacher,
         times=factor,

@@ -51,7 +51,7 @@ from orchestrator.data.preparation import find_prepared
 from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.records.training import TrainingJob
-from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.reporting.results import result_table
 from orchestrator.settings import BASELINE_METHOD
 from orchestrator.sweeping.checks import check_models, check_sweep
 from orchestrator.sweeping.model_plans import learning_rates, model_label, settings_of, swept_models
@@ -339,7 +339,7 @@ class _Study:
 
 
 def _joined(results: Sequence[Trial]) -> dict[str, Trial]:
-    return {result.label: result for result in average_seeds(results).results}
+    return {result.label: result for result in result_table(results)["trial"]}
 
 
 def _label(name: str, rate: float, rates: Sequence[float]) -> str:

@@ -18,18 +18,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from orchestrator.evaluation.cost_measurement import MeasurementSettings
     from orchestrator.pipelines.benchmarking import BenchmarkResult, benchmark
-    from orchestrator.pipelines.comparing import CompareResult, compare
     from orchestrator.pipelines.evaluating import (
+        CompareResult,
         EvaluatePlan,
         ModelEvaluations,
+        compare,
         evaluate,
         plan_evaluate,
     )
-    from orchestrator.pipelines.exporting import export
     from orchestrator.pipelines.generating import Sampling, generate, generate_stream
-    from orchestrator.pipelines.importing import import_model
     from orchestrator.pipelines.influence import InfluenceResult, measure_influence
-    from orchestrator.pipelines.picking import PickResult, pick
+    from orchestrator.pipelines.models import PickResult, export, import_model, pick, plan_pick
     from orchestrator.pipelines.sweeps import (
         PlannedSweep,
         ReportResult,
@@ -60,13 +59,17 @@ if TYPE_CHECKING:
 _MODULES = {
     "evaluation.cost_measurement": ("MeasurementSettings",),
     "pipelines.benchmarking": ("BenchmarkResult", "benchmark"),
-    "pipelines.comparing": ("CompareResult", "compare"),
-    "pipelines.evaluating": ("EvaluatePlan", "ModelEvaluations", "evaluate", "plan_evaluate"),
-    "pipelines.exporting": ("export",),
+    "pipelines.evaluating": (
+        "CompareResult",
+        "EvaluatePlan",
+        "ModelEvaluations",
+        "compare",
+        "evaluate",
+        "plan_evaluate",
+    ),
     "pipelines.generating": ("Sampling", "generate", "generate_stream"),
-    "pipelines.importing": ("import_model",),
     "pipelines.influence": ("InfluenceResult", "measure_influence"),
-    "pipelines.picking": ("PickResult", "pick"),
+    "pipelines.models": ("PickResult", "export", "import_model", "pick", "plan_pick"),
     "pipelines.sweeps": (
         "PlannedSweep",
         "ReportResult",
@@ -132,6 +135,7 @@ __all__ = [
     "pick",
     "plan_distill",
     "plan_evaluate",
+    "plan_pick",
     "plan_pretrain",
     "plan_sweep",
     "prepare",

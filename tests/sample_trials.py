@@ -11,6 +11,9 @@ from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.evaluation import EvaluationKeys, EvaluationResult
 from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.reporting.front_axes import FrontAxes
+from orchestrator.reporting.pareto import Front, find_front
+from orchestrator.reporting.results import result_table
 from orchestrator.workspace.layout import Workspace
 
 
@@ -47,3 +50,16 @@ def with_items(
         stored = EvaluationKeys(tasks=keys, groups=evaluation.groups, skipped=evaluation.skipped)
         found.append(trial.model_copy(update={"evaluation": stored}))
     return tuple(found)
+
+
+def sample_front(
+    trials: Iterable[Trial],
+    axes: FrontAxes | None = None,
+    *,
+    sweep_of: Mapping[str, str] | None = None,
+) -> Front:
+    """Return the front of trials; `sweep_of` gives each key's sweep if they are from several."""
+    table = result_table(trials)
+    if sweep_of:
+        table["sweep"] = table["key"].map(sweep_of)
+    return find_front(table, axes)

@@ -56,23 +56,23 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_691,
-    "benchmarks": 6_463,
+    "iiet": 8_265,
+    "benchmarks": 5_336,
     "examples": 2_748,
-    "orchestrator/workspace": 1_587,
+    "orchestrator/workspace": 1_503,
     "orchestrator/terminal": 616,
-    "orchestrator/settings": 1_612,
+    "orchestrator/settings": 1_634,
     "orchestrator/records": 1_024,
-    "orchestrator/data": 3_540,
+    "orchestrator/data": 3_534,
     "orchestrator/tracking": 2_401,
-    "orchestrator/training": 5_207,
-    "orchestrator/evaluation": 4_675,
-    "orchestrator/planning": 1_153,
+    "orchestrator/training": 5_200,
+    "orchestrator/evaluation": 4_788,
+    "orchestrator/planning": 1_154,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_979,
-    "orchestrator/sweeping": 3_365,
-    "orchestrator/pipelines": 4_995,
-    "orchestrator/cli": 1_990,
+    "orchestrator/reporting": 4_845,
+    "orchestrator/sweeping": 3_364,
+    "orchestrator/pipelines": 4_682,
+    "orchestrator/cli": 1_997,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -41,14 +41,16 @@ TASKS: dict[str, str | Setting] = {
 
 
 @command("influence", group="Measure", options={"--metric": "influence.metric", **CLUSTER},
-         config=ConfigOption)  # fmt: skip
+         config=ConfigOption, plans=True)  # fmt: skip
 def influence(call: Call, model: TeacherArgument = None) -> Result:
     """Measure how much each correction of each layer matters.
 
     Example: iiet-orch influence my-run --metric loss
     """
-    from orchestrator.pipelines.influence import measure_influence
+    from orchestrator.pipelines.influence import measure_influence, plan_influence
 
+    if call.dry_run:
+        return plan_influence(call.settings, workspace=call.workspace, model=model)
     return measure_influence(call.settings, model=model, **call.common)
 
 
@@ -82,7 +84,7 @@ def evaluate(
     )
 
 
-@command("compare", group="Measure", options={**TASKS, **CLUSTER}, config=ConfigOption)
+@command("compare", group="Measure", options={**TASKS, **CLUSTER}, config=ConfigOption, plans=True)
 def compare(
     call: Call,
     first: Annotated[
@@ -110,18 +112,17 @@ def compare(
 
     Example: iiet-orch compare my-run other-run --suite heldout
     """
-    from orchestrator.pipelines import comparing
+    from orchestrator.pipelines.evaluating import plan_compare, run_compare
 
-    return comparing.compare(
-        call.settings,
-        models=(first, second),
-        schedules=schedule or [],
-        trust_remote_code=trust_remote_code,
-        **call.common,
+    plan = plan_compare(
+        call.settings, models=(first, second), schedules=schedule or [], **call.common
     )
+    if call.dry_run:
+        return plan
+    return run_compare(plan, call.context, trust_remote_code=trust_remote_code)
 
 
-@command("benchmark", group="Measure", options=CLUSTER)
+@command("benchmark", group="Measure", options=CLUSTER, plans=True)
 def benchmark(
     call: Call,
     models: ModelsArgument = None,
@@ -154,10 +155,9 @@ def benchmark(
     batches = whole_numbers(batch_sizes, "--batch-sizes")
     prompts = whole_numbers(contexts or "", "--contexts")
     from orchestrator.evaluation.cost_measurement import MeasurementSettings
-    from orchestrator.pipelines import benchmarking
+    from orchestrator.pipelines.benchmarking import plan_benchmark, run_benchmark
 
-    return benchmarking.benchmark(
-        cluster=call.settings.cluster,
+    plan = plan_benchmark(
         models=models or [],
         schedules=schedule or [],
         conditions=MeasurementSettings(
@@ -169,6 +169,7 @@ def benchmark(
         ),
         **call.common,
     )
+    return plan if call.dry_run else run_benchmark(plan, call.context, call.settings.cluster)
 
 
 @command("report", group="Results", workspace="read")

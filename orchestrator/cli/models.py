@@ -187,7 +187,7 @@ def import_folder(
 
     Example: iiet-orch import Llama-3.2-1B --name llama
     """
-    from orchestrator.pipelines.importing import import_model
+    from orchestrator.pipelines.models import import_model
 
     checkpoint = import_model(folder, tokenizer=tokenizer, name=name, **call.common)
     return call.answer({"checkpoint": str(checkpoint)}, [f"checkpoint: {checkpoint}"])
@@ -228,23 +228,26 @@ def export(
         raise UserError(
             "--private, --public and --token are for --push-to-hub; name the repository"
         )
-    from orchestrator.pipelines import exporting, pushing
+    from orchestrator.data.hub_models import check_upload, upload_model
+    from orchestrator.pipelines import models
 
-    options: dict[str, Any] = {
-        "model": checkpoint,
-        "to": to,
-        "force": force,
-        "schedule": one_schedule(schedule),
-        "measure": measure,
+    if push_to_hub is not None:
+        check_upload(push_to_hub, token)  # Before anything is measured.
+    folder = models.export(
+        call.settings,
+        model=checkpoint,
+        to=to,
+        force=force,
+        schedule=one_schedule(schedule),
+        measure=measure,
         **call.common,
-    }
-    address = None
-    if push_to_hub is None:
-        folder = exporting.export(call.settings, **options)
-    else:
-        target = pushing.HubTarget(repository=push_to_hub, private=private, token=token)
-        folder, address = pushing.export_to_hub(call.settings, target, **options)
-    lines = [f"exported: {folder}", *([f"pushed: {address}"] if address else [])]
+    )
+    lines, address = [f"exported: {folder}"], None
+    if push_to_hub is not None:
+        call.session.progress.start("push")
+        address = upload_model(folder, push_to_hub, private=private, token=token)
+        call.session.progress.finish(address)
+        lines.append(f"pushed: {address}")
     return call.answer({"folder": str(folder), "hub": address}, lines)
 
 
@@ -282,7 +285,9 @@ def pick(
 
     Example: iiet-orch pick --keep 0.99 --to my-model
     """
-    from orchestrator.pipelines import picking
+    if call.dry_run and to is not None:
+        raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
+    from orchestrator.pipelines.models import plan_pick, run_pick
     from orchestrator.reporting.pick_rules import PickRule
 
     valued = {"keep": keep, "budget": budget, "draft": draft_for}
@@ -297,13 +302,11 @@ def pick(
         raise UserError("--confidence can be used with --keep only")
     numbers = {"share": keep, "budget": budget, "model": draft_for}
     given: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
-    return picking.pick(
+    plan = plan_pick(
         sweep=sweep,
         rule=PickRule(name=rule_name, confidence=confidence, **given),
         cost=cost,
         quality=quality,
-        to=to,
-        force=force,
-        dry_run=call.dry_run,
         **call.common,
     )
+    return plan if call.dry_run else run_pick(plan, call.context, to=to, force=force)

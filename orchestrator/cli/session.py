@@ -91,13 +91,16 @@ def open_session(
         return
 
     from orchestrator.terminal.logs import command_log
-    from orchestrator.workspace.layout import open_workspace
-    from orchestrator.workspace.read_only import read_only
+    from orchestrator.workspace.layout import find_workspace, open_workspace
 
     with _full_disk_as_failure(locate_workspace(path).root), ExitStack() as stack:
         if dry_run:
-            stack.enter_context(read_only())
-        space = open_workspace(path, must_write=place == "made")
+            from orchestrator.data.hub import offline
+
+            stack.enter_context(offline())
+            space = find_workspace(path)
+        else:
+            space = open_workspace(path, must_write=place == "made")
         without_log = bool(verbose) or dry_run or not space.is_writable
         log, terminal = stack.enter_context(command_log(space.logs, command, verbose=without_log))
         if not space.is_writable:

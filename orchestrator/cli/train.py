@@ -194,14 +194,14 @@ def distill(
             "or --schedule 2,1,1,0,0,0"
         )
     _check_resources(call, local=local)
-    from orchestrator.pipelines.hub_imports import local_model
+    from orchestrator.pipelines.models import local_model
     from orchestrator.pipelines.training import plan_distill, run_distill
 
     plan = plan_distill(
         call.settings,
         workspace=call.workspace,
         schedules=schedule,
-        teacher=local_model(call.context, teacher),
+        teacher=teacher if call.dry_run else local_model(call.context, teacher),
         local=local,
     )
     return plan if call.dry_run else run_distill(plan, call.context)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orchestrator.workspace.layout import ADDRESS_VARIABLE, AUTO, LOCAL
+from orchestrator.settings.cluster import ADDRESS_VARIABLE, AUTO, LOCAL
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -16,8 +16,8 @@ from orchestrator.cluster.shared_memory import (
     check_shared_memory,
     free_shared_memory,
 )
+from orchestrator.settings.cluster import ADDRESS_VARIABLE, AUTO, LOCAL
 from orchestrator.workspace.errors import UserError, first_line
-from orchestrator.workspace.layout import ADDRESS_VARIABLE, AUTO, LOCAL
 
 CONNECT_SECONDS = 5.0
 # Ray's head node speaks gRPC, that is HTTP/2: both sides begin with a frame of their settings.

@@ -16,9 +16,9 @@ from orchestrator.cluster.joining import check_ray_can_run
 from orchestrator.planning.machine import Resources, check_device
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings, Settings
+from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.device_work import DeviceWork, OnDevice, on_cpu
-from orchestrator.workspace.layout import LOCAL
 
 T = TypeVar("T")
 

@@ -32,6 +32,7 @@ from orchestrator.cluster.nodes import alive_nodes
 from orchestrator.cluster.shared_memory import OBJECT_STORE_BYTES
 from orchestrator.planning.machine import Resources, local_resources
 from orchestrator.settings import ClusterSettings
+from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.stop import (
     POLL_SECONDS,
     SIGNALS,
@@ -41,7 +42,6 @@ from orchestrator.terminal.stop import (
 )
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.files import ScratchFolder, make_scratch_folder
-from orchestrator.workspace.layout import LOCAL
 
 LONGEST_TEMPORARY_FOLDER = 40  # characters; Ray's folder and a socket add up to 66, of 107 at most
 # After Ctrl-C everything together must take less than ten seconds.

@@ -26,7 +26,7 @@ _TRUE = {"1", "ON", "YES", "TRUE"}
 def hub_problem() -> str | None:
     """Return why the hub cannot be reached, in a few words; None if it seems reachable."""
     if os.environ.get(_FLAG, "").upper() in _TRUE:
-        return f"{_FLAG} is set"
+        return f"{_FLAG} is set (a dry run sets it)"
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         return None  # a direct connection proves nothing; the client reports its own failure
     address = os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from orchestrator.data.hub import hub_problem, offline
 from orchestrator.workspace.errors import UserError, first_line, quoted
-from orchestrator.workspace.read_only import is_read_only
 
 HUB_PREFIX = "hub:"
 TOKENIZER_PATTERNS = (
@@ -36,8 +35,6 @@ def is_hub_name(name: Path | str) -> bool:
 
 def download_model(name: Path | str) -> Path:
     """Return the folder of a model of the hub, with configuration, weights, tokenizer and code.
-
-    In a `read_only` block nothing is downloaded.
 
     Raises:
         UserError: If there is no such model, it may not be read, or the hub cannot be reached and
@@ -125,7 +122,7 @@ def _download(name: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
-    problem = "a dry run downloads nothing" if is_read_only() else hub_problem()
+    problem = hub_problem()
     with _errors_explained(name), offline() if problem else nullcontext():
         try:
             folder = snapshot_download(

@@ -77,7 +77,7 @@ def write_mixture(settings: DataSettings, parent: Path, key: str, progress: Prog
             validation=_total([manifest.validation for manifest in counts]),
             texts={name: path.name for name, path in texts.items()},
         )
-    verify_data(folder)
+    verify_data(folder, remember=True)
     store_folder(key, folder)
     return folder
 

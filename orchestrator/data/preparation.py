@@ -31,7 +31,6 @@ from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import TEMPORARY_PREFIX, Workspace
 from orchestrator.workspace.locks import lock_file
-from orchestrator.workspace.read_only import check_may_write
 
 ASSUMED_VOCABULARY = 32000
 """Entries of a tokenizer on the hub, assumed without a request: as in the published models."""
@@ -72,20 +71,18 @@ def prepare(
     progress = progress or Progress()
     folder = find_prepared(settings, workspace.tokens)
     if folder is None and settings.source == "depth":
-        check_may_write(workspace.tokens)
         folder = write_depth(settings, workspace.tokens)
         progress.start("corpus")
         progress.finish(describe(folder))
         return folder
     if folder is None:
-        check_may_write(workspace.tokens)
         # One process at a time: two would write the same files.
         with lock_file(workspace.tokens / ".lock"):
             folder = find_prepared(settings, workspace.tokens)
             if folder is None:
                 return _write(settings, workspace, progress)
     progress.start("corpus")
-    verify_data(folder, always=verify)
+    verify_data(folder, always=verify, remember=True)
     progress.finish(f"{describe(folder)}, found again")
     return folder
 

@@ -190,13 +190,13 @@ def is_complete(folder: Path) -> bool:
     return True
 
 
-def verify_data(folder: Path, *, always: bool = False) -> None:
+def verify_data(folder: Path, *, always: bool = False, remember: bool = False) -> None:
     """Raise a `UserError` if a file's content has changed; see `files.damaged_file`."""
     manifest = read_manifest(folder)
     for text in manifest.text_folders(folder).values():
-        verify_data(text, always=always)
+        verify_data(text, always=always, remember=remember)
     check_files(folder, manifest)
-    if damage := damaged_file(folder, manifest.sha256, always=always):
+    if damage := damaged_file(folder, manifest.sha256, always=always, remember=remember):
         raise UserError(f"{folder} is damaged: {damage}; {remedy_of(folder)}")
 
 

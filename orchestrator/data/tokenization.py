@@ -86,7 +86,7 @@ def write_tokens(
         final = parent / fingerprint
         if not is_complete(final):
             replace_folder(temporary, final)
-            verify_data(final)
+            verify_data(final, remember=True)
     except BaseException as error:
         # Other user errors keep the commits: an unreachable network, for example, is one.
         if isinstance(error, StaleTokens) or not can_resume(temporary):

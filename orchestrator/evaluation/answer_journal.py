@@ -19,8 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from orchestrator.workspace.read_only import check_may_write
-
 SECONDS_BETWEEN_WRITES = 1.0
 
 
@@ -86,7 +84,6 @@ class AnswerJournal(AbstractContextManager["AnswerJournal"]):
     def _write(self) -> None:
         if self._path is None or not self._waiting:
             return
-        check_may_write(self._path)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab", buffering=0) as file:

@@ -239,7 +239,7 @@ def short_names(models: Sequence[EvaluatedModel]) -> list[str]:
 def _labels(models: Sequence[EvaluatedModel]) -> dict[tuple[Path, str], str]:
     """Return a label for each path and name, with as many parent folders as make it unique."""
     labels = {(model.path, model.name): model.name for model in models}
-    longest = max(len(path.parts) for path, _ in labels)
+    longest = max((len(path.parts) for path, _ in labels), default=0)
     for num_parts in range(2, longest + 1):
         counts = Counter(labels.values())
         for model in models:

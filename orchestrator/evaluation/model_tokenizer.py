@@ -3,30 +3,43 @@
 Checkpoints that were trained here add no special tokens. A transformers folder may (one that opens
 every text, for example), and its published scores were measured with them. So its own tokenizer is
 used, called as lm-eval calls it, also by a checkpoint that was imported from it.
+`read_model_text_files` gathers what such a checkpoint keeps of its source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
 from iiet.weights import CONFIG
-from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer, load_transformers_tokenizer
+from orchestrator.data.tokenizer import (
+    end_of_text_id,
+    find_end_of_text_id,
+    load_tokenizer,
+    load_transformers_tokenizer,
+)
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.training.checkpoint import (
     GENERATION_CONFIG,
     TOKEN_IDS,
+    TOKENIZER,
     TOKENIZER_CONFIG,
+    read_text_files,
     tokenizer_file,
 )
-from orchestrator.training.model_loading import read_config
+from orchestrator.training.model_loading import CHECKPOINT, EXPORTED, folder_kind, read_config
 from orchestrator.workspace.errors import UserError, quoted
 
 MAX_SYMBOLS_SHOWN = 6
+TOKEN_ID_NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKENIZER_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja")
 
 Message = dict[str, str]
 """`role` (system, user, assistant) and `content`."""
@@ -234,6 +247,80 @@ def read_token_ids(file: Path, name: str) -> list[int]:
             f"{name} in {file} must be a token's number, or a list of them; got {value!r}"
         )
     return ids
+
+
+def read_model_text_files(
+    folder: Path, tokenizer: Path | None, *, vocab_size: int
+) -> dict[str, bytes]:
+    """Return the `TEXT_FILES` for a checkpoint of a folder's model, as name -> content.
+
+    A model that was trained here needs none of them.
+
+    Args:
+        folder: Model folder of any kind.
+        vocab_size: Number of tokens of the model.
+        tokenizer: The `tokenizer.json` to use; the other files of the tokenizer are beside it.
+
+    Raises:
+        UserError: If one cannot be read, or the tokenizer cannot be loaded with them.
+    """
+    kind = folder_kind(folder)
+    if kind == CHECKPOINT:
+        return read_text_files(folder)
+    token_ids: dict[str, Any] = {}
+    for name in TOKEN_ID_NAMES:
+        # Some configurations write -1 for none.
+        ids = [n for n in read_token_ids(folder / CONFIG, name) if 0 <= n < vocab_size]
+        is_list = bool(ids) and isinstance(read_config(folder)[name], list)
+        token_ids[name] = ids if is_list else next(iter(ids), None)
+    is_usual, files = not any(token_ids.values()), dict[str, bytes]()
+    if tokenizer is not None:
+        beside, config = read_text_files(tokenizer.parent), dict[str, Any]()
+        files = {name: beside[name] for name in TOKENIZER_FILES if name in beside}
+        if TOKENIZER_CONFIG in files:
+            config = dict(read_config(tokenizer.parent, TOKENIZER_CONFIG))
+            config.pop("auto_map", None)  # No code of the folder runs.
+            files[TOKENIZER_CONFIG] = _json_file(config)
+        # The model's type may choose the tokenizer's class.
+        loaded = _load_tokenizer(tokenizer, files, read_config(folder).get("model_type", "llama"))
+
+        plain = load_tokenizer(tokenizer)
+        if token_ids["eos_token_id"] is None:
+            found = loaded.eos_token_id
+            token_ids["eos_token_id"] = end_of_text_id(plain) if found is None else found
+        has_own_tokens = loaded.bos_token_id is not None or loaded.chat_template
+        is_usual = token_ids["eos_token_id"] == find_end_of_text_id(plain) and not has_own_tokens
+
+        # A checkpoint's `config.json` names no tokenizer class; scoring needs a token before a
+        # text.
+        config["tokenizer_class"] = type(loaded).__name__
+        for name in ("bos_token", "eos_token"):
+            token_id = token_ids[f"{name}_id"]
+            token_id = token_id[0] if isinstance(token_id, list) else token_id
+            if getattr(loaded, name) is None and token_id is not None and token_id < len(loaded):
+                config[name] = loaded.convert_ids_to_tokens(token_id)
+        files[TOKENIZER_CONFIG] = _json_file(config)
+    if (generation := folder / GENERATION_CONFIG).is_file():
+        read_token_ids(generation, "eos_token_id")  # Raises if it is damaged.
+        files[GENERATION_CONFIG] = generation.read_bytes()
+    return {} if kind == EXPORTED and is_usual else {**files, TOKEN_IDS: _json_file(token_ids)}
+
+
+def _load_tokenizer(tokenizer: Path, files: Mapping[str, bytes], model_type: str) -> Any:
+    """Load a tokenizer with the files beside it, as transformers would."""
+    with TemporaryDirectory() as name:
+        copy = Path(name)
+        shutil.copyfile(tokenizer, copy / TOKENIZER)
+        for file, content in {**files, CONFIG: _json_file({"model_type": model_type})}.items():
+            (copy / file).write_bytes(content)
+        try:
+            return load_transformers_tokenizer(copy)
+        except UserError as error:
+            raise UserError(str(error).replace(name, str(tokenizer.parent))) from None
+
+
+def _json_file(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def _stop_token_ids(folder: Path) -> set[int]:

@@ -6,15 +6,17 @@ from held-out documents, or depth tasks. One of these can also be named by itsel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.data.prepared import MANIFEST_NAME, verify_data
 from orchestrator.data.sources import open_data
 from orchestrator.evaluation.heldout import (
     TEXT_TASKS,
     build_heldout,
+    find_heldout,
     has_accuracy,
     is_heldout_task,
     offered_tasks,
@@ -26,6 +28,9 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import expand_user
 from orchestrator.workspace.layout import Workspace
+
+if TYPE_CHECKING:
+    from orchestrator.evaluation.harness import Suite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,43 +68,62 @@ def newest_tokens(workspace: Workspace) -> Path:
 
 
 def select_tasks(
-    settings: EvaluationSettings,
-    tokens: Callable[[], Path],
-    *,
-    context_length: int,
-    progress: Progress,
-    make: bool = True,
+    settings: EvaluationSettings, tokens: Path | None, *, context_length: int
 ) -> TaskSelection:
-    """Return the tasks to run; held-out tasks are made if they are missing.
+    """Return the tasks to run; if the held-out ones are not made, all that the data offer.
 
     Args:
-        tokens: Returns the folder of prepared tokens; called only for held-out tasks.
+        tokens: Folder of prepared tokens, if held-out tasks are requested; see `needs_heldout`.
         context_length: Tokens that the model reads; every held-out item fits into them.
-        make: Whether missing held-out tasks are made.
 
     Raises:
-        UserError: If held-out tasks are requested, and there are no tokens or they do not give
-            them.
+        UserError: If the tokens do not give the held-out tasks, or those are damaged.
     """
-    names, folders = named_tasks(settings), user_task_folders(settings)
-    if not any(map(_is_heldout, names)):
-        return TaskSelection(names=tuple(names), folders=tuple(folders))
-    folder = tokens()
-    check_offered(settings, offered_tasks(open_data(folder)))
-    built = build_heldout(
-        folder,
-        num_items=settings.num_items,
-        context_length=context_length,
-        progress=progress,
-        make=make,
-    )
-    for note in built.notes:
-        progress.note(note)
+    names, folders = named_tasks(settings), tuple(user_task_folders(settings))
+    if tokens is None:
+        return TaskSelection(names=tuple(names), folders=folders)
+    check_offered(settings, offered_tasks(open_data(tokens)))
+    suite = find_heldout(tokens, num_items=settings.num_items, context_length=context_length)
     if HELDOUT in names:
         place = names.index(HELDOUT)
-        names[place : place + 1] = built.tasks
+        names[place : place + 1] = suite.tasks
     names = list(dict.fromkeys(names))
-    return TaskSelection(names=tuple(names), folders=tuple(folders), heldout=built.folder)
+    return TaskSelection(names=tuple(names), folders=folders, heldout=suite.folder)
+
+
+def make_tasks(
+    settings: EvaluationSettings, tokens: Path | None, *, context_length: int, progress: Progress
+) -> TaskSelection:
+    """Make the held-out tasks that are missing, and return the tasks to run, as `select_tasks`.
+
+    Raises:
+        UserError: As `select_tasks`; or if the documents give no items.
+    """
+    asked = select_tasks(settings, tokens, context_length=context_length)
+    if tokens is None:
+        return asked
+    items: dict[str, Any] = {"num_items": settings.num_items, "context_length": context_length}
+    for note in build_heldout(tokens, **items, progress=progress).notes:
+        progress.note(note)
+    return select_tasks(settings, tokens, context_length=context_length)
+
+
+def load_selection(asked: TaskSelection, settings: EvaluationSettings) -> Suite:
+    """Load tasks by lm-eval, whose import takes seconds."""
+    from orchestrator.evaluation.harness import load_suite
+
+    return load_suite(
+        asked.names,
+        folders=asked.folders,
+        heldout=asked.heldout,
+        num_fewshot=settings.num_fewshot,
+        prompts=settings.prompts,
+    )
+
+
+def needs_heldout(settings: EvaluationSettings) -> bool:
+    """Return whether the suite has held-out tasks."""
+    return any(map(_is_heldout, named_tasks(settings)))
 
 
 def named_tasks(settings: EvaluationSettings) -> list[str]:
@@ -198,17 +222,14 @@ def lm_eval_task_fingerprints(
             accuracy although one is needed.
         RunFailed: If the hub provides none of the tasks.
     """
-    folders, names = user_task_folders(settings), named_tasks(settings)
+    folders, names = tuple(user_task_folders(settings)), named_tasks(settings)
     is_accuracy_known = any(name == HELDOUT or has_accuracy(name) for name in names)
     fingerprints = {}
     if needs_lm_eval(settings):
-        # Imports lm-eval, which takes seconds.
-        from orchestrator.evaluation.harness import check_answer_settings, load_suite
+        from orchestrator.evaluation.harness import check_answer_settings
 
-        others = [name for name in names if not _is_heldout(name)]
-        loaded = load_suite(
-            others, folders=folders, num_fewshot=settings.num_fewshot, prompts=settings.prompts
-        )
+        others = tuple(name for name in names if not _is_heldout(name))
+        loaded = load_selection(TaskSelection(names=others, folders=folders), settings)
         progress = progress or Progress()
         for name, reason in loaded.skipped.items():
             progress.note(f"skipped {name}: {reason}")

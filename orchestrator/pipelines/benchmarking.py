@@ -36,16 +36,16 @@ from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.measurement import Measurement
 from orchestrator.records.parameters import schedule_parameters
-from orchestrator.reporting import benchmark_tables
+from orchestrator.reporting import command_tables
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import join_names
 from orchestrator.training.checkpoint import DTYPES
 from orchestrator.training.checkpoint_lookup import known_schedules
-from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.model_lookup import load_influence_table
 from orchestrator.training.precision import device_precision
 from orchestrator.workspace.files import write_json
-from orchestrator.workspace.layout import Workspace
+from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import content_key, environment
 
 NUM_SCHEDULES = 5
@@ -54,19 +54,43 @@ SHORT_CONTEXT = 32
 """Tokens of the shorter default prompt; the longer one is half the model's context."""
 
 
+class BenchmarkPlan(Result):
+    """Models, each under its schedule, and the conditions that they are measured under."""
+
+    models: dict[str, EvaluatedModel]
+    """By the names of the result."""
+    conditions: MeasurementSettings
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the models' names and the conditions."""
+        return {"models": list(self.models), "conditions": asdict(self.conditions)}
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return the models' names and the conditions."""
+        conditions = asdict(self.conditions).items()
+        rows = [(name.replace("_", " "), str(value).strip("()")) for name, value in conditions]
+        yield command_tables.two_column_table(
+            "Plan of the benchmark", [("models", join_names(list(self.models))), *rows]
+        )
+
+
 class BenchmarkResult(Result):
     """All measurements of one call."""
 
-    costs: list[MeasuredCost]
-    """By condition, then by model in the order given."""
-    conditions: MeasurementSettings
-    """Batch sizes, contexts, repetitions, threads."""
+    path: Path
+    """The file that holds it."""
     device: str
     """CPU or GPU that it was measured on."""
     dtype: str
     """Type of the weights."""
-    path: Path
-    """The file that holds it."""
+    machine: dict[str, Any]
+    """Versions and hardware."""
+    conditions: MeasurementSettings
+    """Batch sizes, contexts, repetitions, threads."""
+    peak_bytes: str = HOW_MEASURED
+    """How memory was measured."""
+    costs: list[MeasuredCost]
+    """By condition, then by model in the order given."""
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per model, batch size and context."""
@@ -77,25 +101,13 @@ class BenchmarkResult(Result):
             rows.append({name.replace(" ", "_"): value for name, value in row.items()})
         return rows
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the file, the machine, the conditions and the measurements."""
-        return {
-            "path": str(self.path),
-            "device": self.device,
-            "dtype": self.dtype,
-            "machine": {**environment(), "cpus": os.cpu_count()},
-            "conditions": asdict(self.conditions),
-            "peak_bytes": HOW_MEASURED,
-            "costs": [asdict(cost) for cost in self.costs],
-        }
-
     def shown(self) -> Iterable[RenderableType]:
         """Return the tables of costs and shares, and what they say."""
-        yield from benchmark_tables.cost_and_share_tables(self.costs)
-        how = benchmark_tables.conditions_sentence(
+        yield from command_tables.cost_and_share_tables(self.costs)
+        how = command_tables.conditions_sentence(
             self.conditions, device=self.device, dtype=self.dtype
         )
-        for line in (*benchmark_tables.benchmark_sentences(self.costs), how):
+        for line in (*command_tables.benchmark_sentences(self.costs), how):
             yield f"  {line}"
         yield f"  written to {self.path}"
 
@@ -124,47 +136,77 @@ def benchmark(
         UserError: If a model is missing, damaged or no decoder, or a condition does not fit it.
     """
     context = open_context(workspace, progress)
-    conditions = conditions or MeasurementSettings(contexts=())
-    opened = open_models(
-        context.workspace, list(map(Path, models)), schedules, warn=context.progress.note
+    plan = plan_benchmark(
+        workspace=context.workspace,
+        models=models,
+        schedules=schedules,
+        conditions=conditions,
+        progress=context.progress,
     )
+    return run_benchmark(plan, context, cluster)
+
+
+def plan_benchmark(
+    *,
+    workspace: Workspace | Path | str,
+    models: Sequence[Path | str] = (),
+    schedules: Sequence[str] = (),
+    conditions: MeasurementSettings | None = None,
+    progress: Progress | None = None,
+) -> BenchmarkPlan:
+    """Open the models; arguments and errors as `benchmark`."""
+    space, warn = find_workspace(workspace), (progress or Progress()).note
+    opened = open_models(space, list(map(Path, models)), schedules, warn=warn)
     if len(opened) == 1 and not schedules:
         opened = family_of(opened[0])
+    conditions = conditions or MeasurementSettings(contexts=())
     if not conditions.contexts:
         usual = usual_contexts(opened, conditions.new_tokens)
         conditions = replace(conditions, contexts=usual)
-    device = command_device(cluster or ClusterSettings(), context.workspace.root)
-    return benchmark_models(opened, conditions, context, on_device=device)
+    models_by_name = dict(zip(short_names(opened), opened, strict=True))
+    return BenchmarkPlan(models=models_by_name, conditions=conditions)
 
 
-def benchmark_models(
-    models: Sequence[EvaluatedModel],
-    conditions: MeasurementSettings,
-    context: Context,
-    *,
-    on_device: OnDevice = on_cpu,
+def run_benchmark(
+    plan: BenchmarkPlan, context: Context, cluster: ClusterSettings | None = None
 ) -> BenchmarkResult:
     """Measure models; those with the same weights share them. Raises as `benchmark`."""
+    on_device = command_device(cluster or ClusterSettings(), context.workspace.root)
     context.progress.start("benchmark")  # Models take their time to load.
-    names = short_names(models)
-    costs, device, dtype = on_device(
-        partial(_measure, dict(zip(names, models, strict=True)), conditions), context.progress
-    )
-    keys = [list(model.key) for model in models]
+    conditions = plan.conditions
+    measure = partial(_measure, plan.models, conditions)
+    costs, device, dtype = on_device(measure, context.progress)
+    keys = [list(model.key) for model in plan.models.values()]
     key = content_key("benchmark", keys, asdict(conditions), device, environment())
     result = BenchmarkResult(
-        costs=costs,
-        conditions=conditions,
+        path=context.workspace.benchmarks / f"{key}.json",
         device=device,
         dtype=dtype,
-        path=context.workspace.benchmarks / f"{key}.json",
+        machine={**environment(), "cpus": os.cpu_count()},
+        conditions=conditions,
+        costs=costs,
     )
-    written = result.to_json()
-    del written["path"]  # The workspace may be moved.
-    write_json(result.path, written)
-    context.progress.finish(f"{len(models)} models, {len(costs)} measurements")
-    for name, model in zip(names, models, strict=True):
-        _track(context, model, [cost for cost in costs if cost.model == name], result)
+    # The workspace may be moved, so the file does not name itself.
+    write_json(result.path, result.model_dump(mode="json", exclude={"path"}))
+    context.progress.finish(f"{len(plan.models)} models, {len(costs)} measurements")
+    for name, model in plan.models.items():
+        assert model.config is not None, "what was measured is a decoder"
+        own = [cost.metrics() for cost in costs if cost.model == name]
+        context.log_measurement(
+            Measurement.of(
+                key=content_key("benchmark", list(model.key), asdict(conditions), device),
+                name=f"benchmark {model.name}"[:80],
+                kind="benchmark",
+                params={
+                    **schedule_parameters(model.config),
+                    "checkpoint": model.path,
+                    "device": device,
+                    "dtype": dtype,
+                    "num_threads": conditions.num_threads,
+                },
+                metrics={metric: value for numbers in own for metric, value in numbers.items()},
+            )
+        )
     return result
 
 
@@ -219,24 +261,3 @@ def _measure(
     costs = measure_costs(decoders, conditions, progress)
     dtype_name = str(next(some.parameters()).dtype).removeprefix("torch.")
     return costs, device_name(some.device), dtype_name
-
-
-def _track(
-    context: Context, model: EvaluatedModel, costs: Sequence[MeasuredCost], result: BenchmarkResult
-) -> None:
-    assert model.config is not None, "what was measured is a decoder"
-    context.log_measurement(
-        Measurement.of(
-            key=content_key("benchmark", list(model.key), asdict(result.conditions), result.device),
-            name=f"benchmark {model.name}"[:80],
-            kind="benchmark",
-            params={
-                **schedule_parameters(model.config),
-                "checkpoint": model.path,
-                "device": result.device,
-                "dtype": result.dtype,
-                "num_threads": result.conditions.num_threads,
-            },
-            metrics={name: value for cost in costs for name, value in cost.metrics().items()},
-        )
-    )

@@ -75,7 +75,7 @@ def open_context(
     *,
     loggers: Collection[str] = (),
 ) -> Context:
-    """Open the workspace; its folder is made if it is missing, except in a `read_only` block.
+    """Open the workspace; its folder is made if it is missing.
 
     `loggers` as for `Context`.
 

@@ -24,19 +24,14 @@ from packaging.version import InvalidVersion
 from rich.text import Text
 
 from orchestrator.pipelines.result import Result
+from orchestrator.settings import ClusterSettings
+from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes, format_count
 from orchestrator.workspace.errors import UserError, mask_secrets, strip_credentials
 from orchestrator.workspace.files import abandoned_folders, free_disk
-from orchestrator.workspace.layout import (
-    LOCAL,
-    WORKSPACE_FILE_NAME,
-    Workspace,
-    chosen_address,
-    open_workspace,
-)
+from orchestrator.workspace.layout import WORKSPACE_FILE_NAME, Workspace, find_workspace
 from orchestrator.workspace.locks import is_locked
 from orchestrator.workspace.provenance import installed_version
-from orchestrator.workspace.read_only import read_only
 from orchestrator.workspace.status import pending_records, read_status
 
 if TYPE_CHECKING:
@@ -228,7 +223,7 @@ def _disk(workspace: Workspace) -> Found:
 def _ray(_: Workspace) -> Found:
     from orchestrator.cluster.joining import check_ray_can_run
 
-    address = chosen_address(None)
+    address = ClusterSettings().ray_address
     check_ray_can_run(address)
     where = "starts on this machine" if address == LOCAL else f"answers at {address}"
     yield "ok", f"Ray {installed_version('ray')} {where}", ""
@@ -276,8 +271,7 @@ def _workspace(workspace: Workspace) -> Found:
     if not workspace.root.exists():
         yield "ok", f"{workspace.root} does not exist yet; the first command makes it", ""
         return
-    with read_only():
-        open_workspace(workspace.root)
+    find_workspace(workspace.root)
     if not os.access(workspace.root, os.W_OK):
         raise UserError(f"{workspace.root} cannot be written; choose another with --workspace")
     try:

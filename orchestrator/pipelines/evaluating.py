@@ -1,4 +1,7 @@
-"""Measure accuracy and bits per byte of models with lm-eval; each task is measured once."""
+"""Measure accuracy and bits per byte of models with lm-eval, and compare two models item by item.
+
+Each task is measured once. What stock lm-eval wrote of a model can be compared, too.
+"""
 
 from __future__ import annotations
 
@@ -14,39 +17,55 @@ from rich.console import RenderableType
 from orchestrator.cluster.launch import command_device
 from orchestrator.data.hub import offline
 from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_models, short_names
-from orchestrator.evaluation.harness import Suite, load_suite
+from orchestrator.evaluation.harness import Suite
 from orchestrator.evaluation.harness.logged_files import (
     LoggedOutput,
     new_output_folder,
     write_lm_eval_files,
 )
 from orchestrator.evaluation.heldout import heldout_chances
+from orchestrator.evaluation.logged_samples import LoggedRun, find_logged_run
 from orchestrator.evaluation.measuring import Conditions, Measured, ModelMeasurer
 from orchestrator.evaluation.model_tokenizer import check_template
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.evaluation.task_selection import TaskSelection, newest_tokens, select_tasks
+from orchestrator.evaluation.task_selection import (
+    load_selection,
+    make_tasks,
+    needs_heldout,
+    newest_tokens,
+    select_tasks,
+)
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.measurement import Measurement
 from orchestrator.records.parameters import schedule_parameters
-from orchestrator.reporting.evaluation_tables import (
+from orchestrator.reporting.command_tables import (
     average_notes,
     evaluation_table,
     tasks_with_other_items,
+    two_column_table,
 )
-from orchestrator.reporting.price_table import two_column_table
+from orchestrator.reporting.comparison import (
+    Comparison,
+    compare_evaluations,
+    comparison_findings,
+    comparison_table,
+)
 from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count, format_with_error
 from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.model_loading import best_device
 from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.training.tracked_models import evaluated_model
-from orchestrator.workspace.errors import RunFailed
-from orchestrator.workspace.layout import LOCAL, Workspace, locate_workspace
+from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import content_key
-from orchestrator.workspace.read_only import read_only
+
+Note = Callable[[str], None]
+NEEDS_HUB = "needs the hub, which a dry run does not ask"
 
 
 class ModelEvaluations(Result):
@@ -108,12 +127,49 @@ class EvaluatePlan(Result):
 
         A precision that is not set is that of this machine's best device.
         """
-        with read_only():
-            return [
-                {"model": label, "task": task, "state": state}
-                for label, model in zip(short_names(self.models), self.models, strict=True)
-                for task, state in _states(model, self.settings, self.workspace, Progress())
-            ]
+        return [
+            {"model": label, "task": task, "state": state}
+            for label, model in zip(short_names(self.models), self.models, strict=True)
+            for task, state in self.states_of(model)
+        ]
+
+    def states_of(self, model: EvaluatedModel) -> list[tuple[str, str]]:
+        """Return each task of a model and how far it is."""
+        evaluation, cluster = self.settings.evaluation, self.settings.cluster
+        tokens = tokens_of_tasks(model, evaluation, self.workspace, lambda _: None)
+        asked = select_tasks(evaluation, tokens, context_length=model.context_length)
+        states: list[tuple[str, str]] = []
+        if asked.heldout and not asked.heldout.is_dir():
+            missing = asked.heldout_names
+            states = [(name, "to measure, its items are not made yet") for name in missing]
+            others = tuple(name for name in asked.names if name not in missing)
+            if not others:
+                return states
+            asked = replace(asked, names=others, heldout=None)
+        try:
+            with offline():
+                suite = load_selection(asked, evaluation)
+        except RunFailed:
+            return [*states, *((name, NEEDS_HUB) for name in asked.names)]
+        precision, device = evaluation.precision, cluster.device
+        command_device(cluster, self.workspace.root)  # Raises if this machine lacks the device.
+        is_elsewhere = cluster.num_gpus or (device == "cuda" and cluster.ray_address != LOCAL)
+        if precision is None and device in (None, "cuda") and is_elsewhere:
+            precision = "bf16"
+        conditions = Conditions(
+            precision=precision, limit=evaluation.limit, device=device or str(best_device())
+        )
+        store = EvaluationStore(self.workspace.evaluations, lambda _: None)
+        for name, num_answers in (
+            ModelMeasurer(model, store, conditions).stored_answers(suite).items()
+        ):
+            items = format_count(suite.num_items(name, evaluation.limit), "item")
+            if num_answers is None:
+                states.append((name, f"{items}, stored"))
+            else:
+                resumes = f"; resumes after {num_answers:,} answers" if num_answers else ""
+                states.append((name, f"{items} to measure{resumes}"))
+        return [*states, *((name, NEEDS_HUB) for name in suite.skipped)]
 
     def to_json(self) -> dict[str, Any]:
         """Return the tasks."""
@@ -143,11 +199,9 @@ def plan_evaluate(
 
     All models are opened first: a mistake in the last must not cost the time of the others.
     """
-    if not isinstance(workspace, Workspace):
-        workspace = locate_workspace(Path(workspace))
-    warn = (progress or Progress()).note
-    opened = open_models(workspace, list(map(Path, models)), schedules, warn=warn)
-    return EvaluatePlan(settings=settings, workspace=workspace, models=tuple(opened))
+    space, warn = find_workspace(workspace), (progress or Progress()).note
+    opened = open_models(space, list(map(Path, models)), schedules, warn=warn)
+    return EvaluatePlan(settings=settings, workspace=space, models=tuple(opened))
 
 
 def run_evaluate(
@@ -264,7 +318,12 @@ def evaluate_model(
     """
     workspace, progress = context.workspace, context.progress
     progress.start("evaluate")  # Tasks and models take their time to load.
-    load = _suite_loader(model, settings, workspace, progress)
+    tokens = tokens_of_tasks(model, settings, workspace, progress.note)
+    asked = make_tasks(settings, tokens, context_length=model.context_length, progress=progress)
+    for name, chance in (heldout_chances(asked.heldout) if asked.heldout else {}).items():
+        if name in asked.names:
+            progress.note(f"chance of {name}: {chance}")
+    load = partial(load_selection, asked, settings)  # Loaded tasks cannot be pickled.
     suite = load()
     for name, reason in suite.skipped.items():
         progress.note(f"skipped {name}: {reason}")
@@ -323,52 +382,17 @@ def _write_output(
     progress.note(f"samples in lm-eval's files: {path}")
 
 
-def _suite_loader(
-    model: EvaluatedModel, settings: EvaluationSettings, workspace: Workspace, progress: Progress
-) -> Callable[[], Suite]:
-    """Return a function that loads the tasks: it can be pickled, and loaded tasks cannot."""
-    asked = selected_tasks(model, settings, workspace, progress)
-    for name, chance in (heldout_chances(asked.heldout) if asked.heldout else {}).items():
-        if name in asked.names:
-            progress.note(f"chance of {name}: {chance}")
-    return partial(
-        load_suite,
-        asked.names,
-        folders=asked.folders,
-        heldout=asked.heldout,
-        num_fewshot=settings.num_fewshot,
-        prompts=settings.prompts,
-    )
-
-
-def selected_tasks(
-    model: EvaluatedModel,
-    settings: EvaluationSettings,
-    workspace: Workspace,
-    progress: Progress,
-    *,
-    make: bool = True,
-) -> TaskSelection:
-    """Return the tasks to run on a model.
-
-    Args:
-        make: Whether missing held-out tasks are made.
-    """
-
-    def tokens() -> Path:
-        if not model.is_external:
-            return tokens_folder_of(model.path, workspace)
-        folder = newest_tokens(workspace)
-        progress.note(f"held-out tasks for {model.name} are made from the tokens {folder.name}")
-        return folder
-
-    return select_tasks(
-        settings,
-        tokens,
-        context_length=model.context_length,
-        progress=progress,
-        make=make,
-    )
+def tokens_of_tasks(
+    model: EvaluatedModel, settings: EvaluationSettings, workspace: Workspace, note: Note
+) -> Path | None:
+    """Return the tokens that a model's held-out tasks are made from; None if it needs none."""
+    if not needs_heldout(settings):
+        return None
+    if not model.is_external:
+        return tokens_folder_of(model.path, workspace)
+    folder = newest_tokens(workspace)
+    note(f"held-out tasks for {model.name} are made from the tokens {folder.name}")
+    return folder
 
 
 def _track(context: Context, measured: Measured, model: EvaluatedModel, suite: Suite) -> None:
@@ -409,59 +433,157 @@ def _summary(evaluation: EvaluationResult) -> str:
     return ", ".join([*parts, f"{evaluation.num_items:,} items"])
 
 
-def _states(
-    model: EvaluatedModel, settings: Settings, workspace: Workspace, progress: Progress
-) -> list[tuple[str, str]]:
-    """Return each task and how far it is; nothing is measured, fetched or written."""
-    asked = selected_tasks(model, settings.evaluation, workspace, progress, make=False)
-    states: list[tuple[str, str]] = []
-    if asked.heldout and not asked.heldout.is_dir():
-        missing = asked.heldout_names
-        states = [(name, "to measure, its items are not made yet") for name in missing]
-        others = tuple(name for name in asked.names if name not in missing)
-        if not others:
-            return states
-        asked = replace(asked, names=others, heldout=None)
-    return states + _states_of_loaded(model, asked, settings, workspace, progress)
+# Two models on the same items
 
 
-def _states_of_loaded(
-    model: EvaluatedModel,
-    asked: TaskSelection,
+class ComparePlan(Result):
+    """Two sides of a comparison: outputs of lm-eval, or models to evaluate."""
+
+    names: tuple[str, str]
+    """What to call them: outputs of lm-eval as typed."""
+    logged: tuple[LoggedRun | None, LoggedRun | None]
+    """The outputs of lm-eval; None for a side that is evaluated."""
+    evaluated: EvaluatePlan
+    """The other sides."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the names, and the tasks of the sides that are evaluated."""
+        return {"models": list(self.names), **self.evaluated.to_json()}
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return the names, and the tasks of the sides that are evaluated."""
+        yield f"A: {self.names[0]}\nB: {self.names[1]}"
+        yield from self.evaluated.shown()
+
+
+class CompareResult(Result):
+    """Two models on the items that both answered."""
+
+    comparison: Comparison
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What can be concluded, as sentences."""
+        return tuple(comparison_findings(self.comparison))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row of plain values per task and average.
+
+        `difference` is the second model minus the first; `low` and `high` are its 95 % interval,
+        `only_first` and `only_second` count the items that only one of them gets right.
+        """
+        return [row.to_row() for row in (*self.comparison.tasks, *self.comparison.averages)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return names, rows, conclusions and notes."""
+        return {
+            "models": list(self.comparison.names),
+            "rows": self.rows(),
+            "findings": list(self.findings),
+            "notes": list(self.comparison.notes),
+        }
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return the names, a table, and what can be concluded."""
+        first, second = self.comparison.names
+        yield f"A: {first}\nB: {second}"
+        yield comparison_table(self.comparison)
+        yield from (f"  {sentence}" for sentence in (*self.findings, *self.comparison.notes))
+
+
+def compare(
     settings: Settings,
-    workspace: Workspace,
-    progress: Progress,
-) -> list[tuple[str, str]]:
-    try:
-        with offline():
-            suite = load_suite(
-                asked.names,
-                folders=asked.folders,
-                heldout=asked.heldout,
-                num_fewshot=settings.evaluation.num_fewshot,
-                prompts=settings.evaluation.prompts,
+    *,
+    workspace: Workspace | Path | str,
+    models: tuple[Path | str, Path | str],
+    schedules: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> CompareResult:
+    """Compare two models on the same items; stored results are read, others are measured.
+
+    Args:
+        settings: Section `evaluation`. With an output of lm-eval on one side and
+            `evaluation.suite` at its default, the other side is measured on the tasks of that
+            output.
+        models: Two of: a checkpoint, a run or a transformers folder, by path or name; or what
+            lm-eval wrote with `--log_samples`: its `--output_path`, the model's folder in it, or a
+            `results_*.json`.
+        schedules: Iteration schedules: one for both models or one for each; each model's own when
+            empty.
+        trust_remote_code: Whether code in a model folder may run.
+
+    Raises:
+        UserError: As `evaluate`; or if files of lm-eval are missing or damaged, a schedule is given
+            for them, or nothing can be compared.
+        RunFailed: If the hub gives none of the tasks.
+    """
+    context = open_context(workspace, progress)
+    plan = plan_compare(
+        settings,
+        workspace=context.workspace,
+        models=models,
+        schedules=schedules,
+        progress=context.progress,
+    )
+    return run_compare(plan, context, trust_remote_code=trust_remote_code)
+
+
+def plan_compare(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str,
+    models: tuple[Path | str, Path | str],
+    schedules: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> ComparePlan:
+    """Find the outputs of lm-eval, and open the other models; arguments and errors as `compare`."""
+    first, second = (find_logged_run(Path(model)) for model in models)
+    if len(schedules) > 2:
+        raise UserError(
+            f"--schedule: got {len(schedules)} schedules for 2 models; give one for both, or two"
+        )
+    opened: list[EvaluatedModel] = []
+    wanted = [[schedules[0]], [schedules[-1]]] if schedules else [[], []]
+    space = find_workspace(workspace)
+    for model, run, schedule in zip(models, (first, second), wanted, strict=True):
+        if schedules and run and (len(schedules) == 2 or (first and second)):
+            raise UserError(
+                f"--schedule: {model} is an output of lm-eval, which has no iteration schedule"
             )
-    except RunFailed:
-        return [(name, _NEEDS_HUB) for name in asked.names]
-    precision, cluster = settings.evaluation.precision, settings.cluster
-    device = cluster.device
-    command_device(cluster, workspace.root)  # Raises if this machine lacks the device.
-    is_elsewhere = cluster.num_gpus or (device == "cuda" and cluster.ray_address != LOCAL)
-    if precision is None and device in (None, "cuda") and is_elsewhere:
-        precision = "bf16"
-    limit = settings.evaluation.limit
-    conditions = Conditions(precision=precision, limit=limit, device=device or str(best_device()))
-    store = EvaluationStore(workspace.evaluations, progress.note)
-    stored = ModelMeasurer(model, store, conditions).stored_answers(suite)
-    states = []
-    for name, num_answers in stored.items():
-        items = format_count(suite.num_items(name, limit), "item")
-        if num_answers is None:
-            states.append((name, f"{items}, stored"))
-        else:
-            resumes = f"; resumes after {num_answers:,} answers" if num_answers else ""
-            states.append((name, f"{items} to measure{resumes}"))
-    return [*states, *((name, _NEEDS_HUB) for name in suite.skipped)]
+        if not run:
+            warn = (progress or Progress()).note
+            opened += open_models(space, [Path(model)], schedule, warn=warn)
+    evaluation, outputs = settings.evaluation, [run for run in (first, second) if run]
+    if outputs and evaluation.suite == EvaluationSettings().suite:
+        evaluation = evaluation.model_copy(update={"suite": ",".join(outputs[0].tasks)})
+        settings = settings.model_copy(update={"evaluation": evaluation})
+    labels = iter(short_names(opened))
+    names = [
+        str(model) if run else next(labels)
+        for model, run in zip(models, (first, second), strict=True)
+    ]
+    if names[0] == names[1]:
+        names = [f"{names[0]} (A)", f"{names[1]} (B)"]
+    return ComparePlan(
+        names=(names[0], names[1]),
+        logged=(first, second),
+        evaluated=EvaluatePlan(settings=settings, workspace=space, models=tuple(opened)),
+    )
 
 
-_NEEDS_HUB = "needs the hub, which a dry run does not ask"
+def run_compare(
+    plan: ComparePlan, context: Context, *, trust_remote_code: bool = False
+) -> CompareResult:
+    """Evaluate what is not an output of lm-eval, and compare; errors as `compare`."""
+    sides = [run and run.read() for run in plan.logged]
+    evaluated = iter(
+        evaluate_opened(
+            plan.evaluated.models,
+            plan.evaluated.settings,
+            context,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+    first, second = (side or next(evaluated) for side in sides)
+    return CompareResult(comparison=compare_evaluations(first, second, plan.names))

@@ -36,10 +36,10 @@ from orchestrator.evaluation.model_tokenizer import (
     ModelTokenizer,
     PlainTokenizer,
     checkpoint_tokenizer,
+    read_model_text_files,
 )
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.pipelines.hub_imports import local_model
-from orchestrator.pipelines.imported_text import read_model_text_files
+from orchestrator.pipelines.models import local_model, plan_pick
 from orchestrator.planning.machine import check_device
 from orchestrator.records.trial import Trial
 from orchestrator.terminal.progress import Progress
@@ -176,11 +176,9 @@ def _model_folder(
     elif (workspace.sweeps / path).is_dir() and not (
         path.exists() or (workspace.runs / path).exists()
     ):
-        from orchestrator.pipelines.picking import pick  # It takes seconds to import.
-
         picked = picked_model(workspace, path.name)
         if picked is None:
-            picked = pick(workspace=workspace, sweep=path.name, dry_run=True).model
+            picked = plan_pick(workspace=workspace, sweep=path.name).model
     if picked and picked.checkpoint:
         own = None if picked.schedule is None else IterationSchedule(picked.schedule)
         return resolve_checkpoint(Path(picked.checkpoint)), own

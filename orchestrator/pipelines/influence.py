@@ -14,32 +14,60 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from rich.console import RenderableType
 
 from iiet.influence import InfluenceTable, influence_table
 from iiet.influence_metrics import INFLUENCE_METRICS
 from iiet.methods import METHODS
 from orchestrator.cluster.launch import command_device
-from orchestrator.data.prepared import PreparedData
 from orchestrator.data.sources import describe_data, open_data
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.pipelines.hub_imports import local_model
+from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
 from orchestrator.records.measurement import Measurement
-from orchestrator.reporting.influence_tables import influence_terminal_table
-from orchestrator.settings import InfluenceSettings, Settings
+from orchestrator.reporting.command_tables import influence_terminal_table, two_column_table
+from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config, weights_key
-from orchestrator.training.device_work import OnDevice, on_cpu
+from orchestrator.training.device_work import OnDevice
 from orchestrator.training.model_loading import load_model
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import read_cached, write_json
-from orchestrator.workspace.layout import Workspace
+from orchestrator.workspace.files import damage_as_user_error, read_json, write_json
+from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import content_key
 
 SEQUENCES_PER_BATCH = 8
 """Standard errors are over batches, so batches are small and many."""
+
+
+class InfluencePlan(Result):
+    """The influence of a checkpoint's corrections: stored, or to be measured."""
+
+    checkpoint: Path
+    """The model."""
+    metric: str
+    tokens_folder: Path
+    """Prepared tokens that the model was trained on."""
+    num_tokens: int
+    """Held-out tokens that are read."""
+    path: Path
+    """File of the table, beside the weights."""
+    is_stored: bool
+    """Whether it is measured already."""
+    table: InfluenceTable | None = Field(exclude=True)
+    """The stored table."""
+    key: str = Field(exclude=True)
+    """Hash of all that determines the table."""
+    notes: tuple[str, ...] = Field(exclude=True)
+    """What a run says: that the stored table is damaged."""
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return whether the table is stored."""
+        what = f"influence ({self.metric}) of {self.checkpoint}"
+        state = "stored" if self.is_stored else f"{self.num_tokens:,} tokens to measure"
+        yield two_column_table("Plan of the measurement", [(what, state)])
 
 
 class InfluenceResult(Result):
@@ -87,7 +115,7 @@ def measure_influence(
     """Measure how much each correction of each layer matters; a stored table is read again.
 
     Args:
-        settings: Section `influence`.
+        settings: Sections `influence` and `cluster`.
         model: A checkpoint or run, by path or name; the newest IIET with corrections when unset.
 
     Raises:
@@ -95,65 +123,24 @@ def measure_influence(
             workspace.
     """
     context = open_context(workspace, progress)
-    checkpoint = resolve_teacher(context.workspace, local_model(context, model))
-    tokens = tokens_folder_of(checkpoint, context.workspace)
     device = command_device(settings.cluster, context.workspace.root)
-    table = read_or_measure_influence(
-        checkpoint, settings.influence, tokens, context, on_device=device
-    )
-    return InfluenceResult(checkpoint=checkpoint, table=table)
+    plan = plan_influence(settings, workspace=context.workspace, model=local_model(context, model))
+    return run_influence(plan, context, on_device=device)
 
 
-def read_or_measure_influence(
-    checkpoint: Path,
-    settings: InfluenceSettings,
-    tokens_folder: Path,
-    context: Context,
-    *,
-    on_device: OnDevice = on_cpu,
-) -> InfluenceTable:
-    """Return the influence table of a checkpoint, measured if it is not stored.
-
-    Args:
-        tokens_folder: Prepared tokens that the model was trained on.
-        on_device: Runs the measurement.
+def plan_influence(
+    settings: Settings, *, workspace: Workspace | Path | str, model: Path | str | None = None
+) -> InfluencePlan:
+    """Return the stored influence of a checkpoint, or what is to measure.
 
     Raises:
-        UserError: If the checkpoint or the tokens are damaged, do not go together, or the model
-            makes no corrections.
+        UserError: As `measure_influence`; or if the checkpoint or the tokens are damaged, or do not
+            go together.
     """
-    progress, data = context.progress, open_data(tokens_folder)
-    path, key, num_tokens = _place(checkpoint, settings, data)
-    found = _stored(path, key, progress)
-    progress.start(f"influence ({settings.metric})", num_tokens)
-    if found is None:
-        measure = partial(_measure, checkpoint, tokens_folder, settings.metric, num_tokens)
-        found = on_device(measure, progress)
-        _store(path, key, found, progress)
-        progress.finish(_summary(found))
-    else:
-        progress.finish(f"{_summary(found)}, found again")
-    _track(context, key, found, path, checkpoint, tokens_folder)
-    return found
-
-
-def stored_influence(
-    checkpoint: Path, settings: InfluenceSettings, tokens_folder: Path, progress: Progress
-) -> InfluenceTable | None:
-    """Return the influence table of a checkpoint; None if it is not measured yet.
-
-    Raises:
-        UserError: As `read_or_measure_influence`.
-    """
-    path, key, _ = _place(checkpoint, settings, open_data(tokens_folder))
-    return _stored(path, key, progress)
-
-
-def _place(
-    checkpoint: Path, settings: InfluenceSettings, data: PreparedData
-) -> tuple[Path, str, int]:
-    """Return file and key of a checkpoint's table, and the number of tokens that it is of."""
-    config = load_config(checkpoint)
+    space = find_workspace(workspace)
+    checkpoint = resolve_teacher(space, model)
+    tokens_folder = tokens_folder_of(checkpoint, space)
+    config, data = load_config(checkpoint), open_data(tokens_folder)
     if not config.corrections.num_corrections:
         raise UserError(
             f"{checkpoint} is a model ({config.method}) without corrections, so there is "
@@ -169,18 +156,95 @@ def _place(
             f"{checkpoint} knows {config.vocab_size} tokens, but {data.folder} uses "
             f"{data.vocab_size}: these are not the tokens it was trained on"
         )
-    num_tokens = min(settings.num_tokens, data.num_validation_tokens or settings.num_tokens)
-    version = INFLUENCE_METRICS[settings.metric].version
+    wanted = settings.influence
+    num_tokens = min(wanted.num_tokens, data.num_validation_tokens or wanted.num_tokens)
+    version = INFLUENCE_METRICS[wanted.metric].version
     key = content_key(
         "influence",
         weights_key(checkpoint),
         list(config.corrections),
         data.fingerprint,
-        settings.metric,
+        wanted.metric,
         num_tokens,
         *([version] if version > 1 else []),  # Keys of earlier versions have none.
     )
-    return checkpoint / f"influence-{settings.metric}.json", key, num_tokens
+
+    path, notes, table = checkpoint / f"influence-{wanted.metric}.json", [], None
+    remedy = "it is measured again"
+    try:
+        stored = read_json(path, remedy=remedy)
+        with damage_as_user_error(path, remedy=remedy):
+            if stored and stored["key"] == key:
+                table = InfluenceTable.from_dict(stored)
+                table.schedule  # noqa: B018  # a layer without a row is found here
+    except UserError as error:
+        table, notes = None, [str(error)]
+    return InfluencePlan(
+        checkpoint=checkpoint,
+        metric=wanted.metric,
+        tokens_folder=tokens_folder,
+        num_tokens=num_tokens,
+        path=path,
+        is_stored=table is not None,
+        key=key,
+        table=table,
+        notes=tuple(notes),
+    )
+
+
+def run_influence(plan: InfluencePlan, context: Context, *, on_device: OnDevice) -> InfluenceResult:
+    """Measure and store what a plan lacks, and log it in MLflow.
+
+    Args:
+        on_device: Runs the measurement.
+    """
+    progress, table = context.progress, plan.table
+    for note in plan.notes:
+        progress.note(note)
+    progress.start(f"influence ({plan.metric})", plan.num_tokens)
+    if table is None:
+        measure = partial(
+            _measure, plan.checkpoint, plan.tokens_folder, plan.metric, plan.num_tokens
+        )
+        table = on_device(measure, progress)
+        from orchestrator.reporting.influence_figure import draw_influence  # Imports matplotlib.
+
+        picture = draw_influence(
+            table.rows(), metric=table.metric, title="Influence of each correction"
+        )
+        try:
+            picture.savefig(plan.path.with_suffix(".png"))
+            write_json(plan.path, {"key": plan.key, **table.to_dict()})
+        except OSError as error:
+            progress.note(f"cannot store the influence beside the weights: {error}")
+    progress.finish(summary(table) + (", found again" if plan.table else ""))
+
+    points = [
+        (f"{name}/layer_{layer:02d}", value, correction)
+        for name, rows in (("influence", table.rows()), ("residual", table.residual_rows))
+        for layer, row in enumerate(rows, start=1)
+        for correction, value in enumerate(row, start=1)
+    ]
+    points += [("block_influence", v, layer) for layer, v in enumerate(table.layer_values, start=1)]
+    contractions = enumerate(table.contractions, start=1)
+    points += [("contraction", c, layer) for layer, c in contractions if not math.isnan(c)]
+    context.log_measurement(
+        Measurement.of(
+            key=plan.key,
+            name=f"influence {table.metric} of {plan.checkpoint.parent.name}",
+            kind="influence",
+            params={
+                "metric": table.metric,
+                "schedule": table.schedule,
+                "num_tokens": table.num_tokens,
+                "checkpoint": plan.checkpoint,
+            },
+            dataset=describe_data(plan.tokens_folder),
+            points=points,
+            files=[str(plan.path), str(plan.path.with_suffix(".png"))],
+        )
+    )
+    return InfluenceResult(checkpoint=plan.checkpoint, table=table)
 
 
 def _measure(
@@ -207,69 +271,8 @@ def _measure(
     )
 
 
-def _stored(path: Path, key: str, progress: Progress) -> InfluenceTable | None:
-    def parse(found: dict[str, Any]) -> InfluenceTable | None:
-        if found["key"] != key:
-            return None
-        table = InfluenceTable.from_dict(found)
-        table.schedule  # noqa: B018  # a layer without a row is found here
-        # A table of an earlier version does not say how much each layer matters.
-        return table if len(table.layer_values) == len(table.value_rows) else None
-
-    return read_cached(path, parse, progress.note)
-
-
-def _store(path: Path, key: str, table: InfluenceTable, progress: Progress) -> None:
-    from orchestrator.reporting.influence_figure import draw_influence  # Imports matplotlib.
-
-    picture = path.with_suffix(".png")
-    try:
-        draw_influence(
-            table.rows(), metric=table.metric, title="Influence of each correction"
-        ).savefig(picture)
-        write_json(path, {"key": key, **table.to_dict()})
-    except OSError as error:
-        progress.note(f"cannot store the influence beside the weights: {error}")
-
-
-def _track(
-    context: Context,
-    key: str,
-    table: InfluenceTable,
-    path: Path,
-    checkpoint: Path,
-    tokens_folder: Path,
-) -> None:
-    points = [
-        (f"{name}/layer_{layer:02d}", value, correction)
-        for name, rows in (("influence", table.rows()), ("residual", table.residual_rows))
-        for layer, row in enumerate(rows, start=1)
-        for correction, value in enumerate(row, start=1)
-    ]
-    points += [
-        ("block_influence", value, layer) for layer, value in enumerate(table.layer_values, start=1)
-    ]
-    contractions = enumerate(table.contractions, start=1)
-    points += [("contraction", c, layer) for layer, c in contractions if not math.isnan(c)]
-    context.log_measurement(
-        Measurement.of(
-            key=key,
-            name=f"influence {table.metric} of {checkpoint.parent.name}",
-            kind="influence",
-            params={
-                "metric": table.metric,
-                "schedule": table.schedule,
-                "num_tokens": table.num_tokens,
-                "checkpoint": checkpoint,
-            },
-            dataset=describe_data(tokens_folder),
-            points=points,
-            files=[str(path), str(path.with_suffix(".png"))],
-        )
-    )
-
-
-def _summary(table: InfluenceTable) -> str:
+def summary(table: InfluenceTable) -> str:
+    """Return the range of a table's values, and how many layers do not contract, as text."""
     values = [value for row in table.rows() for value in row]
     factors = [factor for factor in table.contractions if not math.isnan(factor)]
     growing = sum(factor >= 1 for factor in factors)

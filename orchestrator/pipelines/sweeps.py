@@ -9,7 +9,7 @@ trials. The same call resumes an interrupted sweep; for a finished one, it only 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +23,7 @@ from iiet.influence import InfluenceTable
 from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.launch import joined_cluster, trial_device
+from orchestrator.data.hub import offline
 from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.sources import open_data
@@ -32,14 +33,16 @@ from orchestrator.evaluation.python_tasks import HELDOUT
 from orchestrator.evaluation.task_selection import (
     check_sweep_tasks,
     lm_eval_task_fingerprints,
+    make_tasks,
+    needs_heldout,
     needs_lm_eval,
     select_tasks,
     tasks_of_source,
     user_task_folders,
 )
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.pipelines.hub_imports import local_model
-from orchestrator.pipelines.influence import read_or_measure_influence, stored_influence
+from orchestrator.pipelines.influence import plan_influence, run_influence
+from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
 from orchestrator.pipelines.training import UNPREPARED, TrainingPlan, plan_models, run_trainings
 from orchestrator.planning.estimate import (
@@ -52,13 +55,12 @@ from orchestrator.planning.estimate import (
 from orchestrator.planning.fit import find_problems
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.reporting.command_tables import price_rows, two_column_table
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.front_axes import parse_axes
-from orchestrator.reporting.front_data import front_rows, front_values
+from orchestrator.reporting.front_data import front_values, model_rows
 from orchestrator.reporting.front_tables import terminal_table
-from orchestrator.reporting.pareto import Front
-from orchestrator.reporting.price_table import price_rows, two_column_table
-from orchestrator.reporting.sweep_results import (
+from orchestrator.reporting.results import (
     CHANCE_TITLE,
     LEFT_OUT_TITLE,
     StoredSweep,
@@ -97,9 +99,8 @@ from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import Journal, last_recorded
-from orchestrator.workspace.layout import PLAN_FILE, Workspace, portable_path
+from orchestrator.workspace.layout import PLAN_FILE, Workspace, find_workspace, portable_path
 from orchestrator.workspace.provenance import environment
-from orchestrator.workspace.read_only import read_only
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -200,8 +201,8 @@ class ReportResult(Result):
 
     title: str
     """Heading of the report."""
-    front: Front = Field(exclude=True)
-    """Every model with its place."""
+    front: Any = Field(exclude=True)
+    """A `Front`: every model with its place."""
     sentences: tuple[str, ...]
     """Notes on how to read the front, then its findings."""
     elastic: ElasticSection | None = Field(exclude=True)
@@ -228,7 +229,7 @@ class ReportResult(Result):
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per model: cost, quality, place on the front, checkpoint."""
-        return list(front_rows(self.front))
+        return model_rows(self.front)
 
     def to_json(self) -> dict[str, Any]:
         """Return title, sentences and files, and what `front.json` holds."""
@@ -382,7 +383,7 @@ def sweep(
     return run_sweep(plan, context)
 
 
-@read_only()
+@offline()
 def plan_sweep(
     settings: Settings,
     *,
@@ -416,8 +417,7 @@ def plan_sweep(
             "them out, or set sweep.kind to iterations"
         )
     check_sweep(settings)
-    context = open_context(workspace, progress)
-    space = context.workspace
+    space, progress = find_workspace(workspace), progress or Progress()
     asked: dict[str, Any] = {"settings": settings, "baselines": baselines}
     asked |= {"models": models, "name": name}
     notes: list[str] = []
@@ -429,7 +429,7 @@ def plan_sweep(
 
     # What is trained: models, or a teacher whose students follow.
     if teacher is not None:
-        wanted = local_model(context, None if teacher == NEWEST else teacher)
+        wanted = None if teacher == NEWEST else teacher
         checkpoint = asked["teacher"] = resolve_teacher(space, wanted)
     else:
         check_sweep_tasks(settings, tasks_of_source(settings.data))
@@ -453,11 +453,14 @@ def plan_sweep(
             notes.append(f"the teacher is not trained, so {counts}")
     if checkpoint:
         tokens = tokens_folder_of(checkpoint, space)
-        influence = influence or stored_influence(
-            checkpoint, settings.influence, tokens, context.progress
-        )
+        if influence is None:
+            measurement = plan_influence(settings, workspace=space, model=checkpoint)
+            influence = measurement.table
+            for note in measurement.notes:
+                progress.note(note)
         options: dict[str, Any] = {"baselines": baselines, "name": name, "hashes": fingerprints}
-        plan = plan_students(settings, context, checkpoint, influence, **options)
+        options["note"] = progress.note
+        plan = plan_students(settings, space, checkpoint, influence, **options)
         if influence is None:
             unknown, counts = students_upper_bound(settings, load_config(checkpoint))
             notes.append(f"the teacher's influence is not measured, so {counts}")
@@ -567,10 +570,11 @@ def plan_iterations(
 
 def plan_students(
     settings: Settings,
-    context: Context,
+    workspace: Workspace,
     teacher: Path,
     influence: InfluenceTable | None,
     *,
+    note: Callable[[str], None] = lambda _: None,
     baselines: Mapping[str, Path] | None = None,
     name: str | None = None,
     hashes: Mapping[str, str] | None = None,
@@ -583,14 +587,15 @@ def plan_students(
         baselines: Label to checkpoint; when unset, the workspace's models without corrections that
             have the teacher's shape and tokens; `sweep.num_layers` allows other depths.
         hashes: Of lm-eval's tasks, if they are loaded.
+        note: Called with a sentence for each run that cannot be a baseline.
     """
-    workspace, full = context.workspace, load_config(teacher)
+    full = load_config(teacher)
     left_out: dict[str, str] = {}
     if baselines is None:
         known = find_baselines(workspace, teacher, settings.sweep.num_layers)
         baselines, left_out = known.found, known.left_out
         for run, reason in left_out.items():
-            context.progress.note(f"run {run}: {reason}")
+            note(f"run {run}: {reason}")
     tokens = tokens_folder_of(teacher, workspace)
     suite = plan_suite(
         settings.evaluation, tokens, full, hashes, teacher=teacher, sweeps=workspace.sweeps
@@ -652,7 +657,7 @@ def schedule_search(
     )
 
 
-def make_tasks(
+def load_tasks(
     settings: EvaluationSettings, tokens: Path, config: ModelConfig, progress: Progress
 ) -> dict[str, str]:
     """Make the held-out items that are missing, load lm-eval's tasks, and return their hashes.
@@ -661,8 +666,8 @@ def make_tasks(
         UserError: If the held-out text is too poor, a task does not exist, or its answers are too
             long for the models.
     """
-    length = config.context_length
-    select_tasks(settings, lambda: tokens, context_length=length, progress=progress)
+    length, folder = config.context_length, tokens if needs_heldout(settings) else None
+    make_tasks(settings, folder, context_length=length, progress=progress)
     return lm_eval_task_fingerprints(settings, context_length=length)
 
 
@@ -678,15 +683,13 @@ def plan_suite(
     """Return how trials are evaluated.
 
     Args:
-        hashes: What `make_tasks` returns: held-out tasks are named by their content, others may
+        hashes: What `load_tasks` returns: held-out tasks are named by their content, others may
             change under their names.
         teacher: Checkpoint of the full model; an imported one reads text with its own tokenizer.
         sweeps: Folder of sweeps; hashes that are not known are those that the newest sweep found.
     """
-    length = config.context_length
-    asked = select_tasks(
-        settings, lambda: tokens, context_length=length, progress=Progress(), make=False
-    )
+    folder = tokens if needs_heldout(settings) else None
+    asked = select_tasks(settings, folder, context_length=config.context_length)
     # Held-out tasks alone need no names: they are all tasks of their folder.
     is_heldout_alone = settings.suite == HELDOUT and not settings.include_path
     suite = TrialSuite(
@@ -747,7 +750,7 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
         # Before pretraining: the held-out text may be too poor for the tasks.
         model = plan.plan.trials[0].model
         made: dict[str, Any] = {
-            "fingerprints": make_tasks(settings.evaluation, tokens, model, progress)
+            "fingerprints": load_tasks(settings.evaluation, tokens, model, progress)
         }
         start = partial(ray_cluster, settings.cluster, folder=root, say=progress.start)
         with start() if pretrains else nullcontext():
@@ -755,13 +758,9 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
                 run_trainings(plan.pretraining, context)
                 plan = again()
             if teacher := plan.plan.teacher:
-                made["influence"] = read_or_measure_influence(
-                    Path(teacher),
-                    settings.influence,
-                    tokens,
-                    context,
-                    on_device=trial_device(settings, root),
-                )
+                planned = plan_influence(settings, workspace=workspace, model=Path(teacher))
+                on_device = trial_device(settings, root)
+                made["influence"] = run_influence(planned, context, on_device=on_device).table
             return _run_trials(again(**made), context)
 
 

@@ -16,8 +16,8 @@ from orchestrator.pipelines.training import checkpoint_tags
 from orchestrator.records.measurement import Measurement
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
+from orchestrator.reporting.results import load_sweep_results
 from orchestrator.reporting.sweep_report import write_sweep_report
-from orchestrator.reporting.sweep_results import load_sweep_results
 from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import SETTINGS_NAME, read_settings
 from orchestrator.sweeping.live_sweep import LiveSweep, open_sweep_run

@@ -21,17 +21,18 @@ from pydantic import field_serializer
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.joining import check_ray_can_run
 from orchestrator.cluster.launch import job_runner, joined_cluster
+from orchestrator.data.hub import offline
 from orchestrator.data.preparation import ExpectedTokens, expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.text_files import find_files, read_file
 from orchestrator.pipelines.context import Context, open_context
-from orchestrator.pipelines.hub_imports import local_model
+from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
 from orchestrator.planning.estimate import Estimate, Price, price_of, run_devices
 from orchestrator.planning.fit import find_problems
 from orchestrator.planning.machine import check_on_cluster, check_run_resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.reporting.price_table import price_rows, training_rows, two_column_table
+from orchestrator.reporting.command_tables import price_rows, training_rows, two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, read_settings, to_yaml
 from orchestrator.settings.files import starting_yaml
 from orchestrator.sweeping.student_plans import distillation_job
@@ -46,8 +47,7 @@ from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import read_journal
-from orchestrator.workspace.layout import Workspace
-from orchestrator.workspace.read_only import read_only
+from orchestrator.workspace.layout import Workspace, find_workspace
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -272,7 +272,7 @@ def pretrain(
     return run_pretrain(plan, open_context(workspace, progress, loggers=settings.tracking.loggers))
 
 
-@read_only()
+@offline()
 def plan_pretrain(
     settings: Settings,
     *,
@@ -290,7 +290,7 @@ def plan_pretrain(
     Raises:
         UserError: If the settings do not go together on any machine.
     """
-    space, earlier = open_context(workspace).workspace, None
+    space, earlier = find_workspace(workspace), None
     if continued is None:
         tokens = find_prepared(settings.data, space.tokens)
     else:
@@ -424,7 +424,7 @@ def distill(
     return run_distill(plan, context).students[0]
 
 
-@read_only()
+@offline()
 def plan_distill(
     settings: Settings,
     *,
@@ -438,9 +438,8 @@ def plan_distill(
     Raises:
         UserError: As `distill`.
     """
-    context = open_context(workspace)
-    space = context.workspace
-    checkpoint = resolve_teacher(space, local_model(context, teacher))
+    space = find_workspace(workspace)
+    checkpoint = resolve_teacher(space, teacher)
     tokens = tokens_folder_of(checkpoint, space)
     students = [
         distillation_job(settings, space, checkpoint, str(schedule), tokens)

@@ -53,7 +53,6 @@ from orchestrator.workspace.layout import (
     find_checkpoints,
 )
 from orchestrator.workspace.locks import is_locked, lock_file
-from orchestrator.workspace.read_only import read_only
 from orchestrator.workspace.status import (
     Activity,
     Entry,
@@ -262,13 +261,12 @@ def plan_clean(
     """
     note, order = _once(note), tuple(RemovableKind)
     found = []
-    with read_only():
-        for kind in kinds or order:
-            for path, reason, *locks in _FINDERS[kind](workspace, note):
-                size = size_of(path, links=False)
-                found.append(
-                    Removable(kind=kind, path=path, bytes=size, reason=reason, locks=tuple(locks))
-                )
+    for kind in kinds or order:
+        for path, reason, *locks in _FINDERS[kind](workspace, note):
+            size = size_of(path, links=False)
+            found.append(
+                Removable(kind=kind, path=path, bytes=size, reason=reason, locks=tuple(locks))
+            )
     paths: dict[Path, Removable] = {}
     for item in sorted(found, key=lambda item: (order.index(item.kind), item.path)):
         # A damaged checkpoint may also be one that a finished run no longer needs.

@@ -34,6 +34,7 @@ from orchestrator.planning.machine import (
 from orchestrator.records.record import Record
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings, Settings, TrainingSettings
+from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes, format_duration
 from orchestrator.training.checkpoint import load_config, load_provenance
 from orchestrator.training.checkpoint_lookup import newest_checkpoint
@@ -51,7 +52,7 @@ from orchestrator.training.teacher_cache import CachePlan, cache_plan
 from orchestrator.training.teacher_cache_policy import TeacherWork, estimate_teacher_work
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import SPEED_METRIC, read_tail
-from orchestrator.workspace.layout import DONE_NAME, LOCAL, find_checkpoints, step_of
+from orchestrator.workspace.layout import DONE_NAME, find_checkpoints, step_of
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """A float32 weight and AdamW's two moments."""

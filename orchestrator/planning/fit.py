@@ -19,11 +19,11 @@ import torch
 from orchestrator.planning.estimate import Devices, Estimate, groups_by_devices
 from orchestrator.planning.machine import FreeBytes, installed_gpus, local_free_bytes
 from orchestrator.records.training import TrainingJob
+from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_byte_parts, format_bytes, format_count
 from orchestrator.training.distributed import World
 from orchestrator.training.peak_flops import ASSUMED_GPU, ASSUMED_GPU_BYTES
 from orchestrator.workspace.errors import DeviceError, UserError, out_of_memory_text
-from orchestrator.workspace.layout import LOCAL
 
 HOST_PROCESS_BYTES = 2 * 2**30
 """Roughly what PyTorch with CUDA and NCCL takes of the machine's memory in each worker on a GPU."""

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
+from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import UserError, quoted
 from orchestrator.workspace.files import free_disk
-from orchestrator.workspace.layout import LOCAL
 
 if TYPE_CHECKING:
     from orchestrator.settings import ClusterSettings

@@ -12,13 +12,13 @@ tasks some differ by chance, so their p-values are corrected for their number.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from orchestrator.records.evaluation import BITS_METRIC, EvaluationResult, TaskResult
+from orchestrator.reporting.command_tables import number_table
 from orchestrator.reporting.statistics import (
     INTERVAL_LEVEL,
     NUM_RESAMPLES,
@@ -249,19 +249,16 @@ def comparison_table(comparison: Comparison) -> ResponsiveLayout:
     The columns `A` and `B` are the two models, `b` and `c` the items that only A, and only B, gets
     right.
     """
-    rows = (*comparison.tasks, *comparison.averages)
 
     def layout(names: tuple[str, ...]) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("task", overflow="fold")
-        for name in names:
-            justify: Literal["left", "right"] = "left" if name == "metric" else "right"
-            table.add_column(name, justify=justify, no_wrap=True)
-        for number, row in enumerate(rows, start=1):
-            is_last = number == len(comparison.tasks) < len(rows)
-            cells = _cells(row)
-            table.add_row(row.task, *(cells[name] for name in names), end_section=is_last)
-        return table
+        rows: list[list[str] | None] = [
+            [row.task, *(_cells(row)[name] for name in names)]
+            for row in (*comparison.tasks, *comparison.averages)
+        ]
+        if comparison.averages:
+            rows.insert(len(comparison.tasks), None)
+        texts = [name for name in names if name == "metric"]
+        return number_table(["task", *texts], names[len(texts) :], rows, folds="task")
 
     return ResponsiveLayout(*map(layout, _LAYOUTS))
 

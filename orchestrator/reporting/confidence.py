@@ -11,7 +11,6 @@ from dataclasses import replace
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.front_text import full_name
 from orchestrator.reporting.pareto import Front
-from orchestrator.reporting.shown_points import shown_points
 from orchestrator.reporting.statistics import (
     KEPT_SHARE,
     NUM_RESAMPLES,
@@ -32,7 +31,7 @@ def with_confidence(
     """Return the front with the confidence of each place.
 
     Without two models that answered the same items, return the front as it is. Models that
-    `shown_points` leaves out get no confidence, and are not drawn against the others.
+    `Front.shown` leaves out get no confidence, and are not drawn against the others.
 
     Args:
         front: Placed results.
@@ -42,7 +41,7 @@ def with_confidence(
         num_resamples: Number of draws.
         seed: Random seed of the draws.
     """
-    shown, full = shown_points(front), front.full
+    shown, full = front.shown, front.full
     seeds = {p.result.key: evaluations.get(p.result.key, ()) for p in shown}
     known = {
         key: [found] if isinstance(found, EvaluationResult) else found

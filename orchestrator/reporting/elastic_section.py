@@ -17,7 +17,7 @@ from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.front_axes import FrontAxes, is_accuracy, metric_title
 from orchestrator.reporting.markdown import bullets, markdown_table
-from orchestrator.reporting.seed_averages import SeedAverages
+from orchestrator.reporting.pareto import Front, evaluations
 from orchestrator.reporting.statistics import INTERVAL_LEVEL, Interval, pair_scores
 
 ELASTIC_TITLE = "Elastic weights against separate students"
@@ -140,39 +140,34 @@ class ElasticSection:
         )
 
 
-def elastic_section(
-    averages: SeedAverages,
-    results: Sequence[Trial],
-    items: Mapping[str, EvaluationResult],
-    axes: FrontAxes,
-) -> ElasticSection | None:
+def elastic_section(front: Front, items: Mapping[str, EvaluationResult]) -> ElasticSection | None:
     """Return the section; None if no schedule was trained both ways.
 
     Args:
-        averages: The results, with one for all seeds of a model.
-        results: The same, each seed by itself.
+        front: The models with their seeds; its quality is compared.
         items: Key of a result -> its evaluation with the values of single items.
-        axes: Axes of the front.
     """
-    own = [r for r in averages.results if r.role == "trial" and r.parent and r.schedule is not None]
+    table, axes = front.table["trial"], front.axes
+    own = [r for r in table if r.role == "trial" and r.parent and r.schedule is not None]
     elastic = {r.schedule: r for r in own if r.is_elastic}
     # The controls are not students that a teacher has taught.
     students = {r.schedule: r for r in own if r.job and r.job.teacher_folder and not r.is_elastic}
     shared = [schedule for schedule in elastic if schedule in students]
     if not shared:
         return None
-    evaluations = averages.evaluations(items)
+    found = evaluations(front, items)
     rows = []
     for schedule in sorted(shared, key=lambda s: (sum(s or ()), s), reverse=True):
         pair = (elastic[schedule], students[schedule])
         keys = [model.key for model in pair]
         difference = None
-        if all(key in evaluations for key in keys):
-            paired = pair_scores({key: evaluations[key] for key in keys})
+        if all(key in found for key in keys):
+            paired = pair_scores({key: found[key] for key in keys})
             quality = paired and paired.quality(axes.quality)
             difference = quality.difference(0, 1) if quality else None
         rows.append(ElasticRow(elastic=pair[0], student=pair[1], difference=difference))
-    return ElasticSection(rows=tuple(rows), axes=axes, flops=_training_flops(results, shared))
+    trained = [seed for seeds in front.table["seeds"] for seed in seeds]
+    return ElasticSection(rows=tuple(rows), axes=axes, flops=_training_flops(trained, shared))
 
 
 def _training_flops(

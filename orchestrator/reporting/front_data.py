@@ -2,56 +2,57 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.front_text import verdict
 from orchestrator.reporting.pareto import Front
+from orchestrator.reporting.results import DESCRIBING_COLUMNS
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
-def front_rows(front: Front) -> list[dict[str, Any]]:
-    """Return all metrics of every result, in the order of `Front.results`.
+def model_table(front: Front) -> DataFrame:
+    """Return the front's table with the place and the confidence of each model.
 
-    All rows have the same names. Missing numbers are None, as strict JSON asks.
+    The placed models come first, cheapest first. Numbers are rounded to twelve digits, which keep
+    every measured one and drop the noise of binary fractions.
     """
+    from pandas import DataFrame
+
     points = {point.result.key: point for point in front.points}
-    paired = {key: p.confidence.metrics() for key, p in points.items() if p.confidence}
-    names = sorted({name for result in front.results for name in result.metrics()})
-    names += sorted({name for metrics in paired.values() for name in metrics})
-    rows = []
-    for result in front.results:
-        point = points.get(result.key)
-        row: dict[str, Any] = {
-            "name": result.name,
-            **({"sweep": front.sweep_of[result.key]} if front.sweep_of else {}),
-            "role": result.role,
-            "method": result.method,
-            "num_layers": result.model.num_layers,
-            "schedule": result.schedule_text,
-            "threshold": result.threshold_text,
-            "on_front": bool(point and point.on_front),
-            "verdict": verdict(front, point) if point else "not measured",
-            "share_of_full": _rounded(front.share(point)) if point else None,
-        }
-        metrics = {**result.metrics(), **paired.get(result.key, {})}
-        row |= {name: _rounded(metrics.get(name)) for name in names}
-        row |= {"key": result.key, "checkpoint": result.checkpoint, "run_id": result.run_id}
-        rows.append(row)
+    known = {key: p.confidence.metrics() for key, p in points.items() if p.confidence}
+    paired = [known.get(trial.key, {}) for trial in front.results]
+    names = sorted({name for metrics in paired for name in metrics})
+    table = front.table.loc[[trial.key for trial in front.results]]
+    measured = [name for name in table.columns if "/" in name]
+    places = {
+        "on_front": [t.key in points and points[t.key].on_front for t in front.results],
+        "verdict": [
+            verdict(front, points[t.key]) if t.key in points else "not measured"
+            for t in front.results
+        ],
+        "share_of_full": [
+            front.share(points[t.key]) if t.key in points else None for t in front.results
+        ],
+    }
+    sweep = ["sweep"] if "sweep" in table else []
+    table = table.join(DataFrame(places, index=table.index))
+    table = table.join(DataFrame(paired, index=table.index, columns=names))
+    numbers = ["share_of_full", *measured, *names]
+    table[numbers] = table[numbers].astype(float).map(_rounded)
+    described = ["name", *sweep, *DESCRIBING_COLUMNS[1:], *places]
+    return table[[*described, *measured, *names, "key", "checkpoint", "run_id"]]
+
+
+def model_rows(front: Front) -> list[dict[str, Any]]:
+    """Return the rows of `model_table`; missing numbers are None, as strict JSON asks."""
+    table = model_table(front).astype(object)
+    rows: list[dict[str, Any]] = table.where(table.notna(), None).to_dict("records")
     return rows
-
-
-def front_csv(front: Front) -> str:
-    """Return `front_rows` as CSV with a header."""
-    rows = front_rows(front)
-    file = io.StringIO()
-    writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
 
 
 def front_values(front: Front, elastic: ElasticSection | None = None) -> dict[str, Any]:
@@ -72,11 +73,10 @@ def front_values(front: Front, elastic: ElasticSection | None = None) -> dict[st
         **({"elastic": elastic.to_dict()} if elastic else {}),
         "results": [
             {**row, "details": result.model_dump(mode="json", exclude={"job", "suite"})}
-            for row, result in zip(front_rows(front), front.results, strict=True)
+            for row, result in zip(model_rows(front), front.results, strict=True)
         ],
     }
 
 
-def _rounded(value: float | None) -> float | None:
-    # Twelve digits keep every measured number and drop the noise of binary fractions.
-    return None if value is None or not math.isfinite(value) else float(f"{value:.12g}")
+def _rounded(value: float) -> float:
+    return float(f"{value:.12g}") if math.isfinite(value) else math.nan

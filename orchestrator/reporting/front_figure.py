@@ -34,7 +34,6 @@ from orchestrator.reporting.front_axes import (
 from orchestrator.reporting.front_text import full_name
 from orchestrator.reporting.label_placement import LabelPlacer
 from orchestrator.reporting.pareto import Front, FrontPoint
-from orchestrator.reporting.shown_points import shown_points
 from orchestrator.terminal.render import format_count
 
 MAX_LABELED_LAYERS = 12
@@ -127,7 +126,7 @@ def _draw_trials(
     on_front = {**style, "markersize": 6.5, "mfc": color, "zorder": 4}
     dominated = {**style, "markersize": 5.5, "mfc": "white", "alpha": 0.4, "zorder": 3}
     trials = [point for point in points if _is_trial(point)]
-    shown = {point.result.key for point in shown_points(front)}
+    shown = {point.result.key for point in front.shown}
     near = [p for p in trials if not p.on_front and p.result.key in shown]
     _draw_points(panel, front, [p for p in trials if p.on_front], names[0], on_front)
     _draw_points(panel, front, near, names[1], dominated)
@@ -215,7 +214,7 @@ def _percent_of(whole: float) -> tuple[Callable[[Any], Any], Callable[[Any], Any
 
 def _add_labels(labels: LabelPlacer, front: Front) -> None:
     # The most important first; the legend names baselines.
-    scale, knee, shown = _scale(front), front.knee, shown_points(front)
+    scale, knee, shown = _scale(front), front.knee, front.shown
     for point in shown:
         labels.avoid_point(point.cost, scale * point.quality, scale * (point.error or 0.0))
     for point in sorted(front.members, key=lambda member: member is not knee):

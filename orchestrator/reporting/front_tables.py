@@ -27,7 +27,6 @@ from orchestrator.reporting.front_text import (
 )
 from orchestrator.reporting.markdown import markdown_table
 from orchestrator.reporting.pareto import Front, FrontPoint
-from orchestrator.reporting.shown_points import shown_points
 from orchestrator.reporting.statistics import INTERVAL_LEVEL, KEPT_SHARE, PairedComparison
 from orchestrator.terminal.render import format_bytes, format_parameters, format_with_error
 
@@ -91,13 +90,13 @@ def front_columns(front: Front) -> list[FrontColumn]:
         columns.insert(1, sweep)
     if quality == "quality/bits_per_byte":
         columns = [column for column in columns if column.priority != 5]
-    points = shown_points(front)
+    points = front.shown
     return [c for c in columns if not c.priority or any(c.cell(p) for p in points)]
 
 
 def terminal_table(front: Front, *, width: int, title: str = "") -> Table:
     """Return the table of a front for a terminal of `width` columns; dominated rows are dim."""
-    columns, points = front_columns(front), shown_points(front)
+    columns, points = front_columns(front), front.shown
     # Two spaces after each column, one before all.
     while sum(_width(points, column) + 2 for column in columns) + 1 > width:
         dropped = max(columns, key=lambda column: column.priority)
@@ -130,7 +129,7 @@ class FrontTable:
 def front_markdown(front: Front) -> str:
     """Return the table of a front in Markdown; members of the front are bold."""
     columns = front_columns(front)
-    points = shown_points(front)
+    points = front.shown
     rows = [[column.cell(point) for column in columns] for point in points]
     for point, cells in zip(points, rows, strict=True):
         if point.on_front:

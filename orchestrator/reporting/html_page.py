@@ -23,7 +23,7 @@ from orchestrator.reporting.front_axes import (
     is_accuracy,
     metric_title,
 )
-from orchestrator.reporting.front_data import front_rows
+from orchestrator.reporting.front_data import model_rows
 from orchestrator.reporting.front_text import hypervolume_text
 from orchestrator.reporting.html_tables import (
     elastic_html,
@@ -33,7 +33,6 @@ from orchestrator.reporting.html_tables import (
 )
 from orchestrator.reporting.pareto import Front, FrontPoint, find_front
 from orchestrator.reporting.report_content import SweepReport
-from orchestrator.reporting.shown_points import shown_points
 from orchestrator.reporting.statistics import KEEPS_METRIC, ON_FRONT_METRIC, difference_metric
 
 SCRIPTS = ("plot.js", "front.js", "report.js")
@@ -100,15 +99,13 @@ def _document(title: str, body: str, data: Mapping[str, Any]) -> str:
 
 def _script_data(report: SweepReport) -> dict[str, Any]:
     front = report.front
-    rows = front_rows(front)
+    rows = model_rows(front)
     names = [name for row in rows for name, value in row.items() if isinstance(value, float)]
     metrics = [name for name in dict.fromkeys(names) if "/" in name]
     costs = [n for n in metrics if n.startswith("cost/") and not n.endswith(("_spread", "_stderr"))]
     qualities = [n for n in metrics if n.startswith("quality/") and not n.endswith("_stderr")]
     fronts = {
-        (cost, quality): find_front(
-            front.results, FrontAxes(cost, quality), sweep_of=front.sweep_of
-        )
+        (cost, quality): find_front(front.table, FrontAxes(cost, quality))
         for cost, quality in itertools.product(costs, qualities)
     }
     rows = _shown_rows(front, rows, fronts.values())
@@ -146,8 +143,8 @@ def _script_data(report: SweepReport) -> dict[str, Any]:
 def _shown_rows(
     front: Front, rows: Sequence[dict[str, Any]], fronts: Iterable[Front]
 ) -> list[dict[str, Any]]:
-    """Return the rows that the page draws: `shown_points`, and the members of all other fronts."""
-    shown = shown_points(front)
+    """Return the rows that the page draws: `Front.shown`, and the members of all other fronts."""
+    shown = front.shown
     if len(shown) == len(front.points):
         return list(rows)
     needed = [

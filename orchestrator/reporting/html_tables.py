@@ -15,7 +15,6 @@ from orchestrator.reporting.front_tables import (
     task_tables,
 )
 from orchestrator.reporting.pareto import Front, FrontPoint
-from orchestrator.reporting.shown_points import shown_points
 from orchestrator.terminal.render import BYTE_UNITS
 
 # Light to dark, one for each number of corrections; higher numbers share the last.
@@ -32,7 +31,7 @@ def models_table(front: Front) -> str:
     heads = [_head(column.title, _classes(column)) for column in columns]
     heads.insert(1, _head("corrections", "text minor"))
     rows = []
-    for point in shown_points(front):
+    for point in front.shown:
         cells = [_cell(column.cell(point), _classes(column)) for column in columns]
         cells.insert(1, f'<td class="text minor">{schedule_strip(point.result.schedule)}</td>')
         rows.append(_row(point, cells))

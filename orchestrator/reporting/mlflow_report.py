@@ -15,14 +15,13 @@ from typing import Any
 from orchestrator.data.sources import describe_data
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.confidence import interval_rows
-from orchestrator.reporting.front_data import front_rows
+from orchestrator.reporting.front_data import model_rows
 from orchestrator.reporting.front_tables import front_markdown
 from orchestrator.reporting.markdown import bullets
 from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_content import SweepReport
-from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.reporting.results import StoredSweep, result_table
 from orchestrator.reporting.statistics import KEPT_SHARE, SUMMARY_METRICS
-from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.reporting.training_curves import ACCURACY_CHARTS
 from orchestrator.tracking import (
     NOTE_TAG,
@@ -85,12 +84,11 @@ def track_results(
     Each seed of a model gets the confidence of the mean over seeds. The returned results have the
     ids of their runs.
     """
-    keys_of_seeds = average_seeds(sweep.results).keys_of_seeds
     paired = {
-        key: {name: value for name, value in known.items() if name in SUMMARY_METRICS}
+        seed.key: {name: value for name, value in known.items() if name in SUMMARY_METRICS}
         for point in front.points
         if point.confidence and (known := point.confidence.metrics())
-        for key in keys_of_seeds[point.result.key]
+        for seed in front.seeds_of(point)
     }
     runs = [
         trial_run(sweep.name, result, sweep.journal_of(result), paired.get(result.key, {}))
@@ -102,7 +100,7 @@ def track_results(
         for result, own in zip(sweep.results, nested, strict=True)
     ]
     sweep = sweep.model_copy(update={"results": tuple(tracked)})
-    return sweep, front.with_results({r.key: r for r in average_seeds(tracked).results})
+    return sweep, front.with_table(result_table(tracked))
 
 
 def trial_run(
@@ -216,7 +214,7 @@ def table_rows(front: Front) -> list[dict[str, Any]]:
             for name, value in row.items()
             if not name.startswith("paired/") or name in SUMMARY_METRICS
         }
-        for row in front_rows(front)
+        for row in model_rows(front)
     ]
 
 

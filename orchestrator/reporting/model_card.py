@@ -17,7 +17,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.heldout import is_heldout_task
 from orchestrator.evaluation.python_tasks import TASKS
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
-from orchestrator.reporting.influence_tables import influence_markdown
+from orchestrator.reporting.command_tables import influence_markdown
 from orchestrator.reporting.markdown import bullets, markdown_table
 from orchestrator.terminal.render import format_parameters, join_names
 
@@ -25,6 +25,8 @@ OMITTED_PROVENANCE = (
     "checksums", "environment", "recipe", "distillation", "imported", "elastic",
 )  # fmt: skip
 """Parts of a provenance that have their own lines, or mean nothing outside the run's folder."""
+REQUIREMENTS = ("torch>=2.8", "transformers>=5.24,<6")
+"""Packages that the code of an exported folder needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,57 +51,13 @@ class ModelCard:
 
     def to_markdown(self) -> str:
         """Return the whole card."""
-        parts = [
-            _front_matter(self.config),
-            f"# {self.name}",
-            self._summary(),
-            self.chosen and f"Chosen as {self.chosen}",
-            "## Use",
-            _use(self.prompt),
-            "## Iteration schedule",
-            self._schedule(),
-            "## Cost",
-            self._cost(),
-            "## Quality",
-            self._quality(),
-            *self._influence(),
-            "## Provenance",
-            bullets(_provenance(self.provenance)) or "Not recorded.",
-        ]
-        return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
-
-    def _summary(self) -> str:
         config, cost = self.config, inference_cost(self.config)
-        size = f"{format_parameters(cost.num_parameters)} parameters"
-        text = (
-            f"A causal language model of method `{config.method}` with {size}: "
-            f"{config.num_layers} layers of width {config.dim}, {config.vocab_size:,} tokens, a "
-            f"context of {config.context_length:,}. It makes {cost.evaluations_per_token} field "
-            "evaluations per token"
-        )
-        if self.full is None:
-            return text + "."
-        full = inference_cost(self.full).evaluations_per_token
-        share = cost.evaluations_per_token / full
-        return f"{text}, {share:.0%} of the {full} of the full model."
-
-    def _schedule(self) -> str:
-        corrections = self.config.schedule
-        if corrections is None:
-            return "This method makes no corrections."
-        text = (
-            f"Corrections per layer: `{corrections}`. A layer with r corrections evaluates its "
-            "block 1 + r times; decoding keeps keys and values of every evaluation. "
-            "`from_pretrained` takes `corrections=[...]` to load the same weights under another "
-            "schedule, which this card does not describe."
-        )
-        others = [f"`{served}`" for served in self.served if served != corrections]
-        return text + (f" The weights also learned {join_names(others)}." if others else "")
-
-    def _cost(self) -> str:
-        cost = inference_cost(self.config)
-        rows: list[tuple[str, float, str]] = [
-            ("field evaluations (NFE) per token", cost.evaluations_per_token, ",.0f"),
+        evaluations, share = cost.evaluations_per_token, ""
+        if self.full is not None:
+            full = inference_cost(self.full).evaluations_per_token
+            share = f", {evaluations / full:.0%} of the {full} of the full model"
+        costs = [
+            ("field evaluations (NFE) per token", evaluations, ",.0f"),
             ("FLOPs per token, decoding at full context", cost.decode_flops_per_token, ",.4g"),
             ("FLOPs per token, reading a full context", cost.prefill_flops_per_token, ",.4g"),
             ("key/value bytes kept per token (float32)", cost.kv_bytes_per_token, ",.0f"),
@@ -107,81 +65,102 @@ class ModelCard:
             ("weight bytes read per token (float32)", cost.weight_bytes_per_token, ",.0f"),
             ("parameters", cost.num_parameters, ",.0f"),
         ]
-        cells = ((name, f"{value:{form}}") for name, value, form in rows)
-        return markdown_table(("cost, counted from shapes", ""), cells)
-
-    def _quality(self) -> str:
-        if self.evaluation is None:
-            return "Not measured."
-        rows = []
-        for name, result in self.evaluation.results.items():
-            for metric, value in result.metrics.items():
-                if not metric.endswith(STDERR_SUFFIX):
-                    error = result.metrics.get(metric + STDERR_SUFFIX)
-                    spread = "" if error is None else f"{error:.4f}"
-                    rows.append((name, metric, f"{value:.4f}", spread, str(result.num_items)))
-        heads = ("task", "metric", "value", "standard error", "items")
-        table = markdown_table(heads, rows, left=(0, 1))
-        return "\n".join([table, "", *_reproduction(self.evaluation)])
-
-    def _influence(self) -> list[str]:
-        if self.influence is None:
-            return []
-        table = self.influence
-        return [
-            f"## Influence of each correction ({table.metric})",
-            f"Measured over {table.num_tokens:,} tokens under the schedule `{table.schedule}`. "
-            "A cheaper schedule leaves out the corrections below a threshold.",
-            influence_markdown(table),
+        parts = [
+            "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n"
+            f"- iterative-transformer\n- {config.method}\n---",
+            f"# {self.name}",
+            f"A causal language model of method `{config.method}` with "
+            f"{format_parameters(cost.num_parameters)} parameters: {config.num_layers} layers of "
+            f"width {config.dim}, {config.vocab_size:,} tokens, a context of "
+            f"{config.context_length:,}. It makes {evaluations} field evaluations per token"
+            f"{share}.",
+            self.chosen and f"Chosen as {self.chosen}",
+            "## Use",
+            _USE.format(
+                prompt=json.dumps(self.prompt),
+                packages=" ".join(f'"{requirement}"' for requirement in REQUIREMENTS),
+            ),
+            "## Iteration schedule",
+            self._schedule(),
+            "## Cost",
+            markdown_table(
+                ("cost, counted from shapes", ""),
+                ((name, f"{value:{form}}") for name, value, form in costs),
+            ),
+            "## Quality",
+            "Not measured." if self.evaluation is None else _quality(self.evaluation),
         ]
+        if table := self.influence:
+            parts += [
+                f"## Influence of each correction ({table.metric})",
+                f"Measured over {table.num_tokens:,} tokens under the schedule "
+                f"`{table.schedule}`. A cheaper schedule leaves out the corrections below a "
+                "threshold.",
+                influence_markdown(table),
+            ]
+        parts += ["## Provenance", bullets(_provenance(self.provenance)) or "Not recorded."]
+        return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
+
+    def _schedule(self) -> str:
+        corrections = self.config.schedule
+        if corrections is None:
+            return "This method makes no corrections."
+        others = [f"`{served}`" for served in self.served if served != corrections]
+        learned = f" The weights also learned {join_names(others)}." if others else ""
+        return (
+            f"Corrections per layer: `{corrections}`. A layer with r corrections evaluates its "
+            "block 1 + r times; decoding keeps keys and values of every evaluation. "
+            "`from_pretrained` takes `corrections=[...]` to load the same weights under another "
+            f"schedule, which this card does not describe.{learned}"
+        )
 
 
-REQUIREMENTS = ("torch>=2.8", "transformers>=5.24,<6")
-"""Packages that the code of an exported folder needs."""
-
-
-def _use(prompt: str) -> str:
-    return f"""```python
+_USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # the folder of this file
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-tokens = model.generate(**tokenizer({json.dumps(prompt)}, return_tensors="pt"), max_new_tokens=40)
+tokens = model.generate(**tokenizer({prompt}, return_tensors="pt"), max_new_tokens=40)
 print(tokenizer.decode(tokens[0]))
 ```
 
 The model's code is in the same folder. It only needs
-`pip install {" ".join(f'"{requirement}"' for requirement in REQUIREMENTS)}`."""
+`pip install {packages}`."""
 
 
-def _reproduction(evaluation: EvaluationResult) -> Iterable[str]:
-    """Yield sentences on the origin of the tasks and how to reproduce their numbers."""
+def _quality(evaluation: EvaluationResult) -> str:
+    """Return the table of metrics, the origin of the tasks, and how to reproduce the numbers."""
+    rows = []
+    for name, result in evaluation.results.items():
+        for metric, value in result.metrics.items():
+            if not metric.endswith(STDERR_SUFFIX):
+                error = result.metrics.get(metric + STDERR_SUFFIX)
+                spread = "" if error is None else f"{error:.4f}"
+                rows.append((name, metric, f"{value:.4f}", spread, str(result.num_items)))
+    heads = ("task", "metric", "value", "standard error", "items")
+    lines = [markdown_table(heads, rows, left=(0, 1)), ""]
     own = [name for name in evaluation.results if is_heldout_task(name)]
     added = {name: TASKS.names.package(name) for name in evaluation.results if name in TASKS}
     others = [name for name in evaluation.results if name not in {*own, *added}]
     if own:
         names = ", ".join(f"`{name}`" for name in own)
-        yield (
+        lines.append(
             f"These tasks are made from data that were held out of the model's training: {names}. "
             "lm-eval does not have them; `iiet-orch evaluate` measures them."
         )
     for name, package in added.items():
-        yield f"The task `{name}` is of the package {package}; `iiet-orch evaluate` measures it."
-    if others and (own or added):
-        yield ""
+        lines.append(
+            f"The task `{name}` is of the package {package}; `iiet-orch evaluate` measures it."
+        )
     if others:
-        yield (
+        lines += [""] if own or added else []
+        lines.append(
             "`lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks "
             f"{','.join(others)}` gives the same numbers. Add `--include_path` for tasks that are "
             "not part of lm-eval, and `--limit` for fewer items than a task has."
         )
-
-
-def _front_matter(config: ModelConfig) -> str:
-    tags = ["iterative-transformer", config.method]
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:"]
-    return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
+    return "\n".join(lines)
 
 
 def _provenance(values: Mapping[str, Any]) -> Iterable[str]:
@@ -191,5 +170,4 @@ def _provenance(values: Mapping[str, Any]) -> Iterable[str]:
     for part in ("imported", "recipe", "distillation", "environment"):
         if values.get(part):
             known = {name: value for name, value in values[part].items() if value is not None}
-            pairs = ", ".join(f"{name} {value}" for name, value in known.items())
-            yield f"{part}: {pairs}"
+            yield f"{part}: {', '.join(f'{name} {value}' for name, value in known.items())}"

@@ -9,20 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.records.trial import Trial
+import pandas
+
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.front_axes import COSTS, FrontAxes
-from orchestrator.reporting.pareto import find_front
+from orchestrator.reporting.pareto import evaluations, find_front, left_out_notes
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.report_files import WrittenReport, write_report_files
-from orchestrator.reporting.seed_averages import average_seeds
-from orchestrator.reporting.shown_points import left_out_notes, shown_points
-from orchestrator.reporting.sweep_results import (
+from orchestrator.reporting.results import (
     StoredSweep,
     item_notes,
     load_item_values,
     load_sweep_results,
+    result_table,
 )
 from orchestrator.reporting.training_curves import read_training_curves
 from orchestrator.workspace.layout import Workspace
@@ -41,22 +40,11 @@ def write_overlay_report(
     """
     axes = axes or FrontAxes()
     sweeps = [load_sweep_results(workspace, name) for name in dict.fromkeys(names)]
-    results: dict[str, Trial] = {}
-    sweep_of: dict[str, str] = {}
-    evaluations: dict[str, Sequence[EvaluationResult]] = {}
-    averages = [average_seeds(sweep.results) for sweep in sweeps]
-    for sweep, averaged in zip(sweeps, averages, strict=True):
-        for result in averaged.results:
-            results.setdefault(result.key, result)
-            sweep_of.setdefault(result.key, sweep.name)
-    front = find_front(list(results.values()), axes, sweep_of=sweep_of)
-    shown: dict[str, Trial] = {}
-    for sweep, averaged in zip(sweeps, averages, strict=True):
-        shown |= {r.key: r for r in averaged.seeds_of(shown_points(front), sweep.results)}
-    items = load_item_values(workspace, shown.values())
-    for averaged in averages:
-        evaluations |= averaged.evaluations(items)
-    front = with_confidence(front, evaluations)
+    tables = [result_table(sweep.results).assign(sweep=sweep.name) for sweep in sweeps]
+    table = pandas.concat(tables)
+    front = find_front(table[~table.index.duplicated()], axes)
+    items = load_item_values(workspace, front.shown_seeds)
+    front = with_confidence(front, evaluations(front, items))
     report = SweepReport(
         name=" + ".join(sweep.name for sweep in sweeps),
         front=front,
@@ -66,7 +54,11 @@ def write_overlay_report(
             for title, curves in read_training_curves(sweep, front).items()
         },
         facts=_facts(sweeps),
-        notes=[*_notes(sweeps, axes), *left_out_notes(front), *item_notes(shown.values(), items)],
+        notes=[
+            *_notes(sweeps, axes),
+            *left_out_notes(front),
+            *item_notes(front.shown_seeds, items),
+        ],
     )
     folder = workspace.overlays / _folder_name(sweeps, axes)
     files = write_report_files(report, folder) if workspace.is_writable else []

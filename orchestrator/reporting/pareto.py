@@ -8,16 +8,26 @@ Non-domination and hypervolume are moocore's. `reporting.confidence` fills in `C
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import moocore
 import numpy as np
 
+from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial, teacher_or_costliest
 from orchestrator.reporting.front_axes import FrontAxes
+from orchestrator.reporting.results import result_table
 from orchestrator.reporting.statistics import Confidence, ConfidenceBasis
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+MAX_SHOWN = 200
+"""Most models in tables, charts and bootstraps; `front.csv` and `front.json` contain all."""
 
 
 @dataclass(frozen=True)
@@ -62,24 +72,68 @@ class HypervolumeBox:
     full_quality: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Front:
-    """Results placed on two axes, cheapest first."""
+    """Models placed on two axes, cheapest first."""
 
     axes: FrontAxes
+    table: DataFrame
+    """All models, from `result_table`; those of several sweeps have a column `sweep`."""
     points: tuple[FrontPoint, ...]
-    """Every result that has both metrics."""
-    unmeasured: tuple[Trial, ...] = ()
-    """Results that lack one of them."""
-    sweep_of: Mapping[str, str] = field(default_factory=dict)
-    """Key of a result -> its sweep; empty if all are from one sweep."""
+    """Every model that has both metrics."""
     basis: ConfidenceBasis | None = None
     """What the confidences are computed from; None if there are none."""
 
     @cached_property
+    def sweep_of(self) -> dict[str, str]:
+        """Key of a model -> its sweep; empty if all are from one sweep."""
+        return dict(self.table["sweep"]) if "sweep" in self.table else {}
+
+    @cached_property
+    def unmeasured(self) -> tuple[Trial, ...]:
+        """The models that lack one of both metrics."""
+        placed = {point.result.key for point in self.points}
+        return tuple(trial for key, trial in self.table["trial"].items() if key not in placed)
+
+    @cached_property
     def results(self) -> tuple[Trial, ...]:
-        """All results: the placed ones, cheapest first, then the unmeasured ones."""
+        """All models: the placed ones, cheapest first, then the unmeasured ones."""
         return (*(point.result for point in self.points), *self.unmeasured)
+
+    @cached_property
+    def shown(self) -> tuple[FrontPoint, ...]:
+        """The points that tables, charts and bootstraps contain, in the front's order.
+
+        All of up to `MAX_SHOWN` points. Otherwise the members of the front, the full model and the
+        baselines, and of the others those that lack least quality to the best member of at most
+        their cost: pages of ten thousand rows cannot be read, and a bootstrap over that many models
+        needs gigabytes.
+        """
+        if len(self.points) <= MAX_SHOWN:
+            return self.points
+        always = {
+            p.result.key for p in self.points if p.on_front or not p.is_candidate or p is self.full
+        }
+        costs = [member.cost for member in self.members]
+
+        def shortfall(point: FrontPoint) -> float:
+            cheaper = self.members[: bisect_right(costs, point.cost)]
+            return self.goodness(cheaper[-1]) - self.goodness(point)
+
+        others = sorted((p for p in self.points if p.result.key not in always), key=shortfall)
+        nearest = {point.result.key for point in others[: max(0, MAX_SHOWN - len(always))]}
+        return tuple(point for point in self.points if point.result.key in always | nearest)
+
+    def seeds_of(self, point: FrontPoint) -> tuple[Trial, ...]:
+        """Return the trials that a point's numbers are the means of."""
+        seeds: tuple[Trial, ...] = self.table["seeds"][point.result.key]
+        return seeds
+
+    @cached_property
+    def shown_seeds(self) -> list[Trial]:
+        """The trials that the shown points stand for, in the table's order."""
+        keys = {point.result.key for point in self.shown}
+        return [seed for key, seeds in self.table["seeds"].items() if key in keys for seed in seeds]
 
     @cached_property
     def members(self) -> tuple[FrontPoint, ...]:
@@ -133,10 +187,10 @@ class Front:
     @cached_property
     def by_sweep(self) -> dict[str, Front]:
         """The front of each sweep alone, by its name; empty if there is only one sweep."""
-        return {
-            name: find_front([r for r in self.results if self.sweep_of[r.key] == name], self.axes)
-            for name in dict.fromkeys(self.sweep_of.values())
-        }
+        if not self.sweep_of:
+            return {}
+        parts = self.table.groupby("sweep", sort=False)
+        return {str(name): find_front(part, self.axes) for name, part in parts}
 
     @cached_property
     def hypervolume_box(self) -> HypervolumeBox | None:
@@ -161,11 +215,10 @@ class Front:
         area = float(moocore.hypervolume(points, ref=[box.cost, sign * box.quality]))
         return area / (box.cost * abs(box.full_quality - box.quality))
 
-    def with_results(self, results: Mapping[str, Trial]) -> Front:
-        """Return the same front with results replaced by key."""
-        points = (replace(p, result=results.get(p.result.key, p.result)) for p in self.points)
-        unmeasured = (results.get(result.key, result) for result in self.unmeasured)
-        return replace(self, points=tuple(points), unmeasured=tuple(unmeasured))
+    def with_table(self, table: DataFrame) -> Front:
+        """Return the same front with another table of the same models."""
+        points = (replace(p, result=table["trial"][p.result.key]) for p in self.points)
+        return replace(self, table=table, points=tuple(points))
 
     def goodness(self, point: FrontPoint) -> float:
         """Return the quality with a sign such that higher is better."""
@@ -203,30 +256,28 @@ class Front:
         )
 
 
-def find_front(
-    results: Sequence[Trial],
-    axes: FrontAxes | None = None,
-    *,
-    sweep_of: Mapping[str, str] | None = None,
-) -> Front:
-    """Place results on two axes, NFE and accuracy by default, and find those that none beats.
+def find_front(table: DataFrame, axes: FrontAxes | None = None) -> Front:
+    """Place models on two axes, NFE and accuracy by default, and find those that none beats.
 
     Args:
-        results: Trials, teacher and baselines, in any order.
+        table: Trials, teacher and baselines, from `result_table`.
         axes: Cost and quality.
-        sweep_of: Key of a result -> its sweep, if they are from several.
     """
     axes = axes or FrontAxes()
-    has_teacher = any(result.role == "teacher" for result in results)
-    points, unmeasured = [], []
-    for result in results:
-        cost, quality = result.value(axes.cost), result.value(axes.quality)
-        if cost is None or quality is None:
-            unmeasured.append(result)
-        else:
-            competes = not has_teacher or result.role != "baseline"
-            error = result.value(axes.error)
-            points.append(FrontPoint(result, cost, quality, error, is_candidate=competes))
+    has_teacher = bool((table["role"] == "teacher").any())
+    columns = ["trial", axes.cost, axes.quality, axes.error]
+    placed = table.reindex(columns=columns).dropna(subset=columns[1:3])
+    points = []
+    for result, cost, quality, error in placed.itertuples(index=False, name=None):
+        points.append(
+            FrontPoint(
+                result,
+                float(cost),
+                float(quality),
+                None if math.isnan(error) else float(error),
+                is_candidate=not has_teacher or result.role != "baseline",
+            )
+        )
     candidates = [point for point in points if point.is_candidate]
     if candidates:
         values = np.array([[point.cost, point.quality] for point in candidates])
@@ -235,4 +286,33 @@ def find_front(
         points = [replace(p, on_front=p.is_candidate and bool(next(on_front))) for p in points]
     sign = 1.0 if axes.higher_is_better else -1.0
     points.sort(key=lambda point: (point.cost, sign * point.quality, point.result.key))
-    return Front(axes, tuple(points), tuple(unmeasured), sweep_of or {})
+    return Front(axes, table, tuple(points))
+
+
+def shown_trials(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials, or of many the seeds of those models that tables show."""
+    return (
+        list(trials) if len(trials) <= MAX_SHOWN else find_front(result_table(trials)).shown_seeds
+    )
+
+
+def left_out_notes(front: Front) -> list[str]:
+    """Return the sentence on models that tables and pages leave out; none if all are shown."""
+    num_shown, num_all = len(front.shown), len(front.points)
+    if num_shown == num_all:
+        return []
+    return [
+        f"Of {num_all:,} models, tables show the {num_shown:,} on the front and nearest to it, and "
+        "only these have confidences; `front.csv` has all."
+    ]
+
+
+def evaluations(
+    front: Front, items: Mapping[str, EvaluationResult]
+) -> dict[str, list[EvaluationResult]]:
+    """Return the evaluations of each model's seeds; without models that lack one of them."""
+    return {
+        str(key): [items[seed.key] for seed in seeds]
+        for key, seeds in front.table["seeds"].items()
+        if all(seed.key in items for seed in seeds)
+    }

@@ -12,6 +12,7 @@ from orchestrator.records.trial import Trial
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.pareto import Front
+from orchestrator.reporting.results import result_table
 
 Curve = tuple[str, Sequence[tuple[int, float]]]
 """A name and its points: step and value."""
@@ -44,8 +45,11 @@ class SweepReport:
     def stored_at(self, folder: Path) -> SweepReport:
         """Return the report for files in a folder: paths in its workspace are relative."""
         front = self.front
-        stored = {r.key: Trial.model_validate(r.stored_at(folder)) for r in front.results}
-        return replace(self, front=front.with_results(stored))
+        stored = (Trial.model_validate(trial.stored_at(folder)) for trial in front.table["trial"])
+        table = result_table(stored)
+        if front.sweep_of:
+            table["sweep"] = front.table["sweep"]
+        return replace(self, front=front.with_table(table))
 
     @property
     def title(self) -> str:

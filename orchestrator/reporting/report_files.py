@@ -13,15 +13,15 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from iiet.influence import InfluenceTable
+from orchestrator.reporting.command_tables import influence_markdown
 from orchestrator.reporting.elastic_section import ELASTIC_TITLE
 from orchestrator.reporting.figure_style import save_figure
-from orchestrator.reporting.front_data import front_csv, front_values
+from orchestrator.reporting.front_data import front_values, model_table
 from orchestrator.reporting.front_figure import draw_front
 from orchestrator.reporting.front_tables import TASK_TABLES_NOTE, front_markdown, task_tables
 from orchestrator.reporting.front_text import hypervolume_text, model_name
 from orchestrator.reporting.html_page import render_page
 from orchestrator.reporting.influence_figure import draw_influence
-from orchestrator.reporting.influence_tables import influence_markdown
 from orchestrator.reporting.markdown import bullets
 from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_content import SweepReport
@@ -60,7 +60,7 @@ def write_report_files(report: SweepReport, folder: Path) -> list[Path]:
         paths += save_figure(figure, folder / "front")
         texts["front.html"] = render_page(report, picture=(folder / "front.svg").read_text("utf-8"))
     texts["front.md"] = report_markdown(report)
-    texts["front.csv"] = front_csv(report.front)
+    texts["front.csv"] = model_table(report.front).to_csv(index=False, lineterminator="\n")
     values = front_values(report.front, report.elastic)
     texts["front.json"] = json_text(values, allow_nan=False) + "\n"
     for name, text in texts.items():

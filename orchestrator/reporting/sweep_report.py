@@ -7,21 +7,20 @@ gets its own folder, in the workspace and in MLflow, and changes nothing else of
 from __future__ import annotations
 
 from orchestrator.reporting.confidence import with_confidence
-from orchestrator.reporting.elastic_section import ElasticSection, elastic_section
+from orchestrator.reporting.elastic_section import elastic_section
 from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER, track_front, track_results
-from orchestrator.reporting.pareto import Front, find_front
+from orchestrator.reporting.pareto import Front, evaluations, find_front, left_out_notes
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.report_files import WrittenReport, write_report_files
-from orchestrator.reporting.seed_averages import average_seeds
-from orchestrator.reporting.shown_points import left_out_notes, shown_points
-from orchestrator.reporting.statistics import KEPT_SHARE
-from orchestrator.reporting.sweep_results import (
+from orchestrator.reporting.results import (
     StoredSweep,
     item_notes,
     load_item_values,
     load_sweep_results,
+    result_table,
 )
+from orchestrator.reporting.statistics import KEPT_SHARE
 from orchestrator.reporting.training_curves import (
     history_folder,
     read_history_curves,
@@ -73,7 +72,7 @@ def write_sweep_report(
         curves=curves,
         facts=sweep.facts,
         notes=[*sweep.notes, *notes],
-        elastic=_elastic_section(workspace, sweep, axes),
+        elastic=elastic_section(front, load_item_values(workspace, sweep.results)),
     )
     folder = sweep.folder(workspace) / axes.slug
     files = write_report_files(report, folder) if workspace.is_writable else []
@@ -89,15 +88,6 @@ def write_sweep_report(
     return WrittenReport(report, folder, tuple(files), run.run_id, view)
 
 
-def _elastic_section(
-    workspace: Workspace, sweep: StoredSweep, axes: FrontAxes
-) -> ElasticSection | None:
-    if not any(result.is_elastic for result in sweep.results):
-        return None
-    items = load_item_values(workspace, sweep.results)
-    return elastic_section(average_seeds(sweep.results), sweep.results, items, axes)
-
-
 def sweep_front(
     workspace: Workspace, sweep: StoredSweep, axes: FrontAxes, *, kept_share: float = KEPT_SHARE
 ) -> tuple[Front, list[str]]:
@@ -106,9 +96,7 @@ def sweep_front(
     The notes are sentences on models that are not shown or have no confidence. `kept_share` is that
     of `with_confidence`.
     """
-    averages = average_seeds(sweep.results)
-    front = find_front(averages.results, axes)
-    shown = averages.seeds_of(shown_points(front), sweep.results)
-    items = load_item_values(workspace, shown)
-    notes = [*left_out_notes(front), *item_notes(shown, items)]
-    return with_confidence(front, averages.evaluations(items), kept_share=kept_share), notes
+    front = find_front(result_table(sweep.results), axes)
+    items = load_item_values(workspace, front.shown_seeds)
+    notes = [*left_out_notes(front), *item_notes(front.shown_seeds, items)]
+    return with_confidence(front, evaluations(front, items), kept_share=kept_share), notes

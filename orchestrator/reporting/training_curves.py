@@ -12,9 +12,7 @@ from pathlib import Path
 from orchestrator.reporting.front_text import full_name
 from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_content import Curve
-from orchestrator.reporting.seed_averages import average_seeds
-from orchestrator.reporting.shown_points import shown_points
-from orchestrator.reporting.sweep_results import StoredSweep
+from orchestrator.reporting.results import StoredSweep
 from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC, read_journal
 
 HYPERVOLUME_BY_TRIALS = "sweep/hypervolume"
@@ -47,16 +45,15 @@ def read_training_curves(sweep: StoredSweep, front: Front) -> Mapping[str, Seque
     """Return the losses during training by chart title, cheapest model first, a curve per seed."""
     students: list[tuple[str, Path]] = []
     others: list[tuple[str, Path]] = []
-    keys_of_seeds = average_seeds(sweep.results).keys_of_seeds
-    results = {result.key: result for result in sweep.results}
-    points = shown_points(front)
+    own = {result.key for result in sweep.results}
+    points = front.shown
     if len(points) < len(front.points):  # Of so many, a chart shows those that matter.
         points = tuple(p for p in points if p.on_front or p.result.role != "trial")
     for point in points:
-        keys = keys_of_seeds.get(point.result.key, ())
-        for result in (results[key] for key in keys):
+        seeds = [seed for seed in front.seeds_of(point) if seed.key in own]
+        for result in seeds:
             name = full_name(front, point)
-            if len(keys) > 1:
+            if len(seeds) > 1:
                 name += f", seed {result.seed}"
             if folder := sweep.journal_of(result):
                 (students if result.role == "trial" else others).append((name, folder))

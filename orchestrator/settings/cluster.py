@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib.util import find_spec
 from typing import Annotated, Literal
@@ -10,8 +11,13 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt, ValidationInfo, 
 
 from iiet.extensions import ExtensionNames
 from orchestrator.settings.section import OneOf, Section
-from orchestrator.workspace.errors import has_secret, is_secret_name
-from orchestrator.workspace.layout import address_problem, chosen_address
+from orchestrator.workspace.errors import UserError, has_secret, is_secret_name, quoted
+
+LOCAL = "local"
+"""Address of a Ray that the command starts for itself."""
+AUTO = "auto"
+"""Address of a cluster that this machine is part of."""
+ADDRESS_VARIABLE = "RAY_ADDRESS"
 
 MLFLOW, TENSORBOARD = "mlflow", "tensorboard"
 
@@ -72,9 +78,14 @@ class ClusterSettings(Section):
         """The address in force: the setting, else `RAY_ADDRESS`, else `local`.
 
         Raises:
-            UserError: If `RAY_ADDRESS` is no address of a cluster.
+            UserError: If `RAY_ADDRESS` is not an address of a cluster.
         """
-        return chosen_address(self.address)
+        if self.address is not None:
+            return self.address
+        found = os.environ.get(ADDRESS_VARIABLE) or LOCAL
+        if problem := address_problem(found):
+            raise UserError(f"{ADDRESS_VARIABLE}: {problem}; got {quoted(found)}")
+        return found
 
     def shards_of(self, num_workers: int) -> int | None:
         """Workers of a trial that share one copy of its model; None for all.
@@ -132,6 +143,17 @@ class TrackingSettings(Section):
                 "installs it, or leave tensorboard out"
             )
         return tuple(dict.fromkeys(loggers))
+
+
+def address_problem(address: str) -> str | None:
+    """Return why an address of Ray cannot be joined, or None."""
+    found = re.fullmatch(r"(?:\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})", address, flags=re.ASCII)
+    if address in (LOCAL, AUTO) or (found and 0 < int(found[1]) < 2**16):
+        return None
+    return (
+        f"an address is HOST:PORT of a cluster's head node (usually port 6379), {AUTO} or {LOCAL}; "
+        "Ray Client's ray:// is not made for Ray Train and Ray Tune"
+    )
 
 
 def device_problem(device: str) -> str | None:

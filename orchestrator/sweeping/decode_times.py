@@ -15,7 +15,7 @@ from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, time_per_tok
 from orchestrator.records.record import Record
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.seed_averages import shown_results
+from orchestrator.reporting.pareto import shown_trials
 from orchestrator.settings import Settings
 from orchestrator.sweeping.trials import exact_cost, full_config
 from orchestrator.terminal.progress import Progress
@@ -46,7 +46,7 @@ def with_costs(
     """
     full = full_config(plan)
     counted = [t.model_copy(update={"cost": exact_cost(t.model, full)}) for t in found]
-    times = _decode_times(shown_results(counted), folder, settings, progress)
+    times = _decode_times(shown_trials(counted), folder, settings, progress)
     return [
         t.model_copy(update={"cost": t.cost.model_copy(update=vars(times[t.key]))})
         if t.key in times

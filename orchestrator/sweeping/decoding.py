@@ -25,7 +25,7 @@ from orchestrator.records.record import Record
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial, TrialDecoding
 from orchestrator.reporting.drafts import draft_targets
-from orchestrator.reporting.seed_averages import shown_results
+from orchestrator.reporting.pareto import shown_trials
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
@@ -89,7 +89,7 @@ def with_decoding(
 def _wanted(results: Sequence[Trial], settings: Settings) -> list[_Measurement]:
     """Return the measurements of the models that tables show."""
     targets = draft_targets(results) if settings.sweep.measure_drafts else {}
-    shown = shown_results(results)
+    shown = shown_trials(results)
     return [_Measurement(one, targets[one.key]) for one in shown if one.key in targets]
 
 

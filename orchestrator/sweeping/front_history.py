@@ -14,7 +14,7 @@ from pathlib import Path
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.pareto import Front, find_front
-from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.reporting.results import result_table
 from orchestrator.reporting.training_curves import (
     HYPERVOLUME_BY_GFLOPS,
     HYPERVOLUME_BY_TRIALS,
@@ -76,12 +76,11 @@ class FrontHistory:
         num_found = len(self._seen)
         if num_found < self._last + (1 if at_end else self._interval):
             return False
-        joined = average_seeds(self._candidates)
-        front = find_front(joined.results)
+        front = find_front(result_table(self._candidates))
         volume, full = front.hypervolume, front.full
         if volume is None or full is None:
             return False
-        if self._full.key not in joined.keys_of_seeds[full.result.key]:
+        if all(seed.key != self._full.key for seed in front.seeds_of(full)):
             return False
         needed = {point.result.key for point in (*front.members, full)}
         self._candidates = [t for t in self._candidates if t.group or t.key in needed]

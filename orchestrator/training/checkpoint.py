@@ -199,10 +199,13 @@ def weights_key(folder: Path) -> str:
     return str(load_provenance(folder).get("weights", ""))
 
 
-def check_checkpoint(folder: Path, *, with_training_state: bool = False) -> None:
+def check_checkpoint(
+    folder: Path, *, with_training_state: bool = False, remember: bool = False
+) -> None:
     """Verify the checksums; a file that is unchanged since it was last verified is not read.
 
     `with_training_state` adds the file that only a resumed training reads, most of the bytes.
+    `remember` as in `files.damaged_file`.
 
     Raises:
         UserError: If the folder is no checkpoint, or a file is missing or damaged.
@@ -216,7 +219,7 @@ def check_checkpoint(folder: Path, *, with_training_state: bool = False) -> None
     names = [name for name in {CONFIG: 0, WEIGHTS: 0, **checksums} if name != TRAINING_STATE]
     if with_training_state:
         names.append(TRAINING_STATE)
-    if damage := damaged_file(folder, checksums, names=names):
+    if damage := damaged_file(folder, checksums, names=names, remember=remember):
         raise UserError(f"the checkpoint {folder} is damaged: {damage}")
 
 

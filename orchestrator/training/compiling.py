@@ -22,7 +22,7 @@ from orchestrator.workspace.errors import shortened
 
 _PARTITION = {
     # Recompute what is cheap, as the uncompiled forms do: a fifth less memory for 3 % more time
-    # (340M, as estimated by `benchmarks.gpu_model`), and no more than the plan.
+    # (340M, estimated from its kernels), and no more than the plan.
     "ban_recompute_materialized_backward": False,
     # Compile the backward pass with the forward pass: both fail, or take their time, in one place.
     "force_non_lazy_backward_lowering": True,

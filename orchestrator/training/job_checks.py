@@ -8,6 +8,7 @@ from typing import Any
 
 from iiet.dropping import kept_config
 from orchestrator.data.batches import check_even_split
+from orchestrator.data.prepared import verify_data
 from orchestrator.data.sources import open_data
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import check_checkpoint, load_config
@@ -26,6 +27,7 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
         cannot be divided among the workers.
     """
     config = job.model
+    verify_data(Path(job.tokens_folder), remember=True)
     data = open_data(job.tokens_folder)
     if data.vocab_size > config.vocab_size:
         raise UserError(
@@ -37,10 +39,10 @@ def check_job(job: TrainingJob, *, num_workers: int = 1) -> None:
     if job.objective == "distill" and not job.teacher_folder:
         raise UserError("distillation needs a teacher's checkpoint; `iiet-orch pretrain` makes one")
     if job.teacher_folder:
-        check_checkpoint(Path(job.teacher_folder))
+        check_checkpoint(Path(job.teacher_folder), remember=True)
     if job.initial_folder:
         folder = Path(job.initial_folder)
-        check_checkpoint(folder)
+        check_checkpoint(folder, remember=True)
         initial = load_config(folder)
         if job.kept_layers is not None:
             try:

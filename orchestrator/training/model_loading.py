@@ -68,7 +68,7 @@ def load_model(
             support, has missing, unknown or not finite weights, or the schedule does not fit it.
     """
     if check and any((folder / name).exists() for name in (PROVENANCE, TRAINING_STATE)):
-        check_checkpoint(folder)
+        check_checkpoint(folder, remember=True)
     kind = folder_kind(folder)
     try:
         if kind == CHECKPOINT:

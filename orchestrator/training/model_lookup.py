@@ -65,7 +65,9 @@ def picked_model(workspace: Workspace, sweep: str | None = None) -> Picked | Non
     return found if is_newest else None
 
 
-def resolve_teacher(workspace: Workspace, path: Path | None, warn: Warn | None = None) -> Path:
+def resolve_teacher(
+    workspace: Workspace, path: Path | str | None, warn: Warn | None = None
+) -> Path:
     """Return the checkpoint that the user means; without a path the newest IIET with corrections.
 
     Args:
@@ -75,10 +77,16 @@ def resolve_teacher(workspace: Workspace, path: Path | None, warn: Warn | None =
             that is an error: only commands that store nothing may use another model.
 
     Raises:
-        UserError: If there is no checkpoint, or it is damaged.
+        UserError: If there is no checkpoint, it is damaged, or it is a model of the hub, which is
+            imported first.
     """
     if path is not None:
-        return resolve_checkpoint(find_model_folder(workspace, path), warn)
+        if is_hub_name(path):
+            raise UserError(
+                f"{path} becomes a run of the workspace at first use, and a dry run writes nothing;"
+                f" `iiet-orch import {path}` imports it"
+            )
+        return resolve_checkpoint(find_model_folder(workspace, Path(path)), warn)
     if found := _newest(workspace, _may_be_teacher, warn):
         return found
     others = [
@@ -94,7 +102,7 @@ def resolve_teacher(workspace: Workspace, path: Path | None, warn: Warn | None =
     )
 
 
-def resolve_model(workspace: Workspace, path: Path | None, warn: Warn | None = None) -> Path:
+def resolve_model(workspace: Workspace, path: Path | str | None, warn: Warn | None = None) -> Path:
     """Return the checkpoint that the user means, of any method.
 
     Without a path: the newest imported model or IIET with corrections, else the newest model.

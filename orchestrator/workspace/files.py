@@ -16,18 +16,15 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from orchestrator.workspace.errors import UserError, path_error_message, shortened
 from orchestrator.workspace.locks import lock_descriptor
 from orchestrator.workspace.provenance import file_digest
-from orchestrator.workspace.read_only import check_may_write, is_read_only
-
-T = TypeVar("T")
 
 DELETE_AND_RERUN = "delete it and run the command again"
 INVALID_VALUE_ERRORS = (
@@ -76,7 +73,6 @@ def new_file(path: Path) -> Iterator[Path]:
 
     Then the content is on disk, and so is the name. After an error nothing is left behind.
     """
-    check_may_write(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -148,25 +144,6 @@ def damage_as_user_error(path: Path, *, remedy: str = DELETE_AND_RERUN) -> Itera
         raise _damaged(path, error, remedy) from None
 
 
-def read_cached(
-    path: Path, parse: Callable[[dict[str, Any]], T | None], note: Callable[[str], None]
-) -> T | None:
-    """Read a stored measurement; None if it is missing or damaged, so that it is measured again.
-
-    Args:
-        parse: Builds the result from the file's JSON object; None if it holds something else.
-        note: Called with a sentence if the file is damaged.
-    """
-    remedy = "it is measured again"
-    try:
-        found = read_json(path, remedy=remedy)
-        with damage_as_user_error(path, remedy=remedy):
-            return None if found is None else parse(found)
-    except UserError as error:
-        note(str(error))
-        return None
-
-
 def _damaged(path: Path, problem: Exception | str, remedy: str) -> UserError:
     if isinstance(problem, OSError) and (sentence := path_error_message(problem)):
         return UserError(sentence)
@@ -189,7 +166,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     An existing folder of that name is replaced at the end; after an error, it is unchanged.
     """
-    check_may_write(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     delete_leftovers(folder.parent)
     temporary, lock = _make_locked(folder)
@@ -251,7 +227,6 @@ def replace_folder(source: Path, folder: Path) -> None:
 
 def delete_folder(folder: Path) -> None:
     """Delete a folder; for readers it is gone at once."""
-    check_may_write(folder)
     deleted = folder.rename(_temporary_name(folder))
     flush_to_disk(folder.parent)  # A crash must not bring back the name of half a folder.
     shutil.rmtree(deleted, ignore_errors=True)
@@ -342,6 +317,7 @@ def damaged_file(
     *,
     names: Iterable[str] | None = None,
     always: bool = False,
+    remember: bool = False,
 ) -> str | None:
     """Return the first file that is missing or damaged as `NAME is ...`, or None.
 
@@ -349,8 +325,7 @@ def damaged_file(
         checksums: Name -> SHA-256 as it was written.
         names: The files to verify (default: all that have a checksum).
         always: Read also files that have not changed since they were last verified.
-
-    A `read_only` block compares sizes only.
+        remember: Store that the files are whole, so that the next process need not read them.
     """
     verified = _verified(folder)
     read: dict[str, str] = {}
@@ -360,15 +335,11 @@ def damaged_file(
             return f"{name} is missing"
         if path.parent != folder or digest is None:
             return f"{name} is not what was written"
-        stamp = verified.get(name)
-        if is_read_only():
-            if stamp and stamp[2] == digest and stamp[0] != path.stat().st_size:
-                return f"{name} was changed after writing"
-        elif always or stamp != _stamp(path, digest):
+        if always or verified.get(name) != _stamp(path, digest):
             if file_digest(path) != digest:
                 return f"{name} was changed after writing"
             read[name] = digest
-    if read:
+    if read and remember:
         with suppress(OSError):  # A read-only folder is verified each time.
             _mark_verified(folder, read)
     return None

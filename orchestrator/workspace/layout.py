@@ -15,15 +15,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from orchestrator.workspace.errors import UserError, quoted
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json, resolve_path, write_json
 from orchestrator.workspace.provenance import RECIPE_VERSION
-from orchestrator.workspace.read_only import is_read_only
 
 ENVIRONMENT_NAME = "IIET_WORKSPACE"
 DEFAULT_NAME = "iiet-workspace"
 WORKSPACE_FILE_NAME = "workspace.json"
 """The file in the root of every workspace; it holds the version that wrote the workspace."""
+OWN_VERSION = {"recipe_version": RECIPE_VERSION}
 MAX_NAME_BYTES = 200
 """File systems allow 255; temporary names are a little longer than the name."""
 
@@ -110,8 +110,29 @@ def locate_workspace(path: Path | None = None) -> Workspace:
     return Workspace(resolve_path(path or os.environ.get(ENVIRONMENT_NAME) or DEFAULT_NAME))
 
 
+def find_workspace(path: Workspace | Path | str | None = None) -> Workspace:
+    """Return the workspace like `locate_workspace`, to plan in it; a missing one is not made.
+
+    Raises:
+        UserError: If it is of another version, or no folder.
+    """
+    if isinstance(path, Workspace):
+        return path
+    workspace = locate_workspace(Path(path) if path else None)
+    root, remedy = workspace.root, "choose another with --workspace"
+    if root.exists() and not root.is_dir():
+        problem = os.strerror(errno.ENOTDIR)
+        raise UserError(f"cannot use the workspace {root} ({problem}); {remedy}")
+    if read_json(root / WORKSPACE_FILE_NAME, remedy=remedy) not in (None, OWN_VERSION):
+        raise UserError(
+            f"the workspace {root} is of another version of this program, which this version "
+            f"cannot read; nothing was changed; {remedy}"
+        )
+    return workspace
+
+
 def open_workspace(path: Path | None = None, *, must_write: bool = True) -> Workspace:
-    """Return the workspace like `locate_workspace`; made if missing, not in a `read_only` block.
+    """Return the workspace like `find_workspace`, made if it is missing.
 
     Unless the caller must write, a workspace that this user may only read is opened, too; its
     `is_writable` is then False.
@@ -119,31 +140,23 @@ def open_workspace(path: Path | None = None, *, must_write: bool = True) -> Work
     Raises:
         UserError: If the folder cannot be made or written, or is of another version.
     """
-    workspace = locate_workspace(path)
-    root, remedy = workspace.root, "choose another with --workspace"
-    file, probe = root / WORKSPACE_FILE_NAME, root / f".write-test-{os.getpid()}"
-    own_version = {"recipe_version": RECIPE_VERSION}
     try:
-        if root.exists() and not root.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        version = read_json(file, remedy=remedy)
-        if version not in (None, own_version):
-            raise UserError(
-                f"the workspace {root} is of another version of this program, which this version "
-                f"cannot read; nothing was changed; {remedy}"
-            )
-        if is_read_only():
-            return workspace
+        workspace = find_workspace(path)
+        root = workspace.root
         root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".write-test-{os.getpid()}"
         probe.touch()
         probe.unlink()
-        if version is None:
-            write_json(file, own_version)
+        if not (root / WORKSPACE_FILE_NAME).exists():
+            write_json(root / WORKSPACE_FILE_NAME, OWN_VERSION)
     except OSError as error:
+        root = locate_workspace(path).root
         may_only_read = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         if not must_write and root.is_dir() and may_only_read:
             return Workspace(root, is_writable=False)
-        raise UserError(f"cannot use the workspace {root} ({error.strerror}); {remedy}") from None
+        raise UserError(
+            f"cannot use the workspace {root} ({error.strerror}); choose another with --workspace"
+        ) from None
     return workspace
 
 
@@ -213,37 +226,3 @@ def portable_path(path: str, root: Path | None) -> str:
 def absolute_path(path: str, root: Path | None) -> str:
     """Return the absolute form of a stored path; an empty one stays empty."""
     return str(root / path) if root and path else path
-
-
-# The address of the Ray cluster that a command uses
-
-LOCAL = "local"
-"""Address of a Ray that the command starts for itself."""
-AUTO = "auto"
-"""Address of a cluster that this machine is part of."""
-ADDRESS_VARIABLE = "RAY_ADDRESS"
-
-
-def chosen_address(setting: str | None) -> str:
-    """Return the setting, else `RAY_ADDRESS`, else `local`.
-
-    Raises:
-        UserError: If `RAY_ADDRESS` is not an address of a cluster.
-    """
-    if setting is not None:
-        return setting
-    found = os.environ.get(ADDRESS_VARIABLE) or LOCAL
-    if problem := address_problem(found):
-        raise UserError(f"{ADDRESS_VARIABLE}: {problem}; got {quoted(found)}")
-    return found
-
-
-def address_problem(address: str) -> str | None:
-    """Return why an address cannot be joined, or None."""
-    found = re.fullmatch(r"(?:\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})", address, flags=re.ASCII)
-    if address in (LOCAL, AUTO) or (found and 0 < int(found[1]) < 2**16):
-        return None
-    return (
-        f"an address is HOST:PORT of a cluster's head node (usually port 6379), {AUTO} or {LOCAL}; "
-        "Ray Client's ray:// is not made for Ray Train and Ray Tune"
-    )

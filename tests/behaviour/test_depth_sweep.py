@@ -11,7 +11,7 @@ import yaml
 from orchestrator import plan_sweep, sweep
 from orchestrator.pipelines.evaluating import evaluate
 from orchestrator.pipelines.generating import Sampling, generate
-from orchestrator.pipelines.picking import pick
+from orchestrator.pipelines.models import pick
 from orchestrator.settings import Settings, read_settings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import open_workspace

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from orchestrator import plan_sweep, sweep
-from orchestrator.pipelines.picking import pick
+from orchestrator.pipelines.models import pick
 from orchestrator.pipelines.sweeps import SweepResult
 from orchestrator.reporting.elastic_section import ELASTIC_TITLE
 from orchestrator.settings import Settings, read_settings

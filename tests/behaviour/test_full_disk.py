@@ -14,7 +14,7 @@ import pytest
 from sample_trials import sample_trial
 
 from orchestrator.cli.session import open_session
-from orchestrator.reporting.sweep_results import StoredSweep
+from orchestrator.reporting.results import StoredSweep
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.layout import open_workspace
 

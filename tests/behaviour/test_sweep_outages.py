@@ -11,8 +11,8 @@ import pytest
 from orchestrator.evaluation import decode_timing as benchmark
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial, TrialTraining
+from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.sweep_report import write_sweep_report
-from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.settings import SweepSettings, resolve_settings
 from orchestrator.sweeping.execution import run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue

@@ -9,7 +9,7 @@ from sample_trials import sample_trial
 from study_tables import Phases, Ways, losses_by_seed, study_markdown
 
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.reporting.results import result_table
 
 # Seeds differ by more than models do: only differences of one seed show which is better.
 LOSSES = {"vanilla": [4.1, 3.9, 4.3], "r = 0": [4.0, 3.81, 4.19], "r = 1": [4.01, 3.82, 4.2]}
@@ -35,7 +35,7 @@ def results(losses: dict[str, list[float]]) -> list[Trial]:
 
 def said(losses: dict[str, list[float]], accuracy: float = 0.5) -> str:
     found = results(losses)
-    joined = {result.label: result for result in average_seeds(found).results}
+    joined = {result.label: result for result in result_table(found)["trial"]}
     teacher = sample_trial(
         key="teacher", role="teacher", method="iiet", schedule=(1,), cost={"evaluations": 2.0},
         quality={"validation_loss": 4.0, "accuracy": accuracy},

@@ -32,7 +32,7 @@ from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.sweeps import plan_iterations, plan_students, schedule_search
 from orchestrator.pipelines.syncing import sync
 from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.reporting.sweep_results import StoredSweep, load_sweep_results
+from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
 from orchestrator.sweeping import decoding
 from orchestrator.sweeping.asha import asha_trials, record_early_stop
@@ -345,7 +345,7 @@ def _fill(workspace: Workspace) -> None:
     os.utime(next(workspace.evaluations.glob("*.answers")), (0, 0))  # Else it runs.
 
     influence, folder = load_influence_table(teacher), workspace.sweeps / "s"
-    plan = plan_students(settings, context, teacher, influence, name="s")
+    plan = plan_students(settings, workspace, teacher, influence, name="s")
     plan.write(folder / PLAN_FILE)
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     results = [result for trial in plan.trials if (result := run_trial(trial).result)]
@@ -364,7 +364,7 @@ def _fill(workspace: Workspace) -> None:
     _read_stored_outputs(workspace, Notes())
 
     settings = read_settings(None, [*SETTINGS, "sweep.kind=search", "search.num_trials=1"])
-    plan = plan_students(settings, context, teacher, influence, name="search")
+    plan = plan_students(settings, workspace, teacher, influence, name="search")
     search = schedule_search(settings, workspace, plan, teacher)
     search.update_study()
     suggested = optuna.load_study(study_name=None, storage=search.study["storage"])

@@ -3,6 +3,7 @@
 from orchestrator.evaluation.heldout.suite import (
     HeldoutSuite,
     build_heldout,
+    find_heldout,
     has_accuracy,
     heldout_chances,
     heldout_configs,
@@ -16,6 +17,7 @@ __all__ = [
     "TEXT_TASKS",
     "HeldoutSuite",
     "build_heldout",
+    "find_heldout",
     "has_accuracy",
     "heldout_chances",
     "heldout_configs",

@@ -84,41 +84,47 @@ def offered_tasks(data: PreparedData) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def find_heldout(tokens: Path | str, *, num_items: int, context_length: int) -> HeldoutSuite:
+    """Return the suite of prepared data; if it is not made, as it will be called, with all tasks.
+
+    Args:
+        tokens: Folder of the data.
+        num_items: Largest number of items of each accuracy task.
+        context_length: Tokens that the model reads; every item fits into them.
+
+    Raises:
+        UserError: If the data or the suite are damaged.
+    """
+    data = open_data(tokens)
+    version = TEXT_VERSION if isinstance(data, TokenStore) else f"{TEXT_VERSION} {DEPTH_VERSION}"
+    max_tokens = min(context_length, MAX_ITEM_TOKENS)
+    key = content_key("heldout", version, data.fingerprint, num_items, max_tokens)
+    folder = data.folder / f"heldout-{key}"
+    tasks = dict.fromkeys(offered_tasks(data), 0)
+    return _stored_suite(folder) or HeldoutSuite(folder=folder, tasks=tasks, notes=(), chances={})
+
+
 def build_heldout(
     tokens: Path | str,
     *,
     num_items: int,
     context_length: int,
     progress: Progress | None = None,
-    make: bool = True,
 ) -> HeldoutSuite:
-    """Return the suite of prepared data; make it if it is missing.
-
-    Args:
-        tokens: Folder of the data.
-        num_items: Largest number of items of each accuracy task.
-        context_length: Tokens that the model reads; every item fits into them.
-        make: If not, a missing suite is returned as it will be called, with all tasks.
+    """Return the suite of prepared data, made if it is missing; arguments as `find_heldout`.
 
     Raises:
         UserError: If the data or the suite are damaged, or the documents give no items.
     """
+    suite = find_heldout(tokens, num_items=num_items, context_length=context_length)
+    if (suite.folder / SUITE_NAME).exists():
+        return suite
+    progress = progress or Progress()
+    progress.start("held-out tasks")
     data = open_data(tokens)
-    max_tokens = min(context_length, MAX_ITEM_TOKENS)
-    is_text = isinstance(data, TokenStore)
-    version = TEXT_VERSION if is_text else f"{TEXT_VERSION} {DEPTH_VERSION}"
-    key = content_key("heldout", version, data.fingerprint, num_items, max_tokens)
-    folder = data.folder / f"heldout-{key}"
-    suite = _stored_suite(folder)
-    if suite is None and not make:
-        tasks = dict.fromkeys(offered_tasks(data), 0)
-        return HeldoutSuite(folder=folder, tasks=tasks, notes=(), chances={})
-    if suite is None:
-        progress = progress or Progress()
-        progress.start("held-out tasks")
-        rows = _rows(data, num_items, max_tokens)
-        suite = _write(folder, rows, _notes(rows), _chances(data, rows))
-        progress.finish(", ".join(f"{n:,} {name}" for name, n in suite.tasks.items()))
+    rows = _rows(data, num_items, min(context_length, MAX_ITEM_TOKENS))
+    suite = _write(suite.folder, rows, _notes(rows), _chances(data, rows))
+    progress.finish(", ".join(f"{n:,} {name}" for name, n in suite.tasks.items()))
     return suite
 
 

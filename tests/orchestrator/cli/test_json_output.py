@@ -20,7 +20,7 @@ from iiet.decoder import Decoder
 from orchestrator import cli
 from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.sweeps import SweepResult, report
-from orchestrator.reporting.sweep_results import StoredSweep
+from orchestrator.reporting.results import StoredSweep
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.layout import Workspace, open_workspace
 

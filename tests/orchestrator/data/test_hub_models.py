@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from local_hub import TOKEN, LocalHub, local_hub
 
 from orchestrator import cli
+from orchestrator.data.hub import offline
 from orchestrator.data.hub_models import download_model, shown_name
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.evaluation.evaluated_model import open_model, open_models, short_names
@@ -19,7 +20,6 @@ from orchestrator.training.checkpoint import load_config, load_provenance
 from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
-from orchestrator.workspace.read_only import read_only
 
 NAME = "hub:me/tiny"
 
@@ -115,7 +115,7 @@ def test_what_is_in_the_cache_needs_no_network(
     assert load_tokenizer(NAME).get_vocab_size() == 300
     model = open_model(folder, "1")
     assert (model.name, model.is_external) == ("tiny r=1", True)
-    with read_only():
+    with offline():
         assert download_model(NAME) == folder
     with pytest.raises(UserError, match=r"hub:me/other is not in the hub's cache .* be reached"):
         download_model("hub:me/other")

@@ -22,7 +22,7 @@ from orchestrator.evaluation.cost_measurement import (
     measure_costs,
     peak_bytes,
 )
-from orchestrator.reporting import benchmark_tables
+from orchestrator.reporting import command_tables
 from orchestrator.workspace.errors import UserError
 
 
@@ -70,7 +70,7 @@ def test_the_residual_is_zero_if_time_follows_the_cost_model(
             else:
                 assert share.predicted["evaluations"] == 2 / 5
                 assert share.predicted["evaluations"] < share.predicted["FLOPs"] < 1
-    lines = benchmark_tables.prediction_error_sentences(costs)
+    lines = command_tables.prediction_error_sentences(costs)
     assert lines[0].startswith("decoding: FLOPs predict every share within 0.0% of it")
 
 
@@ -79,7 +79,7 @@ def test_a_share_that_differs_from_the_prediction_is_reported(
 ) -> None:
     full = inference_cost(decoders["full"].config, context_length=6).decode_flops_per_token
     costs = measure_by_flops(decoders, monkeypatch, constant=full)
-    assert "decoding" in (line := benchmark_tables.prediction_error_sentences(costs)[0])
+    assert "decoding" in (line := command_tables.prediction_error_sentences(costs)[0])
     shares = [cost.shares[DECODING] for cost in costs if cost.model == "none"]
     none = shares[0]
     assert none.residual() == pytest.approx(none.measured / none.predicted["FLOPs"] - 1)
@@ -122,12 +122,12 @@ def test_tables_contain_models_conditions_and_numbers(
     costs = measure_by_flops(decoders, monkeypatch)
     console = Console(width=120)
     with console.capture() as printed:
-        for table in benchmark_tables.cost_and_share_tables(costs):
+        for table in command_tables.cost_and_share_tables(costs):
             console.print(table)
     text = printed.get()
     assert text.count("3 x 6") == 2 * 3
     assert "40.0" in text
-    assert len(benchmark_tables.cost_and_share_tables([c for c in costs if c.model == "full"])) == 1
+    assert len(command_tables.cost_and_share_tables([c for c in costs if c.model == "full"])) == 1
     metrics = costs[0].metrics()
     assert metrics["cost/batch_1_context_4/decode_ms"] == costs[0].decode_ms
 

@@ -32,7 +32,6 @@ from orchestrator.evaluation.heldout.sentence_splitting import (
 )
 from orchestrator.evaluation.task_selection import select_tasks, tasks_of_source
 from orchestrator.settings import DataSettings, EvaluationSettings
-from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
 
@@ -273,9 +272,7 @@ def test_a_suite_can_mix_held_out_and_other_tasks(
     settings = EvaluationSettings(
         suite="first, heldout, last", num_items=NUM_ITEMS, include_path=str(tmp_path)
     )
-    asked = select_tasks(
-        settings, lambda: tokens, context_length=CONTEXT_LENGTH, progress=Progress()
-    )
+    asked = select_tasks(settings, tokens, context_length=CONTEXT_LENGTH)
     assert asked.names == ("first", *suite.tasks, "last")
     assert asked.folders == (tmp_path,)
     assert asked.heldout == suite.folder

@@ -21,7 +21,7 @@ from orchestrator.evaluation.heldout import HeldoutSuite, build_heldout
 from orchestrator.evaluation.model_tokenizer import PlainTokenizer
 from orchestrator.evaluation.task_selection import (
     lm_eval_task_fingerprints,
-    select_tasks,
+    make_tasks,
 )
 from orchestrator.pipelines.sweeps import plan_sweep
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
@@ -128,7 +128,7 @@ def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path: Path, name: str) -> 
 
 def chosen(suite: str, data: Path, **options: Any) -> tuple[str, ...]:
     settings = EvaluationSettings(suite=suite, num_items=20, **options)
-    return select_tasks(settings, lambda: data, context_length=32, progress=Progress()).names
+    return make_tasks(settings, data, context_length=32, progress=Progress()).names
 
 
 def test_a_task_of_the_data_can_be_named_by_itself(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_a_project_runs_from_pretraining_to_a_picked_model(
     assert report.page.is_file()
     assert report.to_pandas().equals(trials)
 
-    picked = orchestrator.pick(workspace=workspace, sweep="mine", dry_run=True)
+    picked = orchestrator.plan_pick(workspace=workspace, sweep="mine")
     assert picked.sentence
     assert picked.to_pandas()["method"].tolist() == ["iiet"]
     [text] = orchestrator.generate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,18 @@ from orchestrator.evaluation.evaluated_model import (
     open_models,
     short_names,
 )
-from orchestrator.pipelines.benchmarking import benchmark_models, family_of, usual_contexts
+from orchestrator.pipelines.benchmarking import (
+    family_of,
+    plan_benchmark,
+    run_benchmark,
+    usual_contexts,
+)
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.influence import read_or_measure_influence
-from orchestrator.settings import InfluenceSettings
+from orchestrator.pipelines.influence import plan_influence, run_influence
+from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.render import shortest_schedule
 from orchestrator.training.checkpoint import save_checkpoint
+from orchestrator.training.device_work import on_cpu
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 
@@ -75,8 +82,10 @@ def test_the_family_is_that_of_the_stored_influence(
     tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
 ) -> None:
     checkpoint = saved(tmp_path / "run", tiny_tokens, {**tiny_model, "initializer_std": 0.3})
-    settings = InfluenceSettings(num_tokens=64)
-    read_or_measure_influence(checkpoint, settings, tiny_tokens, untracked(Workspace(tmp_path)))
+    settings = Settings(influence=InfluenceSettings(num_tokens=64))
+    shutil.copytree(tiny_tokens, tmp_path / "workspace" / "tokens" / tiny_tokens.name)
+    plan = plan_influence(settings, workspace=tmp_path / "workspace", model=checkpoint)
+    run_influence(plan, untracked(Workspace(tmp_path / "workspace")), on_device=on_cpu)
     schedules = [
         model.config.corrections for model in family_of(open_model(checkpoint)) if model.config
     ]
@@ -116,17 +125,19 @@ def test_no_two_labels_are_alike_and_none_is_dropped(
         "run/step_00000001 r=1", "run/step_00000001 r=0",
         "run/step_00000002 r=1", "run/step_00000002 r=0",
     ]  # fmt: skip
-    models = open_models(workspace, [first, second, other, other], None)
-    found = benchmark_models(models, CONDITIONS, untracked(workspace))
-    assert [cost.model for cost in found.costs] == short_names(models)
+    models = [first, second, other, other]
+    plan = plan_benchmark(workspace=workspace, models=models, conditions=CONDITIONS)
+    found = run_benchmark(plan, untracked(workspace))
+    assert [cost.model for cost in found.costs] == labels(*models)
     assert len(found.costs) == 4
 
 
 def test_what_was_measured_is_written_with_its_conditions(
     tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any], workspace: Workspace
 ) -> None:
-    family = family_of(open_model(saved(tmp_path / "run", tiny_tokens, tiny_model)))
-    found = benchmark_models(family, CONDITIONS, untracked(workspace))
+    model = saved(tmp_path / "run", tiny_tokens, tiny_model)
+    plan = plan_benchmark(workspace=workspace, models=[model], conditions=CONDITIONS)
+    found = run_benchmark(plan, untracked(workspace))
     written = json.loads(found.path.read_text())
     assert [cost["model"] for cost in written["costs"]] == ["r=2,1", "r=1", "r=0"]
     assert written["conditions"]["num_threads"] == 1
@@ -144,8 +155,9 @@ def test_each_model_is_a_run_with_its_costs(
     import mlflow
 
     context = Context(workspace)
-    family = family_of(open_model(saved(tmp_path / "run", tiny_tokens, tiny_model)))
-    found = benchmark_models(family, CONDITIONS, context)
+    model = saved(tmp_path / "run", tiny_tokens, tiny_model)
+    plan = plan_benchmark(workspace=workspace, models=[model], conditions=CONDITIONS)
+    found = run_benchmark(plan, context)
     client = mlflow.MlflowClient(workspace.tracking_uri)
     runs = client.search_runs([context.tracking.experiment_id])
     assert {run.data.params["schedule"] for run in runs} == {"2,1", "1,1", "0,0"}

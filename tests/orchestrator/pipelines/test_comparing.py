@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,14 @@ from orchestrator import cli
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation.evaluated_model import open_models
 from orchestrator.evaluation.harness.logged_files import LoggedOutput
-from orchestrator.pipelines.comparing import CompareResult, compare, compare_models
-from orchestrator.pipelines.evaluating import evaluate_opened
+from orchestrator.pipelines.context import Context
+from orchestrator.pipelines.evaluating import (
+    CompareResult,
+    compare,
+    evaluate_opened,
+    plan_compare,
+    run_compare,
+)
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.workspace.errors import UserError
@@ -64,6 +70,16 @@ def settings(tmp_path: Path) -> Settings:
     for name in ("red", "blue"):
         (folder / f"{name}.yaml").write_text(TASK.format(name=name))
     return Settings(evaluation=EvaluationSettings(suite="red,blue", include_path=str(folder)))
+
+
+def compare_models(
+    settings: Settings,
+    models: tuple[Path | str, Path | str],
+    context: Context,
+    schedules: Sequence[str] = (),
+) -> CompareResult:
+    plan = plan_compare(settings, workspace=context.workspace, models=models, schedules=schedules)
+    return run_compare(plan, context)
 
 
 @pytest.fixture

@@ -25,8 +25,7 @@ from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model
 from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.heldout import HeldoutSuite
 from orchestrator.pipelines.evaluating import evaluate_model
-from orchestrator.pipelines.exporting import export_checkpoint
-from orchestrator.pipelines.importing import import_model
+from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.model_card import ModelCard
@@ -305,9 +304,10 @@ def test_held_out_tasks_of_a_folder_come_from_the_newest_tokens(
         return HeldoutSuite(folder=tasks, tasks={}, notes=(), chances={})
 
     monkeypatch.setattr(task_selection, "build_heldout", build)
+    monkeypatch.setattr(task_selection, "find_heldout", build)
     with pytest.raises(UserError, match="no held-out tasks"):
         evaluate(folder, EvaluationSettings(), workspace)
-    assert asked == [workspace.tokens / "newer"]
+    assert set(asked) == {workspace.tokens / "newer"}
 
 
 def without_weights(folder: Path) -> None:

@@ -16,10 +16,10 @@ from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model
 from orchestrator.evaluation.harness import suite
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate_model
-from orchestrator.pipelines.exporting import export
-from orchestrator.pipelines.sweeps import make_tasks, plan_suite
+from orchestrator.pipelines.models import export
+from orchestrator.pipelines.sweeps import load_tasks, plan_suite
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.reporting.sweep_results import load_item_values
+from orchestrator.reporting.results import load_item_values
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import checkpoint_trial
@@ -144,7 +144,7 @@ def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
     settings = settings.model_copy(update={"precision": precision})
     config = load_config(checkpoint)
     suite = plan_suite(
-        settings, tiny_tokens, config, make_tasks(settings, tiny_tokens, config, Progress())
+        settings, tiny_tokens, config, load_tasks(settings, tiny_tokens, config, Progress())
     )
     cheaper = replace(config, schedule=IterationSchedule((1, 0)))
     measured = []
@@ -170,7 +170,7 @@ def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
     write_task(tmp_path / "tasks", "third", ["k l"])
     wider = settings.model_copy(update={"suite": "first,second,third"})
     suite = plan_suite(
-        wider, tiny_tokens, config, make_tasks(wider, tiny_tokens, config, Progress())
+        wider, tiny_tokens, config, load_tasks(wider, tiny_tokens, config, Progress())
     )
     run = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, workspace))
     assert run.result
@@ -178,7 +178,7 @@ def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
     assert runs == [*2 * ["first", "second"], "third"]
     fewer = wider.model_copy(update={"suite": "third", "limit": 1})
     suite = plan_suite(
-        fewer, tiny_tokens, config, make_tasks(fewer, tiny_tokens, config, Progress())
+        fewer, tiny_tokens, config, load_tasks(fewer, tiny_tokens, config, Progress())
     )
     run = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, workspace))
     assert run.state == "made", "the limit is of tasks, and changes no loss"

@@ -24,7 +24,7 @@ from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.pipelines.evaluating import evaluate_model
-from orchestrator.pipelines.exporting import CARD, MANIFEST, export, export_checkpoint
+from orchestrator.pipelines.models import CARD, MANIFEST, export, export_checkpoint
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.model_card import REQUIREMENTS, ModelCard
 from orchestrator.settings import EvaluationSettings, Settings

@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orchestrator import cli
 from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines import generating
-from orchestrator.pipelines.exporting import export_checkpoint
 from orchestrator.pipelines.generating import Sampling, TextGenerator
-from orchestrator.pipelines.importing import import_model
+from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.training.checkpoint import load_provenance
 from orchestrator.training.model_loading import load_model

@@ -16,9 +16,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from iiet.huggingface import IIETConfig
 from orchestrator.data.token_store import open_tokens
-from orchestrator.pipelines.exporting import export_checkpoint
 from orchestrator.pipelines.generating import Sampling, TextGenerator
-from orchestrator.pipelines.importing import import_model
+from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.training.checkpoint import (
     TEXT_FILES,

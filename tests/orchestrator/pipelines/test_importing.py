@@ -13,7 +13,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.export import export_pretrained
 from orchestrator.data.token_store import open_tokens
-from orchestrator.pipelines.importing import import_model
+from orchestrator.pipelines.models import import_model
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import tokenizer_file
 from orchestrator.training.model_loading import load_model

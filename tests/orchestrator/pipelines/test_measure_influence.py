@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,10 @@ from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines import influence
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.influence import InfluenceResult, read_or_measure_influence
-from orchestrator.settings import InfluenceSettings
+from orchestrator.pipelines.influence import InfluenceResult, plan_influence, run_influence
+from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.training.checkpoint import check_checkpoint
+from orchestrator.training.device_work import on_cpu
 from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
@@ -32,8 +34,20 @@ def make_checkpoint(tmp_path: Path, save_tiny: Callable[..., Path]) -> Callable[
 
 
 @pytest.fixture
-def context(tmp_path: Path) -> Context:
-    return untracked(Workspace(tmp_path))
+def context(tmp_path: Path, tiny_tokens: Path) -> Context:
+    """A workspace with the tokens of the checkpoint."""
+    workspace = Workspace(tmp_path)
+    shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
+    return untracked(workspace)
+
+
+def measured_or_stored(
+    checkpoint: Path, context: Context, settings: InfluenceSettings = SETTINGS
+) -> InfluenceTable:
+    plan = plan_influence(
+        Settings(influence=settings), workspace=context.workspace, model=checkpoint
+    )
+    return run_influence(plan, context, on_device=on_cpu).table
 
 
 @pytest.fixture
@@ -53,7 +67,7 @@ def test_the_table_is_the_cores_over_the_calibration_set(
     make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
 ) -> None:
     checkpoint = make_checkpoint()
-    found = read_or_measure_influence(checkpoint, SETTINGS, tiny_tokens, context)
+    found = measured_or_stored(checkpoint, context)
     batches = validation_batches(
         open_tokens(tiny_tokens).validation, context_length=16, num_tokens=512, batch_size=8
     )
@@ -69,30 +83,23 @@ def test_it_is_found_again_until_something_changes(
     make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context, measured: list[str]
 ) -> None:
     checkpoint = make_checkpoint()
-    first = read_or_measure_influence(checkpoint, SETTINGS, tiny_tokens, context)
-    assert read_or_measure_influence(checkpoint, SETTINGS, tiny_tokens, context) == first
+    first = measured_or_stored(checkpoint, context)
+    assert measured_or_stored(checkpoint, context) == first
     assert measured == ["cosine"]
-    read_or_measure_influence(checkpoint, InfluenceSettings(num_tokens=256), tiny_tokens, context)
-    read_or_measure_influence(
-        checkpoint, InfluenceSettings(metric="loss", num_tokens=64), tiny_tokens, context
-    )
+    measured_or_stored(checkpoint, context, InfluenceSettings(num_tokens=256))
+    measured_or_stored(checkpoint, context, InfluenceSettings(metric="loss", num_tokens=64))
     assert measured == ["cosine", "cosine", "loss"]
     path = checkpoint / "influence-cosine.json"
     path.write_text('{"key"')
-    assert read_or_measure_influence(checkpoint, SETTINGS, tiny_tokens, context) == first
+    assert measured_or_stored(checkpoint, context) == first
     assert len(measured) == 4
-    stored = json.loads(path.read_text())
-    del stored["layers"]  # As earlier versions wrote it.
-    path.write_text(json.dumps(stored))
-    assert read_or_measure_influence(checkpoint, SETTINGS, tiny_tokens, context) == first
-    assert len(measured) == 5
 
 
 def test_it_lies_beside_the_weights_with_a_picture(
     make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
 ) -> None:
     checkpoint = make_checkpoint()
-    found = read_or_measure_influence(checkpoint, SETTINGS, tiny_tokens, context)
+    found = measured_or_stored(checkpoint, context)
     stored = json.loads((checkpoint / "influence-cosine.json").read_text())
     assert InfluenceTable.from_dict(stored) == found
     assert stored["residuals"] == [list(row) for row in found.residual_rows]
@@ -108,10 +115,11 @@ def test_it_is_a_run_with_one_curve_a_layer(
     import mlflow
 
     workspace = open_workspace(tmp_path / "workspace")
+    shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
     context = Context(workspace)
     checkpoint = make_checkpoint()
     for _ in range(2):
-        found = read_or_measure_influence(checkpoint, SETTINGS, tiny_tokens, context)
+        found = measured_or_stored(checkpoint, context)
     client = mlflow.MlflowClient(workspace.tracking_uri)
     (run,) = client.search_runs([context.tracking.experiment_id])
     assert run.data.tags["iiet.kind"] == "influence"
@@ -132,18 +140,18 @@ def test_a_model_without_corrections_has_no_influence(
     make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
 ) -> None:
     with pytest.raises(UserError, match="without corrections"):
-        read_or_measure_influence(make_checkpoint(schedule=0), SETTINGS, tiny_tokens, context)
+        measured_or_stored(make_checkpoint(schedule=0), context)
 
 
 def test_tokens_of_another_vocabulary_are_refused(
     make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
 ) -> None:
     with pytest.raises(UserError, match="not the tokens it was trained on"):
-        read_or_measure_influence(make_checkpoint(vocab_size=280), SETTINGS, tiny_tokens, context)
+        measured_or_stored(make_checkpoint(vocab_size=280), context)
 
 
 def test_the_last_line_says_where_an_iteration_does_not_contract() -> None:
     rows = ((0.2, 0.1), (0.2, 0.1), (0.3,))
     growing = InfluenceTable("cosine", rows, rows, 64, ((0.4, 0.2), (0.4, 0.5), (0.1,)))
-    assert influence._summary(growing).endswith("; layers that do not contract: 1 of 2")
-    assert influence._summary(InfluenceTable("cosine", rows, rows, 64)).endswith("over 64 tokens")
+    assert influence.summary(growing).endswith("; layers that do not contract: 1 of 2")
+    assert influence.summary(InfluenceTable("cosine", rows, rows, 64)).endswith("over 64 tokens")

@@ -17,14 +17,13 @@ from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.data.token_store import open_tokens
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.exporting import export
 from orchestrator.pipelines.generating import open_generator
-from orchestrator.pipelines.picking import PickResult, pick
+from orchestrator.pipelines.models import PickResult, export, pick, plan_pick
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.measurement import TrackedModel
 from orchestrator.records.trial import TrialDecoding
 from orchestrator.reporting.pick_rules import PickRule
-from orchestrator.reporting.sweep_results import StoredSweep
+from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import read_settings
 from orchestrator.training.checkpoint import save_checkpoint, weights_key
 from orchestrator.training.model_loading import load_model
@@ -286,7 +285,8 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(
 
 
 def test_a_dry_run_exports_nothing(context: Context, sweep: StoredSweep) -> None:
-    choice = pick_from(context, "two-models", PickRule(name="budget", budget=2), dry_run=True)
+    rule = PickRule(name="budget", budget=2)
+    choice = plan_pick(workspace=context.workspace, sweep="two-models", rule=rule)
     assert choice.point.result.key == "pruned"
     assert choice.folder is None
     assert not (context.workspace.exports / "two-models" / "budget-2").exists()

@@ -25,9 +25,9 @@ from terminal import run_in_terminal
 from iiet.schedule import IterationSchedule
 from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.pipelines.generating import Sampling, TextGenerator
-from orchestrator.pipelines.picking import pick
+from orchestrator.pipelines.models import pick
 from orchestrator.reporting.pick_rules import PickRule
-from orchestrator.reporting.sweep_results import StoredSweep
+from orchestrator.reporting.results import StoredSweep
 from orchestrator.training.checkpoint import TOKENIZER
 from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.layout import Workspace, open_workspace

@@ -15,7 +15,7 @@ from fake_tracking import untracked
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.pipelines.evaluating import evaluate_model, plan_evaluate
-from orchestrator.pipelines.sweeps import make_tasks, plan_suite
+from orchestrator.pipelines.sweeps import load_tasks, plan_suite
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.trial_run import run_trial
@@ -168,7 +168,7 @@ def test_a_trial_uses_what_an_interrupted_command_measured(
         evaluate(checkpoint, settings, workspace, StopsAfter(1))
     config = load_config(checkpoint)
     suite = plan_suite(
-        settings, tiny_tokens, config, make_tasks(settings, tiny_tokens, config, Progress())
+        settings, tiny_tokens, config, load_tasks(settings, tiny_tokens, config, Progress())
     )
     with counted_passes() as rest:
         run = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, workspace))

@@ -24,12 +24,12 @@ from orchestrator.planning.machine import FreeBytes
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import Settings, resolve_settings
+from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes
 from orchestrator.training.distributed import World
 from orchestrator.training.model_config import build_model_config
 from orchestrator.training.teacher_cache_policy import TeacherWork
 from orchestrator.workspace.errors import DeviceError, UserError
-from orchestrator.workspace.layout import LOCAL
 
 GIB = 2**30
 ONE_PER_PASS = "training.num_sequences_per_pass=1"

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from sample_trials import sample_trial
+from sample_trials import sample_front, sample_trial
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult, standard_error
 from orchestrator.records.trial import Role
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.front_axes import FrontAxes
-from orchestrator.reporting.pareto import Front, FrontPoint, find_front
+from orchestrator.reporting.pareto import Front, FrontPoint
 from orchestrator.reporting.statistics import Confidence, pair_scores
 
 NUM_ITEMS = 400
@@ -74,7 +74,7 @@ def front_of(
         for name, (role, cost, found) in points.items()
     ]
     evaluations = {name: found for name, (_, _, found) in points.items()}
-    return with_confidence(find_front(results, axes), evaluations, num_resamples=2000)
+    return with_confidence(sample_front(results, axes), evaluations, num_resamples=2000)
 
 
 def at(front: Front, name: str) -> FrontPoint:
@@ -223,7 +223,7 @@ def test_a_result_without_items_has_no_confidence() -> None:
         )
         for n, name in enumerate(("a", "b", "lost"))
     ]
-    front = find_front(results)
+    front = sample_front(results)
     assert with_confidence(front, {}) is front
     partly = with_confidence(front, words, num_resamples=100)
     assert at(partly, "lost").confidence is None

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sample_trials import sample_trial
+from sample_trials import sample_front, sample_trial
 
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.drafts import best_drafts, draft_sentences, draft_targets, pick_draft
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front_tables import front_markdown
-from orchestrator.reporting.pareto import find_front
 from orchestrator.workspace.errors import UserError
 
 
@@ -79,7 +78,7 @@ def test_the_fastest_draft_of_each_full_model_is_picked() -> None:
         pick_draft(results, "full")
     with pytest.raises(UserError, match="no measured drafts"):
         pick_draft([TEACHER, trial("student 0,3", 5, "s")], "teacher")
-    front = find_front(results)
+    front = sample_front(results)
     said = [sentence for sentence in findings(front) if "draft" in sentence]
     assert said == draft_sentences(front.results)
     assert said == [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.reporting.evaluation_tables import (
+from orchestrator.reporting.command_tables import (
     average_notes,
     evaluation_table,
     tasks_with_other_items,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from sample_trials import sample_front
+
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.mlflow_report import front_metrics
-from orchestrator.reporting.pareto import find_front
 from orchestrator.settings import TrainingSettings
 
 
@@ -21,7 +22,7 @@ def with_accuracy(result: Trial, accuracy: float) -> Trial:
 def test_the_first_sentence_is_the_cheapest_that_keeps_the_quality(
     sample_results: list[Trial],
 ) -> None:
-    first = findings(find_front(sample_results))[0]
+    first = findings(sample_front(sample_results))[0]
     assert first.startswith(
         "The cheapest model that keeps 99% of the full model's quality is 0,1,1,1,1,1"
     )
@@ -35,7 +36,7 @@ def test_a_baseline_is_called_worse_only_beyond_the_error(
         results = [
             with_accuracy(r, accuracy) if r.label == "vanilla" else r for r in sample_results
         ]
-        return next(s for s in findings(find_front(results)) if s.startswith("vanilla"))
+        return next(s for s in findings(sample_front(results)) if s.startswith("vanilla"))
 
     # Both have an error of 1.21 points; that of the difference is 1.71, and 1.96 times it 3.35.
     said = about_vanilla(0.4437 - 0.034)
@@ -57,7 +58,7 @@ def test_a_distilled_baseline_is_compared_with_the_schedule_of_its_cost(
             "cost": vanilla.cost.model_copy(update={"evaluations": 10.9}),
         }
     )  # fmt: skip
-    said = findings(find_front([*sample_results, with_accuracy(deep, 0.3)]))
+    said = findings(sample_front([*sample_results, with_accuracy(deep, 0.3)]))
     (about,) = (sentence for sentence in said if sentence.startswith("vanilla, 11 layers"))
     assert "is worse than 0,1,1,1,1,1, the schedule of the nearest cost, by 14 points" in about
     assert not any("random weights" in sentence for sentence in said)
@@ -66,14 +67,14 @@ def test_a_distilled_baseline_is_compared_with_the_schedule_of_its_cost(
         objective="distill", teacher_folder="teacher",
     )  # fmt: skip
     deep = deep.model_copy(update={"job": job})
-    (about,) = (s for s in findings(find_front([*sample_results, deep])) if "random weights" in s)
+    (about,) = (s for s in findings(sample_front([*sample_results, deep])) if "random weights" in s)
     assert "trained on 307,200 tokens; the students' weights also saw 307,200 tokens" in about
 
 
 def test_claims_have_their_confidence(
     sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
-    front = with_confidence(find_front(sample_results), sample_evaluations, num_resamples=1000)
+    front = with_confidence(sample_front(sample_results), sample_evaluations, num_resamples=1000)
     said = findings(front)
     kept = front.cheapest_keeping(0.99)
     assert kept is not None
@@ -99,7 +100,7 @@ def test_claims_have_their_confidence(
 def test_a_confidence_of_exactly_0_95_is_enough(
     sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
-    front = with_confidence(find_front(sample_results), sample_evaluations, num_resamples=100)
+    front = with_confidence(sample_front(sample_results), sample_evaluations, num_resamples=100)
 
     kept = front.cheapest_keeping(0.99)
     assert kept is not None
@@ -125,23 +126,23 @@ def test_an_unresolved_difference_is_stated(
         next(r for r in sample_results if r.label == label) for label in ("0,1,1,1,1,1", "vanilla")
     )
     evaluations = {**sample_evaluations, vanilla.key: sample_evaluations[kept.key]}
-    front = with_confidence(find_front(sample_results), evaluations, num_resamples=200)
+    front = with_confidence(sample_front(sample_results), evaluations, num_resamples=200)
     said = next(s for s in findings(front) if s.startswith("vanilla"))
     assert "differ by less than these items can resolve (0.0 points, 0.0 to 0.0 in" in said
 
 
 def test_a_front_that_keeps_no_quality_says_so(sample_results: list[Trial]) -> None:
     results = [with_accuracy(r, 0.2) if r.role == "trial" else r for r in sample_results]
-    assert findings(find_front(results))[0] == (
+    assert findings(sample_front(results))[0] == (
         "No cheaper model keeps 99% of the full model's quality."
     )
-    assert findings(find_front([])) == [
+    assert findings(sample_front([])) == [
         "No trial has been measured in accuracy and NFE per token yet."
     ]
 
 
 def test_metrics_of_the_front_are_finite_numbers(sample_results: list[Trial]) -> None:
-    metrics = front_metrics(find_front(sample_results))
+    metrics = front_metrics(sample_front(sample_results))
     assert metrics["front/size"] == 6
     assert metrics["front/knee_cost"] == 11
     assert 0.7 < metrics["front/hypervolume"] < 0.8

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from matplotlib.axes import Axes as Panel
 from matplotlib.figure import Figure
+from sample_trials import sample_front
 
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.figure_style import save_figure
 from orchestrator.reporting.front_axes import PAPER_MARK, FrontAxes
 from orchestrator.reporting.front_figure import draw_front
-from orchestrator.reporting.pareto import find_front
 
 
 def names_in(panel: Panel) -> list[str]:
@@ -28,7 +28,7 @@ def boxes_of_labels(figure: Figure) -> dict[str, tuple[float, float, float, floa
 
 
 def test_front_shows_roles_steps_and_labels(sample_results: list[Trial]) -> None:
-    front = find_front(sample_results)
+    front = sample_front(sample_results)
     figure = draw_front(front, title="Toy", mark_paper=True)
     panel = figure.axes[0]
     assert {"front", "teacher", "dominated trial", "vanilla", PAPER_MARK} <= set(names_in(panel))
@@ -55,7 +55,7 @@ def test_distilled_baselines_of_one_kind_share_a_marker(sample_results: list[Tri
         for count in (8, 16)
     ]  # fmt: skip
     fewer = teacher.model_copy(update={**distilled, "key": "fewer"})
-    figure = draw_front(find_front([*sample_results, *deep, fewer]))
+    figure = draw_front(sample_front([*sample_results, *deep, fewer]))
     names = names_in(figure.axes[0])
     assert [name for name in names if "front" not in name and "trial" not in name] == [
         "teacher", "vanilla", "r = 0 from scratch", "vanilla, distilled", "fewer layers"
@@ -64,7 +64,7 @@ def test_distilled_baselines_of_one_kind_share_a_marker(sample_results: list[Tri
 
 
 def test_labels_do_not_overlap(sample_results: list[Trial]) -> None:
-    boxes = list(boxes_of_labels(draw_front(find_front(sample_results))).values())
+    boxes = list(boxes_of_labels(draw_front(sample_front(sample_results))).values())
     assert len(boxes) > 5
     for i, (left, bottom, right, top) in enumerate(boxes):
         for other_left, other_bottom, other_right, other_top in boxes[i + 1 :]:
@@ -74,7 +74,7 @@ def test_labels_do_not_overlap(sample_results: list[Trial]) -> None:
 
 def test_a_loss_has_an_inverted_axis(sample_results: list[Trial]) -> None:
     axes = FrontAxes("cost/decode_ms_per_token", "quality/bits_per_byte")
-    panel = draw_front(find_front(sample_results, axes), mark_paper=True).axes[0]
+    panel = draw_front(sample_front(sample_results, axes), mark_paper=True).axes[0]
     low, high = panel.get_ylim()
     assert low > high
     # The paper's headline is about accuracy and means nothing on a loss.
@@ -84,7 +84,7 @@ def test_a_loss_has_an_inverted_axis(sample_results: list[Trial]) -> None:
 def test_several_sweeps_lie_under_the_front_of_all(sample_results: list[Trial]) -> None:
     half = [result for result in sample_results if result.role == "trial"][::2]
     sweep_of = {r.key: "first" if r in half else "second" for r in sample_results}
-    front = find_front(sample_results, sweep_of=sweep_of)
+    front = sample_front(sample_results, sweep_of=sweep_of)
     panel = draw_front(front).axes[0]
     assert {"front of all", "first", "second", "teacher"} <= set(names_in(panel))
     steps = [line for line in panel.lines if line.get_drawstyle() == "steps-post"]
@@ -98,7 +98,7 @@ def test_several_sweeps_lie_under_the_front_of_all(sample_results: list[Trial]) 
 
 
 def test_errors_are_drawn_and_an_empty_front_is_refused(sample_results: list[Trial]) -> None:
-    front = find_front(sample_results)
+    front = sample_front(sample_results)
     panel = draw_front(front).axes[0]
     ends = sorted(
         float(end)
@@ -109,11 +109,11 @@ def test_errors_are_drawn_and_an_empty_front_is_refused(sample_results: list[Tri
     expected = [100 * (p.quality + sign * (p.error or 0)) for p in front.points for sign in (-1, 1)]
     assert ends == pytest.approx(sorted(expected))
     with pytest.raises(ValueError, match="at least one result"):
-        draw_front(find_front([]))
+        draw_front(sample_front([]))
 
 
 def test_the_same_picture_has_the_same_bytes(sample_results: list[Trial], tmp_path: Path) -> None:
-    front = find_front(sample_results)
+    front = sample_front(sample_results)
     first = save_figure(draw_front(front), tmp_path / "a")
     second = save_figure(draw_front(front), tmp_path / "b")
     assert [path.name for path in first] == ["a.png", "a.svg"]

@@ -9,19 +9,20 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
+from sample_trials import sample_front
 
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.front_axes import FrontAxes
-from orchestrator.reporting.front_data import front_csv, front_rows, front_values
+from orchestrator.reporting.front_data import front_values, model_rows, model_table
 from orchestrator.reporting.front_tables import (
     front_markdown,
     task_tables,
     terminal_table,
 )
 from orchestrator.reporting.front_text import confidence_text, cost_text
-from orchestrator.reporting.pareto import Front, find_front
+from orchestrator.reporting.pareto import Front
 from orchestrator.terminal.render import format_schedule
 
 
@@ -31,7 +32,7 @@ def _strict_json(front: Front) -> str:
 
 @pytest.fixture
 def front(sample_results: list[Trial]) -> Front:
-    return find_front(sample_results)
+    return sample_front(sample_results)
 
 
 def printed(front: Front, width: int) -> list[str]:
@@ -58,7 +59,7 @@ def test_the_terminal_table_fits_and_keeps_what_matters(
     assert [word for word in head.split() if word not in ("%", "full")] == titles.split()
     assert len(rows) == 12
     assert not any("…" in line for line in rows)
-    costs = [float(row["cost/evaluations"]) for row in front_rows(front)]
+    costs = [float(row["cost/evaluations"]) for row in model_rows(front)]
     assert costs == sorted(costs)
     knee = next(line for line in rows if "knee" in line)
     assert knee.split()[0] == "0,1,1,1,1,1"
@@ -66,12 +67,12 @@ def test_the_terminal_table_fits_and_keeps_what_matters(
 
 
 def test_layers_have_a_column_if_they_differ(sample_results: list[Trial]) -> None:
-    assert " layers" not in "\n".join(printed(find_front(sample_results), 160))
+    assert " layers" not in "\n".join(printed(sample_front(sample_results), 160))
     last = sample_results[-1]
     assert last.role == "baseline"
     deep = replace(last.model, method="vanilla", num_layers=99, schedule=None)
     results = [*sample_results[:-1], last.model_copy(update={"model": deep})]
-    head, _, *rows = printed(find_front(results), 160)
+    head, _, *rows = printed(sample_front(results), 160)
     assert " layers " in head
     assert sum(" 99 " in row for row in rows) == 1
 
@@ -87,7 +88,7 @@ def test_parameters_have_a_column_if_models_are_of_different_sizes(
             )
             for result, count in zip(sample_results, counts, strict=True)
         ]
-        return "\n".join(printed(find_front(results), 120))
+        return "\n".join(printed(sample_front(results), 120))
 
     assert "parameters" not in sized(1_490_000), "the mix of a method is no other size"
     table = sized(3_210_000)
@@ -111,14 +112,14 @@ def test_a_table_on_other_axes_shows_them(
     sample_results: list[Trial],
 ) -> None:
     axes = FrontAxes("cost/flops_per_token", "quality/bits_per_byte")
-    head = printed(find_front(sample_results, axes), 110)[0]
+    head = printed(sample_front(sample_results, axes), 110)[0]
     assert "FLOPs/token" in head
     assert head.count("bits/byte") == 1
     assert "accuracy" not in head
 
 
 def test_csv_and_json_hold_every_number(front: Front, sample_results: list[Trial]) -> None:
-    rows = list(csv.DictReader(io.StringIO(front_csv(front))))
+    rows = list(csv.DictReader(io.StringIO(model_table(front).to_csv(index=False))))
     values = json.loads(_strict_json(front))
     by_key = {row["key"]: row for row in rows}
     for result in sample_results:
@@ -136,8 +137,8 @@ def test_an_unmeasured_result_is_listed_with_null(sample_results: list[Trial]) -
     lacking = sample_results[1].model_copy(
         update={"key": "lacking", "quality": {"accuracy": float("nan")}}
     )
-    front = find_front([*sample_results, lacking])
-    row = front_rows(front)[-1]
+    front = sample_front([*sample_results, lacking])
+    row = model_rows(front)[-1]
     assert row["verdict"] == "not measured"
     assert row["quality/accuracy"] is None
     assert "NaN" not in _strict_json(front)
@@ -151,9 +152,9 @@ def test_markdown_has_a_row_for_each_model_and_bold_members(front: Front) -> Non
 
 
 def test_an_empty_front_has_tables_too() -> None:
-    front = find_front([])
-    assert front_rows(front) == []
-    assert front_csv(front).strip() == ""
+    front = sample_front([])
+    assert model_rows(front) == []
+    assert len(model_table(front)) == 0
     assert json.loads(_strict_json(front))["front"] == []
     assert printed(front, 80)
 
@@ -204,7 +205,7 @@ def test_each_task_has_a_table_with_intervals_and_differences(sure_front: Front)
     knee = next(line for line in lines if "0,1,1,1,1,1" in line)
     assert knee.split(" | ")[1] == "32.4"
     assert knee.split(" | ")[3].startswith("-0.3 (-0.7 to ")
-    assert task_tables(find_front([])) == []
+    assert task_tables(sample_front([])) == []
 
 
 def test_csv_and_json_have_the_paired_numbers(sure_front: Front) -> None:
@@ -214,22 +215,22 @@ def test_csv_and_json_have_the_paired_numbers(sure_front: Front) -> None:
     assert row["paired/vs_teacher_low"] < row["paired/vs_teacher"] < row["paired/vs_teacher_high"]
     assert 0 < row["paired/confidence_keeps_99"] < 1
     assert values["confidence_basis"]["num_items"] == 2000
-    header = front_csv(sure_front).splitlines()[0]
+    header = model_table(sure_front).to_csv(index=False).splitlines()[0]
     assert "paired/lastword/vs_r_0_from_scratch_high" in header
 
 
 def test_several_sweeps_have_a_column_and_full_names(sample_results: list[Trial]) -> None:
     sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}
-    front = find_front(sample_results, sweep_of=sweep_of)
+    front = sample_front(sample_results, sweep_of=sweep_of)
     head, _, *rows = printed(front, 120)
     assert head.split()[:2] == ["schedule", "sweep"]
     assert all(("first" in row) != ("second" in row) for row in rows)
-    assert {row["sweep"] for row in front_rows(front)} == {"first", "second"}
+    assert {row["sweep"] for row in model_rows(front)} == {"first", "second"}
 
 
 def test_the_cost_axis_is_never_dropped(
     sample_results: list[Trial],
 ) -> None:
     for cost, title in (("kv_bytes_per_token", "KV/token"), ("decode_ms_per_token", "ms/token")):
-        front = find_front(sample_results, FrontAxes(cost=f"cost/{cost}"))
+        front = sample_front(sample_results, FrontAxes(cost=f"cost/{cost}"))
         assert title in printed(front, 60)[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_trials import sample_trial
+from sample_trials import sample_front, sample_trial
 
 from iiet.influence import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
@@ -20,7 +20,7 @@ from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.html_page import render_page
 from orchestrator.reporting.html_tables import _sort_value, models_table, schedule_strip
-from orchestrator.reporting.pareto import Front, find_front
+from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_content import SweepReport
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -28,7 +28,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 @pytest.fixture
 def front(sample_results: list[Trial]) -> Front:
-    return find_front(sample_results)
+    return sample_front(sample_results)
 
 
 def page_of(front: Front, **content: Any) -> str:
@@ -56,7 +56,7 @@ def test_text_from_outside_cannot_become_markup(sample_results: list[Trial]) -> 
     influence = InfluenceTable(metric=metric, value_rows=rows, error_rows=rows, num_tokens=64)
     report = SweepReport(
         name=bad,
-        front=find_front([renamed]),
+        front=sample_front([renamed]),
         notes=[bad],
         influence=influence,
         curves={bad: [(bad, [(0, 1.0), (1, 2.0)])]},
@@ -72,7 +72,7 @@ def test_tasks_and_sweeps_are_distinguished(
     sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     sweep_of = {r.key: "a & b" if n % 2 else "second" for n, r in enumerate(sample_results)}
-    front = find_front(sample_results, sweep_of=sweep_of)
+    front = sample_front(sample_results, sweep_of=sweep_of)
     page = page_of(with_confidence(front, sample_evaluations, num_resamples=100))
     assert page.count("<details") == 3
     assert page.count("<tr class=") == 4 * len(front.points)
@@ -86,7 +86,7 @@ def test_tasks_and_sweeps_are_distinguished(
 def test_a_phone_shows_the_most_important_columns(
     sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
-    front = with_confidence(find_front(sample_results), sample_evaluations, num_resamples=100)
+    front = with_confidence(sample_front(sample_results), sample_evaluations, num_resamples=100)
     titles = re.findall(r'<th class="(?![^"]*minor)[^"]*"><button>(.*?)<', models_table(front))
     assert titles == ["schedule", "NFE", "ms/token", "accuracy %", "of full", "front"]
 
@@ -96,13 +96,13 @@ def test_the_page_has_the_front_of_every_pair_of_axes(sample_results: list[Trial
     unmeasured = sample_results[1].model_copy(update=changes)
     results = [*sample_results, unmeasured]
     sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(results)}
-    data = data_in(page_of(find_front(results, sweep_of=sweep_of)))
+    data = data_in(page_of(sample_front(results, sweep_of=sweep_of)))
     keys = [row["key"] for row in data["rows"]]
     assert set(data["fronts"]) == set(data["costs"]) >= {"cost/evaluations", "cost/flops_per_token"}
     for cost, by_quality in data["fronts"].items():
         assert set(by_quality) == set(data["qualities"])
         for quality, found in by_quality.items():
-            expected = find_front(results, FrontAxes(cost, quality), sweep_of=sweep_of)
+            expected = sample_front(results, FrontAxes(cost, quality), sweep_of=sweep_of)
             members = [point.result.key for point in expected.members]
             assert [keys[number] for number in found["members"]] == members
             assert keys[found["full"]] == "7e1c0ffee0000000"
@@ -124,7 +124,7 @@ def test_a_model_with_an_infinite_number_is_not_drawn() -> None:
         )
         for key, cost in costs.items()
     ]
-    data = data_in(page_of(find_front(results)))
+    data = data_in(page_of(sample_front(results)))
     found = data["fronts"]["cost/evaluations"]["quality/validation_loss"]
     assert [data["rows"][number]["key"] for number in found["members"]] == ["b"]
 
@@ -140,7 +140,7 @@ def test_a_browser_distinguishes_sweeps_and_marks_the_paper(
     sample_results: list[Trial], tmp_path: Path
 ) -> None:
     sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}
-    front = find_front(sample_results, sweep_of=sweep_of)
+    front = sample_front(sample_results, sweep_of=sweep_of)
     path = tmp_path / "front.html"
     path.write_text(page_of(front), encoding="utf-8")
     dom = read_in_browser(path.as_uri(), tmp_path / "profile")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from iiet.influence import InfluenceTable
-from orchestrator.reporting.influence_tables import influence_markdown, influence_terminal_table
+from orchestrator.reporting.command_tables import influence_markdown, influence_terminal_table
 
 
 def test_an_influence_has_the_digits_of_its_error() -> None:

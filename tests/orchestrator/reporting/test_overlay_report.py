@@ -10,7 +10,7 @@ import pytest
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.front_axes import parse_axes
 from orchestrator.reporting.overlay_report import write_overlay_report
-from orchestrator.reporting.sweep_results import StoredSweep, load_sweep_results
+from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 

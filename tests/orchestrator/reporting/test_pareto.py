@@ -7,12 +7,12 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sample_trials import sample_trial
+from sample_trials import sample_front, sample_trial
 
 from orchestrator.records.trial import Role, Trial
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front_axes import FrontAxes
-from orchestrator.reporting.pareto import Front, find_front
+from orchestrator.reporting.pareto import Front
 
 
 def result(cost: float, accuracy: float, role: Role = "trial", key: str = "") -> Trial:
@@ -27,10 +27,10 @@ def result(cost: float, accuracy: float, role: Role = "trial", key: str = "") ->
 
 
 def front_of(*points: tuple[float, float], teacher: tuple[float, float] | None = None) -> Front:
-    results = [result(*point) for point in points]
+    results = [result(*point, key=f"{n}") for n, point in enumerate(points)]
     if teacher:
         results.append(result(*teacher, role="teacher"))
-    return find_front(results)
+    return sample_front(results)
 
 
 def places(front: Front) -> list[tuple[float, float]]:
@@ -59,8 +59,8 @@ def test_a_loss_gives_the_same_front_as_the_accuracy_it_mirrors(
     points: list[tuple[float, float]],
 ) -> None:
     results = [result(*point, key=str(i)) for i, point in enumerate(points)]
-    by_loss = find_front(results, FrontAxes(quality="quality/validation_loss"))
-    by_accuracy = find_front(results)
+    by_loss = sample_front(results, FrontAxes(quality="quality/validation_loss"))
+    by_accuracy = sample_front(results)
     assert {p.result.key for p in by_loss.members} == {p.result.key for p in by_accuracy.members}
 
 
@@ -70,7 +70,7 @@ def test_a_baseline_beside_a_teacher_takes_no_trial_off_the_front() -> None:
         result(24, 0.50, "teacher", key="full"),
         result(6, 0.40, "baseline", key="vanilla"),
     ]
-    front = find_front(results)
+    front = sample_front(results)
     (vanilla,) = (p for p in front.points if p.is_baseline)
     assert not vanilla.on_front
     assert {p.result.key for p in front.members} == {"none", "full"}
@@ -80,7 +80,7 @@ def test_a_baseline_beside_a_teacher_takes_no_trial_off_the_front() -> None:
 def test_where_all_are_trained_from_scratch_a_baseline_competes() -> None:
     vanilla = result(6, 0.40, "baseline", key="vanilla")
     results = [result(6, 0.30, key="none"), result(24, 0.50, key="full"), vanilla]
-    front = find_front(results)
+    front = sample_front(results)
     assert [p.result.key for p in front.members] == ["vanilla", "full"]
     assert (front.cheapest and front.cheapest.result, front.full and front.full.cost) == (
         vanilla,
@@ -93,7 +93,7 @@ def test_where_all_are_trained_from_scratch_a_baseline_competes() -> None:
 
 def test_methods_without_corrections_have_a_front_of_their_own() -> None:
     methods = [result(6, 0.4, "baseline", key="vanilla"), result(18, 0.5, "baseline", key="rk2")]
-    front = find_front(methods)
+    front = sample_front(methods)
     assert len(front.members) == 2
     assert front.full is not None
     assert front.full.result.key == "rk2"
@@ -135,7 +135,7 @@ def test_hypervolume_is_the_kept_share_averaged_over_budgets() -> None:
     assert front_of().hypervolume is None
     # A baseline is placed, and no model that competes.
     lacking = sample_trial(key="x", role="teacher", method="iiet", cost={"evaluations": 24})
-    assert find_front([lacking, result(6, 0.3, "baseline")]).hypervolume is None
+    assert sample_front([lacking, result(6, 0.3, "baseline")]).hypervolume is None
 
 
 def test_a_better_trial_never_lowers_the_hypervolume() -> None:
@@ -148,7 +148,7 @@ def test_a_better_trial_never_lowers_the_hypervolume() -> None:
 
 def test_hypervolume_of_a_loss_counts_from_the_worst() -> None:
     results = [result(6, 0.3), result(12, 0.5), result(24, 0.5, "teacher")]
-    front = find_front(results, FrontAxes(quality="quality/validation_loss"))
+    front = sample_front(results, FrontAxes(quality="quality/validation_loss"))
     assert front.hypervolume_box is not None
     assert front.hypervolume_box.quality == pytest.approx(0.7)
     assert front.hypervolume == pytest.approx(0.5)
@@ -158,6 +158,6 @@ def test_hypervolume_of_a_loss_counts_from_the_worst() -> None:
 def test_results_without_both_metrics_are_unmeasured() -> None:
     lacking = sample_trial(key="x", role="trial", method="iiet", cost={"evaluations": 3})
     unsure = result(3, math.nan)
-    front = find_front([lacking, unsure, result(6, 0.5)])
+    front = sample_front([lacking, unsure, result(6, 0.5)])
     assert {r.key for r in front.unmeasured} == {"x", unsure.key}
     assert places(front) == [(6, 0.5)]

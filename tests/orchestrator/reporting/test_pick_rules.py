@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from sample_trials import sample_front
 
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.pareto import Confidence, Front, find_front
+from orchestrator.reporting.pareto import Confidence, Front
 from orchestrator.reporting.pick_rules import PickRule, pick_from_front
 from orchestrator.workspace.errors import UserError
 
 
 @pytest.fixture
 def front(sample_results: list[Trial]) -> Front:
-    return find_front(sample_results)
+    return sample_front(sample_results)
 
 
 def test_best_cheapest_and_knee(front: Front) -> None:
@@ -66,7 +67,7 @@ def test_a_rule_that_no_model_meets_names_the_nearest(front: Front) -> None:
     with pytest.raises(UserError, match=r"the best keeps 1\.00"):
         pick_from_front(front, PickRule(name="keep", share=1.5))
     with pytest.raises(UserError, match="measured in accuracy"):
-        pick_from_front(find_front([]), PickRule(name="best"))
+        pick_from_front(sample_front([]), PickRule(name="best"))
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
-from sample_trials import sample_trial
+from sample_trials import sample_front, sample_trial
 
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.confidence import with_confidence
-from orchestrator.reporting.pareto import find_front
-from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.reporting.pareto import evaluations
+from orchestrator.reporting.results import result_table
 
 
 def _seed(number: int, accuracy: float, group: str | None = "r = 1") -> Trial:
@@ -30,21 +30,22 @@ def _seed(number: int, accuracy: float, group: str | None = "r = 1") -> Trial:
 
 
 def test_the_error_combines_the_spread_over_seeds_and_over_items() -> None:
-    joined = average_seeds([_seed(0, 0.30), _seed(1, 0.32), _seed(2, 0.37)])
-    (one,) = joined.results
+    table = result_table([_seed(0, 0.30), _seed(1, 0.32), _seed(2, 0.37)])
+    (one,) = table["trial"]
     assert (one.label, one.train.seeds, one.checkpoint) == ("r = 1", 3, "/runs/0")
     assert one.quality["accuracy"] == pytest.approx(0.33)
     over_seeds = (0.03**2 + 0.01**2 + 0.04**2) / 2 / 3
     assert one.quality["accuracy_stderr"] == pytest.approx(math.sqrt(over_seeds + 0.03**2))
     assert one.quality["validation_loss_stderr"] == pytest.approx(math.sqrt(over_seeds))
-    assert joined.keys_of_seeds[one.key] == ("key-r = 1-0", "key-r = 1-1", "key-r = 1-2")
+    assert [seed.seed for seed in table["seeds"][one.key]] == [0, 1, 2]
+    assert table["quality/accuracy"][one.key] == one.quality["accuracy"]
 
 
 def test_results_without_other_seeds_stay_as_they_are() -> None:
     alone, other = _seed(0, 0.3), _seed(0, 0.4, None).model_copy(update={"key": "other"})
-    joined = average_seeds([alone, other])
-    assert joined.results == (alone, other)
-    assert joined.keys_of_seeds == {alone.key: (alone.key,), "other": ("other",)}
+    table = result_table([alone, other])
+    assert [*table["trial"]] == [alone, other]
+    assert table["seeds"].to_dict() == {alone.key: (alone,), "other": (other,)}
 
 
 def test_an_interval_is_wider_where_the_seeds_differ() -> None:
@@ -63,15 +64,13 @@ def test_an_interval_is_wider_where_the_seeds_differ() -> None:
             _seed(1, second / 100),
             _seed(0, 0.5, None).model_copy(update={"key": "full"}),
         ]
-        joined = average_seeds(results)
+        front = sample_front(results)
         items = {
             results[0].key: answers(*range(first)),
             results[1].key: answers(*range(second)),
             "full": answers(*range(50)),
         }
-        front = with_confidence(
-            find_front(joined.results), joined.evaluations(items), num_resamples=2000
-        )
+        front = with_confidence(front, evaluations(front, items), num_resamples=2000)
         point = next(p for p in front.points if p.result.key != "full")
         assert point.confidence
         assert point.confidence.overall

@@ -9,14 +9,13 @@ import re
 from pathlib import Path
 
 import pytest
-from sample_trials import sample_trial
+from sample_trials import sample_front, sample_trial
 
 from orchestrator.records.trial import TrialCost
 from orchestrator.reporting.front_tables import front_markdown
-from orchestrator.reporting.pareto import Front, find_front
+from orchestrator.reporting.pareto import MAX_SHOWN, Front, left_out_notes
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.report_files import write_report_files
-from orchestrator.reporting.shown_points import MAX_SHOWN, left_out_notes, shown_points
 
 NUM_TRIALS = 600
 
@@ -34,18 +33,17 @@ def front() -> Front:
         )
         for n in range(NUM_TRIALS)
     ]
-    return find_front(trials)
+    return sample_front(trials)
 
 
 def test_those_of_a_small_front_are_all_shown(front: Front) -> None:
-    assert shown_points(front, NUM_TRIALS) == front.points
-    small = find_front(front.results[:MAX_SHOWN])
-    assert shown_points(small) == small.points
+    small = sample_front(front.results[:MAX_SHOWN])
+    assert small.shown == small.points
     assert not left_out_notes(small)
 
 
 def test_members_teacher_and_baselines_are_shown_and_the_nearest_others(front: Front) -> None:
-    shown = shown_points(front)
+    shown = front.shown
     assert len(shown) == MAX_SHOWN
     assert [p for p in front.points if p in shown] == list(shown), "the order stays"
     needed = [p for p in front.points if p.on_front or p.result.role != "trial"]

@@ -21,16 +21,16 @@ from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front_axes import FrontAxes, parse_axes
-from orchestrator.reporting.front_data import front_rows
+from orchestrator.reporting.front_data import model_rows
 from orchestrator.reporting.mlflow_report import chart_view_key, run_note, track_results
 from orchestrator.reporting.overlay_report import write_overlay_report
-from orchestrator.reporting.statistics import SUMMARY_METRICS
-from orchestrator.reporting.sweep_report import sweep_front, write_sweep_report
-from orchestrator.reporting.sweep_results import (
+from orchestrator.reporting.results import (
     LEFT_OUT_TITLE,
     StoredSweep,
     load_sweep_results,
 )
+from orchestrator.reporting.statistics import SUMMARY_METRICS
+from orchestrator.reporting.sweep_report import sweep_front, write_sweep_report
 from orchestrator.reporting.training_curves import HYPERVOLUME_BY_TRIALS, history_folder
 from orchestrator.tracking import NestedRun, open_tracking
 from orchestrator.workspace.errors import UserError
@@ -176,7 +176,7 @@ def test_seeds_have_paired_errors_and_runs(
     assert [r.run_id for r in tracked.results] == [f"run of {r.key}" for r in tracked.results]
     for result in seeded.results:
         assert "paired/confidence_keeps_99" in tracking.runs[result.key].metrics
-    rows = front_rows(front)
+    rows = model_rows(front)
     assert len(rows) == 12
     for row in rows:
         assert row["paired/confidence_keeps_99"] is not None

@@ -16,9 +16,11 @@ from orchestrator.evaluation.cost_measurement import (
     RelativeTime,
 )
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.reporting.benchmark_tables import cost_and_share_tables
-from orchestrator.reporting.evaluation_tables import evaluation_table
-from orchestrator.reporting.influence_tables import influence_terminal_table
+from orchestrator.reporting.command_tables import (
+    cost_and_share_tables,
+    evaluation_table,
+    influence_terminal_table,
+)
 
 WIDTHS = (60, 80, 200)
 

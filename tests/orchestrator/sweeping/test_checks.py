@@ -14,7 +14,7 @@ from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.pipelines import sweeps
 from orchestrator.pipelines.result import show
-from orchestrator.pipelines.sweeps import make_tasks, plan_suite, plan_sweep, sweep
+from orchestrator.pipelines.sweeps import load_tasks, plan_suite, plan_sweep, sweep
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
 from orchestrator.sweeping.checks import check_models, check_on_nodes, check_sweep
@@ -158,7 +158,7 @@ def test_other_items_under_the_same_name_and_another_precision_are_other_trials(
         (file.parent / "first.yaml").write_text(TASK.format(name="first", file=file))
         settings = EvaluationSettings(suite="first", include_path=str(file.parent), **options)
         suite = plan_suite(
-            settings, tiny_tokens, config, make_tasks(settings, tiny_tokens, config, Progress())
+            settings, tiny_tokens, config, load_tasks(settings, tiny_tokens, config, Progress())
         )
         values = suite.model_dump(mode="json").items()
         return {name: value for name, value in values if not name.endswith("_folder")}
@@ -185,7 +185,7 @@ def test_answers_that_the_models_cannot_generate_are_refused_when_a_sweep_is_pla
     settings = EvaluationSettings(suite="first", include_path=str(tmp_path))
     with pytest.raises(UserError, match=r"first: its answers have up to 999 tokens"):
         plan_suite(
-            settings, tiny_tokens, config, make_tasks(settings, tiny_tokens, config, Progress())
+            settings, tiny_tokens, config, load_tasks(settings, tiny_tokens, config, Progress())
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sample_trials import sample_trial
+from sample_trials import sample_front, sample_trial
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost, training_flops_per_token
@@ -21,11 +21,9 @@ from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.elastic_section import ELASTIC_TITLE, elastic_section
-from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.report_files import report_markdown
-from orchestrator.reporting.seed_averages import average_seeds
+from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.sweep_report import write_sweep_report
-from orchestrator.reporting.sweep_results import StoredSweep
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.sweeping import trial_queue, trial_run
 from orchestrator.sweeping.elastic_plans import (
@@ -323,8 +321,8 @@ def test_the_report_holds_both_side_by_side(
         accuracy = 0.6 if trial.schedule == (0, 0) and not trial.is_elastic else 0.8
         results.append(measured(trial, accuracy, 5.0, 6e9 if trial.is_elastic else 4e9))
     items = {result.key: evaluation(result.quality["accuracy"]) for result in results}
-    averages = average_seeds(results)
-    section = elastic_section(averages, results, items, FrontAxes())
+    front = sample_front(results)
+    section = elastic_section(front, items)
     assert section is not None
     assert [row.elastic.schedule for row in section.rows] == [(2, 1), (1, 1), (1, 0), (0, 0)]
     same, better = section.rows[0].difference, section.rows[-1].difference
@@ -335,7 +333,7 @@ def test_the_report_holds_both_side_by_side(
     assert section.flops == (6e9, 16e9)
     assert "38% of the 1.6e+10" in section.notes[0]
     # Without single items, the difference has no interval.
-    alone = elastic_section(averages, results, {}, FrontAxes())
+    alone = elastic_section(front, {})
     assert alone is not None
     assert alone.cells[-1][4] == "+20.0"
 
@@ -346,9 +344,9 @@ def test_the_report_holds_both_side_by_side(
     assert [row["schedule"] for row in stored["schedules"]][-1] == [0, 0]
     assert stored["training_flops"] == [6e9, 16e9]
     # Elastic weights alone have nothing beside them.
-    assert elastic_section(average_seeds(results[:5]), results[:5], items, FrontAxes()) is None
+    assert elastic_section(sample_front(results[:5]), items) is None
 
 
 def test_a_sweep_of_one_kind_has_no_such_section() -> None:
     alone: Any = [sample_trial(key=f"{n}", role="trial", schedule=(n, 0)) for n in range(3)]
-    assert elastic_section(average_seeds(alone), alone, {}, FrontAxes()) is None
+    assert elastic_section(sample_front(alone), {}) is None

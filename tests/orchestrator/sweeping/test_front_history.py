@@ -6,11 +6,11 @@ import random
 from pathlib import Path
 
 import pytest
+from sample_trials import sample_front
 
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialCost
-from orchestrator.reporting.pareto import find_front
 from orchestrator.reporting.training_curves import (
     HISTORY_CHARTS,
     HYPERVOLUME_BY_GFLOPS,
@@ -75,7 +75,7 @@ def test_it_grows_in_any_order_and_ends_at_the_front(
     volumes = [volume for _, volume in found]
     assert volumes == sorted(volumes), "the box is the same all along"
     assert volumes[0] < volumes[-1]
-    assert volumes[-1] == pytest.approx(find_front(sample_results).hypervolume)
+    assert volumes[-1] == pytest.approx(sample_front(sample_results).hypervolume)
     spent = series(tmp_path / "history", "sweep/training_flops")
     assert spent[-1][1] == pytest.approx(9 * 1.2e12), "that of the students; no one else has a job"
     assert series(tmp_path / "history", HYPERVOLUME_BY_GFLOPS)[-1] == (10_800, volumes[-1])
@@ -116,7 +116,7 @@ def test_a_lucky_seed_is_no_front(
     assert record_front(plan, tmp_path / "history")
     [(_, volume)] = series(tmp_path / "history", HYPERVOLUME_BY_TRIALS)
     usual = cheap.model_copy(update={"quality": {"accuracy": 0.3}})
-    assert volume == pytest.approx(find_front([teacher, usual]).hypervolume)
+    assert volume == pytest.approx(sample_front([teacher, usual]).hypervolume)
 
 
 def test_nothing_is_said_before_the_full_model_is_measured(

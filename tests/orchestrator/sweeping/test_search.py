@@ -16,14 +16,13 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
-from sample_trials import sample_trial
+from sample_trials import sample_front, sample_trial
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.trial import Trial, TrialSuite
-from orchestrator.reporting.pareto import find_front
 from orchestrator.settings import SearchSettings, SweepSettings
 from orchestrator.sweeping import trial_queue
 from orchestrator.sweeping.search import GENERATION, STUDY_FILE, ScheduleSearch, finished_schedules
@@ -260,7 +259,7 @@ def test_it_finds_a_better_front_than_the_family(tmp_path: Path) -> None:
             )
             for label in sorted(labels)
         ]  # fmt: skip
-        return find_front(results).hypervolume or math.nan
+        return sample_front(results).hypervolume or math.nan
 
     every = {",".join(map(str, s)) for s in itertools.product(*(range(r + 1) for r in FULL))}
     best, found, start = front(every), front(given | set(asked)), front(given)

@@ -26,7 +26,7 @@ from orchestrator.planning.estimate import (
 from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
-from orchestrator.reporting.price_table import price_rows
+from orchestrator.reporting.command_tables import price_rows
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.sweeping.asha import asha_trials, record_early_stop
 from orchestrator.sweeping.model_plans import ScratchModel, iterations_plan

@@ -1,30 +1,38 @@
-"""The results of a sweep, stored in `sweeps/NAME/results.json`.
+"""The results of a sweep: stored in `sweeps/NAME/results.json`, and as a table of its models.
 
 Reports are made from this file alone, without Ray or MLflow. The values of single items lie in the
-store of evaluations; a report without them lacks only the paired errors.
+store of evaluations; a report without them lacks only the paired errors. `result_table` gives the
+table that fronts, tables, charts and files read: one row per model, its seeds averaged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.record import Influence, Record
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import Trial, TrialCost, TrialDecoding, TrialTraining
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import last_recorded
 from orchestrator.workspace.layout import RESULTS_FILE, Workspace, check_name, is_valid_name
+from orchestrator.workspace.provenance import content_key
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 LEFT_OUT_TITLE = "Left out"
 """Title of the facts that list the models left out of the front, with the reasons."""
 CHANCE_TITLE = "Chance"
 """Title of the facts that say how accurate a guess is, by depth task."""
+DESCRIBING_COLUMNS = ("name", "role", "method", "num_layers", "schedule", "threshold")
+"""What the table says of a model beside its numbers."""
 
 
 class StoredSweep(Record):
@@ -137,3 +145,78 @@ def newest_sweep(workspace: Workspace) -> str:
             f"{workspace.root} has no finished sweep; `iiet-orch sweep-threshold` runs one"
         )
     return max(named, key=last_recorded).name
+
+
+def result_table(trials: Iterable[Trial]) -> DataFrame:
+    """Return one row for each model, by its key, in the order in which the models first appear.
+
+    Columns are `trial`, whose numbers are the means over the seeds; `seeds`, the trials that it is
+    the mean of; what describes the model; and every number by its tracked name. Numbers that were
+    not measured are NaN.
+
+    The standard error of a mean over seeds combines two parts: the spread over the seeds, divided
+    by the root of their number, and the mean of the seeds' own errors over items, because all seeds
+    answered the same items.
+    """
+    from pandas import DataFrame
+
+    models: dict[str, list[Trial]] = {}
+    for trial in trials:
+        name = f"{trial.role} {trial.group}" if trial.group else trial.key
+        models.setdefault(name, []).append(trial)
+    rows = []
+    for seeds in models.values():
+        trial = _mean_of_seeds(seeds) if len(seeds) > 1 else seeds[0]
+        rows.append(
+            {
+                "trial": trial,
+                "seeds": tuple(seeds),
+                "name": trial.name,
+                "role": trial.role,
+                "method": trial.method,
+                "num_layers": trial.model.num_layers,
+                "schedule": trial.schedule_text,
+                "threshold": trial.threshold_text,
+                "key": trial.key,
+                "checkpoint": trial.checkpoint,
+                "run_id": trial.run_id,
+                **trial.metrics(),
+            }
+        )
+    numbers = sorted({name for row in rows for name in row if "/" in name})
+    columns = ["trial", "seeds", *DESCRIBING_COLUMNS, *numbers, "key", "checkpoint", "run_id"]
+    return DataFrame(rows, columns=columns, index=[row["key"] for row in rows])
+
+
+def lowest_seed(seeds: Sequence[Trial]) -> Trial:
+    """Return the seed whose weights stand for the model; the best seed would flatter it."""
+    return min(seeds, key=lambda trial: trial.seed or 0)
+
+
+def _mean_of_seeds(seeds: Sequence[Trial]) -> Trial:
+    def means(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        names = [name for name in numbers[0] if all(name in seed for seed in numbers)]
+        return {name: math.fsum(seed[name] for seed in numbers) / len(numbers) for name in names}
+
+    qualities = [seed.quality for seed in seeds]
+    mean, quality = means(qualities), {}
+    for name in (name for name in mean if not name.endswith(STDERR_SUFFIX)):
+        values = [seed[name] for seed in qualities]
+        variance = math.fsum((v - mean[name]) ** 2 for v in values) / (len(values) - 1)
+        over_items = mean.get(name + STDERR_SUFFIX, 0.0) ** 2
+        quality[name] = mean[name]
+        quality[name + STDERR_SUFFIX] = math.sqrt(variance / len(values) + over_items)
+    first = lowest_seed(seeds)
+    training = means([seed.train.numbers() for seed in seeds])
+    return first.model_copy(
+        update={
+            "key": content_key("seeds", *sorted(seed.key for seed in seeds)),
+            "label": first.group or first.label,
+            "quality": quality,
+            "cost": TrialCost(**means([seed.cost.numbers() for seed in seeds])),
+            "train": TrialTraining(**training, seeds=len(seeds)),
+            "decoding": TrialDecoding(**means([seed.decoding.numbers() for seed in seeds])),
+            "seed": None,
+            "group": None,
+        }
+    )

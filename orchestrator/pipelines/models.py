@@ -1,0 +1,609 @@
+"""Import models from elsewhere; export and pick those of the workspace.
+
+An import is a checkpoint like any other, with the model's special tokens and chat template, but
+without an optimizer state to resume from. An export is a folder that transformers and lm-eval load
+without this package: weights, tokenizer, the model's code, and a card with the quality of these
+weights under this schedule. `MANIFEST.sha256` lists its files for `sha256sum --check`; a folder
+with other or changed files is never overwritten. What imports lm-eval or MLflow is imported where
+it is used, since `generate` reads this file, too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from iiet.config import ModelConfig
+from iiet.cost import num_parameters
+from iiet.decoder import Decoder
+from iiet.influence import InfluenceTable
+from iiet.schedule import IterationSchedule
+from iiet.weights import CONFIG
+from orchestrator.cluster.launch import command_device
+from orchestrator.data.gguf_tokenizer import gguf_token_ids, write_gguf_tokenizer
+from orchestrator.data.hub_models import download_model, is_hub_name, shown_name
+from orchestrator.data.tokenizer import (
+    end_of_text_id,
+    load_tokenizer,
+    num_token_ids,
+    tokenizer_path,
+)
+from orchestrator.evaluation.evaluated_model import open_model
+from orchestrator.evaluation.model_tokenizer import PlainTokenizer, read_model_text_files
+from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.result import Result
+from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.trial import Trial
+from orchestrator.reporting.drafts import draft_sentence, draft_targets
+from orchestrator.reporting.front_axes import FrontAxes, parse_axes
+from orchestrator.reporting.model_card import ModelCard
+from orchestrator.reporting.pareto import FrontPoint
+from orchestrator.reporting.pick_rules import PickRule, pick_from_front
+from orchestrator.reporting.results import (
+    StoredSweep,
+    load_item_values,
+    load_sweep_results,
+    lowest_seed,
+    newest_sweep,
+)
+from orchestrator.settings import Settings
+from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_bytes, format_parameters
+from orchestrator.training.checkpoint import (
+    TOKEN_IDS,
+    TOKENIZER,
+    load_config,
+    load_provenance,
+    read_text_files,
+    save_checkpoint,
+    served_schedules,
+    weights_key,
+)
+from orchestrator.training.checkpoint_lookup import newest_intact_checkpoint
+from orchestrator.training.gguf_file import ARCHITECTURE, GgufFile
+from orchestrator.training.model_config import model_family
+from orchestrator.training.model_loading import (
+    EXPORTED_TYPE,
+    PUBLISHED,
+    decoder_config,
+    folder_kind,
+    load_model,
+    model_folder_key,
+    read_config,
+)
+from orchestrator.training.model_lookup import (
+    Picked,
+    find_checkpoint_by_weights,
+    hub_hint,
+    load_influence_table,
+    parse_schedule,
+    resolve_checkpoint,
+    resolve_model,
+)
+from orchestrator.training.tracked_models import trial_model
+from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.files import new_folder, resolve_path, write_text
+from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.layout import Workspace, find_checkpoints, locate_workspace
+from orchestrator.workspace.provenance import content_key, environment, file_digest, file_key
+
+CARD = "README.md"
+MANIFEST = "MANIFEST.sha256"
+
+
+# Import
+
+
+def local_model(context: Context, model: Path | str | None) -> Path | None:
+    """Return a model as the functions of `model_lookup` take it; None stays None.
+
+    `hub:OWNER/NAME` is downloaded and imported as the run `NAME`; the same import is found again.
+
+    Raises:
+        UserError: As `import_model`.
+    """
+    if model and is_hub_name(model):
+        return import_model(model, workspace=context.workspace, progress=context.progress)
+    return Path(model) if model else None
+
+
+def import_model(
+    folder: Path | str,
+    *,
+    workspace: Workspace | Path | str,
+    tokenizer: Path | str | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Make a checkpoint of a model and return it; the same import is found again.
+
+    Args:
+        folder: A model folder (in the published naming, a plain Llama folder, an exported folder, a
+            checkpoint or run of another workspace), a GGUF file of a Llama, or `hub:OWNER/NAME`.
+        tokenizer: A `tokenizer.json`, or `hub:NAME`, if the model has none or not the right one.
+        name: Name of the run; that of the folder or file when unset.
+
+    Raises:
+        UserError: If the model cannot be read, the hub does not give it, the tokenizer does not fit
+            it, or another model has the name.
+    """
+    context = open_context(workspace, progress)
+    progress = context.progress
+    progress.start("import")  # A download takes its time.
+    path = download_model(folder) if is_hub_name(folder) else resolve_path(folder)
+    if not path.exists():
+        missing = f"{path} is no model folder: there is nothing of this name"
+        raise UserError(f"{missing}{hub_hint(Path(folder))}")
+    given = tokenizer_path(tokenizer).absolute() if tokenizer else None
+    with TemporaryDirectory() as scratch:
+        if path.is_file():
+            gguf, kind, source, run_name = GgufFile(path), "a GGUF file", path.name, path.stem
+            decoder, key, texts = gguf.decoder(), file_key(path), Path(scratch)
+            if given is None:
+                write_gguf_tokenizer(gguf.metadata, path, texts)
+            ids = gguf_token_ids(gguf.metadata)
+            write_text(texts / CONFIG, json.dumps({"model_type": ARCHITECTURE, **ids}))
+        else:
+            if not (path / CONFIG).is_file():
+                if find_checkpoints(path):
+                    path = resolve_checkpoint(path)
+                elif ggufs := sorted(path.glob("*.gguf")):
+                    raise UserError(
+                        f"{path} is no model folder; name the GGUF file in it: {ggufs[0]}"
+                    )
+            decoder, kind, source = load_model(path), folder_kind(path), shown_name(path)
+            if kind == PUBLISHED and decoder.config.method == "vanilla":
+                kind = "a Llama folder"
+            is_checkpoint = path in find_checkpoints(path.parent)
+            run_name = path.parent.name if is_checkpoint else source.rpartition("/")[2]
+            key, texts = model_folder_key(path), path
+
+        # What it reads and writes as text.
+        config, own = decoder.config, texts / TOKENIZER
+        file = given or (own if own.is_file() else None)
+        if file is None:
+            progress.note(
+                f"{texts} has no tokenizer.json: the model can be used with token ids only; "
+                "import it with --tokenizer FILE to generate and evaluate"
+            )
+        elif (num_ids := num_token_ids(load_tokenizer(file))) > config.vocab_size:
+            raise UserError(
+                f"the tokenizer {given or f'of {source}'} has {num_ids} entries, the model only "
+                f"{config.vocab_size}"
+            )
+        files = read_model_text_files(texts, file, vocab_size=config.vocab_size)
+        readable = {name: content.decode("utf-8", "replace") for name, content in files.items()}
+        key = content_key(key, file_key(file) if file else None, readable)
+
+        # The checkpoint, unless it is there.
+        run = context.workspace.runs / (name or re.sub(r"[^\w.-]+", "-", run_name))
+        checkpoint = None
+        if run.exists():
+            checkpoint, damage = newest_intact_checkpoint(run)
+            if damage:
+                raise UserError(f"{damage[0]}; delete {run}, and the same command imports it again")
+            known = load_provenance(checkpoint).get("imported", {}) if checkpoint else {}
+            if known.get("source") != key:
+                raise UserError(
+                    f"the workspace has another run named {run.name}; choose one with --name"
+                )
+        checkpoint = checkpoint or save_checkpoint(
+            run,
+            0,
+            config=config,
+            weights=decoder.state_dict(),
+            training_state={},
+            tokenizer_path=file,
+            text_files=files,
+            provenance={
+                "objective": "import",
+                "imported": {"from": source, "read as": kind, "source": key},
+                "environment": environment(),
+            },
+        )
+    journal = Journal(run)
+    journal.event("imported")  # Commands without a path take the newest run.
+    journal.close()
+    count = format_parameters(num_parameters(config))
+    progress.finish(f"{kind}: {config.method}, {count} parameters")
+    return checkpoint
+
+
+# Export
+
+
+def export(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str,
+    model: Path | str | None = None,
+    to: Path | str | None = None,
+    schedule: str | None = None,
+    measure: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Export a checkpoint with its card, and return the folder.
+
+    Args:
+        settings: Section `evaluation`: tasks for the card's quality.
+        model: A checkpoint or run, by path or name; the newest IIET or imported model when unset.
+        to: Folder to write; under the workspace, named by the run, when unset.
+        schedule: Iteration schedule as typed, if not the checkpoint's own.
+        measure: Evaluate the model for the card. If that fails, the card is without quality.
+        force: Replace an export of another model in `to`.
+
+    Raises:
+        UserError: If the checkpoint, the schedule or the folder cannot be used.
+    """
+    context = open_context(workspace, progress)
+    checkpoint = resolve_model(context.workspace, local_model(context, model))
+    wanted = parse_schedule(schedule, checkpoint)
+    name = checkpoint.parent.name + (f"-r{wanted}".replace(",", "") if wanted else "")
+    folder = resolve_path(to) if to else context.workspace.exports / name
+    decoder = load_model(checkpoint, schedule=wanted)
+    replaces = force or to is None  # The workspace's own folder is that of the run.
+    check_target(folder, None if replaces else (checkpoint, decoder.config))
+    evaluation = None
+    if measure:
+        from orchestrator.pipelines.evaluating import evaluate_model  # Imports lm-eval.
+
+        try:
+            subject = open_model(checkpoint, wanted, warn=context.progress.note)
+            device = command_device(settings.cluster, context.workspace.root)
+            evaluation = evaluate_model(subject, settings.evaluation, context, on_device=device)
+        except (UserError, RunFailed) as error:
+            context.progress.note(f"the card is without quality: {error}")
+    metric = settings.influence.metric
+    card = model_card(context, checkpoint, decoder.config, evaluation, metric=metric)
+    return export_checkpoint(
+        checkpoint,
+        folder,
+        decoder=decoder,
+        card=card,
+        replaces=replaces,
+        progress=context.progress,
+    )
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    decoder: Decoder,
+    card: ModelCard,
+    replaces: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Export the decoder with the checkpoint's tokenizer and text files, and return the folder.
+
+    Args:
+        checkpoint: Holds the tokenizer, and an imported model's tokenizer and chat files.
+        folder: Created if missing; replaced if it is an earlier export of this model and nothing
+            else. It gets its name when it is complete.
+        decoder: The model; its own schedule becomes the default.
+        card: Text of `README.md`.
+        replaces: Replace an export of another model, too.
+
+    Raises:
+        UserError: If the folder holds something else or cannot be written, the tokenizer has no
+            token that ends a document, or the source of the method cannot be copied.
+    """
+    from iiet.export import export_pretrained
+
+    progress = progress or Progress()
+    model = None if replaces else (checkpoint, decoder.config)
+    check_target(folder, model)
+    progress.start("export")
+    file = checkpoint / TOKENIZER
+    tokenizer_file = file if file.is_file() else None
+    text_files = read_text_files(checkpoint)
+    end_of_text = ""
+    if tokenizer_file and not text_files:
+        tokenizer = load_tokenizer(tokenizer_file)
+        end_of_text = str(tokenizer.id_to_token(end_of_text_id(tokenizer)))
+    token_ids = json.loads(text_files.pop(TOKEN_IDS)) if TOKEN_IDS in text_files else None
+    try:
+        with new_folder(folder) as temporary:
+            export_pretrained(
+                decoder,
+                temporary,
+                tokenizer_file,
+                end_of_text=end_of_text,
+                token_ids=token_ids,
+                text_files=text_files or None,
+            )
+            write_text(temporary / CARD, card.to_markdown())
+            lines = [f"{file_digest(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
+            write_text(temporary / MANIFEST, "".join(lines))
+            check_target(folder, model)  # Again: another process may have written there meanwhile.
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}") from None
+    except ValueError as error:  # The source of another package's method cannot be copied.
+        raise UserError(f"cannot export this model: {error}") from None
+    num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    progress.finish(f"{format_bytes(num_bytes)} with code, tokenizer and card")
+    return folder
+
+
+def check_target(folder: Path, model: tuple[Path, ModelConfig] | None = None) -> None:
+    """Raise `UserError` if a folder cannot be written, or holds anything but an earlier export.
+
+    Args:
+        model: Checkpoint and configuration: an export of another model is an error, too.
+    """
+    try:
+        # Permissions do not tell: root may write everywhere, but not in /proc.
+        with TemporaryDirectory(dir=next(place for place in folder.parents if place.exists())):
+            pass
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder} ({error.strerror}); choose another folder with --to"
+        ) from None
+    config: Mapping[str, Any] = {}
+    with suppress(UserError):
+        config = read_config(folder)
+    if config.get("model_type") != EXPORTED_TYPE or "auto_map" not in config:
+        raise UserError(f"{folder} exists and is no earlier export; choose another with --to")
+
+    digests = {}
+    with suppress(OSError, UnicodeDecodeError):
+        for line in (folder / MANIFEST).read_text(encoding="utf-8").splitlines():
+            digest, _, name = line.partition("  ")
+            digests[name] = digest
+    others = [
+        path.name
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+        and not (path.is_file() and file_digest(path) == digests.get(path.name))
+    ]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise UserError(
+            f"{folder} is an earlier export, and some of its files are not as the export wrote "
+            f"them: {', '.join(others[:3])}{more}; move them away, or choose another folder with "
+            "--to"
+        )
+    if model is None:
+        return
+    checkpoint, wanted = model
+    # The card, which is as the export wrote it, names the weights.
+    has_weights = f"weights: `{weights_key(checkpoint)}`" in (folder / CARD).read_text("utf-8")
+    if not has_weights or decoder_config(folder) != wanted:
+        raise UserError(
+            f"{folder} is an export of another model; replace it with --force, or choose another "
+            "folder with --to"
+        )
+
+
+def model_card(
+    context: Context,
+    checkpoint: Path,
+    config: ModelConfig,
+    evaluation: EvaluationResult | None,
+    *,
+    influence: InfluenceTable | None = None,
+    metric: str | None = None,
+) -> ModelCard:
+    """Gather what is known about a checkpoint.
+
+    Args:
+        context: Its workspace holds the teacher, if there is one.
+        config: The checkpoint's configuration, with the schedule that is exported.
+        influence: The table that its schedule was chosen by; when unset, that of the teacher, else
+            of the model itself.
+        metric: Metric of the table to look for.
+    """
+    provenance, warn = load_provenance(checkpoint), context.progress.note
+    teacher = find_checkpoint_by_weights(context.workspace, str(provenance.get("teacher") or ""))
+    full = load_config(teacher or checkpoint)
+    if influence is None and teacher:
+        influence = load_influence_table(teacher, metric, warn)
+    prompt, file = ModelCard.prompt, checkpoint / TOKENIZER
+    if file.is_file():
+        tokenizer = PlainTokenizer(file)
+        try:
+            tokenizer.encode(prompt, add_special_tokens=False)
+        except UserError:  # It reads symbols alone.
+            prompt = "".join(tokenizer.symbols[:2])
+    return ModelCard(
+        name=f"{config.method} {checkpoint.parent.name}",
+        config=config,
+        provenance={**provenance, "weights": weights_key(checkpoint)},
+        evaluation=evaluation,
+        influence=influence or load_influence_table(checkpoint, metric, warn),
+        served=served_schedules(checkpoint),
+        full=full if full.corrections != config.corrections else None,
+        prompt=prompt,
+    )
+
+
+# Pick
+
+
+class PickResult(Result):
+    """The model that was picked from a sweep; as a plan, it is not exported yet."""
+
+    sweep: StoredSweep
+    axes: FrontAxes
+    alias: str
+    """The rule."""
+    point: FrontPoint
+    """The model with its place on the front."""
+    model: Trial
+    """The one whose weights are used: of several seeds the lowest, of a draft its full model."""
+    sentence: str
+    """Its schedule, quality and cost, and how certain they are."""
+    folder: Path | None = None
+    """Where it was exported to; None if it was not."""
+    version: str | None = None
+    """Its address in MLflow's registry, as `models:/iiet-tiny@knee`; None if it was not exported.
+
+    The name is that of method and preset, and the alias that of the rule. So another pick by the
+    same rule, also from another sweep, moves the alias to its own version.
+    """
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row: the model's parameters and metrics."""
+        result = self.point.result
+        return [{"name": result.name, **result.params(), **result.metrics()}]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the model, its numbers, and where it was exported and registered."""
+        result = self.point.result
+        return {
+            "name": result.name,
+            "method": result.method,
+            "schedule": result.schedule,
+            "sentence": self.sentence,
+            "metrics": result.metrics(),
+            "checkpoint": result.checkpoint,
+            "folder": self.folder and str(self.folder),
+            "version": self.version,
+        }
+
+    def shown(self) -> Iterator[str]:
+        """Return the choice, and where it is."""
+        yield f"{self.alias}: {self.sentence}"
+        if self.folder is None:
+            yield f"checkpoint: {self.point.result.checkpoint}"
+        else:
+            yield f"exported: {self.folder}"
+            yield f"registered: {self.version}"
+
+
+def plan_pick(
+    *,
+    workspace: Workspace | Path | str,
+    sweep: str | None = None,
+    rule: PickRule | None = None,
+    cost: str | None = None,
+    quality: str | None = None,
+    progress: Progress | None = None,
+) -> PickResult:
+    """Choose a model from a sweep's front; arguments and errors as `pick`."""
+    from orchestrator.reporting.findings import describe_point
+    from orchestrator.reporting.sweep_report import sweep_front  # Imports MLflow.
+
+    rule, axes = rule or PickRule(name="keep"), parse_axes(cost, quality)
+    if not isinstance(workspace, Workspace):
+        workspace = locate_workspace(Path(workspace))
+    found = load_sweep_results(workspace, sweep or newest_sweep(workspace))
+    front, notes = sweep_front(workspace, found, axes, kept_share=rule.share)
+    for line in notes:
+        (progress or Progress()).note(line)
+    point = pick_from_front(front, rule)
+    sentence = describe_point(front, point, kept_share=rule.share)
+    seeds = front.seeds_of(point)
+    result = lowest_seed(seeds)
+    if rule.name == "draft":
+        full = draft_targets(found.results)[result.key]
+        sentence += f"; {draft_sentence(point.result, full.name)}"
+        # A cheaper schedule of the same weights is no model of its own: the full one is exported.
+        result = full if full.checkpoint == result.checkpoint else result
+    if len(seeds) > 1:
+        number = f"{len(seeds)} seeds, its checkpoint is that of seed {result.seed}"
+        sentence += f"; its numbers are means over {number}"
+    return PickResult(
+        sweep=found, axes=axes, alias=rule.alias, point=point, model=result, sentence=sentence
+    )
+
+
+def run_pick(
+    plan: PickResult, context: Context, *, to: Path | str | None = None, force: bool = False
+) -> PickResult:
+    """Export the model of a plan and register it; as `pick`."""
+    from orchestrator.reporting.mlflow_report import run_name  # Imports MLflow.
+
+    sweep, result, workspace = plan.sweep, plan.model, context.workspace
+    model = trial_model(result)
+    if result.checkpoint is None or model is None:
+        raise UserError(f"the sweep {sweep.name} has no weights of {result.name}")
+    checkpoint = resolve_checkpoint(Path(result.checkpoint))
+    schedule = None if result.schedule is None else IterationSchedule(result.schedule)
+    decoder = load_model(checkpoint, schedule=schedule)
+    evaluation = load_item_values(workspace, [result]).get(result.key)
+    card = model_card(context, checkpoint, decoder.config, evaluation, influence=sweep.influence)
+    chosen = f"`{plan.alias}` of the sweep `{sweep.name}`: {plan.sentence}."
+    folder = export_checkpoint(
+        checkpoint,
+        resolve_path(to) if to else workspace.exports / sweep.name / plan.alias,
+        decoder=decoder,
+        card=replace(card, chosen=chosen),
+        replaces=force or to is None,  # The workspace's own folder is that of the rule.
+        progress=context.progress,
+    )
+
+    name = model_family(decoder.config)
+    tags = {"sweep": sweep.name, "schedule": result.schedule_text}
+    axes = (plan.axes.cost, plan.axes.quality)
+    tags |= {axis: f"{result.value(axis):.6g}" for axis in axes}
+    parent = context.tracking.handle(sweep.key, name=sweep.name, kind="sweep")
+    run = context.tracking.handle(
+        result.key, name=run_name(result), kind=result.role, parent=parent
+    )
+    run.register(
+        name,
+        folder,
+        model=model,
+        alias=plan.alias,
+        note=plan.sentence,
+        tags={tag: text for tag, text in tags.items() if text},
+        example=card.prompt,
+    )
+    run.finish()
+    Picked(
+        sweep=sweep.name,
+        checkpoint=str(checkpoint),
+        schedule=result.schedule,
+        time=time.time(),
+    ).write(workspace.picked)
+    version = f"models:/{name}@{plan.alias}"
+    return plan.model_copy(update={"folder": folder, "version": version})
+
+
+def pick(
+    *,
+    workspace: Workspace | Path | str,
+    sweep: str | None = None,
+    rule: PickRule | None = None,
+    cost: str | None = None,
+    quality: str | None = None,
+    to: Path | str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> PickResult:
+    """Choose a model from a sweep's front; export and register it.
+
+    `generate` then takes it by default, until a model is trained or imported.
+
+    Args:
+        sweep: Name of the sweep; the newest when unset.
+        rule: How to choose; the cheapest that keeps 99% of the quality when unset.
+        cost, quality: Axes of the front, as in `report`.
+        to: Folder to export to; under the workspace when unset.
+        force: Replace an export of another model there.
+
+    Raises:
+        UserError: If there is no such sweep, no model meets the rule, its weights are gone, or the
+            folder cannot be used.
+    """
+    context = open_context(workspace, progress)
+    plan = plan_pick(
+        workspace=context.workspace,
+        sweep=sweep,
+        rule=rule,
+        cost=cost,
+        quality=quality,
+        progress=context.progress,
+    )
+    return run_pick(plan, context, to=to, force=force)
