@@ -4,7 +4,8 @@ Weights, gradients and AdamW's two moments follow from the number of parameters.
 what the forward pass keeps, plus the larger of two peaks: the loss's backward pass, or a field's.
 Left out: what kernels, allocators and libraries take, and a GPU's float32 copies of shared keys and
 values. Gradients are counted during the whole step. The tensors counted are those of the fast forms
-in eager mode; the plain formulas and a compiled model keep others.
+on a CPU; a compiled model keeps a tenth less. Plain formulas that are not compiled, as on a GPU
+with `training.compile=false`, keep 1.8 times as much.
 `tests/iiet/test_training_memory.py` compares with the live tensors of real steps. Source: this
 project.
 """

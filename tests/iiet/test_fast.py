@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iiet import Decoder, KeyValueCache, fast, next_token_loss, plain_formulas, preset
+from iiet.context import make_context
 from iiet.fast import can_use_fast_linear, few_rows_product, gated_product, project_heads, rms_norm
 from iiet.layers import Attention, FeedForward, RMSNorm
 from iiet.rope import Rope, rotate
@@ -224,6 +225,17 @@ def test_plain_modules_are_their_formulas():
         with plain_formulas():
             torch.testing.assert_close(network(x), expected)
             torch.testing.assert_close(norm(x), x / root)
+
+
+def test_the_last_sum_of_a_field_is_not_rounded():
+    decoder = small_decoder()
+    field, x, seen = decoder.fields[0], torch.randn(2, 8, 16), {}
+    field.feed_forward_norm.register_forward_hook(lambda _, given, __: seen.update(u=given[0]))
+    field.feed_forward.register_forward_hook(lambda _, __, found: seen.update(change=found))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = field(x, make_context(x, decoder.rope))
+    assert seen["change"].dtype == torch.bfloat16
+    assert torch.equal(found, seen["u"] + seen["change"].float())
 
 
 def test_rotation_keeps_lengths_and_depends_on_distances_alone():
