@@ -1,10 +1,11 @@
 """`python -m benchmarks [NAME ...] [--quick] [--threads N] [--json FILE]`, from the repository's
 root.
 
-Runs the named benchmarks (default: all) and prints one table for each; `--json` stores the same
-numbers. `decoding --gguf FILE` measures the model of that file instead of random weights. The
-default is one thread, because ratios on one core have the least noise. The table shows a missed
-goal, which is not a failure: the exit code is 0. It is 2 after a mistake on the command line.
+Runs the named benchmarks and prints one table for each; `--json` stores the same numbers. Without
+names it runs all but `speculation`, which trains models for twenty minutes. `decoding --gguf FILE`
+measures the model of that file instead of random weights. The default is one thread, because ratios
+on one core have the least noise. The table shows a missed goal, which is not a failure: the exit
+code is 0. It is 2 after a mistake on the command line.
 """
 
 from __future__ import annotations
@@ -16,42 +17,27 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from benchmarks import (
-    decoding,
-    evaluation,
-    many_trials,
-    mix,
-    model_size,
-    schedules,
-    speculation,
-    sweep,
-    teacher_cache,
-    tracking_load,
-    training,
-)
-from benchmarks.machine import describe, machine_facts
-from benchmarks.report import Report
+from benchmarks import decoding, evaluation, mix, speculation, sweep, teacher_cache, training
+from benchmarks.report import Report, machine_facts
 
 BENCHMARKS: dict[str, Callable[..., Report]] = {
     "mix": mix.measure,
     "decoding": decoding.measure,
-    "schedules": schedules.measure,
+    "schedules": decoding.measure_schedules,
     "speculation": speculation.measure,
     "teacher_cache": teacher_cache.measure,
     "training": training.measure,
     "evaluation": evaluation.measure,
     "sweep": sweep.measure,
-    "many_trials": many_trials.measure,
-    "tracking_load": tracking_load.measure,
-    "model_size": model_size.measure,
 }
 """The benchmarks by name, in the order in which they run."""
-
-_PIPE_COLUMNS = 140
+LONG = ("speculation",)
+"""Run only if they are named."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,27 +54,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     # A pipe or a file has no width of its own; tables would be cut to 80 columns.
-    out = Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False)
+    out = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     facts = machine_facts()
-    out.print(describe(facts), markup=False)
+    out.print(
+        f"{facts['cpu']}, {facts['cpus']} CPUs, load before the run {facts['load_before']}; "
+        f"PyTorch threads: {facts['threads']}\n"
+        f"torch {facts['torch']}, transformers {facts['transformers']}, "
+        f"Python {facts['python']}, {facts['system']}",
+        markup=False,
+    )
     if options.quick:
         out.print("--quick: tiny sizes that only test the benchmarks; the numbers mean nothing")
-    found: dict[str, Report] = {}
-    minutes: dict[str, float] = {}
-    for name in options.names or BENCHMARKS:
+    reports: dict[str, dict[str, Any]] = {}
+    for name in options.names or [name for name in BENCHMARKS if name not in LONG]:
         started = time.perf_counter()
         measure = BENCHMARKS[name]
-        if name == "decoding" and options.gguf is not None:
-            measure = partial(decoding.measure, gguf=options.gguf)
-        found[name] = measure(quick=options.quick, say=_say)
-        minutes[name] = (time.perf_counter() - started) / 60
+        if options.gguf is not None:
+            measure = partial(measure, gguf=options.gguf)
+        report = measure(quick=options.quick, say=_say)
+        minutes = (time.perf_counter() - started) / 60
+        reports[name] = {**report.to_dict(), "minutes": minutes}
         out.print()
-        out.print(found[name].table())
-        out.print(f"{name} took {minutes[name]:.1f} minutes")
+        out.print(report.table())
+        out.print(f"{name} took {minutes:.1f} minutes")
     if options.json is not None:
-        reports = {
-            name: {**report.to_dict(), "minutes": minutes[name]} for name, report in found.items()
-        }
         content = {"machine": facts, "quick": options.quick, "benchmarks": reports}
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -99,9 +88,7 @@ def _say(text: str) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"any of {', '.join(BENCHMARKS)}; all by default"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(BENCHMARKS)}")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, in seconds, no goals")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of PyTorch")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the model that decoding reads")

@@ -41,8 +41,6 @@ from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import open_workspace
 
-__all__ = ["measure"]
-
 _OFFICIAL_VARIABLE = "IIET_BENCHMARK_TASKS"
 _OFFICIAL_NAMES = {
     "PIQA": "local_piqa",
@@ -81,12 +79,6 @@ _QUICK = _Size(
     repetitions=2,
     has_goals=False,
 )
-
-
-@dataclass(frozen=True)
-class _Time:
-    cpu: float
-    wall: float
 
 
 def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
@@ -205,17 +197,17 @@ class _Pair:
             warm_ups=0,
         )
         num_items = sum(self._suite.num_items(name, self._size.num_items) for name in tasks)
-        quantities = [
-            Quantity(f"{name}, {clock}", Spread.of([num_items / t for t in values]), "items/s")
-            for clock in ("cpu", "wall")
-            for name, values in (
-                (name, [getattr(t, clock) for t in found]) for name, found in seconds.items()
-            )
-        ]
-        cpu = {name: [t.cpu for t in values] for name, values in seconds.items()}
+        cpu, wall = (
+            {name: [pair[number] for pair in pairs] for name, pairs in seconds.items()}
+            for number in (0, 1)
+        )
         row = Row(
             what=f"lm-eval / ours, {what}",
-            quantities=tuple(quantities),
+            quantities=tuple(
+                Quantity(f"{name}, {clock}", Spread.of([num_items / t for t in each]), "items/s")
+                for clock, times in (("cpu", cpu), ("wall", wall))
+                for name, each in times.items()
+            ),
             ratio=paired_ratio(cpu["lm-eval"], cpu["ours"]),
             goal=_GOAL if self._size.has_goals else None,
         )
@@ -239,10 +231,11 @@ class _Pair:
         return results
 
 
-def _timed(work: Callable[[], object]) -> _Time:
+def _timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Return the seconds of processor and clock."""
     cpu, wall = time.process_time(), time.perf_counter()
     work()
-    return _Time(time.process_time() - cpu, time.perf_counter() - wall)
+    return time.process_time() - cpu, time.perf_counter() - wall
 
 
 def _largest_difference(

@@ -2,36 +2,64 @@
 
 Claims: compared with a stack of all estimates, the lean mix needs less memory (that of a stack
 grows with the square of the depth) and less time; with checkpointing it needs little memory; and
-the mix takes a small share of a step. Each memory is measured in a fresh process, times in one
-process in turns, the share within a step. The stack must first give the same loss and the same
-gradients.
+the mix takes a small share of a step. The stack must first give the same loss and gradients.
+
+`lean` is the project's form. `stacked` stacks all estimates and multiplies by the row; autograd
+then keeps one stack per evaluation. Of the straightforward forms it needs the least memory (an
+einsum needs the same, a product and a sum need more). `checkpointed` is `lean` with each layer
+recomputed in the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, Literal, get_args
+from unittest import mock
 
-from benchmarks.mix_memory import peak_bytes
-from benchmarks.mix_share import mix_share
-from benchmarks.mix_variants import (
-    VARIANTS,
-    StepSize,
-    Variant,
-    build,
-    largest_difference,
-    step,
-    written_as,
-)
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
 from benchmarks.report import Goal, Quantity, Report, Row, checked
+from benchmarks.shape import fresh_decoder, shaped_config
 from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
+from iiet import Decoder, next_token_loss
+from iiet.methods.implicit_euler import ImplicitEuler
+from iiet.mix import LayerMix, Mix
 
-_FULL = tuple(StepSize(num_layers=layers) for layers in (12, 24, 48))
+Variant = Literal["lean", "stacked", "checkpointed"]
+_VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _MAX_TIMED_LAYERS = 24
 """Deeper models take minutes; only their memory is measured."""
-_QUICK = (StepSize(num_layers=4, dim=64, num_tokens=128, vocab_size=256),)
+_GOALS = {"memory, lean": 0.6, "memory, checkpointed": 0.2, "time, lean": 0.97, "share": 0.05}
 _GOAL_LAYERS = 24
-_TOLERANCE = 1e-9
-_MEGABYTE = 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSize:
+    """The size of a training step; heads have width 64, or there is a single one."""
+
+    num_layers: int
+    dim: int = 256
+    batch_size: int = 2
+    num_tokens: int = 256
+    """Tokens per row of the batch."""
+    vocab_size: int = 2048
+    num_corrections: int = 3
+    """Corrections of each layer."""
+
+
+_FULL = tuple(StepSize(num_layers=layers) for layers in (12, 24, 48))
+_QUICK = (StepSize(num_layers=4, dim=64, num_tokens=128, vocab_size=256),)
 
 
 def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
@@ -40,16 +68,35 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
     `quick`: tiny sizes, which only test the benchmark. `say` reports progress.
     """
     sizes, repetitions = (_QUICK, 2) if quick else (_FULL, 3)
+    one = sizes[0]  # One depth is enough for the check: the code is the same for all.
+    kinds: tuple[Variant, ...] = ("stacked", "checkpointed")
+    checks = tuple(
+        checked(
+            f"loss and gradients of lean and {kind}, {one.num_layers} layers in float64,",
+            largest_difference(one, kind),
+            1e-9,
+        )
+        for kind in kinds
+    )
     rows: list[Row] = []
-    # One depth is enough: the code is the same for all.
-    checks = (_check(sizes[0], "stacked"), _check(sizes[0], "checkpointed"))
     for size in sizes:
         say(f"mix: memory at {size.num_layers} layers")
-        rows += _memory_rows(size)
+        peaks = {variant: peak_bytes(size, variant) for variant in _VARIANTS}
+        rows += [
+            Row(
+                what=f"peak memory, {variant}, {size.num_layers} layers",
+                quantities=tuple(
+                    Quantity.one(name, peaks[name] / 1e6, "MB") for name in (variant, "stacked")
+                ),
+                ratio=Spread.of([peaks[variant] / peaks["stacked"]]),
+                goal=_goal(size, f"memory, {variant}"),
+            )
+            for variant in _VARIANTS
+            if variant != "stacked"
+        ]
         if size.num_layers <= _MAX_TIMED_LAYERS:
             say(f"mix: time at {size.num_layers} layers")
             rows += _time_rows(size, repetitions)
-    one = sizes[0]
     setting = (
         f"IIET, {one.num_corrections} corrections per layer, d {one.dim}, "
         f"ffn {one.dim * 11 // 4}, vocabulary {one.vocab_size}, {one.batch_size} x "
@@ -59,70 +106,231 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
     return Report(title="mix", setting=setting, rows=tuple(rows), checks=checks)
 
 
-def _check(size: StepSize, variant: Variant) -> str:
-    what = f"loss and gradients of lean and {variant}, {size.num_layers} layers in float64,"
-    return checked(what, largest_difference(size, variant), _TOLERANCE)
-
-
-def _memory_rows(size: StepSize) -> list[Row]:
-    stacked = peak_bytes(size, "stacked")
-    rows: list[Row] = []
-    limits: tuple[tuple[Variant, float], ...] = (("lean", 0.6), ("checkpointed", 0.2))
-    for variant, limit in limits:
-        own = peak_bytes(size, variant)
-        rows.append(
-            Row(
-                what=f"peak memory, {variant}, {size.num_layers} layers",
-                quantities=(_megabytes(variant, own), _megabytes("stacked", stacked)),
-                ratio=Spread.of([own / stacked]),
-                goal=_goal(size, limit),
-            )
-        )
-    return rows
-
-
 def _time_rows(size: StepSize, repetitions: int) -> list[Row]:
     decoder, input_ids = build(size)
 
     def task(variant: Variant) -> Callable[[], float]:
         def run() -> None:
             with written_as(variant, decoder):
-                step(decoder, input_ids)
+                _step(decoder, input_ids)
 
         return stopwatch(run)
 
-    seconds = take_turns({v: task(v) for v in VARIANTS}, repetitions=repetitions)
+    seconds = take_turns({v: task(v) for v in _VARIANTS}, repetitions=repetitions)
+    shares = [mix_share(decoder, input_ids) for _ in range(repetitions)]
     rows = [
         Row(
             what=f"step time, {variant}, {size.num_layers} layers",
-            quantities=(_milliseconds(variant, seconds), _milliseconds("stacked", seconds)),
+            quantities=tuple(Quantity.milliseconds(v, seconds[v]) for v in (variant, "stacked")),
             ratio=paired_ratio(seconds[variant], seconds["stacked"]),
-            goal=_goal(size, limit),
+            goal=_goal(size, f"time, {variant}"),
         )
-        for variant, limit in (("lean", 0.97), ("checkpointed", None))
+        for variant in _VARIANTS
+        if variant != "stacked"
     ]
-    return [*rows, _share_row(size, [mix_share(decoder, input_ids) for _ in range(repetitions)])]
-
-
-def _share_row(size: StepSize, shares: list[float]) -> Row:
-    percent = Spread.of([100 * share for share in shares])
-    return Row(
+    share = Row(
         what=f"the mix's share of a step, {size.num_layers} layers",
-        quantities=(Quantity("lean", percent, "%"),),
+        quantities=(Quantity("lean", Spread.of([100 * share for share in shares]), "%"),),
         ratio=Spread.of(shares),
-        goal=_goal(size, 0.05),
+        goal=_goal(size, "share"),
+    )
+    return [*rows, share]
+
+
+def _goal(size: StepSize, claim: str) -> Goal | None:
+    if size.num_layers != _GOAL_LAYERS or claim not in _GOALS:
+        return None
+    return Goal("at most", _GOALS[claim])
+
+
+# The step, and its variants.
+
+
+def build(size: StepSize) -> tuple[Decoder, Tensor]:
+    """Return a decoder whose rows of the mix all differ, and a batch of random tokens."""
+    config = shaped_config(
+        size.dim,
+        num_layers=size.num_layers,
+        vocab_size=size.vocab_size,
+        context_length=size.num_tokens,
+        num_corrections=size.num_corrections,
+    )
+    decoder = fresh_decoder(config)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if "mix.inner" in name or "mix.outer" in name:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    return decoder, torch.randint(size.vocab_size, (size.batch_size, size.num_tokens))
+
+
+def _step(decoder: Decoder, input_ids: Tensor) -> None:
+    torch.autograd.backward(next_token_loss(decoder(input_ids), input_ids))
+    decoder.zero_grad(set_to_none=False)
+
+
+@contextmanager
+def written_as(variant: Variant, decoder: Decoder) -> Iterator[None]:
+    """Run a decoder's steps as one variant within the context."""
+    decoder.activation_checkpointing = variant == "checkpointed"
+    try:
+        if variant == "stacked":
+            with mock.patch.object(
+                ImplicitEuler, "start", lambda embeddings, _: _StackedHistory((embeddings,))
+            ):
+                yield
+        else:
+            yield
+    finally:
+        decoder.activation_checkpointing = False
+
+
+@dataclass(frozen=True)
+class _StackedHistory:
+    """A history that stacks all estimates again for each sum and multiplies them by a whole row."""
+
+    estimates: tuple[Tensor, ...]
+
+    def sums(self, rows: Tensor) -> tuple[_StackedHistory, tuple[Tensor, ...]]:
+        return self, tuple(rows)  # Sums wait for the layer's own estimate.
+
+    def add(self, base: Tensor, estimate: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        row = torch.cat([base, weight[None]])
+        mixed: Tensor = torch.tensordot(row, torch.stack([*self.estimates, estimate]), dims=1)
+        return mixed.to(dtype)
+
+    def leave(
+        self, base: Tensor, estimate: Tensor, weight: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, _StackedHistory]:
+        hidden = self.add(base, estimate, weight, dtype)
+        return hidden, _StackedHistory((*self.estimates, estimate))
+
+
+def largest_difference(size: StepSize, variant: Variant) -> float:
+    """Return the largest relative difference of loss and gradients from those of `lean`.
+
+    Computed in float64 on few tokens; a gradient's difference is relative to its largest entry.
+    """
+    decoder, input_ids = build(size)
+    decoder.double()
+    few = input_ids[:1, :16]
+
+    def loss_and_gradients(variant: Variant) -> list[Tensor]:
+        with written_as(variant, decoder):
+            loss = next_token_loss(decoder(few), few)
+            return [loss.detach(), *torch.autograd.grad(loss, list(decoder.parameters()))]
+
+    return max(
+        ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item()
+        for a, b in zip(loss_and_gradients("lean"), loss_and_gradients(variant), strict=True)
     )
 
 
-def _goal(size: StepSize, limit: float | None) -> Goal | None:
-    if limit is None or size.num_layers != _GOAL_LAYERS:
-        return None
-    return Goal("at most", limit)
+# Peak memory. Resident memory is read, because it is what the machine must have; it includes the
+# kernels' workspace, which a sum of tensor sizes does not. A process's peak never falls, and its
+# allocator depends on what ran before, so each measurement has a fresh process. With these settings
+# of glibc's allocator, free large blocks return to the system at once, and the peak is that of live
+# memory, without fragments.
+
+_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
+}
+_STATUS = Path("/proc/self/status")
 
 
-def _megabytes(label: str, num_bytes: int) -> Quantity:
-    return Quantity(label, Spread.of([num_bytes / _MEGABYTE]), "MB")
+def peak_bytes(size: StepSize, variant: Variant) -> int:
+    """Return the bytes by which a step raises the resident memory of a fresh process.
+
+    Raises:
+        RuntimeError: the process failed; the message holds the end of its error output.
+    """
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.mix"),
+            *(json.dumps(asdict(size)), variant, str(torch.get_num_threads())),
+        ],
+        env={**os.environ, **_ALLOCATOR},
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {variant} failed: {done.stderr[-2000:]}")
+    return int(done.stdout)
 
 
-def _milliseconds(label: str, seconds: dict[str, list[float]]) -> Quantity:
-    return Quantity(label, Spread.of([1e3 * value for value in seconds[label]]), "ms")
+def _measure_memory_here(size: StepSize, variant: Variant) -> int:
+    decoder, input_ids = build(size)
+    with written_as(variant, decoder):
+        _step(decoder, input_ids[:1, :8])  # Makes the gradients.
+        before = _resident_bytes("VmRSS:")
+        _step(decoder, input_ids)
+    return _resident_bytes("VmHWM:") - before
+
+
+def _resident_bytes(key: str) -> int:
+    if not _STATUS.exists():  # On Linux `getrusage` would start at the parent's peak.
+        kilobyte = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
+    lines = _STATUS.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+# The share of a step, from the profiler's record of that step. The difference of two steps, one of
+# them without a mix, would be simpler, but the noise between two steps is larger than the share. In
+# the forward pass the functions of the mix are marked. In the backward pass autograd's records of
+# their derivatives count; they include the sum of an estimate's gradients over the layers that read
+# it.
+
+_WHOLE, _MIX = "benchmarks: step", "benchmarks: mix"
+_FORWARD = ((ImplicitEuler, "start"), (Mix, "forward"), (LayerMix, "point"), (LayerMix, "leave"))
+_BACKWARD = tuple(
+    f"autograd::engine::evaluate_function: {name}Backward"
+    for name in ("_Start", "_Sums", "_Leave", "_AddScaled")
+)
+
+
+def mix_share(decoder: Decoder, input_ids: Tensor) -> float:
+    """Run a training step on `input_ids`, (batch, time), and return the mix's share of its time."""
+    with ExitStack() as stack:
+        for owner, name in _FORWARD:
+            marked = _marked(getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, marked))
+        stack.enter_context(_without_profiler_messages())
+        record = stack.enter_context(profile(activities=[ProfilerActivity.CPU]))
+        stack.enter_context(record_function(_WHOLE))
+        _step(decoder, input_ids)
+    microseconds: dict[str, float] = {
+        event.key: event.cpu_time_total for event in record.key_averages()
+    }
+    # A renamed part must not count as nothing: a missing key is an error.
+    return sum(microseconds[key] for key in (_MIX, *_BACKWARD)) / microseconds[_WHOLE]
+
+
+def _marked(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        with record_function(_MIX):
+            return function(*args, **kwargs)
+
+    return marked
+
+
+@contextmanager
+def _without_profiler_messages() -> Iterator[None]:
+    """Drop the messages that the profiler's native library writes to standard error."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[3]))
+    print(_measure_memory_here(StepSize(**json.loads(sys.argv[1])), sys.argv[2]))  # type: ignore[arg-type]

@@ -7,9 +7,15 @@ it show the noise.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
+import transformers
 from rich.table import Table
 
 from benchmarks.timing import Spread
@@ -22,21 +28,27 @@ class Goal:
     kind: Literal["at most", "at least"]
     limit: float
 
-    def met_by(self, value: float) -> bool:
-        return value <= self.limit if self.kind == "at most" else value >= self.limit
-
     def __str__(self) -> str:
         return f"{self.kind} {self.limit:g}"
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """One measured quantity."""
+    """One measured quantity of a program or variant."""
 
     label: str
-    """The program or variant that was measured."""
     spread: Spread
     unit: str
+
+    @classmethod
+    def one(cls, label: str, value: float, unit: str) -> Quantity:
+        """Return a quantity that was measured once."""
+        return cls(label, Spread.of([value]), unit)
+
+    @classmethod
+    def milliseconds(cls, label: str, seconds: Sequence[float]) -> Quantity:
+        """Summarize times that were measured in seconds."""
+        return cls(label, Spread.of([1e3 * value for value in seconds]), "ms")
 
     def __str__(self) -> str:
         return f"{self.label} {_digits(self.spread)} {self.unit}"
@@ -49,7 +61,6 @@ class Row:
     what: str
     """What was compared, at which size."""
     quantities: tuple[Quantity, ...]
-    """The measured quantities."""
     ratio: Spread | None = None
     """The first quantity over the second, unless `what` says otherwise; None for a row without a
     comparison."""
@@ -61,11 +72,9 @@ class Row:
         """Whether the goal is met; None without one."""
         if self.goal is None or self.ratio is None:
             return None
-        return self.goal.met_by(self.ratio.median)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, including `met`."""
-        return {**asdict(self), "met": self.met}
+        if self.goal.kind == "at most":
+            return self.ratio.median <= self.goal.limit
+        return self.ratio.median >= self.goal.limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,28 +85,20 @@ class Report:
     setting: str
     """Sizes and conditions in one sentence."""
     rows: tuple[Row, ...]
-    checks: tuple[str, ...] = field(default=())
+    checks: tuple[str, ...] = ()
     """The equalities checked before measuring."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        rows = [row.to_dict() for row in self.rows]
-        return {
-            "title": self.title,
-            "setting": self.setting,
-            "checks": list(self.checks),
-            "rows": rows,
-        }
+        """Return plain JSON values, with `met` in each row."""
+        rows = [{**asdict(row), "met": row.met} for row in self.rows]
+        return {**asdict(self), "checks": list(self.checks), "rows": rows}
 
     def table(self) -> Table:
         """Return the report as a table."""
         caption = "\n".join([self.setting, *(f"checked: {check}" for check in self.checks)])
         table = Table(title=self.title, caption=caption, caption_justify="left", expand=False)
-        table.add_column("what")
-        table.add_column("median (quartiles)")
-        table.add_column("ratio", justify="right")
-        table.add_column("goal", justify="right")
-        table.add_column("met", justify="right")
+        for head in ("what", "median (quartiles)", "ratio", "goal", "met"):
+            table.add_column(head, justify="right" if head in ("ratio", "goal", "met") else "left")
         for row in self.rows:
             table.add_row(
                 row.what,
@@ -118,6 +119,23 @@ def checked(what: str, difference: float, tolerance: float) -> str:
     if not difference <= tolerance:
         raise ArithmeticError(f"{what} differ by {difference:.1e}, allowed are {tolerance:.0e}")
     return f"{what} differ by at most {difference:.1e}"
+
+
+def machine_facts() -> dict[str, str | int | float]:
+    """Return processor, threads, versions and the current load of the machine."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cpus": os.cpu_count() or 1,
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else -1.0,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "transformers": str(transformers.__version__),
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
 
 
 def _digits(spread: Spread) -> str:

@@ -1,11 +1,11 @@
-"""The shape that all benchmarks share: heads of 64, a feed-forward width of 2.75 d."""
+"""What several benchmarks share: one shape of models, and a check of decoded tokens."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from iiet.config import ModelConfig, preset
-from iiet.decoder import Decoder
+from iiet import Decoder, ModelConfig, generate, preset
 
 
 def shaped_config(
@@ -17,7 +17,7 @@ def shaped_config(
     method: str = "iiet",
     num_corrections: int | None = None,
 ) -> ModelConfig:
-    """Return a config of that shape; below a width of 64 there is one head.
+    """Return a config with heads of 64 (below that width one head) and a feed-forward of 2.75 d.
 
     `num_corrections` is per layer; None: the preset's.
     """
@@ -39,3 +39,22 @@ def fresh_decoder(config: ModelConfig) -> Decoder:
     """Return a decoder with the same weights at each call."""
     torch.manual_seed(0)
     return Decoder(config)
+
+
+def random_tokens(vocab_size: int, *shape: int) -> Tensor:
+    """Return the same tokens at each call."""
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def largest_regret(decoder: Decoder, prompt: Tensor, new_tokens: int) -> float:
+    """Return by how much a greedily decoded token's logit is below the largest one, at most.
+
+    Logits are those of the full forward pass, the unit is their standard deviation. Rounding alone
+    makes it positive where two tokens are almost equally likely.
+    """
+    tokens = generate(decoder.eval(), prompt, max_new_tokens=new_tokens)
+    with torch.inference_mode():
+        logits = decoder(tokens)[:, prompt.size(1) - 1 : -1].float()
+    chosen = logits.gather(-1, tokens[:, prompt.size(1) :, None])
+    regret = (logits.amax(-1, keepdim=True) - chosen).max() / logits.std()
+    return float(regret)

@@ -43,8 +43,6 @@ from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import open_workspace
 
-__all__ = ["measure"]
-
 _GOAL = {(256, 1): Goal("at least", 1.2), (512, 1): Goal("at least", 1.2)}
 _ACCEPTANCES = (0.6, 0.7, 0.8, 0.9, 0.95)
 _FIXED = 4
@@ -96,15 +94,15 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
     `quick`: tiny sizes, which only test the benchmark. `say` reports progress.
     """
     size = _QUICK if quick else _FULL
-    text = _Text(size)
+    train, held_out = _read_text(size)
     rows: list[Row] = []
     checks: list[str] = []
     for dim in size.dims:
         say(f"speculation: training d {dim}")
-        models = _trained(size, dim, text)
+        models = _trained(size, dim, train)
         for batch_size in size.batch_sizes:
             say(f"speculation: d {dim}, batch {batch_size}")
-            prompt = text.prompts(batch_size, size.prompt_tokens)
+            prompt = _windows(held_out, batch_size, size.prompt_tokens, seed=0)
             checks.append(_check(models, prompt))
             rows += _rows(models, prompt, size)
     setting = (
@@ -117,24 +115,15 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
     return Report(title="speculation", setting=setting, rows=tuple(rows), checks=tuple(checks))
 
 
-class _Text:
-    """Python's documentation as tokens; prompts come from its held-out part."""
-
-    def __init__(self, size: _Size) -> None:
-        data = DataSettings(vocab_size=size.vocab_size, max_documents=size.max_documents)
-        with tempfile.TemporaryDirectory() as folder:
-            store = open_tokens(prepare(data, open_workspace(Path(folder)), Progress()))
-            self._train, self._held_out = (
-                torch.from_numpy(part.astype("int64")) for part in (store.train, store.validation)
-            )
-
-    def batch(self, num_tokens: int, *, step: int) -> Tensor:
-        """Draw eight training sequences, (8, tokens)."""
-        return _windows(self._train, 8, num_tokens, seed=step)
-
-    def prompts(self, batch_size: int, num_tokens: int) -> Tensor:
-        """Draw held-out sequences, (batch, tokens)."""
-        return _windows(self._held_out, batch_size, num_tokens, seed=0)
+def _read_text(size: _Size) -> tuple[Tensor, Tensor]:
+    """Return Python's documentation as tokens: those for training, and the held-out ones."""
+    data = DataSettings(vocab_size=size.vocab_size, max_documents=size.max_documents)
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_tokens(prepare(data, open_workspace(Path(folder)), Progress()))
+        train, held_out = (
+            torch.from_numpy(part.astype("int64")) for part in (store.train, store.validation)
+        )
+    return train, held_out
 
 
 def _windows(tokens: Tensor, count: int, num_tokens: int, *, seed: int) -> Tensor:
@@ -143,7 +132,7 @@ def _windows(tokens: Tensor, count: int, num_tokens: int, *, seed: int) -> Tenso
     return torch.stack([tokens[start : start + num_tokens] for start in starts.tolist()])
 
 
-def _trained(size: _Size, dim: int, text: _Text) -> _Models:
+def _trained(size: _Size, dim: int, tokens: Tensor) -> _Models:
     shape: dict[str, Any] = {
         "vocab_size": size.vocab_size,
         # Both ends of a step of fixed length fit.
@@ -154,19 +143,19 @@ def _trained(size: _Size, dim: int, text: _Text) -> _Models:
     )
     full = fresh_decoder(config)
     none = IterationSchedule.none(size.num_layers)
-    _train(full, [full.schedule, none], size, text)
+    _train(full, [full.schedule, none], size, tokens)
     small = fresh_decoder(shaped_config(dim // 2, num_layers=2, method="vanilla", **shape))
-    _train(small, [None], size, text)
+    _train(small, [None], size, tokens)
     return _Models(full.eval(), full.eval().with_schedule(none), small.eval())
 
 
 def _train(
-    decoder: Decoder, schedules: list[IterationSchedule | None], size: _Size, text: _Text
+    decoder: Decoder, schedules: list[IterationSchedule | None], size: _Size, tokens: Tensor
 ) -> None:
     optimizer = torch.optim.AdamW(decoder.parameters())
     rate = OneCycleLR(optimizer, max_lr=2e-3, total_steps=size.training_steps)
     for step in range(size.training_steps):
-        ids = text.batch(size.context_length, step=step)
+        ids = _windows(tokens, 8, size.context_length, seed=step)
         for schedule in schedules:
             torch.autograd.backward(next_token_loss(decoder(ids, schedule=schedule), ids))
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
@@ -210,8 +199,8 @@ def _rows(models: _Models, prompt: Tensor, size: _Size) -> list[Row]:
         Row(
             what=f"plain / {name}, {place}",
             quantities=(
-                _milliseconds("plain", seconds["plain"]),
-                _milliseconds(name, seconds[name]),
+                Quantity.milliseconds("plain", seconds["plain"]),
+                Quantity.milliseconds(name, seconds[name]),
                 *_acceptance(records[name]),
             ),
             ratio=paired_ratio(seconds["plain"], seconds[name]),
@@ -235,10 +224,10 @@ def _prediction_row(
     return Row(
         what=f"speed-up with {_FIXED} drafted tokens, predicted / measured, {place}",
         quantities=(
-            Quantity("predicted", Spread.of([predicted]), "times"),
+            Quantity.one("predicted", predicted, "times"),
             Quantity("measured", measured, "times"),
-            Quantity("draft step", Spread.of([draft_cost]), "plain steps"),
-            Quantity("further verified token", Spread.of([token_cost]), "plain steps"),
+            Quantity.one("draft step", draft_cost, "plain steps"),
+            Quantity.one("further verified token", token_cost, "plain steps"),
             *_acceptance(record),
         ),
         ratio=Spread(
@@ -257,8 +246,8 @@ def _table_row(place: str, acceptance: float, costs: tuple[float, float]) -> Row
     return Row(
         what=f"predicted speed-up at acceptance {acceptance:.0%}, {place}",
         quantities=(
-            Quantity("gain", Spread.of([gains[best]]), "times"),
-            Quantity("with", Spread.of([float(best)]), "drafted tokens"),
+            Quantity.one("gain", gains[best], "times"),
+            Quantity.one("with", best, "drafted tokens"),
         ),
     )
 
@@ -266,9 +255,9 @@ def _table_row(place: str, acceptance: float, costs: tuple[float, float]) -> Row
 def _acceptance(record: DraftRecord) -> tuple[Quantity, ...]:
     acceptance, tokens = record.acceptance or 0.0, record.tokens_per_verification or 1.0
     return (
-        Quantity("accepted", Spread.of([100 * acceptance]), "%"),
-        Quantity("per verification", Spread.of([tokens]), "tokens"),
-        Quantity("plain steps", Spread.of([float(record.plain_steps)]), "in all"),
+        Quantity.one("accepted", 100 * acceptance, "%"),
+        Quantity.one("per verification", tokens, "tokens"),
+        Quantity.one("plain steps", record.plain_steps, "in all"),
     )
 
 
@@ -311,7 +300,3 @@ def _pass(decoder: Decoder, prompt: Tensor, num_tokens: int) -> Callable[[], flo
         decoder(tokens, cache=cache)
 
     return stopwatch(read)
-
-
-def _milliseconds(label: str, seconds: list[float]) -> Quantity:
-    return Quantity(label, Spread.of([1e3 * value for value in seconds]), "ms")

@@ -24,26 +24,22 @@ import torch
 
 from benchmarks.report import Goal, Quantity, Report, Row, checked
 from benchmarks.shape import shaped_config
-from benchmarks.timing import Spread
+from benchmarks.timing import Spread, paired_ratio
 from iiet.influence import InfluenceTable
 from iiet.pruning import schedule_at_threshold
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import prepare
-from orchestrator.pipelines.sweeps import load_tasks, plan_suite
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
 from orchestrator.sweeping.execution import run_sweep
+from orchestrator.sweeping.plan import load_tasks, plan_suite, threshold_plan
 from orchestrator.sweeping.selection import choose_members
-from orchestrator.sweeping.student_plans import threshold_plan
 from orchestrator.sweeping.trial_run import measure_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import open_tracking
 from orchestrator.training.run import run_job
 from orchestrator.workspace.layout import DONE_NAME, Workspace, open_workspace
-
-__all__ = ["measure"]
 
 _NUM_THRESHOLDS = 50
 _MINUTE = 60.0
@@ -171,21 +167,19 @@ class _Bench:
         )
         # From the end of the first trial on: the time before it is the start.
         swept_each, looped_each = ([b - a for a, b in pairwise(t)] for t in (ends, loop_ends))
-        quantities = tuple(
-            Quantity(label, Spread.of(each), "s")
-            for label, each in (("sweep", swept_each), ("loop", looped_each))
-        )
         extra = [a - b for a, b in zip(swept_each, looped_each, strict=True)]
-        added = Quantity("added by the sweep", Spread.of(extra), "s")
         rows = [
             Row(
                 what="a trial in a sweep / in a loop",
-                quantities=quantities,
-                ratio=Spread.of([a / b for a, b in zip(swept_each, looped_each, strict=True)]),
+                quantities=(
+                    Quantity("sweep", Spread.of(swept_each), "s"),
+                    Quantity("loop", Spread.of(looped_each), "s"),
+                ),
+                ratio=paired_ratio(swept_each, looped_each),
             ),
             Row(
                 what="the same for trials of a minute (at most 3 s more)",
-                quantities=(added,),
+                quantities=(Quantity("added by the sweep", Spread.of(extra), "s"),),
                 ratio=Spread.of([(_MINUTE + seconds) / _MINUTE for seconds in extra]),
                 goal=Goal("at most", 1.05) if self.size.has_goals else None,
             ),
@@ -200,14 +194,13 @@ class _Bench:
         planned = {t.model.corrections for t in plan.trials if t.role == "trial"}
         wanted = {schedule_at_threshold(self.influence, t) for t in thresholds}
         check = checked("schedules planned and asked for", float(len(planned ^ wanted)), 0.0)
-        num_trials = float(len(planned))
         row = Row(
             what="thresholds asked for / trials",
             quantities=(
-                Quantity("thresholds", Spread.of([float(_NUM_THRESHOLDS)]), ""),
-                Quantity("trials", Spread.of([num_trials]), ""),
+                Quantity.one("thresholds", _NUM_THRESHOLDS, ""),
+                Quantity.one("trials", len(planned), ""),
             ),
-            ratio=Spread.of([_NUM_THRESHOLDS / num_trials]),
+            ratio=Spread.of([_NUM_THRESHOLDS / len(planned)]),
         )
         return row, check
 
@@ -216,17 +209,19 @@ class _Bench:
         workspace = open_workspace(self.folder / "resumed")
         plan = self.plan(workspace)
         for trial in plan.trials:
-            _finish(trial)
+            trial.with_numbers("quality", {"accuracy": 0.5}).write(trial.result_path)
         seconds = []
         for _ in range(3):
             started = time.perf_counter()
             run_sweep(plan, self.settings(), workspace, tracking=open_tracking(workspace))
             seconds.append(time.perf_counter() - started)
         # The first run creates the database and measures the time per token.
-        again = Quantity("again", Spread.of(seconds[1:]), "s")
         return Row(
             what=f"a rerun of a finished sweep of {len(plan.trials)} models",
-            quantities=(again, _seconds("first", seconds[0])),
+            quantities=(
+                Quantity("again", Spread.of(seconds[1:]), "s"),
+                Quantity.one("first", seconds[0], "s"),
+            ),
         )
 
     def stopped(self) -> Row:
@@ -247,8 +242,8 @@ class _Bench:
         return Row(
             what=f"a trial stopped at step {half}: from the call to its first new numbers",
             quantities=(
-                _seconds("resumed", reported[0][1] - started),
-                _seconds("a step", step),
+                Quantity.one("resumed", reported[0][1] - started, "s"),
+                Quantity.one("a step", step, "s"),
             ),
         )
 
@@ -256,11 +251,3 @@ class _Bench:
 def _losses(trials: Sequence[Trial]) -> list[float]:
     texts = [(Path(trial.folder) / DONE_NAME).read_text() for trial in trials]
     return [float(json.loads(text)["validation_loss"]) for text in texts]
-
-
-def _finish(trial: Trial) -> None:
-    trial.model_copy(update={"quality": {"accuracy": 0.5}}).write(trial.result_path)
-
-
-def _seconds(label: str, seconds: float) -> Quantity:
-    return Quantity(label, Spread.of([seconds]), "s")

@@ -4,27 +4,64 @@ Four questions, at steps of about half a second: how much longer is a step than 
 PyTorch loop on the same weights and batches; what does a checkpoint cost at a given interval; what
 share of a step waits for its batch; how much faster are two workers than one with the same global
 batch. The losses of both loops must be bitwise equal before anything is timed.
+
+A step's time is from one report of the loss to the next, so everything between two steps counts,
+but nothing before the first or after the last. Workers connect through a file and average by gloo,
+as under Ray Train, whose start would take longer than the benchmark.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import random
 import statistics
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import count, pairwise
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+from torch import nn
+
 from benchmarks.report import Goal, Quantity, Report, Row, checked
+from benchmarks.shape import shaped_config
 from benchmarks.timing import Spread, paired_ratio, take_turns
-from benchmarks.training_runs import Runs, RunSize, Steps
+from iiet.batch import Batch
+from iiet.decoder import Decoder
+from iiet.losses import next_token_loss
+from orchestrator.data.corpus import Document
+from orchestrator.data.sources import open_data
+from orchestrator.data.tokenization import write_tokens
+from orchestrator.records.training import TrainingJob
+from orchestrator.settings import DataSettings, TrainingSettings
+from orchestrator.training.distributed import World
+from orchestrator.training.job import sequences_per_step
+from orchestrator.training.learning_rate import learning_rate_at
+from orchestrator.training.optimizer import make_optimizer, set_learning_rate
+from orchestrator.training.run import run_job
+from orchestrator.workspace.journal import read_journal
 
-__all__ = ["measure"]
 
-_FULL = RunSize(
-    dim=256, num_layers=6, vocab_size=4096, context_length=128, num_sequences=4, num_steps=9
-)
-_QUICK = RunSize(
-    dim=32, num_layers=2, vocab_size=512, context_length=16, num_sequences=4, num_steps=5
-)
+@dataclass(frozen=True, kw_only=True)
+class _Size:
+    dim: int = 256
+    num_layers: int = 6
+    vocab_size: int = 4096
+    context_length: int = 128
+    num_sequences: int = 4
+    """Sequences of one step."""
+    num_steps: int = 9
+    """Steps of one run."""
+
+
+_FULL = _Size()
+_QUICK = _Size(dim=32, num_layers=2, vocab_size=512, context_length=16, num_steps=5)
 _CHECKPOINT_EVERY = 2
 """Steps between checkpoints in the measured runs."""
 _INTERVAL = 200
@@ -38,86 +75,236 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
     """
     size, repetitions = (_QUICK, 2) if quick else (_FULL, 4)
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(size, Path(folder))
+        runs = _Runs(size, Path(folder))
         say("training: bare loop and whole loop")
-        checks = [_same_losses(runs)]
+        pairs = zip(runs.ours().losses, runs.bare().losses, strict=True)
+        largest = max(abs(a - b) for a, b in pairs)
+        checks = [checked("losses of the whole loop and of a bare one", largest, 0.0)]
         rows = _rows(runs, repetitions, has_goals=not quick)
         say("training: one worker and two")
-        row, check = _workers(runs, 1 if quick else 3)
+        tasks = {"one": lambda: runs.workers(1), "two": lambda: runs.workers(2)}
+        found = take_turns(tasks, repetitions=1 if quick else 3, warm_ups=0)
+    pairs = zip(found["one"][0].losses, found["two"][0].losses, strict=True)
+    largest = max(abs(a - b) for a, b in pairs)
+    checks.append(checked("losses of one worker and of two", largest, 1e-4))
+    step = {name: [run.median for run in found[name]] for name in tasks}
+    rows.append(
+        Row(
+            what="a step of one worker / of two, the same global batch",
+            quantities=tuple(Quantity.milliseconds(name, step[name]) for name in tasks),
+            ratio=paired_ratio(step["one"], step["two"]),
+        )
+    )
     setting = (
         f"IIET r = 1, d {size.dim}, {size.num_layers} layers, vocabulary {size.vocab_size}, "
         f"{size.num_sequences} x {size.context_length} tokens a step, float32, runs of "
         f"{size.num_steps} steps in turns, {repetitions} repetitions; a step is from one report of "
         "the loss to the next, without validation; workers average by gloo, one thread each"
     )
-    return Report(title="training", setting=setting, rows=(*rows, row), checks=(*checks, check))
+    return Report(title="training", setting=setting, rows=tuple(rows), checks=tuple(checks))
 
 
-def _same_losses(runs: Runs) -> str:
-    ours, bare = runs.ours().losses, runs.bare().losses
-    largest = max(abs(a - b) for a, b in zip(ours, bare, strict=True))
-    return checked("losses of the whole loop and of a bare one", largest, 0.0)
-
-
-def _rows(runs: Runs, repetitions: int, *, has_goals: bool) -> list[Row]:
-    tasks: dict[str, Callable[[], Steps]] = {
-        "ours": runs.ours,
+def _rows(runs: _Runs, repetitions: int, *, has_goals: bool) -> list[Row]:
+    tasks: dict[str, Callable[[], _Steps]] = {
+        "whole": runs.ours,
         "bare": runs.bare,
         "saving": lambda: runs.ours(checkpoint_every_steps=_CHECKPOINT_EVERY),
     }
-    found = take_turns(tasks, repetitions=repetitions, warm_ups=1)
-    # The median over a run's steps is robust against steps that the system disturbed.
-    step = {
-        name: [statistics.median(steps.seconds) for steps in turns] for name, turns in found.items()
-    }
-    whole = {name: [sum(steps.seconds) for steps in turns] for name, turns in found.items()}
+    found = take_turns(tasks, repetitions=repetitions)
+    step = {name: [run.median for run in found[name]] for name in tasks}
     # The last checkpoint comes after the last step's report.
     num_saved = (runs.size.num_steps - 1) // _CHECKPOINT_EVERY
     stalls = [
-        (saving - ours) / num_saved
-        for saving, ours in zip(whole["saving"], whole["ours"], strict=True)
+        (sum(saving.seconds) - sum(whole.seconds)) / num_saved
+        for saving, whole in zip(found["saving"], found["whole"], strict=True)
     ]
-    with_saves = [
-        _INTERVAL * seconds + max(stall, 0.0)
-        for seconds, stall in zip(step["ours"], stalls, strict=True)
-    ]
+    interval = [_INTERVAL * seconds for seconds in step["whole"]]
+    with_save = [a + max(stall, 0.0) for a, stall in zip(interval, stalls, strict=True)]
     loading = [runs.loading() for _ in range(repetitions)]
+
+    def row(
+        what: str, *times: tuple[str, list[float]], ratio: Spread, most: float | None = None
+    ) -> Row:
+        return Row(
+            what=what,
+            quantities=tuple(Quantity.milliseconds(*each) for each in times),
+            ratio=ratio,
+            goal=Goal("at most", most) if most is not None and has_goals else None,
+        )
+
+    whole, bare = ("whole", step["whole"]), ("bare", step["bare"])
     return [
-        Row(
-            what="a step of the whole loop / of a bare PyTorch loop",
-            quantities=(_milliseconds("whole", step["ours"]), _milliseconds("bare", step["bare"])),
-            ratio=paired_ratio(step["ours"], step["bare"]),
-            goal=Goal("at most", 1.03) if has_goals else None,
+        row(
+            "a step of the whole loop / of a bare PyTorch loop",
+            *(whole, bare),
+            ratio=paired_ratio(whole[1], bare[1]),
+            most=1.03,
         ),
-        Row(
-            what=f"{_INTERVAL} steps with one checkpoint / without",
-            quantities=(_milliseconds("checkpoint", stalls), _milliseconds("step", step["ours"])),
-            ratio=paired_ratio(with_saves, [_INTERVAL * seconds for seconds in step["ours"]]),
+        row(
+            f"{_INTERVAL} steps with one checkpoint / without",
+            *(("checkpoint", stalls), ("step", step["whole"])),
+            ratio=paired_ratio(with_save, interval),
         ),
-        Row(
-            what="a step's batch from the tokens / the step",
-            quantities=(_milliseconds("batch", loading), _milliseconds("step", step["ours"])),
-            ratio=paired_ratio(loading, step["ours"]),
-            goal=Goal("at most", 0.01) if has_goals else None,
+        row(
+            "a step's batch from the tokens / the step",
+            *(("batch", loading), ("step", step["whole"])),
+            ratio=paired_ratio(loading, step["whole"]),
+            most=0.01,
         ),
     ]
 
 
-def _workers(runs: Runs, repetitions: int) -> tuple[Row, str]:
-    tasks = {"one": lambda: runs.workers(1), "two": lambda: runs.workers(2)}
-    found = take_turns(tasks, repetitions=repetitions, warm_ups=0)
-    pairs = zip(found["one"][0].losses, found["two"][0].losses, strict=True)
-    check = checked("losses of one worker and of two", max(abs(a - b) for a, b in pairs), 1e-4)
-    one, two = (
-        [statistics.median(steps.seconds) for steps in found[name]] for name in ("one", "two")
-    )
-    row = Row(
-        what="a step of one worker / of two, the same global batch",
-        quantities=(_milliseconds("one", one), _milliseconds("two", two)),
-        ratio=paired_ratio(one, two),
-    )
-    return row, check
+@dataclass(frozen=True)
+class _Steps:
+    """The measurements of a run."""
+
+    seconds: list[float]
+    """Seconds of each step except the first."""
+    losses: list[float]
+
+    @property
+    def median(self) -> float:
+        """Robust against steps that the system disturbed."""
+        return statistics.median(self.seconds)
 
 
-def _milliseconds(label: str, seconds: list[float]) -> Quantity:
-    return Quantity(label, Spread.of([1e3 * value for value in seconds]), "ms")
+class _Runs:
+    """Runs of one size on made-up text; `folder` holds tokens and runs."""
+
+    def __init__(self, size: _Size, folder: Path) -> None:
+        self.size, self.folder = size, folder
+        draw = random.Random(0)
+        letters = "abcdefghijklmnop"
+        words = ["".join(draw.choices(letters, k=draw.randint(2, 8))) for _ in range(500)]
+        documents = [Document(" ".join(draw.choices(words, k=400)), "made up") for _ in range(400)]
+        settings = DataSettings(vocab_size=300)
+        self.tokens = write_tokens(folder / "tokens", documents, settings, resume_key="text")
+        self._numbers = count()
+
+    def job(self, *, checkpoint_every_steps: int | None = None) -> TrainingJob:
+        """Return a job with a new folder."""
+        size = self.size
+        config = shaped_config(
+            size.dim,
+            num_layers=size.num_layers,
+            vocab_size=size.vocab_size,
+            context_length=size.context_length,
+            num_corrections=1,
+        )
+        return TrainingJob(
+            run_folder=str(self.folder / f"run-{next(self._numbers)}"),
+            tokens_folder=str(self.tokens),
+            model=config,
+            recipe=TrainingSettings(
+                num_steps=size.num_steps,
+                num_tokens_per_step=size.num_sequences * size.context_length,
+                iterate_from_fraction=0.0,
+                validate_every_steps=size.num_steps,
+                num_validation_tokens=size.context_length,
+                checkpoint_every_steps=checkpoint_every_steps or size.num_steps,
+            ),
+        )
+
+    def ours(self, *, checkpoint_every_steps: int | None = None) -> _Steps:
+        """Run the whole loop, with batches from the memory-mapped tokens, journal and checks."""
+        times: list[float] = []
+        losses: list[float] = []
+
+        def report(_: int, numbers: Mapping[str, float]) -> None:
+            if "train/loss" in numbers:
+                times.append(time.perf_counter())
+                losses.append(numbers["train/loss"])
+
+        run_job(self.job(checkpoint_every_steps=checkpoint_every_steps), report=report)
+        return _Steps([b - a for a, b in pairwise(times)], losses)
+
+    def bare(self) -> _Steps:
+        """Run the same steps in a dozen lines of plain PyTorch."""
+        job = self.job()
+        recipe = job.recipe
+        torch.manual_seed(recipe.seed)
+        decoder = Decoder(job.model).train()
+        optimizer = make_optimizer(decoder, recipe)
+        batches = [self.batch(job, step).input_ids for step in range(recipe.num_steps)]
+        times: list[float] = []
+        losses: list[float] = []
+        for step, input_ids in enumerate(batches):
+            set_learning_rate(optimizer, learning_rate_at(step, recipe))
+            loss = next_token_loss(decoder(input_ids), input_ids)
+            torch.autograd.backward(loss)
+            nn.utils.clip_grad_norm_(decoder.parameters(), recipe.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+            times.append(time.perf_counter())
+        return _Steps([b - a for a, b in pairwise(times)], losses)
+
+    def batch(self, job: TrainingJob, step: int) -> Batch:
+        """Return the batch of a step, read as the loop reads it."""
+        return open_data(job.tokens_folder).batch(
+            step,
+            context_length=job.model.context_length,
+            seed=job.recipe.seed,
+            global_batch=sequences_per_step(job.recipe, job.model),
+        )
+
+    def loading(self) -> float:
+        """Return the seconds that the loop spends on one step's batch."""
+        job = self.job()
+        started = time.perf_counter()
+        for step in range(self.size.num_steps):
+            self.batch(job, step)
+        return (time.perf_counter() - started) / self.size.num_steps
+
+    def workers(self, num_workers: int) -> _Steps:
+        """Run the whole loop in processes of one thread each.
+
+        Raises:
+            RuntimeError: a process failed; the message holds the end of its error output.
+        """
+        job = self.job()
+        job.folder.mkdir()
+        request = self.folder / f"{job.folder.name}.json"
+        request.write_text(job.model_dump_json(), encoding="utf-8")
+        processes = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "benchmarks.training"),
+                    *(str(request), str(rank), str(num_workers)),
+                ],
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).resolve().parent.parent,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(num_workers)
+        ]
+        errors = [process.communicate()[1] for process in processes]
+        if any(process.returncode for process in processes):
+            raise RuntimeError(f"{num_workers} workers failed: {''.join(errors)[-2000:]}")
+        records = [
+            record["values"]
+            for record in read_journal(job.folder)[0]
+            if "train/loss" in record.get("values", {})
+        ]
+        tokens = job.recipe.num_tokens_per_step
+        return _Steps(
+            [tokens / values["train/tokens_per_second"] for values in records[1:]],
+            [values["train/loss"] for values in records],
+        )
+
+
+def _run_worker(request: Path, rank: int, size: int) -> None:
+    """Run the part of one of several workers in this process."""
+    torch.set_num_threads(1)
+    if size > 1:
+        meeting = f"file://{request}.meeting"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+    job = TrainingJob.model_validate(json.loads(request.read_text(encoding="utf-8")))
+    run_job(job, world=World(rank=rank, size=size))
+    if size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _run_worker(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import altair
+from altair import Chart, InlineData, Scale
 from depth_arms import (
     DAMPED,
     DRAWN,
@@ -23,27 +26,25 @@ from depth_arms import (
     vanilla_name,
 )
 from depth_results import ArmResult
-from matplotlib.axes import Axes as Panel
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from orchestrator.reporting.figure_style import (
+from orchestrator.reporting.charts import (
     BLUE,
-    DOTS_PER_INCH,
     GRAY,
     GREEN,
-    GRID,
     INK,
     ORANGE,
     PINK,
     RED,
     SKY,
-    save_figure,
+    STAR,
+    chart_spec,
+    save_chart,
 )
 from orchestrator.terminal.render import format_count
 
 SHIFT = 1.035
 """Factor between the places of two models of the same cost."""
+DEEPER = "vanilla, more layers"
 
 
 def write_figure(arms: Mapping[str, ArmResult], choices: Choices, stem: Path) -> list[Path]:
@@ -58,40 +59,47 @@ def write_figure(arms: Mapping[str, ArmResult], choices: Choices, stem: Path) ->
         for layers in (*choices.layers, *choices.more_layers)
         if any(name in arms for name in _names(layers, choices))
     ] or [choices.layers[0]]
-    size = (4.2 * len(numbers) + 0.4, 4.6)
-    figure = Figure(figsize=size, layout="constrained", dpi=DOTS_PER_INCH)
-    panels = figure.subplots(1, len(numbers), squeeze=False, sharey=True)[0]
-    for panel, layers in zip(panels, numbers, strict=True):
-        _draw_panel(panel, arms, choices, layers)
-    panels[0].set_ylabel("accuracy % (mean over the seeds)")
-    handles = {
-        label: handle
-        for panel in panels
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=2 + len(numbers), fontsize=7.5
-    )
-    return save_figure(figure, stem)
+    panels = [_panel(arms, choices, layers) for layers in numbers]
+    whole = altair.hconcat(*panels).resolve_scale(y="shared")
+    return save_chart(chart_spec(whole), stem)
 
 
-def _draw_panel(panel: Panel, arms: Mapping[str, ArmResult], choices: Choices, layers: int) -> None:
+def _panel(arms: Mapping[str, ArmResult], choices: Choices, layers: int) -> altair.LayerChart:
     deepest = layers * (1 + max(choices.corrections))
     depths = [vanilla_name(depth) for depth in range(layers, deepest + 1)]
-    _draw(panel, arms, depths, "vanilla, more layers", GRAY, "o-")
-    for label, color, style, places, names in _lines(layers, choices):
-        _draw(panel, arms, names, label, color, style, shift=SHIFT**places)
-    panel.set_title(format_count(layers, "layer"), fontsize=10, color=INK)
-    panel.set_xlabel("NFE per token")
-    panel.set_xscale("log", base=2)
+    series = [(DEEPER, GRAY, "circle", 0, depths), *_lines(layers, choices)]
+    rows: list[dict[str, Any]] = [
+        {
+            "label": label,
+            "cost": arm.evaluations * SHIFT**places,
+            "accuracy": 100 * arm.accuracy,
+            "least": 100 * min(arm.accuracies.values()),
+            "most": 100 * max(arm.accuracies.values()),
+        }
+        for label, _, _, places, names in series
+        for arm in (arms[name] for name in names if name in arms)
+    ]
+    labels, colors, shapes = ([*column] for column in zip(*(s[:3] for s in series), strict=True))
     # Ticks at the costs that occur.
     costs = {arms[n].evaluations for n in (*depths, *_names(layers, choices)) if n in arms}
-    panel.xaxis.set_major_locator(FixedLocator(sorted(costs)))
-    panel.xaxis.set_major_formatter(ScalarFormatter())
-    panel.xaxis.set_minor_locator(NullLocator())
-    panel.grid(True, color=GRID, lw=0.6)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
+    legend = altair.Legend(title=None, orient="bottom", columns=2, labelLimit=240)
+    models = Chart(InlineData(values=rows)).encode(
+        x=altair.X(
+            "cost:Q",
+            title="NFE per token",
+            scale=Scale(type="log", base=2, nice=False, padding=12),
+            axis=altair.Axis(values=sorted(costs), format="d"),
+        ),
+        color=altair.Color("label:N", scale=Scale(domain=labels, range=colors), legend=legend),
+    )
+    accuracy = altair.Y("accuracy:Q", title="accuracy % (mean over the seeds)")
+    accuracy.scale = Scale(zero=False)
+    shape = altair.Shape("label:N", scale=Scale(domain=labels, range=shapes), legend=legend)
+    return altair.layer(
+        models.mark_rule().encode(y=altair.Y("least:Q", scale=Scale(zero=False)), y2="most:Q"),
+        models.mark_line(strokeWidth=1.4).encode(y=accuracy),
+        models.mark_point(filled=True, size=60, opacity=1).encode(y=accuracy, shape=shape),
+    ).properties(title=format_count(layers, "layer"), width=330, height=330)
 
 
 def _names(layers: int, choices: Choices) -> list[str]:
@@ -99,7 +107,7 @@ def _names(layers: int, choices: Choices) -> list[str]:
 
 
 def _lines(layers: int, choices: Choices) -> list[tuple[str, str, str, int, list[str]]]:
-    """Return label, color, style, places to the right and the arms' names of each line.
+    """Return label, color, shape, places to the right and the arms' names of each line.
 
     Most lines are single points.
     """
@@ -108,34 +116,11 @@ def _lines(layers: int, choices: Choices) -> list[tuple[str, str, str, int, list
     most = plain[-1]
     shown = ", ".join(map(str, (0, *choices.corrections)))
     return [
-        (f"IIET, r = {shown}", BLUE, "s-", 0, plain),
-        ("the whole stack repeated", RED, "D-", 1, loops),
-        ("IIET in two stages", SKY, "v", -2, [most + TWO_STAGES]),
-        ("prediction reinjected", GREEN, "^", -1, [most + REINJECTED]),
-        ("learned damping", PINK, "P", 2, [most + DAMPED]),
-        ("schedules drawn", INK, "X", 3, [most + DRAWN]),
-        (PCFORMER, ORANGE, "*", 0, [pcformer_name(layers)]),
+        (f"IIET, r = {shown}", BLUE, "square", 0, plain),
+        ("the whole stack repeated", RED, "diamond", 1, loops),
+        ("IIET in two stages", SKY, "triangle-down", -2, [most + TWO_STAGES]),
+        ("prediction reinjected", GREEN, "triangle-up", -1, [most + REINJECTED]),
+        ("learned damping", PINK, "cross", 2, [most + DAMPED]),
+        ("schedules drawn", INK, "triangle-right", 3, [most + DRAWN]),
+        (PCFORMER, ORANGE, STAR, 0, [pcformer_name(layers)]),
     ]
-
-
-def _draw(
-    panel: Panel,
-    arms: Mapping[str, ArmResult],
-    names: list[str],
-    label: str,
-    color: str,
-    style: str,
-    *,
-    shift: float = 1.0,
-) -> None:
-    found = [arms[name] for name in names if name in arms]
-    if not found:
-        return
-    xs = [arm.evaluations * shift for arm in found]
-    ys = [100 * arm.accuracy for arm in found]
-    least = [100 * (arm.accuracy - min(arm.accuracies.values())) for arm in found]
-    most = [100 * (max(arm.accuracies.values()) - arm.accuracy) for arm in found]
-    panel.errorbar(
-        xs, ys, (least, most), fmt=style, color=color, label=label, lw=1.4, ms=6, capsize=2,
-        elinewidth=0.8,
-    )  # fmt: skip

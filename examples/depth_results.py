@@ -32,7 +32,7 @@ BATCH_SIZE = 128
 """Sequences in one forward pass; the readings do not depend on it, except for rounding."""
 RATE_STEP = 2.0
 """Factor between a learning rate and the next one beyond the tried ones."""
-LOSS, ACCURACY = "validation_loss", "accuracy"
+LOSS, ACCURACY = "quality/validation_loss", "quality/accuracy"
 
 
 class Reading(Record):
@@ -142,15 +142,15 @@ def arm_result(
         num_layers=trials[0].model.num_layers,
         evaluations=cost.evaluations_per_token,
         num_parameters=cost.num_parameters,
-        training_flops=trials[0].train.flops or 0.0,
+        training_flops=trials[0].numbers.get("train/flops", 0.0),
         losses_by_rate=dict(losses_by_rate),
         mean_losses=dict(mean_losses),
         best_rate=rates_by_loss(mean_losses)[0],
         seeds={
             seed_of(trial): SeedResult(
                 readings=readings[trial.key],
-                heldout_accuracy=trial.quality.get(ACCURACY),
-                seconds=trial.train.seconds or 0.0,
+                heldout_accuracy=trial.numbers.get(ACCURACY),
+                seconds=trial.numbers.get("train/seconds", 0.0),
             )
             for trial in trials
         },

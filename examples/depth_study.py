@@ -251,7 +251,7 @@ class DepthStudy:
         for trial in trials:
             by_rate.setdefault(rate_of(trial), []).append(trial)
         means = {
-            rate: statistics.fmean(trial.quality[LOSS] for trial in seeds)
+            rate: statistics.fmean(trial.numbers[LOSS] for trial in seeds)
             for rate, seeds in by_rate.items()
         }
         best = by_rate[rates_by_loss(means)[0]]
@@ -271,7 +271,7 @@ class DepthStudy:
     def _first_losses(self, trials: Sequence[Trial]) -> dict[float, float]:
         """Return learning rate -> validation loss at the first seed."""
         first = [trial for trial in trials if seed_of(trial) == self.seeds[0]]
-        return {rate_of(trial): trial.quality[LOSS] for trial in first}
+        return {rate_of(trial): trial.numbers[LOSS] for trial in first}
 
     def _seeds_at(self, arm: Arm, losses: Mapping[float, float]) -> list[SweepModel]:
         """Return the models of all seeds at the best rates of the first seed."""

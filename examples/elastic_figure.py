@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from matplotlib import colormaps
-from matplotlib.axes import Axes as Panel
-from matplotlib.figure import Figure
+import altair
+from altair import Chart, InlineData, Scale
 
-from orchestrator.reporting.figure_style import DOTS_PER_INCH, GRAY, GRID, INK, save_figure
+from orchestrator.reporting.charts import GRAY, INK, chart_spec, save_chart
 
 Lines = dict[str, list[tuple[float, float]]]
 """Schedule -> share of the training FLOPs, and how much worse than its student."""
@@ -31,37 +30,36 @@ def write_figure(
         max_share: Largest share of the FLOPs that is allowed.
         stem: Path without the ending.
     """
-    size = (4.6 * len(panels) + 0.4, 4.2)
-    figure = Figure(figsize=size, layout="constrained", dpi=DOTS_PER_INCH)
-    for panel, (teacher, content) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
-        _draw_panel(panel, teacher, *content, max_share)
-    return save_figure(figure, stem)
+    charts = [_panel(teacher, *content, max_share) for teacher, content in panels.items()]
+    whole = altair.hconcat(*charts).resolve_scale(color="independent", shape="independent")
+    return save_chart(chart_spec(whole), stem)
 
 
-def _draw_panel(
-    panel: Panel, teacher: str, label: str, lines: Lines, most: float, max_share: float
-) -> None:
-    for color, marker, (name, points) in zip(
-        _shades(len(lines)), "osD^vP*X<>" * 3, lines.items(), strict=False
-    ):
-        shares, worse = zip(*sorted(points), strict=True)
-        percents = [100 * share for share in shares]
-        panel.plot(percents, worse, f"{marker}-", color=color, lw=1.3, ms=5, label=name)
-    panel.axhline(most, color=GRAY, ls="--", lw=1)
-    panel.axvline(100 * max_share, color=GRAY, ls="--", lw=1)
-    panel.axhline(0, color=INK, lw=0.6)
-    panel.set_xlim(left=0)
-    panel.set_title(teacher, fontsize=10, color=INK)
-    panel.set_xlabel("training FLOPs, % of the separate students'")
-    panel.set_ylabel(label)
-    panel.grid(True, color=GRID, lw=0.6)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(title="schedule", fontsize=7, title_fontsize=7.5)
-
-
-def _shades(count: int) -> list[tuple[float, float, float]]:
+def _panel(
+    teacher: str, label: str, lines: Lines, most: float, max_share: float
+) -> altair.LayerChart:
+    rows = [
+        {"schedule": name, "percent": 100 * share, "worse": worse}
+        for name, points in lines.items()
+        for share, worse in points
+    ]
     # From the costliest schedule, dark, to the cheapest, light.
-    return [colormaps["viridis"](0.85 * n / max(count - 1, 1))[:3] for n in range(count)]
+    shades = Scale(domain=[*lines], scheme=altair.SchemeParams("viridis", extent=[0, 0.85]))
+    x = altair.X("percent:Q", title="training FLOPs, % of the separate students'")
+    y = altair.Y("worse:Q", title=label)
+    shape = altair.Shape("schedule:N", scale=Scale(domain=[*lines]))
+    curves = Chart(InlineData(values=rows)).encode(
+        x, y, altair.Color("schedule:O", scale=shades, sort=[*lines])
+    )
+    bars = [
+        Chart(InlineData(values=[bar])).mark_rule(color=color, strokeDash=dash).encode(**place)
+        for bar, place, color, dash in (
+            ({"worse": most}, {"y": "worse:Q"}, GRAY, [6, 4]),
+            ({"percent": 100 * max_share}, {"x": "percent:Q"}, GRAY, [6, 4]),
+            ({"worse": 0.0}, {"y": "worse:Q"}, INK, [1, 0]),
+        )
+    ]
+    points = curves.mark_point(filled=True, size=50).encode(shape)
+    return altair.layer(*bars, curves.mark_line(strokeWidth=1.3), points).properties(
+        title=teacher, width=360, height=320
+    )

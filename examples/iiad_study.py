@@ -63,7 +63,7 @@ from orchestrator.workspace.files import write_text
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
 TWO_STAGES = ", two stages"
-LOSS = "validation_loss"
+LOSS = "quality/validation_loss"
 _BY_CHOICE = ("cosine", "relative", "loss", "knapsack")
 """Fronts that differ in which schedules they hold; the others differ in how those are trained."""
 
@@ -274,7 +274,7 @@ class _Study:
         if most < wanted:  # The teacher failed; another one's students would not compare.
             raise_failures(self.failures)
         fullest = [r for r in phases.best.values() if sum(r.schedule or ()) == most]
-        teacher = min(fullest, key=lambda result: result.quality[LOSS])
+        teacher = min(fullest, key=lambda result: result.numbers[LOSS])
         baselines = {
             name: Path(str(phases.best[name].checkpoint))
             for name in (BASELINE_METHOD, model_label(teacher.method, 0))
@@ -347,7 +347,7 @@ def _label(name: str, rate: float, rates: Sequence[float]) -> str:
 
 
 def _best_rate(tried: Mapping[float, Trial]) -> float:
-    return min(tried, key=lambda rate: tried[rate].quality[LOSS])
+    return min(tried, key=lambda rate: tried[rate].numbers[LOSS])
 
 
 def _contenders(settings: Settings, two_stage_from: float | None) -> Iterable[_Contender]:

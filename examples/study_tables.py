@@ -20,7 +20,8 @@ from orchestrator.settings import BASELINE_METHOD
 from orchestrator.sweeping.model_plans import model_label
 from orchestrator.terminal.render import format_with_error
 
-LOSS, BITS, ACCURACY = "validation_loss", "bits_per_byte", "accuracy"
+LOSS, BITS = "quality/validation_loss", "quality/bits_per_byte"
+ACCURACY = "quality/accuracy"
 _ERRORS = (
     "± is one standard error: over the items for models with one seed, over the items and the "
     "seeds together for models with several. Differences of losses are taken seed by seed, and "
@@ -64,8 +65,8 @@ def losses_by_seed(results: Sequence[Trial]) -> dict[str, dict[int, float]]:
     """Return model -> seed -> validation loss; results without a seed are left out."""
     found: dict[str, dict[int, float]] = {}
     for result in results:
-        if result.seed is not None and LOSS in result.quality:
-            found.setdefault(result.group or result.label, {})[result.seed] = result.quality[LOSS]
+        if result.seed is not None and LOSS in result.numbers:
+            found.setdefault(result.group or result.label, {})[result.seed] = result.numbers[LOSS]
     return found
 
 
@@ -85,8 +86,7 @@ def study_markdown(phases: Phases, ways: Ways, pictures: Sequence[Path]) -> str:
 
 def _cost(result: Trial) -> float:
     """Return the NFE of a measured model."""
-    assert result.cost.evaluations is not None
-    return result.cost.evaluations
+    return result.numbers["cost/evaluations"]
 
 
 def _claims(phases: Phases, ways: Ways) -> Iterator[str]:
@@ -105,29 +105,29 @@ def _claims(phases: Phases, ways: Ways) -> Iterator[str]:
     least = len(teacher.schedule or ())
     overhead = _cost(teacher) - least
     within = [r for r in students if _cost(r) - least <= (1 - PAPER_SAVED) * overhead + 1e-9]
-    if within and overhead and teacher.quality[ACCURACY]:
+    if within and overhead and teacher.numbers[ACCURACY]:
         # By loss: the best of several accuracies on the same items would be biased upwards.
-        best = min(within, key=lambda r: r.quality[LOSS])
-        share = best.quality[ACCURACY] / teacher.quality[ACCURACY]
+        best = min(within, key=lambda r: r.numbers[LOSS])
+        share = best.numbers[ACCURACY] / teacher.numbers[ACCURACY]
         saved = 1 - (_cost(best) - least) / overhead
         yield (
             f"students with {PAPER_SAVED:.0%} less overhead: the one with the lowest loss, "
             f"{best.name}, saves {saved:.0%} of the corrections and keeps {share:.1%} of its "
-            f"teacher's accuracy (the paper: {PAPER_KEPT:.1%}); loss {best.quality[LOSS]:.3f} "
-            f"against {teacher.quality[LOSS]:.3f}"
+            f"teacher's accuracy (the paper: {PAPER_KEPT:.1%}); loss {best.numbers[LOSS]:.3f} "
+            f"against {teacher.numbers[LOSS]:.3f}"
         )
 
 
 def _difference(phases: Phases, name: str, other: str) -> str:
     mine, theirs = phases.tokens[name], phases.tokens[other]
-    loss = f"{mine.quality[LOSS] - theirs.quality[LOSS]:+.3f}"
+    loss = f"{mine.numbers[LOSS] - theirs.numbers[LOSS]:+.3f}"
     own, others = (phases.losses.get(each, {}) for each in (name, other))
     by_seed = [own[seed] - others[seed] for seed in own if seed in others]
     if len(by_seed) > 1:
         error = statistics.stdev(by_seed) / math.sqrt(len(by_seed))
         loss = f"{statistics.mean(by_seed):+.3f} ± {error:.3f}"
-    accuracy = f"{100 * (mine.quality[ACCURACY] - theirs.quality[ACCURACY]):+.2f}"
-    errors = [each.quality.get(ACCURACY + STDERR_SUFFIX) for each in (mine, theirs)]
+    accuracy = f"{100 * (mine.numbers[ACCURACY] - theirs.numbers[ACCURACY]):+.2f}"
+    errors = [each.numbers.get(ACCURACY + STDERR_SUFFIX) for each in (mine, theirs)]
     known = [error for error in errors if error is not None]
     if len(known) == len(errors):  # Assumed independent.
         accuracy += f" ± {100 * math.hypot(*known):.2f}"
@@ -138,8 +138,8 @@ def _rates(phases: Phases) -> list[str]:
     rates = sorted({rate for own in phases.by_rate.values() for rate in own})
     rows = [["model", *(f"{rate:g}" for rate in rates)]]
     for name, own in phases.by_rate.items():
-        least = min(result.quality[LOSS] for result in own.values())
-        cells = [f"{own[r].quality[LOSS]:.3f}" if r in own else "" for r in rates]
+        least = min(result.numbers[LOSS] for result in own.values())
+        cells = [f"{own[r].numbers[LOSS]:.3f}" if r in own else "" for r in rates]
         rows.append([name, *(f"**{c}**" if c == f"{least:.3f}" else c for c in cells)])
     return _table(rows)
 
@@ -154,12 +154,12 @@ def _models(models: Mapping[str, Trial]) -> list[str]:
             [
                 name,
                 f"{_cost(result):.0f}",
-                f"{result.train.flops:.2e}",
-                f"{result.train.tokens:,.0f}",
+                f"{result.numbers['train/flops']:.2e}",
+                f"{result.numbers['train/tokens']:,.0f}",
                 _number(result, LOSS),
                 _number(result, BITS),
                 _number(result, ACCURACY),
-                f"{result.train.seeds or 1:.0f}",
+                f"{result.numbers.get('train/seeds', 1):.0f}",
             ]
         )
     return _table(rows)
@@ -189,10 +189,10 @@ def _cell(result: Trial | None, name: str | None) -> str:
 
 
 def _number(result: Trial, name: str, *, with_errors: bool = True) -> str:
-    if name not in result.quality:
+    if name not in result.numbers:
         return ""
-    error = result.quality.get(name + STDERR_SUFFIX) if with_errors else None
-    return format_with_error(result.quality[name], error, is_percent=name == ACCURACY)
+    error = result.numbers.get(name + STDERR_SUFFIX) if with_errors else None
+    return format_with_error(result.numbers[name], error, is_percent=name == ACCURACY)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.sweeps import (
         PlannedSweep,
         ReportResult,
-        SweepModel,
         SweepResult,
         plan_sweep,
         report,
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from orchestrator.records.trial import Trial
     from orchestrator.reporting.pick_rules import PickRule
     from orchestrator.settings import Settings, read_settings
+    from orchestrator.sweeping.plan import SweepModel
     from orchestrator.terminal.progress import Progress, terminal_progress
     from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
     from orchestrator.workspace.layout import Workspace
@@ -73,7 +73,6 @@ _MODULES = {
     "pipelines.sweeps": (
         "PlannedSweep",
         "ReportResult",
-        "SweepModel",
         "SweepResult",
         "plan_sweep",
         "report",
@@ -93,6 +92,7 @@ _MODULES = {
     "records.trial": ("Trial",),
     "reporting.pick_rules": ("PickRule",),
     "settings": ("Settings", "read_settings"),
+    "sweeping.plan": ("SweepModel",),
     "terminal.progress": ("Progress", "terminal_progress"),
     "workspace.errors": ("Interrupted", "RunFailed", "UserError"),
     "workspace.layout": ("Workspace",),

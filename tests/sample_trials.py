@@ -20,7 +20,10 @@ from orchestrator.workspace.layout import Workspace
 def sample_trial(
     *, key: str = "k", method: str = "iiet", schedule: tuple[int, ...] | None = None, **values: Any
 ) -> Trial:
-    """Return a trial of a tiny model; other fields of `Trial` are given by name."""
+    """Return a trial of a tiny model; other fields of `Trial` are given by name.
+
+    Numbers are given by group, as `cost={"evaluations": 6}`.
+    """
     corrections = schedule or (0,) * 6
     model = ModelConfig(
         vocab_size=300,
@@ -33,8 +36,12 @@ def sample_trial(
         method=method,
         schedule=IterationSchedule(corrections) if METHODS[method].has_corrections else None,
     )
+    groups = {name: values.pop(name, {}) for name in ("cost", "quality", "train", "decoding")}
     given = {"role": "trial", "folder": "", "suite": TrialSuite(tokens_folder=""), **values}
-    return Trial(key=key, model=model, **given)
+    trial = Trial(key=key, model=model, **given)
+    for group, numbers in groups.items():
+        trial = trial.with_numbers(group, numbers)
+    return trial
 
 
 def with_items(

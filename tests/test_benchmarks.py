@@ -12,8 +12,7 @@ import torch
 from gguf_files import tiny_llama, write_llama
 
 from benchmarks.__main__ import BENCHMARKS, main
-from benchmarks.mix_share import mix_share
-from benchmarks.mix_variants import StepSize, build, largest_difference, written_as
+from benchmarks.mix import StepSize, build, largest_difference, mix_share, written_as
 from benchmarks.report import Goal, Quantity, Row, checked
 from benchmarks.timing import Line, Spread, paired_ratio, stopwatch, take_turns
 from iiet.methods.implicit_euler import ImplicitEuler
@@ -27,16 +26,12 @@ NUM_ROWS = {
     "training": 4,
     "evaluation": 2,
     "sweep": 5,
-    "many_trials": 14,
-    "tracking_load": 10,
-    "model_size": 6,
 }
 """Rows of a quick run."""
-SLOW = ("mix", "training", "evaluation", "model_size")
-"""They start processes, run whole trials, or take longer than two seconds."""
-LONG = ("sweep", "many_trials", "tracking_load")
-"""They run whole sweeps, or MLflow's server."""
-MARKS = {**dict.fromkeys(SLOW, pytest.mark.slow), **dict.fromkeys(LONG, pytest.mark.long)}
+MARKS = {
+    **dict.fromkeys(("mix", "training", "evaluation"), pytest.mark.slow),  # They start processes.
+    "sweep": pytest.mark.long,
+}
 
 
 @pytest.mark.parametrize(
@@ -176,7 +171,7 @@ def test_the_check_of_the_mix_finds_a_wrong_one(monkeypatch: pytest.MonkeyPatch)
     assert largest_difference(size, "stacked") < 1e-9
     assert largest_difference(size, "checkpointed") < 1e-9
     monkeypatch.setattr(
-        "benchmarks.mix_variants.torch.tensordot",
+        "benchmarks.mix.torch.tensordot",
         lambda weights, stacked, dims: torch.einsum("k,k...->...", weights.flip(0), stacked),
     )
     assert largest_difference(size, "stacked") > 1e-3
@@ -198,30 +193,3 @@ def test_the_share_finds_all_parts_of_the_mix_and_leaves_no_marks() -> None:
     lean = ImplicitEuler.start
     assert 0 < mix_share(decoder, input_ids) < 1
     assert ImplicitEuler.start == lean
-
-
-def test_the_figure_of_model_sizes_draws_every_cost(tmp_path: Path) -> None:
-    from benchmarks.model_size import COSTS
-    from benchmarks.model_size_figure import main as draw
-
-    def quantity(label: str, value: float) -> dict[str, object]:
-        return {"label": label, "spread": {"median": value, "low": value, "high": value}}
-
-    rows = [
-        {
-            "what": f"{cost}, {label} / vanilla, {size}M parameters",
-            "quantities": [
-                quantity(label, ratio * size),
-                quantity("vanilla", size),
-                quantity("size", size),
-            ],
-            "ratio": {"median": ratio, "low": ratio - 0.1, "high": ratio + 0.1},
-        }
-        for cost in COSTS
-        for size in (1.0, 3.0)
-        for label, ratio in (("r = 1", 1.9), ("r = 3", 3.7))
-    ]
-    numbers = tmp_path / "numbers.json"
-    numbers.write_text(json.dumps({"benchmarks": {"model_size": {"rows": rows}}}))
-    draw(numbers, tmp_path / "figure")
-    assert (tmp_path / "figure.png").stat().st_size > 10_000

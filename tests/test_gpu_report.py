@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -13,13 +15,19 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import parity
-from benchmarks.gpu.finding import Finding, Section, SectionResult, Skipped
-from benchmarks.gpu.report import to_dict, to_markdown
-from benchmarks.gpu.section_process import run_in_process
-from benchmarks.gpu.sections import SECTIONS, run_section
-from benchmarks.gpu.setup import Setup
-from benchmarks.gpu.synchronizations import counted_synchronizations
+from benchmarks.gpu import training
+from benchmarks.gpu.__main__ import SECTIONS
+from benchmarks.gpu.report import (
+    Finding,
+    Section,
+    SectionResult,
+    Setup,
+    Skipped,
+    run_in_process,
+    run_section,
+    to_dict,
+    to_markdown,
+)
 
 SKIPPED_ON_CPUS = {"synchronizations"}
 SLOW = {
@@ -90,15 +98,15 @@ def test_mistakes_are_named_before_anything_runs(
 def test_a_gradient_that_differs_fails_the_section(
     toy: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computed = parity._outputs
+    computed = training.model_outputs
     calls = iter(range(100))
 
-    def spoiled(*arguments: object, **options: object) -> parity._Outputs:
+    def spoiled(*arguments: object, **options: object) -> training.Outputs:
         outputs = computed(*arguments, **options)  # type: ignore[arg-type]
         is_bf16_of_vanilla = next(calls) == 2
         return outputs._replace(gradient=-outputs.gradient) if is_bf16_of_vanilla else outputs
 
-    monkeypatch.setattr(parity, "_outputs", spoiled)
+    monkeypatch.setattr(training, "model_outputs", spoiled)
     result = run_section(SECTIONS["parity"], toy)
     assert result.status == "failed"
     assert result.problems == ["vanilla, bf16: wrong gradient"]
@@ -145,9 +153,23 @@ def test_a_section_that_takes_too_long_is_ended_and_fails(toy: Setup) -> None:
     assert time.monotonic() - started < 60
 
 
+def killed(_: Setup) -> Iterator[Finding]:
+    yield Finding(what="first", figures={"value": 1.0})
+    print("a last word", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_section_whose_process_dies_keeps_what_it_found(toy: Setup) -> None:
+    result = run_in_process(section(killed), toy)
+    assert [finding.what for finding in result.findings] == ["first"]
+    assert result.reasons == ["its process ended with exit code -9"]
+    assert "a last word" in result.details
+
+
 def test_waits_are_counted_by_step_and_place() -> None:
     text = "called a synchronizing CUDA operation"
-    with counted_synchronizations() as counted:
+    with training.counted_waits() as counted:
         for number in (2, 0, 3):
             for _ in range(number):
                 warnings.warn(text, stacklevel=1)

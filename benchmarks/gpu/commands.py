@@ -1,22 +1,34 @@
-"""Runs `iiet-orch` commands in processes of their own, and reads the runs that they leave."""
+"""Sections that run `iiet-orch` as a user would: a killed training, two workers, a sweep."""
 
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.workspace.journal import Record, read_journal
-from orchestrator.workspace.layout import open_workspace
+import torch
+from safetensors.torch import load_file
 
-POLL_SECONDS = 0.02
-NUM_LINES_SHOWN = 15
-"""Last lines of a failed command's output in the report."""
+from benchmarks.gpu.report import (
+    NUM_COMPARED,
+    ROUNDED_LOSS,
+    TOY_MODEL,
+    Figure,
+    Finding,
+    Setup,
+    Skipped,
+    problem_unless,
+)
+from iiet.weights import WEIGHTS
+from orchestrator.reporting.results import load_sweep_results
+from orchestrator.workspace.journal import Record, read_journal
+from orchestrator.workspace.layout import find_checkpoints, open_workspace
 
 
 class CommandFailed(Exception):
@@ -24,14 +36,13 @@ class CommandFailed(Exception):
 
 
 @dataclass(frozen=True)
-class RunRecord:
-    """The journal of a run."""
+class _Run:
+    """The journal of a run that a command has made."""
 
     folder: Path
 
     @property
     def records(self) -> list[Record]:
-        """All records; none before the run has started."""
         return read_journal(self.folder)[0]
 
     def values(self, metric: str) -> dict[int, float]:
@@ -43,21 +54,38 @@ class RunRecord:
         }
 
     def events(self, name: str) -> list[Record]:
-        """Return the events of a name, in order."""
         return [record for record in self.records if record.get("name") == name]
 
 
-class Commands:
-    """Commands of one workspace."""
+class _Commands:
+    """`iiet-orch` commands of one workspace, in processes of their own."""
 
-    def __init__(self, workspace: Path, environment: Mapping[str, str] | None = None) -> None:
-        self.workspace = open_workspace(workspace)
-        self._environment = {**os.environ, **(environment or {})}
-        self._log = workspace / "commands.log"
+    def __init__(self, setup: Setup, name: str) -> None:
+        self.workspace = open_workspace(setup.folder / name)
+        self._log = self.workspace.root / "commands.log"
+        data = setup.data
+        self._settings: dict[str, Any] = {
+            "data.vocab_size": data.vocab_size,
+            "model.corrections": 1,
+            "training.iterate_from_fraction": 0.0,
+            "training.learning_rate": 1e-3,
+            "training.warmup_steps": 10,
+        }
+        if setup.is_toy:
+            shape = {name: size for name, size in TOY_MODEL.items() if name != "vocab_size"}
+            self._settings |= {f"model.{name}": size for name, size in shape.items()} | {
+                "data.max_documents": data.max_documents,
+                "model.context_length": 64,
+                "training.num_tokens_per_step": 4 * 64,
+                "training.num_validation_tokens": 64,
+                "evaluation.num_items": 20,
+            }
+        else:
+            self._settings |= {"model.preset": "55m", "training.num_tokens_per_step": 8 * 2048}
 
-    def run_record(self, name: str) -> RunRecord:
+    def run_record(self, name: str) -> _Run:
         """Return the journal of `pretrain --name NAME`."""
-        return RunRecord(self.workspace.runs / name)
+        return _Run(self.workspace.runs / name)
 
     def run(self, *arguments: str, settings: Mapping[str, Any]) -> float:
         """Run a command to its end and return its seconds.
@@ -83,24 +111,172 @@ class Commands:
         while not condition():
             if (code := process.poll()) is not None:
                 raise CommandFailed(self._failure(arguments, code))
-            time.sleep(POLL_SECONDS)
+            time.sleep(0.02)
         process.kill()
         process.wait()
 
-    def _start(
-        self, arguments: Sequence[str], settings: Mapping[str, Any]
-    ) -> subprocess.Popen[bytes]:
+    def _start(self, arguments: Sequence[str], more: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+        settings = {**self._settings, **more}
         options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         call = [sys.executable, "-m", "orchestrator.cli", *arguments, *options]
         call += ["--workspace", str(self.workspace.root)]
         with self._log.open("ab") as log:
             log.write(f"\n$ iiet-orch {' '.join(call[3:])}\n".encode())
             log.flush()
-            return subprocess.Popen(
-                call, stdout=log, stderr=subprocess.STDOUT, env=self._environment
-            )
+            return subprocess.Popen(call, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
 
     def _failure(self, arguments: Sequence[str], code: int) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        end = "\n".join(lines[-NUM_LINES_SHOWN:])
+        end = "\n".join(lines[-15:])
         return f"iiet-orch {arguments[0]} ended with exit code {code}\n{end}"
+
+
+WEIGHT_TOLERANCE = 1e-2
+"""On GPUs: relative difference of the weights of a resumed training after the last step."""
+NUM_WORKERS = 2
+NUM_TRIALS = 2
+
+
+def resume(setup: Setup) -> Iterator[Finding]:
+    """Compare a training that is killed after its first checkpoint and resumed with a whole one.
+
+    On a CPU losses and weights must be bitwise those of the whole run; on a GPU they agree up to
+    rounding, because some kernels add in another order each time.
+    """
+    commands = _Commands(setup, "resume")
+    steps, every = (120, 30) if setup.is_toy else (60, 20)
+    settings = {
+        "training.num_steps": steps,
+        "training.checkpoint_every_steps": every,
+        "training.validate_every_steps": steps,
+    }
+    # Ray takes seconds to start, which a toy does not have.
+    place = ["--gpus", "1"] if setup.device == "cuda" else ["--local"]
+    commands.run("pretrain", "--name", "whole", *place, settings=settings)
+    whole, killed = commands.run_record("whole"), commands.run_record("killed")
+    again = ["pretrain", "--name", "killed", *place]
+    commands.kill_when(lambda: bool(find_checkpoints(killed.folder)), *again, settings=settings)
+    seconds = commands.run(*again, settings=settings)
+    resumed = [event["step"] for event in killed.events("resumed")]
+    if not resumed:
+        yield Finding(what="resumed", problem="it started from the beginning, or never stopped")
+        return
+    yield Finding(
+        what="resumed", figures={"after step": resumed[0], "whole second command (s)": seconds}
+    )
+
+    ours, theirs = killed.values("train/loss"), whole.values("train/loss")
+    if ours.keys() != theirs.keys():
+        yield Finding(what="losses", problem="the runs recorded other steps")
+        return
+    difference = max(abs(ours[step] - theirs[step]) for step in theirs)
+    tolerance = ROUNDED_LOSS if setup.device == "cuda" else 0.0
+    yield Finding(
+        what=f"losses of {len(theirs)} steps",
+        figures={"largest difference": difference, "tolerance": tolerance},
+        problem=problem_unless(difference, tolerance, f"they differ by {difference:.2g} nats"),
+    )
+
+    weights = [load_file(find_checkpoints(r.folder)[-1] / WEIGHTS) for r in (killed, whole)]
+    flat = [torch.cat([w[name].double().flatten() for name in weights[1]]) for w in weights]
+    difference = ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
+    tolerance = WEIGHT_TOLERANCE if setup.device == "cuda" else 0.0
+    yield Finding(
+        what="weights after the last step",
+        figures={"relative difference": difference, "tolerance": tolerance},
+        problem=problem_unless(difference, tolerance, f"they differ by {difference:.2g}"),
+    )
+
+
+def workers(setup: Setup) -> Iterator[Finding]:
+    """Train with one worker, and with two (DDP, FSDP) that share the same global batch.
+
+    Raises:
+        Skipped: If there is one GPU.
+    """
+    if setup.device == "cuda" and setup.num_gpus < NUM_WORKERS:
+        raise Skipped(f"needs {NUM_WORKERS} GPUs, and this machine has {setup.num_gpus}")
+    commands = _Commands(setup, "workers")
+    count = "--gpus" if setup.device == "cuda" else "--workers"
+    steps = 6 if setup.is_toy else 40
+    names = ("num_steps", "validate_every_steps", "checkpoint_every_steps")
+    settings = {f"training.{name}": steps for name in names}
+    commands.run("pretrain", "--name", "one", count, "1", settings=settings)
+    one = commands.run_record("one")
+    yield Finding(what="one worker", figures={"tokens/s": _tokens_per_second(one)})
+    alone = one.values("train/loss")
+    compared = sorted(alone)[:NUM_COMPARED]
+    tolerance = ROUNDED_LOSS if setup.device == "cuda" else 1e-4
+    for parallel in ("ddp", "fsdp"):
+        arguments = ["pretrain", "--name", parallel, count, str(NUM_WORKERS)]
+        commands.run(*arguments, settings={**settings, "cluster.parallel": parallel})
+        run = commands.run_record(parallel)
+        ours = run.values("train/loss")
+        difference = max(abs(ours[step] - alone[step]) for step in compared)
+        differ = f"losses differ by {difference:.2g} nats from those of one worker"
+        problem = problem_unless(difference, tolerance, differ)
+        if (num_workers := run.events("started")[0]["num_workers"]) != NUM_WORKERS:
+            problem = f"it ran with {num_workers} workers"
+        yield Finding(
+            what=f"{NUM_WORKERS} workers, {parallel}",
+            figures={
+                "tokens/s": _tokens_per_second(run),
+                "two / one": _tokens_per_second(run) / _tokens_per_second(one),
+                f"largest loss difference, {len(compared)} steps": difference,
+                "tolerance": tolerance,
+            },
+            problem=problem,
+        )
+
+
+def _tokens_per_second(run: _Run) -> float:
+    values = list(run.values("train/tokens_per_second").values())
+    return statistics.median(values[len(values) // 2 :])
+
+
+def sweep(setup: Setup) -> Iterator[Finding]:
+    """Run a sweep of two trials with each share of a GPU that this machine allows.
+
+    With two GPUs both trials run at once. With one GPU they run one after the other, and in a
+    second sweep at once, with half of it each. On a CPU the sweep runs without GPUs.
+    """
+    shares: dict[str, float | None] = {"on CPUs": None}
+    if setup.device == "cuda":
+        shares = {"one GPU for each trial": 1.0}
+        shares |= {"half a GPU for each trial": 0.5} if setup.num_gpus == 1 else {}
+    for what, share in shares.items():
+        # A workspace of its own: another sweep's finished trials would be found again.
+        commands = _Commands(setup, what.replace(" ", "-"))
+        steps = 4 if setup.is_toy else 60
+        settings: dict[str, Any] = {
+            "sweep.methods": "[vanilla, iiet]",
+            "sweep.iterations": "[1]",
+            "training.num_steps": steps,
+            "training.checkpoint_every_steps": steps,
+        }
+        if share:
+            settings["cluster.num_gpus"] = min(setup.num_gpus, NUM_TRIALS)
+            settings["sweep.gpus_per_trial"] = share
+        seconds = commands.run("sweep-iterations", "--name", "two", settings=settings)
+        runs = [_Run(path) for path in sorted(commands.workspace.runs.iterdir())]
+        spans = [(run.records[0]["time"], run.records[-1]["time"]) for run in runs]
+        overlap = min(end for _, end in spans) - max(start for start, _ in spans)
+        figures: dict[str, Figure] = {
+            "seconds": seconds,
+            "overlap (s)": max(0.0, overlap / 1000),  # Both trials trained.
+        }
+        starts = [run.events("started")[0] for run in runs]
+        gpus = [str(start.get("visible_gpus")) for start in starts]
+        if share:
+            figures["GPUs of the trials"] = " and ".join(gpus)
+
+        trials = load_sweep_results(commands.workspace, "two").results
+        num_finished = sum(trial.value("quality/accuracy") is not None for trial in trials)
+        problem = None
+        if num_finished != NUM_TRIALS:
+            problem = f"{num_finished} of {NUM_TRIALS} trials have an accuracy"
+        elif devices := {str(start["device"]) for start in starts} - {setup.device}:
+            problem = f"trials ran on {', '.join(devices)}, not on {setup.device}"
+        elif share == 1.0 and setup.num_gpus >= NUM_TRIALS and len(set(gpus)) != NUM_TRIALS:
+            problem = f"both trials ran on GPU {gpus[0]}"
+        yield Finding(what=what, figures=figures, problem=problem)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from orchestrator.records.early_stop import AshaTrial
+from orchestrator.records.trial import AshaTrial
 from orchestrator.training.monitor import JournalReader
 from orchestrator.workspace.journal import validation_losses
 

@@ -40,12 +40,17 @@ from orchestrator.evaluation.model_tokenizer import PlainTokenizer, read_model_t
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.drafts import draft_sentence, draft_targets
 from orchestrator.reporting.front_axes import FrontAxes, parse_axes
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.reporting.pareto import FrontPoint
-from orchestrator.reporting.pick_rules import PickRule, pick_from_front
+from orchestrator.reporting.pick_rules import (
+    PickRule,
+    draft_sentence,
+    draft_targets,
+    pick_from_front,
+)
 from orchestrator.reporting.results import (
     StoredSweep,
     load_item_values,
@@ -91,7 +96,7 @@ from orchestrator.training.tracked_models import trial_model
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import new_folder, resolve_path, write_text
 from orchestrator.workspace.journal import Journal
-from orchestrator.workspace.layout import Workspace, find_checkpoints, locate_workspace
+from orchestrator.workspace.layout import Workspace, find_checkpoints, find_workspace
 from orchestrator.workspace.provenance import content_key, environment, file_digest, file_key
 
 CARD = "README.md"
@@ -495,8 +500,7 @@ def plan_pick(
     from orchestrator.reporting.sweep_report import sweep_front  # Imports MLflow.
 
     rule, axes = rule or PickRule(name="keep"), parse_axes(cost, quality)
-    if not isinstance(workspace, Workspace):
-        workspace = locate_workspace(Path(workspace))
+    workspace = find_workspace(workspace)
     found = load_sweep_results(workspace, sweep or newest_sweep(workspace))
     front, notes = sweep_front(workspace, found, axes, kept_share=rule.share)
     for line in notes:
@@ -547,20 +551,21 @@ def run_pick(
     tags = {"sweep": sweep.name, "schedule": result.schedule_text}
     axes = (plan.axes.cost, plan.axes.quality)
     tags |= {axis: f"{result.value(axis):.6g}" for axis in axes}
-    parent = context.tracking.handle(sweep.key, name=sweep.name, kind="sweep")
-    run = context.tracking.handle(
-        result.key, name=run_name(result), kind=result.role, parent=parent
+    run = context.tracking.stored(result.role, result.key, sweep.key) or TrackedRun(
+        key=result.key, kind=result.role, name=run_name(result), parent=sweep.key
     )
-    run.register(
-        name,
-        folder,
-        model=model,
+    context.tracking.publish(run)
+    registered = RegisteredModel(
+        name=name,
         alias=plan.alias,
+        run=run.place,
+        model=model,
+        folder=str(folder),
         note=plan.sentence,
         tags={tag: text for tag, text in tags.items() if text},
         example=card.prompt,
     )
-    run.finish()
+    context.tracking.register(registered)
     Picked(
         sweep=sweep.name,
         checkpoint=str(checkpoint),

@@ -8,37 +8,25 @@ trials. The same call resumes an interrupted sweep; for a finished one, it only 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from iiet.config import ModelConfig
 from iiet.influence import InfluenceTable
-from iiet.pruning import FamilyMember
-from iiet.schedule import IterationSchedule
 from orchestrator.cluster.launch import joined_cluster, trial_device
 from orchestrator.data.hub import offline
 from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.sources import open_data
 from orchestrator.evaluation.heldout import heldout_chances, offered_tasks
-from orchestrator.evaluation.model_tokenizer import check_template, checkpoint_tokenizer
-from orchestrator.evaluation.python_tasks import HELDOUT
 from orchestrator.evaluation.task_selection import (
     check_sweep_tasks,
-    lm_eval_task_fingerprints,
-    make_tasks,
-    needs_heldout,
     needs_lm_eval,
-    select_tasks,
     tasks_of_source,
-    user_task_folders,
 )
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.influence import plan_influence, run_influence
@@ -53,8 +41,7 @@ from orchestrator.planning.estimate import (
     price_of_trials,
 )
 from orchestrator.planning.fit import find_problems
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.command_tables import price_rows, two_column_table
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.front_axes import parse_axes
@@ -67,39 +54,35 @@ from orchestrator.reporting.results import (
     load_sweep_results,
     newest_sweep,
 )
-from orchestrator.settings import EvaluationSettings, Settings, flatten
-from orchestrator.settings.training import default_precision
+from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.asha import asha_trials
-from orchestrator.sweeping.baselines import find_baselines
-from orchestrator.sweeping.checks import check_devices, check_models, check_on_nodes, check_sweep
-from orchestrator.sweeping.distilled_baselines import distilled_baseline_trials
-from orchestrator.sweeping.elastic_plans import elastic_savings, elastic_trials, without_elastic
-from orchestrator.sweeping.model_plans import (
-    TEACHER,
-    ScratchModel,
+from orchestrator.sweeping.checks import check_devices, check_models, check_sweep
+from orchestrator.sweeping.elastic_plans import elastic_savings
+from orchestrator.sweeping.model_plans import TEACHER, teacher_and_baselines
+from orchestrator.sweeping.plan import (
+    SweepModel,
     iterations_plan,
-    settings_of,
-    swept_variants,
-    teacher_and_baselines,
+    load_tasks,
+    plan_iterations,
+    plan_students,
+    schedule_search,
+    students_upper_bound,
 )
-from orchestrator.sweeping.plan_table import plan_sentences, plan_table
-from orchestrator.sweeping.selection import choose_members, schedule_cost
-from orchestrator.sweeping.student_plans import search_plan, student_trial, threshold_plan
 from orchestrator.sweeping.trial_states import (
     TrialState,
+    plan_sentences,
+    plan_table,
     requested_noun,
     trial_states,
 )
-from orchestrator.sweeping.trials import checkpoint_trial, exact_cost, full_config
-from orchestrator.sweeping.unknown_students import students_upper_bound
+from orchestrator.sweeping.trials import exact_cost, full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
-from orchestrator.training.checkpoint import load_config, text_files_key, weights_key
+from orchestrator.training.checkpoint import load_config
 from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
-from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.journal import Journal, last_recorded
-from orchestrator.workspace.layout import PLAN_FILE, Workspace, find_workspace, portable_path
+from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.layout import Workspace, find_workspace, portable_path
 from orchestrator.workspace.provenance import environment
 
 if TYPE_CHECKING:
@@ -110,18 +93,6 @@ if TYPE_CHECKING:
 
 NEWEST = "newest"
 """As a teacher: the workspace's newest IIET with corrections."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepModel:
-    """A model that an iterations sweep trains from scratch."""
-
-    label: str
-    """What tables and pictures call it."""
-    settings: Settings
-    """Sections `model`, `training` and `cluster` count."""
-    group: str | None = None
-    """Label without the seed; models of one group are seeds of one model."""
 
 
 class PlannedSweep(Result):
@@ -174,7 +145,7 @@ class PlannedSweep(Result):
                 "schedule": str(state.trial.model.corrections),
                 "state": state.name,
                 "steps_done": state.steps_done,
-                **exact_cost(state.trial.model, full).numbers(),
+                **exact_cost(state.trial.model, full),
             }
             for state in self.states
         ]
@@ -321,7 +292,7 @@ def report(
     Raises:
         UserError: If there is no such sweep, or a cost or quality has another name.
     """
-    from orchestrator.reporting.overlay_report import write_overlay_report  # Imports matplotlib.
+    from orchestrator.reporting.overlay_report import write_overlay_report  # Imports Altair.
     from orchestrator.reporting.sweep_report import write_sweep_report
 
     axes = parse_axes(cost, quality)
@@ -529,199 +500,10 @@ def plan_sweep(
 
 
 def _models_plan(pretraining: TrainingPlan, labels: Iterable[str]) -> SweepPlan:
-    models = [ScratchModel(label=label, job=pretraining.jobs[label]) for label in labels]
-    suite = TrialSuite(tokens_folder=models[0].job.tokens_folder)
-    return iterations_plan(models, suite=suite, name="the teacher and its baselines")
-
-
-def plan_iterations(
-    settings: Settings,
-    workspace: Workspace,
-    tokens: Path | None,
-    models: Sequence[SweepModel] | None = None,
-    *,
-    name: str | None = None,
-    hashes: Mapping[str, str] | None = None,
-) -> SweepPlan:
-    """Plan a sweep of models trained from scratch on the same tokens; arguments as `plan_sweep`."""
-    if models is None:
-        models = [
-            SweepModel(
-                label=variant.label,
-                settings=settings_of(settings, variant),
-                group=None if variant.seed is None else variant.group,
-            )
-            for variant in swept_variants(settings)
-        ]
-    variants = [
-        ScratchModel(
-            label=model.label,
-            job=pretraining_job(model.settings, workspace, tokens),
-            group=model.group,
-        )
-        for model in models
-    ]
-    suite = TrialSuite(tokens_folder="")
-    if tokens is not None:
-        config, sweeps = variants[0].job.model, workspace.sweeps
-        suite = plan_suite(settings.evaluation, tokens, config, hashes, sweeps=sweeps)
-    return iterations_plan(variants, suite=suite, name=name)
-
-
-def plan_students(
-    settings: Settings,
-    workspace: Workspace,
-    teacher: Path,
-    influence: InfluenceTable | None,
-    *,
-    note: Callable[[str], None] = lambda _: None,
-    baselines: Mapping[str, Path] | None = None,
-    name: str | None = None,
-    hashes: Mapping[str, str] | None = None,
-) -> SweepPlan:
-    """Plan a threshold sweep or a search: the trials that are known before any has run.
-
-    Args:
-        teacher: Checkpoint of the full model.
-        influence: Its table; without it the plan has no students.
-        baselines: Label to checkpoint; when unset, the workspace's models without corrections that
-            have the teacher's shape and tokens; `sweep.num_layers` allows other depths.
-        hashes: Of lm-eval's tasks, if they are loaded.
-        note: Called with a sentence for each run that cannot be a baseline.
-    """
-    full = load_config(teacher)
-    left_out: dict[str, str] = {}
-    if baselines is None:
-        known = find_baselines(workspace, teacher, settings.sweep.num_layers)
-        baselines, left_out = known.found, known.left_out
-        for run, reason in left_out.items():
-            note(f"run {run}: {reason}")
-    tokens = tokens_folder_of(teacher, workspace)
-    suite = plan_suite(
-        settings.evaluation, tokens, full, hashes, teacher=teacher, sweeps=workspace.sweeps
-    )
-    if suite.prompts:
-        check_template(checkpoint_tokenizer(teacher), suite.prompts)
-    cost = schedule_cost(settings.sweep.budget_unit, full)
-    is_search = settings.sweep.kind == "search"
-    members = choose_members(influence, settings.sweep, cost=cost) if influence else ()
-    elastic: list[Trial] = []
-    if settings.sweep.elastic:
-        if influence:
-            elastic = elastic_trials(
-                settings, workspace, teacher=teacher, members=members, suite=suite
-            )
-        settings = without_elastic(settings)
-    beside = [
-        checkpoint_trial("baseline", label, folder, load_config(folder), suite, workspace)
-        for label, folder in baselines.items()
-    ]
-    if influence:
-        beside += distilled_baseline_trials(
-            settings, workspace, teacher=teacher, members=members, influence=influence, suite=suite
-        )
-    plan = threshold_plan(
-        settings,
-        workspace,
-        teacher=teacher,
-        members=members,
-        suite=suite,
-        elastic=elastic,
-        baselines=beside,
-        left_out=left_out,
-        name=None if is_search else name,
-    )
-    return search_plan(plan, settings.search, name) if is_search else plan
-
-
-def schedule_search(
-    settings: Settings, workspace: Workspace, plan: SweepPlan, teacher: Path
-) -> ScheduleSearch:
-    """Return what suggests further trials for the plan of a search."""
-    from orchestrator.sweeping.search import ScheduleSearch, finished_schedules  # Imports optuna.
-
-    full, suite = load_config(teacher), plan.trials[0].suite
-
-    def make_trial(schedule: IterationSchedule) -> Trial:
-        member = FamilyMember(schedule, math.nan, math.nan)
-        config = replace(full, schedule=schedule)
-        return student_trial(settings, workspace, teacher, config, member, suite)
-
-    return ScheduleSearch(
-        plan,
-        full.corrections,
-        settings.search,
-        make_trial,
-        folder=workspace.sweeps / plan.name,
-        others=finished_schedules(workspace, weights_key(teacher)),
-    )
-
-
-def load_tasks(
-    settings: EvaluationSettings, tokens: Path, config: ModelConfig, progress: Progress
-) -> dict[str, str]:
-    """Make the held-out items that are missing, load lm-eval's tasks, and return their hashes.
-
-    Raises:
-        UserError: If the held-out text is too poor, a task does not exist, or its answers are too
-            long for the models.
-    """
-    length, folder = config.context_length, tokens if needs_heldout(settings) else None
-    make_tasks(settings, folder, context_length=length, progress=progress)
-    return lm_eval_task_fingerprints(settings, context_length=length)
-
-
-def plan_suite(
-    settings: EvaluationSettings,
-    tokens: Path,
-    config: ModelConfig,
-    hashes: Mapping[str, str] | None = None,
-    *,
-    teacher: Path | None = None,
-    sweeps: Path | None = None,
-) -> TrialSuite:
-    """Return how trials are evaluated.
-
-    Args:
-        hashes: What `load_tasks` returns: held-out tasks are named by their content, others may
-            change under their names.
-        teacher: Checkpoint of the full model; an imported one reads text with its own tokenizer.
-        sweeps: Folder of sweeps; hashes that are not known are those that the newest sweep found.
-    """
-    folder = tokens if needs_heldout(settings) else None
-    asked = select_tasks(settings, folder, context_length=config.context_length)
-    # Held-out tasks alone need no names: they are all tasks of their folder.
-    is_heldout_alone = settings.suite == HELDOUT and not settings.include_path
-    suite = TrialSuite(
-        tokens=open_data(tokens).fingerprint,
-        tokens_folder=str(tokens),
-        tasks=() if is_heldout_alone else tuple(asked.names),
-        suite=asked.heldout.name if asked.heldout else "",
-        suite_folder=str(asked.heldout or ""),
-        include_folder="".join(map(str, user_task_folders(settings))),
-        batch_size=settings.batch_size,
-        limit=settings.limit,
-        num_fewshot=settings.num_fewshot,
-        prompts=settings.prompts,
-        precision=settings.precision or default_precision(on_gpus=False),
-        fingerprints=dict(hashes) if hashes else None,
-        **(text_of_teacher(teacher) if teacher else {}),
-    )
-    stored = sorted(sweeps.glob("*/"), key=last_recorded, reverse=True) if sweeps else []
-    for folder in stored if hashes is None else ():
-        with suppress(UserError):
-            if plan := SweepPlan.read(folder / PLAN_FILE):
-                known = plan.trials[0].suite
-                found = suite.model_copy(update={"fingerprints": known.fingerprints})
-                if found.key == known.key:
-                    return found
-    return suite
-
-
-def text_of_teacher(teacher: Path) -> dict[str, str]:
-    """Return the fields of a suite that read text as an imported teacher does; none for others."""
-    key = text_files_key(teacher)
-    return {"vocabulary": key, "vocabulary_folder": str(teacher)} if key else {}
+    models = [SweepModel(label=label, settings=pretraining.models[label]) for label in labels]
+    jobs = [pretraining.jobs[model.label] for model in models]
+    suite = TrialSuite(tokens_folder=jobs[0].tokens_folder)
+    return iterations_plan(models, jobs, suite=suite, name="the teacher and its baselines")
 
 
 def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
@@ -738,7 +520,7 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
         return found
 
     plan.check()
-    check = partial(check_on_nodes, settings, pretrains=pretrains)
+    check = partial(check_devices, settings, pretrains=pretrains)
     with joined_cluster(settings.cluster, root, check, progress):
         check_sweep(settings, progress)
         if "teacher" not in plan.asked:

@@ -1,19 +1,36 @@
-"""A training: everything that determines it, and how it ended.
+"""A training: everything that determines it, how it ended, and its parameters in MLflow.
 
 The same job runs in this process (`training/run.py`), in a Ray Train worker or in a Ray Tune trial.
+
+Each parameter has one name on every run. A method without corrections has no schedule, a recipe
+without a teacher has no divergence, and what is switched off is left out. Settings that change no
+result (how often to save, how to share the memory) are no parameters: they are in the
+`settings.yaml` of the run.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
+from iiet.methods import METHODS
 from orchestrator.records.record import Config, Record, WorkspacePath
 from orchestrator.settings import TrainingSettings
+
+SIZES = (
+    "num_layers", "dim", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size", "context_length",
+    "tie_embeddings",
+)  # fmt: skip
+RECIPE = (
+    "num_steps", "num_tokens_per_step", "learning_rate", "warmup_steps", "decay", "weight_decay",
+    "beta1", "beta2", "clip_norm", "precision", "seed",
+)  # fmt: skip
 
 
 class TrainingJob(Record):
@@ -76,3 +93,69 @@ class TrainingOutcome(Record):
     """Training FLOPs, with the forward passes of a teacher that ran."""
     shared_flops: float = 0.0
     """Part of them that another run spent: on a shared first stage, or before it was continued."""
+
+
+def method_parameters(model: ModelConfig) -> dict[str, str]:
+    """Return a model's method, and its schedule if the method makes corrections."""
+    params = {"method": model.method}
+    if METHODS[model.method].has_corrections:
+        params["schedule"] = str(model.corrections)
+    return params
+
+
+def schedule_parameters(model: ModelConfig) -> dict[str, str]:
+    """Return a model's method and corrections; `r_NN` are those of a layer, for charts."""
+    params = method_parameters(model)
+    if "schedule" in params:
+        params |= {f"r_{layer:02d}": str(r) for layer, r in enumerate(model.corrections, start=1)}
+    return params
+
+
+def model_parameters(model: ModelConfig) -> dict[str, str]:
+    """Return the method, the corrections, the sizes, and the options that are no defaults."""
+    options = model.to_dict().get("method_options", {})
+    values = {f"option.{name}": value for name, value in options.items()}
+    values |= {name: getattr(model, name) for name in SIZES}
+    return schedule_parameters(model) | {n: str(v) for n, v in values.items() if v is not None}
+
+
+def job_parameters(job: TrainingJob) -> dict[str, str]:
+    """Return the parameters of a training: its model, and the part of the recipe that applies."""
+    recipe = job.recipe
+    params: dict[str, Any] = {name: getattr(recipe, name) for name in RECIPE}
+    params["objective"] = job.objective
+    if recipe.decay != "constant":
+        params["final_learning_rate_fraction"] = recipe.final_learning_rate_fraction
+    if recipe.decay == "wsd":
+        params["decay_fraction"] = recipe.decay_fraction
+    if any(job.model.corrections):
+        params["iterate_from_fraction"] = recipe.iterate_from_fraction
+        params["iterate_ramp_fraction"] = recipe.iterate_ramp_fraction or None
+    if recipe.elastic:
+        values = recipe.elastic.model_dump(mode="json")
+        values["schedules"] = " ".join(map(str, recipe.elastic.schedules)) or None
+        params |= {f"elastic.{name}": value for name, value in values.items()}
+    params |= {"spike_factor": recipe.spike_factor, "skip_bad_steps": recipe.skip_bad_steps or None}
+    if job.objective == "distill":
+        loss = job.distillation or DistillationConfig()
+        has_divergence = loss.kl_weight > 0
+        params |= {
+            "kl_weight": loss.kl_weight,
+            "temperature": loss.temperature if has_divergence else None,
+            "divergence": loss.divergence if has_divergence else None,
+            "cache_top_k": loss.top_k,
+            "hidden_weight": loss.hidden_weight or None,
+            "teacher_from_step": loss.start_step or None,
+            "teacher_until_step": loss.end_step,
+        }
+    if job.kept_layers is not None:
+        params["kept_layers"] = ",".join(map(str, job.kept_layers))
+    if "teacher" in job.provenance:
+        params["teacher"] = job.teacher_folder or job.initial_folder
+    return model_parameters(job.model) | {n: str(v) for n, v in params.items() if v is not None}
+
+
+def shared_parameters(runs: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return the parameters that have one value in all runs."""
+    first, *others = runs or [{}]
+    return {n: v for n, v in first.items() if all(other.get(n) == v for other in others)}

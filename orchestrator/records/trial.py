@@ -1,11 +1,8 @@
 """A trial: one value from the plan of a sweep to tables, fronts, reports and MLflow.
 
 The full model (`teacher`) and models of other kinds (`baseline`) have the same form, so that a
-front can hold all three. Its numbers are tracked by their names: `cost.evaluations` is the metric
-`cost/evaluations`. A number that was not measured is None, and no metric.
-
-Usual names of qualities: accuracy, accuracy_stderr, bits_per_byte, bits_per_byte_stderr,
-validation_loss, perplexity (per token: exp of that loss), and `TASK/METRIC` for each task.
+front can hold all three. The plan of a sweep holds its trials, each once. Trials that differ in
+their learning rates only may compete: the worse ones are stopped early.
 """
 
 from __future__ import annotations
@@ -18,98 +15,30 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import (
     AfterValidator,
     Field,
-    PlainSerializer,
     SerializerFunctionWrapHandler,
     model_serializer,
 )
 
 from iiet.methods import METHODS
 from orchestrator.records.evaluation import EvaluationKeys
-from orchestrator.records.parameters import job_parameters, model_parameters
 from orchestrator.records.record import Config, Record, WorkspacePath
-from orchestrator.records.training import TrainingJob
+from orchestrator.records.training import TrainingJob, job_parameters, model_parameters
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.workspace.provenance import content_key
 
 Role = Literal["trial", "teacher", "baseline"]
 T = TypeVar("T")
-NUMBER_GROUPS = ("cost", "quality", "train", "decoding")
-"""First parts of the tracked names."""
+LOSS, PERPLEXITY = "quality/validation_loss", "quality/perplexity"
 MAX_EXPONENT = 700.0
 """Above it, `exp` overflows a float."""
 
 
-def finite_or_none(number: float | None) -> float | None:
-    """Return the number, or None if strict JSON cannot hold it."""
+def _finite_or_none(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def _finite_only(values: dict[str, int | float]) -> dict[str, int | float]:
-    return {name: number for name, number in values.items() if math.isfinite(number)}
-
-
-Threshold = Annotated[float | None, AfterValidator(finite_or_none)]
+Threshold = Annotated[float | None, AfterValidator(_finite_or_none)]
 """A bound of a range of thresholds. Strict JSON has no infinity, so no bound is None."""
-Numbers = Annotated[dict[str, int | float], PlainSerializer(_finite_only)]
-"""Numbers by name, without NaN and infinity in JSON."""
-
-
-class _NumbersByName(Record):
-    """Optional numbers; JSON holds those that are known and finite."""
-
-    def numbers(self) -> dict[str, int | float]:
-        """Return the known and finite numbers by name."""
-        known = {k: v for k, v in vars(self).items() if v is not None}
-        return _finite_only(known)
-
-    @model_serializer
-    def _known(self) -> dict[str, int | float]:
-        return self.numbers()
-
-
-class TrialCost(_NumbersByName):
-    """Inference cost of a model, lower is better: counted from shapes, and measured times."""
-
-    evaluations: int | float | None = None
-    """Field evaluations per token (NFE)."""
-    relative_evaluations: float | None = None
-    """Share of the full model's evaluations."""
-    flops_per_token: float | None = None
-    """FLOPs to decode a token at full context."""
-    relative_flops: float | None = None
-    """Share of the full model's FLOPs."""
-    prefill_flops_per_token: float | None = None
-    """FLOPs per token to read a full context."""
-    kv_bytes_per_token: int | float | None = None
-    weight_bytes_per_token: int | float | None = None
-    num_parameters: int | float | None = None
-    decode_ms_per_token: float | None = None
-    decode_ms_spread: float | None = None
-
-
-class TrialDecoding(_NumbersByName):
-    """How a model drafts for the full one."""
-
-    acceptance: float | None = None
-    """Share of its drafted tokens that the full model keeps, on the full model's own
-    continuations."""
-    exact_ms_per_token: float | None = None
-    """Time of a token of the full model's output, with this draft."""
-    speed_up: float | None = None
-    """Plain decoding's time over that."""
-
-
-class TrialTraining(_NumbersByName):
-    """What the training of a model took."""
-
-    steps: int | float | None = None
-    tokens: int | float | None = None
-    flops: float | None = None
-    seconds: float | None = None
-    shared_flops: float | None = None
-    """Part of the FLOPs that another run spent on a shared first stage."""
-    seeds: int | float | None = None
-    """Number of seeds that this is the mean of."""
 
 
 class TrialSuite(Record):
@@ -190,16 +119,19 @@ class Trial(Record):
     """Seed of its training, if the sweep has several."""
     group: str | None = None
     """Label without the seed; trials of one group are seeds of one model."""
-    cost: TrialCost = TrialCost()
-    """Inference cost; like all numbers unknown until it is measured."""
-    quality: Numbers = Field(default_factory=dict)
-    """Accuracy and losses, with standard errors as `NAME_stderr`."""
+    numbers: dict[str, int | float] = Field(default_factory=dict)
+    """What was measured, by tracked name; numbers that are unknown or not finite are not there.
+
+    `cost/`: inference, lower is better. `evaluations` (NFE) and other counts per token,
+    `relative_evaluations` and `relative_flops` as shares of the full model's,
+    `decode_ms_per_token`. `quality/`: `accuracy`, `bits_per_byte`, `validation_loss` and
+    `TASK/METRIC`, with standard errors as `NAME_stderr`. `train/`: `steps`, `tokens`, `flops`,
+    `seconds`; `shared_flops` were spent by another run, on a first stage in common; `seeds` are
+    averaged. `decoding/`, as a draft of the full model: `acceptance` (share of the drafted tokens
+    that are kept), `exact_ms_per_token` (of the full model's output) and `speed_up` (plain
+    decoding's time over that)."""
     evaluation: EvaluationKeys | None = None
     """Where the results of the tasks are stored, with a value for each item."""
-    train: TrialTraining = TrialTraining()
-    """What its training took."""
-    decoding: TrialDecoding = TrialDecoding()
-    """How it drafts and decodes, if that was measured."""
     run_id: str | None = None
     """MLflow run of the trial."""
 
@@ -219,28 +151,6 @@ class Trial(Record):
         return tuple(self.model.corrections) if METHODS[self.method].has_corrections else None
 
     @property
-    def result_path(self) -> Path:
-        """File of the measured trial; it exists when the trial is finished."""
-        return Path(self.folder) / f"result-{self.key}.json"
-
-    def result(self) -> Trial | None:
-        """Return the trial with what was measured; None while it is not finished.
-
-        All else is this sweep's: another sweep may have measured the same trial under other names.
-        """
-        found = Trial.read(self.result_path)
-        if not found:
-            return None
-        measured = ("quality", "evaluation", "train", "checkpoint")
-        return self.model_copy(update={name: getattr(found, name) for name in measured})
-
-    def value(self, name: str) -> float | None:
-        """Return a number by its tracked name (`cost/evaluations`); None if it was not measured."""
-        group, _, key = name.partition("/")
-        number = self._numbers(group).get(key) if group in NUMBER_GROUPS else None
-        return None if number is None or number != number else float(number)
-
-    @property
     def schedule_text(self) -> str:
         """The iteration schedule as `2,2,1,1`; empty if there is none."""
         return ",".join(str(r) for r in self.schedule or ())
@@ -253,16 +163,49 @@ class Trial(Record):
     @property
     def threshold_text(self) -> str:
         """Thresholds that give this schedule: `0.003 to 0.004`, `<=0.0003` or `>0.03`."""
-        return threshold_range_text(self.threshold_above, self.threshold_up_to)
+        above, up_to = self.threshold_above, self.threshold_up_to
+        if above is None:
+            return "" if up_to is None else f"<={up_to:.2g}"
+        return f">{above:.2g}" if up_to is None else f"{above:.2g} to {up_to:.2g}"
+
+    @property
+    def result_path(self) -> Path:
+        """File of the measured trial; it exists when the trial is finished."""
+        return Path(self.folder) / f"result-{self.key}.json"
+
+    def result(self) -> Trial | None:
+        """Return the trial with what was measured; None while it is not finished.
+
+        All else is this sweep's: another sweep may have measured the same trial under other names.
+        """
+        found = Trial.read(self.result_path)
+        if not found:
+            return None
+        measured = ("numbers", "evaluation", "checkpoint")
+        return self.model_copy(update={name: getattr(found, name) for name in measured})
+
+    def with_numbers(self, group: str, numbers: Mapping[str, float | None]) -> Trial:
+        """Return the trial with those of these numbers, tracked as `GROUP/NAME`, that are known."""
+        known = {
+            f"{group}/{name}": number
+            for name, number in numbers.items()
+            if number is not None and math.isfinite(number)
+        }
+        return self.model_copy(update={"numbers": {**self.numbers, **known}})
+
+    def value(self, name: str) -> float | None:
+        """Return a number by its tracked name; None if it was not measured."""
+        if name == PERPLEXITY:
+            return self.metrics().get(name)
+        number = self.numbers.get(name)
+        return None if number is None else float(number)
 
     def metrics(self) -> dict[str, float]:
-        """Return every number by its tracked name, such as `cost/evaluations`."""
-        return {
-            f"{group}/{name}": float(number)
-            for group in NUMBER_GROUPS
-            for name, number in self._numbers(group).items()
-            if number is not None
-        }
+        """Return every number by its tracked name, with the perplexity per token."""
+        numbers = {name: float(number) for name, number in self.numbers.items()}
+        if numbers.get(LOSS, math.inf) < MAX_EXPONENT:
+            numbers.setdefault(PERPLEXITY, math.exp(numbers[LOSS]))
+        return numbers
 
     def params(self, job: TrainingJob | None = None) -> dict[str, str]:
         """Return the tracked parameters, those of its training included.
@@ -284,17 +227,29 @@ class Trial(Record):
                 params["teacher"] = self.checkpoint  # It was pruned, and not trained.
         return params | ({"group": self.group} if self.group else {})
 
-    def _numbers(self, group: str) -> Mapping[str, float | None]:
-        if group == "cost":
-            return self.cost.numbers()
-        if group == "train":
-            return self.train.numbers()
-        if group == "decoding":
-            return self.decoding.numbers()
-        loss = finite_or_none(self.quality.get("validation_loss"))
-        if loss is not None and loss < MAX_EXPONENT:
-            return {"perplexity": math.exp(loss), **self.quality}
-        return self.quality
+
+class SweepPlan(Record):
+    """All trials of a sweep."""
+
+    key: str
+    """Hash of the trials' keys: the same sweep has the same key."""
+    name: str
+    """Name of its folder and of its run in MLflow."""
+    kind: str
+    """`threshold`, `iterations` or `search`."""
+    tokens_folder: WorkspacePath
+    """Folder of prepared tokens."""
+    teacher: WorkspacePath | None
+    """Checkpoint of the teacher; None for `iterations`."""
+    num_requested: int
+    """Thresholds, budgets, schedules or models asked for, before those that coincide were merged;
+    seeds do not count."""
+    trials: tuple[Trial, ...]
+    """Trials, teacher and baselines, each once."""
+    num_distinct: int = 0
+    """Different schedules or models among them; those that a search adds do not count."""
+    left_out: dict[str, str] = Field(default_factory=dict)
+    """Run and reason of models that cannot be baselines; not part of the key."""
 
 
 def teacher_or_costliest(
@@ -310,8 +265,63 @@ def teacher_or_costliest(
     return None
 
 
-def threshold_range_text(above: float | None, up_to: float | None) -> str:
-    """Format the thresholds from above one up to another; None is no bound."""
-    if above is None:
-        return "" if up_to is None else f"<={up_to:.2g}"
-    return f">{above:.2g}" if up_to is None else f"{above:.2g} to {up_to:.2g}"
+class AshaRule(Record):
+    """When trials are compared, and how many continue."""
+
+    first_rung: float
+    """Share of the steps at which trials are first compared."""
+    reduction_factor: int = 2
+    """One of this many trials at a rung continues."""
+
+    @property
+    def text(self) -> str:
+        """One sentence for a plan."""
+        rungs, share = [], self.first_rung
+        while share < 1:
+            rungs.append(f"{share:.3g}")
+            share *= self.reduction_factor
+        return (
+            f"one of {self.reduction_factor} learning rates of a model continues at "
+            f"{', '.join(rungs)} of the steps (ASHA), so the cost is an upper bound"
+        )
+
+
+class EarlyStop(Record):
+    """Why a trial was stopped."""
+
+    rule: AshaRule
+    step: int
+    """Steps done."""
+    num_steps: int
+    """Steps of the whole training."""
+    competitor: str
+    """Label of the trial that was better."""
+    reason: str
+    """Both validation losses."""
+
+    @property
+    def share_saved(self) -> float:
+        """Share of the trial's steps that were not made."""
+        return 1.0 - self.step / self.num_steps
+
+    @property
+    def text(self) -> str:
+        """All of it in one line."""
+        return f"stopped early at step {self.step} of {self.num_steps}: {self.reason}"
+
+
+class AshaTrial(Record):
+    """What a trial competes with."""
+
+    rule: AshaRule
+    folder: str
+    """Folder of the trial."""
+    num_steps: int
+    """Steps of its whole training."""
+    competitors: dict[str, str]
+    """Label -> folder of the same model at other learning rates."""
+
+    @property
+    def model(self) -> str:
+        """A name that is the same for all that compete."""
+        return min([self.folder, *self.competitors.values()])

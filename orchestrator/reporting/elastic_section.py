@@ -176,7 +176,7 @@ def _training_flops(
     """Return the FLOPs of the elastic trainings, and of the students of some schedules."""
     trained = [r for r in results if r.job and r.role == "trial" and r.schedule in schedules]
     spent = [
-        [r.train.flops or 0.0 for r in trained if r.is_elastic == is_elastic]
+        [r.numbers.get("train/flops", 0.0) for r in trained if r.is_elastic == is_elastic]
         for is_elastic in (True, False)
     ]
     if not all(map(all, spent)) or not all(spent):

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
-from orchestrator.reporting.drafts import draft_sentences
 from orchestrator.reporting.front_axes import is_accuracy, metric_title
 from orchestrator.reporting.front_text import confidence_text, cost_text, full_name, quality_text
 from orchestrator.reporting.pareto import Front, FrontPoint
+from orchestrator.reporting.pick_rules import draft_sentences
 from orchestrator.reporting.statistics import INTERVAL_LEVEL, KEPT_SHARE
 from orchestrator.terminal.render import join_names
 
@@ -120,7 +120,7 @@ def _about_confidence(front: Front) -> list[str]:
     left_out = f"; {basis.num_left_out:,} items that only some answered are left out"
     covered = (
         "It covers the seeds of models that have several, but no other trainings."
-        if any(point.result.train.seeds for point in front.points)
+        if any("train/seeds" in point.result.numbers for point in front.points)
         else "It does not cover other trainings."
     )
     return [
@@ -144,13 +144,13 @@ def _peer(front: Front, baseline: FrontPoint) -> FrontPoint | None:
 def _about_random_start(front: Front) -> list[str]:
     """Say on how many tokens distilled baselines trained that did not start from the teacher."""
     fresh = [
-        result.train.tokens or 0
+        result.numbers.get("train/tokens", 0)
         for result in (point.result for point in front.points)
         if result.is_distilled_baseline and result.job and not result.job.initial_folder
     ]
     if not fresh or front.full is None:
         return []
-    seen = front.full.result.train.tokens
+    seen = front.full.result.numbers.get("train/tokens")
     of_teacher = f"{seen:,.0f} tokens" if seen else "all tokens"
     return [
         f"The distilled vanilla models started from random weights and trained on "

@@ -81,7 +81,7 @@ def front_columns(front: Front) -> list[FrontColumn]:
         FrontColumn(f"vs {full}", lambda p: _difference(front, p), 8),
         FrontColumn(f"P({KEPT_SHARE:.0%})", keeps, 9),
         FrontColumn("P(front)", on_front, 10),
-        FrontColumn("accepted", lambda p: _percent(p.result.decoding.acceptance, 0), 12),
+        FrontColumn("accepted", lambda p: _percent(p.result.value("decoding/acceptance"), 0), 12),
         FrontColumn("exact ms", lambda p: _number(p, "decoding/exact_ms_per_token", ".2f"), 11),
         FrontColumn("front", lambda p: verdict(front, p), justify="left"),
     ]

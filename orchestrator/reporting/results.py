@@ -18,7 +18,7 @@ from pydantic import Field
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.record import Influence, Record
-from orchestrator.records.trial import Trial, TrialCost, TrialDecoding, TrialTraining
+from orchestrator.records.trial import Trial
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import last_recorded
 from orchestrator.workspace.layout import RESULTS_FILE, Workspace, check_name, is_valid_name
@@ -194,28 +194,21 @@ def lowest_seed(seeds: Sequence[Trial]) -> Trial:
 
 
 def _mean_of_seeds(seeds: Sequence[Trial]) -> Trial:
-    def means(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        names = [name for name in numbers[0] if all(name in seed for seed in numbers)]
-        return {name: math.fsum(seed[name] for seed in numbers) / len(numbers) for name in names}
-
-    qualities = [seed.quality for seed in seeds]
-    mean, quality = means(qualities), {}
-    for name in (name for name in mean if not name.endswith(STDERR_SUFFIX)):
-        values = [seed[name] for seed in qualities]
-        variance = math.fsum((v - mean[name]) ** 2 for v in values) / (len(values) - 1)
+    known = [seed.numbers for seed in seeds]
+    names = [name for name in known[0] if all(name in numbers for numbers in known)]
+    mean = {name: math.fsum(numbers[name] for numbers in known) / len(known) for name in names}
+    averages = {name: value for name, value in mean.items() if not name.endswith(STDERR_SUFFIX)}
+    for name in [name for name in averages if name.startswith("quality/")]:
+        variance = math.fsum((n[name] - mean[name]) ** 2 for n in known) / (len(known) - 1)
         over_items = mean.get(name + STDERR_SUFFIX, 0.0) ** 2
-        quality[name] = mean[name]
-        quality[name + STDERR_SUFFIX] = math.sqrt(variance / len(values) + over_items)
+        averages[name + STDERR_SUFFIX] = math.sqrt(variance / len(known) + over_items)
+    averages["train/seeds"] = len(seeds)
     first = lowest_seed(seeds)
-    training = means([seed.train.numbers() for seed in seeds])
     return first.model_copy(
         update={
             "key": content_key("seeds", *sorted(seed.key for seed in seeds)),
             "label": first.group or first.label,
-            "quality": quality,
-            "cost": TrialCost(**means([seed.cost.numbers() for seed in seeds])),
-            "train": TrialTraining(**training, seeds=len(seeds)),
-            "decoding": TrialDecoding(**means([seed.decoding.numbers() for seed in seeds])),
+            "numbers": averages,
             "seed": None,
             "group": None,
         }

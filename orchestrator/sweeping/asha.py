@@ -12,9 +12,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchestrator.records.early_stop import AshaRule, AshaTrial, EarlyStop
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import AshaRule, AshaTrial, EarlyStop, SweepPlan, Trial
 from orchestrator.settings import SweepSettings
 from orchestrator.workspace.journal import read_journal, validation_losses
 from orchestrator.workspace.layout import STOPPED_NAME

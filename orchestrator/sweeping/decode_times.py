@@ -13,8 +13,7 @@ from pathlib import Path
 from orchestrator.cluster.launch import trial_device
 from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, time_per_token
 from orchestrator.records.record import Record
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.pareto import shown_trials
 from orchestrator.settings import Settings
 from orchestrator.sweeping.trials import exact_cost, full_config
@@ -45,14 +44,9 @@ def with_costs(
     Of many models, those are measured that tables show.
     """
     full = full_config(plan)
-    counted = [t.model_copy(update={"cost": exact_cost(t.model, full)}) for t in found]
+    counted = [t.with_numbers("cost", exact_cost(t.model, full)) for t in found]
     times = _decode_times(shown_trials(counted), folder, settings, progress)
-    return [
-        t.model_copy(update={"cost": t.cost.model_copy(update=vars(times[t.key]))})
-        if t.key in times
-        else t
-        for t in counted
-    ]
+    return [t.with_numbers("cost", vars(times[t.key])) if t.key in times else t for t in counted]
 
 
 def _decode_times(

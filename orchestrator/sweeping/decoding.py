@@ -22,10 +22,9 @@ from orchestrator.data.token_store import TokenStore
 from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, SWEEP_PROMPT_TOKENS
 from orchestrator.evaluation.draft_speed import measure_draft
 from orchestrator.records.record import Record
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial, TrialDecoding
-from orchestrator.reporting.drafts import draft_targets
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.pareto import shown_trials
+from orchestrator.reporting.pick_rules import draft_targets
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
@@ -45,7 +44,7 @@ class _StoredDecoding(Record):
 
     state: str
     """Hash of the kind of device, this machine and its libraries."""
-    by_name: dict[str, TrialDecoding]
+    by_name: dict[str, dict[str, float]]
     """Name of a measurement -> its numbers."""
 
 
@@ -76,14 +75,8 @@ def with_decoding(
         work = partial(_measure, missing, Path(plan.tokens_folder))
         known = {**known, **trial_device(settings, folder)(work, progress)}
         _StoredDecoding(state=state, by_name=known).write(path)
-    numbers: dict[str, dict[str, float]] = {}
-    for one in wanted:
-        if one.name in known:
-            numbers.setdefault(one.trial.key, {}).update(known[one.name].numbers())
-    return [
-        result.model_copy(update={"decoding": TrialDecoding(**numbers.get(result.key, {}))})
-        for result in results
-    ]
+    numbers = {one.trial.key: known[one.name] for one in wanted if one.name in known}
+    return [result.with_numbers("decoding", numbers.get(result.key, {})) for result in results]
 
 
 def _wanted(results: Sequence[Trial], settings: Settings) -> list[_Measurement]:
@@ -99,10 +92,10 @@ def _text_of(data: PreparedData) -> TokenStore | None:
 
 def _measure(
     wanted: Sequence[_Measurement], tokens_folder: Path, device: str, progress: Progress
-) -> dict[str, TrialDecoding]:
+) -> dict[str, dict[str, float]]:
     text = _text_of(open_data(tokens_folder))
     assert text is not None
-    found: dict[str, TrialDecoding] = {}
+    found: dict[str, dict[str, float]] = {}
     full: tuple[str, Decoder] | None = None
     for one in sorted(wanted, key=lambda one: one.full.key):
         try:
@@ -135,20 +128,22 @@ def _texts(text: TokenStore, model: Decoder) -> Tensor:
     return batch.input_ids
 
 
-def _draft_numbers(full: Decoder, one: _Measurement, texts: Tensor, device: str) -> TrialDecoding:
+def _draft_numbers(
+    full: Decoder, one: _Measurement, texts: Tensor, device: str
+) -> dict[str, float]:
     draft: Decoder | IterationSchedule = one.trial.model.corrections
     if one.trial.checkpoint != one.full.checkpoint:
         draft = _load(one.trial, device)
     speed = measure_draft(full, draft, texts)
-    return TrialDecoding(
-        acceptance=speed.acceptance,
-        exact_ms_per_token=speed.ms_per_token,
-        speed_up=speed.speed_up,
-    )
+    return {
+        "acceptance": speed.acceptance,
+        "exact_ms_per_token": speed.ms_per_token,
+        "speed_up": speed.speed_up,
+    }
 
 
-def _summary(found: Mapping[str, TrialDecoding]) -> str:
-    speed_ups = [one.speed_up for one in found.values() if one.speed_up is not None]
+def _summary(found: Mapping[str, Mapping[str, float]]) -> str:
+    speed_ups = [one["speed_up"] for one in found.values()]
     counted = format_count(len(found), "measurement")
     if not speed_ups:
         return counted

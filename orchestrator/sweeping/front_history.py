@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.pareto import Front, find_front
 from orchestrator.reporting.results import result_table
 from orchestrator.reporting.training_curves import (
@@ -56,8 +55,7 @@ class FrontHistory:
         result = trial.result()
         if result is None:
             return None
-        cost = exact_cost(trial.model, self._full.model)
-        result = result.model_copy(update={"cost": cost})
+        result = result.with_numbers("cost", exact_cost(trial.model, self._full.model))
         self._seen.add(trial.key)
         self._candidates.append(result)
         self._flops += _flops_spent(result) if trial.job else 0.0
@@ -99,7 +97,8 @@ class FrontHistory:
 
 def _flops_spent(result: Trial) -> float:
     # A first stage in common counts for the model that made it.
-    return (result.train.flops or 0.0) - (result.train.shared_flops or 0.0)
+    numbers = result.numbers
+    return numbers.get("train/flops", 0.0) - numbers.get("train/shared_flops", 0.0)
 
 
 def _last_step(folder: Path) -> int:

@@ -6,20 +6,14 @@ iterations sweep trains methods and iteration counts, with learning rates and se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from iiet.config import PRESETS
 from iiet.methods import METHODS
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, ModelSettings, Settings
-from orchestrator.sweeping.trials import evaluation_key, make_plan
 from orchestrator.terminal.render import format_count
-from orchestrator.training.first_stage import share_first_stages
-from orchestrator.training.job import job_key
 
 TEACHER = "teacher"
 T = TypeVar("T")
@@ -150,46 +144,3 @@ def baseline_models(settings: Settings) -> list[ModelVariant]:
     usual = ModelVariant(method=BASELINE_METHOD)
     none = ModelVariant(method=settings.model.method, corrections=0)
     return [model for one in (usual, none) for model in _at_each_depth(settings, one)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScratchModel:
-    """One model that a sweep trains from scratch."""
-
-    label: str
-    """Name in tables and figures."""
-    job: TrainingJob
-    """Its training, in the folder of a pretraining run of the same settings."""
-    group: str | None = None
-    """Label without the seed, if the sweep has several seeds."""
-
-
-def iterations_plan(
-    models: Sequence[ScratchModel], *, suite: TrialSuite, name: str | None = None
-) -> SweepPlan:
-    """Plan a sweep that pretrains several models from scratch.
-
-    Models with the same job are one trial. The name is made from the plan's key when unset.
-    """
-    trials = []
-    jobs = share_first_stages([model.job for model in models])
-    for model, job in zip(models, jobs, strict=True):
-        config = job.model
-        is_baseline = not METHODS[config.method].has_corrections
-        trials.append(
-            Trial(
-                key=evaluation_key(job_key(job), suite),
-                role="baseline" if is_baseline else "trial",
-                label=model.label,
-                model=config,
-                folder=job.run_folder,
-                job=job,
-                suite=suite,
-                seed=job.recipe.seed if model.group else None,
-                group=model.group,
-            )
-        )
-    unique = list({trial.key: trial for trial in trials}.values())
-    num_seeds = len({v.job.recipe.seed for v in models if v.group}) or 1
-    num_requested = len(models) // num_seeds
-    return make_plan("iterations", name, unique, suite, num_requested, teacher=None)

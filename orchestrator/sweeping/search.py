@@ -20,9 +20,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from iiet.schedule import IterationSchedule
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import SearchSettings
 from orchestrator.settings.sweep import MAX_SEED
 from orchestrator.training.run_lock import is_run_locked
@@ -147,7 +146,13 @@ class ScheduleSearch:
 
     def _check_objective(self) -> None:
         finished = [trial.result() for trial in self._known().values()]
-        named = {name for trial in finished if trial for name in trial.quality}
+        named = {
+            name.removeprefix("quality/")
+            for trial in finished
+            if trial
+            for name in trial.numbers
+            if name.startswith("quality/")
+        }
         if named and self._settings.objective not in named:
             raise UserError(
                 f"search.objective={self._settings.objective}: the tasks of this sweep do not give "

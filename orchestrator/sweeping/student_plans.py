@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,85 +11,23 @@ from iiet.distillation import DistillationConfig
 from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
 from orchestrator.planning.estimate import Estimate
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import (
     DistillationSettings,
-    SearchSettings,
     Settings,
     TrainingSettings,
 )
-from orchestrator.sweeping.trials import (
-    checkpoint_trial,
-    make_plan,
-    trained_trial,
-)
+from orchestrator.sweeping.trials import checkpoint_trial, trained_trial
 from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.job import job_key, sequences_per_step
 from orchestrator.training.schedules import checked_family
 from orchestrator.training.teacher_cache import outputs_plan
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
-from orchestrator.workspace.provenance import content_key
 
 SECTION = "distillation.training"
 """Settings section of the students' recipe."""
-
-
-def threshold_plan(
-    settings: Settings,
-    workspace: Workspace,
-    *,
-    teacher: Path,
-    members: Sequence[FamilyMember],
-    suite: TrialSuite,
-    elastic: Sequence[Trial] = (),
-    baselines: Sequence[Trial] = (),
-    left_out: Mapping[str, str] | None = None,
-    name: str | None = None,
-) -> SweepPlan:
-    """Plan the teacher, elastic weights, students under the chosen schedules, and the baselines.
-
-    Elastic weights take the students' place, unless the two are compared. Students that are pruned
-    but not trained have no seeds: each schedule is one trial.
-
-    Args:
-        settings: Sections `sweep` and `distillation`.
-        workspace: Where trials are stored.
-        teacher: Checkpoint of the full model.
-        members: The schedules, costliest first; see `choose_members`.
-        suite: What is measured.
-        elastic: The trials of elastic weights; see `elastic_trials`.
-        baselines: Models that stand beside the front.
-        left_out: Name of a run that cannot be a baseline -> reason.
-        name: Name of the sweep; made from its key when unset.
-    """
-    full = load_config(teacher)
-    trials = [checkpoint_trial("teacher", "teacher", teacher, full, suite, workspace)]
-    trials += elastic
-    sweep, is_trained = settings.sweep, settings.distillation.control != "pruned"
-    for seed in (is_trained and sweep.seeds) or (None,):
-        for member in members if not elastic or sweep.compare else ():
-            config = replace(full, schedule=member.schedule)
-            trials.append(
-                student_trial(settings, workspace, teacher, config, member, suite, seed=seed)
-            )
-    trials += baselines
-    num_requested = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
-    plan = make_plan("threshold", name, trials, suite, num_requested, teacher=teacher)
-    return plan.model_copy(update={"left_out": dict(left_out or {})})
-
-
-def search_plan(family: SweepPlan, settings: SearchSettings, name: str | None = None) -> SweepPlan:
-    """Return the plan that a search starts with: the trials of a family of schedules.
-
-    Its name is made from its key when unset. A longer search has the same key and continues.
-    """
-    asked = settings.model_dump(mode="json", exclude={"num_trials"})
-    key = content_key("search", family.key, asked)
-    name = name or f"search-{key[:8]}"
-    return family.model_copy(update={"key": key, "kind": "search", "name": name})
 
 
 def student_job(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from orchestrator.records.parameters import job_parameters, shared_parameters
-from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.training import job_parameters, shared_parameters
+from orchestrator.records.trial import SweepPlan
 from orchestrator.settings import Settings
 
 SCHEDULE_CHOICES = ("num_schedules", "thresholds", "budgets")

@@ -26,8 +26,7 @@ from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.cluster.tune_callback import TrialReport
 from orchestrator.planning.estimate import seconds_to_save
-from orchestrator.records.early_stop import AshaTrial
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import AshaTrial, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.sweeping.asha import record_early_stop, stored_early_stop
 from orchestrator.sweeping.elastic_plans import waits_for_weights

@@ -19,9 +19,8 @@ from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.records.early_stop import AshaTrial
 from orchestrator.records.training import TrainingOutcome
-from orchestrator.records.trial import Trial, TrialTraining
+from orchestrator.records.trial import AshaTrial, Trial
 from orchestrator.sweeping.asha import discard_early_stop, stored_early_stop
 from orchestrator.terminal.stop import stop_requested
 from orchestrator.training.checkpoint import load_provenance
@@ -87,12 +86,9 @@ def run_trial(
         if trial.job:
             outcome = (train or run_job)(trial.job, report=report)
         if outcome is None or (outcome.finished and not stop_requested()):
-            trained = trial.model_copy(
-                update={
-                    "checkpoint": outcome.checkpoint if outcome else trial.checkpoint,
-                    "train": _training_numbers(trial, outcome),
-                }
-            )
+            trained = trial.with_numbers("train", _training_numbers(trial, outcome))
+            if outcome:
+                trained = trained.model_copy(update={"checkpoint": outcome.checkpoint})
             measure = partial(measure_trial, trained)
             measured = on_device(measure) if on_device else measure("cpu")
             measured.write(trial.result_path)
@@ -136,10 +132,11 @@ def measure_trial(trial: Trial, device: str) -> Trial:
     measured = measurer.tasks(tasks)
     loss = measurer.validation_loss(Path(suite.tokens_folder))
     quality = {**measured.evaluation.quality(), "validation_loss": loss}
-    return trial.model_copy(update={"quality": quality, "evaluation": measured.keys})
+    found = trial.model_copy(update={"evaluation": measured.keys})
+    return found.with_numbers("quality", quality)
 
 
-def _training_numbers(trial: Trial, outcome: TrainingOutcome | None) -> TrialTraining:
+def _training_numbers(trial: Trial, outcome: TrainingOutcome | None) -> dict[str, float | None]:
     """Return what a training took; of a given checkpoint, what its own run took.
 
     That run's record may be missing, damaged or of another step; only steps are known then.
@@ -150,11 +147,11 @@ def _training_numbers(trial: Trial, outcome: TrainingOutcome | None) -> TrialTra
         with suppress(UserError):
             outcome = TrainingOutcome.read(checkpoint.parent / DONE_NAME)
         if outcome is None or outcome.step != step:
-            return TrialTraining(steps=step)
-    return TrialTraining(
-        steps=outcome.step,
-        tokens=outcome.num_tokens,
-        flops=outcome.training_flops,
-        seconds=outcome.train_seconds,
-        shared_flops=outcome.shared_flops or None,
-    )
+            return {"steps": step}
+    return {
+        "steps": outcome.step,
+        "tokens": outcome.num_tokens,
+        "flops": outcome.training_flops,
+        "seconds": outcome.train_seconds,
+        "shared_flops": outcome.shared_flops or None,
+    }

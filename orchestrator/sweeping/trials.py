@@ -14,12 +14,11 @@ from typing import Literal
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.pruning import FamilyMember
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import (
     Role,
+    SweepPlan,
     Trial,
-    TrialCost,
     TrialSuite,
     teacher_or_costliest,
 )
@@ -32,19 +31,19 @@ from orchestrator.workspace.provenance import content_key
 SweepKind = Literal["threshold", "iterations", "search"]
 
 
-def exact_cost(config: ModelConfig, full: ModelConfig) -> TrialCost:
+def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
     """Return the cost of a model in all units that follow from shapes, and relative to `full`."""
     cost, most = inference_cost(config), inference_cost(full)
-    return TrialCost(
-        evaluations=cost.evaluations_per_token,
-        relative_evaluations=cost.evaluations_per_token / most.evaluations_per_token,
-        flops_per_token=cost.decode_flops_per_token,
-        relative_flops=cost.decode_flops_per_token / most.decode_flops_per_token,
-        prefill_flops_per_token=cost.prefill_flops_per_token,
-        kv_bytes_per_token=cost.kv_bytes_per_token,
-        weight_bytes_per_token=cost.weight_bytes_per_token,
-        num_parameters=cost.num_parameters,
-    )
+    return {
+        "evaluations": cost.evaluations_per_token,
+        "relative_evaluations": cost.evaluations_per_token / most.evaluations_per_token,
+        "flops_per_token": cost.decode_flops_per_token,
+        "relative_flops": cost.decode_flops_per_token / most.decode_flops_per_token,
+        "prefill_flops_per_token": cost.prefill_flops_per_token,
+        "kv_bytes_per_token": cost.kv_bytes_per_token,
+        "weight_bytes_per_token": cost.weight_bytes_per_token,
+        "num_parameters": cost.num_parameters,
+    }
 
 
 def full_trial(plan: SweepPlan) -> Trial:
@@ -134,31 +133,6 @@ def trained_trial(
         parent=job.provenance.get("teacher"),
         seed=seed,
         group=None if seed is None else label,
-    )
-
-
-def make_plan(
-    kind: str,
-    name: str | None,
-    trials: Sequence[Trial],
-    suite: TrialSuite,
-    num_requested: int,
-    *,
-    teacher: Path | None,
-) -> SweepPlan:
-    """Return the plan of these trials, named by their keys where the user gave no name."""
-    # Two measures of influence may lead to the same schedules by other thresholds.
-    shown = [[t.key, t.threshold_above, t.threshold_up_to] for t in trials]
-    key = content_key("sweep", kind, shown)
-    return SweepPlan(
-        key=key,
-        name=name or f"{kind}-{key[:8]}",
-        kind=kind,
-        tokens_folder=suite.tokens_folder,
-        teacher=str(teacher) if teacher else None,
-        num_requested=num_requested,
-        trials=tuple(trials),
-        num_distinct=num_models(trials),
     )
 
 

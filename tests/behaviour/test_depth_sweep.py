@@ -43,9 +43,9 @@ def test_a_sweep_ends_with_accuracy_against_nfe(tmp_path: Path, ray_session: Non
     assert not any(workspace.tokens.glob("*"))
 
     done = sweep(settings, workspace=workspace)
-    qualities = [trial.quality for trial in done.trials]
-    assert all({"accuracy", "phop_2/acc"} <= set(quality) for quality in qualities)
-    assert not any("bits_per_byte" in quality for quality in qualities)
+    for trial in done.trials:
+        assert {"quality/accuracy", "quality/phop_2/acc"} <= set(trial.numbers)
+        assert "quality/bits_per_byte" not in trial.numbers
     front = workspace.sweeps / done.name / "front.md"
     assert re.search(r"Chance of phop_2: 25\.0%, or \d+\.\d% by repeating", front.read_text())
     assert "Validation accuracy of full model" in front.with_suffix(".html").read_text()
@@ -57,7 +57,7 @@ def test_a_sweep_ends_with_accuracy_against_nfe(tmp_path: Path, ray_session: Non
     assert 'tokenizer("<|0|><|1|>"' in (exported / "README.md").read_text()
     teacher = next(trial.checkpoint for trial in done.trials if trial.role == "teacher")
     (evaluation,) = evaluate(settings, workspace=workspace, models=[teacher]).evaluations.values()
-    assert evaluation.quality()["accuracy"] == done.trials[0].quality["accuracy"]
+    assert evaluation.quality()["accuracy"] == done.trials[0].numbers["quality/accuracy"]
     (text,) = generate(["<|0|><|1|>"], workspace=workspace, sampling=Sampling(max_new_tokens=3))
     assert re.fullmatch(r"(<\|\d\|>){1,3}", text)
     with pytest.raises(UserError, match="cannot read 'Once'"):

@@ -14,7 +14,7 @@ from small_size import SMALL
 
 from orchestrator import measure_influence, plan_sweep, prepare, sweep
 from orchestrator.cli import build_app
-from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.trial import SweepPlan
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.files import shipped_sweeps
 from orchestrator.workspace.files import VERIFIED_NAME

@@ -16,7 +16,7 @@ import pytest
 from pretended_cluster import pretended_cluster
 from small_size import SMALL
 
-from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.trial import SweepPlan
 from orchestrator.workspace.journal import read_journal
 
 pytestmark = pytest.mark.long

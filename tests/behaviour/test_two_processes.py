@@ -18,9 +18,8 @@ from changed_trials import with_accuracy, with_job
 from orchestrator.cluster import local as local_run
 from orchestrator.cluster.local import run_local_jobs
 from orchestrator.planning.machine import Node, Resources
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.job import finished_outcome

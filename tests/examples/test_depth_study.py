@@ -208,9 +208,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         worth = trial.model.num_layers * (1.5 if trial.label.startswith("r = 1") else 1.0)
         loss = 1 / worth + 1e-9 * abs(math.log(trial.job.recipe.learning_rate / best))
         # The folder's name tells `read` the loss.
-        made = {"quality": {"validation_loss": loss, "accuracy": 0.5}, "checkpoint": f"/{loss}"}
-        made["train"] = {"flops": 1e9, "seconds": 1.0, "steps": 4, "tokens": 1280}
-        return Trial.model_validate(trial.model_dump() | made)
+        made = trial.model_copy(update={"checkpoint": f"/{loss}"})
+        made = made.with_numbers("quality", {"validation_loss": loss, "accuracy": 0.5})
+        return made.with_numbers("train", {"flops": 1e9, "seconds": 1, "steps": 4, "tokens": 1280})
 
     def sweep(settings: Settings, **options: Any) -> SimpleNamespace:
         if options["name"].startswith("depth-r-2"):
@@ -276,8 +276,8 @@ def test_a_rate_that_suits_the_first_seed_alone_does_not_decide(
     def sweep(settings: Settings, **options: Any) -> SimpleNamespace:
         found = plain(settings, **options)
         for trial in found.trials:
-            loss = trial.quality["validation_loss"] + unlucky(trial.label)
-            changed = trial.model_copy(update={"quality": {"validation_loss": loss}})
+            loss = trial.numbers["quality/validation_loss"] + unlucky(trial.label)
+            changed = trial.with_numbers("quality", {"validation_loss": loss})
             changed.write(trial.result_path)
         return SimpleNamespace(trials=[t.result() for t in found.trials], failures={})
 

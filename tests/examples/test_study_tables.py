@@ -41,7 +41,10 @@ def said(losses: dict[str, list[float]], accuracy: float = 0.5) -> str:
         quality={"validation_loss": 4.0, "accuracy": accuracy},
     )  # fmt: skip
     student = sample_trial(
-        key="student", schedule=(0,), cost={"evaluations": 1.0}, quality=teacher.quality
+        key="student",
+        schedule=(0,),
+        cost={"evaluations": 1.0},
+        quality={"validation_loss": 4.0, "accuracy": accuracy},
     )
     phases = Phases(by_rate={}, best=joined, tokens=joined, losses=losses_by_seed(found), flops={})
     ways = Ways(

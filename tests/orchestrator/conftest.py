@@ -97,7 +97,7 @@ def sample_evaluations(sample_results: list[Trial]) -> dict[str, EvaluationResul
     for result in sample_results:
         tasks = {}
         for name in ("lastword", "continuation"):
-            right = (hardness < result.quality[f"{name}/acc"]).astype(float)
+            right = (hardness < result.numbers[f"quality/{name}/acc"]).astype(float)
             tasks[name] = TaskResult(
                 name=name,
                 version="1",

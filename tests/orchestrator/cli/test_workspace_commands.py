@@ -15,7 +15,7 @@ import pytest
 
 from orchestrator import cli
 from orchestrator.cli.session import open_session
-from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.trial import SweepPlan
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import Journal, read_tail
 from orchestrator.workspace.layout import (

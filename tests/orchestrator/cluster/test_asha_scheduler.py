@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.cluster.asha_scheduler import LOSS, STEP, AshaByModel
-from orchestrator.records.early_stop import AshaRule, AshaTrial
+from orchestrator.records.trial import AshaRule, AshaTrial
 from orchestrator.workspace.journal import VALIDATION_METRIC, Journal
 
 NUM_STEPS = 8

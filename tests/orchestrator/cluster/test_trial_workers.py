@@ -15,9 +15,7 @@ from changed_trials import in_folder, with_job
 
 from orchestrator.cluster.asha_scheduler import AshaByModel
 from orchestrator.cluster.messages import Message
-from orchestrator.records.early_stop import AshaTrial
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import AshaTrial, SweepPlan, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings
 from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_early_stop
 from orchestrator.training.job import job_key
@@ -56,9 +54,7 @@ def run_with_two(
         from orchestrator.sweeping import trial_run
         from orchestrator.sweeping.trial_queue import run_tune_trial
 
-        trial_run.measure_trial = lambda trial, _: trial.model_copy(
-            update={"quality": {"accuracy": 0.5}}
-        )
+        trial_run.measure_trial = lambda trial, _: trial.with_numbers("quality", {"accuracy": 0.5})
         return run_tune_trial(parameters, context)
 
     sweep = SweepSettings(workers_per_trial=2, trials_at_once=5)

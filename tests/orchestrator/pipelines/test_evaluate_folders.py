@@ -243,9 +243,10 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
         key="k", role="trial", model=decoder.config, suite=suite, checkpoint=str(checkpoint),
         folder=str(workspace.trials / "k"),
     )  # fmt: skip
-    quality = measure_trial(trial, "cpu").quality
-    assert quality["accuracy"] == pytest.approx(ours.accuracy)
-    assert quality["bits_per_byte"] == pytest.approx(ours.quality()["bits_per_byte"], rel=1e-6)
+    quality = measure_trial(trial, "cpu").numbers
+    assert quality["quality/accuracy"] == pytest.approx(ours.accuracy)
+    expected = pytest.approx(ours.quality()["bits_per_byte"], rel=1e-6)
+    assert quality["quality/bits_per_byte"] == expected
 
 
 def test_an_exported_folder_scores_as_its_checkpoint(

@@ -17,10 +17,10 @@ from orchestrator.evaluation.harness import suite
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate_model
 from orchestrator.pipelines.models import export
-from orchestrator.pipelines.sweeps import load_tasks, plan_suite
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.results import load_item_values
 from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.sweeping.plan import load_tasks, plan_suite
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
@@ -156,13 +156,14 @@ def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
     assert runs == 2 * ["first", "second"]
     for model, result in zip((config, cheaper), measured, strict=True):
         found = evaluate(checkpoint, settings, workspace, schedule=model.corrections)
-        assert found.quality().items() <= result.quality.items()
+        quality = {f"quality/{name}": value for name, value in found.quality().items()}
+        assert quality.items() <= result.numbers.items()
         assert load_item_values(workspace, [result]) == {result.key: found}
     folder = export(
         Settings(evaluation=settings), workspace=workspace, model=checkpoint, to=tmp_path / "out"
     )
     assert (
-        f"| first | acc | {measured[0].quality['first/acc']:.4f} |"
+        f"| first | acc | {measured[0].numbers['quality/first/acc']:.4f} |"
         in (folder / "README.md").read_text()
     )
     # Another suite measures what is new, and the loss over held-out tokens is known.
@@ -174,7 +175,7 @@ def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
     )
     run = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, workspace))
     assert run.result
-    assert run.result.quality["validation_loss"] == measured[0].quality["validation_loss"]
+    assert run.result.value(loss := "quality/validation_loss") == measured[0].numbers[loss]
     assert runs == [*2 * ["first", "second"], "third"]
     fewer = wider.model_copy(update={"suite": "third", "limit": 1})
     suite = plan_suite(

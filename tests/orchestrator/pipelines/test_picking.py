@@ -20,8 +20,7 @@ from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.generating import open_generator
 from orchestrator.pipelines.models import PickResult, export, pick, plan_pick
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.records.measurement import TrackedModel
-from orchestrator.records.trial import TrialDecoding
+from orchestrator.records.tracked_run import RegisteredModel, TrackedModel, TrackedRun
 from orchestrator.reporting.pick_rules import PickRule
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import read_settings
@@ -137,12 +136,15 @@ def test_nothing_of_a_model_runs_when_it_is_registered(
     folder.mkdir()
     (folder / "config.json").write_text('{"auto_map": {"AutoConfig": "code.Config"}}')
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    run = context.tracking.run("registering", name="r", kind="sweep")
+    run = TrackedRun(key="registering", name="r", kind="sweep")
+    context.tracking.publish(run)
     model = TrackedModel(key="k", name="other", params={}, datasets={})
     versions = []
     for _ in range(2):
-        run.register("other", folder, model=model, alias="best")
-        run.finish()
+        registered = RegisteredModel(
+            name="other", alias="best", run=run.place, model=model, folder=str(folder)
+        )
+        context.tracking.register(registered)
         versions.append(version_of(context, "other", "best"))
     first, second = versions
     assert (Path(first.source.removeprefix("file://")) / "MLmodel").is_file()
@@ -166,12 +168,8 @@ def test_the_pick_of_a_draft_is_the_full_model_or_a_model_of_its_own(
 
     def picked(name: str, *speed_ups: float) -> tuple[PickResult, IterationSchedule]:
         drafts = [
-            trial.model_copy(
-                update={
-                    "decoding": TrialDecoding(
-                        acceptance=0.9, exact_ms_per_token=2.0, speed_up=speed_up
-                    )
-                }
+            trial.with_numbers(
+                "decoding", {"acceptance": 0.9, "exact_ms_per_token": 2.0, "speed_up": speed_up}
             )
             for trial, speed_up in zip((student, pruned), speed_ups, strict=True)
         ]
@@ -261,10 +259,9 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(
                 "label": f"1,0, seed {seed}",
                 "seed": seed,
                 "group": "1,0",
-                "quality": {"accuracy": accuracy},
                 "checkpoint": str(folder),
             }
-        )
+        ).with_numbers("quality", {"accuracy": accuracy})
         task = TaskResult(
             name="choices", version="1", num_items=100, num_fewshot=0,
             metrics={"acc": accuracy}, items=[], values={}, log_likelihoods=[],

@@ -15,9 +15,9 @@ from fake_tracking import untracked
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.pipelines.evaluating import evaluate_model, plan_evaluate
-from orchestrator.pipelines.sweeps import load_tasks, plan_suite
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.sweeping.plan import load_tasks, plan_suite
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
@@ -177,7 +177,7 @@ def test_a_trial_uses_what_an_interrupted_command_measured(
     with counted_passes() as whole:
         usual = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, other))
     assert usual.result
-    assert run.result.quality == usual.result.quality
+    assert run.result.numbers == usual.result.numbers
     assert sorted(before + rest) == sorted(whole), "each pass ran once"
 
 

@@ -10,13 +10,13 @@ from sample_trials import sample_trial
 
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
-from orchestrator.records.parameters import (
+from orchestrator.records.training import (
+    TrainingJob,
     job_parameters,
     model_parameters,
     schedule_parameters,
     shared_parameters,
 )
-from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, TrainingSettings
 
 IIET = sample_trial(schedule=(2, 1)).model

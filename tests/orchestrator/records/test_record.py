@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sample_trials import sample_trial
 
-from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.trial import SweepPlan
 from orchestrator.workspace.layout import open_workspace
 
 

@@ -16,7 +16,7 @@ from orchestrator.settings import TrainingSettings
 
 
 def with_accuracy(result: Trial, accuracy: float) -> Trial:
-    return result.model_copy(update={"quality": {**result.quality, "accuracy": accuracy}})
+    return result.with_numbers("quality", {"accuracy": accuracy})
 
 
 def test_the_first_sentence_is_the_cheapest_that_keeps_the_quality(
@@ -55,9 +55,8 @@ def test_a_distilled_baseline_is_compared_with_the_schedule_of_its_cost(
     deep = vanilla.model_copy(
         update={
             "key": "deep", "label": "vanilla, 11 layers, distilled", "parent": "7e1c0ffee0000000",
-            "cost": vanilla.cost.model_copy(update={"evaluations": 10.9}),
         }
-    )  # fmt: skip
+    ).with_numbers("cost", {"evaluations": 10.9})  # fmt: skip
     said = findings(sample_front([*sample_results, with_accuracy(deep, 0.3)]))
     (about,) = (sentence for sentence in said if sentence.startswith("vanilla, 11 layers"))
     assert "is worse than 0,1,1,1,1,1, the schedule of the nearest cost, by 14 points" in about

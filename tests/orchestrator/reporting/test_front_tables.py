@@ -83,9 +83,7 @@ def test_parameters_have_a_column_if_models_are_of_different_sizes(
     def sized(last: int) -> str:
         counts = [1_480_000] * (len(sample_results) - 1) + [last]
         results = [
-            result.model_copy(
-                update={"cost": result.cost.model_copy(update={"num_parameters": count})}
-            )
+            result.with_numbers("cost", {"num_parameters": count})
             for result, count in zip(sample_results, counts, strict=True)
         ]
         return "\n".join(printed(sample_front(results), 120))
@@ -134,8 +132,10 @@ def test_csv_and_json_hold_every_number(front: Front, sample_results: list[Trial
 
 
 def test_an_unmeasured_result_is_listed_with_null(sample_results: list[Trial]) -> None:
-    lacking = sample_results[1].model_copy(
-        update={"key": "lacking", "quality": {"accuracy": float("nan")}}
+    lacking = (
+        sample_results[1]
+        .model_copy(update={"key": "lacking", "numbers": {"cost/evaluations": 1.0}})
+        .with_numbers("quality", {"accuracy": float("nan")})
     )
     front = sample_front([*sample_results, lacking])
     row = model_rows(front)[-1]

@@ -15,7 +15,7 @@ from sample_trials import sample_front, sample_trial
 
 from iiet.influence import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.records.trial import Trial, TrialCost
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.front_axes import FrontAxes
 from orchestrator.reporting.html_page import render_page
@@ -92,7 +92,7 @@ def test_a_phone_shows_the_most_important_columns(
 
 
 def test_the_page_has_the_front_of_every_pair_of_axes(sample_results: list[Trial]) -> None:
-    changes = {"key": "new", "cost": TrialCost(evaluations=1.0), "quality": {}}
+    changes = {"key": "new", "numbers": {"cost/evaluations": 1.0}}
     unmeasured = sample_results[1].model_copy(update=changes)
     results = [*sample_results, unmeasured]
     sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(results)}

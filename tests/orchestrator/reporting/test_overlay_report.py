@@ -22,11 +22,8 @@ def workspace(tmp_path: Path, sample_results: list[Trial]) -> Workspace:
     trials = [result for result in sample_results if result.role == "trial"]
     others = [result for result in sample_results if result.role != "trial"]
     better = [
-        t.model_copy(
-            update={
-                "key": f"b{t.key}",
-                "quality": {**t.quality, "accuracy": t.quality["accuracy"] + 0.01},
-            }
+        t.model_copy(update={"key": f"b{t.key}"}).with_numbers(
+            "quality", {"accuracy": t.numbers["quality/accuracy"] + 0.01}
         )
         for t in trials[::2]
     ]

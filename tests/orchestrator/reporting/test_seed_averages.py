@@ -32,13 +32,13 @@ def _seed(number: int, accuracy: float, group: str | None = "r = 1") -> Trial:
 def test_the_error_combines_the_spread_over_seeds_and_over_items() -> None:
     table = result_table([_seed(0, 0.30), _seed(1, 0.32), _seed(2, 0.37)])
     (one,) = table["trial"]
-    assert (one.label, one.train.seeds, one.checkpoint) == ("r = 1", 3, "/runs/0")
-    assert one.quality["accuracy"] == pytest.approx(0.33)
+    assert (one.label, one.numbers["train/seeds"], one.checkpoint) == ("r = 1", 3, "/runs/0")
+    assert one.numbers["quality/accuracy"] == pytest.approx(0.33)
     over_seeds = (0.03**2 + 0.01**2 + 0.04**2) / 2 / 3
-    assert one.quality["accuracy_stderr"] == pytest.approx(math.sqrt(over_seeds + 0.03**2))
-    assert one.quality["validation_loss_stderr"] == pytest.approx(math.sqrt(over_seeds))
+    assert one.numbers["quality/accuracy_stderr"] == pytest.approx(math.sqrt(over_seeds + 0.03**2))
+    assert one.numbers["quality/validation_loss_stderr"] == pytest.approx(math.sqrt(over_seeds))
     assert [seed.seed for seed in table["seeds"][one.key]] == [0, 1, 2]
-    assert table["quality/accuracy"][one.key] == one.quality["accuracy"]
+    assert table["quality/accuracy"][one.key] == one.numbers["quality/accuracy"]
 
 
 def test_results_without_other_seeds_stay_as_they_are() -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from sample_trials import sample_front, sample_trial
 
-from orchestrator.records.trial import TrialCost
 from orchestrator.reporting.front_tables import front_markdown
 from orchestrator.reporting.pareto import MAX_SHOWN, Front, left_out_notes
 from orchestrator.reporting.report_content import SweepReport
@@ -28,7 +27,7 @@ def front() -> Front:
             key=f"k{n}",
             role="teacher" if n == 0 else "baseline" if n == 1 else "trial",
             label=f"model {n}",
-            cost=TrialCost(evaluations=24 if n == 0 else draw.randint(6, 23)),
+            cost={"evaluations": 24 if n == 0 else draw.randint(6, 23)},
             quality={"accuracy": 0.9 if n == 0 else 0.5 * draw.random(), "other": draw.random()},
         )
         for n in range(NUM_TRIALS)
@@ -75,6 +74,6 @@ def test_a_page_holds_the_members_of_every_front_and_data_files_hold_all(
     data = json.loads(found[1])
     assert len(data["rows"]) < NUM_TRIALS
     members = data["fronts"]["cost/evaluations"]["quality/other"]["members"]
-    best = max(front.results, key=lambda result: result.quality["other"])
+    best = max(front.results, key=lambda result: result.numbers["quality/other"])
     assert best.key in [data["rows"][number]["key"] for number in members]
     assert files["front.svg"].stat().st_size < 1_000_000

@@ -6,9 +6,7 @@ from pathlib import Path
 
 from changed_trials import in_folder, with_job
 
-from orchestrator.records.early_stop import AshaTrial
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import AshaTrial, SweepPlan, Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.asha import (
     asha_trials,

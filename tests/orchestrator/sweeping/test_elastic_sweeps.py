@@ -17,9 +17,8 @@ from iiet.influence import InfluenceTable
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.elastic_section import ELASTIC_TITLE, elastic_section
 from orchestrator.reporting.report_files import report_markdown
 from orchestrator.reporting.results import StoredSweep
@@ -33,8 +32,9 @@ from orchestrator.sweeping.elastic_plans import (
     waits_for_weights,
     without_elastic,
 )
+from orchestrator.sweeping.plan import threshold_plan
 from orchestrator.sweeping.selection import choose_members
-from orchestrator.sweeping.student_plans import distillation_job, student_estimates, threshold_plan
+from orchestrator.sweeping.student_plans import distillation_job, student_estimates
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import exact_cost
@@ -219,13 +219,13 @@ def test_weights_are_trained_once_and_measured_under_each_schedule(
     def measure(trial: Trial, _: str) -> Trial:
         decoder = load_model(Path(str(trial.checkpoint)), schedule=trial.model.corrections)
         loss = heldout_loss(decoder, Path(suite.tokens_folder))
-        return trial.model_copy(update={"quality": {"validation_loss": loss}})
+        return trial.with_numbers("quality", {"validation_loss": loss})
 
     monkeypatch.setattr(trial_run, "measure_trial", measure)
     plan = plan_of(resolve_settings({}, SMALL), space, teacher, suite)
     runs = [run_trial(trial) for trial in plan.trials[1:]]
     assert [run.state for run in runs] == ["made"] * 4
-    losses = [run.result.quality["validation_loss"] for run in runs if run.result]
+    losses = [run.result.numbers["quality/validation_loss"] for run in runs if run.result]
     assert len(set(losses)) == 4
     assert len({run.result.checkpoint for run in runs if run.result}) == 1
     assert len(list(space.trials.glob("*/done.json"))) == 1
@@ -302,13 +302,9 @@ def evaluation(share: float, name: str = "task") -> EvaluationResult:
 
 
 def measured(trial: Trial, accuracy: float, loss: float, flops: float) -> Trial:
-    return trial.model_copy(
-        update={
-            "cost": exact_cost(trial.model, trial.model),
-            "quality": {"accuracy": accuracy, "validation_loss": loss},
-            "train": trial.train.model_copy(update={"flops": flops}),
-        }
-    )
+    trial = trial.with_numbers("cost", exact_cost(trial.model, trial.model))
+    trial = trial.with_numbers("quality", {"accuracy": accuracy, "validation_loss": loss})
+    return trial.with_numbers("train", {"flops": flops})
 
 
 def test_the_report_holds_both_side_by_side(
@@ -320,7 +316,7 @@ def test_the_report_holds_both_side_by_side(
     for trial in plan.trials:
         accuracy = 0.6 if trial.schedule == (0, 0) and not trial.is_elastic else 0.8
         results.append(measured(trial, accuracy, 5.0, 6e9 if trial.is_elastic else 4e9))
-    items = {result.key: evaluation(result.quality["accuracy"]) for result in results}
+    items = {result.key: evaluation(result.numbers["quality/accuracy"]) for result in results}
     front = sample_front(results)
     section = elastic_section(front, items)
     assert section is not None

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from sample_trials import sample_front
 
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial, TrialCost
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.training_curves import (
     HISTORY_CHARTS,
     HYPERVOLUME_BY_GFLOPS,
@@ -46,7 +45,8 @@ def plan(tmp_path: Path, sample_results: list[Trial]) -> SweepPlan:
 
 def finish(plan: SweepPlan, result: Trial) -> None:
     trial = next(trial for trial in plan.trials if trial.key == result.key)
-    result.model_copy(update={"cost": TrialCost()}).write(trial.result_path)
+    measured = {n: v for n, v in result.numbers.items() if not n.startswith("cost/")}
+    result.model_copy(update={"numbers": measured}).write(trial.result_path)
 
 
 def series(folder: Path, metric: str) -> list[tuple[int, float]]:
@@ -88,9 +88,7 @@ def test_what_two_models_have_in_common_is_spent_once(
     for result in (
         teacher,
         first,
-        second.model_copy(
-            update={"train": second.train.model_copy(update={"shared_flops": 0.9e12})}
-        ),
+        second.with_numbers("train", {"shared_flops": 0.9e12}),
     ):
         finish(plan, result)
     assert record_front(plan, tmp_path / "history")
@@ -112,10 +110,11 @@ def test_a_lucky_seed_is_no_front(
     plan = plan.model_copy(update={"trials": (plan.trials[0], *seeds)})
     finish(plan, teacher)
     for seed, accuracy in zip(seeds, (0.1, 0.5), strict=True):
-        finish(plan, cheap.model_copy(update={"key": seed.key, "quality": {"accuracy": accuracy}}))
+        of_seed = cheap.model_copy(update={"key": seed.key})
+        finish(plan, of_seed.with_numbers("quality", {"accuracy": accuracy}))
     assert record_front(plan, tmp_path / "history")
     [(_, volume)] = series(tmp_path / "history", HYPERVOLUME_BY_TRIALS)
-    usual = cheap.model_copy(update={"quality": {"accuracy": 0.3}})
+    usual = cheap.with_numbers("quality", {"accuracy": 0.3})
     assert volume == pytest.approx(sample_front([teacher, usual]).hypervolume)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.trial import SweepPlan
 from orchestrator.sweeping.round_progress import RoundProgress
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.journal import Journal

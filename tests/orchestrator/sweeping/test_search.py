@@ -21,12 +21,11 @@ from sample_trials import sample_front, sample_trial
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.trial_search import TrialSearch
-from orchestrator.records.sweep_plan import SweepPlan
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.settings import SearchSettings, SweepSettings
 from orchestrator.sweeping import trial_queue
+from orchestrator.sweeping.plan import search_plan
 from orchestrator.sweeping.search import GENERATION, STUDY_FILE, ScheduleSearch, finished_schedules
-from orchestrator.sweeping.student_plans import search_plan
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -72,7 +71,7 @@ class World:
         if trial.result() is None:
             self.made += trial.role == "trial"
             quality = {"accuracy": self.accuracy(trial.model.corrections), "bits": 1.0}
-            trial.model_copy(update={"quality": quality}).write(trial.result_path)
+            trial.with_numbers("quality", quality).write(trial.result_path)
 
     def search(self, **settings: Any) -> ScheduleSearch:
         own = SearchSettings(**settings)

@@ -15,14 +15,18 @@ from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.influence import InfluenceTable
 from iiet.pruning import FamilyMember
-from orchestrator.pipelines.sweeps import text_of_teacher
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, Settings, TrainingSettings, resolve_settings
 from orchestrator.sweeping.distilled_baselines import distilled_baseline_trials
-from orchestrator.sweeping.model_plans import ScratchModel, iterations_plan
+from orchestrator.sweeping.plan import (
+    SweepModel,
+    iterations_plan,
+    text_of_teacher,
+    threshold_plan,
+)
 from orchestrator.sweeping.selection import choose_members
-from orchestrator.sweeping.student_plans import student_job, student_trial, threshold_plan
+from orchestrator.sweeping.student_plans import student_job, student_trial
 from orchestrator.sweeping.trials import (
     SweepPlan,
     exact_cost,
@@ -214,11 +218,11 @@ def test_relative_costs_relate_to_the_full_model(teacher: Path) -> None:
     full = ModelConfig.from_dict(_config(teacher))
     none = ModelConfig.from_dict({**_config(teacher), "schedule": [0, 0]})
     cost = exact_cost(none, full)
-    assert (cost.evaluations, cost.relative_evaluations) == (2, 2 / 5)
+    assert (cost["evaluations"], cost["relative_evaluations"]) == (2, 2 / 5)
     most = inference_cost(full).decode_flops_per_token
-    assert cost.relative_flops == inference_cost(none).decode_flops_per_token / most
-    assert cost.relative_flops != 2 / 5, "the head is not evaluated more often"
-    assert exact_cost(full, full).relative_flops == 1.0
+    assert cost["relative_flops"] == inference_cost(none).decode_flops_per_token / most
+    assert cost["relative_flops"] != 2 / 5, "the head is not evaluated more often"
+    assert exact_cost(full, full)["relative_flops"] == 1.0
 
 
 def test_an_iterations_plan_has_each_model_once(
@@ -231,12 +235,11 @@ def test_an_iterations_plan_has_each_model_once(
             run_folder=f"/runs/{method}", tokens_folder=str(tiny_tokens), model=model, recipe=recipe
         )
 
-    variants = [
-        ScratchModel(label="vanilla", job=job("vanilla", None)),
-        ScratchModel(label="r = 1", job=job("iiet", [1, 1])),
-        ScratchModel(label="again", job=job("iiet", [1, 1])),
+    models = [
+        SweepModel(label=label, settings=Settings()) for label in ("vanilla", "r = 1", "again")
     ]
-    plan = iterations_plan(variants, suite=suite)
+    jobs = [job("vanilla", None), job("iiet", [1, 1]), job("iiet", [1, 1])]
+    plan = iterations_plan(models, jobs, suite=suite)
     assert [t.role for t in plan.trials] == ["baseline", "trial"]
     assert plan.num_requested == 3
 

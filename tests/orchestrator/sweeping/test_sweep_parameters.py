@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from changed_trials import with_job
 
-from orchestrator.records.sweep_plan import SweepPlan
+from orchestrator.records.trial import SweepPlan
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.sweep_parameters import sweep_parameters
 

@@ -22,9 +22,8 @@ from orchestrator.cluster.asha_scheduler import AshaByModel
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation.harness import Suite
 from orchestrator.evaluation.harness import suite as harness_suite
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.records.trial import Trial, TrialTraining
+from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial_run
 from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_early_stop
@@ -49,7 +48,7 @@ def measure(trial, device):
         file.write("once\\n")
     decoder = load_model(Path(trial.checkpoint), schedule=trial.model.corrections)
     loss = heldout_loss(decoder, Path(trial.suite.tokens_folder))
-    return trial.model_copy(update={"quality": {"validation_loss": loss}})
+    return trial.with_numbers("quality", {"validation_loss": loss})
 
 trial_run.measure_trial = measure
 print("ready", flush=True)
@@ -129,9 +128,8 @@ def test_a_damaged_record_of_a_training_costs_only_its_numbers(
     (Path(str(trials[0].checkpoint)).parent / DONE_NAME).write_text(record)
     run = run_trial(trials[0])
     assert run.result is not None
-    assert run.result.train == TrialTraining(steps=2), (
-        "another step's record says nothing of this one"
-    )
+    training = {n: v for n, v in run.result.numbers.items() if n.startswith("train/")}
+    assert training == {"train/steps": 2}, "another step's record says nothing of this one"
 
 
 def test_a_trial_is_taken_over_from_a_process_that_died(
@@ -247,9 +245,7 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
     def measure_nothing(parameters: dict[str, Any], context: Any) -> dict[str, Any]:
         from orchestrator.sweeping import trial_run
 
-        trial_run.measure_trial = lambda trial, _: trial.model_copy(
-            update={"quality": {"accuracy": 0.5}}
-        )
+        trial_run.measure_trial = lambda trial, _: trial.with_numbers("quality", {"accuracy": 0.5})
         return rounds_function(parameters, context)
 
     class Told(Progress):
@@ -387,5 +383,5 @@ def test_trials_of_one_process_load_their_tasks_once(
     for trial in trials[:2]:
         run = run_trial(trial.model_copy(update={"suite": trial.suite.model_copy(update=changes)}))
         assert run.result is not None
-        assert {"accuracy", "questions/exact_match"} < set(run.result.quality)
+        assert {"quality/accuracy", "quality/questions/exact_match"} < set(run.result.numbers)
     assert len(loads) == 1

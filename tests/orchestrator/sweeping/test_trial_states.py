@@ -23,17 +23,16 @@ from orchestrator.planning.estimate import (
     on_trial_devices,
     price_of_trials,
 )
-from orchestrator.records.sweep_plan import SweepPlan
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.command_tables import price_rows
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.sweeping.asha import asha_trials, record_early_stop
-from orchestrator.sweeping.model_plans import ScratchModel, iterations_plan
-from orchestrator.sweeping.plan_table import plan_sentences, plan_table
+from orchestrator.sweeping.plan import SweepModel, iterations_plan, threshold_plan
 from orchestrator.sweeping.selection import choose_members
-from orchestrator.sweeping.student_plans import threshold_plan
 from orchestrator.sweeping.trial_states import (
+    plan_sentences,
+    plan_table,
     requested_noun,
     trial_states,
 )
@@ -277,29 +276,28 @@ def test_models_from_scratch_are_counted_with_baselines_and_without_seeds(
 ) -> None:
     chosen = settings("training.num_steps=10", "training.num_tokens_per_step=64")
 
-    def variants(label: str, changes: dict[str, Any], seeds: tuple[int, ...]) -> list[ScratchModel]:
-        return [
-            ScratchModel(
-                label=f"{label}, seed {seed}",
-                group=label if len(seeds) > 1 else None,
-                job=TrainingJob(
-                    run_folder=str(tmp_path / f"{changes}-{seed}"),
-                    tokens_folder=str(tiny_tokens),
-                    model={**tiny_model, **changes},
-                    recipe=chosen.training.model_copy(update={"seed": seed}),
-                ),
-            )
-            for seed in seeds
-        ]
-
     def plan_under(*seeds: int) -> SweepPlan:
-        models = {
+        changes_of = {
             "vanilla": {"method": "vanilla", "schedule": None},
             "r = 1": {"schedule": [1, 1]},
             "1,1": {"schedule": [1, 1]},
         }
-        every = [variant for name in models for variant in variants(name, models[name], seeds)]
-        return iterations_plan(every, suite=TrialSuite(suite="x", tokens_folder=str(tiny_tokens)))
+        models, jobs = [], []
+        for label, changes in changes_of.items():
+            for seed in seeds:
+                group = label if len(seeds) > 1 else None
+                models.append(
+                    SweepModel(label=f"{label}, seed {seed}", settings=chosen, group=group)
+                )
+                job = TrainingJob(
+                    run_folder=str(tmp_path / f"{changes}-{seed}"),
+                    tokens_folder=str(tiny_tokens),
+                    model={**tiny_model, **changes},
+                    recipe=chosen.training.model_copy(update={"seed": seed}),
+                )
+                jobs.append(job)
+        suite = TrialSuite(suite="x", tokens_folder=str(tiny_tokens))
+        return iterations_plan(models, jobs, suite=suite)
 
     alone, seeded = plan_under(0), plan_under(0, 1)
     assert told(alone, chosen)[0] == "3 models asked for, 2 distinct"
@@ -313,19 +311,18 @@ def test_learning_rates_are_shown_where_they_differ(
     chosen = settings("training.num_steps=10", "training.num_tokens_per_step=64")
 
     def plan_at(*rates: float) -> SweepPlan:
-        models = [
-            ScratchModel(
-                label=f"r = {number}",
-                job=TrainingJob(
-                    run_folder=str(tmp_path / f"{number}"),
-                    tokens_folder=str(tiny_tokens),
-                    model={**tiny_model, "schedule": [number, number]},
-                    recipe=chosen.training.model_copy(update={"learning_rate": rate}),
-                ),
+        jobs = [
+            TrainingJob(
+                run_folder=str(tmp_path / f"{number}"),
+                tokens_folder=str(tiny_tokens),
+                model={**tiny_model, "schedule": [number, number]},
+                recipe=chosen.training.model_copy(update={"learning_rate": rate}),
             )
             for number, rate in enumerate(rates)
         ]
-        return iterations_plan(models, suite=TrialSuite(suite="x", tokens_folder=str(tiny_tokens)))
+        models = [SweepModel(label=f"r = {n}", settings=chosen) for n in range(len(rates))]
+        suite = TrialSuite(suite="x", tokens_folder=str(tiny_tokens))
+        return iterations_plan(models, jobs, suite=suite)
 
     found = rows(plan_at(2e-3, 4e-3), chosen)
     assert "model rate NFE FLOPs KV/token state" in found
@@ -338,18 +335,20 @@ def test_a_first_stage_in_common_is_paid_once(
 ) -> None:
     chosen = settings("training.num_steps=10", "training.iterate_from_fraction=0.6")
 
-    def variant(schedule: list[int]) -> ScratchModel:
-        job = TrainingJob(
+    schedules = [2, 1], [1, 1], [0, 0]
+    jobs = [
+        TrainingJob(
             run_folder=str(tmp_path / str(schedule)),
             tokens_folder=str(tiny_tokens),
             model={**tiny_model, "schedule": schedule},
             recipe=chosen.training.model_copy(update={"num_tokens_per_step": STEP}),
             first_stages=str(tmp_path / "first_stages"),
         )
-        return ScratchModel(label=str(schedule), job=job)
-
-    variants = [variant(schedule) for schedule in ([2, 1], [1, 1], [0, 0])]
-    plan = iterations_plan(variants, suite=TrialSuite(suite="x", tokens_folder=str(tiny_tokens)))
+        for schedule in schedules
+    ]
+    models = [SweepModel(label=str(schedule), settings=chosen) for schedule in schedules]
+    suite = TrialSuite(suite="x", tokens_folder=str(tiny_tokens))
+    plan = iterations_plan(models, jobs, suite=suite)
     price = price_left(plan, chosen, tmp_path)
     behind = 4 * (114_816 + 97_728 + 63_264)
     assert price.num_tokens == (6 + 3 * 4) * STEP

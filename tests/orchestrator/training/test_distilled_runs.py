@@ -251,7 +251,7 @@ def test_a_control_is_trained_without_a_teacher(
     run = run_trial(trial)
     assert run.state == "made"
     assert run.result
-    assert run.result.train.steps == RECIPE["num_steps"]
+    assert run.result.numbers["train/steps"] == RECIPE["num_steps"]
 
     job = trial.job
     assert job

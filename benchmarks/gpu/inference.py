@@ -1,0 +1,224 @@
+"""Sections that use a finished model: decoding against the memory bandwidth, and evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.report import TOY_MODEL, Figure, Finding, Setup, problem_unless
+from benchmarks.gpu.training import training_job
+from benchmarks.shape import largest_regret
+from iiet.config import preset
+from iiet.cost import inference_cost
+from iiet.decoder import Decoder
+from orchestrator.evaluation.decode_timing import decode_milliseconds, random_prompt, threads
+from orchestrator.pipelines.evaluating import evaluate
+from orchestrator.settings import EvaluationSettings, Settings
+from orchestrator.settings.training import Precision
+from orchestrator.terminal.progress import Progress
+from orchestrator.training.run import run_job
+
+CORRECTIONS = 3
+GAIN = 0.9
+"""A correction that takes less than this share of a prediction gains from the cache."""
+REGRET_TOLERANCE = 0.1
+"""By how much the logit of a decoded token may be below the largest: bf16 rounds by about 0.01."""
+
+
+def decoding(setup: Setup) -> Iterator[Finding]:
+    """Time decoding under r = 0 and r = 3 for each size, and the reading of its weights.
+
+    Tokens are decoded as `generate` does it, by CUDA graphs on a GPU, and must be those that the
+    full forward pass finds likeliest. A step has to read the weights of each evaluation, and its
+    keys and values. The bound is these bytes (`iiet/cost.py`) divided by the bandwidth, which is
+    measured here.
+
+    An IIET evaluates a layer 1 + r times in a row: if the layer's weights stay in the L2 cache, a
+    correction costs less than a prediction. The rows `matrices only` measure that without anything
+    else. A correction that takes less time than its weights take from memory proves it; small
+    kernels take longer than both.
+    """
+    device = setup.world.device
+    bandwidth = _bytes_per_second(device, 2**22 if setup.is_toy else 2**30)
+    yield Finding(what="memory bandwidth, by copying", figures={"GB/s": bandwidth / 1e9})
+    # Eight layers of the largest size show the same as all.
+    sizes: dict[str, Any] = {"55m": {}, "340m": {}, "1.3b": {"num_layers": 8}}
+    for name, changes in ({"tiny": TOY_MODEL} if setup.is_toy else sizes).items():
+        config = preset(name, schedule=CORRECTIONS, **changes)
+        label = f"{name}, {config.num_layers} layers"
+        with torch.device(device):
+            decoder = Decoder(config).to(torch.bfloat16).eval()
+        new = 8 if setup.is_toy else 128
+        regret = largest_regret(decoder, random_prompt(decoder, 1, new), new)
+        yield Finding(
+            what=f"{label}, decoded tokens",
+            figures={"logits below the largest (std)": regret, "tolerance": REGRET_TOLERANCE},
+            problem=problem_unless(regret, REGRET_TOLERANCE, "they are not the full forward's"),
+        )
+        yield from _decoded(setup, label, decoder, bandwidth)
+        yield _matrices_only(setup, label, decoder, bandwidth)
+
+
+def _decoded(setup: Setup, label: str, decoder: Decoder, bandwidth: float) -> Iterator[Finding]:
+    prompt, new, repetitions = (8, 8, 3) if setup.is_toy else (128, 128, 7)
+    none = decoder.schedule.none(decoder.config.num_layers)
+    decoders = {"r = 0": decoder.with_schedule(none), f"r = {CORRECTIONS}": decoder}
+    with threads(1):
+        timings = decode_milliseconds(
+            decoders, prompt_tokens=prompt, new_tokens=new, repetitions=repetitions
+        )
+    before: tuple[float, int] | None = None
+    for name, one in decoders.items():
+        cost = inference_cost(one.config, context_length=prompt + new // 2, bytes_per_value=2)
+        read = cost.weight_bytes_per_token + cost.kv_bytes_read_per_token
+        milliseconds, evaluations = timings[name].median, cost.evaluations_per_token
+        bound = 1e3 * read / bandwidth
+        figures: dict[str, Figure] = {
+            "ms/token": milliseconds,
+            "bound (ms)": bound,
+            "share of the bound": bound / milliseconds,
+            "us/evaluation": 1e3 * milliseconds / evaluations,
+        }
+        if before:  # What corrections add to r = 0.
+            added = evaluations - before[1]
+            figures["us/correction"] = 1e3 * (milliseconds - before[0]) / added
+        before = milliseconds, evaluations
+        yield Finding(what=f"{label}, {name}", figures=figures)
+
+
+def _matrices_only(setup: Setup, label: str, decoder: Decoder, bandwidth: float) -> Finding:
+    """Multiply each layer's matrices with a vector, once, and as often in a row as the layer is
+    evaluated: then they are found in the processor's cache if they fit."""
+    layers = [[p for p in field.parameters() if p.dim() == 2] for field in decoder.fields]
+    vectors = {matrix.size(1): torch.randn_like(matrix[0]) for matrix in layers[0]}
+    device, repetitions = setup.world.device, 3 if setup.is_toy else 20
+
+    def read(times_each: int) -> None:
+        for matrices in layers:
+            for _ in range(times_each):
+                for matrix in matrices:
+                    torch.mv(matrix, vectors[matrix.size(1)])
+
+    with torch.inference_mode():
+        once = _best_seconds(lambda: read(1), device, repetitions)
+        often = _best_seconds(lambda: read(1 + CORRECTIONS), device, repetitions)
+    layer_bytes = sum(matrix.nbytes for matrix in layers[0])
+    prediction, correction = once / len(layers), (often - once) / (CORRECTIONS * len(layers))
+    return Finding(
+        what=f"{label}, matrices only",
+        figures={
+            "MB of a layer": layer_bytes / 1e6,
+            "us/evaluation": 1e6 * often / ((1 + CORRECTIONS) * len(layers)),
+            "us/prediction": 1e6 * prediction,
+            "us/correction": 1e6 * correction,
+            "us from memory": 1e6 * layer_bytes / bandwidth,
+            "correction / prediction": correction / prediction,
+            "the cache saves time": "yes" if correction < GAIN * prediction else "no",
+        },
+    )
+
+
+def _bytes_per_second(device: str, num_bytes: int) -> float:
+    block = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(block)
+    # A copy reads and writes the block once.
+    return 2 * num_bytes / _best_seconds(lambda: target.copy_(block), device, 20)
+
+
+def _best_seconds(work: Callable[[], object], device: str, repetitions: int) -> float:
+    """Return the shortest time of some work: nothing can make memory faster than it is.
+
+    On a GPU the work is captured as a CUDA graph, so that starting kernels takes no time.
+    """
+    num_warm_ups, times = 3, []
+    if device == "cpu":
+        for _ in range(num_warm_ups + repetitions):
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+        return min(times[num_warm_ups:])
+    cuda: Any = torch.cuda  # Parts of it have no types.
+    side = cuda.Stream()
+    side.wait_stream(cuda.current_stream())
+    with cuda.stream(side):  # Capture requires warm-ups on another stream.
+        for _ in range(num_warm_ups):
+            work()
+    cuda.current_stream().wait_stream(side)
+    graph = cuda.CUDAGraph()
+    with cuda.graph(graph):
+        work()
+    for _ in range(num_warm_ups + repetitions):
+        start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return min(times[num_warm_ups:])
+
+
+BITS_TOLERANCE = 0.01
+"""Largest difference of bits per byte from float32's."""
+
+
+class _Timer(Progress):
+    """Takes the time from the start of the tasks to their end."""
+
+    def start(self, *_: Any, **__: Any) -> None:
+        self._started = self._ended = time.perf_counter()
+
+    def advance(self, *_: Any, **__: Any) -> None:
+        self._ended = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self._ended - self._started
+
+
+def evaluation(setup: Setup) -> Iterator[Finding]:
+    """Evaluate one model, trained for a few steps, by `orchestrator.evaluate` in both precisions.
+
+    The time is that of the tasks: without loading the model and opening MLflow's store. Accuracies
+    may change by rounding; bits per byte must hardly change.
+    """
+    model = preset("tiny", **TOY_MODEL) if setup.is_toy else preset("55m")
+    steps, sequences = (4, 2) if setup.is_toy else (50, 8)
+    num_tokens = sequences * model.context_length
+    job = training_job(setup, "evaluated", model, steps, num_tokens_per_step=num_tokens)
+    checkpoint = Path(str(run_job(job, world=setup.world).checkpoint))
+    num_items = 20 if setup.is_toy else EvaluationSettings().num_items
+    exact: dict[str, float] = {}
+    runs: tuple[tuple[str, Precision, int | None], ...] = (
+        ("warm-up", "fp32", 5),
+        ("fp32", "fp32", None),
+        ("bf16", "bf16", None),
+    )
+    for what, precision, limit in runs:
+        timer = _Timer()
+        settings = EvaluationSettings(num_items=num_items, precision=precision, limit=limit)
+        found = evaluate(
+            Settings(evaluation=settings),
+            workspace=setup.folder,
+            models=[checkpoint],
+            progress=timer,
+        )
+        [result] = found.evaluations.values()
+        quality = result.quality()
+        exact = exact if what == "bf16" else quality
+        difference = abs(quality["bits_per_byte"] - exact["bits_per_byte"])
+        differ = f"bits per byte differ by {difference:.2g} from those in fp32"
+        if what != "warm-up":
+            yield Finding(
+                what=what,
+                figures={
+                    "items": result.num_items,
+                    "items/s": result.num_items / timer.seconds,
+                    "accuracy": quality["accuracy"],
+                    "bits per byte": quality["bits_per_byte"],
+                },
+                problem=problem_unless(difference, BITS_TOLERANCE, differ),
+            )
