@@ -57,7 +57,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_691,
+    "iiet": 8_266,
     "benchmarks": 3_777,
     "examples": 2_731,
     "orchestrator/workspace": 1_063,
@@ -66,7 +66,7 @@ LINES = {
     "orchestrator/records": 978,
     "orchestrator/data": 3_534,
     "orchestrator/tracking": 1_626,
-    "orchestrator/training": 5_215,
+    "orchestrator/training": 5_195,
     "orchestrator/evaluation": 4_788,
     "orchestrator/planning": 1_154,
     "orchestrator/cluster": 3_005,
