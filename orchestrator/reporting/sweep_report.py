@@ -13,10 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.elastic_section import elastic_section
 from orchestrator.reporting.front_axes import COSTS, FrontAxes
-from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER, track_front, track_results
+from orchestrator.reporting.mlflow_report import (
+    ARTIFACT_FOLDER,
+    SWEEP_TAG,
+    report_changes,
+    track_results,
+)
 from orchestrator.reporting.pareto import Front, evaluations, find_front, left_out_notes
 from orchestrator.reporting.report import SweepReport, WrittenReport, write_report_files
 from orchestrator.reporting.results import (
@@ -33,7 +39,7 @@ from orchestrator.reporting.training_curves import (
     read_training_curves,
 )
 from orchestrator.tracking import Tracking
-from orchestrator.workspace.journal import recorded_times
+from orchestrator.workspace.journal import now_ms, recorded_times
 from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.provenance import content_key
 
@@ -68,13 +74,9 @@ def write_sweep_report(
     if workspace.is_writable:
         sweep.store(workspace)
     front, notes = sweep_front(workspace, [sweep], axes)
-    run = None
-    started_ms, ended_ms = recorded_times(sweep.folder(workspace)) or (None, None)
-    if tracking is not None:
-        run = tracking.handle(sweep.key, name=sweep.name, kind="sweep", started_ms=started_ms)
-        if not axes.slug:
-            sweep, front = track_results(tracking, run, sweep, front)
-            sweep.store(workspace)
+    if tracking is not None and not axes.slug:
+        sweep, front = track_results(tracking, sweep, front)
+        sweep.store(workspace)
     curves = dict(read_training_curves(sweep, front))
     if not axes.slug:
         curves |= read_history_curves(history_folder(sweep.folder(workspace), sweep.key))
@@ -90,16 +92,26 @@ def write_sweep_report(
         elastic=elastic_section(front, items) if has_elastic else None,
     )
     written = _written(workspace, report, sweep.folder(workspace) / axes.slug)
-    if tracking is None or run is None:
+    if tracking is None:
         return written
-    view = None
+    started_ms, ended_ms = recorded_times(sweep.folder(workspace)) or (now_ms(), None)
+    run = tracking.stored("sweep", sweep.key) or TrackedRun(
+        key=sweep.key,
+        kind="sweep",
+        name=sweep.name,
+        folder=str(sweep.folder(workspace)),
+        journal=str(history_folder(sweep.folder(workspace), sweep.key)),
+        tags={SWEEP_TAG: sweep.name},
+        started_ms=started_ms,
+    )
     if axes.slug:
-        for path in written.files:
-            run.log_artifact(path, f"{ARTIFACT_FOLDER}/{axes.slug}")
+        paths = [str(path) for path in written.files]
+        changes: dict[str, Any] = {"files": {f"{ARTIFACT_FOLDER}/{axes.slug}": paths}}
     else:
-        view = track_front(tracking, run, report, written.files)
-    run.finish(ended_ms=ended_ms)
-    return replace(written, run_id=run.run_id, view=view)
+        changes = report_changes(report, written.files)
+    run = run.changed(**changes, status="FINISHED", ended_ms=run.ended_ms or ended_ms)
+    tracking.publish(run)
+    return replace(written, run_id=tracking.run_id(run))
 
 
 def sweep_front(
