@@ -23,11 +23,7 @@ from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.sources import open_data
 from orchestrator.evaluation.heldout import heldout_chances, offered_tasks
-from orchestrator.evaluation.task_selection import (
-    check_sweep_tasks,
-    needs_lm_eval,
-    tasks_of_source,
-)
+from orchestrator.evaluation.task_selection import check_sweep_tasks, needs_lm_eval, tasks_of_source
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.influence import plan_influence, run_influence
 from orchestrator.pipelines.models import local_model
