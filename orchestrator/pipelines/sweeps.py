@@ -18,7 +18,7 @@ from pydantic import Field
 
 from iiet.influence import InfluenceTable
 from orchestrator.cluster.launch import joined_cluster, trial_device
-from orchestrator.data.hub import offline
+from orchestrator.data.hub import DRY_RUN, offline
 from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.sources import open_data
@@ -350,7 +350,7 @@ def sweep(
     return run_sweep(plan, context)
 
 
-@offline()
+@offline(DRY_RUN)
 def plan_sweep(
     settings: Settings,
     *,

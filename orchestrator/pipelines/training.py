@@ -21,7 +21,7 @@ from pydantic import field_serializer
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.joining import check_ray_can_run
 from orchestrator.cluster.launch import job_runner, joined_cluster
-from orchestrator.data.hub import offline
+from orchestrator.data.hub import DRY_RUN, offline
 from orchestrator.data.preparation import ExpectedTokens, expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.text_files import find_files, read_file
@@ -272,7 +272,7 @@ def pretrain(
     return run_pretrain(plan, open_context(workspace, progress, loggers=settings.tracking.loggers))
 
 
-@offline()
+@offline(DRY_RUN)
 def plan_pretrain(
     settings: Settings,
     *,
@@ -424,7 +424,7 @@ def distill(
     return run_distill(plan, context).students[0]
 
 
-@offline()
+@offline(DRY_RUN)
 def plan_distill(
     settings: Settings,
     *,
