@@ -72,8 +72,8 @@ LINES = {
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_818,
     "orchestrator/sweeping": 3_421,
-    "orchestrator/pipelines": 4_785,
-    "orchestrator/cli": 1_870,
+    "orchestrator/pipelines": 4_752,
+    "orchestrator/cli": 1_886,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""
