@@ -22,7 +22,7 @@ from orchestrator.sweeping.trials import checkpoint_trial, trained_trial
 from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.job import job_key, sequences_per_step
 from orchestrator.training.schedules import checked_family
-from orchestrator.training.teacher_cache import outputs_plan
+from orchestrator.training.teacher_cache import answers_plan
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
 
@@ -109,7 +109,7 @@ def student_estimates(
     for seed in settings.sweep.seeds or (settings.distillation.training.seed,):
         for config, training in models:
             recipe = training.model_copy(update={"seed": seed})
-            cache = outputs_plan(teacher, recipe, loss, teacher_key="unknown", tokens="unknown")
+            cache = answers_plan(teacher, recipe, loss, teacher_key="unknown", tokens="unknown")
             found.append(
                 Estimate(
                     config=config,
@@ -138,7 +138,6 @@ def distillation_config(distillation: DistillationSettings) -> DistillationConfi
         kl_weight=distillation.kl_weight,
         temperature=distillation.temperature,
         divergence=distillation.divergence,
-        top_k=distillation.cache_top_k if distillation.teacher_cache == "top_k" else None,
         hidden_weight=distillation.hidden_weight,
         start_step=distillation.teacher_from_step,
         end_step=distillation.teacher_until_step,
