@@ -68,10 +68,10 @@ LINES = {
     "orchestrator/tracking": 1_626,
     "orchestrator/training": 5_195,
     "orchestrator/evaluation": 4_788,
-    "orchestrator/planning": 1_159,
+    "orchestrator/planning": 1_154,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_818,
-    "orchestrator/sweeping": 3_535,
+    "orchestrator/sweeping": 3_468,
     "orchestrator/pipelines": 4_797,
     "orchestrator/cli": 1_870,
 }
