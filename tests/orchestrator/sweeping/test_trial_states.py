@@ -118,7 +118,7 @@ def test_models_that_are_pretrained_before_a_plan_stand_in_its_table(tiny_plan: 
 
 
 def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
-    chosen = settings("sweep.trials_at_once=1")
+    chosen = settings("sweep.trials_at_once=1", "distillation.teacher_cache=true")
     price = price_left(tiny_plan, chosen, tmp_path)
     assert price.num_tokens == 4 * 40 * STEP
     assert price.num_teacher_tokens == 40 * STEP, "its answers are stored once"
