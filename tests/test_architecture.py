@@ -71,8 +71,8 @@ LINES = {
     "orchestrator/planning": 1_153,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_818,
-    "orchestrator/sweeping": 3_467,
-    "orchestrator/pipelines": 4_797,
+    "orchestrator/sweeping": 3_420,
+    "orchestrator/pipelines": 4_785,
     "orchestrator/cli": 1_870,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

@@ -35,7 +35,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.command_tables import price_rows, training_rows, two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, read_settings, to_yaml
 from orchestrator.settings.files import starting_yaml
-from orchestrator.sweeping.student_plans import distillation_job
+from orchestrator.sweeping.trials import distillation_job
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.training.continuing import continue_job, continued_settings

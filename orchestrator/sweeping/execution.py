@@ -20,8 +20,7 @@ from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
 from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop
-from orchestrator.sweeping.decode_times import with_costs
-from orchestrator.sweeping.decoding import with_decoding
+from orchestrator.sweeping.decoding import with_costs, with_decoding
 from orchestrator.sweeping.front_history import FrontHistory
 from orchestrator.sweeping.live_sweep import LiveSweep
 from orchestrator.sweeping.trial_queue import TrialQueue

@@ -35,8 +35,7 @@ from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
 from orchestrator.sweeping import decoding
 from orchestrator.sweeping.asha import asha_trials, record_early_stop
-from orchestrator.sweeping.decode_times import with_costs
-from orchestrator.sweeping.decoding import with_decoding
+from orchestrator.sweeping.decoding import with_costs, with_decoding
 from orchestrator.sweeping.plan import plan_iterations, plan_students, schedule_search
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.terminal.progress import Progress

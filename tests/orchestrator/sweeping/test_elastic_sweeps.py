@@ -34,10 +34,9 @@ from orchestrator.sweeping.elastic_plans import (
 )
 from orchestrator.sweeping.plan import threshold_plan
 from orchestrator.sweeping.selection import choose_members
-from orchestrator.sweeping.student_plans import distillation_job, student_estimates
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trial_run import run_trial
-from orchestrator.sweeping.trials import exact_cost
+from orchestrator.sweeping.trials import distillation_job, exact_cost, student_estimates
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.model_loading import load_model

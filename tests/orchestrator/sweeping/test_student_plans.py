@@ -18,7 +18,7 @@ from iiet.pruning import FamilyMember
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, Settings, TrainingSettings, resolve_settings
-from orchestrator.sweeping.distilled_baselines import distilled_baseline_trials
+from orchestrator.sweeping.baselines import distilled_baseline_trials
 from orchestrator.sweeping.plan import (
     SweepModel,
     iterations_plan,
@@ -26,12 +26,13 @@ from orchestrator.sweeping.plan import (
     threshold_plan,
 )
 from orchestrator.sweeping.selection import choose_members
-from orchestrator.sweeping.student_plans import student_job, student_trial
 from orchestrator.sweeping.trials import (
     SweepPlan,
     exact_cost,
     num_distilled_baselines,
     num_models,
+    student_job,
+    student_trial,
 )
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import finished_outcome
