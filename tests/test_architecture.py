@@ -57,21 +57,21 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_266,
-    "benchmarks": 3_777,
+    "iiet": 8_090,
+    "benchmarks": 3_766,
     "examples": 2_731,
     "orchestrator/workspace": 1_063,
     "orchestrator/terminal": 616,
-    "orchestrator/settings": 1_634,
-    "orchestrator/records": 978,
+    "orchestrator/settings": 1_625,
+    "orchestrator/records": 977,
     "orchestrator/data": 3_534,
     "orchestrator/tracking": 1_626,
-    "orchestrator/training": 5_195,
+    "orchestrator/training": 5_054,
     "orchestrator/evaluation": 4_788,
-    "orchestrator/planning": 1_154,
+    "orchestrator/planning": 1_153,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_818,
-    "orchestrator/sweeping": 3_421,
+    "orchestrator/sweeping": 3_420,
     "orchestrator/pipelines": 4_752,
     "orchestrator/cli": 1_886,
 }
