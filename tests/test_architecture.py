@@ -65,14 +65,14 @@ LINES = {
     "orchestrator/settings": 1_625,
     "orchestrator/records": 977,
     "orchestrator/data": 3_534,
-    "orchestrator/tracking": 1_626,
+    "orchestrator/tracking": 1_555,
     "orchestrator/training": 5_054,
     "orchestrator/evaluation": 4_788,
     "orchestrator/planning": 1_153,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_818,
     "orchestrator/sweeping": 3_420,
-    "orchestrator/pipelines": 4_752,
+    "orchestrator/pipelines": 4_737,
     "orchestrator/cli": 1_886,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
