@@ -57,23 +57,23 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_266,
-    "benchmarks": 3_777,
+    "iiet": 8_090,
+    "benchmarks": 3_766,
     "examples": 2_731,
     "orchestrator/workspace": 1_063,
     "orchestrator/terminal": 616,
-    "orchestrator/settings": 1_629,
-    "orchestrator/records": 978,
+    "orchestrator/settings": 1_620,
+    "orchestrator/records": 977,
     "orchestrator/data": 3_542,
-    "orchestrator/tracking": 1_626,
-    "orchestrator/training": 5_195,
+    "orchestrator/tracking": 1_555,
+    "orchestrator/training": 5_054,
     "orchestrator/evaluation": 4_788,
-    "orchestrator/planning": 1_139,
+    "orchestrator/planning": 1_138,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_818,
-    "orchestrator/sweeping": 3_417,
-    "orchestrator/pipelines": 4_769,
-    "orchestrator/cli": 1_870,
+    "orchestrator/sweeping": 3_416,
+    "orchestrator/pipelines": 4_721,
+    "orchestrator/cli": 1_886,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

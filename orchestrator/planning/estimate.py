@@ -43,8 +43,7 @@ from orchestrator.training.schedules import (
     members_read_full,
     schedule_by_step,
 )
-from orchestrator.training.teacher_cache import CachePlan, cache_plan
-from orchestrator.training.teacher_cache_policy import TeacherWork, estimate_teacher_work
+from orchestrator.training.teacher_cache import CachePlan, TeacherWork, cache_plan, teacher_work
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import free_disk
 from orchestrator.workspace.journal import SPEED_METRIC, read_tail
@@ -530,8 +529,8 @@ def price_of_trials(
     Raises:
         UserError: If a teacher's outputs do not fit on the disk.
     """
-    plans, read = [e.cache for e in trainings], [e.num_teacher_tokens for e in trainings]
-    teacher = estimate_teacher_work(plans, read, settings.distillation.teacher_cache, teachers)
+    is_stored, read = settings.distillation.teacher_cache, [e.num_teacher_tokens for e in trainings]
+    teacher = teacher_work([e.cache if is_stored else None for e in trainings], read, teachers)
     return price_of([*before, *trainings], teachers.parent, teacher=teacher, **others)
 
 

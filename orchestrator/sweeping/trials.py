@@ -25,7 +25,7 @@ from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.finished_weights import folder_of_weights
 from orchestrator.training.job import job_key, sequences_per_step
 from orchestrator.training.schedules import checked_family
-from orchestrator.training.teacher_cache import outputs_plan
+from orchestrator.training.teacher_cache import answers_plan
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.provenance import content_key
@@ -236,7 +236,7 @@ def student_estimates(
     for seed in settings.sweep.seeds or (settings.distillation.training.seed,):
         for config, training in models:
             recipe = training.model_copy(update={"seed": seed})
-            cache = outputs_plan(teacher, recipe, loss, teacher_key="unknown", tokens="unknown")
+            cache = answers_plan(teacher, recipe, loss, teacher_key="unknown", tokens="unknown")
             found.append(
                 Estimate(
                     config=config,
@@ -265,7 +265,6 @@ def distillation_config(distillation: DistillationSettings) -> DistillationConfi
         kl_weight=distillation.kl_weight,
         temperature=distillation.temperature,
         divergence=distillation.divergence,
-        top_k=distillation.cache_top_k if distillation.teacher_cache == "top_k" else None,
         hidden_weight=distillation.hidden_weight,
         start_step=distillation.teacher_from_step,
         end_step=distillation.teacher_until_step,

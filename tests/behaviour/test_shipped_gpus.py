@@ -27,7 +27,7 @@ def _no_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def planned(name: str, workspace: Path, *assignments: str) -> PlannedSweep:
     """Plan a shipped sweep whose students run their teacher."""
-    live = "distillation.teacher_cache=live"
+    live = "distillation.teacher_cache=false"
     settings = read_settings(shipped_sweeps()[name], [live, *assignments])
     return plan_sweep(settings, workspace=workspace)
 

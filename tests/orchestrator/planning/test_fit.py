@@ -28,7 +28,7 @@ from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes
 from orchestrator.training.distributed import World
 from orchestrator.training.model_config import build_model_config
-from orchestrator.training.teacher_cache_policy import TeacherWork
+from orchestrator.training.teacher_cache import TeacherWork
 from orchestrator.workspace.errors import DeviceError, UserError
 
 GIB = 2**30

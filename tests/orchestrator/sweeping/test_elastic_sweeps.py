@@ -193,7 +193,7 @@ def test_a_distilled_elastic_student_learns_from_its_teacher(
 def test_what_is_saved_is_counted_from_shapes(
     space: Workspace, teacher: Path, suite: TrialSuite
 ) -> None:
-    settings = resolve_settings({}, [*SMALL, "distillation.teacher_cache=live"])
+    settings = resolve_settings({}, [*SMALL, "distillation.teacher_cache=false"])
     trials = list(plan_of(settings, space, teacher, suite).trials[1:])
     text = elastic_savings(settings, trials, space.teachers)
     full = load_config(teacher)
