@@ -55,7 +55,7 @@ from orchestrator.reporting.results import result_table
 from orchestrator.settings import BASELINE_METHOD
 from orchestrator.sweeping.checks import check_models, check_sweep
 from orchestrator.sweeping.model_plans import learning_rates, model_label, settings_of, swept_models
-from orchestrator.sweeping.student_plans import check_student_batch
+from orchestrator.sweeping.trials import check_student_batch
 from orchestrator.terminal.render import format_count, print_line
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.training.schedules import flops_per_token_by_step

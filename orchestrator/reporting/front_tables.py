@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.records.trial import Trial
 from orchestrator.reporting.front_axes import COSTS, is_accuracy, metric_title
 from orchestrator.reporting.pareto import Front, FrontPoint
 from orchestrator.reporting.results import DESCRIBING_COLUMNS
@@ -325,9 +326,9 @@ def front_values(front: Front, folder: Path | None = None) -> dict[str, Any]:
     box = front.hypervolume_box
     results = []
     for row, trial in zip(model_rows(front, folder), front.results, strict=True):
-        details = trial.stored_at(folder) if folder else trial.model_dump(mode="json")
-        known = {name: value for name, value in details.items() if name not in ("job", "suite")}
-        results.append({**row, "details": known})
+        shown = Trial.model_validate(trial.stored_at(folder)) if folder else trial
+        details = shown.model_dump(mode="json", exclude={"job", "suite"})
+        results.append({**row, "details": details})
     return {
         "axes": {"cost": front.axes.cost, "quality": front.axes.quality},
         "hypervolume": front.hypervolume,
