@@ -269,12 +269,7 @@ def export(
     metric = settings.influence.metric
     card = model_card(context, checkpoint, decoder.config, evaluation, metric=metric)
     return export_checkpoint(
-        checkpoint,
-        folder,
-        decoder=decoder,
-        card=card,
-        replaces=replaces,
-        progress=context.progress,
+        checkpoint, folder, decoder=decoder, card=card, replaces=replaces, progress=context.progress
     )
 
 

@@ -39,11 +39,7 @@ from orchestrator.sweeping.baselines import (
     distilled_baseline_trials,
     find_baselines,
 )
-from orchestrator.sweeping.elastic_plans import (
-    elastic_trials,
-    elastic_upper_bound,
-    without_elastic,
-)
+from orchestrator.sweeping.elastic_plans import elastic_trials, elastic_upper_bound, without_elastic
 from orchestrator.sweeping.model_plans import settings_of, swept_variants
 from orchestrator.sweeping.selection import choose_members, schedule_cost
 from orchestrator.sweeping.trials import (
