@@ -57,7 +57,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_090,
+    "iiet": 8_041,
     "benchmarks": 3_766,
     "examples": 2_731,
     "orchestrator/workspace": 1_063,
