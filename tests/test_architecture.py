@@ -58,7 +58,7 @@ ORDER = (
 
 LINES = {
     "iiet": 8_041,
-    "benchmarks": 3_766,
+    "benchmarks": 3_765,
     "examples": 2_731,
     "orchestrator/workspace": 1_063,
     "orchestrator/terminal": 616,
@@ -71,7 +71,7 @@ LINES = {
     "orchestrator/planning": 1_138,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_818,
-    "orchestrator/sweeping": 3_416,
+    "orchestrator/sweeping": 3_372,
     "orchestrator/pipelines": 4_721,
     "orchestrator/cli": 1_886,
 }
