@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from figure_style import DOTS_PER_INCH, save_figure
 from matplotlib.axes import Axes as Panel
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
@@ -20,18 +21,18 @@ from matplotlib.patches import FancyBboxPatch
 from iiet import IterationSchedule, ModelConfig, schedule_family
 from iiet.solvers import fixed_point
 from orchestrator.records.trial import Trial, TrialSuite
-from orchestrator.reporting.figure_style import (
+from orchestrator.reporting.charts import (
     BLUE,
-    DOTS_PER_INCH,
     GRAY,
     GRID,
     INK,
     RED,
     SKY,
-    save_figure,
+    Spec,
+    front_chart,
+    influence_chart,
+    save_chart,
 )
-from orchestrator.reporting.front_figure import draw_front
-from orchestrator.reporting.influence_figure import draw_influence
 from orchestrator.reporting.pareto import Front, find_front
 from orchestrator.reporting.results import result_table
 
@@ -156,9 +157,9 @@ def _square(run: int, layer: int, color: str) -> FancyBboxPatch:
     )
 
 
-def draw_demo_influence() -> Figure:
+def draw_demo_influence() -> Spec:
     """Draw the demo's influence, and what the schedule 1,1 keeps of the corrections."""
-    return draw_influence(INFLUENCE, metric="cosine", kept=(1, 1), kept_name="schedule 1,1")
+    return influence_chart(INFLUENCE, metric="cosine", kept=(1, 1), kept_name="schedule 1,1")
 
 
 def draw_family() -> Figure:
@@ -208,19 +209,21 @@ def _trial(name: str, schedule: str | None, role: str, accuracy: float, error: f
     )
 
 
-def draw_knee() -> Figure:
+def draw_knee() -> Spec:
     """Draw that front as reports do, with the line that the knee is measured from."""
     front = depth_front()
-    figure = draw_front(front)
-    ends = [point for point in (front.cheapest, front.best) if point]
-    costs, qualities = [p.cost for p in ends], [100 * p.quality for p in ends]
-    panel = figure.axes[0]
-    panel.plot(costs, qualities, color=RED, lw=1.3, ls="--", zorder=1)
-    third = (2 * costs[0] + costs[1]) / 3, (2 * qualities[0] + qualities[1]) / 3
-    panel.annotate(
-        "from cheapest to best", third, (8, -14), textcoords="offset points", color=RED, fontsize=9
-    )
-    return figure
+    chart = front_chart(front)
+    ends = [{"x": p.cost, "y": p.quality} for p in (front.cheapest, front.best) if p]
+    chord: Spec = {
+        "data": {"values": ends},
+        "mark": {"type": "line", "color": RED, "strokeDash": [6, 4]},
+        "encoding": {name: {**chart["layer"][2]["encoding"][name]} for name in ("x", "y")},
+    }
+    third = {name: (2 * ends[0][name] + ends[1][name]) / 3 for name in ("x", "y")}
+    name = {"type": "text", "color": RED, "align": "left", "dx": 8, "dy": 14}
+    encoding = {**chord["encoding"], "text": {"value": "from cheapest to best"}}
+    chart["layer"] += [chord, {"data": {"values": [third]}, "mark": name, "encoding": encoding}]
+    return chart
 
 
 def _plain(panel: Panel) -> None:
@@ -229,7 +232,7 @@ def _plain(panel: Panel) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-FIGURES: dict[str, Callable[[], Figure]] = {
+FIGURES: dict[str, Callable[[], Figure | Spec]] = {
     "correction": draw_correction,
     "schedules": draw_schedules,
     "influence": draw_demo_influence,
@@ -241,11 +244,15 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 
 def write_figures(folder: Path) -> list[Path]:
     """Write all figures as PNG and return their paths."""
-    return [
-        path
-        for name, draw in FIGURES.items()
-        for path in save_figure(draw(), folder / name, ("png",))
-    ]
+    paths = []
+    for name, draw in FIGURES.items():
+        figure = draw()
+        stem = folder / name
+        if isinstance(figure, Figure):
+            paths += save_figure(figure, stem, ("png",))
+        else:
+            paths += save_chart(figure, stem, ("png",))
+    return paths
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from figure_style import DOTS_PER_INCH, save_figure
 from matplotlib.axes import Axes as Panel
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from orchestrator.reporting.figure_style import BLUE, DOTS_PER_INCH, GRAY, INK, SKY, save_figure
+from orchestrator.reporting.charts import BLUE, GRAY, INK, SKY
 
 PATH = Path(__file__).resolve().parent / "images" / "packages"
 

@@ -25,7 +25,8 @@ ADAPTERS = {
     "lm_eval": ("orchestrator.evaluation", "benchmarks.evaluation"),
     "typer": ("orchestrator.cli",),
     "datasets": ("orchestrator.data", "orchestrator.evaluation.heldout"),
-    "matplotlib": ("orchestrator.reporting",),
+    "altair": ("orchestrator.reporting.charts",),
+    "vl_convert": ("orchestrator.reporting.charts",),
     "moocore": ("orchestrator.reporting.pareto",),
     "optuna": ("orchestrator.sweeping.search",),
     "gguf": ("orchestrator.training.gguf_file",),
@@ -58,8 +59,8 @@ ORDER = (
 LINES = {
     "iiet": 8_691,
     "benchmarks": 3_777,
-    "examples": 2_748,
-    "orchestrator/workspace": 1_503,
+    "examples": 2_731,
+    "orchestrator/workspace": 1_063,
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_634,
     "orchestrator/records": 904,
@@ -67,12 +68,12 @@ LINES = {
     "orchestrator/tracking": 2_401,
     "orchestrator/training": 5_218,
     "orchestrator/evaluation": 4_788,
-    "orchestrator/planning": 1_154,
+    "orchestrator/planning": 1_159,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_834,
-    "orchestrator/sweeping": 3_560,
-    "orchestrator/pipelines": 4_464,
-    "orchestrator/cli": 1_997,
+    "orchestrator/reporting": 4_795,
+    "orchestrator/sweeping": 3_552,
+    "orchestrator/pipelines": 4_852,
+    "orchestrator/cli": 1_897,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

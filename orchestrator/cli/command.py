@@ -1,9 +1,10 @@
 """`@command`: a function and the settings that it takes become a command of `iiet-orch`.
 
-A command's options are its own parameters, then settings by their key (type, range, choices and
-help are those of the field), then what commands share: settings file, `--set`, workspace,
-`--dry-run`, `--json`, `--quiet`. The function gets a `Call` and returns a plan or a result, which
-is printed here. Only the command that is called is built, since the settings take time to import.
+A command's options are its own parameters (the `Args:` of its docstring are their help), then
+settings by their key (type, range, choices and help are those of the field), then what commands
+share: settings file, `--set`, workspace, `--dry-run`, `--json`, `--quiet`. The function gets a
+`Call` and returns a plan or a result, which is printed here. Only the command that is called is
+built, since the settings take time to import.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +22,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import typer
 from typer.models import OptionInfo as Option
 
-from orchestrator.cli import options as shared_options
 from orchestrator.cli.options import MAX_COUNT
 from orchestrator.cli.session import Place, Session, Warnings, open_session
 from orchestrator.workspace.errors import UserError, quoted
@@ -115,24 +116,19 @@ class Command:
     config: Any
     config_default: str | None
     adjust: Callable[[dict[str, Any], dict[str, Any]], str | None] | None
-    shared: Mapping[str, tuple[Any, Any]]
+    shared: Collection[str]
+    """Names of the parameters of `_shared` that it has."""
     workspace: Place | None
     typer_options: Mapping[str, Any]
 
     def build(self) -> Callable[..., None]:
         """Return a function that has all options in its signature, for Typer."""
-        # The result's type takes time to import, and is not looked at.
-        signature = inspect.signature(self.function, eval_str=True, locals={"Result": Any})
-        own = list(signature.parameters.values())[1:]
-        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-        make = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+        parameters = _parameters(self.function)
         for flags, setting in self.options.items():
-            parameters.append(make(_name(flags), default=None, annotation=_option(flags, setting)))
+            parameters.append(_parameter(_name(flags), None, _option(flags, setting)))
         if self.config is not None:
-            default = self.config_default
-            parameters.append(make("config", default=default, annotation=self.config))
-        for name, (annotation, default) in self.shared.items():
-            parameters.append(make(name, default=default, annotation=annotation))
+            parameters.append(_parameter("config", self.config_default, self.config))
+        parameters += [shared for shared in _parameters(_shared) if shared.name in self.shared]
 
         for parameter in parameters:
             kind = _plain_type(parameter.annotation)
@@ -145,7 +141,7 @@ class Command:
         run: Any = partial(self.run)
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        run.__doc__ = self.function.__doc__
+        run.__doc__ = _described(self.function)[0]
         return run  # type: ignore[no-any-return]
 
     def run(self, **values: Any) -> None:
@@ -157,7 +153,7 @@ class Command:
                 convert = setting.convert or partial(_converted, setting.key)
                 options[setting.key] = convert(value)
         config, changes = values.pop("config", None), values.pop("set_", None) or []
-        shared = {name: values.pop(name) for name in self.shared if name != "set_"}
+        shared = {name: values.pop(name) for name in self.shared if name in values}
         if self.adjust:
             config = self.adjust({**values, **shared, "config": config}, options) or config
         settings = None
@@ -182,6 +178,28 @@ class Command:
             else:
                 call.show(result)
             result.raise_failures()
+
+
+def _shared(
+    device: Literal["cpu", "cuda"] | None = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE")] = None,
+    workspace: Annotated[Path | None, typer.Option("--workspace", "-w")] = None,
+    dry_run: bool = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False,
+) -> None:
+    """Have the options that commands share.
+
+    Args:
+        device: Where to train (default: as cluster.num_gpus says).
+        set_: Change a setting: training.num_steps=500.
+        workspace: Folder for all results (default: IIET_WORKSPACE, else ./iiet-workspace).
+        dry_run: Print what would be done and what it takes; do nothing.
+        as_json: Print JSON alone; docs/json.md names its keys.
+        verbose: Show the output of libraries, too.
+        quiet: Show no progress, only results and warnings.
+    """
 
 
 COMMANDS: dict[str, Command] = {}
@@ -219,20 +237,16 @@ def command(
         has_json: Whether it takes `--json`.
         **typer_options: See `typer.Typer.command`.
     """
-    shared: dict[str, tuple[Any, Any]] = {}
-    if trains:
-        shared["device"] = shared_options.TrainingDeviceOption, None
-    if config is not None:
-        shared["set_"] = shared_options.SetOption, None
-    if workspace:
-        shared["workspace"] = shared_options.WorkspaceOption, None
-    if plans:
-        shared["dry_run"] = shared_options.DryRunOption, False
-    if has_json:
-        shared["as_json"] = shared_options.JsonOption, False
-    if workspace in ("made", "read"):
-        shared["verbose"] = shared_options.VerboseOption, False
-        shared["quiet"] = shared_options.QuietOption, False
+    has_log = workspace in ("made", "read")
+    shared = {
+        "device": trains,
+        "set_": config is not None,
+        "workspace": workspace is not None,
+        "dry_run": plans,
+        "as_json": has_json,
+        "verbose": has_log,
+        "quiet": has_log,
+    }
 
     def register(function: Function) -> Function:
         COMMANDS[name] = Command(
@@ -246,7 +260,7 @@ def command(
             config=config,
             config_default=config_default,
             adjust=adjust,
-            shared=shared,
+            shared=[name for name, has_it in shared.items() if has_it],
             workspace=workspace,
             typer_options=typer_options,
         )
@@ -277,7 +291,7 @@ def build_app(word: str | None = None) -> typer.Typer:
     for name, command in COMMANDS.items():
         group, _, last = name.rpartition(" ")
         is_built = word is None or word in (name, group)
-        function = command.build() if is_built else _named(command.function.__doc__)
+        function = command.build() if is_built else _named(_described(command.function)[0])
         add = (config if group else app).command
         add(last, rich_help_panel=None if group else command.group, **command.typer_options)(
             function
@@ -286,7 +300,7 @@ def build_app(word: str | None = None) -> typer.Typer:
     return app
 
 
-def _named(text: str | None) -> Any:
+def _named(text: str) -> Any:
     def command() -> None:
         raise AssertionError("only the command that is called is built")
 
@@ -386,6 +400,43 @@ def _read(
 
         user_task_folders(settings.evaluation)
     return settings
+
+
+def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the parameters of a function but its call; their help is in its docstring."""
+    helps, parameters = _described(function)[1], []
+    # The result's type takes time to import, and is not looked at.
+    signature = inspect.signature(function, eval_str=True, locals={"Result": Any})
+    for name, own in signature.parameters.items():
+        kind, info = own.annotation, None
+        if kind is Call:
+            continue
+        if get_origin(kind) is Annotated:
+            kind, info = get_args(kind)
+        elif own.default is False:  # A switch has no opposite.
+            info = typer.Option(f"--{name.replace('_', '-')}")
+        info = copy(info or typer.Option())  # Commands may share it.
+        info.help = info.help or helps[name]
+        parameters.append(_parameter(name, own.default, Annotated[kind, info]))
+    return parameters
+
+
+def _described(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
+    """Return a docstring without its `Args:`, and the text of each argument by name."""
+    text, _, arguments = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:\n")
+    helps: dict[str, str] = {}
+    for line in arguments.splitlines():
+        if match := re.match(r" {4}(\w+): (.*)", line):
+            name = match[1]
+            helps[name] = match[2]
+        else:
+            helps[name] += f" {line.strip()}"
+    return text, helps
 
 
 def _option(flags: str, setting: Setting) -> Any:

@@ -60,17 +60,16 @@ def evaluate(
     call: Call,
     models: ModelsArgument = None,
     schedule: SchedulesOption = None,
-    log_samples: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Write results and samples in lm-eval's files, for other tools."
-        ),
-    ] = None,
+    log_samples: Annotated[Path | None, typer.Option(metavar="FOLDER")] = None,
     trust_remote_code: TrustRemoteCodeOption = False,
 ) -> Result:
     """Measure accuracy and bits per byte with lm-eval; resumes after an interruption.
 
     Example: iiet-orch evaluate my-run -r 2 -r 2,1,1,0,0,0 --suite heldout
+
+    Args:
+        schedule: Another iteration schedule: 1, or 2,1,1,0,0,0; may be repeated.
+        log_samples: Write results and samples in lm-eval's files, for other tools.
     """
     from orchestrator.pipelines.evaluating import plan_evaluate, run_evaluate
 
@@ -87,30 +86,20 @@ def evaluate(
 @command("compare", group="Measure", options={**TASKS, **CLUSTER}, config=ConfigOption, plans=True)
 def compare(
     call: Call,
-    first: Annotated[
-        str,
-        typer.Argument(
-            metavar="A",
-            help="A checkpoint, a run (by path or name), a Hugging Face folder, hub:OWNER/NAME, or "
-            "a folder that lm-eval wrote with --log_samples.",
-            autocompletion=complete_models,
-        ),
-    ],
-    second: Annotated[
-        str,
-        typer.Argument(metavar="B", help="The other one.", autocompletion=complete_models),
-    ],
-    schedule: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--schedule", "-r", help="Iteration schedule of both; given twice, of A and of B."
-        ),
-    ] = None,
+    first: Annotated[str, typer.Argument(metavar="A", autocompletion=complete_models)],
+    second: Annotated[str, typer.Argument(metavar="B", autocompletion=complete_models)],
+    schedule: SchedulesOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
 ) -> Result:
     """Compare two models on the same items: paired differences, intervals, McNemar's test.
 
     Example: iiet-orch compare my-run other-run --suite heldout
+
+    Args:
+        first: A checkpoint, a run (by path or name), a Hugging Face folder, hub:OWNER/NAME, or a
+            folder that lm-eval wrote with --log_samples.
+        second: The other one.
+        schedule: Iteration schedule of both; given twice, of A and of B.
     """
     from orchestrator.pipelines.evaluating import plan_compare, run_compare
 
@@ -126,31 +115,24 @@ def compare(
 def benchmark(
     call: Call,
     models: ModelsArgument = None,
-    schedule: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--schedule",
-            "-r",
-            help="Iteration schedule; may be repeated. One IIET without it: from full to none.",
-        ),
-    ] = None,
-    batch_sizes: Annotated[
-        str, typer.Option(help="Comma-separated numbers of rows that are decoded together.")
-    ] = "1,8",
-    contexts: Annotated[
-        str | None, typer.Option(help="Tokens of the prompt (default: 32 and half the context).")
-    ] = None,
-    new_tokens: Annotated[
-        int, typer.Option(min=2, max=MAX_COUNT, help="Tokens decoded after it.")
-    ] = 32,
-    repetitions: Annotated[
-        int, typer.Option(min=1, max=10_000, help="Measurements of each model, in turns.")
-    ] = 9,
-    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of PyTorch on a CPU.")] = 1,
+    schedule: SchedulesOption = None,
+    batch_sizes: str = "1,8",
+    contexts: str | None = None,
+    new_tokens: Annotated[int, typer.Option(min=2, max=MAX_COUNT)] = 32,
+    repetitions: Annotated[int, typer.Option(min=1, max=10_000)] = 9,
+    threads: Annotated[int, typer.Option(min=1, max=1024)] = 1,
 ) -> Result:
     """Measure latency, throughput and memory, and compare them with the cost model.
 
     Example: iiet-orch benchmark my-run --batch-sizes 1,8
+
+    Args:
+        schedule: Iteration schedule; may be repeated. One IIET without it: from full to none.
+        batch_sizes: Comma-separated numbers of rows that are decoded together.
+        contexts: Tokens of the prompt (default: 32 and half the context).
+        new_tokens: Tokens decoded after it.
+        repetitions: Measurements of each model, in turns.
+        threads: Threads of PyTorch on a CPU.
     """
     batches = whole_numbers(batch_sizes, "--batch-sizes")
     prompts = whole_numbers(contexts or "", "--contexts")
@@ -176,12 +158,7 @@ def benchmark(
 def report(
     call: Call,
     sweeps: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="SWEEP",
-            help="Names of sweeps, several on one front (default: the newest).",
-            autocompletion=complete_sweeps,
-        ),
+        list[str] | None, typer.Argument(metavar="SWEEP", autocompletion=complete_sweeps)
     ] = None,
     cost: CostOption = None,
     quality: QualityOption = None,
@@ -189,6 +166,9 @@ def report(
     """Write and show the front of one or several sweeps: table, pictures, one HTML page.
 
     Example: iiet-orch report --cost flops
+
+    Args:
+        sweeps: Names of sweeps, several on one front (default: the newest).
     """
     from orchestrator.pipelines.sweeps import report as write_report
 

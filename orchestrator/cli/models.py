@@ -15,13 +15,12 @@ from orchestrator.cli.options import (
     ConfigOption,
     CostOption,
     FolderToWriteOption,
-    ModelArgument,
     NameOption,
     QualityOption,
     ReplaceModelOption,
-    ScheduleOption,
-    SweepArgument,
+    SchedulesOption,
     complete_models,
+    complete_sweeps,
 )
 from orchestrator.cli.session import Warnings
 from orchestrator.workspace.errors import UserError
@@ -34,74 +33,23 @@ if TYPE_CHECKING:
 def generate(
     call: Call,
     checkpoint: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="Checkpoint, run or exported folder, by path or name, a sweep (its picked model), "
-            "or hub:OWNER/NAME; by default what `pick` chose last, or the newest IIET or imported "
-            "model if that is newer.",
-            autocompletion=complete_models,
-        ),
+        Path | None, typer.Argument(metavar="[MODEL]", autocompletion=complete_models)
     ] = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", "-p", help="Text to continue; several run as one batch."),
-    ] = None,
-    chat: Annotated[
-        bool,
-        typer.Option(
-            "--chat", help="Answer the prompt as a user's message, with the model's chat template."
-        ),
-    ] = False,
-    system: Annotated[
-        str | None, typer.Option(help="With --chat: the system's message, before the user's.")
-    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p")] = None,
+    chat: bool = False,
+    system: str | None = None,
     max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-new-tokens",
-            "-n",
-            min=1,
-            max=MAX_COUNT,
-            help="Maximum number of tokens to add (default: 64, or what fits the context).",
-        ),
+        int | None, typer.Option("--max-new-tokens", "-n", min=1, max=MAX_COUNT)
     ] = None,
-    temperature: Annotated[
-        float,
-        typer.Option("--temperature", "-t", min=0.0, help="0 always takes the likeliest token."),
-    ] = 0.0,
-    top_k: Annotated[
-        int | None, typer.Option(min=1, max=MAX_COUNT, help="Sample among the N likeliest tokens.")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Sample among the likeliest tokens that together hold this probability."),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(min=0, max=MAX_SEED, help="Random seed for sampling (default: random)."),
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="A text that ends the continuation; may be repeated."),
-    ] = None,
-    kv: Annotated[
-        Literal["exact", "last"],
-        typer.Option(help="Cache slots: `exact`, one per evaluation, or `last`, one per layer."),
-    ] = "exact",
-    draft: Annotated[
-        str | None,
-        typer.Option(
-            help="Draft under a cheaper schedule, or the best one (auto); no token changes."
-        ),
-    ] = None,
-    draft_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=MAX_COUNT, help="Tokens to draft at once (default: as many as pay)."
-        ),
-    ] = None,
-    schedule: ScheduleOption = None,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0)] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None,
+    top_p: float | None = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED)] = None,
+    stop: list[str] | None = None,
+    kv: Literal["exact", "last"] = "exact",
+    draft: str | None = None,
+    draft_tokens: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None,
+    schedule: SchedulesOption = None,
 ) -> Result | None:
     """Continue a text and print it while it is generated.
 
@@ -109,6 +57,24 @@ def generate(
     --draft, the model's cheaper schedule drafts tokens and the model verifies several at once.
 
     Example: iiet-orch generate my-run --prompt "The list is" -n 40
+
+    Args:
+        checkpoint: Checkpoint, run or exported folder, by path or name, a sweep (its picked model),
+            or hub:OWNER/NAME; by default what `pick` chose last, or the newest IIET or imported
+            model if that is newer.
+        prompt: Text to continue; several run as one batch.
+        chat: Answer the prompt as a user's message, with the model's chat template.
+        system: With --chat: the system's message, before the user's.
+        max_new_tokens: Maximum number of tokens to add (default: 64, or what fits the context).
+        temperature: 0 always takes the likeliest token.
+        top_k: Sample among the N likeliest tokens.
+        top_p: Sample among the likeliest tokens that together hold this probability.
+        seed: Random seed for sampling (default: random).
+        stop: A text that ends the continuation; may be repeated.
+        kv: Cache slots: `exact`, one per evaluation, or `last`, one per layer.
+        draft: Draft under a cheaper schedule, or the best one (auto); no token changes.
+        draft_tokens: Tokens to draft at once (default: as many as pay).
+        schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
     """
     if draft is None and draft_tokens is not None:
         raise UserError(f"--draft-tokens {draft_tokens} needs --draft SCHEDULE or --draft auto")
@@ -170,22 +136,18 @@ def _piped_prompt() -> str:
 @command("import", group="Models")
 def import_folder(
     call: Call,
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            help="Model folder, GGUF file, a checkpoint or run of another workspace, or "
-            "hub:OWNER/NAME."
-        ),
-    ],
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="A tokenizer.json, or hub:NAME, if the model has none."),
-    ] = None,
+    folder: Annotated[Path, typer.Argument()],
+    tokenizer: Annotated[str | None, typer.Option(metavar="PATH")] = None,
     name: NameOption = None,
 ) -> Result:
     """Import a published, Llama, GGUF or exported model, or a checkpoint of another workspace.
 
     Example: iiet-orch import Llama-3.2-1B --name llama
+
+    Args:
+        folder: Model folder, GGUF file, a checkpoint or run of another workspace, or
+            hub:OWNER/NAME.
+        tokenizer: A tokenizer.json, or hub:NAME, if the model has none.
     """
     from orchestrator.pipelines.models import import_model
 
@@ -196,33 +158,27 @@ def import_folder(
 @command("export", group="Models", options={"--device": "cluster.device"}, config=ConfigOption)
 def export(
     call: Call,
-    checkpoint: ModelArgument = None,
+    checkpoint: Annotated[Path | None, typer.Argument(autocompletion=complete_models)] = None,
     to: FolderToWriteOption = None,
     force: ReplaceModelOption = False,
-    schedule: ScheduleOption = None,
-    measure: Annotated[
-        bool, typer.Option(help="Evaluate the model for its card, unless that is done.")
-    ] = True,
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option(metavar="OWNER/NAME", help="Upload the folder to the Hugging Face hub, too."),
-    ] = None,
-    private: Annotated[
-        bool | None,
-        typer.Option(
-            "--private/--public",
-            show_default=False,
-            help="Who sees a new repository (default: as its owner's settings say).",
-        ),
-    ] = None,
-    token: Annotated[
-        str | None,
-        typer.Option(help="Token of the hub (default: HF_TOKEN, or that of `hf auth login`)."),
-    ] = None,
+    schedule: SchedulesOption = None,
+    measure: bool = True,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="OWNER/NAME")] = None,
+    private: Annotated[bool | None, typer.Option("--private/--public", show_default=False)] = None,
+    token: str | None = None,
 ) -> Result:
     """Export a folder that transformers and lm-eval load without this package.
 
     Example: iiet-orch export my-run --to my-model --push-to-hub me/my-model --private
+
+    Args:
+        checkpoint: Checkpoint or run, by path or name, or hub:OWNER/NAME; the newest IIET or
+            imported model by default.
+        schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
+        measure: Evaluate the model for its card, unless that is done.
+        push_to_hub: Upload the folder to the Hugging Face hub, too.
+        private: Who sees a new repository (default: as its owner's settings say).
+        token: Token of the hub (default: HF_TOKEN, or that of `hf auth login`).
     """
     if push_to_hub is None and (private is not None or token):
         raise UserError(
@@ -254,28 +210,14 @@ def export(
 @command("pick", group="Models", plans=True)
 def pick(
     call: Call,
-    sweep: SweepArgument = None,
-    keep: Annotated[
-        float | None,
-        typer.Option(help="Cheapest that keeps this share of the quality, such as 0.99."),
-    ] = None,
-    confidence: Annotated[
-        float, typer.Option(help="With --keep: how sure that must be, such as 0.9.")
-    ] = 0.0,
-    budget: Annotated[
-        float | None, typer.Option(help="Best that costs at most this much, in the unit of --cost.")
-    ] = None,
-    knee: Annotated[
-        bool, typer.Option("--knee", help="Farthest above the line between the ends.")
-    ] = False,
-    best: Annotated[bool, typer.Option("--best", help="Highest quality.")] = False,
-    cheapest: Annotated[bool, typer.Option("--cheapest", help="Lowest cost.")] = False,
-    draft_for: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL", help="Fastest draft of this full model, such as teacher, by its name."
-        ),
-    ] = None,
+    sweep: Annotated[str | None, typer.Argument(autocompletion=complete_sweeps)] = None,
+    keep: float | None = None,
+    confidence: float = 0.0,
+    budget: float | None = None,
+    knee: bool = False,
+    best: bool = False,
+    cheapest: bool = False,
+    draft_for: Annotated[str | None, typer.Option(metavar="MODEL")] = None,
     cost: CostOption = None,
     quality: QualityOption = None,
     to: FolderToWriteOption = None,
@@ -284,6 +226,16 @@ def pick(
     """Choose a model from a sweep's front; export it and register it in MLflow.
 
     Example: iiet-orch pick --keep 0.99 --to my-model
+
+    Args:
+        sweep: Name of a sweep (default: the newest).
+        keep: Cheapest that keeps this share of the quality, such as 0.99.
+        confidence: With --keep: how sure that must be, such as 0.9.
+        budget: Best that costs at most this much, in the unit of --cost.
+        knee: Farthest above the line between the ends.
+        best: Highest quality.
+        cheapest: Lowest cost.
+        draft_for: Fastest draft of this full model, such as teacher, by its name.
     """
     if call.dry_run and to is not None:
         raise UserError("--dry-run exports nothing, and --to says where to; leave one out")

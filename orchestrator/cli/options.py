@@ -1,4 +1,4 @@
-"""The arguments and options that several commands share and that are no settings."""
+"""The arguments and options that several commands have as their own, and what shells offer."""
 
 from __future__ import annotations
 
@@ -41,56 +41,15 @@ def _names_in(ctx: typer.Context, pattern: str, incomplete: str) -> list[str]:
     return []
 
 
-WorkspaceOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--workspace",
-        "-w",
-        help="Folder for all results (default: IIET_WORKSPACE, else ./iiet-workspace).",
-    ),
-]
 ConfigOption = Annotated[
     str | None,
     typer.Option("--config", "-c", help="Settings: a YAML file, or the name of a shipped sweep."),
-]
-SettingsFileArgument = Annotated[
-    str, typer.Argument(metavar="FILE", help="A YAML file, or the name of a shipped sweep.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="Change a setting: training.num_steps=500."
-    ),
-]
-VerboseOption = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Show the output of libraries, too.")
-]
-QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Show no progress, only results and warnings.")
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print JSON alone; docs/json.md names its keys.")
-]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Print what would be done and what it takes; do nothing.")
-]
-TrainingDeviceOption = Annotated[
-    Literal["cpu", "cuda"] | None,
-    typer.Option("--device", help="Where to train (default: as cluster.num_gpus says)."),
 ]
 TeacherArgument = Annotated[
     Path | None,
     typer.Argument(
         help="Checkpoint or run, by path or name, or hub:OWNER/NAME; the workspace's newest IIET "
         "by default.",
-        autocompletion=complete_models,
-    ),
-]
-ModelArgument = Annotated[
-    Path | None,
-    typer.Argument(
-        help="Checkpoint or run, by path or name, or hub:OWNER/NAME; the newest IIET or imported "
-        "model by default.",
         autocompletion=complete_models,
     ),
 ]
@@ -102,20 +61,7 @@ ModelsArgument = Annotated[
         autocompletion=complete_models,
     ),
 ]
-SweepArgument = Annotated[
-    str | None,
-    typer.Argument(help="Name of a sweep (default: the newest).", autocompletion=complete_sweeps),
-]
-ScheduleOption = Annotated[
-    list[str] | None,
-    typer.Option("--schedule", "-r", help="Another iteration schedule: 1, or 2,1,1,0,0,0."),
-]
-SchedulesOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--schedule", "-r", help="Another iteration schedule: 1, or 2,1,1,0,0,0; may be repeated."
-    ),
-]
+SchedulesOption = Annotated[list[str] | None, typer.Option("--schedule", "-r")]
 CostOption = Annotated[
     Literal["evaluations", "flops", "ms", "kv"] | None, typer.Option(help="Cost of the front.")
 ]

@@ -22,11 +22,14 @@ Size = Literal["tiny", "55m", "340m"]
 @command("ui", group="Results", workspace="named", has_json=False)
 def ui(
     call: Call,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
 ) -> None:
     """Start MLflow on 127.0.0.1 and print links to the runs and fronts.
 
     Example: iiet-orch ui --port 5001
+
+    Args:
+        port: Port on 127.0.0.1.
     """
     from orchestrator.pipelines.ui import serve
     from orchestrator.workspace.layout import open_workspace
@@ -47,20 +50,16 @@ def sync(call: Call) -> Result:
 
 @command("list", group="Workspace", workspace="existing")
 def list_workspace(
-    call: Call,
-    kind: Annotated[
-        Kind | None,
-        typer.Argument(
-            metavar="KIND",
-            help="runs, checkpoints, trials, sweeps or models (default: all but checkpoints).",
-        ),
-    ] = None,
+    call: Call, kind: Annotated[Kind | None, typer.Argument(metavar="KIND")] = None
 ) -> Result:
     """List runs, trials, sweeps, exported models and checkpoints, the newest first.
 
     Example: iiet-orch list runs --json
+
+    Args:
+        kind: runs, checkpoints, trials, sweeps or models (default: all but checkpoints).
     """
-    from orchestrator.pipelines.upkeep import list_workspace as listing
+    from orchestrator.pipelines.listing import list_workspace as listing
 
     return listing(call.workspace, kind, with_checkpoints=call.as_json, note=call.note)
 
@@ -71,7 +70,7 @@ def status(call: Call) -> Result:
 
     Example: iiet-orch status --json
     """
-    from orchestrator.pipelines.upkeep import show_status
+    from orchestrator.pipelines.listing import show_status
 
     return show_status(call.workspace, note=call.note)
 
@@ -79,20 +78,18 @@ def status(call: Call) -> Result:
 @command("clean", group="Workspace", workspace="existing", plans=True)
 def clean(
     call: Call,
-    kinds: Annotated[
-        list[RemovableKind] | None,
-        typer.Argument(
-            metavar="KIND",
-            help="temporary, ray, teachers, first-stages, checkpoints or damaged (default: all).",
-        ),
-    ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
+    kinds: Annotated[list[RemovableKind] | None, typer.Argument(metavar="KIND")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y")] = False,
 ) -> Result | None:
     """Delete what is no longer needed: shows it with sizes and reasons, then asks.
 
     Finished weights, evaluations, and what a running process holds are never touched.
 
     Example: iiet-orch clean checkpoints --dry-run
+
+    Args:
+        kinds: temporary, ray, teachers, first-stages, checkpoints or damaged (default: all).
+        yes: Delete without asking.
     """
     from orchestrator.pipelines import upkeep
 
@@ -136,15 +133,13 @@ def doctor(call: Call) -> Result | None:
 @command("config show", group="Settings", config=Annotated[str | None, typer.Argument(
     metavar="[FILE]", help="A YAML file, or a shipped sweep (default: the defaults)."
 )], workspace=None, has_json=False)  # fmt: skip
-def show_settings(
-    call: Call,
-    changed: Annotated[
-        bool, typer.Option("--changed", help="Only what differs from the defaults.")
-    ] = False,
-) -> None:
+def show_settings(call: Call, changed: bool = False) -> None:
     """Print the resolved settings as YAML; what differs from its default is marked.
 
     Example: iiet-orch config show demo --changed
+
+    Args:
+        changed: Only what differs from the defaults.
     """
     from orchestrator.settings.files import marked_yaml
 
@@ -184,37 +179,32 @@ def list_sweeps(call: Call) -> Result:
 @command("init", group="Settings", workspace=None, has_json=False)
 def init(
     call: Call,
-    file: Annotated[
-        Path | None, typer.Argument(help="File to write (default: my-sweep.yaml).")
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATH", help="Your text: a file, folder or pattern; may be repeated."),
-    ] = None,
-    hub: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A data set of the hub instead.")
-    ] = None,
-    copied: Annotated[
-        str | None,
-        typer.Option(
-            "--from", metavar="SWEEP", help="Copy a shipped sweep; `config list` names them."
-        ),
-    ] = None,
-    size: Annotated[Size | None, typer.Option(help="Size of the model (default: tiny).")] = None,
-    tokenizer: Annotated[
-        str, typer.Option(help="train, the path of a tokenizer.json, or hub:NAME.")
-    ] = "train",
-    steps: Annotated[
-        int | None, typer.Option(min=1, max=MAX_COUNT, help="Optimizer steps of the teacher.")
-    ] = None,
-    gpus: Annotated[int | None, typer.Option(min=0, max=MAX_COUNT, help="GPUs to use.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    file: Annotated[Path | None, typer.Argument()] = None,
+    data: Annotated[list[str] | None, typer.Option(metavar="PATH")] = None,
+    hub: Annotated[str | None, typer.Option(metavar="NAME")] = None,
+    copied: Annotated[str | None, typer.Option("--from", metavar="SWEEP")] = None,
+    size: Size | None = None,
+    tokenizer: str = "train",
+    steps: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, max=MAX_COUNT)] = None,
+    force: bool = False,
 ) -> Result:
     """Write a commented settings file for your own data and size; asks for what is missing.
 
     With --from, copy a shipped sweep instead, to change it.
 
     Example: iiet-orch init my-sweep.yaml --data my-texts/ --size tiny
+
+    Args:
+        file: File to write (default: my-sweep.yaml).
+        data: Your text: a file, folder or pattern; may be repeated.
+        hub: A data set of the hub instead.
+        copied: Copy a shipped sweep; `config list` names them.
+        size: Size of the model (default: tiny).
+        tokenizer: train, the path of a tokenizer.json, or hub:NAME.
+        steps: Optimizer steps of the teacher.
+        gpus: GPUs to use.
+        force: Replace a file that exists.
     """
     from orchestrator.pipelines.training import write_new_file, write_starting_file
     from orchestrator.settings.files import find_settings_file, shipped_sweeps, starting_settings

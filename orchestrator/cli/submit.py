@@ -26,33 +26,24 @@ from orchestrator.workspace.layout import ENVIRONMENT_NAME, check_name_option
 )
 def submit(
     _call: Call,
-    words: Annotated[
-        list[str],
-        typer.Argument(metavar="COMMAND", help="A command of iiet-orch with its options."),
-    ],
+    words: Annotated[list[str], typer.Argument(metavar="COMMAND")],
     server: Annotated[
-        str,
-        typer.Option(
-            envvar="RAY_API_SERVER_ADDRESS", show_envvar=False, help="Address of Ray's job server."
-        ),
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", show_envvar=False)
     ] = "http://127.0.0.1:8265",
-    name: Annotated[
-        str | None,
-        typer.Option(
-            help="What the job's id begins with (default: the command).", callback=check_name_option
-        ),
-    ] = None,
-    env: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Environment variable that the job gets from here."),
-    ] = None,
-    follow: Annotated[
-        bool, typer.Option("--follow/--no-follow", help="Show the job's output until it ends.")
-    ] = True,
+    name: Annotated[str | None, typer.Option(callback=check_name_option)] = None,
+    env: Annotated[list[str] | None, typer.Option(metavar="NAME")] = None,
+    follow: bool = True,
 ) -> None:
     """Run a command as a job of a Ray cluster, in a copy of the working directory.
 
     Example: iiet-orch submit --server http://head:8265 sweep demo --workspace /shared/work
+
+    Args:
+        words: A command of iiet-orch with its options.
+        server: Address of Ray's job server.
+        name: What the job's id begins with (default: the command).
+        env: Environment variable that the job gets from here.
+        follow: Show the job's output until it ends.
     """
     server = server if "://" in server else f"http://{server}"
     if not re.fullmatch(r"https?://[^/\s]+/?", server):

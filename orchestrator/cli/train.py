@@ -12,7 +12,7 @@ from orchestrator.cli.options import (
     ConfigOption,
     LocalOption,
     NameOption,
-    SettingsFileArgument,
+    SchedulesOption,
     TeacherArgument,
     complete_models,
 )
@@ -57,16 +57,14 @@ def _files(values: dict[str, Any], options: dict[str, Any]) -> None:
 @command("prepare", group="Train", config=ConfigOption, adjust=_files)
 def prepare(
     call: Call,
-    files: Annotated[  # noqa: ARG001  # _files reads it
-        list[str] | None,
-        typer.Argument(
-            help="Text, JSON lines, Parquet or folders (default: English texts of Python)."
-        ),
-    ] = None,
+    files: Annotated[list[str] | None, typer.Argument()] = None,  # noqa: ARG001  # _files reads it
 ) -> Result:
     """Read a corpus, train or load its tokenizer, and write token shards.
 
     Example: iiet-orch prepare my-texts/ --set data.vocab_size=4096
+
+    Args:
+        files: Text, JSON lines, Parquet or folders (default: English texts of Python).
     """
     from orchestrator.pipelines import training
 
@@ -120,24 +118,19 @@ def _settings_to_continue(values: dict[str, Any], options: dict[str, Any]) -> st
 def pretrain(
     call: Call,
     continue_: Annotated[
-        Path | None,
-        typer.Option(
-            "--continue",
-            metavar="RUN",
-            help="Finished run, by path or name, to continue to more --steps (wsd or constant).",
-            autocompletion=complete_models,
-        ),
+        Path | None, typer.Option("--continue", metavar="RUN", autocompletion=complete_models)
     ] = None,
     name: NameOption = None,
     local: LocalOption = False,
-    mfu: Annotated[
-        float | None,
-        typer.Option(min=0.01, max=1.0, help="Share of the peak FLOP/s that --dry-run assumes."),
-    ] = None,
+    mfu: Annotated[float | None, typer.Option(min=0.01, max=1.0)] = None,
 ) -> Result:
     """Pretrain one model on GPUs or CPUs; an interrupted run resumes.
 
     Example: iiet-orch pretrain --preset tiny -r 2,2,1,1,1,1 --steps 500 --seed 1
+
+    Args:
+        continue_: Finished run, by path or name, to continue to more --steps (wsd or constant).
+        mfu: Share of the peak FLOP/s that --dry-run assumes.
     """
     if mfu is not None and not call.dry_run:
         raise UserError("--mfu is an assumption of the plan; use it with --dry-run")
@@ -173,20 +166,16 @@ def pretrain(
 def distill(
     call: Call,
     teacher: TeacherArgument = None,
-    schedule: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--schedule",
-            "-r",
-            help="The student's corrections per layer: 1, or 2,1,1,0,0,0; repeated for several "
-            "students.",
-        ),
-    ] = None,
+    schedule: SchedulesOption = None,
     local: LocalOption = False,
 ) -> Result:
     """Distill a teacher into itself under cheaper iteration schedules (IIAD), a student each.
 
     Example: iiet-orch distill my-run -r 2,1,1,0,0,0 -r 1 --lr 5e-4
+
+    Args:
+        schedule: The student's corrections per layer: 1, or 2,1,1,0,0,0; repeated for several
+            students.
     """
     if not schedule:
         raise UserError(
@@ -215,8 +204,9 @@ def _check_resources(call: Call, *, local: bool) -> None:
         check_run_resources(call.settings.cluster, local=local)
 
 
-@command("sweep", group="Sweeps", options=CLUSTER, config=SettingsFileArgument,
-         config_default=..., trains=True, plans=True)  # fmt: skip
+@command("sweep", group="Sweeps", options=CLUSTER, config=Annotated[str, typer.Argument(
+    metavar="FILE", help="A YAML file, or the name of a shipped sweep."
+)], config_default=..., trains=True, plans=True)  # fmt: skip
 def sweep_file(call: Call) -> Result:
     """Run a whole sweep from its file, pretraining included.
 

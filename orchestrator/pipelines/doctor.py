@@ -11,7 +11,7 @@ import sqlite3
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from importlib import metadata
 from pathlib import Path
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion
 from rich.text import Text
 
+from orchestrator.pipelines.listing import pending_records, show_status
 from orchestrator.pipelines.result import Result
 from orchestrator.settings import ClusterSettings
 from orchestrator.settings.cluster import LOCAL
@@ -31,8 +31,7 @@ from orchestrator.workspace.errors import UserError, mask_secrets, strip_credent
 from orchestrator.workspace.files import abandoned_folders, free_disk
 from orchestrator.workspace.layout import WORKSPACE_FILE_NAME, Workspace, find_workspace
 from orchestrator.workspace.locks import is_locked
-from orchestrator.workspace.provenance import installed_version
-from orchestrator.workspace.status import pending_records, read_status
+from orchestrator.workspace.provenance import NOT_INSTALLED, installed_version
 
 if TYPE_CHECKING:
     from iiet.extensions import ExtensionTable
@@ -69,22 +68,12 @@ class Finding(Result):
 
 def examine(workspace: Workspace) -> Iterator[Finding]:
     """Yield what each check finds, in the order in which things depend on each other."""
-    checks: dict[str, Callable[[Workspace], Found]] = {
-        "python": _python,
-        "libraries": _libraries,
-        "import path": _import_path,
-        "extensions": _extensions,
-        "pytorch": _pytorch,
-        "cpu": _cpu,
-        "memory": _memory,
-        "gpus": _gpus,
-        "disk": _disk,
-        "ray": _ray,
-        "mlflow": _mlflow,
-        "workspace": _workspace,
-        "hugging face hub": _hub,
-    }
-    for name, check in checks.items():
+    checks = (
+        *(_python, _libraries, _import_path, _extensions, _pytorch, _cpu, _memory, _gpus, _disk),
+        *(_ray, _mlflow, _workspace, _hugging_face_hub),
+    )
+    for check in checks:
+        name = check.__name__.replace("_", " ").strip()
         try:
             for state, text, remedy in check(workspace):
                 needed = "" if state == "ok" else remedy
@@ -107,20 +96,17 @@ def _python(_: Workspace) -> Found:
 def _libraries(_: Workspace) -> Found:
     wanted = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or ()]
     needed = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
-    num_wrong = 0
-    for required in needed:
-        version = installed_version(required.name)
-        try:
-            is_right = required.specifier.contains(version, prereleases=True)
-        except InvalidVersion:
-            is_right = False  # It is not installed.
-        if not is_right:
-            num_wrong += 1
-            text = f"{required.name} {version}, wanted {required.specifier}"
-            yield "broken", text, f"pip install '{required.name}{required.specifier}'"
+    num_right = 0
+    for name, specifier in ((required.name, required.specifier) for required in needed):
+        version = installed_version(name)
+        if version != NOT_INSTALLED and specifier.contains(version, prereleases=True):
+            num_right += 1
+        else:
+            text = f"{name} {version}, wanted {specifier}"
+            yield "broken", text, f"pip install '{name}{specifier}'"
     named = ", ".join(f"{name} {installed_version(name)}" for name in NAMED)
-    text = f"{len(needed) - num_wrong} of {len(needed)} in their ranges; {named}"
-    yield "note" if num_wrong else "ok", text, ""
+    state = "ok" if num_right == len(needed) else "note"
+    yield state, f"{num_right} of {len(needed)} in their ranges; {named}", ""
 
 
 def _import_path(_: Workspace) -> Found:
@@ -202,11 +188,9 @@ def _gpus(_: Workspace) -> Found:
         yield "ok", "none; everything runs on CPUs", ""
         return
     listed = ", ".join(f"{gpu.name} ({format_bytes(gpu.free_bytes)} free)" for gpu in gpus)
-    yield (
-        "broken" if usable < len(gpus) else "ok",
-        f"{listed or usable}; driver {driver_version() or 'unknown'}; PyTorch uses {usable}",
-        "install a PyTorch that is built for this driver (pytorch.org), and see nvidia-smi",
-    )
+    state = "broken" if usable < len(gpus) else "ok"
+    text = f"{listed or usable}; driver {driver_version() or 'unknown'}; PyTorch uses {usable}"
+    yield state, text, "install a PyTorch for this driver (pytorch.org), and see nvidia-smi"
     if usable and torch.version.cuda and nvml_module() is None:
         text = "the memory, load and names of GPUs are unknown to plans and metrics"
         yield "note", text, f"pip install '{DISTRIBUTION}[gpu]'"
@@ -240,27 +224,22 @@ def _ray(_: Workspace) -> Found:
 
 
 def _mlflow(workspace: Workspace) -> Found:
-    uri = workspace.tracking_uri
+    uri, state = workspace.tracking_uri, "broken"
     shown, remedy = strip_credentials(uri), "correct MLFLOW_TRACKING_URI, or unset it"
-    state, text = "ok", f"store {shown}"
-    if uri.startswith(("http://", "https://")):
-        try:
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    try:
+        if uri.startswith(("http://", "https://")):
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SERVER_SECONDS).close()
-        except (OSError, ValueError) as error:
-            state, text = (
-                "broken",
-                f"no MLflow server answers at {shown} ({mask_secrets(str(error))})",
-            )
-            remedy += "; runs go on meanwhile, and `iiet-orch sync` delivers later"
-    elif uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-        try:
-            if path.exists():
-                with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
-                    database.execute("SELECT count(*) FROM sqlite_master").fetchall()
-        except sqlite3.Error as error:
-            state, text = "broken", f"the database {path} cannot be read ({error})"
-            remedy = "move it away; `iiet-orch sync` publishes the workspace in a new one"
+        elif uri.startswith("sqlite:///") and path.exists():
+            with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+                database.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        state, text = "ok", f"store {shown}"
+    except sqlite3.Error as error:
+        text = f"the database {path} cannot be read ({error})"
+        remedy = "move it away; `iiet-orch sync` publishes the workspace in a new one"
+    except (OSError, ValueError) as error:
+        text = f"no MLflow server answers at {shown} ({mask_secrets(str(error))})"
+        remedy += "; runs go on meanwhile, and `iiet-orch sync` delivers later"
     yield state, text, remedy
     if pending := pending_records(workspace):
         text = f"{format_count(pending, 'record')} not delivered to MLflow"
@@ -277,15 +256,13 @@ def _workspace(workspace: Workspace) -> Found:
     try:
         is_locked(workspace.root / WORKSPACE_FILE_NAME)
     except OSError as error:
-        raise UserError(
-            f"the file system of {workspace.root} has no locks ({error.strerror}); move the "
-            "workspace to one that has"
-        ) from None
-    names = ", ".join(activity.name for activity in read_status(workspace).activities)
+        problem = f"the file system of {workspace.root} has no locks ({error.strerror})"
+        raise UserError(f"{problem}; move the workspace to one that has") from None
+    names = ", ".join(activity.name for activity in show_status(workspace).activities)
     yield "ok", f"{workspace.root}; {names or 'nothing'} runs in it", ""
 
 
-def _hub(_: Workspace) -> Found:
+def _hugging_face_hub(_: Workspace) -> Found:
     from orchestrator.data.hub import hub_problem
 
     problem = hub_problem()

@@ -203,10 +203,9 @@ class TextGenerator:
         drafting: Drafting | None = None,
         *,
         device: str | None = None,
-        note: Callable[[str], None] | None = None,
+        note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.checkpoint = checkpoint
-        self._note = note
+        self.checkpoint, self._note = checkpoint, note
         self.text: ModelTokenizer = _tokenizer(checkpoint)
         where = device or best_device()
         dtype = DTYPES[device_precision(where)]  # As it is evaluated.
@@ -215,14 +214,10 @@ class TextGenerator:
         self.record: DraftRecord | None = None
         """What drafts did, in all generations together; None: nothing is drafted."""
         if drafting is not None:
-            self.record = DraftRecord()
-            is_auto = drafting.draft == "auto"
-            asked = parse_schedule(
-                None if is_auto else drafting.draft, checkpoint, option="--draft"
-            )
+            self.record, text = DraftRecord(), drafting.draft
             self._stream = partial(
                 stream_tokens,
-                draft=asked or "auto",
+                draft=text if text == "auto" else parse_schedule(text, checkpoint, "--draft"),
                 draft_tokens=drafting.num_tokens,
                 family=known_schedules(checkpoint),
                 record=self.record,
@@ -241,7 +236,7 @@ class TextGenerator:
                 f"the system's message {quoted(system)} is for a chat; give --system together with "
                 "--chat"
             )
-        return [self.chat(prompt, system) if chat else prompt for prompt in prompts]
+        return [self.chat(prompt, system) for prompt in prompts] if chat else list(prompts)
 
     def chat(self, prompt: str, system: str | None = None) -> str:
         """Return a user's message as the model's chat template writes it, ready to be answered."""
@@ -263,10 +258,10 @@ class TextGenerator:
         # A stop text that is one token may be a special token, which no piece shows.
         ends = self.text.end_ids.union(*(tokens for tokens in one_token if len(tokens) == 1))
         settings = sampling.limited(self.decoder.config.context_length - len(context))
-        options = {**asdict(settings), "seed": sampling.seed}
+        options = {**asdict(settings), "seed": sampling.seed, "stop_tokens": ends}
         del options["stop"]
         try:
-            steps = self._stream(self.decoder, ids, stop_tokens=ends, **options)
+            steps = self._stream(self.decoder, ids, **options)
         except ValueError as error:
             raise UserError(str(error)) from None
         tokens = takewhile(lambda token: token not in ends, map(int, steps))
@@ -317,7 +312,7 @@ class TextGenerator:
         self._note_drafts()
 
     def _note_drafts(self) -> None:
-        if self._note is not None and self.record is not None:
+        if self.record is not None:
             self._note(str(self.record))
 
 

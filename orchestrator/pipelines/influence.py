@@ -207,13 +207,12 @@ def run_influence(plan: InfluencePlan, context: Context, *, on_device: OnDevice)
             _measure, plan.checkpoint, plan.tokens_folder, plan.metric, plan.num_tokens
         )
         table = on_device(measure, progress)
-        from orchestrator.reporting.influence_figure import draw_influence  # Imports matplotlib.
+        from orchestrator.reporting.charts import influence_chart, save_chart  # Imports Altair.
 
-        picture = draw_influence(
-            table.rows(), metric=table.metric, title="Influence of each correction"
-        )
+        title = "Influence of each correction"
+        chart = influence_chart(table.rows(), metric=table.metric, title=title)
         try:
-            picture.savefig(plan.path.with_suffix(".png"))
+            save_chart(chart, plan.path.with_suffix(""), kinds=["png"])
             write_json(plan.path, {"key": plan.key, **table.to_dict()})
         except OSError as error:
             progress.note(f"cannot store the influence beside the weights: {error}")

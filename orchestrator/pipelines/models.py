@@ -41,11 +41,15 @@ from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.drafts import draft_sentence, draft_targets
 from orchestrator.reporting.front_axes import FrontAxes, parse_axes
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.reporting.pareto import FrontPoint
-from orchestrator.reporting.pick_rules import PickRule, pick_from_front
+from orchestrator.reporting.pick_rules import (
+    PickRule,
+    draft_sentence,
+    draft_targets,
+    pick_from_front,
+)
 from orchestrator.reporting.results import (
     StoredSweep,
     load_item_values,
@@ -91,7 +95,7 @@ from orchestrator.training.tracked_models import trial_model
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import new_folder, resolve_path, write_text
 from orchestrator.workspace.journal import Journal
-from orchestrator.workspace.layout import Workspace, find_checkpoints, locate_workspace
+from orchestrator.workspace.layout import Workspace, find_checkpoints, find_workspace
 from orchestrator.workspace.provenance import content_key, environment, file_digest, file_key
 
 CARD = "README.md"
@@ -495,8 +499,7 @@ def plan_pick(
     from orchestrator.reporting.sweep_report import sweep_front  # Imports MLflow.
 
     rule, axes = rule or PickRule(name="keep"), parse_axes(cost, quality)
-    if not isinstance(workspace, Workspace):
-        workspace = locate_workspace(Path(workspace))
+    workspace = find_workspace(workspace)
     found = load_sweep_results(workspace, sweep or newest_sweep(workspace))
     front, notes = sweep_front(workspace, found, axes, kept_share=rule.share)
     for line in notes:

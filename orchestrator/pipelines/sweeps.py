@@ -56,7 +56,7 @@ from orchestrator.reporting.results import (
 )
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.asha import asha_trials
-from orchestrator.sweeping.checks import check_devices, check_models, check_on_nodes, check_sweep
+from orchestrator.sweeping.checks import check_devices, check_models, check_sweep
 from orchestrator.sweeping.elastic_plans import elastic_savings
 from orchestrator.sweeping.model_plans import TEACHER, teacher_and_baselines
 from orchestrator.sweeping.plan import (
@@ -292,7 +292,7 @@ def report(
     Raises:
         UserError: If there is no such sweep, or a cost or quality has another name.
     """
-    from orchestrator.reporting.overlay_report import write_overlay_report  # Imports matplotlib.
+    from orchestrator.reporting.overlay_report import write_overlay_report  # Imports Altair.
     from orchestrator.reporting.sweep_report import write_sweep_report
 
     axes = parse_axes(cost, quality)
@@ -520,7 +520,7 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
         return found
 
     plan.check()
-    check = partial(check_on_nodes, settings, pretrains=pretrains)
+    check = partial(check_devices, settings, pretrains=pretrains)
     with joined_cluster(settings.cluster, root, check, progress):
         check_sweep(settings, progress)
         if "teacher" not in plan.asked:

@@ -30,7 +30,7 @@ from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
 from orchestrator.planning.estimate import Estimate, Price, price_of, run_devices
 from orchestrator.planning.fit import find_problems
-from orchestrator.planning.machine import check_on_cluster, check_run_resources
+from orchestrator.planning.machine import check_run_resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.reporting.command_tables import price_rows, training_rows, two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, read_settings, to_yaml
@@ -377,7 +377,7 @@ def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
     """Prepare the tokens if they are missing, and train the model; as `pretrain`."""
     plan.check()
     (settings,), cluster = plan.models.values(), plan.cluster
-    check = partial(check_on_cluster, cluster)
+    check = partial(check_run_resources, cluster)
     joined = joined_cluster(cluster, context.workspace.root, check, context.progress)
     with nullcontext() if plan.local else joined:
         if not plan.is_continued:

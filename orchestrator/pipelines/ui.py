@@ -67,30 +67,41 @@ def serve(
     check_port(port)
     url = f"http://{HOST}:{port}"
     say(f"starting MLflow on {url} (takes some seconds)")
-    with (
-        stop_on_signals(),
-        _start(workspace, tracking.store.uri, port) as server,
-    ):
+    log = workspace.logs / LOG_NAME
+    with stop_on_signals(), _start(workspace, tracking.store.uri, port) as server:
         try:
-            _wait_until_healthy(server, url, workspace.logs / LOG_NAME)
+            _wait_until_healthy(server, url, log)
             for line in link_lines(tracking, url):
                 say(line)
             say("Ctrl-C stops the server")
             while server.poll() is None and not should_stop():
                 time.sleep(POLL_SECONDS)
             if server.poll() is not None:
-                raise _failed(server, workspace.logs / LOG_NAME)
+                raise _failed(server, log)
         finally:
             stop_group(server)
-            mask_secrets_in_file(workspace.logs / LOG_NAME)
+            mask_secrets_in_file(log)
 
 
 def link_lines(tracking: Tracking, url: str) -> list[str]:
     """Return links to all runs and, for each recent sweep, to its charts, table, report and run.
 
-    The view of all runs is saved first, because a link cannot choose columns.
+    The view of all runs is saved first, because a link cannot choose columns: what each run is, its
+    quality and cost, the newest first.
     """
-    view = runs_view()
+    metrics = (
+        "quality/accuracy", "quality/bits_per_byte", "validation/loss",
+        "cost/evaluations", "cost/decode_ms_per_token",
+    )  # fmt: skip
+    params = ("method", "schedule", "learning_rate", "seed")
+    view = ChartView(
+        key="runs",
+        name="All runs",
+        run_filter="",
+        order_by=NEWEST_FIRST,
+        is_ascending=False,
+        columns=[f"metrics.{name}" for name in metrics] + [f"params.{name}" for name in params],
+    )
     tracking.save_view(view)
     lines = [f"training runs: {tracking.links(url, view=view.key).table_view}"]
     for sweep in tracking.sweeps(MAX_SWEEPS_SHOWN):
@@ -103,23 +114,6 @@ def link_lines(tracking: Tracking, url: str) -> list[str]:
         }
         lines += [f"sweep {sweep.name}, {name}{link}" for name, link in named.items() if link]
     return lines
-
-
-def runs_view() -> ChartView:
-    """Return the view of all runs, newest first, with what they are, their quality and cost."""
-    metrics = (
-        "quality/accuracy", "quality/bits_per_byte", "validation/loss",
-        "cost/evaluations", "cost/decode_ms_per_token",
-    )  # fmt: skip
-    params = ("method", "schedule", "learning_rate", "seed")
-    return ChartView(
-        key="runs",
-        name="All runs",
-        run_filter="",
-        order_by=NEWEST_FIRST,
-        is_ascending=False,
-        columns=[f"metrics.{name}" for name in metrics] + [f"params.{name}" for name in params],
-    )
 
 
 def check_port(port: int) -> None:
@@ -144,12 +138,12 @@ def stop_group(server: subprocess.Popen[bytes]) -> None:
         try:
             os.killpg(server.pid, how)
         except ProcessLookupError:
-            break
+            return
         deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
-        while _group_lives(server) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            if not _group_lives(server):
+                return
             time.sleep(0.05)
-        if not _group_lives(server):
-            break
 
 
 def _group_lives(server: subprocess.Popen[bytes]) -> bool:

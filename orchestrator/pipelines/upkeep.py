@@ -1,8 +1,8 @@
-"""List what a workspace holds, show what runs in it, and delete what it no longer needs.
+"""Delete what a workspace no longer needs.
 
-These answer in a moment, also while trainings run: PyTorch is imported only to look into
-checkpoints. Finished weights, what evaluations refer to, and what a process holds are never found.
-Before something is deleted its lock is taken, and it is looked for again.
+PyTorch is imported only to look into checkpoints. Finished weights, what evaluations refer to, and
+what a process holds are never found. Before something is deleted its lock is taken, and it is
+looked for again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +21,19 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from pydantic import Field
 
+from orchestrator.pipelines.listing import (
+    Note,
+    folders_in,
+    noted_once,
+    run_locks,
+    show_status,
+    size_of,
+    training_folders,
+)
 from orchestrator.pipelines.result import Result
 from orchestrator.terminal.render import (
-    ResponsiveLayout,
     format_bytes,
     format_count,
-    format_duration,
-    plain_table,
-    shortest_schedule,
 )
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import (
@@ -41,164 +45,25 @@ from orchestrator.workspace.files import (
 from orchestrator.workspace.layout import (
     DONE_NAME,
     JOB_NAME,
-    KINDS,
     PLAN_FILE,
     RAY_FOLDER,
     RESULTS_FILE,
     TEMPORARY_PREFIX,
-    Kind,
     RemovableKind,
     Workspace,
     checkpoint_name,
     find_checkpoints,
 )
 from orchestrator.workspace.locks import is_locked, lock_file
-from orchestrator.workspace.status import (
-    Activity,
-    Entry,
-    Note,
-    RunningSweep,
-    folders_in,
-    list_entries,
-    read_status,
-    run_locks,
-    size_of,
-    training_folders,
-)
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    pass
 
 
 SECONDS_OF_WRITING = 3600.0
 """A file is not written for longer; an older temporary one was left by a killed process."""
 Found = Iterator[tuple[Any, ...]]
 """Path, reason, and the files to lock while it is deleted."""
-
-
-# What exists, and what runs
-
-
-class Listing(Result):
-    """What a workspace holds."""
-
-    workspace: str
-    entries: dict[Kind, list[Entry]]
-    """The newest first."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a list for each kind."""
-        values: dict[str, Any] = {"workspace": self.workspace}
-        for kind, entries in self.entries.items():
-            values[kind] = [entry.to_json() for entry in entries]
-        return values
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return a row for each entry."""
-        found = self.entries.items()
-        return [{"kind": kind, **entry.to_json()} for kind, group in found for entry in group]
-
-    def shown(self) -> Iterator[RenderableType]:
-        """Return a table for each kind; a narrow one leaves loss and model out."""
-        for kind, entries in self.entries.items():
-            size = f", {format_bytes(sum(e.num_bytes for e in entries))}" if entries else ""
-            yield f"{'exported models' if kind == 'models' else kind}: {len(entries)}{size}"
-            columns: dict[str, list[str]] = {"name": [], "label": [], "state": [], "model": []}
-            columns |= {"loss>": [], "size>": [], "changed": []}
-            for entry in entries:
-                details, state = entry.details, entry.state
-                if trials := details.get("trials"):
-                    state += f", {details['finished']}/{trials} trials"
-                schedule, loss = details.get("schedule"), details.get("validation_loss")
-                corrections = shortest_schedule(schedule) if schedule and any(schedule) else ""
-                texts = (
-                    entry.name,
-                    details.get("label", ""),
-                    state,
-                    f"{details.get('method', '')} {corrections}".strip(),
-                    "" if loss is None else f"{loss:.4g}",
-                    format_bytes(entry.num_bytes),
-                    f"{datetime.fromtimestamp(entry.changed):%Y-%m-%d %H:%M}",
-                )
-                for column, text in zip(columns.values(), texts, strict=True):
-                    column.append(text)
-            filled = {title: column for title, column in columns.items() if any(column)}
-            narrow = {title: filled[title] for title in filled if title not in ("loss>", "model")}
-            if entries:
-                yield ResponsiveLayout(
-                    *(plain_table([*c], zip(*c.values(), strict=True)) for c in (filled, narrow))
-                )
-            yield ""
-
-
-def list_workspace(
-    workspace: Workspace,
-    kind: Kind | None = None,
-    *,
-    with_checkpoints: bool = False,
-    note: Note = lambda _: None,
-) -> Listing:
-    """Return what a workspace holds; `note` is called once with a sentence on each damaged file."""
-    kinds = [kind] if kind else [k for k in KINDS if with_checkpoints or k != "checkpoints"]
-    once = _once(note)  # A plan is read for its sweep and for its trials.
-    found = {kind: list_entries(workspace, kind, once) for kind in kinds}
-    return Listing(workspace=str(workspace.root), entries=found)
-
-
-class WorkspaceStatus(Result):
-    """What runs in a workspace now."""
-
-    workspace: str
-    activities: tuple[Activity, ...]
-    sweeps: tuple[RunningSweep, ...]
-    pending_records: int
-    """Records that wait for MLflow; `iiet-orch sync` delivers them."""
-
-    def shown(self) -> Iterator[str]:
-        """Return a sentence for each sweep and each activity."""
-        if not self.activities:
-            yield f"nothing runs in {self.workspace}"
-        for sweep in self.sweeps:
-            left = sweep.seconds_left and f", about {format_duration(sweep.seconds_left)} left"
-            done = f"{sweep.finished} of {format_count(sweep.trials, 'trial')} finished"
-            yield f"sweep {sweep.name}: {done}{left or ''}"
-        for activity in self.activities:
-            sweeps, age = ", ".join(activity.sweeps), activity.seconds_since_record
-            facts = [f"{activity.label} in {sweeps}" if sweeps else ""]
-            if activity.kind in ("queued", "training") and activity.steps:
-                speed, left_here = activity.tokens_per_second, activity.seconds_left
-                facts += [
-                    f"step {activity.step or 0:,} of {activity.steps:,}",
-                    f"loss {activity.loss:.4g}" if activity.loss is not None else "",
-                    f"{speed:,.0f} tokens/s" if speed else "",
-                    f"{format_duration(left_here)} left" if left_here is not None else "",
-                ]
-            facts.append(f"last record {format_duration(age)} ago" if age and age >= 60 else "")
-            facts.append(f"process {activity.process}" if activity.process else "")
-            yield f"{activity.kind} {activity.name}: {', '.join(filter(None, facts))}"
-        if self.pending_records:
-            waiting = format_count(self.pending_records, "record")
-            yield f"{waiting} not delivered to MLflow; `iiet-orch sync` delivers"
-
-
-def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> WorkspaceStatus:
-    """Return what runs in a workspace now; `note` as in `list_workspace`."""
-    found = read_status(workspace, _once(note))
-    return WorkspaceStatus(workspace=str(workspace.root), **vars(found))
-
-
-def _once(note: Note) -> Note:
-    said: set[str] = set()
-
-    def say(sentence: str) -> None:
-        if sentence not in said:
-            said.add(sentence)
-            note(sentence)
-
-    return say
-
-
-# What can go
 
 
 class Removable(Result):
@@ -259,7 +124,7 @@ def plan_clean(
 
     `note` is called with a sentence for each damaged file for which checkpoints are kept.
     """
-    note, order = _once(note), tuple(RemovableKind)
+    note, order = noted_once(note), tuple(RemovableKind)
     found = []
     for kind in kinds or order:
         for path, reason, *locks in _FINDERS[kind](workspace, note):
@@ -422,7 +287,7 @@ def _has_driver(folder: Path) -> bool:
 def _unused(workspace: Workspace, parent: Path) -> list[Path]:
     """Return the folders in `parent`, which any command may read; none while one runs."""
     folders = folders_in(parent)
-    if not folders or read_status(workspace).activities:
+    if not folders or show_status(workspace).activities:
         return []
     # A sweep between two trials holds no lock.
     drivers = map(_has_driver, workspace.sweeps.glob(f"*/{RAY_FOLDER}-*"))

@@ -94,7 +94,7 @@ class Devices:
     """Whether the trainings are trials of a sweep, so `sweep.trials_at_once` limits them."""
 
     def num_used(self, num_trainings: int) -> int:
-        """Return the GPUs that so many trainings use together, or this machine's CPUs."""
+        """Return how many GPUs the trainings use together, or this machine's CPUs."""
         gpus = -(-min(self.at_once, num_trainings) * self.num_workers // self.sharing_a_gpu)
         return gpus if self.on_gpus else local_resources(count_gpus=False).cpus
 

@@ -145,7 +145,7 @@ def _check_memory(group: Sequence[Estimate], measure_free: MeasureFree) -> None:
 
 
 def advice(training: Estimate, most_bytes: int) -> str:
-    """Return the smallest change with which a worker takes at most so many bytes, in words."""
+    """Return, in words, the smallest change of settings with which a worker fits into memory."""
     changes = smaller_settings(training, most_bytes)
     if changes is None:
         return "no setting needs as little; take a smaller model, or more memory"
@@ -153,17 +153,17 @@ def advice(training: Estimate, most_bytes: int) -> str:
 
 
 def smaller_settings(training: Estimate, most_bytes: int) -> list[str] | None:
-    """Return the smallest change with which a worker takes at most so many bytes; None: none does.
+    """Return the smallest change of settings with which a worker fits into memory, if there is one.
 
     Fewer sequences per pass come first, then recomputed layers, then a shared model.
+
+    Args:
+        most_bytes: Memory that the worker may take.
     """
     devices, recipe, section = training.devices, training.recipe, training.section
     sharded: list[tuple[list[str], Devices]] = [([], devices)]
     if devices.parallel == "ddp" and devices.num_workers > 1:
         sharded.append((["cluster.parallel=fsdp"], replace(devices, parallel="fsdp")))
-    if devices.shards and devices.shards < devices.num_workers:
-        whole = replace(devices, parallel="fsdp", shards=None)
-        sharded.append(([f"cluster.num_shards={devices.num_workers}"], whole))
     per_pass = training.sequences_per_pass
     for sharding, placed in sharded:
         for recomputes in dict.fromkeys((recipe.activation_checkpointing, True)):

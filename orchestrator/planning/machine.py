@@ -142,8 +142,14 @@ def local_resources(*, count_gpus: bool = True) -> Resources:
     return Resources((Node(cpus, num_gpus),))
 
 
-def check_run_resources(cluster: ClusterSettings, *, local: bool = False) -> None:
-    """Check that a training gets its workers and GPUs, `local` in this process without Ray.
+def check_run_resources(
+    cluster: ClusterSettings, resources: Resources | None = None, *, local: bool = False
+) -> None:
+    """Check that a training gets its workers and GPUs.
+
+    Args:
+        resources: Nodes of a cluster that was joined; this machine's when unset.
+        local: Whether it runs in this process, without Ray.
 
     Raises:
         UserError: If it does not.
@@ -154,12 +160,11 @@ def check_run_resources(cluster: ClusterSettings, *, local: bool = False) -> Non
             f"--local trains in this process alone, and cluster.{asked}="
             f"{getattr(cluster, asked)} asks for several; leave it out, or set it to 1"
         )
-    check_resources(cluster.num_workers, cluster.num_gpus, LOCAL if local else cluster.ray_address)
-
-
-def check_on_cluster(cluster: ClusterSettings, resources: Resources) -> None:
-    """Check that a training gets its workers and GPUs on the nodes of a cluster."""
-    check_available(cluster.num_workers, cluster.num_gpus, resources, min_gpus=cluster.min_gpus)
+    num_workers, num_gpus = cluster.num_workers, cluster.num_gpus
+    if resources:
+        check_available(num_workers, num_gpus, resources, min_gpus=cluster.min_gpus)
+    else:
+        check_resources(num_workers, num_gpus, LOCAL if local else cluster.ray_address)
 
 
 def check_resources(

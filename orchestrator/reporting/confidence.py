@@ -8,14 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.front_text import full_name
 from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.statistics import (
     KEPT_SHARE,
     NUM_RESAMPLES,
+    Confidence,
     ConfidenceBasis,
-    confidences,
+    PairedComparison,
+    Scores,
+    front_shares,
     pair_scores,
 )
 
@@ -53,17 +58,43 @@ def with_confidence(
     paired = pair_scores(known, num_resamples=num_resamples, seed=seed)
     if paired is None:
         return front
+    scores, higher_is_better = paired.quality(front.axes.quality), front.axes.higher_is_better
+    number_of = {key: number for number, key in enumerate(known)}
     others = sorted((p for p in shown if p is full or p.is_baseline), key=lambda p: p is not full)
-    found = confidences(
-        paired,
-        list(known),
-        front.axes.quality,
-        higher_is_better=front.axes.higher_is_better,
-        compared_with={p.result.key: full_name(front, p) for p in others},
-        full=full.result.key,
-        costs={p.result.key: p.cost for p in shown if p.is_candidate},
-        kept_share=kept_share,
-    )
+    compared_with = {
+        full_name(front, point): number_of[point.result.key]
+        for point in others
+        if point.result.key in number_of
+    }
+
+    # Without draws of all candidates none is sure to be on the front: the others could beat it.
+    on_front: dict[str, float] = {}
+    costs = {point.result.key: point.cost for point in shown if point.is_candidate}
+    if scores is not None and costs and costs.keys() <= known.keys():
+        drawn = scores.drawn[:, [number_of[key] for key in costs]]
+        goodness = drawn if higher_is_better else -drawn
+        shares = front_shares(np.array(list(costs.values())), goodness)
+        on_front = dict(zip(costs, map(float, shares), strict=True))
+
+    def compare(scores: Scores, number: int) -> PairedComparison:
+        against = {n: scores.difference(number, o) for n, o in compared_with.items() if o != number}
+        return PairedComparison(scores.interval(number), against)
+
+    found: dict[str, Confidence] = {}
+    for key, number in number_of.items():
+        share = keeps = None
+        if scores is not None and full.result.key in number_of:
+            # For a loss, the full model's over this one's, as in `Front.share`.
+            pair = (number, number_of[full.result.key])
+            if ratio := scores.ratio(*(pair if higher_is_better else pair[::-1])):
+                share, keeps = ratio[0], float((ratio[1] >= kept_share).mean())
+        found[key] = Confidence(
+            overall=None if scores is None else compare(scores, number),
+            tasks={name: compare(of_task, number) for name, of_task in paired.scores.items()},
+            share=share,
+            keeps=keeps,
+            on_front=on_front.get(key),
+        )
     basis = ConfidenceBasis(
         full_name(front, full),
         paired.metrics,

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
-from orchestrator.reporting.drafts import draft_sentences
 from orchestrator.reporting.front_axes import is_accuracy, metric_title
 from orchestrator.reporting.front_text import confidence_text, cost_text, full_name, quality_text
 from orchestrator.reporting.pareto import Front, FrontPoint
+from orchestrator.reporting.pick_rules import draft_sentences
 from orchestrator.reporting.statistics import INTERVAL_LEVEL, KEPT_SHARE
 from orchestrator.terminal.render import join_names
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.reporting.figure_style import save_figure
-from orchestrator.reporting.front_figure import draw_front
+from orchestrator.reporting.charts import front_chart, save_chart
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER, front_chart_view, run_note
 from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_content import SweepReport
@@ -38,8 +37,8 @@ def track_front_so_far(
         notes=[*notes, BEATEN_NOTE],
         curves=dict.fromkeys(STUDENT_CHARTS, ()),  # They are in the trials' runs.
     )
-    figure = draw_front(front, title=report.title, mark_paper=report.mark_paper)
-    for path in save_figure(figure, folder / "front", kinds=("svg",)):
+    chart = front_chart(front, title=report.title, mark_paper=report.mark_paper)
+    for path in save_chart(chart, folder / "front", kinds=("svg",)):
         run.log_artifact(path, ARTIFACT_FOLDER)
     view = front_chart_view(report)
     tracking.save_view(view)

@@ -10,20 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from iiet.influence import InfluenceTable
+from orchestrator.reporting.charts import front_chart, influence_chart, save_chart
 from orchestrator.reporting.command_tables import influence_markdown
 from orchestrator.reporting.elastic_section import ELASTIC_TITLE
-from orchestrator.reporting.figure_style import save_figure
 from orchestrator.reporting.front_data import front_values, model_table
-from orchestrator.reporting.front_figure import draw_front
 from orchestrator.reporting.front_tables import TASK_TABLES_NOTE, front_markdown, task_tables
 from orchestrator.reporting.front_text import hypervolume_text, model_name
 from orchestrator.reporting.html_page import render_page
-from orchestrator.reporting.influence_figure import draw_influence
 from orchestrator.reporting.markdown import bullets
-from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.workspace.files import json_text, write_text
 
@@ -53,11 +47,18 @@ def write_report_files(report: SweepReport, folder: Path) -> list[Path]:
     paths: list[Path] = []
     texts = {}
     if report.influence is not None and any(report.influence.rows()):
-        figure = _influence_figure(report.influence, report.front)
-        paths += save_figure(figure, folder / "influence")
+        knee = report.front.knee
+        chart = influence_chart(
+            report.influence.rows(),
+            metric=report.influence.metric,
+            title="Influence of each correction",
+            kept=knee.result.schedule if knee is not None else None,
+            kept_name=f"{model_name(knee)} (knee)" if knee is not None else "",
+        )
+        paths += save_chart(chart, folder / "influence")
     if report.front.points:
-        figure = draw_front(report.front, title=report.title, mark_paper=report.mark_paper)
-        paths += save_figure(figure, folder / "front")
+        chart = front_chart(report.front, title=report.title, mark_paper=report.mark_paper)
+        paths += save_chart(chart, folder / "front")
         texts["front.html"] = render_page(report, picture=(folder / "front.svg").read_text("utf-8"))
     texts["front.md"] = report_markdown(report)
     texts["front.csv"] = model_table(report.front).to_csv(index=False, lineterminator="\n")
@@ -67,17 +68,6 @@ def write_report_files(report: SweepReport, folder: Path) -> list[Path]:
         write_text(folder / name, text)
         paths.append(folder / name)
     return paths
-
-
-def _influence_figure(table: InfluenceTable, front: Front) -> Figure:
-    knee = front.knee
-    return draw_influence(
-        table.rows(),
-        metric=table.metric,
-        title="Influence of each correction",
-        kept=knee.result.schedule if knee is not None else None,
-        kept_name=f"{model_name(knee)} (knee)" if knee is not None else "",
-    )
 
 
 def report_markdown(report: SweepReport) -> str:

@@ -379,62 +379,6 @@ def difference_metric(other: str, prefix: str = "") -> str:
     return f"paired/{prefix}vs_{re.sub('[^0-9A-Za-z]+', '_', other).strip('_')}"
 
 
-def confidences(
-    paired: PairedScores,
-    keys: Sequence[str],
-    quality: str,
-    *,
-    higher_is_better: bool,
-    compared_with: Mapping[str, str],
-    full: str | None,
-    costs: Mapping[str, float],
-    kept_share: float = KEPT_SHARE,
-) -> dict[str, Confidence]:
-    """Return key of a model -> the confidence of its place; costs are exact, qualities are drawn.
-
-    Args:
-        paired: Scores of the models.
-        keys: Keys of these models, in the same order.
-        quality: Tracked name of the front's quality.
-        higher_is_better: Whether the quality is an accuracy, and not a loss.
-        compared_with: Key -> name of the full model and of each baseline.
-        full: Key of the full model.
-        costs: Key -> cost of every candidate for the front. Without draws of all of them, no model
-            has a confidence of being on the front: the others could beat it.
-        kept_share: The share of the full model's quality that `Confidence.keeps` is about.
-    """
-    number_of = {key: number for number, key in enumerate(keys)}
-    others = {name: number_of[key] for key, name in compared_with.items() if key in number_of}
-    scores = paired.quality(quality)
-    on_front: dict[str, float] = {}
-    if scores is not None and costs and set(costs) <= set(keys):
-        drawn = scores.drawn[:, [number_of[key] for key in costs]]
-        goodness = drawn if higher_is_better else -drawn
-        shares = front_shares(np.array(list(costs.values())), goodness)
-        on_front = dict(zip(costs, map(float, shares), strict=True))
-
-    def compare(scores: Scores, number: int) -> PairedComparison:
-        against = {n: scores.difference(number, o) for n, o in others.items() if o != number}
-        return PairedComparison(scores.interval(number), against)
-
-    found = {}
-    for key, number in number_of.items():
-        share = keeps = None
-        if scores is not None and full in number_of:
-            # For a loss, the full model's over this one's.
-            pair = (number, number_of[full])
-            if ratio := scores.ratio(*(pair if higher_is_better else pair[::-1])):
-                share, keeps = ratio[0], float((ratio[1] >= kept_share).mean())
-        found[key] = Confidence(
-            overall=None if scores is None else compare(scores, number),
-            tasks={name: compare(of_task, number) for name, of_task in paired.scores.items()},
-            share=share,
-            keeps=keeps,
-            on_front=on_front.get(key),
-        )
-    return found
-
-
 # McNemar's test
 
 

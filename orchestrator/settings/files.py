@@ -98,7 +98,7 @@ def to_yaml(settings: Section) -> str:
 
 
 def marked_yaml(settings: Settings, *, only_changed: bool = False) -> str:
-    """Return the settings as YAML; what differs from the default is marked with the default."""
+    """Return the settings as YAML; a value that was changed has its default in a comment."""
     return "".join(_lines(settings, DEFAULTS, lambda _, is_usual: not (only_changed and is_usual)))
 
 

@@ -16,7 +16,6 @@ from orchestrator.planning.estimate import assign_trial_gpus
 from orchestrator.planning.machine import (
     Resources,
     check_available,
-    check_on_cluster,
     check_resources,
     check_run_resources,
 )
@@ -62,33 +61,26 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
         lm_eval_task_fingerprints(settings.evaluation, progress, needs_accuracy=True)
 
 
-def check_devices(settings: Settings, *, pretrains: bool) -> None:
-    """Check that this machine has the CPUs and GPUs of one trial.
+def check_devices(
+    settings: Settings, resources: Resources | None = None, *, pretrains: bool
+) -> None:
+    """Check that there are the CPUs and GPUs of one trial.
 
     Args:
+        resources: Nodes of a cluster that was joined; this machine's when unset.
         pretrains: Whether the sweep trains a teacher first, on the devices of section `cluster`.
 
     Raises:
-        UserError: If it has not.
+        UserError: If there are too few.
     """
     sweep, cluster = assign_trial_gpus(settings).sweep, settings.cluster
-    check_resources(
-        sweep.workers_per_trial,
-        sweep.gpus_per_trial or 0,
-        cluster.ray_address,
-        per_trial=True,
-    )
+    num_workers, num_gpus = sweep.workers_per_trial, sweep.gpus_per_trial or 0
+    if resources:
+        check_available(num_workers, num_gpus, resources, per_trial=True)
+    else:
+        check_resources(num_workers, num_gpus, cluster.ray_address, per_trial=True)
     if pretrains:
-        check_run_resources(cluster)
-
-
-def check_on_nodes(settings: Settings, resources: Resources, *, pretrains: bool) -> None:
-    """Check that a cluster has the CPUs and GPUs of one trial; see `check_devices`."""
-    sweep = assign_trial_gpus(settings).sweep
-    gpus = sweep.gpus_per_trial or 0
-    check_available(sweep.workers_per_trial, gpus, resources, per_trial=True)
-    if pretrains:
-        check_on_cluster(settings.cluster, resources)
+        check_run_resources(cluster, resources)
 
 
 def check_models(settings: Settings) -> None:

@@ -23,8 +23,8 @@ from orchestrator.evaluation.decode_timing import SWEEP_NEW_TOKENS, SWEEP_PROMPT
 from orchestrator.evaluation.draft_speed import measure_draft
 from orchestrator.records.record import Record
 from orchestrator.records.trial import SweepPlan, Trial
-from orchestrator.reporting.drafts import draft_targets
 from orchestrator.reporting.pareto import shown_trials
+from orchestrator.reporting.pick_rules import draft_targets
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count

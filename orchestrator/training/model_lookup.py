@@ -256,7 +256,7 @@ def load_influence_table(
 
 
 def parse_schedule(
-    text: str | None, checkpoint: Path, *, option: str = "--schedule"
+    text: str | None, checkpoint: Path, option: str = "--schedule"
 ) -> IterationSchedule | None:
     """Parse the value of an option for a checkpoint or an exported folder; None stays None.
 

@@ -327,22 +327,28 @@ def damaged_file(
         always: Read also files that have not changed since they were last verified.
         remember: Store that the files are whole, so that the next process need not read them.
     """
-    verified = _verified(folder)
-    read: dict[str, str] = {}
+    stored, read = _verified(folder), {}
     for name in checksums if names is None else names:
         path, digest = folder / name, checksums.get(name)
         if not path.is_file():
             return f"{name} is missing"
         if path.parent != folder or digest is None:
             return f"{name} is not what was written"
-        if always or verified.get(name) != _stamp(path, digest):
+        stamp = _stamp(path, digest)
+        if always or stamp not in (stored.get(name), _READ_HERE.get(path)):
             if file_digest(path) != digest:
                 return f"{name} was changed after writing"
+            _READ_HERE[path] = stamp
+        if stamp != stored.get(name):
             read[name] = digest
     if read and remember:
         with suppress(OSError):  # A read-only folder is verified each time.
             _mark_verified(folder, read)
     return None
+
+
+_READ_HERE: dict[Path, list[int | str]] = {}
+"""Stamps of the files that this process has read."""
 
 
 def _mark_verified(folder: Path, checksums: Mapping[str, str]) -> None:

@@ -125,10 +125,6 @@ def test_fsdp_is_proposed_if_the_settings_offer_it() -> None:
     assert "for each of 8 workers" in message
     assert "--set cluster.parallel=fsdp" in message
     assert "fsdp" not in refused(request(ONE_PER_PASS, num_workers=8), memory=most)
-    least = ONE_PER_PASS, "training.activation_checkpointing=true"
-    some = request(*least, num_workers=8, parallel="fsdp", shards=2)
-    whole = request(*least, num_workers=8, parallel="fsdp")
-    assert smaller_settings(some, whole.worker_bytes) == ["cluster.num_shards=8"]
 
 
 def test_a_full_disk_is_refused_before_the_first_checkpoint() -> None:

@@ -8,9 +8,14 @@ import pytest
 from sample_trials import sample_front, sample_trial
 
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.drafts import best_drafts, draft_sentences, draft_targets, pick_draft
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front_tables import front_markdown
+from orchestrator.reporting.pick_rules import (
+    best_drafts,
+    draft_sentences,
+    draft_targets,
+    pick_draft,
+)
 from orchestrator.workspace.errors import UserError
 
 

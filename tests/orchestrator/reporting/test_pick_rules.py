@@ -8,8 +8,9 @@ import pytest
 from sample_trials import sample_front
 
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.pareto import Confidence, Front
+from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.pick_rules import PickRule, pick_from_front
+from orchestrator.reporting.statistics import Confidence
 from orchestrator.workspace.errors import UserError
 
 

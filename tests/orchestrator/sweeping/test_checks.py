@@ -17,7 +17,7 @@ from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import plan_sweep, sweep
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
-from orchestrator.sweeping.checks import check_models, check_on_nodes, check_sweep
+from orchestrator.sweeping.checks import check_devices, check_models, check_sweep
 from orchestrator.sweeping.plan import load_tasks, plan_suite
 from orchestrator.sweeping.selection import schedule_cost
 from orchestrator.sweeping.trials import SweepKind
@@ -274,9 +274,9 @@ def test_models_from_scratch_have_no_chat_template(check: Callable[[Settings], N
 def test_a_cluster_has_the_gpus_of_a_trial_and_of_the_teacher() -> None:
     settings = resolve_settings({}, ["cluster.num_gpus=8"])
     one = Resources((Node(16, 1),), "the cluster at x")
-    check_on_nodes(settings, Resources((Node(16, 8),)), pretrains=True)
-    check_on_nodes(settings, one, pretrains=False)
+    check_devices(settings, Resources((Node(16, 8),)), pretrains=True)
+    check_devices(settings, one, pretrains=False)
     with pytest.raises(UserError, match=r"cluster\.num_gpus=8: the cluster at x has 1"):
-        check_on_nodes(settings, one, pretrains=True)
+        check_devices(settings, one, pretrains=True)
     with pytest.raises(UserError, match=r"gpus_per_trial=1: the cluster at x has .* and no GPU"):
-        check_on_nodes(settings, Resources((Node(16),), "the cluster at x"), pretrains=False)
+        check_devices(settings, Resources((Node(16),), "the cluster at x"), pretrains=False)

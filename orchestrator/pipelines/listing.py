@@ -1,4 +1,4 @@
-"""What a workspace holds and what runs in it: runs, trials, sweeps and models; locks and progress.
+"""List what a workspace holds, and show what runs in it: runs, trials, sweeps and models.
 
 Everything is read from small files, nothing is written, and PyTorch is not imported, so that an
 answer takes a moment also while trainings run. Anyone may have edited a file, so what is read is
@@ -9,21 +9,41 @@ from __future__ import annotations
 
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from math import nan
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import AliasPath, BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    AliasPath,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
 
+from orchestrator.pipelines.result import Result
+from orchestrator.terminal.render import (
+    ResponsiveLayout,
+    format_bytes,
+    format_count,
+    format_duration,
+    plain_table,
+    shortest_schedule,
+)
 from orchestrator.workspace import layout
 from orchestrator.workspace.errors import UserError, first_problem
 from orchestrator.workspace.files import read_json
 from orchestrator.workspace.journal import SPEED_METRIC, VALIDATION_METRIC, last_recorded, read_tail
-from orchestrator.workspace.layout import Kind, Workspace, find_checkpoints
+from orchestrator.workspace.layout import KINDS, Kind, Workspace, find_checkpoints
 from orchestrator.workspace.locks import is_locked, lock_holder
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 SECONDS_OF_ANSWERS = 120.0
 """An evaluation holds no lock; one that stored answers in this time counts as running."""
@@ -95,19 +115,19 @@ class _Training:
         self.folder = folder
         damage: list[str] = []
         self.job = _read(folder / layout.JOB_NAME, _Job, damage.append)
-        self.outcome = _read(folder / layout.DONE_NAME, _Outcome, damage.append)
-        if self.outcome and not self.job and not damage:
+        self.outcome = end = _read(folder / layout.DONE_NAME, _Outcome, damage.append)
+        if end and not self.job and not damage:
             damage.append(f"{folder / layout.JOB_NAME} is missing")
         for sentence in damage:
             note(sentence)
         self.is_damaged = bool(damage)
         self.lock = next(filter(is_locked, run_locks(folder)), None)
         """The lock that a process holds now; None if none runs here."""
+        self.saved = find_checkpoints(folder)
         self.records = read_tail(folder)
         self.metrics: dict[str, float] = {}
         """The last value of each metric in these records."""
-        saved = find_checkpoints(folder)
-        self.step = layout.step_of(saved[-1]) if saved else 0
+        self.step = layout.step_of(self.saved[-1]) if self.saved else 0
         """Last step in its journal, or of its newest checkpoint."""
         for record in self.records:
             if record["kind"] == "metrics":
@@ -116,7 +136,6 @@ class _Training:
             elif record["name"] == "resumed":
                 self.metrics.pop(SPEED_METRIC, None)  # That of the process before.
         self.num_steps = self.job.num_steps if self.job else 0
-        end = self.outcome
         self.is_finished = bool(
             end and end.finished and (folder / layout.checkpoint_name(end.step)).is_dir()
         )
@@ -132,7 +151,7 @@ class _Training:
         if self.is_finished:
             return "finished"
         if not self.job:
-            return "imported" if find_checkpoints(self.folder) else "empty"
+            return "imported" if self.saved else "empty"
         events = [record for record in self.records if record["kind"] == "event"]
         verb = "diverged" if events and events[-1]["name"] == "diverged" else "stopped"
         return f"{verb} at {self.step:,}/{self.num_steps:,}"
@@ -153,65 +172,31 @@ class _Training:
         return (plain + (left - plain) * full) / now * job.num_tokens_per_step / speed
 
 
-@dataclass(frozen=True)
-class _SweepProgress:
-    kind: str | None
-    finished: list[_Trial]
-    left: list[_Trial]
+class _Sweep:
+    """The plan of a sweep, and which of its trials have ended; none if it cannot be read."""
 
+    def __init__(self, folder: Path, note: Note = lambda _: None) -> None:
+        plan = _read(folder / layout.PLAN_FILE, _Plan, note) or _Plan()
+        self.folder, self.kind, self.trials = folder, plan.kind, plan.trials
+        self.finished: list[_Trial] = []
+        self.left: list[_Trial] = []
+        for trial in plan.trials:
+            names = f"result-{trial.key}.json", layout.STOPPED_NAME
+            has_ended = any((self.run_of(trial) / name).exists() for name in names)
+            (self.finished if has_ended else self.left).append(trial)
 
-def _sweep_progress(folder: Path, note: Note) -> _SweepProgress:
-    """Return which trials of a sweep's plan have ended; there are none if it cannot be read."""
-    plan = _read(folder / layout.PLAN_FILE, _Plan, note) or _Plan()
-    progress = _SweepProgress(plan.kind, [], [])
-    for trial in plan.trials:
-        run = folder.parents[1] / trial.folder
-        has_ended = any(
-            (run / n).exists() for n in (f"result-{trial.key}.json", layout.STOPPED_NAME)
-        )
-        (progress.finished if has_ended else progress.left).append(trial)
-    return progress
+    def run_of(self, trial: _Trial) -> Path:
+        """Return the folder of a trial."""
+        return self.folder.parents[1] / trial.folder
 
 
 def _trials_by_folder(workspace: Workspace, note: Note) -> dict[Path, list[tuple[str, _Trial]]]:
     """Return folder -> sweeps that plan a trial there, with the trial."""
     found: dict[Path, list[tuple[str, _Trial]]] = {}
-    for sweep in folders_in(workspace.sweeps):
-        progress = _sweep_progress(sweep, note)
-        for trial in (*progress.finished, *progress.left):
-            found.setdefault(workspace.root / trial.folder, []).append((sweep.name, trial))
+    for sweep in (_Sweep(folder, note) for folder in folders_in(workspace.sweeps)):
+        for trial in sweep.trials:
+            found.setdefault(sweep.run_of(trial), []).append((sweep.folder.name, trial))
     return found
-
-
-# What exists
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One thing in the workspace."""
-
-    name: str
-    """Its name, as commands take it."""
-    state: str
-    """How far it is, such as `finished`, `running` or `stopped at 40/100`."""
-    num_bytes: int
-    """Size of its files."""
-    changed: float
-    """Seconds since 1970 of the last record, or of the folder."""
-    details: Mapping[str, Any] = field(default_factory=dict)
-    """More about it; the names are keys of `--json`."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON values of `list --json`."""
-        values = {"name": self.name, "state": self.state, "bytes": self.num_bytes}
-        return {**values, "changed": round(self.changed, 3), **self.details}
-
-
-def list_entries(workspace: Workspace, kind: Kind, note: Note) -> list[Entry]:
-    """Return everything of one kind, the newest first."""
-    finders = {"sweeps": _sweeps, "checkpoints": _checkpoints, "models": _models}
-    found = finders[kind](workspace, note) if kind in finders else _trainings(workspace, kind, note)
-    return sorted(found, key=lambda entry: entry.changed, reverse=True)
 
 
 def folders_in(parent: Path) -> list[Path]:
@@ -244,9 +229,105 @@ def size_of(path: Path, *, links: bool = True) -> int:
     return total
 
 
-def _entry(name: str, folder: Path, state: str, details: Mapping[str, Any] = {}) -> Entry:
-    size, changed = size_of(folder), last_recorded(folder)
-    return Entry(name=name, state=state, num_bytes=size, changed=changed, details=details)
+def noted_once(note: Note) -> Note:
+    """Return a function that passes each sentence on once: a plan is read several times."""
+    said: set[str] = set()
+
+    def say(sentence: str) -> None:
+        if sentence not in said:
+            said.add(sentence)
+            note(sentence)
+
+    return say
+
+
+# What exists
+
+
+class Entry(Result):
+    """One thing in the workspace. What else is known of it are further fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    """Its name, as commands take it."""
+    state: str
+    """How far it is, such as `finished`, `running` or `stopped at 40/100`."""
+    bytes: int
+    """Size of its files."""
+    changed: float
+    """Seconds since 1970 of the last record, or of the folder."""
+
+
+class Listing(Result):
+    """What a workspace holds."""
+
+    workspace: str
+    entries: dict[Kind, list[Entry]]
+    """The newest first."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a list for each kind."""
+        return {"workspace": self.workspace, **super().to_json()["entries"]}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each entry."""
+        found = self.entries.items()
+        return [{"kind": kind, **entry.to_json()} for kind, group in found for entry in group]
+
+    def shown(self) -> Iterator[RenderableType]:
+        """Return a table for each kind; a narrow one leaves loss and model out."""
+        for kind, entries in self.entries.items():
+            size = f", {format_bytes(sum(entry.bytes for entry in entries))}" if entries else ""
+            yield f"{'exported models' if kind == 'models' else kind}: {len(entries)}{size}"
+            columns: dict[str, list[str]] = {"name": [], "label": [], "state": [], "model": []}
+            columns |= {"loss>": [], "size>": [], "changed": []}
+            for entry in entries:
+                details, state = entry.model_extra or {}, entry.state
+                if trials := details.get("trials"):
+                    state += f", {details['finished']}/{trials} trials"
+                schedule, loss = details.get("schedule"), details.get("validation_loss")
+                corrections = shortest_schedule(schedule) if schedule and any(schedule) else ""
+                texts = (
+                    entry.name,
+                    details.get("label", ""),
+                    state,
+                    f"{details.get('method', '')} {corrections}".strip(),
+                    "" if loss is None else f"{loss:.4g}",
+                    format_bytes(entry.bytes),
+                    f"{datetime.fromtimestamp(entry.changed):%Y-%m-%d %H:%M}",
+                )
+                for column, text in zip(columns.values(), texts, strict=True):
+                    column.append(text)
+            filled = {title: column for title, column in columns.items() if any(column)}
+            narrow = {title: filled[title] for title in filled if title not in ("loss>", "model")}
+            if entries:
+                yield ResponsiveLayout(
+                    *(plain_table([*c], zip(*c.values(), strict=True)) for c in (filled, narrow))
+                )
+            yield ""
+
+
+def list_workspace(
+    workspace: Workspace,
+    kind: Kind | None = None,
+    *,
+    with_checkpoints: bool = False,
+    note: Note = lambda _: None,
+) -> Listing:
+    """Return what a workspace holds; `note` is called once with a sentence on each damaged file."""
+    kinds = [kind] if kind else [k for k in KINDS if with_checkpoints or k != "checkpoints"]
+    note = noted_once(note)
+    found: dict[Kind, list[Entry]] = {}
+    for each in kinds:
+        finder = _FINDERS.get(each) or _trainings
+        found[each] = sorted(finder(workspace, each, note), key=lambda e: e.changed, reverse=True)
+    return Listing(workspace=str(workspace.root), entries=found)
+
+
+def _entry(name: str, folder: Path, state: str, **details: Any) -> Entry:
+    size, changed = size_of(folder), round(last_recorded(folder), 3)
+    return Entry(name=name, state=state, bytes=size, changed=changed, **details)
 
 
 def _trainings(workspace: Workspace, kind: Kind, note: Note) -> Iterator[Entry]:
@@ -268,33 +349,33 @@ def _trainings(workspace: Workspace, kind: Kind, note: Note) -> Iterator[Entry]:
         if own := planned.get(folder):
             details |= {"label": own[0][1].label, "sweeps": [sweep for sweep, _ in own]}
         known = {name: value for name, value in details.items() if value is not None}
-        yield _entry(folder.name, folder, state, known)
+        yield _entry(folder.name, folder, state, **known)
 
 
-def _sweeps(workspace: Workspace, note: Note) -> Iterator[Entry]:
+def _sweeps(workspace: Workspace, _: Kind, note: Note) -> Iterator[Entry]:
     for folder in folders_in(workspace.sweeps):
         damage: list[str] = []
-        progress = _sweep_progress(folder, damage.append)
+        sweep = _Sweep(folder, damage.append)
         for sentence in damage:
             note(sentence)
-        runs = [workspace.root / trial.folder for trial in progress.left]
-        total = len(progress.finished) + len(runs)
-        if damage or not total:
+        if damage or not sweep.trials:
             state = "damaged" if damage else "without a plan"
-        elif any(is_locked(lock) for run in runs for lock in run_locks(run)):
+        elif any(is_locked(lock) for one in sweep.left for lock in run_locks(sweep.run_of(one))):
             state = "running"
         else:
-            state = "interrupted" if runs else "finished"
-        details = {
-            "kind": progress.kind,
-            "finished": len(progress.finished),
-            "trials": total,
-            "has_report": (folder / layout.RESULTS_FILE).is_file(),
-        }
-        yield _entry(folder.name, folder, state, details)
+            state = "interrupted" if sweep.left else "finished"
+        yield _entry(
+            folder.name,
+            folder,
+            state,
+            kind=sweep.kind,
+            finished=len(sweep.finished),
+            trials=len(sweep.trials),
+            has_report=(folder / layout.RESULTS_FILE).is_file(),
+        )
 
 
-def _checkpoints(workspace: Workspace, _: Note) -> Iterator[Entry]:
+def _checkpoints(workspace: Workspace, _: Kind, __: Note) -> Iterator[Entry]:
     for folder in training_folders(workspace):
         for checkpoint in find_checkpoints(folder):
             is_complete = (checkpoint / layout.PROVENANCE).is_file()
@@ -302,17 +383,18 @@ def _checkpoints(workspace: Workspace, _: Note) -> Iterator[Entry]:
             yield _entry(name, checkpoint, "complete" if is_complete else "damaged")
 
 
-def _models(workspace: Workspace, _: Note) -> Iterator[Entry]:
+def _models(workspace: Workspace, _: Kind, __: Note) -> Iterator[Entry]:
     for config in sorted(workspace.exports.glob("**/config.json")):
-        name = str(config.parent.relative_to(workspace.root))
-        yield _entry(name, config.parent, "exported")
+        yield _entry(str(config.parent.relative_to(workspace.root)), config.parent, "exported")
+
+
+_FINDERS = {"sweeps": _sweeps, "checkpoints": _checkpoints, "models": _models}
 
 
 # What runs
 
 
-@dataclass(frozen=True, kw_only=True)
-class Activity:
+class Activity(Result):
     """Something that a process does now."""
 
     kind: Literal[
@@ -337,9 +419,24 @@ class Activity:
     seconds_since_record: float | None = None
     """Time since the last line of its journal; long if it hangs."""
 
+    def shown(self) -> Iterator[str]:
+        """Return a sentence."""
+        sweeps, age = ", ".join(self.sweeps), self.seconds_since_record
+        facts = [f"{self.label} in {sweeps}" if sweeps else ""]
+        if self.kind in ("queued", "training") and self.steps:
+            speed, left = self.tokens_per_second, self.seconds_left
+            facts += [
+                f"step {self.step or 0:,} of {self.steps:,}",
+                f"loss {self.loss:.4g}" if self.loss is not None else "",
+                f"{speed:,.0f} tokens/s" if speed else "",
+                f"{format_duration(left)} left" if left is not None else "",
+            ]
+        facts.append(f"last record {format_duration(age)} ago" if age and age >= 60 else "")
+        facts.append(f"process {self.process}" if self.process else "")
+        yield f"{self.kind} {self.name}: {', '.join(filter(None, facts))}"
 
-@dataclass(frozen=True, kw_only=True)
-class RunningSweep:
+
+class RunningSweep(Result):
     """A sweep with a trial that runs now."""
 
     name: str
@@ -349,26 +446,39 @@ class RunningSweep:
     seconds_left: float | None
     """Estimate: trials that are left, as long as the finished ones took."""
 
+    def shown(self) -> Iterator[str]:
+        """Return a sentence."""
+        left = self.seconds_left and f", about {format_duration(self.seconds_left)} left"
+        done = f"{self.finished} of {format_count(self.trials, 'trial')} finished"
+        yield f"sweep {self.name}: {done}{left or ''}"
 
-@dataclass(frozen=True, kw_only=True)
-class Status:
+
+class WorkspaceStatus(Result):
     """What runs in a workspace now."""
 
+    workspace: str
     activities: tuple[Activity, ...]
     sweeps: tuple[RunningSweep, ...]
     pending_records: int
     """Records that wait for MLflow; `iiet-orch sync` delivers them."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON values of `status --json`."""
-        return asdict(self)
+    def shown(self) -> Iterator[RenderableType]:
+        """Return a sentence for each sweep and each activity."""
+        if not self.activities:
+            yield f"nothing runs in {self.workspace}"
+        for part in (*self.sweeps, *self.activities):
+            yield from part.shown()
+        if self.pending_records:
+            waiting = format_count(self.pending_records, "record")
+            yield f"{waiting} not delivered to MLflow; `iiet-orch sync` delivers"
 
 
-def read_status(workspace: Workspace, note: Note = lambda _: None) -> Status:
-    """Return what runs in a workspace now."""
-    trainings = _running_trainings(workspace, note)
+def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> WorkspaceStatus:
+    """Return what runs in a workspace now; `note` as in `list_workspace`."""
+    trainings = _running_trainings(workspace, noted_once(note))
     names = dict.fromkeys(name for activity in trainings for name in activity.sweeps)
-    return Status(
+    return WorkspaceStatus(
+        workspace=str(workspace.root),
         activities=(*_running_commands(workspace), *trainings, *_other_work(workspace)),
         sweeps=tuple(_running_sweep(workspace.sweeps / name, trainings) for name in names),
         pending_records=pending_records(workspace),
@@ -413,10 +523,10 @@ def _running_trainings(workspace: Workspace, note: Note) -> list[Activity]:
 
 
 def _running_commands(workspace: Workspace) -> Iterator[Activity]:
-    for log in sorted(workspace.logs.glob("*.log")):  # Such as `DATE-TIME-pretrain-4711.log`.
-        if is_locked(log):
-            name = log.stem.split("-", 2)[-1].rpartition("-")[0]
-            yield Activity(kind="command", name=name, process=lock_holder(log))
+    for log in filter(is_locked, sorted(workspace.logs.glob("*.log"))):
+        # Such as `DATE-TIME-pretrain-4711.log`.
+        name = log.stem.split("-", 2)[-1].rpartition("-")[0]
+        yield Activity(kind="command", name=name, process=lock_holder(log))
 
 
 def _other_work(workspace: Workspace) -> Iterator[Activity]:
@@ -432,15 +542,14 @@ def _other_work(workspace: Workspace) -> Iterator[Activity]:
 
 
 def _running_sweep(folder: Path, trainings: list[Activity]) -> RunningSweep:
-    progress = _sweep_progress(folder, lambda _: None)  # Noted already.
-    finished, left = progress.finished, progress.left
-    ends = [_Training(folder.parents[1] / trial.folder).outcome for trial in finished if trial.job]
+    sweep = _Sweep(folder)  # Its damage is noted already.
+    ends = [_Training(sweep.run_of(trial)).outcome for trial in sweep.finished if trial.job]
     seconds = [end.train_seconds for end in ends if end and end.train_seconds]
     at_once = sum(folder.name in activity.sweeps for activity in trainings)
-    estimate = len(left) / max(1, at_once) * sum(seconds) / len(seconds) if seconds else None
+    estimate = len(sweep.left) / max(1, at_once) * sum(seconds) / len(seconds) if seconds else None
     return RunningSweep(
         name=folder.name,
-        finished=len(finished),
-        trials=len(finished) + len(left),
+        finished=len(sweep.finished),
+        trials=len(sweep.trials),
         seconds_left=estimate,
     )

@@ -1,7 +1,6 @@
-"""Colors of all figures, and how a figure is saved.
+"""How the drawings of the documentation are saved; charts of numbers are in reporting/charts.py.
 
-The colors are Okabe and Ito's, which color-blind readers can distinguish; all distinctions are
-shapes as well. Figures use Matplotlib's objects without pyplot, so there is no global state.
+Figures use Matplotlib's objects without pyplot, so there is no global state.
 """
 
 from __future__ import annotations
@@ -14,10 +13,6 @@ from matplotlib.figure import Figure
 
 from orchestrator.workspace.files import new_file
 
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PINK, SKY, INK = "#CC79A7", "#56B4E9", "#1c1c1c"
-SWEEP_COLORS = (BLUE, RED, GREEN, PINK, ORANGE, SKY)
-GRAY, GRID = "#757575", "#dddddd"
 DOTS_PER_INCH = 200
 
 

@@ -1,0 +1,240 @@
+"""Charts: their content, read from their data and from the SVG that is drawn of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vl_convert
+from sample_trials import sample_front, sample_trial
+
+from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.trial import Trial
+from orchestrator.reporting.charts import (
+    BASELINE,
+    FULL_MODEL,
+    Spec,
+    curves_chart,
+    front_chart,
+    influence_chart,
+    save_chart,
+)
+from orchestrator.reporting.confidence import with_confidence
+from orchestrator.reporting.front_axes import PAPER_MARK, FrontAxes
+from orchestrator.reporting.pareto import Front
+
+CHARACTER_WIDTH, LETTER_SIZE = 6.7, 8.0
+"""Pixels of a name's letters, about."""
+
+
+def rows_of(chart: Spec) -> list[dict[str, Any]]:
+    """Return the models that the chart of a front holds."""
+    return next(rows for rows in chart["datasets"].values() if "members" in rows[0])
+
+
+def menu(chart: Spec, name: str) -> list[str]:
+    """Return the names of metrics that a menu offers."""
+    found = next(param for param in chart["params"] if param["name"] == name)
+    return list(found["bind"]["options"])
+
+
+def texts_in(svg: str) -> list[str]:
+    return [unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
+
+
+def names_in(svg: str) -> dict[str, list[tuple[float, float]]]:
+    """Return the places of the letters of each model's name; a halo has the same places."""
+    places = {}
+    pattern = (
+        r'<text text-anchor="(\w+)" transform="translate\(([-\d.]+),([-\d.]+)\)'
+        r'(?: rotate\((\d+)\)(?: translate\(([-\d.]+),([-\d.]+)\))?)?"[^>]*font-size="12px"'
+        r'[^>]*stroke="white"[^>]*>([^<]+)<'
+    )
+    for anchor, x, y, degrees, *shift, text in re.findall(pattern, svg):
+        name, angle = unescape(text), math.radians(float(degrees or 0))
+        across, down = (float(part or 0) for part in shift)
+        start = {"start": 0.0, "middle": len(name) / 2, "end": len(name)}[anchor]
+        steps = [CHARACTER_WIDTH * (n + 0.5 - start) + across for n in range(len(name))]
+        places[name] = [
+            (
+                float(x) + step * math.cos(angle) - down * math.sin(angle),
+                float(y) + step * math.sin(angle) + down * math.cos(angle),
+            )
+            for step in steps
+        ]
+    return places
+
+
+def drawn(chart: Spec) -> str:
+    return str(vl_convert.vegalite_to_svg(chart))
+
+
+def test_the_front_shows_roles_steps_and_names(sample_results: list[Trial]) -> None:
+    front = sample_front(sample_results)
+    svg = drawn(front_chart(front, title="Toy", mark_paper=True))
+    assert {"Toy", "trial", FULL_MODEL, BASELINE, PAPER_MARK} <= set(texts_in(svg))
+    names = names_in(svg)
+    assert {"011111 (knee)", "000000", "vanilla", "teacher"} <= set(names)
+    others = [p for p in front.points if p.result.role == "trial" and not p.on_front]
+    assert others
+    assert len(names) == len(front.points) - len(others)
+
+
+def test_every_pair_of_axes_has_its_front(sample_results: list[Trial]) -> None:
+    results = [*sample_results, sample_trial(key="new", cost={"evaluations": 1.0})]
+    sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(results)}
+    chart = front_chart(sample_front(results, sweep_of=sweep_of))
+    costs, qualities = menu(chart, "cost"), menu(chart, "quality")
+    assert {"cost/evaluations", "cost/flops_per_token"} <= set(costs)
+    numbers = next(param["expr"] for param in chart["params"] if param["name"] == "full")
+    fulls = re.findall(r"\[([-\d.e+]+), ([-\d.e+]+)\]", numbers)
+    for number, pair in enumerate(itertools.product(costs, qualities)):
+        expected = sample_front(results, FrontAxes(*pair), sweep_of=sweep_of)
+
+        def places(front: Front) -> list[tuple[float, float]]:
+            return sorted((point.cost, point.quality) for point in front.members)
+
+        def drawn_on(which: str, number: int = number, pair: Any = pair) -> list[Any]:
+            rows = [row for row in rows_of(chart) if number in row[which]]
+            return sorted(tuple(row[name] for name in pair) for row in rows)
+
+        assert drawn_on("members") == [pytest.approx(place) for place in places(expected)]
+        own = [place for part in expected.by_sweep.values() for place in places(part)]
+        assert drawn_on("own") == [pytest.approx(place) for place in sorted(own)]
+        full = expected.full
+        assert full
+        assert [float(part) for part in fulls[number]] == [full.cost, full.quality]
+
+
+def test_names_do_not_overlap(sample_results: list[Trial]) -> None:
+    svg = drawn(front_chart(sample_front(sample_results), mark_paper=True))
+    names = names_in(svg)
+    assert len(names) > 5
+    for one, other in itertools.combinations(names.values(), 2):
+        assert min(math.dist(*pair) for pair in itertools.product(one, other)) > LETTER_SIZE
+
+
+def test_a_loss_has_an_inverted_axis(sample_results: list[Trial]) -> None:
+    def heights(quality: str) -> tuple[float, float]:
+        axes = FrontAxes("cost/decode_ms_per_token", quality)
+        chart = front_chart(sample_front(sample_results, axes), mark_paper=True)
+        svg = drawn(chart)
+        # The paper's headline is about accuracy and means nothing on a loss.
+        assert (PAPER_MARK in texts_in(svg)) == (quality == "quality/accuracy")
+        names = names_in(svg)
+        return names["teacher"][-1][1], names["000000"][-1][1]
+
+    for quality in ("quality/accuracy", "quality/bits_per_byte"):
+        teacher, cheapest = heights(quality)
+        assert teacher < cheapest, "the better model is higher"
+
+
+def test_several_sweeps_lie_under_the_front_of_all(sample_results: list[Trial]) -> None:
+    half = [result for result in sample_results if result.role == "trial"][::2]
+    sweep_of = {r.key: "first" if r in half else "second" for r in sample_results}
+    front = sample_front(sample_results, sweep_of=sweep_of)
+    svg = drawn(front_chart(front))
+    assert {"first", "second", FULL_MODEL} <= set(texts_in(svg))
+    steps = re.findall(r'<path d="M[^"]*L[^"]*" stroke="(#\w+)" stroke-width="(1.5|2)"', svg)
+    assert sorted(width for _, width in steps) == ["1.5", "1.5", "2"]
+    assert len({color for color, _ in steps}) == 3, "one of each sweep, and that of all"
+
+
+def test_errors_are_drawn_and_an_empty_front_is_refused(sample_results: list[Trial]) -> None:
+    front = sample_front(sample_results)
+    svg = drawn(front_chart(front))
+    bars = re.findall(r'<line [^>]*x2="0" y2="(-?[\d.]+)"[^>]*stroke-width="1.2"', svg)
+    errors = sorted(point.error or 0.0 for point in front.points)
+    assert len(bars) == len([error for error in errors if error])
+    lengths = sorted(abs(float(bar)) for bar in bars)
+    assert [length / lengths[-1] for length in lengths] == pytest.approx(
+        [error / errors[-1] for error in errors], rel=1e-3
+    )
+    with pytest.raises(ValueError, match="at least one result"):
+        front_chart(sample_front([]))
+
+
+def test_a_model_with_an_infinite_number_is_not_drawn() -> None:
+    costs = {"a": 1.0, "b": 2.0}
+    results = [
+        sample_trial(
+            key=key,
+            label=key,
+            cost={"evaluations": cost},
+            quality={"accuracy": cost, "validation_loss": math.inf if key == "a" else 1.0},
+        )
+        for key, cost in costs.items()
+    ]
+    axes = FrontAxes(quality="quality/validation_loss")
+    assert [*names_in(drawn(front_chart(sample_front(results, axes))))] == ["000000"]
+
+
+def test_tooltips_say_how_certain_a_place_is(
+    sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
+) -> None:
+    front = with_confidence(sample_front(sample_results), sample_evaluations, num_resamples=100)
+    tips = {row["tip"]["title"]: row["tip"] for row in rows_of(front_chart(front))}
+    tip = next(tip for title, tip in tips.items() if title.startswith("0,1,1,1,1,1"))
+    assert tip["Accuracy"] == "44.4% ± 1.2%"
+    assert re.fullmatch(r"-0\.3 \(-\d\.\d to -?\d\.\d\)", tip["Difference to teacher"])
+    assert 0 < float(tip["Confidence: on the front"].lstrip("<>")) < 1
+
+
+def test_deeper_baselines_are_named_by_their_layers(sample_results: list[Trial]) -> None:
+    (vanilla,) = (r for r in sample_results if r.label == "vanilla")
+    deep = [
+        vanilla.model_copy(
+            update={
+                "key": f"deep{count}",
+                "label": f"vanilla, {count} layers",
+                "model": dataclasses.replace(vanilla.model, num_layers=count),
+                "numbers": {**vanilla.numbers, "cost/evaluations": count},
+            }
+        )
+        for count in (8, 16)
+    ]
+    names = names_in(drawn(front_chart(sample_front([*sample_results, *deep]))))
+    assert {"vanilla", "vanilla, 8 layers", "vanilla, 16 layers"} <= set(names)
+
+
+def test_the_same_picture_has_the_same_bytes(sample_results: list[Trial], tmp_path: Path) -> None:
+    front = sample_front(sample_results)
+    first = save_chart(front_chart(front), tmp_path / "a")
+    second = save_chart(front_chart(front), tmp_path / "b")
+    assert [path.name for path in first] == ["a.png", "a.svg"]
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_heat_map_has_every_number_and_the_cut(
+    sample_influence: tuple[tuple[float, ...], ...],
+) -> None:
+    kept = (0, 1, 1, 1, 1, 1)
+    chart = influence_chart(sample_influence, metric="cosine", kept=kept, kept_name="knee")
+    svg = drawn(chart)
+    assert "kept: knee" in texts_in(svg)
+    assert {f"{value:.2g}" for row in sample_influence for value in row} <= set(texts_in(svg))
+    cut = next(rows for rows in chart["datasets"].values() if "order" in rows[0])
+    assert [corner["from"] for corner in cut] == [0.5, 0.5, *[1.5] * 10]
+
+
+def test_the_heat_map_takes_ragged_rows_zeros_and_gaps() -> None:
+    chart = influence_chart([[0.1], [0.2, 0.0], [math.nan, math.nan]], metric="loss")
+    [cells] = chart["datasets"].values()
+    assert sorted(cell["text"] for cell in cells) == ["0", "0.1", "0.2"]
+    assert {"0", "0.1", "0.2"} <= set(texts_in(drawn(chart)))
+    with pytest.raises(ValueError, match="at least one correction"):
+        influence_chart([[], [math.nan]], metric="loss")
+
+
+def test_curves_are_named_and_have_titles() -> None:
+    curves = [("a", [(0, 3.0), (10, 2.0), (20, math.inf)]), ("b", [(0, 3.0), (10, 1.0)])]
+    svg = drawn(curves_chart("Hypervolume against trials finished", curves))
+    assert {"a", "b", "Hypervolume", "trials finished"} <= set(texts_in(svg))
+    assert len(re.findall(r'<path[^>]*stroke-width="1.8"', svg)) == 2
