@@ -203,8 +203,11 @@ def _trial(name: str, schedule: str | None, role: str, accuracy: float, error: f
             "model": model,
             "folder": "",
             "suite": TrialSuite(tokens_folder=""),
-            "cost": {"evaluations": parsed.num_evaluations if parsed else NUM_LAYERS},
-            "quality": {"accuracy": accuracy, "accuracy_stderr": error},
+            "numbers": {
+                "cost/evaluations": parsed.num_evaluations if parsed else NUM_LAYERS,
+                "quality/accuracy": accuracy,
+                "quality/accuracy_stderr": error,
+            },
         }
     )
 

@@ -59,7 +59,8 @@ ORDER = (
 LINES = {
     "iiet": 8_691,
     "benchmarks": 3_777,
-    "examples": 2_731,
+    "examples": 217,
+    "research": 1_985,
     "orchestrator/workspace": 1_063,
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_634,
