@@ -73,8 +73,8 @@ LINES = {
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_795,
     "orchestrator/sweeping": 3_552,
-    "orchestrator/pipelines": 4_852,
-    "orchestrator/cli": 1_897,
+    "orchestrator/pipelines": 4_846,
+    "orchestrator/cli": 1_867,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

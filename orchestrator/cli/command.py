@@ -1,4 +1,4 @@
-"""`@command`: a function and the settings that it takes become a command of `iiet-orch`.
+"""`@Command`: a function and the settings that it takes become a command of `iiet-orch`.
 
 A command's options are its own parameters (the `Args:` of its docstring are their help), then
 settings by their key (type, range, choices and help are those of the field), then what commands
@@ -12,9 +12,9 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -105,26 +105,61 @@ class Call:
         return {"workspace": self.session.workspace, "progress": self.session.progress}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class Command:
-    """A command as `command` registers it."""
+    """A command; as a decorator, it makes one of a function and registers it."""
 
     name: str
+    """A name with a space is a command of a group, `config show`."""
+    _: KW_ONLY
     group: str
-    function: Callable[..., Result | None]
-    options: Mapping[str, Setting]
-    config: Any
-    config_default: str | None
-    adjust: Callable[[dict[str, Any], dict[str, Any]], str | None] | None
-    shared: Collection[str]
-    """Names of the parameters of `_shared` that it has."""
-    workspace: Place | None
-    typer_options: Mapping[str, Any]
+    """Panel of `--help`."""
+    options: Mapping[str, str | Setting] = field(default_factory=dict)
+    """`--flag` or `--flag,-f` to the key of a setting."""
+    config: Any = None
+    """Annotation of the option or argument that names the settings file; None for commands that
+    read none."""
+    config_default: Any = None
+    adjust: Callable[[dict[str, Any], dict[str, Any]], str | None] | None = None
+    """Gets the command's values and the settings among its options by key; may change the latter,
+    and returns another settings file, or None."""
+    workspace: Place | None = "made"
+    """How the workspace is opened, see `open_session`; None if the command has none."""
+    trains: bool = False
+    """Whether it takes `--device cpu|cuda`, which says where to train."""
+    plans: bool = False
+    """Whether it takes `--dry-run`."""
+    has_json: bool = True
+    """Whether it takes `--json`."""
+    context_settings: dict[str, Any] | None = None
+    """See `typer.Typer.command`."""
+
+    def __call__(self, function: Function) -> Function:
+        """Register the function as this command."""
+        self.function = function
+        self.text, _ = _described(function)
+        self.settings = {
+            flags: setting if isinstance(setting, Setting) else Setting(setting)
+            for flags, setting in self.options.items()
+        }
+        has_log = self.workspace in ("made", "read")
+        shared = {
+            "device": self.trains,
+            "set_": self.config is not None,
+            "workspace": self.workspace is not None,
+            "dry_run": self.plans,
+            "as_json": self.has_json,
+            "verbose": has_log,
+            "quiet": has_log,
+        }
+        self.shared = [name for name, has_it in shared.items() if has_it]
+        COMMANDS[self.name] = self
+        return function
 
     def build(self) -> Callable[..., None]:
         """Return a function that has all options in its signature, for Typer."""
         parameters = _parameters(self.function)
-        for flags, setting in self.options.items():
+        for flags, setting in self.settings.items():
             parameters.append(_parameter(_name(flags), None, _option(flags, setting)))
         if self.config is not None:
             parameters.append(_parameter("config", self.config_default, self.config))
@@ -141,13 +176,13 @@ class Command:
         run: Any = partial(self.run)
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        run.__doc__ = _described(self.function)[0]
+        run.__doc__ = self.text
         return run  # type: ignore[no-any-return]
 
     def run(self, **values: Any) -> None:
         """Read the settings, open the workspace, call the function and print what it returns."""
         options: dict[str, Any] = {}
-        for flags, setting in self.options.items():
+        for flags, setting in self.settings.items():
             value = values.pop(_name(flags))
             if value is not None and value != []:
                 convert = setting.convert or partial(_converted, setting.key)
@@ -206,69 +241,6 @@ COMMANDS: dict[str, Command] = {}
 """All commands by name, in the order of `--help`."""
 
 
-def command(
-    name: str,
-    *,
-    group: str,
-    options: Mapping[str, str | Setting] | None = None,
-    config: Any = None,
-    config_default: Any = None,
-    adjust: Callable[[dict[str, Any], dict[str, Any]], str | None] | None = None,
-    workspace: Place | None = "made",
-    trains: bool = False,
-    plans: bool = False,
-    has_json: bool = True,
-    **typer_options: Any,
-) -> Callable[[Function], Function]:
-    """Register a function as a command.
-
-    Args:
-        name: A name with a space is a command of a group, `config show`.
-        group: Panel of `--help`.
-        options: `--flag` or `--flag,-f` to the key of a setting.
-        config: Annotation of the option or argument that names the settings file; None for commands
-            that read none.
-        config_default: Its default.
-        adjust: Gets the command's values and the settings among its options by key; may change the
-            latter, and returns another settings file, or None.
-        workspace: How the workspace is opened, see `open_session`; None if the command has none.
-        trains: Whether it takes `--device cpu|cuda`, which says where to train.
-        plans: Whether it takes `--dry-run`.
-        has_json: Whether it takes `--json`.
-        **typer_options: See `typer.Typer.command`.
-    """
-    has_log = workspace in ("made", "read")
-    shared = {
-        "device": trains,
-        "set_": config is not None,
-        "workspace": workspace is not None,
-        "dry_run": plans,
-        "as_json": has_json,
-        "verbose": has_log,
-        "quiet": has_log,
-    }
-
-    def register(function: Function) -> Function:
-        COMMANDS[name] = Command(
-            name=name,
-            group=group,
-            function=function,
-            options={
-                flags: setting if isinstance(setting, Setting) else Setting(setting)
-                for flags, setting in (options or {}).items()
-            },
-            config=config,
-            config_default=config_default,
-            adjust=adjust,
-            shared=[name for name, has_it in shared.items() if has_it],
-            workspace=workspace,
-            typer_options=typer_options,
-        )
-        return function
-
-    return register
-
-
 def build_app(word: str | None = None) -> typer.Typer:
     """Return the application; given a word, other commands than this have their names alone.
 
@@ -291,11 +263,11 @@ def build_app(word: str | None = None) -> typer.Typer:
     for name, command in COMMANDS.items():
         group, _, last = name.rpartition(" ")
         is_built = word is None or word in (name, group)
-        function = command.build() if is_built else _named(_described(command.function)[0])
-        add = (config if group else app).command
-        add(last, rich_help_panel=None if group else command.group, **command.typer_options)(
-            function
-        )
+        (config if group else app).command(
+            last,
+            rich_help_panel=None if group else command.group,
+            context_settings=command.context_settings,
+        )(command.build() if is_built else _named(command.text))
     app.add_typer(config, name="config", rich_help_panel="Settings")
     return app
 
@@ -421,8 +393,9 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
         elif own.default is False:  # A switch has no opposite.
             info = typer.Option(f"--{name.replace('_', '-')}")
         info = copy(info or typer.Option())  # Commands may share it.
-        info.help = info.help or helps[name]
+        info.help = info.help or helps.pop(name)
         parameters.append(_parameter(name, own.default, Annotated[kind, info]))
+    assert not helps, f"{function.__name__} has no parameters {[*helps]}"
     return parameters
 
 
@@ -446,11 +419,11 @@ def _option(flags: str, setting: Setting) -> Any:
     found = find_field(setting.key)
     kind = setting.type or _plain_type(found.annotation)
     extras: dict[str, Any] = {}
-    if kind in (int, float):
+    if kind is int:
         for bound in found.metadata:
-            if kind is int and hasattr(bound, "ge"):
+            if hasattr(bound, "ge"):
                 extras["min"] = bound.ge
-            elif kind is int and hasattr(bound, "gt"):
+            elif hasattr(bound, "gt"):
                 extras["min"] = bound.gt + 1
     elif kind is tuple:
         kind, extras["metavar"] = str, "A,B,..."

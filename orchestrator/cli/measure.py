@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.command import Call, Setting, command, whole_numbers
+from orchestrator.cli.command import Call, Command, Setting, whole_numbers
 from orchestrator.cli.options import (
     MAX_COUNT,
     ConfigOption,
@@ -40,7 +40,7 @@ TASKS: dict[str, str | Setting] = {
 }
 
 
-@command("influence", group="Measure", options={"--metric": "influence.metric", **CLUSTER},
+@Command("influence", group="Measure", options={"--metric": "influence.metric", **CLUSTER},
          config=ConfigOption, plans=True)  # fmt: skip
 def influence(call: Call, model: TeacherArgument = None) -> Result:
     """Measure how much each correction of each layer matters.
@@ -54,7 +54,7 @@ def influence(call: Call, model: TeacherArgument = None) -> Result:
     return measure_influence(call.settings, model=model, **call.common)
 
 
-@command("evaluate", group="Measure", options={**TASKS, **CLUSTER}, config=ConfigOption,
+@Command("evaluate", group="Measure", options={**TASKS, **CLUSTER}, config=ConfigOption,
          workspace="read", plans=True)  # fmt: skip
 def evaluate(
     call: Call,
@@ -83,7 +83,7 @@ def evaluate(
     )
 
 
-@command("compare", group="Measure", options={**TASKS, **CLUSTER}, config=ConfigOption, plans=True)
+@Command("compare", group="Measure", options={**TASKS, **CLUSTER}, config=ConfigOption, plans=True)
 def compare(
     call: Call,
     first: Annotated[str, typer.Argument(metavar="A", autocompletion=complete_models)],
@@ -111,7 +111,7 @@ def compare(
     return run_compare(plan, call.context, trust_remote_code=trust_remote_code)
 
 
-@command("benchmark", group="Measure", options=CLUSTER, plans=True)
+@Command("benchmark", group="Measure", options=CLUSTER, plans=True)
 def benchmark(
     call: Call,
     models: ModelsArgument = None,
@@ -154,7 +154,7 @@ def benchmark(
     return plan if call.dry_run else run_benchmark(plan, call.context, call.settings.cluster)
 
 
-@command("report", group="Results", workspace="read")
+@Command("report", group="Results", workspace="read")
 def report(
     call: Call,
     sweeps: Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from orchestrator.cli.command import Call, command, one_schedule
+from orchestrator.cli.command import Call, Command, one_schedule
 from orchestrator.cli.options import (
     MAX_COUNT,
     MAX_SEED,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
 
 
-@command("generate", group="Models", options={"--device": "cluster.device"}, workspace="read")
+@Command("generate", group="Models", options={"--device": "cluster.device"}, workspace="read")
 def generate(
     call: Call,
     checkpoint: Annotated[
@@ -133,7 +133,7 @@ def _piped_prompt() -> str:
     return text
 
 
-@command("import", group="Models")
+@Command("import", group="Models")
 def import_folder(
     call: Call,
     folder: Annotated[Path, typer.Argument()],
@@ -155,7 +155,7 @@ def import_folder(
     return call.answer({"checkpoint": str(checkpoint)}, [f"checkpoint: {checkpoint}"])
 
 
-@command("export", group="Models", options={"--device": "cluster.device"}, config=ConfigOption)
+@Command("export", group="Models", options={"--device": "cluster.device"}, config=ConfigOption)
 def export(
     call: Call,
     checkpoint: Annotated[Path | None, typer.Argument(autocompletion=complete_models)] = None,
@@ -207,7 +207,7 @@ def export(
     return call.answer({"folder": str(folder), "hub": address}, lines)
 
 
-@command("pick", group="Models", plans=True)
+@Command("pick", group="Models", plans=True)
 def pick(
     call: Call,
     sweep: Annotated[str | None, typer.Argument(autocompletion=complete_sweeps)] = None,

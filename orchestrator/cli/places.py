@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from orchestrator.cli.command import Call, as_text, command
+from orchestrator.cli.command import Call, Command, as_text
 from orchestrator.cli.options import MAX_COUNT
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Kind, RemovableKind
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Size = Literal["tiny", "55m", "340m"]
 
 
-@command("ui", group="Results", workspace="named", has_json=False)
+@Command("ui", group="Results", workspace="named", has_json=False)
 def ui(
     call: Call,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
@@ -37,7 +37,7 @@ def ui(
     serve(open_workspace(call.workspace.root), port=port)
 
 
-@command("sync", group="Results")
+@Command("sync", group="Results")
 def sync(call: Call) -> Result:
     """Publish the workspace in MLflow again: what it missed, all trainings and all measurements.
 
@@ -48,7 +48,7 @@ def sync(call: Call) -> Result:
     return syncing.sync(**call.common)
 
 
-@command("list", group="Workspace", workspace="existing")
+@Command("list", group="Workspace", workspace="existing")
 def list_workspace(
     call: Call, kind: Annotated[Kind | None, typer.Argument(metavar="KIND")] = None
 ) -> Result:
@@ -64,7 +64,7 @@ def list_workspace(
     return listing(call.workspace, kind, with_checkpoints=call.as_json, note=call.note)
 
 
-@command("status", group="Workspace", workspace="existing")
+@Command("status", group="Workspace", workspace="existing")
 def status(call: Call) -> Result:
     """Show what runs in the workspace now: progress, speed, time left.
 
@@ -75,7 +75,7 @@ def status(call: Call) -> Result:
     return show_status(call.workspace, note=call.note)
 
 
-@command("clean", group="Workspace", workspace="existing", plans=True)
+@Command("clean", group="Workspace", workspace="existing", plans=True)
 def clean(
     call: Call,
     kinds: Annotated[list[RemovableKind] | None, typer.Argument(metavar="KIND")] = None,
@@ -108,7 +108,7 @@ def clean(
     return upkeep.run_clean(plan, call.workspace)
 
 
-@command("doctor", group="Workspace", workspace="named")
+@Command("doctor", group="Workspace", workspace="named")
 def doctor(call: Call) -> Result | None:
     """Check this machine and the workspace; name a remedy for what is broken.
 
@@ -130,7 +130,7 @@ def doctor(call: Call) -> Result | None:
     return None
 
 
-@command("config show", group="Settings", config=Annotated[str | None, typer.Argument(
+@Command("config show", group="Settings", config=Annotated[str | None, typer.Argument(
     metavar="[FILE]", help="A YAML file, or a shipped sweep (default: the defaults)."
 )], workspace=None, has_json=False)  # fmt: skip
 def show_settings(call: Call, changed: bool = False) -> None:
@@ -146,7 +146,7 @@ def show_settings(call: Call, changed: bool = False) -> None:
     typer.echo(marked_yaml(call.settings, only_changed=changed), nl=False)
 
 
-@command("config schema", group="Settings", workspace=None, has_json=False)
+@Command("config schema", group="Settings", workspace=None, has_json=False)
 def show_schema(_call: Call) -> None:
     """Print the JSON schema of the settings, for editors.
 
@@ -157,7 +157,7 @@ def show_schema(_call: Call) -> None:
     typer.echo(as_text(Settings.model_json_schema()))
 
 
-@command("config list", group="Settings", workspace=None)
+@Command("config list", group="Settings", workspace=None)
 def list_sweeps(call: Call) -> Result:
     """List the shipped sweeps.
 
@@ -176,7 +176,7 @@ def list_sweeps(call: Call) -> Result:
     )
 
 
-@command("init", group="Settings", workspace=None, has_json=False)
+@Command("init", group="Settings", workspace=None, has_json=False)
 def init(
     call: Call,
     file: Annotated[Path | None, typer.Argument()] = None,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from rich.console import Console
 
@@ -26,9 +26,6 @@ from orchestrator.workspace.errors import (
 )
 
 Place = Literal["made", "read", "existing", "named"]
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.cli.command import Call, build_app, command
+from orchestrator.cli.command import Call, Command, build_app
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import ENVIRONMENT_NAME, check_name_option
 
 
-@command(
+@Command(
     "submit",
     group="Clusters",
     workspace=None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.command import Call, Setting, command, one_schedule, read_schedules
+from orchestrator.cli.command import Call, Command, Setting, one_schedule, read_schedules
 from orchestrator.cli.options import (
     ConfigOption,
     LocalOption,
@@ -37,7 +37,7 @@ def _switch(name: str, key: str) -> dict[str, str | Setting]:
     return {f"--{name}": key, f"--no-{name}": off}
 
 
-@command("quickstart", group="All steps", options=HERE, config=ConfigOption,
+@Command("quickstart", group="All steps", options=HERE, config=ConfigOption,
          config_default="demo", trains=True, plans=True)  # fmt: skip
 def quickstart(call: Call) -> Result:
     """Run all steps on a CPU, from a generated task to the front, in minutes.
@@ -54,7 +54,7 @@ def _files(values: dict[str, Any], options: dict[str, Any]) -> None:
         options |= {"data.source": "files", "data.files": values["files"]}
 
 
-@command("prepare", group="Train", config=ConfigOption, adjust=_files)
+@Command("prepare", group="Train", config=ConfigOption, adjust=_files)
 def prepare(
     call: Call,
     files: Annotated[list[str] | None, typer.Argument()] = None,  # noqa: ARG001  # _files reads it
@@ -92,7 +92,7 @@ def _settings_to_continue(values: dict[str, Any], options: dict[str, Any]) -> st
     return str(path)
 
 
-@command(
+@Command(
     "pretrain",
     group="Train",
     options={
@@ -148,7 +148,7 @@ def pretrain(
     return plan if call.dry_run else run_pretrain(plan, call.context)
 
 
-@command(
+@Command(
     "distill",
     group="Train",
     options={
@@ -204,7 +204,7 @@ def _check_resources(call: Call, *, local: bool) -> None:
         check_run_resources(call.settings.cluster, local=local)
 
 
-@command("sweep", group="Sweeps", options=CLUSTER, config=Annotated[str, typer.Argument(
+@Command("sweep", group="Sweeps", options=CLUSTER, config=Annotated[str, typer.Argument(
     metavar="FILE", help="A YAML file, or the name of a shipped sweep."
 )], config_default=..., trains=True, plans=True)  # fmt: skip
 def sweep_file(call: Call) -> Result:
@@ -219,7 +219,7 @@ def _threshold_kind(_: dict[str, Any], options: dict[str, Any]) -> None:
     options["sweep.kind"] = "search" if "search.num_trials" in options else "threshold"
 
 
-@command(
+@Command(
     "sweep-threshold",
     group="Sweeps",
     options={
@@ -266,7 +266,7 @@ def _rates_of_all(text: str) -> dict[str, Any]:
     return dict.fromkeys(METHODS, split_list(text))
 
 
-@command(
+@Command(
     "sweep-iterations",
     group="Sweeps",
     options={

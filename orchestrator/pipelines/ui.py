@@ -32,8 +32,6 @@ LOG_NAME = "mlflow-server.log"
 START_TIMEOUT_SECONDS = 120.0
 STOP_TIMEOUT_SECONDS = 2.0
 MAX_SWEEPS_SHOWN = 5
-NEWEST_FIRST = "attributes.created"
-"""The start. MLflow folds trials into their sweep if it is written without quotes."""
 
 
 def serve(
@@ -98,7 +96,7 @@ def link_lines(tracking: Tracking, url: str) -> list[str]:
         key="runs",
         name="All runs",
         run_filter="",
-        order_by=NEWEST_FIRST,
+        order_by="attributes.created",  # In quotes, MLflow would not fold trials into a sweep.
         is_ascending=False,
         columns=[f"metrics.{name}" for name in metrics] + [f"params.{name}" for name in params],
     )
@@ -141,19 +139,15 @@ def stop_group(server: subprocess.Popen[bytes]) -> None:
             return
         deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
         while time.monotonic() < deadline:
-            if not _group_lives(server):
+            living = set()
+            for process in psutil.process_iter(["status"]):
+                # A zombie still accepts signals, and in a container it may never be collected.
+                if process.info["status"] != psutil.STATUS_ZOMBIE:
+                    with suppress(ProcessLookupError):
+                        living.add(os.getpgid(process.pid))
+            if server.pid not in living:
                 return
             time.sleep(0.05)
-
-
-def _group_lives(server: subprocess.Popen[bytes]) -> bool:
-    # A zombie still accepts signals, and in a container it may never be collected.
-    for process in psutil.process_iter(["status"]):
-        with suppress(ProcessLookupError):
-            in_group = os.getpgid(process.pid) == server.pid
-            if in_group and process.info["status"] != psutil.STATUS_ZOMBIE:
-                return True
-    return False
 
 
 # A child of the shell reads a pipe that this process alone holds open. The pipe ends with this

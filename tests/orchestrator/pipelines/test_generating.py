@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,13 @@ def write(decoder: Decoder, folder: Path, tokens: Path, **provenance: Any) -> Pa
         tokenizer_path=open_tokens(tokens).tokenizer_path,
         provenance=provenance,
     )
+
+
+def test_neither_mlflow_nor_lm_eval_is_loaded_to_generate() -> None:
+    heavy = {"ray", "mlflow", "lm_eval", "transformers", "datasets", "pandas"}
+    code = f"import sys, orchestrator.pipelines.generating; print(*{heavy!r} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_the_pieces_are_the_decoded_tokens(writer: TextGenerator) -> None:
