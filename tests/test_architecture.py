@@ -58,7 +58,7 @@ ORDER = (
 
 LINES = {
     "iiet": 8_691,
-    "benchmarks": 3_777,
+    "benchmarks": 3_656,
     "examples": 217,
     "research": 1_985,
     "orchestrator/workspace": 1_063,
