@@ -167,12 +167,11 @@ class DepthStudy:
         ):
             for arm in selected:
                 try:
-                    result = self._result(arm)
+                    known[arm.name] = self._result(arm)
                 except RunFailed as error:
                     failures[arm.name] = str(error)
-                    continue
-                known[arm.name] = result
-                self._write(known, failures)
+                if known:
+                    self._write(known, failures)
         print_line(session.console, f"study: {self.folder / 'results.md'}")
         raise_failures(failures)
 
