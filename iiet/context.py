@@ -7,19 +7,14 @@ the cache is refused. Most passes need no mask at all: the kernel has a causal o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
-from iiet.attention import attend
-from iiet.plain import needs_all_derivatives
 from iiet.rope import Rope, RopeTables
-from iiet.token_step import serves_fields, serves_token_step, uses_cpu_forms
 from iiet.window import Window
 
 __all__ = [
@@ -104,43 +99,25 @@ class PassContext:
     cache: DecodingCache | None
     """Keys and values of earlier tokens; None when all tokens are in this pass."""
     is_token_step: bool = False
-    """Whether `token_step.evaluate_token` serves this pass."""
-    turns: Tensor | None = None
-    """`rope` as matrices, for a token step on a GPU."""
+    """Whether this is a decoding step that `iiet.fast` computes."""
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, slot: int | None) -> Tensor:
-        """Append keys and values to the cache's `slot`, if there is a cache, and attend to all.
+    def append(self, keys: Tensor, values: Tensor, slot: int) -> tuple[Tensor, Tensor]:
+        """Append keys and values, (batch, kv_heads, time, head_dim), to the cache's `slot`.
 
-        Shapes are those of `attend` with the tokens of this pass.
+        Returns all that queries may see, (batch, kv_heads, total, head_dim).
         """
-        if self.cache is not None:
-            assert slot is not None
-            keys, values = self.cache.update(keys, values, slot)
-            if keys.size(2) != self.total:  # A cache of fixed size returns its empty end too.
-                keys, values = keys[:, :, : self.total], values[:, :, : self.total]
-        # PyTorch's fused kernels support a first backward pass and no other derivative.
-        if needs_all_derivatives():
-            with sdpa_kernel(SDPBackend.MATH):
-                return attend(queries, keys, values, mask=self.mask, is_causal=self.is_causal)
-        return attend(queries, keys, values, mask=self.mask, is_causal=self.is_causal)
-
-    def attend_heads(self, heads: Tensor, num_heads: int, slot: int | None) -> Tensor:
-        """Do `attend` for one token, whose heads of queries, keys and values are one tensor."""
-        num_others = heads.size(1) - num_heads
-        queries = heads.narrow(1, 0, num_heads)
-        append = getattr(self.cache, "append", None)
-        if append is None:  # A cache of transformers.
-            keys, values = heads.narrow(1, num_heads, num_others).chunk(2, 1)
-            return self.attend(queries, keys, values, slot)
-        keys, values = append(heads.narrow(1, num_heads, num_others), slot)
-        return attend(queries, keys, values, mask=self.mask, is_causal=False)
+        assert self.cache is not None
+        keys, values = self.cache.update(keys, values, slot)
+        if keys.size(2) != self.total:  # A cache of fixed size returns its empty end too.
+            keys, values = keys[:, :, : self.total], values[:, :, : self.total]
+        return keys, values
 
 
 def make_context(
     hidden: Tensor,
     rope: Rope,
     *,
-    fields: Iterable[nn.Module] = (),
+    is_token_step: bool = False,
     cache: DecodingCache | None = None,
     record: CacheRecord | None = None,
     attention_mask: Tensor | None = None,
@@ -153,7 +130,7 @@ def make_context(
     Args:
         hidden: the embeddings.
         rope: tables for the positions of the model's context.
-        fields: the fields that the pass evaluates.
+        is_token_step: see `PassContext`.
         cache: keys and values of earlier tokens.
         record: the cache's record; its padding is read and updated.
         attention_mask: None: only the padding that the cache remembers counts.
@@ -161,7 +138,15 @@ def make_context(
     """
     window: Window | None = getattr(cache, "window", None)
     if window is not None:
-        return _window_context(hidden, rope, cache, window, fields)
+        assert hidden.size(1) == window.columns.size(-1), "a pass has as many tokens as its window"
+        return PassContext(
+            rope=rope.at(window.positions(), hidden.device, hidden.dtype),
+            mask=window.mask(),
+            is_causal=False,
+            total=window.size,
+            cache=cache,
+            is_token_step=is_token_step,
+        )
     batch, time = hidden.shape[:2]
     device = hidden.device
     past = 0 if cache is None else int(cache.get_seq_length())
@@ -193,14 +178,13 @@ def make_context(
         mask = _continuing(past, total, device)
     elif position_ids is not None and cache is None:
         mask = _packed(position_ids)
-    return _context(
-        hidden,
-        rope.at(positions, device, hidden.dtype),
-        fields,
+    return PassContext(
+        rope=rope.at(positions, device, hidden.dtype),
         mask=mask,
         is_causal=mask is None and time > 1,
         total=total,
         cache=cache,
+        is_token_step=is_token_step,
     )
 
 
@@ -211,34 +195,6 @@ def _check_visible(visible: Tensor, hidden: Tensor, *, is_positioned: bool) -> N
             f"an attention_mask of queries and keys must be (batch, time, time), with "
             f"position_ids and without a cache; got {tuple(visible.shape)}"
         )
-
-
-def _window_context(
-    hidden: Tensor,
-    rope: Rope,
-    cache: DecodingCache | None,
-    window: Window,
-    fields: Iterable[nn.Module],
-) -> PassContext:
-    assert hidden.size(1) == window.columns.size(-1), "a pass has as many tokens as its window"
-    return _context(
-        hidden,
-        rope.at(window.positions(), hidden.device, hidden.dtype),
-        fields,
-        mask=window.mask(),
-        is_causal=False,
-        total=window.size,
-        cache=cache,
-    )
-
-
-def _context(
-    hidden: Tensor, rope: RopeTables, fields: Iterable[nn.Module], **settings: Any
-) -> PassContext:
-    is_token_step = serves_token_step(hidden, cached=settings["cache"] is not None)
-    is_token_step = is_token_step and serves_fields(fields)
-    turns = rope.matrices() if is_token_step and not uses_cpu_forms(hidden) else None
-    return PassContext(rope=rope, is_token_step=is_token_step, turns=turns, **settings)
 
 
 def _real_tokens(

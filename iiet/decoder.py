@@ -26,22 +26,13 @@ from iiet.cache import KeyValueCache, KvStrategy, evaluation_slots
 from iiet.chunked_loss import LazyLogits, Logits
 from iiet.config import ModelConfig
 from iiet.context import DecodingCache, agreed_record, make_context
-from iiet.cpu_kernels import is_bare, may_read_weights
-from iiet.half_weights import FieldWeights, HalfWeights, are_float32, half_is_wanted
-from iiet.initialization import draw_weights, make_embedding
-from iiet.layers import Field, RMSNorm
+from iiet.fast import accelerate, can_step, few_rows_product, is_bare, may_read_weights
+from iiet.layers import Field, RMSNorm, draw_weights, make_embedding
 from iiet.methods import METHODS, Evaluation, Layer, Observer
 from iiet.methods.base import LayerCall
 from iiet.precision import product_dtype
 from iiet.rope import Rope
 from iiet.schedule import IterationSchedule
-from iiet.token_step import (
-    few_rows_product,
-    is_bare_linear,
-    serves_fields,
-    serves_token_step,
-    uses_cpu_forms,
-)
 from iiet.weights import CONFIG, WEIGHTS, read_folder, write_folder
 
 __all__ = ["Decoder"]
@@ -52,10 +43,6 @@ class Decoder(nn.Module):
 
     activation_checkpointing: bool = False
     """Whether training keeps only the layers' inputs and recomputes layers in the backward pass."""
-
-    half_weights: HalfWeights | None = None
-    """Copies of the fields' weights for bfloat16 autocast, which the caller refreshes after each
-    change of the weights; None: a GPU makes them in each pass, and a CPU needs none."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -82,6 +69,7 @@ class Decoder(nn.Module):
         self.rope = Rope(config.head_dim, config.context_length, config.rope_theta)
         for module in self.modules():
             draw_weights(module, config.initializer_std)
+        accelerate(self)
 
     @classmethod
     def load(cls, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> Decoder:
@@ -258,7 +246,7 @@ class Decoder(nn.Module):
         context = make_context(
             embeddings,
             self.rope,
-            fields=self.fields,
+            is_token_step=cache is not None and can_step(embeddings, self.fields),
             cache=cache,
             record=None if cache is None else agreed_record(cache, evaluations_per_layer),
             attention_mask=attention_mask,
@@ -266,8 +254,7 @@ class Decoder(nn.Module):
         )
         schedule = schedule or self.schedule
         slots = None if cache is None else evaluation_slots(evaluations_per_layer)
-        weights = self._half_weights(embeddings) if cache is None else None
-        hidden = embeddings if weights is None else embeddings.to(HalfWeights.dtype)
+        hidden = embeddings
         state = self.method.start(embeddings, self.config.num_layers)
         num_runs = self.method.num_runs(schedule)
         for run in range(num_runs):
@@ -279,21 +266,11 @@ class Decoder(nn.Module):
                     shared=self.shared,
                     recompute=self.activation_checkpointing and cache is None,
                     observe=observe,
-                    weights=None if weights is None else weights[number],
                     first_evaluation=run * (evaluations_per_layer[number] // num_runs),
                 )
                 hidden, state = layer(hidden, state, call)
                 if run == num_runs - 1:
                     yield hidden
-
-    def _half_weights(self, embeddings: Tensor) -> list[FieldWeights] | None:
-        if not half_is_wanted(embeddings):
-            return None
-        weights = self.half_weights
-        may_copy = embeddings.is_cuda and serves_fields(self.fields) and are_float32(self.fields)
-        if weights is None and may_copy:
-            weights = HalfWeights(self.fields)
-        return None if weights is None else weights.of_pass()
 
     def evaluations(
         self,
@@ -326,11 +303,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Map the last hidden state, (batch, time, dim), to logits, (batch, time, vocab)."""
         normed = self.norm(hidden)
-        if (
-            uses_cpu_forms(normed)
-            and serves_token_step(normed, cached=True)
-            and (self.head is None or is_bare_linear(self.head))
-        ):
+        if can_step(normed, ()) and (self.head is None or is_bare(self.head, nn.Linear)):
             product = few_rows_product(normed, self.head or self.embedding, len(normed))
             return product.view(len(normed), 1, -1)
         if self.head is None:

@@ -5,8 +5,7 @@
 
 Both residual connections are inside, so the plain decoder is `h_l = F_l(h_{l-1})`, and every other
 method is a way to evaluate the same F more often. One run of a field is an *evaluation*, the unit
-of cost. Each module's `forward` is the plain formula; where its first lines ask `cpu_kernels`, a
-faster form of the same formula may replace it.
+of cost. These are the plain formulas; `iiet.fast` replaces some of them on CPUs.
 
 Source: Touvron et al. 2023 (Llama); grouped key/value heads as in Ainslie et al. 2023; SwiGLU,
 Shazeer 2020.
@@ -14,28 +13,42 @@ Shazeer 2020.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iiet.config import ModelConfig
 from iiet.context import PassContext
-from iiet.cpu_kernels import (
-    gated_product,
-    product,
-    project_heads,
-    rms_norm,
-    serves_linear,
-    serves_norm,
-)
+from iiet.plain import needs_all_derivatives
 from iiet.precision import HALF
-from iiet.rope import rotate
-from iiet.token_step import evaluate_token
+from iiet.rope import RopeTables, rotate
 
-__all__ = ["Attention", "FeedForward", "Field", "RMSNorm"]
+__all__ = [
+    "Attention",
+    "FeedForward",
+    "Field",
+    "RMSNorm",
+    "attend",
+    "draw_weights",
+    "initial_weights",
+    "make_embedding",
+]
+
+
+class RMSNorm(nn.RMSNorm):
+    """Scale each token to a root mean square of one, then by a learned weight per channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize (..., dim)."""
+        # The fused kernel needs one dtype, and autocast would make that float32.
+        weight = self.weight.to(x.dtype)
+        if x.dtype in HALF and torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -54,17 +67,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: PassContext, slot: int | None) -> Tensor:
         """Attend within `x` and to the tokens in the cache's `slot`."""
-        mixed = context.attend(*self._heads(x, context), slot)
-        return product(self.out, mixed.transpose(1, 2).flatten(2))
+        queries, keys, values = self.heads(x, context.rope)
+        if slot is not None:
+            keys, values = context.append(keys, values, slot)
+        mixed = attend(queries, keys, values, mask=context.mask, is_causal=context.is_causal)
+        result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return result
 
-    def _heads(self, x: Tensor, context: PassContext) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, rope: RopeTables) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries and keys, and values, each (batch, its heads, time, head_dim)."""
         num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
-        if serves_linear(self.qkv):
-            return project_heads(x, self.qkv.weight, *context.rope, num_heads, num_kv_heads)
         heads = self.qkv(x).view(x.size(0), x.size(1), -1, self.head_dim)
         turned, values = heads.split_with_sizes([num_heads + num_kv_heads, num_kv_heads], 2)
-        queries, keys = rotate(turned, *context.rope).split_with_sizes([num_heads, num_kv_heads], 2)
+        queries, keys = rotate(turned, *rope).split_with_sizes([num_heads, num_kv_heads], 2)
         return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
 
 
@@ -81,40 +96,13 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the network."""
-        gate_up = product(self.gate_up, x)
-        if serves_linear(self.down):
-            return gated_product(gate_up, self.down.weight)
-        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
         result: Tensor = self.down(F.silu(gate) * up)
         return result
 
 
-class RMSNorm(nn.RMSNorm):
-    """Scale each token to a root mean square of one, then by a learned weight per channel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize (..., dim)."""
-        assert self.eps is not None
-        if serves_norm(x, self.weight):
-            return rms_norm(x, self.weight, self.eps)
-        # The fused kernel needs one dtype, and autocast would make that float32.
-        weight = self.weight.to(x.dtype)
-        if x.dtype in HALF and torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return F.rms_norm(x, self.normalized_shape, weight, self.eps)
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
-
-
 class Field(nn.Module):
     """One layer's block."""
-
-    bare_parts: ClassVar[Mapping[str, type[nn.Module]]] = {
-        "attention_norm": RMSNorm,
-        "attention": Attention,
-        "feed_forward_norm": RMSNorm,
-        "feed_forward": FeedForward,
-    }
-    """The modules that `token_step.evaluate_token` reads; replaced ones are called instead."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -124,25 +112,115 @@ class Field(nn.Module):
         self.feed_forward_norm = RMSNorm(dim, eps=eps)
         self.feed_forward = FeedForward(dim, config.ffn_dim)
 
-    def forward(
-        self,
-        x: Tensor,
-        context: PassContext,
-        slot: int | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: PassContext, slot: int | None = None) -> Tensor:
         """Evaluate F(x), (batch, time, dim) to (batch, time, dim).
 
         Args:
             x: where to evaluate.
             context: what all evaluations of this pass share.
             slot: the cache slot of this evaluation; None without a cache.
-            dtype: of the result; None for that of `x`.
         """
-        if context.is_token_step:
-            return evaluate_token(self, x, context, slot)
         u: Tensor = x + self.attention(self.attention_norm(x), context, slot)
-        change: Tensor = self.feed_forward(self.feed_forward_norm(u))
-        # `torch.add(..., out=)` would round to bfloat16 first.
-        return (u if dtype is None else u.to(dtype)) + change
+        result: Tensor = u + self.feed_forward(self.feed_forward_norm(u))
+        return result
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    """Mix values by how well their keys match the queries; query heads may share key heads.
+
+    Args:
+        queries: (batch, heads, time, head_dim), as the result.
+        keys: (batch, key heads, tokens, head_dim); heads is a multiple of key heads.
+        values: of the shape of the keys.
+        mask: as in `PassContext`; `is_causal` too.
+    """
+    # PyTorch's fused kernels support a first backward pass and no other derivative.
+    if needs_all_derivatives():
+        with sdpa_kernel(SDPBackend.MATH):
+            return _attend(queries, keys, values, mask, is_causal)
+    return _attend(queries, keys, values, mask, is_causal)
+
+
+def _attend(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    num_sharing = queries.size(1) // keys.size(1)
+    # Without a fused kernel PyTorch would use its math kernel, which stores all scores. Repeating a
+    # cache's keys takes ten times as long as attending to them.
+    shares = num_sharing > 1 and (
+        _CPU_SHARES_HEADS if queries.is_cpu else mask is None and queries.dtype in HALF
+    )
+    if num_sharing > 1 and not shares:
+        if queries.size(2) == 1:  # As many tokens of one head as query heads that share it.
+            together = queries.reshape(len(queries), keys.size(1), num_sharing, -1)
+            mixed = F.scaled_dot_product_attention(together, keys, values, mask)
+            return mixed.reshape(queries.shape)
+        keys = keys.repeat_interleave(num_sharing, dim=1)
+        values = values.repeat_interleave(num_sharing, dim=1)
+    return F.scaled_dot_product_attention(
+        queries, keys, values, mask, is_causal=is_causal, enable_gqa=shares
+    )
+
+
+_CPU_SHARES_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+"""Whether the fused CPU kernel supports shared key heads (pytorch/pytorch#157893)."""
+
+
+def make_embedding(num_rows: int, dim: int) -> nn.Embedding:
+    """Return an embedding on the current device; weights are not drawn on the meta device.
+
+    Drawing there would import PyTorch's compiler, which takes a second.
+    """
+    if torch.get_default_device().type == "meta":
+        weight = torch.empty(num_rows, dim)
+        made: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
+        return made
+    return nn.Embedding(num_rows, dim)
+
+
+def draw_weights(module: nn.Module, std: float) -> None:
+    """Draw a linear layer's or an embedding's weights from a normal distribution; zero its bias.
+
+    On the meta device there is nothing to draw.
+    """
+    if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
+        nn.init.normal_(module.weight, std=std)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def initial_weights(decoder: nn.Module, std: float) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, weight), drawn as by the constructor of a decoder, on the CPU.
+
+    A sharded model is made on the meta device, and no worker has room for all of its weights: this
+    holds one module's at a time.
+
+    Args:
+        decoder: on the meta device, and so afterwards.
+        std: the config's `initializer_std`.
+    """
+    drawn = (nn.Linear, nn.Embedding)
+    # PyTorch's constructors draw weights that the decoder's replaces; they take random numbers.
+    for module in decoder.modules():
+        if isinstance(module, drawn):
+            _reset_on_cpu(module)
+            module.to_empty(device="meta", recurse=False)
+    for prefix, module in decoder.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if not own:
+            continue
+        if isinstance(module, drawn):
+            draw_weights(module.to_empty(device="cpu", recurse=False), std)
+        else:
+            _reset_on_cpu(module)
+        for name in own:
+            yield f"{prefix}.{name}", getattr(module, name).detach()
+        module.to_empty(device="meta", recurse=False)
+
+
+def _reset_on_cpu(module: nn.Module) -> None:
+    module.to_empty(device="cpu", recurse=False)
+    module.reset_parameters()  # type: ignore[operator]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Rope", "RopeTables", "rotate", "turn_"]
+__all__ = ["Rope", "RopeTables", "rotate"]
 
 
 class RopeTables(NamedTuple):
@@ -24,28 +24,11 @@ class RopeTables(NamedTuple):
     cos: Tensor
     sin: Tensor
 
-    def matrices(self) -> Tensor:
-        """Return the matrix that turns each pair of channels, (..., 2, 2, head_dim / 2)."""
-        half = self.cos.size(-1) // 2
-        cos, minus_sin, sin = self.cos[..., :half], self.sin[..., :half], self.sin[..., half:]
-        return torch.stack([cos, minus_sin, sin, cos], -2).view(*cos.shape[:-1], 2, 2, half)
-
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `heads`, (batch, time, heads, head_dim). With `-sin` it rotates back."""
     swapped = heads.roll(heads.size(-1) // 2, dims=-1)
     return torch.addcmul(heads * cos, swapped, sin).to(heads.dtype)
-
-
-def turn_(heads: Tensor, matrices: Tensor) -> None:
-    """Rotate `heads`, (..., head_dim), in place, by two kernels instead of three.
-
-    The matrices are those of `RopeTables`. This pays for few tokens, because the products of all
-    entries are twice as large as the heads, in float32.
-    """
-    pairs = heads.view(*heads.shape[:-1], 2, -1)
-    products = pairs.unsqueeze(-3) * matrices
-    torch.add(products.select(-2, 0), products.select(-2, 1), out=pairs)
 
 
 class Rope:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from iiet.cache import KeyValueCache, KvStrategy
 from iiet.context import get_record
-from iiet.cpu_kernels import may_read_weights
 from iiet.decoder import Decoder
+from iiet.fast import may_read_weights
 from iiet.window import Window
 
 __all__ = ["Capture", "StaticSteps", "capture_graph", "keep_steps", "kept_steps"]
@@ -189,7 +189,7 @@ def _addresses(decoder: Decoder) -> list[int]:
 
 
 def _has_no_hooks(decoder: Decoder) -> bool:
-    """Tell whether a step is kernels only, and reads weights that stay where they are."""
+    """Return whether a step is kernels only, and reads weights that stay where they are."""
     return (
         may_read_weights()
         and not torch.is_autocast_enabled(decoder.device.type)

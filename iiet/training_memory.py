@@ -4,7 +4,8 @@ Weights, gradients and AdamW's two moments follow from the number of parameters.
 what the forward pass keeps, plus the larger of two peaks: the loss's backward pass, or a field's.
 Left out: what kernels, allocators and libraries take, and a GPU's float32 copies of shared keys and
 values. Gradients are counted during the whole step. The tensors counted are those of the fast forms
-in eager mode; the plain formulas and a compiled model keep others.
+on a CPU; a compiled model keeps a tenth less. Plain formulas that are not compiled, as on a GPU
+with `training.compile=false`, keep 1.8 times as much.
 `tests/iiet/test_training_memory.py` compares with the live tensors of real steps. Source: this
 project.
 """
@@ -67,7 +68,7 @@ def training_memory(
         schedule: the costliest one that is trained; the config's own if None.
         num_sequences: sequences of one forward pass, each as long as the context.
         precision: of the arithmetic; weights, gradients and moments are float32.
-        on_gpus: with bf16, whole fields are then bfloat16 (`half_weights`), and so is a teacher.
+        on_gpus: with bf16, a teacher's weights are then bfloat16.
         activation_checkpointing: whether each layer is recomputed in the backward pass.
         num_shards: workers that share weights, gradients and moments; 1 if each has all.
         num_passes: passes of a step; a sharded model stays gathered between them, its gradients do
@@ -80,11 +81,8 @@ def training_memory(
     width = _FULL if precision == "fp32" else _HALF
     shard = -(-parameters // num_shards) * _FULL
     gathered, reduced = _gathered_bytes(config, width, num_passes) if num_shards > 1 else (0, 0)
-    copies, inner = 0, _FULL
-    if on_gpus and precision == "bf16" and num_shards == 1:
-        copies, inner = config.num_layers * field_parameters(config), _HALF
-        copies += config.vocab_size * config.dim
-    elif precision == "bf16":
+    copies = 0
+    if precision == "bf16":
         # The backward pass needs the copies of all layers, or of the one that is recomputed. Of
         # a sharded model, layers are gathered as bfloat16, and the head is copied.
         copied = parameters // (config.num_layers if activation_checkpointing else 1)
@@ -99,7 +97,7 @@ def training_memory(
         gradients=shard + reduced,
         optimizer=2 * shard,
         activations=kept
-        + _peak_bytes(config, tokens, width, inner, activation_checkpointing, num_shards, compares),
+        + _peak_bytes(config, tokens, width, activation_checkpointing, num_shards, compares),
     )
 
 
@@ -121,19 +119,18 @@ def _peak_bytes(
     config: ModelConfig,
     tokens: int,
     width: int,
-    inner: int,
     activation_checkpointing: bool,
     num_shards: int,
     compares: bool,
 ) -> int:
     """Count activations at the peak.
 
-    `width` is the bytes of a value in the arithmetic, `inner` of a hidden state within a field;
-    `compares` says whether the loss compares two distributions.
+    `width` is the bytes of a value in the arithmetic; hidden states are float32. `compares` says
+    whether the loss compares two distributions.
     """
     method = METHODS[config.method]
     state, num_runs = config.dim * _FULL, method.num_runs(config.corrections)
-    of_layers = [_layer_bytes(config, layer, width, inner) for layer in range(config.num_layers)]
+    of_layers = [_layer_bytes(config, layer, width) for layer in range(config.num_layers)]
     # What layers leave for later ones, and as much for its gradient while they go backward.
     left = method.num_left * config.num_layers * state
     # The last hidden state, its norm and the norm's gradient; the head's gradient so far, and that
@@ -144,11 +141,11 @@ def _peak_bytes(
     loss += config.vocab_size * config.dim * (_FULL + width)
     # Gradients of its output, of the state between attention and feed-forward network, and of what
     # its output is added to.
-    field = _FEED_FORWARD_TEMPORARIES * config.ffn_dim * width + 3 * config.dim * inner
+    field = _FEED_FORWARD_TEMPORARIES * config.ffn_dim * width + 3 * state
     if activation_checkpointing:
-        inputs = config.dim * inner  # of a layer
-        kept = num_runs * config.num_layers * inputs + left
-        field += max(of_layers) // num_runs - inputs + left
+        # Of a layer, its input stays.
+        kept = num_runs * config.num_layers * state + left
+        field += max(of_layers) // num_runs - state + left
     else:
         kept = sum(of_layers) + left
         # The first layer to go backward needs no gradient of `left`, and frees what it kept.
@@ -162,13 +159,13 @@ def _peak_bytes(
     return max(at_start, after_run)
 
 
-def _layer_bytes(config: ModelConfig, layer: int, width: int, inner: int) -> int:
+def _layer_bytes(config: ModelConfig, layer: int, width: int) -> int:
     method, dim = METHODS[config.method], config.dim
     kv_dim = config.num_kv_heads * config.head_dim
     # The point, its norm, and the state between attention and feed-forward network. In the
     # arithmetic's precision: queries, keys, values, attention's output, the network's input, gate
     # and up.
-    evaluation = 3 * dim * inner + (3 * dim + 2 * kv_dim + 2 * config.ffn_dim) * width
+    evaluation = 3 * dim * _FULL + (3 * dim + 2 * kv_dim + 2 * config.ffn_dim) * width
     of_layer = config.corrections, layer, config.options
     return (
         method.num_differentiated(*of_layer) * evaluation + method.num_kept(*of_layer) * dim * _FULL

@@ -415,14 +415,14 @@ def accuracy_chart(arms: Sequence[ArmResult]) -> Any:
                     }
                 )
     base = altair.Chart(altair.InlineData(values=points))
-    x = altair.X("NFE per token:Q", scale=altair.Scale(type="log", base=2))
-    shown = {
-        "color": altair.Color("model:N", title=None),
-        "shape": altair.Shape("model:N", title=None),
-    }
+    costs = sorted({arm.evaluations for arm in arms})
+    scale = altair.Scale(type="log", base=2, nice=False, padding=20)
+    x = altair.X("NFE per token:Q", scale=scale, axis=altair.Axis(values=costs))
     y = altair.Y("accuracy %:Q", scale=altair.Scale(zero=False))
     bars = base.mark_rule().encode(
         x=x, y=altair.Y("low:Q", title="accuracy %"), y2="high:Q", color="model:N"
     )
-    layered = altair.layer(bars, base.mark_point(filled=True, size=60).encode(x=x, y=y, **shown))
+    marks = base.mark_point(filled=True, size=60)
+    marks = marks.encode(x=x, y=y, color="model:N", shape="model:N")
+    layered = altair.layer(bars, marks)
     return layered.facet(column=altair.Column("layers:O", title="layers"))

@@ -2,83 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import yaml
 
 from orchestrator.pipelines.context import Context
-from orchestrator.records.measurement import Measurement, TrackedModel
+from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.settings import SETTINGS_NAME
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import NestedRun, Tracking
+from orchestrator.tracking import Tracking
 from orchestrator.workspace.layout import Workspace
-
-
-class FakeRun:
-    """Remembers how a tracked run ended."""
-
-    is_store_down = False
-
-    def __init__(self, kind: str, statuses: list[tuple[str, str]]) -> None:
-        self.kind, self.statuses = kind, statuses
-        self.tags: dict[str, str] = {}
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        self.tags |= tags
-
-    def log_dataset(
-        self, name: str, digest: str, profile: Mapping[str, object], *, context: str = "training"
-    ) -> None:
-        assert name
-        assert len(digest) == 16
-        assert profile["source"]
-
-    def log_text(self, text: str, name: str) -> None:
-        assert name == SETTINGS_NAME
-        assert yaml.safe_load(text)["training"]
-
-    def log_metrics(self, values: Mapping[str, float], *, step: int = 0) -> None:
-        assert all(isinstance(value, int | float) for value in values.values())
-
-    def log_points(self, points: Sequence[tuple[str, float, int]]) -> None:
-        assert all(isinstance(value, int | float) for _, value, _ in points)
-
-    def log_artifact(self, path: Path, folder: str) -> None:
-        assert path.is_file()
-
-    def log_journal(self, folder: Path) -> None:
-        assert folder.is_dir()
-
-    def log_model(self, model: TrackedModel) -> None:
-        assert Path(model.params["checkpoint"]).is_dir()
-
-    def finish(self, status: str = "FINISHED", **_: Any) -> None:
-        self.statuses.append((self.kind, status))
 
 
 class FakeTracking:
     """Stands for MLflow: remembers what it was asked for."""
 
     def __init__(self) -> None:
+        self.runs: dict[tuple[str, str, str | None], TrackedRun] = {}
+        """The last state of each run."""
+        self.published: list[TrackedRun] = []
         self.statuses: list[tuple[str, str]] = []
-        self.runs: list[FakeRun] = []
-        self.finished: list[str] = []
-        """Keys of runs that were logged as a whole."""
+        """Kinds and final statuses of runs, as they ended."""
 
-    def run(self, key: str, *, kind: str, **_: Any) -> FakeRun:
-        self.runs.append(FakeRun(kind, self.statuses))
-        return self.runs[-1]
+    def publish(self, *runs: TrackedRun) -> None:
+        for run in runs:
+            self.runs[run.place] = run
+            self.published.append(run)
+            assert run.dataset is None or run.dataset[2]["source"]
+            assert all(isinstance(value, int | float) for _, value, _ in run.points)
+            if SETTINGS_NAME in run.texts:
+                assert yaml.safe_load(run.texts[SETTINGS_NAME])["training"]
+            if run.model:
+                assert Path(run.model.params["checkpoint"]).is_dir()
+            if run.status != "RUNNING":
+                self.statuses.append((run.kind, run.status))
 
-    def log_measurement(self, measured: Measurement) -> None:
-        assert measured.points
-        assert measured.dataset is None or measured.dataset[2]["source"]
-        self.statuses.append((measured.kind, "FINISHED"))
+    def stored(self, kind: str, key: str, parent: str | None = None) -> TrackedRun | None:
+        return self.runs.get((kind, key, parent))
 
-    def log_nested(self, runs: Sequence[NestedRun], *, parent: FakeRun) -> None:
-        assert parent in self.runs
-        self.finished += [run.key for run in runs]
+    def run_id(self, run: TrackedRun) -> str:
+        return f"run of {run.key}"
+
+    def wait(self, *, briefly: bool = False) -> None:
+        pass
 
 
 def untracked(workspace: Workspace, progress: Progress | None = None) -> Context:

@@ -57,24 +57,24 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_691,
+    "iiet": 8_266,
     "benchmarks": 3_656,
     "examples": 217,
-    "research": 1_985,
+    "research": 1_984,
     "orchestrator/workspace": 1_063,
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_634,
-    "orchestrator/records": 904,
+    "orchestrator/records": 978,
     "orchestrator/data": 3_534,
-    "orchestrator/tracking": 2_401,
-    "orchestrator/training": 5_218,
+    "orchestrator/tracking": 1_626,
+    "orchestrator/training": 5_195,
     "orchestrator/evaluation": 4_788,
-    "orchestrator/planning": 1_159,
+    "orchestrator/planning": 1_154,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_795,
-    "orchestrator/sweeping": 3_552,
-    "orchestrator/pipelines": 4_846,
-    "orchestrator/cli": 1_867,
+    "orchestrator/reporting": 4_818,
+    "orchestrator/sweeping": 3_468,
+    "orchestrator/pipelines": 4_797,
+    "orchestrator/cli": 1_870,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -20,7 +20,8 @@ import iiet.methods
 import orchestrator
 import orchestrator.data.text_source
 import orchestrator.evaluation.python_tasks
-import orchestrator.tracking.run_logger
+import orchestrator.records.tracked_run
+import orchestrator.tracking.loggers
 
 PACKAGES = (iiet, orchestrator)
 CONTRACTS = (
@@ -31,8 +32,8 @@ CONTRACTS = (
     orchestrator.data.text_source.TextSource,
     orchestrator.evaluation.python_tasks.EvaluationTask,
     orchestrator.evaluation.python_tasks.TaskGroup,
-    orchestrator.tracking.run_logger.RunLogger,
-    orchestrator.tracking.run_logger.LoggedRun,
+    orchestrator.tracking.loggers.RunLogger,
+    orchestrator.records.tracked_run.TrackedRun,
 )
 """What packages subclass or get, besides the exported names."""
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iiet.context import PassContext
-from iiet.half_weights import FieldWeights
 from iiet.schedule import IterationSchedule
 
 __all__ = ["Advance", "Evaluate", "Evaluation", "Layer", "LayerCall", "NoOptions", "Observer"]
@@ -69,8 +68,6 @@ class LayerCall(NamedTuple):
     inputs."""
     observe: Observer | None = None
     """Called after each evaluation."""
-    weights: FieldWeights | None = None
-    """Copies in bfloat16 for the field's weights; None to use its own."""
     first_evaluation: int = 0
     """Evaluations that the layer made in earlier runs of the stack, where the method repeats it."""
 
@@ -95,12 +92,8 @@ class Evaluate:
         """
         call, k = self._call, self._k
         self._k += 1
-        field, slot = self._layer.field, None if call.slots is None else call.slots[k]
-        if call.weights is None:
-            output: Tensor = field(x, call.context, slot)
-        else:
-            dtype = None if norm is None else torch.float32  # The norm computes in float32.
-            output = call.weights.evaluate(field, x, call.context, slot=slot, dtype=dtype)
+        slot = None if call.slots is None else call.slots[k]
+        output: Tensor = self._layer.field(x, call.context, slot)
         estimate = None if norm is None else norm(output)
         if call.observe is not None:
             moved = None if estimate is None or previous is None else estimate - previous

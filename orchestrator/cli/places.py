@@ -38,14 +38,17 @@ def ui(
 
 
 @Command("sync", group="Results")
-def sync(call: Call) -> Result:
-    """Publish the workspace in MLflow again: what it missed, all trainings and all measurements.
+def sync(call: Call, replace: Annotated[bool, typer.Option("--replace")] = False) -> Result:
+    """Publish the workspace in MLflow again: all trainings, sweeps, measurements and models.
 
     Example: iiet-orch sync --workspace my-workspace
+
+    Args:
+        replace: Delete the workspace's own store, and make it anew.
     """
     from orchestrator.pipelines import syncing
 
-    return syncing.sync(**call.common)
+    return syncing.sync(replace=replace, **call.common)
 
 
 @Command("list", group="Workspace", workspace="existing")

@@ -34,7 +34,7 @@ from orchestrator.evaluation.evaluated_model import (
 )
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
-from orchestrator.records.measurement import Measurement
+from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.training import schedule_parameters
 from orchestrator.reporting import command_tables
 from orchestrator.settings import ClusterSettings
@@ -193,7 +193,7 @@ def run_benchmark(
         assert model.config is not None, "what was measured is a decoder"
         own = [cost.metrics() for cost in costs if cost.model == name]
         context.log_measurement(
-            Measurement.of(
+            TrackedRun.of(
                 key=content_key("benchmark", list(model.key), asdict(conditions), device),
                 name=f"benchmark {model.name}"[:80],
                 kind="benchmark",

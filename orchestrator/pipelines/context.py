@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.records.measurement import Measurement
+from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.settings import MLFLOW
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import Workspace, open_workspace
@@ -34,7 +34,7 @@ class Context:
             UserError: If the package of a logger is missing or broken.
         """
         if others := [name for name in loggers if name != MLFLOW]:
-            from orchestrator.tracking.log_mirror import logger_class  # Imports MLflow.
+            from orchestrator.tracking.loggers import logger_class  # Imports MLflow.
 
             for name in others:
                 logger_class(name)
@@ -57,16 +57,11 @@ class Context:
             )
         return self._tracking
 
-    def log_measurement(self, measured: Measurement) -> None:
-        """Log a measurement in MLflow, and keep it for `sync`; if the workspace can be written."""
-        if not self.workspace.is_writable:
-            return
-        path = measured.path(self.workspace.measurements)
-        try:
-            measured.write(path)
-        except OSError as error:
-            self.progress.note(f"`iiet-orch sync` cannot find it again: {error}")
-        self.tracking.log_measurement(measured)
+    def log_measurement(self, measured: TrackedRun) -> None:
+        """Show a measurement in MLflow, if the workspace can be written."""
+        if self.workspace.is_writable:
+            self.tracking.publish(measured)
+            self.tracking.wait()
 
 
 def open_context(

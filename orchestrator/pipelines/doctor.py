@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.text import Text
 
-from orchestrator.pipelines.listing import pending_records, show_status
+from orchestrator.pipelines.listing import show_status
 from orchestrator.pipelines.result import Result
 from orchestrator.settings import ClusterSettings
 from orchestrator.settings.cluster import LOCAL
@@ -131,7 +131,7 @@ def extension_points() -> tuple[ExtensionTable[Any], ...]:
     from iiet.methods import METHODS
     from orchestrator.data.text_source import DATA_SOURCES
     from orchestrator.evaluation.python_tasks import TASKS
-    from orchestrator.tracking.log_mirror import LOGGERS
+    from orchestrator.tracking.loggers import LOGGERS
 
     return (METHODS, INFLUENCE_METRICS, TASKS, DATA_SOURCES, LOGGERS)
 
@@ -239,11 +239,8 @@ def _mlflow(workspace: Workspace) -> Found:
         remedy = "move it away; `iiet-orch sync` publishes the workspace in a new one"
     except (OSError, ValueError) as error:
         text = f"no MLflow server answers at {shown} ({mask_secrets(str(error))})"
-        remedy += "; runs go on meanwhile, and `iiet-orch sync` delivers later"
+        remedy += "; runs go on meanwhile, and `iiet-orch sync` publishes it later"
     yield state, text, remedy
-    if pending := pending_records(workspace):
-        text = f"{format_count(pending, 'record')} not delivered to MLflow"
-        yield "note", text, "`iiet-orch sync`"
 
 
 def _workspace(workspace: Workspace) -> Found:

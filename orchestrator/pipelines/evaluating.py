@@ -38,7 +38,7 @@ from orchestrator.evaluation.task_selection import (
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
-from orchestrator.records.measurement import Measurement
+from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.training import schedule_parameters
 from orchestrator.reporting.command_tables import (
     average_notes,
@@ -407,7 +407,7 @@ def _track(context: Context, measured: Measured, model: EvaluatedModel, suite: S
     if model.config is not None and not model.is_external:
         tracked = evaluated_model(model.path, model.config, dict.fromkeys(metrics, data))
     context.log_measurement(
-        Measurement.of(
+        TrackedRun.of(
             key=content_key("evaluation", keys),
             name=f"evaluate {model.name}: {', '.join(keys)}"[:80],
             kind="evaluation",

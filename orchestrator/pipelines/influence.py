@@ -25,7 +25,7 @@ from orchestrator.data.sources import describe_data, open_data
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
-from orchestrator.records.measurement import Measurement
+from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.command_tables import influence_terminal_table, two_column_table
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
@@ -228,7 +228,7 @@ def run_influence(plan: InfluencePlan, context: Context, *, on_device: OnDevice)
     contractions = enumerate(table.contractions, start=1)
     points += [("contraction", c, layer) for layer, c in contractions if not math.isnan(c)]
     context.log_measurement(
-        Measurement.of(
+        TrackedRun.of(
             key=plan.key,
             name=f"influence {table.metric} of {plan.checkpoint.parent.name}",
             kind="influence",
@@ -240,7 +240,7 @@ def run_influence(plan: InfluencePlan, context: Context, *, on_device: OnDevice)
             },
             dataset=describe_data(plan.tokens_folder),
             points=points,
-            files=[str(plan.path), str(plan.path.with_suffix(".png"))],
+            files={"influence": [str(plan.path), str(plan.path.with_suffix(".png"))]},
         )
     )
     return InfluenceResult(checkpoint=plan.checkpoint, table=table)

@@ -459,8 +459,6 @@ class WorkspaceStatus(Result):
     workspace: str
     activities: tuple[Activity, ...]
     sweeps: tuple[RunningSweep, ...]
-    pending_records: int
-    """Records that wait for MLflow; `iiet-orch sync` delivers them."""
 
     def shown(self) -> Iterator[RenderableType]:
         """Return a sentence for each sweep and each activity."""
@@ -468,9 +466,6 @@ class WorkspaceStatus(Result):
             yield f"nothing runs in {self.workspace}"
         for part in (*self.sweeps, *self.activities):
             yield from part.shown()
-        if self.pending_records:
-            waiting = format_count(self.pending_records, "record")
-            yield f"{waiting} not delivered to MLflow; `iiet-orch sync` delivers"
 
 
 def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> WorkspaceStatus:
@@ -481,15 +476,7 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
         workspace=str(workspace.root),
         activities=(*_running_commands(workspace), *trainings, *_other_work(workspace)),
         sweeps=tuple(_running_sweep(workspace.sweeps / name, trainings) for name in names),
-        pending_records=pending_records(workspace),
     )
-
-
-def pending_records(workspace: Workspace) -> int:
-    """Return the number of records that wait for MLflow."""
-    with suppress(OSError):
-        return (workspace.root / layout.OUTBOX_NAME).read_bytes().count(b"\n")
-    return 0
 
 
 def _running_trainings(workspace: Workspace, note: Note) -> list[Activity]:

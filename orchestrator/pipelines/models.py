@@ -40,6 +40,7 @@ from orchestrator.evaluation.model_tokenizer import PlainTokenizer, read_model_t
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.front_axes import FrontAxes, parse_axes
 from orchestrator.reporting.model_card import ModelCard
@@ -550,20 +551,21 @@ def run_pick(
     tags = {"sweep": sweep.name, "schedule": result.schedule_text}
     axes = (plan.axes.cost, plan.axes.quality)
     tags |= {axis: f"{result.value(axis):.6g}" for axis in axes}
-    parent = context.tracking.handle(sweep.key, name=sweep.name, kind="sweep")
-    run = context.tracking.handle(
-        result.key, name=run_name(result), kind=result.role, parent=parent
+    run = context.tracking.stored(result.role, result.key, sweep.key) or TrackedRun(
+        key=result.key, kind=result.role, name=run_name(result), parent=sweep.key
     )
-    run.register(
-        name,
-        folder,
-        model=model,
+    context.tracking.publish(run)
+    registered = RegisteredModel(
+        name=name,
         alias=plan.alias,
+        run=run.place,
+        model=model,
+        folder=str(folder),
         note=plan.sentence,
         tags={tag: text for tag, text in tags.items() if text},
         example=card.prompt,
     )
-    run.finish()
+    context.tracking.register(registered)
     Picked(
         sweep=sweep.name,
         checkpoint=str(checkpoint),

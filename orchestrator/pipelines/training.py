@@ -31,7 +31,7 @@ from orchestrator.pipelines.result import Result
 from orchestrator.planning.estimate import Estimate, Price, price_of, run_devices
 from orchestrator.planning.fit import find_problems
 from orchestrator.planning.machine import check_run_resources
-from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.command_tables import price_rows, training_rows, two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, read_settings, to_yaml
 from orchestrator.settings.files import starting_yaml
@@ -480,7 +480,7 @@ def run_trainings(plan: TrainingPlan, context: Context) -> dict[str, PretrainRes
         for label, job in jobs.items():
             write_text(job.folder / SETTINGS_NAME, to_yaml(plan.models[label]))
     monitor = RunMonitor(jobs, context.tracking, progress)
-    runs = monitor.open_runs(plan.kind, plan.models)
+    monitor.open_runs(plan.kind, plan.models)
     if any(jobs[label].recipe.profile_steps for label in plan.finished):
         progress.note("no profile of a run that is finished: no step is trained")
     progress.start(plan.kind, sum(job.recipe.num_steps for job in jobs.values()))
@@ -493,9 +493,7 @@ def run_trainings(plan: TrainingPlan, context: Context) -> dict[str, PretrainRes
             say=partial(progress.advance, 0),
         )
         results = {}
-        for (label, job), outcome in zip(jobs.items(), done, strict=True):
-            if plan.kind == "pretrain":
-                runs[label].set_tags(checkpoint_tags(job, outcome))
+        for label, outcome in zip(jobs, done, strict=True):
             checkpoint, loss = Path(str(outcome.checkpoint)), outcome.validation_loss
             results[label] = PretrainResult(checkpoint=checkpoint, validation_loss=loss)
     losses = [
@@ -507,10 +505,3 @@ def run_trainings(plan: TrainingPlan, context: Context) -> dict[str, PretrainRes
     text = f"by schedule {'; '.join(losses)}" if plan.kind == "distill" else ", ".join(losses)
     progress.finish(f"validation loss {text}{found}")
     return results
-
-
-def checkpoint_tags(job: TrainingJob, outcome: TrainingOutcome) -> dict[str, str]:
-    """Return the tags of a finished training's MLflow run: its checkpoint, and its origin."""
-    origin = job.continued_from
-    tags = {"iiet.continued_from": origin} if origin else {}
-    return {"iiet.checkpoint": str(outcome.checkpoint), **tags}

@@ -52,6 +52,8 @@ def serve(
         RunFailed: If the server does not start, or a remote one does not answer.
     """
     tracking = open_tracking(workspace, warn=say)
+    if tracking.copied:
+        raise UserError(f"{tracking.copied}; `iiet-orch sync` says how to make it anew")
     if tracking.store.is_remote:
         if tracking.links(tracking.store.public_uri).training_view is None:
             raise RunFailed(

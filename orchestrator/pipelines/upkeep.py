@@ -260,8 +260,8 @@ def _damaged(workspace: Workspace, _: Note) -> Found:
             except UserError as error:
                 reason = str(error).removeprefix(f"the checkpoint {checkpoint} ")
                 yield checkpoint, reason, *run_locks(folder)
-    for parent in (workspace.evaluations, workspace.benchmarks, workspace.measurements):
-        for file in sorted(parent.glob("*.json")):
+    for parent in (workspace.evaluations, workspace.benchmarks, workspace.tracked):
+        for file in sorted(parent.rglob("*.json")):
             try:
                 read_json(file, remedy="it is measured again")
             except UserError as error:

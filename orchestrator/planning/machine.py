@@ -15,17 +15,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
-from orchestrator.settings.cluster import LOCAL
+from orchestrator.settings.cluster import LOCAL, ClusterSettings, device_problem
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import UserError, quoted
 from orchestrator.workspace.files import free_disk
-
-if TYPE_CHECKING:
-    from orchestrator.settings import ClusterSettings
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 THIS_MACHINE = "this machine"
@@ -238,8 +235,6 @@ def check_device(device: str) -> None:
     Raises:
         UserError: If it has not; says what it has.
     """
-    from orchestrator.settings.cluster import device_problem  # Imports PyTorch.
-
     if problem := device_problem(device):
         raise UserError(f"--device {quoted(device)}: {problem}")
     gpus = 0 if device == "cpu" else local_resources().gpus

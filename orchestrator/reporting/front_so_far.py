@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from orchestrator.reporting.charts import front_chart, save_chart
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER, front_chart_view, run_note
 from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.training_curves import STUDENT_CHARTS
-from orchestrator.tracking import NOTE_TAG, VIEW_TAG, TrackedRun, Tracking
+from orchestrator.tracking import NOTE_TAG, VIEW_TAG, view_tag
 
 BEATEN_NOTE = "Models that another one beats are left out until the end."
 
 
-def track_front_so_far(
-    tracking: Tracking,
-    run: TrackedRun,
-    front: Front,
-    *,
-    name: str,
-    notes: Sequence[str],
-    folder: Path,
-) -> None:
-    """Log a front to the run of its sweep, in place of an earlier one; never wait for the store.
+def front_so_far(front: Front, *, name: str, notes: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Draw a front, and return what it changes of its sweep's run, for `TrackedRun.changed`.
 
     Args:
         name: Name of the sweep.
@@ -38,8 +31,10 @@ def track_front_so_far(
         curves=dict.fromkeys(STUDENT_CHARTS, ()),  # They are in the trials' runs.
     )
     chart = front_chart(front, title=report.title, mark_paper=report.mark_paper)
-    for path in save_chart(chart, folder / "front", kinds=("svg",)):
-        run.log_artifact(path, ARTIFACT_FOLDER)
+    pictures = save_chart(chart, folder / "front", kinds=("svg",))
     view = front_chart_view(report)
-    tracking.save_view(view)
-    run.set_tags({NOTE_TAG: run_note(report, run.known_id), VIEW_TAG: view.key})
+    return {
+        "files": {ARTIFACT_FOLDER: [str(path) for path in pictures]},
+        "views": dict([view_tag(view)]),
+        "tags": {NOTE_TAG: run_note(report), VIEW_TAG: view.key},
+    }

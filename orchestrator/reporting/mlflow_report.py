@@ -7,12 +7,20 @@ intervals are rows of a table. A saved chart view shows cost against quality.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from orchestrator.data.sources import describe_data
+from orchestrator.records.tracked_run import (
+    RUN_ID,
+    DataSummary,
+    Status,
+    TrackedRun,
+    without_step,
+)
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.confidence import interval_rows
 from orchestrator.reporting.front_data import model_rows
@@ -28,11 +36,10 @@ from orchestrator.tracking import (
     REPORT_TAG,
     VIEW_TAG,
     ChartView,
-    NestedRun,
-    TrackedRun,
     Tracking,
     reason_tags,
     tag_filter,
+    view_tag,
 )
 from orchestrator.training.job_checks import stored_job
 from orchestrator.training.tracked_models import trial_model
@@ -49,6 +56,8 @@ SWEEP_TAG = "iiet.sweep"
 """Name of the sweep; the chart view filters by it."""
 CHECKPOINT_TAG = "iiet.checkpoint"
 """Folder of the weights, as in the runs of pretrainings."""
+TABLES_TAG = "mlflow.loggedArtifacts"
+"""Tag with the artifacts that MLflow shows as tables."""
 MAX_NOTE_CHARACTERS = 7500
 MAX_FINDINGS_CHARACTERS = 6000
 MAX_PARALLEL_LAYERS = 24
@@ -77,7 +86,7 @@ def front_metrics(front: Front) -> dict[str, float]:
 
 
 def track_results(
-    tracking: Tracking, run: TrackedRun, sweep: StoredSweep, front: Front
+    tracking: Tracking, sweep: StoredSweep, front: Front
 ) -> tuple[StoredSweep, Front]:
     """Track every result as a run nested in the sweep's run, with its confidence.
 
@@ -91,13 +100,13 @@ def track_results(
         for seed in front.seeds_of(point)
     }
     runs = [
-        trial_run(sweep.name, result, sweep.journal_of(result), paired.get(result.key, {}))
+        trial_run(sweep.name, sweep.key, result, sweep.journal_of(result), paired.get(result.key))
         for result in sweep.results
     ]
-    nested = tracking.log_nested(runs, parent=run)
+    tracking.publish(*runs)
     tracked = [
-        result.model_copy(update={"run_id": own.run_id})
-        for result, own in zip(sweep.results, nested, strict=True)
+        result.model_copy(update={"run_id": tracking.run_id(run)})
+        for result, run in zip(sweep.results, runs, strict=True)
     ]
     sweep = sweep.model_copy(update={"results": tuple(tracked)})
     return sweep, front.with_table(result_table(tracked))
@@ -105,28 +114,36 @@ def track_results(
 
 def trial_run(
     sweep: str,
+    sweep_key: str,
     result: Trial,
     journal: Path | None,
     more: Mapping[str, float] | None = None,
     *,
-    status: str = "FINISHED",
+    status: Status = "FINISHED",
     reason: str = "",
-) -> NestedRun:
-    """Return the run of a trial. It starts and ends when the training did.
+) -> TrackedRun:
+    """Return what MLflow shows of a trial. Its run starts and ends when the training did.
 
     Args:
         sweep: Name of the sweep.
+        sweep_key: Key of the sweep.
         result: The trial, with what is measured of it.
         journal: Folder with the journal of its own training; None if it has none.
         more: Further metrics.
-        status: RUNNING, FINISHED, FAILED or KILLED.
+        status: Of a FINISHED one, the model is shown, too.
         reason: Why it ended without a result.
     """
     started_ms, ended_ms = _trial_times(result, journal)
-    return NestedRun(
+    dataset: DataSummary | None = None
+    with suppress(UserError):  # The tokens of an old sweep may be gone.
+        dataset = describe_data(result.suite.tokens_folder)
+    return TrackedRun(
         key=result.key,
         kind=result.role,
         name=run_name(result),
+        parent=sweep_key,
+        folder=result.folder,
+        journal=str(journal) if journal else None,
         params=trial_parameters(result),
         tags={
             SWEEP_TAG: sweep,
@@ -134,20 +151,19 @@ def trial_run(
             CHECKPOINT_TAG: result.checkpoint or "",
             **reason_tags(status, reason),
         },
-        metrics={**tracked_metrics(result), **(more or {})},
-        journal_folder=journal,
-        dataset=_dataset(result),
+        points=without_step({**tracked_metrics(result), **(more or {})}),
+        dataset=dataset,
+        model=trial_model(result) if status == "FINISHED" else None,
         status=status,
         started_ms=started_ms,
         ended_ms=ended_ms,
-        model=trial_model(result) if status == "FINISHED" else None,
     )
 
 
 def _trial_times(result: Trial, journal: Path | None) -> tuple[int, int | None]:
     """Return start and end in ms; of a model that was only measured, when its result was written.
 
-    Where neither is known it starts now: MLflow's background thread may create the run later.
+    Where neither is known it starts now.
     """
     if journal and (times := recorded_times(journal)):
         return times
@@ -155,12 +171,6 @@ def _trial_times(result: Trial, journal: Path | None) -> tuple[int, int | None]:
         written_ms = int(result.result_path.stat().st_mtime * 1000)
         return written_ms, written_ms
     return now_ms(), None
-
-
-def _dataset(result: Trial) -> tuple[str, str, dict[str, Any]] | None:
-    with suppress(UserError):  # The tokens of an old sweep may be gone.
-        return describe_data(result.suite.tokens_folder)
-    return None
 
 
 def run_name(result: Trial) -> str:
@@ -189,21 +199,30 @@ def tracked_metrics(result: Trial) -> dict[str, float]:
     }
 
 
-def track_front(
-    tracking: Tracking, run: TrackedRun, report: SweepReport, files: Sequence[Path]
-) -> str:
-    """Log a report to the sweep's run, and return the key of its chart view."""
-    run.log_metrics(front_metrics(report.front))
-    for path in files:
-        run.log_artifact(path, ARTIFACT_FOLDER)
-    run.log_table(table_rows(report.front), f"{ARTIFACT_FOLDER}/table.json")
-    if intervals := interval_rows(report.front):
-        run.log_table(intervals, f"{ARTIFACT_FOLDER}/intervals.json")
+def report_changes(report: SweepReport, files: Sequence[Path]) -> dict[str, Any]:
+    """Return what a report changes of its sweep's run, for `TrackedRun.changed`."""
+    tables = {"table": table_rows(report.front), "intervals": interval_rows(report.front)}
+    paths = {f"{ARTIFACT_FOLDER}/{name}.json": rows for name, rows in tables.items() if rows}
+    shown = [{"path": path, "type": "table"} for path in paths]
     view = front_chart_view(report)
-    tracking.save_view(view)
-    tags = {VIEW_TAG: view.key, REPORT_TAG: f"{ARTIFACT_FOLDER}/front.html"}
-    run.set_tags({NOTE_TAG: run_note(report, run.run_id), **tags})
-    return view.key
+    return {
+        "points": without_step(front_metrics(report.front)),
+        "files": {ARTIFACT_FOLDER: [str(path) for path in files]},
+        "texts": {path: _table_json(rows) for path, rows in paths.items()},
+        "views": dict([view_tag(view)]),
+        "tags": {
+            NOTE_TAG: run_note(report),
+            VIEW_TAG: view.key,
+            REPORT_TAG: f"{ARTIFACT_FOLDER}/front.html",
+            TABLES_TAG: json.dumps(shown) if shown else "",
+        },
+    }
+
+
+def _table_json(rows: Sequence[Mapping[str, Any]]) -> str:
+    # MLflow's own `log_table` appends to an existing table; a new report must replace it.
+    columns = list(rows[0])
+    return json.dumps({"columns": columns, "data": [[row.get(c) for c in columns] for row in rows]})
 
 
 def table_rows(front: Front) -> list[dict[str, Any]]:
@@ -218,7 +237,7 @@ def table_rows(front: Front) -> list[dict[str, Any]]:
     ]
 
 
-def run_note(report: SweepReport, run_id: str | None) -> str:
+def run_note(report: SweepReport) -> str:
     """Return the note of a sweep's run in Markdown: findings, picture and table.
 
     A part that does not fit into a tag is replaced by the name of its artifact.
@@ -231,21 +250,21 @@ def run_note(report: SweepReport, run_id: str | None) -> str:
     if num_shown < len(sentences):
         shown.append(f"More: `{ARTIFACT_FOLDER}/front.md` under Artifacts.")
     parts = [bullets(shown)]
-    if run_id is not None and report.front.points:
-        parts.append(_picture("front", run_id))
+    if report.front.points:
+        parts.append(_picture("front"))
     table = front_markdown(report.front)
     if sum(map(len, parts)) + len(table) > MAX_NOTE_CHARACTERS:
         table = f"All models: `{ARTIFACT_FOLDER}/table.json` under Artifacts."
     parts.append(table)
-    if run_id is not None and report.influence is not None:
-        parts.append(_picture("influence", run_id))
+    if report.influence is not None:
+        parts.append(_picture("influence"))
     return "\n\n".join(parts)
 
 
-def _picture(name: str, run_id: str) -> str:
+def _picture(name: str) -> str:
     # An SVG fits the page's width; a PNG has more pixels and would be cut off. The address is
     # relative, because MLflow may be served below a path.
-    return f"![{name}](get-artifact?path={ARTIFACT_FOLDER}/{name}.svg&run_uuid={run_id})"
+    return f"![{name}](get-artifact?path={ARTIFACT_FOLDER}/{name}.svg&run_uuid={RUN_ID})"
 
 
 def front_chart_view(report: SweepReport) -> ChartView:

@@ -31,8 +31,6 @@ class WrittenReport:
     files: tuple[Path, ...]
     run_id: str | None = None
     """The sweep's run in MLflow; None without tracking, or while the store does not answer."""
-    view: str | None = None
-    """Key of the saved chart view."""
 
     @property
     def page(self) -> Path | None:

@@ -6,10 +6,16 @@ gets its own folder, in the workspace and in MLflow, and changes nothing else of
 
 from __future__ import annotations
 
+from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.elastic_section import elastic_section
 from orchestrator.reporting.front_axes import FrontAxes
-from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER, track_front, track_results
+from orchestrator.reporting.mlflow_report import (
+    ARTIFACT_FOLDER,
+    SWEEP_TAG,
+    report_changes,
+    track_results,
+)
 from orchestrator.reporting.pareto import Front, evaluations, find_front, left_out_notes
 from orchestrator.reporting.report_content import SweepReport
 from orchestrator.reporting.report_files import WrittenReport, write_report_files
@@ -27,7 +33,7 @@ from orchestrator.reporting.training_curves import (
     read_training_curves,
 )
 from orchestrator.tracking import Tracking
-from orchestrator.workspace.journal import recorded_times
+from orchestrator.workspace.journal import now_ms, recorded_times
 from orchestrator.workspace.layout import Workspace
 
 
@@ -55,13 +61,9 @@ def write_sweep_report(
     if workspace.is_writable:
         sweep.store(workspace)
     front, notes = sweep_front(workspace, sweep, axes)
-    run = None
-    started_ms, ended_ms = recorded_times(sweep.folder(workspace)) or (None, None)
-    if tracking is not None:
-        run = tracking.handle(sweep.key, name=sweep.name, kind="sweep", started_ms=started_ms)
-        if not axes.slug:
-            sweep, front = track_results(tracking, run, sweep, front)
-            sweep.store(workspace)
+    if tracking is not None and not axes.slug:
+        sweep, front = track_results(tracking, sweep, front)
+        sweep.store(workspace)
     curves = dict(read_training_curves(sweep, front))
     if not axes.slug:
         curves |= read_history_curves(history_folder(sweep.folder(workspace), sweep.key))
@@ -76,16 +78,25 @@ def write_sweep_report(
     )
     folder = sweep.folder(workspace) / axes.slug
     files = write_report_files(report, folder) if workspace.is_writable else []
-    if tracking is None or run is None:
+    if tracking is None:
         return WrittenReport(report, folder, tuple(files))
-    view = None
+    started_ms, ended_ms = recorded_times(sweep.folder(workspace)) or (now_ms(), None)
+    run = tracking.stored("sweep", sweep.key) or TrackedRun(
+        key=sweep.key,
+        kind="sweep",
+        name=sweep.name,
+        folder=str(sweep.folder(workspace)),
+        journal=str(history_folder(sweep.folder(workspace), sweep.key)),
+        tags={SWEEP_TAG: sweep.name},
+        started_ms=started_ms,
+    )
     if axes.slug:
-        for path in files:
-            run.log_artifact(path, f"{ARTIFACT_FOLDER}/{axes.slug}")
+        changes = {"files": {f"{ARTIFACT_FOLDER}/{axes.slug}": [str(path) for path in files]}}
     else:
-        view = track_front(tracking, run, report.stored_at(folder), files)
-    run.finish(ended_ms=ended_ms)
-    return WrittenReport(report, folder, tuple(files), run.run_id, view)
+        changes = report_changes(report.stored_at(folder), files)
+    run = run.changed(**changes, status="FINISHED", ended_ms=run.ended_ms or ended_ms)
+    tracking.publish(run)
+    return WrittenReport(report, folder, tuple(files), tracking.run_id(run))
 
 
 def sweep_front(

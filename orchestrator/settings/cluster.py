@@ -24,7 +24,7 @@ MLFLOW, TENSORBOARD = "mlflow", "tensorboard"
 LOGGERS = ExtensionNames(
     "iiet_orch.loggers", "logger", (TENSORBOARD,), is_reserved=lambda name: name == MLFLOW
 )
-"""Names of loggers beside MLflow, also of other packages; `orchestrator.tracking.log_mirror` has
+"""Names of loggers beside MLflow, also of other packages; `orchestrator.tracking.loggers` has
 their classes."""
 
 _VARIABLE = re.compile(r"[A-Za-z_]\w*(\*|=.*)?", flags=re.ASCII | re.DOTALL)

@@ -33,12 +33,6 @@ class Baselines:
     """Name of a run that cannot be a baseline, to the reason."""
 
 
-@dataclass(frozen=True)
-class _MadeModel:
-    config: ModelConfig
-    provenance: Mapping[str, Any]
-
-
 def find_baselines(
     workspace: Workspace, teacher: Path, layers: Mapping[str, int | tuple[int, ...]] | None = None
 ) -> Baselines:
@@ -54,22 +48,28 @@ def find_baselines(
     left_out: dict[str, str] = {}
     unlike: dict[str, tuple[str, str]] = {}
     full = load_config(teacher)
-    wanted = _comparable(_MadeModel(full, load_provenance(teacher)))
+    wanted = _comparable(full, load_provenance(teacher))
     for run in sorted(run_folders(workspace), key=last_recorded):
-        try:
-            made = _made(run)
-        except UserError as error:
-            left_out[run.name] = f"the run {run.name} is left out: {error}"
+        damage: list[UserError] = []
+        for checkpoint in reversed(find_checkpoints(run)):
+            try:
+                config, provenance = load_config(checkpoint), load_provenance(checkpoint)
+                break
+            except UserError as error:
+                damage.append(error)
+        else:
+            if damage:
+                left_out[run.name] = f"the run {run.name} is left out: {damage[0]}"
             continue
-        if not made or made.config.corrections.num_corrections or "imported" in made.provenance:
+        if config.corrections.num_corrections or "imported" in provenance:
             continue
-        method, number = made.config.method, made.config.num_layers
-        label = model_label(method, 0)
-        asked = values_of_model(layers or {}, (label, method), default=full.num_layers)
+
+        label, number = model_label(config.method, 0), config.num_layers
+        asked = values_of_model(layers or {}, (label, config.method), default=full.num_layers)
         if number in asked and number != full.num_layers:
-            label = model_label(method, 0, number)
+            label = model_label(config.method, 0, number)
         own = {"model.num_layers": number} if number in asked else {}
-        reason = _difference(_comparable(made), wanted | own)
+        reason = _difference(_comparable(config, provenance), wanted | own)
         if not reason and number not in asked:
             reason = f"it has {format_count(number, 'layer')}, which sweep.num_layers leaves out"
         if not reason and not (run / DONE_NAME).exists():
@@ -77,29 +77,17 @@ def find_baselines(
         if reason:
             unlike[label] = (run.name, f"{label} is left out: {reason}")
             continue
+
+        remedy = "delete it, and the same training again writes it"
         try:
-            found[label] = _finished_checkpoint(run)
+            outcome = TrainingOutcome.read(run / DONE_NAME, remedy=remedy)
+            assert outcome, "the file exists"
+            check_checkpoint(run / checkpoint_name(outcome.step))
+            found[label] = run / checkpoint_name(outcome.step)
         except UserError as error:
             left_out[run.name] = f"{label} is left out: {error}"
     left_out |= dict(pair for label, pair in unlike.items() if label not in found)
     return Baselines(found, left_out)
-
-
-def _made(run: Path) -> _MadeModel | None:
-    """Return a run's model by its newest intact checkpoint; None if there are no checkpoints.
-
-    Raises:
-        UserError: If all checkpoints are damaged; names the damage of the newest.
-    """
-    damage: UserError | None = None
-    for folder in reversed(find_checkpoints(run)):
-        try:
-            return _MadeModel(load_config(folder), load_provenance(folder))
-        except UserError as error:
-            damage = damage or error
-    if damage:
-        raise damage
-    return None
 
 
 def _difference(own: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -113,31 +101,15 @@ def _difference(own: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return ", ".join(parts[:3]) + more
 
 
-def _comparable(made: _MadeModel) -> dict[str, Any]:
-    provenance = made.provenance
+def _comparable(config: ModelConfig, provenance: Mapping[str, Any]) -> dict[str, Any]:
     # Each method may have its own best learning rate, and only corrections have two stages.
     free = ("iterate_from_fraction", "iterate_ramp_fraction", "learning_rate", *NON_KEY_FIELDS)
     # A checkpoint from before a setting existed was made as its default makes one.
     recipe = {**TrainingSettings().model_dump(mode="json"), **provenance.get("recipe", {})}
     of_method = ("method", "method_options", "schedule")
-    shape = {name: value for name, value in made.config.to_dict().items() if name not in of_method}
+    shape = {name: value for name, value in config.to_dict().items() if name not in of_method}
     return {
         **{f"model.{name}": value for name, value in shape.items()},
         "tokens": provenance.get("tokens"),
         **{f"training.{name}": value for name, value in recipe.items() if name not in free},
     }
-
-
-def _finished_checkpoint(run: Path) -> Path:
-    """Return the last checkpoint of a finished run.
-
-    Raises:
-        UserError: If it, or the record of its end, is damaged.
-    """
-    path, remedy = run / DONE_NAME, "delete it, and the same training again writes it"
-    outcome = TrainingOutcome.read(path, remedy=remedy)
-    if outcome is None:
-        raise UserError(f"{path} is missing; the same training again writes it")
-    checkpoint = run / checkpoint_name(outcome.step)
-    check_checkpoint(checkpoint)
-    return checkpoint

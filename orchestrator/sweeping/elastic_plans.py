@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from iiet.config import ModelConfig
 from iiet.pruning import FamilyMember
-from iiet.schedule import IterationSchedule
 from orchestrator.planning.estimate import Estimate, price_of_trials
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, ElasticSettings, Settings, TrainingSettings
@@ -68,46 +67,29 @@ def elastic_trials(
     assert job is not None, "check_sweep refuses controls"
     trials = []
     for seed in settings.sweep.seeds or (None,):
-        trained = trained_trial(
-            "trial",
-            _label(full.corrections),
-            job,
-            suite,
-            workspace,
-            member=of_schedule.get(full.corrections),
-            seed=seed,
-        )
+        label, member = f"{full.corrections}, elastic", of_schedule.get(full.corrections)
+        trained = trained_trial("trial", label, job, suite, workspace, member=member, seed=seed)
         trained = trained.model_copy(update={"is_elastic": True})
+        assert trained.job is not None
         trials.append(trained)
-        trials += [_served(trained, of_schedule[schedule], workspace) for schedule in cheaper]
+        for schedule in cheaper:
+            # The key is that of the training, because the weights are not known before it.
+            config, member = replace(full, schedule=schedule), of_schedule[schedule]
+            weights = content_key("elastic", job_key(trained.job), config.to_dict())
+            last, label = checkpoint_name(job.recipe.num_steps), f"{schedule}, elastic"
+            changes = {
+                "key": evaluation_key(weights, suite),
+                "label": label if seed is None else f"{label}, seed {seed}",
+                "group": None if seed is None else label,
+                "model": config,
+                "folder": str(workspace.trials / weights),
+                "job": None,
+                "checkpoint": str(trained.job.folder / last),
+                "threshold_above": member.threshold_above,
+                "threshold_up_to": member.threshold_up_to,
+            }
+            trials.append(trained.model_copy(update=changes))
     return trials
-
-
-def _label(schedule: IterationSchedule) -> str:
-    return f"{schedule}, elastic"
-
-
-def _served(trained: Trial, member: FamilyMember, workspace: Workspace) -> Trial:
-    """Return the trial that measures trained elastic weights under another schedule."""
-    job = trained.job
-    assert job is not None
-    config = replace(trained.model, schedule=member.schedule)
-    # The key is that of the training, because the weights are not known before it.
-    weights = content_key("elastic", job_key(job), config.to_dict())
-    label = _label(member.schedule)
-    return trained.model_copy(
-        update={
-            "key": evaluation_key(weights, trained.suite),
-            "label": label if trained.seed is None else f"{label}, seed {trained.seed}",
-            "group": None if trained.seed is None else label,
-            "model": config,
-            "folder": str(workspace.trials / weights),
-            "job": None,
-            "checkpoint": str(job.folder / checkpoint_name(job.recipe.num_steps)),
-            "threshold_above": member.threshold_above,
-            "threshold_up_to": member.threshold_up_to,
-        }
-    )
 
 
 def waits_for_weights(trial: Trial, trainings: Sequence[Trial]) -> bool:

@@ -8,8 +8,7 @@ turns, because trials that run at the same time would disturb the clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,11 +23,11 @@ from orchestrator.sweeping.asha import asha_trials, stored_early_stop
 from orchestrator.sweeping.decode_times import with_costs
 from orchestrator.sweeping.decoding import with_decoding
 from orchestrator.sweeping.front_history import FrontHistory
-from orchestrator.sweeping.live_sweep import LiveSweep, open_sweep_run
+from orchestrator.sweeping.live_sweep import LiveSweep
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trials import full_config
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import TrackedRun, Tracking, status_after
+from orchestrator.tracking import Tracking, status_after
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.job_checks import check_job
 from orchestrator.training.teacher_cache import cache_plan
@@ -103,14 +102,21 @@ def run_sweep(
     journal = Journal(folder)
     journal.event("started")
     journal.close()
-    with _tracked_run(plan, settings, tracking) as run:
-        sweep = _SweepRun(plan, placed, workspace, run, tracking, progress, search)
+    num_all = len(plan.trials) + (search.num_left if search else 0)
+    history = history_folder(folder, plan.key)
+    live = LiveSweep(plan, settings, tracking, history, num_trials=num_all)
+    try:
+        sweep = _SweepRun(plan, placed, workspace, live, history, num_all, progress, search)
         sweep.run_trials()
         sweep.delete_teacher_caches()
         stopped = sweep.track_early_stops()
         found = _finished_trials(sweep.plan, sweep.failures)
         costed = with_costs(found, sweep.plan, folder, settings, progress)
         results = with_decoding(costed, sweep.plan, folder, settings, progress)
+    except BaseException as error:
+        live.finish(status_after(error))
+        raise
+    live.finish("FINISHED")
     return SweepOutcome(
         plan=sweep.plan,
         folder=folder,
@@ -128,8 +134,10 @@ class _SweepRun:
     plan: SweepPlan
     settings: Settings
     workspace: Workspace
-    run: TrackedRun
-    tracking: Tracking
+    live: LiveSweep
+    history_folder: Path
+    num_all: int
+    """Trials, those included that the search will suggest."""
     progress: Progress
     search: ScheduleSearch | None = None
     failures: dict[str, str] = field(default_factory=dict)
@@ -143,33 +151,29 @@ class _SweepRun:
     def run_trials(self) -> None:
         """Run the plan's trials that are not finished, then those that the search suggests."""
         self.plan.write(self.folder / PLAN_FILE)
-        num_all = len(self.plan.trials) + (self.search.num_left if self.search else 0)
-        self._history = FrontHistory(self.plan, self._history_folder, num_trials=num_all)
-        self._live = LiveSweep(
-            self.plan, self.run, self.tracking, self._history_folder, num_trials=num_all
-        )
+        self._history = FrontHistory(self.plan, self.history_folder, num_trials=self.num_all)
         self._take_in(self.plan.trials)
         asha, trials = asha_trials(self.plan, self.settings.sweep), self.plan.trials
         stops = {t.key: stop for t in trials if (stop := stored_early_stop(t, asha.get(t.key)))}
         for trial in trials:
             if trial.key in stops:
-                self._live.log_end(trial, "KILLED", stops[trial.key].text)
+                self.live.log_end(trial, "KILLED", stops[trial.key].text)
         waiting = [t for t in trials if t.result() is None and t.key not in stops]
         queue = TrialQueue(
             self.folder,
             self.settings.sweep,
             self.progress,
             cluster=self.settings.cluster,
-            num_all=num_all,
+            num_all=self.num_all,
             asha=asha,
             stopped=set(stops),
             on_end=self._take_end,
-            watch=self._live.watch,
+            watch=self.live.watch,
         )
         try:
             queue.run(self._with_shared_teacher(waiting), self.search)
         finally:
-            self._live.close()
+            self.live.close()
             if self.search:
                 self._add_suggested(self.search)
         self._take_in(self.plan.trials, at_end=True)
@@ -178,17 +182,15 @@ class _SweepRun:
     def _take_in(self, trials: Iterable[Trial], *, at_end: bool = False) -> None:
         """Log the trials that are finished now, and the front."""
         new = [result for trial in trials if (result := self._history.add(trial))]
-        self._live.log_results(new)
-        if self._history.record(at_end=at_end):
-            self.run.log_journal(self._history_folder)
-            if self._history.front:
-                self._live.show_front(self._history.front, self._history.num_measured)
+        self.live.log_results(new)
+        if self._history.record(at_end=at_end) and self._history.front:
+            self.live.show_front(self._history.front, self._history.num_measured)
 
     def _take_end(self, trial: Trial, state: str, reason: str) -> None:
         """Log how a trial ended."""
         self._take_in([trial])
         if state in ("failed", "stopped", "stopped early") and trial.result() is None:
-            self._live.log_end(trial, "FAILED" if state == "failed" else "KILLED", reason)
+            self.live.log_end(trial, "FAILED" if state == "failed" else "KILLED", reason)
 
     def _add_suggested(self, search: ScheduleSearch) -> None:
         """Add what the search has suggested to the plan."""
@@ -217,8 +219,8 @@ class _SweepRun:
             # A teacher that runs in each trial is in the trials' own FLOPs.
             forward = inference_cost(full_config(self.plan)).forward_flops_per_token
             numbers = {"teacher_tokens": num_tokens, "teacher_flops": num_tokens * forward}
-            named = {f"sweep/{name}": float(number) for name, number in numbers.items()}
-            self.run.log_metrics(named, step=len(self.plan.trials))
+            step = len(self.plan.trials)
+            self.live.change(points=[(f"sweep/{n}", float(v), step) for n, v in numbers.items()])
         self._jobs = shared
         if self.search and len(shared) > len(jobs):
             self.search.teacher_cache = shared[-1].teacher_cache
@@ -240,14 +242,12 @@ class _SweepRun:
         }
         if stops:
             saved = sum(stop.share_saved for stop in stops.values())
-            self.run.log_metrics({"sweep/trainings_saved": saved}, step=len(self.plan.trials))
             text = "; ".join(f"{label} {stop.text}" for label, stop in stops.items())
-            self.run.set_tags({STOPPED_TAG: text})
+            self.live.change(
+                points=[("sweep/trainings_saved", saved, len(self.plan.trials))],
+                tags={STOPPED_TAG: text},
+            )
         return stops
-
-    @property
-    def _history_folder(self) -> Path:
-        return history_folder(self.folder, self.plan.key)
 
 
 def _note_other_plan(plan: SweepPlan, folder: Path, progress: Progress) -> None:
@@ -270,17 +270,3 @@ def _finished_trials(plan: SweepPlan, failures: Mapping[str, str]) -> list[Trial
         reasons = "; ".join(f"{label}: {reason}" for label, reason in failures.items())
         raise RunFailed(f"no trial of the sweep {plan.name} could be finished: {reasons}")
     return found
-
-
-@contextmanager
-def _tracked_run(plan: SweepPlan, settings: Settings, tracking: Tracking) -> Iterator[TrackedRun]:
-    """Open the sweep's MLflow run; its status says how the block ended. The report nests the
-    trials' runs in it.
-    """
-    run = open_sweep_run(plan, settings, tracking)
-    try:
-        yield run
-    except BaseException as error:
-        run.finish(status_after(error))
-        raise
-    run.finish()

@@ -7,7 +7,6 @@ are those of given thresholds or budgets, or a number of them spread evenly over
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -47,52 +46,32 @@ def choose_members(
     Raises:
         UserError: If a budget is less than the cheapest schedule costs.
     """
-    chosen = _of_family(schedule_family(influence), sweep, cost)
-    if sweep.selection == "knapsack":
-        best = _by_knapsack(influence, chosen, sweep, cost)
-        return tuple(FamilyMember(s, math.nan, math.nan) for s in dict.fromkeys(best))
-    return chosen
-
-
-def _by_knapsack(
-    influence: InfluenceTable, chosen: Sequence[FamilyMember], sweep: SweepSettings, cost: Cost
-) -> Iterator[IterationSchedule]:
-    """Yield the best schedule under each budget, or else at the cost of each chosen member;
-    costliest first."""
-    if not sweep.budgets:
-        for member in chosen:
-            yield knapsack(influence, member.schedule.num_evaluations)
-    for budget in sorted(sweep.budgets, reverse=True):
-        yield knapsack(influence, budget, cost=cost)
-
-
-def _of_family(
-    family: Sequence[FamilyMember], sweep: SweepSettings, cost: Cost
-) -> tuple[FamilyMember, ...]:
+    family = schedule_family(influence)
     if sweep.thresholds:
-        wanted = {_at_threshold(family, threshold) for threshold in sweep.thresholds}
+        wanted = {
+            member.schedule
+            for threshold in sweep.thresholds
+            for member in family
+            if member.threshold_above < threshold <= member.threshold_up_to
+        }
     elif sweep.budgets:
-        wanted = {_within(family, budget, cost, sweep.budget_unit) for budget in sweep.budgets}
+        try:
+            wanted = {within_cost(family, most, cost=cost).schedule for most in sweep.budgets}
+        except ValueError as error:
+            raise UserError(f"sweep.budgets, in {sweep.budget_unit}: {error}") from None
     else:
-        return spread_over_cost(family, min(sweep.num_schedules, len(family)), cost=cost)
-    return tuple(member for member in family if member.schedule in wanted)
-
-
-def _at_threshold(family: Sequence[FamilyMember], threshold: float) -> IterationSchedule:
-    return next(
-        member.schedule
-        for member in family
-        if member.threshold_above < threshold <= member.threshold_up_to
-    )
-
-
-def _within(
-    family: Sequence[FamilyMember], budget: float, cost: Cost, unit: str
-) -> IterationSchedule:
-    try:
-        return within_cost(family, budget, cost=cost).schedule
-    except ValueError as error:
-        raise UserError(f"sweep.budgets, in {unit}: {error}") from None
+        number = min(sweep.num_schedules, len(family))
+        wanted = {member.schedule for member in spread_over_cost(family, number, cost=cost)}
+    chosen = tuple(member for member in family if member.schedule in wanted)
+    if sweep.selection != "knapsack":
+        return chosen
+    # The best schedule under each budget, or else at the cost of each chosen member.
+    if sweep.budgets:
+        budgets = sorted(sweep.budgets, reverse=True)
+        best = [knapsack(influence, budget, cost=cost) for budget in budgets]
+    else:
+        best = [knapsack(influence, member.schedule.num_evaluations) for member in chosen]
+    return tuple(FamilyMember(schedule, math.nan, math.nan) for schedule in dict.fromkeys(best))
 
 
 def schedule_cost(unit: str, full: ModelConfig) -> Cost:

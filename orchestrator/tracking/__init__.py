@@ -1,25 +1,34 @@
-"""The only package that imports MLflow: runs are found by their key, and training never waits.
+"""The only package that imports MLflow, which is a view of the workspace.
 
-A background thread talks to the store. If a server does not respond, one warning is printed,
-operations go to an outbox, and the work continues; `Tracking.sync` delivers them later. MLflow's
-fluent API and Ray's callback would raise errors into training, block for minutes, and create a
-second run for every resumed trial.
+What a run shows is a file of the workspace (`records/tracked_run.py`). `Tracking.publish` lets
+MLflow show it, in the background and any number of times.
 """
 
+import os
+
+# MLflow reads these when it is imported or at its first request. The user's own values win.
+QUIET_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+for _name, _value in QUIET_ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+# ruff: noqa: E402 - the environment comes first
 from orchestrator.tracking.chart_view import ChartView
-from orchestrator.tracking.journal_copies import JournalCopies
 from orchestrator.tracking.store import NOTE_TAG, REASON_TAG, tag_filter
-from orchestrator.tracking.tracked_run import (
-    TrackedRun,
-    reason_tags,
-    status_after,
-)
 from orchestrator.tracking.tracker import (
     REPORT_TAG,
     VIEW_TAG,
-    NestedRun,
     Tracking,
     open_tracking,
+    reason_tags,
+    status_after,
+    view_tag,
 )
 
 __all__ = [
@@ -28,12 +37,10 @@ __all__ = [
     "REPORT_TAG",
     "VIEW_TAG",
     "ChartView",
-    "JournalCopies",
-    "NestedRun",
-    "TrackedRun",
     "Tracking",
     "open_tracking",
     "reason_tags",
     "status_after",
     "tag_filter",
+    "view_tag",
 ]

@@ -70,7 +70,7 @@ class TextModel:
         import torch
 
         context, wanted = self.model.config.max_position_embeddings, settings["max_new_tokens"]
-        ids = self.tokenizer(prompt)["input_ids"] or [self._first_token()]
+        ids = self._ids(prompt) or [self._first_token()]
         # A prompt that is too long loses its first tokens, but keeps at least half a context.
         ids = ids[-max(context - wanted, (context + 1) // 2) :]
         temperature = settings["temperature"]
@@ -91,7 +91,7 @@ class TextModel:
     def _logprob(self, text: str, settings: Mapping[str, Any]) -> float:
         import torch
 
-        context, ids = self.model.config.max_position_embeddings, self.tokenizer(text)["input_ids"]
+        context, ids = self.model.config.max_position_embeddings, self._ids(text)
         first = self._first_token()
         if not ids or ids[0] != first:
             ids = [first, *ids]
@@ -107,6 +107,16 @@ class TextModel:
             logits = self.model(input_ids=torch.tensor([ids[:-1]]), **given).logits[0]
         chosen = logits.double().log_softmax(-1).gather(1, torch.tensor(ids[1:]).unsqueeze(1))
         return float(chosen.sum())
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            return list(self.tokenizer(text)["input_ids"])
+        except Exception as error:  # The tokenizers library raises nothing more special.
+            known = sorted(self.tokenizer.get_vocab(), key=self.tokenizer.get_vocab().get)
+            raise ValueError(
+                f"the model's vocabulary has no tokens for {text[:40]!r}; it has {len(known):,} "
+                f"tokens, such as {', '.join(map(repr, known[1:4]))}"
+            ) from error
 
     def _first_token(self) -> int:
         # The token before a document: of its own, or that which ends the document before it.

@@ -1,28 +1,39 @@
-"""MLflow's store: one experiment and its runs, found by their identity.
+"""MLflow's store: one experiment, whose runs show what the workspace's files say.
 
 The database and the experiment are created once, under a file lock: several processes that create
 the same sqlite file crash. Each run is searched for once in a process, a sweep's run together with
-those nested in it; then the process knows what the run holds, and sends only what is new.
+those nested in it; then the process knows what the run holds, and sends only what is new. After an
+error it searches again, so a run may be published any number of times, and stop anywhere. Points
+that the store has already are the same by value, step and time, and MLflow keeps them once.
 """
 
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import sqlite3
 import stat
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.git_utils import get_git_commit
 from sqlalchemy.exc import SQLAlchemyError
 
-from orchestrator.tracking.client import Metric, MlflowClient, MlflowException, Run
-from orchestrator.tracking.context_tags import context_tags
-from orchestrator.tracking.relocation import ARTIFACTS_TAG, relocate_artifacts
-from orchestrator.workspace.errors import strip_credentials
-from orchestrator.workspace.layout import Workspace
+from orchestrator.records.tracked_run import RUN_ID, TrackedRun, tracked_path
+from orchestrator.tracking.curves import CurveReader, Point
+from orchestrator.workspace.errors import UserError, strip_credentials
+from orchestrator.workspace.journal import now_ms
+from orchestrator.workspace.layout import Workspace, portable_path
 from orchestrator.workspace.locks import lock_file
 
 EXPERIMENT_NAME = "iiet-orch"
@@ -30,43 +41,42 @@ EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
 SQLITE = "sqlite:///"
 SQLITE_HEAD = b"SQLite format 3\0"
 """First bytes of every sqlite file that is not empty."""
+ARTIFACTS_TAG = "iiet.artifacts_in_workspace"
+"""Tag of experiments whose artifacts lie in the database's workspace."""
 KEY_TAG, KIND_TAG = "iiet.key", "iiet.kind"
 ROOT_TAG = "iiet.root_key"
 """Key of the sweep, for a run that is nested in one; else the run's own key."""
+OFFSET_TAG = "iiet.mirrored_bytes"
+"""Bytes of the journal that the run has."""
 PARENT_TAG = "mlflow.parentRunId"
 REASON_TAG = "iiet.reason"
 """Tag that says why a run ended without a result."""
 NOTE_TAG = "mlflow.note.content"
 """Tag with the description at the top of a page, in Markdown."""
-MAX_RUNS_FOUND = 50_000  # MLflow's own limit.
+SOURCE_TAG = "mlflow.source.name"
+COMMIT_TAG, REPOSITORY_TAG = "mlflow.source.git.commit", "mlflow.source.git.repoURL"
+COMMAND = "iiet-orch"
+PROGRAMS = (f"/{COMMAND}", "/orchestrator/cli/__main__.py")
+"""How the path of the running program ends if it is this command."""
+MEASUREMENTS = ("evaluation", "benchmark", "influence")
+"""Kinds of runs that read data to measure, not to train."""
+
+# Limits of MLflow 3: longer texts are refused. A request takes 1,000 values, 100 of them parameters
+# and 100 of them tags; the client puts more of those into further requests.
+MAX_RUNS_FOUND = 50_000
+METRICS_PER_REQUEST = 800
+MAX_TAG_CHARACTERS = 8000
+MAX_PARAM_CHARACTERS = 6000
 
 FAILURES = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
 """Errors of MLflow's client if a store cannot be reached or refuses a value."""
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
 
+Place = tuple[str, str, str | None]
 
-class RunIdentity(BaseModel):
-    """The values that a run is found by; the outbox stores them for runs that do not exist yet.
 
-    A trial of two sweeps has one key and two runs, one under each parent.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    key: str
-    """Content key, or the name of a sweep."""
-    kind: str
-    """The tag `iiet.kind`: pretrain, influence, sweep, trial, teacher, baseline."""
-    name: str
-    """Name in the user interface; not used to find the run."""
-    parent: RunIdentity | None = None
-    started_ms: int | None = None
-    """When it started, in ms; now when unset. Only used to create the run."""
-
-    @property
-    def root_key(self) -> str:
-        """The tag `iiet.root_key`."""
-        return self.parent.root_key if self.parent else self.key
+class CopiedStoreError(OSError):
+    """MLflow's database came with a copied or moved workspace, and names files at the old place."""
 
 
 @dataclass
@@ -75,15 +85,19 @@ class StoredRun:
 
     id: str
     experiment_id: str
-    artifact_uri: str
     status: str
     started_ms: int
     params: dict[str, str]
     tags: dict[str, str]
-    metrics: dict[str, Metric]
-    """The last point of each."""
+    values: dict[str, float]
+    """The last value of each metric."""
     datasets: set[str]
     """Digests of the data that it read."""
+    sent: dict[str, object] = field(default_factory=dict)
+    """What this process has stored as artifacts and as model, in the form that it had then."""
+    points: dict[str, Point] = field(default_factory=dict)
+    """The last point of each metric that this process has sent."""
+    curves: CurveReader | None = None
 
     @classmethod
     def of(cls, run: Run) -> StoredRun:
@@ -91,12 +105,11 @@ class StoredRun:
         return cls(
             id=run.info.run_id,
             experiment_id=run.info.experiment_id,
-            artifact_uri=run.info.artifact_uri,
             status=run.info.status,
             started_ms=run.info.start_time or 0,
             params=dict(run.data.params),
             tags=dict(run.data.tags),
-            metrics={point.key: point for point in run.data._metric_objs},
+            values=dict(run.data.metrics),
             datasets={each.dataset.digest for each in getattr(run.inputs, "dataset_inputs", ())},
         )
 
@@ -107,124 +120,233 @@ class Store:
     def __init__(self, workspace: Workspace) -> None:
         """Name the store; `connect` opens it."""
         self.uri = workspace.tracking_uri  # May hold a password: show `public_uri` instead.
+        self.public_uri = strip_credentials(self.uri)
+        self.is_remote = self.uri.startswith(("http://", "https://", "databricks"))
+        """Whether the store is a server, which may be down, and not a local database."""
+        self.is_in_workspace = self.uri == f"{SQLITE}{workspace.database}"
         self.experiment_name = os.environ.get(EXPERIMENT_VARIABLE) or EXPERIMENT_NAME
         self.experiment_id: str | None = None
         self._workspace = workspace
         self._lock = workspace.root / ".tracking.lock"
         self._client: MlflowClient | None = None
-        # By kind, key and id of the parent.
-        self._runs: dict[tuple[str, str, str | None], StoredRun] = {}
+        self._views: dict[str, str] = {}
+        self._runs: dict[Place, StoredRun] = {}
         self._searched: set[str] = set()  # root keys
 
-    @property
-    def public_uri(self) -> str:
-        """The address without user and password."""
-        return strip_credentials(self.uri)
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the store is a server, which may be down, and not a local database."""
-        return self.uri.startswith(("http://", "https://", "databricks"))
-
-    @property
-    def _is_in_workspace(self) -> bool:
-        return self.uri == f"{SQLITE}{self._workspace.database}"
-
     def connect(self) -> MlflowClient:
-        """Return the client; create the database and the experiment if they are missing."""
+        """Return the client; create the database and the experiment if they are missing.
+
+        Raises:
+            CopiedStoreError: If the database came with a copied workspace.
+        """
         if self._client is None:
             _check_database(self.uri)
             with lock_file(self._lock):
-                if self._is_in_workspace:
-                    relocate_artifacts(self._workspace.database, self._workspace.artifacts)
                 client = MlflowClient(tracking_uri=self.uri)  # This creates the database.
                 found = client.get_experiment_by_name(self.experiment_name)
-                self.experiment_id = (
-                    found.experiment_id if found else self._create_experiment(client)
-                )
+                artifacts = self._workspace.artifacts.as_uri()
+                if found is None:
+                    # Without the tag, MLflow opens its pages for language-model applications.
+                    tags = {"mlflow.experimentKind": "custom_model_development"}
+                    if self.is_in_workspace:
+                        tags[ARTIFACTS_TAG] = "true"
+                    # An explicit folder keeps `./mlruns` out of the current directory.
+                    location = None if self.is_remote else artifacts
+                    self.experiment_id = str(
+                        client.create_experiment(self.experiment_name, location, tags)
+                    )
+                elif (
+                    self.is_in_workspace
+                    and ARTIFACTS_TAG in found.tags
+                    and found.artifact_location != artifacts
+                ):
+                    raise CopiedStoreError(
+                        f"{self._workspace.database} was copied or moved with the workspace, and "
+                        f"names files in {found.artifact_location}"
+                    )
+                else:
+                    self.experiment_id = found.experiment_id
             self._client = client
         return self._client
 
-    def prepare(self, identities: Iterable[RunIdentity]) -> None:
+    def publish(
+        self,
+        run: TrackedRun,
+        log_model: Callable[[MlflowClient, StoredRun, TrackedRun], None] | None = None,
+    ) -> None:
+        """Let a run in the store show what the workspace says now; what it holds is not sent again.
+
+        A run that is RUNNING starts a killed or failed one again; a finished one stays finished.
+
+        Args:
+            run: The run; that of its sweep is in the store.
+            log_model: Logs its model when its metrics are stored.
+        """
+        client, root = self.connect(), self._workspace.root
+        self.prepare([run])
+        stored = self._runs[run.place]
+        if run.status == "RUNNING" and stored.status in ("KILLED", "FAILED"):
+            client.update_run(stored.id, status=run.status)
+            stored.status = run.status
+
+        if run.journal and stored.curves is None:
+            stored.curves = CurveReader(Path(run.journal), int(stored.tags.get(OFFSET_TAG, 0)))
+        tags = {name: _sent(text, root, stored.id) for name, text in run.tags.items()}
+        curves: list[Point] = []
+        curve_ends: Mapping[str, Point] = {}
+        if stored.curves:
+            curves, curve_ends = stored.curves.read(), stored.curves.last
+            tags[OFFSET_TAG] = str(stored.curves.offset)
+        # MLflow shows the newest value, so one that replaces another is measured now. The summary
+        # of a curve would stand before its first step.
+        time_ms, now = run.ended_ms or run.started_ms, now_ms()
+        last = {name: value for name, value, _ in run.points}
+        points = [
+            Point(name, value, step, now if valid_name(name) in stored.values else time_ms)
+            for name, value, step in run.points
+            if name not in curve_ends
+            and not _is_same(stored.values.get(valid_name(name)), last[name])
+        ]
+        points += curves
+        self._send(client, stored, run.params, tags, points)
+
+        if run.dataset and run.dataset[1] not in stored.datasets:
+            name, digest, profile = run.dataset
+            context = "evaluation" if run.kind in MEASUREMENTS else "training"
+            dataset = Dataset(name, digest, "local", source=digest, profile=json.dumps(profile))
+            data = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+            client.log_inputs(stored.id, [data])
+            stored.datasets.add(digest)
+        for path, text in run.texts.items():
+            if stored.sent.get(path) != text:
+                client.log_text(stored.id, text, path)
+                stored.sent[path] = text
+        for folder, files in run.files.items():
+            for file in filter(Path.is_file, map(Path, files)):
+                state = file.stat()
+                if stored.sent.get(f"{folder}/{file.name}") != (state.st_mtime_ns, state.st_size):
+                    client.log_artifact(stored.id, str(file), folder)
+                    stored.sent[f"{folder}/{file.name}"] = state.st_mtime_ns, state.st_size
+        for tag, view in run.views.items():
+            if self._views.get(tag) != view:
+                client.set_experiment_tag(str(self.experiment_id), tag, view)
+                self._views[tag] = view
+        if run.model and log_model and stored.sent.get("") != (run.model, last):
+            log_model(client, stored, run)
+            stored.sent[""] = run.model, last
+
+        if run.status not in ("RUNNING", stored.status):
+            # The run of a short piece of work is created after that has ended.
+            end_ms = max(time_ms, stored.started_ms)
+            client.set_terminated(stored.id, run.status, end_time=end_ms)
+            stored.status = run.status
+
+    def prepare(self, runs: Iterable[TrackedRun]) -> None:
         """Find the runs that this process does not know yet; create those that are missing."""
-        unknown = [identity for identity in identities if self.known(identity) is None]
+        unknown = [run for run in runs if run.place not in self._runs]
         if not unknown:
             return
         client = self.connect()
         with lock_file(self._lock):  # Two processes must not create the same run.
-            for root in dict.fromkeys(identity.root_key for identity in unknown):
-                self._search(client, root, [i.key for i in unknown if i.root_key == root])
-            for identity in unknown:
-                self._find_or_create(client, identity)
+            for root in dict.fromkeys(run.parent or run.key for run in unknown):
+                self._search(client, root, [r.key for r in unknown if root in (r.parent, r.key)])
+            sweeps = [self._sweep(run.parent) for run in unknown if run.parent]
+            for run in [*sweeps, *unknown]:
+                if run.place in self._runs:
+                    continue
+                tags = {KEY_TAG: run.key, KIND_TAG: run.kind, ROOT_TAG: run.parent or run.key}
+                if run.parent:
+                    tags[PARENT_TAG] = self._runs["sweep", run.parent, None].id
+                created = client.create_run(
+                    str(self.experiment_id), run.started_ms, tags | context_tags(), run.name
+                )
+                self._runs[run.place] = StoredRun.of(created)
 
-    def run(self, identity: RunIdentity) -> StoredRun:
-        """Return the run with this identity; create it if it is missing."""
-        self.prepare([identity])
-        run = self.known(identity)
-        assert run is not None
-        return run
+    def _sweep(self, key: str) -> TrackedRun:
+        """Return a sweep as the workspace holds it; its name, if it does not."""
+        path = tracked_path(self._workspace, "sweep", key, None)
+        with suppress(UserError):  # It is damaged.
+            if found := TrackedRun.read(path):
+                return found
+        return TrackedRun(key=key, kind="sweep", name=key)
 
-    def known(self, identity: RunIdentity) -> StoredRun | None:
+    def known(self, place: Place) -> StoredRun | None:
         """Return a run that this process has found or created before, without asking the store."""
-        parent = self.known(identity.parent) if identity.parent else None
-        if identity.parent and not parent:
-            return None
-        return self._runs.get((identity.kind, identity.key, parent.id if parent else None))
+        return self._runs.get(place)
 
-    def forget(self, identity: RunIdentity) -> None:
-        """Search for a run again, because the store may have changed."""
-        forgotten = self.known(identity)
-        self._runs = {place: run for place, run in self._runs.items() if run is not forgotten}
+    def forget(self, run: TrackedRun) -> None:
+        """Search for a run and its sweep again, because the store may have changed."""
+        root = run.parent or run.key
+        self._searched.discard(root)
+        self._runs = {p: known for p, known in self._runs.items() if root not in (p[1], p[2])}
 
-    def newest(self, kind: str, limit: int) -> list[Run]:
-        """Return the newest runs of a kind, newest first."""
-        runs = self.connect().search_runs(
-            [str(self.experiment_id)],
-            tag_filter({KIND_TAG: kind}),
-            max_results=limit,
-            order_by=["attributes.start_time DESC"],
-        )
-        return list(runs)
-
-    def _search(self, client: MlflowClient, root_key: str, keys: Sequence[str]) -> None:
+    def _search(self, client: MlflowClient, root: str, keys: Sequence[str]) -> None:
         """Search for a run with those nested in it; later on, for the runs with these keys."""
-        wanted = {ROOT_TAG: root_key}
-        if root_key in self._searched and len(keys) == 1:
+        wanted = {ROOT_TAG: root}
+        if root in self._searched and len(keys) == 1:
             wanted[KEY_TAG] = keys[0]
-        self._searched.add(root_key)
-        for run in client.search_runs(
+        self._searched.add(root)
+        found = client.search_runs(
             [str(self.experiment_id)], tag_filter(wanted), max_results=MAX_RUNS_FOUND
-        ):
-            found = StoredRun.of(run)
-            tags = found.tags
-            place = (tags.get(KIND_TAG, ""), tags.get(KEY_TAG, ""), tags.get(PARENT_TAG))
-            self._runs.setdefault(place, found)
-
-    def _find_or_create(self, client: MlflowClient, identity: RunIdentity) -> StoredRun:
-        parent = self._find_or_create(client, identity.parent) if identity.parent else None
-        if found := self.known(identity):
-            return found
-        tags = {KEY_TAG: identity.key, KIND_TAG: identity.kind, ROOT_TAG: identity.root_key}
-        tags |= context_tags()
-        if parent:
-            tags[PARENT_TAG] = parent.id
-        created = client.create_run(
-            str(self.experiment_id), identity.started_ms, tags, run_name=identity.name
         )
-        run = StoredRun.of(created)
-        self._runs[identity.kind, identity.key, parent.id if parent else None] = run
-        return run
+        for run in map(StoredRun.of, found):
+            parent = root if PARENT_TAG in run.tags else None
+            place = run.tags.get(KIND_TAG, ""), run.tags.get(KEY_TAG, ""), parent
+            self._runs.setdefault(place, run)
 
-    def _create_experiment(self, client: MlflowClient) -> str:
-        # An explicit artifact folder keeps `./mlruns` out of the current directory.
-        location = None if self.is_remote else self._workspace.artifacts.as_uri()
-        # Without the tag, MLflow opens the experiment on its pages for language-model applications.
-        tags = {"mlflow.experimentKind": "custom_model_development"}
-        if self._is_in_workspace:
-            tags[ARTIFACTS_TAG] = "true"
-        return str(
-            client.create_experiment(self.experiment_name, artifact_location=location, tags=tags)
-        )
+    def _send(
+        self,
+        client: MlflowClient,
+        run: StoredRun,
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
+        points: Sequence[Point],
+    ) -> None:
+        """Send what the run does not hold yet, in one request where it fits."""
+        root = self._workspace.root
+        texts = {
+            valid_name(name): portable_path(text, root)[:MAX_PARAM_CHARACTERS]
+            for name, text in params.items()
+        }
+        new_params = {name: text for name, text in texts.items() if name not in run.params}
+        for name in run.tags.keys() & {name for name, text in tags.items() if not text}:
+            client.delete_tag(run.id, name)
+            del run.tags[name]
+        new_tags = {n: text for n, text in tags.items() if text and run.tags.get(n) != text}
+        metrics = [Metric(valid_name(p.name), p.value, p.time_ms, p.step) for p in points]
+        # The last request has the tags: from then on, what was copied from a journal is copied.
+        while len(metrics) > METRICS_PER_REQUEST:
+            client.log_batch(run.id, metrics=metrics[:METRICS_PER_REQUEST])
+            metrics = metrics[METRICS_PER_REQUEST:]
+        if metrics or new_params or new_tags:
+            client.log_batch(
+                run.id,
+                metrics=metrics,
+                params=[Param(name, text) for name, text in new_params.items()],
+                tags=[RunTag(name, text) for name, text in new_tags.items()],
+            )
+        run.params |= new_params
+        run.tags |= new_tags
+        run.values |= {valid_name(p.name): p.value for p in points}
+        run.points |= {p.name: p for p in points}
+
+
+@lru_cache(maxsize=1)
+def context_tags() -> dict[str, str]:
+    """Return the tags of a new run that say who started it, with which command and which commit.
+
+    They are those of MLflow's context providers, plugins and `MLFLOW_RUN_CONTEXT` among them.
+    MLflow looks for the commit beside the program, which may lie outside the repository of the code
+    that it runs; then the commit is that of this package.
+    """
+    tags = {name: str(value) for name, value in resolve_tags().items()}
+    if Path(sys.argv[0]).as_posix().endswith(PROGRAMS):
+        tags[SOURCE_TAG] = " ".join([COMMAND, *sys.argv[1:2]])
+    if COMMIT_TAG not in tags and (commit := get_git_commit(__file__)):
+        tags[COMMIT_TAG] = commit
+    if REPOSITORY_TAG in tags:
+        tags[REPOSITORY_TAG] = strip_credentials(tags[REPOSITORY_TAG])
+    return tags
 
 
 def tag_filter(tags: Mapping[str, str]) -> str:
@@ -236,6 +358,23 @@ def tag_filter(tags: Mapping[str, str]) -> str:
 def valid_name(name: str) -> str:
     """Return a metric's or parameter's name as the store takes it: lm-eval has `acc,none`."""
     return "".join(c if c.isalnum() or c in "_-.:/ " else "_" for c in name)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Return whether the store refused the request, so that a retry is useless."""
+    missing_file = isinstance(error, FileNotFoundError)
+    return missing_file or getattr(error, "error_code", None) in _REFUSALS
+
+
+def _sent(text: str, root: Path, run_id: str) -> str:
+    return portable_path(text, root).replace(RUN_ID, run_id)[:MAX_TAG_CHARACTERS]
+
+
+def _is_same(stored: float | None, value: float) -> bool:
+    if stored is None or math.isnan(value):
+        return stored is not None and math.isnan(stored)
+    largest = sys.float_info.max  # MLflow stores infinity as this.
+    return stored in (value, min(max(value, -largest), largest))
 
 
 def _check_database(uri: str) -> None:
@@ -253,9 +392,3 @@ def _check_database(uri: str) -> None:
         head = file.read(len(SQLITE_HEAD))
     if head and head != SQLITE_HEAD:
         raise OSError(errno.EINVAL, "it is not a sqlite database", str(path))
-
-
-def is_refusal(error: Exception) -> bool:
-    """Return whether the store refused the request, so that a retry is useless."""
-    missing_file = isinstance(error, FileNotFoundError)
-    return missing_file or getattr(error, "error_code", None) in _REFUSALS

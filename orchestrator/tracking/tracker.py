@@ -1,24 +1,59 @@
-"""The experiment as the pipelines use it: open, find runs by their keys, links, chart views."""
+"""Tracking as the pipelines use it: publish runs, find what is stored, links, chart views.
+
+A run is first written as a file of the workspace, then published in the background, so training
+never waits. A server that does not answer costs one warning; when it is back, or by `sync`, it gets
+what the files say then. MLflow's fluent API and Ray's callback would raise errors into training,
+block for minutes, and create a second run for every resumed trial.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import logging
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from orchestrator.records.measurement import Measurement, TrackedModel
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from orchestrator.records.tracked_run import (
+    RUN_ID,
+    RegisteredModel,
+    Status,
+    TrackedRun,
+    tracked_path,
+)
+from orchestrator.settings import MLFLOW
+from orchestrator.tracking import models
 from orchestrator.tracking.chart_view import VIEW_TAG_PREFIX, ChartView
-from orchestrator.tracking.delivery import Delivery, Warn
 from orchestrator.tracking.links import Links
-from orchestrator.tracking.store import FAILURES, RunIdentity
-from orchestrator.tracking.tracked_run import TrackedRun, metric_points
-from orchestrator.workspace.errors import UserError, first_line, is_disk_full
-from orchestrator.workspace.journal import now_ms
+from orchestrator.tracking.loggers import LoggedRuns
+from orchestrator.tracking.publisher import Publisher
+from orchestrator.tracking.store import (
+    FAILURES,
+    KEY_TAG,
+    KIND_TAG,
+    MAX_RUNS_FOUND,
+    MAX_TAG_CHARACTERS,
+    NOTE_TAG,
+    PARENT_TAG,
+    REASON_TAG,
+    ROOT_TAG,
+    CopiedStoreError,
+    Store,
+    is_refusal,
+    tag_filter,
+)
+from orchestrator.workspace.errors import Interrupted, UserError, first_line, is_disk_full
 from orchestrator.workspace.layout import Workspace
 
-VIEW_TAG = "iiet.chart_view"
-REPORT_TAG = "iiet.report"
+VIEW_TAG, REPORT_TAG = "iiet.chart_view", "iiet.report"
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 30.0, 600.0
+MAX_WAIT_SECONDS, SHORT_WAIT_SECONDS = 60.0, 2.0
+OWN_PREFIXES = ("iiet.", "mlflow.")
+
+Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -33,148 +68,172 @@ class TrackedSweep:
     """Path of the report's page among its artifacts; None before its first report."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class NestedRun:
-    """A run in a sweep's run, with all that is known of it."""
-
-    key: str
-    kind: str
-    name: str
-    params: Mapping[str, str]
-    tags: Mapping[str, str]
-    metrics: Mapping[str, float]
-    journal_folder: Path | None = None
-    """Folder of the journal whose new metrics are copied."""
-    dataset: tuple[str, str, Mapping[str, Any]] | None = None
-    """Name, digest and profile, as `TrackedRun.log_dataset` takes them."""
-    status: str = "FINISHED"
-    """RUNNING, FINISHED, FAILED or KILLED."""
-    started_ms: int | None = None
-    """When it started, in ms; now when unset."""
-    ended_ms: int | None = None
-    """When it ended, if it has; now when unset."""
-    model: TrackedModel | None = None
-    """What was made or measured."""
-
-
 class Tracking:
-    """One experiment. Only `TrackedRun.finish` and what returns something wait for the store."""
+    """One experiment. Only `wait` and what returns something wait for the store."""
 
     def __init__(
         self, workspace: Workspace, *, warn: Warn | None = None, loggers: Collection[str] = ()
     ) -> None:
-        """Name the store; `open_tracking` also connects. Arguments as those of `Delivery`."""
-        self._delivery = Delivery(workspace, warn=warn, loggers=loggers)
-        self.store, self.outbox = self._delivery.store, self._delivery.outbox
+        """Name the store; `open_tracking` also connects.
+
+        Args:
+            warn: Called once when the store stops responding, and for what it refuses (default: a
+                log message).
+            loggers: As the setting; those beside `mlflow` get the runs, too.
+
+        Raises:
+            UserError: If the package of a logger is missing or broken.
+        """
+        self.store, self._workspace = Store(workspace), workspace
+        self._warn = warn or logging.getLogger(__name__).warning
+        others = [
+            LoggedRuns(name, workspace.root, warn=self._warn) for name in loggers if name != MLFLOW
+        ]
+        self._publishers = [Publisher(self.publish_now), *(Publisher(o.publish) for o in others)]
+        self._pause_seconds = self._paused_until = 0.0
+        self._has_lost = False
+        self.copied: CopiedStoreError | None = None
+        """Why the workspace's database shows nothing new, if it was copied."""
+
+    def publish(self, *runs: TrackedRun) -> None:
+        """Store runs in the workspace, and show them soon; returns at once."""
+        try:
+            for run in runs if self._workspace.is_writable else ():
+                run.write(run.path(self._workspace))
+        except OSError as error:
+            if not self._has_lost:
+                self._warn(
+                    f"cannot store what MLflow shows in {self._workspace.tracked} ({error}); the "
+                    "work continues, and running the same command again stores it"
+                )
+            self._has_lost = True
+        for publisher in self._publishers:
+            publisher.put(*runs)
+
+    def stored(self, kind: str, key: str, parent: str | None = None) -> TrackedRun | None:
+        """Return a run as the workspace holds it; None if it holds none, or a damaged one."""
+        try:
+            return TrackedRun.read(tracked_path(self._workspace, kind, key, parent))
+        except UserError:
+            return None
+
+    def publish_now(self, runs: Sequence[TrackedRun]) -> Iterator[bool]:
+        """Show runs in MLflow; yields after each whether it is shown, or refused for good."""
+        if not self.is_store_down:
+            try:
+                self.store.prepare(runs)  # All with one search.
+            except FAILURES as error:
+                if not is_refusal(error):  # Else each run reports it.
+                    self.pause(error)
+        for run in runs:
+            yield self._show(run)
+
+    def _show(self, run: TrackedRun) -> bool:
+        if self.is_store_down:
+            return False
+        try:
+            try:
+                self.store.publish(run, models.log_model)
+            except MlflowException as error:
+                if not is_refusal(error):
+                    raise
+                self.store.forget(run)  # It may have been changed or deleted by others.
+                self.store.publish(run, models.log_model)
+        except FAILURES as error:
+            self.store.forget(run)
+            if not is_refusal(error):
+                self.pause(error)
+                return False
+            self._warn(f"MLflow refused {run.kind} {run.name}: {first_line(error)[:200]}")
+        self._pause_seconds = 0.0
+        return True
+
+    def register(self, model: RegisteredModel, *, moves_alias: bool = True) -> None:
+        """Store an exported model as a version of a registered one; its run is published before.
+
+        `moves_alias` says whether an alias that another version has moves to this one.
+        """
+        if moves_alias:
+            model.write(model.path(self._workspace))
+        self.wait()
+        if self.is_store_down or (run := self.store.known(model.run)) is None:
+            return
+        try:
+            models.register(self.store.connect(), run, model, moves_alias=moves_alias)
+        except FAILURES as error:
+            self.pause(error)
+
+    def wait(self, *, briefly: bool = False) -> None:
+        """Wait until the store has everything, as long as it responds; or for two seconds."""
+        for publisher in self._publishers:
+            is_over, seconds = False, MAX_WAIT_SECONDS
+            if briefly or self._pause_seconds:  # It did not respond last time.
+                seconds = SHORT_WAIT_SECONDS
+            try:
+                is_over = publisher.wait(seconds, in_all=briefly)
+            finally:
+                if not is_over and publisher is self._publishers[0]:  # Also after Ctrl-C.
+                    self.pause(TimeoutError("no answer yet"))
+
+    def run_id(self, run: TrackedRun) -> str | None:
+        """Return MLflow's id of a published run; None if the store does not respond."""
+        self.wait()
+        known = self.store.known(run.place)
+        return known.id if known else None
+
+    @property
+    def is_store_down(self) -> bool:
+        """Whether the store failed a moment ago, so that there are no attempts for now."""
+        return time.monotonic() < self._paused_until
+
+    def pause(self, error: Exception) -> None:
+        """Make no attempts for a while; warn the first time."""
+        if isinstance(error, CopiedStoreError):
+            self.copied, self._paused_until = error, math.inf
+            self._warn(f"{error}; it shows nothing new until `iiet-orch sync` has made it anew")
+            return
+        if not self._pause_seconds:
+            self._warn(
+                f"MLflow at {self.store.public_uri} does not respond ({first_line(error)[:200]}); "
+                "training continues, and `iiet-orch sync` publishes what is missing later"
+            )
+        longer = max(2 * self._pause_seconds, FIRST_PAUSE_SECONDS)
+        self._pause_seconds = min(longer, MAX_PAUSE_SECONDS)
+        self._paused_until = time.monotonic() + self._pause_seconds
 
     @property
     def experiment_id(self) -> str | None:
         """The experiment's id; None if the store does not respond."""
-        if not self._delivery.is_paused:
+        if not self.is_store_down:
             try:
                 self.store.connect()
             except FAILURES as error:
-                self._delivery.pause(error)
+                self.pause(error)
         return self.store.experiment_id
-
-    def run(
-        self,
-        key: str,
-        *,
-        name: str,
-        kind: str,
-        parent: TrackedRun | None = None,
-        params: Mapping[str, Any] | None = None,
-        tags: Mapping[str, str] | None = None,
-        started_ms: int | None = None,
-    ) -> TrackedRun:
-        """Find the run of this `RunIdentity`, or create it; there is never a second one.
-
-        A killed or failed run is set to running again; a finished one stays finished. Existing
-        parameters keep their values; tags are replaced. `started_ms` is the start of a new run, in
-        ms; now when unset.
-        """
-        run = self.handle(key, name=name, kind=kind, parent=parent, started_ms=started_ms)
-        texts = {name: str(value) for name, value in (params or {}).items()}
-        run.write("update", params=texts, tags=dict(tags or {}), status="RUNNING")
-        return run
-
-    def handle(
-        self,
-        key: str,
-        *,
-        name: str,
-        kind: str,
-        parent: TrackedRun | None = None,
-        started_ms: int | None = None,
-    ) -> TrackedRun:
-        """Return a run like `run`, but ask the store for it only when something is written."""
-        within = parent.identity if parent else None
-        identity = RunIdentity(key=key, kind=kind, name=name, parent=within, started_ms=started_ms)
-        return TrackedRun(self._delivery, identity)
-
-    def log_nested(self, runs: Sequence[NestedRun], *, parent: TrackedRun) -> list[TrackedRun]:
-        """Log runs nested in `parent`; they are found together, by one search."""
-        tracked, records = [], []
-        for run in runs:
-            own = self.handle(
-                run.key, name=run.name, kind=run.kind, parent=parent, started_ms=run.started_ms
-            )
-            tracked.append(own)
-            arguments = {
-                "params": dict(run.params),
-                "tags": dict(run.tags),
-                "points": metric_points(run.metrics),
-                "time_ms": run.ended_ms or now_ms(),
-                "journal": run.journal_folder,
-                "status": run.status,
-            }
-            records.append(own.record("update", arguments))
-            if run.dataset:
-                records.append(own.dataset_record(*run.dataset))
-            if run.model:
-                records.append(own.model_record(run.model))
-        self._delivery.write(*records)
-        return tracked
-
-    def log_measurement(self, measured: Measurement, *, wait: bool = True) -> None:
-        """Log a measurement; what its run already holds is not sent again.
-
-        Args:
-            wait: As in `TrackedRun.finish`.
-        """
-        run = self.run(
-            measured.key,
-            name=measured.name,
-            kind=measured.kind,
-            params=measured.params,
-            started_ms=measured.ended_ms,
-        )
-        if measured.dataset:
-            run.log_dataset(*measured.dataset, context="evaluation")
-        run.log_points(measured.points, time_ms=measured.ended_ms)
-        if measured.model:
-            run.log_model(measured.model)
-        for file in map(Path, measured.files):
-            if file.is_file():
-                run.log_artifact(file, measured.kind)
-        run.finish(ended_ms=measured.ended_ms, wait=wait)
-
-    def save_view(self, view: ChartView) -> None:
-        """Save a chart view in the experiment, so that links can open it."""
-        tag = {"tag": VIEW_TAG_PREFIX + view.key, "value": view.tag_value()}
-        self._delivery.write({"operation": "tag the experiment", **tag})
 
     def links(self, base_url: str, **pages: str | None) -> Links:
         """Return links to MLflow's pages; `pages` as `Links.of` takes them."""
         return Links.of(base_url, self.experiment_id, **pages)
 
+    def save_view(self, view: ChartView) -> None:
+        """Save a chart view in the experiment, so that links can open it."""
+        if experiment_id := self.experiment_id:
+            try:
+                self.store.connect().set_experiment_tag(experiment_id, *view_tag(view))
+            except FAILURES as error:
+                self.pause(error)
+
     def sweeps(self, limit: int) -> list[TrackedSweep]:
         """Return the newest sweeps in the store; none while it does not respond."""
         try:
-            runs = self.store.newest("sweep", limit)
+            runs = self.store.connect().search_runs(
+                [str(self.store.experiment_id)],
+                tag_filter({KIND_TAG: "sweep"}),
+                max_results=limit,
+                order_by=["attributes.start_time DESC"],
+            )
         except FAILURES as error:
-            self._delivery.pause(error)
+            self.pause(error)
             return []
         return [
             TrackedSweep(
@@ -186,18 +245,26 @@ class Tracking:
             for run in runs
         ]
 
-    @property
-    def is_store_down(self) -> bool:
-        """Whether the store failed a moment ago."""
-        return self._delivery.is_paused
-
-    def wait(self) -> None:
-        """Wait until the store has everything, as long as it responds."""
-        self._delivery.wait()
-
-    def sync(self) -> int:
-        """Deliver the outbox; return how many operations were delivered, or refused for good."""
-        return self._delivery.sync()
+    def added_by_people(self) -> list[str]:
+        """Name what the store holds and no file of the workspace says: it would be lost."""
+        client = MlflowClient(self.store.uri)
+        experiment = client.get_experiment_by_name(self.store.experiment_name)
+        found: list[str] = []
+        ids = [experiment.experiment_id] if experiment else []
+        for run in client.search_runs(ids, max_results=MAX_RUNS_FOUND):
+            tags = run.data.tags
+            parent = tags.get(ROOT_TAG) if PARENT_TAG in tags else None
+            own = self.stored(tags.get(KIND_TAG, ""), tags.get(KEY_TAG, ""), parent)
+            note = own.tags.get(NOTE_TAG, "").replace(RUN_ID, run.info.run_id) if own else ""
+            if tags.get(NOTE_TAG, "") != note[:MAX_TAG_CHARACTERS]:
+                found.append(f"the note of {run.info.run_name}")
+            foreign = [name for name in tags if not name.startswith(OWN_PREFIXES)]
+            found += [f"the tag {name} of {run.info.run_name}" for name in foreign]
+        for model in client.search_registered_models():
+            picked = {path.stem for path in self._workspace.tracked.glob("registered/*.json")}
+            names = {f"{model.name}@{alias}" for alias in model.aliases}
+            found += [f"the alias {name}" for name in sorted(names - picked)]
+        return found
 
 
 def open_tracking(
@@ -205,8 +272,8 @@ def open_tracking(
 ) -> Tracking:
     """Open the workspace's store; create its database and experiment if they are missing.
 
-    Call it once before workers start. A server is connected to by the first operation; one that
-    does not respond is no error: see `Tracking`.
+    Call it once before workers start. A server is connected to when the first run is published; one
+    that does not respond is no error: see `Tracking`.
 
     Raises:
         UserError: If the address is not one of MLflow's, or the local store is damaged.
@@ -222,6 +289,8 @@ def open_tracking(
         raise UserError(
             f"MLflow's store {uri} needs the module {error.name}; install it, or {valid}"
         ) from None
+    except CopiedStoreError as error:
+        tracking.pause(error)
     except FAILURES as error:
         if is_disk_full(error):
             raise
@@ -230,3 +299,25 @@ def open_tracking(
             f"move the file away, or {valid}"
         ) from None
     return tracking
+
+
+def view_tag(view: ChartView) -> tuple[str, str]:
+    """Return the experiment's tag that holds a chart view, and its value."""
+    return VIEW_TAG_PREFIX + view.key, view.tag_value()
+
+
+def status_after(error: BaseException | None) -> Status:
+    """Return a run's final status: KILLED after an interruption, FAILED, or FINISHED."""
+    if error is None:
+        return "FINISHED"
+    return "KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED"
+
+
+def reason_tags(status: str, reason: str) -> dict[str, str]:
+    """Return the tags that show why a run has no result, also at the top of its page.
+
+    Without a reason, they delete that of an earlier end.
+    """
+    note = f"{reason[:1].upper()}{reason[1:]}"
+    failed = status == "FAILED" and reason
+    return {REASON_TAG: reason, NOTE_TAG: f"**Failed:** {note}" if failed else note}

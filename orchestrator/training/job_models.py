@@ -11,7 +11,7 @@ from torch import Tensor
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.dropping import drop_layers
-from iiet.initialization import initial_weights
+from iiet.layers import initial_weights
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.distributed import World, own_rows
 from orchestrator.training.model_loading import load_model

@@ -1,4 +1,4 @@
-"""Follow running jobs through their journals, for the progress bar and for MLflow.
+"""Follow running jobs through their journals for the progress bar, and show them in MLflow.
 
 Training writes only journals, so neither the terminal nor the tracking server can slow or stop it.
 """
@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.sources import describe_data
+from orchestrator.records.tracked_run import Status, TrackedRun
 from orchestrator.records.training import TrainingJob, job_parameters
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_duration
-from orchestrator.tracking import JournalCopies, TrackedRun, Tracking, reason_tags, status_after
-from orchestrator.training.job import PROFILE_NAME, job_key
+from orchestrator.tracking import Tracking, reason_tags, status_after
+from orchestrator.training.job import PROFILE_NAME, finished_outcome, job_key
 from orchestrator.training.run_lock import is_run_locked
 from orchestrator.training.schedules import flops_per_token_by_step
 from orchestrator.training.tracked_models import job_model
@@ -51,25 +52,25 @@ class RunMonitor:
         self._journals = {label: JournalReader(job.folder) for label, job in jobs.items()}
         self._costs = {label: _remaining_costs(job) for label, job in jobs.items()}
         self._numbers: dict[str, dict[str, float]] = {label: {} for label in jobs}
-        self._runs: dict[str, TrackedRun] = {}
-        self._copies = JournalCopies()
+        self._kind = ""
+        self._settings: dict[str, str] = {}
         self._started_ms = now_ms()
 
-    def open_runs(self, kind: str, settings: Mapping[str, Settings]) -> dict[str, TrackedRun]:
-        """Find or create the tracked run of each job, with a kind and all settings by label."""
-        for label, job in self._jobs.items():
-            run = open_training_run(self._tracking, job, kind, training_run_name(label, job))
-            run.log_text(to_yaml(settings[label]), SETTINGS_NAME)
-            self._copies.follow(label, run, job.folder)
-            self._runs[label] = run
-        return self._runs
+    def open_runs(self, kind: str, settings: Mapping[str, Settings]) -> None:
+        """Show the jobs in MLflow from now on, with a kind and all settings by label."""
+        self._kind = kind
+        self._settings = {label: to_yaml(each) for label, each in settings.items()}
+        self._tracking.publish(*(self._run(label, "RUNNING") for label in self._jobs))
+
+    def _run(self, label: str, status: Status, reason: str = "") -> TrackedRun:
+        job, settings = self._jobs[label], self._settings[label]
+        return training_run(job, self._kind, label, settings, status=status, reason=reason)
 
     def poll(self) -> None:
-        """Show new records, and copy them into MLflow in the background; call it often."""
+        """Show new records; call it often."""
         self._read()
         num_done = sum(journal.step for journal in self._journals.values())
         self._progress.advance(num_done, self._text(), seconds_left=self._seconds_left())
-        self._copies.poll()
 
     def _read(self) -> None:
         for label, journal in self._journals.items():
@@ -128,57 +129,53 @@ class RunMonitor:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Copy the rest into MLflow and end the runs, except those that another process trains."""
+        """End the runs, except those that another process trains."""
         self._read()
+        status, reason = status_after(error), first_line(error) if error else ""
         ended = [
-            (run, self._jobs[label])
-            for label, run in self._runs.items()
-            if error is None or not is_run_locked(self._jobs[label].folder)
+            label
+            for label, job in self._jobs.items()
+            if self._settings and (error is None or not is_run_locked(job.folder))
         ]
-        for number, (run, job) in enumerate(ended, start=1):
-            reason = first_line(error) if error else ""
-            is_last = number == len(ended)
-            end_training_run(run, job, status_after(error), reason, wait=is_last)
+        self._tracking.publish(*(self._run(label, status, reason) for label in ended))
+        self._tracking.wait(briefly=error is not None)
 
 
-def open_training_run(tracking: Tracking, job: TrainingJob, kind: str, name: str) -> TrackedRun:
-    """Find or create the tracked run of a job; a new one starts when the job's journal does."""
-    times = recorded_times(job.folder)
-    run = tracking.run(
-        job_key(job),
-        name=name,
-        kind=kind,
-        params=job_parameters(job),
-        tags={"iiet.method": job.model.method},
-        started_ms=times[0] if times else None,
-    )
-    run.log_dataset(*describe_data(job.tokens_folder))
-    return run
-
-
-def end_training_run(
-    run: TrackedRun, job: TrainingJob, status: str, reason: str = "", *, wait: bool
-) -> None:
-    """Copy the rest of a journal, log the trained model, and end the run when the journal ends.
+def training_run(
+    job: TrainingJob, kind: str, label: str, settings: str, *, status: Status, reason: str = ""
+) -> TrackedRun:
+    """Return what MLflow shows of a training: it starts and ends when its journal does.
 
     Args:
+        label: Name of the job among others that are trained with it.
+        settings: The `settings.yaml` of its run.
+        status: Of a FINISHED one, the model is shown, too.
         reason: Shown if the run has failed.
-        wait: As in `TrackedRun.finish`.
     """
-    run.set_tags(reason_tags(status, reason if status == "FAILED" else ""))
-    times = recorded_times(job.folder)
-    model = job_model(job) if status == "FINISHED" else None
-    if model:
-        run.log_journal(job.folder)
-        run.log_model(model)
-    run.finish(status, journal=job.folder, ended_ms=times[1] if times else None, wait=wait)
-
-
-def training_run_name(label: str, job: TrainingJob) -> str:
-    """Return the name of a training's tracked run."""
+    outcome = finished_outcome(job) if status == "FINISHED" else None
+    tags = {"iiet.method": job.model.method}
+    if outcome and kind == "pretrain":
+        tags["iiet.checkpoint"] = str(outcome.checkpoint)
+        if job.continued_from:
+            tags["iiet.continued_from"] = job.continued_from
+    started_ms, ended_ms = recorded_times(job.folder) or (now_ms(), None)
     # The folder of a student is named by its key.
     teacher = job.teacher_folder or job.initial_folder
-    return f"{label} of {Path(teacher).parent.name}" if teacher else job.folder.name
+    return TrackedRun(
+        key=job_key(job),
+        kind=kind,
+        name=f"{label} of {Path(teacher).parent.name}" if teacher else job.folder.name,
+        folder=str(job.folder),
+        journal=str(job.folder),
+        params=job_parameters(job),
+        tags={**tags, **reason_tags(status, reason if status == "FAILED" else "")},
+        dataset=describe_data(job.tokens_folder),
+        texts={SETTINGS_NAME: settings},
+        model=job_model(job) if outcome else None,
+        status=status,
+        started_ms=started_ms,
+        ended_ms=ended_ms,
+    )
 
 
 def _remaining_costs(job: TrainingJob) -> list[float]:

@@ -10,12 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from iiet.decoder import Decoder
-from iiet.half_weights import HalfWeights
 from orchestrator.settings import TrainingSettings
-
-HALF_WEIGHTS_ON = ("cuda",)
-"""Kinds of devices on which bf16 training uses `iiet.half_weights`."""
 
 
 def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.AdamW:
@@ -38,20 +33,6 @@ def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.Ad
         betas=(recipe.beta1, recipe.beta2),
         fused=all(p.is_cuda for p in parameters),
     )
-
-
-def keep_half_weights(decoder: Decoder, optimizer: torch.optim.Optimizer, precision: str) -> None:
-    """Let a decoder cast its fields' weights once per step of the optimizer, for bf16 on a GPU.
-
-    Nothing changes for other decoders, and for sharded ones, whose weights are cast when they are
-    gathered.
-    """
-    weights = [parameter for field in decoder.fields for parameter in field.parameters()]
-    is_sharded = any(hasattr(weight, "__tensor_flatten__") for weight in weights)
-    if precision != "bf16" or is_sharded or weights[0].device.type not in HALF_WEIGHTS_ON:
-        return
-    copies = decoder.half_weights = HalfWeights(decoder.fields)
-    optimizer.register_step_post_hook(lambda *_: copies.refresh())
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -33,7 +33,7 @@ from orchestrator.training.job_checks import check_job, write_job_file
 from orchestrator.training.job_models import decoder_to_train, load_teacher
 from orchestrator.training.loop import Diverged, Hooks, Position, TrainingSetup, train
 from orchestrator.training.objective import Passes, elastic_passes, make_objective, single_pass
-from orchestrator.training.optimizer import keep_half_weights, make_optimizer
+from orchestrator.training.optimizer import make_optimizer
 from orchestrator.training.precision import check_precision
 from orchestrator.training.prefetching import BatchPrefetcher
 from orchestrator.training.profiling import StepProfiler
@@ -256,7 +256,6 @@ class _Run:
         if self.decoder.device.type == "cuda" if recipe.compile is None else recipe.compile:
             compile_fields(self.decoder, self.event)
         self.optimizer = make_optimizer(self.decoder, recipe)
-        keep_half_weights(self.decoder, self.optimizer, recipe.precision)
         if checkpoint is None:
             self.event("started", **self._hardware())
             return

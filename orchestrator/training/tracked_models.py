@@ -12,7 +12,7 @@ from pathlib import Path
 
 from iiet.config import ModelConfig
 from orchestrator.data.sources import describe_data
-from orchestrator.records.measurement import TrackedModel
+from orchestrator.records.tracked_run import TrackedModel
 from orchestrator.records.training import TrainingJob, method_parameters
 from orchestrator.records.trial import Trial
 from orchestrator.terminal.render import format_schedule

@@ -78,14 +78,16 @@ class Journal:
         self._file.flush()
 
 
-def read_journal(folder: Path, offset: int = 0) -> tuple[list[Record], int]:
-    """Return the complete records after a byte offset, and the offset to continue from."""
+def read_journal(
+    folder: Path, offset: int = 0, *, end: int | None = None
+) -> tuple[list[Record], int]:
+    """Return the complete records after a byte offset, until `end`, and the offset of the rest."""
     path = folder / JOURNAL_NAME
     if not path.exists():
         return [], offset
     with path.open("rb") as file:
         file.seek(offset)
-        data = file.read()
+        data = file.read(-1 if end is None else end - offset)
     whole = data[: data.rfind(b"\n") + 1]
     return list(_records(whole.splitlines())), offset + len(whole)
 

@@ -47,8 +47,6 @@ STOPPED_NAME = "stopped-early.json"
 PLAN_FILE = "plan.json"
 RESULTS_FILE = "results.json"
 """Plan and results of a sweep."""
-OUTBOX_NAME = "tracking-outbox.jsonl"
-"""Records that MLflow has not received."""
 TEMPORARY_PREFIX = ".writing-"
 """Begins the name of a folder of tokens or teacher outputs that is not complete yet."""
 CHECKPOINT_NAME = re.compile(r"step_(\d{8,})")
@@ -90,8 +88,8 @@ class Workspace:
         # One file per content key: task results; costs of models under given conditions.
         self.evaluations = root / "evaluations"
         self.benchmarks = root / "benchmarks"
-        # One file per run of an evaluation, benchmark or influence: what MLflow shows of it.
-        self.measurements = root / "measurements"
+        # One file per run: what MLflow shows of it; those of trials in a folder per sweep.
+        self.tracked = root / "tracked"
         # The model that `pick` chose last.
         self.picked = root / "picked.json"
         # MLflow's.

@@ -31,7 +31,6 @@ from orchestrator.data.token_writer import TokenWriter
 from orchestrator.data.tokenization import write_tokens
 from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.settings import DataSettings
-from orchestrator.tracking.outbox import Outbox
 from orchestrator.training.checkpoint import check_checkpoint, load_training_state, save_checkpoint
 from orchestrator.training.checkpoint_writer import prune_checkpoints
 from orchestrator.training.teacher_cache import CachePlan, open_cache, write_cache
@@ -261,11 +260,6 @@ CASES = {
         nothing,
         lambda folder: write_json(folder / "new" / "a.json", {"x": [1, 2]}),
         lambda folder: read_json(folder / "new" / "a.json"),
-    ),
-    "outbox": Case(
-        lambda folder: Outbox(folder).add([{"n": 1}]),
-        lambda folder: Outbox(folder).add([{"n": 2}]),
-        lambda folder: Outbox(folder).records(),
     ),
     "checkpoint": Case(a_checkpoint(1, 1.0), a_checkpoint(2, 2.0), checkpoints),
     "replaced-checkpoint": Case(

@@ -11,8 +11,8 @@ from small_size import SMALL
 from started_command import start_command
 
 from orchestrator.planning.estimate import LEAST_SECONDS
-from orchestrator.tracking.delivery import SHORT_WAIT_SECONDS
-from orchestrator.tracking.outbox import Outbox
+from orchestrator.records.tracked_run import TrackedRun
+from orchestrator.tracking.tracker import SHORT_WAIT_SECONDS
 from orchestrator.workspace.layout import find_checkpoints
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,8 @@ def test_ctrl_c_is_answered_at_once_while_mlflow_hangs(
     assert process.returncode == 130, printed
     assert seconds < LEAST_SECONDS + SHORT_WAIT_SECONDS + SECONDS_TO_CLOSE, printed
     assert "saved at step" in printed
-    statuses = [record.get("arguments", {}).get("status") for record in Outbox(tmp_path).records()]
-    assert statuses[-1] == "KILLED"
+    tracked = [TrackedRun.read(path) for path in (tmp_path / "tracked").rglob("*.json")]
+    statuses = [run.status for run in tracked if run]
+    assert "RUNNING" not in statuses
     num_trials = sum(1 for folder in tmp_path.glob("trials/*") if find_checkpoints(folder))
     assert statuses.count("KILLED") >= 1 + num_trials

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from orchestrator.evaluation import decode_timing as benchmark
+from orchestrator.pipelines.syncing import sync
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.settings import SweepSettings, resolve_settings
 from orchestrator.sweeping.execution import run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue
-from orchestrator.tracking import open_tracking
+from orchestrator.tracking import Tracking
 from orchestrator.tracking.store import Store
 from orchestrator.workspace.layout import open_workspace
 
@@ -93,7 +95,7 @@ def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
         return run
 
     monkeypatch.setattr(Store, "connect", connect_if_up)
-    monkeypatch.setattr(Store, "is_remote", True)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(benchmark, "SWEEP_PROMPT_TOKENS", 4)
     monkeypatch.setattr(benchmark, "SWEEP_NEW_TOKENS", 2)
     for when in ("start", "middle", "end"):
@@ -107,7 +109,7 @@ def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
         monkeypatch.setattr(TrialQueue, "run", run_rounds(go_down))
         plan = tiny_plan.model_copy(update={"key": f"down at {when}", "name": f"down-{when}"})
         told: list[str] = []
-        tracking = open_tracking(workspace, warn=told.append)
+        tracking = Tracking(workspace, warn=told.append)
         settings = resolve_settings({})
         outcome = run_sweep(plan, settings, workspace, tracking=tracking)
         assert len(outcome.results) == len(plan.trials), "no trial knows"
@@ -119,12 +121,12 @@ def test_mlflow_down_at_any_time_gives_a_warning_and_gets_the_records_later(
         assert len(told) == 1, told
 
         is_down[0] = False
-        back = open_tracking(workspace, warn=pytest.fail)
-        back.sync()
-        assert back.outbox.records() == []
-        [run] = back.store.connect().search_runs(
-            [str(back.store.experiment_id)], f"tags.`iiet.key` = '{plan.key}'"
-        )
+        sync(workspace=workspace)
+        client = MlflowClient(workspace.tracking_uri)
+        [run] = client.search_runs(["1"], f"tags.`iiet.key` = '{plan.key}'")
         assert run.info.status == "FINISHED"
         assert "sweep/hypervolume" in run.data.metrics
         assert "mlflow.note.content" in run.data.tags
+        trials = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
+        assert len(trials) == len(plan.trials)
+        assert {trial.info.status for trial in trials} == {"FINISHED"}

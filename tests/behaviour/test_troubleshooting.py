@@ -23,12 +23,16 @@ from orchestrator import cli
 from orchestrator.cluster.shared_memory import check_shared_memory
 from orchestrator.evaluation.harness.transformers_model import load_transformers_model
 from orchestrator.pipelines.sweeps import raise_failures
+from orchestrator.pipelines.syncing import sync
 from orchestrator.planning.fit import out_of_memory_explained
+from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.terminal.stop import interruption_text
+from orchestrator.tracking import NOTE_TAG, open_tracking
 from orchestrator.training.distributed import World
 from orchestrator.training.precision import check_precision
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import Interrupted
+from orchestrator.workspace.layout import open_workspace
 
 TEXT = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 ENTRIES = dict(re.findall(r"^### (.*?)\n(.*?)(?=^##|\Z)", TEXT, flags=re.DOTALL | re.MULTILINE))
@@ -150,6 +154,16 @@ def run_out_of_memory(job: Callable[..., Any]) -> None:
         raise torch.OutOfMemoryError(CUDA_MESSAGE)
 
 
+def sync_after_a_move(folder: Path) -> None:
+    tracking = open_tracking(open_workspace(folder))
+    run = TrackedRun(key="k", kind="pretrain", name="teacher")
+    tracking.publish(run)
+    run_id = tracking.run_id(run)
+    assert run_id
+    tracking.store.connect().set_tag(run_id, NOTE_TAG, "the one to use")
+    sync(workspace=folder.rename(folder.with_name("elsewhere")))
+
+
 RAISED: dict[str, Callable[[Callable[..., Any], Path, Path], Any]] = {
     "A training runs out of GPU memory": lambda job, *_: run_out_of_memory(job),
     "A GPU has no bfloat16": lambda *_: check_precision(
@@ -161,6 +175,7 @@ RAISED: dict[str, Callable[[Callable[..., Any], Path, Path], Any]] = {
     "The loss is not finite": lambda job, *_: diverge(job),
     "Ctrl-C": lambda *_: raise_interrupted(),
     "Some trials failed": lambda *_: raise_failures({"2,1": "it diverged", "1,0": "it diverged"}),
+    "MLflow's database was copied or moved": lambda _, folder, *__: sync_after_a_move(folder),
     "A model needs its own code": lambda _, folder, tokens: needs_code(folder, tokens),
 }
 """What raises the error of an entry without a command."""

@@ -7,7 +7,7 @@ import torch
 from live_tensors import LargestTensor
 from torch import Tensor
 
-from iiet.attention import _CPU_SHARES_HEADS, attend
+from iiet.layers import _CPU_SHARES_HEADS, attend
 
 HEADS, KEY_HEADS, WIDTH, TOKENS = 8, 2, 8, 64
 

@@ -310,8 +310,8 @@ def test_generated_tokens_can_be_trained_on():
 def test_the_mask_of_a_gpu_that_continues_a_cache_is_the_causal_one():
     from torch.nn.attention.bias import CausalBias
 
-    from iiet.attention import attend
     from iiet.context import _causal, _continuing
+    from iiet.layers import attend
 
     queries, keys = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 7, 8)
     mask = _continuing(4, 7, torch.device("meta"))

@@ -9,7 +9,7 @@ import torch
 
 from iiet.config import preset
 from iiet.decoder import Decoder
-from iiet.initialization import initial_weights
+from iiet.layers import initial_weights
 from iiet.methods import METHODS
 
 OPTIONS: list[dict[str, Any]] = [

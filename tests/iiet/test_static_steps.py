@@ -8,16 +8,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iiet import (
-    Decoder,
-    attention,
-    generate,
-    generation,
-    preset,
-    static_steps,
-    stream,
-)
-from iiet.attention import attend
+from iiet import Decoder, fast, generate, generation, layers, preset, static_steps, stream
+from iiet.layers import attend
 from iiet.static_steps import StaticSteps, keep_steps, kept_steps
 
 VOCAB = 41
@@ -54,9 +46,8 @@ def small_windows(monkeypatch):
 
 @pytest.fixture
 def gpu_forms(monkeypatch):
-    """Tokens are computed by the formulas of a GPU."""
-    for module in ("context", "decoder", "token_step"):
-        monkeypatch.setattr(f"iiet.{module}.uses_cpu_forms", lambda _: False)
+    """Tokens are computed by the plain formulas, as on a GPU."""
+    monkeypatch.setattr(fast, "ENABLED", False)
 
 
 def both(decoder, *, steps=None, max_new_tokens=24, batch=2, **options):
@@ -316,7 +307,7 @@ def test_all_steps_are_one_compiled_graph(gpu_forms):
 
 def test_query_heads_of_one_token_share_key_heads_without_copies(monkeypatch):
     """Kernels of a GPU that take a mask, or float32, do not know shared heads."""
-    monkeypatch.setattr(attention, "_fused_kernel_shares_heads", lambda *_: False)
+    monkeypatch.setattr(layers, "_CPU_SHARES_HEADS", False)
     queries, keys, values = torch.randn(2, 6, 1, 8), *torch.randn(2, 2, 2, 9, 8)
     mask = torch.zeros(2, 1, 1, 9).index_fill(3, torch.tensor([7, 8]), -torch.inf)
     monkeypatch.setattr(torch.Tensor, "repeat_interleave", None)

@@ -40,8 +40,6 @@ from orchestrator.sweeping.decoding import with_decoding
 from orchestrator.sweeping.plan import plan_iterations, plan_students, schedule_search
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import Tracking
-from orchestrator.tracking.outbox import Outbox
 from orchestrator.training.checkpoint_lookup import newest_checkpoint
 from orchestrator.training.distributed import World
 from orchestrator.training.job_models import load_teacher
@@ -53,7 +51,7 @@ from orchestrator.training.teacher_cache_policy import store_teacher_outputs
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import Journal, read_journal
-from orchestrator.workspace.layout import PLAN_FILE, RESULTS_FILE, Workspace, open_workspace
+from orchestrator.workspace.layout import PLAN_FILE, Workspace, open_workspace
 
 SETTINGS = [
     *SMALL, "data.source=files", "data.files=[texts.jsonl]",
@@ -125,11 +123,11 @@ READERS: dict[str, tuple[str, ...]] = {
     "exports/full/model.safetensors": ("import",),
     "exports/full/tokenizer.json": ("import",),
     "picked.json": ("generate the pick",),
-    "runs/full/settings.yaml": ("continue", "sync"),
+    "runs/full/settings.yaml": ("continue",),
     "runs/*/stopped-early.json": ("list", "plan a race"),
     "evaluations/*.answers": ("status", "evaluate the rest"),
     "benchmarks/*.json": ("clean",),
-    "measurements/*.json": ("clean", "sync"),
+    "tracked/*.json": ("clean", "sync"),
     "first_stages/*/journal.jsonl": ("train the second stage",),
     "first_stages/*/step_00000001/model.safetensors": ("train the second stage",),
     "first_stages/*/step_00000001/provenance.json": ("train the second stage",),
@@ -140,11 +138,9 @@ READERS: dict[str, tuple[str, ...]] = {
     "teachers/*/.verified.json": ("read stored outputs",),
     "sweeps/s/times.json": ("time the models",),
     "sweeps/s/decoding.json": ("time the drafts",),
-    "sweeps/s/settings.yaml": ("sync all",),
-    "sweeps/s/journal.jsonl": ("list", "status", "sync all"),
+    "sweeps/s/journal.jsonl": ("list", "status"),
     "sweeps/search/optuna.journal": ("plan a search",),
-    "mlflow.db": ("sync all",),
-    "tracking-outbox.jsonl": ("sync",),
+    "store.db": ("sync",),
 }
 """By file: the commands and functions that read it."""
 
@@ -205,30 +201,19 @@ def _plan(workspace: Workspace) -> SweepPlan:
 
 def _sync(workspace: Workspace, notes: Notes) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI")
+        # Not the workspace's own store, which may not be used in a copy.
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workspace.root}/store.db")
         sync(workspace=workspace, progress=notes)
-    with closing(sqlite3.connect(workspace.database)) as database:
+    with closing(sqlite3.connect(workspace.root / "store.db")) as database:
         return [
             database.execute(f"SELECT key, value FROM {table} ORDER BY key, value").fetchall()
             for table in ("params", "metrics")
         ]
 
 
-def _sync_the_rest(workspace: Workspace, notes: Notes) -> Any:
-    shutil.rmtree(workspace.sweeps)
-    shutil.rmtree(workspace.trials)
-    return _sync(workspace, notes)
-
-
-def _sync_all(workspace: Workspace, notes: Notes) -> Any:
-    (workspace.sweeps / "s" / RESULTS_FILE).unlink()  # Pictures take a while.
-    return _sync(workspace, notes)
-
-
 Reader = Callable[[Workspace, Notes], Any]
 FUNCTIONS: dict[str, Reader] = {
-    "sync": _sync_the_rest,
-    "sync all": _sync_all,
+    "sync": _sync,
     "train the second stage": _train_the_second_stage,
     "read stored outputs": _read_stored_outputs,
     "time the models": _time_the_models,
@@ -247,7 +232,6 @@ SAID = {
     "sweeps/s/times.json": ("time per token",),
     "sweeps/s/decoding.json": ("decoding",),
     "runs/*/stopped-early.json": ("'state': 'empty'", "'state': 'to train'"),
-    "tracking-outbox.jsonl": ("sync",),  # Nothing waits.
 }
 """Where a missing file is what an interrupted command leaves: words of the right answer."""
 
@@ -379,10 +363,7 @@ def _fill(workspace: Workspace) -> None:
     asha = asha_trials(plan, settings.sweep)
     record_early_stop(asha, plan.trials[0].key, 2, 9.0)
 
-    run = Tracking(workspace).handle("pending", name="pending", kind="influence")
-    waiting = [run.record("update", {"params": {"n": str(n)}}) for n in range(3)]
     _sync(workspace, Notes())  # Makes the database.
-    Outbox(workspace.root).add(waiting)
     found.store(workspace)
 
 

@@ -138,6 +138,8 @@ SHORT = [
         ["distill --dry-run", "distill", "full", "-r", "1,0", "-r", "0", "--dry-run", *SHORT],
         ["pretrain --dry-run", "pretrain", "--dry-run"],
         ["sweep --dry-run", "sweep-threshold", "full", "--dry-run", *SHORT],
+        ["influence --dry-run", "influence", "full", "--dry-run", *SHORT],
+        ["benchmark --dry-run", "benchmark", "full", "--dry-run"],
         ["generate", "generate", "full", "--prompt", "abc", "-n", "3"],
         ["export", "export", "full", "--no-measure"],
         ["list", "list"],
@@ -234,7 +236,11 @@ def test_evaluations_have_the_keys_of_the_page(run: Run, tmp_path: Path) -> None
     assert [model["name"] for model in found["models"]] == ["r=2,1", "r=0"]
     assert found["models"][0]["tasks"]["letters"]["num_items"] == 16
     assert "evaluate: accuracy" in progress
-    compared, _ = run("compare", "full", "full", "-r", "2,1", "-r", "0", *tasks)
+    both = "compare", "full", "full", "-r", "2,1", "-r", "0", *tasks
+    planned = run(*both, "--dry-run")[0]
+    _check("compare --dry-run", planned)
+    assert [row["state"] for row in planned["tasks"]] == 2 * ["16 items, stored"]
+    compared, _ = run(*both)
     _check("compare", compared)
     first = compared["rows"][0]
     assert {"difference", "low", "high", "only_first", "only_second", "p_value"} <= set(first)

@@ -155,9 +155,7 @@ from orchestrator.settings import resolve_settings
 from orchestrator.workspace.layout import Workspace
 
 nothing = lambda *_, **__: None
-names = "set_tags", "log_dataset", "log_text", "log_journal", "log_model", "finish"
-run = SimpleNamespace(**dict.fromkeys(names, nothing), is_store_down=False)
-tracking = SimpleNamespace(run=lambda *_, **__: run)
+tracking = SimpleNamespace(publish=nothing, wait=nothing)
 recipe = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
 sizes = {"num_layers": 2, "dim": 16, "num_heads": 2, "ffn_dim": 32, "context_length": 16}
 settings = resolve_settings(

@@ -20,7 +20,7 @@ from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.generating import open_generator
 from orchestrator.pipelines.models import PickResult, export, pick, plan_pick
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
-from orchestrator.records.measurement import TrackedModel
+from orchestrator.records.tracked_run import RegisteredModel, TrackedModel, TrackedRun
 from orchestrator.reporting.pick_rules import PickRule
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import read_settings
@@ -136,12 +136,15 @@ def test_nothing_of_a_model_runs_when_it_is_registered(
     folder.mkdir()
     (folder / "config.json").write_text('{"auto_map": {"AutoConfig": "code.Config"}}')
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    run = context.tracking.run("registering", name="r", kind="sweep")
+    run = TrackedRun(key="registering", name="r", kind="sweep")
+    context.tracking.publish(run)
     model = TrackedModel(key="k", name="other", params={}, datasets={})
     versions = []
     for _ in range(2):
-        run.register("other", folder, model=model, alias="best")
-        run.finish()
+        registered = RegisteredModel(
+            name="other", alias="best", run=run.place, model=model, folder=str(folder)
+        )
+        context.tracking.register(registered)
         versions.append(version_of(context, "other", "best"))
     first, second = versions
     assert (Path(first.source.removeprefix("file://")) / "MLmodel").is_file()

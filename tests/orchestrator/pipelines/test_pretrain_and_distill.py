@@ -263,7 +263,7 @@ def test_a_finished_run_is_continued_on_its_own_tokens(
     expected = train({"a": scratch}, context, tokens, name="scratch")["a"]
     assert weights_key(result.checkpoint) == weights_key(expected.checkpoint)
     assert result.validation_loss == expected.validation_loss
-    origins = [tag for run in tracking.runs if (tag := run.tags.get("iiet.continued_from"))]
+    origins = [tag for run in tracking.published if (tag := run.tags.get("iiet.continued_from"))]
     assert [Path(origin).parent.name for origin in origins] == ["short"]
 
     other = read_settings(run / SETTINGS_NAME, ["training.num_steps=12", "data.vocab_size=500"])

@@ -16,6 +16,7 @@ from browser import BROWSER, page_text
 from started_command import start_command
 
 from orchestrator.pipelines.ui import LOG_NAME, check_port, serve
+from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.tracking import REPORT_TAG, VIEW_TAG, open_tracking
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
@@ -74,9 +75,10 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracking = open_tracking(workspace, warn=pytest.fail)
-    run = tracking.run(
-        "key", name="toy", kind="sweep", tags={VIEW_TAG: "front-toy", REPORT_TAG: "a.html"}
-    )
+    tags = {VIEW_TAG: "front-toy", REPORT_TAG: "a.html"}
+    run = TrackedRun(key="key", name="toy", kind="sweep", tags=tags)
+    tracking.publish(run)
+    run_id = tracking.run_id(run)
     ran = workspace.root / "ran"
     for name in ("mlflow", "random", "sqlalchemy", "uvicorn"):
         code = f"open({str(ran)!r}, 'a').write({name!r}); raise SystemExit('code of the workspace')"
@@ -100,9 +102,9 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(
     assert not ran.exists()
     assert seen[0] == 200
     assert said[1].startswith("training runs: http://127.0.0.1:")
-    assert any(f"/runs/{run.run_id}?workflowType=machine_learning" in line for line in said)
+    assert any(f"/runs/{run_id}?workflowType=machine_learning" in line for line in said)
     assert any("viewStateShareKey=front-toy" in line for line in said)
-    assert any(f"/runs/{run.run_id}/artifacts/a.html?" in line for line in said)
+    assert any(f"/runs/{run_id}/artifacts/a.html?" in line for line in said)
     assert linked == [line for line in said if "http://" in line][1:]
     if BROWSER is not None:
         assert "Model training" in seen[1]

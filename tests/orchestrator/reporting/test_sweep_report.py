@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 import pytest
+from fake_tracking import FakeTracking
 from mlflow import MlflowClient
 from sample_trials import with_items
 
@@ -32,7 +31,7 @@ from orchestrator.reporting.results import (
 from orchestrator.reporting.statistics import SUMMARY_METRICS
 from orchestrator.reporting.sweep_report import sweep_front, write_sweep_report
 from orchestrator.reporting.training_curves import HYPERVOLUME_BY_TRIALS, history_folder
-from orchestrator.tracking import NestedRun, open_tracking
+from orchestrator.tracking import Tracking, open_tracking
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.journal import Journal
@@ -158,24 +157,19 @@ def test_each_seed_has_its_curve(workspace: Workspace, sweep: StoredSweep) -> No
 def test_seeds_have_paired_errors_and_runs(
     workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
-    class Runs:
-        """Fake of MLflow, whose database takes seconds to create."""
-
-        def log_nested(self, runs: Sequence[NestedRun], **_: Any) -> list[Any]:
-            self.runs = {run.key: run for run in runs}
-            return [SimpleNamespace(run_id=f"run of {run.key}") for run in runs]
-
     seeded = of_two_seeds(workspace, sweep)
     found = {r.key: sample_evaluations[r.key.partition("-")[0]] for r in seeded.results}
     results = with_items(workspace, seeded.results, found)
     seeded = seeded.model_copy(update={"results": results})
     front, notes = sweep_front(workspace, seeded, FrontAxes())
     assert not notes
-    tracking: Any = Runs()
-    tracked, front = track_results(tracking, tracking, seeded, front)
+    tracking = FakeTracking()
+    tracked, front = track_results(cast("Tracking", tracking), seeded, front)
     assert [r.run_id for r in tracked.results] == [f"run of {r.key}" for r in tracked.results]
     for result in seeded.results:
-        assert "paired/confidence_keeps_99" in tracking.runs[result.key].metrics
+        shown = tracking.stored(result.role, result.key, seeded.key)
+        assert shown is not None
+        assert "paired/confidence_keeps_99" in {name for name, _, _ in shown.points}
     rows = model_rows(front)
     assert len(rows) == 12
     for row in rows:
@@ -198,7 +192,6 @@ def test_mlflow_holds_the_sweep_once(
     results = with_items(workspace, sweep.results, sample_evaluations)
     sweep = sweep.model_copy(update={"results": results})
     tracking = open_tracking(workspace, warn=pytest.fail)
-    tracking.run(sweep.key, name="toy", kind="sweep", tags={"iiet.sweep": "toy"})
     first = write_sweep_report(workspace, sweep, tracking=tracking)
     points = num_points(workspace)
     second = write_sweep_report(workspace, "toy", tracking=tracking)
@@ -265,10 +258,10 @@ def test_a_long_note_refers_to_the_artifacts(workspace: Workspace, sweep: Stored
         for result in sweep.results
     ]
     written = write_sweep_report(workspace, sweep.model_copy(update={"results": tuple(many)}))
-    note = run_note(written.report, "run")
+    note = run_note(written.report)
     assert len(note) <= 8000
     assert "front/table.json" in note
-    note = run_note(replace(written.report, notes=["x" * 200] * 40), "run")
+    note = run_note(replace(written.report, notes=["x" * 200] * 40))
     assert len(note) <= 8000
     assert "- More: `front/front.md` under Artifacts." in note
 
@@ -291,7 +284,7 @@ def test_models_left_out_of_the_front_are_named(workspace: Workspace, sweep: Sto
     assert written.page is not None
     assert sentence in written.page.read_text(encoding="utf-8")
     assert sentence in (written.folder / "front.md").read_text(encoding="utf-8")
-    assert sentence in run_note(written.report, "run")
+    assert sentence in run_note(written.report)
 
 
 def test_an_average_without_some_tasks_has_a_note(

@@ -2,57 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from changed_trials import with_job
+from fake_tracking import FakeTracking
 
 from iiet.cost import inference_cost
 from orchestrator.evaluation import decode_timing as benchmark
+from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_early_stop
 from orchestrator.sweeping.execution import STOPPED_TAG, SweepOutcome, run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue
-from orchestrator.tracking import NestedRun, Tracking
+from orchestrator.tracking import Tracking
+from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import open_workspace
 
 
-class FakeTracking:
-    """Stands for MLflow, and for the sweep's run in it."""
+class SweepTracking(FakeTracking):
+    """Stands for MLflow, with what the sweep's own run shows."""
 
-    def __init__(self) -> None:
-        self.tags: dict[str, str] = {}
-        self.metrics: dict[str, float] = {}
-        self.mirrored: list[Path] = []
-        self.ended: list[tuple[str, str]] = []
+    @property
+    def sweep(self) -> TrackedRun:
+        [run] = [run for run in self.runs.values() if run.kind == "sweep"]
+        return run
 
-    def run(self, key: str, **_: Any) -> FakeTracking:
-        return self
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {name: value for name, value, _ in self.sweep.points}
 
-    def log_nested(self, runs: Sequence[NestedRun], *, parent: FakeTracking) -> None:
-        assert parent is self
-        self.ended += [(run.key, run.status) for run in runs]
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        self.tags |= tags
-
-    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        self.metrics |= values
-
-    def log_journal(self, folder: Path) -> None:
-        self.mirrored.append(folder)
-
-    def log_dataset(self, *_: Any) -> None:
-        pass
-
-    def log_text(self, *_: Any) -> None:
-        pass
-
-    def finish(self, *_: Any) -> None:
-        pass
+    @property
+    def ended(self) -> list[tuple[str, str]]:
+        trials = [run for run in self.runs.values() if run.parent]
+        assert all(run.parent == self.sweep.key for run in trials)
+        return [(run.key, run.status) for run in trials]
 
 
 def finish(trial: Trial) -> None:
@@ -81,7 +67,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     )
     monkeypatch.setattr(benchmark, "SWEEP_PROMPT_TOKENS", 4)
     monkeypatch.setattr(benchmark, "SWEEP_NEW_TOKENS", 2)
-    tracking = FakeTracking()
+    tracking = SweepTracking()
 
     def outcome_of(*assignments: str) -> SweepOutcome:
         settings = resolve_settings({}, assignments)
@@ -94,9 +80,11 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
     assert outcome.failures == {}
     assert stopped.key not in {result.key for result in outcome.results}
     assert len(outcome.results) == len(trials) - 1
-    assert better.label in tracking.tags[STOPPED_TAG]
+    assert better.label in tracking.sweep.tags[STOPPED_TAG]
     assert tracking.metrics == {"sweep/trainings_saved": pytest.approx(0.25)}
-    assert len(tracking.mirrored) == 1, "the front over time, from what was found finished"
+    assert tracking.sweep.journal is not None
+    records, _ = read_journal(Path(tracking.sweep.journal))
+    assert len(records) == 2, "the front over time, from what was found finished"
     finished = [(trial.key, "FINISHED") for trial in tiny_plan.trials if trial.result()]
     assert tracking.ended == [*finished, (stopped.key, "KILLED")]
 
@@ -115,7 +103,7 @@ def test_what_a_stored_teacher_costs_is_counted_once(
     monkeypatch.setattr(TrialQueue, "run", run)
     monkeypatch.setattr(benchmark, "SWEEP_PROMPT_TOKENS", 4)
     monkeypatch.setattr(benchmark, "SWEEP_NEW_TOKENS", 2)
-    tracking, settings = FakeTracking(), resolve_settings({}, [])
+    tracking, settings = SweepTracking(), resolve_settings({}, [])
     run_sweep(tiny_plan, settings, open_workspace(tmp_path), tracking=cast("Tracking", tracking))
     job = tiny_plan.trials[-1].job
     assert job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,10 @@ from mlflow.entities import Run
 
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
+from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.front_history import FrontHistory
 from orchestrator.sweeping.live_sweep import SECONDS_BETWEEN_FRONTS, LiveSweep
-from orchestrator.tracking import (
-    NOTE_TAG,
-    REASON_TAG,
-    VIEW_TAG,
-    TrackedRun,
-    Tracking,
-    open_tracking,
-)
-from orchestrator.tracking.journal_copies import SECONDS_BETWEEN_COPIES
+from orchestrator.tracking import NOTE_TAG, REASON_TAG, VIEW_TAG, Tracking, open_tracking
 from orchestrator.training.run_lock import lock_run_folder
 from orchestrator.workspace.journal import Journal, recorded_times
 from orchestrator.workspace.layout import open_workspace
@@ -32,28 +26,28 @@ class Watched:
 
     def __init__(self, plan: SweepPlan, tracking: Tracking, folder: Path) -> None:
         self.plan, self.tracking, self.now = plan, tracking, 0.0
-        self.run: TrackedRun = tracking.run(plan.key, name=plan.name, kind="sweep")
         self.history = FrontHistory(plan, folder, num_trials=len(plan.trials))
         self.live = LiveSweep(
-            plan, self.run, tracking, folder, num_trials=len(plan.trials), clock=lambda: self.now
-        )
+            plan, resolve_settings({}), tracking, folder, num_trials=len(plan.trials),
+            clock=lambda: self.now,
+        )  # fmt: skip
 
-    def stored(self, run: TrackedRun | None = None) -> Run:
-        run_id = (run or self.run).run_id  # It waits for what is on its way.
-        assert run_id is not None
-        return self.tracking.store.connect().get_run(run_id)
+    def runs(self, filter_string: str) -> list[Run]:
+        self.tracking.wait()
+        client, experiment = self.tracking.store.connect(), str(self.tracking.store.experiment_id)
+        return list(client.search_runs([experiment], filter_string))
+
+    @property
+    def sweep(self) -> Run:
+        [run] = self.runs("tags.`iiet.kind` = 'sweep'")
+        return run
+
+    def trials(self) -> list[Run]:
+        return self.runs("tags.`iiet.kind` != 'sweep'")
 
     def trial(self, trial: Trial) -> Run:
-        handle = self.tracking.handle(trial.key, name="", kind=trial.role, parent=self.run)
-        return self.stored(handle)
-
-    def num_trials(self) -> int:
-        assert self.run.run_id
-        return len(
-            self.tracking.store.connect().search_runs(
-                [str(self.tracking.store.experiment_id)], "tags.`iiet.kind` != 'sweep'"
-            )
-        )
+        [run] = self.runs(f"tags.`iiet.key` = '{trial.key}'")
+        return run
 
     def losses(self, trial: Trial) -> list[int]:
         run_id = self.trial(trial).info.run_id
@@ -74,15 +68,16 @@ class Watched:
 @pytest.fixture
 def watched(tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    tracking = open_tracking(open_workspace(tmp_path), warn=pytest.fail)
-    return Watched(tiny_plan, tracking, tmp_path / "history")
+    workspace = open_workspace(tmp_path)
+    tracking = open_tracking(workspace, warn=pytest.fail)
+    return Watched(tiny_plan, tracking, workspace.sweeps / "toy" / "history" / tiny_plan.key)
 
 
 def test_a_sweep_is_seen_while_it_runs(watched: Watched) -> None:
     teacher, first, second, *_ = watched.plan.trials
     assert first.job is not None
     assert second.job is not None
-    assert watched.num_trials() == 0
+    assert not watched.trials()
 
     # The teacher is only measured; its run has the times and the curve of its own training.
     watched.live.watch([teacher])
@@ -105,16 +100,14 @@ def test_a_sweep_is_seen_while_it_runs(watched: Watched) -> None:
     for step in (1, 2):
         journal.metrics(step, {"train/loss": 4.0 - step, "train/learning_rate": 1e-3})
     watched.live.watch([first])
-    assert watched.losses(first) == [], "copies are not made all the time"
-    watched.now += SECONDS_BETWEEN_COPIES
-    watched.live.watch([first])
-    assert watched.losses(first) == [1, 2]
+    while watched.losses(first) != [1, 2]:
+        time.sleep(0.1)
     assert watched.trial(first).data.metrics["train/learning_rate"] == 1e-3
 
     # The front so far is in the sweep's run, with its picture.
-    noted = watched.stored()
+    noted = watched.sweep
     assert f"1 of {len(watched.plan.trials)} models" in noted.data.tags[NOTE_TAG]
-    picture = f"get-artifact?path={ARTIFACT_FOLDER}/front.svg&run_uuid={watched.run.run_id}"
+    picture = f"get-artifact?path={ARTIFACT_FOLDER}/front.svg&run_uuid={noted.info.run_id}"
     assert picture in noted.data.tags[NOTE_TAG]
     assert VIEW_TAG in noted.data.tags
     files = watched.tracking.store.connect().list_artifacts(noted.info.run_id, ARTIFACT_FOLDER)
@@ -128,10 +121,10 @@ def test_a_sweep_is_seen_while_it_runs(watched: Watched) -> None:
     assert (found.info.start_time, found.info.end_time) == times
     assert found.data.metrics["quality/accuracy"] == 0.49
     watched.live.watch([second])
-    assert f"1 of {len(watched.plan.trials)} models" in watched.stored().data.tags[NOTE_TAG]
+    assert f"1 of {len(watched.plan.trials)} models" in watched.sweep.data.tags[NOTE_TAG]
     watched.now += SECONDS_BETWEEN_FRONTS
     watched.live.watch([second])
-    assert f"2 of {len(watched.plan.trials)} models" in watched.stored().data.tags[NOTE_TAG]
+    assert f"2 of {len(watched.plan.trials)} models" in watched.sweep.data.tags[NOTE_TAG]
 
 
 def test_a_trial_without_a_result_says_why_until_it_is_tried_again(watched: Watched) -> None:
@@ -154,8 +147,8 @@ def test_a_trial_without_a_result_says_why_until_it_is_tried_again(watched: Watc
 
     watched.finish(teacher, 0.5)
     watched.live.watch([first])
-    assert "its loss is not finite" in watched.stored().data.tags[NOTE_TAG]
+    assert "its loss is not finite" in watched.sweep.data.tags[NOTE_TAG]
     found = watched.trial(first)
     assert found.info.status == "RUNNING"
     assert not {REASON_TAG, NOTE_TAG} & found.data.tags.keys()
-    assert watched.num_trials() == 4, "no run is made twice"
+    assert len(watched.trials()) == 4, "no run is made twice"

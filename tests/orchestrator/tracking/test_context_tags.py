@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.tracking.context_tags import context_tags
+from orchestrator.tracking.store import context_tags
 
 ROOT = Path(__file__).resolve().parents[3]
 

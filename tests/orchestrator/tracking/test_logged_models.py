@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -12,9 +14,12 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
+from transformers import PreTrainedTokenizerFast
 
-from orchestrator.records.measurement import TrackedModel
-from orchestrator.tracking import TrackedRun, Tracking, open_tracking
+from orchestrator.data.depth.tasks import symbol_tokenizer
+from orchestrator.data.tokenizer import END_OF_TEXT
+from orchestrator.records.tracked_run import RegisteredModel, TrackedModel, TrackedRun
+from orchestrator.tracking import Tracking, open_tracking, served_model
 from orchestrator.workspace.layout import Workspace
 
 TOKENS, TASKS = ("tokens", "0123456789abcdef"), ("held-out tasks", "fedcba9876543210")
@@ -40,10 +45,24 @@ def linked(model: LoggedModel) -> list[tuple[Any, ...]]:
     return sorted(points, key=str)
 
 
-def measured(tracking: Tracking, key: str, **values: float) -> TrackedRun:
-    run = tracking.run(key, name=key, kind="trial")
-    run.log_metrics({name.replace("_", "/", 1): value for name, value in values.items()})
-    return run
+def show(tracking: Tracking, key: str, model: TrackedModel, **values: float) -> str | None:
+    """Publish a run with a model, and return its id."""
+    points = [(name.replace("_", "/", 1), float(value), 0) for name, value in values.items()]
+    run = TrackedRun(key=key, name=key, kind="trial", points=points, model=model)
+    tracking.publish(run)
+    return tracking.run_id(run)
+
+
+def register(
+    tracking: Tracking, name: str, folder: Path, *, key: str, alias: str, **more: Any
+) -> None:
+    run = TrackedRun(key="models", name="m", kind="sweep")
+    tracking.publish(run)
+    tracking.register(
+        RegisteredModel(
+            name=name, alias=alias, run=run.place, model=model_of(key), folder=str(folder), **more
+        )
+    )
 
 
 def folder_of(path: Path, **config: object) -> Path:
@@ -52,18 +71,17 @@ def folder_of(path: Path, **config: object) -> Path:
     return path
 
 
-def test_a_model_has_the_metrics_and_data_of_all_its_runs_once(tracking: Tracking) -> None:
-    first = measured(tracking, "first", quality_loss=2.5, cost_nfe=4, quality_bad=math.nan)
-    second = measured(tracking, "second", quality_accuracy=0.5, cost_nfe=4)
+def test_a_model_has_the_metrics_and_data_of_all_its_runs_once(
+    tracking: Tracking, workspace: Workspace
+) -> None:
     datasets = {"quality/loss": TOKENS, "quality/accuracy": TASKS, "cost/nfe": None}
     model = TrackedModel(
         key="shared weights", name="iiet-1.3b 1,0", params={"checkpoint": "runs/x"},
         datasets={**datasets, "quality/bad": TOKENS, "not/measured": None},
     )  # fmt: skip
-    for _ in range(2):  # Publishing again adds nothing.
-        for run in (first, second):
-            run.log_model(model)
-            run.finish()
+    for again in (tracking, tracking, open_tracking(workspace, warn=pytest.fail)):
+        first = show(again, "first", model, quality_loss=2.5, cost_nfe=4, quality_bad=math.nan)
+        second = show(again, "second", model, quality_accuracy=0.5, cost_nfe=4)
         (found,) = logged(tracking, "shared weights")
         assert linked(found) == [
             ("cost/nfe", 4.0, None, None),
@@ -71,61 +89,42 @@ def test_a_model_has_the_metrics_and_data_of_all_its_runs_once(tracking: Trackin
             ("quality/accuracy", 0.5, *TASKS),
             ("quality/loss", 2.5, *TOKENS),
         ]
-    assert {point.run_id for point in found.metrics or ()} == {first.run_id, second.run_id}
-    assert found.source_run_id == first.run_id
+    assert {point.run_id for point in found.metrics or ()} == {first, second}
+    assert found.source_run_id == first
     assert (found.name, found.status) == ("iiet-1_3b 1,0", "READY")
     assert found.params == {"checkpoint": "runs/x"}
-    for run in (first, second):
-        assert run.run_id is not None
-        history = client(tracking).get_metric_history(run.run_id, "cost/nfe")
+    for run_id in (first, second):
+        assert run_id is not None
+        history = client(tracking).get_metric_history(run_id, "cost/nfe")
         assert [point.value for point in history] == [4.0], "the run has no second point"
-        outputs = client(tracking).get_run(run.run_id).outputs.model_outputs
+        outputs = client(tracking).get_run(run_id).outputs.model_outputs
         assert [output.model_id for output in outputs] == [found.model_id]
 
 
-def test_a_metric_that_is_measured_later_is_added(tracking: Tracking) -> None:
-    run = measured(tracking, "later", quality_loss=2.5)
+def test_a_metric_that_is_measured_later_or_again_is_added(tracking: Tracking) -> None:
     model = model_of("later", **{"quality/loss": TOKENS, "cost/ms": None})
-    run.log_model(model)
-    run.log_metrics({"cost/ms": 1.5})
-    run.log_model(model)
-    run.finish()
+    show(tracking, "later", model, quality_loss=2.5)
+    show(tracking, "later", model, quality_loss=2.5, cost_ms=1.5)
     (found,) = logged(tracking, "later")
     assert linked(found) == [("cost/ms", 1.5, None, None), ("quality/loss", 2.5, *TOKENS)]
+    run_id = show(tracking, "later", model, quality_loss=2.0, cost_ms=1.5)
+    assert run_id is not None
+    (found,) = logged(tracking, "later")
+    assert ("quality/loss", 2.0, *TOKENS) in linked(found)
+    assert client(tracking).get_run(run_id).data.metrics["quality/loss"] == 2.0
+    history = client(tracking).get_metric_history(run_id, "quality/loss")
+    assert [point.value for point in history] == [2.5, 2.0]
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow warns of its own types while it is imported.
 def test_a_model_whose_files_are_in_the_workspace_says_so(tracking: Tracking) -> None:
-    run = measured(tracking, "external", cost_nfe=4)
-    run.log_model(model_of("external"))
-    run.finish()
+    show(tracking, "external", model_of("external"), cost_nfe=4)
     (found,) = logged(tracking, "external")
     with pytest.raises(MlflowException, match="artifacts are external"):
         mlflow.pyfunc.load_model(found.artifact_location)
 
 
-def test_a_model_is_logged_once_its_server_is_back(
-    workspace: Workspace, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as down:
-        down.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        down.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-        dead = open_tracking(workspace, warn=lambda text: None)
-        run = measured(dead, "dead", quality_loss=2.5)
-        run.log_model(model_of("dead", **{"quality/loss": TOKENS}))
-        run.finish()
-    records = tracking.outbox.records()
-    assert [record["operation"] for record in records] == ["update", "update", "model", "update"]
-    assert tracking.sync() == 4
-    tracking.outbox.add(records)  # As if the process had been killed before it noted the delivery.
-    tracking.sync()
-    (found,) = logged(tracking, "dead")
-    assert linked(found) == [("quality/loss", 2.5, *TOKENS)]
-
-
 def test_two_processes_keep_one_model(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = measured(tracking, "raced", cost_nfe=4)
-    assert run.run_id is not None
     store, others = client(tracking), []
     create = store.create_logged_model
 
@@ -134,20 +133,17 @@ def test_two_processes_keep_one_model(tracking: Tracking, monkeypatch: pytest.Mo
         return create(*given, **more)
 
     monkeypatch.setattr(store, "create_logged_model", create_after_another)
-    run.log_model(model_of("raced", **{"cost/nfe": None}))
-    run.finish()
+    show(tracking, "raced", model_of("raced", **{"cost/nfe": None}), cost_nfe=4)
     assert [model.model_id for model in logged(tracking, "raced")] == [others[0].model_id]
 
 
 def test_a_model_has_one_version_for_each_key_and_aliases_move(
     tracking: Tracking, tmp_path: Path
 ) -> None:
-    run = tracking.run("models", name="m", kind="sweep")
     small, large = folder_of(tmp_path / "small", size="small"), folder_of(tmp_path / "large")
-    run.register("front", small, model=model_of("s"), alias="knee", tags={"sweep": "a"})
-    run.register("front", large, model=model_of("l"), alias="best", note="the full model")
-    run.register("front", small, model=model_of("s"), alias="best", tags={"sweep": "a", "x": "1"})
-    run.finish()
+    register(tracking, "front", small, key="s", alias="knee", tags={"sweep": "a"})
+    register(tracking, "front", large, key="l", alias="best", note="the full model")
+    register(tracking, "front", small, key="s", alias="best", tags={"sweep": "a", "x": "1"})
     store = client(tracking)
     assert len(store.search_model_versions("name = 'front'")) == 2
     best = store.get_model_version_by_alias("front", "best")
@@ -157,26 +153,13 @@ def test_a_model_has_one_version_for_each_key_and_aliases_move(
     assert json.loads((place / "config.json").read_text()) == {"size": "small"}
 
 
-def test_registering_an_operation_of_an_older_outbox_works(
-    tracking: Tracking, tmp_path: Path
-) -> None:
-    run = tracking.run("older", name="m", kind="sweep")
-    folder = folder_of(tmp_path / "model")
-    run.write("register", model="toy", key="k", folder=folder, alias="best", note="of a sweep")
-    run.finish()
-    version = client(tracking).get_model_version_by_alias("toy", "best")
-    assert (version.run_id, version.description) == (run.run_id, "of a sweep")
-
-
 @pytest.mark.parametrize("corrections", [[2, 1], None])
 def test_the_signature_names_what_a_model_takes_and_returns(
     tracking: Tracking, tmp_path: Path, corrections: list[int] | None
 ) -> None:
     key = f"signed {corrections}"
-    run = tracking.run(key, name="m", kind="sweep")
     folder = folder_of(tmp_path / "model", corrections=corrections)
-    run.register("signed", folder, model=model_of(key), alias="best", example="Once")
-    run.finish()
+    register(tracking, "signed", folder, key=key, alias="best", example="Once")
     found = client(tracking).get_model_version_by_alias("signed", "best")
     source = found.source.removeprefix("file://")
     model = mlflow.models.Model.load(source)
@@ -190,3 +173,47 @@ def test_the_signature_names_what_a_model_takes_and_returns(
     requirements = Path(source, "requirements.txt").read_text()
     assert "transformers==" in requirements
     assert "+" not in requirements
+
+
+CONSTANT = """
+import pandas
+
+class Model:
+    def predict(self, model_input, params=None):
+        return pandas.DataFrame({{"text": [{answer!r}] * len(model_input)}})
+
+def _load_pyfunc(data_path):
+    return Model()
+"""
+
+
+@pytest.mark.filterwarnings("ignore")  # MLflow warns of its own types while it is imported.
+def test_two_models_in_one_process_share_no_module(
+    tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may have been registered by two versions of this package."""
+    sources = []
+    for answer in ("old", "new"):
+        loader = tmp_path / f"{answer}.py"
+        loader.write_text(CONSTANT.format(answer=answer))
+        monkeypatch.setattr(served_model, "__file__", str(loader))
+        register(tracking, answer, folder_of(tmp_path / answer), key=answer, alias="best")
+        sources.append(client(tracking).get_model_version_by_alias(answer, "best").source)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    loaded = [mlflow.pyfunc.load_model(source) for source in sources]
+    answers = [model.predict(["a"], params={})["text"][0] for model in loaded]
+    assert answers == ["old", "new"]
+
+
+def test_a_text_outside_the_vocabulary_is_one_sentence() -> None:
+    """Such as one for a model of a depth task, whose tokenizer knows its symbols only."""
+    symbols = symbol_tokenizer(["s1 ", "s2 ", "s3 "])
+    model = object.__new__(served_model.TextModel)
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=symbols, eos_token=END_OF_TEXT)
+    model.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=8))
+    with pytest.raises(MlflowException) as caught:
+        model.predict(["Once upon a time"], params={"output": "logprob"})
+    assert str(caught.value) == (
+        "the model's vocabulary has no tokens for 'Once upon a time'; it has 4 tokens, "
+        "such as 's1 ', 's2 ', 's3 '"
+    )

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.tracking import NestedRun, Tracking, open_tracking
+from orchestrator.records.tracked_run import Status, TrackedRun
+from orchestrator.tracking import Tracking, open_tracking
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import open_workspace
 
 NUM_TRIALS = 200
 MOST_SECONDS = 10.0
+SWEEP = TrackedRun(key="sweep", kind="sweep", name="sweep", status="RUNNING")
 
 
 @pytest.fixture
@@ -23,15 +25,11 @@ def tracking(tmp_path: Path, silent_server: str, monkeypatch: pytest.MonkeyPatch
     return open_tracking(open_workspace(tmp_path), warn=lambda text: None)
 
 
-def trial(number: int, status: str, folder: Path) -> NestedRun:
-    return NestedRun(
-        key=f"trial-{number}", kind="trial", name=f"trial {number}", params={"n": str(number)},
-        tags={}, metrics={"loss": 1.0}, journal_folder=folder, status=status,
+def trial(number: int, status: Status, folder: Path) -> TrackedRun:
+    return TrackedRun(
+        key=f"trial-{number}", kind="trial", name=f"trial {number}", parent="sweep",
+        params={"n": str(number)}, points=[("loss", 1.0, 0)], journal=str(folder), status=status,
     )  # fmt: skip
-
-
-def statuses(tracking: Tracking) -> list[str | None]:
-    return [record["arguments"].get("status") for record in tracking.outbox.records()]
 
 
 def test_a_stop_of_a_sweep_with_many_trials_waits_once(tracking: Tracking, tmp_path: Path) -> None:
@@ -39,28 +37,31 @@ def test_a_stop_of_a_sweep_with_many_trials_waits_once(tracking: Tracking, tmp_p
     journal.metrics(1, {"train/loss": 1.0})
     journal.close()
     folder, started = journal.path.parent, time.monotonic()
-    sweep = tracking.run("sweep", name="sweep", kind="sweep")
+    tracking.publish(SWEEP)
     for number in range(NUM_TRIALS):
-        [run] = tracking.log_nested([trial(number, "RUNNING", folder)], parent=sweep)
-        run.log_journal(folder)
+        tracking.publish(trial(number, "RUNNING", folder))
     assert time.monotonic() - started < MOST_SECONDS, "nothing waits while trials run"
     started = time.monotonic()
     for number in range(NUM_TRIALS):
-        tracking.log_nested([trial(number, "KILLED", folder)], parent=sweep)
-    sweep.finish("KILLED")
+        tracking.publish(trial(number, "KILLED", folder))
+    tracking.publish(SWEEP.changed(status="KILLED"))
+    tracking.wait(briefly=True)
     assert time.monotonic() - started < MOST_SECONDS
     assert tracking.is_store_down
-    assert statuses(tracking).count("KILLED") == NUM_TRIALS + 1
-    assert "RUNNING" not in statuses(tracking), "what is delivered later starts no ended run again"
+    for number in range(NUM_TRIALS):
+        stored = tracking.stored("trial", f"trial-{number}", "sweep")
+        assert stored is not None
+        assert stored.status == "KILLED", "`sync` publishes it like this"
     # Other runs of the command end, which would be waited for if the server responded.
     started = time.monotonic()
     for number in range(3):
-        tracking.run(f"other {number}", name="other", kind="influence").finish()
+        tracking.publish(TrackedRun(key=f"other {number}", kind="influence", name="other"))
+        tracking.wait()
     assert time.monotonic() - started < MOST_SECONDS
 
 
 def test_a_wait_for_the_last_records_can_be_interrupted(tracking: Tracking) -> None:
-    sweep = tracking.run("sweep", name="sweep", kind="sweep")
+    tracking.publish(SWEEP.changed(status="FINISHED"))
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -70,9 +71,9 @@ def test_a_wait_for_the_last_records_can_be_interrupted(tracking: Tracking) -> N
     started = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
-            sweep.finish()
+            tracking.wait()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, earlier)
     assert time.monotonic() - started < MOST_SECONDS
-    assert statuses(tracking) == [None, "FINISHED"]
+    assert tracking.is_store_down

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 
+from orchestrator.records.tracked_run import Status, TrackedRun
 from orchestrator.tracking import open_tracking
-from orchestrator.tracking.log_mirror import LogMirror
+from orchestrator.tracking.loggers import LoggedRuns
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import Workspace
 
-RUN: dict[str, Any] = {"key": "k", "name": "2,1", "parent": {"key": "s", "name": "toy"}}
+
+def run_of(journal: Path, status: Status = "RUNNING", **more: Any) -> TrackedRun:
+    trial = {"key": "k", "name": "2,1", "parent": "s", "tags": {"iiet.sweep": "toy"}}
+    return TrackedRun(kind="trial", journal=str(journal), status=status, **{**trial, **more})
 
 
 def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -34,8 +38,14 @@ def write(journal: Path, steps: range, **more: float) -> None:
     file.close()
 
 
-def log_of(folder: Path) -> LogMirror:
-    return LogMirror("tensorboard", folder, warn=pytest.fail)
+class Log:
+    """TensorBoard's files of a workspace, written by one process."""
+
+    def __init__(self, root: Path) -> None:
+        self._runs = LoggedRuns("tensorboard", root, warn=pytest.fail)
+
+    def show(self, run: TrackedRun) -> None:
+        assert list(self._runs.publish([run])) == [True]
 
 
 def test_every_point_is_there_at_its_time(tmp_path: Path) -> None:
@@ -43,8 +53,8 @@ def test_every_point_is_there_at_its_time(tmp_path: Path) -> None:
 
     write(tmp_path / "run", range(1, 4))
     write(tmp_path / "run", range(4, 5), **{"validation/loss": 4.5})
-    log_of(tmp_path / "log").update(RUN, {"journal": tmp_path / "run", "status": "FINISHED"})
-    folder = tmp_path / "log" / "toy" / "2,1"
+    Log(tmp_path).show(run_of(tmp_path / "run", "FINISHED"))
+    folder = tmp_path / "tensorboard" / "toy" / "2,1"
     assert points(folder) == {
         "train/loss": [(1, 4.9), (2, 4.8), (3, 4.7), (4, 4.6)],
         "validation/loss": [(4, 4.5)],
@@ -56,50 +66,53 @@ def test_every_point_is_there_at_its_time(tmp_path: Path) -> None:
 
 
 def test_a_resumed_training_has_each_point_once(tmp_path: Path) -> None:
-    journal, folder = tmp_path / "run", tmp_path / "log" / "toy" / "2,1"
-    log = log_of(tmp_path / "log")
+    journal, folder = tmp_path / "run", tmp_path / "tensorboard" / "toy" / "2,1"
+    log = Log(tmp_path)
     write(journal, range(1, 4))
-    log.update(RUN, {"journal": journal})
+    log.show(run_of(journal))
     write(journal, range(3, 6))  # It was killed, and repeats a step.
-    log.update(RUN, {"journal": journal})
+    log.show(run_of(journal))
     expected = {"train/loss": [(step, round(5 - step / 10, 4)) for step in range(1, 6)]}
     assert points(folder) == expected
     # Another process, which finds what this one has written.
-    again = log_of(tmp_path / "log")
-    for status in ("RUNNING", "FINISHED"):
-        again.update(RUN, {"journal": journal, "status": status})
+    again = Log(tmp_path)
+    again.show(run_of(journal))
+    again.show(run_of(journal, "FINISHED"))
     assert points(folder) == expected
     assert len(list(folder.iterdir())) == 1
 
 
 def test_metrics_after_the_end_are_added(tmp_path: Path) -> None:
-    log = log_of(tmp_path / "log")
+    log = Log(tmp_path)
     write(tmp_path / "run", range(1, 2))
-    log.update(RUN, {"journal": tmp_path / "run", "status": "FINISHED"})
+    log.show(run_of(tmp_path / "run", "FINISHED"))
     write(tmp_path / "run", range(2, 3), **{"train/kl": math.nan})
-    log.update(RUN, {"journal": tmp_path / "run", "status": "FINISHED"})
-    found = points(tmp_path / "log" / "toy" / "2,1")
+    log.show(run_of(tmp_path / "run", "FINISHED"))
+    found = points(tmp_path / "tensorboard" / "toy" / "2,1")
     assert found["train/loss"] == [(1, 4.9), (2, 4.8)]
     assert math.isnan(found["train/kl"][0][1])
 
 
 def test_two_runs_of_one_name_have_two_folders(tmp_path: Path) -> None:
-    log = log_of(tmp_path / "log")
+    log = Log(tmp_path)
     for key in ("a", "b"):
         write(tmp_path / key, range(1, 3))
-        run = {"key": key, "name": "a/b: c", "parent": None}
-        log.update(run, {"journal": tmp_path / key, "status": "FINISHED"})
-    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["a_b_ c", "a_b_ c b"]
-    assert len(points(tmp_path / "log" / "a_b_ c b")["train/loss"]) == 2
+        alone = {"key": key, "name": "a/b: c", "parent": None}
+        log.show(run_of(tmp_path / key, "FINISHED", **alone))
+    assert sorted(path.name for path in (tmp_path / "tensorboard").iterdir()) == [
+        "a_b_ c",
+        "a_b_ c b",
+    ]
+    assert len(points(tmp_path / "tensorboard" / "a_b_ c b")["train/loss"]) == 2
 
 
 def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path) -> None:
-    (tmp_path / "log").write_text("a file")
+    (tmp_path / "tensorboard").write_text("a file")
     warnings: list[str] = []
-    log = LogMirror("tensorboard", tmp_path / "log", warn=warnings.append)
+    log = LoggedRuns("tensorboard", tmp_path, warn=warnings.append)
     for step in (1, 2):
         write(tmp_path / "run", range(step, step + 1))
-        log.update(RUN, {"journal": tmp_path / "run"})
+        assert list(log.publish([run_of(tmp_path / "run")])) == [True]
     [warning] = warnings
     assert warning.startswith("the logger tensorboard cannot log to ")
 
@@ -114,10 +127,11 @@ def test_tracked_runs_are_mirrored_if_the_setting_says_so(
     write(workspace.runs / "iiet", range(1, 4))
     for loggers, has_files in ((("mlflow",), False), (("mlflow", "tensorboard"), True)):
         tracking = open_tracking(workspace, warn=pytest.fail, loggers=loggers)
-        run = tracking.run("k", name="iiet", kind="pretrain")
-        run.log_journal(workspace.runs / "iiet")
-        run.finish()
+        alone = {"name": "iiet", "kind": "pretrain"}
+        run = TrackedRun(key="k", journal=str(workspace.runs / "iiet"), **alone)
+        tracking.publish(run)
+        run_id = tracking.run_id(run)
         assert (workspace.root / "tensorboard").exists() == has_files
     assert len(points(workspace.root / "tensorboard" / "iiet")["train/loss"]) == 3
     client = tracking.store.connect()
-    assert len(client.get_metric_history(str(run.run_id), "train/loss")) == 3
+    assert len(client.get_metric_history(str(run_id), "train/loss")) == 3

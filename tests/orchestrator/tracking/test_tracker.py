@@ -5,27 +5,17 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sqlite3
 from collections import Counter
-from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-from orchestrator.records.measurement import TrackedModel
-from orchestrator.tracking import (
-    NOTE_TAG,
-    NestedRun,
-    TrackedRun,
-    Tracking,
-    open_tracking,
-)
+from orchestrator.records.tracked_run import RUN_ID, RegisteredModel, TrackedModel, TrackedRun
+from orchestrator.tracking import NOTE_TAG, Tracking, open_tracking
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import Workspace, open_workspace
@@ -35,7 +25,8 @@ from orchestrator.workspace.layout import Workspace, open_workspace
 def requests(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Count the calls of the store; a client of a server makes a request for each."""
     counts: Counter[str] = Counter()
-    for name in ("search_runs", "create_run", "get_run", "log_batch", "update_run_info"):
+    reading = ("search_runs", "get_run")
+    for name in (*reading, "create_run", "log_batch", "log_inputs", "update_run_info"):
         method = getattr(SqlAlchemyStore, name)
 
         def counted(*given: Any, name: str = name, method: Any = method, **more: Any) -> Any:
@@ -46,9 +37,21 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-def stored(tracking: Tracking, run: TrackedRun) -> Run:
-    assert run.run_id is not None
-    return tracking.store.connect().get_run(run.run_id)
+def run_of(key: str, *, kind: str = "trial", **more: Any) -> TrackedRun:
+    return TrackedRun(**{"key": key, "kind": kind, "name": key, "status": "RUNNING", **more})
+
+
+def show(tracking: Tracking, run: TrackedRun) -> Run:
+    """Publish a run, and return what MLflow has then."""
+    tracking.publish(run)
+    run_id = tracking.run_id(run)
+    assert run_id is not None
+    return tracking.store.connect().get_run(run_id)
+
+
+def history(tracking: Tracking, run: Run, name: str) -> list[tuple[int, float]]:
+    found = client(tracking).get_metric_history(run.info.run_id, name)
+    return [(point.step, point.value) for point in found]
 
 
 def client(tracking: Tracking) -> MlflowClient:
@@ -56,247 +59,207 @@ def client(tracking: Tracking) -> MlflowClient:
 
 
 def test_a_key_has_one_run_under_each_parent(tracking: Tracking) -> None:
-    sweep = tracking.run("one-run", name="sweep", kind="sweep")
-    other = tracking.run("another", name="sweep", kind="sweep")
-    trial = tracking.run("t", name="trial", kind="trial", parent=sweep)
-    again = tracking.run("t", name="trial", kind="trial", parent=sweep)
-    elsewhere = tracking.run("t", name="trial", kind="trial", parent=other)
-    assert tracking.run("one-run", name="renamed", kind="sweep").run_id == sweep.run_id
-    assert again.run_id == trial.run_id
-    assert elsewhere.run_id != trial.run_id
-    assert stored(tracking, trial).data.tags["mlflow.parentRunId"] == sweep.run_id
-    assert stored(tracking, trial).data.tags["iiet.kind"] == "trial"
+    sweep = show(tracking, run_of("one-run", kind="sweep", name="sweep"))
+    show(tracking, run_of("another", kind="sweep", name="sweep"))
+    trial = show(tracking, run_of("t", parent="one-run"))
+    again = show(tracking, run_of("t", parent="one-run"))
+    elsewhere = show(tracking, run_of("t", parent="another"))
+    renamed = show(tracking, run_of("one-run", kind="sweep", name="renamed"))
+    assert renamed.info.run_id == sweep.info.run_id
+    assert again.info.run_id == trial.info.run_id
+    assert elsewhere.info.run_id != trial.info.run_id
+    assert trial.data.tags["mlflow.parentRunId"] == sweep.info.run_id
+    assert trial.data.tags["iiet.kind"] == "trial"
 
 
 def test_the_same_values_at_the_same_step_add_no_points(tracking: Tracking) -> None:
-    run = tracking.run("points", name="p", kind="sweep")
-    values = {"a": 0.1, "b,none": math.inf, "c": math.nan, "d": -math.inf, "e": 1e-300, "f": 2.0}
+    values = {"a": 0.1, "b,none": math.inf, "c": math.nan, "d": -math.inf, "e": 1e-300}
+    points = [(name, value, 0) for name, value in values.items()]
+    run = run_of("points", points=[*points, ("f", 2.0, 0), ("g", 1.0, 1), ("g", 1.0, 2)])
     for _ in range(3):
-        run.log_metrics(values)
-    run.log_metrics({"a": 0.1}, step=7)  # The same value, later.
-    run.log_metrics({"a": 0.1})  # The summary of a curve that has later points.
-    assert run.run_id is not None  # It waits; MLflow joins equal points of one millisecond.
-    run.log_metrics({"f": 3.0})
-    assert run.run_id is not None
-    run.log_metrics({"f": 2.0})  # The first value again, after another one.
-    assert run.run_id is not None
-    points = {
-        name: [(p.step, p.value) for p in client(tracking).get_metric_history(run.run_id, name)]
-        for name in ("a", "b_none", "c", "d", "e", "f")
-    }
-    assert points["a"] == [(0, 0.1), (7, 0.1)]
-    assert [len(points[name]) for name in ("b_none", "c", "d", "e")] == [1, 1, 1, 1]
-    assert [value for _, value in points["f"]] == [2.0, 3.0, 2.0]
+        found = show(tracking, run)
+    for value in (3.0, 2.0):  # Another value, then the first one again.
+        run = run.changed(points=[("f", value, 0)])
+        found = show(tracking, run)
+        assert found.data.metrics["f"] == value, "MLflow shows the new one"
+    for name in ("a", "b_none", "c", "d", "e"):
+        assert len(history(tracking, found, name)) == 1
+    assert history(tracking, found, "f") == [(0, 2.0), (0, 3.0), (0, 2.0)]
+    assert history(tracking, found, "g") == [(1, 1.0), (2, 1.0)]
 
 
 def test_a_journal_record_is_copied_once(tracking: Tracking, tmp_path: Path) -> None:
-    run = tracking.run("journal", name="j", kind="pretrain")
-    journal = Journal(tmp_path)
+    run, journal = run_of("journal", journal=str(tmp_path)), Journal(tmp_path)
     journal.metrics(10, {"train/loss": 5.0, "train/acc,none": 0.5})
     journal.event("checkpoint", step=10)
-    run.log_journal(tmp_path)
-    run.log_journal(tmp_path)
+    show(tracking, run)
+    show(tracking, run)
     journal.metrics(20, {"train/loss": 4.0})
-    run.log_journal(tmp_path)
     journal.close()
-    assert run.run_id is not None
-    history = client(tracking).get_metric_history(run.run_id, "train/loss")
-    assert [(point.step, point.value) for point in history] == [(10, 5.0), (20, 4.0)]
-    assert stored(tracking, run).data.metrics["train/acc_none"] == 0.5
+    found = show(tracking, run)
+    assert history(tracking, found, "train/loss") == [(10, 5.0), (20, 4.0)]
+    assert found.data.metrics["train/acc_none"] == 0.5
 
 
 def test_a_resumed_training_repeats_no_step(
     tracking: Tracking, workspace: Workspace, tmp_path: Path
 ) -> None:
-    run, journal = tracking.run("resumed", name="j", kind="pretrain"), Journal(tmp_path)
+    run, journal = run_of("resumed", journal=str(tmp_path)), Journal(tmp_path)
     for step in (1, 2, 3):
         journal.metrics(step, {"train/loss": 5.0 - step, "train/tokens_per_second": step})
-    run.log_journal(tmp_path)
-    assert run.run_id is not None
+    first = show(tracking, run)
     # It goes on from its checkpoint at step 1; another process, which knows nothing, copies it.
     for step in (2, 3, 4):
         journal.metrics(step, {"train/loss": 5.0 - step, "train/tokens_per_second": 10.0 * step})
     journal.close()
-    run.log_journal(tmp_path)
-    other = open_tracking(workspace, warn=pytest.fail)
-    again = other.run("resumed", name="j", kind="pretrain")
-    again.log_journal(tmp_path)
-    assert again.run_id == run.run_id
-    history = client(tracking).get_metric_history(run.run_id, "train/loss")
-    assert [(point.step, point.value) for point in history] == [(1, 4), (2, 3), (3, 2), (4, 1)]
+    show(tracking, run)
+    again = show(open_tracking(workspace, warn=pytest.fail), run)
+    assert again.info.run_id == first.info.run_id
+    assert history(tracking, first, "train/loss") == [(1, 4), (2, 3), (3, 2), (4, 1)]
 
 
 def test_a_copy_after_a_lost_answer_adds_no_point(
     tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    journal = Journal(tmp_path)
-    for step in range(5):
+    run, journal = run_of("lost answer", journal=str(tmp_path)), Journal(tmp_path)
+    for step in range(1000):  # More than fit into one request.
         journal.metrics(step, {"train/loss": float(step)})
-    journal.close()
-    run = tracking.run("lost answer", name="j", kind="pretrain")
-    assert run.run_id is not None
+    show(tracking, run_of("lost answer"))
     log_batch = MlflowClient.log_batch
 
     def stored_without_answer(*given: Any, **more: Any) -> None:
         log_batch(*given, **more)
         raise OSError("the connection was closed")
 
+    warnings: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_batch", stored_without_answer)
-        patch.setattr(tracking._delivery, "_warn", lambda text: None)
-        run.log_journal(tmp_path)
-        tracking._delivery.wait()
-    assert len(tracking.outbox.records()) == 1
-    assert tracking.sync() == 1
-    history = client(tracking).get_metric_history(run.run_id, "train/loss")
-    assert [point.step for point in history] == list(range(5))
+        patch.setattr(tracking, "_warn", warnings.append)
+        tracking.publish(run)
+        tracking.wait()
+        assert len(warnings) == 1
+        assert tracking.is_store_down
+    journal.metrics(1000, {"train/loss": 1000.0})
+    journal.close()
+    tracking._paused_until = 0.0
+    found = show(tracking, run)
+    assert [step for step, _ in history(tracking, found, "train/loss")] == list(range(1001))
 
 
 def test_a_run_has_the_times_of_its_training(tracking: Tracking) -> None:
-    sweep = tracking.run("times", name="s", kind="sweep", started_ms=1_000)
-    trial = NestedRun(
-        key="timed", kind="trial", name="t", params={}, tags={}, metrics={"loss": 1.0},
-        status="RUNNING", started_ms=2_000,
-    )  # fmt: skip
-    [run] = tracking.log_nested([trial], parent=sweep)
-    assert stored(tracking, run).info.status == "RUNNING"
-    assert stored(tracking, run).info.end_time is None
-    failed = replace(trial, status="FAILED", ended_ms=3_000, tags={NOTE_TAG: "why", "a": "b"})
-    tracking.log_nested([failed], parent=sweep)
-    found = stored(tracking, run)
+    show(tracking, run_of("times", kind="sweep", started_ms=1_000))
+    trial = run_of("timed", parent="times", points=[("loss", 1.0, 0)], started_ms=2_000)
+    found = show(tracking, trial)
+    assert found.info.status == "RUNNING"
+    assert found.info.end_time is None
+    failed = trial.changed(status="FAILED", ended_ms=3_000, tags={NOTE_TAG: "why", "a": "b"})
+    found = show(tracking, failed)
     assert (found.info.start_time, found.info.end_time) == (2_000, 3_000)
     assert (found.info.status, found.data.tags[NOTE_TAG]) == ("FAILED", "why")
     # It is tried again, and the reason disappears.
-    again = replace(trial, status="FINISHED", ended_ms=4_000, tags={NOTE_TAG: ""})
-    tracking.log_nested([replace(again, status="RUNNING"), again], parent=sweep)
-    found = stored(tracking, run)
+    again = trial.changed(ended_ms=4_000, tags={NOTE_TAG: ""})
+    assert show(tracking, again).info.status == "RUNNING"
+    found = show(tracking, again.changed(status="FINISHED"))
     assert (found.info.start_time, found.info.end_time) == (2_000, 4_000)
     assert found.info.status == "FINISHED"
     assert NOTE_TAG not in found.data.tags
     assert found.data.tags["a"] == "b"
-    assert stored(tracking, sweep).info.start_time == 1_000
 
 
 def test_a_run_is_searched_once_and_unchanged_values_are_not_sent(
     tracking: Tracking, workspace: Workspace, requests: Counter[str]
 ) -> None:
-    sweep = tracking.run("counted", name="s", kind="sweep", params={"seed": 1}, tags={"a": "b"})
+    sweep = run_of("counted", kind="sweep", params={"seed": "1"}, tags={"a": "b"})
     trials = [
-        NestedRun(
-            key=f"counted-{n}", kind="trial", name="t", params={"n": str(n)}, tags={},
-            metrics={"loss": n},
+        run_of(
+            f"counted-{n}", parent="counted", params={"n": str(n)}, points=[("loss", n, 0)],
+            dataset=("tokens", "0123456789abcdef", {"train_tokens": 7}), status="FINISHED",
         )
         for n in range(20)
     ]  # fmt: skip
-    assert sweep.run_id is not None
-    assert requests == {"search_runs": 1, "create_run": 1, "log_batch": 1}
+    show(tracking, sweep)
+    assert requests == {"search_runs": 1, "create_run": 1, "log_batch": 1, "get_run": 1}
     requests.clear()
-    tracking.log_nested(trials, parent=sweep)
-    sweep.finish()
-    assert requests == {"search_runs": 1, "create_run": 20, "log_batch": 20, "update_run_info": 21}
+    ended = sweep.changed(status="FINISHED")
+    assert all(tracking.publish_now([*trials, ended]))
+    assert requests == {
+        "search_runs": 1, "create_run": 20, "log_batch": 20, "log_inputs": 20,
+        "update_run_info": 21,
+    }  # fmt: skip
     requests.clear()
-    tracking.log_nested(trials, parent=sweep)
-    sweep.finish()
+    assert all(tracking.publish_now([*trials, ended]))
     assert not requests
     again = open_tracking(workspace, warn=pytest.fail)
     requests.clear()
-    sweep = again.handle("counted", name="s", kind="sweep")
-    again.log_nested(trials, parent=sweep)
-    sweep.finish()
+    assert all(again.publish_now([ended, *trials]))
     assert requests == {"search_runs": 1}
 
 
 def test_a_run_that_was_deleted_meanwhile_is_created_again(tracking: Tracking) -> None:
-    run = tracking.run("deleted", name="d", kind="pretrain")
-    assert run.run_id is not None
-    client(tracking).delete_run(run.run_id)
-    run.log_metrics({"loss": 1.0})
-    assert stored(tracking, run).data.metrics == {"loss": 1.0}
-    assert stored(tracking, run).info.lifecycle_stage == "active"
-
-
-def test_a_trial_becomes_a_finished_nested_run(tracking: Tracking) -> None:
-    sweep = tracking.run("nesting", name="sweep", kind="sweep")
-    trial = NestedRun(
-        key="trial-key",
-        kind="trial",
-        name="t",
-        params={"schedule": "1,0"},
-        tags={"iiet.sweep": "nesting"},
-        metrics={"cost/evaluations": 3, "quality/accuracy": 0.5},
-    )
-    for _ in range(2):
-        [run] = tracking.log_nested([trial], parent=sweep)
-    found = stored(tracking, run)
-    assert found.data.params == trial.params
-    assert found.data.metrics == trial.metrics
-    assert found.data.tags["iiet.sweep"] == "nesting"
-    assert found.data.tags["mlflow.parentRunId"] == sweep.run_id
-    assert found.info.status == "FINISHED"
+    run = run_of("deleted", kind="pretrain")
+    client(tracking).delete_run(show(tracking, run).info.run_id)
+    found = show(tracking, run.changed(points=[("loss", 1.0, 0)]))
+    assert found.data.metrics == {"loss": 1.0}
+    assert found.info.lifecycle_stage == "active"
+    # The same with the run of a sweep, of which a trial is published.
+    sweep = run_of("deleted-sweep", kind="sweep", name="all")
+    client(tracking).delete_run(show(tracking, sweep).info.run_id)
+    trial = show(tracking, run_of("deleted-trial", parent=sweep.key))
+    client(tracking).delete_run(trial.info.run_id)
+    trial = show(tracking, run_of("deleted-trial", parent=sweep.key, params={"a": "b"}))
+    parent = client(tracking).get_run(trial.data.tags["mlflow.parentRunId"])
+    assert (parent.info.lifecycle_stage, parent.info.run_name) == ("active", "all")
 
 
 def test_an_interrupted_run_resumes_and_a_finished_one_stays(tracking: Tracking) -> None:
-    run = tracking.run("states", name="s", kind="pretrain")
-    run.finish("KILLED")
-    assert stored(tracking, tracking.run("states", name="s", kind="pretrain")).info.status == (
-        "RUNNING"
-    )
-    run.finish()
-    ended = stored(tracking, run).info.end_time
-    again = tracking.run("states", name="s", kind="pretrain")
-    again.finish()
-    assert stored(tracking, again).info.status == "FINISHED"
-    assert stored(tracking, again).info.end_time == ended
+    run = run_of("states", kind="pretrain")
+    assert show(tracking, run.changed(status="KILLED")).info.status == "KILLED"
+    assert show(tracking, run).info.status == "RUNNING"
+    found = show(tracking, run.changed(status="FINISHED"))
+    assert show(tracking, run).info.status == "FINISHED"
+    again = show(tracking, run.changed(status="FINISHED", ended_ms=10**13))
+    assert again.info.status == "FINISHED"
+    assert again.info.end_time == found.info.end_time
 
 
 def test_a_parameter_keeps_its_first_value(tracking: Tracking) -> None:
-    run = tracking.run("params", name="p", kind="pretrain", params={"seed": 1})
-    params = {"seed": 2, **{f"setting.{n}": n for n in range(150)}}
-    run = tracking.run("params", name="p", kind="pretrain", params=params)
-    found = stored(tracking, run).data.params
+    show(tracking, run_of("params", params={"seed": "1"}))
+    params = {"seed": "2", **{f"setting.{n}": str(n) for n in range(150)}}
+    found = show(tracking, run_of("params", params=params)).data.params
     assert found["seed"] == "1"
     assert found["setting.149"] == "149"
 
 
-def test_a_second_table_replaces_the_first(
+def test_artifacts_and_texts_replace_earlier_ones(
     tracking: Tracking, workspace: Workspace, tmp_path: Path
 ) -> None:
-    run = tracking.run("table", name="t", kind="sweep")
-    run.log_table([{"a": 1, "b": "x"}, {"a": 2, "b": "y"}], "front/table.json")
-    run.log_table([{"a": 3, "b": "z"}], "front/table.json")
-    assert run.run_id is not None
-    path = client(tracking).download_artifacts(run.run_id, "front/table.json", str(tmp_path))
-    assert json.loads(Path(path).read_text()) == {"columns": ["a", "b"], "data": [[3, "z"]]}
-    tables = json.loads(stored(tracking, run).data.tags["mlflow.loggedArtifacts"])
-    assert tables == [{"path": "front/table.json", "type": "table"}]
+    file = tmp_path / "front.csv"
+    run = run_of(
+        "artifacts", tags={NOTE_TAG: f"**hello** {RUN_ID}"},
+        files={"front": [str(file), str(tmp_path / "missing.png")]},
+    )  # fmt: skip
+    for text in ("old", "newer"):
+        file.write_text(text)
+        found = show(tracking, run.changed(texts={"settings.yaml": text, "front/table.json": text}))
+    run_id = found.info.run_id
+    assert found.data.tags[NOTE_TAG] == f"**hello** {run_id}"
+    paths = [file.path for file in client(tracking).list_artifacts(run_id, "front")]
+    assert paths == ["front/front.csv", "front/table.json"]
+    for name in ("front/front.csv", "front/table.json", "settings.yaml"):
+        path = client(tracking).download_artifacts(run_id, name, str(tmp_path))
+        assert Path(path).read_text() == "newer"
     # Artifacts lie in the workspace, not in ./mlruns of the current directory.
     assert list(workspace.artifacts.rglob("table.json"))
 
 
-def test_artifacts_and_note(tracking: Tracking, tmp_path: Path) -> None:
-    run = tracking.run("artifacts", name="a", kind="sweep")
-    (tmp_path / "front.csv").write_text("a,b\n")
-    run.log_artifact(tmp_path / "front.csv", "front")
-    run.set_tags({NOTE_TAG: "**hello**"})
-    assert run.run_id is not None
-    paths = [file.path for file in client(tracking).list_artifacts(run.run_id, "front")]
-    assert paths == ["front/front.csv"]
-    assert stored(tracking, run).data.tags["mlflow.note.content"] == "**hello**"
-
-
-def test_a_refused_operation_is_reported_and_not_stored(
-    workspace: Workspace, tmp_path: Path
-) -> None:
+def test_what_is_refused_is_reported_and_the_rest_is_shown(workspace: Workspace) -> None:
     warnings: list[str] = []
     tracking = open_tracking(workspace, warn=warnings.append)
-    run = tracking.run("refused", name="r", kind="sweep")
-    run.log_artifact(tmp_path / "missing.png")
-    run.finish()
-    assert len(warnings) == 1
-    assert "missing.png" in warnings[0]
-    assert tracking.outbox.records() == []
-    run.log_metrics({"still": 1.0})
-    assert stored(tracking, run).data.metrics == {"still": 1.0}
+    refused = run_of("refused", params={"a name": "x", "": "no name"})
+    tracking.publish(refused, run_of("other", points=[("still", 1.0, 0)]))
+    assert show(tracking, run_of("other")).data.metrics == {"still": 1.0}
+    assert [text.split(":")[0] for text in warnings] == ["MLflow refused trial refused"]
+    assert not tracking.is_store_down
 
 
 def test_a_full_disk_and_a_dead_server_stop_nothing(
@@ -305,49 +268,50 @@ def test_a_full_disk_and_a_dead_server_stop_nothing(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     warnings: list[str] = []
-    tracking = open_tracking(open_workspace(tmp_path), warn=warnings.append)
-    tracking.outbox.path.mkdir()  # Writing fails, as on a full disk.
-    run = tracking.run("dead", name="run", kind="pretrain")
-    run.log_metrics({"loss": 1.0})
-    run.finish()
-    assert [text.split(";")[0].split(" (")[0] for text in warnings] == [
+    workspace = open_workspace(tmp_path)
+    tracking = open_tracking(workspace, warn=warnings.append)
+    workspace.tracked.touch()  # Writing fails, as on a full disk.
+    for value in (1.0, 2.0):
+        tracking.publish(run_of("dead", points=[("loss", value, 0)]))
+        tracking.wait()
+    assert sorted(text.split(";")[0].split(" (")[0] for text in warnings) == [
         "MLflow at http://127.0.0.1:9 does not respond",
-        f"cannot store records for MLflow in {tracking.outbox.path}",
+        f"cannot store what MLflow shows in {workspace.tracked}",
     ]
 
 
-def test_a_dead_server_costs_one_warning_and_sync_delivers(
+def test_a_dead_server_costs_one_warning_and_gets_the_last_state_later(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     warnings: list[str] = []
     tracking = open_tracking(workspace, warn=warnings.append)
-    sweep = tracking.run("dead", name="sweep", kind="sweep", params={"seed": 3})
-    trial = tracking.run("dead-trial", name="trial", kind="trial", parent=sweep)
-    with_journal = Journal(tmp_path)
-    with_journal.metrics(1, {"train/loss": 2.0})
-    with_journal.close()
-    trial.log_journal(tmp_path)
-    trial.log_journal(tmp_path)
-    trial.finish()
-    assert trial.run_id is None
+    sweep = run_of("dead", kind="sweep", name="sweep", params={"seed": "3"})
+    trial = run_of("dead-trial", parent="dead", journal=str(tmp_path))
+    journal = Journal(tmp_path)
+    journal.metrics(1, {"train/loss": 2.0})
+    journal.close()
+    tracking.publish(sweep, trial)
+    tracking.wait()
+    tracking.publish(trial.changed(status="FINISHED"))
+    assert tracking.run_id(trial) is None
     assert len(warnings) == 1
     assert "iiet-orch sync" in warnings[0]
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    told: list[str] = []
-    back = open_tracking(workspace, warn=told.append)
-    with back.outbox.path.open("a") as file:
-        file.write('{"operation": "upd')
-    assert back.sync() == 4
-    assert told == [f"{back.outbox.path} is damaged: 1 of its lines are left out"]
-    assert back.outbox.records() == []
-    found = stored(back, back.run("dead-trial", name="trial", kind="trial", parent=sweep))
+    back = open_tracking(workspace, warn=pytest.fail)
+    kept = back.stored("trial", "dead-trial", "dead")
+    assert kept is not None
+    assert all(back.publish_now([kept]))
+    found = show(back, kept)
     assert found.info.status == "FINISHED"
     assert found.data.metrics == {"train/loss": 2.0}
     parent = client(back).get_run(found.data.tags["mlflow.parentRunId"])
-    assert parent.data.params == {"seed": "3"}
+    assert parent.info.run_name == "sweep"
+    [sweep_there] = [back.stored("sweep", "dead")]
+    assert sweep_there is not None
+    assert show(back, sweep_there).data.params == {"seed": "3"}
 
 
 def test_a_store_that_cannot_be_opened_is_a_clear_error(
@@ -387,102 +351,70 @@ def test_an_invalid_database_is_found_before_mlflow_opens_it(
         open_tracking(open_workspace(tmp_path))
 
 
-def test_pending_operations_are_plain_json(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    tracking = open_tracking(workspace, warn=lambda text: None)
-    run = tracking.run("plain", name="p", kind="sweep")
-    run.log_metrics({"hypervolume": 0.5})
-    run.log_journal(tmp_path)
-    assert run.run_id is None
-    assert [sorted(record["arguments"]) for record in tracking.outbox.records()] == [
-        ["params", "tags"],
-        ["points", "time_ms"],
-        ["journal"],
-    ]
-    tracking.outbox.path.unlink()
-
-
-def test_a_copy_has_its_own_artifacts_and_the_original_stays(
+def test_a_copy_shows_nothing_new_and_names_what_people_have_added(
     tracking: Tracking, workspace: Workspace, tmp_path: Path
 ) -> None:
-    run = tracking.run("copied", name="c", kind="sweep", tags={"at": f"{workspace.root}/runs/x"})
+    at = {"at": f"{workspace.root}/runs/x"}
+    run = run_of("copied", kind="sweep", status="FINISHED", params=at, tags={**at, NOTE_TAG: "a"})
+    found = show(tracking, run)
+    assert (found.data.tags["at"], found.data.params["at"]) == ("runs/x", "runs/x")
+    noted = show(tracking, run_of("noted", name="noted", status="FINISHED"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    model = TrackedModel(key="k", name="copied", params={}, datasets={})
-    run.register("copied", tmp_path / "model", model=model, alias="best")
-    elsewhere = client(tracking).create_experiment("of the user", f"file://{workspace.root}-x")
-    run.finish()
+    tracking.register(
+        RegisteredModel(
+            name="copied", alias="best", run=run.place, folder=str(tmp_path / "model"),
+            model=TrackedModel(key="k", name="copied", params={}, datasets={}),
+        )
+    )  # fmt: skip
+    client(tracking).set_tag(noted.info.run_id, NOTE_TAG, "interesting")
+    client(tracking).set_tag(noted.info.run_id, "reviewer", "ann")
+    client(tracking).set_registered_model_alias("copied", "production", "1")
     before = {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()}
     root = Path(shutil.copytree(workspace.root, tmp_path / "a copy"))
-    copy = open_tracking(open_workspace(root), warn=pytest.fail)
-    same = copy.run("copied", name="c", kind="sweep")
-    assert same.run_id == run.run_id
-    assert stored(copy, same).data.tags["at"] == "runs/x"
-    same.log_artifact(tmp_path / "model" / "config.json", "new")
-    same.finish()
-    assert list(root.glob("artifacts/*/artifacts/new/config.json"))
-    best = client(copy).get_model_version_by_alias("copied", "best")
-    assert best.source.startswith(f"file://{tmp_path}/a%20copy/artifacts/")
-    assert Path(unquote(urlsplit(best.source).path), "config.json").is_file()
-    assert client(copy).get_experiment(elsewhere).artifact_location == f"file://{workspace.root}-x"
+
+    warnings: list[str] = []
+    copy = open_tracking(open_workspace(root), warn=warnings.append)
+    copy.publish(run.changed(points=[("loss", 1.0, 0)]))
+    assert copy.run_id(run) is None
+    [warning] = warnings
+    assert warning.startswith(f"{root}/mlflow.db was copied or moved with the workspace, and names")
+    added = copy.added_by_people()
+    assert {"the note of noted", "the tag reviewer of noted"} <= set(added)
+    assert "the alias copied@production" in added
+    assert not [text for text in added if "copied@best" in text or text == "the note of copied"]
     after = {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()}
     assert after == before
-    with closing(sqlite3.connect(root / "mlflow.db")) as database:
-        dump = "\n".join(database.iterdump())
-    assert f"{workspace.root}/" not in dump
 
 
-def test_pending_operations_move_with_the_workspace(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_no_tracked_file_names_the_place_of_the_workspace(
+    tracking: Tracking, workspace: Workspace
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    tracking = open_tracking(open_workspace(tmp_path / "old"), warn=lambda text: None)
-    journal = Journal(tmp_path / "old" / "runs" / "x")
-    journal.metrics(1, {"train/loss": 2.0})
-    journal.close()
-    run = tracking.run("moved", name="m", kind="pretrain")
-    run.log_journal(journal.path.parent)
-    run.finish()
-    assert str(tmp_path) not in tracking.outbox.path.read_text()
-    root = (tmp_path / "old").rename(tmp_path / "new")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workspace.database}")
-    back = open_tracking(open_workspace(root), warn=pytest.fail)
-    assert back.sync() == 3
-    found = stored(back, back.run("moved", name="m", kind="pretrain"))
-    assert found.data.metrics == {"train/loss": 2.0}
+    place = str(workspace.root / "runs" / "x")
+    model = TrackedModel(key="k", name="m", params={"checkpoint": place}, datasets={})
+    run = run_of(
+        "portable", folder=place, journal=place, params={"at": place}, tags={"at": place},
+        files={"front": [f"{place}/a.png"]}, model=model,
+    )  # fmt: skip
+    show(tracking, run)
+    path = run.path(workspace)
+    assert str(workspace.root) not in path.read_text()
+    stored = tracking.stored("trial", "portable")
+    assert stored is not None
+    assert (stored.folder, stored.files) == (run.folder, run.files)
 
 
 def test_a_dataset_is_logged_once_with_its_digest(tracking: Tracking) -> None:
-    run = tracking.run("data", name="d", kind="pretrain")
-    for _ in range(2):
-        run.log_dataset("tokens", "0123456789abcdef", {"train_tokens": 7})
-    (found,) = stored(tracking, run).inputs.dataset_inputs
-    assert found.dataset.digest == "0123456789abcdef"
-    assert json.loads(found.dataset.profile) == {"train_tokens": 7}
-    assert found.tags[0].value == "training"
-    trial = NestedRun(
-        key="reader", kind="trial", name="t", params={}, tags={}, metrics={},
-        dataset=("tokens", "0123456789abcdef", {"train_tokens": 7}),
-    )  # fmt: skip
-    [nested] = tracking.log_nested([trial], parent=run)
-    (found,) = stored(tracking, nested).inputs.dataset_inputs
-    assert found.dataset.name == "tokens"
+    data = ("tokens", "0123456789abcdef", {"train_tokens": 7})
+    for kind, context in (("pretrain", "training"), ("influence", "evaluation")):
+        for _ in range(2):
+            run = show(tracking, run_of("data", kind=kind, dataset=data))
+        (found,) = run.inputs.dataset_inputs
+        assert (found.dataset.name, found.dataset.digest) == data[:2]
+        assert json.loads(found.dataset.profile) == {"train_tokens": 7}
+        assert found.tags[0].value == context
 
 
 def test_no_run_ends_before_its_start(tracking: Tracking) -> None:
-    run = tracking.run("short", name="s", kind="influence")
-    run.finish(ended_ms=1)
-    info = stored(tracking, run).info
+    info = show(tracking, run_of("short", status="FINISHED", ended_ms=1)).info
     assert info.end_time == info.start_time > 1
-
-
-def test_a_text_is_a_file_of_the_run(tracking: Tracking, tmp_path: Path) -> None:
-    run = tracking.run("text", name="t", kind="pretrain")
-    for text in ("old", "seed: 3\n"):
-        run.log_text(text, "settings.yaml")
-    path = client(tracking).download_artifacts(str(run.run_id), "settings.yaml", str(tmp_path))
-    assert Path(path).read_text(encoding="utf-8") == "seed: 3\n"

@@ -19,8 +19,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iiet import METHODS, Decoder, next_token_loss, preset
-from iiet.half_weights import are_float32
-from iiet.token_step import serves_fields
 from iiet.training_memory import training_memory
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
@@ -150,16 +148,6 @@ def test_replicas_of_shards_average_gradients_in_the_last_pass_only() -> None:
         assert len(weight.to_local()) == len(weight) // 2
     finally:
         dist.destroy_process_group()
-
-
-def test_weights_that_stay_gathered_are_not_copied_again(world: World) -> None:
-    decoder = make_decoder()
-    shard(decoder, world, precision="bf16")
-    with pass_of_several(decoder, world, is_last=False), autocast("bf16", world):
-        decoder(torch.zeros(1, 8, dtype=torch.long))
-        assert serves_fields(decoder.fields)
-        # A copy's gradients would come after those of its layer have been reduced.
-        assert not are_float32(decoder.fields)
 
 
 @pytest.mark.parametrize("method", METHODS)

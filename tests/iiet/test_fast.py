@@ -11,19 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iiet import (
-    Decoder,
-    KeyValueCache,
-    cpu_kernels,
-    next_token_loss,
-    plain_formulas,
-    preset,
-    token_step,
-)
-from iiet.cpu_kernels import gated_product, project_heads, rms_norm
+from iiet import Decoder, KeyValueCache, fast, next_token_loss, plain_formulas, preset
+from iiet.context import make_context
+from iiet.fast import can_use_fast_linear, few_rows_product, gated_product, project_heads, rms_norm
 from iiet.layers import Attention, FeedForward, RMSNorm
 from iiet.rope import Rope, rotate
-from iiet.token_step import few_rows_product
 
 
 def tensor(*shape):
@@ -103,8 +95,8 @@ def test_rotation_in_half_precision_is_rounded_once():
 @pytest.mark.parametrize("shape", [(3, 7), (7, 3), (8, 3)])
 @torch.no_grad()
 def test_product_of_few_rows(rows, shape, is_intel, monkeypatch):
-    monkeypatch.setattr(token_step, "_is_intel", lambda: is_intel)
-    monkeypatch.setattr(token_step, "_NUMBERS_IN_SECOND_CACHE", 21)
+    monkeypatch.setattr(fast, "_is_intel", lambda: is_intel)
+    monkeypatch.setattr(fast, "_NUMBERS_IN_SECOND_CACHE", 21)
     linear = nn.Linear(shape[1], shape[0], bias=False).double()
     x = torch.randn(rows, 1, shape[1], dtype=torch.float64)
     product = few_rows_product(x, linear, rows)
@@ -138,22 +130,28 @@ def everything(decoder):
 @pytest.mark.parametrize("method", ["vanilla", "iiet", "pcformer"])
 def test_a_model_is_the_same_with_and_without_them(method, monkeypatch):
     decoder = small_decoder(method).double()
-    fast = everything(decoder)
+    found = everything(decoder)
     with plain_formulas():
         plain = everything(decoder)
-    monkeypatch.setattr(cpu_kernels, "ENABLED", False)
-    off = everything(decoder)
-    for name, value in fast.items():
+    monkeypatch.setattr(fast, "ENABLED", False)
+    off = everything(small_decoder(method).double())
+    for name, value in found.items():
         torch.testing.assert_close(plain[name], value)
         torch.testing.assert_close(off[name], value)
-    assert any(not torch.equal(off[name], value) for name, value in fast.items())
+    assert any(not torch.equal(off[name], value) for name, value in found.items())
+
+
+def test_only_modules_of_a_decoder_get_them():
+    kinds = {type(module) for module in small_decoder().modules()}
+    assert {fast.FastField, fast.FastAttention, fast.FastFeedForward, fast.FastRMSNorm} < kinds
+    assert not {Attention, FeedForward, RMSNorm} & kinds
 
 
 @pytest.mark.slow
 def test_the_environment_turns_them_off():
-    assert (os.environ.get("IIET_CPU_KERNELS") != "0") == cpu_kernels.ENABLED
+    assert (os.environ.get("IIET_CPU_KERNELS") != "0") == fast.ENABLED
     run = subprocess.run(
-        [sys.executable, "-c", "from iiet import cpu_kernels; print(cpu_kernels.ENABLED)"],
+        [sys.executable, "-c", "from iiet import fast; print(fast.ENABLED)"],
         env={**os.environ, "IIET_CPU_KERNELS": "0"},
         capture_output=True,
         text=True,
@@ -180,26 +178,26 @@ def test_only_a_bare_linear_layer_is_served(change):
         linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Wrapped))
     if change == "parametrized":
         nn.utils.parametrize.register_parametrization(linear, "weight", nn.Identity())
-    assert cpu_kernels.serves_linear(linear) == (change == "none")
+    assert can_use_fast_linear(linear, torch.ones(1, 4)) == (change == "none")
 
 
 def test_global_hooks_turn_them_off():
     linear = nn.Linear(4, 4, bias=False)
-    assert cpu_kernels.serves_linear(linear)
+    assert can_use_fast_linear(linear, torch.ones(1, 4))
     with nn.modules.module.register_module_forward_hook(lambda *_: None):
-        assert not cpu_kernels.serves_linear(linear)
-    assert cpu_kernels.serves_linear(linear)
+        assert not can_use_fast_linear(linear, torch.ones(1, 4))
+    assert can_use_fast_linear(linear, torch.ones(1, 4))
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])
 @pytest.mark.parametrize("method", ["vanilla", "iiet", "pcformer"])
 def test_a_run_on_fake_tensors_caches_nothing(with_gradients, method):
     """They have no values; a cached one would make every later run of the process fail."""
-    cpu_kernels._constants.clear()
+    fast._constants.clear()
     used, unused = small_decoder(method), small_decoder(method)
     with torch.set_grad_enabled(with_gradients):
         expected = used(tokens())
-        cpu_kernels._constants.clear()
+        fast._constants.clear()
         with FakeTensorMode(allow_non_fake_inputs=True):
             assert type(unused(tokens())) is not torch.Tensor
             loss = next_token_loss(used(tokens()), tokens())
@@ -227,6 +225,17 @@ def test_plain_modules_are_their_formulas():
         with plain_formulas():
             torch.testing.assert_close(network(x), expected)
             torch.testing.assert_close(norm(x), x / root)
+
+
+def test_the_last_sum_of_a_field_is_not_rounded():
+    decoder = small_decoder()
+    field, x, seen = decoder.fields[0], torch.randn(2, 8, 16), {}
+    field.feed_forward_norm.register_forward_hook(lambda _, given, __: seen.update(u=given[0]))
+    field.feed_forward.register_forward_hook(lambda _, __, found: seen.update(change=found))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = field(x, make_context(x, decoder.rope))
+    assert seen["change"].dtype == torch.bfloat16
+    assert torch.equal(found, seen["u"] + seen["change"].float())
 
 
 def test_rotation_keeps_lengths_and_depends_on_distances_alone():

@@ -1,0 +1,150 @@
+"""What MLflow shows of a run, kept as a file: the workspace is the truth, and MLflow a view of it.
+
+A training, a sweep, each of its trials, an evaluation, a benchmark and an influence table are such
+runs. Curves stay in the journals that the runs name. From these files `Tracking.publish` makes the
+runs in MLflow, and `sync` makes all of them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, PlainSerializer, SerializationInfo
+
+from orchestrator.records.record import Record, WorkspacePath
+from orchestrator.workspace.journal import now_ms
+from orchestrator.workspace.layout import Workspace, portable_path
+
+RUN_ID = "{run_id}"
+"""Stands for MLflow's id of the run in the texts of its tags."""
+
+
+def _portable(texts: dict[str, str], info: SerializationInfo) -> dict[str, str]:
+    return {name: portable_path(text, info.context) for name, text in texts.items()}
+
+
+Texts = Annotated[dict[str, str], PlainSerializer(_portable)]
+"""Texts by name; those that are paths in a workspace are stored relative to its root."""
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+DataSummary = tuple[str, str, dict[str, Any]]
+"""Name, digest, and a profile with origin and sizes."""
+
+
+class TrackedModel(Record):
+    """A model that is logged with the runs that made and measured it."""
+
+    key: str
+    """Of its weights and its schedule."""
+    name: str
+    params: Texts
+    datasets: dict[str, tuple[str, str] | None]
+    """The metrics that describe the model -> name and digest of the data that they were measured
+    on; None for costs, which need no data."""
+
+
+class TrackedRun(Record):
+    """One run as MLflow shows it.
+
+    It is found by its kind, its key and its parent, so there is never a second one. A trial of two
+    sweeps has one key and two runs, one under each parent.
+    """
+
+    key: str
+    """Content key of what was done."""
+    kind: str
+    """The tag `iiet.kind`: pretrain, distill, sweep, trial, teacher, baseline, evaluation,
+    benchmark or influence."""
+    name: str
+    """Name for people; two runs may share it."""
+    parent: str | None = None
+    """Key of the sweep that it is a trial of."""
+    folder: WorkspacePath | None = None
+    """What it describes, if that is a folder, which may be deleted."""
+    journal: WorkspacePath | None = None
+    """Folder of the journal with its curves."""
+    params: Texts = Field(default_factory=dict)
+    tags: Texts = Field(default_factory=dict)
+    """An empty text deletes the tag."""
+    points: list[tuple[str, float, int]] = Field(default_factory=list)
+    """Name, value and step of metrics that are in no journal."""
+    dataset: DataSummary | None = None
+    """The data that it read."""
+    files: dict[str, list[WorkspacePath]] = Field(default_factory=dict)
+    """Folder of artifacts -> pictures, tables and pages, as far as they exist."""
+    texts: dict[str, str] = Field(default_factory=dict)
+    """Path of an artifact -> its content."""
+    views: dict[str, str] = Field(default_factory=dict)
+    """Tags of the experiment, which hold saved chart views."""
+    model: TrackedModel | None = None
+    """What was made or measured, if its metrics belong to a logged model."""
+    status: Status = "FINISHED"
+    started_ms: int = Field(default_factory=now_ms)
+    ended_ms: int | None = None
+    """Start, and end or last record so far, in ms."""
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        points: Sequence[tuple[str, float, int]] = (),
+        **fields: Any,
+    ) -> Self:
+        """Make a run whose parameters are any values, and whose `metrics` have no step."""
+        texts = {name: str(value) for name, value in params.items()}
+        return cls(params=texts, points=[*without_step(metrics or {}), *points], **fields)
+
+    @property
+    def place(self) -> tuple[str, str, str | None]:
+        """What it is found by."""
+        return self.kind, self.key, self.parent
+
+    def path(self, workspace: Workspace) -> Path:
+        """Return its file in a workspace."""
+        return tracked_path(workspace, *self.place)
+
+    def changed(self, **changes: Any) -> Self:
+        """Return the run with other values; mappings and points are added to those that it has."""
+        for name in {"tags", "files", "texts", "views"} & changes.keys():
+            changes[name] = {**getattr(self, name), **changes[name]}
+        if "points" in changes:
+            new = {(name, step) for name, _, step in changes["points"]}
+            kept = [point for point in self.points if (point[0], point[2]) not in new]
+            changes["points"] = [*kept, *changes["points"]]
+        return self.model_copy(update=changes)
+
+
+class RegisteredModel(Record):
+    """A version of a registered model: an exported folder, stored with a logged model."""
+
+    name: str
+    """Name of the registered model."""
+    alias: str
+    """Points to this version."""
+    run: tuple[str, str, str | None]
+    """Place of the `TrackedRun` that made or measured the model."""
+    model: TrackedModel
+    """The same model of the same run is the same version."""
+    folder: WorkspacePath
+    """The exported model."""
+    note: str = ""
+    tags: dict[str, str] = Field(default_factory=dict)
+    example: str = ""
+    """A text that the model reads, stored as MLflow's input example."""
+
+    def path(self, workspace: Workspace) -> Path:
+        """Return its file in a workspace; the alias's next version replaces it."""
+        return workspace.tracked / "registered" / f"{self.name}@{self.alias}.json"
+
+
+def tracked_path(workspace: Workspace, kind: str, key: str, parent: str | None) -> Path:
+    """Return the file of the run at a place."""
+    return workspace.tracked / (parent or "") / f"{kind}-{key}.json"
+
+
+def without_step(values: Mapping[str, float]) -> list[tuple[str, float, int]]:
+    """Return metrics that belong to no step as points."""
+    return [(name, float(value), 0) for name, value in values.items()]

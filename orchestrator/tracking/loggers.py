@@ -1,0 +1,131 @@
+"""Loggers beside MLflow: they receive the numbers of each run as they come.
+
+Other packages add loggers by entry points of the group `iiet_orch.loggers`. TensorBoard's is the
+example.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from iiet.extensions import ExtensionError, ExtensionTable
+from orchestrator.records.tracked_run import TrackedRun
+from orchestrator.settings.cluster import LOGGERS as LOGGER_NAMES
+from orchestrator.settings.cluster import TENSORBOARD
+from orchestrator.tracking.curves import CurveReader
+from orchestrator.workspace.errors import UserError, first_line
+
+
+class RunLogger(ABC):
+    """Base of all loggers; one object per run and process, in a thread of the command.
+
+    A new process reports a run from its first step on, so what an earlier one has written is to be
+    replaced. An error costs one warning, not the training.
+
+    Args:
+        folder: The run's folder in the workspace, `loggers/NAME/SWEEP/RUN`, without the sweep if it
+            stands alone; it need not exist yet.
+        run: The run with its key, kind, name and parameters.
+    """
+
+    def __init__(self, folder: Path, run: TrackedRun) -> None:
+        self.folder, self.run = folder, run
+
+    @abstractmethod
+    def log(self, step: int, values: Mapping[str, float], *, time: float) -> None:
+        """Take metrics, each point once; `time` in seconds since 1970, values may be NaN."""
+
+    def log_results(self, step: int, values: Mapping[str, float]) -> None:  # noqa: B027
+        """Take what was measured after the training; step 0 means none; it may come again."""
+
+    def close(self, status: str) -> None:  # noqa: B027
+        """Take the end of the run: FINISHED, FAILED or KILLED; more may come later."""
+
+
+class TensorBoardLogger(RunLogger):
+    """Writes event files of trainings, for `tensorboard --logdir WORKSPACE/tensorboard`."""
+
+    _writer: Any = None
+    _has_begun = False
+
+    def log(self, step: int, values: Mapping[str, float], *, time: float) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # Takes seconds, and few use it.
+
+            for earlier in self.folder.glob("events.out.tfevents.*") if not self._has_begun else ():
+                earlier.unlink(missing_ok=True)
+            self._writer, self._has_begun = SummaryWriter(str(self.folder), flush_secs=5), True
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step, walltime=time)
+
+    def close(self, status: str) -> None:  # noqa: ARG002 - TensorBoard shows no state
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+LOGGERS: ExtensionTable[type[RunLogger]] = ExtensionTable(
+    LOGGER_NAMES, {TENSORBOARD: TensorBoardLogger}, bases=(RunLogger,)
+)
+"""Loggers beside MLflow by name; the keys are values of the setting `tracking.loggers`."""
+
+
+def logger_class(name: str) -> type[RunLogger]:
+    """Return a logger's class.
+
+    Raises:
+        UserError: If its package is missing or broken.
+    """
+    try:
+        return LOGGERS[name]
+    except ExtensionError as error:
+        raise UserError(f"tracking.loggers: {error}") from None
+
+
+class LoggedRuns:
+    """Passes runs on to one logger, whose files lie in `folder`/SWEEP/RUN."""
+
+    def __init__(self, name: str, root: Path, *, warn: Callable[[str], None]) -> None:
+        """Use a logger in a workspace's root; `warn` is called once if it fails."""
+        self._name, self._class, self._warn = name, logger_class(name), warn
+        self._folder = root / (name if name == TENSORBOARD else f"loggers/{name}")
+        self._runs: dict[Path, tuple[RunLogger, CurveReader | None]] = {}
+        self._has_failed = False
+
+    def publish(self, runs: Sequence[TrackedRun]) -> Iterator[bool]:
+        """Pass runs on; yields after each of them."""
+        for run in runs:
+            try:
+                if not self._has_failed:
+                    self._publish(run)
+            except Exception as error:  # A logger runs its own code.
+                self._has_failed = True
+                self._warn(
+                    f"the logger {self._name} cannot log to {self._folder} "
+                    f"({first_line(error, with_type=True)}); the work continues without it"
+                )
+            yield True
+
+    def _publish(self, run: TrackedRun) -> None:
+        sweep = run.tags.get("iiet.sweep", "") if run.parent else ""
+        # Other systems take neither slashes nor colons in names of files.
+        place = self._folder.joinpath(*(re.sub(r"[^\w.,=+ -]", "_", n) for n in (sweep, run.name)))
+        if place in self._runs and self._runs[place][0].run.place != run.place:  # Of one name.
+            place = place.with_name(f"{place.name} {run.key}")
+        if place not in self._runs:
+            reader = CurveReader(Path(run.journal)) if run.journal else None
+            self._runs[place] = self._class(place, run), reader
+        logger, reader = self._runs[place]
+        points = reader.read() if reader else []
+        for (step, time_ms), group in groupby(points, key=lambda p: (p.step, p.time_ms)):
+            logger.log(step, {point.name: point.value for point in group}, time=time_ms / 1000)
+        results = sorted(run.points, key=lambda point: point[2])
+        for step, of_step in groupby(results, key=lambda point: point[2]):
+            logger.log_results(step, {name: value for name, value, _ in of_step})
+        if run.status != "RUNNING":
+            logger.close(run.status)

@@ -1,0 +1,120 @@
+"""Runs are published in the background, in order, and only in their last state."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from orchestrator.records.tracked_run import Status, TrackedRun
+from orchestrator.tracking import publisher as publishing
+from orchestrator.tracking.publisher import SECONDS_BETWEEN_COPIES, Publisher
+
+
+def run(key: str, status: Status = "FINISHED", name: str = "") -> TrackedRun:
+    return TrackedRun(key=key, kind="trial", name=name or key, status=status)
+
+
+class Shown:
+    """Remembers what was published, and by which threads."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.threads: set[threading.Thread] = set()
+        self.is_down = False
+        self.before: Callable[[TrackedRun], None] = lambda run: None
+
+    def publish(self, runs: Sequence[TrackedRun]) -> Iterator[bool]:
+        for each in runs:
+            self.before(each)
+            self.threads.add(threading.current_thread())
+            if not self.is_down:
+                self.names.append(each.name)
+            yield not self.is_down
+
+
+@pytest.fixture
+def shown() -> Shown:
+    return Shown()
+
+
+def test_runs_are_published_in_order_by_a_thread_that_ends(shown: Shown) -> None:
+    publisher = Publisher(shown.publish)
+    for start in (0, 100):
+        for number in range(100):
+            publisher.put(run(str(start + number)))
+        assert publisher.wait(60)
+    assert shown.names == [str(number) for number in range(200)]
+    assert threading.main_thread() not in shown.threads
+    for thread in shown.threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_only_the_last_state_of_a_run_waits_for_a_slow_server(shown: Shown) -> None:
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def wait(each: TrackedRun) -> None:
+        if each.key == "slow":
+            has_begun.set()
+            assert may_end.wait(60)
+
+    shown.before = wait
+    publisher = Publisher(shown.publish)
+    publisher.put(run("slow"))
+    assert has_begun.wait(60)
+    for number in range(5):
+        publisher.put(run("a", name=f"a{number}"), run("b"))
+    assert not publisher.wait(0.01), "it hangs"
+    may_end.set()
+    assert publisher.wait(60)
+    assert shown.names == ["slow", "a4", "b"]
+
+
+def test_running_ones_are_published_again_until_they_end(
+    shown: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert SECONDS_BETWEEN_COPIES < 5.0, "what is shown is at most 5 s old"
+    monkeypatch.setattr(publishing, "SECONDS_BETWEEN_COPIES", 0.01)
+    publisher, again = Publisher(shown.publish), threading.Event()
+    shown.before = lambda each: again.set() if len(shown.names) > 10 else None
+    publisher.put(run("a", "RUNNING"))
+    assert again.wait(60)
+    publisher.put(run("a", "FINISHED", name="end"))
+    assert publisher.wait(60)
+    assert set(shown.names[:-1]) == {"a"}
+    for thread in shown.threads:
+        thread.join(60)
+    assert shown.names[-1] == "end"
+
+
+def test_what_a_dead_server_missed_is_published_when_it_is_back(
+    shown: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown.is_down = True
+    publisher = Publisher(shown.publish)
+    publisher.put(run("a"), run("b", name="old"))
+    assert publisher.wait(60), "it was tried"
+    publisher.put(run("b", name="new"), run("c"))
+    assert publisher.wait(60)
+    assert shown.names == []
+    shown.is_down = False
+    publisher.put(run("d"))
+    assert publisher.wait(60)
+    assert shown.names == ["a", "new", "c", "d"]
+
+
+def test_an_unexpected_error_is_raised_where_it_is_waited_for(shown: Shown) -> None:
+    def fail(each: TrackedRun) -> None:
+        if each.key == "a":
+            raise ValueError("a mistake in this program")
+
+    shown.before = fail
+    publisher = Publisher(shown.publish)
+    publisher.put(run("a"))
+    with pytest.raises(ValueError, match="a mistake"):
+        publisher.wait(60)
+    publisher.put(run("b"))
+    assert publisher.wait(60)
+    assert shown.names == ["b"]
