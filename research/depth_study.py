@@ -14,11 +14,10 @@ that were fixed before (`depth_rules.py`), tables, and what a correction is wort
 
 Nothing is trained twice: the same command resumes after an interruption, and another selection of
 arms keeps what is finished. In another workspace `--known` takes over the finished arms of a
-`results.json`; that of the published tables is `depth_study.json`. It takes hours on a CPU:
+`results.json` that the same version has written. It takes hours on a CPU:
 
     python research/depth_study.py --dry-run
     python research/depth_study.py --arms 'vanilla, ? layers' 'r = ?, 2 layers'
-    python research/depth_study.py --known research/depth_study.json
 """
 
 from __future__ import annotations
