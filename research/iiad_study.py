@@ -250,7 +250,7 @@ class IiadStudy:
         for name, own in rates.items():
             steps = (num_steps or {}).get(name, self.settings.training.num_steps)
             for rate, seed in product(own, seeds):
-                settings = self._settings(name, rate=rate, seed=seed, num_steps=steps)
+                settings = self._settings(name, learning_rate=rate, seed=seed, num_steps=steps)
                 label = f"{name}, rate {rate:g}"
                 several = len(seeds) > 1
                 found.append(
