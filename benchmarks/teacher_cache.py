@@ -26,18 +26,15 @@ from benchmarks.report import Goal, Quantity, Report, Row, checked
 from benchmarks.shape import fresh_decoder, random_tokens, shaped_config
 from benchmarks.timing import paired_ratio, stopwatch, take_turns
 from iiet import Decoder, DistillationConfig, IterationSchedule, distillation_loss
-from iiet.coarse_distribution import coarsen
 from iiet.distillation import Model, frozen_teacher
 from orchestrator.training.teacher_cache import (
     CachedTeacher,
     CachePlan,
-    TeacherOutput,
     open_cache,
     write_cache,
 )
 
 _TEACHER_CORRECTIONS = 3
-_TOP_K = 64
 _STUDENTS = (0, 1, 2)
 _HALF = 1
 """Corrections of the student that has half of the teacher's evaluations."""
@@ -99,24 +96,23 @@ def _measure_size(size: _Size, folder: Path, repetitions: int) -> tuple[list[Row
     live = frozen_teacher(decoder)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.0, weight_decay=0.0)
     batches = random_tokens(size.vocab_size, size.num_steps, size.batch_size, size.num_tokens)
-    exact, coarse = (_stored(live, batches, size, folder, top_k) for top_k in (None, _TOP_K))
+    exact = _stored(live, batches, size, folder)
     students = {
         r: decoder.with_schedule(IterationSchedule.uniform(size.num_layers, r)) for r in _STUDENTS
     }
 
-    def loss(teacher: Model, r: int, batch: Tensor, top_k: int | None = None) -> Tensor:
-        config = DistillationConfig(top_k=top_k)
-        return distillation_loss(students[r], teacher, batch, config=config)[0]
+    def loss(teacher: Model, r: int, batch: Tensor) -> Tensor:
+        return distillation_loss(students[r], teacher, batch, config=DistillationConfig())[0]
 
     differences = [loss(live, _HALF, batch) - loss(exact, _HALF, batch) for batch in batches]
     what = f"losses of a live teacher and its stored outputs, d {size.dim},"
     check = checked(what, max(abs(each.item()) for each in differences), 0.0)
 
-    def task(teacher: Model, r: int, top_k: int | None = None) -> Callable[[], float]:
+    def task(teacher: Model, r: int) -> Callable[[], float]:
         coming: Iterator[Tensor] = cycle(batches)
 
         def step() -> None:
-            value = loss(teacher, r, next(coming), top_k)
+            value = loss(teacher, r, next(coming))
             torch.autograd.backward(value)
             nn.utils.clip_grad_norm_(students[r].parameters(), 1.0)
             optimizer.step()
@@ -127,42 +123,35 @@ def _measure_size(size: _Size, folder: Path, repetitions: int) -> tuple[list[Row
 
     tasks = {f"live {r}": task(live, r) for r in _STUDENTS}
     tasks |= {f"exact {r}": task(exact, r) for r in _STUDENTS}
-    tasks["coarse"] = task(coarse, _HALF, top_k=_TOP_K)
     seconds = take_turns(tasks, repetitions=repetitions)
-    compared = [(f"exact, student r = {r}", f"exact {r}", r) for r in _STUDENTS]
-    compared.append((f"top {_TOP_K}, student r = {_HALF}", "coarse", _HALF))
     rows = [
         Row(
-            what=f"d {size.dim}, step that runs its teacher / reads it: {what}",
+            what=f"d {size.dim}, step that runs its teacher / reads it: student r = {r}",
             quantities=(
                 Quantity.milliseconds("runs", seconds[f"live {r}"]),
-                Quantity.milliseconds("reads", seconds[name]),
+                Quantity.milliseconds("reads", seconds[f"exact {r}"]),
             ),
-            ratio=paired_ratio(seconds[f"live {r}"], seconds[name]),
-            goal=size.goal if name != "coarse" and r <= _HALF else None,
+            ratio=paired_ratio(seconds[f"live {r}"], seconds[f"exact {r}"]),
+            goal=size.goal if r <= _HALF else None,
         )
-        for what, name, r in compared
+        for r in _STUDENTS
     ]
     return rows, check
 
 
-def _stored(
-    teacher: Decoder, batches: Tensor, size: _Size, folder: Path, top_k: int | None
-) -> CachedTeacher:
+def _stored(teacher: Decoder, batches: Tensor, size: _Size, folder: Path) -> CachedTeacher:
     plan = CachePlan(
         origin={"benchmark": "teacher_cache"},
         num_steps=size.num_steps,
         num_sequences=size.batch_size,
         context_length=size.num_tokens,
         vocab_size=size.vocab_size,
-        top_k=top_k,
     )
 
     @torch.no_grad()
-    def outputs(step: int) -> tuple[Tensor, TeacherOutput]:
-        logits = teacher(batches[step])
-        return batches[step], logits if top_k is None else coarsen(logits, top_k)
+    def answers(step: int) -> tuple[Tensor, Tensor]:
+        return batches[step], teacher(batches[step])
 
-    cache = open_cache(write_cache(plan, folder, outputs), plan)
+    cache = open_cache(write_cache(plan, folder, answers), plan)
     assert cache is not None
     return cache

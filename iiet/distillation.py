@@ -4,7 +4,7 @@ In: student, teacher and a batch. Out: the loss and its parts, for any training 
 starts from the teacher's weights; the teacher is a frozen copy of its own, because the optimizer
 changes weights in place. A step costs the student's forward and backward and the teacher's forward.
 Source: IIAD (IIET paper); weight, temperature and the window of steps from the authors' code;
-reverse, Jensen-Shannon and top-k divergence and the hidden-state term: this project.
+reverse and Jensen-Shannon divergence and the hidden-state term: this project.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from iiet.batch import Batch
 from iiet.chunked_loss import LazyLogits, Logits, loss_by_chunks
-from iiet.coarse_distribution import CoarseDistribution, coarse_kl_divergence, coarsen
 from iiet.decoder import Decoder
 from iiet.losses import (
     DivergenceKind,
@@ -49,9 +48,6 @@ class DistillationConfig:
     """Softens both distributions of the divergence; from 0.001 to 1000."""
     divergence: DivergenceKind = "forward"
     """`forward` (mean-seeking), `reverse` (mode-seeking) or `jensen_shannon` (bounded)."""
-    top_k: int | None = None
-    """Compare the teacher's k likeliest tokens one by one and all others together; None: compare
-    each token. Forward divergence only."""
     hidden_weight: float = 0.0
     """Weight of the relative error of the hidden states after each layer; 0 turns it off."""
     start_step: int = 0
@@ -73,11 +69,6 @@ class DistillationConfig:
             problems.append(
                 f"divergence must be one of {get_args(DivergenceKind)}, got {self.divergence!r}"
             )
-        if self.top_k is not None and (self.top_k < 1 or self.divergence != "forward"):
-            problems.append(
-                "top_k must be at least 1 and goes with divergence 'forward', "
-                f"got {self.top_k} and {self.divergence!r}"
-            )
         if self.end_step is not None and self.end_step < self.start_step:
             problems.append(
                 f"end_step must not lie before start_step={self.start_step}, got {self.end_step}"
@@ -97,10 +88,8 @@ class DistillationConfig:
 
 Model = Callable[..., Any]
 """`model(input_ids) -> logits`; with `return_hidden=True`, `(logits, one hidden state per layer)`.
-A decoder, a wrapped one, or a cache of a teacher's answers (logits or `CoarseDistribution`). Only
-of a `Decoder` the logits are computed in chunks (`iiet.chunked_loss`)."""
-Answer = Logits | CoarseDistribution
-"""What a teacher says about the next tokens of a batch."""
+A decoder, a wrapped one, or a cache of a teacher's logits. Only of a `Decoder` the logits are
+computed in chunks (`iiet.chunked_loss`)."""
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -126,7 +115,7 @@ class RememberingTeacher:
     def __init__(self, teacher: Model) -> None:
         self._teacher = teacher
         self._input_ids: Tensor | None = None
-        self._answer: tuple[Answer, Sequence[Tensor]]
+        self._answer: tuple[Logits, Sequence[Tensor]]
 
     def __call__(self, input_ids: Tensor, *, return_hidden: bool = False) -> Any:
         """Return the teacher's answer; it is computed once for each tensor of token ids."""
@@ -160,7 +149,7 @@ def distillation_loss(
         and `hidden`.
 
     Raises:
-        ValueError: the teacher is None, or its answers are for another temperature or `top_k`.
+        ValueError: the teacher is None.
     """
     batch = Batch.of_text(batch) if isinstance(batch, Tensor) else batch
     loss_of = student_loss(teacher, batch, config=config, step=step)
@@ -178,7 +167,7 @@ def student_loss(
     It takes the student's logits (and its hidden states, where the config `needs_hidden`), so it
     may be a decoder's `finish`. Arguments and errors are those of `distillation_loss`.
     """
-    answer: Answer | None = None
+    answer: Logits | None = None
     teacher_hidden: Sequence[Tensor] = ()
     if config.uses_teacher(step):
         if teacher is None:
@@ -198,7 +187,14 @@ def student_loss(
             return entropy, entropy
         # The divergence comes first, and frees the teacher's logits before the cross-entropy keeps
         # a tensor of their size.
-        divergence = _divergence(_positions(answer, rows), part, config, span)
+        divergence = kl_divergence(
+            _positions(answer, rows),
+            part,
+            temperature=config.temperature,
+            kind=config.divergence,
+            mask=span.taught,
+            count=span.position_count,
+        )
         entropy = batch_cross_entropy(part, span)
         return config.kl_weight * divergence + entropy, entropy, divergence
 
@@ -224,40 +220,12 @@ def _run(model: Model, input_ids: Tensor, finish: Callable[..., Any], *, with_hi
     return finish(*found) if with_hidden else finish(found)
 
 
-def _both(answer: Answer, hidden: Sequence[Tensor] = ()) -> tuple[Answer, Sequence[Tensor]]:
+def _both(answer: Logits, hidden: Sequence[Tensor] = ()) -> tuple[Logits, Sequence[Tensor]]:
     return answer, hidden
 
 
-def _positions(answer: Answer, rows: slice | None) -> Tensor | CoarseDistribution:
+def _positions(answer: Logits, rows: slice | None) -> Tensor:
     """Return the answer at some positions, counted row by row; None: all, in their shape."""
     if isinstance(answer, LazyLogits):
         return answer.whole() if rows is None else answer.at(rows)
-    if rows is None:
-        return answer
-    return answer.flatten(0, -2)[None, rows] if isinstance(answer, Tensor) else answer.at(rows)
-
-
-def _divergence(
-    answer: Tensor | CoarseDistribution, logits: Tensor, config: DistillationConfig, batch: Batch
-) -> Tensor:
-    mask, count = batch.taught, batch.position_count
-    temperature = config.temperature
-    if isinstance(answer, Tensor):
-        if config.top_k is None:
-            return kl_divergence(
-                answer,
-                logits,
-                temperature=temperature,
-                kind=config.divergence,
-                mask=mask,
-                count=count,
-            )
-        answer = coarsen(answer, config.top_k, temperature=temperature)
-    num_wanted = min(config.top_k or logits.shape[-1], logits.shape[-1])
-    num_found = answer.ids.shape[-1]
-    if (num_found, answer.temperature) != (num_wanted, temperature):
-        raise ValueError(
-            f"the teacher's answers hold {num_found} tokens at temperature {answer.temperature}, "
-            f"the loss wants {num_wanted} at {temperature}; they must be made for this loss"
-        )
-    return coarse_kl_divergence(answer, logits, mask=mask, count=count)
+    return answer if rows is None else answer.flatten(0, -2)[None, rows]

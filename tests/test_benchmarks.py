@@ -22,7 +22,7 @@ NUM_ROWS = {
     "decoding": 6,
     "schedules": 8,
     "speculation": 6,
-    "teacher_cache": 4,
+    "teacher_cache": 3,
     "training": 4,
     "evaluation": 2,
     "sweep": 4,

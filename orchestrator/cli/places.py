@@ -209,15 +209,20 @@ def init(
         gpus: GPUs to use.
         force: Replace a file that exists.
     """
-    from orchestrator.pipelines.training import write_new_file, write_starting_file
-    from orchestrator.settings.files import find_settings_file, shipped_sweeps, starting_settings
+    from orchestrator.settings.files import (
+        find_settings_file,
+        shipped_sweeps,
+        starting_settings,
+        starting_yaml,
+    )
+    from orchestrator.workspace.files import write_text
 
     if (data is not None) + (hub is not None) + (copied is not None) > 1:
         raise UserError("--data, --hub and --from name different sources; leave all but one out")
     if copied is not None:
         source = shipped_sweeps().get(copied) or find_settings_file(copied)
         file = file or Path(f"{source.stem}.yaml")
-        write_new_file(file, source.read_text(encoding="utf-8"), replace=force)
+        text = source.read_text(encoding="utf-8")
     else:
         file = file or Path("my-sweep.yaml")
         if not data and not hub:
@@ -231,5 +236,16 @@ def init(
             size or "tiny", files=data or (), hub_name=hub, tokenizer=tokenizer, steps=steps,
             gpus=gpus,
         )  # fmt: skip
-        write_starting_file(settings, file, replace=force)
+        if settings.data.source == "files":
+            from orchestrator.data.text_files import find_files, read_file
+
+            for path in find_files(settings.data):
+                if path.suffix == ".txt":
+                    next(
+                        read_file(path, settings.data.text_field), None
+                    )  # Raises if it is not text.
+        text = starting_yaml(settings)
+    if file.exists() and not (force and file.is_file()):
+        raise UserError(f"{file} exists; give another name, or replace a file with --force")
+    write_text(file, text)
     return call.answer({}, [f"written: {file}", f"next: iiet-orch sweep {file} --dry-run"])

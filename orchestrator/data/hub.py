@@ -17,16 +17,19 @@ from orchestrator.workspace.errors import UserError, mask_secrets
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 PROBE_SECONDS = 1.5
+DRY_RUN = "a dry run downloads nothing"
 
 _FLAG = "HF_HUB_OFFLINE"
 _MODULES_WITH_FLAG = ("huggingface_hub.constants", "datasets.config")
 _TRUE = {"1", "ON", "YES", "TRUE"}
+_reasons: list[str] = []
+"""Those of the blocks of `offline` that run."""
 
 
 def hub_problem() -> str | None:
     """Return why the hub cannot be reached, in a few words; None if it seems reachable."""
     if os.environ.get(_FLAG, "").upper() in _TRUE:
-        return f"{_FLAG} is set (a dry run sets it)"
+        return _reasons[0] if _reasons else f"{_FLAG} is set"
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         return None  # a direct connection proves nothing; the client reports its own failure
     address = os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT
@@ -54,14 +57,19 @@ def require_hub(wanted: str) -> None:
 
 
 @contextmanager
-def offline() -> Iterator[None]:
-    """Keep the hub's libraries off the network inside the block, also if already imported."""
+def offline(reason: str = "") -> Iterator[None]:
+    """Keep the hub's libraries off the network inside the block, also if already imported.
+
+    `reason` says why, such as `DRY_RUN`.
+    """
     before = os.environ.get(_FLAG)
+    _reasons.append(reason or f"{_FLAG} is set")
     _set_flag("1")
     try:
         yield
     finally:
         _set_flag(before)
+        _reasons.pop()
 
 
 def _set_flag(value: str | None) -> None:

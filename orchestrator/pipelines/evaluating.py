@@ -339,11 +339,46 @@ def evaluate_model(
     # If no precision is set, it follows from the device where the tasks run.
     is_stored = settings.precision and ModelMeasurer(model, store, conditions).has_stored(suite)
     measured = measure("cpu", progress) if is_stored else on_device(measure, progress)
-    progress.finish(_summary(measured.evaluation) + ("" if measured.num_run else ", found again"))
-    _track(context, measured, model, suite)
+    evaluation, config = measured.evaluation, model.config
+    progress.finish(_summary(evaluation) + ("" if measured.num_run else ", found again"))
+
+    # A run of MLflow shows it.
+    params: dict[str, Any] = {"method": model.architecture, "checkpoint": model.path}
+    tasks = {name: suite.fingerprint(name) for name in suite.tasks}
+    data = (", ".join(tasks)[:500], content_key(tasks))
+    metrics = {f"quality/{name}": value for name, value in evaluation.quality().items()}
+    tracked = None
+    if config is not None:
+        params |= {**schedule_parameters(config), "precision": measured.precision}
+    if config is not None and not model.is_external:
+        tracked = evaluated_model(model.path, config, dict.fromkeys(metrics, data))
+    context.log_measurement(
+        TrackedRun.of(
+            key=content_key("evaluation", measured.keys.tasks),
+            name=f"evaluate {model.name}: {', '.join(measured.keys.tasks)}"[:80],
+            kind="evaluation",
+            params={**params, "num_items": evaluation.num_items},
+            dataset=(*data, {"source": "tasks", "num_items": evaluation.num_items, **tasks}),
+            metrics=metrics,
+            model=tracked,
+        )
+    )
+
     if output is not None:
-        _write_output(output, suite, measured, model, conditions, progress)
-    return measured.evaluation
+        model_args: dict[str, Any] = {"pretrained": str(model.path)}
+        if config is not None:
+            schedule = ",".join(map(str, config.corrections))
+            model_args |= {"dtype": measured.precision, "schedule": schedule}
+        asked_for = {
+            "model": model.architecture,
+            "model_args": model_args,
+            "batch_size": settings.batch_size,
+            "limit": settings.limit,
+        }
+        tokenizer = model.tokenizer(trust_remote_code=trust_remote_code)
+        path = write_lm_eval_files(output, suite, evaluation, tokenizer, asked_for)
+        progress.note(f"samples in lm-eval's files: {path}")
+    return evaluation
 
 
 def _measure(
@@ -359,29 +394,6 @@ def _measure(
     return ModelMeasurer(model, store, conditions, progress).tasks(load())
 
 
-def _write_output(
-    output: LoggedOutput,
-    suite: Suite,
-    measured: Measured,
-    model: EvaluatedModel,
-    conditions: Conditions,
-    progress: Progress,
-) -> None:
-    model_args: dict[str, Any] = {"pretrained": str(model.path)}
-    if model.config is not None:
-        schedule = ",".join(map(str, model.config.corrections))
-        model_args |= {"dtype": measured.precision, "schedule": schedule}
-    config = {
-        "model": model.architecture,
-        "model_args": model_args,
-        "batch_size": conditions.batch_size,
-        "limit": conditions.limit,
-    }
-    tokenizer = model.tokenizer(trust_remote_code=conditions.trust_remote_code)
-    path = write_lm_eval_files(output, suite, measured.evaluation, tokenizer, config)
-    progress.note(f"samples in lm-eval's files: {path}")
-
-
 def tokens_of_tasks(
     model: EvaluatedModel, settings: EvaluationSettings, workspace: Workspace, note: Note
 ) -> Path | None:
@@ -393,30 +405,6 @@ def tokens_of_tasks(
     folder = newest_tokens(workspace)
     note(f"held-out tasks for {model.name} are made from the tokens {folder.name}")
     return folder
-
-
-def _track(context: Context, measured: Measured, model: EvaluatedModel, suite: Suite) -> None:
-    keys, evaluation = measured.keys.tasks, measured.evaluation
-    params: dict[str, Any] = {"method": model.architecture}
-    if model.config is not None:
-        params |= {**schedule_parameters(model.config), "precision": measured.precision}
-    tasks = {name: suite.fingerprint(name) for name in suite.tasks}
-    data = (", ".join(tasks)[:500], content_key(tasks))
-    metrics = {f"quality/{name}": value for name, value in evaluation.quality().items()}
-    tracked = None
-    if model.config is not None and not model.is_external:
-        tracked = evaluated_model(model.path, model.config, dict.fromkeys(metrics, data))
-    context.log_measurement(
-        TrackedRun.of(
-            key=content_key("evaluation", keys),
-            name=f"evaluate {model.name}: {', '.join(keys)}"[:80],
-            kind="evaluation",
-            params={**params, "checkpoint": model.path, "num_items": evaluation.num_items},
-            dataset=(*data, {"source": "tasks", "num_items": evaluation.num_items, **tasks}),
-            metrics=metrics,
-            model=tracked,
-        )
-    )
 
 
 def _summary(evaluation: EvaluationResult) -> str:

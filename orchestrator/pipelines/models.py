@@ -144,7 +144,7 @@ def import_model(
     progress.start("import")  # A download takes its time.
     path = download_model(folder) if is_hub_name(folder) else resolve_path(folder)
     if not path.exists():
-        missing = f"{path} is no model folder: there is nothing of this name"
+        missing = f"{path} is not a model folder: there is nothing of this name"
         raise UserError(f"{missing}{hub_hint(Path(folder))}")
     given = tokenizer_path(tokenizer).absolute() if tokenizer else None
     with TemporaryDirectory() as scratch:
@@ -161,7 +161,7 @@ def import_model(
                     path = resolve_checkpoint(path)
                 elif ggufs := sorted(path.glob("*.gguf")):
                     raise UserError(
-                        f"{path} is no model folder; name the GGUF file in it: {ggufs[0]}"
+                        f"{path} is not a model folder; name the GGUF file in it: {ggufs[0]}"
                     )
             decoder, kind, source = load_model(path), folder_kind(path), shown_name(path)
             if kind == PUBLISHED and decoder.config.method == "vanilla":
@@ -269,12 +269,7 @@ def export(
     metric = settings.influence.metric
     card = model_card(context, checkpoint, decoder.config, evaluation, metric=metric)
     return export_checkpoint(
-        checkpoint,
-        folder,
-        decoder=decoder,
-        card=card,
-        replaces=replaces,
-        progress=context.progress,
+        checkpoint, folder, decoder=decoder, card=card, replaces=replaces, progress=context.progress
     )
 
 
@@ -358,7 +353,7 @@ def check_target(folder: Path, model: tuple[Path, ModelConfig] | None = None) ->
     with suppress(UserError):
         config = read_config(folder)
     if config.get("model_type") != EXPORTED_TYPE or "auto_map" not in config:
-        raise UserError(f"{folder} exists and is no earlier export; choose another with --to")
+        raise UserError(f"{folder} exists and is not an earlier export; choose another with --to")
 
     digests = {}
     with suppress(OSError, UnicodeDecodeError):

@@ -18,16 +18,12 @@ from pydantic import Field
 
 from iiet.influence import InfluenceTable
 from orchestrator.cluster.launch import joined_cluster, trial_device
-from orchestrator.data.hub import offline
+from orchestrator.data.hub import DRY_RUN, offline
 from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.sources import open_data
 from orchestrator.evaluation.heldout import heldout_chances, offered_tasks
-from orchestrator.evaluation.task_selection import (
-    check_sweep_tasks,
-    needs_lm_eval,
-    tasks_of_source,
-)
+from orchestrator.evaluation.task_selection import check_sweep_tasks, needs_lm_eval, tasks_of_source
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.influence import plan_influence, run_influence
 from orchestrator.pipelines.models import local_model
@@ -354,7 +350,7 @@ def sweep(
     return run_sweep(plan, context)
 
 
-@offline()
+@offline(DRY_RUN)
 def plan_sweep(
     settings: Settings,
     *,

@@ -21,10 +21,9 @@ from pydantic import field_serializer
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.joining import check_ray_can_run
 from orchestrator.cluster.launch import job_runner, joined_cluster
-from orchestrator.data.hub import offline
+from orchestrator.data.hub import DRY_RUN, offline
 from orchestrator.data.preparation import ExpectedTokens, expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
-from orchestrator.data.text_files import find_files, read_file
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
@@ -33,9 +32,8 @@ from orchestrator.planning.fit import find_problems
 from orchestrator.planning.machine import check_run_resources
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.command_tables import price_rows, training_rows, two_column_table
-from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, read_settings, to_yaml
-from orchestrator.settings.files import starting_yaml
-from orchestrator.sweeping.student_plans import distillation_job
+from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_yaml
+from orchestrator.sweeping.trials import distillation_job
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.training.continuing import continue_job, continued_settings
@@ -56,32 +54,6 @@ UNPREPARED = (
     "the tokens are not prepared, so no finished training can be found; their number is that of "
     "the settings"
 )
-
-
-def write_starting_file(settings: Settings, path: Path, *, replace: bool = False) -> Path:
-    """Write settings with comments, to start from; a file that exists is kept unless `replace`.
-
-    Raises:
-        UserError: If the file exists, or the settings name text files that do not, or are no text.
-    """
-    if settings.data.source == "files":
-        for text_file in find_files(settings.data):
-            if text_file.suffix == ".txt":
-                next(read_file(text_file, settings.data.text_field), None)
-    write_new_file(path, starting_yaml(settings), replace=replace)
-    assert read_settings(path) == settings, "the file says what was asked for"
-    return path
-
-
-def write_new_file(path: Path, text: str, *, replace: bool = False) -> None:
-    """Write a text file; one that exists is kept unless `replace`.
-
-    Raises:
-        UserError: If the file exists.
-    """
-    if path.exists() and not (replace and path.is_file()):
-        raise UserError(f"{path} exists; give another name, or replace a file with --force")
-    write_text(path, text)
 
 
 def prepare(
@@ -272,7 +244,7 @@ def pretrain(
     return run_pretrain(plan, open_context(workspace, progress, loggers=settings.tracking.loggers))
 
 
-@offline()
+@offline(DRY_RUN)
 def plan_pretrain(
     settings: Settings,
     *,
@@ -424,7 +396,7 @@ def distill(
     return run_distill(plan, context).students[0]
 
 
-@offline()
+@offline(DRY_RUN)
 def plan_distill(
     settings: Settings,
     *,

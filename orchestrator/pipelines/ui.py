@@ -22,7 +22,7 @@ import psutil
 
 from orchestrator.terminal.logs import mask_secrets_in_file
 from orchestrator.terminal.stop import POLL_SECONDS, stop_on_signals, stop_requested
-from orchestrator.tracking import ChartView, Tracking, open_tracking
+from orchestrator.tracking import ChartView, open_tracking
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.layout import Workspace
 
@@ -55,13 +55,14 @@ def serve(
     if tracking.copied:
         raise UserError(f"{tracking.copied}; `iiet-orch sync` says how to make it anew")
     if tracking.store.is_remote:
-        if tracking.links(tracking.store.public_uri).training_view is None:
+        lines = tracking.links(tracking.store.public_uri, overview(), MAX_SWEEPS_SHOWN)
+        if not lines:
             raise RunFailed(
                 f"there are no pages to show: nothing answers at {tracking.store.public_uri} "
                 "(MLFLOW_TRACKING_URI); start that server, or unset the variable to see the "
                 "workspace's own runs"
             )
-        for line in link_lines(tracking, tracking.store.public_uri):
+        for line in lines:
             say(line)
         return
     check_port(port)
@@ -71,7 +72,7 @@ def serve(
     with stop_on_signals(), _start(workspace, tracking.store.uri, port) as server:
         try:
             _wait_until_healthy(server, url, log)
-            for line in link_lines(tracking, url):
+            for line in tracking.links(url, overview(), MAX_SWEEPS_SHOWN):
                 say(line)
             say("Ctrl-C stops the server")
             while server.poll() is None and not should_stop():
@@ -83,18 +84,14 @@ def serve(
             mask_secrets_in_file(log)
 
 
-def link_lines(tracking: Tracking, url: str) -> list[str]:
-    """Return links to all runs and, for each recent sweep, to its charts, table, report and run.
-
-    The view of all runs is saved first, because a link cannot choose columns: what each run is, its
-    quality and cost, the newest first.
-    """
+def overview() -> ChartView:
+    """Return a view of all runs, the newest first: what they are, their quality and cost."""
     metrics = (
         "quality/accuracy", "quality/bits_per_byte", "validation/loss",
         "cost/evaluations", "cost/decode_ms_per_token",
     )  # fmt: skip
     params = ("method", "schedule", "learning_rate", "seed")
-    view = ChartView(
+    return ChartView(
         key="runs",
         name="All runs",
         run_filter="",
@@ -102,18 +99,6 @@ def link_lines(tracking: Tracking, url: str) -> list[str]:
         is_ascending=False,
         columns=[f"metrics.{name}" for name in metrics] + [f"params.{name}" for name in params],
     )
-    tracking.save_view(view)
-    lines = [f"training runs: {tracking.links(url, view=view.key).table_view}"]
-    for sweep in tracking.sweeps(MAX_SWEEPS_SHOWN):
-        links = tracking.links(url, run_id=sweep.run_id, view=sweep.view, report=sweep.report)
-        named = {
-            "charts: ": links.chart_view,
-            "table:  ": links.table_view,
-            "report: ": links.report,
-            "run:    ": links.run,
-        }
-        lines += [f"sweep {sweep.name}, {name}{link}" for name, link in named.items() if link]
-    return lines
 
 
 def check_port(port: int) -> None:

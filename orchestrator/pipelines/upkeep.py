@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 from pydantic import Field
@@ -31,17 +31,9 @@ from orchestrator.pipelines.listing import (
     training_folders,
 )
 from orchestrator.pipelines.result import Result
-from orchestrator.terminal.render import (
-    format_bytes,
-    format_count,
-)
+from orchestrator.terminal.render import format_bytes, format_count
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import (
-    abandoned_folders,
-    delete_folder,
-    leftovers,
-    read_json,
-)
+from orchestrator.workspace.files import abandoned_folders, delete_folder, leftovers, read_json
 from orchestrator.workspace.layout import (
     DONE_NAME,
     JOB_NAME,
@@ -55,10 +47,6 @@ from orchestrator.workspace.layout import (
     find_checkpoints,
 )
 from orchestrator.workspace.locks import is_locked, lock_file
-
-if TYPE_CHECKING:
-    pass
-
 
 SECONDS_OF_WRITING = 3600.0
 """A file is not written for longer; an older temporary one was left by a killed process."""

@@ -25,12 +25,7 @@ from iiet.distillation import DistillationConfig
 from iiet.elastic import member_flops_per_token
 from iiet.schedule import IterationSchedule
 from iiet.training_memory import training_memory
-from orchestrator.planning.machine import (
-    installed_gpus,
-    local_free_bytes,
-    local_resources,
-    num_sharing,
-)
+from orchestrator.planning.machine import installed_gpus, local_resources, num_sharing
 from orchestrator.records.record import Record
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings, Settings, TrainingSettings
@@ -48,9 +43,9 @@ from orchestrator.training.schedules import (
     members_read_full,
     schedule_by_step,
 )
-from orchestrator.training.teacher_cache import CachePlan, cache_plan
-from orchestrator.training.teacher_cache_policy import TeacherWork, estimate_teacher_work
+from orchestrator.training.teacher_cache import CachePlan, TeacherWork, cache_plan, teacher_work
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import free_disk
 from orchestrator.workspace.journal import SPEED_METRIC, read_tail
 from orchestrator.workspace.layout import DONE_NAME, find_checkpoints, step_of
 
@@ -425,7 +420,7 @@ def price_of(
         rate=rate,
         memory=largest.worker_memory if largest else {},
         disk={name: value for name, value in disk.items() if value},
-        free_disk=local_free_bytes(folder).disk,
+        free_disk=free_disk(folder),
         num_saving=num_saving,
         stop_seconds=stop_seconds,
     )
@@ -499,7 +494,7 @@ def assign_trial_gpus(
         per_trial = sweep.workers_per_trial
     if per_trial is None:
         if gpu_bytes is None and cluster.ray_address == LOCAL:
-            gpu_bytes = local_free_bytes(Path.cwd(), num_gpus=1).memory
+            gpu_bytes = next((gpu.free_bytes for gpu in installed_gpus()), None)
         for number in range(1, num_gpus + 1):
             per_trial = number
             try:
@@ -534,8 +529,8 @@ def price_of_trials(
     Raises:
         UserError: If a teacher's outputs do not fit on the disk.
     """
-    plans, read = [e.cache for e in trainings], [e.num_teacher_tokens for e in trainings]
-    teacher = estimate_teacher_work(plans, read, settings.distillation.teacher_cache, teachers)
+    is_stored, read = settings.distillation.teacher_cache, [e.num_teacher_tokens for e in trainings]
+    teacher = teacher_work([e.cache if is_stored else None for e in trainings], read, teachers)
     return price_of([*before, *trainings], teachers.parent, teacher=teacher, **others)
 
 

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from orchestrator.planning.estimate import Devices, Estimate, groups_by_devices
-from orchestrator.planning.machine import FreeBytes, installed_gpus, local_free_bytes
+from orchestrator.planning.machine import THIS_MACHINE, FreeBytes, local_free_bytes
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_byte_parts, format_bytes, format_count
@@ -29,9 +29,6 @@ HOST_PROCESS_BYTES = 2 * 2**30
 """Roughly what PyTorch with CUDA and NCCL takes of the machine's memory in each worker on a GPU."""
 LARGEST_SHARE = 0.8
 """Share of a failed plan's bytes that a proposal may take: the plan left something out."""
-
-MeasureFree = Callable[..., FreeBytes]
-"""Returns free memory and disk, like `local_free_bytes`."""
 
 
 def find_problems(
@@ -46,7 +43,8 @@ def find_problems(
     The first place is this machine. Without the GPUs that are asked for, an assumed one is another.
 
     Args:
-        trainings, disk, folder: As in `check_fit`.
+        trainings, disk: As in `check_fit`.
+        folder: A folder on the workspace's disk; it need not exist.
         address: Of the Ray cluster; on one that is joined, only the disk is checked.
         checks: Raise `UserError` if this machine has too few CPUs or GPUs.
     """
@@ -62,58 +60,50 @@ def find_problems(
 
     is_far = address != LOCAL
     place = "this machine" + " (the cluster's memory is unknown)" * is_far
-    here = () if is_far else trainings
-    problems = {place: problem_of(*checks, partial(check_fit, here, disk, folder))}
-    if any(each.devices.on_gpus for each in trainings) and not installed_gpus():
-        gpu = FreeBytes(memory=ASSUMED_GPU_BYTES, disk=None, place=f"an {ASSUMED_GPU}")
-
-        def free_there(*_: Any, num_gpus: int = 0, **__: Any) -> FreeBytes:
-            # The memory of the machine that has this GPU is not known.
-            return gpu if num_gpus else gpu._replace(memory=None)
-
-        check = partial(check_fit, trainings, disk, folder, measure_free=free_there)
-        problems[gpu.place] = problem_of(check)
+    free, here = local_free_bytes(folder), () if is_far else trainings
+    problems = {place: problem_of(*checks, partial(check_fit, here, disk, free))}
+    if any(each.devices.on_gpus for each in trainings) and not free.gpus:
+        # The memory of the machine that has this GPU is not known.
+        assumed = FreeBytes(gpus=(ASSUMED_GPU_BYTES,), gpu_name=f"an {ASSUMED_GPU}")
+        problems[assumed.gpu_name] = problem_of(partial(check_fit, trainings, disk, assumed))
     return problems
 
 
-def check_fit(
-    trainings: Sequence[Estimate],
-    disk: Mapping[str, int],
-    folder: Path,
-    *,
-    measure_free: MeasureFree = local_free_bytes,
-) -> None:
+def check_fit(trainings: Sequence[Estimate], disk: Mapping[str, int], free: FreeBytes) -> None:
     """Refuse trainings that would run out of memory (each of them) or disk (all together).
 
     Args:
         disk: Name -> bytes of what is written; see `Price`.
-        folder: A folder on the workspace's disk; it need not exist.
+        free: What is free where they run.
 
     Raises:
         UserError: If they do not fit; says what would.
     """
     for group in groups_by_devices(trainings):
-        _check_memory(group, partial(measure_free, folder))
-    free, needed = measure_free(folder).disk, sum(disk.values())
-    if free is not None and needed > free:
+        _check_memory(group, free)
+    needed = sum(disk.values())
+    if free.disk is not None and needed > free.disk:
         raise UserError(
             f"the run would write about {format_bytes(needed)} ({format_byte_parts(disk)}), and "
-            f"the workspace's disk has {format_bytes(free)} free; free some space, or choose "
+            f"the workspace's disk has {format_bytes(free.disk)} free; free some space, or choose "
             "another place with --workspace"
         )
 
 
-def _check_memory(group: Sequence[Estimate], measure_free: MeasureFree) -> None:
+def _check_memory(group: Sequence[Estimate], free: FreeBytes) -> None:
     devices, largest = group[0].devices, max(group, key=lambda each: each.worker_bytes)
     workers, at_once = devices.num_workers, min(devices.at_once, len(group))
     # A training on GPUs has its own memory, or a share of it. On CPUs those that run at the same
     # time share it, and of the trials of a sweep fewer can be asked for.
-    sharing = 1 if devices.on_gpus or devices.are_trials else at_once
-    free = measure_free(num_workers=workers * sharing, num_gpus=workers * devices.on_gpus)
-    if free.memory is None:
+    if devices.on_gpus:
+        memory, place = min(free.gpus[:workers], default=None), free.gpu_name
+    else:
+        sharing = workers * (1 if devices.are_trials else at_once)
+        memory, place = free.memory and free.memory // sharing, THIS_MACHINE
+    if memory is None:
         return
     on_same_gpu = min(devices.sharing_a_gpu, at_once)
-    memory, place = free.memory // on_same_gpu, free.place
+    memory //= on_same_gpu
     if on_same_gpu > 1:
         place += f", shared by {on_same_gpu} trials,"
     if largest.worker_bytes > memory:
@@ -130,7 +120,7 @@ def _check_memory(group: Sequence[Estimate], measure_free: MeasureFree) -> None:
         # count: the system drops them if it needs memory.
         pinned = 2 * largest.checkpoint_bytes
         parts = {"PyTorch": workers * HOST_PROCESS_BYTES, "pinned buffers for checkpoints": pinned}
-        machine = measure_free().memory
+        machine = free.memory
     needed = sum(parts.values())
     fewer = "sweep.trials_at_once" if devices.are_trials else "cluster.num_gpus"
     is_checked = devices.on_gpus or devices.are_trials

@@ -62,13 +62,17 @@ class Resources:
         return sum(node.gpus for node in self.nodes)
 
 
-class FreeBytes(NamedTuple):
-    """Free memory for each worker, and free disk; None if this process cannot know it."""
+@dataclass(frozen=True, kw_only=True)
+class FreeBytes:
+    """Free memory and disk of a machine; None if this process cannot know it."""
 
-    memory: int | None
-    disk: int | None
-    place: str = THIS_MACHINE
-    """Whose memory it is, for messages."""
+    memory: int | None = None
+    """Of the machine's own memory."""
+    gpus: tuple[int, ...] = ()
+    """Of each GPU's memory; empty if they are not known."""
+    disk: int | None = None
+    gpu_name: str = "a GPU of this machine"
+    """For messages."""
 
 
 class InstalledGpu(NamedTuple):
@@ -254,15 +258,10 @@ def _torch_build() -> str:
     return f" that PyTorch {torch.__version__}{build} can use"
 
 
-def local_free_bytes(folder: Path, *, num_workers: int = 1, num_gpus: int = 0) -> FreeBytes:
-    """Return the free disk of a folder, which need not exist, and the free memory of a worker.
-
-    `num_workers` share this machine's memory; with `num_gpus`, the memory is that of a GPU.
-    """
-    if num_gpus:
-        free = min((gpu.free_bytes for gpu in installed_gpus()[:num_gpus]), default=None)
-        return FreeBytes(free, free_disk(folder), "a GPU of this machine")
-    return FreeBytes(free_memory() // num_workers, free_disk(folder))
+def local_free_bytes(folder: Path) -> FreeBytes:
+    """Return what is free on this machine, and on the disk of a folder, which need not exist."""
+    gpus = tuple(gpu.free_bytes for gpu in installed_gpus())
+    return FreeBytes(memory=free_memory(), gpus=gpus, disk=free_disk(folder))
 
 
 _GROUP_FILES = (

@@ -143,7 +143,6 @@ def job_parameters(job: TrainingJob) -> dict[str, str]:
             "kl_weight": loss.kl_weight,
             "temperature": loss.temperature if has_divergence else None,
             "divergence": loss.divergence if has_divergence else None,
-            "cache_top_k": loss.top_k,
             "hidden_weight": loss.hidden_weight or None,
             "teacher_from_step": loss.start_step or None,
             "teacher_until_step": loss.end_step,

@@ -5,12 +5,7 @@ keys are errors, and validation never edits a value. The tree is saved with ever
 that determine a result are hashed into its key. Importing it does not load PyTorch.
 """
 
-from orchestrator.settings.cluster import (
-    MLFLOW,
-    ClusterSettings,
-    TrackingSettings,
-    storage_problem,
-)
+from orchestrator.settings.cluster import MLFLOW, ClusterSettings, TrackingSettings, storage_problem
 from orchestrator.settings.data import DataSettings
 from orchestrator.settings.evaluation import EvaluationSettings, InfluenceSettings
 from orchestrator.settings.files import SETTINGS_NAME, read_settings, to_yaml

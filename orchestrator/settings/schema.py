@@ -160,15 +160,10 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
             "after the last step of the training; set the first below the second, or "
             "distillation.control=cross_entropy"
         )
-    if distillation.teacher_cache == "top_k" and distillation.divergence != "forward":
-        yield (
-            "distillation.teacher_cache, distillation.divergence: top_k knows only the forward "
-            "divergence; set teacher_cache to auto, or divergence to forward"
-        )
-    if distillation.teacher_cache in ("exact", "top_k") and distillation.hidden_weight:
+    if distillation.teacher_cache and distillation.hidden_weight:
         yield (
             "distillation.teacher_cache, distillation.hidden_weight: hidden states are not stored; "
-            "set teacher_cache to live, or hidden_weight to 0"
+            "set teacher_cache to false, or hidden_weight to 0"
         )
     for name in ("kl_weight", "temperature"):
         elastic, usual = distillation.training.elastic, ElasticSettings()

@@ -171,13 +171,9 @@ class DistillationSettings(Section):
     """First step with the teacher, counted from 0; plain cross-entropy before."""
     teacher_until_step: StrictInt | None = Field(default=None, gt=0)
     """First step without the teacher; plain cross-entropy from there on (default: never)."""
-    teacher_cache: Literal["auto", "live", "exact", "top_k"] = "auto"
-    """Source of the teacher's outputs for a sweep's students. `live`: each student runs the
-    teacher; `exact`: its logits are stored once (the same losses); `top_k`: its most likely tokens
-    are stored, all others as one (another loss); `auto`: exact if that saves time and the disk has
-    space, and deleted after the sweep, else live."""
-    cache_top_k: StrictInt = Field(default=64, gt=0)
-    """Most likely tokens stored by `teacher_cache: top_k`."""
+    teacher_cache: StrictBool = False
+    """Compute the teacher's logits once for all students of a sweep, and delete them at its end;
+    the losses are the same. They take 4 x vocabulary bytes per token (2 x in bf16)."""
     training: TrainingSettings = TrainingSettings(
         num_steps=60,
         learning_rate=5e-4,

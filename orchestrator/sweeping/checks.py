@@ -31,7 +31,7 @@ from orchestrator.sweeping.model_plans import (
     swept_models,
 )
 from orchestrator.sweeping.selection import check_budgets
-from orchestrator.sweeping.student_plans import check_student_batch
+from orchestrator.sweeping.trials import check_student_batch
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.model_config import build_model_config
 from orchestrator.workspace.errors import UserError

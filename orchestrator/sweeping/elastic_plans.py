@@ -16,11 +16,12 @@ from iiet.pruning import FamilyMember
 from orchestrator.planning.estimate import Estimate, price_of_trials
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, ElasticSettings, Settings, TrainingSettings
-from orchestrator.sweeping.student_plans import (
+from orchestrator.sweeping.trials import (
+    evaluation_key,
     student_estimates,
     student_job,
+    trained_trial,
 )
-from orchestrator.sweeping.trials import evaluation_key, trained_trial
 from orchestrator.terminal.render import format_count
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import job_key

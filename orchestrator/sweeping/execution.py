@@ -20,8 +20,7 @@ from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
 from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop
-from orchestrator.sweeping.decode_times import with_costs
-from orchestrator.sweeping.decoding import with_decoding
+from orchestrator.sweeping.decoding import with_costs, with_decoding
 from orchestrator.sweeping.front_history import FrontHistory
 from orchestrator.sweeping.live_sweep import LiveSweep
 from orchestrator.sweeping.trial_queue import TrialQueue
@@ -30,11 +29,11 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking, status_after
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.job_checks import check_job
-from orchestrator.training.teacher_cache import cache_plan
-from orchestrator.training.teacher_cache_policy import (
-    delete_teacher_caches,
-    estimate_teacher_work,
-    store_teacher_outputs,
+from orchestrator.training.teacher_cache import (
+    cache_plan,
+    delete_answers,
+    store_answers,
+    teacher_work,
 )
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text
@@ -108,7 +107,7 @@ def run_sweep(
     try:
         sweep = _SweepRun(plan, placed, workspace, live, history, num_all, progress, search)
         sweep.run_trials()
-        sweep.delete_teacher_caches()
+        sweep.delete_answers()
         stopped = sweep.track_early_stops()
         found = _finished_trials(sweep.plan, sweep.failures)
         costed = with_costs(found, sweep.plan, folder, settings, progress)
@@ -200,17 +199,17 @@ class _SweepRun:
         self.plan.write(self.folder / PLAN_FILE)
 
     def _with_shared_teacher(self, waiting: Sequence[Trial]) -> list[Trial]:
-        """Store the teacher's outputs once for all students if that is cheaper, and return the
+        """Store the teacher's answers once for all students if the settings say so, and return the
         trials that read them."""
+        if not self.settings.distillation.teacher_cache:
+            return list(waiting)
         # A trial that is only measured needs no teacher.
         jobs = {t.key: t.job for t in waiting if t.job and finished_outcome(t.job) is None}
         unfinished = [*jobs.values(), *(self.search.jobs_left() if self.search else [])]
-        distillation, teachers = self.settings.distillation, self.workspace.teachers
-        plans, mode = [cache_plan(job) for job in unfinished], distillation.teacher_cache
-        work = estimate_teacher_work(plans, [0] * len(plans), mode, teachers)
-        shared = store_teacher_outputs(
+        plans, teachers = [cache_plan(job) for job in unfinished], self.workspace.teachers
+        work = teacher_work(plans, [0] * len(plans), teachers)
+        shared = store_answers(
             unfinished,
-            distillation,
             teachers,
             on_device=trial_device(self.settings, self.folder),
             progress=self.progress,
@@ -227,10 +226,10 @@ class _SweepRun:
         jobs = dict(zip(jobs, shared, strict=False))
         return [t.model_copy(update={"job": jobs[t.key]}) if t.key in jobs else t for t in waiting]
 
-    def delete_teacher_caches(self) -> None:
-        """Delete the teacher's stored outputs, unless a failed student will need them again."""
+    def delete_answers(self) -> None:
+        """Delete the teacher's stored answers, unless a failed student will need them again."""
         if not self.failures:
-            delete_teacher_caches(self._jobs, self.settings.distillation)
+            delete_answers(self._jobs)
 
     def track_early_stops(self) -> dict[str, EarlyStop]:
         """Log the trials that were stopped early, and return label -> reason."""

@@ -34,20 +34,21 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.settings import EvaluationSettings, SearchSettings, Settings
 from orchestrator.settings.training import default_precision
-from orchestrator.sweeping.baselines import find_baselines
-from orchestrator.sweeping.distilled_baselines import (
+from orchestrator.sweeping.baselines import (
     baselines_upper_bound,
     distilled_baseline_trials,
+    find_baselines,
 )
-from orchestrator.sweeping.elastic_plans import (
-    elastic_trials,
-    elastic_upper_bound,
-    without_elastic,
-)
+from orchestrator.sweeping.elastic_plans import elastic_trials, elastic_upper_bound, without_elastic
 from orchestrator.sweeping.model_plans import settings_of, swept_variants
 from orchestrator.sweeping.selection import choose_members, schedule_cost
-from orchestrator.sweeping.student_plans import student_estimates, student_trial
-from orchestrator.sweeping.trials import checkpoint_trial, evaluation_key, num_models
+from orchestrator.sweeping.trials import (
+    checkpoint_trial,
+    evaluation_key,
+    num_models,
+    student_estimates,
+    student_trial,
+)
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.training.checkpoint import load_config, text_files_key, weights_key

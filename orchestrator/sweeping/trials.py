@@ -1,4 +1,4 @@
-"""Trials with their keys, and the plan of a sweep that holds them.
+"""Trials with their keys: of checkpoints, of trainings, and of a teacher's students.
 
 A trial's key is the hash of all that determines its result, and its folder is named by the hash of
 all that determines its weights. So a second sweep, another range of thresholds or a restart finds
@@ -8,23 +8,25 @@ finished trials, and other tasks are measured with the same weights without trai
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
+from iiet.distillation import DistillationConfig
 from iiet.pruning import FamilyMember
+from iiet.schedule import IterationSchedule
+from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import (
-    Role,
-    SweepPlan,
-    Trial,
-    TrialSuite,
-    teacher_or_costliest,
-)
-from orchestrator.training.checkpoint import weights_key
+from orchestrator.records.trial import Role, SweepPlan, Trial, TrialSuite, teacher_or_costliest
+from orchestrator.settings import DistillationSettings, Settings, TrainingSettings
+from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.finished_weights import folder_of_weights
-from orchestrator.training.job import job_key
+from orchestrator.training.job import job_key, sequences_per_step
+from orchestrator.training.schedules import checked_family
+from orchestrator.training.teacher_cache import answers_plan
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace
 from orchestrator.workspace.provenance import content_key
 
@@ -149,3 +151,159 @@ def num_models(trials: Sequence[Trial]) -> int:
 def num_distilled_baselines(trials: Sequence[Trial]) -> int:
     """Return the number of baselines that a sweep distills; seeds of one count once."""
     return len({t.group or t.key for t in trials if t.is_distilled_baseline})
+
+
+SECTION = "distillation.training"
+"""Settings section of the students' recipe."""
+
+
+def student_job(
+    distillation: DistillationSettings,
+    *,
+    teacher: Path,
+    config: ModelConfig,
+    tokens_folder: str,
+    run_folder: str = "",
+) -> TrainingJob | None:
+    """Return the job that trains a student; None for the control without training.
+
+    Raises:
+        UserError: If a step of the training is not a whole number of sequences.
+    """
+    if distillation.control == "pruned":
+        return None
+    check_student_batch(distillation, config)
+    recipe = checked_family(distillation.training, config, section=SECTION)
+    is_scratch = distillation.control == "scratch"
+    is_distilled = distillation.control == "distill"
+    return TrainingJob(
+        run_folder=run_folder,
+        tokens_folder=tokens_folder,
+        model=config,
+        recipe=recipe,
+        objective="pretrain" if is_scratch else "distill" if is_distilled else "cross_entropy",
+        teacher_folder=str(teacher) if is_distilled else None,
+        initial_folder=None if is_scratch else str(teacher),
+        distillation=distillation_config(distillation) if is_distilled else None,
+        section=SECTION,
+        provenance={"teacher": weights_key(teacher)},
+    )
+
+
+def distillation_job(
+    settings: Settings, workspace: Workspace, teacher: Path, schedule: str, tokens: Path
+) -> TrainingJob:
+    """Return the job that distills a teacher under a schedule, in the folder of a sweep's trial.
+
+    Raises:
+        UserError: If the schedule does not fit the teacher, or the control trains nothing.
+    """
+    full = load_config(teacher)
+    try:
+        wanted = IterationSchedule.parse(schedule, num_layers=full.num_layers)
+        config = replace(full, schedule=wanted)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not wanted.is_within(full.corrections):
+        raise UserError(
+            f"the schedule {wanted} asks for more corrections than the teacher makes, "
+            f"{full.corrections}"
+        )
+    job = student_job(
+        settings.distillation, teacher=teacher, config=config, tokens_folder=str(tokens)
+    )
+    if job is None:
+        raise UserError(
+            "distillation.control=pruned trains nothing; "
+            "`iiet-orch evaluate --schedule` measures it"
+        )
+    return job.model_copy(update={"run_folder": str(workspace.trials / job_key(job))})
+
+
+def student_estimates(
+    settings: Settings,
+    teacher: ModelConfig,
+    models: Sequence[tuple[ModelConfig, TrainingSettings]],
+) -> list[Estimate]:
+    """Return what the students of a teacher take, trained or not, with each of the sweep's seeds.
+
+    Args:
+        models: Each model and how it trains, but for the seed.
+    """
+    is_distilled = settings.distillation.control == "distill"
+    loss = distillation_config(settings.distillation) if is_distilled else DistillationConfig()
+    found = []
+    for seed in settings.sweep.seeds or (settings.distillation.training.seed,):
+        for config, training in models:
+            recipe = training.model_copy(update={"seed": seed})
+            cache = answers_plan(teacher, recipe, loss, teacher_key="unknown", tokens="unknown")
+            found.append(
+                Estimate(
+                    config=config,
+                    recipe=recipe,
+                    section=SECTION,
+                    teacher=teacher if is_distilled else None,
+                    loss=loss,
+                    cache=cache if is_distilled else None,
+                )
+            )
+    return found
+
+
+def check_student_batch(distillation: DistillationSettings, config: ModelConfig) -> None:
+    """Check that a step of the students' training is a whole number of sequences.
+
+    Raises:
+        UserError: If it is not.
+    """
+    sequences_per_step(distillation.training, config, section=SECTION)
+
+
+def distillation_config(distillation: DistillationSettings) -> DistillationConfig:
+    """Return the loss that students are trained on."""
+    return DistillationConfig(
+        kl_weight=distillation.kl_weight,
+        temperature=distillation.temperature,
+        divergence=distillation.divergence,
+        hidden_weight=distillation.hidden_weight,
+        start_step=distillation.teacher_from_step,
+        end_step=distillation.teacher_until_step,
+    )
+
+
+def student_trial(
+    settings: Settings,
+    workspace: Workspace,
+    teacher: Path,
+    config: ModelConfig,
+    member: FamilyMember,
+    suite: TrialSuite,
+    *,
+    seed: int | None = None,
+) -> Trial:
+    """Return the trial that trains and measures a student or a control under one schedule.
+
+    Args:
+        settings: Section `distillation`.
+        workspace: Where trials are stored.
+        teacher: Checkpoint of the full model.
+        config: The student: the teacher's configuration under its own schedule.
+        member: Its thresholds are those that give this schedule; NaN if none does.
+        suite: What is measured.
+        seed: Seed of the training if the sweep has several; the recipe's when unset.
+    """
+    distillation = settings.distillation
+    job = student_job(
+        distillation, teacher=teacher, config=config, tokens_folder=suite.tokens_folder
+    )
+    label = str(config.corrections)
+    if distillation.control != "distill":
+        label += f", {distillation.control.replace('_', ' ')}"
+    if job:
+        return trained_trial("trial", label, job, suite, workspace, member=member, seed=seed)
+    trial = checkpoint_trial("trial", label, teacher, config, suite, workspace)
+    thresholds = {
+        "threshold_above": member.threshold_above,
+        "threshold_up_to": member.threshold_up_to,
+    }
+    return trial.model_copy(update={**thresholds, "parent": weights_key(teacher)})

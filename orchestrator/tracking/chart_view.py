@@ -50,12 +50,8 @@ class ChartView:
     def tag_value(self) -> str:
         """Return the value of the experiment's tag; a ValueError if it is too large for MLflow."""
         now = now_ms()
-        tag = {
-            "name": self.name,
-            "createdAt": now,
-            "updatedAt": now,
-            "state": json.dumps(self.state(), separators=(",", ":")),
-        }
+        state = json.dumps(self.state(), separators=(",", ":"))
+        tag = {"name": self.name, "createdAt": now, "updatedAt": now, "state": state}
         text = json.dumps(tag, separators=(",", ":"))
         if len(text) > MAX_VIEW_CHARACTERS:
             raise ValueError(
@@ -65,37 +61,41 @@ class ChartView:
 
     def state(self) -> dict[str, Any]:
         """Return the state of MLflow's page: filter, table and charts."""
-        section = _stable_id(self.key, "section")
+        is_attribute = self.order_by.startswith("attributes.")
+        own = {"name": self.name, "display": True, "isGenerated": False}
+        own |= {"columns": 2, "cardHeight": CARD_HEIGHT_PIXELS}
+        # MLflow adds a section for each group of metrics; listing it here keeps it folded.
+        groups = [{"name": g, "display": False, "isGenerated": True} for g in self.folded_groups]
+        sections = [
+            {"uuid": self._id(name), "isReordered": False, "deleted": False, **section}
+            for name, section in [("section", own), *((str(g["name"]), g) for g in groups)]
+        ]
+        charts = [
+            {
+                "uuid": self._id(chart["displayName"]),
+                "runsCountToCompare": 100,
+                "metricSectionId": self._id("section"),
+                "deleted": False,
+                "isGenerated": False,
+                **chart,
+            }
+            for chart in self._charts()
+        ]
         return {
             "searchFilter": self.run_filter,
-            "orderByKey": _sort_key(self.order_by),
+            "orderByKey": self.order_by if is_attribute else _column(self.order_by),
             "orderByAsc": self.is_ascending,
             "startTime": "ALL",
             "lifecycleFilter": "Active",
-            "datasetsFilter": [],
             "modelVersionFilter": "All Runs",
             "selectedColumns": [_column(name) for name in self.columns],
-            "columnOrder": [],
-            "columnWidths": {},
-            "runsExpanded": {},
-            "runsPinned": [],
-            "runsHidden": [],
+            **{key: [] for key in ("datasetsFilter", "columnOrder", "runsPinned", "runsHidden")},
+            **{key: {} for key in ("columnWidths", "runsExpanded", "runsVisibilityMap")},
             "runsHiddenMode": "SHOW_ALL",
-            "runsVisibilityMap": {},
-            "compareRunSections": self._sections(),
+            "compareRunSections": sections,
             # Otherwise MLflow sorts its own sections between ours by name.
             "isAccordionReordered": True,
-            "compareRunCharts": [
-                {
-                    "uuid": _stable_id(self.key, chart["displayName"]),
-                    "runsCountToCompare": 100,
-                    "metricSectionId": section,
-                    "deleted": False,
-                    "isGenerated": False,
-                    **chart,
-                }
-                for chart in self._charts()
-            ],
+            "compareRunCharts": charts,
             "viewMaximized": False,
             "runListHidden": False,
             "hideEmptyCharts": True,
@@ -104,36 +104,12 @@ class ChartView:
             "globalLineChartConfig": {"xAxisKey": "step"},
         }
 
-    def _sections(self) -> list[dict[str, Any]]:
-        ours = {
-            "name": self.name,
-            "display": True,
-            "isGenerated": False,
-            "columns": 2,
-            "cardHeight": CARD_HEIGHT_PIXELS,
-        }
-        # MLflow adds a section for each group of metrics; listing it here keeps it folded.
-        groups = [{"name": g, "display": False, "isGenerated": True} for g in self.folded_groups]
-        return [
-            {
-                "uuid": _stable_id(self.key, "section" if number == 0 else str(section["name"])),
-                "isReordered": False,
-                "deleted": False,
-                **section,
-            }
-            for number, section in enumerate([ours, *groups])
-        ]
-
     def _charts(self) -> list[dict[str, Any]]:
-        charts: list[dict[str, Any]] = [
-            {
-                "type": "SCATTER",
-                "displayName": f"{y} against {x}",
-                "xaxis": {"key": x, "type": "METRIC", "dataAccessKey": x},
-                "yaxis": {"key": y, "type": "METRIC", "dataAccessKey": y},
-            }
-            for x, y in self.scatters
-        ]
+        charts: list[dict[str, Any]] = []
+        for x, y in self.scatters:
+            axes = [{"key": key, "type": "METRIC", "dataAccessKey": key} for key in (x, y)]
+            charts.append({"type": "SCATTER", "displayName": f"{y} against {x}"})
+            charts[-1] |= {"xaxis": axes[0], "yaxis": axes[1]}
         if self.parallel_params:
             charts.append(
                 {
@@ -144,30 +120,16 @@ class ChartView:
                     "showAllRuns": True,
                 }
             )
-        charts += [
-            {
-                "type": "LINE",
-                "displayName": metric,
-                "metricKey": metric,
-                "selectedMetricKeys": [metric],
-                "xAxisKey": "step",
-                "scaleType": "linear",
-                # Otherwise curves are smoothed, and their ends are no values of the run.
-                "lineSmoothness": 0,
-                "useGlobalLineSmoothing": False,
-            }
-            for metric in self.curves
-        ]
+        for metric in self.curves:
+            chart: dict[str, Any] = {"type": "LINE", "displayName": metric, "metricKey": metric}
+            chart |= {"selectedMetricKeys": [metric], "xAxisKey": "step", "scaleType": "linear"}
+            # Otherwise curves are smoothed, and their ends are no values of the run.
+            charts.append({**chart, "lineSmoothness": 0, "useGlobalLineSmoothing": False})
         return charts
 
-
-def _stable_id(*parts: str) -> str:
-    # Saving the same view again must give the same ids.
-    return str(uuid.uuid5(uuid.NAMESPACE_OID, "/".join(parts)))
-
-
-def _sort_key(name: str) -> str:
-    return name if name.startswith("attributes.") else _column(name)
+    def _id(self, part: str) -> str:
+        # Saving the same view again must give the same ids.
+        return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.key}/{part}"))
 
 
 def _column(name: str) -> str:

@@ -43,6 +43,9 @@ class RunLogger(ABC):
     def log_results(self, step: int, values: Mapping[str, float]) -> None:  # noqa: B027
         """Take what was measured after the training; step 0 means none; it may come again."""
 
+    def flush(self) -> None:  # noqa: B027
+        """Write what is held in memory; called every few seconds."""
+
     def close(self, status: str) -> None:  # noqa: B027
         """Take the end of the run: FINISHED, FAILED or KILLED; more may come later."""
 
@@ -59,9 +62,13 @@ class TensorBoardLogger(RunLogger):
 
             for earlier in self.folder.glob("events.out.tfevents.*") if not self._has_begun else ():
                 earlier.unlink(missing_ok=True)
-            self._writer, self._has_begun = SummaryWriter(str(self.folder), flush_secs=5), True
+            self._writer, self._has_begun = SummaryWriter(str(self.folder)), True
         for name, value in values.items():
             self._writer.add_scalar(name, value, step, walltime=time)
+
+    def flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
 
     def close(self, status: str) -> None:  # noqa: ARG002 - TensorBoard shows no state
         if self._writer is not None:
@@ -127,5 +134,6 @@ class LoggedRuns:
         results = sorted(run.points, key=lambda point: point[2])
         for step, of_step in groupby(results, key=lambda point: point[2]):
             logger.log_results(step, {name: value for name, value, _ in of_step})
+        logger.flush()
         if run.status != "RUNNING":
             logger.close(run.status)

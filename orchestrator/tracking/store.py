@@ -14,7 +14,6 @@ import json
 import math
 import os
 import sqlite3
-import stat
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -250,8 +249,9 @@ class Store:
         with lock_file(self._lock):  # Two processes must not create the same run.
             for root in dict.fromkeys(run.parent or run.key for run in unknown):
                 self._search(client, root, [r.key for r in unknown if root in (r.parent, r.key)])
-            sweeps = [self._sweep(run.parent) for run in unknown if run.parent]
-            for run in [*sweeps, *unknown]:
+            parents = dict.fromkeys(run.parent for run in unknown if run.parent)
+            missing = [key for key in parents if ("sweep", key, None) not in self._runs]
+            for run in [*map(self._sweep, missing), *unknown]:
                 if run.place in self._runs:
                     continue
                 tags = {KEY_TAG: run.key, KIND_TAG: run.kind, ROOT_TAG: run.parent or run.key}
@@ -380,15 +380,8 @@ def _is_same(stored: float | None, value: float) -> bool:
 def _check_database(uri: str) -> None:
     # MLflow would retry for two minutes before it fails.
     path = Path(uri.removeprefix(SQLITE).partition("?")[0])
-    if not uri.startswith(SQLITE) or not path.name:
-        return
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISREG(mode):
-        raise IsADirectoryError(errno.EISDIR, "it is a folder, not a database file", str(path))
-    with path.open("rb") as file:
-        head = file.read(len(SQLITE_HEAD))
-    if head and head != SQLITE_HEAD:
-        raise OSError(errno.EINVAL, "it is not a sqlite database", str(path))
+    if uri.startswith(SQLITE) and path.name:
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            head = file.read(len(SQLITE_HEAD))
+            if head and head != SQLITE_HEAD:
+                raise OSError(errno.EINVAL, "it is not a sqlite database", str(path))

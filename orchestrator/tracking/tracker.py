@@ -12,7 +12,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -27,7 +26,6 @@ from orchestrator.records.tracked_run import (
 from orchestrator.settings import MLFLOW
 from orchestrator.tracking import models
 from orchestrator.tracking.chart_view import VIEW_TAG_PREFIX, ChartView
-from orchestrator.tracking.links import Links
 from orchestrator.tracking.loggers import LoggedRuns
 from orchestrator.tracking.publisher import Publisher
 from orchestrator.tracking.store import (
@@ -51,21 +49,10 @@ from orchestrator.workspace.layout import Workspace
 VIEW_TAG, REPORT_TAG = "iiet.chart_view", "iiet.report"
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 30.0, 600.0
 MAX_WAIT_SECONDS, SHORT_WAIT_SECONDS = 60.0, 2.0
+TRAINING_PAGES = "workflowType=machine_learning"
 OWN_PREFIXES = ("iiet.", "mlflow.")
 
 Warn = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class TrackedSweep:
-    """A sweep's run, for links to it."""
-
-    name: str
-    run_id: str
-    view: str | None
-    """Key of its chart view; None before its first report."""
-    report: str | None
-    """Path of the report's page among its artifacts; None before its first report."""
 
 
 class Tracking:
@@ -161,7 +148,10 @@ class Tracking:
         try:
             models.register(self.store.connect(), run, model, moves_alias=moves_alias)
         except FAILURES as error:
-            self.pause(error)
+            if not is_refusal(error):
+                self.pause(error)
+                return
+            self._warn(f"MLflow refused {model.name}@{model.alias}: {first_line(error)[:200]}")
 
     def wait(self, *, briefly: bool = False) -> None:
         """Wait until the store has everything, as long as it responds; or for two seconds."""
@@ -211,39 +201,38 @@ class Tracking:
                 self.pause(error)
         return self.store.experiment_id
 
-    def links(self, base_url: str, **pages: str | None) -> Links:
-        """Return links to MLflow's pages; `pages` as `Links.of` takes them."""
-        return Links.of(base_url, self.experiment_id, **pages)
+    def links(self, base_url: str, overview: ChartView, max_sweeps: int) -> list[str]:
+        """Return links to all runs and, for each new sweep, to its charts, table, report and run.
 
-    def save_view(self, view: ChartView) -> None:
-        """Save a chart view in the experiment, so that links can open it."""
-        if experiment_id := self.experiment_id:
-            try:
-                self.store.connect().set_experiment_tag(experiment_id, *view_tag(view))
-            except FAILURES as error:
-                self.pause(error)
-
-    def sweeps(self, limit: int) -> list[TrackedSweep]:
-        """Return the newest sweeps in the store; none while it does not respond."""
+        The `overview` of all runs is saved first, because a link cannot choose columns. There are
+        none while the store does not respond.
+        """
         try:
-            runs = self.store.connect().search_runs(
-                [str(self.store.experiment_id)],
+            client, experiment_id = self.store.connect(), str(self.store.experiment_id)
+            client.set_experiment_tag(experiment_id, *view_tag(overview))
+            sweeps = client.search_runs(
+                [experiment_id],
                 tag_filter({KIND_TAG: "sweep"}),
-                max_results=limit,
+                max_results=max_sweeps,
                 order_by=["attributes.start_time DESC"],
             )
         except FAILURES as error:
             self.pause(error)
             return []
-        return [
-            TrackedSweep(
-                name=run.info.run_name or "",
+        lines = [
+            f"training runs: {page_links(base_url, experiment_id, view=overview.key)['table']}"
+        ]
+        for run in sweeps:
+            pages = page_links(
+                base_url,
+                experiment_id,
                 run_id=run.info.run_id,
                 view=run.data.tags.get(VIEW_TAG),
                 report=run.data.tags.get(REPORT_TAG),
             )
-            for run in runs
-        ]
+            name = f"sweep {run.info.run_name}"
+            lines += [f"{name}, {page + ':':<7} {link}" for page, link in pages.items()]
+        return lines
 
     def added_by_people(self) -> list[str]:
         """Name what the store holds and no file of the workspace says: it would be lost."""
@@ -299,6 +288,36 @@ def open_tracking(
             f"move the file away, or {valid}"
         ) from None
     return tracking
+
+
+def page_links(
+    base_url: str,
+    experiment_id: str,
+    *,
+    run_id: str | None = None,
+    view: str | None = None,
+    report: str | None = None,
+) -> dict[str, str]:
+    """Return addresses of MLflow's pages; a plain one would show neither losses nor nested runs.
+
+    Args:
+        base_url: Address of the server, with the path at which it is served, if it has one.
+        experiment_id: The experiment.
+        run_id: A run.
+        view: Key of a saved chart view.
+        report: Path of a file among the run's artifacts.
+    """
+    experiment = f"{base_url.rstrip('/')}/#/experiments/{experiment_id}"
+    runs, pages = f"{experiment}/runs", {}
+    if view:
+        shown = f"viewStateShareKey={view}"
+        pages["charts"] = f"{runs}?{TRAINING_PAGES}&compareRunsMode=CHART&{shown}"
+        pages["table"] = f"{runs}?{TRAINING_PAGES}&compareRunsMode=TABLE&{shown}"
+    if run_id and report:
+        pages["report"] = f"{runs}/{run_id}/artifacts/{report}?{TRAINING_PAGES}"
+    if run_id:
+        pages["run"] = f"{runs}/{run_id}?{TRAINING_PAGES}"
+    return pages
 
 
 def view_tag(view: ChartView) -> tuple[str, str]:

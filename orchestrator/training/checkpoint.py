@@ -107,7 +107,7 @@ def load_config(folder: Path) -> ModelConfig:
     """
     values = read_json(folder / CONFIG, remedy=REMEDY)
     if values is None:
-        raise UserError(f"{folder} is no checkpoint: it has no {CONFIG}")
+        raise UserError(f"{folder} is not a checkpoint: it has no {CONFIG}")
     try:
         return ModelConfig.from_dict(values)
     except ExtensionError as error:
@@ -160,7 +160,7 @@ def load_provenance(folder: Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"the checkpoint {folder} is damaged: {PROVENANCE}: {error}") from None
     if provenance is None:
-        raise UserError(f"{folder} is no checkpoint: it has no {PROVENANCE}")
+        raise UserError(f"{folder} is not a checkpoint: it has no {PROVENANCE}")
     if not isinstance(provenance.get("checksums", {}), dict):
         raise UserError(
             f"the checkpoint {folder} is damaged: {PROVENANCE}: checksums is no object; {REMEDY}"
@@ -175,7 +175,7 @@ def served_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
     corrections.
 
     Raises:
-        UserError: If the folder is no checkpoint, or the file is damaged.
+        UserError: If the folder is not a checkpoint, or the file is damaged.
     """
     config, members = load_config(folder), load_provenance(folder).get(ELASTIC, [])
     if not METHODS[config.method].has_corrections:
@@ -194,7 +194,7 @@ def weights_key(folder: Path) -> str:
     """Return the short hash of a checkpoint's weights from its `provenance.json`.
 
     Raises:
-        UserError: If the folder is no checkpoint, or the file is damaged.
+        UserError: If the folder is not a checkpoint, or the file is damaged.
     """
     return str(load_provenance(folder).get("weights", ""))
 
@@ -208,7 +208,7 @@ def check_checkpoint(
     `remember` as in `files.damaged_file`.
 
     Raises:
-        UserError: If the folder is no checkpoint, or a file is missing or damaged.
+        UserError: If the folder is not a checkpoint, or a file is missing or damaged.
     """
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint folder {folder}")

@@ -64,7 +64,7 @@ def load_model(
             processes of a machine share them; otherwise they are a copy that can be trained.
 
     Raises:
-        UserError: If the folder is no model folder, is damaged, needs what a decoder does not
+        UserError: If the folder is not a model folder, is damaged, needs what a decoder does not
             support, has missing, unknown or not finite weights, or the schedule does not fit it.
     """
     if check and any((folder / name).exists() for name in (PROVENANCE, TRAINING_STATE)):
@@ -122,7 +122,7 @@ def read_config(folder: Path, name: str = CONFIG) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} is no model folder: it has no {name}") from None
+        raise UserError(f"{folder} is not a model folder: it has no {name}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {shortened(str(error))}") from None
     if not isinstance(found, dict):

@@ -186,7 +186,7 @@ def resolve_checkpoint(path: Path, warn: Warn | None = None) -> Path:
     if newest is None:
         if not damage and (path / CONFIG).is_file():
             raise UserError(
-                f"{path} is a model folder and no checkpoint; `iiet-orch import` makes one of it"
+                f"{path} is a model folder, not a checkpoint; `iiet-orch import` makes one of it"
             )
         found = f" ({damage[0]})" if damage else ""
         raise UserError(f"{path} holds no intact checkpoint{found}; `iiet-orch pretrain` makes one")

@@ -157,7 +157,7 @@ def test_exit_codes(
         (["generate", "--temperature", "-1"], "--temperature"),
         (["generate", "--kv", "none"], "--kv"),
         (["generate", "--prompt", "x", "--draft-tokens", "3"], "--draft-tokens 3 needs --draft"),
-        (["import", "missing-folder"], "is no model folder"),
+        (["import", "missing-folder"], "is not a model folder"),
         (["import"], "folder"),
         (["export"], "iiet-orch pretrain"),
         (["export", "missing-folder"], "missing-folder"),

@@ -40,7 +40,7 @@ def test_ctrl_c_is_answered_at_once_while_mlflow_hangs(
         assert teacher.returncode == 0, printed
     longer = [f"{section}.num_steps=100000", f"{section}.checkpoint_every_steps=50"]
     if section != "training":
-        longer.append("distillation.teacher_cache=live")
+        longer.append("distillation.teacher_cache=false")
     process = start_command(
         *command, workspace=tmp_path, settings=[*SMALL, *longer], tracking_uri=silent_server
     )

@@ -51,7 +51,7 @@ def test_the_table_is_what_its_commands_print(
 def test_every_row_of_the_table_fits_on_an_h100(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.planning.fit.installed_gpus", lambda: [])
+    monkeypatch.setattr("orchestrator.planning.machine.installed_gpus", lambda: [])
     for command, _ in ROWS:
         assert cli.main([*shlex.split(command)[1:], "-w", str(tmp_path)]) == 0
         assert re.search(r"on an H100 +it fits", capsys.readouterr().out), command

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import PlannedSweep, plan_sweep
-from orchestrator.planning import estimate, fit, machine
+from orchestrator.planning import estimate, machine
 from orchestrator.settings import read_settings
 from orchestrator.settings.files import shipped_sweeps
 from orchestrator.workspace.errors import UserError
@@ -21,13 +21,13 @@ PER_PASS = "num_sequences_per_pass"
 @pytest.fixture(autouse=True)
 def _no_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
     # Machines with a GPU of their own would plan for that one.
-    for module in (fit, estimate, machine):
+    for module in (estimate, machine):
         monkeypatch.setattr(module, "installed_gpus", list)
 
 
 def planned(name: str, workspace: Path, *assignments: str) -> PlannedSweep:
     """Plan a shipped sweep whose students run their teacher."""
-    live = "distillation.teacher_cache=live"
+    live = "distillation.teacher_cache=false"
     settings = read_settings(shipped_sweeps()[name], [live, *assignments])
     return plan_sweep(settings, workspace=workspace)
 

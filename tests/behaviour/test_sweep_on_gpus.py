@@ -99,7 +99,7 @@ def test_models_are_trained_and_measured_on_reserved_gpus(
     log = run("sweep-threshold", workspace, environment)
     assert "jobs_at_once=2, workers=1, cpus=2, gpus=1.0" in log
     assert tasks(log) == [
-        "pipelines.influence", "training.teacher_cache_policy", "evaluation.decode_timing",
+        "pipelines.influence", "training.teacher_cache", "evaluation.decode_timing",
         "sweeping.decoding",
     ]  # fmt: skip
     assert set(gpus_of_trials(workspace / "trials")) <= {"0", "1"}

@@ -20,7 +20,7 @@ SETTINGS = [
     *SMALL,
     "distillation.training.num_steps=150",
     "distillation.training.checkpoint_every_steps=20",
-    "distillation.teacher_cache=live",
+    "distillation.teacher_cache=false",
     "sweep.num_schedules=2",
 ]
 

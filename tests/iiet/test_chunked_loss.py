@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from iiet import Decoder, next_token_loss, plain_formulas, preset
 from iiet.batch import NO_TARGET, Batch
 from iiet.chunked_loss import LazyLogits
-from iiet.coarse_distribution import coarsen
 from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
 from iiet.losses import batch_cross_entropy
 from orchestrator.training.distributed import World
@@ -75,7 +74,6 @@ LOSSES: dict[str, dict[str, Any]] = {
     "forward": {"kl_weight": 0.7, "temperature": 2.0},
     "reverse": {"divergence": "reverse"},
     "Jensen-Shannon": {"divergence": "jensen_shannon", "temperature": 0.8},
-    "top k": {"top_k": 4, "temperature": 2.0},
     "hidden": {"kl_weight": 0.7, "hidden_weight": 0.3},
     "hidden alone": {"kl_weight": 0.0, "hidden_weight": 0.3},
 }
@@ -99,42 +97,29 @@ def test_values_and_gradients_equal_those_of_whole_logits(loss: str, tied: bool,
 def test_stored_answers_of_a_teacher_serve_as_well() -> None:
     decoder, batch = fresh_decoder(), some_batch("text")
     teacher = some_teacher(decoder)
-    for top_k in (None, 4):
-        config = DistillationConfig(top_k=top_k)
-        logits = teacher(batch.input_ids)
-        answer = logits if top_k is None else coarsen(logits, top_k)
-        live, _ = distillation_loss(decoder, teacher, batch, config=config)
-        stored, _ = distillation_loss(decoder, lambda _, a=answer: a, batch, config=config)
-        assert stored.item() == pytest.approx(live.item(), rel=1e-12)
+    config, answer = DistillationConfig(), teacher(batch.input_ids)
+    live, _ = distillation_loss(decoder, teacher, batch, config=config)
+    stored, _ = distillation_loss(decoder, lambda _: answer, batch, config=config)
+    assert stored.item() == pytest.approx(live.item(), rel=1e-12)
 
 
 @pytest.mark.usefixtures("small_chunks")
-@torch.no_grad()
-def test_a_teacher_is_reduced_to_its_likeliest_tokens_without_whole_logits() -> None:
-    decoder, ids = fresh_decoder(), some_batch("text").input_ids
-    expected = coarsen(decoder(ids), 4, temperature=2.0)
-    with LargestTensor() as seen:
-        found = decoder(ids, finish=partial(coarsen, top_k=4, temperature=2.0))
-    assert seen.num_values < ELEMENTS / 2
-    assert torch.equal(found.ids, expected.ids)
-    torch.testing.assert_close(found.log_probs, expected.log_probs)
-    torch.testing.assert_close(found.log_tail, expected.log_tail)
-
-
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon", "top k"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
 def test_a_student_equal_to_its_teacher_gets_the_gradient_of_the_cross_entropy(
     divergence: str,
 ) -> None:
     decoder, batch = fresh_decoder(), some_batch("text")
-    options = {"top_k": 4} if divergence == "top k" else {"divergence": divergence}
     results = []
     for kl_weight in (0.0, 5.0):
         loss, parts = distillation_loss(
             decoder,
             frozen_teacher(decoder),
             batch,
-            config=DistillationConfig(kl_weight=kl_weight, hidden_weight=0.1, **options),  # type: ignore[arg-type]
+            config=DistillationConfig(
+                kl_weight=kl_weight,
+                hidden_weight=0.1,
+                divergence=divergence,  # type: ignore[arg-type]
+            ),
         )
         assert parts.get("kl", torch.zeros(())).item() == 0
         results.append(value_and_gradients(decoder, loss))

@@ -10,13 +10,7 @@ import torch
 from iiet.batch import NO_TARGET, Batch
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.distillation import (
-    DistillationConfig,
-    coarse_kl_divergence,
-    coarsen,
-    distillation_loss,
-    frozen_teacher,
-)
+from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
 from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
 from iiet.schedule import IterationSchedule
 
@@ -193,10 +187,9 @@ def test_distillation_pulls_the_student_to_its_teacher():
     assert divergences[-1] < 0.3 * divergences[0]
 
 
-@pytest.mark.parametrize("top_k", [None, 4])
-def test_padding_changes_nothing(top_k):
+def test_padding_changes_nothing():
     teacher, student = teacher_and_student()
-    config = DistillationConfig(hidden_weight=0.5, top_k=top_k)
+    config = DistillationConfig(hidden_weight=0.5)
     text, filler = Batch.of_text(TOKENS), torch.full((len(TOKENS), 4), 31)
     padded = Batch(
         torch.cat([TOKENS, filler], dim=1),
@@ -217,12 +210,11 @@ def test_padding_changes_nothing(top_k):
     torch.testing.assert_close(with_padding, plain)
 
 
-@pytest.mark.parametrize("top_k", [None, 4])
 @pytest.mark.parametrize("is_text", [True, False])
-def test_masked_distillation_is_that_of_the_selected_positions_alone(top_k, is_text):
+def test_masked_distillation_is_that_of_the_selected_positions_alone(is_text):
     teacher, student = (model.double() for model in teacher_and_student())
     student.requires_grad_(False)
-    config = DistillationConfig(kl_weight=0.7, temperature=2.0, top_k=top_k, hidden_weight=0.3)
+    config = DistillationConfig(kl_weight=0.7, temperature=2.0, hidden_weight=0.3)
     generator = torch.Generator().manual_seed(5)
     mask = torch.rand(TOKENS.shape, generator=generator) < 0.3
     if is_text:
@@ -246,10 +238,7 @@ def test_masked_distillation_is_that_of_the_selected_positions_alone(top_k, is_t
         config=config,
     )
     theirs, alone = answers[0][taught][None], ours[0][taught][None].requires_grad_()
-    if top_k:
-        divergence = coarse_kl_divergence(coarsen(theirs, top_k, temperature=2.0), alone)
-    else:
-        divergence = kl_divergence(theirs, alone, temperature=2.0)
+    divergence = kl_divergence(theirs, alone, temperature=2.0)
     error = hidden_state_error([h[taught] for h in answers[1]], [h[taught] for h in ours[1]])
     entropy = cross_entropy(alone, batch.targets[taught][None])
     expected = entropy + 0.7 * divergence + 0.3 * error
@@ -303,22 +292,6 @@ def test_without_a_token_that_counts_the_loss_is_zero_and_flat(kl_weight):
     assert all(gradient.abs().max() == 0 for gradient in gradients)
 
 
-def test_stored_and_live_coarse_answers_give_the_same_loss():
-    teacher, student = teacher_and_student()
-    config = DistillationConfig(top_k=4, temperature=2.0)
-    live, _ = distillation_loss(student, teacher, TOKENS, config=config)
-    stored = coarsen(teacher(TOKENS), 4, temperature=2.0)
-    looked_up, _ = distillation_loss(student, lambda _: stored, TOKENS, config=config)
-    assert looked_up.item() == live.item()
-    for other in (
-        DistillationConfig(top_k=5, temperature=2.0),
-        DistillationConfig(top_k=4),
-        DistillationConfig(temperature=2.0),
-    ):
-        with pytest.raises(ValueError, match="made for this loss"):
-            distillation_loss(student, lambda _: stored, TOKENS, config=other)
-
-
 def test_low_and_double_precision():
     teacher, student = teacher_and_student()
     config = DistillationConfig(hidden_weight=1.0)
@@ -339,9 +312,6 @@ def test_low_and_double_precision():
 def test_every_problem_of_a_config_is_reported_at_once():
     with pytest.raises(ValueError, match=r"kl_weight.*start_step.*temperature.*divergence"):
         DistillationConfig(kl_weight=-1.0, temperature=0.0, divergence="sideways", start_step=-3)
-    for wrong in ({"top_k": 0}, {"top_k": 3, "divergence": "reverse"}):
-        with pytest.raises(ValueError, match="top_k"):
-            DistillationConfig(**wrong)
     with pytest.raises(ValueError, match="end_step"):
         DistillationConfig(start_step=5, end_step=4)
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from iiet import losses
 from iiet.batch import NO_TARGET, Batch
-from iiet.coarse_distribution import coarse_kl_divergence, coarsen
 from iiet.distillation import DistillationConfig
 from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
 
@@ -170,16 +169,13 @@ def test_jensen_shannon_is_finite_if_one_model_is_certain():
     assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
 
 
-@pytest.mark.parametrize("loss", [*KINDS, "coarse"])
+@pytest.mark.parametrize("loss", KINDS)
 def test_gradients_of_float16_logits_survive_under_a_scaled_loss(loss):
     teacher, student = (random_logits(64, 64, 64, seed=s).half() for s in (0, 1))
 
     def gradient(dtype):
         leaf = student.to(dtype).requires_grad_()
-        if loss == "coarse":
-            value = coarse_kl_divergence(coarsen(teacher.to(dtype), 5), leaf)
-        else:
-            value = kl_divergence(teacher.to(dtype), leaf, kind=loss)
+        value = kl_divergence(teacher.to(dtype), leaf, kind=loss)
         (2.0**16 * value).backward()  # As a gradient scaler does; more than float16 can hold.
         assert leaf.grad.dtype == dtype
         return leaf.grad.double()
@@ -208,7 +204,6 @@ def test_no_loss_waits_for_the_device(count):
         for loss in (
             cross_entropy(logits, batch.targets, mask=batch.taught, count=count),
             kl_divergence(torch.empty_like(logits), logits, **options),
-            coarse_kl_divergence(coarsen(torch.empty_like(logits), 2), logits, **options),
             hidden_state_error([torch.empty_like(logits)], [logits], **options),
         ):
             loss.backward()
@@ -219,11 +214,7 @@ def test_wrong_use_is_named():
     with pytest.raises(ValueError, match="shape"):
         kl_divergence(teacher, student)
     for temperature in (0.0, 1e-42, 1e30, math.inf, math.nan):
-        for use in (
-            partial(kl_divergence, teacher, teacher),
-            partial(coarsen, teacher, 2),
-            DistillationConfig,
-        ):
+        for use in (partial(kl_divergence, teacher, teacher), DistillationConfig):
             with pytest.raises(ValueError, match=r"temperature must be from 0\.001 to 1000, got"):
                 use(temperature=temperature)
     for temperature in (1e-3, 1e3):
@@ -360,7 +351,6 @@ def test_a_mask_of_another_shape_is_refused(shape):
         lambda: cross_entropy(logits, tokens, mask=mask),
         lambda: next_token_loss(logits, tokens, mask=mask),
         lambda: kl_divergence(logits, logits, mask=mask),
-        lambda: coarse_kl_divergence(coarsen(logits, 2), logits, mask=mask),
         lambda: hidden_state_error(hidden, hidden, mask=mask),
     ]
     for call in calls:

@@ -70,7 +70,6 @@ def distilled_bytes(**loss: Any) -> int:
         {"divergence": "forward"},
         {"divergence": "reverse"},
         {"divergence": "jensen_shannon"},
-        {"top_k": 64},
     ],
     ids=str,
 )

@@ -35,8 +35,7 @@ from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
 from orchestrator.sweeping import decoding
 from orchestrator.sweeping.asha import asha_trials, record_early_stop
-from orchestrator.sweeping.decode_times import with_costs
-from orchestrator.sweeping.decoding import with_decoding
+from orchestrator.sweeping.decoding import with_costs, with_decoding
 from orchestrator.sweeping.plan import plan_iterations, plan_students, schedule_search
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.terminal.progress import Progress
@@ -46,8 +45,7 @@ from orchestrator.training.job_models import load_teacher
 from orchestrator.training.model_lookup import Picked, load_influence_table
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.training.run import run_job
-from orchestrator.training.teacher_cache import teacher_outputs_by_step
-from orchestrator.training.teacher_cache_policy import store_teacher_outputs
+from orchestrator.training.teacher_cache import answers_by_step, store_answers
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import Journal, read_journal
@@ -58,7 +56,7 @@ SETTINGS = [
     "model.num_layers=2", "model.context_length=32", "model.corrections=1",
     "training.num_steps=2", "training.checkpoint_every_steps=1", "training.keep_best=true",
     "training.decay=constant", "distillation.training.num_steps=1",
-    "distillation.teacher_cache=exact",
+    "distillation.teacher_cache=true",
     "influence.num_tokens=128", "evaluation.num_items=8", "evaluation.limit=3",
     "sweep.num_schedules=2",
 ]  # fmt: skip
@@ -172,10 +170,9 @@ def _train_the_second_stage(workspace: Workspace, notes: Notes) -> Any:
 
 
 def _read_stored_outputs(workspace: Workspace, notes: Notes) -> Any:
-    distillation = read_settings(None, SETTINGS).distillation
     job = next(trial.job for trial in _plan(workspace).trials if trial.job)
-    [job] = store_teacher_outputs([job], distillation, workspace.teachers, progress=notes)
-    teacher, (sequences, _) = load_teacher(job, World()), teacher_outputs_by_step(job)(0)
+    [job] = store_answers([job], workspace.teachers, progress=notes)
+    teacher, (sequences, _) = load_teacher(job, World()), answers_by_step(job)(0)
     assert teacher
     return teacher(sequences).tolist()
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from orchestrator import cli
 from orchestrator.settings import Settings, read_settings
-from orchestrator.settings.files import marked_yaml, shipped_sweeps
+from orchestrator.settings.files import marked_yaml, shipped_sweeps, starting_settings
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +86,7 @@ def test_a_file_with_the_name_of_a_shipped_sweep_is_used_and_said(
 
 @pytest.mark.parametrize("size", ["tiny", "55m", "340m"])
 def test_init_writes_a_valid_commented_file(
-    size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    size: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--data", "text", "--size", size, "--steps", "2000", "--gpus", "1"]
     printed = _printed(capsys, "init", "mine.yaml", *options)
@@ -94,6 +95,8 @@ def test_init_writes_a_valid_commented_file(
     assert (settings.data.source, settings.data.files) == ("files", ("text",))
     assert (settings.model.preset, settings.training.num_steps) == (size, 2000)
     assert settings.cluster.num_gpus == 1
+    asked = starting_settings(size, files=["text"], steps=2000, gpus=1)
+    assert settings == asked, "the file says what was asked for"
     text = (tmp_path / "mine.yaml").read_text()
     assert "# Peak learning rate" in text
     tree = yaml.safe_load(text)

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from local_hub import TOKEN, LocalHub, local_hub
 
 from orchestrator import cli
-from orchestrator.data.hub import offline
+from orchestrator.data.hub import DRY_RUN, offline
 from orchestrator.data.hub_models import download_model, shown_name
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.evaluation.evaluated_model import open_model, open_models, short_names
@@ -115,8 +115,10 @@ def test_what_is_in_the_cache_needs_no_network(
     assert load_tokenizer(NAME).get_vocab_size() == 300
     model = open_model(folder, "1")
     assert (model.name, model.is_external) == ("tiny r=1", True)
-    with offline():
+    with offline(DRY_RUN):
         assert download_model(NAME) == folder
+        with pytest.raises(UserError, match="a dry run downloads nothing"):
+            download_model("hub:me/other")
     with pytest.raises(UserError, match=r"hub:me/other is not in the hub's cache .* be reached"):
         download_model("hub:me/other")
 

@@ -186,7 +186,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else(checkpoint: Path, tmp_pa
     exported(checkpoint, folder)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").touch()
-    with pytest.raises(UserError, match="no earlier export"):
+    with pytest.raises(UserError, match="not an earlier export"):
         exported(checkpoint, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["diary.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "run"]

@@ -28,7 +28,7 @@ from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes
 from orchestrator.training.distributed import World
 from orchestrator.training.model_config import build_model_config
-from orchestrator.training.teacher_cache_policy import TeacherWork
+from orchestrator.training.teacher_cache import TeacherWork
 from orchestrator.workspace.errors import DeviceError, UserError
 
 GIB = 2**30
@@ -59,12 +59,10 @@ def check(
 ) -> None:
     """Check trainings on a machine with these free bytes; `host` is its memory beside GPUs."""
 
-    def measure_free(*_: Any, num_gpus: int = 0, **__: Any) -> FreeBytes:
-        free = memory if num_gpus or host is None else host
-        return FreeBytes(*(None if each is None else int(each) for each in (free, disk)))
-
     needed = price_of(trainings, Path(), **price).disk
-    check_fit(trainings, needed, Path(), measure_free=measure_free)
+    gpus = () if memory is None else (int(memory),)
+    machine, disk = (each and int(each) for each in (memory if host is None else host, disk))
+    check_fit(trainings, needed, FreeBytes(memory=machine, gpus=gpus, disk=disk))
 
 
 def refused(*trainings: Estimate, **free: Any) -> str:
@@ -121,10 +119,11 @@ def test_fsdp_is_proposed_if_the_settings_offer_it() -> None:
         ONE_PER_PASS, "training.activation_checkpointing=true", num_workers=8, parallel="ddp"
     )
     most = alone.worker_bytes - GIB // 2
-    message = refused(asked, memory=most)
+    message = refused(asked, memory=8 * most)
     assert "for each of 8 workers" in message
+    assert f"{format_bytes(most)} free for each" in message
     assert "--set cluster.parallel=fsdp" in message
-    assert "fsdp" not in refused(request(ONE_PER_PASS, num_workers=8), memory=most)
+    assert "fsdp" not in refused(request(ONE_PER_PASS, num_workers=8), memory=8 * most)
 
 
 def test_a_full_disk_is_refused_before_the_first_checkpoint() -> None:

@@ -53,7 +53,7 @@ def test_a_file_without_settings_is_refused(text: str, tmp_path: Path) -> None:
     ("setting", "known"),
     [
         ("sweep.stop_dominated=true", "asha, asha_first_rung"),
-        ("distillation.warm_start=true", "teacher_cache, cache_top_k"),
+        ("distillation.warm_start=true", "teacher_until_step, teacher_cache"),
         ("sweep.budget_unit=ms", "'evaluations', 'flops' or 'kv'"),
     ],
 )

@@ -14,11 +14,8 @@ from iiet.influence import InfluenceTable
 from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import SweepSettings, resolve_settings
-from orchestrator.sweeping.distilled_baselines import (
-    baselines_upper_bound,
-    choose_distilled_baselines,
-)
-from orchestrator.sweeping.student_plans import student_estimates
+from orchestrator.sweeping.baselines import baselines_upper_bound, choose_distilled_baselines
+from orchestrator.sweeping.trials import student_estimates
 from orchestrator.workspace.errors import UserError
 
 FULL = preset("tiny", schedule=2)  # 6 layers, 18 evaluations

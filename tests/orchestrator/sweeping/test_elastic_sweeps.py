@@ -34,10 +34,9 @@ from orchestrator.sweeping.elastic_plans import (
 )
 from orchestrator.sweeping.plan import threshold_plan
 from orchestrator.sweeping.selection import choose_members
-from orchestrator.sweeping.student_plans import distillation_job, student_estimates
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trial_run import run_trial
-from orchestrator.sweeping.trials import exact_cost
+from orchestrator.sweeping.trials import distillation_job, exact_cost, student_estimates
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.model_loading import load_model
@@ -194,7 +193,7 @@ def test_a_distilled_elastic_student_learns_from_its_teacher(
 def test_what_is_saved_is_counted_from_shapes(
     space: Workspace, teacher: Path, suite: TrialSuite
 ) -> None:
-    settings = resolve_settings({}, [*SMALL, "distillation.teacher_cache=live"])
+    settings = resolve_settings({}, [*SMALL, "distillation.teacher_cache=false"])
     trials = list(plan_of(settings, space, teacher, suite).trials[1:])
     text = elastic_savings(settings, trials, space.teachers)
     full = load_config(teacher)

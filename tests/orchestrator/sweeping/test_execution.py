@@ -103,7 +103,8 @@ def test_what_a_stored_teacher_costs_is_counted_once(
     monkeypatch.setattr(TrialQueue, "run", run)
     monkeypatch.setattr(benchmark, "SWEEP_PROMPT_TOKENS", 4)
     monkeypatch.setattr(benchmark, "SWEEP_NEW_TOKENS", 2)
-    tracking, settings = SweepTracking(), resolve_settings({}, [])
+    tracking = SweepTracking()
+    settings = resolve_settings({}, ["distillation.teacher_cache=true"])
     run_sweep(tiny_plan, settings, open_workspace(tmp_path), tracking=cast("Tracking", tracking))
     job = tiny_plan.trials[-1].job
     assert job

@@ -18,7 +18,7 @@ from iiet.pruning import FamilyMember
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, Settings, TrainingSettings, resolve_settings
-from orchestrator.sweeping.distilled_baselines import distilled_baseline_trials
+from orchestrator.sweeping.baselines import distilled_baseline_trials
 from orchestrator.sweeping.plan import (
     SweepModel,
     iterations_plan,
@@ -26,12 +26,13 @@ from orchestrator.sweeping.plan import (
     threshold_plan,
 )
 from orchestrator.sweeping.selection import choose_members
-from orchestrator.sweeping.student_plans import student_job, student_trial
 from orchestrator.sweeping.trials import (
     SweepPlan,
     exact_cost,
     num_distilled_baselines,
     num_models,
+    student_job,
+    student_trial,
 )
 from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import finished_outcome
@@ -126,7 +127,6 @@ def test_a_trial_of_another_sweep_has_the_same_key_and_folder(
         "distillation.kl_weight=0.5",
         "distillation.training.num_steps=7",
         "distillation.training.seed=1",
-        "distillation.teacher_cache=top_k",
     ],
 )
 def test_what_changes_the_weights_changes_the_folder(
@@ -164,19 +164,14 @@ def test_how_often_a_run_looks_and_saves_changes_no_key(
     assert [t.key for t in usual.trials] == [t.key for t in other.trials]
 
 
-def test_where_a_teacher_is_asked_changes_no_key_and_how_roughly_does(
+def test_where_a_teacher_is_asked_changes_no_key(
     space: Workspace, teacher: Path, suite: TrialSuite
 ) -> None:
-    def keys(*assignments: str) -> list[str]:
-        plan = _plan(resolve_settings({}, assignments), space, teacher, suite)
-        return [trial.key for trial in plan.trials if trial.role == "trial"]
-
-    for mode in ("live", "exact"):
-        assert keys(f"distillation.teacher_cache={mode}", "distillation.cache_top_k=8") == keys()
-    rough = "distillation.teacher_cache=top_k"
-    assert not set(keys(rough)) & set(keys(rough, "distillation.cache_top_k=8"))
-    with pytest.raises(UserError, match="set teacher_cache to auto, or divergence to forward"):
-        keys(rough, "distillation.divergence=reverse")
+    keys = [
+        [trial.key for trial in _plan(resolve_settings({}, change), space, teacher, suite).trials]
+        for change in ([], ["distillation.teacher_cache=true"])
+    ]
+    assert keys[0] == keys[1]
 
 
 def test_a_finished_result_is_found_under_the_names_of_this_sweep(

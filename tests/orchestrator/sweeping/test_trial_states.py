@@ -118,7 +118,7 @@ def test_models_that_are_pretrained_before_a_plan_stand_in_its_table(tiny_plan: 
 
 
 def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
-    chosen = settings("sweep.trials_at_once=1")
+    chosen = settings("sweep.trials_at_once=1", "distillation.teacher_cache=true")
     price = price_left(tiny_plan, chosen, tmp_path)
     assert price.num_tokens == 4 * 40 * STEP
     assert price.num_teacher_tokens == 40 * STEP, "its answers are stored once"
@@ -151,7 +151,7 @@ def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
 
 
 def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan: SweepPlan, tmp_path: Path) -> None:
-    live, two = "distillation.teacher_cache=live", ["gpus_per_trial=1", "trials_at_once=2"]
+    live, two = "distillation.teacher_cache=false", ["gpus_per_trial=1", "trials_at_once=2"]
     chosen = settings(live, *(f"sweep.{one}" for one in two))
     cheapest_first = tiny_plan.model_copy(update={"trials": tiny_plan.trials[::-1]})
     price = price_left(cheapest_first, chosen, tmp_path)
@@ -184,7 +184,7 @@ def test_each_stage_has_its_own_price(
 
 
 def test_only_what_is_left_has_a_price(tiny_plan: SweepPlan, tmp_path: Path) -> None:
-    chosen = settings("distillation.teacher_cache=live")
+    chosen = settings("distillation.teacher_cache=false")
     student = tiny_plan.trials[1]
     spent = begin(student, 30)
     states = trial_states(tiny_plan, chosen.sweep)

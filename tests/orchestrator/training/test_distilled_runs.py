@@ -22,8 +22,8 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
 from orchestrator.sweeping import trial_run
-from orchestrator.sweeping.student_plans import student_job, student_trial
 from orchestrator.sweeping.trial_run import run_trial
+from orchestrator.sweeping.trials import student_job, student_trial
 from orchestrator.training import job_models
 from orchestrator.training.checkpoint import load_config, read_text_files
 from orchestrator.training.distributed import World

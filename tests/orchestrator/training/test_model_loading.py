@@ -141,7 +141,7 @@ def spoil(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ("no config", "is no model folder"),
+        ("no config", "is not a model folder"),
         ("no weights", "has no safetensors"),
         ("cut off", "cannot read"),
         ("no number", "model.norm.weight has 1 values that are NaN"),
