@@ -257,7 +257,7 @@ def trade_off_chart(readings: Sequence[Reading]) -> Any:
         points = [
             {
                 "schedule": row.elastic.schedule_text,
-                "FLOPs, % of the students'": 100 * reading.flops.share,
+                "share": 100 * reading.flops.share,
                 "worse": scale * _shortfall(bar.quality, row.elastic, row.student),
             }
             for reading in readings
@@ -266,7 +266,7 @@ def trade_off_chart(readings: Sequence[Reading]) -> Any:
         ]
         lines = altair.Chart(altair.InlineData(values=points), title=teacher).mark_line(point=True)
         lines = lines.encode(
-            x="FLOPs, % of the students':Q",
+            x=altair.X("share:Q", title="training FLOPs, % of the separate students'"),
             y=altair.Y("worse:Q", title=f"worse than the separate student ({unit})"),
             color=altair.Color("schedule:N", scale=altair.Scale(scheme="viridis"), sort=None),
         )

@@ -11,7 +11,10 @@ import depth_study
 import elastic_study
 import iiad_study
 import pytest
+from depth_rules import Choices
 from small_size import SMALL
+
+from orchestrator import read_settings
 
 DEPTH = [
     "model.dim=16", "model.num_heads=2", "model.ffn_dim=32", "training.num_steps=4",
@@ -67,6 +70,20 @@ def test_mistakes_are_one_sentence(
         shown = " ".join(capfd.readouterr().err.split())
         assert words in shown
         assert "Traceback" not in shown
+
+
+def test_the_stored_results_make_the_page_of_the_depth_study(tmp_path: Path) -> None:
+    path = Path(depth_study.__file__).with_suffix(".json")
+    stored = depth_study.StudyResults.read(path, remedy="-")
+    assert stored
+    settings = read_settings(depth_study.SETTINGS)
+    text = depth_study.study_markdown(stored, Choices(), settings, copied=0.518)
+    assert "- does iteration pay in 'r = 3, 2 layers': yes; in 3 of 3 seeds" in text
+    assert "| r = 1, 1 layer | 1 | 2 |" in text
+    assert "0.94 (0.82 to 1.04)" in text, "phi in depth.md"
+    chart = depth_study.accuracy_chart([*stored.arms.values()])
+    chart.save(tmp_path / "accuracy.svg")
+    assert "looped, r = 1" in (tmp_path / "accuracy.svg").read_text()
 
 
 @pytest.mark.long
