@@ -63,7 +63,7 @@ LINES = {
     "research": 1_983,
     "orchestrator/workspace": 1_063,
     "orchestrator/terminal": 616,
-    "orchestrator/settings": 1_620,
+    "orchestrator/settings": 1_617,
     "orchestrator/records": 977,
     "orchestrator/data": 3_542,
     "orchestrator/tracking": 1_555,
