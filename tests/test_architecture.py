@@ -58,8 +58,9 @@ ORDER = (
 
 LINES = {
     "iiet": 8_041,
-    "benchmarks": 3_765,
-    "examples": 2_731,
+    "benchmarks": 3_644,
+    "examples": 217,
+    "research": 1_983,
     "orchestrator/workspace": 1_063,
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_617,
