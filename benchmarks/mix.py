@@ -1,8 +1,8 @@
-"""The learned mix in training: its memory, its time, and its share of a step.
+"""The learned mix in training: its memory and its time.
 
 Claims: compared with a stack of all estimates, the lean mix needs less memory (that of a stack
-grows with the square of the depth) and less time; with checkpointing it needs little memory; and
-the mix takes a small share of a step. The stack must first give the same loss and gradients.
+grows with the square of the depth) and less time; with checkpointing it needs little memory. The
+stack must first give the same loss and gradients.
 
 `lean` is the project's form. `stacked` stacks all estimates and multiplies by the row; autograd
 then keeps one stack per evaluation. Of the straightforward forms it needs the least memory (an
@@ -18,29 +18,26 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.report import Goal, Quantity, Report, Row, checked
 from benchmarks.shape import fresh_decoder, shaped_config
 from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
 from iiet import Decoder, next_token_loss
 from iiet.methods.implicit_euler import ImplicitEuler
-from iiet.mix import LayerMix, Mix
 
 Variant = Literal["lean", "stacked", "checkpointed"]
 _VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _MAX_TIMED_LAYERS = 24
 """Deeper models take minutes; only their memory is measured."""
-_GOALS = {"memory, lean": 0.6, "memory, checkpointed": 0.2, "time, lean": 0.97, "share": 0.05}
+_GOALS = {"memory, lean": 0.6, "memory, checkpointed": 0.2, "time, lean": 0.97}
 _GOAL_LAYERS = 24
 
 
@@ -117,8 +114,7 @@ def _time_rows(size: StepSize, repetitions: int) -> list[Row]:
         return stopwatch(run)
 
     seconds = take_turns({v: task(v) for v in _VARIANTS}, repetitions=repetitions)
-    shares = [mix_share(decoder, input_ids) for _ in range(repetitions)]
-    rows = [
+    return [
         Row(
             what=f"step time, {variant}, {size.num_layers} layers",
             quantities=tuple(Quantity.milliseconds(v, seconds[v]) for v in (variant, "stacked")),
@@ -128,13 +124,6 @@ def _time_rows(size: StepSize, repetitions: int) -> list[Row]:
         for variant in _VARIANTS
         if variant != "stacked"
     ]
-    share = Row(
-        what=f"the mix's share of a step, {size.num_layers} layers",
-        quantities=(Quantity("lean", Spread.of([100 * share for share in shares]), "%"),),
-        ratio=Spread.of(shares),
-        goal=_goal(size, "share"),
-    )
-    return [*rows, share]
 
 
 def _goal(size: StepSize, claim: str) -> Goal | None:
@@ -276,59 +265,6 @@ def _resident_bytes(key: str) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
     lines = _STATUS.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-# The share of a step, from the profiler's record of that step. The difference of two steps, one of
-# them without a mix, would be simpler, but the noise between two steps is larger than the share. In
-# the forward pass the functions of the mix are marked. In the backward pass autograd's records of
-# their derivatives count; they include the sum of an estimate's gradients over the layers that read
-# it.
-
-_WHOLE, _MIX = "benchmarks: step", "benchmarks: mix"
-_FORWARD = ((ImplicitEuler, "start"), (Mix, "forward"), (LayerMix, "point"), (LayerMix, "leave"))
-_BACKWARD = tuple(
-    f"autograd::engine::evaluate_function: {name}Backward"
-    for name in ("_Start", "_Sums", "_Leave", "_AddScaled")
-)
-
-
-def mix_share(decoder: Decoder, input_ids: Tensor) -> float:
-    """Run a training step on `input_ids`, (batch, time), and return the mix's share of its time."""
-    with ExitStack() as stack:
-        for owner, name in _FORWARD:
-            marked = _marked(getattr(owner, name))
-            stack.enter_context(mock.patch.object(owner, name, marked))
-        stack.enter_context(_without_profiler_messages())
-        record = stack.enter_context(profile(activities=[ProfilerActivity.CPU]))
-        stack.enter_context(record_function(_WHOLE))
-        _step(decoder, input_ids)
-    microseconds: dict[str, float] = {
-        event.key: event.cpu_time_total for event in record.key_averages()
-    }
-    # A renamed part must not count as nothing: a missing key is an error.
-    return sum(microseconds[key] for key in (_MIX, *_BACKWARD)) / microseconds[_WHOLE]
-
-
-def _marked(function: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(function)
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        with record_function(_MIX):
-            return function(*args, **kwargs)
-
-    return marked
-
-
-@contextmanager
-def _without_profiler_messages() -> Iterator[None]:
-    """Drop the messages that the profiler's native library writes to standard error."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 if __name__ == "__main__":

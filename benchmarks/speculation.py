@@ -5,10 +5,9 @@ Python's documentation. One set of weights learns its full schedule and none (r 
 draft is a vanilla model of two layers and half the width, trained on the same tokens. All continue
 the same held-out prompts by sampling.
 
-Each rival drafts as many tokens as its acceptance and its counted costs suggest, or none. Then
-measured costs and acceptance are put into `iiet.speculative.expected_gain`: it stands beside
-the measured speed-up at a fixed number of drafted tokens, and a table shows what the same costs
-would give at other acceptances.
+Each rival drafts as many tokens as its acceptance and its counted costs suggest, or none. Then the
+speed-up at a fixed number of drafted tokens is predicted from measured costs and acceptance, and
+stands beside the measured one.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from iiet import (
     generate,
     next_token_loss,
 )
-from iiet.speculative import MAX_DRAFT_TOKENS, expected_gain
+from iiet.speculative import MAX_DRAFT_TOKENS
 from orchestrator.data.preparation import prepare
 from orchestrator.data.token_store import open_tokens
 from orchestrator.settings import DataSettings
@@ -44,7 +43,6 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import open_workspace
 
 _GOAL = {(256, 1): Goal("at least", 1.2), (512, 1): Goal("at least", 1.2)}
-_ACCEPTANCES = (0.6, 0.7, 0.8, 0.9, 0.95)
 _FIXED = 4
 """Drafted tokens where prediction and measurement are compared."""
 
@@ -209,8 +207,7 @@ def _rows(models: _Models, prompt: Tensor, size: _Size) -> list[Row]:
         for name in drafts
     ]
     costs = _costs(models, prompt, size)
-    rows.append(_prediction_row(place, costs, records["fixed"], seconds))
-    return rows + [_table_row(place, acceptance, costs) for acceptance in _ACCEPTANCES]
+    return [*rows, _prediction_row(place, costs, records["fixed"], seconds)]
 
 
 def _prediction_row(
@@ -232,22 +229,6 @@ def _prediction_row(
         ),
         ratio=Spread(
             predicted / measured.median, predicted / measured.high, predicted / measured.low
-        ),
-    )
-
-
-def _table_row(place: str, acceptance: float, costs: tuple[float, float]) -> Row:
-    draft_cost, token_cost = costs
-    gains = {
-        g: expected_gain(acceptance, g, draft_cost=draft_cost, token_cost=token_cost)
-        for g in range(MAX_DRAFT_TOKENS + 1)
-    }
-    best = max(gains, key=lambda g: gains[g])
-    return Row(
-        what=f"predicted speed-up at acceptance {acceptance:.0%}, {place}",
-        quantities=(
-            Quantity.one("gain", gains[best], "times"),
-            Quantity.one("with", best, "drafted tokens"),
         ),
     )
 

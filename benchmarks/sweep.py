@@ -4,8 +4,8 @@ Overhead: a whole sweep under Ray Tune, one trial at a time, with its locks, its
 MLflow's records in a local database, is compared with the same trainings and evaluations in a plain
 loop of this process with as many threads. The first trial and Ray's start are one-time costs and do
 not count. Trials are compared one by one; a second row shows the overhead for trials of a minute.
-Duplicates: the number of thresholds, and of the trials that they lead to. Resume: a rerun of a
-finished sweep; and a trial stopped halfway, from the call to its first new step.
+Resume: a rerun of a finished sweep; and a trial stopped halfway, from the call to its first new
+step.
 """
 
 from __future__ import annotations
@@ -26,22 +26,19 @@ from benchmarks.report import Goal, Quantity, Report, Row, checked
 from benchmarks.shape import shaped_config
 from benchmarks.timing import Spread, paired_ratio
 from iiet.influence import InfluenceTable
-from iiet.pruning import schedule_at_threshold
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.preparation import prepare
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
 from orchestrator.sweeping.execution import run_sweep
-from orchestrator.sweeping.plan import load_tasks, plan_suite, threshold_plan
-from orchestrator.sweeping.selection import choose_members
+from orchestrator.sweeping.plan import choose_members, load_tasks, plan_suite, threshold_plan
 from orchestrator.sweeping.trial_run import measure_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import open_tracking
 from orchestrator.training.run import run_job
 from orchestrator.workspace.layout import DONE_NAME, Workspace, open_workspace
 
-_NUM_THRESHOLDS = 50
 _MINUTE = 60.0
 
 
@@ -65,7 +62,7 @@ _NUM_DOCUMENTS = 400
 
 
 def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
-    """Measure a sweep's overhead, what it merges, and its second call.
+    """Measure a sweep's overhead, and its second call.
 
     `quick`: tiny sizes, which only test the benchmark. `say` reports progress.
     """
@@ -74,16 +71,13 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
         bench = _Bench(size, Path(folder))
         say(f"sweep: {size.num_trials} trials, under Ray Tune and in a loop")
         overhead, checks = bench.overhead()
-        say(f"sweep: {_NUM_THRESHOLDS} thresholds")
-        merged, check = bench.merged()
         say("sweep: rerun of a finished sweep, and resume of a stopped trial")
         resumed = (bench.resumed(), bench.stopped())
     setting = (
         f"IIET, d {size.dim}, {size.num_layers} layers, r = 2, trials of {size.num_steps} steps, "
         "one at a time; the first and Ray's start not counted"
     )
-    rows = (*overhead, merged, *resumed)
-    return Report(title="sweep", setting=setting, rows=rows, checks=(*checks, check))
+    return Report(title="sweep", setting=setting, rows=(*overhead, *resumed), checks=tuple(checks))
 
 
 class _Bench:
@@ -185,24 +179,6 @@ class _Bench:
             ),
         ]
         return rows, [check]
-
-    def merged(self) -> tuple[Row, str]:
-        """Plan a sweep over many thresholds and count its trials."""
-        top = max(map(max, self.influence.rows()))
-        thresholds = [top * n / _NUM_THRESHOLDS for n in range(_NUM_THRESHOLDS)]
-        plan = self.plan(open_workspace(self.folder / "merged"), thresholds=thresholds)
-        planned = {t.model.corrections for t in plan.trials if t.role == "trial"}
-        wanted = {schedule_at_threshold(self.influence, t) for t in thresholds}
-        check = checked("schedules planned and asked for", float(len(planned ^ wanted)), 0.0)
-        row = Row(
-            what="thresholds asked for / trials",
-            quantities=(
-                Quantity.one("thresholds", _NUM_THRESHOLDS, ""),
-                Quantity.one("trials", len(planned), ""),
-            ),
-            ratio=Spread.of([_NUM_THRESHOLDS / len(planned)]),
-        )
-        return row, check
 
     def resumed(self) -> Row:
         """Run a finished sweep again."""

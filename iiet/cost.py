@@ -1,4 +1,4 @@
-"""Inference and training cost, computed from config and schedule; nothing is built or run.
+"""Inference and training cost, computed from config and schedule; nothing is run.
 
 FLOPs are those of matrix products (m x k by k x n: 2 m k n), of attention over the tokens that a
 token really sees, and of the mix or gates, which the method states. Norms, activations, softmax,
@@ -11,6 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
 
 from iiet.cache import KvStrategy, check_kv_strategy
 from iiet.config import ModelConfig
@@ -131,8 +136,22 @@ def num_parameters(config: ModelConfig, *, include_mix: bool = True) -> int:
     """
     embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     fields = config.num_layers * field_parameters(config)
-    own = METHODS[config.method].num_parameters(config.num_layers, config.dim, config.options)
-    return embeddings + fields + config.dim + (own if include_mix else 0)
+    own = 0
+    if include_mix:
+        own = _method_parameters(config.method, config.num_layers, config.dim, config.options)
+    return embeddings + fields + config.dim + own
+
+
+@lru_cache
+def _method_parameters(name: str, num_layers: int, dim: int, options: Any) -> int:
+    """Count the parameters beside the fields, of layers that are built without memory."""
+    method = METHODS[name]
+    sizes: dict[str, Any] = {"dim": dim, "layer_norm_eps": 1e-5, "options": options}
+    with torch.device("meta"):
+        parts = [method(nn.Identity(), layer, **sizes) for layer in range(num_layers)]
+        shared = method.make_shared(**sizes)
+    modules = nn.ModuleList([*parts, shared] if shared else parts)
+    return sum(parameter.numel() for parameter in modules.parameters())
 
 
 def _checked(

@@ -59,10 +59,6 @@ class Mix(KeepsFloat32):
             nn.init.constant_(row, 1.0 / len(row))
 
     @staticmethod
-    def num_parameters(layer: int) -> int:
-        return 2 * (layer + 2)
-
-    @staticmethod
     def num_flops(layer: int, dim: int, *, num_points: int) -> int:
         """Count the FLOPs of the weighted sums for one token and `num_points` points."""
         earlier = layer + 1

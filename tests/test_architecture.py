@@ -58,12 +58,13 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_090,
-    "benchmarks": 3_766,
-    "examples": 2_733,
+    "iiet": 8_041,
+    "benchmarks": 3_644,
+    "examples": 217,
+    "research": 1_985,
     "orchestrator/workspace": 1_063,
     "orchestrator/terminal": 616,
-    "orchestrator/settings": 1_620,
+    "orchestrator/settings": 1_617,
     "orchestrator/records": 977,
     "orchestrator/data": 3_542,
     "orchestrator/tracking": 1_555,
@@ -72,7 +73,7 @@ LINES = {
     "orchestrator/planning": 1_138,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_563,
-    "orchestrator/sweeping": 3_416,
+    "orchestrator/sweeping": 3_372,
     "orchestrator/pipelines": 4_704,
     "orchestrator/cli": 1_886,
 }

@@ -90,7 +90,7 @@ def test_the_extras_for_users_are_installed_for_developers() -> None:
 def test_a_wheel_can_be_built_and_tested_from_the_source_archive(tmp_path: Path) -> None:
     with tarfile.open(build("sdist", tmp_path)) as archive:
         names = {member.name.removeprefix(f"{STEM}/") for member in archive if member.isfile()}
-    folders = (*PACKAGES, "sweeps", "benchmarks", "examples", "tests", "docs")
+    folders = (*PACKAGES, "sweeps", "benchmarks", "examples", "research", "tests", "docs")
     assert names >= sources(*folders)
     tops = {name.partition("/")[0] for name in names}
     assert tops == {

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,48 +86,34 @@ class _Commands:
         """Return the journal of `pretrain --name NAME`."""
         return _Run(self.workspace.runs / name)
 
-    def run(self, *arguments: str, settings: Mapping[str, Any]) -> float:
-        """Run a command to its end and return its seconds.
+    def run(
+        self,
+        *arguments: str,
+        settings: Mapping[str, Any],
+        kill_when: Callable[[], bool] | None = None,
+    ) -> float:
+        """Run a command to its end, or kill it as soon as a condition holds; return its seconds.
 
         Raises:
-            CommandFailed: If its exit code is not 0.
+            CommandFailed: If its exit code is not 0, or if it ends before it is killed.
         """
-        started = time.monotonic()
-        process = self._start(arguments, settings)
-        if code := process.wait():
-            raise CommandFailed(self._failure(arguments, code))
-        return time.monotonic() - started
-
-    def kill_when(
-        self, condition: Callable[[], bool], *arguments: str, settings: Mapping[str, Any]
-    ) -> None:
-        """Start a command and kill it (SIGKILL) as soon as a condition holds.
-
-        Raises:
-            CommandFailed: If it ends before.
-        """
-        process = self._start(arguments, settings)
-        while not condition():
-            if (code := process.poll()) is not None:
-                raise CommandFailed(self._failure(arguments, code))
-            time.sleep(0.02)
-        process.kill()
-        process.wait()
-
-    def _start(self, arguments: Sequence[str], more: Mapping[str, Any]) -> subprocess.Popen[bytes]:
-        settings = {**self._settings, **more}
-        options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+        options = [f"--set={key}={value}" for key, value in {**self._settings, **settings}.items()]
         call = [sys.executable, "-m", "orchestrator.cli", *arguments, *options]
-        call += ["--workspace", str(self.workspace.root)]
+        started = time.monotonic()
         with self._log.open("ab") as log:
-            log.write(f"\n$ iiet-orch {' '.join(call[3:])}\n".encode())
-            log.flush()
-            return subprocess.Popen(call, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
-
-    def _failure(self, arguments: Sequence[str], code: int) -> str:
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        end = "\n".join(lines[-15:])
-        return f"iiet-orch {arguments[0]} ended with exit code {code}\n{end}"
+            process = subprocess.Popen(
+                [*call, "--workspace", str(self.workspace.root)], stdout=log, stderr=log
+            )
+        while process.poll() is None and not (kill_when and kill_when()):
+            time.sleep(0.02)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        elif process.returncode or kill_when:
+            lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+            what = f"iiet-orch {arguments[0]} ended with exit code {process.returncode}"
+            raise CommandFailed("\n".join([what, *lines[-15:]]))
+        return time.monotonic() - started
 
 
 WEIGHT_TOLERANCE = 1e-2
@@ -155,7 +140,7 @@ def resume(setup: Setup) -> Iterator[Finding]:
     commands.run("pretrain", "--name", "whole", *place, settings=settings)
     whole, killed = commands.run_record("whole"), commands.run_record("killed")
     again = ["pretrain", "--name", "killed", *place]
-    commands.kill_when(lambda: bool(find_checkpoints(killed.folder)), *again, settings=settings)
+    commands.run(*again, settings=settings, kill_when=lambda: bool(find_checkpoints(killed.folder)))
     seconds = commands.run(*again, settings=settings)
     resumed = [event["step"] for event in killed.events("resumed")]
     if not resumed:

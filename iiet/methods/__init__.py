@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from iiet.extensions import ExtensionTable
 from iiet.methods.base import Advance, Evaluate, Evaluation, Layer, Observer
-from iiet.methods.explicit_euler import ExplicitEuler
-from iiet.methods.explicit_runge_kutta import ExplicitRK2, ExplicitRK4, GatedRK2
+from iiet.methods.explicit import ExplicitEuler, ExplicitRK2, ExplicitRK4, GatedRK2, Looped
 from iiet.methods.implicit_euler import ImplicitEuler
-from iiet.methods.looped import Looped
 from iiet.methods.predictor_corrector import PredictorCorrectorRK2, PredictorCorrectorRK4
 from iiet.names import METHOD_NAMES
 

@@ -180,11 +180,6 @@ class Layer(nn.Module, ABC):
         """Count the tensors of the hidden state's size that a layer keeps beside its field's."""
         return 0
 
-    @classmethod
-    @abstractmethod
-    def num_parameters(cls, num_layers: int, dim: int, options: Any) -> int:
-        """Count the parameters that the method has beside the fields."""
-
     @abstractmethod
     def advance(
         self,

@@ -124,12 +124,6 @@ class ImplicitEuler(Layer):
         constant = options.reinject_prediction and norms == corrections > 0
         return norms + corrections * (1 + options.learn_damping) + constant
 
-    @classmethod
-    def num_parameters(cls, num_layers: int, dim: int, options: ImplicitEulerOptions) -> int:
-        rows = sum(map(Mix.num_parameters, range(num_layers)))
-        scalars = options.learn_damping + options.reinject_prediction
-        return rows + num_layers * (4 * dim + scalars)
-
     def reset_parameters(self) -> None:
         self.mix.reset_parameters()
         if self.damping is not None:

@@ -4,16 +4,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from iiet.methods.base import Advance, Evaluate, Layer
-from iiet.methods.runge_kutta import MovingAverageRungeKutta
+from iiet.methods.explicit import runge_kutta_stages
 from iiet.mix import EstimateNorm, History, Mix, start
+from iiet.precision import KeepsFloat32
 from iiet.schedule import IterationSchedule
 
-__all__ = ["PredictorCorrectorRK2", "PredictorCorrectorRK4"]
+__all__ = ["MovingAverageRungeKutta", "PredictorCorrectorRK2", "PredictorCorrectorRK4"]
+
+
+class MovingAverageRungeKutta(KeepsFloat32):
+    """Predict a layer's output from `order` (2 or 4) evaluations, the later ones weighing most.
+
+        k_j = R_j(F(...));   p = h + sum_j a (1-a)^(order-j) k_j
+
+    The norms R_j and the learned a are shared by all layers.
+    """
+
+    def __init__(self, order: int, dim: int, layer_norm_eps: float) -> None:
+        super().__init__()
+        self.order = order
+        self.norms = nn.ModuleList(EstimateNorm(dim, eps=layer_norm_eps) for _ in range(order))
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start a at one half."""
+        nn.init.constant_(self.alpha, 0.5)
+
+    def coefficients(self) -> Tensor:
+        """Return the weights of the stages, (order,)."""
+        powers = torch.arange(self.order - 1, -1, -1, device=self.alpha.device)
+        return self.alpha * (1 - self.alpha) ** powers
+
+    def forward(self, evaluate: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+        """Return the prediction p, (batch, time, dim)."""
+
+        def stage(number: int, point: Tensor) -> Tensor:
+            return evaluate(point.to(hidden.dtype), norm=self.norms[number])
+
+        prediction = hidden
+        stages = runge_kutta_stages(stage, hidden, self.order)
+        for coefficient, value in zip(self.coefficients(), stages, strict=True):
+            prediction = torch.addcmul(prediction, value, coefficient)
+        return prediction
 
 
 class PredictorCorrectorRK2(Layer):
@@ -61,12 +101,6 @@ class PredictorCorrectorRK2(Layer):
     def num_kept(cls, schedule: IterationSchedule, layer: int, options: Any) -> int:
         """Stages and prediction, each before and after its norm, and the corrector's output."""
         return 2 * cls.order + 2 + 1
-
-    @classmethod
-    def num_parameters(cls, num_layers: int, dim: int, options: Any) -> int:
-        rows = sum(map(Mix.num_parameters, range(num_layers)))
-        predictor = MovingAverageRungeKutta.num_parameters(cls.order, dim)
-        return rows + num_layers * 4 * dim + predictor
 
     def reset_parameters(self) -> None:
         self.mix.reset_parameters()

@@ -9,10 +9,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from orchestrator.settings.resolve import DEFAULTS, resolve_settings
+from orchestrator.settings.resolve import (
+    DEFAULTS,
+    MAX_CHARACTERS,
+    YamlProblem,
+    dump_yaml,
+    parse_yaml,
+    resolve_settings,
+)
 from orchestrator.settings.schema import Settings
 from orchestrator.settings.section import Section
-from orchestrator.settings.yaml_text import MAX_CHARACTERS, YamlProblem, dump_yaml, parse_yaml
 from orchestrator.workspace.errors import UserError, quoted
 
 SETTINGS_NAME = "settings.yaml"

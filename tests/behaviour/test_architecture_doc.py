@@ -16,7 +16,7 @@ STEPS = re.findall(r"^\| `([\w/]+\.py)` \| (.+?) \|", TEXT, flags=re.MULTILINE)
 
 
 def source(path: str) -> Path:
-    is_whole = path.startswith(("iiet/", "tests/", "examples/", "docs/"))
+    is_whole = path.startswith(("iiet/", "tests/", "examples/", "research/", "docs/"))
     return ROOT / path if is_whole else ROOT / "orchestrator" / path
 
 

@@ -59,7 +59,7 @@ def small(words: tuple[str, ...]) -> list[str]:
     """Return the options that make a command small."""
     if words[0] not in TAKES_SETTINGS or "--gpus" in words:
         return []
-    is_depth = "depth" in words or "phop3.yaml" in words
+    is_depth = "depth" in words
     changes = list(SMALL_DEPTH if is_depth else SMALL_TEXT)
     if "mixture.yaml" in words:
         changes.append("model.context_length=128")  # Its tasks do not fit into less.
@@ -98,10 +98,8 @@ def write_files(folder: Path) -> None:
     (folder / "corpus" / "all.jsonl").write_text(rows, encoding="utf-8")
     docs = ROOT / "docs"
     (mixture,) = [b for b in blocks(docs / "data.md", "yaml") if "source: mixture" in b]
-    (phop3,) = [b for b in blocks(docs / "results.md", "yaml") if "# phop3.yaml" in b]
     (capitals,) = [b for b in blocks(docs / "evaluation.md", "yaml") if "task: capitals" in b]
     (folder / "mixture.yaml").write_text(mixture)
-    (folder / "phop3.yaml").write_text(phop3)
     (folder / "tasks" / "capitals.yaml").write_text(capitals)
     cities = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Peru": "Lima"}
     items = [json.dumps({"country": k, "city": v}) + "\n" for k, v in cities.items()]

@@ -10,7 +10,15 @@ import pytest
 import torch
 from method_schedules import schedule_for
 
-from iiet import METHODS, Decoder, IterationSchedule, KeyValueCache, ModelConfig, next_token_loss
+from iiet import (
+    METHODS,
+    Decoder,
+    IterationSchedule,
+    KeyValueCache,
+    ModelConfig,
+    next_token_loss,
+    num_parameters,
+)
 
 BATCH, TIME, VOCAB, LAYERS, DIM = 2, 11, 29, 3, 16
 
@@ -127,9 +135,10 @@ def test_evaluations_counted_equal_evaluations_claimed(decoder, method):
 
 
 def test_parameters_counted_equal_parameters_claimed(decoder, method):
-    claimed = METHODS[method].num_parameters(LAYERS, DIM, decoder.config.options)
-    own = decoder.method_parameters()
-    assert sum(parameter.numel() for parameter in own.values()) == claimed
+    config, own = decoder.config, decoder.method_parameters()
+    assert sum(p.numel() for p in decoder.parameters()) == num_parameters(config)
+    beside = num_parameters(config) - num_parameters(config, include_mix=False)
+    assert sum(parameter.numel() for parameter in own.values()) == beside
     assert not any(".field." in name for name in own)
 
 

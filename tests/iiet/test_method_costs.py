@@ -15,7 +15,7 @@ from iiet.decoder import Decoder
 from iiet.losses import next_token_loss
 from iiet.methods import METHODS
 from iiet.methods.base import Advance, LayerCall
-from iiet.methods.explicit_euler import ExplicitEuler
+from iiet.methods.explicit import ExplicitEuler
 from tests.iiet.test_training_memory import LiveTensors
 
 BATCH, TIME, DIM, LAYERS = 2, 16, 64, 4

@@ -70,10 +70,6 @@ class RelaxedEuler(Layer):
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer):
         return RelaxedOptions().num_steps
 
-    @classmethod
-    def num_parameters(cls, num_layers, dim, options):
-        return num_layers
-
     def advance(self, evaluate: "Evaluate", hidden, state, *, num_corrections, shared):
         assert how_many.num_steps is num_steps and sizes_by_name("tiny").dim
         for _ in range(num_steps(self.options)):

@@ -31,8 +31,7 @@ from orchestrator.sweeping.elastic_plans import (
     waits_for_weights,
     without_elastic,
 )
-from orchestrator.sweeping.plan import threshold_plan
-from orchestrator.sweeping.selection import choose_members
+from orchestrator.sweeping.plan import choose_members, threshold_plan
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import distillation_job, exact_cost, student_estimates

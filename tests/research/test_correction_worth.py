@@ -12,7 +12,6 @@ from correction_worth import (
     SATURATED_ACCURACY,
     MeasuredModel,
     correction_worth,
-    depths_without_gain,
 )
 
 DEPTHS = (1, 2, 4, 8)
@@ -104,7 +103,6 @@ def test_an_interval_beyond_the_depths_is_open() -> None:
 def test_the_first_depth_that_reaches_a_loss_counts() -> None:
     losses = {1: 3.0, 2: 2.0, 4: 2.5, 8: 1.0}
     vanilla = [MeasuredModel(num_layers=d, losses=(loss,)) for d, loss in losses.items()]
-    assert depths_without_gain(vanilla) == [4]
 
     def layers(loss: float) -> float | None:
         return correction_worth(at_depth(power, 1, losses=(loss,)), vanilla).equivalent_layers
@@ -135,8 +133,8 @@ def saturated(model: MeasuredModel, accuracy: float) -> MeasuredModel:
         (curve(power, (2,)), 2, "at least two depths"),
         (curve(power, (2, 2)), 2, "at least two depths"),
         ([], 2, "at least two depths"),
-        (curve(power, (2, 8)), 1.9, r"shallowest vanilla model \(2 layers\); train a shallower"),
-        (curve(power, (1, 4)), 4.1, r"best has 4 layers\); train a deeper one"),
+        (curve(power, (2, 8)), 1.9, r"shallowest vanilla model \(2 layers\)"),
+        (curve(power, (1, 4)), 4.1, r"best has 4 layers\)"),
     ],
 )
 def test_depths_that_do_not_bracket_the_loss_are_refused(

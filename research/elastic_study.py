@@ -1,4 +1,4 @@
-"""`python examples/elastic_study.py`: one set of weights for all schedules, or a student for each?
+"""`python research/elastic_study.py`: one set of weights for all schedules, or a student for each?
 
 For each teacher, of text (the shipped sweep `toy`) and of a task that needs depth (`depth`):
 
@@ -12,9 +12,9 @@ are met that were fixed before (`BARS` and `MAX_FLOPS`); `trade-off.png` shows w
 training buys. Nothing is trained twice: the same command
 resumes after an interruption. It takes hours on a CPU:
 
-    python examples/elastic_study.py --dry-run
-    python examples/elastic_study.py --teachers depth --times 1 2
-    python examples/elastic_study.py --set distillation.training.elastic.num_drawn=3
+    python research/elastic_study.py --dry-run
+    python research/elastic_study.py --teachers depth --times 1 2
+    python research/elastic_study.py --set distillation.training.elastic.num_drawn=3
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from elastic_figure import Lines, write_figure
+import altair
 
 from orchestrator import (
     RunFailed,
@@ -161,7 +162,7 @@ def run_study(
             for factor in times:
                 readings.append(_reading(teacher, own, factor, session, name))
                 write_text(folder / "results.md", study_markdown(readings))
-                write_figure(figure_panels(readings), MAX_FLOPS, folder / "trade-off")
+                trade_off_chart(readings).save(folder / "trade-off.png", scale_factor=2)
                 print_line(session.console, f"study: {folder / 'results.md'}")
 
 
@@ -243,20 +244,36 @@ def checks(reading: Reading) -> Iterator[tuple[str, float, float]]:
     yield "share of the separate students' training FLOPs", reading.flops.share, MAX_FLOPS
 
 
-def figure_panels(readings: Sequence[Reading]) -> dict[str, tuple[str, Lines, float]]:
-    """Return the panels of the picture, in points of accuracy or thousandths of a nat."""
-    panels: dict[str, tuple[str, Lines, float]] = {}
-    for reading in readings:
-        bar = BARS[reading.teacher]
-        scale, unit = (
-            (1000, "loss, 0.001 nats") if bar.quality == LOSS else (100, "accuracy, points")
+def trade_off_chart(readings: Sequence[Reading]) -> Any:
+    """Return what a longer elastic training buys, schedule by schedule: a panel per teacher.
+
+    Dashed lines are the bars: the study asks for points below and left of them.
+    """
+    panels = []
+    for teacher in dict.fromkeys(reading.teacher for reading in readings):
+        bar = BARS[teacher]
+        scale = 1000 if bar.quality == LOSS else 100
+        unit = "loss, 0.001 nats" if bar.quality == LOSS else "accuracy, points"
+        points = [
+            {
+                "schedule": row.elastic.schedule_text,
+                "share": 100 * reading.flops.share,
+                "worse": scale * _shortfall(bar.quality, row.elastic, row.student),
+            }
+            for reading in readings
+            if reading.teacher == teacher
+            for row in reading.section.rows
+        ]
+        lines = altair.Chart(altair.InlineData(values=points), title=teacher).mark_line(point=True)
+        lines = lines.encode(
+            x=altair.X("share:Q", title="training FLOPs, % of the separate students'"),
+            y=altair.Y("worse:Q", title=f"worse than the separate student ({unit})"),
+            color=altair.Color("schedule:N", scale=altair.Scale(scheme="viridis"), sort=None),
         )
-        label = f"worse than the separate student ({unit})"
-        _, lines, _ = panels.setdefault(reading.teacher, (label, {}, scale * bar.most))
-        for row in reading.section.rows:
-            worse = scale * _shortfall(bar.quality, row.elastic, row.student)
-            lines.setdefault(row.elastic.schedule_text, []).append((reading.flops.share, worse))
-    return panels
+        most = altair.InlineData(values=[{"share": 100 * MAX_FLOPS, "worse": scale * bar.most}])
+        bars = altair.Chart(most).mark_rule(strokeDash=[6, 4], color="gray")
+        panels.append(altair.layer(lines, bars.encode(x="share:Q"), bars.encode(y="worse:Q")))
+    return altair.hconcat(*panels).resolve_scale(color="independent")
 
 
 def _shortfall(quality: str, model: Trial, other: Trial) -> float:

@@ -1,7 +1,12 @@
-"""Explicit Runge-Kutta methods, the ODE Transformer's blocks: several evaluations and no mix.
+"""Explicit methods: evaluations only, without the mix.
 
 A field holds its residual connections, so the right-hand side of the differential equation is
-`G(x) = F(x) - x`. Explicit Euler, `h + G(h)`, is the plain decoder; these are its higher orders.
+`G(x) = F(x) - x`. Explicit Euler, `h + G(h)`, is the plain Llama decoder; a looped decoder repeats
+it with the same weights; the Runge-Kutta methods are its higher orders (the ODE Transformer's
+blocks):
+
+    RK2   k1 = K(h); k2 = K(h + k1)
+    RK4   k1 = K(h); k2 = K(h + k1/2); k3 = K(h + k2/2); k4 = K(h + k3)
 """
 
 # ruff: noqa: ARG002, ARG003 - all methods share their signatures
@@ -9,16 +14,90 @@ A field holds its residual connections, so the right-hand side of the differenti
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
 
 from iiet.methods.base import Advance, Evaluate, Layer
-from iiet.methods.runge_kutta import runge_kutta_stages
 from iiet.schedule import IterationSchedule
 
-__all__ = ["ExplicitRK2", "ExplicitRK4", "GatedRK2"]
+__all__ = [
+    "ExplicitEuler",
+    "ExplicitRK2",
+    "ExplicitRK4",
+    "GatedRK2",
+    "Looped",
+    "runge_kutta_stages",
+]
+
+
+class ExplicitEuler(Layer):
+    """Advance by one evaluation.
+
+        h_l = F_l(h_{l-1})
+
+    Cost: 1 evaluation per layer; no parameters.
+    Source: Touvron et al. 2023 (Llama); as Euler's method, Weinan 2017.
+    Not to be confused with: implicit Euler without corrections, which costs the same but has the
+    learned mix.
+    """
+
+    @classmethod
+    def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
+        return 1
+
+    def advance(
+        self,
+        evaluate: Evaluate,
+        hidden: Tensor,
+        state: Any,
+        *,
+        num_corrections: int,
+        shared: nn.Module | None,
+    ) -> Advance:
+        return Advance(evaluate(hidden), state)
+
+
+class Looped(ExplicitEuler):
+    """Run the stack of layers `1 + r` times.
+
+        h = h_0
+        repeat 1 + r times:
+          for l = 1..L:   h = F_l(h)
+
+    All layers have the same number r of corrections, here of repetitions of the stack; with r = 0
+    this is the plain decoder. The hidden states `h_1..h_L` are those of the last run.
+
+    Cost: `1 + r` evaluations per layer; no parameters.
+    Source: Dehghani et al. 2019 (Universal Transformer); Saunshi et al. 2025 (looped transformers).
+    Not to be confused with: IIET, whose layers repeat their own evaluation before the next layer
+    begins, and read the earlier layers' estimates.
+    """
+
+    has_corrections: ClassVar[bool] = True
+    repeats_stack: ClassVar[bool] = True
+
+    @classmethod
+    def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
+        return 1 + schedule[layer]
+
+
+_STEPS: Final = {2: (1.0,), 4: (0.5, 0.5, 1.0)}
+"""By order: how far along the previous stage each stage after the first is evaluated."""
+
+
+def runge_kutta_stages(
+    stage: Callable[[int, Tensor], Tensor], start: Tensor, order: int
+) -> list[Tensor]:
+    """Compute `k_1, ..., k_order` from h, (batch, time, dim); the order is 2 or 4.
+
+    `stage` computes K from a stage's number, the first being 0, and its point.
+    """
+    stages = [stage(0, start)]
+    for number, step in enumerate(_STEPS[order], start=1):
+        stages.append(stage(number, torch.add(start, stages[-1], alpha=step)))
+    return stages
 
 
 class ExplicitRK2(Layer):
@@ -37,10 +116,6 @@ class ExplicitRK2(Layer):
     @classmethod
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
         return len(cls.coefficients)
-
-    @classmethod
-    def num_parameters(cls, num_layers: int, dim: int, options: Any) -> int:
-        return 0
 
     def advance(
         self,
@@ -98,10 +173,6 @@ class GatedRK2(Layer):
     @classmethod
     def num_kept(cls, schedule: IterationSchedule, layer: int, options: Any) -> int:
         return 4  # both stages, as the sum and as the gate keep them
-
-    @classmethod
-    def num_parameters(cls, num_layers: int, dim: int, options: Any) -> int:
-        return num_layers * (2 * dim + 1)
 
     def advance(
         self,

@@ -11,19 +11,12 @@ the first to reach a loss, so a curve that is not monotone needs no rule of its 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.reporting.markdown import bullets, markdown_table
-from orchestrator.reporting.statistics import (
-    INTERVAL_LEVEL,
-    NUM_RESAMPLES,
-    Floats,
-    Interval,
-    interval_of,
-)
+from orchestrator.reporting.statistics import NUM_RESAMPLES, Floats, Interval, interval_of
 from orchestrator.terminal.render import format_count
 
 SATURATED_ACCURACY = 0.98
@@ -140,16 +133,6 @@ def log_equivalent_depth(log_depths: Floats, losses: Floats, targets: Floats) ->
     return np.asarray(found)
 
 
-def depths_without_gain(vanilla: Sequence[MeasuredModel]) -> list[int]:
-    """Return the depths at which vanilla is no better than at a smaller depth."""
-    curve = sorted(vanilla, key=lambda one: one.num_layers)
-    return [
-        one.num_layers
-        for number, one in enumerate(curve)
-        if number and one.loss >= min(other.loss for other in curve[:number])
-    ]
-
-
 def _refusal(model: MeasuredModel, curve: Sequence[MeasuredModel]) -> str:
     """Return why a model cannot be placed among vanilla models, shallowest first; empty if it can.
 
@@ -164,23 +147,18 @@ def _refusal(model: MeasuredModel, curve: Sequence[MeasuredModel]) -> str:
         return (
             "its loss is higher than that of the shallowest vanilla model "
             f"({format_count(shallowest.num_layers, 'layer')})"
-            + "; train a shallower one"
-            * (shallowest.num_layers > 1)
         )
     if model.loss < best.loss:
         return (
-            f"its loss is lower than that of every vanilla model (the best has {best.num_layers} "
-            "layers); train a deeper one"
+            "its loss is lower than that of every vanilla model "
+            f"(the best has {best.num_layers} layers)"
         )
     deeper = next(number for number, one in enumerate(curve) if one.loss <= model.loss)
     if curve[deeper].is_saturated and deeper:
         shallow, deep = curve[deeper - 1], curve[deeper]
-        has_between = deep.num_layers - shallow.num_layers > 1
         return (
             f"vanilla with {deep.num_layers} layers is saturated (accuracy {deep.accuracy:.2%}), "
             f"so it is worth between {shallow.num_layers} and {deep.num_layers} layers"
-            + "; train vanilla models of depths between them"
-            * has_between
         )
     return ""
 
@@ -202,86 +180,20 @@ def _are_alike(pair: Sequence[MeasuredModel], drawn: Floats) -> bool:
     return not difference.excludes_zero
 
 
-WORTH_TITLE = "What a correction is worth"
-WORTH_HEADS = ("model", "layers", "NFE/layer", "seeds", "loss", "as vanilla of", "phi")
-WORTH_EXPLANATION = (
-    "phi = log(L'/L) / log(e), for a model of L layers with e evaluations per layer (1 + r for an "
-    "IIET with r corrections; the mean where layers differ): 1 if an evaluation is worth a layer, "
-    "0 if more evaluations are worth nothing. L' is the smallest depth at which vanilla, trained "
-    "on the same tokens, reaches the model's validation loss, interpolated linearly in the "
-    f"logarithm of depth. Of {NUM_RESAMPLES:,} draws of the seeds the interval holds "
-    f"{INTERVAL_LEVEL:.0%}; a bound marked < or > lies beyond the vanilla depths. There is no phi "
-    "where the losses of vanilla do not bracket the model's, where the accuracy of the model or of "
-    f"the deeper vanilla model beside it is {SATURATED_ACCURACY:.0%} or more, or where the two "
-    "vanilla models beside it do not differ significantly. Published for loops over a stack: 0.46 "
-    "(arXiv 2604.21106)."
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorthRow:
-    """One model with what its evaluations are worth."""
-
-    name: str
-    model: MeasuredModel
-    worth: CorrectionWorth
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """Texts under `WORTH_HEADS`."""
-        model, layers = self.model, self.worth.equivalent_layers
-        return (
-            self.name,
-            str(model.num_layers),
-            f"{model.evaluations_per_layer:.3g}",
-            str(len(model.losses)),
-            f"{model.loss:.4g}",
-            "" if layers is None else f"{layers:.2f} layers",
-            _phi_text(self.worth),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorthSection:
-    """The section in all formats."""
-
-    rows: tuple[WorthRow, ...]
-    vanilla: tuple[Mapping[int, MeasuredModel], ...]
-    """Number of layers -> the vanilla model, for each set of models that compare."""
-
-    @property
-    def notes(self) -> list[str]:
-        """The vanilla models, and why models have no phi."""
-        notes = []
-        for models in self.vanilla:
-            depths = ", ".join(
-                f"{format_count(depth, 'layer')} {model.loss:.4g}"
-                for depth, model in sorted(models.items())
-            )
-            notes.append(f"Validation loss of vanilla: {depths}.")
-            if flat := depths_without_gain(list(models.values())):
-                numbers = " and ".join(map(str, flat))
-                notes.append(f"Vanilla with {numbers} layers is no better than a shallower one.")
-            if any(len(model.losses) == 1 for model in models.values()):
-                notes.append(
-                    "Some depths have one seed, so whether they differ significantly is not known."
-                )
-        refused = [row for row in self.rows if row.worth.refusal]
-        return [*notes, *(f"{row.name} has no phi: {row.worth.refusal}." for row in refused)]
-
-    def to_markdown(self) -> str:
-        """Return table and notes in Markdown, without the title."""
-        table = markdown_table(WORTH_HEADS, (row.cells for row in self.rows))
-        return "\n\n".join([WORTH_EXPLANATION, table, bullets(self.notes)])
-
-
-def _phi_text(worth: CorrectionWorth) -> str:
-    """Return phi with its interval: `0.55 (0.31 to >1.00)`."""
-    if worth.phi is None:
-        return "none"
-    if worth.interval is None:
-        return f"{worth.phi:.2f}"
-    low, high = worth.interval.low, worth.interval.high
-    is_low_open, is_high_open = worth.is_open
-    interval = f"{'<' * is_low_open}{low:.2f} to {'>' * is_high_open}{high:.2f}"
-    return f"{worth.phi:.2f} ({interval})"
+def worth_cells(name: str, model: MeasuredModel, worth: CorrectionWorth) -> list[str]:
+    """Return a row of a table: name, layers, NFE per layer, loss, equivalent layers, phi."""
+    layers, phi = worth.equivalent_layers, "none"
+    if worth.phi is not None:
+        phi = f"{worth.phi:.2f}"
+    if worth.interval is not None:
+        low, high = worth.interval.low, worth.interval.high
+        is_low_open, is_high_open = worth.is_open
+        phi += f" ({'<' * is_low_open}{low:.2f} to {'>' * is_high_open}{high:.2f})"
+    return [
+        name,
+        str(model.num_layers),
+        f"{model.evaluations_per_layer:.3g}",
+        f"{model.loss:.4g}",
+        "" if layers is None else f"{layers:.2f}",
+        phi,
+    ]

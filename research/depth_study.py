@@ -1,4 +1,4 @@
-"""`python examples/depth_study.py`: do corrections pay where a task needs depth and layers are few?
+"""`python research/depth_study.py`: do corrections pay where a task needs depth and layers are few?
 
 The study trains arms in the order of priority: vanilla models of several depths, IIETs with 0 and
 more corrections, in two stages, with options; models that repeat the whole stack; PCformer. Each
@@ -14,12 +14,10 @@ that were fixed before (`depth_rules.py`), tables, and what a correction is wort
 
 Nothing is trained twice: the same command resumes after an interruption, and another selection of
 arms keeps what is finished. In another workspace `--known` takes over the finished arms of a
-`results.json`; that of the published tables is `depth_study.json`. It takes hours on a CPU:
+`results.json` that the same version has written. It takes hours on a CPU:
 
-    python examples/depth_study.py --dry-run
-    python examples/depth_study.py --hours 5
-    python examples/depth_study.py --arms 'vanilla, ? layers' 'r = ?, 2 layers'
-    python examples/depth_study.py --known examples/depth_study.json
+    python research/depth_study.py --dry-run
+    python research/depth_study.py --arms 'vanilla, ? layers' 'r = ?, 2 layers'
 """
 
 from __future__ import annotations
@@ -27,17 +25,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from depth_arms import Arm, Choices, select_arms, study_arms
-from depth_figure import write_figure
 from depth_results import (
     LOSS,
     ArmResult,
     CheckpointReadings,
     StudyResults,
+    accuracy_chart,
     arm_result,
     copying_accuracy,
     rate_beyond,
@@ -45,10 +41,9 @@ from depth_results import (
     rates_by_loss,
     read_checkpoint,
     seed_of,
+    study_markdown,
 )
-from depth_tables import arm_line, study_markdown
-from rich import box
-from rich.table import Table
+from depth_rules import Arm, Choices, select_arms, study_arms
 
 from orchestrator import (
     RunFailed,
@@ -66,13 +61,11 @@ from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.data.sources import open_data
 from orchestrator.pipelines.sweeps import PlannedSweep, raise_failures
-from orchestrator.terminal.render import format_duration, print_line
+from orchestrator.terminal.render import print_line
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.provenance import content_key
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
-ASSUMED_SPEED = 4e10
-"""Training FLOPs per second of all trainings together, until a first one is measured."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,20 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--arms", nargs="+", default=[], metavar="NAME", help="only these; * and ? stand for others"
     )
     parser.add_argument(
-        "--hours", type=float, metavar="N", help="begin no arm that would end after N hours"
-    )
-    parser.add_argument(
         "--known", type=Path, metavar="FILE", help="a results.json whose arms are not run again"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan")
     options = parser.parse_args(arguments)
-    changes = list(options.changes)
-    if options.seeds:
-        changes.append(f"sweep.seeds={options.seeds}")
-
+    changes = [*options.changes, *([f"sweep.seeds={options.seeds}"] if options.seeds else [])]
     try:
-        settings = read_settings(SETTINGS, changes)
-        is_dry = options.dry_run
+        settings, is_dry = read_settings(SETTINGS, changes), options.dry_run
         with open_session(
             options.workspace, "depth-study", verbose=None, dry_run=is_dry
         ) as session:
@@ -111,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if is_dry:
                 study.print_plan(selected)
             else:
-                study.run(selected, hours=options.hours)
+                study.run(selected)
     except BaseException as error:
         return exit_code_of(error)
     return 0
@@ -124,15 +110,12 @@ class DepthStudy:
         settings: `sweep.seeds` are the seeds, the first of them that of the learning rates.
         choices: Which arms there are.
         session: Workspace, progress and console.
-        name: Prefix of the names of its sweeps, and of the folder of its results.
 
     Raises:
         UserError: If there are no seeds, or the data have no answers.
     """
 
-    def __init__(
-        self, settings: Settings, choices: Choices, session: Session, name: str = "depth"
-    ) -> None:
+    def __init__(self, settings: Settings, choices: Choices, session: Session) -> None:
         if not settings.sweep.seeds:
             raise UserError("sweep.seeds is empty; name seeds, such as --seeds 2 3 4")
         if settings.data.source != "depth":
@@ -140,13 +123,11 @@ class DepthStudy:
                 f"data.source is {settings.data.source}, and the study counts answers of depth "
                 "tasks; leave it out, or set it to depth"
             )
-        self.settings, self.choices, self.session, self.name = settings, choices, session, name
-        self.arms = study_arms(settings, choices)
-        self.seeds = settings.sweep.seeds
-        self.folder = session.workspace.overlays / name
+        self.settings, self.choices, self.session = settings, choices, session
+        self.arms, self.seeds = study_arms(settings, choices), settings.sweep.seeds
+        self.folder = session.workspace.overlays / "depth"
         stored = StudyResults.read_measured(self.folder / "results.json", session.progress.note)
         self.results = stored or StudyResults()
-        self.failures: dict[str, str] = {}
 
     def take_over(self, path: Path) -> None:
         """Count an earlier `results.json`'s arms as finished where their settings are the same.
@@ -159,96 +140,53 @@ class DepthStudy:
             raise UserError(f"--known: there is no file {path}; name a results.json of this study")
         self.results = self.results.model_copy(update={"arms": found.arms | self.results.arms})
 
-    def run(self, selected: Sequence[Arm], *, hours: float | None = None) -> None:
+    def print_plan(self, selected: Sequence[Arm]) -> None:
+        """Print what each arm takes; a further learning rate is not counted."""
+        for arm in selected:
+            text = "known"
+            if not self._known(arm):
+                rates = arm.rates[: self.choices.num_rates]
+                models = [arm.model(rate=rate, seed=self.seeds[0]) for rate in arm.rates]
+                models += [arm.model(rate=r, seed=seed) for r in rates for seed in self.seeds[1:]]
+                price = self._plan(models).price
+                text = f"{price.num_trainings} trainings, {price.flops:.1e} FLOPs"
+            print_line(self.session.console, f"  {arm.name}: {text}")
+
+    def run(self, selected: Sequence[Arm]) -> None:
         """Run the selected arms that are not finished, and write the results after each.
 
         Raises:
             RunFailed: If a trial failed, after all arms; the same command tries it again.
         """
-        started, root = time.monotonic(), self.session.workspace.root
-        self.tokens = prepare(
-            self.settings, workspace=self.session.workspace, progress=self.session.progress
-        )
-        finished = {arm.name: found for arm in self.arms if (found := self._result(arm))}
-        not_run = {
-            arm.name: "not selected" if arm not in selected else "not run yet"
-            for arm in self.arms
-            if arm.name not in finished
-        }
-        self._write(finished, not_run)
-        with ray_cluster(self.settings.cluster, folder=root, say=self.session.progress.start):
-            for arm in (arm for arm in selected if arm.name not in finished):
-                needed = self._most_hours(arm)
-                left = None if hours is None else hours - (time.monotonic() - started) / 3600
-                if left is not None and needed > left:
-                    not_run[arm.name] = f"it takes {needed:.2f} hours, and {left:.2f} were left"
-                elif result := self._run(arm):
-                    finished[arm.name] = result
-                    del not_run[arm.name]
-                else:
-                    not_run[arm.name] = "failed"
-                self._write(finished, not_run)
-        print_line(self.session.console, f"study: {self.folder / 'results.md'}")
-        raise_failures(self.failures)
+        session, failures = self.session, dict[str, str]()
+        known = {arm.name: found for arm in self.arms if (found := self._known(arm))}
+        self.tokens = prepare(self.settings, workspace=session.workspace, progress=session.progress)
+        with ray_cluster(
+            self.settings.cluster, folder=session.workspace.root, say=session.progress.start
+        ):
+            for arm in selected:
+                try:
+                    known[arm.name] = self._result(arm)
+                except RunFailed as error:
+                    failures[arm.name] = str(error)
+                if known:
+                    self._write(known, failures)
+        print_line(session.console, f"study: {self.folder / 'results.md'}")
+        raise_failures(failures)
 
-    def print_plan(self, selected: Sequence[Arm]) -> None:
-        """Print what each arm takes from here on, as far as it is known."""
-        table, total = Table(box=box.SIMPLE_HEAD), 0.0
-        for head in ("arm", "trainings", "FLOPs", "time", "in all"):
-            table.add_column(head, justify="left" if head == "arm" else "right")
-        for arm in selected:
-            if self._known(arm):
-                table.add_row(arm.name, "known", "", "", format_duration(total))
-                continue
-            price = self._plan(self._expected_models(arm)).price
-            seconds = price.flops / self.speed
-            total += seconds
-            row = [str(price.num_trainings), f"{price.flops:.1e}", format_duration(seconds)]
-            table.add_row(arm.name, *(row if price.num_trainings else []), format_duration(total))
-        self.session.console.print(table)
-        measured = "measured" if self.results.seconds else "assumed"
-        print_line(
-            self.session.console,
-            f"  at {measured} {self.speed:.1e} training FLOPs per second in all; a further "
-            "learning rate, where the best one is the lowest or the highest, is not counted",
-        )
-
-    @property
-    def speed(self) -> float:
-        """Training FLOPs per second of all trainings together, evaluation and pauses included."""
-        known = self.results
-        return known.flops / known.seconds if known.flops and known.seconds else ASSUMED_SPEED
-
-    def _run(self, arm: Arm) -> ArmResult | None:
-        try:
-            result = self._result(arm, may_train=True)
-        except RunFailed as error:
-            self.failures[arm.name] = str(error)
-            return None
-        if result:
-            print_line(self.session.console, arm_line(result))
-        return result
-
-    def _result(self, arm: Arm, *, may_train: bool = False) -> ArmResult | None:
-        """Return the result of an arm; None if something is not finished and may not be trained."""
+    def _result(self, arm: Arm) -> ArmResult:
+        """Train what an arm still lacks, and return its result."""
         if known := self._known(arm):
             return known
         models = [arm.model(rate=rate, seed=self.seeds[0]) for rate in arm.rates]
-        losses = self._first_losses(self._trials(models, f"{arm.slug}-rates", may_train=may_train))
-        if losses and (more := rate_beyond(losses)):
+        losses = self._first_losses(self._trials(models, f"{arm.slug}-rates"))
+        if more := rate_beyond(losses):
             # A single training would get all CPUs, which slows it down where others use them. So
             # the other seeds train at the best rates so far; usually these stay the best.
             models = [arm.model(rate=more, seed=self.seeds[0]), *self._seeds_at(arm, losses)]
-            trials = self._trials(models, f"{arm.slug}-further-rate", may_train=may_train)
-            losses = losses | self._first_losses(trials) if trials else {}
-        if not losses:
-            return None
-        models = self._seeds_at(arm, losses)
-        trials = self._trials(models, f"{arm.slug}-seeds", may_train=may_train)
-        if not trials:
-            return None
+            losses |= self._first_losses(self._trials(models, f"{arm.slug}-further-rate"))
         by_rate: dict[float, list[Trial]] = {}
-        for trial in trials:
+        for trial in self._trials(self._seeds_at(arm, losses), f"{arm.slug}-seeds"):
             by_rate.setdefault(rate_of(trial), []).append(trial)
         means = {
             rate: statistics.fmean(trial.numbers[LOSS] for trial in seeds)
@@ -278,31 +216,23 @@ class DepthStudy:
         rates = rates_by_loss(losses)[: self.choices.num_rates]
         return [arm.model(rate=rate, seed=seed) for rate in rates for seed in self.seeds]
 
-    def _trials(
-        self, models: Sequence[SweepModel], name: str, *, may_train: bool
-    ) -> Sequence[Trial]:
-        """Return the finished trials of some models; none if not all are finished."""
-        plan = self._plan(models)
-        known = [state.trial.result() for state in plan.states]
-        finished = [trial for trial in known if trial]
-        if len(finished) == len(known) or not may_train:
-            return finished if len(finished) == len(known) else []
-        started = time.monotonic()
+    def _trials(self, models: Sequence[SweepModel], name: str) -> Sequence[Trial]:
+        """Return the trials of some models, and train what is not finished."""
+        finished = [state.trial.result() for state in self._plan(models).states]
+        if all(finished):
+            return [trial for trial in finished if trial]
         result = sweep(
             self.settings,
             workspace=self.session.workspace,
             models=models,
-            name=f"{self.name}-{name}",
+            name=f"depth-{name}",
             progress=self.session.progress,
         )
-        self.failures |= result.failures
-        self.results = self.results.model_copy(
-            update={
-                "flops": self.results.flops + plan.price.flops,
-                "seconds": self.results.seconds + time.monotonic() - started,
-            }
-        )
+        raise_failures(result.failures)
         return result.trials
+
+    def _plan(self, models: Sequence[SweepModel]) -> PlannedSweep:
+        return plan_sweep(self.settings, workspace=self.session.workspace, models=models, name="s")
 
     def _readings(self, trial: Trial) -> CheckpointReadings:
         path = self.folder / "readings" / f"{trial.key}.json"
@@ -313,34 +243,21 @@ class DepthStudy:
             found.write(path)
         return found
 
-    def _plan(self, models: Sequence[SweepModel]) -> PlannedSweep:
-        return plan_sweep(self.settings, workspace=self.session.workspace, models=models, name="s")
-
-    def _expected_models(self, arm: Arm) -> list[SweepModel]:
-        """Return the models of an arm if its best rate is a middle one."""
-        models = [arm.model(rate=rate, seed=self.seeds[0]) for rate in arm.rates]
-        likely = arm.rates[-1 - self.choices.num_rates : -1] or arm.rates
-        return models + [arm.model(rate=r, seed=seed) for r in likely for seed in self.seeds[1:]]
-
-    def _most_hours(self, arm: Arm) -> float:
-        """Return what an arm takes from here on if a further learning rate is the best."""
-        models = self._expected_models(arm)
-        flops = self._plan(models).price.flops
-        more = 1 + self.choices.num_rates * (len(self.seeds) - 1) if len(arm.rates) > 1 else 0
-        return flops * (1 + more / len(models)) / self.speed / 3600
-
-    def _write(self, finished: Mapping[str, ArmResult], not_run: Mapping[str, str]) -> None:
-        arms = {arm.name: finished[arm.name] for arm in self.arms if arm.name in finished}
-        self.results = self.results.model_copy(update={"arms": arms, "not_run": dict(not_run)})
+    def _write(self, known: Mapping[str, ArmResult], failures: Mapping[str, str]) -> None:
+        arms = {arm.name: known[arm.name] for arm in self.arms if arm.name in known}
+        not_run = {
+            arm.name: "failed" if arm.name in failures else "not run yet"
+            for arm in self.arms
+            if arm.name not in arms
+        }
+        self.results = StudyResults(arms=arms, not_run=not_run)
         self.results.write(self.folder / "results.json")
-        if not arms:
-            return
-        some = self._expected_models(self.arms[0])[:1]
+        some = [self.arms[0].model(rate=1e-3, seed=0)]
         length = self._plan(some).states[0].trial.model.context_length
         copied = copying_accuracy(open_data(self.tokens), length)
         text = study_markdown(self.results, self.choices, self.settings, copied=copied)
         write_text(self.folder / "results.md", text)
-        write_figure(self.results.arms, self.choices, self.folder / "accuracy")
+        accuracy_chart([*arms.values()]).save(self.folder / "accuracy.png", scale_factor=2)
 
 
 if __name__ == "__main__":

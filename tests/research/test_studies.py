@@ -1,0 +1,134 @@
+"""Each study prints its plan, and runs at toy size from its first training to its page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import depth_study
+import elastic_study
+import iiad_study
+import pytest
+from depth_rules import Choices
+from small_size import SMALL
+
+from orchestrator import read_settings
+
+DEPTH = [
+    "model.dim=16", "model.num_heads=2", "model.ffn_dim=32", "training.num_steps=4",
+    "training.num_tokens_per_step=320", "training.warmup_steps=1",
+    "training.num_validation_tokens=800", "evaluation.num_items=8",
+    "sweep.learning_rates={iiet: 1.0e-3, vanilla: [1.0e-3, 2.0e-3]}",
+]  # fmt: skip
+IIAD = [
+    *SMALL, "sweep.iterations=[0, 1]", "sweep.learning_rates={vanilla: [2.0e-3, 4.0e-3]}",
+    "sweep.methods=[vanilla, iiet]", "sweep.num_schedules=2",
+    "training.iterate_from_fraction=0.5", "model.num_layers=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., int]:
+    """Run a study's command in a workspace of the test, with changed settings."""
+
+    def study(module: ModuleType, changes: list[str], *arguments: str) -> int:
+        settings = [part for change in changes for part in ("--set", change)]
+        code: int = module.main(["--workspace", str(tmp_path / "ws"), *settings, *arguments])
+        return code
+
+    return study
+
+
+@pytest.mark.slow
+def test_the_plans_write_nothing(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = ["--arms", "r = ?, 2 layers", "--seeds", "5", "6"]
+    assert run(depth_study, DEPTH[:-1], "--dry-run", *arms) == 0
+    assert "r = 3, 2 layers: 6 trainings" in capsys.readouterr().out
+    assert run(iiad_study, SMALL, "--dry-run") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the fronts will be: cosine, relative, loss, cross entropy, pruned, knapsack" in shown
+    assert run(elastic_study, [], "--dry-run", "--times", "1", "3") == 0
+    assert "text: then elastic trainings of 60, 180 steps" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_one_sentence(
+    run: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for study, changes, arguments, words in (
+        (depth_study, [], ["--arms", "iiet"], "no arm has a name like 'iiet'"),
+        (depth_study, ["sweep.seeds=[]"], [], "sweep.seeds is empty"),
+        (iiad_study, ["sweep.methods=[vanilla]"], [], "a study needs an IIET with corrections"),
+        (iiad_study, [], ["--seeds", "2", "2"], "a seed is given twice"),
+        (iiad_study, ["training.num_step=3"], [], "did you mean training.num_steps?"),
+    ):
+        assert run(study, changes, "--dry-run", *arguments) == 2
+        shown = " ".join(capfd.readouterr().err.split())
+        assert words in shown
+        assert "Traceback" not in shown
+
+
+def test_the_stored_results_make_the_page_of_the_depth_study(tmp_path: Path) -> None:
+    path = Path(depth_study.__file__).with_suffix(".json")
+    stored = depth_study.StudyResults.read(path, remedy="-")
+    assert stored
+    settings = read_settings(depth_study.SETTINGS)
+    text = depth_study.study_markdown(stored, Choices(), settings, copied=0.518)
+    assert "- does iteration pay in 'r = 3, 2 layers': yes; in 3 of 3 seeds" in text
+    assert "| r = 1, 1 layer | 1 | 2 |" in text
+    assert "0.94 (0.82 to 1.04)" in text, "phi in depth.md"
+    chart = depth_study.accuracy_chart([*stored.arms.values()])
+    chart.save(tmp_path / "accuracy.svg")
+    assert "looped, r = 1" in (tmp_path / "accuracy.svg").read_text()
+
+
+@pytest.mark.long
+def test_two_arms_of_the_depth_study(
+    run: Callable[..., int], tmp_path: Path, ray_session: None
+) -> None:
+    arms = ["--seeds", "2", "3", "--arms", "vanilla, 2 layers", "r = 1, 2 layers"]
+    assert run(depth_study, DEPTH, *arms) == 0
+    folder, runs = tmp_path / "ws" / "overlays" / "depth", tmp_path / "ws" / "runs"
+    text = (folder / "results.md").read_text()
+    assert "| r = 1, 2 layers | 2 | 4 |" in text
+    assert "'vanilla, 4 layers' is missing" in text
+    assert (folder / "accuracy.png").stat().st_size > 5000
+    made = len([*runs.glob("*/done.json")])
+    assert run(depth_study, DEPTH, *arms) == 0
+    assert len([*runs.glob("*/done.json")]) == made, "nothing is trained twice"
+
+
+@pytest.mark.long
+def test_all_phases_of_the_iiad_study(
+    run: Callable[..., int], tmp_path: Path, ray_session: None
+) -> None:
+    assert run(iiad_study, IIAD, "--seeds", "0", "1") == 0
+    space = tmp_path / "ws"
+    text = (space / "overlays" / "study" / "results.md").read_text()
+    for other in ("vanilla", "r = 0"):
+        assert re.search(rf"r = 1 against {other} at equal tokens: loss \S+ ± ", text)
+    assert "| NFE | cosine | relative | loss | cross entropy | pruned | knapsack |" in text
+    # Two rates of vanilla and two more models; their second seeds; vanilla and r = 0 for longer.
+    assert len([*(space / "runs").glob("*/done.json")]) == 4 + 3 + 2
+
+
+@pytest.mark.long
+def test_the_elastic_study_of_one_teacher(
+    run: Callable[..., int], tmp_path: Path, ray_session: None
+) -> None:
+    changes = [
+        "model.dim=16", "model.num_heads=2", "model.ffn_dim=32", "training.num_steps=4",
+        "training.warmup_steps=1", "distillation.training.num_steps=3",
+        "distillation.training.warmup_steps=1", "evaluation.num_items=8", "sweep.budgets=[2, 5]",
+    ]  # fmt: skip
+    arguments = ["--teachers", "depth", "--seeds", "0", "1", "--times", "1"]
+    assert run(elastic_study, changes, *arguments) == 0
+    folder = tmp_path / "ws" / "overlays" / "elastic-study"
+    text = (folder / "results.md").read_text()
+    assert "## depth, elastic training of 1 times a student's steps" in text
+    assert "| share of the separate students' training FLOPs |" in text
+    assert (folder / "trade-off.png").stat().st_size > 5000
