@@ -9,14 +9,13 @@ whose table is in docs/results.md.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+import altair
 import torch
-from figure_style import DOTS_PER_INCH, save_figure
-from matplotlib.axes import Axes as Panel
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
+from altair import Axis, Chart, InlineData, Scale
+from diagrams import box, diagram, drawing, text
 
 from iiet import IterationSchedule, ModelConfig, schedule_family
 from iiet.solvers import fixed_point
@@ -24,11 +23,10 @@ from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.charts import (
     BLUE,
     GRAY,
-    GRID,
-    INK,
     RED,
     SKY,
     Spec,
+    chart_spec,
     front_chart,
     influence_chart,
     save_chart,
@@ -53,43 +51,27 @@ BASELINE_ACCURACY = {"r = 0": (0.702, 0.007), "vanilla": (0.710, 0.007)}
 NUM_LAYERS = 2
 
 
-def draw_correction() -> Figure:
+def draw_correction() -> Spec:
     """Draw layers with and without corrections, and a fixed-point iteration in one dimension."""
-    figure = Figure(figsize=(9.0, 3.9), layout="constrained", dpi=DOTS_PER_INCH)
-    left, right = figure.subplots(1, 2, width_ratios=(1.35, 1.0))
-    _draw_layers(left)
-    _draw_iteration(right)
-    return figure
-
-
-def _draw_layers(panel: Panel) -> None:
-    _draw_runs(panel, height=1.55, names=("block",), title="vanilla layer: 1 run")
-    names = ("prediction", "correction 1", "correction 2")
-    _draw_runs(
-        panel, height=0.4, names=names, title="IIET layer with r = 2: the same block, 3 runs"
-    )
-    panel.set(xlim=(-0.45, 4.25), ylim=(0.0, 2.35))
-    panel.axis("off")
-
-
-def _draw_runs(panel: Panel, *, height: float, names: Sequence[str], title: str) -> None:
-    arrow = {"arrowstyle": "-|>", "color": INK, "lw": 1.3, "shrinkA": 0, "shrinkB": 0}
-    panel.text(-0.4, height + 0.42, title, fontsize=10, fontweight="bold")
-    panel.text(-0.3, height, "input", ha="center", va="center", fontsize=9)
-    for number, name in enumerate(names):
-        x = 0.2 + 1.25 * number
-        start = -0.08 if number == 0 else x - 0.35
-        panel.annotate("", (x, height), (start, height), arrowprops=arrow)
-        box = FancyBboxPatch(
-            (x, height - 0.2), 0.9, 0.4, boxstyle="round,pad=0,rounding_size=0.06",
-            facecolor=SKY if number else BLUE, edgecolor=INK, alpha=0.85,
-        )  # fmt: skip
-        panel.add_patch(box)
-        color = "white" if number == 0 else INK
-        panel.text(x + 0.45, height, name, ha="center", va="center", fontsize=9, color=color)
-    end = 0.2 + 1.25 * (len(names) - 1) + 0.9
-    panel.annotate("", (end + 0.3, height), (end, height), arrowprops=arrow)
-    panel.text(end + 0.33, height, "output", va="center", fontsize=9)
+    boxes, texts, arrows = [], [], []
+    corrections = ("prediction", "correction 1", "correction 2")
+    for height, names, title in (
+        (1.55, ("block",), "vanilla layer: 1 run"),
+        (0.4, corrections, "IIET layer with r = 2: the same block, 3 runs"),
+    ):
+        texts.append(text(0.05, height + 0.42, title, align="left", is_bold=True))
+        texts.append(text(0.05, height, "input", align="left"))
+        for number, name in enumerate(names):
+            left = 0.65 + 1.25 * number
+            arrows.append(((left - (0.35 if number else 0.2), height), (left - 0.03, height)))
+            boxes.append(box(left, height - 0.2, 0.9, 0.4, SKY if number else BLUE))
+            color = {} if number else {"color": "white"}
+            texts.append(text(left + 0.45, height, name, **color))
+        arrows.append(((left + 0.9, height), (left + 1.17, height)))
+        texts.append(text(left + 1.25, height, "output", align="left"))
+    layers = diagram((4.9, 2.2), (112, 112), boxes=boxes, arrows=arrows, texts=texts)
+    whole = (layers | _iteration()).resolve_scale(color="independent")
+    return drawing(whole)
 
 
 def implicit_step(estimate: torch.Tensor) -> torch.Tensor:
@@ -97,64 +79,50 @@ def implicit_step(estimate: torch.Tensor) -> torch.Tensor:
     return 0.1 + 0.9 - 0.4 * estimate**2
 
 
-def _draw_iteration(panel: Panel) -> None:
+def _iteration() -> altair.LayerChart:
     def estimate_after(num_corrections: int) -> float:
         # The prediction is the explicit step from the state itself.
         return float(
             fixed_point(implicit_step, lambda: implicit_step(torch.tensor(0.1)), num_corrections)
         )
 
-    solution = estimate_after(200)
-    estimates = [estimate_after(number) for number in range(6)]
-    panel.axhline(solution, color=GRAY, lw=1, ls="--")
-    panel.text(5.4, solution + 0.03, "fixed point", ha="right", fontsize=9, color=GRAY)
-    panel.plot(range(6), estimates, color=BLUE, lw=1.2, zorder=2)
-    panel.plot([0], estimates[:1], "o", color=BLUE, ms=8, zorder=3, label="prediction")
-    panel.plot(
-        range(1, 6), estimates[1:], "o", color=SKY, mec=INK, ms=7, zorder=3, label="corrections"
-    )
-    panel.set_xticks(range(6))
-    panel.set_xlim(-0.4, 5.5)
-    panel.set_xlabel("corrections")
-    panel.set_ylabel("estimate")
-    panel.set_title("an implicit step in one dimension", fontsize=10, fontweight="bold", loc="left")
-    panel.legend(fontsize=9, frameon=False, loc="lower right")
-    _plain(panel)
+    solution = {"y": estimate_after(200), "x": 1, "label": "fixed point"}
+    rows = [
+        {"x": n, "y": estimate_after(n), "kind": "corrections" if n else "prediction"}
+        for n in range(6)
+    ]
+    x = altair.X("x:Q", title="corrections", axis=Axis(tickMinStep=1))
+    y = altair.Y("y:Q", title="estimate", scale=Scale(zero=False))
+    legend = altair.Legend(title=None, orient="top-right")
+    colors = Scale(domain=["prediction", "corrections"], range=[BLUE, SKY])
+    steps, end = Chart(InlineData(values=rows)), Chart(InlineData(values=[solution]))
+    return altair.layer(
+        end.mark_rule(color=GRAY, strokeDash=[6, 4]).encode(y),
+        end.mark_text(color=GRAY, dy=-8).encode(x, y, text="label:N"),
+        steps.mark_line(color=BLUE, strokeWidth=1.2).encode(x, y),
+        steps.mark_point(filled=True, size=90, opacity=1).encode(
+            x, y, altair.Color("kind:N", scale=colors, legend=legend)
+        ),
+    ).properties(title="an implicit step in one dimension", width=300, height=210)
 
 
-def draw_schedules() -> Figure:
+def draw_schedules() -> Spec:
     """Draw six layers under several schedules, a square for each run."""
-    figure = Figure(figsize=(9.0, 2.9), layout="constrained", dpi=DOTS_PER_INCH)
-    panels = figure.subplots(1, len(SHOWN_SCHEDULES), sharey=True)
-    for panel, text in zip(panels, SHOWN_SCHEDULES, strict=True):
-        schedule = IterationSchedule.parse(text, num_layers=6)
-        for layer, count in enumerate(schedule):
-            for run in range(1 + count):
-                color = BLUE if run == 0 else SKY
-                panel.add_patch(_square(run, layer, color))
-        panel.set(xlim=(-0.1, 4.0), ylim=(5.95, -0.15), aspect="equal")
-        panel.set_title(f"{text}\nNFE {schedule.num_evaluations}", fontsize=10)
-        panel.set_xticks([])
-        panel.set_yticks([layer + 0.4 for layer in range(6)], [str(n) for n in range(1, 7)])
-        panel.tick_params(length=0)
-        panel.spines[:].set_visible(False)
-    panels[0].set_ylabel("layer")
-    marks = [_square(0, 0, BLUE), _square(0, 0, SKY)]
-    figure.legend(
-        marks,
-        ["prediction", "correction"],
-        loc="outside lower center",
-        ncols=2,
-        fontsize=9,
-        frameon=False,
-    )
-    return figure
-
-
-def _square(run: int, layer: int, color: str) -> FancyBboxPatch:
-    return FancyBboxPatch(
-        (run, layer), 0.8, 0.8, boxstyle="round,pad=0,rounding_size=0.1", fc=color, ec=INK, lw=0.6
-    )
+    panels = []
+    for shown in SHOWN_SCHEDULES:
+        schedule = IterationSchedule.parse(shown, num_layers=6)
+        squares = [
+            box(0.5 + run, 5.1 - layer, 0.8, 0.8, SKY if run else BLUE)
+            for layer, count in enumerate(schedule)
+            for run in range(1 + count)
+        ]
+        numbers = [text(0.2, 5.5 - layer, f"{layer + 1}") for layer in range(6)]
+        panel = diagram((4.6, 6), (30, 30), boxes=squares, texts=numbers, corner=3)
+        panels.append(panel.properties(title=[shown, f"NFE {schedule.num_evaluations}"]))
+    names = [text(1.3, 0.3, "prediction", align="left"), text(4.3, 0.3, "correction", align="left")]
+    marks = [box(0.8, 0.1, 0.4, 0.4, BLUE), box(3.8, 0.1, 0.4, 0.4, SKY)]
+    legend = diagram((12, 0.6), (45, 45), boxes=marks, texts=names, corner=3)
+    return drawing(altair.vconcat(altair.hconcat(*panels), legend))
 
 
 def draw_demo_influence() -> Spec:
@@ -162,22 +130,26 @@ def draw_demo_influence() -> Spec:
     return influence_chart(INFLUENCE, metric="cosine", kept=(1, 1), kept_name="schedule 1,1")
 
 
-def draw_family() -> Figure:
+def draw_family() -> Spec:
     """Draw the schedule, and its cost, that each threshold gives on the demo's influence."""
-    figure = Figure(figsize=(7.0, 3.6), layout="constrained", dpi=DOTS_PER_INCH)
-    panel = figure.add_subplot()
     lowest, highest = 0.0004, 0.25
-    for member in schedule_family(INFLUENCE):
-        ends = max(member.threshold_above, lowest), min(member.threshold_up_to, highest)
-        cost = member.schedule.num_evaluations
-        panel.plot(ends, (cost, cost), color=BLUE, lw=3, solid_capstyle="butt")
-        panel.text(ends[1], cost + 0.15, str(member.schedule), ha="right", fontsize=9)
-    panel.set_xscale("log")
-    panel.set(xlim=(lowest, highest), ylim=(1.5, 8.8))
-    panel.set_xlabel("threshold on influence")
-    panel.set_ylabel("NFE per token")
-    _plain(panel)
-    return figure
+    rows = [
+        {
+            "above": max(member.threshold_above, lowest),
+            "up_to": min(member.threshold_up_to, highest),
+            "cost": member.schedule.num_evaluations,
+            "schedule": str(member.schedule),
+        }
+        for member in schedule_family(INFLUENCE)
+    ]
+    x = altair.X("above:Q", title="threshold on influence")
+    y = altair.Y("cost:Q", title="NFE per token", scale=Scale(domain=[1.5, 8.8]))
+    scale = Scale(type="log", domain=[lowest, highest], nice=False)
+    chart = Chart(InlineData(values=rows))
+    lines = chart.mark_rule(color=BLUE, strokeWidth=4).encode(x.scale(scale), y, x2="up_to:Q")
+    names = chart.mark_text(align="right", dy=-10, fontSize=12)
+    named = names.encode(altair.X("up_to:Q", scale=scale), y, text="schedule:N")
+    return chart_spec(altair.layer(lines, named).properties(width=560, height=260))
 
 
 def depth_front() -> Front:
@@ -229,13 +201,7 @@ def draw_knee() -> Spec:
     return chart
 
 
-def _plain(panel: Panel) -> None:
-    panel.grid(color=GRID)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
-
-
-FIGURES: dict[str, Callable[[], Figure | Spec]] = {
+FIGURES: dict[str, Callable[[], Spec]] = {
     "correction": draw_correction,
     "schedules": draw_schedules,
     "influence": draw_demo_influence,
@@ -247,15 +213,11 @@ FIGURES: dict[str, Callable[[], Figure | Spec]] = {
 
 def write_figures(folder: Path) -> list[Path]:
     """Write all figures as PNG and return their paths."""
-    paths = []
-    for name, draw in FIGURES.items():
-        figure = draw()
-        stem = folder / name
-        if isinstance(figure, Figure):
-            paths += save_figure(figure, stem, ("png",))
-        else:
-            paths += save_chart(figure, stem, ("png",))
-    return paths
+    return [
+        path
+        for name, draw in FIGURES.items()
+        for path in save_chart(draw(), folder / name, ("png",))
+    ]
 
 
 if __name__ == "__main__":

@@ -7,12 +7,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from figure_style import DOTS_PER_INCH, save_figure
-from matplotlib.axes import Axes as Panel
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
+from diagrams import box, diagram, drawing, text
 
-from orchestrator.reporting.charts import BLUE, GRAY, INK, SKY
+from orchestrator.reporting.charts import BLUE, SKY, Spec, save_chart
 
 PATH = Path(__file__).resolve().parent / "images" / "packages"
 
@@ -49,50 +46,26 @@ WIDTH, HEIGHT = 0.5, 0.36
 """Of a box, where columns and rows are 1 apart."""
 
 
-def draw_packages() -> Figure:
+LEFT, TOP = 0.35, 5.3
+"""Of the first column's middle from the left, and the height of the drawing."""
+
+
+def draw_packages() -> Spec:
     """Draw each package as a box, each flow as an arrow with its name."""
-    figure = Figure(figsize=(9.0, 7.0), layout="constrained", dpi=DOTS_PER_INCH)
-    panel = figure.add_subplot()
+    boxes, texts, arrows = [], [], []
     for giver, receiver, what in FLOWS:
-        _draw_flow(panel, giver, receiver, what)
+        start, end = _edge_point(giver, receiver), _edge_point(receiver, giver)
+        arrows.append((start, end))
+        texts.append(text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2, what, halo=True))
     for name, (column, row) in PLACES.items():
+        middle = column + LEFT
+        boxes.append(box(middle - WIDTH / 2, row - HEIGHT / 2, WIDTH, HEIGHT, BLUE))
         outside = "\n(mathematics)" if name == "iiet" else ""
-        _draw_box(panel, name + outside, column, row, WIDTH, BLUE, "white")
-    names = "   ".join(USED_BY_ALL)
-    _draw_box(panel, f"used by all:  {names}", 1.5, 0.2, 3.0 + WIDTH, SKY, INK)
-    panel.set(xlim=(-0.35, 3.35), ylim=(-0.05, 5.25))
-    panel.axis("off")
-    return figure
-
-
-def _draw_box(
-    panel: Panel, text: str, column: float, row: float, width: float, color: str, ink: str
-) -> None:
-    panel.add_patch(
-        FancyBboxPatch(
-            (column - width / 2, row - HEIGHT / 2),
-            width,
-            HEIGHT,
-            boxstyle="round,pad=0,rounding_size=0.05",
-            facecolor=color,
-            edgecolor=INK,
-            zorder=3,
-        )
-    )
-    panel.text(column, row, text, ha="center", va="center", fontsize=10, color=ink, zorder=4)
-
-
-def _draw_flow(panel: Panel, giver: str, receiver: str, what: str) -> None:
-    start, end = _edge_point(giver, receiver), _edge_point(receiver, giver)
-    panel.annotate(
-        "", end, start, arrowprops={"arrowstyle": "-|>", "color": GRAY, "lw": 1.3,
-                                    "shrinkA": 0, "shrinkB": 0}, zorder=1,
-    )  # fmt: skip
-    middle = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
-    panel.text(
-        *middle, what, ha="center", va="center", fontsize=8.5, color=INK, zorder=2,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
-    )  # fmt: skip
+        texts.append(text(middle, row, name + outside, color="white"))
+    boxes.append(box(LEFT - WIDTH / 2, 0.2 - HEIGHT / 2, 3.0 + WIDTH, HEIGHT, SKY))
+    texts.append(text(LEFT + 1.5, 0.2, "used by all: " + ", ".join(USED_BY_ALL)))
+    size = (3.0 + 2 * LEFT, TOP)
+    return drawing(diagram(size, (190, 105), boxes=boxes, arrows=arrows, texts=texts))
 
 
 def _edge_point(package: str, toward: str) -> tuple[float, float]:
@@ -103,12 +76,12 @@ def _edge_point(package: str, toward: str) -> tuple[float, float]:
         WIDTH / 2 / abs(across) if across else 1.0,
         HEIGHT / 2 / abs(up) if up else 1.0,
     )
-    return x + share * across, y + share * up
+    return x + LEFT + share * across, y + share * up
 
 
 def write_figure(stem: Path) -> list[Path]:
     """Write the figure as `stem.png` and return its path."""
-    return save_figure(draw_packages(), stem, ("png",))
+    return save_chart(draw_packages(), stem, ("png",))
 
 
 if __name__ == "__main__":

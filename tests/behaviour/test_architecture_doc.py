@@ -8,7 +8,6 @@ from pathlib import Path
 
 import packages_figure
 import pytest
-from matplotlib.image import imread
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -67,4 +66,5 @@ def test_each_drawn_package_gives_or_gets_something_and_the_figure_is_shown(tmp_
     assert ends == set(packages_figure.PLACES)
     (drawn,) = packages_figure.write_figure(tmp_path / "packages")
     shown = ROOT / "docs" / re.findall(r"!\[.*?\]\((images/packages.png)\)", TEXT)[0]
-    assert imread(drawn).shape == imread(shown).shape
+    width_and_height = slice(16, 24)  # Of a PNG file.
+    assert drawn.read_bytes()[width_and_height] == shown.read_bytes()[width_and_height]
