@@ -58,7 +58,7 @@ ORDER = (
 
 LINES = {
     "iiet": 8_041,
-    "benchmarks": 3_645,
+    "benchmarks": 3_621,
     "examples": 217,
     "research": 1_983,
     "orchestrator/workspace": 1_063,
