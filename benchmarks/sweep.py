@@ -32,8 +32,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
 from orchestrator.sweeping.execution import run_sweep
-from orchestrator.sweeping.plan import load_tasks, plan_suite, threshold_plan
-from orchestrator.sweeping.selection import choose_members
+from orchestrator.sweeping.plan import choose_members, load_tasks, plan_suite, threshold_plan
 from orchestrator.sweeping.trial_run import measure_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import open_tracking

@@ -161,8 +161,7 @@ def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> 
     from orchestrator.records.training import TrainingJob
     from orchestrator.records.trial import TrialSuite
     from orchestrator.settings import resolve_settings
-    from orchestrator.sweeping.plan import threshold_plan
-    from orchestrator.sweeping.selection import choose_members
+    from orchestrator.sweeping.plan import choose_members, threshold_plan
     from orchestrator.training.run import run_job
     from orchestrator.workspace.layout import open_workspace
 

@@ -26,7 +26,8 @@ ADAPTERS = {
     "typer": ("orchestrator.cli",),
     "datasets": ("orchestrator.data", "orchestrator.evaluation.heldout"),
     "altair": ("orchestrator.reporting.charts",),
-    "vl_convert": ("orchestrator.reporting.charts",),
+    "vl_convert": ("orchestrator.reporting.charts", "orchestrator.reporting.sections"),
+    "jinja2": ("orchestrator.reporting.sections",),
     "moocore": ("orchestrator.reporting.pareto",),
     "optuna": ("orchestrator.sweeping.search",),
     "gguf": ("orchestrator.training.gguf_file",),
@@ -58,9 +59,9 @@ ORDER = (
 
 LINES = {
     "iiet": 8_041,
-    "benchmarks": 3_621,
+    "benchmarks": 3_620,
     "examples": 217,
-    "research": 1_983,
+    "research": 1_985,
     "orchestrator/workspace": 1_063,
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_617,
@@ -71,9 +72,9 @@ LINES = {
     "orchestrator/evaluation": 4_788,
     "orchestrator/planning": 1_138,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_818,
-    "orchestrator/sweeping": 3_416,
-    "orchestrator/pipelines": 4_721,
+    "orchestrator/reporting": 4_563,
+    "orchestrator/sweeping": 3_372,
+    "orchestrator/pipelines": 4_704,
     "orchestrator/cli": 1_886,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

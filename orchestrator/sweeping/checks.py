@@ -30,7 +30,7 @@ from orchestrator.sweeping.model_plans import (
     settings_of,
     swept_models,
 )
-from orchestrator.sweeping.selection import check_budgets
+from orchestrator.sweeping.plan import check_budgets
 from orchestrator.sweeping.trials import check_student_batch
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.model_config import build_model_config

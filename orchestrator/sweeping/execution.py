@@ -21,8 +21,7 @@ from orchestrator.reporting.training_curves import history_folder
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.sweeping.asha import asha_trials, stored_early_stop
 from orchestrator.sweeping.decoding import with_costs, with_decoding
-from orchestrator.sweeping.front_history import FrontHistory
-from orchestrator.sweeping.live_sweep import LiveSweep
+from orchestrator.sweeping.live_sweep import FrontHistory, LiveSweep
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trials import full_config
 from orchestrator.terminal.progress import Progress

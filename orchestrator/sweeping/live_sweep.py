@@ -1,12 +1,20 @@
-"""The MLflow runs of a sweep and its trials, while it runs.
+"""A sweep while it runs: its runs and those of its trials in MLflow, and the front so far.
 
 A trial's run appears when the trial starts, gets the records of its journal while it trains, and
 the reason if it ends without a result. The sweep's run gets the front so far. The process that
 waits for the trials says what changes; MLflow's background thread shows it.
+
+A journal in the sweep's folder holds the hypervolume of the front after each finished trial. It
+gives MLflow and the report two curves: against the number of finished models (trials, teacher and
+baselines), and against the FLOPs of the sweep's own training. The axes are NFE and accuracy,
+because milliseconds are measured at the end. The hypervolume is a share of a box that the full
+model spans; so the curves start once that model is measured. A sweep of many trials records only
+as many points as the curves show.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,16 +22,22 @@ from typing import Any
 
 from orchestrator.data.sources import describe_data
 from orchestrator.records.tracked_run import Status, TrackedRun
+from orchestrator.records.training import job_parameters, shared_parameters
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.front_so_far import front_so_far
 from orchestrator.reporting.mlflow_report import SWEEP_TAG, trial_run
-from orchestrator.reporting.pareto import Front
+from orchestrator.reporting.pareto import Front, find_front
+from orchestrator.reporting.results import result_table
+from orchestrator.reporting.training_curves import (
+    HYPERVOLUME_BY_GFLOPS,
+    HYPERVOLUME_BY_TRIALS,
+    MAX_CURVE_POINTS,
+)
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
-from orchestrator.sweeping.sweep_parameters import sweep_parameters
 from orchestrator.sweeping.trial_run import is_trial_locked
-from orchestrator.sweeping.trials import exact_cost, full_config
+from orchestrator.sweeping.trials import exact_cost, full_config, full_trial
 from orchestrator.tracking import Tracking
-from orchestrator.workspace.journal import now_ms, recorded_times
+from orchestrator.workspace.journal import Journal, now_ms, read_journal, recorded_times
 
 SECONDS_BETWEEN_FRONTS = 30.0
 """A picture takes up to a second of the process that waits for the trials."""
@@ -139,3 +153,141 @@ def journal_folder(trial: Trial) -> Path | None:
     if trial.job:
         return Path(trial.folder)
     return Path(trial.checkpoint).parent if trial.checkpoint and trial.role != "trial" else None
+
+
+FLOPS_PER_STEP = 1e9
+
+
+class FrontHistory:
+    """The front of a sweep while it runs, and its journal.
+
+    A trial's result is read once, and forgotten once another beats it. Seeds of a model are kept,
+    because their mean still changes.
+    """
+
+    def __init__(self, plan: SweepPlan, folder: Path, *, num_trials: int) -> None:
+        """Read the journal in `folder`; `num_trials` will be finished at the end."""
+        self._full, self._folder = full_trial(plan), folder
+        self._seen: set[str] = set()
+        self._candidates: list[Trial] = []
+        self._flops = 0.0
+        self._last = _last_step(folder)
+        self._interval = max(1, num_trials // MAX_CURVE_POINTS)
+        self.front: Front | None = None
+        """The front that was recorded last; most models that others beat are not in it."""
+
+    @property
+    def num_measured(self) -> int:
+        """Number of finished trials."""
+        return len(self._seen)
+
+    def add(self, trial: Trial) -> Trial | None:
+        """Take in the result of a trial; return it with its exact cost if it is new."""
+        if trial.key in self._seen:
+            return None
+        result = trial.result()
+        if result is None:
+            return None
+        result = result.with_numbers("cost", exact_cost(trial.model, self._full.model))
+        self._seen.add(trial.key)
+        self._candidates.append(result)
+        self._flops += _flops_spent(result) if trial.job else 0.0
+        return result
+
+    def record(self, *, at_end: bool = False) -> bool:
+        """Record the hypervolume of the trials that are finished now.
+
+        Args:
+            at_end: Whether no trial follows; the last point is always recorded.
+
+        Returns:
+            Whether anything was recorded: False while the full model is not measured, if it has no
+            accuracy, or if too few trials were finished since the last time.
+        """
+        num_found = len(self._seen)
+        if num_found < self._last + (1 if at_end else self._interval):
+            return False
+        front = find_front(result_table(self._candidates))
+        volume, full = front.hypervolume, front.full
+        if volume is None or full is None:
+            return False
+        if all(seed.key != self._full.key for seed in front.seeds_of(full)):
+            return False
+        needed = {point.result.key for point in (*front.members, full)}
+        self._candidates = [t for t in self._candidates if t.group or t.key in needed]
+        numbers = {
+            HYPERVOLUME_BY_TRIALS: volume,
+            "sweep/front_size": len(front.members),
+            "sweep/training_flops": self._flops,
+        }
+        journal = Journal(self._folder)
+        journal.metrics(num_found, numbers)
+        journal.metrics(round(self._flops / FLOPS_PER_STEP), {HYPERVOLUME_BY_GFLOPS: volume})
+        journal.close()
+        self._last, self.front = num_found, front
+        return True
+
+
+def _flops_spent(result: Trial) -> float:
+    # A first stage in common counts for the model that made it.
+    numbers = result.numbers
+    return numbers.get("train/flops", 0.0) - numbers.get("train/shared_flops", 0.0)
+
+
+def _last_step(folder: Path) -> int:
+    records, _ = read_journal(folder)
+    return max(
+        (r["step"] for r in records if HYPERVOLUME_BY_TRIALS in r.get("values", {})), default=0
+    )
+
+
+SCHEDULE_CHOICES = ("num_schedules", "thresholds", "budgets")
+"""Settings of which one decides how many students there are; a later one wins."""
+
+
+def sweep_parameters(plan: SweepPlan, settings: Settings) -> dict[str, str]:
+    """Return the parameters that apply to this kind of sweep, those that all trainings share
+    among them.
+
+    A setting that is off, or an empty list, is left out.
+    """
+    sweep = settings.sweep
+    params: dict[str, Any] = {"kind": plan.kind, "num_trials": len(plan.trials)}
+    if plan.kind == "iterations":
+        params |= {name: getattr(sweep, name) for name in ("methods", "iterations", "num_layers")}
+        if sweep.asha:
+            params |= {
+                name: getattr(sweep, name) for name in type(sweep).model_fields if "asha" in name
+            }
+    else:
+        params |= {"teacher": plan.teacher, "influence_metric": settings.influence.metric}
+        params |= _schedule_choice(settings)
+        params |= {
+            "control": settings.distillation.control,
+            "elastic": sweep.elastic or None,
+            "distilled_baselines": sweep.distilled_baselines,
+        }
+    if plan.kind == "search":
+        params |= {f"search.{name}": value for name, value in settings.search}
+    params["seeds"] = sweep.seeds
+    own = {name: _text(v) for name, v in params.items() if v is not None and v != () and v != {}}
+    jobs = [t.job for t in plan.trials if t.job and not t.is_distilled_baseline]
+    shared = shared_parameters([job_parameters(job) for job in jobs])
+    is_schedule = re.compile("schedule|r_[0-9]+").fullmatch
+    return {name: value for name, value in shared.items() if not is_schedule(name)} | own
+
+
+def _schedule_choice(settings: Settings) -> dict[str, Any]:
+    sweep = settings.sweep
+    name = [name for name in SCHEDULE_CHOICES if getattr(sweep, name)][-1]
+    choice = {name: getattr(sweep, name), "selection": sweep.selection}
+    has_unit = name == "budgets" or sweep.budget_unit != "evaluations"
+    return choice | ({"budget_unit": sweep.budget_unit} if has_unit else {})
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_text(each)}" for key, each in value.items())
+    return str(value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,13 +30,15 @@ from orchestrator.records.trial import AshaTrial, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.sweeping.asha import record_early_stop, stored_early_stop
 from orchestrator.sweeping.elastic_plans import waits_for_weights
-from orchestrator.sweeping.round_progress import RoundProgress
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import note_saved_state, wait_interruptibly
+from orchestrator.training.monitor import JournalReader
+from orchestrator.training.resume_point import describe_saved_state
 from orchestrator.training.run_lock import waiting_text
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import FAILED_EVENT, Journal
+from orchestrator.workspace.layout import find_checkpoints
 
 if TYPE_CHECKING:
     from orchestrator.sweeping.search import ScheduleSearch
@@ -259,3 +261,65 @@ def _run_order(trial: Trial) -> tuple[bool, bool, float]:
     evaluations = inference_cost(trial.model).evaluations_per_token
     expected_work = evaluations * (3.0 if trial.job else 1.0)
     return is_trial_locked(trial), trial.role != "teacher", -expected_work
+
+
+TRAINING_SHARE = 0.9
+"""Share of a trial's progress that is its training; the rest is its measurement."""
+MAX_NAMED = 3
+
+
+class RoundProgress:
+    """Trials of one round: which have ended, and how far the running ones are."""
+
+    def __init__(
+        self, progress: Progress, trials: Iterable[Trial], *, num_done: int, num_all: int
+    ) -> None:
+        """Start with the trials of the round.
+
+        Args:
+            num_done: Trials of the sweep that ended before this round.
+            num_all: All trials of the sweep.
+        """
+        self.trials = {trial.key: trial for trial in trials}
+        self._progress, self._num_done, self._num_all = progress, num_done, num_all
+        self._journals: dict[str, JournalReader] = {}
+        self._num_finished = self._num_ended = 0
+
+    def add(self, trial: Trial) -> None:
+        """Add a trial that a search suggests."""
+        self.trials[trial.key] = trial
+
+    def end(self, key: str, *, finished: bool) -> None:
+        """Note that a trial has ended, with a result or without."""
+        self._num_ended += 1
+        self._num_finished += finished
+        if finished:
+            self._journals.pop(key, None)
+
+    def show(self, running: Collection[str]) -> None:
+        """Show the progress, given the keys of the running trials."""
+        shares = {key: self._share_done(key) for key in running}
+        begun = [self.trials[key].label for key, share in shares.items() if share]
+        done = self._num_done + self._num_ended + sum(shares.values())
+        self._progress.advance(done, "; ".join(begun[:MAX_NAMED]))
+
+    def saved(self) -> str:
+        """Return how many trials are finished, and what the begun ones have saved."""
+        # A long training may have a checkpoint before its first recorded step.
+        begun = [
+            self.trials[key]
+            for key, journal in self._journals.items()
+            if journal.step or find_checkpoints(Path(self.trials[key].folder))
+        ]
+        jobs = {f"trial {trial.label}": trial.job for trial in begun if trial.job}
+        num_finished = self._num_done + self._num_finished
+        text = f"{num_finished} of {self._num_all} trials are finished"
+        return f"{text}; {describe_saved_state(jobs, named=True)}" if jobs else text
+
+    def _share_done(self, key: str) -> float:
+        trial = self.trials[key]
+        if not trial.job:
+            return 0.0
+        journal = self._journals.setdefault(key, JournalReader(Path(trial.folder)))
+        journal.read()
+        return TRAINING_SHARE * journal.step / trial.job.recipe.num_steps

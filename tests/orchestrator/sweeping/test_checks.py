@@ -18,8 +18,7 @@ from orchestrator.pipelines.sweeps import plan_sweep, sweep
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
 from orchestrator.sweeping.checks import check_devices, check_models, check_sweep
-from orchestrator.sweeping.plan import load_tasks, plan_suite
-from orchestrator.sweeping.selection import schedule_cost
+from orchestrator.sweeping.plan import load_tasks, plan_suite, schedule_cost
 from orchestrator.sweeping.trials import SweepKind
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError

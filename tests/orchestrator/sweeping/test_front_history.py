@@ -18,7 +18,7 @@ from orchestrator.reporting.training_curves import (
     read_history_curves,
 )
 from orchestrator.settings import TrainingSettings
-from orchestrator.sweeping.front_history import FrontHistory
+from orchestrator.sweeping.live_sweep import FrontHistory
 from orchestrator.workspace.journal import read_journal
 
 

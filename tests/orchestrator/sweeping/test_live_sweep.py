@@ -11,8 +11,7 @@ from mlflow.entities import Run
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.front_history import FrontHistory
-from orchestrator.sweeping.live_sweep import SECONDS_BETWEEN_FRONTS, LiveSweep
+from orchestrator.sweeping.live_sweep import SECONDS_BETWEEN_FRONTS, FrontHistory, LiveSweep
 from orchestrator.tracking import NOTE_TAG, REASON_TAG, VIEW_TAG, Tracking, open_tracking
 from orchestrator.training.run_lock import lock_run_folder
 from orchestrator.workspace.journal import Journal, recorded_times

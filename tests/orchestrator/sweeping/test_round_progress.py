@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.records.trial import SweepPlan
-from orchestrator.sweeping.round_progress import RoundProgress
+from orchestrator.sweeping.trial_queue import RoundProgress
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import checkpoint_name

@@ -21,11 +21,11 @@ from orchestrator.settings import DistillationSettings, Settings, TrainingSettin
 from orchestrator.sweeping.baselines import distilled_baseline_trials
 from orchestrator.sweeping.plan import (
     SweepModel,
+    choose_members,
     iterations_plan,
     text_of_teacher,
     threshold_plan,
 )
-from orchestrator.sweeping.selection import choose_members
 from orchestrator.sweeping.trials import (
     SweepPlan,
     exact_cost,

@@ -28,8 +28,7 @@ from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.command_tables import price_rows
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.sweeping.asha import asha_trials, record_early_stop
-from orchestrator.sweeping.plan import SweepModel, iterations_plan, threshold_plan
-from orchestrator.sweeping.selection import choose_members
+from orchestrator.sweeping.plan import SweepModel, choose_members, iterations_plan, threshold_plan
 from orchestrator.sweeping.trial_states import (
     plan_sentences,
     plan_table,
