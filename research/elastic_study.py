@@ -290,12 +290,14 @@ def study_markdown(readings: Sequence[Reading]) -> str:
             (name, f"{value:.4f}", f"{most:.4f}", "yes" if value <= most else "no")
             for name, value, most in found
         ]
-        longer = reading.longer
+        longer, section = reading.longer, reading.section.section()
         full = [f"{metric.partition('/')[2]} {longer.value(metric):.4f}"
                 for metric in (LOSS, ACCURACY) if longer.value(metric) is not None]  # fmt: skip
         parts += [
             f"## {reading.teacher}, elastic training of {reading.times:g} times a student's steps",
-            reading.section.to_markdown(),
+            section.sentences[0],
+            section.tables[0].to_markdown(),
+            bullets(section.notes),
             bullets([f"The teacher, trained on for as many steps: {', '.join(full)}."]),
             markdown_table(("bar", "worse by", "at most", "met"), rows),
         ]

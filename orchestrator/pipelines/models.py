@@ -497,7 +497,7 @@ def plan_pick(
     rule, axes = rule or PickRule(name="keep"), parse_axes(cost, quality)
     workspace = find_workspace(workspace)
     found = load_sweep_results(workspace, sweep or newest_sweep(workspace))
-    front, notes = sweep_front(workspace, found, axes, kept_share=rule.share)
+    front, notes = sweep_front(workspace, [found], axes, kept_share=rule.share)
     for line in notes:
         (progress or Progress()).note(line)
     point = pick_from_front(front, rule)

@@ -41,8 +41,7 @@ from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.command_tables import price_rows, two_column_table
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.front_axes import parse_axes
-from orchestrator.reporting.front_data import front_values, model_rows
-from orchestrator.reporting.front_tables import terminal_table
+from orchestrator.reporting.front_tables import model_rows
 from orchestrator.reporting.results import (
     CHANCE_TITLE,
     LEFT_OUT_TITLE,
@@ -50,6 +49,7 @@ from orchestrator.reporting.results import (
     load_sweep_results,
     newest_sweep,
 )
+from orchestrator.reporting.sections import Section, render_json, render_terminal
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.asha import asha_trials
 from orchestrator.sweeping.checks import check_devices, check_models, check_sweep
@@ -82,9 +82,9 @@ from orchestrator.workspace.layout import Workspace, find_workspace, portable_pa
 from orchestrator.workspace.provenance import environment
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.console import RenderableType
 
-    from orchestrator.reporting.report_files import WrittenReport
+    from orchestrator.reporting.report import WrittenReport
     from orchestrator.sweeping.search import ScheduleSearch
 
 NEWEST = "newest"
@@ -174,6 +174,8 @@ class ReportResult(Result):
     """Notes on how to read the front, then its findings."""
     elastic: ElasticSection | None = Field(exclude=True)
     """Elastic weights against separate students; None if the sweep has not both."""
+    sections: tuple[Section, ...] = Field(exclude=True)
+    """What a terminal shows, and JSON holds."""
     folder: Path
     """Folder of the report's files."""
     page: Path | None
@@ -189,6 +191,7 @@ class ReportResult(Result):
             front=report.front,
             sentences=tuple(report.sentences),
             elastic=report.elastic,
+            sections=tuple(report.brief()),
             folder=written.folder,
             page=written.page,
             workspace=workspace.root,
@@ -200,32 +203,15 @@ class ReportResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         """Return title, sentences and files, and what `front.json` holds."""
-        return {**super().to_json(), **front_values(self.front, self.elastic)}
+        return {**super().to_json(), **render_json(self.sections)}
 
     def shown(self) -> Iterable[RenderableType]:
         """Return the front's table, what it says, and where to find more."""
         yield ""
-        yield _FrontTable(self)
-        yield from (f"  {sentence}" for sentence in self.sentences)
-        yield ""
-        if self.elastic:
-            yield self.elastic.to_terminal()
-            yield from (f"  {note}" for note in self.elastic.notes)
-            yield ""
+        yield from render_terminal(self.sections)
         if self.page:
             yield f"report: {self.page}"
         yield f"MLflow: iiet-orch ui --workspace {self.workspace}"
-
-
-class _FrontTable:
-    """A front's table, with as many columns as the terminal has room for."""
-
-    def __init__(self, report: ReportResult) -> None:
-        self._report = report
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        report = self._report
-        yield terminal_table(report.front, width=options.max_width, title=report.title)
 
 
 class SweepResult(Result):
@@ -288,19 +274,16 @@ def report(
     Raises:
         UserError: If there is no such sweep, or a cost or quality has another name.
     """
-    from orchestrator.reporting.overlay_report import write_overlay_report  # Imports Altair.
-    from orchestrator.reporting.sweep_report import write_sweep_report
+    from orchestrator.reporting.sweep_report import write_sweep_report  # Imports Altair.
 
     axes = parse_axes(cost, quality)
     context = open_context(workspace, progress)
     space = context.workspace
-    names = list(dict.fromkeys(sweeps)) or [newest_sweep(space)]
-    if len(names) > 1:
-        return ReportResult.of(write_overlay_report(space, names, axes=axes), space)
-    # Loaded before MLflow's store is opened, which takes seconds: the name may be wrong.
-    found = load_sweep_results(space, names[0])
-    tracking = context.tracking if space.is_writable else None
-    return ReportResult.of(write_sweep_report(space, found, axes=axes, tracking=tracking), space)
+    # Loaded before MLflow's store is opened, which takes seconds: a name may be wrong.
+    names = dict.fromkeys(sweeps or [newest_sweep(space)])
+    found = [load_sweep_results(space, name) for name in names]
+    tracking = context.tracking if space.is_writable and len(found) == 1 else None
+    return ReportResult.of(write_sweep_report(space, *found, axes=axes, tracking=tracking), space)
 
 
 def sweep(

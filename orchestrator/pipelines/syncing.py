@@ -113,7 +113,7 @@ def sync(
         if model and Path(model.folder).is_dir() and not tracking.is_store_down:
             tracking.register(model, moves_alias=False)
             models.append(path.stem)
-    progress.finish("")
+    progress.finish(format_count(len(left), "run"))
     measured = ("evaluation", "benchmark", "influence")
     return SyncResult(
         trainings=tuple(published.get("pretrain", ())),

@@ -28,10 +28,10 @@ from orchestrator.reporting.front_axes import (
     is_accuracy,
     metric_title,
 )
-from orchestrator.reporting.front_data import model_rows
-from orchestrator.reporting.front_text import confidence_text, model_name
+from orchestrator.reporting.front_tables import confidence_text, model_name, model_rows
 from orchestrator.reporting.pareto import Front, FrontPoint, find_front
 from orchestrator.reporting.statistics import KEEPS_METRIC, ON_FRONT_METRIC, difference_metric
+from orchestrator.reporting.training_curves import Curve
 from orchestrator.workspace.files import new_file
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -72,8 +72,6 @@ SHARES = ("cost/relative_flops", "cost/relative_evaluations", "share_of_full")
 
 Spec = dict[str, Any]
 """A chart in the JSON of Vega-Lite."""
-Curve = tuple[str, Sequence[tuple[int, float]]]
-"""A name and its points: step and value."""
 
 
 def save_chart(spec: Spec, stem: Path, kinds: Iterable[str] = ("png", "svg")) -> list[Path]:
@@ -159,6 +157,7 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
         altair.param(name="full", expr=f"{json.dumps(fulls)}[pair]"),
         altair.param(name="is_share", expr=is_one_of("quality", filter(is_accuracy, qualities))),
         altair.param(name="is_loss", expr=is_one_of("quality", losses)),
+        altair.param(name="hovered", value=""),
         altair.param(name="titles", value={n: metric_title(n) for n in (*costs, *qualities)}),
     ]
 
@@ -269,7 +268,7 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
             is_left="datum.is_baseline && datum.x < 0.3 * datum.least + 0.7 * datum.most",
             is_right="datum.is_baseline && datum.x >= 0.3 * datum.least + 0.7 * datum.most",
             fill=f"datum.is_full ? '{ORANGE}' : datum.is_member ? datum.color : 'white'",
-            size="datum.is_full ? 240 : datum.is_member ? 110 : 80",
+            size="datum.key == hovered ? 400 : datum.is_full ? 240 : datum.is_member ? 110 : 80",
         )
         .transform_joinaggregate(num_members="sum(is_member)")
         .transform_calculate(
@@ -360,6 +359,7 @@ def _front_data(
                 "knees": knees.get(key, []),
                 "unnamed": unnamed.get(key, []),
                 "tip": _tooltip(front, row),
+                "key": key,
             }
         )
     # Trials first, so that full models and baselines are drawn above them.
@@ -448,9 +448,7 @@ def influence_chart(
     edges |= {"top": "datum.layer - 0.5", "bottom": "datum.layer + 0.5"}
     chart = Chart(InlineData(values=cells)).transform_calculate(**edges)
     scale = Scale(type="log", scheme="viridis", domain=[least, most if most > least else 2 * least])
-    bar = Legend(
-        title=f"Influence ({metric})", format=".1~g", gradientLength=max(90, 24 * len(rows))
-    )
+    bar = Legend(title=f"Influence ({metric})", format=".1~g", orient="bottom", gradientLength=180)
     bar.values = sorted({least, math.sqrt(least * most), most})
     layers = [
         chart.mark_rect().encode(

@@ -296,14 +296,19 @@ def influence_terminal_table(influence: InfluenceTable) -> Group:
     return Group(*tables)
 
 
-def influence_markdown(influence: InfluenceTable) -> str:
-    """Return the influence and contraction factors in Markdown, one row for each layer."""
-    columns = {
+def influence_columns(influence: InfluenceTable) -> dict[str, list[str]]:
+    """Return the influence and contraction factors by title of a column, a cell for each layer."""
+    return {
         "layer": [str(layer) for layer in range(1, len(influence.value_rows) + 1)],
         **_by_correction([[f"{value:.3g}" for value in row] for row in influence.rows()]),
         **_contractions(influence, ".3g"),
         **_whole_layers(influence),
     }
+
+
+def influence_markdown(influence: InfluenceTable) -> str:
+    """Return the influence and contraction factors in Markdown, one row for each layer."""
+    columns = influence_columns(influence)
     return markdown_table(list(columns), zip(*columns.values(), strict=True), left=())
 
 

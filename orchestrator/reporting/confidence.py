@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.reporting.front_text import full_name
+from orchestrator.reporting.front_tables import full_name
 from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.statistics import (
     KEPT_SHARE,

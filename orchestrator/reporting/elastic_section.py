@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from rich import box
-from rich.table import Table
 
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.front_axes import FrontAxes, is_accuracy, metric_title
-from orchestrator.reporting.markdown import bullets, markdown_table
 from orchestrator.reporting.pareto import Front, evaluations
+from orchestrator.reporting.sections import Column, Row, Section, Table
 from orchestrator.reporting.statistics import INTERVAL_LEVEL, Interval, pair_scores
 
 ELASTIC_TITLE = "Elastic weights against separate students"
+LOSS = "quality/validation_loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,23 +29,10 @@ class ElasticRow:
     difference: Interval | None
     """Quality of the elastic weights minus that of the student."""
 
-    def to_dict(self, axes: FrontAxes) -> dict[str, Any]:
-        """Return JSON values."""
-        interval = self.difference
-        return {
-            "schedule": list(self.elastic.schedule or ()),
-            "elastic": self.elastic.value(axes.quality),
-            "student": self.student.value(axes.quality),
-            "difference": None if interval is None else interval.value,
-            "interval": None if interval is None else [interval.low, interval.high],
-            "elastic_loss": self.elastic.value("quality/validation_loss"),
-            "student_loss": self.student.value("quality/validation_loss"),
-        }
-
 
 @dataclass(frozen=True, kw_only=True)
 class ElasticSection:
-    """The section in all formats."""
+    """Elastic weights and separate students, schedule by schedule."""
 
     rows: tuple[ElasticRow, ...]
     """Costliest schedule first."""
@@ -57,72 +41,61 @@ class ElasticSection:
     flops: tuple[float, float] | None
     """Training FLOPs of the elastic weights and of all separate students together."""
 
-    @property
-    def explanation(self) -> str:
-        """What the columns mean."""
-        return (
-            f"Quality is {metric_title(self.axes.quality).lower()}; the difference is that of the "
-            f"elastic weights minus that of the student of the same schedule, with the range of "
-            f"{INTERVAL_LEVEL:.0%} of draws of the items that both answered. Losses are in nats "
-            "per token of the validation text."
+    def section(self) -> Section:
+        """Return the section of a report."""
+        quality = self.axes.quality
+        name = metric_title(quality).lower()
+        columns = (
+            *(Column("schedule", is_text=True), Column("NFE"), Column("elastic")),
+            *(Column("separate"), Column(f"difference in {name}")),
+            *(Column("elastic loss", 1), Column("separate loss", 2)),
         )
-
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """Titles of the columns."""
-        quality = metric_title(self.axes.quality).lower()
-        names = ("schedule", "NFE", "elastic", "separate", f"difference in {quality}")
-        return (*names, "elastic loss", "separate loss")
-
-    @property
-    def cells(self) -> list[tuple[str, ...]]:
-        """Texts of all rows."""
-        return [self._cells(row) for row in self.rows]
-
-    @property
-    def notes(self) -> list[str]:
-        """What the two cost to train."""
-        if self.flops is None:
-            return []
-        elastic, separate = self.flops
-        return [
-            f"Training took {elastic:.3g} FLOPs for the elastic weights, {elastic / separate:.0%} "
-            f"of the {separate:.3g} for the separate students. Outputs of the teacher that were "
-            "stored for all students are not counted."
-        ]
-
-    def to_markdown(self) -> str:
-        """Return table and notes in Markdown, without the title."""
-        return "\n\n".join(
-            [self.explanation, markdown_table(self.heads, self.cells), bullets(self.notes)]
-        )
-
-    def to_terminal(self) -> Table:
-        """Return the table for a terminal."""
-        table = Table(title=ELASTIC_TITLE, title_justify="left", box=box.SIMPLE_HEAD)
-        for number, head in enumerate(self.heads):
-            justify: Literal["left", "right"] = "right" if number else "left"
-            table.add_column(head, justify=justify, no_wrap=not number)
-        for cells in self.cells:
-            table.add_row(*cells)
-        return table
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return {
-            "quality": self.axes.quality,
-            "schedules": [row.to_dict(self.axes) for row in self.rows],
+        notes, data = [], []
+        if self.flops is not None:
+            elastic, separate = self.flops
+            notes.append(
+                f"Training took {elastic:.3g} FLOPs for the elastic weights, "
+                f"{elastic / separate:.0%} of the {separate:.3g} for the separate students. "
+                "Outputs of the teacher that were stored for all students are not counted."
+            )
+        for row in self.rows:
+            interval = row.difference
+            data.append(
+                {
+                    "schedule": list(row.elastic.schedule or ()),
+                    "elastic": row.elastic.value(quality),
+                    "student": row.student.value(quality),
+                    "difference": None if interval is None else interval.value,
+                    "interval": None if interval is None else [interval.low, interval.high],
+                    "elastic_loss": row.elastic.value(LOSS),
+                    "student_loss": row.student.value(LOSS),
+                }
+            )
+        values = {
+            "quality": quality,
+            "schedules": data,
             "training_flops": None if self.flops is None else list(self.flops),
         }
+        explanation = (
+            f"Quality is {name}; the difference is that of the elastic weights minus that of the "
+            f"student of the same schedule, with the range of {INTERVAL_LEVEL:.0%} of draws of the "
+            "items that both answered. Losses are in nats per token of the validation text."
+        )
+        table = Table(columns, tuple(Row(self._cells(row)) for row in self.rows))
+        return Section(
+            title=ELASTIC_TITLE,
+            sentences=[explanation],
+            tables=[table],
+            notes=notes,
+            data={"elastic": values},
+        )
 
     def _cells(self, row: ElasticRow) -> tuple[str, ...]:
         scale, digits = (100, 1) if is_accuracy(self.axes.quality) else (1, 3)
         unit = "%" if scale == 100 else ""
         pair = (row.elastic, row.student)
-        qualities, losses = (
-            [model.value(name) for model in pair]
-            for name in (self.axes.quality, "quality/validation_loss")
-        )
+        qualities = [model.value(self.axes.quality) for model in pair]
+        losses = [model.value(LOSS) for model in pair]
         difference = ""
         if row.difference is not None:
             bounds = (row.difference.value, row.difference.low, row.difference.high)

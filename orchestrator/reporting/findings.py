@@ -11,7 +11,7 @@ import math
 from statistics import NormalDist
 
 from orchestrator.reporting.front_axes import is_accuracy, metric_title
-from orchestrator.reporting.front_text import confidence_text, cost_text, full_name, quality_text
+from orchestrator.reporting.front_tables import confidence_text, cost_text, full_name, quality_text
 from orchestrator.reporting.pareto import Front, FrontPoint
 from orchestrator.reporting.pick_rules import draft_sentences
 from orchestrator.reporting.statistics import INTERVAL_LEVEL, KEPT_SHARE

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.reporting.charts import front_chart, save_chart
+from orchestrator.reporting.charts import save_chart
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER, front_chart_view, run_note
 from orchestrator.reporting.pareto import Front
-from orchestrator.reporting.report_content import SweepReport
+from orchestrator.reporting.report import SweepReport
 from orchestrator.reporting.training_curves import STUDENT_CHARTS
 from orchestrator.tracking import NOTE_TAG, VIEW_TAG, view_tag
 
@@ -30,8 +30,7 @@ def front_so_far(front: Front, *, name: str, notes: Sequence[str], folder: Path)
         notes=[*notes, BEATEN_NOTE],
         curves=dict.fromkeys(STUDENT_CHARTS, ()),  # They are in the trials' runs.
     )
-    chart = front_chart(front, title=report.title, mark_paper=report.mark_paper)
-    pictures = save_chart(chart, folder / "front", kinds=("svg",))
+    pictures = save_chart(report.front_chart(), folder / "front", kinds=("svg",))
     view = front_chart_view(report)
     return {
         "files": {ARTIFACT_FOLDER: [str(path) for path in pictures]},

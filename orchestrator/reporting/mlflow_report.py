@@ -23,11 +23,10 @@ from orchestrator.records.tracked_run import (
 )
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.confidence import interval_rows
-from orchestrator.reporting.front_data import model_rows
-from orchestrator.reporting.front_tables import front_markdown
+from orchestrator.reporting.front_tables import model_rows, models_table
 from orchestrator.reporting.markdown import bullets
 from orchestrator.reporting.pareto import Front
-from orchestrator.reporting.report_content import SweepReport
+from orchestrator.reporting.report import SweepReport
 from orchestrator.reporting.results import StoredSweep, result_table
 from orchestrator.reporting.statistics import KEPT_SHARE, SUMMARY_METRICS
 from orchestrator.reporting.training_curves import ACCURACY_CHARTS
@@ -201,7 +200,10 @@ def tracked_metrics(result: Trial) -> dict[str, float]:
 
 def report_changes(report: SweepReport, files: Sequence[Path]) -> dict[str, Any]:
     """Return what a report changes of its sweep's run, for `TrackedRun.changed`."""
-    tables = {"table": table_rows(report.front), "intervals": interval_rows(report.front)}
+    tables = {
+        "table": table_rows(report.front, files[0].parent),
+        "intervals": interval_rows(report.front),
+    }
     paths = {f"{ARTIFACT_FOLDER}/{name}.json": rows for name, rows in tables.items() if rows}
     shown = [{"path": path, "type": "table"} for path in paths]
     view = front_chart_view(report)
@@ -225,15 +227,15 @@ def _table_json(rows: Sequence[Mapping[str, Any]]) -> str:
     return json.dumps({"columns": columns, "data": [[row.get(c) for c in columns] for row in rows]})
 
 
-def table_rows(front: Front) -> list[dict[str, Any]]:
-    """Return the rows of the front without differences to other models: those are more rows."""
+def table_rows(front: Front, folder: Path) -> list[dict[str, Any]]:
+    """Return the front's rows without differences to other models; paths relate to a folder."""
     return [
         {
             name: value
             for name, value in row.items()
             if not name.startswith("paired/") or name in SUMMARY_METRICS
         }
-        for row in model_rows(front)
+        for row in model_rows(front, folder)
     ]
 
 
@@ -252,7 +254,7 @@ def run_note(report: SweepReport) -> str:
     parts = [bullets(shown)]
     if report.front.points:
         parts.append(_picture("front"))
-    table = front_markdown(report.front)
+    table = models_table(report.front).to_markdown()
     if sum(map(len, parts)) + len(table) > MAX_NOTE_CHARACTERS:
         table = f"All models: `{ARTIFACT_FOLDER}/table.json` under Artifacts."
     parts.append(table)

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.reporting.front_text import full_name
+from orchestrator.reporting.front_tables import full_name
 from orchestrator.reporting.pareto import Front
-from orchestrator.reporting.report_content import Curve
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC, read_journal
 
+Curve = tuple[str, Sequence[tuple[int, float]]]
+"""A name and its points: step and value."""
 HYPERVOLUME_BY_TRIALS = "sweep/hypervolume"
 """Metric whose step is the number of finished models."""
 HYPERVOLUME_BY_GFLOPS = "sweep/hypervolume_by_gflops"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from orchestrator.sweeping.trial_queue import TrialQueue, _record_failure
 from orchestrator.tracking import NOTE_TAG
 from orchestrator.training.monitor import RunMonitor
 from orchestrator.training.run import run_job
+from orchestrator.training.run_lock import lock_run_folder
 from orchestrator.workspace.journal import Journal, recorded_times
 from orchestrator.workspace.layout import Workspace, open_workspace
 
@@ -197,3 +199,33 @@ def test_a_damaged_file_is_noted_and_the_others_are_published(
     sync(workspace=workspace)
     assert [note.split(" is not published: ")[0] for note in notes] == ["trial-broken", "toy@best"]
     assert stored_runs(workspace.database).keys() == {("trial", "whole"), ("sweep", "sweep")}
+
+
+def test_what_was_killed_without_a_word_is_shown_as_killed_and_what_runs_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    workspace = open_workspace(tmp_path)
+    for sweep, trial in (("dead", "killed"), ("live", "running"), ("live", "gone")):
+        folder = workspace.trials / trial
+        journal = Journal(folder)
+        journal.metrics(1, {"train/loss": 2.0})
+        journal.close()
+        run = TrackedRun(
+            key=trial, kind="trial", name=trial, parent=sweep, status="RUNNING",
+            folder=str(folder), journal=str(folder),
+        )  # fmt: skip
+        run.write(run.path(workspace))
+        whole = TrackedRun(key=sweep, kind="sweep", name=sweep, status="RUNNING")
+        whole.write(whole.path(workspace))
+    shutil.rmtree(workspace.trials / "gone")
+    with lock_run_folder(workspace.trials / "running"):
+        assert sync(workspace=workspace).sweeps == ("sweep-dead",)
+    found = stored_runs(workspace.database)
+    assert {key: run.info.status for (_, key), run in found.items()} == {
+        "dead": "KILLED", "killed": "KILLED",
+    }  # fmt: skip
+    times = recorded_times(workspace.trials / "killed")
+    assert times is not None
+    assert found["trial", "killed"].info.end_time >= times[1]
+    assert found["trial", "killed"].data.metrics == {"train/loss": 2.0}

@@ -9,7 +9,7 @@ from sample_trials import sample_front, sample_trial
 
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.findings import findings
-from orchestrator.reporting.front_tables import front_markdown
+from orchestrator.reporting.front_tables import models_table
 from orchestrator.reporting.pick_rules import (
     best_drafts,
     draft_sentences,
@@ -92,7 +92,7 @@ def test_the_fastest_draft_of_each_full_model_is_picked() -> None:
         "No draft speeds up the exact output of teacher; the best is student 0,3 as its draft (80% "
         "of the drafted tokens kept).",
     ]
-    table = front_markdown(front).splitlines()
+    table = models_table(front).to_markdown().splitlines()
     assert "exact ms" in table[0]
     assert any("80% | 4.00 |" in line for line in table)
     assert draft_sentences([TEACHER]) == []

@@ -15,13 +15,15 @@ from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.front_axes import FrontAxes
-from orchestrator.reporting.front_data import front_values, model_rows, model_table
 from orchestrator.reporting.front_tables import (
-    front_markdown,
+    confidence_text,
+    cost_text,
+    front_values,
+    model_rows,
+    model_table,
+    models_table,
     task_tables,
-    terminal_table,
 )
-from orchestrator.reporting.front_text import confidence_text, cost_text
 from orchestrator.reporting.pareto import Front
 from orchestrator.terminal.render import format_schedule
 
@@ -37,7 +39,7 @@ def front(sample_results: list[Trial]) -> Front:
 
 def printed(front: Front, width: int) -> list[str]:
     console = Console(width=width, file=io.StringIO(), color_system=None)
-    console.print(terminal_table(front, width=width))
+    console.print(models_table(front))
     assert isinstance(console.file, io.StringIO)
     return [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
 
@@ -145,7 +147,7 @@ def test_an_unmeasured_result_is_listed_with_null(sample_results: list[Trial]) -
 
 
 def test_markdown_has_a_row_for_each_model_and_bold_members(front: Front) -> None:
-    lines = front_markdown(front).splitlines()
+    lines = models_table(front).to_markdown().splitlines()
     assert len(lines) == 2 + len(front.points)
     assert len({line.count("|") for line in lines}) == 1
     assert sum(line.startswith("| **") for line in lines) == len(front.members)
@@ -173,7 +175,7 @@ def test_confidence_columns_are_dropped_first(sure_front: Front) -> None:
     assert " to " not in teacher
     assert "P(front)" not in printed(sure_front, 145)[0]
     assert "vs teacher" not in printed(sure_front, 110)[0]
-    assert "vs teacher" in front_markdown(sure_front)
+    assert "vs teacher" in models_table(sure_front).to_markdown()
 
 
 def test_confidences_of_zero_and_one_are_not_printed() -> None:
@@ -198,7 +200,8 @@ def test_each_task_has_a_table_with_intervals_and_differences(sure_front: Front)
         "continuation (acc)",
     ]
     for table in tables:
-        assert table.heads[3:] == ("vs teacher", "vs vanilla", "vs r = 0 from scratch")
+        heads = [column.title for column in table.columns[3:]]
+        assert heads == ["vs teacher", "vs vanilla", "vs r = 0 from scratch"]
         assert len(table.rows) == 12
     lines = tables[1].to_markdown().splitlines()
     assert len({line.count("|") for line in lines}) == 1

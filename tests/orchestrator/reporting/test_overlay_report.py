@@ -9,8 +9,8 @@ import pytest
 
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.front_axes import parse_axes
-from orchestrator.reporting.overlay_report import write_overlay_report
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
+from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 
@@ -36,7 +36,7 @@ def workspace(tmp_path: Path, sample_results: list[Trial]) -> Workspace:
 
 
 def test_sweeps_share_a_front_and_are_distinguished(workspace: Workspace) -> None:
-    written = write_overlay_report(workspace, ["first", "second", "first"])
+    written = write_sweep_report(workspace, "first", "second", "first")
     assert written.folder == workspace.overlays / "first+second"
     assert {path.suffix for path in written.files} >= {".png", ".html", ".md", ".csv", ".json"}
     front = written.report.front
@@ -57,7 +57,7 @@ def test_sweeps_share_a_front_and_are_distinguished(workspace: Workspace) -> Non
 
 
 def test_an_overlay_on_other_axes_has_its_own_folder(workspace: Workspace) -> None:
-    written = write_overlay_report(workspace, ["first", "second"], axes=parse_axes("kv", "bits"))
+    written = write_sweep_report(workspace, "first", "second", axes=parse_axes("kv", "bits"))
     assert written.folder.name == "first+second-bits-kv"
     assert written.report.front.axes.cost == "cost/kv_bytes_per_token"
 
@@ -67,7 +67,7 @@ def test_different_tasks_have_a_note(workspace: Workspace) -> None:
     sweep = load_sweep_results(workspace, "second")
     results = tuple(r.model_copy(update={"suite": suite}) for r in sweep.results)
     sweep.model_copy(update={"results": results}).store(workspace)
-    written = write_overlay_report(workspace, ["first", "second"])
+    written = write_sweep_report(workspace, "first", "second")
     [note] = written.report.notes
     assert "not measured on the same tasks and texts (suite heldout-1 / heldout-2)" in note
     assert written.report.sentences[0] == note
@@ -75,17 +75,15 @@ def test_different_tasks_have_a_note(workspace: Workspace) -> None:
 
 def test_an_unknown_sweep_is_a_user_error(workspace: Workspace) -> None:
     with pytest.raises(UserError, match=r"'third'.*first, second"):
-        write_overlay_report(workspace, ["first", "third"])
+        write_sweep_report(workspace, "first", "third")
 
 
 def test_milliseconds_of_different_sweeps_come_with_a_warning(workspace: Workspace) -> None:
-    [note] = write_overlay_report(
-        workspace, ["first", "second"], axes=parse_axes("ms")
-    ).report.notes
+    [note] = write_sweep_report(workspace, "first", "second", axes=parse_axes("ms")).report.notes
     assert "measured separately for each sweep" in note
 
 
 def test_only_names_that_two_sweeps_share_include_the_sweep(workspace: Workspace) -> None:
-    said = " ".join(write_overlay_report(workspace, ["first", "second"]).report.sentences)
+    said = " ".join(write_sweep_report(workspace, "first", "second").report.sentences)
     assert "vanilla (accuracy" in said
     assert "0,1,1,1,0,1 (second)" in said

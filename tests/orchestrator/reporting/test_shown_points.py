@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 from sample_trials import sample_front, sample_trial
 
-from orchestrator.reporting.front_tables import front_markdown
+from orchestrator.reporting.front_tables import models_table
 from orchestrator.reporting.pareto import MAX_SHOWN, Front, left_out_notes
-from orchestrator.reporting.report_content import SweepReport
-from orchestrator.reporting.report_files import write_report_files
+from orchestrator.reporting.report import SweepReport, write_report_files
 
 NUM_TRIALS = 600
 
@@ -67,13 +66,13 @@ def test_a_page_holds_the_members_of_every_front_and_data_files_hold_all(
         for path in write_report_files(SweepReport(name="many", front=front), tmp_path)
     }
     assert len(list(csv.DictReader(files["front.csv"].read_text().splitlines()))) == NUM_TRIALS
-    assert front_markdown(front).count("model ") <= MAX_SHOWN
-    page = files["front.html"].read_text()
-    found = re.search(r'type="application/json">(.*?)</script>', page)
+    assert models_table(front).to_markdown().count("model ") <= MAX_SHOWN
+    found = re.search(r'id="charts">(.*?)</script>', files["front.html"].read_text())
     assert found
-    data = json.loads(found[1])
-    assert len(data["rows"]) < NUM_TRIALS
-    members = data["fronts"]["cost/evaluations"]["quality/other"]["members"]
-    best = max(front.results, key=lambda result: result.numbers["quality/other"])
-    assert best.key in [data["rows"][number]["key"] for number in members]
+    [chart] = json.loads(found[1])
+    [rows] = (rows for rows in chart["datasets"].values() if "members" in rows[0])
+    assert len(rows) < NUM_TRIALS
+    best = max(front.results, key=lambda result: result.value("quality/other") or 0.0)
+    assert best.key in [row["key"] for row in rows]
+    assert files["front.html"].stat().st_size < 1_500_000
     assert files["front.svg"].stat().st_size < 1_000_000

@@ -20,9 +20,8 @@ from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front_axes import FrontAxes, parse_axes
-from orchestrator.reporting.front_data import model_rows
+from orchestrator.reporting.front_tables import model_rows
 from orchestrator.reporting.mlflow_report import chart_view_key, run_note, track_results
-from orchestrator.reporting.overlay_report import write_overlay_report
 from orchestrator.reporting.results import (
     LEFT_OUT_TITLE,
     StoredSweep,
@@ -116,7 +115,7 @@ def test_paired_errors_come_from_the_stored_items(
     said = again.report.sentences[0]
     assert said.startswith("These models have no paired errors, because the files with their")
     assert said.endswith(f": {sweep.results[1].name}.")
-    assert said in write_overlay_report(workspace, ["toy"]).report.sentences
+    assert said in write_sweep_report(workspace, "toy", "toy").report.sentences
 
 
 def of_two_seeds(workspace: Workspace, sweep: StoredSweep) -> StoredSweep:
@@ -161,7 +160,7 @@ def test_seeds_have_paired_errors_and_runs(
     found = {r.key: sample_evaluations[r.key.partition("-")[0]] for r in seeded.results}
     results = with_items(workspace, seeded.results, found)
     seeded = seeded.model_copy(update={"results": results})
-    front, notes = sweep_front(workspace, seeded, FrontAxes())
+    front, notes = sweep_front(workspace, [seeded], FrontAxes())
     assert not notes
     tracking = FakeTracking()
     tracked, front = track_results(cast("Tracking", tracking), seeded, front)
@@ -176,7 +175,7 @@ def test_seeds_have_paired_errors_and_runs(
         assert row["paired/confidence_keeps_99"] is not None
         assert Path(row["checkpoint"]).parent.name == row["run_id"].removeprefix("run of ")
     assert "It covers the seeds of models that have several" in findings(front)[-1]
-    stored, _ = sweep_front(workspace, tracked, FrontAxes())
+    stored, _ = sweep_front(workspace, [tracked], FrontAxes())
     assert {p.result.run_id for p in stored.points} == {row["run_id"] for row in rows}
 
 
@@ -296,7 +295,7 @@ def test_an_average_without_some_tasks_has_a_note(
     sweep = sweep.model_copy(update={"results": results})
     sentence = "Averages do not include piqa: it needs the hub."
     assert write_sweep_report(workspace, sweep).report.sentences[0] == sentence
-    assert sentence in write_overlay_report(workspace, ["toy"]).report.sentences
+    assert sentence in write_sweep_report(workspace, "toy", "toy").report.sentences
 
 
 def test_a_sweep_without_measured_results_has_a_report(

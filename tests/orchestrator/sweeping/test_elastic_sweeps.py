@@ -20,7 +20,6 @@ from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.elastic_section import ELASTIC_TITLE, elastic_section
-from orchestrator.reporting.report_files import report_markdown
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.settings import Settings, resolve_settings
@@ -325,14 +324,14 @@ def test_the_report_holds_both_side_by_side(
     assert (same.value, same.low, same.high) == (0, 0, 0)
     assert 0 < better.low < better.value == pytest.approx(0.2)
     assert section.flops == (6e9, 16e9)
-    assert "38% of the 1.6e+10" in section.notes[0]
+    assert "38% of the 1.6e+10" in section.section().notes[0]
     # Without single items, the difference has no interval.
     alone = elastic_section(front, {})
     assert alone is not None
-    assert alone.cells[-1][4] == "+20.0"
+    assert alone.section().tables[0].rows[-1].cells[4] == "+20.0"
 
     written = write_sweep_report(space, StoredSweep(name="x", key="x", results=tuple(results)))
-    assert f"## {ELASTIC_TITLE}" in report_markdown(written.report)
+    assert f"## {ELASTIC_TITLE}" in (written.folder / "front.md").read_text("utf-8")
     assert ELASTIC_TITLE in (written.folder / "front.html").read_text("utf-8")
     stored = json.loads((written.folder / "front.json").read_text("utf-8"))["elastic"]
     assert [row["schedule"] for row in stored["schedules"]][-1] == [0, 0]

@@ -1,0 +1,201 @@
+"""Sections of a report, and their four renderers: terminal, Markdown, HTML and JSON.
+
+A report is a list of sections; each renderer shows any list. The terminal shows tables and notes,
+and drops the least important columns of a table until it fits. The page needs no server and no
+network: charts and the scripts that draw them are inside.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.table import Table as RichTable
+
+from orchestrator.reporting.markdown import bullets, markdown_table
+from orchestrator.terminal.render import BYTE_UNITS
+
+ROW_STYLES = {"baseline": "cyan", "member": "bold", "dominated": "dim"}
+LAST_PHONE_PRIORITY = 3
+"""A phone leaves out the columns that are less important than this."""
+STRIP_COLORS = ("#eef2f6", "#bcd7ea", "#6baed6", "#2679b5", "#08417c")
+"""Light to dark, one for each number of corrections; higher numbers share the last."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table."""
+
+    title: str
+    priority: int = 0
+    """The highest number is dropped first if space is short; 0 is never dropped."""
+    is_text: bool = False
+    """Whether it is aligned left, as text is; numbers are aligned right."""
+
+    @property
+    def is_minor(self) -> bool:
+        """Whether a phone leaves it out."""
+        return self.priority > LAST_PHONE_PRIORITY
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table; the key of a model links it to the chart."""
+
+    cells: tuple[str, ...]
+    kind: str = ""
+    """How a model is shown: `baseline`, `member`, `full` or `dominated`."""
+    key: str = ""
+    schedule: tuple[int, ...] | None = None
+    """The page shows it as a strip with a cell for each layer."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    title: str = ""
+
+    @property
+    def has_strips(self) -> bool:
+        """Whether rows have an iteration schedule."""
+        return any(row.schedule is not None for row in self.rows)
+
+    def to_markdown(self) -> str:
+        """Return the table in Markdown; members of the front are bold."""
+        rows = [
+            (f"**{row.cells[0]}**", *row.cells[1:]) if row.kind == "member" else row.cells
+            for row in self.rows
+        ]
+        left = [number for number, column in enumerate(self.columns) if column.is_text]
+        return markdown_table([column.title for column in self.columns], rows, left=left)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the table with the columns that the terminal has room for."""
+        widths = [
+            max(map(cell_len, [column.title, *(row.cells[number] for row in self.rows)]))
+            for number, column in enumerate(self.columns)
+        ]
+        shown = [*range(len(self.columns))]
+        # Two spaces after each column, one before all.
+        while sum(widths[number] + 2 for number in shown) + 1 > options.max_width:
+            least = max(shown, key=lambda number: self.columns[number].priority)
+            if not self.columns[least].priority:
+                break
+            shown.remove(least)
+        table = RichTable(title=self.title or None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.title_justify = "left"
+        for number in shown:
+            column = self.columns[number]
+            # If even that is too wide, only the names are cut.
+            width = widths[number] if number else None
+            justify: Any = "left" if column.is_text else "right"
+            table.add_column(column.title, justify=justify, no_wrap=True, min_width=width)
+        for row in self.rows:
+            table.add_row(*(row.cells[n] for n in shown), style=ROW_STYLES.get(row.kind, ""))
+        yield table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of a report."""
+
+    title: str = ""
+    sentences: Sequence[str] = ()
+    """Explanations; a terminal has no room for them."""
+    chart: Mapping[str, Any] | None = None
+    """In the JSON of Vega-Lite."""
+    picture: str = ""
+    """The file of the chart, without its ending; empty if only the page shows it."""
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()
+    """What can be concluded, as a list."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Names and values, such as settings and provenance."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What JSON has of it."""
+
+
+def render_terminal(sections: Iterable[Section]) -> Iterator[RenderableType]:
+    """Yield what a terminal shows: the tables and the notes of each section."""
+    for section in sections:
+        yield from section.tables
+        yield from (f"  {note}" for note in section.notes)
+        yield ""
+
+
+def render_markdown(title: str, sections: Iterable[Section]) -> str:
+    """Return all sections as Markdown; pictures lie beside the file."""
+    parts = [f"# {title}"]
+    for section in sections:
+        content = [*section.sentences]
+        if section.picture:
+            content.append(f"![{section.picture}]({section.picture}.png)")
+        for table in section.tables:
+            content += [f"### {table.title}"] if table.title else []
+            content.append(table.to_markdown())
+        content.append(bullets(section.notes))
+        content.append(bullets(f"{name}: {value}" for name, value in section.facts.items()))
+        if any(content):
+            parts += [f"## {section.title}" if section.title else "", *content]
+    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
+
+
+def render_json(sections: Iterable[Section]) -> dict[str, Any]:
+    """Return the data of all sections, as values of strict JSON."""
+    return {name: value for section in sections for name, value in section.data.items()}
+
+
+def render_page(title: str, sections: Sequence[Section]) -> str:
+    """Return all sections as one HTML page; all text from outside is escaped."""
+    charts = [_on_page(section.chart) for section in sections if section.chart]
+    # `<` is escaped so that no text in the data can end the script element.
+    data = json.dumps(charts, allow_nan=False).replace("<", "\\u003c")
+    scripts = _scripts() if charts else ""
+    return str(_template().render(title=title, sections=sections, charts=data, scripts=scripts))
+
+
+def _on_page(chart: Mapping[str, Any]) -> dict[str, Any]:
+    spec = {name: value for name, value in chart.items() if name != "title"}
+    if spec.get("params") or "layer" not in spec:  # A heat map has the width of its cells.
+        spec |= {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
+    return spec
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["sort_value"] = sort_value
+    environment.globals["strip_colors"] = STRIP_COLORS
+    page = resources.files("orchestrator.reporting") / "page.html"
+    return environment.from_string(page.read_text(encoding="utf-8"))
+
+
+@cache
+def _scripts() -> str:
+    import vl_convert
+
+    bundle = vl_convert.javascript_bundle(None)  # type: ignore[arg-type]
+    return str(bundle).replace("</script", "<\\/script")
+
+
+def sort_value(text: str) -> str:
+    """Return what a cell is sorted by: its first number, in bytes or billions; else its text."""
+    words = text.removeprefix(">").rstrip("%").split()
+    units = {unit: 1024.0**power for power, unit in enumerate(BYTE_UNITS)}
+    units |= {"M": 1e-3, "K": 1e-6}  # Of parameters, whose B are billions.
+    try:
+        return str(float(words[0]) * (units.get(words[1], 1) if len(words) > 1 else 1))
+    except (ValueError, IndexError):
+        return text

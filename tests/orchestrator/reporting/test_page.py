@@ -1,0 +1,134 @@
+"""The page: needs no network, escapes text from outside, and its scripts draw the charts."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sample_trials import sample_front
+
+from iiet.influence import InfluenceTable
+from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.trial import Trial
+from orchestrator.reporting.confidence import with_confidence
+from orchestrator.reporting.pareto import Front
+from orchestrator.reporting.report import SweepReport
+from orchestrator.reporting.sections import _scripts, render_page, sort_value
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def front(sample_results: list[Trial]) -> Front:
+    return sample_front(sample_results)
+
+
+def page_of(front: Front, **content: Any) -> str:
+    report = SweepReport(name="toy", front=front, **content)
+    return render_page(report.title, report.sections())
+
+
+def charts_in(page: str) -> list[dict[str, Any]]:
+    found = re.search(r'id="charts">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    return list(json.loads(found[1]))
+
+
+def test_the_page_needs_no_network(front: Front) -> None:
+    page = page_of(front)
+    assert len(page) < 1_500_000
+    own = page.replace(_scripts(), "").replace("https://vega.github.io/schema/vega-lite", "")
+    assert not re.search(r"https?://|src=|@import|url\(", own)
+    assert page.count("<tr class=") == len(front.points)
+    assert page == page_of(front), "the same results give the same bytes"
+
+
+def test_text_from_outside_cannot_become_markup(sample_results: list[Trial]) -> None:
+    bad = "</script><script>alert(1)</script>"
+    renamed = sample_results[1].model_copy(update={"label": bad})
+    metric: Any = bad
+    rows = ((0.1,),)
+    report = SweepReport(
+        name=bad,
+        front=sample_front([renamed]),
+        notes=[bad],
+        influence=InfluenceTable(metric=metric, value_rows=rows, error_rows=rows, num_tokens=64),
+        curves={bad: [(bad, [(0, 1.0), (1, 2.0)])]},
+        facts={bad: {bad: bad}},
+    )
+    page = render_page(report.title, report.sections()).replace(_scripts(), "")
+    assert "<script>alert" not in page
+    assert page.count("</script>") == 3
+    assert bad in json.dumps(charts_in(page))
+
+
+def test_tasks_and_sweeps_are_distinguished(
+    sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
+) -> None:
+    sweep_of = {r.key: "a & b" if n % 2 else "second" for n, r in enumerate(sample_results)}
+    front = sample_front(sample_results, sweep_of=sweep_of)
+    page = page_of(with_confidence(front, sample_evaluations, num_resamples=100))
+    assert page.count("<details") == 3
+    assert page.count("<tr class=") == 4 * len(front.points)
+    assert "a &amp; b" in page
+
+
+def test_a_phone_shows_the_most_important_columns(
+    sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
+) -> None:
+    front = with_confidence(sample_front(sample_results), sample_evaluations, num_resamples=100)
+    head = page_of(front).partition("</thead>")[0]
+    titles = re.findall(r'<th class="(?![^"]*minor)[^"]*"><button>(.*?)<', head)
+    assert titles == ["schedule", "NFE", "ms/token", "accuracy %", "of full", "front"]
+
+
+def test_a_strip_has_a_cell_for_each_layer(front: Front) -> None:
+    rows = re.findall(r'data-key="([^"]*)">(.*?)</tr>', page_of(front), re.DOTALL)
+    assert len(rows) == len(front.points)
+    strips = {key: [int(r) for r in re.findall(r">(\d)</i>", cells)] for key, cells in rows}
+    for point in front.points:
+        assert strips[point.result.key] == list(point.result.schedule or ())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_a_browser_draws_front_and_curves(sample_results: list[Trial], tmp_path: Path) -> None:
+    sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}
+    front = sample_front(sample_results, sweep_of=sweep_of)
+    curves = {"Validation loss": [("a", [(0, 3.0), (10, 2.0)]), ("b", [(0, 3.0), (10, 1.0)])]}
+    path = tmp_path / "front.html"
+    path.write_text(page_of(front, curves=curves), encoding="utf-8")
+    dom = read_in_browser(path.as_uri(), tmp_path / "profile")
+    assert 'data-ready="yes"' in dom
+    assert dom.count('<svg xmlns="http://www.w3.org/2000/svg"') == 2
+    lines = re.findall(r'<path (?![^>]*transform=)[^>]*d="M[^"]*L[^"]*"[^>]*>', dom)
+    widths = [
+        re.findall(r'stroke-width="([\d.]+)"', line)[0] for line in lines if "stroke-w" in line
+    ]
+    assert sorted(width for width in widths if width in ("1.5", "2")) == ["1.5", "1.5", "2"]
+    assert widths.count("1.8") == 2, "two curves"
+    assert dom.count("<select") == 2, "menus of the axes"
+    assert {"first", "second", "full model"} <= set(re.findall(r"<text[^>]*>([^<]*)<", dom))
+
+
+def read_in_browser(url: str, profile: Path) -> str:
+    """Return the page's elements after its scripts ran."""
+    assert BROWSER is not None
+    command = [
+        *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
+        *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
+        *("--disable-sync", f"--user-data-dir={profile}", "--virtual-time-budget=5000"),
+        *("--dump-dom", url),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+def test_cells_with_units_are_sorted_by_size() -> None:
+    for cells in (["900 B", "6 KiB", "1.5 MiB", "1 GiB"], ["8.6 K", "340 M", "1.34 B"]):
+        assert sorted(cells, key=lambda text: float(sort_value(text))) == cells
