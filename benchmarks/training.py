@@ -31,7 +31,7 @@ from torch import nn
 
 from benchmarks.report import Goal, Quantity, Report, Row, checked
 from benchmarks.shape import shaped_config
-from benchmarks.timing import Spread, paired_ratio, take_turns
+from benchmarks.timing import paired_ratio, take_turns
 from iiet.batch import Batch
 from iiet.decoder import Decoder
 from iiet.losses import next_token_loss
@@ -121,35 +121,24 @@ def _rows(runs: _Runs, repetitions: int, *, has_goals: bool) -> list[Row]:
     interval = [_INTERVAL * seconds for seconds in step["whole"]]
     with_save = [a + max(stall, 0.0) for a, stall in zip(interval, stalls, strict=True)]
     loading = [runs.loading() for _ in range(repetitions)]
-
-    def row(
-        what: str, *times: tuple[str, list[float]], ratio: Spread, most: float | None = None
-    ) -> Row:
-        return Row(
-            what=what,
-            quantities=tuple(Quantity.milliseconds(*each) for each in times),
-            ratio=ratio,
-            goal=Goal("at most", most) if most is not None and has_goals else None,
-        )
-
-    whole, bare = ("whole", step["whole"]), ("bare", step["bare"])
+    whole = Quantity.milliseconds("whole", step["whole"])
     return [
-        row(
-            "a step of the whole loop / of a bare PyTorch loop",
-            *(whole, bare),
-            ratio=paired_ratio(whole[1], bare[1]),
-            most=1.03,
+        Row(
+            what="a step of the whole loop / of a bare PyTorch loop",
+            quantities=(whole, Quantity.milliseconds("bare", step["bare"])),
+            ratio=paired_ratio(step["whole"], step["bare"]),
+            goal=Goal("at most", 1.03) if has_goals else None,
         ),
-        row(
-            f"{_INTERVAL} steps with one checkpoint / without",
-            *(("checkpoint", stalls), ("step", step["whole"])),
+        Row(
+            what=f"{_INTERVAL} steps with one checkpoint / without",
+            quantities=(Quantity.milliseconds("checkpoint", stalls), whole),
             ratio=paired_ratio(with_save, interval),
         ),
-        row(
-            "a step's batch from the tokens / the step",
-            *(("batch", loading), ("step", step["whole"])),
+        Row(
+            what="a step's batch from the tokens / the step",
+            quantities=(Quantity.milliseconds("batch", loading), whole),
             ratio=paired_ratio(loading, step["whole"]),
-            most=0.01,
+            goal=Goal("at most", 0.01) if has_goals else None,
         ),
     ]
 

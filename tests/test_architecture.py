@@ -59,7 +59,7 @@ ORDER = (
 
 LINES = {
     "iiet": 8_041,
-    "benchmarks": 3_644,
+    "benchmarks": 3_620,
     "examples": 217,
     "research": 1_985,
     "orchestrator/workspace": 1_063,

@@ -169,14 +169,14 @@ def test_a_section_whose_process_dies_keeps_what_it_found(toy: Setup) -> None:
 
 def test_waits_are_counted_by_step_and_place() -> None:
     text = "called a synchronizing CUDA operation"
-    with training.counted_waits() as counted:
+    with training.counted_waits() as (steps, end_step):
         for number in (2, 0, 3):
             for _ in range(number):
                 warnings.warn(text, stacklevel=1)
             warnings.warn("another warning", stacklevel=1)
-            counted.end_step()
-    assert counted.by_step == [2, 0, 3]
-    [(place, count)] = counted.places[2].items()
+            end_step()
+    assert [step.total() for step in steps] == [2, 0, 3]
+    [(place, count)] = steps[2].items()
     assert place.startswith(f"{Path(__file__).name}:")
     assert count == 3
 

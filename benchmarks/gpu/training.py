@@ -208,47 +208,34 @@ NUM_PASSES = 2
 """Forward and backward passes of one step."""
 
 
-class Waits:
-    """Counts PyTorch's warnings of operations that wait (`.item()`, a blocking copy), by step.
-
-    Waits inside libraries are not seen. Each warning names the line of Python that caused it.
-    """
-
-    def __init__(self, caught: list[warnings.WarningMessage]) -> None:
-        self._caught = caught
-        self._num_seen = 0
-        self.places: list[Counter[str]] = []
-        """Where each step waited: file and line to number of times."""
-
-    @property
-    def by_step(self) -> list[int]:
-        """Number of waits of each step."""
-        return [counter.total() for counter in self.places]
-
-    def end_step(self) -> None:
-        """Count the warnings since the last call."""
-        new = self._caught[self._num_seen :]
-        self._num_seen = len(self._caught)
-        self.places.append(
-            Counter(
-                f"{Path(warning.filename).name}:{warning.lineno}"
-                for warning in new
-                if "synchronizing CUDA operation" in str(warning.message)
-            )
-        )
-
-
 @contextmanager
-def counted_waits() -> Iterator[Waits]:
-    """Count the waits for the GPU, if there is one, in a block."""
+def counted_waits() -> Iterator[tuple[list[Counter[str]], Callable[[], None]]]:
+    """Count the operations of a block that wait for the GPU (`.item()`, a blocking copy).
+
+    PyTorch warns of them and names the line of Python; waits inside libraries are not seen.
+
+    Yields:
+        Where each step waited, file and line to number of times; and a function that ends a step.
+    """
     is_gpu = torch.cuda.is_available()
     before = torch.cuda.get_sync_debug_mode() if is_gpu else 0
+    steps: list[Counter[str]] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+
+        def end_step() -> None:
+            places = (
+                f"{Path(warning.filename).name}:{warning.lineno}"
+                for warning in caught
+                if "synchronizing CUDA operation" in str(warning.message)
+            )
+            steps.append(Counter(places))
+            caught.clear()
+
         if is_gpu:
             torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield Waits(caught)
+            yield steps, end_step
         finally:
             if is_gpu:
                 torch.cuda.set_sync_debug_mode(before)
@@ -275,20 +262,20 @@ def synchronizations(setup: Setup) -> Iterator[Finding]:
     loop reads the numbers of a step once; the limit allows one wait more for each pass.
     """
     allowed = NUM_PASSES + 1
-    with counted_waits() as waits:
-        steps = _run_steps(setup, _fifty_steps(setup, "waits"), on_step=waits.end_step)
+    with counted_waits() as (waits, end_step):
+        steps = _run_steps(setup, _fifty_steps(setup, "waits"), on_step=end_step)
     what = f"{len(steps.losses)} steps of {NUM_PASSES} passes"
     if setup.device == "cpu":
         yield Finding(what=what, skipped="the CPU has no queue to wait for; the steps ran")
         return
     # The first step allocates and loads kernels.
-    most = max(waits.places[1:], key=Counter.total)
+    most = max(waits[1:], key=Counter.total)
     yield Finding(
         what=what,
         figures={
             "waits of a step, most": most.total(),
             "allowed": allowed,
-            "first step": waits.by_step[0],
+            "first step": waits[0].total(),
             "where": ", ".join(f"{place} ({count})" for place, count in most.most_common(8)),
         },
         problem=problem_unless(

@@ -67,11 +67,11 @@ class BenchmarkPlan(Result):
 
     def shown(self) -> Iterable[RenderableType]:
         """Return the models' names and the conditions."""
-        conditions = asdict(self.conditions).items()
-        rows = [(name.replace("_", " "), str(value).strip("()")) for name, value in conditions]
-        yield command_tables.two_column_table(
-            "Plan of the benchmark", [("models", join_names(list(self.models))), *rows]
-        )
+        rows = [("models", join_names(list(self.models)))]
+        for name, value in asdict(self.conditions).items():
+            text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            rows.append((name.replace("_", " "), text))
+        yield command_tables.two_column_table("Plan of the benchmark", rows)
 
 
 class BenchmarkResult(Result):

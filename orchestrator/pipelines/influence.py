@@ -65,9 +65,9 @@ class InfluencePlan(Result):
 
     def shown(self) -> Iterable[RenderableType]:
         """Return whether the table is stored."""
-        what = f"influence ({self.metric}) of {self.checkpoint}"
         state = "stored" if self.is_stored else f"{self.num_tokens:,} tokens to measure"
-        yield two_column_table("Plan of the measurement", [(what, state)])
+        rows = [("model", str(self.checkpoint)), (f"influence ({self.metric})", state)]
+        yield two_column_table("Plan of the measurement", rows)
 
 
 class InfluenceResult(Result):

@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from orchestrator.reporting.sweep_results import StoredSweep
 
 from orchestrator.evaluation import decode_timing as benchmark
 from orchestrator.pipelines.syncing import sync
 from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.execution import run_sweep
