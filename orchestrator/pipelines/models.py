@@ -376,9 +376,9 @@ def check_target(folder: Path, model: tuple[Path, ModelConfig] | None = None) ->
     if model is None:
         return
     checkpoint, wanted = model
-    # The card, which is as the export wrote it, names the weights.
-    has_weights = f"weights: `{weights_key(checkpoint)}`" in (folder / CARD).read_text("utf-8")
-    if not has_weights or decoder_config(folder) != wanted:
+    # The card, which is as the export wrote it unless it is gone, names the weights.
+    card = (folder / CARD).read_text("utf-8") if (folder / CARD).is_file() else ""
+    if f"weights: `{weights_key(checkpoint)}`" not in card or decoder_config(folder) != wanted:
         raise UserError(
             f"{folder} is an export of another model; replace it with --force, or choose another "
             "folder with --to"

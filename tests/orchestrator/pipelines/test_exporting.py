@@ -205,6 +205,9 @@ def test_an_export_of_another_model_is_replaced_only_if_asked_to(
     assert load_model(tmp_path / "out").config == load_model(checkpoint).config
     export(Settings(), model=other, force=True, **options)
     assert load_model(tmp_path / "out").config == load_model(other).config
+    (tmp_path / "out" / "README.md").unlink()  # Nothing says then whose weights these are.
+    with pytest.raises(UserError, match="out is an export of another model"):
+        export(Settings(), model=other, **options)
 
 
 @pytest.mark.parametrize("to", ["/proc/x", "/proc/x/y", "a file/x", 300 * "x"])
