@@ -102,10 +102,9 @@ def chart_spec(chart: Any, *, title: str | altair.Title | None = None) -> Spec:
     """Return the JSON of a chart with the style of all charts."""
     if title:
         chart = chart.properties(title=title)
+    text = chart.to_json(indent=None, sort_keys=False)  # Tooltips keep their order.
     # Titles of axes that follow a menu are signals, which Altair's schema does not know.
-    text = re.sub(
-        r'"title": "(titles\[\w+\])"', r'"title": {"signal": "\1"}', chart.to_json(indent=None)
-    )
+    text = re.sub(r'"title": "(titles\[\w+\])"', r'"title": {"signal": "\1"}', text)
     return {**json.loads(text), "config": CONFIG}
 
 
