@@ -102,10 +102,9 @@ def chart_spec(chart: Any, *, title: str | altair.Title | None = None) -> Spec:
     """Return the JSON of a chart with the style of all charts."""
     if title:
         chart = chart.properties(title=title)
+    text = chart.to_json(indent=None, sort_keys=False)  # Tooltips keep their order.
     # Titles of axes that follow a menu are signals, which Altair's schema does not know.
-    text = re.sub(
-        r'"title": "(titles\[\w+\])"', r'"title": {"signal": "\1"}', chart.to_json(indent=None)
-    )
+    text = re.sub(r'"title": "(titles\[\w+\])"', r'"title": {"signal": "\1"}', text)
     return {**json.loads(text), "config": CONFIG}
 
 
@@ -138,29 +137,6 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
     if mark_paper and is_accuracy(front.axes.quality):
         groups, colors, shapes = [*groups, PAPER_MARK], [*colors, INK], [*shapes, CROSS]
 
-    def menu(name: str, names: Sequence[str], value: str) -> altair.Parameter:
-        labels = [metric_title(metric) for metric in names]
-        bind = altair.binding_select(options=names, labels=labels, name=f"{name.title()} ")
-        return altair.param(name=name, value=value, bind=bind)
-
-    def is_one_of(name: str, names: Iterable[str]) -> str:
-        return f"indexof({json.dumps([*names])}, {name}) >= 0"
-
-    losses = [name for name in qualities if not FrontAxes(quality=name).higher_is_better]
-    pair = f"indexof({json.dumps(costs)}, cost) * {len(qualities)}"
-    pair += f" + indexof({json.dumps(qualities)}, quality)"
-    fulls = [[f.full.cost, f.full.quality] if f.full else [None, None] for f in fronts]
-    params = [
-        menu("cost", costs, front.axes.cost),
-        menu("quality", qualities, front.axes.quality),
-        altair.param(name="pair", expr=pair),
-        altair.param(name="full", expr=f"{json.dumps(fulls)}[pair]"),
-        altair.param(name="is_share", expr=is_one_of("quality", filter(is_accuracy, qualities))),
-        altair.param(name="is_loss", expr=is_one_of("quality", losses)),
-        altair.param(name="hovered", value=""),
-        altair.param(name="titles", value={n: metric_title(n) for n in (*costs, *qualities)}),
-    ]
-
     is_crowded = len(front.members) >= MANY_NAMES
     # One layer has the axes, another one those of the shares; they all have the same scales.
     longest = max((len(_label(point)) for point in front.members), default=0)
@@ -185,44 +161,15 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
     key = Legend(title=None, orient="bottom", columns=COLUMNS, labelLimit=260, symbolSize=100)
     color = Color("group:N", scale=Scale(domain=groups, range=colors), legend=key)
     shape = altair.Shape("group:N", scale=Scale(domain=groups, range=shapes), legend=key)
+    own = Color("color:N", scale=None)
     chart = Chart()
-
-    def steps(name: str, **look: Any) -> list[Any]:
-        """Return the best quality at each cost; flat after the last member."""
-        on_front = chart.transform_filter(f"indexof(datum.{name}, pair) >= 0")
-        within = ["sweep"] if name == "own" else []
-        stroke: Any = altair.value(INK if sweeps else BLUE)
-        if within:
-            stroke = Color("color:N", scale=None)
-        line = on_front.mark_line(interpolate="step-after", **look)
-        rest = on_front.transform_joinaggregate(last="max(x)", groupby=within)
-        rest = rest.transform_filter("datum.x == datum.last").mark_rule(**look)
-        return [
-            line.encode(x=x, y=y, color=stroke, detail=[f"{field}:N" for field in within]),
-            rest.encode(x=x, y=y, x2="most:Q", color=stroke),
-        ]
-
-    def names(which: str, align: Any = "right", **look: Any) -> list[Any]:
-        """Return the names of models on a white halo; `rank` counts them from the left."""
-        first, *others = which.split(" and ")
-        named = chart.transform_filter(f"datum.name != '' && {first}").transform_window(
-            rank="row_number()", sort=[altair.SortField(name) for name in ("x", "y")]
-        )
-        for condition in others:
-            named = named.transform_filter(condition)
-        texts = []
-        for halo in ({"stroke": "white", "strokeWidth": 4, "strokeJoin": "round"}, {}):
-            text = named.mark_text(fontSize=12, align=align, **look, **halo)
-            texts.append(text.encode(x=x, y=y, text="name:N"))
-        return texts
-
     layers = [
         chart.mark_point(opacity=0).encode(across(x_axis), up("y", y_axis)),
         chart.mark_point(opacity=0).encode(
             across(_share_axis("top", 0)), up("y", _share_axis("right", 1))
         ),
-        *(steps("own", opacity=0.45, strokeWidth=1.5) if sweeps else ()),
-        *steps("members", strokeWidth=2),
+        *(_steps(x, y, "own", own, opacity=0.45, strokeWidth=1.5) if sweeps else ()),
+        *_steps(x, y, "members", altair.value(INK if sweeps else BLUE), strokeWidth=2),
         chart.transform_filter("datum.error > 0")
         .mark_rule(strokeWidth=1.2)
         .encode(
@@ -240,14 +187,7 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
             tooltip=altair.Tooltip("tip:N"),
         ),
         *(_paper_mark(x, y, shape) if PAPER_MARK in groups else ()),
-        # Above and left of a member no other model of the front is in the way of its name.
-        *names(f"datum.is_trial and datum.num_members < {MANY_NAMES}", dx=-8, dy=-9),
-        *names(f"datum.is_trial and datum.num_members >= {MANY_NAMES}", dx=-6, dy=-8, angle=45),
-        *names("datum.is_full", align="center", dy=-20),
-        *names("datum.is_left and datum.rank % 2", align="left", dx=10, dy=7),
-        *names("datum.is_left and datum.rank % 2 == 0", align="left", dx=10, dy=-7),
-        *names("datum.is_right and datum.rank % 2", dx=-10, dy=9),
-        *names("datum.is_right and datum.rank % 2 == 0", dx=-10, dy=22),
+        *_names(x, y),
     ]
     whole = (
         altair.layer(*layers, data=InlineData(values=_front_data(front, fronts, rows)))
@@ -275,11 +215,78 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
             name="!datum.is_bold || indexof(datum.unnamed, pair) >= 0 ? '' : "
             "datum.label + (indexof(datum.knees, pair) >= 0 ? ' (knee)' : '')"
         )
-        .add_params(*params)
+        .add_params(*_menus(front, costs, qualities, fronts))
         .resolve_axis(x="independent", y="independent")
         .properties(width=WIDTH, height=HEIGHT)
     )
     return chart_spec(whole, title=altair.Title(title, subtitle=LEGEND) if title else None)
+
+
+def _menus(front: Front, costs: list[str], qualities: list[str], fronts: list[Front]) -> list[Any]:
+    """Return the menus of the axes, and what follows from the chosen pair; `pair` is its number."""
+
+    def menu(name: str, names: Sequence[str], value: str) -> altair.Parameter:
+        labels = [metric_title(metric) for metric in names]
+        bind = altair.binding_select(options=names, labels=labels, name=f"{name.title()} ")
+        return altair.param(name=name, value=value, bind=bind)
+
+    def is_one_of(name: str, names: Iterable[str]) -> str:
+        return f"indexof({json.dumps([*names])}, {name}) >= 0"
+
+    losses = [name for name in qualities if not FrontAxes(quality=name).higher_is_better]
+    pair = f"indexof({json.dumps(costs)}, cost) * {len(qualities)}"
+    pair += f" + indexof({json.dumps(qualities)}, quality)"
+    fulls = [[f.full.cost, f.full.quality] if f.full else [None, None] for f in fronts]
+    return [
+        menu("cost", costs, front.axes.cost),
+        menu("quality", qualities, front.axes.quality),
+        altair.param(name="pair", expr=pair),
+        altair.param(name="full", expr=f"{json.dumps(fulls)}[pair]"),
+        altair.param(name="is_share", expr=is_one_of("quality", filter(is_accuracy, qualities))),
+        altair.param(name="is_loss", expr=is_one_of("quality", losses)),
+        altair.param(name="hovered", value=""),
+        altair.param(name="titles", value={n: metric_title(n) for n in (*costs, *qualities)}),
+    ]
+
+
+def _steps(x: X, y: Y, name: str, color: Any, **look: Any) -> list[Any]:
+    """Return the best quality at each cost of those that are on a front; flat after the last."""
+    on_front = Chart().transform_filter(f"indexof(datum.{name}, pair) >= 0")
+    within = ["sweep"] if name == "own" else []
+    line = on_front.mark_line(interpolate="step-after", **look)
+    rest = on_front.transform_joinaggregate(last="max(x)", groupby=within)
+    rest = rest.transform_filter("datum.x == datum.last").mark_rule(**look)
+    return [
+        line.encode(x=x, y=y, color=color, detail=[f"{field}:N" for field in within]),
+        rest.encode(x=x, y=y, x2="most:Q", color=color),
+    ]
+
+
+def _names(x: X, y: Y) -> list[Any]:
+    """Return the names of models on a white halo; `rank` counts those of a kind from the left."""
+    texts: list[Any] = []
+
+    def add(which: str, *conditions: str, align: Any = "right", **look: Any) -> None:
+        named = Chart().transform_filter(f"datum.name != '' && {which}")
+        named = named.transform_window(
+            rank="row_number()", sort=[altair.SortField(name) for name in ("x", "y")]
+        )
+        for condition in conditions:
+            named = named.transform_filter(condition)
+        for halo in ({"stroke": "white", "strokeWidth": 4, "strokeJoin": "round"}, {}):
+            text = named.mark_text(fontSize=12, align=align, **look, **halo)
+            texts.append(text.encode(x=x, y=y, text="name:N"))
+
+    # Above and left of a member no other model of the front is in the way of its name.
+    add("datum.is_trial", f"datum.num_members < {MANY_NAMES}", dx=-8, dy=-9)
+    add("datum.is_trial", f"datum.num_members >= {MANY_NAMES}", dx=-6, dy=-8, angle=45)
+    add("datum.is_full", align="center", dy=-20)
+    # Baselines alternate between below and above.
+    add("datum.is_left", "datum.rank % 2", align="left", dx=10, dy=7)
+    add("datum.is_left", "datum.rank % 2 == 0", align="left", dx=10, dy=-7)
+    add("datum.is_right", "datum.rank % 2", dx=-10, dy=9)
+    add("datum.is_right", "datum.rank % 2 == 0", dx=-10, dy=22)
+    return texts
 
 
 def _share_axis(side: Any, part: int) -> Axis:

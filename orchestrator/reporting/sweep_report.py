@@ -74,7 +74,20 @@ def write_sweep_report(
     if workspace.is_writable:
         sweep.store(workspace)
     front, notes = sweep_front(workspace, [sweep], axes)
-    if tracking is not None and not axes.slug:
+    run = None
+    started_ms, ended_ms = recorded_times(sweep.folder(workspace)) or (now_ms(), None)
+    if tracking is not None:
+        run = tracking.stored("sweep", sweep.key) or TrackedRun(
+            key=sweep.key,
+            kind="sweep",
+            name=sweep.name,
+            folder=str(sweep.folder(workspace)),
+            journal=str(history_folder(sweep.folder(workspace), sweep.key)),
+            tags={SWEEP_TAG: sweep.name},
+            started_ms=started_ms,
+        )
+    if tracking is not None and run is not None and not axes.slug:
+        tracking.publish(run)  # Before those nested in it, which would make it without its name.
         sweep, front = track_results(tracking, sweep, front)
         sweep.store(workspace)
     curves = dict(read_training_curves(sweep, front))
@@ -92,18 +105,8 @@ def write_sweep_report(
         elastic=elastic_section(front, items) if has_elastic else None,
     )
     written = _written(workspace, report, sweep.folder(workspace) / axes.slug)
-    if tracking is None:
+    if tracking is None or run is None:
         return written
-    started_ms, ended_ms = recorded_times(sweep.folder(workspace)) or (now_ms(), None)
-    run = tracking.stored("sweep", sweep.key) or TrackedRun(
-        key=sweep.key,
-        kind="sweep",
-        name=sweep.name,
-        folder=str(sweep.folder(workspace)),
-        journal=str(history_folder(sweep.folder(workspace), sweep.key)),
-        tags={SWEEP_TAG: sweep.name},
-        started_ms=started_ms,
-    )
     if axes.slug:
         paths = [str(path) for path in written.files]
         changes: dict[str, Any] = {"files": {f"{ARTIFACT_FOLDER}/{axes.slug}": paths}}
