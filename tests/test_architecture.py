@@ -62,7 +62,7 @@ LINES = {
     "benchmarks": 3_620,
     "examples": 217,
     "research": 1_985,
-    "orchestrator/workspace": 1_063,
+    "orchestrator/workspace": 1_066,
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_617,
     "orchestrator/records": 977,
