@@ -213,7 +213,8 @@ def small_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with lock_file(workspace.with_suffix(".lock")):
         if not printed.is_file():
             shutil.rmtree(workspace, ignore_errors=True)
-            options = [f"--set={assignment}" for assignment in SMALL]
+            assignments = [*SMALL, "distillation.teacher_cache=true"]
+            options = [f"--set={assignment}" for assignment in assignments]
             command = [sys.executable, "-m", "orchestrator.cli", "sweep", "toy", *options]
             done = subprocess.run(
                 [*command, "--workspace", str(workspace)],

@@ -80,13 +80,14 @@ def test_a_sweep_ends_with_a_front(finished: tuple[Path, str]) -> None:
     roles = [result["role"] for result in results]
     assert roles == ["teacher", "trial", "trial", "trial", "baseline", "baseline"]
     for result in results:
-        assert {"accuracy", "accuracy_stderr", "bits_per_byte"} <= set(result["quality"])
-        assert {"evaluations", "flops_per_token", "kv_bytes_per_token"} <= set(result["cost"])
-        assert result["cost"]["decode_ms_per_token"] > 0
-    evaluations = [r["cost"]["evaluations"] for r in results if r["role"] == "trial"]
+        expected = {f"quality/{n}" for n in ("accuracy", "accuracy_stderr", "bits_per_byte")}
+        expected |= {f"cost/{n}" for n in ("evaluations", "flops_per_token", "kv_bytes_per_token")}
+        assert expected <= set(result["numbers"])
+        assert result["numbers"]["cost/decode_ms_per_token"] > 0
+    evaluations = [r["numbers"]["cost/evaluations"] for r in results if r["role"] == "trial"]
     assert evaluations[0] == 9
     assert evaluations[-1] == 3
-    assert "the teacher's outputs are stored once" in printed
+    assert "teacher: answers for " in printed
     trials = [r for r in results if r["role"] == "trial"]
     journals = [workspace / Path(r["checkpoint"]).parent / "journal.jsonl" for r in trials]
     assert all('"reads_teacher": true' in journal.read_text() for journal in journals)
@@ -202,8 +203,10 @@ def test_distilled_baselines_stand_beside_the_front(finished: tuple[Path, str]) 
     distilled = {r["label"]: r for r in results if r["role"] == "baseline" and r["parent"]}
     assert len(distilled) == 4
     students = [result for result in results if result["role"] == "trial"]
-    cost = {label: r["cost"]["flops_per_token"] for label, r in distilled.items()}
-    assert cost[labels[0]] == pytest.approx(students[-1]["cost"]["flops_per_token"], rel=0.05)
+    cost = {label: r["numbers"]["cost/flops_per_token"] for label, r in distilled.items()}
+    assert cost[labels[0]] == pytest.approx(
+        students[-1]["numbers"]["cost/flops_per_token"], rel=0.05
+    )
     journals = {
         label: (workspace / Path(r["checkpoint"]).parent / "journal.jsonl").read_text()
         for label, r in distilled.items()
