@@ -62,7 +62,7 @@ TRIAL_SHAPES = ("circle", "square", "triangle-up", "triangle-down", "triangle-le
 MANY_NAMES, MAX_NAMES = 6, 24
 """From the first number of members on, their names are tilted; beyond the second, only the picks of
 the front are named."""
-MAX_LABELED_LAYERS = 12
+MAX_LAYERS_WITH_COMMAS, MAX_LABELED_LAYERS = 4, 12
 TOOLTIP_METRICS = (
     *("cost/evaluations", "cost/relative_flops", "cost/decode_ms_per_token"),
     *("cost/kv_bytes_per_token", "cost/num_parameters", "quality/accuracy"),
@@ -377,7 +377,8 @@ def _label(point: FrontPoint) -> str:
     schedule = point.result.schedule
     if point.result.role != "trial" or schedule is None or len(schedule) > MAX_LABELED_LAYERS:
         return model_name(point)
-    return ("" if max(schedule) < 10 else ",").join(str(r) for r in schedule)
+    is_long = len(schedule) > MAX_LAYERS_WITH_COMMAS and max(schedule) < 10
+    return ("" if is_long else ",").join(map(str, schedule))
 
 
 def _tooltip(front: Front, row: Mapping[str, Any]) -> dict[str, str]:
