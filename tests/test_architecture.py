@@ -72,7 +72,7 @@ LINES = {
     "orchestrator/evaluation": 4_788,
     "orchestrator/planning": 1_138,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_573,
+    "orchestrator/reporting": 4_574,
     "orchestrator/sweeping": 3_372,
     "orchestrator/pipelines": 4_704,
     "orchestrator/cli": 1_886,
