@@ -58,6 +58,7 @@ class KeyValueCache:
         check_kv_strategy(strategy)
         self._evaluations_per_layer = evaluations_per_layer = config.evaluations_per_layer()
         set_record(self, CacheRecord(evaluations_per_layer))
+        self.batch_size = batch_size
         self.max_tokens = max_tokens
         self.dtype = dtype
         self.strategy = strategy

@@ -220,31 +220,37 @@ def counted_costs(
 
 
 class _Draft:
-    """A draft with its cache, its costs, and how many of its tokens were kept.
+    """A draft of a model with its cache, its costs, and how many of its tokens were kept.
 
     Args:
         name: in the record.
         decoder: proposes tokens.
-        cache: a view of the verifying model's, or an empty one.
-        is_view: whether it is a view; verification then writes the decided tokens into it.
-        costs: what `counted_costs` returns.
+        model: verifies them.
+        cache: the model's, with the prompts; a draft within its schedule gets a view of it, which
+            verification fills with the decided tokens.
     """
 
-    def __init__(
-        self,
-        name: str,
-        decoder: Decoder,
-        cache: KeyValueCache,
-        *,
-        is_view: bool,
-        costs: tuple[float, float],
-    ) -> None:
+    def __init__(self, name: str, decoder: Decoder, model: Decoder, cache: KeyValueCache) -> None:
         self.name = name
         self.num_tried = 0
         self._decoder = decoder
-        self._cache = cache
-        self._is_view = is_view
-        self._costs = costs
+        self._is_view = decoder.layers is model.layers and decoder.schedule.is_within(
+            model.schedule
+        )
+        weight, num_tokens = model.embedding.weight, cache.max_tokens
+        self._cache = (
+            cache.view(decoder.config)
+            if self._is_view
+            else decoder.new_cache(batch_size=cache.batch_size, max_tokens=num_tokens)
+        )
+        self._costs = counted_costs(
+            model.config,
+            decoder.config,
+            num_tokens=num_tokens,
+            batch_size=cache.batch_size,
+            bytes_per_value=weight.element_size(),
+            device=weight.device.type,
+        )
         self._num_held = 0
         self._num_kept = 0
 
@@ -353,28 +359,7 @@ def drafted_steps(
         cache = decoder.new_cache(batch_size=batch, max_tokens=end)
         logits = decoder(input_ids, cache=cache, attention_mask=attention_mask, last_only=True)
         num_new, _ = decide(logits, 0)
-        candidates = []
-        for name, draft in drafts.items():
-            is_view = draft.layers is decoder.layers and draft.schedule.is_within(decoder.schedule)
-            weight = decoder.embedding.weight
-            candidates.append(
-                _Draft(
-                    name,
-                    draft,
-                    cache.view(draft.config)
-                    if is_view
-                    else draft.new_cache(batch_size=batch, max_tokens=end),
-                    is_view=is_view,
-                    costs=counted_costs(
-                        decoder.config,
-                        draft.config,
-                        num_tokens=end,
-                        batch_size=batch,
-                        bytes_per_value=weight.element_size(),
-                        device=weight.device.type,
-                    ),
-                )
-            )
+        candidates = [_Draft(name, draft, decoder, cache) for name, draft in drafts.items()]
     while True:
         for column in range(length, length + num_new):
             yield tokens[:, column].clone()
@@ -388,7 +373,7 @@ def drafted_steps(
         found: _Draft | None = None
         num_drafted = 0
         if candidates and counts:
-            if all(draft.num_tried >= _MEASURED_TOKENS for draft in candidates):
+            if len(candidates) > 1 and all(d.num_tried >= _MEASURED_TOKENS for d in candidates):
                 candidates = [max(candidates, key=lambda draft: draft.best(counts)[0])]
             found = min(candidates, key=lambda draft: min(draft.num_tried, _MEASURED_TOKENS))
             gain, num_drafted = found.best(counts)

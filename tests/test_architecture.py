@@ -58,7 +58,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_041,
+    "iiet": 8_027,
     "benchmarks": 3_620,
     "examples": 217,
     "research": 1_985,
@@ -73,7 +73,7 @@ LINES = {
     "orchestrator/planning": 1_138,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_574,
-    "orchestrator/sweeping": 3_372,
+    "orchestrator/sweeping": 3_365,
     "orchestrator/pipelines": 4_704,
     "orchestrator/cli": 1_886,
 }
