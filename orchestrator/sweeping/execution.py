@@ -28,12 +28,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking, status_after
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.job_checks import check_job
-from orchestrator.training.teacher_cache import (
-    cache_plan,
-    delete_answers,
-    store_answers,
-    teacher_work,
-)
+from orchestrator.training.teacher_cache import delete_answers, store_answers
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import Journal
@@ -205,11 +200,9 @@ class _SweepRun:
         # A trial that is only measured needs no teacher.
         jobs = {t.key: t.job for t in waiting if t.job and finished_outcome(t.job) is None}
         unfinished = [*jobs.values(), *(self.search.jobs_left() if self.search else [])]
-        plans, teachers = [cache_plan(job) for job in unfinished], self.workspace.teachers
-        work = teacher_work(plans, [0] * len(plans), teachers)
-        shared = store_answers(
+        shared, work = store_answers(
             unfinished,
-            teachers,
+            self.workspace.teachers,
             on_device=trial_device(self.settings, self.folder),
             progress=self.progress,
         )

@@ -328,8 +328,8 @@ def store_answers(
     *,
     on_device: OnDevice = on_cpu,
     progress: Progress | None = None,
-) -> list[TrainingJob]:
-    """Store what the teachers of jobs answer; return the jobs, which then read it.
+) -> tuple[list[TrainingJob], TeacherWork]:
+    """Store what the teachers of jobs answer; return the jobs, which then read it, and the work.
 
     Args:
         parent: Folder of all caches.
@@ -341,7 +341,7 @@ def store_answers(
     """
     progress, found = progress or Progress(), list(jobs)
     plans = [cache_plan(job) for job in jobs]
-    teacher_work(plans, [0] * len(plans), parent)
+    work = teacher_work(plans, [0] * len(plans), parent)
     for number, (job, plan) in enumerate(zip(jobs, plans, strict=True)):
         if plan is None:
             continue
@@ -360,7 +360,7 @@ def store_answers(
             size = format_bytes(plan.num_bytes)
             progress.finish(f"answers for {plan.num_tokens:,} tokens, {size}")
         found[number] = job.model_copy(update={"teacher_cache": str(folder)})
-    return found
+    return found, work
 
 
 def _write_answers(

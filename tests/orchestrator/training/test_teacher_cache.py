@@ -300,11 +300,11 @@ def test_all_students_of_a_teacher_read_one_file(
         student("hidden", distillation=DistillationConfig(hidden_weight=0.5)),
         student("other seed", recipe={"seed": 1}),
     ]
-    shared = store_answers(jobs, tmp_path / "t")
+    shared, _ = store_answers(jobs, tmp_path / "t")
     assert [bool(job.teacher_cache) for job in shared] == [True, False, True, False, True]
     assert shared[0].teacher_cache == shared[2].teacher_cache != shared[4].teacher_cache
     assert len(list((tmp_path / "t").glob(f"*/{ANSWERS}"))) == 2
-    assert store_answers(jobs, tmp_path / "t") == shared
+    assert store_answers(jobs, tmp_path / "t")[0] == shared
 
 
 def test_the_teacher_runs_on_the_device_it_is_given_and_only_if_outputs_are_missing(
@@ -349,7 +349,7 @@ def test_the_estimate_counts_a_shared_teacher_once(student: MakeStudent, tmp_pat
 
 
 def test_a_deleted_cache_is_replaced_by_the_teacher(student: MakeStudent, tmp_path: Path) -> None:
-    [job] = store_answers([student("a")], tmp_path / "t")
+    [job], _ = store_answers([student("a")], tmp_path / "t")
     delete_answers([job])
     assert not Path(str(job.teacher_cache)).exists()
     assert isinstance(load_teacher(job, World()), Decoder)
@@ -374,7 +374,7 @@ def test_what_does_not_fit_on_the_disk_is_refused_and_what_is_there_is_not_neede
         store_answers(jobs, tmp_path / "t")
     monkeypatch.setattr(teacher_cache, "free_disk", lambda _: left)
     assert work_of(jobs, tmp_path / "t").num_bytes == left
-    assert all(map(opened, store_answers(jobs, tmp_path / "t")))
+    assert all(map(opened, store_answers(jobs, tmp_path / "t")[0]))
 
 
 def test_the_logits_of_one_pass_only_are_computed_at_once(
