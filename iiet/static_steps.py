@@ -1,10 +1,11 @@
-"""Decoding steps of fixed shapes, which a GPU replays as CUDA graphs.
+"""Decode with steps of fixed shapes, so that a GPU can replay a step as one CUDA graph.
 
-A step of one row launches over a thousand kernels, each shorter than its launch. A CUDA graph
-launches all of them at once, but only with the same arguments: so what changes from token to token
-is held on the device (`iiet.window`). Attention reads the cache up to a multiple of `WINDOW`
-tokens, and each multiple has a graph: one per decoder (its iteration schedule), batch size and
-multiple. Graphs outlive a generation: a decoder keeps those that were used last.
+Decoding a token of one row launches over a thousand kernels, and each launch takes longer than its
+kernel. A CUDA graph launches all kernels at once, but always with the same arguments. So values
+that change from token to token are stored on the device (`iiet.window`). Attention reads the cache
+up to a multiple of `WINDOW` tokens. There is one graph for each decoder (with its iteration
+schedule), batch size and multiple. A decoder keeps the graphs that were used last, also after a
+generation.
 
 A product writes to a workspace that PyTorch keeps for its stream, and frees when any graph of that
 stream is destroyed (pytorch#193402). So no workspace outlives a capture: each graph has its own, in

@@ -58,13 +58,13 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_027,
+    "iiet": 8_028,
     "benchmarks": 3_620,
     "examples": 217,
     "research": 1_985,
     "orchestrator/workspace": 1_066,
     "orchestrator/terminal": 616,
-    "orchestrator/settings": 1_617,
+    "orchestrator/settings": 1_619,
     "orchestrator/records": 977,
     "orchestrator/data": 3_542,
     "orchestrator/tracking": 1_555,

@@ -116,9 +116,11 @@ def _lines(
     *,
     explain: bool = False,
 ) -> Iterator[str]:
-    """Yield the lines of the settings for which `choose` (key, has the default) is true.
+    """Yield a line of YAML for each setting that `choose` accepts.
 
-    Each has its default behind it, or, with `explain`, its description above it.
+    Args:
+        choose: Called with a setting's key and whether its value is the default.
+        explain: Write the description above each line, instead of the default at its end.
     """
     depth = prefix.count(".")
     indent = "  " * depth

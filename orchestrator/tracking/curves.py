@@ -24,7 +24,7 @@ class CurveReader:
     """
 
     def __init__(self, folder: Path, offset: int = 0) -> None:
-        """Begin after so many bytes, which an earlier reader has read."""
+        """Start reading at byte `offset`; an earlier reader has read the bytes before it."""
         self.last: dict[str, Point] = {}
         """The last point of each metric."""
         self.offset = offset
