@@ -24,9 +24,10 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.generation import stream
 from iiet.static_steps import StaticSteps
+from orchestrator.models.folder import DTYPES
+from orchestrator.models.loading import use_tf32
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import DTYPES
-from orchestrator.training.precision import device_precision, use_tf32
+from orchestrator.training.precision import device_precision
 from orchestrator.workspace.errors import UserError
 
 WARM_UP_TOKENS = 4
