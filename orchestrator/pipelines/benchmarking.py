@@ -26,12 +26,14 @@ from orchestrator.evaluation.cost_measurement import (
     MeasurementSettings,
     measure_costs,
 )
-from orchestrator.evaluation.evaluated_model import (
+from orchestrator.models.evaluated_model import (
     EvaluatedModel,
     open_model,
     open_models,
     short_names,
 )
+from orchestrator.models.folder import DTYPES, known_schedules
+from orchestrator.models.lookup import load_influence_table
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.tracked_run import TrackedRun
@@ -40,9 +42,6 @@ from orchestrator.reporting import command_tables
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import join_names
-from orchestrator.training.checkpoint import DTYPES
-from orchestrator.training.checkpoint_lookup import known_schedules
-from orchestrator.training.model_lookup import load_influence_table
 from orchestrator.training.precision import device_precision
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.layout import Workspace, find_workspace

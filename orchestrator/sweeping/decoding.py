@@ -27,6 +27,12 @@ from orchestrator.evaluation.decode_timing import (
     measure_draft,
     time_per_token,
 )
+<<<<<<< HEAD
+=======
+from orchestrator.evaluation.draft_speed import measure_draft
+from orchestrator.models.folder import DTYPES
+from orchestrator.models.loading import load_model
+>>>>>>> main
 from orchestrator.records.record import Record
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.pareto import shown_trials
@@ -35,8 +41,6 @@ from orchestrator.settings import Settings
 from orchestrator.sweeping.trials import exact_cost, full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
-from orchestrator.training.checkpoint import DTYPES
-from orchestrator.training.model_loading import load_model
 from orchestrator.training.precision import device_precision
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.provenance import content_key, environment

@@ -15,6 +15,8 @@ from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.influence import InfluenceTable
 from iiet.pruning import FamilyMember
+from orchestrator.data.model_tokens import tokens_folder_of
+from orchestrator.models.folder import load_config
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, Settings, TrainingSettings, resolve_settings
@@ -34,9 +36,7 @@ from orchestrator.sweeping.trials import (
     student_job,
     student_trial,
 )
-from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import finished_outcome
-from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace

@@ -10,18 +10,17 @@ import torch
 from iiet.config import ModelConfig, preset
 from iiet.decoder import Decoder
 from iiet.methods import METHODS
-from orchestrator.training.checkpoint import (
+from orchestrator.models.folder import (
     TRAINING_STATE,
     check_checkpoint,
     load_provenance,
-    load_training_state,
-    save_checkpoint,
+    newest_checkpoint,
     weights_key,
 )
-from orchestrator.training.checkpoint_lookup import newest_checkpoint
+from orchestrator.models.loading import load_model
+from orchestrator.models.lookup import resolve_checkpoint
+from orchestrator.training.checkpoint import load_training_state, save_checkpoint
 from orchestrator.training.checkpoint_writer import prune_checkpoints
-from orchestrator.training.model_loading import load_model
-from orchestrator.training.model_lookup import resolve_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import find_checkpoints
 
