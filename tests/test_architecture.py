@@ -71,11 +71,11 @@ LINES = {
     "orchestrator/data": 3_096,
     "orchestrator/tracking": 1_555,
     "orchestrator/training": 3_950,
-    "orchestrator/evaluation": 4_133,
+    "orchestrator/evaluation": 4_130,
     "orchestrator/planning": 1_137,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_574,
-    "orchestrator/sweeping": 3_369,
+    "orchestrator/sweeping": 3_365,
     "orchestrator/pipelines": 4_708,
     "orchestrator/cli": 1_886,
 }

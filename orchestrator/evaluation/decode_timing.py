@@ -26,13 +26,10 @@ from iiet.static_steps import StaticSteps
 from orchestrator.models.folder import DTYPES
 from orchestrator.models.loading import use_tf32
 from orchestrator.terminal.progress import Progress
-<<<<<<< HEAD
-from orchestrator.training.checkpoint import DTYPES
-from orchestrator.training.precision import device_precision, use_tf32
-=======
+from orchestrator.models.folder import DTYPES
+from orchestrator.models.loading import use_tf32
+from orchestrator.terminal.progress import Progress
 from orchestrator.training.precision import device_precision
-from orchestrator.workspace.errors import UserError
->>>>>>> main
 
 WARM_UP_TOKENS = 4
 SWEEP_PROMPT_TOKENS = 16

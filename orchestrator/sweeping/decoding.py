@@ -27,12 +27,8 @@ from orchestrator.evaluation.decode_timing import (
     measure_draft,
     time_per_token,
 )
-<<<<<<< HEAD
-=======
-from orchestrator.evaluation.draft_speed import measure_draft
 from orchestrator.models.folder import DTYPES
 from orchestrator.models.loading import load_model
->>>>>>> main
 from orchestrator.records.record import Record
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.pareto import shown_trials
