@@ -26,9 +26,6 @@ from iiet.static_steps import StaticSteps
 from orchestrator.models.folder import DTYPES
 from orchestrator.models.loading import use_tf32
 from orchestrator.terminal.progress import Progress
-from orchestrator.models.folder import DTYPES
-from orchestrator.models.loading import use_tf32
-from orchestrator.terminal.progress import Progress
 from orchestrator.training.precision import device_precision
 
 WARM_UP_TOKENS = 4
