@@ -71,12 +71,12 @@ LINES = {
     "orchestrator/data": 3_096,
     "orchestrator/tracking": 1_555,
     "orchestrator/training": 3_950,
-    "orchestrator/evaluation": 4_199,
+    "orchestrator/evaluation": 4_127,
     "orchestrator/planning": 1_137,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_574,
     "orchestrator/sweeping": 3_365,
-    "orchestrator/pipelines": 4_705,
+    "orchestrator/pipelines": 4_708,
     "orchestrator/cli": 1_886,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
