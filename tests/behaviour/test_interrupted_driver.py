@@ -14,8 +14,8 @@ import pytest
 import torch
 from commands import Started
 
+from orchestrator.models.folder import weights_key
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import DONE_NAME, find_checkpoints

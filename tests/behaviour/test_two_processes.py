@@ -16,11 +16,11 @@ from commands import Started
 
 from orchestrator.cluster import local as local_run
 from orchestrator.cluster.local import run_local_jobs
+from orchestrator.models.folder import weights_key
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.sweeping.trial_run import run_trial
-from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.run import run_job
 from orchestrator.training.run_lock import jobs_to_train
@@ -33,7 +33,7 @@ import json, sys
 from orchestrator.cluster import local
 from orchestrator.planning.machine import Node
 from orchestrator.planning.machine import Resources
-from orchestrator.training.checkpoint_lookup import find_checkpoints
+from orchestrator.models.folder import find_checkpoints
 from orchestrator.records.training import TrainingJob
 from orchestrator.workspace.errors import Interrupted
 
