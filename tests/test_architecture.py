@@ -59,7 +59,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_028,
+    "iiet": 8_060,
     "benchmarks": 3_620,
     "examples": 217,
     "research": 1_985,
@@ -71,12 +71,12 @@ LINES = {
     "orchestrator/data": 2_860,
     "orchestrator/tracking": 1_555,
     "orchestrator/training": 3_950,
-    "orchestrator/evaluation": 4_197,
+    "orchestrator/evaluation": 4_125,
     "orchestrator/planning": 1_137,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_574,
     "orchestrator/sweeping": 3_364,
-    "orchestrator/pipelines": 4_705,
+    "orchestrator/pipelines": 4_708,
     "orchestrator/cli": 1_886,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

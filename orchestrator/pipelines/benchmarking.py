@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import RenderableType
 
 from iiet.decoder import Decoder
@@ -23,7 +24,6 @@ from orchestrator.evaluation.cost_measurement import (
     HOW_MEASURED,
     MeasuredCost,
     MeasurementSettings,
-    device_name,
     measure_costs,
 )
 from orchestrator.models.evaluated_model import (
@@ -163,6 +163,7 @@ def plan_benchmark(
         usual = usual_contexts(opened, conditions.new_tokens)
         conditions = replace(conditions, contexts=usual)
     models_by_name = dict(zip(short_names(opened), opened, strict=True))
+    conditions.check({name: model.context_length for name, model in models_by_name.items()})
     return BenchmarkPlan(models=models_by_name, conditions=conditions)
 
 
@@ -259,4 +260,6 @@ def _measure(
     some = next(iter(decoders.values()))
     costs = measure_costs(decoders, conditions, progress)
     dtype_name = str(next(some.parameters()).dtype).removeprefix("torch.")
-    return costs, device_name(some.device), dtype_name
+    on_gpu = some.device.type == "cuda"
+    name = torch.cuda.get_device_name(some.device) if on_gpu else str(some.device)
+    return costs, name, dtype_name

@@ -23,9 +23,9 @@ from orchestrator.data.store import PreparedData, TokenStore
 from orchestrator.evaluation.decode_timing import (
     SWEEP_NEW_TOKENS,
     SWEEP_PROMPT_TOKENS,
+    measure_draft,
     time_per_token,
 )
-from orchestrator.evaluation.draft_speed import measure_draft
 from orchestrator.models.folder import DTYPES
 from orchestrator.models.loading import load_model
 from orchestrator.records.record import Record
