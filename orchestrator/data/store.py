@@ -251,7 +251,8 @@ def finish_folder(
     """
     with new_file(folder / TOKENIZER_NAME) as temporary:
         tokenizer.save(str(temporary))
-    sha256 = checksums_of(folder, sorted(path.name for path in folder.iterdir()))
+    names = (TRAIN_NAME, VALIDATION_NAME, TEXTS_NAME, TOKENIZER_NAME)
+    sha256 = checksums_of(folder, [name for name in names if (folder / name).exists()])
     manifest = Manifest(
         fingerprint=fingerprint,
         settings=dict(settings),
