@@ -28,7 +28,7 @@ ADAPTERS = {
     "altair": ("orchestrator.reporting.charts",),
     "vl_convert": ("orchestrator.reporting.charts", "orchestrator.reporting.sections"),
     "jinja2": ("orchestrator.reporting.sections",),
-    "moocore": ("orchestrator.reporting.pareto",),
+    "moocore": ("orchestrator.reporting.front",),
     "optuna": ("orchestrator.sweeping.search",),
     "gguf": ("orchestrator.training.gguf_file",),
     "huggingface_hub": ("orchestrator.data", "iiet.huggingface"),

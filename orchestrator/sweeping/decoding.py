@@ -29,7 +29,7 @@ from orchestrator.evaluation.decode_timing import (
 from orchestrator.evaluation.draft_speed import measure_draft
 from orchestrator.records.record import Record
 from orchestrator.records.trial import SweepPlan, Trial
-from orchestrator.reporting.pareto import shown_trials
+from orchestrator.reporting.front import shown_trials
 from orchestrator.reporting.pick_rules import draft_targets
 from orchestrator.settings import Settings
 from orchestrator.sweeping.trials import exact_cost, full_config
