@@ -32,10 +32,10 @@ from iiet.export import export_pretrained
 from iiet.huggingface import fast_tokenizer
 from orchestrator.data.preparation import prepare
 from orchestrator.data.token_store import open_tokens
-from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model
 from orchestrator.evaluation.harness import Suite, load_suite, run_suite
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.evaluation.heldout import build_heldout
+from orchestrator.models.evaluated_model import EvaluatedModel, open_model
 from orchestrator.records.evaluation import STDERR_SUFFIX, TaskResult
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress

@@ -40,7 +40,7 @@ FLOWS = (
 )
 """Giver, receiver, and what flows."""
 
-USED_BY_ALL = ("workspace", "terminal", "settings", "records")
+USED_BY_ALL = ("workspace", "terminal", "settings", "records", "models")
 
 WIDTH, HEIGHT = 0.5, 0.36
 """Of a box, where columns and rows are 1 apart."""

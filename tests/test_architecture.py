@@ -30,8 +30,8 @@ ADAPTERS = {
     "jinja2": ("orchestrator.reporting.sections",),
     "moocore": ("orchestrator.reporting.front",),
     "optuna": ("orchestrator.sweeping.search",),
-    "gguf": ("orchestrator.training.gguf_file",),
-    "huggingface_hub": ("orchestrator.data", "iiet.huggingface"),
+    "gguf": ("orchestrator.models.gguf_file",),
+    "huggingface_hub": ("orchestrator.data", "orchestrator.models", "iiet.huggingface"),
 }
 """Library -> the only packages or modules that import it."""
 
@@ -43,6 +43,7 @@ ORDER = (
     "terminal",
     "settings",
     "records",
+    "models",
     "data",
     "tracking",
     "training",
@@ -58,7 +59,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_028,
+    "iiet": 8_060,
     "benchmarks": 3_620,
     "examples": 217,
     "research": 1_985,
@@ -66,15 +67,16 @@ LINES = {
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_619,
     "orchestrator/records": 977,
-    "orchestrator/data": 3_542,
+    "orchestrator/models": 2_146,
+    "orchestrator/data": 3_096,
     "orchestrator/tracking": 1_555,
-    "orchestrator/training": 5_054,
-    "orchestrator/evaluation": 4_788,
-    "orchestrator/planning": 1_138,
+    "orchestrator/training": 3_950,
+    "orchestrator/evaluation": 4_127,
+    "orchestrator/planning": 1_137,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_574,
     "orchestrator/sweeping": 3_365,
-    "orchestrator/pipelines": 4_704,
+    "orchestrator/pipelines": 4_708,
     "orchestrator/cli": 1_886,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

@@ -92,7 +92,7 @@ def open_session(
 
     with _full_disk_as_failure(locate_workspace(path).root), ExitStack() as stack:
         if dry_run:
-            from orchestrator.data.hub import DRY_RUN, offline
+            from orchestrator.models.hub import DRY_RUN, offline
 
             stack.enter_context(offline(DRY_RUN))
             space = find_workspace(path)

@@ -77,8 +77,8 @@ def _settings_to_continue(values: dict[str, Any], options: dict[str, Any]) -> st
         return None
     if values["config"] is not None:
         raise UserError("--continue takes the run's own settings; use it without --config")
+    from orchestrator.models.lookup import find_run_folder
     from orchestrator.settings import SETTINGS_NAME
-    from orchestrator.training.model_lookup import find_run_folder
     from orchestrator.workspace.layout import locate_workspace
 
     path = find_run_folder(locate_workspace(values["workspace"]), values["continue_"])

@@ -34,7 +34,7 @@ from orchestrator.data.tokenization import (
     TOKENIZER_CHARACTERS,
     training_texts,
 )
-from orchestrator.data.tokenizer import load_tokenizer, num_token_ids, train_tokenizer
+from orchestrator.models.tokenizer import load_tokenizer, num_token_ids, train_tokenizer
 from orchestrator.settings import DataSettings
 from orchestrator.settings.data import source_order
 from orchestrator.terminal.progress import Progress

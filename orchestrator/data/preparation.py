@@ -16,7 +16,6 @@ from orchestrator.data.depth.store import (
 )
 from orchestrator.data.depth.task import DepthTask
 from orchestrator.data.depth.tasks import make_tasks, vocabulary
-from orchestrator.data.hub_models import is_hub_name
 from orchestrator.data.mixture import MixtureStore, mixture_tasks
 from orchestrator.data.mixture_writing import whole_tokenizer, write_mixture
 from orchestrator.data.prepared import PreparedData, is_complete, verify_data
@@ -26,7 +25,8 @@ from orchestrator.data.text_source import text_source
 from orchestrator.data.text_writing import write_text
 from orchestrator.data.token_store import TokenStore
 from orchestrator.data.tokenization import can_resume
-from orchestrator.data.tokenizer import load_tokenizer, num_token_ids
+from orchestrator.models.hub_models import is_hub_name
+from orchestrator.models.tokenizer import load_tokenizer, num_token_ids
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import TEMPORARY_PREFIX, Workspace

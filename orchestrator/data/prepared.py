@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from iiet.batch import Batch
 from orchestrator.data.batches import positions_of_step
-from orchestrator.data.tokenizer import end_of_text_id, num_token_ids
+from orchestrator.models.tokenizer import end_of_text_id, num_token_ids
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import (
     checksums_of,

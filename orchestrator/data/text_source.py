@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 
 from iiet.extensions import ExtensionError, ExtensionTable
 from iiet.methods.base import NoOptions
-from orchestrator.data.hub import require_hub
 from orchestrator.data.python_docs import PYTHON_DOCS_VERSION, python_documents, python_state
 from orchestrator.data.text_files import find_files, read_file, record_text, split_long
+from orchestrator.models.hub import require_hub
 from orchestrator.settings import DataSettings
 from orchestrator.settings.data import TEXT_SOURCES
 from orchestrator.terminal.progress import Progress

@@ -30,7 +30,7 @@ from orchestrator.data.prepared import (
     verify_data,
 )
 from orchestrator.data.token_writer import RECORD_NAME, StaleTokens, TokenWriter
-from orchestrator.data.tokenizer import (
+from orchestrator.models.tokenizer import (
     end_of_text_id,
     load_tokenizer,
     num_token_ids,

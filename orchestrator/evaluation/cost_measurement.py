@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -17,7 +17,6 @@ from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from iiet.generation import stream
 from orchestrator.evaluation.decode_timing import (
-    Timing,
     decode_milliseconds,
     half_quartile_distance,
     random_prompt,
@@ -46,10 +45,30 @@ class MeasurementSettings:
     contexts: tuple[int, ...] = (32,)
     """Tokens of the prompt."""
     new_tokens: int = 32
-    """Tokens decoded after the prompt, one by one."""
+    """Tokens decoded after the prompt, one by one; the first is part of the prefill."""
     repetitions: int = 7
     num_threads: int = 1
     """PyTorch threads on a CPU."""
+
+    def check(self, context_lengths: Mapping[str, int]) -> None:
+        """Raise `UserError` if a condition is out of range, or does not fit a named model."""
+        least = {"new_tokens": 2, "batch_sizes": 1, "contexts": 1, "repetitions": 1}
+        problems = [
+            f"{name} must be at least {least[name]}, got {number}"
+            for name, value in asdict(self).items()
+            if name in least
+            for number in (value if isinstance(value, tuple) else (value,))
+            if number < least[name]
+        ]
+        short = min(context_lengths, key=context_lengths.__getitem__)
+        prompt, length = max(self.contexts), context_lengths[short]
+        if prompt + self.new_tokens > length:
+            problems.append(
+                f"{short} reads {length} tokens, not the {prompt} + {self.new_tokens} of prompt "
+                "and new tokens"
+            )
+        if problems:
+            raise UserError("benchmark: " + "; ".join(problems))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,106 +124,101 @@ class MeasuredCost:
 
 
 def measure_costs(
-    decoders: Mapping[str, Decoder],
-    conditions: MeasurementSettings,
-    progress: Progress | None = None,
+    decoders: Mapping[str, Decoder], conditions: MeasurementSettings, progress: Progress
 ) -> list[MeasuredCost]:
     """Measure models side by side under each batch size and context.
 
     Args:
         decoders: Name to model; each uses its own schedule. The full model is the one with the
             most FLOPs per token.
+        conditions: They fit the models; see `MeasurementSettings.check`.
         progress: Shows the measurements done; the caller ends it.
-
-    Raises:
-        UserError: If there is no model, or a condition exceeds a model's context.
     """
-    progress = progress or Progress()
-    for batch_size in conditions.batch_sizes:
-        if batch_size < 1:
-            raise UserError(f"benchmark: batch_size must be at least 1, got {batch_size}")
     pairs = [(b, c) for b in conditions.batch_sizes for c in conditions.contexts]
-    progress.start("benchmark", len(pairs) * len(decoders) * conditions.repetitions)
+    num_each = len(decoders) * conditions.repetitions
+    progress.start("benchmark", len(pairs) * num_each)
     costs: list[MeasuredCost] = []
-    with threads(conditions.num_threads):
-        for number, (batch_size, context) in enumerate(pairs):
-            before = number * len(decoders) * conditions.repetitions
-            text = f"batch {batch_size}, context {context}"
+    for number, (batch_size, context) in enumerate(pairs):
+
+        def advance(done: int, before: int = number * num_each) -> None:
+            progress.advance(before + done, f"batch {batch_size}, context {context}")  # noqa: B023
+
+        with threads(conditions.num_threads):
             timings = decode_milliseconds(
                 decoders,
                 prompt_tokens=context,
                 new_tokens=conditions.new_tokens,
                 batch_size=batch_size,
                 repetitions=conditions.repetitions,
-                on_done=lambda done, before=before, text=text: progress.advance(  # type: ignore[misc]
-                    before + done, text
-                ),
+                on_done=advance,
             )
-            costs += _costs(decoders, timings, context, conditions.new_tokens)
+            peaks = {
+                name: _peak_of_decoding(decoder, batch_size, context, conditions.new_tokens)
+                for name, decoder in decoders.items()
+            }
+        predicted = {
+            name: _predictions(decoder, context, conditions.new_tokens)
+            for name, decoder in decoders.items()
+        }
+        full = max(decoders, key=lambda name: predicted[name][DECODING][PREDICTION])
+        for name, decoder in decoders.items():
+            timing, whole = timings[name], timings[full]
+            weights = sum(parameter.nbytes for parameter in decoder.parameters())
+            size = next(decoder.parameters()).element_size()
+            cache = inference_cost(decoder.config, bytes_per_value=size).kv_bytes_per_token
+            phases = {
+                DECODING: (timing.steps, whole.steps),
+                FIRST_TOKEN: (timing.first_tokens, whole.first_tokens),
+            }
+            costs.append(
+                MeasuredCost(
+                    model=name,
+                    batch_size=batch_size,
+                    context=context,
+                    first_token_ms=statistics.median(timing.first_tokens),
+                    first_token_spread=half_quartile_distance(timing.first_tokens),
+                    decode_ms=timing.median,
+                    decode_spread=timing.spread,
+                    tokens_per_second=1e3 * batch_size / timing.median,
+                    weight_bytes=weights,
+                    kv_bytes=cache * batch_size * (context + conditions.new_tokens),
+                    peak_bytes=weights + peaks[name],
+                    shares={
+                        phase: _share(*times, predicted[name][phase], predicted[full][phase])
+                        for phase, times in phases.items()
+                    },
+                )
+            )
     return costs
 
 
-def _costs(
-    decoders: Mapping[str, Decoder], timings: Mapping[str, Timing], context: int, new_tokens: int
-) -> list[MeasuredCost]:
-    first: dict[str, dict[str, float]] = {}
-    steps: dict[str, dict[str, float]] = {}
-    for name, decoder in decoders.items():
-        prompt = inference_cost(decoder.config, context_length=context)
-        # Each step attends to one token more than the last; the middle one represents all.
-        step = inference_cost(decoder.config, context_length=context + new_tokens // 2)
-        evaluations = {SIMPLEST: float(step.evaluations_per_token)}
-        first[name] = {PREDICTION: prompt.prefill_flops_per_token, **evaluations}
-        steps[name] = {PREDICTION: step.decode_flops_per_token, **evaluations}
-    full = max(decoders, key=lambda name: steps[name][PREDICTION])
-    costs = []
-    for name, decoder in decoders.items():
-        timing = timings[name]
-        costs.append(
-            MeasuredCost(
-                model=name,
-                batch_size=timing.batch_size,
-                context=context,
-                first_token_ms=timing.first_token,
-                first_token_spread=timing.first_token_spread,
-                decode_ms=timing.median,
-                decode_spread=timing.spread,
-                tokens_per_second=1e3 * timing.batch_size / timing.median,
-                weight_bytes=sum(p.nbytes for p in decoder.parameters()),
-                kv_bytes=_kv_bytes(decoder, timing.batch_size * (context + new_tokens)),
-                peak_bytes=_peak_bytes(decoder, timing.batch_size, context, new_tokens),
-                shares={
-                    DECODING: _share(
-                        timing.repetitions,
-                        timings[full].repetitions,
-                        {key: value / steps[full][key] for key, value in steps[name].items()},
-                    ),
-                    FIRST_TOKEN: _share(
-                        timing.first_token_repetitions,
-                        timings[full].first_token_repetitions,
-                        {key: value / first[full][key] for key, value in first[name].items()},
-                    ),
-                },
-            )
-        )
-    return costs
+def _predictions(decoder: Decoder, context: int, new_tokens: int) -> dict[str, dict[str, float]]:
+    """Return what the cost model says of a step, and of a token of the prompt, by phase."""
+    prompt = inference_cost(decoder.config, context_length=context)
+    # Each step attends to one token more than the last; the middle one represents all.
+    step = inference_cost(decoder.config, context_length=context + new_tokens // 2)
+    evaluations = {SIMPLEST: float(step.evaluations_per_token)}
+    return {
+        DECODING: {PREDICTION: step.decode_flops_per_token, **evaluations},
+        FIRST_TOKEN: {PREDICTION: prompt.prefill_flops_per_token, **evaluations},
+    }
 
 
 def _share(
-    times: Sequence[float], full: Sequence[float], predicted: dict[str, float]
+    times: Sequence[float],
+    full_times: Sequence[float],
+    predicted: Mapping[str, float],
+    full_predicted: Mapping[str, float],
 ) -> RelativeTime:
-    ratios = [own / whole for own, whole in zip(times, full, strict=True)]
-    measured, spread = statistics.median(ratios), half_quartile_distance(ratios)
-    return RelativeTime(measured=measured, spread=spread, predicted=predicted)
+    ratios = [own / whole for own, whole in zip(times, full_times, strict=True)]
+    return RelativeTime(
+        measured=statistics.median(ratios),
+        spread=half_quartile_distance(ratios),
+        predicted={name: value / full_predicted[name] for name, value in predicted.items()},
+    )
 
 
-def _kv_bytes(decoder: Decoder, num_tokens: int) -> int:
-    bytes_per_value = next(decoder.parameters()).element_size()
-    cost = inference_cost(decoder.config, bytes_per_value=bytes_per_value)
-    return cost.kv_bytes_per_token * num_tokens
-
-
-def _peak_bytes(decoder: Decoder, batch_size: int, context: int, new_tokens: int) -> int:
+def _peak_of_decoding(decoder: Decoder, batch_size: int, context: int, new_tokens: int) -> int:
     prompt = random_prompt(decoder, batch_size, context)
 
     def work() -> None:
@@ -212,16 +226,10 @@ def _peak_bytes(decoder: Decoder, batch_size: int, context: int, new_tokens: int
         for _ in range(min(STEPS_FOR_MEMORY, new_tokens)):
             next(steps)
 
-    was_training = decoder.training
-    decoder.eval()
-    try:
-        beyond = peak_bytes(work, decoder.device)
-    finally:
-        decoder.train(was_training)
-    return beyond + sum(p.nbytes for p in decoder.parameters())
+    return peak_bytes(work, decoder.device)
 
 
-def peak_bytes(work: Callable[[], None], device: torch.device | str = "cpu") -> int:
+def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Return the largest number of bytes allocated at once during `work`, beyond those before it.
 
     A GPU's allocator keeps this number. On a CPU it is summed from the allocator's events. The
@@ -248,8 +256,3 @@ def peak_bytes(work: Callable[[], None], device: torch.device | str = "cpu") -> 
         live += num_bytes
         most = max(most, live)
     return most
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of a device, for tables."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -1,11 +1,9 @@
-"""Time per decoded token, measured so that models can be compared.
+"""Time per decoded token, and what a draft saves of it, measured so that models can be compared.
 
-All models take turns within a repetition, so a slow phase of the machine affects all of them. Each
-model is warmed up first. The generation is the cached, greedy one that users run, from the same
-random prompt. The prefill (time to the first token) is timed apart from the steps after it.
-
-On a GPU the warm-up captures the CUDA graphs that the timed steps replay, and nothing waits for the
-device between the first token and the last. Models run in the precision of the device.
+Models take turns within a repetition, so a slow phase of the machine affects all of them. Each is
+warmed up first. The generation is the cached, greedy one that users run; the prefill (time to the
+first token) is timed apart from the steps after it. On a GPU the warm-up captures the CUDA graphs
+that the timed steps replay, and nothing waits for the device between the first token and the last.
 """
 
 from __future__ import annotations
@@ -22,34 +20,40 @@ from torch import Tensor
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.generation import stream
+from iiet.generation import generate, stream
+from iiet.schedule import IterationSchedule
 from iiet.static_steps import StaticSteps
+from orchestrator.models.folder import DTYPES
+from orchestrator.models.loading import use_tf32
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import DTYPES
-from orchestrator.training.precision import device_precision, use_tf32
-from orchestrator.workspace.errors import UserError
+from orchestrator.training.precision import device_precision
 
 WARM_UP_TOKENS = 4
 SWEEP_PROMPT_TOKENS = 16
 SWEEP_NEW_TOKENS = 32
 SWEEP_REPETITIONS = 5
+NUM_TIMED_TEXTS = 6
+"""Texts that are continued one by one with a draft, with the clock; acceptance takes all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Decoding times of one model, in milliseconds; spreads are half interquartile ranges."""
+    """Decoding times of one model in milliseconds, one for each repetition."""
 
-    median: float
-    """Median over repetitions of the time per decoding step: one new token in every row."""
-    spread: float
-    first_token: float
-    """Median time of the prefill, up to the first new token."""
-    first_token_spread: float
-    repetitions: tuple[float, ...]
-    """Time per step of each repetition, in order, for paired comparisons."""
-    first_token_repetitions: tuple[float, ...]
-    batch_size: int
-    """Rows decoded together."""
+    first_tokens: tuple[float, ...]
+    """Time of the prefill, up to the first new token, all rows together."""
+    steps: tuple[float, ...]
+    """Time per decoding step after it: one new token in every row."""
+
+    @property
+    def median(self) -> float:
+        """Median time per step."""
+        return statistics.median(self.steps)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles of the time per step."""
+        return half_quartile_distance(self.steps)
 
 
 def decode_milliseconds(
@@ -67,45 +71,38 @@ def decode_milliseconds(
         decoders: Name to model; each uses its own schedule.
         prompt_tokens: Tokens of each prompt, read in one pass.
         new_tokens: Tokens to decode; at least 2, because the first is part of the prefill.
+        batch_size: Rows decoded together.
         on_done: Called with the number of measurements done.
-
-    Raises:
-        UserError: If a setting is out of range, or prompt and new tokens exceed a model's context.
     """
-    _check(decoders, prompt_tokens, new_tokens, batch_size, repetitions)
-    prompts = {name: random_prompt(d, batch_size, prompt_tokens) for name, d in decoders.items()}
     graphs = {name: _graphs(decoder) for name, decoder in decoders.items()}
-    for name, decoder in decoders.items():
+    starts = {
+        name: partial(
+            stream, decoder, random_prompt(decoder, batch_size, prompt_tokens), steps=graphs[name]
+        )
+        for name, decoder in decoders.items()
+    }
+
+    def timed(name: str, tokens: int) -> tuple[float, float]:
+        start = partial(starts[name], max_new_tokens=tokens)
+        return time_stream(start, tokens, decoders[name].device)
+
+    for name in decoders:
         # A GPU's warm-up needs all lengths of the cache, each of which may have its own graph.
-        warm_up = new_tokens if graphs[name] else min(WARM_UP_TOKENS, new_tokens)
-        _time_steps(decoder, prompts[name], warm_up, graphs[name])
-    steps: dict[str, list[float]] = {name: [] for name in decoders}
-    firsts: dict[str, list[float]] = {name: [] for name in decoders}
+        timed(name, new_tokens if graphs[name] else min(WARM_UP_TOKENS, new_tokens))
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
     names = list(decoders)
-    done = 0
     for repetition in range(repetitions):
         # Each repetition begins with another model, so none always runs after the slowest.
         shift = repetition % len(names)
-        for name in names[shift:] + names[:shift]:
-            decoder, prompt = decoders[name], prompts[name]
-            first, per_step = _time_steps(decoder, prompt, new_tokens, graphs[name])
-            firsts[name].append(first)
-            steps[name].append(per_step)
-            done += 1
+        for place, name in enumerate(names[shift:] + names[:shift], 1):
+            times[name].append(timed(name, new_tokens))
             if on_done:
-                on_done(done)
-    return {
-        name: Timing(
-            median=statistics.median(steps[name]),
-            spread=half_quartile_distance(steps[name]),
-            first_token=statistics.median(firsts[name]),
-            first_token_spread=half_quartile_distance(firsts[name]),
-            repetitions=tuple(steps[name]),
-            first_token_repetitions=tuple(firsts[name]),
-            batch_size=batch_size,
-        )
-        for name in decoders
-    }
+                on_done(repetition * len(names) + place)
+    found = {}
+    for name in names:
+        firsts, steps = zip(*times[name], strict=True)
+        found[name] = Timing(first_tokens=firsts, steps=steps)
+    return found
 
 
 def time_per_token(
@@ -150,6 +147,59 @@ def random_decoders(models: Mapping[str, ModelConfig], device: str) -> dict[str,
     return decoders
 
 
+def random_prompt(decoder: Decoder, batch_size: int, prompt_tokens: int) -> Tensor:
+    """Return fixed random tokens of shape (batch_size, prompt_tokens), on the model's device."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, prompt_tokens)
+    prompt = torch.randint(decoder.config.vocab_size, shape, generator=generator)
+    return prompt.to(decoder.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftSpeed:
+    """What a draft is worth for a model."""
+
+    acceptance: float
+    """Share of drafted tokens that the full model keeps."""
+    ms_per_token: float
+    """Median time of a token of exact output, with the draft."""
+    speed_up: float
+    """Median ratio of plain decoding's time to that with the draft, prompt by prompt."""
+
+
+@torch.inference_mode()
+def measure_draft(full: Decoder, draft: Decoder | IterationSchedule, texts: Tensor) -> DraftSpeed:
+    """Measure a draft of a model by greedy generations that continue held-out text.
+
+    So a draft is judged on the full model's own continuations. Acceptance is that of one drafted
+    token at a time; times are those of one row, after the first token.
+
+    Args:
+        full: The model whose output counts, under its own schedule.
+        draft: A cheaper schedule of it, or another decoder of the same vocabulary.
+        texts: (texts, time), held out; the beginnings are continued to the same length.
+    """
+    prompts = texts[:, : sweep_prompt_length(full.config.context_length)].to(full.device)
+    new_tokens = texts.size(1) - prompts.size(1)
+    _, record = generate(
+        full, prompts, max_new_tokens=new_tokens, draft=draft, draft_tokens=1, return_record=True
+    )
+    drafts: tuple[Decoder | IterationSchedule | None, ...] = (draft, None)
+    times: dict[bool, list[float]] = {True: [], False: []}
+    with threads(1):
+        for number, prompt in enumerate(torch.split(prompts[:NUM_TIMED_TEXTS], 1)):
+            # Each prompt begins with the other way.
+            for one in drafts[:: -1 if number % 2 else 1]:
+                steps = partial(stream, full, prompt, max_new_tokens=new_tokens, draft=one)
+                times[one is not None].append(time_stream(steps, new_tokens, full.device)[1])
+    ratios = [plain / drafted for plain, drafted in zip(times[False], times[True], strict=True)]
+    return DraftSpeed(
+        acceptance=record.acceptance or 0.0,
+        ms_per_token=statistics.median(times[True]),
+        speed_up=statistics.median(ratios),
+    )
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Set the number of PyTorch threads within the block."""
@@ -159,58 +209,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def random_prompt(decoder: Decoder, batch_size: int, prompt_tokens: int) -> Tensor:
-    """Return fixed random tokens of shape (batch_size, prompt_tokens), on the model's device."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch_size, prompt_tokens)
-    prompt = torch.randint(decoder.config.vocab_size, shape, generator=generator)
-    return prompt.to(decoder.device)
-
-
-def _check(
-    decoders: Mapping[str, Decoder],
-    prompt_tokens: int,
-    new_tokens: int,
-    batch_size: int,
-    repetitions: int,
-) -> None:
-    smallest = {
-        "prompt_tokens": (prompt_tokens, 1),
-        "new_tokens": (new_tokens, 2),
-        "batch_size": (batch_size, 1),
-        "repetitions": (repetitions, 1),
-    }
-    problems = [f"{k} must be at least {n}, got {v}" for k, (v, n) in smallest.items() if v < n]
-    if not decoders:
-        problems.append("there is no model to measure")
-    longest = min((d.config.context_length for d in decoders.values()), default=0)
-    if decoders and prompt_tokens + new_tokens > longest:
-        short = next(n for n, d in decoders.items() if d.config.context_length == longest)
-        problems.append(
-            f"{short} reads {longest} tokens, not the {prompt_tokens} + {new_tokens} of prompt and "
-            "new tokens"
-        )
-    if problems:
-        raise UserError("benchmark: " + "; ".join(problems))
-
-
-def _graphs(decoder: Decoder) -> StaticSteps | None:
-    return StaticSteps(decoder) if decoder.device.type == "cuda" else None
-
-
-def _time_steps(
-    decoder: Decoder, prompt: Tensor, new_tokens: int, graphs: StaticSteps | None
-) -> tuple[float, float]:
-    """Return milliseconds to the first token, and per step after it."""
-    was_training = decoder.training
-    decoder.eval()
-    try:
-        start = partial(stream, decoder, prompt, max_new_tokens=new_tokens, steps=graphs)
-        return time_stream(start, new_tokens, decoder.device)
-    finally:
-        decoder.train(was_training)
 
 
 def time_stream(
@@ -232,15 +230,19 @@ def time_stream(
     return 1e3 * (first - started), 1e3 * (ended - first) / (new_tokens - 1)
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def half_quartile_distance(values: Sequence[float]) -> float:
     """Return half the distance between the quartiles; 0 for fewer than two values."""
     if len(values) < 2:
         return 0.0
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return (high - low) / 2
+
+
+def _graphs(decoder: Decoder) -> StaticSteps | None:
+    return StaticSteps(decoder) if decoder.device.type == "cuda" else None
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

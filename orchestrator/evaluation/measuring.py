@@ -11,14 +11,14 @@ from iiet.decoder import Decoder
 from orchestrator.data.sources import open_data
 from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.batch_limit import BatchLimit
-from orchestrator.evaluation.evaluated_model import EvaluatedModel
 from orchestrator.evaluation.harness import Suite, run_model, run_suite
 from orchestrator.evaluation.harness.run import JournalOf, OnResult
 from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.models.evaluated_model import EvaluatedModel
+from orchestrator.models.folder import DTYPES
 from orchestrator.records.evaluation import EvaluationKeys, EvaluationResult, TaskResult
 from orchestrator.settings.training import Precision
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import DTYPES
 from orchestrator.training.distributed import World
 from orchestrator.training.precision import device_precision
 from orchestrator.training.validation import validation_metrics

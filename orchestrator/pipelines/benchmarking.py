@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import RenderableType
 
 from iiet.decoder import Decoder
@@ -23,15 +24,16 @@ from orchestrator.evaluation.cost_measurement import (
     HOW_MEASURED,
     MeasuredCost,
     MeasurementSettings,
-    device_name,
     measure_costs,
 )
-from orchestrator.evaluation.evaluated_model import (
+from orchestrator.models.evaluated_model import (
     EvaluatedModel,
     open_model,
     open_models,
     short_names,
 )
+from orchestrator.models.folder import DTYPES, known_schedules
+from orchestrator.models.lookup import load_influence_table
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.tracked_run import TrackedRun
@@ -40,9 +42,6 @@ from orchestrator.reporting import command_tables
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import join_names
-from orchestrator.training.checkpoint import DTYPES
-from orchestrator.training.checkpoint_lookup import known_schedules
-from orchestrator.training.model_lookup import load_influence_table
 from orchestrator.training.precision import device_precision
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.layout import Workspace, find_workspace
@@ -164,6 +163,7 @@ def plan_benchmark(
         usual = usual_contexts(opened, conditions.new_tokens)
         conditions = replace(conditions, contexts=usual)
     models_by_name = dict(zip(short_names(opened), opened, strict=True))
+    conditions.check({name: model.context_length for name, model in models_by_name.items()})
     return BenchmarkPlan(models=models_by_name, conditions=conditions)
 
 
@@ -260,4 +260,6 @@ def _measure(
     some = next(iter(decoders.values()))
     costs = measure_costs(decoders, conditions, progress)
     dtype_name = str(next(some.parameters()).dtype).removeprefix("torch.")
-    return costs, device_name(some.device), dtype_name
+    on_gpu = some.device.type == "cuda"
+    name = torch.cuda.get_device_name(some.device) if on_gpu else str(some.device)
+    return costs, name, dtype_name

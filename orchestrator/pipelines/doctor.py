@@ -260,7 +260,7 @@ def _workspace(workspace: Workspace) -> Found:
 
 
 def _hugging_face_hub(_: Workspace) -> Found:
-    from orchestrator.data.hub import hub_problem
+    from orchestrator.models.hub import hub_problem
 
     problem = hub_problem()
     remedy = "data sets and models of the hub must be in its cache or in files"

@@ -15,8 +15,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from orchestrator.cluster.launch import command_device
-from orchestrator.data.hub import offline
-from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_models, short_names
+from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.evaluation.harness import Suite
 from orchestrator.evaluation.harness.logged_files import (
     LoggedOutput,
@@ -26,7 +25,6 @@ from orchestrator.evaluation.harness.logged_files import (
 from orchestrator.evaluation.heldout import heldout_chances
 from orchestrator.evaluation.logged_samples import LoggedRun, find_logged_run
 from orchestrator.evaluation.measuring import Conditions, Measured, ModelMeasurer
-from orchestrator.evaluation.model_tokenizer import check_template
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.task_selection import (
     load_selection,
@@ -35,6 +33,10 @@ from orchestrator.evaluation.task_selection import (
     newest_tokens,
     select_tasks,
 )
+from orchestrator.models.evaluated_model import EvaluatedModel, open_models, short_names
+from orchestrator.models.hub import offline
+from orchestrator.models.loading import best_device
+from orchestrator.models.model_tokenizer import check_template
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
@@ -57,8 +59,6 @@ from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count, format_with_error
 from orchestrator.training.device_work import OnDevice, on_cpu
-from orchestrator.training.model_loading import best_device
-from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.training.tracked_models import evaluated_model
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.layout import Workspace, find_workspace

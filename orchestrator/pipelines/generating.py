@@ -23,7 +23,6 @@ from iiet.sampling import LogitsNotFinite
 from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord
 from iiet.weights import CONFIG
-from orchestrator.data.tokenizer import load_tokenizer, num_token_ids
 from orchestrator.evaluation.answers import (
     AnswerSettings,
     Decode,
@@ -31,22 +30,9 @@ from orchestrator.evaluation.answers import (
     TokenChoice,
     generate_answers,
 )
-from orchestrator.evaluation.model_tokenizer import (
-    Message,
-    ModelTokenizer,
-    PlainTokenizer,
-    checkpoint_tokenizer,
-    read_model_text_files,
-)
-from orchestrator.pipelines.context import Context, open_context
-from orchestrator.pipelines.models import local_model, plan_pick
-from orchestrator.planning.machine import check_device
-from orchestrator.records.trial import Trial
-from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import DTYPES, tokenizer_file
-from orchestrator.training.checkpoint_lookup import known_schedules
-from orchestrator.training.model_loading import EXPORTED, best_device, folder_kind, load_model
-from orchestrator.training.model_lookup import (
+from orchestrator.models.folder import DTYPES, known_schedules, tokenizer_file
+from orchestrator.models.loading import EXPORTED, best_device, folder_kind, load_model
+from orchestrator.models.lookup import (
     Picked,
     find_model_folder,
     parse_schedule,
@@ -54,6 +40,19 @@ from orchestrator.training.model_lookup import (
     resolve_checkpoint,
     resolve_model,
 )
+from orchestrator.models.model_tokenizer import (
+    Message,
+    ModelTokenizer,
+    PlainTokenizer,
+    checkpoint_tokenizer,
+    read_model_text_files,
+)
+from orchestrator.models.tokenizer import load_tokenizer, num_token_ids
+from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.models import local_model, plan_pick
+from orchestrator.planning.machine import check_device
+from orchestrator.records.trial import Trial
+from orchestrator.terminal.progress import Progress
 from orchestrator.training.precision import device_precision
 from orchestrator.workspace.errors import RunFailed, UserError, quoted
 from orchestrator.workspace.layout import Workspace

@@ -27,16 +27,46 @@ from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
 from orchestrator.cluster.launch import command_device
-from orchestrator.data.gguf_tokenizer import gguf_token_ids, write_gguf_tokenizer
-from orchestrator.data.hub_models import download_model, is_hub_name, shown_name
-from orchestrator.data.tokenizer import (
+from orchestrator.models.config import model_family
+from orchestrator.models.evaluated_model import open_model
+from orchestrator.models.folder import (
+    TOKEN_IDS,
+    TOKENIZER,
+    load_config,
+    load_provenance,
+    newest_intact_checkpoint,
+    read_text_files,
+    served_schedules,
+    weights_key,
+)
+from orchestrator.models.gguf_file import ARCHITECTURE, GgufFile
+from orchestrator.models.gguf_tokenizer import gguf_token_ids, write_gguf_tokenizer
+from orchestrator.models.hub_models import download_model, is_hub_name, shown_name
+from orchestrator.models.loading import (
+    EXPORTED_TYPE,
+    PUBLISHED,
+    decoder_config,
+    folder_kind,
+    load_model,
+    model_folder_key,
+    read_config,
+)
+from orchestrator.models.lookup import (
+    Picked,
+    find_checkpoint_by_weights,
+    hub_hint,
+    load_influence_table,
+    parse_schedule,
+    resolve_checkpoint,
+    resolve_model,
+)
+from orchestrator.models.model_tokenizer import PlainTokenizer, read_model_text_files
+from orchestrator.models.tokenizer import (
     end_of_text_id,
     load_tokenizer,
     num_token_ids,
     tokenizer_path,
 )
-from orchestrator.evaluation.evaluated_model import open_model
-from orchestrator.evaluation.model_tokenizer import PlainTokenizer, read_model_text_files
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
@@ -60,37 +90,7 @@ from orchestrator.reporting.results import (
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_parameters
-from orchestrator.training.checkpoint import (
-    TOKEN_IDS,
-    TOKENIZER,
-    load_config,
-    load_provenance,
-    read_text_files,
-    save_checkpoint,
-    served_schedules,
-    weights_key,
-)
-from orchestrator.training.checkpoint_lookup import newest_intact_checkpoint
-from orchestrator.training.gguf_file import ARCHITECTURE, GgufFile
-from orchestrator.training.model_config import model_family
-from orchestrator.training.model_loading import (
-    EXPORTED_TYPE,
-    PUBLISHED,
-    decoder_config,
-    folder_kind,
-    load_model,
-    model_folder_key,
-    read_config,
-)
-from orchestrator.training.model_lookup import (
-    Picked,
-    find_checkpoint_by_weights,
-    hub_hint,
-    load_influence_table,
-    parse_schedule,
-    resolve_checkpoint,
-    resolve_model,
-)
+from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.training.tracked_models import trial_model
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import new_folder, resolve_path, write_text

@@ -18,12 +18,15 @@ from pydantic import Field
 
 from iiet.influence import InfluenceTable
 from orchestrator.cluster.launch import joined_cluster, trial_device
-from orchestrator.data.hub import DRY_RUN, offline
+from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.data.sources import open_data
 from orchestrator.evaluation.heldout import heldout_chances, offered_tasks
 from orchestrator.evaluation.task_selection import check_sweep_tasks, needs_lm_eval, tasks_of_source
+from orchestrator.models.folder import load_config
+from orchestrator.models.hub import DRY_RUN, offline
+from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.influence import plan_influence, run_influence
 from orchestrator.pipelines.models import local_model
@@ -74,8 +77,6 @@ from orchestrator.sweeping.trial_states import (
 from orchestrator.sweeping.trials import exact_cost, full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
-from orchestrator.training.checkpoint import load_config
-from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import Workspace, find_workspace, portable_path

@@ -21,9 +21,11 @@ from pydantic import field_serializer
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.joining import check_ray_can_run
 from orchestrator.cluster.launch import job_runner, joined_cluster
-from orchestrator.data.hub import DRY_RUN, offline
+from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.data.preparation import ExpectedTokens, expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
+from orchestrator.models.hub import DRY_RUN, offline
+from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
@@ -40,7 +42,6 @@ from orchestrator.training.continuing import continue_job, continued_settings
 from orchestrator.training.first_stage import share_first_stages
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.job_checks import check_job
-from orchestrator.training.model_lookup import resolve_teacher, tokens_folder_of
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_text

@@ -239,7 +239,7 @@ def _kept_checkpoints(folder: Path) -> set[Path]:
 
 
 def _damaged(workspace: Workspace, _: Note) -> Found:
-    from orchestrator.training.checkpoint import check_checkpoint
+    from orchestrator.models.folder import check_checkpoint
 
     for folder in training_folders(workspace):
         for checkpoint in find_checkpoints(folder) if not _is_in_use(folder) else ():

@@ -25,14 +25,13 @@ from iiet.distillation import DistillationConfig
 from iiet.elastic import member_flops_per_token
 from iiet.schedule import IterationSchedule
 from iiet.training_memory import training_memory
+from orchestrator.models.folder import load_config, load_provenance, newest_checkpoint
 from orchestrator.planning.machine import installed_gpus, local_resources, num_sharing
 from orchestrator.records.record import Record
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings, Settings, TrainingSettings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes, format_duration
-from orchestrator.training.checkpoint import load_config, load_provenance
-from orchestrator.training.checkpoint_lookup import newest_checkpoint
 from orchestrator.training.first_stage import FirstStage, first_stage_of
 from orchestrator.training.job import sequences_per_step
 from orchestrator.training.learning_rate import stable_steps

@@ -21,6 +21,8 @@ from iiet.cost import inference_cost
 from iiet.dropping import kept_config, most_important_layers
 from iiet.influence import InfluenceTable
 from iiet.pruning import FamilyMember
+from orchestrator.models.folder import check_checkpoint, load_config, load_provenance
+from orchestrator.models.lookup import run_folders
 from orchestrator.records.training import TrainingOutcome
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import BASELINE_METHOD, Settings, SweepSettings, TrainingSettings
@@ -33,9 +35,7 @@ from orchestrator.sweeping.model_plans import (
 )
 from orchestrator.sweeping.trials import student_job, trained_trial
 from orchestrator.terminal.render import format_count
-from orchestrator.training.checkpoint import check_checkpoint, load_config, load_provenance
 from orchestrator.training.job import NON_KEY_FIELDS
-from orchestrator.training.model_lookup import run_folders
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import last_recorded
 from orchestrator.workspace.layout import DONE_NAME, Workspace, checkpoint_name, find_checkpoints

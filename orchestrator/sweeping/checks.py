@@ -12,6 +12,7 @@ from functools import partial
 from iiet.methods import METHODS
 from orchestrator.data.preparation import sequence_length
 from orchestrator.evaluation.task_selection import lm_eval_task_fingerprints
+from orchestrator.models.config import build_model_config
 from orchestrator.planning.estimate import assign_trial_gpus
 from orchestrator.planning.machine import (
     Resources,
@@ -33,7 +34,6 @@ from orchestrator.sweeping.model_plans import (
 from orchestrator.sweeping.plan import check_budgets
 from orchestrator.sweeping.trials import check_student_batch
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.model_config import build_model_config
 from orchestrator.workspace.errors import UserError
 
 

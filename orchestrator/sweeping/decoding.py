@@ -24,9 +24,11 @@ from orchestrator.data.token_store import TokenStore
 from orchestrator.evaluation.decode_timing import (
     SWEEP_NEW_TOKENS,
     SWEEP_PROMPT_TOKENS,
+    measure_draft,
     time_per_token,
 )
-from orchestrator.evaluation.draft_speed import measure_draft
+from orchestrator.models.folder import DTYPES
+from orchestrator.models.loading import load_model
 from orchestrator.records.record import Record
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.front import shown_trials
@@ -35,8 +37,6 @@ from orchestrator.settings import Settings
 from orchestrator.sweeping.trials import exact_cost, full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
-from orchestrator.training.checkpoint import DTYPES
-from orchestrator.training.model_loading import load_model
 from orchestrator.training.precision import device_precision
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.provenance import content_key, environment

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from iiet.config import ModelConfig
 from iiet.pruning import FamilyMember
+from orchestrator.models.folder import load_config
 from orchestrator.planning.estimate import Estimate, price_of_trials
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, ElasticSettings, Settings, TrainingSettings
@@ -23,7 +24,6 @@ from orchestrator.sweeping.trials import (
     trained_trial,
 )
 from orchestrator.terminal.render import format_count
-from orchestrator.training.checkpoint import load_config
 from orchestrator.training.job import job_key
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, checkpoint_name

@@ -30,8 +30,8 @@ from iiet.pruning import (
     within_cost,
 )
 from iiet.schedule import IterationSchedule
+from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.data.sources import open_data
-from orchestrator.evaluation.model_tokenizer import check_template, checkpoint_tokenizer
 from orchestrator.evaluation.python_tasks import HELDOUT
 from orchestrator.evaluation.task_selection import (
     lm_eval_task_fingerprints,
@@ -40,6 +40,8 @@ from orchestrator.evaluation.task_selection import (
     select_tasks,
     user_task_folders,
 )
+from orchestrator.models.folder import load_config, text_files_key, weights_key
+from orchestrator.models.model_tokenizer import check_template, checkpoint_tokenizer
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
@@ -61,10 +63,8 @@ from orchestrator.sweeping.trials import (
 )
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
-from orchestrator.training.checkpoint import load_config, text_files_key, weights_key
 from orchestrator.training.first_stage import share_first_stages
 from orchestrator.training.job import job_key
-from orchestrator.training.model_lookup import tokens_folder_of
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import last_recorded

@@ -15,15 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.models.evaluated_model import open_model
+from orchestrator.models.folder import load_provenance
 from orchestrator.records.training import TrainingOutcome
 from orchestrator.records.trial import AshaTrial, Trial
 from orchestrator.sweeping.asha import discard_early_stop, stored_early_stop
 from orchestrator.terminal.stop import stop_requested
-from orchestrator.training.checkpoint import load_provenance
 from orchestrator.training.run import Report, run_job
 from orchestrator.training.run_lock import is_run_locked, lock_run_folder
 from orchestrator.workspace.errors import UserError

@@ -17,11 +17,11 @@ from iiet.cost import inference_cost
 from iiet.distillation import DistillationConfig
 from iiet.pruning import FamilyMember
 from iiet.schedule import IterationSchedule
+from orchestrator.models.folder import load_config, weights_key
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Role, SweepPlan, Trial, TrialSuite, teacher_or_costliest
 from orchestrator.settings import DistillationSettings, Settings, TrainingSettings
-from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.finished_weights import folder_of_weights
 from orchestrator.training.job import job_key, sequences_per_step
 from orchestrator.training.schedules import checked_family

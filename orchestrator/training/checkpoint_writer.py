@@ -21,14 +21,9 @@ from torch import Tensor
 
 from iiet.decoder import Decoder
 from orchestrator.data.prepared import PreparedData
+from orchestrator.models.folder import ELASTIC, JOB_KEY, read_text_files, weights_key
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.checkpoint import (
-    ELASTIC,
-    JOB_KEY,
-    read_text_files,
-    save_checkpoint,
-    weights_key,
-)
+from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.training.distributed import World, run_on_first
 from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.host_copies import HostCopies

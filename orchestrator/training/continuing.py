@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from orchestrator.data.model_tokens import tokens_folder_of
+from orchestrator.models.folder import newest_intact_checkpoint
+from orchestrator.models.lookup import find_run_folder
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import SETTINGS_NAME, Settings, TrainingSettings, read_settings
-from orchestrator.training.checkpoint_lookup import newest_intact_checkpoint
 from orchestrator.training.job import key_fields
 from orchestrator.training.job_checks import describe_difference
 from orchestrator.training.learning_rate import learning_rate_at, stable_steps
-from orchestrator.training.model_lookup import find_run_folder, tokens_folder_of
 from orchestrator.training.schedules import schedule_by_step
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from iiet.methods import METHODS
+from orchestrator.models.folder import check_checkpoint
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.checkpoint import check_checkpoint
 from orchestrator.training.job import JOURNAL_ONLY_FIELDS, job_key
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import delete_folder, new_folder

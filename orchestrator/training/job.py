@@ -14,9 +14,9 @@ from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
 from iiet.methods import METHODS
 from orchestrator.data.sources import open_data
+from orchestrator.models.folder import check_checkpoint, weights_key
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.checkpoint import check_checkpoint, weights_key
 from orchestrator.training.schedules import DRAWS_VERSION
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import DONE_NAME, checkpoint_name

@@ -10,8 +10,8 @@ from iiet.dropping import kept_config
 from orchestrator.data.batches import check_even_split
 from orchestrator.data.prepared import verify_data
 from orchestrator.data.sources import open_data
+from orchestrator.models.folder import check_checkpoint, load_config
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.checkpoint import check_checkpoint, load_config
 from orchestrator.training.job import key_fields, sequences_per_step
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json, write_json

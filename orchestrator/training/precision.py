@@ -1,4 +1,4 @@
-"""What a device can compute: bfloat16 and TF32."""
+"""What a device can compute in bfloat16."""
 
 from __future__ import annotations
 
@@ -58,10 +58,3 @@ def frozen_dtype(precision: str, device: str | torch.device) -> torch.dtype:
     """Return the dtype of a teacher's weights: a GPU needs no float32 ones for bf16."""
     is_half = precision == "bf16" and torch.device(device).type == "cuda"
     return torch.bfloat16 if is_half else torch.float32
-
-
-def use_tf32(device: str | torch.device) -> None:
-    """Let float32 matrix products on GPUs run as TF32, in this process; CPUs compute as before."""
-    # On CPUs the same switch allows bfloat16 products.
-    if torch.device(device).type == "cuda":
-        torch.set_float32_matmul_precision("high")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from iiet.methods import METHODS
 from orchestrator.data.preparation import check_context_length, expected_tokens
+from orchestrator.models.config import build_model_config
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import Settings
 from orchestrator.training.finished_weights import folder_of_weights
 from orchestrator.training.job import job_key
-from orchestrator.training.model_config import build_model_config
 from orchestrator.training.schedules import checked_family
 from orchestrator.workspace.layout import Workspace
 

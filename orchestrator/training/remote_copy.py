@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from pyarrow import fs
 from pyarrow.lib import ArrowException
 
+from orchestrator.models.folder import JOB_KEY, check_checkpoint, load_provenance
 from orchestrator.settings import storage_problem
-from orchestrator.training.checkpoint import JOB_KEY, check_checkpoint, load_provenance
 from orchestrator.workspace.errors import UserError, mask_secrets
 from orchestrator.workspace.files import VERIFIED_NAME, new_folder
 from orchestrator.workspace.layout import PROVENANCE, find_checkpoints

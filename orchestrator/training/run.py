@@ -20,10 +20,10 @@ from iiet.batch import Batch
 from iiet.distillation import Model, RememberingTeacher
 from iiet.schedule import IterationSchedule
 from orchestrator.data.sources import open_data
+from orchestrator.models.folder import check_checkpoint, newest_checkpoint
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.terminal.stop import stop_requested
-from orchestrator.training.checkpoint import check_checkpoint, load_training_state
-from orchestrator.training.checkpoint_lookup import newest_checkpoint
+from orchestrator.training.checkpoint import load_training_state
 from orchestrator.training.checkpoint_writer import CheckpointWriter, set_random_state
 from orchestrator.training.compiling import compile_fields
 from orchestrator.training.distributed import World, replicate, run_on_first

@@ -27,15 +27,15 @@ from torch import Tensor
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
 from orchestrator.data.sources import open_data
+from orchestrator.models.folder import load_config, weights_key
+from orchestrator.models.loading import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes
-from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.device_work import OnDevice, on_cpu
 from orchestrator.training.distributed import World, autocast
 from orchestrator.training.job import sequences_per_step
-from orchestrator.training.model_loading import load_model
 from orchestrator.training.precision import frozen_dtype
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import (

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from iiet.config import ModelConfig
 from orchestrator.data.sources import describe_data
+from orchestrator.models.config import model_family
+from orchestrator.models.folder import weights_key
 from orchestrator.records.tracked_run import TrackedModel
 from orchestrator.records.training import TrainingJob, method_parameters
 from orchestrator.records.trial import Trial
 from orchestrator.terminal.render import format_schedule
-from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.job import finished_outcome
-from orchestrator.training.model_config import model_family
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
 

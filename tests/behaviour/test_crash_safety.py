@@ -30,8 +30,9 @@ from orchestrator.data.prepared import is_complete, verify_data
 from orchestrator.data.token_writer import TokenWriter
 from orchestrator.data.tokenization import write_tokens
 from orchestrator.evaluation.answer_journal import AnswerJournal
+from orchestrator.models.folder import check_checkpoint
 from orchestrator.settings import DataSettings
-from orchestrator.training.checkpoint import check_checkpoint, load_training_state, save_checkpoint
+from orchestrator.training.checkpoint import load_training_state, save_checkpoint
 from orchestrator.training.checkpoint_writer import prune_checkpoints
 from orchestrator.training.teacher_cache import CachePlan, open_cache, write_cache
 from orchestrator.workspace.files import new_folder, read_json, write_json

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from orchestrator import plan_sweep, sweep
+from orchestrator.models.folder import load_config, served_schedules
 from orchestrator.pipelines.models import pick
 from orchestrator.pipelines.sweeps import SweepResult
 from orchestrator.reporting.elastic_section import ELASTIC_TITLE
 from orchestrator.settings import Settings, read_settings
-from orchestrator.training.checkpoint import load_config, served_schedules
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 pytestmark = pytest.mark.long

@@ -21,8 +21,8 @@ from method_suite import assert_passes_suite
 from small_size import SMALL
 
 from orchestrator import cli
+from orchestrator.models.folder import METHOD_PACKAGE, load_provenance
 from orchestrator.pipelines.doctor import examine, extension_points
-from orchestrator.training.checkpoint import METHOD_PACKAGE, load_provenance
 from orchestrator.workspace.layout import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from changed_trials import in_folder, with_job
 
+from orchestrator.models.folder import weights_key
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import weights_key
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints
 
@@ -48,8 +48,8 @@ def test_a_killed_process_loses_only_the_steps_since_the_last_checkpoint(
 
     def measure_losses_only(parameters: dict[str, Any], context: Any) -> dict[str, Any]:
         from orchestrator.evaluation.measuring import heldout_loss
+        from orchestrator.models.loading import load_model
         from orchestrator.sweeping import trial_run
-        from orchestrator.training.model_loading import load_model
 
         def measure(trial: Trial, device: str) -> Trial:
             model = load_model(Path(str(trial.checkpoint)), schedule=trial.model.corrections)

@@ -21,11 +21,11 @@ from terminal import run_in_terminal
 import orchestrator
 from iiet import Decoder, preset
 from orchestrator import cli
+from orchestrator.models.loading import load_model
 from orchestrator.pipelines.models import export_checkpoint
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import Settings, read_settings
 from orchestrator.settings.files import shipped_sweeps
-from orchestrator.training.model_loading import load_model
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS_PAGE = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")

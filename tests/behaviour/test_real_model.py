@@ -17,8 +17,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orchestrator.models.loading import load_model
 from orchestrator.pipelines.generating import Sampling, TextGenerator
-from orchestrator.training.model_loading import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "real-model.md").read_text(encoding="utf-8")

@@ -26,7 +26,9 @@ from iiet.schedule import IterationSchedule
 from orchestrator import cli
 from orchestrator.data.python_docs import python_documents
 from orchestrator.evaluation import decode_timing
-from orchestrator.evaluation.evaluated_model import open_model
+from orchestrator.models.evaluated_model import open_model
+from orchestrator.models.folder import newest_checkpoint
+from orchestrator.models.lookup import Picked, load_influence_table
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.syncing import sync
@@ -39,10 +41,8 @@ from orchestrator.sweeping.decoding import with_costs, with_decoding
 from orchestrator.sweeping.plan import plan_iterations, plan_students, schedule_search
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint_lookup import newest_checkpoint
 from orchestrator.training.distributed import World
 from orchestrator.training.job_models import load_teacher
-from orchestrator.training.model_lookup import Picked, load_influence_table
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.training.run import run_job
 from orchestrator.training.teacher_cache import answers_by_step, store_answers

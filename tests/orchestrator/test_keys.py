@@ -17,10 +17,10 @@ from iiet.methods.implicit_euler import ImplicitEulerOptions
 from iiet.schedule import IterationSchedule
 from orchestrator.data.corpus import Document
 from orchestrator.data.tokenization import write_tokens
-from orchestrator.evaluation.evaluated_model import open_model
 from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.models.evaluated_model import open_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
 from orchestrator.settings import DataSettings, ElasticSettings, TrainingSettings

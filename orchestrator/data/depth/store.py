@@ -25,7 +25,7 @@ from orchestrator.data.prepared import (
     write_without_tokens,
 )
 from orchestrator.data.shares import SourceOrder
-from orchestrator.data.tokenizer import load_tokenizer
+from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings
 from orchestrator.settings.data import DepthSettings
 from orchestrator.workspace.errors import UserError

@@ -10,7 +10,7 @@ from orchestrator.data.depth.chains import PointerChains
 from orchestrator.data.depth.induction import PHopInduction
 from orchestrator.data.depth.permutation_words import PermutationWords
 from orchestrator.data.depth.task import DepthTask, numbered_symbols
-from orchestrator.data.tokenizer import END_OF_TEXT
+from orchestrator.models.tokenizer import END_OF_TEXT
 from orchestrator.settings.data import DepthSettings, parse_task_name
 from orchestrator.workspace.errors import UserError
 

@@ -20,8 +20,8 @@ from iiet.decoder import Decoder
 from orchestrator.evaluation.answers import Question, generate_answers
 from orchestrator.evaluation.harness.answer_settings import answer_settings
 from orchestrator.evaluation.harness.chat import ChatModel
-from orchestrator.evaluation.model_tokenizer import ModelTokenizer
 from orchestrator.evaluation.scoring import Score, score_continuations
+from orchestrator.models.model_tokenizer import ModelTokenizer
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.provenance import content_key

@@ -14,13 +14,13 @@ from lm_eval.api.registry import AGGREGATION_REGISTRY
 from lm_eval.api.task import Task
 
 from iiet.decoder import Decoder
-from orchestrator.data.hub import offline
 from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.harness.answer_settings import check_answer_settings
 from orchestrator.evaluation.harness.decoder_model import DecoderModel
 from orchestrator.evaluation.harness.suite import Suite
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
-from orchestrator.evaluation.model_tokenizer import (
+from orchestrator.models.hub import offline
+from orchestrator.models.model_tokenizer import (
     ModelTokenizer,
     PlainTokenizer,
     check_template,

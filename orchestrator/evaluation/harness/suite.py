@@ -21,11 +21,11 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from orchestrator.data.hub import hub_problem, offline
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.evaluation.harness.task_index import index_names, nearest_name
 from orchestrator.evaluation.heldout import heldout_configs
 from orchestrator.evaluation.python_tasks import TASKS, expand_groups, task_config
+from orchestrator.models.hub import hub_problem, offline
 from orchestrator.records.evaluation import ACCURACY_METRICS
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.workspace.errors import RunFailed, UserError, first_line

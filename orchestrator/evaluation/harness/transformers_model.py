@@ -13,12 +13,12 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from orchestrator.data.hub import offline
 from orchestrator.evaluation.harness.answer_settings import usual_max_new_tokens
 from orchestrator.evaluation.harness.chat import ChatModel
 from orchestrator.evaluation.harness.decoder_model import num_items
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
-from orchestrator.evaluation.model_tokenizer import FolderTokenizer
+from orchestrator.models.hub import offline
+from orchestrator.models.model_tokenizer import FolderTokenizer
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError, first_line

@@ -11,9 +11,9 @@ import numpy as np
 
 from orchestrator.data.corpus import Document, hash_fraction
 from orchestrator.data.token_store import TokenStore
-from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.evaluation.heldout.ngrams import TokenBigrams, WordTrigrams
 from orchestrator.evaluation.heldout.text_items import ItemBuilder
+from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.workspace.errors import UserError
 
 TEXT_VERSION = 1

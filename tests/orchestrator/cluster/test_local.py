@@ -16,9 +16,9 @@ import pytest
 from orchestrator import cli
 from orchestrator.cluster import local as local_run
 from orchestrator.cluster.local import run_local_jobs
+from orchestrator.models.folder import weights_key
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import read_journal

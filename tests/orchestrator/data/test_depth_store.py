@@ -13,7 +13,7 @@ from orchestrator.data.depth.store import DepthStore
 from orchestrator.data.preparation import expected_tokens, find_prepared, prepare
 from orchestrator.data.shares import SourceOrder
 from orchestrator.data.sources import open_data
-from orchestrator.data.tokenizer import load_tokenizer
+from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings, resolve_settings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace

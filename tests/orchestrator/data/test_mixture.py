@@ -16,7 +16,7 @@ from orchestrator.data.preparation import describe, expected_tokens, find_prepar
 from orchestrator.data.prepared import verify_data
 from orchestrator.data.sources import open_data
 from orchestrator.data.token_store import TokenStore
-from orchestrator.data.tokenizer import load_tokenizer
+from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings, resolve_settings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import TEMPORARY_PREFIX, Workspace

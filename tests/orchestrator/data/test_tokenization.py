@@ -14,7 +14,7 @@ from orchestrator.data.corpus import Document, is_validation
 from orchestrator.data.prepared import verify_data
 from orchestrator.data.token_store import TokenStore, open_tokens
 from orchestrator.data.tokenization import write_tokens
-from orchestrator.data.tokenizer import load_tokenizer
+from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings
 from orchestrator.workspace.errors import UserError
 

@@ -10,7 +10,7 @@ import torch
 
 from iiet import Decoder, ModelConfig
 from orchestrator.data.token_store import open_tokens
-from orchestrator.evaluation.model_tokenizer import PlainTokenizer
+from orchestrator.models.model_tokenizer import PlainTokenizer
 
 
 @pytest.fixture

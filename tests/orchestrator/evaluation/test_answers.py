@@ -15,7 +15,7 @@ from iiet.generation import generate
 from iiet.sampling import Sampler, row_keys
 from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
 from orchestrator.evaluation.harness.answer_settings import answer_settings
-from orchestrator.evaluation.model_tokenizer import PlainTokenizer
+from orchestrator.models.model_tokenizer import PlainTokenizer
 from orchestrator.workspace.errors import UserError
 
 CONTEXTS = ["a bag", "the hen had gone and", "cab", "face the deaf pig and feed", "x", "dad had"]

@@ -14,8 +14,8 @@ from iiet import Decoder, ModelConfig
 from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
 from orchestrator.evaluation.cost_measurement import peak_bytes
 from orchestrator.evaluation.measuring import heldout_loss
-from orchestrator.evaluation.model_tokenizer import PlainTokenizer
 from orchestrator.evaluation.scoring import score_continuations
+from orchestrator.models.model_tokenizer import PlainTokenizer
 from orchestrator.workspace.errors import DeviceError
 
 

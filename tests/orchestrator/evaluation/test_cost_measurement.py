@@ -23,7 +23,10 @@ from orchestrator.evaluation.cost_measurement import (
     peak_bytes,
 )
 from orchestrator.reporting import command_tables
+from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
+
+CONDITIONS = MeasurementSettings(batch_sizes=(1, 3), contexts=(4, 6), new_tokens=4, repetitions=3)
 
 
 @pytest.fixture
@@ -33,16 +36,14 @@ def decoders(tiny_model: dict[str, Any]) -> dict[str, Decoder]:
     return {"none": none, "full": decoder}
 
 
-CONDITIONS = MeasurementSettings(batch_sizes=(1, 3), contexts=(4, 6), new_tokens=4, repetitions=3)
-
-
 def measure_by_flops(
     decoders: dict[str, Decoder], monkeypatch: pytest.MonkeyPatch, constant: float = 0.0
 ) -> list[MeasuredCost]:
     """Measure with a fake clock: time is proportional to FLOPs, plus a constant."""
     calls = iter(range(1000))
 
-    def timed(model: Decoder, prompt: torch.Tensor, new_tokens: int, _: Any) -> tuple[float, float]:
+    def timed(start: Any, new_tokens: int, _: Any) -> tuple[float, float]:
+        model, prompt = start.args
         context = prompt.size(1)
         first = inference_cost(model.config, context_length=context).prefill_flops_per_token
         step = inference_cost(model.config, context_length=context + new_tokens // 2)
@@ -50,8 +51,8 @@ def measure_by_flops(
         factor = 1.0 + next(calls) // len(decoders)
         return factor * context * first, factor * (constant + step.decode_flops_per_token)
 
-    monkeypatch.setattr(decode_timing, "_time_steps", timed)
-    return measure_costs(decoders, CONDITIONS)
+    monkeypatch.setattr(decode_timing, "time_stream", timed)
+    return measure_costs(decoders, CONDITIONS, Progress())
 
 
 def test_the_residual_is_zero_if_time_follows_the_cost_model(
@@ -72,6 +73,16 @@ def test_the_residual_is_zero_if_time_follows_the_cost_model(
                 assert share.predicted["evaluations"] < share.predicted["FLOPs"] < 1
     lines = command_tables.prediction_error_sentences(costs)
     assert lines[0].startswith("decoding: FLOPs predict every share within 0.0% of it")
+
+    metrics = costs[0].metrics()
+    assert metrics["cost/batch_1_context_4/decode_ms"] == costs[0].decode_ms
+    console = Console(width=120)
+    with console.capture() as printed:
+        for table in command_tables.cost_and_share_tables(costs):
+            console.print(table)
+    assert printed.get().count("3 x 6") == 2 * 3
+    assert "40.0" in printed.get()
+    assert len(command_tables.cost_and_share_tables([c for c in costs if c.model == "full"])) == 1
 
 
 def test_a_share_that_differs_from_the_prediction_is_reported(
@@ -101,7 +112,7 @@ def test_peak_bytes_counts_allocations_exactly() -> None:
 
 
 def test_the_peak_includes_weights_and_cache(decoders: dict[str, Decoder]) -> None:
-    costs = measure_costs(decoders, CONDITIONS)
+    costs = measure_costs(decoders, CONDITIONS, Progress())
     for cost in costs:
         decoder = decoders[cost.model]
         cache = KeyValueCache(
@@ -116,24 +127,14 @@ def test_the_peak_includes_weights_and_cache(decoders: dict[str, Decoder]) -> No
     assert by_name["full", 1, 6] < by_name["full", 3, 6]
 
 
-def test_tables_contain_models_conditions_and_numbers(
-    decoders: dict[str, Decoder], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    costs = measure_by_flops(decoders, monkeypatch)
-    console = Console(width=120)
-    with console.capture() as printed:
-        for table in command_tables.cost_and_share_tables(costs):
-            console.print(table)
-    text = printed.get()
-    assert text.count("3 x 6") == 2 * 3
-    assert "40.0" in text
-    assert len(command_tables.cost_and_share_tables([c for c in costs if c.model == "full"])) == 1
-    metrics = costs[0].metrics()
-    assert metrics["cost/batch_1_context_4/decode_ms"] == costs[0].decode_ms
-
-
-def test_invalid_conditions_are_errors(decoders: dict[str, Decoder]) -> None:
-    with pytest.raises(UserError, match="batch_size must be at least 1, got 0"):
-        measure_costs(decoders, MeasurementSettings(batch_sizes=(0,), contexts=(4,)))
-    with pytest.raises(UserError, match=r"reads 16 tokens, not the 15 \+ 32"):
-        measure_costs(decoders, MeasurementSettings(contexts=(15,)))
+def test_conditions_that_do_not_fit_are_one_error() -> None:
+    wrong = MeasurementSettings(batch_sizes=(0,), contexts=(15,), new_tokens=1, repetitions=0)
+    with pytest.raises(UserError) as error:
+        wrong.check({"long": 99, "short": 15})
+    for part in (
+        "batch_sizes must be at least 1, got 0",
+        "new_tokens must be at least 2, got 1",
+        "repetitions must be at least 1, got 0",
+        "short reads 15 tokens, not the 15 + 1 of prompt and new tokens",
+    ):
+        assert part in str(error.value)

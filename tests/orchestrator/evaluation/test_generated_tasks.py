@@ -13,7 +13,7 @@ from iiet.decoder import Decoder
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
 from orchestrator.evaluation.harness import load_suite, run_suite
-from orchestrator.evaluation.model_tokenizer import PlainTokenizer
+from orchestrator.models.model_tokenizer import PlainTokenizer
 from orchestrator.reporting.statistics import shared_metric
 from orchestrator.workspace.errors import UserError
 

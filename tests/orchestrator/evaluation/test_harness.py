@@ -22,8 +22,8 @@ import yaml
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator.data.token_store import open_tokens
-from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.evaluation.harness import load_suite, run_suite, suite
+from orchestrator.models.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import RunFailed, UserError

@@ -16,7 +16,6 @@ from orchestrator.data.preparation import prepare
 from orchestrator.data.sources import open_data
 from orchestrator.data.token_store import open_tokens
 from orchestrator.data.tokenization import write_tokens
-from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.heldout import (
     TEXT_TASKS,
@@ -31,6 +30,7 @@ from orchestrator.evaluation.heldout.sentence_splitting import (
     is_plain,
 )
 from orchestrator.evaluation.task_selection import select_tasks, tasks_of_source
+from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings, EvaluationSettings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace

@@ -18,11 +18,11 @@ from orchestrator.data.preparation import prepare
 from orchestrator.evaluation.harness import load_suite, run_suite
 from orchestrator.evaluation.harness.run import run_model
 from orchestrator.evaluation.heldout import HeldoutSuite, build_heldout
-from orchestrator.evaluation.model_tokenizer import PlainTokenizer
 from orchestrator.evaluation.task_selection import (
     lm_eval_task_fingerprints,
     make_tasks,
 )
+from orchestrator.models.model_tokenizer import PlainTokenizer
 from orchestrator.pipelines.sweeps import plan_sweep
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
 from orchestrator.terminal.progress import Progress

@@ -21,7 +21,7 @@ from orchestrator.evaluation.harness.logged_files import (
 from orchestrator.evaluation.harness.suite import Suite
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.evaluation.logged_samples import _groups, find_logged_run
-from orchestrator.evaluation.model_tokenizer import PlainTokenizer
+from orchestrator.models.model_tokenizer import PlainTokenizer
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress

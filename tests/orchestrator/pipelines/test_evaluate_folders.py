@@ -21,9 +21,10 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation import task_selection
-from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model
 from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.heldout import HeldoutSuite
+from orchestrator.models.evaluated_model import EvaluatedModel, open_model
+from orchestrator.models.loading import load_model
 from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.records.evaluation import EvaluationResult
@@ -32,10 +33,7 @@ from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import EvaluationSettings
 from orchestrator.sweeping.trial_run import measure_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import (
-    save_checkpoint,
-)
-from orchestrator.training.model_loading import load_model
+from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 

@@ -12,8 +12,9 @@ from fake_tracking import untracked
 
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation import measuring
-from orchestrator.evaluation.evaluated_model import EvaluatedModel, open_model
 from orchestrator.evaluation.harness import suite
+from orchestrator.models.evaluated_model import EvaluatedModel, open_model
+from orchestrator.models.folder import load_config
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate_model
 from orchestrator.pipelines.models import export
@@ -24,7 +25,6 @@ from orchestrator.sweeping.plan import load_tasks, plan_suite
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import load_config
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 

@@ -22,15 +22,15 @@ from iiet.huggingface import IIETForCausalLM
 from iiet.influence import InfluenceTable
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
-from orchestrator.evaluation.evaluated_model import open_model
+from orchestrator.models.evaluated_model import open_model
+from orchestrator.models.folder import weights_key
+from orchestrator.models.loading import load_model
 from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.models import CARD, MANIFEST, export, export_checkpoint
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.model_card import REQUIREMENTS, ModelCard
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import weights_key
-from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator import cli
 from orchestrator.data.token_store import open_tokens
+from orchestrator.models.folder import load_provenance
+from orchestrator.models.loading import load_model
 from orchestrator.pipelines import generating
 from orchestrator.pipelines.generating import Sampling, TextGenerator
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.reporting.model_card import ModelCard
-from orchestrator.training.checkpoint import load_provenance
-from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 

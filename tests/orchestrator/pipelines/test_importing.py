@@ -12,12 +12,13 @@ import torch
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.export import export_pretrained
+from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.data.token_store import open_tokens
+from orchestrator.models.folder import tokenizer_file
+from orchestrator.models.loading import load_model
+from orchestrator.models.lookup import resolve_checkpoint, resolve_model
 from orchestrator.pipelines.models import import_model
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import tokenizer_file
-from orchestrator.training.model_loading import load_model
-from orchestrator.training.model_lookup import resolve_checkpoint, resolve_model, tokens_folder_of
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 

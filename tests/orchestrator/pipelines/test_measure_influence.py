@@ -15,13 +15,13 @@ from fake_tracking import untracked
 from iiet.influence import InfluenceTable, influence_table
 from orchestrator.data.batches import validation_batches
 from orchestrator.data.token_store import open_tokens
+from orchestrator.models.folder import check_checkpoint
+from orchestrator.models.loading import load_model
 from orchestrator.pipelines import influence
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import InfluenceResult, plan_influence, run_influence
 from orchestrator.settings import InfluenceSettings, Settings
-from orchestrator.training.checkpoint import check_checkpoint
 from orchestrator.training.device_work import on_cpu
-from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 

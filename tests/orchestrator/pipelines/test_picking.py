@@ -16,6 +16,9 @@ from iiet.huggingface import IIETForCausalLM
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.data.token_store import open_tokens
+from orchestrator.models.folder import weights_key
+from orchestrator.models.loading import load_model
+from orchestrator.models.lookup import load_influence_table
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.generating import open_generator
 from orchestrator.pipelines.models import PickResult, export, pick, plan_pick
@@ -24,9 +27,7 @@ from orchestrator.records.tracked_run import RegisteredModel, TrackedModel, Trac
 from orchestrator.reporting.pick_rules import PickRule
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import read_settings
-from orchestrator.training.checkpoint import save_checkpoint, weights_key
-from orchestrator.training.model_loading import load_model
-from orchestrator.training.model_lookup import load_influence_table
+from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.layout import open_workspace

@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 from fake_tracking import FakeTracking
 
+from orchestrator.models.folder import load_config, weights_key
 from orchestrator.pipelines import training
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.training import (
@@ -28,7 +29,6 @@ from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SETTINGS_NAME, Settings, read_settings, resolve_settings, to_yaml
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
-from orchestrator.training.checkpoint import load_config, weights_key
 from orchestrator.training.pretraining_job import pretraining_job
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import Interrupted, UserError

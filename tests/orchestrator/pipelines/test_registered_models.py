@@ -23,13 +23,13 @@ from sample_trials import sample_trial
 from terminal import run_in_terminal
 
 from iiet.schedule import IterationSchedule
-from orchestrator.data.tokenizer import end_of_text_id, load_tokenizer
+from orchestrator.models.folder import TOKENIZER
+from orchestrator.models.loading import load_model
+from orchestrator.models.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.pipelines.generating import Sampling, TextGenerator
 from orchestrator.pipelines.models import pick
 from orchestrator.reporting.pick_rules import PickRule
 from orchestrator.reporting.results import StoredSweep
-from orchestrator.training.checkpoint import TOKENIZER
-from orchestrator.training.model_loading import load_model
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 pytestmark = pytest.mark.slow

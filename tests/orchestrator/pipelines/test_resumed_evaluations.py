@@ -13,7 +13,8 @@ import torch
 from fake_tracking import untracked
 
 from orchestrator.data.token_store import open_tokens
-from orchestrator.evaluation.evaluated_model import open_model
+from orchestrator.models.evaluated_model import open_model
+from orchestrator.models.folder import load_config
 from orchestrator.pipelines.evaluating import evaluate_model, plan_evaluate
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings
@@ -21,7 +22,6 @@ from orchestrator.sweeping.plan import load_tasks, plan_suite
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import load_config
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 TASKS = {

@@ -15,11 +15,11 @@ import pytest
 from orchestrator import cli
 from orchestrator.data.preparation import expected_tokens, prepare
 from orchestrator.data.python_docs import python_documents
+from orchestrator.models.config import build_model_config
 from orchestrator.pipelines import sweeps
 from orchestrator.planning.estimate import Estimate
 from orchestrator.settings import resolve_settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.model_config import build_model_config
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import open_workspace
 

@@ -14,6 +14,8 @@ from iiet.config import preset
 from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
 from iiet.weights import WEIGHTS
+from orchestrator.models.config import build_model_config
+from orchestrator.models.folder import TRAINING_STATE
 from orchestrator.planning.estimate import (
     LEAST_SECONDS,
     WRITE_BYTES_PER_SECOND,
@@ -24,8 +26,6 @@ from orchestrator.planning.estimate import (
 )
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings, resolve_settings
-from orchestrator.training.checkpoint import TRAINING_STATE
-from orchestrator.training.model_config import build_model_config
 from orchestrator.training.peak_flops import ASSUMED_GPU_BYTES
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from iiet.config import preset
+from orchestrator.models.config import build_model_config
 from orchestrator.planning.estimate import Devices, Estimate, price_of
 from orchestrator.planning.fit import (
     LARGEST_SHARE,
@@ -27,7 +28,6 @@ from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes
 from orchestrator.training.distributed import World
-from orchestrator.training.model_config import build_model_config
 from orchestrator.training.teacher_cache import TeacherWork
 from orchestrator.workspace.errors import DeviceError, UserError
 

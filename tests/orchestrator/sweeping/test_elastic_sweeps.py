@@ -15,6 +15,8 @@ from iiet.config import ModelConfig
 from iiet.cost import inference_cost, training_flops_per_token
 from iiet.influence import InfluenceTable
 from orchestrator.evaluation.measuring import heldout_loss
+from orchestrator.models.folder import load_config
+from orchestrator.models.loading import load_model
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.training import TrainingJob
@@ -36,8 +38,6 @@ from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import distillation_job, exact_cost, student_estimates
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import load_config
-from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace

@@ -6,6 +6,7 @@ import pytest
 
 from iiet.methods import METHODS
 from iiet.methods.implicit_euler import ImplicitEuler
+from orchestrator.models.config import build_model_config
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.checks import check_models, check_sweep
 from orchestrator.sweeping.model_plans import (
@@ -17,7 +18,6 @@ from orchestrator.sweeping.model_plans import (
     swept_variants,
     teacher_and_baselines,
 )
-from orchestrator.training.model_config import build_model_config
 from orchestrator.workspace.errors import UserError
 
 

@@ -15,6 +15,7 @@ from changed_trials import with_job
 from rich.console import Console
 
 from iiet.influence import InfluenceTable
+from orchestrator.models.folder import load_config
 from orchestrator.planning.estimate import (
     LEAST_SECONDS,
     WRITE_BYTES_PER_SECOND,
@@ -36,7 +37,6 @@ from orchestrator.sweeping.trial_states import (
     trial_states,
 )
 from orchestrator.sweeping.trials import checkpoint_trial
-from orchestrator.training.checkpoint import load_config
 from orchestrator.training.run import run_job
 from orchestrator.workspace.layout import open_workspace
 

@@ -10,18 +10,17 @@ import torch
 from iiet.config import ModelConfig, preset
 from iiet.decoder import Decoder
 from iiet.methods import METHODS
-from orchestrator.training.checkpoint import (
+from orchestrator.models.folder import (
     TRAINING_STATE,
     check_checkpoint,
     load_provenance,
-    load_training_state,
-    save_checkpoint,
+    newest_checkpoint,
     weights_key,
 )
-from orchestrator.training.checkpoint_lookup import newest_checkpoint
+from orchestrator.models.loading import load_model
+from orchestrator.models.lookup import resolve_checkpoint
+from orchestrator.training.checkpoint import load_training_state, save_checkpoint
 from orchestrator.training.checkpoint_writer import prune_checkpoints
-from orchestrator.training.model_loading import load_model
-from orchestrator.training.model_lookup import resolve_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import find_checkpoints
 
@@ -181,6 +180,6 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path, name: str) ->
 def test_weights_of_another_shape_are_refused(run: Path) -> None:
     folder = find_checkpoints(run)[-1]
     config = folder / "config.json"
-    config.write_text(config.read_text().replace('"dim": 16', '"dim": 32'))
+    config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": 32'))
     with pytest.raises(UserError, match=r"does not fit config.json: size mismatch for embedding"):
         load_model(folder, check=False)

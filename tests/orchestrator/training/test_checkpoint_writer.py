@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
+from orchestrator.models.folder import check_checkpoint
 from orchestrator.records.training import TrainingJob
 from orchestrator.training import checkpoint_writer as writer_module
 from orchestrator.training import run as run_module
-from orchestrator.training.checkpoint import check_checkpoint, load_training_state
+from orchestrator.training.checkpoint import load_training_state
 from orchestrator.training.checkpoint_writer import best_checkpoint
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import RunFailed

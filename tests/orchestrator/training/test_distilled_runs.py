@@ -18,6 +18,8 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
 from iiet.dropping import kept_config
+from orchestrator.models.folder import load_config, read_text_files
+from orchestrator.models.loading import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
@@ -25,11 +27,9 @@ from orchestrator.sweeping import trial_run
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import student_job, student_trial
 from orchestrator.training import job_models
-from orchestrator.training.checkpoint import load_config, read_text_files
 from orchestrator.training.distributed import World
 from orchestrator.training.job import job_key
 from orchestrator.training.job_models import decoder_to_train
-from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import read_journal

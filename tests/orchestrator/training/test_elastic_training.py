@@ -23,11 +23,11 @@ from iiet.distillation import (
 )
 from iiet.plain import plain_formulas
 from iiet.schedule import IterationSchedule
+from orchestrator.models.folder import served_schedules
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, Settings, TrainingSettings, resolve_settings
 from orchestrator.sweeping.model_plans import ModelVariant, settings_of
-from orchestrator.training.checkpoint import served_schedules
 from orchestrator.training.distributed import World
 from orchestrator.training.first_stage import first_stage_of
 from orchestrator.training.job import job_key, key_fields

@@ -13,9 +13,9 @@ import pytest
 from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
 from iiet.weights import WEIGHTS
+from orchestrator.models.folder import weights_key
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.first_stage import FirstStage, first_stage_of, share_first_stages
 from orchestrator.training.job import job_key
 from orchestrator.training.run import run_job

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from orchestrator.models.loading import load_model, use_tf32
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.model_loading import load_model
-from orchestrator.training.precision import check_precision, device_precision, use_tf32
+from orchestrator.training.precision import check_precision, device_precision
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import DeviceError
 

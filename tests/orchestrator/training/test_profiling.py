@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.models.folder import weights_key
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.job import job_key
 from orchestrator.training.profiling import STEPS_BEFORE, StepProfiler
 from orchestrator.training.run import run_job

@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from orchestrator.models.folder import weights_key
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.distributed import World
 from orchestrator.training.job import job_key
 from orchestrator.training.remote_copy import RemoteCopy

@@ -15,14 +15,15 @@ from safetensors.torch import load_file
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
 from iiet.weights import WEIGHTS
+from orchestrator.models.folder import weights_key
+from orchestrator.models.loading import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import run as run_module
-from orchestrator.training.checkpoint import load_training_state, weights_key
+from orchestrator.training.checkpoint import load_training_state
 from orchestrator.training.job import finished_outcome, job_key
 from orchestrator.training.job_checks import check_job
 from orchestrator.training.loop import Diverged
-from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import read_json, write_json

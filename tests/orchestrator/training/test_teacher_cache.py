@@ -12,16 +12,16 @@ import torch
 
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
+from orchestrator.models.folder import weights_key
+from orchestrator.models.loading import load_model
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training import teacher_cache
-from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.distributed import World
 from orchestrator.training.job import job_key
 from orchestrator.training.job_models import load_teacher
-from orchestrator.training.model_loading import load_model
 from orchestrator.training.run import run_job
 from orchestrator.training.teacher_cache import (
     ANSWERS,

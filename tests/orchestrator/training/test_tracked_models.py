@@ -11,9 +11,9 @@ from sample_trials import sample_trial
 
 from iiet.config import preset
 from orchestrator.data.sources import describe_data
+from orchestrator.models.config import model_family
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
-from orchestrator.training.model_config import model_family
 from orchestrator.training.run import run_job
 from orchestrator.training.tracked_models import evaluated_model, job_model, trial_model
 

@@ -24,8 +24,7 @@ from iiet.decoder import Decoder
 from iiet.published import config_from_published, decoder_from_published
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, non_finite
-from orchestrator.training.checkpoint import TRAINING_STATE, check_checkpoint, load_config
-from orchestrator.training.precision import use_tf32
+from orchestrator.models.folder import TRAINING_STATE, check_checkpoint, load_config
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.layout import PROVENANCE
 from orchestrator.workspace.provenance import content_key, file_key
@@ -100,6 +99,13 @@ def best_device(device: str | torch.device = AUTO) -> str | torch.device:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def use_tf32(device: str | torch.device) -> None:
+    """Let float32 matrix products on GPUs run as TF32, in this process; CPUs compute as before."""
+    # On CPUs the same switch allows bfloat16 products.
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
 def folder_kind(folder: Path) -> str:
     """Return `CHECKPOINT`, `EXPORTED`, or `PUBLISHED` for any other model folder.
 
@@ -108,8 +114,8 @@ def folder_kind(folder: Path) -> str:
     """
     config = read_config(folder)
     if config.get("model_type") == EXPORTED_TYPE and "corrections" in config:
-        return EXPORTED
-    return CHECKPOINT if "method" in config and "model_type" not in config else PUBLISHED
+        return EXPORTED if "auto_map" in config else CHECKPOINT
+    return PUBLISHED
 
 
 def read_config(folder: Path, name: str = CONFIG) -> Mapping[str, Any]:

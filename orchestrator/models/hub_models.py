@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from orchestrator.data.hub import hub_problem, offline
+from orchestrator.models.hub import hub_problem, offline
 from orchestrator.workspace.errors import UserError, first_line, quoted
 
 HUB_PREFIX = "hub:"

@@ -19,27 +19,22 @@ import torch
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
-from orchestrator.data.hub_models import shown_path
-from orchestrator.evaluation.model_tokenizer import (
-    FolderTokenizer,
-    ModelTokenizer,
-    checkpoint_tokenizer,
-)
-from orchestrator.terminal.render import shortest_schedule
-from orchestrator.training.checkpoint import (
-    load_config,
-    text_files_key,
-    tokenizer_file,
-    weights_key,
-)
-from orchestrator.training.model_loading import (
+from orchestrator.models.folder import load_config, text_files_key, tokenizer_file, weights_key
+from orchestrator.models.hub_models import shown_path
+from orchestrator.models.loading import (
     CHECKPOINT,
     decoder_config,
     folder_kind,
     load_model,
     read_config,
 )
-from orchestrator.training.model_lookup import find_model_folder, resolve_checkpoint, resolve_model
+from orchestrator.models.lookup import find_model_folder, resolve_checkpoint, resolve_model
+from orchestrator.models.model_tokenizer import (
+    FolderTokenizer,
+    ModelTokenizer,
+    checkpoint_tokenizer,
+)
+from orchestrator.terminal.render import shortest_schedule
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import resolve_path
 from orchestrator.workspace.layout import Workspace

@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from orchestrator.data.hub import offline
+from orchestrator.models.hub import offline
 from orchestrator.workspace.errors import UserError, first_line, quoted
 
 REMEDY = "give the model's own tokenizer.json with --tokenizer FILE"

@@ -12,8 +12,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from orchestrator.data.hub import offline
-from orchestrator.data.hub_models import download_tokenizer, is_hub_name
+from orchestrator.models.hub import offline
+from orchestrator.models.hub_models import download_tokenizer, is_hub_name
 from orchestrator.workspace.errors import UserError, first_line
 from orchestrator.workspace.files import expand_user
 

@@ -15,7 +15,7 @@ from iiet.config import preset
 from iiet.decoder import Decoder
 from iiet.export import export_pretrained
 from iiet.schedule import IterationSchedule
-from orchestrator.training.model_loading import load_model, model_folder_key
+from orchestrator.models.loading import load_model, model_folder_key
 from orchestrator.workspace.errors import UserError
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

@@ -19,14 +19,7 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer
 
 from iiet.weights import CONFIG
-from orchestrator.data.tokenizer import (
-    end_of_text_id,
-    find_end_of_text_id,
-    load_tokenizer,
-    load_transformers_tokenizer,
-)
-from orchestrator.settings.evaluation import Prompts
-from orchestrator.training.checkpoint import (
+from orchestrator.models.folder import (
     GENERATION_CONFIG,
     TOKEN_IDS,
     TOKENIZER,
@@ -34,7 +27,14 @@ from orchestrator.training.checkpoint import (
     read_text_files,
     tokenizer_file,
 )
-from orchestrator.training.model_loading import CHECKPOINT, EXPORTED, folder_kind, read_config
+from orchestrator.models.loading import CHECKPOINT, EXPORTED, folder_kind, read_config
+from orchestrator.models.tokenizer import (
+    end_of_text_id,
+    find_end_of_text_id,
+    load_tokenizer,
+    load_transformers_tokenizer,
+)
+from orchestrator.settings.evaluation import Prompts
 from orchestrator.workspace.errors import UserError, quoted
 
 MAX_SYMBOLS_SHOWN = 6

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.data.tokenizer import (
+from orchestrator.models.tokenizer import (
     END_OF_TEXT,
     end_of_text_id,
     load_tokenizer,

@@ -11,28 +11,23 @@ from iiet.influence import InfluenceTable
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
-from orchestrator.data.hub_models import HUB_PREFIX, download_model, is_hub_name
-from orchestrator.data.prepared import verify_data
-from orchestrator.records.record import Record, WorkspacePath
-from orchestrator.settings import InfluenceSettings
-from orchestrator.training.checkpoint import (
+from orchestrator.models.folder import (
     check_checkpoint,
+    is_checkpoint,
     load_config,
     load_provenance,
-    tokenizer_file,
-    weights_key,
-)
-from orchestrator.training.checkpoint_lookup import (
-    is_checkpoint,
     newest_checkpoint,
     newest_intact_checkpoint,
+    weights_key,
 )
-from orchestrator.training.model_loading import EXPORTED, decoder_config, folder_kind
+from orchestrator.models.hub_models import HUB_PREFIX, download_model, is_hub_name
+from orchestrator.models.loading import EXPORTED, decoder_config, folder_kind
+from orchestrator.records.record import Record, WorkspacePath
+from orchestrator.settings import InfluenceSettings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import INVALID_VALUE_ERRORS, expand_user, read_json, resolve_path
 from orchestrator.workspace.journal import last_recorded
-from orchestrator.workspace.layout import Workspace, find_checkpoints, is_valid_name
-from orchestrator.workspace.provenance import file_key
+from orchestrator.workspace.layout import Workspace, find_checkpoints
 
 MAX_RUNS_NAMED = 20
 
@@ -210,28 +205,6 @@ def find_checkpoint_by_weights(workspace: Workspace, key: str) -> Path | None:
     return None
 
 
-def tokens_folder_of(checkpoint: Path, workspace: Workspace) -> Path:
-    """Return the folder of the tokens that a checkpoint was trained on.
-
-    For an imported checkpoint: the newest tokens made with its tokenizer.
-
-    Raises:
-        UserError: If they are not in this workspace, or damaged.
-    """
-    provenance = load_provenance(checkpoint)
-    if "imported" in provenance:
-        return _tokens_by_tokenizer(tokenizer_file(checkpoint), workspace)
-    fingerprint = provenance.get("tokens", "")
-    folder = workspace.tokens / str(fingerprint)
-    if not is_valid_name(fingerprint) or not folder.is_dir():
-        raise UserError(
-            f"the tokens that {checkpoint} was trained on ({fingerprint or 'unknown'}) are not in "
-            f"{workspace.root}; run `iiet-orch prepare` with the same data settings"
-        )
-    verify_data(folder)
-    return folder
-
-
 def load_influence_table(
     checkpoint: Path, metric: str | None = None, warn: Warn | None = None
 ) -> InfluenceTable | None:
@@ -328,16 +301,3 @@ def _report_older(checkpoint: Path, damage: Sequence[str], warn: Warn | None) ->
             "path to use it, or restore the damaged one"
         )
     warn(f"{problems}; {checkpoint} is used instead")
-
-
-def _tokens_by_tokenizer(tokenizer: Path, workspace: Workspace) -> Path:
-    wanted = file_key(tokenizer)
-    files = [f for f in workspace.tokens.glob("*/tokenizer.json") if file_key(f) == wanted]
-    if not files:
-        raise UserError(
-            f"{workspace.root} has no tokens of this model's tokenizer; "
-            f"`iiet-orch prepare --set data.tokenizer={tokenizer}` makes them"
-        )
-    folder = max(files, key=lambda file: file.stat().st_mtime).parent
-    verify_data(folder)
-    return folder

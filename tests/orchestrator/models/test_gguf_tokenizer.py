@@ -10,8 +10,8 @@ from gguf_files import CHAT, tokenizer_values
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from orchestrator.data.gguf_tokenizer import gguf_token_ids, write_gguf_tokenizer
 from orchestrator.data.token_store import open_tokens
+from orchestrator.models.gguf_tokenizer import gguf_token_ids, write_gguf_tokenizer
 from orchestrator.workspace.errors import UserError
 
 TEXT = "a bag and the fog had\n\n12  dogs in 2024, don't you é 好"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data.hub import hub_problem, offline
+from orchestrator.models.hub import hub_problem, offline
 
 
 @pytest.fixture(autouse=True)
