@@ -437,7 +437,7 @@ class PickResult(Result):
     alias: str
     """The rule."""
     point: Trial
-    """The model with its place on the front."""
+    """The model, with means over its seeds."""
     model: Trial
     """The one whose weights are used: of several seeds the lowest, of a draft its full model."""
     sentence: str
