@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
-from orchestrator.data.corpus import Document
 from orchestrator.data.prose import GRAMMAR_WORDS, plain_word_fraction
+from orchestrator.data.text import Document
 from orchestrator.evaluation.heldout.ngrams import TokenBigrams, WordTrigrams, words_of
 from orchestrator.evaluation.heldout.sentence_splitting import (
     MIN_PLAIN_SHARE,

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.data.corpus import Document, hash_fraction
 from orchestrator.data.store import TokenStore
+from orchestrator.data.text import Document
+from orchestrator.data.tokenize import hash_fraction
 from orchestrator.evaluation.heldout.ngrams import TokenBigrams, WordTrigrams
 from orchestrator.evaluation.heldout.text_items import ItemBuilder
 from orchestrator.models.tokenizer import load_tokenizer
