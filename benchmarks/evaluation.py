@@ -30,7 +30,7 @@ from benchmarks.timing import Spread, paired_ratio, take_turns
 from iiet import published_from_decoder
 from iiet.exporting import export, fast_tokenizer
 from orchestrator.data.preparation import prepare
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.harness import Suite, load_suite, run_suite
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.evaluation.heldout import build_heldout
