@@ -69,14 +69,14 @@ LINES = {
     "orchestrator/records": 977,
     "orchestrator/models": 2_146,
     "orchestrator/data": 3_096,
-    "orchestrator/tracking": 1_555,
+    "orchestrator/tracking": 1_531,
     "orchestrator/training": 3_950,
     "orchestrator/evaluation": 4_131,
-    "orchestrator/planning": 1_137,
-    "orchestrator/cluster": 3_005,
+    "orchestrator/planning": 1_117,
+    "orchestrator/cluster": 3_003,
     "orchestrator/reporting": 4_349,
     "orchestrator/sweeping": 3_364,
-    "orchestrator/pipelines": 4_711,
+    "orchestrator/pipelines": 4_609,
     "orchestrator/cli": 1_886,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

@@ -31,7 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.records.tracked_run import RUN_ID, TrackedRun, tracked_path
 from orchestrator.workspace.errors import UserError, strip_credentials
-from orchestrator.workspace.journal import CurveReader, Point, now_ms
+from orchestrator.workspace.journal import Record, now_ms, read_journal
 from orchestrator.workspace.layout import Workspace, portable_path
 from orchestrator.workspace.locks import lock_file
 
