@@ -69,14 +69,14 @@ LINES = {
     "orchestrator/records": 977,
     "orchestrator/models": 2_144,
     "orchestrator/data": 2_861,
-    "orchestrator/tracking": 1_553,
+    "orchestrator/tracking": 1_529,
     "orchestrator/training": 3_950,
     "orchestrator/evaluation": 4_129,
-    "orchestrator/planning": 1_137,
-    "orchestrator/cluster": 3_005,
+    "orchestrator/planning": 1_117,
+    "orchestrator/cluster": 3_003,
     "orchestrator/reporting": 4_349,
     "orchestrator/sweeping": 3_363,
-    "orchestrator/pipelines": 4_711,
+    "orchestrator/pipelines": 4_609,
     "orchestrator/cli": 1_886,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
