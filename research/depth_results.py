@@ -23,17 +23,17 @@ from iiet import Decoder
 from iiet.cost import inference_cost
 from iiet.schedule import IterationSchedule
 from orchestrator import Settings, Trial
-from orchestrator.data.prepared import PreparedData
+from orchestrator.data.store import PreparedData
 from orchestrator.records.record import Record
-from orchestrator.reporting.markdown import bullets, markdown_table
+from orchestrator.reporting.sections import bullets, markdown_table
 from orchestrator.terminal.render import (
     format_duration,
     format_parameters,
     format_with_error,
     join_names,
 )
-from orchestrator.training.distributed import World
-from orchestrator.training.validation import validation_metrics
+from orchestrator.training.devices import World
+from orchestrator.training.objective import validation_metrics
 from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
 
 NUM_SEQUENCES = 2048

@@ -120,7 +120,7 @@ def save_tiny(tiny_tokens: Path, tiny_model: dict[str, Any]) -> Callable[..., Pa
 
     from iiet.config import ModelConfig
     from iiet.decoder import Decoder
-    from orchestrator.data.token_store import open_tokens
+    from orchestrator.data.store import open_tokens
     from orchestrator.training.checkpoint import save_checkpoint
 
     def save(run_folder: Path, **changes: Any) -> Path:
@@ -166,7 +166,7 @@ def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> 
     from orchestrator.records.trial import TrialSuite
     from orchestrator.settings import resolve_settings
     from orchestrator.sweeping.plan import choose_members, threshold_plan
-    from orchestrator.training.run import run_job
+    from orchestrator.training.trainer import run_job
     from orchestrator.workspace.layout import open_workspace
 
     recipe = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from iiet.decoder import Decoder
-from orchestrator.data.sources import open_data
+from orchestrator.data.mixture import open_data
 from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.batch_limit import BatchLimit
 from orchestrator.evaluation.harness import Suite, run_model, run_suite
@@ -19,9 +19,8 @@ from orchestrator.models.folder import DTYPES
 from orchestrator.records.evaluation import EvaluationKeys, EvaluationResult, TaskResult
 from orchestrator.settings.training import Precision
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.distributed import World
-from orchestrator.training.precision import device_precision
-from orchestrator.training.validation import validation_metrics
+from orchestrator.training.devices import World, device_precision
+from orchestrator.training.objective import validation_metrics
 from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.provenance import content_key
 

@@ -21,8 +21,8 @@ from iiet.influence import InfluenceTable, influence_table
 from iiet.influence_metrics import INFLUENCE_METRICS
 from iiet.methods import METHODS
 from orchestrator.cluster.launch import command_device
+from orchestrator.data.mixture import describe_data, open_data
 from orchestrator.data.model_tokens import tokens_folder_of
-from orchestrator.data.sources import describe_data, open_data
 from orchestrator.models.folder import load_config, weights_key
 from orchestrator.models.loading import load_model
 from orchestrator.models.lookup import resolve_teacher
@@ -33,7 +33,7 @@ from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.command_tables import influence_terminal_table, two_column_table
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.device_work import OnDevice
+from orchestrator.training.devices import OnDevice
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import damage_as_user_error, read_json, write_json
 from orchestrator.workspace.layout import Workspace, find_workspace

@@ -32,16 +32,16 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings, Settings, TrainingSettings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes, format_duration
-from orchestrator.training.first_stage import FirstStage, first_stage_of
 from orchestrator.training.job import sequences_per_step
-from orchestrator.training.learning_rate import stable_steps
-from orchestrator.training.peak_flops import ASSUMED_GPU, ASSUMED_GPU_BYTES, gpu_peak_flops
+from orchestrator.training.monitor import ASSUMED_GPU, ASSUMED_GPU_BYTES, gpu_peak_flops
 from orchestrator.training.schedules import (
     drawn_by_step,
     elastic_family,
     members_read_full,
     schedule_by_step,
+    stable_steps,
 )
+from orchestrator.training.shared_steps import FirstStage, first_stage_of
 from orchestrator.training.teacher_cache import CachePlan, TeacherWork, cache_plan, teacher_work
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import free_disk

@@ -21,8 +21,8 @@ from orchestrator.planning.machine import THIS_MACHINE, FreeBytes, local_free_by
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_byte_parts, format_bytes, format_count
-from orchestrator.training.distributed import World
-from orchestrator.training.peak_flops import ASSUMED_GPU, ASSUMED_GPU_BYTES
+from orchestrator.training.devices import World
+from orchestrator.training.monitor import ASSUMED_GPU, ASSUMED_GPU_BYTES
 from orchestrator.workspace.errors import DeviceError, UserError, out_of_memory_text
 
 HOST_PROCESS_BYTES = 2 * 2**30

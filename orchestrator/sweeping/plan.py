@@ -30,8 +30,8 @@ from iiet.pruning import (
     within_cost,
 )
 from iiet.schedule import IterationSchedule
+from orchestrator.data.mixture import open_data
 from orchestrator.data.model_tokens import tokens_folder_of
-from orchestrator.data.sources import open_data
 from orchestrator.evaluation.python_tasks import HELDOUT
 from orchestrator.evaluation.task_selection import (
     lm_eval_task_fingerprints,
@@ -63,9 +63,8 @@ from orchestrator.sweeping.trials import (
 )
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
-from orchestrator.training.first_stage import share_first_stages
-from orchestrator.training.job import job_key
-from orchestrator.training.pretraining_job import pretraining_job
+from orchestrator.training.job import job_key, pretraining_job
+from orchestrator.training.shared_steps import share_first_stages
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import last_recorded
 from orchestrator.workspace.layout import PLAN_FILE, Workspace

@@ -10,12 +10,12 @@ import pytest
 from sample_trials import sample_trial
 
 from iiet.config import preset
-from orchestrator.data.sources import describe_data
+from orchestrator.data.mixture import describe_data
 from orchestrator.models.config import model_family
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
-from orchestrator.training.run import run_job
-from orchestrator.training.tracked_models import evaluated_model, job_model, trial_model
+from orchestrator.training.trainer import run_job
+from orchestrator.training.watching import evaluated_model, job_model, trial_model
 
 
 def test_a_trained_and_a_measured_model_are_one(
