@@ -29,15 +29,14 @@ from orchestrator.cluster.ray_train import FINAL_ERRORS, fit_job
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.cluster.tune_callback import ANSWER, TrialReport, TuneCallback
-from orchestrator.planning.estimate import LEAST_SECONDS
-from orchestrator.planning.fit import out_of_memory_explained
+from orchestrator.planning.estimate import LEAST_SECONDS, out_of_memory_explained
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.terminal.stop import POLL_SECONDS, run_interruptibly, stop_requested, stop_when
-from orchestrator.training.distributed import World
+from orchestrator.training.devices import World
 from orchestrator.training.job import finished_outcome
-from orchestrator.training.monitor import JournalReader
-from orchestrator.training.run import Report, run_job
+from orchestrator.training.trainer import Report, run_job
+from orchestrator.training.watching import JournalReader
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import VALIDATION_METRIC
 

@@ -13,7 +13,7 @@ from sample_texts import tokens_of
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import TrainingSettings
 from orchestrator.sweeping.baselines import find_baselines
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.layout import Workspace, find_checkpoints, open_workspace
 
 
