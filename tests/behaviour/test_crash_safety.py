@@ -26,7 +26,6 @@ from sample_texts import tokens_of
 from tokenizers import Tokenizer
 
 from iiet.config import ModelConfig
-from orchestrator.data import text
 from orchestrator.data.store import is_complete, verify_data
 from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.models.folder import check_checkpoint
@@ -198,9 +197,7 @@ def some_tokens(folder: Path) -> Path:
         '"vocab": {"a": 0, "b": 1, "<|endoftext|>": 2}}}'
     )
     texts = ["a b " * number for number in range(1, 9)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "SHARD_BYTES", 150)  # Two shards.
-        return tokens_of(texts, folder, given=words, validation_fraction=0.3)
+    return tokens_of(texts, folder, given=words, validation_fraction=0.3)
 
 
 def tokens(folder: Path) -> Answer:
