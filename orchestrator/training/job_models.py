@@ -10,11 +10,11 @@ from torch import Tensor
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.dropping import drop_layers
 from iiet.layers import initial_weights
 from orchestrator.models.loading import load_model, use_tf32
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.distributed import World, own_rows
+from orchestrator.training.dropping import drop_layers
 from orchestrator.training.precision import frozen_dtype
 from orchestrator.training.teacher_cache import CachedTeacher, cache_plan, open_cache
 

@@ -17,9 +17,9 @@ from iiet import (
     plain_formulas,
     published_from_decoder,
 )
-from iiet.dropping import drop_layers, kept_config, most_important_layers
 from iiet.methods import Advance
 from iiet.mix import PlainHistory
+from orchestrator.training.dropping import drop_layers, kept_config, most_important_layers
 
 PUBLISHED_KINDS = {"vanilla": "vanilla", "iiet": "iiet", "pcformer": "pcformer"}
 
