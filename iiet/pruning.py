@@ -72,8 +72,10 @@ class ScheduleFamily(tuple[FamilyMember, ...]):
     def within(self, cost: float, *, of: Cost | None = None) -> IterationSchedule:
         """Return the first schedule, the one with the most corrections, that costs at most `cost`.
 
-        `of` is the cost of a schedule, by default its field evaluations. A ValueError says that
-        none is that cheap.
+        `of` is the cost of a schedule, by default its field evaluations.
+
+        Raises:
+            ValueError: none is that cheap.
         """
         costs = [(of or num_evaluations)(member.schedule) for member in self]
         for member, own in zip(self, costs, strict=True):
