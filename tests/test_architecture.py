@@ -60,23 +60,23 @@ ORDER = (
 
 LINES = {
     "iiet": 8_028,
-    "benchmarks": 3_620,
+    "benchmarks": 3_626,
     "examples": 217,
     "research": 1_985,
     "orchestrator/workspace": 1_066,
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_619,
-    "orchestrator/records": 977,
+    "orchestrator/records": 964,
     "orchestrator/models": 2_146,
     "orchestrator/data": 3_096,
     "orchestrator/tracking": 1_555,
     "orchestrator/training": 3_950,
-    "orchestrator/evaluation": 4_127,
+    "orchestrator/evaluation": 3_704,
     "orchestrator/planning": 1_137,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_574,
-    "orchestrator/sweeping": 3_365,
-    "orchestrator/pipelines": 4_708,
+    "orchestrator/sweeping": 3_364,
+    "orchestrator/pipelines": 4_692,
     "orchestrator/cli": 1_886,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

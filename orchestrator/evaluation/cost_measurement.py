@@ -51,7 +51,14 @@ class MeasurementSettings:
     """PyTorch threads on a CPU."""
 
     def check(self, context_lengths: Mapping[str, int]) -> None:
-        """Raise `UserError` if a condition is out of range, or does not fit a named model."""
+        """Check that the conditions fit models.
+
+        Args:
+            context_lengths: Name of a model -> tokens that it reads.
+
+        Raises:
+            UserError: If a condition is out of range, or does not fit a model.
+        """
         least = {"new_tokens": 2, "batch_sizes": 1, "contexts": 1, "repetitions": 1}
         problems = [
             f"{name} must be at least {least[name]}, got {number}"

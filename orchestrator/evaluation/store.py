@@ -1,9 +1,9 @@
 """The store of evaluations, shared by all commands: each task is measured once for each model.
 
-A file holds the result of one task, with a value for each item, under the hash of all that
-determines it: weights and precision, configuration with its schedule, tokenizer, the task's items
-and metrics, limit. The loss over held-out tokens is an entry like a task. So a further task costs
-only that task, and sweeps, `evaluate`, `export` and `pick` share what was measured.
+A folder holds lm-eval's files of one task under the hash of all that determines it: weights and
+precision, configuration with its schedule, tokenizer, the task's items and metrics, limit. The loss
+over held-out tokens is an entry like a task. So a further task costs only that task, and sweeps,
+`evaluate`, `export` and `pick` share what was measured.
 
 While a task runs, its answers are stored beside, so that an interrupted evaluation resumes.
 """
@@ -11,12 +11,15 @@ While a task runs, its answers are stored beside, so that an interrupted evaluat
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from orchestrator.evaluation.answer_journal import AnswerJournal
+from orchestrator.evaluation.lm_eval_files import MeasuredTask, copy_tasks, read_task, write_task
 from orchestrator.records.evaluation import EvaluationKeys, EvaluationResult, TaskResult
+from orchestrator.workspace.errors import UserError
 
 
 class EvaluationStore:
@@ -28,19 +31,26 @@ class EvaluationStore:
 
     def read(self, key: str) -> TaskResult | None:
         """Return a result; None if it is missing or damaged."""
-        return TaskResult.read_measured(self._path(key), self._note)
+        try:
+            return read_task(self._folder / key)
+        except UserError as error:
+            self._note(str(error))
+            return None
 
-    def write(self, key: str, result: TaskResult) -> None:
-        """Store a result and delete its journal; a note if that fails, as the result is not lost.
+    def write(self, key: str, task: MeasuredTask, about: Mapping[str, Any]) -> None:
+        """Store a task and delete its journal; a note if that fails, as the result is not lost.
+
+        Args:
+            about: Further keys of lm-eval's results, such as `config`.
 
         Raises:
             OSError: If the disk is full.
         """
         try:
-            result.write(self._path(key))
+            write_task(self._folder / key, task, about)
             self._journal_path(key).unlink(missing_ok=True)
         except OSError as error:
-            self._fail(f"the result of {result.name}", error)
+            self._fail(f"the result of {task.name}", error)
 
     def journal(self, key: str, name: str) -> AnswerJournal:
         """Return the answers to a task that is not finished; `name` is the task's, for notes."""
@@ -55,13 +65,22 @@ class EvaluationStore:
             return None
         return EvaluationResult(results=found, groups=keys.groups, skipped=keys.skipped)
 
+    def copy(self, keys: EvaluationKeys, target: Path, *, pretrained: str) -> None:
+        """Copy lm-eval's files of an evaluation into a folder, as one run of lm-eval.
+
+        Args:
+            pretrained: The model's path.
+
+        Raises:
+            RunFailed: If a file is damaged, or the files cannot be written.
+        """
+        folders = {name: self._folder / key for name, key in keys.tasks.items()}
+        copy_tasks(folders, target, groups=keys.groups, pretrained=pretrained)
+
     def _fail(self, what: str, error: OSError) -> None:
         if error.errno == errno.ENOSPC:
             raise error
         self._note(f"cannot store {what}: {error.strerror}")
-
-    def _path(self, key: str) -> Path:
-        return self._folder / f"{key}.json"
 
     def _journal_path(self, key: str) -> Path:
         return self._folder / f"{key}.answers"

@@ -16,7 +16,6 @@ from orchestrator.data.preparation import prepare
 from orchestrator.data.sources import open_data
 from orchestrator.data.token_store import open_tokens
 from orchestrator.data.tokenization import write_tokens
-from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.heldout import (
     TEXT_TASKS,
     HeldoutSuite,
@@ -29,7 +28,9 @@ from orchestrator.evaluation.heldout.sentence_splitting import (
     find_sentences,
     is_plain,
 )
-from orchestrator.evaluation.task_selection import select_tasks, tasks_of_source
+from orchestrator.evaluation.selection import select_tasks, tasks_of_source
+from orchestrator.evaluation.suite import load_suite
+from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings, EvaluationSettings
 from orchestrator.workspace.errors import UserError
@@ -153,7 +154,7 @@ def test_code_in_the_folder_is_never_run(tokens: Path, suite: HeldoutSuite, tmp_
     for name in suite.tasks:
         text = f"task: {name}\ncustom_dataset: !function heldout_reader.lastword\n"
         (folder / f"{name}.yaml").write_text(text)
-    found = load_suite(heldout=folder)
+    found = load_suite(TaskSelection(heldout=folder))
     assert set(found.tasks) == set(TEXT_TASKS)
     assert found.num_items("lastword") == suite.tasks["lastword"]
     assert not ran.exists()
@@ -161,7 +162,7 @@ def test_code_in_the_folder_is_never_run(tokens: Path, suite: HeldoutSuite, tmp_
 
 def test_a_suite_does_not_depend_on_its_path(suite: HeldoutSuite, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(suite.folder, tmp_path / suite.folder.name))
-    here, there = load_suite(heldout=suite.folder), load_suite(heldout=copy)
+    here, there = (load_suite(TaskSelection(heldout=f)) for f in (suite.folder, copy))
     for name in TEXT_TASKS:
         assert there.fingerprint(name) == here.fingerprint(name)
         assert "custom_dataset" in here.tasks[name].dump_config()

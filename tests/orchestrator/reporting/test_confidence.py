@@ -30,7 +30,6 @@ def task(name: str, right: Sequence[float], items: Sequence[str] | None = None) 
         metrics=metrics,
         items=list(items) if items else [f"{name}-{n}" for n in range(len(values))],
         values={"acc": list(values)},
-        log_likelihoods=[],
     )
 
 
@@ -44,7 +43,6 @@ def bits_task(bits: float, num_documents: int = 40) -> TaskResult:
         metrics={"bits_per_byte": bits},
         items=[f"document-{n}" for n in range(num_documents)],
         values={"bits_per_byte": pairs},
-        log_likelihoods=[],
     )
 
 

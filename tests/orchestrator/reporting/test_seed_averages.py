@@ -54,7 +54,7 @@ def test_an_interval_is_wider_where_the_seeds_differ() -> None:
         values = [1.0 if number in right else 0.0 for number in range(100)]
         task = TaskResult(
             name="t", version="1", num_items=100, num_fewshot=0, metrics={"acc": sum(values) / 100},
-            items=items, values={"acc": values}, log_likelihoods=[],
+            items=items, values={"acc": values},
         )  # fmt: skip
         return EvaluationResult(results={"t": task})
 

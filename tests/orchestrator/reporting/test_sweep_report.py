@@ -108,7 +108,7 @@ def test_paired_errors_come_from_the_stored_items(
     text = (written.folder / "front.md").read_text("utf-8")
     assert "### lastword (acc)" in text
     # A model with a damaged file has no confidence; the report is written all the same.
-    (workspace.evaluations / f"{sweep.results[1].key}-lastword.json").write_text("{")
+    (workspace.evaluations / f"{sweep.results[1].key}-lastword" / "items.json").write_text("{")
     again = write_sweep_report(workspace, sweep)
     lacking = [p for p in again.report.front.points if p.confidence is None]
     assert [p.result.key for p in lacking] == [sweep.results[1].key]
