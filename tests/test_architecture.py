@@ -59,7 +59,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_028,
+    "iiet": 8_060,
     "benchmarks": 3_626,
     "examples": 217,
     "research": 1_985,
@@ -71,7 +71,7 @@ LINES = {
     "orchestrator/data": 3_096,
     "orchestrator/tracking": 1_555,
     "orchestrator/training": 3_950,
-    "orchestrator/evaluation": 3_704,
+    "orchestrator/evaluation": 3_711,
     "orchestrator/planning": 1_137,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_574,
