@@ -51,7 +51,6 @@ class MeasurementSettings:
     """PyTorch threads on a CPU."""
 
     def check(self, context_lengths: Mapping[str, int]) -> None:
-<<<<<<< HEAD
         """Check that the conditions fit models.
 
         Args:
@@ -59,12 +58,6 @@ class MeasurementSettings:
 
         Raises:
             UserError: If a condition is out of range, or does not fit a model.
-=======
-        """Check the conditions, and how they fit a named model.
-
-        Raises:
-            UserError: If a condition is out of range, or does not fit.
->>>>>>> main
         """
         least = {"new_tokens": 2, "batch_sizes": 1, "contexts": 1, "repetitions": 1}
         problems = [
