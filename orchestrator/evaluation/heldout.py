@@ -23,11 +23,9 @@ from typing import Any
 
 import yaml
 
-from orchestrator.data.depth.store import DepthStore
-from orchestrator.data.depth.task import DepthTask
-from orchestrator.data.prepared import PreparedData
-from orchestrator.data.sources import open_data
-from orchestrator.data.token_store import TokenStore
+from orchestrator.data.depth import DepthStore, DepthTask
+from orchestrator.data.mixture import open_data
+from orchestrator.data.store import PreparedData, TokenStore
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings.data import is_depth_task
 from orchestrator.terminal.progress import Progress
@@ -149,8 +147,8 @@ def build_heldout(
     rows: dict[str, Sequence[dict[str, Any]]] = {}
     if texts:
         rows |= text_rows(texts, num_items, min(context_length, MAX_ITEM_TOKENS))
-    for part in data.parts:
-        for task in part.tasks if isinstance(part, DepthStore) else ():
+    for part in (part for part in data.parts if isinstance(part, DepthStore)):
+        for task in part.tasks:
             choices = list(task.symbols)
             rows[task.name] = [
                 {"context": item.context, "choices": choices, "label": choices.index(item.answer)}
@@ -344,7 +342,8 @@ def text_rows(
             # A passage that ends in the same words as another one is the same question.
             end = " ".join([*item["context"].split()[-4:], item["word"]])
             found.setdefault(end, item)
-    most, asked, rows = max(1, int(MAX_SAME_WORD_SHARE * num_items)), Counter[str](), []
+    most, asked = max(1, int(MAX_SAME_WORD_SHARE * num_items)), Counter[str]()
+    rows: list[dict[str, Any]] = []
     for item in sorted(found.values(), key=lambda item: _hash(item["context"] + item["word"])):
         asked[item["word"]] += 1
         if asked[item["word"]] <= most and len(rows) < num_items:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from orchestrator.data.prepared import MANIFEST_NAME, verify_data
-from orchestrator.data.sources import open_data
+from orchestrator.data.mixture import open_data
+from orchestrator.data.store import MANIFEST_NAME, verify_data
 from orchestrator.evaluation.heldout import (
     TEXT_TASKS,
     build_heldout,

@@ -18,10 +18,10 @@ from pydantic import Field
 
 from iiet.influence import InfluenceTable
 from orchestrator.cluster.launch import joined_cluster, trial_device
+from orchestrator.data.mixture import open_data
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
-from orchestrator.data.sources import open_data
 from orchestrator.evaluation.heldout import heldout_chances, offered_tasks
 from orchestrator.evaluation.selection import check_sweep_tasks, needs_lm_eval, tasks_of_source
 from orchestrator.models.folder import load_config
@@ -43,8 +43,7 @@ from orchestrator.planning.fit import find_problems
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.command_tables import price_rows, two_column_table
 from orchestrator.reporting.elastic_section import ElasticSection
-from orchestrator.reporting.front_axes import parse_axes
-from orchestrator.reporting.front_tables import model_rows
+from orchestrator.reporting.front import parse_axes
 from orchestrator.reporting.results import (
     CHANCE_TITLE,
     LEFT_OUT_TITLE,
@@ -53,6 +52,7 @@ from orchestrator.reporting.results import (
     newest_sweep,
 )
 from orchestrator.reporting.sections import Section, render_json, render_terminal
+from orchestrator.reporting.tables import model_rows
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.asha import asha_trials
 from orchestrator.sweeping.checks import check_devices, check_models, check_sweep

@@ -18,9 +18,8 @@ from torch import Tensor
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.launch import trial_device
-from orchestrator.data.prepared import PreparedData
-from orchestrator.data.sources import open_data
-from orchestrator.data.token_store import TokenStore
+from orchestrator.data.mixture import open_data
+from orchestrator.data.store import PreparedData, TokenStore
 from orchestrator.evaluation.decode_timing import (
     SWEEP_NEW_TOKENS,
     SWEEP_PROMPT_TOKENS,
@@ -31,7 +30,7 @@ from orchestrator.models.folder import DTYPES
 from orchestrator.models.loading import load_model
 from orchestrator.records.record import Record
 from orchestrator.records.trial import SweepPlan, Trial
-from orchestrator.reporting.pareto import shown_trials
+from orchestrator.reporting.front import shown_trials
 from orchestrator.reporting.pick_rules import draft_targets
 from orchestrator.settings import Settings
 from orchestrator.sweeping.trials import exact_cost, full_config

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from orchestrator import cli
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.evaluation import suite
 from orchestrator.evaluation.adapter import DecoderModel
 from orchestrator.evaluation.lm_eval_files import read_task

@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.evaluation import selection
 from orchestrator.evaluation.heldout import HeldoutSuite
 from orchestrator.evaluation.suite import load_suite
