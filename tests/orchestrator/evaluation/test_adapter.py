@@ -305,12 +305,12 @@ def test_numbers_and_answers_equal_those_of_lm_evals_hugging_face_class(
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
-    from iiet.huggingface import IIETForCausalLM, fast_tokenizer
+    from iiet.exporting import fast_tokenizer, transformers_model
 
     asked = questions(tmp_path / "asked", decoder, tokenizer)
     tasks = suite.tasks | asked.tasks
     ours = {n: run_task(n, t, DecoderModel(decoder, tokenizer)) for n, t in tasks.items()}
-    model = IIETForCausalLM.from_decoder(decoder)
+    model = transformers_model(decoder)
     text = fast_tokenizer(
         tiny_tokens / "tokenizer.json", end_of_text="<|endoftext|>", context_length=48
     )
