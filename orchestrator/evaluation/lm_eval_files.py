@@ -1,22 +1,17 @@
-"""lm-eval's files are the record of an evaluation: read and write them.
+"""lm-eval's files of an evaluation, and what is read of them.
 
 A run of lm-eval with `--log_samples` writes `results_DATE.json` and, for each task,
 `samples_TASK_DATE.jsonl`: one line per item and filter, with the document, the prompt, what the
 model said and the value of each metric. Its hash of a document matches items between evaluations,
-whoever measured them. Our folders hold one task each and, beside these files, `items.json`: hashes
-and values of the items in one compact array, so that a report parses no samples.
+whoever measured them. The store writes such files, too; outputs of stock lm-eval are read here.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +24,17 @@ from orchestrator.records.evaluation import (
     metric_label,
     plain_value,
 )
-from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import (
-    checksums_of,
     damage_as_user_error,
-    damaged_file,
     expand_user,
-    new_folder,
     read_json,
-    write_json,
-    write_text,
 )
 
-ITEMS = "items.json"
 _DATE = r"(\d{4}-\d\d-\d\dT[\d.\-]+)"
 _SAMPLES = re.compile(rf"samples_(.+)_{_DATE}\.jsonl")
 _RESULTS = re.compile(rf"(?:.+_)?{_DATE}\.json")
 _LOG_AGAIN = "run lm_eval again with --log_samples"
-_MEASURED_AGAIN = "it is measured again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,118 +94,6 @@ def item_values(samples: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[s
     if not hashes or any(others != hashes[0] for others in hashes):
         raise ValueError("its filters have different items" if hashes else "it is empty")
     return hashes[0], values
-
-
-# Our own folders
-
-
-def write_task(folder: Path, task: MeasuredTask, about: Mapping[str, Any]) -> None:
-    """Write a task's files; the folder appears when all of them are whole.
-
-    Args:
-        about: Further keys of the results, such as `config`.
-    """
-    from lm_eval.utils import handle_non_serializable, hash_string, sanitize_list
-
-    date, hashes, lines = _date_now(), [], []
-    for sample in task.samples:
-        arguments = {
-            f"gen_args_{i}": {f"arg_{j}": value for j, value in enumerate(values)}
-            for i, values in enumerate(sample["arguments"])
-        }
-        changed = {
-            **sample,
-            "resps": sanitize_list(sample["resps"]),
-            "filtered_resps": sanitize_list(sample["filtered_resps"]),
-            "arguments": arguments,
-            "target": str(sample["target"]),
-        }
-        lines.append(json.dumps(changed, default=handle_non_serializable, ensure_ascii=False))
-        hashes.append(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"])
-    run = {
-        **task.run,
-        "task_hashes": {task.name: hash_string("".join(hashes))},
-        "lm_eval_version": metadata.version("lm_eval"),
-        "date": time.time(),
-        **about,
-    }
-    # As it will be read: what is no JSON value becomes a text.
-    run = json.loads(json.dumps(run, default=handle_non_serializable))
-    with new_folder(folder) as temporary:
-        write_json(temporary / f"results_{date}.json", run)
-        if lines:
-            samples = temporary / f"samples_{task.name}_{date}.jsonl"
-            samples.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        checksums = checksums_of(temporary, [path.name for path in temporary.glob("*.jsonl")])
-        items = {"items": task.items, "values": task.values, "checksums": checksums}
-        write_json(temporary / ITEMS, items)
-
-
-def read_task(folder: Path) -> TaskResult | None:
-    """Read a task without its samples; None if there is no such folder.
-
-    Raises:
-        UserError: If one of its files is missing or damaged.
-    """
-    if not folder.is_dir():
-        return None
-    _, run, stored = _opened(folder)
-    with damage_as_user_error(folder / ITEMS, remedy=_MEASURED_AGAIN):
-        (name,) = run["results"]
-        task = MeasuredTask(name=name, run=run, items=stored["items"], values=stored["values"])
-        return task.result
-
-
-def copy_tasks(
-    folders: Mapping[str, Path],
-    target: Path,
-    *,
-    groups: Mapping[str, Sequence[str]],
-    pretrained: str,
-) -> None:
-    """Copy tasks of one model into a folder, as one run of lm-eval.
-
-    Args:
-        folders: Folder of each task, by name.
-        groups: Requested groups and their tasks.
-        pretrained: The model's path.
-
-    Raises:
-        RunFailed: If a file is damaged, or the files cannot be written.
-    """
-    date, merged = _date_now(), dict[str, Any]()
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        for task, folder in folders.items():
-            path, run, stored = _opened(folder)
-            if damage := damaged_file(folder, stored["checksums"]):
-                raise RunFailed(f"the stored samples of {task} are damaged: {folder}/{damage}")
-            for key, value in run.items():
-                merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
-            source = path.name.replace("results_", f"samples_{task}_") + "l"
-            shutil.copyfile(folder / source, target / f"samples_{task}_{date}.jsonl")
-        merged["config"]["model_args"]["pretrained"] = pretrained
-        merged["group_subtasks"] = {name: list(tasks) for name, tasks in groups.items()}
-        merged["model_name"] = merged["model_name_sanitized"] = target.name
-        write_text(target / f"results_{date}.json", json.dumps(merged, indent=2) + "\n")
-    except OSError as error:
-        raise RunFailed(f"cannot write lm-eval's files into {target}: {error.strerror}") from None
-
-
-def _opened(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """Return the path of a task's results, the results, and what `ITEMS` holds."""
-    path = next(folder.glob("results_*.json"), folder / "results_*.json")
-    run, stored = (read_json(file, remedy=_MEASURED_AGAIN) for file in (path, folder / ITEMS))
-    if run is None or stored is None:
-        raise UserError(f"{path if run is None else folder / ITEMS} is missing; {_MEASURED_AGAIN}")
-    return path, run, stored
-
-
-def _date_now() -> str:
-    return datetime.now().isoformat(timespec="microseconds").replace(":", "-")
-
-
-# Outputs of stock lm-eval
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,8 @@ from lm_eval_tasks import write_task
 
 from iiet.decoder import Decoder
 from orchestrator.evaluation.adapter import DecoderModel, run_task, suppress_output
-from orchestrator.evaluation.lm_eval_files import (
-    ITEMS,
-    MeasuredTask,
-    find_logged_run,
-    top_groups,
-)
-from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.evaluation.lm_eval_files import MeasuredTask, find_logged_run, top_groups
+from orchestrator.evaluation.store import ITEMS, EvaluationStore
 from orchestrator.evaluation.suite import Suite, load_suite
 from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.model_tokenizer import PlainTokenizer

@@ -13,7 +13,8 @@ from lm_eval_tasks import write_task
 
 from orchestrator import cli
 from orchestrator.evaluation import measuring
-from orchestrator.evaluation.lm_eval_files import ITEMS, MeasuredTask
+from orchestrator.evaluation.lm_eval_files import MeasuredTask
+from orchestrator.evaluation.store import ITEMS
 from orchestrator.models.evaluated_model import open_models
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import (

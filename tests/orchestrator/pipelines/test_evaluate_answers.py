@@ -20,7 +20,7 @@ from orchestrator import cli
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation import suite
 from orchestrator.evaluation.adapter import DecoderModel
-from orchestrator.evaluation.lm_eval_files import read_task
+from orchestrator.evaluation.store import EvaluationStore
 
 DOCUMENTATION = Path(__file__).resolve().parents[3] / "docs" / "evaluation.md"
 ROWS = [{"question": f"{a} and {b}?", "answer": a} for a, b in ("ab", "cd", "ef", "gh", "ij")]
@@ -123,8 +123,15 @@ def evaluate(
         printed = capfd.readouterr()
         folders = sorted((tmp_path / "space" / "evaluations").glob("*"))
         text = " ".join((printed.out + printed.err).split())
-        found = [(read_task(folder), logged_responses(folder)["questions"]) for folder in folders]
-        return code, text, found
+        store = EvaluationStore(tmp_path / "space" / "evaluations")
+        return (
+            code,
+            text,
+            [
+                (store.read(folder.name), logged_responses(folder)["questions"])
+                for folder in folders
+            ],
+        )
 
     return run
 
