@@ -30,7 +30,14 @@ from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings.data import is_depth_task
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import checksums_of, damaged_file, new_folder, read_json
+from orchestrator.workspace.files import (
+    checksums_of,
+    damage_as_user_error,
+    damaged_file,
+    new_folder,
+    read_json,
+    write_json,
+)
 from orchestrator.workspace.provenance import content_key
 
 LAST_WORD, BITS_PER_BYTE = "lastword", "bits_per_byte"
@@ -181,7 +188,7 @@ def build_heldout(
         tasks = {name: len(found) for name, found in rows.items()}
         checksums = checksums_of(folder, [_rows_path(folder, name).name for name in rows])
         stored = {"tasks": tasks, "notes": notes, "chances": chances, "checksums": checksums}
-        (folder / SUITE_NAME).write_text(json.dumps(stored, indent=2) + "\n", "utf-8")
+        write_json(folder / SUITE_NAME, stored)
     progress.finish(", ".join(f"{count:,} {name}" for name, count in tasks.items()))
     return HeldoutSuite(folder=suite.folder, tasks=tasks, notes=tuple(notes), chances=chances)
 
@@ -245,20 +252,11 @@ def _stored_suite(folder: Path) -> HeldoutSuite | None:
     found = read_json(path)
     if found is None:
         return None
-    try:
+    with damage_as_user_error(path):
+        notes, checksums = tuple(map(str, found["notes"])), dict(found["checksums"])
         suite = HeldoutSuite(
-            folder=folder,
-            tasks={name: int(number) for name, number in found["tasks"].items()},
-            notes=tuple(map(str, found["notes"])),
-            chances={name: str(text) for name, text in found["chances"].items()},
+            folder=folder, tasks=dict(found["tasks"]), notes=notes, chances=dict(found["chances"])
         )
-        names = [_rows_path(folder, name).name for name in suite.tasks]
-        checksums = {name: str(found["checksums"][name]) for name in names}
-        is_whole = all(map(is_heldout_task, suite.tasks))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        is_whole = False
-    if not is_whole:
-        raise UserError(f"{path} is damaged; delete it and run the command again")
     if damage := damaged_file(folder, checksums):
         raise UserError(
             f"the held-out tasks are damaged: {damage}; delete the folder {folder} and run the "
