@@ -45,7 +45,7 @@ from iiet import (
     published_from_decoder,
     stream,
 )
-from orchestrator.models.gguf_file import GgufFile
+from orchestrator.models.gguf import GgufFile
 
 _TOLERANCE = 1e-3
 _GOAL_RATIO = {(256, 1): Goal("at least", 1.5), (256, 8): Goal("at least", 1.4)}

@@ -30,7 +30,7 @@ ADAPTERS = {
     "jinja2": ("orchestrator.reporting.sections",),
     "moocore": ("orchestrator.reporting.pareto",),
     "optuna": ("orchestrator.sweeping.search",),
-    "gguf": ("orchestrator.models.gguf_file",),
+    "gguf": ("orchestrator.models.gguf",),
     "huggingface_hub": ("orchestrator.data", "orchestrator.models", "iiet.huggingface"),
 }
 """Library -> the only packages or modules that import it."""

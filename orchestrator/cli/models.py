@@ -184,7 +184,7 @@ def export(
         raise UserError(
             "--private, --public and --token are for --push-to-hub; name the repository"
         )
-    from orchestrator.models.hub_models import check_upload, upload_model
+    from orchestrator.models.hub import check_upload, upload_model
     from orchestrator.pipelines import models
 
     if push_to_hub is not None:

@@ -25,7 +25,7 @@ from orchestrator.data.text_source import text_source
 from orchestrator.data.text_writing import write_text
 from orchestrator.data.token_store import TokenStore
 from orchestrator.data.tokenization import can_resume
-from orchestrator.models.hub_models import is_hub_name
+from orchestrator.models.hub import is_hub_name
 from orchestrator.models.tokenizer import load_tokenizer, num_token_ids
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress

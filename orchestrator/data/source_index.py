@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.data.corpus import source_state
 from orchestrator.data.depth.store import GENERATOR_VERSION
 from orchestrator.data.prepared import is_complete
-from orchestrator.models.hub_models import is_hub_name
+from orchestrator.models.hub import is_hub_name
 from orchestrator.settings import DataSettings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import expand_user, read_json, write_json

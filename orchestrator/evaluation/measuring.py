@@ -14,8 +14,8 @@ from orchestrator.evaluation.batch_limit import BatchLimit
 from orchestrator.evaluation.harness import Suite, run_model, run_suite
 from orchestrator.evaluation.harness.run import JournalOf, OnResult
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.models.evaluated_model import EvaluatedModel
 from orchestrator.models.folder import DTYPES
+from orchestrator.models.open import OpenedModel
 from orchestrator.records.evaluation import EvaluationKeys, EvaluationResult, TaskResult
 from orchestrator.settings.training import Precision
 from orchestrator.terminal.progress import Progress
@@ -62,7 +62,7 @@ class ModelMeasurer:
 
     def __init__(
         self,
-        model: EvaluatedModel,
+        model: OpenedModel,
         store: EvaluationStore,
         conditions: Conditions,
         progress: Progress | None = None,

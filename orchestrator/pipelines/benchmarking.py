@@ -26,14 +26,9 @@ from orchestrator.evaluation.cost_measurement import (
     MeasurementSettings,
     measure_costs,
 )
-from orchestrator.models.evaluated_model import (
-    EvaluatedModel,
-    open_model,
-    open_models,
-    short_names,
-)
 from orchestrator.models.folder import DTYPES, known_schedules
 from orchestrator.models.lookup import load_influence_table
+from orchestrator.models.open import OpenedModel, open_model, open_models, short_names
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.tracked_run import TrackedRun
@@ -56,7 +51,7 @@ SHORT_CONTEXT = 32
 class BenchmarkPlan(Result):
     """Models, each under its schedule, and the conditions that they are measured under."""
 
-    models: dict[str, EvaluatedModel]
+    models: dict[str, OpenedModel]
     """By the names of the result."""
     conditions: MeasurementSettings
 
@@ -210,7 +205,7 @@ def run_benchmark(
     return result
 
 
-def family_of(model: EvaluatedModel) -> list[EvaluatedModel]:
+def family_of(model: OpenedModel) -> list[OpenedModel]:
     """Return an IIET under schedules from full to none; any other model alone.
 
     The schedules are those that elastic weights learned, or that its influence table proposes,
@@ -234,7 +229,7 @@ def family_of(model: EvaluatedModel) -> list[EvaluatedModel]:
     return [open_model(model.path, schedule) for schedule in schedules]
 
 
-def usual_contexts(models: Sequence[EvaluatedModel], new_tokens: int) -> tuple[int, ...]:
+def usual_contexts(models: Sequence[OpenedModel], new_tokens: int) -> tuple[int, ...]:
     """Return a short prompt and half the models' shortest context, if the new tokens fit after."""
     longest = min(model.context_length for model in models)
     wanted = sorted({min(SHORT_CONTEXT, longest // 2), longest // 2})
@@ -243,7 +238,7 @@ def usual_contexts(models: Sequence[EvaluatedModel], new_tokens: int) -> tuple[i
 
 
 def _measure(
-    models: Mapping[str, EvaluatedModel],
+    models: Mapping[str, OpenedModel],
     conditions: MeasurementSettings,
     device: str,
     progress: Progress,
@@ -255,7 +250,7 @@ def _measure(
         if model.path not in loaded:
             dtype = DTYPES[device_precision(device)]
             loaded[model.path] = model.decoder(dtype, device=device)
-        assert model.config is not None, "EvaluatedModel.decoder refuses what is no decoder"
+        assert model.config is not None, "OpenedModel.decoder refuses what is no decoder"
         decoders[name] = loaded[model.path].with_schedule(model.config.corrections)
     some = next(iter(decoders.values()))
     costs = measure_costs(decoders, conditions, progress)

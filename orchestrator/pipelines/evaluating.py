@@ -33,10 +33,9 @@ from orchestrator.evaluation.task_selection import (
     newest_tokens,
     select_tasks,
 )
-from orchestrator.models.evaluated_model import EvaluatedModel, open_models, short_names
 from orchestrator.models.hub import offline
-from orchestrator.models.loading import best_device
-from orchestrator.models.model_tokenizer import check_template
+from orchestrator.models.open import OpenedModel, best_device, open_models, short_names
+from orchestrator.models.tokenizer import check_template
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
@@ -120,7 +119,7 @@ class EvaluatePlan(Result):
 
     settings: Settings
     workspace: Any
-    models: tuple[EvaluatedModel, ...]
+    models: tuple[OpenedModel, ...]
 
     def rows(self) -> list[dict[str, str]]:
         """Return model, task and state: stored, or what is to measure.
@@ -133,7 +132,7 @@ class EvaluatePlan(Result):
             for task, state in self.states_of(model)
         ]
 
-    def states_of(self, model: EvaluatedModel) -> list[tuple[str, str]]:
+    def states_of(self, model: OpenedModel) -> list[tuple[str, str]]:
         """Return each task of a model and how far it is."""
         evaluation, cluster = self.settings.evaluation, self.settings.cluster
         tokens = tokens_of_tasks(model, evaluation, self.workspace, lambda _: None)
@@ -266,7 +265,7 @@ def evaluate(
 
 
 def evaluate_opened(
-    models: Sequence[EvaluatedModel],
+    models: Sequence[OpenedModel],
     settings: Settings,
     context: Context,
     *,
@@ -299,7 +298,7 @@ def evaluate_opened(
 
 
 def evaluate_model(
-    model: EvaluatedModel,
+    model: OpenedModel,
     settings: EvaluationSettings,
     context: Context,
     *,
@@ -382,7 +381,7 @@ def evaluate_model(
 
 
 def _measure(
-    model: EvaluatedModel,
+    model: OpenedModel,
     load: Callable[[], Suite],
     conditions: Conditions,
     evaluations: Path,
@@ -395,7 +394,7 @@ def _measure(
 
 
 def tokens_of_tasks(
-    model: EvaluatedModel, settings: EvaluationSettings, workspace: Workspace, note: Note
+    model: OpenedModel, settings: EvaluationSettings, workspace: Workspace, note: Note
 ) -> Path | None:
     """Return the tokens that a model's held-out tasks are made from; None if it needs none."""
     if not needs_heldout(settings):
@@ -531,7 +530,7 @@ def plan_compare(
         raise UserError(
             f"--schedule: got {len(schedules)} schedules for 2 models; give one for both, or two"
         )
-    opened: list[EvaluatedModel] = []
+    opened: list[OpenedModel] = []
     wanted = [[schedules[0]], [schedules[-1]]] if schedules else [[], []]
     space = find_workspace(workspace)
     for model, run, schedule in zip(models, (first, second), wanted, strict=True):

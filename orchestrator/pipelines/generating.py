@@ -30,24 +30,17 @@ from orchestrator.evaluation.answers import (
     TokenChoice,
     generate_answers,
 )
-from orchestrator.models.folder import DTYPES, known_schedules, tokenizer_file
-from orchestrator.models.loading import EXPORTED, best_device, folder_kind, load_model
+from orchestrator.models.folder import DTYPES, known_schedules, resolve_checkpoint, tokenizer_file
 from orchestrator.models.lookup import (
     Picked,
     find_model_folder,
     parse_schedule,
     picked_model,
-    resolve_checkpoint,
     resolve_model,
 )
-from orchestrator.models.model_tokenizer import (
-    Message,
-    ModelTokenizer,
-    PlainTokenizer,
-    checkpoint_tokenizer,
-    read_model_text_files,
-)
-from orchestrator.models.tokenizer import load_tokenizer, num_token_ids
+from orchestrator.models.model_tokenizer import read_model_text_files
+from orchestrator.models.open import EXPORTED, best_device, folder_kind, load_model
+from orchestrator.models.tokenizer import Message, ModelTokenizer, load_tokenizer, num_token_ids
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.models import local_model, plan_pick
 from orchestrator.planning.machine import check_device
@@ -320,5 +313,5 @@ def _tokenizer(folder: Path) -> ModelTokenizer:
     if folder_kind(folder) == EXPORTED:
         file = tokenizer_file(folder)
         if not read_model_text_files(folder, file, vocab_size=num_token_ids(load_tokenizer(file))):
-            return PlainTokenizer(file)
-    return checkpoint_tokenizer(folder)
+            return ModelTokenizer(file)
+    return ModelTokenizer(folder)

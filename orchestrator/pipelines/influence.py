@@ -24,8 +24,8 @@ from orchestrator.cluster.launch import command_device
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.data.sources import describe_data, open_data
 from orchestrator.models.folder import load_config, weights_key
-from orchestrator.models.loading import load_model
 from orchestrator.models.lookup import resolve_teacher
+from orchestrator.models.open import load_model
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result

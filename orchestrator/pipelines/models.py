@@ -28,40 +28,35 @@ from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
 from orchestrator.cluster.launch import command_device
 from orchestrator.models.config import model_family
-from orchestrator.models.evaluated_model import open_model
 from orchestrator.models.folder import (
     TOKEN_IDS,
     TOKENIZER,
+    decoder_config,
     load_config,
     load_provenance,
+    model_files_key,
     newest_intact_checkpoint,
+    read_config,
     read_text_files,
+    resolve_checkpoint,
     served_schedules,
     weights_key,
 )
-from orchestrator.models.gguf_file import ARCHITECTURE, GgufFile
+from orchestrator.models.gguf import ARCHITECTURE, GgufFile
 from orchestrator.models.gguf_tokenizer import gguf_token_ids, write_gguf_tokenizer
-from orchestrator.models.hub_models import download_model, is_hub_name, shown_name
-from orchestrator.models.loading import (
-    EXPORTED_TYPE,
-    PUBLISHED,
-    decoder_config,
-    folder_kind,
-    load_model,
-    model_folder_key,
-    read_config,
-)
+from orchestrator.models.hub import download_model, is_hub_name, shown_name
 from orchestrator.models.lookup import (
     Picked,
     find_checkpoint_by_weights,
     hub_hint,
     load_influence_table,
     parse_schedule,
-    resolve_checkpoint,
     resolve_model,
 )
-from orchestrator.models.model_tokenizer import PlainTokenizer, read_model_text_files
+from orchestrator.models.model_tokenizer import read_model_text_files
+from orchestrator.models.open import EXPORTED_TYPE, PUBLISHED, folder_kind, load_model, open_model
 from orchestrator.models.tokenizer import (
+    ModelTokenizer,
     end_of_text_id,
     load_tokenizer,
     num_token_ids,
@@ -168,7 +163,7 @@ def import_model(
                 kind = "a Llama folder"
             is_checkpoint = path in find_checkpoints(path.parent)
             run_name = path.parent.name if is_checkpoint else source.rpartition("/")[2]
-            key, texts = model_folder_key(path), path
+            key, texts = model_files_key(path), path
 
         # What it reads and writes as text.
         config, own = decoder.config, texts / TOKENIZER
@@ -410,7 +405,7 @@ def model_card(
         influence = load_influence_table(teacher, metric, warn)
     prompt, file = ModelCard.prompt, checkpoint / TOKENIZER
     if file.is_file():
-        tokenizer = PlainTokenizer(file)
+        tokenizer = ModelTokenizer(file)
         try:
             tokenizer.encode(prompt, add_special_tokens=False)
         except UserError:  # It reads symbols alone.

@@ -12,7 +12,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.dropping import drop_layers
 from iiet.layers import initial_weights
-from orchestrator.models.loading import load_model, use_tf32
+from orchestrator.models.open import load_model, use_tf32
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.distributed import World, own_rows
 from orchestrator.training.precision import frozen_dtype

@@ -28,7 +28,7 @@ from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
 from orchestrator.data.sources import open_data
 from orchestrator.models.folder import load_config, weights_key
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.progress import Progress

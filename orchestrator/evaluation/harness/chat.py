@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.evaluation.answer_journal import AnswerJournal
-from orchestrator.models.model_tokenizer import Message, ModelTokenizer
+from orchestrator.models.tokenizer import Message, ModelTokenizer
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError

@@ -21,7 +21,7 @@ from orchestrator.evaluation.answers import Question, generate_answers
 from orchestrator.evaluation.harness.answer_settings import answer_settings
 from orchestrator.evaluation.harness.chat import ChatModel
 from orchestrator.evaluation.scoring import Score, score_continuations
-from orchestrator.models.model_tokenizer import ModelTokenizer
+from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.provenance import content_key

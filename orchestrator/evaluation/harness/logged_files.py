@@ -25,7 +25,7 @@ from orchestrator.evaluation.harness.chat import ChatModel
 from orchestrator.evaluation.harness.run import FEWSHOT_SEED, evaluate_task, task_result
 from orchestrator.evaluation.harness.suite import Suite
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
-from orchestrator.models.model_tokenizer import ModelTokenizer
+from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.records.evaluation import (
     FILTER_MARK,
     NO_FILTER,

@@ -20,11 +20,7 @@ from orchestrator.evaluation.harness.decoder_model import DecoderModel
 from orchestrator.evaluation.harness.suite import Suite
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.models.hub import offline
-from orchestrator.models.model_tokenizer import (
-    ModelTokenizer,
-    PlainTokenizer,
-    check_template,
-)
+from orchestrator.models.tokenizer import ModelTokenizer, check_template
 from orchestrator.records.evaluation import (
     HASH_LENGTH,
     STDERR_SUFFIX,
@@ -75,7 +71,7 @@ def run_suite(
     """
     progress = progress or Progress()
     if isinstance(tokenizer, Path):
-        tokenizer = PlainTokenizer(tokenizer)
+        tokenizer = ModelTokenizer(tokenizer)
     check_answer_settings(suite.tasks, decoder.config.context_length)
     prompts = suite.prompts or Prompts()
     check_template(tokenizer, prompts)

@@ -18,7 +18,7 @@ from orchestrator.evaluation.harness.chat import ChatModel
 from orchestrator.evaluation.harness.decoder_model import num_items
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.models.hub import offline
-from orchestrator.models.model_tokenizer import FolderTokenizer
+from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError, first_line
@@ -118,7 +118,7 @@ def load_transformers_model(
         UserError: If transformers cannot load it, it needs code that is not trusted, or weights
             are missing.
     """
-    text = FolderTokenizer(folder, trust_remote_code=trust_remote_code)
+    text = ModelTokenizer(folder, trust_remote_code=trust_remote_code)
     with suppress_output(), offline():
         model = _load(folder, trust_remote_code)
         model.config.use_cache = False  # Scoring would fill a cache and discard it.

@@ -15,7 +15,7 @@ from orchestrator.evaluation.answers import AnswerSettings, Question, generate_a
 from orchestrator.evaluation.cost_measurement import peak_bytes
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.evaluation.scoring import score_continuations
-from orchestrator.models.model_tokenizer import PlainTokenizer
+from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.workspace.errors import DeviceError
 
 
@@ -61,7 +61,7 @@ def test_one_sequence_that_does_not_fit_ends_the_evaluation(decoder: Decoder) ->
 
 
 def test_answers_of_smaller_batches_are_the_same(
-    decoder: Decoder, tokenizer: PlainTokenizer
+    decoder: Decoder, tokenizer: ModelTokenizer
 ) -> None:
     settings = AnswerSettings(max_new_tokens=9, temperature=1.0)
     asked = [Question(tuple(range(5, 10 + n)), settings, seed=n) for n in range(8)]

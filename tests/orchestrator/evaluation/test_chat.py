@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.evaluation.harness.chat import ChatModel
-from orchestrator.models.model_tokenizer import Message
+from orchestrator.models.tokenizer import Message
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError

@@ -13,7 +13,7 @@ from iiet.decoder import Decoder
 from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
 from orchestrator.evaluation.harness import load_suite, run_suite
-from orchestrator.models.model_tokenizer import PlainTokenizer
+from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.reporting.statistics import shared_metric
 from orchestrator.workspace.errors import UserError
 
@@ -50,7 +50,7 @@ def write_task(folder: Path, rows: list[dict[str, str]], **changes: Any) -> Path
 
 
 @pytest.fixture
-def rows(decoder: Decoder, tokenizer: PlainTokenizer) -> list[dict[str, str]]:
+def rows(decoder: Decoder, tokenizer: ModelTokenizer) -> list[dict[str, str]]:
     """Questions; the decoder's own answer is right for every second one."""
     settings = AnswerSettings(max_new_tokens=6, stop=("\n",))
     asked = [Question(tokenizer.encode(q, add_special_tokens=False), settings) for q in QUESTIONS]
@@ -62,7 +62,7 @@ def rows(decoder: Decoder, tokenizer: PlainTokenizer) -> list[dict[str, str]]:
 
 
 def test_answers_are_compared_and_stored(
-    decoder: Decoder, tokenizer: PlainTokenizer, rows: list[dict[str, str]], tmp_path: Path
+    decoder: Decoder, tokenizer: ModelTokenizer, rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
     folder = write_task(tmp_path / "tasks", rows)
     results = [
@@ -81,7 +81,7 @@ def test_answers_are_compared_and_stored(
 
 
 def test_each_filter_is_a_metric_and_the_first_is_the_accuracy(
-    decoder: Decoder, tokenizer: PlainTokenizer, rows: list[dict[str, str]], tmp_path: Path
+    decoder: Decoder, tokenizer: ModelTokenizer, rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
     right = rows[0]["answer"].rstrip("!")
     filters = [
@@ -106,7 +106,7 @@ def test_each_filter_is_a_metric_and_the_first_is_the_accuracy(
 
 
 def test_repetitions_are_sampled_apart_and_again_alike(
-    decoder: Decoder, tokenizer: PlainTokenizer, rows: list[dict[str, str]], tmp_path: Path
+    decoder: Decoder, tokenizer: ModelTokenizer, rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
     sampled = {"until": ["\n"], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}
     folder = write_task(tmp_path / "tasks", rows, generation_kwargs=sampled, repeats=3)
@@ -121,7 +121,7 @@ def test_repetitions_are_sampled_apart_and_again_alike(
 
 
 def test_a_metric_over_texts_has_a_value_and_no_items(
-    decoder: Decoder, tokenizer: PlainTokenizer, rows: list[dict[str, str]], tmp_path: Path
+    decoder: Decoder, tokenizer: ModelTokenizer, rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
     bleu = {"metric": "bleu", "aggregation": "bleu", "higher_is_better": True}
     folder = write_task(tmp_path / "tasks", rows, metric_list=[bleu])
@@ -132,7 +132,7 @@ def test_a_metric_over_texts_has_a_value_and_no_items(
 
 
 def test_what_the_generator_lacks_is_said_before_a_task_runs(
-    decoder: Decoder, tokenizer: PlainTokenizer, rows: list[dict[str, str]], tmp_path: Path
+    decoder: Decoder, tokenizer: ModelTokenizer, rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
     folder = write_task(tmp_path / "tasks", rows, generation_kwargs={"num_beams": 4})
     with pytest.raises(UserError, match=r"questions: its generation_kwargs ask for num_beams=4"):
@@ -142,7 +142,7 @@ def test_what_the_generator_lacks_is_said_before_a_task_runs(
 @pytest.mark.slow
 def test_answers_equal_those_of_lm_evals_hugging_face_class(
     decoder: Decoder,
-    tokenizer: PlainTokenizer,
+    tokenizer: ModelTokenizer,
     rows: list[dict[str, str]],
     tiny_tokens: Path,
     tmp_path: Path,

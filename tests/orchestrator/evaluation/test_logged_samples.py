@@ -21,7 +21,7 @@ from orchestrator.evaluation.harness.logged_files import (
 from orchestrator.evaluation.harness.suite import Suite
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.evaluation.logged_samples import _groups, find_logged_run
-from orchestrator.models.model_tokenizer import PlainTokenizer
+from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
@@ -79,12 +79,12 @@ def suite(tmp_path: Path) -> Suite:
 
 
 @pytest.fixture
-def ours(suite: Suite, decoder: Decoder, tokenizer: PlainTokenizer) -> EvaluationResult:
+def ours(suite: Suite, decoder: Decoder, tokenizer: ModelTokenizer) -> EvaluationResult:
     return run_suite(suite, decoder, tokenizer)
 
 
 @pytest.fixture
-def output(suite: Suite, decoder: Decoder, tokenizer: PlainTokenizer, tmp_path: Path) -> Path:
+def output(suite: Suite, decoder: Decoder, tokenizer: ModelTokenizer, tmp_path: Path) -> Path:
     """What `lm_eval --log_samples --output_path` writes for this decoder."""
     from lm_eval import evaluator
     from lm_eval.loggers import EvaluationTracker
@@ -129,7 +129,7 @@ def test_stock_output_is_read_as_the_evaluation_that_we_store(
 
 
 def test_written_files_are_those_of_stock_lm_eval(
-    suite: Suite, ours: EvaluationResult, output: Path, tokenizer: PlainTokenizer, tmp_path: Path
+    suite: Suite, ours: EvaluationResult, output: Path, tokenizer: ModelTokenizer, tmp_path: Path
 ) -> None:
     from lm_eval.utils import (
         get_file_task_name,
@@ -167,7 +167,7 @@ def test_written_files_are_those_of_stock_lm_eval(
 
 
 def test_stored_responses_that_do_not_fit_the_task_are_refused(
-    suite: Suite, ours: EvaluationResult, tokenizer: PlainTokenizer, tmp_path: Path
+    suite: Suite, ours: EvaluationResult, tokenizer: ModelTokenizer, tmp_path: Path
 ) -> None:
     config = {"model": "iiet", "model_args": {}, "batch_size": 8, "limit": None}
     place = LoggedOutput(new_output_folder(tmp_path / "own"), "tiny")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from iiet.published import published_from_decoder
 from orchestrator import cli
-from orchestrator.models.gguf_file import GgufFile
+from orchestrator.models.gguf import GgufFile
 from orchestrator.workspace.errors import UserError
 
 TOKENS = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from gguf_files import CHAT, tokenizer_values
+from orchestrator.models.gguf_tokenizer import gguf_token_ids, write_gguf_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from orchestrator.data.token_store import open_tokens
-from orchestrator.models.gguf_tokenizer import gguf_token_ids, write_gguf_tokenizer
 from orchestrator.workspace.errors import UserError
 
 TEXT = "a bag and the fog had\n\n12  dogs in 2024, don't you é 好"

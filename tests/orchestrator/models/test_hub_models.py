@@ -12,11 +12,9 @@ from huggingface_hub import constants
 from local_hub import TOKEN, LocalHub, local_hub
 
 from orchestrator import cli
-from orchestrator.models.evaluated_model import open_model, open_models, short_names
 from orchestrator.models.folder import load_config, load_provenance
-from orchestrator.models.hub import DRY_RUN, offline
-from orchestrator.models.hub_models import download_model, shown_name
-from orchestrator.models.loading import load_model
+from orchestrator.models.hub import DRY_RUN, download_model, offline, shown_name
+from orchestrator.models.open import load_model, open_model, open_models, short_names
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace

@@ -15,7 +15,8 @@ from iiet.config import preset
 from iiet.decoder import Decoder
 from iiet.export import export_pretrained
 from iiet.schedule import IterationSchedule
-from orchestrator.models.loading import load_model, model_folder_key
+from orchestrator.models.folder import model_files_key
+from orchestrator.models.open import load_model
 from orchestrator.workspace.errors import UserError
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -162,6 +163,6 @@ def test_unreadable_folders_are_errors(damage: str, words: str, tmp_path: Path) 
 def test_the_key_depends_on_the_content(tmp_path: Path) -> None:
     llama_folder(tmp_path / "one")
     llama_folder(tmp_path / "two")
-    assert model_folder_key(tmp_path / "one") == model_folder_key(tmp_path / "two")
+    assert model_files_key(tmp_path / "one") == model_files_key(tmp_path / "two")
     spoil(tmp_path / "two", "no number")
-    assert model_folder_key(tmp_path / "one") != model_folder_key(tmp_path / "two")
+    assert model_files_key(tmp_path / "one") != model_files_key(tmp_path / "two")

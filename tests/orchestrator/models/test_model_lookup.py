@@ -15,13 +15,13 @@ from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
 from orchestrator import cli
 from orchestrator.data.token_store import open_tokens
-from orchestrator.models.evaluated_model import open_models
 from orchestrator.models.lookup import (
     find_model_folder,
     parse_schedule,
     resolve_model,
     resolve_teacher,
 )
+from orchestrator.models.open import open_models
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import (

@@ -13,7 +13,7 @@ from fake_tracking import untracked
 from orchestrator import cli
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation.harness.logged_files import LoggedOutput
-from orchestrator.models.evaluated_model import open_models
+from orchestrator.models.open import open_models
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import (
     CompareResult,

@@ -23,8 +23,7 @@ from orchestrator.data.token_store import open_tokens
 from orchestrator.evaluation import task_selection
 from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.heldout import HeldoutSuite
-from orchestrator.models.evaluated_model import EvaluatedModel, open_model
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import OpenedModel, load_model, open_model
 from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.records.evaluation import EvaluationResult
@@ -83,7 +82,7 @@ def read(**settings):
 
 
 def evaluate(
-    model: Path | EvaluatedModel,
+    model: Path | OpenedModel,
     settings: EvaluationSettings,
     workspace: Workspace,
     *,

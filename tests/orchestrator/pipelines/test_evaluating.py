@@ -13,8 +13,8 @@ from fake_tracking import untracked
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation.harness import suite
-from orchestrator.models.evaluated_model import EvaluatedModel, open_model
 from orchestrator.models.folder import load_config
+from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate_model
 from orchestrator.pipelines.models import export
@@ -101,7 +101,7 @@ class Lines(Progress):
 
 
 def evaluate(
-    model: Path | EvaluatedModel,
+    model: Path | OpenedModel,
     settings: EvaluationSettings,
     workspace: Workspace,
     *,

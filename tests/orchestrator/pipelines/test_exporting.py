@@ -22,9 +22,8 @@ from iiet.huggingface import IIETForCausalLM
 from iiet.influence import InfluenceTable
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
-from orchestrator.models.evaluated_model import open_model
 from orchestrator.models.folder import weights_key
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model, open_model
 from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.models import CARD, MANIFEST, export, export_checkpoint
 from orchestrator.records.evaluation import EvaluationResult, TaskResult

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orchestrator import cli
 from orchestrator.data.token_store import open_tokens
 from orchestrator.models.folder import load_provenance
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model
 from orchestrator.pipelines import generating
 from orchestrator.pipelines.generating import Sampling, TextGenerator
 from orchestrator.pipelines.models import export_checkpoint, import_model

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from iiet.huggingface import IIETConfig
 from orchestrator.data.token_store import open_tokens
 from orchestrator.models.folder import TEXT_FILES, read_text_files
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model
 from orchestrator.pipelines.generating import Sampling, TextGenerator
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.reporting.model_card import ModelCard

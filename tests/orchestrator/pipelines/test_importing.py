@@ -14,9 +14,9 @@ from iiet.decoder import Decoder
 from iiet.export import export_pretrained
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.data.token_store import open_tokens
-from orchestrator.models.folder import tokenizer_file
-from orchestrator.models.loading import load_model
-from orchestrator.models.lookup import resolve_checkpoint, resolve_model
+from orchestrator.models.folder import resolve_checkpoint, tokenizer_file
+from orchestrator.models.lookup import resolve_model
+from orchestrator.models.open import load_model
 from orchestrator.pipelines.models import import_model
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError

@@ -13,8 +13,8 @@ import torch
 from fake_tracking import untracked
 
 from orchestrator.data.token_store import open_tokens
-from orchestrator.models.evaluated_model import open_model
 from orchestrator.models.folder import load_config
+from orchestrator.models.open import open_model
 from orchestrator.pipelines.evaluating import evaluate_model, plan_evaluate
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings

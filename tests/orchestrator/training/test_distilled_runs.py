@@ -19,7 +19,7 @@ from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
 from iiet.dropping import kept_config
 from orchestrator.models.folder import load_config, read_text_files
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
