@@ -59,7 +59,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_028,
+    "iiet": 8_060,
     "benchmarks": 3_620,
     "examples": 217,
     "research": 1_985,
