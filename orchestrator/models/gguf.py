@@ -49,14 +49,14 @@ _RULES = {
 """Value of `tokenizer.ggml.pre` -> how text is cut. Source: llama.cpp, `llama-vocab.cpp`."""
 
 
-def read_gguf(path: Path, texts: Path, *, with_tokenizer: bool = True) -> Decoder:
+def read_gguf(path: Path, texts: Path | None = None, *, with_tokenizer: bool = True) -> Decoder:
     """Return the model of a file as a vanilla decoder with float32 weights.
 
     Args:
         path: The file.
         texts: Folder that gets what a model folder says about text: `config.json` with the tokens
             that begin and end one, and the files of the tokenizer.
-        with_tokenizer: Whether the file's tokenizer is wanted.
+        with_tokenizer: Whether these files are wanted.
 
     Raises:
         UserError: If it is not a GGUF file, is damaged, holds another architecture or what the
@@ -85,16 +85,8 @@ def read_gguf(path: Path, texts: Path, *, with_tokenizer: bool = True) -> Decode
             f"package gguf ({first_line(error, with_type=True)}); copy it again"
         ) from None
     _check_supported(path, metadata, [tensor.name for tensor in reader.tensors])
-    if with_tokenizer:
-        _write_tokenizer(path, metadata, texts)
-
-    first, end, turn, pad = (
-        metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding")
-    )
-    ends = [number for number in dict.fromkeys((end, turn)) if number is not None]
-    ids = {"bos_token_id": first, "eos_token_id": ends or None, "pad_token_id": pad}
-    (texts / CONFIG).write_text(json.dumps({"model_type": _ARCHITECTURE, **ids}))
-
+    if texts:
+        _write_texts(path, metadata, texts, with_tokenizer=with_tokenizer)
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
@@ -141,7 +133,17 @@ def _check_supported(path: Path, metadata: dict[str, Any], tensors: list[str]) -
         raise UserError(f"{path} needs what the decoder does not do: {', '.join(problems[:5])}")
 
 
-def _write_tokenizer(path: Path, metadata: dict[str, Any], folder: Path) -> None:
+def _write_texts(
+    path: Path, metadata: dict[str, Any], folder: Path, *, with_tokenizer: bool
+) -> None:
+    first, end, turn, pad = (
+        metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding")
+    )
+    ends = [number for number in dict.fromkeys((end, turn)) if number is not None]
+    ids = {"bos_token_id": first, "eos_token_id": ends or None, "pad_token_id": pad}
+    (folder / CONFIG).write_text(json.dumps({"model_type": _ARCHITECTURE, **ids}))
+    if not with_tokenizer:
+        return
     if "tokenizer.ggml.tokens" not in metadata:
         raise UserError(f"{path} has no tokenizer (tokenizer.ggml.tokens); {REMEDY}")
     kind, rule = (metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
@@ -158,7 +160,7 @@ def _write_tokenizer(path: Path, metadata: dict[str, Any], folder: Path) -> None
         with offline():
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         if not is_sentencepiece:
-            tokenizer.backend_tokenizer.pre_tokenizer = _RULES[rule]
+            tokenizer.backend_tokenizer.pre_tokenizer = _RULES[str(rule)]
         tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(

@@ -209,21 +209,22 @@ def open_model(
     text_folder = text_folder or path
     how = "transformers" if config is None else config.to_dict()
     if is_external:
-        name, key = shown_path(path).name, (model_files_key(path), how)
+        name, key = shown_path(path).name, [model_files_key(path), how]
     else:
-        text = text_files_key(text_folder)
-        name, key = (
-            path.parent.name,
-            (weights_key(path), how, file_key(tokenizer_file(text_folder))),
-        )
-        key = (*key, text) if text else key
+        name, text = path.parent.name, text_files_key(text_folder)
+        key = [
+            weights_key(path),
+            how,
+            file_key(tokenizer_file(text_folder)),
+            *([text] if text else []),
+        ]
     if config is not None and schedule is not None:
         name += f" r={shortest_schedule(tuple(config.corrections))}"
     length = values.get("max_position_embeddings") or values.get("n_positions") or 2048
     return OpenedModel(
         path=path,
         name=name,
-        key=key,
+        key=tuple(key),
         config=config,
         architecture=config.method if config else architecture,
         context_length=config.context_length if config else int(length),
@@ -251,9 +252,12 @@ def open_models(
     """
     if paths:
         folders = [find_model_folder(workspace, path, model_folders=True) for path in paths]
-        return [open_model(f, schedule) for f in folders for schedule in schedules or [None]]
-    checkpoint, own = resolve_model(workspace, note=note)
-    return [open_model(checkpoint, schedule) for schedule in schedules or [own]]
+        picked = None
+    else:
+        folder, picked = resolve_model(workspace, note=note)
+        folders = [folder]
+    wanted: Sequence[str | IterationSchedule | None] = schedules or [picked]
+    return [open_model(folder, schedule) for folder in folders for schedule in wanted]
 
 
 def short_names(models: Sequence[OpenedModel]) -> list[str]:

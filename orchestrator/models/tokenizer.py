@@ -151,9 +151,8 @@ class ModelTokenizer:
                 "without context needs one; name one in tokenizer_config.json"
             )
         self.prefix_id = int(first)
-        self.end_ids = frozenset(
-            {end, *token_ids(path, "eos_token_id")} - {None}  # type: ignore[arg-type]
-        )
+        ends = token_ids(path, "eos_token_id")
+        self.end_ids = frozenset(ends if end is None else [*ends, int(end)])
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Return the tokens of a text, with the special tokens that a model from elsewhere adds.
@@ -271,14 +270,11 @@ def token_ids(folder: Path, name: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def checkpoint_text_files(
-    folder: Path, tokenizer: Path | None, *, vocab_size: int
-) -> dict[str, bytes]:
-    """Return the files by which a checkpoint reads and writes text as the model in a folder does.
+def text_files_of(folder: Path, tokenizer: Path | None, *, vocab_size: int) -> dict[str, bytes]:
+    """Return the `TEXT_FILES` by which a checkpoint reads text as the model in a folder does.
 
-    They are `tokenizer.json` and the `TEXT_FILES`, name -> content; none without a tokenizer. A
-    model that was trained here has no more than it has. Of any other, transformers writes the
-    tokenizer as it reads it, and `generation_config.json` says which tokens begin and end a text.
+    A model that was trained here has none. Of any other, transformers writes the tokenizer as it
+    reads it, and `generation_config.json` says which tokens begin and end a text.
 
     Args:
         folder: Model folder of any kind.
@@ -289,8 +285,7 @@ def checkpoint_text_files(
         UserError: If one cannot be read, or the tokenizer cannot be loaded with them.
     """
     if is_checkpoint(folder):
-        own = {TOKENIZER: tokenizer.read_bytes()} if tokenizer else {}
-        return own | read_text_files(folder)
+        return read_text_files(folder)
     values: dict[str, Any] = {}
     if (folder / GENERATION_CONFIG).is_file():
         values = dict(read_config(folder, GENERATION_CONFIG))
@@ -298,7 +293,8 @@ def checkpoint_text_files(
         ids = [number for number in token_ids(folder, name) if number < vocab_size]
         values[name] = ids if len(ids) > 1 else next(iter(ids), None)
     if tokenizer is None:
-        return {GENERATION_CONFIG: _json_file(values)} if any(values.values()) else {}
+        has_ids = any(value is not None for value in values.values())
+        return {GENERATION_CONFIG: _json_file(values)} if has_ids else {}
 
     kind = str(read_config(folder).get("model_type", "llama"))
     with TemporaryDirectory() as name:
@@ -325,8 +321,7 @@ def checkpoint_text_files(
                 setattr(loaded, token, loaded.convert_ids_to_tokens(first))
         # Templates of several names would be files in a folder of their own.
         loaded.save_pretrained(written, save_jinja_files=False)
-        files = {TOKENIZER: tokenizer.read_bytes(), **read_text_files(written)}
-    return {**files, GENERATION_CONFIG: _json_file(values)}
+        return {**read_text_files(written), GENERATION_CONFIG: _json_file(values)}
 
 
 def _has_tokenizer_alone(folder: Path) -> bool:

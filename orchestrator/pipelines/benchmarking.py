@@ -149,8 +149,8 @@ def plan_benchmark(
     progress: Progress | None = None,
 ) -> BenchmarkPlan:
     """Open the models; arguments and errors as `benchmark`."""
-    space, warn = find_workspace(workspace), (progress or Progress()).note
-    opened = open_models(space, list(map(Path, models)), schedules, warn=warn)
+    space, note = find_workspace(workspace), (progress or Progress()).note
+    opened = open_models(space, list(map(Path, models)), schedules, note=note)
     if len(opened) == 1 and not schedules:
         opened = family_of(opened[0])
     conditions = conditions or MeasurementSettings(contexts=())

@@ -198,8 +198,8 @@ def plan_evaluate(
 
     All models are opened first: a mistake in the last must not cost the time of the others.
     """
-    space, warn = find_workspace(workspace), (progress or Progress()).note
-    opened = open_models(space, list(map(Path, models)), schedules, warn=warn)
+    space, note = find_workspace(workspace), (progress or Progress()).note
+    opened = open_models(space, list(map(Path, models)), schedules, note=note)
     return EvaluatePlan(settings=settings, workspace=space, models=tuple(opened))
 
 
@@ -539,8 +539,8 @@ def plan_compare(
                 f"--schedule: {model} is an output of lm-eval, which has no iteration schedule"
             )
         if not run:
-            warn = (progress or Progress()).note
-            opened += open_models(space, [Path(model)], schedule, warn=warn)
+            note = (progress or Progress()).note
+            opened += open_models(space, [Path(model)], schedule, note=note)
     evaluation, outputs = settings.evaluation, [run for run in (first, second) if run]
     if outputs and evaluation.suite == EvaluationSettings().suite:
         evaluation = evaluation.model_copy(update={"suite": ",".join(outputs[0].tasks)})
