@@ -27,12 +27,12 @@ REMEDY = "give the model's own tokenizer.json with --tokenizer FILE"
 
 _MAGIC = b"GGUF"
 _ARCHITECTURE = "llama"
-# Those that are read or follow from others; any other may change what the model computes.
-_KNOWN_SETTINGS = {
-    *("embedding_length", "block_count", "feed_forward_length", "context_length", "vocab_size"),
+# transformers takes its own defaults for missing ones, and reads weights wrongly without the heads.
+_REQUIRED = (
+    *("embedding_length", "block_count", "feed_forward_length", "context_length"),
     *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
-    *("rope.freq_base", "rope.dimension_count", "tensor_data_layout"),
-}
+)
+_OTHERS = ("rope.freq_base", "vocab_size", "tensor_data_layout")
 _HEAD_SIZES = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 _SWITCHED_OFF = (0, False, "", "none")
 _KNOWN_TENSORS = re.compile(
@@ -113,21 +113,22 @@ def _check_supported(path: Path, metadata: dict[str, Any], tensors: list[str]) -
         )
     prefix = f"{_ARCHITECTURE}."
     values = {n.removeprefix(prefix): v for n, v in metadata.items() if n.startswith(prefix)}
+    if missing := [name for name in _REQUIRED if name not in values]:
+        raise UserError(f"{path} does not say {prefix}{f', {prefix}'.join(missing)}")
+    known = {*_REQUIRED, *_OTHERS, *_HEAD_SIZES}
     problems = [
         f"{prefix}{name}={value!r}"
         for name, value in sorted(values.items())
-        if name not in {*_KNOWN_SETTINGS, *_HEAD_SIZES} and value not in _SWITCHED_OFF
+        if (name not in known and value not in _SWITCHED_OFF)
+        or (name in _REQUIRED and not (isinstance(value, int | float) and value > 0))
     ]
-    width, num_heads = values.get("embedding_length"), values.get("attention.head_count")
-    if type(width) is int and type(num_heads) is int and num_heads:
-        size = width // num_heads
-        problems += [
+    if not problems:
+        size = values["embedding_length"] // values["attention.head_count"]
+        problems = [
             f"{prefix}{name}={values[name]!r} with heads of {size}"
             for name in _HEAD_SIZES
             if values.get(name, size) != size
         ]
-    else:
-        problems.append(f"{prefix}attention.head_count={num_heads!r}")
     problems += [f"the tensor {name}" for name in tensors if not _KNOWN_TENSORS.fullmatch(name)]
     if problems:
         raise UserError(f"{path} needs what the decoder does not do: {', '.join(problems[:5])}")

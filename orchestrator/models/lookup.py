@@ -80,12 +80,12 @@ def resolve_model(
     runs, picked = _finished_runs(workspace), picked_model(workspace)
     if picked and (not runs or picked.time > last_recorded(runs[0])):
         checkpoint, schedule = picked.model
+        checkpoint = resolve_checkpoint(checkpoint)
         what = f"that `pick` chose from the sweep {picked.sweep}"
     elif runs:
-        checkpoint, schedule, what = find_checkpoints(runs[0])[-1], None, "of the newest run"
+        checkpoint, schedule, what = resolve_checkpoint(runs[0]), None, "of the newest run"
     else:
         raise _no_model(workspace, "no finished run")
-    checkpoint = resolve_checkpoint(checkpoint)
     if note:
         note(f"the model is {checkpoint}, {what}")
     return checkpoint, schedule
@@ -120,7 +120,7 @@ def resolve_teacher(
         if config.corrections.num_corrections and not METHODS[config.method].repeats_stack:
             if note:
                 note(f"the model is {checkpoint}, of the newest run with corrections")
-            return resolve_checkpoint(checkpoint)
+            return resolve_checkpoint(run)
         others.append(f"{run.name} ({config.method})")
     only = f", only {', '.join(others)}" if others else ""
     raise _no_model(workspace, f"no IIET checkpoint with corrections{only}")
