@@ -71,7 +71,7 @@ LINES = {
     "orchestrator/data": 3_096,
     "orchestrator/tracking": 1_555,
     "orchestrator/training": 3_950,
-    "orchestrator/evaluation": 4_127,
+    "orchestrator/evaluation": 4_131,
     "orchestrator/planning": 1_137,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_574,
