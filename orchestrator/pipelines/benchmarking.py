@@ -118,8 +118,8 @@ def benchmark(
     """Measure latency, throughput and memory of models side by side.
 
     Args:
-        models: Checkpoints or runs, by path or name, or model folders; the newest IIET or imported
-            model when empty.
+        models: Checkpoints or runs, by path or name, or model folders; when empty, the
+            newest of finished runs and the last pick.
         schedules: Iteration schedules as typed. When empty, one IIET is measured under schedules
             from full to none, and several models each under their own.
         conditions: Batch sizes, contexts, repetitions, threads. Empty contexts stand for a short

@@ -242,8 +242,8 @@ def evaluate(
 
     Args:
         settings: Section `evaluation`.
-        models: Checkpoints or runs, by path or name, or transformers folders; the newest IIET or
-            imported model when empty.
+        models: Checkpoints or runs, by path or name, or transformers folders; when
+            empty, the newest of finished runs and the last pick.
         schedules: Iteration schedules as typed; each model's own when empty.
         log_samples: Folder that gets results and samples in lm-eval's files, one folder per model.
         trust_remote_code: Whether code in a model folder may run.

@@ -105,7 +105,7 @@ def generate(
     Args:
         prompts: Texts to continue.
         model: A checkpoint, run or exported folder, by path or name, or a sweep: its picked model.
-            When unset the last pick, or the newest IIET or imported model if that is newer.
+            When unset the newest of finished runs and the last pick.
         schedule: Iteration schedule as typed, if not the checkpoint's own.
         sampling: How tokens are chosen, and when to stop.
         drafting: Decode with drafts, and note what they did at the end.

@@ -117,7 +117,8 @@ def measure_influence(
 
     Args:
         settings: Sections `influence` and `cluster`.
-        model: A checkpoint or run, by path or name; the newest IIET with corrections when unset.
+        model: A checkpoint or run, by path or name; the newest finished IIET with
+            corrections when unset.
 
     Raises:
         UserError: If there is no such model, it makes no corrections, or its tokens are not in the

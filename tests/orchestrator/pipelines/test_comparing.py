@@ -237,7 +237,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(
         (["one", "tiny", "-r", "1", "-r", "0", "-r", "2"], "got 3 schedules for 2 models"),
         (["one", "missing"], "there is no folder missing"),
         (["one", "."], ". has results of several models; name one of its folders: one, two"),
-        (["one", "empty"], "empty holds no intact checkpoint"),
+        (["one", "empty"], "empty holds no checkpoint"),
     ]:
         assert cli.main(["compare", *words, "--workspace", str(workspace.root)]) == 2
         printed = " ".join(capsys.readouterr().err.split())

@@ -325,5 +325,5 @@ def test_a_schedule_that_does_not_fit_is_refused(
 def test_no_checkpoint_is_the_users_mistake(
     tmp_path: Path, settings: EvaluationSettings, workspace: Workspace
 ) -> None:
-    with pytest.raises(UserError, match="holds no intact checkpoint"):
+    with pytest.raises(UserError, match="holds no checkpoint"):
         evaluate(tmp_path, settings, workspace)

@@ -89,7 +89,7 @@ def test_a_student_has_the_text_files_of_its_imported_teacher(
 ) -> None:
     imported = tmp_path / "imported" / teacher.name
     shutil.copytree(teacher, imported)
-    (imported / "token_ids.json").write_text('{"eos_token_id": [2, 7]}')
+    (imported / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     job = student(control=control)
     folders = {name: str(imported) for name in ("teacher_folder", "initial_folder")}
     kept = {name: folder for name, folder in folders.items() if getattr(job, name)}
