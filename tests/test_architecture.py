@@ -28,7 +28,7 @@ ADAPTERS = {
     "altair": ("orchestrator.reporting.charts",),
     "vl_convert": ("orchestrator.reporting.charts", "orchestrator.reporting.sections"),
     "jinja2": ("orchestrator.reporting.sections",),
-    "moocore": ("orchestrator.reporting.pareto",),
+    "moocore": ("orchestrator.reporting.front",),
     "optuna": ("orchestrator.sweeping.search",),
     "gguf": ("orchestrator.models.gguf",),
     "huggingface_hub": ("orchestrator.data", "orchestrator.models", "iiet.huggingface"),
@@ -74,9 +74,9 @@ LINES = {
     "orchestrator/evaluation": 4_131,
     "orchestrator/planning": 1_137,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_574,
-    "orchestrator/sweeping": 3_365,
-    "orchestrator/pipelines": 4_708,
+    "orchestrator/reporting": 4_349,
+    "orchestrator/sweeping": 3_364,
+    "orchestrator/pipelines": 4_711,
     "orchestrator/cli": 1_886,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
