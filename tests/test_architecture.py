@@ -67,17 +67,17 @@ LINES = {
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_619,
     "orchestrator/records": 977,
-    "orchestrator/models": 2_146,
+    "orchestrator/models": 1_731,
     "orchestrator/data": 3_096,
     "orchestrator/tracking": 1_555,
     "orchestrator/training": 3_950,
-    "orchestrator/evaluation": 4_131,
+    "orchestrator/evaluation": 4_127,
     "orchestrator/planning": 1_137,
     "orchestrator/cluster": 3_005,
     "orchestrator/reporting": 4_349,
     "orchestrator/sweeping": 3_364,
-    "orchestrator/pipelines": 4_711,
-    "orchestrator/cli": 1_886,
+    "orchestrator/pipelines": 4_681,
+    "orchestrator/cli": 1_885,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

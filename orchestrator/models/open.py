@@ -216,13 +216,8 @@ def open_model(
     if is_external:
         name, key = shown_path(path).name, [model_files_key(path), how]
     else:
-        name, text = path.parent.name, text_files_key(text_folder)
-        key = [
-            weights_key(path),
-            how,
-            file_key(tokenizer_file(text_folder)),
-            *([text] if text else []),
-        ]
+        texts = [file_key(tokenizer_file(text_folder)), text_files_key(text_folder)]
+        name, key = path.parent.name, [weights_key(path), how, *filter(None, texts)]
     if config is not None and schedule is not None:
         name += f" r={shortest_schedule(tuple(config.corrections))}"
     length = values.get("max_position_embeddings") or values.get("n_positions") or 2048
