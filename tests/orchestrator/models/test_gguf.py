@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from iiet.published import published_from_decoder
 from orchestrator import cli
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import load_provenance
 from orchestrator.models.gguf import read_gguf
 from orchestrator.models.open import load_model

@@ -18,7 +18,7 @@ from iiet.decoder import Decoder
 from iiet.export import export_pretrained
 from iiet.huggingface import IIETConfig
 from orchestrator.data.model_tokens import tokens_folder_of
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import tokenizer_file
 from orchestrator.models.lookup import resolve_model
 from orchestrator.models.open import load_model

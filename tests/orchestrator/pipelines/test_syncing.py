@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from orchestrator.data.sources import describe_data
+from orchestrator.data.mixture import describe_data
 from orchestrator.evaluation import decode_timing as benchmark
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.syncing import sync
