@@ -32,8 +32,7 @@ from orchestrator.cluster.running_jobs import (
     wait_message,
 )
 from orchestrator.cluster.start import ray_cluster
-from orchestrator.planning.estimate import seconds_to_save
-from orchestrator.planning.fit import out_of_memory_explained
+from orchestrator.planning.estimate import out_of_memory_explained, seconds_to_save
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.stop import stop_on_signals, stop_when

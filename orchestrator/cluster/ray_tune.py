@@ -29,8 +29,7 @@ from orchestrator.cluster.ray_train import FINAL_ERRORS, fit_job
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.cluster.tune_callback import ANSWER, TrialReport, TuneCallback
-from orchestrator.planning.estimate import LEAST_SECONDS
-from orchestrator.planning.fit import out_of_memory_explained
+from orchestrator.planning.estimate import LEAST_SECONDS, out_of_memory_explained
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.terminal.stop import POLL_SECONDS, run_interruptibly, stop_requested, stop_when

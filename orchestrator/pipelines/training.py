@@ -29,8 +29,7 @@ from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
-from orchestrator.planning.estimate import Estimate, Price, price_of, run_devices
-from orchestrator.planning.fit import find_problems
+from orchestrator.planning.estimate import Estimate, Price, find_problems, price_of, run_devices
 from orchestrator.planning.machine import check_run_resources
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.command_tables import price_rows, training_rows, two_column_table

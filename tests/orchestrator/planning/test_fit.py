@@ -13,12 +13,14 @@ import torch
 
 from iiet.config import preset
 from orchestrator.models.config import build_model_config
-from orchestrator.planning.estimate import Devices, Estimate, price_of
-from orchestrator.planning.fit import (
+from orchestrator.planning.estimate import (
     LARGEST_SHARE,
+    Devices,
+    Estimate,
     check_fit,
     find_problems,
     out_of_memory_explained,
+    price_of,
     smaller_settings,
 )
 from orchestrator.planning.machine import FreeBytes
