@@ -96,20 +96,15 @@ def load_model(
     is_ours = read_config(folder).get("model_type") == MODEL_TYPE
     try:
         if is_ours:
-            config = load_config(folder)  # Names the package of a method that is not installed.
-            if is_checkpoint(folder):
-                decoder = Decoder.load(folder)
-            else:
-                decoder = Decoder(config)
-                found = _weights(folder)
-                decoder.load_state_dict({n.removeprefix("decoder."): w for n, w in found.items()})
+            load_config(folder)  # Names the package of a method that is not installed.
+            decoder = Decoder.load(folder)
         else:
             decoder = decoder_from_published(read_config(folder), _weights(folder))
         if schedule is not None:
             decoder = decoder.with_schedule(schedule)
     except UserError:
         raise
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise UserError(f"this version of the program cannot use {folder}: {error}") from None
     device = best_device(device)
     use_tf32(device)

@@ -289,7 +289,7 @@ def export_checkpoint(
         UserError: If the folder holds something else or cannot be written, the tokenizer has no
             token that ends a document, or the source of the method cannot be copied.
     """
-    from iiet.export import export_pretrained
+    from iiet.exporting import export
 
     progress = progress or Progress()
     model = None if replaces else (checkpoint, decoder.config)
@@ -306,7 +306,7 @@ def export_checkpoint(
         token_ids = {name: values.get(name) for name in names}
     try:
         with new_folder(folder) as temporary:
-            export_pretrained(
+            export(
                 decoder,
                 temporary,
                 file if file.is_file() else None,

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.export import export_pretrained
-from iiet.huggingface import IIETConfig
+from iiet.exporting import export
+from iiet.modeling_iiet import IIETConfig
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import tokenizer_file
@@ -56,7 +56,7 @@ def test_an_imported_model_is_the_same_model_and_found_again(
 ) -> None:
     torch.manual_seed(0)
     decoder = Decoder(ModelConfig.from_dict(tiny_model)).eval()
-    folder = export_pretrained(decoder, tmp_path / "my model", tokenizer)
+    folder = export(decoder, tmp_path / "my model", tokenizer)
     first = import_model(folder, workspace=workspace)
     assert first.parent == workspace.runs / "my-model"
     tokens = torch.arange(12).view(1, 12)
@@ -68,7 +68,7 @@ def test_an_imported_model_is_the_same_model_and_found_again(
     assert resolve_model(workspace) == (first, None), "also if it is found again"
     with torch.no_grad():
         decoder.norm.weight.mul_(2)
-    export_pretrained(decoder, folder, tokenizer)
+    export(decoder, folder, tokenizer)
     with pytest.raises(UserError, match="another run named my-model; choose one with --name"):
         import_model(folder, workspace=workspace)
     # Its tokens are those of its tokenizer.
@@ -89,7 +89,7 @@ def test_a_tokenizer_that_is_missing_or_too_large_is_named(
             notes.append(text)
 
     small = Decoder(ModelConfig.from_dict({**tiny_model, "vocab_size": 200}))
-    folder = export_pretrained(small, tmp_path / "model")
+    folder = export(small, tmp_path / "model")
     with pytest.raises(UserError, match="the model only 200"):
         import_model(folder, workspace=workspace, tokenizer=tokenizer)
     assert not workspace.runs.exists()

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from iiet.config import preset
 from iiet.decoder import Decoder
-from iiet.export import export_pretrained
+from iiet.exporting import export
 from iiet.schedule import IterationSchedule
 from orchestrator.models.open import load_model, open_model
 from orchestrator.workspace.errors import UserError
@@ -70,7 +70,7 @@ def test_a_llama_folder_becomes_a_vanilla_model(shards: dict[str, str], tmp_path
 def test_an_exported_folder_gives_the_same_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
     decoder = Decoder(preset("tiny", vocab_size=50, schedule=[2, 0, 1, 0, 0, 1])).eval()
-    folder = export_pretrained(decoder, tmp_path / "out")
+    folder = export(decoder, tmp_path / "out")
     loaded = load_model(folder)
     assert loaded.config == decoder.config
     state = loaded.state_dict()
