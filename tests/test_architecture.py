@@ -30,13 +30,8 @@ ADAPTERS = {
     "jinja2": ("orchestrator.reporting.sections",),
     "moocore": ("orchestrator.reporting.front",),
     "optuna": ("orchestrator.sweeping.search",),
-<<<<<<< HEAD
-    "gguf": ("orchestrator.models.gguf",),
-    "huggingface_hub": ("orchestrator.data", "orchestrator.models", "iiet.huggingface"),
-=======
     "gguf": ("orchestrator.models.gguf",),
     "huggingface_hub": ("orchestrator.data", "orchestrator.models", "iiet.modeling_iiet"),
->>>>>>> main
 }
 """Library -> the only packages or modules that import it."""
 
