@@ -85,7 +85,7 @@ from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_parameters
 from orchestrator.training.checkpoint import save_checkpoint
-from orchestrator.training.tracked_models import trial_model
+from orchestrator.training.watching import trial_model
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import new_folder, resolve_path, write_text
 from orchestrator.workspace.journal import Journal

@@ -192,9 +192,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else(checkpoint: Path, tmp_pa
         own = folder / name
         own.parent.mkdir(exist_ok=True)
         own.write_text("an afternoon's work")
-        with pytest.raises(
-            UserError, match=rf"not as the export wrote.*{own.parent.name if '/' in name else name}"
-        ):
+        with pytest.raises(UserError, match=rf"not as the export wrote.*{name.split('/')[0]}"):
             exported(checkpoint, folder)
         assert own.read_text() == "an afternoon's work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "run"]
