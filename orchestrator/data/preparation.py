@@ -30,7 +30,7 @@ from orchestrator.data.mixture import MIXTURE_VERSION, mixture_tokenizer, open_d
 from orchestrator.data.store import TokenStore, is_complete, verify_data
 from orchestrator.data.text import source_state, text_source
 from orchestrator.data.tokenize import TOKENIZER_CHARACTERS, can_resume, sample_texts, write_text
-from orchestrator.models.hub_models import is_hub_name
+from orchestrator.models.hub import is_hub_name
 from orchestrator.models.tokenizer import load_tokenizer, num_token_ids, train_tokenizer
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress

@@ -1,0 +1,143 @@
+"""Models that no decoder of ours can run, through lm-eval's class for transformers.
+
+Its cache of logits is off: it gives wrong scores for a text that is split in two ways. Missing
+weights are an error; transformers would fill them with random numbers and only warn.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from orchestrator.evaluation.adapter import ChatModel, suppress_output, usual_max_new_tokens
+from orchestrator.models.hub import offline
+from orchestrator.models.tokenizer import ModelTokenizer
+from orchestrator.settings.evaluation import Prompts
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.errors import UserError, first_line
+from orchestrator.workspace.provenance import content_key
+
+SEED = 1234
+"""Random seed of sampled answers, lm-eval's default."""
+
+
+class TransformersModel(ChatModel, HFLM):  # type: ignore[misc]
+    """Reports the number of items done after each forward pass, and stores scores."""
+
+    _num_requests = _num_done = 0
+
+    def loglikelihood(self, requests: list[Instance], **options: Any) -> Any:
+        """Score (context, continuation) texts."""
+        self._begin(requests)
+        return super().loglikelihood(requests, **options)
+
+    def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> Any:
+        """Score tokens, with one call of lm-eval's method for each of its batches."""
+        tokens = [[*context, *continuation] for _, context, continuation in requests]
+        order = sorted(range(len(requests)), key=lambda n: (-len(tokens[n]), tokens[n]))
+        scores: dict[int, Any] = {}
+        for start in range(0, len(order), self.batch_size):
+            numbers = order[start : start + self.batch_size]
+            batch = [requests[number] for number in numbers]
+            key = content_key("scores", [request[1:] for request in batch])
+            found = self.journal.get(key)
+            if found is None:
+                found = super()._loglikelihood_tokens(batch, **options)
+                self.journal.add({key: found})
+            else:
+                self._count(len(batch))
+            scores |= zip(numbers, map(tuple, found), strict=True)
+        return [scores[number] for number in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests: list[Instance], **options: Any) -> Any:
+        """Score whole texts."""
+        self._begin(requests)
+        return super().loglikelihood_rolling(requests, **options)
+
+    def generate_until(self, requests: list[Instance], **options: Any) -> Any:
+        """Generate the answer to each (context, generation_kwargs)."""
+        self._begin(requests)
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(SEED)
+                return super().generate_until(requests, **options)
+        except (AssertionError, ValueError) as error:
+            raise UserError(
+                f"transformers cannot generate the answers of {requests[0].task_name}: "
+                f"{first_line(error)}"
+            ) from None
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Largest number of tokens of an answer, for tasks that set none."""
+        return usual_max_new_tokens(self.max_length)
+
+    def _begin(self, requests: list[Instance]) -> None:
+        self._advance = self.start_requests(requests)
+        self._num_requests, self._num_done = len(requests), 0
+
+    def _model_call(self, inps: torch.Tensor, **options: Any) -> Any:
+        logits = super()._model_call(inps, **options)
+        self._count(len(inps))
+        return logits
+
+    def _model_generate(self, context: torch.Tensor, **options: Any) -> Any:
+        tokens = super()._model_generate(context, **options)
+        self._count(len(context))
+        return tokens
+
+    def _count(self, num_sequences: int) -> None:
+        # A text of several windows is more than one sequence.
+        self._num_done = min(self._num_requests, self._num_done + num_sequences)
+        self._advance(self._num_done, self._num_requests)
+
+
+def load_transformers_model(
+    folder: Path,
+    *,
+    device: str,
+    batch_size: int,
+    trust_remote_code: bool = False,
+    prompts: Prompts | None = None,
+    progress: Progress | None = None,
+) -> TransformersModel:
+    """Load a transformers model folder as a model of lm-eval.
+
+    Args:
+        prompts: How items become prompts.
+
+    Raises:
+        UserError: If transformers cannot load it, it needs code that is not trusted, or weights
+            are missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    text = ModelTokenizer(folder, trust_remote_code=trust_remote_code)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    with suppress_output(), offline():
+        try:
+            model, found = load(
+                folder, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+        except Exception as error:  # Its files, and code that comes with them, fail in many ways.
+            line, hint = first_line(error), ""
+            if "trust_remote_code" in str(error):
+                line, hint = "it needs code in the folder", "; --trust-remote-code runs it"
+            raise UserError(f"transformers cannot load {folder}: {line}{hint}") from None
+        if missing := sorted(found.get("missing_keys", ())):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"the weights in {folder} are not complete: {missing[0]}{more} missing")
+        model.config.use_cache = False  # Scoring would fill a cache and discard it.
+        runner = TransformersModel(
+            pretrained=model.to(device).eval(),
+            tokenizer=text.loaded,
+            batch_size=batch_size,
+            logits_cache=False,
+        )
+    runner.text, runner.prompts = text, prompts or Prompts()
+    runner.progress = progress or Progress()
+    return runner

@@ -1,0 +1,172 @@
+"""Memory of a training step, estimated from shapes before anything is built.
+
+Weights, gradients and AdamW's two moments follow from the number of parameters. Activations are
+what the forward pass keeps, plus the larger of two peaks: the loss's backward pass, or a field's.
+Left out: what kernels, allocators and libraries take, and a GPU's float32 copies of shared keys and
+values. Gradients are counted during the whole step. The tensors counted are those of the fast forms
+on a CPU; a compiled model keeps a tenth less. Plain formulas that are not compiled, as on a GPU
+with `training.compile=false`, keep 1.8 times as much.
+`tests/orchestrator/planning/test_training_memory.py` compares with the live tensors of real steps.
+Source: this project.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from iiet.chunked_loss import CHUNK_ELEMENTS
+from iiet.config import ModelConfig
+from iiet.cost import field_parameters, num_parameters
+from iiet.methods import METHODS
+from iiet.schedule import IterationSchedule
+
+__all__ = ["TrainingMemory", "training_memory"]
+
+_FULL, _HALF = 4, 2  # bytes of a float32 and of a bfloat16 value
+_FEED_FORWARD_TEMPORARIES = 4  # tensors of width ffn_dim at once in its backward pass
+# Tensors like the logits of a chunk, float32: log-probabilities and two gradients; with a teacher,
+# its distribution, the divergence's terms and its gradient.
+_LOGITS_AT_ONCE, _LOGITS_WITH_TEACHER = 3, 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemory:
+    """Bytes that one worker needs while it trains."""
+
+    weights: int
+    """Float32 weights, and their bfloat16 copies where the arithmetic is bfloat16."""
+    gradients: int
+    """Float32 gradients."""
+    optimizer: int
+    """AdamW's two moments."""
+    activations: int
+    """What the forward pass keeps, and what the backward pass adds at its peak."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def training_memory(
+    config: ModelConfig,
+    schedule: IterationSchedule | None = None,
+    *,
+    num_sequences: int,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    on_gpus: bool = False,
+    activation_checkpointing: bool = False,
+    num_shards: int = 1,
+    num_passes: int = 1,
+    has_teacher: bool = False,
+    has_members: bool = False,
+) -> TrainingMemory:
+    """Estimate the memory of a training step.
+
+    Args:
+        config: the model.
+        schedule: the costliest one that is trained; the config's own if None.
+        num_sequences: sequences of one forward pass, each as long as the context.
+        precision: of the arithmetic; weights, gradients and moments are float32.
+        on_gpus: with bf16, a teacher's weights are then bfloat16.
+        activation_checkpointing: whether each layer is recomputed in the backward pass.
+        num_shards: workers that share weights, gradients and moments; 1 if each has all.
+        num_passes: passes of a step; a sharded model stays gathered between them, its gradients do
+            not. Replicated ones have all in any case.
+        has_teacher: whether a frozen model of the same size runs beside it.
+        has_members: whether cheaper schedules learn from it in the same step (`iiet.elastic`).
+    """
+    config = config if schedule is None else replace(config, schedule=schedule)
+    parameters = num_parameters(config)
+    width = _FULL if precision == "fp32" else _HALF
+    shard = -(-parameters // num_shards) * _FULL
+    gathered, reduced = _gathered_bytes(config, width, num_passes) if num_shards > 1 else (0, 0)
+    copies = 0
+    if precision == "bf16":
+        # The backward pass needs the copies of all layers, or of the one that is recomputed. Of
+        # a sharded model, layers are gathered as bfloat16, and the head is copied.
+        copied = parameters // (config.num_layers if activation_checkpointing else 1)
+        copies = copied if num_shards == 1 else config.vocab_size * config.dim
+    tokens = num_sequences * config.context_length
+    teacher = parameters * (width if on_gpus else _FULL) if has_teacher else 0
+    # The last hidden states of the full schedule stay for the members.
+    kept = tokens * config.dim * _FULL if has_members else 0
+    compares = has_teacher or has_members
+    return TrainingMemory(
+        weights=shard + gathered + teacher + copies * _HALF,
+        gradients=shard + reduced,
+        optimizer=2 * shard,
+        activations=kept
+        + _peak_bytes(config, tokens, width, activation_checkpointing, num_shards, compares),
+    )
+
+
+def _gathered_bytes(config: ModelConfig, width: int, num_passes: int) -> tuple[int, int]:
+    """Count the weights and gradients of a sharded model that a worker holds in full.
+
+    What belongs to no field stays for the whole step, in float32. So do the fields of a step of
+    several passes; in a single pass, the next layer is gathered while one runs.
+    """
+    layer = field_parameters(config)
+    others = (num_parameters(config) - config.num_layers * layer) * _FULL
+    layers = config.num_layers if num_passes > 1 else min(2, config.num_layers)
+    # A layer's gradients are copied to float32 to be summed over the workers. Where the stack
+    # repeats, those of all layers wait for their earlier runs (`_peak_bytes`).
+    return others + layers * layer * width, others + layer * (width + _FULL)
+
+
+def _peak_bytes(
+    config: ModelConfig,
+    tokens: int,
+    width: int,
+    activation_checkpointing: bool,
+    num_shards: int,
+    compares: bool,
+) -> int:
+    """Count activations at the peak.
+
+    `width` is the bytes of a value in the arithmetic; hidden states are float32. `compares` says
+    whether the loss compares two distributions.
+    """
+    method = METHODS[config.method]
+    state, num_runs = config.dim * _FULL, method.num_runs(config.corrections)
+    of_layers = [_layer_bytes(config, layer, width) for layer in range(config.num_layers)]
+    # What layers leave for later ones, and as much for its gradient while they go backward.
+    left = method.num_left * config.num_layers * state
+    # The last hidden state, its norm and the norm's gradient; the head's gradient so far, and that
+    # of a chunk.
+    logits = min(tokens * config.vocab_size, CHUNK_ELEMENTS)
+    at_once = _LOGITS_WITH_TEACHER if compares else _LOGITS_AT_ONCE
+    loss = at_once * logits * _FULL + tokens * 3 * state
+    loss += config.vocab_size * config.dim * (_FULL + width)
+    # Gradients of its output, of the state between attention and feed-forward network, and of what
+    # its output is added to.
+    field = _FEED_FORWARD_TEMPORARIES * config.ffn_dim * width + 3 * state
+    if activation_checkpointing:
+        # Of a layer, its input stays.
+        kept = num_runs * config.num_layers * state + left
+        field += max(of_layers) // num_runs - state + left
+    else:
+        kept = sum(of_layers) + left
+        # The first layer to go backward needs no gradient of `left`, and frees what it kept.
+        field += max(0, left - of_layers[-1])
+    # The gradient of a matrix before it is added up; the head's waits for the embeddings'.
+    matrices = config.ffn_dim * config.dim + config.vocab_size * config.dim // num_shards
+    at_start = tokens * kept + max(loss, tokens * field + matrices * _FULL)
+    # Where the stack repeats, a field's gradients wait for those of the field's earlier runs.
+    waiting = config.num_layers * field_parameters(config) * width if num_runs > 1 else 0
+    after_run = tokens * (kept - kept // num_runs + field) + matrices * _FULL + waiting
+    return max(at_start, after_run)
+
+
+def _layer_bytes(config: ModelConfig, layer: int, width: int) -> int:
+    method, dim = METHODS[config.method], config.dim
+    kv_dim = config.num_kv_heads * config.head_dim
+    # The point, its norm, and the state between attention and feed-forward network. In the
+    # arithmetic's precision: queries, keys, values, attention's output, the network's input, gate
+    # and up.
+    evaluation = 3 * dim * _FULL + (3 * dim + 2 * kv_dim + 2 * config.ffn_dim) * width
+    of_layer = config.corrections, layer, config.options
+    return (
+        method.num_differentiated(*of_layer) * evaluation + method.num_kept(*of_layer) * dim * _FULL
+    )

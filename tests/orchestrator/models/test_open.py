@@ -1,0 +1,148 @@
+"""Model folders of any kind give the same numbers here, or one clear error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from iiet.config import preset
+from iiet.decoder import Decoder
+from iiet.exporting import export
+from iiet.schedule import IterationSchedule
+from orchestrator.models.open import load_model, open_model
+from orchestrator.workspace.errors import UserError
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+
+
+@pytest.mark.parametrize("name", ["iiet_r3", "iiet_schedule_201", "pcformer_rk2", "vanilla"])
+def test_published_folders_give_the_published_logits(name: str, tmp_path: Path) -> None:
+    tensors = load_file(FIXTURES / f"{name}.safetensors")
+    shutil.copy(FIXTURES / f"{name}.json", tmp_path / "config.json")
+    weights = {n: tensor for n, tensor in tensors.items() if n.startswith("weight.")}
+    save_file(
+        {n.removeprefix("weight."): w for n, w in weights.items()}, tmp_path / "model.safetensors"
+    )
+    decoder = load_model(tmp_path)
+    with torch.no_grad():
+        logits = decoder(tensors["input_ids"])
+    torch.testing.assert_close(logits, tensors["logits"], rtol=0, atol=1e-5)
+    assert not decoder.training
+
+
+def llama_folder(folder: Path, **options: Any) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(config).eval()
+    llama.save_pretrained(folder, **options)
+    return llama
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "5KB"}])
+def test_a_llama_folder_becomes_a_vanilla_model(shards: dict[str, str], tmp_path: Path) -> None:
+    llama = llama_folder(tmp_path / "llama", **shards)
+    assert (len(list((tmp_path / "llama").glob("*.safetensors"))) > 1) == bool(shards)
+    decoder = load_model(tmp_path / "llama")
+    tokens = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        torch.testing.assert_close(decoder(tokens), llama(tokens).logits, rtol=0, atol=1e-5)
+    assert decoder.config.method == "vanilla"
+    llama.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert load_model(tmp_path / "half").embedding.weight.dtype == torch.float32
+
+
+def test_an_exported_folder_gives_the_same_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(preset("tiny", vocab_size=50, schedule=[2, 0, 1, 0, 0, 1])).eval()
+    folder = export(decoder, tmp_path / "out")
+    loaded = load_model(folder)
+    assert loaded.config == decoder.config
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in decoder.state_dict().items())
+    cheaper = load_model(folder, schedule=IterationSchedule((1, 0, 0, 0, 0, 0)))
+    assert tuple(cheaper.schedule) == (1, 0, 0, 0, 0, 0)
+    with pytest.raises(UserError, match="out: "):
+        load_model(folder, schedule=IterationSchedule((1, 0)))
+    weights = load_file(folder / "model.safetensors")
+    weights.pop(next(name for name in weights if name.endswith("layers.0.mix.inner")))
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"layers\.0\.mix\.inner"):
+        load_model(folder)
+
+
+def spoil(folder: Path, name: str) -> None:
+    config, file = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
+    weights = load_file(file)
+    if name == "no config":
+        (folder / "config.json").unlink()
+    elif name == "no weights":
+        file.unlink()
+    elif name == "cut off":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif name == "no number":
+        weights["model.norm.weight"][3] = float("nan")
+        save_file(weights, file)
+    elif name == "outside":
+        file.rename(folder.parent / "secret.safetensors")
+        index = {"weight_map": {"model.norm.weight": "../secret.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif name == "twice":
+        save_file({"model.norm.weight": weights["model.norm.weight"]}, folder / "old.safetensors")
+    elif name == "other model":
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    elif name == "sliding window":
+        (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 128}))
+    else:
+        (folder / "config.json").write_text("[1, 2")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("no config", "is not a model folder"),
+        ("no weights", "has no safetensors"),
+        ("cut off", "cannot read"),
+        ("no number", "model.norm.weight has 1 values that are NaN"),
+        ("outside", r"cannot read .*llama/secret\.safetensors"),
+        ("twice", r"model\.norm\.weight in several files, the last of which is old\.safetensors"),
+        ("other model", "'gpt2'"),
+        ("sliding window", "sliding_window 128"),
+        ("broken config", r"config\.json is damaged"),
+    ],
+)
+def test_unreadable_folders_are_errors(damage: str, words: str, tmp_path: Path) -> None:
+    llama_folder(tmp_path / "llama")
+    spoil(tmp_path / "llama", damage)
+    with pytest.raises(UserError, match=words):
+        load_model(tmp_path / "llama")
+
+
+def test_a_llama_has_no_schedule_and_its_key_follows_its_files(tmp_path: Path) -> None:
+    folder, moved = tmp_path / "llama", tmp_path / "moved"
+    llama_folder(folder)
+    with pytest.raises(UserError, match="makes no corrections"):
+        open_model(folder, "1")
+    before = open_model(folder).key
+    shutil.copytree(folder, moved)
+    (moved / "README.md").write_text("no part of the model")
+    assert open_model(moved).key == before
+    (moved / "tokenizer_config.json").write_text('{"bos_token": "a"}')
+    changed = open_model(moved).key
+    spoil(moved, "no number")
+    assert before != changed != open_model(moved).key != before

@@ -1,0 +1,175 @@
+"""The memory estimate of a training step, compared with the live tensors of real steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import pytest
+import torch
+from live_tensors import LiveTensors
+
+from iiet.batch import Batch
+from iiet.config import ModelConfig, preset
+from iiet.decoder import Decoder
+from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
+from iiet.elastic import AnswerKeeper, member_loss
+from iiet.losses import batch_cross_entropy, next_token_loss
+from iiet.methods import METHODS
+from orchestrator.planning.training_memory import training_memory
+
+FACTOR = 1.2
+"""How far estimate and measurement may lie apart, either way."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine take minutes for these small sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def measured_bytes(
+    config: ModelConfig, num_sequences: int, precision: str, checkpoint: bool
+) -> int:
+    """Return the peak of all tensors that a step makes, without weights and gradients."""
+    decoder = Decoder(config)
+    decoder.activation_checkpointing = checkpoint
+    for parameter in decoder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    input_ids = torch.randint(config.vocab_size, (num_sequences, config.context_length))
+    is_half = precision == "bf16"
+    with LiveTensors(decoder) as live:
+        with torch.autocast("cpu", dtype=torch.bfloat16) if is_half else nullcontext():
+            loss = decoder(input_ids, finish=partial(next_token_loss, input_ids=input_ids))
+        torch.autograd.backward(loss)
+    return live.peak
+
+
+def distilled_bytes(**loss: Any) -> int:
+    """Return the peak of a distillation step of 256 tokens whose logits dominate the memory."""
+    config = preset("tiny", vocab_size=32_000, num_layers=2, context_length=64, schedule=1)
+    student = Decoder(config)
+    teacher = frozen_teacher(student)
+    for parameter in [*student.parameters(), *teacher.parameters()]:
+        parameter.grad = torch.zeros_like(parameter)
+    input_ids = torch.randint(config.vocab_size, (4, config.context_length))
+    with LiveTensors(torch.nn.ModuleList([student, teacher])) as live:
+        value, _ = distillation_loss(student, teacher, input_ids, config=DistillationConfig(**loss))
+        torch.autograd.backward(value)
+    return live.peak
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"divergence": "forward"},
+        {"divergence": "reverse"},
+        {"divergence": "jensen_shannon"},
+    ],
+    ids=str,
+)
+def test_a_divergence_over_a_large_vocabulary_does_not_double_the_peak(
+    loss: dict[str, Any],
+) -> None:
+    assert distilled_bytes(**loss) < 1.4 * distilled_bytes(kl_weight=0.0)
+
+
+def test_what_the_full_schedule_predicted_is_kept_in_little_memory() -> None:
+    config = preset("tiny", vocab_size=32_000, num_layers=2, context_length=64, schedule=1)
+    decoder = Decoder(config)
+    for parameter in decoder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    batch = Batch.of_text(torch.randint(config.vocab_size, (4, config.context_length)))
+    with LiveTensors(decoder) as live:
+        full = AnswerKeeper(decoder)
+        loss = full(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
+        torch.autograd.backward(loss)
+        assert full.answer is not None
+        finish = member_loss(full.answer, batch, DistillationConfig())
+        none = config.corrections.none(2)
+        loss, _ = decoder(batch.input_ids, schedule=none, finish=finish)
+        torch.autograd.backward(loss)
+    assert live.peak < 1.4 * distilled_bytes(kl_weight=0.0)
+
+
+SHAPES = {
+    "wide vocabulary": {"vocab_size": 4096, "dim": 64, "ffn_dim": 176, "num_layers": 4},
+    "wide": {"vocab_size": 512, "dim": 256, "ffn_dim": 700, "num_layers": 2},
+    "shared heads": {"vocab_size": 64, "dim": 64, "ffn_dim": 176, "num_layers": 6,
+                     "num_kv_heads": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_estimate_matches_a_real_step(
+    shape: str, method: str, precision: str, checkpoint: bool
+) -> None:
+    schedule = {"schedule": 2} if METHODS[method].has_corrections else {}
+    sizes = {"num_heads": 4, "context_length": 64, **SHAPES[shape]}
+    config = preset("tiny", method=method, **sizes, **schedule)
+    memory = training_memory(
+        config,
+        num_sequences=4,
+        precision=precision,
+        activation_checkpointing=checkpoint,  # type: ignore[arg-type]
+    )
+    # The weights' copies in bfloat16 are made by the step, so they are measured too.
+    copies = memory.weights - memory.gradients
+    estimate = memory.activations + copies
+    measured = measured_bytes(config, 4, precision, checkpoint)
+    assert measured / FACTOR < estimate < measured * FACTOR
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_truncated_backward_pass_takes_less(precision: Literal["fp32", "bf16"]) -> None:
+    sizes = {"num_heads": 4, "context_length": 64, **SHAPES["wide"], "schedule": 3}
+
+    def estimate(**options: Any) -> tuple[ModelConfig, int]:
+        config = preset("tiny", **sizes, method_options=options)
+        memory = training_memory(config, num_sequences=4, precision=precision)
+        return config, memory.activations + memory.weights - memory.gradients
+
+    _, full = estimate()
+    config, truncated = estimate(differentiated_corrections=1)
+    measured = measured_bytes(config, 4, precision, checkpoint=False)
+    assert measured / FACTOR < truncated < measured * FACTOR
+    assert truncated < 0.6 * full
+
+
+def test_parameter_memory_is_exact() -> None:
+    config = preset("55m")
+    parameters = sum(p.numel() for p in Decoder(config).parameters())
+    memory = training_memory(config, num_sequences=1)
+    assert memory.weights == memory.gradients == 4 * parameters
+    assert memory.optimizer == 8 * parameters
+    assert memory.total == 16 * parameters + memory.activations
+
+
+def test_memory_saving_settings_save_memory() -> None:
+    config = preset("340m")
+
+    def total(**options: Any) -> int:
+        return training_memory(config, **{"num_sequences": 4, **options}).total
+
+    assert total(num_sequences=2) < total()
+    assert total(activation_checkpointing=True) < 0.5 * total()
+    assert total(precision="bf16") < total()
+    assert total(num_shards=8) < total()
+    assert total(has_teacher=True) > total(has_members=True) > total()
+    # Of the sharded parts an eighth stays, and what is gathered.
+    alone = training_memory(config, num_sequences=1)
+    shared = training_memory(config, num_sequences=1, num_shards=8)
+    assert shared.optimizer == pytest.approx(alone.optimizer / 8, rel=1e-6)
+    assert shared.weights < 0.4 * alone.weights
+    # Between the passes of a step, a sharded model stays gathered; its gradients do not.
+    in_passes = training_memory(config, num_sequences=1, num_shards=8, num_passes=2)
+    assert alone.weights < in_passes.weights < 1.2 * alone.weights
+    assert in_passes.gradients == shared.gradients < 0.4 * alone.gradients
