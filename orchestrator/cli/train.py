@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.command import Call, Command, Setting, one_schedule, read_schedules
+from orchestrator.cli.command import Call, Command, Setting
 from orchestrator.cli.options import (
     ConfigOption,
     LocalOption,
@@ -15,6 +15,9 @@ from orchestrator.cli.options import (
     SchedulesOption,
     TeacherArgument,
     complete_models,
+    one_schedule,
+    read_schedules,
+    split_list,
 )
 from orchestrator.workspace.errors import UserError
 
@@ -29,12 +32,6 @@ TRIALS = {
     "--workers-per-trial": "sweep.workers_per_trial",
     "--gpus-per-trial": "sweep.gpus_per_trial",
 }
-
-
-def _switch(name: str, key: str) -> dict[str, str | Setting]:
-    """Return `--NAME`, and `--no-NAME` for files that switch it on; the help shows the first."""
-    off = Setting(key, bool, lambda _: False, hidden=True)
-    return {f"--{name}": key, f"--no-{name}": off}
 
 
 @Command("quickstart", group="All steps", options=HERE, config=ConfigOption,
@@ -233,8 +230,8 @@ def _threshold_kind(_: dict[str, Any], options: dict[str, Any]) -> None:
             help="Then search: try at most this many schedules with any count in any layer.",
         ),
         "--distilled-baselines": "sweep.distilled_baselines",
-        **_switch("elastic", "sweep.elastic"),
-        **_switch("compare", "sweep.compare"),
+        "--elastic/--no-elastic": "sweep.elastic",
+        "--compare/--no-compare": "sweep.compare",
         "--metric": "influence.metric",
         "--control": "distillation.control",
         **TRIALS,
@@ -261,7 +258,6 @@ def _iterations_kind(_: dict[str, Any], options: dict[str, Any]) -> None:
 
 def _rates_of_all(text: str) -> dict[str, Any]:
     from iiet.methods import METHODS
-    from orchestrator.cli.command import split_list
 
     return dict.fromkeys(METHODS, split_list(text))
 
@@ -279,7 +275,7 @@ def _rates_of_all(text: str) -> dict[str, Any]:
             _rates_of_all,
             "Peak learning rates of every model, with commas between: 1e-3,2e-3,4e-3.",
         ),
-        **_switch("asha", "sweep.asha"),
+        "--asha/--no-asha": "sweep.asha",
         **TRIALS,
         **CLUSTER,
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,10 @@ class Result(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints: names and plain values."""
         return self.model_dump(mode="json")
+
+    def to_text(self) -> str:
+        """Return that as JSON text; numbers that are not finite become null."""
+        return json.dumps(_finite(self.to_json()), indent=2, default=str)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the result as a table, if it is one: a row of plain values for each item."""
@@ -65,3 +70,11 @@ def show(result: Any, console: Console) -> None:
             print_line(console, part)
         else:
             console.print(part)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and value - value != 0.0 else value
