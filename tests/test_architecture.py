@@ -76,8 +76,8 @@ LINES = {
     "orchestrator/cluster": 3_003,
     "orchestrator/reporting": 4_349,
     "orchestrator/sweeping": 3_363,
-    "orchestrator/pipelines": 4_609,
-    "orchestrator/cli": 1_886,
+    "orchestrator/pipelines": 4_633,
+    "orchestrator/cli": 1_869,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -47,6 +47,8 @@ class Setting:
     """From the option's value to the setting's."""
     help: str | None = None
     """(Default: the field's description.)"""
+    hidden: bool = False
+    """Whether the help leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Command:
     group: str
     """Panel of `--help`."""
     options: Mapping[str, str | Setting] = field(default_factory=dict)
-    """`--flag`, `--flag,-f` or `--flag/--no-flag` to the key of a setting."""
+    """`--flag` or `--flag,-f` to the key of a setting."""
     config: Any = None
     """Annotation of the option or argument that names the settings file; None for commands that
     read none."""
@@ -281,7 +283,9 @@ def _option(flags: str, setting: Setting) -> Any:
     elif kind is tuple:
         kind, extras["metavar"] = str, "A,B,..."
     text = setting.help or " ".join((found.description or "").split())
-    info = typer.Option(*flags.split(","), help=text, show_default=False, **extras)
+    info = typer.Option(
+        *flags.split(","), help=text, show_default=False, hidden=setting.hidden, **extras
+    )
     return Annotated[kind | None, info]
 
 
@@ -305,4 +309,4 @@ def _converted(key: str, value: Any) -> Any:
 
 
 def _name(flags: str) -> str:
-    return re.split("[,/]", flags)[0].removeprefix("--").replace("-", "_")
+    return flags.split(",")[0].removeprefix("--").replace("-", "_")

@@ -34,6 +34,12 @@ TRIALS = {
 }
 
 
+def _switch(name: str, key: str) -> dict[str, str | Setting]:
+    """Return `--NAME`, and `--no-NAME` for files that switch it on; the help shows the first."""
+    off = Setting(key, bool, lambda _: False, hidden=True)
+    return {f"--{name}": key, f"--no-{name}": off}
+
+
 @Command("quickstart", group="All steps", options=HERE, config=ConfigOption,
          config_default="demo", trains=True, plans=True)  # fmt: skip
 def quickstart(call: Call) -> Result:
@@ -230,8 +236,8 @@ def _threshold_kind(_: dict[str, Any], options: dict[str, Any]) -> None:
             help="Then search: try at most this many schedules with any count in any layer.",
         ),
         "--distilled-baselines": "sweep.distilled_baselines",
-        "--elastic/--no-elastic": "sweep.elastic",
-        "--compare/--no-compare": "sweep.compare",
+        **_switch("elastic", "sweep.elastic"),
+        **_switch("compare", "sweep.compare"),
         "--metric": "influence.metric",
         "--control": "distillation.control",
         **TRIALS,
@@ -275,7 +281,7 @@ def _rates_of_all(text: str) -> dict[str, Any]:
             _rates_of_all,
             "Peak learning rates of every model, with commas between: 1e-3,2e-3,4e-3.",
         ),
-        "--asha/--no-asha": "sweep.asha",
+        **_switch("asha", "sweep.asha"),
         **TRIALS,
         **CLUSTER,
     },

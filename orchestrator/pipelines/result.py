@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.text import Text
 
@@ -22,9 +22,15 @@ class Result(BaseModel):
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, extra="forbid")
 
+    merged: ClassVar[tuple[str, ...]] = ()
+    """Fields whose parts stand beside the other fields in JSON."""
+
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints: names and plain values."""
-        return self.model_dump(mode="json")
+        values = self.model_dump(mode="json")
+        for name in self.merged:
+            values |= values.pop(name)
+        return values
 
     def to_text(self) -> str:
         """Return that as JSON text; numbers that are not finite become null."""
@@ -51,12 +57,10 @@ class Result(BaseModel):
 class Answer(Result):
     """A result of a few values and lines."""
 
-    values: dict[str, Any]
-    lines: list[Any]
+    merged = ("values",)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the values."""
-        return self.values
+    values: dict[str, Any]
+    lines: list[Any] = Field(exclude=True)
 
     def shown(self) -> Iterable[RenderableType]:
         """Return the lines."""
