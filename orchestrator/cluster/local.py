@@ -22,10 +22,9 @@ from orchestrator.terminal.stop import (
     stop_on_signals,
     stop_requested,
 )
-from orchestrator.training.distributed import World
-from orchestrator.training.resume_point import describe_saved_state
-from orchestrator.training.run import run_job
-from orchestrator.training.run_lock import jobs_to_train
+from orchestrator.training.devices import World
+from orchestrator.training.trainer import run_job
+from orchestrator.training.watching import describe_saved_state, jobs_to_train
 from orchestrator.workspace.errors import Interrupted
 
 
