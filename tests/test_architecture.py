@@ -77,7 +77,7 @@ LINES = {
     "orchestrator/reporting": 4_349,
     "orchestrator/sweeping": 3_358,
     "orchestrator/pipelines": 4_636,
-    "orchestrator/cli": 1_879,
+    "orchestrator/cli": 1_886,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""
