@@ -60,24 +60,24 @@ ORDER = (
 
 LINES = {
     "iiet": 8_248,
-    "benchmarks": 3_618,
+    "benchmarks": 3_624,
     "examples": 217,
     "research": 1_984,
     "orchestrator/workspace": 1_066,
     "orchestrator/terminal": 584,
     "orchestrator/settings": 1_619,
-    "orchestrator/records": 978,
+    "orchestrator/records": 965,
     "orchestrator/models": 2_144,
     "orchestrator/data": 2_861,
     "orchestrator/tracking": 1_529,
     "orchestrator/training": 3_595,
-    "orchestrator/evaluation": 4_128,
+    "orchestrator/evaluation": 3_211,
     "orchestrator/planning": 1_117,
     "orchestrator/cluster": 3_000,
     "orchestrator/reporting": 4_349,
-    "orchestrator/sweeping": 3_358,
-    "orchestrator/pipelines": 4_636,
-    "orchestrator/cli": 1_886,
+    "orchestrator/sweeping": 3_357,
+    "orchestrator/pipelines": 4_620,
+    "orchestrator/cli": 2_026,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

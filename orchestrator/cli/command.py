@@ -233,6 +233,146 @@ def _shared(
     """
 
 
+<<<<<<< HEAD
+=======
+COMMANDS: dict[str, Command] = {}
+"""All commands by name, in the order of `--help`."""
+
+
+def build_app(word: str | None = None) -> typer.Typer:
+    """Return the application; given a word, other commands than this have their names alone.
+
+    To import the settings and to inspect the options of all commands would take longer than most
+    commands do.
+    """
+    options: dict[str, Any] = {
+        "no_args_is_help": True,
+        "pretty_exceptions_enable": False,
+        "rich_markup_mode": "rich",
+        "context_settings": {"help_option_names": ["-h", "--help"]},
+    }
+    app = typer.Typer(
+        name="iiet-orch",
+        help="Pretrain, sweep and distill iterative Transformers; show accuracy against cost.",
+        **options,
+    )
+    app.callback()(_options_of_all)
+    config = typer.Typer(help="Show the settings, their schema, shipped sweeps.", **options)
+    for name, command in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        is_built = word is None or word in (name, group)
+        (config if group else app).command(
+            last,
+            rich_help_panel=None if group else command.group,
+            context_settings=command.context_settings,
+        )(command.build() if is_built else _named(command.text))
+    app.add_typer(config, name="config", rich_help_panel="Settings")
+    return app
+
+
+def _named(text: str) -> Any:
+    def command() -> None:
+        raise AssertionError("only the command that is called is built")
+
+    command.__doc__ = text
+    return command
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"iiet-orch {installed_version('iiet-orch')}")
+        raise typer.Exit
+
+
+def _options_of_all(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version."),
+    ] = False,
+    _no_color: Annotated[
+        bool, typer.Option(NO_COLOR, help="Print no colours; so does NO_COLOR=1.")
+    ] = False,
+) -> None:
+    pass
+
+
+def as_text(value: Any) -> str:
+    """Return a value as JSON text; numbers that are not finite become null."""
+    return json.dumps(_finite(value), indent=2, default=str)
+
+
+def read_schedules(texts: list[str]) -> list[int | str]:
+    """Read a repeated `--schedule`: a number for all layers, or a text."""
+    # A number of more digits is not a count; it stays a text, which the settings refuse.
+    return [int(text) if re.fullmatch("[0-9]{1,9}", text) else text for text in texts]
+
+
+def one_schedule(texts: list[str] | None) -> str | None:
+    """Read the `--schedule` of a command that takes one.
+
+    Raises:
+        UserError: If it was given several times.
+    """
+    if texts and len(texts) > 1:
+        raise UserError(
+            f"--schedule was given {len(texts)} times ({' and '.join(texts)}), and this command "
+            "takes one schedule; commas separate its layers"
+        )
+    return texts[0] if texts else None
+
+
+def split_list(text: str) -> list[int | float | str]:
+    """Read names or numbers with commas between them, also in brackets as in a settings file."""
+    text = text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1]
+    return [_value(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Read whole numbers from 1 on with commas between them, without repetitions.
+
+    Raises:
+        UserError: If one is not such a number; names the option.
+    """
+    found = split_list(text)
+    numbers = [n for n in found if isinstance(n, int) and 1 <= n <= MAX_COUNT]
+    if len(numbers) < len(found):
+        raise UserError(
+            f"{option} takes whole numbers from 1 to {MAX_COUNT} with commas between them; got "
+            f"{quoted(text)}"
+        )
+    return tuple(dict.fromkeys(numbers))
+
+
+def _read(
+    config: str | None, changes: list[str], options: dict[str, Any], *, train_on: str | None
+) -> Any:
+    from orchestrator.settings import read_settings
+    from orchestrator.settings.files import shipped_sweeps
+
+    if config in shipped_sweeps() and Path(config).is_file():
+        file = Path(config).absolute()
+        typer.echo(f"settings: the file {file}, not the shipped sweep {config}", err=True)
+    if train_on == "cpu":
+        for option, key in (
+            ("--gpus", "cluster.num_gpus"),
+            ("--gpus-per-trial", "sweep.gpus_per_trial"),
+        ):
+            if number := options.get(key):
+                raise UserError(f"--device cpu and {option} {number:g}: leave one out")
+        options |= {"cluster.num_gpus": 0, "cluster.min_gpus": None, "sweep.gpus_per_trial": None}
+    settings = read_settings(config or None, changes, options)
+    if train_on == "cuda" and not settings.cluster.num_gpus:
+        settings = read_settings(config or None, changes, options | {"cluster.num_gpus": 1})
+    if settings.evaluation.include_path:
+        from orchestrator.evaluation.selection import user_task_folders
+
+        user_task_folders(settings.evaluation)
+    return settings
+
+
+>>>>>>> main
 def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, kind, default=default, annotation=annotation)
