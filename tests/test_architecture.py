@@ -77,7 +77,7 @@ LINES = {
     "orchestrator/reporting": 4_349,
     "orchestrator/sweeping": 3_357,
     "orchestrator/pipelines": 4_620,
-    "orchestrator/cli": 2_026,
+    "orchestrator/cli": 1_886,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""
