@@ -59,24 +59,24 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_248,
+    "iiet": 7_979,
     "benchmarks": 3_624,
-    "examples": 217,
+    "examples": 278,
     "research": 1_984,
     "orchestrator/workspace": 1_066,
-    "orchestrator/terminal": 616,
+    "orchestrator/terminal": 584,
     "orchestrator/settings": 1_619,
     "orchestrator/records": 965,
     "orchestrator/models": 1_726,
     "orchestrator/data": 2_861,
     "orchestrator/tracking": 1_529,
-    "orchestrator/training": 3_595,
+    "orchestrator/training": 3_696,
     "orchestrator/evaluation": 3_211,
-    "orchestrator/planning": 1_117,
+    "orchestrator/planning": 1_289,
     "orchestrator/cluster": 3_000,
     "orchestrator/reporting": 4_349,
-    "orchestrator/sweeping": 3_357,
-    "orchestrator/pipelines": 4_560,
+    "orchestrator/sweeping": 3_356,
+    "orchestrator/pipelines": 4_590,
     "orchestrator/cli": 1_885,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
