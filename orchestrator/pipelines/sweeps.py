@@ -54,7 +54,6 @@ from orchestrator.reporting.results import (
 )
 from orchestrator.reporting.sections import Section, render_json, render_terminal
 from orchestrator.settings import Settings, flatten
-from orchestrator.sweeping.asha import asha_trials
 from orchestrator.sweeping.checks import check_devices, check_models, check_sweep
 from orchestrator.sweeping.elastic_plans import elastic_savings
 from orchestrator.sweeping.model_plans import TEACHER, teacher_and_baselines
@@ -67,6 +66,7 @@ from orchestrator.sweeping.plan import (
     schedule_search,
     students_upper_bound,
 )
+from orchestrator.sweeping.trial import asha_rule, competing_trials
 from orchestrator.sweeping.trial_states import (
     TrialState,
     plan_sentences,
@@ -457,8 +457,8 @@ def plan_sweep(
         gpus = format_count(placed.sweep.num_workers_per_trial, "GPU")
         at_once = min(placed.sweep.trials_at_once or 1, len(trials))
         notes.append(f"each trial runs on {gpus}, at most {at_once} at once")
-    if asha := asha_trials(plan, own):
-        notes.append(next(iter(asha.values())).rule.text)
+    if competing_trials(plan, own):
+        notes.append(asha_rule(own).text)
     return PlannedSweep(
         plan=plan,
         states=tuple(states),
@@ -529,10 +529,10 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
 def _run_trials(planned: PlannedSweep, context: Context) -> SweepResult:
     """Run the trials, with those that a search suggests, and write the report."""
     from orchestrator.reporting.sweep_report import write_sweep_report
-    from orchestrator.sweeping.execution import run_sweep as run_trials
+    from orchestrator.sweeping.run import run_plan
 
     settings, workspace = planned.asked["settings"], context.workspace
-    outcome = run_trials(
+    outcome = run_plan(
         planned.plan,
         settings,
         workspace,

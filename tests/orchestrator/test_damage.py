@@ -20,6 +20,9 @@ from typing import Any
 
 import optuna
 import pytest
+from orchestrator.sweeping.asha import asha_trials, record_early_stop
+from orchestrator.sweeping.decoding import with_costs, with_decoding
+from orchestrator.sweeping.trial_run import run_trial
 from small_size import SMALL
 
 from iiet.schedule import IterationSchedule
@@ -36,10 +39,7 @@ from orchestrator.records.trial import SweepPlan
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
 from orchestrator.sweeping import decoding
-from orchestrator.sweeping.asha import asha_trials, record_early_stop
-from orchestrator.sweeping.decoding import with_costs, with_decoding
 from orchestrator.sweeping.plan import plan_iterations, plan_students, schedule_search
-from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.distributed import World
 from orchestrator.training.job_models import load_teacher

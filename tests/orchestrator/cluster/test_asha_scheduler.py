@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from orchestrator.cluster.asha_scheduler import LOSS, STEP, AshaByModel
+
 from orchestrator.records.trial import AshaRule, AshaTrial
 from orchestrator.workspace.journal import VALIDATION_METRIC, Journal
 

@@ -97,6 +97,7 @@ def test_a_stop_waits_for_running_trials_and_starts_no_other(
 ) -> None:
     from orchestrator.cluster.ray_tune import TrialContext, TrialHooks, run_trials
     from orchestrator.cluster.tune_callback import TrialReport
+
     from orchestrator.workspace.errors import Interrupted
 
     folder = str(tmp_path)

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from changed_trials import in_folder, with_job
-
 from orchestrator.cluster.asha_scheduler import AshaByModel
+from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_early_stop
+
 from orchestrator.cluster.messages import Message
 from orchestrator.models.loading import load_model
 from orchestrator.records.trial import AshaTrial, SweepPlan, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings
-from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_early_stop
 from orchestrator.training.job import job_key
 from orchestrator.training.run import run_job
 from orchestrator.workspace.journal import read_journal
@@ -51,8 +51,9 @@ def run_with_two(
     from orchestrator.cluster.ray_tune import TrialContext, TrialHooks, run_trials
 
     def trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
-        from orchestrator.sweeping import trial_run
         from orchestrator.sweeping.trial_queue import run_tune_trial
+
+        from orchestrator.sweeping import trial_run
 
         trial_run.measure_trial = lambda trial, _: trial.with_numbers("quality", {"accuracy": 0.5})
         return run_tune_trial(parameters, context)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fake_tracking import untracked
+from orchestrator.sweeping.trial_run import run_trial
 
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation import measuring
@@ -22,7 +23,6 @@ from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.results import load_item_values
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.plan import load_tasks, plan_suite
-from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fake_tracking import untracked
+from orchestrator.sweeping.trial_run import run_trial
 
 from orchestrator.data.token_store import open_tokens
 from orchestrator.models.evaluated_model import open_model
@@ -19,7 +20,6 @@ from orchestrator.pipelines.evaluating import evaluate_model, plan_evaluate
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.plan import load_tasks, plan_suite
-from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import Workspace, open_workspace

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from orchestrator.sweeping.execution import run_sweep
+from orchestrator.sweeping.trial_queue import TrialQueue, _record_failure
 
 from orchestrator.data.sources import describe_data
 from orchestrator.evaluation import decode_timing as benchmark
@@ -26,8 +28,6 @@ from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.settings import SETTINGS_NAME, resolve_settings, to_yaml
-from orchestrator.sweeping.execution import run_sweep
-from orchestrator.sweeping.trial_queue import TrialQueue, _record_failure
 from orchestrator.tracking import NOTE_TAG
 from orchestrator.training.monitor import RunMonitor
 from orchestrator.training.run import run_job

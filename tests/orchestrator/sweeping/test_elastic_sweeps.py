@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from orchestrator.sweeping.trial_queue import TrialQueue
+from orchestrator.sweeping.trial_run import run_trial
 from sample_trials import sample_front, sample_trial
 
 from iiet.config import ModelConfig
@@ -34,8 +36,6 @@ from orchestrator.sweeping.elastic_plans import (
     without_elastic,
 )
 from orchestrator.sweeping.plan import choose_members, threshold_plan
-from orchestrator.sweeping.trial_queue import TrialQueue
-from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import distillation_job, exact_cost, student_estimates
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.run import run_job

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+from orchestrator.sweeping.live_sweep import FrontHistory
 from sample_trials import sample_front
 
 from orchestrator.records.training import TrainingJob
@@ -18,7 +19,6 @@ from orchestrator.reporting.training_curves import (
     read_history_curves,
 )
 from orchestrator.settings import TrainingSettings
-from orchestrator.sweeping.live_sweep import FrontHistory
 from orchestrator.workspace.journal import read_journal
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from mlflow.entities import Run
+from orchestrator.sweeping.live_sweep import SECONDS_BETWEEN_FRONTS, FrontHistory, LiveSweep
 
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.live_sweep import SECONDS_BETWEEN_FRONTS, FrontHistory, LiveSweep
 from orchestrator.tracking import NOTE_TAG, REASON_TAG, VIEW_TAG, Tracking, open_tracking
 from orchestrator.training.run_lock import lock_run_folder
 from orchestrator.workspace.journal import Journal, recorded_times

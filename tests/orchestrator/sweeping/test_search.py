@@ -15,18 +15,18 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
+from orchestrator.cluster.trial_search import TrialSearch
+from orchestrator.sweeping.trial_queue import TrialQueue
 from ray.tune.search.optuna import OptunaSearch
 from sample_trials import sample_front, sample_trial
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
-from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.settings import SearchSettings, SweepSettings
 from orchestrator.sweeping import trial_queue
 from orchestrator.sweeping.plan import search_plan
 from orchestrator.sweeping.search import GENERATION, STUDY_FILE, ScheduleSearch, finished_schedules
-from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import RUN_LOCK_NAME, open_workspace

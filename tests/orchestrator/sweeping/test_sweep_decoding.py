@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from orchestrator.sweeping.decoding import with_decoding
 
 from iiet.schedule import IterationSchedule
 from orchestrator.data.depth.store import write_depth
@@ -13,7 +14,6 @@ from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
 from orchestrator.settings.data import DepthSettings
 from orchestrator.sweeping import decoding
-from orchestrator.sweeping.decoding import with_decoding
 from orchestrator.sweeping.trials import checkpoint_trial, exact_cost
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import open_workspace

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from changed_trials import with_job
+from orchestrator.sweeping.asha import asha_trials, record_early_stop
 from rich.console import Console
 
 from iiet.influence import InfluenceTable
@@ -28,7 +29,6 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.command_tables import price_rows
 from orchestrator.settings import Settings, resolve_settings
-from orchestrator.sweeping.asha import asha_trials, record_early_stop
 from orchestrator.sweeping.plan import SweepModel, choose_members, iterations_plan, threshold_plan
 from orchestrator.sweeping.trial_states import (
     plan_sentences,

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from changed_trials import with_accuracy
+from orchestrator.sweeping.trial_run import run_trial
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
@@ -24,7 +25,6 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
 from orchestrator.sweeping import trial_run
-from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import student_job, student_trial
 from orchestrator.training import job_models
 from orchestrator.training.distributed import World
