@@ -40,6 +40,7 @@ from iiet.context import get_record, set_record
 from iiet.decoder import Decoder
 from iiet.precision import KeepsFloat32
 from iiet.schedule import IterationSchedule
+from iiet.weights import CONFIG_NAMES
 
 __all__ = ["IIETConfig", "IIETForCausalLM", "fast_tokenizer"]
 
@@ -56,7 +57,7 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     # So that config.json states every value, whatever the defaults of the version that reads it.
     has_no_defaults_at_init = True
 
-    # `_CORE_NAMES` says which fields of `ModelConfig` these are.
+    # `iiet.weights.CONFIG_NAMES` says which fields of `ModelConfig` these are.
     method: str = "iiet"
     method_options: dict[str, Any] | None = None
     corrections: list[int] | tuple[int, ...] | str | int | None = None
@@ -86,33 +87,13 @@ class IIETConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     ) -> "IIETConfig":
         """Translate a core config; the token that ends a document stops generation, and pads."""
         core = config.to_dict()
-        values: dict[str, Any] = {theirs: core.get(ours) for theirs, ours in _CORE_NAMES.items()}
+        values: dict[str, Any] = {theirs: core.get(ours) for theirs, ours in CONFIG_NAMES.items()}
         return cls(**values, eos_token_id=end_of_text_id, pad_token_id=end_of_text_id)
 
     def to_model_config(self) -> ModelConfig:
         """Translate back; a ValueError lists everything that is wrong with the values."""
-        values = {ours: getattr(self, theirs) for theirs, ours in _CORE_NAMES.items()}
+        values = {ours: getattr(self, theirs) for theirs, ours in CONFIG_NAMES.items()}
         return ModelConfig.from_dict(values)
-
-
-_CORE_NAMES = {
-    "method": "method",
-    "method_options": "method_options",
-    "corrections": "schedule",
-    "vocab_size": "vocab_size",
-    "hidden_size": "dim",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "intermediate_size": "ffn_dim",
-    "max_position_embeddings": "context_length",
-    "tie_word_embeddings": "tie_embeddings",
-    "rope_theta": "rope_theta",
-    "rms_norm_eps": "rms_norm_eps",
-    "layer_norm_eps": "layer_norm_eps",
-    "initializer_range": "initializer_std",
-}
-"""Fields of `IIETConfig` and what `ModelConfig` calls them."""
 
 
 class IIETForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]

@@ -1,7 +1,8 @@
-"""A decoder in a folder: `config.json`, which holds `ModelConfig.to_dict`, and `model.safetensors`.
+"""A model folder: `config.json` with transformers' names, and `model.safetensors` with ours.
 
-The orchestrator's checkpoints are such folders with more files. Loading refuses non-finite values
-and names the tensor: one NaN makes every output NaN, which does not show where it came from.
+Checkpoints, exports and imported models are such folders with more files. Loading refuses
+non-finite values and names the tensor: one NaN makes every output NaN, which does not show where it
+came from.
 """
 
 from __future__ import annotations
@@ -18,10 +19,65 @@ from torch import Tensor
 
 from iiet.config import ModelConfig
 
-__all__ = ["CONFIG", "WEIGHTS", "non_finite", "read_folder", "write_folder"]
+__all__ = [
+    "CONFIG",
+    "CONFIG_NAMES",
+    "MODEL_TYPE",
+    "WEIGHTS",
+    "config_from_json",
+    "config_to_json",
+    "non_finite",
+    "read_folder",
+    "write_folder",
+]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+MODEL_TYPE = "iiet"
+CONFIG_NAMES = {
+    "method": "method",
+    "method_options": "method_options",
+    "corrections": "schedule",
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "intermediate_size": "ffn_dim",
+    "max_position_embeddings": "context_length",
+    "tie_word_embeddings": "tie_embeddings",
+    "rope_theta": "rope_theta",
+    "rms_norm_eps": "rms_norm_eps",
+    "layer_norm_eps": "layer_norm_eps",
+    "initializer_range": "initializer_std",
+}
+"""Names of transformers, and what `ModelConfig` calls them."""
+
+
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the values of `config.json`."""
+    values = config.to_dict()
+    return {
+        "architectures": ["IIETForCausalLM"],
+        "model_type": MODEL_TYPE,
+        **{theirs: values.get(ours) for theirs, ours in CONFIG_NAMES.items()},
+    }
+
+
+def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
+    """Read the values of `config.json`; those that do not concern the model are ignored.
+
+    Raises:
+        ValueError: they describe another architecture, lack something, or do not fit together.
+    """
+    if (found := values.get("model_type")) != MODEL_TYPE:
+        raise ValueError(
+            f"model_type must be {MODEL_TYPE!r}, got {found!r}; weights of the published naming, "
+            "and those of a Llama, are read by decoder_from_published"
+        )
+    if missing := [name for name in CONFIG_NAMES if name not in values]:
+        raise ValueError(f"it does not say {', '.join(missing)}")
+    return ModelConfig.from_dict({ours: values[theirs] for theirs, ours in CONFIG_NAMES.items()})
 
 
 def non_finite(weights: Mapping[str, Tensor]) -> list[str]:
@@ -49,7 +105,7 @@ def write_folder(
     temporary = folder / f"{WEIGHTS}.{os.getpid()}.tmp"
     save_file(whole, temporary)
     temporary.replace(folder / WEIGHTS)
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    text = json.dumps(config_to_json(config), indent=2) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors writes for the owner alone.
 
@@ -67,12 +123,7 @@ def read_folder(folder: str | PathLike[str]) -> tuple[ModelConfig, dict[str, Ten
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}, not an object")
-        if "model_type" in values:
-            raise ValueError(
-                "it is a configuration of transformers; load the folder with "
-                "AutoModelForCausalLM, or its weights with decoder_from_published"
-            )
-        config = ModelConfig.from_dict(values)
+        config = config_from_json(values)
         file = Path(folder) / WEIGHTS
         weights = safetensors.torch.load_file(file)
     except (OSError, ValueError, safetensors.SafetensorError) as error:

@@ -28,7 +28,7 @@ ADAPTERS = {
     "altair": ("orchestrator.reporting.charts",),
     "vl_convert": ("orchestrator.reporting.charts", "orchestrator.reporting.sections"),
     "jinja2": ("orchestrator.reporting.sections",),
-    "moocore": ("orchestrator.reporting.pareto",),
+    "moocore": ("orchestrator.reporting.front",),
     "optuna": ("orchestrator.sweeping.search",),
     "gguf": ("orchestrator.models.gguf_file",),
     "huggingface_hub": ("orchestrator.data", "orchestrator.models", "iiet.huggingface"),
@@ -59,7 +59,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_028,
+    "iiet": 8_060,
     "benchmarks": 3_620,
     "examples": 217,
     "research": 1_985,
@@ -71,12 +71,12 @@ LINES = {
     "orchestrator/data": 3_096,
     "orchestrator/tracking": 1_555,
     "orchestrator/training": 3_950,
-    "orchestrator/evaluation": 4_127,
+    "orchestrator/evaluation": 4_131,
     "orchestrator/planning": 1_137,
     "orchestrator/cluster": 3_005,
-    "orchestrator/reporting": 4_574,
-    "orchestrator/sweeping": 3_365,
-    "orchestrator/pipelines": 4_708,
+    "orchestrator/reporting": 4_349,
+    "orchestrator/sweeping": 3_364,
+    "orchestrator/pipelines": 4_711,
     "orchestrator/cli": 1_886,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

@@ -18,7 +18,7 @@ from iiet.config import ModelConfig
 from iiet.extensions import ExtensionError
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
-from iiet.weights import CONFIG, WEIGHTS
+from iiet.weights import CONFIG, WEIGHTS, config_from_json
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import (
     INVALID_VALUE_ERRORS,
@@ -70,7 +70,7 @@ def load_config(folder: Path) -> ModelConfig:
     if values is None:
         raise UserError(f"{folder} is not a checkpoint: it has no {CONFIG}")
     try:
-        return ModelConfig.from_dict(values)
+        return config_from_json(values)
     except ExtensionError as error:
         raise UserError(_method_problem(folder, values.get("method"), error)) from None
     except INVALID_VALUE_ERRORS as error:

@@ -114,8 +114,8 @@ def folder_kind(folder: Path) -> str:
     """
     config = read_config(folder)
     if config.get("model_type") == EXPORTED_TYPE and "corrections" in config:
-        return EXPORTED
-    return CHECKPOINT if "method" in config and "model_type" not in config else PUBLISHED
+        return EXPORTED if "auto_map" in config else CHECKPOINT
+    return PUBLISHED
 
 
 def read_config(folder: Path, name: str = CONFIG) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.influence import InfluenceTable
 from iiet.pruning import FamilyMember
+from iiet.weights import config_from_json
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.models.folder import load_config
 from orchestrator.records.training import TrainingJob
@@ -371,8 +372,7 @@ def test_tokens_outside_the_workspace_are_none(
 
 
 def _config(checkpoint: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
-    return values
+    return config_from_json(json.loads((checkpoint / "config.json").read_text())).to_dict()
 
 
 def test_what_was_left_out_is_in_the_plan_and_not_in_its_key(

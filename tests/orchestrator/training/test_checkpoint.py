@@ -180,6 +180,6 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path, name: str) ->
 def test_weights_of_another_shape_are_refused(run: Path) -> None:
     folder = find_checkpoints(run)[-1]
     config = folder / "config.json"
-    config.write_text(config.read_text().replace('"dim": 16', '"dim": 32'))
+    config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": 32'))
     with pytest.raises(UserError, match=r"does not fit config.json: size mismatch for embedding"):
         load_model(folder, check=False)
