@@ -6,14 +6,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from changed_trials import in_folder, with_job
+from list_queue import ListQueue, run_queue
 
-from orchestrator.cluster.tune import AshaByModel, TrialFunction, TrialPlace, run_trials
+from orchestrator.cluster.tune import AshaByModel, TrialFunction, TrialPlace
 from orchestrator.models.loading import load_model
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings
@@ -26,62 +26,8 @@ from orchestrator.workspace.journal import read_journal
 pytestmark = pytest.mark.slow
 
 
-class ListQueue:
-    """A queue of trials in a list; remembers how they ended."""
-
-    def __init__(self, trials: list[Trial], *, watch: Callable[[], None] = lambda: None) -> None:
-        self.waiting, self.taken = list(trials), dict[str, Trial]()
-        self.ended: dict[str, tuple[Trial | None, str]] = {}
-        self.most_at_once, self.threads, self.watch_too = 0, set[int](), watch
-
-    @property
-    def is_over(self) -> bool:
-        return not self.waiting and not self.taken
-
-    @property
-    def num_taken(self) -> int:
-        return len(self.taken)
-
-    def take(self) -> Trial | None:
-        if not self.waiting:
-            return None
-        trial = self.waiting.pop(0)
-        self.taken[trial.key] = trial
-        self.most_at_once = max(self.most_at_once, len(self.taken))
-        return trial
-
-    def on_start(self, key: str) -> None:
-        assert key in self.taken
-
-    def on_end(self, key: str, result: Trial | None, error: str) -> None:
-        del self.taken[key]
-        self.ended[key] = result, error
-
-    def watch(self) -> None:
-        self.threads.add(threading.get_ident())
-        self.watch_too()
-
-    def saved(self) -> str:
-        return f"{len(self.waiting)} are left"
-
-    def seconds_to_save(self) -> float:
-        return 60.0  # Any busy machine is fast enough.
-
-
 def named(plan: SweepPlan, *names: str) -> list[Trial]:
     return [plan.trials[0].model_copy(update={"key": name, "label": name}) for name in names]
-
-
-def run(
-    queue: ListQueue, function: Any, folder: Path, sweep: SweepSettings | None = None, **more: Any
-) -> dict[str, tuple[Trial | None, str]]:
-    cluster = more.pop("cluster", ClusterSettings())
-    num_trials = len(queue.waiting)
-    sweep = sweep or SweepSettings()
-    run_trials(function, queue, folder / "ray", sweep, cluster, num_trials=num_trials, **more)
-    assert queue.is_over
-    assert not (folder / "ray").exists(), "nothing of Tune's own stays"
-    return queue.ended
 
 
 def test_failures_are_tried_again_then_reported_while_the_rest_continues(
@@ -110,7 +56,7 @@ def test_failures_are_tried_again_then_reported_while_the_rest_continues(
 
     names = ["always", "once", "killed", "mistaken", "fine", "unfinished"]
     queue = ListQueue(named(tiny_plan, *names))
-    ended = run(queue, function, tmp_path, SweepSettings(max_failures_per_trial=2))
+    ended = run_queue(queue, function, tmp_path, SweepSettings(max_failures_per_trial=2))
     for name in ("once", "killed", "fine"):
         result, error = ended[name]
         assert result is not None, error
@@ -155,7 +101,7 @@ def test_a_stop_waits_for_running_trials_and_starts_no_other(
 
     queue = ListQueue(named(tiny_plan, *map(str, range(20))), watch=press)
     with pytest.raises(Interrupted, match="interrupted; 18 are left"):
-        run(queue, function, tmp_path)
+        run_queue(queue, function, tmp_path)
     assert {path.read_text() for path in tmp_path.glob("trial.*")} == {"saved"}
     assert queue.ended == {"0": (None, "OSError: no room"), "1": (None, "")}
     assert len(queue.waiting) == 18
@@ -182,7 +128,7 @@ def trains_only() -> TrialFunction:
 def run_with_two(trials: list[Trial], folder: Path, watch: Any = None, **more: Any) -> Any:
     sweep = SweepSettings(workers_per_trial=2, trials_at_once=5)
     queue = ListQueue(trials, watch=watch or (lambda: None))
-    return run(queue, trains_only(), folder, sweep, **more)
+    return run_queue(queue, trains_only(), folder, sweep, **more)
 
 
 @pytest.mark.long
@@ -270,7 +216,7 @@ def test_a_trial_that_asha_ends_saves_its_state_and_frees_its_workers(
     if num_workers == 2:
         ended = run_with_two([good, bad], tmp_path, scheduler=scheduler)
     else:
-        ended = run(ListQueue([good, bad]), trains_only(), tmp_path, scheduler=scheduler)
+        ended = run_queue(ListQueue([good, bad]), trains_only(), tmp_path, scheduler=scheduler)
     assert ended["good"][0] is not None, ended
     assert ended["bad"] == (None, "")
     stop = early_stops(plan, sweep)["bad"]

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from fake_tracking import untracked
-from orchestrator.sweeping.trial_run import run_trial
 
 from orchestrator.data.token_store import open_tokens
 from orchestrator.models.evaluated_model import open_model
@@ -20,6 +19,7 @@ from orchestrator.pipelines.evaluating import evaluate_model, plan_evaluate
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.plan import load_tasks, plan_suite
+from orchestrator.sweeping.trial import run_trial
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import Workspace, open_workspace
@@ -171,13 +171,13 @@ def test_a_trial_uses_what_an_interrupted_command_measured(
         settings, tiny_tokens, config, load_tasks(settings, tiny_tokens, config, Progress())
     )
     with counted_passes() as rest:
-        run = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, workspace))
-    assert run.result
+        result = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, workspace))
+    assert result
     other = open_workspace(tmp_path / "other")
     with counted_passes() as whole:
         usual = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, other))
-    assert usual.result
-    assert run.result.numbers == usual.result.numbers
+    assert usual
+    assert result.numbers == usual.numbers
     assert sorted(before + rest) == sorted(whole), "each pass ran once"
 
 

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from changed_trials import in_folder, with_job
+from changed_trials import in_folder, stop_early, with_job
 from fake_runs import end_trials, finished
 from fake_tracking import FakeTracking
 
 from iiet.cost import inference_cost
 from orchestrator.cluster import tune
-from orchestrator.cluster.tune import AshaByModel
 from orchestrator.evaluation import decode_timing
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.live import LiveSweep
 from orchestrator.sweeping.run import STOPPED_TAG, SweepOutcome, SweepQueue, run_plan
-from orchestrator.sweeping.trial import asha_rule, competing_trials, run_trial
+from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
 from orchestrator.workspace.errors import Interrupted, RunFailed
@@ -89,10 +88,7 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
         if trial is not stopped:
             finished(trial)
     sweep = resolve_settings({}, ["sweep.asha=true"]).sweep
-    scheduler: Any = AshaByModel(asha_rule(sweep), competing_trials(plan, sweep))
-    scheduler._losses[better.key] = {30: 1.0}
-    stop = scheduler._early_stop(stopped.key, 30, 5.0)
-    stop.write(Path(stopped.folder) / "stopped-early.json")
+    stop = stop_early(stopped, better, sweep, 30)
     asked: list[str] = []
 
     def end(trial: Trial) -> str:

@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from orchestrator.sweeping.decoding import with_decoding
 
 from iiet.schedule import IterationSchedule
 from orchestrator.data.depth.store import write_depth
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
 from orchestrator.settings.data import DepthSettings
-from orchestrator.sweeping import decoding
+from orchestrator.sweeping import decode
+from orchestrator.sweeping.decode import with_decoding
 from orchestrator.sweeping.trials import checkpoint_trial, exact_cost
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import open_workspace
@@ -55,7 +55,7 @@ def test_the_pruned_teacher_is_measured_as_the_teachers_draft(
     assert set(pruned.numbers) >= names
     assert 0 <= pruned.metrics()["decoding/acceptance"] <= 1
 
-    monkeypatch.setattr(decoding, "_measure", pytest.fail)
+    monkeypatch.setattr(decode, "_measure", pytest.fail)
     assert measured(results, tiny_plan, tmp_path) == (full, pruned)
     off = measured(results, tiny_plan, tmp_path, "sweep.measure_drafts=false")
     assert list(off) == results

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from changed_trials import with_job
-from orchestrator.sweeping.live_sweep import sweep_parameters
 
 from orchestrator.records.trial import SweepPlan
 from orchestrator.settings import resolve_settings
+from orchestrator.sweeping.live import sweep_parameters
 
 
 def parameters(plan: SweepPlan, kind: str, *assignments: str) -> dict[str, str]:
