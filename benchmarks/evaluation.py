@@ -31,7 +31,7 @@ from iiet import published_from_decoder
 from iiet.export import export_pretrained
 from iiet.huggingface import fast_tokenizer
 from orchestrator.data.preparation import prepare
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.harness import Suite, load_suite, run_suite
 from orchestrator.evaluation.harness.suppressed_output import suppress_output
 from orchestrator.evaluation.heldout import build_heldout

@@ -37,7 +37,7 @@ from iiet import (
 )
 from iiet.speculative import MAX_DRAFT_TOKENS
 from orchestrator.data.preparation import prepare
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import open_workspace

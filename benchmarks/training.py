@@ -36,7 +36,7 @@ from iiet.batch import Batch
 from iiet.decoder import Decoder
 from iiet.losses import next_token_loss
 from orchestrator.data.corpus import Document
-from orchestrator.data.sources import open_data
+from orchestrator.data.mixture import open_data
 from orchestrator.data.tokenization import write_tokens
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DataSettings, TrainingSettings

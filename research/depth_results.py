@@ -23,7 +23,7 @@ from iiet import Decoder
 from iiet.cost import inference_cost
 from iiet.schedule import IterationSchedule
 from orchestrator import Settings, Trial
-from orchestrator.data.prepared import PreparedData
+from orchestrator.data.store import PreparedData
 from orchestrator.records.record import Record
 from orchestrator.reporting.sections import bullets, markdown_table
 from orchestrator.terminal.render import (

@@ -59,7 +59,7 @@ from orchestrator import (
 from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
 from orchestrator.cluster.start import ray_cluster
-from orchestrator.data.sources import open_data
+from orchestrator.data.mixture import open_data
 from orchestrator.pipelines.sweeps import PlannedSweep, raise_failures
 from orchestrator.terminal.render import print_line
 from orchestrator.workspace.files import write_text

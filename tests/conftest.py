@@ -115,7 +115,7 @@ def save_tiny(tiny_tokens: Path, tiny_model: dict[str, Any]) -> Callable[..., Pa
 
     from iiet.config import ModelConfig
     from iiet.decoder import Decoder
-    from orchestrator.data.token_store import open_tokens
+    from orchestrator.data.store import open_tokens
     from orchestrator.training.checkpoint import save_checkpoint
 
     def save(run_folder: Path, **changes: Any) -> Path:

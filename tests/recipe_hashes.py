@@ -20,11 +20,9 @@ import torch
 from method_schedules import schedule_for
 
 from iiet import METHODS, Decoder, IterationSchedule, preset
-from orchestrator.data.batches import WindowOrder, positions_of_step
 from orchestrator.data.corpus import is_validation
-from orchestrator.data.depth.store import open_depth, write_depth
-from orchestrator.data.prepared import read_manifest
-from orchestrator.data.shares import SourceOrder
+from orchestrator.data.depth import open_depth, write_depth
+from orchestrator.data.order import SourceOrder, WindowOrder, positions_of_step
 from orchestrator.settings import (
     DataSettings,
     ElasticSettings,
@@ -92,7 +90,7 @@ def _sequences(task: str) -> list[list[int]]:
     depth = DepthSettings(tasks=(task,), length=CONTEXT)
     with TemporaryDirectory() as parent:
         folder = write_depth(DataSettings(source="depth", depth=depth), Path(parent))
-        data = open_depth(folder, read_manifest(folder))
+        data = open_depth(folder)
         batch = data.sequences(POSITIONS[:8], context_length=CONTEXT, seed=0)
     return [*batch.input_ids.tolist(), *batch.targets.tolist()]
 

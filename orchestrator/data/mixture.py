@@ -1,33 +1,57 @@
 """A mixture: training sequences of several sources, each at its share, in one vocabulary.
 
-The position of a sequence alone decides its source and its number there (`shares.py`). A text gives
-the sequences that it gives alone, a depth task those that it gives alone with a marker in front.
+A mixture is a view: the position of a sequence alone decides its source and its number there. A
+text gives the sequences that it gives alone, a depth task those that it gives alone with a marker
+in front. The folder of a mixture holds a tokenizer for all sources and the names of the texts'
+folders beside it, so mixtures at other shares or with other tasks read the same tokens.
+
+Symbols of depth tasks are tokens after those of the text. A text that happens to hold the letters
+of a symbol must not turn into it; so texts are tokenized by the tokenizer without the symbols.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import ValidationError
+from tokenizers import Tokenizer
 
 from iiet.batch import Batch
-from orchestrator.data.depth.store import DepthStore, content_number
-from orchestrator.data.depth.task import DepthTask
-from orchestrator.data.depth.tasks import make_tasks
-from orchestrator.data.prepared import Manifest, PreparedData
-from orchestrator.data.shares import SourceOrder
-from orchestrator.data.token_store import TokenStore, open_tokens
+from orchestrator.data.depth import (
+    GENERATOR_VERSION,
+    DepthStore,
+    add_symbols,
+    content_number,
+    make_tasks,
+    open_depth,
+    symbol_tokenizer,
+    vocabulary,
+)
+from orchestrator.data.order import SourceOrder
+from orchestrator.data.store import (
+    PreparedData,
+    SplitCounts,
+    TokenStore,
+    checked_manifest,
+    finish_folder,
+    is_complete,
+    open_tokens,
+)
+from orchestrator.models.tokenizer import num_token_ids
 from orchestrator.settings import DataSettings
 from orchestrator.settings.data import source_order
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import new_folder
+from orchestrator.workspace.provenance import content_key
 
-_SIZES = ("train_tokens", "validation_tokens")
+MIXTURE_VERSION = 1
+"""Increase it if the same settings and texts give other sequences."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +89,7 @@ class MixtureStore(PreparedData):
             shown[f"{name}_share"] = self.shares[name]
             known = data.profile
             if isinstance(data, TokenStore):
-                shown |= {f"{name}_{size}": known[size] for size in _SIZES}
+                shown |= {f"{name}_{n}": known[n] for n in ("train_tokens", "validation_tokens")}
             else:
                 shown |= {key: n for key, n in known.items() if key.startswith("chance_")}
         return {**shown, "vocab_size": self.vocab_size}
@@ -79,6 +103,17 @@ class MixtureStore(PreparedData):
             if data.num_validation_tokens is not None
         ]
         return min(limits, default=None)
+
+    def describe(self) -> str:
+        return ", ".join(
+            f"{100 * self.shares[name]:.3g}% "
+            + (
+                f"{name} ({data.describe()})"
+                if isinstance(data, TokenStore)
+                else ", ".join(task.name_with_chance for task in data.tasks)
+            )
+            for name, data in self.sources.items()
+        )
 
     def check_length(self, context_length: int) -> None:
         for data in self.sources.values():
@@ -117,35 +152,118 @@ class MixtureStore(PreparedData):
                 yield replace(batch, sources=torch.full_like(batch.input_ids, number))
 
 
-def open_mixture(folder: Path, manifest: Manifest) -> MixtureStore:
-    """Open a folder that holds a mixture.
+def mixture_tokenizer(settings: DataSettings, text: Tokenizer | None) -> Tokenizer:
+    """Return the tokenizer of all sources of a mixture.
+
+    Args:
+        text: The tokenizer of its texts; None if it has none.
 
     Raises:
-        UserError: If the tokens of a text are missing, incomplete or damaged, or the package of a
-            text's source is not installed.
+        UserError: If the tokenizer of the texts has the symbols of the tasks.
     """
+    symbols = vocabulary(make_tasks(settings.tasks), with_markers=True)
+    if text is None:
+        return symbol_tokenizer(symbols)
+    whole = Tokenizer.from_str(text.to_str())
+    add_symbols(whole, symbols)
+    first = num_token_ids(text)
+    for symbol in symbols:
+        if (whole.token_to_id(symbol) or 0) < first:
+            raise UserError(
+                f"data.tokenizer={settings.tokenizer} cannot get {symbol} as a new token, because "
+                "it has this token or unused ids; the symbols of depth tasks need ids after those "
+                "of the text; choose another tokenizer"
+            )
+    return whole
+
+
+def write_mixture(
+    settings: DataSettings, parent: Path, texts: Mapping[str, Path], tokenizer: Tokenizer | None
+) -> Path:
+    """Write the folder of a mixture, unless it exists; its texts are written.
+
+    Args:
+        texts: Text source -> its folder.
+        tokenizer: That of the texts; None if there are none.
+    """
+    whole = mixture_tokenizer(settings, tokenizer)
+    names = {name: path.name for name, path in texts.items()}
+    fingerprint = content_key(
+        "mixture",
+        MIXTURE_VERSION,
+        GENERATOR_VERSION,
+        dict(zip(source_order(settings.shares), _order_of(settings).counts, strict=True)),
+        names,
+        settings.tasks.model_dump(mode="json"),
+        whole.to_str(),
+    )
+    folder = parent / fingerprint
+    if not is_complete(folder):
+        counts = [checked_manifest(path) for path in texts.values()]
+        with new_folder(folder) as filling:
+            finish_folder(
+                filling,
+                fingerprint,
+                settings.read_by_source(),
+                whole,
+                train=_total([manifest.train for manifest in counts]),
+                validation=_total([manifest.validation for manifest in counts]),
+                texts=names,
+            )
+    return folder
+
+
+def _total(counts: list[SplitCounts]) -> SplitCounts:
+    units = SplitCounts.model_fields
+    return SplitCounts(**{unit: sum(getattr(one, unit) for one in counts) for unit in units})
+
+
+def _order_of(settings: DataSettings) -> SourceOrder:
+    shares = settings.shares
+    return SourceOrder.of_shares([shares[name] for name in source_order(shares)])
+
+
+def _open_mixture(folder: Path) -> MixtureStore:
+    manifest = checked_manifest(folder)
     try:
         settings = DataSettings.model_validate(manifest.settings)
-    except ValidationError as error:
+    except ValidationError as error:  # The package of a text's source is not installed.
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"cannot read the mixture in {folder}: {reason}") from None
     folders = manifest.text_folders(folder)
-    tasks = {task.name: task for task in mixture_tasks(settings)}
+    tasks = {task.name: task for task in make_tasks(settings.tasks)}
     sources = {
         name: open_tokens(folders[name])
         if name in folders
         else DepthStore(folder, manifest, (tasks[name],), has_markers=True)
         for name in source_order(settings.shares)
     }
-    return MixtureStore(folder, manifest, sources, order_of(settings))
+    return MixtureStore(folder, manifest, sources, _order_of(settings))
 
 
-def order_of(settings: DataSettings) -> SourceOrder:
-    """Return the order of a mixture's sources."""
-    shares = settings.shares
-    return SourceOrder.of_shares([shares[name] for name in source_order(shares)])
+def open_data(folder: Path | str) -> PreparedData:
+    """Open a folder of any prepared data; check the sizes of its files, but not their content.
+
+    Raises:
+        UserError: If the folder is missing, incomplete or damaged, or the package of a mixture's
+            source is not installed.
+    """
+    folder = Path(folder)
+    openers = {"depth": open_depth, "mixture": _open_mixture}
+    source = checked_manifest(folder).settings.get("source")
+    return openers.get(str(source), open_tokens)(folder)
 
 
-def mixture_tasks(settings: DataSettings) -> tuple[DepthTask, ...]:
-    """Return the depth tasks of a mixture; a `UserError` if a sequence cannot hold its task."""
-    return make_tasks(settings.tasks) if settings.tasks.tasks else ()
+@lru_cache(maxsize=64)
+def describe_data(folder: Path | str) -> tuple[str, str, dict[str, Any]]:
+    """Return name, fingerprint and profile of a folder of prepared data, for a tracked run.
+
+    Raises:
+        UserError: As `open_data`.
+    """
+    data = open_data(folder)
+    profile = data.profile
+    # Depth tasks, sources of a mixture, a data set of the hub, else the only source.
+    mixed = ", ".join(data.source_names)
+    name = profile.get("tasks") or mixed or profile.get("hub_name") or profile["source"]
+    return name, data.fingerprint, profile

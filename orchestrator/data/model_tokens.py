@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.data.prepared import verify_data
+from orchestrator.data.store import verify_data
 from orchestrator.models.folder import load_provenance, tokenizer_file
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, is_valid_name

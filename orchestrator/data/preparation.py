@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-from orchestrator.data.depth.store import (
-    DepthStore,
+from tokenizers import Tokenizer
+
+from orchestrator.data.corpus import read_documents
+from orchestrator.data.depth import (
     check_depth_length,
     depth_folder,
     depth_tokenizer,
     longest_sequence,
+    make_tasks,
+    only_tasks,
+    vocabulary,
     write_depth,
 )
-from orchestrator.data.depth.task import DepthTask
-from orchestrator.data.depth.tasks import make_tasks, vocabulary
-from orchestrator.data.mixture import MixtureStore, mixture_tasks
-from orchestrator.data.mixture_writing import whole_tokenizer, write_mixture
-from orchestrator.data.prepared import PreparedData, is_complete, verify_data
-from orchestrator.data.source_index import find_folder, index_file, source_key
-from orchestrator.data.sources import open_data
+from orchestrator.data.mixture import mixture_tokenizer, open_data, write_mixture
+from orchestrator.data.source_index import find_folder, index_file, source_key, store_folder
+from orchestrator.data.store import TokenStore, is_complete, verify_data
 from orchestrator.data.text_source import text_source
 from orchestrator.data.text_writing import write_text
-from orchestrator.data.token_store import TokenStore
-from orchestrator.data.tokenization import can_resume
+from orchestrator.data.tokenization import TOKENIZER_CHARACTERS, can_resume, training_texts
 from orchestrator.models.hub_models import is_hub_name
-from orchestrator.models.tokenizer import load_tokenizer, num_token_ids
+from orchestrator.models.tokenizer import load_tokenizer, num_token_ids, train_tokenizer
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import TEMPORARY_PREFIX, Workspace
@@ -73,7 +75,7 @@ def prepare(
     if folder is None and settings.source == "depth":
         folder = write_depth(settings, workspace.tokens)
         progress.start("corpus")
-        progress.finish(describe(folder))
+        progress.finish(_summary(folder))
         return folder
     if folder is None:
         # One process at a time: two would write the same files.
@@ -83,7 +85,7 @@ def prepare(
                 return _write(settings, workspace, progress)
     progress.start("corpus")
     verify_data(folder, always=verify, remember=True)
-    progress.finish(f"{describe(folder)}, found again")
+    progress.finish(f"{_summary(folder)}, found again")
     return folder
 
 
@@ -96,43 +98,48 @@ def _write(settings: DataSettings, workspace: Workspace, progress: Progress) -> 
     for leftover in parent.glob(f"{TEMPORARY_PREFIX}*"):
         if not can_resume(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
-    write = write_mixture if settings.source == "mixture" else write_text
+    write = _write_mixture if settings.source == "mixture" else write_text
     folder = write(settings, parent, key, progress)
-    progress.finish(describe(folder))
+    progress.finish(_summary(folder))
     return folder
 
 
-def describe(folder: Path) -> str:
-    """Summarize prepared data in one line."""
-    data = open_data(folder)
-    if isinstance(data, DepthStore):
-        tasks = ", ".join(map(_task_with_chance, data.tasks))
-        return f"{tasks}, sequences of {data.sequence_length} tokens, vocabulary {data.vocab_size}"
-    if isinstance(data, MixtureStore):
-        sources = ", ".join(
-            f"{100 * data.shares[name]:.3g}% {_source_in_words(name, source)}"
-            for name, source in data.sources.items()
+def _write_mixture(settings: DataSettings, parent: Path, key: str, progress: Progress) -> Path:
+    texts: dict[str, Path] = {}
+    tokenizer = None
+    if settings.texts:
+        tokenizer = _text_tokenizer(settings, progress)
+        for name, alone in settings.texts.items():
+            text_key = source_key(alone, "mixture", tokenizer.to_str())
+            found = find_folder(text_key, parent)
+            texts[name] = found or write_text(alone, parent, text_key, progress, tokenizer)
+    folder = write_mixture(settings, parent, texts, tokenizer)
+    verify_data(folder, remember=True)
+    store_folder(key, folder)
+    return folder
+
+
+def _text_tokenizer(settings: DataSettings, progress: Progress) -> Tokenizer:
+    if settings.tokenizer != "train":
+        return load_tokenizer(settings.tokenizer)
+    # A long text must not leave nothing for the others to read.
+    total = sum(settings.shares[name] for name in settings.texts)
+    texts: list[Iterator[str]] = [
+        training_texts(
+            read_documents(alone, progress),
+            alone,
+            num_characters=int(TOKENIZER_CHARACTERS * settings.shares[name] / total),
         )
-        return f"{sources}, vocabulary {data.vocab_size:,}"
-    return f"{_token_counts(data)}, vocabulary {data.vocab_size:,}"
+        for name, alone in settings.texts.items()
+    ]
+    tokenizer = train_tokenizer(chain.from_iterable(texts), settings.vocab_size)
+    progress.advance(0, "the tokenizer is trained")
+    return tokenizer
 
 
-def _source_in_words(name: str, source: TokenStore | DepthStore) -> str:
-    if isinstance(source, TokenStore):
-        return f"{name} ({_token_counts(source)})"
-    return ", ".join(map(_task_with_chance, source.tasks))
-
-
-def _task_with_chance(task: DepthTask) -> str:
-    return f"{task.name} (chance {100 * task.chance:.3g}%)"
-
-
-def _token_counts(data: PreparedData) -> str:
-    train, validation = data.manifest.train, data.manifest.validation
-    return (
-        f"{train.documents + validation.documents:,} documents, {train.tokens:,} tokens to train "
-        f"on, {validation.tokens:,} held out"
-    )
+def _summary(folder: Path) -> str:
+    data = open_data(folder)
+    return f"{data.describe()}, vocabulary {data.vocab_size:,}"
 
 
 def find_prepared(settings: DataSettings, parent: Path) -> Path | None:
@@ -155,7 +162,7 @@ def expected_tokens(settings: DataSettings, prepared: Path | None) -> ExpectedTo
     """
     if settings.source == "depth":
         return ExpectedTokens(
-            vocab_size=num_token_ids(depth_tokenizer(settings.depth)),
+            vocab_size=num_token_ids(depth_tokenizer(settings)),
             origin="of the depth tasks",
             num_train_tokens=None,
             context_length=sequence_length(settings),
@@ -203,16 +210,16 @@ def check_context_length(settings: DataSettings, context_length: int) -> None:
 
 def _longest_task(settings: DataSettings) -> int:
     if settings.source == "depth":
-        tasks = make_tasks(settings.depth)
+        tasks = only_tasks(settings)
         return longest_sequence(tasks, with_markers=len(tasks) > 1)
-    return longest_sequence(mixture_tasks(settings), with_markers=True)
+    return longest_sequence(make_tasks(settings.tasks), with_markers=True)
 
 
 def _vocabulary(settings: DataSettings) -> tuple[int, str]:
     if settings.source == "mixture":
         if not settings.texts:
-            return num_token_ids(whole_tokenizer(settings, None)), "of the depth tasks"
-        num_symbols = len(vocabulary(mixture_tasks(settings), with_markers=True))
+            return num_token_ids(mixture_tokenizer(settings, None)), "of the depth tasks"
+        num_symbols = len(vocabulary(make_tasks(settings.tasks), with_markers=True))
         size, origin = _text_vocabulary(settings)
         return size + num_symbols, f"{num_symbols} symbols, and {size:,}: {origin}"
     return _text_vocabulary(settings)

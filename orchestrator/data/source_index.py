@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.corpus import source_state
-from orchestrator.data.depth.store import GENERATOR_VERSION
-from orchestrator.data.prepared import is_complete
+from orchestrator.data.depth import GENERATOR_VERSION
+from orchestrator.data.mixture import MIXTURE_VERSION
+from orchestrator.data.store import is_complete
 from orchestrator.models.hub_models import is_hub_name
 from orchestrator.settings import DataSettings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import expand_user, read_json, write_json
 from orchestrator.workspace.layout import is_valid_name
 from orchestrator.workspace.provenance import content_key
-
-MIXTURE_VERSION = 1
-"""Increase it if the same settings and texts give other sequences."""
 
 
 def source_key(settings: DataSettings, *more: Any) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from orchestrator.data.prepared import SplitCounts
+from orchestrator.data.store import SplitCounts
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import read_json, write_json
 

@@ -23,9 +23,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from orchestrator.data.corpus import Document, hash_fraction, is_validation
-from orchestrator.data.prepared import (
-    Manifest,
+from orchestrator.data.store import (
     SplitCounts,
+    finish_folder,
     is_complete,
     verify_data,
 )
@@ -124,22 +124,17 @@ def _write_folder(
                 writer.commit()
             progress.update(*writer.totals())
         _check_counts(writer.train, writer.validation, fraction)
-        checksums = writer.commit()
-    checksums["tokenizer.json"] = file_digest(folder / "tokenizer.json")
-    fingerprint = content_key(writer.corpus_digest, checksums["tokenizer.json"])
-    manifest = Manifest(
-        fingerprint=fingerprint,
-        settings=settings.read_by_source(),
-        dtype="uint16" if dtype.itemsize == 2 else "uint32",
-        vocab_size=vocab_size,
-        end_of_text_id=end,
+        writer.commit()
+        fingerprint = content_key(writer.corpus_digest, file_digest(folder / "tokenizer.json"))
+        writer.delete_record()
+    finish_folder(
+        folder,
+        fingerprint,
+        settings.read_by_source(),
+        tokenizer,
         train=writer.train,
         validation=writer.validation,
-        sizes={name: (folder / name).stat().st_size for name in checksums},
-        sha256=checksums,
     )
-    manifest.write(folder)
-    writer.delete_record()
     return fingerprint
 
 

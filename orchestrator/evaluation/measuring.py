@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from iiet.decoder import Decoder
-from orchestrator.data.sources import open_data
+from orchestrator.data.mixture import open_data
 from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.batch_limit import BatchLimit
 from orchestrator.evaluation.harness import Suite, run_model, run_suite

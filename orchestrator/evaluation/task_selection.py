@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.data.prepared import MANIFEST_NAME, verify_data
-from orchestrator.data.sources import open_data
+from orchestrator.data.mixture import open_data
+from orchestrator.data.store import MANIFEST_NAME, verify_data
 from orchestrator.evaluation.heldout import (
     TEXT_TASKS,
     build_heldout,

@@ -18,10 +18,10 @@ from pydantic import Field
 
 from iiet.influence import InfluenceTable
 from orchestrator.cluster.launch import joined_cluster, trial_device
+from orchestrator.data.mixture import open_data
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
-from orchestrator.data.sources import open_data
 from orchestrator.evaluation.heldout import heldout_chances, offered_tasks
 from orchestrator.evaluation.task_selection import check_sweep_tasks, needs_lm_eval, tasks_of_source
 from orchestrator.models.folder import load_config

@@ -18,9 +18,8 @@ from torch import Tensor
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.launch import trial_device
-from orchestrator.data.prepared import PreparedData
-from orchestrator.data.sources import open_data
-from orchestrator.data.token_store import TokenStore
+from orchestrator.data.mixture import open_data
+from orchestrator.data.store import PreparedData, TokenStore
 from orchestrator.evaluation.decode_timing import (
     SWEEP_NEW_TOKENS,
     SWEEP_PROMPT_TOKENS,

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.sources import describe_data
+from orchestrator.data.mixture import describe_data
 from orchestrator.records.tracked_run import Status, TrackedRun
 from orchestrator.records.training import job_parameters, shared_parameters
 from orchestrator.records.trial import SweepPlan, Trial

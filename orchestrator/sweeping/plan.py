@@ -30,8 +30,8 @@ from iiet.pruning import (
     within_cost,
 )
 from iiet.schedule import IterationSchedule
+from orchestrator.data.mixture import open_data
 from orchestrator.data.model_tokens import tokens_folder_of
-from orchestrator.data.sources import open_data
 from orchestrator.evaluation.python_tasks import HELDOUT
 from orchestrator.evaluation.task_selection import (
     lm_eval_task_fingerprints,

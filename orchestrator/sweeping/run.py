@@ -295,6 +295,7 @@ class SweepQueue:
         self._taken: dict[str, Trial] = {}
         self._running: set[str] = set()
         self._elsewhere: set[str] = set()
+        self._interrupted: list[Trial] = []
         self._journals: dict[str, JournalReader] = {}
         self._ended: queue.SimpleQueue[tuple[Trial, Trial | None, str]] = queue.SimpleQueue()
         self._has_told = False
@@ -359,6 +360,8 @@ class SweepQueue:
         """Note how a trial ended; one that another process runs waits again."""
         trial = self._taken.pop(key)
         self._running.discard(key)
+        if not result and stop_requested():
+            self._interrupted.append(trial)
         if result or error or stop_requested():
             self._end(trial, result, error)
         elif stop := EarlyStop.read(Path(trial.folder) / STOPPED_NAME):
@@ -397,8 +400,8 @@ class SweepQueue:
         """Show how trials have ended since the last call."""
         while not self._ended.empty():
             trial, result, error = self._ended.get()
-            self._journals.pop(trial.key, None)
             if result:
+                self._journals.pop(trial.key, None)
                 self._live.on_results([result])
             elif error:
                 self.progress.note(f"trial {trial.label} failed: {error}")
@@ -433,7 +436,7 @@ class SweepQueue:
 
     def saved(self) -> str:
         """Say how many trials are finished, and what the others have saved."""
-        trials = [*self._waiting, *self._taken.values()]
+        trials = [*self._taken.values(), *self._interrupted]
         begun = {f"trial {t.label}": t.job for t in trials if t.job and self._has_begun(t)}
         text = f"{len(self.results)} of {self.num_all} trials are finished"
         return f"{text}; {describe_saved_state(begun, named=True)}" if begun else text

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from iiet.decoder import Decoder
-from orchestrator.data.prepared import PreparedData
+from orchestrator.data.store import PreparedData
 from orchestrator.models.folder import ELASTIC, JOB_KEY, read_text_files, weights_key
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.checkpoint import save_checkpoint

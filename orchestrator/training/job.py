@@ -13,7 +13,7 @@ from typing import Any
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
 from iiet.methods import METHODS
-from orchestrator.data.sources import open_data
+from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import check_checkpoint, weights_key
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import TrainingSettings

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from iiet.dropping import kept_config
-from orchestrator.data.batches import check_even_split
-from orchestrator.data.prepared import verify_data
-from orchestrator.data.sources import open_data
+from orchestrator.data.mixture import open_data
+from orchestrator.data.order import check_even_split
+from orchestrator.data.store import verify_data
 from orchestrator.models.folder import check_checkpoint, load_config
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.job import key_fields, sequences_per_step

@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.sources import describe_data
+from orchestrator.data.mixture import describe_data
 from orchestrator.records.tracked_run import Status, TrackedRun
 from orchestrator.records.training import TrainingJob, job_parameters
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml

@@ -19,7 +19,7 @@ import torch
 from iiet.batch import Batch
 from iiet.distillation import Model, RememberingTeacher
 from iiet.schedule import IterationSchedule
-from orchestrator.data.sources import open_data
+from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import check_checkpoint, newest_checkpoint
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.terminal.stop import stop_requested

@@ -13,7 +13,7 @@ from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig, Model
 from iiet.elastic import member_flops_per_token
 from iiet.schedule import IterationSchedule
-from orchestrator.data.keyed_random import random_bits
+from orchestrator.data.order import random_bits
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.workspace.errors import UserError

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
-from orchestrator.data.sources import open_data
+from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import load_config, weights_key
 from orchestrator.models.loading import load_model
 from orchestrator.records.training import TrainingJob

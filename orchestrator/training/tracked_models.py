@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from iiet.config import ModelConfig
-from orchestrator.data.sources import describe_data
+from orchestrator.data.mixture import describe_data
 from orchestrator.models.config import model_family
 from orchestrator.models.folder import weights_key
 from orchestrator.records.tracked_run import TrackedModel

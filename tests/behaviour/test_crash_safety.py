@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from iiet.config import ModelConfig
 from orchestrator.data.corpus import Document
-from orchestrator.data.prepared import is_complete, verify_data
+from orchestrator.data.store import is_complete, verify_data
 from orchestrator.data.token_writer import TokenWriter
 from orchestrator.data.tokenization import write_tokens
 from orchestrator.evaluation.answer_journal import AnswerJournal

@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 
 from iiet.batch import Batch
-from orchestrator.data.token_store import TokenStore
+from orchestrator.data.store import TokenStore
 from orchestrator.models.loading import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings

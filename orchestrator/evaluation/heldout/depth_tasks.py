@@ -10,8 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.data.depth.store import DepthStore
-from orchestrator.data.depth.task import DepthTask
+from orchestrator.data.depth import DepthStore, DepthTask
 
 DEPTH_VERSION = 1
 """Increase it if the same data give other items; it is part of the tasks' version."""

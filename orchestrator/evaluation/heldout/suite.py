@@ -19,10 +19,9 @@ from typing import Any
 
 import yaml
 
-from orchestrator.data.depth.store import DepthStore
-from orchestrator.data.prepared import PreparedData
-from orchestrator.data.sources import open_data
-from orchestrator.data.token_store import TokenStore
+from orchestrator.data.depth import DepthStore
+from orchestrator.data.mixture import open_data
+from orchestrator.data.store import PreparedData, TokenStore
 from orchestrator.evaluation.heldout.depth_tasks import (
     DEPTH_CONFIG,
     DEPTH_VERSION,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.data.corpus import Document, hash_fraction
-from orchestrator.data.token_store import TokenStore
+from orchestrator.data.store import TokenStore
 from orchestrator.evaluation.heldout.ngrams import TokenBigrams, WordTrigrams
 from orchestrator.evaluation.heldout.text_items import ItemBuilder
 from orchestrator.models.tokenizer import load_tokenizer

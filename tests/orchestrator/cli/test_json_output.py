@@ -18,7 +18,7 @@ from typer.main import get_command
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator import cli
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.pipelines.sweeps import SweepResult, report
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.training.checkpoint import save_checkpoint

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from orchestrator.data.corpus import read_documents
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.data.tokenization import write_tokens
 from orchestrator.settings import DataSettings
 

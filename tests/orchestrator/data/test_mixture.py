@@ -10,12 +10,10 @@ import pytest
 import torch
 
 from iiet.batch import NO_TARGET
-from orchestrator.data import mixture_writing
-from orchestrator.data.mixture import MixtureStore
-from orchestrator.data.preparation import describe, expected_tokens, find_prepared, prepare
-from orchestrator.data.prepared import verify_data
-from orchestrator.data.sources import open_data
-from orchestrator.data.token_store import TokenStore
+from orchestrator.data import preparation
+from orchestrator.data.mixture import MixtureStore, open_data
+from orchestrator.data.preparation import expected_tokens, find_prepared, prepare
+from orchestrator.data.store import TokenStore, verify_data
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings, resolve_settings
 from orchestrator.workspace.errors import UserError
@@ -159,7 +157,7 @@ def test_prepared_once_and_found_again_also_elsewhere(
     data = open_data(folder)
     assert data.vocab_size == expected.vocab_size == expected_tokens(settings, folder).vocab_size
     assert data.fingerprint == folder.name
-    assert "70% files (300 documents" in describe(folder)
+    assert "70% files (300 documents" in data.describe()
     assert data.profile["phop_2_share"] == 0.2
     workspace.root.rename(tmp_path / "moved")
     moved = Workspace(tmp_path / "moved")
@@ -199,7 +197,7 @@ def test_an_interrupted_preparation_resumes_with_the_text_that_it_was_at(
     text: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = two_texts(text, {"files": 0.5, "hub": 0.25, "s5_4": 0.25})
-    write_text = mixture_writing.write_text
+    write_text = preparation.write_text
     written: list[str] = []
 
     def stop_after_first(alone: DataSettings, *others: object) -> Path:
@@ -208,12 +206,12 @@ def test_an_interrupted_preparation_resumes_with_the_text_that_it_was_at(
         written.append(alone.source)
         return write_text(alone, *others)
 
-    monkeypatch.setattr(mixture_writing, "write_text", stop_after_first)
+    monkeypatch.setattr(preparation, "write_text", stop_after_first)
     with pytest.raises(KeyboardInterrupt):
         prepare(settings, workspace)
     assert written == ["files"]
     monkeypatch.setattr(
-        mixture_writing,
+        preparation,
         "write_text",
         lambda s, *o: (written.append(s.source), write_text(s, *o))[1],
     )

@@ -17,9 +17,9 @@ import zstandard
 
 from orchestrator.data import text_writing, tokenization
 from orchestrator.data.corpus import Document
-from orchestrator.data.preparation import describe, prepare
-from orchestrator.data.prepared import verify_data
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.mixture import open_data
+from orchestrator.data.preparation import prepare
+from orchestrator.data.store import open_tokens, verify_data
 from orchestrator.data.token_writer import RECORD_NAME
 from orchestrator.pipelines.training import plan_pretrain
 from orchestrator.settings import DataSettings, Settings
@@ -52,7 +52,7 @@ def test_finished_work_is_reused(
     assert folder == workspace.tokens / open_tokens(folder).fingerprint
     monkeypatch.setattr(text_writing, "read_documents", fail_to_read)
     assert prepare(settings, workspace) == folder
-    assert "200 documents" in describe(folder)
+    assert "200 documents" in open_data(folder).describe()
     with pytest.raises(AssertionError, match="read again"):
         prepare(settings.model_copy(update={"vocab_size": 301}), workspace)
 
@@ -90,7 +90,7 @@ def test_a_changed_local_data_set_is_prepared_again(
         lines = "".join(f'{{"text": "Text {name}{i} is about {i} fish."}}\n' for i in range(50))
         # As SlimPajama's files are.
         (tmp_path / "set" / f"{name}.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
-        assert f"{number} documents" in describe(prepare(settings, workspace))
+        assert f"{number} documents" in open_data(prepare(settings, workspace)).describe()
     (tmp_path / "set" / "c.jsonl.lz4").touch()
     monkeypatch.setitem(sys.modules, "lz4", None)  # As if it were not installed.
     with pytest.raises(UserError, match=r"c\.jsonl\.lz4 needs lz4; run `pip install lz4`"):
@@ -110,6 +110,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from orchestrator.data import token_writer, tokenization
+from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import prepare
 from orchestrator.settings import DataSettings
 from orchestrator.workspace.layout import open_workspace

@@ -11,8 +11,7 @@ import pytest
 
 from orchestrator.data import tokenization
 from orchestrator.data.corpus import Document, is_validation
-from orchestrator.data.prepared import verify_data
-from orchestrator.data.token_store import TokenStore, open_tokens
+from orchestrator.data.store import TokenStore, open_tokens, verify_data
 from orchestrator.data.tokenization import write_tokens
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.settings import DataSettings

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from iiet import Decoder, ModelConfig
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.models.model_tokenizer import PlainTokenizer
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from iiet.decoder import Decoder
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
 from orchestrator.evaluation.harness import load_suite, run_suite
 from orchestrator.models.model_tokenizer import PlainTokenizer

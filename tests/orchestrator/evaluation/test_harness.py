@@ -21,7 +21,7 @@ import yaml
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.harness import load_suite, run_suite, suite
 from orchestrator.models.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.records.evaluation import EvaluationResult

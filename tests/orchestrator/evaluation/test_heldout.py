@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from orchestrator.data.corpus import Document
+from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import prepare
-from orchestrator.data.sources import open_data
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.data.tokenization import write_tokens
 from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.heldout import (

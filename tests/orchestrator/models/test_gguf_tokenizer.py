@@ -10,7 +10,7 @@ from gguf_files import CHAT, tokenizer_values
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.models.gguf_tokenizer import gguf_token_ids, write_gguf_tokenizer
 from orchestrator.workspace.errors import UserError
 

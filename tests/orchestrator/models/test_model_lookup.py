@@ -14,7 +14,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
 from orchestrator import cli
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.models.evaluated_model import open_models
 from orchestrator.models.lookup import (
     find_model_folder,

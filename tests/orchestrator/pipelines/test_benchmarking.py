@@ -15,7 +15,7 @@ from fake_tracking import untracked
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.cost_measurement import MeasurementSettings
 from orchestrator.models.evaluated_model import (
     open_model,

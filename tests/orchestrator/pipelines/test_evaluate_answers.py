@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from orchestrator import cli
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.harness import decoder_model, suite
 from orchestrator.workspace.files import read_json
 

@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.evaluation import task_selection
 from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.heldout import HeldoutSuite

@@ -16,7 +16,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.generation import generate
 from iiet.schedule import IterationSchedule
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.pipelines import generating
 from orchestrator.pipelines.generating import Drafting, Sampling, TextGenerator
 from orchestrator.terminal.progress import Progress

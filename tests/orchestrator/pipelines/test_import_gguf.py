@@ -12,7 +12,7 @@ from gguf_files import tiny_llama, tokenizer_values, write_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator import cli
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import load_provenance
 from orchestrator.models.loading import load_model
 from orchestrator.pipelines import generating

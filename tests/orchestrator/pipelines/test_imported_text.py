@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from iiet.huggingface import IIETConfig
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import TEXT_FILES, read_text_files
 from orchestrator.models.loading import load_model
 from orchestrator.pipelines.generating import Sampling, TextGenerator

@@ -13,7 +13,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.export import export_pretrained
 from orchestrator.data.model_tokens import tokens_folder_of
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import tokenizer_file
 from orchestrator.models.loading import load_model
 from orchestrator.models.lookup import resolve_checkpoint, resolve_model

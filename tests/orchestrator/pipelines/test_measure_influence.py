@@ -13,8 +13,7 @@ import pytest
 from fake_tracking import untracked
 
 from iiet.influence import InfluenceTable, influence_table
-from orchestrator.data.batches import validation_batches
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import check_checkpoint
 from orchestrator.models.loading import load_model
 from orchestrator.pipelines import influence
@@ -68,8 +67,8 @@ def test_the_table_is_the_cores_over_the_calibration_set(
 ) -> None:
     checkpoint = make_checkpoint()
     found = measured_or_stored(checkpoint, context)
-    batches = validation_batches(
-        open_tokens(tiny_tokens).validation, context_length=16, num_tokens=512, batch_size=8
+    batches = open_tokens(tiny_tokens).validation_batches(
+        context_length=16, num_tokens=512, batch_size=8
     )
     assert found == influence_table(load_model(checkpoint), batches)
     assert found.num_tokens == 512

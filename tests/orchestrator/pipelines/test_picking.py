@@ -15,7 +15,7 @@ from iiet.decoder import Decoder
 from iiet.huggingface import IIETForCausalLM
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import weights_key
 from orchestrator.models.loading import load_model
 from orchestrator.models.lookup import load_influence_table

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fake_tracking import untracked
 
-from orchestrator.data.token_store import open_tokens
+from orchestrator.data.store import open_tokens
 from orchestrator.models.evaluated_model import open_model
 from orchestrator.models.folder import load_config
 from orchestrator.pipelines.evaluating import evaluate_model, plan_evaluate

@@ -17,7 +17,7 @@ from fake_runs import end_trials, finished
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from orchestrator.data.sources import describe_data
+from orchestrator.data.mixture import describe_data
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.syncing import sync
 from orchestrator.records.tracked_run import TrackedRun

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from iiet.schedule import IterationSchedule
-from orchestrator.data.depth.store import write_depth
+from orchestrator.data.depth import write_depth
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
 from orchestrator.settings.data import DepthSettings

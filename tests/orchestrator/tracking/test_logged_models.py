@@ -16,7 +16,7 @@ from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 from transformers import PreTrainedTokenizerFast
 
-from orchestrator.data.depth.tasks import symbol_tokenizer
+from orchestrator.data.depth import symbol_tokenizer
 from orchestrator.models.tokenizer import END_OF_TEXT
 from orchestrator.records.tracked_run import RegisteredModel, TrackedModel, TrackedRun
 from orchestrator.tracking import Tracking, open_tracking, served_model

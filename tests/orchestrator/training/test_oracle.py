@@ -20,7 +20,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
 from iiet.schedule import IterationSchedule
-from orchestrator.data.sources import open_data
+from orchestrator.data.mixture import open_data
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.run import run_job

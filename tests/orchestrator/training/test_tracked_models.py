@@ -10,7 +10,7 @@ import pytest
 from sample_trials import sample_trial
 
 from iiet.config import preset
-from orchestrator.data.sources import describe_data
+from orchestrator.data.mixture import describe_data
 from orchestrator.models.config import model_family
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite

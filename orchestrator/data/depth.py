@@ -1,0 +1,468 @@
+"""Depth tasks: sequences of symbols whose answers need a known number of serial steps.
+
+A sequence is generated from a seed and a position, so nothing is stored and none repeats. A model
+must give the answers at some positions; `DepthStore` turns sequences into batches and test items.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import chain, count, islice, permutations
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models
+
+from iiet.batch import NO_TARGET, Batch
+from orchestrator.data.order import SourceOrder, random_bits, uniform_below
+from orchestrator.data.store import PreparedData, checked_manifest, finish_folder, is_complete
+from orchestrator.models.tokenizer import END_OF_TEXT, load_tokenizer
+from orchestrator.settings import DataSettings
+from orchestrator.settings.data import DepthSettings, parse_task_name
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import new_folder
+from orchestrator.workspace.provenance import content_key
+
+GENERATOR_VERSION = 1
+"""Increase it if the same settings give other sequences."""
+NO_ANSWER = -1
+MAX_SEQUENCE_LENGTH = 100_000
+"""A longer one is a typing error and would only fill the memory."""
+ELEMENTS = tuple(permutations(range(5)))
+_STREAMS = {"train": 1, "validation": 2, "test": 3}
+_ASKING = 4
+"""Stream of the random numbers that choose the asked positions."""
+_SEQUENCES_PER_ROUND = 256
+"""Sequences that are generated together for test items."""
+
+
+# Tasks
+
+
+class Sequences(NamedTuple):
+    """Generated sequences and their answers, both int64, (sequences, length)."""
+
+    symbols: np.ndarray
+    """Numbers of symbols, each an index of the task's `symbols`."""
+    answers: np.ndarray
+    """Number of the symbol to predict at each position, or `NO_ANSWER`."""
+
+
+class DepthTask(ABC):
+    """A kind of task at one depth: the number of serial steps from the question to the answer.
+
+    Args:
+        depth: At least 1.
+    """
+
+    kind: ClassVar[str]
+    length: int
+    """Symbols of a sequence."""
+    symbols: tuple[str, ...]
+    """The texts of the symbols."""
+    chance: float
+    """Accuracy of a guess that does not read the sequence, but knows which answers occur."""
+    num_random: int
+    """Random numbers that one sequence takes."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+
+    @property
+    def name(self) -> str:
+        """Name with the depth, such as `phop_6`."""
+        return f"{self.kind}_{self.depth}"
+
+    @property
+    def marker(self) -> str:
+        """The token with which a sequence begins if there are several tasks."""
+        return f"<|{self.name}|>"
+
+    @property
+    def name_with_chance(self) -> str:
+        """Name and chance level, for display."""
+        return f"{self.name} (chance {100 * self.chance:.3g}%)"
+
+    @abstractmethod
+    def generate(self, bits: np.ndarray) -> Sequences:
+        """Make one sequence of each row of random numbers, uint64, (sequences, num_random)."""
+
+    def asked_positions(
+        self,
+        answers: np.ndarray,
+        bits: np.ndarray,  # noqa: ARG002 - for tasks that ask at a random position
+    ) -> np.ndarray:
+        """Return the position of each sequence at which a test asks, or `NO_ANSWER` for none.
+
+        Args:
+            answers: As in `Sequences`.
+            bits: One random number per sequence, uint64.
+        """
+        return np.full(len(answers), answers.shape[1] - 1)
+
+
+class PHopInduction(DepthTask):
+    """`phop_6`: repeat the step of an induction head 6 times, over independent, uniform symbols.
+
+    One hop leads from a position to the one after the latest earlier occurrence of its symbol. The
+    answer at a position is the symbol that many hops away; a position whose hops leave the sequence
+    has none. All others count.
+    Source: Sanford, Hsu and Telgarsky, 2024 (arXiv 2402.09268).
+
+    Raises:
+        UserError: If the hops of a sequence's last position do not usually fit into it.
+    """
+
+    kind = "phop"
+
+    def __init__(self, depth: int, *, num_symbols: int, length: int) -> None:
+        super().__init__(depth)
+        # One hop goes back by about as many positions as there are symbols.
+        if length < depth * num_symbols:
+            raise UserError(
+                f"data.depth.length={length} is too short for {self.name}: {depth} hops over "
+                f"{num_symbols} symbols take about {depth * num_symbols} positions; set a larger "
+                "length, fewer symbols or a smaller depth"
+            )
+        self.num_symbols = num_symbols
+        self.length = self.num_random = length
+        self.symbols = numbered_symbols(num_symbols)
+        self.chance = 1 / num_symbols  # All symbols are equally frequent answers.
+
+    def generate(self, bits: np.ndarray) -> Sequences:
+        symbols = uniform_below(bits, self.num_symbols)
+        hop = after_previous_occurrence(symbols, self.num_symbols)
+        reached = np.broadcast_to(np.arange(self.length), symbols.shape)
+        for _ in range(self.depth):
+            reached = np.where(reached >= 0, _take(hop, reached), NO_ANSWER)
+        return Sequences(symbols, np.where(reached >= 0, _take(symbols, reached), NO_ANSWER))
+
+    def asked_positions(self, answers: np.ndarray, bits: np.ndarray) -> np.ndarray:
+        """Return a random position of those with an answer, so that tests ask as training does."""
+        has_answer = answers != NO_ANSWER
+        counts = has_answer.sum(axis=1)
+        # The n-th answer stands where n answers lie before it.
+        wanted = uniform_below(bits, 1 << 32) * counts >> 32
+        position = ((has_answer.cumsum(axis=1) - 1 == wanted[:, None]) & has_answer).argmax(axis=1)
+        return np.where(counts > 0, position, NO_ANSWER)
+
+
+def after_previous_occurrence(symbols: np.ndarray, num_symbols: int) -> np.ndarray:
+    """Return for each position the one after its symbol's previous occurrence, or `NO_ANSWER`."""
+    hop = np.full_like(symbols, NO_ANSWER)
+    places = np.arange(symbols.shape[1])
+    for symbol in range(num_symbols):
+        here = symbols == symbol
+        latest = np.maximum.accumulate(np.where(here, places, NO_ANSWER), axis=1)
+        previous = np.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=NO_ANSWER)
+        hop[here] = np.where(previous[here] >= 0, previous[here] + 1, NO_ANSWER)
+    return hop
+
+
+def _take(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    # The values at positions of the same row; any value where a position is negative.
+    return np.take_along_axis(values, np.maximum(positions, 0), axis=1)
+
+
+class PointerChains(DepthTask):
+    """`chain_8`: follow a pointer 8 times, among several chains that are interleaved.
+
+    A sequence lists every pointer as a pair of symbols, in random order, and ends with one symbol,
+    the question. The chains are closed: each symbol is the first of one pair and the second of
+    another, so neither counts nor ends give the answer away. A chain is twice as long as the depth,
+    so the way back is no shorter.
+
+    Raises:
+        UserError: If the sequence would be too long.
+    """
+
+    kind = "chain"
+
+    def __init__(self, depth: int, *, num_chains: int) -> None:
+        super().__init__(depth)
+        self.num_chains = num_chains
+        self.num_symbols = 2 * num_chains * depth  # Those of a sequence that differ: all.
+        self.num_random = 2 * self.num_symbols
+        self.length = 2 * self.num_symbols + 1
+        if self.length > MAX_SEQUENCE_LENGTH:
+            raise UserError(
+                f"{self.name} with data.depth.num_chains={num_chains} has sequences of "
+                f"{self.length:,} symbols, more than {MAX_SEQUENCE_LENGTH:,}"
+            )
+        self.symbols = numbered_symbols(self.num_symbols)
+        self.chance = 1 / (self.num_symbols - 1)  # Any symbol but that of the question.
+
+    def generate(self, bits: np.ndarray) -> Sequences:
+        # In its row, each chain holds its symbols in the order of its pointers.
+        chained = np.argsort(bits[:, : self.num_symbols], axis=1, kind="stable")
+        chains = chained.reshape(len(bits), self.num_chains, 2 * self.depth)
+        pairs = np.stack([chains, np.roll(chains, -1, axis=2)], axis=-1)
+        pairs = pairs.reshape(len(bits), self.num_symbols, 2)
+        order = np.argsort(bits[:, self.num_symbols :], axis=1, kind="stable")
+        listed = np.take_along_axis(pairs, order[:, :, None], axis=1).reshape(
+            len(bits), 2 * self.num_symbols
+        )
+        symbols = np.concatenate([listed, chained[:, :1]], axis=1)
+        answers = np.full_like(symbols, NO_ANSWER)
+        answers[:, -1] = chained[:, self.depth]
+        return Sequences(symbols, answers)
+
+
+class PermutationWords(DepthTask):
+    """`s5_16`: words of 16 permutations of five things; each position asks for the product so far.
+
+    A test asks for the product of all. The group S5 is not solvable, so constant depth is not
+    enough for long words (Barrington's theorem).
+    Source: Liu et al., 2022 (arXiv 2210.10749); Merrill et al., 2024 (arXiv 2404.08819).
+
+    Raises:
+        UserError: If the word would be too long.
+    """
+
+    kind = "s5"
+    # Permutations in one-line notation: `<|21345|>` exchanges the first two things.
+    symbols = tuple(f"<|{''.join(str(i + 1) for i in element)}|>" for element in ELEMENTS)
+    chance = 1 / len(ELEMENTS)  # A product with a uniform factor is uniform.
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        if depth > MAX_SEQUENCE_LENGTH:
+            raise UserError(f"{self.name} is a word of more than {MAX_SEQUENCE_LENGTH:,} symbols")
+        self.length = self.num_random = depth
+
+    def generate(self, bits: np.ndarray) -> Sequences:
+        symbols = uniform_below(bits, len(ELEMENTS))
+        answers = symbols.copy()
+        for place in range(1, self.length):
+            answers[:, place] = products()[answers[:, place - 1], symbols[:, place]]
+        return Sequences(symbols, answers)
+
+
+@cache
+def products() -> np.ndarray:
+    """Return the multiplication table, (120, 120): the first permutation, then the second."""
+    number = {element: place for place, element in enumerate(ELEMENTS)}
+    return np.array(
+        [[number[tuple(second[i] for i in first)] for second in ELEMENTS] for first in ELEMENTS]
+    )
+
+
+def make_tasks(settings: DepthSettings) -> tuple[DepthTask, ...]:
+    """Return the tasks that the settings name.
+
+    Raises:
+        UserError: If a sequence cannot hold its task.
+    """
+    makers = {
+        "phop": lambda depth: PHopInduction(
+            depth, num_symbols=settings.num_symbols, length=settings.length
+        ),
+        "chain": lambda depth: PointerChains(depth, num_chains=settings.num_chains),
+        "s5": PermutationWords,
+    }
+    return tuple(makers[kind](depth) for kind, depth in map(parse_task_name, settings.tasks))
+
+
+# Vocabulary
+
+
+def numbered_symbols(num: int) -> tuple[str, ...]:
+    """Return the texts of the symbols that several kinds of tasks share."""
+    return tuple(f"<|{number}|>" for number in range(num))
+
+
+def vocabulary(tasks: Sequence[DepthTask], *, with_markers: bool) -> tuple[str, ...]:
+    """Return the texts of all tokens of the tasks: symbols, then the tasks' markers."""
+    symbols = {symbol: None for task in tasks for symbol in task.symbols}
+    # Shared symbols first and in their order, so that a longer alphabet extends a shorter one.
+    shared = [symbol for symbol in numbered_symbols(len(symbols)) if symbol in symbols]
+    ordered = dict.fromkeys([*shared, *symbols])
+    return (*ordered, *(task.marker for task in tasks if with_markers))
+
+
+def symbol_tokenizer(texts: Sequence[str]) -> Tokenizer:
+    """Return a tokenizer that knows nothing but symbols and the end of a text, id 0."""
+    tokenizer = Tokenizer(models.WordLevel({END_OF_TEXT: 0}))
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    add_symbols(tokenizer, texts)
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def add_symbols(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """Add symbols to a tokenizer, after its own tokens. No text is ever merged with a symbol."""
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
+
+
+# Prepared data
+
+
+class DepthItem(NamedTuple):
+    """One question of a test: the texts of what a model reads and must answer."""
+
+    context: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class DepthStore(PreparedData):
+    """Prepared depth tasks, or those of a mixture: a tokenizer; sequences are generated."""
+
+    tasks: tuple[DepthTask, ...]
+    has_markers: bool
+    """Whether each sequence begins with the token of its task."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return longest_sequence(self.tasks, with_markers=self.has_markers)
+
+    @property
+    def profile(self) -> dict[str, Any]:
+        chances = {f"chance_{task.name}": task.chance for task in self.tasks}
+        names = ", ".join(task.name for task in self.tasks)
+        return {"source": "depth", "tasks": names, **chances, "vocab_size": self.vocab_size}
+
+    @property
+    def num_validation_tokens(self) -> None:
+        return None
+
+    def describe(self) -> str:
+        tasks = ", ".join(task.name_with_chance for task in self.tasks)
+        return f"{tasks}, sequences of {self.sequence_length} tokens"
+
+    def check_length(self, context_length: int) -> None:
+        check_depth_length(self.sequence_length, context_length)
+
+    def sequences(self, positions: np.ndarray, *, context_length: int, seed: int) -> Batch:
+        return self._sequences(positions, context_length, "train", seed)
+
+    def validation_batches(
+        self, *, context_length: int, num_tokens: int, batch_size: int
+    ) -> Iterator[Batch]:
+        wanted = max(1, num_tokens // context_length)
+        for first in range(0, wanted, batch_size):
+            numbers = np.arange(first, min(first + batch_size, wanted), dtype=np.int64)
+            yield self._sequences(numbers, context_length, "validation", 0)
+
+    def items(self, task: DepthTask, num_items: int) -> Iterator[DepthItem]:
+        """Return questions of a task; no stream of training or validation holds their sequences."""
+        firsts = count(step=_SEQUENCES_PER_ROUND)
+        rounds = (self._round_of_items(task, first) for first in firsts)
+        return islice(chain.from_iterable(rounds), num_items)
+
+    def _round_of_items(self, task: DepthTask, first: int) -> Iterator[DepthItem]:
+        numbers = np.arange(first, first + _SEQUENCES_PER_ROUND, dtype=np.int64)
+        symbols, answers = _generate(task, numbers, "test", 0)
+        asking = random_bits(_key(task, "test", seed=_ASKING), numbers, 1)[:, 0]
+        texts, start = task.symbols, task.marker if self.has_markers else ""
+        for row, place in enumerate(task.asked_positions(answers, asking)):
+            if place != NO_ANSWER:
+                context = "".join(texts[symbol] for symbol in symbols[row, : place + 1])
+                yield DepthItem(start + context, texts[answers[row, place]])
+
+    def _sequences(
+        self,
+        positions: np.ndarray,
+        context_length: int,
+        stream: Literal["train", "validation"],
+        seed: int,
+    ) -> Batch:
+        ids = np.full((len(positions), context_length), self.manifest.end_of_text_id)
+        targets = np.full_like(ids, NO_TARGET)
+        order = SourceOrder.of_shares([1.0] * len(self.tasks))
+        parts = order.split(positions, content_number("order", stream, seed))
+        for task, (own, numbers) in zip(self.tasks, parts, strict=True):
+            symbols, answers = _generate(task, numbers, stream, seed)
+            known = np.array([self._ids[symbol] for symbol in task.symbols])
+            first = int(self.has_markers)
+            end = first + task.length
+            if self.has_markers:
+                ids[own, 0] = self._ids[task.marker]
+            ids[own, first:end] = known[symbols]
+            targets[own, first:end] = np.where(answers == NO_ANSWER, NO_TARGET, known[answers])
+        return Batch(torch.from_numpy(ids), torch.from_numpy(targets))
+
+    @cached_property
+    def _ids(self) -> Mapping[str, int]:
+        ids: dict[str, int] = load_tokenizer(self.tokenizer_path).get_vocab(with_added_tokens=True)
+        return ids
+
+
+def _generate(task: DepthTask, numbers: np.ndarray, stream: str, seed: int) -> Sequences:
+    return task.generate(random_bits(_key(task, stream, seed), numbers, task.num_random))
+
+
+def _key(task: DepthTask, stream: str, seed: int) -> int:
+    return content_number(GENERATOR_VERSION, task.name, _STREAMS[stream], seed)
+
+
+def content_number(*parts: str | int) -> int:
+    """Return a hash of values as a number of 64 bits."""
+    return int(content_key(*parts)[:16], 16)
+
+
+def longest_sequence(tasks: tuple[DepthTask, ...], *, with_markers: bool) -> int:
+    """Return the tokens of the longest sequence of some tasks; 0 if there are none."""
+    return max((task.length + with_markers for task in tasks), default=0)
+
+
+def check_depth_length(sequence_length: int, context_length: int) -> None:
+    """Raise a `UserError` if a model's context is shorter than the longest sequence."""
+    if sequence_length > context_length:
+        raise UserError(
+            f"the depth tasks have sequences of {sequence_length} tokens, more than "
+            f"model.context_length={context_length}; set it to {sequence_length}, or make the "
+            "tasks shorter"
+        )
+
+
+def only_tasks(settings: DataSettings) -> tuple[DepthTask, ...]:
+    """Return the tasks of data that hold nothing else.
+
+    Raises:
+        UserError: If the settings name none, or a sequence cannot hold its task.
+    """
+    if not settings.depth.tasks:
+        raise UserError(
+            "data.source is `depth`, but data.depth.tasks is empty; name depth tasks, such as "
+            "--set 'data.depth.tasks=[phop_6]'"
+        )
+    return make_tasks(settings.depth)
+
+
+def depth_tokenizer(settings: DataSettings) -> Tokenizer:
+    """Return the tokenizer of data that hold nothing but depth tasks."""
+    tasks = only_tasks(settings)
+    return symbol_tokenizer(vocabulary(tasks, with_markers=len(tasks) > 1))
+
+
+def depth_folder(settings: DataSettings, parent: Path) -> Path:
+    """Return the folder in `parent` of prepared depth tasks, whether it exists or not."""
+    tokenizer = depth_tokenizer(settings).to_str()
+    return parent / content_key(
+        "depth", GENERATOR_VERSION, settings.depth.model_dump(mode="json"), tokenizer
+    )
+
+
+def write_depth(settings: DataSettings, parent: Path) -> Path:
+    """Write the folder of depth tasks, unless it exists; it holds no sequences."""
+    folder = depth_folder(settings, parent)
+    if not is_complete(folder):
+        with new_folder(folder) as filling:
+            finish_folder(
+                filling, folder.name, settings.read_by_source(), depth_tokenizer(settings)
+            )
+    return folder
+
+
+def open_depth(folder: Path) -> DepthStore:
+    """Open a folder of nothing but depth tasks."""
+    manifest = checked_manifest(folder)
+    tasks = make_tasks(DepthSettings.model_validate(manifest.settings["depth"]))
+    return DepthStore(folder, manifest, tasks, has_markers=len(tasks) > 1)

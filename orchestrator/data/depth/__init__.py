@@ -1,1 +1,0 @@
-"""Depth tasks: sequences generated from a seed and a position, whose answers need serial steps."""

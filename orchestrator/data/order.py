@@ -1,0 +1,180 @@
+"""Choose the sequences of each training step by arithmetic on their positions, without state.
+
+Sequences are numbered through all steps, so the step number is the whole position of a run. A
+step's global batch does not depend on the number of workers: each takes its slice. Random numbers
+and permutations are computed from a key: element n needs no element before it, no memory, and no
+library whose versions might differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from orchestrator.workspace.errors import UserError
+
+BLOCK_LENGTH = 1000
+"""Shares are rounded to a thousandth. Changing it changes which sequences runs are trained on."""
+_FEISTEL_ROUNDS = 6
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_ODD = 0xD1B54A32D192ED03
+
+
+# Random numbers
+
+
+def random_bits(key: int, positions: np.ndarray, num: int) -> np.ndarray:
+    """Return `num` random numbers for each of n positions, uint64, (n, num).
+
+    The numbers of a position depend on nothing but the key and that position.
+    """
+    with np.errstate(over="ignore"):  # The sums are modulo 2^64.
+        starts = mix_array(positions.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(mix(key)))
+        steps = np.arange(1, num + 1, dtype=np.uint64) * np.uint64(_ODD)
+        return mix_array(starts[:, None] + steps)
+
+
+def uniform_below(bits: np.ndarray, limit: int) -> np.ndarray:
+    """Map random uint64 to integers from 0 to `limit` - 1, int64; `limit` is at most 2^32."""
+    return ((bits >> np.uint64(32)) * np.uint64(limit) >> np.uint64(32)).astype(np.int64)
+
+
+def permute(values: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Return the images of `values`, int64, under the permutation of range(size) of a `key`."""
+    # A Feistel network over the next power of four; images outside the range are permuted again.
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = np.uint64((1 << half) - 1)
+    keys = [np.uint64(mix(key + number)) for number in range(1, _FEISTEL_ROUNDS + 1)]
+    images = values.astype(np.uint64)
+    outside = np.ones(images.shape, dtype=bool)
+    while outside.any():
+        left, right = images[outside] >> np.uint64(half), images[outside] & low
+        for round_key in keys:
+            left, right = right, left ^ (mix_array(right ^ round_key) & low)
+        images[outside] = left << np.uint64(half) | right
+        outside = images >= np.uint64(size)
+    return images.astype(np.int64)
+
+
+def mix(value: int) -> int:
+    """Return a hash of 64 bits: every bit of `value` changes about half of it (splitmix64)."""
+    value &= _MASK
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK
+    return value ^ value >> 31
+
+
+def mix_array(values: np.ndarray) -> np.ndarray:
+    """Return `mix` of each value, uint64."""
+    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = values ^ values >> np.uint64(31)
+    return mixed
+
+
+# Sequences of a step
+
+
+def positions_of_step(
+    step: int, *, global_batch: int, rank: int = 0, world_size: int = 1
+) -> np.ndarray:
+    """Return the numbers of one worker's sequences in a step, int64.
+
+    The shares of the workers differ by at most one sequence.
+
+    Args:
+        step: Counts from 0.
+        global_batch: Sequences of all workers together, at least one for each.
+        rank: Number of this worker, from 0.
+        world_size: Number of workers.
+    """
+    assert global_batch >= world_size
+    first, end = (global_batch * number // world_size for number in (rank, rank + 1))
+    return step * global_batch + np.arange(first, end, dtype=np.int64)
+
+
+def check_even_split(global_batch: int, num_workers: int, *, section: str = "training") -> None:
+    """Raise a `UserError`, about settings of `section`, if workers cannot share a batch evenly."""
+    if global_batch % num_workers or global_batch < 1:
+        raise UserError(
+            f"a step has {global_batch} sequences, which {num_workers} workers cannot share "
+            f"evenly; change {section}.num_tokens_per_step, or the number of workers"
+        )
+
+
+@dataclass(frozen=True)
+class WindowOrder:
+    """The windows of a text in the order of training; `seed` chooses it.
+
+    An epoch visits each window of one context length once, in its own order and from its own
+    offset.
+    """
+
+    num_tokens: int
+    """Length of the flat token array, at least one window."""
+    context_length: int
+    seed: int = 0
+
+    @property
+    def num_windows(self) -> int:
+        """Sequences of one epoch."""
+        return max(1, (self.num_tokens - self.context_length + 1) // self.context_length)
+
+    def starts(self, positions: np.ndarray) -> np.ndarray:
+        """Return where the sequences with these numbers (from 0) start, int64."""
+        starts = np.empty_like(positions)
+        epochs = positions // self.num_windows
+        slack = self.num_tokens - self.num_windows * self.context_length
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            key = mix(self.seed * 0x9E3779B97F4A7C15 + int(epoch) + 1)
+            windows = permute(positions[chosen] % self.num_windows, self.num_windows, key)
+            offset = mix(key) % (min(slack, self.context_length - 1) + 1)
+            starts[chosen] = windows * self.context_length + offset
+        return starts
+
+
+@dataclass(frozen=True)
+class SourceOrder:
+    """The sources of an endless series of sequences, each at its share, at random places.
+
+    Sequences are taken in blocks. A block holds a whole number of each source's sequences, in an
+    order that a key permutes; so source and number of any sequence follow from its position.
+    """
+
+    counts: tuple[int, ...]
+    """Sequences of each source in one block."""
+
+    @classmethod
+    def of_shares(cls, shares: Sequence[float]) -> SourceOrder:
+        """Return the order for shares that sum to 1; rounded, each source keeps at least one."""
+        ends = np.cumsum(shares) / sum(shares)
+        edges = [0, *(round(float(end) * BLOCK_LENGTH) for end in ends)]
+        counts = [max(1, end - start) for start, end in pairwise(edges)]
+        return cls(tuple(counts))
+
+    def split(self, positions: np.ndarray, key: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield for each source which of the positions are its, and their numbers within it.
+
+        Args:
+            positions: Numbers of sequences, int64.
+            key: Chooses the order.
+
+        Yields:
+            A mask of the positions, and the numbers of the source's sequences there, int64.
+        """
+        length = sum(self.counts)
+        blocks = positions // length
+        places = np.empty_like(positions)
+        for block in np.unique(blocks):
+            chosen = blocks == block
+            places[chosen] = permute(positions[chosen] % length, length, mix(key + int(block)))
+        first = 0
+        for count in self.counts:
+            own = (places >= first) & (places < first + count)
+            yield own, blocks[own] * count + places[own] - first
+            first += count

@@ -1,0 +1,326 @@
+"""A folder of prepared data: what training, validation and evaluation read.
+
+It holds a tokenizer, a manifest, and for text two flat files of integers, training and held-out,
+with the held-out documents. Its name is its fingerprint, a hash of everything that determines the
+sequences, which identifies the data in all keys.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ValidationError
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from iiet.batch import Batch
+from orchestrator.data.order import WindowOrder, positions_of_step
+from orchestrator.models.tokenizer import end_of_text_id, num_token_ids
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import (
+    checksums_of,
+    damaged_file,
+    new_file,
+    read_json,
+    write_json,
+)
+
+TOKENIZER_NAME = "tokenizer.json"
+MANIFEST_NAME = "manifest.json"
+TRAIN_NAME, VALIDATION_NAME, TEXTS_NAME = "train.bin", "validation.bin", "validation.jsonl"
+FORMAT_VERSION = 1
+
+
+class SplitCounts(BaseModel):
+    """Size of one side of the split; `bytes` is the text's length in UTF-8."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+
+
+class Manifest(BaseModel):
+    """What a folder holds."""
+
+    format: int = FORMAT_VERSION
+    fingerprint: str
+    """Hash of documents, split and tokenizer."""
+    settings: dict[str, Any]
+    """The `DataSettings` of the preparation."""
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: int
+    """Rows of the embedding."""
+    end_of_text_id: int
+    train: SplitCounts
+    validation: SplitCounts
+    sizes: dict[str, int]
+    """Bytes of each file."""
+    sha256: dict[str, str]
+    """Hash of each file."""
+    texts: dict[str, str] = {}
+    """Of a mixture: text source -> name of its folder, which lies beside this one."""
+
+    def text_folders(self, folder: Path) -> dict[str, Path]:
+        """Return the folder of each text source of the mixture in `folder`."""
+        return {name: folder.parent / beside for name, beside in self.texts.items()}
+
+
+@dataclass(frozen=True)
+class PreparedData(ABC):
+    """An open folder of prepared data; opening is cheap."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that determines the sequences; identifies the data in all keys."""
+        return self.manifest.fingerprint
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.manifest.vocab_size
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the sources that `Batch.sources` numbers; empty if there is one source."""
+        return ()
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The `tokenizer.json` of the data."""
+        return self.folder / TOKENIZER_NAME
+
+    @property
+    def parts(self) -> tuple[PreparedData, ...]:
+        """The data of each source, if several are mixed; otherwise this one."""
+        return (self,)
+
+    @property
+    @abstractmethod
+    def profile(self) -> dict[str, Any]:
+        """Origin and size of the data, as plain values for display."""
+
+    @property
+    @abstractmethod
+    def num_validation_tokens(self) -> int | None:
+        """Tokens held out; None if there is no end of them."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Summarize the data in a few words."""
+
+    @abstractmethod
+    def check_length(self, context_length: int) -> None:
+        """Raise a `UserError` if there are no sequences of this length."""
+
+    @abstractmethod
+    def sequences(self, positions: np.ndarray, *, context_length: int, seed: int) -> Batch:
+        """Return training sequences by their numbers, int64 from 0, (positions, context_length)."""
+
+    @abstractmethod
+    def validation_batches(
+        self, *, context_length: int, num_tokens: int, batch_size: int
+    ) -> Iterator[Batch]:
+        """Yield fixed held-out sequences, (<= batch_size, context_length).
+
+        Args:
+            num_tokens: At most this many tokens in all, rounded down to whole sequences.
+        """
+
+    def batch(
+        self,
+        step: int,
+        *,
+        context_length: int,
+        seed: int,
+        global_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Batch:
+        """Return one worker's share of a training step; arguments as in `positions_of_step`."""
+        positions = positions_of_step(
+            step, global_batch=global_batch, rank=rank, world_size=world_size
+        )
+        return self.sequences(positions, context_length=context_length, seed=seed)
+
+
+@dataclass(frozen=True)
+class TokenStore(PreparedData):
+    """Prepared text; the arrays are memory maps."""
+
+    train: np.ndarray
+    """Flat training tokens, each document ends with the end-of-text token."""
+    validation: np.ndarray
+    """Flat validation tokens, in the same form."""
+
+    @property
+    def validation_documents_path(self) -> Path:
+        """JSON lines of the held-out documents: `text`, `source`."""
+        return self.folder / TEXTS_NAME
+
+    @property
+    def profile(self) -> dict[str, Any]:
+        settings = self.manifest.settings
+        origin = {name: settings[name] for name in ("source", "hub_name") if settings.get(name)}
+        sides = {"train": self.manifest.train, "validation": self.manifest.validation}
+        sizes = {f"{side}_{unit}": n for side, counts in sides.items() for unit, n in counts}
+        return {**origin, **sizes, "vocab_size": self.vocab_size}
+
+    @property
+    def num_validation_tokens(self) -> int:
+        return len(self.validation)
+
+    def describe(self) -> str:
+        train, validation = self.manifest.train, self.manifest.validation
+        return (
+            f"{train.documents + validation.documents:,} documents, {train.tokens:,} tokens to "
+            f"train on, {validation.tokens:,} held out"
+        )
+
+    def check_length(self, context_length: int) -> None:
+        for split, tokens in (("training", self.train), ("validation", self.validation)):
+            if len(tokens) < context_length:
+                raise UserError(
+                    f"the {split} text has {len(tokens)} tokens, fewer than one sequence of "
+                    f"{context_length}; give more text or set a smaller model.context_length"
+                )
+
+    def sequences(self, positions: np.ndarray, *, context_length: int, seed: int) -> Batch:
+        order = WindowOrder(len(self.train), context_length, seed)
+        return Batch.of_text(gather(self.train, order.starts(positions), context_length))
+
+    def validation_batches(
+        self, *, context_length: int, num_tokens: int, batch_size: int
+    ) -> Iterator[Batch]:
+        """Yield fixed held-out sequences, spread evenly over the text; as the base class says."""
+        self.check_length(context_length)
+        available = len(self.validation) // context_length
+        wanted = min(max(1, num_tokens // context_length), available)
+        starts = np.arange(wanted, dtype=np.int64) * available // wanted * context_length
+        for first in range(0, wanted, batch_size):
+            rows = gather(self.validation, starts[first : first + batch_size], context_length)
+            yield Batch.of_text(rows)
+
+
+def gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
+    """Return the sequences that start there, int64, (starts, length)."""
+    rows = starts[:, None] + np.arange(length, dtype=np.int64)
+    return torch.from_numpy(tokens[rows].astype(np.int64))
+
+
+# Folders
+
+
+def open_tokens(folder: Path | str) -> TokenStore:
+    """Open a folder of tokens; check the sizes of its files, but not their content.
+
+    Raises:
+        UserError: If the folder is missing, incomplete or damaged.
+    """
+    folder = Path(folder)
+    manifest = checked_manifest(folder)
+    dtype = np.dtype(manifest.dtype).newbyteorder("<")
+    train, validation = (
+        np.memmap(folder / name, dtype=dtype, mode="r") for name in (TRAIN_NAME, VALIDATION_NAME)
+    )
+    return TokenStore(folder, manifest, train, validation)
+
+
+def finish_folder(
+    folder: Path,
+    fingerprint: str,
+    settings: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    *,
+    train: SplitCounts | None = None,
+    validation: SplitCounts | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write the tokenizer and, last, the manifest of a folder whose tokens, if any, are written.
+
+    Args:
+        texts: Of a mixture: text source -> name of its folder.
+    """
+    with new_file(folder / TOKENIZER_NAME) as temporary:
+        tokenizer.save(str(temporary))
+    names = (TRAIN_NAME, VALIDATION_NAME, TEXTS_NAME, TOKENIZER_NAME)
+    sha256 = checksums_of(folder, [name for name in names if (folder / name).exists()])
+    manifest = Manifest(
+        fingerprint=fingerprint,
+        settings=dict(settings),
+        dtype=token_dtype(num_token_ids(tokenizer)),
+        vocab_size=num_token_ids(tokenizer),
+        end_of_text_id=end_of_text_id(tokenizer),
+        train=train or SplitCounts(),
+        validation=validation or SplitCounts(),
+        sizes={name: (folder / name).stat().st_size for name in sha256},
+        sha256=sha256,
+        texts=dict(texts or {}),
+    )
+    unused = set() if texts else {"texts"}
+    write_json(folder / MANIFEST_NAME, manifest.model_dump(exclude=unused))
+
+
+def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """Return the smallest type that holds the ids of a vocabulary."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def checked_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a folder, and check that its files have the sizes in it.
+
+    Raises:
+        UserError: If the folder is missing, damaged or of another version; tells what to do.
+    """
+    path, remedy = folder / MANIFEST_NAME, _remedy(folder)
+    values = read_json(path, remedy=remedy)
+    if values is None:
+        raise UserError(f"there are no prepared tokens at {folder}; run `iiet-orch prepare`")
+    if values.get("format") != FORMAT_VERSION:
+        raise UserError(f"{folder} was written by another version of the program; {remedy}")
+    try:
+        manifest = Manifest.model_validate(values)
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+        raise UserError(f"{path} is damaged (missing or invalid: {fields}); {remedy}") from None
+    for name in manifest.sha256:
+        file, size = folder / name, manifest.sizes.get(name)
+        if not file.is_file():
+            raise UserError(f"{file} is missing; {remedy}")
+        if file.stat().st_size != size:
+            raise UserError(
+                f"{file} is damaged: {file.stat().st_size} bytes instead of {size}; {remedy}"
+            )
+    for text in manifest.text_folders(folder).values():
+        checked_manifest(text)
+    return manifest
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether a folder holds data whose files have the sizes in the manifest."""
+    try:
+        checked_manifest(folder)
+    except UserError:
+        return False
+    return True
+
+
+def verify_data(folder: Path, *, always: bool = False, remember: bool = False) -> None:
+    """Raise a `UserError` if a file's content has changed; see `files.damaged_file`."""
+    manifest = checked_manifest(folder)
+    for text in manifest.text_folders(folder).values():
+        verify_data(text, always=always, remember=remember)
+    if damage := damaged_file(folder, manifest.sha256, always=always, remember=remember):
+        raise UserError(f"{folder} is damaged: {damage}; {_remedy(folder)}")
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete the folder {folder} and run `iiet-orch prepare` again"

@@ -1,0 +1,222 @@
+"""Depth data come from seed and position; answers equal those of an independent solver."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from iiet.batch import NO_TARGET
+from orchestrator.data.depth import (
+    NO_ANSWER,
+    DepthStore,
+    DepthTask,
+    PermutationWords,
+    PHopInduction,
+    PointerChains,
+)
+from orchestrator.data.mixture import open_data
+from orchestrator.data.order import random_bits
+from orchestrator.data.preparation import expected_tokens, find_prepared, prepare
+from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.settings import DataSettings, resolve_settings
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import Workspace
+
+
+def texts(task: DepthTask, num: int = 400) -> list[tuple[list[str], list[str | None]]]:
+    """Return sequences and answers as texts."""
+    symbols, answers = task.generate(random_bits(1, np.arange(num), task.num_random))
+    assert symbols.shape == answers.shape == (num, task.length)
+    known = dict(enumerate(task.symbols)) | {NO_ANSWER: None}
+    return [
+        ([str(known[s]) for s in row], [known[a] for a in answer])
+        for row, answer in zip(symbols.tolist(), answers.tolist(), strict=True)
+    ]
+
+
+def hop(sequence: list[str], place: int | None) -> int | None:
+    """Search backwards for the same symbol; return the position after it."""
+    for earlier in reversed(range(place or 0)):
+        if sequence[earlier] == sequence[place or 0]:
+            return earlier + 1
+    return None
+
+
+@pytest.mark.parametrize(("depth", "num_symbols"), [(1, 2), (3, 4), (6, 7)])
+def test_hops_are_those_of_a_search(depth: int, num_symbols: int) -> None:
+    for sequence, answers in texts(PHopInduction(depth, num_symbols=num_symbols, length=48), 50):
+        for start, answer in enumerate(answers):
+            place: int | None = start
+            for _ in range(depth):
+                place = hop(sequence, place)
+            assert answer == (None if place is None else sequence[place])
+
+
+@pytest.mark.parametrize(("depth", "num_chains"), [(1, 2), (4, 3), (8, 2)])
+def test_chains_are_followed_pointer_by_pointer(depth: int, num_chains: int) -> None:
+    task = PointerChains(depth, num_chains=num_chains)
+    for sequence, answers in texts(task):
+        *listed, question = sequence
+        pointers = dict(zip(listed[::2], listed[1::2], strict=True))
+        place = question
+        for _ in range(depth):
+            place = pointers[place]
+        assert answers == [None] * (task.length - 1) + [place]
+        # Neither counts nor ends are clues: each symbol stands once on each side of a pair.
+        assert set(Counter(listed[::2]).values()) == {1}
+        assert sorted(pointers) == sorted(pointers.values())
+        # The way back is no shorter.
+        steps, back = 0, place
+        while back != question:
+            back, steps = pointers[back], steps + 1
+        assert steps == depth
+
+
+@pytest.mark.parametrize("depth", [1, 2, 16])
+def test_products_are_those_of_moving_things(depth: int) -> None:
+    for word, answers in texts(PermutationWords(depth), 60):
+        things = [1, 2, 3, 4, 5]
+        for permutation, answer in zip(word, answers, strict=True):
+            images = permutation.strip("<|>")
+            things = [int(images[thing - 1]) for thing in things]
+            assert answer == f"<|{''.join(map(str, things))}|>"
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        PHopInduction(4, num_symbols=4, length=64),
+        PointerChains(2, num_chains=2),
+        PermutationWords(3),
+    ],
+    ids=lambda task: task.name,
+)
+def test_chance_is_the_accuracy_of_the_best_guess_where_a_test_asks(task: DepthTask) -> None:
+    symbols, answers = task.generate(random_bits(5, np.arange(20_000), task.num_random))
+    places = task.asked_positions(answers, random_bits(6, np.arange(20_000), 1)[:, 0])
+    asked = places != NO_ANSWER
+    assert (answers[~asked] == NO_ANSWER).all()
+    right = answers[asked, places[asked]]
+    assert (right != NO_ANSWER).all()
+    best = (np.bincount(right, minlength=len(task.symbols)) / len(right)).max()
+    if task.kind == "chain":  # The question itself is never the answer.
+        assert (right != symbols[asked, places[asked]]).all()
+        assert best == pytest.approx(1 / len(task.symbols), abs=0.02)
+        assert task.chance == 1 / (len(task.symbols) - 1)
+    else:
+        assert best == pytest.approx(task.chance, abs=0.02)
+    if task.kind == "phop":
+        assert len(set(places[asked].tolist())) > 40
+
+
+# Prepared data
+
+
+def data_settings(*tasks: str, **changes: int) -> DataSettings:
+    options = {f"data.depth.{name}": value for name, value in changes.items()}
+    return resolve_settings(
+        {}, options={"data.source": "depth", "data.depth.tasks": tasks, **options}
+    ).data
+
+
+def opened(folder: Path, *tasks: str, **changes: int) -> DepthStore:
+    data = open_data(prepare(data_settings(*tasks, **changes), Workspace(folder)))
+    assert isinstance(data, DepthStore)
+    return data
+
+
+def test_prepared_once_and_found_again(tmp_path: Path) -> None:
+    workspace, settings = Workspace(tmp_path), data_settings("phop_3", length=32)
+    expected = expected_tokens(settings, None)
+    assert find_prepared(settings, workspace.tokens) is None
+    folder = prepare(settings, workspace)
+    assert find_prepared(settings, workspace.tokens) == folder == prepare(settings, workspace)
+    data = open_data(folder)
+    assert data.describe() == "phop_3 (chance 25%), sequences of 32 tokens"
+    assert (data.vocab_size, data.fingerprint) == (5, folder.name)
+    assert (expected.vocab_size, expected.context_length) == (5, 32)
+    assert prepare(data_settings("phop_4", length=32), workspace) != folder
+
+
+def test_sequences_depend_on_seed_and_position_alone(tmp_path: Path) -> None:
+    data = opened(tmp_path, "phop_3", "chain_2", "s5_6", length=16)
+    several = data.sequences(np.arange(40), context_length=20, seed=3)
+    for place in (0, 7, 39):
+        one = data.sequences(np.array([place]), context_length=20, seed=3)
+        assert torch.equal(one.input_ids[0], several.input_ids[place])
+        assert torch.equal(one.targets[0], several.targets[place])
+    others = data.sequences(np.arange(40), context_length=20, seed=4)
+    assert not torch.equal(others.input_ids, several.input_ids)
+    (held_out,) = data.validation_batches(context_length=20, num_tokens=800, batch_size=64)
+    rows = {tuple(row.tolist()) for row in several.input_ids}
+    assert len(held_out) == 40
+    assert not rows & {tuple(row.tolist()) for row in held_out.input_ids}
+
+
+def test_targets_are_answers_and_padding_has_none(tmp_path: Path) -> None:
+    data = opened(tmp_path, "s5_4")
+    batch = data.sequences(np.arange(8), context_length=10, seed=0)
+    assert (batch.targets[:, :4] != NO_TARGET).all()
+    assert torch.equal(batch.targets[:, 0], batch.input_ids[:, 0])  # a product of one factor
+    assert (batch.targets[:, 4:] == NO_TARGET).all()
+    assert (batch.input_ids[:, 4:] == data.manifest.end_of_text_id).all()
+    assert batch.num_targets == batch.num_positions == 32
+
+
+def test_each_of_several_tasks_begins_with_its_name(tmp_path: Path) -> None:
+    data = opened(tmp_path, "phop_2", "s5_4", length=16)
+    tokenizer = load_tokenizer(data.tokenizer_path)
+    batch = data.sequences(np.arange(1000), context_length=data.sequence_length, seed=0)
+    first = [tokenizer.id_to_token(number) for number in batch.input_ids[:, 0].tolist()]
+    assert first.count("<|phop_2|>") == first.count("<|s5_4|>") == 500
+    assert data.sequence_length == 17
+    for task in data.tasks:
+        items = list(data.items(task, 300))
+        assert len(items) == 300
+        assert items[:10] == list(data.items(task, 10))
+        for item in items[:20]:
+            ids = tokenizer.encode(item.context, add_special_tokens=False).ids
+            assert tokenizer.decode(ids, skip_special_tokens=False) == item.context
+            assert tokenizer.id_to_token(ids[0]) == f"<|{task.name}|>"
+            assert len(ids) <= task.length + 1
+            assert item.answer in task.symbols
+
+
+def test_items_go_on_after_sequences_without_an_answer(tmp_path: Path) -> None:
+    # One sequence in 416 has no symbol twice.
+    data = opened(tmp_path, "phop_1", num_symbols=8, length=8)
+    (task,) = data.tasks
+    items = list(data.items(task, 2000))
+    assert len(items) == 2000
+    runs = {tuple(items[first : first + 5]) for first in range(len(items) - 4)}
+    assert len(runs) == len(items) - 4, "sequences come again"
+
+
+@pytest.mark.parametrize(
+    ("use", "reason"),
+    [
+        (lambda at: data_settings("phop_0"), "phop_0 has depth 0"),
+        (lambda at: data_settings("hops_3"), "is not a depth task"),
+        (lambda at: data_settings("phop_3", "phop_3"), "a task is given twice"),
+        (lambda at: data_settings("phop_3", num_symbols=1), "data.depth.num_symbols"),
+        (lambda at: data_settings("chain_3", num_chains=1), "data.depth.num_chains"),
+        (lambda at: opened(at), r"data\.depth\.tasks is empty"),
+        (lambda at: opened(at, "phop_20"), "length=64 is too short for phop_20"),
+        (lambda at: opened(at, "chain_1000000"), "more than 100,000"),
+        (lambda at: opened(at, "s5_1000000"), "more than 100,000"),
+        (
+            lambda at: opened(at, "phop_6").check_length(32),
+            r"64 tokens, more than model\.context_length=32",
+        ),
+    ],
+)
+def test_tasks_that_cannot_be_are_errors(
+    use: Callable[[Path], object], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=reason):
+        use(tmp_path)

@@ -1,0 +1,108 @@
+"""Each window occurs once per epoch, and a batch does not depend on the number of workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.data.order import (
+    SourceOrder,
+    WindowOrder,
+    check_even_split,
+    permute,
+    positions_of_step,
+)
+from orchestrator.data.store import TokenStore, gather
+from orchestrator.workspace.errors import UserError
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**70))
+def test_permute_is_a_permutation(size: int, key: int) -> None:
+    images = permute(np.arange(size), size, key)
+    assert sorted(images.tolist()) == list(range(size))
+
+
+def test_permutations_depend_on_the_key_and_mix() -> None:
+    first, second = (permute(np.arange(1000), 1000, key) for key in (1, 2))
+    assert (first == second).mean() < 0.02
+    assert abs(np.corrcoef(np.arange(1000), first)[0, 1]) < 0.15
+    # A huge size costs no more, because nothing is stored.
+    assert permute(np.array([7]), 10**15, 3)[0] < 10**15
+
+
+@given(st.integers(10, 200), st.integers(2, 10), st.integers(0, 5), st.integers(1, 6))
+def test_an_epoch_visits_each_window_once(tokens: int, context: int, seed: int, batch: int) -> None:
+    order = WindowOrder(tokens, context, seed)
+    steps = range(3 * order.num_windows)
+    starts = np.concatenate(
+        [order.starts(positions_of_step(step, global_batch=batch)) for step in steps]
+    )
+    for epoch in range(3):
+        first = epoch * order.num_windows
+        visited = np.sort(starts[first : first + order.num_windows])
+        assert (np.diff(visited) == context).all()
+        assert visited[0] >= 0
+        assert visited[-1] + context <= tokens
+
+
+def test_epochs_and_seeds_differ_in_order_and_offset() -> None:
+    order = WindowOrder(10_000, 64)
+    epochs = np.split(order.starts(np.arange(6 * order.num_windows)), 6)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert len({int(epoch[0]) % 64 for epoch in epochs}) > 2
+    other = WindowOrder(10_000, 64, seed=1).starts(np.arange(50))
+    assert (other != epochs[0][:50]).mean() > 0.9
+
+
+def test_sequences_are_slices_of_the_tokens() -> None:
+    tokens = np.arange(2000, dtype=np.uint16)
+    rows = gather(tokens, WindowOrder(2000, 16).starts(np.arange(15, 20)), 16)
+    assert rows.shape == (5, 16)
+    assert rows.dtype == torch.int64
+    assert (rows == rows[:, :1] + torch.arange(16)).all()
+    assert WindowOrder(16, 16).starts(np.arange(10, 12)).tolist() == [0, 0]
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 99))
+def test_workers_share_a_step_as_evenly_as_possible(batch: int, workers: int, step: int) -> None:
+    batch = max(batch, workers)
+    shares = [
+        positions_of_step(step, global_batch=batch, rank=rank, world_size=workers)
+        for rank in range(workers)
+    ]
+    assert np.concatenate(shares).tolist() == list(range(step * batch, (step + 1) * batch))
+    assert {len(share) for share in shares} <= {batch // workers, -(-batch // workers)}
+    if batch % workers:
+        with pytest.raises(UserError, match=f"{workers} workers cannot share evenly"):
+            check_even_split(batch, workers)
+
+
+def test_shares_are_exact_in_each_block_and_numbers_follow_each_other() -> None:
+    order = SourceOrder.of_shares([0.7, 0.2, 0.1])
+    positions = np.arange(3000)
+    for share, (own, numbers) in zip((0.7, 0.2, 0.1), order.split(positions, 9), strict=True):
+        assert own.sum() == round(3000 * share)
+        assert sorted(numbers.tolist()) == list(range(len(numbers)))
+        assert own[:200].sum() == pytest.approx(200 * share, abs=25)
+
+
+def test_validation_is_spread_over_the_text_and_too_little_text_is_an_error() -> None:
+    def batches(tokens: np.ndarray, **options: int) -> list[Any]:
+        manifest: Any = None
+        return list(TokenStore(Path(), manifest, tokens, tokens).validation_batches(**options))
+
+    tokens = np.arange(1000, dtype=np.uint16)
+    found = batches(tokens, context_length=10, num_tokens=100, batch_size=4)
+    assert [len(batch) for batch in found] == [4, 4, 2]
+    assert torch.cat([b.input_ids for b in found])[:, 0].tolist() == list(range(0, 1000, 100))
+    assert all(torch.equal(b.targets[:, :-1], b.input_ids[:, 1:]) for b in found)
+    every = batches(tokens, context_length=10, num_tokens=10**9, batch_size=64)
+    assert torch.equal(torch.cat([b.input_ids for b in every]).flatten(), torch.arange(1000))
+    with pytest.raises(UserError, match="training text has 15 tokens, fewer than one sequence of"):
+        batches(tokens[:15], context_length=16, num_tokens=16, batch_size=1)
