@@ -188,8 +188,12 @@ def test_what_travels_to_a_trial_is_small(tiny_plan: SweepPlan) -> None:
     assert sum(path.stat().st_size for path in tokens.rglob("*")) > sent
 
 
-def without_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make trials of this process and of Tune's measure nothing, which would take tasks."""
+def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> None:
+    """Make trials of this process and of Tune's measure nothing, which would take tasks.
+
+    Args:
+        fails: Whether an unfinished trial also fails.
+    """
     run_trials = tune.run_trials
 
     def run(function: Any, *given: Any, **named: Any) -> None:
@@ -198,6 +202,8 @@ def without_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
             module.measure_trial = lambda one, _: one.with_numbers("quality", {"accuracy": 0.5})
             found: Trial | None = function(trial, place)
+            if fails and not found:
+                raise OSError("no room")
             return found
 
         run_trials(quick, *given, **named)
@@ -262,13 +268,11 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
     fails: bool, tiny_plan: SweepPlan, tmp_path: Path, ray_session: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    without_tasks(monkeypatch)
+    without_tasks(monkeypatch, fails=fails)
     teacher, begun, *_ = tiny_plan.trials
     long = {"num_steps": 10**6, "checkpoint_every_steps": 10**6}
     begun = in_folder(with_job(begun, long), tmp_path / "trials" / "begun", key="begun")
     run_trial(teacher)
-    if fails:
-        monkeypatch.setattr("orchestrator.sweeping.run.run_trial", failing)
     plan = tiny_plan.model_copy(update={"trials": (teacher, begun)})
 
     class Pressing(Shown):
@@ -290,9 +294,3 @@ def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhi
         assert text.startswith(f"trial {begun.label} failed: OSError: no room; ")
     assert tracking.ended == {teacher.key: "FINISHED", "begun": "FAILED" if fails else "KILLED"}
     assert tracking.sweep.status == ("FAILED" if fails else "KILLED")
-
-
-def failing(trial: Trial, place: Any, *, wait: bool) -> Trial | None:
-    """Fail once the training has stopped."""
-    assert run_trial(trial, place, wait=wait) is None
-    raise OSError("no room")
