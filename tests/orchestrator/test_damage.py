@@ -57,7 +57,7 @@ SETTINGS = [
     "training.decay=constant", "distillation.training.num_steps=1",
     "distillation.teacher_cache=true",
     "influence.num_tokens=128", "evaluation.num_items=8", "evaluation.limit=3",
-    "sweep.num_schedules=2",
+    "sweep.num_schedules=2", "sweep.measure_drafts=true",
 ]  # fmt: skip
 """Last assignments count."""
 OPTIONS = [f"--set={assignment}" for assignment in SETTINGS]

@@ -39,9 +39,9 @@ def results(tiny_plan: SweepPlan, tmp_path: Path) -> list[Trial]:
 
 
 def measured(
-    results: list[Trial], plan: SweepPlan, folder: Path, *changes: str
+    results: list[Trial], plan: SweepPlan, folder: Path, *, drafts: bool = True
 ) -> tuple[Trial, Trial]:
-    settings: Settings = resolve_settings({}, changes)
+    settings: Settings = resolve_settings({}, [f"sweep.measure_drafts={str(drafts).lower()}"])
     full, pruned = with_decoding(results, plan, folder, settings, Progress())
     return full, pruned
 
@@ -55,9 +55,9 @@ def test_the_pruned_teacher_is_measured_as_the_teachers_draft(
     assert set(pruned.numbers) >= names
     assert 0 <= pruned.metrics()["decoding/acceptance"] <= 1
 
-    monkeypatch.setattr(decode, "_measure", pytest.fail)
+    monkeypatch.setattr(decode, "_measure_drafts", pytest.fail)
     assert measured(results, tiny_plan, tmp_path) == (full, pruned)
-    off = measured(results, tiny_plan, tmp_path, "sweep.measure_drafts=false")
+    off = measured(results, tiny_plan, tmp_path, drafts=False)
     assert list(off) == results
 
 
