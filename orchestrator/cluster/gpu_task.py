@@ -30,7 +30,7 @@ from orchestrator.terminal.stop import (
     stop_on_signals,
     stop_requested,
 )
-from orchestrator.training.device_work import DeviceWork
+from orchestrator.training.devices import DeviceWork
 from orchestrator.workspace.errors import Interrupted, RunFailed, first_line
 
 # isort: split

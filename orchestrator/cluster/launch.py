@@ -18,7 +18,7 @@ from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.device_work import DeviceWork, OnDevice, on_cpu
+from orchestrator.training.devices import DeviceWork, OnDevice, on_cpu
 
 T = TypeVar("T")
 

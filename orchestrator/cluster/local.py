@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 
 from orchestrator.evaluation.decode_timing import threads
-from orchestrator.planning.fit import out_of_memory_explained
+from orchestrator.planning.estimate import out_of_memory_explained
 from orchestrator.planning.machine import local_resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
@@ -22,10 +22,9 @@ from orchestrator.terminal.stop import (
     stop_on_signals,
     stop_requested,
 )
-from orchestrator.training.distributed import World
-from orchestrator.training.resume_point import describe_saved_state
-from orchestrator.training.run import run_job
-from orchestrator.training.run_lock import jobs_to_train
+from orchestrator.training.devices import World
+from orchestrator.training.trainer import run_job
+from orchestrator.training.watching import describe_saved_state, jobs_to_train
 from orchestrator.workspace.errors import Interrupted
 
 

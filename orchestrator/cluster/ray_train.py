@@ -32,17 +32,14 @@ from orchestrator.cluster.running_jobs import (
     wait_message,
 )
 from orchestrator.cluster.start import ray_cluster
-from orchestrator.planning.estimate import seconds_to_save
-from orchestrator.planning.fit import out_of_memory_explained
+from orchestrator.planning.estimate import out_of_memory_explained, seconds_to_save
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.stop import stop_on_signals, stop_when
-from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
-from orchestrator.training.distributed import World, gathered
-from orchestrator.training.loop import Diverged
-from orchestrator.training.resume_point import describe_saved_state
-from orchestrator.training.run import run_job
-from orchestrator.training.run_lock import jobs_to_train
+from orchestrator.training.checkpoint import CheckpointWriteFailed
+from orchestrator.training.devices import World, gathered
+from orchestrator.training.trainer import Diverged, run_job
+from orchestrator.training.watching import describe_saved_state, jobs_to_train
 from orchestrator.workspace.errors import RunFailed, UserError, first_line
 from orchestrator.workspace.layout import RAY_FOLDER, find_checkpoints
 

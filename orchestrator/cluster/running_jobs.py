@@ -10,7 +10,7 @@ from orchestrator.cluster.messages import Message, watch_messages
 from orchestrator.planning.estimate import seconds_to_save
 from orchestrator.records.training import TrainingJob
 from orchestrator.terminal.stop import wait_for_work
-from orchestrator.training.resume_point import describe_saved_state
+from orchestrator.training.watching import describe_saved_state
 from orchestrator.workspace.journal import JOURNAL_NAME
 
 

@@ -32,16 +32,16 @@ from orchestrator.cluster.nodes import alive_nodes
 from orchestrator.cluster.placement import Placement, trial_placement
 from orchestrator.cluster.ray_train import FINAL_ERRORS, failure_reason, fit_job
 from orchestrator.cluster.start import ray_cluster
-from orchestrator.planning.fit import out_of_memory_explained
+from orchestrator.planning.estimate import out_of_memory_explained
 from orchestrator.planning.machine import num_places
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import AshaRule, EarlyStop, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.terminal.stop import POLL_SECONDS, run_interruptibly, stop_requested, stop_when
-from orchestrator.training.distributed import World
+from orchestrator.training.devices import World
 from orchestrator.training.job import finished_outcome
-from orchestrator.training.monitor import JournalReader
-from orchestrator.training.run import Report, run_job
+from orchestrator.training.trainer import Report, run_job
+from orchestrator.training.watching import JournalReader
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.layout import STOPPED_NAME

@@ -36,10 +36,10 @@ from orchestrator.planning.estimate import (
     Estimate,
     Price,
     assign_trial_gpus,
+    find_problems,
     on_trial_devices,
     price_of_trials,
 )
-from orchestrator.planning.fit import find_problems
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.command_tables import price_rows, two_column_table
 from orchestrator.reporting.elastic_section import ElasticSection

@@ -264,45 +264,32 @@ def local_free_bytes(folder: Path) -> FreeBytes:
     return FreeBytes(memory=free_memory(), gpus=gpus, disk=free_disk(folder))
 
 
-_GROUP_FILES = (
-    # Limit, use, and the entry of memory.stat for cached files that were not read lately.
-    ("memory.max", "memory.current", "inactive_file"),  # Version 2 of control groups.
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # Version 1.
-)
-
-
 def free_memory(groups: Iterable[Path] | None = None) -> int:
     """Return the machine's free bytes, or what a container's limit leaves, whichever is less.
 
-    The limits are those of control groups, by default of this process.
+    The limits are those of control groups (version 2), by default of this process.
     """
     free = int(psutil.virtual_memory().available)
     for group in _memory_groups() if groups is None else groups:
-        for limit_name, used_name, cache_name in _GROUP_FILES:
-            with suppress(OSError, ValueError):  # A file is missing, or says "max".
-                limit, used = (int((group / n).read_text()) for n in (limit_name, used_name))
-                # Tokenizing leaves gigabytes of cached files. The system drops them if it needs
-                # memory, so they count as free.
-                cached = 0
-                with suppress(OSError, ValueError):
-                    lines = (group / "memory.stat").read_text().splitlines()
-                    cached = int(dict(line.split() for line in lines).get(cache_name, 0))
-                free = min(free, max(0, limit - max(0, used - cached)))
-                break
+        with suppress(OSError, ValueError):  # A file is missing, or says "max".
+            limit, used = (int((group / f"memory.{n}").read_text()) for n in ("max", "current"))
+            # Tokenizing leaves gigabytes of cached files. The system drops them if it needs memory,
+            # so they count as free.
+            cached = 0
+            with suppress(OSError, ValueError):
+                lines = (group / "memory.stat").read_text().splitlines()
+                cached = int(dict(line.split() for line in lines).get("inactive_file", 0))
+            free = min(free, max(0, limit - max(0, used - cached)))
     return free
 
 
 def _memory_groups() -> Iterator[Path]:
     """Yield the folders of the control groups of this process, from the inside out."""
     with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers not in ("", "memory"):
-                continue
-            root = CONTROL_GROUPS / controllers  # Version 2 names no controller.
-            own = root / path.lstrip("/")
-            # In a container the path may be the host's, and the container's group is the root.
-            yield from (group for group in (own, *own.parents) if group.is_relative_to(root))
+        path = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
+        # In a container the path may be the host's, and the container's group is the root.
+        own = CONTROL_GROUPS / path.lstrip("/")
+        yield from (g for g in (own, *own.parents) if g.is_relative_to(CONTROL_GROUPS))
 
 
 def nvml_module() -> Any:
@@ -336,22 +323,18 @@ def installed_gpus(nvml: Any = None) -> list[InstalledGpu]:
         nvml.nvmlInit()
     except nvml.NVMLError:
         return found
-    with suppress(nvml.NVMLError):  # Such as a GPU that has fallen off the bus.
-        handles = [nvml.nvmlDeviceGetHandleByIndex(n) for n in range(nvml.nvmlDeviceGetCount())]
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(handles)))))
-        for entry in map(str.strip, visible.split(",")):
+    with suppress(nvml.NVMLError):  # No such GPU, or one that has fallen off the bus.
+        numbers = ",".join(map(str, range(nvml.nvmlDeviceGetCount())))
+        for entry in map(str.strip, os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")):
             # CUDA numbers unequal GPUs by speed unless CUDA_DEVICE_ORDER says PCI_BUS_ID; NVML
-            # numbers them as they are plugged in. Equal GPUs are alike in any order.
-            if entry.isdecimal():
-                named = handles[int(entry) : int(entry) + 1]
-            elif entry.startswith("MIG-"):
-                named = [nvml.nvmlDeviceGetHandleByUUID(entry)]
-            else:  # The beginning of an id is enough.
-                ids = {nvml.nvmlDeviceGetUUID(handle): handle for handle in handles}
-                named = [ids[uuid] for uuid in ids if entry and uuid.startswith(entry)]
-            if len(named) != 1:
-                break  # As CUDA, stop at the first that does not exist.
-            memory = nvml.nvmlDeviceGetMemoryInfo(named[0])
-            found.append(InstalledGpu(nvml.nvmlDeviceGetName(named[0]), int(memory.free)))
+            # numbers them as they are plugged in. Equal GPUs are alike in any order. As CUDA, stop
+            # at the first that does not exist.
+            handle = (
+                nvml.nvmlDeviceGetHandleByIndex(int(entry))
+                if entry.isdecimal()
+                else nvml.nvmlDeviceGetHandleByUUID(entry)
+            )
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            found.append(InstalledGpu(nvml.nvmlDeviceGetName(handle), int(memory.free)))
     nvml.nvmlShutdown()
     return found

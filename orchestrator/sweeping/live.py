@@ -36,7 +36,7 @@ from orchestrator.reporting.training_curves import (
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.sweeping.trials import exact_cost, full_trial
 from orchestrator.tracking import Tracking
-from orchestrator.training.run_lock import is_run_locked
+from orchestrator.training.watching import is_run_locked
 from orchestrator.workspace.journal import Journal, now_ms, read_journal, recorded_times
 
 SECONDS_BETWEEN_FRONTS = 30.0

@@ -36,12 +36,14 @@ from orchestrator.sweeping.trials import full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import note_saved_state, stop_requested
 from orchestrator.tracking import Tracking, status_after
-from orchestrator.training.job import finished_outcome
-from orchestrator.training.job_checks import check_job
-from orchestrator.training.monitor import JournalReader
-from orchestrator.training.resume_point import describe_saved_state
-from orchestrator.training.run_lock import is_run_locked, waiting_text
+from orchestrator.training.job import check_job, finished_outcome
 from orchestrator.training.teacher_cache import delete_answers, store_answers
+from orchestrator.training.watching import (
+    JournalReader,
+    describe_saved_state,
+    is_run_locked,
+    waiting_text,
+)
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import Journal

@@ -27,8 +27,8 @@ from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import AshaRule, EarlyStop, SweepPlan, Trial
 from orchestrator.settings import SweepSettings
 from orchestrator.terminal.stop import stop_requested, stop_when
-from orchestrator.training.run import Report, run_job
-from orchestrator.training.run_lock import lock_run_folder
+from orchestrator.training.trainer import Report, run_job
+from orchestrator.training.watching import lock_run_folder
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import DONE_NAME, STOPPED_NAME, Workspace
 

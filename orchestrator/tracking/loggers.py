@@ -1,7 +1,6 @@
-"""Loggers beside MLflow: they receive the numbers of each run as they come.
+"""Loggers beside MLflow get the numbers of each run as they come; TensorBoard's is the example.
 
-Other packages add loggers by entry points of the group `iiet_orch.loggers`. TensorBoard's is the
-example.
+Other packages add loggers by entry points of the group `iiet_orch.loggers`.
 """
 
 from __future__ import annotations
@@ -11,26 +10,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from iiet.extensions import ExtensionError, ExtensionTable
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.settings.cluster import LOGGERS as LOGGER_NAMES
 from orchestrator.settings.cluster import TENSORBOARD
-from orchestrator.tracking.curves import CurveReader
+from orchestrator.tracking.store import CurveReader
 from orchestrator.workspace.errors import UserError, first_line
 
 
 class RunLogger(ABC):
     """Base of all loggers; one object per run and process, in a thread of the command.
 
-    A new process reports a run from its first step on, so what an earlier one has written is to be
-    replaced. An error costs one warning, not the training.
-
-    Args:
-        folder: The run's folder in the workspace, `loggers/NAME/SWEEP/RUN`, without the sweep if it
-            stands alone; it need not exist yet.
-        run: The run with its key, kind, name and parameters.
+    A new process reports a run from its first step on, so it replaces what an earlier one wrote. An
+    error costs one warning. `folder` is `loggers/NAME/SWEEP/RUN` in the workspace, without the
+    sweep if the run stands alone; it need not exist yet. `run` has key, kind, name and parameters.
     """
 
     def __init__(self, folder: Path, run: TrackedRun) -> None:
@@ -43,9 +37,6 @@ class RunLogger(ABC):
     def log_results(self, step: int, values: Mapping[str, float]) -> None:  # noqa: B027
         """Take what was measured after the training; step 0 means none; it may come again."""
 
-    def flush(self) -> None:  # noqa: B027
-        """Write what is held in memory; called every few seconds."""
-
     def close(self, status: str) -> None:  # noqa: B027
         """Take the end of the run: FINISHED, FAILED or KILLED; more may come later."""
 
@@ -53,27 +44,21 @@ class RunLogger(ABC):
 class TensorBoardLogger(RunLogger):
     """Writes event files of trainings, for `tensorboard --logdir WORKSPACE/tensorboard`."""
 
-    _writer: Any = None
-    _has_begun = False
+    def __init__(self, folder: Path, run: TrackedRun) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # Takes seconds, and few use it.
+
+        super().__init__(folder, run)
+        for earlier in folder.glob("events.out.tfevents.*"):
+            earlier.unlink(missing_ok=True)
+        self._writer = SummaryWriter(str(folder))
 
     def log(self, step: int, values: Mapping[str, float], *, time: float) -> None:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # Takes seconds, and few use it.
-
-            for earlier in self.folder.glob("events.out.tfevents.*") if not self._has_begun else ():
-                earlier.unlink(missing_ok=True)
-            self._writer, self._has_begun = SummaryWriter(str(self.folder)), True
         for name, value in values.items():
             self._writer.add_scalar(name, value, step, walltime=time)
-
-    def flush(self) -> None:
-        if self._writer is not None:
-            self._writer.flush()
+        self._writer.flush()
 
     def close(self, status: str) -> None:  # noqa: ARG002 - TensorBoard shows no state
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._writer.close()
 
 
 LOGGERS: ExtensionTable[type[RunLogger]] = ExtensionTable(
@@ -99,10 +84,10 @@ class LoggedRuns:
 
     def __init__(self, name: str, root: Path, *, warn: Callable[[str], None]) -> None:
         """Use a logger in a workspace's root; `warn` is called once if it fails."""
-        self._name, self._class, self._warn = name, logger_class(name), warn
+        self._class = logger_class(name)
         self._folder = root / (name if name == TENSORBOARD else f"loggers/{name}")
         self._runs: dict[Path, tuple[RunLogger, CurveReader | None]] = {}
-        self._has_failed = False
+        self._name, self._warn, self._has_failed = name, warn, False
 
     def publish(self, runs: Sequence[TrackedRun]) -> Iterator[bool]:
         """Pass runs on; yields after each of them."""
@@ -128,12 +113,12 @@ class LoggedRuns:
             reader = CurveReader(Path(run.journal)) if run.journal else None
             self._runs[place] = self._class(place, run), reader
         logger, reader = self._runs[place]
-        points = reader.read() if reader else []
-        for (step, time_ms), group in groupby(points, key=lambda p: (p.step, p.time_ms)):
-            logger.log(step, {point.name: point.value for point in group}, time=time_ms / 1000)
+        for (step, time), points in groupby(
+            reader.read() if reader else [], key=lambda point: (point.step, point.time_ms)
+        ):
+            logger.log(step, {point.name: point.value for point in points}, time=time / 1000)
         results = sorted(run.points, key=lambda point: point[2])
         for step, of_step in groupby(results, key=lambda point: point[2]):
             logger.log_results(step, {name: value for name, value, _ in of_step})
-        logger.flush()
         if run.status != "RUNNING":
             logger.close(run.status)

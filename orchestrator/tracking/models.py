@@ -22,8 +22,7 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, M
 
 from orchestrator.records.tracked_run import RegisteredModel, TrackedModel, TrackedRun
 from orchestrator.tracking import served_model
-from orchestrator.tracking.curves import Point
-from orchestrator.tracking.store import KEY_TAG, NOTE_TAG, StoredRun, tag_filter, valid_name
+from orchestrator.tracking.store import KEY_TAG, NOTE_TAG, Point, StoredRun, tag_filter, valid_name
 from orchestrator.workspace.layout import portable_path, workspace_root
 from orchestrator.workspace.provenance import file_digest
 

@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
@@ -29,9 +30,8 @@ from mlflow.utils.git_utils import get_git_commit
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.records.tracked_run import RUN_ID, TrackedRun, tracked_path
-from orchestrator.tracking.curves import CurveReader, Point
 from orchestrator.workspace.errors import UserError, strip_credentials
-from orchestrator.workspace.journal import now_ms
+from orchestrator.workspace.journal import Record, now_ms, read_journal
 from orchestrator.workspace.layout import Workspace, portable_path
 from orchestrator.workspace.locks import lock_file
 
@@ -76,6 +76,46 @@ Place = tuple[str, str, str | None]
 
 class CopiedStoreError(OSError):
     """MLflow's database came with a copied or moved workspace, and names files at the old place."""
+
+
+class Point(NamedTuple):
+    """A metric at a step; `time_ms` says when it was measured, in ms since 1970."""
+
+    name: str
+    value: float
+    step: int
+    time_ms: int
+
+
+class CurveReader:
+    """Reads a journal from where the last call stopped; each step of a metric comes once.
+
+    A resumed training records the steps after its checkpoint a second time, with the same values.
+    """
+
+    def __init__(self, folder: Path, offset: int = 0) -> None:
+        """Start reading at byte `offset`; an earlier reader has read the bytes before it."""
+        self.last: dict[str, Point] = {}
+        """The last point of each metric."""
+        self.offset = offset
+        self._folder = folder
+        if offset:
+            self._new(read_journal(folder, end=offset)[0])
+
+    def read(self) -> list[Point]:
+        """Return the points since the last call."""
+        records, self.offset = read_journal(self._folder, self.offset)
+        return self._new(records)
+
+    def _new(self, records: list[Record]) -> list[Point]:
+        points = []
+        for record in records:
+            for name, value in record["values"].items() if record["kind"] == "metrics" else ():
+                known = self.last.get(name)
+                if known is None or record["step"] > known.step:
+                    self.last[name] = Point(name, value, record["step"], record["time"])
+                    points.append(self.last[name])
+        return points
 
 
 @dataclass

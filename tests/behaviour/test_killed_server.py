@@ -28,7 +28,7 @@ from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.run import run_plan
 from orchestrator.tracking import open_tracking
 from orchestrator.training.job import finished_outcome
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 pytestmark = pytest.mark.long

@@ -24,13 +24,12 @@ from orchestrator.cluster.shared_memory import check_shared_memory
 from orchestrator.evaluation.harness.transformers_model import load_transformers_model
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.pipelines.syncing import sync
-from orchestrator.planning.fit import out_of_memory_explained
+from orchestrator.planning.estimate import out_of_memory_explained
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.terminal.stop import interruption_text
 from orchestrator.tracking import NOTE_TAG, open_tracking
-from orchestrator.training.distributed import World
-from orchestrator.training.precision import check_precision
-from orchestrator.training.run import run_job
+from orchestrator.training.devices import World, check_precision
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.layout import open_workspace
 

@@ -10,8 +10,8 @@ The path of `iiet-orch pretrain --workers 2`, functions of this repository only:
 6. `cluster.ray_train.run_train_jobs`: starts Ray and a thread for each job
 7. `cluster.ray_train.fit_job`: starts the workers of a job
 8. `cluster.ray_train._train_worker`: in a worker, called by Ray
-9. `training.run.run_job`: resumes and saves
-10. `training.loop.train`: the loop, which calls `optimizer.step`
+9. `training.trainer.run_job`: resumes and saves
+10. `training.trainer.train`: the loop, which calls `optimizer.step`
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ ROOT = str(Path(orchestrator.__file__).parent.parent)
 COMMAND = ["cli/app.main", "cli/command.run", "cli/train.pretrain"]
 PIPELINE = ["pipelines/training.run_pretrain", "pipelines/training.run_trainings"]
 IN_DRIVER = [*COMMAND, *PIPELINE, "cluster/ray_train.run_train_jobs"]
-IN_WORKER = ["cluster/ray_train._train_worker", "training/run.run_job", "training/loop.train"]
+IN_WORKER = [
+    "cluster/ray_train._train_worker",
+    "training/trainer.run_job",
+    "training/trainer.train",
+]
 
 
 def own_calls(frame: FrameType | None = None) -> list[str]:

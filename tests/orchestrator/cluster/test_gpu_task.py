@@ -14,7 +14,7 @@ from pretended_cluster import pretended_cluster
 from orchestrator.cluster.launch import trial_device
 from orchestrator.settings import resolve_settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.device_work import on_cpu
+from orchestrator.training.devices import on_cpu
 
 DRIVER = """
 import json, logging, os, signal, sys, time

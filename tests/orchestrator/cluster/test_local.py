@@ -19,7 +19,7 @@ from orchestrator.cluster.local import run_local_jobs
 from orchestrator.models.folder import weights_key
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
+from orchestrator.training.checkpoint import CheckpointWriteFailed
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints, step_of

@@ -15,9 +15,8 @@ import pytest
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings
-from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
-from orchestrator.training.loop import Diverged
-from orchestrator.training.run import run_job
+from orchestrator.training.checkpoint import CheckpointWriteFailed
+from orchestrator.training.trainer import Diverged, run_job
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import SCRATCH_NAME
 from orchestrator.workspace.journal import read_journal

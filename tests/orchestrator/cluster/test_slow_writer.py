@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.planning import estimate
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints
@@ -27,16 +27,16 @@ def with_slow_writer(
     def worker(config: dict[str, Any]) -> dict[str, Any]:
         import time
 
-        from orchestrator.training import checkpoint_writer
+        from orchestrator.training import checkpoint
 
-        save = checkpoint_writer.save_checkpoint
+        save = checkpoint.save_checkpoint
 
         def save_slowly(*args: Any, **named: Any) -> Any:
             while not gate.exists():
                 time.sleep(0.01)
             return save(*args, **named)
 
-        checkpoint_writer.save_checkpoint = save_slowly
+        checkpoint.save_checkpoint = save_slowly
         return train_worker(config)
 
     return worker

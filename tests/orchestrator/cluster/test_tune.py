@@ -19,7 +19,7 @@ from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings
 from orchestrator.sweeping.trial import asha_rule, competing_trials, early_stops
 from orchestrator.training.job import job_key
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.journal import read_journal
 

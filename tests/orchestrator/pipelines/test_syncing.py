@@ -28,9 +28,8 @@ from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.settings import SETTINGS_NAME, resolve_settings, to_yaml
 from orchestrator.sweeping.run import run_plan
 from orchestrator.tracking import NOTE_TAG
-from orchestrator.training.monitor import RunMonitor
-from orchestrator.training.run import run_job
-from orchestrator.training.run_lock import lock_run_folder
+from orchestrator.training.trainer import run_job
+from orchestrator.training.watching import RunMonitor, lock_run_folder
 from orchestrator.workspace.journal import Journal, recorded_times
 from orchestrator.workspace.layout import Workspace, open_workspace
 

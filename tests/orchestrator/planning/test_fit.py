@@ -13,12 +13,14 @@ import torch
 
 from iiet.config import preset
 from orchestrator.models.config import build_model_config
-from orchestrator.planning.estimate import Devices, Estimate, price_of
-from orchestrator.planning.fit import (
+from orchestrator.planning.estimate import (
     LARGEST_SHARE,
+    Devices,
+    Estimate,
     check_fit,
     find_problems,
     out_of_memory_explained,
+    price_of,
     smaller_settings,
 )
 from orchestrator.planning.machine import FreeBytes
@@ -27,7 +29,7 @@ from orchestrator.records.trial import SweepPlan
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes
-from orchestrator.training.distributed import World
+from orchestrator.training.devices import World
 from orchestrator.training.teacher_cache import TeacherWork
 from orchestrator.workspace.errors import DeviceError, UserError
 

@@ -39,7 +39,7 @@ from orchestrator.sweeping.trial import run_trial
 from orchestrator.sweeping.trials import distillation_job, exact_cost, student_estimates
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 

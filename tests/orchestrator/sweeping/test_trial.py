@@ -32,7 +32,7 @@ from orchestrator.sweeping.trial import (
     run_trial,
 )
 from orchestrator.terminal.stop import stop_when
-from orchestrator.training.run_lock import is_run_locked
+from orchestrator.training.watching import is_run_locked
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 from orchestrator.workspace.layout import DONE_NAME, RUN_LOCK_NAME
 from orchestrator.workspace.locks import lock_file
