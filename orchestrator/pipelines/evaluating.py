@@ -16,27 +16,16 @@ from rich.console import RenderableType
 
 from orchestrator.cluster.launch import command_device
 from orchestrator.data.model_tokens import tokens_folder_of
-from orchestrator.evaluation.harness import Suite
-from orchestrator.evaluation.harness.logged_files import (
-    LoggedOutput,
-    new_output_folder,
-    write_lm_eval_files,
-)
-from orchestrator.evaluation.heldout import heldout_chances
-from orchestrator.evaluation.logged_samples import LoggedRun, find_logged_run
+from orchestrator.evaluation.heldout import heldout_chances, is_heldout_task
+from orchestrator.evaluation.lm_eval_files import LoggedRun, find_logged_run
 from orchestrator.evaluation.measuring import Conditions, Measured, ModelMeasurer
+from orchestrator.evaluation.selection import needs_heldout, newest_tokens, select_tasks
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.evaluation.task_selection import (
-    load_selection,
-    make_tasks,
-    needs_heldout,
-    newest_tokens,
-    select_tasks,
-)
-from orchestrator.models.evaluated_model import EvaluatedModel, open_models, short_names
+from orchestrator.evaluation.suite import load_suite
+from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.hub import offline
-from orchestrator.models.loading import best_device
-from orchestrator.models.model_tokenizer import check_template
+from orchestrator.models.open import OpenedModel, best_device, open_models, short_names
+from orchestrator.models.tokenizer import check_template
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
@@ -61,6 +50,7 @@ from orchestrator.terminal.render import format_count, format_with_error
 from orchestrator.training.devices import OnDevice, on_cpu
 from orchestrator.training.watching import evaluated_model
 from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.files import expand_user
 from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import content_key
 
@@ -120,7 +110,7 @@ class EvaluatePlan(Result):
 
     settings: Settings
     workspace: Any
-    models: tuple[EvaluatedModel, ...]
+    models: tuple[OpenedModel, ...]
 
     def rows(self) -> list[dict[str, str]]:
         """Return model, task and state: stored, or what is to measure.
@@ -133,14 +123,14 @@ class EvaluatePlan(Result):
             for task, state in self.states_of(model)
         ]
 
-    def states_of(self, model: EvaluatedModel) -> list[tuple[str, str]]:
+    def states_of(self, model: OpenedModel) -> list[tuple[str, str]]:
         """Return each task of a model and how far it is."""
         evaluation, cluster = self.settings.evaluation, self.settings.cluster
         tokens = tokens_of_tasks(model, evaluation, self.workspace, lambda _: None)
         asked = select_tasks(evaluation, tokens, context_length=model.context_length)
         states: list[tuple[str, str]] = []
         if asked.heldout and not asked.heldout.is_dir():
-            missing = asked.heldout_names
+            missing = tuple(filter(is_heldout_task, asked.names))
             states = [(name, "to measure, its items are not made yet") for name in missing]
             others = tuple(name for name in asked.names if name not in missing)
             if not others:
@@ -148,7 +138,7 @@ class EvaluatePlan(Result):
             asked = replace(asked, names=others, heldout=None)
         try:
             with offline():
-                suite = load_selection(asked, evaluation)
+                suite = load_suite(asked)
         except RunFailed:
             return [*states, *((name, NEEDS_HUB) for name in asked.names)]
         precision, device = evaluation.precision, cluster.device
@@ -199,8 +189,8 @@ def plan_evaluate(
 
     All models are opened first: a mistake in the last must not cost the time of the others.
     """
-    space, warn = find_workspace(workspace), (progress or Progress()).note
-    opened = open_models(space, list(map(Path, models)), schedules, warn=warn)
+    space, note = find_workspace(workspace), (progress or Progress()).note
+    opened = open_models(space, list(map(Path, models)), schedules, note=note)
     return EvaluatePlan(settings=settings, workspace=space, models=tuple(opened))
 
 
@@ -213,12 +203,19 @@ def run_evaluate(
 ) -> ModelEvaluations:
     """Evaluate the models of a plan; stored results are read again. Errors as `evaluate`."""
     names = short_names(plan.models)
-    folder = None if log_samples is None else new_output_folder(log_samples)
+    if log_samples is not None:
+        log_samples = expand_user(log_samples).absolute()
+        try:
+            log_samples.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--log-samples: cannot make the folder {log_samples}: {error.strerror}"
+            ) from None
     evaluations = evaluate_opened(
         plan.models,
         plan.settings,
         context,
-        outputs=None if folder is None else [LoggedOutput(folder, name) for name in names],
+        log_samples=log_samples,
         trust_remote_code=trust_remote_code,
     )
     if different := tasks_with_other_items(evaluations):
@@ -243,8 +240,8 @@ def evaluate(
 
     Args:
         settings: Section `evaluation`.
-        models: Checkpoints or runs, by path or name, or transformers folders; the newest IIET or
-            imported model when empty.
+        models: Checkpoints or runs, by path or name, or transformers folders; when
+            empty, the newest of finished runs and the last pick.
         schedules: Iteration schedules as typed; each model's own when empty.
         log_samples: Folder that gets results and samples in lm-eval's files, one folder per model.
         trust_remote_code: Whether code in a model folder may run.
@@ -266,17 +263,17 @@ def evaluate(
 
 
 def evaluate_opened(
-    models: Sequence[EvaluatedModel],
+    models: Sequence[OpenedModel],
     settings: Settings,
     context: Context,
     *,
-    outputs: Sequence[LoggedOutput] | None = None,
+    log_samples: Path | None = None,
     trust_remote_code: bool = False,
 ) -> list[EvaluationResult]:
     """Evaluate models that are open, each under its schedule.
 
     Args:
-        outputs: Where each model's results and samples are written in lm-eval's files.
+        log_samples: Gets a folder with lm-eval's files for each model.
 
     Raises:
         UserError, RunFailed: As `evaluate`.
@@ -284,34 +281,33 @@ def evaluate_opened(
     if prompts := settings.evaluation.prompts:
         for model in models:
             check_template(model.tokenizer(trust_remote_code=trust_remote_code), prompts)
-    places: Sequence[LoggedOutput | None] = outputs or [None] * len(models)
     return [
         evaluate_model(
             model,
             settings.evaluation,
             context,
             on_device=command_device(settings.cluster, context.workspace.root),
-            output=output,
+            output=log_samples and log_samples / name.replace("/", "__"),
             trust_remote_code=trust_remote_code,
         )
-        for model, output in zip(models, places, strict=True)
+        for model, name in zip(models, short_names(models), strict=True)
     ]
 
 
 def evaluate_model(
-    model: EvaluatedModel,
+    model: OpenedModel,
     settings: EvaluationSettings,
     context: Context,
     *,
     on_device: OnDevice = on_cpu,
-    output: LoggedOutput | None = None,
+    output: Path | None = None,
     trust_remote_code: bool = False,
 ) -> EvaluationResult:
     """Return an evaluation of a model; only tasks without a stored result are run.
 
     Args:
         on_device: Runs these tasks.
-        output: Where results and samples are written in lm-eval's files.
+        output: Folder that gets lm-eval's files of the evaluation.
 
     Raises:
         UserError, RunFailed: As `evaluate`.
@@ -319,12 +315,11 @@ def evaluate_model(
     workspace, progress = context.workspace, context.progress
     progress.start("evaluate")  # Tasks and models take their time to load.
     tokens = tokens_of_tasks(model, settings, workspace, progress.note)
-    asked = make_tasks(settings, tokens, context_length=model.context_length, progress=progress)
+    asked = select_tasks(settings, tokens, context_length=model.context_length, make=progress)
     for name, chance in (heldout_chances(asked.heldout) if asked.heldout else {}).items():
         if name in asked.names:
             progress.note(f"chance of {name}: {chance}")
-    load = partial(load_selection, asked, settings)  # Loaded tasks cannot be pickled.
-    suite = load()
+    suite = load_suite(asked)
     for name, reason in suite.skipped.items():
         progress.note(f"skipped {name}: {reason}")
     conditions = Conditions(
@@ -332,9 +327,8 @@ def evaluate_model(
         limit=settings.limit,
         batch_size=settings.batch_size,
         trust_remote_code=trust_remote_code,
-        needs_responses=output is not None,
     )
-    measure = partial(_measure, model, load, conditions, workspace.evaluations)
+    measure = partial(_measure, model, asked, conditions, workspace.evaluations)
     store = EvaluationStore(workspace.evaluations, progress.note)
     # If no precision is set, it follows from the device where the tasks run.
     is_stored = settings.precision and ModelMeasurer(model, store, conditions).has_stored(suite)
@@ -363,39 +357,28 @@ def evaluate_model(
             model=tracked,
         )
     )
-
     if output is not None:
-        model_args: dict[str, Any] = {"pretrained": str(model.path)}
-        if config is not None:
-            schedule = ",".join(map(str, config.corrections))
-            model_args |= {"dtype": measured.precision, "schedule": schedule}
-        asked_for = {
-            "model": model.architecture,
-            "model_args": model_args,
-            "batch_size": settings.batch_size,
-            "limit": settings.limit,
-        }
-        tokenizer = model.tokenizer(trust_remote_code=trust_remote_code)
-        path = write_lm_eval_files(output, suite, evaluation, tokenizer, asked_for)
-        progress.note(f"samples in lm-eval's files: {path}")
+        store.copy(measured.keys, output, pretrained=str(model.path))
+        progress.note(f"samples in lm-eval's files: {output}")
     return evaluation
 
 
 def _measure(
-    model: EvaluatedModel,
-    load: Callable[[], Suite],
+    model: OpenedModel,
+    asked: TaskSelection,
     conditions: Conditions,
     evaluations: Path,
     device: str,
     progress: Progress,
 ) -> Measured:
+    # Loaded tasks cannot be pickled, so a worker loads them again.
     store = EvaluationStore(evaluations, progress.note)
     conditions = replace(conditions, device=device)
-    return ModelMeasurer(model, store, conditions, progress).tasks(load())
+    return ModelMeasurer(model, store, conditions, progress).tasks(load_suite(asked))
 
 
 def tokens_of_tasks(
-    model: EvaluatedModel, settings: EvaluationSettings, workspace: Workspace, note: Note
+    model: OpenedModel, settings: EvaluationSettings, workspace: Workspace, note: Note
 ) -> Path | None:
     """Return the tokens that a model's held-out tasks are made from; None if it needs none."""
     if not needs_heldout(settings):
@@ -531,7 +514,7 @@ def plan_compare(
         raise UserError(
             f"--schedule: got {len(schedules)} schedules for 2 models; give one for both, or two"
         )
-    opened: list[EvaluatedModel] = []
+    opened: list[OpenedModel] = []
     wanted = [[schedules[0]], [schedules[-1]]] if schedules else [[], []]
     space = find_workspace(workspace)
     for model, run, schedule in zip(models, (first, second), wanted, strict=True):
@@ -540,8 +523,8 @@ def plan_compare(
                 f"--schedule: {model} is an output of lm-eval, which has no iteration schedule"
             )
         if not run:
-            warn = (progress or Progress()).note
-            opened += open_models(space, [Path(model)], schedule, warn=warn)
+            note = (progress or Progress()).note
+            opened += open_models(space, [Path(model)], schedule, note=note)
     evaluation, outputs = settings.evaluation, [run for run in (first, second) if run]
     if outputs and evaluation.suite == EvaluationSettings().suite:
         evaluation = evaluation.model_copy(update={"suite": ",".join(outputs[0].tasks)})

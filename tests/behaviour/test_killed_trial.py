@@ -46,7 +46,7 @@ def test_a_killed_process_loses_only_the_steps_since_the_last_checkpoint(
 
     def train(trial: Trial, place: TrialPlace) -> Trial | None:
         from orchestrator.evaluation.measuring import heldout_loss
-        from orchestrator.models.loading import load_model
+        from orchestrator.models.open import load_model
         from orchestrator.sweeping import trial as module
 
         def measure(trial: Trial, device: str) -> Trial:

@@ -39,7 +39,7 @@ from orchestrator.cluster.start import ray_cluster
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import ClusterSettings, SweepSettings
-from orchestrator.models.folder import find_checkpoints
+from orchestrator.models.folder import (find_checkpoints)
 from orchestrator.workspace.journal import read_journal
 
 import ray

@@ -26,9 +26,9 @@ from iiet.schedule import IterationSchedule
 from orchestrator import cli
 from orchestrator.data.python_docs import python_documents
 from orchestrator.evaluation import decode_timing
-from orchestrator.models.evaluated_model import open_model
 from orchestrator.models.folder import newest_checkpoint
 from orchestrator.models.lookup import Picked, load_influence_table
+from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.syncing import sync
@@ -114,7 +114,9 @@ READERS: dict[str, tuple[str, ...]] = {
     "trials/*/result-*.json": ("list", "clean", "plan"),
     "sweeps/s/plan.json": ("list", "status", "clean", "plan"),
     "sweeps/s/results.json": ("list", "clean", "pick"),
-    "evaluations/*.json": ("clean", "evaluate", "pick"),
+    "evaluations/*/results_*.json": ("clean", "evaluate", "pick"),
+    "evaluations/*/items.json": ("clean", "evaluate", "pick"),
+    "evaluations/*/samples_*.jsonl": ("evaluate", "pick"),  # Only --log-samples reads them.
     "exports/full/config.json": ("import",),
     "exports/full/model.safetensors": ("import",),
     "exports/full/tokenizer.json": ("import",),
@@ -231,7 +233,8 @@ SAID = {
 
 
 SAID_OTHERWISE = {
-    "evaluations/*.json": ("single items are missing or damaged",),
+    "evaluations/*/results_*.json": ("single items are missing or damaged",),
+    "evaluations/*/items.json": ("single items are missing or damaged",),
     # As a killed search leaves it: finished trials enter it again, and the rest is asked for anew.
     "sweeps/search/optuna.journal": ("are not known yet",),
 }

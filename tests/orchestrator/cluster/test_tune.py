@@ -14,7 +14,7 @@ from changed_trials import in_folder, with_job
 from list_queue import ListQueue, run_queue
 
 from orchestrator.cluster.tune import AshaByModel, TrialFunction, TrialPlace
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings
 from orchestrator.sweeping.trial import asha_rule, competing_trials, early_stops

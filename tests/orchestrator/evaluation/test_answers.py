@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -14,15 +13,13 @@ from iiet.decoder import Decoder
 from iiet.generation import generate
 from iiet.sampling import Sampler, row_keys
 from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
-from orchestrator.evaluation.harness.answer_settings import answer_settings
-from orchestrator.models.model_tokenizer import PlainTokenizer
-from orchestrator.workspace.errors import UserError
+from orchestrator.models.tokenizer import ModelTokenizer
 
 CONTEXTS = ["a bag", "the hen had gone and", "cab", "face the deaf pig and feed", "x", "dad had"]
 
 
 def questions(
-    tokenizer: PlainTokenizer, settings: AnswerSettings, texts: Sequence[str] = CONTEXTS
+    tokenizer: ModelTokenizer, settings: AnswerSettings, texts: Sequence[str] = CONTEXTS
 ) -> list[Question]:
     return [
         Question(tokenizer.encode(text, add_special_tokens=False), settings, seed=number)
@@ -31,7 +28,7 @@ def questions(
 
 
 @torch.no_grad()
-def slowly(decoder: Decoder, tokenizer: PlainTokenizer, question: Question) -> str:
+def slowly(decoder: Decoder, tokenizer: ModelTokenizer, question: Question) -> str:
     """Answer without cache, batch or padding; look for the stop texts in the whole answer."""
     settings = question.settings
     room = decoder.config.context_length - settings.max_new_tokens
@@ -66,7 +63,7 @@ def slowly(decoder: Decoder, tokenizer: PlainTokenizer, question: Question) -> s
 )
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
 def test_a_batch_answers_as_each_context_alone(
-    decoder: Decoder, tokenizer: PlainTokenizer, settings: AnswerSettings, batch_size: int
+    decoder: Decoder, tokenizer: ModelTokenizer, settings: AnswerSettings, batch_size: int
 ) -> None:
     asked = questions(tokenizer, settings)
     answers = generate_answers(decoder, tokenizer, asked, batch_size=batch_size)
@@ -75,7 +72,7 @@ def test_a_batch_answers_as_each_context_alone(
 
 
 def test_a_batch_is_smaller_where_the_memory_is(
-    decoder: Decoder, tokenizer: PlainTokenizer, monkeypatch: pytest.MonkeyPatch
+    decoder: Decoder, tokenizer: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Keys and values of 16 numbers of 4 bytes, in 5 slots, of at most 48 tokens.
     free = 2 * 3 * (2 * 16 * 4 * 5 * 48)
@@ -91,7 +88,7 @@ def test_a_batch_is_smaller_where_the_memory_is(
 
 
 def test_stop_texts_end_an_answer_also_across_tokens(
-    decoder: Decoder, tokenizer: PlainTokenizer
+    decoder: Decoder, tokenizer: ModelTokenizer
 ) -> None:
     free = questions(tokenizer, AnswerSettings(max_new_tokens=16))
     whole = [slowly(decoder, tokenizer, question) for question in free]
@@ -111,7 +108,7 @@ def test_stop_texts_end_an_answer_also_across_tokens(
         assert not any(stop in answer for stop in across)
 
 
-def test_a_special_token_can_be_the_stop_text(decoder: Decoder, tokenizer: PlainTokenizer) -> None:
+def test_a_special_token_can_be_the_stop_text(decoder: Decoder, tokenizer: ModelTokenizer) -> None:
     free = AnswerSettings(max_new_tokens=8, temperature=1.0)
     (asked,) = questions(tokenizer, free, ["a bag"])
     ids = torch.tensor([asked.context])
@@ -126,7 +123,7 @@ def test_a_special_token_can_be_the_stop_text(decoder: Decoder, tokenizer: Plain
     assert generate_answers(decoder, tokenizer, [stopped]) == [tokenizer.decode(before)]
 
 
-def test_a_long_context_loses_its_beginning(decoder: Decoder, tokenizer: PlainTokenizer) -> None:
+def test_a_long_context_loses_its_beginning(decoder: Decoder, tokenizer: ModelTokenizer) -> None:
     settings = AnswerSettings(max_new_tokens=20)
     long = "one two three " * 20
     (asked,) = questions(tokenizer, settings, [long])
@@ -135,29 +132,20 @@ def test_a_long_context_loses_its_beginning(decoder: Decoder, tokenizer: PlainTo
     other = replace(asked, context=(1, 2, *asked.context[-28:]))
     answers = generate_answers(decoder, tokenizer, [asked, kept, other])
     assert len(set(answers)) == 1
-    with pytest.raises(ValueError, match="leaves no place"):
-        generate_answers(
-            decoder, tokenizer, [replace(asked, settings=AnswerSettings(max_new_tokens=48))]
-        )
 
 
-def test_settings_of_a_task_become_those_of_the_generator() -> None:
-    greedy = answer_settings({"until": ["\n", "Q:"], "do_sample": False, "temperature": 0.8}, 1024)
-    assert greedy == AnswerSettings(stop=("\n", "Q:"), max_new_tokens=256)
-    assert answer_settings({"until": "."}, 100) == AnswerSettings(stop=(".",), max_new_tokens=50)
-    sampled = answer_settings({"until": [], "max_gen_toks": 7, "do_sample": True, "top_p": 0.9}, 64)
-    assert sampled == AnswerSettings(max_new_tokens=7, temperature=1.0, top_p=0.9)
-    assert answer_settings({"temperature": 0.5, "top_k": 3, "num_beams": 1}, 64).temperature == 0.5
+def test_answers_of_batches_that_do_not_fit_are_the_same(
+    decoder: Decoder, tokenizer: ModelTokenizer
+) -> None:
+    settings = AnswerSettings(max_new_tokens=9, temperature=1.0)
+    asked = [Question(tuple(range(5, 10 + n)), settings, seed=n) for n in range(8)]
+    usual = generate_answers(decoder, tokenizer, asked)
 
+    def check(_: object, arguments: tuple[torch.Tensor, ...]) -> None:
+        if arguments[0].numel() > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory. 1 GiB is free. And more")
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"num_beams": 4}, r"num_beams=4; supported are until, max_gen_toks"),
-        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
-        ({"max_gen_toks": 64}, "up to 64 tokens .max_gen_toks., and the model's context holds 64"),
-    ],
-)
-def test_what_the_generator_lacks_is_refused(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        answer_settings(options, 64)
+    decoder.embedding.register_forward_pre_hook(check)
+    notes: list[str] = []
+    assert generate_answers(decoder, tokenizer, asked, note=notes.append) == usual
+    assert [note.partition("at most ")[2] for note in notes] == ["4 questions", "2 questions"]

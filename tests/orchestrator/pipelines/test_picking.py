@@ -17,8 +17,8 @@ from iiet.modeling_iiet import IIETForCausalLM
 from iiet.schedule import IterationSchedule
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import weights_key
-from orchestrator.models.loading import load_model
 from orchestrator.models.lookup import load_influence_table
+from orchestrator.models.open import load_model
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.generating import open_generator
 from orchestrator.pipelines.models import PickResult, export, pick, plan_pick
@@ -265,7 +265,7 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(
         ).with_numbers("quality", {"accuracy": accuracy})
         task = TaskResult(
             name="choices", version="1", num_items=100, num_fewshot=0,
-            metrics={"acc": accuracy}, items=[], values={}, log_likelihoods=[],
+            metrics={"acc": accuracy}, items=[], values={},
         )  # fmt: skip
         items = {result.key: EvaluationResult(results={"choices": task})}
         seeds += with_items(context.workspace, [result], items)

@@ -16,7 +16,7 @@ from iiet.cost import inference_cost, training_flops_per_token
 from iiet.influence import InfluenceTable
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.models.folder import load_config
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.training import TrainingJob
@@ -283,7 +283,6 @@ def evaluation(share: float, name: str = "task") -> EvaluationResult:
         metrics={"acc": float(right.mean())},
         items=[f"item {number}" for number in range(200)],
         values={"acc": right.tolist()},
-        log_likelihoods=[],
     )
     return EvaluationResult(results={name: result})
 

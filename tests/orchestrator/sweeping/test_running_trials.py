@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from changed_trials import in_folder, with_accuracy, with_job
+from orchestrator.evaluation.harness import Suite
+from orchestrator.evaluation.harness import suite as harness_suite
 
 from iiet.decoder import Decoder
 from orchestrator.cluster.tune import AshaByModel
 from orchestrator.evaluation import measuring
-from orchestrator.evaluation.harness import Suite
-from orchestrator.evaluation.harness import suite as harness_suite
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
@@ -42,7 +42,7 @@ import json, sys
 from pathlib import Path
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.sweeping import trial as module
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import (load_model)
 
 def measure(trial, device):
     with (Path(trial.folder) / "measured").open("a") as file:
