@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from changed_trials import in_folder, with_accuracy, with_job
-from orchestrator.evaluation.harness import Suite
-from orchestrator.evaluation.harness import suite as harness_suite
 
 from iiet.decoder import Decoder
 from orchestrator.cluster.tune import AshaByModel
 from orchestrator.evaluation import measuring
+from orchestrator.evaluation import suite as loading
+from orchestrator.evaluation.suite import Suite
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
@@ -276,8 +276,8 @@ def test_trials_of_one_process_load_their_tasks_once(
     )
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
     loads: list[Any] = []
-    load = harness_suite._load
-    monkeypatch.setattr(harness_suite, "_load", lambda *a: loads.append(a) or load(*a))
+    load = loading._load
+    monkeypatch.setattr(loading, "_load", lambda *a: loads.append(a) or load(*a))
     changes = {"tasks": ("questions",), "include_folder": str(folder), "suite": ""}
     for trial in trials[:2]:
         suite = trial.suite.model_copy(update=changes)
