@@ -64,7 +64,7 @@ LINES = {
     "examples": 278,
     "research": 1_984,
     "orchestrator/workspace": 1_064,
-    "orchestrator/terminal": 616,
+    "orchestrator/terminal": 584,
     "orchestrator/settings": 1_619,
     "orchestrator/records": 948,
     "orchestrator/models": 1_726,
@@ -76,7 +76,7 @@ LINES = {
     "orchestrator/cluster": 2_763,
     "orchestrator/reporting": 4_349,
     "orchestrator/sweeping": 3_104,
-    "orchestrator/pipelines": 4_561,
+    "orchestrator/pipelines": 4_591,
     "orchestrator/cli": 1_885,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
