@@ -17,7 +17,7 @@ from torch import Tensor
 
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
-from orchestrator.cluster.launch import trial_device
+from orchestrator.cluster.task import trial_device
 from orchestrator.data.prepared import PreparedData
 from orchestrator.data.sources import open_data
 from orchestrator.data.token_store import TokenStore
