@@ -31,7 +31,7 @@ from orchestrator.reporting.charts import (
     influence_chart,
     save_chart,
 )
-from orchestrator.reporting.pareto import Front, find_front
+from orchestrator.reporting.front import Front, find_front
 from orchestrator.reporting.results import result_table
 
 FOLDER = Path(__file__).resolve().parent / "images" / "concepts"
@@ -188,7 +188,7 @@ def draw_knee() -> Spec:
     """Draw that front as reports do, with the line that the knee is measured from."""
     front = depth_front()
     chart = front_chart(front)
-    ends = [{"x": p.cost, "y": p.quality} for p in (front.cheapest, front.best) if p]
+    ends = [{"x": row["cost"], "y": row["quality"]} for row in (front.cheapest, front.best) if row]
     chord: Spec = {
         "data": {"values": ends},
         "mark": {"type": "line", "color": RED, "strokeDash": [6, 4]},

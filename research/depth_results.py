@@ -25,7 +25,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator import Settings, Trial
 from orchestrator.data.prepared import PreparedData
 from orchestrator.records.record import Record
-from orchestrator.reporting.markdown import bullets, markdown_table
+from orchestrator.reporting.sections import bullets, markdown_table
 from orchestrator.terminal.render import (
     format_duration,
     format_parameters,

@@ -47,8 +47,8 @@ from orchestrator.data.preparation import find_prepared
 from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.reporting.elastic_section import ElasticSection
-from orchestrator.reporting.markdown import bullets, markdown_table
 from orchestrator.reporting.results import result_table
+from orchestrator.reporting.sections import bullets, markdown_table
 from orchestrator.sweeping.elastic_plans import ElasticFlops, elastic_flops
 from orchestrator.terminal.render import print_line
 from orchestrator.training.job import finished_outcome

@@ -48,8 +48,8 @@ from orchestrator.cluster.ray import ray_cluster
 from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.records.evaluation import STDERR_SUFFIX
-from orchestrator.reporting.markdown import markdown_table
 from orchestrator.reporting.results import result_table
+from orchestrator.reporting.sections import markdown_table
 from orchestrator.settings import BASELINE_METHOD
 from orchestrator.sweeping.checks import check_models, check_sweep
 from orchestrator.sweeping.model_plans import learning_rates, model_label, settings_of, swept_models

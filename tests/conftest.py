@@ -7,14 +7,13 @@ import os
 import random
 import shutil
 import socket
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
+from commands import run_command, settings_options
 from copied_database import copy_databases
 from hypothesis import HealthCheck, settings
 from small_size import SMALL
@@ -217,13 +216,7 @@ def small_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with lock_file(workspace.with_suffix(".lock")):
         if not printed.is_file():
             shutil.rmtree(workspace, ignore_errors=True)
-            assignments = [*SMALL, "distillation.teacher_cache=true"]
-            options = [f"--set={assignment}" for assignment in assignments]
-            command = [sys.executable, "-m", "orchestrator.cli", "sweep", "toy", *options]
-            done = subprocess.run(
-                [*command, "--workspace", str(workspace)],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stdout
-            printed.write_text(done.stdout)
+            options = settings_options([*SMALL, "distillation.teacher_cache=true"])
+            found = run_command("sweep", "toy", *options, "--workspace", str(workspace))
+            printed.write_text(found)
     return workspace

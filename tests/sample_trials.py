@@ -11,8 +11,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.evaluation import EvaluationKeys, EvaluationResult
 from orchestrator.records.trial import Trial, TrialSuite
-from orchestrator.reporting.front_axes import FrontAxes
-from orchestrator.reporting.pareto import Front, find_front
+from orchestrator.reporting.front import Front, FrontAxes, find_front
 from orchestrator.reporting.results import result_table
 from orchestrator.workspace.layout import Workspace
 

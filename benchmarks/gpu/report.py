@@ -23,7 +23,7 @@ from typing import Any, Literal
 import psutil
 
 from orchestrator.data.preparation import prepare
-from orchestrator.reporting.markdown import bullets, markdown_table
+from orchestrator.reporting.sections import bullets, markdown_table
 from orchestrator.settings import DataSettings
 from orchestrator.training.distributed import World
 from orchestrator.workspace.layout import open_workspace

@@ -51,7 +51,11 @@ class MeasurementSettings:
     """PyTorch threads on a CPU."""
 
     def check(self, context_lengths: Mapping[str, int]) -> None:
-        """Raise `UserError` if a condition is out of range, or does not fit a named model."""
+        """Check the conditions, and how they fit a named model.
+
+        Raises:
+            UserError: If a condition is out of range, or does not fit.
+        """
         least = {"new_tokens": 2, "batch_sizes": 1, "contexts": 1, "repetitions": 1}
         problems = [
             f"{name} must be at least {least[name]}, got {number}"

@@ -72,9 +72,8 @@ from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.front_axes import FrontAxes, parse_axes
+from orchestrator.reporting.front import FrontAxes, parse_axes
 from orchestrator.reporting.model_card import ModelCard
-from orchestrator.reporting.pareto import FrontPoint
 from orchestrator.reporting.pick_rules import (
     PickRule,
     draft_sentence,
@@ -437,8 +436,8 @@ class PickResult(Result):
     axes: FrontAxes
     alias: str
     """The rule."""
-    point: FrontPoint
-    """The model with its place on the front."""
+    point: Trial
+    """The model, with means over its seeds."""
     model: Trial
     """The one whose weights are used: of several seeds the lowest, of a draft its full model."""
     sentence: str
@@ -454,12 +453,12 @@ class PickResult(Result):
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row: the model's parameters and metrics."""
-        result = self.point.result
+        result = self.point
         return [{"name": result.name, **result.params(), **result.metrics()}]
 
     def to_json(self) -> dict[str, Any]:
         """Return the model, its numbers, and where it was exported and registered."""
-        result = self.point.result
+        result = self.point
         return {
             "name": result.name,
             "method": result.method,
@@ -475,7 +474,7 @@ class PickResult(Result):
         """Return the choice, and where it is."""
         yield f"{self.alias}: {self.sentence}"
         if self.folder is None:
-            yield f"checkpoint: {self.point.result.checkpoint}"
+            yield f"checkpoint: {self.point.checkpoint}"
         else:
             yield f"exported: {self.folder}"
             yield f"registered: {self.version}"
@@ -491,7 +490,7 @@ def plan_pick(
     progress: Progress | None = None,
 ) -> PickResult:
     """Choose a model from a sweep's front; arguments and errors as `pick`."""
-    from orchestrator.reporting.findings import describe_point
+    from orchestrator.reporting.findings import describe_model
     from orchestrator.reporting.sweep_report import sweep_front  # Imports MLflow.
 
     rule, axes = rule or PickRule(name="keep"), parse_axes(cost, quality)
@@ -500,20 +499,24 @@ def plan_pick(
     front, notes = sweep_front(workspace, [found], axes, kept_share=rule.share)
     for line in notes:
         (progress or Progress()).note(line)
-    point = pick_from_front(front, rule)
-    sentence = describe_point(front, point, kept_share=rule.share)
-    seeds = front.seeds_of(point)
+    picked = pick_from_front(front, rule)
+    sentence, seeds = describe_model(front, picked), picked["seeds"]
     result = lowest_seed(seeds)
     if rule.name == "draft":
         full = draft_targets(found.results)[result.key]
-        sentence += f"; {draft_sentence(point.result, full.name)}"
+        sentence += f"; {draft_sentence(picked['trial'], full.name)}"
         # A cheaper schedule of the same weights is no model of its own: the full one is exported.
         result = full if full.checkpoint == result.checkpoint else result
     if len(seeds) > 1:
         number = f"{len(seeds)} seeds, its checkpoint is that of seed {result.seed}"
         sentence += f"; its numbers are means over {number}"
     return PickResult(
-        sweep=found, axes=axes, alias=rule.alias, point=point, model=result, sentence=sentence
+        sweep=found,
+        axes=axes,
+        alias=rule.alias,
+        point=picked["trial"],
+        model=result,
+        sentence=sentence,
     )
 
 

@@ -43,8 +43,7 @@ from orchestrator.planning.fit import find_problems
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.command_tables import price_rows, two_column_table
 from orchestrator.reporting.elastic_section import ElasticSection
-from orchestrator.reporting.front_axes import parse_axes
-from orchestrator.reporting.front_tables import model_rows
+from orchestrator.reporting.front import parse_axes
 from orchestrator.reporting.results import (
     CHANCE_TITLE,
     LEFT_OUT_TITLE,
@@ -53,6 +52,7 @@ from orchestrator.reporting.results import (
     newest_sweep,
 )
 from orchestrator.reporting.sections import Section, render_json, render_terminal
+from orchestrator.reporting.tables import model_rows
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.asha import asha_trials
 from orchestrator.sweeping.checks import check_devices, check_models, check_sweep

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,16 @@ import altair
 import vl_convert
 from altair import Axis, Chart, Color, InlineData, Legend, Scale, X, Y
 
-from orchestrator.reporting.front_axes import (
-    PAPER_COST_SHARE,
-    PAPER_MARK,
-    PAPER_QUALITY_SHARE,
+from orchestrator.reporting.front import (
+    Front,
     FrontAxes,
+    Row,
+    find_front,
     is_accuracy,
     metric_title,
 )
-from orchestrator.reporting.front_tables import confidence_text, model_name, model_rows
-from orchestrator.reporting.pareto import Front, FrontPoint, find_front
 from orchestrator.reporting.statistics import KEEPS_METRIC, ON_FRONT_METRIC, difference_metric
+from orchestrator.reporting.tables import confidence_text, model_rows
 from orchestrator.reporting.training_curves import Curve
 from orchestrator.workspace.files import new_file
 
@@ -63,6 +62,9 @@ MANY_NAMES, MAX_NAMES = 6, 24
 """From the first number of members on, their names are tilted; beyond the second, only the picks of
 the front are named."""
 MAX_LAYERS_WITH_COMMAS, MAX_LABELED_LAYERS = 4, 12
+PAPER_COST_SHARE, PAPER_QUALITY_SHARE = 0.45, 0.994
+"""The paper's headline: E-IIET at 55% less inference cost keeps 99.4% of IIET's accuracy."""
+PAPER_MARK = "paper: 55% less at 99.4%"
 TOOLTIP_METRICS = (
     *("cost/evaluations", "cost/relative_flops", "cost/decode_ms_per_token"),
     *("cost/kv_bytes_per_token", "cost/num_parameters", "quality/accuracy"),
@@ -109,7 +111,7 @@ def chart_spec(chart: Any, *, title: str | altair.Title | None = None) -> Spec:
 
 
 def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> Spec:
-    """Return the chart of a front; with several sweeps, each one's own front too.
+    """Return the chart of a front; the trials of each sweep have a color and a shape.
 
     The members of the front are filled, and named as are the full model and the baselines. The
     other axes show shares of the full model.
@@ -123,14 +125,16 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
     Raises:
         ValueError: If the front has no point.
     """
-    if not front.points:
+    if not front.rows:
         raise ValueError("a front needs at least one result with a cost and a quality")
     rows = model_rows(front)
     measured = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     costs = [n for n in measured if n.startswith("cost/") and not n.endswith("_spread")]
     qualities = [n for n in measured if n.startswith("quality/") and not n.endswith("_stderr")]
-    fronts = [find_front(front.table, FrontAxes(*p)) for p in itertools.product(costs, qualities)]
-    sweeps = list(front.by_sweep)
+    # Places on other axes need the numbers alone.
+    numbers = front.table[["key", "role", *(n for n in measured if n in front.table and "/" in n)]]
+    fronts = [find_front(numbers, FrontAxes(*p)) for p in itertools.product(costs, qualities)]
+    sweeps = front.sweeps
     groups = [*(sweeps or [TRIAL]), FULL_MODEL, BASELINE]
     colors = [*itertools.islice(itertools.cycle(SERIES_COLORS), len(groups) - 2), INK, GRAY]
     shapes = [*itertools.islice(itertools.cycle(TRIAL_SHAPES), len(groups) - 2), STAR, "diamond"]
@@ -139,7 +143,7 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
 
     is_crowded = len(front.members) >= MANY_NAMES
     # One layer has the axes, another one those of the shares; they all have the same scales.
-    longest = max((len(_label(point)) for point in front.members), default=0)
+    longest = max((len(_label(row)) for row in front.members), default=0)
     x_scale = Scale(
         zero=False, nice=False, padding=min(44 if is_crowded else 100, 30 + 6 * longest)
     )
@@ -161,15 +165,13 @@ def front_chart(front: Front, *, title: str = "", mark_paper: bool = False) -> S
     key = Legend(title=None, orient="bottom", columns=COLUMNS, labelLimit=260, symbolSize=100)
     color = Color("group:N", scale=Scale(domain=groups, range=colors), legend=key)
     shape = altair.Shape("group:N", scale=Scale(domain=groups, range=shapes), legend=key)
-    own = Color("color:N", scale=None)
     chart = Chart()
     layers = [
         chart.mark_point(opacity=0).encode(across(x_axis), up("y", y_axis)),
         chart.mark_point(opacity=0).encode(
             across(_share_axis("top", 0)), up("y", _share_axis("right", 1))
         ),
-        *(_steps(x, y, "own", own, opacity=0.45, strokeWidth=1.5) if sweeps else ()),
-        *_steps(x, y, "members", altair.value(INK if sweeps else BLUE), strokeWidth=2),
+        *_steps(x, y, altair.value(INK if sweeps else BLUE)),
         chart.transform_filter("datum.error > 0")
         .mark_rule(strokeWidth=1.2)
         .encode(
@@ -236,7 +238,7 @@ def _menus(front: Front, costs: list[str], qualities: list[str], fronts: list[Fr
     losses = [name for name in qualities if not FrontAxes(quality=name).higher_is_better]
     pair = f"indexof({json.dumps(costs)}, cost) * {len(qualities)}"
     pair += f" + indexof({json.dumps(qualities)}, quality)"
-    fulls = [[f.full.cost, f.full.quality] if f.full else [None, None] for f in fronts]
+    fulls = [[f.full["cost"], f.full["quality"]] if f.full else [None, None] for f in fronts]
     return [
         menu("cost", costs, front.axes.cost),
         menu("quality", qualities, front.axes.quality),
@@ -249,15 +251,14 @@ def _menus(front: Front, costs: list[str], qualities: list[str], fronts: list[Fr
     ]
 
 
-def _steps(x: X, y: Y, name: str, color: Any, **look: Any) -> list[Any]:
-    """Return the best quality at each cost of those that are on a front; flat after the last."""
-    on_front = Chart().transform_filter(f"indexof(datum.{name}, pair) >= 0")
-    within = ["sweep"] if name == "own" else []
-    line = on_front.mark_line(interpolate="step-after", **look)
-    rest = on_front.transform_joinaggregate(last="max(x)", groupby=within)
-    rest = rest.transform_filter("datum.x == datum.last").mark_rule(**look)
+def _steps(x: X, y: Y, color: Any) -> list[Any]:
+    """Return the line of the best quality at each cost; flat after the last member."""
+    members = Chart().transform_filter("datum.is_member")
+    line = members.mark_line(interpolate="step-after", strokeWidth=2)
+    rest = members.transform_joinaggregate(last="max(x)")
+    rest = rest.transform_filter("datum.x == datum.last").mark_rule(strokeWidth=2)
     return [
-        line.encode(x=x, y=y, color=color, detail=[f"{field}:N" for field in within]),
+        line.encode(x=x, y=y, color=color),
         rest.encode(x=x, y=y, x2="most:Q", color=color),
     ]
 
@@ -314,55 +315,43 @@ def _paper_mark(x: X, y: Y, shape: altair.Shape) -> list[Any]:
     return [mark.mark_point(size=90, opacity=1, strokeCap="round", **look) for look in looks]
 
 
-def _front_data(
-    front: Front, fronts: Sequence[Front], rows: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def _front_data(front: Front, fronts: Sequence[Front], rows: Sequence[Row]) -> list[Row]:
     """Return the rows that are drawn: the shown models, and the members of all other fronts.
 
     A row knows by the number of the pair of axes on which fronts it is.
     """
     members: dict[str, list[int]] = {}
-    own: dict[str, list[int]] = {}
     knees: dict[str, list[int]] = {}
     unnamed: dict[str, list[int]] = {}
     for number, placed in enumerate(fronts):
-        picks = [point.result.key for point in placed.picks.values()]
-        for point in placed.members:
-            members.setdefault(point.result.key, []).append(number)
-            if len(placed.members) > MAX_NAMES and point.result.key not in picks:
-                unnamed.setdefault(point.result.key, []).append(number)
+        picks = [row["key"] for row in placed.picks.values()]
+        for row in placed.members:
+            members.setdefault(row["key"], []).append(number)
+            if len(placed.members) > MAX_NAMES and row["key"] not in picks:
+                unnamed.setdefault(row["key"], []).append(number)
         if placed.knee is not None:
-            knees.setdefault(placed.knee.result.key, []).append(number)
-        for part in placed.by_sweep.values():
-            for point in part.members:
-                own.setdefault(point.result.key, []).append(number)
-    points = {point.result.key: point for point in front.points}
-    needed = {point.result.key for point in front.shown} | set(members) | set(own)
-    if len(front.shown) == len(front.points):
-        needed = {row["key"] for row in rows}
-    sweeps = list(front.by_sweep)
+            knees.setdefault(placed.knee["key"], []).append(number)
+    are_all_shown = len(front.shown) == len(front.rows)
+    needed = {row["key"] for row in front.shown} | set(members)
     found = []
-    for row in rows:
-        if row["key"] not in needed:
+    for row, place in zip(rows, (*front.rows, *front.unmeasured), strict=True):
+        key, sweep = row["key"], row.get("sweep")
+        if not are_all_shown and key not in needed:
             continue
-        sweep = row.get("sweep")
-        group = {"teacher": FULL_MODEL, "baseline": BASELINE}.get(row["role"], sweep or TRIAL)
-        number = sweeps.index(sweep) if sweep else 0
         numbers = {
             name: value
             for name, value in row.items()
             if name.startswith(("cost/", "quality/")) and value is not None
         }
-        key = row["key"]
+        number = front.sweeps.index(sweep) if sweep else 0
+        roles = {"teacher": FULL_MODEL, "baseline": BASELINE}
         found.append(
             {
                 **numbers,
-                "label": _label(points[key]) if key in points else row["name"],
-                "group": group,
+                "label": _label(place),
+                "group": roles.get(row["role"], sweep or TRIAL),
                 "color": SERIES_COLORS[number % len(SERIES_COLORS)],
-                **({"sweep": sweep} if sweep else {}),
                 "members": members.get(key, []),
-                **({"own": own.get(key, [])} if sweep else {}),
                 "knees": knees.get(key, []),
                 "unnamed": unnamed.get(key, []),
                 "tip": _tooltip(front, row),
@@ -373,15 +362,15 @@ def _front_data(
     return sorted(found, key=lambda row: row["group"] in (FULL_MODEL, BASELINE))
 
 
-def _label(point: FrontPoint) -> str:
-    schedule = point.result.schedule
-    if point.result.role != "trial" or schedule is None or len(schedule) > MAX_LABELED_LAYERS:
-        return model_name(point)
+def _label(row: Row) -> str:
+    schedule = row["trial"].schedule
+    if row["role"] != "trial" or schedule is None or len(schedule) > MAX_LABELED_LAYERS:
+        return str(row["label"] if row["is_placed"] else row["name"])
     is_long = len(schedule) > MAX_LAYERS_WITH_COMMAS and max(schedule) < 10
     return ("" if is_long else ",").join(map(str, schedule))
 
 
-def _tooltip(front: Front, row: Mapping[str, Any]) -> dict[str, str]:
+def _tooltip(front: Front, row: Row) -> dict[str, str]:
     """Return title -> number of what a reader looks up of a model."""
     difference = difference_metric(front.basis.full) if front.basis else ""
     parts = (row["name"], row.get("sweep"), row["threshold"] and f"threshold {row['threshold']}")

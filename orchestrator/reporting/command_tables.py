@@ -29,7 +29,7 @@ from orchestrator.evaluation.cost_measurement import (
 )
 from orchestrator.planning.estimate import Estimate, Price
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
-from orchestrator.reporting.markdown import markdown_table
+from orchestrator.reporting.sections import markdown_table
 from orchestrator.terminal.render import (
     ResponsiveLayout,
     format_byte_parts,

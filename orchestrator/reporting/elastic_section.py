@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.front_axes import FrontAxes, is_accuracy, metric_title
-from orchestrator.reporting.pareto import Front, evaluations
-from orchestrator.reporting.sections import Column, Row, Section, Table
+from orchestrator.reporting.front import Front, FrontAxes, evaluations, is_accuracy, metric_title
+from orchestrator.reporting.sections import Column, Section, Table, TableRow
 from orchestrator.reporting.statistics import INTERVAL_LEVEL, Interval, pair_scores
 
 ELASTIC_TITLE = "Elastic weights against separate students"
@@ -81,7 +80,7 @@ class ElasticSection:
             f"student of the same schedule, with the range of {INTERVAL_LEVEL:.0%} of draws of the "
             "items that both answered. Losses are in nats per token of the validation text."
         )
-        table = Table(columns, tuple(Row(self._cells(row)) for row in self.rows))
+        table = Table(columns, tuple(TableRow(self._cells(row)) for row in self.rows))
         return Section(
             title=ELASTIC_TITLE,
             sentences=[explanation],
@@ -128,7 +127,7 @@ def elastic_section(front: Front, items: Mapping[str, EvaluationResult]) -> Elas
     shared = [schedule for schedule in elastic if schedule in students]
     if not shared:
         return None
-    found = evaluations(front, items)
+    found = evaluations(front.table, items)
     rows = []
     for schedule in sorted(shared, key=lambda s: (sum(s or ()), s), reverse=True):
         pair = (elastic[schedule], students[schedule])

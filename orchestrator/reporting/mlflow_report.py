@@ -22,14 +22,19 @@ from orchestrator.records.tracked_run import (
     without_step,
 )
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.confidence import interval_rows
-from orchestrator.reporting.front_tables import model_rows, models_table
-from orchestrator.reporting.markdown import bullets
-from orchestrator.reporting.pareto import Front
+from orchestrator.reporting.charts import save_chart
+from orchestrator.reporting.front import Front, known
 from orchestrator.reporting.report import SweepReport
-from orchestrator.reporting.results import StoredSweep, result_table
-from orchestrator.reporting.statistics import KEPT_SHARE, SUMMARY_METRICS
-from orchestrator.reporting.training_curves import ACCURACY_CHARTS
+from orchestrator.reporting.results import StoredSweep
+from orchestrator.reporting.sections import bullets
+from orchestrator.reporting.statistics import (
+    KEEPS_METRIC,
+    KEPT_SHARE,
+    ON_FRONT_METRIC,
+    SUMMARY_METRICS,
+)
+from orchestrator.reporting.tables import interval_rows, model_rows, models_table
+from orchestrator.reporting.training_curves import ACCURACY_CHARTS, STUDENT_CHARTS, history_folder
 from orchestrator.tracking import (
     NOTE_TAG,
     REPORT_TAG,
@@ -49,6 +54,7 @@ from orchestrator.workspace.journal import (
     now_ms,
     recorded_times,
 )
+from orchestrator.workspace.layout import Workspace
 
 ARTIFACT_FOLDER = "front"
 SWEEP_TAG = "iiet.sweep"
@@ -60,6 +66,22 @@ TABLES_TAG = "mlflow.loggedArtifacts"
 MAX_NOTE_CHARACTERS = 7500
 MAX_FINDINGS_CHARACTERS = 6000
 MAX_PARALLEL_LAYERS = 24
+BEATEN_NOTE = "Models that another one beats are left out until the end."
+
+
+def sweep_run(tracking: Tracking, sweep: StoredSweep, workspace: Workspace) -> TrackedRun:
+    """Return the run of a sweep as it was stored last, or a new one."""
+    folder = sweep.folder(workspace)
+    started_ms, _ = recorded_times(folder) or (now_ms(), None)
+    return tracking.stored("sweep", sweep.key) or TrackedRun(
+        key=sweep.key,
+        kind="sweep",
+        name=sweep.name,
+        folder=str(folder),
+        journal=str(history_folder(folder, sweep.key)),
+        tags={SWEEP_TAG: sweep.name},
+        started_ms=started_ms,
+    )
 
 
 def front_metrics(front: Front) -> dict[str, float]:
@@ -67,20 +89,19 @@ def front_metrics(front: Front) -> dict[str, float]:
     values: dict[str, float | None] = {
         "front/hypervolume": front.hypervolume,
         "front/size": len(front.members),
-        "front/num_results": len(front.points) + len(front.unmeasured),
+        "front/num_results": len(front.table),
     }
     box = front.hypervolume_box
     if box is not None:
         values["front/reference_cost"] = box.cost
         values["front/reference_quality"] = box.quality
     kept = front.cheapest_keeping(KEPT_SHARE)
-    for name, point in {**front.picks, **({"keeping_99": kept} if kept else {})}.items():
-        values[f"front/{name}_cost"] = point.cost
-        values[f"front/{name}_quality"] = point.quality
-        values[f"front/{name}_share_of_full"] = front.share(point)
-        if point.confidence is not None:
-            values[f"front/{name}_confidence_on_front"] = point.confidence.on_front
-            values[f"front/{name}_confidence_keeps_99"] = point.confidence.keeps
+    for name, row in {**front.picks, **({"keeping_99": kept} if kept else {})}.items():
+        values[f"front/{name}_cost"] = row["cost"]
+        values[f"front/{name}_quality"] = row["quality"]
+        values[f"front/{name}_share_of_full"] = front.share(row)
+        values[f"front/{name}_confidence_on_front"] = known(row, ON_FRONT_METRIC)
+        values[f"front/{name}_confidence_keeps_99"] = known(row, KEEPS_METRIC)
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
@@ -93,10 +114,9 @@ def track_results(
     ids of their runs.
     """
     paired = {
-        seed.key: {name: value for name, value in known.items() if name in SUMMARY_METRICS}
-        for point in front.points
-        if point.confidence and (known := point.confidence.metrics())
-        for seed in front.seeds_of(point)
+        seed.key: {n: value for n in SUMMARY_METRICS if (value := known(row, n)) is not None}
+        for row in front.rows
+        for seed in row["seeds"]
     }
     runs = [
         trial_run(sweep.name, sweep.key, result, sweep.journal_of(result), paired.get(result.key))
@@ -108,7 +128,7 @@ def track_results(
         for result, run in zip(sweep.results, runs, strict=True)
     ]
     sweep = sweep.model_copy(update={"results": tuple(tracked)})
-    return sweep, front.with_table(result_table(tracked))
+    return sweep, front.with_runs(tracked)
 
 
 def trial_run(
@@ -199,18 +219,25 @@ def tracked_metrics(result: Trial) -> dict[str, float]:
 
 
 def report_changes(report: SweepReport, files: Sequence[Path]) -> dict[str, Any]:
-    """Return what a report changes of its sweep's run, for `TrackedRun.changed`."""
-    tables = {
-        "table": table_rows(report.front, files[0].parent),
-        "intervals": interval_rows(report.front),
-    }
-    paths = {f"{ARTIFACT_FOLDER}/{name}.json": rows for name, rows in tables.items() if rows}
-    shown = [{"path": path, "type": "table"} for path in paths]
+    """Return what a report changes of its sweep's run, for `TrackedRun.changed`.
+
+    A front on other axes only adds a folder of files.
+    """
+    front, paths = report.front, [str(path) for path in files]
+    if slug := front.axes.slug:
+        return {"files": {f"{ARTIFACT_FOLDER}/{slug}": paths}}
+    models = [  # Differences to other models have their own table.
+        {n: v for n, v in row.items() if not n.startswith("paired/") or n in SUMMARY_METRICS}
+        for row in model_rows(front, files[0].parent)
+    ]
+    tables = {"table": models, "intervals": interval_rows(front)}
+    found = {f"{ARTIFACT_FOLDER}/{name}.json": rows for name, rows in tables.items() if rows}
+    shown = [{"path": path, "type": "table"} for path in found]
     view = front_chart_view(report)
     return {
-        "points": without_step(front_metrics(report.front)),
-        "files": {ARTIFACT_FOLDER: [str(path) for path in files]},
-        "texts": {path: _table_json(rows) for path, rows in paths.items()},
+        "points": without_step(front_metrics(front)),
+        "files": {ARTIFACT_FOLDER: paths},
+        "texts": {path: _table_json(rows) for path, rows in found.items()},
         "views": dict([view_tag(view)]),
         "tags": {
             NOTE_TAG: run_note(report),
@@ -221,22 +248,33 @@ def report_changes(report: SweepReport, files: Sequence[Path]) -> dict[str, Any]
     }
 
 
+def front_so_far(front: Front, *, name: str, notes: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Draw the front of a running sweep, and return what it changes of the sweep's run.
+
+    Args:
+        name: Name of the sweep.
+        notes: Sentences that come first.
+        folder: Folder of the picture, `front.svg`.
+    """
+    report = SweepReport(
+        name=name,
+        front=front,
+        notes=[*notes, BEATEN_NOTE],
+        curves=dict.fromkeys(STUDENT_CHARTS, ()),  # They are in the trials' runs.
+    )
+    pictures = save_chart(report.front_chart(), folder / "front", kinds=("svg",))
+    view = front_chart_view(report)
+    return {
+        "files": {ARTIFACT_FOLDER: [str(path) for path in pictures]},
+        "views": dict([view_tag(view)]),
+        "tags": {NOTE_TAG: run_note(report), VIEW_TAG: view.key},
+    }
+
+
 def _table_json(rows: Sequence[Mapping[str, Any]]) -> str:
     # MLflow's own `log_table` appends to an existing table; a new report must replace it.
     columns = list(rows[0])
     return json.dumps({"columns": columns, "data": [[row.get(c) for c in columns] for row in rows]})
-
-
-def table_rows(front: Front, folder: Path) -> list[dict[str, Any]]:
-    """Return the front's rows without differences to other models; paths relate to a folder."""
-    return [
-        {
-            name: value
-            for name, value in row.items()
-            if not name.startswith("paired/") or name in SUMMARY_METRICS
-        }
-        for row in model_rows(front, folder)
-    ]
 
 
 def run_note(report: SweepReport) -> str:
@@ -252,7 +290,7 @@ def run_note(report: SweepReport) -> str:
     if num_shown < len(sentences):
         shown.append(f"More: `{ARTIFACT_FOLDER}/front.md` under Artifacts.")
     parts = [bullets(shown)]
-    if report.front.points:
+    if report.front.rows:
         parts.append(_picture("front"))
     table = models_table(report.front).to_markdown()
     if sum(map(len, parts)) + len(table) > MAX_NOTE_CHARACTERS:
@@ -272,9 +310,9 @@ def _picture(name: str) -> str:
 def front_chart_view(report: SweepReport) -> ChartView:
     """Return the chart view of a sweep: cost against quality, corrections, curves, columns."""
     front = report.front
-    num_layers = max((len(p.result.schedule or ()) for p in front.points), default=0)
+    num_layers = max((len(row["trial"].schedule or ()) for row in front.rows), default=0)
     layers = [f"r_{layer:02d}" for layer in range(1, min(num_layers, MAX_PARALLEL_LAYERS) + 1)]
-    measured = {name for point in front.points for name in point.result.metrics()}
+    measured = {name for row in front.rows for name in row["trial"].metrics()}
     cost, quality = front.axes.cost, front.axes.quality
     time, bits = "cost/decode_ms_per_token", "quality/bits_per_byte"
     others = ("cost/relative_flops", time, "cost/kv_bytes_per_token")

@@ -18,7 +18,7 @@ from orchestrator.evaluation.heldout import is_heldout_task
 from orchestrator.evaluation.python_tasks import TASKS
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.reporting.command_tables import influence_markdown
-from orchestrator.reporting.markdown import bullets, markdown_table
+from orchestrator.reporting.sections import bullets, markdown_table
 from orchestrator.terminal.render import format_parameters, join_names
 
 OMITTED_PROVENANCE = (

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.pareto import Front, FrontPoint
+from orchestrator.reporting.front import Front, Row
 from orchestrator.reporting.statistics import KEPT_SHARE
 from orchestrator.terminal.render import join_names
 from orchestrator.workspace.errors import UserError
@@ -65,51 +65,47 @@ class PickRule:
         return self.name
 
 
-def pick_from_front(front: Front, rule: PickRule) -> FrontPoint:
+def pick_from_front(front: Front, rule: PickRule) -> Row:
     """Return the model of a front that a rule picks; confidences must relate to the rule's share.
 
     Raises:
         UserError: If no model meets the rule; the message names the nearest.
     """
     if rule.name == "draft":
-        draft = pick_draft(front.results, rule.model)
-        return next(point for point in front.points if point.result.key == draft.key)
+        draft = pick_draft(front.trials, rule.model)
+        return next(row for row in front.rows if row["key"] == draft.key)
     if not front.members:
         raise UserError(f"no trial of this sweep has been measured in {front.axes.in_words} yet")
-    if rule.name == "keep":
-        return _pick_keeping(front, rule)
     if rule.name == "budget":
-        affordable = [point for point in front.members if point.cost <= rule.budget]
+        affordable = [row for row in front.members if row["cost"] <= rule.budget]
         if not affordable:
-            least = min(point.cost for point in front.members)
+            least = min(row["cost"] for row in front.members)
             raise UserError(f"no model costs {rule.budget:g} or less; the cheapest costs {least:g}")
-        return max(affordable, key=lambda point: (front.goodness(point), -point.cost))
-    point = front.picks.get(rule.name)
-    if point is None:
-        raise UserError(
+        return max(affordable, key=lambda row: (row["goodness"], -row["cost"]))
+    if rule.name == "keep" and rule.confidence:
+        # Candidates off the front count too: one dominated by a hair may be the most certain.
+        confident = [
+            row
+            for row in front.rows
+            if row["is_candidate"]
+            and (row is front.full or (front.keeps(row) or 0.0) >= rule.confidence)
+        ]
+        return min(confident, key=lambda row: (row["cost"], -row["goodness"]))
+    if rule.name == "keep":
+        picked = front.cheapest_keeping(rule.share)
+        best = front.share(front.picks["best"]) or 0.0
+        problem = (
+            f"no model keeps {rule.share:.4g} of the full model's quality; "
+            f"the best keeps {best:.4g}"
+        )
+    else:
+        picked = front.picks.get(rule.name)
+        problem = (
             "this front has no knee: no model lies above the line from the cheapest to the best"
         )
-    return point
-
-
-def _pick_keeping(front: Front, rule: PickRule) -> FrontPoint:
-    if not rule.confidence:
-        kept = front.cheapest_keeping(rule.share)
-        if kept is None:
-            assert front.best is not None
-            raise UserError(
-                f"no model keeps {rule.share:.4g} of the full model's quality; the best keeps "
-                f"{front.share(front.best):.4g}"
-            )
-        return kept
-    # Candidates off the front count too: one that is dominated by a hair may be the most certain.
-
-    def is_confident(point: FrontPoint) -> bool:
-        keeps = point.confidence.keeps if point.confidence else None
-        return point is front.full or (keeps or 0.0) >= rule.confidence
-
-    confident = [point for point in front.points if point.is_candidate and is_confident(point)]
-    return min(confident, key=lambda point: (point.cost, -front.goodness(point)))
+    if picked is None:
+        raise UserError(problem)
+    return picked
 
 
 def draft_targets(results: Sequence[Trial]) -> dict[str, Trial]:

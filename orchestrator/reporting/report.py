@@ -14,6 +14,8 @@ from typing import Any
 
 from iiet.influence import InfluenceTable
 from orchestrator.reporting.charts import (
+    PAPER_COST_SHARE,
+    PAPER_QUALITY_SHARE,
     Spec,
     curves_chart,
     front_chart,
@@ -23,34 +25,34 @@ from orchestrator.reporting.charts import (
 from orchestrator.reporting.command_tables import influence_columns
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.findings import findings
-from orchestrator.reporting.front_axes import PAPER_COST_SHARE, PAPER_QUALITY_SHARE
-from orchestrator.reporting.front_tables import (
-    TASK_TABLES_NOTE,
-    front_values,
-    hypervolume_text,
-    model_name,
-    model_table,
-    models_table,
-    task_tables,
+from orchestrator.reporting.front import (
+    Front,
 )
-from orchestrator.reporting.pareto import Front
 from orchestrator.reporting.sections import (
     Column,
-    Row,
     Section,
     Table,
+    TableRow,
     render_json,
     render_markdown,
     render_page,
 )
-from orchestrator.reporting.training_curves import Curve
+from orchestrator.reporting.tables import (
+    TASK_TABLES_NOTE,
+    front_values,
+    hypervolume_text,
+    model_table,
+    models_table,
+    task_tables,
+)
+from orchestrator.reporting.training_curves import (
+    Curve,
+)
 from orchestrator.workspace.files import json_text, write_text
 
 LEGEND = (
     "Star: full model. Filled: on the front. Hollow and faint: dominated. Diamond: baseline. "
     "Bars: one standard error. Line: the best quality at each cost budget."
-)
-PAPER_LEGEND = (
     f" Cross: the paper's headline, {1 - PAPER_COST_SHARE:.0%} less cost at "
     f"{PAPER_QUALITY_SHARE:.1%} of the accuracy, on this full model."
 )
@@ -76,8 +78,6 @@ class SweepReport:
     """Sentences to read before the findings, such as that the tasks differ."""
     elastic: ElasticSection | None = None
     """Elastic weights against separate students, if the sweep has both."""
-    mark_paper: bool = True
-    """Whether the picture marks the paper's headline."""
 
     @property
     def sentences(self) -> list[str]:
@@ -87,11 +87,11 @@ class SweepReport:
     @property
     def title(self) -> str:
         """Heading of picture and page."""
-        return f"Sweeps {self.name}" if self.front.sweep_of else f"Sweep {self.name}"
+        return f"Sweeps {self.name}" if self.front.sweeps else f"Sweep {self.name}"
 
     def front_chart(self) -> Spec:
         """Return the chart of the front."""
-        return front_chart(self.front, title=self.title, mark_paper=self.mark_paper)
+        return front_chart(self.front, title=self.title, mark_paper=True)
 
     def brief(self) -> list[Section]:
         """Return what a terminal shows: the front and its findings, and elastic weights."""
@@ -103,49 +103,65 @@ class SweepReport:
         """Return all sections; for files in a `folder`, paths in its workspace are relative."""
         front = self.front
         found = [Section(notes=self.sentences)]
-        if front.points:
+        if front.rows:
             volume = hypervolume_text(front)
-            counts = f"{len(front.points)} models, {len(front.members)} on the front"
-            legend = LEGEND + (PAPER_LEGEND if self.mark_paper else "")
-            sentences = [f"{counts}; {volume}." if volume else f"{counts}.", legend]
+            counts = f"{len(front.rows)} models, {len(front.members)} on the front"
+            sentences = [f"{counts}; {volume}." if volume else f"{counts}.", LEGEND]
             chart = self.front_chart()
             found.append(
                 Section(title="The front", sentences=sentences, chart=chart, picture="front")
             )
-        models = models_table(front)
-        data = front_values(front, folder)
+        models, data = models_table(front), front_values(front, folder)
         found.append(Section(title="All models, cheapest first", tables=[models], data=data))
         if tasks := task_tables(front):
             found.append(Section(title="Task by task", sentences=[TASK_TABLES_NOTE], tables=tasks))
         if self.elastic is not None:
             found.append(self.elastic.section())
         if self.influence is not None and any(self.influence.rows()):
-            cells = influence_columns(self.influence)
-            heads, rows = map(Column, cells), map(Row, zip(*cells.values(), strict=True))
-            found.append(
-                Section(
-                    title=f"Influence of each correction ({self.influence.metric})",
-                    sentences=[INFLUENCE_LEGEND],
-                    chart=_influence_chart(self.influence, front),
-                    picture="influence",
-                    tables=[Table(tuple(heads), tuple(rows))],
-                )
-            )
-        found += [
-            Section(title=title, chart=curves_chart(title, curves))
-            for title, curves in self.curves.items()
-        ]
+            found.append(_influence_section(self.influence, front))
+        for title, curves in self.curves.items():
+            found.append(Section(title=title, chart=curves_chart(title, curves)))
         return found + [Section(title=title, facts=facts) for title, facts in self.facts.items()]
 
+    def write_files(self, folder: Path) -> list[Path]:
+        """Write all files and return them; no picture and no page if the front has no model."""
+        folder.mkdir(parents=True, exist_ok=True)
+        sections = self.sections(folder)
+        paths = [
+            path
+            for section in sections
+            if section.picture and section.chart
+            for path in save_chart(dict(section.chart), folder / section.picture)
+        ]
+        models = model_table(self.front, folder)
+        texts = {
+            **({"front.html": render_page(self.title, sections)} if self.front.rows else {}),
+            "front.md": render_markdown(self.title, sections),
+            "front.csv": models.to_csv(index=False, lineterminator="\n"),
+            "front.json": json_text(render_json(sections), allow_nan=False) + "\n",
+        }
+        for name, text in texts.items():
+            write_text(folder / name, text)
+            paths.append(folder / name)
+        return paths
 
-def _influence_chart(table: InfluenceTable, front: Front) -> Spec:
-    knee = front.knee
-    return influence_chart(
+
+def _influence_section(table: InfluenceTable, front: Front) -> Section:
+    cells, knee = influence_columns(table), front.knee
+    heads, rows = map(Column, cells), map(TableRow, zip(*cells.values(), strict=True))
+    chart = influence_chart(
         table.rows(),
         metric=table.metric,
         title="Influence of each correction",
-        kept=knee.result.schedule if knee is not None else None,
-        kept_name=f"{model_name(knee)} (knee)" if knee is not None else "",
+        kept=None if knee is None else knee["trial"].schedule,
+        kept_name="" if knee is None else f"{knee['label']} (knee)",
+    )
+    return Section(
+        title=f"Influence of each correction ({table.metric})",
+        sentences=[INFLUENCE_LEGEND],
+        chart=chart,
+        picture="influence",
+        tables=[Table(tuple(heads), tuple(rows))],
     )
 
 
@@ -163,26 +179,3 @@ class WrittenReport:
     def page(self) -> Path | None:
         """The HTML file; None if no result is on the front's axes."""
         return next((path for path in self.files if path.suffix == ".html"), None)
-
-
-def write_report_files(report: SweepReport, folder: Path) -> list[Path]:
-    """Write all files of a report and return them; no picture or page if the front has no point."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sections = report.sections(folder)
-    paths = [
-        path
-        for section in sections
-        if section.picture and section.chart
-        for path in save_chart(dict(section.chart), folder / section.picture)
-    ]
-    models = model_table(report.front, folder)
-    texts = {
-        **({"front.html": render_page(report.title, sections)} if report.front.points else {}),
-        "front.md": render_markdown(report.title, sections),
-        "front.csv": models.to_csv(index=False, lineterminator="\n"),
-        "front.json": json_text(render_json(sections), allow_nan=False) + "\n",
-    }
-    for name, text in texts.items():
-        write_text(folder / name, text)
-        paths.append(folder / name)
-    return paths

@@ -19,6 +19,7 @@ from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.record import Influence, Record
 from orchestrator.records.trial import Trial
+from orchestrator.terminal.render import format_schedule
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import last_recorded
 from orchestrator.workspace.layout import RESULTS_FILE, Workspace, check_name, is_valid_name
@@ -151,8 +152,8 @@ def result_table(trials: Iterable[Trial]) -> DataFrame:
     """Return one row for each model, by its key, in the order in which the models first appear.
 
     Columns are `trial`, whose numbers are the means over the seeds; `seeds`, the trials that it is
-    the mean of; what describes the model; and every number by its tracked name. Numbers that were
-    not measured are NaN.
+    the mean of; `label`, its name in reports; what describes the model; and every number by its
+    tracked name. Numbers that were not measured are NaN.
 
     The standard error of a mean over seeds combines two parts: the spread over the seeds, divided
     by the root of their number, and the mean of the seeds' own errors over items, because all seeds
@@ -172,6 +173,7 @@ def result_table(trials: Iterable[Trial]) -> DataFrame:
                 "trial": trial,
                 "seeds": tuple(seeds),
                 "name": trial.name,
+                "label": shown_name(trial),
                 "role": trial.role,
                 "method": trial.method,
                 "num_layers": trial.model.num_layers,
@@ -184,8 +186,16 @@ def result_table(trials: Iterable[Trial]) -> DataFrame:
             }
         )
     numbers = sorted({name for row in rows for name in row if "/" in name})
-    columns = ["trial", "seeds", *DESCRIBING_COLUMNS, *numbers, "key", "checkpoint", "run_id"]
+    columns = ["trial", "seeds", "label", *DESCRIBING_COLUMNS, *numbers]
+    columns += ["key", "checkpoint", "run_id"]
     return DataFrame(rows, columns=columns, index=[row["key"] for row in rows])
+
+
+def shown_name(trial: Trial) -> str:
+    """Return a model's label, or its schedule where the label says no more."""
+    if trial.label and trial.label != trial.schedule_text:
+        return trial.label
+    return format_schedule(trial.schedule) or trial.name
 
 
 def lowest_seed(seeds: Sequence[Trial]) -> Trial:

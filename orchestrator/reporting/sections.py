@@ -8,7 +8,7 @@ network: charts and the scripts that draw them are inside.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -19,7 +19,6 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table as RichTable
 
-from orchestrator.reporting.markdown import bullets, markdown_table
 from orchestrator.terminal.render import BYTE_UNITS
 
 ROW_STYLES = {"baseline": "cyan", "member": "bold", "dominated": "dim"}
@@ -46,7 +45,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row of a table; the key of a model links it to the chart."""
 
     cells: tuple[str, ...]
@@ -62,7 +61,7 @@ class Table:
     """A table of texts."""
 
     columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     title: str = ""
 
     @property
@@ -123,6 +122,23 @@ class Section:
     """Names and values, such as settings and provenance."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """What JSON has of it."""
+
+
+def markdown_table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[int] = (0,)
+) -> str:
+    """Return a table; columns are aligned right except those numbered in `left`."""
+    rules = [" --- " if number in left else " ---: " for number in range(len(heads))]
+    lines = [f"| {' | '.join(heads)} |", f"|{'|'.join(rules)}|"]
+    lines += [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows
+    ]
+    return "\n".join(lines)
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """Return a list with one item a line."""
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def render_terminal(sections: Iterable[Section]) -> Iterator[RenderableType]:

@@ -39,9 +39,10 @@ MAX_COUNTS_PER_BLOCK = 2_000_000
 """Bounds the memory of `draw_item_counts`."""
 KEPT_SHARE = 0.99
 """A model keeps the full model's quality if it reaches this share of it."""
-KEEPS_METRIC = f"paired/confidence_keeps_{100 * KEPT_SHARE:.0f}"
 ON_FRONT_METRIC = "paired/confidence_on_front"
 SHARE_METRIC = "paired/share_of_full"
+KEEPS_METRIC = "paired/confidence_keeps_99"
+"""Of `KEPT_SHARE`."""
 SUMMARY_METRICS = (SHARE_METRIC, KEEPS_METRIC, ON_FRONT_METRIC)
 """Numbers that a model's run has as metrics; its differences to others are rows of a table."""
 
@@ -308,75 +309,17 @@ def front_shares(costs: Floats, goodness: Floats) -> Floats:
     return shares
 
 
-# Confidence of a model's place on a front
-
-
-@dataclass(frozen=True)
-class PairedComparison:
-    """One quality of a model over the items that all models answered."""
-
-    own: Interval
-    against: Mapping[str, Interval]
-    """Name of the full model or of a baseline -> this model's quality minus that one's."""
-
-
-@dataclass(frozen=True)
-class Confidence:
-    """How certain a model's place is when its items are drawn again."""
-
-    overall: PairedComparison | None
-    """On the front's quality; None if that has no values by item."""
-    tasks: Mapping[str, PairedComparison]
-    share: Interval | None
-    """Share of the full model's quality that the model keeps."""
-    keeps: float | None
-    """Share of the draws in which the model keeps at least `KEPT_SHARE`."""
-    on_front: float | None
-    """Share of the draws in which the model is on the front; None for baselines."""
-
-    def metrics(self) -> dict[str, float]:
-        """Return flat metrics under `paired/`.
-
-        `paired/vs_OTHER` with `_low` and `_high` is the difference on the front's quality,
-        `paired/TASK/vs_OTHER` that on a task; `paired/share_of_full` relates to the full model.
-        """
-        intervals = {
-            difference_metric(other, prefix): difference
-            for prefix, compared in (
-                ("", self.overall),
-                *((f"{name}/", compared) for name, compared in self.tasks.items()),
-            )
-            if compared is not None
-            for other, difference in compared.against.items()
-        }
-        if self.share is not None:
-            intervals[SHARE_METRIC] = self.share
-        found: dict[str, float] = {}
-        for name, interval in intervals.items():
-            found |= {name: interval.value}
-            found |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
-        shares = {KEEPS_METRIC: self.keeps, ON_FRONT_METRIC: self.on_front}
-        return found | {name: share for name, share in shares.items() if share is not None}
-
-
-@dataclass(frozen=True)
-class ConfidenceBasis:
-    """The items and draws that confidences are computed from."""
-
-    full: str
-    """Name of the model that shares relate to."""
-    metrics: Mapping[str, str]
-    """Task -> the metric that is compared."""
-    num_items: int
-    """Items that all models answered."""
-    num_left_out: int
-    """Items that only some of them answered."""
-    num_resamples: int
+# Names of what is drawn
 
 
 def difference_metric(other: str, prefix: str = "") -> str:
     """Return the tracked name of the difference to a model; MLflow takes no spaces or signs."""
     return f"paired/{prefix}vs_{re.sub('[^0-9A-Za-z]+', '_', other).strip('_')}"
+
+
+def keeps_metric(share: float) -> str:
+    """Return the tracked name of the confidence that a model keeps a share of a quality."""
+    return f"paired/confidence_keeps_{100 * share:.4g}"
 
 
 # McNemar's test

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.reporting.front_tables import full_name
-from orchestrator.reporting.pareto import Front
+from orchestrator.reporting.front import Front
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC, read_journal
 
@@ -47,15 +46,13 @@ def read_training_curves(sweep: StoredSweep, front: Front) -> Mapping[str, Seque
     students: list[tuple[str, Path]] = []
     others: list[tuple[str, Path]] = []
     own = {result.key for result in sweep.results}
-    points = front.shown
-    if len(points) < len(front.points):  # Of so many, a chart shows those that matter.
-        points = tuple(p for p in points if p.on_front or p.result.role != "trial")
-    for point in points:
-        seeds = [seed for seed in front.seeds_of(point) if seed.key in own]
+    rows = front.shown
+    if len(rows) < len(front.rows):  # Of so many, a chart shows those that matter.
+        rows = [row for row in rows if row["on_front"] or row["role"] != "trial"]
+    for row in rows:
+        seeds = [seed for seed in row["seeds"] if seed.key in own]
         for result in seeds:
-            name = full_name(front, point)
-            if len(seeds) > 1:
-                name += f", seed {result.seed}"
+            name = row["label"] + (f", seed {result.seed}" if len(seeds) > 1 else "")
             if folder := sweep.journal_of(result):
                 (students if result.role == "trial" else others).append((name, folder))
     charts: dict[str, Sequence[Curve]] = {}

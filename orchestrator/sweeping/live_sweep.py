@@ -24,9 +24,8 @@ from orchestrator.data.sources import describe_data
 from orchestrator.records.tracked_run import Status, TrackedRun
 from orchestrator.records.training import job_parameters, shared_parameters
 from orchestrator.records.trial import SweepPlan, Trial
-from orchestrator.reporting.front_so_far import front_so_far
-from orchestrator.reporting.mlflow_report import SWEEP_TAG, trial_run
-from orchestrator.reporting.pareto import Front, find_front
+from orchestrator.reporting.front import Front, find_front
+from orchestrator.reporting.mlflow_report import SWEEP_TAG, front_so_far, trial_run
 from orchestrator.reporting.results import result_table
 from orchestrator.reporting.training_curves import (
     HYPERVOLUME_BY_GFLOPS,
@@ -211,9 +210,9 @@ class FrontHistory:
         volume, full = front.hypervolume, front.full
         if volume is None or full is None:
             return False
-        if all(seed.key != self._full.key for seed in front.seeds_of(full)):
+        if all(seed.key != self._full.key for seed in full["seeds"]):
             return False
-        needed = {point.result.key for point in (*front.members, full)}
+        needed = {row["key"] for row in (*front.members, full)}
         self._candidates = [t for t in self._candidates if t.group or t.key in needed]
         numbers = {
             HYPERVOLUME_BY_TRIALS: volume,

@@ -59,7 +59,7 @@ def test_weights_are_trained_once_and_students_only_to_compare(
     picked = pick(workspace=workspace)
     assert picked.folder
     exported = json.loads((picked.folder / "config.json").read_text("utf-8"))
-    assert tuple(exported["corrections"]) == picked.point.result.schedule
+    assert tuple(exported["corrections"]) == picked.point.schedule
     assert "learned" in (picked.folder / "README.md").read_text("utf-8")
 
     compared = settings_of(tmp_path, "sweep.compare=true")

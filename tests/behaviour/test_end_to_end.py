@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import Started, run_command, settings_options
 from small_size import SMALL
 
 from orchestrator import cli
@@ -27,25 +28,14 @@ from orchestrator.workspace.layout import find_checkpoints
 pytestmark = pytest.mark.slow
 
 
-def command(*arguments: str, workspace: Path) -> list[str]:
-    """Return the command line of the program under test."""
-    call = [sys.executable, "-m", "orchestrator.cli"]
-    return [*call, *arguments, "--workspace", str(workspace)]
-
-
 def small(*more: str) -> list[str]:
     """Return `--set` options for the small size."""
-    return [part for setting in [*SMALL, *more] for part in ("--set", setting)]
+    return settings_options([*SMALL, *more])
 
 
-def run(*arguments: str, workspace: Path, code: int = 0) -> str:
-    """Run a command and return its output."""
-    done = subprocess.run(
-        command(*arguments, workspace=workspace), capture_output=True, text=True, timeout=400
-    )
-    printed = done.stdout + done.stderr
-    assert done.returncode == code, printed + _newest_log(workspace)
-    return printed
+def run(*arguments: str, workspace: Path) -> str:
+    """Run a command in a process of its own and return its output."""
+    return run_command(*arguments, "--workspace", str(workspace))
 
 
 def answer(*arguments: str, workspace: Path) -> str:
@@ -247,10 +237,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path: Path, ray_session: 
         "training.num_steps=300", "training.validate_every_steps=150",
         "training.checkpoint_every_steps=1000000",
     )  # fmt: skip
-    process = subprocess.Popen(
-        command("pretrain", *options, workspace=tmp_path),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    process = Started("pretrain", *options, "--workspace", str(tmp_path))
     _wait_for(lambda: any(_journal_steps(tmp_path)), process)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
@@ -276,10 +263,10 @@ def _journal_steps(workspace: Path) -> list[int]:
     return [r["step"] for r in records if r["kind"] == "metrics"]
 
 
-def _wait_for(condition: object, process: subprocess.Popen[str], seconds: float = 150.0) -> None:
+def _wait_for(condition: object, process: Started, seconds: float = 150.0) -> None:
     give_up = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < give_up, "it did not come that far in time"
         time.sleep(0.1)
 
@@ -306,12 +293,9 @@ SWEEP_TO_END = small(
 )  # fmt: skip
 
 
-def _sweep_in_its_second_trial(workspace: Path) -> subprocess.Popen[str]:
+def _sweep_in_its_second_trial(workspace: Path) -> Started:
     """Start a sweep and return when one trial is finished and another one has a checkpoint."""
-    process = subprocess.Popen(
-        command("sweep-iterations", *SWEEP_TO_END, workspace=workspace),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    process = Started("sweep-iterations", *SWEEP_TO_END, "--workspace", str(workspace))
 
     def one_is_finished_and_one_is_running() -> bool:
         finished = {path.parent for path in workspace.glob("runs/*/done.json")}

@@ -10,8 +10,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
+from commands import run_command, settings_options
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from small_size import SMALL
@@ -41,25 +40,7 @@ PATIENT = settings(
     phases=[Phase.generate],  # Findings are collected; minimizing each would take too long.
     suppress_health_check=list(HealthCheck),
 )
-OPTIONS = [part for setting in SMALL for part in ("--set", setting)]
-
-
-@dataclass
-class Findings:
-    """The failures, one of each kind."""
-
-    texts: dict[str, str] = field(default_factory=dict)
-    num_examples: int = 0
-    codes: dict[int, int] = field(default_factory=dict)
-    slowest: float = 0.0
-
-    def add(self, kind: str, what: object, printed: str) -> None:
-        self.texts.setdefault(kind, f"{what}\n{printed[-1500:]}")
-
-    def report(self) -> str:
-        head = f"{self.num_examples} examples, {len(self.texts)} kinds of findings"
-        head += f", exit codes {self.codes}, the slowest took {self.slowest:.1f} s"
-        return "\n\n".join([head, *(f"### {kind}: {text}" for kind, text in self.texts.items())])
+OPTIONS = settings_options(SMALL)
 
 
 class Hangs(BaseException):
@@ -68,7 +49,7 @@ class Hangs(BaseException):
 
 @dataclass(frozen=True)
 class Answer:
-    """The end of a command."""
+    """The end of a command; the code is negative if it hangs or raises."""
 
     code: int
     printed: str
@@ -83,46 +64,46 @@ def ask(capfd: pytest.CaptureFixture[str], arguments: list[str], seconds: float)
 
     before = signal.signal(signal.SIGALRM, give_up)
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    started, capfd_error = time.monotonic(), ""
+    started, error = time.monotonic(), ""
     try:
         code = cli.main(arguments)
-    except Hangs:
-        code, capfd_error = -1, "".join(traceback.format_exc()[-3000:])
-    except Exception:
-        code, capfd_error = -2, traceback.format_exc()
+    except (Hangs, Exception) as caught:
+        code, error = -1 if isinstance(caught, Hangs) else -2, traceback.format_exc()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     captured = capfd.readouterr()
-    text = captured.out + captured.err + capfd_error
-    return Answer(code, text, time.monotonic() - started)
+    return Answer(code, captured.out + captured.err + error, time.monotonic() - started)
 
 
-def judge(findings: Findings, what: object, answer: Answer) -> None:
-    """Record an answer that no command may give."""
-    findings.num_examples += 1
-    findings.codes[answer.code] = findings.codes.get(answer.code, 0) + 1
-    findings.slowest = max(findings.slowest, answer.seconds)
-    printed = answer.printed
-    last = printed.strip().splitlines()[-1] if printed.strip() else ""
-    if answer.code == -1:
-        findings.add(f"hangs: {_place(printed)}", what, printed)
-    elif answer.code not in (0, 1, 2) or "Traceback" in printed:
-        findings.add(f"traceback: {last[:80]} {_place(printed)}", what, printed)
-    elif "The traceback is in" in printed:
-        error = re.search(r"iiet-orch: (.*)", printed)
-        log = Path(printed.partition("The traceback is in ")[2].strip())
-        trace = log.read_text() if log.is_file() else ""
-        kind = f"internal error: {error[1][:60] if error else ''} {_place(trace)}"
-        findings.add(kind, what, printed + trace)
-    elif len(printed) > LONGEST_ANSWER:
-        findings.add("too long an answer", what, printed[:1000])
+@dataclass
+class Findings:
+    """The failures, one of each kind."""
 
+    texts: dict[str, str] = field(default_factory=dict)
 
-def _place(trace: str) -> str:
-    """Return the last line of our code in a traceback, which distinguishes findings."""
-    lines = re.findall(r'File ".*?/(?:orchestrator|iiet)/(\S+\.py)", line (\d+)', trace)
-    return ":".join(lines[-1]) if lines else ""
+    def judge(self, what: object, answer: Answer) -> None:
+        """Record an answer that no command may give."""
+        printed = answer.printed
+        if "The traceback is in" in printed:
+            log = Path(printed.partition("The traceback is in ")[2].strip())
+            printed += log.read_text() if log.is_file() else ""
+        # The last line of our code in a traceback distinguishes findings.
+        places = re.findall(r'File ".*?/(?:orchestrator|iiet)/(\S+\.py)", line (\d+)', printed)
+        place = ":".join(places[-1]) if places else ""
+        if answer.code == -1:
+            self.add(f"hangs: {place}", what, printed)
+        elif answer.code not in (0, 1, 2) or "Traceback" in printed:
+            last = answer.printed.strip().splitlines()[-1] if answer.printed.strip() else ""
+            self.add(f"traceback: {last[:80]} {place}", what, printed)
+        elif len(printed) > LONGEST_ANSWER:
+            self.add("too long an answer", what, printed[:1000])
+
+    def add(self, kind: str, what: object, printed: str) -> None:
+        self.texts.setdefault(kind, f"{what}\n{printed[-1500:]}")
+
+    def report(self) -> str:
+        return "\n\n".join(f"### {kind}: {text}" for kind, text in self.texts.items())
 
 
 # --- settings and files -----------------------------------------------------------------------
@@ -306,11 +287,10 @@ def test_settings_files_and_options(
         words = [str(file) if word == "FILE" else word for word in arguments]
         name, *others = words
         words = [name, "--workspace", str(toy.root), *others]
-        judge(findings, (words, content), ask(capfd, words, 3 * SECONDS_BEFORE_IT_HANGS))
+        findings.judge((words, content), ask(capfd, words, 3 * SECONDS_BEFORE_IT_HANGS))
 
     each()
     toy.restore()
-    (place / "report.txt").write_text(findings.report())
     assert not findings.texts, findings.report()
 
 
@@ -358,21 +338,14 @@ def _stamp(path: Path) -> tuple[int, int]:
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     """Made by real runs in their own processes."""
     root = tmp_path_factory.mktemp("fuzz") / "space"
-    if made := os.environ.get("IIET_FUZZ_WORKSPACE"):  # One that lies there already, to save time.
-        root = Path(made)
-    commands = [
+    for command in (
         ["sweep", "toy", *OPTIONS],
         ["evaluate", "--schedule", "1", *OPTIONS],
         ["influence", *OPTIONS],
         ["export", "--no-measure"],
-    ]
-    for command in commands if not made else []:
-        call = [sys.executable, "-m", "orchestrator.cli", *command, "--workspace", str(root)]
-        done = subprocess.run(call, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    copy = root.parent / "copy"
-    if not copy.exists():
-        shutil.copytree(root, copy)
+    ):
+        run_command(*command, "--workspace", str(root))
+    copy = shutil.copytree(root, root.parent / "copy")
     unread = (".png", ".svg", ".html", ".csv", ".md", ".log", ".lock", ".py")
     files = [
         path.relative_to(copy)
@@ -526,7 +499,7 @@ def test_damaged_files(toy: Toy, capfd: pytest.CaptureFixture[str]) -> None:
         limit = max(SECONDS_BEFORE_IT_HANGS, 5 * usual[name].seconds)
         answer = ask(capfd, calls[name], limit)
         what = f"{file.relative_to(toy.root)} {how} at {at:.6f}, then {name}"
-        judge(findings, what, answer)
+        findings.judge(what, answer)
         known = numbers_of(usual[name].printed)
         new = "\n".join(line for line in numbers_of(answer.printed) if line not in known)
         is_same = numbers_of(answer.printed) == known
@@ -538,7 +511,6 @@ def test_damaged_files(toy: Toy, capfd: pytest.CaptureFixture[str]) -> None:
             _forget_database()
 
     each()
-    (toy.root.parent / "damages.txt").write_text(findings.report())
     assert not findings.texts, findings.report()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from commands import Started, run_command, settings_options
 from small_size import SMALL
-from started_command import start_command
 
 from orchestrator.planning.estimate import LEAST_SECONDS
 from orchestrator.records.tracked_run import TrackedRun
@@ -34,16 +35,15 @@ SECONDS_TO_CLOSE = 8.0  # Ray's processes, on a busy machine.
 def test_ctrl_c_is_answered_at_once_while_mlflow_hangs(
     command: list[str], section: str, folders: str, silent_server: str, tmp_path: Path
 ) -> None:
+    place = ("--workspace", str(tmp_path))
     if section != "training":
-        teacher = start_command("pretrain", "--local", workspace=tmp_path, settings=SMALL)
-        printed, _ = teacher.communicate()
-        assert teacher.returncode == 0, printed
+        run_command("pretrain", "--local", *settings_options(SMALL), *place)
     longer = [f"{section}.num_steps=100000", f"{section}.checkpoint_every_steps=50"]
     if section != "training":
         longer.append("distillation.teacher_cache=false")
-    process = start_command(
-        *command, workspace=tmp_path, settings=[*SMALL, *longer], tracking_uri=silent_server
-    )
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": silent_server}
+    options = settings_options([*SMALL, *longer])
+    process = Started(*command, *options, *place, environment=environment)
     # The first request gets no answer for half a minute; the training does not wait for it.
     while not any(map(find_checkpoints, tmp_path.glob(folders))):
         assert process.poll() is None, process.communicate()[0]

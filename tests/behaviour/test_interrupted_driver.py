@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from commands import Started
 
 from orchestrator.models.folder import weights_key
 from orchestrator.records.training import TrainingJob
@@ -58,20 +57,15 @@ def family() -> Iterator[list[psutil.Process]]:
             process.kill()
 
 
-def start_driver(job: TrainingJob, num_workers: int = 1) -> subprocess.Popen[str]:
+def start_driver(job: TrainingJob, num_workers: int = 1) -> Started:
     path = job.folder.with_suffix(".json")
     path.write_text(json.dumps(job.model_dump(mode="json")))
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(path), str(num_workers)],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    return Started(str(path), str(num_workers), code=DRIVER, own_session=True)
 
 
-def wait_until(condition: Callable[[], Any], driver: subprocess.Popen[str]) -> None:
+def wait_until(condition: Callable[[], Any], driver: Started) -> None:
     while not condition():
-        assert driver.poll() is None, driver.communicate()[1]
+        assert driver.poll() is None, driver.communicate()[0]
         time.sleep(0.05)
 
 
@@ -89,7 +83,7 @@ def test_an_interrupted_driver_leaves_a_run_that_resumes(
         os.killpg(driver.pid, number)  # To the whole group, as a terminal does.
     else:
         driver.send_signal(number)
-    _, errors = driver.communicate(timeout=120)
+    errors, _ = driver.communicate(timeout=120)
 
     if number != signal.SIGKILL:
         assert driver.returncode == 130, errors

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from commands import Started, run_command, settings_options
 from mlflow import MlflowClient
 from small_size import SMALL
 
@@ -18,7 +17,7 @@ from orchestrator.workspace.layout import find_checkpoints
 
 pytestmark = pytest.mark.long
 
-SETTINGS = [part for setting in SMALL for part in ("--set", setting)]
+SETTINGS = settings_options(SMALL)
 PAUSED = [
     "pretrain", "--local", "--name", "paused", *SETTINGS,
     "--set", "training.num_steps=300", "--set", "training.checkpoint_every_steps=20",
@@ -45,28 +44,15 @@ for run in runs:
 """
 
 
-def command(*arguments: str, workspace: Path) -> list[str]:
-    return [
-        *(sys.executable, "-m", "orchestrator.cli"),
-        *arguments,
-        *("--workspace", str(workspace)),
-    ]
-
-
-def run(*arguments: str, workspace: Path) -> str:
-    done = subprocess.run(
-        command(*arguments, workspace=workspace), capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def run(*arguments: str, workspace: Path, code: int = 0) -> str:
+    return run_command(*arguments, "--workspace", str(workspace), code=code)
 
 
 def num_tracked_runs(workspace: Path) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", READ_MODEL, str(workspace)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return int(done.stdout)
+    reading = Started(str(workspace), code=READ_MODEL)
+    printed, _ = reading.communicate()
+    assert reading.returncode == 0, printed
+    return int(printed)
 
 
 def contents(workspace: Path) -> dict[Path, bytes]:
@@ -81,11 +67,9 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workspace = tmp_path_factory.mktemp("original")
     run("sweep", "toy", *SETTINGS, workspace=workspace)
     run("pick", "--best", workspace=workspace)
-    process = subprocess.Popen(
-        command(*PAUSED, workspace=workspace), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    process = Started(*PAUSED, "--workspace", str(workspace))
     while not find_checkpoints(workspace / "runs" / "paused"):
-        assert process.poll() is None, process.communicate()[0].decode()
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
@@ -105,7 +89,7 @@ def test_no_stored_file_names_the_place_of_the_workspace(original: Path) -> None
 def test_a_copy_goes_on_and_the_original_stays(original: Path, tmp_path: Path) -> None:
     there = tmp_path / "a new place"
     before, num_runs = contents(original), num_tracked_runs(original)
-    subprocess.run(["cp", "-r", original, there], check=True)
+    shutil.copytree(original, there, copy_function=shutil.copy)  # With new times, as cp gives.
     report_and_resume(there)
     publish_anew(there)
     assert num_tracked_runs(there) == num_runs
@@ -133,11 +117,7 @@ def publish_anew(there: Path) -> None:
     [experiment] = [e for e in client.search_experiments() if e.name == "iiet-orch"]
     noted = client.search_runs([experiment.experiment_id], "tags.`iiet.kind` = 'pretrain'")[0]
     client.set_tag(noted.info.run_id, "reviewer", "ann")
-    refused = subprocess.run(
-        command("sync", workspace=there), capture_output=True, text=True, timeout=600
-    )
-    said = " ".join(refused.stderr.split())
-    assert refused.returncode == 2, refused.stderr
+    said = " ".join(run("sync", workspace=there, code=2).split())
     assert "`iiet-orch sync --replace` makes it anew" in said
     assert f"Lost with it: the tag reviewer of {noted.info.run_name}" in said
     run("sync", "--replace", workspace=there)

@@ -193,9 +193,3 @@ def test_the_code_raises_the_text(
     with pytest.raises((ValueError, RuntimeError, Interrupted)) as caught:
         RAISED[entry](tiny_job, tmp_path / "model", tiny_tokens)
     assert_printed(entry, str(caught.value))
-
-
-def test_the_page_has_many_entries() -> None:
-    assert len(COMMANDS) >= 20
-    assert len(ENTRIES) >= 27
-    assert set(PREPARED) <= set(COMMANDS)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from changed_trials import with_accuracy, with_job
+from commands import Started
 
 from orchestrator.cluster import task
 from orchestrator.cluster.task import run_local_jobs
@@ -79,7 +78,7 @@ def job(tiny_job: Callable[..., TrainingJob]) -> TrainingJob:
     return tiny_job(num_steps=40, validate_every_steps=40, checkpoint_every_steps=10)
 
 
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., Started]
 
 
 @pytest.fixture
@@ -89,10 +88,7 @@ def start() -> Iterator[Start]:
 
     def start(*jobs: TrainingJob, hold: bool = False, script: str = DRIVER) -> Any:
         asked = json.dumps([job.model_dump(mode="json") for job in jobs])
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, asked, "hold" if hold else ""],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        process = Started(asked, "hold" if hold else "", code=script)
         started.append(process)
         return process
 
@@ -103,7 +99,7 @@ def start() -> Iterator[Start]:
 
 
 @pytest.fixture
-def first(job: TrainingJob, start: Start) -> subprocess.Popen[str]:
+def first(job: TrainingJob, start: Start) -> Started:
     """A process that trains the job and pauses after its first checkpoint."""
     process = start(job, hold=True)
     wait_for(lambda: find_checkpoints(job.folder), process)
@@ -111,14 +107,14 @@ def first(job: TrainingJob, start: Start) -> subprocess.Popen[str]:
 
 
 @pytest.fixture
-def second(job: TrainingJob, start: Start, first: subprocess.Popen[str]) -> subprocess.Popen[str]:
+def second(job: TrainingJob, start: Start, first: Started) -> Started:
     """A process that waits for the first one."""
     process = start(job)
     assert line(process) == WAITING
     return process
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], object], process: Started) -> None:
     give_up_at = time.monotonic() + 150.0
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -130,41 +126,31 @@ def events(job: TrainingJob, *names: str) -> list[dict[str, Any]]:
     return [r for r in read_journal(job.folder)[0] if r.get("name") in names]
 
 
-def line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
+def line(process: Started) -> str:
     return process.stdout.readline()
 
 
-def close_input(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.close()
-    process.stdin = None
-
-
-def result(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+def result(process: Started) -> list[dict[str, Any]]:
     """Return the outcomes that a process prints; it prints nothing else."""
-    printed, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
     outcomes: list[dict[str, Any]] = json.loads(printed)
     return outcomes
 
 
-Process = subprocess.Popen[str]
-
-
 @pytest.mark.slow
 def test_both_processes_return_the_outcome_of_one_training(
-    job: TrainingJob, first: Process, second: Process
+    job: TrainingJob, first: Started, second: Started
 ) -> None:
     assert not finished_outcome(job)
-    close_input(first)
+    first.stdin.close()
     assert result(first) == result(second)
     assert len(events(job, "started", "resumed")) == 1
 
 
 @pytest.mark.slow
 def test_a_waiting_process_takes_over_from_a_killed_one(
-    job: TrainingJob, first: Process, second: Process, monkeypatch: pytest.MonkeyPatch
+    job: TrainingJob, first: Started, second: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first.kill()
     (outcome,) = result(second)
@@ -180,22 +166,22 @@ def test_a_waiting_process_takes_over_from_a_killed_one(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_wait_does_not_disturb_the_other_process(
-    number: int, job: TrainingJob, first: Process, second: Process
+    number: int, job: TrainingJob, first: Started, second: Started
 ) -> None:
     second.send_signal(number)
     assert "interrupted while waiting;" in line(second)
     assert second.wait(timeout=30) == 130
-    close_input(first)
+    first.stdin.close()
     assert result(first)
     assert len(events(job, "started", "resumed")) == 1
 
 
 @pytest.mark.slow
 def test_after_the_first_is_interrupted_the_second_continues(
-    job: TrainingJob, first: Process, second: Process
+    job: TrainingJob, first: Started, second: Started
 ) -> None:
     first.send_signal(signal.SIGINT)
-    close_input(first)
+    first.stdin.close()
     assert "interrupted; saved at step " in line(first)
     assert first.wait(timeout=30) == 130
     assert result(second)
@@ -212,7 +198,7 @@ def test_jobs_in_opposite_orders_are_each_trained_once(job: TrainingJob, start: 
     second = start(*reversed(jobs))
     assert line(second) == WAITING.replace("run", "run-b, run-a")
     assert finished_outcome(jobs[2]), "it trained what was free"
-    close_input(first)
+    first.stdin.close()
     assert result(second)[::-1][:2] == result(first)
     for each in jobs:
         assert len(events(each, "started", "resumed")) == 1
@@ -239,7 +225,7 @@ def test_a_trial_and_a_training_job_of_one_folder_wait_for_each_other(
     driver = start(job, hold=True)
     wait_for(lambda: find_checkpoints(job.folder), driver)
     assert run_trial(trial, wait=False).state == "busy"
-    close_input(driver)
+    driver.stdin.close()
     assert run_trial(trial).state == "made", "measured; trained by the other one"
     assert result(driver)
     assert len(events(job, "started", "resumed")) == 1

@@ -7,15 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import Started, run_command, settings_options
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from small_size import SMALL
-from started_command import start_command
 
 pytestmark = pytest.mark.long
 
-SWEEP = ["sweep-threshold", "--name", "watched"]
 SETTINGS = [
     *SMALL,
     "distillation.training.num_steps=150",
@@ -23,6 +22,7 @@ SETTINGS = [
     "distillation.teacher_cache=false",
     "sweep.num_schedules=2",
 ]
+SWEEP = ["sweep-threshold", "--name", "watched", *settings_options(SETTINGS)]
 
 
 def trials(workspace: Path) -> list[Run]:
@@ -44,10 +44,9 @@ def kind(run: Run) -> str:
 
 
 def test_a_sweep_is_watched_interrupted_and_resumed(tmp_path: Path) -> None:
-    pretraining = start_command("pretrain", "--local", workspace=tmp_path, settings=SETTINGS)
-    printed, _ = pretraining.communicate()
-    assert pretraining.returncode == 0, printed
-    process = start_command(*SWEEP, workspace=tmp_path, settings=SETTINGS)
+    place = ("--workspace", str(tmp_path))
+    run_command("pretrain", "--local", *settings_options(SETTINGS), *place)
+    process = Started(*SWEEP, *place)
     watched: list[Run] = []
     while not watched:
         assert process.poll() is None, process.communicate()[0]
@@ -67,9 +66,7 @@ def test_a_sweep_is_watched_interrupted_and_resumed(tmp_path: Path) -> None:
     assert states["sweep"] == "KILLED"
     assert "RUNNING" not in states.values()
 
-    process = start_command(*SWEEP, workspace=tmp_path, settings=SETTINGS)
-    printed, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, printed
+    run_command(*SWEEP, *place)
     found = trials(tmp_path)
     assert {run.info.status for run in found} == {"FINISHED"}
     keys = [(kind(run), run.data.tags["iiet.key"]) for run in found]

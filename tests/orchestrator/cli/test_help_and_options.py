@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from orchestrator import cli
 from orchestrator.cli.submit import parse_command
-from orchestrator.reporting.front_axes import COSTS, QUALITIES
+from orchestrator.reporting.front import COSTS, QUALITIES
 from orchestrator.settings import (
     DistillationSettings,
     SearchSettings,

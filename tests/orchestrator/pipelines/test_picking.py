@@ -103,7 +103,7 @@ def version_of(context: Context, name: str, alias: str) -> Any:
 
 def test_the_pick_is_exported_and_registered(context: Context, sweep: StoredSweep) -> None:
     choice = pick_from(context, None, PickRule(name="keep"))
-    assert choice.point.result.key == "cheap"
+    assert choice.point.key == "cheap"
     assert "99.6% of the full model's, at 60% of its NFE (3 of 5)" in choice.sentence
     version = version_of(context, NAME, "keep-99")
     assert choice.version == f"models:/{NAME}@keep-99"
@@ -124,7 +124,7 @@ def test_the_pick_is_exported_and_registered(context: Context, sweep: StoredSwee
     card = (choice.folder / "README.md").read_text()
     assert f"Chosen as `keep-99` of the sweep `two-models`: {choice.sentence}." in card
     registered = IIETForCausalLM.from_pretrained(version.source.removeprefix("file://"))
-    student = load_model(Path(str(choice.point.result.checkpoint)))
+    student = load_model(Path(str(choice.point.checkpoint)))
     tokens = torch.arange(8).view(1, 8)
     with torch.no_grad():
         torch.testing.assert_close(registered(tokens).logits, student(tokens))
@@ -183,11 +183,11 @@ def test_the_pick_of_a_draft_is_the_full_model_or_a_model_of_its_own(
         return choice, model.to_decoder().schedule
 
     choice, schedule = picked("own-weights", 1.1, 1.3)
-    assert choice.point.result.key == "pruned"
+    assert choice.point.key == "pruned"
     assert schedule == IterationSchedule((2, 1)), "the full model drafts under 0,0"
     assert "takes 2.00 ms a token with 0,0 as its draft (90% of" in choice.sentence
     choice, schedule = picked("other-weights", 1.3, 1.1)
-    assert choice.point.result.key == "cheap"
+    assert choice.point.key == "cheap"
     assert schedule == IterationSchedule((1, 0))
 
 
@@ -271,7 +271,7 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(
         seeds += with_items(context.workspace, [result], items)
     sweep.model_copy(update={"name": "seeds", "results": (full, *seeds)}).store(context.workspace)
     choice = pick_from(context, "seeds", PickRule(name="cheapest"), to=tmp_path / "seeds")
-    assert choice.point.quality == pytest.approx(0.5)
+    assert choice.point.value("quality/accuracy") == pytest.approx(0.5)
     assert "means over 2 seeds, its checkpoint is that of seed 0" in choice.sentence
     card = (tmp_path / "seeds" / "README.md").read_text()
     assert "| choices | acc | 0.4800 |" in card
@@ -285,7 +285,7 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(
 def test_a_dry_run_exports_nothing(context: Context, sweep: StoredSweep) -> None:
     rule = PickRule(name="budget", budget=2)
     choice = plan_pick(workspace=context.workspace, sweep="two-models", rule=rule)
-    assert choice.point.result.key == "pruned"
+    assert choice.point.key == "pruned"
     assert choice.folder is None
     assert not (context.workspace.exports / "two-models" / "budget-2").exists()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from browser import BROWSER, page_text
-from started_command import start_command
+from commands import Started
 
 from orchestrator.pipelines.ui import LOG_NAME, check_port, serve
 from orchestrator.records.tracked_run import TrackedRun
@@ -117,15 +117,13 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
 def test_the_server_ends_with_its_command(workspace: Workspace, number: int) -> None:
     port = free_port()
-    command = ("ui", "--port", str(port))
-    with start_command(*command, workspace=workspace.root, settings=[]) as process:
-        assert process.stdout
-        while "Ctrl-C stops the server" not in process.stdout.readline():
-            assert process.poll() is None
-        started = servers(port)
-        assert len(started) > 1
-        process.send_signal(number)
-        assert process.wait(60) == (0 if number == signal.SIGHUP else -number)
+    process = Started("ui", "--port", str(port), "--workspace", str(workspace.root))
+    while "Ctrl-C stops the server" not in process.stdout.readline():
+        assert process.poll() is None
+    started = servers(port)
+    assert len(started) > 1
+    process.send_signal(number)
+    assert process.wait(60) == (0 if number == signal.SIGHUP else -number)
     psutil.wait_procs(started, timeout=10)
     assert servers(port) == []
     check_port(port)

@@ -19,15 +19,14 @@ from orchestrator.records.trial import Trial
 from orchestrator.reporting.charts import (
     BASELINE,
     FULL_MODEL,
+    PAPER_MARK,
     Spec,
     curves_chart,
     front_chart,
     influence_chart,
     save_chart,
 )
-from orchestrator.reporting.confidence import with_confidence
-from orchestrator.reporting.front_axes import PAPER_MARK, FrontAxes
-from orchestrator.reporting.pareto import Front
+from orchestrator.reporting.front import FrontAxes, with_confidence
 
 CHARACTER_WIDTH, LETTER_SIZE = 6.7, 8.0
 """Pixels of a name's letters, about."""
@@ -81,35 +80,35 @@ def test_the_front_shows_roles_steps_and_names(sample_results: list[Trial]) -> N
     assert {"Toy", "trial", FULL_MODEL, BASELINE, PAPER_MARK} <= set(texts_in(svg))
     names = names_in(svg)
     assert {"011111 (knee)", "000000", "vanilla", "teacher"} <= set(names)
-    others = [p for p in front.points if p.result.role == "trial" and not p.on_front]
+    others = [row for row in front.rows if row["role"] == "trial" and not row["on_front"]]
     assert others
-    assert len(names) == len(front.points) - len(others)
+    assert len(names) == len(front.rows) - len(others)
+    bars = re.findall(r'<line [^>]*x2="0" y2="(-?[\d.]+)"[^>]*stroke-width="1.2"', svg)
+    errors = sorted(row["error"] for row in front.rows)
+    lengths = sorted(abs(float(bar)) for bar in bars)
+    assert [length / lengths[-1] for length in lengths] == pytest.approx(
+        [error / errors[-1] for error in errors], rel=1e-3
+    )
+    with pytest.raises(ValueError, match="at least one result"):
+        front_chart(sample_front([]))
 
 
 def test_every_pair_of_axes_has_its_front(sample_results: list[Trial]) -> None:
     results = [*sample_results, sample_trial(key="new", cost={"evaluations": 1.0})]
-    sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(results)}
-    chart = front_chart(sample_front(results, sweep_of=sweep_of))
+    chart = front_chart(sample_front(results))
     costs, qualities = menu(chart, "cost"), menu(chart, "quality")
     assert {"cost/evaluations", "cost/flops_per_token"} <= set(costs)
     numbers = next(param["expr"] for param in chart["params"] if param["name"] == "full")
     fulls = re.findall(r"\[([-\d.e+]+), ([-\d.e+]+)\]", numbers)
     for number, pair in enumerate(itertools.product(costs, qualities)):
-        expected = sample_front(results, FrontAxes(*pair), sweep_of=sweep_of)
-
-        def places(front: Front) -> list[tuple[float, float]]:
-            return sorted((point.cost, point.quality) for point in front.members)
-
-        def drawn_on(which: str, number: int = number, pair: Any = pair) -> list[Any]:
-            rows = [row for row in rows_of(chart) if number in row[which]]
-            return sorted(tuple(row[name] for name in pair) for row in rows)
-
-        assert drawn_on("members") == [pytest.approx(place) for place in places(expected)]
-        own = [place for part in expected.by_sweep.values() for place in places(part)]
-        assert drawn_on("own") == [pytest.approx(place) for place in sorted(own)]
+        expected = sample_front(results, FrontAxes(*pair))
+        rows = [row for row in rows_of(chart) if number in row["members"]]
+        drawn_on = sorted(tuple(row[name] for name in pair) for row in rows)
+        places = sorted((row["cost"], row["quality"]) for row in expected.members)
+        assert drawn_on == [pytest.approx(place) for place in places]
         full = expected.full
         assert full
-        assert [float(part) for part in fulls[number]] == [full.cost, full.quality]
+        assert [float(part) for part in fulls[number]] == [full["cost"], full["quality"]]
 
 
 def test_names_do_not_overlap(sample_results: list[Trial]) -> None:
@@ -135,29 +134,13 @@ def test_a_loss_has_an_inverted_axis(sample_results: list[Trial]) -> None:
         assert teacher < cheapest, "the better model is higher"
 
 
-def test_several_sweeps_lie_under_the_front_of_all(sample_results: list[Trial]) -> None:
+def test_the_trials_of_each_sweep_have_a_color_and_a_shape(sample_results: list[Trial]) -> None:
     half = [result for result in sample_results if result.role == "trial"][::2]
     sweep_of = {r.key: "first" if r in half else "second" for r in sample_results}
-    front = sample_front(sample_results, sweep_of=sweep_of)
-    svg = drawn(front_chart(front))
+    svg = drawn(front_chart(sample_front(sample_results, sweep_of=sweep_of)))
     assert {"first", "second", FULL_MODEL} <= set(texts_in(svg))
-    steps = re.findall(r'<path d="M[^"]*L[^"]*" stroke="(#\w+)" stroke-width="(1.5|2)"', svg)
-    assert sorted(width for _, width in steps) == ["1.5", "1.5", "2"]
-    assert len({color for color, _ in steps}) == 3, "one of each sweep, and that of all"
-
-
-def test_errors_are_drawn_and_an_empty_front_is_refused(sample_results: list[Trial]) -> None:
-    front = sample_front(sample_results)
-    svg = drawn(front_chart(front))
-    bars = re.findall(r'<line [^>]*x2="0" y2="(-?[\d.]+)"[^>]*stroke-width="1.2"', svg)
-    errors = sorted(point.error or 0.0 for point in front.points)
-    assert len(bars) == len([error for error in errors if error])
-    lengths = sorted(abs(float(bar)) for bar in bars)
-    assert [length / lengths[-1] for length in lengths] == pytest.approx(
-        [error / errors[-1] for error in errors], rel=1e-3
-    )
-    with pytest.raises(ValueError, match="at least one result"):
-        front_chart(sample_front([]))
+    steps = re.findall(r'<path d="M[^"]*L[^"]*" stroke="#\w+" stroke-width="([\d.]+)"', svg)
+    assert steps == ["2"], "one line: the front of all"
 
 
 def test_a_model_with_an_infinite_number_is_not_drawn() -> None:

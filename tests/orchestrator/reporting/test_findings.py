@@ -1,37 +1,67 @@
-"""Findings: the sentences claim no more than the numbers support."""
+"""Sentences claim no more than the numbers support; rules and drafts pick the model they say."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from sample_trials import sample_front
+import pytest
+from sample_trials import sample_front, sample_trial
 
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.confidence import with_confidence
 from orchestrator.reporting.findings import findings
+from orchestrator.reporting.front import Front, with_confidence
 from orchestrator.reporting.mlflow_report import front_metrics
+from orchestrator.reporting.pick_rules import (
+    PickRule,
+    best_drafts,
+    draft_sentences,
+    draft_targets,
+    pick_draft,
+    pick_from_front,
+)
+from orchestrator.reporting.statistics import KEEPS_METRIC
+from orchestrator.reporting.tables import models_table
 from orchestrator.settings import TrainingSettings
+from orchestrator.workspace.errors import UserError
+
+
+@pytest.fixture
+def front(sample_results: list[Trial]) -> Front:
+    return sample_front(sample_results)
 
 
 def with_accuracy(result: Trial, accuracy: float) -> Trial:
     return result.with_numbers("quality", {"accuracy": accuracy})
 
 
-def test_the_first_sentence_is_the_cheapest_that_keeps_the_quality(
-    sample_results: list[Trial],
-) -> None:
-    first = findings(sample_front(sample_results))[0]
+def keeping(front: Front, keeps: dict[str, float]) -> Front:
+    """Return the front with these confidences of keeping the quality, and 0.5 of all others."""
+    sure = front.table["key"].map(lambda key: keeps.get(key, 0.5))
+    return replace(front, table=front.table.assign(**{KEEPS_METRIC: sure}))
+
+
+def test_sentences_of_a_front_without_items(sample_results: list[Trial], front: Front) -> None:
+    first = findings(front)[0]
     assert first.startswith(
         "The cheapest model that keeps 99% of the full model's quality is 0,1,1,1,1,1"
     )
     assert "99.4% of the full model's, at 46% of its NFE (11 of 24)" in first
+    metrics = front_metrics(front)
+    assert (metrics["front/size"], metrics["front/knee_cost"]) == (6, 11)
+    assert 0.7 < metrics["front/hypervolume"] < 0.8
+    assert metrics["front/reference_cost"] == 24
+    assert metrics["front/keeping_99_share_of_full"] > 0.99
+    results = [with_accuracy(r, 0.2) if r.role == "trial" else r for r in sample_results]
+    none = "No cheaper model keeps 99% of the full model's quality."
+    assert findings(sample_front(results))[0] == none
+    nothing = "No trial has been measured in accuracy and NFE per token yet."
+    assert findings(sample_front([])) == [nothing]
 
 
-def test_a_baseline_is_called_worse_only_beyond_the_error(
-    sample_results: list[Trial],
-) -> None:
+def test_a_baseline_is_called_worse_only_beyond_the_error(sample_results: list[Trial]) -> None:
     def about_vanilla(accuracy: float) -> str:
         results = [
             with_accuracy(r, accuracy) if r.label == "vanilla" else r for r in sample_results
@@ -52,11 +82,12 @@ def test_a_distilled_baseline_is_compared_with_the_schedule_of_its_cost(
     sample_results: list[Trial],
 ) -> None:
     (vanilla,) = (r for r in sample_results if r.label == "vanilla")
-    deep = vanilla.model_copy(
-        update={
-            "key": "deep", "label": "vanilla, 11 layers, distilled", "parent": "7e1c0ffee0000000",
-        }
-    ).with_numbers("cost", {"evaluations": 10.9})  # fmt: skip
+    changes = {
+        "key": "deep",
+        "label": "vanilla, 11 layers, distilled",
+        "parent": "7e1c0ffee0000000",
+    }
+    deep = vanilla.model_copy(update=changes).with_numbers("cost", {"evaluations": 10.9})
     said = findings(sample_front([*sample_results, with_accuracy(deep, 0.3)]))
     (about,) = (sentence for sentence in said if sentence.startswith("vanilla, 11 layers"))
     assert "is worse than 0,1,1,1,1,1, the schedule of the nearest cost, by 14 points" in about
@@ -71,79 +102,172 @@ def test_a_distilled_baseline_is_compared_with_the_schedule_of_its_cost(
 
 
 def test_claims_have_their_confidence(
-    sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
+    sample_results: list[Trial], front: Front, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
-    front = with_confidence(sample_front(sample_results), sample_evaluations, num_resamples=1000)
-    said = findings(front)
-    kept = front.cheapest_keeping(0.99)
+    unsure, front = front, with_confidence(front, sample_evaluations, num_resamples=1000)
+    said, kept = findings(front), front.cheapest_keeping(0.99)
     assert kept is not None
-    assert kept.confidence is not None
-    assert 0.8 < (kept.confidence.keeps or 0) < 0.95
-    assert f"it keeps 99% with confidence {kept.confidence.keeps:.2f}" in said[0]
+    keeps = front.keeps(kept)
+    assert keeps is not None
+    assert 0.8 < keeps < 0.95
+    assert f"it keeps 99% with confidence {keeps:.2f}" in said[0]
     # The cheapest is not certain enough; a costlier one is.
-    assert said[1].startswith(
-        "The cheapest model that keeps it with a confidence of 0.95 or more is "
-    )
+    sure = "The cheapest model that keeps it with a confidence of 0.95 or more is "
+    assert said[1].startswith(sure)
     assert "with confidence >0.99" in said[1]
     vanilla = next(s for s in said if s.startswith("vanilla"))
     # Over the same items: separate errors make it 1.7.
     assert "is worse than 0,1,1,1,1,1 by 2.6 points, 2.0 to 3.3 in 95% of the draws" in vanilla
     assert "the share of 1,000 draws in which the claim holds" in said[-1]
-    assert (
-        "Each draw samples 2,000 of the 2,000 items that all models answered, with replacement"
-        in said[-1]
+    drawn = "Each draw samples 2,000 of the 2,000 items that all models answered, with replacement"
+    assert drawn in said[-1]
+    assert front_metrics(front)["front/keeping_99_confidence_keeps_99"] == keeps
+
+    # A confidence of exactly 0.95 is enough.
+    dearer = next(r for r in front.rows if r["is_candidate"] and r["cost"] > kept["cost"])
+    assert sure not in " ".join(findings(keeping(front, {kept["key"]: 0.95})))
+    said = findings(keeping(front, {kept["key"]: 0.94, dearer["key"]: 0.95}))
+    assert sure + dearer["label"] in " ".join(said)
+
+    other = next(r.key for r in sample_results if r.label == "vanilla")
+    same = {**sample_evaluations, other: sample_evaluations[kept["key"]]}
+    said = findings(with_confidence(unsure, same, num_resamples=200))
+    vanilla = next(s for s in said if s.startswith("vanilla"))
+    assert "differ by less than these items can resolve (0.0 points, 0.0 to 0.0 in" in vanilla
+
+
+# Rules
+
+
+def test_rules_pick_the_model_they_say(front: Front) -> None:
+    for name in ("best", "cheapest", "knee"):
+        assert pick_from_front(front, PickRule(name=name)) is front.picks[name]  # type: ignore[arg-type]
+    costs = []
+    for share in (0.9, 0.93, 0.97, 0.985, 0.99, 1.0):
+        chosen = pick_from_front(front, PickRule(name="keep", share=share))
+        costs.append(chosen["cost"])
+        keeping = [row for row in front.members if (front.share(row) or 0) >= share]
+        assert chosen["cost"] == min(row["cost"] for row in keeping)
+    assert costs == sorted(costs)
+    assert costs[0] < costs[-1]
+    chosen = pick_from_front(front, PickRule(name="budget", budget=12))
+    assert chosen["quality"] == max(r["quality"] for r in front.members if r["cost"] <= 12)
+
+    judged = keeping_by_cost(front)
+    chosen = pick_from_front(judged, PickRule(name="keep", confidence=0.5))
+    assert chosen["cost"] == min(
+        r["cost"] for r in judged.rows if r["is_candidate"] and r["cost"] >= 12
     )
-    assert front_metrics(front)["front/keeping_99_confidence_keeps_99"] == kept.confidence.keeps
+    # The full model keeps all of itself, whatever the draws.
+    assert pick_from_front(judged, PickRule(name="keep", confidence=0.999))["cost"] == 24
 
 
-def test_a_confidence_of_exactly_0_95_is_enough(
-    sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
-) -> None:
-    front = with_confidence(sample_front(sample_results), sample_evaluations, num_resamples=100)
-
-    kept = front.cheapest_keeping(0.99)
-    assert kept is not None
-    dearer = next(p for p in front.points if p.is_candidate and p.cost > kept.cost)
-
-    def said(keeps: dict[str, float]) -> str:
-        points = tuple(
-            replace(p, confidence=replace(p.confidence, keeps=keeps.get(p.result.key, 0.5)))
-            for p in front.points
-            if p.confidence
-        )
-        return " ".join(findings(replace(front, points=points)))
-
-    sure = "The cheapest model that keeps it with a confidence of 0.95 or more is "
-    assert sure not in said({kept.result.key: 0.95})
-    assert sure + dearer.result.label in said({kept.result.key: 0.94, dearer.result.key: 0.95})
+def keeping_by_cost(front: Front) -> Front:
+    return keeping(front, {row["key"]: row["cost"] / 24 for row in front.rows})
 
 
-def test_an_unresolved_difference_is_stated(
-    sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
-) -> None:
-    kept, vanilla = (
-        next(r for r in sample_results if r.label == label) for label in ("0,1,1,1,1,1", "vanilla")
+def test_a_rule_that_no_model_meets_names_the_nearest(front: Front) -> None:
+    for rule, message in (
+        (PickRule(name="keep", share=1.5), r"the best keeps 1\.00"),
+        (PickRule(name="budget", budget=1), "the cheapest costs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pick_from_front(front, rule)
+    with pytest.raises(UserError, match="measured in accuracy"):
+        pick_from_front(sample_front([]), PickRule(name="best"))
+    wrong: list[dict[str, Any]] = [
+        {"share": 0.0}, {"share": 99.0}, {"confidence": 1.0}, {"confidence": -0.1},
+    ]  # fmt: skip
+    for numbers in wrong:
+        with pytest.raises(UserError, match=r"got -?\d"):
+            PickRule(name="keep", **numbers)
+
+
+def test_aliases_are_names_that_mlflow_takes() -> None:
+    rules = {
+        "keep-99": PickRule(name="keep"),
+        "keep-98_5-sure-90": PickRule(name="keep", share=0.985, confidence=0.9),
+        "budget-1_5e09": PickRule(name="budget", budget=1.5e9),
+        "knee": PickRule(name="knee"),
+    }
+    assert [rule.alias for rule in rules.values()] == list(rules)
+
+
+# Drafts
+
+
+def trial(
+    label: str, evaluations: int, checkpoint: str, speed_up: float | None = None, **values: Any
+) -> Trial:
+    numbers = {"acceptance": 0.8, "exact_ms_per_token": 5.0 / speed_up} if speed_up else {}
+    return sample_trial(
+        key=f"key of {label}",
+        label=label,
+        checkpoint=checkpoint,
+        cost={"evaluations": evaluations},
+        quality={"accuracy": 0.5},
+        decoding={**numbers, "speed_up": speed_up},
+        **values,
     )
-    evaluations = {**sample_evaluations, vanilla.key: sample_evaluations[kept.key]}
-    front = with_confidence(sample_front(sample_results), evaluations, num_resamples=200)
-    said = next(s for s in findings(front) if s.startswith("vanilla"))
-    assert "differ by less than these items can resolve (0.0 points, 0.0 to 0.0 in" in said
 
 
-def test_a_front_that_keeps_no_quality_says_so(sample_results: list[Trial]) -> None:
-    results = [with_accuracy(r, 0.2) if r.role == "trial" else r for r in sample_results]
-    assert findings(sample_front(results))[0] == (
-        "No cheaper model keeps 99% of the full model's quality."
-    )
-    assert findings(sample_front([])) == [
-        "No trial has been measured in accuracy and NFE per token yet."
+TEACHER = trial("teacher", 8, "t", role="teacher")
+ELASTIC = trial("elastic 3,3", 8, "e")
+
+
+def test_a_trial_drafts_for_the_costliest_schedule_of_its_weights_or_for_the_teacher() -> None:
+    results = [
+        TEACHER,
+        ELASTIC,
+        trial("elastic 1,3", 6, "e"),
+        trial("elastic 0,0", 2, "e"),
+        trial("pruned 0,3", 5, "t"),
+        trial("student 3,3", 8, "s1"),
+        trial("student 0,3", 5, "s2"),
+        trial("vanilla", 2, "v", role="baseline"),
     ]
+    targets = draft_targets(results)
+    assert {key.removeprefix("key of "): full.label for key, full in targets.items()} == {
+        "elastic 1,3": "elastic 3,3",
+        "elastic 0,0": "elastic 3,3",
+        "pruned 0,3": "teacher",
+        "student 0,3": "teacher",
+    }
+    assert draft_targets([ELASTIC, trial("vanilla", 2, "v", role="baseline")]) == {}
 
 
-def test_metrics_of_the_front_are_finite_numbers(sample_results: list[Trial]) -> None:
-    metrics = front_metrics(sample_front(sample_results))
-    assert metrics["front/size"] == 6
-    assert metrics["front/knee_cost"] == 11
-    assert 0.7 < metrics["front/hypervolume"] < 0.8
-    assert metrics["front/reference_cost"] == 24
-    assert metrics["front/keeping_99_share_of_full"] > 0.99
+def test_the_fastest_draft_of_each_full_model_is_picked() -> None:
+    results = [
+        TEACHER,
+        ELASTIC,
+        trial("elastic 1,3", 6, "e", 1.2),
+        trial("elastic 0,0", 2, "e", 1.25),
+        trial("elastic 0,1", 3, "e"),
+        trial("student 0,3", 5, "s", 0.8),
+    ]
+    assert {name: best.label for name, best in best_drafts(results).items()} == {
+        "elastic 3,3": "elastic 0,0",
+        "teacher": "student 0,3",
+    }
+    assert pick_draft(results, "elastic 3,3").label == "elastic 0,0"
+    unmeasured = [TEACHER, trial("student 0,3", 5, "s")]
+    for among, model, message in (
+        (results, "teacher", r"no draft speeds up teacher: .* 1\.25 times as long"),
+        (results, "full", r"no draft of 'full' was measured; say elastic 3,3; teacher"),
+        (unmeasured, "teacher", "no measured drafts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pick_draft(among, model)
+    front = sample_front(results)
+    said = [sentence for sentence in findings(front) if "draft" in sentence]
+    assert said == draft_sentences(front.trials)
+    assert said == [
+        "The exact output of elastic 3,3 takes 4.00 ms a token with elastic 0,0 as its draft (80% "
+        "of the drafted tokens kept), plain decoding 1.25 times as long.",
+        "No draft speeds up the exact output of teacher; the best is student 0,3 as its draft (80% "
+        "of the drafted tokens kept).",
+    ]
+    table = models_table(front).to_markdown().splitlines()
+    assert "exact ms" in table[0]
+    assert any("80% | 4.00 |" in line for line in table)
+    assert draft_sentences([TEACHER]) == []

@@ -1,4 +1,4 @@
-"""Sweep report: its files, one MLflow run for repeated reports, reports from stored results."""
+"""Reports of one sweep and of several: their files, one MLflow run, from stored results alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sqlite3
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from fake_tracking import FakeTracking
@@ -17,10 +17,9 @@ from sample_trials import with_items
 
 from iiet.influence import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.findings import findings
-from orchestrator.reporting.front_axes import FrontAxes, parse_axes
-from orchestrator.reporting.front_tables import model_rows
+from orchestrator.reporting.front import FrontAxes, parse_axes
 from orchestrator.reporting.mlflow_report import chart_view_key, run_note, track_results
 from orchestrator.reporting.results import (
     LEFT_OUT_TITLE,
@@ -29,6 +28,7 @@ from orchestrator.reporting.results import (
 )
 from orchestrator.reporting.statistics import SUMMARY_METRICS
 from orchestrator.reporting.sweep_report import sweep_front, write_sweep_report
+from orchestrator.reporting.tables import model_rows
 from orchestrator.reporting.training_curves import HYPERVOLUME_BY_TRIALS, history_folder
 from orchestrator.tracking import Tracking, open_tracking
 from orchestrator.workspace.errors import UserError
@@ -73,93 +73,87 @@ def sweep(
     )
 
 
+def changed(sweep: StoredSweep, **changes: Any) -> StoredSweep:
+    return sweep.model_copy(update=changes)
+
+
 def test_files_are_written_and_read_back_without_the_trials(
     workspace: Workspace, sweep: StoredSweep
 ) -> None:
+    journal = Journal(history_folder(sweep.folder(workspace), sweep.key))
+    for step in (1, 2, 3):
+        journal.metrics(step, {HYPERVOLUME_BY_TRIALS: 0.1 * step})
+    journal.close()
     written = write_sweep_report(workspace, sweep)
     assert {path.name for path in written.files} == FILES
     assert all(path.stat().st_size > 100 for path in written.files)
     assert written.page is not None
-    assert "distillation.kl_weight" in written.page.read_text(encoding="utf-8")
+    page = written.page.read_text(encoding="utf-8")
+    assert "distillation.kl_weight" in page
+    assert "Hypervolume against trials finished" in page
     assert load_sweep_results(workspace, "toy") == sweep
     before = {path.name: path.read_bytes() for path in written.files}
     again = write_sweep_report(workspace, "toy")
     assert {path.name: path.read_bytes() for path in again.files} == before
 
-
-def test_other_axes_get_their_own_folder(workspace: Workspace, sweep: StoredSweep) -> None:
-    usual = write_sweep_report(workspace, sweep)
+    # Other axes get their own folder, without the hypervolume on the usual axes.
     other = write_sweep_report(workspace, "toy", axes=parse_axes("ms", "perplexity"))
-    assert other.folder == usual.folder / "perplexity-ms"
+    assert other.folder == written.folder / "perplexity-ms"
     assert {path.name for path in other.files} == FILES
     assert other.report.front.axes.quality == "quality/perplexity"
-    assert (usual.folder / "front.json").is_file()
+    assert other.page is not None
+    assert "Hypervolume against" not in other.page.read_text(encoding="utf-8")
+    assert {path.name: path.read_bytes() for path in written.files} == before
 
 
 @pytest.mark.slow
 def test_paired_errors_come_from_the_stored_items(
     workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
-    results = with_items(workspace, sweep.results, sample_evaluations)
-    sweep = sweep.model_copy(update={"results": results})
+    sweep = changed(sweep, results=with_items(workspace, sweep.results, sample_evaluations))
     written = write_sweep_report(workspace, sweep)
     assert written.report.front.basis is not None
     assert written.report.front.basis.num_items == 2000
-    text = (written.folder / "front.md").read_text("utf-8")
-    assert "### lastword (acc)" in text
+    assert "### lastword (acc)" in (written.folder / "front.md").read_text("utf-8")
     # A model with a damaged file has no confidence; the report is written all the same.
-    (workspace.evaluations / f"{sweep.results[1].key}-lastword.json").write_text("{")
+    lost = sweep.results[1]
+    (workspace.evaluations / f"{lost.key}-lastword.json").write_text("{")
     again = write_sweep_report(workspace, sweep)
-    lacking = [p for p in again.report.front.points if p.confidence is None]
-    assert [p.result.key for p in lacking] == [sweep.results[1].key]
+    front = again.report.front
+    assert {row["key"] for row in front.rows} - {key for key, _, _ in front.intervals} == {lost.key}
     said = again.report.sentences[0]
     assert said.startswith("These models have no paired errors, because the files with their")
-    assert said.endswith(f": {sweep.results[1].name}.")
+    assert said.endswith(f": {lost.name}.")
     assert said in write_sweep_report(workspace, "toy", "toy").report.sentences
 
 
-def of_two_seeds(workspace: Workspace, sweep: StoredSweep) -> StoredSweep:
-    """Return the sweep with each student trained under two seeds."""
+def test_seeds_have_curves_paired_errors_and_runs(
+    workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
+) -> None:
     results: list[Trial] = []
     for result in sweep.results:
-        for seed in (0, 1) if result.role == "trial" else (None,):
-            key = result.key if seed is None else f"{result.key}-{seed}"
-            folder = workspace.trials / key
-            if seed is not None:
-                shutil.copytree(workspace.trials / result.key, folder)
-            label = result.label if seed is None else f"{result.label}, seed {seed}"
-            results.append(
-                result.model_copy(
-                    update={
-                        "key": key,
-                        "label": label,
-                        "seed": seed,
-                        "group": None if seed is None else result.label,
-                        "checkpoint": str(folder / "step_00000020"),
-                    }
-                )
-            )
-    return sweep.model_copy(update={"results": tuple(results)})
-
-
-def test_each_seed_has_its_curve(workspace: Workspace, sweep: StoredSweep) -> None:
-    seeded = of_two_seeds(workspace, sweep)
+        if result.role != "trial":
+            results.append(result)
+            continue
+        for seed in (0, 1):
+            folder = workspace.trials / f"{result.key}-{seed}"
+            shutil.copytree(workspace.trials / result.key, folder)
+            changes = {
+                "key": folder.name,
+                "label": f"{result.label}, seed {seed}",
+                "seed": seed,
+                "group": result.label,
+                "checkpoint": str(folder / "step_00000020"),
+            }
+            results.append(result.model_copy(update=changes))
+    found = {r.key: sample_evaluations[r.key.partition("-")[0]] for r in results}
+    seeded = changed(sweep, results=with_items(workspace, results, found))
     alone, several = (write_sweep_report(workspace, each).report.curves for each in (sweep, seeded))
     assert list(several) == list(alone)
     title = "Validation loss while training"
-    names = [name for name, _ in alone[title]]
-    assert [name for name, _ in several[title]] == [
-        f"{name}, seed {seed}" for name in names for seed in (0, 1)
-    ]
+    names = [f"{name}, seed {seed}" for name, _ in alone[title] for seed in (0, 1)]
+    assert [name for name, _ in several[title]] == names
 
-
-def test_seeds_have_paired_errors_and_runs(
-    workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
-) -> None:
-    seeded = of_two_seeds(workspace, sweep)
-    found = {r.key: sample_evaluations[r.key.partition("-")[0]] for r in seeded.results}
-    results = with_items(workspace, seeded.results, found)
-    seeded = seeded.model_copy(update={"results": results})
     front, notes = sweep_front(workspace, [seeded], FrontAxes())
     assert not notes
     tracking = FakeTracking()
@@ -176,7 +170,7 @@ def test_seeds_have_paired_errors_and_runs(
         assert Path(row["checkpoint"]).parent.name == row["run_id"].removeprefix("run of ")
     assert "It covers the seeds of models that have several" in findings(front)[-1]
     stored, _ = sweep_front(workspace, [tracked], FrontAxes())
-    assert {p.result.run_id for p in stored.points} == {row["run_id"] for row in rows}
+    assert {row["run_id"] for row in stored.rows} == {row["run_id"] for row in rows}
 
 
 def num_points(workspace: Workspace) -> int:
@@ -188,8 +182,7 @@ def num_points(workspace: Workspace) -> int:
 def test_mlflow_holds_the_sweep_once(
     workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
-    results = with_items(workspace, sweep.results, sample_evaluations)
-    sweep = sweep.model_copy(update={"results": results})
+    sweep = changed(sweep, results=with_items(workspace, sweep.results, sample_evaluations))
     tracking = open_tracking(workspace, warn=pytest.fail)
     first = write_sweep_report(workspace, sweep, tracking=tracking)
     points = num_points(workspace)
@@ -201,11 +194,7 @@ def test_mlflow_holds_the_sweep_once(
     experiment = str(tracking.experiment_id)
     nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{first.run_id}'")
     assert len(nested) == 12
-    assert sorted({run.data.tags["iiet.kind"] for run in nested}) == [
-        "baseline",
-        "teacher",
-        "trial",
-    ]
+    assert {run.data.tags["iiet.kind"] for run in nested} == {"baseline", "teacher", "trial"}
     knee = next(run for run in nested if run.data.params.get("schedule") == "0,1,1,1,1,1")
     assert knee.data.params["r_02"] == "1"
     assert knee.data.metrics["cost/evaluations"] == 11
@@ -219,12 +208,8 @@ def test_mlflow_holds_the_sweep_once(
     path = client.download_artifacts(first.run_id, "front/intervals.json", str(workspace.root))
     table = json.loads(Path(path).read_text("utf-8"))
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-    [row] = [
-        row
-        for row in rows
-        if (row["model"], row["against"]) == ("0,1,1,1,1,1", "teacher")
-        and row["measured"] == "quality/accuracy"
-    ]
+    wanted = ("0,1,1,1,1,1", "teacher", "quality/accuracy")
+    [row] = [r for r in rows if (r["model"], r["against"], r["measured"]) == wanted]
     assert row["difference"] == pytest.approx(-0.003)
     assert row["low"] < row["difference"] < row["high"]
     losses = client.get_metric_history(knee.info.run_id, "train/loss")
@@ -256,7 +241,7 @@ def test_a_long_note_refers_to_the_artifacts(workspace: Workspace, sweep: Stored
         for n in range(12)
         for result in sweep.results
     ]
-    written = write_sweep_report(workspace, sweep.model_copy(update={"results": tuple(many)}))
+    written = write_sweep_report(workspace, changed(sweep, results=tuple(many)))
     note = run_note(written.report)
     assert len(note) <= 8000
     assert "front/table.json" in note
@@ -268,55 +253,47 @@ def test_a_long_note_refers_to_the_artifacts(workspace: Workspace, sweep: Stored
 def test_a_model_that_was_only_measured_has_no_journal_of_its_own(sweep: StoredSweep) -> None:
     teacher, trial = sweep.results[:2]
     pruned = trial.model_copy(update={"checkpoint": teacher.checkpoint})
-    sweep = sweep.model_copy(update={"results": (teacher, pruned)})
+    sweep = changed(sweep, results=(teacher, pruned))
     assert sweep.journal_of(teacher) is not None
     assert sweep.journal_of(pruned) is None
 
 
-def test_models_left_out_of_the_front_are_named(workspace: Workspace, sweep: StoredSweep) -> None:
-    reason = "vanilla is left out: done.json is damaged"
-    sweep = sweep.model_copy(update={"facts": {**sweep.facts, LEFT_OUT_TITLE: {"v-1": reason}}})
-    write_sweep_report(workspace, sweep)
-    written = write_sweep_report(workspace, "toy")
-    sentence = f"Run v-1: {reason}."
-    assert written.report.sentences[0] == sentence, "the terminal's first sentence"
-    assert written.page is not None
-    assert sentence in written.page.read_text(encoding="utf-8")
-    assert sentence in (written.folder / "front.md").read_text(encoding="utf-8")
-    assert sentence in run_note(written.report)
-
-
-def test_an_average_without_some_tasks_has_a_note(
+def test_what_is_left_out_is_said_first(
     workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     skipped = {"skipped": {"piqa": "it needs the hub"}}
     less = {key: found.model_copy(update=skipped) for key, found in sample_evaluations.items()}
+    reason = "vanilla is left out: done.json is damaged"
+    facts = {**sweep.facts, LEFT_OUT_TITLE: {"v-1": reason}}
     results = with_items(workspace, sweep.results, less)
-    sweep = sweep.model_copy(update={"results": results})
-    sentence = "Averages do not include piqa: it needs the hub."
-    assert write_sweep_report(workspace, sweep).report.sentences[0] == sentence
-    assert sentence in write_sweep_report(workspace, "toy", "toy").report.sentences
+    write_sweep_report(workspace, changed(sweep, results=results, facts=facts))
+    written = write_sweep_report(workspace, "toy")
+    sentences = [f"Run v-1: {reason}.", "Averages do not include piqa: it needs the hub."]
+    assert written.report.sentences[:2] == sentences
+    assert written.page is not None
+    for text in (
+        written.page.read_text(encoding="utf-8"),
+        (written.folder / "front.md").read_text(encoding="utf-8"),
+        run_note(written.report),
+    ):
+        assert all(sentence in text for sentence in sentences)
 
 
 def test_a_sweep_without_measured_results_has_a_report(
     workspace: Workspace, sweep: StoredSweep
 ) -> None:
     """Also where a baseline was."""
-    bare = tuple(
-        result.model_copy(
-            update={"numbers": {n: v for n, v in result.numbers.items() if n[:8] != "quality/"}}
-        )
-        for result in sweep.results
-    )
-    written = write_sweep_report(workspace, sweep.model_copy(update={"results": bare}))
+    bare = []
+    for result in sweep.results:
+        numbers = {n: v for n, v in result.numbers.items() if n[:8] != "quality/"}
+        bare.append(result.model_copy(update={"numbers": numbers}))
+    written = write_sweep_report(workspace, changed(sweep, results=tuple(bare)))
     assert written.page is None
     assert "No trial has been measured" in (written.folder / "front.md").read_text("utf-8")
-    placed = tuple(
-        result if result.role == "baseline" else bare
-        for result, bare in zip(sweep.results, bare, strict=True)
-    )
+    pairs = zip(sweep.results, bare, strict=True)
+    placed = tuple(full if full.role == "baseline" else less for full, less in pairs)
     assert {result.role for result in placed} > {"baseline"}
-    written = write_sweep_report(workspace, sweep.model_copy(update={"results": placed}))
+    written = write_sweep_report(workspace, changed(sweep, results=placed))
     assert not written.report.front.members
     assert (written.folder / "front.md").is_file()
 
@@ -328,13 +305,21 @@ def test_missing_and_damaged_sweeps_are_user_errors(
         write_sweep_report(workspace, "tyo")
     write_sweep_report(workspace, sweep)
     with pytest.raises(UserError, match="there are: toy"):
-        write_sweep_report(workspace, "tyo")
+        write_sweep_report(workspace, "toy", "tyo")
     (workspace.sweeps / "begun").mkdir()
     with pytest.raises(UserError, match="begun has no result yet"):
         write_sweep_report(workspace, "begun")
-    (workspace.sweeps / "toy" / RESULTS_FILE).write_text('{"name": "toy"}')
+    stored = workspace.sweeps / "toy" / RESULTS_FILE
+    before = stored.read_bytes()
+    stored.write_text('{"name": "toy"}')
     with pytest.raises(UserError, match="damaged"):
         write_sweep_report(workspace, "toy")
+    # A copied sweep is its own sweep.
+    stored.write_bytes(before)
+    values = {**sweep.model_dump(mode="json"), "facts": {}}
+    write_json(workspace.sweeps / "copy" / RESULTS_FILE, values)
+    assert write_sweep_report(workspace, "copy").folder == workspace.sweeps / "copy"
+    assert stored.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["../../outside", "../ws/sweeps/toy", "/tmp/outside", "..", ""])
@@ -357,26 +342,51 @@ def test_a_name_cannot_lead_out_of_the_sweeps_folder(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_copied_sweep_is_its_own_sweep(workspace: Workspace, sweep: StoredSweep) -> None:
-    stored = write_sweep_report(workspace, sweep).folder / RESULTS_FILE
-    before = stored.read_bytes()
-    write_json(
-        workspace.sweeps / "copy" / RESULTS_FILE, {**sweep.model_dump(mode="json"), "facts": {}}
-    )
-    assert write_sweep_report(workspace, "copy").folder == workspace.sweeps / "copy"
-    assert stored.read_bytes() == before
+def test_several_sweeps_share_a_front_and_are_distinguished(
+    workspace: Workspace, sample_results: list[Trial]
+) -> None:
+    """They share the teacher and the baselines; the second one's trials are better."""
+    trials = [result for result in sample_results if result.role == "trial"]
+    others = [result for result in sample_results if result.role != "trial"]
+    better = [
+        t.model_copy(update={"key": f"b{t.key}"}).with_numbers(
+            "quality", {"accuracy": t.numbers["quality/accuracy"] + 0.01}
+        )
+        for t in trials[::2]
+    ]
 
+    def store(name: str, own: list[Trial], suite: str = "heldout-1") -> None:
+        measured = TrialSuite(suite=suite, tokens_folder=name)
+        results = tuple(r.model_copy(update={"suite": measured}) for r in (*others, *own))
+        StoredSweep(name=name, key=name, results=results, facts={"Settings": {"n": name}}).store(
+            workspace
+        )
 
-def test_the_page_shows_the_hypervolume_over_time(workspace: Workspace, sweep: StoredSweep) -> None:
-    journal = Journal(history_folder(sweep.folder(workspace), sweep.key))
-    for step in (1, 2, 3):
-        journal.metrics(step, {HYPERVOLUME_BY_TRIALS: 0.1 * step})
-    journal.close()
-    page = write_sweep_report(workspace, sweep).page
-    assert page is not None
-    assert "Hypervolume against trials finished" in page.read_text(encoding="utf-8")
-    other = write_sweep_report(workspace, "toy", axes=parse_axes("ms", "perplexity")).page
-    assert other is not None
-    assert "Hypervolume against" not in other.read_text(encoding="utf-8"), (
-        "the hypervolume is on other axes"
-    )
+    store("first", trials)
+    store("second", better)
+    written = write_sweep_report(workspace, "first", "second", "first")
+    assert written.folder == workspace.overlays / "first+second"
+    assert {path.suffix for path in written.files} >= {".png", ".html", ".md", ".csv", ".json"}
+    front = written.report.front
+    assert len(front.rows) == 3 + 9 + 5
+    # A trial of the first sweep stays where the second one has none as cheap.
+    assert {6.0, 10.0} <= {row["cost"] for row in front.members if row["sweep"] == "second"}
+    assert "first" in {row["sweep"] for row in front.members}
+    assert written.report.notes == []
+    assert written.report.facts["Settings: second"] == {"n": "second"}
+    rows = json.loads((written.folder / "front.json").read_text("utf-8"))["results"]
+    assert sum(row["role"] == "teacher" for row in rows) == 1
+    # Only names that two sweeps share include the sweep.
+    said = " ".join(written.report.sentences)
+    assert "vanilla (accuracy" in said
+    assert "0,1,1,1,0,1 (second)" in said
+
+    written = write_sweep_report(workspace, "first", "second", axes=parse_axes("ms", "bits"))
+    assert written.folder.name == "first+second-bits-ms"
+    [note] = written.report.notes
+    assert "measured separately for each sweep" in note
+    store("second", better, "heldout-2")
+    written = write_sweep_report(workspace, "first", "second")
+    [note] = written.report.notes
+    assert "not measured on the same tasks and texts (suite heldout-1 / heldout-2)" in note
+    assert written.report.sentences[0] == note

@@ -1,0 +1,507 @@
+"""The Pareto front: which models no other one beats on cost and quality, and how sure that is.
+
+A front is the table of results with columns that place each model on two axes. Beside a teacher,
+baselines are placed but do not compete: the front tells which schedule to take, and
+`members_beaten_by` whether that was worth it. Without a teacher all models compete. Non-domination
+and hypervolume are moocore's. Costs are exact, so only quality is uncertain: `with_confidence`
+draws the items again and adds columns that say how sure each place is.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import moocore
+import numpy as np
+
+from orchestrator.records.evaluation import EvaluationResult
+from orchestrator.records.trial import Trial, teacher_or_costliest
+from orchestrator.reporting.results import result_table
+from orchestrator.reporting.statistics import (
+    KEPT_SHARE,
+    NUM_RESAMPLES,
+    ON_FRONT_METRIC,
+    SHARE_METRIC,
+    Interval,
+    difference_metric,
+    front_shares,
+    keeps_metric,
+    pair_scores,
+)
+from orchestrator.workspace.errors import UserError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+MAX_SHOWN = 200
+"""Most models in tables, charts and bootstraps; `front.csv` and `front.json` contain all."""
+LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "ppl", "error")
+COSTS = {
+    "evaluations": "cost/evaluations",
+    "flops": "cost/flops_per_token",
+    "ms": "cost/decode_ms_per_token",
+    "kv": "cost/kv_bytes_per_token",
+}
+"""Value of the option `--cost` -> tracked name."""
+QUALITIES = {
+    "accuracy": "quality/accuracy",
+    "bits": "quality/bits_per_byte",
+    "perplexity": "quality/perplexity",
+    "loss": "quality/validation_loss",
+}
+"""Value of the option `--quality` -> tracked name."""
+TITLES = {
+    "cost/evaluations": "NFE per token",
+    "cost/relative_evaluations": "NFE, share of the full model's",
+    "cost/flops_per_token": "FLOPs per token",
+    "cost/relative_flops": "FLOPs per token, share of the full model's",
+    "cost/kv_bytes_per_token": "KV cache, bytes per token",
+    "cost/decode_ms_per_token": "Decoding, ms per token",
+    "quality/accuracy": "Accuracy",
+    "quality/bits_per_byte": "Bits per byte",
+    "quality/validation_loss": "Validation loss, nats per token",
+    "quality/perplexity": "Perplexity of a token",
+    "paired/confidence_keeps_99": "Confidence: keeps 99%",
+    "paired/confidence_on_front": "Confidence: on the front",
+}
+
+Row = dict[str, Any]
+"""A model: the columns of the table by name."""
+
+
+@dataclass(frozen=True)
+class FrontAxes:
+    """Two metrics of a trial result: its cost and its quality."""
+
+    cost: str = "cost/evaluations"
+    """Tracked name of the cost; lower is better."""
+    quality: str = "quality/accuracy"
+    """Tracked name of the quality."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a higher quality is better; losses, recognized by name, are better lower."""
+        return not self.quality.endswith(LOWER_IS_BETTER)
+
+    @property
+    def error(self) -> str:
+        """Tracked name of the quality's standard error."""
+        return f"{self.quality}_stderr"
+
+    @property
+    def in_words(self) -> str:
+        """Both axes, as `accuracy and NFE per token`."""
+        return f"{metric_title(self.quality).lower()} and {metric_title(self.cost)}"
+
+    @property
+    def slug(self) -> str:
+        """Both option values joined by a dash, for folder names; empty for the default axes."""
+        if self == FrontAxes():
+            return ""
+        options = {tracked: value for value, tracked in (COSTS | QUALITIES).items()}
+        names = (self.quality, self.cost)
+        return "-".join(options.get(n, n.partition("/")[2].replace("/", "-")) for n in names)
+
+
+def parse_axes(cost: str | None = None, quality: str | None = None) -> FrontAxes:
+    """Return the axes for two option values, such as `ms` and `bits`; the defaults for None.
+
+    Raises:
+        UserError: If a value is unknown.
+    """
+    for option, value, names in (("--cost", cost, COSTS), ("--quality", quality, QUALITIES)):
+        if value and value not in names:
+            raise UserError(f"{option} is one of {', '.join(names)}; got {value!r}")
+    return FrontAxes(COSTS[cost or "evaluations"], QUALITIES[quality or "accuracy"])
+
+
+def metric_title(name: str) -> str:
+    """Return the title of a tracked metric; the end of its name where there is no title."""
+    return TITLES.get(name, name.partition("/")[2] or name)
+
+
+def is_accuracy(name: str) -> bool:
+    """Return whether a tracked metric is a share of right answers, which is printed in percent."""
+    return name.endswith(("accuracy", "/acc", "/acc_norm"))
+
+
+@dataclass(frozen=True)
+class ConfidenceBasis:
+    """The items and draws that confidences are computed from."""
+
+    full: str
+    """Name of the model that shares relate to."""
+    metrics: Mapping[str, str]
+    """Task -> the metric that is compared."""
+    num_items: int
+    """Items that all models answered."""
+    num_left_out: int
+    """Items that only some of them answered."""
+    num_resamples: int
+
+
+@dataclass(frozen=True)
+class HypervolumeBox:
+    """The hypervolume is a share of this box; one corner is the full model."""
+
+    cost: float
+    """The full model's cost; the other corner costs nothing."""
+    quality: float
+    """The other corner's quality: 0 for an accuracy, the worst measured for a loss."""
+    full_quality: float
+
+
+@dataclass(frozen=True, eq=False)
+class Front:
+    """The table of results on two axes, the placed models first, the cheapest before all."""
+
+    axes: FrontAxes
+    table: DataFrame
+    """All models, from `result_table`, those of several sweeps with a column `sweep`; and
+    `cost`, `quality` and `error` on the axes (NaN if not measured), `goodness` (the quality with a
+    sign such that higher is better), `is_placed` (has both metrics), `is_candidate` (competes for
+    the front), `on_front`."""
+    intervals: Mapping[tuple[str, str, str], Interval] = field(default_factory=dict)
+    """(key, task or the front's quality, other model) -> the model's quality minus the other's;
+    with an empty name of the other, the quality itself."""
+    basis: ConfidenceBasis | None = None
+    """What the confidences are computed from; None if there are none."""
+    kept_share: float = KEPT_SHARE
+    """Share of the full model's quality that the confidence of keeping it is about."""
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The placed models, cheapest first."""
+        rows: list[Row] = self.table[self.table["is_placed"]].to_dict("records")
+        return rows
+
+    @cached_property
+    def unmeasured(self) -> list[Row]:
+        """The models that lack one of both metrics."""
+        rows: list[Row] = self.table[~self.table["is_placed"]].to_dict("records")
+        return rows
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All models, with means over their seeds, in the table's order."""
+        return list(self.table["trial"])
+
+    @cached_property
+    def shown(self) -> list[Row]:
+        """The rows that tables, charts and bootstraps contain, in the front's order.
+
+        All of up to `MAX_SHOWN`. Otherwise the members of the front, the full model and the
+        baselines, and of the others those that lack least quality to the best member of at most
+        their cost: pages of ten thousand rows cannot be read, and a bootstrap over that many models
+        needs gigabytes.
+        """
+        if len(self.rows) <= MAX_SHOWN:
+            return self.rows
+        always = {
+            row["key"]
+            for row in self.rows
+            if row["on_front"] or not row["is_candidate"] or row is self.full
+        }
+        costs = [member["cost"] for member in self.members]
+
+        def shortfall(row: Row) -> float:
+            best = self.members[bisect_right(costs, row["cost"]) - 1]
+            return float(best["goodness"] - row["goodness"])
+
+        others = sorted((row for row in self.rows if row["key"] not in always), key=shortfall)
+        keys = always | {row["key"] for row in others[: max(0, MAX_SHOWN - len(always))]}
+        return [row for row in self.rows if row["key"] in keys]
+
+    @cached_property
+    def shown_seeds(self) -> list[Trial]:
+        """The trials whose means are shown."""
+        return [seed for row in self.shown for seed in row["seeds"]]
+
+    @cached_property
+    def members(self) -> list[Row]:
+        """The models on the front, cheapest first; equal ones are all members."""
+        return [row for row in self.rows if row["on_front"]]
+
+    @cached_property
+    def full(self) -> Row | None:
+        """The model to compare with: the teacher, else the costliest but for baselines."""
+        return teacher_or_costliest(
+            self.rows, role=lambda row: row["role"], cost=lambda row: row["cost"]
+        )
+
+    @cached_property
+    def best(self) -> Row | None:
+        """The member of highest quality; of equal ones the cheapest."""
+        return max(self.members, key=lambda row: (row["goodness"], -row["cost"]), default=None)
+
+    @cached_property
+    def cheapest(self) -> Row | None:
+        """The member of lowest cost; of equal ones the best."""
+        return min(self.members, key=lambda row: (row["cost"], -row["goodness"]), default=None)
+
+    @cached_property
+    def knee(self) -> Row | None:
+        """The member farthest above the chord from cheapest to best; None if none lies above it.
+
+        Both axes are scaled to one.
+        """
+        cheapest, best = self.cheapest, self.best
+        if cheapest is None or best is None or cheapest["cost"] == best["cost"]:
+            return None
+        width, height = best["cost"] - cheapest["cost"], best["goodness"] - cheapest["goodness"]
+        if height <= 0:
+            return None
+
+        def above_chord(row: Row) -> float:
+            gain = (row["goodness"] - cheapest["goodness"]) / height
+            return float((gain - (row["cost"] - cheapest["cost"]) / width) / math.sqrt(2))
+
+        knee = max(self.members, key=above_chord)
+        return knee if above_chord(knee) > 1e-12 else None
+
+    @cached_property
+    def picks(self) -> dict[str, Row]:
+        """Knee, best and cheapest by name; without those that do not exist."""
+        found = {"knee": self.knee, "best": self.best, "cheapest": self.cheapest}
+        return {name: row for name, row in found.items() if row is not None}
+
+    @cached_property
+    def sweeps(self) -> list[str]:
+        """The sweeps of the models; empty if all are from one."""
+        return list(dict.fromkeys(self.table["sweep"])) if "sweep" in self.table else []
+
+    @cached_property
+    def hypervolume_box(self) -> HypervolumeBox | None:
+        """The box that the hypervolume is a share of; None without a full model."""
+        full = self.full
+        if full is None:
+            return None
+        worst = 0.0 if self.axes.higher_is_better else max(row["quality"] for row in self.rows)
+        return HypervolumeBox(full["cost"], worst, full["quality"])
+
+    @cached_property
+    def hypervolume(self) -> float | None:
+        """Share of the box that the front dominates; over 1 if it beats the full model.
+
+        None if the box is empty, or no candidate is placed.
+        """
+        box = self.hypervolume_box
+        if not self.members or box is None or box.cost <= 0 or box.full_quality == box.quality:
+            return None
+        sign = -1.0 if self.axes.higher_is_better else 1.0
+        points = np.array([[row["cost"], sign * row["quality"]] for row in self.members])
+        area = float(moocore.hypervolume(points, ref=[box.cost, sign * box.quality]))
+        return area / (box.cost * abs(box.full_quality - box.quality))
+
+    def share(self, row: Row) -> float | None:
+        """Return the share of the full model's quality that a model keeps, 1.0 for all of it.
+
+        For a loss: the full model's loss over this model's.
+        """
+        if self.full is None:
+            return None
+        part, whole = row["quality"], self.full["quality"]
+        if not self.axes.higher_is_better:
+            part, whole = whole, part
+        return float(part / whole) if whole else None
+
+    def keeps(self, row: Row) -> float | None:
+        """Return the confidence that a model keeps `kept_share`; None if it is not known."""
+        return known(row, keeps_metric(self.kept_share))
+
+    def cheapest_keeping(self, share: float) -> Row | None:
+        """Return the cheapest member that keeps this share of the full model's quality."""
+        kept = [row for row in self.members if (self.share(row) or 0.0) >= share]
+        return min(kept, key=lambda row: row["cost"], default=None)
+
+    def members_beaten_by(self, baseline: Row) -> list[Row]:
+        """Return the members that are no better and no cheaper than a baseline, and worse in one.
+
+        Unlike domination among candidates, this takes no member off the front.
+        """
+        return [
+            row
+            for row in self.members
+            if baseline["cost"] <= row["cost"]
+            and baseline["goodness"] >= row["goodness"]
+            and (baseline["cost"], baseline["quality"]) != (row["cost"], row["quality"])
+        ]
+
+    def verdict(self, row: Row) -> str:
+        """Return a model's place: on the front, with its picks, or what a baseline beats."""
+        if not row["is_placed"]:
+            return "not measured"
+        if not row["is_candidate"]:
+            num_beaten = len(self.members_beaten_by(row))
+            return f"beats {num_beaten} ●" if num_beaten else ""
+        if not row["on_front"]:
+            return ""
+        return " ".join(["●", *(name for name, pick in self.picks.items() if pick is row)])
+
+    def with_runs(self, trials: Sequence[Trial]) -> Front:
+        """Return the same front with the MLflow runs of these trials, which are its models."""
+        tracked = result_table(trials).loc[self.table.index]
+        names = ["trial", "seeds", "run_id"]
+        return replace(self, table=self.table.assign(**{name: tracked[name] for name in names}))
+
+
+def known(row: Row, name: str) -> float | None:
+    """Return a number of a model by its tracked name; None if it is not known."""
+    value = row.get(name)
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def find_front(table: DataFrame, axes: FrontAxes | None = None) -> Front:
+    """Place models on two axes, NFE and accuracy by default, and find those that none beats.
+
+    Args:
+        table: Trials, teacher and baselines, from `result_table`.
+        axes: Cost and quality.
+    """
+    import pandas
+
+    axes = axes or FrontAxes()
+    names = {"cost": axes.cost, "quality": axes.quality, "error": axes.error}
+    numbers = {n: table[m].astype(float) if m in table else math.nan for n, m in names.items()}
+    table = table.assign(**numbers)
+    has_teacher = (table["role"] == "teacher").any()
+    is_placed = table["cost"].notna() & table["quality"].notna()
+    is_candidate = is_placed & (not has_teacher or table["role"] != "baseline")
+    table = table.assign(
+        goodness=table["quality"] if axes.higher_is_better else -table["quality"],
+        is_placed=is_placed,
+        is_candidate=is_candidate,
+        on_front=False,
+    )
+    if is_candidate.any():
+        values = table.loc[is_candidate, ["cost", "quality"]].to_numpy()
+        maximise = [False, axes.higher_is_better]
+        on_front = moocore.is_nondominated(values, maximise=maximise, keep_weakly=True)
+        table.loc[is_candidate, "on_front"] = on_front
+    placed = table[is_placed].sort_values(["cost", "goodness", "key"])
+    return Front(axes, pandas.concat([placed, table[~is_placed]]))
+
+
+def shown_trials(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials, or of many the seeds of those models that tables show."""
+    if len(trials) <= MAX_SHOWN:
+        return list(trials)
+    shown = {seed.key for seed in find_front(result_table(trials)).shown_seeds}
+    return [trial for trial in trials if trial.key in shown]
+
+
+def left_out_notes(front: Front) -> list[str]:
+    """Return the sentence on models that tables and pages leave out; none if all are shown."""
+    num_shown, num_all = len(front.shown), len(front.rows)
+    if num_shown == num_all:
+        return []
+    return [
+        f"Of {num_all:,} models, tables show the {num_shown:,} on the front and nearest to it, and "
+        "only these have confidences; `front.csv` has all."
+    ]
+
+
+def evaluations(
+    table: DataFrame, items: Mapping[str, EvaluationResult]
+) -> dict[str, list[EvaluationResult]]:
+    """Return the evaluations of each model's seeds; without models that lack one of them."""
+    return {
+        str(key): [items[seed.key] for seed in seeds]
+        for key, seeds in table["seeds"].items()
+        if all(seed.key in items for seed in seeds)
+    }
+
+
+def with_confidence(
+    front: Front,
+    evaluations: Mapping[str, EvaluationResult | Sequence[EvaluationResult]],
+    *,
+    kept_share: float = KEPT_SHARE,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Front:
+    """Return the front with the confidence of each place.
+
+    It has `intervals`, and columns `paired/...`: the share of the full model's quality and the
+    differences to the full model and to each baseline, on the front's quality and on each task,
+    each with its `_low` and `_high`; and the shares of the draws in which the model keeps
+    `kept_share`, and in which it is on the front. Without two models that answered the same items,
+    the front stays as it is. Models that `Front.shown` leaves out get no confidence, and are not
+    drawn against the others.
+
+    Args:
+        front: Placed results.
+        evaluations: Key of a result -> its evaluations, one for each seed. Results without
+            evaluations get no confidence.
+        kept_share: Share of the full model's quality.
+        num_resamples: Number of draws.
+        seed: Random seed of the draws.
+    """
+    from pandas import DataFrame
+
+    shown, full, axes = front.shown, front.full, front.axes
+    found = {row["key"]: evaluations.get(row["key"], ()) for row in shown}
+    runs = {
+        key: [each] if isinstance(each, EvaluationResult) else each
+        for key, each in found.items()
+        if each
+    }
+    paired = None
+    if full is not None and len(runs) > 1:
+        paired = pair_scores(runs, num_resamples=num_resamples, seed=seed)
+    if full is None or paired is None:
+        return replace(front, kept_share=kept_share)
+    scores, number_of = paired.quality(axes.quality), {key: n for n, key in enumerate(runs)}
+    others = [full, *(r for r in shown if r["role"] == "baseline" and r is not full)]
+    compared_with = {r["label"]: number_of[r["key"]] for r in others if r["key"] in number_of}
+
+    measured = {**({axes.quality: scores} if scores is not None else {}), **paired.scores}
+    intervals: dict[tuple[str, str, str], Interval] = {}
+    columns: dict[str, dict[str, float]] = {}
+    for key, number in number_of.items():
+        of_model = {}
+        for name, drawn in measured.items():
+            intervals[key, name, ""] = drawn.interval(number)
+            prefix = "" if name == axes.quality else f"{name}/"
+            for other, other_number in compared_with.items():
+                if other_number != number:
+                    interval = drawn.difference(number, other_number)
+                    intervals[key, name, other] = of_model[difference_metric(other, prefix)] = (
+                        interval
+                    )
+        keeps = None
+        if scores is not None and full["key"] in number_of:
+            # For a loss, the full model's over this one's, as in `Front.share`.
+            pair = (number, number_of[full["key"]])
+            if ratio := scores.ratio(*(pair if axes.higher_is_better else pair[::-1])):
+                of_model[SHARE_METRIC], keeps = ratio[0], (ratio[1] >= kept_share).mean()
+        columns[key] = {}
+        for name, interval in of_model.items():
+            columns[key] |= {name: interval.value}
+            columns[key] |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+        if keeps is not None:
+            columns[key][keeps_metric(kept_share)] = float(keeps)
+
+    # Without draws of all candidates none is sure to be on the front: the others could beat it.
+    costs = {row["key"]: row["cost"] for row in shown if row["is_candidate"]}
+    if scores is not None and costs and costs.keys() <= runs.keys():
+        drawn_qualities = scores.drawn[:, [number_of[key] for key in costs]]
+        goodness = drawn_qualities if axes.higher_is_better else -drawn_qualities
+        shares = front_shares(np.array(list(costs.values())), goodness)
+        for key, share in zip(costs, shares, strict=True):
+            columns[key][ON_FRONT_METRIC] = float(share)
+    basis = ConfidenceBasis(
+        full["label"],
+        paired.metrics,
+        num_items=paired.num_items,
+        num_left_out=sum(paired.left_out.values()),
+        num_resamples=num_resamples,
+    )
+    names = sorted({name for numbers in columns.values() for name in numbers})
+    table = front.table.join(DataFrame.from_dict(columns, orient="index", columns=None)[names])
+    return replace(front, table=table, intervals=intervals, basis=basis, kept_share=kept_share)

@@ -1,0 +1,302 @@
+"""A front as text, tables and data: for the terminal, Markdown, HTML, CSV and strict JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.records.trial import Trial
+from orchestrator.reporting.front import COSTS, Front, Row, is_accuracy, known, metric_title
+from orchestrator.reporting.results import DESCRIBING_COLUMNS
+from orchestrator.reporting.sections import Column, Table, TableRow
+from orchestrator.reporting.statistics import (
+    INTERVAL_LEVEL,
+    KEPT_SHARE,
+    ON_FRONT_METRIC,
+    Interval,
+)
+from orchestrator.terminal.render import (
+    format_bytes,
+    format_parameters,
+    format_with_error,
+    scale_and_digits,
+)
+from orchestrator.workspace.layout import portable_path, workspace_root
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+NOTABLE_SIZE_RATIO = 1.1
+"""The mix of a method adds less than this to a model; otherwise a column shows parameters."""
+SHORT_TITLES = {
+    "quality/accuracy": "accuracy %",
+    "quality/bits_per_byte": "bits/byte",
+    "quality/validation_loss": "loss",
+    "cost/flops_per_token": "FLOPs/token",
+}
+TASK_TABLES_NOTE = (
+    f"Each score has its {INTERVAL_LEVEL:.0%} interval over the draws, and so has each difference "
+    "over the same items; differences of an accuracy are in points. An interval without zero is a "
+    "difference that these items can resolve."
+)
+
+
+def quality_text(front: Front, row: Row) -> str:
+    """Return a quality with its standard error, an accuracy in percent: `44.4 ± 1.2`."""
+    is_percent = is_accuracy(front.axes.quality)
+    return format_with_error(row["quality"], known(row, "error"), is_percent=is_percent)
+
+
+def difference_text(interval: Interval, *, is_percent: bool) -> str:
+    """Return a difference with its interval: `-0.9 (-2.1 to +0.3)`, shares in points."""
+    scale, digits = scale_and_digits(interval.value, is_percent=is_percent)
+
+    def signed(number: float) -> str:
+        text = f"{scale * number:+.{digits}f}"
+        return text[1:] if float(text) == 0 else text
+
+    return f"{signed(interval.value)} ({signed(interval.low)} to {signed(interval.high)})"
+
+
+def cost_text(cost: float) -> str:
+    """Return a cost with four digits, or all digits if it is in the thousands or millions."""
+    return f"{cost:,.0f}" if 1000 <= cost < 1e7 else f"{cost:.4g}"
+
+
+def confidence_text(share: float | None) -> str:
+    """Return a confidence with two digits; never 0 or 1, which no number of draws can show."""
+    if share is None:
+        return ""
+    if share > 0.99:
+        return ">0.99"
+    return "<0.01" if share < 0.01 else f"{share:.2f}"
+
+
+def hypervolume_text(front: Front) -> str:
+    """Return the hypervolume and the box that it is a share of; empty if there is none."""
+    volume, box = front.hypervolume, front.hypervolume_box
+    if volume is None or box is None:
+        return ""
+    quality, cost = metric_title(front.axes.quality).lower(), metric_title(front.axes.cost)
+    is_percent = is_accuracy(front.axes.quality)
+    low, high = (
+        format_with_error(number, None, is_percent=is_percent) + ("%" if is_percent else "")
+        for number in (box.quality, box.full_quality)
+    )
+    # Abbreviations such as FLOPs keep their capitals.
+    cost = cost if cost[:2].isupper() else cost[0].lower() + cost[1:]
+    return (
+        f"hypervolume {volume:.3f}, as a share of the box from 0 to {cost_text(box.cost)} "
+        f"({cost}) and from {quality} {low} to the full model's {high}"
+    )
+
+
+def row_kind(row: Row) -> str:
+    """Return how tables show a model: `baseline`, `member`, `full` or `dominated`."""
+    if not row["is_candidate"]:
+        return "baseline"
+    if row["on_front"]:
+        return "member"
+    return "full" if row["role"] == "teacher" else "dominated"
+
+
+def models_table(front: Front, title: str = "") -> Table:
+    """Return the table of the shown models: schedule, costs, qualities, confidences, place.
+
+    The columns of the front's axes are never dropped, and empty ones are left out.
+    """
+    quality, cost = front.axes.quality, front.axes.cost
+    full = front.basis.full if front.basis else "full"
+
+    def number(name: str, form: str) -> Callable[[Row], str]:
+        return lambda row: "" if (value := known(row, name)) is None else f"{value:{form}}"
+
+    def formatted(name: str, form: Callable[[float], str]) -> Callable[[Row], str]:
+        return lambda row: "" if (value := known(row, name)) is None else form(value)
+
+    def threshold(row: Row) -> str:
+        # The largest threshold that gives the schedule, which a user would type.
+        text = str(row["threshold"])
+        return text if text.startswith(">") else text.removeprefix("<=").rpartition(" to ")[2]
+
+    def kept(row: Row) -> str:
+        share = front.share(row)
+        return "" if share is None else f"{share:.1%}"
+
+    def difference(row: Row) -> str:
+        interval = front.intervals.get((row["key"], quality, full))
+        return difference_text(interval, is_percent=is_accuracy(quality)) if interval else ""
+
+    def keeps(row: Row) -> str:
+        return "" if row is front.full else confidence_text(front.keeps(row))
+
+    costs: dict[str, tuple[Column, Callable[[Row], str]]] = {
+        COSTS["evaluations"]: (Column("NFE"), number(COSTS["evaluations"], "g")),
+        "cost/relative_flops": (Column("FLOPs", 4), number("cost/relative_flops", ".0%")),
+        COSTS["kv"]: (Column("KV/token", 7), formatted(COSTS["kv"], format_bytes)),
+        COSTS["ms"]: (Column("ms/token", 3), number(COSTS["ms"], ".2f")),
+    }
+    if cost in costs:
+        column, cell = costs[cost]
+        costs[cost] = (replace(column, priority=0), cell)
+    else:
+        own = Column(SHORT_TITLES.get(cost, metric_title(cost)))
+        costs = {cost: (own, number(cost, ".4g")), **costs}
+
+    sizes: list[tuple[Column, Callable[[Row], str]]] = []
+    if len({row["num_layers"] for row in front.rows}) > 1:
+        sizes.append((Column("layers", 4), lambda row: str(row["num_layers"])))
+    parameters = "cost/num_parameters"
+    counts = [count for row in front.rows if (count := known(row, parameters))]
+    if counts and max(counts) >= NOTABLE_SIZE_RATIO * min(counts):
+        sizes.append((Column("parameters", 4), formatted(parameters, format_parameters)))
+    bits = "quality/bits_per_byte"
+    columns: list[tuple[Column, Callable[[Row], str]]] = [
+        (Column("schedule", is_text=True), lambda row: str(row["label"])),
+        *([(Column("sweep", is_text=True), lambda row: str(row["sweep"]))] if front.sweeps else []),
+        (Column("threshold", 6), threshold),
+        *costs.values(),
+        *sizes,
+        (
+            Column(SHORT_TITLES.get(quality, metric_title(quality))),
+            lambda row: quality_text(front, row),
+        ),
+        *([(Column("bits/byte", 5), number(bits, ".3f"))] if quality != bits else []),
+        (Column("of full", 2), kept),
+        (Column(f"vs {full}", 8), difference),
+        (Column(f"P({KEPT_SHARE:.0%})", 9), keeps),
+        (Column("P(front)", 10), lambda row: confidence_text(known(row, ON_FRONT_METRIC))),
+        (Column("accepted", 12), number("decoding/acceptance", ".0%")),
+        (Column("exact ms", 11), number("decoding/exact_ms_per_token", ".2f")),
+        (Column("front", is_text=True), front.verdict),
+    ]
+    cells = [[cell(row) for row in front.shown] for _, cell in columns]
+    shown = [n for n, (column, _) in enumerate(columns) if not column.priority or any(cells[n])]
+    rows = tuple(
+        TableRow(
+            tuple(cells[n][number] for n in shown),
+            kind=row_kind(row),
+            key=row["key"],
+            schedule=row["trial"].schedule,
+        )
+        for number, row in enumerate(front.shown)
+    )
+    return Table(tuple(columns[n][0] for n in shown), rows, title)
+
+
+def task_tables(front: Front) -> list[Table]:
+    """Return the table of the average, then of every task; none without values of single items."""
+    if front.basis is None:
+        return []
+    quality, full = front.axes.quality, front.basis.full
+
+    def table(measured: str, title: str, *, is_percent: bool) -> Table:
+        others = dict.fromkeys(o for _, name, o in front.intervals if name == measured and o)
+        # The full model first; its own row comes without it.
+        names = sorted(others, key=lambda name: name != full)
+        rows = []
+        for row in front.rows:
+            own = front.intervals.get((row["key"], measured, ""))
+            if own is None:
+                continue
+            scale, digits = scale_and_digits(own.value, is_percent=is_percent)
+            interval = f"{scale * own.low:.{digits}f} to {scale * own.high:.{digits}f}"
+            found = (front.intervals.get((row["key"], measured, name)) for name in names)
+            differences = [
+                difference_text(each, is_percent=is_percent) if each else "" for each in found
+            ]
+            score = format_with_error(own.value, None, is_percent=is_percent)
+            cells = (row["label"], score, interval, *differences)
+            rows.append(TableRow(cells, kind=row_kind(row), key=row["key"]))
+        score = "score %" if is_percent else "score"
+        heads = (score, f"{INTERVAL_LEVEL:.0%} interval", *(f"vs {name}" for name in names))
+        columns = (Column("model", is_text=True), *(Column(head) for head in heads))
+        return Table(columns, tuple(rows), title)
+
+    metrics = front.basis.metrics
+    tables = [table(quality, metric_title(quality), is_percent=is_accuracy(quality))]
+    if len(metrics) > 1 or not tables[0].rows:
+        for task, metric in metrics.items():
+            title = task if task == metric else f"{task} ({metric})"
+            tables.append(table(task, title, is_percent="bits" not in metric))
+    return [each for each in tables if each.rows]
+
+
+def model_table(front: Front, folder: Path | None = None) -> DataFrame:
+    """Return what files and MLflow have of each model: its place, its numbers, its confidence.
+
+    Numbers are rounded to twelve digits, which keep every measured one and drop the noise of binary
+    fractions. For files in a `folder`, paths in its workspace are relative.
+    """
+    rows = [*front.rows, *front.unmeasured]
+    shares = [front.share(row) if row["is_placed"] else None for row in rows]
+    table = front.table.assign(
+        verdict=[front.verdict(row) for row in rows],
+        share_of_full=[math.nan if share is None else share for share in shares],
+    )
+    paired = sorted(name for name in table.columns if name.startswith("paired/"))
+    measured = [name for name in table.columns if "/" in name and name not in paired]
+    numbers = ["share_of_full", *measured, *paired]
+    table[numbers] = table[numbers].astype(float).map(_rounded)
+    if root := folder and workspace_root(folder):
+        table["checkpoint"] = [
+            portable_path(path, root) if isinstance(path, str) else None
+            for path in table["checkpoint"]
+        ]
+    described = ["name", *(["sweep"] if front.sweeps else []), *DESCRIBING_COLUMNS[1:]]
+    described += ["on_front", "verdict", "share_of_full"]
+    return table[[*described, *measured, *paired, "key", "checkpoint", "run_id"]]
+
+
+def model_rows(front: Front, folder: Path | None = None) -> list[Row]:
+    """Return the rows of `model_table`; missing numbers are None, as strict JSON asks."""
+    table = model_table(front, folder).astype(object)
+    rows: list[Row] = table.where(table.notna(), None).to_dict("records")
+    return rows
+
+
+def interval_rows(front: Front) -> list[dict[str, str | float]]:
+    """Return one row for each difference of two models, on the front's quality and each task."""
+    labels = dict(zip(front.table["key"], front.table["label"], strict=True))
+    return [
+        {
+            "model": labels[key],
+            "against": other,
+            "measured": measured,
+            "difference": interval.value,
+            "low": interval.low,
+            "high": interval.high,
+        }
+        for (key, measured, other), interval in front.intervals.items()
+        if other
+    ]
+
+
+def front_values(front: Front, folder: Path | None = None) -> dict[str, Any]:
+    """Return axes, picks, hypervolume with its box, and every result, as values of strict JSON.
+
+    Paths are absolute; for files in a `folder`, those in its workspace are relative.
+    """
+    box = front.hypervolume_box
+    results = []
+    for row, trial in zip(model_rows(front, folder), front.trials, strict=True):
+        shown = Trial.model_validate(trial.stored_at(folder)) if folder else trial
+        details = shown.model_dump(mode="json", exclude={"job", "suite"})
+        results.append({**row, "details": details})
+    picks = {name: front.picks.get(name) for name in ("best", "knee", "cheapest")}
+    return {
+        "axes": {"cost": front.axes.cost, "quality": front.axes.quality},
+        "hypervolume": front.hypervolume,
+        "hypervolume_box": box and {"cost": box.cost, "quality": [box.quality, box.full_quality]},
+        "picks": {name: row and row["key"] for name, row in picks.items()},
+        "front": [row["key"] for row in front.members],
+        "confidence_basis": front.basis and asdict(front.basis),
+        "results": results,
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.12g}") if math.isfinite(value) else math.nan

@@ -1,0 +1,171 @@
+"""Run commands of the program, and Python texts, in processes of their own that start at once.
+
+A process that has imported everything, the server, is forked for each of them: the imports take
+about four CPU seconds, which every new Python would pay. The server has a single thread, as a fork
+of several may hang; what makes NumPy and Arrow start more is switched off. What is read from the
+environment while modules are imported, needs a new Python.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Thread
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        *("orchestrator.cli", "orchestrator.pipelines.sweeps", "torch", "mlflow", "datasets"),
+        *("transformers", "ray.train", "ray.tune", "lm_eval", "optuna", "altair", "scipy.stats"),
+    ]
+)
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""Variables of the server; without them NumPy and Arrow start threads when they are imported."""
+PATIENCE_SECONDS = 400
+
+
+class Started:
+    """A process, to be used as one of `subprocess.Popen`; all that it prints is `stdout`.
+
+    Args:
+        words: The words after `iiet-orch`, or the arguments of `code`.
+        code: A Python text to run instead of a command.
+        folder: Where it runs; here if unset.
+        environment: Its variables; those of this process if unset.
+        own_session: Whether signals to this process's group do not reach it.
+    """
+
+    def __init__(
+        self,
+        *words: str,
+        code: str | None = None,
+        folder: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        own_session: bool = False,
+    ) -> None:
+        os.environ.update(ONE_THREAD)
+        typed, typing = CONTEXT.Pipe(duplex=False)
+        shown, printing = CONTEXT.Pipe(duplex=False)
+        variables = dict(os.environ if environment is None else environment)
+        where = str(folder or Path.cwd())
+        self._process = CONTEXT.Process(
+            target=_run, args=(words, code, where, variables, own_session, typed, printing)
+        )
+        self._process.start()
+        typed.close()
+        printing.close()
+        self.stdin = os.fdopen(os.dup(typing.fileno()), "w", encoding="utf-8")
+        self.stdout = os.fdopen(os.dup(shown.fileno()), encoding="utf-8", errors="replace")
+        typing.close()
+        shown.close()
+        assert self._process.pid
+        self.pid = self._process.pid
+
+    def __del__(self) -> None:
+        """Close the pipes, which warn if nobody does."""
+        for pipe in (self.stdin, self.stdout):
+            with suppress(OSError):  # What was typed last has no reader any more.
+                pipe.close()
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code; the negative number of the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end and return the exit code."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("iiet-orch", timeout or 0.0)
+        return self._process.exitcode
+
+    def communicate(self, timeout: float = PATIENCE_SECONDS) -> tuple[str, str]:
+        """Close its input, wait for its end, and return what it printed, and an empty text."""
+        self.stdin.close()
+        printed: list[str] = []
+        reader = Thread(target=lambda: printed.append(self.stdout.read()), daemon=True)
+        reader.start()
+        reader.join(timeout)
+        if not printed:
+            raise subprocess.TimeoutExpired("iiet-orch", timeout)
+        self.wait(timeout)
+        return printed[0], ""
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self._process.exitcode is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+def run_command(
+    *words: str,
+    code: int = 0,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Run a command until it ends with an exit code, and return what it printed."""
+    started = Started(*words, folder=folder, environment=environment)
+    printed, _ = started.communicate()
+    assert started.returncode == code, printed
+    return printed
+
+
+def settings_options(settings: Iterable[str]) -> list[str]:
+    """Return the options `--set` of values such as `training.seed=3`."""
+    return [f"--set={setting}" for setting in settings]
+
+
+def _run(
+    words: tuple[str, ...],
+    code: str | None,
+    folder: str,
+    environment: dict[str, str],
+    own_session: bool,
+    typed: Connection,
+    printing: Connection,
+) -> None:
+    """Be the new process: take its place, run, and end as a Python of its own would."""
+    threads = [*Path("/proc/self/task").iterdir()] if sys.platform == "linux" else [None]
+    assert len(threads) == 1, "a fork of a process with several threads may hang"
+    if own_session:
+        os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.dup2(typed.fileno(), 0)
+    os.dup2(printing.fileno(), 1)
+    os.dup2(printing.fileno(), 2)
+    typed.close()
+    printing.close()
+    sys.stdin = os.fdopen(0, encoding="utf-8")
+    sys.argv = ["iiet-orch" if code is None else "-c", *words]
+    if code is None:
+        from orchestrator.cli import main
+
+        ending = main(list(words))
+    else:
+        ending = 0
+        exec(compile(code, "<text>", "exec"), {"__name__": "__main__"})
+    atexit._run_exitfuncs()  # A forked process does not call them.
+    sys.stdout.flush()
+    sys.exit(ending)

@@ -1,0 +1,401 @@
+"""The front against its definition, its picks against small cases, and how sure its places are."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sample_trials import sample_front, sample_trial
+
+from orchestrator.records.evaluation import EvaluationResult, TaskResult, standard_error
+from orchestrator.records.trial import Role, Trial
+from orchestrator.reporting.findings import findings
+from orchestrator.reporting.front import (
+    MAX_SHOWN,
+    Front,
+    FrontAxes,
+    Row,
+    evaluations,
+    known,
+    left_out_notes,
+    with_confidence,
+)
+from orchestrator.reporting.report import SweepReport
+from orchestrator.reporting.results import result_table
+from orchestrator.reporting.statistics import Interval, pair_scores
+from orchestrator.reporting.tables import models_table
+
+LOSS = FrontAxes(quality="quality/validation_loss")
+NUM_ITEMS = 400
+
+
+def result(cost: float, accuracy: float, role: Role = "trial", key: str = "") -> Trial:
+    return sample_trial(
+        key=key or f"{role}-{cost}-{accuracy}",
+        role=role,
+        label=key,
+        cost={"evaluations": cost},
+        quality={"accuracy": accuracy, "accuracy_stderr": 0.01, "validation_loss": 1 - accuracy},
+    )
+
+
+def front_of(*points: tuple[float, float], teacher: tuple[float, float] | None = None) -> Front:
+    results = [result(*point, key=f"{n}") for n, point in enumerate(points)]
+    if teacher:
+        results.append(result(*teacher, role="teacher"))
+    return sample_front(results)
+
+
+def places(front: Front) -> list[tuple[float, float]]:
+    return [(row["cost"], row["quality"]) for row in front.members]
+
+
+numbers = st.integers(0, 6).map(float)
+
+
+@given(st.lists(st.tuples(numbers, numbers), max_size=12))
+def test_the_front_equals_its_definition_also_on_a_loss(points: list[tuple[float, float]]) -> None:
+    def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
+        return a != b and a[0] <= b[0] and a[1] >= b[1]
+
+    front = front_of(*points)
+    assert sorted(places(front)) == sorted(
+        p for p in points if not any(beats(other, p) for other in points)
+    )
+    by_loss = sample_front([result(*p, key=f"{n}") for n, p in enumerate(points)], LOSS)
+    assert {row["key"] for row in by_loss.members} == {row["key"] for row in front.members}
+
+
+def test_baselines_compete_only_where_there_is_no_teacher() -> None:
+    vanilla = result(6, 0.40, "baseline", key="vanilla")
+    front = sample_front(
+        [result(6, 0.30, key="none"), result(24, 0.50, "teacher", key="full"), vanilla]
+    )
+    (placed,) = (row for row in front.rows if row["role"] == "baseline")
+    assert not placed["on_front"]
+    assert {row["key"] for row in front.members} == {"none", "full"}
+    assert [row["key"] for row in front.members_beaten_by(placed)] == ["none"]
+
+    front = sample_front([result(6, 0.30, key="none"), result(24, 0.50, key="full"), vanilla])
+    assert [row["key"] for row in front.members] == ["vanilla", "full"]
+    assert front.full
+    assert front.full["cost"] == 24
+    assert front.members_beaten_by(front.members[0]) == []
+    assert "vanilla (accuracy 40.0 ± 1.0%) is worse than full by 10" in " ".join(findings(front))
+
+    front = sample_front([vanilla, result(18, 0.5, "baseline", key="rk2")])
+    assert front.full
+    assert (len(front.members), front.full["key"]) == (2, "rk2")
+    assert "is worse than rk2" in " ".join(findings(front))
+
+
+def test_picks() -> None:
+    front = front_of((6, 0.30), (8, 0.46), (12, 0.49), (24, 0.50), teacher=(24, 0.495))
+    assert {n: row["cost"] for n, row in front.picks.items()} == {
+        "knee": 8, "best": 24, "cheapest": 6,
+    }  # fmt: skip
+    assert front.full
+    assert (front.full["role"], front.share(front.full)) == ("teacher", 1.0)
+    kept = front.cheapest_keeping(0.98)
+    assert kept
+    assert kept["cost"] == 12
+    assert front.cheapest_keeping(1.5) is None
+    for straight in (((1, 0.1), (2, 0.2), (3, 0.3)), ((1, 0.1),), ()):
+        assert front_of(*straight).knee is None
+
+
+def test_hypervolume_is_the_kept_share_averaged_over_budgets() -> None:
+    # Half of the accuracy from a quarter of the cost on, all of it from three quarters on.
+    front = front_of((6, 0.25), (18, 0.5), teacher=(24, 0.5))
+    box, volume = front.hypervolume_box, front.hypervolume
+    assert volume == pytest.approx(0.5 * 0.5 + 1.0 * 0.25)
+    assert box
+    assert (box.cost, box.quality, box.full_quality) == (24, 0.0, 0.5)
+    better = front_of((6, 0.25), (12, 0.4), (18, 0.5), teacher=(24, 0.5)).hypervolume
+    assert better
+    assert volume
+    assert better > volume
+    assert front_of().hypervolume is None
+    # A baseline is placed, and no model that competes.
+    lacking = sample_trial(key="x", role="teacher", cost={"evaluations": 24})
+    assert sample_front([lacking, result(6, 0.3, "baseline")]).hypervolume is None
+    # That of a loss counts from the worst, and the share of a loss is inverted.
+    front = sample_front([result(6, 0.3), result(12, 0.5), result(24, 0.5, "teacher")], LOSS)
+    assert front.hypervolume_box
+    assert front.hypervolume_box.quality == pytest.approx(0.7)
+    assert front.hypervolume == pytest.approx(0.5)
+    assert front.share(front.members[0]) == pytest.approx(0.5 / 0.7)
+
+
+def test_results_without_both_metrics_are_unmeasured() -> None:
+    lacking = sample_trial(key="x", role="trial", cost={"evaluations": 3})
+    unsure = result(3, math.nan)
+    front = sample_front([lacking, unsure, result(6, 0.5)])
+    assert {row["key"] for row in front.unmeasured} == {"x", unsure.key}
+    assert places(front) == [(6, 0.5)]
+
+
+def test_of_many_models_those_on_the_front_and_nearest_to_it_are_shown(tmp_path: Path) -> None:
+    draw, count = random.Random(0), 600
+    trials = [
+        sample_trial(
+            key=f"k{n}",
+            role="teacher" if n == 0 else "baseline" if n == 1 else "trial",
+            label=f"model {n}",
+            cost={"evaluations": 24 if n == 0 else draw.randint(6, 23)},
+            quality={"accuracy": 0.9 if n == 0 else 0.5 * draw.random(), "other": draw.random()},
+        )
+        for n in range(count)
+    ]
+    front = sample_front(trials)
+    shown = {row["key"] for row in front.shown}
+    assert len(shown) == MAX_SHOWN
+    assert [row for row in front.rows if row["key"] in shown] == front.shown, "the order stays"
+    assert {r["key"] for r in front.rows if r["on_front"] or r["role"] != "trial"} <= shown
+
+    def shortfall(row: Row) -> float:
+        return float(
+            max(m["quality"] for m in front.members if m["cost"] <= row["cost"]) - row["quality"]
+        )
+
+    near = [shortfall(row) for row in front.shown if row["is_candidate"]]
+    assert max(near) <= min(shortfall(row) for row in front.rows if row["key"] not in shown)
+    assert f"Of {count} models" in left_out_notes(front)[0]
+    small = sample_front(front.trials[:MAX_SHOWN])
+    assert (small.shown, left_out_notes(small)) == (small.rows, [])
+
+    # The page has the members of every front, and the files for programs have all.
+    files = {
+        path.name: path for path in SweepReport(name="many", front=front).write_files(tmp_path)
+    }
+    assert len(list(csv.DictReader(files["front.csv"].read_text().splitlines()))) == count
+    assert models_table(front).to_markdown().count("model ") <= MAX_SHOWN
+    found = re.search(r'id="charts">(.*?)</script>', files["front.html"].read_text())
+    assert found
+    [chart] = json.loads(found[1])
+    [rows] = (rows for rows in chart["datasets"].values() if "members" in rows[0])
+    best = max(front.trials, key=lambda trial: trial.value("quality/other") or 0.0)
+    assert best.key in [row["key"] for row in rows]
+    assert len(rows) < count
+    assert files["front.html"].stat().st_size < 1_500_000
+    assert files["front.svg"].stat().st_size < 1_000_000
+
+
+def seed_of(number: int, accuracy: float, group: str | None = "r = 1") -> Trial:
+    return sample_trial(
+        key=f"key-{group}-{number}",
+        schedule=(1, 1),
+        label=f"{group}, seed {number}",
+        cost={"evaluations": 4.0},
+        quality={"accuracy": accuracy, "accuracy_stderr": 0.03, "validation_loss": 4 + accuracy},
+        checkpoint=f"/runs/{number}",
+        seed=number,
+        group=group,
+    )
+
+
+def test_the_error_of_seeds_combines_their_spread_and_that_over_items() -> None:
+    table = result_table([seed_of(0, 0.30), seed_of(1, 0.32), seed_of(2, 0.37)])
+    (one,) = table["trial"]
+    assert (one.label, one.numbers["train/seeds"], one.checkpoint) == ("r = 1", 3, "/runs/0")
+    assert one.numbers["quality/accuracy"] == pytest.approx(0.33)
+    over_seeds = (0.03**2 + 0.01**2 + 0.04**2) / 2 / 3
+    assert one.numbers["quality/accuracy_stderr"] == pytest.approx(math.sqrt(over_seeds + 0.03**2))
+    assert one.numbers["quality/validation_loss_stderr"] == pytest.approx(math.sqrt(over_seeds))
+    assert [seed.seed for seed in table["seeds"][one.key]] == [0, 1, 2]
+    assert table["quality/accuracy"][one.key] == one.numbers["quality/accuracy"]
+    alone, other = seed_of(0, 0.3), seed_of(0, 0.4, None).model_copy(update={"key": "other"})
+    table = result_table([alone, other])
+    assert [*table["trial"]] == [alone, other]
+    assert table["seeds"].to_dict() == {alone.key: (alone,), "other": (other,)}
+
+
+# Confidence
+
+
+def task(name: str, right: Sequence[float], items: Sequence[str] | None = None) -> TaskResult:
+    values = [float(v) for v in right]
+    metrics = {"acc": float(np.mean(values)), "acc_stderr": standard_error("mean", values) or 0.0}
+    names = list(items) if items else [f"{name}-{n}" for n in range(len(values))]
+    return TaskResult(
+        name=name, version="1", num_items=len(values), metrics=metrics, items=names,
+        values={"acc": values},
+    )  # fmt: skip
+
+
+def bits_task(bits: float) -> TaskResult:
+    pairs = [[-bits * math.log(2) * 100 * (1 + n % 3), 100.0 * (1 + n % 3)] for n in range(40)]
+    return TaskResult(
+        name="bits_per_byte", version="1", num_items=40, metrics={"bits_per_byte": bits},
+        items=[f"document-{n}" for n in range(40)], values={"bits_per_byte": pairs},
+    )  # fmt: skip
+
+
+def answers(share: float) -> list[float]:
+    """Right answers on the first items: a better model is right wherever a worse one is."""
+    return [float(n < share * NUM_ITEMS) for n in range(NUM_ITEMS)]
+
+
+def evaluation(*tasks: TaskResult, **groups: tuple[str, ...]) -> EvaluationResult:
+    return EvaluationResult(results={t.name: t for t in tasks}, groups=groups)
+
+
+Points = dict[str, tuple[Role, float, EvaluationResult]]
+
+
+def sure_front(points: Points, axes: FrontAxes | None = None, share: float = 0.99) -> Front:
+    results = [
+        sample_trial(
+            key=name, role=role, label=name, cost={"evaluations": cost}, quality=found.quality()
+        )
+        for name, (role, cost, found) in points.items()
+    ]
+    runs = {name: found for name, (_, _, found) in points.items()}
+    front = sample_front(results, axes)
+    return with_confidence(front, runs, kept_share=share, num_resamples=2000)
+
+
+def at(front: Front, key: str, name: str) -> float | None:
+    return known(next(row for row in front.rows if row["key"] == key), f"paired/{name}")
+
+
+def against(front: Front, key: str, other: str, measured: str = "quality/accuracy") -> Interval:
+    return front.intervals[key, measured, other]
+
+
+@pytest.fixture
+def front() -> Front:
+    def measured(share: float, bits: float) -> EvaluationResult:
+        return evaluation(task("words", answers(share)), bits_task(bits))
+
+    return sure_front(
+        {
+            "teacher": ("teacher", 24.0, measured(0.500, 2.0)),
+            "close": ("trial", 12.0, measured(0.4975, 2.01)),
+            "poor": ("trial", 6.0, measured(0.25, 2.5)),
+            "worse": ("trial", 10.0, measured(0.20, 2.6)),
+            "vanilla": ("baseline", 6.0, measured(0.30, 2.4)),
+        }
+    )
+
+
+def test_scores_equal_those_of_the_evaluation() -> None:
+    tasks = [task(n, answers(s)) for n, s in (("a", 0.3), ("b", 0.5), ("c", 0.9))]
+    found = evaluation(*tasks, bits_task(2.2), both=("a", "b"))
+    paired = pair_scores({"one": [found], "two": [found]}, num_resamples=50)
+    assert paired is not None
+    expected = {"quality/accuracy": 0.65, "quality/bits_per_byte": 2.2, "quality/c/acc": 0.9}
+    for name, value in expected.items():
+        scores = paired.quality(name)
+        assert scores is not None
+        assert scores.observed == pytest.approx([value] * 2)
+    assert found.accuracy == pytest.approx(0.65)
+    assert paired.quality("quality/validation_loss") is None
+
+
+def test_items_are_matched_by_hash_and_unmatched_ones_counted() -> None:
+    one = evaluation(task("words", [1, 0, 1, 0], items=["a", "b", "c", "a"]))
+    other = evaluation(
+        task("words", [0, 1, 1], items=["c", "a", "x"]), task("more", [1, 1], items=["p", "q"])
+    )
+    paired = pair_scores({"one": [one], "other": [other]})
+    assert paired is not None
+    # Shared: `c` and the first `a`. Left out: `b`, the second `a`, `x`, and all of `more`.
+    assert paired.items["words"].values.tolist() == [[1.0, 1.0], [1.0, 0.0]]
+    assert (paired.num_items, dict(paired.left_out)) == (2, {"words": 3, "more": 2})
+    assert pair_scores({"one": [one], "other": [evaluation(task("more", [1.0]))]}) is None
+
+
+def test_draws_depend_on_no_other_task_and_include_the_seeds() -> None:
+    def drawn(*tasks: TaskResult) -> list[float]:
+        paired = pair_scores({"one": [evaluation(*tasks)]}, num_resamples=20)
+        assert paired is not None
+        return list(paired.scores["words"].drawn[:, 0])
+
+    words = task("words", answers(0.5))
+    assert drawn(words) == drawn(task("other", answers(0.2)), words)
+
+    seeds = [evaluation(task("words", answers(share))) for share in (0.4, 0.6)]
+    paired = pair_scores({"several": seeds, "one": seeds[:1]}, num_resamples=2000)
+    assert paired is not None
+    scores = paired.scores["words"]
+    assert scores.observed == pytest.approx([0.5, 0.4])
+    assert scores.drawn[:, 0].std() > 2 * scores.drawn[:, 1].std()
+
+
+def test_an_interval_is_wider_where_the_seeds_differ() -> None:
+    def width(first: float, second: float) -> float:
+        full = seed_of(0, 0.5, None).model_copy(update={"key": "full"})
+        results = [seed_of(0, first), seed_of(1, second), full]
+        shares = dict(zip((r.key for r in results), (first, second, 0.5), strict=True))
+        items = {key: evaluation(task("t", answers(share))) for key, share in shares.items()}
+        front = sample_front(results)
+        front = with_confidence(front, evaluations(front.table, items), num_resamples=2000)
+        key = next(row["key"] for row in front.rows if row["key"] != "full")
+        own = against(front, key, "")
+        return own.high - own.low
+
+    assert width(0.2, 0.6) > 1.5 * width(0.4, 0.4)
+
+
+def test_confidences_follow_the_answers(front: Front) -> None:
+    for name, share in (("poor", 1.0), ("worse", 0.0), ("close", 1.0)):
+        assert at(front, name, "confidence_on_front") == share
+    assert at(front, "poor", "confidence_keeps_99") == 0.0
+    assert at(front, "teacher", "confidence_keeps_99") == 1.0
+    assert at(front, "teacher", "share_of_full_low") == 1.0
+    # `close` lacks one item that the teacher has. The teacher is better where that item is drawn at
+    # all; 99% are kept where it is drawn no more often than once in a hundred right answers.
+    on_front = 1 - (1 - 1 / NUM_ITEMS) ** NUM_ITEMS
+    assert at(front, "teacher", "confidence_on_front") == pytest.approx(on_front, abs=0.03)
+    assert at(front, "close", "confidence_keeps_99") == pytest.approx(0.83, abs=0.03)
+    assert at(front, "close", "share_of_full") == pytest.approx(0.995)
+    difference = against(front, "close", "teacher")
+    assert difference.value == at(front, "close", "vs_teacher") == pytest.approx(-0.0025)
+    assert -0.01 <= difference.low < difference.high == 0.0
+    # Models are compared with baselines, which have no place.
+    assert at(front, "vanilla", "confidence_on_front") is None
+    compared = [o for key, name, o in front.intervals if (key, name) == ("close", "words")]
+    assert compared == ["", "teacher", "vanilla"]
+    assert against(front, "close", "vanilla").excludes_zero
+    assert at(front, "close", "bits_per_byte/vs_vanilla") == pytest.approx(-0.39)
+
+
+def test_the_share_of_a_loss_is_inverted_and_a_twin_keeps_all() -> None:
+    points: Points = {
+        "teacher": ("teacher", 24.0, evaluation(bits_task(2.0))),
+        "close": ("trial", 12.0, evaluation(bits_task(2.01))),
+        "poor": ("trial", 6.0, evaluation(bits_task(2.5))),
+    }
+    front = sure_front(points, FrontAxes(quality="quality/bits_per_byte"))
+    assert at(front, "close", "share_of_full") == pytest.approx(2.0 / 2.01)
+    for name, keeps in (("close", 1.0), ("poor", 0.0)):
+        assert at(front, name, "confidence_keeps_99") == keeps
+        assert at(front, name, "confidence_on_front") == 1.0
+    same = evaluation(task("words", answers(0.5)))
+    points = {"teacher": ("teacher", 24.0, same), "twin": ("trial", 12.0, same)}
+    assert at(sure_front(points, share=1.0), "twin", "confidence_keeps_100") == 1.0
+
+
+def test_a_result_without_items_has_no_confidence() -> None:
+    words = {name: evaluation(task("words", answers(s))) for name, s in (("a", 0.5), ("b", 0.4))}
+    results = [
+        sample_trial(key=name, cost={"evaluations": n}, quality={"accuracy": 0.4})
+        for n, name in enumerate(("a", "b", "lost"))
+    ]
+    front = sample_front(results)
+    assert with_confidence(front, {}).basis is None
+    partly = with_confidence(front, words, num_resamples=100)
+    assert not any(key == "lost" for key, _, _ in partly.intervals)
+    # The lost one competes for the front and is the full model: neither can be told.
+    for name in ("confidence_on_front", "confidence_keeps_99", "share_of_full"):
+        assert at(partly, "a", name) is None

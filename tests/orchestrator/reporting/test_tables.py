@@ -1,0 +1,316 @@
+"""Tables: the same content in all formats, and no terminal's width breaks a name or a number."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from rich.console import Console, RenderableType
+from rich.text import Text
+from sample_trials import sample_front
+
+from iiet.influence import InfluenceTable
+from orchestrator.evaluation.cost_measurement import (
+    DECODING,
+    FIRST_TOKEN,
+    MeasuredCost,
+    RelativeTime,
+)
+from orchestrator.records.evaluation import EvaluationResult, TaskResult
+from orchestrator.records.trial import Trial
+from orchestrator.reporting.command_tables import (
+    average_notes,
+    cost_and_share_tables,
+    evaluation_table,
+    influence_markdown,
+    influence_terminal_table,
+    tasks_with_other_items,
+)
+from orchestrator.reporting.front import Front, FrontAxes, with_confidence
+from orchestrator.reporting.tables import (
+    confidence_text,
+    cost_text,
+    front_values,
+    model_rows,
+    model_table,
+    models_table,
+    task_tables,
+)
+from orchestrator.terminal.render import format_schedule
+
+WIDTHS = (60, 80, 200)
+
+
+def printed(*shown: RenderableType, width: int = 120) -> str:
+    """Return what a terminal of some width shows."""
+    file = io.StringIO()
+    console = Console(file=file, width=width, force_terminal=True, color_system=None)
+    for one in shown:
+        console.print(one)
+    return Text.from_ansi(file.getvalue()).plain.replace("\u00a0", " ")
+
+
+def lines(front: Front, width: int) -> list[str]:
+    text = printed(models_table(front), width=width)
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
+def rows(shown: RenderableType) -> list[list[str]]:
+    """Return the rows, split at the spaces between columns."""
+    return [line.replace(" ± ", "±").split() for line in printed(shown).splitlines()]
+
+
+@pytest.fixture
+def front(sample_results: list[Trial]) -> Front:
+    return sample_front(sample_results)
+
+
+@pytest.fixture
+def sure_front(front: Front, sample_evaluations: dict[str, EvaluationResult]) -> Front:
+    return with_confidence(front, sample_evaluations, num_resamples=500)
+
+
+def test_the_terminal_table_fits_and_keeps_what_matters(
+    sample_results: list[Trial], front: Front, sure_front: Front
+) -> None:
+    for width, titles in (
+        (120, "schedule threshold NFE FLOPs KV/token ms/token accuracy bits/byte of front"),
+        (100, "schedule threshold NFE FLOPs ms/token accuracy bits/byte of front"),
+        (80, "schedule NFE FLOPs ms/token accuracy of front"),
+        (56, "schedule NFE accuracy front"),
+    ):
+        head, _, *found = lines(front, width)
+        assert max(len(line) for line in [head, *found]) <= width
+        assert [word for word in head.split() if word not in ("%", "full")] == titles.split()
+        assert len(found) == 12
+        assert not any("…" in line for line in found)
+        knee = next(line for line in found if "knee" in line)
+        assert knee.split()[0] == "0,1,1,1,1,1"
+        assert "44.4 ± 1.2" in knee
+    costs = [float(row["cost/evaluations"]) for row in model_rows(front)]
+    assert costs == sorted(costs)
+    assert "beats 1 ●" in next(line for line in lines(front, 100) if "vanilla" in line)
+    for cost, title in (("kv_bytes_per_token", "KV/token"), ("decode_ms_per_token", "ms/token")):
+        axes = FrontAxes(cost=f"cost/{cost}")
+        assert title in lines(sample_front(sample_results, axes), 60)[0]
+    axes = FrontAxes("cost/flops_per_token", "quality/bits_per_byte")
+    head = lines(sample_front(sample_results, axes), 110)[0]
+    assert ("FLOPs/token" in head, head.count("bits/byte"), "accuracy" in head) == (True, 1, False)
+    # Confidences are dropped first.
+    head, _, *found = lines(sure_front, 160)
+    assert "vs teacher  P(99%)  P(front)  front" in head
+    assert "-0.3 (-0.5 to -0.1)" in next(line for line in found if "knee" in line)
+    assert " to " not in next(line for line in found if "teacher" in line)
+    assert "P(front)" not in lines(sure_front, 145)[0]
+    assert "vs teacher" not in lines(sure_front, 110)[0]
+    assert "vs teacher" in models_table(sure_front).to_markdown()
+
+
+def test_sizes_and_sweeps_have_columns_if_they_differ(
+    sample_results: list[Trial], front: Front
+) -> None:
+    assert " layers" not in "\n".join(lines(front, 160))
+    last = sample_results[-1]
+    deep = replace(last.model, method="vanilla", num_layers=99, schedule=None)
+    results = [*sample_results[:-1], last.model_copy(update={"model": deep})]
+    head, _, *found = lines(sample_front(results), 160)
+    assert " layers " in head
+    assert sum(" 99 " in row for row in found) == 1
+
+    def sized(last: int) -> str:
+        counts = [1_480_000] * (len(sample_results) - 1) + [last]
+        pairs = zip(sample_results, counts, strict=True)
+        results = [r.with_numbers("cost", {"num_parameters": count}) for r, count in pairs]
+        return "\n".join(lines(sample_front(results), 120))
+
+    assert "parameters" not in sized(1_490_000), "the mix of a method is no other size"
+    assert "parameters" in sized(3_210_000)
+    assert sized(3_210_000).count(" 1.48 M ") == len(sample_results) - 1
+    assert sized(3_210_000).count(" 3.21 M ") == 1
+
+    sweep_of = {r.key: "first" if n % 2 else "second" for n, r in enumerate(sample_results)}
+    several = sample_front(sample_results, sweep_of=sweep_of)
+    head, _, *found = lines(several, 120)
+    assert head.split()[:2] == ["schedule", "sweep"]
+    assert all(("first" in row) != ("second" in row) for row in found)
+    assert {row["sweep"] for row in model_rows(several)} == {"first", "second"}
+
+
+def test_csv_and_json_hold_every_number(
+    front: Front, sure_front: Front, sample_results: list[Trial]
+) -> None:
+    found = list(csv.DictReader(io.StringIO(model_table(front).to_csv(index=False))))
+    values = json.loads(json.dumps(front_values(front), allow_nan=False))
+    by_key = {row["key"]: row for row in found}
+    for result in sample_results:
+        for name, number in result.metrics().items():
+            assert float(by_key[result.key][name]) == pytest.approx(number)
+    assert {row["key"] for row in values["results"]} == set(by_key)
+    assert values["picks"]["knee"] == next(r["key"] for r in found if "knee" in r["verdict"])
+    assert values["hypervolume"] == front.hypervolume
+    assert values["results"][0]["details"] in [
+        result.model_dump(mode="json", exclude={"job", "suite"}) for result in sample_results
+    ]
+    values = json.loads(json.dumps(front_values(sure_front), allow_nan=False))
+    row = next(r for r in values["results"] if r["schedule"] == "0,1,1,1,1,1")
+    assert row["paired/vs_teacher"] == pytest.approx(-0.003)
+    assert row["paired/vs_teacher_low"] < row["paired/vs_teacher"] < row["paired/vs_teacher_high"]
+    assert 0 < row["paired/confidence_keeps_99"] < 1
+    assert values["confidence_basis"]["num_items"] == 2000
+    assert "paired/lastword/vs_r_0_from_scratch_high" in model_table(sure_front)
+
+
+def test_an_unmeasured_result_is_listed_with_null_and_an_empty_front_has_tables(
+    sample_results: list[Trial],
+) -> None:
+    changes = {"key": "lacking", "numbers": {"cost/evaluations": 1.0}}
+    lacking = sample_results[1].model_copy(update=changes)
+    lacking = lacking.with_numbers("quality", {"accuracy": float("nan")})
+    front = sample_front([*sample_results, lacking])
+    row = model_rows(front)[-1]
+    assert (row["verdict"], row["quality/accuracy"]) == ("not measured", None)
+    assert "NaN" not in json.dumps(front_values(front), allow_nan=False)
+    empty = sample_front([])
+    assert (model_rows(empty), len(model_table(empty)), task_tables(empty)) == ([], 0, [])
+    assert json.loads(json.dumps(front_values(empty), allow_nan=False))["front"] == []
+    assert lines(empty, 80)
+
+
+def test_markdown_has_a_row_for_each_model_and_a_table_for_each_task(
+    front: Front, sure_front: Front
+) -> None:
+    text = models_table(front).to_markdown().splitlines()
+    assert len(text) == 2 + len(front.rows)
+    assert len({line.count("|") for line in text}) == 1
+    assert sum(line.startswith("| **") for line in text) == len(front.members)
+    tables = task_tables(sure_front)
+    assert [t.title for t in tables] == ["Accuracy", "lastword (acc)", "continuation (acc)"]
+    for table in tables:
+        heads = [column.title for column in table.columns[3:]]
+        assert heads == ["vs teacher", "vs vanilla", "vs r = 0 from scratch"]
+        assert len(table.rows) == 12
+    text = tables[1].to_markdown().splitlines()
+    knee = next(line for line in text if "0,1,1,1,1,1" in line).split(" | ")
+    assert (knee[1], knee[3].startswith("-0.3 (-0.7 to ")) == ("32.4", True)
+
+
+def test_numbers_are_written_with_the_digits_that_matter() -> None:
+    assert [confidence_text(p) for p in (None, 0.0, 0.62, 1.0)] == ["", "<0.01", "0.62", ">0.99"]
+    costs = {11.0: "11", 6.2745: "6.274", 16384.0: "16,384", 8.94e6: "8,940,000", 2.5e9: "2.5e+09"}
+    assert [cost_text(cost) for cost in costs] == list(costs.values())
+    assert format_schedule((2, 2, 1, 1, 1, 1)) == "2,2,1,1,1,1"
+    assert format_schedule((3,) * 4 + (1,) * 19 + (0,)) == "3*4,1*19,0"
+    assert format_schedule(None) == ""
+
+
+# Tables of single commands
+
+
+def task(name: str, num_items: int = 2, **metrics: float) -> TaskResult:
+    return TaskResult(
+        name=name, version="1", num_items=num_items, metrics=metrics, items=["one", "two"]
+    )
+
+
+def evaluation(*tasks: TaskResult) -> EvaluationResult:
+    return EvaluationResult(results={result.name: result for result in tasks})
+
+
+CHOICES = {"acc": 0.25, "acc_stderr": 0.125, "acc_norm": 0.5, "perplexity": 123456.0}
+
+
+def test_an_evaluation_has_a_row_for_each_metric_and_a_column_for_each_model() -> None:
+    one = evaluation(task("choices", **CHOICES))
+    other = evaluation(task("choices", acc=0.75), task("more", **CHOICES))
+    found = rows(evaluation_table({"model0": one, "model1": other}))
+    assert ["task", "metric", "model0", "model1", "items"] in found
+    assert ["choices", "acc", "0.2500±0.1250", "0.7500", "2"] in found
+    assert ["choices", "perplexity", "1.23e+05", "2"] in found
+    assert ["more", "acc", "0.2500±0.1250", "2"] in found
+    found = rows(evaluation_table({"model": one}))
+    assert ["choices", "acc_norm", "*", "0.5000", "2"] in found
+    assert any(row[:4] == ["average", "accuracy", "*", "0.5000"] for row in found)
+    text = evaluation(task("text", bits_per_byte=2.0))
+    assert "average" not in printed(evaluation_table({"model": text}))
+
+    less = one.model_copy(update={"skipped": {"piqa": "it needs the hub"}})
+    assert average_notes({"a": one}) == []
+    assert average_notes({"a": less}) == ["the average is over choices, without piqa"]
+    assert average_notes({"a": one, "b": less}) == [
+        "the average of b is over choices, without piqa"
+    ]
+    changed = evaluation(task("choices", **CHOICES).model_copy(update={"items": ["one", "three"]}))
+    assert tasks_with_other_items([one, one]) == []
+    assert tasks_with_other_items([one, changed]) == ["choices"]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_width_breaks_a_name_or_a_number(width: int) -> None:
+    measured = evaluation(
+        task("lambada_openai", 5153, perplexity=6.2e7, perplexity_stderr=1.2e6, acc=0.37),
+        task("heldout_continuation", 1028, acc=0.4432, acc_stderr=0.0155, bits_per_byte=2.2),
+    )
+    several = ["r=3,3,3,3,3,3", "r=2,2,1,1,1,1", "r=0", "a-model-with-a-long-name"]
+    for models in (["teacher"], ["teacher", "SmolLM2-135M-Instruct"], several):
+        text = printed(evaluation_table(dict.fromkeys(models, measured)), width=width)
+        wanted = ["lambada_openai", "heldout_continuation", "perplexity", "acc *", "bits_per_byte"]
+        numbers = ["6.2e+07 ± 1.2e+06", "0.4432 ± 0.0155"]
+        for part in [*wanted, *numbers, *(models if len(models) > 1 else [])]:
+            assert part in text
+        assert text.count(numbers[0]) == len(models)
+        assert all(len(line.rstrip()) <= width for line in text.splitlines())
+
+    predicted = {"FLOPs": 0.51, "evaluations": 0.48}
+    share = RelativeTime(measured=0.5, spread=0.01, predicted=predicted)
+    costs = [
+        MeasuredCost(
+            model=model, batch_size=8, context=1024, first_token_ms=1234.5, first_token_spread=12.3,
+            decode_ms=123.4, decode_spread=1.2, tokens_per_second=64321.0, kv_bytes=2**28,
+            weight_bytes=2**20, peak_bytes=2**30, shares={DECODING: share, FIRST_TOKEN: share},
+        )
+        for model in ("r=3,3,3,3,3,3", "r=2,2,1,1,1,1")
+    ]  # fmt: skip
+    text = printed(*cost_and_share_tables(costs), width=width)
+    for part in ("1234.50 ± 12.30", "123.40 ± 1.20", "64,321", "1,024.00", "50.0 ± 1.0"):
+        assert part in text
+    assert text.count("r=2,2,1,1,1,1") == text.count("8 x 1024") / 2 >= 3
+
+    values = tuple(tuple(0.0123 / (r + 1) for r in range(6)) for _ in range(3))
+    errors = tuple(tuple(value / 50 for value in row) for row in values)
+    table = InfluenceTable(metric="cosine", value_rows=values, error_rows=errors, num_tokens=64)
+    text = printed(influence_terminal_table(table), width=width)
+    assert all(f"correction {number}" in text for number in range(1, 7))
+    assert text.count("0.01230 ± 0.00025") + text.count("0.0123 ± 0.00025") == 3
+    assert text.count("Influence (cosine") == 1
+
+
+def test_an_influence_has_the_digits_of_its_error_then_residuals_and_whole_layers() -> None:
+    values, errors = ((0.05234, 3e-5), (0.5, 0.0123)), ((0.00021, 2e-6), (0.0, math.nan))
+    found = rows(influence_terminal_table(InfluenceTable("loss", values, errors, 64)))
+    assert ["1", "0.05234±0.00021", "3e-05±2e-06"] in found
+    assert ["2", "0.5±0", "0.012"] in found, "a single batch has no error"
+
+    influence, residuals = ((0.04, 0.02, 0.01), (0.5,)), ((0.8, 0.4, 0.2), (0.25,))
+    table = InfluenceTable("cosine", influence, influence, 64, residuals)
+    assert max(map(len, printed(influence_terminal_table(table), width=80).splitlines())) <= 80
+    found = rows(influence_terminal_table(table))
+    assert ["1", "0.8", "0.4", "0.2", "0.5"] in found
+    assert ["2", "0.25"] in found
+    without = replace(table, residual_rows=())
+    assert "Residual" not in printed(influence_terminal_table(without))
+    assert influence_markdown(table).splitlines() == [
+        "| layer | correction 1 | correction 2 | correction 3 | contraction |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+        "| 1 | 0.04 | 0.02 | 0.01 | 0.5 |",
+        "| 2 | 0.5 |  |  |  |",
+    ]
+    assert influence_markdown(without).splitlines()[2] == "| 1 | 0.04 | 0.02 | 0.01 |  |"
+    table = replace(table, layer_values=(0.31, 0.024))
+    assert ["2", "0.5±0.5", "0.024"] in rows(influence_terminal_table(table))
+    heads, _, first, second = influence_markdown(table).splitlines()
+    assert heads.endswith("| contraction | whole layer |")
+    assert (first.endswith("| 0.31 |"), second.endswith("| 0.024 |")) == (True, True)
