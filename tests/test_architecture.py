@@ -73,9 +73,9 @@ LINES = {
     "orchestrator/training": 3_950,
     "orchestrator/evaluation": 4_131,
     "orchestrator/planning": 1_137,
-    "orchestrator/cluster": 3_005,
+    "orchestrator/cluster": 2_496,
     "orchestrator/reporting": 4_349,
-    "orchestrator/sweeping": 3_364,
+    "orchestrator/sweeping": 3_362,
     "orchestrator/pipelines": 4_711,
     "orchestrator/cli": 1_886,
 }

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import psutil
 
-import orchestrator
 from orchestrator.planning.machine import Node
 from orchestrator.terminal.render import format_bytes
 from orchestrator.workspace.errors import RunFailed, UserError, first_line
@@ -165,7 +164,7 @@ def versions() -> dict[str, str]:
     """Return what must be the same on all nodes: versions of libraries, and a hash of the code."""
     found = environment()
     del found["machine"]
-    root = Path(str(orchestrator.__path__[0])).parent
+    root = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for path in sorted([*root.glob("iiet/**/*.py"), *root.glob("orchestrator/**/*.py")]):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())

@@ -169,7 +169,12 @@ def run_gpu_task(work: DeviceWork[T], progress: Progress) -> T:
     import ray.exceptions
 
     # Ray's own retry would expect the same events again, and a task that resumes sends fewer.
-    options = {"num_cpus": 1, "num_gpus": 1, "num_returns": "streaming", "max_retries": 0}
+    options: dict[str, Any] = {
+        "num_cpus": 1,
+        "num_gpus": 1,
+        "num_returns": "streaming",
+        "max_retries": 0,
+    }
     task: Any = ray.remote(**options)(_stream)
     for num_deaths in range(1, MAX_DEATHS + 2):
         try:

@@ -289,7 +289,7 @@ def _trainer(
     import ray.train.backend
     import ray.train.torch
 
-    class SharedGpus(ray.train.backend.Backend):  # type: ignore[misc]
+    class SharedGpus(ray.train.backend.Backend):
         """Each worker sees all GPUs of the job on its node, so that NCCL can connect them."""
 
         share_cuda_visible_devices = True
@@ -399,7 +399,8 @@ def _meet(world: World, placement: Placement, folder: Path, is_one_machine: bool
     if not is_one_machine:
         with socket.socket() as free:
             free.bind(("", 0))
-            address = f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+            own: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            address = f"tcp://{own}:{free.getsockname()[1]}"
     elif loopback := _loopback():
         for variable in INTERFACE_VARIABLES:
             os.environ.setdefault(variable, loopback)

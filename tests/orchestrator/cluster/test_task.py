@@ -22,11 +22,11 @@ from orchestrator import cli
 from orchestrator.cluster import task
 from orchestrator.cluster.task import command_device, run_local_jobs, trial_device
 from orchestrator.cluster.train import run_train_jobs
+from orchestrator.models.folder import weights_key
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings, resolve_settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import weights_key
 from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
 from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.journal import read_journal
