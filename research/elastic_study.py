@@ -42,7 +42,7 @@ from orchestrator import (
 )  # fmt: skip
 from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
-from orchestrator.cluster.start import ray_cluster
+from orchestrator.cluster.ray import ray_cluster
 from orchestrator.data.preparation import find_prepared
 from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures

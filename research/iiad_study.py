@@ -44,7 +44,7 @@ from orchestrator import (
 )  # fmt: skip
 from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
-from orchestrator.cluster.start import ray_cluster
+from orchestrator.cluster.ray import ray_cluster
 from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.records.evaluation import STDERR_SUFFIX

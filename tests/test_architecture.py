@@ -73,9 +73,9 @@ LINES = {
     "orchestrator/training": 3_950,
     "orchestrator/evaluation": 4_129,
     "orchestrator/planning": 1_117,
-    "orchestrator/cluster": 3_003,
+    "orchestrator/cluster": 2_493,
     "orchestrator/reporting": 4_349,
-    "orchestrator/sweeping": 3_363,
+    "orchestrator/sweeping": 3_361,
     "orchestrator/pipelines": 4_609,
     "orchestrator/cli": 1_886,
 }

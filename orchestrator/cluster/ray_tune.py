@@ -14,19 +14,15 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from orchestrator.cluster.asha_scheduler import LOSS, STEP, AshaByModel
-from orchestrator.cluster.devices import worker_device
-from orchestrator.cluster.messages import Inbox, Message, watch_messages
-from orchestrator.cluster.placement import Placement, trial_placement
-from orchestrator.cluster.preemption import NodeNotices, own_node, watch_nodes
-from orchestrator.cluster.ray_train import FINAL_ERRORS, fit_job
-from orchestrator.cluster.start import ray_cluster
+from orchestrator.cluster.placement import Placement, trial_placement, worker_device
+from orchestrator.cluster.ray import Signal, looks_for, ray_cluster
+from orchestrator.cluster.train import FINAL_ERRORS, fit_job
 from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.cluster.tune_callback import ANSWER, TrialReport, TuneCallback
 from orchestrator.planning.estimate import LEAST_SECONDS, out_of_memory_explained
@@ -58,13 +54,10 @@ class TrialContext:
     """Where a trial runs, and what may end its training early."""
 
     placement: Placement
-    inbox: Inbox
-    early_stop: Message
+    early_stop: Signal
     """Asks this trial's training to save and return."""
     cluster: ClusterSettings
     """How the trial's workers share a model."""
-    notices: NodeNotices
-    """Whether the node of the trial's own process will be taken away."""
 
     @property
     def device(self) -> str:
@@ -75,16 +68,15 @@ class TrialContext:
         """Report a validation loss to Tune; returns when its scheduler has decided."""
         if VALIDATION_METRIC in numbers:
             tune.report({STEP: step, LOSS: numbers[VALIDATION_METRIC]})
-            self.inbox.look()  # No step more after an early stop.
 
     def train(self, job: TrainingJob, report: Report | None = None) -> TrainingOutcome:
         """Train a job here, or on the trial's workers; as `run_job`."""
-        with stop_when(partial(self.inbox.has, self.early_stop)):
+        with stop_when(self.early_stop.is_sent):
             if self.placement.workers > 1:
                 return train_with_workers(job, self.placement, self.cluster, report=report)
             world = World(device=self.device)
             with out_of_memory_explained(job, world):
-                return run_job(job, world=world, should_save=self.notices.take, report=report)
+                return run_job(job, world=world, report=report)
 
     def on_device(self, work: Callable[[str], T]) -> T:
         """Call a function with the name of one of the trial's devices, where that device is."""
@@ -125,7 +117,7 @@ def run_trials(
     *,
     cluster: ClusterSettings | None = None,
     scheduler: AshaByModel | None = None,
-    early_stops: Message | None = None,
+    early_stops: Signal | None = None,
     hooks: TrialHooks | None = None,
 ) -> dict[str, TrialReport]:
     """Run trials under Ray Tune, as many at the same time as fit; return their reports by key.
@@ -166,7 +158,7 @@ def run_trials(
             hooks.watch(callback.running)
 
         def run() -> None:
-            stops = {"stop": callback.stop, "early_stops": early_stops or Message()}
+            stops = {"stop": callback.stop, "early_stops": early_stops or Signal()}
             trainable = tune.with_parameters(
                 _tune_trial,
                 function=function,
@@ -232,8 +224,8 @@ def _tune_trial(
     config: dict[str, Any],
     *,
     function: TrialFunction,
-    stop: Message,
-    early_stops: Message,
+    stop: Signal,
+    early_stops: Signal,
     placement: Placement,
     cluster: ClusterSettings,
 ) -> None:
@@ -241,12 +233,10 @@ def _tune_trial(
     early_stop = early_stops.part(config["trial"]["key"])
     answer: dict[str, Any] = {}
     with (
-        watch_messages(stop, early_stop) as inbox,
-        stop_when(partial(inbox.has, stop)),
-        watch_nodes([own_node()]) as notices,
+        stop_when(looks_for(stop)),
     ):
         if not stop_requested():
-            context = TrialContext(placement, inbox, early_stop, cluster, notices)
+            context = TrialContext(placement, early_stop, cluster)
             try:
                 answer = {"result": function(json.loads(config["trial"]["parameters"]), context)}
             except Exception as error:
@@ -283,7 +273,7 @@ def train_with_workers(
         return outcome
     tail = JournalReader(job.folder)
     tail.read()  # Whoever resumes the trial has read what is there already.
-    stop = Message()
+    stop = Signal()
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(
             fit_job,
@@ -299,6 +289,6 @@ def train_with_workers(
                 if report and record["kind"] == "metrics":
                     report(record["step"], record["values"])
             if stop_requested():
-                stop.post()
+                stop.send()
     training.result()
     return finished_outcome(job) or TrainingOutcome(checkpoint=None, step=tail.step, finished=False)

@@ -14,8 +14,8 @@ from typing import Any
 
 import ray.tune
 
-from orchestrator.cluster.messages import Message
-from orchestrator.cluster.ray_train import failure_reason
+from orchestrator.cluster.ray import Signal
+from orchestrator.cluster.train import failure_reason
 
 tune: Any = ray.tune  # it calls callbacks with keyword arguments; ours take what they need
 
@@ -46,7 +46,7 @@ class TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
     def __init__(self, seconds_to_save: Callable[[Collection[str]], float]) -> None:
         """Prepare an experiment; `seconds_to_save` gets the keys of the trials that run."""
         self._seconds_to_save = seconds_to_save
-        self.stop = Message()
+        self.stop = Signal()
         """Asks all trials to save and return."""
         self._is_stopping = False
         self._reports: queue.SimpleQueue[TrialReport] = queue.SimpleQueue()
@@ -66,7 +66,7 @@ class TuneCallback(tune.Callback, tune.Stopper):  # type: ignore[misc]
         seconds = self._seconds_to_save(running) if running else 0.0
         self._give_up_at = time.monotonic() + seconds
         self._is_stopping = True
-        self.stop.post()
+        self.stop.send()
         return seconds
 
     @property

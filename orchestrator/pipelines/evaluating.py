@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from orchestrator.cluster.launch import command_device
+from orchestrator.cluster.task import command_device
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.evaluation.harness import Suite
 from orchestrator.evaluation.harness.logged_files import (

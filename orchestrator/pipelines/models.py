@@ -26,7 +26,7 @@ from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
-from orchestrator.cluster.launch import command_device
+from orchestrator.cluster.task import command_device
 from orchestrator.models.config import model_family
 from orchestrator.models.evaluated_model import open_model
 from orchestrator.models.folder import (

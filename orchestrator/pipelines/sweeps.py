@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from iiet.influence import InfluenceTable
-from orchestrator.cluster.launch import joined_cluster, trial_device
+from orchestrator.cluster.task import joined_cluster, trial_device
 from orchestrator.data.mixture import open_data
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.data.preparation import expected_tokens, find_prepared
@@ -488,7 +488,7 @@ def _models_plan(pretraining: TrainingPlan, labels: Iterable[str]) -> SweepPlan:
 
 def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
     """Make what the plan lacks, run its trials, and write the report; as `sweep`."""
-    from orchestrator.cluster.start import ray_cluster
+    from orchestrator.cluster.ray import ray_cluster
 
     settings, progress, workspace = plan.asked["settings"], context.progress, context.workspace
     pretrains, root = plan.pretraining is not None, workspace.root

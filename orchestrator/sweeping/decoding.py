@@ -17,7 +17,7 @@ from torch import Tensor
 
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
-from orchestrator.cluster.launch import trial_device
+from orchestrator.cluster.task import trial_device
 from orchestrator.data.mixture import open_data
 from orchestrator.data.store import PreparedData, TokenStore
 from orchestrator.evaluation.decode_timing import (

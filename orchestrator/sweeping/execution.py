@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iiet.cost import inference_cost
-from orchestrator.cluster.launch import trial_device
+from orchestrator.cluster.task import trial_device
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
 from orchestrator.reporting.training_curves import history_folder

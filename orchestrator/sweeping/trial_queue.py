@@ -19,10 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from iiet.cost import inference_cost
 from orchestrator.cluster.asha_scheduler import AshaByModel
-from orchestrator.cluster.messages import Message
-from orchestrator.cluster.nodes import wait_for_gpus
+from orchestrator.cluster.ray import Signal, ray_cluster, wait_for_gpus
 from orchestrator.cluster.ray_tune import TrialContext, TrialHooks, run_trials
-from orchestrator.cluster.start import ray_cluster
 from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.cluster.tune_callback import TrialReport
 from orchestrator.planning.estimate import seconds_to_save
@@ -172,11 +170,11 @@ class TrialQueue:
             trials_now.show(running)
             self.watch([trials_now.trials[key] for key in running])
 
-        early_stops, asha = Message(), dict(self.asha)
+        early_stops, asha = Signal(), dict(self.asha)
 
         def stop_early(key: str, step: int, loss: float) -> None:
             record_early_stop(asha, key, step, loss)  # Tune pickles this function, so no `self`.
-            early_stops.part(key).post()
+            early_stops.part(key).send()
 
         # One folder for each process: the same sweep may run twice at the same time.
         storage = self.folder / f"ray-{socket.gethostname()}-{os.getpid()}"

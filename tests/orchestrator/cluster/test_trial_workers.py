@@ -14,7 +14,7 @@ import torch
 from changed_trials import in_folder, with_job
 
 from orchestrator.cluster.asha_scheduler import AshaByModel
-from orchestrator.cluster.messages import Message
+from orchestrator.cluster.ray import Signal
 from orchestrator.models.loading import load_model
 from orchestrator.records.trial import AshaTrial, SweepPlan, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings
@@ -60,11 +60,11 @@ def run_with_two(
     sweep = SweepSettings(workers_per_trial=2, trials_at_once=5)
     asha = asha or {}
     given = {trial.key: parameters(trial, asha.get(trial.key)) for trial in trials}
-    early_stops = Message()
+    early_stops = Signal()
 
     def stop_early(key: str, step: int, loss: float) -> None:
         record_early_stop(asha, key, step, loss)
-        early_stops.part(key).post()
+        early_stops.part(key).send()
 
     reports = run_trials(
         trial,
