@@ -8,18 +8,18 @@ that they have under Ray with one worker.
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import os
-import pickle
 import queue
 import socket
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from orchestrator.cluster.placement import worker_device
 from orchestrator.cluster.ray import check_ray_can_run, ray_cluster, ray_environment
@@ -142,23 +142,11 @@ def _run_on_device(
     return work(str(best_device()), progress)
 
 
-class _Event(NamedTuple):
-    """A call of a method of `Progress`, or one of the names below."""
-
-    name: str
-    arguments: tuple[Any, ...] = ()
-    options: dict[str, Any] = {}  # noqa: RUF012 - nothing changes it
-
-
-RUNS, LOG, RESULT, ERROR = "runs", "log", "result", "error"
-
-
 def run_gpu_task(work: DeviceWork[T], progress: Progress) -> T:
     """Run a function on one GPU of the Ray that runs.
 
-    Progress, log lines and the result, or the error, come back one by one: the task is a generator,
-    and the function runs in a thread of it. After Ctrl-C the task's process is killed, so functions
-    store what they have made in whole steps.
+    Its progress and log lines come back while it runs: the task is a generator. After Ctrl-C the
+    task's process is killed, so functions store what they have made in whole steps.
 
     Raises:
         RunFailed: If the task's process died too often.
@@ -169,13 +157,9 @@ def run_gpu_task(work: DeviceWork[T], progress: Progress) -> T:
     import ray.exceptions
 
     # Ray's own retry would expect the same events again, and a task that resumes sends fewer.
-    options: dict[str, Any] = {
-        "num_cpus": 1,
-        "num_gpus": 1,
-        "num_returns": "streaming",
-        "max_retries": 0,
-    }
-    task: Any = ray.remote(**options)(_stream)
+    options: dict[str, Any] = {"num_gpus": 1, "num_returns": "streaming", "max_retries": 0}
+    task: Any = ray.remote(num_cpus=1, **options)(_stream)
+    function: Any = getattr(work, "func", work)
     for num_deaths in range(1, MAX_DEATHS + 2):
         try:
             with stop_on_signals():
@@ -186,12 +170,19 @@ def run_gpu_task(work: DeviceWork[T], progress: Progress) -> T:
                     if stop_requested():
                         ray.cancel(events, force=True)
                         raise Interrupted(interruption_text("what was stored is kept"))
-                    if ready:
-                        event: _Event = ray.get(next(events))
-                        if event.name == RESULT:
-                            result: T = event.arguments[0]
-                            return result
-                        _repeat(event, progress)
+                    event = ray.get(next(events)) if ready else None
+                    if isinstance(event, tuple):
+                        result: T = event[0]
+                        return result
+                    if isinstance(event, logging.LogRecord):
+                        logging.getLogger(event.name).handle(event)
+                    elif isinstance(event, str):
+                        logger.info("%s.%s %s", function.__module__, function.__name__, event)
+                        progress.advance(0)  # It waits no longer.
+                    elif event:
+                        event(progress)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error  # Its text is the traceback, for the log.
         except ray.exceptions.RayError as error:
             reason = first_line(error, with_type=True)
             logger.warning("the task's process died (%s times): %s", num_deaths, reason)
@@ -201,108 +192,54 @@ def run_gpu_task(work: DeviceWork[T], progress: Progress) -> T:
     )
 
 
-def _repeat(event: _Event, progress: Progress) -> None:
-    """Do here what the task did there: show progress, log a line, raise an error."""
-    name, arguments, options = event
-    if name == ERROR:
-        error, text = arguments
-        raise error from _RemoteTraceback(text)
-    if name == LOG:
-        logging.getLogger(arguments[0]).log(*arguments[1:])
-    elif name == RUNS:
-        progress.advance(0)  # It waits no longer.
-        logger.info(*arguments)
-    else:
-        getattr(progress, name)(*arguments, **options)
+def _stream(work: DeviceWork[Any]) -> Iterator[Any]:
+    """Run a function in a thread of a task; yield all that the caller has to know.
 
-
-class _RemoteTraceback(Exception):
-    """The traceback of an error in the task's process, for the log."""
-
-
-def _stream(work: DeviceWork[Any]) -> Iterator[_Event]:
-    """Run the function in a thread and yield its events; the last is the result or the error."""
+    That is where it runs, as a text; its log records; its calls of `Progress`, as functions of the
+    caller's display; and its result, as a tuple.
+    """
     import ray
 
-    events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
-    gpus = ray.get_gpu_ids()
-
-    def run() -> None:
-        # Ray ends this process after one task with a GPU, so nothing has to be undone.
-        logging.getLogger().addHandler(_SendingHandler(events.put))
-        try:
-            function: Any = getattr(work, "func", work)
-            where = f"on GPU {', '.join(map(str, gpus))} of {socket.gethostname()}"
-            what = f"{function.__module__}.{function.__name__}"
-            events.put(_Event(RUNS, ("%s runs %s, process %s", what, where, os.getpid())))
-            result = work(worker_device(use_gpu=True), _SendingProgress(events.put))
-            events.put(_Event(RESULT, (result,)))
-        except BaseException as error:
-            text = "".join(traceback.format_exception(error))
-            try:
-                pickle.loads(pickle.dumps(error))
-            except Exception:  # An error's own code runs here.
-                error = RunFailed(first_line(error, with_type=True))
-            events.put(_Event(ERROR, (error, text)))
-
-    threading.Thread(target=run, daemon=True).start()
-    is_over = False
-    while not is_over:
-        event = events.get()
-        is_over = event.name in (RESULT, ERROR)
-        yield event
-
-
-class _SendingHandler(logging.Handler):
-    def __init__(self, send: Callable[[_Event], None]) -> None:
-        super().__init__()
-        self._send = send
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._send(_Event(LOG, (record.name, record.levelno, "%s", self.format(record))))
+    gpus = ", ".join(map(str, ray.get_gpu_ids()))
+    yield f"runs on GPU {gpus} of {socket.gethostname()}, process {os.getpid()}"
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    # Ray ends this process after one task with a GPU, so nothing has to be undone.
+    logging.getLogger().addHandler(logging.handlers.QueueHandler(events))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(work, worker_device(use_gpu=True), _SendingProgress(events.put))
+        running.add_done_callback(events.put)
+        while (event := events.get()) is not running:
+            yield event
+    yield (running.result(),)
 
 
 class _SendingProgress(Progress):
     """Sends each call to the process that started the task; of frequent `advance`, a few."""
 
-    def __init__(self, send: Callable[[_Event], None]) -> None:
+    def __init__(self, send: Callable[[Callable[[Progress], None]], None]) -> None:
         self._send = send
         self._sent_at = 0.0
 
     def start(self, title: str, total: float | None = None) -> None:
-        self._send(_Event("start", (title, total)))
+        self._send(methodcaller("start", title, total))
 
     def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
         if time.monotonic() - self._sent_at >= POLL_SECONDS:
             self._sent_at = time.monotonic()
-            self._send(_Event("advance", (done, text), {"seconds_left": seconds_left}))
+            self._send(methodcaller("advance", done, text, seconds_left=seconds_left))
 
     def note(self, text: str) -> None:
-        self._send(_Event("note", (text,)))
+        self._send(methodcaller("note", text))
 
     def finish(self, summary: str) -> None:
-        self._send(_Event("finish", (summary,)))
+        self._send(methodcaller("finish", summary))
 
 
 # Training jobs.
 
 
-class RunJobs(Protocol):
-    """Run jobs to their ends; see `run_train_jobs` and `run_local_jobs`."""
-
-    def __call__(
-        self,
-        jobs: Sequence[TrainingJob],
-        cluster: ClusterSettings | None = None,
-        *,
-        watch: Callable[[], None] | None = None,
-        note: Callable[[str], None] | None = None,
-        say: Callable[[str], None] | None = None,
-    ) -> list[TrainingOutcome]: ...
-
-
-def job_runner(*, local: bool) -> RunJobs:
-    """Return the function that runs jobs in this process, or under Ray Train."""
+def job_runner(*, local: bool) -> Callable[..., list[TrainingOutcome]]:
+    """Return the function that runs jobs: `run_local_jobs`, or `run_train_jobs` under Ray."""
     if local:
         return run_local_jobs
     from orchestrator.cluster.train import run_train_jobs
