@@ -28,8 +28,7 @@ from benchmarks.report import Goal, Quantity, Report, Row, checked
 from benchmarks.shape import fresh_decoder, shaped_config
 from benchmarks.timing import Spread, paired_ratio, take_turns
 from iiet import published_from_decoder
-from iiet.export import export_pretrained
-from iiet.huggingface import fast_tokenizer
+from iiet.exporting import export, fast_tokenizer
 from orchestrator.data.preparation import prepare
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.harness import Suite, load_suite, run_suite
@@ -149,7 +148,7 @@ class _Inputs:
         decoder = fresh_decoder(config)
         if kind == "iiet":
             with suppress_output():
-                return export_pretrained(
+                return export(
                     decoder, folder, tokenizer_file=self._tokenizer_path, end_of_text=_END_OF_TEXT
                 )
         with suppress_output():

@@ -36,7 +36,7 @@ from orchestrator.sweeping.plan import choose_members, load_tasks, plan_suite, t
 from orchestrator.sweeping.trial_run import measure_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import open_tracking
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.layout import DONE_NAME, Workspace, open_workspace
 
 _MINUTE = 60.0

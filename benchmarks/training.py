@@ -40,11 +40,11 @@ from orchestrator.data.mixture import open_data
 from orchestrator.data.tokenization import write_tokens
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DataSettings, TrainingSettings
-from orchestrator.training.distributed import World
+from orchestrator.training.devices import World
 from orchestrator.training.job import sequences_per_step
-from orchestrator.training.learning_rate import learning_rate_at
-from orchestrator.training.optimizer import make_optimizer, set_learning_rate
-from orchestrator.training.run import run_job
+from orchestrator.training.objective import make_optimizer, set_learning_rate
+from orchestrator.training.schedules import learning_rate_at
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.journal import read_journal
 
 

@@ -96,9 +96,10 @@ class Decoder(nn.Module):
             ) from None
         return decoder if dtype is None else decoder.to(dtype)
 
-    def save(self, folder: str | PathLike[str]) -> None:
-        """Write `config.json` and `model.safetensors`; makes the folder."""
-        write_folder(folder, self.config, self.state_dict())
+    def save(self, folder: str | PathLike[str], **others: Any) -> None:
+        """Write `config.json`, perhaps with other values, and `model.safetensors`; makes the
+        folder."""
+        write_folder(folder, self.config, self.state_dict(), **others)
 
     @property
     def schedule(self) -> IterationSchedule:

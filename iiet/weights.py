@@ -90,9 +90,14 @@ def non_finite(weights: Mapping[str, Tensor]) -> list[str]:
 
 
 def write_folder(
-    folder: str | PathLike[str], config: ModelConfig, weights: Mapping[str, Tensor]
+    folder: str | PathLike[str],
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    **others: Any,
 ) -> None:
     """Write both files; makes the folder, replaces files of these names.
+
+    `others` are further values of `config.json`, for transformers.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -105,7 +110,7 @@ def write_folder(
     temporary = folder / f"{WEIGHTS}.{os.getpid()}.tmp"
     save_file(whole, temporary)
     temporary.replace(folder / WEIGHTS)
-    text = json.dumps(config_to_json(config), indent=2) + "\n"
+    text = json.dumps({**config_to_json(config), **others}, indent=2) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors writes for the owner alone.
 

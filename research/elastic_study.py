@@ -51,8 +51,7 @@ from orchestrator.reporting.results import result_table
 from orchestrator.reporting.sections import bullets, markdown_table
 from orchestrator.sweeping.elastic_plans import ElasticFlops, elastic_flops
 from orchestrator.terminal.render import print_line
-from orchestrator.training.job import finished_outcome
-from orchestrator.training.pretraining_job import pretraining_job
+from orchestrator.training.job import finished_outcome, pretraining_job
 from orchestrator.workspace.files import write_text
 
 LOSS, ACCURACY = "quality/validation_loss", "quality/accuracy"

@@ -54,7 +54,7 @@ from orchestrator.settings import BASELINE_METHOD
 from orchestrator.sweeping.checks import check_models, check_sweep
 from orchestrator.sweeping.model_plans import learning_rates, model_label, settings_of, swept_models
 from orchestrator.terminal.render import format_with_error, print_line
-from orchestrator.training.pretraining_job import pretraining_job
+from orchestrator.training.job import pretraining_job
 from orchestrator.training.schedules import flops_per_token_by_step
 from orchestrator.workspace.files import write_text
 

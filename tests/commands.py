@@ -159,13 +159,15 @@ def _run(
     printing.close()
     sys.stdin = os.fdopen(0, encoding="utf-8")
     sys.argv = ["iiet-orch" if code is None else "-c", *words]
-    if code is None:
-        from orchestrator.cli import main
+    ending = 0
+    try:
+        if code is None:
+            from orchestrator.cli import main
 
-        ending = main(list(words))
-    else:
-        ending = 0
-        exec(compile(code, "<text>", "exec"), {"__name__": "__main__"})
-    atexit._run_exitfuncs()  # A forked process does not call them.
-    sys.stdout.flush()
+            ending = main(list(words))
+        else:
+            exec(compile(code, "<text>", "exec"), {"__name__": "__main__"})
+    finally:
+        atexit._run_exitfuncs()  # A forked process does not call them.
+        sys.stdout.flush()
     sys.exit(ending)

@@ -3,12 +3,15 @@ session."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shutil
 import socket
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +23,8 @@ from small_size import SMALL
 from terminal import unanswered
 
 from orchestrator.cluster.ray import address_variables
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # No deadline: on a busy machine any example may take a second.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -165,7 +170,7 @@ def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> 
     from orchestrator.records.trial import TrialSuite
     from orchestrator.settings import resolve_settings
     from orchestrator.sweeping.plan import choose_members, threshold_plan
-    from orchestrator.training.run import run_job
+    from orchestrator.training.trainer import run_job
     from orchestrator.workspace.layout import open_workspace
 
     recipe = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
@@ -200,23 +205,34 @@ def ray_session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def small_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_sweep(pytestconfig: pytest.Config) -> Path:
     """A workspace after `iiet-orch sweep toy` at the small size, and beside it, with the ending
     `.txt`, what the command printed.
 
-    It is made once for all processes of pytest. Its users are marked slow, and copy it.
+    It is made once, and kept in pytest's cache until a source or a library changes. Its users are
+    marked slow, and copy it.
     """
     from orchestrator.workspace.locks import lock_file
 
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    workspace = folder / "small-sweep"
+    options = settings_options([*SMALL, "distillation.teacher_cache=true"])
+    digest = hashlib.sha256(repr([options, sys.version, list_of_libraries()]).encode())
+    for package in ("iiet", "orchestrator", "sweeps"):
+        for path in sorted((ROOT / package).rglob("*.*")):
+            if path.suffix in (".py", ".yaml", ".html"):
+                digest.update(f"{path}\n".encode() + path.read_bytes())
+    kept = pytestconfig.rootpath / ".pytest_cache" / "small-sweeps"
+    workspace = kept / digest.hexdigest()[:16]
     printed = workspace.with_suffix(".txt")
-    with lock_file(workspace.with_suffix(".lock")):
+    kept.mkdir(parents=True, exist_ok=True)
+    with lock_file(kept / "lock"):
         if not printed.is_file():
-            shutil.rmtree(workspace, ignore_errors=True)
-            options = settings_options([*SMALL, "distillation.teacher_cache=true"])
+            for older in kept.glob("*/"):
+                shutil.rmtree(older)
             found = run_command("sweep", "toy", *options, "--workspace", str(workspace))
             printed.write_text(found)
     return workspace
+
+
+def list_of_libraries() -> list[str]:
+    """Return the installed distributions with their versions."""
+    return sorted(f"{d.name} {d.version}" for d in metadata.distributions())

@@ -5,7 +5,6 @@ Tests run this file in processes where PyTorch is the only library.
 
 import json
 import warnings
-from importlib import import_module
 from tempfile import mkdtemp
 
 import iiet
@@ -51,8 +50,6 @@ def main():
         "generated": list(iiet.generate(teacher, tokens[:1, :4], max_new_tokens=3).shape),
         "save": message_of(teacher.save, mkdtemp()),
         "load": message_of(iiet.Decoder.load, mkdtemp()),
-        "adapter": message_of(import_module, "iiet.huggingface"),
-        "export": message_of(import_module, "iiet.export"),
         "file": iiet.__file__,
     }
     print(json.dumps(found))

@@ -31,7 +31,7 @@ ADAPTERS = {
     "moocore": ("orchestrator.reporting.front",),
     "optuna": ("orchestrator.sweeping.search",),
     "gguf": ("orchestrator.models.gguf_file",),
-    "huggingface_hub": ("orchestrator.data", "orchestrator.models", "iiet.huggingface"),
+    "huggingface_hub": ("orchestrator.data", "orchestrator.models", "iiet.modeling_iiet"),
 }
 """Library -> the only packages or modules that import it."""
 
@@ -59,24 +59,24 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_060,
-    "benchmarks": 3_620,
+    "iiet": 8_248,
+    "benchmarks": 3_618,
     "examples": 217,
-    "research": 1_985,
+    "research": 1_984,
     "orchestrator/workspace": 1_066,
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_619,
-    "orchestrator/records": 977,
-    "orchestrator/models": 2_146,
+    "orchestrator/records": 978,
+    "orchestrator/models": 2_144,
     "orchestrator/data": 2_861,
-    "orchestrator/tracking": 1_531,
-    "orchestrator/training": 3_950,
-    "orchestrator/evaluation": 4_129,
+    "orchestrator/tracking": 1_529,
+    "orchestrator/training": 3_595,
+    "orchestrator/evaluation": 4_128,
     "orchestrator/planning": 1_117,
-    "orchestrator/cluster": 2_493,
+    "orchestrator/cluster": 2_428,
     "orchestrator/reporting": 4_349,
-    "orchestrator/sweeping": 3_361,
-    "orchestrator/pipelines": 4_609,
+    "orchestrator/sweeping": 3_356,
+    "orchestrator/pipelines": 4_606,
     "orchestrator/cli": 1_886,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
@@ -107,7 +107,8 @@ MODULES = _modules()
 def test_the_core_imports_torch_and_the_standard_library_only() -> None:
     allowed = {*sys.stdlib_module_names, "torch", "iiet"}
     extra = {
-        "iiet.huggingface": {"transformers", "huggingface_hub"},
+        "iiet.modeling_iiet": {"transformers", "huggingface_hub"},
+        "iiet.exporting": {"transformers"},  # Within functions.
         "iiet.weights": {"safetensors"},  # Within the functions that read and write files.
     }
     for name, path in MODULES.items():

@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from bare_trainer import BareTrainer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils import _foreach_utils
@@ -30,11 +31,8 @@ from torch.utils._pytree import tree_leaves
 from iiet import Decoder, ModelConfig, preset
 from iiet.batch import Batch
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.distributed import World
-from orchestrator.training.loop import Hooks, Position, TrainingSetup, train
-from orchestrator.training.objective import make_objective
-from orchestrator.training.optimizer import make_optimizer
-from orchestrator.workspace.journal import VALIDATION_METRIC
+from orchestrator.training.devices import World
+from orchestrator.training.objective import make_objective, make_optimizer
 
 COMPILER = os.environ.get("CXX") or "g++"
 GPU = r"""
@@ -234,27 +232,17 @@ def main(library: str, case: str) -> None:
         optimizer.step()  # Makes the moments.
         optimizer.zero_grad(set_to_none=True)
         shape = (num_passes * 4, config.context_length)
-        setup = TrainingSetup(
-            model=decoder,
+        trainer = BareTrainer(
+            decoder,
+            make_objective(lambda _: config.corrections, teacher),
+            recipe,
             optimizer=optimizer,
-            objective=make_objective(lambda _: config.corrections, teacher),
-            recipe=recipe,
-            world=World(device="cuda:0"),
-        )
-        hooks = Hooks(
             batch=lambda _: Batch.of_text(torch.zeros(shape, dtype=torch.int64)),
-            flops_per_token=lambda _: 0.0,
-            validate=lambda _: {VALIDATION_METRIC: 0.0},
-            report=lambda *_: None,
-            event=lambda *_, **__: None,
-            throughput=lambda _: {},
-            save=lambda _: None,
-            should_stop=lambda: False,
-            should_save=lambda: False,
-            end_step=lambda: None,
+            world=World(device="cuda:0"),
+            step=1,
         )
         with Kernels() as kernels:
-            train(setup, Position(step=1), hooks)
+            trainer.train()
     counted = {name: getattr(kernels, name) for name in ("names", "products", "num_waits")}
     print(json.dumps(counted))
 

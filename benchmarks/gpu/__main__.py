@@ -34,7 +34,7 @@ from benchmarks.gpu.report import (
 from benchmarks.gpu.training import compiled, parity, speed, synchronizations
 from benchmarks.report import machine_facts
 from orchestrator.planning.machine import driver_version
-from orchestrator.training.peak_flops import gpu_peak_flops
+from orchestrator.training.monitor import gpu_peak_flops
 
 NAME = "gpu-report"
 

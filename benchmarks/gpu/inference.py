@@ -20,7 +20,7 @@ from orchestrator.pipelines.evaluating import evaluate
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.settings.training import Precision
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 
 CORRECTIONS = 3
 GAIN = 0.9

@@ -25,7 +25,7 @@ import psutil
 from orchestrator.data.preparation import prepare
 from orchestrator.reporting.sections import bullets, markdown_table
 from orchestrator.settings import DataSettings
-from orchestrator.training.distributed import World
+from orchestrator.training.devices import World
 from orchestrator.workspace.layout import open_workspace
 
 Figure = float | int | str

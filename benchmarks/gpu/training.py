@@ -37,10 +37,9 @@ from orchestrator.planning.estimate import Devices, Estimate
 from orchestrator.planning.machine import installed_gpus
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.distributed import World, autocast
+from orchestrator.training.devices import World, autocast, frozen_dtype
 from orchestrator.training.objective import make_objective
-from orchestrator.training.precision import frozen_dtype
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.journal import read_journal
 
 GIB = 2**30
@@ -325,7 +324,7 @@ def speed(setup: Setup) -> Iterator[Finding]:
 
     The plan (`iiet/training_memory.py`) counts the tensors of an eager step, so only that one must
     agree with it. MFU is the share of the GPU's peak FLOP/s
-    (`orchestrator/training/peak_flops.py`); where the GPU is not listed there, it is left out.
+    (`orchestrator/training/monitor.py`); where the GPU is not listed there, it is left out.
     """
     models = [("vanilla", 0), ("iiet", 1)] if setup.is_toy else [*_FULL_MODELS]
     sizes = {"tiny": 2} if setup.is_toy else {"55m": 16, "340m": 4}

@@ -121,6 +121,9 @@ class Layer(nn.Module, ABC):
     """A frozen dataclass: the options that `ModelConfig.method_options` may set."""
     version: ClassVar[int] = 1
     """Increase it if the formula changes: the orchestrator then trains such models anew."""
+    modeling_file: ClassVar[str | None] = None
+    """Of a method of another package: a file beside its module that an export ships as
+    `modeling_iiet.py`, for transformers. Without one the method cannot be exported."""
     has_corrections: ClassVar[bool] = False
     """Whether an iteration schedule sets how often a layer corrects its prediction."""
     repeats_stack: ClassVar[bool] = False

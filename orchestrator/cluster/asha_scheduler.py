@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from orchestrator.records.trial import AshaTrial
-from orchestrator.training.monitor import JournalReader
+from orchestrator.training.watching import JournalReader
 from orchestrator.workspace.journal import validation_losses
 
 # isort: split

@@ -29,10 +29,10 @@ from orchestrator.planning.estimate import LEAST_SECONDS, out_of_memory_explaine
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.terminal.stop import POLL_SECONDS, run_interruptibly, stop_requested, stop_when
-from orchestrator.training.distributed import World
+from orchestrator.training.devices import World
 from orchestrator.training.job import finished_outcome
-from orchestrator.training.monitor import JournalReader
-from orchestrator.training.run import Report, run_job
+from orchestrator.training.trainer import Report, run_job
+from orchestrator.training.watching import JournalReader
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import VALIDATION_METRIC
 

@@ -40,7 +40,7 @@ from orchestrator.terminal.stop import (
     stop_on_signals,
     stop_requested,
 )
-from orchestrator.training.device_work import DeviceWork, OnDevice, on_cpu
+from orchestrator.training.devices import DeviceWork, OnDevice, on_cpu
 from orchestrator.workspace.errors import Interrupted, RunFailed, first_line
 
 T = TypeVar("T")
@@ -268,9 +268,9 @@ def run_local_jobs(
     """
     from orchestrator.evaluation.decode_timing import threads
     from orchestrator.planning.estimate import out_of_memory_explained
-    from orchestrator.training.distributed import World
-    from orchestrator.training.run import run_job
-    from orchestrator.training.run_lock import jobs_to_train
+    from orchestrator.training.devices import World
+    from orchestrator.training.trainer import run_job
+    from orchestrator.training.watching import jobs_to_train
 
     world = World(device="cuda:0" if cluster and cluster.num_gpus else "cpu")
     outcomes: dict[str, TrainingOutcome] = {}
@@ -293,7 +293,7 @@ def _saving_on_signals(
     jobs: Sequence[TrainingJob], watch: Callable[[], None] | None
 ) -> Iterator[Callable[[], bool]]:
     """Yield a function that shows progress and returns whether to save and stop."""
-    from orchestrator.training.resume_point import describe_saved_state
+    from orchestrator.training.watching import describe_saved_state
 
     watched_at = time.monotonic()
 

@@ -26,7 +26,7 @@ from iiet.static_steps import StaticSteps
 from orchestrator.models.folder import DTYPES
 from orchestrator.models.loading import use_tf32
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.precision import device_precision
+from orchestrator.training.devices import device_precision
 
 WARM_UP_TOKENS = 4
 SWEEP_PROMPT_TOKENS = 16

@@ -19,9 +19,8 @@ from orchestrator.models.folder import DTYPES
 from orchestrator.records.evaluation import EvaluationKeys, EvaluationResult, TaskResult
 from orchestrator.settings.training import Precision
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.distributed import World
-from orchestrator.training.precision import device_precision
-from orchestrator.training.validation import validation_metrics
+from orchestrator.training.devices import World, device_precision
+from orchestrator.training.objective import validation_metrics
 from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.provenance import content_key
 

@@ -23,7 +23,7 @@ from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.published import config_from_published, decoder_from_published
 from iiet.schedule import IterationSchedule
-from iiet.weights import CONFIG, non_finite
+from iiet.weights import CONFIG, config_from_json, non_finite
 from orchestrator.models.folder import TRAINING_STATE, check_checkpoint, load_config
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.layout import PROVENANCE
@@ -173,14 +173,12 @@ def model_folder_key(folder: Path) -> str:
 
 
 def _exported_config(folder: Path) -> ModelConfig:
-    from iiet.huggingface import IIETConfig
-
-    return IIETConfig.from_pretrained(folder).to_model_config()
+    return config_from_json(read_config(folder))
 
 
 def _exported(folder: Path) -> Decoder:
     # Not by transformers, which would replace missing weights with random ones.
-    weights = {name.removeprefix("decoder."): tensor for name, tensor in _weights(folder).items()}
+    weights = _weights(folder)
     if problems := non_finite(weights):
         raise ValueError("; ".join(problems))
     decoder = Decoder(_exported_config(folder))

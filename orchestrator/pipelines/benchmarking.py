@@ -42,7 +42,7 @@ from orchestrator.reporting import command_tables
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import join_names
-from orchestrator.training.precision import device_precision
+from orchestrator.training.devices import device_precision
 from orchestrator.workspace.files import write_json
 from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import content_key, environment

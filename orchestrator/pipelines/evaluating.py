@@ -58,8 +58,8 @@ from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count, format_with_error
-from orchestrator.training.device_work import OnDevice, on_cpu
-from orchestrator.training.tracked_models import evaluated_model
+from orchestrator.training.devices import OnDevice, on_cpu
+from orchestrator.training.watching import evaluated_model
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import content_key

@@ -53,7 +53,7 @@ from orchestrator.pipelines.models import local_model, plan_pick
 from orchestrator.planning.machine import check_device
 from orchestrator.records.trial import Trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.precision import device_precision
+from orchestrator.training.devices import device_precision
 from orchestrator.workspace.errors import RunFailed, UserError, quoted
 from orchestrator.workspace.layout import Workspace
 

@@ -33,7 +33,7 @@ from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.command_tables import influence_terminal_table, two_column_table
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.device_work import OnDevice
+from orchestrator.training.devices import OnDevice
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import damage_as_user_error, read_json, write_json
 from orchestrator.workspace.layout import Workspace, find_workspace

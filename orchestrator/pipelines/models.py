@@ -91,7 +91,7 @@ from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_parameters
 from orchestrator.training.checkpoint import save_checkpoint
-from orchestrator.training.tracked_models import trial_model
+from orchestrator.training.watching import trial_model
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import new_folder, resolve_path, write_text
 from orchestrator.workspace.journal import Journal
@@ -295,7 +295,7 @@ def export_checkpoint(
         UserError: If the folder holds something else or cannot be written, the tokenizer has no
             token that ends a document, or the source of the method cannot be copied.
     """
-    from iiet.export import export_pretrained
+    from iiet.exporting import export
 
     progress = progress or Progress()
     model = None if replaces else (checkpoint, decoder.config)
@@ -311,7 +311,7 @@ def export_checkpoint(
     token_ids = json.loads(text_files.pop(TOKEN_IDS)) if TOKEN_IDS in text_files else None
     try:
         with new_folder(folder) as temporary:
-            export_pretrained(
+            export(
                 decoder,
                 temporary,
                 tokenizer_file,

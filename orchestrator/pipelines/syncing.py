@@ -17,7 +17,7 @@ from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 from orchestrator.records.trial import SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
-from orchestrator.training.run_lock import is_run_locked
+from orchestrator.training.watching import is_run_locked
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import recorded_times
 from orchestrator.workspace.layout import PLAN_FILE, Workspace

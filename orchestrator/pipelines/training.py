@@ -37,11 +37,8 @@ from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_y
 from orchestrator.sweeping.trials import distillation_job
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
-from orchestrator.training.continuing import continue_job, continued_settings
-from orchestrator.training.first_stage import share_first_stages
-from orchestrator.training.job import finished_outcome
-from orchestrator.training.job_checks import check_job
-from orchestrator.training.pretraining_job import pretraining_job
+from orchestrator.training.job import check_job, finished_outcome, pretraining_job
+from orchestrator.training.shared_steps import continue_job, continued_settings, share_first_stages
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import read_journal
@@ -439,7 +436,7 @@ def run_trainings(plan: TrainingPlan, context: Context) -> dict[str, PretrainRes
         UserError: If a job cannot run; nothing is started then.
         Interrupted, RunFailed: As `pretrain`.
     """
-    from orchestrator.training.monitor import RunMonitor  # Imports MLflow.
+    from orchestrator.training.watching import RunMonitor
 
     plan.check()
     jobs, cluster, progress = plan.jobs, plan.cluster, context.progress

@@ -221,9 +221,9 @@ def _checkpoints(workspace: Workspace, note: Note) -> Found:
 def _kept_checkpoints(folder: Path) -> set[Path]:
     """Return those of a finished training: the last, the best, and the one to continue from."""
     from orchestrator.records.training import TrainingJob
-    from orchestrator.training.checkpoint_writer import best_checkpoint
+    from orchestrator.training.checkpoint import best_checkpoint
     from orchestrator.training.job import finished_outcome
-    from orchestrator.training.learning_rate import stable_steps
+    from orchestrator.training.schedules import stable_steps
 
     stored = read_json(folder / JOB_NAME)
     if stored is None:

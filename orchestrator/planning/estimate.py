@@ -50,17 +50,17 @@ from orchestrator.terminal.render import (
     format_count,
     format_duration,
 )
-from orchestrator.training.distributed import World
-from orchestrator.training.first_stage import FirstStage, first_stage_of
+from orchestrator.training.devices import World
 from orchestrator.training.job import sequences_per_step
-from orchestrator.training.learning_rate import stable_steps
-from orchestrator.training.peak_flops import ASSUMED_GPU, ASSUMED_GPU_BYTES, gpu_peak_flops
+from orchestrator.training.monitor import ASSUMED_GPU, ASSUMED_GPU_BYTES, gpu_peak_flops
 from orchestrator.training.schedules import (
     drawn_by_step,
     elastic_family,
     members_read_full,
     schedule_by_step,
+    stable_steps,
 )
+from orchestrator.training.shared_steps import FirstStage, first_stage_of
 from orchestrator.training.teacher_cache import CachePlan, TeacherWork, cache_plan, teacher_work
 from orchestrator.workspace.errors import DeviceError, UserError, out_of_memory_text
 from orchestrator.workspace.files import free_disk

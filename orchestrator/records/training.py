@@ -1,6 +1,7 @@
 """A training: everything that determines it, how it ended, and its parameters in MLflow.
 
-The same job runs in this process (`training/run.py`), in a Ray Train worker or in a Ray Tune trial.
+The same job runs in this process (`training/trainer.py`), in a Ray Train worker or in a Ray Tune
+trial.
 
 Each parameter has one name on every run. A method without corrections has no schedule, a recipe
 without a teacher has no divergence, and what is switched off is left out. Settings that change no

@@ -45,8 +45,8 @@ from orchestrator.tracking import (
     tag_filter,
     view_tag,
 )
-from orchestrator.training.job_checks import stored_job
-from orchestrator.training.tracked_models import trial_model
+from orchestrator.training.job import stored_job
+from orchestrator.training.watching import trial_model
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import (
     ACCURACY_METRIC,

@@ -36,7 +36,7 @@ from orchestrator.settings import Settings
 from orchestrator.sweeping.trials import exact_cost, full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
-from orchestrator.training.precision import device_precision
+from orchestrator.training.devices import device_precision
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.provenance import content_key, environment
 

@@ -26,8 +26,7 @@ from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.sweeping.trials import full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking, status_after
-from orchestrator.training.job import finished_outcome
-from orchestrator.training.job_checks import check_job
+from orchestrator.training.job import check_job, finished_outcome
 from orchestrator.training.teacher_cache import delete_answers, store_answers
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text

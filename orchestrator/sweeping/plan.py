@@ -63,9 +63,8 @@ from orchestrator.sweeping.trials import (
 )
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
-from orchestrator.training.first_stage import share_first_stages
-from orchestrator.training.job import job_key
-from orchestrator.training.pretraining_job import pretraining_job
+from orchestrator.training.job import job_key, pretraining_job
+from orchestrator.training.shared_steps import share_first_stages
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import last_recorded
 from orchestrator.workspace.layout import PLAN_FILE, Workspace

@@ -24,7 +24,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import SearchSettings
 from orchestrator.settings.sweep import MAX_SEED
-from orchestrator.training.run_lock import is_run_locked
+from orchestrator.training.watching import is_run_locked
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import damage_as_user_error
 from orchestrator.workspace.layout import Workspace

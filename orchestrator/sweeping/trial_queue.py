@@ -31,9 +31,7 @@ from orchestrator.sweeping.elastic_plans import waits_for_weights
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import note_saved_state, wait_interruptibly
-from orchestrator.training.monitor import JournalReader
-from orchestrator.training.resume_point import describe_saved_state
-from orchestrator.training.run_lock import waiting_text
+from orchestrator.training.watching import JournalReader, describe_saved_state, waiting_text
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import FAILED_EVENT, Journal
 from orchestrator.workspace.layout import find_checkpoints

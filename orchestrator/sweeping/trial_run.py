@@ -24,8 +24,8 @@ from orchestrator.records.training import TrainingOutcome
 from orchestrator.records.trial import AshaTrial, Trial
 from orchestrator.sweeping.asha import discard_early_stop, stored_early_stop
 from orchestrator.terminal.stop import stop_requested
-from orchestrator.training.run import Report, run_job
-from orchestrator.training.run_lock import is_run_locked, lock_run_folder
+from orchestrator.training.trainer import Report, run_job
+from orchestrator.training.watching import is_run_locked, lock_run_folder
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import STOPPED_EVENT, Journal
 from orchestrator.workspace.layout import DONE_NAME, Workspace

@@ -19,7 +19,7 @@ from orchestrator.sweeping.asha import asha_trials, stored_early_stop
 from orchestrator.sweeping.trials import full_config, num_distilled_baselines, num_models
 from orchestrator.terminal.render import ResponsiveLayout, format_bytes, format_count
 from orchestrator.training.job import finished_outcome
-from orchestrator.training.run import DIVERGED_EVENT
+from orchestrator.training.trainer import DIVERGED_EVENT
 from orchestrator.workspace.journal import FAILED_EVENT, STOPPED_EVENT, read_tail
 
 

@@ -22,8 +22,7 @@ from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Role, SweepPlan, Trial, TrialSuite, teacher_or_costliest
 from orchestrator.settings import DistillationSettings, Settings, TrainingSettings
-from orchestrator.training.finished_weights import folder_of_weights
-from orchestrator.training.job import job_key, sequences_per_step
+from orchestrator.training.job import folder_of_weights, job_key, sequences_per_step
 from orchestrator.training.schedules import checked_family
 from orchestrator.training.teacher_cache import answers_plan
 from orchestrator.workspace.errors import UserError

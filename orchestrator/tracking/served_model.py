@@ -78,13 +78,12 @@ class TextModel:
         if settings["draft"]:
             sampling["assistant_model"] = self.model.with_schedule(settings["draft"])
         with torch.no_grad():
-            output = self.model.generate(
+            output = self._under(settings).generate(
                 input_ids=torch.tensor([ids]),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long),
                 max_new_tokens=min(wanted, context - len(ids)),
                 pad_token_id=self.tokenizer.eos_token_id,
                 **{"do_sample": False, **sampling},
-                **_given(settings, "schedule"),
             )
         return str(self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
 
@@ -103,10 +102,14 @@ class TextModel:
         if len(ids) == 1:
             return 0.0
         with torch.no_grad():
-            given = _given(settings, "schedule")
-            logits = self.model(input_ids=torch.tensor([ids[:-1]]), **given).logits[0]
+            logits = self._under(settings)(input_ids=torch.tensor([ids[:-1]])).logits[0]
         chosen = logits.double().log_softmax(-1).gather(1, torch.tensor(ids[1:]).unsqueeze(1))
         return float(chosen.sum())
+
+    def _under(self, settings: Mapping[str, Any]) -> Any:
+        """Return the model under the schedule of a request."""
+        schedule = settings["schedule"]
+        return self.model.with_schedule(schedule) if schedule else self.model
 
     def _ids(self, text: str) -> list[int]:
         try:
@@ -134,11 +137,6 @@ def _check(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"temperature must be 0 or more; got {settings['temperature']}")
     if settings["draft"] and settings["output"] != "text":
         raise ValueError(f"draft={settings['draft']!r} proposes tokens, which output='text' needs")
-
-
-def _given(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    # Models without corrections, and those of transformers, do not know these arguments.
-    return {name: settings[name] for name in names if settings[name]}
 
 
 # MLflow calls this function by its name.

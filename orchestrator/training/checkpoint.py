@@ -1,29 +1,100 @@
 """Write checkpoints: folders `step_00000100/` that are complete or absent.
 
-`provenance.json` holds the SHA-256 of every other file, which finds later damage. Nothing is
-unpickled: weights are safetensors, the training state loads with `weights_only=True`.
+A background thread writes: a step waits only for a copy of the state in memory, on GPUs only its
+update of the weights. One checkpoint is written at a time: the next one, a stop and the end of the
+run wait for it, and raise its error (full disk) on all workers. A killed process loses at most that
+checkpoint. `provenance.json` holds the SHA-256 of every other file, which finds later damage.
+Nothing is unpickled: weights are safetensors, the training state loads with `weights_only=True`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from iiet.config import ModelConfig
+from iiet.decoder import Decoder
 from iiet.methods import METHODS
 from iiet.weights import WEIGHTS, write_folder
-from orchestrator.models.folder import METHOD_PACKAGE, REMEDY, TOKENIZER, TRAINING_STATE
-from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import checksums_of, new_folder
-from orchestrator.workspace.layout import PROVENANCE, checkpoint_name
-from orchestrator.workspace.provenance import KEY_LENGTH
+from orchestrator.data.store import PreparedData
+from orchestrator.models.folder import (
+    ELASTIC,
+    JOB_KEY,
+    METHOD_PACKAGE,
+    REMEDY,
+    TOKENIZER,
+    TRAINING_STATE,
+    read_text_files,
+    weights_key,
+)
+from orchestrator.records.training import TrainingJob
+from orchestrator.training.devices import World, full_tensor, run_on_first
+from orchestrator.training.job import job_key
+from orchestrator.training.remote_copy import RemoteCopy
+from orchestrator.training.schedules import elastic_family, stable_steps
+from orchestrator.training.shared_steps import first_stage_of
+from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.files import (
+    checksums_of,
+    damage_as_user_error,
+    delete_folder,
+    new_folder,
+    read_json,
+    write_json,
+)
+from orchestrator.workspace.layout import (
+    BEST,
+    PROVENANCE,
+    checkpoint_name,
+    find_checkpoints,
+    is_valid_name,
+)
+from orchestrator.workspace.provenance import KEY_LENGTH, environment, extension_packages
+
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What Python, PyTorch and safetensors raise if the disk is full."""
+
+
+class CheckpointWriteFailed(RunFailed):
+    """A checkpoint could not be written; retrying at once would fail again."""
+
+
+@dataclass
+class Position:
+    """State of a run beside weights and optimizer; plain numbers that are saved as they are."""
+
+    step: int = 0
+    """Optimizer steps done; it determines the next batch and learning rate."""
+    num_tokens: int = 0
+    """Tokens trained on, by all workers together."""
+    flops: float = 0.0
+    """Training FLOPs, counted from shapes."""
+    shared_flops: float = 0.0
+    """Part of them that another run spent: on a shared first stage, or before it was continued."""
+    seconds: float = 0.0
+    """Time spent in steps, without validation and saving."""
+    validation_loss: float = math.nan
+    """Latest validation loss; NaN before the first."""
+    validated_step: int = 0
+    """Steps done at that validation."""
+    num_skipped: int = 0
+    """Steps without an update, because loss or gradient were bad."""
+    num_skipped_in_row: int = 0
+    """Number of the latest steps that were all skipped."""
+    recent_norms: list[float] = field(default_factory=list)
+    """Gradient norms of the latest steps, if the recipe checks for spikes."""
 
 
 def save_checkpoint(
@@ -79,3 +150,266 @@ def load_training_state(folder: Path, *, mapped: bool = False) -> dict[str, Any]
             f"code, so it is not loaded; {REMEDY}"
         ) from None
     return state
+
+
+def record_best(checkpoint: Path, step: int, validation_loss: float) -> None:
+    """Record a checkpoint in `best.json`, unless the one there is at least as good or the loss is
+    not finite.
+    """
+    path = checkpoint.parent / BEST
+    best = read_json(path) if best_checkpoint(checkpoint.parent) else None
+    with damage_as_user_error(path):
+        is_better = best is None or validation_loss < best["validation_loss"]
+    if is_better and math.isfinite(validation_loss):
+        found = {"checkpoint": checkpoint.name, "step": step, "validation_loss": validation_loss}
+        write_json(path, found)
+
+
+def best_checkpoint(run_folder: Path) -> Path | None:
+    """Return the checkpoint that `best.json` names; None if there is none or it was deleted.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    best = read_json(run_folder / BEST)
+    name = best.get("checkpoint") if best else None
+    folder = run_folder / str(name)
+    return folder if is_valid_name(name) and folder.is_dir() else None
+
+
+def prune_checkpoints(
+    run_folder: Path, num_kept: int, *, keep: Collection[Path | None] = ()
+) -> None:
+    """Delete all checkpoints but the newest and those to keep."""
+    for folder in find_checkpoints(run_folder)[:-num_kept]:
+        if folder not in keep:
+            delete_folder(folder)
+
+
+class CheckpointWriter:
+    """Saves one run. Every worker calls it at the same steps; the first worker writes."""
+
+    def __init__(
+        self, job: TrainingJob, world: World, data: PreparedData, event: Callable[..., None]
+    ) -> None:
+        self.checkpoint: Path | None = None
+        """The newest checkpoint that is written; known to the first worker."""
+        self.first_stage = first_stage_of(job)
+        """First stage shared with other models, if any."""
+        self.remote: RemoteCopy | None = None
+        """Copies in the run's storage, if it has one; the first worker's."""
+        self._job, self._world, self._data, self._event = job, world, data, event
+        self._key = job_key(job)
+        if job.storage and world.is_first:
+            self.remote = RemoteCopy(job.storage, job.folder, self._key)
+        self._copies = HostCopies(world.device)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._saved_step, self._saved_at = 0, time.monotonic()
+        # A student keeps the text files of the imported model that it was made from.
+        origin = job.teacher_folder or job.initial_folder
+        self._text_files = read_text_files(Path(origin)) if origin else {}
+
+    def resume_from(self, checkpoint: Path, step: int) -> None:
+        """Continue after a checkpoint that is already written."""
+        self.checkpoint, self._saved_step = checkpoint, step
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a first stage or the stable part ends, or the minutes have passed."""
+        minutes = self._job.recipe.checkpoint_every_minutes
+        is_late = minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes
+        return is_late or step == stable_steps(self._job.recipe) or self._ends_first_stage(step)
+
+    def _ends_first_stage(self, step: int) -> bool:
+        stage = self.first_stage
+        return stage is not None and step == stage.num_steps and not stage.exists
+
+    def save(self, position: Position, decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
+        """Start to write a checkpoint, unless this step has one or is the start.
+
+        Raises:
+            CheckpointWriteFailed: If the previous checkpoint could not be written.
+        """
+        if position.step in (0, self._saved_step):
+            return
+        run_on_first(self.finish, self._world)
+        self._saved_step, self._saved_at = position.step, time.monotonic()
+        is_first = self._world.is_first
+        if not (is_first or self._world.is_sharded):
+            return
+        self._copies.order_updates(optimizer)
+        state = {"weights": decoder.state_dict(), "optimizer": optimizer.state_dict()}
+        copied = self._copies.copy(state, keep=is_first)
+        if is_first:
+            training_state = {
+                "optimizer": copied["optimizer"],
+                "position": asdict(position),
+                "random": _random_state(self._world),
+            }
+            arguments = replace(position), copied["weights"], training_state
+            self._writing = self._pool.submit(self._write, *arguments)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written.
+
+        Raises:
+            CheckpointWriteFailed: If it could not be written; earlier ones are unchanged.
+        """
+        writing, self._writing = self._writing, None
+        try:
+            if writing:
+                writing.result()
+        except WRITE_ERRORS as error:
+            raise CheckpointWriteFailed(
+                f"the checkpoint after step {self._saved_step} could not be written to "
+                f"{self._job.folder} ({error}); free disk space, then the same command resumes "
+                f"from {self.checkpoint or 'the start'}"
+            ) from error
+
+    def close(self) -> None:
+        """Wait for the thread to end, whether its work succeeded or not."""
+        self._pool.shutdown()
+
+    def _write(
+        self, position: Position, weights: dict[str, Tensor], training_state: dict[str, Any]
+    ) -> None:
+        self._copies.wait()
+        started = time.perf_counter()
+        job, step = self._job, position.step
+        folder, recipe, teacher = job.folder, job.recipe, job.teacher_folder
+        provenance = {
+            "tokens": self._data.fingerprint,
+            "objective": job.objective,
+            "recipe": recipe.model_dump(mode="json"),
+            ELASTIC: [*map(str, elastic_family(job.model.corrections, recipe.elastic))],
+            "distillation": asdict(job.distillation) if job.distillation else None,
+            "teacher": weights_key(Path(teacher)) if teacher else None,
+            "kept_layers": job.kept_layers,
+            "environment": {**environment(), **extension_packages()},
+            **job.provenance,
+            JOB_KEY: self._key,
+        }
+        self.checkpoint = save_checkpoint(
+            folder,
+            step,
+            config=job.model,
+            weights=weights,
+            training_state=training_state,
+            tokenizer_path=self._data.tokenizer_path,
+            provenance=provenance,
+            text_files=self._text_files,
+        )
+        if recipe.keep_best and position.validated_step == step:
+            record_best(self.checkpoint, step, position.validation_loss)
+        best = best_checkpoint(folder) if recipe.keep_best else None
+        stable = folder / checkpoint_name(stable_steps(recipe))
+        prune_checkpoints(folder, recipe.num_checkpoints_kept, keep=(best, stable))
+        seconds = round(time.perf_counter() - started, 3)
+        self._event("checkpoint", step=step, path=str(self.checkpoint), seconds=seconds)
+
+        if self.first_stage and self._ends_first_stage(step):
+            try:
+                self.first_stage.store(self.checkpoint)
+            except OSError as error:
+                self._event("not shared", text=f"the first stage could not be stored: {error}")
+        if self.remote:
+            self.remote.upload(step, self._event)
+
+
+def _random_state(world: World) -> dict[str, Tensor]:
+    # No step draws random numbers yet; saving the state allows dropout to be added.
+    state = {"cpu": torch.get_rng_state()}
+    if world.is_gpu:
+        state["cuda"] = torch.cuda.get_rng_state(world.device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor], world: World) -> None:
+    """Restore the state of the random number generators from a checkpoint."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and world.is_gpu:
+        torch.cuda.set_rng_state(state["cuda"], world.device)
+
+
+def _pinned_like(tensor: Tensor) -> Tensor:
+    # PyTorch rounds the bytes up to a power of two.
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+
+class HostCopies:
+    """Copies nested dictionaries of tensors to the host; one copy at a time, as they share buffers.
+
+    From a GPU, tensors are copied by a stream of their own into pinned buffers, which every copy
+    uses again: neither this process nor the next step's forward and backward pass wait for them.
+    Only the next update of the weights does, on the GPU. The rest of a sharded model waits for each
+    tensor that is gathered for the copy, so that no two of them take memory at once.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        *,
+        streams: Any = torch.cuda,
+        new_buffer: Callable[[Tensor], Tensor] = _pinned_like,
+    ) -> None:
+        """Copy from a device.
+
+        Args:
+            device: Such as `cpu` or `cuda:0`.
+            streams: Makes and orders streams, like `torch.cuda`.
+            new_buffer: Returns a buffer of the host for a tensor of a GPU.
+        """
+        self._streams, self._new_buffer = streams, new_buffer
+        self._stream = streams.Stream(device) if device.startswith("cuda") else None
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}
+        self._done: Any = None
+        self._ordered: set[int] = set()
+
+    def copy(self, state: Any, *, keep: bool) -> Any:
+        """Start to copy; `wait` says when the result is complete.
+
+        All workers that hold shards take part. Those that do not `keep` the result get None in
+        place of each tensor.
+        """
+        copied = self._copied(state, (), keep)
+        self._done = self._stream.record_event() if self._stream else None
+        return copied
+
+    def wait(self) -> None:
+        """Wait until the last copy is complete; called by the thread that reads it."""
+        if self._done:
+            self._done.synchronize()
+
+    def order_updates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the updates of an optimizer begin after the copies that started before them."""
+
+        def wait_for_copy(*_: Any) -> None:
+            if self._done:
+                self._streams.current_stream().wait_event(self._done)
+
+        if self._stream and id(optimizer) not in self._ordered:
+            self._ordered.add(id(optimizer))
+            optimizer.register_step_pre_hook(wait_for_copy)
+
+    def _copied(self, value: Any, path: tuple[Any, ...], keep: bool) -> Any:
+        if isinstance(value, dict):
+            return {name: self._copied(part, (*path, name), keep) for name, part in value.items()}
+        if isinstance(value, list | tuple):
+            parts = enumerate(value)
+            return type(value)(self._copied(part, (*path, n), keep) for n, part in parts)
+        if not isinstance(value, Tensor):
+            return value
+        tensor = value.detach()
+        whole = full_tensor(tensor)
+        if not keep:
+            return None
+        if self._stream is None:
+            return whole.to("cpu", copy=True)
+        if path not in self._buffers:
+            self._buffers[path] = self._new_buffer(whole)
+        self._stream.wait_stream(self._streams.current_stream())
+        with self._streams.stream(self._stream):
+            copied = self._buffers[path].copy_(whole, non_blocking=True)
+        if whole is not tensor:  # It was gathered for the copy, and its memory is used again.
+            self._streams.current_stream().wait_stream(self._stream)
+        return copied

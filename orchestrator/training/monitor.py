@@ -1,184 +1,203 @@
-"""Follow running jobs through their journals for the progress bar, and show them in MLflow.
+"""How fast a training runs and what fills its machine, as metrics; and profiles of a few steps.
 
-Training writes only journals, so neither the terminal nor the tracking server can slow or stop it.
+Speed counts steps, without validation and saving. MFU is the share of the GPU's peak FLOP/s; it is
+left out if the peak is not known, and on CPUs. The load of the machine has the names of MLflow's
+system metrics. A profile changes no result: `profile/trace.json.gz` opens in
+https://ui.perfetto.dev. On a GPU, `profile/memory.pickle` has every allocation with its stack, for
+https://pytorch.org/memory_viz. On the CPU, the operators are listed in `profile/memory.txt` by the
+memory that they allocate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import accumulate
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from orchestrator.data.mixture import describe_data
-from orchestrator.records.tracked_run import Status, TrackedRun
-from orchestrator.records.training import TrainingJob, job_parameters
-from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
-from orchestrator.terminal.progress import Progress
-from orchestrator.terminal.render import format_duration
-from orchestrator.tracking import Tracking, reason_tags, status_after
-from orchestrator.training.job import PROFILE_NAME, finished_outcome, job_key
-from orchestrator.training.run_lock import is_run_locked
-from orchestrator.training.schedules import flops_per_token_by_step
-from orchestrator.training.tracked_models import job_model
-from orchestrator.workspace.errors import first_line
-from orchestrator.workspace.journal import SPEED_METRIC, now_ms, read_journal, recorded_times
+import psutil
+import torch
+from torch.profiler import profile, schedule
+
+from orchestrator.training.checkpoint import Position
+from orchestrator.training.devices import World, gathered
+from orchestrator.workspace.files import new_folder
+from orchestrator.workspace.journal import SPEED_METRIC
+
+GIGABYTE, MEGABYTE = 1e9, 1e6
+PROFILE_NAME = "profile"
+"""Folder of the profiler's files in a run's folder."""
+STEPS_BEFORE = 3
+"""The first steps also allocate memory and choose kernels; the profiler warms up in the last."""
+MAX_MEMORY_EVENTS = 1_000_000
+"""Latest allocations and releases that a snapshot of the memory holds."""
+MAX_TABLE_ROWS = 50
+
+ASSUMED_GPU = "H100"
+"""GPU that estimates assume on a machine without one: the SXM module."""
+ASSUMED_GPU_BYTES = 79 * 2**30
+"""Its free memory before anything runs."""
+_PEAK_TFLOPS = {
+    # By full name, without vendor, brand and size of the memory: cards of one family differ by a
+    # third (H100 as module and as PCIe card), and a laptop's or a sliced GPU is another one.
+    # (bfloat16, TF32) by their vendors' figures, dense, without sparsity; tensor cores compute
+    # float32 products as TF32.
+    "GB200": (2500.0, 1250.0),
+    "B200": (2250.0, 1100.0),
+    "H200": (989.0, 494.0),
+    "H100": (989.0, 494.0),
+    "H100 HBM3": (989.0, 494.0),
+    "H100 PCIE": (756.0, 378.0),
+    "A100 SXM4": (312.0, 156.0),
+    "A100 PCIE": (312.0, 156.0),
+    "L40S": (362.0, 183.0),
+    "RTX 4090": (165.0, 82.6),
+    "A40": (149.7, 74.8),
+    "A10": (125.0, 62.5),
+    "L4": (121.0, 60.0),
+    # Older ones have neither format; their products stay float32.
+    "V100 SXM2": (None, 15.7),
+    "T4": (None, 8.1),
+}
+_NOT_IN_THE_NAME = re.compile(r"NVIDIA|GEFORCE|TESLA|\d+GB")
+
+Sensors = Mapping[str, Callable[[torch.device], float]]
+SENSORS: Sensors = MappingProxyType(
+    {
+        "memory_usage_megabytes": lambda device: _used_memory(device)[0] / MEGABYTE,
+        "memory_usage_percentage": lambda device: 100.0 * _used_memory(device)[1],
+        # PyTorch asks NVML for these, and finds the GPU that CUDA_VISIBLE_DEVICES means.
+        "utilization_percentage": lambda device: float(torch.cuda.utilization(device)),
+        "power_usage_watts": lambda device: torch.cuda.power_draw(device) / 1000.0,
+    }
+)
+"""Name of a GPU's metric -> what reads it."""
 
 
-class JournalReader:
-    """Reads a folder's journal from where the last call stopped; it may not exist yet."""
-
-    def __init__(self, folder: Path) -> None:
-        self.step = 0
-        """The last recorded step."""
-        self._folder, self._offset = folder, 0
-
-    def read(self) -> list[dict[str, Any]]:
-        """Return the records since the last call."""
-        records, self._offset = read_journal(self._folder, self._offset)
-        for record in records:
-            if record["kind"] == "metrics":
-                self.step = record.get("step", self.step)
-        return records
+def gpu_peak_flops(name: str, precision: str) -> float | None:
+    """Return the peak FLOP/s of a GPU such as `NVIDIA H100 80GB HBM3`; None if it is unknown."""
+    words = re.split(r"[\s-]+", name.upper())
+    model = " ".join(word for word in words if not _NOT_IN_THE_NAME.fullmatch(word))
+    bf16, fp32 = _PEAK_TFLOPS.get(model, (None, None))
+    peak = bf16 if precision == "bf16" else fp32
+    return peak * 1e12 if peak else None
 
 
-class RunMonitor:
-    """Follows running jobs, named by label; as a context manager it ends the tracked runs."""
+def gpu_loads(world: World, *, sensors: Sensors = SENSORS) -> dict[str, float]:
+    """Return `system/gpu_RANK_SENSOR` of all workers; empty on CPUs. Call it on every worker.
+
+    A GPU that does not answer has no such metric; none has utilization and power where the extra
+    `gpu` is not installed.
+    """
+    if not world.is_gpu:
+        return {}
+    load = {}
+    for name, read in sensors.items():
+        try:
+            load[name] = read(torch.device(world.device))
+        except Exception:  # No NVML, no such sensor, a part of a GPU: each has its own error.
+            continue
+    return {
+        f"system/gpu_{rank}_{name}": value
+        for rank, load_of_one in enumerate(gathered(load, world))
+        for name, value in load_of_one.items()
+    }
+
+
+def _used_memory(device: torch.device) -> tuple[int, float]:
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free, (total - free) / total
+
+
+class ThroughputMeter:
+    """Measures the speed between two calls of `measure`."""
+
+    def __init__(self, position: Position, world: World, precision: str) -> None:
+        self._last, self._world = replace(position), world
+        self._peak = None
+        if world.is_gpu:
+            self._peak = gpu_peak_flops(torch.cuda.get_device_name(world.device), precision)
+            torch.cuda.reset_peak_memory_stats(world.device)  # Earlier trainings do not count.
+        psutil.cpu_percent()  # The first call only starts its clock.
+
+    def measure(self, position: Position) -> dict[str, float]:
+        """Return the metrics since the last call; every worker calls it at the same steps.
+
+        `train/memory_gb` is this training's peak so far on a GPU, and the present resident set on
+        a CPU.
+        """
+        last, self._last = self._last, replace(position)
+        seconds = max(position.seconds - last.seconds, 1e-9)
+        flops_per_second = (position.flops - last.flops) / seconds
+        if self._world.is_gpu:
+            used = torch.cuda.max_memory_allocated(self._world.device)
+        else:
+            used = psutil.Process().memory_info().rss
+        memory = psutil.virtual_memory()
+        found = {
+            SPEED_METRIC: (position.num_tokens - last.num_tokens) / seconds,
+            "train/gflops_per_second": flops_per_second / 1e9,
+            "train/memory_gb": used / GIGABYTE,
+            "system/cpu_utilization_percentage": psutil.cpu_percent(),
+            "system/system_memory_usage_megabytes": memory.used / MEGABYTE,
+            "system/system_memory_usage_percentage": memory.percent,
+            **gpu_loads(self._world),
+        }
+        if self._peak:
+            found["train/mfu"] = flops_per_second / (self._peak * self._world.size)
+        return found
+
+
+class StepProfiler:
+    """Profiles `num_steps` steps of this process, after `STEPS_BEFORE` others."""
 
     def __init__(
-        self, jobs: Mapping[str, TrainingJob], tracking: Tracking, progress: Progress
+        self, run_folder: Path, num_steps: int, device: str, event: Callable[..., None]
     ) -> None:
-        self._jobs, self._tracking, self._progress = dict(jobs), tracking, progress
-        self._journals = {label: JournalReader(job.folder) for label, job in jobs.items()}
-        self._costs = {label: _remaining_costs(job) for label, job in jobs.items()}
-        self._numbers: dict[str, dict[str, float]] = {label: {} for label in jobs}
-        self._kind = ""
-        self._settings: dict[str, str] = {}
-        self._started_ms = now_ms()
+        """Start to count steps; `event` is called with a name and details at the end."""
+        self._folder, self._num_steps, self._event = run_folder / PROFILE_NAME, num_steps, event
+        self._memory_history: Any = torch.cuda.memory if device.startswith("cuda") else None
+        self._num_done = 0
+        self._profiler: profile | None = profile(
+            schedule=schedule(wait=STEPS_BEFORE - 1, warmup=1, active=num_steps, repeat=1),
+            on_trace_ready=self._write,
+            record_shapes=True,
+            profile_memory=True,
+        )
+        self._profiler.start()
 
-    def open_runs(self, kind: str, settings: Mapping[str, Settings]) -> None:
-        """Show the jobs in MLflow from now on, with a kind and all settings by label."""
-        self._kind = kind
-        self._settings = {label: to_yaml(each) for label, each in settings.items()}
-        self._tracking.publish(*(self._run(label, "RUNNING") for label in self._jobs))
+    def end_step(self) -> None:
+        """Count a step; the last one of the profile writes it."""
+        if self._profiler is None:
+            return
+        self._num_done += 1
+        if self._memory_history and self._num_done == STEPS_BEFORE:
+            self._memory_history._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
+        self._profiler.step()
+        if self._num_done == STEPS_BEFORE + self._num_steps:
+            self.close()
 
-    def _run(self, label: str, status: Status, reason: str = "") -> TrackedRun:
-        job, settings = self._jobs[label], self._settings[label]
-        return training_run(job, self._kind, label, settings, status=status, reason=reason)
+    def close(self) -> None:
+        """End the profile; if the run ended before its last step, it holds fewer steps."""
+        profiler, self._profiler = self._profiler, None
+        if profiler is None:
+            return
+        if self._num_done <= STEPS_BEFORE:
+            text = f"no profile: it begins after {STEPS_BEFORE} steps, and the run ended before"
+            self._event("not profiled", text=text)
+        profiler.stop()
+        if self._memory_history:
+            self._memory_history._record_memory_history(enabled=None)
 
-    def poll(self) -> None:
-        """Show new records; call it often."""
-        self._read()
-        num_done = sum(journal.step for journal in self._journals.values())
-        self._progress.advance(num_done, self._text(), seconds_left=self._seconds_left())
-
-    def _read(self) -> None:
-        for label, journal in self._journals.items():
-            for record in journal.read():
-                if record["kind"] == "metrics":
-                    self._numbers[label] |= record["values"]
-                elif record["time"] >= self._started_ms:
-                    self._note(label, record)
-                if record["time"] < self._started_ms or record.get("name") == "resumed":
-                    self._numbers[label].pop(SPEED_METRIC, None)  # Of an earlier process.
-
-    def _running(self) -> dict[str, dict[str, float]]:
-        # The latest metrics of the jobs between their first and last step.
-        return {
-            label: numbers
-            for label, numbers in self._numbers.items()
-            if "train/loss" in numbers
-            and self._journals[label].step < self._jobs[label].recipe.num_steps
-        }
-
-    def _text(self) -> str:
-        running = self._running()
-        if not running:
-            has_started = any(journal.step for journal in self._journals.values())
-            return "" if has_started else "waiting for the first step"
-        losses = "; ".join(f"{label} {n['train/loss']:.2f}" for label, n in running.items())
-        speed = sum(n.get(SPEED_METRIC, 0.0) for n in running.values())
-        return f"loss {losses}" + (f", {speed:,.0f} tokens/s" if speed else "")
-
-    def _seconds_left(self) -> float | None:
-        # The longest job decides. Steps are weighted by FLOPs: corrections make them slower.
-        times = []
-        for label, numbers in self._running().items():
-            costs, step = self._costs[label], self._journals[label].step
-            speed = numbers.get(SPEED_METRIC)
-            if speed and step:
-                now = costs[step - 1] - costs[step]
-                num_tokens = self._jobs[label].recipe.num_tokens_per_step
-                times.append(costs[step] / now * num_tokens / speed)
-        return max(times, default=None)
-
-    def _note(self, label: str, event: Mapping[str, Any]) -> None:
-        if event["name"] == "profiled":
-            self._progress.note(f"{event['text']}: {self._jobs[label].folder / PROFILE_NAME}")
-        elif event["name"] == "compiled":
-            self._progress.note(f"{label}: compiled in {format_duration(event['seconds'])}")
-        elif event["name"] in ("damaged", "not copied", "not profiled", "not compiled"):
-            self._progress.note(event["text"])
-        elif event["name"] == "skipped":
-            self._progress.note(
-                f"{label}: step {event['step']} was skipped: loss {event['loss']:g}, "
-                f"gradient norm {event['gradient_norm']:g}"
-            )
-
-    def __enter__(self) -> RunMonitor:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """End the runs, except those that another process trains."""
-        self._read()
-        status, reason = status_after(error), first_line(error) if error else ""
-        ended = [
-            label
-            for label, job in self._jobs.items()
-            if self._settings and (error is None or not is_run_locked(job.folder))
-        ]
-        self._tracking.publish(*(self._run(label, status, reason) for label in ended))
-        self._tracking.wait(briefly=error is not None)
-
-
-def training_run(
-    job: TrainingJob, kind: str, label: str, settings: str, *, status: Status, reason: str = ""
-) -> TrackedRun:
-    """Return what MLflow shows of a training: it starts and ends when its journal does.
-
-    Args:
-        label: Name of the job among others that are trained with it.
-        settings: The `settings.yaml` of its run.
-        status: Of a FINISHED one, the model is shown, too.
-        reason: Shown if the run has failed.
-    """
-    outcome = finished_outcome(job) if status == "FINISHED" else None
-    tags = {"iiet.method": job.model.method}
-    if outcome and kind == "pretrain":
-        tags["iiet.checkpoint"] = str(outcome.checkpoint)
-        if job.continued_from:
-            tags["iiet.continued_from"] = job.continued_from
-    started_ms, ended_ms = recorded_times(job.folder) or (now_ms(), None)
-    # The folder of a student is named by its key.
-    teacher = job.teacher_folder or job.initial_folder
-    return TrackedRun(
-        key=job_key(job),
-        kind=kind,
-        name=f"{label} of {Path(teacher).parent.name}" if teacher else job.folder.name,
-        folder=str(job.folder),
-        journal=str(job.folder),
-        params=job_parameters(job),
-        tags={**tags, **reason_tags(status, reason if status == "FAILED" else "")},
-        dataset=describe_data(job.tokens_folder),
-        texts={SETTINGS_NAME: settings},
-        model=job_model(job) if outcome else None,
-        status=status,
-        started_ms=started_ms,
-        ended_ms=ended_ms,
-    )
-
-
-def _remaining_costs(job: TrainingJob) -> list[float]:
-    # FLOPs per token summed over the remaining steps, by number of steps done.
-    steps = reversed(range(job.recipe.num_steps))
-    return [*accumulate(map(flops_per_token_by_step(job), steps), initial=0.0)][::-1]
+    def _write(self, profiler: Any) -> None:
+        with new_folder(self._folder) as folder:
+            profiler.export_chrome_trace(str(folder / "trace.json.gz"))
+            if self._memory_history:
+                self._memory_history._dump_snapshot(str(folder / "memory.pickle"))
+            else:
+                averages = profiler.key_averages()
+                table = averages.table(sort_by="self_cpu_memory_usage", row_limit=MAX_TABLE_ROWS)
+                (folder / "memory.txt").write_text(table, encoding="utf-8")
+        self._event("profiled", text=f"profile of {self._num_done - STEPS_BEFORE} steps")

@@ -1,31 +1,43 @@
-"""What the loop minimizes. Pretraining and distillation differ here and nowhere else."""
+"""What a training minimizes, with which optimizer, and how it is validated.
+
+Pretraining and distillation differ in their objective and nowhere else. Elastic training adds the
+losses of cheaper schedules to it, each in a pass of its own.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from iiet.batch import Batch
+from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig, Model, student_loss
 from iiet.elastic import AnswerKeeper, member_loss
-from iiet.loss_metrics import cross_entropy_by_source
+from iiet.loss_metrics import cross_entropy_and_accuracy, cross_entropy_by_source
 from iiet.losses import batch_cross_entropy
 from iiet.schedule import IterationSchedule
-from orchestrator.settings import ElasticSettings
-from orchestrator.training.distributed import with_all_gradients
+from orchestrator.settings import ElasticSettings, TrainingSettings
+from orchestrator.training.devices import World, autocast, mean_over_workers, with_all_gradients
 from orchestrator.training.schedules import ScheduleByStep, SchedulesByStep, member_distillation
+from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
 
-Objective = Callable[[Model, Batch, int], tuple[Tensor, Mapping[str, Tensor]]]
-"""(model, batch, step) -> scalar loss, named parts. All are means that divide by the batch's
-`target_count` or `position_count`."""
+Loss = tuple[Tensor, Mapping[str, Tensor]]
+"""A scalar loss and its named parts. All are means that divide by the batch's `target_count` or
+`position_count`."""
+Objective = Callable[[Model, Batch, int], Loss]
+"""(model, batch, step) -> its loss."""
 Passes = Callable[[Objective, int], Sequence[Objective]]
 """(a model's objective, step) -> the losses of one part of a batch, in the order in which they are
 computed. Their sum is minimized."""
 
 LOSS, SHARE = "loss_", "share_of_targets_"
 """Prefixes of the parts of a source: what it adds to the loss, and its share of the targets."""
+_MEMBER_PARTS = {"cross_entropy": "member_loss", "kl": "member_kl", "hidden": "member_hidden"}
+_SUMS = ("loss", "targets", "right", "answers")
 
 
 def make_objective(
@@ -44,28 +56,38 @@ def make_objective(
     """
     config = distillation or DistillationConfig()
 
-    def loss_of(model: Model, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def loss_of(model: Model, batch: Batch, step: int) -> Loss:
         # The loss is computed within the model's forward pass, where replicas and shards expect it.
         student = partial(model, batch.input_ids, schedule=schedule_at(step))
-        if teacher is None and source_names:
-            of_sources = partial(
-                cross_entropy_by_source, batch=batch, num_sources=len(source_names)
+        if teacher is not None:
+            taught: Loss = student(
+                return_hidden=config.needs_hidden(step),
+                finish=student_loss(teacher, batch, config=config, step=step),
             )
-            loss, losses, shares = student(finish=of_sources)
-            named = zip(source_names, losses, shares, strict=True)
-            parts: dict[str, Tensor] = {}
-            for name, of_source, share in named:
-                parts |= {LOSS + name: of_source, SHARE + name: share}
-            return loss, parts
-        if teacher is None:
+            return taught
+        if not source_names:
             return student(finish=partial(batch_cross_entropy, batch=batch)), {}
-        result: tuple[Tensor, Mapping[str, Tensor]] = student(
-            return_hidden=config.needs_hidden(step),
-            finish=student_loss(teacher, batch, config=config, step=step),
-        )
-        return result
+        by_source = partial(cross_entropy_by_source, batch=batch, num_sources=len(source_names))
+        loss, losses, shares = student(finish=by_source)
+        parts: dict[str, Tensor] = {}
+        for name, of_source, share in zip(source_names, losses, shares, strict=True):
+            parts |= {LOSS + name: of_source, SHARE + name: share}
+        return loss, parts
 
     return loss_of
+
+
+def mean_by_source(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Return the numbers of a step with the mean loss of each source instead of its parts.
+
+    A source without targets in this step is left out.
+    """
+    means = dict(numbers)
+    for name in [name.removeprefix(SHARE) for name in numbers if name.startswith(SHARE)]:
+        loss, share = means.pop(LOSS + name), means.pop(SHARE + name)
+        if share:
+            means[LOSS + name] = loss / share
+    return means
 
 
 def single_pass(objective: Objective, _: int) -> Sequence[Objective]:
@@ -97,7 +119,7 @@ def elastic_passes(
             return single_pass(objective, step)
         answers: list[AnswerKeeper] = []
 
-        def full(model: Model, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def full(model: Model, batch: Batch, step: int) -> Loss:
             run = with_all_gradients(model)
             if teacher is None:
                 answers.append(AnswerKeeper(run))
@@ -105,23 +127,18 @@ def elastic_passes(
             loss, parts = objective(run, batch, step)
             return loss, {**parts, "full_loss": loss}
 
-        def loss_of(
-            model: Model, batch: Batch, step: int, schedule: IterationSchedule
-        ) -> tuple[Tensor, Mapping[str, Tensor]]:
-            if teacher is not None:
-                return make_objective(lambda _: schedule, teacher, distillation)(model, batch, step)
-            answer = answers[0].answer
-            assert answer is not None, "the full schedule comes first"
-            finish = member_loss(answer, batch, own)
-            result: tuple[Tensor, Mapping[str, Tensor]] = model(
-                batch.input_ids, schedule=schedule, finish=finish
-            )
-            return result
-
         def of_member(
             model: Model, batch: Batch, step: int, *, schedule: IterationSchedule
-        ) -> tuple[Tensor, Mapping[str, Tensor]]:
-            loss, parts = loss_of(with_all_gradients(model), batch, step, schedule)
+        ) -> Loss:
+            run = with_all_gradients(model)
+            if teacher is not None:
+                taught = make_objective(lambda _: schedule, teacher, distillation)
+                loss, parts = taught(run, batch, step)
+            else:
+                answer = answers[0].answer
+                assert answer is not None, "the full schedule comes first"
+                finish = member_loss(answer, batch, own)
+                loss, parts = run(batch.input_ids, schedule=schedule, finish=finish)
             means = {_MEMBER_PARTS[name]: part / len(members) for name, part in parts.items()}
             return elastic.weight * loss, means
 
@@ -130,16 +147,91 @@ def elastic_passes(
     return passes_of
 
 
-_MEMBER_PARTS = {"cross_entropy": "member_loss", "kl": "member_kl", "hidden": "member_hidden"}
+def make_optimizer(model: nn.Module, recipe: TrainingSettings) -> torch.optim.AdamW:
+    """Return AdamW over the parameters of a bare decoder on its device; fused on CUDA.
 
-
-def mean_by_source(numbers: Mapping[str, float]) -> dict[str, float]:
-    """Return the numbers of a step with the mean loss of each source instead of its parts.
-
-    A source without targets in this step is left out.
+    It decays the weight matrices of linear layers, the first of two groups, and nothing else. The
+    rows of the learned mix sum to one at the start, and decay towards zero would shrink the hidden
+    state; so linear layers are found by module type. A head that is tied to the embedding counts as
+    the embedding.
     """
-    names = [name.removeprefix(SHARE) for name in numbers if name.startswith(SHARE)]
-    parts = {prefix + name for name in names for prefix in (LOSS, SHARE)}
-    others = {name: number for name, number in numbers.items() if name not in parts}
-    shares = {name: numbers[SHARE + name] for name in names}
-    return others | {LOSS + n: numbers[LOSS + n] / share for n, share in shares.items() if share}
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    decayed = linear - {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    parameters = list(model.parameters())
+    matrices = [p for p in parameters if id(p) in decayed]
+    others = [p for p in parameters if id(p) not in decayed]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=recipe.learning_rate,
+        betas=(recipe.beta1, recipe.beta2),
+        fused=all(p.is_cuda for p in parameters),
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+@torch.no_grad()
+def validation_metrics(
+    decoder: Decoder,
+    batches: Sequence[Batch],
+    schedule: IterationSchedule,
+    *,
+    precision: str,
+    world: World,
+    source_names: Sequence[str] = (),
+) -> dict[str, float]:
+    """Return loss and accuracy on held-out batches, by name of the metric.
+
+    Batches and result are the same on every worker. Each worker takes every n-th batch; if the last
+    round has too few, the others run a batch without counting it: all workers must run a sharded
+    model together. The decoder's mode (training or evaluation) is restored afterwards.
+
+    Args:
+        source_names: The sources of a mixture, whose batches are of one source each; without names
+            there are no numbers by source.
+
+    Returns:
+        `validation/loss`: the mean per target in nats, NaN without targets; `validation/accuracy`:
+        of the targets that are not text, if there are any; of a mixture also both of each source,
+        such as `validation/loss_python` and `validation/accuracy_phop_6`.
+    """
+    names = [f"_{name}" for name in source_names] or [""]
+    sums = {what + name: 0.0 for name in names for what in _SUMS}
+    was_training = decoder.training
+    decoder.eval()
+    for first in range(0, len(batches), world.size):
+        number = first + world.rank
+        batch = batches[min(number, len(batches) - 1)]
+        num_targets = batch.num_targets
+        name = names[int(batch.sources[0, 0]) if source_names and batch.sources is not None else 0]
+        batch = batch.to(world.device)
+        with autocast(precision, world):
+            loss_of = batch_cross_entropy if batch.is_text else cross_entropy_and_accuracy
+            finish = partial(loss_of, batch=batch)
+            found = decoder(batch.input_ids, schedule=schedule, finish=finish)
+        if number < len(batches):
+            loss, *accuracies = found if isinstance(found, tuple) else (found,)
+            sums["loss" + name] += loss.item() * num_targets
+            sums["targets" + name] += num_targets
+            for accuracy in accuracies:
+                sums["right" + name] += accuracy.item() * num_targets
+                sums["answers" + name] += num_targets
+    decoder.train(was_training)
+
+    sums = mean_over_workers(sums, world)
+    sums |= {what: sum(sums[what + name] for name in names) for what in _SUMS}
+    metrics = {VALIDATION_METRIC: math.nan}
+    for name in dict.fromkeys(["", *names]):
+        if sums["targets" + name]:
+            metrics[VALIDATION_METRIC + name] = sums["loss" + name] / sums["targets" + name]
+        if sums["answers" + name]:
+            metrics[ACCURACY_METRIC + name] = sums["right" + name] / sums["answers" + name]
+    return metrics

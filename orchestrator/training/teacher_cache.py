@@ -11,8 +11,6 @@ and saves a forward pass of the teacher in each step. `distillation.teacher_cach
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor
 
 from iiet.config import ModelConfig
+from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
 from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import load_config, weights_key
@@ -33,22 +32,18 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes
-from orchestrator.training.device_work import OnDevice, on_cpu
-from orchestrator.training.distributed import World, autocast
+from orchestrator.training.devices import OnDevice, World, autocast, frozen_dtype, on_cpu
 from orchestrator.training.job import sequences_per_step
-from orchestrator.training.precision import frozen_dtype
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import (
     checksums_of,
     damaged_file,
     delete_folder,
-    delete_leftovers,
     free_disk,
+    new_folder,
     read_json,
-    replace_folder,
     write_json,
 )
-from orchestrator.workspace.layout import TEMPORARY_PREFIX
 from orchestrator.workspace.locks import lock_file
 from orchestrator.workspace.provenance import content_key
 
@@ -79,37 +74,30 @@ class CachePlan:
         return content_key("teacher cache", FORMAT_VERSION, asdict(self))
 
     @property
-    def bytes_per_sequence(self) -> int:
-        """Size of a sequence's tokens and logits."""
-        return self.context_length * (4 + self.vocab_size * (2 if self.precision == "bf16" else 4))
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the file."""
-        return self.num_steps * self.num_sequences * self.bytes_per_sequence
-
-    @property
     def num_tokens(self) -> int:
         """Tokens of all sequences."""
         return self.num_steps * self.num_sequences * self.context_length
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        return self.num_steps * self.num_sequences * self.dtype.itemsize
+
+    @property
+    def dtype(self) -> np.dtype:
+        """One sequence as it is stored: NumPy has no bfloat16, so its bits are integers."""
+        time, logit = self.context_length, "<i2" if self.precision == "bf16" else "<f4"
+        return np.dtype([("tokens", "<i4", (time,)), ("logits", logit, (time, self.vocab_size))])
+
 
 def cache_plan(job: TrainingJob) -> CachePlan | None:
-    """Return the content of a job's teacher cache; None if it needs no teacher's logits.
-
-    Raises:
-        UserError: If tokens or teacher are missing, or the batch is no whole number of sequences.
-    """
+    """Return the content of a job's teacher cache; as `answers_plan`, of which tokens and teacher
+    must exist."""
     if job.objective != "distill" or not job.teacher_folder:
         return None
-    folder = Path(job.teacher_folder)
-    return answers_plan(
-        load_config(folder),
-        job.recipe,
-        job.distillation or DistillationConfig(),
-        teacher_key=weights_key(folder),
-        tokens=open_data(job.tokens_folder).fingerprint,
-    )
+    folder, loss = Path(job.teacher_folder), job.distillation or DistillationConfig()
+    keys = {"teacher_key": weights_key(folder), "tokens": open_data(job.tokens_folder).fingerprint}
+    return answers_plan(load_config(folder), job.recipe, loss, **keys)
 
 
 def answers_plan(
@@ -120,14 +108,14 @@ def answers_plan(
     teacher_key: str,
     tokens: str,
 ) -> CachePlan | None:
-    """Return the logits that a recipe and a loss need; None if hidden states are needed, too.
+    """Return the logits that a recipe and a loss need; None if none, or hidden states are, too.
 
     Args:
         teacher_key: Hash of the teacher's weights; any text if only the size matters.
         tokens: Fingerprint of the tokens; likewise.
 
     Raises:
-        UserError: If the batch is no whole number of sequences.
+        UserError: If the batch is not a whole number of sequences.
     """
     steps = _teaching_steps(recipe, loss)
     if loss.hidden_weight or not steps:
@@ -154,28 +142,19 @@ def _teaching_steps(recipe: TrainingSettings, loss: DistillationConfig) -> list[
     return [step for step in range(recipe.num_steps) if loss.uses_teacher(step)]
 
 
-def answers_by_step(job: TrainingJob, *, device: str = "cpu") -> AnswersByStep:
-    """Return a function that computes the teacher's logits of a step as the job itself would."""
-    data, recipe = open_data(job.tokens_folder), job.recipe
-    steps = _teaching_steps(recipe, job.distillation or DistillationConfig())
-    folder, dtype = Path(str(job.teacher_folder)), frozen_dtype(recipe.precision, device)
-    # Loaded at the first call: a complete cache needs no teacher.
-    teacher = cache(lambda: load_model(folder, device=device, dtype=dtype, frozen=True))
+def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | None:
+    """Return the frozen teacher on this worker's device; None if the job has none.
 
-    @torch.no_grad()
-    def answers(number: int) -> tuple[Tensor, Tensor]:
-        sequences = data.batch(
-            steps[number],
-            context_length=job.model.context_length,
-            seed=recipe.seed,
-            global_batch=sequences_per_step(recipe, job.model),
-        ).input_ids
-        with autocast(recipe.precision, World(device=device)):
-            # The device keeps the logits of one pass only, as in the job itself.
-            parts = torch.split(sequences, recipe.num_sequences_per_pass or len(sequences))
-            return sequences, torch.cat([teacher()(part.to(device)).cpu() for part in parts])
-
-    return answers
+    Stored answers replace the teacher if they are complete; incomplete ones are ignored.
+    """
+    if job.objective != "distill" or job.teacher_folder is None:
+        return None
+    plan = cache_plan(job) if job.teacher_cache else None
+    if plan and (cached := open_cache(Path(str(job.teacher_cache)), plan)):
+        return cached
+    dtype = frozen_dtype(job.recipe.precision, world.device)
+    folder = Path(job.teacher_folder)
+    return load_model(folder, device=world.device, dtype=dtype, check=False, frozen=True)
 
 
 @dataclass(frozen=True)
@@ -187,8 +166,7 @@ class CachedTeacher:
     """
 
     folder: Path
-    plan: CachePlan
-    _sequences: np.ndarray
+    _stored: np.ndarray
     _numbers: dict[bytes, int]
 
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -201,10 +179,8 @@ class CachedTeacher:
             numbers = [self._numbers[digest] for digest in _digests(input_ids.cpu().numpy())]
         except KeyError:
             raise KeyError(f"{self.folder} has no answer for a requested sequence") from None
-        length, is_half = self.plan.context_length, self.plan.precision == "bf16"
-        found = self._sequences[numbers, 4 * length :].view("<i2" if is_half else "<f4")
-        logits = torch.from_numpy(found.reshape(len(numbers), length, -1)).to(input_ids.device)
-        return logits.view(torch.bfloat16) if is_half else logits
+        logits = torch.from_numpy(self._stored["logits"][numbers]).to(input_ids.device)
+        return logits.view(torch.bfloat16) if logits.dtype == torch.int16 else logits
 
 
 def _digests(sequences: np.ndarray) -> Iterator[bytes]:
@@ -218,56 +194,11 @@ def open_cache(folder: Path, plan: CachePlan) -> CachedTeacher | None:
     if find_cache_damage(folder, plan, read=False):
         return None
     try:
-        answers = np.memmap(folder / ANSWERS, np.uint8, "r")
+        stored = np.memmap(folder / ANSWERS, plan.dtype, "r")
     except FileNotFoundError:  # Another process has just deleted it.
         return None
-    sequences = answers.reshape(-1, plan.bytes_per_sequence)
-    digests = _digests(sequences[:, : 4 * plan.context_length].view("<i4"))
-    numbers = {digest: number for number, digest in enumerate(digests)}
-    return CachedTeacher(folder, plan, sequences, numbers)
-
-
-def write_cache(
-    plan: CachePlan, parent: Path, answers: AnswersByStep, *, progress: Progress | None = None
-) -> Path:
-    """Write a cache into `parent`/<key>, unless an intact one exists; return its folder.
-
-    Raises:
-        OSError: If the disk is full. Complete steps stay, and the next call resumes after them.
-    """
-    progress = progress or Progress()
-    folder, temporary = parent / plan.key, parent / f"{TEMPORARY_PREFIX}{plan.key}"
-    parent.mkdir(parents=True, exist_ok=True)
-    with lock_file(parent / f".{plan.key}.lock"):
-        problem = find_cache_damage(folder, plan)
-        if problem is None:
-            return folder
-        if folder.exists():
-            progress.note(f"{folder} is damaged ({problem}) and is written again")
-            shutil.rmtree(folder)
-        delete_leftovers(parent)
-        temporary.mkdir(exist_ok=True)
-        step_bytes = plan.num_sequences * plan.bytes_per_sequence
-        with (temporary / ANSWERS).open("ab") as file:
-            num_done = file.tell() // step_bytes
-            file.truncate(num_done * step_bytes)
-            for number in range(num_done, plan.num_steps):
-                sequences, logits = answers(number)
-                if plan.precision == "bf16":
-                    logits = logits.view(torch.int16)  # NumPy has no bfloat16.
-                parts = [sequences.int().numpy(), logits.detach().numpy()]
-                whole = np.concatenate(
-                    [part.reshape(len(part), -1).view("u1") for part in parts], 1
-                )
-                assert whole.nbytes == step_bytes, "the logits are not those of the plan"
-                file.write(whole.tobytes())
-                file.flush()
-                progress.advance(number + 1)
-            os.fsync(file.fileno())
-        checksums = checksums_of(temporary, [ANSWERS])
-        write_json(temporary / MANIFEST, {"plan": asdict(plan), "checksums": checksums})
-        replace_folder(temporary, folder)
-    return folder
+    numbers = {digest: number for number, digest in enumerate(_digests(stored["tokens"]))}
+    return CachedTeacher(folder, stored, numbers)
 
 
 def find_cache_damage(folder: Path, plan: CachePlan, *, read: bool = True) -> str | None:
@@ -305,21 +236,19 @@ def teacher_work(
     Raises:
         UserError: If the logits do not fit on the disk.
     """
-    live = sum(tokens for plan, tokens in zip(plans, tokens_left, strict=True) if plan is None)
-    missing = {}
-    for plan in filter(None, plans):
-        if find_cache_damage(parent / plan.key, plan, read=False):
-            written = parent / f"{TEMPORARY_PREFIX}{plan.key}" / ANSWERS
-            num_written = written.stat().st_size if written.is_file() else 0
-            missing[plan.key] = (plan.num_tokens, max(0, plan.num_bytes - num_written))
-    stored = sum(num_tokens for num_tokens, _ in missing.values())
-    num_bytes, free = sum(num_bytes for _, num_bytes in missing.values()), free_disk(parent)
-    if num_bytes > free:
+    num_live = sum(tokens for plan, tokens in zip(plans, tokens_left, strict=True) if plan is None)
+    planned = {plan.key: plan for plan in plans if plan}
+    missing = [p for k, p in planned.items() if find_cache_damage(parent / k, p, read=False)]
+    num_stored, num_bytes = (
+        sum(plan.num_tokens for plan in missing),
+        sum(plan.num_bytes for plan in missing),
+    )
+    if num_bytes > (free := free_disk(parent)):
         raise UserError(
             f"distillation.teacher_cache needs {format_bytes(num_bytes)}, and {parent} has "
             f"{format_bytes(free)} free; set it to false, or shorten distillation.training"
         )
-    return TeacherWork(live + stored, stored, num_bytes)
+    return TeacherWork(num_live + num_stored, num_stored, num_bytes)
 
 
 def store_answers(
@@ -339,34 +268,88 @@ def store_answers(
         UserError: If the logits do not fit on the disk.
         RunFailed: If the disk fills up.
     """
-    progress, found = progress or Progress(), list(jobs)
-    plans = [cache_plan(job) for job in jobs]
+    progress, plans = progress or Progress(), [cache_plan(job) for job in jobs]
     work = teacher_work(plans, [0] * len(plans), parent)
     for number, (job, plan) in enumerate(zip(jobs, plans, strict=True)):
-        if plan is None:
+        if plan is None or plan in plans[:number]:
             continue
-        folder = parent / plan.key
-        if plan not in plans[:number]:
-            progress.start("teacher", plan.num_steps)
-            try:
-                # A damaged cache is written again; an intact one needs no teacher and no device.
-                if find_cache_damage(folder, plan):
-                    on_device(partial(_write_answers, job, plan, parent), progress)
-            except OSError as error:
-                raise RunFailed(
-                    f"cannot store the teacher's answers in {parent} ({error.strerror or error}); "
-                    "free disk space, or set distillation.teacher_cache=false"
-                ) from None
-            size = format_bytes(plan.num_bytes)
-            progress.finish(f"answers for {plan.num_tokens:,} tokens, {size}")
-        found[number] = job.model_copy(update={"teacher_cache": str(folder)})
-    return found, work
+        progress.start("teacher", plan.num_steps)
+        try:
+            # A damaged cache is written again; an intact one needs no teacher and no device.
+            if find_cache_damage(parent / plan.key, plan):
+                on_device(partial(_write_answers, job, plan, parent), progress)
+        except OSError as error:
+            raise RunFailed(
+                f"cannot store the teacher's answers in {parent} ({error.strerror or error}); "
+                "free disk space, or set distillation.teacher_cache=false"
+            ) from None
+        size = format_bytes(plan.num_bytes)
+        progress.finish(f"answers for {plan.num_tokens:,} tokens, {size}")
+    folders = [str(parent / plan.key) if plan else None for plan in plans]
+    return [
+        job.model_copy(update={"teacher_cache": folder}) if folder else job
+        for job, folder in zip(jobs, folders, strict=True)
+    ], work
 
 
 def _write_answers(
     job: TrainingJob, plan: CachePlan, parent: Path, device: str, progress: Progress
 ) -> None:
     write_cache(plan, parent, answers_by_step(job, device=device), progress=progress)
+
+
+def answers_by_step(job: TrainingJob, *, device: str = "cpu") -> AnswersByStep:
+    """Return a function that computes the teacher's logits of a step as the job itself would."""
+    data, recipe, world = open_data(job.tokens_folder), job.recipe, World(device=device)
+    steps = _teaching_steps(recipe, job.distillation or DistillationConfig())
+    # Loaded at the first call: a complete cache needs no teacher.
+    live = job.model_copy(update={"teacher_cache": None})
+    teacher: Callable[[], Any] = cache(lambda: load_teacher(live, world))
+
+    @torch.no_grad()
+    def answers(number: int) -> tuple[Tensor, Tensor]:
+        sequences = data.batch(
+            steps[number],
+            context_length=job.model.context_length,
+            seed=recipe.seed,
+            global_batch=sequences_per_step(recipe, job.model),
+        ).input_ids
+        with autocast(recipe.precision, world):
+            # The device keeps the logits of one pass only, as in the job itself.
+            parts = torch.split(sequences, recipe.num_sequences_per_pass or len(sequences))
+            return sequences, torch.cat([teacher()(part.to(device)).cpu() for part in parts])
+
+    return answers
+
+
+def write_cache(
+    plan: CachePlan, parent: Path, answers: AnswersByStep, *, progress: Progress | None = None
+) -> Path:
+    """Write a cache into `parent`/<key>, unless an intact one exists; return its folder.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    progress, folder = progress or Progress(), parent / plan.key
+    with lock_file(parent / f".{plan.key}.lock"):
+        problem = find_cache_damage(folder, plan)
+        if problem is None:
+            return folder
+        if folder.exists():
+            progress.note(f"{folder} is damaged ({problem}) and is written again")
+        with new_folder(folder) as temporary:
+            with (temporary / ANSWERS).open("wb") as file:
+                for number in range(plan.num_steps):
+                    sequences, logits = answers(number)
+                    stored = np.empty(plan.num_sequences, plan.dtype)
+                    stored["tokens"] = sequences.numpy()
+                    is_half = logits.dtype == torch.bfloat16
+                    stored["logits"] = (logits.view(torch.int16) if is_half else logits).numpy()
+                    file.write(stored.tobytes())
+                    progress.advance(number + 1)
+            checksums = checksums_of(temporary, [ANSWERS])
+            write_json(temporary / MANIFEST, {"plan": asdict(plan), "checksums": checksums})
+    return folder
 
 
 def delete_answers(jobs: Iterable[TrainingJob]) -> None:

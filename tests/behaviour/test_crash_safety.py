@@ -32,8 +32,7 @@ from orchestrator.data.tokenization import write_tokens
 from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.models.folder import check_checkpoint
 from orchestrator.settings import DataSettings
-from orchestrator.training.checkpoint import load_training_state, save_checkpoint
-from orchestrator.training.checkpoint_writer import prune_checkpoints
+from orchestrator.training.checkpoint import load_training_state, prune_checkpoints, save_checkpoint
 from orchestrator.training.teacher_cache import CachePlan, open_cache, write_cache
 from orchestrator.workspace.files import new_folder, read_json, write_json
 from orchestrator.workspace.journal import JOURNAL_NAME, Journal, read_journal
@@ -277,7 +276,6 @@ CASES = {
         nothing,
         lambda folder: write_cache(PLAN, folder, outputs_of),
         teacher_outputs,
-        resumes=True,
     ),
     "replaced-folder": Case(a_folder("a", "b"), a_folder("b", "c"), files_of, is_replaced=True),
 }

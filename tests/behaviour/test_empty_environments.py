@@ -61,4 +61,4 @@ def test_the_wheel_installs_its_libraries_and_runs_a_sweep(wheel: Path, tmp_path
         assert word in printed
     assert "model" in exported
     assert (tmp_path / "model" / "model.safetensors").is_file()
-    assert (tmp_path / "model" / "iiet_huggingface.py").is_file()
+    assert (tmp_path / "model" / "modeling_iiet.py").is_file()

@@ -123,8 +123,6 @@ def test_the_method_trains_in_ray_and_is_missed_where_its_package_is_not(
     provenance = load_provenance(checkpoint)
     assert provenance[METHOD_PACKAGE] == "my-extensions 1.0"
     assert provenance["environment"]["my-extensions"] == "1.0"
-    place.run("export heavy")
-    assert "HeavyBall" in (place.folder / "heavy-folder" / "method_heavy_ball.py").read_text()
     capsys.readouterr()
     for command in (["generate", "--prompt", "x"], ["evaluate"], ["influence"], ["benchmark"]):
         assert cli.main([*command, "heavy", "--workspace", str(place.workspace)]) == 2

@@ -16,7 +16,7 @@ from commands import Started
 
 from orchestrator.models.folder import weights_key
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import DONE_NAME, find_checkpoints
 

@@ -29,7 +29,7 @@ from orchestrator.sweeping.execution import run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.tracking import open_tracking
 from orchestrator.training.job import finished_outcome
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 pytestmark = pytest.mark.long

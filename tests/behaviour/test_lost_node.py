@@ -12,7 +12,7 @@ import torch
 from pretended_cluster import run_driver
 
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.journal import read_journal
 
 DRIVER = """

@@ -18,10 +18,10 @@ from orchestrator.data.store import TokenStore
 from orchestrator.models.loading import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
-from orchestrator.training import run as run_module
+from orchestrator.training import trainer as run_module
 from orchestrator.training.checkpoint import load_training_state
-from orchestrator.training.distributed import World
-from orchestrator.training.run import run_job
+from orchestrator.training.devices import World
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints
 

@@ -28,9 +28,8 @@ from orchestrator.planning.estimate import out_of_memory_explained
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.terminal.stop import interruption_text
 from orchestrator.tracking import NOTE_TAG, open_tracking
-from orchestrator.training.distributed import World
-from orchestrator.training.precision import check_precision
-from orchestrator.training.run import run_job
+from orchestrator.training.devices import World, check_precision
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.layout import open_workspace
 

@@ -22,8 +22,8 @@ from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.training.job import finished_outcome
-from orchestrator.training.run import run_job
-from orchestrator.training.run_lock import jobs_to_train
+from orchestrator.training.trainer import run_job
+from orchestrator.training.watching import jobs_to_train
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints
 

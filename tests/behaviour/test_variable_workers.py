@@ -13,7 +13,7 @@ import pytest
 from pretended_cluster import run_driver
 
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.journal import read_journal
 
 pytestmark = pytest.mark.long

@@ -17,9 +17,8 @@ from iiet.batch import NO_TARGET, Batch
 from iiet.chunked_loss import LazyLogits
 from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
 from iiet.losses import batch_cross_entropy
-from orchestrator.training.distributed import World
-from orchestrator.training.objective import make_objective
-from orchestrator.training.validation import validation_metrics
+from orchestrator.training.devices import World
+from orchestrator.training.objective import make_objective, validation_metrics
 
 VOCAB, SEQUENCES, TIME = 101, 3, 12
 ELEMENTS = SEQUENCES * TIME * VOCAB

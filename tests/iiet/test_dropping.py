@@ -157,10 +157,10 @@ def test_the_smaller_decoder_has_published_weights_and_a_folder(method, tmp_path
 def test_the_smaller_decoder_is_exported(method, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from iiet.export import export_pretrained
+    from iiet.exporting import export
 
     smaller = drop_layers(decoder_of(method), (0, 3)).float()
-    export_pretrained(smaller, tmp_path)
+    export(smaller, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(model(TOKENS).logits, smaller(TOKENS))
 

@@ -41,11 +41,10 @@ from orchestrator.sweeping.decoding import with_costs, with_decoding
 from orchestrator.sweeping.plan import plan_iterations, plan_students, schedule_search
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.distributed import World
-from orchestrator.training.job_models import load_teacher
-from orchestrator.training.pretraining_job import pretraining_job
-from orchestrator.training.run import run_job
-from orchestrator.training.teacher_cache import answers_by_step, store_answers
+from orchestrator.training.devices import World
+from orchestrator.training.job import pretraining_job
+from orchestrator.training.teacher_cache import answers_by_step, load_teacher, store_answers
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import Journal, read_journal

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from orchestrator import cli
-from orchestrator.training.run import run_job
-from orchestrator.training.run_lock import lock_run_folder
+from orchestrator.training.trainer import run_job
+from orchestrator.training.watching import lock_run_folder
 from orchestrator.workspace.files import new_folder, write_json
 from orchestrator.workspace.layout import Workspace, find_checkpoints, open_workspace
 from orchestrator.workspace.locks import lock_file

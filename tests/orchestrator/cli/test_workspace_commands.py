@@ -16,7 +16,7 @@ import pytest
 from orchestrator import cli
 from orchestrator.cli.session import open_session
 from orchestrator.records.trial import SweepPlan
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.journal import Journal, read_tail
 from orchestrator.workspace.layout import (
     RUN_LOCK_NAME,

@@ -11,8 +11,8 @@ The path of `iiet-orch pretrain --workers 2`, functions of this repository only:
 7. `cluster.train._run_together`: starts a thread for each job
 8. `cluster.train.fit_job`: starts the workers of a job
 9. `cluster.train._train_worker`: in a worker, called by Ray
-10. `training.run.run_job`: resumes and saves
-11. `training.loop.train`: the loop, which calls `optimizer.step`
+10. `training.trainer.run_job`: resumes and saves
+11. `training.trainer.train`: the loop, which calls `optimizer.step`
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROOT = str(Path(orchestrator.__file__).parent.parent)
 COMMAND = ["cli/app.main", "cli/command.run", "cli/train.pretrain"]
 PIPELINE = ["pipelines/training.run_pretrain", "pipelines/training.run_trainings"]
 IN_DRIVER = [*COMMAND, *PIPELINE, "cluster/train.run_train_jobs", "cluster/train._run_together"]
-IN_WORKER = ["cluster/train._train_worker", "training/run.run_job", "training/loop.train"]
+IN_WORKER = ["cluster/train._train_worker", "training/trainer.run_job", "training/trainer.train"]
 
 
 def own_calls(frame: FrameType | None = None) -> list[str]:

@@ -27,7 +27,7 @@ from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings, resolve_settings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
+from orchestrator.training.checkpoint import CheckpointWriteFailed
 from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints, step_of

@@ -22,9 +22,8 @@ from orchestrator.cluster.train import MAX_FAILED_STARTS, fit_job, run_train_job
 from orchestrator.planning import estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings
-from orchestrator.training.checkpoint_writer import CheckpointWriteFailed
-from orchestrator.training.loop import Diverged
-from orchestrator.training.run import run_job
+from orchestrator.training.checkpoint import CheckpointWriteFailed
+from orchestrator.training.trainer import Diverged, run_job
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 from orchestrator.workspace.journal import Journal, read_journal
 from orchestrator.workspace.layout import checkpoint_name, find_checkpoints, step_of
@@ -291,16 +290,16 @@ def test_sigterm_waits_for_a_slow_writer(
     train_worker, gate = train._train_worker, tmp_path / "gate"
 
     def train_and_save_slowly(config: dict[str, Any]) -> None:
-        from orchestrator.training import checkpoint_writer
+        from orchestrator.training import checkpoint
 
-        save = checkpoint_writer.save_checkpoint
+        save = checkpoint.save_checkpoint
 
         def save_slowly(*args: Any, **named: Any) -> Any:
             while not gate.exists():
                 time.sleep(0.01)
             return save(*args, **named)
 
-        checkpoint_writer.save_checkpoint = save_slowly
+        checkpoint.save_checkpoint = save_slowly
         train_worker(config)
 
     job = make_job("slow", num_steps=100_000, checkpoint_every_steps=100_000)

@@ -20,7 +20,7 @@ from orchestrator.records.trial import AshaTrial, SweepPlan, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings
 from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_early_stop
 from orchestrator.training.job import job_key
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.journal import read_journal
 
 pytestmark = pytest.mark.slow

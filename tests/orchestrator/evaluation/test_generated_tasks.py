@@ -150,7 +150,7 @@ def test_answers_equal_those_of_lm_evals_hugging_face_class(
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
-    from iiet.huggingface import IIETForCausalLM, fast_tokenizer
+    from iiet.exporting import fast_tokenizer, transformers_model
     from orchestrator.evaluation.harness.suppressed_output import suppress_output
 
     folder = write_task(tmp_path / "tasks", rows)
@@ -161,7 +161,7 @@ def test_answers_equal_those_of_lm_evals_hugging_face_class(
     with suppress_output():
         theirs = evaluator.evaluate(
             lm=HFLM(
-                pretrained=IIETForCausalLM.from_decoder(decoder),
+                pretrained=transformers_model(decoder),
                 tokenizer=fast_tokenizer(path, end_of_text="<|endoftext|>", context_length=48),
                 max_length=48,
                 batch_size=1,

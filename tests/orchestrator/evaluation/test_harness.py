@@ -398,12 +398,12 @@ def test_scores_equal_those_of_lm_evals_hugging_face_class(
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
-    from iiet.huggingface import IIETForCausalLM, fast_tokenizer
+    from iiet.exporting import fast_tokenizer, transformers_model
     from orchestrator.evaluation.harness.suppressed_output import suppress_output
 
     loaded = load_suite(folders=[tasks])
     ours = run_suite(loaded, decoder, tokenizer_path).results
-    model = IIETForCausalLM.from_decoder(decoder)
+    model = transformers_model(decoder)
     model.config.use_cache = False
     with suppress_output():
         theirs = evaluator.evaluate(

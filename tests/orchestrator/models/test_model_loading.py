@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from iiet.config import preset
 from iiet.decoder import Decoder
-from iiet.export import export_pretrained
+from iiet.exporting import export
 from iiet.schedule import IterationSchedule
 from orchestrator.models.loading import load_model, model_folder_key
 from orchestrator.workspace.errors import UserError
@@ -82,7 +82,7 @@ def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
 def exported(folder: Path) -> Decoder:
     torch.manual_seed(0)
     decoder = Decoder(preset("tiny", vocab_size=50, schedule=[2, 0, 1, 0, 0, 1])).eval()
-    export_pretrained(decoder, folder)
+    export(decoder, folder)
     return decoder
 
 
@@ -102,7 +102,7 @@ def test_missing_weights_are_an_error(tmp_path: Path) -> None:
     exported(tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
     weights = load_file(file)
-    del weights["decoder.norm.weight"]
+    del weights["norm.weight"]
     save_file(weights, file)
     with pytest.raises(UserError, match=r"norm\.weight"):
         load_model(tmp_path / "out")

@@ -33,7 +33,7 @@ from orchestrator.pipelines.influence import plan_influence, run_influence
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.render import shortest_schedule
 from orchestrator.training.checkpoint import save_checkpoint
-from orchestrator.training.device_work import on_cpu
+from orchestrator.training.devices import on_cpu
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 

@@ -254,7 +254,7 @@ def test_an_exported_folder_scores_as_its_checkpoint(
     tiny_model: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    from iiet.export import export_pretrained
+    from iiet.exporting import export
 
     torch.manual_seed(0)
     decoder = Decoder(ModelConfig.from_dict({**tiny_model, "initializer_std": 0.3}))
@@ -267,7 +267,7 @@ def test_an_exported_folder_scores_as_its_checkpoint(
         tokenizer_path=tokenizer_path,
         provenance={},
     )
-    exported = export_pretrained(decoder, tmp_path / "exported", tokenizer_path)
+    exported = export(decoder, tmp_path / "exported", tokenizer_path)
     first = evaluate(checkpoint, settings, workspace)
     second = evaluate(open_model(exported), settings, workspace)
     for name, result in first.results.items():

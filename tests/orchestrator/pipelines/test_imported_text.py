@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from iiet.huggingface import IIETConfig
+from iiet.modeling_iiet import IIETConfig
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import TEXT_FILES, read_text_files
 from orchestrator.models.loading import load_model

@@ -11,7 +11,7 @@ import torch
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.export import export_pretrained
+from iiet.exporting import export
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import tokenizer_file
@@ -42,7 +42,7 @@ def decoder(tiny_model: dict[str, Any]) -> Decoder:
 def test_an_imported_model_is_the_same_model(
     decoder: Decoder, tokenizer: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
-    folder = export_pretrained(decoder, tmp_path / "my model", tokenizer)
+    folder = export(decoder, tmp_path / "my model", tokenizer)
     checkpoint = import_model(folder, workspace=workspace)
     assert checkpoint.parent == workspace.runs / "my-model"
     assert resolve_checkpoint(checkpoint.parent) == checkpoint
@@ -54,12 +54,12 @@ def test_an_imported_model_is_the_same_model(
 def test_importing_again_finds_it_and_another_model_needs_another_name(
     decoder: Decoder, tokenizer: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
-    folder = export_pretrained(decoder, tmp_path / "model", tokenizer)
+    folder = export(decoder, tmp_path / "model", tokenizer)
     first = import_model(folder, workspace=workspace)
     assert import_model(folder, workspace=workspace) == first
     with torch.no_grad():
         decoder.norm.weight.mul_(2)
-    export_pretrained(decoder, folder, tokenizer)
+    export(decoder, folder, tokenizer)
     with pytest.raises(UserError, match="--name"):
         import_model(folder, workspace=workspace)
     assert import_model(folder, workspace=workspace, name="other") != first
@@ -68,7 +68,7 @@ def test_importing_again_finds_it_and_another_model_needs_another_name(
 def test_an_imported_model_is_the_newest_also_when_it_is_found_again(
     decoder: Decoder, tokenizer: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
-    folder = export_pretrained(decoder, tmp_path / "model", tokenizer)
+    folder = export(decoder, tmp_path / "model", tokenizer)
     first = import_model(folder, workspace=workspace, name="first")
     second = import_model(folder, workspace=workspace, name="second")
     assert resolve_model(workspace, None) == second
@@ -79,7 +79,7 @@ def test_an_imported_model_is_the_newest_also_when_it_is_found_again(
 def test_tokens_are_those_of_its_tokenizer(
     decoder: Decoder, tokenizer: Path, tiny_tokens: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
-    folder = export_pretrained(decoder, tmp_path / "model", tokenizer)
+    folder = export(decoder, tmp_path / "model", tokenizer)
     checkpoint = import_model(folder, workspace=workspace, tokenizer=tokenizer)
     with pytest.raises(UserError, match=r"prepare --set data\.tokenizer="):
         tokens_folder_of(checkpoint, workspace)
@@ -101,7 +101,7 @@ class Notes(Progress):
 def test_without_a_tokenizer_it_says_what_is_missing(
     decoder: Decoder, workspace: Workspace, tmp_path: Path
 ) -> None:
-    folder = export_pretrained(decoder, tmp_path / "model")
+    folder = export(decoder, tmp_path / "model")
     notes = Notes()
     checkpoint = import_model(folder, workspace=workspace, progress=notes)
     assert "--tokenizer FILE" in notes.notes[0]
@@ -114,7 +114,7 @@ def test_a_tokenizer_that_knows_more_than_the_model_is_refused(
     tiny_model: dict[str, Any], tokenizer: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
     small = Decoder(ModelConfig.from_dict({**tiny_model, "vocab_size": 200}))
-    folder = export_pretrained(small, tmp_path / "model")
+    folder = export(small, tmp_path / "model")
     with pytest.raises(UserError, match="the model only 200"):
         import_model(folder, workspace=workspace, tokenizer=tokenizer)
     assert not workspace.runs.exists()

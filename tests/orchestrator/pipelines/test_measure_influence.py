@@ -20,7 +20,7 @@ from orchestrator.pipelines import influence
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import InfluenceResult, plan_influence, run_influence
 from orchestrator.settings import InfluenceSettings, Settings
-from orchestrator.training.device_work import on_cpu
+from orchestrator.training.devices import on_cpu
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 

@@ -12,8 +12,8 @@ from sample_trials import sample_trial, with_items
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.huggingface import IIETForCausalLM
 from iiet.influence import InfluenceTable
+from iiet.modeling_iiet import IIETForCausalLM
 from iiet.schedule import IterationSchedule
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import weights_key
@@ -159,7 +159,7 @@ def test_a_pruned_model_is_the_teacher_under_its_schedule(
     choice = pick_from(context, "two-models", PickRule(name="cheapest"), to=tmp_path / "cheapest")
     assert choice.folder == tmp_path / "cheapest"
     model = IIETForCausalLM.from_pretrained(choice.folder)
-    assert model.to_decoder().schedule == IterationSchedule((0, 0))
+    assert model.config.schedule == (0, 0)
 
 
 def test_the_pick_of_a_draft_is_the_full_model_or_a_model_of_its_own(
@@ -180,7 +180,7 @@ def test_the_pick_of_a_draft_is_the_full_model_or_a_model_of_its_own(
         choice = pick_from(context, name, rule, to=tmp_path / name)
         model = IIETForCausalLM.from_pretrained(choice.folder)
         assert version_of(context, NAME, "draft").description == choice.sentence
-        return choice, model.to_decoder().schedule
+        return choice, IterationSchedule(model.config.schedule)
 
     choice, schedule = picked("own-weights", 1.1, 1.3)
     assert choice.point.key == "pruned"

@@ -29,8 +29,8 @@ from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SETTINGS_NAME, Settings, read_settings, resolve_settings, to_yaml
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
-from orchestrator.training.pretraining_job import pretraining_job
-from orchestrator.training.run import run_job
+from orchestrator.training.job import pretraining_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted, UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.layout import Workspace, find_checkpoints

@@ -29,9 +29,8 @@ from orchestrator.settings import SETTINGS_NAME, resolve_settings, to_yaml
 from orchestrator.sweeping.execution import run_sweep
 from orchestrator.sweeping.trial_queue import TrialQueue, _record_failure
 from orchestrator.tracking import NOTE_TAG
-from orchestrator.training.monitor import RunMonitor
-from orchestrator.training.run import run_job
-from orchestrator.training.run_lock import lock_run_folder
+from orchestrator.training.trainer import run_job
+from orchestrator.training.watching import RunMonitor, lock_run_folder
 from orchestrator.workspace.journal import Journal, recorded_times
 from orchestrator.workspace.layout import Workspace, open_workspace
 

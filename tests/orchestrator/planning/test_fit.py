@@ -29,7 +29,7 @@ from orchestrator.records.trial import SweepPlan
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes
-from orchestrator.training.distributed import World
+from orchestrator.training.devices import World
 from orchestrator.training.teacher_cache import TeacherWork
 from orchestrator.workspace.errors import DeviceError, UserError
 

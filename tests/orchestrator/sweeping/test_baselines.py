@@ -14,7 +14,7 @@ from orchestrator.data.tokenization import write_tokens
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import DataSettings, TrainingSettings
 from orchestrator.sweeping.baselines import find_baselines
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.layout import Workspace, find_checkpoints, open_workspace
 
 

@@ -13,7 +13,7 @@ from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.live_sweep import SECONDS_BETWEEN_FRONTS, FrontHistory, LiveSweep
 from orchestrator.tracking import NOTE_TAG, REASON_TAG, VIEW_TAG, Tracking, open_tracking
-from orchestrator.training.run_lock import lock_run_folder
+from orchestrator.training.watching import lock_run_folder
 from orchestrator.workspace.journal import Journal, recorded_times
 from orchestrator.workspace.layout import open_workspace
 

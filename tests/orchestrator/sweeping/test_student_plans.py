@@ -38,7 +38,7 @@ from orchestrator.sweeping.trials import (
     student_trial,
 )
 from orchestrator.training.job import finished_outcome
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 

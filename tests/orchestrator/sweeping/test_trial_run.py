@@ -30,7 +30,7 @@ from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_ea
 from orchestrator.sweeping.trial_run import is_trial_locked, run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import interruption_text, stop_when
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 from orchestrator.workspace.layout import DONE_NAME, RUN_LOCK_NAME

@@ -37,7 +37,7 @@ from orchestrator.sweeping.trial_states import (
     trial_states,
 )
 from orchestrator.sweeping.trials import checkpoint_trial
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.layout import open_workspace
 
 STEP = 64

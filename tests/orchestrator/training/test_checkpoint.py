@@ -19,8 +19,7 @@ from orchestrator.models.folder import (
 )
 from orchestrator.models.loading import load_model
 from orchestrator.models.lookup import resolve_checkpoint
-from orchestrator.training.checkpoint import load_training_state, save_checkpoint
-from orchestrator.training.checkpoint_writer import prune_checkpoints
+from orchestrator.training.checkpoint import load_training_state, prune_checkpoints, save_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import find_checkpoints
 

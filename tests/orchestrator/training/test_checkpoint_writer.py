@@ -18,11 +18,10 @@ import pytest
 
 from orchestrator.models.folder import check_checkpoint
 from orchestrator.records.training import TrainingJob
-from orchestrator.training import checkpoint_writer as writer_module
-from orchestrator.training import run as run_module
-from orchestrator.training.checkpoint import load_training_state
-from orchestrator.training.checkpoint_writer import best_checkpoint
-from orchestrator.training.run import run_job
+from orchestrator.training import checkpoint as writer_module
+from orchestrator.training import trainer as run_module
+from orchestrator.training.checkpoint import best_checkpoint, load_training_state
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 from orchestrator.workspace.layout import find_checkpoints
@@ -138,7 +137,9 @@ def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(
 ) -> None:
     validation = {2: math.nan, 4: 1.0, 6: 2.0, 8: 1.5}  # NaN: there was no target.
     monkeypatch.setattr(
-        run_module._Run, "validate", lambda self, step: {VALIDATION_METRIC: validation[step]}
+        run_module.Trainer,
+        "validate",
+        lambda self: {VALIDATION_METRIC: validation[self.position.step]},
     )
     recipe = {"validate_every_steps": 2, "num_checkpoints_kept": 1, "keep_best": True}
     job = make_job(**recipe)
@@ -161,7 +162,7 @@ def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(
 KILLED = """
 import json, pathlib, sys, time
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace import files
 
 flush = files.flush_to_disk

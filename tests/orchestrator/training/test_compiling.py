@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +17,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from iiet import Decoder, IterationSchedule, next_token_loss, preset
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
-from orchestrator.training import compiling
-from orchestrator.training.compiling import compile_fields
-from orchestrator.training.distributed import World, autocast
+from orchestrator.training.devices import World, autocast, compile_fields, shard
 from orchestrator.training.job import job_key
-from orchestrator.training.run import run_job
-from orchestrator.training.sharding import shard
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.journal import read_journal
 
 
@@ -87,7 +85,7 @@ def test_a_broken_compiler_is_one_warning_and_changes_nothing(
     def compile_badly(decoder: Decoder, event: Callable[..., None]) -> None:
         compile_fields(decoder, event, backend=broken_compiler)
 
-    monkeypatch.setattr("orchestrator.training.run.compile_fields", compile_badly)
+    monkeypatch.setattr("orchestrator.training.trainer.compile_fields", compile_badly)
     for job in jobs:
         run_job(job)
     assert losses(jobs[1]) == losses(jobs[0])
@@ -129,7 +127,7 @@ def test_other_errors_are_not_taken_for_a_failure_of_the_compiler() -> None:
     compile_fields(decoder, lambda name, **_: found.append(name), backend=lambda *_: out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         decoder(torch.randint(13, (2, 8)))
-    assert not found
+    assert found == ["compiled"]
 
 
 def test_one_graph_serves_all_layers_schedules_and_lists_of_estimates() -> None:
@@ -141,10 +139,8 @@ def test_one_graph_serves_all_layers_schedules_and_lists_of_estimates() -> None:
         next_token_loss(decoder(ids, schedule=schedule, **mask), ids).backward()
 
     deep, deeper = (tiny_decoder(num_layers) for num_layers in (24, 30))
-    shared = compiling._Compiler(graphs, lambda *_, **__: None)
-    for decoder in (deep, deeper):
-        for field in decoder.fields:
-            field.forward = shared.compiled(field.forward)
+    both: Any = SimpleNamespace(fields=[*deep.fields, *deeper.fields])
+    compile_fields(both, lambda *_, **__: None, graphs)
     train(deep, IterationSchedule.none(24))
     assert graphs.frame_count == 1
     train(deep, IterationSchedule.ramp(24, 3, 0))

@@ -12,11 +12,11 @@ from torch import equal
 
 from iiet.weights import WEIGHTS
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.training.continuing import continue_job, continued_recipe, shared_steps
 from orchestrator.training.job import job_key
-from orchestrator.training.learning_rate import learning_rate_at
-from orchestrator.training.resume_point import describe_saved_state
-from orchestrator.training.run import run_job
+from orchestrator.training.schedules import learning_rate_at
+from orchestrator.training.shared_steps import continue_job, continued_recipe, shared_steps
+from orchestrator.training.trainer import run_job
+from orchestrator.training.watching import describe_saved_state
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints, step_of

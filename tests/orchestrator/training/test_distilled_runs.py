@@ -26,11 +26,10 @@ from orchestrator.settings import DistillationSettings, TrainingSettings, resolv
 from orchestrator.sweeping import trial_run
 from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import student_job, student_trial
-from orchestrator.training import job_models
-from orchestrator.training.distributed import World
+from orchestrator.training import devices, teacher_cache
+from orchestrator.training.devices import World, decoder_to_train
 from orchestrator.training.job import job_key
-from orchestrator.training.job_models import decoder_to_train
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import open_workspace
@@ -235,7 +234,7 @@ def test_a_control_is_trained_without_a_teacher(
     trial = _trial(control, teacher, tiny_tokens, tmp_path)
     started_from: list[Decoder] = []
     loaded: list[Path] = []
-    decoder_to_train, load = job_models.decoder_to_train, job_models.load_model
+    decoder_to_train, load = devices.decoder_to_train, devices.load_model
 
     def watched(*arguments: Any) -> Decoder:
         decoder = decoder_to_train(*arguments)
@@ -246,8 +245,9 @@ def test_a_control_is_trained_without_a_teacher(
         loaded.append(folder)
         return load(folder, **options)
 
-    monkeypatch.setattr("orchestrator.training.run.decoder_to_train", watched)
-    monkeypatch.setattr(job_models, "load_model", counted)
+    monkeypatch.setattr("orchestrator.training.trainer.decoder_to_train", watched)
+    monkeypatch.setattr(devices, "load_model", counted)
+    monkeypatch.setattr(teacher_cache, "load_model", counted)
     run = run_trial(trial)
     assert run.state == "made"
     assert run.result
@@ -255,7 +255,7 @@ def test_a_control_is_trained_without_a_teacher(
 
     job = trial.job
     assert job
-    assert job_models.load_teacher(job, World()) is None
+    assert teacher_cache.load_teacher(job, World()) is None
     assert numbers(job, "train/kl") == {}
     assert len(numbers(job, "train/loss")) == RECIPE["num_steps"]
     torch.manual_seed(job.recipe.seed)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bare_trainer import BareTrainer
 from torch.nn import functional as F
 
 from iiet.batch import Batch
@@ -28,14 +29,17 @@ from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, Settings, TrainingSettings, resolve_settings
 from orchestrator.sweeping.model_plans import ModelVariant, settings_of
-from orchestrator.training.distributed import World
-from orchestrator.training.first_stage import first_stage_of
-from orchestrator.training.job import job_key, key_fields
-from orchestrator.training.loop import TrainingSetup, _compute_gradients
-from orchestrator.training.objective import Passes, elastic_passes, make_objective, single_pass
-from orchestrator.training.pretraining_job import pretraining_job
-from orchestrator.training.run import run_job
+from orchestrator.training.job import job_key, key_fields, pretraining_job
+from orchestrator.training.objective import (
+    Passes,
+    elastic_passes,
+    make_objective,
+    mean_by_source,
+    single_pass,
+)
 from orchestrator.training.schedules import drawn_by_step
+from orchestrator.training.shared_steps import first_stage_of
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import Workspace
@@ -118,18 +122,14 @@ def test_the_gradients_are_those_of_the_sum_written_plainly(
     tokens = torch.randint(decoder.config.vocab_size, (2, 16))
     cheaper = [IterationSchedule((0, 0)), IterationSchedule((1, 1))][:num_drawn]
     elastic = ElasticSettings(weight=0.3, kl_weight=0.7, temperature=1.5)
-    setup = TrainingSetup(
-        model=decoder,
-        optimizer=torch.optim.SGD(decoder.parameters()),
-        objective=make_objective(lambda _: decoder.schedule),
+    trainer = BareTrainer(
+        decoder,
+        make_objective(lambda _: decoder.schedule),
+        TrainingSettings(num_sequences_per_pass=per_pass, clip_norm=1e9),
         passes=elastic_passes(lambda _: tuple(cheaper), elastic),
-        recipe=TrainingSettings(num_sequences_per_pass=per_pass, clip_norm=1e9),
-        world=World(),
     )
     mask = torch.rand(2, 16) > 0.3
-    batch = Batch.of_text(tokens, mask)
-    batch = batch.counted_as(batch.num_targets, batch.num_positions)
-    numbers = _compute_gradients(setup, batch, 0)
+    numbers = trainer.gradients(Batch.of_text(tokens, mask))
     found = [parameter.grad for parameter in decoder.parameters()]
 
     counted, taught = mask[:, 1:], torch.cat([mask[:, 1:], mask[:, -1:]], dim=1)
@@ -171,17 +171,15 @@ def test_with_a_teacher_each_schedule_learns_as_its_student_would(
     cheaper = (IterationSchedule((0, 0)), IterationSchedule((1, 0)))
     config = DistillationConfig(kl_weight=0.7, temperature=1.5, hidden_weight=hidden_weight)
     remembering = RememberingTeacher(teacher)
-    setup = TrainingSetup(
-        model=decoder,
-        optimizer=torch.optim.SGD(decoder.parameters()),
-        objective=make_objective(lambda _: decoder.schedule, remembering, config),
+    trainer = BareTrainer(
+        decoder,
+        make_objective(lambda _: decoder.schedule, remembering, config),
+        TrainingSettings(clip_norm=1e9, num_sequences_per_pass=1),
         passes=elastic_passes(lambda _: cheaper, ElasticSettings(weight=0.3), remembering, config),
-        recipe=TrainingSettings(clip_norm=1e9, num_sequences_per_pass=1),
-        world=World(),
     )
     batch = Batch.of_text(torch.randint(decoder.config.vocab_size, (2, 16)))
     batch = batch.counted_as(batch.num_targets, batch.num_positions)
-    numbers = _compute_gradients(setup, batch, 0)
+    numbers = trainer.gradients(batch)
     found = [parameter.grad for parameter in decoder.parameters()]
     assert num_read == 2  # Each part of the batch once, for three schedules.
 
@@ -309,15 +307,9 @@ def test_the_sources_of_a_mixture_have_the_losses_of_the_full_schedule(
     batch = batch.counted_as(batch.num_targets, batch.num_positions)
 
     def numbers(passes: Passes) -> dict[str, float]:
-        setup = TrainingSetup(
-            model=decoder,
-            optimizer=torch.optim.SGD(decoder.parameters()),
-            objective=make_objective(lambda _: decoder.schedule, source_names=("a", "b")),
-            passes=passes,
-            recipe=TrainingSettings(),
-            world=World(),
-        )
-        return _compute_gradients(setup, batch, 0)
+        objective = make_objective(lambda _: decoder.schedule, source_names=("a", "b"))
+        trainer = BareTrainer(decoder, objective, TrainingSettings(), passes=passes)
+        return mean_by_source(trainer.gradients(batch))
 
     none = IterationSchedule((0, 0))
     plain = numbers(single_pass)

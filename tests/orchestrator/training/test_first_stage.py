@@ -16,9 +16,9 @@ from iiet.weights import WEIGHTS
 from orchestrator.models.folder import weights_key
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.first_stage import FirstStage, first_stage_of, share_first_stages
 from orchestrator.training.job import job_key
-from orchestrator.training.run import run_job
+from orchestrator.training.shared_steps import FirstStage, first_stage_of, share_first_stages
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import PROVENANCE, checkpoint_name
 
@@ -204,7 +204,7 @@ def test_an_interrupted_store_leaves_nothing(
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("orchestrator.training.first_stage._link", refuse)
+    monkeypatch.setattr("orchestrator.training.shared_steps._link", refuse)
     with pytest.raises(OSError, match="No space left"):
         stage.store(Path(str(outcome.checkpoint)).with_name(checkpoint_name(8)))
     assert not list(stage.folder.parent.iterdir())

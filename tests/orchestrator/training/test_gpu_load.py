@@ -7,17 +7,19 @@ import warnings
 import pytest
 import torch
 
-from orchestrator.training.distributed import World
-from orchestrator.training.gpu_load import SENSORS, gpu_loads
+from orchestrator.training import monitor
+from orchestrator.training.devices import World
+from orchestrator.training.monitor import SENSORS, gpu_loads
 
 
-def test_every_rank_has_its_own_numbers() -> None:
+def test_every_rank_has_its_own_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     def gather(own: dict[str, float], world: World) -> list[dict[str, float]]:
         assert world.rank == 1
         return [{"power_usage_watts": 310.0, "utilization_percentage": 97.0}, own]
 
+    monkeypatch.setattr(monitor, "gathered", gather)
     sensors = {"power_usage_watts": lambda device: 300.0 + device.index}
-    found = gpu_loads(World(rank=1, size=2, device="cuda:5"), sensors=sensors, gather=gather)
+    found = gpu_loads(World(rank=1, size=2, device="cuda:5"), sensors=sensors)
     assert found == {
         "system/gpu_0_power_usage_watts": 310.0,
         "system/gpu_0_utilization_percentage": 97.0,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.training.host_copies import HostCopies
+from orchestrator.training.checkpoint import HostCopies
 
 
 class Streams:

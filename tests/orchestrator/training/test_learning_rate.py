@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.learning_rate import learning_rate_at
+from orchestrator.training.schedules import learning_rate_at
 
 RECIPE = {
     "num_steps": 100,

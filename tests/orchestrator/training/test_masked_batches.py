@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bare_trainer import BareTrainer
 
 from iiet.batch import NO_TARGET, Batch
 from iiet.config import ModelConfig
@@ -19,11 +20,9 @@ from iiet.distillation import DistillationConfig, distillation_loss, frozen_teac
 from iiet.losses import cross_entropy
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.distributed import World
-from orchestrator.training.loop import Hooks, Position, TrainingSetup, train
-from orchestrator.training.objective import Objective, make_objective
+from orchestrator.training.devices import World
+from orchestrator.training.objective import Objective, make_objective, validation_metrics
 from orchestrator.training.teacher_cache import CachePlan, open_cache, write_cache
-from orchestrator.training.validation import validation_metrics
 from orchestrator.workspace.journal import VALIDATION_METRIC
 
 SCHEDULE = IterationSchedule((2, 1))
@@ -63,10 +62,6 @@ def nothing(step: int) -> Batch:
     return Batch(tokens_of(step), torch.full((NUM_ROWS, LENGTH), NO_TARGET))
 
 
-def never(*_: Any) -> bool:
-    return False
-
-
 Source = Callable[[int], Batch]
 
 
@@ -74,31 +69,13 @@ def trained(
     source: Source, objective: Objective, *, per_pass: int | None
 ) -> tuple[Decoder, list[Mapping[str, float]]]:
     """Train a fresh decoder on a source, and return it with what the loop reported."""
-    decoder, reported = fresh_decoder(), []
+    decoder = fresh_decoder()
     recipe = TrainingSettings(
         num_steps=NUM_STEPS, learning_rate=0.1, warmup_steps=0, num_sequences_per_pass=per_pass
     )
-    setup = TrainingSetup(
-        model=decoder,
-        optimizer=torch.optim.SGD(decoder.parameters(), lr=0.1),
-        objective=objective,
-        recipe=recipe,
-        world=World(),
-    )
-    hooks = Hooks(
-        batch=source,
-        flops_per_token=lambda _: 0.0,
-        validate=lambda _: {VALIDATION_METRIC: 0.0},
-        report=lambda _, numbers: reported.append(numbers),
-        event=never,
-        throughput=lambda _: {},
-        save=never,
-        should_stop=never,
-        should_save=never,
-        end_step=lambda: None,
-    )
-    assert train(setup, Position(), hooks)
-    return decoder, [numbers for numbers in reported if "train/loss" in numbers]
+    trainer = BareTrainer(decoder, objective, recipe, batch=source)
+    assert trainer.train()
+    return decoder, [numbers for numbers in trainer.reported if "train/loss" in numbers]
 
 
 @pytest.mark.parametrize("source", [completions, answers])

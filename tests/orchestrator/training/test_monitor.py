@@ -14,7 +14,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
-from orchestrator.training.monitor import RunMonitor
+from orchestrator.training.watching import RunMonitor
 from orchestrator.workspace.journal import Journal
 
 

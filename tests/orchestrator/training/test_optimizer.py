@@ -9,7 +9,7 @@ from torch import nn
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.optimizer import make_optimizer, set_learning_rate
+from orchestrator.training.objective import make_optimizer, set_learning_rate
 
 
 def groups(decoder: Decoder) -> dict[float, set[str]]:

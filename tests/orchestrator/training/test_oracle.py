@@ -23,7 +23,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.data.mixture import open_data
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 
 SEED, STEPS, WARMUP, PEAK, FINAL, SEQUENCES, LENGTH = 7, 5, 2, 3e-2, 0.2, 4, 16
 FULL, NONE = IterationSchedule((2, 1)), IterationSchedule((0, 0))

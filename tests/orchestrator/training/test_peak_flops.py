@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.training.peak_flops import ASSUMED_GPU, gpu_peak_flops
+from orchestrator.training.monitor import ASSUMED_GPU, gpu_peak_flops
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 
 from orchestrator.models.loading import load_model, use_tf32
 from orchestrator.records.training import TrainingJob
-from orchestrator.training.precision import check_precision, device_precision
-from orchestrator.training.run import run_job
+from orchestrator.training.devices import check_precision, device_precision
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import DeviceError
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from iiet.batch import Batch
-from orchestrator.training.prefetching import BatchPrefetcher
+from orchestrator.training.trainer import BatchPrefetcher
 
 
 def batch_of(step: int) -> Batch:

@@ -14,8 +14,8 @@ import torch
 from orchestrator.models.folder import weights_key
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.job import job_key
-from orchestrator.training.profiling import STEPS_BEFORE, StepProfiler
-from orchestrator.training.run import run_job
+from orchestrator.training.monitor import STEPS_BEFORE, StepProfiler
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.journal import read_journal
 
 RECIPE = {"num_steps": 8, "learning_rate": 1e-2, "checkpoint_every_steps": 2}

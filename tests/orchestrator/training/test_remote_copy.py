@@ -17,10 +17,10 @@ import torch.multiprocessing as mp
 from orchestrator.models.folder import weights_key
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.distributed import World
+from orchestrator.training.devices import World
 from orchestrator.training.job import job_key
 from orchestrator.training.remote_copy import RemoteCopy
-from orchestrator.training.run import run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import PROVENANCE, find_checkpoints

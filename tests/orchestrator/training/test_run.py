@@ -15,16 +15,15 @@ from safetensors.torch import load_file
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
 from iiet.weights import WEIGHTS
+from orchestrator.data.store import TokenStore
 from orchestrator.models.folder import weights_key
 from orchestrator.models.loading import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
-from orchestrator.training import run as run_module
+from orchestrator.training import trainer as run_module
 from orchestrator.training.checkpoint import load_training_state
-from orchestrator.training.job import finished_outcome, job_key
-from orchestrator.training.job_checks import check_job
-from orchestrator.training.loop import Diverged
-from orchestrator.training.run import run_job
+from orchestrator.training.job import check_job, finished_outcome, job_key
+from orchestrator.training.trainer import Diverged, run_job
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import read_json, write_json
 from orchestrator.workspace.journal import read_journal
@@ -125,7 +124,7 @@ def test_the_loss_falls_and_is_reported(make_job: MakeJob) -> None:
 
 def test_a_finished_job_returns_at_once(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = run_job(make_job())
-    monkeypatch.setattr(run_module, "train", None)
+    monkeypatch.setattr(run_module, "Trainer", None)
     assert run_job(make_job()) == outcome
     assert finished_outcome(make_job()) == outcome
 
@@ -172,7 +171,7 @@ def test_a_crashed_run_resumes_from_the_previous_checkpoint(
 ) -> None:
     run_job(make_job("whole"))
     with monkeypatch.context() as patch:
-        patch.setattr(run_module._Run, "batch", crash_at(7, run_module._Run.batch))
+        patch.setattr(TokenStore, "batch", crash_at(7, TokenStore.batch))
         with pytest.raises(RuntimeError, match="crash"):
             run_job(make_job("cut"))
     assert find_checkpoints(make_job("cut").folder)[-1].name == "step_00000004"
@@ -182,10 +181,10 @@ def test_a_crashed_run_resumes_from_the_previous_checkpoint(
 
 
 def crash_at(step: int, batch: Callable[..., Any]) -> Callable[..., Any]:
-    def crashing(self: Any, now: int) -> Any:
+    def crashing(self: Any, now: int, **options: Any) -> Any:
         if now == step:
             raise RuntimeError("crash")
-        return batch(self, now)
+        return batch(self, now, **options)
 
     return crashing
 

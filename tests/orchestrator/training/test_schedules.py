@@ -14,8 +14,8 @@ from iiet.schedule import IterationSchedule
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.job import job_key
-from orchestrator.training.run import run_job
 from orchestrator.training.schedules import schedule_by_step
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.journal import read_journal
 
 

@@ -22,10 +22,14 @@ from iiet import METHODS, Decoder, next_token_loss, preset
 from iiet.training_memory import training_memory
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
-from orchestrator.training.compiling import compile_fields
-from orchestrator.training.distributed import World, autocast, pass_of_several
-from orchestrator.training.job_models import decoder_to_train
-from orchestrator.training.sharding import shard
+from orchestrator.training.devices import (
+    World,
+    autocast,
+    compile_fields,
+    decoder_to_train,
+    pass_of_several,
+    shard,
+)
 
 LAYERS = 4
 

@@ -19,10 +19,8 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training import teacher_cache
-from orchestrator.training.distributed import World
+from orchestrator.training.devices import World
 from orchestrator.training.job import job_key
-from orchestrator.training.job_models import load_teacher
-from orchestrator.training.run import run_job
 from orchestrator.training.teacher_cache import (
     ANSWERS,
     CachedTeacher,
@@ -32,13 +30,15 @@ from orchestrator.training.teacher_cache import (
     cache_plan,
     delete_answers,
     find_cache_damage,
+    load_teacher,
     open_cache,
     store_answers,
     teacher_work,
     write_cache,
 )
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import VERIFIED_NAME, delete_folder
+from orchestrator.workspace.files import delete_folder
 from orchestrator.workspace.journal import read_journal
 
 RECIPE: dict[str, Any] = {
@@ -157,7 +157,7 @@ def test_a_job_with_stored_outputs_loads_no_teacher(
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("orchestrator.training.job_models.load_model", forbidden)
+    monkeypatch.setattr("orchestrator.training.teacher_cache.load_model", forbidden)
     assert isinstance(load_teacher(job, World()), CachedTeacher)
     with pytest.raises(AssertionError, match="was loaded"):
         load_teacher(job.model_copy(update={"teacher_cache": None}), World())
@@ -218,36 +218,6 @@ def test_hidden_states_and_jobs_without_a_teacher_have_no_cache(student: MakeStu
         {"objective": "cross_entropy", "teacher_folder": None},
     ):
         assert cache_plan(student(**more)) is None
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_interrupted_cache_is_completed_and_equals_one_written_at_once(
-    student: MakeStudent, tmp_path: Path, precision: str
-) -> None:
-    job = student(recipe={"precision": precision})
-    plan = plan_of(job)
-    whole = write_cache(plan, tmp_path / "whole", answers_by_step(job))
-    outputs, calls = answers_by_step(job), []
-
-    def crashing(step: int) -> Any:
-        calls.append(step)
-        if step == 3 and calls.count(3) == 1:
-            raise KeyboardInterrupt
-        return outputs(step)
-
-    with pytest.raises(KeyboardInterrupt):
-        write_cache(plan, tmp_path / "cut", crashing)
-    assert open_cache(tmp_path / "cut" / plan.key, plan) is None
-    (left,) = (tmp_path / "cut").glob(".writing-*")
-    with (left / ANSWERS).open("ab") as file:
-        file.write(b"half a row")  # As a kill within a step leaves it.
-    cut = write_cache(plan, tmp_path / "cut", crashing)
-    assert calls == [0, 1, 2, 3, 3, 4, 5]
-    names = {path.name for path in whole.iterdir()}
-    assert {path.name for path in cut.iterdir()} == names
-    for name in names - {VERIFIED_NAME}:  # That one holds times.
-        assert (cut / name).read_bytes() == (whole / name).read_bytes()
-    assert sum(p.stat().st_size for p in cut.glob("*.bin")) == plan.num_bytes
 
 
 def test_a_damaged_cache_is_reported_and_written_again_and_never_read(
@@ -355,7 +325,7 @@ def test_a_deleted_cache_is_replaced_by_the_teacher(student: MakeStudent, tmp_pa
     assert isinstance(load_teacher(job, World()), Decoder)
 
 
-def test_what_does_not_fit_on_the_disk_is_refused_and_what_is_there_is_not_needed_again(
+def test_what_does_not_fit_on_the_disk_is_refused_and_a_full_disk_leaves_nothing(
     student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [student(f"{seed}", recipe={"seed": seed}) for seed in range(3)]
@@ -368,12 +338,13 @@ def test_what_does_not_fit_on_the_disk_is_refused_and_what_is_there_is_not_neede
 
     with pytest.raises(OSError, match="No space"):
         write_cache(plan, tmp_path / "t", full_after_half)
-    left = 3 * plan.num_bytes - plan.num_bytes // 2
-    monkeypatch.setattr(teacher_cache, "free_disk", lambda _: left - 1)
+    assert [path.name for path in (tmp_path / "t").iterdir()] == [f".{plan.key}.lock"]
+    needed = 3 * plan.num_bytes
+    monkeypatch.setattr(teacher_cache, "free_disk", lambda _: needed - 1)
     with pytest.raises(UserError, match=r"distillation\.teacher_cache needs .* set it to false"):
         store_answers(jobs, tmp_path / "t")
-    monkeypatch.setattr(teacher_cache, "free_disk", lambda _: left)
-    assert work_of(jobs, tmp_path / "t").num_bytes == left
+    monkeypatch.setattr(teacher_cache, "free_disk", lambda _: needed)
+    assert work_of(jobs, tmp_path / "t").num_bytes == needed
     assert all(map(opened, store_answers(jobs, tmp_path / "t")[0]))
 
 

@@ -11,11 +11,11 @@ import torch
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
-from orchestrator.training import throughput as throughput_module
-from orchestrator.training.distributed import World
-from orchestrator.training.loop import Position
-from orchestrator.training.run import run_job
-from orchestrator.training.throughput import ThroughputMeter
+from orchestrator.training import monitor as throughput_module
+from orchestrator.training.checkpoint import Position
+from orchestrator.training.devices import World
+from orchestrator.training.monitor import ThroughputMeter
+from orchestrator.training.trainer import run_job
 from orchestrator.workspace.journal import read_journal
 
 
@@ -40,10 +40,11 @@ def test_mfu_is_the_share_of_the_peak_of_all_gpus(monkeypatch: pytest.MonkeyPatc
     }.items():
         monkeypatch.setattr(torch.cuda, name, answer)
     monkeypatch.setattr(throughput_module, "gpu_peak_flops", lambda name, precision: 1e15)
+    monkeypatch.setattr(throughput_module, "gpu_loads", lambda _: loads)
     position = Position()
     world = World(size=4, device="cuda:0")
     loads = {"system/gpu_0_power_usage_watts": 350.0}
-    meter = ThroughputMeter(position, world, "bf16", gpu_loads=lambda _: loads)
+    meter = ThroughputMeter(position, world, "bf16")
     position.num_tokens, position.flops, position.seconds = 10, 8e15, 5.0
     found = meter.measure(position)
     assert found["train/mfu"] == pytest.approx(0.4)

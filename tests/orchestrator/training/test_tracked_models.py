@@ -14,8 +14,8 @@ from orchestrator.data.mixture import describe_data
 from orchestrator.models.config import model_family
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
-from orchestrator.training.run import run_job
-from orchestrator.training.tracked_models import evaluated_model, job_model, trial_model
+from orchestrator.training.trainer import run_job
+from orchestrator.training.watching import evaluated_model, job_model, trial_model
 
 
 def test_a_trained_and_a_measured_model_are_one(

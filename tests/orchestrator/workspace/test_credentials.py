@@ -14,7 +14,7 @@ from orchestrator import cli
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.logs import command_log
-from orchestrator.training.job_checks import check_job
+from orchestrator.training.job import check_job
 from orchestrator.workspace.errors import (
     Interrupted,
     RunFailed,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.training.run import LOCK_SECONDS
+from orchestrator.training.trainer import LOCK_SECONDS
 from orchestrator.workspace.locks import is_locked, lock_file, lock_holder
 
 HOLDER = """

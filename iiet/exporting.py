@@ -1,0 +1,139 @@
+"""Export a decoder to a folder that transformers and lm-eval load without this package.
+
+The folder is a model folder (`iiet.weights`) with tokenizer files and `modeling_iiet.py`, the
+decoder as a model of transformers in one file. `transformers_model` makes such a model here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from iiet.decoder import Decoder
+from iiet.methods import METHODS
+from iiet.weights import config_to_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from iiet.modeling_iiet import IIETForCausalLM
+
+__all__ = ["CODE", "export", "fast_tokenizer", "transformers_model"]
+
+CODE = "modeling_iiet.py"
+"""The file of an exported folder that transformers loads."""
+_AUTO_MAP = {
+    "AutoConfig": "modeling_iiet.IIETConfig",
+    "AutoModelForCausalLM": "modeling_iiet.IIETForCausalLM",
+}
+TokenIds = Mapping[str, int | list[int] | None]
+
+
+def export(
+    decoder: Decoder,
+    folder: str | PathLike[str],
+    tokenizer_file: str | PathLike[str] | None = None,
+    *,
+    end_of_text: str = "<|endoftext|>",
+    token_ids: TokenIds | None = None,
+    text_files: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Write everything that `AutoModelForCausalLM.from_pretrained(folder)` needs.
+
+    Args:
+        decoder: exported with its own iteration schedule as the default.
+        folder: made if missing; files of the same names are overwritten.
+        tokenizer_file: a `tokenizer.json`; without it no tokenizer is written.
+        end_of_text: the tokenizer's token that ends a document.
+        token_ids: `bos_token_id`, `eos_token_id` and `pad_token_id`, instead of `end_of_text`.
+        text_files: name to content of the model's own files for tokenizer and generation, as
+            transformers writes them; made from `end_of_text` when not given.
+
+    Raises:
+        ValueError: the tokenizer has no such token, or the method is of another package and brings
+            no code for transformers.
+    """
+    folder, code = Path(folder), modeling_file(decoder.config.method)
+    tokenizer = None
+    if tokenizer_file is not None and not text_files:
+        tokenizer = fast_tokenizer(
+            tokenizer_file,
+            end_of_text=end_of_text,
+            context_length=decoder.config.context_length,
+        )
+        end = tokenizer.eos_token_id
+        token_ids = token_ids or {"eos_token_id": end, "pad_token_id": end}
+    dtype = str(decoder.embedding.weight.dtype).removeprefix("torch.")
+    decoder.save(folder, auto_map=_AUTO_MAP, dtype=dtype, **(token_ids or {}))
+    shutil.copyfile(code, folder / CODE)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    elif tokenizer_file is not None:
+        shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
+    for name, content in (text_files or {}).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def modeling_file(method: str) -> Path:
+    """Return the file of transformers code that computes a method.
+
+    Raises:
+        ValueError: the method is of another package, which has none.
+    """
+    layer = METHODS[method]
+    if METHODS.names.package(method) is None and layer.__module__.startswith("iiet."):
+        return Path(__file__).with_name(CODE)
+    if layer.modeling_file is None:
+        raise ValueError(
+            f"method {method!r} of another package cannot be exported: its class does not set "
+            "modeling_file, a file like iiet/modeling_iiet.py that also computes this method"
+        )
+    return Path(inspect.getfile(layer)).parent / layer.modeling_file
+
+
+def transformers_model(decoder: Decoder, *, token_ids: TokenIds | None = None) -> IIETForCausalLM:
+    """Return a model of transformers that shares the decoder's weights.
+
+    `token_ids` are `bos_token_id`, `eos_token_id` and `pad_token_id`.
+    """
+    from iiet.modeling_iiet import IIETConfig, IIETForCausalLM
+
+    values: dict[str, Any] = {**config_to_json(decoder.config), **(token_ids or {})}
+    with torch.device("meta"):  # The weights made here are thrown away, so they take no memory.
+        model: Any = IIETForCausalLM(IIETConfig(**values))
+    model.load_state_dict(decoder.state_dict(), assign=True)
+    made: IIETForCausalLM = model.train(decoder.training)
+    return made
+
+
+def fast_tokenizer(
+    tokenizer_file: str | PathLike[str], *, end_of_text: str, context_length: int
+) -> PreTrainedTokenizerFast:
+    """Wrap a `tokenizer.json`, written by the tokenizers library, for transformers and lm-eval.
+
+    Args:
+        tokenizer_file: the file.
+        end_of_text: the token that ends a document; it also pads, and opens an empty context. A
+            tokenizer without it is a ValueError.
+        context_length: longest input of the model, in tokens.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_file=str(tokenizer_file),
+        model_max_length=context_length,
+        padding_side="left",
+    )
+    # Looked up first: setting it as a special token would add it, beyond the model's embeddings.
+    if end_of_text not in tokenizer.get_vocab():
+        raise ValueError(f"the tokenizer {tokenizer_file} has no token {end_of_text!r}")
+    tokenizer.eos_token = end_of_text
+    tokenizer.pad_token = end_of_text
+    return tokenizer

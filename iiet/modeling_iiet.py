@@ -1,0 +1,659 @@
+"""The decoder as a model of transformers, in one file that needs torch and transformers alone.
+
+An exported folder contains this file, so `AutoModelForCausalLM.from_pretrained(folder,
+trust_remote_code=True)` works where the package is not installed. It computes what `iiet.Decoder`
+computes, under the same names of weights, in plain formulas.
+
+The notation: a layer's *field* F is its whole Llama block. A *method* says how the layer advances
+the hidden state with evaluations of F; IIET predicts once, then corrects as often as the
+*iteration schedule* (`config.corrections`, one number per layer) says. Each layer leaves an
+*estimate* s_l, and every later layer reads all of them through learned rows, the *mix*.
+"""
+
+# No `from __future__ import annotations`: as strings they would turn the config's type checks off.
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import count
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+__all__ = ["IIETConfig", "IIETForCausalLM"]
+
+Evaluate = Callable[[Tensor], Tensor]
+"""A layer's field in one pass, (batch, time, dim) to the same; each call is one evaluation."""
+Advance = tuple[Tensor, Tensor | None]
+"""What a layer returns: the hidden state, and its estimate where the method has a mix."""
+
+
+@strict
+class IIETConfig(PreTrainedConfig):
+    """Method, sizes and iteration schedule. A ValueError says what does not fit together when a
+    model is built, because `from_pretrained(folder, corrections=[...])` overrides values later.
+    """
+
+    model_type = "iiet"
+    # So that config.json states every value, whatever the defaults of the version that reads it.
+    has_no_defaults_at_init = True
+
+    method: str = "iiet"
+    """How a layer advances the hidden state: a key of `LAYERS`."""
+    method_options: dict[str, Any] | None = None
+    """Options of the method that are not at their defaults; see `ImplicitEuler`."""
+    corrections: list[int] | tuple[int, ...] | str | int | None = None
+    """The iteration schedule: corrections per layer, text ("1,0,0", "3..0"), or one number for all
+    layers; None for methods without corrections."""
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    intermediate_size: int = 1408
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = True
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    @property
+    def schedule(self) -> tuple[int, ...]:
+        """Corrections per layer, zeros for methods without corrections."""
+        return parse_schedule(self.corrections or 0, self.num_hidden_layers)
+
+    def check(self) -> None:
+        """Raise a ValueError for values that do not fit together."""
+        layer = LAYERS.get(self.method)
+        if layer is None:
+            raise ValueError(f"method must be one of {', '.join(LAYERS)}, got {self.method!r}")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError("hidden_size must be a multiple of twice num_attention_heads")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_key_value_heads must divide num_attention_heads")
+        if unknown := set(self.method_options or {}) - set(layer.options):
+            raise ValueError(f"method {self.method!r} has no option {', '.join(sorted(unknown))}")
+        if layer.has_corrections and self.corrections is None:
+            raise ValueError(f"method {self.method!r} needs corrections")
+        if not layer.has_corrections and any(self.schedule):
+            raise ValueError(f"method {self.method!r} makes no corrections")
+        if layer.repeats_stack and len(set(self.schedule)) > 1:
+            raise ValueError(f"all layers of method {self.method!r} make the same corrections")
+
+
+def parse_schedule(written: str | int | Iterable[int], num_layers: int) -> tuple[int, ...]:
+    """Read "2", "2,0,1", "2*4,0*2", the ramp "3..0", one number, or one number for each layer.
+
+    Raises:
+        ValueError: it is not a schedule, or one for another number of layers.
+    """
+    if isinstance(written, str) and (ramp := re.fullmatch(r"\s*(\d+)\.\.(\d+)\s*", written)):
+        first, last, steps = int(ramp[1]), int(ramp[2]), max(1, num_layers - 1)
+        line = [first * (steps - layer) + last * layer for layer in range(num_layers)]
+        return tuple((2 * height + steps) // (2 * steps) for height in line)
+    try:
+        if isinstance(written, str):
+            parts = [part.partition("*") for part in written.strip(" ()[],").split(",")]
+            numbers = [int(part[0]) for part in parts for _ in range(int(part[2] or 1))]
+        else:
+            numbers = [int(n) for n in written] if isinstance(written, Iterable) else [written]
+    except ValueError:
+        raise ValueError(f"{written!r} is not an iteration schedule") from None
+    if re.fullmatch(r"\s*\d+\s*", str(written)):
+        numbers *= num_layers
+    if len(numbers) != num_layers or min(numbers) < 0:
+        raise ValueError(
+            f"the iteration schedule {written} is for {len(numbers)} layers, the model has "
+            f"{num_layers}; each makes 0 or more corrections"
+        )
+    return tuple(numbers)
+
+
+def rotary_tables(config: IIETConfig, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines of positions, (batch, time), each (batch, time, 1, head_dim)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    head_dim = config.hidden_size // config.num_attention_heads
+    channels = torch.arange(0, head_dim, 2, dtype=dtype, device=x.device) / head_dim
+    angles = positions[..., None, None].to(dtype) * (1.0 / config.rope_theta**channels)
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads, (batch, time, heads, head_dim); computed in float32, rounded once."""
+    first, second = heads.chunk(2, dim=-1)
+    return (heads * cos + torch.cat([-second, first], -1) * sin).to(heads.dtype)
+
+
+class Pass(NamedTuple):
+    """What all evaluations of one forward pass share."""
+
+    rope: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    cache: Cache | None
+    slots: Iterator[int]
+    """Numbers the evaluations: each has a slot of the cache."""
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions; one matrix makes queries, keys and values."""
+
+    is_causal = True
+
+    def __init__(self, config: IIETConfig) -> None:
+        super().__init__()
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_kv_heads
+        rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.qkv = nn.Linear(config.hidden_size, rows, bias=False)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, call: Pass) -> Tensor:
+        """Attend within `x`, (batch, time, dim), and to the tokens in the cache's next slot."""
+        heads = self.qkv(x).view(*x.shape[:2], -1, self.head_dim)
+        queries, keys, values = heads.split(
+            [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2
+        )
+        queries, keys = rotate(queries, *call.rope), rotate(keys, *call.rope)
+        queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))
+        if call.cache is not None:
+            keys, values = call.cache.update(keys, values, next(call.slots))
+        mixed, _ = sdpa_attention_forward(self, queries, keys, values, call.mask)
+        return self.out(mixed.reshape(x.shape))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: `down(silu(gate) * up)`; one matrix makes gate and up."""
+
+    def __init__(self, config: IIETConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Field(nn.Module):
+    """u = x + attention(norm(x)); F(x) = u + feed_forward(norm(u))."""
+
+    def __init__(self, config: IIETConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, call: Pass) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), call)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return a float32 or float64 tensor as it is, and any other as float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class KeepsFloat32(nn.Module):
+    """A module whose own parameters stay float32 when the model is moved to half precision."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsFloat32":
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            half = (torch.bfloat16, torch.float16)
+            is_rounded = result.dtype in half and tensor.dtype not in half
+            return tensor.to(result.device, torch.float32) if is_rounded else result
+
+        return super()._apply(moved, recurse)
+
+
+class EstimateNorm(KeepsFloat32, nn.LayerNorm):
+    """The LayerNorm that makes an estimate of a field's output, at least in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
+        return F.layer_norm(at_least_float32(x), self.normalized_shape, weight, bias, self.eps)
+
+
+class Mix(KeepsFloat32):
+    """A layer's rows of two lower-triangular matrices, which start as means.
+
+    The inner row gives the points at which the field is evaluated, the outer one the hidden state.
+    """
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(torch.empty(index + 2))
+        self.outer = nn.Parameter(torch.empty(index + 2))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start both rows as the mean."""
+        for row in (self.inner, self.outer):
+            nn.init.constant_(row, 1.0 / len(row))
+
+    @staticmethod
+    def sum(row: Tensor, estimates: Sequence[Tensor]) -> Tensor:
+        """Sum the estimates, each (batch, time, dim), by the first weights of a row."""
+        weights = at_least_float32(row).unbind()
+        total = weights[0] * estimates[0]
+        for weight, estimate in zip(weights[1:], estimates[1:], strict=False):
+            total = torch.addcmul(total, weight, estimate)
+        return total
+
+
+class Layer(GradientCheckpointingLayer):
+    """Base of all methods: a field, and what the method learns for this layer.
+
+    `forward` takes the hidden state and, where the method `has_mix`, the estimates of all earlier
+    layers, each (batch, time, dim).
+    """
+
+    num_evaluations: ClassVar[int] = 1
+    """Field evaluations beside the corrections of the schedule."""
+    has_corrections: ClassVar[bool] = False
+    has_mix: ClassVar[bool] = False
+    repeats_stack: ClassVar[bool] = False
+    predictor_order: ClassVar[int] = 0
+    """Order of the predictor that all layers share; 0 for none."""
+    options: ClassVar[dict[str, Any]] = {}
+    """Options of the method, and their defaults."""
+
+    def __init__(self, config: IIETConfig, index: int) -> None:
+        super().__init__()
+        self.field = Field(config)
+        self.index = index
+        self.chosen = {**self.options, **(config.method_options or {})}
+        self.build(config)
+
+    def build(self, config: IIETConfig) -> None:
+        """Make what the layer has beside its field."""
+
+
+class ExplicitEuler(Layer):
+    """h = F(h): the plain decoder."""
+
+    def forward(self, hidden: Tensor, *_: Tensor, evaluate: Evaluate, **__: Any) -> Advance:
+        return evaluate(hidden), None
+
+
+class Looped(ExplicitEuler):
+    """The plain decoder, run `1 + r` times."""
+
+    has_corrections = True
+    repeats_stack = True
+
+
+def runge_kutta_stages(stage: Callable[[int, Tensor], Tensor], h: Tensor, order: int) -> list[Any]:
+    """RK2: k1 = K(h), k2 = K(h + k1). RK4: k2 = K(h + k1/2), k3 = K(h + k2/2), k4 = K(h + k3)."""
+    stages = [stage(0, h)]
+    for number, step in enumerate({2: (1.0,), 4: (0.5, 0.5, 1.0)}[order], start=1):
+        stages.append(stage(number, h + step * stages[-1]))
+    return stages
+
+
+class ExplicitRK2(Layer):
+    """h = h + sum_j b_j k_j, with K(x) = F(x) - x."""
+
+    num_evaluations = 2
+    coefficients: ClassVar[tuple[float, ...]] = (1 / 2, 1 / 2)
+
+    def forward(self, hidden: Tensor, *_: Tensor, evaluate: Evaluate, **__: Any) -> Advance:
+        stages = runge_kutta_stages(lambda _, x: evaluate(x) - x, hidden, self.num_evaluations)
+        return self.combine(hidden, stages), None
+
+    def combine(self, hidden: Tensor, stages: list[Tensor]) -> Tensor:
+        """Add the stages to the hidden state."""
+        for coefficient, stage in zip(self.coefficients, stages, strict=True):
+            hidden = hidden + coefficient * stage
+        return hidden
+
+
+class ExplicitRK4(ExplicitRK2):
+    """The classical Runge-Kutta method of order 4."""
+
+    num_evaluations = 4
+    coefficients = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+
+
+class GatedRK2(ExplicitRK2):
+    """h = h + g k1 + (1 - g) k2, with a gate g for each token: sigmoid(W [k1, k2] + b)."""
+
+    def build(self, config: IIETConfig) -> None:
+        self.gate = nn.Linear(2 * config.hidden_size, 1)
+
+    def combine(self, hidden: Tensor, stages: list[Tensor]) -> Tensor:
+        first, second = stages
+        gate = torch.sigmoid(self.gate(torch.cat(stages, -1)))
+        return hidden + torch.lerp(second, first, gate.to(first.dtype))
+
+
+class MixedLayer(Layer):
+    """Base of the methods that read the earlier layers' estimates."""
+
+    has_mix = True
+
+    def build(self, config: IIETConfig) -> None:
+        self.prediction_norm = EstimateNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.correction_norm = EstimateNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mix = Mix(self.index)
+
+
+class ImplicitEuler(MixedLayer):
+    """IIET: predict once, then correct `r` times towards the fixed point.
+
+        e = P(F(h_{l-1}))                                       prediction
+        e = N(F(sum_{k<l} A[l,k] s_k + A[l,l] e))               correction, r times
+        s_l = e;   h_l = sum_{k<=l} C[l,k] s_k
+
+    Options: `damping` is the share of each correction that is applied, perhaps learned; training
+    differentiates the last `differentiated_corrections` only; `reinject_prediction` adds the
+    prediction, by a learned weight, to the point of each correction.
+    """
+
+    has_corrections = True
+    options: ClassVar[dict[str, Any]] = {
+        "damping": 1.0,
+        "learn_damping": False,
+        "differentiated_corrections": None,
+        "reinject_prediction": False,
+    }
+
+    def build(self, config: IIETConfig) -> None:
+        super().build(config)
+        chosen = self.chosen
+        self.damping = nn.Parameter(torch.empty(1)) if chosen["learn_damping"] else None
+        self.reinjection = nn.Parameter(torch.empty(1)) if chosen["reinject_prediction"] else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.damping is not None:
+            nn.init.constant_(self.damping, self.chosen["damping"])
+        if self.reinjection is not None:
+            nn.init.zeros_(self.reinjection)
+
+    def forward(
+        self, hidden: Tensor, *estimates: Tensor, evaluate: Evaluate, corrections: int, **_: Any
+    ) -> Advance:
+        last, has_gradients = self.chosen["differentiated_corrections"], torch.is_grad_enabled()
+        num_constant = 0 if last is None else max(0, corrections - last)
+        damping = self.chosen["damping"] if self.damping is None else self.damping
+        with torch.set_grad_enabled(has_gradients and not num_constant):
+            estimate = prediction = self.prediction_norm(evaluate(hidden))
+        if corrections:
+            earlier = self.mix.sum(self.mix.inner, estimates)
+            if self.reinjection is not None:
+                earlier = earlier + at_least_float32(self.reinjection) * prediction
+            own = at_least_float32(self.mix.inner)[-1]
+        for number in range(corrections):
+            if number == num_constant > 0:
+                torch.clear_autocast_cache()  # It holds weights that were cast without gradients.
+            with torch.set_grad_enabled(has_gradients and number >= num_constant):
+                point = (earlier + own * estimate).to(hidden.dtype)
+                corrected = self.correction_norm(evaluate(point))
+                if self.damping is None and damping == 1.0:
+                    estimate = corrected
+                else:
+                    estimate = estimate + damping * (corrected - estimate)
+        return self.mix.sum(self.mix.outer, [*estimates, estimate]).to(hidden.dtype), estimate
+
+
+class MovingAverageRungeKutta(KeepsFloat32):
+    """PCformer's predictor, shared by all layers: p = h + sum_j a (1-a)^(order-j) R_j(k_j)."""
+
+    def __init__(self, config: IIETConfig, order: int) -> None:
+        super().__init__()
+        self.order = order
+        self.norms = nn.ModuleList(
+            EstimateNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(order)
+        )
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start a at one half."""
+        nn.init.constant_(self.alpha, 0.5)
+
+    def forward(self, evaluate: Evaluate, hidden: Tensor) -> Tensor:
+        """Return the prediction, (batch, time, dim)."""
+
+        def stage(number: int, point: Tensor) -> Tensor:
+            return self.norms[number](evaluate(point.to(hidden.dtype)))
+
+        prediction = hidden
+        for number, k in enumerate(runge_kutta_stages(stage, hidden, self.order), start=1):
+            weight = self.alpha * (1 - self.alpha) ** (self.order - number)
+            prediction = prediction + weight * k
+        return prediction
+
+
+class PredictorCorrectorRK2(MixedLayer):
+    """PCformer: a Runge-Kutta prediction, corrected once through the mix."""
+
+    num_evaluations = 3
+    predictor_order = 2
+
+    def forward(
+        self, hidden: Tensor, *estimates: Tensor, evaluate: Evaluate, shared: nn.Module, **_: Any
+    ) -> Advance:
+        prediction = self.prediction_norm(shared(evaluate, hidden))
+        point = self.mix.sum(self.mix.inner, [*estimates, prediction]).to(hidden.dtype)
+        estimate = self.correction_norm(evaluate(point))
+        return self.mix.sum(self.mix.outer, [*estimates, estimate]).to(hidden.dtype), estimate
+
+
+class PredictorCorrectorRK4(PredictorCorrectorRK2):
+    """The same with a prediction of order 4."""
+
+    num_evaluations = 5
+    predictor_order = 4
+
+
+LAYERS: dict[str, type[Layer]] = {
+    "vanilla": ExplicitEuler,
+    "iiet": ImplicitEuler,
+    "pcformer": PredictorCorrectorRK2,
+    "pcformer_rk4": PredictorCorrectorRK4,
+    "ode_rk2": ExplicitRK2,
+    "ode_rk4": ExplicitRK4,
+    "ode_rk2_gated": GatedRK2,
+    "looped": Looped,
+}
+"""Methods by the names of the papers."""
+
+
+class IIETForCausalLM(PreTrainedModel, GenerationMixin):
+    """Embed, advance L times, norm, logits.
+
+    Its caches have a slot for each field evaluation, so that correction i of a new token attends to
+    correction i of earlier ones; then cached decoding equals the full forward.
+    """
+
+    config_class = IIETConfig
+    config: IIETConfig
+    base_model_prefix = "model"
+    _input_embed_layer = "embedding"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    # Layers read each other's estimates, so a model stays on one device.
+    _no_split_modules = ("IIETForCausalLM",)
+    # What from_pretrained(dtype=torch.bfloat16) leaves in float32.
+    _keep_in_fp32_modules_strict = ("prediction_norm", "correction_norm", "mix", "shared")
+
+    def __init__(self, config: IIETConfig) -> None:
+        config.check()
+        super().__init__(config)
+        method = LAYERS[config.method]
+        if config.corrections is not None:
+            config.corrections = list(config.schedule)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            method(config, index) for index in range(config.num_hidden_layers)
+        )
+        order = method.predictor_order
+        self.shared = MovingAverageRungeKutta(config, order) if order else None
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.head = None
+        if not config.tie_word_embeddings:
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor | None = 0,
+        output_hidden_states: bool | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Compute logits and, given labels, (batch, time) as the tokens, the loss.
+
+        The arguments are those of a Llama. Three things differ: positions never count padding
+        (zeros in `attention_mask`); a cache is not made unless `use_cache` is true, because scoring
+        would fill a slot per evaluation and throw them away; and it must be used under the schedule
+        that filled it. `past_key_values` is the older name of `cache`, `kwargs` go to the loss.
+
+        Raises:
+            ValueError: both or neither of tokens and embeddings, more tokens than the context, or a
+                cache of another iteration schedule.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        hidden: Any = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        past, time = 0, hidden.shape[1]
+        if cache is not None:
+            past = int(cache.get_seq_length())
+            self._prepare_cache(cache, is_empty=past == 0)
+        if (position_ids is None or past) and past + time > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{past + time} tokens do not fit the context of "
+                f"{self.config.max_position_embeddings} tokens"
+            )
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -time:]
+        elif position_ids is None:
+            position_ids = torch.arange(past, past + time, device=hidden.device)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            cache=cache,
+            position_ids=position_ids,
+        )
+
+        call = Pass(rotary_tables(self.config, position_ids, hidden), mask, cache, count())
+        schedule, method = self.config.schedule, LAYERS[self.config.method]
+        states, estimates = [hidden], [at_least_float32(hidden)] if method.has_mix else []
+        for _ in range(1 + max(schedule) if method.repeats_stack else 1):
+            del states[1:]
+            for layer, corrections in zip(self.layers, schedule, strict=True):
+                hidden, estimate = layer(
+                    hidden,
+                    *estimates,
+                    evaluate=partial(layer.field, call=call),
+                    corrections=corrections,
+                    shared=self.shared,
+                )
+                states.append(hidden)
+                if method.has_mix:
+                    estimates.append(estimate)
+
+        hidden = self.norm(hidden)
+        if not isinstance(logits_to_keep, Tensor):
+            logits_to_keep = slice(-(logits_to_keep or 0), None)
+        kept = hidden[:, logits_to_keep]
+        logits = F.linear(kept, self.embedding.weight) if self.head is None else self.head(kept)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            cache=cache,
+            hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
+        )
+
+    def _prepare_cache(self, cache: Cache, *, is_empty: bool) -> None:
+        """Give a cache, which transformers makes with a slot per layer, one per evaluation."""
+        made_for: Any = (self.config.method, *self.config.schedule)
+        if is_empty:
+            cache.iiet_schedule = made_for
+        elif getattr(cache, "iiet_schedule", None) != made_for:
+            raise ValueError("the cache was filled by another model or iteration schedule")
+        if cache.layer_class_to_replicate is None:  # Other caches grow by themselves.
+            each = LAYERS[self.config.method].num_evaluations
+            num_slots = sum(each + corrections for corrections in self.config.schedule)
+            missing = range(num_slots - len(cache.layers))
+            cache.layers += [copy.deepcopy(cache.layers[0]) for _ in missing]
+
+    def with_schedule(self, schedule: str | int | Iterable[int]) -> "IIETForCausalLM":
+        """Return a model with the same weights, shared, under another iteration schedule.
+
+        A cheaper one drafts: `generate(..., assistant_model=model.with_schedule("0"))`. A schedule
+        that does not fit is a ValueError.
+        """
+        twin = copy.copy(self)
+        for name, value in self.__dict__.items():  # A hook or module set on one is not the other's.
+            twin.__dict__[name] = value.copy() if isinstance(value, dict) else value
+        twin.config = copy.deepcopy(self.config)
+        twin.config.corrections = list(parse_schedule(schedule, self.config.num_hidden_layers))
+        twin.config.check()
+        twin.generation_config = copy.deepcopy(self.generation_config)
+        return twin
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.head = value
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # transformers does not know the modules of methods. While it loads weights, its versions of
+        # torch's functions leave loaded ones alone.
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset) and not type(module).__module__.startswith("torch."):
+            reset()
+
+
+if __name__ == "iiet.modeling_iiet":  # Not in an exported copy, which transformers registers.
+    AutoConfig.register(IIETConfig.model_type, IIETConfig)
+    AutoModelForCausalLM.register(IIETConfig, IIETForCausalLM)

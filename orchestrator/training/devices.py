@@ -1,0 +1,497 @@
+"""Where a training runs: its workers and devices, precision, sharding, and compiled fields.
+
+Each function does nothing for one worker. All workers agree on every number that decides what
+happens next (stop, divergence, losses) before they act on it: a collective operation that one
+worker leaves out hangs all others.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.distillation import Model
+from iiet.dropping import drop_layers
+from iiet.layers import initial_weights
+from orchestrator.models.loading import load_model, use_tf32
+from orchestrator.records.training import TrainingJob
+from orchestrator.settings.training import Precision, default_precision
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.errors import DeviceError, shortened
+
+T = TypeVar("T")
+Capability = Callable[[torch.device], tuple[int, int]]
+"""Returns the compute capability of a GPU."""
+DeviceWork = Callable[[str, Progress], T]
+"""Work that needs one device: gets its name and a progress display. Function and result can be
+pickled."""
+
+POLL_SECONDS = 0.1
+FIRST_WITH_BF16 = (8, 0)
+"""Compute capability from which GPUs have bfloat16; PyTorch emulates it slowly on older ones."""
+_COMPILED_GRAPHS = {
+    # Recompute what is cheap, as the uncompiled forms do: a fifth less memory for 3 % more time
+    # (340M, estimated from its kernels), and no more than the plan.
+    "ban_recompute_materialized_backward": False,
+    # Compile the backward pass with the forward pass: both fail, or take their time, in one place.
+    "force_non_lazy_backward_lowering": True,
+}
+
+
+class OnDevice(Protocol):
+    """Runs work on some device; see `orchestrator.cluster.task`."""
+
+    def __call__(self, work: DeviceWork[T], progress: Progress) -> T:
+        """Return what the work returns, and raise what it raises.
+
+        Raises:
+            UserError: If there is no GPU although some are named.
+            RunFailed: If the work's process died too often.
+            Interrupted: After Ctrl-C or SIGTERM.
+        """
+
+
+def on_cpu(work: DeviceWork[T], progress: Progress) -> T:
+    """Run work in this process, on the CPU."""
+    return work("cpu", progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Rank and device of one worker. A process group exists if `size` > 1."""
+
+    rank: int = 0
+    """This worker's number, from 0."""
+    size: int = 1
+    """Number of workers."""
+    device: str = "cpu"
+    """This worker's device, such as `cpu` or `cuda:0`."""
+    parallel: str = "ddp"
+    """`ddp`: each worker has the whole model; `fsdp`: each worker has a shard of it."""
+    shards: int | None = None
+    """Workers that share one copy of the model, if not all; it divides `size`."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this worker writes files and takes decisions."""
+        return self.rank == 0
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether its device is a GPU."""
+        return self.device.startswith("cuda")
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the model is sharded over the workers."""
+        return self.size > 1 and self.parallel == "fsdp"
+
+    @property
+    def num_shards(self) -> int:
+        """Number of workers that share one copy of the model; 1 if each has all of it."""
+        return self.shards or self.size if self.is_sharded else 1
+
+
+# What workers tell each other
+
+
+def mean_over_workers(values: Mapping[str, float | Tensor], world: World) -> dict[str, float]:
+    """Return the mean of each number over all workers, which pass the same names in one order.
+
+    Scalar tensors of the device are read together, so that a GPU is waited for once.
+    """
+    on_host = [name for name, value in values.items() if not isinstance(value, Tensor)]
+    on_device = [name for name in values if name not in on_host]
+    numbers = torch.tensor([values[name] for name in on_host], dtype=torch.float64)
+    if on_device or world.size > 1:
+        numbers = numbers.to(world.device, non_blocking=True)
+    if on_device:
+        scalars = [torch.as_tensor(values[name], dtype=torch.float64) for name in on_device]
+        numbers = torch.cat([numbers, torch.stack(scalars)])
+    if world.size > 1:
+        dist.all_reduce(numbers)
+        numbers = numbers / world.size
+    found = dict(zip(on_host + on_device, numbers.tolist(), strict=True))
+    return {name: found[name] for name in values}
+
+
+def gathered(value: T, world: World) -> list[T]:
+    """Return the values of all workers, by rank."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def run_on_first(function: Callable[[], T], world: World) -> T:
+    """Call a function on the first worker; return its result, or raise its error, on all.
+
+    The others wait without a limit: saving, uploading or downloading may take longer than the limit
+    of a collective operation, which is fixed when the group starts.
+    """
+    if world.size == 1:
+        return function()
+    store = dist.distributed_c10d._get_default_store()
+    key = f"finished {store.add(f'calls of {world.rank}', 1)}"
+    answer: list[Any] = [None, None]
+    if world.is_first:
+        try:
+            answer[0] = function()
+        except Exception as error:  # Raised below, on every worker.
+            answer[1] = error
+        store.set(key, "")
+    while not store.check([key]):
+        time.sleep(POLL_SECONDS)
+    dist.broadcast_object_list(answer, src=0)
+    result, problem = answer
+    if problem is not None:
+        raise problem
+    return cast("T", result)
+
+
+# Copies and shards of a model
+
+
+def replicate(decoder: Decoder, world: World) -> nn.Module:
+    """Return a model whose backward pass averages gradients over all workers.
+
+    A decoder of one worker, or a sharded one, is returned as it is.
+    """
+    if world.size == 1 or world.is_sharded:
+        return decoder
+    # Correction norms of layers without corrections get no gradient. Finding them costs a walk over
+    # the graph per step.
+    has_idle_parameters = decoder.method.has_corrections
+    return DistributedDataParallel(
+        decoder, find_unused_parameters=has_idle_parameters, gradient_as_bucket_view=True
+    )
+
+
+def shard(decoder: Decoder, world: World, *, precision: str) -> None:
+    """Shard a decoder in place (FSDP2); it may be on the meta device. Make its optimizer later.
+
+    Each worker holds a shard of weights, gradients and moments. The matrices of a layer's field are
+    one unit, gathered once for all evaluations of the field: in the forward pass, and again in the
+    backward pass. All else (embeddings, head, norms, the mix) is the root's unit, gathered once per
+    step: 2L + 1 gathers for L layers. A method that repeats the stack gathers the layers again in
+    each run. With bf16, fields are sent as bf16 and gradients are summed in float32; the root's
+    unit stays float32, which the fused norms need.
+
+    Replicas of shards (HSDP) gather within `World.num_shards` workers, and only gradients are
+    averaged over all of them. Checkpoints hold full tensors, so a run can resume with another
+    number of workers or shards.
+    """
+    # Importing FSDP takes a second.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # Workers that follow each other, which are on one node where it has enough, share a model.
+    sizes = {"replicas": world.size // world.num_shards, "shards": world.num_shards}
+    if sizes["replicas"] == 1:
+        del sizes["replicas"]
+    mesh = init_device_mesh(
+        torch.device(world.device).type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
+    )
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    # FSDP warns that views of outputs may be modified in place; ours never are.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+    matrices = {p for field in decoder.fields for p in field.parameters() if p.ndim > 1}
+    # A unit has one dtype. The root comes first: it would not look into layers that are units.
+    fully_shard(decoder, mesh=mesh, ignored_params=matrices)
+    for layer in decoder.layers:
+        others = set(layer.parameters()) - matrices
+        fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=others)
+
+
+def pass_of_several(
+    model: nn.Module, world: World, *, is_last: bool
+) -> AbstractContextManager[None]:
+    """Return the context of one of several passes of a step, forward and backward.
+
+    Copies of the model average their gradients in the last pass only, also those of weights that
+    this pass does not use. Shards are gathered in the first pass and kept until the last one has
+    ended. Gradients are sharded in every pass: whole ones between the passes would take twice the
+    memory of whole weights in bf16.
+    """
+    if world.is_sharded:
+        return _sharded_pass(model, is_last=is_last)
+    if isinstance(model, DistributedDataParallel) and not is_last:
+        return cast("AbstractContextManager[None]", model.no_sync())
+    return nullcontext()
+
+
+@contextmanager
+def _sharded_pass(model: Any, *, is_last: bool) -> Iterator[None]:
+    def keep_weights(*, forward: bool, backward: bool) -> None:
+        model.set_reshard_after_backward(not backward)
+        for layer in model.layers:  # The root never gives up its own after a forward pass.
+            layer.set_reshard_after_forward(not forward, recurse=False)
+
+    keep_weights(forward=True, backward=not is_last)
+    model.set_requires_all_reduce(is_last)  # Between replicas.
+    try:
+        yield
+    finally:
+        keep_weights(forward=False, backward=False)
+        model.set_requires_all_reduce(True)
+
+
+def with_all_gradients(model: Model) -> Model:
+    """Return a model each of whose passes gives every parameter of its method a gradient.
+
+    The gradient is zero where the schedule of the pass does not use the parameter. Copies of shards
+    add up the gradients of a step's passes, so all passes must have the same ones. Other models
+    are returned as they are: they add up each parameter by itself.
+    """
+    decoder: Any = model
+    if not hasattr(decoder, "set_requires_all_reduce"):
+        return model
+
+    def call(*inputs: Any, finish: Callable[..., Any], **options: Any) -> Any:
+        def finish_with_zero(*answer: Any) -> Any:
+            result = finish(*answer)
+            parameters = decoder.method_parameters().values()
+            zero = 0.0 * torch.cat([each.flatten() for each in parameters]).sum()
+            if isinstance(result, Tensor):
+                return result + zero
+            loss, *others = result
+            return loss + zero, *others
+
+        return model(*inputs, finish=finish_with_zero, **options)
+
+    return call
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients to a norm of at most `max_norm`; return the norm before as a scalar."""
+    return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor on every worker; return any other as it is. All workers call it."""
+    gather = getattr(tensor, "full_tensor", None)
+    return cast("Tensor", gather()) if gather else tensor
+
+
+def own_rows(full: Tensor, parameter: Any) -> Tensor:
+    """Return this worker's rows of a full tensor if the parameter is sharded, else all."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return full
+    shards = mesh.ndim - 1  # The dimension before it, if there is one, is that of the replicas.
+    num_rows = -(-len(full) // mesh.size(shards))
+    first = num_rows * mesh.get_local_rank(shards)
+    return full[first : first + num_rows]
+
+
+def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the full state of an optimizer; of a sharded parameter this worker's rows.
+
+    Of tensors that are mapped from a file, only the worker's own rows are read.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def own(value: Tensor, parameter: Any) -> Tensor:
+        # Only moments have the shape of their parameter; the step count is a scalar.
+        if not hasattr(parameter, "device_mesh") or value.shape != parameter.shape:
+            return value
+        from torch.distributed.tensor import DTensor
+
+        rows = own_rows(value, parameter).to(parameter.device, copy=True)  # Of a mapped file.
+        mesh, placements, stride = parameter.device_mesh, parameter.placements, parameter.stride()
+        return DTensor.from_local(rows, mesh, placements, shape=value.shape, stride=stride)
+
+    moments = {
+        number: {name: own(value, parameters[number]) for name, value in of_one.items()}
+        for number, of_one in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": moments})
+
+
+# The model to train
+
+
+def decoder_to_train(job: TrainingJob, world: World, checkpoint: Path | None) -> Decoder:
+    """Return the decoder on this worker's device, sharded if the model is, in training mode.
+
+    Its weights are those of the checkpoint to resume from, else the job's initial ones, or random.
+    It is made without weights. They are then copied tensor by tensor, a shard's own rows only, so
+    no worker needs memory for a model beside its own.
+    """
+    torch.manual_seed(job.recipe.seed)
+    use_tf32(world.device)
+    source = _source(job, checkpoint)
+    config = source.config if source else job.model
+    decoder = _without_weights(config)
+    if world.is_sharded:
+        shard(decoder, world, precision=job.recipe.precision)
+    decoder.to_empty(device=world.device)
+    if source is None:
+        weights = initial_weights(_without_weights(config), config.initializer_std)
+    else:
+        weights = iter(source.state_dict().items())
+    _fill(decoder, weights)
+    return decoder.train()
+
+
+def _source(job: TrainingJob, checkpoint: Path | None) -> Decoder | None:
+    """Return the decoder to copy, mapped from its file where possible; None for random weights."""
+    schedule = job.model.corrections
+    folder = checkpoint or job.initial_folder
+    if folder is None:
+        return None
+    if checkpoint is None and job.kept_layers is not None:
+        whole = load_model(Path(folder), check=False, frozen=True)
+        return drop_layers(whole, job.kept_layers).with_schedule(schedule)
+    return load_model(Path(folder), schedule=schedule, check=False, frozen=True)
+
+
+def _without_weights(config: ModelConfig) -> Decoder:
+    with torch.device("meta"):
+        return Decoder(config)
+
+
+@torch.no_grad()
+def _fill(decoder: Decoder, weights: Iterator[tuple[str, Tensor]]) -> None:
+    missing = dict(decoder.named_parameters())
+    for name, whole in weights:
+        parameter = missing.pop(name)
+        own = getattr(parameter, "to_local", lambda parameter=parameter: parameter)()
+        own.copy_(own_rows(whole, parameter))
+    assert not missing, f"no weights for {sorted(missing)}"
+
+
+# Precision
+
+
+def autocast(precision: str, world: World) -> AbstractContextManager[None]:
+    """Return the context of a forward pass: bf16 autocast, or nothing for fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(torch.device(world.device).type, dtype=torch.bfloat16)
+
+
+def device_precision(
+    device: str | torch.device, capability: Capability = torch.cuda.get_device_capability
+) -> Precision:
+    """Return the precision that a model on this device is evaluated in if none is set."""
+    device = torch.device(device)
+    is_gpu = device.type == "cuda"
+    return default_precision(on_gpus=is_gpu and capability(device) >= FIRST_WITH_BF16)
+
+
+def check_precision(
+    precision: str,
+    device: str | torch.device,
+    *,
+    section: str,
+    capability: Capability = torch.cuda.get_device_capability,
+) -> None:
+    """Check that a training's device has its precision, which the section of the settings names.
+
+    A silent change to float32 would give another model than the plan and its key say.
+
+    Raises:
+        DeviceError: If bf16 is set and the GPU would emulate it.
+    """
+    device = torch.device(device)
+    if precision != "bf16" or device.type != "cuda":
+        return
+    found = capability(device)
+    if found < FIRST_WITH_BF16:
+        raise DeviceError(
+            f"{section}.precision is bf16, and {device} has compute capability "
+            f"{found[0]}.{found[1]}, which has no bfloat16; type --set {section}.precision=fp32 "
+            "--set evaluation.precision=fp32"
+        )
+
+
+def frozen_dtype(precision: str, device: str | torch.device) -> torch.dtype:
+    """Return the dtype of a teacher's weights: a GPU needs no float32 ones for bf16."""
+    is_half = precision == "bf16" and torch.device(device).type == "cuda"
+    return torch.bfloat16 if is_half else torch.float32
+
+
+# Compiled fields
+
+
+def compile_fields(
+    decoder: Decoder, event: Callable[..., None], backend: str | Callable[..., Any] = "inductor"
+) -> None:
+    """Compile each field in place, at its first call with gradients; only rounding changes.
+
+    One graph serves all evaluations, layers and iteration schedules; another number of sequences,
+    or a mask, needs another one. Passes without gradients run as they are: a graph of their own
+    would take longer than the few validations of a run. After a failure of the compiler training
+    continues uncompiled, and what exceeds PyTorch's limit on graphs runs uncompiled.
+
+    Args:
+        decoder: The model.
+        event: Gets `compiled` with the seconds, or `not compiled` with a text.
+        backend: PyTorch's name of a compiler, or a function from graph and inputs to a callable.
+    """
+    # Importing them takes two seconds.
+    from torch._dynamo import config as dynamo
+    from torch._dynamo import lookup_backend
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+    from torch._functorch import config
+
+    torch.compiler.reset()  # Each job has its own backend, and Dynamo keeps graphs for eight.
+    dynamo.fail_on_recompile_limit_hit = True  # Else only a log tells of it.
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute", category=UserWarning)
+    make = lookup_backend(backend) if isinstance(backend, str) else backend
+    # An older PyTorch lacks some of these; the graphs are right without them.
+    options = {name: value for name, value in _COMPILED_GRAPHS.items() if hasattr(config, name)}
+    has_failed = False
+
+    def make_graph(graph: Any, inputs: list[Any]) -> Any:
+        started = time.perf_counter()
+        with config.patch(options):
+            made = make(graph, inputs)
+        event("compiled", seconds=time.perf_counter() - started)
+        return made
+
+    def compiled(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        fast = torch.compile(plain, backend=make_graph)
+
+        def run(*args: Any, **options: Any) -> Tensor:
+            nonlocal has_failed
+            if has_failed or not torch.is_grad_enabled():
+                return plain(*args, **options)
+            try:
+                return fast(*args, **options)
+            except FailOnRecompileLimitHit:
+                dynamo.fail_on_recompile_limit_hit = False
+                text = "training needs more compiled graphs than PyTorch keeps "
+                text += "(torch._dynamo.config.recompile_limit), so some passes run uncompiled"
+                event("not compiled", text=f"{text}, slower on GPUs")
+                return fast(*args, **options)
+            except TorchDynamoException as error:
+                has_failed = True
+                cause = getattr(error, "inner_exception", error)
+                reason = shortened(" ".join(f"{type(cause).__name__}: {cause}".split()))
+                text = "torch.compile failed, so training runs uncompiled, slower on GPUs"
+                event("not compiled", text=f"{text}: {reason}")
+                return plain(*args, **options)
+
+        return run
+
+    for field in decoder.fields:
+        # Compile the method, not the module: the hooks of sharding stay outside the graph.
+        field.forward = compiled(field.forward)

@@ -1,0 +1,590 @@
+"""Run a training job in this process: read it from top to bottom.
+
+`run_job` is idempotent: a finished job returns at once; an unfinished one resumes from its newest
+intact checkpoint, with the same result as without interruption. All state is in the model, the
+optimizer and a `Position`, so a run that saves and loads these three resumes bit for bit. Only the
+first worker accesses files, and sends what it finds to the others. Nothing here knows Ray or
+MLflow.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iiet.batch import Batch
+from iiet.decoder import Decoder
+from iiet.distillation import Model, RememberingTeacher
+from iiet.schedule import IterationSchedule
+from orchestrator.data.mixture import open_data
+from orchestrator.models.folder import check_checkpoint, newest_checkpoint
+from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.settings import TrainingSettings
+from orchestrator.terminal.stop import stop_requested
+from orchestrator.training.checkpoint import (
+    CheckpointWriter,
+    Position,
+    load_training_state,
+    set_random_state,
+)
+from orchestrator.training.devices import (
+    World,
+    autocast,
+    check_precision,
+    clip_gradients,
+    compile_fields,
+    decoder_to_train,
+    load_moments,
+    mean_over_workers,
+    pass_of_several,
+    replicate,
+    run_on_first,
+)
+from orchestrator.training.job import (
+    check_job,
+    finished_outcome,
+    sequences_per_step,
+    write_job_file,
+)
+from orchestrator.training.monitor import StepProfiler, ThroughputMeter
+from orchestrator.training.objective import (
+    Objective,
+    Passes,
+    elastic_passes,
+    make_objective,
+    make_optimizer,
+    mean_by_source,
+    set_learning_rate,
+    single_pass,
+    validation_metrics,
+)
+from orchestrator.training.schedules import (
+    drawn_by_step,
+    flops_per_token_by_step,
+    learning_rate_at,
+    members_by_step,
+    schedule_by_step,
+)
+from orchestrator.training.shared_steps import metrics_until
+from orchestrator.training.teacher_cache import CachedTeacher, load_teacher
+from orchestrator.workspace.errors import RunFailed
+from orchestrator.workspace.files import delete_leftovers
+from orchestrator.workspace.journal import CHEAPEST_METRIC, VALIDATION_METRIC, Journal
+from orchestrator.workspace.layout import DONE_NAME, WORKERS_LOCK_NAME, step_of
+from orchestrator.workspace.locks import lock_file
+
+DIVERGED_EVENT = "diverged"
+"""Event in the journal, with the reason as `text`."""
+LOCK_SECONDS = 180.0
+"""Longest wait for the lock of an earlier worker; NFS keeps that of a lost node for 90 seconds."""
+NUM_RECORDED_POINTS = 250
+"""Approximate number of training losses in the journal of a run of any length."""
+SPIKE_WINDOW = 64
+"""Steps whose median gradient norm defines a spike; a quarter of them is enough to start."""
+STEPS_BETWEEN_COLLECTIONS = 50
+"""Garbage is collected after so many steps, on all workers in the same one."""
+
+Report = Callable[[int, Mapping[str, float]], None]
+
+
+class Diverged(RunFailed):
+    """The loss or the gradient is not finite, or spiked; a retry would end the same way."""
+
+
+def run_job(
+    job: TrainingJob,
+    *,
+    world: World | None = None,
+    should_stop: Callable[[], bool] = stop_requested,
+    should_save: Callable[[], bool] | None = None,
+    report: Report | None = None,
+) -> TrainingOutcome:
+    """Train a job to its end, or until a stop is requested. Call it on every worker.
+
+    Args:
+        job: What to train.
+        world: This worker's place; a single worker on the CPU when unset.
+        should_stop: Called after each step on the first worker, and before the first step.
+        should_save: Likewise, in addition to the recipe; True if the workers may soon be lost.
+        report: Called with (steps done, metrics) on the first worker, in addition to the journal.
+
+    Raises:
+        UserError: If the job cannot run, or its folder holds another job.
+        RunFailed: If another process keeps training in its folder.
+        Diverged: If the loss is not finite or spikes; names the step and the last good checkpoint.
+    """
+    world = world or World()
+    # Replicas may have unequal shares of a step. Shards make the same number of passes.
+    num_workers = world.size if world.is_sharded else 1
+    run_on_first(lambda: check_job(job, num_workers=num_workers), world)
+
+    def open_folder() -> TrainingOutcome | None:
+        write_job_file(job)
+        delete_leftovers(job.folder)
+        return finished_outcome(job)
+
+    with _locked(job.folder, world):
+        if outcome := run_on_first(open_folder, world):
+            return outcome
+        check_precision(job.recipe.precision, world.device, section=job.section)
+        with closing(Trainer(job, world, should_stop, should_save, report)) as trainer:
+            trainer.prepare()
+            try:
+                finished = trainer.train()
+                run_on_first(trainer.writer.finish, world)
+            except Diverged as error:
+                raise run_on_first(partial(trainer.with_advice, error), world) from None
+            return trainer.end(finished)
+
+
+@contextmanager
+def _locked(folder: Path, world: World) -> Iterator[None]:
+    # Workers outlive a killed driver by seconds, and the lock of a lost node outlives the node. Two
+    # commands on one folder do not meet here: `watching.py` lets the second one wait.
+    with ExitStack() as stack:
+
+        def acquire() -> None:
+            if not stack.enter_context(lock_file(folder / WORKERS_LOCK_NAME, seconds=LOCK_SECONDS)):
+                raise RunFailed(
+                    f"another process trained in {folder} for {LOCK_SECONDS:g} s; wait for it, "
+                    "stop it, or choose another name"
+                )
+
+        run_on_first(acquire, world)
+        yield
+
+
+class Trainer:
+    """One training in progress, on one of its workers."""
+
+    model: nn.Module
+    """The decoder to call: replicated or sharded if there are several workers."""
+    decoder: Decoder
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    passes: Passes
+    """The losses whose sum is minimized: `objective`, and in elastic training those of members."""
+    position: Position
+    recipe: TrainingSettings
+    world: World
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        world: World,
+        should_stop: Callable[[], bool],
+        should_save: Callable[[], bool] | None,
+        report: Report | None,
+    ) -> None:
+        """Open the job's data, journal and teacher; arguments as of `run_job`."""
+        self.job, self.recipe, self.world = job, job.recipe, world
+        self.position = Position()
+        self.data = open_data(job.tokens_folder)
+        self.journal = Journal(job.folder) if world.is_first else None
+        self.teacher = load_teacher(job, world)
+        self.writer = CheckpointWriter(job, world, self.data, self.event)
+        self.schedule_at = schedule_by_step(job.model.corrections, job.recipe)
+        self.flops_per_token = flops_per_token_by_step(job, self.teacher)
+        self._should_stop, self._should_save, self._report = should_stop, should_save, report
+        self._batches = BatchPrefetcher(
+            partial(
+                self.data.batch,
+                context_length=job.model.context_length,
+                seed=job.recipe.seed,
+                global_batch=sequences_per_step(job.recipe, job.model),
+                rank=world.rank,
+                world_size=world.size,
+            ),
+            num_steps=job.recipe.num_steps,
+            pin=world.is_gpu,
+        )
+        self.batch = self._batches.batch
+        self._profiler: StepProfiler | None = None
+        if job.recipe.profile_steps and world.is_first:
+            steps = job.recipe.profile_steps
+            self._profiler = StepProfiler(job.folder, steps, world.device, self.event)
+
+    def close(self) -> None:
+        """End the threads, and close the journal."""
+        if self._profiler:
+            self._profiler.close()
+        self._batches.close()
+        self.writer.close()
+        if self.journal:
+            self.journal.close()
+
+    def prepare(self) -> None:
+        """Make model, optimizer and losses, with the state of the newest checkpoint if there is
+        one."""
+        job, recipe, world, teacher = self.job, self.recipe, self.world, self.teacher
+        checkpoint = run_on_first(self._start, world)
+        self.decoder = decoder_to_train(job, world, checkpoint)
+        self.decoder.activation_checkpointing = recipe.activation_checkpointing
+        if world.is_gpu if recipe.compile is None else recipe.compile:
+            compile_fields(self.decoder, self.event)
+        self.optimizer = make_optimizer(self.decoder, recipe)
+        hardware = {
+            "num_workers": world.size,
+            "parallel": world.parallel,
+            "num_shards": world.num_shards,
+            "device": world.device,
+            "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "num_threads": torch.get_num_threads(),
+            "reads_teacher": isinstance(teacher, CachedTeacher),
+            "pid": os.getpid(),
+        }
+        if checkpoint is None:
+            self.event("started", **hardware)
+        else:
+            mapped = world.is_gpu or world.is_sharded
+            state = load_training_state(checkpoint, mapped=mapped)
+            load_moments(self.optimizer, state["optimizer"])
+            self.position = Position(**state["position"])
+            if checkpoint.parent != job.folder:
+                self.position.shared_flops = self.position.flops
+            self.writer.resume_from(checkpoint, self.position.step)
+            set_random_state(state["random"], world)
+            self.event("resumed", step=self.position.step, path=str(checkpoint), **hardware)
+
+        taught_by: Model | None = teacher
+        self.passes = single_pass
+        if recipe.elastic:
+            if teacher is not None:
+                taught_by = RememberingTeacher(teacher)
+            drawn_at = drawn_by_step(job.model.corrections, recipe)
+            self.passes = elastic_passes(drawn_at, recipe.elastic, taught_by, job.distillation)
+        names = self.data.source_names
+        self.objective = make_objective(self.schedule_at, taught_by, job.distillation, names)
+        self.model = replicate(self.decoder, world)
+        self._meter = ThroughputMeter(self.position, world, recipe.precision)
+
+    def _start(self) -> Path | None:
+        # The checkpoint to continue: the run's own, one of its storage, or that of another run with
+        # the same first steps, whose metrics are then those of this run.
+        def warn(text: str) -> None:
+            self.event("damaged", text=text)
+
+        own = newest_checkpoint(self.job.folder, warn, with_training_state=True)
+        if own is None and self.writer.remote:
+            own = self.writer.remote.download(warn)
+        newest, stage = own, self.writer.first_stage
+        if own is None and self.job.continued_from:
+            newest = Path(self.job.continued_from)
+            check_checkpoint(newest, with_training_state=True)
+        if stage and (newest is None or step_of(newest) < stage.num_steps):
+            newest = stage.find(warn) or newest
+        if newest and newest != own:
+            for step, numbers in metrics_until(newest):
+                self.report(step, numbers)
+        return newest
+
+    def train(self) -> bool:
+        """Train from the position to the recipe's last step.
+
+        All workers agree on a stop, a save and the next batch's number of targets in the reduction
+        that ends a step, so that the host waits for the device once per step.
+
+        Returns:
+            True after the last step, False if stopped before it. The state is saved in both cases.
+
+        Raises:
+            Diverged: If loss or gradient are bad (not finite, or a spike) in more consecutive steps
+                than the recipe skips; the weights are those before the step.
+        """
+        recipe, world, position = self.recipe, self.world, self.position
+        if position.step == recipe.num_steps:
+            return True
+        record_every = max(1, recipe.num_steps // NUM_RECORDED_POINTS)
+        self.model.train()
+        batch = self.batch(position.step)
+        agreed = mean_over_workers({**_counts(batch), **self._wishes(position.step)}, world)
+        with _rare_garbage_collections() as collect_garbage:
+            while True:
+                if agreed["stop"] or agreed["save"]:
+                    self.save()
+                if agreed["stop"]:
+                    return False
+
+                # Forward and backward. The device works while the next batch is fetched.
+                started = time.perf_counter()
+                batch = batch.counted_as(agreed["targets"], agreed["positions"])
+                batch = batch.to(world.device, non_blocking=True)
+                learning_rate = learning_rate_at(position.step, recipe)
+                set_learning_rate(self.optimizer, learning_rate)
+                num_tokens = round(agreed["tokens"] * world.size)
+                totals = self.compute_gradients(batch, position.step)
+                step = position.step + 1
+                is_last = step == recipe.num_steps
+                validates = is_last or step % recipe.validate_every_steps == 0
+                ending: dict[str, float | Tensor] = {**totals}
+                if not is_last:
+                    batch = self.batch(step)
+                    ending |= _counts(batch)
+                if not validates:
+                    ending |= self._wishes(step)
+                agreed = mean_over_workers(ending, world)
+
+                # The update, if loss and gradient are good.
+                numbers = mean_by_source({name: agreed[name] for name in totals})
+                numbers["learning_rate"] = learning_rate
+                if self._is_good(numbers):
+                    self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                position.num_tokens += num_tokens
+                position.flops += num_tokens * self.flops_per_token(position.step)
+                position.seconds += time.perf_counter() - started
+                position.step = step
+
+                # What others see of it.
+                if position.num_skipped_in_row:
+                    self.event("skipped", step=step, **numbers)
+                    self.report(step, {"train/skipped_steps": position.num_skipped})
+                elif is_last or step % record_every == 0:
+                    numbers |= {"tokens": position.num_tokens, "flops": position.flops}
+                    named = {f"train/{name}": number for name, number in numbers.items()}
+                    self.report(step, {**named, **self.throughput()})
+                if validates:
+                    metrics = self.validate()
+                    position.validation_loss = metrics[VALIDATION_METRIC]
+                    position.validated_step = step
+                    self.report(step, metrics)
+                if is_last or step % recipe.checkpoint_every_steps == 0:
+                    self.save()
+                self.end_step()
+                if is_last:
+                    return True
+                if validates:  # Its result may be a reason to stop.
+                    agreed |= mean_over_workers(self._wishes(step), world)
+                if step % STEPS_BETWEEN_COLLECTIONS == 0:
+                    collect_garbage()
+
+    def compute_gradients(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Run a step forward and backward; return loss, its parts and the norm of the gradient.
+
+        Parts of a batch save memory. Each divides by its share of the targets of all workers, so
+        the gradients are those of a single pass up to rounding.
+        """
+        parts_of_batch = batch.split(self.recipe.num_sequences_per_pass or len(batch))
+        passes = (
+            (part, objective)
+            for part in parts_of_batch
+            for objective in self.passes(self.objective, step)
+        )
+        num_passes = len(parts_of_batch) * len(self.passes(self.objective, step))
+        totals: dict[str, Any] = {}  # Added up on the device, which is not waited for.
+        for number, (part, objective) in enumerate(passes, start=1):
+            share = len(part) / len(batch)
+            several = pass_of_several(self.model, self.world, is_last=number == num_passes)
+            with several if num_passes > 1 else nullcontext():
+                with autocast(self.recipe.precision, self.world):
+                    loss, parts = objective(self.model, part, step)
+                torch.autograd.backward(loss * share)
+            for name, value in {"loss": loss, **parts}.items():
+                totals[name] = totals.get(name, 0.0) + share * value.detach().double()
+        return {**totals, "gradient_norm": clip_gradients(self.model, self.recipe.clip_norm)}
+
+    def _wishes(self, step: int) -> dict[str, float]:
+        # Whether the first worker wants to stop or to save after a step; asked once for each.
+        if not self.world.is_first:
+            return {"stop": 0.0, "save": 0.0}
+        return {"stop": float(self.should_stop()), "save": float(self.should_save(step))}
+
+    def _is_good(self, numbers: Mapping[str, float]) -> bool:
+        # Whether to update the weights; if not, the step is counted as skipped.
+        recipe, position = self.recipe, self.position
+        loss, norm, norms = numbers["loss"], numbers["gradient_norm"], position.recent_norms
+        problem = ""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            problem = "diverged"
+        elif recipe.spike_factor and len(norms) >= SPIKE_WINDOW // 4:
+            times = norm / median(norms)
+            if times > recipe.spike_factor:
+                problem = f"spiked (its gradient has {times:.1f} times the usual norm)"
+        if not problem:
+            position.num_skipped_in_row = 0
+            if recipe.spike_factor:
+                position.recent_norms = [*norms, norm][-SPIKE_WINDOW:]
+            return True
+        skipped = position.num_skipped_in_row
+        if skipped >= recipe.skip_bad_steps:
+            raise Diverged(
+                f"training {problem} at step {position.step + 1}: loss {loss:g}, gradient norm "
+                f"{norm:g}, learning rate {numbers['learning_rate']:g}"
+                + (f", after {skipped} skipped in a row" if skipped else "")
+            )
+        position.num_skipped += 1
+        position.num_skipped_in_row += 1
+        return False
+
+    def end(self, finished: bool) -> TrainingOutcome:
+        """Record how the run ended, and return that."""
+        checkpoint, position = self.writer.checkpoint, self.position
+        outcome = TrainingOutcome(
+            checkpoint=str(checkpoint) if checkpoint else None,
+            step=position.step,
+            finished=finished,
+            validation_loss=position.validation_loss,
+            train_seconds=position.seconds,
+            num_tokens=position.num_tokens,
+            training_flops=position.flops,
+            shared_flops=position.shared_flops,
+        )
+        if finished and self.world.is_first:
+            outcome.write(self.job.folder / DONE_NAME)
+        self.event("finished" if finished else "stopped", step=outcome.step)
+        return outcome
+
+    def with_advice(self, error: Diverged) -> Diverged:
+        """Record a divergence; return it with the last good checkpoint and what to change."""
+        with suppress(RunFailed):  # The divergence is the error to report.
+            self.writer.finish()
+        self.event(DIVERGED_EVENT, step=self.position.step, text=str(error))
+        job, section = self.job, self.job.section
+        # Models from scratch, and vanilla ones that are distilled, may have a rate of their own.
+        has_own = section == "training" or (job.teacher_folder and not job.initial_folder)
+        own = " (or its own in sweep.learning_rates)" if has_own else ""
+        return Diverged(
+            f"{error}; the last good checkpoint is {self.writer.checkpoint or 'none'}; lower "
+            f"{section}.learning_rate={self.recipe.learning_rate:g}{own}, lengthen "
+            f"{section}.warmup_steps, or raise {section}.skip_bad_steps"
+        )
+
+    # What the loop asks and tells: a test replaces these, and needs no files then.
+
+    def should_stop(self) -> bool:
+        """Return whether a stop was requested; asked on the first worker."""
+        return self._should_stop()
+
+    def should_save(self, step: int) -> bool:
+        """Return whether to save after a step, in addition to the recipe's steps; likewise."""
+        asked = self._should_save is not None and self._should_save()
+        return asked or self.writer.is_due(step)
+
+    def save(self) -> None:
+        """Start to write a checkpoint."""
+        self.writer.save(self.position, self.decoder, self.optimizer)
+
+    def validate(self) -> dict[str, float]:
+        """Return the validation metrics under the schedule of the latest step, the same on all
+        workers, and of an elastic model also the loss of its cheapest schedule.
+        """
+        job, recipe, last = self.job, self.recipe, self.position.step - 1
+        global_batch = sequences_per_step(recipe, job.model)
+        batches = list(
+            self.data.validation_batches(
+                context_length=job.model.context_length,
+                num_tokens=recipe.num_validation_tokens,
+                batch_size=recipe.num_sequences_per_pass or global_batch // self.world.size,
+            )
+        )
+
+        def metrics_of(schedule: IterationSchedule) -> dict[str, float]:
+            return validation_metrics(
+                self.decoder,
+                batches,
+                schedule,
+                precision=recipe.precision,
+                world=self.world,
+                source_names=self.data.source_names,
+            )
+
+        metrics = metrics_of(self.schedule_at(last))
+        if members := members_by_step(job.model.corrections, recipe)(last):
+            metrics[CHEAPEST_METRIC] = metrics_of(members[-1])[VALIDATION_METRIC]
+        return metrics
+
+    def throughput(self) -> dict[str, float]:
+        """Return speed since the last call, and memory; called on every worker."""
+        return self._meter.measure(self.position)
+
+    def report(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Record metrics after so many steps; the first worker's are written."""
+        if self.journal:
+            self.journal.metrics(step, numbers)
+            if self._report:
+                self._report(step, numbers)
+
+    def event(self, name: str, **details: Any) -> None:
+        """Record an unusual event; the first worker's is written."""
+        if self.journal:
+            self.journal.event(name, **details)
+
+    def end_step(self) -> None:
+        """End a step, for the profile."""
+        if self._profiler:
+            self._profiler.end_step()
+
+
+def _counts(batch: Batch) -> dict[str, float]:
+    # What a loss divides by; the workers' shares of a step may differ.
+    return {
+        "targets": float(batch.num_targets),
+        "positions": float(batch.num_positions),
+        "tokens": float(batch.input_ids.numel()),
+    }
+
+
+@contextmanager
+def _rare_garbage_collections() -> Iterator[Callable[[], object]]:
+    # Yields what collects garbage. A worker that pauses for it at random keeps all others waiting.
+    was_enabled = gc.isenabled()
+    gc.collect(1)
+    gc.freeze()
+    gc.disable()
+    try:
+        yield partial(gc.collect, 1)
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+class BatchPrefetcher:
+    """Gathers the next step's batch in a background thread while this step runs.
+
+    The thread reads the memory map, so a step does not wait for the disk, and pins the batch if it
+    goes to a GPU, so that it is copied without blocking. A batch depends on its step only: a run
+    that resumes gets the same batches, whatever was gathered ahead. Close it to end its thread.
+    """
+
+    def __init__(self, gather: Callable[[int], Batch], *, num_steps: int, pin: bool) -> None:
+        """Make no batch yet; no step from `num_steps` on is gathered ahead.
+
+        Args:
+            pin: Whether to move batches to pinned memory, which GPUs read without blocking.
+        """
+        self._gather, self._num_steps, self._pin = gather, num_steps, pin
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def batch(self, step: int) -> Batch:
+        """Return a step's batch, on the CPU, and start to gather the following one.
+
+        An error of the thread is raised here, in the step that needs the batch.
+        """
+        ahead, self._next = self._next, None
+        is_ready = ahead is not None and ahead[0] == step
+        batch = ahead[1].result() if ahead and is_ready else self._make(step)
+        if step + 1 < self._num_steps:
+            self._next = step + 1, self._pool.submit(self._make, step + 1)
+        return batch
+
+    def _make(self, step: int) -> Batch:
+        batch = self._gather(step)
+        return batch.pinned() if self._pin else batch
+
+    def close(self) -> None:
+        """Wait for the thread to end; a batch that nobody asked for is dropped."""
+        self._pool.shutdown(cancel_futures=True)

@@ -1,0 +1,388 @@
+"""What other processes see of a training: its lock, what it has saved, its progress, and MLflow.
+
+Training writes only journals, so neither the terminal nor the tracking server can slow or stop it.
+One driver or trial at a time trains in a run folder, and holds its lock. The others wait, then use
+the result, or take over if the process died: the system releases a dead process's lock. The workers
+take another lock (`trainer.py`), because they outlive a killed driver by seconds. The folder must
+be on a file system that supports locks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from iiet.config import ModelConfig
+from orchestrator.data.mixture import describe_data
+from orchestrator.models.config import model_family
+from orchestrator.models.folder import weights_key
+from orchestrator.records.tracked_run import Status, TrackedModel, TrackedRun
+from orchestrator.records.training import (
+    TrainingJob,
+    TrainingOutcome,
+    job_parameters,
+    method_parameters,
+)
+from orchestrator.records.trial import Trial
+from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
+from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_duration, format_schedule, join_names
+from orchestrator.terminal.stop import interruption_text, stop_requested, wait_interruptibly
+from orchestrator.tracking import Tracking, reason_tags, status_after
+from orchestrator.training.job import finished_outcome, job_key
+from orchestrator.training.monitor import PROFILE_NAME
+from orchestrator.training.schedules import flops_per_token_by_step
+from orchestrator.training.shared_steps import first_stage_of
+from orchestrator.workspace.errors import Interrupted, UserError, first_line
+from orchestrator.workspace.journal import (
+    ACCURACY_METRIC,
+    SPEED_METRIC,
+    VALIDATION_METRIC,
+    now_ms,
+    read_journal,
+    recorded_times,
+)
+from orchestrator.workspace.layout import DONE_NAME, RUN_LOCK_NAME, find_checkpoints, step_of
+from orchestrator.workspace.locks import is_locked, lock_file
+
+Dataset = tuple[str, str]
+"""Name and digest."""
+
+
+# Who trains, and what is saved
+
+
+def lock_run_folder(folder: Path, *, wait: bool = False) -> AbstractContextManager[bool]:
+    """Hold a run folder's lock in a `with` block; it yields whether the lock was acquired.
+
+    With `wait`, wait for another process that holds it, until a stop is requested.
+    """
+    seconds = None if wait else 0.0
+    return lock_file(folder / RUN_LOCK_NAME, seconds=seconds, should_stop=stop_requested)
+
+
+def is_run_locked(folder: Path) -> bool:
+    """Return whether a process holds a run folder's lock."""
+    return is_locked(folder / RUN_LOCK_NAME)
+
+
+def jobs_to_train(
+    jobs: Sequence[TrainingJob],
+    outcomes: dict[str, TrainingOutcome],
+    *,
+    watch: Callable[[], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Generator[list[TrainingJob], None, None]:
+    """Yield the unfinished jobs that this process must train, until all jobs are finished.
+
+    Their folders are locked until the next iteration, or until the generator is closed (use
+    `contextlib.closing`). While another process trains the remaining jobs, this waits.
+
+    Args:
+        jobs: What to train, each in its own folder; finished ones take no time.
+        outcomes: Filled with the outcome of each finished job, by its run folder.
+        watch: Called a few times a second while waiting, to show progress.
+        note: Called once with a sentence if another process is waited for.
+
+    Raises:
+        Interrupted: If a yielded job is unfinished at the next iteration, or after Ctrl-C or
+            SIGTERM while waiting.
+    """
+
+    def is_finished(job: TrainingJob) -> bool:
+        if job.run_folder not in outcomes and (outcome := finished_outcome(job)):
+            outcomes[job.run_folder] = outcome
+        return job.run_folder in outcomes
+
+    while left := [job for job in jobs if not is_finished(job)]:
+        stamps = [_done_stamp(job) for job in left]
+        with ExitStack() as stack:
+            locked = [job for job in left if stack.enter_context(lock_run_folder(job.folder))]
+            # Ask again: the process that held the lock before may have finished the job.
+            if unfinished := [job for job in locked if not is_finished(job)]:
+                yield unfinished
+                if not all(map(is_finished, unfinished)):
+                    named = {job.folder.name: job for job in unfinished}
+                    raise Interrupted(interruption_text(describe_saved_state(named)))
+        if not locked:
+            _wait_for_one(left, stamps, watch, note)
+            note = None
+
+
+def _wait_for_one(
+    jobs: Sequence[TrainingJob],
+    stamps: Sequence[int | None],
+    watch: Callable[[], None] | None,
+    note: Callable[[str], None] | None,
+) -> None:
+    def is_over() -> bool:
+        return any(
+            _done_stamp(job) != stamp or not is_run_locked(job.folder)
+            for job, stamp in zip(jobs, stamps, strict=True)
+        )
+
+    def begin() -> None:
+        if note:
+            note(waiting_text([job.folder.name for job in jobs]))
+
+    wait_interruptibly(is_over, begin=begin, watch=watch)
+
+
+def _done_stamp(job: TrainingJob) -> int | None:
+    # `finished_outcome` verifies the checksums of a checkpoint: too slow to call twice a second.
+    path = job.folder / DONE_NAME
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def waiting_text(names: Sequence[str]) -> str:
+    """Return the sentence that announces the wait for runs of another process."""
+    return f"waiting for another process, which trains {join_names(names)}"
+
+
+def describe_saved_state(jobs: Mapping[str, TrainingJob], *, named: bool = False) -> str:
+    """Say what each run, by its name, has saved; a single run is named only if `named`."""
+    texts = {name: _saved_state(job) for name, job in jobs.items()}
+    if len(texts) == 1 and not named:
+        return next(iter(texts.values()))
+    return "; ".join(f"{name}: {text}" for name, text in texts.items())
+
+
+def _saved_state(job: TrainingJob) -> str:
+    if (job.folder / DONE_NAME).is_file():
+        return "the training is finished"
+    if checkpoints := find_checkpoints(job.folder):
+        return f"saved at step {step_of(checkpoints[-1])}"
+    if job.continued_from:
+        return f"saved at step {step_of(Path(job.continued_from))}"
+    with suppress(UserError):  # Its tokens or its teacher were deleted.
+        stage = first_stage_of(job)
+        if stage and stage.exists:
+            return f"saved at step {stage.num_steps}"
+    return "nothing was saved"
+
+
+# Progress
+
+
+class JournalReader:
+    """Reads a folder's journal from where the last call stopped; it may not exist yet."""
+
+    def __init__(self, folder: Path) -> None:
+        self.step = 0
+        """The last recorded step."""
+        self._folder, self._offset = folder, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the records since the last call."""
+        records, self._offset = read_journal(self._folder, self._offset)
+        for record in records:
+            if record["kind"] == "metrics":
+                self.step = record.get("step", self.step)
+        return records
+
+
+class RunMonitor:
+    """Follows running jobs, named by label; as a context manager it ends the tracked runs."""
+
+    def __init__(
+        self, jobs: Mapping[str, TrainingJob], tracking: Tracking, progress: Progress
+    ) -> None:
+        self._jobs, self._tracking, self._progress = dict(jobs), tracking, progress
+        self._journals = {label: JournalReader(job.folder) for label, job in jobs.items()}
+        self._costs = {label: _remaining_costs(job) for label, job in jobs.items()}
+        self._numbers: dict[str, dict[str, float]] = {label: {} for label in jobs}
+        self._kind = ""
+        self._settings: dict[str, str] = {}
+        self._started_ms = now_ms()
+
+    def open_runs(self, kind: str, settings: Mapping[str, Settings]) -> None:
+        """Show the jobs in MLflow from now on, with a kind and all settings by label."""
+        self._kind = kind
+        self._settings = {label: to_yaml(each) for label, each in settings.items()}
+        self._tracking.publish(*(self._run(label, "RUNNING") for label in self._jobs))
+
+    def _run(self, label: str, status: Status, reason: str = "") -> TrackedRun:
+        job, settings = self._jobs[label], self._settings[label]
+        return training_run(job, self._kind, label, settings, status=status, reason=reason)
+
+    def poll(self) -> None:
+        """Show new records; call it often."""
+        self._read()
+        num_done = sum(journal.step for journal in self._journals.values())
+        running = {
+            label: numbers
+            for label, numbers in self._numbers.items()
+            if "train/loss" in numbers
+            and self._journals[label].step < self._jobs[label].recipe.num_steps
+        }
+        text = "" if num_done else "waiting for the first step"
+        if running:
+            losses = "; ".join(f"{label} {n['train/loss']:.2f}" for label, n in running.items())
+            speed = sum(n.get(SPEED_METRIC, 0.0) for n in running.values())
+            text = f"loss {losses}" + (f", {speed:,.0f} tokens/s" if speed else "")
+        # The longest job decides. Steps are weighted by FLOPs: corrections make them slower.
+        times = []
+        for label, numbers in running.items():
+            costs, step = self._costs[label], self._journals[label].step
+            own_speed = numbers.get(SPEED_METRIC)
+            if own_speed and step:
+                now = costs[step - 1] - costs[step]
+                num_tokens = self._jobs[label].recipe.num_tokens_per_step
+                times.append(costs[step] / now * num_tokens / own_speed)
+        self._progress.advance(num_done, text, seconds_left=max(times, default=None))
+
+    def _read(self) -> None:
+        for label, journal in self._journals.items():
+            for record in journal.read():
+                if record["kind"] == "metrics":
+                    self._numbers[label] |= record["values"]
+                elif record["time"] >= self._started_ms:
+                    self._note(label, record)
+                if record["time"] < self._started_ms or record.get("name") == "resumed":
+                    self._numbers[label].pop(SPEED_METRIC, None)  # Of an earlier process.
+
+    def _note(self, label: str, event: Mapping[str, Any]) -> None:
+        if event["name"] == "profiled":
+            self._progress.note(f"{event['text']}: {self._jobs[label].folder / PROFILE_NAME}")
+        elif event["name"] == "compiled":
+            self._progress.note(f"{label}: compiled in {format_duration(event['seconds'])}")
+        elif event["name"] in ("damaged", "not copied", "not profiled", "not compiled"):
+            self._progress.note(event["text"])
+        elif event["name"] == "skipped":
+            self._progress.note(
+                f"{label}: step {event['step']} was skipped: loss {event['loss']:g}, "
+                f"gradient norm {event['gradient_norm']:g}"
+            )
+
+    def __enter__(self) -> RunMonitor:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """End the runs, except those that another process trains."""
+        self._read()
+        status, reason = status_after(error), first_line(error) if error else ""
+        ended = [
+            label
+            for label, job in self._jobs.items()
+            if self._settings and (error is None or not is_run_locked(job.folder))
+        ]
+        self._tracking.publish(*(self._run(label, status, reason) for label in ended))
+        self._tracking.wait(briefly=error is not None)
+
+
+def _remaining_costs(job: TrainingJob) -> list[float]:
+    # FLOPs per token summed over the remaining steps, by number of steps done.
+    steps = reversed(range(job.recipe.num_steps))
+    return [*accumulate(map(flops_per_token_by_step(job), steps), initial=0.0)][::-1]
+
+
+# MLflow: one logged model for the same weights and schedule, so a teacher is one model, whichever
+# runs trained and measured it. Each metric names the data that it was measured on.
+
+
+def training_run(
+    job: TrainingJob, kind: str, label: str, settings: str, *, status: Status, reason: str = ""
+) -> TrackedRun:
+    """Return what MLflow shows of a training: it starts and ends when its journal does.
+
+    Args:
+        label: Name of the job among others that are trained with it.
+        settings: The `settings.yaml` of its run.
+        status: Of a FINISHED one, the model is shown, too.
+        reason: Shown if the run has failed.
+    """
+    outcome = finished_outcome(job) if status == "FINISHED" else None
+    tags = {"iiet.method": job.model.method}
+    if outcome and kind == "pretrain":
+        tags["iiet.checkpoint"] = str(outcome.checkpoint)
+        if job.continued_from:
+            tags["iiet.continued_from"] = job.continued_from
+    started_ms, ended_ms = recorded_times(job.folder) or (now_ms(), None)
+    # The folder of a student is named by its key.
+    teacher = job.teacher_folder or job.initial_folder
+    return TrackedRun(
+        key=job_key(job),
+        kind=kind,
+        name=f"{label} of {Path(teacher).parent.name}" if teacher else job.folder.name,
+        folder=str(job.folder),
+        journal=str(job.folder),
+        params=job_parameters(job),
+        tags={**tags, **reason_tags(status, reason if status == "FAILED" else "")},
+        dataset=describe_data(job.tokens_folder),
+        texts={SETTINGS_NAME: settings},
+        model=job_model(job) if outcome else None,
+        status=status,
+        started_ms=started_ms,
+        ended_ms=ended_ms,
+    )
+
+
+def job_model(job: TrainingJob) -> TrackedModel | None:
+    """Describe what a finished training made; None if it has not finished, or its folder is gone.
+
+    It is linked with what was measured on the validation data at its last step.
+    """
+    outcome = finished_outcome(job)
+    if outcome is None or outcome.checkpoint is None:
+        return None
+    data = _prepared_data(job.tokens_folder)
+    datasets = dict.fromkeys((VALIDATION_METRIC, ACCURACY_METRIC), data)
+    return _tracked_model(outcome.checkpoint, job.model, datasets, seed=job.recipe.seed)
+
+
+def trial_model(trial: Trial) -> TrackedModel | None:
+    """Describe the model of a measured trial, with its costs and qualities; None if its folder is
+    gone.
+    """
+    if trial.checkpoint is None:
+        return None
+    data, suite = _prepared_data(trial.suite.tokens_folder), trial.suite
+    tasks = (", ".join(suite.tasks)[:100] or "held-out tasks", suite.key)
+    datasets: dict[str, Dataset | None] = {}
+    for name in trial.metrics():
+        is_loss = name in ("quality/validation_loss", "quality/perplexity")
+        datasets[name] = data if is_loss else tasks if name.startswith("quality/") else None
+    seed = trial.job.recipe.seed if trial.job else trial.seed
+    return _tracked_model(trial.checkpoint, trial.model, datasets, seed=seed)
+
+
+def evaluated_model(
+    checkpoint: Path, config: ModelConfig, datasets: Mapping[str, Dataset]
+) -> TrackedModel | None:
+    """Describe a checkpoint that was evaluated; None if its folder is gone.
+
+    Args:
+        datasets: What was measured -> the data that it was measured on.
+    """
+    return _tracked_model(str(checkpoint), config, datasets)
+
+
+def _tracked_model(
+    checkpoint: str,
+    config: ModelConfig,
+    datasets: Mapping[str, Dataset | None],
+    *,
+    seed: int | None = None,
+) -> TrackedModel | None:
+    try:
+        weights = weights_key(Path(checkpoint))
+    except UserError:
+        return None
+    params = {**method_parameters(config), "checkpoint": checkpoint}
+    name = model_family(config)
+    if "schedule" in params:
+        name += f" {format_schedule(tuple(config.corrections))}"
+    if seed is not None:
+        params["seed"] = str(seed)
+    key = f"{weights} {params.get('schedule', '')}".strip()
+    return TrackedModel(key=key, name=name, params=params, datasets=dict(datasets))
+
+
+def _prepared_data(folder: str) -> Dataset | None:
+    with suppress(UserError):  # The tokens of an old sweep may be gone.
+        name, digest, _ = describe_data(folder)
+        return name, digest
+    return None

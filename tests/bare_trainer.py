@@ -1,0 +1,74 @@
+"""A `Trainer` of a model and batches that a test gives it: it reads and writes no files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from iiet.batch import Batch
+from iiet.decoder import Decoder
+from orchestrator.settings import TrainingSettings
+from orchestrator.training.checkpoint import Position
+from orchestrator.training.devices import World
+from orchestrator.training.objective import Objective, Passes, single_pass
+from orchestrator.training.trainer import Trainer
+from orchestrator.workspace.journal import VALIDATION_METRIC
+
+
+def no_batch(step: int) -> Batch:
+    raise AssertionError(f"nobody gave a batch for step {step}")
+
+
+class BareTrainer(Trainer):
+    """Trains from `step` on, and keeps what it would write to the journal."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        objective: Objective,
+        recipe: TrainingSettings,
+        *,
+        passes: Passes = single_pass,
+        batch: Callable[[int], Batch] = no_batch,
+        optimizer: torch.optim.Optimizer | None = None,
+        world: World | None = None,
+        step: int = 0,
+    ) -> None:
+        self.model = self.decoder = decoder
+        self.optimizer = optimizer or torch.optim.SGD(decoder.parameters(), lr=0.1)
+        self.objective, self.passes, self.recipe = objective, passes, recipe
+        self.world, self.position = world or World(), Position(step=step)
+        self.batch = batch
+        self.flops_per_token = lambda _: 0.0
+        self.reported: list[Mapping[str, float]] = []
+
+    def gradients(self, batch: Batch) -> dict[str, float]:
+        """Compute the gradients of one batch, all of whose targets are on this worker."""
+        batch = batch.counted_as(batch.num_targets, batch.num_positions)
+        return {name: float(value) for name, value in self.compute_gradients(batch, 0).items()}
+
+    def should_stop(self) -> bool:
+        return False
+
+    def should_save(self, step: int) -> bool:
+        return False
+
+    def save(self) -> None:
+        pass
+
+    def validate(self) -> dict[str, float]:
+        return {VALIDATION_METRIC: 0.0}
+
+    def throughput(self) -> dict[str, float]:
+        return {}
+
+    def report(self, step: int, numbers: Mapping[str, float]) -> None:
+        self.reported.append(numbers)
+
+    def event(self, name: str, **details: Any) -> None:
+        pass
+
+    def end_step(self) -> None:
+        pass

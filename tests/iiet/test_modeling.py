@@ -1,0 +1,356 @@
+"""`modeling_iiet.py` computes what the decoder computes, also in a process without the package."""
+
+import json
+import math
+
+import pytest
+import torch
+from exported_folder import found_by
+from hypothesis import given, settings
+from model_cases import VOCAB, cheaper, make_model, models, paddings, tokens
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
+
+import iiet
+from iiet.decoder import Decoder
+from iiet.exporting import export, fast_tokenizer, transformers_model
+from iiet.methods import METHODS
+from iiet.modeling_iiet import LAYERS, IIETConfig, parse_schedule
+from iiet.published import decoder_from_published
+from iiet.schedule import IterationSchedule
+
+END = "<|endoftext|>"
+WORDS = [
+    END,
+    *[
+        "the",
+        "cat",
+        "dog",
+        "sat",
+        "ran",
+        "on",
+        "under",
+        "a",
+        "mat",
+        "tree",
+        "and",
+        "then",
+        "saw",
+        "it",
+    ],
+]
+
+
+def generated(model, ids, mask, **options):
+    torch.manual_seed(7)
+    model.generation_config = GenerationConfig(pad_token_id=0, max_new_tokens=10, **options)
+    return model.generate(ids, attention_mask=mask.long())
+
+
+@settings(max_examples=20)
+@given(models(), paddings())
+def test_equals_the_core_in_logits_loss_gradients_and_cached_decoding(decoder, mask):
+    model, ids = transformers_model(decoder), tokens(2, 9)
+    assert list(model.state_dict()) == list(decoder.state_dict())
+    near = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(
+        model(ids, attention_mask=mask).logits[mask],
+        decoder(ids, attention_mask=mask)[mask],
+        **near,
+    )
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1]]).expand(2, 9)
+    found = model(ids, position_ids=packed, output_hidden_states=True)
+    logits, hidden = decoder(ids, position_ids=packed, return_hidden=True)
+    torch.testing.assert_close(found.logits, logits, **near)
+    expected = (decoder.embedding(ids), *hidden[:-1], decoder.norm(hidden[-1]))
+    torch.testing.assert_close(found.hidden_states, expected, **near)
+
+    gradients = []
+    loss = iiet.next_token_loss(decoder(ids), ids)
+    for trained, computed in (
+        (decoder, lambda: loss),
+        (model, lambda: model(ids, labels=ids).loss),
+        (model, lambda: model(ids, labels=ids).loss),
+    ):
+        assert computed().item() == pytest.approx(loss.item(), rel=1e-6)
+        trained.zero_grad()
+        computed().backward()
+        gradients.append([p.grad for p in trained.parameters()])
+        model.train().activation_checkpointing_enable()
+    scale = max(g.abs().max().item() for g in gradients[0] if g is not None)
+    for others in gradients[1:]:
+        for ours, theirs in zip(gradients[0], others, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:  # transformers computes the loss in float32.
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * scale)
+
+    model.eval()
+    cached = generated(model, ids, mask, use_cache=True)
+    with torch.no_grad():
+        assert torch.equal(
+            cached, iiet.generate(decoder, ids, attention_mask=mask, max_new_tokens=10)
+        )
+    if cheaper(decoder):
+        draft = model.with_schedule("0")
+        assert draft.embedding is model.embedding
+        assert draft.config is not model.config
+        plain = model.generate(ids[:1])
+        assert torch.equal(model.generate(ids[:1], assistant_model=draft), plain)
+        torch.testing.assert_close(
+            draft(ids).logits, decoder(ids, schedule=cheaper(decoder)), **near
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_keeps_what_the_core_keeps(method, dtype, tmp_path):
+    decoder, ids = make_model(method, dtype=torch.float32), tokens(1, 4)
+    decoder.save(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    moved, half = transformers_model(decoder).to(dtype), decoder.to(dtype)
+    for model in (loaded, moved):
+        kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        assert kinds == {name: tensor.dtype for name, tensor in half.state_dict().items()}
+        torch.testing.assert_close(model(ids).logits, half(ids), rtol=0.03, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["of config", "empty", "static"])
+@torch.no_grad()
+def test_any_cache_and_any_split_equals_the_full_forward(kind):
+    decoder, ids = make_model(), tokens(2, 11)
+    model = transformers_model(decoder)
+    cache = {
+        "of config": lambda: DynamicCache(config=model.config),
+        "empty": DynamicCache,
+        "static": lambda: StaticCache(config=model.config, max_cache_len=16),
+    }[kind]()
+    parts = ids.split([4, 1, 3, 1, 2], dim=1)
+    whole = torch.cat([model(part, cache=cache).logits for part in parts], 1)
+    torch.testing.assert_close(whole, decoder(ids), rtol=1e-11, atol=1e-11)
+    assert len(cache.layers) == 3 + 2 + 0 + 3
+    student = model.with_schedule("0,5,0")  # It makes as many evaluations.
+    with pytest.raises(ValueError, match="filled by another model or iteration schedule"):
+        student(ids[:, :1], cache=cache)
+    cache.reset()
+    torch.testing.assert_close(student(ids, cache=cache).logits, student(ids).logits)
+    with pytest.raises(ValueError, match="49 tokens do not fit the context of 48"):
+        model(tokens(1, 49))
+
+
+MODES = {
+    "sample": {"do_sample": True, "temperature": 0.8, "top_k": 9},
+    "beam": {"num_beams": 3},
+    "penalty": {"repetition_penalty": 1.3},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+    "chunks": {"prefill_chunk_size": 2},
+    "static": {"cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_generation_equals_uncached(mode):
+    model = transformers_model(make_model())
+    ids, mask = tokens(2, 6), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    same = {k: v for k, v in MODES[mode].items() if mode not in ("chunks", "static")}
+    plain = generated(model, ids, mask, use_cache=False, **same)
+    assert torch.equal(generated(model, ids, mask, **MODES[mode]), plain)
+
+
+def test_a_llama_and_its_copy_answer_alike():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        **sizes, vocab_size=VOCAB, num_key_value_heads=2, intermediate_size=24, use_cache=False
+    )
+    llama = LlamaForCausalLM(config).double().eval()
+    copied = transformers_model(
+        decoder_from_published(config.to_dict(), llama.state_dict()).double()
+    )
+    embeddings = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0)).double()
+    for arguments in (
+        {"position_ids": torch.arange(5, 14)[None]},
+        {"input_ids": None, "inputs_embeds": embeddings},
+        {"logits_to_keep": 2},
+        {"logits_to_keep": torch.tensor([1, 5])},
+        {"labels": tokens(2, 9), "num_items_in_batch": 100},
+        {"output_hidden_states": True},
+    ):
+        found, expected = (m(**{"input_ids": tokens(2, 9), **arguments}) for m in (copied, llama))
+        torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.hidden_states, expected.hidden_states, rtol=0, atol=1e-5)
+        if expected.loss is not None:
+            assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_folders_vocabularies_and_schedules_can_be_changed(tied, tmp_path):
+    decoder, ids = make_model(tie_embeddings=tied, dtype=torch.float32), tokens(2, 9) % 10
+    decoder.save(tmp_path / "first")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "first", corrections="1,0*2")
+    assert torch.equal(model(ids).logits, model.with_schedule((1, 0, 0))(ids).logits)
+    torch.testing.assert_close(
+        model(ids).logits, decoder(ids, schedule=IterationSchedule((1, 0, 0)))
+    )
+    before = model(ids).logits
+    model.resize_token_embeddings(20, mean_resizing=False)
+    torch.testing.assert_close(model(ids).logits, before[..., :20])
+    model.save_pretrained(tmp_path / "second")
+    again = Decoder.load(tmp_path / "second")  # The decoder reads what transformers wrote.
+    assert (again.config.vocab_size, str(again.schedule)) == (20, "1,0,0")
+    torch.testing.assert_close(again(ids), model(ids).logits)
+
+
+def test_weights_missing_from_a_folder_get_their_starting_values(tmp_path):
+    for method in METHODS:
+        decoder = make_model(method, dtype=torch.float32)
+        decoder.save(tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        own = decoder.method_parameters()
+        kept = {name: value for name, value in weights.items() if name not in own}
+        save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        fresh, other = (Decoder(decoder.config).method_parameters() for _ in range(2))
+        for name, value in fresh.items():
+            if torch.equal(value, other[name]):  # Else it is random.
+                assert torch.equal(model.get_parameter(name), value)
+        assert torch.equal(model.embedding.weight, decoder.embedding.weight)
+        made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+        std = made.layers[0].field.feed_forward.gate_up.weight.std().item()
+        assert std == pytest.approx(0.3, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"method": "magic"}, "method must be one of vanilla, iiet"),
+        ({"corrections": None}, "'iiet' needs corrections"),
+        ({"corrections": "1,0"}, "schedule 1,0 is for 2 layers, the model has 3"),
+        ({"corrections": [1, 0, -1]}, "each makes 0 or more corrections"),
+        ({"corrections": "many"}, "'many' is not an iteration schedule"),
+        ({"method": "vanilla"}, "'vanilla' makes no corrections"),
+        ({"method": "looped"}, "all layers of method 'looped' make the same"),
+        ({"method_options": {"dampin": 1}}, "has no option dampin"),
+    ],
+)
+def test_mistakes_in_a_config_are_named(changes, sentence, tmp_path):
+    make_model().save(tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("text", ["2", "1,0,2", "(1, 0, 2)", "1*3", "0*2,4", "3..0", 2, [1, 0, 2]])
+def test_schedules_are_read_as_by_the_core(text):
+    assert parse_schedule(text, 3) == tuple(IterationSchedule.parse(text, num_layers=3))
+
+
+def test_every_method_has_a_layer():
+    assert list(LAYERS) == list(METHODS.names.own)
+    assert IIETConfig().to_dict()["rope_theta"] == 10000.0
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path):
+    vocabulary = {word: number for number, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token=END))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+IN_A_CLEAN_PROCESS = """
+import json, sys
+
+sys.modules["iiet"] = None  # Any import of the package fails from here on.
+folder, copy = sys.argv[1:]
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+expected = load_file(folder + "/expected.safetensors")
+ids = expected["ids"]
+with torch.no_grad():
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    logits = model(ids).logits
+    model.save_pretrained(copy)
+    again = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
+    options = dict(max_new_tokens=9, do_sample=False, min_new_tokens=9)
+    cached = model.generate(ids[:1], **options)
+    drafted = model.generate(ids[:1], assistant_model=model.with_schedule("0"), **options)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+lm = HFLM(pretrained=folder, trust_remote_code=True, device="cpu", logits_cache=False)
+request = Instance(
+    request_type="loglikelihood", doc={}, arguments=("the cat", " sat on a mat"), idx=0
+)
+print(json.dumps({
+    "module": type(model).__module__.split(".")[0],
+    "difference": (logits - expected["logits"]).abs().max().item(),
+    "difference_of_copy": (again(ids).logits - logits).abs().max().item(),
+    "draft_changes_nothing": torch.equal(cached, drafted),
+    "words": tokenizer("the cat").input_ids,
+    "end": [tokenizer.eos_token, model.generation_config.eos_token_id],
+    "score": lm.loglikelihood([request], disable_tqdm=True)[0][0],
+}))
+"""
+
+
+@pytest.mark.slow
+def test_an_exported_folder_works_without_this_package(tokenizer_file, tmp_path):
+    decoder = make_model(schedule=(2, 0, 1), vocab_size=len(WORDS), dtype=torch.float32)
+    folder = export(decoder, tmp_path / "a model-1.0", tokenizer_file)
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "modeling_iiet.py", "tokenizer.json"} <= names
+    ids, scored = torch.tensor([[1, 2, 3, 4], [5, 7, 3, 4]]), torch.tensor([[1, 2, 4, 6, 8, 9]])
+    with torch.no_grad():
+        save_file({"ids": ids, "logits": decoder(ids)}, folder / "expected.safetensors")
+        log_p = decoder(scored).log_softmax(-1)[0]
+    found = found_by(IN_A_CLEAN_PROCESS, folder, tmp_path)
+    score = sum(log_p[1 + i, word].item() for i, word in enumerate(scored[0, 2:]))
+    assert found == {
+        "module": "transformers_modules",
+        "difference": pytest.approx(0.0, abs=1e-5),
+        "difference_of_copy": 0.0,
+        "draft_changes_nothing": True,
+        "words": [1, 2],
+        "end": [END, 0],
+        "score": pytest.approx(score, abs=1e-4),
+    }
+    assert math.isfinite(score)
+
+
+def test_an_export_needs_a_known_end_of_text_and_code_for_its_method(
+    tokenizer_file, tmp_path, monkeypatch
+):
+    decoder = make_model(vocab_size=len(WORDS))
+    with pytest.raises(ValueError, match="no token '</s>'"):
+        export(decoder, tmp_path / "new", tokenizer_file, end_of_text="</s>")
+
+    class Local(METHODS["iiet"]):
+        pass
+
+    monkeypatch.setitem(METHODS._classes, "local", Local)
+    with pytest.raises(
+        ValueError, match=r"'local' of another package .* does not set modeling_file"
+    ):
+        export(make_model("local"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    tokenizer = fast_tokenizer(tokenizer_file, end_of_text=END, context_length=48)
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 0
+    folder = export(decoder, tmp_path / "plain")
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "modeling_iiet.py",
+    }
+    assert json.loads((folder / "config.json").read_text())["corrections"] == [2, 0, 3]
