@@ -31,9 +31,10 @@ from iiet import published_from_decoder
 from iiet.exporting import export, fast_tokenizer
 from orchestrator.data.preparation import prepare
 from orchestrator.data.store import open_tokens
-from orchestrator.evaluation.harness import Suite, load_suite, run_suite
-from orchestrator.evaluation.harness.suppressed_output import suppress_output
+from orchestrator.evaluation.adapter import DecoderModel, run_task, suppress_output
 from orchestrator.evaluation.heldout import build_heldout
+from orchestrator.evaluation.suite import Suite, load_suite
+from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.evaluated_model import EvaluatedModel, open_model
 from orchestrator.records.evaluation import STDERR_SUFFIX, TaskResult
 from orchestrator.settings import DataSettings
@@ -122,11 +123,14 @@ class _Inputs:
             tokens, num_items=size.num_items, context_length=size.context_length
         )
         self._heldout_names = list(heldout.tasks)
-        folders = [Path(os.environ[_OFFICIAL_VARIABLE])] if _OFFICIAL_VARIABLE in os.environ else []
+        given = os.environ.get(_OFFICIAL_VARIABLE)
+        folders = (Path(given),) if given else ()
         self._has_official = bool(folders)
         names = [*_OFFICIAL_NAMES.values()] if folders else []
         self.suite = load_suite(
-            [*names, *self._heldout_names], folders=folders, heldout=heldout.folder
+            TaskSelection(
+                names=(*names, *self._heldout_names), folders=folders, heldout=heldout.folder
+            )
         )
 
     def rows(self, *, is_quick: bool) -> dict[str, list[str]]:
@@ -213,8 +217,10 @@ class _Pair:
         return row, check
 
     def _ours(self, tasks: Sequence[str]) -> dict[str, TaskResult]:
-        suite = self._suite.only(tasks)
-        return run_suite(suite, self._decoder, self._tokenizer, limit=self._size.num_items).results
+        model, limit = DecoderModel(self._decoder, self._tokenizer), self._size.num_items
+        return {
+            name: run_task(name, self._suite.tasks[name], model, limit).result for name in tasks
+        }
 
     def _stock(self, model: HFLM, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
         results = {}

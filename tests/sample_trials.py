@@ -8,8 +8,14 @@ from typing import Any
 from iiet.config import ModelConfig
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
+from orchestrator.evaluation.lm_eval_files import MeasuredTask
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.records.evaluation import EvaluationKeys, EvaluationResult
+from orchestrator.records.evaluation import (
+    FILTER_MARK,
+    NO_FILTER,
+    EvaluationKeys,
+    EvaluationResult,
+)
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.front import Front, FrontAxes, find_front
 from orchestrator.reporting.results import result_table
@@ -52,7 +58,15 @@ def with_items(
         evaluation = evaluations[trial.key]
         keys = {name: f"{trial.key}-{name}" for name in evaluation.results}
         for name, result in evaluation.results.items():
-            store.write(keys[name], result)
+            numbers = {
+                f"{metric},{filter_name or NO_FILTER}": value
+                for label, value in result.metrics.items()
+                for metric, _, filter_name in [label.partition(FILTER_MARK)]
+            }
+            run = {"results": {name: numbers}, "versions": {name: result.version}, "n-shot": {}}
+            items = result.items or [str(number) for number in range(result.num_items)]
+            task = MeasuredTask(name=name, run=run, items=items, values=result.values)
+            store.write(keys[name], task, {})
         stored = EvaluationKeys(tasks=keys, groups=evaluation.groups, skipped=evaluation.skipped)
         found.append(trial.model_copy(update={"evaluation": stored}))
     return tuple(found)

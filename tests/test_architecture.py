@@ -60,23 +60,23 @@ ORDER = (
 
 LINES = {
     "iiet": 8_248,
-    "benchmarks": 3_618,
+    "benchmarks": 3_624,
     "examples": 217,
     "research": 1_984,
     "orchestrator/workspace": 1_066,
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_619,
-    "orchestrator/records": 978,
+    "orchestrator/records": 965,
     "orchestrator/models": 2_144,
     "orchestrator/data": 2_861,
     "orchestrator/tracking": 1_529,
     "orchestrator/training": 3_595,
-    "orchestrator/evaluation": 4_128,
+    "orchestrator/evaluation": 3_211,
     "orchestrator/planning": 1_117,
     "orchestrator/cluster": 2_428,
     "orchestrator/reporting": 4_349,
-    "orchestrator/sweeping": 3_356,
-    "orchestrator/pipelines": 4_606,
+    "orchestrator/sweeping": 3_355,
+    "orchestrator/pipelines": 4_590,
     "orchestrator/cli": 1_886,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

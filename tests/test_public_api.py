@@ -19,7 +19,7 @@ import iiet.influence_metrics
 import iiet.methods
 import orchestrator
 import orchestrator.data.text_source
-import orchestrator.evaluation.python_tasks
+import orchestrator.evaluation.tasks
 import orchestrator.records.tracked_run
 import orchestrator.tracking.loggers
 
@@ -30,8 +30,8 @@ CONTRACTS = (
     iiet.influence_metrics.Comparison,
     iiet.influence_metrics.MeasuredBatch,
     orchestrator.data.text_source.TextSource,
-    orchestrator.evaluation.python_tasks.EvaluationTask,
-    orchestrator.evaluation.python_tasks.TaskGroup,
+    orchestrator.evaluation.tasks.EvaluationTask,
+    orchestrator.evaluation.tasks.TaskGroup,
     orchestrator.tracking.loggers.RunLogger,
     orchestrator.records.tracked_run.TrackedRun,
 )

@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,11 +34,19 @@ class AnswerJournal(AbstractContextManager["AnswerJournal"]):
         failed: Callable[[OSError], None] = lambda _: None,
         seconds_between_writes: float = SECONDS_BETWEEN_WRITES,
     ) -> None:
-        """Name the file; `failed` is called if it cannot be written, and then nothing more is."""
-        self._path, self._failed = path, failed
-        self._seconds = seconds_between_writes
+        """Read the file; `failed` is called if it cannot be written, and then nothing more is."""
+        self._path, self._failed, self._seconds = path, failed, seconds_between_writes
         self._waiting: list[str] = []
         self._written = time.monotonic()
+        self._stored: dict[str, Any] = {}
+        try:
+            lines = path.read_bytes().splitlines() if path else []
+        except OSError:
+            lines = []
+        for line in lines:
+            checksum, _, text = line.decode(errors="replace").partition(" ")
+            if checksum == _checksum(text):
+                self._stored |= json.loads(text)
 
     @property
     def num_answers(self) -> int:
@@ -52,8 +59,6 @@ class AnswerJournal(AbstractContextManager["AnswerJournal"]):
 
     def add(self, answers: Mapping[str, Any]) -> None:
         """Store JSON values by key; they are in the file after a second at the latest call."""
-        if self._path is None:
-            return
         text = json.dumps(answers, separators=(",", ":"))
         self._waiting.append(f"{_checksum(text)} {text}\n")
         if time.monotonic() - self._written >= self._seconds:
@@ -68,30 +73,16 @@ class AnswerJournal(AbstractContextManager["AnswerJournal"]):
         if kind is not None:
             self._write()
 
-    @cached_property
-    def _stored(self) -> dict[str, Any]:
-        try:
-            lines = self._path.read_bytes().splitlines() if self._path else []
-        except OSError:
-            return {}
-        stored: dict[str, Any] = {}
-        for line in lines:
-            checksum, _, text = line.decode(errors="replace").partition(" ")
-            if checksum == _checksum(text):
-                stored |= json.loads(text)
-        return stored
-
     def _write(self) -> None:
-        if self._path is None or not self._waiting:
-            return
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab", buffering=0) as file:
-                # After an empty line, because a crash may have cut the last one off.
-                file.write("".join(["\n", *self._waiting]).encode())
-        except OSError as error:
-            self._path = None
-            self._failed(error)
+        if self._path and self._waiting:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("ab", buffering=0) as file:
+                    # After an empty line, because a crash may have cut the last one off.
+                    file.write("".join(["\n", *self._waiting]).encode())
+            except OSError as error:
+                self._path = None
+                self._failed(error)
         self._waiting.clear()
         self._written = time.monotonic()
 

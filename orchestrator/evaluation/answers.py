@@ -20,7 +20,7 @@ from iiet.decoder import Decoder
 from iiet.generation import stream
 from iiet.sampling import LogitsNotFinite
 from orchestrator.evaluation.answer_journal import AnswerJournal
-from orchestrator.evaluation.batch_limit import BatchLimit
+from orchestrator.evaluation.scoring import BatchLimit
 from orchestrator.models.model_tokenizer import ModelTokenizer
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.provenance import content_key
@@ -98,7 +98,7 @@ def generate_answers(
 
     Raises:
         DeviceError: If the memory is too small for one question.
-        ValueError: If an answer may fill the model's context, or a setting is out of range.
+        ValueError: If a setting is out of range.
     """
     journal = journal or AnswerJournal()
     answers: dict[int, str] = {}
@@ -114,10 +114,9 @@ def generate_answers(
         while numbers:  # The first of a batch is its longest.
             length = len(questions[numbers[0]].context) + settings.max_new_tokens
             batch = numbers[: min(limit.size, _rows_that_fit(decoder, length))]
-            answer = partial(
-                _answer, decoder, tokenizer, [questions[number] for number in batch], decode
-            )
-            texts = limit.run(answer, size=len(batch), can_split=len(batch) > 1)
+            asked = [questions[number] for number in batch]
+            work = partial(_answer, decoder, tokenizer, asked, decode)
+            texts = limit.run(work, size=len(batch), can_split=len(batch) > 1)
             if texts is None:
                 continue
             numbers = numbers[len(batch) :]
@@ -147,13 +146,7 @@ def _answer(
 ) -> list[str]:
     """Decode contexts of the same settings together, until all rows have ended."""
     settings, device = questions[0].settings, decoder.device
-    rows = _Rows(tokenizer, settings.stop, len(questions))
     room = decoder.config.context_length - settings.max_new_tokens
-    if room < 1:
-        raise ValueError(
-            f"max_gen_toks={settings.max_new_tokens} leaves no place for a question in the "
-            f"{decoder.config.context_length} tokens of the model's context"
-        )
     contexts = [question.context[-room:] for question in questions]
     length = max(map(len, contexts))
     padded = [[0] * (length - len(context)) + [*context] for context in contexts]
@@ -169,47 +162,31 @@ def _answer(
         top_p=settings.top_p,
         kv_strategy=settings.kv_strategy,
         seed=[question.seed for question in questions],
-        stop_tokens=rows.end_ids,
+        stop_tokens=tokenizer.end_ids,
     )
+    stops = [text for text in settings.stop if text]
+    # A token stands for at least one byte.
+    tail = max((len(text.encode()) for text in stops), default=0) + _TAIL_MARGIN
+    answers: list[list[int]] = [[] for _ in questions]
+    unfinished = set(range(len(questions)))
     try:
-        for tokens in steps:
-            if rows.add(tokens.tolist()):
+        for step in steps:
+            tokens = step.tolist()
+            for row in sorted(unfinished):
+                if tokens[row] in tokenizer.end_ids:
+                    unfinished.remove(row)
+                    continue
+                answers[row].append(tokens[row])
+                if stops:
+                    # A stop text may be a special token, and may begin inside of a token.
+                    end = tokenizer.decode(answers[row][-tail:], skip_special_tokens=False)
+                    if any(stop in end for stop in stops):
+                        unfinished.remove(row)
+            if not unfinished:
                 break
     except LogitsNotFinite as error:
         raise RunFailed(str(error)) from None
-    return rows.texts()
-
-
-class _Rows:
-    """The answers of a batch while they grow."""
-
-    def __init__(self, tokenizer: ModelTokenizer, stop: Sequence[str], num_rows: int) -> None:
-        self.end_ids = tokenizer.end_ids
-        self._tokenizer = tokenizer
-        self._stop_texts = [text for text in stop if text]
-        longest = max((len(text.encode()) for text in self._stop_texts), default=0)
-        self._tail = longest + _TAIL_MARGIN  # A token stands for at least one byte.
-        self._tokens: list[list[int]] = [[] for _ in range(num_rows)]
-        self._open = set(range(num_rows))
-
-    def add(self, tokens: Sequence[int]) -> bool:
-        """Add the next token of each row that has not ended; return whether all have."""
-        for row in sorted(self._open):
-            if tokens[row] in self.end_ids:
-                self._open.remove(row)
-                continue
-            self._tokens[row].append(tokens[row])
-            if self._stop_texts:
-                # A stop text may be a special token, and may begin inside of a token.
-                tail = self._tokens[row][-self._tail :]
-                text = self._tokenizer.decode(tail, skip_special_tokens=False)
-                if any(stop in text for stop in self._stop_texts):
-                    self._open.remove(row)
-        return not self._open
-
-    def texts(self) -> list[str]:
-        """Return the answers up to their first stop text."""
-        answers = [self._tokenizer.decode(tokens) for tokens in self._tokens]
-        for stop in self._stop_texts:
-            answers = [answer.partition(stop)[0] for answer in answers]
-        return answers
+    texts = [tokenizer.decode(tokens) for tokens in answers]
+    for stop in stops:
+        texts = [text.partition(stop)[0] for text in texts]
+    return texts

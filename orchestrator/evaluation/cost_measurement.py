@@ -51,10 +51,13 @@ class MeasurementSettings:
     """PyTorch threads on a CPU."""
 
     def check(self, context_lengths: Mapping[str, int]) -> None:
-        """Check the conditions, and how they fit a named model.
+        """Check that the conditions fit models.
+
+        Args:
+            context_lengths: Name of a model -> tokens that it reads.
 
         Raises:
-            UserError: If a condition is out of range, or does not fit.
+            UserError: If a condition is out of range, or does not fit a model.
         """
         least = {"new_tokens": 2, "batch_sizes": 1, "contexts": 1, "repetitions": 1}
         problems = [

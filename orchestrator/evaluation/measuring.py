@@ -9,14 +9,22 @@ from pathlib import Path
 
 from iiet.decoder import Decoder
 from orchestrator.data.mixture import open_data
-from orchestrator.evaluation.answer_journal import AnswerJournal
-from orchestrator.evaluation.batch_limit import BatchLimit
-from orchestrator.evaluation.harness import Suite, run_model, run_suite
-from orchestrator.evaluation.harness.run import JournalOf, OnResult
+from orchestrator.evaluation.adapter import (
+    FEWSHOT_SEED,
+    ChatModel,
+    DecoderModel,
+    check_answer_settings,
+    run_task,
+)
+from orchestrator.evaluation.lm_eval_files import MeasuredTask
+from orchestrator.evaluation.scoring import BatchLimit
 from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.evaluation.suite import Suite
 from orchestrator.models.evaluated_model import EvaluatedModel
 from orchestrator.models.folder import DTYPES
-from orchestrator.records.evaluation import EvaluationKeys, EvaluationResult, TaskResult
+from orchestrator.models.model_tokenizer import check_template
+from orchestrator.records.evaluation import NO_FILTER, EvaluationKeys, EvaluationResult
+from orchestrator.settings.evaluation import Prompts
 from orchestrator.settings.training import Precision
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.devices import World, device_precision
@@ -42,8 +50,6 @@ class Conditions:
     batch_size: int = 32
     device: str = "cpu"
     trust_remote_code: bool = False
-    needs_responses: bool = False
-    """Measure again what an older version stored without all that the model said."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class ModelMeasurer:
 
     def has_stored(self, suite: Suite) -> bool:
         """Return whether all tasks of a suite have been measured before."""
-        return all(map(self._read, self._keys(suite).values()))
+        return all(map(self._store.read, self._keys(suite).values()))
 
     def stored_answers(self, suite: Suite) -> dict[str, int | None]:
         """Return for each task how many answers are stored; None if its result is."""
@@ -86,43 +92,45 @@ class ModelMeasurer:
         }
 
     def tasks(self, suite: Suite) -> Measured:
-        """Measure the tasks of a suite.
+        """Measure the tasks of a suite, one after the other.
 
         Raises:
-            UserError: If the weights or the tokenizer are missing or damaged.
+            UserError: If the weights or the tokenizer are missing or damaged, or a task wants
+                answers that the decoder cannot generate.
         """
         keys = self._keys(suite)
-        found = {name: self._read(key) for name, key in keys.items()}
+        found = {name: self._store.read(key) for name, key in keys.items()}
         results = {name: result for name, result in found.items() if result}
-        missing = [name for name in suite.tasks if name not in results]
-
-        def store(result: TaskResult) -> None:
-            # One by one: what is measured survives an interruption.
-            self._store.write(keys[result.name], result)
-            results[result.name] = result
-
-        def journal_of(name: str) -> AnswerJournal:
-            journal = self._store.journal(keys[name], name)
-            if journal.num_answers:
-                self._progress.note(
-                    f"{name}: {journal.num_answers:,} answers were stored before an interruption"
-                )
-            return journal
-
-        if partly := [name for name in missing if self._store.read(keys[name])]:
-            self._progress.note(
-                f"{', '.join(partly)}: measured again, as results of an earlier version lack what "
-                "lm-eval's files hold"
+        missing = suite.only([name for name in suite.tasks if name not in results])
+        limit, progress = self._conditions.limit, self._progress
+        model = self._lm_eval_model(missing) if missing.tasks else ChatModel()
+        if missing.tasks:
+            progress.start(
+                "evaluate", sum(missing.num_items(name, limit) for name in missing.tasks)
             )
-        if missing:
-            self._run(suite.only(missing), store, journal_of)
+        num_done = 0
+        for name, task in missing.tasks.items():
+            with self._store.journal(keys[name], name) as model.journal:
+                if count := model.journal.num_answers:
+                    progress.note(f"{name}: {count:,} answers were stored before an interruption")
+                measured = run_task(name, task, model, limit)
+            # One by one: what is measured survives an interruption.
+            self._store.write(keys[name], measured, self._about(suite))
+            results[name] = measured.result
+            num_done += measured.result.num_items
+            progress.advance(num_done)
+        if num_cut := getattr(model, "num_cut", 0):
+            progress.note(
+                f"{num_cut} prompts lost their beginning: they are longer than the "
+                f"{self._model.context_length} tokens of the model's context"
+            )
+        stored = EvaluationKeys(tasks=keys, groups=suite.groups, skipped=suite.skipped)
         evaluation = EvaluationResult(
             results={name: results[name] for name in suite.tasks},
             groups=suite.groups,
             skipped=suite.skipped,
         )
-        stored = EvaluationKeys(tasks=keys, groups=suite.groups, skipped=suite.skipped)
-        return Measured(evaluation, stored, len(missing), self.precision)
+        return Measured(evaluation, stored, len(missing.tasks), self.precision)
 
     def validation_loss(self, tokens_folder: Path) -> float:
         """Measure the mean loss over held-out tokens, in nats.
@@ -135,15 +143,15 @@ class ModelMeasurer:
         found = self._store.read(key)
         if found is None:
             loss = heldout_loss(self._decoder, tokens_folder, note=self._progress.note)
-            found = TaskResult(name=VALIDATION_LOSS, version="1", metrics={VALIDATION_LOSS: loss})
-            self._store.write(key, found)
+            run = {
+                "results": {VALIDATION_LOSS: {f"{VALIDATION_LOSS},{NO_FILTER}": loss}},
+                "versions": {VALIDATION_LOSS: 1},
+                "n-shot": {VALIDATION_LOSS: 0},
+            }
+            measured = MeasuredTask(name=VALIDATION_LOSS, run=run)
+            self._store.write(key, measured, {})
+            found = measured.result
         return found.metrics[VALIDATION_LOSS]
-
-    def _read(self, key: str) -> TaskResult | None:
-        result = self._store.read(key)
-        if result and self._conditions.needs_responses and not result.has_all_responses:
-            return None
-        return result
 
     def _keys(self, suite: Suite) -> dict[str, str]:
         limit = self._conditions.limit
@@ -158,39 +166,49 @@ class ModelMeasurer:
     def _decoder(self) -> Decoder:
         return self._model.decoder(DTYPES[self.precision], device=self._conditions.device)
 
-    def _run(self, suite: Suite, on_result: OnResult, journal_of: JournalOf) -> None:
-        model, conditions, progress = self._model, self._conditions, self._progress
+    def _lm_eval_model(self, suite: Suite) -> ChatModel:
+        """Load the model as one of lm-eval."""
+        model, conditions = self._model, self._conditions
+        prompts = suite.prompts or Prompts()
         if model.config is not None:
-            run_suite(
-                suite,
-                self._decoder,
-                model.tokenizer(),
-                batch_size=conditions.batch_size,
-                limit=conditions.limit,
-                progress=progress,
-                on_result=on_result,
-                journal_of=journal_of,
+            decoder, tokenizer = self._decoder, model.tokenizer()
+            check_answer_settings(suite.tasks, model.config.context_length)
+            check_template(tokenizer, prompts)
+            return DecoderModel(
+                decoder, tokenizer, conditions.batch_size, prompts=prompts, progress=self._progress
             )
-            return
         # Imported here: transformers takes seconds, and our own models do without it.
-        from orchestrator.evaluation.harness.transformers_model import load_transformers_model
+        from orchestrator.evaluation.transformers_model import load_transformers_model
 
-        runner = load_transformers_model(
+        return load_transformers_model(
             model.path,
             device=conditions.device,
             batch_size=conditions.batch_size,
             trust_remote_code=conditions.trust_remote_code,
-            prompts=suite.prompts,
-            progress=progress,
+            prompts=prompts,
+            progress=self._progress,
         )
-        run_model(
-            suite,
-            runner,
-            limit=conditions.limit,
-            progress=progress,
-            on_result=on_result,
-            journal_of=journal_of,
-        )
+
+    def _about(self, suite: Suite) -> dict[str, object]:
+        """Return what lm-eval's results say of a run beside its numbers."""
+        model, prompts = self._model, suite.prompts or Prompts()
+        model_args: dict[str, object] = {}
+        if model.config is not None:
+            schedule = ",".join(map(str, model.config.corrections))
+            model_args = {"dtype": self.precision, "schedule": schedule}
+        return {
+            "config": {
+                "model": model.architecture,
+                "model_args": model_args,
+                "batch_size": self._conditions.batch_size,
+                "limit": self._conditions.limit,
+                "fewshot_seed": FEWSHOT_SEED,
+                "apply_chat_template": prompts.chat_template,
+            },
+            "model_source": "iiet-orch",
+            "system_instruction": prompts.system_instruction,
+            "fewshot_as_multiturn": prompts.fewshot_as_multiturn,
+        }
 
 
 def heldout_loss(

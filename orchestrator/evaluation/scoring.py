@@ -1,30 +1,34 @@
 """Log-likelihoods of continuations under a decoder: what lm-eval's tasks need from a model.
 
-Sequences that begin alike share a row, in which each token is evaluated once (`prefix_trees`). A
-repeated pair is scored once, and the head is applied only where a token is scored. None of this
-changes a number beyond rounding.
+The continuations of one context share a row: its tokens, and then each continuation as a branch,
+which sees the context and itself. So each context is evaluated once. A repeated pair is scored
+once, too, and the head is applied only where a token is scored. None of this changes a number
+beyond rounding. Batches have rows of similar length, and are halved when a GPU runs out of memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from iiet.decoder import Decoder
 from orchestrator.evaluation.answer_journal import AnswerJournal
-from orchestrator.evaluation.batch_limit import BatchLimit
-from orchestrator.evaluation.prefix_trees import PrefixTree, Segment, Tokens, prefix_trees
+from orchestrator.workspace.errors import DeviceError, out_of_memory_text
 from orchestrator.workspace.provenance import content_key
+
+T = TypeVar("T")
+Tokens = tuple[int, ...]
 
 MAX_TOKENS_ON_CPU = 2048
 """Tokens of one pass on a CPU; more do not fit its caches and run a third slower."""
-
+MAX_SHARED_TOKENS = 2048
+"""Tokens of a row with several branches: the memory of its mask grows with their square."""
 MAX_LOGITS_AT_ONCE = 1 << 24
 """64 MiB in float32, for any vocabulary."""
 
@@ -36,6 +40,52 @@ class Score(NamedTuple):
     """Sum of the log-probabilities of its tokens, in nats."""
     is_greedy: bool
     """Whether each of its tokens had the highest probability."""
+
+
+class Segment(NamedTuple):
+    """A part of a continuation that fits into one forward pass, after as much context as fits."""
+
+    context: Tokens
+    continuation: Tokens
+
+
+class BatchLimit:
+    """The largest size of a batch, in some unit; halved after a batch that did not fit.
+
+    Args:
+        size: The limit at first.
+        unit: What is counted, for messages.
+        note: Called with a sentence when the limit is halved.
+    """
+
+    def __init__(self, size: int, unit: str, note: Callable[[str], None] | None = None) -> None:
+        self.size = size
+        self._unit, self._note = unit, note
+
+    def run(self, work: Callable[[], T], *, size: int, can_split: bool) -> T | None:
+        """Return the result of work on a batch; None if it did not fit, and is to be split.
+
+        Raises:
+            DeviceError: If a batch that cannot be split does not fit.
+        """
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            if not can_split:
+                raise DeviceError(
+                    f"the evaluation of one sequence ran out of memory "
+                    f"({out_of_memory_text(error)}); use a GPU with more memory, or --set "
+                    "evaluation.precision=bf16"
+                ) from None
+        # Not in the handler: there, the error still holds the tensors of the batch.
+        self.size = max(1, size // 2)
+        torch.cuda.empty_cache()
+        if self._note:
+            self._note(
+                f"a batch of the evaluation ran out of memory; from here on, it has at most "
+                f"{self.size:,} {self._unit}"
+            )
+        return None
 
 
 @torch.no_grad()
@@ -54,7 +104,7 @@ def score_continuations(
     decoder's context is scored in segments, each after as many of the tokens before it as fit.
 
     Args:
-        decoder: The model; it uses its own schedule, and its mode (train or eval) is restored.
+        decoder: The model in evaluation mode, under its own schedule.
         pairs: Context, at least one token, and continuation, which may be empty.
         batch_size: Sequences of full length in one forward pass; of shorter sequences, as many as
             have the same number of tokens. On a CPU at most `MAX_TOKENS_ON_CPU` tokens.
@@ -64,21 +114,32 @@ def score_continuations(
 
     Raises:
         DeviceError: If the memory is too small for one sequence.
-        ValueError: If a context is empty.
     """
-    was_training = decoder.training
-    decoder.eval()
-    try:
-        split = [_segments(tuple(a), tuple(b), decoder.config.context_length) for a, b in pairs]
-        scores: dict[Segment, Score] = {}
-        distinct = list(dict.fromkeys(segment for segments in split for segment in segments))
-        limit = BatchLimit(_max_tokens(decoder, batch_size), "tokens", note)
-        for scored in _score_segments(decoder, distinct, limit, journal or AnswerJournal()):
-            scores.update(scored)
+    longest = decoder.config.context_length
+    split = [_segments(tuple(a), tuple(b), longest) for a, b in pairs]
+    max_tokens = batch_size * longest
+    if decoder.device.type == "cpu":
+        max_tokens = min(max_tokens, MAX_TOKENS_ON_CPU)
+    limit, journal = BatchLimit(max_tokens, "tokens", note), journal or AnswerJournal()
+    left = dict.fromkeys(segment for segments in split for segment in segments)
+    total, scores = len(left), dict[Segment, Score]()
+    while left:
+        for rows in _batches(left, limit.size, keys_per_token=decoder.config.dim):
+            batch = [segment for row in rows for segment in row.segments]
+            key = content_key("scores", batch)
+            found: list[Score] | None = [Score(*stored) for stored in journal.get(key) or ()]
+            if not found:
+                work = partial(_score_rows, decoder, rows)
+                size = len(rows) * len(rows[0].tokens)
+                found = limit.run(work, size=size, can_split=len(batch) > 1)
+                if found is None:
+                    break  # Divide what is left into smaller batches.
+                journal.add({key: found})
+            scores.update(zip(batch, found, strict=True))
+            for segment in batch:
+                del left[segment]
             if on_scored:
-                on_scored(len(scores), len(distinct))
-    finally:
-        decoder.train(was_training)
+                on_scored(len(scores), total)
     return [
         Score(
             sum(scores[segment].log_likelihood for segment in segments),
@@ -89,8 +150,6 @@ def score_continuations(
 
 
 def _segments(context: Tokens, continuation: Tokens, context_length: int) -> list[Segment]:
-    if not context:
-        raise ValueError("a context needs at least one token, such as the end-of-text token")
     segments = []
     before = context
     for start in range(0, len(continuation), context_length):
@@ -101,67 +160,111 @@ def _segments(context: Tokens, continuation: Tokens, context_length: int) -> lis
     return segments
 
 
-def _max_tokens(decoder: Decoder, batch_size: int) -> int:
-    num_tokens = batch_size * decoder.config.context_length
-    return min(num_tokens, MAX_TOKENS_ON_CPU) if decoder.device.type == "cpu" else num_tokens
+class Row:
+    """A context, and behind it the tokens that are read of its continuations, as branches."""
+
+    def __init__(self, context: Tokens) -> None:
+        self.tokens = list(context)
+        self.positions = list(range(len(context)))
+        """For each column, its position in its sequence."""
+        self.branches = [0] * len(context)
+        """For each column, the number of its branch; 0 for the context, which all see."""
+        self.segments: list[Segment] = []
+        self.columns: list[list[int]] = []
+        """For each segment, the columns whose successors are the tokens of its continuation."""
+        self.num_branches = self._num_wasted = 0
+        self._length = len(context)
+
+    def takes(self, num_read: int, *, max_tokens: int, keys_per_token: int) -> bool:
+        """Return whether a branch should share this row: that saves more than the row costs.
+
+        The kernel computes all pairs of query and key, and the mask drops those of different
+        branches. So a row is full when it has wasted as much as the context costs in a new row.
+        """
+        wasted = self._num_wasted + num_read * (len(self.tokens) - self._length)
+        return len(self.tokens) + num_read <= max_tokens and wasted <= self._length * keys_per_token
+
+    def add(self, read: Tokens, segments: Iterable[Segment]) -> None:
+        """Add segments of which the same tokens are read; none of choices of one token each."""
+        first = len(self.tokens)
+        self._num_wasted += len(read) * (first - self._length)
+        self.num_branches += bool(read)
+        self.tokens += read
+        self.positions += range(self._length, self._length + len(read))
+        self.branches += [self.num_branches] * len(read)
+        columns = [self._length - 1, *range(first, len(self.tokens))]
+        for segment in segments:
+            self.segments.append(segment)
+            self.columns.append(columns)
 
 
-def _score_segments(
-    decoder: Decoder, segments: list[Segment], limit: BatchLimit, journal: AnswerJournal
-) -> Iterator[dict[Segment, Score]]:
-    left = dict.fromkeys(segments)
-    while left:
-        for rows in _batches(decoder, left, limit.size):
-            batch = [segment for row in rows for segment in row.segments]
-            key = content_key("scores", batch)
-            scores = [Score(*stored) for stored in journal.get(key) or ()]
-            if not scores:
-                size = len(rows) * len(rows[0].tokens)
-                score = partial(_score_rows, decoder, rows)
-                found = limit.run(score, size=size, can_split=len(batch) > 1)
-                if found is None:
-                    break  # Divide what is left into smaller batches.
-                scores = found
-                journal.add({key: scores})
-            for segment in batch:
-                del left[segment]
-            yield dict(zip(batch, scores, strict=True))
+def make_rows(segments: Iterable[Segment], *, max_tokens: int, keys_per_token: int) -> list[Row]:
+    """Return rows that hold all segments, the longest first; those without branches come first.
+
+    Args:
+        max_tokens: Most tokens of a row with several branches.
+        keys_per_token: Number of keys that a query can look at in the time of one token's other
+            arithmetic.
+    """
+    by_context: dict[Tokens, defaultdict[Tokens, list[Segment]]] = {}
+    for segment in segments:
+        by_read = by_context.setdefault(segment.context, defaultdict(list))
+        by_read[segment.continuation[:-1]].append(segment)
+    most = min(max_tokens, MAX_SHARED_TOKENS)
+    rows = []
+    for context, by_read in by_context.items():
+        row = Row(context)
+        for read, group in by_read.items():
+            fits = row.takes(len(read), max_tokens=most, keys_per_token=keys_per_token)
+            if row.segments and not fits:
+                rows.append(row)
+                row = Row(context)
+            row.add(read, group)
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row.num_branches > 1, -len(row.tokens)))
 
 
 def _batches(
-    decoder: Decoder, segments: Iterable[Segment], max_tokens: int
-) -> list[list[PrefixTree]]:
-    """Divide segments into batches of rows of similar length, of at most `max_tokens` tokens."""
+    segments: Iterable[Segment], max_tokens: int, *, keys_per_token: int
+) -> Iterator[list[Row]]:
+    """Yield batches of rows of similar length, padded to at most `max_tokens` tokens."""
     # A layer's other arithmetic is about 24 d^2 per token, that of a key 4 d at a lower speed.
-    rows = prefix_trees(segments, max_tokens=max_tokens, keys_per_token=decoder.config.dim)
-    batches: list[list[PrefixTree]] = []
-    for row in rows:
-        batch = batches[-1] if batches else []
-        is_alike = batch and batch[0].is_branched == row.is_branched
-        if is_alike and (len(batch) + 1) * len(batch[0].tokens) <= max_tokens:
-            batch.append(row)
-        else:
-            batches.append([row])
-    return batches
+    batch: list[Row] = []
+    for row in make_rows(segments, max_tokens=max_tokens, keys_per_token=keys_per_token):
+        is_alike = batch and (batch[0].num_branches > 1) == (row.num_branches > 1)
+        if not (is_alike and (len(batch) + 1) * len(batch[0].tokens) <= max_tokens):
+            if batch:
+                yield batch
+            batch = []
+        batch.append(row)
+    yield batch
 
 
-def _score_rows(decoder: Decoder, rows: list[PrefixTree]) -> list[Score]:
+def _score_rows(decoder: Decoder, rows: list[Row]) -> list[Score]:
     """Score the segments of all rows, padded on the right."""
     device = decoder.device
     inputs = _padded([row.tokens for row in rows], device)
     positions = mask = None
-    if rows[0].is_branched:
-        positions = _padded([row.depths for row in rows], device)
-        mask = _mask_of([row.ends() for row in rows], device)
-    hidden = _last_hidden(decoder, inputs, attention_mask=mask, position_ids=positions)
+    if rows[0].num_branches > 1:
+        positions = _padded([row.positions for row in rows], device)
+        branches = _padded([row.branches for row in rows], device, value=-1)
+        columns = torch.arange(inputs.size(1), device=device)
+        queries, keys = branches[:, :, None], branches[:, None]
+        mask = (columns <= columns[:, None]) & ((keys == 0) | (keys == queries))
+    states = decoder.hidden_states(
+        decoder.embedding(inputs), attention_mask=mask, position_ids=positions
+    )
+    # One after the other, so that those of earlier layers are freed.
+    (hidden,) = deque(states, maxlen=1)
+
     # Continuations that begin alike need the logits of a column once.
-    columns: dict[int, int] = {}
+    needed: dict[int, int] = {}
     wanted: list[tuple[int, int]] = []
     for start, row in zip(range(0, inputs.numel(), inputs.size(1)), rows, strict=True):
-        for segment, predicting in zip(row.segments, row.predicting, strict=True):
-            for column, target in zip(predicting, segment.continuation, strict=True):
-                wanted.append((columns.setdefault(start + column, len(columns)), target))
-    selected = hidden.flatten(0, 1)[torch.tensor(list(columns), device=device)]
+        for segment, of_segment in zip(row.segments, row.columns, strict=True):
+            for column, target in zip(of_segment, segment.continuation, strict=True):
+                wanted.append((needed.setdefault(start + column, len(needed)), target))
+    selected = hidden.flatten(0, 1)[torch.tensor(list(needed), device=device)]
     found = zip(*_token_scores(decoder, selected, torch.tensor(wanted, device=device)), strict=True)
     scores = []
     for segment in (segment for row in rows for segment in row.segments):
@@ -175,36 +278,6 @@ def _padded(sequences: Sequence[Sequence[int]], device: torch.device, *, value: 
     time = max(map(len, sequences))
     rows = [[*sequence, *[value] * (time - len(sequence))] for sequence in sequences]
     return torch.tensor(rows, device=device)
-
-
-def _mask_of(ends: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Return which column each column sees, (batch, time, time): itself and its ancestors.
-
-    Args:
-        ends: For each row and column, where the column's descendants end.
-    """
-    time = max(map(len, ends))
-    # No token sees padding; padding sees the padding before it.
-    until = _padded(ends, device, value=time)[:, None]
-    columns = torch.arange(time, device=device)
-    queries = columns[:, None]
-    return (columns <= queries) & (queries < until)
-
-
-def _last_hidden(
-    decoder: Decoder,
-    input_ids: Tensor,
-    *,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-) -> Tensor:
-    """Return `h_L`, (batch, time, dim), without applying the head at each position."""
-    states = decoder.hidden_states(
-        decoder.embedding(input_ids), attention_mask=attention_mask, position_ids=position_ids
-    )
-    # One after the other, so that those of earlier layers are freed.
-    (last,) = deque(states, maxlen=1)
-    return last
 
 
 def _token_scores(
@@ -221,9 +294,8 @@ def _token_scores(
     for start in range(0, len(hidden), num_at_once):
         logits = decoder.logits(hidden[start : start + num_at_once])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        (here,) = (
-            ((wanted[:, 0] >= start) & (wanted[:, 0] < start + len(logits))).nonzero().unbind(1)
-        )
+        is_here = (wanted[:, 0] >= start) & (wanted[:, 0] < start + len(logits))
+        (here,) = is_here.nonzero().unbind(1)
         columns, targets = (wanted[here] - wanted.new_tensor([start, 0])).unbind(1)
         losses[here] = -logits.log_softmax(-1)[columns, targets].double()
         hits[here] = (logits.argmax(-1)[columns] == targets).to(hits.dtype)

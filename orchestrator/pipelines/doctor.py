@@ -97,7 +97,7 @@ def extension_points() -> tuple[ExtensionTable[Any], ...]:
     from iiet.influence_metrics import INFLUENCE_METRICS
     from iiet.methods import METHODS
     from orchestrator.data.text_source import DATA_SOURCES
-    from orchestrator.evaluation.python_tasks import TASKS
+    from orchestrator.evaluation.tasks import TASKS
     from orchestrator.tracking.loggers import LOGGERS
 
     return (METHODS, INFLUENCE_METRICS, TASKS, DATA_SOURCES, LOGGERS)

@@ -16,23 +16,13 @@ from rich.console import RenderableType
 
 from orchestrator.cluster.task import command_device
 from orchestrator.data.model_tokens import tokens_folder_of
-from orchestrator.evaluation.harness import Suite
-from orchestrator.evaluation.harness.logged_files import (
-    LoggedOutput,
-    new_output_folder,
-    write_lm_eval_files,
-)
-from orchestrator.evaluation.heldout import heldout_chances
-from orchestrator.evaluation.logged_samples import LoggedRun, find_logged_run
+from orchestrator.evaluation.heldout import heldout_chances, is_heldout_task
+from orchestrator.evaluation.lm_eval_files import LoggedRun, find_logged_run
 from orchestrator.evaluation.measuring import Conditions, Measured, ModelMeasurer
+from orchestrator.evaluation.selection import needs_heldout, newest_tokens, select_tasks
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.evaluation.task_selection import (
-    load_selection,
-    make_tasks,
-    needs_heldout,
-    newest_tokens,
-    select_tasks,
-)
+from orchestrator.evaluation.suite import load_suite
+from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.evaluated_model import EvaluatedModel, open_models, short_names
 from orchestrator.models.hub import offline
 from orchestrator.models.loading import best_device
@@ -61,6 +51,7 @@ from orchestrator.terminal.render import format_count, format_with_error
 from orchestrator.training.devices import OnDevice, on_cpu
 from orchestrator.training.watching import evaluated_model
 from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.files import expand_user
 from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import content_key
 
@@ -140,7 +131,7 @@ class EvaluatePlan(Result):
         asked = select_tasks(evaluation, tokens, context_length=model.context_length)
         states: list[tuple[str, str]] = []
         if asked.heldout and not asked.heldout.is_dir():
-            missing = asked.heldout_names
+            missing = tuple(filter(is_heldout_task, asked.names))
             states = [(name, "to measure, its items are not made yet") for name in missing]
             others = tuple(name for name in asked.names if name not in missing)
             if not others:
@@ -148,7 +139,7 @@ class EvaluatePlan(Result):
             asked = replace(asked, names=others, heldout=None)
         try:
             with offline():
-                suite = load_selection(asked, evaluation)
+                suite = load_suite(asked)
         except RunFailed:
             return [*states, *((name, NEEDS_HUB) for name in asked.names)]
         precision, device = evaluation.precision, cluster.device
@@ -213,12 +204,19 @@ def run_evaluate(
 ) -> ModelEvaluations:
     """Evaluate the models of a plan; stored results are read again. Errors as `evaluate`."""
     names = short_names(plan.models)
-    folder = None if log_samples is None else new_output_folder(log_samples)
+    if log_samples is not None:
+        log_samples = expand_user(log_samples).absolute()
+        try:
+            log_samples.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--log-samples: cannot make the folder {log_samples}: {error.strerror}"
+            ) from None
     evaluations = evaluate_opened(
         plan.models,
         plan.settings,
         context,
-        outputs=None if folder is None else [LoggedOutput(folder, name) for name in names],
+        log_samples=log_samples,
         trust_remote_code=trust_remote_code,
     )
     if different := tasks_with_other_items(evaluations):
@@ -270,13 +268,13 @@ def evaluate_opened(
     settings: Settings,
     context: Context,
     *,
-    outputs: Sequence[LoggedOutput] | None = None,
+    log_samples: Path | None = None,
     trust_remote_code: bool = False,
 ) -> list[EvaluationResult]:
     """Evaluate models that are open, each under its schedule.
 
     Args:
-        outputs: Where each model's results and samples are written in lm-eval's files.
+        log_samples: Gets a folder with lm-eval's files for each model.
 
     Raises:
         UserError, RunFailed: As `evaluate`.
@@ -284,17 +282,16 @@ def evaluate_opened(
     if prompts := settings.evaluation.prompts:
         for model in models:
             check_template(model.tokenizer(trust_remote_code=trust_remote_code), prompts)
-    places: Sequence[LoggedOutput | None] = outputs or [None] * len(models)
     return [
         evaluate_model(
             model,
             settings.evaluation,
             context,
             on_device=command_device(settings.cluster, context.workspace.root),
-            output=output,
+            output=log_samples and log_samples / name.replace("/", "__"),
             trust_remote_code=trust_remote_code,
         )
-        for model, output in zip(models, places, strict=True)
+        for model, name in zip(models, short_names(models), strict=True)
     ]
 
 
@@ -304,14 +301,14 @@ def evaluate_model(
     context: Context,
     *,
     on_device: OnDevice = on_cpu,
-    output: LoggedOutput | None = None,
+    output: Path | None = None,
     trust_remote_code: bool = False,
 ) -> EvaluationResult:
     """Return an evaluation of a model; only tasks without a stored result are run.
 
     Args:
         on_device: Runs these tasks.
-        output: Where results and samples are written in lm-eval's files.
+        output: Folder that gets lm-eval's files of the evaluation.
 
     Raises:
         UserError, RunFailed: As `evaluate`.
@@ -319,12 +316,11 @@ def evaluate_model(
     workspace, progress = context.workspace, context.progress
     progress.start("evaluate")  # Tasks and models take their time to load.
     tokens = tokens_of_tasks(model, settings, workspace, progress.note)
-    asked = make_tasks(settings, tokens, context_length=model.context_length, progress=progress)
+    asked = select_tasks(settings, tokens, context_length=model.context_length, make=progress)
     for name, chance in (heldout_chances(asked.heldout) if asked.heldout else {}).items():
         if name in asked.names:
             progress.note(f"chance of {name}: {chance}")
-    load = partial(load_selection, asked, settings)  # Loaded tasks cannot be pickled.
-    suite = load()
+    suite = load_suite(asked)
     for name, reason in suite.skipped.items():
         progress.note(f"skipped {name}: {reason}")
     conditions = Conditions(
@@ -332,9 +328,8 @@ def evaluate_model(
         limit=settings.limit,
         batch_size=settings.batch_size,
         trust_remote_code=trust_remote_code,
-        needs_responses=output is not None,
     )
-    measure = partial(_measure, model, load, conditions, workspace.evaluations)
+    measure = partial(_measure, model, asked, conditions, workspace.evaluations)
     store = EvaluationStore(workspace.evaluations, progress.note)
     # If no precision is set, it follows from the device where the tasks run.
     is_stored = settings.precision and ModelMeasurer(model, store, conditions).has_stored(suite)
@@ -363,35 +358,24 @@ def evaluate_model(
             model=tracked,
         )
     )
-
     if output is not None:
-        model_args: dict[str, Any] = {"pretrained": str(model.path)}
-        if config is not None:
-            schedule = ",".join(map(str, config.corrections))
-            model_args |= {"dtype": measured.precision, "schedule": schedule}
-        asked_for = {
-            "model": model.architecture,
-            "model_args": model_args,
-            "batch_size": settings.batch_size,
-            "limit": settings.limit,
-        }
-        tokenizer = model.tokenizer(trust_remote_code=trust_remote_code)
-        path = write_lm_eval_files(output, suite, evaluation, tokenizer, asked_for)
-        progress.note(f"samples in lm-eval's files: {path}")
+        store.copy(measured.keys, output, pretrained=str(model.path))
+        progress.note(f"samples in lm-eval's files: {output}")
     return evaluation
 
 
 def _measure(
     model: EvaluatedModel,
-    load: Callable[[], Suite],
+    asked: TaskSelection,
     conditions: Conditions,
     evaluations: Path,
     device: str,
     progress: Progress,
 ) -> Measured:
+    # Loaded tasks cannot be pickled, so a worker loads them again.
     store = EvaluationStore(evaluations, progress.note)
     conditions = replace(conditions, device=device)
-    return ModelMeasurer(model, store, conditions, progress).tasks(load())
+    return ModelMeasurer(model, store, conditions, progress).tasks(load_suite(asked))
 
 
 def tokens_of_tasks(

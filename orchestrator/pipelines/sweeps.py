@@ -23,7 +23,7 @@ from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.evaluation.heldout import heldout_chances, offered_tasks
-from orchestrator.evaluation.task_selection import check_sweep_tasks, needs_lm_eval, tasks_of_source
+from orchestrator.evaluation.selection import check_sweep_tasks, needs_lm_eval, tasks_of_source
 from orchestrator.models.folder import load_config
 from orchestrator.models.hub import DRY_RUN, offline
 from orchestrator.models.lookup import resolve_teacher

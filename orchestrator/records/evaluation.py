@@ -55,19 +55,6 @@ class TaskResult(Record):
     """A hash of each document, in order; equal hashes mean equal items."""
     values: dict[str, list[Any]] = Field(default_factory=dict)
     """Metric to one value per item; pairs (log-likelihood, weight) for metrics per byte or word."""
-    log_likelihoods: list[list[float]] = Field(default_factory=list)
-    """Per item, the log-likelihood of each continuation, in nats; none where answers are
-    generated."""
-    is_greedy: list[list[bool]] = Field(default_factory=list)
-    """Per item, whether each continuation is what the model would write; empty for whole texts.
-    Results of older versions have none."""
-    answers: list[list[str]] = Field(default_factory=list)
-    """Per item, the generated answers; none where continuations are scored."""
-
-    @property
-    def has_all_responses(self) -> bool:
-        """Whether it holds all that the model said, which lm-eval's samples contain."""
-        return bool(self.answers) or len(self.is_greedy) == self.num_items
 
     @property
     def accuracy_metric(self) -> str | None:

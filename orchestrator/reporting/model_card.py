@@ -15,7 +15,7 @@ from iiet.cost import inference_cost
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.heldout import is_heldout_task
-from orchestrator.evaluation.python_tasks import TASKS
+from orchestrator.evaluation.tasks import TASKS
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.reporting.command_tables import influence_markdown
 from orchestrator.reporting.sections import bullets, markdown_table

@@ -11,7 +11,7 @@ from functools import partial
 
 from iiet.methods import METHODS
 from orchestrator.data.preparation import sequence_length
-from orchestrator.evaluation.task_selection import lm_eval_task_fingerprints
+from orchestrator.evaluation.selection import lm_eval_task_fingerprints
 from orchestrator.models.config import build_model_config
 from orchestrator.planning.estimate import assign_trial_gpus
 from orchestrator.planning.machine import (

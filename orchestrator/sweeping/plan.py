@@ -32,14 +32,13 @@ from iiet.pruning import (
 from iiet.schedule import IterationSchedule
 from orchestrator.data.mixture import open_data
 from orchestrator.data.model_tokens import tokens_folder_of
-from orchestrator.evaluation.python_tasks import HELDOUT
-from orchestrator.evaluation.task_selection import (
+from orchestrator.evaluation.selection import (
     lm_eval_task_fingerprints,
-    make_tasks,
     needs_heldout,
     select_tasks,
     user_task_folders,
 )
+from orchestrator.evaluation.tasks import HELDOUT
 from orchestrator.models.folder import load_config, text_files_key, weights_key
 from orchestrator.models.model_tokenizer import check_template, checkpoint_tokenizer
 from orchestrator.planning.estimate import Estimate
@@ -331,7 +330,7 @@ def load_tasks(
             long for the models.
     """
     length, folder = config.context_length, tokens if needs_heldout(settings) else None
-    make_tasks(settings, folder, context_length=length, progress=progress)
+    select_tasks(settings, folder, context_length=length, make=progress)
     return lm_eval_task_fingerprints(settings, context_length=length)
 
 

@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.evaluation.suite import load_suite
+from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.evaluated_model import open_model
 from orchestrator.models.folder import load_provenance
 from orchestrator.records.training import TrainingOutcome
@@ -112,13 +113,12 @@ def measure_trial(trial: Trial, device: str) -> Trial:
     known. The results of the tasks are in the workspace's store of evaluations.
     """
     suite = trial.suite
-    tasks = load_suite(
-        suite.tasks,
-        folders=[Path(suite.include_folder)] if suite.include_folder else [],
+    asked = TaskSelection(
+        names=suite.tasks,
+        folders=(Path(suite.include_folder),) if suite.include_folder else (),
         heldout=Path(suite.suite_folder) if suite.suite_folder else None,
         num_fewshot=suite.num_fewshot,
         prompts=suite.prompts,
-        planned=suite.fingerprints,
     )
     # Students of an imported model read text as it does.
     imported = Path(suite.vocabulary_folder) if suite.vocabulary_folder else None
@@ -129,7 +129,7 @@ def measure_trial(trial: Trial, device: str) -> Trial:
         precision=suite.precision, limit=suite.limit, batch_size=suite.batch_size, device=device
     )
     measurer = ModelMeasurer(model, store, conditions)
-    measured = measurer.tasks(tasks)
+    measured = measurer.tasks(load_suite(asked, suite.fingerprints))
     loss = measurer.validation_loss(Path(suite.tokens_folder))
     quality = {**measured.evaluation.quality(), "validation_loss": loss}
     found = trial.model_copy(update={"evaluation": measured.keys})

@@ -21,7 +21,7 @@ from documented import FENCE, ROOT
 
 from orchestrator import cli
 from orchestrator.cluster.nodes import check_shared_memory
-from orchestrator.evaluation.harness.transformers_model import load_transformers_model
+from orchestrator.evaluation.transformers_model import load_transformers_model
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.pipelines.syncing import sync
 from orchestrator.planning.estimate import out_of_memory_explained

@@ -106,7 +106,6 @@ def sample_evaluations(sample_results: list[Trial]) -> dict[str, EvaluationResul
                 metrics={"acc": float(right.mean())},
                 items=[f"{name}-{number}" for number in range(1000)],
                 values={"acc": right.tolist()},
-                log_likelihoods=[],
             )
         found[result.key] = EvaluationResult(results=tasks)
     return found

@@ -115,7 +115,9 @@ READERS: dict[str, tuple[str, ...]] = {
     "trials/*/result-*.json": ("list", "clean", "plan"),
     "sweeps/s/plan.json": ("list", "status", "clean", "plan"),
     "sweeps/s/results.json": ("list", "clean", "pick"),
-    "evaluations/*.json": ("clean", "evaluate", "pick"),
+    "evaluations/*/results_*.json": ("clean", "evaluate", "pick"),
+    "evaluations/*/items.json": ("clean", "evaluate", "pick"),
+    "evaluations/*/samples_*.jsonl": ("evaluate", "pick"),  # Only --log-samples reads them.
     "exports/full/config.json": ("import",),
     "exports/full/model.safetensors": ("import",),
     "exports/full/tokenizer.json": ("import",),
@@ -232,7 +234,8 @@ SAID = {
 
 
 SAID_OTHERWISE = {
-    "evaluations/*.json": ("single items are missing or damaged",),
+    "evaluations/*/results_*.json": ("single items are missing or damaged",),
+    "evaluations/*/items.json": ("single items are missing or damaged",),
     # As a killed search leaves it: finished trials enter it again, and the rest is asked for anew.
     "sweeps/search/optuna.journal": ("are not known yet",),
 }

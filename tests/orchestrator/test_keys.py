@@ -11,15 +11,18 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from lm_eval_tasks import write_choices
+
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
 from iiet.methods.implicit_euler import ImplicitEulerOptions
 from iiet.schedule import IterationSchedule
 from orchestrator.data.corpus import Document
 from orchestrator.data.tokenization import write_tokens
-from orchestrator.evaluation.harness import load_suite
 from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.evaluation.suite import load_suite
+from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.evaluated_model import open_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
@@ -38,7 +41,7 @@ NOT_IN_KEY: dict[type, set[str]] = {
         "checkpoint_every_minutes", "num_checkpoints_kept", "keep_best", "profile_steps",
     },
     TrialSuite: {"tokens_folder", "suite_folder", "include_folder", "vocabulary_folder"},
-    Conditions: {"batch_size", "device", "trust_remote_code", "needs_responses"},
+    Conditions: {"batch_size", "device", "trust_remote_code"},
 }  # fmt: skip
 OTHER: dict[str, Any] = {
     "num_sequences_per_pass": 2, "iterate_ramp_fraction": 0.2, "elastic": None,
@@ -51,26 +54,6 @@ OTHER: dict[str, Any] = {
     "method_options": ImplicitEulerOptions(damping=0.5),
 }  # fmt: skip
 """A second value of the fields for which none can be derived from the first."""
-
-
-TASK = """\
-task: words
-custom_dataset: !function items.read
-test_split: test
-output_type: multiple_choice
-doc_to_text: context
-doc_to_choice: endings
-doc_to_target: label
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-"""
-ITEMS = """\
-import datasets
-
-def read(**settings):
-    row = {"context": "a b", "endings": ["bag", "fog"], "label": 0}
-    return {"test": datasets.Dataset.from_list([row, row])}
-"""
 
 
 def variants(base: Any, given: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -151,9 +134,8 @@ def test_every_field_of_what_is_measured_is_in_its_key_or_must_not_be() -> None:
 def test_a_stored_result_is_that_of_one_model_under_one_precision_and_limit(
     tmp_path: Path, save_tiny: Callable[..., Path]
 ) -> None:
-    (tmp_path / "words.yaml").write_text(TASK)
-    (tmp_path / "items.py").write_text(ITEMS)
-    suite = load_suite(["words"], folders=[tmp_path])
+    folder = write_choices(tmp_path / "tasks", "words", ["a b", "a b"])
+    suite = load_suite(TaskSelection(names=("words",), folders=(folder,)))
     store, base = EvaluationStore(tmp_path / "store"), Conditions(precision="fp32")
     checkpoint, same, other = (
         save_tiny(tmp_path / name, initializer_std=std)

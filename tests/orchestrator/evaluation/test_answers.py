@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -14,9 +13,7 @@ from iiet.decoder import Decoder
 from iiet.generation import generate
 from iiet.sampling import Sampler, row_keys
 from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
-from orchestrator.evaluation.harness.answer_settings import answer_settings
 from orchestrator.models.model_tokenizer import PlainTokenizer
-from orchestrator.workspace.errors import UserError
 
 CONTEXTS = ["a bag", "the hen had gone and", "cab", "face the deaf pig and feed", "x", "dad had"]
 
@@ -135,29 +132,20 @@ def test_a_long_context_loses_its_beginning(decoder: Decoder, tokenizer: PlainTo
     other = replace(asked, context=(1, 2, *asked.context[-28:]))
     answers = generate_answers(decoder, tokenizer, [asked, kept, other])
     assert len(set(answers)) == 1
-    with pytest.raises(ValueError, match="leaves no place"):
-        generate_answers(
-            decoder, tokenizer, [replace(asked, settings=AnswerSettings(max_new_tokens=48))]
-        )
 
 
-def test_settings_of_a_task_become_those_of_the_generator() -> None:
-    greedy = answer_settings({"until": ["\n", "Q:"], "do_sample": False, "temperature": 0.8}, 1024)
-    assert greedy == AnswerSettings(stop=("\n", "Q:"), max_new_tokens=256)
-    assert answer_settings({"until": "."}, 100) == AnswerSettings(stop=(".",), max_new_tokens=50)
-    sampled = answer_settings({"until": [], "max_gen_toks": 7, "do_sample": True, "top_p": 0.9}, 64)
-    assert sampled == AnswerSettings(max_new_tokens=7, temperature=1.0, top_p=0.9)
-    assert answer_settings({"temperature": 0.5, "top_k": 3, "num_beams": 1}, 64).temperature == 0.5
+def test_answers_of_batches_that_do_not_fit_are_the_same(
+    decoder: Decoder, tokenizer: PlainTokenizer
+) -> None:
+    settings = AnswerSettings(max_new_tokens=9, temperature=1.0)
+    asked = [Question(tuple(range(5, 10 + n)), settings, seed=n) for n in range(8)]
+    usual = generate_answers(decoder, tokenizer, asked)
 
+    def check(_: object, arguments: tuple[torch.Tensor, ...]) -> None:
+        if arguments[0].numel() > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory. 1 GiB is free. And more")
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"num_beams": 4}, r"num_beams=4; supported are until, max_gen_toks"),
-        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
-        ({"max_gen_toks": 64}, "up to 64 tokens .max_gen_toks., and the model's context holds 64"),
-    ],
-)
-def test_what_the_generator_lacks_is_refused(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        answer_settings(options, 64)
+    decoder.embedding.register_forward_pre_hook(check)
+    notes: list[str] = []
+    assert generate_answers(decoder, tokenizer, asked, note=notes.append) == usual
+    assert [note.partition("at most ")[2] for note in notes] == ["4 questions", "2 questions"]

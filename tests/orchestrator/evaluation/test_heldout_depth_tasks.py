@@ -15,15 +15,14 @@ from lm_eval.api.model import LM
 
 from iiet import Decoder, ModelConfig
 from orchestrator.data.preparation import prepare
-from orchestrator.evaluation.harness import load_suite, run_suite
-from orchestrator.evaluation.harness.run import run_model
+from orchestrator.evaluation.adapter import DecoderModel, run_task
 from orchestrator.evaluation.heldout import HeldoutSuite, build_heldout
-from orchestrator.evaluation.task_selection import (
-    lm_eval_task_fingerprints,
-    make_tasks,
-)
+from orchestrator.evaluation.selection import lm_eval_task_fingerprints, select_tasks
+from orchestrator.evaluation.suite import Suite, load_suite
+from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.model_tokenizer import PlainTokenizer
 from orchestrator.pipelines.sweeps import plan_sweep
+from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -72,9 +71,15 @@ class HandMade(LM):
         raise AssertionError("nothing is generated")
 
 
+def run_model(suite: Suite, model: LM) -> EvaluationResult:
+    return EvaluationResult(
+        results={n: run_task(n, t, model).result for n, t in suite.tasks.items()}
+    )
+
+
 def test_a_perfect_model_has_all_items_right_and_a_guess_is_at_chance(tmp_path: Path) -> None:
     data = built(prepared(tmp_path, "phop_2", "phop_3"))
-    suite = load_suite(heldout=data.folder)
+    suite = load_suite(TaskSelection(heldout=data.folder))
     perfect = run_model(suite, HandMade(lambda text: hops(text, int(text[7]))))
     assert perfect.accuracies["phop_2"][0] == perfect.accuracies["phop_3"][0] == 1.0
     draw = random.Random(0)
@@ -113,7 +118,8 @@ def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path: Path, name: str) -> 
         )
     ).eval()
     suite = built(data)
-    result = run_suite(load_suite(heldout=suite.folder), decoder, tokenizer).results[name]
+    loaded = load_suite(TaskSelection(heldout=suite.folder))
+    result = run_task(name, loaded.tasks[name], DecoderModel(decoder, tokenizer)).result
     lines = (suite.folder / f"{name}.jsonl").read_text().splitlines()
     values = []
     for row in map(json.loads, lines):
@@ -128,7 +134,7 @@ def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path: Path, name: str) -> 
 
 def chosen(suite: str, data: Path, **options: Any) -> tuple[str, ...]:
     settings = EvaluationSettings(suite=suite, num_items=20, **options)
-    return make_tasks(settings, data, context_length=32, progress=Progress()).names
+    return select_tasks(settings, data, context_length=32, make=Progress()).names
 
 
 def test_a_task_of_the_data_can_be_named_by_itself(tmp_path: Path) -> None:
@@ -141,7 +147,8 @@ def test_a_task_of_the_data_can_be_named_by_itself(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a sweep's front needs an accuracy"):
         lm_eval_task_fingerprints(EvaluationSettings(suite="bits_per_byte"), needs_accuracy=True)
     folder = build_heldout(data, num_items=20, context_length=32).folder
-    assert list(load_suite(["chain_2"], heldout=folder, planned=()).tasks) == ["chain_2"]
+    asked = TaskSelection(names=("chain_2",), heldout=folder)
+    assert list(load_suite(asked, planned=()).tasks) == ["chain_2"]
 
 
 def test_a_search_for_bits_per_byte_is_refused_where_there_are_none(tmp_path: Path) -> None:
@@ -156,7 +163,7 @@ def test_a_search_for_bits_per_byte_is_refused_where_there_are_none(tmp_path: Pa
     [
         ("depth", "phop_4", "names phop_4, which the data cannot make; they can make phop_2$"),
         ("depth", "heldout,lastword", "names lastword, which the data cannot make"),
-        ("python", "phop_2", "names phop_2, which .* they can make lastword, continuation"),
+        ("python", "phop_2", "names phop_2, which .* they can make lastword, bits_per_byte"),
     ],
 )
 def test_a_task_that_the_data_cannot_make_is_an_error_before_any_work(

@@ -1,13 +1,16 @@
-"""Scores equal a direct computation, with any sharing, cutting, splitting and batching."""
+"""Scores equal a direct computation, whatever is shared, batched, split or resumed."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from method_schedules import schedule_for
+from torch import Tensor, nn
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
@@ -15,33 +18,33 @@ from iiet.generation import generate
 from iiet.methods import METHODS
 from orchestrator.evaluation import scoring
 from orchestrator.evaluation.answer_journal import AnswerJournal
-from orchestrator.evaluation.scoring import score_continuations
+from orchestrator.evaluation.cost_measurement import peak_bytes
+from orchestrator.evaluation.measuring import heldout_loss
+from orchestrator.evaluation.scoring import Segment, make_rows, score_continuations
+from orchestrator.workspace.errors import DeviceError
 
 VOCAB, CONTEXT = 60, 24
 
 
 def make_decoder(method: str = "iiet") -> Decoder:
     torch.manual_seed(3)
-    schedule = schedule_for(method, (2, 0, 1))
-    decoder = Decoder(
-        ModelConfig(
-            method=method,
-            vocab_size=VOCAB,
-            dim=32,
-            num_layers=3,
-            num_heads=4,
-            num_kv_heads=2,
-            ffn_dim=48,
-            context_length=CONTEXT,
-            schedule=schedule,
-            initializer_std=0.3,
-        )
+    config = ModelConfig(
+        method=method,
+        vocab_size=VOCAB,
+        dim=32,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        ffn_dim=48,
+        context_length=CONTEXT,
+        schedule=schedule_for(method, (2, 0, 1)),
+        initializer_std=0.3,
     )
-    return decoder.double()
+    return Decoder(config).double()
 
 
 @pytest.fixture
-def decoder() -> Decoder:
+def small() -> Decoder:
     return make_decoder()
 
 
@@ -90,30 +93,78 @@ def test_every_pair_equals_a_direct_computation(method: str) -> None:
         assert score.is_greedy == greedy
 
 
-def test_long_contexts_are_cut_and_long_continuations_split(
-    decoder: Decoder,
-) -> None:
+def test_long_contexts_are_cut_and_long_continuations_split(small: Decoder) -> None:
     draw = random.Random(1)
     context = tokens(draw, 40, 40)
     pairs = [(context, tokens(draw, n, n)) for n in (1, 5, 5, 24, 25, 60)]
     pairs += [([7], tokens(draw, 24, 24)), (tokens(draw, 24, 24), tokens(draw, 24, 24))]
-    for pair, score in zip(pairs, score_continuations(decoder, pairs), strict=True):
-        assert score.log_likelihood == pytest.approx(directly(decoder, *pair)[0], abs=1e-9)
+    for pair, score in zip(pairs, score_continuations(small, pairs), strict=True):
+        assert score.log_likelihood == pytest.approx(directly(small, *pair)[0], abs=1e-9)
 
 
-def test_batches_do_not_change_scores(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = mixed_pairs()
-    usual = score_continuations(decoder, pairs)
+@pytest.mark.parametrize("keys_per_token", [0, 4, 64])
+@pytest.mark.parametrize("max_tokens", [1, 40, 1000])
+def test_every_segment_is_in_one_row_under_its_own_tokens(
+    keys_per_token: int, max_tokens: int
+) -> None:
+    draw = random.Random(0)
+    segments = {
+        Segment(tuple(draw.choices((1, 2), k=draw.randint(1, 4))), tuple(draw.choices((1, 2), k=k)))
+        for k in draw.choices(range(1, 9), k=200)
+    }
+    rows = make_rows(segments, max_tokens=max_tokens, keys_per_token=keys_per_token)
+    assert sorted(s for row in rows for s in row.segments) == sorted(segments)
+    keys = [(row.num_branches > 1, -len(row.tokens)) for row in rows]
+    assert keys == sorted(keys)
+    longest = max(len(context) + len(rest) - 1 for context, rest in segments)
+    for row in rows:
+        assert len(row.tokens) <= max(max_tokens, longest)
+        for segment, columns in zip(row.segments, row.columns, strict=True):
+            own = row.branches[columns[-1]] or None
+            seen = [c for c in range(columns[-1] + 1) if row.branches[c] in (0, own)]
+            read = (*segment.context, *segment.continuation)[:-1]
+            assert tuple(row.tokens[column] for column in seen) == read
+            assert [row.positions[column] for column in seen] == list(range(len(seen)))
+            assert seen[len(segment.context) - 1 :] == columns
+
+
+def test_what_is_shared_is_evaluated_once_where_that_pays(small: Decoder) -> None:
+    context, choices = list(range(16)), [[1, 2, 3], [4, 5, 6], [7, 8, 9], [1, 2, 3]]
+    shapes: list[tuple[int, ...]] = []
+    small.embedding.register_forward_hook(lambda _, args, __: shapes.append(args[0].shape))
+    score_continuations(small, [(context, choice) for choice in choices])
+    assert shapes == [(1, 22)]
+    heads: list[int] = []
+    small.norm.register_forward_hook(lambda _, args, __: heads.append(len(args[0])))
+    # Choices of one token: one column, and no logits of a position that is not scored.
+    score_continuations(small, [(range(16), (end,)) for end in (3, 4, 5)])
+    assert (shapes[1:], heads) == ([(1, 16)], [1])
+    # A short context is not worth a long row.
+    endings = [Segment((1,), (*[n] * 50, 1)) for n in range(2, 30)]
+    rows = make_rows(endings, max_tokens=10_000, keys_per_token=256)
+    assert [len(row.segments) for row in rows] == [1] * len(endings)
+
+
+def test_batches_do_not_change_scores(small: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, seen = mixed_pairs(), list[tuple[int, int]]()
+    usual = score_continuations(small, pairs)
     monkeypatch.setattr(scoring, "MAX_LOGITS_AT_ONCE", 3 * VOCAB)
     for batch_size in (1, 2, 64):
-        again = score_continuations(decoder, pairs, batch_size=batch_size)
+        again = score_continuations(
+            small, pairs, batch_size=batch_size, on_scored=lambda *done: seen.append(done)
+        )
         for one, other in zip(usual, again, strict=True):
             assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-10)
             assert one.is_greedy == other.is_greedy
+        assert len(seen) > 1 or batch_size == 64
+        assert seen == sorted(seen)
+        assert seen[-1][0] == seen[-1][1]
+        seen.clear()
+    assert score_continuations(small, []) == []
 
 
-def test_scoring_resumes_to_the_same_bits(decoder: Decoder, tmp_path: Path) -> None:
-    decoder, pairs, path = decoder.float(), mixed_pairs(), tmp_path / "answers"
+def test_scoring_resumes_to_the_same_bits(small: Decoder, tmp_path: Path) -> None:
+    decoder, pairs, path = small.float(), mixed_pairs(), tmp_path / "answers"
     usual = score_continuations(decoder, pairs, batch_size=2)
     passes: list[int] = []
     decoder.embedding.register_forward_hook(lambda *_: passes.append(1))
@@ -134,55 +185,72 @@ def test_scoring_resumes_to_the_same_bits(decoder: Decoder, tmp_path: Path) -> N
     assert len(passes) == num_batches, "only the batch whose line was cut off runs again"
 
 
-def test_no_logits_of_a_position_that_is_not_scored(decoder: Decoder) -> None:
-    rows: list[int] = []
-    decoder.norm.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
-    # Choices that begin with the same two tokens: these have three columns together.
-    score_continuations(decoder, [(range(16), (1, 2, end)) for end in (3, 4, 5)])
-    assert rows == [3]
-
-
-def test_the_output_of_greedy_decoding_is_greedy(decoder: Decoder) -> None:
+def test_the_output_of_greedy_decoding_is_greedy_and_a_scored_decoder_can_be_trained(
+    small: Decoder,
+) -> None:
     prompt = [5, 9, 3, 40, 2, 2, 8, 30, 1, 17]
-    written = generate(decoder, torch.tensor([prompt]), max_new_tokens=4)[0, 10:].tolist()
+    written = generate(small, torch.tensor([prompt]), max_new_tokens=4)[0, 10:].tolist()
     other = [*written[:-1], (written[-1] + 1) % VOCAB]
-    scores = score_continuations(decoder, [(prompt, written), (prompt, other)])
+    scores = score_continuations(small, [(prompt, written), (prompt, other)])
     assert [score.is_greedy for score in scores] == [True, False]
+    small(torch.tensor([[1, 2, 3]])).sum().backward()
+    assert small.embedding.weight.grad is not None
 
 
-def test_a_shared_context_and_a_repeated_pair_are_run_once(decoder: Decoder) -> None:
-    context, choices = list(range(16)), [[1, 2, 3], [4, 5, 6], [7, 8, 9], [1, 2, 3]]
-    shapes: list[tuple[int, ...]] = []
-    decoder.embedding.register_forward_hook(lambda _, args, __: shapes.append(args[0].shape))
-    score_continuations(decoder, [(context, choice) for choice in choices])
-    assert shapes == [(1, 22)]
+# A batch that does not fit a GPU's memory
 
 
-def test_progress_reaches_its_end_and_the_mode_is_restored(decoder: Decoder) -> None:
-    decoder.train()
-    seen: list[tuple[int, int]] = []
-    score_continuations(
-        decoder,
-        mixed_pairs(),
-        batch_size=2,
-        on_scored=lambda done, total: seen.append((done, total)),
-    )
-    assert seen == sorted(seen)
-    assert len(seen) > 1
-    assert seen[-1][0] == seen[-1][1]
-    assert decoder.training
+def limit_tokens(decoder: Decoder, most: int) -> list[int]:
+    """Let passes of more tokens run out of memory; return the sizes of the passes, as they come."""
+    sizes: list[int] = []
+
+    def check(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        sizes.append(arguments[0].numel())
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. 1 GiB is free. And more")
+
+    decoder.embedding.register_forward_pre_hook(check)
+    return sizes
 
 
-def test_a_decoder_can_be_trained_after_it_was_scored(decoder: Decoder) -> None:
-    score_continuations(decoder, [([1, 2], [3])])
-    decoder(torch.tensor([[1, 2, 3]])).sum().backward()
-    assert decoder.embedding.weight.grad is not None
+@pytest.mark.parametrize("most", [120, 40, 24])
+def test_scores_of_smaller_batches_are_the_same(small: Decoder, most: int) -> None:
+    usual = score_continuations(small, mixed_pairs())
+    sizes, notes = limit_tokens(small, most), list[str]()
+    scores = score_continuations(small, mixed_pairs(), note=notes.append)
+    for score, expected in zip(scores, usual, strict=True):
+        assert score.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-10)
+        assert score.is_greedy == expected.is_greedy
+    too_large = [size for size in sizes if size > most]
+    assert len(notes) == len(too_large) < 10, "each halves the limit for all that follow"
+    assert "from here on, it has at most" in notes[0]
+    limit_tokens(small, 10)
+    with pytest.raises(DeviceError, match=r"one sequence ran out .* \(.* 1 GiB is free\); use"):
+        score_continuations(small, mixed_pairs())
 
 
-def test_an_empty_context_is_refused(decoder: Decoder) -> None:
-    with pytest.raises(ValueError, match="at least one token"):
-        score_continuations(decoder, [([], [1])])
+def test_the_validation_loss_of_smaller_batches_is_the_same(
+    decoder: Decoder, tiny_tokens: Path
+) -> None:
+    usual = heldout_loss(decoder, tiny_tokens)
+    sizes, notes = limit_tokens(decoder, 4 * 48), list[str]()
+    assert heldout_loss(decoder, tiny_tokens, note=notes.append) == pytest.approx(usual, rel=1e-6)
+    assert max(sizes) > 4 * 48
+    assert notes
 
 
-def test_no_pairs_give_no_scores(decoder: Decoder) -> None:
-    assert score_continuations(decoder, []) == []
+@pytest.mark.parametrize("method", ["vanilla", "pcformer"])
+def test_scoring_keeps_the_last_hidden_state_only(tiny_model: dict[str, Any], method: str) -> None:
+    sizes = {"num_layers": 16, "method": method, "schedule": None, "context_length": 64}
+    decoder = Decoder(ModelConfig.from_dict({**tiny_model, **sizes})).eval()
+    one_state = 32 * 64 * decoder.config.dim * 4
+    ids = torch.zeros(32, 64, dtype=torch.long)
+    segments = [([n] * 64, [2]) for n in range(32)]
+
+    def measured(work: Callable[[], object]) -> int:
+        with torch.no_grad():
+            return peak_bytes(work)
+
+    all_states = measured(lambda: decoder(ids, last_only=True, return_hidden=True))
+    scored = measured(lambda: score_continuations(decoder, segments))
+    assert all_states - scored > 12 * one_state

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 from fake_tracking import untracked
+from lm_eval_tasks import write_task
 
 from orchestrator import cli
 from orchestrator.evaluation import measuring
-from orchestrator.evaluation.harness.logged_files import LoggedOutput
+from orchestrator.evaluation.lm_eval_files import MeasuredTask
+from orchestrator.evaluation.store import ITEMS
 from orchestrator.models.evaluated_model import open_models
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import (
@@ -22,33 +24,10 @@ from orchestrator.pipelines.evaluating import (
     plan_compare,
     run_compare,
 )
-from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 
-TASK = """\
-task: {name}
-custom_dataset: !function items.read
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{text}}}} {name}"
-doc_to_choice: [bag, fog, dad]
-doc_to_target: label
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-metadata: {{version: 1.0}}
-"""
-ITEMS = """\
-import datasets
-
-
-def read(**settings):
-    words = ["bag", "hen", "cab", "face", "dad", "pig"]
-    rows = [{"text": f"{a} {b}", "label": (i + j) % 3}
-            for i, a in enumerate(words) for j, b in enumerate(words)]
-    return {"test": datasets.Dataset.from_list(rows)}
-"""
 DATE = "2026-01-01T00-00-00.000001"
 
 
@@ -64,11 +43,17 @@ def checkpoint(workspace: Workspace, save_tiny: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "items.py").write_text(ITEMS)
+    words = ["bag", "hen", "cab", "face", "dad", "pig"]
+    rows = [
+        {"context": f"{a} {b}", "endings": ["bag", "fog", "dad"], "label": (i + j) % 3}
+        for i, a in enumerate(words)
+        for j, b in enumerate(words)
+    ]
+    accuracy = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
     for name in ("red", "blue"):
-        (folder / f"{name}.yaml").write_text(TASK.format(name=name))
+        text = f"{{{{context}}}} {name}"
+        changes: dict[str, Any] = {"doc_to_text": text, "metric_list": accuracy}
+        folder = write_task(tmp_path / "tasks", name, rows, kind="choices", **changes)
     return Settings(evaluation=EvaluationSettings(suite="red,blue", include_path=str(folder)))
 
 
@@ -86,13 +71,13 @@ def compare_models(
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the tasks that were run, in order."""
     names: list[str] = []
-    real = measuring.run_suite
+    real = measuring.run_task
 
-    def recorded(suite: Any, *arguments: Any, **options: Any) -> EvaluationResult:
-        names.extend(suite.tasks)
-        return real(suite, *arguments, **options)
+    def recorded(name: str, *arguments: Any) -> MeasuredTask:
+        names.append(name)
+        return real(name, *arguments)
 
-    monkeypatch.setattr(measuring, "run_suite", recorded)
+    monkeypatch.setattr(measuring, "run_task", recorded)
     return names
 
 
@@ -101,7 +86,7 @@ def lm_eval_output(folder: Path, tasks: dict[str, dict[str, float]]) -> Path:
     folder.mkdir()
     results = {
         "results": {name: {"acc,none": 0.5} for name in tasks},
-        "versions": dict.fromkeys(tasks, 1.0),
+        "versions": dict.fromkeys(tasks, 2.0),
         "n-shot": dict.fromkeys(tasks, 0),
         "group_subtasks": {},
     }
@@ -144,11 +129,8 @@ def test_an_output_of_lm_eval_names_the_tasks_that_the_other_side_is_measured_on
 ) -> None:
     both = compare_models(settings, ("tiny", "tiny"), untracked(workspace))
     assert {row.difference.value for row in both.comparison.tasks} == {0}
-    [stored] = [
-        found
-        for path in workspace.evaluations.glob("*.json")
-        if (found := json.loads(path.read_text()))["name"] == "blue"
-    ]
+    [path] = workspace.evaluations.glob("*/samples_blue_*")
+    stored = json.loads((path.parent / ITEMS).read_text())
     # lm-eval's hashes are longer than the ones that are kept; one right answer becomes wrong.
     right = stored["values"]["acc"]
     changed = [*right]
@@ -171,31 +153,13 @@ def test_written_files_compare_as_the_stored_evaluations_do(
     context = untracked(workspace)
     stored = compare_models(settings, ("tiny", "tiny"), context, schedules=["2,1", "0"])
     opened = open_models(workspace, [checkpoint], ["2,1", "0"])
-    outputs = [LoggedOutput(tmp_path / "own", name) for name in stored.comparison.names]
-    evaluate_opened(opened, settings, context, outputs=outputs)
+    evaluate_opened(opened, settings, context, log_samples=tmp_path / "own")
     assert runs == 2 * ["red", "blue"], "the responses come from the store"
     folders = tmp_path / "own" / "r=2,1", tmp_path / "own" / "r=0"
     written = compare_models(settings, folders, context)
     assert written.rows() == stored.rows()
     mixed = compare_models(settings, (folders[0], checkpoint), context, schedules=["0"])
     assert mixed.rows() == stored.rows()
-
-
-def test_results_of_older_versions_are_measured_again_for_the_files(
-    checkpoint: Path, settings: Settings, workspace: Workspace, runs: list[str], tmp_path: Path
-) -> None:
-    context, opened = untracked(workspace), open_models(workspace, [checkpoint], None)
-    [measured] = evaluate_opened(opened, settings, context)
-    for path in workspace.evaluations.glob("*.json"):
-        result = TaskResult.read(path)
-        assert result is not None
-        if result.name == "red":
-            result.model_copy(update={"is_greedy": []}).write(path)
-    evaluate_opened(opened, settings, context)
-    assert runs == ["red", "blue"]
-    outputs = [LoggedOutput(tmp_path / "own", "tiny")]
-    assert evaluate_opened(opened, settings, context, outputs=outputs) == [measured]
-    assert runs == ["red", "blue", "red"]
 
 
 def test_two_outputs_of_lm_eval_are_compared_at_the_command_line(

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lm_eval_tasks import logged_responses
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from orchestrator import cli
 from orchestrator.data.store import open_tokens
-from orchestrator.evaluation.harness import decoder_model, suite
-from orchestrator.workspace.files import read_json
+from orchestrator.evaluation import suite
+from orchestrator.evaluation.adapter import DecoderModel
+from orchestrator.evaluation.store import EvaluationStore
 
 DOCUMENTATION = Path(__file__).resolve().parents[3] / "docs" / "evaluation.md"
 ROWS = [{"question": f"{a} and {b}?", "answer": a} for a, b in ("ab", "cd", "ef", "gh", "ij")]
@@ -100,13 +102,13 @@ def llama(tmp_path: Path, tiny_tokens: Path) -> Callable[..., Path]:
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The prompts that the generator got."""
     seen: list[str] = []
-    real = decoder_model.DecoderModel.generate_until
+    real = DecoderModel.generate_until
 
     def recorded(self: Any, requests: Any, **options: Any) -> list[str]:
         seen.extend(request.args[0] for request in requests)
         return real(self, requests, **options)
 
-    monkeypatch.setattr(decoder_model.DecoderModel, "generate_until", recorded)
+    monkeypatch.setattr(DecoderModel, "generate_until", recorded)
     return seen
 
 
@@ -119,9 +121,17 @@ def evaluate(
         command = ["evaluate", *map(str, arguments), "--suite", "questions"]
         code = cli.main([*command, "--include-path", str(tasks), "-w", str(tmp_path / "space")])
         printed = capfd.readouterr()
-        files = sorted((tmp_path / "space" / "evaluations").glob("*.json"))
+        folders = sorted((tmp_path / "space" / "evaluations").glob("*"))
         text = " ".join((printed.out + printed.err).split())
-        return code, text, [read_json(path) for path in files]
+        store = EvaluationStore(tmp_path / "space" / "evaluations")
+        return (
+            code,
+            text,
+            [
+                (store.read(folder.name), logged_responses(folder)["questions"])
+                for folder in folders
+            ],
+        )
 
     return run
 
@@ -135,10 +145,10 @@ def test_answers_with_examples_and_a_template_from_the_command_line(
     assert prompts[0] == (
         "<|user|>Q: g and h? A:\n<|assistant|>g\n<|user|>Q: a and b? A:\n<|assistant|>"
     )
-    (result,) = stored
-    assert result["num_fewshot"] == 1
-    assert {"exact_match:strict-match", "exact_match:lowercase"} < set(result["metrics"])
-    assert len(result["answers"]) == len(prompts) == 3
+    ((result, answers),) = stored
+    assert result.num_fewshot == 1
+    assert {"exact_match:strict-match", "exact_match:lowercase"} < set(result.metrics)
+    assert len(answers) == len(prompts) == 3
     assert "exact_match:strict-match" in text
     evaluate(folder, "--num-fewshot", 1, "--apply-chat-template")
     assert len(prompts) == 3, "the stored result is read again"
@@ -210,8 +220,9 @@ def test_a_model_that_transformers_runs_answers_as_the_decoder(llama: Any, evalu
     code, text, stored = evaluate(*models, "--apply-chat-template", "--num-fewshot", 2)
     assert code == 0, text
     assert len(stored) == 2
-    assert stored[0]["answers"] == stored[1]["answers"]
-    assert stored[0]["metrics"] == stored[1]["metrics"]
+    (first, answers), (second, others) = stored
+    assert answers == others
+    assert first.metrics == second.metrics
 
 
 @pytest.mark.slow
@@ -227,13 +238,13 @@ def test_models_of_one_command_share_the_loaded_tasks(
     again = evaluate(*models, "--num-fewshot", 1, "--limit", 2)[2]
     assert len(loads) == 1
     # The same examples are drawn for each model and each time.
-    assert again[0]["answers"][:2] in [result["answers"][:2] for result in again[1:]]
+    assert again[0][1][:2] in [answers[:2] for _, answers in again[1:]]
     evaluate(*models)
     assert len(loads) == 2
     (tasks / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     changed = evaluate(models[0])[2]
     assert len(loads) == 3
-    assert 5 in {result["num_items"] for result in changed}
+    assert 5 in {result.num_items for result, _ in changed}
 
 
 @pytest.mark.slow

@@ -9,20 +9,23 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 from fake_tracking import untracked
+from lm_eval_tasks import logged_responses
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from orchestrator.data.store import open_tokens
-from orchestrator.evaluation import task_selection
-from orchestrator.evaluation.harness import load_suite
+from orchestrator.evaluation import selection
 from orchestrator.evaluation.heldout import HeldoutSuite
+from orchestrator.evaluation.suite import load_suite
+from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.evaluated_model import EvaluatedModel, open_model
 from orchestrator.models.loading import load_model
 from orchestrator.pipelines.evaluating import evaluate_model
@@ -89,10 +92,40 @@ def evaluate(
     *,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
+    output: Path | None = None,
 ) -> EvaluationResult:
     model = open_model(model) if isinstance(model, Path) else model
     context = untracked(workspace, progress)
-    return evaluate_model(model, settings, context, trust_remote_code=trust_remote_code)
+    return evaluate_model(
+        model, settings, context, output=output, trust_remote_code=trust_remote_code
+    )
+
+
+def scored(
+    model: Path | EvaluatedModel,
+    settings: EvaluationSettings,
+    workspace: Workspace,
+    *,
+    trust_remote_code: bool = False,
+) -> dict[str, list[list[float]]]:
+    """Return the log-likelihoods per task and item, as lm-eval's files hold them."""
+    with TemporaryDirectory() as folder:
+        evaluate(
+            model,
+            settings,
+            workspace,
+            output=Path(folder),
+            trust_remote_code=trust_remote_code,
+        )
+        return logged_responses(Path(folder))
+
+
+def assert_alike(
+    one: dict[str, list[list[float]]], other: dict[str, list[list[float]]], tolerance: float = 2e-3
+) -> None:
+    for name, items in one.items():
+        for mine, theirs in zip(items, other[name], strict=True):
+            assert mine == pytest.approx(theirs, abs=tolerance), name
 
 
 @pytest.fixture
@@ -164,9 +197,10 @@ def by_lm_eval(folder: Path, settings: EvaluationSettings) -> dict[str, list[lis
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
-    from orchestrator.evaluation.harness.suppressed_output import suppress_output
+    from orchestrator.evaluation.adapter import suppress_output
 
-    suite = load_suite(list(TASKS), folders=[Path(settings.include_path or "")])
+    folders = (Path(settings.include_path or ""),)
+    suite = load_suite(TaskSelection(names=tuple(TASKS), folders=folders))
     with suppress_output():
         model = HFLM(pretrained=str(folder), device="cpu", batch_size=3, logits_cache=False)
         output = evaluator.evaluate(
@@ -196,12 +230,8 @@ def test_a_folder_scores_as_with_lm_evals_own_class(
     model = open_model(folder)
     assert (model.config is None) == (kind == "transformers")
     ours = evaluate(model, settings, workspace)
-    theirs = by_lm_eval(folder, settings)
-    for name, result in ours.results.items():
-        for mine, other in zip(result.log_likelihoods, theirs[name], strict=True):
-            assert mine == pytest.approx(other, abs=2e-3)
-    again = evaluate(folder, settings, workspace)
-    assert again == ours
+    assert_alike(scored(model, settings, workspace), by_lm_eval(folder, settings))
+    assert evaluate(folder, settings, workspace) == ours
 
 
 @pytest.mark.slow
@@ -226,9 +256,7 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
     exported = export_checkpoint(checkpoint, tmp_path / "exported", decoder=decoder, card=card)
     for place in (checkpoint, exported):
         ours = evaluate(place, settings, workspace)
-        for name, result in ours.results.items():
-            for mine, other in zip(result.log_likelihoods, theirs[name], strict=True):
-                assert mine == pytest.approx(other, abs=2e-3)
+        assert_alike(scored(place, settings, workspace), theirs)
     # As in a sweep, whose students are measured as the model is that they were made from.
     suite = TrialSuite(
         tokens_folder=str(tokenizer_path.parent),
@@ -268,13 +296,8 @@ def test_an_exported_folder_scores_as_its_checkpoint(
         provenance={},
     )
     exported = export(decoder, tmp_path / "exported", tokenizer_path)
-    first = evaluate(checkpoint, settings, workspace)
-    second = evaluate(open_model(exported), settings, workspace)
-    for name, result in first.results.items():
-        for one, other in zip(
-            result.log_likelihoods, second.results[name].log_likelihoods, strict=True
-        ):
-            assert one == pytest.approx(other, abs=1e-5)
+    first = scored(checkpoint, settings, workspace)
+    assert_alike(first, scored(exported, settings, workspace), 1e-5)
     cheaper = open_model(exported, "1,0")
     assert cheaper.config is not None
     assert tuple(cheaper.config.corrections) == (1, 0)
@@ -302,8 +325,8 @@ def test_held_out_tasks_of_a_folder_come_from_the_newest_tokens(
         tasks = Path(__file__).parent  # without any: what follows is another test's
         return HeldoutSuite(folder=tasks, tasks={}, notes=(), chances={})
 
-    monkeypatch.setattr(task_selection, "build_heldout", build)
-    monkeypatch.setattr(task_selection, "find_heldout", build)
+    monkeypatch.setattr(selection, "build_heldout", build)
+    monkeypatch.setattr(selection, "find_heldout", build)
     with pytest.raises(UserError, match="no held-out tasks"):
         evaluate(folder, EvaluationSettings(), workspace)
     assert set(asked) == {workspace.tokens / "newer"}
@@ -420,13 +443,8 @@ def test_trusted_code_of_a_folder_runs(
     modules = tmp_path / "modules"
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
     monkeypatch.setattr("sys.path", [*sys.path, str(modules)])
-    plain = evaluate(folder, settings, workspace)
+    plain = scored(folder, settings, workspace)
     with_code_that_runs(folder)
     model = open_model(folder)
     assert (model.architecture, model.config) == ("own", None)
-    own = evaluate(folder, settings, workspace, trust_remote_code=True)
-    for name, result in plain.results.items():
-        for one, other in zip(
-            result.log_likelihoods, own.results[name].log_likelihoods, strict=True
-        ):
-            assert one == pytest.approx(other, abs=2e-3)
+    assert_alike(plain, scored(folder, settings, workspace, trust_remote_code=True))

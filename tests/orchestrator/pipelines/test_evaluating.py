@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 from fake_tracking import untracked
+from lm_eval_tasks import logged_responses, write_choices
 
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation import measuring
-from orchestrator.evaluation.harness import suite
+from orchestrator.evaluation import suite as loading
+from orchestrator.evaluation.lm_eval_files import MeasuredTask
+from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.models.evaluated_model import EvaluatedModel, open_model
 from orchestrator.models.folder import load_config
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate_model
 from orchestrator.pipelines.models import export
-from orchestrator.records.evaluation import EvaluationResult, TaskResult
+from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.results import load_item_values
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.plan import load_tasks, plan_suite
@@ -27,32 +30,6 @@ from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
-
-TASK = """\
-task: {name}
-custom_dataset: !function {name}_items.read
-test_split: test
-output_type: multiple_choice
-doc_to_text: context
-doc_to_choice: endings
-doc_to_target: label
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-"""
-ITEMS = """\
-import datasets
-
-
-def read(**settings):
-    rows = [{{"context": c, "endings": ["bag", "fog"], "label": 0}} for c in {words}]
-    return {{"test": datasets.Dataset.from_list(rows)}}
-"""
-
-
-def write_task(folder: Path, name: str, words: list[str]) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.yaml").write_text(TASK.format(name=name))
-    (folder / f"{name}_items.py").write_text(ITEMS.format(words=words))
 
 
 @pytest.fixture
@@ -67,8 +44,8 @@ def checkpoint(tmp_path: Path, save_tiny: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> EvaluationSettings:
-    write_task(tmp_path / "tasks", "first", ["a b", "c d", "e f"])
-    write_task(tmp_path / "tasks", "second", ["g h", "i j"])
+    write_choices(tmp_path / "tasks", "first", ["a b", "c d", "e f"])
+    write_choices(tmp_path / "tasks", "second", ["g h", "i j"])
     return EvaluationSettings(suite="first, second", include_path=str(tmp_path / "tasks"))
 
 
@@ -76,13 +53,13 @@ def settings(tmp_path: Path) -> EvaluationSettings:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the tasks that were run, in order."""
     names: list[str] = []
-    real = measuring.run_suite
+    real = measuring.run_task
 
-    def recorded(suite: Any, *arguments: Any, **options: Any) -> EvaluationResult:
-        names.extend(suite.tasks)
-        return real(suite, *arguments, **options)
+    def recorded(name: str, *arguments: Any) -> MeasuredTask:
+        names.append(name)
+        return real(name, *arguments)
 
-    monkeypatch.setattr(measuring, "run_suite", recorded)
+    monkeypatch.setattr(measuring, "run_task", recorded)
     return names
 
 
@@ -114,6 +91,15 @@ def evaluate(
     return evaluate_model(subject, settings, context, trust_remote_code=trust_remote_code)
 
 
+def scores(workspace: Workspace) -> list[list[list[float]]]:
+    """Return the stored log-likelihoods, different ones only."""
+    found: list[list[list[float]]] = []
+    for folder in workspace.evaluations.iterdir():
+        for by_item in logged_responses(folder).values():
+            found += [] if by_item in found else [by_item]
+    return found
+
+
 def test_each_task_is_run_once(
     checkpoint: Path, settings: EvaluationSettings, workspace: Workspace, runs: list[str]
 ) -> None:
@@ -126,7 +112,7 @@ def test_each_task_is_run_once(
     assert again == fresh
     assert "5 items, found again" in lines.summary
     assert again.results["first"].values["acc"]
-    assert len(list(workspace.evaluations.glob("*.json"))) == 2
+    assert len(list(workspace.evaluations.iterdir())) == 2
 
 
 @pytest.mark.slow
@@ -168,7 +154,7 @@ def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
     )
     # Another suite measures what is new, and the loss over held-out tokens is known.
     monkeypatch.setattr(measuring, "heldout_loss", pytest.fail)
-    write_task(tmp_path / "tasks", "third", ["k l"])
+    write_choices(tmp_path / "tasks", "third", ["k l"])
     wider = settings.model_copy(update={"suite": "first,second,third"})
     suite = plan_suite(
         wider, tiny_tokens, config, load_tasks(wider, tiny_tokens, config, Progress())
@@ -190,13 +176,13 @@ def test_a_change_of_model_or_items_is_another_evaluation(
 ) -> None:
     settings = settings.model_copy(update={"suite": "first"})
     full = evaluate(checkpoint, settings, workspace)
-    none = evaluate(checkpoint, settings, workspace, schedule=IterationSchedule.none(2))
+    evaluate(checkpoint, settings, workspace, schedule=IterationSchedule.none(2))
     same = evaluate(checkpoint, settings, workspace, schedule=IterationSchedule((2, 1)))
     assert runs == ["first"] * 2
     assert full == same
-    assert full.results["first"].log_likelihoods != none.results["first"].log_likelihoods
+    assert len(scores(workspace)) == 2
     evaluate(checkpoint, settings.model_copy(update={"limit": 2}), workspace)
-    write_task(Path(settings.include_path or ""), "first", ["a b", "c d", "e k"])
+    write_choices(Path(settings.include_path or ""), "first", ["a b", "c d", "e k"])
     evaluate(checkpoint, settings, workspace)
     assert runs == ["first"] * 4
 
@@ -213,9 +199,10 @@ def test_precision_is_what_the_model_computes_in_and_part_of_the_key(
     half = evaluate(checkpoint, in_half, workspace).results["first"]
     assert runs == ["first"] * 2
     assert half.items == full.items
-    assert half.log_likelihoods != full.log_likelihoods
-    for rounded, exact in zip(half.log_likelihoods, full.log_likelihoods, strict=True):
-        assert rounded == pytest.approx(exact, rel=0.02)
+    rounded, exact = scores(workspace)
+    assert rounded != exact
+    for one, other in zip(rounded, exact, strict=True):
+        assert one == pytest.approx(other, rel=0.02)
     for known in (in_full, in_half):
         evaluate(checkpoint, known, workspace)
     assert runs == ["first"] * 2
@@ -228,17 +215,17 @@ def test_an_interrupted_evaluation_keeps_the_tasks_that_were_done(
     runs: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def stop_after_first(result: TaskResult, path: Path) -> None:
-        write(result, path)
+    def stop_after_first(*arguments: Any) -> None:
+        write(*arguments)
         raise KeyboardInterrupt
 
-    write = TaskResult.write
-    monkeypatch.setattr(TaskResult, "write", stop_after_first)
+    write = EvaluationStore.write
+    monkeypatch.setattr(EvaluationStore, "write", stop_after_first)
     with pytest.raises(KeyboardInterrupt):
         evaluate(checkpoint, settings, workspace)
-    monkeypatch.setattr(TaskResult, "write", write)
+    monkeypatch.setattr(EvaluationStore, "write", write)
     evaluate(checkpoint, settings, workspace)
-    assert runs == ["first", "second", "second"]
+    assert runs == ["first", "second"]
 
 
 def test_what_the_hub_does_not_give_is_said(
@@ -247,7 +234,7 @@ def test_what_the_hub_does_not_give_is_said(
     workspace: Workspace,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(suite, "hub_problem", lambda: "it is far away")
+    monkeypatch.setattr(loading, "hub_problem", lambda: "it is far away")
     lines = Lines()
     both = settings.model_copy(update={"suite": "first,piqa"})
     found = evaluate(checkpoint, both, workspace, progress=lines)

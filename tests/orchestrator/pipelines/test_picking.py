@@ -265,7 +265,7 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(
         ).with_numbers("quality", {"accuracy": accuracy})
         task = TaskResult(
             name="choices", version="1", num_items=100, num_fewshot=0,
-            metrics={"acc": accuracy}, items=[], values={}, log_likelihoods=[],
+            metrics={"acc": accuracy}, items=[], values={},
         )  # fmt: skip
         items = {result.key: EvaluationResult(results={"choices": task})}
         seeds += with_items(context.workspace, [result], items)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fake_tracking import untracked
+from lm_eval_tasks import write_task
 
 from orchestrator.data.store import open_tokens
 from orchestrator.models.evaluated_model import open_model
@@ -24,38 +25,13 @@ from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import Workspace, open_workspace
 
-TASKS = {
-    "choices": """\
-output_type: multiple_choice
-doc_to_text: context
-doc_to_choice: endings
-doc_to_target: label
-metric_list: [{metric: acc}]
-""",
-    "rolling": """\
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{context * 9}}"
-metric_list: [{metric: bits_per_byte}]
-""",
-    "written": """\
-output_type: generate_until
-doc_to_text: context
-doc_to_target: label
-generation_kwargs: {until: ["."], max_gen_toks: 5, do_sample: true, temperature: 1.0}
-metric_list: [{metric: exact_match}]
-""",
+WORDS = ["bag", "fog", "hen", "pig", "cab", "deed", "face", "bead"]
+SAMPLED = {"until": ["."], "max_gen_toks": 5, "do_sample": True, "temperature": 1.0}
+TASKS: dict[str, dict[str, Any]] = {
+    "choices": {},
+    "rolling": {},
+    "questions": {"generation_kwargs": SAMPLED},
 }
-ITEMS = """\
-import datasets
-
-
-def read(**settings):
-    words = ["bag", "fog", "hen", "pig", "cab", "deed", "face", "bead"]
-    rows = [{"context": f"a {w} and the {w} had", "endings": ["end", f"{w} gone"], "label": 0}
-            for w in words]
-    return {"test": datasets.Dataset.from_list(rows)}
-"""
 
 
 class StopsAfter(Progress):
@@ -83,11 +59,14 @@ def checkpoint(tmp_path: Path, save_tiny: Callable[..., Path]) -> Path:
 @pytest.fixture
 def settings(tmp_path: Path) -> EvaluationSettings:
     folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "items.py").write_text(ITEMS)
-    for name, text in TASKS.items():
-        head = f"task: {name}\ncustom_dataset: !function items.read\ntest_split: test\n"
-        (folder / f"{name}.yaml").write_text(head + text)
+    rows = [
+        {"context": text, "question": text, "answer": "0", "text": text * 9,
+         "endings": ["end", f"{word} gone"], "label": 0}
+        for word in WORDS
+        for text in [f"a {word} and the {word} had"]
+    ]  # fmt: skip
+    for name, changes in TASKS.items():
+        write_task(folder, name, rows, **changes)
     return EvaluationSettings(suite=",".join(TASKS), include_path=str(folder), batch_size=2)
 
 
@@ -141,7 +120,7 @@ def test_the_same_command_does_only_the_rest(
     assert f"{name}: " in progress.notes[0]
     assert "answers were stored before an interruption" in progress.notes[0]
     assert progress.seen == sorted(progress.seen)
-    assert [path.suffix for path in workspace.evaluations.iterdir()] == [".json"]
+    assert all(path.is_dir() for path in workspace.evaluations.iterdir())
     states.append(planned(checkpoint, settings, workspace))
     assert re.fullmatch(r"8 items to measure; resumes after \d+ answers", states[0][name])
     assert states[1] == {name: "8 items, stored"}

@@ -26,7 +26,6 @@ def task(name: str, **metrics: float) -> TaskResult:
         metrics=metrics,
         items=["a", "b"],
         values={"acc": [1.0, 0.0]},
-        log_likelihoods=[[-1.0], [-2.0]],
     )
 
 

@@ -117,7 +117,7 @@ def test_paired_errors_come_from_the_stored_items(
     assert "### lastword (acc)" in (written.folder / "front.md").read_text("utf-8")
     # A model with a damaged file has no confidence; the report is written all the same.
     lost = sweep.results[1]
-    (workspace.evaluations / f"{lost.key}-lastword.json").write_text("{")
+    (workspace.evaluations / f"{lost.key}-lastword" / "items.json").write_text("{")
     again = write_sweep_report(workspace, sweep)
     front = again.report.front
     assert {row["key"] for row in front.rows} - {key for key, _, _ in front.intervals} == {lost.key}

@@ -293,7 +293,6 @@ def evaluation(share: float, name: str = "task") -> EvaluationResult:
         metrics={"acc": float(right.mean())},
         items=[f"item {number}" for number in range(200)],
         values={"acc": right.tolist()},
-        log_likelihoods=[],
     )
     return EvaluationResult(results={name: result})
 

@@ -20,8 +20,8 @@ from changed_trials import in_folder, with_accuracy, with_job
 from iiet.decoder import Decoder
 from orchestrator.cluster.asha_scheduler import AshaByModel
 from orchestrator.evaluation import measuring
-from orchestrator.evaluation.harness import Suite
-from orchestrator.evaluation.harness import suite as harness_suite
+from orchestrator.evaluation import suite as loading
+from orchestrator.evaluation.suite import Suite
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import resolve_settings
@@ -283,7 +283,7 @@ def test_the_precision_of_the_suite_is_that_of_the_measured_model(
         return 1.0
 
     no_tasks = Suite(tasks={}, groups={}, skipped={})
-    monkeypatch.setattr(trial_run, "load_suite", lambda *_, **__: no_tasks)
+    monkeypatch.setattr(trial_run, "load_suite", lambda *_: no_tasks)
     monkeypatch.setattr(measuring, "heldout_loss", loss)
     teacher = trials[0]
     for suite in (teacher.suite, teacher.suite.model_copy(update={"precision": "bf16"})):
@@ -377,8 +377,8 @@ def test_trials_of_one_process_load_their_tasks_once(
     )
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
     loads: list[Any] = []
-    load = harness_suite._load
-    monkeypatch.setattr(harness_suite, "_load", lambda *a: loads.append(a) or load(*a))
+    load = loading._load
+    monkeypatch.setattr(loading, "_load", lambda *a: loads.append(a) or load(*a))
     changes = {"tasks": ("questions",), "include_folder": str(folder), "suite": ""}
     for trial in trials[:2]:
         run = run_trial(trial.model_copy(update={"suite": trial.suite.model_copy(update=changes)}))

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.cli.session import open_session
-from orchestrator.evaluation.harness.suppressed_output import suppress_output
+from orchestrator.evaluation.adapter import suppress_output
 from orchestrator.terminal.progress import Progress
 
 WIDTHS = (60, 80, 200)

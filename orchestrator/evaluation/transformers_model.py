@@ -1,4 +1,4 @@
-"""Models that are no decoder, through lm-eval's class for transformers.
+"""Models that no decoder of ours can run, through lm-eval's class for transformers.
 
 Its cache of logits is off: it gives wrong scores for a text that is split in two ways. Missing
 weights are an error; transformers would fill them with random numbers and only warn.
@@ -13,10 +13,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from orchestrator.evaluation.harness.answer_settings import usual_max_new_tokens
-from orchestrator.evaluation.harness.chat import ChatModel
-from orchestrator.evaluation.harness.decoder_model import num_items
-from orchestrator.evaluation.harness.suppressed_output import suppress_output
+from orchestrator.evaluation.adapter import ChatModel, suppress_output, usual_max_new_tokens
 from orchestrator.models.hub import offline
 from orchestrator.models.model_tokenizer import FolderTokenizer
 from orchestrator.settings.evaluation import Prompts
@@ -28,10 +25,10 @@ SEED = 1234
 """Random seed of sampled answers, lm-eval's default."""
 
 
-class _WatchedModel(ChatModel, HFLM):  # type: ignore[misc]
-    """Reports the number of items done after each forward pass."""
+class TransformersModel(ChatModel, HFLM):  # type: ignore[misc]
+    """Reports the number of items done after each forward pass, and stores scores."""
 
-    _num_before = _num_items = _num_requests = _num_done = 0
+    _num_requests = _num_done = 0
 
     def loglikelihood(self, requests: list[Instance], **options: Any) -> Any:
         """Score (context, continuation) texts."""
@@ -52,7 +49,7 @@ class _WatchedModel(ChatModel, HFLM):  # type: ignore[misc]
                 found = super()._loglikelihood_tokens(batch, **options)
                 self.journal.add({key: found})
             else:
-                self._advance(len(batch))
+                self._count(len(batch))
             scores |= zip(numbers, map(tuple, found), strict=True)
         return [scores[number] for number in range(len(requests))]
 
@@ -80,24 +77,23 @@ class _WatchedModel(ChatModel, HFLM):  # type: ignore[misc]
         return usual_max_new_tokens(self.max_length)
 
     def _begin(self, requests: list[Instance]) -> None:
-        self._num_before += self._num_items
-        self._num_items, self._num_requests, self._num_done = num_items(requests), len(requests), 0
+        self._advance = self.start_requests(requests)
+        self._num_requests, self._num_done = len(requests), 0
 
     def _model_call(self, inps: torch.Tensor, **options: Any) -> Any:
         logits = super()._model_call(inps, **options)
-        self._advance(len(inps))
+        self._count(len(inps))
         return logits
 
     def _model_generate(self, context: torch.Tensor, **options: Any) -> Any:
         tokens = super()._model_generate(context, **options)
-        self._advance(len(context))
+        self._count(len(context))
         return tokens
 
-    def _advance(self, num_sequences: int) -> None:
-        self._num_done += num_sequences
+    def _count(self, num_sequences: int) -> None:
         # A text of several windows is more than one sequence.
-        share = min(1.0, self._num_done / max(1, self._num_requests))
-        self.progress.advance(self._num_before + int(self._num_items * share))
+        self._num_done = min(self._num_requests, self._num_done + num_sequences)
+        self._advance(self._num_done, self._num_requests)
 
 
 def load_transformers_model(
@@ -108,7 +104,7 @@ def load_transformers_model(
     trust_remote_code: bool = False,
     prompts: Prompts | None = None,
     progress: Progress | None = None,
-) -> HFLM:
+) -> TransformersModel:
     """Load a transformers model folder as a model of lm-eval.
 
     Args:
@@ -118,36 +114,30 @@ def load_transformers_model(
         UserError: If transformers cannot load it, it needs code that is not trusted, or weights
             are missing.
     """
+    from transformers import AutoModelForCausalLM
+
     text = FolderTokenizer(folder, trust_remote_code=trust_remote_code)
+    load: Any = AutoModelForCausalLM.from_pretrained
     with suppress_output(), offline():
-        model = _load(folder, trust_remote_code)
+        try:
+            model, found = load(
+                folder, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+        except Exception as error:  # Its files, and code that comes with them, fail in many ways.
+            line, hint = first_line(error), ""
+            if "trust_remote_code" in str(error):
+                line, hint = "it needs code in the folder", "; --trust-remote-code runs it"
+            raise UserError(f"transformers cannot load {folder}: {line}{hint}") from None
+        if missing := sorted(found.get("missing_keys", ())):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"the weights in {folder} are not complete: {missing[0]}{more} missing")
         model.config.use_cache = False  # Scoring would fill a cache and discard it.
-        watched = _WatchedModel(
+        runner = TransformersModel(
             pretrained=model.to(device).eval(),
             tokenizer=text.loaded,
             batch_size=batch_size,
             logits_cache=False,
         )
-    watched.text, watched.prompts = text, prompts or Prompts()
-    watched.progress = progress or Progress()
-    return watched
-
-
-def _load(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    load: Any = AutoModelForCausalLM.from_pretrained
-    try:
-        model, found = load(
-            folder, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except Exception as error:  # Its files, and code that comes with them, fail in many ways.
-        line, hint = first_line(error), ""
-        if "trust_remote_code" in str(error):
-            line, hint = "it needs code in the folder", "; --trust-remote-code runs it"
-        raise UserError(f"transformers cannot load {folder}: {line}{hint}") from None
-    missing = sorted(found.get("missing_keys", ()))
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"the weights in {folder} are not complete: {missing[0]}{more} missing")
-    return model
+    runner.text, runner.prompts = text, prompts or Prompts()
+    runner.progress = progress or Progress()
+    return runner

@@ -1,15 +1,9 @@
-"""Select the tasks of an evaluation: the suite in the settings as names and folders for lm-eval.
-
-A suite is a list of names; `heldout` stands for all tasks that the prepared data give: those made
-from held-out documents, or depth tasks. One of these can also be named by itself.
-"""
+"""Which tasks the settings ask for, and checks of them before anything is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from orchestrator.data.mixture import open_data
 from orchestrator.data.store import MANIFEST_NAME, verify_data
@@ -21,7 +15,7 @@ from orchestrator.evaluation.heldout import (
     is_heldout_task,
     offered_tasks,
 )
-from orchestrator.evaluation.python_tasks import HELDOUT
+from orchestrator.evaluation.tasks import HELDOUT, TaskSelection
 from orchestrator.records.evaluation import BITS_METRIC
 from orchestrator.settings import DataSettings, EvaluationSettings, Settings
 from orchestrator.terminal.progress import Progress
@@ -29,25 +23,83 @@ from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import expand_user
 from orchestrator.workspace.layout import Workspace
 
-if TYPE_CHECKING:
-    from orchestrator.evaluation.harness import Suite
+
+def select_tasks(
+    settings: EvaluationSettings,
+    tokens: Path | None,
+    *,
+    context_length: int,
+    make: Progress | None = None,
+) -> TaskSelection:
+    """Return the tasks to run; if the held-out ones are not made, all that the data offer.
+
+    Args:
+        tokens: Folder of prepared tokens, if held-out tasks are requested; see `needs_heldout`.
+        context_length: Tokens that the model reads; every held-out item fits into them.
+        make: Makes the held-out tasks that are missing, and is told about it.
+
+    Raises:
+        UserError: If the tokens do not give the held-out tasks, or those are damaged; when they are
+            made, also if the documents give no items.
+    """
+    names, heldout = named_tasks(settings), None
+    if tokens is not None:
+        check_offered(settings, offered_tasks(open_data(tokens)))
+        size = {"num_items": settings.num_items, "context_length": context_length}
+        if make is None:
+            suite = find_heldout(tokens, **size)
+        else:
+            suite = build_heldout(tokens, **size, progress=make)
+            for note in suite.notes:
+                make.note(note)
+        heldout = suite.folder
+        if HELDOUT in names:
+            place = names.index(HELDOUT)
+            names[place : place + 1] = suite.tasks
+    return TaskSelection(
+        names=tuple(dict.fromkeys(names)),
+        folders=user_task_folders(settings),
+        heldout=heldout,
+        num_fewshot=settings.num_fewshot,
+        prompts=settings.prompts,
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskSelection:
-    """Names of tasks, and the folders in which they are looked up."""
+def named_tasks(settings: EvaluationSettings) -> list[str]:
+    """Return the names in `evaluation.suite`."""
+    return [name.strip() for name in settings.suite.split(",") if name.strip()]
 
-    names: tuple[str, ...]
-    """Tasks, groups, tags or named suites."""
-    folders: tuple[Path, ...]
-    """Folders of the user's task files; they take precedence over lm-eval's own."""
-    heldout: Path | None = None
-    """Folder of the held-out tasks; None if none was requested."""
 
-    @property
-    def heldout_names(self) -> tuple[str, ...]:
-        """The held-out tasks among the names."""
-        return tuple(filter(is_heldout_task, self.names))
+def needs_heldout(settings: EvaluationSettings) -> bool:
+    """Return whether the suite has held-out tasks."""
+    return any(map(_is_heldout, named_tasks(settings)))
+
+
+def needs_lm_eval(settings: EvaluationSettings) -> bool:
+    """Return whether the suite has tasks besides held-out ones."""
+    names = named_tasks(settings)
+    return not all(map(_is_heldout, names)) if names else bool(settings.include_path)
+
+
+def _is_heldout(name: str) -> bool:
+    return name == HELDOUT or is_heldout_task(name)
+
+
+def user_task_folders(settings: EvaluationSettings) -> tuple[Path, ...]:
+    """Return the user's folder of task files as an absolute path, or nothing if none is set.
+
+    Raises:
+        UserError: If it does not exist.
+    """
+    if not settings.include_path:
+        return ()
+    folder = expand_user(settings.include_path).absolute()
+    if not folder.is_dir():
+        raise UserError(
+            f"evaluation.include_path: there is no folder {shortened(settings.include_path)} to "
+            "find lm-eval task files in"
+        )
+    return (folder,)
 
 
 def newest_tokens(workspace: Workspace) -> Path:
@@ -65,80 +117,6 @@ def newest_tokens(workspace: Workspace) -> Path:
     folder = max(manifests, key=lambda path: path.stat().st_mtime).parent
     verify_data(folder)
     return folder
-
-
-def select_tasks(
-    settings: EvaluationSettings, tokens: Path | None, *, context_length: int
-) -> TaskSelection:
-    """Return the tasks to run; if the held-out ones are not made, all that the data offer.
-
-    Args:
-        tokens: Folder of prepared tokens, if held-out tasks are requested; see `needs_heldout`.
-        context_length: Tokens that the model reads; every held-out item fits into them.
-
-    Raises:
-        UserError: If the tokens do not give the held-out tasks, or those are damaged.
-    """
-    names, folders = named_tasks(settings), tuple(user_task_folders(settings))
-    if tokens is None:
-        return TaskSelection(names=tuple(names), folders=folders)
-    check_offered(settings, offered_tasks(open_data(tokens)))
-    suite = find_heldout(tokens, num_items=settings.num_items, context_length=context_length)
-    if HELDOUT in names:
-        place = names.index(HELDOUT)
-        names[place : place + 1] = suite.tasks
-    names = list(dict.fromkeys(names))
-    return TaskSelection(names=tuple(names), folders=folders, heldout=suite.folder)
-
-
-def make_tasks(
-    settings: EvaluationSettings, tokens: Path | None, *, context_length: int, progress: Progress
-) -> TaskSelection:
-    """Make the held-out tasks that are missing, and return the tasks to run, as `select_tasks`.
-
-    Raises:
-        UserError: As `select_tasks`; or if the documents give no items.
-    """
-    asked = select_tasks(settings, tokens, context_length=context_length)
-    if tokens is None:
-        return asked
-    items: dict[str, Any] = {"num_items": settings.num_items, "context_length": context_length}
-    for note in build_heldout(tokens, **items, progress=progress).notes:
-        progress.note(note)
-    return select_tasks(settings, tokens, context_length=context_length)
-
-
-def load_selection(asked: TaskSelection, settings: EvaluationSettings) -> Suite:
-    """Load tasks by lm-eval, whose import takes seconds."""
-    from orchestrator.evaluation.harness import load_suite
-
-    return load_suite(
-        asked.names,
-        folders=asked.folders,
-        heldout=asked.heldout,
-        num_fewshot=settings.num_fewshot,
-        prompts=settings.prompts,
-    )
-
-
-def needs_heldout(settings: EvaluationSettings) -> bool:
-    """Return whether the suite has held-out tasks."""
-    return any(map(_is_heldout, named_tasks(settings)))
-
-
-def named_tasks(settings: EvaluationSettings) -> list[str]:
-    """Return the names in `evaluation.suite`."""
-    return [name.strip() for name in settings.suite.split(",") if name.strip()]
-
-
-def needs_lm_eval(settings: EvaluationSettings) -> bool:
-    """Return whether the suite has tasks besides held-out ones."""
-    names = named_tasks(settings)
-    return not all(map(_is_heldout, names)) if names else bool(settings.include_path)
-
-
-def _is_heldout(name: str) -> bool:
-    return name == HELDOUT or is_heldout_task(name)
 
 
 def check_offered(settings: EvaluationSettings, offered: Collection[str]) -> None:
@@ -182,23 +160,6 @@ def tasks_of_source(settings: DataSettings) -> tuple[str, ...]:
     return settings.depth.tasks if settings.source == "depth" else TEXT_TASKS
 
 
-def user_task_folders(settings: EvaluationSettings) -> list[Path]:
-    """Return the user's folder of task files as an absolute path, or nothing if none is set.
-
-    Raises:
-        UserError: If it does not exist.
-    """
-    if not settings.include_path:
-        return []
-    folder = expand_user(settings.include_path).absolute()
-    if not folder.is_dir():
-        raise UserError(
-            f"evaluation.include_path: there is no folder {shortened(settings.include_path)} to "
-            "find lm-eval task files in"
-        )
-    return [folder]
-
-
 def lm_eval_task_fingerprints(
     settings: EvaluationSettings,
     progress: Progress | None = None,
@@ -222,14 +183,20 @@ def lm_eval_task_fingerprints(
             accuracy although one is needed.
         RunFailed: If the hub provides none of the tasks.
     """
-    folders, names = tuple(user_task_folders(settings)), named_tasks(settings)
+    folders, names = user_task_folders(settings), named_tasks(settings)
     is_accuracy_known = any(name == HELDOUT or has_accuracy(name) for name in names)
     fingerprints = {}
     if needs_lm_eval(settings):
-        from orchestrator.evaluation.harness import check_answer_settings
+        from orchestrator.evaluation.adapter import check_answer_settings
+        from orchestrator.evaluation.suite import load_suite
 
-        others = tuple(name for name in names if not _is_heldout(name))
-        loaded = load_selection(TaskSelection(names=others, folders=folders), settings)
+        others = TaskSelection(
+            names=tuple(name for name in names if not _is_heldout(name)),
+            folders=folders,
+            num_fewshot=settings.num_fewshot,
+            prompts=settings.prompts,
+        )
+        loaded = load_suite(others)
         progress = progress or Progress()
         for name, reason in loaded.skipped.items():
             progress.note(f"skipped {name}: {reason}")

@@ -1,0 +1,199 @@
+"""lm-eval's files: ours are those that it writes itself, and both read as the same evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval_tasks import write_task
+
+from iiet.decoder import Decoder
+from orchestrator.evaluation.adapter import DecoderModel, run_task, suppress_output
+from orchestrator.evaluation.lm_eval_files import MeasuredTask, find_logged_run, top_groups
+from orchestrator.evaluation.store import ITEMS, EvaluationStore
+from orchestrator.evaluation.suite import Suite, load_suite
+from orchestrator.evaluation.tasks import TaskSelection
+from orchestrator.models.model_tokenizer import PlainTokenizer
+from orchestrator.records.evaluation import EvaluationKeys
+from orchestrator.workspace.errors import RunFailed, UserError
+
+WORDS = ["a bag", "the hen", "cab", "face", "dad", "x", "a bag"]
+FILTERS = [
+    {"name": "strict", "filter": [{"function": "take_first"}]},
+    {"name": "any", "filter": [{"function": "lowercase"}, {"function": "take_first"}]},
+]
+ABOUT: dict[str, Any] = {"config": {"model": "iiet", "model_args": {"schedule": "2,1"}}}
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    folder = tmp_path / "tasks"
+    rows = [{"context": w, "endings": ["bag", "fog"], "label": n % 2} for n, w in enumerate(WORDS)]
+    write_task(folder, "choices", rows)
+    asked = [{"question": word, "answer": word} for word in WORDS]
+    write_task(folder, "answers", asked, kind="questions", filter_list=FILTERS)
+    write_task(folder, "texts", [{"text": word} for word in WORDS], kind="rolling")
+    return load_suite(TaskSelection(folders=(folder,)))
+
+
+@pytest.fixture
+def output(suite: Suite, decoder: Decoder, tokenizer: PlainTokenizer, tmp_path: Path) -> Path:
+    """What `lm_eval --log_samples --output_path` writes for this decoder."""
+    from lm_eval import evaluator
+    from lm_eval.loggers import EvaluationTracker
+
+    tracker = EvaluationTracker(output_path=str(tmp_path / "output"))
+    tracker.general_config_tracker.log_experiment_args(
+        "hf", "pretrained=org/tiny", None, None, False
+    )
+    with suppress_output():
+        found = evaluator.evaluate(
+            lm=DecoderModel(decoder, tokenizer, 8),
+            task_dict={"tasks": suite.tasks},
+            bootstrap_iters=0,
+        )
+        samples = found.pop("samples")
+        tracker.save_results_aggregated(results=found, samples=samples)
+        for name in found["configs"]:
+            tracker.save_results_samples(task_name=name, samples=samples[name])
+    return tmp_path / "output"
+
+
+def read(path: Path) -> Any:
+    run = find_logged_run(path)
+    assert run is not None
+    return run.read()
+
+
+def test_stored_files_are_those_of_stock_lm_eval_and_read_alike(
+    suite: Suite, output: Path, decoder: Decoder, tokenizer: PlainTokenizer, tmp_path: Path
+) -> None:
+    from lm_eval.utils import get_latest_filename, get_results_filenames
+
+    store = EvaluationStore(tmp_path / "store")
+    model, stock = DecoderModel(decoder, tokenizer, 8), read(output)
+    measured = {name: run_task(name, task, model) for name, task in suite.tasks.items()}
+    for name, task in measured.items():
+        store.write(f"key-{name}", task, ABOUT)
+        stored, found = store.read(f"key-{name}"), stock.results[name]
+        assert stored == task.result
+        assert (found.items, found.values) == (stored.items, stored.values)
+        assert (found.version, found.num_fewshot) == (stored.version, stored.num_fewshot)
+        assert found.metrics.items() <= stored.metrics.items()
+        assert found.accuracy_metric == stored.accuracy_metric
+        # The stored folder is itself an output of lm-eval.
+        assert read(tmp_path / "store" / f"key-{name}").results == {name: stored}
+    assert len(measured["choices"].items) == 7
+    assert list(measured["answers"].values) == ["exact_match:strict", "exact_match:any"]
+
+    # Copied as one run, under one date.
+    keys = EvaluationKeys(
+        tasks={name: f"key-{name}" for name in measured}, groups={"both": ("choices", "texts")}
+    )
+    store.copy(keys, tmp_path / "own", pretrained="runs/tiny")
+    copied = read(tmp_path / "own")
+    assert copied.results == {name: task.result for name, task in measured.items()}
+    assert copied.groups == keys.groups
+    [theirs] = output.rglob("results_*.json")
+    files = [str(path) for path in (tmp_path / "own").iterdir()]
+    ours = json.loads(Path(get_latest_filename(get_results_filenames(files))).read_text())
+    stock_run = json.loads(theirs.read_text())
+    for name in measured:
+        [one], [other] = (
+            folder.rglob(f"samples_{name}_*") for folder in (tmp_path / "own", output)
+        )
+        assert one.read_text() == other.read_text()
+        assert stock_run["results"][name].items() - ours["results"][name].items() <= {
+            (key, "N/A") for key in stock_run["results"][name] if "_stderr" in key
+        }
+    for part in ("task_hashes", "versions", "n-shot", "n-samples", "higher_is_better"):
+        assert ours[part] == stock_run[part]
+    assert ours["config"]["model_args"] == {"schedule": "2,1", "pretrained": "runs/tiny"}
+    assert ours["model_name"] == "own"
+
+
+def test_what_is_damaged_is_measured_again_and_never_copied(
+    suite: Suite, decoder: Decoder, tokenizer: PlainTokenizer, tmp_path: Path
+) -> None:
+    notes: list[str] = []
+    store = EvaluationStore(tmp_path, notes.append)
+    task = run_task("choices", suite.tasks["choices"], DecoderModel(decoder, tokenizer))
+    keys = EvaluationKeys(tasks={"choices": "key"})
+    assert store.read("key") is None
+    for pattern in ("results_*", ITEMS, "samples_*"):
+        store.write("key", task, ABOUT)
+        [file] = (tmp_path / "key").glob(pattern)
+        file.write_text(file.read_text().replace("1", "7", 1))
+        if pattern == "samples_*":
+            assert store.load(keys), "a report reads no samples"
+        else:
+            assert store.load(keys) is None
+            assert str(file) in notes.pop()
+        with pytest.raises((RunFailed, UserError), match=file.name):
+            store.copy(keys, tmp_path / "copy", pretrained="")
+    plain = tmp_path / "a file"
+    plain.write_text("")
+    store.write("key", task, ABOUT)
+    with pytest.raises(RunFailed, match=r"cannot write lm-eval's files into .*a file"):
+        store.copy(keys, plain, pretrained="")
+    EvaluationStore(plain, notes.append).write("key", task, ABOUT)
+    assert notes == ["cannot store the result of choices: File exists"]
+
+
+def test_of_each_task_the_newest_samples_count(output: Path) -> None:
+    folder = output / "org__tiny"
+    [results] = folder.glob("results_*.json")
+    [samples] = folder.glob("samples_choices_*.jsonl")
+    assert read(folder) == read(results) == read(output)
+    lines = samples.read_text().splitlines()[:2]
+    newer = "2124-01-01T00-00-00.000001"
+    (folder / f"samples_choices_{newer}.jsonl").write_text("\n".join(lines) + "\n")
+    changed = json.loads(results.read_text())
+    changed["versions"]["choices"] = 3.0
+    (folder / f"results_{newer}.json").write_text(json.dumps(changed))
+    found = read(folder).results
+    assert (found["choices"].num_items, found["choices"].version) == (2, "3.0")
+    assert found["answers"].num_items == 7
+    assert read(results).results["choices"].num_items == 7
+
+
+def test_damaged_outputs_are_named(output: Path) -> None:
+    [samples] = output.rglob("samples_choices_*.jsonl")
+    for content, reason in (
+        ("{", "is damaged"),
+        ('{"doc_id": 0, "filter": "none", "metrics": ["acc"], "acc": 1}\n', "has no `doc_hash`"),
+        ("", "it is empty"),
+        ("[1]\n", "has no `doc_hash`"),
+        ('{"doc_hash": "a", "doc_id": 0, "filter": "none", "metrics": ["acc"]}', "is damaged"),
+    ):
+        samples.write_text(content)
+        with pytest.raises(UserError, match=reason) as error:
+            read(output)
+        assert str(samples) in str(error.value)
+        assert "--log_samples" in str(error.value)
+    os.renames(output / "org__tiny", output / "a")
+    (output / "b").mkdir()
+    (output / "b" / "results_2024-01-01T00-00-00.000001.json").write_text("{}")
+    with pytest.raises(UserError, match="results of several models; name one of its folders: a, b"):
+        find_logged_run(output)
+    with pytest.raises(UserError, match="results of lm-eval but no samples of them"):
+        find_logged_run(output / "b")
+    assert find_logged_run(output / "org__tiny") is None
+    assert find_logged_run(output.parent / "tasks") is None
+
+
+def test_a_group_of_groups_holds_all_tasks_below_it() -> None:
+    subtasks = {"mmlu": ["mmlu_stem", "x"], "mmlu_stem": ["y", "z"], "piqa": []}
+    assert top_groups(subtasks) == {"mmlu": ("y", "z", "x")}
+
+
+def test_a_number_without_items_is_stored_like_a_task(tmp_path: Path) -> None:
+    run = {"results": {"loss": {"loss,none": 0.5}}, "versions": {"loss": 1}, "n-shot": {"loss": 0}}
+    store = EvaluationStore(tmp_path)
+    store.write("key", MeasuredTask(name="loss", run=run), {})
+    found = store.read("key")
+    assert found is not None
+    assert (found.metrics, found.num_items) == ({"loss": 0.5}, 0)

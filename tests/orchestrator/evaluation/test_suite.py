@@ -1,0 +1,157 @@
+"""Tasks by name: found, loaded, fingerprinted; what is missing or damaged is an error."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval_tasks import write_task
+
+from orchestrator.evaluation import suite
+from orchestrator.evaluation.suite import Suite, load_suite
+from orchestrator.evaluation.tasks import TaskSelection
+from orchestrator.workspace.errors import RunFailed, UserError
+
+LAST_WORDS = [{"context": f"one {word} and {word}", "word": word} for word in ("bag", "cab")]
+CHOICES = [{"context": f"a {a}", "endings": [a, "end"], "label": 0} for a in ("hen", "pig")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = write_task(tmp_path / "tasks", "lastword", LAST_WORDS)
+    write_task(folder, "choices", CHOICES)
+    (folder / "both.yaml").write_text("group: both\ntask: [lastword, choices]\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Without network; returns how often the hub was asked for, and fails for any other look-up."""
+    asked: list[str] = []
+
+    def no_hub() -> str:
+        asked.append("hub")
+        return "huggingface.co cannot be reached"
+
+    # A data set's loader must fail at once: no retries, no look-up.
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("asked the network"))
+    monkeypatch.setattr(suite, "hub_problem", no_hub)
+    return asked
+
+
+def load(*names: str, folder: Path, planned: list[str] | None = None) -> Suite:
+    return load_suite(TaskSelection(names=names, folders=(folder,)), planned)
+
+
+def test_names_and_groups_are_loaded_without_the_hub(folder: Path, asked: list[str]) -> None:
+    grouped = load("both", folder=folder)
+    assert (list(grouped.tasks), grouped.groups) == (
+        ["lastword", "choices"], {"both": ("lastword", "choices")},
+    )  # fmt: skip
+    assert grouped.num_items("choices") == 2
+    assert grouped.num_items("choices", 1) == 1
+    assert set(load(folder=folder).tasks) == {"lastword", "choices"}
+    assert asked == []
+    assert os.environ.get("HF_HUB_OFFLINE") is None
+
+
+def test_the_fingerprint_depends_on_content_not_on_the_path(folder: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(folder, moved)
+    names = ("lastword", "choices")
+    first = {name: load(*names, folder=folder).fingerprint(name) for name in names}
+    assert first == {name: load(*names, folder=moved).fingerprint(name) for name in names}
+    assert len(set(first.values())) == 2
+    write_task(moved, "lastword", [*LAST_WORDS[:-1], {"context": "x y", "word": "z"}])
+    assert load(*names, folder=moved).fingerprint("choices") == first["choices"]
+    write_task(moved, "choices", CHOICES, target_delimiter="")
+    changed = load(*names, folder=moved)
+    assert not {changed.fingerprint(name) for name in names} & {*first.values()}
+
+
+def test_unknown_names_are_errors_that_name_the_nearest(folder: Path) -> None:
+    for names, message in (
+        (["lastword", "lastwrod", "winograndee"],
+         r"lastwrod: .*did you mean lastword.*winograndee: .*grande"),
+        (["hellaswagg"], r"hellaswagg: .*did you mean hellaswag"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            load(*names, folder=folder)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:30])
+
+
+def _replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("lastword.jsonl", _cut),
+        ("lastword.jsonl", Path.unlink),
+        ("lastword.jsonl", _replace_by_folder),
+        ("lastword_reader.py", _cut),
+        ("lastword.yaml", lambda path: path.write_text("")),
+        ("lastword.yaml", lambda path: path.write_text("task: [")),
+        ("lastword.yaml", _replace_by_folder),
+        ("lastword.yaml", lambda path: path.write_bytes(b"\xff\xfe\x00")),
+    ],
+)
+def test_a_damaged_task_is_an_error_not_skipped(
+    folder: Path, name: str, harm: Callable[[Path], Any]
+) -> None:
+    asked: list[list[str]] = [[], ["choices", "lastword"], ["both"]]
+    for names in asked:
+        assert "lastword" in load(*names, folder=folder).tasks
+    harm(folder / name)
+    for names in asked:
+        with pytest.raises(UserError, match=r"lastword|both"):
+            load(*names, folder=folder)
+
+
+def test_tasks_that_cannot_be_scored_and_folders_without_tasks_are_errors(tmp_path: Path) -> None:
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"unsafe_code": True}, "odd: .*runs code that a model wrote"),
+        ({"doc_to_text": "{{no_such_field.x}}"}, "odd: .*UndefinedError"),
+    ]
+    for number, (change, reason) in enumerate(changes):
+        folder = write_task(tmp_path / f"odd{number}", "odd", LAST_WORDS, kind="lastword", **change)
+        write_task(folder, "lastword", LAST_WORDS)
+        with pytest.raises(UserError, match=reason):
+            load(folder=folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no lm-eval task files"):
+        load(folder=tmp_path / "empty")
+    with pytest.raises(UserError, match="there is no folder"):
+        load(folder=tmp_path / "missing")
+    with pytest.raises(UserError, match="no task was named"):
+        load_suite(TaskSelection())
+
+
+def test_hub_tasks_are_skipped_at_once_without_network(folder: Path, asked: list[str]) -> None:
+    found = load("piqa", "lastword", "blimp", folder=folder)
+    assert list(found.tasks) == ["lastword"]
+    assert found.skipped == dict.fromkeys(
+        ["piqa", "blimp"], "it needs the hub, and huggingface.co cannot be reached"
+    )
+    assert asked == ["hub"]
+    with pytest.raises(RunFailed, match=r"lambada_openai, piqa, .*winogrande: it needs the hub"):
+        load("paper", folder=folder)
+
+
+def test_exactly_the_planned_tasks_are_run(folder: Path) -> None:
+    names = ("lastword", "choices", "piqa")
+    found = load(*names, folder=folder, planned=["lastword"])
+    assert list(found.tasks) == ["lastword"]
+    assert found.skipped["choices"] == "it could not be loaded when the sweep was planned"
+    with pytest.raises(RunFailed, match=r"piqa could be loaded when .*huggingface.co cannot be"):
+        load(*names, folder=folder, planned=list(names))
