@@ -30,7 +30,7 @@ ADAPTERS = {
     "jinja2": ("orchestrator.reporting.sections",),
     "moocore": ("orchestrator.reporting.front",),
     "optuna": ("orchestrator.sweeping.search",),
-    "gguf": ("orchestrator.models.gguf_file",),
+    "gguf": ("orchestrator.models.gguf",),
     "huggingface_hub": ("orchestrator.data", "orchestrator.models", "iiet.modeling_iiet"),
 }
 """Library -> the only packages or modules that import it."""
@@ -67,7 +67,7 @@ LINES = {
     "orchestrator/terminal": 616,
     "orchestrator/settings": 1_619,
     "orchestrator/records": 965,
-    "orchestrator/models": 2_144,
+    "orchestrator/models": 1_726,
     "orchestrator/data": 2_861,
     "orchestrator/tracking": 1_529,
     "orchestrator/training": 3_595,
@@ -76,8 +76,8 @@ LINES = {
     "orchestrator/cluster": 2_428,
     "orchestrator/reporting": 4_349,
     "orchestrator/sweeping": 3_355,
-    "orchestrator/pipelines": 4_590,
-    "orchestrator/cli": 1_886,
+    "orchestrator/pipelines": 4_560,
+    "orchestrator/cli": 1_885,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

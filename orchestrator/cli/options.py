@@ -48,8 +48,8 @@ ConfigOption = Annotated[
 TeacherArgument = Annotated[
     Path | None,
     typer.Argument(
-        help="Checkpoint or run, by path or name, or hub:OWNER/NAME; the workspace's newest IIET "
-        "by default.",
+        help="Checkpoint or run, by path or name, or hub:OWNER/NAME; by default the newest IIET "
+        "with corrections that is finished.",
         autocompletion=complete_models,
     ),
 ]
@@ -57,7 +57,7 @@ ModelsArgument = Annotated[
     list[Path] | None,
     typer.Argument(
         help="Checkpoints, runs (by path or name), Hugging Face folders or hub:OWNER/NAME, side by "
-        "side; by default the newest IIET or imported model.",
+        "side; by default the newest of finished runs and what `pick` chose last.",
         autocompletion=complete_models,
     ),
 ]

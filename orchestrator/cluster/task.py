@@ -137,7 +137,7 @@ def _run_on_device(
                 if not cluster.wait_for_gpus:
                     check_available(1, 1, resources)
                 return run_gpu_task(work, progress)
-    from orchestrator.models.loading import best_device
+    from orchestrator.models.open import best_device
 
     return work(str(best_device()), progress)
 

@@ -24,8 +24,8 @@ from orchestrator.cluster.task import command_device
 from orchestrator.data.mixture import describe_data, open_data
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.models.folder import load_config, weights_key
-from orchestrator.models.loading import load_model
 from orchestrator.models.lookup import resolve_teacher
+from orchestrator.models.open import load_model
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
@@ -117,7 +117,8 @@ def measure_influence(
 
     Args:
         settings: Sections `influence` and `cluster`.
-        model: A checkpoint or run, by path or name; the newest IIET with corrections when unset.
+        model: A checkpoint or run, by path or name; the newest finished IIET with
+            corrections when unset.
 
     Raises:
         UserError: If there is no such model, it makes no corrections, or its tokens are not in the

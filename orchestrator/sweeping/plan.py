@@ -40,7 +40,7 @@ from orchestrator.evaluation.selection import (
 )
 from orchestrator.evaluation.tasks import HELDOUT
 from orchestrator.models.folder import load_config, text_files_key, weights_key
-from orchestrator.models.model_tokenizer import check_template, checkpoint_tokenizer
+from orchestrator.models.tokenizer import ModelTokenizer, check_template
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
@@ -179,7 +179,7 @@ def plan_students(
         settings.evaluation, tokens, full, hashes, teacher=teacher, sweeps=workspace.sweeps
     )
     if suite.prompts:
-        check_template(checkpoint_tokenizer(teacher), suite.prompts)
+        check_template(ModelTokenizer(teacher), suite.prompts)
     cost = schedule_cost(settings.sweep.budget_unit, full)
     is_search = settings.sweep.kind == "search"
     members = choose_members(influence, settings.sweep, cost=cost) if influence else ()

@@ -25,7 +25,7 @@ from iiet.decoder import Decoder
 from iiet.distillation import Model
 from iiet.dropping import drop_layers
 from iiet.layers import initial_weights
-from orchestrator.models.loading import load_model, use_tf32
+from orchestrator.models.open import load_model, use_tf32
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings.training import Precision, default_precision
 from orchestrator.terminal.progress import Progress
