@@ -59,9 +59,9 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_248,
+    "iiet": 7_979,
     "benchmarks": 3_624,
-    "examples": 217,
+    "examples": 278,
     "research": 1_984,
     "orchestrator/workspace": 1_066,
     "orchestrator/terminal": 616,
@@ -70,12 +70,12 @@ LINES = {
     "orchestrator/models": 1_726,
     "orchestrator/data": 2_861,
     "orchestrator/tracking": 1_529,
-    "orchestrator/training": 3_595,
+    "orchestrator/training": 3_696,
     "orchestrator/evaluation": 3_211,
-    "orchestrator/planning": 1_117,
+    "orchestrator/planning": 1_289,
     "orchestrator/cluster": 2_428,
     "orchestrator/reporting": 4_349,
-    "orchestrator/sweeping": 3_355,
+    "orchestrator/sweeping": 3_354,
     "orchestrator/pipelines": 4_560,
     "orchestrator/cli": 1_885,
 }

@@ -27,7 +27,6 @@ from iiet.pruning import (
     num_evaluations,
     schedule_family,
     spread_over_cost,
-    within_cost,
 )
 from iiet.schedule import IterationSchedule
 from orchestrator.data.mixture import open_data
@@ -441,7 +440,7 @@ def choose_members(
         }
     elif sweep.budgets:
         try:
-            wanted = {within_cost(family, most, cost=cost).schedule for most in sweep.budgets}
+            wanted = {family.within(most, of=cost) for most in sweep.budgets}
         except ValueError as error:
             raise UserError(f"sweep.budgets, in {sweep.budget_unit}: {error}") from None
     else:

@@ -105,14 +105,14 @@ def test_a_lost_node_changes_no_loss(
 ) -> None:
     def job(name: str) -> TrainingJob:
         # After a notice, a checkpoint is written although none is due.
-        steps, every = (8000, 8000) if kind == "job after a notice" else (800, 20)
+        steps, every = (5000, 5000) if kind == "job after a notice" else (800, 20)
         recipe = {"num_steps": steps, "validate_every_steps": steps}
         return tiny_job(name, **recipe, checkpoint_every_steps=every)
 
     path = tmp_path / "job.json"
     path.write_text(json.dumps(job("lost").model_dump(mode="json")))
     soon = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}  # A notice is heard sooner.
-    run_driver(DRIVER, str(path), kind, timeout=240, variables=soon)
+    run_driver(DRIVER, str(path), kind, timeout=400, variables=soon)
     records = read_journal(tmp_path / "lost")[0]
     started, resumed = (r for r in records if r.get("name") in ("started", "resumed"))
     assert (started["name"], resumed["name"]) == ("started", "resumed")

@@ -17,7 +17,6 @@ from changed_trials import with_accuracy
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
-from iiet.dropping import kept_config
 from orchestrator.models.folder import load_config, read_text_files
 from orchestrator.models.open import load_model
 from orchestrator.records.training import TrainingJob
@@ -28,6 +27,7 @@ from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import student_job, student_trial
 from orchestrator.training import devices, teacher_cache
 from orchestrator.training.devices import World, decoder_to_train
+from orchestrator.training.dropping import kept_config
 from orchestrator.training.job import job_key
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
