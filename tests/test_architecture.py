@@ -64,7 +64,7 @@ LINES = {
     "examples": 278,
     "research": 1_984,
     "orchestrator/workspace": 1_066,
-    "orchestrator/terminal": 616,
+    "orchestrator/terminal": 584,
     "orchestrator/settings": 1_619,
     "orchestrator/records": 965,
     "orchestrator/models": 1_726,
@@ -75,8 +75,8 @@ LINES = {
     "orchestrator/planning": 1_289,
     "orchestrator/cluster": 2_428,
     "orchestrator/reporting": 4_349,
-    "orchestrator/sweeping": 3_354,
-    "orchestrator/pipelines": 4_560,
+    "orchestrator/sweeping": 3_356,
+    "orchestrator/pipelines": 4_590,
     "orchestrator/cli": 1_885,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

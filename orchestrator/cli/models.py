@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from orchestrator.cli.command import Call, Command, one_schedule
+from orchestrator.cli.command import Call, Command
 from orchestrator.cli.options import (
     MAX_COUNT,
     MAX_SEED,
@@ -21,6 +21,7 @@ from orchestrator.cli.options import (
     SchedulesOption,
     complete_models,
     complete_sweeps,
+    one_schedule,
 )
 from orchestrator.cli.session import Warnings
 from orchestrator.workspace.errors import UserError
