@@ -75,7 +75,7 @@ LINES = {
     "orchestrator/planning": 1_289,
     "orchestrator/cluster": 2_428,
     "orchestrator/reporting": 4_349,
-    "orchestrator/sweeping": 3_356,
+    "orchestrator/sweeping": 3_354,
     "orchestrator/pipelines": 4_590,
     "orchestrator/cli": 1_885,
 }
