@@ -76,7 +76,7 @@ LINES = {
     "orchestrator/cluster": 2_428,
     "orchestrator/reporting": 4_349,
     "orchestrator/sweeping": 3_354,
-    "orchestrator/pipelines": 4_590,
+    "orchestrator/pipelines": 4_591,
     "orchestrator/cli": 1_885,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

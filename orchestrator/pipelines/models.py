@@ -85,7 +85,6 @@ from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_parameters
 from orchestrator.training.checkpoint import save_checkpoint
-from orchestrator.training.watching import trial_model
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import new_folder, resolve_path, write_text
 from orchestrator.workspace.journal import Journal
@@ -513,7 +512,9 @@ def run_pick(
     plan: PickResult, context: Context, *, to: Path | str | None = None, force: bool = False
 ) -> PickResult:
     """Export the model of a plan and register it; as `pick`."""
-    from orchestrator.reporting.mlflow_report import run_name  # Imports MLflow.
+    # Both import MLflow.
+    from orchestrator.reporting.mlflow_report import run_name
+    from orchestrator.training.watching import trial_model
 
     sweep, result, workspace = plan.sweep, plan.model, context.workspace
     model = trial_model(result)
