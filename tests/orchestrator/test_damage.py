@@ -18,8 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
+from changed_trials import stop_early
 from small_size import SMALL
 
 from iiet.schedule import IterationSchedule
@@ -35,11 +35,10 @@ from orchestrator.pipelines.syncing import sync
 from orchestrator.records.trial import SweepPlan
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
-from orchestrator.sweeping import decoding
-from orchestrator.sweeping.asha import asha_trials, record_early_stop
-from orchestrator.sweeping.decoding import with_costs, with_decoding
+from orchestrator.sweeping import decode
+from orchestrator.sweeping.decode import with_costs, with_decoding
 from orchestrator.sweeping.plan import plan_iterations, plan_students, schedule_search
-from orchestrator.sweeping.trial_run import run_trial
+from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.devices import World
 from orchestrator.training.job import pretraining_job
@@ -57,7 +56,7 @@ SETTINGS = [
     "training.decay=constant", "distillation.training.num_steps=1",
     "distillation.teacher_cache=true",
     "influence.num_tokens=128", "evaluation.num_items=8", "evaluation.limit=3",
-    "sweep.num_schedules=2",
+    "sweep.num_schedules=2", "sweep.measure_drafts=true",
 ]  # fmt: skip
 """Last assignments count."""
 OPTIONS = [f"--set={assignment}" for assignment in SETTINGS]
@@ -305,7 +304,7 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copies]:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         for name in ("SWEEP_NEW_TOKENS", "SWEEP_REPETITIONS"):
             patch.setattr(decode_timing, name, 2)
-        patch.setattr(decoding, "NUM_TEXTS", 2)
+        patch.setattr(decode, "NUM_TEXTS", 2)
         patch.chdir(folder)
         texts = [text for text, _ in islice(python_documents(Progress()), 120)]
         lines = [json.dumps({"text": text}) + "\n" for text in texts]
@@ -331,7 +330,7 @@ def _fill(workspace: Workspace) -> None:
     plan = plan_students(settings, workspace, teacher, influence, name="s")
     plan.write(folder / PLAN_FILE)
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
-    results = [result for trial in plan.trials if (result := run_trial(trial).result)]
+    results = [result for trial in plan.trials if (result := run_trial(trial))]
     results = with_costs(results, plan, folder, settings, context.progress)
     results = with_decoding(results, plan, folder, settings, context.progress)
     found = StoredSweep(name="s", key=plan.key, results=tuple(results), influence=influence)
@@ -349,17 +348,14 @@ def _fill(workspace: Workspace) -> None:
     settings = read_settings(None, [*SETTINGS, "sweep.kind=search", "search.num_trials=1"])
     plan = plan_students(settings, workspace, teacher, influence, name="search")
     search = schedule_search(settings, workspace, plan, teacher)
-    search.update_study()
-    suggested = optuna.load_study(study_name=None, storage=search.study["storage"])
-    suggested.enqueue_trial({"r_01": 0, "r_02": 1})
-    suggested.ask(search.study["space"])
+    search.open({})
+    assert search.suggest()
 
     race = ["sweep.kind=iterations", "sweep.iterations=[1]", "sweep.methods=[iiet]"]
     rates = ["sweep.asha=true", "sweep.learning_rates={iiet: [1e-3, 2e-3]}"]
     settings = read_settings(None, [*SETTINGS, *race, *rates])
     plan = plan_iterations(settings, workspace, Path(plan.tokens_folder))
-    asha = asha_trials(plan, settings.sweep)
-    record_early_stop(asha, plan.trials[0].key, 2, 9.0)
+    stop_early(plan.trials[0], plan.trials[1], settings.sweep, 2)
 
     _sync(workspace, Notes())  # Makes the database.
     found.store(workspace)
