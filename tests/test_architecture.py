@@ -59,8 +59,8 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_979,
-    "benchmarks": 3_624,
+    "iiet": 7_909,
+    "benchmarks": 3_627,
     "examples": 278,
     "research": 1_984,
     "orchestrator/workspace": 1_064,
@@ -68,11 +68,11 @@ LINES = {
     "orchestrator/settings": 1_619,
     "orchestrator/records": 948,
     "orchestrator/models": 1_726,
-    "orchestrator/data": 2_861,
+    "orchestrator/data": 2_556,
     "orchestrator/tracking": 1_529,
-    "orchestrator/training": 3_696,
+    "orchestrator/training": 3_693,
     "orchestrator/evaluation": 3_211,
-    "orchestrator/planning": 1_289,
+    "orchestrator/planning": 1_293,
     "orchestrator/cluster": 2_198,
     "orchestrator/reporting": 4_349,
     "orchestrator/sweeping": 3_103,
