@@ -45,7 +45,7 @@ from iiet import (
     published_from_decoder,
     stream,
 )
-from orchestrator.models.gguf_file import GgufFile
+from orchestrator.models.gguf import read_gguf
 
 _TOLERANCE = 1e-3
 _GOAL_RATIO = {(256, 1): Goal("at least", 1.5), (256, 8): Goal("at least", 1.4)}
@@ -125,7 +125,7 @@ def _read_models(gguf: Path) -> tuple[Decoder, Any]:
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation="sdpa"
     )
     llama.generation_config.eos_token_id = None  # Both programs generate all tokens.
-    return GgufFile(gguf).decoder().eval(), llama.eval()
+    return read_gguf(gguf).eval(), llama.eval()
 
 
 def llama_of(config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:

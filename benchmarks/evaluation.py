@@ -35,7 +35,7 @@ from orchestrator.evaluation.adapter import DecoderModel, run_task, suppress_out
 from orchestrator.evaluation.heldout import build_heldout
 from orchestrator.evaluation.suite import Suite, load_suite
 from orchestrator.evaluation.tasks import TaskSelection
-from orchestrator.models.evaluated_model import EvaluatedModel, open_model
+from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.records.evaluation import STDERR_SUFFIX, TaskResult
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
@@ -166,7 +166,7 @@ class _Inputs:
 class _Pair:
     """One model, loaded by both programs."""
 
-    def __init__(self, model: EvaluatedModel, suite: Suite, size: _Size) -> None:
+    def __init__(self, model: OpenedModel, suite: Suite, size: _Size) -> None:
         self._suite, self._size = suite, size
         self._decoder, self._tokenizer = model.decoder(), model.tokenizer()
         with suppress_output():

@@ -2,112 +2,80 @@
 between them.
 
 Needs torch and the standard library. Names are imported at first use: `import iiet` alone does not
-load torch. The adapter to transformers, `iiet.huggingface`, is not imported here.
+load torch.
 """
 
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from iiet.batch import Batch
-    from iiet.cache import KeyValueCache
-    from iiet.config import PRESETS, ModelConfig, preset
-    from iiet.cost import InferenceCost, inference_cost, num_parameters, training_flops_per_token
-    from iiet.decoder import Decoder
-    from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
-    from iiet.dropping import drop_layers, most_important_layers
-    from iiet.generation import generate, stream
-    from iiet.influence import InfluenceTable, influence_table
-    from iiet.influence_metrics import INFLUENCE_METRICS
-    from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
-    from iiet.methods import METHODS
-    from iiet.plain import plain_formulas
-    from iiet.pruning import (
-        FamilyMember,
-        knapsack,
-        schedule_at_threshold,
-        schedule_family,
-        spread_over_cost,
-        within_cost,
-    )
-    from iiet.published import decoder_from_published, published_from_decoder
-    from iiet.schedule import IterationSchedule
-    from iiet.speculative import DraftRecord
-    from iiet.static_steps import StaticSteps
+    from iiet.batch import Batch as Batch
+    from iiet.cache import KeyValueCache as KeyValueCache
+    from iiet.config import PRESETS as PRESETS
+    from iiet.config import ModelConfig as ModelConfig
+    from iiet.config import preset as preset
+    from iiet.cost import InferenceCost as InferenceCost
+    from iiet.cost import inference_cost as inference_cost
+    from iiet.cost import num_parameters as num_parameters
+    from iiet.cost import training_flops_per_token as training_flops_per_token
+    from iiet.decoder import Decoder as Decoder
+    from iiet.distillation import DistillationConfig as DistillationConfig
+    from iiet.distillation import distillation_loss as distillation_loss
+    from iiet.distillation import frozen_teacher as frozen_teacher
+    from iiet.exporting import export as export
+    from iiet.generation import generate as generate
+    from iiet.generation import stream as stream
+    from iiet.influence import InfluenceTable as InfluenceTable
+    from iiet.influence import influence_table as influence_table
+    from iiet.influence_metrics import INFLUENCE_METRICS as INFLUENCE_METRICS
+    from iiet.losses import cross_entropy as cross_entropy
+    from iiet.losses import hidden_state_error as hidden_state_error
+    from iiet.losses import kl_divergence as kl_divergence
+    from iiet.losses import next_token_loss as next_token_loss
+    from iiet.methods import METHODS as METHODS
+    from iiet.plain import plain_formulas as plain_formulas
+    from iiet.pruning import FamilyMember as FamilyMember
+    from iiet.pruning import ScheduleFamily as ScheduleFamily
+    from iiet.pruning import knapsack as knapsack
+    from iiet.pruning import schedule_at_threshold as schedule_at_threshold
+    from iiet.pruning import schedule_family as schedule_family
+    from iiet.pruning import spread_over_cost as spread_over_cost
+    from iiet.published import decoder_from_published as decoder_from_published
+    from iiet.published import published_from_decoder as published_from_decoder
+    from iiet.schedule import IterationSchedule as IterationSchedule
+    from iiet.speculative import DraftRecord as DraftRecord
+    from iiet.static_steps import StaticSteps as StaticSteps
 
 try:
     __version__ = metadata.version("iiet-orch")
 except metadata.PackageNotFoundError:  # The source was copied, not installed.
     __version__ = "unknown"
 
-_MODULES = {
-    "batch": ("Batch",),
-    "cache": ("KeyValueCache",),
-    "config": ("PRESETS", "ModelConfig", "preset"),
-    "cost": ("InferenceCost", "inference_cost", "num_parameters", "training_flops_per_token"),
-    "decoder": ("Decoder",),
-    "distillation": ("DistillationConfig", "distillation_loss", "frozen_teacher"),
-    "dropping": ("drop_layers", "most_important_layers"),
-    "generation": ("generate", "stream"),
-    "influence": ("InfluenceTable", "influence_table"),
-    "influence_metrics": ("INFLUENCE_METRICS",),
-    "losses": ("cross_entropy", "hidden_state_error", "kl_divergence", "next_token_loss"),
-    "methods": ("METHODS",),
-    "plain": ("plain_formulas",),
+_NAMES_OF_MODULE = {
+    "batch": "Batch",
+    "cache": "KeyValueCache",
+    "config": "ModelConfig PRESETS preset",
+    "cost": "InferenceCost inference_cost num_parameters training_flops_per_token",
+    "decoder": "Decoder",
+    "distillation": "DistillationConfig distillation_loss frozen_teacher",
+    "exporting": "export",
+    "generation": "generate stream",
+    "influence": "InfluenceTable influence_table",
+    "influence_metrics": "INFLUENCE_METRICS",
+    "losses": "cross_entropy hidden_state_error kl_divergence next_token_loss",
+    "methods": "METHODS",
+    "plain": "plain_formulas",
     "pruning": (
-        "FamilyMember",
-        "knapsack",
-        "schedule_at_threshold",
-        "schedule_family",
-        "spread_over_cost",
-        "within_cost",
+        "FamilyMember ScheduleFamily knapsack schedule_at_threshold schedule_family "
+        "spread_over_cost"
     ),
-    "published": ("decoder_from_published", "published_from_decoder"),
-    "schedule": ("IterationSchedule",),
-    "speculative": ("DraftRecord",),
-    "static_steps": ("StaticSteps",),
+    "published": "decoder_from_published published_from_decoder",
+    "schedule": "IterationSchedule",
+    "speculative": "DraftRecord",
+    "static_steps": "StaticSteps",
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-
-__all__ = [
-    "INFLUENCE_METRICS",
-    "METHODS",
-    "PRESETS",
-    "Batch",
-    "Decoder",
-    "DistillationConfig",
-    "DraftRecord",
-    "FamilyMember",
-    "InferenceCost",
-    "InfluenceTable",
-    "IterationSchedule",
-    "KeyValueCache",
-    "ModelConfig",
-    "StaticSteps",
-    "cross_entropy",
-    "decoder_from_published",
-    "distillation_loss",
-    "drop_layers",
-    "frozen_teacher",
-    "generate",
-    "hidden_state_error",
-    "inference_cost",
-    "influence_table",
-    "kl_divergence",
-    "knapsack",
-    "most_important_layers",
-    "next_token_loss",
-    "num_parameters",
-    "plain_formulas",
-    "preset",
-    "published_from_decoder",
-    "schedule_at_threshold",
-    "schedule_family",
-    "spread_over_cost",
-    "stream",
-    "training_flops_per_token",
-    "within_cost",
-]
+_MODULE_OF = {name: m for m, names in _NAMES_OF_MODULE.items() for name in names.split()}
+__all__ = sorted(_MODULE_OF)
 
 
 if not TYPE_CHECKING:  # A type checker knows the names from the imports above, and no others.

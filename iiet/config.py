@@ -13,7 +13,7 @@ from typing import Any
 
 from iiet.extensions import ExtensionError
 from iiet.methods import METHODS
-from iiet.schedule import IterationSchedule
+from iiet.schedule import IterationSchedule, ScheduleLike
 
 __all__ = ["PRESETS", "ModelConfig", "preset"]
 
@@ -44,7 +44,8 @@ class ModelConfig:
     context_length: int
     """Longest sequence in tokens, prompt and continuation together; longer ones are refused."""
     schedule: IterationSchedule | None = None
-    """Corrections per layer. Required where the method makes corrections, else None or zeros."""
+    """Corrections per layer, in any form that `IterationSchedule.parse` reads. Required where the
+    method makes corrections, else None or zeros."""
     method_options: Any = None
     """Options of the method, an instance of `METHODS[method].Options`; None for its defaults."""
     tie_embeddings: bool = True
@@ -59,6 +60,10 @@ class ModelConfig:
     """Standard deviation of freshly made linear and embedding weights."""
 
     def __post_init__(self) -> None:
+        given: Any = self.schedule
+        if given is not None and type(self.num_layers) is int and self.num_layers > 0:
+            parsed = IterationSchedule.parse(given, num_layers=self.num_layers)
+            object.__setattr__(self, "schedule", parsed)
         problems = [*_size_problems(self), *_method_problems(self)]
         if problems:
             kind = ValueError if self.method in METHODS else ExtensionError
@@ -80,18 +85,24 @@ class ModelConfig:
         default = METHODS[self.method].Options()
         return default if self.method_options is None else self.method_options
 
-    def evaluations_per_layer(self, schedule: IterationSchedule | None = None) -> tuple[int, ...]:
+    def evaluations_per_layer(self, schedule: ScheduleLike | None = None) -> tuple[int, ...]:
         """Count the field evaluations of each layer under a schedule (default: the config's own).
 
         Raises:
             ValueError: the schedule does not fit the method or the number of layers.
         """
         if schedule is not None and schedule != self.corrections:
-            return replace(self, schedule=schedule).evaluations_per_layer()
+            return self.with_schedule(schedule).evaluations_per_layer()
         method, corrections = METHODS[self.method], self.corrections
         return tuple(
             method.evaluations_per_layer(corrections, layer) for layer in range(self.num_layers)
         )
+
+    def with_schedule(self, schedule: ScheduleLike) -> ModelConfig:
+        """Return the config under another iteration schedule; one that does not fit is a
+        ValueError."""
+        changes: Any = {"schedule": schedule}
+        return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values: the schedule as a list or None, options without their defaults."""
@@ -111,8 +122,6 @@ class ModelConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """Build a config from JSON values; the inverse of `to_dict`.
 
-        The schedule may have any form that `IterationSchedule.parse` reads.
-
         Raises:
             ValueError: unknown or missing keys, or invalid values, all named at once.
         """
@@ -125,9 +134,7 @@ class ModelConfig:
                 f"invalid model config: {'; '.join(problems)}; "
                 f"known keys: {', '.join(sorted(known))}"
             )
-        given, num_layers = dict(values), values["num_layers"]
-        if given.get("schedule") is not None and type(num_layers) is int and num_layers > 0:
-            given["schedule"] = IterationSchedule.parse(given["schedule"], num_layers=num_layers)
+        given = dict(values)
         method = given.get("method", cls.method)
         if isinstance(given.get("method_options"), Mapping) and method in METHODS:
             given["method_options"] = _parsed_options(method, given["method_options"])
@@ -176,7 +183,7 @@ def _parsed_options(method: str, values: Mapping[str, Any]) -> Any:
 
 
 def _method_problems(config: ModelConfig) -> list[str]:
-    schedule: object = config.schedule
+    schedule = config.schedule
     if config.method not in METHODS:
         return [
             f"method must be one of {', '.join(METHODS)}, got {config.method!r}; a method of "
@@ -188,8 +195,6 @@ def _method_problems(config: ModelConfig) -> list[str]:
             f"method_options must be a {kind.__name__} or None for method {config.method!r}, "
             f"got {config.method_options!r}"
         ]
-    if not isinstance(schedule, IterationSchedule | None):
-        return [f"schedule must be an IterationSchedule or None, got {schedule!r}"]
     problems: list[str] = []
     if METHODS[config.method].has_corrections:
         if schedule is None:
@@ -204,11 +209,6 @@ def _method_problems(config: ModelConfig) -> list[str]:
             )
     elif schedule is not None and schedule.num_corrections:
         problems.append(f"method {config.method!r} makes no corrections, got schedule {schedule}")
-    if schedule is not None and schedule.num_layers != config.num_layers:
-        problems.append(
-            f"schedule has {schedule.num_layers} entries ({schedule}), "
-            f"num_layers is {config.num_layers!r}"
-        )
     return problems
 
 

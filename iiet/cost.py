@@ -4,12 +4,11 @@ FLOPs are those of matrix products (m x k by k x n: 2 m k n), of attention over 
 token really sees, and of the mix or gates, which the method states. Norms, activations, softmax,
 rotary angles, residual and Runge-Kutta sums are left out, together about a hundredth of the rest.
 Bytes are what a decoding step reads from memory: weights once per step, whatever the batch, keys
-and values for each row. For training's memory see `iiet.training_memory`. Source: this project.
+and values for each row. Source: this project.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,7 +19,7 @@ from torch import nn
 from iiet.cache import KvStrategy, check_kv_strategy
 from iiet.config import ModelConfig
 from iiet.methods import METHODS
-from iiet.schedule import IterationSchedule
+from iiet.schedule import ScheduleLike
 
 __all__ = ["InferenceCost", "inference_cost", "num_parameters", "training_flops_per_token"]
 
@@ -52,7 +51,7 @@ class InferenceCost:
 
 def inference_cost(
     config: ModelConfig,
-    schedule: IterationSchedule | None = None,
+    schedule: ScheduleLike | None = None,
     *,
     context_length: int | None = None,
     batch_size: int = 1,
@@ -108,7 +107,7 @@ def inference_cost(
 
 def training_flops_per_token(
     config: ModelConfig,
-    schedule: IterationSchedule | None = None,
+    schedule: ScheduleLike | None = None,
     *,
     context_length: int | None = None,
 ) -> float:
@@ -155,10 +154,10 @@ def _method_parameters(name: str, num_layers: int, dim: int, options: Any) -> in
 
 
 def _checked(
-    config: ModelConfig, schedule: IterationSchedule | None, context_length: int | None
+    config: ModelConfig, schedule: ScheduleLike | None, context_length: int | None
 ) -> tuple[ModelConfig, int]:
     if schedule is not None:  # The config's own checks then apply.
-        config = dataclasses.replace(config, schedule=schedule)
+        config = config.with_schedule(schedule)
     if context_length is None:
         context_length = config.context_length
     if not 1 <= context_length <= config.context_length:

@@ -11,9 +11,10 @@ students.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -22,17 +23,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iiet.batch import Batch
 from iiet.cache import KeyValueCache, KvStrategy, evaluation_slots
 from iiet.chunked_loss import LazyLogits, Logits
 from iiet.config import ModelConfig
 from iiet.context import DecodingCache, agreed_record, make_context
 from iiet.fast import accelerate, can_step, few_rows_product, is_bare, may_read_weights
 from iiet.layers import Field, RMSNorm, draw_weights, make_embedding
+from iiet.losses import batch_cross_entropy
 from iiet.methods import METHODS, Evaluation, Layer, Observer
 from iiet.methods.base import LayerCall
 from iiet.precision import product_dtype
 from iiet.rope import Rope
-from iiet.schedule import IterationSchedule
+from iiet.schedule import IterationSchedule, ScheduleLike
 from iiet.weights import CONFIG, WEIGHTS, read_folder, write_folder
 
 __all__ = ["Decoder"]
@@ -150,13 +153,18 @@ class Decoder(nn.Module):
         """The device of the weights."""
         return self.embedding.weight.device
 
-    def with_schedule(self, schedule: IterationSchedule) -> Decoder:
+    def copy(self, *, schedule: ScheduleLike | None = None) -> Decoder:
+        """Return a decoder with weights of its own, perhaps under another schedule."""
+        twin = copy.deepcopy(self)
+        return twin if schedule is None else twin.with_schedule(schedule)
+
+    def with_schedule(self, schedule: ScheduleLike) -> Decoder:
         """Return a decoder with another schedule that shares this one's parameters.
 
         It is not compiled, even if this one is compiled as a whole. A schedule that does not fit
         the method or the number of layers is a ValueError.
         """
-        config = dataclasses.replace(self.config, schedule=schedule)
+        config = self.config.with_schedule(schedule)
         twin = Decoder.__new__(Decoder)
         # Dictionaries of its own, so that a hook on one does not fire on the other.
         for name, value in self.__dict__.items():
@@ -172,7 +180,7 @@ class Decoder(nn.Module):
         input_ids: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
-        schedule: IterationSchedule | None = None,
+        schedule: ScheduleLike | None = None,
         cache: DecodingCache | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -228,11 +236,21 @@ class Decoder(nn.Module):
             return finish(*answer)
         return answer if return_hidden else logits
 
+    def loss(self, batch: Batch | Tensor, *, schedule: ScheduleLike | None = None) -> Tensor:
+        """Compute the mean cross-entropy of a batch's targets, a scalar; tokens, (batch, time), are
+        text. The logits are computed in chunks and never whole.
+        """
+        known = Batch.of_text(batch) if isinstance(batch, Tensor) else batch
+        found: Tensor = self(
+            known.input_ids, schedule=schedule, finish=partial(batch_cross_entropy, batch=known)
+        )
+        return found
+
     def hidden_states(
         self,
         embeddings: Tensor,
         *,
-        schedule: IterationSchedule | None = None,
+        schedule: ScheduleLike | None = None,
         attention_mask: Tensor | None = None,
         cache: DecodingCache | None = None,
         position_ids: Tensor | None = None,
@@ -243,6 +261,11 @@ class Decoder(nn.Module):
         Where the method repeats the stack, they are those of the last run. Arguments and errors are
         those of `forward`.
         """
+        schedule = (
+            self.schedule
+            if schedule is None
+            else IterationSchedule.parse(schedule, num_layers=self.config.num_layers)
+        )
         evaluations_per_layer = self.evaluations_per_layer(schedule)
         context = make_context(
             embeddings,
@@ -253,7 +276,6 @@ class Decoder(nn.Module):
             attention_mask=attention_mask,
             position_ids=position_ids,
         )
-        schedule = schedule or self.schedule
         slots = None if cache is None else evaluation_slots(evaluations_per_layer)
         hidden = embeddings
         state = self.method.start(embeddings, self.config.num_layers)
@@ -278,7 +300,7 @@ class Decoder(nn.Module):
         input_ids: Tensor,
         *,
         inputs: bool = False,
-        schedule: IterationSchedule | None = None,
+        schedule: ScheduleLike | None = None,
         attention_mask: Tensor | None = None,
     ) -> dict[tuple[int, int], Tensor]:
         """Return the output (or with `inputs` the input) of each field evaluation by (layer, k).
@@ -321,7 +343,7 @@ class Decoder(nn.Module):
             return self.logits(hidden)
         return LazyLogits(self.norm(hidden), cast("Tensor", head.weight))
 
-    def evaluations_per_layer(self, schedule: IterationSchedule | None = None) -> tuple[int, ...]:
+    def evaluations_per_layer(self, schedule: ScheduleLike | None = None) -> tuple[int, ...]:
         """Count the evaluations of each layer under a schedule, the decoder's own when None.
 
         One that does not fit the method or the number of layers is a ValueError.

@@ -130,7 +130,7 @@ def distillation_loss(
     teacher: Model | None,
     batch: Batch | Tensor,
     *,
-    config: DistillationConfig,
+    config: DistillationConfig | None = None,
     step: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute `cross_entropy + kl_weight * KL(teacher || student) + hidden_weight * error`.
@@ -141,7 +141,7 @@ def distillation_loss(
         student: called once.
         teacher: called without gradients, at the steps that need it; None if no step does.
         batch: a tensor, (batch, time) of token ids, is text.
-        config: weights, temperature, divergence and window.
+        config: weights, temperature, divergence and window; None for the defaults.
         step: counted from 0.
 
     Returns:
@@ -152,6 +152,7 @@ def distillation_loss(
         ValueError: the teacher is None.
     """
     batch = Batch.of_text(batch) if isinstance(batch, Tensor) else batch
+    config = config or DistillationConfig()
     loss_of = student_loss(teacher, batch, config=config, step=step)
     result: tuple[Tensor, dict[str, Tensor]] = _run(
         student, batch.input_ids, loss_of, with_hidden=config.needs_hidden(step)

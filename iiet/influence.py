@@ -2,7 +2,7 @@
 
 In: a decoder and batches of tokens. Out: for each layer and correction its influence, with its
 standard error over batches, and its residual, whose decline says how well the iteration contracts;
-and for each layer its block influence, by which whole layers are dropped (`iiet.dropping`).
+and for each layer its block influence, by which whole layers can be dropped.
 What counts as influence is a metric's business (`iiet.influence_metrics`).
 
 Evaluations are compared as the decoder makes them, so only the last output is kept in memory beside

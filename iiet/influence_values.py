@@ -107,6 +107,15 @@ class InfluenceTable:
         array = self.values.numpy()
         return array if dtype is None else array.astype(dtype)
 
+    def __str__(self) -> str:
+        """Return a table: a line per layer, with the influence of each correction."""
+        most = max(map(len, self.value_rows), default=0)
+        head = "".join(f"{f'correction {i + 1}':>14}" for i in range(most))
+        lines = [f"influence ({self.metric}, {self.num_tokens} tokens)", f"layer{head}"]
+        for layer, row in enumerate(self.value_rows, start=1):
+            lines.append(f"{layer:>5}" + "".join(f"{value:>14.5f}" for value in row))
+        return "\n".join(lines)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; an unknown error or contraction factor becomes None."""
         return {

@@ -22,6 +22,7 @@ from iiet.schedule import IterationSchedule
 __all__ = [
     "Cost",
     "FamilyMember",
+    "ScheduleFamily",
     "Influence",
     "influence_rows",
     "knapsack",
@@ -30,7 +31,6 @@ __all__ = [
     "schedule_family",
     "spread_over_cost",
     "suffix_maxima",
-    "within_cost",
 ]
 
 
@@ -64,6 +64,27 @@ class FamilyMember:
     threshold_up_to: float
 
 
+class ScheduleFamily(tuple[FamilyMember, ...]):
+    """Nested schedules, from full to no corrections."""
+
+    __slots__ = ()
+
+    def within(self, cost: float, *, of: Cost | None = None) -> IterationSchedule:
+        """Return the first schedule, the one with the most corrections, that costs at most `cost`.
+
+        `of` is the cost of a schedule, by default its field evaluations.
+
+        Raises:
+            ValueError: none is that cheap.
+        """
+        costs = [(of or num_evaluations)(member.schedule) for member in self]
+        for member, own in zip(self, costs, strict=True):
+            if own <= cost:
+                return member.schedule
+        cheapest = min(costs, default=math.nan)
+        raise ValueError(f"no schedule costs at most {cost}: the cheapest costs {cheapest}")
+
+
 def num_evaluations(schedule: IterationSchedule) -> float:
     """Cost a schedule by its field evaluations."""
     return schedule.num_evaluations
@@ -91,7 +112,7 @@ def schedule_at_threshold(influence: Influence, threshold: float) -> IterationSc
     )
 
 
-def schedule_family(influence: Influence) -> tuple[FamilyMember, ...]:
+def schedule_family(influence: Influence) -> ScheduleFamily:
     """List every distinct schedule that some threshold gives, from full to no corrections.
 
     The schedules are nested, and there are at most one more than corrections. Two neighbors differ
@@ -100,7 +121,7 @@ def schedule_family(influence: Influence) -> tuple[FamilyMember, ...]:
     rows = influence_rows(influence)
     breakpoints = sorted({value for row in rows for value in suffix_maxima(row)})
     ends = [-math.inf, *breakpoints, math.inf]
-    return tuple(
+    return ScheduleFamily(
         FamilyMember(schedule_at_threshold(rows, up_to), above, up_to)
         for above, up_to in pairwise(ends)
     )
@@ -130,21 +151,6 @@ def spread_over_cost(
         target = costs[0] + point * step
         chosen.append(min(candidates, key=lambda index: abs(costs[index] - target)))
     return tuple(family[index] for index in chosen)
-
-
-def within_cost(
-    family: Sequence[FamilyMember], max_cost: float, *, cost: Cost = num_evaluations
-) -> FamilyMember:
-    """Choose the first member, the one with the most corrections, that costs at most `max_cost`.
-
-    Raises:
-        ValueError: none is that cheap.
-    """
-    for member in family:
-        if cost(member.schedule) <= max_cost:
-            return member
-    cheapest = min((cost(member.schedule) for member in family), default=math.nan)
-    raise ValueError(f"no schedule costs at most {max_cost}: the cheapest costs {cheapest}")
 
 
 def influence_rows(influence: Influence) -> tuple[tuple[float, ...], ...]:

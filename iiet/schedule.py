@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import SupportsIndex, TypeGuard
 
-__all__ = ["IterationSchedule"]
+__all__ = ["IterationSchedule", "ScheduleLike"]
 
 
 MAX_CORRECTIONS = 1000
@@ -65,12 +65,7 @@ class IterationSchedule:
         return cls(tuple((2 * height + steps) // (2 * steps) for height in line))
 
     @classmethod
-    def parse(
-        cls,
-        text: str | SupportsIndex | Iterable[int] | IterationSchedule,
-        *,
-        num_layers: int,
-    ) -> IterationSchedule:
+    def parse(cls, text: ScheduleLike, *, num_layers: int) -> IterationSchedule:
         """Read a schedule for `num_layers` layers as people write it.
 
         Args:
@@ -151,6 +146,10 @@ class IterationSchedule:
 
     def __str__(self) -> str:
         return ",".join(map(str, self.corrections))
+
+
+ScheduleLike = str | SupportsIndex | Iterable[int] | IterationSchedule
+"""A schedule as people write it; `IterationSchedule.parse` reads all of these."""
 
 
 def _is_integer(value: object) -> TypeGuard[int]:

@@ -30,7 +30,7 @@ ADAPTERS = {
     "jinja2": ("orchestrator.reporting.sections",),
     "moocore": ("orchestrator.reporting.front",),
     "optuna": ("orchestrator.sweeping.search",),
-    "gguf": ("orchestrator.models.gguf_file",),
+    "gguf": ("orchestrator.models.gguf",),
     "huggingface_hub": ("orchestrator.data", "orchestrator.models", "iiet.modeling_iiet"),
 }
 """Library -> the only packages or modules that import it."""
@@ -59,25 +59,25 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 8_248,
+    "iiet": 7_979,
     "benchmarks": 3_624,
-    "examples": 217,
+    "examples": 278,
     "research": 1_984,
     "orchestrator/workspace": 1_066,
-    "orchestrator/terminal": 616,
+    "orchestrator/terminal": 584,
     "orchestrator/settings": 1_619,
     "orchestrator/records": 965,
-    "orchestrator/models": 2_144,
+    "orchestrator/models": 1_726,
     "orchestrator/data": 2_861,
     "orchestrator/tracking": 1_529,
-    "orchestrator/training": 3_595,
+    "orchestrator/training": 3_696,
     "orchestrator/evaluation": 3_211,
-    "orchestrator/planning": 1_117,
+    "orchestrator/planning": 1_289,
     "orchestrator/cluster": 3_000,
     "orchestrator/reporting": 4_349,
-    "orchestrator/sweeping": 3_357,
-    "orchestrator/pipelines": 4_590,
-    "orchestrator/cli": 1_886,
+    "orchestrator/sweeping": 3_356,
+    "orchestrator/pipelines": 4_591,
+    "orchestrator/cli": 1_885,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from examples import spectral_radius as example
+from examples import train_distill_export
 from iiet import Decoder, influence_table, preset
 
 SHAPE = {"vocab_size": 31, "dim": 8, "ffn_dim": 16, "num_heads": 2, "context_length": 16}
@@ -101,3 +102,16 @@ def test_a_model_whose_layers_do_not_correct_is_refused(
     assert (
         "makes no corrections of single layers; take an IIET with r >= 1" in capsys.readouterr().err
     )
+
+
+def test_the_core_trains_distills_and_exports_as_the_example_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = train_distill_export.main(str(tmp_path), num_steps=60)
+    assert losses["trained"] < 3.0, "the text's letters have an entropy of about 4 bits"
+    assert losses["cross_entropy"] < losses["pruned"]
+    printed = capsys.readouterr().out
+    assert "influence (cosine, 256 tokens)" in printed
+    assert "distilled under the schedule" in printed
+    assert Decoder.load(tmp_path).schedule.num_evaluations <= 6
+    assert (tmp_path / "modeling_iiet.py").is_file()

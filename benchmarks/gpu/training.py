@@ -322,8 +322,8 @@ USABLE_SHARE = 0.9
 def speed(setup: Setup) -> Iterator[Finding]:
     """Train each size for some steps, eagerly and compiled: tokens/s, MFU, and peak memory.
 
-    The plan (`iiet/training_memory.py`) counts the tensors of an eager step, so only that one must
-    agree with it. MFU is the share of the GPU's peak FLOP/s
+    The plan (`orchestrator/planning/training_memory.py`) counts the tensors of an eager step, so
+    only that one must agree with it. MFU is the share of the GPU's peak FLOP/s
     (`orchestrator/training/monitor.py`); where the GPU is not listed there, it is left out.
     """
     models = [("vanilla", 0), ("iiet", 1)] if setup.is_toy else [*_FULL_MODELS]

@@ -14,7 +14,7 @@ from rich.console import Console
 
 # The order is that of --help.
 from orchestrator.cli import measure, models, places, submit, train  # noqa: F401
-from orchestrator.cli.command import NO_COLOR, build_app
+from orchestrator.cli.application import NO_COLOR, build_app
 from orchestrator.terminal.render import print_line
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, path_error_message
 

@@ -3,14 +3,12 @@
 A command's options are its own parameters (the `Args:` of its docstring are their help), then
 settings by their key (type, range, choices and help are those of the field), then what commands
 share: settings file, `--set`, workspace, `--dry-run`, `--json`, `--quiet`. The function gets a
-`Call` and returns a plan or a result, which is printed here. Only the command that is called is
-built, since the settings take time to import.
+`Call` and returns a plan or a result, which is printed here.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Callable, Mapping
 from copy import copy
@@ -22,10 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import typer
 from typer.models import OptionInfo as Option
 
-from orchestrator.cli.options import MAX_COUNT
+from orchestrator.cli.options import read_settings_of, split_list
 from orchestrator.cli.session import Place, Session, Warnings, open_session
-from orchestrator.workspace.errors import UserError, quoted
-from orchestrator.workspace.provenance import installed_version
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.context import Context
@@ -33,9 +29,10 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-NO_COLOR = "--no-color"
 METAVARS = {bool: "", int: "N", float: "X", str: "TEXT", Path: "PATH", list: "TEXT"}
 """What the help says of an option's type; Typer's own are wide, and Python's names."""
+COMMANDS: dict[str, Command] = {}
+"""All commands by name, in the order of `--help`."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +133,7 @@ class Command:
 
     def __call__(self, function: Function) -> Function:
         """Register the function as this command."""
-        self.function = function
-        self.text, _ = _described(function)
+        self.function, (self.text, _) = function, _described(function)
         self.settings = {
             flags: setting if isinstance(setting, Setting) else Setting(setting)
             for flags, setting in self.options.items()
@@ -193,7 +189,7 @@ class Command:
             config = self.adjust({**values, **shared, "config": config}, options) or config
         settings = None
         if self.options or self.config is not None:
-            settings = _read(config, changes, options, train_on=shared.get("device"))
+            settings = read_settings_of(config, changes, options, train_on=shared.get("device"))
         as_json, dry_run = shared.get("as_json", False), shared.get("dry_run", False)
         with open_session(
             shared.get("workspace"),
@@ -209,7 +205,7 @@ class Command:
             if result is None:
                 return
             if as_json:
-                print(as_text(result.to_json()), file=session.output)
+                print(result.to_text(), file=session.output)
             else:
                 call.show(result)
             result.raise_failures()
@@ -235,143 +231,6 @@ def _shared(
         verbose: Show the output of libraries, too.
         quiet: Show no progress, only results and warnings.
     """
-
-
-COMMANDS: dict[str, Command] = {}
-"""All commands by name, in the order of `--help`."""
-
-
-def build_app(word: str | None = None) -> typer.Typer:
-    """Return the application; given a word, other commands than this have their names alone.
-
-    To import the settings and to inspect the options of all commands would take longer than most
-    commands do.
-    """
-    options: dict[str, Any] = {
-        "no_args_is_help": True,
-        "pretty_exceptions_enable": False,
-        "rich_markup_mode": "rich",
-        "context_settings": {"help_option_names": ["-h", "--help"]},
-    }
-    app = typer.Typer(
-        name="iiet-orch",
-        help="Pretrain, sweep and distill iterative Transformers; show accuracy against cost.",
-        **options,
-    )
-    app.callback()(_options_of_all)
-    config = typer.Typer(help="Show the settings, their schema, shipped sweeps.", **options)
-    for name, command in COMMANDS.items():
-        group, _, last = name.rpartition(" ")
-        is_built = word is None or word in (name, group)
-        (config if group else app).command(
-            last,
-            rich_help_panel=None if group else command.group,
-            context_settings=command.context_settings,
-        )(command.build() if is_built else _named(command.text))
-    app.add_typer(config, name="config", rich_help_panel="Settings")
-    return app
-
-
-def _named(text: str) -> Any:
-    def command() -> None:
-        raise AssertionError("only the command that is called is built")
-
-    command.__doc__ = text
-    return command
-
-
-def _print_version(is_asked: bool) -> None:
-    if is_asked:
-        typer.echo(f"iiet-orch {installed_version('iiet-orch')}")
-        raise typer.Exit
-
-
-def _options_of_all(
-    _version: Annotated[
-        bool,
-        typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version."),
-    ] = False,
-    _no_color: Annotated[
-        bool, typer.Option(NO_COLOR, help="Print no colours; so does NO_COLOR=1.")
-    ] = False,
-) -> None:
-    pass
-
-
-def as_text(value: Any) -> str:
-    """Return a value as JSON text; numbers that are not finite become null."""
-    return json.dumps(_finite(value), indent=2, default=str)
-
-
-def read_schedules(texts: list[str]) -> list[int | str]:
-    """Read a repeated `--schedule`: a number for all layers, or a text."""
-    # A number of more digits is not a count; it stays a text, which the settings refuse.
-    return [int(text) if re.fullmatch("[0-9]{1,9}", text) else text for text in texts]
-
-
-def one_schedule(texts: list[str] | None) -> str | None:
-    """Read the `--schedule` of a command that takes one.
-
-    Raises:
-        UserError: If it was given several times.
-    """
-    if texts and len(texts) > 1:
-        raise UserError(
-            f"--schedule was given {len(texts)} times ({' and '.join(texts)}), and this command "
-            "takes one schedule; commas separate its layers"
-        )
-    return texts[0] if texts else None
-
-
-def split_list(text: str) -> list[int | float | str]:
-    """Read names or numbers with commas between them, also in brackets as in a settings file."""
-    text = text.strip()
-    if text.startswith("[") and text.endswith("]"):
-        text = text[1:-1]
-    return [_value(part.strip()) for part in text.split(",") if part.strip()]
-
-
-def whole_numbers(text: str, option: str) -> tuple[int, ...]:
-    """Read whole numbers from 1 on with commas between them, without repetitions.
-
-    Raises:
-        UserError: If one is not such a number; names the option.
-    """
-    found = split_list(text)
-    numbers = [n for n in found if isinstance(n, int) and 1 <= n <= MAX_COUNT]
-    if len(numbers) < len(found):
-        raise UserError(
-            f"{option} takes whole numbers from 1 to {MAX_COUNT} with commas between them; got "
-            f"{quoted(text)}"
-        )
-    return tuple(dict.fromkeys(numbers))
-
-
-def _read(
-    config: str | None, changes: list[str], options: dict[str, Any], *, train_on: str | None
-) -> Any:
-    from orchestrator.settings import read_settings
-    from orchestrator.settings.files import shipped_sweeps
-
-    if config in shipped_sweeps() and Path(config).is_file():
-        file = Path(config).absolute()
-        typer.echo(f"settings: the file {file}, not the shipped sweep {config}", err=True)
-    if train_on == "cpu":
-        for option, key in (
-            ("--gpus", "cluster.num_gpus"),
-            ("--gpus-per-trial", "sweep.gpus_per_trial"),
-        ):
-            if number := options.get(key):
-                raise UserError(f"--device cpu and {option} {number:g}: leave one out")
-        options |= {"cluster.num_gpus": 0, "cluster.min_gpus": None, "sweep.gpus_per_trial": None}
-    settings = read_settings(config or None, changes, options)
-    if train_on == "cuda" and not settings.cluster.num_gpus:
-        settings = read_settings(config or None, changes, options | {"cluster.num_gpus": 1})
-    if settings.evaluation.include_path:
-        from orchestrator.evaluation.selection import user_task_folders
-
-        user_task_folders(settings.evaluation)
-    return settings
 
 
 def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
@@ -402,13 +261,10 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 def _described(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     """Return a docstring without its `Args:`, and the text of each argument by name."""
     text, _, arguments = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:\n")
-    helps: dict[str, str] = {}
-    for line in arguments.splitlines():
-        if match := re.match(r" {4}(\w+): (.*)", line):
-            name = match[1]
-            helps[name] = match[2]
-        else:
-            helps[name] += f" {line.strip()}"
+    parts = re.split(r"^ {4}(\w+): ", arguments, flags=re.MULTILINE)[1:]
+    helps = {
+        name: " ".join(text.split()) for name, text in zip(parts[::2], parts[1::2], strict=True)
+    }
     return text, helps
 
 
@@ -417,8 +273,7 @@ def _option(flags: str, setting: Setting) -> Any:
     from orchestrator.settings import find_field
 
     found = find_field(setting.key)
-    kind = setting.type or _plain_type(found.annotation)
-    extras: dict[str, Any] = {}
+    kind, extras = setting.type or _plain_type(found.annotation), dict[str, Any]()
     if kind is int:
         for bound in found.metadata:
             if hasattr(bound, "ge"):
@@ -427,13 +282,11 @@ def _option(flags: str, setting: Setting) -> Any:
                 extras["min"] = bound.gt + 1
     elif kind is tuple:
         kind, extras["metavar"] = str, "A,B,..."
-    help_text = setting.help or " ".join((found.description or "").split())
-    return Annotated[
-        kind | None,
-        typer.Option(
-            *flags.split(","), help=help_text, show_default=False, hidden=setting.hidden, **extras
-        ),
-    ]
+    text = setting.help or " ".join((found.description or "").split())
+    info = typer.Option(
+        *flags.split(","), help=text, show_default=False, hidden=setting.hidden, **extras
+    )
+    return Annotated[kind | None, info]
 
 
 def _plain_type(annotation: Any) -> Any:
@@ -457,21 +310,3 @@ def _converted(key: str, value: Any) -> Any:
 
 def _name(flags: str) -> str:
     return flags.split(",")[0].removeprefix("--").replace("-", "_")
-
-
-def _value(text: str) -> int | float | str:
-    """Return a number as a number, other texts as they are; the settings refuse what is wrong."""
-    if re.fullmatch("-?[0-9]{1,18}", text):
-        return int(text)
-    try:
-        return float(text) if re.fullmatch("[-+.0-9eE]{1,40}", text) else text
-    except ValueError:
-        return text
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and value - value != 0.0 else value

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.command import Call, Command, Setting, whole_numbers
+from orchestrator.cli.command import Call, Command, Setting
 from orchestrator.cli.options import (
     MAX_COUNT,
     ConfigOption,
@@ -19,6 +19,7 @@ from orchestrator.cli.options import (
     TrustRemoteCodeOption,
     complete_models,
     complete_sweeps,
+    whole_numbers,
 )
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from orchestrator.cli.command import Call, Command, one_schedule
+from orchestrator.cli.command import Call, Command
 from orchestrator.cli.options import (
     MAX_COUNT,
     MAX_SEED,
@@ -21,6 +21,7 @@ from orchestrator.cli.options import (
     SchedulesOption,
     complete_models,
     complete_sweeps,
+    one_schedule,
 )
 from orchestrator.cli.session import Warnings
 from orchestrator.workspace.errors import UserError
@@ -60,8 +61,7 @@ def generate(
 
     Args:
         checkpoint: Checkpoint, run or exported folder, by path or name, a sweep (its picked model),
-            or hub:OWNER/NAME; by default what `pick` chose last, or the newest IIET or imported
-            model if that is newer.
+            or hub:OWNER/NAME; by default the newest of finished runs and what `pick` chose last.
         prompt: Text to continue; several run as one batch.
         chat: Answer the prompt as a user's message, with the model's chat template.
         system: With --chat: the system's message, before the user's.
@@ -172,8 +172,8 @@ def export(
     Example: iiet-orch export my-run --to my-model --push-to-hub me/my-model --private
 
     Args:
-        checkpoint: Checkpoint or run, by path or name, or hub:OWNER/NAME; the newest IIET or
-            imported model by default.
+        checkpoint: Checkpoint or run, by path or name, or hub:OWNER/NAME; by default the newest of
+            finished runs and what `pick` chose last.
         schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
         measure: Evaluate the model for its card, unless that is done.
         push_to_hub: Upload the folder to the Hugging Face hub, too.
@@ -184,7 +184,7 @@ def export(
         raise UserError(
             "--private, --public and --token are for --push-to-hub; name the repository"
         )
-    from orchestrator.models.hub_models import check_upload, upload_model
+    from orchestrator.models.hub import check_upload, upload_model
     from orchestrator.pipelines import models
 
     if push_to_hub is not None:

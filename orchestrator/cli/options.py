@@ -1,14 +1,16 @@
-"""The arguments and options that several commands have as their own, and what shells offer."""
+"""What several commands' options have in common: their names, how their texts are read, and the
+settings that they change."""
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import UserError, quoted
 from orchestrator.workspace.layout import check_name_option
 
 MAX_COUNT = 1_000_000
@@ -48,8 +50,8 @@ ConfigOption = Annotated[
 TeacherArgument = Annotated[
     Path | None,
     typer.Argument(
-        help="Checkpoint or run, by path or name, or hub:OWNER/NAME; the workspace's newest IIET "
-        "by default.",
+        help="Checkpoint or run, by path or name, or hub:OWNER/NAME; by default the newest IIET "
+        "with corrections that is finished.",
         autocompletion=complete_models,
     ),
 ]
@@ -57,7 +59,7 @@ ModelsArgument = Annotated[
     list[Path] | None,
     typer.Argument(
         help="Checkpoints, runs (by path or name), Hugging Face folders or hub:OWNER/NAME, side by "
-        "side; by default the newest IIET or imported model.",
+        "side; by default the newest of finished runs and what `pick` chose last.",
         autocompletion=complete_models,
     ),
 ]
@@ -85,3 +87,95 @@ LocalOption = Annotated[
 TrustRemoteCodeOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow code in a model folder to run.")
 ]
+
+
+def read_schedules(texts: list[str]) -> list[int | str]:
+    """Read a repeated `--schedule`: a number for all layers, or a text."""
+    # A number of more digits is not a count; it stays a text, which the settings refuse.
+    return [int(text) if re.fullmatch("[0-9]{1,9}", text) else text for text in texts]
+
+
+def one_schedule(texts: list[str] | None) -> str | None:
+    """Read the `--schedule` of a command that takes one.
+
+    Raises:
+        UserError: If it was given several times.
+    """
+    if texts and len(texts) > 1:
+        raise UserError(
+            f"--schedule was given {len(texts)} times ({' and '.join(texts)}), and this command "
+            "takes one schedule; commas separate its layers"
+        )
+    return texts[0] if texts else None
+
+
+def split_list(text: str) -> list[int | float | str]:
+    """Read names or numbers with commas between them, also in brackets as in a settings file."""
+    text = text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1]
+    return [_value(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Read whole numbers from 1 on with commas between them, without repetitions.
+
+    Raises:
+        UserError: If one is not such a number; names the option.
+    """
+    found = split_list(text)
+    numbers = [n for n in found if isinstance(n, int) and 1 <= n <= MAX_COUNT]
+    if len(numbers) < len(found):
+        raise UserError(
+            f"{option} takes whole numbers from 1 to {MAX_COUNT} with commas between them; got "
+            f"{quoted(text)}"
+        )
+    return tuple(dict.fromkeys(numbers))
+
+
+def _value(text: str) -> int | float | str:
+    """Return a number as a number, other texts as they are; the settings refuse what is wrong."""
+    if re.fullmatch("-?[0-9]{1,18}", text):
+        return int(text)
+    try:
+        return float(text) if re.fullmatch("[-+.0-9eE]{1,40}", text) else text
+    except ValueError:
+        return text
+
+
+def read_settings_of(
+    config: str | None, changes: list[str], options: dict[str, Any], *, train_on: str | None
+) -> Any:
+    """Return the settings of a command: those of a file, changed by `--set` and by options.
+
+    Args:
+        config: A YAML file, or the name of a shipped sweep.
+        changes: Values of `--set`.
+        options: Settings among the command's options, by key.
+        train_on: `cpu` or `cuda`, if the user says where to train.
+
+    Raises:
+        UserError: If the settings are wrong, or `--device cpu` and GPUs are asked for.
+    """
+    from orchestrator.settings import read_settings
+    from orchestrator.settings.files import shipped_sweeps
+
+    if config in shipped_sweeps() and Path(config).is_file():
+        file = Path(config).absolute()
+        typer.echo(f"settings: the file {file}, not the shipped sweep {config}", err=True)
+    if train_on == "cpu":
+        for option, key in (
+            ("--gpus", "cluster.num_gpus"),
+            ("--gpus-per-trial", "sweep.gpus_per_trial"),
+        ):
+            if number := options.get(key):
+                raise UserError(f"--device cpu and {option} {number:g}: leave one out")
+        options |= {"cluster.num_gpus": 0, "cluster.min_gpus": None, "sweep.gpus_per_trial": None}
+    settings = read_settings(config or None, changes, options)
+    if train_on == "cuda" and not settings.cluster.num_gpus:
+        settings = read_settings(config or None, changes, options | {"cluster.num_gpus": 1})
+    if settings.evaluation.include_path:
+        from orchestrator.evaluation.selection import user_task_folders
+
+        user_task_folders(settings.evaluation)
+    return settings

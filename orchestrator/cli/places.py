@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
-from orchestrator.cli.command import Call, Command, as_text
+from orchestrator.cli.command import Call, Command
 from orchestrator.cli.options import MAX_COUNT
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Kind, RemovableKind
@@ -112,25 +113,21 @@ def clean(
 
 
 @Command("doctor", group="Workspace", workspace="named")
-def doctor(call: Call) -> Result | None:
+def doctor(call: Call) -> Result:
     """Check this machine and the workspace; name a remedy for what is broken.
 
     Exits with 1 if something is broken. Nothing is written or started.
 
     Example: iiet-orch doctor
     """
-    from orchestrator.pipelines.doctor import examine
+    from orchestrator.pipelines.doctor import Findings, examine
 
-    found: list[dict[str, Any]] = []
+    found = []
     for finding in examine(call.workspace):  # Each is shown as soon as it is found.
-        found.append(finding.to_json())
+        found.append(finding)
         if not call.as_json:
             call.show(finding)
-    if call.as_json:
-        print(as_text({"findings": found}))
-    if any(finding["state"] == "broken" for finding in found):
-        raise typer.Exit(1)
-    return None
+    return Findings(findings=found)
 
 
 @Command("config show", group="Settings", config=Annotated[str | None, typer.Argument(
@@ -157,7 +154,7 @@ def show_schema(_call: Call) -> None:
     """
     from orchestrator.settings import Settings
 
-    typer.echo(as_text(Settings.model_json_schema()))
+    typer.echo(json.dumps(Settings.model_json_schema(), indent=2))
 
 
 @Command("config list", group="Settings", workspace=None)

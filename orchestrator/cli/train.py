@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.command import Call, Command, Setting, one_schedule, read_schedules
+from orchestrator.cli.command import Call, Command, Setting
 from orchestrator.cli.options import (
     ConfigOption,
     LocalOption,
@@ -15,6 +15,9 @@ from orchestrator.cli.options import (
     SchedulesOption,
     TeacherArgument,
     complete_models,
+    one_schedule,
+    read_schedules,
+    split_list,
 )
 from orchestrator.workspace.errors import UserError
 
@@ -261,7 +264,6 @@ def _iterations_kind(_: dict[str, Any], options: dict[str, Any]) -> None:
 
 def _rates_of_all(text: str) -> dict[str, Any]:
     from iiet.methods import METHODS
-    from orchestrator.cli.command import split_list
 
     return dict.fromkeys(METHODS, split_list(text))
 

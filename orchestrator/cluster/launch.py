@@ -132,6 +132,6 @@ def _run_on_device(
         with ray_cluster(cluster, folder=folder, say=partial(progress.advance, 0)) as resources:
             if on_gpu or resources.gpus:
                 return run_gpu_task(work, progress, waits_for_gpus=cluster.wait_for_gpus)
-    from orchestrator.models.loading import best_device
+    from orchestrator.models.open import best_device
 
     return work(str(best_device()), progress)

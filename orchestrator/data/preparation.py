@@ -27,7 +27,7 @@ from orchestrator.data.store import TokenStore, is_complete, verify_data
 from orchestrator.data.text_source import text_source
 from orchestrator.data.text_writing import write_text
 from orchestrator.data.tokenization import TOKENIZER_CHARACTERS, can_resume, training_texts
-from orchestrator.models.hub_models import is_hub_name
+from orchestrator.models.hub import is_hub_name
 from orchestrator.models.tokenizer import load_tokenizer, num_token_ids, train_tokenizer
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress

@@ -13,7 +13,7 @@ from orchestrator.data.corpus import source_state
 from orchestrator.data.depth import GENERATOR_VERSION
 from orchestrator.data.mixture import MIXTURE_VERSION
 from orchestrator.data.store import is_complete
-from orchestrator.models.hub_models import is_hub_name
+from orchestrator.models.hub import is_hub_name
 from orchestrator.settings import DataSettings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import expand_user, read_json, write_json

@@ -29,7 +29,7 @@ from orchestrator.evaluation.answers import AnswerSettings, Question, generate_a
 from orchestrator.evaluation.lm_eval_files import MeasuredTask, item_values
 from orchestrator.evaluation.scoring import Score, score_continuations
 from orchestrator.models.hub import offline
-from orchestrator.models.model_tokenizer import Message, ModelTokenizer
+from orchestrator.models.tokenizer import Message, ModelTokenizer
 from orchestrator.records.evaluation import FILTER_MARK, NO_FILTER, STDERR_SUFFIX, standard_error
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress

@@ -21,7 +21,7 @@ from iiet.generation import stream
 from iiet.sampling import LogitsNotFinite
 from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.scoring import BatchLimit
-from orchestrator.models.model_tokenizer import ModelTokenizer
+from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.provenance import content_key
 

@@ -24,7 +24,7 @@ from iiet.generation import generate, stream
 from iiet.schedule import IterationSchedule
 from iiet.static_steps import StaticSteps
 from orchestrator.models.folder import DTYPES
-from orchestrator.models.loading import use_tf32
+from orchestrator.models.open import use_tf32
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.devices import device_precision
 

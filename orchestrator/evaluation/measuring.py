@@ -20,9 +20,9 @@ from orchestrator.evaluation.lm_eval_files import MeasuredTask
 from orchestrator.evaluation.scoring import BatchLimit
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.suite import Suite
-from orchestrator.models.evaluated_model import EvaluatedModel
 from orchestrator.models.folder import DTYPES
-from orchestrator.models.model_tokenizer import check_template
+from orchestrator.models.open import OpenedModel
+from orchestrator.models.tokenizer import check_template
 from orchestrator.records.evaluation import NO_FILTER, EvaluationKeys, EvaluationResult
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.settings.training import Precision
@@ -67,7 +67,7 @@ class ModelMeasurer:
 
     def __init__(
         self,
-        model: EvaluatedModel,
+        model: OpenedModel,
         store: EvaluationStore,
         conditions: Conditions,
         progress: Progress | None = None,

@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 
 from orchestrator.evaluation.adapter import ChatModel, suppress_output, usual_max_new_tokens
 from orchestrator.models.hub import offline
-from orchestrator.models.model_tokenizer import FolderTokenizer
+from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError, first_line
@@ -116,7 +116,7 @@ def load_transformers_model(
     """
     from transformers import AutoModelForCausalLM
 
-    text = FolderTokenizer(folder, trust_remote_code=trust_remote_code)
+    text = ModelTokenizer(folder, trust_remote_code=trust_remote_code)
     load: Any = AutoModelForCausalLM.from_pretrained
     with suppress_output(), offline():
         try:

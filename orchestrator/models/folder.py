@@ -1,29 +1,34 @@
-"""Read and verify the folder of a checkpoint, and find the checkpoints of a run.
+"""The files of a model folder: what they are, whether they are intact, and the keys of a model.
 
-`provenance.json` holds the SHA-256 of every other file, which finds later damage. Nothing is
-unpickled: weights are safetensors, the training state loads with `weights_only=True`.
+A checkpoint, an export and a published model are the same thing: `config.json`, safetensors, and
+tokenizer files as `tokenizers` and transformers write them. A checkpoint adds its training state,
+and `provenance.json` with the SHA-256 of every other file, which finds later damage. Nothing is
+unpickled, and no code of a folder runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from iiet.config import ModelConfig
 from iiet.extensions import ExtensionError
 from iiet.methods import METHODS
+from iiet.published import config_from_published
 from iiet.schedule import IterationSchedule
-from iiet.weights import CONFIG, WEIGHTS, config_from_json
+from iiet.weights import CONFIG, MODEL_TYPE, WEIGHTS, config_from_json
 from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import (
     INVALID_VALUE_ERRORS,
     damaged_file,
     read_json,
+    resolve_path,
 )
 from orchestrator.workspace.layout import CHECKPOINT_NAME, PROVENANCE, find_checkpoints, step_of
 from orchestrator.workspace.provenance import KEY_LENGTH, content_key, file_key
@@ -39,16 +44,23 @@ JOB_KEY = "job"
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
-TOKEN_IDS = "token_ids.json"
 TEXT_FILES = (
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "chat_template.jinja",
     GENERATION_CONFIG,
-    TOKEN_IDS,
 )
-"""Special tokens and chat template of an imported model. All but `TOKEN_IDS` (from the model's own
-`config.json`) are files of transformers."""
+"""Files of transformers beside `TOKENIZER` that say how a model from elsewhere reads text. One that
+was trained here has none."""
+TOKENIZER_PATTERNS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
+    *("*.jinja", CONFIG, GENERATION_CONFIG),
+)
+_MODEL_PATTERNS = (
+    *TOKENIZER_PATTERNS,
+    *("additional_chat_templates/*.jinja", "*.safetensors", "*.safetensors.index.json"),
+    *("*.bin", "*.model", "*.py"),
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Precision in the settings -> dtype."""
@@ -59,8 +71,27 @@ REMEDY = (
 )
 
 
+# Any model folder
+
+
+def read_config(folder: Path, name: str = CONFIG) -> Mapping[str, Any]:
+    """Read a JSON file of a model folder.
+
+    Raises:
+        UserError: If it is missing or damaged.
+    """
+    remedy = "copy the model again"
+    try:
+        found = read_json(folder / name, remedy=remedy)
+    except NotADirectoryError:
+        found = None
+    if found is None:
+        raise UserError(f"{folder} is not a model folder: it has no {name}")
+    return found
+
+
 def load_config(folder: Path) -> ModelConfig:
-    """Read a checkpoint's model configuration.
+    """Read the configuration of a checkpoint or an export.
 
     Raises:
         UserError: If the file is missing, damaged, or not valid for this version of the program; or
@@ -72,21 +103,143 @@ def load_config(folder: Path) -> ModelConfig:
     try:
         return config_from_json(values)
     except ExtensionError as error:
-        raise UserError(_method_problem(folder, values.get("method"), error)) from None
+        method = values.get("method")
+        package = load_provenance(folder).get(METHOD_PACKAGE)
+        if package is None or method in METHODS:
+            raise UserError(f"cannot use {folder}: {shortened(str(error))}") from None
+        raise UserError(
+            f"{folder} is a model of the method {method!r}, which the package {package} adds; "
+            "install that package, and run the command again"
+        ) from None
     except INVALID_VALUE_ERRORS as error:
         raise UserError(
             f"cannot read the model's configuration in {folder}: {shortened(str(error))}"
         ) from None
 
 
-def _method_problem(folder: Path, method: Any, error: ExtensionError) -> str:
-    package = load_provenance(folder).get(METHOD_PACKAGE)
-    if package is None or method in METHODS:
-        return f"cannot use {folder}: {shortened(str(error))}"
-    return (
-        f"{folder} is a model of the method {method!r}, which the package {package} adds; install "
-        "that package, and run the command again"
-    )
+def decoder_config(folder: Path) -> ModelConfig | None:
+    """Return the configuration of any model folder; None if only transformers can run the model.
+
+    Raises:
+        UserError: If the folder has no weights, or they cannot be read.
+    """
+    config = read_config(folder)
+    if config.get("model_type") == MODEL_TYPE:
+        return load_config(folder)
+    if not any(folder.glob("*.safetensors")):
+        if any(folder.glob("pytorch_model*.bin")):
+            return None
+        raise UserError(
+            f"{folder} has a {CONFIG} of transformers but no weights beside it (*.safetensors)"
+        )
+    if config.get("model_type") != "llama" and not {"kind", "num_heads"} & set(config):
+        return None
+    names: list[str] = []
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                names += weights.keys()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {file}: {error}") from None
+    try:
+        return config_from_published(config, dict.fromkeys(names))
+    except (ValueError, TypeError):
+        return None  # For example scaled rotary angles or biases; transformers supports them.
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return a folder's safetensors: those in its index if it has one, else all.
+
+    Raises:
+        UserError: If there are none, or the index cannot be read.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    index = f"{WEIGHTS}.index.json"
+    if (folder / index).is_file():
+        weight_map = read_config(folder, index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{folder / index} does not map the weights to files; copy it again")
+        # Names alone: a path could lead out of the folder.
+        files = sorted({folder / Path(str(name)).name for name in weight_map.values()})
+    if not files:
+        raise UserError(
+            f"{folder} has no safetensors; if its weights are pickled, load the model with "
+            "transformers and save it with `save_pretrained`"
+        )
+    return files
+
+
+def model_files_key(folder: Path) -> str:
+    """Return the hash of the files that determine a model: configuration, weights, tokenizer, code.
+
+    Hashing reads them once, which takes less time than loading the weights.
+    """
+    found = {path for pattern in _MODEL_PATTERNS for path in folder.glob(pattern)}
+    files = sorted(path for path in found if path.is_file())
+    return content_key([(path.name, file_key(path)) for path in files])
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """Return the `tokenizer.json` of a model.
+
+    Raises:
+        UserError: If it was imported without one.
+    """
+    path = folder / TOKENIZER
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no {TOKENIZER}, and text needs one; "
+            "`iiet-orch import FOLDER --tokenizer FILE` imports a model with its tokenizer"
+        )
+    return path
+
+
+def read_text_files(folder: Path) -> dict[str, bytes]:
+    """Return the `TEXT_FILES` in a folder: name -> content."""
+    return {file.name: file.read_bytes() for file in _text_files(folder)}
+
+
+def text_files_key(folder: Path) -> str | None:
+    """Return the hash of a model's `TEXT_FILES`; None if it has none."""
+    files = _text_files(folder)
+    return content_key([(file.name, file_key(file)) for file in files]) if files else None
+
+
+def _text_files(folder: Path) -> list[Path]:
+    return [folder / name for name in TEXT_FILES if (folder / name).is_file()]
+
+
+# Checkpoints
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a folder is a checkpoint, intact or damaged, and not a run folder."""
+    return (path / PROVENANCE).is_file() or bool(CHECKPOINT_NAME.fullmatch(path.name))
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """Return a checkpoint, or the newest one of a run.
+
+    Raises:
+        UserError: If there is none, or it is damaged; an older one would be another model.
+    """
+    path, hint = resolve_path(path), ""
+    if not is_checkpoint(path):
+        found = find_checkpoints(path)
+        if not found and (path / CONFIG).is_file():
+            raise UserError(
+                f"{path} is a model folder, not a checkpoint; `iiet-orch import` makes one of it"
+            )
+        if not found:
+            raise UserError(f"{path} holds no checkpoint; `iiet-orch pretrain` makes one")
+        path = found[-1]
+        if len(found) > 1:
+            hint = f"; restore it, or name an older model: {found[-2]}"
+    try:
+        check_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"{error}{hint}") from None
+    return path
 
 
 def load_provenance(folder: Path) -> dict[str, Any]:
@@ -161,41 +314,6 @@ def check_checkpoint(
         names.append(TRAINING_STATE)
     if damage := damaged_file(folder, checksums, names=names, remember=remember):
         raise UserError(f"the checkpoint {folder} is damaged: {damage}")
-
-
-def tokenizer_file(folder: Path) -> Path:
-    """Return a checkpoint's `tokenizer.json`.
-
-    Raises:
-        UserError: If it was imported without one.
-    """
-    path = folder / TOKENIZER
-    if not path.is_file():
-        raise UserError(
-            f"{folder} has no {TOKENIZER}, and text needs one; "
-            "`iiet-orch import FOLDER --tokenizer FILE` imports a model with its tokenizer"
-        )
-    return path
-
-
-def read_text_files(folder: Path) -> dict[str, bytes]:
-    """Return the `TEXT_FILES` in a folder: name -> content."""
-    return {file.name: file.read_bytes() for file in _text_files(folder)}
-
-
-def text_files_key(folder: Path) -> str | None:
-    """Return the hash of a checkpoint's `TEXT_FILES`; None if it has none."""
-    files = _text_files(folder)
-    return content_key([(file.name, file_key(file)) for file in files]) if files else None
-
-
-def _text_files(folder: Path) -> list[Path]:
-    return [folder / name for name in TEXT_FILES if (folder / name).is_file()]
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Return whether a folder is a checkpoint, intact or damaged, and not a run folder."""
-    return (path / PROVENANCE).is_file() or bool(CHECKPOINT_NAME.fullmatch(path.name))
 
 
 def known_schedules(folder: Path) -> tuple[IterationSchedule, ...]:

@@ -1,9 +1,12 @@
-"""Find models in a workspace: by path, by name, or the newest one that a command can use."""
+"""Find the model that a command names: a run or a folder, or the newest of finished runs and picks.
+
+A model that nobody named is announced, and it is never replaced by another one: damage is an error.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,26 +15,22 @@ from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG
 from orchestrator.models.folder import (
-    check_checkpoint,
     is_checkpoint,
     load_config,
-    load_provenance,
-    newest_checkpoint,
-    newest_intact_checkpoint,
+    resolve_checkpoint,
     weights_key,
 )
-from orchestrator.models.hub_models import HUB_PREFIX, download_model, is_hub_name
-from orchestrator.models.loading import EXPORTED, decoder_config, folder_kind
+from orchestrator.models.hub import HUB_PREFIX, download_model, is_hub_name
 from orchestrator.records.record import Record, WorkspacePath
 from orchestrator.settings import InfluenceSettings
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import INVALID_VALUE_ERRORS, expand_user, read_json, resolve_path
+from orchestrator.workspace.files import INVALID_VALUE_ERRORS, expand_user, read_json
 from orchestrator.workspace.journal import last_recorded
-from orchestrator.workspace.layout import Workspace, find_checkpoints
+from orchestrator.workspace.layout import DONE_NAME, JOB_NAME, Workspace, find_checkpoints
 
 MAX_RUNS_NAMED = 20
 
-Warn = Callable[[str], None]
+Note = Callable[[str], None]
 
 
 class Picked(Record):
@@ -44,71 +43,87 @@ class Picked(Record):
     time: float
     """When it was picked, in seconds since 1970."""
 
+    @property
+    def model(self) -> tuple[Path, IterationSchedule | None]:
+        """The checkpoint and its schedule."""
+        schedule = None if self.schedule is None else IterationSchedule(self.schedule)
+        return Path(self.checkpoint), schedule
+
 
 def picked_model(workspace: Workspace, sweep: str | None = None) -> Picked | None:
-    """Return the last pick: of this sweep, or one that is newer than all runs; None without one.
+    """Return the last pick, of this sweep if one is named; None without one.
 
     Raises:
         UserError: If its file is damaged.
     """
     found = Picked.read(workspace.picked)
-    if found is None or not Path(found.checkpoint).is_dir():
+    if found is None or not Path(found.checkpoint).is_dir() or sweep not in (None, found.sweep):
         return None
-    if sweep is not None:
-        return found if found.sweep == sweep else None
-    is_newest = all(last_recorded(run) < found.time for run in run_folders(workspace))
-    return found if is_newest else None
+    return found
 
 
-def resolve_teacher(
-    workspace: Workspace, path: Path | str | None, warn: Warn | None = None
-) -> Path:
-    """Return the checkpoint that the user means; without a path the newest IIET with corrections.
+def resolve_model(
+    workspace: Workspace, path: Path | str | None = None, note: Note | None = None
+) -> tuple[Path, IterationSchedule | None]:
+    """Return the checkpoint that the user means, and a pick's schedule; None for its own.
 
     Args:
         workspace: Where names are looked up.
-        path: A checkpoint, or a run: its newest checkpoint is used. See `find_model_folder`.
-        warn: Called if the newest checkpoint is damaged and an older one is used. Without `warn`
-            that is an error: only commands that store nothing may use another model.
+        path: As `resolve_teacher`; if None, the newest of the finished runs and the last pick.
+        note: As `resolve_teacher`.
+
+    Raises:
+        UserError: As `resolve_teacher`.
+    """
+    if path is not None:
+        return resolve_teacher(workspace, path), None
+    runs, picked = _finished_runs(workspace), picked_model(workspace)
+    if picked and (not runs or picked.time > last_recorded(runs[0])):
+        checkpoint, schedule = picked.model
+        checkpoint = resolve_checkpoint(checkpoint)
+        what = f"that `pick` chose from the sweep {picked.sweep}"
+    elif runs:
+        checkpoint, schedule, what = resolve_checkpoint(runs[0]), None, "of the newest run"
+    else:
+        raise _no_model(workspace, "no finished run")
+    if note:
+        note(f"the model is {checkpoint}, {what}")
+    return checkpoint, schedule
+
+
+def resolve_teacher(
+    workspace: Workspace, path: Path | str | None = None, note: Note | None = None
+) -> Path:
+    """Return the checkpoint that the user means.
+
+    Args:
+        workspace: Where names are looked up.
+        path: A checkpoint, or a run: its newest checkpoint is used. See `find_model_folder`. If
+            None, the newest finished run of an IIET with corrections.
+        note: Called with a sentence that says which checkpoint is used if none is named.
 
     Raises:
         UserError: If there is no checkpoint, it is damaged, or it is a model of the hub, which is
             imported first.
     """
+    if path is not None and is_hub_name(path):
+        raise UserError(
+            f"{path} becomes a run of the workspace at first use, and a dry run writes nothing;"
+            f" `iiet-orch import {path}` imports it"
+        )
     if path is not None:
-        if is_hub_name(path):
-            raise UserError(
-                f"{path} becomes a run of the workspace at first use, and a dry run writes nothing;"
-                f" `iiet-orch import {path}` imports it"
-            )
-        return resolve_checkpoint(find_model_folder(workspace, Path(path)), warn)
-    if found := _newest(workspace, _may_be_teacher, warn):
-        return found
-    others = [
-        f"{run.name} ({load_config(checkpoint).method})"
-        for run in _newest_runs(workspace)
-        if (checkpoint := newest_checkpoint(run))
-    ]
-    raise UserError(
-        f"{workspace.root} has no IIET checkpoint with corrections"
-        + (f", only {', '.join(others)}" if others else "")
-        + "; `iiet-orch pretrain` makes one, `iiet-orch quickstart` does the whole job, or give a "
-        "path or the name of a run as argument"
-    )
-
-
-def resolve_model(workspace: Workspace, path: Path | str | None, warn: Warn | None = None) -> Path:
-    """Return the checkpoint that the user means, of any method.
-
-    Without a path: the newest imported model or IIET with corrections, else the newest model.
-    Args and Raises: as `resolve_teacher`.
-    """
-    if path is None:
-        found = _newest(workspace, _may_be_teacher_or_imported, warn)
-        found = found or _newest(workspace, lambda _: True, warn)
-        if found:
-            return found
-    return resolve_teacher(workspace, path, warn)
+        return resolve_checkpoint(find_model_folder(workspace, Path(path)))
+    others = []
+    for run in _finished_runs(workspace):
+        checkpoint = find_checkpoints(run)[-1]
+        config = load_config(checkpoint)
+        if config.corrections.num_corrections and not METHODS[config.method].repeats_stack:
+            if note:
+                note(f"the model is {checkpoint}, of the newest run with corrections")
+            return resolve_checkpoint(run)
+        others.append(f"{run.name} ({config.method})")
+    only = f", only {', '.join(others)}" if others else ""
+    raise _no_model(workspace, f"no IIET checkpoint with corrections{only}")
 
 
 def find_model_folder(workspace: Workspace, path: Path, *, model_folders: bool = False) -> Path:
@@ -140,7 +155,7 @@ def find_model_folder(workspace: Workspace, path: Path, *, model_folders: bool =
                 "checkpoint of it"
             )
         return places[0].resolve()
-    runs = _newest_runs(workspace)
+    runs = sorted(run_folders(workspace), key=last_recorded, reverse=True)
     names = ", ".join(sorted(run.name for run in runs[:MAX_RUNS_NAMED]))
     newest = "newest " if len(runs) > MAX_RUNS_NAMED else ""
     known = f"its {newest}runs are {names}" if runs else "it has no runs yet"
@@ -167,32 +182,26 @@ def find_run_folder(workspace: Workspace, path: Path) -> Path:
     return folder.parent if is_checkpoint(folder) else folder
 
 
-def resolve_checkpoint(path: Path, warn: Warn | None = None) -> Path:
-    """Return a checkpoint, or the newest one of a run; `warn` as in `resolve_teacher`.
-
-    Raises:
-        UserError: If there is no checkpoint, or it is damaged.
-    """
-    path = resolve_path(path)
-    if is_checkpoint(path):
-        check_checkpoint(path)
-        return path
-    newest, damage = newest_intact_checkpoint(path)
-    if newest is None:
-        if not damage and (path / CONFIG).is_file():
-            raise UserError(
-                f"{path} is a model folder, not a checkpoint; `iiet-orch import` makes one of it"
-            )
-        found = f" ({damage[0]})" if damage else ""
-        raise UserError(f"{path} holds no intact checkpoint{found}; `iiet-orch pretrain` makes one")
-    if damage:
-        _report_older(newest, damage, warn)
-    return newest
-
-
 def run_folders(workspace: Workspace) -> list[Path]:
     """Return the folders of the workspace's runs."""
     return [path for path in workspace.runs.glob("*") if path.is_dir()]
+
+
+def _finished_runs(workspace: Workspace) -> list[Path]:
+    """Return the runs that are finished, the newest first; an imported one has no training."""
+    finished = [
+        run
+        for run in run_folders(workspace)
+        if find_checkpoints(run) and ((run / DONE_NAME).is_file() or not (run / JOB_NAME).is_file())
+    ]
+    return sorted(finished, key=last_recorded, reverse=True)
+
+
+def _no_model(workspace: Workspace, what: str) -> UserError:
+    return UserError(
+        f"{workspace.root} has {what}; `iiet-orch pretrain` makes one, `iiet-orch quickstart` does "
+        "the whole job, or give a path or the name of a run as argument"
+    )
 
 
 def find_checkpoint_by_weights(workspace: Workspace, key: str) -> Path | None:
@@ -206,7 +215,7 @@ def find_checkpoint_by_weights(workspace: Workspace, key: str) -> Path | None:
 
 
 def load_influence_table(
-    checkpoint: Path, metric: str | None = None, warn: Warn | None = None
+    checkpoint: Path, metric: str | None = None, warn: Note | None = None
 ) -> InfluenceTable | None:
     """Return the influence table stored beside a checkpoint for its own schedule.
 
@@ -229,17 +238,16 @@ def load_influence_table(
 
 
 def parse_schedule(
-    text: str | None, checkpoint: Path, option: str = "--schedule"
+    text: str | None, folder: Path, option: str = "--schedule"
 ) -> IterationSchedule | None:
-    """Parse the value of an option for a checkpoint or an exported folder; None stays None.
+    """Parse the value of an option for a checkpoint or an export; None stays None.
 
     Raises:
         UserError: If it is not valid for the model's method and number of layers.
     """
     if text is None:
         return None
-    is_exported = folder_kind(checkpoint) == EXPORTED
-    config = (decoder_config(checkpoint) if is_exported else None) or load_config(checkpoint)
+    config = load_config(folder)
     try:
         schedule = IterationSchedule.parse(text, num_layers=config.num_layers)
         config.evaluations_per_layer(schedule)  # Raises where the method makes no corrections.
@@ -247,57 +255,3 @@ def parse_schedule(
         problem = str(error).removeprefix("invalid model config: ")
         raise UserError(f"{option}: {problem}") from None
     return schedule
-
-
-def _newest(
-    workspace: Workspace, may_be_meant: Callable[[Sequence[Path]], bool], warn: Warn | None
-) -> Path | None:
-    """Return the newest intact checkpoint of the newest run that `may_be_meant` accepts."""
-    all_damage: list[str] = []
-    for run in _newest_runs(workspace):
-        checkpoint, damage = newest_intact_checkpoint(run)
-        if (checkpoint or damage) and may_be_meant(
-            [checkpoint] if checkpoint else find_checkpoints(run)
-        ):
-            all_damage += damage
-            if checkpoint:
-                if all_damage:
-                    _report_older(checkpoint, all_damage, warn)
-                return checkpoint
-    if all_damage:
-        raise UserError(
-            f"{workspace.root} has no intact checkpoint ({'; '.join(all_damage)}); "
-            "`iiet-orch pretrain` makes one, or give a path as argument"
-        )
-    return None
-
-
-def _newest_runs(workspace: Workspace) -> list[Path]:
-    return sorted(run_folders(workspace), key=last_recorded, reverse=True)
-
-
-def _may_be_teacher(checkpoints: Sequence[Path]) -> bool:
-    # Without a readable configuration the run may be the one that is meant.
-    for folder in checkpoints:
-        with suppress(UserError):
-            config = load_config(folder)
-            repeats_stack = METHODS[config.method].repeats_stack
-            return bool(config.corrections.num_corrections) and not repeats_stack
-    return True
-
-
-def _may_be_teacher_or_imported(checkpoints: Sequence[Path]) -> bool:
-    for folder in checkpoints:
-        with suppress(UserError):
-            return "imported" in load_provenance(folder) or _may_be_teacher([folder])
-    return True
-
-
-def _report_older(checkpoint: Path, damage: Sequence[str], warn: Warn | None) -> None:
-    problems = "; ".join(damage)
-    if warn is None:
-        raise UserError(
-            f"{problems}. The newest intact one is {checkpoint}, which is another model; give that "
-            "path to use it, or restore the damaged one"
-        )
-    warn(f"{problems}; {checkpoint} is used instead")

@@ -1,24 +1,45 @@
-"""Tokenizers: train a byte-level BPE on the corpus, or load an existing tokenizer.
+"""Tokenizers: train a byte-level BPE, load one, and read text as a model does.
 
 Any text has tokens; none stands for "unknown". Training reads no held-out document, and the same
 text gives the same file. The end-of-text token ends every document, with id 0 if it is trained.
+Models that were trained here have a `tokenizer.json` and add no special tokens. A model from
+elsewhere may (one that opens every text, for example), and its published scores were measured with
+them. So transformers loads its tokenizer, from its folder, its checkpoint or its export alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from orchestrator.models.hub import offline
-from orchestrator.models.hub_models import download_tokenizer, is_hub_name
-from orchestrator.workspace.errors import UserError, first_line
+from iiet.weights import CONFIG, MODEL_TYPE
+from orchestrator.models.folder import (
+    GENERATION_CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    is_checkpoint,
+    read_config,
+    read_text_files,
+    tokenizer_file,
+)
+from orchestrator.models.hub import download_tokenizer, is_hub_name, offline
+from orchestrator.settings.evaluation import Prompts
+from orchestrator.workspace.errors import UserError, first_line, quoted
 from orchestrator.workspace.files import expand_user
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+MAX_SYMBOLS_SHOWN = 6
+
+Message = dict[str, str]
+"""`role` (system, user, assistant) and `content`."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -64,24 +85,13 @@ def tokenizer_path(name: str | Path) -> Path:
         UserError: If the hub does not give it.
     """
     path = download_tokenizer(name) if is_hub_name(name) else expand_user(name)
-    return path / "tokenizer.json" if path.is_dir() else path
-
-
-def load_transformers_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a folder as transformers does; a `UserError` if that fails."""
-    # Imported here because it takes seconds; our own models do not need it.
-    from transformers import AutoTokenizer
-
-    try:
-        with offline():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # damaged files raise dozens of kinds
-        raise UserError(f"cannot load a tokenizer from {folder}: {first_line(error)}") from None
+    return path / TOKENIZER if path.is_dir() else path
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
     """Return the id of the end-of-text token; a `UserError` if the tokenizer has no known one."""
-    token_id = find_end_of_text_id(tokenizer)
+    found = (tokenizer.token_to_id(token) for token in END_OF_TEXT_NAMES)
+    token_id = next((int(token_id) for token_id in found if token_id is not None), None)
     if token_id is None:
         raise UserError(
             f"the tokenizer has no end-of-text token; it needs one of "
@@ -90,12 +100,249 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     return token_id
 
 
-def find_end_of_text_id(tokenizer: Tokenizer) -> int | None:
-    """Return the id of the first known end-of-text token in the tokenizer, or None."""
-    found = (tokenizer.token_to_id(token) for token in END_OF_TEXT_NAMES)
-    return next((int(token_id) for token_id in found if token_id is not None), None)
-
-
 def num_token_ids(tokenizer: Tokenizer) -> int:
     """Return the number of ids, including unused ones: the rows of the embedding."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+class ModelTokenizer:
+    """How a model reads and writes text.
+
+    Args:
+        path: Model folder of any kind, or a `tokenizer.json` alone.
+        trust_remote_code: Whether code in the folder may run.
+
+    Raises:
+        UserError: If there is no tokenizer, it is damaged, or names no token to begin a text with.
+    """
+
+    tokenizer: Any
+    """The tokenizer of the library `tokenizers`, for pieces of text; None if there is none."""
+    loaded: Any = None
+    """That of transformers; None for a model that was trained here."""
+    prefix_id: int
+    """The token that replaces an empty context."""
+    end_ids: frozenset[int]
+    """Tokens that end a text."""
+
+    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
+        self._folder = path if path.is_dir() else path.parent
+        self._symbols: dict[str, int] = {}
+        self._follows_a_text = True
+        if not path.is_dir() or _has_tokenizer_alone(path):
+            self.tokenizer = load_tokenizer(tokenizer_file(path) if path.is_dir() else path)
+            self.prefix_id = end_of_text_id(self.tokenizer)
+            self.end_ids = frozenset({self.prefix_id})
+            self._symbols = {
+                token.content: number
+                for number, token in self.tokenizer.get_added_tokens_decoder().items()
+                if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+            }
+            return
+        self.loaded = _load(path, trust_remote_code=trust_remote_code)
+        self.tokenizer = getattr(self.loaded, "backend_tokenizer", None)
+        first, end = self.loaded.bos_token_id, self.loaded.eos_token_id
+        # Trained on documents that an end of text separates, such as an export of a model of ours.
+        self._follows_a_text = first is None and not self.loaded.chat_template
+        first = end if first is None else first
+        if first is None:
+            raise UserError(
+                f"the tokenizer in {path} names neither a bos_token nor an eos_token, and a text "
+                "without context needs one; name one in tokenizer_config.json"
+            )
+        self.prefix_id = int(first)
+        ends = token_ids(path, "eos_token_id")
+        self.end_ids = frozenset(ends if end is None else [*ends, int(end)])
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """Return the tokens of a text, with the special tokens that a model from elsewhere adds.
+
+        An opening token that is present is not added again.
+        """
+        if self.loaded is None:
+            return self._plain(text, add_special_tokens=False)
+        opening = self.loaded.decode([self.prefix_id])
+        wanted = add_special_tokens and not text.startswith(opening)
+        return tuple(self.loaded.encode(text, **({} if wanted else {"add_special_tokens": False})))
+
+    def encode_document(self, text: str) -> tuple[int, ...]:
+        """Return the tokens of the beginning of a document; at least one.
+
+        It follows an end of text if the tokenizer has no opening token of its own.
+        """
+        encode = self._plain if self.loaded is None else self.encode
+        ids = encode(text, add_special_tokens=True)
+        if not self._follows_a_text:
+            return ids or (self.prefix_id,)
+        plain = encode(text, add_special_tokens=False)
+        return ids if ids[:1] != plain[:1] else (self.prefix_id, *plain)
+
+    def _plain(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        # Spaces between symbols mean nothing; a tokenizer that reads text reads them, too.
+        for readable in (text, "".join(text.split())):
+            with suppress(Exception):  # tokenizers raises plain Exception
+                found = self.tokenizer.encode(readable, add_special_tokens=add_special_tokens)
+                return tuple(found.ids)
+        raise UserError(
+            f"the model's tokenizer cannot read {quoted(text)}; it reads symbols such as "
+            f"{', '.join(self.symbols[:MAX_SYMBOLS_SHOWN])}"
+        )
+
+    @property
+    def symbols(self) -> list[str]:
+        """Texts that are never merged with the text around them, without the end of a text."""
+        return [text for text, number in self._symbols.items() if number != self.prefix_id]
+
+    def symbol_id(self, text: str) -> int | None:
+        """Return the token of a text that is never merged with the text around it, or None."""
+        return self._symbols.get(text)
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of tokens."""
+        tokenizer = self.tokenizer if self.loaded is None else self.loaded
+        return str(tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
+
+    def chat(self, messages: Sequence[Message], *, opens_answer: bool, template: str | None) -> str:
+        """Return messages as the chat template writes them.
+
+        Args:
+            opens_answer: Begin the assistant's answer; otherwise the last message is its beginning.
+            template: Name of a template; the model's default when None.
+
+        Raises:
+            UserError: If there is no such template, or it fails.
+        """
+        known = self.loaded and self.loaded.chat_template
+        if not known:
+            raise UserError(
+                f"{self._folder} has no chat template; put the one that the model was trained with "
+                "into its tokenizer_config.json (as chat_template), or use the model without: it "
+                "then reads the text as it is"
+            )
+        named, name = (
+            known if isinstance(known, dict) else {"default": known},
+            template or "default",
+        )
+        if name not in named:
+            known_names = ", ".join(sorted(named))
+            raise UserError(
+                f"{self._folder} has no chat template named {name}; it has {known_names}"
+            )
+        try:
+            return str(
+                self.loaded.apply_chat_template(
+                    list(messages),
+                    chat_template=named[name],
+                    tokenize=False,
+                    add_generation_prompt=opens_answer,
+                    continue_final_message=not opens_answer,
+                )
+            )
+        except Exception as error:  # A template is a program and can fail in any way.
+            raise UserError(f"the chat template of {self._folder} fails: {error}") from None
+
+
+def check_template(tokenizer: ModelTokenizer, prompts: Prompts) -> None:
+    """Raise `UserError` if prompts need a chat template that the model does not have."""
+    if prompts.chat_template:
+        question: list[Message] = [{"role": "user", "content": "?"}]
+        tokenizer.chat(question, opens_answer=True, template=prompts.template_name)
+
+
+def token_ids(folder: Path, name: str) -> list[int]:
+    """Return the ids of a special token in a folder's configurations, such as `eos_token_id`.
+
+    Raises:
+        UserError: If a file cannot be read, or a value is neither a token's number nor a list.
+    """
+    found: list[int] = []
+    for file in (CONFIG, GENERATION_CONFIG):
+        if not (folder / file).is_file():
+            continue
+        value = read_config(folder, file).get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(number) is int for number in ids):
+            raise UserError(
+                f"{name} in {folder / file} must be a token's number, or a list of them; "
+                f"got {value!r}"
+            )
+        found += [number for number in ids if number >= 0]  # Some write -1 for none.
+    return list(dict.fromkeys(found))
+
+
+def text_files_of(folder: Path, tokenizer: Path | None, *, vocab_size: int) -> dict[str, bytes]:
+    """Return the `TEXT_FILES` by which a checkpoint reads text as the model in a folder does.
+
+    A model that was trained here has none. Of any other, transformers writes the tokenizer as it
+    reads it, and `generation_config.json` says which tokens begin and end a text.
+
+    Args:
+        folder: Model folder of any kind.
+        tokenizer: The `tokenizer.json` to use; the other files of the tokenizer are beside it.
+        vocab_size: Number of tokens of the model.
+
+    Raises:
+        UserError: If one cannot be read, or the tokenizer cannot be loaded with them.
+    """
+    if is_checkpoint(folder):
+        return read_text_files(folder)
+    values: dict[str, Any] = {}
+    if (folder / GENERATION_CONFIG).is_file():
+        values = dict(read_config(folder, GENERATION_CONFIG))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = [number for number in token_ids(folder, name) if number < vocab_size]
+        values[name] = ids if len(ids) > 1 else next(iter(ids), None)
+    if tokenizer is None:
+        has_ids = any(value is not None for value in values.values())
+        return {GENERATION_CONFIG: _json_file(values)} if has_ids else {}
+
+    kind = str(read_config(folder).get("model_type", "llama"))
+    with TemporaryDirectory() as name:
+        scratch, written = Path(name), Path(name) / "written"
+        shutil.copyfile(tokenizer, scratch / TOKENIZER)
+        for file, content in read_text_files(tokenizer.parent).items():
+            (scratch / file).write_bytes(content)
+        if (scratch / TOKENIZER_CONFIG).is_file():
+            config = dict(read_config(tokenizer.parent, TOKENIZER_CONFIG))
+            config.pop("auto_map", None)  # No code of the folder runs.
+            (scratch / TOKENIZER_CONFIG).write_bytes(_json_file(config))
+        # The model's type may choose the tokenizer's class.
+        (scratch / CONFIG).write_bytes(_json_file({"model_type": kind}))
+        loaded = _load(scratch, shown=tokenizer.parent)
+        if values["eos_token_id"] is None:
+            end = loaded.eos_token_id
+            values["eos_token_id"] = (
+                end_of_text_id(load_tokenizer(tokenizer)) if end is None else end
+            )
+        for token in ("bos_token", "eos_token"):
+            first = values[f"{token}_id"]
+            first = first[0] if isinstance(first, list) else first
+            if getattr(loaded, token) is None and first is not None and first < len(loaded):
+                setattr(loaded, token, loaded.convert_ids_to_tokens(first))
+        # Templates of several names would be files in a folder of their own.
+        loaded.save_pretrained(written, save_jinja_files=False)
+        return {**read_text_files(written), GENERATION_CONFIG: _json_file(values)}
+
+
+def _has_tokenizer_alone(folder: Path) -> bool:
+    """Return whether a folder has the tokenizer of a model that was trained here, or of data."""
+    if (folder / TOKENIZER_CONFIG).is_file():
+        return False
+    has_config = (folder / CONFIG).is_file()
+    return not has_config or read_config(folder).get("model_type") == MODEL_TYPE
+
+
+def _load(folder: Path, *, trust_remote_code: bool = False, shown: Path | None = None) -> Any:
+    # Imported here because it takes seconds; our own models do not need it.
+    from transformers import AutoTokenizer
+
+    try:
+        with offline():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # damaged files raise dozens of kinds
+        line = first_line(error).replace(str(folder), str(shown or folder))
+        raise UserError(f"cannot load a tokenizer from {shown or folder}: {line}") from None
+
+
+def _json_file(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -26,14 +26,9 @@ from orchestrator.evaluation.cost_measurement import (
     MeasurementSettings,
     measure_costs,
 )
-from orchestrator.models.evaluated_model import (
-    EvaluatedModel,
-    open_model,
-    open_models,
-    short_names,
-)
 from orchestrator.models.folder import DTYPES, known_schedules
 from orchestrator.models.lookup import load_influence_table
+from orchestrator.models.open import OpenedModel, open_model, open_models, short_names
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.tracked_run import TrackedRun
@@ -56,7 +51,7 @@ SHORT_CONTEXT = 32
 class BenchmarkPlan(Result):
     """Models, each under its schedule, and the conditions that they are measured under."""
 
-    models: dict[str, EvaluatedModel]
+    models: dict[str, OpenedModel]
     """By the names of the result."""
     conditions: MeasurementSettings
 
@@ -123,8 +118,8 @@ def benchmark(
     """Measure latency, throughput and memory of models side by side.
 
     Args:
-        models: Checkpoints or runs, by path or name, or model folders; the newest IIET or imported
-            model when empty.
+        models: Checkpoints or runs, by path or name, or model folders; when empty, the
+            newest of finished runs and the last pick.
         schedules: Iteration schedules as typed. When empty, one IIET is measured under schedules
             from full to none, and several models each under their own.
         conditions: Batch sizes, contexts, repetitions, threads. Empty contexts stand for a short
@@ -154,8 +149,8 @@ def plan_benchmark(
     progress: Progress | None = None,
 ) -> BenchmarkPlan:
     """Open the models; arguments and errors as `benchmark`."""
-    space, warn = find_workspace(workspace), (progress or Progress()).note
-    opened = open_models(space, list(map(Path, models)), schedules, warn=warn)
+    space, note = find_workspace(workspace), (progress or Progress()).note
+    opened = open_models(space, list(map(Path, models)), schedules, note=note)
     if len(opened) == 1 and not schedules:
         opened = family_of(opened[0])
     conditions = conditions or MeasurementSettings(contexts=())
@@ -210,7 +205,7 @@ def run_benchmark(
     return result
 
 
-def family_of(model: EvaluatedModel) -> list[EvaluatedModel]:
+def family_of(model: OpenedModel) -> list[OpenedModel]:
     """Return an IIET under schedules from full to none; any other model alone.
 
     The schedules are those that elastic weights learned, or that its influence table proposes,
@@ -234,7 +229,7 @@ def family_of(model: EvaluatedModel) -> list[EvaluatedModel]:
     return [open_model(model.path, schedule) for schedule in schedules]
 
 
-def usual_contexts(models: Sequence[EvaluatedModel], new_tokens: int) -> tuple[int, ...]:
+def usual_contexts(models: Sequence[OpenedModel], new_tokens: int) -> tuple[int, ...]:
     """Return a short prompt and half the models' shortest context, if the new tokens fit after."""
     longest = min(model.context_length for model in models)
     wanted = sorted({min(SHORT_CONTEXT, longest // 2), longest // 2})
@@ -243,7 +238,7 @@ def usual_contexts(models: Sequence[EvaluatedModel], new_tokens: int) -> tuple[i
 
 
 def _measure(
-    models: Mapping[str, EvaluatedModel],
+    models: Mapping[str, OpenedModel],
     conditions: MeasurementSettings,
     device: str,
     progress: Progress,
@@ -255,7 +250,7 @@ def _measure(
         if model.path not in loaded:
             dtype = DTYPES[device_precision(device)]
             loaded[model.path] = model.decoder(dtype, device=device)
-        assert model.config is not None, "EvaluatedModel.decoder refuses what is no decoder"
+        assert model.config is not None, "OpenedModel.decoder refuses what is no decoder"
         decoders[name] = loaded[model.path].with_schedule(model.config.corrections)
     some = next(iter(decoders.values()))
     costs = measure_costs(decoders, conditions, progress)

@@ -24,7 +24,7 @@ from orchestrator.pipelines.result import Result
 from orchestrator.settings import ClusterSettings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes
-from orchestrator.workspace.errors import UserError, mask_secrets
+from orchestrator.workspace.errors import RunFailed, UserError, mask_secrets
 from orchestrator.workspace.files import free_disk
 from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import NOT_INSTALLED, installed_version
@@ -59,6 +59,17 @@ class Finding(Result):
         yield Text.assemble(MARKS[self.state], f" {self.check}: {self.text}")
         if self.remedy:
             yield f"    {self.remedy}"
+
+
+class Findings(Result):
+    """What all checks found; a failure if something is broken."""
+
+    findings: list[Finding]
+
+    def raise_failures(self) -> None:
+        """Raise `RunFailed` if something is broken."""
+        if broken := [each.check for each in self.findings if each.state == "broken"]:
+            raise RunFailed(f"broken: {', '.join(dict.fromkeys(broken))}")
 
 
 def examine(workspace: Workspace) -> Iterator[Finding]:

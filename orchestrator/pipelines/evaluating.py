@@ -23,10 +23,9 @@ from orchestrator.evaluation.selection import needs_heldout, newest_tokens, sele
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.suite import load_suite
 from orchestrator.evaluation.tasks import TaskSelection
-from orchestrator.models.evaluated_model import EvaluatedModel, open_models, short_names
 from orchestrator.models.hub import offline
-from orchestrator.models.loading import best_device
-from orchestrator.models.model_tokenizer import check_template
+from orchestrator.models.open import OpenedModel, best_device, open_models, short_names
+from orchestrator.models.tokenizer import check_template
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
@@ -111,7 +110,7 @@ class EvaluatePlan(Result):
 
     settings: Settings
     workspace: Any
-    models: tuple[EvaluatedModel, ...]
+    models: tuple[OpenedModel, ...]
 
     def rows(self) -> list[dict[str, str]]:
         """Return model, task and state: stored, or what is to measure.
@@ -124,7 +123,7 @@ class EvaluatePlan(Result):
             for task, state in self.states_of(model)
         ]
 
-    def states_of(self, model: EvaluatedModel) -> list[tuple[str, str]]:
+    def states_of(self, model: OpenedModel) -> list[tuple[str, str]]:
         """Return each task of a model and how far it is."""
         evaluation, cluster = self.settings.evaluation, self.settings.cluster
         tokens = tokens_of_tasks(model, evaluation, self.workspace, lambda _: None)
@@ -190,8 +189,8 @@ def plan_evaluate(
 
     All models are opened first: a mistake in the last must not cost the time of the others.
     """
-    space, warn = find_workspace(workspace), (progress or Progress()).note
-    opened = open_models(space, list(map(Path, models)), schedules, warn=warn)
+    space, note = find_workspace(workspace), (progress or Progress()).note
+    opened = open_models(space, list(map(Path, models)), schedules, note=note)
     return EvaluatePlan(settings=settings, workspace=space, models=tuple(opened))
 
 
@@ -242,8 +241,8 @@ def evaluate(
 
     Args:
         settings: Section `evaluation`.
-        models: Checkpoints or runs, by path or name, or transformers folders; the newest IIET or
-            imported model when empty.
+        models: Checkpoints or runs, by path or name, or transformers folders; when
+            empty, the newest of finished runs and the last pick.
         schedules: Iteration schedules as typed; each model's own when empty.
         log_samples: Folder that gets results and samples in lm-eval's files, one folder per model.
         trust_remote_code: Whether code in a model folder may run.
@@ -265,7 +264,7 @@ def evaluate(
 
 
 def evaluate_opened(
-    models: Sequence[EvaluatedModel],
+    models: Sequence[OpenedModel],
     settings: Settings,
     context: Context,
     *,
@@ -297,7 +296,7 @@ def evaluate_opened(
 
 
 def evaluate_model(
-    model: EvaluatedModel,
+    model: OpenedModel,
     settings: EvaluationSettings,
     context: Context,
     *,
@@ -366,7 +365,7 @@ def evaluate_model(
 
 
 def _measure(
-    model: EvaluatedModel,
+    model: OpenedModel,
     asked: TaskSelection,
     conditions: Conditions,
     evaluations: Path,
@@ -380,7 +379,7 @@ def _measure(
 
 
 def tokens_of_tasks(
-    model: EvaluatedModel, settings: EvaluationSettings, workspace: Workspace, note: Note
+    model: OpenedModel, settings: EvaluationSettings, workspace: Workspace, note: Note
 ) -> Path | None:
     """Return the tokens that a model's held-out tasks are made from; None if it needs none."""
     if not needs_heldout(settings):
@@ -516,7 +515,7 @@ def plan_compare(
         raise UserError(
             f"--schedule: got {len(schedules)} schedules for 2 models; give one for both, or two"
         )
-    opened: list[EvaluatedModel] = []
+    opened: list[OpenedModel] = []
     wanted = [[schedules[0]], [schedules[-1]]] if schedules else [[], []]
     space = find_workspace(workspace)
     for model, run, schedule in zip(models, (first, second), wanted, strict=True):
@@ -525,8 +524,8 @@ def plan_compare(
                 f"--schedule: {model} is an output of lm-eval, which has no iteration schedule"
             )
         if not run:
-            warn = (progress or Progress()).note
-            opened += open_models(space, [Path(model)], schedule, warn=warn)
+            note = (progress or Progress()).note
+            opened += open_models(space, [Path(model)], schedule, note=note)
     evaluation, outputs = settings.evaluation, [run for run in (first, second) if run]
     if outputs and evaluation.suite == EvaluationSettings().suite:
         evaluation = evaluation.model_copy(update={"suite": ",".join(outputs[0].tasks)})

@@ -22,7 +22,7 @@ from iiet.generation import stream as stream_tokens
 from iiet.sampling import LogitsNotFinite
 from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord
-from iiet.weights import CONFIG
+from iiet.weights import CONFIG, MODEL_TYPE
 from orchestrator.evaluation.answers import (
     AnswerSettings,
     Decode,
@@ -30,28 +30,24 @@ from orchestrator.evaluation.answers import (
     TokenChoice,
     generate_answers,
 )
-from orchestrator.models.folder import DTYPES, known_schedules, tokenizer_file
-from orchestrator.models.loading import EXPORTED, best_device, folder_kind, load_model
+from orchestrator.models.folder import (
+    DTYPES,
+    is_checkpoint,
+    known_schedules,
+    read_config,
+    resolve_checkpoint,
+)
 from orchestrator.models.lookup import (
-    Picked,
     find_model_folder,
     parse_schedule,
     picked_model,
-    resolve_checkpoint,
     resolve_model,
 )
-from orchestrator.models.model_tokenizer import (
-    Message,
-    ModelTokenizer,
-    PlainTokenizer,
-    checkpoint_tokenizer,
-    read_model_text_files,
-)
-from orchestrator.models.tokenizer import load_tokenizer, num_token_ids
+from orchestrator.models.open import best_device, load_model
+from orchestrator.models.tokenizer import Message, ModelTokenizer
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.models import local_model, plan_pick
 from orchestrator.planning.machine import check_device
-from orchestrator.records.trial import Trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.devices import device_precision
 from orchestrator.workspace.errors import RunFailed, UserError, quoted
@@ -109,7 +105,7 @@ def generate(
     Args:
         prompts: Texts to continue.
         model: A checkpoint, run or exported folder, by path or name, or a sweep: its picked model.
-            When unset the last pick, or the newest IIET or imported model if that is newer.
+            When unset the newest of finished runs and the last pick.
         schedule: Iteration schedule as typed, if not the checkpoint's own.
         sampling: How tokens are chosen, and when to stop.
         drafting: Decode with drafts, and note what they did at the end.
@@ -169,23 +165,21 @@ def _model_folder(
 ) -> tuple[Path, IterationSchedule | None]:
     """Return the folder of the model that is meant, and its schedule if that is not its own."""
     workspace, path = context.workspace, local_model(context, model)
-    picked: Picked | Trial | None = None
     if path is None:
-        picked = picked_model(workspace)
-    elif (workspace.sweeps / path).is_dir() and not (
-        path.exists() or (workspace.runs / path).exists()
-    ):
-        picked = picked_model(workspace, path.name)
-        if picked is None:
-            picked = plan_pick(workspace=workspace, sweep=path.name).model
-    if picked and picked.checkpoint:
-        own = None if picked.schedule is None else IterationSchedule(picked.schedule)
-        return resolve_checkpoint(Path(picked.checkpoint)), own
-    if path is not None:
-        folder = find_model_folder(workspace, path, model_folders=True)
-        if (folder / CONFIG).is_file() and folder_kind(folder) == EXPORTED:
-            return folder, None
-    return resolve_model(workspace, path, context.progress.note), None
+        return resolve_model(workspace, note=context.progress.note)
+    is_run = path.exists() or (workspace.runs / path).exists()
+    if (workspace.sweeps / path).is_dir() and not is_run:
+        if picked := picked_model(workspace, path.name):
+            return picked.model
+        trial = plan_pick(workspace=workspace, sweep=path.name).model
+        if trial.checkpoint:
+            own = None if trial.schedule is None else IterationSchedule(trial.schedule)
+            return Path(trial.checkpoint), own
+    folder = find_model_folder(workspace, path, model_folders=True)
+    is_export = not is_checkpoint(folder) and (folder / CONFIG).is_file()
+    if is_export and read_config(folder).get("model_type") == MODEL_TYPE:
+        return folder, None
+    return resolve_checkpoint(folder), None
 
 
 class TextGenerator:
@@ -205,7 +199,7 @@ class TextGenerator:
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.checkpoint, self._note = checkpoint, note
-        self.text: ModelTokenizer = _tokenizer(checkpoint)
+        self.text = ModelTokenizer(checkpoint)
         where = device or best_device()
         dtype = DTYPES[device_precision(where)]  # As it is evaluated.
         self.decoder: Decoder = load_model(checkpoint, device=where, dtype=dtype, schedule=schedule)
@@ -313,12 +307,3 @@ class TextGenerator:
     def _note_drafts(self) -> None:
         if self.record is not None:
             self._note(str(self.record))
-
-
-def _tokenizer(folder: Path) -> ModelTokenizer:
-    # A model that was trained here reads text after its export as it did before.
-    if folder_kind(folder) == EXPORTED:
-        file = tokenizer_file(folder)
-        if not read_model_text_files(folder, file, vocab_size=num_token_ids(load_tokenizer(file))):
-            return PlainTokenizer(file)
-    return checkpoint_tokenizer(folder)

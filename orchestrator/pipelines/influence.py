@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, computed_field
 from rich.console import RenderableType
 
 from iiet.influence import InfluenceTable, influence_table
@@ -24,11 +24,12 @@ from orchestrator.cluster.launch import command_device
 from orchestrator.data.mixture import describe_data, open_data
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.models.folder import load_config, weights_key
-from orchestrator.models.loading import load_model
 from orchestrator.models.lookup import resolve_teacher
+from orchestrator.models.open import load_model
 from orchestrator.pipelines.context import Context, open_context
 from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
+from orchestrator.records.record import Influence
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.command_tables import influence_terminal_table, two_column_table
 from orchestrator.settings import Settings
@@ -74,10 +75,18 @@ class InfluencePlan(Result):
 class InfluenceResult(Result):
     """The influence of a checkpoint's corrections."""
 
+    merged = ("table",)
+
     checkpoint: Path
     """The model that was measured."""
-    table: InfluenceTable
+    table: Influence
     """Influence, standard errors and residuals, per layer and correction."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def schedule(self) -> list[int]:
+        """The model's corrections per layer."""
+        return list(self.table.schedule)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per layer and correction: influence, its standard error, residual."""
@@ -96,11 +105,6 @@ class InfluenceResult(Result):
             for number, (value, error) in enumerate(zip(values, errors, strict=True), start=1)
         ]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the checkpoint, its schedule and the table."""
-        schedule = list(self.table.schedule)
-        return {"checkpoint": str(self.checkpoint), "schedule": schedule, **self.table.to_dict()}
-
     def shown(self) -> Iterable[RenderableType]:
         """Return the table of layers and corrections."""
         yield influence_terminal_table(self.table)
@@ -117,7 +121,8 @@ def measure_influence(
 
     Args:
         settings: Sections `influence` and `cluster`.
-        model: A checkpoint or run, by path or name; the newest IIET with corrections when unset.
+        model: A checkpoint or run, by path or name; the newest finished IIET with
+            corrections when unset.
 
     Raises:
         UserError: If there is no such model, it makes no corrections, or its tokens are not in the

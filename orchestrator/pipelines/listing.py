@@ -262,13 +262,11 @@ class Entry(Result):
 class Listing(Result):
     """What a workspace holds."""
 
+    merged = ("entries",)
+
     workspace: str
     entries: dict[Kind, list[Entry]]
     """The newest first."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a list for each kind."""
-        return {"workspace": self.workspace, **super().to_json()["entries"]}
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each entry."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,46 +25,40 @@ from iiet.cost import num_parameters
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
-from iiet.weights import CONFIG
+from iiet.weights import CONFIG, MODEL_TYPE
 from orchestrator.cluster.launch import command_device
 from orchestrator.models.config import model_family
-from orchestrator.models.evaluated_model import open_model
 from orchestrator.models.folder import (
-    TOKEN_IDS,
+    GENERATION_CONFIG,
     TOKENIZER,
+    is_checkpoint,
     load_config,
     load_provenance,
-    newest_intact_checkpoint,
+    model_files_key,
+    read_config,
     read_text_files,
+    resolve_checkpoint,
     served_schedules,
+    text_files_key,
     weights_key,
 )
-from orchestrator.models.gguf_file import ARCHITECTURE, GgufFile
-from orchestrator.models.gguf_tokenizer import gguf_token_ids, write_gguf_tokenizer
-from orchestrator.models.hub_models import download_model, is_hub_name, shown_name
-from orchestrator.models.loading import (
-    EXPORTED_TYPE,
-    PUBLISHED,
-    decoder_config,
-    folder_kind,
-    load_model,
-    model_folder_key,
-    read_config,
-)
+from orchestrator.models.gguf import read_gguf
+from orchestrator.models.hub import download_model, is_hub_name, shown_name
 from orchestrator.models.lookup import (
     Picked,
     find_checkpoint_by_weights,
     hub_hint,
     load_influence_table,
     parse_schedule,
-    resolve_checkpoint,
     resolve_model,
 )
-from orchestrator.models.model_tokenizer import PlainTokenizer, read_model_text_files
+from orchestrator.models.open import load_model, open_model
 from orchestrator.models.tokenizer import (
+    ModelTokenizer,
     end_of_text_id,
     load_tokenizer,
     num_token_ids,
+    text_files_of,
     tokenizer_path,
 )
 from orchestrator.pipelines.context import Context, open_context
@@ -91,7 +85,6 @@ from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_parameters
 from orchestrator.training.checkpoint import save_checkpoint
-from orchestrator.training.watching import trial_model
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import new_folder, resolve_path, write_text
 from orchestrator.workspace.journal import Journal
@@ -106,7 +99,7 @@ MANIFEST = "MANIFEST.sha256"
 
 
 def local_model(context: Context, model: Path | str | None) -> Path | None:
-    """Return a model as the functions of `model_lookup` take it; None stays None.
+    """Return a model as the functions of `models.lookup` take it; None stays None.
 
     `hub:OWNER/NAME` is downloaded and imported as the run `NAME`; the same import is found again.
 
@@ -148,26 +141,26 @@ def import_model(
     given = tokenizer_path(tokenizer).absolute() if tokenizer else None
     with TemporaryDirectory() as scratch:
         if path.is_file():
-            gguf, kind, source, run_name = GgufFile(path), "a GGUF file", path.name, path.stem
-            decoder, key, texts = gguf.decoder(), file_key(path), Path(scratch)
-            if given is None:
-                write_gguf_tokenizer(gguf.metadata, path, texts)
-            ids = gguf_token_ids(gguf.metadata)
-            write_text(texts / CONFIG, json.dumps({"model_type": ARCHITECTURE, **ids}))
+            kind, source, run_name, texts = "a GGUF file", path.name, path.stem, Path(scratch)
+            decoder, key = read_gguf(path, texts, with_tokenizer=given is None), file_key(path)
         else:
-            if not (path / CONFIG).is_file():
-                if find_checkpoints(path):
-                    path = resolve_checkpoint(path)
-                elif ggufs := sorted(path.glob("*.gguf")):
-                    raise UserError(
-                        f"{path} is not a model folder; name the GGUF file in it: {ggufs[0]}"
-                    )
-            decoder, kind, source = load_model(path), folder_kind(path), shown_name(path)
-            if kind == PUBLISHED and decoder.config.method == "vanilla":
-                kind = "a Llama folder"
-            is_checkpoint = path in find_checkpoints(path.parent)
-            run_name = path.parent.name if is_checkpoint else source.rpartition("/")[2]
-            key, texts = model_folder_key(path), path
+            if find_checkpoints(path):
+                path = resolve_checkpoint(path)
+            elif not (path / CONFIG).is_file() and (ggufs := sorted(path.glob("*.gguf"))):
+                raise UserError(
+                    f"{path} is not a model folder; name the GGUF file in it: {ggufs[0]}"
+                )
+            decoder, source, texts = load_model(path), shown_name(path), path
+            if is_checkpoint(path):
+                kind = "a checkpoint"
+            elif read_config(path).get("model_type") == MODEL_TYPE:
+                kind = "an exported folder"
+            else:
+                is_llama = decoder.config.method == "vanilla"
+                kind = "a Llama folder" if is_llama else "the published naming"
+            is_of_run = path in find_checkpoints(path.parent)
+            run_name = path.parent.name if is_of_run else source.rpartition("/")[2]
+            key = model_files_key(path)
 
         # What it reads and writes as text.
         config, own = decoder.config, texts / TOKENIZER
@@ -182,19 +175,16 @@ def import_model(
                 f"the tokenizer {given or f'of {source}'} has {num_ids} entries, the model only "
                 f"{config.vocab_size}"
             )
-        files = read_model_text_files(texts, file, vocab_size=config.vocab_size)
-        readable = {name: content.decode("utf-8", "replace") for name, content in files.items()}
-        key = content_key(key, file_key(file) if file else None, readable)
+        key = content_key(key, given and [file_key(given), text_files_key(given.parent)])
 
         # The checkpoint, unless it is there.
         run = context.workspace.runs / (name or re.sub(r"[^\w.-]+", "-", run_name))
         checkpoint = None
         if run.exists():
-            checkpoint, damage = newest_intact_checkpoint(run)
-            if damage:
-                raise UserError(f"{damage[0]}; delete {run}, and the same command imports it again")
-            known = load_provenance(checkpoint).get("imported", {}) if checkpoint else {}
-            if known.get("source") != key:
+            found = find_checkpoints(run)
+            if found and load_provenance(found[-1]).get("imported", {}).get("source") == key:
+                checkpoint = resolve_checkpoint(run)
+            else:
                 raise UserError(
                     f"the workspace has another run named {run.name}; choose one with --name"
                 )
@@ -205,7 +195,7 @@ def import_model(
             weights=decoder.state_dict(),
             training_state={},
             tokenizer_path=file,
-            text_files=files,
+            text_files=text_files_of(texts, file, vocab_size=config.vocab_size),
             provenance={
                 "objective": "import",
                 "imported": {"from": source, "read as": kind, "source": key},
@@ -238,7 +228,8 @@ def export(
 
     Args:
         settings: Section `evaluation`: tasks for the card's quality.
-        model: A checkpoint or run, by path or name; the newest IIET or imported model when unset.
+        model: A checkpoint or run, by path or name; the newest of finished runs and the last pick
+            when unset.
         to: Folder to write; under the workspace, named by the run, when unset.
         schedule: Iteration schedule as typed, if not the checkpoint's own.
         measure: Evaluate the model for the card. If that fails, the card is without quality.
@@ -248,8 +239,9 @@ def export(
         UserError: If the checkpoint, the schedule or the folder cannot be used.
     """
     context = open_context(workspace, progress)
-    checkpoint = resolve_model(context.workspace, local_model(context, model))
-    wanted = parse_schedule(schedule, checkpoint)
+    note = context.progress.note
+    checkpoint, picked = resolve_model(context.workspace, local_model(context, model), note)
+    wanted = parse_schedule(schedule, checkpoint) or picked
     name = checkpoint.parent.name + (f"-r{wanted}".replace(",", "") if wanted else "")
     folder = resolve_path(to) if to else context.workspace.exports / name
     decoder = load_model(checkpoint, schedule=wanted)
@@ -260,11 +252,12 @@ def export(
         from orchestrator.pipelines.evaluating import evaluate_model  # Imports lm-eval.
 
         try:
-            subject = open_model(checkpoint, wanted, warn=context.progress.note)
             device = command_device(settings.cluster, context.workspace.root)
-            evaluation = evaluate_model(subject, settings.evaluation, context, on_device=device)
+            evaluation = evaluate_model(
+                open_model(checkpoint, wanted), settings.evaluation, context, on_device=device
+            )
         except (UserError, RunFailed) as error:
-            context.progress.note(f"the card is without quality: {error}")
+            note(f"the card is without quality: {error}")
     metric = settings.influence.metric
     card = model_card(context, checkpoint, decoder.config, evaluation, metric=metric)
     return export_checkpoint(
@@ -301,20 +294,21 @@ def export_checkpoint(
     model = None if replaces else (checkpoint, decoder.config)
     check_target(folder, model)
     progress.start("export")
-    file = checkpoint / TOKENIZER
-    tokenizer_file = file if file.is_file() else None
-    text_files = read_text_files(checkpoint)
-    end_of_text = ""
-    if tokenizer_file and not text_files:
-        tokenizer = load_tokenizer(tokenizer_file)
+    file, text_files, end_of_text = checkpoint / TOKENIZER, read_text_files(checkpoint), ""
+    if file.is_file() and not text_files:
+        tokenizer = load_tokenizer(file)
         end_of_text = str(tokenizer.id_to_token(end_of_text_id(tokenizer)))
-    token_ids = json.loads(text_files.pop(TOKEN_IDS)) if TOKEN_IDS in text_files else None
+    token_ids = None
+    if GENERATION_CONFIG in text_files:
+        values = json.loads(text_files[GENERATION_CONFIG])
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        token_ids = {name: values.get(name) for name in names}
     try:
         with new_folder(folder) as temporary:
             export(
                 decoder,
                 temporary,
-                tokenizer_file,
+                file if file.is_file() else None,
                 end_of_text=end_of_text,
                 token_ids=token_ids,
                 text_files=text_files or None,
@@ -348,17 +342,13 @@ def check_target(folder: Path, model: tuple[Path, ModelConfig] | None = None) ->
         raise UserError(
             f"cannot write {folder} ({error.strerror}); choose another folder with --to"
         ) from None
-    config: Mapping[str, Any] = {}
-    with suppress(UserError):
-        config = read_config(folder)
-    if config.get("model_type") != EXPORTED_TYPE or "auto_map" not in config:
-        raise UserError(f"{folder} exists and is not an earlier export; choose another with --to")
-
     digests = {}
     with suppress(OSError, UnicodeDecodeError):
         for line in (folder / MANIFEST).read_text(encoding="utf-8").splitlines():
             digest, _, name = line.partition("  ")
             digests[name] = digest
+    if CONFIG not in digests:
+        raise UserError(f"{folder} exists and is not an earlier export; choose another with --to")
     others = [
         path.name
         for path in sorted(folder.iterdir())
@@ -366,18 +356,16 @@ def check_target(folder: Path, model: tuple[Path, ModelConfig] | None = None) ->
         and not (path.is_file() and file_digest(path) == digests.get(path.name))
     ]
     if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UserError(
             f"{folder} is an earlier export, and some of its files are not as the export wrote "
-            f"them: {', '.join(others[:3])}{more}; move them away, or choose another folder with "
-            "--to"
+            f"them: {', '.join(others[:4])}; move them away, or choose another folder with --to"
         )
     if model is None:
         return
     checkpoint, wanted = model
     # The card, which is as the export wrote it unless it is gone, names the weights.
     card = (folder / CARD).read_text("utf-8") if (folder / CARD).is_file() else ""
-    if f"weights: `{weights_key(checkpoint)}`" not in card or decoder_config(folder) != wanted:
+    if f"weights: `{weights_key(checkpoint)}`" not in card or load_config(folder) != wanted:
         raise UserError(
             f"{folder} is an export of another model; replace it with --force, or choose another "
             "folder with --to"
@@ -409,7 +397,7 @@ def model_card(
         influence = load_influence_table(teacher, metric, warn)
     prompt, file = ModelCard.prompt, checkpoint / TOKENIZER
     if file.is_file():
-        tokenizer = PlainTokenizer(file)
+        tokenizer = ModelTokenizer(file)
         try:
             tokenizer.encode(prompt, add_special_tokens=False)
         except UserError:  # It reads symbols alone.
@@ -524,7 +512,9 @@ def run_pick(
     plan: PickResult, context: Context, *, to: Path | str | None = None, force: bool = False
 ) -> PickResult:
     """Export the model of a plan and register it; as `pick`."""
-    from orchestrator.reporting.mlflow_report import run_name  # Imports MLflow.
+    # Both import MLflow.
+    from orchestrator.reporting.mlflow_report import run_name
+    from orchestrator.training.watching import trial_model
 
     sweep, result, workspace = plan.sweep, plan.model, context.workspace
     model = trial_model(result)

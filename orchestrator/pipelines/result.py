@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.text import Text
 
@@ -21,9 +22,19 @@ class Result(BaseModel):
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, extra="forbid")
 
+    merged: ClassVar[tuple[str, ...]] = ()
+    """Fields whose parts stand beside the other fields in JSON."""
+
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints: names and plain values."""
-        return self.model_dump(mode="json")
+        values = self.model_dump(mode="json")
+        for name in self.merged:
+            values |= values.pop(name)
+        return values
+
+    def to_text(self) -> str:
+        """Return that as JSON text; numbers that are not finite become null."""
+        return json.dumps(_finite(self.to_json()), indent=2, default=str)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the result as a table, if it is one: a row of plain values for each item."""
@@ -46,12 +57,10 @@ class Result(BaseModel):
 class Answer(Result):
     """A result of a few values and lines."""
 
-    values: dict[str, Any]
-    lines: list[Any]
+    merged = ("values",)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the values."""
-        return self.values
+    values: dict[str, Any]
+    lines: list[Any] = Field(exclude=True)
 
     def shown(self) -> Iterable[RenderableType]:
         """Return the lines."""
@@ -65,3 +74,11 @@ def show(result: Any, console: Console) -> None:
             print_line(console, part)
         else:
             console.print(part)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and value - value != 0.0 else value

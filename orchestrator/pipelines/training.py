@@ -372,7 +372,8 @@ def distill(
     Args:
         settings: Sections `distillation` and `cluster`.
         schedule: The student's corrections: `1`, or one number a layer (`2,1,1,0,0,0`).
-        teacher: A checkpoint or run, by path or name; the newest IIET with corrections when unset.
+        teacher: A checkpoint or run, by path or name; the newest finished IIET with
+            corrections when unset.
         local: Train in this process, without Ray.
 
     Raises:

@@ -30,7 +30,6 @@ from iiet.cost import inference_cost, num_parameters, training_flops_per_token
 from iiet.distillation import DistillationConfig
 from iiet.elastic import member_flops_per_token
 from iiet.schedule import IterationSchedule
-from iiet.training_memory import training_memory
 from orchestrator.models.folder import load_config, load_provenance, newest_checkpoint
 from orchestrator.planning.machine import (
     THIS_MACHINE,
@@ -40,6 +39,7 @@ from orchestrator.planning.machine import (
     local_resources,
     num_sharing,
 )
+from orchestrator.planning.training_memory import training_memory
 from orchestrator.records.record import Record
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings, Settings, TrainingSettings

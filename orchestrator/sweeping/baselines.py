@@ -18,7 +18,6 @@ from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
-from iiet.dropping import kept_config, most_important_layers
 from iiet.influence import InfluenceTable
 from iiet.pruning import FamilyMember
 from orchestrator.models.folder import check_checkpoint, load_config, load_provenance
@@ -35,6 +34,7 @@ from orchestrator.sweeping.model_plans import (
 )
 from orchestrator.sweeping.trials import student_job, trained_trial
 from orchestrator.terminal.render import format_count
+from orchestrator.training.dropping import kept_config, most_important_layers
 from orchestrator.training.job import NON_KEY_FIELDS
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import last_recorded

@@ -27,7 +27,7 @@ from orchestrator.evaluation.decode_timing import (
     time_per_token,
 )
 from orchestrator.models.folder import DTYPES
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model
 from orchestrator.records.record import Record
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.front import shown_trials

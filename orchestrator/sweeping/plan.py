@@ -27,7 +27,6 @@ from iiet.pruning import (
     num_evaluations,
     schedule_family,
     spread_over_cost,
-    within_cost,
 )
 from iiet.schedule import IterationSchedule
 from orchestrator.data.mixture import open_data
@@ -40,7 +39,7 @@ from orchestrator.evaluation.selection import (
 )
 from orchestrator.evaluation.tasks import HELDOUT
 from orchestrator.models.folder import load_config, text_files_key, weights_key
-from orchestrator.models.model_tokenizer import check_template, checkpoint_tokenizer
+from orchestrator.models.tokenizer import ModelTokenizer, check_template
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
@@ -179,7 +178,7 @@ def plan_students(
         settings.evaluation, tokens, full, hashes, teacher=teacher, sweeps=workspace.sweeps
     )
     if suite.prompts:
-        check_template(checkpoint_tokenizer(teacher), suite.prompts)
+        check_template(ModelTokenizer(teacher), suite.prompts)
     cost = schedule_cost(settings.sweep.budget_unit, full)
     is_search = settings.sweep.kind == "search"
     members = choose_members(influence, settings.sweep, cost=cost) if influence else ()
@@ -441,7 +440,7 @@ def choose_members(
         }
     elif sweep.budgets:
         try:
-            wanted = {within_cost(family, most, cost=cost).schedule for most in sweep.budgets}
+            wanted = {family.within(most, of=cost) for most in sweep.budgets}
         except ValueError as error:
             raise UserError(f"sweep.budgets, in {sweep.budget_unit}: {error}") from None
     else:

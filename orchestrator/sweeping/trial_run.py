@@ -19,8 +19,8 @@ from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.suite import load_suite
 from orchestrator.evaluation.tasks import TaskSelection
-from orchestrator.models.evaluated_model import open_model
 from orchestrator.models.folder import load_provenance
+from orchestrator.models.open import open_model
 from orchestrator.records.training import TrainingOutcome
 from orchestrator.records.trial import AshaTrial, Trial
 from orchestrator.sweeping.asha import discard_early_stop, stored_early_stop

@@ -1,4 +1,4 @@
-"""Requests to save the state and stop: Ctrl-C, SIGTERM, a closed terminal, or a message.
+"""Requests to save the state and stop: Ctrl-C, SIGTERM, or a message.
 
 `stop_requested` answers for all of them, in the driver and in its workers. Ray does not let a
 training loop save its state when the process that started it gets a signal. So a job runs in a
@@ -8,22 +8,18 @@ it stops is reported as that failure.
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import signal
-import termios
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 0.2
 
 T = TypeVar("T")
@@ -53,13 +49,10 @@ def stop_when(is_asked: Callable[[], bool]) -> Iterator[None]:
 def stop_on_signals(*, second_ends: bool = False) -> Iterator[None]:
     """Make signals that arrive in the block a request to stop; they do nothing else.
 
-    With `second_ends`, the second one raises `KeyboardInterrupt`. A closed terminal is never the
-    second: its shell and the kernel both send SIGHUP, perhaps after Ctrl-C.
+    With `second_ends`, the second one raises `KeyboardInterrupt`.
     """
 
     def record(number: int, frame: Any) -> None:
-        if number == signal.SIGHUP and _signals:
-            return
         _signals.append(number)
         if second_ends and len(_signals) > 1:
             signal.default_int_handler(number, frame)
@@ -75,41 +68,16 @@ def stop_on_signals(*, second_ends: bool = False) -> Iterator[None]:
 
 @contextmanager
 def signal_handlers(numbers: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
-    """Install a handler until the block ends; does nothing outside the main thread.
-
-    SIGHUP stays ignored if it was, as by nohup.
-    """
+    """Install a handler until the block ends; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def handle(number: int, frame: Any) -> None:
-        if number == signal.SIGHUP:
-            _leave_closed_terminal()
-        handler(number, frame)
-
-    earlier = {
-        number: signal.signal(number, handle if callable(handler) else handler)
-        for number in numbers
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-    }
+    earlier = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
         for number, function in earlier.items():
             signal.signal(number, function)
-
-
-def _leave_closed_terminal() -> None:
-    """Point descriptors of a terminal that is gone to nowhere: a message would be an error."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for path in Path("/dev/fd").iterdir():
-        try:
-            termios.tcgetattr(int(path.name))
-        except termios.error as error:
-            if error.args[0] == errno.EIO:
-                os.dup2(nowhere, int(path.name))
-    os.close(nowhere)
 
 
 def run_interruptibly(

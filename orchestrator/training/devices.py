@@ -23,12 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.distillation import Model
-from iiet.dropping import drop_layers
 from iiet.layers import initial_weights
-from orchestrator.models.loading import load_model, use_tf32
+from orchestrator.models.open import load_model, use_tf32
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings.training import Precision, default_precision
 from orchestrator.terminal.progress import Progress
+from orchestrator.training.dropping import drop_layers
 from orchestrator.workspace.errors import DeviceError, shortened
 
 T = TypeVar("T")

@@ -15,7 +15,6 @@ from typing import Any
 
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
-from iiet.dropping import kept_config
 from iiet.methods import METHODS
 from orchestrator.data.mixture import open_data
 from orchestrator.data.order import check_even_split
@@ -25,6 +24,7 @@ from orchestrator.models.config import build_model_config
 from orchestrator.models.folder import check_checkpoint, load_config, weights_key
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import Settings, TrainingSettings
+from orchestrator.training.dropping import kept_config
 from orchestrator.training.remote_copy import RemoteCopy
 from orchestrator.training.schedules import DRAWS_VERSION, checked_family
 from orchestrator.workspace.errors import UserError

@@ -27,7 +27,7 @@ from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
 from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import load_config, weights_key
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.progress import Progress

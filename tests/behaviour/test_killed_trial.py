@@ -48,7 +48,7 @@ def test_a_killed_process_loses_only_the_steps_since_the_last_checkpoint(
 
     def measure_losses_only(parameters: dict[str, Any], context: Any) -> dict[str, Any]:
         from orchestrator.evaluation.measuring import heldout_loss
-        from orchestrator.models.loading import load_model
+        from orchestrator.models.open import load_model
         from orchestrator.sweeping import trial_run
 
         def measure(trial: Trial, device: str) -> Trial:

@@ -38,7 +38,7 @@ from orchestrator.cluster.ray_tune import TrialHooks, run_trials
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings
-from orchestrator.models.folder import find_checkpoints
+from orchestrator.models.folder import (find_checkpoints)
 from orchestrator.workspace.journal import read_journal
 
 import ray

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model
 from orchestrator.pipelines.generating import Sampling, TextGenerator
 
 ROOT = Path(__file__).resolve().parents[2]

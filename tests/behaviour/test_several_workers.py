@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 from iiet.batch import Batch
 from orchestrator.data.store import TokenStore
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import trainer as run_module

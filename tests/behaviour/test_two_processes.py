@@ -33,7 +33,7 @@ import json, sys
 from orchestrator.cluster import local
 from orchestrator.planning.machine import Node
 from orchestrator.planning.machine import Resources
-from orchestrator.models.folder import find_checkpoints
+from orchestrator.models.folder import (find_checkpoints)
 from orchestrator.records.training import TrainingJob
 from orchestrator.workspace.errors import Interrupted
 

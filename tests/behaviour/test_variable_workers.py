@@ -40,7 +40,7 @@ os.environ["RAY_ADDRESS"] = nodes.address
 from orchestrator.cluster import ray_train
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings
-from orchestrator.models.folder import find_checkpoints
+from orchestrator.models.folder import (find_checkpoints)
 from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import read_journal
 

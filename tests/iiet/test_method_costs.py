@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from live_tensors import LiveTensors
 from method_schedules import schedule_for
 from torch import Tensor, nn
 
@@ -16,7 +17,6 @@ from iiet.losses import next_token_loss
 from iiet.methods import METHODS
 from iiet.methods.base import Advance, LayerCall
 from iiet.methods.explicit import ExplicitEuler
-from tests.iiet.test_training_memory import LiveTensors
 
 BATCH, TIME, DIM, LAYERS = 2, 16, 64, 4
 CASES: list[tuple[str, dict[str, Any]]] = [

@@ -17,7 +17,6 @@ from iiet.pruning import (
     schedule_family,
     spread_over_cost,
     suffix_maxima,
-    within_cost,
 )
 from iiet.schedule import IterationSchedule
 
@@ -120,16 +119,16 @@ def test_within_cost_takes_the_most_expensive_member_that_fits(influence, max_ev
     fitting = [m for m in family if m.schedule.num_evaluations <= max_evaluations]
     if fitting:
         best = max(fitting, key=lambda member: member.schedule.num_evaluations)
-        assert within_cost(family, max_evaluations) == best
+        assert family.within(max_evaluations) == best.schedule
     else:
         with pytest.raises(ValueError, match="cheapest"):
-            within_cost(family, max_evaluations)
+            family.within(max_evaluations)
 
 
 def test_budgets_in_any_unit():
     family = schedule_family([[0.3, 0.1], [0.2]])
-    member = within_cost(family, 250.0, cost=lambda schedule: 100.0 * schedule.num_corrections)
-    assert member.schedule.corrections == (1, 1)
+    schedule = family.within(250.0, of=lambda schedule: 100.0 * schedule.num_corrections)
+    assert schedule.corrections == (1, 1)
 
 
 @settings(max_examples=60)

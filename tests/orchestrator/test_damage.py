@@ -26,9 +26,9 @@ from iiet.schedule import IterationSchedule
 from orchestrator import cli
 from orchestrator.data.python_docs import python_documents
 from orchestrator.evaluation import decode_timing
-from orchestrator.models.evaluated_model import open_model
 from orchestrator.models.folder import newest_checkpoint
 from orchestrator.models.lookup import Picked, load_influence_table
+from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.syncing import sync

@@ -23,7 +23,7 @@ from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.suite import load_suite
 from orchestrator.evaluation.tasks import TaskSelection
-from orchestrator.models.evaluated_model import open_model
+from orchestrator.models.open import open_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
 from orchestrator.settings import DataSettings, ElasticSettings, TrainingSettings

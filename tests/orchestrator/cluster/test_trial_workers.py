@@ -15,7 +15,7 @@ from changed_trials import in_folder, with_job
 
 from orchestrator.cluster.asha_scheduler import AshaByModel
 from orchestrator.cluster.messages import Message
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model
 from orchestrator.records.trial import AshaTrial, SweepPlan, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings
 from orchestrator.sweeping.asha import asha_trials, record_early_stop, stored_early_stop

@@ -10,12 +10,12 @@ import torch
 
 from iiet import Decoder, ModelConfig
 from orchestrator.data.store import open_tokens
-from orchestrator.models.model_tokenizer import PlainTokenizer
+from orchestrator.models.tokenizer import ModelTokenizer
 
 
 @pytest.fixture
-def tokenizer(tiny_tokens: Path) -> PlainTokenizer:
-    return PlainTokenizer(open_tokens(tiny_tokens).tokenizer_path)
+def tokenizer(tiny_tokens: Path) -> ModelTokenizer:
+    return ModelTokenizer(open_tokens(tiny_tokens).tokenizer_path)
 
 
 @pytest.fixture

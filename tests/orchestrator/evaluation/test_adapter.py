@@ -31,7 +31,7 @@ from orchestrator.evaluation.answers import AnswerSettings, Question, generate_a
 from orchestrator.evaluation.lm_eval_files import MeasuredTask
 from orchestrator.evaluation.suite import Suite, load_suite
 from orchestrator.evaluation.tasks import TaskSelection
-from orchestrator.models.model_tokenizer import Message, PlainTokenizer
+from orchestrator.models.tokenizer import Message, ModelTokenizer
 from orchestrator.reporting.statistics import shared_metric
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
@@ -82,7 +82,7 @@ def directly(decoder: Decoder, ids: list[int], num_scored: int) -> float:
     return float(log_probabilities[range(num_scored), ids[-num_scored:]].sum())
 
 
-def pair_directly(decoder: Decoder, text: PlainTokenizer, context: str, continuation: str) -> float:
+def pair_directly(decoder: Decoder, text: ModelTokenizer, context: str, continuation: str) -> float:
     before = text.tokenizer.encode(context).ids or [text.prefix_id]
     whole = text.tokenizer.encode(context + continuation).ids
     scored = whole[len(before) :] if context else whole
@@ -95,7 +95,7 @@ def pair_directly(decoder: Decoder, text: PlainTokenizer, context: str, continua
     return total
 
 
-def rolling_directly(decoder: Decoder, text: PlainTokenizer, document: str) -> float:
+def rolling_directly(decoder: Decoder, text: ModelTokenizer, document: str) -> float:
     """Score windows of the context's length; the last one starts earlier, so that it is full."""
     ids, longest = text.tokenizer.encode(document).ids, decoder.config.context_length
     total, done = 0.0, 0
@@ -108,7 +108,7 @@ def rolling_directly(decoder: Decoder, text: PlainTokenizer, document: str) -> f
 
 
 def test_each_item_equals_a_direct_computation(
-    suite: Suite, decoder: Decoder, tokenizer: PlainTokenizer, capfd: pytest.CaptureFixture[str]
+    suite: Suite, decoder: Decoder, tokenizer: ModelTokenizer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from lm_eval.api.metrics import mean_stderr
 
@@ -148,7 +148,7 @@ def test_each_item_equals_a_direct_computation(
 
 
 def test_prompts_have_their_examples_and_lose_their_beginning_with_a_note(
-    decoder: Decoder, tokenizer: PlainTokenizer, tmp_path: Path
+    decoder: Decoder, tokenizer: ModelTokenizer, tmp_path: Path
 ) -> None:
     folder = write_task(tmp_path, "lastword", ROWS["lastword"], fewshot_split="test")
     wide = Decoder(ModelConfig.from_dict({**decoder.config.to_dict(), "context_length": 512}))
@@ -170,7 +170,7 @@ def test_prompts_have_their_examples_and_lose_their_beginning_with_a_note(
 # Generated answers
 
 
-def questions(folder: Path, decoder: Decoder, tokenizer: PlainTokenizer, **changes: Any) -> Suite:
+def questions(folder: Path, decoder: Decoder, tokenizer: ModelTokenizer, **changes: Any) -> Suite:
     """Return a task of questions; the decoder's own answer is right for every second one."""
     settings = AnswerSettings(max_new_tokens=6, stop=("\n",))
     asked = [Question(tokenizer.encode(q, add_special_tokens=False), settings) for q in QUESTIONS]
@@ -188,7 +188,7 @@ def answers_of(task: MeasuredTask) -> list[list[str]]:
 
 
 def test_answers_are_compared_under_each_filter(
-    decoder: Decoder, tokenizer: PlainTokenizer, tmp_path: Path
+    decoder: Decoder, tokenizer: ModelTokenizer, tmp_path: Path
 ) -> None:
     plain = questions(tmp_path / "plain", decoder, tokenizer)
     results = [run(plain, decoder, tokenizer, size)["questions"].result for size in (1, 4)]
@@ -225,7 +225,7 @@ def test_answers_are_compared_under_each_filter(
 
 
 def test_repetitions_are_sampled_apart_and_again_alike(
-    decoder: Decoder, tokenizer: PlainTokenizer, tmp_path: Path
+    decoder: Decoder, tokenizer: ModelTokenizer, tmp_path: Path
 ) -> None:
     sampled = {"until": ["\n"], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}
     suite = questions(tmp_path, decoder, tokenizer, generation_kwargs=sampled, repeats=3)
@@ -238,7 +238,7 @@ def test_repetitions_are_sampled_apart_and_again_alike(
 
 
 def test_settings_of_a_task_become_those_of_the_generator(
-    decoder: Decoder, tokenizer: PlainTokenizer, tmp_path: Path
+    decoder: Decoder, tokenizer: ModelTokenizer, tmp_path: Path
 ) -> None:
     greedy = answer_settings({"until": ["\n", "Q:"], "do_sample": False, "temperature": 0.8}, 1024)
     assert greedy == AnswerSettings(stop=("\n", "Q:"), max_new_tokens=256)
@@ -300,7 +300,7 @@ def test_a_description_that_the_template_refuses_is_left_out_with_one_note() -> 
 
 @pytest.mark.slow
 def test_numbers_and_answers_equal_those_of_lm_evals_hugging_face_class(
-    suite: Suite, decoder: Decoder, tokenizer: PlainTokenizer, tiny_tokens: Path, tmp_path: Path
+    suite: Suite, decoder: Decoder, tokenizer: ModelTokenizer, tiny_tokens: Path, tmp_path: Path
 ) -> None:
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
@@ -339,7 +339,7 @@ def official_files() -> list[Path]:
 def test_official_items_equal_a_direct_computation(
     path: Path,
     decoder: Decoder,
-    tokenizer: PlainTokenizer,
+    tokenizer: ModelTokenizer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

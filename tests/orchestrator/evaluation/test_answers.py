@@ -13,13 +13,13 @@ from iiet.decoder import Decoder
 from iiet.generation import generate
 from iiet.sampling import Sampler, row_keys
 from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
-from orchestrator.models.model_tokenizer import PlainTokenizer
+from orchestrator.models.tokenizer import ModelTokenizer
 
 CONTEXTS = ["a bag", "the hen had gone and", "cab", "face the deaf pig and feed", "x", "dad had"]
 
 
 def questions(
-    tokenizer: PlainTokenizer, settings: AnswerSettings, texts: Sequence[str] = CONTEXTS
+    tokenizer: ModelTokenizer, settings: AnswerSettings, texts: Sequence[str] = CONTEXTS
 ) -> list[Question]:
     return [
         Question(tokenizer.encode(text, add_special_tokens=False), settings, seed=number)
@@ -28,7 +28,7 @@ def questions(
 
 
 @torch.no_grad()
-def slowly(decoder: Decoder, tokenizer: PlainTokenizer, question: Question) -> str:
+def slowly(decoder: Decoder, tokenizer: ModelTokenizer, question: Question) -> str:
     """Answer without cache, batch or padding; look for the stop texts in the whole answer."""
     settings = question.settings
     room = decoder.config.context_length - settings.max_new_tokens
@@ -63,7 +63,7 @@ def slowly(decoder: Decoder, tokenizer: PlainTokenizer, question: Question) -> s
 )
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
 def test_a_batch_answers_as_each_context_alone(
-    decoder: Decoder, tokenizer: PlainTokenizer, settings: AnswerSettings, batch_size: int
+    decoder: Decoder, tokenizer: ModelTokenizer, settings: AnswerSettings, batch_size: int
 ) -> None:
     asked = questions(tokenizer, settings)
     answers = generate_answers(decoder, tokenizer, asked, batch_size=batch_size)
@@ -72,7 +72,7 @@ def test_a_batch_answers_as_each_context_alone(
 
 
 def test_a_batch_is_smaller_where_the_memory_is(
-    decoder: Decoder, tokenizer: PlainTokenizer, monkeypatch: pytest.MonkeyPatch
+    decoder: Decoder, tokenizer: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Keys and values of 16 numbers of 4 bytes, in 5 slots, of at most 48 tokens.
     free = 2 * 3 * (2 * 16 * 4 * 5 * 48)
@@ -88,7 +88,7 @@ def test_a_batch_is_smaller_where_the_memory_is(
 
 
 def test_stop_texts_end_an_answer_also_across_tokens(
-    decoder: Decoder, tokenizer: PlainTokenizer
+    decoder: Decoder, tokenizer: ModelTokenizer
 ) -> None:
     free = questions(tokenizer, AnswerSettings(max_new_tokens=16))
     whole = [slowly(decoder, tokenizer, question) for question in free]
@@ -108,7 +108,7 @@ def test_stop_texts_end_an_answer_also_across_tokens(
         assert not any(stop in answer for stop in across)
 
 
-def test_a_special_token_can_be_the_stop_text(decoder: Decoder, tokenizer: PlainTokenizer) -> None:
+def test_a_special_token_can_be_the_stop_text(decoder: Decoder, tokenizer: ModelTokenizer) -> None:
     free = AnswerSettings(max_new_tokens=8, temperature=1.0)
     (asked,) = questions(tokenizer, free, ["a bag"])
     ids = torch.tensor([asked.context])
@@ -123,7 +123,7 @@ def test_a_special_token_can_be_the_stop_text(decoder: Decoder, tokenizer: Plain
     assert generate_answers(decoder, tokenizer, [stopped]) == [tokenizer.decode(before)]
 
 
-def test_a_long_context_loses_its_beginning(decoder: Decoder, tokenizer: PlainTokenizer) -> None:
+def test_a_long_context_loses_its_beginning(decoder: Decoder, tokenizer: ModelTokenizer) -> None:
     settings = AnswerSettings(max_new_tokens=20)
     long = "one two three " * 20
     (asked,) = questions(tokenizer, settings, [long])
@@ -135,7 +135,7 @@ def test_a_long_context_loses_its_beginning(decoder: Decoder, tokenizer: PlainTo
 
 
 def test_answers_of_batches_that_do_not_fit_are_the_same(
-    decoder: Decoder, tokenizer: PlainTokenizer
+    decoder: Decoder, tokenizer: ModelTokenizer
 ) -> None:
     settings = AnswerSettings(max_new_tokens=9, temperature=1.0)
     asked = [Question(tuple(range(5, 10 + n)), settings, seed=n) for n in range(8)]

@@ -20,7 +20,7 @@ from orchestrator.evaluation.heldout import HeldoutSuite, build_heldout
 from orchestrator.evaluation.selection import lm_eval_task_fingerprints, select_tasks
 from orchestrator.evaluation.suite import Suite, load_suite
 from orchestrator.evaluation.tasks import TaskSelection
-from orchestrator.models.model_tokenizer import PlainTokenizer
+from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.pipelines.sweeps import plan_sweep
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
@@ -102,7 +102,7 @@ def test_a_perfect_model_has_all_items_right_and_a_guess_is_at_chance(tmp_path: 
 @pytest.mark.parametrize("name", ["phop_2", "chain_3", "s5_4"])
 def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path: Path, name: str) -> None:
     data = prepared(tmp_path, name)
-    tokenizer = PlainTokenizer(data / "tokenizer.json")
+    tokenizer = ModelTokenizer(data / "tokenizer.json")
     torch.manual_seed(0)
     decoder = Decoder(
         ModelConfig(
@@ -183,7 +183,7 @@ def test_a_task_that_the_data_cannot_make_is_an_error_before_any_work(
 
 
 def test_a_text_that_is_no_symbol_is_an_error(tmp_path: Path) -> None:
-    tokenizer = PlainTokenizer(prepared(tmp_path, "phop_2") / "tokenizer.json")
+    tokenizer = ModelTokenizer(prepared(tmp_path, "phop_2") / "tokenizer.json")
     for prompt in ("<|0|><|3|>", " <|0|> <|3|>\n"):
         assert tokenizer.encode_document(prompt) == (0, 1, 4)
     with pytest.raises(UserError, match=r"cannot read .*; it reads symbols such as <\|0"):

@@ -16,7 +16,7 @@ from orchestrator.evaluation.lm_eval_files import MeasuredTask, find_logged_run,
 from orchestrator.evaluation.store import ITEMS, EvaluationStore
 from orchestrator.evaluation.suite import Suite, load_suite
 from orchestrator.evaluation.tasks import TaskSelection
-from orchestrator.models.model_tokenizer import PlainTokenizer
+from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.records.evaluation import EvaluationKeys
 from orchestrator.workspace.errors import RunFailed, UserError
 
@@ -40,7 +40,7 @@ def suite(tmp_path: Path) -> Suite:
 
 
 @pytest.fixture
-def output(suite: Suite, decoder: Decoder, tokenizer: PlainTokenizer, tmp_path: Path) -> Path:
+def output(suite: Suite, decoder: Decoder, tokenizer: ModelTokenizer, tmp_path: Path) -> Path:
     """What `lm_eval --log_samples --output_path` writes for this decoder."""
     from lm_eval import evaluator
     from lm_eval.loggers import EvaluationTracker
@@ -69,7 +69,7 @@ def read(path: Path) -> Any:
 
 
 def test_stored_files_are_those_of_stock_lm_eval_and_read_alike(
-    suite: Suite, output: Path, decoder: Decoder, tokenizer: PlainTokenizer, tmp_path: Path
+    suite: Suite, output: Path, decoder: Decoder, tokenizer: ModelTokenizer, tmp_path: Path
 ) -> None:
     from lm_eval.utils import get_latest_filename, get_results_filenames
 
@@ -116,7 +116,7 @@ def test_stored_files_are_those_of_stock_lm_eval_and_read_alike(
 
 
 def test_what_is_damaged_is_measured_again_and_never_copied(
-    suite: Suite, decoder: Decoder, tokenizer: PlainTokenizer, tmp_path: Path
+    suite: Suite, decoder: Decoder, tokenizer: ModelTokenizer, tmp_path: Path
 ) -> None:
     notes: list[str] = []
     store = EvaluationStore(tmp_path, notes.append)

@@ -1,22 +1,236 @@
-"""The hub is probed briefly, and `offline` also affects libraries that are already imported."""
+"""Models of the hub: fetched from a hub on this machine, taken from the cache, pushed, refused.
+
+The hub is probed briefly, and `offline` also affects libraries that are already imported.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from huggingface_hub import constants
+from local_hub import TOKEN, LocalHub, local_hub
 
-from orchestrator.models.hub import hub_problem, offline
+from orchestrator import cli
+from orchestrator.models.folder import load_config, load_provenance
+from orchestrator.models.hub import DRY_RUN, download_model, hub_problem, offline, shown_name
+from orchestrator.models.open import load_model, open_model, open_models, short_names
+from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import Workspace, open_workspace
+
+NAME = "hub:me/tiny"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+    """A hub on this machine, an empty cache, and no token."""
+    for name in ("HF_TOKEN", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    with local_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.address)
+        yield hub
+
+
+@pytest.fixture
+def space(tmp_path: Path, save_tiny: Callable[..., Path]) -> Workspace:
+    """A workspace with one run, `tiny`."""
+    workspace = open_workspace(tmp_path / "space")
+    save_tiny(workspace.runs / "tiny")
+    return workspace
+
+
+def run(space: Path, *words: str) -> int:
+    return cli.main([*words, "--workspace", str(space)])
+
+
+def printed(capfd: pytest.CaptureFixture[str]) -> str:
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.err
+    return " ".join((captured.out + captured.err).split())
+
+
+@pytest.fixture
+def pushed(
+    hub: LocalHub,
+    space: Workspace,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> str:
+    """The model `hub:me/tiny`, which `export` has pushed; returns what it printed."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    options = ["--no-measure", "--push-to-hub", "me/tiny", "--private"]
+    assert run(space.root, "export", "tiny", *options) == 0
+    return printed(capfd)
+
+
+def test_a_pushed_export_is_the_exported_folder(
+    hub: LocalHub, space: Workspace, pushed: str
+) -> None:
+    assert f"pushed: {hub.address}/me/tiny" in pushed
+    folder = space.exports / "tiny"
+    assert hub.files["me/tiny"] == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert hub.private["me/tiny"] in (True, "private")
+
+
+def test_a_pushed_model_is_used_by_its_name(
+    hub: LocalHub,
+    space: Workspace,
+    pushed: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    other = tmp_path / "other"
+    assert run(other, "import", NAME) == 0
+    (checkpoint,) = (other / "runs" / "tiny").glob("step_*")
+    assert load_provenance(checkpoint)["imported"]["from"] == "me/tiny"
+    weights = load_model(checkpoint).state_dict()
+    ours = load_model(next((space.runs / "tiny").glob("step_*"))).state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in ours.items())
+    # Commands that need a checkpoint import it at first use, and find it again.
+    printed(capfd)
+    assert run(tmp_path / "third", "generate", NAME, "--prompt", "abc", "-n", "2") == 0
+    assert run(tmp_path / "third", "export", NAME, "--no-measure", "--to", str(tmp_path / "e")) == 0
+    assert [path.name for path in (tmp_path / "third" / "runs").iterdir()] == ["tiny"]
+    assert load_model(tmp_path / "e").schedule == load_config(checkpoint).corrections
+    # It has no tokens of this workspace, which a teacher needs.
+    printed(capfd)
+    assert run(tmp_path / "third", "influence", NAME) == 2
+    assert "has no tokens of this model's tokenizer" in printed(capfd)
+
+
+def test_what_is_in_the_cache_needs_no_network(
+    hub: LocalHub, pushed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = download_model(NAME)
+    assert shown_name(folder) == "me/tiny"
+    monkeypatch.setenv("HF_ENDPOINT", _closed_address())
+    assert download_model(NAME) == folder
+    assert load_tokenizer(NAME).get_vocab_size() == 300
+    model = open_model(folder, "1")
+    assert (model.name, model.is_external) == ("tiny r=1", True)
+    with offline(DRY_RUN):
+        assert download_model(NAME) == folder
+        with pytest.raises(UserError, match="a dry run downloads nothing"):
+            download_model("hub:me/other")
+    with pytest.raises(UserError, match=r"hub:me/other is not in the hub's cache .* be reached"):
+        download_model("hub:me/other")
+
+
+def test_models_of_one_name_are_told_apart_by_their_owners(
+    hub: LocalHub, space: Workspace, pushed: str
+) -> None:
+    hub.add("you/tiny", space.exports / "tiny")
+    models = open_models(space, [Path(NAME), Path("hub:you/tiny")], ["1"])
+    assert short_names(models) == ["me/tiny r=1", "you/tiny r=1"]
+
+
+def test_only_files_of_a_model_are_downloaded(hub: LocalHub, space: Workspace, pushed: str) -> None:
+    hub.files["me/tiny"] |= {
+        "consolidated.safetensors": b"the same again",
+        "picture.png": b"large",
+        "pytorch_model.bin": b"a pickle",
+    }
+    names = {path.name for path in download_model(NAME).iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not names & {"consolidated.safetensors", "picture.png", "pytorch_model.bin"}
+    del hub.files["me/tiny"]["model.safetensors"]
+    assert (download_model(NAME) / "pytorch_model.bin").is_file()
+
+
+def _closed_address() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["evaluate", "hub:me/none"], "hub:me/none: the hub has no such model, or it is private"),
+        (["evaluate", "hub:me/tiny@old"], "the hub has no such branch, tag or commit of it"),
+        (["import", "hub:me/gated"], "hub:me/gated is gated: accept its terms"),
+        (["import", "hub:a/b/c"], "hub:a/b/c"),
+        (["generate", "hub:me/none", "--prompt", "x"], "the hub has no such model"),
+        (["distill", "hub:me/tiny", "-r", "0", "--dry-run"], "`iiet-orch import hub:me/tiny`"),
+        (["evaluate", "me/tiny"], "For a model of the Hugging Face hub write hub:me/tiny"),
+        (["import", "me/tiny"], "For a model of the Hugging Face hub write hub:me/tiny"),
+        (["export", "tiny", "--push-to-hub", "me/x"], "needs a token of the hub: set HF_TOKEN"),
+        (["export", "tiny", "--push-to-hub", "me/x", "--token", "no"], "Invalid user token"),
+        (["export", "tiny", "--private"], "are for --push-to-hub"),
+        (["prepare", "--set", "data.tokenizer=hub:me/none"], "the hub has no such model"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    hub: LocalHub,
+    space: Workspace,
+    words: list[str],
+    sentence: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub.files |= {"me/tiny": {"config.json": b"{}"}, "me/gated": {}}
+    hub.gated.add("me/gated")
+    assert run(space.root, *words) == 2
+    assert sentence in printed(capfd)
+    assert not space.exports.exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", NAME],
+        ["benchmark", NAME],
+        ["compare", "tiny", NAME],
+        ["influence", NAME],
+        ["distill", NAME, "-r", "0"],
+        ["sweep-threshold", NAME],
+        ["generate", NAME, "--prompt", "x"],
+        ["import", NAME],
+        ["import", "tiny", "--tokenizer", NAME],
+        ["export", NAME],
+        ["export", "tiny", "--push-to-hub", "me/tiny"],
+        ["prepare", "--set", f"data.tokenizer={NAME}"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_without_a_network_it_is_one_sentence(
+    hub: LocalHub,
+    space: Workspace,
+    words: list[str],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", _closed_address())
+    monkeypatch.chdir(space.runs)
+    assert run(space.root, *words) == 2
+    text = printed(capfd)
+    assert "127.0.0.1 cannot be reached" in text
+    assert NAME in text or "--push-to-hub me/tiny" in text
+    assert not space.exports.exists()
+
+
+# The network
+
+
+@pytest.fixture
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTPS_PROXY", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.usefixtures("_plain_environment")
 def test_the_probe_connects_to_the_endpoint_with_a_short_timeout(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -30,16 +244,10 @@ def test_the_probe_connects_to_the_endpoint_with_a_short_timeout(
     assert hub_problem() == "huggingface.co cannot be reached (no route)"
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example:8080")
     assert hub_problem() == "mirror.example cannot be reached (no route)"
-    assert [address for address, _ in addresses] == [
-        ("huggingface.co", 443),
-        ("mirror.example", 8080),
-    ]
+    hosts = [address for address, _ in addresses]
+    assert hosts == [("huggingface.co", 443), ("mirror.example", 8080)]
     assert all(timeout <= 2 for _, timeout in addresses)
-
-
-def test_a_proxy_or_the_offline_flag_prevents_the_probe(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    # A proxy or the flag prevents it.
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("probed"))
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
     assert hub_problem() is None
@@ -47,6 +255,7 @@ def test_a_proxy_or_the_offline_flag_prevents_the_probe(
     assert hub_problem() == "HF_HUB_OFFLINE is set"
 
 
+@pytest.mark.usefixtures("_plain_environment")
 @pytest.mark.parametrize("before", [None, "0", "1"])
 def test_offline_affects_imported_libraries_and_is_undone(
     before: str | None, monkeypatch: pytest.MonkeyPatch

@@ -17,11 +17,7 @@ from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.cost_measurement import MeasurementSettings
-from orchestrator.models.evaluated_model import (
-    open_model,
-    open_models,
-    short_names,
-)
+from orchestrator.models.open import open_model, open_models, short_names
 from orchestrator.pipelines.benchmarking import (
     family_of,
     plan_benchmark,

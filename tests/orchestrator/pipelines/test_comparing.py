@@ -15,7 +15,7 @@ from orchestrator import cli
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation.lm_eval_files import MeasuredTask
 from orchestrator.evaluation.store import ITEMS
-from orchestrator.models.evaluated_model import open_models
+from orchestrator.models.open import open_models
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import (
     CompareResult,
@@ -201,7 +201,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(
         (["one", "tiny", "-r", "1", "-r", "0", "-r", "2"], "got 3 schedules for 2 models"),
         (["one", "missing"], "there is no folder missing"),
         (["one", "."], ". has results of several models; name one of its folders: one, two"),
-        (["one", "empty"], "empty holds no intact checkpoint"),
+        (["one", "empty"], "empty holds no checkpoint"),
     ]:
         assert cli.main(["compare", *words, "--workspace", str(workspace.root)]) == 2
         printed = " ".join(capsys.readouterr().err.split())

@@ -26,8 +26,7 @@ from orchestrator.evaluation import selection
 from orchestrator.evaluation.heldout import HeldoutSuite
 from orchestrator.evaluation.suite import load_suite
 from orchestrator.evaluation.tasks import TaskSelection
-from orchestrator.models.evaluated_model import EvaluatedModel, open_model
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import OpenedModel, load_model, open_model
 from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.records.evaluation import EvaluationResult
@@ -86,7 +85,7 @@ def read(**settings):
 
 
 def evaluate(
-    model: Path | EvaluatedModel,
+    model: Path | OpenedModel,
     settings: EvaluationSettings,
     workspace: Workspace,
     *,
@@ -102,7 +101,7 @@ def evaluate(
 
 
 def scored(
-    model: Path | EvaluatedModel,
+    model: Path | OpenedModel,
     settings: EvaluationSettings,
     workspace: Workspace,
     *,

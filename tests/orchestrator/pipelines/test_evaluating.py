@@ -16,8 +16,8 @@ from orchestrator.evaluation import measuring
 from orchestrator.evaluation import suite as loading
 from orchestrator.evaluation.lm_eval_files import MeasuredTask
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.models.evaluated_model import EvaluatedModel, open_model
 from orchestrator.models.folder import load_config
+from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate_model
 from orchestrator.pipelines.models import export
@@ -78,7 +78,7 @@ class Lines(Progress):
 
 
 def evaluate(
-    model: Path | EvaluatedModel,
+    model: Path | OpenedModel,
     settings: EvaluationSettings,
     workspace: Workspace,
     *,
@@ -312,5 +312,5 @@ def test_a_schedule_that_does_not_fit_is_refused(
 def test_no_checkpoint_is_the_users_mistake(
     tmp_path: Path, settings: EvaluationSettings, workspace: Workspace
 ) -> None:
-    with pytest.raises(UserError, match="holds no intact checkpoint"):
+    with pytest.raises(UserError, match="holds no checkpoint"):
         evaluate(tmp_path, settings, workspace)

@@ -20,9 +20,8 @@ from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
-from orchestrator.models.evaluated_model import open_model
 from orchestrator.models.folder import weights_key
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model, open_model
 from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.models import CARD, MANIFEST, export, export_checkpoint
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
@@ -178,12 +177,24 @@ def test_stock_lm_eval_gives_our_numbers(
 
 def test_an_earlier_export_is_replaced_and_nothing_else(checkpoint: Path, tmp_path: Path) -> None:
     folder = exported(checkpoint, tmp_path / "out")
+    # The manifest is one that sha256sum reads.
+    lines = [line.split("  ") for line in (folder / MANIFEST).read_text().splitlines()]
+    assert {name for _, name in lines} == {p.name for p in folder.iterdir()} - {MANIFEST}
+    for digest, name in lines:
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     exported(checkpoint, folder)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").touch()
     with pytest.raises(UserError, match="not an earlier export"):
         exported(checkpoint, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["diary.txt"]
+    for name in ("notes.md", "results/table.csv", CARD):
+        own = folder / name
+        own.parent.mkdir(exist_ok=True)
+        own.write_text("an afternoon's work")
+        with pytest.raises(UserError, match=rf"not as the export wrote.*{name.split('/')[0]}"):
+            exported(checkpoint, folder)
+        assert own.read_text() == "an afternoon's work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "run"]
 
 
@@ -236,57 +247,27 @@ def test_a_method_without_code_for_transformers_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["notes.md", "results/table.csv", CARD])
-def test_a_users_own_file_in_an_export_is_never_lost(
-    checkpoint: Path, tmp_path: Path, name: str
-) -> None:
-    folder = exported(checkpoint, tmp_path / "out")
-    own = folder / name
-    own.parent.mkdir(exist_ok=True)
-    own.write_text("an afternoon's work")
-    with pytest.raises(UserError, match=rf"not as the export wrote.*{name.split('/')[0]}.*--to"):
-        exported(checkpoint, folder)
-    assert own.read_text() == "an afternoon's work"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
-
-
-def test_the_manifest_is_one_that_sha256sum_reads(checkpoint: Path, tmp_path: Path) -> None:
-    folder = exported(checkpoint, tmp_path / "out")
-    lines = [line.split("  ") for line in (folder / MANIFEST).read_text().splitlines()]
-    assert {name for _, name in lines} == {p.name for p in folder.iterdir()} - {MANIFEST}
-    for digest, name in lines:
-        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+# The card
 
 
 def test_the_card_says_what_is_known_and_what_is_not(tiny_model: dict[str, Any]) -> None:
     config = ModelConfig.from_dict(tiny_model)
-    text = ModelCard(name="tiny", config=config).to_markdown()
+    family = [config.corrections, IterationSchedule((1, 0)), IterationSchedule((0, 0))]
+    text = ModelCard(name="tiny", config=config, served=family).to_markdown()
     assert text.startswith("---\nlibrary_name: transformers\n")
     assert "`2,1`" in text
+    assert "The weights also learned `1,0`; `0,0`." in text
     assert "| field evaluations (NFE) per token | 5 |" in text
     # Each evaluation reads keys and values of all tokens that it sees.
     read = 5 * config.context_length * 2 * config.num_kv_heads * config.head_dim * 4
     assert f"| key/value bytes read per token (float32) | {read:,} |" in text
     assert "Not measured." in text
     assert "Influence" not in text
-
-
-def test_the_card_names_the_versions_that_this_project_declares(
-    tiny_model: dict[str, Any],
-) -> None:
+    # It names the versions that this project declares.
     file = Path(__file__).parents[3] / "pyproject.toml"
     declared = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
     assert set(REQUIREMENTS) <= set(declared)
-    text = ModelCard(name="tiny", config=ModelConfig.from_dict(tiny_model)).to_markdown()
-    assert '`pip install "torch>=' in text
-    assert '"transformers>=' in text
-
-
-def test_the_card_of_elastic_weights_names_what_they_learned(tiny_model: dict[str, Any]) -> None:
-    config = ModelConfig.from_dict(tiny_model)
-    family = [config.corrections, IterationSchedule((1, 0)), IterationSchedule((0, 0))]
-    text = ModelCard(name="tiny", config=config, served=family).to_markdown()
-    assert "The weights also learned `1,0`; `0,0`." in text
+    assert all(f'"{requirement}"' in text for requirement in REQUIREMENTS)
 
 
 def measured(*names: str) -> EvaluationResult:

@@ -15,7 +15,7 @@ from fake_tracking import untracked
 from iiet.influence import InfluenceTable, influence_table
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import check_checkpoint
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model
 from orchestrator.pipelines import influence
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import InfluenceResult, plan_influence, run_influence

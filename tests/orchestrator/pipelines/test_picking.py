@@ -17,8 +17,8 @@ from iiet.modeling_iiet import IIETForCausalLM
 from iiet.schedule import IterationSchedule
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import weights_key
-from orchestrator.models.loading import load_model
 from orchestrator.models.lookup import load_influence_table
+from orchestrator.models.open import load_model
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.generating import open_generator
 from orchestrator.pipelines.models import PickResult, export, pick, plan_pick

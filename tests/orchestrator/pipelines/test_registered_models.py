@@ -24,7 +24,7 @@ from terminal import run_in_terminal
 
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import TOKENIZER
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model
 from orchestrator.models.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.pipelines.generating import Sampling, TextGenerator
 from orchestrator.pipelines.models import pick

@@ -14,8 +14,8 @@ from fake_tracking import untracked
 from lm_eval_tasks import write_task
 
 from orchestrator.data.store import open_tokens
-from orchestrator.models.evaluated_model import open_model
 from orchestrator.models.folder import load_config
+from orchestrator.models.open import open_model
 from orchestrator.pipelines.evaluating import evaluate_model, plan_evaluate
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings

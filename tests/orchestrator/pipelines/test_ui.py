@@ -114,7 +114,7 @@ def test_the_server_answers_shows_the_runs_and_leaves_nothing_behind(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_server_ends_with_its_command(workspace: Workspace, number: int) -> None:
     port = free_port()
     process = Started("ui", "--port", str(port), "--workspace", str(workspace.root))
@@ -123,7 +123,7 @@ def test_the_server_ends_with_its_command(workspace: Workspace, number: int) -> 
     started = servers(port)
     assert len(started) > 1
     process.send_signal(number)
-    assert process.wait(60) == (0 if number == signal.SIGHUP else -number)
+    assert process.wait(60) == (0 if number == signal.SIGTERM else -number)
     psutil.wait_procs(started, timeout=10)
     assert servers(port) == []
     check_port(port)

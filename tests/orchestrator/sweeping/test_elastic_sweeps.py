@@ -16,7 +16,7 @@ from iiet.cost import inference_cost, training_flops_per_token
 from iiet.influence import InfluenceTable
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.models.folder import load_config
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.training import TrainingJob

@@ -396,11 +396,11 @@ def test_models_of_a_sweep_are_measured_as_an_imported_teacher_reads_text(
     assert text_of_teacher(teacher) == {}, "trained here: the tokens say it all"
     imported = tmp_path / "imported" / teacher.name
     shutil.copytree(teacher, imported)
-    (imported / "token_ids.json").write_text('{"eos_token_id": 2}')
+    (imported / "generation_config.json").write_text('{"eos_token_id": 2}')
     suite = TrialSuite(tokens_folder="", **text_of_teacher(imported))
     assert suite.vocabulary_folder == str(imported)
     moved = suite.model_copy(update={"vocabulary_folder": "elsewhere"})
-    (imported / "token_ids.json").write_text('{"eos_token_id": 7}')
+    (imported / "generation_config.json").write_text('{"eos_token_id": 7}')
     other = TrialSuite(tokens_folder="", **text_of_teacher(imported))
     assert suite.key == moved.key != other.key
 

@@ -41,7 +41,7 @@ import json, sys
 from pathlib import Path
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.sweeping import trial_run
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import (load_model)
 
 def measure(trial, device):
     with (Path(trial.folder) / "measured").open("a") as file:

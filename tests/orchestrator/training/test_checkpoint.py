@@ -15,10 +15,10 @@ from orchestrator.models.folder import (
     check_checkpoint,
     load_provenance,
     newest_checkpoint,
+    resolve_checkpoint,
     weights_key,
 )
-from orchestrator.models.loading import load_model
-from orchestrator.models.lookup import resolve_checkpoint
+from orchestrator.models.open import load_model
 from orchestrator.training.checkpoint import load_training_state, prune_checkpoints, save_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import find_checkpoints

@@ -17,9 +17,8 @@ from changed_trials import with_accuracy
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
-from iiet.dropping import kept_config
 from orchestrator.models.folder import load_config, read_text_files
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
@@ -28,6 +27,7 @@ from orchestrator.sweeping.trial_run import run_trial
 from orchestrator.sweeping.trials import student_job, student_trial
 from orchestrator.training import devices, teacher_cache
 from orchestrator.training.devices import World, decoder_to_train
+from orchestrator.training.dropping import kept_config
 from orchestrator.training.job import job_key
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
@@ -88,7 +88,7 @@ def test_a_student_has_the_text_files_of_its_imported_teacher(
 ) -> None:
     imported = tmp_path / "imported" / teacher.name
     shutil.copytree(teacher, imported)
-    (imported / "token_ids.json").write_text('{"eos_token_id": [2, 7]}')
+    (imported / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     job = student(control=control)
     folders = {name: str(imported) for name in ("teacher_folder", "initial_folder")}
     kept = {name: folder for name, folder in folders.items() if getattr(job, name)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.models.loading import load_model, use_tf32
+from orchestrator.models.open import load_model, use_tf32
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.devices import check_precision, device_precision
 from orchestrator.training.trainer import run_job

@@ -17,7 +17,7 @@ from iiet.distillation import DistillationConfig
 from iiet.weights import WEIGHTS
 from orchestrator.data.store import TokenStore
 from orchestrator.models.folder import weights_key
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training import trainer as run_module

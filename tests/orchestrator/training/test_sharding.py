@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iiet import METHODS, Decoder, next_token_loss, preset
-from iiet.training_memory import training_memory
+from orchestrator.planning.training_memory import training_memory
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.devices import (

@@ -13,7 +13,7 @@ import torch
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
 from orchestrator.models.folder import weights_key
-from orchestrator.models.loading import load_model
+from orchestrator.models.open import load_model
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings

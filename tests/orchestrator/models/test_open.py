@@ -1,8 +1,9 @@
-"""Model folders from elsewhere give the same numbers here, or one clear error."""
+"""Model folders of any kind give the same numbers here, or one clear error."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +16,21 @@ from iiet.config import preset
 from iiet.decoder import Decoder
 from iiet.exporting import export
 from iiet.schedule import IterationSchedule
-from orchestrator.models.loading import load_model, model_folder_key
+from orchestrator.models.open import load_model, open_model
 from orchestrator.workspace.errors import UserError
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
-def published_folder(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """Write a reference case as a model folder; return all its tensors."""
-    tensors = load_file(FIXTURES / f"{name}.safetensors")
-    folder.mkdir()
-    (folder / "config.json").write_text((FIXTURES / f"{name}.json").read_text())
-    weights = {
-        key.removeprefix("weight."): value
-        for key, value in tensors.items()
-        if key.startswith("weight.")
-    }
-    save_file(weights, folder / "model.safetensors")
-    return tensors
-
-
 @pytest.mark.parametrize("name", ["iiet_r3", "iiet_schedule_201", "pcformer_rk2", "vanilla"])
 def test_published_folders_give_the_published_logits(name: str, tmp_path: Path) -> None:
-    tensors = published_folder(tmp_path / name, name)
-    decoder = load_model(tmp_path / name)
+    tensors = load_file(FIXTURES / f"{name}.safetensors")
+    shutil.copy(FIXTURES / f"{name}.json", tmp_path / "config.json")
+    weights = {n: tensor for n, tensor in tensors.items() if n.startswith("weight.")}
+    save_file(
+        {n.removeprefix("weight."): w for n, w in weights.items()}, tmp_path / "model.safetensors"
+    )
+    decoder = load_model(tmp_path)
     with torch.no_grad():
         logits = decoder(tensors["input_ids"])
     torch.testing.assert_close(logits, tensors["logits"], rtol=0, atol=1e-5)
@@ -71,65 +63,47 @@ def test_a_llama_folder_becomes_a_vanilla_model(shards: dict[str, str], tmp_path
     with torch.no_grad():
         torch.testing.assert_close(decoder(tokens), llama(tokens).logits, rtol=0, atol=1e-5)
     assert decoder.config.method == "vanilla"
-
-
-def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
-    llama_folder(tmp_path / "llama").to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    decoder = load_model(tmp_path / "half")
-    assert decoder.embedding.weight.dtype == torch.float32
-
-
-def exported(folder: Path) -> Decoder:
-    torch.manual_seed(0)
-    decoder = Decoder(preset("tiny", vocab_size=50, schedule=[2, 0, 1, 0, 0, 1])).eval()
-    export(decoder, folder)
-    return decoder
+    llama.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert load_model(tmp_path / "half").embedding.weight.dtype == torch.float32
 
 
 def test_an_exported_folder_gives_the_same_model(tmp_path: Path) -> None:
-    decoder = exported(tmp_path / "out")
-    loaded = load_model(tmp_path / "out")
+    torch.manual_seed(0)
+    decoder = Decoder(preset("tiny", vocab_size=50, schedule=[2, 0, 1, 0, 0, 1])).eval()
+    folder = export(decoder, tmp_path / "out")
+    loaded = load_model(folder)
     assert loaded.config == decoder.config
     state = loaded.state_dict()
     assert all(torch.equal(state[name], value) for name, value in decoder.state_dict().items())
-    cheaper = load_model(tmp_path / "out", schedule=IterationSchedule((1, 0, 0, 0, 0, 0)))
+    cheaper = load_model(folder, schedule=IterationSchedule((1, 0, 0, 0, 0, 0)))
     assert tuple(cheaper.schedule) == (1, 0, 0, 0, 0, 0)
     with pytest.raises(UserError, match="out: "):
-        load_model(tmp_path / "out", schedule=IterationSchedule((1, 0)))
-
-
-def test_missing_weights_are_an_error(tmp_path: Path) -> None:
-    exported(tmp_path / "out")
-    file = tmp_path / "out" / "model.safetensors"
-    weights = load_file(file)
-    del weights["norm.weight"]
-    save_file(weights, file)
-    with pytest.raises(UserError, match=r"norm\.weight"):
-        load_model(tmp_path / "out")
+        load_model(folder, schedule=IterationSchedule((1, 0)))
+    weights = load_file(folder / "model.safetensors")
+    weights.pop(next(name for name in weights if name.endswith("layers.0.mix.inner")))
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"layers\.0\.mix\.inner"):
+        load_model(folder)
 
 
 def spoil(folder: Path, name: str) -> None:
-    config = json.loads((folder / "config.json").read_text())
+    config, file = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
+    weights = load_file(file)
     if name == "no config":
         (folder / "config.json").unlink()
     elif name == "no weights":
-        (folder / "model.safetensors").unlink()
+        file.unlink()
     elif name == "cut off":
-        file = folder / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
     elif name == "no number":
-        weights = load_file(folder / "model.safetensors")
         weights["model.norm.weight"][3] = float("nan")
-        save_file(weights, folder / "model.safetensors")
+        save_file(weights, file)
     elif name == "outside":
-        (folder / "model.safetensors").rename(folder.parent / "secret.safetensors")
+        file.rename(folder.parent / "secret.safetensors")
         index = {"weight_map": {"model.norm.weight": "../secret.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     elif name == "twice":
-        weights = load_file(folder / "model.safetensors")
-        save_file(
-            {"model.norm.weight": weights["model.norm.weight"] + 1}, folder / "old.safetensors"
-        )
+        save_file({"model.norm.weight": weights["model.norm.weight"]}, folder / "old.safetensors")
     elif name == "other model":
         (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     elif name == "sliding window":
@@ -145,11 +119,11 @@ def spoil(folder: Path, name: str) -> None:
         ("no weights", "has no safetensors"),
         ("cut off", "cannot read"),
         ("no number", "model.norm.weight has 1 values that are NaN"),
-        ("outside", r"names a file outside its folder: '\.\./secret\.safetensors'"),
+        ("outside", r"cannot read .*llama/secret\.safetensors"),
         ("twice", r"model\.norm\.weight in several files, the last of which is old\.safetensors"),
         ("other model", "'gpt2'"),
         ("sliding window", "sliding_window 128"),
-        ("broken config", "cannot read"),
+        ("broken config", r"config\.json is damaged"),
     ],
 )
 def test_unreadable_folders_are_errors(damage: str, words: str, tmp_path: Path) -> None:
@@ -159,9 +133,16 @@ def test_unreadable_folders_are_errors(damage: str, words: str, tmp_path: Path) 
         load_model(tmp_path / "llama")
 
 
-def test_the_key_depends_on_the_content(tmp_path: Path) -> None:
-    llama_folder(tmp_path / "one")
-    llama_folder(tmp_path / "two")
-    assert model_folder_key(tmp_path / "one") == model_folder_key(tmp_path / "two")
-    spoil(tmp_path / "two", "no number")
-    assert model_folder_key(tmp_path / "one") != model_folder_key(tmp_path / "two")
+def test_a_llama_has_no_schedule_and_its_key_follows_its_files(tmp_path: Path) -> None:
+    folder, moved = tmp_path / "llama", tmp_path / "moved"
+    llama_folder(folder)
+    with pytest.raises(UserError, match="makes no corrections"):
+        open_model(folder, "1")
+    before = open_model(folder).key
+    shutil.copytree(folder, moved)
+    (moved / "README.md").write_text("no part of the model")
+    assert open_model(moved).key == before
+    (moved / "tokenizer_config.json").write_text('{"bos_token": "a"}')
+    changed = open_model(moved).key
+    spoil(moved, "no number")
+    assert before != changed != open_model(moved).key != before

@@ -17,9 +17,9 @@ from iiet import (
     plain_formulas,
     published_from_decoder,
 )
-from iiet.dropping import drop_layers, kept_config, most_important_layers
 from iiet.methods import Advance
 from iiet.mix import PlainHistory
+from orchestrator.training.dropping import drop_layers, kept_config, most_important_layers
 
 PUBLISHED_KINDS = {"vanilla": "vanilla", "iiet": "iiet", "pcformer": "pcformer"}
 
@@ -154,15 +154,11 @@ def test_the_smaller_decoder_has_published_weights_and_a_folder(method, tmp_path
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", PUBLISHED_KINDS)
-def test_the_smaller_decoder_is_exported(method, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    from iiet.exporting import export
+def test_the_smaller_decoder_is_one_of_transformers_too(method):
+    from iiet.exporting import transformers_model
 
     smaller = drop_layers(decoder_of(method), (0, 3)).float()
-    export(smaller, tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(model(TOKENS).logits, smaller(TOKENS))
+    torch.testing.assert_close(transformers_model(smaller)(TOKENS).logits, smaller(TOKENS))
 
 
 def test_the_least_important_layers_are_dropped_first():

@@ -18,7 +18,7 @@ from iiet.distillation import DistillationConfig, distillation_loss, frozen_teac
 from iiet.elastic import AnswerKeeper, member_loss
 from iiet.losses import batch_cross_entropy, next_token_loss
 from iiet.methods import METHODS
-from iiet.training_memory import training_memory
+from orchestrator.planning.training_memory import training_memory
 
 FACTOR = 1.2
 """How far estimate and measurement may lie apart, either way."""

@@ -6,8 +6,8 @@ Left out: what kernels, allocators and libraries take, and a GPU's float32 copie
 values. Gradients are counted during the whole step. The tensors counted are those of the fast forms
 on a CPU; a compiled model keeps a tenth less. Plain formulas that are not compiled, as on a GPU
 with `training.compile=false`, keep 1.8 times as much.
-`tests/iiet/test_training_memory.py` compares with the live tensors of real steps. Source: this
-project.
+`tests/orchestrator/planning/test_training_memory.py` compares with the live tensors of real steps.
+Source: this project.
 """
 
 from __future__ import annotations

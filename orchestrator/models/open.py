@@ -1,0 +1,286 @@
+"""Open a model folder of any kind; every command uses `open_model` or `load_model`.
+
+A decoder runs checkpoints, exports, folders of the published naming (IIET, PCformer), and plain
+Llama folders, which become vanilla models. No code of a folder runs, and missing weights are
+errors. transformers runs any other architecture: it can be evaluated, but has no iteration schedule
+and no cost model here.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.published import decoder_from_published
+from iiet.schedule import IterationSchedule
+from iiet.weights import CONFIG, MODEL_TYPE
+from orchestrator.models.folder import (
+    TRAINING_STATE,
+    check_checkpoint,
+    decoder_config,
+    is_checkpoint,
+    load_config,
+    model_files_key,
+    read_config,
+    resolve_checkpoint,
+    text_files_key,
+    tokenizer_file,
+    weight_files,
+    weights_key,
+)
+from orchestrator.models.hub import shown_path
+from orchestrator.models.lookup import find_model_folder, resolve_model
+from orchestrator.models.tokenizer import ModelTokenizer
+from orchestrator.terminal.render import shortest_schedule
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import resolve_path
+from orchestrator.workspace.layout import PROVENANCE, Workspace
+from orchestrator.workspace.provenance import file_key
+
+AUTO = "auto"
+"""A GPU if there is one."""
+
+
+def best_device(device: str | torch.device = AUTO) -> str | torch.device:
+    """Return a GPU for `AUTO` if there is one, else the CPU; any other device unchanged."""
+    if device != AUTO:
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def use_tf32(device: str | torch.device) -> None:
+    """Let float32 matrix products on GPUs run as TF32, in this process; CPUs compute as before."""
+    # On CPUs the same switch allows bfloat16 products.
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
+def load_model(
+    folder: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    schedule: IterationSchedule | None = None,
+    check: bool = True,
+    frozen: bool = False,
+) -> Decoder:
+    """Load the decoder in a model folder, in evaluation mode.
+
+    Args:
+        folder: Holds `config.json` and the weights.
+        device: Device of the weights; `AUTO` for a GPU if there is one.
+        dtype: Dtype of the weights, whatever the files hold.
+        schedule: Iteration schedule, instead of the model's own.
+        check: Verify the checksums of a checkpoint first.
+        frozen: Without gradients. A model of ours stays memory-mapped on the CPU, so that all
+            processes of a machine share its weights; otherwise they are a copy that can be trained.
+
+    Raises:
+        UserError: If the folder is not a model folder, is damaged, needs what a decoder does not
+            support, has missing, unknown or not finite weights, or the schedule does not fit it.
+    """
+    if check and any((folder / name).exists() for name in (PROVENANCE, TRAINING_STATE)):
+        check_checkpoint(folder, remember=True)
+    is_ours = read_config(folder).get("model_type") == MODEL_TYPE
+    try:
+        if is_ours:
+            load_config(folder)  # Names the package of a method that is not installed.
+            decoder = Decoder.load(folder)
+        else:
+            decoder = decoder_from_published(read_config(folder), _weights(folder))
+        if schedule is not None:
+            decoder = decoder.with_schedule(schedule)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"this version of the program cannot use {folder}: {error}") from None
+    device = best_device(device)
+    use_tf32(device)
+    decoder = decoder.to(device, dtype)
+    if is_ours and not frozen and decoder.device.type == "cpu":
+        decoder = copy.deepcopy(decoder)  # Its weights are mapped from the file.
+    return decoder.requires_grad_(not frozen).eval()
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        try:
+            found = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {file}: {error}") from None
+        if duplicates := sorted(set(weights) & set(found)):
+            raise UserError(
+                f"{folder} holds {duplicates[0]} in several files, the last of which is "
+                f"{file.name}; keep the files of one model there"
+            )
+        weights |= found
+    return weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A model on disk, under one iteration schedule."""
+
+    path: Path
+    name: str
+    key: tuple[Any, ...]
+    """All that its scores depend on, as JSON values: weights, configuration, tokenizer."""
+    config: ModelConfig | None
+    """Sizes, method and schedule; None if transformers runs the model."""
+    architecture: str
+    """The method's registry key, or transformers' name of the architecture."""
+    context_length: int
+    """Largest number of tokens that it reads."""
+    is_external: bool
+    """Whether it is a model folder from elsewhere, not a checkpoint of this project."""
+    text_folder: Path
+    """Folder of its tokenizer."""
+
+    def tokenizer(self, *, trust_remote_code: bool = False) -> ModelTokenizer:
+        """Load its tokenizer.
+
+        Raises:
+            UserError: If it has none, or one that cannot be used.
+        """
+        return ModelTokenizer(self.text_folder, trust_remote_code=trust_remote_code)
+
+    def decoder(self, dtype: torch.dtype = torch.float32, *, device: str = "cpu") -> Decoder:
+        """Load the model with weights of this dtype.
+
+        Raises:
+            UserError: If only transformers can run it, or its weights are missing or damaged.
+        """
+        if self.config is None:
+            raise UserError(
+                f"{self.path} is a {self.architecture} model; only IIET, PCformer and Llama models "
+                "can be loaded as a decoder"
+            )
+        return load_model(self.path, device=device, dtype=dtype, schedule=self.config.corrections)
+
+
+def open_model(
+    path: Path,
+    schedule: str | IterationSchedule | None = None,
+    *,
+    text_folder: Path | None = None,
+) -> OpenedModel:
+    """Return the model at a path.
+
+    Args:
+        path: A checkpoint, a run (its newest checkpoint), or a model folder from elsewhere.
+        schedule: Iteration schedule to use instead of the model's own.
+        text_folder: Checkpoint whose tokenizer reads text for a checkpoint; its own when unset.
+
+    Raises:
+        UserError: If there is no model, it is damaged, or the schedule does not fit it.
+    """
+    path = resolve_path(path)
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}; a model is a checkpoint, a run or its folder")
+    is_external = not is_checkpoint(path) and (path / CONFIG).is_file()
+    if not is_external:
+        path = resolve_checkpoint(path)
+    config = decoder_config(path) if is_external else load_config(path)
+    values = read_config(path)
+    architecture = str(values.get("model_type") or "unknown")
+    if config is None and schedule is not None:
+        raise UserError(f"{path} is a {architecture} model, which has no iteration schedule")
+    if config is not None and schedule is not None:
+        try:
+            if isinstance(schedule, str):
+                schedule = IterationSchedule.parse(schedule, num_layers=config.num_layers)
+            config = dataclasses.replace(config, schedule=schedule)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    text_folder = text_folder or path
+    how = "transformers" if config is None else config.to_dict()
+    if is_external:
+        name, key = shown_path(path).name, [model_files_key(path), how]
+    else:
+        texts = [file_key(tokenizer_file(text_folder)), text_files_key(text_folder)]
+        name, key = path.parent.name, [weights_key(path), how, *filter(None, texts)]
+    if config is not None and schedule is not None:
+        name += f" r={shortest_schedule(tuple(config.corrections))}"
+    length = values.get("max_position_embeddings") or values.get("n_positions") or 2048
+    return OpenedModel(
+        path=path,
+        name=name,
+        key=tuple(key),
+        config=config,
+        architecture=config.method if config else architecture,
+        context_length=config.context_length if config else int(length),
+        is_external=is_external,
+        text_folder=text_folder,
+    )
+
+
+def open_models(
+    workspace: Workspace,
+    paths: Sequence[Path] | None,
+    schedules: Sequence[str] | None,
+    *,
+    note: Callable[[str], None] | None = None,
+) -> list[OpenedModel]:
+    """Return the models that a user named, each under each of the schedules.
+
+    Args:
+        paths: Checkpoints, runs, their names, or model folders; if empty, as `resolve_model`.
+        schedules: Iteration schedules; if empty, each model's own.
+        note: Called with a sentence that says which model is used if none is named.
+
+    Raises:
+        UserError: If one is missing or damaged, or a schedule does not fit it.
+    """
+    if paths:
+        folders = [find_model_folder(workspace, path, model_folders=True) for path in paths]
+        picked = None
+    else:
+        folder, picked = resolve_model(workspace, note=note)
+        folders = [folder]
+    wanted: Sequence[str | IterationSchedule | None] = schedules or [picked]
+    return [open_model(folder, schedule) for folder in folders for schedule in wanted]
+
+
+def short_names(models: Sequence[OpenedModel]) -> list[str]:
+    """Return a unique label for each model.
+
+    For one model under several schedules, the labels are the schedules. Otherwise they are names;
+    equal names get the checkpoint, then parent folders, and finally a number.
+    """
+    schedules = [model.config.corrections for model in models if model.config]
+    is_one_model = len({model.path for model in models}) == 1
+    if len(models) > 1 and is_one_model and len(set(schedules)) == len(models):
+        return [f"r={shortest_schedule(tuple(schedule))}" for schedule in schedules]
+    label_of = {(model.path, model.name): model.name for model in models}
+    longest = max((len(path.parts) for path, _ in label_of), default=0)
+    for num_parts in range(2, longest + 1):
+        counts = Counter(label_of.values())
+        for model in models:
+            shown = shown_path(model.path)
+            if counts[label_of[model.path, model.name]] > 1:
+                folder = shown.name if model.is_external else model.path.parent.name
+                schedule = model.name.removeprefix(folder)
+                label_of[model.path, model.name] = "/".join(shown.parts[-num_parts:]) + schedule
+    labels: list[str] = []
+    for model in models:
+        label = numbered = label_of[model.path, model.name]
+        number = 1
+        while numbered in labels:  # The same model was given twice.
+            number += 1
+            numbered = f"{label} ({number})"
+        labels.append(numbered)
+    return labels

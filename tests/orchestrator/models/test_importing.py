@@ -1,0 +1,269 @@
+"""An imported model is a checkpoint like any other, and reads text as its folder says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from iiet.config import ModelConfig
+from iiet.decoder import Decoder
+from iiet.exporting import export
+from iiet.modeling_iiet import IIETConfig
+from orchestrator.data.model_tokens import tokens_folder_of
+from orchestrator.data.store import open_tokens
+from orchestrator.models.folder import tokenizer_file
+from orchestrator.models.lookup import resolve_model
+from orchestrator.models.open import load_model
+from orchestrator.models.tokenizer import token_ids
+from orchestrator.pipelines.generating import Sampling, TextGenerator
+from orchestrator.pipelines.models import export_checkpoint, import_model
+from orchestrator.reporting.model_card import ModelCard
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import Workspace, open_workspace
+
+CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+FEW = Sampling(max_new_tokens=12)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path / "workspace")
+
+
+@pytest.fixture
+def tokenizer(tiny_tokens: Path) -> Path:
+    return open_tokens(tiny_tokens).tokenizer_path
+
+
+# The model
+
+
+def test_an_imported_model_is_the_same_model_and_found_again(
+    tiny_model: dict[str, Any],
+    tokenizer: Path,
+    tiny_tokens: Path,
+    workspace: Workspace,
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(ModelConfig.from_dict(tiny_model)).eval()
+    folder = export(decoder, tmp_path / "my model", tokenizer)
+    first = import_model(folder, workspace=workspace)
+    assert first.parent == workspace.runs / "my-model"
+    tokens = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(first)(tokens), decoder(tokens))
+    second = import_model(folder, workspace=workspace, name="second")
+    assert resolve_model(workspace) == (second, None)
+    assert import_model(folder, workspace=workspace) == first
+    assert resolve_model(workspace) == (first, None), "also if it is found again"
+    with torch.no_grad():
+        decoder.norm.weight.mul_(2)
+    export(decoder, folder, tokenizer)
+    with pytest.raises(UserError, match="another run named my-model; choose one with --name"):
+        import_model(folder, workspace=workspace)
+    # Its tokens are those of its tokenizer.
+    with pytest.raises(UserError, match=r"prepare --set data\.tokenizer="):
+        tokens_folder_of(first, workspace)
+    workspace.tokens.mkdir()
+    (workspace.tokens / tiny_tokens.name).symlink_to(tiny_tokens)
+    assert tokens_folder_of(first, workspace).resolve() == tiny_tokens.resolve()
+
+
+def test_a_tokenizer_that_is_missing_or_too_large_is_named(
+    tiny_model: dict[str, Any], tokenizer: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    notes: list[str] = []
+
+    class Notes(Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    small = Decoder(ModelConfig.from_dict({**tiny_model, "vocab_size": 200}))
+    folder = export(small, tmp_path / "model")
+    with pytest.raises(UserError, match="the model only 200"):
+        import_model(folder, workspace=workspace, tokenizer=tokenizer)
+    assert not workspace.runs.exists()
+    checkpoint = import_model(folder, workspace=workspace, progress=Notes())
+    assert "--tokenizer FILE" in notes[0]
+    assert load_model(checkpoint).config == small.config
+    for reads_text in (tokenizer_file, TextGenerator):
+        with pytest.raises(UserError, match=r"has no tokenizer\.json, and text needs one; `"):
+            reads_text(checkpoint)
+
+
+@pytest.mark.parametrize("of_run", [True, False])
+def test_a_checkpoint_of_another_workspace_is_imported_unless_it_is_damaged(
+    of_run: bool, save_tiny: Callable[..., Path], workspace: Workspace, tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path / "elsewhere" / "a-run")
+    source = folder.parent if of_run else folder
+    checkpoint = import_model(source, workspace=workspace)
+    assert checkpoint.parent == workspace.runs / "a-run"
+    tokens = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        assert torch.equal(load_model(checkpoint)(tokens), load_model(folder)(tokens))
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is damaged: tokenizer\.json"):
+        import_model(source, workspace=workspace, name="other")
+    assert [run.name for run in workspace.runs.iterdir()] == ["a-run"]
+
+
+# Its text
+
+
+@pytest.fixture
+def llama(tmp_path: Path, tokenizer: Path) -> Path:
+    """A chat model whose tokenizer puts <s> before every text and whose texts end at <|end|>."""
+    folder = tmp_path / "llama"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        initializer_range=0.3, bos_token_id=300, eos_token_id=[301, 7], pad_token_id=301,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    own = Tokenizer.from_file(str(tokenizer))
+    own.add_special_tokens(["<s>", "<|end|>"])
+    first = ("<s>", own.token_to_id("<s>"))
+    own.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[first]
+    )
+    own.save(str(folder / "tokenizer.json"))
+    change(folder / "tokenizer_config.json", bos_token="<s>", eos_token="<|end|>")
+    (folder / "chat_template.jinja").write_text(CHAT)
+    return folder
+
+
+def change(path: Path, **values: Any) -> None:
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(before | values))
+
+
+def test_ids_and_chat_template_are_kept_in_checkpoint_and_export(
+    llama: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    checkpoint = import_model(llama, workspace=workspace)
+    decoder = load_model(checkpoint)
+    card = ModelCard(name="tiny", config=decoder.config)
+    folder = export_checkpoint(checkpoint, tmp_path / "out", decoder=decoder, card=card)
+    config = IIETConfig.from_pretrained(folder)
+    ids = (config.bos_token_id, config.eos_token_id, config.pad_token_id)
+    assert ids == (300, [301, 7], 301)
+    name = "generation_config.json"
+    assert json.loads((folder / name).read_text()) == json.loads((llama / name).read_text())
+    # And back again.
+    again = import_model(folder, workspace=workspace, name="again")
+    theirs, *ours = (AutoTokenizer.from_pretrained(path) for path in (llama, folder, again))
+    messages = [{"role": "user", "content": "a bag"}]
+    for found in ours:
+        assert (found.bos_token, found.eos_token) == (theirs.bos_token, theirs.eos_token)
+        assert found("a bag").input_ids == theirs("a bag").input_ids
+        assert found.apply_chat_template(messages, tokenize=False) == "<s>user: a bag\n"
+
+
+@pytest.mark.parametrize("place", ["config", "generation_config", "tokenizer"])
+def test_generation_begins_and_ends_as_in_transformers(
+    place: str, llama: Path, workspace: Workspace
+) -> None:
+    model = LlamaForCausalLM.from_pretrained(llama).eval()
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    ids = tokenizer("a bag", return_tensors="pt").input_ids
+    assert ids[0, 0] == 300
+    model.generation_config.eos_token_id = None
+    greedy = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.size(1) :].tolist()
+    end = next(t for t in greedy[2:] if t not in greedy[:2])
+    for name in ("config", "generation_config"):
+        change(llama / f"{name}.json", eos_token_id=[319, end] if name == place else 319)
+    if place == "tokenizer":
+        change(llama / "tokenizer_config.json", eos_token=tokenizer.convert_ids_to_tokens(end))
+    written = "".join(TextGenerator(import_model(llama, workspace=workspace)).stream("a bag", FEW))
+    expected = tokenizer.decode(greedy[: greedy.index(end)], skip_special_tokens=True)
+    assert written == expected.rstrip("\ufffd")
+
+
+def test_a_chat_is_written_by_the_models_template(llama: Path, workspace: Workspace) -> None:
+    writer = TextGenerator(import_model(llama, workspace=workspace))
+    asked = writer.chat("a bag")
+    assert asked == "<s>user: a bag\n"
+    ids = list(writer.text.encode_document(asked))
+    assert ids.count(300) == 1
+    assert ids == list(writer.text.encode_document("user: a bag\n"))
+    assert writer.continue_all([asked, asked], FEW) == ["".join(writer.stream(asked, FEW))] * 2
+    template = llama / "chat_template.jinja"
+    template.write_text("{{ raise_exception('only in French') }}")
+    french = TextGenerator(import_model(llama, workspace=workspace, name="french"))
+    with pytest.raises(UserError, match="only in French"):
+        french.chat("a bag")
+    template.unlink()
+    plain = TextGenerator(import_model(llama, workspace=workspace, name="plain"))
+    with pytest.raises(UserError, match="no chat template"):
+        plain.chat("a bag")
+    templates = [{"name": name, "template": name} for name in ("default", "rag")]
+    change(llama / "tokenizer_config.json", chat_template=templates)
+    named = TextGenerator(import_model(llama, workspace=workspace, name="named")).text
+    question = [{"role": "user", "content": "?"}]
+    assert named.chat(question, opens_answer=True, template="rag") == "rag"
+    with pytest.raises(UserError, match="no chat template named tools; it has default, rag"):
+        named.chat(question, opens_answer=True, template="tools")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", {"eos_token_id": "</s>"}, "eos_token_id in .*config.json.* got '</s>'"),
+        ("generation_config.json", {"eos_token_id": [1, None]}, r"got \[1, None\]"),
+        ("generation_config.json", [], "generation_config.json is damaged"),
+        ("tokenizer_config.json", [], "tokenizer_config.json is damaged"),
+    ],
+)
+def test_what_makes_no_sense_is_named(
+    name: str, content: Any, words: str, llama: Path, workspace: Workspace
+) -> None:
+    if content:
+        change(llama / name, **content)
+    else:
+        (llama / name).write_text("[]")
+    with pytest.raises(UserError, match=words):
+        import_model(llama, workspace=workspace)
+    assert not workspace.runs.exists()
+
+
+@pytest.mark.parametrize(("first", "end"), [(-1, [-1]), (320, -1), (None, 1000)])
+def test_a_number_of_no_token_means_none(
+    first: int | None, end: Any, llama: Path, workspace: Workspace
+) -> None:
+    change(llama / "config.json", bos_token_id=first, eos_token_id=end)
+    (llama / "generation_config.json").unlink()
+    (llama / "tokenizer_config.json").unlink()
+    (llama / "chat_template.jinja").unlink()
+    checkpoint = import_model(llama, workspace=workspace)
+    ids = [token_ids(checkpoint, f"{name}_token_id") for name in ("bos", "eos", "pad")]
+    assert ids == [[], [0], [301]]
+
+
+def test_an_empty_prompt_begins_with_the_opening_token_also_where_that_is_the_first(
+    llama: Path, workspace: Workspace
+) -> None:
+    tokenizer = Tokenizer.from_file(str(llama / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    tokenizer.save(str(llama / "tokenizer.json"))
+    change(llama / "tokenizer_config.json", bos_token=tokenizer.id_to_token(0))
+    assert TextGenerator(import_model(llama, workspace=workspace)).text.encode_document("") == (0,)
+
+
+def test_code_in_the_folder_of_a_tokenizer_does_not_run(llama: Path, workspace: Workspace) -> None:
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    change(llama / "tokenizer_config.json", **own)
+    (llama / "own.py").write_text("raise SystemExit('code of the folder ran')\n")
+    writer = TextGenerator(import_model(llama, workspace=workspace))
+    assert writer.text.encode_document("a bag")[0] == 300

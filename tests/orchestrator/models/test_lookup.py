@@ -1,0 +1,160 @@
+"""Commands find a model by path, by name, or the newest; they never use another one silently."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iiet.schedule import IterationSchedule
+from orchestrator import cli
+from orchestrator.models.lookup import (
+    Picked,
+    find_model_folder,
+    parse_schedule,
+    resolve_model,
+    resolve_teacher,
+)
+from orchestrator.models.open import open_models
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import write_json
+from orchestrator.workspace.layout import DONE_NAME, JOB_NAME, Workspace, open_workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path / "ws")
+
+
+@pytest.fixture
+def save_run(workspace: Workspace, save_tiny: Callable[..., Path]) -> Callable[..., Path]:
+    """Write a run's checkpoint; each run is newer than those before."""
+    ages = iter(range(1, 100))
+
+    def write(name: str, **changes: Any) -> Path:
+        if changes.get("method", "iiet") != "iiet":
+            changes["schedule"] = None
+        checkpoint = save_tiny(workspace.runs / name, **changes)
+        age = next(ages)
+        os.utime(workspace.runs / name, (age, age))
+        return checkpoint
+
+    return write
+
+
+def test_a_name_means_a_run_or_a_path_inside_the_workspace(
+    workspace: Workspace,
+    save_run: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(UserError, match="has no runs yet"):
+        find_model_folder(workspace, Path("teacher"))
+    checkpoint = save_run("teacher")
+    for typed in ("teacher", "runs/teacher", "runs/teacher/step_00000001", str(checkpoint)):
+        assert resolve_model(workspace, typed) == (checkpoint, None)
+        assert resolve_teacher(workspace, typed) == checkpoint
+        assert [model.path for model in open_models(workspace, [Path(typed)], None)] == [checkpoint]
+    # The source of an imported model does not hide its run; what can read both takes the nearer.
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.chdir(tmp_path)
+    assert resolve_teacher(workspace, "teacher") == checkpoint
+    nearer = find_model_folder(workspace, Path("teacher"), model_folders=True)
+    assert nearer == tmp_path / "teacher"
+    with pytest.raises(UserError, match="is a model folder, not a checkpoint; `iiet-orch import`"):
+        resolve_teacher(workspace, nearer)
+    # An unknown name lists a limited number of runs.
+    for number in range(30):
+        save_run(f"run{number:02}")
+    with pytest.raises(UserError, match=r"no folder other.* its newest runs are run10, .*, run29$"):
+        resolve_model(workspace, "other")
+
+
+def test_without_a_name_the_newest_of_finished_runs_and_picks_is_used_and_announced(
+    workspace: Workspace, save_run: Callable[..., Path]
+) -> None:
+    said: list[str] = []
+
+    def newest() -> tuple[Path, IterationSchedule | None]:
+        found = resolve_model(workspace, None, said.append)
+        assert str(found[0]) in said.pop()
+        (model,) = open_models(workspace, None, None, note=said.append)
+        assert model.path == found[0]
+        assert str(found[0]) in said.pop()
+        if found[1] is not None:
+            assert model.config is not None
+            assert model.config.corrections == found[1]
+        return found
+
+    with pytest.raises(UserError, match="has no finished run; `iiet-orch pretrain` makes one"):
+        resolve_model(workspace)
+    teacher = save_run("teacher")
+    write_json(teacher.parent / JOB_NAME, {})
+    with pytest.raises(UserError, match="has no finished run"):
+        resolve_model(workspace)  # It is still being trained.
+    write_json(teacher.parent / DONE_NAME, {})
+    os.utime(teacher.parent, (1, 1))
+    assert newest() == (teacher, None)
+    plain = save_run("plain", method="vanilla")
+    assert newest() == (plain, None)
+    # What needs corrections passes over a model without them.
+    assert resolve_teacher(workspace, None, said.append) == teacher
+    assert str(teacher) in said.pop()
+    picked = Picked(sweep="s", checkpoint=str(teacher), schedule=(1, 0), time=50.0)
+    picked.write(workspace.picked)
+    assert newest() == (teacher, IterationSchedule((1, 0)))
+    later = save_run("later")
+    os.utime(later.parent, (60, 60))
+    assert newest() == (later, None)
+
+
+def test_a_workspace_without_corrections_lists_its_other_models(
+    workspace: Workspace, save_run: Callable[..., Path]
+) -> None:
+    save_run("plain", method="vanilla")
+    with pytest.raises(UserError, match=r"with corrections, only plain \(vanilla\); .*pretrain"):
+        resolve_teacher(workspace)
+
+
+@pytest.mark.parametrize("with_path", [True, False])
+def test_no_command_replaces_a_damaged_model_by_an_older_one(
+    workspace: Workspace,
+    save_run: Callable[..., Path],
+    with_path: bool,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    older = save_run("full")
+    newest = older.rename(older.with_name("step_00000010"))
+    save_run("full")
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    paths = ["full"] if with_path else []
+    before = sorted(workspace.root.glob("[!l]*/**"))
+    for command, *options in (
+        ("sweep-threshold",),
+        ("influence",),
+        ("distill", "-r", "1"),
+        ("export",),
+        ("generate", "--prompt", "abc"),
+    ):
+        where = ["--workspace", str(workspace.root)]
+        assert cli.main([command, *options, *paths, *where]) == 2, command
+        printed = " ".join(capfd.readouterr().err.split())
+        assert f"{newest} is damaged: model.safetensors" in printed
+        assert f"name an older model: {older}" in printed
+    assert sorted(workspace.root.glob("[!l]*/**")) == before, "nothing was written"
+    (model,) = open_models(workspace, [older], None)
+    assert model.path == older
+
+
+def test_a_schedule_for_a_model_without_corrections_is_refused(
+    save_run: Callable[..., Path],
+) -> None:
+    plain = save_run("plain", method="vanilla")
+    with pytest.raises(UserError, match=r"^--schedule: method 'vanilla' makes no corrections, got"):
+        parse_schedule("2", plain)
+    assert parse_schedule("0", plain) == IterationSchedule((0, 0))
