@@ -76,7 +76,7 @@ LINES = {
     "orchestrator/cluster": 3_000,
     "orchestrator/reporting": 4_349,
     "orchestrator/sweeping": 3_356,
-    "orchestrator/pipelines": 4_591,
+    "orchestrator/pipelines": 4_592,
     "orchestrator/cli": 1_885,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
