@@ -60,7 +60,7 @@ ORDER = (
 
 LINES = {
     "iiet": 7_979,
-    "benchmarks": 3_624,
+    "benchmarks": 3_627,
     "examples": 278,
     "research": 1_984,
     "orchestrator/workspace": 1_064,
@@ -68,7 +68,7 @@ LINES = {
     "orchestrator/settings": 1_619,
     "orchestrator/records": 948,
     "orchestrator/models": 1_726,
-    "orchestrator/data": 2_861,
+    "orchestrator/data": 2_556,
     "orchestrator/tracking": 1_529,
     "orchestrator/training": 3_696,
     "orchestrator/evaluation": 3_211,

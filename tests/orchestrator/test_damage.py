@@ -14,17 +14,16 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 from changed_trials import stop_early
+from sample_texts import help_texts, lines_of
 from small_size import SMALL
 
 from iiet.schedule import IterationSchedule
 from orchestrator import cli
-from orchestrator.data.python_docs import python_documents
 from orchestrator.evaluation import decode_timing
 from orchestrator.models.folder import newest_checkpoint
 from orchestrator.models.lookup import Picked, load_influence_table
@@ -306,9 +305,7 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copies]:
             patch.setattr(decode_timing, name, 2)
         patch.setattr(decode, "NUM_TEXTS", 2)
         patch.chdir(folder)
-        texts = [text for text, _ in islice(python_documents(Progress()), 120)]
-        lines = [json.dumps({"text": text}) + "\n" for text in texts]
-        Path("texts.jsonl").write_text("".join(lines))
+        Path("texts.jsonl").write_text(lines_of(help_texts(60)))
         workspace = open_workspace(folder / "whole")
         _fill(workspace)
         yield Copies(workspace.root)
