@@ -1,7 +1,7 @@
 """Self-speculative decoding against its rivals: a small vanilla draft, and plain steps.
 
 Acceptance depends on what models have learned, so each is trained first, for a few minutes, on
-Python's documentation. One set of weights learns its full schedule and none (r = 0); the rival
+Python's help topics. One set of weights learns its full schedule and none (r = 0); the rival
 draft is a vanilla model of two layers and half the width, trained on the same tokens. All continue
 the same held-out prompts by sampling.
 
@@ -106,7 +106,7 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
     setting = (
         f"IIET, r = {size.num_corrections}, {size.num_layers} layers, heads of 64, ffn 2.75 d, "
         f"vocabulary {size.vocab_size}, tied head, float32; {size.training_steps} training steps "
-        f"of 8 x {size.context_length} tokens of Python's documentation; "
+        f"of 8 x {size.context_length} tokens of Python's help topics; "
         f"draft r = 0; vanilla draft of 2 layers, half the width; prompt {size.prompt_tokens}, "
         f"{size.new_tokens} new tokens, temperature 1; {size.repetitions} repetitions in turns"
     )
@@ -114,7 +114,7 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
 
 
 def _read_text(size: _Size) -> tuple[Tensor, Tensor]:
-    """Return Python's documentation as tokens: those for training, and the held-out ones."""
+    """Return Python's help topics as tokens: those for training, and the held-out ones."""
     data = DataSettings(vocab_size=size.vocab_size, max_documents=size.max_documents)
     with tempfile.TemporaryDirectory() as folder:
         store = open_tokens(prepare(data, open_workspace(Path(folder)), Progress()))

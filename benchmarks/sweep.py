@@ -31,9 +31,9 @@ from orchestrator.data.preparation import prepare
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
-from orchestrator.sweeping.execution import run_sweep
 from orchestrator.sweeping.plan import choose_members, load_tasks, plan_suite, threshold_plan
-from orchestrator.sweeping.trial_run import measure_trial
+from orchestrator.sweeping.run import run_plan
+from orchestrator.sweeping.trial import measure_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import open_tracking
 from orchestrator.training.trainer import run_job
@@ -147,7 +147,7 @@ class _Bench:
         tracking = open_tracking(here)
         threads = torch.get_num_threads()
         with ray_cluster(num_cpus=threads):
-            run_sweep(self.plan(here, **asked), self.settings(**asked), here, tracking=tracking)
+            run_plan(self.plan(here, **asked), self.settings(**asked), here, tracking=tracking)
         ends = sorted(trial.result_path.stat().st_mtime for trial in swept)
         loop_ends: list[float] = []
         for trial in looped:
@@ -189,7 +189,7 @@ class _Bench:
         seconds = []
         for _ in range(3):
             started = time.perf_counter()
-            run_sweep(plan, self.settings(), workspace, tracking=open_tracking(workspace))
+            run_plan(plan, self.settings(), workspace, tracking=open_tracking(workspace))
             seconds.append(time.perf_counter() - started)
         # The first run creates the database and measures the time per token.
         return Row(

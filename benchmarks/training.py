@@ -35,11 +35,12 @@ from benchmarks.timing import paired_ratio, take_turns
 from iiet.batch import Batch
 from iiet.decoder import Decoder
 from iiet.losses import next_token_loss
-from orchestrator.data.corpus import Document
 from orchestrator.data.mixture import open_data
-from orchestrator.data.tokenization import write_tokens
+from orchestrator.data.text import DOCUMENT_MARK
+from orchestrator.data.tokenize import write_text
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DataSettings, TrainingSettings
+from orchestrator.terminal.progress import Progress
 from orchestrator.training.devices import World
 from orchestrator.training.job import sequences_per_step
 from orchestrator.training.objective import make_optimizer, set_learning_rate
@@ -165,9 +166,11 @@ class _Runs:
         draw = random.Random(0)
         letters = "abcdefghijklmnop"
         words = ["".join(draw.choices(letters, k=draw.randint(2, 8))) for _ in range(500)]
-        documents = [Document(" ".join(draw.choices(words, k=400)), "made up") for _ in range(400)]
-        settings = DataSettings(vocab_size=300)
-        self.tokens = write_tokens(folder / "tokens", documents, settings, resume_key="text")
+        texts = [" ".join(draw.choices(words, k=400)) for _ in range(400)]
+        file = folder / "made-up.txt"
+        file.write_text(DOCUMENT_MARK.join(texts))
+        settings = DataSettings(source="files", files=(str(file),), vocab_size=300)
+        self.tokens = write_text(settings, folder / "tokens", "text", Progress())
         self._numbers = count()
 
     def job(self, *, checkpoint_every_steps: int | None = None) -> TrainingJob:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from orchestrator.records.trial import Trial
+from orchestrator.records.trial import EarlyStop, Trial
+from orchestrator.settings import SweepSettings
+from orchestrator.sweeping.trial import asha_rule
+from orchestrator.workspace.layout import STOPPED_NAME
 
 
 def with_job(trial: Trial, recipe: dict[str, Any], **changes: Any) -> Trial:
@@ -25,3 +28,17 @@ def in_folder(trial: Trial, folder: Path, **changes: Any) -> Trial:
 def with_accuracy(trial: Trial, device: str = "cpu") -> Trial:
     """Return a trial as if it had been measured; takes the place of `measure_trial`."""
     return trial.with_numbers("quality", {"accuracy": 0.5})
+
+
+def stop_early(trial: Trial, rival: Trial, sweep: SweepSettings, step: int) -> EarlyStop:
+    """Store that ASHA has stopped a trial at a step, because of another one."""
+    assert trial.job is not None
+    stop = EarlyStop(
+        rule=asha_rule(sweep),
+        step=step,
+        num_steps=trial.job.recipe.num_steps,
+        competitor=rival.label,
+        reason=f"its validation loss is 5.000, {rival.label} had 1.000",
+    )
+    stop.write(Path(trial.folder) / STOPPED_NAME)
+    return stop

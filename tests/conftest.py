@@ -78,21 +78,16 @@ def silent_server() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def tiny_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a few thousand prepared tokens of made-up sentences."""
-    from orchestrator.data.corpus import Document
-    from orchestrator.data.tokenization import write_tokens
-    from orchestrator.settings import DataSettings
+    from sample_texts import tokens_of
 
     draw = random.Random(0)
     words = [
         "".join(draw.choice("abcdefghijklmnop") for _ in range(draw.randint(2, 8)))
         for _ in range(200)
     ]
-    documents = [
-        Document(" ".join(draw.choice(words) for _ in range(60)) + ".", f"document {number}")
-        for number in range(80)
-    ]
-    settings = DataSettings(vocab_size=300, validation_fraction=0.2)
-    return write_tokens(tmp_path_factory.mktemp("tokens"), documents, settings, resume_key="a key")
+    texts = [" ".join(draw.choice(words) for _ in range(60)) + "." for _ in range(80)]
+    folder = tmp_path_factory.mktemp("tokens")
+    return tokens_of(texts, folder, vocab_size=300, validation_fraction=0.2)
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ import torch
 from method_schedules import schedule_for
 
 from iiet import METHODS, Decoder, IterationSchedule, preset
-from orchestrator.data.corpus import is_validation
 from orchestrator.data.depth import open_depth, write_depth
 from orchestrator.data.order import SourceOrder, WindowOrder, positions_of_step
+from orchestrator.data.tokenize import is_validation
 from orchestrator.settings import (
     DataSettings,
     ElasticSettings,

@@ -18,7 +18,7 @@ import iiet.extensions
 import iiet.influence_metrics
 import iiet.methods
 import orchestrator
-import orchestrator.data.text_source
+import orchestrator.data.text
 import orchestrator.evaluation.tasks
 import orchestrator.records.tracked_run
 import orchestrator.tracking.loggers
@@ -29,7 +29,7 @@ CONTRACTS = (
     iiet.influence_metrics.InfluenceMetric,
     iiet.influence_metrics.Comparison,
     iiet.influence_metrics.MeasuredBatch,
-    orchestrator.data.text_source.TextSource,
+    orchestrator.data.text.TextSource,
     orchestrator.evaluation.tasks.EvaluationTask,
     orchestrator.evaluation.tasks.TaskGroup,
     orchestrator.tracking.loggers.RunLogger,

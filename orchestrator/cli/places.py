@@ -234,7 +234,7 @@ def init(
             gpus=gpus,
         )  # fmt: skip
         if settings.data.source == "files":
-            from orchestrator.data.text_files import find_files, read_file
+            from orchestrator.data.text import find_files, read_file
 
             for path in find_files(settings.data):
                 if path.suffix == ".txt":

@@ -1,4 +1,8 @@
-"""Prepare data: turn the source that settings name into a folder of prepared data, once."""
+"""Prepare data: turn the source that settings name into a folder of prepared data, once.
+
+A small file maps a source's key, a hash of the settings and of names, sizes and times of files, to
+the folder of the data, which is named by the fingerprint of the content.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from orchestrator.data.corpus import read_documents
 from orchestrator.data.depth import (
+    GENERATOR_VERSION,
     check_depth_length,
     depth_folder,
     depth_tokenizer,
@@ -21,37 +26,23 @@ from orchestrator.data.depth import (
     vocabulary,
     write_depth,
 )
-from orchestrator.data.mixture import mixture_tokenizer, open_data, write_mixture
-from orchestrator.data.source_index import find_folder, index_file, source_key, store_folder
+from orchestrator.data.mixture import MIXTURE_VERSION, mixture_tokenizer, open_data, write_mixture
 from orchestrator.data.store import TokenStore, is_complete, verify_data
-from orchestrator.data.text_source import text_source
-from orchestrator.data.text_writing import write_text
-from orchestrator.data.tokenization import TOKENIZER_CHARACTERS, can_resume, training_texts
+from orchestrator.data.text import source_state, text_source
+from orchestrator.data.tokenize import TOKENIZER_CHARACTERS, can_resume, sample_texts, write_text
 from orchestrator.models.hub import is_hub_name
 from orchestrator.models.tokenizer import load_tokenizer, num_token_ids, train_tokenizer
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.layout import TEMPORARY_PREFIX, Workspace
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import expand_user, read_json, write_json
+from orchestrator.workspace.layout import TEMPORARY_PREFIX, Workspace, is_valid_name
 from orchestrator.workspace.locks import lock_file
+from orchestrator.workspace.provenance import content_key
 
 ASSUMED_VOCABULARY = 32000
 """Entries of a tokenizer on the hub, assumed without a request: as in the published models."""
 ASSUMED_TEXT_BYTES_PER_TOKEN = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpectedTokens:
-    """The tokens of a planned run, prepared or not."""
-
-    vocab_size: int
-    origin: str
-    """Where `vocab_size` comes from, for display."""
-    num_train_tokens: int | None
-    """Training tokens; None if they are not prepared yet."""
-    context_length: int | None = None
-    """Length of the sequences, where the data have one; None for text."""
-    new_bytes: int
-    """Estimate of the bytes that preparation will write; 0 if it is done."""
 
 
 def prepare(
@@ -70,76 +61,82 @@ def prepare(
     Raises:
         UserError: If the source is missing, empty or unreadable, or existing tokens are damaged.
     """
-    progress = progress or Progress()
-    folder = find_prepared(settings, workspace.tokens)
+    progress, parent = progress or Progress(), workspace.tokens
+    folder = find_prepared(settings, parent)
     if folder is None and settings.source == "depth":
-        folder = write_depth(settings, workspace.tokens)
         progress.start("corpus")
+        folder = write_depth(settings, parent)
         progress.finish(_summary(folder))
         return folder
     if folder is None:
         # One process at a time: two would write the same files.
-        with lock_file(workspace.tokens / ".lock"):
-            folder = find_prepared(settings, workspace.tokens)
+        with lock_file(parent / ".lock"):
+            folder = find_prepared(settings, parent)
             if folder is None:
-                return _write(settings, workspace, progress)
+                folder = _write(settings, parent, progress)
+                progress.finish(_summary(folder))
+                return folder
     progress.start("corpus")
     verify_data(folder, always=verify, remember=True)
     progress.finish(f"{_summary(folder)}, found again")
     return folder
 
 
-def _write(settings: DataSettings, workspace: Workspace, progress: Progress) -> Path:
-    parent = workspace.tokens
+def _write(settings: DataSettings, parent: Path, progress: Progress) -> Path:
     key = source_key(settings)
-    index = index_file(key, parent)
+    index = _index_file(key, parent)
     if index.exists():
         progress.note(f"the tokens that {index} names are missing or damaged; preparing them again")
     for leftover in parent.glob(f"{TEMPORARY_PREFIX}*"):
         if not can_resume(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
-    write = _write_mixture if settings.source == "mixture" else write_text
-    folder = write(settings, parent, key, progress)
-    progress.finish(_summary(folder))
-    return folder
-
-
-def _write_mixture(settings: DataSettings, parent: Path, key: str, progress: Progress) -> Path:
-    texts: dict[str, Path] = {}
-    tokenizer = None
-    if settings.texts:
-        tokenizer = _text_tokenizer(settings, progress)
+    if settings.source == "mixture":
+        texts: dict[str, Path] = {}
+        tokenizer = _tokenizer_of_texts(settings) if settings.texts else None
         for name, alone in settings.texts.items():
+            assert tokenizer is not None
             text_key = source_key(alone, "mixture", tokenizer.to_str())
-            found = find_folder(text_key, parent)
-            texts[name] = found or write_text(alone, parent, text_key, progress, tokenizer)
-    folder = write_mixture(settings, parent, texts, tokenizer)
+            texts[name] = find_folder(text_key, parent) or _write_text(
+                alone, parent, text_key, progress, tokenizer
+            )
+        folder = write_mixture(settings, parent, texts, tokenizer)
+        _store_folder(key, folder)
+    else:
+        folder = _write_text(settings, parent, key, progress)
     verify_data(folder, remember=True)
-    store_folder(key, folder)
     return folder
 
 
-def _text_tokenizer(settings: DataSettings, progress: Progress) -> Tokenizer:
+def _write_text(
+    settings: DataSettings,
+    parent: Path,
+    key: str,
+    progress: Progress,
+    tokenizer: Tokenizer | None = None,
+) -> Path:
+    folder = write_text(settings, parent, key, progress, tokenizer)
+    _store_folder(key, folder)
+    return folder
+
+
+def _tokenizer_of_texts(settings: DataSettings) -> Tokenizer:
     if settings.tokenizer != "train":
         return load_tokenizer(settings.tokenizer)
     # A long text must not leave nothing for the others to read.
     total = sum(settings.shares[name] for name in settings.texts)
-    texts: list[Iterator[str]] = [
-        training_texts(
-            read_documents(alone, progress),
-            alone,
-            num_characters=int(TOKENIZER_CHARACTERS * settings.shares[name] / total),
-        )
-        for name, alone in settings.texts.items()
-    ]
-    tokenizer = train_tokenizer(chain.from_iterable(texts), settings.vocab_size)
-    progress.advance(0, "the tokenizer is trained")
-    return tokenizer
+    texts: list[Iterator[str]] = []
+    for name, alone in settings.texts.items():
+        num_characters = int(TOKENIZER_CHARACTERS * settings.shares[name] / total)
+        texts.append(sample_texts(alone, num_characters)[0])
+    return train_tokenizer(chain.from_iterable(texts), settings.vocab_size)
 
 
 def _summary(folder: Path) -> str:
     data = open_data(folder)
     return f"{data.describe()}, vocabulary {data.vocab_size:,}"
+
+
+# Find
 
 
 def find_prepared(settings: DataSettings, parent: Path) -> Path | None:
@@ -154,37 +151,95 @@ def find_prepared(settings: DataSettings, parent: Path) -> Path | None:
     return find_folder(source_key(settings), parent)
 
 
+def source_key(settings: DataSettings, *more: Any) -> str:
+    """Return the key of a source; reads no content.
+
+    Args:
+        more: What else determines the data, as JSON values.
+
+    Raises:
+        UserError: If the source's files do not exist, or the settings name no source.
+    """
+    if settings.source == "mixture":
+        states = {name: source_state(text) for name, text in settings.texts.items()}
+        state = ["mixture", MIXTURE_VERSION, GENERATOR_VERSION, states]
+    else:
+        state = source_state(settings)
+    tokenizer_state = None
+    is_path = settings.tokenizer != "train" and not is_hub_name(settings.tokenizer)
+    if is_path and (path := expand_user(settings.tokenizer)).is_file():
+        tokenizer_state = [path.stat().st_size, path.stat().st_mtime_ns]
+    return content_key(settings.read_by_source(), state, tokenizer_state, *more)
+
+
+def find_folder(key: str, parent: Path) -> Path | None:
+    """Return the complete folder in `parent` of a source's data, or None.
+
+    Raises:
+        UserError: If the file that names it is damaged.
+    """
+    path = _index_file(key, parent)
+    found = read_json(path)
+    if found is None:
+        return None
+    fingerprint = found.get("fingerprint")
+    if not is_valid_name(fingerprint):
+        raise UserError(
+            f"{path} is damaged (fingerprint: {fingerprint!r}); delete it and run the command again"
+        )
+    folder = parent / str(fingerprint)
+    return folder if is_complete(folder) else None
+
+
+def _store_folder(key: str, folder: Path) -> None:
+    write_json(_index_file(key, folder.parent), {"fingerprint": folder.name})
+
+
+def _index_file(key: str, parent: Path) -> Path:
+    return parent / "sources" / f"{key}.json"
+
+
+# Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpectedTokens:
+    """The tokens of a planned run, prepared or not."""
+
+    vocab_size: int
+    origin: str
+    """Where `vocab_size` comes from, for display."""
+    num_train_tokens: int | None
+    """Training tokens; None if they are not prepared yet."""
+    context_length: int | None = None
+    """Length of the sequences, where the data have one; None for text."""
+    new_bytes: int
+    """Estimate of the bytes that preparation will write; 0 if it is done."""
+
+
 def expected_tokens(settings: DataSettings, prepared: Path | None) -> ExpectedTokens:
     """Describe the tokens of a planned run; `prepared` is their folder, if it exists.
 
     Raises:
         UserError: If files or a tokenizer that the settings name are missing.
     """
+    num_train_tokens, new_bytes = None, 0
     if settings.source == "depth":
-        return ExpectedTokens(
-            vocab_size=num_token_ids(depth_tokenizer(settings)),
-            origin="of the depth tasks",
-            num_train_tokens=None,
-            context_length=sequence_length(settings),
-            new_bytes=0,
-        )
-    if prepared is not None:
+        vocab_size, origin = num_token_ids(depth_tokenizer(settings)), "of the depth tasks"
+    elif prepared is not None:
         data = open_data(prepared)
-        return ExpectedTokens(
-            vocab_size=data.vocab_size,
-            origin="of the prepared tokens",
-            num_train_tokens=len(data.train) if isinstance(data, TokenStore) else None,
-            context_length=sequence_length(settings),
-            new_bytes=0,
-        )
-    vocab_size, origin = _vocabulary(settings)
-    texts = settings.texts if settings.source == "mixture" else {settings.source: settings}
+        vocab_size, origin = data.vocab_size, "of the prepared tokens"
+        num_train_tokens = len(data.train) if isinstance(data, TokenStore) else None
+    else:
+        vocab_size, origin = _vocabulary(settings)
+        texts = settings.texts if settings.source == "mixture" else {settings.source: settings}
+        new_bytes = sum(_bytes_to_write(text, vocab_size) for text in texts.values())
     return ExpectedTokens(
         vocab_size=vocab_size,
         origin=origin,
-        num_train_tokens=None,
+        num_train_tokens=num_train_tokens,
         context_length=sequence_length(settings),
-        new_bytes=sum(_bytes_to_write(text, vocab_size) for text in texts.values()),
+        new_bytes=new_bytes,
     )
 
 
@@ -237,4 +292,5 @@ def _bytes_to_write(settings: DataSettings, vocab_size: int) -> int:
     text = text_source(settings).num_bytes()
     token_bytes = 2 if vocab_size <= 1 << 16 else 4
     held_out = int(text * settings.validation_fraction)  # stored as text, too
-    return text // ASSUMED_TEXT_BYTES_PER_TOKEN * token_bytes + held_out
+    # Twice: those of the shards are deleted when all are joined.
+    return 2 * (text // ASSUMED_TEXT_BYTES_PER_TOKEN * token_bytes + held_out)

@@ -26,7 +26,6 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import (
     checksums_of,
     damaged_file,
-    new_file,
     read_json,
     write_json,
 )
@@ -249,8 +248,7 @@ def finish_folder(
     Args:
         texts: Of a mixture: text source -> name of its folder.
     """
-    with new_file(folder / TOKENIZER_NAME) as temporary:
-        tokenizer.save(str(temporary))
+    tokenizer.save(str(folder / TOKENIZER_NAME))
     names = (TRAIN_NAME, VALIDATION_NAME, TEXTS_NAME, TOKENIZER_NAME)
     sha256 = checksums_of(folder, [name for name in names if (folder / name).exists()])
     manifest = Manifest(

@@ -107,7 +107,7 @@ def extension_points() -> tuple[ExtensionTable[Any], ...]:
     """Return the tables to which other packages add."""
     from iiet.influence_metrics import INFLUENCE_METRICS
     from iiet.methods import METHODS
-    from orchestrator.data.text_source import DATA_SOURCES
+    from orchestrator.data.text import DATA_SOURCES
     from orchestrator.evaluation.tasks import TASKS
     from orchestrator.tracking.loggers import LOGGERS
 

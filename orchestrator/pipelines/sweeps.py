@@ -54,7 +54,6 @@ from orchestrator.reporting.results import (
 from orchestrator.reporting.sections import Section, render_json, render_terminal
 from orchestrator.reporting.tables import model_rows
 from orchestrator.settings import Settings, flatten
-from orchestrator.sweeping.asha import asha_trials
 from orchestrator.sweeping.checks import check_devices, check_models, check_sweep
 from orchestrator.sweeping.elastic_plans import elastic_savings
 from orchestrator.sweeping.model_plans import TEACHER, teacher_and_baselines
@@ -67,6 +66,7 @@ from orchestrator.sweeping.plan import (
     schedule_search,
     students_upper_bound,
 )
+from orchestrator.sweeping.trial import asha_rule, competing_trials
 from orchestrator.sweeping.trial_states import (
     TrialState,
     plan_sentences,
@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from orchestrator.reporting.report import WrittenReport
+    from orchestrator.sweeping.run import SweepOutcome
     from orchestrator.sweeping.search import ScheduleSearch
 
 NEWEST = "newest"
@@ -457,8 +458,8 @@ def plan_sweep(
         gpus = format_count(placed.sweep.num_workers_per_trial, "GPU")
         at_once = min(placed.sweep.trials_at_once or 1, len(trials))
         notes.append(f"each trial runs on {gpus}, at most {at_once} at once")
-    if asha := asha_trials(plan, own):
-        notes.append(next(iter(asha.values())).rule.text)
+    if competing_trials(plan, own):
+        notes.append(asha_rule(own).text)
     return PlannedSweep(
         plan=plan,
         states=tuple(states),
@@ -489,6 +490,7 @@ def _models_plan(pretraining: TrainingPlan, labels: Iterable[str]) -> SweepPlan:
 def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
     """Make what the plan lacks, run its trials, and write the report; as `sweep`."""
     from orchestrator.cluster.start import ray_cluster
+    from orchestrator.sweeping.run import run_plan
 
     settings, progress, workspace = plan.asked["settings"], context.progress, context.workspace
     pretrains, root = plan.pretraining is not None, workspace.root
@@ -523,24 +525,23 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
                 planned = plan_influence(settings, workspace=workspace, model=Path(teacher))
                 on_device = trial_device(settings, root)
                 made["influence"] = run_influence(planned, context, on_device=on_device).table
-            return _run_trials(again(**made), context)
+            plan = again(**made)
+            outcome = run_plan(
+                plan.plan,
+                settings,
+                workspace,
+                placed=plan.placed,
+                tracking=context.tracking,
+                progress=progress,
+                search=plan.search,
+            )
+            return _write_report(plan, outcome, context)
 
 
-def _run_trials(planned: PlannedSweep, context: Context) -> SweepResult:
-    """Run the trials, with those that a search suggests, and write the report."""
+def _write_report(planned: PlannedSweep, outcome: SweepOutcome, context: Context) -> SweepResult:
     from orchestrator.reporting.sweep_report import write_sweep_report
-    from orchestrator.sweeping.execution import run_sweep as run_trials
 
     settings, workspace = planned.asked["settings"], context.workspace
-    outcome = run_trials(
-        planned.plan,
-        settings,
-        workspace,
-        placed=planned.placed,
-        tracking=context.tracking,
-        progress=context.progress,
-        search=planned.search,
-    )
     plan, finished = outcome.plan, {result.key for result in outcome.results}
     suite = plan.trials[0].suite
     chances = heldout_chances(Path(suite.suite_folder)) if suite.suite_folder else {}

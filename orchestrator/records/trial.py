@@ -308,20 +308,3 @@ class EarlyStop(Record):
     def text(self) -> str:
         """All of it in one line."""
         return f"stopped early at step {self.step} of {self.num_steps}: {self.reason}"
-
-
-class AshaTrial(Record):
-    """What a trial competes with."""
-
-    rule: AshaRule
-    folder: str
-    """Folder of the trial."""
-    num_steps: int
-    """Steps of its whole training."""
-    competitors: dict[str, str]
-    """Label -> folder of the same model at other learning rates."""
-
-    @property
-    def model(self) -> str:
-        """A name that is the same for all that compete."""
-        return min([self.folder, *self.competitors.values()])

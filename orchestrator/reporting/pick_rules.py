@@ -155,7 +155,7 @@ def pick_draft(results: Sequence[Trial], model: str) -> Trial:
     if not best:
         raise UserError(
             "this sweep has no measured drafts; they are measured for text, at the end of a sweep "
-            "with several schedules, unless sweep.measure_drafts is false"
+            "with several schedules if sweep.measure_drafts is true; the same sweep again adds them"
         )
     if model not in best:
         raise UserError(

@@ -50,7 +50,7 @@ TEXT_SOURCES = ExtensionNames(
     ("python", "files", "hub"),
     is_reserved=lambda name: name in OTHER_SOURCES or is_depth_task(name),
 )
-"""Names of text sources, also of other packages; their classes: `orchestrator.data.text_source`."""
+"""Names of text sources, also of other packages; their classes: `orchestrator.data.text`."""
 
 
 def source_order(names: Iterable[str]) -> list[str]:
@@ -86,7 +86,7 @@ class DataSettings(Section):
     """Corpus, tokenizer and held-out documents."""
 
     source: Annotated[str, OneOf(TEXT_SOURCES, also=OTHER_SOURCES)] = "python"
-    """`python`: the English texts that come with every Python; `files`: `files` below; `hub`: the
+    """`python`: the help topics that come with every Python; `files`: `files` below; `hub`: the
     data set `hub_name`; `depth`: the generated tasks in `depth` below; `mixture`: several of these
     at the `shares` below; or a source of another package."""
     shares: dict[str, StrictFloat] = Field(default={})

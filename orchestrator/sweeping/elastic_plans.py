@@ -93,13 +93,6 @@ def elastic_trials(
     return trials
 
 
-def waits_for_weights(trial: Trial, trainings: Sequence[Trial]) -> bool:
-    """Return whether a trial measures weights that one of some other trials trains."""
-    folders = {str(other.job.folder) for other in trainings if other.job}
-    is_measured = trial.job is None and trial.checkpoint is not None
-    return is_measured and str(Path(str(trial.checkpoint)).parent) in folders
-
-
 def elastic_upper_bound(
     settings: Settings, teacher: ModelConfig
 ) -> tuple[ModelConfig, TrainingSettings]:

@@ -1,8 +1,9 @@
 """Search free schedules, any number of corrections in any layer, with Optuna's samplers.
 
-The study is stored in the sweep's folder, where `optuna-dashboard` can open it; Ray Tune's
-OptunaSearch suggests from it (`cluster/trial_search.py`). Finished students enter it first: the
-family's, and those of other searches with the same teacher and recipe.
+The study is stored in the sweep's folder, where `optuna-dashboard` can open it. Students that were
+not suggested by it enter it as finished trials: the family's, and those of other searches with the
+same teacher and recipe. A suggestion that is known already is closed at once, so that it is not
+trained again, and the sampler is asked again.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.exceptions import OptunaError
+from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from iiet.schedule import IterationSchedule
 from orchestrator.records.training import TrainingJob
@@ -34,6 +36,8 @@ GIVEN = "given"
 """Attribute of the study's trials that this search did not suggest."""
 GENERATION = "NSGAIISampler:generation"
 """Attribute without which NSGA-II ignores a trial that is added."""
+MAX_DUPLICATES = 20
+"""After this many known points in a row, an unknown one is tried instead of the sampler's."""
 
 
 def finished_schedules(workspace: Workspace, teacher: str) -> Iterator[IterationSchedule]:
@@ -58,7 +62,7 @@ class ScheduleSearch:
         folder: Path,
         others: Iterable[IterationSchedule] = (),
     ) -> None:
-        """Read the stored study, if there is one. Nothing is written before `update_study`.
+        """Read the stored study, if there is one. Nothing is written before `open`.
 
         Args:
             plan: The search's plan, with the trials of the family.
@@ -71,18 +75,23 @@ class ScheduleSearch:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._full, self._settings, self._make_trial = full, settings, make_trial
         self._path, self._name = folder / STUDY_FILE, plan.key
+        self._space: dict[str, BaseDistribution] = {
+            _name(n): IntDistribution(0, most) for n, most in enumerate(full) if most
+        }
         self._family = {t.model.corrections: t for t in plan.trials if t.role == "trial"}
         self._given: dict[IterationSchedule, Trial] = {}
         self._suggested: dict[IterationSchedule, Trial] = {}
+        self._asked: dict[str, int] = {}
+        """Key of a trial that was suggested here and runs -> its number in the study."""
         self._study: optuna.Study | None = None
         self._num_read = 0
         self.teacher_cache: str | None = None
         """Folder of the teacher's stored outputs, for the trials that are suggested."""
         if self._path.exists():
             with self._damage():
-                self._storage = _storage(self._path)
-                if self._name in optuna.get_all_study_names(self._storage):
-                    self._read(optuna.load_study(study_name=self._name, storage=self._storage))
+                storage = JournalStorage(JournalFileBackend(str(self._path)))
+                if self._name in optuna.get_all_study_names(storage):
+                    self._read(optuna.load_study(study_name=self._name, storage=storage))
         for schedule in others:
             is_possible = len(schedule) == len(full) and all(map(int.__le__, schedule, full))
             if is_possible and schedule not in self._known():
@@ -108,6 +117,11 @@ class ScheduleSearch:
             self._read(self._study)  # Another process may search, too.
         return max(0, self.num_wanted - len(self._suggested))
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it can suggest schedules."""
+        return self._study is not None
+
     def known_trials(self) -> list[Trial]:
         """Return the trials beside the family: of other searches, and those suggested so far."""
         return [*self._given.values(), *self._suggested.values()]
@@ -118,40 +132,44 @@ class ScheduleSearch:
         folder = str(self._path.parent)
         return [job.model_copy(update={"run_folder": folder})] * self.num_left if job else []
 
-    def update_study(self) -> None:
+    def open(self, results: Mapping[str, Trial]) -> None:
         """Open the study, close what a killed process left in it, and enter what is finished.
+
+        Args:
+            results: Key -> measured trial.
 
         Raises:
             UserError: If the study is damaged, or no trial has the objective.
         """
-        self._check_objective()
+        self._check_objective(results)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._damage():
-            _delete_cut_line(self._path)
-            self._storage = _storage(self._path)
-            study = self._study = optuna.create_study(
-                directions=["maximize" if mode == "max" else "minimize" for mode in self._modes],
+            if self._path.exists():  # Optuna would append to a line that a crash cut off.
+                os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)
+            is_maximized = self._settings.objective == "accuracy"
+            study = optuna.create_study(
+                directions=["maximize" if is_maximized else "minimize", "minimize"],
                 study_name=self._name,
-                storage=self._storage,
+                storage=JournalStorage(JournalFileBackend(str(self._path))),
                 load_if_exists=True,
             )
             self._read(study)
             num_given = len(self._family) + len(self._given)
             study.sampler = _sampler(self._settings, num_given, len(study.trials))
             for stored in study.get_trials(states=(TrialState.RUNNING,)):
-                trial = self._known().get(self._schedule(stored.params))
+                trial = self._known().get(self._schedule(stored))
                 if self._is_whole(stored) and trial and not is_run_locked(Path(trial.folder)):
                     study.tell(stored.number, state=TrialState.FAIL)
-            self._enter_finished(study)
+            self._study = study
+            self.enter(results)
 
-    def _check_objective(self) -> None:
-        finished = [trial.result() for trial in self._known().values()]
+    def _check_objective(self, results: Mapping[str, Trial]) -> None:
+        keys = {trial.key for trial in self._known().values()}
         named = {
             name.removeprefix("quality/")
-            for trial in finished
-            if trial
-            for name in trial.numbers
-            if name.startswith("quality/")
+            for key, result in results.items()
+            for name in result.numbers
+            if key in keys and name.startswith("quality/")
         }
         if named and self._settings.objective not in named:
             raise UserError(
@@ -159,70 +177,75 @@ class ScheduleSearch:
                 f"it; they give {', '.join(sorted(named))}"
             )
 
-    @property
-    def study(self) -> Mapping[str, Any]:
-        """Arguments of Tune's OptunaSearch."""
-        assert self._study is not None, "call update_study first"
-        return {
-            "space": self._space,
-            "mode": self._modes,
-            "sampler": self._study.sampler,
-            "study_name": self._name,
-            "storage": self._storage,
-        }
+    def suggest(self) -> Trial | None:
+        """Return the trial of a schedule that is not known yet; None if enough were suggested."""
+        assert self._study is not None, "call open first"
+        number = 0
+        while self.num_left:
+            number += 1
+            if number % MAX_DUPLICATES == 0:
+                self._enqueue_unknown(self._study)
+            asked = self._study.ask(self._space)
+            schedule = self._schedule(asked)
+            if schedule in self._known():
+                self._study.tell(asked, state=TrialState.FAIL)
+                continue
+            trial = self._suggested[schedule] = self._make_trial(schedule)
+            self._asked[trial.key] = asked.number
+            if not (trial.job and self.teacher_cache):
+                return trial
+            job = trial.job.model_copy(update={"teacher_cache": self.teacher_cache})
+            return trial.model_copy(update={"job": job})
+        return None
 
-    def accept(self, point: Mapping[str, int]) -> Trial | None:
-        """Return the trial of a point of the study; None if it is known already."""
-        schedule = self._schedule(point)
-        if schedule in self._known():
-            return None
-        trial = self._suggested[schedule] = self._make_trial(schedule)
-        if not (trial.job and self.teacher_cache):
-            return trial
-        job = trial.job.model_copy(update={"teacher_cache": self.teacher_cache})
-        return trial.model_copy(update={"job": job})
+    def tell(self, trial: Trial, result: Trial | None) -> None:
+        """Store the values of a trial that has ended; others than those suggested here are not."""
+        number = self._asked.pop(trial.key, None)
+        if self._study is None or number is None:
+            return
+        values = self._values(result) if result else None
+        self._study.tell(number, values, TrialState.COMPLETE if values else TrialState.FAIL)
 
-    def values(self, trial: Trial) -> list[float] | None:
-        """Return quality and cost of a trial; None while it has no result, or if one is NaN."""
-        result = trial.result()
-        quality = result.value(f"quality/{self._settings.objective}") if result else None
-        if quality is None:
-            return None
-        return [quality, float(trial.model.corrections.num_evaluations)]
-
-    def enqueue_unknown(self) -> None:
-        """Make the study suggest a schedule next that is not known, a random one."""
-        assert self._study is not None, "call update_study first"
-        known = self._known()
-        draw, schedule = random.Random(len(self._study.trials)), next(iter(known))
-        while schedule in known:
-            schedule = IterationSchedule(tuple(draw.randint(0, most) for most in self._full))
-        self._study.enqueue_trial(self._point(schedule))
-
-    def _enter_finished(self, study: optuna.Study) -> None:
-        """Enter the trials that have a result and are not in the study with it."""
-        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        entered = {self._schedule(stored.params) for stored in complete}
+    def enter(self, results: Mapping[str, Trial]) -> None:
+        """Enter the measured trials that are not in the study with their values."""
+        if self._study is None:
+            return
+        complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        entered = {self._schedule(stored) for stored in complete}
         newest = max((stored.system_attrs.get(GENERATION, 0) for stored in complete), default=0)
         for schedule, trial in self._known().items():
-            values = self.values(trial)
-            if values is None or schedule in entered:
-                continue
-            study.add_trial(
-                optuna.trial.create_trial(
-                    params=self._point(schedule),
-                    distributions=self._space,
-                    values=values,
-                    user_attrs={GIVEN: schedule not in self._suggested},
-                    system_attrs={GENERATION: newest},
+            result = results.get(trial.key)
+            values = self._values(result) if result else None
+            if values and schedule not in entered:
+                self._study.add_trial(
+                    create_trial(
+                        params=self._point(schedule),
+                        distributions=self._space,
+                        values=values,
+                        user_attrs={GIVEN: schedule not in self._suggested},
+                        system_attrs={GENERATION: newest},
+                    )
                 )
-            )
+
+    def _values(self, result: Trial) -> list[float] | None:
+        """Return quality and cost; None if the quality is not known, as it is not finite."""
+        quality = result.value(f"quality/{self._settings.objective}")
+        cost = float(result.model.corrections.num_evaluations)
+        return None if quality is None else [quality, cost]
+
+    def _enqueue_unknown(self, study: optuna.Study) -> None:
+        """Make the study suggest a schedule next that is not known, a random one."""
+        known = self._known()
+        draw, schedule = random.Random(len(study.trials)), next(iter(known))
+        while schedule in known:
+            schedule = IterationSchedule(tuple(draw.randint(0, most) for most in self._full))
+        study.enqueue_trial(self._point(schedule))
 
     def _read(self, study: optuna.Study) -> None:
         """Take over the schedules in the study that are not known yet."""
         known = self._known()
         for stored in study.get_trials(deepcopy=False)[self._num_read :]:
-            schedule = self._schedule(stored.params)
+            schedule = self._schedule(stored)
             if self._is_whole(stored) and schedule not in known:
                 known[schedule] = self._make_trial(schedule)
                 kind = self._given if stored.user_attrs.get(GIVEN) else self._suggested
@@ -231,30 +254,19 @@ class ScheduleSearch:
             if stored.number == self._num_read and stored.state.is_finished():
                 self._num_read += 1
 
-    def _is_whole(self, stored: optuna.trial.FrozenTrial) -> bool:
+    def _is_whole(self, stored: FrozenTrial) -> bool:
         # A process that is killed while it asks leaves a part of a schedule.
         return stored.params.keys() == self._space.keys()
 
     def _known(self) -> dict[IterationSchedule, Trial]:
         return self._family | self._given | self._suggested
 
-    def _schedule(self, point: Mapping[str, int]) -> IterationSchedule:
-        return IterationSchedule(tuple(point.get(_name(n), 0) for n in range(len(self._full))))
+    def _schedule(self, stored: FrozenTrial | optuna.Trial) -> IterationSchedule:
+        layers = range(len(self._full))
+        return IterationSchedule(tuple(stored.params.get(_name(n), 0) for n in layers))
 
     def _point(self, schedule: IterationSchedule) -> dict[str, int]:
         return {_name(n): schedule[n] for n, most in enumerate(self._full) if most}
-
-    @property
-    def _space(self) -> dict[str, Any]:
-        return {
-            _name(n): optuna.distributions.IntDistribution(0, most)
-            for n, most in enumerate(self._full)
-            if most
-        }
-
-    @property
-    def _modes(self) -> list[str]:
-        return ["max" if self._settings.objective == "accuracy" else "min", "min"]
 
     @contextmanager
     def _damage(self) -> Iterator[None]:
@@ -264,17 +276,6 @@ class ScheduleSearch:
                 yield
         except (AssertionError, OptunaError) as error:
             raise UserError(f"{self._path} is damaged ({error!r}); {remedy}") from None
-
-
-def _delete_cut_line(path: Path) -> None:
-    """Delete a line that a crash cut off: Optuna would append to it."""
-    if path.exists():
-        data = path.read_bytes()
-        os.truncate(path, data.rfind(b"\n") + 1)
-
-
-def _storage(path: Path) -> optuna.storages.JournalStorage:
-    return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
 
 
 def _sampler(

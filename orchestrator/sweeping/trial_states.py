@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from rich import box
@@ -15,12 +14,10 @@ from iiet.cost import inference_cost
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import SweepSettings
-from orchestrator.sweeping.asha import asha_trials, stored_early_stop
+from orchestrator.sweeping.trial import early_stops
 from orchestrator.sweeping.trials import full_config, num_distilled_baselines, num_models
 from orchestrator.terminal.render import ResponsiveLayout, format_bytes, format_count
 from orchestrator.training.job import finished_outcome
-from orchestrator.training.trainer import DIVERGED_EVENT
-from orchestrator.workspace.journal import FAILED_EVENT, STOPPED_EVENT, read_tail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +43,11 @@ class TrialState:
 
 def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
     """Return how far each trial of a plan is."""
-    asha = asha_trials(plan, sweep)
-    states = []
+    stops, states = early_stops(plan, sweep), []
     for trial in plan.trials:
         if trial.result():
             states.append(TrialState(trial=trial, name="finished"))
-        elif stored_early_stop(trial, asha.get(trial.key)):
+        elif trial.key in stops:
             states.append(TrialState(trial=trial, name="stopped early"))
         elif trial.job is None or finished_outcome(trial.job):
             states.append(TrialState(trial=trial, name="to measure"))
@@ -59,20 +55,6 @@ def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
             training = Estimate.of(trial.job)
             states.append(TrialState(trial=trial, name="to train", training=training))
     return states
-
-
-def recorded_end(folder: Path) -> tuple[str, str] | None:
-    """Return MLflow's status and the reason of a training or trial that ended without a result.
-
-    They are those that the journal ends with; None if it is empty.
-    """
-    records = read_tail(folder)
-    if not records:
-        return None
-    name = records[-1].get("name")
-    status = "FAILED" if name in (FAILED_EVENT, DIVERGED_EVENT) else "KILLED"
-    has_reason = status == "FAILED" or name == STOPPED_EVENT
-    return status, str(records[-1].get("text", "")) if has_reason else ""
 
 
 def requested_noun(plan: SweepPlan, sweep: SweepSettings) -> str:

@@ -17,8 +17,6 @@ from typing import Any
 from orchestrator.workspace.layout import workspace_root
 
 JOURNAL_NAME = "journal.jsonl"
-FAILED_EVENT, STOPPED_EVENT = "failed", "stopped early"
-"""Events of a trial's journal."""
 SPEED_METRIC = "train/tokens_per_second"
 VALIDATION_METRIC = "validation/loss"
 CHEAPEST_METRIC = "validation/cheapest_loss"

@@ -15,23 +15,20 @@ import itertools
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sample_texts import tokens_of
 from tokenizers import Tokenizer
 
 from iiet.config import ModelConfig
-from orchestrator.data.corpus import Document
 from orchestrator.data.store import is_complete, verify_data
-from orchestrator.data.token_writer import TokenWriter
-from orchestrator.data.tokenization import write_tokens
 from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.models.folder import check_checkpoint
-from orchestrator.settings import DataSettings
 from orchestrator.training.checkpoint import load_training_state, prune_checkpoints, save_checkpoint
 from orchestrator.training.teacher_cache import CachePlan, open_cache, write_cache
 from orchestrator.workspace.files import new_folder, read_json, write_json
@@ -199,9 +196,8 @@ def some_tokens(folder: Path) -> Path:
         '"pre_tokenizer": {"type": "Whitespace"}, "model": {"type": "WordLevel", "unk_token": "a",'
         '"vocab": {"a": 0, "b": 1, "<|endoftext|>": 2}}}'
     )
-    documents = [Document("a b " * number, f"document {number}") for number in range(1, 9)]
-    settings = DataSettings(validation_fraction=0.3)
-    return write_tokens(folder, documents, settings, resume_key="key", tokenizer=words)
+    texts = ["a b " * number for number in range(1, 9)]
+    return tokens_of(texts, folder, given=words, validation_fraction=0.3)
 
 
 def tokens(folder: Path) -> Answer:
@@ -209,18 +205,6 @@ def tokens(folder: Path) -> Answer:
     for path in found:
         verify_data(path)
     return [path.name for path in found]
-
-
-def add_documents(folder: Path) -> None:
-    with closing(TokenWriter(folder)) as writer:
-        for number in range(3):
-            writer.add(f"text {number}", b"\1\0\2\0", 2, "{}" if number == 1 else None)
-        writer.commit()
-
-
-def documents_in(folder: Path) -> Answer:
-    with closing(TokenWriter(folder)) as writer:
-        return writer.num_documents
 
 
 PLAN = CachePlan(origin={}, num_steps=2, num_sequences=2, context_length=3, vocab_size=5)
@@ -271,7 +255,6 @@ CASES = {
         checkpoints,
     ),
     "tokens": Case(nothing, some_tokens, tokens, resumes=True),
-    "part-of-tokens": Case(add_documents, add_documents, documents_in, resumes=True),
     "teacher-outputs": Case(
         nothing,
         lambda folder: write_cache(PLAN, folder, outputs_of),

@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_runs import end_trials, finished
 from mlflow import MlflowClient
 
-from orchestrator.evaluation import decode_timing as benchmark
 from orchestrator.pipelines.syncing import sync
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.execution import run_sweep
-from orchestrator.sweeping.trial_queue import TrialQueue
+from orchestrator.sweeping.run import run_plan
 from orchestrator.tracking import open_tracking
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.trainer import run_job
@@ -79,7 +78,7 @@ def sweep(plan: SweepPlan, workspace: Workspace, told: list[str]) -> None:
     """Run a sweep whose trials are trained here, and write its report."""
     settings = resolve_settings({})
     tracking = open_tracking(workspace, warn=told.append)
-    outcome = run_sweep(plan, settings, workspace, tracking=tracking)
+    outcome = run_plan(plan, settings, workspace, tracking=tracking)
     assert len(outcome.results) == len(plan.trials)
     found = StoredSweep(name=plan.name, key=plan.key, results=outcome.results)
     write_sweep_report(workspace, found, tracking=tracking)
@@ -131,25 +130,21 @@ def test_an_empty_server_shows_the_same_as_one_that_was_never_killed(
 ) -> None:
     after: list[Callable[[], None]] = []
 
-    def run(queue: TrialQueue, waiting: list[Trial], _: None) -> None:
-        for number, trial in enumerate(waiting):
-            queue.watch([trial])
-            if number == len(waiting) // 2:
-                [each() for each in after]
-            checkpoint = trial.checkpoint
-            if trial.job:
-                run_job(trial.job)
-                outcome = finished_outcome(trial.job)
-                assert outcome
-                checkpoint = str(outcome.checkpoint)
-            numbers = {"quality/accuracy": 0.5 - 0.01 * number, "train/flops": 1.0}
-            measured = {"numbers": numbers, "checkpoint": checkpoint}
-            trial.model_copy(update=measured).write(trial.result_path)
-            queue.on_end(trial, "made", "")
+    order: list[Trial] = []
 
-    monkeypatch.setattr(TrialQueue, "run", run)
-    monkeypatch.setattr(benchmark, "SWEEP_PROMPT_TOKENS", 4)
-    monkeypatch.setattr(benchmark, "SWEEP_NEW_TOKENS", 2)
+    def end(trial: Trial) -> Trial:
+        order.append(trial)
+        if len(order) == 1 + len(tiny_plan.trials) // 2:
+            [each() for each in after]
+        checkpoint = trial.checkpoint
+        if trial.job:
+            run_job(trial.job)
+            outcome = finished_outcome(trial.job)
+            assert outcome
+            checkpoint = outcome.checkpoint
+        return finished(trial, 0.5 - 0.01 * len(order), checkpoint)
+
+    end_trials(monkeypatch, end)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     workspace, told = open_workspace(tmp_path), list[str]()
@@ -169,6 +164,7 @@ def test_an_empty_server_shows_the_same_as_one_that_was_never_killed(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    order.clear()
     with server(tmp_path / "first", port) as kill:
         after.append(kill)
         sweep(tiny_plan, workspace, told)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from changed_trials import in_folder, with_job
+from list_queue import ListQueue, run_queue
 
+from orchestrator.cluster.tune import TrialPlace
 from orchestrator.models.folder import weights_key
 from orchestrator.records.trial import SweepPlan, Trial
-from orchestrator.settings import resolve_settings
-from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints
 
@@ -39,44 +39,34 @@ def losses(trial: Trial) -> dict[int, float]:
 
 @pytest.mark.slow
 def test_a_killed_process_loses_only_the_steps_since_the_last_checkpoint(
-    tiny_plan: SweepPlan, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+    tiny_plan: SweepPlan, tmp_path: Path, ray_session: None
 ) -> None:
-    from orchestrator.sweeping import trial_queue as trial_rounds
-
     killed, whole = (long_trial(tiny_plan.trials[1], tmp_path / n) for n in ("killed", "whole"))
-    run_one = trial_rounds.run_tune_trial
+    saved: list[int] = []
 
-    def measure_losses_only(parameters: dict[str, Any], context: Any) -> dict[str, Any]:
+    def train(trial: Trial, place: TrialPlace) -> Trial | None:
         from orchestrator.evaluation.measuring import heldout_loss
         from orchestrator.models.open import load_model
-        from orchestrator.sweeping import trial_run
+        from orchestrator.sweeping import trial as module
 
         def measure(trial: Trial, device: str) -> Trial:
             model = load_model(Path(str(trial.checkpoint)), schedule=trial.model.corrections)
             loss = heldout_loss(model, Path(trial.suite.tokens_folder))
             return trial.with_numbers("quality", {"validation_loss": loss})
 
-        trial_run.measure_trial = measure
-        return run_one(parameters, context)
+        module.measure_trial = measure
+        return module.run_trial(trial, place, wait=False)
 
-    class Killer(Progress):
-        saved = 0
+    def kill() -> None:
+        if not saved and (found := find_checkpoints(Path(killed.folder))):
+            os.kill(events(killed, "started")[0]["pid"], signal.SIGKILL)
+            saved.append(int(found[-1].name.removeprefix("step_")))
 
-        def advance(self, *_: Any, **__: Any) -> None:
-            if not self.saved and (found := find_checkpoints(Path(killed.folder))):
-                os.kill(events(killed, "started")[0]["pid"], signal.SIGKILL)
-                self.saved = int(found[-1].name.removeprefix("step_"))
-
-    monkeypatch.setattr(trial_rounds, "run_tune_trial", measure_losses_only)
-    killer = Killer()
-    settings = resolve_settings({}).sweep
-    rounds = trial_rounds.TrialQueue(tmp_path / "sweep", settings, killer, num_all=2)
-    rounds.run([killed, whole])
-    assert rounds.failures == {}
-    assert rounds.made == {"killed", "whole"}
+    ended = run_queue(ListQueue([killed, whole], watch=kill), train, tmp_path)
+    assert ended == {"killed": (killed.result(), ""), "whole": (whole.result(), "")}
     (started,), (resumed,) = events(killed, "started"), events(killed, "resumed")
     assert resumed["pid"] != started["pid"]
-    assert killer.saved <= resumed["step"] < 400
+    assert saved[0] <= resumed["step"] < 400
     assert resumed["step"] % 20 == 0
     assert not events(whole, "resumed")
 

@@ -34,10 +34,11 @@ doomed = nodes.add_node(num_cpus=1, **small)
 os.environ["RAY_ADDRESS"] = nodes.address
 
 from orchestrator.cluster.ray_train import run_train_jobs
-from orchestrator.cluster.ray_tune import TrialHooks, run_trials
+from orchestrator.cluster.tune import run_trials
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.records.training import TrainingJob
-from orchestrator.settings import ClusterSettings
+from orchestrator.records.trial import Trial, TrialSuite
+from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.models.folder import (find_checkpoints)
 from orchestrator.workspace.journal import read_journal
 
@@ -72,17 +73,35 @@ def watch(_=None):
     if "node is lost" in events and (len(notes) == 2 or kind == "trial") and once("node joins"):
         nodes.add_node(num_cpus=1, **small)
 
-def train(parameters, context):
-    job = TrainingJob.model_validate(parameters)
-    return {"finished": context.train(job, lambda: False).finished}
+def train(trial, place):
+    return trial if place.train(trial.job).finished else None
+
+class OneTrial:
+    is_over, num_taken, ended = False, 0, None
+
+    def take(self):
+        if self.num_taken:
+            return None
+        self.num_taken = 1
+        suite = TrialSuite(tokens_folder=job.tokens_folder)
+        return Trial(
+            key="x", role="trial", model=job.model, folder=job.run_folder, job=job, suite=suite
+        )
+
+    def on_start(self, key):
+        pass
+
+    def on_end(self, key, result, error):
+        self.is_over, self.ended = True, (result, error)
+
+    watch = staticmethod(watch)
 
 try:
     with ray_cluster():
         if kind == "trial":
-            trials = {"a trial": job.model_dump(mode="json")}
-            folder = job.folder.with_name("sweep")
-            report = run_trials(train, trials, folder, hooks=TrialHooks(watch=watch))["a trial"]
-            assert report.result == {"finished": True}, report
+            queue, folder = OneTrial(), job.folder.with_name("sweep")
+            run_trials(train, queue, folder, SweepSettings(), ClusterSettings(), num_trials=1)
+            assert queue.ended[0], queue.ended
         else:
             guest = ray.remote(num_cpus=1)(Guest).remote()
             ray.get(guest.has_come.remote())

@@ -11,17 +11,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
 import pytest
 from documented import ROOT, Line, blocks, shell_lines
+from sample_texts import help_texts, lines_of
 from small_size import SMALL
 
 from orchestrator import cli
-from orchestrator.data.python_docs import python_documents
-from orchestrator.terminal.progress import Progress
 
 pytestmark = pytest.mark.long
 
@@ -90,10 +88,9 @@ def started_project(tmp_path_factory: pytest.TempPathFactory, ray_session: None)
 
 def write_files(folder: Path) -> None:
     """Write texts, the settings files of the pages, and the task `capitals` with its items."""
-    texts = [text for text, _ in islice(python_documents(Progress()), 250)]
+    rows = lines_of(help_texts(100))
     for name in ("my-texts", "corpus", "tasks"):
         (folder / name).mkdir()
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (folder / "my-texts" / "all.jsonl").write_text(rows, encoding="utf-8")
     (folder / "corpus" / "all.jsonl").write_text(rows, encoding="utf-8")
     docs = ROOT / "docs"

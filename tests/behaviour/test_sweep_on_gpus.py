@@ -100,7 +100,7 @@ def test_models_are_trained_and_measured_on_reserved_gpus(
     assert "jobs_at_once=2, workers=1, cpus=2, gpus=1.0" in log
     assert tasks(log) == [
         "pipelines.influence", "training.teacher_cache", "evaluation.decode_timing",
-        "sweeping.decoding",
+        "sweeping.decode",
     ]  # fmt: skip
     assert set(gpus_of_trials(workspace / "trials")) <= {"0", "1"}
     assert precisions(workspace) == {"bf16"}

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
-from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
 import pytest
 from documented import ROOT, blocks
+from sample_texts import help_texts
 from small_size import SMALL
 
 from orchestrator import cli
-from orchestrator.data.python_docs import python_documents
-from orchestrator.data.text_files import DOCUMENT_MARK
-from orchestrator.terminal.progress import Progress
+from orchestrator.data.text import DOCUMENT_MARK
 
 PAGE = ROOT / "docs" / "tutorial.md"
 NOT_RUN = {"pip", "iiet-orch ui"}
@@ -43,8 +41,7 @@ def test_from_text_to_a_model_of_transformers(
     monkeypatch.setattr("sys.stdin", terminal)
     texts = tmp_path / "my-texts"
     texts.mkdir()
-    documents = islice(python_documents(Progress()), 250)
-    text = DOCUMENT_MARK.join(text for text, _ in documents)
+    text = DOCUMENT_MARK.join(help_texts(100))
     (texts / "python.txt").write_text(text, encoding="utf-8")
     ran = []
     for words in commands():

@@ -20,7 +20,7 @@ from orchestrator.models.folder import weights_key
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import SweepPlan, Trial
-from orchestrator.sweeping.trial_run import run_trial
+from orchestrator.sweeping.trial import Place, run_trial
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import jobs_to_train
@@ -216,17 +216,17 @@ def test_a_job_named_twice_is_trained_once(job: TrainingJob) -> None:
 def test_a_trial_and_a_training_job_of_one_folder_wait_for_each_other(
     tiny_plan: SweepPlan, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator.sweeping import trial_run
+    from orchestrator.sweeping import trial as trial_module
 
-    monkeypatch.setattr(trial_run, "measure_trial", with_accuracy)
+    monkeypatch.setattr(trial_module, "measure_trial", with_accuracy)
     trial = with_checkpoints(tiny_plan.trials[1])
     job = trial.job
     assert job
     driver = start(job, hold=True)
     wait_for(lambda: find_checkpoints(job.folder), driver)
-    assert run_trial(trial, wait=False).state == "busy"
+    assert run_trial(trial, wait=False) is None
     driver.stdin.close()
-    assert run_trial(trial).state == "made", "measured; trained by the other one"
+    assert run_trial(trial), "measured; trained by the other one"
     assert result(driver)
     assert len(events(job, "started", "resumed")) == 1
 
@@ -235,12 +235,13 @@ def test_a_trial_and_a_training_job_of_one_folder_wait_for_each_other(
     assert job
     drivers = []
 
-    def begin(*_: Any) -> None:
-        if not drivers:
-            drivers.append(start(job))
-            assert line(drivers[0]).startswith("waiting")
+    class Begins(Place):
+        def report(self, *_: Any) -> None:
+            if not drivers:
+                drivers.append(start(job))
+                assert line(drivers[0]).startswith("waiting")
 
-    assert run_trial(other, report=begin).state == "made"
+    assert run_trial(other, Begins())
     assert result(drivers[0])
     assert len(events(job, "started", "resumed")) == 1
 

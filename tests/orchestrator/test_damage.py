@@ -14,17 +14,16 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
+from changed_trials import stop_early
+from sample_texts import help_texts, lines_of
 from small_size import SMALL
 
 from iiet.schedule import IterationSchedule
 from orchestrator import cli
-from orchestrator.data.python_docs import python_documents
 from orchestrator.evaluation import decode_timing
 from orchestrator.models.folder import newest_checkpoint
 from orchestrator.models.lookup import Picked, load_influence_table
@@ -35,11 +34,10 @@ from orchestrator.pipelines.syncing import sync
 from orchestrator.records.trial import SweepPlan
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
-from orchestrator.sweeping import decoding
-from orchestrator.sweeping.asha import asha_trials, record_early_stop
-from orchestrator.sweeping.decoding import with_costs, with_decoding
+from orchestrator.sweeping import decode
+from orchestrator.sweeping.decode import with_costs, with_decoding
 from orchestrator.sweeping.plan import plan_iterations, plan_students, schedule_search
-from orchestrator.sweeping.trial_run import run_trial
+from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.devices import World
 from orchestrator.training.job import pretraining_job
@@ -57,7 +55,7 @@ SETTINGS = [
     "training.decay=constant", "distillation.training.num_steps=1",
     "distillation.teacher_cache=true",
     "influence.num_tokens=128", "evaluation.num_items=8", "evaluation.limit=3",
-    "sweep.num_schedules=2",
+    "sweep.num_schedules=2", "sweep.measure_drafts=true",
 ]  # fmt: skip
 """Last assignments count."""
 OPTIONS = [f"--set={assignment}" for assignment in SETTINGS]
@@ -305,11 +303,9 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copies]:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         for name in ("SWEEP_NEW_TOKENS", "SWEEP_REPETITIONS"):
             patch.setattr(decode_timing, name, 2)
-        patch.setattr(decoding, "NUM_TEXTS", 2)
+        patch.setattr(decode, "NUM_TEXTS", 2)
         patch.chdir(folder)
-        texts = [text for text, _ in islice(python_documents(Progress()), 120)]
-        lines = [json.dumps({"text": text}) + "\n" for text in texts]
-        Path("texts.jsonl").write_text("".join(lines))
+        Path("texts.jsonl").write_text(lines_of(help_texts(60)))
         workspace = open_workspace(folder / "whole")
         _fill(workspace)
         yield Copies(workspace.root)
@@ -331,7 +327,7 @@ def _fill(workspace: Workspace) -> None:
     plan = plan_students(settings, workspace, teacher, influence, name="s")
     plan.write(folder / PLAN_FILE)
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
-    results = [result for trial in plan.trials if (result := run_trial(trial).result)]
+    results = [result for trial in plan.trials if (result := run_trial(trial))]
     results = with_costs(results, plan, folder, settings, context.progress)
     results = with_decoding(results, plan, folder, settings, context.progress)
     found = StoredSweep(name="s", key=plan.key, results=tuple(results), influence=influence)
@@ -349,17 +345,14 @@ def _fill(workspace: Workspace) -> None:
     settings = read_settings(None, [*SETTINGS, "sweep.kind=search", "search.num_trials=1"])
     plan = plan_students(settings, workspace, teacher, influence, name="search")
     search = schedule_search(settings, workspace, plan, teacher)
-    search.update_study()
-    suggested = optuna.load_study(study_name=None, storage=search.study["storage"])
-    suggested.enqueue_trial({"r_01": 0, "r_02": 1})
-    suggested.ask(search.study["space"])
+    search.open({})
+    assert search.suggest()
 
     race = ["sweep.kind=iterations", "sweep.iterations=[1]", "sweep.methods=[iiet]"]
     rates = ["sweep.asha=true", "sweep.learning_rates={iiet: [1e-3, 2e-3]}"]
     settings = read_settings(None, [*SETTINGS, *race, *rates])
     plan = plan_iterations(settings, workspace, Path(plan.tokens_folder))
-    asha = asha_trials(plan, settings.sweep)
-    record_early_stop(asha, plan.trials[0].key, 2, 9.0)
+    stop_early(plan.trials[0], plan.trials[1], settings.sweep, 2)
 
     _sync(workspace, Notes())  # Makes the database.
     found.store(workspace)

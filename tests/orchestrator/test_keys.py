@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from lm_eval_tasks import write_choices
+from sample_texts import tokens_of
 
 from iiet.config import ModelConfig
 from iiet.distillation import DistillationConfig
 from iiet.methods.implicit_euler import ImplicitEulerOptions
 from iiet.schedule import IterationSchedule
-from orchestrator.data.corpus import Document
-from orchestrator.data.tokenization import write_tokens
 from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.suite import load_suite
@@ -26,7 +25,7 @@ from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.open import open_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
-from orchestrator.settings import DataSettings, ElasticSettings, TrainingSettings
+from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.training.job import job_key
 
@@ -87,8 +86,8 @@ def test_every_field_of_a_training_is_in_its_key_or_must_not_be(
 ) -> None:
     teacher = save_tiny(tmp_path / "teacher")
     other = save_tiny(tmp_path / "other", initializer_std=0.03)
-    words = [Document(f"word {number} " * 40, f"{number}") for number in range(40)]
-    tokens = write_tokens(tmp_path, words, DataSettings(vocab_size=300), resume_key="a")
+    words = [f"word {number} " * 40 for number in range(40)]
+    tokens = tokens_of(words, tmp_path / "other tokens", vocab_size=300)
     model, recipe = ModelConfig.from_dict(tiny_model), TrainingSettings(elastic=ElasticSettings())
     job = TrainingJob(
         run_folder=str(tmp_path), tokens_folder=str(tiny_tokens), model=model, recipe=recipe,

@@ -23,7 +23,7 @@ from pathlib import Path
 from orchestrator.cluster.gpu_task import WAITING
 from orchestrator.cluster.launch import command_device, trial_device
 from orchestrator.cluster.placement import Placement
-from orchestrator.cluster.ray_tune import TrialContext
+from orchestrator.cluster.tune import TrialPlace
 from orchestrator.cluster.start import ray_cluster
 from orchestrator.settings import ClusterSettings, resolve_settings
 from orchestrator.terminal.progress import Progress
@@ -83,7 +83,7 @@ with ray_cluster():
         found["error"] = [str(error), "in mistake" in str(error.__cause__)]
     workers = Placement(jobs_at_once=1, workers=2, cpus=1, gpus=1)
     try:
-        TrialContext(workers, *[None] * 4).on_device(lambda device: mistake(device, None))
+        TrialPlace(workers, ClusterSettings()).on_device(lambda device: mistake(device, None))
     except UserError as error:
         found["error of a trial"] = str(error)
     found["after a death"] = on_gpu(partial(die_once, Path(sys.argv[1])), Progress())

@@ -11,6 +11,7 @@ import torch
 
 from orchestrator.cluster.local import run_local_jobs
 from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import ClusterSettings, SweepSettings
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import read_journal
@@ -59,22 +60,26 @@ def test_one_of_two_workers_takes_the_other_along_and_neither_is_started_again(
 
 @pytest.mark.slow
 def test_a_trial_is_not_tried_again(ray_session: None, tiny_job: MakeJob, tmp_path: Path) -> None:
-    from orchestrator.cluster.ray_tune import TrialContext, run_trials
+    from list_queue import ListQueue, run_queue
 
-    def trial(parameters: dict[str, Any], context: TrialContext) -> dict[str, Any]:
+    def train(trial: Trial, place: Any) -> Trial | None:
         def run_out(*_: Any, **__: Any) -> None:
             raise torch.OutOfMemoryError("no space")
 
         backward = torch.autograd.backward
         torch.autograd.backward = run_out
         try:
-            context.train(TrainingJob.model_validate(parameters))
+            assert trial.job
+            place.train(trial.job)
         finally:
             torch.autograd.backward = backward  # Other trials use this process.
-        return {}
+        return None
 
     job = tiny_job(num_tokens_per_step=2**15)
-    sweep = SweepSettings(max_failures_per_trial=5)
-    reports = run_trials(trial, {"x": job.model_dump(mode="json")}, tmp_path / "sweep", sweep)
-    assert "--set training.num_sequences_per_pass=" in str(reports["x"].error)
+    trial = Trial(
+        key="x", role="trial", model=job.model, folder=job.run_folder, job=job,
+        suite=TrialSuite(tokens_folder=job.tokens_folder),
+    )  # fmt: skip
+    ended = run_queue(ListQueue([trial]), train, tmp_path, SweepSettings(max_failures_per_trial=5))
+    assert "--set training.num_sequences_per_pass=" in ended["x"][1]
     assert num_starts(job) == 1

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_texts import tokens_of
 
-from orchestrator.data.corpus import Document
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import prepare
 from orchestrator.data.store import open_tokens
-from orchestrator.data.tokenization import write_tokens
 from orchestrator.evaluation.heldout import (
     TEXT_TASKS,
     HeldoutSuite,
@@ -56,9 +55,9 @@ def story(draw: random.Random) -> str:
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw = random.Random(0)
-    documents = [Document(story(draw), f"story {number}") for number in range(150)]
-    settings = DataSettings(vocab_size=400, validation_fraction=0.3)
-    return write_tokens(tmp_path_factory.mktemp("tokens"), documents, settings, resume_key="a key")
+    texts = [story(draw) for _ in range(150)]
+    folder = tmp_path_factory.mktemp("tokens")
+    return tokens_of(texts, folder, vocab_size=400, validation_fraction=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +137,8 @@ def test_a_suite_does_not_depend_on_its_path(suite: HeldoutSuite, tmp_path: Path
 
 
 def test_text_without_sentences_is_one_error(tmp_path: Path) -> None:
-    documents = [Document(f"{i} " + "0x1f;" * i, "code") for i in range(1, 20)]
-    folder = write_tokens(tmp_path, documents, DataSettings(vocab_size=300), resume_key="a key")
+    texts = [f"{i} " + "0x1f;" * i for i in range(1, 20)]
+    folder = tokens_of(texts, tmp_path, vocab_size=300)
     with pytest.raises(UserError, match="give no test items"):
         build_heldout(folder, num_items=50, context_length=64)
     assert not list(folder.glob("*heldout*"))

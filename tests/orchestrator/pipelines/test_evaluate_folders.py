@@ -34,7 +34,7 @@ from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import EvaluationSettings
-from orchestrator.sweeping.trial_run import measure_trial
+from orchestrator.sweeping.trial import measure_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import UserError

@@ -25,7 +25,7 @@ from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.results import load_item_values
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.plan import load_tasks, plan_suite
-from orchestrator.sweeping.trial_run import run_trial
+from orchestrator.sweeping.trial import run_trial
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
@@ -136,9 +136,9 @@ def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
     measured = []
     for model in (config, cheaper):
         trial = checkpoint_trial("trial", "x", checkpoint, model, suite, workspace)
-        run = run_trial(trial)
-        assert run.result
-        measured.append(run.result)
+        result = run_trial(trial)
+        assert result
+        measured.append(result)
     assert runs == 2 * ["first", "second"]
     for model, result in zip((config, cheaper), measured, strict=True):
         found = evaluate(checkpoint, settings, workspace, schedule=model.corrections)
@@ -159,16 +159,16 @@ def test_a_sweep_and_the_commands_after_it_share_what_was_measured(
     suite = plan_suite(
         wider, tiny_tokens, config, load_tasks(wider, tiny_tokens, config, Progress())
     )
-    run = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, workspace))
-    assert run.result
-    assert run.result.value(loss := "quality/validation_loss") == measured[0].numbers[loss]
+    result = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, workspace))
+    assert result
+    assert result.value(loss := "quality/validation_loss") == measured[0].numbers[loss]
     assert runs == [*2 * ["first", "second"], "third"]
     fewer = wider.model_copy(update={"suite": "third", "limit": 1})
     suite = plan_suite(
         fewer, tiny_tokens, config, load_tasks(fewer, tiny_tokens, config, Progress())
     )
-    run = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, workspace))
-    assert run.state == "made", "the limit is of tasks, and changes no loss"
+    trial = checkpoint_trial("trial", "x", checkpoint, config, suite, workspace)
+    assert run_trial(trial), "the limit is of tasks, and changes no loss"
 
 
 def test_a_change_of_model_or_items_is_another_evaluation(

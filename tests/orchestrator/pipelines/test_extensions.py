@@ -15,7 +15,7 @@ from iiet import METHODS, preset
 from iiet.extensions import ExtensionError
 from iiet.influence_metrics import INFLUENCE_METRICS
 from orchestrator.cli import main
-from orchestrator.data.corpus import source_state
+from orchestrator.data.text import source_state
 from orchestrator.pipelines.doctor import extension_points
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.workspace.errors import UserError
@@ -27,7 +27,7 @@ SOURCE = """
 from itertools import product
 
 from iiet.influence_metrics import Comparison, InfluenceMetric
-from orchestrator.data.text_source import TextSource
+from orchestrator.data.text import TextSource
 
 
 class Distance(Comparison):
@@ -45,7 +45,7 @@ class Letters(TextSource):
     def state(self):
         return "letters"
 
-    def documents(self, progress):
+    def documents(self, shard):
         animals, places = ("lion", "zebra", "camel", "parrot"), ("river", "forest", "garden")
         for number, (one, other, place) in enumerate(product(animals, animals, places)):
             yield (

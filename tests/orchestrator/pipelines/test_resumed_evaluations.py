@@ -20,7 +20,7 @@ from orchestrator.pipelines.evaluating import evaluate_model, plan_evaluate
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.plan import load_tasks, plan_suite
-from orchestrator.sweeping.trial_run import run_trial
+from orchestrator.sweeping.trial import run_trial
 from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import Workspace, open_workspace
@@ -150,13 +150,13 @@ def test_a_trial_uses_what_an_interrupted_command_measured(
         settings, tiny_tokens, config, load_tasks(settings, tiny_tokens, config, Progress())
     )
     with counted_passes() as rest:
-        run = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, workspace))
-    assert run.result
+        result = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, workspace))
+    assert result
     other = open_workspace(tmp_path / "other")
     with counted_passes() as whole:
         usual = run_trial(checkpoint_trial("trial", "x", checkpoint, config, suite, other))
-    assert usual.result
-    assert run.result.numbers == usual.result.numbers
+    assert usual
+    assert result.numbers == usual.numbers
     assert sorted(before + rest) == sorted(whole), "each pass ran once"
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_runs import end_trials, finished
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from orchestrator.data.mixture import describe_data
-from orchestrator.evaluation import decode_timing as benchmark
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.syncing import sync
 from orchestrator.records.tracked_run import TrackedRun
@@ -26,8 +26,7 @@ from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.settings import SETTINGS_NAME, resolve_settings, to_yaml
-from orchestrator.sweeping.execution import run_sweep
-from orchestrator.sweeping.trial_queue import TrialQueue, _record_failure
+from orchestrator.sweeping.run import run_plan
 from orchestrator.tracking import NOTE_TAG
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import RunMonitor, lock_run_folder
@@ -62,14 +61,8 @@ def train(trial: Trial) -> None:
     journal.close()
 
 
-def finish(trial: Trial, accuracy: float) -> None:
-    measured = {
-        "numbers": {"quality/accuracy": accuracy, "train/flops": 1},
-        "checkpoint": trial.checkpoint or f"{trial.folder}/step_00000003",
-    }
-    trial.model_copy(update=measured).write(trial.result_path)
-    # A file system's clock may lag by some ms; here nothing lies between start and result.
-    os.utime(trial.result_path, ns=(time.time_ns(), time.time_ns()))
+def last_checkpoint(trial: Trial) -> str:
+    return trial.checkpoint or f"{trial.folder}/step_00000003"
 
 
 @pytest.fixture
@@ -81,8 +74,6 @@ def workspace(
 ) -> Workspace:
     """A pretraining, a student, a table, and a sweep in which one trial has failed."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(benchmark, "SWEEP_PROMPT_TOKENS", 4)
-    monkeypatch.setattr(benchmark, "SWEEP_NEW_TOKENS", 2)
     workspace, settings = open_workspace(tmp_path), resolve_settings({})
     context = Context(workspace)
     job = tiny_job("runs/pre", num_steps=2)
@@ -109,21 +100,21 @@ def workspace(
         )
     )
 
-    def run(queue: TrialQueue, waiting: list[Trial], _: None) -> None:
-        queue.watch(waiting)
-        for number, trial in enumerate(waiting):
-            if trial.job:
-                train(trial)
-            if number == 2:
-                queue.failures[trial.label] = "no space"
-                _record_failure(trial, "no space")
-                queue.on_end(trial, "failed", "no space")
-            else:
-                finish(trial, 0.5 - 0.01 * number)
-                queue.on_end(trial, "made", "")
+    ended: list[Trial] = []
 
-    monkeypatch.setattr(TrialQueue, "run", run)
-    outcome = run_sweep(tiny_plan, settings, workspace, tracking=context.tracking)
+    def end(trial: Trial) -> Trial | str:
+        if trial.job:
+            train(trial)
+        ended.append(trial)
+        if len(ended) == 3:
+            return "no space"
+        found = finished(trial, 0.5 - 0.01 * len(ended), last_checkpoint(trial))
+        # A file system's clock may lag by some ms; here nothing lies between start and result.
+        os.utime(trial.result_path, ns=(time.time_ns(), time.time_ns()))
+        return found
+
+    end_trials(monkeypatch, end)
+    outcome = run_plan(tiny_plan, settings, workspace, tracking=context.tracking)
     assert set(outcome.failures.values()) == {"no space"}
     found = StoredSweep(name=tiny_plan.name, key=tiny_plan.key, results=outcome.results)
     write_sweep_report(workspace, found, tracking=context.tracking)

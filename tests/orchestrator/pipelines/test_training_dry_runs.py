@@ -6,20 +6,18 @@ import json
 import re
 import shutil
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from sample_texts import help_texts, lines_of
 
 from orchestrator import cli
 from orchestrator.data.preparation import expected_tokens, prepare
-from orchestrator.data.python_docs import python_documents
 from orchestrator.models.config import build_model_config
 from orchestrator.pipelines import sweeps
 from orchestrator.planning.estimate import Estimate
 from orchestrator.settings import resolve_settings
-from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import open_workspace
 
@@ -132,8 +130,7 @@ def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
         raise AssertionError("the teacher is trained")
 
     text = tmp_path / "text.jsonl"
-    rows = [{"text": text} for text, _ in islice(python_documents(Progress()), 120)]
-    text.write_text("\n".join(map(json.dumps, rows)))
+    text.write_text(lines_of(help_texts(120)))
     settings = resolve_settings(
         {},
         [

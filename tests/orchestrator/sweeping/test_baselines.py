@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_texts import tokens_of
 
-from orchestrator.data.corpus import Document
-from orchestrator.data.tokenization import write_tokens
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.settings import DataSettings, TrainingSettings
+from orchestrator.settings import TrainingSettings
 from orchestrator.sweeping.baselines import find_baselines
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.layout import Workspace, find_checkpoints, open_workspace
@@ -93,8 +92,8 @@ def test_a_baseline_of_another_recipe_is_left_out_with_the_difference(
 def test_a_baseline_of_other_tokens_is_left_out(
     tmp_path: Path, workspace: Workspace, teacher: Path, tiny_model: dict[str, Any]
 ) -> None:
-    words = [Document(f"word {number} " * 40, f"{number}") for number in range(40)]
-    tokens = write_tokens(tmp_path, words, DataSettings(vocab_size=300), resume_key="a")
+    words = [f"word {number} " * 40 for number in range(40)]
+    tokens = tokens_of(words, tmp_path / "other tokens", vocab_size=300)
     pretrained(workspace, "v", tokens, {**tiny_model, **VANILLA})
     baselines = find_baselines(workspace, teacher)
     assert not baselines.found

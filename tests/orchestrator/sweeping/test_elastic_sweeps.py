@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from fake_tracking import FakeTracking
 from sample_trials import sample_front, sample_trial
 
 from iiet.config import ModelConfig
@@ -25,19 +25,20 @@ from orchestrator.reporting.elastic_section import ELASTIC_TITLE, elastic_sectio
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.settings import Settings, resolve_settings
-from orchestrator.sweeping import trial_queue, trial_run
+from orchestrator.sweeping import trial as trial_module
 from orchestrator.sweeping.elastic_plans import (
     elastic_savings,
     elastic_trials,
     elastic_upper_bound,
-    waits_for_weights,
     without_elastic,
 )
+from orchestrator.sweeping.live import LiveSweep
 from orchestrator.sweeping.plan import choose_members, threshold_plan
-from orchestrator.sweeping.trial_queue import TrialQueue
-from orchestrator.sweeping.trial_run import run_trial
+from orchestrator.sweeping.run import SweepQueue
+from orchestrator.sweeping.trial import run_trial
 from orchestrator.sweeping.trials import distillation_job, exact_cost, student_estimates
 from orchestrator.terminal.progress import Progress
+from orchestrator.tracking import Tracking
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
@@ -120,9 +121,6 @@ def test_one_training_serves_all_schedules(
     assert job.recipe.elastic
     assert job.recipe.elastic.schedules == ("1,1", "1,0", "0,0")
     assert {trial.checkpoint for trial in served} == {f"{trained.folder}/step_00000005"}
-    assert all(waits_for_weights(trial, plan.trials) for trial in served)
-    assert not waits_for_weights(plan.trials[0], plan.trials)
-    assert not waits_for_weights(served[0], served)
     assert len({trial.key for trial in plan.trials}) == 5
     assert [trial.threshold_text for trial in served[:1]] == ["0.1 to 0.3"]
     assert plan.num_distinct == 4
@@ -218,69 +216,61 @@ def test_weights_are_trained_once_and_measured_under_each_schedule(
         loss = heldout_loss(decoder, Path(suite.tokens_folder))
         return trial.with_numbers("quality", {"validation_loss": loss})
 
-    monkeypatch.setattr(trial_run, "measure_trial", measure)
+    monkeypatch.setattr(trial_module, "measure_trial", measure)
     plan = plan_of(resolve_settings({}, SMALL), space, teacher, suite)
-    runs = [run_trial(trial) for trial in plan.trials[1:]]
-    assert [run.state for run in runs] == ["made"] * 4
-    losses = [run.result.numbers["quality/validation_loss"] for run in runs if run.result]
-    assert len(set(losses)) == 4
-    assert len({run.result.checkpoint for run in runs if run.result}) == 1
+    results = [result for trial in plan.trials[1:] if (result := run_trial(trial))]
+    assert len({result.numbers["quality/validation_loss"] for result in results}) == 4
+    assert len({result.checkpoint for result in results}) == 1
     assert len(list(space.trials.glob("*/done.json"))) == 1
     again = plan_of(resolve_settings({}, SMALL), space, teacher, suite)
-    assert [run_trial(trial).state for trial in again.trials[1:]] == ["found"] * 4
+    monkeypatch.setattr(trial_module, "measure_trial", pytest.fail)
+    assert [run_trial(trial) for trial in again.trials[1:]] == results
 
 
-class Rounds:
-    """Stands for Ray: notes the labels of each round, and writes results of those that succeed."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> None:
-        self.rounds: list[list[str]] = []
-        self.fails = fails
-        monkeypatch.setattr(trial_queue, "ray_cluster", lambda *_, **__: nullcontext())
-        monkeypatch.setattr(
-            TrialQueue, "_run_round", lambda queue, trials, *_: self.run(queue, trials)
-        )
-
-    def run(self, queue: TrialQueue, trials: list[Trial]) -> None:
-        self.rounds.append([trial.label for trial in trials])
-        for trial in trials:
-            if trial.job and self.fails:
-                queue.failures[trial.label] = "it was made to fail"
-                continue
-            if trial.job:
-                name = f"step_{trial.job.recipe.num_steps:08d}"
-                (trial.job.folder / name).mkdir(parents=True, exist_ok=True)
+def order_of(plan: SweepPlan, space: Workspace, *, fails: bool) -> tuple[list[str], SweepQueue]:
+    """Run a queue of the unfinished trials, each as soon as it can start; return their order."""
+    found = {trial.key: result for trial in plan.trials if (result := trial.result())}
+    waiting = [trial for trial in plan.trials if trial.key not in found]
+    live = LiveSweep(
+        plan, resolve_settings({}), cast("Tracking", FakeTracking()), space.sweeps / "x",
+        num_trials=len(plan.trials),
+    )  # fmt: skip
+    queue = SweepQueue(waiting, found, {}, live, Progress(), num_all=len(plan.trials))
+    order, running = list[str](), list[Trial]()
+    while not queue.is_over:
+        while trial := queue.take():
+            order.append(trial.label)
+            running.append(trial)
+        if queue.is_over:
+            break
+        order.append("|")  # All that can start has started.
+        trial = running.pop(0)
+        if trial.job and not fails:
+            name = f"step_{trial.job.recipe.num_steps:08d}"
+            (trial.job.folder / name).mkdir(parents=True, exist_ok=True)
+        has_failed = bool(trial.job) and fails
+        if not has_failed:
             trial.write(trial.result_path)
-
-
-def queue_of(plan: SweepPlan, settings: Settings, space: Workspace) -> TrialQueue:
-    return TrialQueue(space.sweeps / "x", settings.sweep, Progress(), num_all=len(plan.trials))
+        queue.on_end(trial.key, None if has_failed else trial, "no luck" if has_failed else "")
+    return order, queue
 
 
 def test_schedules_wait_for_the_training_of_their_weights(
-    space: Workspace, teacher: Path, suite: TrialSuite, monkeypatch: pytest.MonkeyPatch
+    space: Workspace, teacher: Path, suite: TrialSuite
 ) -> None:
-    settings = resolve_settings({}, SMALL)
-    plan = plan_of(settings, space, teacher, suite)
-    rounds = Rounds(monkeypatch, fails=True)
-    queue = queue_of(plan, settings, space)
-    queue.run(plan.trials)
-    assert rounds.rounds == [["teacher", "2,1, elastic"]]
+    plan = plan_of(resolve_settings({}, SMALL), space, teacher, suite)
+    order, queue = order_of(plan, space, fails=True)
+    assert order == ["teacher", "2,1, elastic", "|", "|"]
     assert queue.failures["0,0, elastic"] == "its weights are not trained"
 
-    rounds = Rounds(monkeypatch)
-    queue = queue_of(plan, settings, space)
-    waiting = [trial for trial in plan.trials if not trial.result()]
-    queue.run(waiting)
+    order, queue = order_of(plan, space, fails=False)
     served = ["1,1, elastic", "1,0, elastic", "0,0, elastic"]
-    assert rounds.rounds == [["2,1, elastic"], served]
+    assert order == ["2,1, elastic", "|", *served, "|", "|", "|"]
     assert queue.failures == {}
-    # Measured again: the weights are there, and nothing waits.
     for trial in plan.trials[2:]:
         trial.result_path.unlink()
-    rounds = Rounds(monkeypatch)
-    queue_of(plan, settings, space).run(list(plan.trials[2:]))
-    assert rounds.rounds == [served]
+    order, _ = order_of(plan, space, fails=False)
+    assert order[:3] == served, "the weights are there, and nothing waits"
 
 
 def evaluation(share: float, name: str = "task") -> EvaluationResult:

@@ -6,12 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_runs import finished
 from mlflow.entities import Run
 
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.live_sweep import SECONDS_BETWEEN_FRONTS, FrontHistory, LiveSweep
+from orchestrator.sweeping.live import SECONDS_BETWEEN_FRONTS, LiveSweep
 from orchestrator.tracking import NOTE_TAG, REASON_TAG, VIEW_TAG, Tracking, open_tracking
 from orchestrator.training.watching import lock_run_folder
 from orchestrator.workspace.journal import Journal, recorded_times
@@ -25,7 +26,6 @@ class Watched:
 
     def __init__(self, plan: SweepPlan, tracking: Tracking, folder: Path) -> None:
         self.plan, self.tracking, self.now = plan, tracking, 0.0
-        self.history = FrontHistory(plan, folder, num_trials=len(plan.trials))
         self.live = LiveSweep(
             plan, resolve_settings({}), tracking, folder, num_trials=len(plan.trials),
             clock=lambda: self.now,
@@ -54,14 +54,7 @@ class Watched:
         return [point.step for point in history]
 
     def finish(self, trial: Trial, accuracy: float) -> None:
-        measured = {"numbers": {"quality/accuracy": accuracy, "train/flops": 1e9}}
-        trial.model_copy(update=measured).write(trial.result_path)
-        result = self.history.add(trial)
-        assert result
-        self.live.log_results([result])
-        assert self.history.record() is (self.history.front is not None)
-        if self.history.front:
-            self.live.show_front(self.history.front, self.history.num_measured)
+        self.live.on_results([finished(trial, accuracy)])
 
 
 @pytest.fixture
@@ -69,7 +62,7 @@ def watched(tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     workspace = open_workspace(tmp_path)
     tracking = open_tracking(workspace, warn=pytest.fail)
-    return Watched(tiny_plan, tracking, workspace.sweeps / "toy" / "history" / tiny_plan.key)
+    return Watched(tiny_plan, tracking, workspace.sweeps / "toy")
 
 
 def test_a_sweep_is_seen_while_it_runs(watched: Watched) -> None:
@@ -129,8 +122,8 @@ def test_a_sweep_is_seen_while_it_runs(watched: Watched) -> None:
 def test_a_trial_without_a_result_says_why_until_it_is_tried_again(watched: Watched) -> None:
     teacher, first, second, third, *_ = watched.plan.trials
     watched.live.watch([first, second, third])
-    watched.live.log_end(first, "FAILED", "its loss is not finite")
-    watched.live.log_end(second, "KILLED", "stopped early at step 3 of 40: another was better")
+    watched.live.on_end(first, "FAILED", "its loss is not finite")
+    watched.live.on_end(second, "KILLED", "stopped early at step 3 of 40: another was better")
     with lock_run_folder(Path(teacher.folder)):  # Another process runs it.
         watched.live.watch([teacher])
         watched.live.close()

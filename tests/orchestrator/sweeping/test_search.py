@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import itertools
 import math
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optuna
 import pytest
+from fake_tracking import FakeTracking
 from optuna.distributions import IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
-from ray.tune.search.optuna import OptunaSearch
 from sample_trials import sample_front, sample_trial
 
 from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
-from orchestrator.cluster.trial_search import TrialSearch
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
-from orchestrator.settings import SearchSettings, SweepSettings
-from orchestrator.sweeping import trial_queue
+from orchestrator.settings import SearchSettings, resolve_settings
+from orchestrator.sweeping.live import LiveSweep
 from orchestrator.sweeping.plan import search_plan
+from orchestrator.sweeping.run import SweepQueue
 from orchestrator.sweeping.search import GENERATION, STUDY_FILE, ScheduleSearch, finished_schedules
-from orchestrator.sweeping.trial_queue import TrialQueue
 from orchestrator.terminal.progress import Progress
+from orchestrator.tracking import Tracking
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import RUN_LOCK_NAME, open_workspace
 from orchestrator.workspace.locks import lock_file
@@ -89,26 +88,26 @@ class World:
         search, suggested = self.search(**settings), []
         for trial in (*self.family.trials, *search.known_trials()):
             self.finish(trial)
-        search.update_study()
-        searcher = TrialSearch(search, lambda trial: trial.model_dump(mode="json"))
-        running: dict[str, Trial] = {}
+        search.open(self.results(search))
+        running: list[Trial] = []
         while len(suggested) < most:
             while len(running) < at_once and len(suggested) < most:
-                name = f"tune {len(suggested)}"
-                found = searcher.suggest(name)
-                if found == TrialSearch.FINISHED:
+                trial = search.suggest()
+                if trial is None:
                     break
-                running[name] = Trial.model_validate_json(found["trial"]["parameters"])
-                assert running[name].key == found["trial"]["key"]
-                suggested.append(running[name].label)
+                running.append(trial)
+                suggested.append(trial.label)
             if not running:
                 break
-            name, trial = next(iter(running.items()))
+            trial = running.pop(0)
             if trial.label != failing:
                 self.finish(trial)
-            searcher.on_trial_complete(name, error=trial.label == failing)
-            del running[name]
+            search.tell(trial, trial.result())
         return suggested
+
+    def results(self, search: ScheduleSearch) -> dict[str, Trial]:
+        trials = [*self.family.trials, *search.known_trials()]
+        return {trial.key: result for trial in trials if (result := trial.result())}
 
     def study(self) -> optuna.Study:
         """Open the stored study as a person does."""
@@ -141,14 +140,6 @@ def test_nsga2_breeds_from_added_trials_if_they_have_a_generation(
     assert study.trials[-1].system_attrs[GENERATION] == generation
 
 
-def test_tunes_optuna_search_takes_evaluated_points_of_one_objective_only() -> None:
-    with pytest.raises((TypeError, ValueError)):
-        OptunaSearch(
-            {"r_01": IntDistribution(0, 9)}, metric=["a", "b"], mode=["min", "min"],
-            points_to_evaluate=[{"r_01": 3}], evaluated_rewards=[[0.0, 0.0]],
-        )  # fmt: skip
-
-
 @pytest.mark.parametrize("sampler", ["nsga2", "tpe", "gp"])
 def test_each_schedule_once_and_the_same_command_trains_nothing(
     tmp_path: Path, sampler: str
@@ -169,22 +160,32 @@ def test_each_schedule_once_and_the_same_command_trains_nothing(
     assert world.made == made + 1
 
 
-def test_trials_that_are_not_suggested_yet_are_not_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_search_follows_the_family_and_learns_from_all_of_it(
+    tmp_path: Path, tiny_tokens: Path
 ) -> None:
-    world, done = World(tmp_path), []
+    world, shown = World(tmp_path), []
 
-    def run_round(_: TrialQueue, trials: list[Trial], num_done: int, *__: Any) -> None:
-        done.append(num_done)
-        for trial in trials:
-            world.finish(trial)
+    class Shown(Progress):
+        def advance(self, done: float, *_: Any, **__: Any) -> None:
+            shown.append(done)
 
-    monkeypatch.setattr(trial_queue, "ray_cluster", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(TrialQueue, "_run_round", run_round)
     search, family = world.search(num_trials=24), world.family.trials
-    queue = TrialQueue(tmp_path, SweepSettings(), Progress(), num_all=len(family) + 24)
-    queue.run(family, search)
-    assert done == [0, len(family)], "before the family, and before the search"
+    tracking = cast("Tracking", FakeTracking())
+    plan = world.family.model_copy(update={"tokens_folder": str(tiny_tokens)})
+    live = LiveSweep(plan, resolve_settings({}), tracking, tmp_path / "s", num_trials=28)
+    queue = SweepQueue(family, {}, {}, live, Shown(), search=search, num_all=len(family) + 24)
+    assert queue.num_ready == len(family) + 24
+    running = [queue.take() for _ in range(len(family) + 1)]
+    assert running.pop() is None, "the search waits for the last of the family"
+    for trial in running:
+        assert trial
+        world.finish(trial)
+        queue.on_end(trial.key, trial.result(), "")
+        queue.watch()
+    assert shown == [1, 2, 3, 4], "what is not suggested yet is not done"
+    assert [trial for trial in (queue.take(), queue.take()) if trial] == search.known_trials()
+    assert len(world.complete()) == len(FAMILY), "the teacher is one of them"
+    assert not queue.is_over
 
 
 def test_another_seed_suggests_others(tmp_path: Path) -> None:
@@ -215,10 +216,12 @@ def test_what_another_process_runs_is_neither_closed_nor_suggested_again(tmp_pat
     [theirs] = [trial for trial in world.search().known_trials() if not trial.result()]
     search = world.search(num_trials=12)
     with lock_file(Path(theirs.folder) / RUN_LOCK_NAME):
-        search.update_study()
+        search.open(world.results(search))
     assert len(world.study().get_trials(states=(TrialState.RUNNING,))) == 1
-    assert search.accept(search._point(theirs.model.corrections)) is None
     assert search.num_left == 8
+    others = [trial.label for _ in range(8) if (trial := search.suggest())]
+    assert len(others) == 8
+    assert theirs.label not in others
 
 
 def test_what_other_searches_have_finished_is_known(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from orchestrator.data.depth import write_depth
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
 from orchestrator.settings.data import DepthSettings
-from orchestrator.sweeping import decoding
-from orchestrator.sweeping.decoding import with_decoding
+from orchestrator.sweeping import decode
+from orchestrator.sweeping.decode import with_decoding
 from orchestrator.sweeping.trials import checkpoint_trial, exact_cost
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import open_workspace
@@ -39,9 +39,9 @@ def results(tiny_plan: SweepPlan, tmp_path: Path) -> list[Trial]:
 
 
 def measured(
-    results: list[Trial], plan: SweepPlan, folder: Path, *changes: str
+    results: list[Trial], plan: SweepPlan, folder: Path, *, drafts: bool = True
 ) -> tuple[Trial, Trial]:
-    settings: Settings = resolve_settings({}, changes)
+    settings: Settings = resolve_settings({}, [f"sweep.measure_drafts={str(drafts).lower()}"])
     full, pruned = with_decoding(results, plan, folder, settings, Progress())
     return full, pruned
 
@@ -55,9 +55,9 @@ def test_the_pruned_teacher_is_measured_as_the_teachers_draft(
     assert set(pruned.numbers) >= names
     assert 0 <= pruned.metrics()["decoding/acceptance"] <= 1
 
-    monkeypatch.setattr(decoding, "_measure", pytest.fail)
+    monkeypatch.setattr(decode, "_measure_drafts", pytest.fail)
     assert measured(results, tiny_plan, tmp_path) == (full, pruned)
-    off = measured(results, tiny_plan, tmp_path, "sweep.measure_drafts=false")
+    off = measured(results, tiny_plan, tmp_path, drafts=False)
     assert list(off) == results
 
 

@@ -7,7 +7,7 @@ from changed_trials import with_job
 
 from orchestrator.records.trial import SweepPlan
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.live_sweep import sweep_parameters
+from orchestrator.sweeping.live import sweep_parameters
 
 
 def parameters(plan: SweepPlan, kind: str, *assignments: str) -> dict[str, str]:

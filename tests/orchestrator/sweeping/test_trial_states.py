@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from changed_trials import with_job
+from changed_trials import stop_early, with_job
 from rich.console import Console
 
 from iiet.influence import InfluenceTable
@@ -28,7 +28,6 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.command_tables import price_rows
 from orchestrator.settings import Settings, resolve_settings
-from orchestrator.sweeping.asha import asha_trials, record_early_stop
 from orchestrator.sweeping.plan import SweepModel, choose_members, iterations_plan, threshold_plan
 from orchestrator.sweeping.trial_states import (
     plan_sentences,
@@ -210,7 +209,7 @@ def test_what_is_finished_or_was_stopped_costs_nothing(
         update={"kind": "iterations", "trials": (*tiny_plan.trials[:3], better, worse)}
     )
     chosen = settings("sweep.asha=true")
-    record_early_stop(asha_trials(tiny_plan, chosen.sweep), worse.key, 20, 5.0)
+    stop_early(worse, better, chosen.sweep, 20)
     price = price_left(tiny_plan, chosen, tmp_path)
     assert price.num_tokens == 40 * STEP
     assert told(tiny_plan, chosen)[1] == (

@@ -1,4 +1,4 @@
-"""What the models of a sweep cost, and how they draft for the full one; measured once each.
+"""What the models of a sweep cost, and if asked how they draft for the full one; measured once.
 
 Costs are exact counts, and milliseconds per token. For these only the shapes of the models count,
 not the values of their weights, so the weights are random, and all schedules of one shape share
@@ -9,11 +9,8 @@ output. Only text is generated, so sweeps on other data have no such numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-from torch import Tensor
 
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
@@ -103,103 +100,68 @@ class _StoredDecoding(Record):
     """Name of a measurement -> its numbers."""
 
 
-@dataclass(frozen=True)
-class _Measurement:
-    trial: Trial
-    full: Trial
-    """The model that the trial drafts for."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.trial.key} for {self.full.key}"
-
-
 def with_decoding(
     results: Sequence[Trial], plan: SweepPlan, folder: Path, settings: Settings, progress: Progress
 ) -> list[Trial]:
-    """Add what the settings ask for; costs must be known. What is stored is not measured again."""
-    wanted = _wanted(results, settings)
-    if not wanted or _text_of(open_data(plan.tokens_folder)) is None:
+    """Add how the models that tables show draft for their full models, if the settings ask for it;
+    costs must be known. What is stored is not measured again."""
+    targets = draft_targets(results) if settings.sweep.measure_drafts else {}
+    pairs = {
+        f"{one.key} for {targets[one.key].key}": (one, targets[one.key])
+        for one in shown_trials(results)
+        if one.key in targets
+    }
+    if not pairs or _text_of(open_data(plan.tokens_folder)) is None:
         return list(results)
     path, on_gpu = folder / DECODING_NAME, ["GPU"] if settings.trials_use_gpus else []
     state = content_key(environment(), SWEEP_NEW_TOKENS, *on_gpu)
     stored = _StoredDecoding.read_measured(path, progress.note)
     known = stored.by_name if stored and stored.state == state else {}
-    if missing := [one for one in wanted if one.name not in known]:
+    if missing := {name: pair for name, pair in pairs.items() if name not in known}:
         progress.start("decoding", len(missing))
-        work = partial(_measure, missing, Path(plan.tokens_folder))
-        known = {**known, **trial_device(settings, folder)(work, progress)}
+        measure = partial(_measure_drafts, missing, Path(plan.tokens_folder))
+        known = {**known, **trial_device(settings, folder)(measure, progress)}
         _StoredDecoding(state=state, by_name=known).write(path)
-    numbers = {one.trial.key: known[one.name] for one in wanted if one.name in known}
+    numbers = {pair[0].key: known[name] for name, pair in pairs.items() if name in known}
     return [result.with_numbers("decoding", numbers.get(result.key, {})) for result in results]
-
-
-def _wanted(results: Sequence[Trial], settings: Settings) -> list[_Measurement]:
-    """Return the measurements of the models that tables show."""
-    targets = draft_targets(results) if settings.sweep.measure_drafts else {}
-    shown = shown_trials(results)
-    return [_Measurement(one, targets[one.key]) for one in shown if one.key in targets]
 
 
 def _text_of(data: PreparedData) -> TokenStore | None:
     return next((part for part in data.parts if isinstance(part, TokenStore)), None)
 
 
-def _measure(
-    wanted: Sequence[_Measurement], tokens_folder: Path, device: str, progress: Progress
+def _measure_drafts(
+    pairs: Mapping[str, tuple[Trial, Trial]], tokens_folder: Path, device: str, progress: Progress
 ) -> dict[str, dict[str, float]]:
+    """Measure drafts of full models on held-out text; one that cannot draft is noted."""
     text = _text_of(open_data(tokens_folder))
     assert text is not None
+    load = partial(load_model, device=device, dtype=DTYPES[device_precision(device)], frozen=True)
     found: dict[str, dict[str, float]] = {}
-    full: tuple[str, Decoder] | None = None
-    for one in sorted(wanted, key=lambda one: one.full.key):
+    loaded: tuple[str, Decoder] | None = None
+    for name, (trial, full) in sorted(pairs.items(), key=lambda pair: pair[1][1].key):
         try:
-            if full is None or full[0] != one.full.key:
-                full = one.full.key, _load(one.full, device)
-            found[one.name] = _draft_numbers(full[1], one, _texts(text, full[1]), device)
+            if loaded is None or loaded[0] != full.key:
+                schedule = full.model.corrections
+                loaded = full.key, load(Path(str(full.checkpoint)), schedule=schedule)
+            length = SWEEP_PROMPT_TOKENS + SWEEP_NEW_TOKENS
+            length = min(length, loaded[1].config.context_length)
+            (batch,) = text.validation_batches(
+                context_length=length, num_tokens=NUM_TEXTS * length, batch_size=NUM_TEXTS
+            )
+            draft: Decoder | IterationSchedule = trial.model.corrections
+            if trial.checkpoint != full.checkpoint:
+                draft = load(Path(str(trial.checkpoint)), schedule=trial.model.corrections)
+            speed = measure_draft(loaded[1], draft, batch.input_ids)
+            found[name] = {
+                "acceptance": speed.acceptance,
+                "exact_ms_per_token": speed.ms_per_token,
+                "speed_up": speed.speed_up,
+            }
         except UserError as error:
-            progress.note(f"{one.trial.name}: decoding is not measured: {error}")
+            progress.note(f"{trial.name}: decoding is not measured: {error}")
         progress.advance(len(found))
-    progress.finish(_summary(found))
+    best = max((numbers["speed_up"] for numbers in found.values()), default=0.0)
+    text_of_best = f", the best draft makes exact output {best:.2f} times as fast" if best else ""
+    progress.finish(f"{format_count(len(found), 'measurement')}{text_of_best}")
     return found
-
-
-def _load(trial: Trial, device: str) -> Decoder:
-    return load_model(
-        Path(str(trial.checkpoint)),
-        device=device,
-        dtype=DTYPES[device_precision(device)],
-        schedule=trial.model.corrections,
-        frozen=True,
-    )
-
-
-def _texts(text: TokenStore, model: Decoder) -> Tensor:
-    """Return held-out sequences, (texts, time), a prompt and the length of its continuation."""
-    length = min(SWEEP_PROMPT_TOKENS + SWEEP_NEW_TOKENS, model.config.context_length)
-    (batch,) = text.validation_batches(
-        context_length=length, num_tokens=NUM_TEXTS * length, batch_size=NUM_TEXTS
-    )
-    return batch.input_ids
-
-
-def _draft_numbers(
-    full: Decoder, one: _Measurement, texts: Tensor, device: str
-) -> dict[str, float]:
-    draft: Decoder | IterationSchedule = one.trial.model.corrections
-    if one.trial.checkpoint != one.full.checkpoint:
-        draft = _load(one.trial, device)
-    speed = measure_draft(full, draft, texts)
-    return {
-        "acceptance": speed.acceptance,
-        "exact_ms_per_token": speed.ms_per_token,
-        "speed_up": speed.speed_up,
-    }
-
-
-def _summary(found: Mapping[str, Mapping[str, float]]) -> str:
-    speed_ups = [one["speed_up"] for one in found.values()]
-    counted = format_count(len(found), "measurement")
-    if not speed_ups:
-        return counted
-    return f"{counted}, the best draft makes exact output {max(speed_ups):.2f} times as fast"

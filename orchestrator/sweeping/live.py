@@ -31,15 +31,19 @@ from orchestrator.reporting.training_curves import (
     HYPERVOLUME_BY_GFLOPS,
     HYPERVOLUME_BY_TRIALS,
     MAX_CURVE_POINTS,
+    history_folder,
 )
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
-from orchestrator.sweeping.trial_run import is_trial_locked
-from orchestrator.sweeping.trials import exact_cost, full_config, full_trial
+from orchestrator.sweeping.trials import exact_cost, full_trial
 from orchestrator.tracking import Tracking
+from orchestrator.training.watching import is_run_locked
 from orchestrator.workspace.journal import Journal, now_ms, read_journal, recorded_times
 
 SECONDS_BETWEEN_FRONTS = 30.0
 """A picture takes up to a second of the process that waits for the trials."""
+FLOPS_PER_STEP = 1e9
+SCHEDULE_CHOICES = ("num_schedules", "thresholds", "budgets")
+"""Settings of which one decides how many students there are; a later one wins."""
 
 
 class LiveSweep:
@@ -50,7 +54,7 @@ class LiveSweep:
         plan: SweepPlan,
         settings: Settings,
         tracking: Tracking,
-        history: Path,
+        folder: Path,
         *,
         num_trials: int,
         clock: Callable[[], float] = time.monotonic,
@@ -58,30 +62,27 @@ class LiveSweep:
         """Show the sweep as running from now on; what its run showed before stays.
 
         Args:
-            history: Folder of the sweep's journal; the picture is stored there, too.
+            folder: The sweep's folder.
             num_trials: Trials of the sweep, those included that a search will suggest.
         """
-        self._name, self._full, self._num_trials = plan.name, full_config(plan), num_trials
-        self._tracking, self._folder = tracking, history
+        self._name, self._num_trials, self._tracking = plan.name, num_trials, tracking
+        self.history = FrontHistory(plan, history_folder(folder, plan.key), num_trials=num_trials)
         self._open: dict[str, Trial] = {}
         self._failures: dict[str, str] = {}
-        self._front: Front | None = None
-        self._num_measured = 0
+        self._new_front: Front | None = None
         self._clock, self._next_front = clock, clock()
-        folder = history.parent.parent
         started_ms, _ = recorded_times(folder) or (now_ms(), 0)
         self._run = tracking.stored("sweep", plan.key) or TrackedRun(
             key=plan.key,
             kind="sweep",
             name=plan.name,
             folder=str(folder),
-            journal=str(history),
+            journal=str(self.history.folder),
             started_ms=started_ms,
         )
-        params = {name: str(value) for name, value in sweep_parameters(plan, settings).items()}
         self.change(
             status="RUNNING",
-            params=params,
+            params=sweep_parameters(plan, settings),
             tags={SWEEP_TAG: plan.name},
             dataset=describe_data(plan.tokens_folder),
             texts={SETTINGS_NAME: to_yaml(settings)},
@@ -102,45 +103,51 @@ class LiveSweep:
         new = [trial for trial in running if trial.key not in self._open]
         self._open |= {trial.key: trial for trial in new}
         self._show(new, "RUNNING")
-        if self._front and self._clock() >= self._next_front:
-            notes = [f"{self._num_measured} of {self._num_trials} models are measured so far."]
+        if self._new_front and self._clock() >= self._next_front:
+            num_measured = self.history.num_measured
+            notes = [f"{num_measured} of {self._num_trials} models are measured so far."]
             notes += [f"{label} failed: {reason}" for label, reason in self._failures.items()]
+            folder = self.history.folder
             self.change(
-                **front_so_far(self._front, name=self._name, notes=notes, folder=self._folder)
+                **front_so_far(self._new_front, name=self._name, notes=notes, folder=folder)
             )
-            self._front, self._next_front = None, self._clock() + SECONDS_BETWEEN_FRONTS
+            self._new_front, self._next_front = None, self._clock() + SECONDS_BETWEEN_FRONTS
 
-    def log_results(self, results: Sequence[Trial]) -> None:
-        """End the runs of measured trials; those that have no run yet get one."""
+    def on_results(self, results: Sequence[Trial], *, at_end: bool = False) -> None:
+        """End the runs of measured trials, and show the front soon; pictures of fronts that follow
+        each other at once are one.
+
+        Args:
+            at_end: Whether no trial follows.
+        """
         for result in results:
             self._open.pop(result.key, None)
+            self.history.add(result)
         self._show(results, "FINISHED")
+        if self.history.record(at_end=at_end):
+            self._new_front = self.history.front
 
-    def log_end(self, trial: Trial, status: Status, reason: str = "") -> None:
+    def on_end(self, trial: Trial, status: Status, reason: str = "") -> None:
         """End the run of a trial without a result, as FAILED or KILLED."""
         self._open.pop(trial.key, None)
         if status == "FAILED":
             self._failures[trial.label] = reason
         self._show([trial], status, reason)
 
-    def show_front(self, front: Front, num_measured: int) -> None:
-        """Show this front soon; the pictures of fronts that follow each other at once are one."""
-        self._front, self._num_measured = front, num_measured
-
     def close(self) -> None:
         """End the runs of the trials that were running, but not of those that others run."""
         for trial in list(self._open.values()):
-            if not is_trial_locked(trial):
-                self.log_end(trial, "KILLED")
+            if not is_run_locked(Path(trial.folder)):
+                self.on_end(trial, "KILLED")
 
     def _show(self, trials: Sequence[Trial], status: Status, reason: str = "") -> None:
         runs = []
         for trial in trials:
-            if "cost/evaluations" not in trial.numbers:
-                trial = trial.with_numbers("cost", exact_cost(trial.model, self._full))
+            costed = self.history.with_cost(trial)
             journal = journal_folder(trial)
-            run = trial_run(self._name, self._run.key, trial, journal, status=status, reason=reason)
-            runs.append(run)
+            runs.append(
+                trial_run(self._name, self._run.key, costed, journal, status=status, reason=reason)
+            )
         self._tracking.publish(*runs)
 
 
@@ -154,24 +161,22 @@ def journal_folder(trial: Trial) -> Path | None:
     return Path(trial.checkpoint).parent if trial.checkpoint and trial.role != "trial" else None
 
 
-FLOPS_PER_STEP = 1e9
-
-
 class FrontHistory:
     """The front of a sweep while it runs, and its journal.
 
-    A trial's result is read once, and forgotten once another beats it. Seeds of a model are kept,
-    because their mean still changes.
+    A result is forgotten once another beats it. Seeds of a model are kept, because their mean still
+    changes.
     """
 
     def __init__(self, plan: SweepPlan, folder: Path, *, num_trials: int) -> None:
         """Read the journal in `folder`; `num_trials` will be finished at the end."""
-        self._full, self._folder = full_trial(plan), folder
+        self.folder, self._full = folder, full_trial(plan)
         self._seen: set[str] = set()
         self._candidates: list[Trial] = []
         self._flops = 0.0
-        self._last = _last_step(folder)
-        self._interval = max(1, num_trials // MAX_CURVE_POINTS)
+        records, _ = read_journal(folder)
+        steps = [r["step"] for r in records if HYPERVOLUME_BY_TRIALS in r.get("values", {})]
+        self._last, self._interval = max(steps, default=0), max(1, num_trials // MAX_CURVE_POINTS)
         self.front: Front | None = None
         """The front that was recorded last; most models that others beat are not in it."""
 
@@ -180,18 +185,19 @@ class FrontHistory:
         """Number of finished trials."""
         return len(self._seen)
 
-    def add(self, trial: Trial) -> Trial | None:
-        """Take in the result of a trial; return it with its exact cost if it is new."""
-        if trial.key in self._seen:
-            return None
-        result = trial.result()
-        if result is None:
-            return None
-        result = result.with_numbers("cost", exact_cost(trial.model, self._full.model))
-        self._seen.add(trial.key)
-        self._candidates.append(result)
-        self._flops += _flops_spent(result) if trial.job else 0.0
-        return result
+    def with_cost(self, trial: Trial) -> Trial:
+        """Return a trial with its exact cost."""
+        return trial.with_numbers("cost", exact_cost(trial.model, self._full.model))
+
+    def add(self, result: Trial) -> None:
+        """Take in a measured trial; one that is known already changes nothing."""
+        if result.key in self._seen:
+            return
+        self._seen.add(result.key)
+        self._candidates.append(self.with_cost(result))
+        if result.job:  # A first stage in common counts for the model that made it.
+            shared = result.numbers.get("train/shared_flops", 0.0)
+            self._flops += result.numbers.get("train/flops", 0.0) - shared
 
     def record(self, *, at_end: bool = False) -> bool:
         """Record the hypervolume of the trials that are finished now.
@@ -203,8 +209,7 @@ class FrontHistory:
             Whether anything was recorded: False while the full model is not measured, if it has no
             accuracy, or if too few trials were finished since the last time.
         """
-        num_found = len(self._seen)
-        if num_found < self._last + (1 if at_end else self._interval):
+        if self.num_measured < self._last + (1 if at_end else self._interval):
             return False
         front = find_front(result_table(self._candidates))
         volume, full = front.hypervolume, front.full
@@ -219,29 +224,12 @@ class FrontHistory:
             "sweep/front_size": len(front.members),
             "sweep/training_flops": self._flops,
         }
-        journal = Journal(self._folder)
-        journal.metrics(num_found, numbers)
+        journal = Journal(self.folder)
+        journal.metrics(self.num_measured, numbers)
         journal.metrics(round(self._flops / FLOPS_PER_STEP), {HYPERVOLUME_BY_GFLOPS: volume})
         journal.close()
-        self._last, self.front = num_found, front
+        self._last, self.front = self.num_measured, front
         return True
-
-
-def _flops_spent(result: Trial) -> float:
-    # A first stage in common counts for the model that made it.
-    numbers = result.numbers
-    return numbers.get("train/flops", 0.0) - numbers.get("train/shared_flops", 0.0)
-
-
-def _last_step(folder: Path) -> int:
-    records, _ = read_journal(folder)
-    return max(
-        (r["step"] for r in records if HYPERVOLUME_BY_TRIALS in r.get("values", {})), default=0
-    )
-
-
-SCHEDULE_CHOICES = ("num_schedules", "thresholds", "budgets")
-"""Settings of which one decides how many students there are; a later one wins."""
 
 
 def sweep_parameters(plan: SweepPlan, settings: Settings) -> dict[str, str]:
@@ -255,17 +243,21 @@ def sweep_parameters(plan: SweepPlan, settings: Settings) -> dict[str, str]:
     if plan.kind == "iterations":
         params |= {name: getattr(sweep, name) for name in ("methods", "iterations", "num_layers")}
         if sweep.asha:
-            params |= {
-                name: getattr(sweep, name) for name in type(sweep).model_fields if "asha" in name
-            }
+            names = [name for name in type(sweep).model_fields if "asha" in name]
+            params |= {name: getattr(sweep, name) for name in names}
     else:
-        params |= {"teacher": plan.teacher, "influence_metric": settings.influence.metric}
-        params |= _schedule_choice(settings)
+        choice = [name for name in SCHEDULE_CHOICES if getattr(sweep, name)][-1]
         params |= {
+            "teacher": plan.teacher,
+            "influence_metric": settings.influence.metric,
+            choice: getattr(sweep, choice),
+            "selection": sweep.selection,
             "control": settings.distillation.control,
             "elastic": sweep.elastic or None,
             "distilled_baselines": sweep.distilled_baselines,
         }
+        if choice == "budgets" or sweep.budget_unit != "evaluations":
+            params["budget_unit"] = sweep.budget_unit
     if plan.kind == "search":
         params |= {f"search.{name}": value for name, value in settings.search}
     params["seeds"] = sweep.seeds
@@ -273,15 +265,7 @@ def sweep_parameters(plan: SweepPlan, settings: Settings) -> dict[str, str]:
     jobs = [t.job for t in plan.trials if t.job and not t.is_distilled_baseline]
     shared = shared_parameters([job_parameters(job) for job in jobs])
     is_schedule = re.compile("schedule|r_[0-9]+").fullmatch
-    return {name: value for name, value in shared.items() if not is_schedule(name)} | own
-
-
-def _schedule_choice(settings: Settings) -> dict[str, Any]:
-    sweep = settings.sweep
-    name = [name for name in SCHEDULE_CHOICES if getattr(sweep, name)][-1]
-    choice = {name: getattr(sweep, name), "selection": sweep.selection}
-    has_unit = name == "budgets" or sweep.budget_unit != "evaluations"
-    return choice | ({"budget_unit": sweep.budget_unit} if has_unit else {})
+    return {name: str(value) for name, value in shared.items() if not is_schedule(name)} | own
 
 
 def _text(value: Any) -> str:

@@ -1,0 +1,390 @@
+"""Trials under Ray Tune: it asks for them one by one, starts them where there is room, and tries
+those that fail again.
+
+A queue decides which trial is next, and hears how each one ended. It holds as many as find a place
+on the nodes that are there now, so nodes that join later get trials, too. A trial with one worker
+runs directly in a Tune function; one with several is a Ray Train job, which takes five times the
+start-up and three times the memory. A trial resumes from its own folder, so Tune's snapshots, which
+miss their last seconds, are deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import pickle
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from orchestrator.cluster.devices import worker_device
+from orchestrator.cluster.messages import Message, watch_messages
+from orchestrator.cluster.nodes import alive_nodes
+from orchestrator.cluster.placement import Placement, trial_placement
+from orchestrator.cluster.ray_train import FINAL_ERRORS, failure_reason, fit_job
+from orchestrator.cluster.start import ray_cluster
+from orchestrator.planning.estimate import out_of_memory_explained
+from orchestrator.planning.machine import num_places
+from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.records.trial import AshaRule, EarlyStop, Trial
+from orchestrator.settings import ClusterSettings, SweepSettings
+from orchestrator.terminal.stop import POLL_SECONDS, run_interruptibly, stop_requested, stop_when
+from orchestrator.training.devices import World
+from orchestrator.training.job import finished_outcome
+from orchestrator.training.trainer import Report, run_job
+from orchestrator.training.watching import JournalReader
+from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.journal import VALIDATION_METRIC
+from orchestrator.workspace.layout import STOPPED_NAME
+
+# isort: split
+# After our own modules, because `orchestrator.cluster.start` sets the environment that Ray reads.
+import ray
+import ray.exceptions
+import ray.tune
+import ray.tune.schedulers
+import ray.tune.search
+
+tune: Any = ray.tune
+schedulers: Any = ray.tune.schedulers
+search: Any = ray.tune.search
+
+T = TypeVar("T")
+STEP, LOSS, ANSWER = "step", "validation_loss", "answer"
+"""What a trial reports to Tune: its validations, and last how it ended."""
+
+logger = logging.getLogger(__name__)
+
+
+class TrialQueue(Protocol):
+    """The trials of a sweep, in the order in which they start."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all trials have ended. Called in Tune's thread, as the next four."""
+
+    @property
+    def num_taken(self) -> int:
+        """Number of trials that were taken and have not ended."""
+
+    def take(self) -> Trial | None:
+        """Return a trial that can start; None if there is none at the moment."""
+
+    def on_start(self, key: str) -> None:
+        """Note that a trial has started."""
+
+    def on_end(self, key: str, result: Trial | None, error: str) -> None:
+        """Note how a trial ended: with a result, an error, or unfinished without either."""
+
+    def watch(self) -> None:
+        """Called a few times a second in the thread that called `run_trials`."""
+
+    def saved(self) -> str:
+        """Say what is finished and saved; called after a signal."""
+
+    def seconds_to_save(self) -> float:
+        """Return the longest time until all running trials are saved; called after a signal."""
+
+
+@dataclass(frozen=True)
+class TrialPlace:
+    """Where a trial runs."""
+
+    placement: Placement
+    cluster: ClusterSettings
+    """How the trial's workers share a model."""
+
+    @property
+    def device(self) -> str:
+        """Device of the trial's own process."""
+        return worker_device(use_gpu=self.placement.use_gpu and self.placement.workers == 1)
+
+    def report(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Report a validation loss to Tune; returns when its scheduler has decided."""
+        if VALIDATION_METRIC in numbers:
+            tune.report({STEP: step, LOSS: numbers[VALIDATION_METRIC]})
+
+    def train(self, job: TrainingJob, report: Report | None = None) -> TrainingOutcome:
+        """Train a job here, or on the trial's workers; as `run_job`."""
+        if self.placement.workers > 1:
+            return self._train_on_workers(job, report)
+        world = World(device=self.device)
+        with out_of_memory_explained(job, world):
+            return run_job(job, world=world, report=report)
+
+    def _train_on_workers(self, job: TrainingJob, report: Report | None) -> TrainingOutcome:
+        """Train a job on the trial's workers; a finished one takes no time.
+
+        This process reads losses from the journal that the first worker writes. If a worker dies,
+        the trial fails and is tried again, which resumes from the newest checkpoint.
+        """
+        if outcome := finished_outcome(job):
+            return outcome
+        tail = JournalReader(job.folder)
+        tail.read()  # What is there already was reported before.
+        stop, num_workers = Message(), self.placement.workers
+        with ThreadPoolExecutor(1) as pool:
+            training = pool.submit(
+                fit_job,
+                job,
+                self.placement,
+                stop=stop,
+                parallel=self.cluster.parallel,
+                shards=self.cluster.shards_of(num_workers),
+            )
+            while not training.done():
+                wait((training,), timeout=POLL_SECONDS)
+                for record in tail.read():
+                    if report and record["kind"] == "metrics":
+                        report(record["step"], record["values"])
+                if stop_requested():
+                    stop.post()
+        training.result()
+        unfinished = TrainingOutcome(checkpoint=None, step=tail.step, finished=False)
+        return finished_outcome(job) or unfinished
+
+    def on_device(self, work: Callable[[str], T]) -> T:
+        """Call a function with the name of one of the trial's devices, where that device is."""
+        if self.placement.workers == 1 or not self.placement.use_gpu:
+            return work(self.device)
+        # The trial's own process has no GPU: its workers had them, and have ended.
+        cpus = self.placement.cpus
+        remote = ray.remote(num_cpus=cpus, num_gpus=1, scheduling_strategy="DEFAULT")
+        try:
+            answer: T = ray.get(remote(lambda: work(worker_device(use_gpu=True))).remote())
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error  # Ray's own error has the traceback as its text.
+        return answer
+
+
+TrialFunction = Callable[[Trial, TrialPlace], Trial | None]
+"""Importable function that returns a trial with its result; None if it is not finished."""
+
+
+def run_trials(
+    function: TrialFunction,
+    queue: TrialQueue,
+    storage: Path,
+    sweep: SweepSettings,
+    cluster: ClusterSettings,
+    *,
+    num_trials: int,
+    scheduler: AshaByModel | None = None,
+) -> None:
+    """Run the trials of a queue under Ray Tune, as many at the same time as fit.
+
+    A trial that fails is tried again `sweep.max_failures_per_trial` times, and does not end the
+    others. The function resumes from what is on disk.
+
+    Args:
+        storage: Folder for Tune's own files, which all nodes see; it is deleted at the end.
+        num_trials: Trials that can start at once; on CPUs, they share all of them.
+        scheduler: Gets the validation losses.
+
+    Raises:
+        UserError: If there are too few CPUs or GPUs for one trial.
+        Interrupted: After Ctrl-C or SIGTERM.
+    """
+    with ray_cluster() as resources:
+        placement = replace(
+            trial_placement(sweep, num_trials, resources),
+            collective_timeout_seconds=cluster.collective_timeout_seconds,
+        )
+        logger.info("trials: %s", placement)
+        stop, suggester = Message(), _Suggester(queue, placement, sweep.trials_at_once)
+        trainable = tune.with_parameters(
+            _run_in_tune, function=function, place=TrialPlace(placement, cluster), stop=stop
+        )
+
+        def fit() -> None:
+            # As many trials may wait for their processes as the queue gives.
+            os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")
+            tune.Tuner(
+                tune.with_resources(trainable, placement.trial_resources),
+                tune_config=tune.TuneConfig(
+                    # The same processes serve one trial after another: 1 s instead of 2 to 3.
+                    reuse_actors=True,
+                    search_alg=suggester,
+                    num_samples=-1,
+                    scheduler=scheduler,
+                    trial_dirname_creator=lambda trial: trial.trial_id,
+                ),
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=str(storage),
+                    failure_config=tune.FailureConfig(max_failures=sweep.max_failures_per_trial),
+                    callbacks=[_Listener(queue)],
+                    verbose=0,
+                ),
+            ).fit()
+
+        def ask_to_stop() -> float:
+            suggester.is_stopping = True
+            stop.post()
+            return queue.seconds_to_save()
+
+        try:
+            run_interruptibly(fit, ask_to_stop=ask_to_stop, saved=queue.saved, watch=queue.watch)
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
+
+
+def _run_in_tune(
+    config: dict[str, Any], *, function: TrialFunction, place: TrialPlace, stop: Message
+) -> None:
+    torch.set_num_threads(place.placement.cpus * place.placement.workers)
+    result, text = None, ""
+    with watch_messages(stop) as inbox, stop_when(partial(inbox.has, stop)):
+        if not stop_requested():
+            try:
+                result = function(Trial.model_validate_json(config["trial"]), place)
+            except Exception as error:
+                if not (isinstance(error, FINAL_ERRORS) or stop_requested()):
+                    raise  # Tune tries it again.
+                is_known = isinstance(error, UserError | RunFailed)
+                text = str(error) if is_known else f"{type(error).__name__}: {error}"
+    tune.report({ANSWER: json.dumps([result and result.model_dump(mode="json"), text])})
+
+
+class _Suggester(search.Searcher):  # type: ignore[misc]
+    """Gives Tune the trials of a queue, as many at the same time as the nodes hold now."""
+
+    def __init__(self, queue: TrialQueue, placement: Placement, most: int | None) -> None:
+        super().__init__()
+        self.is_stopping = False
+        self._queue, self._placement, self._most = queue, placement, most or math.inf
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return search.Searcher, ()  # Tune pickles it to restore it, and nothing is restored.
+
+    def suggest(self, trial_id: str) -> Any:  # noqa: ARG002 - trials have keys of their own
+        if self.is_stopping or self._queue.is_over:
+            return search.Searcher.FINISHED
+        if self._queue.num_taken >= min(self._most, self._num_places()):
+            return None
+        trial = self._queue.take()
+        return trial and {"key": trial.key, "trial": json.dumps(trial.model_dump(mode="json"))}
+
+    def _num_places(self) -> int:
+        placement = self._placement
+        return num_places(
+            alive_nodes(),
+            placement.workers,
+            placement.cpus,
+            placement.gpus,
+            on_one_node=placement.on_one_node,
+        )
+
+    def on_trial_complete(self, *_: Any, **__: Any) -> None:
+        pass  # `_Listener` hears more of it.
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+    def restore(self, checkpoint_path: str) -> None:
+        pass
+
+
+class _Listener(tune.Callback):  # type: ignore[misc]
+    """Tells a queue how its trials start and end. Tune calls it with keyword arguments."""
+
+    def __init__(self, queue: TrialQueue) -> None:
+        self._queue = queue
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tune.Callback, ()
+
+    def on_trial_start(self, *_: Any, trial: Any, **__: Any) -> None:
+        self._queue.on_start(trial.config["key"])
+
+    def on_trial_complete(self, *_: Any, trial: Any, **__: Any) -> None:
+        found, error = json.loads((trial.last_result or {}).get(ANSWER, '[null, ""]'))
+        self._queue.on_end(trial.config["key"], found and Trial.model_validate(found), error)
+
+    def on_trial_error(self, *_: Any, trial: Any, **__: Any) -> None:
+        # Tune writes a file first, and copies it to its storage later.
+        path = trial.pickled_error_file
+        if path and Path(path).is_file():
+            error = pickle.loads(Path(path).read_bytes())
+        else:
+            error = trial.get_pickled_error() or RuntimeError(trial.get_error())
+        self._queue.on_end(trial.config["key"], None, failure_reason(error))
+
+
+class AshaByModel(schedulers.FIFOScheduler):  # type: ignore[misc]
+    """Asynchronous successive halving (ASHA; Li et al., MLSys 2020), one bracket per model.
+
+    Only learning rates of the same model compete. A worse trial is not killed: the reason is
+    written into its folder, where it looks after each validation; it saves its state and returns,
+    so its workers and its lock are free.
+    """
+
+    def __init__(self, rule: AshaRule, models: Sequence[Sequence[Trial]]) -> None:
+        """Prepare a bracket for each model; `models` are its trials."""
+        super().__init__()
+        self._rule, self._losses = rule, defaultdict[str, dict[int, float]](dict)
+        self._model = {trial.key: number for number, own in enumerate(models) for trial in own}
+        self._trials = {trial.key: trial for own in models for trial in own}
+        self._brackets = [
+            schedulers.ASHAScheduler(
+                time_attr=STEP,
+                metric=LOSS,
+                mode="min",
+                max_t=num_steps(own[0]),
+                grace_period=max(1, math.ceil(rule.first_rung * num_steps(own[0]))),
+                reduction_factor=rule.reduction_factor,
+                stop_last_trials=False,
+            )
+            for own in models
+        ]
+
+    def on_trial_add(self, controller: Any, trial: Any) -> None:
+        """Add a trial to the bracket of its model."""
+        if trial.config["key"] in self._model:
+            self._brackets[self._model[trial.config["key"]]].on_trial_add(controller, trial)
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decide about a trial after a validation; to Tune, it always continues."""
+        key, loss = trial.config["key"], result.get(LOSS, math.nan)
+        # A loss that is not finite ends its training by itself.
+        if key in self._model and math.isfinite(loss):
+            self._losses[key][result[STEP]] = loss
+            bracket = self._brackets[self._model[key]]
+            decision = bracket.on_trial_result(controller, trial, result)
+            num_all = num_steps(self._trials[key])
+            if decision == schedulers.TrialScheduler.STOP and result[STEP] < num_all:
+                self._early_stop(key, result[STEP], loss).write(
+                    Path(self._trials[key].folder) / STOPPED_NAME
+                )
+        return str(schedulers.TrialScheduler.CONTINUE)
+
+    def _early_stop(self, key: str, step: int, loss: float) -> EarlyStop:
+        """Return why a trial is stopped; it names the competitor with the lowest loss by then."""
+        rivals = {
+            other: min((abs(at - step), value) for at, value in losses.items())[1]
+            for other, losses in self._losses.items()
+            if other != key and self._model[other] == self._model[key]
+        }
+        best = min(rivals, key=lambda other: rivals[other])
+        label = self._trials[best].label
+        return EarlyStop(
+            rule=self._rule,
+            step=step,
+            num_steps=num_steps(self._trials[key]),
+            competitor=label,
+            reason=f"its validation loss is {loss:.3f}, {label} had {rivals[best]:.3f}",
+        )
+
+
+def num_steps(trial: Trial) -> int:
+    """Return the steps of a trial's whole training."""
+    return trial.job.recipe.num_steps if trial.job else 0

@@ -1,0 +1,505 @@
+"""Documents of text sources: Python's help topics, the user's files, data sets of the hub.
+
+A source has shards, which processes share; a shard gives its documents always in the same order.
+Other packages add sources by entry points of the group `iiet_orch.data_sources`. Duplicates, the
+split, the tokenizer and resuming are the same for all of them (`tokenize.py`).
+
+A record of a `.jsonl` or `.parquet` file is a document. A `.txt` file is split at `<|endoftext|>`
+marks if it has any; otherwise at blank lines, if most blocks are a short title line followed by
+text; otherwise the whole file is one document. Local files are read directly: the `datasets`
+library reads JSON in blocks, which do not tell the line of an error.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any, BinaryIO, ClassVar
+
+from iiet.extensions import ExtensionError, ExtensionTable
+from iiet.methods.base import NoOptions
+from orchestrator.models.hub import require_hub
+from orchestrator.settings import DataSettings
+from orchestrator.settings.data import TEXT_SOURCES
+from orchestrator.workspace.errors import UserError, quoted, shortened
+from orchestrator.workspace.files import expand_user
+from orchestrator.workspace.provenance import content_key
+
+SHARD_BYTES = 64 << 20
+"""Files are divided into shards of about this size."""
+DOCUMENT_MARK = "<|endoftext|>"
+LONG_DOCUMENT_CHARACTERS = 8000
+PASSAGE_CHARACTERS = 4000
+TITLE_CHARACTERS = 100
+ASSUMED_BYTES_PER_DOCUMENT = 4000
+"""For data sets on the hub."""
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+PACKAGES_TO_DECOMPRESS = {".zst": "zstandard", ".lz4": "lz4"}
+"""Packages that the `datasets` library imports for compressed files."""
+HOLDS_NUL = "it holds NUL bytes, so it is UTF-16 or no text at all; convert it to UTF-8 first"
+"""UTF-16 without a byte order mark can be valid UTF-8."""
+
+
+class RecordError(ValueError):
+    """A record does not hold the text that is wanted; says why and what to do, but not where."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, stripped and valid UTF-8, and where it comes from."""
+
+    text: str
+    source: str
+
+
+class TextSource(ABC):
+    """Base of all text sources.
+
+    Args:
+        settings: Section `data`.
+        options: An instance of the class's `Options`, from `data.source_options.NAME`.
+    """
+
+    Options: ClassVar[type[Any]] = NoOptions
+    """A frozen dataclass: the options that `data.source_options.NAME` may set. Values are those of
+    YAML; it raises a ValueError for what is not allowed."""
+    version: ClassVar[int] = 1
+    """Increase it if equal `state()` gives other documents: the data are then prepared again."""
+
+    def __init__(self, settings: DataSettings, options: Any) -> None:
+        self.settings, self.options = settings, options
+
+    @abstractmethod
+    def state(self) -> Any:
+        """Return a JSON value that changes when the content does, such as sizes and times of files.
+
+        It is part of the key of the prepared data; the settings are, too. No content is read.
+
+        Raises:
+            UserError: If the source does not exist, or its settings do not fit together.
+        """
+
+    def shards(self) -> Sequence[Any]:
+        """Return the parts of the source in their order, as JSON values; processes share them."""
+        return [None]
+
+    @abstractmethod
+    def documents(self, shard: Any) -> Iterator[tuple[str, str]]:
+        """Yield text and origin of each document of a shard, always in the same order.
+
+        Equal texts count once. `data.validation_fraction` of the documents are held out, so a book
+        should be several.
+
+        Raises:
+            UserError: If the source cannot be read.
+        """
+
+    def num_bytes(self) -> int:
+        """Estimate the bytes of text before they are read; 0 for a few megabytes at most."""
+        return 0
+
+
+class PythonTopics(TextSource):
+    """The help topics that come with every Python: its reference manual, in English."""
+
+    def state(self) -> Any:
+        return ["pydoc topics", content_key(self._topics)]
+
+    def documents(self, shard: Any) -> Iterator[tuple[str, str]]:  # noqa: ARG002 - one shard
+        for name in sorted(self._topics):
+            yield from ((text, f"topics/{name}") for text in split_long(self._topics[name]))
+
+    @property
+    def _topics(self) -> dict[str, str]:
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:
+            raise UserError(
+                "this Python has no help topics; use data.source=files with files of this machine"
+            ) from None
+        return dict(topics)
+
+
+class TextFiles(TextSource):
+    """The files that `data.files` names; a shard is a list of pieces (path, first, end)."""
+
+    def state(self) -> Any:
+        stats = [(str(path), path.stat()) for path in find_files(self.settings)]
+        return ["files", [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+
+    def shards(self) -> Sequence[Any]:
+        shards: list[list[Any]] = []
+        size = SHARD_BYTES
+        for path in find_files(self.settings):
+            for first, end, num_bytes in _pieces(path):
+                if size >= SHARD_BYTES:
+                    shards.append([])
+                    size = 0
+                shards[-1].append([str(path), first, end])
+                size += num_bytes
+        return shards
+
+    def documents(self, shard: Any) -> Iterator[tuple[str, str]]:
+        for name, first, end in shard:
+            for text in read_file(Path(name), self.settings.text_field, first, end):
+                yield from ((passage, Path(name).name) for passage in split_long(text))
+
+    def num_bytes(self) -> int:
+        return sum(path.stat().st_size for path in find_files(self.settings))
+
+
+class HubDataset(TextSource):
+    """The data set `data.hub_name` of the hub, streamed; its shards are those of the data set."""
+
+    def state(self) -> Any:
+        self._check_settings()
+        state = ["hub", self.settings.hub_name, self.settings.hub_config]
+        folder = Path(self.settings.hub_name)
+        if not folder.is_dir():
+            return state
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        for path in files:
+            package = PACKAGES_TO_DECOMPRESS.get(path.suffix)
+            if package and find_spec(package) is None:
+                raise UserError(f"{path} needs {package}; run `pip install {package}`")
+        stats = [(str(path.relative_to(folder)), path.stat()) for path in files]
+        return [*state, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+
+    def shards(self) -> Sequence[Any]:
+        return range(self._stream.num_shards)
+
+    def documents(self, shard: Any) -> Iterator[tuple[str, str]]:
+        name, number = self.settings.hub_name, 0
+        stream = self._stream.shard(num_shards=self._stream.num_shards, index=shard)
+        try:
+            for record in stream:
+                number += 1
+                text = record_text(record, self.settings.text_field)
+                yield from ((passage, name) for passage in split_long(text))
+        except RecordError as error:
+            raise UserError(f"{name}, record {number} of shard {shard}: {error}") from None
+        except Exception as error:  # the hub's client raises dozens of kinds
+            raise self._unreadable(error, f", shard {shard}, after record {number}") from None
+
+    def num_bytes(self) -> int:
+        return (self.settings.max_documents or 0) * ASSUMED_BYTES_PER_DOCUMENT
+
+    @cached_property
+    def _stream(self) -> Any:
+        self._check_settings()
+        name = self.settings.hub_name
+        if not Path(name).is_dir():
+            require_hub(f"the data set {name}")
+        import datasets
+
+        try:
+            return datasets.load_dataset(
+                name, self.settings.hub_config, split="train", streaming=True
+            )
+        except Exception as error:  # as above
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception, place: str = "") -> UserError:
+        reason = " ".join(str(error).split())
+        return UserError(f"cannot read the data set {self.settings.hub_name}{place}: {reason}")
+
+    def _check_settings(self) -> None:
+        if not self.settings.hub_name:
+            raise UserError(
+                "the source `hub` reads data.hub_name, which is empty; name a data set, such as "
+                "--set data.hub_name=cerebras/SlimPajama-627B"
+            )
+
+
+DATA_SOURCES: ExtensionTable[type[TextSource]] = ExtensionTable(
+    TEXT_SOURCES,
+    {"python": PythonTopics, "files": TextFiles, "hub": HubDataset},
+    bases=(TextSource,),
+)
+"""Text sources by name; the keys are values of the setting `data.source`."""
+
+
+def text_source(settings: DataSettings) -> TextSource:
+    """Return the text source that the settings name, with its options.
+
+    Raises:
+        UserError: If its package is missing or broken, or an option is wrong.
+    """
+    name = settings.source
+    try:
+        kind = DATA_SOURCES[name]
+    except ExtensionError as error:
+        raise UserError(f"data.source: {error}") from None
+    options = settings.source_options.get(name, {})
+    known = [field.name for field in fields(kind.Options)]
+    if unknown := [option for option in options if option not in known]:
+        raise UserError(
+            f"data.source_options.{name}: there is no option {', '.join(map(repr, unknown))}; "
+            f"options of {name}: {', '.join(known) or 'none'}"
+        )
+    try:
+        return kind(settings, kind.Options(**options))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"data.source_options.{name}: {error}") from None
+
+
+def source_state(settings: DataSettings) -> Any:
+    """Return a JSON value that changes when the source's content does; reads no content.
+
+    Raises:
+        UserError: If the files do not exist, or the settings name no source.
+    """
+    source = text_source(settings)
+    return [source.version, source.state()]
+
+
+def read_documents(source: TextSource, shard: Any) -> Iterator[Document]:
+    """Yield the documents of a shard that are not empty.
+
+    Raises:
+        UserError: If a file is missing, unreadable or of an unknown kind, `text_field` is wrong, or
+            the hub cannot be reached.
+    """
+    for text, origin in source.documents(shard):
+        # JSON can hold lone surrogates, which UTF-8 cannot.
+        if data := text.strip().encode("utf-8", "replace"):
+            yield Document(data.decode("utf-8"), origin)
+
+
+# Files
+
+
+def find_files(settings: DataSettings) -> list[Path]:
+    """Return the absolute paths that `data.files` names, sorted, each once.
+
+    Raises:
+        UserError: If a pattern matches nothing or a file's kind is not supported.
+    """
+    if not settings.files:
+        raise UserError(
+            "the source `files` reads data.files, which is empty; name text files, such as "
+            "--set 'data.files=[books/*.txt]'"
+        )
+    found: set[Path] = set()
+    for pattern in settings.files:
+        try:
+            found.update(_matching_files(pattern))
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"data.files: {quoted(pattern)} is not a valid path or file pattern ({error})"
+            ) from None
+    for path in sorted(found):
+        if not path.name.endswith(SUFFIXES):
+            raise UserError(f"data.files: cannot read {path}; the kinds are {', '.join(SUFFIXES)}")
+    return sorted(found)
+
+
+def _matching_files(pattern: str) -> list[Path]:
+    if not pattern:
+        raise UserError("data.files: a name is empty; name a file, a folder or a pattern")
+    path = Path.cwd() / expand_user(pattern)
+    if path.is_dir():
+        files = [f for f in path.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file()]
+        problem = f"the folder {path} holds no text; the kinds are {', '.join(SUFFIXES)}"
+    else:
+        root = Path(path.anchor)
+        # A file that exists is taken literally, even with brackets in its name.
+        matches = [path] if path.is_file() else root.glob(str(path.relative_to(root)))
+        files = [match for match in matches if match.is_file()]
+        problem = f"no file matches {quoted(pattern)} (searched from {Path.cwd()})"
+    if not files:
+        raise UserError(f"data.files: {problem}")
+    return [file.resolve() for file in files]
+
+
+def _pieces(path: Path) -> Iterator[tuple[int, int | None, int]]:
+    # First and end in bytes or row groups, and the size; None: to the end of the file.
+    size = path.stat().st_size
+    if path.suffix == ".jsonl":
+        for first in range(0, max(1, size), SHARD_BYTES):
+            yield first, first + SHARD_BYTES, min(SHARD_BYTES, size - first)
+    elif path.suffix == ".parquet" and size > SHARD_BYTES:
+        metadata = _parquet(path).metadata
+        for group in range(metadata.num_row_groups):
+            yield group, group + 1, metadata.row_group(group).total_byte_size
+    else:
+        yield 0, None, size
+
+
+def read_file(path: Path, text_field: str, first: int = 0, end: int | None = None) -> Iterator[str]:
+    """Yield the documents of one file, or of those lines or row groups that begin in a range.
+
+    Args:
+        path: A file of one of the `SUFFIXES`.
+        text_field: The field of a record that holds the text.
+        first: Byte of a `.jsonl` file, or row group of a `.parquet` file.
+        end: Of the range; None: to the end of the file.
+
+    Raises:
+        UserError: If it cannot be read, is not UTF-8 text, or a record has no `text_field`; names
+            the file, and the line or the row.
+    """
+    try:
+        if path.suffix == ".txt":
+            text = path.read_text(encoding="utf-8-sig")
+            if "\0" in text:
+                raise RecordError(HOLDS_NUL)
+            yield from split_text_file(text)
+        elif path.suffix == ".parquet":
+            yield from _read_parquet(path, text_field, first, end)
+        else:
+            for position, line in _read_lines(path, first, end):
+                try:
+                    record = json.loads(line.decode("utf-8" if position else "utf-8-sig"))
+                    yield record_text(record, text_field)
+                except (ValueError, RecursionError) as error:
+                    place = f"{path}, line {_line_number(path, position)}"
+                    raise UserError(f"{place}: {_problem(error, line)}") from None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: {_problem(error)}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def _read_lines(path: Path, first: int, end: int | None) -> Iterator[tuple[int, bytes]]:
+    with _open_lines(path) as file:
+        position = first
+        if first:  # The line that is cut belongs to the range before.
+            file.seek(first - 1)
+            position += len(file.readline()) - 1
+        for line in file:
+            if end is not None and position >= end:
+                return
+            if line.strip():
+                yield position, line
+            position += len(line)
+
+
+def _open_lines(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(path)  # type: ignore[return-value]
+    if path.suffix == ".zst":
+        import pyarrow  # Unlike zstandard's own reader, its reader notices a cut file.
+
+        stream = pyarrow.input_stream(path, compression="zstd")
+        return io.BufferedReader(stream)
+    return path.open("rb")
+
+
+def _line_number(path: Path, position: int) -> int:
+    # Read again: counting lines while all is well would cost time, and a range starts anywhere.
+    number = 1
+    with _open_lines(path) as file:
+        while position > 0 and (block := file.read(min(position, 1 << 20))):
+            number += block.count(b"\n")
+            position -= len(block)
+    return number
+
+
+def _problem(error: Exception, line: bytes = b"") -> str:
+    if b"\0" in line:
+        return HOLDS_NUL
+    if isinstance(error, UnicodeDecodeError):
+        return f"this is not UTF-8 text (byte {error.start}); convert it first"
+    if isinstance(error, json.JSONDecodeError | RecursionError):
+        return "this is not JSON; each line holds one object"
+    return str(error)
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
+
+
+def _read_parquet(path: Path, text_field: str, first: int, end: int | None) -> Iterator[str]:
+    import pyarrow
+
+    file = _parquet(path)
+    names = file.schema_arrow.names
+    record_text(dict.fromkeys(names, ""), text_field)  # Is there such a column?
+    groups = range(first, file.num_row_groups if end is None else end)
+    number = sum(file.metadata.row_group(group).num_rows for group in range(first))
+    try:
+        for batch in file.iter_batches(row_groups=groups, columns=[text_field]):
+            for text in batch.column(0).to_pylist():
+                number += 1
+                yield record_text({text_field: "" if text is None else text}, text_field)
+    except RecordError as error:
+        raise UserError(f"{path}, row {number}: {error}") from None
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is not readable after row {number}: {error}") from None
+
+
+def record_text(record: Any, text_field: str) -> str:
+    """Return the text of a record.
+
+    Raises:
+        RecordError: If it is not an object, or the field is missing or holds no text.
+    """
+    if not isinstance(record, dict):
+        raise RecordError(
+            f"{shortened(json.dumps(record))} is not an object with a field {text_field!r}"
+        )
+    if text_field not in record:
+        raise RecordError(
+            f"there is no field {text_field!r} but {', '.join(map(repr, record)) or 'none at all'};"
+            " correct it, or name the field with the text by --set data.text_field=NAME"
+        )
+    text = record[text_field]
+    if not isinstance(text, str):
+        shown = shortened(json.dumps(text, default=str))
+        raise RecordError(
+            f"the field {text_field!r} holds {shown}, which is not text; correct it or remove it"
+        )
+    return text
+
+
+def split_text_file(text: str) -> list[str]:
+    """Return the documents of a `.txt` file; see the module's docstring for the rule."""
+    text = text.replace("\r\n", "\n")
+    if DOCUMENT_MARK in text:
+        return text.split(DOCUMENT_MARK)
+    blocks = [block.strip().split("\n") for block in text.split("\n\n") if block.strip()]
+    titled = [block for block in blocks if len(block) > 1 and len(block[0]) <= TITLE_CHARACTERS]
+    # In hard-wrapped paragraphs, the first line is as long as the others; titles are shorter.
+    if len(blocks) > 2 and len(titled) >= 0.9 * len(blocks):
+        first = median(len(block[0]) for block in titled)
+        longest = median(max(map(len, block[1:])) for block in titled)
+        if first < 0.6 * longest:
+            return ["\n".join(block) for block in blocks]
+    return [text]
+
+
+def split_long(text: str) -> Iterator[str]:
+    """Yield passages of a document of book length, so that some are held out; others whole."""
+    if len(text) <= LONG_DOCUMENT_CHARACTERS:
+        yield text
+        return
+    separator = "\n\n" if "\n\n" in text else "\n"
+    passage: list[str] = []
+    size = 0
+    for paragraph in text.split(separator):
+        passage.append(paragraph)
+        size += len(paragraph) + len(separator)
+        if size >= PASSAGE_CHARACTERS:
+            yield separator.join(passage)
+            passage, size = [], 0
+    if passage:
+        yield separator.join(passage)

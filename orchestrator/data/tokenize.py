@@ -1,0 +1,467 @@
+"""Tokenize a text source into a token folder: shard by shard, in several processes.
+
+Each shard becomes a folder of its own, whole or absent, so an interrupted command continues with
+the shards that are missing. It holds the tokens of its documents in their order, the held-out ones
+as text, and a record of a few bytes for each document. When all are there, the records say which
+documents are the first of their kind; the tokens of those are appended to two files. So neither
+the number of processes nor that of shards changes a byte, and no process holds more than the
+records' hashes in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, suppress
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+from tokenizers import Tokenizer
+
+from orchestrator.data.store import (
+    TEXTS_NAME,
+    TRAIN_NAME,
+    VALIDATION_NAME,
+    SplitCounts,
+    finish_folder,
+    is_complete,
+    token_dtype,
+)
+from orchestrator.data.text import Document, TextSource, read_documents, text_source
+from orchestrator.models.tokenizer import (
+    end_of_text_id,
+    load_tokenizer,
+    num_token_ids,
+    train_tokenizer,
+)
+from orchestrator.settings import DataSettings
+from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_bytes
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import (
+    damaged_file,
+    new_file,
+    new_folder,
+    read_json,
+    write_json,
+)
+from orchestrator.workspace.layout import TEMPORARY_PREFIX
+from orchestrator.workspace.provenance import content_key, file_digest
+
+TOKENIZER_CHARACTERS = 50_000_000
+"""A tokenizer is trained on at most this much text; more changes its pairs little."""
+DOCUMENTS_PER_BATCH = 1024
+FEW_DOCUMENTS = 100
+"""In a corpus smaller than this, at least one document is held out whatever its hash."""
+HASHES_SORTED_TOGETHER = 50_000_000
+DOCUMENTS_COPIED_TOGETHER = 20_000
+RECORD = np.dtype(
+    [("key", "<u8"), ("check", "<u8"), ("tokens", "<u4"), ("bytes", "<u4"), ("held_out", "?")]
+)
+"""What is known of a document: `key` and `check` are its hash, whose first half tells copies."""
+_PLAN, _TOKENIZER, _SUMS = "plan.json", "tokenizer.json", "sha256.json"
+_TOKENS, _TEXTS, _RECORDS = "tokens.bin", "held_out.jsonl", "records.npy"
+
+Report = Callable[[int, int], None]
+"""Takes the tokens and the bytes of text that were tokenized since the last call."""
+
+
+class Plan(BaseModel):
+    """What the processes of one preparation share, with the tokenizer beside it."""
+
+    settings: DataSettings
+    shards: list[Any]
+    """Parts of the source, see `TextSource.shards`."""
+    fraction: float
+    """Share of the documents that is held out."""
+
+
+def write_text(
+    settings: DataSettings,
+    parent: Path,
+    key: str,
+    progress: Progress,
+    tokenizer: Tokenizer | None = None,
+    *,
+    num_processes: int | None = None,
+) -> Path:
+    """Tokenize a text source into `parent`/<fingerprint>; keep a folder that has the same content.
+
+    Args:
+        settings: Those of one text source.
+        parent: Also holds the temporary files.
+        key: Identifies documents and tokenizer, so that a later call can resume this one.
+        progress: Shows shards, tokens and rates.
+        tokenizer: Used instead of the one that the settings name.
+        num_processes: Default: as many as there are CPUs or shards.
+
+    Raises:
+        UserError: If the source cannot be read, or there is too little text to hold some out.
+    """
+    folder = parent / f"{TEMPORARY_PREFIX}{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        plan = _make_plan(folder, settings, tokenizer, progress)
+        shards = _tokenize_shards(folder, plan, progress, num_processes)
+        final = _join(folder, shards, plan, parent)
+    except BaseException:
+        if not can_resume(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    return final
+
+
+def can_resume(folder: Path) -> bool:
+    """Return whether a temporary folder holds work that a later call can resume."""
+    return any(folder.glob("shards/[0-9]*"))
+
+
+def _make_plan(
+    folder: Path, settings: DataSettings, tokenizer: Tokenizer | None, progress: Progress
+) -> Plan:
+    if (stored := read_json(folder / _PLAN)) is not None:
+        return Plan.model_validate(stored)
+    progress.start("corpus")
+    progress.advance(0, "reading")
+    is_trained = tokenizer is None and settings.tokenizer == "train"
+    shards = list(text_source(settings).shards())
+    texts, fraction = sample_texts(settings, TOKENIZER_CHARACTERS if is_trained else 0)
+    if is_trained:
+        progress.advance(0, "training the tokenizer")
+        tokenizer = train_tokenizer(texts, settings.vocab_size)
+    with new_file(folder / _TOKENIZER) as temporary:
+        (tokenizer or load_tokenizer(settings.tokenizer)).save(str(temporary))
+    plan = Plan(settings=settings, shards=shards, fraction=fraction)
+    write_json(folder / _PLAN, plan.model_dump(mode="json"))
+    return plan
+
+
+def sample_texts(settings: DataSettings, num_characters: int) -> tuple[Iterator[str], float]:
+    """Return the first documents for training a tokenizer, and the share that is held out.
+
+    Args:
+        num_characters: Enough to read, if these are some documents.
+
+    Returns:
+        Texts that are not held out, and `data.validation_fraction`: a small corpus with no document
+        below it gets a larger one.
+
+    Raises:
+        UserError: If the source cannot be read, or is empty.
+    """
+    source, read, size = text_source(settings), [], 0
+    documents = chain.from_iterable(read_documents(source, shard) for shard in source.shards())
+    for document, _ in islice(_first_of_their_kind(documents), settings.max_documents):
+        read.append(document.text)
+        size += len(document.text)
+        if len(read) >= FEW_DOCUMENTS and size >= num_characters:
+            break
+    if not read:
+        raise UserError(
+            "the corpus is empty: no document with text was found; check data.source and data.files"
+        )
+    fraction = settings.validation_fraction
+    if 1 < len(read) < FEW_DOCUMENTS:
+        smallest = min(hash_fraction(text, "split") for text in read)
+        fraction = max(fraction, math.nextafter(smallest, 1.0))
+    return (text for text in read if not is_validation(text, fraction)), fraction
+
+
+def _first_of_their_kind(documents: Iterator[Document]) -> Iterator[tuple[Document, bytes]]:
+    # With their hashes. Over one shard: those of all are compared at the end.
+    seen: set[bytes] = set()
+    for document in documents:
+        digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+        if digest[:8] not in seen:
+            seen.add(digest[:8])
+            yield document, digest
+
+
+def is_validation(text: str, fraction: float) -> bool:
+    """Return whether a document is held out: its own text decides, no other document."""
+    return hash_fraction(text, "split") < fraction
+
+
+def hash_fraction(text: str, purpose: str) -> float:
+    """Return a hash of a text as a number in [0, 1), independent for each purpose."""
+    data = text.encode("utf-8", "replace")
+    digest = hashlib.blake2b(data, digest_size=8, person=purpose.encode()).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+# Shards
+
+
+class ShardWriter:
+    """Tokenizes the shards of a plan, one after another; each process has its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.plan = Plan.model_validate(read_json(folder / _PLAN))
+        self.source: TextSource = text_source(self.plan.settings)
+        self.tokenizer = load_tokenizer(folder / _TOKENIZER)
+        self.end = end_of_text_id(self.tokenizer)
+        self.dtype = np.dtype(token_dtype(num_token_ids(self.tokenizer))).newbyteorder("<")
+
+    def write(self, number: int, report: Report) -> None:
+        """Write the folder of a shard; it appears when it is whole."""
+        read = _first_of_their_kind(read_documents(self.source, self.plan.shards[number]))
+        documents = islice(read, self.plan.settings.max_documents)
+        records: list[tuple[int, int, int, int, bool]] = []
+        with new_folder(_shard(self.folder, number)) as filling:
+            with (
+                (filling / _TOKENS).open("wb") as tokens,
+                (filling / _TEXTS).open("w", encoding="utf-8") as texts,
+            ):
+                while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
+                    encodings = self.tokenizer.encode_batch_fast(
+                        [document.text for document, _ in batch], add_special_tokens=False
+                    )
+                    num_tokens = num_bytes = 0
+                    for (document, digest), encoding in zip(batch, encodings, strict=True):
+                        ids = encoding.ids
+                        ids.append(self.end)
+                        tokens.write(np.array(ids, self.dtype).tobytes())
+                        is_held_out = is_validation(document.text, self.plan.fraction)
+                        if is_held_out:
+                            row = {"text": document.text, "source": document.source}
+                            texts.write(json.dumps(row) + "\n")
+                        size = len(document.text.encode())
+                        key, check = np.frombuffer(digest, "<u8").tolist()
+                        records.append((key, check, len(ids), size, is_held_out))
+                        num_tokens += len(ids)
+                        num_bytes += size
+                    report(num_tokens, num_bytes)
+            np.save(filling / _RECORDS, np.array(records, RECORD))
+            sums = {name: file_digest(filling / name) for name in (_TOKENS, _TEXTS, _RECORDS)}
+            write_json(filling / _SUMS, sums)
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / "shards" / f"{number:06}"
+
+
+def _tokenize_shards(
+    folder: Path, plan: Plan, progress: Progress, num_processes: int | None
+) -> list[Path]:
+    shards = [_shard(folder, number) for number in range(len(plan.shards))]
+    missing = []
+    for number, shard in enumerate(shards):
+        if shard.is_dir():
+            damage = damaged_file(shard, read_json(shard / _SUMS) or {_SUMS: ""})
+            if damage is None:
+                continue
+            progress.note(f"{shard} is damaged: {damage}; it is deleted and written again")
+            shutil.rmtree(shard)
+        missing.append(number)
+    if len(missing) < len(shards):
+        progress.note(f"resuming after {len(shards) - len(missing):,} of {len(shards):,} shards")
+    progress.start("corpus", len(missing) if len(missing) > 1 else None)
+    report = _Rates(progress)
+    wanted = plan.settings.max_documents
+    if wanted is None:
+        has_affinity = hasattr(os, "sched_getaffinity")
+        num_cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+        num_processes = min(num_processes or num_cpus, len(missing))
+        if num_processes > 1:
+            _run_processes(folder, missing, num_processes, num_cpus // num_processes, report)
+            return shards
+    writer = ShardWriter(folder)
+    keys = np.empty(0, "<u8")
+    for number, shard in enumerate(shards):
+        if not shard.is_dir():
+            writer.write(number, report)
+            report.end_shard()
+        if wanted is not None:
+            keys = np.union1d(keys, np.load(shard / _RECORDS)["key"])
+            if len(keys) >= wanted:
+                return shards[: number + 1]
+    return shards
+
+
+class _Rates:
+    """Adds tokens and bytes, reported by one or several processes, to the progress."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._started = progress, time.monotonic()
+        self._tokens = self._bytes = self._shards = 0
+
+    def __call__(self, num_tokens: int, num_bytes: int) -> None:
+        self._tokens += num_tokens
+        self._bytes += num_bytes
+        seconds = max(1e-9, time.monotonic() - self._started)
+        self._progress.advance(
+            self._shards,
+            f"{self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s, "
+            f"{format_bytes(self._bytes / seconds)}/s",
+        )
+
+    def end_shard(self) -> None:
+        self._shards += 1
+        self(0, 0)
+
+
+def _run_processes(
+    folder: Path, numbers: Sequence[int], num_processes: int, num_threads: int, report: _Rates
+) -> None:
+    # Commands, not `multiprocessing`: that would run the user's script again in each process.
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "TOKENIZERS_PARALLELISM": "true" if num_threads > 1 else "false",
+        "RAYON_NUM_THREADS": str(num_threads),
+    }
+    command = [sys.executable, "-c", f"from {__name__} import serve; serve()", str(folder)]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    waiting = iter(numbers)
+
+    def drive(process: subprocess.Popen[str]) -> None:
+        assert process.stdin
+        assert process.stdout
+        for number in waiting:  # Threads share the iterator.
+            with suppress(BrokenPipeError):
+                process.stdin.write(f"{number}\n")
+                process.stdin.flush()
+            for line in process.stdout:
+                answer = json.loads(line)
+                if isinstance(answer, str):
+                    raise UserError(answer)
+                if answer is None:
+                    report.end_shard()
+                    break
+                report(*answer)
+            else:
+                raise RuntimeError(f"a process that tokenizes ended with code {process.wait()}")
+
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(subprocess.Popen(command, env=environment, **pipes))
+            for _ in range(num_processes)
+        ]
+        pool = stack.enter_context(ThreadPoolExecutor(num_processes))
+        try:
+            for done in as_completed([pool.submit(drive, process) for process in processes]):
+                done.result()
+        finally:
+            for process in processes:
+                process.kill()
+
+
+def serve() -> None:
+    """Tokenize the shards whose numbers are read from standard input; run by `write_text`.
+
+    Each answer is a line of JSON: tokens and bytes, null at the end of a shard, or an error.
+    """
+    # What libraries print must not come between.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(value: Any) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    try:
+        writer = ShardWriter(Path(sys.argv[1]))
+        for line in sys.stdin:
+            writer.write(int(line), lambda *numbers: answer(numbers))
+            answer(None)
+    except UserError as error:
+        answer(str(error))
+    except (KeyboardInterrupt, BrokenPipeError):
+        pass  # The command that started this process is ending.
+
+
+# Join
+
+
+def _join(folder: Path, shards: Sequence[Path], plan: Plan, parent: Path) -> Path:
+    keys = [np.load(shard / _RECORDS)["key"].copy() for shard in shards]
+    is_kept = first_occurrences(np.concatenate(keys))
+    if plan.settings.max_documents is not None:
+        is_kept &= np.cumsum(is_kept) <= plan.settings.max_documents
+    kept = np.split(is_kept, np.cumsum([len(some) for some in keys])[:-1])
+    sides = {False: SplitCounts(), True: SplitCounts()}
+    documents = hashlib.sha256()
+    for shard, chosen in zip(shards, kept, strict=True):
+        records = np.load(shard / _RECORDS)[chosen]
+        documents.update(records.tobytes())
+        for is_held_out, counts in sides.items():
+            own = records[records["held_out"] == is_held_out]
+            counts.documents += len(own)
+            counts.tokens += int(own["tokens"].sum(dtype=np.int64))
+            counts.bytes += int(own["bytes"].sum(dtype=np.int64))
+    _check_counts(sides[False], sides[True], plan.fraction)
+
+    fingerprint = content_key(documents.hexdigest(), file_digest(folder / _TOKENIZER))
+    final = parent / fingerprint
+    if not is_complete(final):
+        tokenizer = load_tokenizer(folder / _TOKENIZER)
+        dtype = np.dtype(token_dtype(num_token_ids(tokenizer))).newbyteorder("<")
+        with new_folder(final) as filling:
+            with (
+                (filling / TRAIN_NAME).open("wb") as train,
+                (filling / VALIDATION_NAME).open("wb") as validation,
+                (filling / TEXTS_NAME).open("wb") as texts,
+            ):
+                for shard, chosen in zip(shards, kept, strict=True):
+                    records = np.load(shard / _RECORDS)
+                    with (shard / _TEXTS).open("rb") as rows:
+                        flags = chosen[records["held_out"]]
+                        texts.writelines(row for row, flag in zip(rows, flags, strict=True) if flag)
+                    with (shard / _TOKENS).open("rb") as file:
+                        for first in range(0, len(records), DOCUMENTS_COPIED_TOGETHER):
+                            some = records[first : first + DOCUMENTS_COPIED_TOGETHER]
+                            flags = chosen[first : first + DOCUMENTS_COPIED_TOGETHER]
+                            tokens = np.fromfile(file, dtype, int(some["tokens"].sum()))
+                            for out, side in ((train, False), (validation, True)):
+                                own = flags & (some["held_out"] == side)
+                                out.write(tokens[np.repeat(own, some["tokens"])].tobytes())
+            finish_folder(
+                filling,
+                fingerprint,
+                plan.settings.read_by_source(),
+                tokenizer,
+                train=sides[False],
+                validation=sides[True],
+            )
+    return final
+
+
+def first_occurrences(keys: np.ndarray) -> np.ndarray:
+    """Return for each key, uint64, whether no equal one stands before it.
+
+    Sorted in parts: beside the keys, this takes little memory however many there are.
+    """
+    is_first = np.zeros(len(keys), dtype=bool)
+    num_parts = np.uint64(len(keys) // HASHES_SORTED_TOGETHER + 1)
+    for part in range(int(num_parts)):
+        places = np.flatnonzero(keys % num_parts == part)
+        _, first = np.unique(keys[places], return_index=True)
+        is_first[places[first]] = True
+    return is_first
+
+
+def _check_counts(train: SplitCounts, validation: SplitCounts, fraction: float) -> None:
+    num_documents = train.documents + validation.documents
+    if num_documents == 1:
+        raise UserError(
+            f"the corpus is a single document of {train.tokens + validation.tokens} tokens, too "
+            "little to train on one part and to hold out another; give more text"
+        )
+    for name, counts in (("training", train), ("validation", validation)):
+        if counts.documents == 0:
+            raise UserError(
+                f"none of the {num_documents} documents falls to {name} with "
+                f"data.validation_fraction={fraction:g}; choose another fraction or give more text"
+            )

@@ -1,0 +1,179 @@
+"""Run one planned trial in this process: train, measure, write the result.
+
+A Ray Tune trial calls this, and a debugger can, without Ray. It is idempotent: a finished trial
+returns its result, a trained one is only measured, an interrupted one resumes from its checkpoint.
+The trial's folder is locked meanwhile, so two processes never run one trial at the same time.
+Milliseconds are not measured here: trials that run at the same time would disturb the clock.
+
+A trial that competes with the same model at other learning rates may be stopped early, by ASHA
+(`cluster/tune.py`). The reason then lies in its folder. It keeps its checkpoint and has no result,
+so a sweep without ASHA, or with another rule, trains it to its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
+from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.evaluation.suite import load_suite
+from orchestrator.evaluation.tasks import TaskSelection
+from orchestrator.models.folder import load_provenance
+from orchestrator.models.open import open_model
+from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.records.trial import AshaRule, EarlyStop, SweepPlan, Trial
+from orchestrator.settings import SweepSettings
+from orchestrator.terminal.stop import stop_requested, stop_when
+from orchestrator.training.trainer import Report, run_job
+from orchestrator.training.watching import lock_run_folder
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import DONE_NAME, STOPPED_NAME, Workspace
+
+if TYPE_CHECKING:
+    from orchestrator.cluster.tune import TrialPlace
+
+
+class Place:
+    """Where a trial runs: this process, on the CPU. `cluster/tune.py` has others."""
+
+    def report(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Take the numbers of a training step; the trial then looks whether it was stopped."""
+
+    def train(self, job: TrainingJob, report: Report) -> TrainingOutcome:
+        """Train a job; as `run_job`."""
+        return run_job(job, report=report)
+
+    def on_device(self, work: Callable[[str], Trial]) -> Trial:
+        """Call a function with the name of a device, where that device is."""
+        return work("cpu")
+
+
+def run_trial(
+    trial: Trial, place: Place | TrialPlace | None = None, *, wait: bool = True
+) -> Trial | None:
+    """Run a trial to its result, or return the result of the process that ran it.
+
+    The result is written while the folder is locked, so that no process makes it again.
+
+    Args:
+        trial: What is trained and measured.
+        place: Where; in this process, on the CPU, when unset.
+        wait: Wait for another process that runs this trial.
+
+    Returns:
+        The trial with what was measured; None if another process runs it and `wait` is unset, after
+        a request to stop, or if it was stopped early.
+    """
+    place, folder, is_beaten = place or Place(), Path(trial.folder), False
+    verdict = folder / STOPPED_NAME
+
+    def report(step: int, numbers: Mapping[str, float]) -> None:
+        nonlocal is_beaten
+        place.report(step, numbers)
+        is_beaten = verdict.exists()
+
+    with lock_run_folder(folder, wait=wait) as is_ours:
+        if not is_ours:
+            return None
+        if finished := trial.result():
+            return finished
+        verdict.unlink(missing_ok=True)  # Whoever runs the trial follows another rule.
+        outcome = None
+        if trial.job:
+            with stop_when(lambda: is_beaten):
+                outcome = place.train(trial.job, report)
+            if not outcome.finished or stop_requested():
+                return None
+        trained = trial.with_numbers("train", _training_numbers(trial, outcome))
+        if outcome:
+            trained = trained.model_copy(update={"checkpoint": outcome.checkpoint})
+        measured = place.on_device(partial(measure_trial, trained))
+        measured.write(trial.result_path)
+        return measured
+
+
+def measure_trial(trial: Trial, device: str) -> Trial:
+    """Return a trial with its quality, measured on a device; its checkpoint is known.
+
+    Quality is `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`; `_stderr` where
+    known. The results of the tasks are in the workspace's store of evaluations.
+    """
+    suite = trial.suite
+    asked = TaskSelection(
+        names=suite.tasks,
+        folders=(Path(suite.include_folder),) if suite.include_folder else (),
+        heldout=Path(suite.suite_folder) if suite.suite_folder else None,
+        num_fewshot=suite.num_fewshot,
+        prompts=suite.prompts,
+    )
+    # Students of an imported model read text as it does.
+    imported = Path(suite.vocabulary_folder) if suite.vocabulary_folder else None
+    model = open_model(Path(str(trial.checkpoint)), trial.model.corrections, text_folder=imported)
+    # A trial's folder lies in `trials` or `runs` of its workspace.
+    store = EvaluationStore(Workspace(Path(trial.folder).parents[1]).evaluations)
+    conditions = Conditions(
+        precision=suite.precision, limit=suite.limit, batch_size=suite.batch_size, device=device
+    )
+    measurer = ModelMeasurer(model, store, conditions)
+    measured = measurer.tasks(load_suite(asked, suite.fingerprints))
+    loss = measurer.validation_loss(Path(suite.tokens_folder))
+    quality = {**measured.evaluation.quality(), "validation_loss": loss}
+    found = trial.model_copy(update={"evaluation": measured.keys})
+    return found.with_numbers("quality", quality)
+
+
+def _training_numbers(trial: Trial, outcome: TrainingOutcome | None) -> dict[str, float | None]:
+    """Return what a training took; of a given checkpoint, what its own run took.
+
+    That run's record may be missing, damaged or of another step; only steps are known then.
+    """
+    if outcome is None:
+        checkpoint = Path(str(trial.checkpoint))
+        step = load_provenance(checkpoint).get("step", 0)
+        with suppress(UserError):
+            outcome = TrainingOutcome.read(checkpoint.parent / DONE_NAME)
+        if outcome is None or outcome.step != step:
+            return {"steps": step}
+    return {
+        "steps": outcome.step,
+        "tokens": outcome.num_tokens,
+        "flops": outcome.training_flops,
+        "seconds": outcome.train_seconds,
+        "shared_flops": outcome.shared_flops or None,
+    }
+
+
+def asha_rule(sweep: SweepSettings) -> AshaRule:
+    """Return when trials are compared, and how many continue."""
+    return AshaRule(first_rung=sweep.asha_first_rung, reduction_factor=sweep.asha_reduction_factor)
+
+
+def competing_trials(plan: SweepPlan, sweep: SweepSettings) -> list[list[Trial]]:
+    """Return, for each model with several learning rates, its trials; none without ASHA."""
+    if plan.kind != "iterations" or not sweep.asha:
+        return []
+    models: dict[str, list[Trial]] = {}
+    for trial in plan.trials:
+        if trial.job:
+            recipe = trial.job.recipe.model_copy(update={"learning_rate": None})
+            changes = {"recipe": recipe, "run_folder": "", "first_stages": None}
+            same = trial.job.model_copy(update=changes).model_dump_json(warnings=False)
+            models.setdefault(same, []).append(trial)
+    return [trials for trials in models.values() if len(trials) > 1]
+
+
+def early_stops(plan: SweepPlan, sweep: SweepSettings) -> dict[str, EarlyStop]:
+    """Return key -> reason of the trials that were stopped early: by this rule, for a competitor
+    that is in the plan. Those that have a result are among them."""
+    found: dict[str, EarlyStop] = {}
+    for trials in competing_trials(plan, sweep):
+        labels = {trial.label for trial in trials}
+        for trial in trials:
+            stop = EarlyStop.read(Path(trial.folder) / STOPPED_NAME)
+            if stop and stop.rule == asha_rule(sweep) and stop.competitor in labels - {trial.label}:
+                found[trial.key] = stop
+    return found

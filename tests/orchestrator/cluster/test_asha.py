@@ -1,0 +1,113 @@
+"""Of one model's learning rates the best continues at every rung, and models never compete."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iiet.config import ModelConfig
+from iiet.schedule import IterationSchedule
+from orchestrator.cluster.tune import LOSS, STEP, AshaByModel
+from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import AshaRule, EarlyStop, Trial, TrialSuite
+from orchestrator.settings import TrainingSettings
+from orchestrator.workspace.layout import STOPPED_NAME
+
+NUM_STEPS = 8
+CURVES = st.lists(st.lists(st.floats(1.0, 9.0), min_size=8, max_size=8), min_size=1, max_size=7)
+
+
+class Race:
+    """Trains made-up curves, and ends those that are stopped; a label's first word is its model."""
+
+    def __init__(
+        self, folder: Path, curves: Mapping[str, Sequence[float]], reduction_factor: int = 2
+    ) -> None:
+        self.folder, self.curves = folder, curves
+        self.reached = dict.fromkeys(curves, 0)
+        models: dict[str, list[Trial]] = {}
+        for label in curves:
+            models.setdefault(label.split()[0], []).append(self.trial(label))
+        rule = AshaRule(first_rung=0.25, reduction_factor=reduction_factor)
+        self.scheduler = AshaByModel(rule, [*models.values()])
+        self.tune_trials = {
+            label: SimpleNamespace(config={"key": label}, trial_id=label) for label in curves
+        }
+        for trial in self.tune_trials.values():
+            self.scheduler.on_trial_add(None, trial)
+
+    def trial(self, label: str) -> Trial:
+        model = ModelConfig(
+            vocab_size=8, dim=8, num_layers=1, num_heads=1, num_kv_heads=1, ffn_dim=8,
+            context_length=8, schedule=IterationSchedule((1,)),
+        )  # fmt: skip
+        recipe = TrainingSettings(num_steps=NUM_STEPS)
+        job = TrainingJob(run_folder="", tokens_folder="", model=model, recipe=recipe)
+        return Trial(
+            key=label, role="trial", label=label, model=model, job=job,
+            folder=str(self.folder / label), suite=TrialSuite(tokens_folder=""),
+        )  # fmt: skip
+
+    def stop_of(self, label: str) -> EarlyStop | None:
+        return EarlyStop.read(self.folder / label / STOPPED_NAME)
+
+    @property
+    def stopped(self) -> dict[str, int]:
+        return {label: stop.step for label in self.curves if (stop := self.stop_of(label))}
+
+    def validate(self, label: str, step: int) -> None:
+        self.reached[label] = step
+        result = {STEP: step, LOSS: self.curves[label][step - 1]}
+        told = self.scheduler.on_trial_result(None, self.tune_trials[label], result)
+        assert told == "CONTINUE", "Tune kills nothing"
+
+    def run(self, seed: int, gap: int = 1) -> None:
+        """Train in a random order, and validate every `gap` steps."""
+        order = random.Random(seed)
+        while waiting := [
+            label for label, step in self.reached.items()
+            if label not in self.stopped and step + gap <= NUM_STEPS
+        ]:  # fmt: skip
+            label = order.choice(waiting)
+            self.validate(label, self.reached[label] + gap)
+
+
+@settings(max_examples=25)
+@given(CURVES, st.integers(2, 4), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_the_best_at_a_rung_continues_whoever_came_first(
+    tmp_path_factory: pytest.TempPathFactory,
+    losses: list[list[float]], reduction_factor: int, gap: int, seed: int,
+) -> None:  # fmt: skip
+    curves = {f"iiet {n}": curve for n, curve in enumerate(losses)}
+    race = Race(tmp_path_factory.mktemp("race"), curves, reduction_factor)
+    race.run(seed, gap)
+    for label, step in race.stopped.items():
+        rungs = [2 * reduction_factor**n for n in range(3)]
+        assert [rung for rung in rungs if step - gap < rung <= step]
+        assert step < NUM_STEPS
+        assert curves[label][step - 1] > min(curve[step - 1] for curve in curves.values())
+    assert len(race.stopped) < len(curves), "one is trained to its end"
+
+
+def test_models_never_compete_and_the_reason_names_the_best_rival(tmp_path: Path) -> None:
+    curves = {"vanilla low": [5.0] * 8, "vanilla lower": [4.0] * 8, "vanilla high": [6.0] * 8}
+    curves |= {"iiet": [9.0] * 8, "other nan": [math.nan] * 8, "other infinite": [math.inf] * 8}
+    race = Race(tmp_path, curves)
+    for step in (2, 4, 8):
+        for label in curves:
+            if label not in race.stopped:
+                race.validate(label, step)
+    assert race.stopped == {"vanilla high": 2}, "who comes first at a rung continues"
+    stop = race.stop_of("vanilla high")
+    assert stop is not None
+    assert stop.competitor == "vanilla lower"
+    assert stop.text == (
+        "stopped early at step 2 of 8: its validation loss is 6.000, vanilla lower had 4.000"
+    )

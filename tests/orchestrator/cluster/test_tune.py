@@ -1,0 +1,231 @@
+"""Trials under Ray Tune: side by side, tried again, reported, and none takes the others along."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from changed_trials import in_folder, with_job
+from list_queue import ListQueue, run_queue
+
+from orchestrator.cluster.tune import AshaByModel, TrialFunction, TrialPlace
+from orchestrator.models.open import load_model
+from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings
+from orchestrator.sweeping.trial import asha_rule, competing_trials, early_stops
+from orchestrator.training.job import job_key
+from orchestrator.training.trainer import run_job
+from orchestrator.workspace.errors import Interrupted, UserError
+from orchestrator.workspace.journal import read_journal
+
+pytestmark = pytest.mark.slow
+
+
+def named(plan: SweepPlan, *names: str) -> list[Trial]:
+    return [plan.trials[0].model_copy(update={"key": name, "label": name}) for name in names]
+
+
+def test_failures_are_tried_again_then_reported_while_the_rest_continues(
+    ray_session: None, tiny_plan: SweepPlan, tmp_path: Path
+) -> None:
+    folder = str(tmp_path)
+
+    def function(trial: Trial, place: TrialPlace) -> Trial | None:
+        import torch
+
+        name = trial.label
+        earlier = len(list(Path(folder).glob(f"{name}.*")))
+        (Path(folder) / f"{name}.{earlier}").write_text(str(os.getpid()))
+        if name == "once" and earlier == 0:
+            raise RuntimeError("a hiccup")
+        if name == "killed" and earlier == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == "always":
+            raise ValueError("bad luck")
+        if name == "mistaken":
+            raise UserError("type something else")
+        if name == "unfinished":
+            return None
+        assert place.device == "cpu"
+        return trial.with_numbers("quality", {"threads": torch.get_num_threads()})
+
+    names = ["always", "once", "killed", "mistaken", "fine", "unfinished"]
+    queue = ListQueue(named(tiny_plan, *names))
+    ended = run_queue(queue, function, tmp_path, SweepSettings(max_failures_per_trial=2))
+    for name in ("once", "killed", "fine"):
+        result, error = ended[name]
+        assert result is not None, error
+        assert result.label == name
+        assert result.numbers == {"quality/threads": 1}, "two CPUs, two trials, a thread each"
+    assert ended["always"] == (None, "ValueError: bad luck")
+    assert ended["mistaken"] == (None, "type something else")
+    assert ended["unfinished"] == (None, "")
+    attempts = {name: len(list(tmp_path.glob(f"{name}.*"))) for name in names}
+    assert attempts == dict(zip(names, (3, 2, 2, 1, 1, 1), strict=True))
+    processes = {path.read_text() for path in tmp_path.glob("*.[0-9]")}
+    assert len(processes) < sum(attempts.values()), "processes serve again"
+    assert queue.most_at_once == 2
+    assert queue.threads == {threading.get_ident()}
+
+
+def test_a_stop_waits_for_running_trials_and_starts_no_other(
+    ray_session: None, tiny_plan: SweepPlan, tmp_path: Path
+) -> None:
+    folder = str(tmp_path)
+
+    def function(trial: Trial, place: TrialPlace) -> Trial | None:
+        import time
+
+        from orchestrator.terminal.stop import stop_requested
+
+        path = Path(folder) / f"trial.{trial.key}"
+        path.touch()
+        while not stop_requested():
+            time.sleep(0.01)
+        path.write_text("saved")
+        if trial.key == "0":
+            raise OSError("no room")
+        return None
+
+    pressed: list[bool] = []
+
+    def press() -> None:
+        if len(list(tmp_path.glob("trial.*"))) == 2 and not pressed:
+            pressed.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    queue = ListQueue(named(tiny_plan, *map(str, range(20))), watch=press)
+    with pytest.raises(Interrupted, match="interrupted; 18 are left"):
+        run_queue(queue, function, tmp_path)
+    assert {path.read_text() for path in tmp_path.glob("trial.*")} == {"saved"}
+    assert queue.ended == {"0": (None, "OSError: no room"), "1": (None, "")}
+    assert len(queue.waiting) == 18
+
+
+def shared(trial: Trial, folder: Path, *, num_steps: int = 12) -> Trial:
+    """Return a trial whose batch two workers can share, and the validation of which is quick."""
+    recipe = {"num_steps": num_steps, "checkpoint_every_steps": 10**6}
+    return in_folder(with_job(trial, recipe), folder, key=folder.name, label=folder.name)
+
+
+def trains_only() -> TrialFunction:
+    """Return a function that trains a trial; it travels to workers, which cannot import tests."""
+
+    def train(trial: Trial, place: TrialPlace) -> Trial | None:
+        from orchestrator.sweeping import trial as module
+
+        module.measure_trial = lambda trial, _: trial.with_numbers("quality", {"accuracy": 0.5})
+        return module.run_trial(trial, place, wait=False)
+
+    return train
+
+
+def run_with_two(trials: list[Trial], folder: Path, watch: Any = None, **more: Any) -> Any:
+    sweep = SweepSettings(workers_per_trial=2, trials_at_once=5)
+    queue = ListQueue(trials, watch=watch or (lambda: None))
+    return run_queue(queue, trains_only(), folder, sweep, **more)
+
+
+@pytest.mark.long
+def test_two_workers_make_what_one_makes_also_through_a_stop(
+    tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
+) -> None:
+    trial = shared(tiny_plan.trials[1], tmp_path / "trial", num_steps=300)
+    assert trial.job is not None
+    folder = Path(trial.folder)
+    pressed: list[int] = []
+
+    def press() -> None:
+        steps = [r["step"] for r in read_journal(folder)[0] if r["kind"] == "metrics"]
+        if steps and not pressed:
+            pressed.append(steps[-1])
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        run_with_two([trial], tmp_path / "first", press)
+    give_up = time.monotonic() + 20
+    while not (saved := list(folder.glob("step_*"))):
+        assert time.monotonic() < give_up, "the workers did not save their state"
+    step = int(saved[0].name.removeprefix("step_"))
+    assert 0 < step < 300
+
+    fsdp = ClusterSettings(num_workers=4, parallel="fsdp", num_shards=4)
+    result, error = run_with_two([trial], tmp_path / "second", cluster=fsdp)["trial"]
+    assert result is not None, error
+    assert result == trial.result()
+    events = [r for r in read_journal(folder)[0] if r["kind"] == "event"]
+    resumed = next(r for r in events if r["name"] == "resumed")
+    assert (resumed["num_workers"], resumed["step"]) == (2, step)
+    assert (resumed["parallel"], resumed["num_shards"]) == ("fsdp", 2)
+
+    job = trial.job.model_copy(update={"run_folder": str(tmp_path / "alone")})
+    assert job_key(job) == job_key(trial.job)
+    import torch
+
+    alone = load_model(Path(str(run_job(job).checkpoint))).state_dict()
+    for name, tensor in load_model(Path(str(result.checkpoint))).state_dict().items():
+        torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.long
+def test_a_worker_that_dies_is_tried_again_and_more_trials_than_places_all_end(
+    tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
+) -> None:
+    trials = [shared(tiny_plan.trials[n], tmp_path / str(n)) for n in (1, 2)]
+    victim = with_job(trials[0], {"num_steps": 400, "checkpoint_every_steps": 20})
+    killed: list[int] = []
+
+    def kill_a_worker() -> None:
+        records, _ = read_journal(Path(victim.folder))
+        if not killed and any(r.get("name") == "checkpoint" for r in records):
+            killed.append(next(r["pid"] for r in records if r.get("name") == "started"))
+            os.kill(killed[0], signal.SIGKILL)
+
+    ended = run_with_two([victim, trials[1]], tmp_path / "sweep", kill_a_worker)
+    assert killed
+    assert all(result for result, _ in ended.values()), ended
+    names = [r.get("name") for r in read_journal(Path(victim.folder))[0]]
+    assert "resumed" in names, "it continued from its checkpoint"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_trial_that_asha_ends_saves_its_state_and_frees_its_workers(
+    num_workers: int, tiny_plan: SweepPlan, ray_session: None, tmp_path: Path
+) -> None:
+    import ray
+
+    good, bad = (
+        in_folder(
+            with_job(
+                tiny_plan.trials[1],
+                {"num_steps": 400, "learning_rate": rate, "validate_every_steps": 20},
+            ),
+            tmp_path / name, key=name, label=name,
+        )
+        for name, rate in (("good", 1e-2), ("bad", 1e-7))
+    )  # fmt: skip
+    plan = tiny_plan.model_copy(update={"kind": "iterations", "trials": (good, bad)})
+    sweep = resolve_settings({}, ["sweep.asha=true"]).sweep
+    scheduler = AshaByModel(asha_rule(sweep), competing_trials(plan, sweep))
+    if num_workers == 2:
+        ended = run_with_two([good, bad], tmp_path, scheduler=scheduler)
+    else:
+        ended = run_queue(ListQueue([good, bad]), trains_only(), tmp_path, scheduler=scheduler)
+    assert ended["good"][0] is not None, ended
+    assert ended["bad"] == (None, "")
+    stop = early_stops(plan, sweep)["bad"]
+    assert stop.step in (100, 200)
+    assert stop.text.startswith(f"stopped early at step {stop.step} of 400: its validation loss is")
+    assert "good had" in stop.text
+    [saved] = Path(bad.folder).glob("step_*")
+    assert stop.step <= int(saved.name.removeprefix("step_")) < 400
+    give_up = time.monotonic() + 20
+    while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < give_up, "the workers keep their CPUs"
+        time.sleep(0.2)

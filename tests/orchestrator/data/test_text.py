@@ -1,0 +1,246 @@
+"""Documents of each source and kind of file, in shards, and what a user is told about bad ones."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tracemalloc
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from orchestrator.data import text
+from orchestrator.data.text import (
+    PASSAGE_CHARACTERS,
+    find_files,
+    read_documents,
+    source_state,
+    split_long,
+    split_text_file,
+    text_source,
+)
+from orchestrator.settings import DataSettings
+from orchestrator.workspace.errors import UserError
+
+WORDS = "the quick brown fox jumps over the lazy dog and runs away from it again "
+
+
+def files(*names: Path | str, **more: Any) -> DataSettings:
+    return DataSettings(source="files", files=tuple(map(str, names)), **more)
+
+
+def hub(name: Path | str, **more: Any) -> DataSettings:
+    return DataSettings(source="hub", hub_name=str(name), **more)
+
+
+def texts(settings: DataSettings) -> list[str]:
+    source = text_source(settings)
+    shards = (read_documents(source, shard) for shard in source.shards())
+    return [document.text for document in chain.from_iterable(shards)]
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
+    rows = [{"body": f"Document {i} has its own words."} for i in range(3)]
+    expected = [row["body"] for row in rows]
+    lines = "\ufeff" + "\n".join(map(json.dumps, rows))  # Windows starts files with such a mark.
+    (tmp_path / "a.txt").write_text("\ufeff" + "<|endoftext|>".join(expected))
+    (tmp_path / "a.jsonl").write_text(lines + "\n\n")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write(lines)
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
+        assert texts(files(tmp_path / name, text_field="body")) == expected, name
+    (tmp_path / "b.jsonl").write_text('{"text": " bad \\ud800 half "}\n{"text": " "}')
+    assert texts(files(tmp_path / "b.jsonl")) == ["bad ? half"]
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 37, 100, 500])
+def test_shards_of_any_size_hold_the_same_documents(
+    tmp_path: Path, shard_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [f"Text {i} says {'fish ' * (i % 7)}." for i in range(40)]
+    rows = [{"text": line} for line in expected]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows[:20])) + "\n")
+    table = pyarrow.Table.from_pylist(rows[20:30])
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet", row_group_size=3)
+    (tmp_path / "c.txt").write_text("<|endoftext|>".join(expected[30:]))
+    monkeypatch.setattr(text, "SHARD_BYTES", shard_bytes)
+    settings = files(tmp_path)
+    assert len(text_source(settings).shards()) > 2
+    assert texts(settings) == expected
+    (tmp_path / "d.jsonl").write_text('{"text": "x"}\n' * 100 + '{"text": "cut\n')
+    with pytest.raises(UserError, match=r"d\.jsonl, line 101: this is not JSON"):
+        texts(settings)
+
+
+def test_titled_blocks_are_documents_and_a_book_is_split_at_paragraph_ends() -> None:
+    titled = "\n\n".join(f"Title {i}\n{'A long line of text about it. ' * 4}" for i in range(5))
+    assert len(split_text_file(titled)) == 5
+    wrapped = "\n\n".join("This line is as long\nas all of the others\nin it" for _ in range(5))
+    assert split_text_file(wrapped) == [wrapped]
+    plain = "\n\n".join("One paragraph on one line." for _ in range(5))
+    assert split_text_file(plain) == [plain]
+    book = "\n\n".join(f"{i}: " + "word " * 200 for i in range(40))
+    passages = list(split_long(book))
+    assert "\n\n".join(passages) == book
+    assert len(passages) > 5
+    assert all(len(p) < 2 * PASSAGE_CHARACTERS for p in passages)
+    assert list(split_long("short")) == ["short"]
+
+
+def test_names_folders_and_patterns(tmp_path: Path) -> None:
+    (tmp_path / "corpus" / "deeper").mkdir(parents=True)
+    for name in ("a[1].txt", "deeper/b.jsonl", "notes.md"):
+        (tmp_path / "corpus" / name).write_text(f'{{"text": "{name}"}}')
+    first, second = tmp_path / "corpus" / "a[1].txt", tmp_path / "corpus" / "deeper" / "b.jsonl"
+    assert find_files(files(first)) == [first], "a file with brackets is not a pattern"
+    assert find_files(files(tmp_path / "corpus")) == [first, second]
+    assert find_files(files(tmp_path / "*" / "*" / "b*", first)) == [first, second]
+    before = source_state(files(first))
+    first.write_text("Another text.")
+    assert source_state(files(first)) != before
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("", "a name is empty"),
+        ("a**b", r"data\.files"),
+        ("x" * 5000, r"data\.files"),
+        ("~no-such-user/a.txt", r"data\.files|cannot use the path"),
+        ("a\0b.txt", r"data\.files"),
+        ("nothing/*.txt", "no file matches"),
+        (".", r"the folder .* holds no text; the kinds are \.txt"),
+        (__file__, r"cannot read .*test_text\.py; the kinds are \.txt"),
+    ],
+)
+def test_a_wrong_path_is_a_clear_error(
+    pattern: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        find_files(files(pattern))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n\n{"tex', r"a\.jsonl, line 3: this is not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"body": "x"}',
+            r"line 2: there is no field 'text' but",
+        ),
+        ("a.jsonl", b'{"text": 5}', "line 1: the field 'text' holds 5, which is not text"),
+        ("a.jsonl", b'{"text": null}', "holds null, which is not text"),
+        ("a.jsonl", b'["x"]', "is not an object with a field 'text'"),
+        ("a.jsonl", b"[" * 100_000, "line 1: this is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', "line 2: this is not UTF-8 text"),
+        ("a.jsonl", '{"text": "x"}'.encode("utf-16-le"), "NUL bytes.*UTF-16"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "x"}\n[]'),
+            r"\.gz, line 2: \[\] is not an",
+        ),
+        ("a.jsonl.gz", b"not gzip", r"cannot read .*a\.jsonl\.gz"),
+        ("a.jsonl.zst", b"not zstd", "cannot read"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "x"}\n')[:-6], "cannot read"),
+        ("a.txt", "A text.".encode("utf-16-be"), "NUL bytes.*convert it to UTF-8"),
+        ("a.txt", b"\xff\xfe", r"a\.txt: this is not UTF-8 text \(byte 0\)"),
+        ("a.parquet", b"not parquet", "not a readable Parquet file"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        texts(files(tmp_path / name))
+
+
+def test_a_record_of_parquet_is_named_with_its_row(tmp_path: Path) -> None:
+    table = pyarrow.table({"body": ["x", None, "y"], "id": [1, 2, 3]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1)
+    assert texts(files(tmp_path / "a.parquet", text_field="body")) == ["x", "y"]
+    with pytest.raises(UserError, match=r"a\.parquet: there is no field 'text' but 'body', 'id'"):
+        texts(files(tmp_path / "a.parquet"))
+    with pytest.raises(UserError, match=r"a\.parquet, row 1: the field 'id' holds 1, which is not"):
+        texts(files(tmp_path / "a.parquet", text_field="id"))
+
+
+# The hub, and folders that its library reads
+
+
+def write_set(folder: Path, kind: str, num_files: int) -> None:
+    """Write a data set of several files, 3 MB each."""
+    folder.mkdir()
+    for part in range(num_files):
+        numbers = range(1000 * part, 1000 * (part + 1))
+        rows = [{"text": f"Document {number}. " + WORDS * 40} for number in numbers]
+        if kind == "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{part}.parquet")
+        else:
+            (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_data_set_is_streamed_file_by_file(tmp_path: Path, kind: str) -> None:
+    def peak_memory(num_files: int) -> tuple[int, int]:
+        pool = pyarrow.default_memory_pool()
+        before, arrow_peak, count = pool.bytes_allocated(), 0, 0
+        source = text_source(hub(tmp_path / str(num_files)))
+        assert len(source.shards()) == num_files
+        tracemalloc.start()
+        try:
+            for shard in source.shards():
+                for _ in read_documents(source, shard):
+                    count += 1
+                    arrow_peak = max(arrow_peak, pool.bytes_allocated() - before)
+            _, python_peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert count == 1000 * num_files
+        return python_peak, arrow_peak
+
+    for num_files in (1, 2, 5):
+        write_set(tmp_path / str(num_files), kind, num_files)
+    peak_memory(1)  # imports and caches of the first use
+    small, large = peak_memory(2), peak_memory(5)
+    assert large[0] < 1.5 * small[0] + 1e6
+    assert large[1] < 1.5 * small[1] + 1e6
+    pattern = str(tmp_path / "2" / f"*.{kind}")
+    assert texts(hub(tmp_path / "2")) == texts(files(pattern))
+
+
+def test_a_data_set_that_cannot_be_read_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n')
+    with pytest.raises(UserError, match=r"set, record 1 of shard 0: there is no field 'body' but"):
+        texts(hub(tmp_path / "set", text_field="body"))
+    (tmp_path / "set" / "a.jsonl").write_text('{"text": "x"}\n{"te')
+    with pytest.raises(UserError, match=r"cannot read the data set .*set"):
+        texts(hub(tmp_path / "set"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"some/name needs the hub.*data\.source=files"):
+        texts(hub("some/name"))
+    with pytest.raises(UserError, match=r"data\.hub_name, which is empty"):
+        texts(hub(""))
+    with pytest.raises(UserError, match=r"data\.files, which is empty"):
+        texts(files())
+
+
+def test_help_topics_need_no_network() -> None:
+    found = texts(DataSettings(source="python"))
+    assert len(found) > 50
+    assert sum(map(len, found)) > 300_000
+    assert max(map(len, found)) < 3 * PASSAGE_CHARACTERS
+    state = source_state(DataSettings(source="python"))
+    assert state == source_state(DataSettings(source="python"))

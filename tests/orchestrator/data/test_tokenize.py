@@ -1,0 +1,259 @@
+"""Token folders: the same bytes from any number of shards, processes and interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sample_texts import lines_of, tokens_of
+
+from orchestrator.data import text, tokenize
+from orchestrator.data.store import MANIFEST_NAME, TokenStore, open_tokens, verify_data
+from orchestrator.data.tokenize import first_occurrences, is_validation, write_text
+from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.settings import DataSettings
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import VERIFIED_NAME
+from orchestrator.workspace.layout import TEMPORARY_PREFIX
+
+TEXTS = [f"Document {i} tells that {i * 7} birds flew over the sea." for i in range(300)]
+OPTIONS: dict[str, Any] = {"vocab_size": 300, "validation_fraction": 0.2}
+
+
+def split_documents(store: TokenStore, array: np.ndarray) -> list[str]:
+    tokenizer = load_tokenizer(store.tokenizer_path)
+    ends = np.flatnonzero(array == store.manifest.end_of_text_id)
+    starts = [0, *(ends[:-1] + 1)]
+    return [
+        tokenizer.decode(array[a:b].tolist(), skip_special_tokens=False)
+        for a, b in zip(starts, ends, strict=True)
+    ]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != VERIFIED_NAME}
+
+
+@pytest.fixture
+def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataSettings:
+    """Settings of three files in many shards, with texts that come again in others."""
+    for number in range(3):
+        some = TEXTS[number * 80 : number * 80 + 120]
+        (tmp_path / f"{number}.jsonl").write_text(lines_of([*some, TEXTS[5], some[7]]))
+    monkeypatch.setattr(text, "SHARD_BYTES", 1500)
+    return DataSettings(source="files", files=(str(tmp_path / "*.jsonl"),), **OPTIONS)
+
+
+def test_the_tokens_are_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenize, "DOCUMENTS_PER_BATCH", 7)
+    monkeypatch.setattr(tokenize, "DOCUMENTS_COPIED_TOGETHER", 11)
+    store = open_tokens(tokens_of([*TEXTS, *TEXTS[:50]], tmp_path, **OPTIONS))
+    verify_data(store.folder, always=True)
+    train = [each for each in TEXTS if not is_validation(each, 0.2)]
+    validation = [each for each in TEXTS if is_validation(each, 0.2)]
+    assert split_documents(store, store.train) == train
+    assert split_documents(store, store.validation) == validation
+    counts = store.manifest.validation
+    assert (counts.documents, counts.bytes) == (len(validation), sum(map(len, validation)))
+    lines = store.validation_documents_path.read_text().splitlines()
+    assert list(map(json.loads, lines)) == [
+        {"text": each, "source": "texts.jsonl"} for each in validation
+    ]
+    assert store.train.dtype == np.uint16
+    assert store.vocab_size == 300
+    assert store.manifest.train.tokens == len(store.train)
+
+
+def test_the_split_depends_on_the_text_alone() -> None:
+    many = [f"text number {i}" for i in range(4000)]
+    held_out = [each for each in many if is_validation(each, 0.1)]
+    assert 300 < len(held_out) < 500
+    assert set(held_out) < {each for each in many if is_validation(each, 0.2)}
+
+
+@given(st.lists(st.integers(0, 30)), st.integers(1, 10))
+def test_first_occurrences_are_those_of_a_set(keys: list[int], together: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize, "HASHES_SORTED_TOGETHER", together)
+        found = first_occurrences(np.array(keys, np.uint64))
+    assert found.tolist() == [key not in keys[:place] for place, key in enumerate(keys)]
+
+
+def test_the_fingerprint_says_what_the_tokens_hold(tmp_path: Path) -> None:
+    first = tokens_of(TEXTS, tmp_path / "a", **OPTIONS)
+    assert tokens_of(TEXTS, tmp_path / "b", **OPTIONS).name == first.name
+    others = [
+        tokens_of(TEXTS[:-1], tmp_path / "a", **OPTIONS),
+        tokens_of(TEXTS, tmp_path / "a", **{**OPTIONS, "vocab_size": 290}),
+        tokens_of(TEXTS, tmp_path / "a", **{**OPTIONS, "validation_fraction": 0.3}),
+        tokens_of(TEXTS[::-1], tmp_path / "a", **{**OPTIONS, "tokenizer": str(first)}),
+    ]
+    assert len({first.name, *(other.name for other in others)}) == 5
+    assert (others[-1] / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+    (first / "train.bin").unlink()
+    assert tokens_of(TEXTS, tmp_path / "a", **OPTIONS) == first, "incomplete tokens are replaced"
+    verify_data(first, always=True)
+
+
+def test_another_format_and_a_damaged_stamp_do_not_count_as_verified(tmp_path: Path) -> None:
+    folder = tokens_of(TEXTS, tmp_path, **OPTIONS)
+    (folder / VERIFIED_NAME).write_text("{")
+    (folder / "train.bin").unlink()
+    with pytest.raises(UserError, match=r"train\.bin is missing"):
+        verify_data(folder)
+    (folder / MANIFEST_NAME).write_text('{"format": 99}')
+    with pytest.raises(UserError, match="another version"):
+        verify_data(folder)
+
+
+def test_the_tokenizer_is_not_trained_on_held_out_text(tmp_path: Path) -> None:
+    marked = [each + (" zqzqzqzq" * 50 if is_validation(each, 0.2) else "") for each in TEXTS]
+    # The mark changes the hashes; keep the documents whose side is the same.
+    marked = [each for each in marked if is_validation(each, 0.2) == ("zq" in each)]
+    assert sum("zq" in each for each in marked) > 3
+    folder = tokens_of(marked, tmp_path, **OPTIONS)
+    vocabulary = load_tokenizer(folder / "tokenizer.json").get_vocab()
+    assert not [token for token in vocabulary if "zq" in token]
+
+
+def test_a_small_corpus_has_a_validation_document_or_is_an_error(tmp_path: Path) -> None:
+    for number in range(2, 8):
+        some = TEXTS[number : 2 * number]
+        store = open_tokens(tokens_of(some, tmp_path / str(number), **OPTIONS))
+        assert store.manifest.validation.documents >= 1
+    for texts, message in (([], "the corpus is empty"), (TEXTS[:1], "a single document of .* tok")):
+        with pytest.raises(UserError, match=message):
+            tokens_of(texts, tmp_path / "none", **OPTIONS)
+        assert not list((tmp_path / "none").glob("*/*.bin"))
+
+
+def test_max_documents_ends_the_reading(several: DataSettings, tmp_path: Path) -> None:
+    limited = several.model_copy(update={"max_documents": 130})
+    (tmp_path / "2.jsonl").write_text("not JSON, and never read")
+    store = open_tokens(write_text(limited, tmp_path / "tokens", "key", Progress()))
+    found = split_documents(store, store.train) + split_documents(store, store.validation)
+    assert sorted(found) == sorted(TEXTS[:130])
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_bytes_as_one(
+    several: DataSettings, tmp_path: Path
+) -> None:
+    whole = tokens_of(TEXTS[:280], tmp_path / "whole", **OPTIONS)
+    for number in (1, 2):
+        parent = tmp_path / f"by {number}"
+        folder = write_text(several, parent, "key", Progress(), num_processes=number)
+        assert folder.name == whole.name
+        for name in ("train.bin", "validation.bin", "tokenizer.json"):
+            assert (folder / name).read_bytes() == (whole / name).read_bytes(), (number, name)
+        assert [path.name for path in parent.iterdir()] == [folder.name]
+    (tmp_path / "2.jsonl").write_text(lines_of(TEXTS[200:250]) + '{"text": 5}')
+    with pytest.raises(UserError, match=r"2\.jsonl, line 51: the field 'text' holds 5"):
+        write_text(several, tmp_path / "bad", "key", Progress(), num_processes=2)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from orchestrator.data import text, tokenize
+from orchestrator.settings import DataSettings
+from orchestrator.terminal.progress import Progress
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's & ignores it.
+text.SHARD_BYTES, tokenize.DOCUMENTS_PER_BATCH = 1500, 5
+reports = 0
+class Killed(Progress):
+    def advance(self, done, text="", **_):
+        global reports
+        reports += 1
+        if done == 3 and "tokens" in text and reports > 20:
+            os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+settings = DataSettings.model_validate_json(sys.argv[2])
+tokenize.write_text(settings, Path(sys.argv[3]), "key", Killed(), num_processes=1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
+def test_an_interrupted_preparation_resumes_to_identical_bytes(
+    several: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    parent = tmp_path / "tokens"
+    arguments = [name, several.model_dump_json(), str(parent)]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -getattr(signal, name), done.stderr
+    (left,) = parent.glob(f"{TEMPORARY_PREFIX}*")
+    kept = sorted(left.glob("shards/[0-9]*"))
+    assert len(kept) == 3
+    damaged = kept[1] / "tokens.bin"
+    damaged.write_bytes(b"\1" + damaged.read_bytes()[1:])
+
+    written, notes = [], []
+    write = tokenize.ShardWriter.write
+
+    def counting(writer: Any, number: int, report: Any) -> None:
+        written.append(number)
+        write(writer, number, report)
+
+    class Notes(Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    monkeypatch.setattr(tokenize.ShardWriter, "write", counting)
+    monkeypatch.setattr(tokenize, "train_tokenizer", None)  # trained before the interruption
+    folder = write_text(several, parent, "key", Notes(), num_processes=1)
+    verify_data(folder, always=True)
+    assert written == [1, *range(3, max(written) + 1)], "whole shards are not tokenized again"
+    assert re.search(r"000001 is damaged: tokens\.bin was changed.*written again", notes[0])
+    assert not list(parent.glob(f"{TEMPORARY_PREFIX}*"))
+    monkeypatch.setattr(tokenize, "train_tokenizer", tokenize_train)
+    whole = write_text(several, tmp_path / "whole", "key", Progress(), num_processes=1)
+    assert contents(folder) == contents(whole)
+
+
+tokenize_train = tokenize.train_tokenizer
+
+
+@pytest.mark.slow
+def test_encoding_uses_all_cores(tmp_path: Path) -> None:
+    code = (
+        "import psutil, sys\n"
+        "from pathlib import Path\n"
+        "from sample_texts import tokens_of\n"
+        "before = psutil.Process().num_threads()\n"
+        "tokens_of([f'Text {i} is one.' for i in range(200)], Path(sys.argv[1]), vocab_size=300)\n"
+        "print(psutil.Process().num_threads() - before)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**environment, "RAYON_NUM_THREADS": "5", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) >= 5, "the tokenizers library's own threads"
+
+
+def test_progress_shows_rates(several: DataSettings, tmp_path: Path) -> None:
+    shown: list[str] = []
+
+    class Texts(Progress):
+        def advance(self, done: float, text: str = "", **_: Any) -> None:
+            shown.append(f"{done:.0f}: {text}")
+
+    write_text(several, tmp_path / "tokens", "key", Texts(), num_processes=1)
+    assert re.fullmatch(r"\d+: [\d,]+ tokens, [\d,]+ tokens/s, [\d.]+ \wi?B/s", shown[-1])

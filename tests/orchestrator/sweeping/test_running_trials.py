@@ -1,0 +1,287 @@
+"""One trial, several processes: made once, waited for, taken over from the dead, and stopped early
+where another learning rate is better."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from changed_trials import in_folder, with_accuracy, with_job
+
+from iiet.decoder import Decoder
+from orchestrator.cluster.tune import AshaByModel
+from orchestrator.evaluation import measuring
+from orchestrator.evaluation import suite as loading
+from orchestrator.evaluation.suite import Suite
+from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.settings import resolve_settings
+from orchestrator.sweeping import trial as trial_module
+from orchestrator.sweeping.trial import (
+    Place,
+    asha_rule,
+    competing_trials,
+    early_stops,
+    run_trial,
+)
+from orchestrator.terminal.stop import stop_when
+from orchestrator.training.watching import is_run_locked
+from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
+from orchestrator.workspace.layout import DONE_NAME, RUN_LOCK_NAME
+from orchestrator.workspace.locks import lock_file
+
+WORKER = """
+import json, sys
+from pathlib import Path
+from orchestrator.evaluation.measuring import heldout_loss
+from orchestrator.sweeping import trial as module
+from orchestrator.models.open import (load_model)
+
+def measure(trial, device):
+    with (Path(trial.folder) / "measured").open("a") as file:
+        file.write("once\\n")
+    decoder = load_model(Path(trial.checkpoint), schedule=trial.model.corrections)
+    loss = heldout_loss(decoder, Path(trial.suite.tokens_folder))
+    return trial.with_numbers("quality", {"validation_loss": loss})
+
+module.measure_trial = measure
+print("ready", flush=True)
+for line in sys.stdin:
+    result = module.run_trial(module.Trial.model_validate_json(line))
+    print(json.dumps(result.model_dump(mode="json")), flush=True)
+"""
+
+HOLDER = """
+import sys
+from pathlib import Path
+from orchestrator.workspace.locks import lock_descriptor
+lock = Path(sys.argv[1]).open("w")
+lock_descriptor(lock.fileno())
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def trials(tiny_plan: SweepPlan) -> tuple[Trial, ...]:
+    """A teacher that is measured as it is, and its students."""
+    return tiny_plan.trials
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure nothing, which would take tasks."""
+    monkeypatch.setattr(trial_module, "measure_trial", with_accuracy)
+
+
+def starts(trial: Trial) -> int:
+    return [r.get("name") for r in read_journal(Path(trial.folder))[0]].count("started")
+
+
+def start(script: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a script and return when it has said its first line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() in ("ready\n", "held\n")
+    return process
+
+
+@pytest.mark.slow
+def test_two_processes_make_a_trial_once(trials: tuple[Trial, ...]) -> None:
+    processes = [start(WORKER) for _ in range(2)]
+    for trial in trials[:2]:
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(trial.model_dump(mode="json")) + "\n")
+            process.stdin.flush()
+        answers = [json.loads(p.stdout.readline()) for p in processes if p.stdout]
+        assert answers[0] == answers[1]
+        assert starts(trial) == (1 if trial.job else 0)
+        assert (Path(trial.folder) / "measured").read_text() == "once\n"
+    for process in processes:
+        process.communicate()
+        assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "{",
+        "[1]",
+        '{"step": 2}',
+        '{"checkpoint": null, "step": 7, "finished": true, "num_tokens": 9}',
+    ],
+)
+def test_a_damaged_record_of_a_training_costs_only_its_numbers(
+    trials: tuple[Trial, ...], measured: None, record: str
+) -> None:
+    (Path(str(trials[0].checkpoint)).parent / DONE_NAME).write_text(record)
+    result = run_trial(trials[0])
+    assert result is not None
+    training = {n: v for n, v in result.numbers.items() if n.startswith("train/")}
+    assert training == {"train/steps": 2}, "another step's record says nothing of this one"
+
+
+def test_a_trial_is_taken_over_from_a_process_that_died(
+    trials: tuple[Trial, ...], measured: None
+) -> None:
+    trial = trials[1]
+    folder = Path(trial.folder)
+    folder.mkdir(parents=True)
+    with start(HOLDER, str(folder / RUN_LOCK_NAME)) as holder:
+        assert is_run_locked(folder)
+        assert run_trial(trial, wait=False) is None
+        with stop_when(lambda: True):
+            assert run_trial(trial) is None
+        assert starts(trial) == 0
+
+        def kill_what_it_waits_for() -> bool:
+            holder.kill()
+            return False
+
+        with stop_when(kill_what_it_waits_for):
+            result = run_trial(trial)
+    assert result is not None
+    assert starts(trial) == 1
+    assert not is_run_locked(folder)
+    assert run_trial(trial) == result == trial.result()
+
+
+def test_a_trial_that_was_finished_while_we_waited_is_not_made_again(
+    trials: tuple[Trial, ...], measured: None
+) -> None:
+    trial = trials[1]
+    folder = Path(trial.folder)
+    made = run_trial(trial)
+    num_records = len(read_journal(folder)[0])
+    text = trial.result_path.read_text()
+    trial.result_path.unlink()
+    lock = ExitStack()
+    lock.enter_context(lock_file(folder / RUN_LOCK_NAME))
+
+    def finish_it() -> bool:
+        trial.result_path.write_text(text)
+        lock.close()
+        return False
+
+    with stop_when(finish_it):
+        assert run_trial(trial) == made
+    assert len(read_journal(folder)[0]) == num_records
+
+
+def test_a_stopped_trial_lets_another_process_go_on(
+    trials: tuple[Trial, ...], measured: None
+) -> None:
+    trial = trials[1]
+    asked = iter([False, False, True, True])
+    with stop_when(lambda: next(asked)):
+        assert run_trial(trial) is None
+    assert not is_run_locked(Path(trial.folder))
+    assert run_trial(trial) is not None
+    assert starts(trial) == 1, "it continued from its checkpoint"
+
+
+def test_the_precision_of_the_suite_is_that_of_the_measured_model(
+    trials: tuple[Trial, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtypes = []
+
+    def loss(decoder: Decoder, _: Path, **__: Any) -> float:
+        dtypes.append(decoder.embedding.weight.dtype)
+        return 1.0
+
+    no_tasks = Suite(tasks={}, groups={}, skipped={})
+    monkeypatch.setattr(trial_module, "load_suite", lambda *_, **__: no_tasks)
+    monkeypatch.setattr(measuring, "heldout_loss", loss)
+    teacher = trials[0]
+    for suite in (teacher.suite, teacher.suite.model_copy(update={"precision": "bf16"})):
+        trial = teacher.model_copy(update={"suite": suite})
+        trial.result_path.unlink(missing_ok=True)
+        run_trial(trial)
+    assert dtypes == [torch.float32, torch.bfloat16]
+
+
+def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
+    tiny_plan: SweepPlan, trials: tuple[Trial, ...], measured: None, tmp_path: Path
+) -> None:
+    looks = {"validate_every_steps": 5}
+    low, high, alone = (
+        in_folder(
+            with_job(trials[1], {**looks, "learning_rate": rate}), tmp_path / name, key=name,
+            label=name,
+        )
+        for name, rate in (("low", 1e-5), ("high", 1e-2), ("alone", 1e-2))
+    )  # fmt: skip
+    alone = with_job(alone, {"num_steps": 7})
+    sweep = resolve_settings({}, ["sweep.asha=true"]).sweep
+    plan = tiny_plan.model_copy(update={"kind": "iterations", "trials": (low, high, alone)})
+    assert competing_trials(plan, sweep) == [[low, high]], "other steps are another model"
+    scheduler = AshaByModel(asha_rule(sweep), competing_trials(plan, sweep))
+
+    class UnderTune(Place):
+        def __init__(self, trial: Trial) -> None:
+            self.tune_trial = SimpleNamespace(config={"key": trial.key}, trial_id=trial.key)
+            scheduler.on_trial_add(None, self.tune_trial)
+
+        def report(self, step: int, numbers: Mapping[str, float]) -> None:
+            if VALIDATION_METRIC in numbers:
+                result = {"step": step, "validation_loss": numbers[VALIDATION_METRIC]}
+                decision = scheduler.on_trial_result(None, self.tune_trial, result)
+                assert decision == "CONTINUE", "Tune kills nothing"
+
+    assert run_trial(high, UnderTune(high)) is not None, "the first continues"
+    assert run_trial(low, UnderTune(low)) is None
+    assert run_trial(alone, UnderTune(alone)) is not None, "nobody competes with it"
+    stop = early_stops(plan, sweep)[low.key]
+    assert stop.step == 10
+    assert stop.text.startswith("stopped early at step 10 of 40: its validation loss is ")
+    assert stop.text.rsplit(", ", 1)[1].startswith("high had ")
+    assert low.result() is None, "what was not trained to its end is not finished"
+    records = read_journal(Path(low.folder))[0]
+    assert max(r["step"] for r in records if r["kind"] == "metrics") == 10, "no step more"
+    other_rule = resolve_settings({}, ["sweep.asha=true", "sweep.asha_first_rung=0.5"]).sweep
+    without_rival = plan.model_copy(update={"trials": (low, with_label(high, "other"))})
+    assert early_stops(plan, other_rule) == early_stops(without_rival, sweep) == {}
+    assert early_stops(plan, resolve_settings({}).sweep) == {}
+    assert run_trial(low) is not None
+    assert starts(low) == 1, "it resumed from where it was stopped"
+    assert early_stops(plan, sweep) == {}
+
+
+def with_label(trial: Trial, label: str) -> Trial:
+    return trial.model_copy(update={"label": label})
+
+
+def test_trials_of_one_process_load_their_tasks_once(
+    trials: tuple[Trial, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "questions.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 3)
+    (folder / "questions.yaml").write_text(
+        "task: questions\ndataset_path: json\ntest_split: test\noutput_type: generate_until\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder / 'questions.jsonl'}}}}}\n"
+        'doc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\n'
+        "generation_kwargs: {until: ['.'], max_gen_toks: 3}\nmetric_list: [{metric: exact_match}]\n"
+    )
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
+    loads: list[Any] = []
+    load = loading._load
+    monkeypatch.setattr(loading, "_load", lambda *a: loads.append(a) or load(*a))
+    changes = {"tasks": ("questions",), "include_folder": str(folder), "suite": ""}
+    for trial in trials[:2]:
+        suite = trial.suite.model_copy(update=changes)
+        result = run_trial(trial.model_copy(update={"suite": suite}))
+        assert result is not None
+        assert {"quality/accuracy", "quality/questions/exact_match"} < set(result.numbers)
+    assert len(loads) == 1

@@ -1,0 +1,104 @@
+"""A sweep reaches the optimizer's step through few calls, and a debugger shows each of them.
+
+The path of `iiet-orch sweep-iterations`, functions of this repository only:
+
+1. `cli.app.main`: parses the command line
+2. `cli.command.run`: reads the settings, opens the workspace, prints the result
+3. `cli.train.sweep_iterations`, `_sweep`: the command
+4. `pipelines.sweeps.sweep`, `run_sweep`: make what the plan lacks, and write the report
+5. `sweeping.run.run_plan`, `run_queue`: find what is finished, and start Ray
+6. `cluster.tune.run_trials`: lets Ray Tune take the trials
+7. `cluster.tune._run_in_tune`: in a worker, called by Ray
+8. `sweeping.trial.run_trial`: trains and measures one trial
+9. `cluster.tune.TrialPlace.train`: on the trial's device, or its workers
+10. `training.trainer.run_job`: resumes, trains and saves
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from small_size import SMALL
+
+import orchestrator
+from orchestrator import cli
+from orchestrator.cluster import start, tune
+
+ROOT = str(Path(orchestrator.__file__).parent.parent)
+DRIVER = [
+    "cli/app.main", "cli/command.run", "cli/train.sweep_iterations", "cli/train._sweep",
+    "pipelines/sweeps.sweep", "pipelines/sweeps.run_sweep", "sweeping/run.run_plan",
+    "sweeping/run.run_queue", "cluster/tune.run_trials",
+]  # fmt: skip
+WORKER = ["cluster/tune._run_in_tune", "sweeping/trial.run_trial", "cluster/tune.train"]
+
+
+def own_calls(frame: FrameType) -> list[str]:
+    """Return the functions of this repository's packages on the stack, outermost first."""
+    return [
+        call.filename.removeprefix(f"{ROOT}/orchestrator/")[:-3] + f".{call.name}"
+        for call in traceback.extract_stack(frame)
+        if call.filename.startswith(f"{ROOT}/orchestrator/")
+    ]
+
+
+def test_the_path_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stacks: list[list[str]] = []
+
+    def run_interruptibly(_: Any, **__: Any) -> None:
+        stacks.append(own_calls(sys._getframe(1)))
+        (queue,) = queues
+        trial = queue.take()
+        config = {"key": trial.key, "trial": trial.model_dump_json()}
+        placement = tune.trial_placement(tune.SweepSettings(), 1, resources)
+        place = tune.TrialPlace(placement, tune.ClusterSettings())
+        tune._run_in_tune(config, function=functions[0], place=place, stop=None)  # type: ignore[arg-type]
+
+    def step(*_: Any, **__: Any) -> None:
+        stacks.append(own_calls(sys._getframe(1)))
+        raise KeyboardInterrupt
+
+    functions: list[Any] = []
+    queues: list[Any] = []
+    run_trials = tune.run_trials
+    resources = start.local_resources(count_gpus=False)
+
+    def noted(function: Any, queue: Any, *given: Any, **named: Any) -> None:
+        functions.append(function)
+        queues.append(queue)
+        run_trials(function, queue, *given, **named)
+
+    monkeypatch.setattr(tune, "run_trials", noted)
+    monkeypatch.setattr(tune, "ray_cluster", lambda *_, **__: nullcontext(resources))
+    monkeypatch.setattr(start, "ray_cluster", lambda *_, **__: nullcontext(resources))
+    monkeypatch.setattr(tune, "run_interruptibly", run_interruptibly)
+    monkeypatch.setattr(tune, "watch_messages", lambda *_: nullcontext(Unasked()))
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    depth = (
+        "data.source=depth data.depth.tasks=[phop_2] data.depth.num_symbols=2 data.depth.length=8 "
+        "model.context_length=8"
+    )
+    sets = [word for setting in [*SMALL, *depth.split()] for word in ("--set", setting)]
+    options = ["-r", "1", "--methods", "iiet", "--workspace", str(tmp_path / "workspace")]
+    assert cli.main(["sweep-iterations", *options, *sets]) == 130
+    driver, inside = stacks
+    assert driver == DRIVER
+    worker = inside[inside.index(WORKER[0]) :]
+    assert worker[:3] == WORKER
+    assert worker[3].endswith(".run_job")
+    assert len({call.split(".")[0] for call in driver + worker}) <= 8, "files"
+    assert len(driver) + len(worker) <= 14
+
+
+class Unasked:
+    """Messages of which none arrives."""
+
+    def has(self, _: Any) -> bool:
+        return False

@@ -1,0 +1,37 @@
+"""Tokens of given texts, and texts that come with every Python."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from orchestrator.data.text import read_documents, text_source
+from orchestrator.data.tokenize import write_text
+from orchestrator.settings import DataSettings
+from orchestrator.terminal.progress import Progress
+
+
+def lines_of(texts: Iterable[str]) -> str:
+    """Return JSON lines, one for each text."""
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def tokens_of(
+    texts: Iterable[str], folder: Path, *, given: Tokenizer | None = None, **settings: Any
+) -> Path:
+    """Return the token folder of some texts, which are written to a file in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "texts.jsonl"
+    file.write_text(lines_of(texts), encoding="utf-8")
+    data = DataSettings(source="files", files=(str(file),), **settings)
+    return write_text(data, folder, "key", Progress(), given)
+
+
+def help_texts(num: int) -> list[str]:
+    """Return texts of Python's help topics."""
+    return [d.text for d in islice(read_documents(text_source(DataSettings()), None), num)]
