@@ -369,7 +369,7 @@ class AshaByModel(schedulers.FIFOScheduler):  # type: ignore[misc]
         rivals = {
             other: min((abs(at - step), value) for at, value in losses.items())[1]
             for other, losses in self._losses.items()
-            if other != key and self._model[other] == self._model[key]
+            if self._model[other] == self._model[key]
         }
         best = min(rivals, key=lambda other: rivals[other])
         label = self._trials[best].label

@@ -54,9 +54,13 @@ from orchestrator.reporting.results import (
 from orchestrator.reporting.sections import Section, render_json, render_terminal
 from orchestrator.reporting.tables import model_rows
 from orchestrator.settings import Settings, flatten
-from orchestrator.sweeping.checks import check_devices, check_models, check_sweep
-from orchestrator.sweeping.elastic_plans import elastic_savings
-from orchestrator.sweeping.model_plans import TEACHER, teacher_and_baselines
+from orchestrator.sweeping.models import (
+    TEACHER,
+    check_devices,
+    check_models,
+    check_sweep,
+    teacher_and_baselines,
+)
 from orchestrator.sweeping.plan import (
     SweepModel,
     iterations_plan,
@@ -74,7 +78,7 @@ from orchestrator.sweeping.trial_states import (
     requested_noun,
     trial_states,
 )
-from orchestrator.sweeping.trials import exact_cost, full_config
+from orchestrator.sweeping.trials import elastic_savings, exact_cost, full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import RunFailed, UserError
