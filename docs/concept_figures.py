@@ -18,7 +18,7 @@ from altair import Axis, Chart, InlineData, Scale
 from diagrams import box, diagram, drawing, text
 
 from iiet import IterationSchedule, ModelConfig, schedule_family
-from iiet.solvers import fixed_point
+from iiet.methods.implicit_euler import fixed_point
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.charts import (
     BLUE,

@@ -9,6 +9,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from iiet.arithmetic import plain_formulas as plain_formulas
     from iiet.batch import Batch as Batch
     from iiet.cache import KeyValueCache as KeyValueCache
     from iiet.config import PRESETS as PRESETS
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from iiet.losses import kl_divergence as kl_divergence
     from iiet.losses import next_token_loss as next_token_loss
     from iiet.methods import METHODS as METHODS
-    from iiet.plain import plain_formulas as plain_formulas
     from iiet.pruning import FamilyMember as FamilyMember
     from iiet.pruning import ScheduleFamily as ScheduleFamily
     from iiet.pruning import knapsack as knapsack
@@ -52,6 +52,7 @@ except metadata.PackageNotFoundError:  # The source was copied, not installed.
     __version__ = "unknown"
 
 _NAMES_OF_MODULE = {
+    "arithmetic": "plain_formulas",
     "batch": "Batch",
     "cache": "KeyValueCache",
     "config": "ModelConfig PRESETS preset",
@@ -64,7 +65,6 @@ _NAMES_OF_MODULE = {
     "influence_metrics": "INFLUENCE_METRICS",
     "losses": "cross_entropy hidden_state_error kl_divergence next_token_loss",
     "methods": "METHODS",
-    "plain": "plain_formulas",
     "pruning": (
         "FamilyMember ScheduleFamily knapsack schedule_at_threshold schedule_family "
         "spread_over_cost"

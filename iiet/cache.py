@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from iiet.config import ModelConfig
-from iiet.context import CacheRecord, get_record, set_record
-from iiet.window import Window
+from iiet.context import CacheRecord, Window, get_record, set_record
 
 __all__ = ["KeyValueCache", "KvStrategy", "check_kv_strategy", "evaluation_slots"]
 

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from iiet.arithmetic import at_least_float32, product_dtype
 from iiet.batch import Batch
-from iiet.precision import at_least_float32, product_dtype
 
 __all__ = ["CHUNK_ELEMENTS", "LazyLogits", "Logits", "loss_by_chunks"]
 

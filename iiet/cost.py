@@ -21,7 +21,13 @@ from iiet.config import ModelConfig
 from iiet.methods import METHODS
 from iiet.schedule import ScheduleLike
 
-__all__ = ["InferenceCost", "inference_cost", "num_parameters", "training_flops_per_token"]
+__all__ = [
+    "InferenceCost",
+    "inference_cost",
+    "member_flops_per_token",
+    "num_parameters",
+    "training_flops_per_token",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +132,15 @@ def training_flops_per_token(
         forward.evaluations_per_token - differentiated
     )
     return 3 * forward.forward_flops_per_token - 2 * constant
+
+
+def member_flops_per_token(config: ModelConfig, member: ScheduleLike, *, reads_full: bool) -> float:
+    """Count the forward and backward pass of a member of an elastic family.
+
+    `reads_full`: it learns from the full schedule, whose logits are computed once more.
+    """
+    again = 2 * config.dim * config.vocab_size if reads_full else 0
+    return training_flops_per_token(config, member) + again
 
 
 def num_parameters(config: ModelConfig, *, include_mix: bool = True) -> int:

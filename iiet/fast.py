@@ -33,10 +33,9 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from iiet.context import PassContext
+from iiet.arithmetic import fast_forms_allowed
+from iiet.context import PassContext, RopeTables
 from iiet.layers import Attention, FeedForward, Field, RMSNorm, attend
-from iiet.plain import fast_forms_allowed
-from iiet.rope import RopeTables
 
 __all__ = [
     "accelerate",
@@ -186,7 +185,7 @@ def project_heads(
     """Project x, (batch, time, dim), to queries, keys and values and rotate the first two.
 
     All three are views of one buffer, each (batch, its heads, time, head_dim). The rows of `weight`
-    are queries, then keys, then values; `cos` and `sin` are as in `iiet.rope`.
+    are queries, then keys, then values; `cos` and `sin` are as in `iiet.context`.
     """
     if not torch.is_grad_enabled():
         return _project(x, weight, cos, sin, num_heads, num_kv_heads)
@@ -211,7 +210,7 @@ def _split(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tens
 
 
 def _rotate_in_place(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Do `iiet.rope.rotate` in place."""
+    """Do `iiet.context.rotate` in place."""
     swapped = heads.roll(heads.size(-1) // 2, dims=-1)
     if heads.dtype == cos.dtype:
         heads.mul_(cos).addcmul_(swapped, sin)

@@ -21,7 +21,7 @@ from torch.nn import functional
 from iiet.batch import Batch
 from iiet.decoder import Decoder
 from iiet.extensions import ExtensionTable
-from iiet.loss_metrics import cross_entropy_and_accuracy
+from iiet.losses import cross_entropy_and_accuracy
 from iiet.methods import Evaluation
 from iiet.names import INFLUENCE_METRIC_NAMES
 

@@ -20,11 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from iiet.arithmetic import HALF, needs_all_derivatives
 from iiet.config import ModelConfig
-from iiet.context import PassContext
-from iiet.plain import needs_all_derivatives
-from iiet.precision import HALF
-from iiet.rope import RopeTables, rotate
+from iiet.context import PassContext, RopeTables, rotate
 
 __all__ = [
     "Attention",

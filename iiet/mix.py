@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from iiet.plain import fast_forms_allowed
-from iiet.precision import KeepsFloat32, at_least_float32
+from iiet.arithmetic import KeepsFloat32, at_least_float32, fast_forms_allowed
 
 __all__ = [
     "EstimateNorm",

@@ -2,7 +2,7 @@
 
 Decoding a token of one row launches over a thousand kernels, and each launch takes longer than its
 kernel. A CUDA graph launches all kernels at once, but always with the same arguments. So values
-that change from token to token are stored on the device (`iiet.window`). Attention reads the cache
+that change from token to token are stored on the device (`iiet.context`). Attention reads the cache
 up to a multiple of `WINDOW` tokens. There is one graph for each decoder (with its iteration
 schedule), batch size and multiple. A decoder keeps the graphs that were used last, also after a
 generation.
@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from iiet.cache import KeyValueCache, KvStrategy
-from iiet.context import get_record
+from iiet.context import Window, get_record
 from iiet.decoder import Decoder
 from iiet.fast import may_read_weights
-from iiet.window import Window
 
 __all__ = ["Capture", "StaticSteps", "capture_graph", "keep_steps", "kept_steps"]
 

@@ -59,7 +59,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_979,
+    "iiet": 7_909,
     "benchmarks": 3_627,
     "examples": 278,
     "research": 1_984,
@@ -70,9 +70,9 @@ LINES = {
     "orchestrator/models": 1_726,
     "orchestrator/data": 2_556,
     "orchestrator/tracking": 1_529,
-    "orchestrator/training": 3_696,
+    "orchestrator/training": 3_693,
     "orchestrator/evaluation": 3_211,
-    "orchestrator/planning": 1_289,
+    "orchestrator/planning": 1_293,
     "orchestrator/cluster": 2_763,
     "orchestrator/reporting": 4_349,
     "orchestrator/sweeping": 3_104,

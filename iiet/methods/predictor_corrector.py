@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from iiet.arithmetic import KeepsFloat32
 from iiet.methods.base import Advance, Evaluate, Layer
 from iiet.methods.explicit import runge_kutta_stages
 from iiet.mix import EstimateNorm, History, Mix, start
-from iiet.precision import KeepsFloat32
 from iiet.schedule import IterationSchedule
 
 __all__ = ["MovingAverageRungeKutta", "PredictorCorrectorRK2", "PredictorCorrectorRK4"]

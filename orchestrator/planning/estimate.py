@@ -26,9 +26,13 @@ import torch
 from pydantic import Field
 
 from iiet.config import ModelConfig
-from iiet.cost import inference_cost, num_parameters, training_flops_per_token
+from iiet.cost import (
+    inference_cost,
+    member_flops_per_token,
+    num_parameters,
+    training_flops_per_token,
+)
 from iiet.distillation import DistillationConfig
-from iiet.elastic import member_flops_per_token
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import load_config, load_provenance, newest_checkpoint
 from orchestrator.planning.machine import (

@@ -74,7 +74,7 @@ def training_memory(
         num_passes: passes of a step; a sharded model stays gathered between them, its gradients do
             not. Replicated ones have all in any case.
         has_teacher: whether a frozen model of the same size runs beside it.
-        has_members: whether cheaper schedules learn from it in the same step (`iiet.elastic`).
+        has_members: whether cheaper schedules learn from it in the same step (`iiet.distillation`).
     """
     config = config if schedule is None else replace(config, schedule=schedule)
     parameters = num_parameters(config)

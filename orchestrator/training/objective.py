@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from iiet.batch import Batch
 from iiet.decoder import Decoder
-from iiet.distillation import DistillationConfig, Model, student_loss
-from iiet.elastic import AnswerKeeper, member_loss
-from iiet.loss_metrics import cross_entropy_and_accuracy, cross_entropy_by_source
-from iiet.losses import batch_cross_entropy
+from iiet.distillation import AnswerKeeper, DistillationConfig, Model, member_loss, student_loss
+from iiet.losses import batch_cross_entropy, cross_entropy_and_accuracy, cross_entropy_by_source
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.training.devices import World, autocast, mean_over_workers, with_all_gradients

@@ -15,10 +15,9 @@ from functools import lru_cache
 import numpy as np
 
 from iiet.config import ModelConfig
-from iiet.cost import inference_cost, training_flops_per_token
+from iiet.cost import inference_cost, member_flops_per_token, training_flops_per_token
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig, Model
-from iiet.elastic import member_flops_per_token
 from iiet.schedule import IterationSchedule
 from orchestrator.data.order import random_bits
 from orchestrator.records.training import TrainingJob

@@ -11,12 +11,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from iiet.arithmetic import plain_formulas
 from iiet.cache import KeyValueCache
 from iiet.config import ModelConfig, preset
 from iiet.cost import inference_cost, num_parameters, training_flops_per_token
 from iiet.decoder import Decoder
 from iiet.methods import METHODS
-from iiet.plain import plain_formulas
 from iiet.schedule import IterationSchedule
 
 SMALL = ModelConfig(

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from iiet import chunked_loss
+from iiet.arithmetic import plain_formulas
 from iiet.batch import Batch
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
-from iiet.distillation import DistillationConfig, distillation_loss
-from iiet.elastic import AnswerKeeper, member_loss
+from iiet.distillation import AnswerKeeper, DistillationConfig, distillation_loss, member_loss
 from iiet.losses import batch_cross_entropy
-from iiet.plain import plain_formulas
 from iiet.schedule import IterationSchedule
 
 

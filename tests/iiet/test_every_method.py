@@ -233,7 +233,7 @@ def test_schedule_of_a_call(decoder, method):
     assert decoder.schedule == schedule_for(method, (2, 0, 1))
     shared = zip(twin.parameters(), decoder.parameters(), strict=True)
     assert all(mine is theirs for mine, theirs in shared)
-    with pytest.raises(ValueError, match="num_layers"):
+    with pytest.raises(ValueError, match="is for 2 layers, the model has 3"):
         decoder(tokens(), schedule=IterationSchedule((1, 1)))
 
 

@@ -8,10 +8,9 @@ import torch
 from iiet import METHODS, Decoder, IterationSchedule, ModelConfig
 from iiet.methods.base import LayerCall
 from iiet.methods.explicit import ExplicitRK2, ExplicitRK4, GatedRK2, runge_kutta_stages
-from iiet.methods.implicit_euler import ImplicitEuler
+from iiet.methods.implicit_euler import ImplicitEuler, fixed_point
 from iiet.methods.predictor_corrector import MovingAverageRungeKutta
 from iiet.mix import start
-from iiet.solvers import fixed_point
 
 DIM = 8
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iiet import Decoder, IterationSchedule, KeyValueCache, next_token_loss, preset
 from iiet.context import make_context
-from iiet.solvers import fixed_point
+from iiet.methods.implicit_euler import fixed_point
 
 VOCAB = 29
 OPTIONS = {

@@ -14,8 +14,13 @@ from live_tensors import LiveTensors
 from iiet.batch import Batch
 from iiet.config import ModelConfig, preset
 from iiet.decoder import Decoder
-from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
-from iiet.elastic import AnswerKeeper, member_loss
+from iiet.distillation import (
+    AnswerKeeper,
+    DistillationConfig,
+    distillation_loss,
+    frozen_teacher,
+    member_loss,
+)
 from iiet.losses import batch_cross_entropy, next_token_loss
 from iiet.methods import METHODS
 from orchestrator.planning.training_memory import training_memory

@@ -12,6 +12,7 @@ import torch
 from bare_trainer import BareTrainer
 from torch.nn import functional as F
 
+from iiet.arithmetic import plain_formulas
 from iiet.batch import Batch
 from iiet.config import ModelConfig
 from iiet.cost import training_flops_per_token
@@ -22,7 +23,6 @@ from iiet.distillation import (
     distillation_loss,
     frozen_teacher,
 )
-from iiet.plain import plain_formulas
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import served_schedules
 from orchestrator.planning.estimate import Estimate
