@@ -16,6 +16,7 @@ import pytest
 import torch
 from fake_tracking import untracked
 from lm_eval_tasks import logged_responses
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -185,10 +186,12 @@ def add_opening_token(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "<s>"}))
 
 
+SCALED = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+
+
 def save_llama_of_kind(folder: Path, tokenizer_path: Path, kind: str) -> Path:
     """Save a Llama; of the kind `transformers`, one whose positions our decoder does not know."""
-    scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
-    return save_llama(folder, tokenizer_path, **(scaled if kind == "transformers" else {}))
+    return save_llama(folder, tokenizer_path, **(SCALED if kind == "transformers" else {}))
 
 
 def by_lm_eval(folder: Path, settings: EvaluationSettings) -> dict[str, list[list[float]]]:
@@ -331,78 +334,46 @@ def test_held_out_tasks_of_a_folder_come_from_the_newest_tokens(
     assert set(asked) == {workspace.tokens / "newer"}
 
 
-def without_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def without_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").unlink()
-
-
-def with_cut_weights(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def with_code(folder: Path) -> None:
+def change(folder: Path, **values: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def with_code(folder: Path, code: str = "raise SystemExit('code of the folder ran')\n") -> None:
     own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
-    changes = {"model_type": "own", "architectures": ["Own"], "auto_map": own}
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    (folder / "own.py").write_text("raise SystemExit('code of the folder ran')\n")
+    change(folder, model_type="own", architectures=["Own"], auto_map=own)
+    (folder / "own.py").write_text(code)
 
 
-def with_code_that_runs(folder: Path) -> None:
-    with_code(folder)
-    (folder / "own.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
-        "class Config(LlamaConfig):\n    model_type = 'own'\n\n\n"
-        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
-    )
-
-
-def with_missing_weights(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    path = folder / "model.safetensors"
-    weights = {n: w for n, w in load_file(path).items() if not n.endswith("q_proj.weight")}
-    save_file(weights, path, metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    changes = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-
-
-@pytest.mark.parametrize(
-    ("harm", "complaint"),
-    [
-        (without_weights, "no weights beside it"),
-        (without_tokenizer, "cannot load a tokenizer"),
-        (with_cut_weights, "cannot read .*model.safetensors"),
-        (with_code, "--trust-remote-code runs it"),
-        (with_missing_weights, "q_proj.weight and 1 more missing"),
-    ],
-)
 def test_what_is_missing_is_named(
-    harm: Any, complaint: str, folder: Path, settings: EvaluationSettings, workspace: Workspace
+    folder: Path, settings: EvaluationSettings, workspace: Workspace
 ) -> None:
-    harm(folder)
-    with pytest.raises(UserError, match=complaint):
-        evaluate(folder, settings, workspace)
-    assert not list(workspace.evaluations.glob("*"))
+    weights = folder / "model.safetensors"
+    whole, kept = weights.read_bytes(), load_file(weights)
 
+    def refused(complaint: str) -> None:
+        with pytest.raises(UserError, match=complaint):
+            evaluate(folder, settings, workspace)
+        assert not list(workspace.evaluations.glob("*"))
 
-def test_a_llama_has_no_schedule_and_its_key_follows_its_files(folder: Path) -> None:
-    with pytest.raises(UserError, match="makes no corrections"):
-        open_model(folder, "1")
-    before = open_model(folder).key
-    moved = folder.with_name("moved")
-    shutil.copytree(folder, moved)
-    assert open_model(moved).key == before
-    (moved / "README.md").write_text("no part of the model")
-    assert open_model(moved).key == before
-    (moved / "tokenizer_config.json").write_text('{"bos_token": "a"}')
-    assert open_model(moved).key != before
+    weights.write_bytes(whole[:-100])
+    refused("cannot read .*model.safetensors")
+    weights.unlink()
+    refused("no weights beside it")
+    save_file(
+        {name: w for name, w in kept.items() if not name.endswith("q_proj.weight")},
+        weights,
+        metadata={"format": "pt"},
+    )
+    change(folder, **SCALED)
+    refused("q_proj.weight and 1 more missing")
+    weights.write_bytes(whole)
+    with_code(folder)
+    refused("--trust-remote-code runs it")
+    change(folder, model_type="llama", auto_map=None)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    refused("cannot load a tokenizer")
 
 
 class Heard(Progress):
@@ -443,7 +414,12 @@ def test_trusted_code_of_a_folder_runs(
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
     monkeypatch.setattr("sys.path", [*sys.path, str(modules)])
     plain = scored(folder, settings, workspace)
-    with_code_that_runs(folder)
+    with_code(
+        folder,
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class Config(LlamaConfig):\n    model_type = 'own'\n\n\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n",
+    )
     model = open_model(folder)
     assert (model.architecture, model.config) == ("own", None)
     assert_alike(plain, scored(folder, settings, workspace, trust_remote_code=True))

@@ -153,15 +153,6 @@ def test_nothing_of_a_model_runs_when_it_is_registered(
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_pruned_model_is_the_teacher_under_its_schedule(
-    context: Context, sweep: StoredSweep, tmp_path: Path
-) -> None:
-    choice = pick_from(context, "two-models", PickRule(name="cheapest"), to=tmp_path / "cheapest")
-    assert choice.folder == tmp_path / "cheapest"
-    model = IIETForCausalLM.from_pretrained(choice.folder)
-    assert model.config.schedule == (0, 0)
-
-
 def test_the_pick_of_a_draft_is_the_full_model_or_a_model_of_its_own(
     context: Context, sweep: StoredSweep, tmp_path: Path
 ) -> None:
@@ -222,24 +213,24 @@ def test_generate_takes_the_pick_until_a_run_is_newer(
 def test_a_pick_replaces_another_model_only_if_asked_to(
     context: Context, sweep: StoredSweep, tmp_path: Path
 ) -> None:
-    for rule in ("best", "best"):
-        pick_from(context, "two-models", PickRule(name=rule), to=tmp_path / "mine")
-    other = PickRule(name="cheapest")  # The same weights under another schedule.
-    with pytest.raises(UserError, match=r"mine is an export of another model.*--force.*--to"):
-        pick_from(context, "two-models", other, to=tmp_path / "mine")
-    pick_from(context, "two-models", other, to=tmp_path / "mine", force=True)
-    assert load_model(tmp_path / "mine").schedule == IterationSchedule((0, 0))
-
-
-def test_picking_again_makes_no_second_version(context: Context, sweep: StoredSweep) -> None:
     for rule in (PickRule(name="best"), PickRule(name="best"), PickRule(name="keep", share=1.0)):
-        choice = pick_from(context, "two-models", rule)
+        choice = pick_from(context, "two-models", rule, to=tmp_path / "mine")
+    # Picking again makes no second version.
     best, kept = (version_of(context, NAME, alias) for alias in ("best", "keep-100"))
     assert best.version == kept.version
     assert kept.description == choice.sentence
     client = context.tracking.store.connect()
     found = client.search_model_versions(f"name = '{NAME}'")
     assert [v.version for v in found if v.run_id == best.run_id] == [best.version]
+    other = PickRule(name="budget", budget=2)  # The same weights under another schedule.
+    plan = plan_pick(workspace=context.workspace, sweep="two-models", rule=other)
+    assert (plan.point.key, plan.folder) == ("pruned", None)
+    assert not (context.workspace.exports / "two-models" / "budget-2").exists()
+    with pytest.raises(UserError, match=r"mine is an export of another model.*--force.*--to"):
+        pick_from(context, "two-models", other, to=tmp_path / "mine")
+    choice = pick_from(context, "two-models", other, to=tmp_path / "mine", force=True)
+    assert choice.folder == tmp_path / "mine"
+    assert load_model(tmp_path / "mine").schedule == IterationSchedule((0, 0))
 
 
 def test_of_several_seeds_one_is_exported_with_its_own_numbers(
@@ -280,14 +271,6 @@ def test_of_several_seeds_one_is_exported_with_its_own_numbers(
     run = context.tracking.store.connect().get_run(version.run_id)
     assert run.data.tags["iiet.key"] == "cheap-0"
     assert version.tags["quality/accuracy"] == "0.48"
-
-
-def test_a_dry_run_exports_nothing(context: Context, sweep: StoredSweep) -> None:
-    rule = PickRule(name="budget", budget=2)
-    choice = plan_pick(workspace=context.workspace, sweep="two-models", rule=rule)
-    assert choice.point.key == "pruned"
-    assert choice.folder is None
-    assert not (context.workspace.exports / "two-models" / "budget-2").exists()
 
 
 def test_an_export_without_its_tokens_says_so_and_goes_on(
