@@ -68,7 +68,7 @@ LINES = {
     "orchestrator/settings": 1_619,
     "orchestrator/records": 948,
     "orchestrator/models": 1_726,
-    "orchestrator/data": 2_556,
+    "orchestrator/data": 2_558,
     "orchestrator/tracking": 1_529,
     "orchestrator/training": 3_693,
     "orchestrator/evaluation": 3_211,

@@ -322,7 +322,9 @@ def _run_processes(
         "TOKENIZERS_PARALLELISM": "true" if num_threads > 1 else "false",
         "RAYON_NUM_THREADS": str(num_threads),
     }
-    command = [sys.executable, "-c", f"from {__name__} import serve; serve()", str(folder)]
+    code = f"from {__name__} import serve; serve()"
+    # -P: a file in the working directory must not stand for a library.
+    command = [sys.executable, "-P", "-c", code, str(folder)]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     waiting = iter(numbers)
 
