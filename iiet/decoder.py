@@ -260,11 +260,6 @@ class Decoder(nn.Module):
         Where the method repeats the stack, they are those of the last run. Arguments and errors are
         those of `forward`.
         """
-        schedule = (
-            self.schedule
-            if schedule is None
-            else IterationSchedule.parse(schedule, num_layers=self.config.num_layers)
-        )
         evaluations_per_layer = self.evaluations_per_layer(schedule)
         context = make_context(
             embeddings,
@@ -275,6 +270,10 @@ class Decoder(nn.Module):
             attention_mask=attention_mask,
             position_ids=position_ids,
         )
+        if schedule is None:
+            schedule = self.schedule
+        else:
+            schedule = IterationSchedule.parse(schedule, num_layers=self.config.num_layers)
         slots = None if cache is None else evaluation_slots(evaluations_per_layer)
         hidden = embeddings
         state = self.method.start(embeddings, self.config.num_layers)

@@ -59,7 +59,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_909,
+    "iiet": 7_908,
     "benchmarks": 3_627,
     "examples": 278,
     "research": 1_990,
