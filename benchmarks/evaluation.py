@@ -50,7 +50,7 @@ _OFFICIAL_NAMES = {
 _HELDOUT = "held-out suite"
 _TOLERANCE = 1e-4
 _END_OF_TEXT = "<|endoftext|>"
-_GOAL = Goal("at least", 1.5)
+_GOAL = Goal("at least", 1.3)
 
 
 @dataclass(frozen=True, kw_only=True)

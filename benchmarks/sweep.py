@@ -26,7 +26,7 @@ from benchmarks.report import Goal, Quantity, Report, Row, checked
 from benchmarks.shape import shaped_config
 from benchmarks.timing import Spread, paired_ratio
 from iiet.influence import InfluenceTable
-from orchestrator.cluster.start import ray_cluster
+from orchestrator.cluster.ray import ray_cluster
 from orchestrator.data.preparation import prepare
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial

@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestrator import Settings, SweepModel, UserError
 from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD, ElasticSettings
-from orchestrator.sweeping.model_plans import ModelVariant, learning_rates, model_label, settings_of
+from orchestrator.sweeping.models import ModelVariant, learning_rates, model_label, settings_of
 
 LOOPED, PCFORMER = "looped", "pcformer"
 TWO_STAGES, REINJECTED = ", two stages", ", prediction reinjected"

@@ -58,7 +58,7 @@ from orchestrator import (
 )  # fmt: skip
 from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
-from orchestrator.cluster.start import ray_cluster
+from orchestrator.cluster.ray import ray_cluster
 from orchestrator.data.mixture import open_data
 from orchestrator.pipelines.sweeps import PlannedSweep, raise_failures
 from orchestrator.terminal.render import print_line

@@ -42,14 +42,14 @@ from orchestrator import (
 )  # fmt: skip
 from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
-from orchestrator.cluster.start import ray_cluster
+from orchestrator.cluster.ray import ray_cluster
 from orchestrator.data.preparation import find_prepared
 from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.results import result_table
 from orchestrator.reporting.sections import bullets, markdown_table
-from orchestrator.sweeping.elastic_plans import ElasticFlops, elastic_flops
+from orchestrator.sweeping.trials import ElasticFlops, elastic_flops
 from orchestrator.terminal.render import print_line
 from orchestrator.training.job import finished_outcome, pretraining_job
 from orchestrator.workspace.files import write_text

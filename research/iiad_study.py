@@ -44,15 +44,21 @@ from orchestrator import (
 )  # fmt: skip
 from orchestrator.cli.app import exit_code_of
 from orchestrator.cli.session import Session, open_session
-from orchestrator.cluster.start import ray_cluster
+from orchestrator.cluster.ray import ray_cluster
 from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.records.evaluation import STDERR_SUFFIX
 from orchestrator.reporting.results import result_table
 from orchestrator.reporting.sections import markdown_table
 from orchestrator.settings import BASELINE_METHOD
-from orchestrator.sweeping.checks import check_models, check_sweep
-from orchestrator.sweeping.model_plans import learning_rates, model_label, settings_of, swept_models
+from orchestrator.sweeping.models import (
+    check_models,
+    check_sweep,
+    learning_rates,
+    model_label,
+    settings_of,
+    swept_models,
+)
 from orchestrator.terminal.render import format_with_error, print_line
 from orchestrator.training.job import pretraining_job
 from orchestrator.training.schedules import flops_per_token_by_step

@@ -22,6 +22,8 @@ from hypothesis import HealthCheck, settings
 from small_size import SMALL
 from terminal import unanswered
 
+from orchestrator.cluster.ray import address_variables
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # No deadline: on a busy machine any example may take a second.
@@ -32,6 +34,8 @@ settings.load_profile("patient")
 # machine two threads that wait for each other take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # For programs with two threads.
+# Set before a test imports Ray, which reads it then.
+os.environ.update({name: value for name, value in address_variables("local").items() if value})
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -189,7 +193,7 @@ def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """Ray, started once for all tests that need it, with two CPUs; marked slow by its users."""
-    from orchestrator.cluster.start import ray_cluster
+    from orchestrator.cluster.ray import ray_cluster
 
     with ray_cluster(num_cpus=2):
         yield

@@ -62,7 +62,7 @@ LINES = {
     "iiet": 7_909,
     "benchmarks": 3_627,
     "examples": 278,
-    "research": 1_984,
+    "research": 1_990,
     "orchestrator/workspace": 1_064,
     "orchestrator/terminal": 584,
     "orchestrator/settings": 1_619,
@@ -73,10 +73,10 @@ LINES = {
     "orchestrator/training": 3_693,
     "orchestrator/evaluation": 3_211,
     "orchestrator/planning": 1_293,
-    "orchestrator/cluster": 2_763,
+    "orchestrator/cluster": 2_198,
     "orchestrator/reporting": 4_349,
-    "orchestrator/sweeping": 3_104,
-    "orchestrator/pipelines": 4_592,
+    "orchestrator/sweeping": 3_067,
+    "orchestrator/pipelines": 4_597,
     "orchestrator/cli": 1_885,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

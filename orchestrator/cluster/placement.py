@@ -4,13 +4,18 @@ A job is one process, or several data-parallel workers of equal CPUs, with one G
 many jobs run at the same time as the nodes hold with all of their workers, so none waits for half
 of them. Jobs on CPUs share all CPUs evenly; a worker with a GPU gets the CPUs that belong to it.
 Each worker uses as many threads as CPUs.
+
+A machine without GPUs can rehearse how jobs are placed on a cluster of GPUs: start Ray with
+`--num-gpus 8`, and set `IIET_PRETENDED_GPUS=1` for Ray and for the command.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 
+from orchestrator.cluster import PRETENDED_GPUS
 from orchestrator.planning.machine import (
     Resources,
     check_available,
@@ -19,6 +24,7 @@ from orchestrator.planning.machine import (
     num_places,
 )
 from orchestrator.settings import ClusterSettings, SweepSettings
+from orchestrator.workspace.errors import DeviceError
 
 TRIAL_PROCESS_BYTES = 256 * 2**20
 """Memory of a process that imports PyTorch and waits for its workers."""
@@ -148,3 +154,29 @@ def trial_placement(sweep: SweepSettings, num_trials: int, resources: Resources)
         most_at_once=sweep.trials_at_once,
         per_trial=True,
     )
+
+
+def use_fake_gpus() -> bool:
+    """Return whether Ray's GPUs are only names, and work that reserves one runs on CPUs."""
+    return os.environ.get(PRETENDED_GPUS) == "1"
+
+
+def worker_device(*, use_gpu: bool) -> str:
+    """Return the device of this process, which is a Ray task or actor: `cpu` or `cuda`.
+
+    Args:
+        use_gpu: Whether it has reserved a GPU.
+
+    Raises:
+        DeviceError: If PyTorch cannot use the GPU that Ray reserved.
+    """
+    if not use_gpu or use_fake_gpus():
+        return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"Ray reserved a GPU on {os.uname().nodename}, but PyTorch {torch.__version__} cannot "
+            "use it; install a CUDA build of PyTorch and a driver that it supports on each node"
+        )
+    return "cuda"

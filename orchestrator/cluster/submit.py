@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster.environment import prepare_for_server
 from orchestrator.terminal.stop import SIGNALS, signal_handlers
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, first_line
 
@@ -47,14 +46,17 @@ def run_as_job(
         Interrupted: After Ctrl-C or SIGTERM; the job keeps running.
         RunFailed: If the job did not start, or the connection is lost.
     """
-    prepare_for_server()
+    has_token = any(map(os.environ.get, ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")))
+    if has_token or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # As `ray start` does.
     os.environ["RAY_API_SERVER_ADDRESS"] = server  # Ray prefers it to an address that is named.
     environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **variables}
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
-    for own in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
-        logging.getLogger(f"ray.{own}").setLevel(logging.WARNING)  # They set levels of their own.
+    for name in [*logging.Logger.manager.loggerDict]:
+        if name.startswith("ray."):
+            logging.getLogger(name).setLevel(logging.WARNING)  # Some set levels of their own.
     try:
         client = JobSubmissionClient(server)
         job: str = client.submit_job(

@@ -20,18 +20,15 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-from orchestrator.cluster.devices import worker_device
-from orchestrator.cluster.messages import Message, watch_messages
 from orchestrator.cluster.nodes import alive_nodes
-from orchestrator.cluster.placement import Placement, trial_placement
-from orchestrator.cluster.ray_train import FINAL_ERRORS, failure_reason, fit_job
-from orchestrator.cluster.start import ray_cluster
+from orchestrator.cluster.placement import Placement, trial_placement, worker_device
+from orchestrator.cluster.ray import Signal, looks_for, ray_cluster
+from orchestrator.cluster.train import FINAL_ERRORS, failure_reason, fit_job
 from orchestrator.planning.estimate import out_of_memory_explained
 from orchestrator.planning.machine import num_places
 from orchestrator.records.training import TrainingJob, TrainingOutcome
@@ -47,7 +44,7 @@ from orchestrator.workspace.journal import VALIDATION_METRIC
 from orchestrator.workspace.layout import STOPPED_NAME
 
 # isort: split
-# After our own modules, because `orchestrator.cluster.start` sets the environment that Ray reads.
+# After our own modules; imported within `ray_cluster`, which sets the environment that Ray reads.
 import ray
 import ray.exceptions
 import ray.tune
@@ -131,7 +128,7 @@ class TrialPlace:
             return outcome
         tail = JournalReader(job.folder)
         tail.read()  # What is there already was reported before.
-        stop, num_workers = Message(), self.placement.workers
+        stop, num_workers = Signal(), self.placement.workers
         with ThreadPoolExecutor(1) as pool:
             training = pool.submit(
                 fit_job,
@@ -147,7 +144,7 @@ class TrialPlace:
                     if report and record["kind"] == "metrics":
                         report(record["step"], record["values"])
                 if stop_requested():
-                    stop.post()
+                    stop.send()
         training.result()
         unfinished = TrainingOutcome(checkpoint=None, step=tail.step, finished=False)
         return finished_outcome(job) or unfinished
@@ -200,7 +197,7 @@ def run_trials(
             collective_timeout_seconds=cluster.collective_timeout_seconds,
         )
         logger.info("trials: %s", placement)
-        stop, suggester = Message(), _Suggester(queue, placement, sweep.trials_at_once)
+        stop, suggester = Signal(), _Suggester(queue, placement, sweep.trials_at_once)
         trainable = tune.with_parameters(
             _run_in_tune, function=function, place=TrialPlace(placement, cluster), stop=stop
         )
@@ -229,7 +226,7 @@ def run_trials(
 
         def ask_to_stop() -> float:
             suggester.is_stopping = True
-            stop.post()
+            stop.send()
             return queue.seconds_to_save()
 
         try:
@@ -239,11 +236,11 @@ def run_trials(
 
 
 def _run_in_tune(
-    config: dict[str, Any], *, function: TrialFunction, place: TrialPlace, stop: Message
+    config: dict[str, Any], *, function: TrialFunction, place: TrialPlace, stop: Signal
 ) -> None:
     torch.set_num_threads(place.placement.cpus * place.placement.workers)
     result, text = None, ""
-    with watch_messages(stop) as inbox, stop_when(partial(inbox.has, stop)):
+    with stop_when(looks_for(stop)):
         if not stop_requested():
             try:
                 result = function(Trial.model_validate_json(config["trial"]), place)
@@ -372,7 +369,7 @@ class AshaByModel(schedulers.FIFOScheduler):  # type: ignore[misc]
         rivals = {
             other: min((abs(at - step), value) for at, value in losses.items())[1]
             for other, losses in self._losses.items()
-            if other != key and self._model[other] == self._model[key]
+            if self._model[other] == self._model[key]
         }
         best = min(rivals, key=lambda other: rivals[other])
         label = self._trials[best].label

@@ -19,7 +19,7 @@ from rich.console import RenderableType
 from iiet.decoder import Decoder
 from iiet.pruning import schedule_family, spread_over_cost
 from iiet.schedule import IterationSchedule
-from orchestrator.cluster.launch import command_device
+from orchestrator.cluster.task import command_device
 from orchestrator.evaluation.cost_measurement import (
     HOW_MEASURED,
     MeasuredCost,

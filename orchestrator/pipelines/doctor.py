@@ -155,7 +155,7 @@ def _gpus(_: Workspace) -> Found:
 
 
 def _ray(_: Workspace) -> Found:
-    from orchestrator.cluster.joining import check_ray_can_run
+    from orchestrator.cluster.ray import check_ray_can_run
 
     address = ClusterSettings().ray_address
     check_ray_can_run(address)

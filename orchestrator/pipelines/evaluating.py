@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from orchestrator.cluster.launch import command_device
+from orchestrator.cluster.task import command_device
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.evaluation.heldout import heldout_chances, is_heldout_task
 from orchestrator.evaluation.lm_eval_files import LoggedRun, find_logged_run
@@ -203,10 +203,11 @@ def run_evaluate(
 ) -> ModelEvaluations:
     """Evaluate the models of a plan; stored results are read again. Errors as `evaluate`."""
     names = short_names(plan.models)
+    folder = None
     if log_samples is not None:
-        log_samples = expand_user(log_samples).absolute()
+        folder = expand_user(log_samples).absolute()
         try:
-            log_samples.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"--log-samples: cannot make the folder {log_samples}: {error.strerror}"
@@ -215,7 +216,7 @@ def run_evaluate(
         plan.models,
         plan.settings,
         context,
-        log_samples=log_samples,
+        log_samples=folder,
         trust_remote_code=trust_remote_code,
     )
     if different := tasks_with_other_items(evaluations):

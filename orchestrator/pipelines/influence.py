@@ -20,7 +20,7 @@ from rich.console import RenderableType
 from iiet.influence import InfluenceTable, influence_table
 from iiet.influence_metrics import INFLUENCE_METRICS
 from iiet.methods import METHODS
-from orchestrator.cluster.launch import command_device
+from orchestrator.cluster.task import command_device
 from orchestrator.data.mixture import describe_data, open_data
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.models.folder import load_config, weights_key

@@ -26,7 +26,7 @@ from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, MODEL_TYPE
-from orchestrator.cluster.launch import command_device
+from orchestrator.cluster.task import command_device
 from orchestrator.models.config import model_family
 from orchestrator.models.folder import (
     GENERATION_CONFIG,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from iiet.influence import InfluenceTable
-from orchestrator.cluster.launch import joined_cluster, trial_device
+from orchestrator.cluster.task import joined_cluster, trial_device
 from orchestrator.data.mixture import open_data
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.data.preparation import expected_tokens, find_prepared
@@ -54,9 +54,13 @@ from orchestrator.reporting.results import (
 from orchestrator.reporting.sections import Section, render_json, render_terminal
 from orchestrator.reporting.tables import model_rows
 from orchestrator.settings import Settings, flatten
-from orchestrator.sweeping.checks import check_devices, check_models, check_sweep
-from orchestrator.sweeping.elastic_plans import elastic_savings
-from orchestrator.sweeping.model_plans import TEACHER, teacher_and_baselines
+from orchestrator.sweeping.models import (
+    TEACHER,
+    check_devices,
+    check_models,
+    check_sweep,
+    teacher_and_baselines,
+)
 from orchestrator.sweeping.plan import (
     SweepModel,
     iterations_plan,
@@ -74,7 +78,7 @@ from orchestrator.sweeping.trial_states import (
     requested_noun,
     trial_states,
 )
-from orchestrator.sweeping.trials import exact_cost, full_config
+from orchestrator.sweeping.trials import elastic_savings, exact_cost, full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import RunFailed, UserError
@@ -489,7 +493,7 @@ def _models_plan(pretraining: TrainingPlan, labels: Iterable[str]) -> SweepPlan:
 
 def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
     """Make what the plan lacks, run its trials, and write the report; as `sweep`."""
-    from orchestrator.cluster.start import ray_cluster
+    from orchestrator.cluster.ray import ray_cluster
     from orchestrator.sweeping.run import run_plan
 
     settings, progress, workspace = plan.asked["settings"], context.progress, context.workspace

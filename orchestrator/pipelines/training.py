@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import field_serializer
 
 from iiet.schedule import IterationSchedule
-from orchestrator.cluster.joining import check_ray_can_run
-from orchestrator.cluster.launch import job_runner, joined_cluster
+from orchestrator.cluster.ray import check_ray_can_run
+from orchestrator.cluster.task import job_runner, joined_cluster
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.data.preparation import ExpectedTokens, expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens

@@ -26,7 +26,7 @@ from orchestrator.records.training import TrainingOutcome
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import BASELINE_METHOD, Settings, SweepSettings, TrainingSettings
 from orchestrator.settings.training import MAX_LAYERS, MAX_STEPS
-from orchestrator.sweeping.model_plans import (
+from orchestrator.sweeping.models import (
     ModelVariant,
     learning_rates,
     model_label,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from iiet.decoder import Decoder
 from iiet.schedule import IterationSchedule
-from orchestrator.cluster.launch import trial_device
+from orchestrator.cluster.task import trial_device
 from orchestrator.data.mixture import open_data
 from orchestrator.data.store import PreparedData, TokenStore
 from orchestrator.evaluation.decode_timing import (

@@ -12,12 +12,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iiet.config import ModelConfig
-from iiet.cost import inference_cost
 from iiet.influence import InfluenceTable
 from iiet.methods import METHODS
 from iiet.pruning import (
@@ -50,14 +48,16 @@ from orchestrator.sweeping.baselines import (
     distilled_baseline_trials,
     find_baselines,
 )
-from orchestrator.sweeping.elastic_plans import elastic_trials, elastic_upper_bound, without_elastic
-from orchestrator.sweeping.model_plans import settings_of, swept_variants
+from orchestrator.sweeping.models import schedule_cost, settings_of, swept_variants
 from orchestrator.sweeping.trials import (
     checkpoint_trial,
+    elastic_trials,
+    elastic_upper_bound,
     evaluation_key,
     num_models,
     student_estimates,
     student_trial,
+    without_elastic,
 )
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
@@ -456,34 +456,3 @@ def choose_members(
     else:
         best = [knapsack(influence, member.schedule.num_evaluations) for member in chosen]
     return tuple(FamilyMember(schedule, math.nan, math.nan) for schedule in dict.fromkeys(best))
-
-
-def schedule_cost(unit: str, full: ModelConfig) -> Cost:
-    """Return the function that computes the cost per token of a model's schedules.
-
-    Its unit is `evaluations`, `flops` or `kv` (bytes).
-    """
-    if unit == "evaluations":
-        return num_evaluations
-
-    @lru_cache
-    def counted(schedule: IterationSchedule) -> float:
-        cost = inference_cost(replace(full, schedule=schedule))
-        return float(cost.decode_flops_per_token if unit == "flops" else cost.kv_bytes_per_token)
-
-    return counted
-
-
-def check_budgets(sweep: SweepSettings, full: ModelConfig) -> None:
-    """Check that every budget is enough for a model without corrections.
-
-    Raises:
-        UserError: Names the budgets that are not.
-    """
-    least = schedule_cost(sweep.budget_unit, full)(full.corrections.none(full.num_layers))
-    short = [f"{budget:g}" for budget in sweep.budgets if budget < least]
-    if short:
-        raise UserError(
-            f"sweep.budgets: no schedule costs at most {' or '.join(short)} {sweep.budget_unit}; "
-            f"the cheapest costs {least:,.10g}"
-        )

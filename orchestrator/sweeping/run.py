@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
-from orchestrator.cluster.launch import trial_device
+from orchestrator.cluster.ray import ray_cluster, wait_for_gpus
+from orchestrator.cluster.task import trial_device
 from orchestrator.planning.estimate import seconds_to_save
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
@@ -181,13 +182,11 @@ def run_queue(trials: SweepQueue, plan: SweepPlan, settings: Settings, folder: P
     sweep, progress = settings.sweep, trials.progress
     progress.start("sweep", trials.num_all)
     if not trials.is_over:
-        # Ray takes seconds to import, and a finished sweep needs none of it.
-        from orchestrator.cluster.nodes import wait_for_gpus
-        from orchestrator.cluster.start import ray_cluster
-        from orchestrator.cluster.tune import AshaByModel, run_trials
-
         say = partial(progress.advance, trials.num_ended)
         with ray_cluster(settings.cluster, folder=folder, say=say):
+            # It imports Ray, which reads its environment then.
+            from orchestrator.cluster.tune import AshaByModel, run_trials
+
             if settings.cluster.wait_for_gpus:
                 wait_for_gpus(sweep.gpus_per_trial or 0, progress.note)
             try:

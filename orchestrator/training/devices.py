@@ -51,7 +51,7 @@ _COMPILED_GRAPHS = {
 
 
 class OnDevice(Protocol):
-    """Runs work on some device; see `orchestrator.cluster.launch`."""
+    """Runs work on some device; see `orchestrator.cluster.task`."""
 
     def __call__(self, work: DeviceWork[T], progress: Progress) -> T:
         """Return what the work returns, and raise what it raises.

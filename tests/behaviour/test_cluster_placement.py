@@ -33,9 +33,9 @@ cluster.add_node(
 )
 os.environ["RAY_ADDRESS"] = cluster.address
 
-from orchestrator.cluster.nodes import alive_nodes, wait_for_gpus
+from orchestrator.cluster.nodes import alive_nodes
 from orchestrator.cluster.placement import job_placement
-from orchestrator.cluster.start import ray_cluster
+from orchestrator.cluster.ray import ray_cluster, wait_for_gpus
 from orchestrator.planning.machine import Resources
 
 def place(num_gpus, num_jobs):

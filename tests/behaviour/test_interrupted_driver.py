@@ -22,7 +22,7 @@ from orchestrator.workspace.layout import DONE_NAME, find_checkpoints
 
 DRIVER = """
 import json, pathlib, sys
-from orchestrator.cluster.ray_train import run_train_jobs
+from orchestrator.cluster.train import run_train_jobs
 from orchestrator.settings import ClusterSettings
 from orchestrator.records.training import TrainingJob
 from orchestrator.workspace.errors import Interrupted

@@ -25,7 +25,7 @@ import orchestrator.cluster  # sets what Ray reads when it is imported
 import ray
 from ray.cluster_utils import Cluster
 
-from orchestrator.cluster.start import ray_cluster
+from orchestrator.cluster.ray import ray_cluster
 from orchestrator.settings import ClusterSettings
 from orchestrator.workspace.errors import RunFailed, UserError
 
@@ -68,7 +68,7 @@ try:
         report["no nodes yet"] = join()
     cluster.add_node(**small)
     if "token" in cases:
-        program = "import sys; from orchestrator.cluster.start import ray_cluster; " + (
+        program = "import sys; from orchestrator.cluster.ray import ray_cluster; " + (
             "from orchestrator.settings import ClusterSettings; "
             "ray_cluster(ClusterSettings(address=sys.argv[1])).__enter__()"
         )

@@ -33,9 +33,9 @@ nodes = Cluster(initialize_head=True, head_node_args=head)
 doomed = nodes.add_node(num_cpus=1, **small)
 os.environ["RAY_ADDRESS"] = nodes.address
 
-from orchestrator.cluster.ray_train import run_train_jobs
+from orchestrator.cluster.train import run_train_jobs
 from orchestrator.cluster.tune import run_trials
-from orchestrator.cluster.start import ray_cluster
+from orchestrator.cluster.ray import ray_cluster
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import ClusterSettings, SweepSettings
@@ -48,7 +48,7 @@ from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
 job = TrainingJob.model_validate(json.loads(pathlib.Path(sys.argv[1]).read_text()))
 kind = sys.argv[2]
-notes, events = [], []
+notes, events, deadline = [], [], time.time()
 
 class Guest:
     def has_come(self):
@@ -60,15 +60,16 @@ def once(event):
         return True
 
 def watch(_=None):
+    global deadline
     # The driver says that it waits before the guest leaves, and again before a new node joins.
     if len(notes) == 1 and once("guest leaves"):
         ray.kill(guest)
     trains = any(r["kind"] == "metrics" for r in read_journal(job.folder)[0])
     if kind == "job after a notice" and trains and once("notice"):
-        deadline = int(1000 * (time.time() + 1))
-        client = GcsClient(address=nodes.address)
-        client.drain_node(doomed.node_id, DRAIN_NODE_REASON_PREEMPTION, "spot", deadline)
-    if find_checkpoints(job.folder) and once("node is lost"):
+        deadline = time.time() + 10
+        client, milliseconds = GcsClient(address=nodes.address), int(1000 * deadline)
+        client.drain_node(doomed.node_id, DRAIN_NODE_REASON_PREEMPTION, "spot", milliseconds)
+    if find_checkpoints(job.folder) and time.time() > deadline and once("node is lost"):
         nodes.remove_node(doomed, allow_graceful=False)
     if "node is lost" in events and (len(notes) == 2 or kind == "trial") and once("node joins"):
         nodes.add_node(num_cpus=1, **small)
@@ -123,13 +124,14 @@ def test_a_lost_node_changes_no_loss(
 ) -> None:
     def job(name: str) -> TrainingJob:
         # After a notice, a checkpoint is written although none is due.
-        every = 800 if kind == "job after a notice" else 20
-        return tiny_job(name, num_steps=800, validate_every_steps=800, checkpoint_every_steps=every)
+        steps, every = (5000, 5000) if kind == "job after a notice" else (800, 20)
+        recipe = {"num_steps": steps, "validate_every_steps": steps}
+        return tiny_job(name, **recipe, checkpoint_every_steps=every)
 
     path = tmp_path / "job.json"
     path.write_text(json.dumps(job("lost").model_dump(mode="json")))
-    soon = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2"}  # A wait is announced sooner.
-    run_driver(DRIVER, str(path), kind, timeout=240, variables=soon)
+    soon = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}  # A notice is heard sooner.
+    run_driver(DRIVER, str(path), kind, timeout=400, variables=soon)
     records = read_journal(tmp_path / "lost")[0]
     started, resumed = (r for r in records if r.get("name") in ("started", "resumed"))
     assert (started["name"], resumed["name"]) == ("started", "resumed")

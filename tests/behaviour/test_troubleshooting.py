@@ -20,7 +20,7 @@ import torch
 from documented import FENCE, ROOT
 
 from orchestrator import cli
-from orchestrator.cluster.shared_memory import check_shared_memory
+from orchestrator.cluster.nodes import check_shared_memory
 from orchestrator.evaluation.transformers_model import load_transformers_model
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.pipelines.syncing import sync

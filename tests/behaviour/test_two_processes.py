@@ -14,8 +14,8 @@ import pytest
 from changed_trials import with_accuracy, with_job
 from commands import Started
 
-from orchestrator.cluster import local as local_run
-from orchestrator.cluster.local import run_local_jobs
+from orchestrator.cluster import task
+from orchestrator.cluster.task import run_local_jobs
 from orchestrator.models.folder import weights_key
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
@@ -30,7 +30,7 @@ from orchestrator.workspace.layout import find_checkpoints
 # With the argument `hold`, pauses after its first checkpoint until its standard input is closed.
 DRIVER = """
 import json, sys
-from orchestrator.cluster import local
+from orchestrator.cluster import task
 from orchestrator.planning.machine import Node
 from orchestrator.planning.machine import Resources
 from orchestrator.models.folder import (find_checkpoints)
@@ -38,8 +38,8 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.workspace.errors import Interrupted
 
 jobs = [TrainingJob.model_validate(value) for value in json.loads(sys.argv[1])]
-local.POLL_SECONDS = 0.0
-local.local_resources = lambda **_: Resources((Node(1),))
+task.POLL_SECONDS = 0.0
+task.local_resources = lambda **_: Resources((Node(1),))
 
 def watch():
     if sys.argv[2] == "hold" and find_checkpoints(jobs[0].folder):
@@ -49,7 +49,7 @@ def note(text):
     print(text, flush=True)
 
 try:
-    outcomes = local.run_local_jobs(jobs, watch=watch, note=note)
+    outcomes = task.run_local_jobs(jobs, watch=watch, note=note)
 except Interrupted as error:
     print(error, flush=True)
     sys.exit(130)
@@ -58,7 +58,7 @@ print(json.dumps([outcome.model_dump() for outcome in outcomes]), flush=True)
 
 UNDER_RAY = """
 import json, sys
-from orchestrator.cluster.ray_train import run_train_jobs
+from orchestrator.cluster.train import run_train_jobs
 from orchestrator.records.training import TrainingJob
 
 def note(text):
@@ -157,7 +157,7 @@ def test_a_waiting_process_takes_over_from_a_killed_one(
     (resumed,) = events(job, "resumed")
     assert resumed["step"] >= 10
     assert resumed["pid"] == second.pid
-    monkeypatch.setattr(local_run, "local_resources", lambda **_: Resources((Node(1),)))
+    monkeypatch.setattr(task, "local_resources", lambda **_: Resources((Node(1),)))
     (whole,) = run_local_jobs([job.model_copy(update={"run_folder": f"{job.run_folder}-whole"})])
     assert outcome["validation_loss"] == whole.validation_loss
     assert weights_key(Path(outcome["checkpoint"])) == weights_key(Path(str(whole.checkpoint)))

@@ -7,11 +7,12 @@ The path of `iiet-orch pretrain --workers 2`, functions of this repository only:
 3. `cli.train.pretrain`: the command
 4. `pipelines.training.run_pretrain`: makes what the plan lacks
 5. `pipelines.training.run_trainings`: follows the jobs
-6. `cluster.ray_train.run_train_jobs`: starts Ray and a thread for each job
-7. `cluster.ray_train.fit_job`: starts the workers of a job
-8. `cluster.ray_train._train_worker`: in a worker, called by Ray
-9. `training.trainer.run_job`: resumes and saves
-10. `training.trainer.train`: the loop, which calls `optimizer.step`
+6. `cluster.train.run_train_jobs`: starts Ray
+7. `cluster.train._run_together`: starts a thread for each job
+8. `cluster.train.fit_job`: starts the workers of a job
+9. `cluster.train._train_worker`: in a worker, called by Ray
+10. `training.trainer.run_job`: resumes and saves
+11. `training.trainer.train`: the loop, which calls `optimizer.step`
 """
 
 from __future__ import annotations
@@ -34,12 +35,8 @@ ROOT = str(Path(orchestrator.__file__).parent.parent)
 
 COMMAND = ["cli/app.main", "cli/command.run", "cli/train.pretrain"]
 PIPELINE = ["pipelines/training.run_pretrain", "pipelines/training.run_trainings"]
-IN_DRIVER = [*COMMAND, *PIPELINE, "cluster/ray_train.run_train_jobs"]
-IN_WORKER = [
-    "cluster/ray_train._train_worker",
-    "training/trainer.run_job",
-    "training/trainer.train",
-]
+IN_DRIVER = [*COMMAND, *PIPELINE, "cluster/train.run_train_jobs", "cluster/train._run_together"]
+IN_WORKER = ["cluster/train._train_worker", "training/trainer.run_job", "training/trainer.train"]
 
 
 def own_calls(frame: FrameType | None = None) -> list[str]:
@@ -76,41 +73,44 @@ def test_the_path_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
     assert cli.main(arguments(tmp_path / "workspace", "--local")) == 0
     (stack,) = stacks
-    assert stack == [*COMMAND, *PIPELINE, "cluster/local.run_local_jobs", *IN_WORKER[1:]]
+    assert stack == [*COMMAND, *PIPELINE, "cluster/task.run_local_jobs", *IN_WORKER[1:]]
 
 
 @pytest.mark.slow
-def test_the_path_with_two_workers_has_ten_calls(
+def test_the_path_with_two_workers_has_eleven_calls(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator.cluster import ray_train
+    import ray.train.torch
+
+    from orchestrator.cluster import train
 
     in_driver: list[list[str]] = []
     submit = concurrent.futures.ThreadPoolExecutor.submit
 
     def recorded_submit(self: Any, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        if getattr(function, "func", None) is ray_train.fit_job:
+        if getattr(function, "func", None) is train.fit_job:
             in_driver.append(own_calls(sys._getframe(1)))
         return submit(self, function, *given, **named)
 
     monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", recorded_submit)
     in_thread: list[list[str]] = []
-    fit = ray_train.train_api.torch.TorchTrainer.fit
+    trainer: Any = ray.train.torch.TorchTrainer
+    fit = trainer.fit
 
     def recorded_fit(self: Any) -> Any:
         in_thread.append(own_calls(sys._getframe(1)))
         return fit(self)
 
-    monkeypatch.setattr(ray_train.train_api.torch.TorchTrainer, "fit", recorded_fit)
+    monkeypatch.setattr(trainer, "fit", recorded_fit)
     monkeypatch.setattr(
-        ray_train, "_train_worker", recording(ray_train._train_worker, tmp_path / "stack", ROOT)
+        train, "_train_worker", recording(train._train_worker, tmp_path / "stack", ROOT)
     )
     assert cli.main(arguments(tmp_path / "workspace", "--workers", "2")) == 0
     assert in_driver == [IN_DRIVER]
-    assert in_thread == [["cluster/ray_train.fit_job"]]
+    assert in_thread == [["cluster/train.fit_job"]]
     in_worker = (tmp_path / "stack").read_text().splitlines()
     assert in_worker == IN_WORKER
-    assert len(in_driver[0]) + len(in_thread[0]) + len(in_worker) == 10
+    assert len(in_driver[0]) + len(in_thread[0]) + len(in_worker) == 11
 
 
 def recording(

@@ -142,7 +142,7 @@ def test_students_that_do_not_fit_are_refused_before_their_teacher_is_trained(
         ],
     )  # fmt: skip
     monkeypatch.setattr(sweeps, "run_trainings", never)
-    monkeypatch.setattr("orchestrator.cluster.start.ray_cluster", lambda *_, **__: nullcontext())
+    monkeypatch.setattr("orchestrator.cluster.task.ray_cluster", lambda *_, **__: nullcontext())
     config = build_model_config(settings.model, vocab_size=300)
     new_tokens = expected_tokens(settings.data, None).new_bytes
     checkpoint = Estimate(config=config, recipe=settings.training).checkpoint_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from rich.console import Console
@@ -17,9 +17,8 @@ from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import plan_sweep, sweep
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
-from orchestrator.sweeping.checks import check_devices, check_models, check_sweep
-from orchestrator.sweeping.plan import load_tasks, plan_suite, schedule_cost
-from orchestrator.sweeping.trials import SweepKind
+from orchestrator.sweeping.models import check_devices, check_models, check_sweep, schedule_cost
+from orchestrator.sweeping.plan import load_tasks, plan_suite
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
@@ -236,7 +235,7 @@ def test_the_plan_shows_the_depths_that_are_asked_for(workspace: Workspace) -> N
 
 @pytest.mark.parametrize("kind", ["threshold", "search", "iterations"])
 def test_a_suite_without_an_accuracy_is_refused_before_anything_is_trained(
-    tmp_path: Path, kind: SweepKind
+    tmp_path: Path, kind: Literal["threshold", "iterations", "search"]
 ) -> None:
     file = tmp_path / "items.json"
     file.write_text('{"context": "a", "target": "b"}\n')

@@ -26,17 +26,19 @@ from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.sweeping import trial as trial_module
-from orchestrator.sweeping.elastic_plans import (
-    elastic_savings,
-    elastic_trials,
-    elastic_upper_bound,
-    without_elastic,
-)
 from orchestrator.sweeping.live import LiveSweep
 from orchestrator.sweeping.plan import choose_members, threshold_plan
 from orchestrator.sweeping.run import SweepQueue
 from orchestrator.sweeping.trial import run_trial
-from orchestrator.sweeping.trials import distillation_job, exact_cost, student_estimates
+from orchestrator.sweeping.trials import (
+    distillation_job,
+    elastic_savings,
+    elastic_trials,
+    elastic_upper_bound,
+    exact_cost,
+    student_estimates,
+    without_elastic,
+)
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
 from orchestrator.training.trainer import run_job

@@ -8,9 +8,10 @@ from iiet.methods import METHODS
 from iiet.methods.implicit_euler import ImplicitEuler
 from orchestrator.models.config import build_model_config
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.checks import check_models, check_sweep
-from orchestrator.sweeping.model_plans import (
+from orchestrator.sweeping.models import (
     ModelVariant,
+    check_models,
+    check_sweep,
     learning_rates,
     model_label,
     settings_of,

@@ -29,7 +29,8 @@ from small_size import SMALL
 
 import orchestrator
 from orchestrator import cli
-from orchestrator.cluster import start, tune
+from orchestrator.cluster import ray, tune
+from orchestrator.sweeping import run
 
 ROOT = str(Path(orchestrator.__file__).parent.parent)
 DRIVER = [
@@ -68,7 +69,7 @@ def test_the_path_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     functions: list[Any] = []
     queues: list[Any] = []
     run_trials = tune.run_trials
-    resources = start.local_resources(count_gpus=False)
+    resources = ray.local_resources(count_gpus=False)
 
     def noted(function: Any, queue: Any, *given: Any, **named: Any) -> None:
         functions.append(function)
@@ -77,9 +78,9 @@ def test_the_path_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(tune, "run_trials", noted)
     monkeypatch.setattr(tune, "ray_cluster", lambda *_, **__: nullcontext(resources))
-    monkeypatch.setattr(start, "ray_cluster", lambda *_, **__: nullcontext(resources))
+    monkeypatch.setattr(run, "ray_cluster", lambda *_, **__: nullcontext(resources))
     monkeypatch.setattr(tune, "run_interruptibly", run_interruptibly)
-    monkeypatch.setattr(tune, "watch_messages", lambda *_: nullcontext(Unasked()))
+    monkeypatch.setattr(tune, "looks_for", lambda _: lambda: False)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     depth = (
         "data.source=depth data.depth.tasks=[phop_2] data.depth.num_symbols=2 data.depth.length=8 "
@@ -95,10 +96,3 @@ def test_the_path_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert worker[3].endswith(".run_job")
     assert len({call.split(".")[0] for call in driver + worker}) <= 8, "files"
     assert len(driver) + len(worker) <= 14
-
-
-class Unasked:
-    """Messages of which none arrives."""
-
-    def has(self, _: Any) -> bool:
-        return False

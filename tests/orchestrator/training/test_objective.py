@@ -33,7 +33,7 @@ from orchestrator.models.folder import served_schedules
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ElasticSettings, TrainingSettings, resolve_settings
-from orchestrator.sweeping.model_plans import ModelVariant, settings_of
+from orchestrator.sweeping.models import ModelVariant, settings_of
 from orchestrator.training.devices import World
 from orchestrator.training.job import job_key, key_fields, pretraining_job
 from orchestrator.training.objective import (

@@ -176,7 +176,7 @@ def test_a_job_with_a_secret_is_refused(
 
 
 def test_the_reason_of_a_failed_trial_holds_no_secret() -> None:
-    from orchestrator.cluster.ray_train import failure_reason  # Imports Ray: seconds.
+    from orchestrator.cluster.train import failure_reason  # Imports Ray: seconds.
 
     error = OSError(f"cannot reach s3://KEY:{SECRET}@bucket\nsecond line")
     assert failure_reason(error) == "OSError: cannot reach s3://***@bucket"

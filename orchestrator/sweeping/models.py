@@ -1,0 +1,326 @@
+"""The models that a sweep trains from scratch, and what its settings must fulfil together.
+
+A threshold sweep and a search train a teacher, vanilla and the model without corrections. An
+iterations sweep trains methods and iteration counts, with learning rates and seeds. Single settings
+are checked where they are read. Text may take hours to prepare and a teacher days to train, so a
+missing task or an impossible model is found here, before anything is read or trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any, TypeVar
+
+from iiet.config import PRESETS, ModelConfig
+from iiet.cost import inference_cost
+from iiet.methods import METHODS
+from iiet.pruning import Cost, num_evaluations
+from iiet.schedule import IterationSchedule
+from orchestrator.data.preparation import sequence_length
+from orchestrator.evaluation.selection import lm_eval_task_fingerprints
+from orchestrator.models.config import build_model_config
+from orchestrator.planning.estimate import assign_trial_gpus
+from orchestrator.planning.machine import (
+    Resources,
+    check_available,
+    check_resources,
+    check_run_resources,
+)
+from orchestrator.settings import (
+    BASELINE_METHOD,
+    DEFAULT_METHOD,
+    ModelSettings,
+    Settings,
+    SweepSettings,
+)
+from orchestrator.settings.resolve import list_of_problems
+from orchestrator.settings.schema import broken_sweep_rules
+from orchestrator.settings.sweep import has_layers
+from orchestrator.sweeping.trials import check_student_batch
+from orchestrator.terminal.progress import Progress
+from orchestrator.terminal.render import format_count
+from orchestrator.workspace.errors import UserError
+
+TEACHER = "teacher"
+T = TypeVar("T")
+
+
+def model_label(method: str, corrections: object, num_layers: int | None = None) -> str:
+    """Return the name of a model in tables.
+
+    `vanilla` for a method without corrections, `r = 3` for the default method, else `other, r = 3`;
+    with a number of layers `vanilla, 8 layers`.
+    """
+    parts = [method] if method != DEFAULT_METHOD else []
+    if METHODS[method].has_corrections:
+        parts.append(f"r = {corrections}")
+    if num_layers is not None:
+        parts.append(format_count(num_layers, "layer"))
+    return ", ".join(parts)
+
+
+def values_of_model(
+    setting: Mapping[str, T | tuple[T, ...]], names: Iterable[str], *, default: T
+) -> tuple[T, ...]:
+    """Return what a setting by model holds for one: under the first of its names that is a key.
+
+    Args:
+        names: The model's label first, its method last.
+    """
+    found = next((setting[name] for name in names if name in setting), default)
+    return found if isinstance(found, tuple) else (found,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelVariant:
+    """What distinguishes a model from the others that a sweep trains from scratch."""
+
+    method: str
+    corrections: int | str | tuple[int, ...] | None = None
+    """As in the settings; None for a method without corrections."""
+    num_layers: int | None = None
+    """Number of layers if it is not the settings' own."""
+    learning_rate: float | None = None
+    """One of several rates of the model; None if it has only one."""
+    seed: int | None = None
+    """One of several seeds of the sweep; None if it has none."""
+
+    @property
+    def name(self) -> str:
+        """Name of the model: `vanilla`, `r = 3`, `vanilla, 8 layers`."""
+        return model_label(self.method, self.corrections, self.num_layers)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Its names in the settings, the most specific one first."""
+        return self.name, model_label(self.method, self.corrections), self.method
+
+    @property
+    def group(self) -> str:
+        """Name with the learning rate; variants of one group are seeds of one model."""
+        return self.name + (f", rate {self.learning_rate:g}" if self.learning_rate else "")
+
+    @property
+    def label(self) -> str:
+        """Name with learning rate and seed, in tables and figures."""
+        return self.group + ("" if self.seed is None else f", seed {self.seed}")
+
+
+def swept_models(settings: Settings) -> Iterator[ModelVariant]:
+    """Yield the methods, iteration counts and numbers of layers that a sweep trains."""
+    for method in settings.sweep.methods:
+        counts = settings.sweep.iterations if METHODS[method].has_corrections else (None,)
+        for count in counts:
+            yield from _at_each_depth(settings, ModelVariant(method=method, corrections=count))
+
+
+def _at_each_depth(settings: Settings, model: ModelVariant) -> Iterator[ModelVariant]:
+    shape = settings.model  # An unknown preset is refused where the model is built.
+    own = shape.num_layers or PRESETS.get(shape.preset, {}).get("num_layers")
+    for number in values_of_model(settings.sweep.num_layers, model.keys, default=own):
+        yield replace(model, num_layers=None if number == own else number)
+
+
+def swept_variants(settings: Settings) -> Iterator[ModelVariant]:
+    """Yield the models that a sweep trains at each of their learning rates, under each seed."""
+    for model in swept_models(settings):
+        rates = learning_rates(settings, model)
+        for rate in rates if len(rates) > 1 else (None,):
+            for seed in settings.sweep.seeds or (None,):
+                yield replace(model, learning_rate=rate, seed=seed)
+
+
+def learning_rates(settings: Settings, model: ModelVariant) -> tuple[float, ...]:
+    """Return the learning rates of a model: its own, its method's, else those of all."""
+    usual = settings.training.learning_rate
+    return values_of_model(settings.sweep.learning_rates, model.keys, default=usual)
+
+
+def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
+    """Return the settings of a variant, at its learning rate, or else its model's first one."""
+    changes: dict[str, Any] = {"method": variant.method}
+    if variant.corrections is not None:
+        changes["corrections"] = variant.corrections
+    if variant.num_layers is not None:
+        changes["num_layers"] = variant.num_layers
+    if variant.method != settings.model.method:
+        changes["method_options"] = {}
+    model = ModelSettings.model_validate({**settings.model.model_dump(), **changes})
+    rate = variant.learning_rate or learning_rates(settings, variant)[0]
+    recipe: dict[str, Any] = {"learning_rate": rate}
+    if variant.corrections in (None, 0, "0"):  # There is no cheaper schedule.
+        recipe["elastic"] = None
+    if variant.seed is not None:
+        recipe["seed"] = variant.seed
+    training = settings.training.model_copy(update=recipe)
+    return settings.model_copy(update={"model": model, "training": training})
+
+
+def teacher_and_baselines(settings: Settings) -> dict[str, Settings]:
+    """Return the settings of the teacher and the baselines that a sweep trains."""
+    model = settings.model
+    teacher = ModelVariant(method=model.method, corrections=model.corrections)
+    baselines = baseline_models(settings)
+    named = {TEACHER: teacher, **{baseline.name: baseline for baseline in baselines}}
+    return {name: settings_of(settings, variant) for name, variant in named.items()}
+
+
+def baseline_models(settings: Settings) -> list[ModelVariant]:
+    """Return the baselines of the settings' teacher, each at its numbers of layers."""
+    usual = ModelVariant(method=BASELINE_METHOD)
+    none = ModelVariant(method=settings.model.method, corrections=0)
+    return [model for one in (usual, none) for model in _at_each_depth(settings, one)]
+
+
+def schedule_cost(unit: str, full: ModelConfig) -> Cost:
+    """Return the function that computes the cost per token of a model's schedules.
+
+    Its unit is `evaluations`, `flops` or `kv` (bytes).
+    """
+    if unit == "evaluations":
+        return num_evaluations
+
+    @lru_cache
+    def counted(schedule: IterationSchedule) -> float:
+        cost = inference_cost(replace(full, schedule=schedule))
+        return float(cost.decode_flops_per_token if unit == "flops" else cost.kv_bytes_per_token)
+
+    return counted
+
+
+def check_budgets(sweep: SweepSettings, full: ModelConfig) -> None:
+    """Check that every budget is enough for a model without corrections.
+
+    Raises:
+        UserError: Names the budgets that are not.
+    """
+    least = schedule_cost(sweep.budget_unit, full)(full.corrections.none(full.num_layers))
+    short = [f"{budget:g}" for budget in sweep.budgets if budget < least]
+    if short:
+        raise UserError(
+            f"sweep.budgets: no schedule costs at most {' or '.join(short)} {sweep.budget_unit}; "
+            f"the cheapest costs {least:,.10g}"
+        )
+
+
+def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
+    """Check that a sweep's settings go together.
+
+    Args:
+        settings: All sections.
+        progress: Gets a note of each task that is skipped; tasks are not checked when unset.
+
+    Raises:
+        UserError: Says which settings do not go together and what to change.
+    """
+    if broken := broken_sweep_rules(settings):
+        raise UserError(list_of_problems("settings", broken))
+    assign_trial_gpus(settings)
+    if settings.sweep.asha and not any(
+        len(learning_rates(settings, model)) > 1 for model in swept_models(settings)
+    ):
+        raise UserError(
+            "sweep.asha ends the worse of a model's learning rates, and no model has more than "
+            "one; name several for each model: --set 'sweep.learning_rates={iiet: [1e-3, 2e-3]}'"
+        )
+    if progress:
+        lm_eval_task_fingerprints(settings.evaluation, progress, needs_accuracy=True)
+
+
+def check_devices(
+    settings: Settings, resources: Resources | None = None, *, pretrains: bool
+) -> None:
+    """Check that there are the CPUs and GPUs of one trial.
+
+    Args:
+        resources: Nodes of a cluster that was joined; this machine's when unset.
+        pretrains: Whether the sweep trains a teacher first, on the devices of section `cluster`.
+
+    Raises:
+        UserError: If there are too few.
+    """
+    sweep, cluster = assign_trial_gpus(settings).sweep, settings.cluster
+    num_workers, num_gpus = sweep.workers_per_trial, sweep.gpus_per_trial or 0
+    if resources:
+        check_available(num_workers, num_gpus, resources, per_trial=True)
+    else:
+        check_resources(num_workers, num_gpus, cluster.ray_address, per_trial=True)
+    if pretrains:
+        check_run_resources(cluster, resources)
+
+
+def check_models(settings: Settings) -> None:
+    """Check that the models of a sweep can be built, without any data.
+
+    Args:
+        settings: Sections `model` and `sweep` count, and `evaluation.apply_chat_template`.
+
+    Raises:
+        UserError: Names everything that is wrong with the models, all at once.
+    """
+    if settings.evaluation.apply_chat_template:
+        raise UserError(
+            "evaluation.apply_chat_template: models that are trained from scratch have no chat "
+            "template; leave it out, or distill an imported model that has one"
+        )
+    kind = settings.sweep.kind
+    build = partial(
+        build_model_config,
+        vocab_size=settings.data.vocab_size,
+        context_length=sequence_length(settings.data),
+    )
+    if kind == "iterations":
+        problems = []
+        models = list(swept_models(settings))
+        for model in models:
+            try:
+                build(settings_of(settings, model).model)
+            except UserError as error:
+                problems.append(str(error))
+        problems += _settings_of_no_model(settings, models)
+        if problems:
+            raise UserError("; ".join(dict.fromkeys(problems)))
+        return
+    config = build(settings.model)
+    if problems := _settings_of_no_model(settings, baseline_models(settings)):
+        raise UserError("; ".join(problems))
+    if settings.distillation.control != "pruned":
+        check_student_batch(settings.distillation, config)
+    check_budgets(settings.sweep, config)
+    if METHODS[config.method].repeats_stack:
+        raise UserError(
+            f"a {kind} sweep prunes the corrections of single layers, and model.method="
+            f"{config.method} repeats the whole stack; take method iiet, or compare numbers of "
+            "repetitions with sweep.kind=iterations"
+        )
+    if not METHODS[config.method].has_corrections or not sum(config.corrections):
+        raise UserError(
+            f"a {kind} sweep prunes its teacher's corrections, and a teacher of "
+            f"model.method={settings.model.method} and model.corrections="
+            f"{settings.model.corrections} has none; take method iiet with 1 correction or more"
+        )
+
+
+def _settings_of_no_model(settings: Settings, models: Sequence[ModelVariant]) -> list[str]:
+    """Return which learning rates and numbers of layers are those of a model that is not trained.
+
+    Args:
+        models: What is trained, apart from a teacher and its students.
+    """
+    sweep, names = settings.sweep, ", ".join(model.name for model in models)
+    known = {key for model in models for key in model.keys}
+    rates = [name for name in sweep.learning_rates if name not in {*METHODS, *known}]
+    if sweep.kind == "iterations":
+        trained = f"is not swept; swept are {names}"
+    else:
+        # Other rates may be those of the teacher, or of an iterations sweep from the same file.
+        rates = [name for name in rates if has_layers(name)]
+        trained = f"is no baseline of this sweep; baselines are {names}"
+    layers = [name for name in sweep.num_layers if name not in known]
+    problems = [
+        (f"sweep.learning_rates has a rate of {', '.join(rates)}", rates),
+        (f"sweep.num_layers has a number of layers of {', '.join(layers)}", layers),
+    ]
+    return [f"{problem}, which {trained}" for problem, found in problems if found]

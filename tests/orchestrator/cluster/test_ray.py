@@ -1,0 +1,222 @@
+"""A started Ray is closed to others and shared; addresses that cannot be joined are refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from pretended_cluster import run_driver
+
+from orchestrator import cli
+from orchestrator.cluster import prepare_environment, ray
+from orchestrator.cluster.ray import (
+    LONGEST_TEMPORARY_FOLDER,
+    Signal,
+    address_variables,
+    check_ray_can_run,
+    joining_problem,
+    looks_for,
+    ray_cluster,
+    worker_variables,
+)
+from orchestrator.settings import ClusterSettings
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import SCRATCH_NAME
+
+PACKAGE = Path(ray.__file__).parent
+
+
+@pytest.mark.slow
+def test_a_started_ray_is_closed_to_others_and_is_used_again(ray_session: None) -> None:
+    import ray
+
+    me, addresses = psutil.Process(), set()
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            connections = process.net_connections(kind="inet")
+        except psutil.NoSuchProcess:
+            continue
+        addresses |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+    (path,) = {node["ObjectStoreSocketName"] for node in ray.nodes()}
+    (outer,) = (path for path in Path(path).parents if path.name.startswith(f".{SCRATCH_NAME}."))
+    assert outer.stat().st_mode & 0o777 == 0o700
+    longest = len(path) - len(str(outer)) + LONGEST_TEMPORARY_FOLDER + len("4194304")
+    assert longest - len(str(os.getpid())) <= 107
+
+    with ray_cluster() as first, ray_cluster() as second:
+        assert second == first
+    with ray_cluster() as still:
+        assert still == first
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_the_processes_that_look_for_it_and_no_others(ray_session: None) -> None:
+    import ray
+
+    def wait(sent: Signal) -> bool:
+        look = looks_for(sent)
+        while not look():
+            time.sleep(0.01)
+        return look()
+
+    signal = Signal()
+    waiting = ray.remote(num_cpus=1)(wait).remote(signal.part("a"))
+    for _ in range(2):
+        signal.part("a").send()
+    assert ray.get(waiting, timeout=60)
+    sent = [s.is_sent() for s in (signal, signal.part("a"), signal.part("b"), Signal())]
+    assert sent == [False, True, False, False]
+
+
+def test_only_one_function_uses_what_is_private_in_ray() -> None:
+    """A version of Ray may change it; that function works without it, too."""
+    found = []
+    for path in PACKAGE.glob("*.py"):
+        for function in path.read_text(encoding="utf-8").split("\ndef "):
+            if re.search(r"_internal|_raylet|ray\._private\.(?!worker\"\))", function):
+                found.append(function.partition("(")[0])
+    assert found == ["_send_messages_to_log"]
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "own_token"),
+    [("local", None, True), ("auto", None, False), ("head:6379", "head:6379", False)],
+)
+def test_the_environment_follows_the_address_and_keeps_what_the_user_has_set(
+    address: str, variable: str | None, own_token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {"RAY_ADDRESS": "of.the.shell:6379"})
+    found = address_variables(address)
+    assert found["RAY_ADDRESS"] == variable
+    # A cluster asks for a token only if it was told to.
+    assert (found.get("RAY_AUTH_MODE") == "token") is own_token
+    assert (len(found.get("RAY_AUTH_TOKEN") or "") == 64) is own_token
+
+    given = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": "token"}
+    monkeypatch.setattr(os, "environ", given)
+    found = {**given, **address_variables(address)}
+    assert {name: found.get(name) for name in (*given, "RAY_AUTH_TOKEN")} == {
+        **given, "RAY_AUTH_TOKEN": None,
+    }  # fmt: skip
+
+
+def test_the_environment_is_restored_and_is_that_of_rays_import() -> None:
+    # In a process of its own: one with a running Ray must keep its token.
+    program = (
+        "import os\n"
+        "from orchestrator.cluster.ray import address_variables, ray_environment\n"
+        "names = address_variables('local')\n"
+        "found = lambda: [os.environ.get(name) for name in names]\n"
+        "before = found()\n"
+        "with ray_environment('local'):\n"
+        "    import ray\n"
+        "    inside = found()\n"
+        "print(inside != before, found() == before)\n"
+        "with ray_environment('local'):\n"
+        "    print(found() == inside)\n"
+        "try:\n"
+        "    with ray_environment('head:6379'): pass\n"
+        "except ValueError as error: print('another' in str(error))\n"
+    )
+    assert run_driver(program, timeout=60).split() == ["True"] * 4
+    program = (
+        "import ray\n"
+        "from orchestrator.cluster.ray import ray_environment\n"
+        "try:\n"
+        "    with ray_environment('local'): pass\n"
+        "except ValueError as error: print('loopback' in str(error))\n"
+    )
+    assert run_driver(program, timeout=60).split() == ["True"]
+
+
+def test_workers_of_a_cluster_get_named_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {"HF_TOKEN": "secret", "AWS_A": "1", "IIET_PRETENDED_GPUS": "1"}
+    monkeypatch.setattr(os, "environ", {**named, "AWS_B": "2", "PATH": "/"})
+    entries = ("HF_TOKEN", "AWS_*", "NCCL_*", "AWS_B=3", "EMPTY=")
+    given = {"AWS_B": "3", "EMPTY": ""}
+    assert worker_variables(entries, "head:6379") == {**named, **given}
+    # Those of a local Ray inherit the others.
+    assert worker_variables(entries, "local") == given
+
+
+def test_options_of_the_gpu_allocator_stay_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual: dict[str, str] = {}
+    chosen = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}
+    for environment in (usual, chosen):
+        monkeypatch.setattr(os, "environ", environment)
+        prepare_environment()
+    assert usual["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in chosen
+
+
+def test_importing_the_package_sets_the_environment_and_does_not_import_ray() -> None:
+    program = (
+        "import os, sys, orchestrator.cluster.task, orchestrator.cluster.train\n"
+        "print('ray' in sys.modules, *os.environ)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    imported, *names = done.stdout.split()
+    assert imported == "False"
+    assert {"RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_UV_RUN_RUNTIME_ENV"} <= set(names)
+
+
+@pytest.mark.parametrize("command", ["pretrain", "quickstart"])
+def test_an_address_where_nothing_answers_is_refused_before_anything_is_prepared(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(ray, "_running", None)  # Other tests' Ray may run here.
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        assert cli.main([command, "-w", str(tmp_path), "--address", address]) == 2
+        settings = ClusterSettings(address=address)
+        with pytest.raises(UserError, match=f"{address}.*cluster.address=local"):
+            ray_cluster(settings).__enter__()
+    assert f"iiet-orch: no Ray cluster answers at {address}" in capsys.readouterr().err
+    assert not (tmp_path / "tokens").exists()
+    with pytest.raises(UserError, match=r"no Ray cluster answers at no-such-host\.invalid:6379"):
+        check_ray_can_run("no-such-host.invalid:6379")
+
+
+def test_a_command_must_run_on_a_node_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "process_iter", lambda _: [])  # As on another machine.
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        with pytest.raises(
+            UserError, match=f"this machine is not a node of the cluster at {address}"
+        ):
+            check_ray_can_run(address)
+    with pytest.raises(UserError, match="no Ray cluster runs on this machine"):
+        check_ray_can_run("auto")
+    check_ray_can_run("local")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "Version mismatch: The cluster was started with:\n    Ray: 2.1.0\n    Python: 3.7.4\n"
+            "This process on node x was started with:\n    Ray: 2.60.0\n    Python: 3.11.9\n",
+            "the cluster at head:6379 runs Ray 2.1.0 and Python 3.7.4, and this command Ray 2.60.0",
+        ),
+        ("rpc: Unauthenticated", "head:6379 asks for another token; set RAY_AUTH_MODE=token"),
+        ("No node info found", "not a node of the cluster at head:6379; run the command on one"),
+        ("Could not find any running Ray instance", "no Ray cluster runs on this machine"),
+        ("first\nsecond", r"head:6379 cannot be joined \(first\);"),
+    ],
+)
+def test_why_a_cluster_cannot_be_joined(text: str, sentence: str) -> None:
+    assert re.search(sentence, joining_problem(ConnectionError(text), "head:6379"))

@@ -1,0 +1,381 @@
+"""Ray Train runs the same jobs with the same results, whatever happens to its workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from orchestrator.cluster import train
+from orchestrator.cluster.placement import Placement
+from orchestrator.cluster.ray import Signal
+from orchestrator.cluster.train import MAX_FAILED_STARTS, fit_job, run_train_jobs
+from orchestrator.planning import estimate
+from orchestrator.records.training import TrainingJob
+from orchestrator.settings import ClusterSettings
+from orchestrator.training.checkpoint import CheckpointWriteFailed
+from orchestrator.training.trainer import Diverged, run_job
+from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
+from orchestrator.workspace.journal import Journal, read_journal
+from orchestrator.workspace.layout import checkpoint_name, find_checkpoints, step_of
+
+MakeJob = Callable[..., TrainingJob]
+
+
+@pytest.fixture
+def make_job(tiny_job: MakeJob) -> MakeJob:
+    def make(name: str, **recipe: Any) -> TrainingJob:
+        values = {
+            "num_steps": 12,
+            "num_tokens_per_step": 64,
+            "learning_rate": 1e-2,
+            "warmup_steps": 2,
+            "validate_every_steps": 6,
+            "num_validation_tokens": 320,
+            "checkpoint_every_steps": 6,
+            "iterate_from_fraction": 0.5,
+        }
+        return tiny_job(name, **{**values, **recipe})
+
+    return make
+
+
+def metric(job: TrainingJob, name: str = "train/loss") -> list[float]:
+    values = {
+        record["step"]: record["values"][name]
+        for record in read_journal(job.folder)[0]
+        if name in record.get("values", {})
+    }
+    return [values[step] for step in sorted(values)]
+
+
+def events(job: TrainingJob, name: str) -> list[dict[str, Any]]:
+    return [r for r in read_journal(job.folder)[0] if r.get("name") == name]
+
+
+class Listeners:
+    """Watches the addresses that this process and its children listen on."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self.job = job
+        self.found: set[str] = set()
+        self.workers: set[int] = set()
+        """Processes of the job that were looked at while it trained."""
+
+    def watch(self) -> None:
+        trains = {record["pid"] for record in events(self.job, "started")}
+        if self.workers or not trains:
+            return  # One look while it trains is enough.
+        me = psutil.Process()
+        for process in [me, *me.children(recursive=True)]:
+            try:
+                connections = process.net_connections(kind="inet")
+            except psutil.NoSuchProcess:
+                continue
+            self.found |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+            self.workers |= trains & {process.pid}
+
+    def are_local(self) -> bool:
+        assert self.workers, "nobody looked while it trained"
+        return self.found <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_two_workers_train_on_the_same_global_batch(ray_session: None, make_job: MakeJob) -> None:
+    alone, job = run_job(make_job("alone")), make_job("shared", num_sequences_per_pass=1)
+    listeners = Listeners(job)
+    cluster = ClusterSettings(num_workers=2, parallel="fsdp")
+    (shared,) = run_train_jobs([job], cluster, watch=listeners.watch)
+    assert listeners.are_local(), listeners.found
+    assert not (job.folder / "ray").exists(), "where they met is gone"
+    assert metric(job) == pytest.approx(metric(make_job("alone")), abs=1e-5)
+    assert shared.validation_loss == pytest.approx(alone.validation_loss, abs=1e-5)
+    assert (shared.num_tokens, shared.training_flops) == (alone.num_tokens, alone.training_flops)
+    (started,) = events(job, "started")
+    assert (started["num_workers"], started["num_threads"]) == (2, 1)
+    assert started["parallel"] == "fsdp"
+
+
+def test_finished_jobs_start_nothing(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = run_job(make_job("done"))
+    monkeypatch.setattr(train, "ray_cluster", None)
+    assert run_train_jobs([make_job("done")]) == [outcome]
+
+
+def kill_first_worker(
+    job: TrainingJob, times: int, *, after_checkpoint: bool
+) -> Callable[[], None]:
+    """Return a watch that kills the job's first worker after each of its starts, `times` times.
+
+    With `after_checkpoint`, it does so once the worker has written a checkpoint.
+    """
+    killed: list[int] = []
+
+    def watch() -> None:
+        starts = [*events(job, "started"), *events(job, "resumed")]
+        if len(starts) > len(killed) < times:
+            start = starts[len(killed)]
+            saved = find_checkpoints(job.folder)
+            if not after_checkpoint or (saved and str(saved[-1]) != start.get("path")):
+                killed.append(start["pid"])
+                os.kill(killed[-1], signal.SIGKILL)
+
+    return watch
+
+
+LONG = {"num_steps": 200, "checkpoint_every_steps": 20, "validate_every_steps": 200}
+
+
+@pytest.mark.slow
+def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_for_bit(
+    ray_session: None, make_job: MakeJob
+) -> None:
+    killed, whole = make_job("killed", **LONG), make_job("whole", **LONG)
+    outcomes = run_train_jobs(
+        [killed, whole],
+        ClusterSettings(num_workers=2, max_failures=1),
+        watch=kill_first_worker(killed, 2, after_checkpoint=True),
+    )
+    first, second = events(killed, "resumed")
+    assert 20 <= first["step"] < second["step"], "a new checkpoint renews the number of failures"
+    assert first["num_workers"] == 2
+    assert not events(whole, "resumed")
+    assert metric(killed) == metric(whole)
+    assert outcomes[0].validation_loss == outcomes[1].validation_loss
+    assert [outcome.finished for outcome in outcomes] == [True, True]
+    folders = [Path(outcome.checkpoint or "").parent for outcome in outcomes]
+    assert folders == [killed.folder, whole.folder], "in the order of the jobs"
+
+
+@pytest.mark.parametrize(
+    ("ends", "num_starts"),
+    [
+        ("fail fail fail", 2),
+        ("fail save,fail save,fail fail fail", 4),  # A new checkpoint renews the number.
+        ("fail lost lost notice fail", 5),  # A loss that was announced is no failure.
+        ("mistake", 1),
+        ("unplaced " * 9, 1 + MAX_FAILED_STARTS),
+        ("unplaced run,unplaced " * 3 + "done", 7),
+        ("controller", 1),
+    ],
+)
+def test_when_a_job_is_started_again(
+    ends: str, num_starts: int, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.exceptions
+    import ray.train
+
+    api: Any = ray.train
+    job, starts = make_job("run"), []
+    lost: Any = RuntimeError("a worker died")
+    lost.health_check_failure = ray.exceptions.RayActorError(preempted=True)
+    failures = {"fail": OSError("no"), "mistake": UserError("type x"), "lost": lost}
+    errors = {
+        **{word: api.WorkerGroupError("", {1: error}) for word, error in failures.items()},
+        "notice": api.PreemptionError(api.PreemptionInfo(None, {})),
+        "unplaced": api.ControllerError(TimeoutError("no place")),
+        "controller": ray.exceptions.ActorDiedError(),
+    }
+
+    def fit() -> None:
+        starts.append(1)
+        for word in ends.split()[len(starts) - 1].split(","):
+            if word == "save":
+                (job.folder / checkpoint_name(len(starts))).mkdir(parents=True)
+            elif word == "run":
+                start_and_lose(job)
+            elif word != "done":
+                raise errors[word]
+
+    monkeypatch.setattr(train, "_trainer", lambda *_: SimpleNamespace(fit=fit))
+    monkeypatch.setattr(train, "_find_place", lambda *_: True)
+    monkeypatch.setattr(Signal, "is_sent", lambda _: False)
+    placement = Placement(jobs_at_once=1, workers=1, cpus=1)
+    pattern = {
+        "mistake": "^type x$",
+        "unplaced": "failed: the workers did not start: TimeoutError: no place$",
+        "controller": "; nothing was saved; run the same command again to resume$",
+    }.get(ends.split()[0], "run failed: OSError: no$")
+    is_done = ends.endswith("done")
+    expected = nullcontext() if is_done else pytest.raises((UserError, RunFailed), match=pattern)
+    with expected:
+        fit_job(job, placement, stop=Signal(), max_failures=1)
+    assert len(starts) == num_starts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "retries", "error", "sentence"),
+    [
+        ("mistake", 5, UserError, "^a mistake$"),
+        (
+            "out of memory",
+            5,
+            UserError,
+            r"ran out of memory on cpu \(no space\)",
+        ),
+        ("silence", 0, RunFailed, "failed: .*([Tt]imed out|timeout)"),
+        ("killed", 1, RunFailed, "failing failed: .*died"),
+    ],
+)
+def test_a_worker_that_fails_alone_ends_the_job_within_a_minute(
+    fault: str, retries: int, error: type[Exception], sentence: str,
+    ray_session: None, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    train_worker = train._train_worker
+
+    def train_with_fault(config: dict[str, Any]) -> Any:
+        import ray.train
+
+        def fail(*_: Any, **__: Any) -> None:
+            if fault == "silence":
+                time.sleep(1000)
+            if fault == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "out of memory":
+                raise torch.OutOfMemoryError("no space")
+            raise UserError("a mistake")
+
+        if ray.train.get_context().get_world_rank() == 1:
+            torch.autograd.backward = fail  # The other worker waits for its gradients.
+        return train_worker(config)
+
+    job, starts = make_job("failing", num_tokens_per_step=2**12), dict[int, float]()
+
+    def watch() -> None:
+        starts.setdefault(len(events(job, "started")), time.monotonic())
+
+    monkeypatch.setattr(train, "_train_worker", train_with_fault)
+    cluster = ClusterSettings(num_workers=2, max_failures=retries, collective_timeout_seconds=10)
+    with pytest.raises(error, match=sentence):
+        run_train_jobs([job], cluster, watch=watch)
+    num_starts = 2 if fault == "killed" else 1  # Trying again cannot help the others.
+    assert time.monotonic() - starts[num_starts] < 60
+    assert len(events(job, "started")) == num_starts
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_ctrl_c_is_the_error_and_nothing_is_called_saved(
+    ray_session: None, make_job: MakeJob
+) -> None:
+    job = make_job("full", num_steps=4000, checkpoint_every_steps=4000)
+    pressed: list[int] = []
+
+    def watch() -> None:
+        if not pressed and metric(job):
+            pressed.append(events(job, "started")[0]["pid"])
+            # The system refuses to write more into one file of the worker, as a full disk does.
+            psutil.Process(pressed[0]).rlimit(psutil.RLIMIT_FSIZE, (15_000, 15_000))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(CheckpointWriteFailed, match=r"run was stopping; nothing was saved$"):
+        run_train_jobs([job], watch=watch)
+    assert pressed
+    assert not find_checkpoints(job.folder)
+
+
+@pytest.mark.slow
+def test_sigterm_waits_for_a_slow_writer(
+    ray_session: None, tmp_path: Path, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_worker, gate = train._train_worker, tmp_path / "gate"
+
+    def train_and_save_slowly(config: dict[str, Any]) -> None:
+        from orchestrator.training import checkpoint
+
+        save = checkpoint.save_checkpoint
+
+        def save_slowly(*args: Any, **named: Any) -> Any:
+            while not gate.exists():
+                time.sleep(0.01)
+            return save(*args, **named)
+
+        checkpoint.save_checkpoint = save_slowly
+        train_worker(config)
+
+    job = make_job("slow", num_steps=100_000, checkpoint_every_steps=100_000)
+    monkeypatch.setattr(train, "_train_worker", train_and_save_slowly)
+    # The driver looks at its workers more often than that before the checkpoint is written.
+    monkeypatch.setattr(estimate, "LEAST_SECONDS", 0.5)
+    monkeypatch.setattr(estimate, "WRITE_BYTES_PER_SECOND", 1000.0)  # 100 kB
+    notes: list[str] = []
+    looks: list[int] = []
+
+    def watch() -> None:
+        if looks:
+            looks.append(len(looks))
+            if len(looks) == 10:
+                gate.touch()
+        elif metric(job):
+            looks.append(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as caught:
+        run_train_jobs([job], watch=watch, note=notes.append)
+    [checkpoint] = find_checkpoints(job.folder)
+    step = step_of(checkpoint)
+    assert str(caught.value).startswith(f"interrupted; saved at step {step};")
+    assert notes[0].startswith("saving 1")
+    run_job(job, should_stop=lambda: True)
+    [resumed] = events(job, "resumed")
+    assert resumed["step"] == step
+
+
+def start_and_lose(job: TrainingJob) -> None:
+    """Leave what a job leaves whose node was lost."""
+    journal = Journal(job.folder)
+    journal.event("started")
+    journal.close()
+
+
+@pytest.mark.slow
+def test_a_job_without_a_place_says_so_is_not_waited_for_and_fails_in_time(
+    ray_session: None, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    job, notes = make_job("run"), list[str]()
+
+    def press() -> None:
+        if notes:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    others = placement_group([{"CPU": 2}])
+    try:
+        assert others.wait(60)
+        with pytest.raises(Interrupted, match=r"^interrupted; nothing"):
+            run_train_jobs([job], watch=press, note=notes.append)
+        assert notes == ["run waits for a place: 0 of 2 CPUs are free"]
+        monkeypatch.setattr(train, "FIRST_START_SECONDS", 0.0)
+        with pytest.raises(RunFailed, match=r"failed: there was no place for 0 s \(0 of 2 CPUs"):
+            run_train_jobs([job])
+        start_and_lose(job)
+        with pytest.raises(RunFailed, match=r"failed: no node replaced a lost one within 0 min"):
+            run_train_jobs([job], ClusterSettings(node_wait_minutes=0))
+    finally:
+        remove_placement_group(others)
+
+
+@pytest.mark.slow
+def test_what_trying_again_cannot_help_is_not_tried_again(
+    ray_session: None, make_job: MakeJob
+) -> None:
+    diverging, fine = make_job("diverging", learning_rate=1e30), make_job("fine")
+    listeners = Listeners(fine)
+    with pytest.raises(Diverged, match="diverged at step"):
+        run_train_jobs([diverging, fine], ClusterSettings(max_failures=5), watch=listeners.watch)
+    assert events(fine, "finished"), "one job's end must not take the others along"
+    assert listeners.are_local(), listeners.found
+    for job in (diverging, fine):
+        (started,) = events(job, "started")
+        assert started["num_threads"] == 1, "they run side by side"
+        assert not (job.folder / "ray").exists()
