@@ -145,7 +145,7 @@ def test_a_wrong_path_is_a_clear_error(
         ("a.jsonl", '{"text": "x"}'.encode("utf-16-le"), "NUL bytes.*UTF-16"),
         (
             "a.jsonl.gz",
-            gzip.compress(b'{"text": "x"}\n[]'),
+            gzip.compress(b'{"text": "x"}\n[]', mtime=0),
             r"\.gz, line 2: \[\] is not an",
         ),
         ("a.jsonl.gz", b"not gzip", r"cannot read .*a\.jsonl\.gz"),

@@ -1,11 +1,25 @@
+"""Checkpoints are complete or absent, whatever happens while a thread writes and copies them."""
+
 from __future__ import annotations
 
+import json
+import math
 import os
+import resource
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
+from same_run import events, same_run, state_of, steps_of, stop_at
+from torch import Tensor, nn
 
 from iiet.config import ModelConfig, preset
 from iiet.decoder import Decoder
@@ -15,13 +29,50 @@ from orchestrator.models.folder import (
     check_checkpoint,
     load_provenance,
     newest_checkpoint,
-    resolve_checkpoint,
     weights_key,
 )
 from orchestrator.models.open import load_model
-from orchestrator.training.checkpoint import load_training_state, prune_checkpoints, save_checkpoint
-from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import find_checkpoints
+from orchestrator.records.training import TrainingJob
+from orchestrator.training import checkpoint as checkpoint_module
+from orchestrator.training import trainer as trainer_module
+from orchestrator.training.checkpoint import (
+    HostCopies,
+    best_checkpoint,
+    load_training_state,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from orchestrator.training.devices import World
+from orchestrator.training.job import job_key
+from orchestrator.training.remote_copy import RemoteCopy
+from orchestrator.training.trainer import run_job
+from orchestrator.workspace.errors import RunFailed, UserError
+from orchestrator.workspace.journal import VALIDATION_METRIC
+from orchestrator.workspace.layout import PROVENANCE, find_checkpoints
+
+RECIPE = {"num_steps": 8, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_every_steps": 2}
+
+MakeJob = Callable[..., TrainingJob]
+
+
+@pytest.fixture
+def make_job(tiny_job: MakeJob) -> MakeJob:
+    return lambda name="run", **recipe: tiny_job(name, **{**RECIPE, **recipe})
+
+
+# The folder
+
+
+def save(folder: Path, step: int, decoder: Decoder) -> Path:
+    return save_checkpoint(
+        folder,
+        step,
+        config=decoder.config,
+        weights=decoder.state_dict(),
+        training_state={"step": step, "moments": torch.ones(2)},
+        tokenizer_path=None,
+        provenance={"tokens": "abc"},
+    )
 
 
 @pytest.fixture
@@ -37,32 +88,23 @@ def run(tmp_path: Path, decoder: Decoder) -> Path:
     return tmp_path
 
 
-def save(folder: Path, step: int, decoder: Decoder) -> Path:
-    tokenizer = folder / "tokenizer-source.json"
-    tokenizer.write_text("{}")
-    return save_checkpoint(
-        folder,
-        step,
-        config=decoder.config,
-        weights=decoder.state_dict(),
-        training_state={"step": step, "moments": torch.ones(2)},
-        tokenizer_path=tokenizer,
-        provenance={"tokens": "abc"},
-    )
-
-
-def test_a_saved_checkpoint_loads_unchanged(run: Path, decoder: Decoder) -> None:
-    folder = find_checkpoints(run)[-1]
+def test_a_saved_checkpoint_loads_unchanged_and_its_weights_have_a_key(
+    run: Path, decoder: Decoder
+) -> None:
+    first, second, folder = find_checkpoints(run)
     loaded = load_model(folder)
     assert loaded.config == decoder.config
-    assert not loaded.training
     for name, tensor in decoder.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
-        assert torch.equal(Decoder.load(folder).state_dict()[name], tensor)
-    assert load_training_state(folder)["step"] == 100
-    mapped = load_training_state(folder, mapped=True)["moments"]
-    assert torch.equal(mapped, torch.ones(2))
+    for mapped in (False, True):
+        state = load_training_state(folder, mapped=mapped)
+        assert state["step"] == 100
+        assert torch.equal(state["moments"], torch.ones(2))
     assert load_provenance(folder)["tokens"] == "abc"
+    assert weights_key(first) == weights_key(second)
+    with torch.no_grad():
+        decoder.norm.weight[0] += 1
+    assert weights_key(save(run, 11, decoder)) != weights_key(first)
 
 
 class RunsCode:
@@ -118,29 +160,7 @@ def is_mapped(tensor: torch.Tensor, path: Path) -> bool:
     return False
 
 
-def test_checkpoints_are_found_oldest_first_by_step(run: Path) -> None:
-    (run / "step_x").mkdir()
-    assert [p.name for p in find_checkpoints(run)] == [
-        "step_00000005", "step_00000010", "step_00000100",
-    ]  # fmt: skip
-
-
-def test_equal_weights_have_an_equal_key(run: Path, decoder: Decoder) -> None:
-    first, second, _ = find_checkpoints(run)
-    assert weights_key(first) == weights_key(second)
-    with torch.no_grad():
-        decoder.norm.weight[0] += 1
-    assert weights_key(save(run, 11, decoder)) != weights_key(first)
-
-
-def test_a_run_without_an_intact_checkpoint_has_no_newest_one(run: Path) -> None:
-    for folder in find_checkpoints(run):
-        (folder / "model.safetensors").unlink()
-    assert newest_checkpoint(run) is None
-    assert newest_checkpoint(run / "nowhere") is None
-
-
-def test_a_crash_while_writing_leaves_the_old_state(
+def test_a_failed_write_leaves_the_old_state_and_pruning_keeps_the_newest(
     run: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crash(*_: Any) -> None:
@@ -149,36 +169,301 @@ def test_a_crash_while_writing_leaves_the_old_state(
     monkeypatch.setattr(torch, "save", crash)
     with pytest.raises(OSError, match="no space"):
         save(run, 200, decoder)
-    newest = newest_checkpoint(run)
-    assert newest is not None
-    assert newest.name == "step_00000100"
+    assert newest_checkpoint(run) == run / "step_00000100"
     prune_checkpoints(run, 2)
-    assert not list(run.glob(".*.iiet-temporary"))
-
-
-def test_pruning_keeps_the_newest_checkpoints(run: Path) -> None:
-    prune_checkpoints(run, 2)
-    assert [p.name for p in find_checkpoints(run)] == ["step_00000010", "step_00000100"]
+    assert [path.name for path in find_checkpoints(run)] == ["step_00000010", "step_00000100"]
     prune_checkpoints(run, 5)
     assert len(find_checkpoints(run)) == 2
+    assert not list(run.glob(".*.iiet-temporary"))
+    for folder in find_checkpoints(run):
+        (folder / "model.safetensors").unlink()
+    assert newest_checkpoint(run) is None
+    assert newest_checkpoint(run / "nowhere") is None
 
 
-def test_a_path_may_be_a_run_or_a_checkpoint(run: Path) -> None:
-    newest = find_checkpoints(run)[-1]
-    assert resolve_checkpoint(run) == newest
-    assert resolve_checkpoint(find_checkpoints(run)[0]) == find_checkpoints(run)[0]
+# The thread that writes
 
 
-@pytest.mark.parametrize("name", ["missing", "step_00000007", "empty"])
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=name):
-        resolve_checkpoint(tmp_path / name)
+def test_training_continues_while_a_checkpoint_is_written(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_job(make_job("plain"))
+    write, may_write = checkpoint_module.save_checkpoint, threading.Event()
+    job, steps = make_job("slow"), list[int]()
+
+    def slow(folder: Path, step: int, **parts: Any) -> Path:
+        assert threading.current_thread() is not threading.main_thread()
+        assert may_write.wait(60)
+        return write(folder, step, **parts)
+
+    def report(step: int, numbers: Any) -> None:
+        if "train/loss" in numbers:
+            steps.append(step)
+        if step == 4:  # The checkpoint of step 2 is delayed until here; the next one waits.
+            assert steps_of(job) == []
+            may_write.set()
+
+    monkeypatch.setattr(checkpoint_module, "save_checkpoint", slow)
+    outcome = run_job(job, report=report)
+    assert steps == list(range(1, 9))
+    for path in find_checkpoints(job.folder):
+        check_checkpoint(path, with_training_state=True)
+        here = outcome.model_copy(update={"checkpoint": str(path)})
+        there = here.model_copy(update={"checkpoint": str(make_job("plain").folder / path.name)})
+        assert state_of(here) == state_of(there), "a checkpoint holds the state of its own step"
 
 
-def test_weights_of_another_shape_are_refused(run: Path) -> None:
-    folder = find_checkpoints(run)[-1]
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": 32'))
-    with pytest.raises(UserError, match=r"does not fit config.json: size mismatch for embedding"):
-        load_model(folder, check=False)
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """Limit the size of files, so that writing fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_ends_the_run_with_a_message_and_keeps_earlier_checkpoints(
+    make_job: MakeJob,
+) -> None:
+    def fill_the_disk(job: TrainingJob) -> None:
+        run_job(job, should_stop=stop_at(3))
+        with largest_file(20_000), pytest.raises(RunFailed) as caught:
+            run_job(job)
+        text = str(caught.value)
+        assert f"after step 4 could not be written to {job.folder}" in text
+        assert text.endswith(f"resumes from {job.folder / 'step_00000003'}")
+        assert steps_of(job) == [2, 3]
+        assert not list(job.folder.glob(".*.iiet-temporary"))
+
+    same_run(make_job(), fill_the_disk)
+
+
+def test_a_checkpoint_is_also_written_after_some_minutes(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seldom = {"checkpoint_every_steps": 100, "num_checkpoints_kept": 9}
+    clock = iter(range(0, 10**6, 45))  # Seconds; read once for each step and when saving.
+    monkeypatch.setattr(checkpoint_module.time, "monotonic", lambda: float(next(clock)))
+    run_job(make_job("timed", checkpoint_every_minutes=1.5, **seldom))
+    assert steps_of(make_job("timed")) == [1, 3, 5, 7, 8]
+
+
+def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation = {2: math.nan, 4: 1.0, 6: 2.0, 8: 1.5}  # NaN: there was no target.
+    monkeypatch.setattr(
+        trainer_module.Trainer,
+        "validate",
+        lambda self: {VALIDATION_METRIC: validation[self.position.step]},
+    )
+    recipe = {"validate_every_steps": 2, "num_checkpoints_kept": 1, "keep_best": True}
+    job = make_job(**recipe)
+    run_job(job, should_stop=stop_at(5))
+    run_job(job)
+    assert steps_of(job) == [4, 8]
+    best = best_checkpoint(job.folder)
+    assert best == job.folder / "step_00000004"
+    check_checkpoint(best)
+    assert json.loads((job.folder / "best.json").read_text())["validation_loss"] == 1.0
+    for name in ("../teacher", ".", None):
+        (job.folder / "best.json").write_text(json.dumps({"checkpoint": name}))
+        assert best_checkpoint(job.folder) is None
+    plain = make_job("plain", **{**recipe, "keep_best": False})
+    run_job(plain)
+    assert steps_of(plain) == [8]
+    assert best_checkpoint(plain.folder) is None
+
+
+# Copies in the host's memory
+
+
+class Streams:
+    """Stands in for `torch.cuda`: writes down what waits for what; copies happen at once."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.current = FakeStream("main", self.log)
+
+    def Stream(self, device: str) -> FakeStream:  # noqa: N802
+        assert device == "cuda:0"
+        return FakeStream("side", self.log)
+
+    def current_stream(self) -> FakeStream:
+        return self.current
+
+    @contextmanager
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        self.log.append(f"copy on {stream.name}")
+        yield
+
+
+class FakeStream:
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    wait_event = wait_stream
+
+    def record_event(self) -> FakeStream:
+        return FakeStream(f"the end of {self.name}", self.log)
+
+    def synchronize(self) -> None:
+        self.log.append(f"the writer waits for {self.name}")
+
+
+class Gathered(Tensor):
+    """Stands in for a sharded tensor."""
+
+    def full_tensor(self) -> Tensor:
+        return self.as_subclass(Tensor).clone()
+
+
+def test_a_copy_on_the_cpu_shares_no_memory() -> None:
+    original = {"weights": {"a": torch.ones(2, 3)}, "optimizer": {0: [torch.zeros(4), 0.5]}}
+    copied = HostCopies("cpu").copy(original, keep=True)
+    original["weights"]["a"].zero_()
+    assert torch.equal(copied["weights"]["a"], torch.ones(2, 3))
+    assert copied["optimizer"][0][1] == 0.5
+    assert HostCopies("cpu").copy(original, keep=False)["weights"] == {"a": None}
+
+
+def test_updates_begin_after_the_copy_and_buffers_are_used_again() -> None:
+    streams, made = Streams(), list[Tensor]()
+
+    def new_buffer(tensor: Tensor) -> Tensor:
+        made.append(torch.empty_like(tensor))
+        return made[-1]
+
+    copies = HostCopies("cuda:0", streams=streams, new_buffer=new_buffer)
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    for _ in range(2):
+        copies.order_updates(optimizer)
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    assert streams.log == []
+    for value in (0.0, -1.0):
+        copied = copies.copy({"weight": weight}, keep=True)
+        assert copied["weight"] is made[0]
+        optimizer.step()
+        copies.wait()
+        assert torch.equal(copied["weight"], torch.full((2,), value))
+        assert streams.log == [
+            "side waits for main",
+            "copy on side",
+            "main waits for the end of side",
+            "the writer waits for the end of side",
+        ]
+        streams.log.clear()
+    assert len(made) == 1
+
+
+def test_training_waits_for_tensors_that_are_gathered_for_the_copy() -> None:
+    streams = Streams()
+    copies = HostCopies("cuda:0", streams=streams, new_buffer=torch.empty_like)
+    sharded = torch.ones(2).as_subclass(Gathered)
+    assert torch.equal(copies.copy([sharded], keep=True)[0], torch.ones(2))
+    assert streams.log == ["side waits for main", "copy on side", "main waits for side"]
+    assert copies.copy([sharded], keep=False) == [None]
+
+
+# Copies in the run's storage
+
+
+def on_machine(job: TrainingJob, machine: str, storage: Path | str) -> TrainingJob:
+    """Return a job in the run folder of a machine, with a storage."""
+    folder = job.folder.parent / machine / "run"
+    return job.model_copy(update={"run_folder": str(folder), "storage": str(storage)})
+
+
+def store_of(job: TrainingJob) -> Path:
+    return Path(str(job.storage)) / f"run-{job_key(job)}"
+
+
+def test_another_machine_resumes_from_whole_copies(make_job: MakeJob, tmp_path: Path) -> None:
+    storage = tmp_path / "store"
+    plain = make_job(num_checkpoints_kept=2)
+    lost, new, third = (on_machine(plain, name, storage) for name in ("lost", "new", "third"))
+    run_job(lost, should_stop=stop_at(4))
+    assert [path.name[-1] for path in find_checkpoints(store_of(lost))] == ["2", "4"]
+    outcome = run_job(on_machine(plain, "new", storage.as_uri()))
+    assert [event["step"] for event in events(new, "resumed")] == [4]
+    assert state_of(outcome) == state_of(run_job(plain))
+    copies = find_checkpoints(store_of(new))
+    assert [path.name[-1] for path in copies] == ["6", "8"], "those of pruned ones are deleted"
+
+    (copies[1] / "model.safetensors").write_bytes(b"spoilt")
+    half = copies[1].with_name("step_00000009")
+    shutil.copytree(copies[0], half)
+    (half / PROVENANCE).unlink()
+    run_job(third)
+    assert [event["step"] for event in events(third, "resumed")] == [6]
+    assert "earlier copy" in events(third, "damaged")[0]["text"]
+
+
+def test_runs_of_one_name_share_a_storage_and_take_only_their_own_copies(
+    make_job: MakeJob, tmp_path: Path
+) -> None:
+    storage = tmp_path / "store"
+    one, other = (on_machine(make_job(seed=n), f"seed {n}", storage) for n in (0, 1))
+    run_job(one)
+    before = sorted(storage.rglob("*"))
+    run_job(other)
+    assert not events(other, "resumed")
+    assert set(before) <= set(storage.rglob("*")), "nothing of the other is deleted"
+    shutil.rmtree(store_of(other))
+    store_of(one).rename(store_of(other))  # By hand.
+    again = on_machine(make_job(seed=1), "new", storage)
+    run_job(again)
+    assert not events(again, "resumed")
+    assert "belongs to another training" in events(again, "damaged")[0]["text"]
+
+
+def test_a_storage_that_refuses_does_not_stop_training(make_job: MakeJob, tmp_path: Path) -> None:
+    job = on_machine(make_job(), "one", tmp_path / "store")
+    store = store_of(job)
+    store.parent.mkdir()
+    store.write_text("a file where the folder would be")
+    with pytest.raises(RunFailed, match="does not answer"):
+        run_job(job)
+    store.unlink()
+
+    def in_the_way(step: int, numbers: object) -> None:
+        if step == 1:
+            store.write_text("in the way")
+
+    assert run_job(job, report=in_the_way).finished
+    assert "training continues" in events(job, "not copied")[0]["text"]
+
+
+def run_with_slow_storage(rank: int, folder: str, job: dict[str, Any]) -> None:
+    """Run a job as one of two workers; started by `mp.spawn`."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    limit = timedelta(seconds=5)  # Less than an upload takes.
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=limit
+    )
+    upload = RemoteCopy.upload
+
+    def upload_slowly(copy: RemoteCopy, *arguments: Any) -> None:
+        time.sleep(8)
+        upload(copy, *arguments)
+
+    RemoteCopy.upload = upload_slowly  # type: ignore[method-assign]
+    run_job(TrainingJob.model_validate(job), world=World(rank=rank, size=2))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_uploads_may_take_longer_than_workers_wait_for_each_other(
+    make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = on_machine(make_job(num_steps=4), "slow", tmp_path / "store")
+    mp.spawn(run_with_slow_storage, (str(tmp_path), job.model_dump(mode="json")), nprocs=2)
+    assert len(find_checkpoints(store_of(job))) == 2

@@ -1,109 +1,179 @@
-"""The terminal shows speed, time left and problems while jobs train."""
+"""Speed, load and memory in the journal are those of the steps; a profile changes nothing."""
 
 from __future__ import annotations
 
-import io
-import time
+import gzip
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import psutil
 import pytest
-from rich.console import Console
+import torch
+from same_run import events, recipe, same_run, stop_at
 
 from orchestrator.records.training import TrainingJob
-from orchestrator.settings import TrainingSettings
-from orchestrator.terminal.progress import Progress
-from orchestrator.tracking import Tracking
-from orchestrator.training.watching import RunMonitor
-from orchestrator.workspace.journal import Journal
+from orchestrator.training import monitor
+from orchestrator.training.checkpoint import Position
+from orchestrator.training.devices import World
+from orchestrator.training.monitor import (
+    ASSUMED_GPU,
+    SENSORS,
+    STEPS_BEFORE,
+    StepProfiler,
+    ThroughputMeter,
+    gpu_loads,
+    gpu_peak_flops,
+)
+from orchestrator.training.trainer import run_job
+from orchestrator.workspace.journal import read_journal
+
+MakeJob = Callable[..., TrainingJob]
 
 
-class RecordingProgress(Progress):
-    def __init__(self) -> None:
-        self.shown: list[tuple[float, str, float | None]] = []
-        self.notes: list[str] = []
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp32"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989, 494),
+        ("NVIDIA H100 PCIe", 756, 378),
+        ("NVIDIA H200", 989, 494),
+        ("NVIDIA B200", 2250, 1100),
+        ("NVIDIA A100-SXM4-80GB", 312, 156),
+        ("NVIDIA A100-PCIE-40GB", 312, 156),
+        ("NVIDIA A100 80GB PCIe", 312, 156),
+        ("NVIDIA A10", 125, 62.5),
+        ("NVIDIA L4", 121, 60),
+        ("NVIDIA L40S", 362, 183),
+        ("NVIDIA GeForce RTX 4090", 165, 82.6),
+        ("Tesla V100-SXM2-16GB", None, 15.7),
+        # A card of the same family does not get the peak of another.
+        ("NVIDIA H100 NVL", None, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("NVIDIA A10G", None, None),
+        ("NVIDIA L40", None, None),
+        ("GeForce", None, None),
+    ],
+)
+def test_peaks_are_found_by_full_name(name: str, bf16: float | None, fp32: float | None) -> None:
+    assert gpu_peak_flops(name, "bf16") == (bf16 and bf16 * 1e12)
+    assert gpu_peak_flops(name, "fp32") == (fp32 and fp32 * 1e12)
+    assert gpu_peak_flops(ASSUMED_GPU, "bf16") == 989e12
 
-    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
-        self.shown.append((done, text, seconds_left))
 
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+def test_the_gpus_of_all_workers_have_metrics_by_rank_and_what_fails_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gather(own: dict[str, float], world: World) -> list[dict[str, float]]:
+        assert world.rank == 1
+        return [{"power_usage_watts": 310.0, "utilization_percentage": 97.0}, own]
+
+    def broken(device: torch.device) -> float:
+        raise RuntimeError("Not Supported")
+
+    monkeypatch.setattr(monitor, "gathered", gather)
+    sensors = {"power_usage_watts": lambda d: 300.0 + d.index, "utilization_percentage": broken}
+    assert gpu_loads(World(rank=1, size=2, device="cuda:5"), sensors=sensors) == {
+        "system/gpu_0_power_usage_watts": 310.0,
+        "system/gpu_0_utilization_percentage": 97.0,
+        "system/gpu_1_power_usage_watts": 305.0,
+    }
+    assert gpu_loads(World()) == {}
 
 
-@pytest.fixture
-def job(tmp_path: Path, tiny_model: dict[str, Any]) -> TrainingJob:
-    return TrainingJob(
-        run_folder=str(tmp_path / "run"),
-        tokens_folder="unused",
-        model=tiny_model,
-        recipe=TrainingSettings(num_steps=100, num_tokens_per_step=64, iterate_from_fraction=0.5),
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_answers() -> None:
+    found = gpu_loads(World(device="cuda:0"))
+    assert set(found) == {f"system/gpu_0_{name}" for name in SENSORS}
+    assert 0 <= found["system/gpu_0_utilization_percentage"] <= 100
+
+
+def test_speed_counts_the_steps_since_the_last_call() -> None:
+    position = Position(step=3, num_tokens=1000, flops=5e9, seconds=10.0)
+    meter = ThroughputMeter(position, World(), "fp32")
+    position.num_tokens, position.flops, position.seconds = 1600, 11e9, 12.0
+    found = meter.measure(position)
+    assert found["train/tokens_per_second"] == pytest.approx(300.0)
+    assert found["train/gflops_per_second"] == pytest.approx(3.0)
+    assert "train/mfu" not in found
+    position.num_tokens, position.flops, position.seconds = 1700, 12e9, 12.5
+    assert meter.measure(position)["train/tokens_per_second"] == pytest.approx(200.0)
+
+
+def test_mfu_is_the_share_of_the_peak_of_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    peak = {"bytes": 9 * 10**9}  # Of the trial before.
+    for name, answer in {
+        "get_device_name": lambda _: "NVIDIA H100 80GB HBM3",
+        "reset_peak_memory_stats": lambda _: peak.update(bytes=3 * 10**9),
+        "max_memory_allocated": lambda _: peak["bytes"],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    loads = {"system/gpu_0_power_usage_watts": 350.0}
+    monkeypatch.setattr(monitor, "gpu_peak_flops", lambda name, precision: 1e15)
+    monkeypatch.setattr(monitor, "gpu_loads", lambda _: loads)
+    position = Position()
+    meter = ThroughputMeter(position, World(size=4, device="cuda:0"), "bf16")
+    position.num_tokens, position.flops, position.seconds = 10, 8e15, 5.0
+    found = meter.measure(position)
+    assert found["train/mfu"] == pytest.approx(0.4)
+    assert found["train/memory_gb"] == 3.0
+    assert found.items() >= loads.items()
+
+
+def test_a_run_records_its_speed_memory_and_machine(tiny_job: MakeJob) -> None:
+    job = tiny_job(num_steps=2, num_tokens_per_step=32)
+    outcome = run_job(job)
+    records = [r["values"] for r in read_journal(job.folder)[0] if "values" in r]
+    steps = [values for values in records if "train/loss" in values]
+    seconds = sum(32 / values["train/tokens_per_second"] for values in steps)
+    assert seconds == pytest.approx(outcome.train_seconds)
+    flops = sum(v["train/gflops_per_second"] * 32e9 / v["train/tokens_per_second"] for v in steps)
+    assert flops == pytest.approx(outcome.training_flops)
+    assert 0.01 < steps[-1]["train/memory_gb"] < psutil.virtual_memory().total / 1e9
+    assert 0 < steps[-1]["system/system_memory_usage_percentage"] <= 100
+
+
+@pytest.mark.slow
+def test_a_profile_holds_its_steps_and_changes_no_result(tiny_job: MakeJob) -> None:
+    profiled = same_run(tiny_job(num_steps=8), recipe(profile_steps=2))
+    folder = profiled.folder / "profile"
+    assert sorted(path.name for path in folder.iterdir()) == ["memory.txt", "trace.json.gz"]
+    with gzip.open(folder / "trace.json.gz", "rt") as file:
+        names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+    steps = {name for name in names if name.startswith("ProfilerStep")}
+    assert steps == {f"ProfilerStep#{STEPS_BEFORE}", f"ProfilerStep#{STEPS_BEFORE + 1}"}
+    assert any("Optimizer.step" in name for name in names)
+    assert "aten::" in (folder / "memory.txt").read_text()
+    assert [event["text"] for event in events(profiled, "profiled")] == ["profile of 2 steps"]
+
+    # A run that ends early leaves a shorter profile, or none.
+    job = tiny_job("early", num_steps=8, profile_steps=100)
+    run_job(job, should_stop=stop_at(2))
+    assert not (job.folder / "profile").exists()
+    (event,) = events(job, "not profiled")
+    assert event["text"] == "no profile: it begins after 3 steps, and the run ended before"
+    run_job(job)
+    assert [event["text"] for event in events(job, "profiled")] == ["profile of 3 steps"]
+
+
+def test_on_a_gpu_the_memory_of_the_same_steps_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(
+        torch.cuda.memory,
+        "_record_memory_history",
+        lambda enabled="all", **_: calls.append((profiler._num_done, enabled)),
     )
-
-
-def test_the_time_left_accounts_for_corrections(job: TrainingJob) -> None:
-    progress, journal = RecordingProgress(), Journal(job.folder)
-    monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
-    monitor.poll()
-    assert progress.shown[-1] == (0, "waiting for the first step", None)
-    speed = {"train/loss": 5.5, "train/tokens_per_second": 640.0}
-    journal.metrics(10, speed)
-    monitor.poll()
-    done, text, first = progress.shown[-1]
-    assert (done, text) == (10, "loss iiet 5.50, 640 tokens/s")
-    # 40 steps of the first stage at 0.1 s; 50 of the second, each dearer but not 2.5 times so.
-    assert first is not None
-    assert 40 * 0.1 + 50 * 0.1 < first < 40 * 0.1 + 50 * 0.25
-    journal.metrics(60, speed)
-    monitor.poll()
-    assert progress.shown[-1][2] == pytest.approx(40 * 0.1)
-    journal.metrics(100, speed)
-    monitor.poll()
-    assert progress.shown[-1] == (100, "", None)
-    journal.close()
-
-
-def test_a_speed_of_an_earlier_process_is_not_shown(job: TrainingJob) -> None:
-    progress, journal = RecordingProgress(), Journal(job.folder)
-    journal.metrics(60, {"train/loss": 5.5, "train/tokens_per_second": 640.0})
-    time.sleep(0.01)  # Records are stamped in milliseconds.
-    monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
-    monitor.poll()
-    assert progress.shown[-1] == (60, "loss iiet 5.50", None)
-    journal.metrics(70, {"train/tokens_per_second": 320.0})
-    monitor.poll()
-    assert progress.shown[-1][1] == "loss iiet 5.50, 320 tokens/s"
-    journal.event("resumed", step=60)  # A worker died.
-    monitor.poll()
-    assert progress.shown[-1][1] == "loss iiet 5.50"
-    journal.close()
-
-
-def test_unusual_events_are_noted(job: TrainingJob) -> None:
-    progress, journal = RecordingProgress(), Journal(job.folder)
-    monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
-    journal.event("skipped", step=7, loss=float("nan"), gradient_norm=2.0)
-    journal.event("damaged", text="a sentence")
-    journal.event("compiled", seconds=41.3)
-    journal.event("not compiled", text="another sentence")
-    monitor.poll()
-    assert progress.notes == [
-        "iiet: step 7 was skipped: loss nan, gradient norm 2",
-        "a sentence",
-        "iiet: compiled in 41 s",
-        "another sentence",
-    ]
-    journal.close()
-
-
-def test_lines_and_bar_show_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", -1.0)
-    out = io.StringIO()
-    with Progress(Console(file=out, width=100)) as plain:
-        plain.start("pretrain", 100)
-        plain.advance(10, "loss 5.5", seconds_left=150.0)
-    assert "pretrain: 10/100 loss 5.5, 2.5 min left" in out.getvalue()
-    out = io.StringIO()
-    with Progress(Console(file=out, width=100, force_terminal=True)) as bar:
-        bar.start("pretrain", 100)
-        bar.advance(10, "loss 5.5", seconds_left=7200.0)
-    assert "2 h left" in out.getvalue()
+    monkeypatch.setattr(
+        torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"snapshot")
+    )
+    profiler = StepProfiler(tmp_path, 2, "cuda:0", lambda *_, **__: None)
+    for _ in range(STEPS_BEFORE + 4):
+        torch.ones(2).sum()
+        profiler.end_step()
+    profiler.close()
+    assert calls == [(STEPS_BEFORE, "all"), (STEPS_BEFORE + 2, None)]
+    names = sorted(path.name for path in (tmp_path / "profile").iterdir())
+    assert names == ["memory.pickle", "trace.json.gz"]

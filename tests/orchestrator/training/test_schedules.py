@@ -1,74 +1,129 @@
-"""The iteration schedule of each step: all corrections at once, or over a ramp."""
+"""Learning rate, iteration schedule and drawn members are functions of the step."""
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+from collections.abc import Callable
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import pytest
+from same_run import curve
 
-from iiet.config import ModelConfig
 from iiet.cost import training_flops_per_token
 from iiet.schedule import IterationSchedule
 from orchestrator.records.training import TrainingJob
-from orchestrator.settings import TrainingSettings
-from orchestrator.training.job import job_key
-from orchestrator.training.schedules import schedule_by_step
+from orchestrator.settings import ElasticSettings, TrainingSettings
+from orchestrator.training.schedules import drawn_by_step, learning_rate_at, schedule_by_step
 from orchestrator.training.trainer import run_job
-from orchestrator.workspace.journal import read_journal
+
+RATE = {"num_steps": 100, "warmup_steps": 10, "learning_rate": 1.0,
+        "final_learning_rate_fraction": 0.1}  # fmt: skip
+NESTED = ("3,1", "3,0", "1,0", "0,0")
 
 
-def stages(corrections: tuple[int, ...], **recipe: Any) -> list[tuple[tuple[int, ...], int]]:
-    settings = TrainingSettings(num_steps=100, **recipe)
-    schedule_at = schedule_by_step(IterationSchedule(corrections), settings)
-    schedules = [schedule_at(step).corrections for step in range(100)]
-    return [(schedule, len(list(steps))) for schedule, steps in groupby(schedules)]
+def rates(**changes: Any) -> list[float]:
+    recipe = TrainingSettings(**{**RATE, **changes})
+    return [learning_rate_at(step, recipe) for step in range(recipe.num_steps)]
 
 
-def test_without_a_ramp_all_corrections_come_at_once() -> None:
-    assert stages((3, 1), iterate_from_fraction=0.75) == [((0, 0), 75), ((3, 1), 25)]
-    assert stages((3, 1), iterate_from_fraction=0.0) == [((3, 1), 100)]
+@pytest.mark.parametrize("decay", ["cosine", "wsd", "constant"])
+def test_the_rate_rises_linearly_to_the_peak_and_then_only_falls(decay: str) -> None:
+    found = rates(decay=decay)
+    assert found[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert all(later <= earlier for earlier, later in itertools.pairwise(found[10:]))
+    assert found[-1] == pytest.approx(1.0 if decay == "constant" else 0.1)
 
 
-def test_a_ramp_adds_one_correction_after_the_other() -> None:
-    found = stages((3, 1, 2), iterate_from_fraction=0.25, iterate_ramp_fraction=0.6)
-    assert found == [((0, 0, 0), 25), ((1, 1, 1), 20), ((2, 1, 2), 20), ((3, 1, 2), 35)]
+def test_each_decay_has_its_shape_and_short_runs_have_a_rate() -> None:
+    assert rates(warmup_steps=0, num_steps=101)[50] == pytest.approx(0.55)
+    values = rates(decay="wsd", decay_fraction=0.3)
+    assert values[10:70] == [1.0] * 60
+    assert values[71] < 1.0
+    assert set(rates(decay="constant")[10:]) == {1.0}
+    assert rates(warmup_steps=0)[0] == 1.0
+    assert rates(num_steps=1, warmup_steps=0) == [1.0]
+    assert rates(num_steps=1, warmup_steps=10) == [pytest.approx(0.1)]
 
 
-def test_a_ramp_to_the_end_trains_the_full_schedule_too() -> None:
-    found = stages((2, 2), iterate_from_fraction=0.5, iterate_ramp_fraction=0.5)
-    assert found == [((0, 0), 50), ((1, 1), 25), ((2, 2), 25)]
-
-
-def test_a_model_without_corrections_has_one_stage() -> None:
-    assert stages((0, 0), iterate_ramp_fraction=0.2) == [((0, 0), 100)]
-
-
-def test_flops_follow_the_schedule_of_each_step_and_the_key_depends_on_the_ramp(
-    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]
+@pytest.mark.parametrize(
+    ("corrections", "first", "ramp", "stages"),
+    [
+        ((3, 1), 0.75, 0.0, [((0, 0), 75), ((3, 1), 25)]),
+        ((3, 1), 0.0, 0.0, [((3, 1), 100)]),
+        ((3, 1, 2), 0.25, 0.6, [((0, 0, 0), 25), ((1, 1, 1), 20), ((2, 1, 2), 20),
+                                ((3, 1, 2), 35)]),
+        ((2, 2), 0.5, 0.5, [((0, 0), 50), ((1, 1), 25), ((2, 2), 25)]),
+        ((0, 0), 0.0, 0.2, [((0, 0), 100)]),
+    ],
+)  # fmt: skip
+def test_corrections_come_at_once_or_over_a_ramp(
+    corrections: tuple[int, ...], first: float, ramp: float, stages: list[Any]
 ) -> None:
-    recipe = {
-        "num_steps": 4,
-        "num_tokens_per_step": 32,
-        "num_validation_tokens": 32,
-        "iterate_from_fraction": 0.25,
-    }
-    job = TrainingJob(
-        run_folder=str(tmp_path / "run"),
-        tokens_folder=str(tiny_tokens),
-        model={**tiny_model, "schedule": [2, 1]},
-        recipe=TrainingSettings(**recipe, iterate_ramp_fraction=0.5),
+    recipe = TrainingSettings(
+        num_steps=100, iterate_from_fraction=first, iterate_ramp_fraction=ramp
     )
+    schedule_at = schedule_by_step(IterationSchedule(corrections), recipe)
+    schedules = [schedule_at(step).corrections for step in range(100)]
+    assert [(schedule, len(list(steps))) for schedule, steps in groupby(schedules)] == stages
+
+
+def test_flops_follow_the_schedule_of_each_step(tiny_job: Callable[..., TrainingJob]) -> None:
+    job = tiny_job(num_steps=4, iterate_from_fraction=0.25, iterate_ramp_fraction=0.5)
     outcome = run_job(job)
-    config = ModelConfig.from_dict(tiny_model)
-    costs = [
-        training_flops_per_token(config, IterationSchedule(schedule))
-        for schedule in ((0, 0), (1, 1), (2, 1), (2, 1))
-    ]
-    assert outcome.training_flops == pytest.approx(32 * sum(costs))
-    logged = [r["values"]["train/flops"] for r in read_journal(job.folder)[0]
-              if "train/flops" in r.get("values", {})]  # fmt: skip
-    assert logged == pytest.approx([32 * sum(costs[:n]) for n in (1, 2, 3, 4)])
-    plain = TrainingJob(**{**vars(job), "recipe": TrainingSettings(**recipe)})
-    assert job_key(plain) != job_key(job)
+    schedules = map(IterationSchedule, ((0, 0), (1, 1), (2, 1), (2, 1)))
+    costs = [64 * training_flops_per_token(job.model, schedule) for schedule in schedules]
+    assert outcome.training_flops == pytest.approx(sum(costs))
+    assert curve(job, "train/flops") == pytest.approx(
+        dict(enumerate(itertools.accumulate(costs), start=1))
+    )
+
+
+def drawn(
+    *corrections: int, elastic: ElasticSettings | None = None, **recipe: Any
+) -> list[tuple[tuple[int, ...], ...]]:
+    """Return the members of each of 400 steps; the first 100 make no corrections."""
+    settings = TrainingSettings(
+        **{"num_steps": 400, "iterate_from_fraction": 0.25, **recipe},
+        elastic=elastic or ElasticSettings(num_drawn=2),
+    )
+    drawn_at = drawn_by_step(IterationSchedule(corrections), settings)
+    return [tuple(member.corrections for member in drawn_at(step)) for step in range(400)]
+
+
+def test_members_are_drawn_from_seed_and_step_alone() -> None:
+    two = ElasticSettings(schedules=NESTED, num_drawn=2)
+    found = drawn(3, 3, elastic=two)
+    assert found[:100] == [()] * 100
+    assert all(len(set(members)) == 2 for members in found[100:])
+    assert found == drawn(3, 3, elastic=two) != drawn(3, 3, elastic=two, seed=1)
+    # More draws leave the first ones as they are; the order of the family does not matter.
+    three = ElasticSettings(schedules=NESTED, num_drawn=3)
+    assert [one[:2] for one in drawn(3, 3, elastic=three)] == found
+    backwards = ElasticSettings(schedules=NESTED[::-1], num_drawn=2)
+    assert drawn(3, 3, elastic=backwards) == found
+
+
+def test_members_are_drawn_in_proportion_to_what_they_leave_out() -> None:
+    family = ElasticSettings(schedules=NESTED, num_drawn=1)
+    recipe = TrainingSettings(num_steps=8000, iterate_from_fraction=0.0, elastic=family)
+    drawn_at = drawn_by_step(IterationSchedule((3, 3)), recipe)
+    counts = Counter(member.corrections for step in range(8000) for member in drawn_at(step))
+    # The four leave out 2, 3, 5 and 6 of 6 corrections; 8,000 draws vary by up to 45.
+    expected = {(3, 1): 1000, (3, 0): 1500, (1, 0): 2500, (0, 0): 3000}
+    assert counts == {member: pytest.approx(count, abs=180) for member, count in expected.items()}
+
+
+def test_a_family_follows_from_the_schedule_of_the_step() -> None:
+    of_step = drawn(3, 1)[100:]
+    assert {one for step in of_step for one in step} == {(0, 0), (1, 1), (2, 1)}
+    few = drawn(1, 1, elastic=ElasticSettings(num_drawn=5))
+    assert few[100:] == [((0, 0),)] * 300  # There are no others.
+    family = ElasticSettings(schedules=NESTED, num_drawn=9)
+    ramp = drawn(3, 3, elastic=family, iterate_from_fraction=0, iterate_ramp_fraction=0.75)
+    assert {frozenset(step) for step in ramp[:100]} == {frozenset({(1, 0), (0, 0)})}
+    below = {frozenset({(2, 1), (2, 0), (1, 0), (0, 0)})}
+    assert {frozenset(step) for step in ramp[100:200]} == below
+    no_weight = drawn(3, 1, elastic=ElasticSettings(weight=0))
+    assert drawn(0, 0) == no_weight == [()] * 400

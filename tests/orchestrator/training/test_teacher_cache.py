@@ -1,26 +1,26 @@
-"""Stored outputs are complete or absent, and bitwise equal to those of the teacher."""
+"""Stored answers are complete or absent, and bitwise equal to those of the teacher."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from same_run import curve, state_of
 
+from iiet.batch import Batch
 from iiet.decoder import Decoder
-from iiet.distillation import DistillationConfig
-from orchestrator.models.folder import weights_key
+from iiet.distillation import DistillationConfig, distillation_loss
 from orchestrator.models.open import load_model
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
-from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training import teacher_cache
 from orchestrator.training.devices import World
-from orchestrator.training.job import job_key
 from orchestrator.training.teacher_cache import (
     ANSWERS,
     CachedTeacher,
@@ -42,49 +42,27 @@ from orchestrator.workspace.files import delete_folder
 from orchestrator.workspace.journal import read_journal
 
 RECIPE: dict[str, Any] = {
-    "num_steps": 6,
-    "num_tokens_per_step": 64,
-    "learning_rate": 1e-2,
-    "warmup_steps": 2,
-    "iterate_from_fraction": 0.0,
-}
+    "num_steps": 6, "learning_rate": 1e-2, "warmup_steps": 2, "iterate_from_fraction": 0.0
+}  # fmt: skip
 
 MakeStudent = Callable[..., TrainingJob]
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Path:
-    model = {
-        "vocab_size": 300, "dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2,
-        "ffn_dim": 32, "context_length": 16, "schedule": [2, 1],
-    }  # fmt: skip
-    job = TrainingJob(
-        run_folder=str(tmp_path_factory.mktemp("runs") / "teacher"),
-        tokens_folder=str(tiny_tokens),
-        model=model,
-        recipe=TrainingSettings(**RECIPE),
-    )
-    return Path(str(run_job(job).checkpoint))
-
-
 @pytest.fixture
-def student(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any], teacher: Path):
-    def make(
-        name: str = "student", *, recipe: dict[str, Any] | None = None, **more: Any
-    ) -> TrainingJob:
-        return TrainingJob(
-            **{
-                "run_folder": str(tmp_path / name),
-                "tokens_folder": str(tiny_tokens),
-                "model": {**tiny_model, "schedule": [1, 0]},
-                "recipe": TrainingSettings(**{**RECIPE, **(recipe or {})}),
-                "objective": "distill",
-                "teacher_folder": str(teacher),
-                "initial_folder": str(teacher),
-                "distillation": DistillationConfig(),
-                **more,
-            }
-        )
+def student(
+    tiny_job: Callable[..., TrainingJob],
+    tiny_model: dict[str, Any],
+    save_tiny: Callable[..., Path],
+    tmp_path: Path,
+) -> MakeStudent:
+    """Make the job of a student of one teacher: its name, then changes of recipe and job."""
+    teacher = str(save_tiny(tmp_path / "teacher"))
+
+    def make(name: str = "student", recipe: dict[str, Any] | None = None, **more: Any):
+        job = tiny_job(name, **{**RECIPE, **(recipe or {})})
+        taught = {"objective": "distill", "teacher_folder": teacher, "initial_folder": teacher}
+        model = {"model": {**tiny_model, "schedule": [1, 0]}}
+        return TrainingJob(**{**dict(job), **model, **taught, **more})
 
     return make
 
@@ -106,22 +84,8 @@ def plan_of(job: TrainingJob) -> CachePlan:
 
 
 def stored(job: TrainingJob, parent: Path) -> TrainingJob:
-    plan = plan_of(job)
-    return job.model_copy(
-        update={"teacher_cache": str(write_cache(plan, parent, answers_by_step(job)))}
-    )
-
-
-def opened(job: TrainingJob) -> CachedTeacher:
-    plan = plan_of(job)
-    cache = open_cache(Path(str(job.teacher_cache)), plan)
-    assert cache
-    return cache
-
-
-def losses(job: TrainingJob) -> list[float]:
-    records, _ = read_journal(job.folder)
-    return [r["values"]["train/loss"] for r in records if "train/loss" in r.get("values", {})]
+    [job], _ = store_answers([job], parent)
+    return job
 
 
 @pytest.mark.parametrize(
@@ -133,134 +97,125 @@ def losses(job: TrainingJob) -> list[float]:
         ({}, {"divergence": "reverse", "start_step": 2, "end_step": 5}),
     ],
 )
-def test_a_run_with_stored_outputs_is_bitwise_equal_to_one_with_a_live_teacher(
-    student: MakeStudent, tmp_path: Path, recipe: dict[str, Any], distillation: dict[str, Any]
+def test_a_run_with_stored_answers_is_bitwise_equal_to_one_with_a_live_teacher(
+    student: MakeStudent,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: dict[str, Any],
+    distillation: dict[str, Any],
 ) -> None:
-    more = {"recipe": recipe, "distillation": DistillationConfig(**distillation)}
-    live, reading = student("live", **more), stored(student("reading", **more), tmp_path / "t")
-    live_run, cached_run = run_job(live), run_job(reading)
-    assert len(losses(live)) == 6
-    assert losses(reading) == losses(live)
-    assert weights_key(Path(str(cached_run.checkpoint))) == weights_key(
-        Path(str(live_run.checkpoint))
-    )
-    assert cached_run.training_flops < live_run.training_flops, "only a teacher that runs counts"
+    more = {"distillation": DistillationConfig(**distillation)}
+    live, reading = (student(name, recipe, **more) for name in ("live", "reading"))
+    expected, reading = run_job(live), stored(reading, tmp_path / "t")
+    monkeypatch.setattr(teacher_cache, "load_model", None)  # The teacher is not loaded.
+    found = run_job(reading)
+    assert len(curve(live)) == 6
+    assert curve(reading) == curve(live)
+    assert state_of(found) == state_of(expected)
+    assert found.training_flops < expected.training_flops, "only a teacher that runs counts"
     started = [read_journal(job.folder)[0][0] for job in (live, reading)]
     assert ['"reads_teacher": true' in json.dumps(event) for event in started] == [False, True]
-
-
-def test_a_job_with_stored_outputs_loads_no_teacher(
-    student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = stored(student(), tmp_path / "t")
-
-    def forbidden(*_: Any, **__: Any) -> Any:
-        raise AssertionError("the teacher was loaded")
-
-    monkeypatch.setattr("orchestrator.training.teacher_cache.load_model", forbidden)
-    assert isinstance(load_teacher(job, World()), CachedTeacher)
-    with pytest.raises(AssertionError, match="was loaded"):
-        load_teacher(job.model_copy(update={"teacher_cache": None}), World())
+    delete_answers([reading])
+    monkeypatch.undo()
+    assert isinstance(load_teacher(reading, World()), Decoder)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
-def test_any_part_of_a_step_in_any_order_finds_its_outputs(
-    student: MakeStudent, tmp_path: Path, teacher: Path, num_workers: int
+def test_any_part_of_a_step_in_any_order_finds_its_answers(
+    student: MakeStudent, tmp_path: Path, num_workers: int
 ) -> None:
     job = stored(student(), tmp_path / "t")
-    cache, decoder = opened(job), load_model(teacher)
-    outputs = answers_by_step(job)
+    cache, decoder = load_teacher(job, World()), load_model(Path(str(job.teacher_folder)))
+    assert isinstance(cache, CachedTeacher)
     for step in (0, 5):
-        sequences, _ = outputs(step)
+        sequences, _ = answers_by_step(job)(step)
         for share in sequences.flip(0).chunk(num_workers):
             with torch.no_grad():
                 torch.testing.assert_close(cache(share), decoder(share))
     with pytest.raises(KeyError, match="no answer"):
         cache(torch.zeros(1, 16, dtype=torch.long))
+    # Every mask is served, and masked answers do not matter.
+    tokens, config = sequences, DistillationConfig()
+    for batch in (Batch.of_text(tokens), Batch.of_text(tokens, tokens > tokens[:, :1])):
+        taught, _ = distillation_loss(decoder, decoder, batch, config=config)
+        read, _ = distillation_loss(decoder, cache, batch, config=config)
+        assert read.item() == pytest.approx(taught.item(), abs=1e-6)
+        if batch.taught is not None:
+            spoiled = cache(tokens).masked_fill(~batch.taught.unsqueeze(-1), math.nan)
+            loss, _ = distillation_loss(decoder, lambda _, s=spoiled: s, batch, config=config)
+            assert loss.item() == read.item()
 
 
-def test_the_key_of_a_trial_depends_on_the_loss_and_not_on_the_cache(
-    student: MakeStudent, tmp_path: Path
-) -> None:
-    job = student()
-    assert job_key(stored(job, tmp_path / "t")) == job_key(job)
-    assert job_key(student(distillation=DistillationConfig(temperature=2.0))) != job_key(job)
-
-
-def test_the_key_of_a_cache_depends_on_what_changes_the_outputs(
+def test_the_key_of_a_cache_depends_on_what_changes_the_answers(
     student: MakeStudent, tiny_model: dict[str, Any]
 ) -> None:
-    def key(**more: Any) -> str:
-        plan = cache_plan(student(**more))
-        assert plan
-        return plan.key
-
-    usual = key()
-    for same in (
-        {"recipe": {"learning_rate": 0.5}},
-        {"model": {**tiny_model, "schedule": [0, 0]}},
-        {"distillation": DistillationConfig(kl_weight=2.0, temperature=3.0)},
-    ):
-        assert key(**same) == usual, same
-    for other in (
-        {"recipe": {"seed": 1}},
-        {"recipe": {"num_steps": 7}},
-        {"recipe": {"precision": "bf16"}},
-        {"distillation": DistillationConfig(start_step=1)},
-    ):
-        assert key(**other) != usual, other
-
-
-def test_hidden_states_and_jobs_without_a_teacher_have_no_cache(student: MakeStudent) -> None:
-    for more in (
+    same = [
+        student(),
+        student(recipe={"learning_rate": 0.5}),
+        student(model={**tiny_model, "schedule": [0, 0]}),
+        student(distillation=DistillationConfig(kl_weight=2.0, temperature=3.0)),
+    ]
+    others = [
+        student(recipe={"seed": 1}),
+        student(recipe={"num_steps": 7}),
+        student(recipe={"precision": "bf16"}),
+        student(distillation=DistillationConfig(start_step=1)),
+    ]
+    assert len({plan_of(job).key for job in same}) == 1
+    assert len({plan_of(job).key for job in (same[0], *others)}) == 5
+    for without in (
         {"distillation": DistillationConfig(hidden_weight=0.1)},
         {"distillation": DistillationConfig(kl_weight=0.0)},
         {"objective": "cross_entropy", "teacher_folder": None},
     ):
-        assert cache_plan(student(**more)) is None
+        assert cache_plan(student(**without)) is None
 
 
 def test_a_damaged_cache_is_reported_and_written_again_and_never_read(
-    student: MakeStudent, tmp_path: Path
+    student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = stored(student(), tmp_path / "t")
-    folder, plan = Path(str(job.teacher_cache)), cache_plan(job)
-    assert plan
-    logits = folder / "answers.bin"
-    good = logits.read_bytes()
-    notes = Notes()
+    job, notes, devices = stored(student(), tmp_path / "t"), Notes(), list[str]()
+    folder, plan = Path(str(job.teacher_cache)), plan_of(job)
+    compute = answers_by_step
+
+    def watched(job: TrainingJob, *, device: str) -> Any:
+        devices.append(device)
+        return compute(job)
+
+    def store() -> None:
+        on_gpu: Any = lambda work, progress: work("cuda", progress)  # noqa: E731
+        store_answers([job, student("b")], tmp_path / "t", on_device=on_gpu, progress=notes)
+
+    monkeypatch.setattr(teacher_cache, "answers_by_step", watched)
+    store()
+    assert devices == [], "an intact cache needs no device"
+    good = (folder / ANSWERS).read_bytes()
     for bad in (good[:-4], good[:-4] + b"\0\1\2\3"):
-        logits.write_bytes(bad)
+        (folder / ANSWERS).write_bytes(bad)
         assert find_cache_damage(folder, plan)
-        assert write_cache(plan, tmp_path / "t", answers_by_step(job), progress=notes) == folder
-        assert logits.read_bytes() == good
+        store()
+        assert (folder / ANSWERS).read_bytes() == good
+    assert devices == ["cuda", "cuda"]
     assert [note.partition("(")[2].partition(")")[0] for note in notes.notes] == [
         "answers.bin is incomplete",
         "answers.bin was changed after writing",
     ]
-    logits.write_bytes(good[:-4])
+    other = plan_of(student(recipe={"seed": 1}))
+    assert open_cache(folder, other) is None
+    assert "other answers" in str(find_cache_damage(folder, other))
+    (folder / ANSWERS).write_bytes(good[:-4])
     assert run_job(job).finished, "a job with an incomplete cache runs the teacher"
+    monkeypatch.setattr(teacher_cache, "find_cache_damage", lambda f, *_, **__: delete_folder(f))
+    assert open_cache(folder, plan) is None, "it was deleted while it was opened"
 
 
-def test_an_intact_cache_is_not_written_again(student: MakeStudent, tmp_path: Path) -> None:
-    job = stored(student(), tmp_path / "t")
-    plan = plan_of(job)
-
-    def forbidden(_: int) -> Any:
-        raise AssertionError("the teacher was run")
-
-    assert write_cache(plan, tmp_path / "t", forbidden) == Path(str(job.teacher_cache))
+def work_of(jobs: list[TrainingJob], parent: Path, *, is_stored: bool = True) -> TeacherWork:
+    trainings = list(map(Estimate.of, jobs))
+    plans = [each.cache if is_stored else None for each in trainings]
+    return teacher_work(plans, [each.num_teacher_tokens for each in trainings], parent)
 
 
-def test_a_cache_does_not_open_for_another_plan(student: MakeStudent, tmp_path: Path) -> None:
-    job = stored(student(), tmp_path / "t")
-    other = cache_plan(student(recipe={"seed": 1}))
-    assert other
-    assert open_cache(Path(str(job.teacher_cache)), other) is None
-    assert "other answers" in str(find_cache_damage(Path(str(job.teacher_cache)), other))
-
-
-def test_all_students_of_a_teacher_read_one_file(
+def test_all_students_of_a_teacher_read_one_file_that_is_planned_once(
     student: MakeStudent, tmp_path: Path, tiny_model: dict[str, Any]
 ) -> None:
     jobs = [
@@ -270,59 +225,18 @@ def test_all_students_of_a_teacher_read_one_file(
         student("hidden", distillation=DistillationConfig(hidden_weight=0.5)),
         student("other seed", recipe={"seed": 1}),
     ]
-    shared, _ = store_answers(jobs, tmp_path / "t")
+    num_tokens, size = 6 * 64, plan_of(jobs[0]).num_bytes
+    assert work_of(jobs, tmp_path / "t", is_stored=False) == TeacherWork(4 * num_tokens)
+    planned = TeacherWork(3 * num_tokens, 2 * num_tokens, 2 * size)  # One is live.
+    assert work_of(jobs, tmp_path / "t") == planned
+    shared, work = store_answers(jobs, tmp_path / "t")
+    assert work == TeacherWork(2 * num_tokens, 2 * num_tokens, 2 * size)
     assert [bool(job.teacher_cache) for job in shared] == [True, False, True, False, True]
     assert shared[0].teacher_cache == shared[2].teacher_cache != shared[4].teacher_cache
-    assert len(list((tmp_path / "t").glob(f"*/{ANSWERS}"))) == 2
-    assert store_answers(jobs, tmp_path / "t")[0] == shared
-
-
-def test_the_teacher_runs_on_the_device_it_is_given_and_only_if_outputs_are_missing(
-    student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    devices: list[str] = []
-
-    def outputs(job: TrainingJob, *, device: str) -> Any:
-        devices.append(device)
-        return answers_by_step(job)
-
-    monkeypatch.setattr(teacher_cache, "answers_by_step", outputs)
-    jobs = [student("a"), student("b")]
-
-    def store() -> None:
-        store_answers(jobs, tmp_path / "t", on_device=lambda work, progress: work("cuda", progress))
-
-    store()
-    store()
-    assert devices == ["cuda"]
-    [logits] = (tmp_path / "t").glob("*/answers.bin")
-    content = bytearray(logits.read_bytes())
-    content[-1] ^= 1
-    logits.write_bytes(content)
-    store()
-    assert devices == ["cuda", "cuda"], "a damaged cache is written again"
-
-
-def work_of(jobs: Sequence[TrainingJob], parent: Path, *, is_stored: bool = True) -> TeacherWork:
-    trainings = list(map(Estimate.of, jobs))
-    plans = [each.cache if is_stored else None for each in trainings]
-    return teacher_work(plans, [each.num_teacher_tokens for each in trainings], parent)
-
-
-def test_the_estimate_counts_a_shared_teacher_once(student: MakeStudent, tmp_path: Path) -> None:
-    jobs = [student("a"), student("b"), student("c", objective="cross_entropy")]
-    own = RECIPE["num_steps"] * RECIPE["num_tokens_per_step"]
-    assert work_of(jobs, tmp_path / "t", is_stored=False) == TeacherWork(2 * own)
-    assert work_of(jobs, tmp_path / "t") == TeacherWork(own, own, plan_of(jobs[0]).num_bytes)
-    store_answers(jobs, tmp_path / "t")
-    assert work_of(jobs, tmp_path / "t") == TeacherWork()
-
-
-def test_a_deleted_cache_is_replaced_by_the_teacher(student: MakeStudent, tmp_path: Path) -> None:
-    [job], _ = store_answers([student("a")], tmp_path / "t")
-    delete_answers([job])
-    assert not Path(str(job.teacher_cache)).exists()
-    assert isinstance(load_teacher(job, World()), Decoder)
+    sizes = [path.stat().st_size for path in (tmp_path / "t").glob(f"*/{ANSWERS}")]
+    assert sizes == [size, size]
+    assert store_answers(jobs, tmp_path / "t") == (shared, TeacherWork())
+    assert work_of(jobs, tmp_path / "t") == TeacherWork(num_tokens)
 
 
 def test_what_does_not_fit_on_the_disk_is_refused_and_a_full_disk_leaves_nothing(
@@ -345,7 +259,7 @@ def test_what_does_not_fit_on_the_disk_is_refused_and_a_full_disk_leaves_nothing
         store_answers(jobs, tmp_path / "t")
     monkeypatch.setattr(teacher_cache, "free_disk", lambda _: needed)
     assert work_of(jobs, tmp_path / "t").num_bytes == needed
-    assert all(map(opened, store_answers(jobs, tmp_path / "t")[0]))
+    assert len(store_answers(jobs, tmp_path / "t")[0]) == 3
 
 
 def test_the_logits_of_one_pass_only_are_computed_at_once(
@@ -362,17 +276,3 @@ def test_the_logits_of_one_pass_only_are_computed_at_once(
     sequences, logits = answers_by_step(student(recipe={"num_sequences_per_pass": 3}))(0)
     assert max(sizes) == 3
     assert sum(sizes) == len(sequences) == len(logits)
-
-
-def test_a_cache_that_is_deleted_while_it_opens_is_missing(
-    student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = stored(student(), tmp_path / "t")
-    plan = plan_of(job)
-
-    def whole_until_now(folder: Path, *_: Any, **__: Any) -> None:
-        delete_folder(folder)
-
-    monkeypatch.setattr(teacher_cache, "find_cache_damage", whole_until_now)
-    assert open_cache(Path(str(job.teacher_cache)), plan) is None
-    assert not list((tmp_path / "t").glob("*/"))

@@ -1,44 +1,220 @@
-"""What a sharded model gathers, reduces and holds, with a fake process group."""
+"""Precision, compiled fields, and what a sharded model gathers, reduces and holds (with a fake
+process group)."""
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 from live_tensors import LiveStorages
+from same_run import events, in_folder, recipe, run_job, same_run
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iiet import METHODS, Decoder, next_token_loss, preset
+from iiet import METHODS, Decoder, IterationSchedule, next_token_loss, preset
+from orchestrator.models.open import load_model, use_tf32
 from orchestrator.planning.training_memory import training_memory
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.training.devices import (
     World,
     autocast,
+    check_precision,
     compile_fields,
     decoder_to_train,
+    device_precision,
     pass_of_several,
     shard,
 )
+from orchestrator.training.job import job_key
+from orchestrator.workspace.errors import DeviceError
+
+# Precision
+
+
+def volta(device: torch.device) -> tuple[int, int]:
+    return 7, 0
+
+
+def hopper(device: torch.device) -> tuple[int, int]:
+    return 9, 0
+
+
+def test_models_are_evaluated_in_bf16_on_gpus_that_have_it() -> None:
+    assert device_precision("cpu") == "fp32"
+    assert device_precision("cuda:1", hopper) == "bf16"
+    assert device_precision("cuda", volta) == "fp32"
+
+
+def test_bf16_is_refused_on_a_gpu_that_would_emulate_it() -> None:
+    check_precision("bf16", "cpu", section="training")
+    check_precision("fp32", "cuda", section="training", capability=volta)
+    check_precision("bf16", "cuda", section="training", capability=hopper)
+    with pytest.raises(DeviceError, match=r"cuda:3 .* 7\.0.* --set training\.precision=fp32"):
+        check_precision("bf16", "cuda:3", section="training", capability=volta)
+
+
+def test_tf32_is_for_gpus_only(tiny_job: Callable[..., TrainingJob]) -> None:
+    outcome = run_job(tiny_job(num_steps=1))
+    load_model(Path(str(outcome.checkpoint)))
+    assert torch.get_float32_matmul_precision() == "highest", "CPUs compute as before"
+    try:
+        use_tf32("cuda:1")
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+# Compiled fields
+
+
+@pytest.fixture
+def _nothing_compiled() -> None:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+pytestmark = pytest.mark.usefixtures("_nothing_compiled")
+
+
+@pytest.fixture
+def job(tiny_job: Callable[..., TrainingJob]) -> TrainingJob:
+    """One step without corrections, then a ramp to all."""
+    return tiny_job(num_steps=6, iterate_from_fraction=0.2, iterate_ramp_fraction=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # The compiler warns of itself.
+def test_compiled_fields_give_the_losses_of_plain_ones(job: TrainingJob) -> None:
+    compiled = same_run(job, recipe(compile=True), rel=1e-5)
+    assert job_key(compiled) == job_key(job)
+    # It serves every layer, evaluation and schedule; validation runs as it is.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    (event,) = events(compiled, "compiled")
+    assert event["seconds"] > 0
+    # The default compiles nothing on a CPU.
+    assert not events(in_folder(job, "run-alone"), "compiled")
+
+
+def broken_compiler(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    raise OSError("no space\nleft for the compiler")
+
+
+def test_a_broken_compiler_is_one_warning_and_changes_nothing(
+    job: TrainingJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_badly(decoder: Decoder, event: Callable[..., None]) -> None:
+        compile_fields(decoder, event, backend=broken_compiler)
+
+    monkeypatch.setattr("orchestrator.training.trainer.compile_fields", compile_badly)
+    (event,) = events(same_run(job, recipe(compile=True)), "not compiled")
+    assert event["text"].endswith("OSError: no space left for the compiler")
+
+
+def test_every_training_of_a_process_compiles() -> None:
+    """Tune reuses a process for its trials; Dynamo keeps graphs for 8 backends, here for 2."""
+    found: list[str] = []
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(3):
+            decoder = tiny_decoder(1)
+            compile_fields(decoder, lambda name, **_: found.append(name), backend="eager")
+            decoder(torch.zeros(2, 8, dtype=torch.long))
+    assert found == ["compiled"] * 3
+
+
+def test_the_limit_of_graphs_is_one_event_and_changes_nothing() -> None:
+    found: list[Any] = []
+    plain, decoder = tiny_decoder(2), tiny_decoder(2)
+    decoder.load_state_dict(plain.state_dict())
+    compile_fields(decoder, lambda *event, **details: found.append((*event, details)), "eager")
+    ids, mask = torch.randint(13, (2, 8)), torch.ones(2, 8, dtype=torch.bool)
+    mask[0, 0] = False
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for masks in ({}, {"attention_mask": mask}) * 2:
+            torch.testing.assert_close(decoder(ids, **masks), plain(ids, **masks))
+    (compiled, _), (limited, details) = found
+    assert (compiled, limited) == ("compiled", "not compiled")
+    assert "more compiled graphs than PyTorch keeps" in details["text"]
+
+
+def test_other_errors_are_not_taken_for_a_failure_of_the_compiler() -> None:
+    def out_of_memory(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    decoder, found = tiny_decoder(2), []
+    compile_fields(decoder, lambda name, **_: found.append(name), backend=lambda *_: out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder(torch.randint(13, (2, 8)))
+    assert found == ["compiled"]
+
+
+def test_one_graph_serves_all_layers_schedules_and_lists_of_estimates() -> None:
+    """At 24 layers and at 30: one graph of a training step."""
+    graphs = CompileCounter()
+    ids = torch.randint(13, (2, 8))
+
+    def train(decoder: Decoder, schedule: IterationSchedule, **mask: torch.Tensor) -> None:
+        next_token_loss(decoder(ids, schedule=schedule, **mask), ids).backward()
+
+    deep, deeper = (tiny_decoder(num_layers) for num_layers in (24, 30))
+    both: Any = SimpleNamespace(fields=[*deep.fields, *deeper.fields])
+    compile_fields(both, lambda *_, **__: None, graphs)
+    train(deep, IterationSchedule.none(24))
+    assert graphs.frame_count == 1
+    train(deep, IterationSchedule.ramp(24, 3, 0))
+    train(deeper, IterationSchedule.uniform(30, 1))
+    with torch.inference_mode():
+        deep(ids, schedule=IterationSchedule.uniform(24, 1))
+    assert graphs.frame_count == 1
+    deep.activation_checkpointing = True
+    train(deep, IterationSchedule.uniform(24, 1))
+    assert graphs.frame_count == 1
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, 0] = False
+    train(deep, IterationSchedule.uniform(24, 1), attention_mask=mask)
+    train(deep, IterationSchedule.none(24), attention_mask=mask)
+    assert graphs.frame_count == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def tiny_decoder(num_layers: int) -> Decoder:
+    sizes = {"dim": 8, "num_heads": 2, "ffn_dim": 12, "vocab_size": 13, "context_length": 8}
+    return Decoder(preset("tiny", num_layers=num_layers, **sizes))
+
+
+@contextmanager
+def fake_workers(num_workers: int, *, rank: int = 0, shards: int | None = None) -> Iterator[World]:
+    """Be one of several workers that share a model; nothing is sent."""
+    dist.init_process_group("fake", rank=rank, world_size=num_workers, store=FakeStore())
+    try:
+        yield World(rank=rank, size=num_workers, parallel="fsdp", shards=shards)
+    finally:
+        dist.destroy_process_group()
+
+
+# Shards
 
 LAYERS = 4
 
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    yield World(rank=0, size=2, device="cpu", parallel="fsdp")
-    dist.destroy_process_group()
+    with fake_workers(2) as world:
+        yield world
 
 
 class Collectives(TorchDispatchMode):
@@ -138,9 +314,7 @@ def test_the_passes_of_a_step_gather_once_together(world: World, precision: str)
 
 
 def test_replicas_of_shards_average_gradients_in_the_last_pass_only() -> None:
-    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
-    try:
-        world = World(rank=0, size=4, parallel="fsdp", shards=2)
+    with fake_workers(4, shards=2) as world:
         decoder = make_decoder()
         shard(decoder, world, precision="fp32")
         expected = {"allgather": LAYERS + 1, "reduce_scatter": 3 * (LAYERS + 1)}
@@ -150,8 +324,6 @@ def test_replicas_of_shards_average_gradients_in_the_last_pass_only() -> None:
         weight = decoder.embedding.weight
         assert isinstance(weight, DTensor)
         assert len(weight.to_local()) == len(weight) // 2
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -179,17 +351,13 @@ def test_with_bf16_only_matrices_of_fields_are_sent_as_bf16(world: World, method
 def test_the_planned_memory_is_that_of_a_step(
     precision: Literal["fp32", "bf16"], num_passes: int, checkpointing: bool
 ) -> None:
-    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
-    try:
-        world = World(rank=0, size=8, parallel="fsdp")
+    with fake_workers(8) as world:
         decoder = make_decoder(num_layers=6, dim=256, ffn_dim=700, vocab_size=2048,
                                context_length=64, schedule=1)  # fmt: skip
         decoder.activation_checkpointing = checkpointing
         shard(decoder, world, precision=precision)
         with LiveStorages() as live:
             step(decoder, world, precision, num_passes)
-    finally:
-        dist.destroy_process_group()
     plan = training_memory(
         decoder.config,
         num_sequences=1,
@@ -216,9 +384,7 @@ def test_a_shard_is_drawn_and_loaded_as_its_rows_of_the_whole_model(
         whole = decoder_to_train(job, World(), None).state_dict()
         random_state = torch.get_rng_state()
         for rank in range(num_shards):
-            dist.init_process_group("fake", rank=rank, world_size=num_shards, store=FakeStore())
-            try:
-                world = World(rank=rank, size=num_shards, parallel="fsdp")
+            with fake_workers(num_shards, rank=rank) as world:
                 decoder = decoder_to_train(job, world, None)
                 assert torch.equal(torch.get_rng_state(), random_state)
                 for name, parameter in decoder.named_parameters():
@@ -226,5 +392,3 @@ def test_a_shard_is_drawn_and_loaded_as_its_rows_of_the_whole_model(
                     expected = list(whole[name].chunk(num_shards))
                     expected += [whole[name][:0]] * (num_shards - len(expected))
                     assert torch.equal(parameter.to_local(), expected[rank]), name
-            finally:
-                dist.destroy_process_group()

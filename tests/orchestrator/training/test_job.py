@@ -1,0 +1,114 @@
+"""The key of a training is what determines it; mistakes are found before anything is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iiet.distillation import DistillationConfig
+from orchestrator.records.training import TrainingJob
+from orchestrator.training.job import check_job, job_key
+from orchestrator.training.trainer import run_job
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.files import read_json, write_json
+from orchestrator.workspace.provenance import RECIPE_VERSION
+
+MakeJob = Callable[..., TrainingJob]
+
+
+@pytest.fixture
+def make(tiny_job: MakeJob) -> MakeJob:
+    def make(name: str = "run", *, changes: dict[str, Any] | None = None, **more: Any):
+        job = tiny_job(name, **{"num_steps": 2, "learning_rate": 1e-2, **(changes or {})})
+        return TrainingJob(**{**dict(job), **more})
+
+    return make
+
+
+def test_the_key_depends_on_what_determines_the_result(
+    make: MakeJob, tiny_model: dict[str, Any], save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = str(save_tiny(tmp_path / "teacher"))
+    taught = {"objective": "distill", "teacher_folder": teacher, "initial_folder": teacher}
+    same = [
+        make(),
+        make("elsewhere", provenance={"note": "x"}, section="distillation.training"),
+        make(storage=str(tmp_path / "store")),
+        make(changes={"checkpoint_every_steps": 1, "compile": True, "profile_steps": 2}),
+    ]
+    others = [
+        make(changes={"learning_rate": 2e-2}),
+        make(changes={"seed": 1}),
+        make(changes={"iterate_ramp_fraction": 0.1}),
+        make(model={**tiny_model, "schedule": [0, 0]}),
+        make(**taught),
+        make(**taught, distillation=DistillationConfig(temperature=2.0)),
+        make(**taught, distillation=DistillationConfig(start_step=1)),
+        make(**taught | {"objective": "cross_entropy"}),
+    ]
+    assert len({job_key(job) for job in same}) == 1
+    assert len({job_key(job) for job in (same[0], *others)}) == 1 + len(others)
+    assert job_key(make(**taught, teacher_cache=str(tmp_path))) == job_key(make(**taught))
+
+
+def test_a_folder_holds_one_job_of_one_version(make: MakeJob) -> None:
+    job = make(distillation=DistillationConfig(kl_weight=0.5), provenance={"a": [1]})
+    assert TrainingJob.model_validate(json.loads(json.dumps(job.model_dump(mode="json")))) == job
+    run_job(job)
+    with pytest.raises(UserError, match=r"recipe.learning_rate was 0.01, is 0.5"):
+        run_job(make(changes={"learning_rate": 0.5}))
+    claim = read_json(job.folder / "job.json")
+    assert claim is not None
+    assert claim.pop("recipe_version") == RECIPE_VERSION
+    write_json(job.folder / "job.json", claim)
+    with pytest.raises(UserError, match="another version of this program"):
+        run_job(job)
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    (
+        {"changes": {"num_tokens_per_step": 65}, "section": "distillation.training"},
+        r"distillation\.training\.num_tokens_per_step must be .* 16, such as 64; got 65",
+    ),
+    ({"changes": {"num_tokens_per_step": 48}}, r"change training\.num_tokens_per_step, or .*"),
+    ({"tokens_folder": "/nowhere"}, "/nowhere"),
+    ({"objective": "distill"}, "needs a teacher"),
+    ({"objective": "distill", "teacher_folder": "/nowhere"}, "no checkpoint folder /nowhere"),
+    ({"initial_folder": "/nowhere"}, "no checkpoint folder /nowhere"),
+    ({"storage": "nowhere://x"}, r"cluster\.storage: 'nowhere://x' names no storage"),
+    ({"model": {"vocab_size": 10}}, "the model's is 10"),
+    ({"model": {"ffn_dim": 64}, "initial_folder": "tiny"}, "another configuration"),
+    ({"kept_layers": (2,), "initial_folder": "tiny"}, "from 0 to 1 in ascending order"),
+    ({"kept_layers": (0, 1), "model": {"num_layers": 1, "schedule": [1]},
+      "initial_folder": "tiny"}, "another configuration"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "sentence"), MISTAKES)
+def test_mistakes_are_found_before_anything_is_written(
+    changes: dict[str, Any],
+    sentence: str,
+    make: MakeJob,
+    tiny_model: dict[str, Any],
+    save_tiny: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    given = {**changes}
+    if "model" in given:
+        given["model"] = {**tiny_model, **given["model"]}
+    if given.get("initial_folder") == "tiny":
+        given["initial_folder"] = str(save_tiny(tmp_path / "tiny"))
+    job = make(**given)
+    with pytest.raises(UserError, match=sentence):
+        check_job(job, num_workers=2)
+    assert not job.folder.exists()
+
+
+def test_four_workers_share_four_sequences_and_three_do_not(make: MakeJob) -> None:
+    check_job(make(), num_workers=4)
+    with pytest.raises(UserError, match="3 workers"):
+        check_job(make(), num_workers=3)

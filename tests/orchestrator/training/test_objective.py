@@ -1,0 +1,425 @@
+"""Losses, their gradients and validation are those of plain formulas: masks, sources, elastic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bare_trainer import BareTrainer
+from same_run import same_run, stop
+from torch import nn
+from torch.nn import functional as F
+
+from iiet.arithmetic import plain_formulas
+from iiet.batch import NO_TARGET, Batch
+from iiet.config import ModelConfig
+from iiet.cost import training_flops_per_token
+from iiet.decoder import Decoder
+from iiet.distillation import (
+    DistillationConfig,
+    RememberingTeacher,
+    distillation_loss,
+    frozen_teacher,
+)
+from iiet.losses import cross_entropy
+from iiet.schedule import IterationSchedule
+from orchestrator.models.folder import served_schedules
+from orchestrator.planning.estimate import Estimate
+from orchestrator.records.training import TrainingJob
+from orchestrator.settings import ElasticSettings, TrainingSettings, resolve_settings
+from orchestrator.sweeping.models import ModelVariant, settings_of
+from orchestrator.training.devices import World
+from orchestrator.training.job import job_key, key_fields, pretraining_job
+from orchestrator.training.objective import (
+    Objective,
+    Passes,
+    elastic_passes,
+    make_objective,
+    make_optimizer,
+    mean_by_source,
+    set_learning_rate,
+    single_pass,
+    validation_metrics,
+)
+from orchestrator.training.schedules import drawn_by_step
+from orchestrator.training.shared_steps import first_stage_of
+from orchestrator.training.trainer import run_job
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.journal import VALIDATION_METRIC
+from orchestrator.workspace.layout import Workspace
+
+SCHEDULE = IterationSchedule((2, 1))
+NUM_STEPS, NUM_ROWS, LENGTH = 4, 6, 12
+
+
+def fresh_decoder(seed: int = 0, **changes: Any) -> Decoder:
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 32, "dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2,
+             "ffn_dim": 24, "context_length": LENGTH, "schedule": SCHEDULE,
+             "initializer_std": 0.2}  # fmt: skip
+    return Decoder(ModelConfig(**{**sizes, **changes})).double()
+
+
+# Masked batches
+
+
+def tokens_of(step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, 32, (NUM_ROWS, LENGTH), generator=generator)
+
+
+def completions(step: int) -> Batch:
+    """Text of which row n counts from token 2n on, so that in the last one nothing does."""
+    start = 2 * torch.arange(1, NUM_ROWS + 1)[:, None]
+    return Batch.of_text(tokens_of(step), torch.arange(LENGTH) >= start)
+
+
+def answers(step: int) -> Batch:
+    """A task: the first token again, at the end of every other row, and twice in the first."""
+    tokens = tokens_of(step)
+    targets = torch.full_like(tokens, NO_TARGET)
+    targets[::2, -1] = tokens[::2, 0]
+    targets[0, -2] = tokens[0, 1]
+    return Batch(tokens, targets)
+
+
+def nothing(step: int) -> Batch:
+    return Batch(tokens_of(step), torch.full((NUM_ROWS, LENGTH), NO_TARGET))
+
+
+def of_two_sources(step: int) -> Batch:
+    """Six sequences of text and as many of answers, in one batch."""
+    text, task = completions(step), answers(step)
+    sources = torch.cat([torch.zeros_like(text.input_ids), torch.ones_like(task.input_ids)])
+    return Batch(
+        torch.cat([text.input_ids, task.input_ids]),
+        torch.cat([text.targets.masked_fill(~text.counted, NO_TARGET), task.targets]),
+        sources=sources,
+    )
+
+
+Source = Callable[[int], Batch]
+
+
+def trained(
+    source: Source, objective: Objective, *, per_pass: int | None
+) -> tuple[Decoder, list[Mapping[str, float]]]:
+    """Train a fresh decoder on a source, and return it with what the loop reported."""
+    recipe = TrainingSettings(
+        num_steps=NUM_STEPS, learning_rate=0.1, warmup_steps=0, num_sequences_per_pass=per_pass
+    )
+    trainer = BareTrainer(fresh_decoder(), objective, recipe, batch=source)
+    assert trainer.train()
+    return trainer.decoder, [n for n in trainer.reported if "train/loss" in n]
+
+
+@pytest.mark.parametrize("source", [completions, answers])
+@pytest.mark.parametrize("distills", [False, True])
+def test_passes_of_any_size_equal_one_pass(source: Source, distills: bool) -> None:
+    teacher = frozen_teacher(fresh_decoder(seed=1)) if distills else None
+    objective = make_objective(
+        lambda _: SCHEDULE, teacher, DistillationConfig(hidden_weight=0.5 * distills)
+    )
+    whole, numbers = trained(source, objective, per_pass=None)
+    assert len(numbers) == NUM_STEPS
+    for per_pass in (4, 1):
+        cut, numbers_of_passes = trained(source, objective, per_pass=per_pass)
+        for found, expected in zip(numbers_of_passes, numbers, strict=True):
+            assert found == pytest.approx(expected, rel=1e-9)
+        for parameter, same in zip(cut.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(parameter, same, rtol=1e-9, atol=1e-13)
+
+
+def test_the_loss_counts_unmasked_targets_only_and_without_one_nothing_changes() -> None:
+    _, numbers = trained(answers, make_objective(lambda _: SCHEDULE), per_pass=4)
+    batch, terms = answers(0), []
+    log_p = fresh_decoder()(batch.input_ids).log_softmax(-1)
+    for row, column in (batch.targets != NO_TARGET).nonzero().tolist():
+        terms.append(-log_p[row, column, batch.targets[row, column]].item())
+    assert len(terms) == 4
+    assert numbers[0]["train/loss"] == pytest.approx(sum(terms) / 4, rel=1e-12)
+
+    teacher = frozen_teacher(fresh_decoder(seed=1))
+    objective = make_objective(lambda _: SCHEDULE, teacher, DistillationConfig())
+    decoder, numbers = trained(nothing, objective, per_pass=4)
+    assert [n["train/loss"] for n in numbers] == [0.0] * NUM_STEPS
+    assert [n["train/gradient_norm"] for n in numbers] == [0.0] * NUM_STEPS
+    for found, expected in zip(decoder.parameters(), fresh_decoder().parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("source", [completions, answers])
+def test_validation_weighs_batches_by_their_targets(source: Source) -> None:
+    decoder, batches = fresh_decoder(), [*source(0).split(4), nothing(0), *source(1).split(5)]
+    found = validation_metrics(decoder, batches, SCHEDULE, precision="fp32", world=World())
+    both = [source(0), source(1)]
+    logits = torch.cat([decoder(b.input_ids) for b in both])
+    targets, counted = torch.cat([b.targets for b in both]), torch.cat([b.counted for b in both])
+    expected = cross_entropy(logits, targets, mask=counted).item()
+    assert found[VALIDATION_METRIC] == pytest.approx(expected, rel=1e-12)
+    right = (logits.argmax(-1) == targets)[counted].double().mean().item()
+    accuracy = None if batches[0].is_text else pytest.approx(right)
+    assert found.get("validation/accuracy") == accuracy
+    empty = validation_metrics(decoder, [nothing(0)], SCHEDULE, precision="fp32", world=World())
+    assert empty.keys() == {VALIDATION_METRIC}
+    assert math.isnan(empty[VALIDATION_METRIC])
+
+
+@pytest.mark.parametrize("per_pass", [None, 3])
+def test_losses_by_source_are_those_of_each_source_and_weigh_up_to_the_total(
+    per_pass: int | None,
+) -> None:
+    names = ("files", "phop_2")
+    objective = make_objective(lambda _: SCHEDULE, source_names=names)
+    decoder, numbers = trained(of_two_sources, objective, per_pass=per_pass)
+    objective = make_objective(lambda _: SCHEDULE)
+    plain, plain_numbers = trained(of_two_sources, objective, per_pass=per_pass)
+    batch, first = of_two_sources(0), numbers[0]
+    logits, total = fresh_decoder()(batch.input_ids), 0.0
+    for number, name in enumerate(names):
+        chosen = (batch.sources == number) & batch.counted
+        expected = cross_entropy(logits, batch.targets, mask=chosen).item()
+        assert first[f"train/loss_{name}"] == pytest.approx(expected, rel=1e-9)
+        total += expected * chosen.sum().item()
+    assert first["train/loss"] == pytest.approx(total / batch.num_targets, rel=1e-9)
+    assert set(first) - set(plain_numbers[0]) == {f"train/loss_{name}" for name in names}
+    for found, same in zip(decoder.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found, same, rtol=1e-9, atol=1e-13)
+
+
+def test_validation_by_source_weighs_up_to_the_total() -> None:
+    decoder, names = fresh_decoder(), ("files", "phop_2", "chain_2")
+    batches = [
+        replace(batch, sources=torch.full_like(batch.input_ids, number))
+        for number, source in enumerate((completions, answers))
+        for batch in source(0).split(3)
+    ]
+    options: dict[str, Any] = {"precision": "fp32", "world": World()}
+    found = validation_metrics(decoder, batches, SCHEDULE, **options, source_names=names)
+    alone = {
+        name: validation_metrics(decoder, [source(0)], SCHEDULE, **options)
+        for name, source in zip(names, (completions, answers), strict=False)
+    }
+    expected = {
+        f"{metric}_{name}": value for name, own in alone.items() for metric, value in own.items()
+    }
+    weights = [completions(0).num_targets, answers(0).num_targets]
+    losses = [own[VALIDATION_METRIC] for own in alone.values()]
+    expected[VALIDATION_METRIC] = float(np.average(losses, weights=weights))
+    expected["validation/accuracy"] = alone["phop_2"]["validation/accuracy"]
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert "validation/accuracy_phop_2" in found
+
+
+# Elastic training
+
+FULL, NONE = IterationSchedule((2, 2)), IterationSchedule((0, 0))
+
+
+@pytest.mark.parametrize("num_drawn", [1, 2])
+@pytest.mark.parametrize("per_pass", [None, 1])
+def test_the_gradients_are_those_of_the_sum_written_plainly(
+    per_pass: int | None, num_drawn: int
+) -> None:
+    decoder = fresh_decoder(schedule=FULL)
+    tokens = torch.randint(decoder.config.vocab_size, (2, LENGTH))
+    cheaper = [NONE, IterationSchedule((1, 1))][:num_drawn]
+    elastic = ElasticSettings(weight=0.3, kl_weight=0.7, temperature=1.5)
+    trainer = BareTrainer(
+        decoder,
+        make_objective(lambda _: FULL),
+        TrainingSettings(num_sequences_per_pass=per_pass, clip_norm=1e9),
+        passes=elastic_passes(lambda _: tuple(cheaper), elastic),
+    )
+    mask = torch.rand(2, LENGTH) > 0.3
+    numbers = trainer.gradients(Batch.of_text(tokens, mask))
+    found = [parameter.grad for parameter in decoder.parameters()]
+
+    counted, taught = mask[:, 1:], torch.cat([mask[:, 1:], mask[:, -1:]], dim=1)
+    with plain_formulas():
+        logits = {s: decoder(tokens, schedule=s) for s in (FULL, *cheaper)}
+    entropy = {
+        schedule: F.cross_entropy(of[:, :-1][counted], tokens[:, 1:][counted])
+        for schedule, of in logits.items()
+    }
+    soft = {s: torch.log_softmax(of / 1.5, dim=-1)[taught] for s, of in logits.items()}
+    own = soft[FULL].detach()
+    kl = {s: 1.5**2 * (own.exp() * (own - soft[s])).sum(-1).mean() for s in cheaper}
+    loss = entropy[FULL] + 0.3 * sum(entropy[s] + 0.7 * kl[s] for s in cheaper)
+    expected = list(torch.autograd.grad(loss, list(decoder.parameters())))
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
+    assert numbers["loss"] == pytest.approx(loss.item(), rel=1e-9)
+    assert numbers["full_loss"] == pytest.approx(entropy[FULL].item(), rel=1e-9)
+    means = [sum(of[s].item() for s in cheaper) / num_drawn for of in (entropy, kl)]
+    assert [numbers["member_loss"], numbers["member_kl"]] == pytest.approx(means, rel=1e-9)
+
+
+@pytest.mark.parametrize("hidden_weight", [0.0, 0.4])
+def test_with_a_teacher_each_schedule_learns_as_its_student_would(hidden_weight: float) -> None:
+    decoder = fresh_decoder(schedule=FULL)
+    teacher, read = frozen_teacher(decoder), list[int]()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    teacher.register_forward_pre_hook(lambda *_: read.append(1))
+    cheaper = (NONE, IterationSchedule((1, 0)))
+    config = DistillationConfig(kl_weight=0.7, temperature=1.5, hidden_weight=hidden_weight)
+    remembering = RememberingTeacher(teacher)
+    trainer = BareTrainer(
+        decoder,
+        make_objective(lambda _: FULL, remembering, config),
+        TrainingSettings(clip_norm=1e9, num_sequences_per_pass=1),
+        passes=elastic_passes(lambda _: cheaper, ElasticSettings(weight=0.3), remembering, config),
+    )
+    batch = Batch.of_text(torch.randint(decoder.config.vocab_size, (2, LENGTH)))
+    numbers = trainer.gradients(batch)
+    found = [parameter.grad for parameter in decoder.parameters()]
+    assert len(read) == 2  # Each part of the batch once, for three schedules.
+
+    losses, parts = zip(
+        *(
+            distillation_loss(decoder.with_schedule(one), teacher, batch, config=config)
+            for one in (FULL, *cheaper)
+        ),
+        strict=True,
+    )
+    loss = losses[0] + 0.3 * (losses[1] + losses[2])
+    expected = list(torch.autograd.grad(loss, list(decoder.parameters())))
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
+    assert numbers["loss"] == pytest.approx(loss.item(), rel=1e-9)
+    assert numbers["full_loss"] == pytest.approx(losses[0].item(), rel=1e-9)
+    names = {"cross_entropy": "member_loss", "kl": "member_kl", "hidden": "member_hidden"}
+    for name in parts[0]:
+        mean = (parts[1][name] + parts[2][name]).item() / 2
+        assert numbers[names[name]] == pytest.approx(mean, rel=1e-9)
+
+
+def test_without_a_divergence_members_learn_from_the_targets_alone() -> None:
+    decoder, cheaper = fresh_decoder(schedule=FULL), IterationSchedule((0, 1))
+    passes = elastic_passes(lambda _: (cheaper,), ElasticSettings(weight=2.0, kl_weight=0.0))
+    objective = make_objective(lambda _: FULL)
+    batch = completions(0)
+    (_, parts), (loss, member) = [each(decoder, batch, 0) for each in passes(objective, 0)]
+    alone, _ = make_objective(lambda _: cheaper)(decoder, batch, 0)
+    assert loss.item() == pytest.approx(2 * alone.item())
+    assert (set(parts), set(member)) == ({"full_loss"}, {"member_loss"})
+    assert elastic_passes(lambda _: (), ElasticSettings())(objective, 0) == (objective,)
+
+    def numbers(passes: Passes) -> dict[str, float]:
+        by_source = make_objective(lambda _: FULL, source_names=("a", "b"))
+        trainer = BareTrainer(decoder, by_source, TrainingSettings(), passes=passes)
+        return mean_by_source(trainer.gradients(of_two_sources(0)))
+
+    plain = numbers(single_pass)
+    elastic = numbers(elastic_passes(lambda _: (NONE,), ElasticSettings()))
+    for name, same in (("loss_a", "loss_a"), ("loss_b", "loss_b"), ("full_loss", "loss")):
+        assert elastic[name] == pytest.approx(plain[same], rel=1e-12)
+
+
+ELASTIC: dict[str, Any] = {
+    "num_steps": 8, "num_tokens_per_step": 32, "num_validation_tokens": 32,
+    "iterate_from_fraction": 0.25, "checkpoint_every_steps": 3,
+}  # fmt: skip
+
+
+def test_an_elastic_run_resumes_bitwise_and_its_flops_are_planned(
+    tiny_job: Callable[..., TrainingJob], tmp_path: Path
+) -> None:
+    family = ElasticSettings(schedules=("2,0", "1,0", "0,0"), num_drawn=2)
+    job = tiny_job("elastic", **ELASTIC, elastic=family)
+    outcome = run_job(same_run(job, stop(5)))
+    # The number of evaluations is that of the draws.
+    drawn_at, full = drawn_by_step(job.model.corrections, job.recipe), job.model.corrections
+    drawn_ones = [schedule for step in range(8) for schedule in drawn_at(step)]
+    assert len(drawn_ones) == 6 * 2
+    trained_ones = [NONE] * 2 + [full] * 6 + drawn_ones
+    flops = sum(training_flops_per_token(job.model, one) for one in trained_ones)
+    # Each member computes the full schedule's logits again.
+    flops += len(drawn_ones) * 2 * job.model.dim * job.model.vocab_size
+    assert outcome.training_flops == pytest.approx(32 * flops)
+    assert Estimate(config=job.model, recipe=job.recipe).flops == pytest.approx(32 * flops)
+    # The weights are saved once, and say whom they serve.
+    served = [(2, 1), (2, 0), (1, 0), (0, 0)]
+    assert [s.corrections for s in served_schedules(Path(str(outcome.checkpoint)))] == served
+
+    plain = tiny_job("plain", **ELASTIC)
+    weightless = tiny_job("weightless", **ELASTIC, elastic=ElasticSettings(weight=0))
+    ends = [run_job(each) for each in (plain, weightless)]
+    assert ends[0].validation_loss == ends[1].validation_loss != outcome.validation_loss
+    assert ends[0].training_flops == ends[1].training_flops
+    assert job_key(plain) != job_key(job)
+    assert "elastic" not in key_fields(plain)["recipe"]
+    # Nothing is drawn in the first stage, so both may share it.
+    jobs = [one.model_copy(update={"first_stages": str(tmp_path)}) for one in (plain, job)]
+    assert first_stage_of(jobs[0]) == first_stage_of(jobs[1]) is not None
+
+    lean = {"activation_checkpointing": True, "num_sequences_per_pass": 1}
+    for name, changes, tolerance in (("bf16", {"precision": "bf16"}, 0.03), ("lean", lean, 1e-5)):
+        rounded = run_job(tiny_job(name, **ELASTIC, **changes, elastic=family))
+        assert rounded.validation_loss == pytest.approx(outcome.validation_loss, abs=tolerance)
+
+
+MISFITS = [
+    ("model.method=vanilla", "num_drawn=1", "training.elastic trains schedules of fewer corr"),
+    ("model.corrections=0", "num_drawn=1", "training.elastic trains schedules of fewer corr"),
+    ("model.corrections=2", "schedules=[2]", "2,2,2,2,2,2 is not below the full one"),
+    ("model.corrections=2", "schedules=['2,2,3,0,0,0']", "0 is not below the full one, 2,2,2,2,2"),
+    ("model.corrections=2", "schedules=['1,1']", "1,1 is for 2 layers, the model has 6"),
+    ("model.corrections=2", "schedules=[many]", "'many' is not an iteration schedule"),
+]
+
+
+@pytest.mark.parametrize(("model", "family", "problem"), MISFITS)
+def test_a_family_that_does_not_fit_is_refused(
+    model: str, family: str, problem: str, tmp_path: Path
+) -> None:
+    settings = resolve_settings({}, [model, f"training.elastic.{family}"])
+    with pytest.raises(UserError) as caught:
+        pretraining_job(settings, Workspace(tmp_path), None)
+    assert str(caught.value).startswith("training.elastic")
+    assert problem in str(caught.value)
+
+
+def test_a_family_has_one_key_however_it_is_written_and_models_without_corrections_none(
+    tmp_path: Path,
+) -> None:
+    def key(schedules: str) -> str:
+        changes = ["model.corrections=2", f"training.elastic.schedules={schedules}"]
+        return pretraining_job(resolve_settings({}, changes), Workspace(tmp_path), None).run_folder
+
+    assert key("[0, 1]") == key("['1*6', '0,0,0,0,0,0', 0]") != key("[0]")
+    settings = resolve_settings({}, ["training.elastic.num_drawn=1"])
+    for method, corrections, is_elastic in (
+        ("vanilla", None, False), ("iiet", 0, False), ("iiet", 2, True), ("looped", "2", True),
+    ):  # fmt: skip
+        variant = ModelVariant(method=method, corrections=corrections)
+        assert (settings_of(settings, variant).training.elastic is not None) == is_elastic
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_linear_weights_decay(tied: bool) -> None:
+    decoder = fresh_decoder(tie_embeddings=tied)
+    optimizer = make_optimizer(decoder, TrainingSettings(weight_decay=0.5, learning_rate=0.1))
+    names = {id(p): name for name, p in decoder.named_parameters()}
+    decayed, others = ({names[id(p)] for p in g["params"]} for g in optimizer.param_groups)
+    linear = {f"{n}.weight" for n, m in decoder.named_modules() if isinstance(m, nn.Linear)}
+    assert decayed == {name for name in linear if not (tied and name.startswith("head"))}
+    assert {"embedding.weight", "layers.0.mix.inner", "layers.0.mix.outer"} <= others
+    assert decayed | others == set(names.values())
+    before = {name: p.detach().clone() for name, p in decoder.named_parameters()}
+    for parameter in decoder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moved = {n for n, p in decoder.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == decayed
+    set_learning_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]

@@ -1,0 +1,269 @@
+"""Steps that are taken over from another run give bitwise the result of training them again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from same_run import curve, events, in_folder, same_run, steps_of, stop, stop_at
+
+from iiet.cost import training_flops_per_token
+from iiet.schedule import IterationSchedule
+from iiet.weights import WEIGHTS
+from orchestrator.records.training import TrainingJob
+from orchestrator.training.job import job_key
+from orchestrator.training.schedules import learning_rate_at
+from orchestrator.training.shared_steps import (
+    FirstStage,
+    continue_job,
+    continued_recipe,
+    first_stage_of,
+    share_first_stages,
+    shared_steps,
+)
+from orchestrator.training.trainer import run_job
+from orchestrator.training.watching import describe_saved_state
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import PROVENANCE
+
+MakeJob = Callable[..., TrainingJob]
+
+STAGED = {
+    "num_steps": 8, "num_tokens_per_step": 32, "learning_rate": 1e-2, "warmup_steps": 1,
+    "validate_every_steps": 2, "checkpoint_every_steps": 100, "iterate_from_fraction": 0.75,
+}  # fmt: skip
+SWITCH = 6
+
+
+@pytest.fixture
+def staged(tiny_job: MakeJob, tiny_model: dict[str, Any], tmp_path: Path) -> MakeJob:
+    """Make a job of a schedule that shares its first stage."""
+
+    def make(schedule: tuple[int, int], name: str = "run", **recipe: Any) -> TrainingJob:
+        job = tiny_job(name, **STAGED | recipe)
+        model = {**tiny_model, "schedule": list(schedule)}
+        return TrainingJob(
+            **{**dict(job), "model": model, "first_stages": str(tmp_path / "first_stages")}
+        )
+
+    return make
+
+
+def stage_of(job: TrainingJob) -> FirstStage:
+    stage = first_stage_of(job)
+    assert stage is not None
+    return stage
+
+
+def starts(job: TrainingJob) -> list[int]:
+    """Return the step after which each process that trained a job started."""
+    return [0] * len(events(job, "started")) + [e["step"] for e in events(job, "resumed")]
+
+
+def after_stage(of: TrainingJob) -> Callable[[TrainingJob], TrainingJob]:
+    """Let the job share its first stage, which another one has trained."""
+
+    def disturb(job: TrainingJob) -> TrainingJob:
+        run_job(of)
+        return job.model_copy(update={"first_stages": of.first_stages})
+
+    return disturb
+
+
+@pytest.mark.parametrize("schedule", [(0, 0), (1, 1), (3, 0)])
+def test_a_run_that_continues_a_first_stage_equals_one_from_the_start(
+    staged: MakeJob, schedule: tuple[int, int]
+) -> None:
+    job = staged(schedule).model_copy(update={"first_stages": None})
+    found = same_run(job, after_stage(staged((2, 1), "first")))
+    assert starts(found) == [SWITCH]
+    assert set(curve(found, "validation/loss")) == {2, 4, 6, 8}
+    none = training_flops_per_token(job.model, IterationSchedule((0, 0)))
+    assert run_job(found).shared_flops == pytest.approx(SWITCH * 32 * none)
+    assert run_job(in_folder(job, "run-alone")).shared_flops == 0.0
+    if schedule == (0, 0):  # It can store the stage, too; with a ramp it is the same one.
+        (again,) = share_first_stages([staged((2, 1), "again", iterate_ramp_fraction=0.25)])
+        run_job(again)
+        assert starts(again) == [SWITCH]
+
+
+def test_only_a_run_before_the_end_of_the_stage_continues_it(staged: MakeJob) -> None:
+    job = staged((1, 1)).model_copy(update={"first_stages": None})
+    first = after_stage(staged((2, 1), "first"))
+    assert starts(same_run(job, stop(2), first)) == [0, SWITCH]
+    assert starts(same_run(job, stop(SWITCH + 1), first)) == [0, SWITCH + 1]
+
+
+def test_stored_metrics_are_reported_and_can_stop_the_run(staged: MakeJob) -> None:
+    first, job = staged((2, 1), "first"), staged((1, 1))
+    run_job(first)
+    reported: dict[int, float] = {}
+
+    def report(step: int, numbers: Mapping[str, float]) -> None:
+        if "validation/loss" in numbers:
+            reported[step] = numbers["validation/loss"]
+
+    stopped = run_job(job, report=report, should_stop=lambda: 4 in reported)
+    made = curve(first, "validation/loss")
+    assert reported == {step: made[step] for step in (2, 4, 6)}
+    assert (stopped.finished, stopped.step) == (False, SWITCH)
+    assert describe_saved_state({"run": job}) == f"saved at step {SWITCH}"
+
+
+def test_a_damaged_first_stage_is_reported_trained_again_and_stored_again(staged: MakeJob) -> None:
+    def spoil(job: TrainingJob) -> TrainingJob:
+        job = after_stage(staged((2, 1), "first"))(job)
+        path = stage_of(job).checkpoint / WEIGHTS
+        damaged = path.read_bytes()[:-1]
+        path.unlink()  # A hard link: the run that stored it keeps its own.
+        path.write_bytes(damaged)
+        return job
+
+    job = same_run(staged((1, 1)).model_copy(update={"first_stages": None}), spoil)
+    (event,) = events(job, "damaged")
+    assert event["text"].endswith("the first stage is trained again")
+    assert starts(job) == [0]
+    run_job(third := staged((0, 0), "third"))
+    assert starts(third) == [SWITCH]
+
+    stage, warnings = stage_of(job), list[str]()
+    (stage.checkpoint / PROVENANCE).unlink()
+    assert stage.find(warnings.append) is None
+    assert "trained again" in warnings[0]
+    assert not list(stage.folder.parent.iterdir())
+
+
+def test_a_full_disk_only_prevents_sharing_and_leaves_nothing(
+    staged: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("orchestrator.training.shared_steps._link", refuse)
+    job = staged((2, 1))
+    assert run_job(job).finished
+    assert "No space left" in events(job, "not shared")[0]["text"]
+    assert not list(stage_of(job).folder.parent.iterdir())
+
+
+def test_only_models_with_the_same_first_stage_share_it(staged: MakeJob) -> None:
+    vanilla = staged((0, 0), "vanilla")
+    jobs = [
+        staged((2, 1), "1"),
+        staged((0, 0), "2"),
+        staged((2, 1), "3", learning_rate=2e-2),
+        staged((2, 1), "4", seed=1),
+        staged((2, 1), "5", num_validation_tokens=32),
+        staged((2, 1), "6", iterate_from_fraction=0.5),
+        staged((1, 1), "7", iterate_from_fraction=0.0),
+        vanilla.model_copy(update={"model": replace(vanilla.model, method="vanilla")}),
+    ]
+    common = share_first_stages(jobs)
+    assert [bool(job.first_stages) for job in common] == [True, True, *[False] * 6]
+    assert [job_key(job) for job in common] == [job_key(job) for job in jobs]
+    assert stage_of(jobs[0]) == stage_of(jobs[1])
+    assert len({stage_of(job).folder for job in jobs[:6]}) == 5
+    assert not any(job.first_stages for job in share_first_stages([jobs[0], jobs[0]]))
+
+
+# Longer trainings
+
+SHORT: dict[str, Any] = {
+    "num_steps": 20, "learning_rate": 1e-2, "warmup_steps": 3, "validate_every_steps": 5,
+    "checkpoint_every_steps": 6, "num_checkpoints_kept": 1, "decay": "wsd", "decay_fraction": 0.25,
+    "iterate_from_fraction": 0.6,
+}  # fmt: skip
+# More tokens than there are: the data order goes on into a second epoch.
+LONG = {"num_steps": 60}
+
+
+@pytest.fixture
+def make(tiny_job: MakeJob) -> MakeJob:
+    return lambda name, **recipe: tiny_job(name, **{**SHORT, **recipe})
+
+
+def longer(earlier: TrainingJob, make: MakeJob, **changes: Any) -> TrainingJob:
+    """Return the job that continues a finished one, before its start is chosen."""
+    wanted = make("long", **{**earlier.recipe.model_dump(), **LONG, **changes})
+    recipe = continued_recipe(earlier.recipe, wanted.recipe)
+    return wanted.model_copy(update={"recipe": recipe})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "start"),
+    [
+        ({}, 15),
+        ({"decay": "constant"}, 20),
+        ({"iterate_from_fraction": 0.2, "iterate_ramp_fraction": 0.3}, 15),
+        ({"iterate_from_fraction": 0.9}, 15),  # The decay begins before the corrections.
+        ({"decay_fraction": 1.0}, 3),
+        ({"spike_factor": 1e6}, 15),
+    ],
+)
+def test_a_continued_run_equals_one_longer_training(
+    make: MakeJob, recipe: dict[str, Any], start: int
+) -> None:
+    short, notes = make("short", **recipe), list[str]()
+    first = run_job(short)
+    before = {path: path.stat().st_mtime_ns for path in short.folder.rglob("*")}
+
+    def interrupt_twice(job: TrainingJob) -> TrainingJob:
+        """Continue it; it is interrupted on the way, once before a checkpoint of its own."""
+        job = continue_job(short, job, notes.append)
+        assert not run_job(job, should_stop=stop_at(0)).finished
+        assert describe_saved_state({"long": job}) == f"saved at step {start}"
+        assert run_job(job, should_stop=stop_at(9)).step == start + 9
+        return job
+
+    job = same_run(longer(short, make), interrupt_twice)
+    assert f"continues short from step {start} of 60; the learning rate is" in notes[0]
+    share = curve(job, "train/flops")[start]
+    assert run_job(job).shared_flops == share <= first.training_flops
+    # The finished run is untouched.
+    assert {path: path.stat().st_mtime_ns for path in short.folder.rglob("*")} == before
+
+
+def test_a_constant_run_can_get_a_decay_and_be_continued_again(make: MakeJob) -> None:
+    short = make("short", decay="constant", iterate_from_fraction=0.0)
+    run_job(short)
+    assert steps_of(short) == [20]
+    job = continue_job(short, longer(short, make, decay="wsd", num_steps=32), print)
+    assert job.continued_from == str(short.folder / "step_00000020")
+    run_job(job)
+    assert steps_of(job) == [24, 32], "the checkpoint before the decay is kept"
+    again = make("again", decay="wsd", num_steps=40, iterate_from_fraction=0.0)
+    again = continue_job(job, again, print)
+    assert again.continued_from == str(job.folder / "step_00000024")
+    rates = [learning_rate_at(step, make("run").recipe) for step in range(20)]
+    assert rates[3:16] == [rates[3]] * 13
+    assert rates[16] < rates[15]
+
+
+def test_the_corrections_start_at_the_same_steps(make: MakeJob) -> None:
+    short = make("short", iterate_from_fraction=0.35, iterate_ramp_fraction=0.3)
+    job = longer(short, make, num_steps=47)
+    assert job.recipe.iterate_from_fraction == 7 / 47
+    assert shared_steps(short, job) == 16  # The decay's first step still has the peak rate.
+    moved = longer(short, make, iterate_from_fraction=0.5)
+    assert moved.recipe.iterate_from_fraction == 0.5
+    assert shared_steps(short, moved) == 7
+
+
+def test_what_cannot_be_continued_exactly_is_refused(make: MakeJob) -> None:
+    short, cosine = make("short"), make("cosine", decay="cosine")
+    with pytest.raises(UserError, match="--steps takes a larger number, got 20"):
+        longer(short, make, num_steps=20)
+    for job in (short, cosine):
+        run_job(job)
+    refused = partial(continue_job, note=print)
+    with pytest.raises(UserError, match=r"recipe\.learning_rate was 0\.01, is 0\.5"):
+        refused(short, longer(short, make, learning_rate=0.5))
+    with pytest.raises(UserError, match=r"differs from it after step 3.*only of the steps 15, 20"):
+        refused(short, longer(short, make, iterate_from_fraction=0.05))
+    with pytest.raises(UserError, match=r"cosine over all of its 20 steps.* training\.decay=wsd"):
+        refused(cosine, longer(cosine, make))

@@ -1,0 +1,165 @@
+"""The terminal shows speed, time left and problems of jobs; a model is one for MLflow."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import pytest
+from rich.console import Console
+from sample_trials import sample_trial
+
+from iiet.config import preset
+from orchestrator.data.mixture import describe_data
+from orchestrator.models.config import model_family
+from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import TrialSuite
+from orchestrator.terminal.progress import Progress
+from orchestrator.tracking import Tracking
+from orchestrator.training.trainer import run_job
+from orchestrator.training.watching import RunMonitor, evaluated_model, job_model, trial_model
+from orchestrator.workspace.journal import Journal
+
+
+class RecordingProgress(Progress):
+    def __init__(self) -> None:
+        self.shown: list[tuple[float, str, float | None]] = []
+        self.notes: list[str] = []
+
+    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
+        self.shown.append((done, text, seconds_left))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def job(tiny_job: Callable[..., TrainingJob]) -> TrainingJob:
+    return tiny_job(num_steps=100, iterate_from_fraction=0.5)
+
+
+def test_the_time_left_accounts_for_corrections(job: TrainingJob) -> None:
+    progress, journal = RecordingProgress(), Journal(job.folder)
+    monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
+    monitor.poll()
+    assert progress.shown[-1] == (0, "waiting for the first step", None)
+    speed = {"train/loss": 5.5, "train/tokens_per_second": 640.0}
+    journal.metrics(10, speed)
+    monitor.poll()
+    done, text, first = progress.shown[-1]
+    assert (done, text) == (10, "loss iiet 5.50, 640 tokens/s")
+    # 40 steps of the first stage at 0.1 s; 50 of the second, each dearer but not 2.5 times so.
+    assert first is not None
+    assert 40 * 0.1 + 50 * 0.1 < first < 40 * 0.1 + 50 * 0.25
+    journal.metrics(60, speed)
+    monitor.poll()
+    assert progress.shown[-1][2] == pytest.approx(40 * 0.1)
+    journal.metrics(100, speed)
+    monitor.poll()
+    assert progress.shown[-1] == (100, "", None)
+    journal.close()
+
+
+def test_a_speed_of_an_earlier_process_is_not_shown(job: TrainingJob) -> None:
+    progress, journal = RecordingProgress(), Journal(job.folder)
+    journal.metrics(60, {"train/loss": 5.5, "train/tokens_per_second": 640.0})
+    time.sleep(0.01)  # Records are stamped in milliseconds.
+    monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
+    monitor.poll()
+    assert progress.shown[-1] == (60, "loss iiet 5.50", None)
+    journal.metrics(70, {"train/tokens_per_second": 320.0})
+    monitor.poll()
+    assert progress.shown[-1][1] == "loss iiet 5.50, 320 tokens/s"
+    journal.event("resumed", step=60)  # A worker died.
+    monitor.poll()
+    assert progress.shown[-1][1] == "loss iiet 5.50"
+    journal.close()
+
+
+def test_unusual_events_are_noted(job: TrainingJob) -> None:
+    progress, journal = RecordingProgress(), Journal(job.folder)
+    monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
+    journal.event("skipped", step=7, loss=float("nan"), gradient_norm=2.0)
+    journal.event("damaged", text="a sentence")
+    journal.event("compiled", seconds=41.3)
+    journal.event("not compiled", text="another sentence")
+    monitor.poll()
+    assert progress.notes == [
+        "iiet: step 7 was skipped: loss nan, gradient norm 2",
+        "a sentence",
+        "iiet: compiled in 41 s",
+        "another sentence",
+    ]
+    journal.close()
+
+
+def test_a_trained_and_a_measured_model_are_one(
+    tiny_job: Callable[..., TrainingJob], tiny_tokens: Path
+) -> None:
+    job = tiny_job(num_steps=1, seed=5)
+    assert job_model(job) is None
+    checkpoint = str(run_job(job).checkpoint)
+    trained = job_model(job)
+    assert trained is not None
+    name, digest, _ = describe_data(tiny_tokens)
+    assert trained.datasets["validation/loss"] == (name, digest)
+    assert (trained.name, trained.params["seed"]) == ("iiet-2x16 2,1", "5")
+    suite = TrialSuite(tokens_folder=str(tiny_tokens), tasks=("copy", "sort"))
+    cost, quality = {"evaluations": 5}, {"validation_loss": 2.0, "copy/acc": 0.5}
+    teacher, pruned = (
+        sample_trial(
+            schedule=schedule, cost=cost, quality=quality, checkpoint=checkpoint, suite=suite
+        )
+        for schedule in ((2, 1), (1, 0))
+    )
+    measured, other = trial_model(teacher), trial_model(pruned)
+    assert measured is not None
+    assert other is not None
+    assert measured.key == trained.key != other.key
+    evaluated = evaluated_model(Path(checkpoint), job.model, {"quality/accuracy": ("copy", "1")})
+    assert evaluated is not None
+    assert evaluated.key == trained.key
+    assert evaluated.datasets == {"quality/accuracy": ("copy", "1")}
+    assert measured.datasets == {
+        "cost/evaluations": None,
+        "quality/validation_loss": (name, digest),
+        "quality/perplexity": (name, digest),
+        "quality/copy/acc": ("copy, sort", suite.key),
+    }
+    shutil.rmtree(checkpoint)
+    assert trial_model(teacher) is None
+    assert trial_model(sample_trial(checkpoint=None)) is None
+
+
+def test_lines_and_bar_show_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", -1.0)
+    out = io.StringIO()
+    with Progress(Console(file=out, width=100)) as plain:
+        plain.start("pretrain", 100)
+        plain.advance(10, "loss 5.5", seconds_left=150.0)
+    assert "pretrain: 10/100 loss 5.5, 2.5 min left" in out.getvalue()
+    out = io.StringIO()
+    with Progress(Console(file=out, width=100, force_terminal=True)) as bar:
+        bar.start("pretrain", 100)
+        bar.advance(10, "loss 5.5", seconds_left=7200.0)
+    assert "2 h left" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "family"),
+    [
+        ("tiny", {}, "iiet-tiny"),
+        ("tiny", {"vocab_size": 500, "context_length": 64}, "iiet-tiny"),
+        ("1.3b", {"method": "vanilla"}, "vanilla-1.3b"),
+        ("tiny", {"method": "vanilla", "num_layers": 8}, "vanilla-8x128"),
+        ("tiny", {"ffn_dim": 256}, "iiet-6x128"),
+    ],
+)
+def test_a_model_is_named_by_method_and_size(
+    name: str, changed: dict[str, object], family: str
+) -> None:
+    assert model_family(preset(name, **changed)) == family

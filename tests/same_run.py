@@ -1,0 +1,190 @@
+"""`same_run(job, ...)`: a training that is disturbed ends like one that is not, to the last bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from commands import Started
+
+from orchestrator.data.store import TokenStore
+from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.training.checkpoint import load_training_state
+from orchestrator.training.devices import World
+from orchestrator.training.trainer import run_job
+from orchestrator.workspace.journal import read_journal
+from orchestrator.workspace.layout import find_checkpoints
+
+CURVES = (
+    "train/loss", "train/gradient_norm", "train/tokens", "train/flops", "train/kl",
+    "train/full_loss", "train/member_kl", "validation/loss", "validation/cheapest_loss",
+)  # fmt: skip
+
+Disturbance = Callable[[TrainingJob], TrainingJob | None]
+"""Does something to a job's run before it is finished; may return the job with changes."""
+
+
+def same_run(job: TrainingJob, *disturbances: Disturbance, rel: float = 0.0) -> TrainingJob:
+    """Train a job alone, and disturbed in a folder beside it; return the disturbed one.
+
+    Args:
+        job: Its folder's name is extended; jobs of one name share the run that is not disturbed.
+        disturbances: What happens before the last start, in this order.
+        rel: Relative tolerance of the curves, where rounding differs; the weights then may differ.
+    """
+    alone = in_folder(job, f"{job.folder.name}-alone")
+    numbers = range(1000)
+    free = (f"{job.folder.name}-{n}" for n in numbers)
+    name = next(name for name in free if not (job.folder.parent / name).exists())
+    disturbed = in_folder(job, name)
+    for disturb in disturbances:
+        disturbed = disturb(disturbed) or disturbed
+    expected, found = run_job(alone), run_job(disturbed)
+    assert found.finished
+    assert not list(disturbed.folder.glob(".*.iiet-temporary"))
+    for metric in CURVES:
+        assert curve(disturbed, metric) == pytest.approx(curve(alone, metric), rel=rel, abs=rel)
+    for field in ("step", "num_tokens", "training_flops"):
+        assert getattr(found, field) == getattr(expected, field)
+    if not rel:
+        assert found.validation_loss == expected.validation_loss
+        assert state_of(found) == state_of(expected)
+    return disturbed
+
+
+def in_folder(job: TrainingJob, name: str) -> TrainingJob:
+    """Return a job in a folder of this name, beside its own."""
+    return job.model_copy(update={"run_folder": str(job.folder.parent / name)})
+
+
+def curve(job: TrainingJob, metric: str = "train/loss") -> dict[int, float]:
+    """Return step, from 1 -> the latest value of a metric in a journal."""
+    return {
+        record["step"]: record["values"][metric]
+        for record in read_journal(job.folder)[0]
+        if metric in record.get("values", {})
+    }
+
+
+def events(job: TrainingJob, name: str) -> list[dict[str, Any]]:
+    """Return the events of this name in a job's journal."""
+    return [record for record in read_journal(job.folder)[0] if record.get("name") == name]
+
+
+def steps_of(job: TrainingJob) -> list[int]:
+    """Return the steps of a job's checkpoints."""
+    return [int(path.name[5:]) for path in find_checkpoints(job.folder)]
+
+
+def state_of(outcome: TrainingOutcome) -> tuple[bytes, str]:
+    """Return the weights and the moments of the last checkpoint."""
+    folder = Path(str(outcome.checkpoint))
+    moments = load_training_state(folder)["optimizer"]["state"]
+    plain = {key: {n: t.tolist() for n, t in each.items()} for key, each in moments.items()}
+    return (folder / "model.safetensors").read_bytes(), str(plain)
+
+
+def stop_at(step: int) -> Callable[[], bool]:
+    """Return a function that asks for a stop after so many steps of this process."""
+    calls = iter(range(10**6))
+    return lambda: next(calls) == step
+
+
+def stop(step: int) -> Disturbance:
+    """Stop after so many steps of a process."""
+
+    def disturb(job: TrainingJob) -> None:
+        outcome = run_job(job, should_stop=stop_at(step))
+        assert not outcome.finished
+        torch.manual_seed(step)  # Whatever else the process does in between.
+
+    return disturb
+
+
+def crash(step: int) -> Disturbance:
+    """Fail while the batch of a step is read."""
+
+    def disturb(job: TrainingJob) -> None:
+        batch = TokenStore.batch
+
+        def crashing(self: TokenStore, now: int, **options: Any) -> Any:
+            if now == step:
+                raise RuntimeError("crash")
+            return batch(self, now, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TokenStore, "batch", crashing)
+            with pytest.raises(RuntimeError, match="crash"):
+                run_job(job)
+
+    return disturb
+
+
+KILLED = """
+import importlib, os, signal, sys
+from orchestrator.records.training import TrainingJob
+from orchestrator.training.trainer import run_job
+
+module, name, word, job = sys.argv[1:]
+owner = importlib.import_module(module)
+plain = getattr(owner, name)
+
+def dying(*args, **options):
+    if word in repr(args):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(*args, **options)
+
+setattr(owner, name, dying)
+run_job(TrainingJob.model_validate_json(job))
+"""
+
+
+def kill(module: str, name: str, word: str) -> Disturbance:
+    """Kill a process of its own where it calls a function with this word in its arguments."""
+
+    def disturb(job: TrainingJob) -> None:
+        arguments = (f"orchestrator.{module}", name, word, job.model_dump_json())
+        process = Started(*arguments, code=KILLED)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+
+    return disturb
+
+
+def damage(name: str, content: bytes = b"cut off") -> Disturbance:
+    """Replace a file of the newest checkpoint."""
+
+    def disturb(job: TrainingJob) -> None:
+        (find_checkpoints(job.folder)[-1] / name).write_bytes(content)
+
+    return disturb
+
+
+def recipe(**changes: Any) -> Disturbance:
+    """Train with another recipe, whose changes are not part of the key."""
+    return lambda job: job.model_copy(update={"recipe": job.recipe.model_copy(update=changes)})
+
+
+def workers(number: int, parallel: str = "ddp") -> Disturbance:
+    """Train the whole job on several workers."""
+
+    def disturb(job: TrainingJob) -> None:
+        arguments = (str(job.folder) + "-meeting", job.model_dump(mode="json"), parallel, number)
+        mp.spawn(_work, arguments, nprocs=number)
+
+    return disturb
+
+
+def _work(rank: int, meeting: str, job: dict[str, Any], parallel: str, number: int) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    address = {"init_method": f"file://{meeting}", "rank": rank, "world_size": number}
+    torch.distributed.init_process_group("gloo", **address)
+    run_job(TrainingJob.model_validate(job), world=World(rank=rank, size=number, parallel=parallel))
+    torch.distributed.destroy_process_group()
