@@ -92,6 +92,12 @@ class OneTrial:
     def on_start(self, key):
         pass
 
+    def saved(self):
+        return ""
+
+    def seconds_to_save(self):
+        return 60.0
+
     def on_end(self, key, result, error):
         self.is_over, self.ended = True, (result, error)
 
