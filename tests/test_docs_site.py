@@ -100,7 +100,7 @@ def test_the_front_that_is_drawn_is_that_of_the_results() -> None:
     assert {name: accuracy for name, accuracy, _ in rows} == drawn
     picks = concept_figures.depth_front().picks
     assert {place: name for name, _, place in rows if place} == {
-        place: point.result.label for place, point in picks.items()
+        place: point["label"] for place, point in picks.items()
     }
 
 

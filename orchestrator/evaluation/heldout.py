@@ -288,12 +288,12 @@ def _chance_in_words(task: DepthTask, rows: Sequence[Mapping[str, Any]]) -> str:
 # Items of text
 
 MAX_ROLLING_BYTES = 80_000
-SOURCE_BYTES_PER_ITEM = 400
+SOURCE_BYTES_PER_ITEM = 2_000
 """Held-out text searched per item."""
 KNOWN_TEXT_TOKENS = 2_000_000
 """Training tokens that say which words a reader could expect."""
 MIN_WORDS_BEFORE, MIN_SENTENCE_WORDS = 8, 6
-MIN_EXPECTATION = 0.1
+MIN_EXPECTATION = 0.05
 """Share of the words after the one before, in the training text."""
 MAX_WORD_TOKENS = 2
 ITEMS_PER_SENTENCE = 2
@@ -389,14 +389,23 @@ def _last_words(
 
 
 def _sample(stores: Sequence[TokenStore], num_bytes: int) -> Iterator[str]:
-    """Yield about `num_bytes` of held-out documents, chosen by hash, in their order."""
-    share = min(1.0, num_bytes / sum(store.manifest.validation.bytes for store in stores))
+    """Yield held-out documents of `num_bytes` or a little more, those with the smallest hashes."""
+    sizes = sorted(
+        (_hash(text), len(text.encode("utf-8", "replace"))) for text in _held_out(stores)
+    )
+    largest, total = b"", 0
+    for digest, size in sizes:
+        if total >= num_bytes:
+            break
+        largest, total = digest, total + size
+    yield from (text for text in _held_out(stores) if _hash(text) <= largest)
+
+
+def _held_out(stores: Sequence[TokenStore]) -> Iterator[str]:
+    """Yield the held-out documents in their order."""
     for store in stores:
         with store.validation_documents_path.open(encoding="utf-8") as lines:
-            for line in lines:
-                text = json.loads(line)["text"]
-                if int.from_bytes(_hash(text)) < share * 2**64:
-                    yield text
+            yield from (json.loads(line)["text"] for line in lines)
 
 
 def _hash(text: str) -> bytes:

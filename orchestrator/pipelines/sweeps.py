@@ -70,7 +70,6 @@ from orchestrator.sweeping.plan import (
     schedule_search,
     students_upper_bound,
 )
-from orchestrator.sweeping.trial import asha_rule, competing_trials
 from orchestrator.sweeping.trial_states import (
     TrialState,
     plan_sentences,
@@ -78,7 +77,13 @@ from orchestrator.sweeping.trial_states import (
     requested_noun,
     trial_states,
 )
-from orchestrator.sweeping.trials import elastic_savings, exact_cost, full_config
+from orchestrator.sweeping.trials import (
+    asha_rule,
+    competing_trials,
+    elastic_savings,
+    exact_cost,
+    full_config,
+)
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import RunFailed, UserError

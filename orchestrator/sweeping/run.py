@@ -32,8 +32,8 @@ from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.sweeping.decode import with_costs, with_decoding
 from orchestrator.sweeping.live import LiveSweep
-from orchestrator.sweeping.trial import asha_rule, competing_trials, early_stops, run_trial
-from orchestrator.sweeping.trials import full_config
+from orchestrator.sweeping.trial import run_trial
+from orchestrator.sweeping.trials import asha_rule, competing_trials, early_stops, full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import note_saved_state, stop_requested
 from orchestrator.tracking import Tracking, status_after

@@ -25,8 +25,7 @@ from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.folder import load_provenance
 from orchestrator.models.open import open_model
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.records.trial import AshaRule, EarlyStop, SweepPlan, Trial
-from orchestrator.settings import SweepSettings
+from orchestrator.records.trial import Trial
 from orchestrator.terminal.stop import stop_requested, stop_when
 from orchestrator.training.trainer import Report, run_job
 from orchestrator.training.watching import lock_run_folder
@@ -145,35 +144,3 @@ def _training_numbers(trial: Trial, outcome: TrainingOutcome | None) -> dict[str
         "seconds": outcome.train_seconds,
         "shared_flops": outcome.shared_flops or None,
     }
-
-
-def asha_rule(sweep: SweepSettings) -> AshaRule:
-    """Return when trials are compared, and how many continue."""
-    return AshaRule(first_rung=sweep.asha_first_rung, reduction_factor=sweep.asha_reduction_factor)
-
-
-def competing_trials(plan: SweepPlan, sweep: SweepSettings) -> list[list[Trial]]:
-    """Return, for each model with several learning rates, its trials; none without ASHA."""
-    if plan.kind != "iterations" or not sweep.asha:
-        return []
-    models: dict[str, list[Trial]] = {}
-    for trial in plan.trials:
-        if trial.job:
-            recipe = trial.job.recipe.model_copy(update={"learning_rate": None})
-            changes = {"recipe": recipe, "run_folder": "", "first_stages": None}
-            same = trial.job.model_copy(update=changes).model_dump_json(warnings=False)
-            models.setdefault(same, []).append(trial)
-    return [trials for trials in models.values() if len(trials) > 1]
-
-
-def early_stops(plan: SweepPlan, sweep: SweepSettings) -> dict[str, EarlyStop]:
-    """Return key -> reason of the trials that were stopped early: by this rule, for a competitor
-    that is in the plan. Those that have a result are among them."""
-    found: dict[str, EarlyStop] = {}
-    for trials in competing_trials(plan, sweep):
-        labels = {trial.label for trial in trials}
-        for trial in trials:
-            stop = EarlyStop.read(Path(trial.folder) / STOPPED_NAME)
-            if stop and stop.rule == asha_rule(sweep) and stop.competitor in labels - {trial.label}:
-                found[trial.key] = stop
-    return found

@@ -14,8 +14,12 @@ from iiet.cost import inference_cost
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import SweepSettings
-from orchestrator.sweeping.trial import early_stops
-from orchestrator.sweeping.trials import full_config, num_distilled_baselines, num_models
+from orchestrator.sweeping.trials import (
+    early_stops,
+    full_config,
+    num_distilled_baselines,
+    num_models,
+)
 from orchestrator.terminal.render import ResponsiveLayout, format_bytes, format_count
 from orchestrator.training.job import finished_outcome
 

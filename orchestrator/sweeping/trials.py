@@ -24,14 +24,28 @@ from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import load_config, weights_key
 from orchestrator.planning.estimate import Estimate, price_of_trials
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import Role, SweepPlan, Trial, TrialSuite, teacher_or_costliest
-from orchestrator.settings import DistillationSettings, ElasticSettings, Settings, TrainingSettings
+from orchestrator.records.trial import (
+    AshaRule,
+    EarlyStop,
+    Role,
+    SweepPlan,
+    Trial,
+    TrialSuite,
+    teacher_or_costliest,
+)
+from orchestrator.settings import (
+    DistillationSettings,
+    ElasticSettings,
+    Settings,
+    SweepSettings,
+    TrainingSettings,
+)
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import folder_of_weights, job_key, sequences_per_step
 from orchestrator.training.schedules import checked_family
 from orchestrator.training.teacher_cache import answers_plan
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import Workspace, checkpoint_name
+from orchestrator.workspace.layout import STOPPED_NAME, Workspace, checkpoint_name
 from orchestrator.workspace.provenance import content_key
 
 
@@ -452,3 +466,35 @@ def _elastic_distillation(settings: Settings, schedules: Sequence[str]) -> Disti
         "num_steps": settings.sweep.elastic_steps or recipe.num_steps,
     }
     return distillation.model_copy(update={"training": recipe.model_copy(update=changes)})
+
+
+def asha_rule(sweep: SweepSettings) -> AshaRule:
+    """Return when trials are compared, and how many continue."""
+    return AshaRule(first_rung=sweep.asha_first_rung, reduction_factor=sweep.asha_reduction_factor)
+
+
+def competing_trials(plan: SweepPlan, sweep: SweepSettings) -> list[list[Trial]]:
+    """Return, for each model with several learning rates, its trials; none without ASHA."""
+    if plan.kind != "iterations" or not sweep.asha:
+        return []
+    models: dict[str, list[Trial]] = {}
+    for trial in plan.trials:
+        if trial.job:
+            recipe = trial.job.recipe.model_copy(update={"learning_rate": None})
+            changes = {"recipe": recipe, "run_folder": "", "first_stages": None}
+            same = trial.job.model_copy(update=changes).model_dump_json(warnings=False)
+            models.setdefault(same, []).append(trial)
+    return [trials for trials in models.values() if len(trials) > 1]
+
+
+def early_stops(plan: SweepPlan, sweep: SweepSettings) -> dict[str, EarlyStop]:
+    """Return key -> reason of the trials that were stopped early: by this rule, for a competitor
+    that is in the plan. Those that have a result are among them."""
+    found: dict[str, EarlyStop] = {}
+    for trials in competing_trials(plan, sweep):
+        labels = {trial.label for trial in trials}
+        for trial in trials:
+            stop = EarlyStop.read(Path(trial.folder) / STOPPED_NAME)
+            if stop and stop.rule == asha_rule(sweep) and stop.competitor in labels - {trial.label}:
+                found[trial.key] = stop
+    return found

@@ -129,7 +129,7 @@ def test_init_asks_for_what_is_missing(
     [
         (["init"], "--data PATH"),
         (["init", "--data", "nowhere"], "nowhere"),
-        (["init", "--data", "binary.txt"], "binary.txt is not UTF-8 text"),
+        (["init", "--data", "binary.txt"], "binary.txt: this is not UTF-8 text"),
         (["init", "--data", "text", "--hub", "a/b"], "leave all but one out"),
         (["init", "--data", "text", "--size", "9m"], "--size"),
         (["init", "text", "--data", "text"], "exists"),

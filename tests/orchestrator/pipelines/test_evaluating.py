@@ -296,7 +296,10 @@ def test_held_out_tasks_need_the_tokens_of_the_checkpoint(
 
 @pytest.mark.parametrize(
     ("schedule", "complaint"),
-    [(IterationSchedule((1, 1, 1)), "num_layers"), (IterationSchedule((1,)), "num_layers")],
+    [
+        (IterationSchedule((1, 1, 1)), "is for 3 layers"),
+        (IterationSchedule((1,)), "is for 1 layers"),
+    ],
 )
 def test_a_schedule_that_does_not_fit_is_refused(
     checkpoint: Path,
