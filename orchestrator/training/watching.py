@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iiet.config import ModelConfig
 from orchestrator.data.mixture import describe_data
@@ -31,7 +31,6 @@ from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_duration, format_schedule, join_names
 from orchestrator.terminal.stop import interruption_text, stop_requested, wait_interruptibly
-from orchestrator.tracking import Tracking, reason_tags, status_after
 from orchestrator.training.job import finished_outcome, job_key
 from orchestrator.training.monitor import PROFILE_NAME
 from orchestrator.training.schedules import flops_per_token_by_step
@@ -47,6 +46,9 @@ from orchestrator.workspace.journal import (
 )
 from orchestrator.workspace.layout import DONE_NAME, RUN_LOCK_NAME, find_checkpoints, step_of
 from orchestrator.workspace.locks import is_locked, lock_file
+
+if TYPE_CHECKING:
+    from orchestrator.tracking import Tracking  # It imports MLflow, which takes seconds.
 
 Dataset = tuple[str, str]
 """Name and digest."""
@@ -262,6 +264,8 @@ class RunMonitor:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """End the runs, except those that another process trains."""
+        from orchestrator.tracking import status_after
+
         self._read()
         status, reason = status_after(error), first_line(error) if error else ""
         ended = [
@@ -294,6 +298,8 @@ def training_run(
         status: Of a FINISHED one, the model is shown, too.
         reason: Shown if the run has failed.
     """
+    from orchestrator.tracking import reason_tags
+
     outcome = finished_outcome(job) if status == "FINISHED" else None
     tags = {"iiet.method": job.model.method}
     if outcome and kind == "pretrain":

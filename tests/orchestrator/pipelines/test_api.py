@@ -102,7 +102,8 @@ def test_a_project_runs_from_pretraining_to_a_picked_model(
     assert report.page.is_file()
     assert report.to_pandas().equals(trials)
 
-    picked = orchestrator.plan_pick(workspace=workspace, sweep="mine")
+    rule = orchestrator.PickRule(name="best")
+    picked = orchestrator.plan_pick(workspace=workspace, sweep="mine", rule=rule)
     assert picked.sentence
     assert picked.to_pandas()["method"].tolist() == ["iiet"]
     [text] = orchestrator.generate(
