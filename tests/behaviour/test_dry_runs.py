@@ -51,7 +51,7 @@ FROM_MODELS = {
     "search": ["sweep-threshold", "full", "--search", "2", *OPTIONS],
     "influence": ["influence", "full", *OPTIONS],
     "benchmark": ["benchmark", "full"],
-    "pick": ["pick", "mine"],
+    "pick": ["pick", "mine", "--best"],
     "evaluate": ["evaluate", "full", *OPTIONS],
     "compare": ["compare", "full", "full", "-r", "1", "-r", "0", *OPTIONS],
 }
