@@ -284,7 +284,7 @@ def test_a_second_ctrl_c_ends_at_once(job: TrainingJob, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("num_saved", "saved"), [(0, "nothing was saved"), (1, "saved at step 300")]
+    ("num_saved", "saved"), [(0, "nothing was saved"), (1, "saved at step 30")]
 )
 def test_after_ctrl_c_an_error_is_reported_with_what_was_saved_before_it(
     num_saved: int,
@@ -293,14 +293,14 @@ def test_after_ctrl_c_an_error_is_reported_with_what_was_saved_before_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The second checkpoint is so late that the first is seen before it, also on a busy machine.
-    job = tiny_job(num_steps=900, validate_every_steps=900, checkpoint_every_steps=300)
+    job = tiny_job(num_steps=90, validate_every_steps=90, checkpoint_every_steps=30)
     monkeypatch.setattr(task, "POLL_SECONDS", 0.0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def interrupt_and_refuse_to_save() -> None:
         if len(find_checkpoints(job.folder)) == num_saved:
             # The system refuses to write more into one file, as a full disk does.
-            resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
             os.kill(os.getpid(), signal.SIGINT)
 
     # The first checkpoint is written beside the steps after it.
