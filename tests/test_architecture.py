@@ -63,7 +63,7 @@ LINES = {
     "benchmarks": 3_627,
     "examples": 278,
     "research": 1_990,
-    "orchestrator/workspace": 1_064,
+    "orchestrator/workspace": 1_053,
     "orchestrator/terminal": 584,
     "orchestrator/settings": 1_619,
     "orchestrator/records": 948,

@@ -7,7 +7,6 @@ Records: `{"kind": "metrics", "time": ms, "step": n, "values": {name: number}}` 
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -113,16 +112,6 @@ def recorded_times(folder: Path) -> tuple[int, int] | None:
         first = next(_records(file))
         return first["time"], (read_tail(folder) or [first])[-1]["time"]
     return None
-
-
-def validation_losses(records: Iterable[Record]) -> list[tuple[int, float]]:
-    """Return the steps and validation losses in a journal's records, the finite ones."""
-    return [
-        (record["step"], loss)
-        for record in records
-        if record["kind"] == "metrics"
-        and math.isfinite(loss := record["values"].get(VALIDATION_METRIC, math.nan))
-    ]
 
 
 def _records(lines: Iterable[bytes]) -> Iterator[Record]:

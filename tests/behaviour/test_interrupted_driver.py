@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from commands import Started
+from same_run import curve
 
 from orchestrator.models.folder import weights_key
 from orchestrator.records.training import TrainingJob
@@ -37,14 +38,6 @@ except (Interrupted, KeyboardInterrupt):
 @pytest.fixture
 def job(tiny_job: Callable[..., TrainingJob]) -> TrainingJob:
     return tiny_job(num_steps=400, validate_every_steps=400, checkpoint_every_steps=20)
-
-
-def losses(job: TrainingJob) -> dict[int, float]:
-    return {
-        record["step"]: record["values"]["train/loss"]
-        for record in read_journal(job.folder)[0]
-        if "train/loss" in record.get("values", {})
-    }
 
 
 @pytest.fixture
@@ -97,12 +90,12 @@ def test_an_interrupted_driver_leaves_a_run_that_resumes(
     run_here(whole, as_in=job)
     run_here(job, as_in=job)  # One worker, and no Ray.
     if num_workers == 1:
-        assert losses(job) == losses(whole)
+        assert curve(job) == curve(whole)
         assert weights(job) == weights(whole)
     else:
         # Two workers add in another order, and 400 steps carry the rounding on: by up to 1e-4 of
         # the loss. Another batch in one step would change losses by more than a hundredth.
-        assert losses(job) == pytest.approx(losses(whole), rel=1e-3)
+        assert curve(job) == pytest.approx(curve(whole), rel=1e-3)
 
 
 def run_here(job: TrainingJob, *, as_in: TrainingJob) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from pretended_cluster import run_driver
+from same_run import curve
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.trainer import run_job
@@ -150,12 +151,4 @@ def test_a_lost_node_changes_no_loss(
         run_job(job("whole"))
     finally:
         torch.set_num_threads(before)
-    assert losses(tmp_path / "lost") == losses(tmp_path / "whole")
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return {
-        record["step"]: record["values"]["train/loss"]
-        for record in read_journal(folder)[0]
-        if "train/loss" in record.get("values", {})
-    }
+    assert curve(job("lost")) == curve(job("whole"))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from pretended_cluster import run_driver
+from same_run import curve
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.training.trainer import run_job
@@ -85,16 +86,8 @@ def test_a_job_goes_on_with_fewer_workers_and_grows_back(
     assert [start["num_workers"] for start in starts] == [2, 1, 2]
     assert [start["step"] % 1000 for start in starts[1:]] == [0, 0], "from the newest checkpoint"
 
-    varied = losses(tmp_path / "varied")
+    varied = curve(job("varied"))
     assert max(varied) > starts[2]["step"]
     steps = iter(range(10**6))
     run_job(job("whole"), should_stop=lambda: next(steps) == max(varied))
-    assert varied == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return {
-        record["step"]: record["values"]["train/loss"]
-        for record in read_journal(folder)[0]
-        if "train/loss" in record.get("values", {})
-    }
+    assert varied == pytest.approx(curve(job("whole")), abs=1e-4)

@@ -12,8 +12,6 @@ from fake_tracking import untracked
 from lm_eval_tasks import write_task
 
 from orchestrator import cli
-from orchestrator.evaluation import measuring
-from orchestrator.evaluation.lm_eval_files import MeasuredTask
 from orchestrator.evaluation.store import ITEMS
 from orchestrator.models.open import open_models
 from orchestrator.pipelines.context import Context
@@ -65,20 +63,6 @@ def compare_models(
 ) -> CompareResult:
     plan = plan_compare(settings, workspace=context.workspace, models=models, schedules=schedules)
     return run_compare(plan, context)
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the tasks that were run, in order."""
-    names: list[str] = []
-    real = measuring.run_task
-
-    def recorded(name: str, *arguments: Any) -> MeasuredTask:
-        names.append(name)
-        return real(name, *arguments)
-
-    monkeypatch.setattr(measuring, "run_task", recorded)
-    return names
 
 
 def lm_eval_output(folder: Path, tasks: dict[str, dict[str, float]]) -> Path:

@@ -14,7 +14,6 @@ from lm_eval_tasks import logged_responses, write_choices
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation import measuring
 from orchestrator.evaluation import suite as loading
-from orchestrator.evaluation.lm_eval_files import MeasuredTask
 from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.models.folder import load_config
 from orchestrator.models.open import OpenedModel, open_model
@@ -47,20 +46,6 @@ def settings(tmp_path: Path) -> EvaluationSettings:
     write_choices(tmp_path / "tasks", "first", ["a b", "c d", "e f"])
     write_choices(tmp_path / "tasks", "second", ["g h", "i j"])
     return EvaluationSettings(suite="first, second", include_path=str(tmp_path / "tasks"))
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the tasks that were run, in order."""
-    names: list[str] = []
-    real = measuring.run_task
-
-    def recorded(name: str, *arguments: Any) -> MeasuredTask:
-        names.append(name)
-        return real(name, *arguments)
-
-    monkeypatch.setattr(measuring, "run_task", recorded)
-    return names
 
 
 class Lines(Progress):

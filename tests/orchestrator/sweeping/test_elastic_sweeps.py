@@ -11,7 +11,6 @@ import pytest
 from fake_tracking import FakeTracking
 from sample_trials import sample_front, sample_trial
 
-from iiet.config import ModelConfig
 from iiet.cost import inference_cost, training_flops_per_token
 from iiet.influence import InfluenceTable
 from orchestrator.evaluation.measuring import heldout_loss
@@ -41,7 +40,6 @@ from orchestrator.sweeping.trials import (
 )
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
-from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 
@@ -57,26 +55,6 @@ SMALL = [
     "distillation.training.num_tokens_per_step=64",
     "distillation.training.num_validation_tokens=64",
 ]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Path:
-    model = ModelConfig.from_dict(
-        {
-            "vocab_size": 300, "dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2,
-            "ffn_dim": 32, "context_length": 16, "schedule": [2, 1],
-        }
-    ).to_dict()  # fmt: skip
-    recipe = resolve_settings({}, ["training.num_steps=2", "training.num_tokens_per_step=64"])
-    outcome = run_job(
-        TrainingJob(
-            run_folder=str(tmp_path_factory.mktemp("runs") / "teacher"),
-            tokens_folder=str(tiny_tokens),
-            model=model,
-            recipe=recipe.training,
-        )
-    )
-    return Path(str(outcome.checkpoint))
 
 
 @pytest.fixture
