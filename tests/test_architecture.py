@@ -70,7 +70,7 @@ LINES = {
     "orchestrator/models": 1_726,
     "orchestrator/data": 2_558,
     "orchestrator/tracking": 1_529,
-    "orchestrator/training": 3_699,
+    "orchestrator/training": 3_587,
     "orchestrator/evaluation": 3_220,
     "orchestrator/planning": 1_293,
     "orchestrator/cluster": 2_198,
