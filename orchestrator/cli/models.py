@@ -263,8 +263,8 @@ def pick(
     if call.dry_run and to is not None:
         raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
     confidence = rules.confidence
-    asked = {name: value for name, value in rules if value not in (None, False)}
-    del asked["confidence"]
+    given = rules.model_dump(exclude={"confidence"}, exclude_none=True)
+    asked = {name: value for name, value in given.items() if value is not False}
     if len(asked) > 1:
         options = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
         raise UserError(f"pick takes one rule; got {options}")
@@ -276,10 +276,10 @@ def pick(
 
     kind: Any = name.removesuffix("_for")
     number = {"keep": "share", "budget": "budget", "draft": "model"}.get(kind)
-    given: dict[str, Any] = {number: value} if number and value is not None else {}
+    numbers: dict[str, Any] = {number: value} if number and value is not None else {}
     plan = plan_pick(
         sweep=sweep,
-        rule=PickRule(name=kind, confidence=confidence, **given),
+        rule=PickRule(name=kind, confidence=confidence, **numbers),
         cost=cost,
         quality=quality,
         to=to,

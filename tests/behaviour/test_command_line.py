@@ -88,7 +88,6 @@ def test_exit_codes(
         (["sweep-threshold", "missing-folder"], "missing-folder"),
         (["sweep-threshold", "--thresholds", "a,b"], "sweep.thresholds"),
         (["sweep-threshold", "--thresholds", "nan"], "sweep.thresholds"),
-        (["sweep-threshold", "--thresholds", "1_0"], "sweep.thresholds"),
         (["sweep-threshold", "--thresholds", "-1"], "no influence of this metric is below 0"),
         (
             ["sweep", "toy", "--set", "sweep.thresholds=[-1]"],
