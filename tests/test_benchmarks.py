@@ -16,13 +16,12 @@ from benchmarks.mix import StepSize, largest_difference
 from benchmarks.report import Goal, Quantity, Row, checked
 from benchmarks.timing import Line, Spread, paired_ratio, stopwatch, take_turns
 
-MARKS = {
-    **dict.fromkeys(("mix", "training"), pytest.mark.slow),  # They start processes.
-    **dict.fromkeys(("sweep", "evaluation"), pytest.mark.long),
-}
+START_PROCESSES = ("mix", "training", "evaluation", "sweep")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, ())) for n in BENCHMARKS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] * (n in START_PROCESSES)) for n in BENCHMARKS]
+)
 def test_a_quick_run_checks_measures_and_stores(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,13 +29,7 @@ from benchmarks.gpu.report import (
 )
 
 SKIPPED_ON_CPUS = {"synchronizations"}
-SLOW = {
-    "evaluation": pytest.mark.slow,
-    "compiled": pytest.mark.long,
-    "resume": pytest.mark.long,
-    "workers": pytest.mark.long,
-    "sweep": pytest.mark.long,
-}
+START_PROCESSES = ("evaluation", "compiled", "resume", "workers", "sweep")
 """Sections that start processes or a compiler."""
 
 
@@ -46,7 +40,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[SLOW[n]] if n in SLOW else []) for n in SECTIONS]
+    "name",
+    [pytest.param(n, marks=[pytest.mark.long] * (n in START_PROCESSES)) for n in SECTIONS],
 )
 def test_a_section_passes_on_a_cpu_or_says_why_it_is_skipped(name: str, toy: Setup) -> None:
     result = run_section(SECTIONS[name], toy)

@@ -76,16 +76,14 @@ PREPARED: dict[str, Callable[[Path, pytest.MonkeyPatch], Any]] = {
     ),
 }
 """What makes a command fail, where an empty folder does not."""
+WAITS = {"Ray does not answer", "MLflow does not answer"}
 OWN_PROCESS = {"Ray does not answer"}
 """A process of the tests may have joined a Ray already."""
 
 
 @pytest.mark.parametrize(
     "entry",
-    [
-        pytest.param(entry, marks=[pytest.mark.slow] if entry in OWN_PROCESS else [])
-        for entry in COMMANDS
-    ],
+    [pytest.param(entry, marks=[pytest.mark.slow] * (entry in WAITS)) for entry in COMMANDS],
 )
 def test_a_command_prints_the_text(
     entry: str,
