@@ -17,7 +17,7 @@ from typing import Literal
 
 from iiet.chunked_loss import CHUNK_ELEMENTS
 from iiet.config import ModelConfig
-from iiet.cost import field_parameters, num_parameters
+from iiet.cost import field_parameters, layer_counts, num_parameters
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 
@@ -127,13 +127,10 @@ def _peak_bytes(
 
 
 def _layer_bytes(config: ModelConfig, layer: int, width: int) -> int:
-    method, dim = METHODS[config.method], config.dim
+    dim, counts = config.dim, layer_counts(config, layer)
     kv_dim = config.num_kv_heads * config.head_dim
     # The point, its norm, and the state between attention and feed-forward network. In the
     # arithmetic's precision: queries, keys, values, attention's output, the network's input, gate
     # and up.
     evaluation = 3 * dim * _FULL + (3 * dim + 2 * kv_dim + 2 * config.ffn_dim) * width
-    of_layer = config.corrections, layer, config.options
-    return (
-        method.num_differentiated(*of_layer) * evaluation + method.num_kept(*of_layer) * dim * _FULL
-    )
+    return counts.num_differentiated * evaluation + counts.num_kept * dim * _FULL

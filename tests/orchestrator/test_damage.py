@@ -42,7 +42,7 @@ from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.devices import World
 from orchestrator.training.job import pretraining_job
-from orchestrator.training.teacher_cache import answers_by_step, load_teacher, store_answers
+from orchestrator.training.teacher_cache import answers_of, load_teacher, store_answers
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text
@@ -171,7 +171,7 @@ def _train_the_second_stage(workspace: Workspace, notes: Notes) -> Any:
 def _read_stored_outputs(workspace: Workspace, notes: Notes) -> Any:
     job = next(trial.job for trial in _plan(workspace).trials if trial.job)
     [job], _ = store_answers([job], workspace.teachers, progress=notes)
-    teacher, (sequences, _) = load_teacher(job, World()), answers_by_step(job)(0)
+    teacher, (sequences, _) = load_teacher(job, World()), next(answers_of(job))
     assert teacher
     return teacher(sequences).tolist()
 

@@ -136,21 +136,6 @@ def test_every_training_of_a_process_compiles() -> None:
     assert found == ["compiled"] * 3
 
 
-def test_the_limit_of_graphs_is_one_event_and_changes_nothing() -> None:
-    found: list[Any] = []
-    plain, decoder = tiny_decoder(2), tiny_decoder(2)
-    decoder.load_state_dict(plain.state_dict())
-    compile_fields(decoder, lambda *event, **details: found.append((*event, details)), "eager")
-    ids, mask = torch.randint(13, (2, 8)), torch.ones(2, 8, dtype=torch.bool)
-    mask[0, 0] = False
-    with torch._dynamo.config.patch(recompile_limit=1):
-        for masks in ({}, {"attention_mask": mask}) * 2:
-            torch.testing.assert_close(decoder(ids, **masks), plain(ids, **masks))
-    (compiled, _), (limited, details) = found
-    assert (compiled, limited) == ("compiled", "not compiled")
-    assert "more compiled graphs than PyTorch keeps" in details["text"]
-
-
 def test_other_errors_are_not_taken_for_a_failure_of_the_compiler() -> None:
     def out_of_memory(*_: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
