@@ -297,10 +297,10 @@ def _open_nvml(nvml: Any) -> Iterator[Any]:
 
 def driver_version(nvml: Any = None) -> str | None:
     """Return the version of NVIDIA's driver; None without it or without NVML."""
-    version = None
+    found = []
     with _open_nvml(nvml) as opened:
-        version = str(opened.nvmlSystemGetDriverVersion()) if opened else None
-    return version
+        found += [str(opened.nvmlSystemGetDriverVersion())] if opened else []
+    return found[0] if found else None
 
 
 def installed_gpus(nvml: Any = None) -> list[InstalledGpu]:

@@ -51,7 +51,7 @@ def request(*assignments: str, **devices: Any) -> Estimate:
 def refused(
     *trainings: Estimate, memory: float | None = None, disk: float | None = None, **price: Any
 ) -> str:
-    """Return why trainings do not fit on a machine with these free bytes, of memory on GPUs, too."""
+    """Return why trainings do not fit on a machine with these free bytes; GPUs have the same."""
     needed = price_of(trainings, Path(), **price).disk
     found, free = (None if each is None else int(each) for each in (memory, disk))
     gpus = () if found is None else (found,)
