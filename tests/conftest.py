@@ -74,7 +74,8 @@ def _fixtures(item: pytest.Item) -> list[str]:
 
 
 def _stored_seconds(config: pytest.Config) -> dict[str, float]:
-    found: dict[str, float] = config.cache.get(SECONDS, {}) if config.cache else {}
+    cache: Any = getattr(config, "cache", None)  # It can be switched off.
+    found: dict[str, float] = cache.get(SECONDS, {}) if cache else {}
     return found
 
 
@@ -86,8 +87,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Store the seconds of each file for the order of the next run."""
     config = session.config
-    if config.cache and not hasattr(config, "workerinput"):
-        config.cache.set(SECONDS, {**_stored_seconds(config), **TAKEN})
+    cache: Any = getattr(config, "cache", None)
+    if cache and not hasattr(config, "workerinput"):
+        cache.set(SECONDS, {**_stored_seconds(config), **TAKEN})
 
 
 @pytest.hookimpl(tryfirst=True)
