@@ -327,6 +327,7 @@ def sweep(
             result.
     """
     pretrains = teacher is None and settings.sweep.kind != "iterations"
+    check_sweep(settings)
     check_devices(settings, pretrains=pretrains)
     context = open_context(workspace, progress)
     context.use_loggers(settings.tracking.loggers)
