@@ -83,7 +83,9 @@ def open_context(workspace: Workspace | Path | str, progress: Progress | None = 
 
 
 def in_one_call(
-    plan: Callable[Asked, Planned], run: Callable[[Planned, Context], Made], *, model: str = ""
+    plan: Callable[Asked, Planned],
+    run: Callable[[Planned, Context], Made],
+    **local: Callable[[Any, Workspace | Path | str, Progress | None], Any],
 ) -> Callable[Asked, Made]:
     """Return the function that takes what `plan` takes, and runs the plan.
 
@@ -91,19 +93,18 @@ def in_one_call(
 
     Args:
         plan: Takes `workspace` and `progress`, and writes nothing.
-        model: Argument of the plan that may name a model of the hub, which is imported first.
+        local: Of an argument that may name a model of the hub, the function that imports it.
     """
 
     @wraps(plan)
     def call(*args: Asked.args, **options: Asked.kwargs) -> Made:
         given: dict[str, Any] = options
-        if model:
-            from orchestrator.pipelines.models import local_model
-
-            given[model] = local_model(given.get(model), given["workspace"], given.get("progress"))
+        place = (given["workspace"], given.get("progress"))
+        for name, imported in local.items():
+            given[name] = imported(given.get(name), *place)
         found = plan(*args, **options)
         found.check()
-        return run(found, open_context(given["workspace"], given.get("progress")))
+        return run(found, open_context(*place))
 
     made, arguments = (function.__doc__ or "" for function in (run, plan))
     call.__name__ = call.__qualname__ = run.__name__.removeprefix("run_")

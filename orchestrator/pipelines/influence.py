@@ -27,6 +27,7 @@ from orchestrator.models.folder import load_config, weights_key
 from orchestrator.models.lookup import resolve_teacher
 from orchestrator.models.open import load_model
 from orchestrator.pipelines.context import Context, in_one_call
+from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
 from orchestrator.records.record import Influence
 from orchestrator.records.tracked_run import TrackedRun
@@ -245,7 +246,7 @@ def run_influence(
     return InfluenceResult(checkpoint=plan.checkpoint, table=table)
 
 
-measure_influence = in_one_call(plan_influence, run_influence, model="model")
+measure_influence = in_one_call(plan_influence, run_influence, model=local_model)
 
 
 def _measure(

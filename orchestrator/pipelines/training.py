@@ -27,6 +27,7 @@ from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.models.hub import DRY_RUN, offline
 from orchestrator.models.lookup import resolve_teacher
 from orchestrator.pipelines.context import Context, in_one_call, open_context
+from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
 from orchestrator.planning.estimate import Estimate, Price, find_problems, price_of, run_devices
 from orchestrator.planning.machine import check_run_resources
@@ -393,7 +394,7 @@ def run_distill(plan: TrainingPlan, context: Context) -> StudentsResult:
     return StudentsResult(students=students)
 
 
-distill_all = in_one_call(plan_distill, run_distill, model="teacher")
+distill_all = in_one_call(plan_distill, run_distill, teacher=local_model)
 
 
 def distill(
