@@ -158,17 +158,24 @@ def save_tiny(tiny_tokens: Path, tiny_model: dict[str, Any]) -> Callable[..., Pa
     from orchestrator.data.store import open_tokens
     from orchestrator.training.checkpoint import save_checkpoint
 
-    def save(run_folder: Path, **changes: Any) -> Path:
-        torch.manual_seed(0)
+    def save(
+        run_folder: Path,
+        *,
+        seed: int = 0,
+        step: int = 1,
+        provenance: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> Path:
+        torch.manual_seed(seed)
         decoder = Decoder(ModelConfig.from_dict({**tiny_model, **changes}))
         return save_checkpoint(
             run_folder,
-            1,
+            step,
             config=decoder.config,
             weights=decoder.state_dict(),
             training_state={},
             tokenizer_path=open_tokens(tiny_tokens).tokenizer_path,
-            provenance={"tokens": tiny_tokens.name},
+            provenance={"tokens": tiny_tokens.name, **(provenance or {})},
         )
 
     return save

@@ -84,20 +84,15 @@ def test_what_something_else_needs_stays(space: Workspace, whole: Path, clean: C
     assert clean("checkpoints", "--yes") == []
 
 
-def test_a_run_that_can_be_continued_keeps_its_checkpoint(
+def test_what_a_run_continues_from_and_all_of_an_unfinished_run_stay(
     tiny_job: Callable[..., Any], clean: Clean
 ) -> None:
-    recipe = {"decay": "wsd", "decay_fraction": 0.5, "checkpoint_every_steps": 2}
-    run_job(tiny_job("runs/a", num_steps=8, warmup_steps=1, num_checkpoints_kept=9, **recipe))
+    recipe = {"num_steps": 8, "checkpoint_every_steps": 2, "num_checkpoints_kept": 9}
+    run_job(tiny_job("runs/a", decay="wsd", decay_fraction=0.5, warmup_steps=1, **recipe))
+    asked = iter(range(99))
+    run_job(tiny_job("runs/b", **recipe), should_stop=lambda: next(asked) >= 5)
     # The decay begins after step 4.
     assert clean("--yes") == ["runs/a/step_00000002", "runs/a/step_00000006"]
-
-
-def test_an_unfinished_run_keeps_all(tiny_job: Callable[..., Any], clean: Clean) -> None:
-    job = tiny_job("runs/a", num_steps=8, checkpoint_every_steps=2, num_checkpoints_kept=9)
-    asked = iter(range(99))
-    run_job(job, should_stop=lambda: next(asked) >= 5)
-    assert clean("--yes") == []
 
 
 def test_what_a_process_holds_stays(space: Workspace, whole: Path, clean: Clean) -> None:
@@ -175,8 +170,3 @@ def test_it_asks_first(
     assert cli.main(command) == 0
     assert "deleted 2 of 2" in capsys.readouterr().out
     assert len(find_checkpoints(whole)) == 1
-
-
-def test_only_known_kinds_are_cleaned(space: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["clean", "everything", "--workspace", str(space.root)]) == 2
-    assert "temporary" in capsys.readouterr().err

@@ -50,9 +50,14 @@ def test_a_named_command_alone_has_its_options(name: str) -> None:
 
 
 @pytest.mark.parametrize("names", COMMANDS, ids=" ".join)
-def test_the_help_has_an_example_that_the_command_accepts(
+def test_a_help_fits_80_columns_and_has_an_example_that_the_command_accepts(
     names: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main([*names, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "\x1b" not in printed
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main([*names, "--help"]) == 0
     [example] = [
@@ -67,15 +72,13 @@ def test_the_help_has_an_example_that_the_command_accepts(
         assert parse_command(inner)["workspace"]
 
 
-@pytest.mark.parametrize("names", [(), ("config",), *COMMANDS], ids=" ".join)
-def test_a_help_fits_80_columns(
-    names: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_list_of_commands_fits_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert cli.main([*names, "--help"]) == 0
-    printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= 80
-    assert "\x1b" not in printed
+    for words in ([], ["config"]):
+        assert cli.main([*words, "--help"]) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 @pytest.fixture
@@ -102,28 +105,18 @@ def allowed(section: type[Section], field: str) -> tuple[str, ...]:
     return get_args(section.model_fields[field].annotation)
 
 
-def test_schedules_have_one_option(asked: Callable[..., Settings], tmp_path: Path) -> None:
+def test_options_change_their_settings(asked: Callable[..., Settings], tmp_path: Path) -> None:
     where = ["-w", str(tmp_path)]
     for option in ("--schedule", "-r"):
         assert asked("pretrain", option, "2,1", *where).model.corrections in ("2,1", (2, 1))
     sweep = asked("sweep-iterations", "-r", "0", "--schedule", "3..0", "-r", "2,1", *where).sweep
     assert sweep.iterations == (0, "3..0", "2,1")
-
-
-def test_seed_rate_and_arithmetic_are_options(
-    asked: Callable[..., Settings], tmp_path: Path
-) -> None:
-    options = ["--seed", "3", "--lr", "1e-4", "--dtype", "bf16", "-w", str(tmp_path)]
-    recipe = asked("pretrain", *options).training
-    assert (recipe.seed, recipe.learning_rate, recipe.precision) == (3, 1e-4, "bf16")
-    recipe = asked("distill", "-r", "1", *options).distillation.training
-    assert (recipe.seed, recipe.learning_rate, recipe.precision) == (3, 1e-4, "bf16")
-
-
-def test_qualities_and_costs_have_the_same_names_everywhere(
-    asked: Callable[..., Settings], tmp_path: Path
-) -> None:
-    where = ["-w", str(tmp_path)]
+    options = ["--seed", "3", "--lr", "1e-4", "--dtype", "bf16", *where]
+    for recipe in (
+        asked("pretrain", *options).training,
+        asked("distill", "-r", "1", *options).distillation.training,
+    ):
+        assert (recipe.seed, recipe.learning_rate, recipe.precision) == (3, 1e-4, "bf16")
     objectives = {f"quality/{name}" for name in allowed(SearchSettings, "objective")}
     assert objectives < set(QUALITIES.values())
     assert asked("sweep-threshold", "full", "--search", "5", *where).sweep.kind == "search"

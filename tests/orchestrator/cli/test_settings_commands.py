@@ -29,7 +29,7 @@ def _printed(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> 
     return captured.err if code else captured.out
 
 
-def test_show_marks_what_differs_from_the_defaults(
+def test_show_marks_what_differs_from_the_defaults_and_the_schema_describes_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     printed = _printed(capsys, "config", "show", "demo", "--set", "training.seed=7")
@@ -38,25 +38,19 @@ def test_show_marks_what_differs_from_the_defaults(
     (tmp_path / "shown.yaml").write_text(printed)
     assert read_settings(tmp_path / "shown.yaml") == read_settings("demo", ["training.seed=7"])
     assert "default:" not in _printed(capsys, "config", "show")
-
-
-@pytest.mark.parametrize("name", sorted(shipped_sweeps()))
-def test_what_is_shown_is_valid_and_the_same(name: str, tmp_path: Path) -> None:
-    settings = read_settings(name, ['evaluation.system_instruction="a: b\\n#c"'])
-    for only_changed in (True, False):
-        (tmp_path / "a.yaml").write_text(marked_yaml(settings, only_changed=only_changed))
-        assert read_settings(tmp_path / "a.yaml") == settings
-
-
-def test_a_section_that_is_unset_by_default_is_marked() -> None:
-    settings = read_settings(None, ["training.elastic.num_drawn=2"])
-    assert "  elastic:  # default: null\n" in marked_yaml(settings)
-
-
-def test_the_schema_describes_every_section(capsys: pytest.CaptureFixture[str]) -> None:
+    changed = _printed(capsys, "config", "show", "--set", "training.elastic.num_drawn=2")
+    assert "  elastic:  # default: null\n" in changed
     schema = json.loads(_printed(capsys, "config", "schema"))
     assert set(schema["properties"]) == set(Settings.model_fields)
     assert schema["$defs"]["InfluenceSettings"]["properties"]["metric"]["description"]
+
+
+def test_what_is_shown_is_valid_and_the_same(tmp_path: Path) -> None:
+    for name in shipped_sweeps():
+        settings = read_settings(name, ['evaluation.system_instruction="a: b\\n#c"'])
+        for only_changed in (True, False):
+            (tmp_path / "a.yaml").write_text(marked_yaml(settings, only_changed=only_changed))
+            assert read_settings(tmp_path / "a.yaml") == settings, name
 
 
 def test_shipped_sweeps_are_listed_and_copied(
@@ -104,13 +98,6 @@ def test_init_writes_a_valid_commented_file(
     assert tree["sweep"]["kind"] == "threshold"
 
 
-def test_init_takes_a_data_set_of_the_hub(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _printed(capsys, "init", "--hub", "someone/texts")
-    assert read_settings(tmp_path / "my-sweep.yaml").data.hub_name == "someone/texts"
-
-
 def test_init_asks_for_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,11 +109,17 @@ def test_init_asks_for_what_is_missing(
     _printed(capsys, "init")
     settings = read_settings(tmp_path / "my-sweep.yaml")
     assert (settings.data.files, settings.model.preset) == (("text/*.txt",), "55m")
+    _printed(capsys, "init", "--hub", "someone/texts", "--force")
+    assert read_settings(tmp_path / "my-sweep.yaml").data.hub_name == "someone/texts"
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
+def test_a_mistake_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    before = sorted(tmp_path.rglob("*"))
+    for words, said in (
         (["init"], "--data PATH"),
         (["init", "--data", "nowhere"], "nowhere"),
         (["init", "--data", "binary.txt"], "binary.txt: this is not UTF-8 text"),
@@ -135,14 +128,6 @@ def test_init_asks_for_what_is_missing(
         (["init", "text", "--data", "text"], "exists"),
         (["config", "show", "nothing"], "there is no settings file"),
         (["config", "show", "--set", "training.num_step=1"], "did you mean training.num_steps"),
-    ],
-)
-def test_a_mistake_writes_nothing(
-    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr("sys.stdin", io.StringIO())
-    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
-    before = sorted(tmp_path.rglob("*"))
-    assert said in " ".join(_printed(capsys, *words, code=2).split())
+    ):
+        assert said in " ".join(_printed(capsys, *words, code=2).split())
     assert sorted(tmp_path.rglob("*")) == before

@@ -69,8 +69,9 @@ def _store_sweep(space: Workspace, plan: SweepPlan) -> None:
 
 
 def test_runs_are_listed_with_their_states_and_nothing_is_written(
-    space: Workspace, two_runs: Path, run: Run
-) -> None:
+    space: Workspace, two_runs: Path, run: Run, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     before = _files(space.root)
     listed = json.loads(run("list", "--json"))
     assert listed["workspace"] == str(space.root)
@@ -83,18 +84,16 @@ def test_runs_are_listed_with_their_states_and_nothing_is_written(
     names = {entry["name"] for entry in listed["checkpoints"]}
     assert names == {"runs/whole/step_00000002", "runs/half/step_00000003"}
     assert run("status").startswith("nothing runs in")
-    assert _files(space.root) == before
-
-
-def test_a_table_fits_80_columns(
-    space: Workspace, two_runs: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main(["list", "runs", "--workspace", str(space.root)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert "stopped at 3/8" in "".join(lines)
+    assert _files(space.root) == before
+    assert "'trials', 'sweeps', 'models'" in run("list", "trails", code=2)
+    for command in ("list", "status"):
+        assert cli.main([command, "--workspace", str(space.root / "none")]) == 2
+        assert "there is no workspace" in capsys.readouterr().err
 
 
 def test_a_sweep_counts_its_finished_trials(
@@ -170,10 +169,14 @@ def test_after_a_resume_the_speed_is_not_that_of_before(two_runs: Path, run: Run
     assert after["loss"] == before["loss"]
 
 
-def test_status_shows_a_command_that_has_no_training_yet(space: Workspace, run: Run) -> None:
+def test_status_shows_commands_and_what_is_prepared(space: Workspace, run: Run) -> None:
     with open_session(space.root, "sweep-threshold", verbose=None):
         assert f"command sweep-threshold: process {os.getpid()}" in run("status")
     assert run("status").startswith("nothing runs in")
+    with lock_file(space.tokens / ".lock"), lock_file(space.teachers / ".abc.lock"):
+        found = json.loads(run("status", "--json"))
+    kinds = {activity["kind"]: activity["name"] for activity in found["activities"]}
+    assert kinds == {"preparing": "tokens", "teacher outputs": "teachers/abc"}
 
 
 def test_corrections_that_are_still_off_lengthen_the_estimate(
@@ -187,13 +190,6 @@ def test_corrections_that_are_still_off_lengthen_the_estimate(
     steps_of_now = 6 + 10 * 5 / 2
     expected = steps_of_now * job.recipe.num_tokens_per_step / activity["tokens_per_second"]
     assert activity["seconds_left"] == pytest.approx(expected)
-
-
-def test_status_shows_what_is_prepared(space: Workspace, run: Run) -> None:
-    with lock_file(space.tokens / ".lock"), lock_file(space.teachers / ".abc.lock"):
-        found = json.loads(run("status", "--json"))
-    kinds = {activity["kind"]: activity["name"] for activity in found["activities"]}
-    assert kinds == {"preparing": "tokens", "teacher outputs": "teachers/abc"}
 
 
 FOREIGN = [None, "x", 3, 1e400, True, [], {"a": 1}]
@@ -250,19 +246,6 @@ def test_records_of_other_types_are_skipped(two_runs: Path, run: Run) -> None:
         for value in (*_replaced(last), {**last, "time": 10**30}):
             file.write(json.dumps(value) + "\n")
     assert "half stopped at 3/8 iiet 2,1" in run("list", "runs")
-
-
-@pytest.mark.parametrize("command", ["list", "status"])
-def test_there_must_be_a_workspace(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main([command, "--workspace", str(tmp_path / "none")]) == 2
-    assert "there is no workspace" in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()
-
-
-def test_only_known_kinds_are_listed(run: Run) -> None:
-    assert "'trials', 'sweeps', 'models'" in run("list", "trails", code=2)
 
 
 def test_a_listing_imports_no_pytorch(space: Workspace) -> None:

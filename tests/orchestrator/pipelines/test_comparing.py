@@ -13,13 +13,12 @@ from lm_eval_tasks import write_task
 
 from orchestrator import cli
 from orchestrator.evaluation.store import ITEMS
-from orchestrator.models.open import open_models
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import (
     CompareResult,
-    EvaluatePlan,
     compare,
     plan_compare,
+    plan_evaluate,
     run_compare,
     run_evaluate,
 )
@@ -96,7 +95,7 @@ def test_one_model_under_two_schedules_is_measured_once(
     found = run()
     assert run() == found
     assert runs == 2 * ["red", "blue"]
-    assert found.comparison.names == ("r=2,1", "r=0")
+    assert found.models == ("r=2,1", "r=0")
     table = found.to_pandas()
     assert list(table["task"]) == ["red", "blue", "average"]
     assert list(table["num_items"]) == [36, 36, 72]
@@ -129,30 +128,26 @@ def test_an_output_of_lm_eval_names_the_tasks_that_the_other_side_is_measured_on
     assert runs == ["red", "blue"]
     [row] = found.comparison.tasks
     assert (row.task, row.num_items, row.only_second) == ("blue", 36, 1)
-    assert found.comparison.names == (str(output), "tiny")
+    assert found.models == (str(output), "tiny")
 
 
 def test_written_files_compare_as_the_stored_evaluations_do(
     checkpoint: Path, settings: Settings, workspace: Workspace, runs: list[str], tmp_path: Path
 ) -> None:
-    context = untracked(workspace)
-    stored = compare_models(settings, ("tiny", "tiny"), context, schedules=["2,1", "0"])
-    opened = open_models(workspace, [checkpoint], ["2,1", "0"])
-    run_evaluate(
-        EvaluatePlan(
-            settings=settings,
-            workspace=workspace,
-            opened=tuple(opened),
-            log_samples=tmp_path / "own",
-        ),
-        context,
-    )
+    context, both = untracked(workspace), ["2,1", "0"]
+    stored = compare_models(settings, ("tiny", "tiny"), context, schedules=both)
+    options: dict[str, Any] = {"workspace": workspace, "models": [checkpoint], "schedules": both}
+    run_evaluate(plan_evaluate(settings, **options, log_samples=tmp_path / "own"), context)
     assert runs == 2 * ["red", "blue"], "the responses come from the store"
     folders = tmp_path / "own" / "r=2,1", tmp_path / "own" / "r=0"
     written = compare_models(settings, folders, context)
     assert written.rows() == stored.rows()
     mixed = compare_models(settings, (folders[0], checkpoint), context, schedules=["0"])
     assert mixed.rows() == stored.rows()
+    (tmp_path / "file").touch()
+    plan = plan_evaluate(settings, **options, log_samples=tmp_path / "file")
+    with pytest.raises(UserError, match="--log-samples: cannot make the folder"):
+        run_evaluate(plan, context)
 
 
 def test_two_outputs_of_lm_eval_are_compared_at_the_command_line(
@@ -163,17 +158,18 @@ def test_two_outputs_of_lm_eval_are_compared_at_the_command_line(
     values = [{key: float(n < right) for n, key in enumerate(keys)} for right in (20, 32)]
     for name, of_model in zip(("one", "two"), values, strict=True):
         lm_eval_output(tmp_path / name, {"piqa": of_model})
-    space = ["--workspace", str(tmp_path / "space")]
-    assert cli.main(["compare", "one", "two", *space]) == 0
+    assert cli.main(["compare", "one", "two", "--workspace", str(tmp_path / "space")]) == 0
     printed = capsys.readouterr().out
     assert "accuracy of piqa: two is better (+30.00 points, 95 % interval" in printed
-    assert cli.main(["compare", "one", "two", "--json", *space]) == 0
-    written = json.loads(capsys.readouterr().out)
+    written = compare(Settings(), workspace=tmp_path / "space", models=("one", "two")).to_json()
     assert written["models"] == ["one", "two"]
     [row] = written["rows"]
     assert (row["only_first"], row["only_second"]) == (0, 12)
     assert row["p_value"] == pytest.approx(2 * 0.5**12)
     assert row["low"] > 0
+    same = compare(Settings(), workspace=tmp_path / "space", models=("one", "one"))
+    assert same.models == ("one (A)", "one (B)")
+    assert "no difference" in same.findings[0]
 
 
 def test_mistakes_are_one_sentence_and_exit_code_2(
@@ -200,37 +196,3 @@ def test_mistakes_are_one_sentence_and_exit_code_2(
         printed = " ".join(capsys.readouterr().err.split())
         assert reason in printed, printed
         assert "Traceback" not in printed
-
-
-def test_the_python_function_needs_a_workspace_only_for_its_own_models(tmp_path: Path) -> None:
-    output = lm_eval_output(tmp_path / "one", {"piqa": {"0" * 64: 1.0}})
-    found = compare(Settings(), workspace=tmp_path / "space", models=(output, output))
-    assert found.comparison.names == (f"{output} (A)", f"{output} (B)")
-    assert "no difference" in found.findings[0]
-    with pytest.raises(UserError, match="there is no folder"):
-        compare(Settings(), workspace=tmp_path / "space", models=(output, "nothing"))
-
-
-@pytest.mark.slow
-def test_the_commands_write_and_compare_lm_evals_files(
-    checkpoint: Path,
-    settings: Settings,
-    workspace: Workspace,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    space = ["--workspace", str(workspace.root)]
-    options = ["--suite", "red", "--include-path", "tasks", *space]
-    both = ["-r", "2,1", "-r", "0"]
-    assert cli.main(["evaluate", "tiny", *both, "--log-samples", "out", *options]) == 0
-    capsys.readouterr()
-    assert cli.main(["compare", "tiny", "tiny", *both, *options, "--json"]) == 0
-    stored = json.loads(capsys.readouterr().out)
-    assert cli.main(["compare", "out/r=2,1", "out/r=0", *space, "--json"]) == 0
-    written = json.loads(capsys.readouterr().out)
-    assert stored["rows"] == written["rows"]
-    assert stored["rows"][0]["num_items"] == 36
-    assert cli.main(["evaluate", "tiny", "--log-samples", "tasks/red.yaml", *options]) == 2
-    assert "--log-samples: cannot make the folder" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,8 +22,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from iiet.config import ModelConfig
-from iiet.decoder import Decoder
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation import selection
 from orchestrator.evaluation.heldout import HeldoutSuite
@@ -36,7 +35,6 @@ from orchestrator.reporting.model_card import ModelCard
 from orchestrator.settings import EvaluationSettings
 from orchestrator.sweeping.trial import measure_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.checkpoint import save_checkpoint
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 
@@ -91,32 +89,18 @@ def evaluate(
     workspace: Workspace,
     *,
     progress: Progress | None = None,
-    trust_remote_code: bool = False,
-    log_samples: Path | None = None,
+    **options: Any,
 ) -> EvaluationResult:
     model = open_model(model) if isinstance(model, Path) else model
-    context = untracked(workspace, progress)
-    return evaluate_model(
-        model, settings, context, log_samples=log_samples, trust_remote_code=trust_remote_code
-    )
+    return evaluate_model(model, settings, untracked(workspace, progress), **options)
 
 
 def scored(
-    model: Path | OpenedModel,
-    settings: EvaluationSettings,
-    workspace: Workspace,
-    *,
-    trust_remote_code: bool = False,
+    model: Path | OpenedModel, settings: EvaluationSettings, workspace: Workspace, **options: Any
 ) -> dict[str, list[list[float]]]:
     """Return the log-likelihoods per task and item, as lm-eval's files hold them."""
     with TemporaryDirectory() as folder:
-        evaluate(
-            model,
-            settings,
-            workspace,
-            log_samples=Path(folder),
-            trust_remote_code=trust_remote_code,
-        )
+        evaluate(model, settings, workspace, log_samples=Path(folder), **options)
         (of_model,) = Path(folder).iterdir()
         return logged_responses(of_model)
 
@@ -281,24 +265,13 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
 def test_an_exported_folder_scores_as_its_checkpoint(
     settings: EvaluationSettings,
     workspace: Workspace,
-    tokenizer_path: Path,
-    tiny_model: dict[str, Any],
+    save_tiny: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    from iiet.exporting import export
-
-    torch.manual_seed(0)
-    decoder = Decoder(ModelConfig.from_dict({**tiny_model, "initializer_std": 0.3}))
-    checkpoint = save_checkpoint(
-        tmp_path / "run",
-        1,
-        config=decoder.config,
-        weights=decoder.state_dict(),
-        training_state={},
-        tokenizer_path=tokenizer_path,
-        provenance={},
-    )
-    exported = export(decoder, tmp_path / "exported", tokenizer_path)
+    checkpoint = save_tiny(tmp_path / "run", initializer_std=0.3)
+    decoder = load_model(checkpoint)
+    card = ModelCard(name="tiny", config=decoder.config)
+    exported = export_checkpoint(checkpoint, tmp_path / "exported", decoder=decoder, card=card)
     first = scored(checkpoint, settings, workspace)
     assert_alike(first, scored(exported, settings, workspace), 1e-5)
     cheaper = open_model(exported, "1,0")

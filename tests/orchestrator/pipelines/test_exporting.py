@@ -24,7 +24,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import weights_key
 from orchestrator.models.open import load_model, open_model
 from orchestrator.pipelines.models import CARD, MANIFEST, export, export_checkpoint
-from orchestrator.records.evaluation import EvaluationResult, TaskResult
+from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.model_card import REQUIREMENTS, ModelCard
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.terminal.progress import Progress
@@ -216,9 +216,8 @@ def test_an_export_of_another_model_is_replaced_only_if_asked_to(
         export(Settings(), model=other, **options)
 
 
-@pytest.mark.parametrize("to", ["/proc/x", "/proc/x/y", "a file/x", 300 * "x"])
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(
-    checkpoint: Path, workspace: Workspace, tmp_path: Path, to: str
+    checkpoint: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
     class Silent(Progress):
         def note(self, text: str) -> None:
@@ -226,10 +225,12 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(
 
     (tmp_path / "a file").touch()
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=r"cannot write .*[xy] \(.*\); choose another .*--to"):
-        export(
-            Settings(), workspace=workspace, model=checkpoint, to=tmp_path / to, progress=Silent()
-        )
+    options: dict[str, Any] = {"workspace": workspace, "model": checkpoint, "progress": Silent()}
+    for to in ("/proc/x/y", "a file/x", 300 * "x"):
+        with pytest.raises(UserError, match=r"cannot write .*[xy] \(.*\); choose another .*--to"):
+            export(Settings(), to=tmp_path / to, **options)
+    with pytest.raises(UserError, match="--schedule"):
+        export(Settings(), schedule="1,1,1", **options)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -268,37 +269,6 @@ def test_the_card_says_what_is_known_and_what_is_not(tiny_model: dict[str, Any])
     declared = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
     assert set(REQUIREMENTS) <= set(declared)
     assert all(f'"{requirement}"' in text for requirement in REQUIREMENTS)
-
-
-def measured(*names: str) -> EvaluationResult:
-    results = {
-        name: TaskResult(
-            name=name,
-            version="1",
-            num_items=9,
-            num_fewshot=0,
-            metrics={"acc": 0.5},
-            items=[],
-            values={},
-        )
-        for name in names
-    }
-    return EvaluationResult(results=results)
-
-
-def test_the_card_calls_only_lm_evals_tasks_lm_evals(tiny_model: dict[str, Any]) -> None:
-    config = ModelConfig.from_dict(tiny_model)
-
-    def card(*names: str) -> str:
-        return ModelCard(name="tiny", config=config, evaluation=measured(*names)).to_markdown()
-
-    own, both = card("lastword", "phop_3"), card("lastword", "arc_easy")
-    assert "made from data that were held out of the model's training" in own
-    assert "`lastword`, `phop_3`. lm-eval does not have them" in own
-    assert "lm_eval --model" not in own
-    assert "held out of the model's training: `lastword`. lm-eval" in both
-    assert "--tasks arc_easy` gives the same numbers" in both
-    assert "held out" not in card("arc_easy")
 
 
 def test_the_card_of_a_student_compares_it_with_its_teacher(tiny_model: dict[str, Any]) -> None:

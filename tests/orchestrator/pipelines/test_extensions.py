@@ -103,30 +103,43 @@ def test_names_of_packages_come_after_and_are_looked_up_when_used(site: Path) ->
         METHODS["no such"]
 
 
-@pytest.mark.parametrize(
-    ("metric", "words"),
-    [
+def test_what_cannot_be_used_is_one_sentence_before_the_work(
+    site: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    broken = "tracking.loggers=[mlflow, broken_logger]"
+    options = "data={source: letters, source_options: {letters: {size: 1}}}"
+    for command, change, words in (
         (
-            "broken",
+            "influence", "influence.metric=broken",
             "the influence metric 'broken' of the package my-extensions 1.0 cannot be imported "
             "from of_mine_broken:Metric (ImportError: libfoo.so is missing); repair the package",
         ),
-        ("no_class", "must be a subclass of iiet.influence_metrics.InfluenceMetric, got 1"),
+        ("influence", "influence.metric=no_class", "iiet.influence_metrics.InfluenceMetric, got 1"),
         (
-            "angel",
+            "influence", "influence.metric=angel",
             "influence.metric: input should be 'cosine', 'relative', 'loss', 'broken', 'distance' "
             "or 'no_class'; got 'angel'",
         ),
-    ],
-)
-def test_a_metric_that_cannot_be_used_is_one_sentence(
-    site: Path, metric: str, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    command = ["influence", "--metric", metric, "--workspace", str(tmp_path / "ws")]
-    assert main(command) == 2
-    printed = capsys.readouterr().err
-    assert words in " ".join(printed.split())
-    assert "Traceback" not in printed
+        ("prepare", "data.source=broken_source", "data.source: the data source 'broken_source'"),
+        ("pretrain", broken, "tracking.loggers: the logger 'broken_logger'"),
+        (
+            "prepare", options,
+            "data.source_options.letters: there is no option 'size'; options of letters: none",
+        ),
+    ):  # fmt: skip
+        assert main([command, "--set", change, "--workspace", str(tmp_path / "ws")]) == 2
+        printed = capsys.readouterr().err
+        assert words in " ".join(printed.split())
+        assert "Traceback" not in printed
+    for change, words in (
+        ("model.method=broken_method", "model.method: the method 'broken_method' of the package"),
+        ("sweep.methods=[iiet, broken_method]", "sweep.methods: the method 'broken_method' of the"),
+        ("tracking.loggers=[mlflow, csv]", "should be 'mlflow', 'tensorboard' or 'broken_logger'"),
+        ("data.source=latters", "'files', 'hub', 'broken_source' or 'letters'; got 'latters'"),
+    ):
+        with pytest.raises(UserError) as error:
+            resolve_settings({}, [change])
+        assert words in str(error.value)
 
 
 def test_settings_take_the_names_of_packages(site: Path) -> None:
@@ -177,38 +190,6 @@ def test_a_mixture_trains_on_a_source_of_a_package(
             assert words in printed
             assert "another package" in printed
             assert "Traceback" not in printed
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("model.method=broken_method", "model.method: the method 'broken_method' of the package"),
-        ("sweep.methods=[iiet, broken_method]", "sweep.methods: the method 'broken_method' of the"),
-        ("tracking.loggers=[mlflow, csv]", "should be 'mlflow', 'tensorboard' or 'broken_logger'"),
-        ("data.source=latters", "'files', 'hub', 'broken_source' or 'letters'; got 'latters'"),
-    ],
-)
-def test_a_wrong_setting_is_refused(site: Path, change: str, words: str) -> None:
-    with pytest.raises(UserError) as error:
-        resolve_settings({}, [change])
-    assert words in str(error.value)
-
-
-def test_what_is_broken_is_found_before_the_work(
-    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    commands = {
-        "data.source: the data source 'broken_source'": ("prepare", "data.source=broken_source"),
-        "tracking.loggers: the logger 'broken_logger'": (
-            "pretrain", "tracking.loggers=[mlflow, broken_logger]",
-        ),
-        "data.source_options.letters: there is no option 'size'; options of letters: none": (
-            "prepare", "data={source: letters, source_options: {letters: {size: 1}}}",
-        ),
-    }  # fmt: skip
-    for words, (command, change) in commands.items():
-        assert main([command, "--set", change, "--workspace", str(tmp_path / "ws")]) == 2
-        assert words in " ".join(capsys.readouterr().err.split())
 
 
 def test_of_one_name_the_projects_own_class_is_used(site: Path) -> None:

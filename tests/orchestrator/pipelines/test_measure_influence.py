@@ -62,7 +62,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return metrics
 
 
-def test_the_table_is_the_cores_over_the_calibration_set(
+def test_the_table_is_the_cores_and_lies_beside_the_weights(
     make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
 ) -> None:
     checkpoint = make_checkpoint()
@@ -72,10 +72,15 @@ def test_the_table_is_the_cores_over_the_calibration_set(
     )
     assert found == influence_table(load_model(checkpoint), batches)
     assert found.num_tokens == 512
-    assert [len(row) for row in found.rows()] == [2, 1]
     table = InfluenceResult(checkpoint=checkpoint, table=found).to_pandas()
     assert list(zip(table["layer"], table["correction"], strict=True)) == [(1, 1), (1, 2), (2, 1)]
     assert table["influence"].tolist() == [value for row in found.rows() for value in row]
+    stored = json.loads((checkpoint / "influence-cosine.json").read_text())
+    assert InfluenceTable.from_dict(stored) == found
+    assert stored["residuals"] == [list(row) for row in found.residual_rows]
+    assert stored["contractions"] == [found.contractions[0], None]
+    assert (checkpoint / "influence-cosine.png").read_bytes().startswith(b"\x89PNG")
+    check_checkpoint(checkpoint)  # It is still whole.
 
 
 def test_it_is_found_again_until_something_changes(
@@ -92,19 +97,6 @@ def test_it_is_found_again_until_something_changes(
     path.write_text('{"key"')
     assert measured_or_stored(checkpoint, context) == first
     assert len(measured) == 4
-
-
-def test_it_lies_beside_the_weights_with_a_picture(
-    make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
-) -> None:
-    checkpoint = make_checkpoint()
-    found = measured_or_stored(checkpoint, context)
-    stored = json.loads((checkpoint / "influence-cosine.json").read_text())
-    assert InfluenceTable.from_dict(stored) == found
-    assert stored["residuals"] == [list(row) for row in found.residual_rows]
-    assert stored["contractions"] == [found.contractions[0], None]
-    assert (checkpoint / "influence-cosine.png").read_bytes().startswith(b"\x89PNG")
-    check_checkpoint(checkpoint)  # the checkpoint is still whole
 
 
 @pytest.mark.slow
@@ -135,18 +127,13 @@ def test_it_is_a_run_with_one_curve_a_layer(
     assert names == {"influence/influence-cosine.json", "influence/influence-cosine.png"}
 
 
-def test_a_model_without_corrections_has_no_influence(
+def test_a_model_without_corrections_or_of_other_tokens_is_refused(
     make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
 ) -> None:
     with pytest.raises(UserError, match="without corrections"):
         measured_or_stored(make_checkpoint(schedule=0), context)
-
-
-def test_tokens_of_another_vocabulary_are_refused(
-    make_checkpoint: Callable[..., Path], tiny_tokens: Path, context: Context
-) -> None:
     with pytest.raises(UserError, match="not the tokens it was trained on"):
-        measured_or_stored(make_checkpoint(vocab_size=280), context)
+        measured_or_stored(make_checkpoint(step=2, vocab_size=280), context)
 
 
 def test_the_last_line_says_where_an_iteration_does_not_contract() -> None:

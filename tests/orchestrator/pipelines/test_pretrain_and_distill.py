@@ -133,12 +133,17 @@ def test_several_models_are_trained_and_found_again(
     assert (folders["teacher"].parent / "settings.yaml").is_file()
     assert tracking.statuses == [("pretrain", "FINISHED")] * 2
     assert "teacher" in notes.summaries[0]
-
     assert train(models, context, tiny_tokens) == first
     assert "found again" in notes.summaries[1]
+    # Of each logged step, a row.
+    table = first["teacher"].to_pandas()
+    assert list(table["step"]) == sorted(set(table["step"]))
+    assert table["step"].iloc[-1] == RECIPE["num_steps"]
+    assert table["train/loss"].notna().any()
+    last = table["validation/loss"].dropna().iloc[-1]
+    assert last == pytest.approx(first["teacher"].validation_loss)
 
-
-def test_a_name_that_is_taken_changes_nothing(context: Context, tiny_tokens: Path) -> None:
+    # A name that is taken changes nothing.
     train({"a": settings()}, context, tiny_tokens, name="mine")
     stored = context.workspace.runs / "mine" / "settings.yaml"
     before = stored.read_text()
@@ -216,15 +221,6 @@ def test_a_damaged_checkpoint_is_reported_once(
         train({"a": settings()}, context, tiny_tokens)
     assert len(notes.notes) == 1
     assert str(newest) in notes.notes[0]
-
-
-def test_a_result_has_a_row_for_each_logged_step(context: Context, tiny_tokens: Path) -> None:
-    result = train({"a": settings()}, context, tiny_tokens)["a"]
-    table = result.to_pandas()
-    assert list(table["step"]) == sorted(set(table["step"]))
-    assert table["step"].iloc[-1] == RECIPE["num_steps"]
-    assert table["train/loss"].notna().any()
-    assert table["validation/loss"].dropna().iloc[-1] == pytest.approx(result.validation_loss)
 
 
 def test_a_finished_run_is_continued_on_its_own_tokens(
