@@ -16,9 +16,8 @@ from orchestrator.evaluation.adapter import (
     check_answer_settings,
     run_task,
 )
-from orchestrator.evaluation.lm_eval_files import MeasuredTask
 from orchestrator.evaluation.scoring import BatchLimit
-from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.evaluation.store import EvaluationStore, MeasuredTask
 from orchestrator.evaluation.suite import Suite
 from orchestrator.models.folder import DTYPES
 from orchestrator.models.open import OpenedModel

@@ -28,7 +28,7 @@ from orchestrator.evaluation.adapter import (
     suppress_output,
 )
 from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
-from orchestrator.evaluation.lm_eval_files import MeasuredTask
+from orchestrator.evaluation.store import MeasuredTask
 from orchestrator.evaluation.suite import Suite, load_suite
 from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.tokenizer import Message, ModelTokenizer
