@@ -71,12 +71,12 @@ LINES = {
     "orchestrator/data": 2_558,
     "orchestrator/tracking": 1_529,
     "orchestrator/training": 3_699,
-    "orchestrator/evaluation": 3_220,
+    "orchestrator/evaluation": 3_160,
     "orchestrator/planning": 1_293,
     "orchestrator/cluster": 2_198,
     "orchestrator/reporting": 4_349,
     "orchestrator/sweeping": 3_084,
-    "orchestrator/pipelines": 4_602,
+    "orchestrator/pipelines": 4_601,
     "orchestrator/cli": 1_885,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
