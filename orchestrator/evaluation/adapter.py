@@ -54,8 +54,11 @@ class ChatModel:
     journal = AnswerJournal()
     tokenizer_name = ""
     """Part of lm-eval's key of stored requests, which are not used here."""
+    num_items_before = 0
+    """Items of the tasks before the current one."""
+    num_cut = 0
+    """Prompts that lost their beginning."""
     _noted = False
-    _num_items_done = 0
 
     def apply_chat_template(
         self, chat_history: list[Message], add_generation_prompt: bool = True
@@ -85,9 +88,8 @@ class ChatModel:
 
     def start_requests(self, requests: Sequence[Instance]) -> Callable[[int, int], None]:
         """Return what shows the progress of these requests in items, as (done, total)."""
-        before = self._num_items_done
+        before = self.num_items_before
         count = len({(request.task_name, request.doc_id) for request in requests})
-        self._num_items_done += count
         return lambda done, total: self.progress.advance(before + count * done // max(1, total))
 
 
@@ -106,7 +108,6 @@ class DecoderModel(ChatModel, TemplateLM):  # type: ignore[misc]
         super().__init__()
         self.text, self.prompts = tokenizer, prompts or Prompts()
         self.progress = progress or Progress()
-        self.num_cut = 0
         # The choices of a question follow each other, and each encodes the same context.
         self._ids = lru_cache(maxsize=8)(tokenizer.encode)
         self._decoder, self._batch_size = decoder.eval(), batch_size
@@ -140,7 +141,7 @@ class DecoderModel(ChatModel, TemplateLM):  # type: ignore[misc]
         longest = self._decoder.config.context_length + 1
         self.num_cut += sum(len(a) + len(b) > longest for _, a, b in requests)
         scores = self._score([(context, continuation) for _, context, continuation in requests])
-        return [tuple(score) for score in scores]
+        return [(score.log_likelihood, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
         """Score whole texts in windows of the decoder's context, each token once."""

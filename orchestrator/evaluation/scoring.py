@@ -157,11 +157,14 @@ def score_continuations(
 
 @dataclass
 class Row:
-    """A context, and behind it the tokens that are read of its continuations, as branches."""
+    """One sequence of a batch: a context, followed by its continuations without their last tokens.
+
+    Each continuation is a branch, which sees the context and itself.
+    """
 
     context: Tokens
     branches: dict[Tokens, list[Segment]] = field(default_factory=dict)
-    """Tokens that are read -> segments of which these are read; none are of a single token."""
+    """Continuation without its last token -> segments; empty for those of a single token."""
     num_tokens: int = 0
 
     @property
