@@ -115,12 +115,16 @@ def _check_supported(path: Path, metadata: dict[str, Any], tensors: list[str]) -
     values = {n.removeprefix(prefix): v for n, v in metadata.items() if n.startswith(prefix)}
     numbers = {name: values.get(name) for name in _REQUIRED}
     wrong = {n: v for n, v in numbers.items() if not (isinstance(v, int | float) and v > 0)}
-    if not wrong:
-        size = values["embedding_length"] // values["attention.head_count"]
-        wrong = {name: values[name] for name in _HEAD_SIZES if values.get(name, size) != size}
     known = {*_REQUIRED, *_OTHERS, *_HEAD_SIZES}
     wrong |= {n: v for n, v in values.items() if n not in known and v not in _SWITCHED_OFF}
     problems = [f"{prefix}{name}={value!r}" for name, value in sorted(wrong.items())]
+    if not wrong:
+        size = values["embedding_length"] // values["attention.head_count"]
+        problems = [
+            f"{prefix}{name}={values[name]!r} with heads of {size}"
+            for name in _HEAD_SIZES
+            if values.get(name, size) != size
+        ]
     problems += [f"the tensor {name}" for name in tensors if not _KNOWN_TENSORS.fullmatch(name)]
     if problems:
         raise UserError(f"{path} needs what the decoder does not do: {', '.join(problems[:5])}")
