@@ -7,16 +7,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import psutil
 import pytest
 import torch
 from commands import Started
-from same_run import curve
+from same_run import curve, events, in_folder, state_of, steps_of
 
-from orchestrator.models.folder import weights_key
-from orchestrator.records.training import TrainingJob
+from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import DONE_NAME, find_checkpoints
@@ -50,18 +48,6 @@ def family() -> Iterator[list[psutil.Process]]:
             process.kill()
 
 
-def start_driver(job: TrainingJob, num_workers: int = 1) -> Started:
-    path = job.folder.with_suffix(".json")
-    path.write_text(json.dumps(job.model_dump(mode="json")))
-    return Started(str(path), str(num_workers), code=DRIVER, own_session=True)
-
-
-def wait_until(condition: Callable[[], Any], driver: Started) -> None:
-    while not condition():
-        assert driver.poll() is None, driver.communicate()[0]
-        time.sleep(0.05)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "num_workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGKILL, 1)]
@@ -69,8 +55,12 @@ def wait_until(condition: Callable[[], Any], driver: Started) -> None:
 def test_an_interrupted_driver_leaves_a_run_that_resumes(
     job: TrainingJob, family: list[psutil.Process], number: int, num_workers: int
 ) -> None:
-    driver = start_driver(job, num_workers)
-    wait_until(lambda: find_checkpoints(job.folder), driver)
+    path = job.folder.with_suffix(".json")
+    path.write_text(json.dumps(job.model_dump(mode="json")))
+    driver = Started(str(path), str(num_workers), code=DRIVER, own_session=True)
+    while not find_checkpoints(job.folder):
+        assert driver.poll() is None, driver.communicate()[0]
+        time.sleep(0.05)
     family += psutil.Process(driver.pid).children(recursive=True)
     if number == signal.SIGINT:
         os.killpg(driver.pid, number)  # To the whole group, as a terminal does.
@@ -80,40 +70,29 @@ def test_an_interrupted_driver_leaves_a_run_that_resumes(
 
     if number != signal.SIGKILL:
         assert driver.returncode == 130, errors
-        assert not [process for process in family if is_alive(process)]
-        last = read_journal(job.folder)[0][-1]
-        assert last["name"] == "stopped"
-        assert find_checkpoints(job.folder)[-1].name == f"step_{last['step']:08d}"
+        _, alive = psutil.wait_procs(family, timeout=60)
+        assert not alive
+        [stopped] = events(job, "stopped")
+        assert stopped == read_journal(job.folder)[0][-1]
+        assert steps_of(job)[-1] == stopped["step"]
     assert not (job.folder / DONE_NAME).exists()
 
-    whole = job.model_copy(update={"run_folder": str(job.folder.parent / "whole")})
-    run_here(whole, as_in=job)
-    run_here(job, as_in=job)  # One worker, and no Ray.
+    whole = in_folder(job, "whole")
+    outcomes = [run_here(each, as_in=job) for each in (whole, job)]  # One worker, and no Ray.
     if num_workers == 1:
         assert curve(job) == curve(whole)
-        assert weights(job) == weights(whole)
+        assert state_of(outcomes[0]) == state_of(outcomes[1])
     else:
         # Two workers add in another order, and 400 steps carry the rounding on: by up to 1e-4 of
         # the loss. Another batch in one step would change losses by more than a hundredth.
         assert curve(job) == pytest.approx(curve(whole), rel=1e-3)
 
 
-def run_here(job: TrainingJob, *, as_in: TrainingJob) -> None:
+def run_here(job: TrainingJob, *, as_in: TrainingJob) -> TrainingOutcome:
     """Run a job in this process, with as many threads as another's worker had."""
     before = torch.get_num_threads()
-    torch.set_num_threads(read_journal(as_in.folder)[0][0]["num_threads"])
+    torch.set_num_threads(events(as_in, "started")[0]["num_threads"])
     try:
-        run_job(job)
+        return run_job(job)
     finally:
         torch.set_num_threads(before)
-
-
-def weights(job: TrainingJob) -> str:
-    return weights_key(find_checkpoints(job.folder)[-1])
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
