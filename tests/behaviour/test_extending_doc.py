@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 from installed_package import install, on_path
-from method_suite import assert_passes_suite
 from small_size import SMALL
 
 from orchestrator import cli
@@ -122,11 +121,6 @@ def test_the_method_trains_in_ray_and_is_missed_where_its_package_is_not(
         assert "is a model of the method 'heavy_ball', which the package my-extensions 1.0" in error
     assert cli.main(["list", "--workspace", str(place.workspace)]) == 0
     assert "heavy" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_shared_suite_of_methods_tests_it(place: Place) -> None:
-    assert_passes_suite("heavy_ball", place.site)
 
 
 @pytest.mark.slow

@@ -11,9 +11,10 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from changed_trials import with_accuracy, with_job
 from commands import Started
-from same_run import events, in_folder
+from same_run import curve, events, in_folder
 
 from orchestrator.cluster import task
 from orchestrator.cluster.task import run_local_jobs
@@ -247,5 +248,13 @@ def test_under_ray_a_waiting_driver_takes_over_from_a_killed_one(
     trainer.resume()
     first, second = (result(process) for process in processes)
     assert first == second
-    (resumed,) = events(job, "resumed")
+    [resumed] = events(job, "resumed")
     assert resumed["step"] >= 10
+    before = torch.get_num_threads()
+    torch.set_num_threads(resumed["num_threads"])
+    try:
+        whole = run_job(in_folder(job, "whole"))
+    finally:
+        torch.set_num_threads(before)
+    assert curve(job) == curve(in_folder(job, "whole"))
+    assert weights_key(Path(first[0]["checkpoint"])) == weights_key(Path(str(whole.checkpoint)))
