@@ -60,7 +60,7 @@ def test_a_sweep_for_gpus_just_fits_the_assumed_one_and_is_refused_on_cpus(
     assert f"--set distillation.training.{PER_PASS}={per_pass // 2}" in str(
         found.problems["an H100"]
     )
-    with pytest.raises(UserError, match=r"sweep\.gpus_per_trial=0 .* names GPUs"):
+    with pytest.raises(UserError, match=r"sweep\.gpus_per_trial=0.* names GPUs"):
         planned(name, tmp_path, "sweep.gpus_per_trial=0")
 
 
