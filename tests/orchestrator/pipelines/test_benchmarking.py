@@ -19,7 +19,6 @@ from orchestrator.pipelines.benchmarking import (
     run_benchmark,
     usual_contexts,
 )
-from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import plan_influence, run_influence
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.terminal.render import shortest_schedule
@@ -91,25 +90,6 @@ def test_no_two_labels_are_alike_and_all_is_written_with_its_conditions(
     table = found.to_pandas()
     assert table["model"].tolist() == labels(*models)
     assert table["decoding_share"].iloc[0] == 1.0
-
-
-@pytest.mark.slow
-def test_each_model_is_a_run_with_its_costs(
-    tmp_path: Path, save_tiny: Callable[..., Path], workspace: Workspace
-) -> None:
-    import mlflow
-
-    context = Context(workspace)
-    model = save_tiny(tmp_path / "run")
-    plan = plan_benchmark(workspace=workspace, models=[model], conditions=CONDITIONS)
-    found = run_benchmark(plan, context)
-    client = mlflow.MlflowClient(workspace.tracking_uri)
-    runs = client.search_runs([context.tracking.experiment_id])
-    assert {run.data.params["schedule"] for run in runs} == {"2,1", "1,1", "0,0"}
-    full = next(run for run in runs if run.data.params["schedule"] == "2,1")
-    assert full.data.tags["iiet.kind"] == "benchmark"
-    name = "cost/batch_1_context_4/decode_ms"
-    assert full.data.metrics[name] == pytest.approx(found.costs[0].decode_ms)
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,15 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from lm_eval_tasks import logged_responses
-from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from orchestrator import cli
-from orchestrator.data.store import open_tokens
 from orchestrator.evaluation import suite
 from orchestrator.evaluation.adapter import DecoderModel
 from orchestrator.evaluation.store import EvaluationStore
@@ -68,34 +65,9 @@ def tasks(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def llama(tmp_path: Path, tiny_tokens: Path) -> Callable[..., Path]:
-    def save(name: str = "llama", **changes: Any) -> Path:
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=320,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=96,
-            initializer_range=0.3,
-            **changes,
-        )
-        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
-        tokenizer = Tokenizer.from_file(str(open_tokens(tiny_tokens).tokenizer_path))
-        tokenizer.add_special_tokens(["<s>", "<|user|>", "<|assistant|>"])
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            bos_token="<s>",
-            eos_token="<|endoftext|>",
-            pad_token="<|endoftext|>",
-            chat_template=TEMPLATE,
-        )
-        fast.save_pretrained(tmp_path / name)
-        return tmp_path / name
-
-    return save
+def llama(save_llama: Callable[..., Path]) -> Callable[..., Path]:
+    """Saves a Llama with a chat template and room for examples."""
+    return partial(save_llama, chat_template=TEMPLATE, max_position_embeddings=96)
 
 
 @pytest.fixture

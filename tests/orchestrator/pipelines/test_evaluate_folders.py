@@ -14,9 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-import torch
 from fake_tracking import untracked
-from lm_eval_tasks import logged_responses
+from lm_eval_tasks import KINDS, logged_responses, write_task
 from one_evaluation import evaluate_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -38,49 +37,30 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 
-TASKS = {
-    "choices": """\
-output_type: multiple_choice
-doc_to_text: context
-doc_to_choice: endings
-doc_to_target: label
-metric_list: [{metric: acc}, {metric: acc_norm}]
-""",
-    "splits": """\
-output_type: loglikelihood
-doc_to_text: "{{parts[0]}}"
-doc_to_target: "{{parts[1]}}"
-target_delimiter: ""
-metric_list: [{metric: acc}]
-""",
-    "opening": """\
-output_type: loglikelihood
-doc_to_text: ""
-doc_to_target: context
-metric_list: [{metric: acc}]
-""",
-    "rolling": """\
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{context * 12}}"
-metric_list: [{metric: bits_per_byte}]
-""",
+TASKS: dict[str, dict[str, Any]] = {
+    "choices": {},
+    "splits": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{parts[0]}}",
+        "doc_to_target": "{{parts[1]}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "opening": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "",
+        "doc_to_target": "context",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "rolling": {"doc_to_target": "{{context * 12}}", "metric_list": [{"metric": "bits_per_byte"}]},
 }
-READER = """\
-import datasets
-
-
-def read(**settings):
-    words = ["bag", "fog", "hen", "pig", "cab", "deed"]
-    rows = [
-        {"context": f"a {w} and the {w} had", "endings": [f"{w} gone", "end", "fed a dog"],
-         "label": 0, "parts": parts}
-        for w in words
-        # One text, cut in two places: a cache of logits by text alone confuses them.
-        for parts in ([f"a {w} and", " the bag had"], [f"a {w}", " and the bag had"])
-    ]
-    return {"test": datasets.Dataset.from_list(rows)}
-"""
+ROWS = [
+    {"context": f"a {word} and the {word} had", "endings": [f"{word} gone", "end", "fed a dog"],
+     "label": 0, "parts": parts}
+    for word in ("bag", "fog", "hen", "pig", "cab", "deed")
+    # One text, cut in two places: a cache of logits by text alone confuses them.
+    for parts in ([f"a {word} and", " the bag had"], [f"a {word}", " and the bag had"])
+]  # fmt: skip
 
 
 def evaluate(
@@ -120,41 +100,15 @@ def workspace(tmp_path: Path) -> Workspace:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> EvaluationSettings:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "items.py").write_text(READER)
-    for name, text in TASKS.items():
-        head = f"task: {name}\ncustom_dataset: !function items.read\ntest_split: test\n"
-        (folder / f"{name}.yaml").write_text(head + text)
+    for name, changes in TASKS.items():
+        kind = name if name in KINDS else "choices"
+        folder = write_task(tmp_path / "tasks", name, ROWS, kind=kind, **changes)
     return EvaluationSettings(suite=",".join(TASKS), include_path=str(folder), batch_size=4)
 
 
 @pytest.fixture
 def tokenizer_path(tiny_tokens: Path) -> Path:
     return open_tokens(tiny_tokens).tokenizer_path
-
-
-def save_llama(folder: Path, tokenizer_path: Path, **changes: Any) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-        **changes,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(tokenizer_path), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
-    )
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def add_opening_token(folder: Path) -> None:
@@ -174,9 +128,10 @@ def add_opening_token(folder: Path) -> None:
 SCALED = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
 
 
-def save_llama_of_kind(folder: Path, tokenizer_path: Path, kind: str) -> Path:
-    """Save a Llama; of the kind `transformers`, one whose positions our decoder does not know."""
-    return save_llama(folder, tokenizer_path, **(SCALED if kind == "transformers" else {}))
+@pytest.fixture
+def llama_of_kind(save_llama: Callable[..., Path]) -> Callable[[str], Path]:
+    """Saves a Llama; of the kind `transformers`, one whose positions our decoder does not know."""
+    return lambda kind: save_llama(**(SCALED if kind == "transformers" else {}))
 
 
 def by_lm_eval(folder: Path, settings: EvaluationSettings) -> dict[str, list[list[float]]]:
@@ -208,10 +163,9 @@ def test_a_folder_scores_as_with_lm_evals_own_class(
     kind: str,
     settings: EvaluationSettings,
     workspace: Workspace,
-    tokenizer_path: Path,
-    tmp_path: Path,
+    llama_of_kind: Callable[[str], Path],
 ) -> None:
-    folder = save_llama_of_kind(tmp_path / "llama", tokenizer_path, kind)
+    folder = llama_of_kind(kind)
     if kind == "opening token":
         add_opening_token(folder)
     model = open_model(folder)
@@ -228,9 +182,10 @@ def test_an_imported_llama_scores_as_with_lm_evals_own_class(
     settings: EvaluationSettings,
     workspace: Workspace,
     tokenizer_path: Path,
+    save_llama: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    folder = save_llama(tmp_path / "llama", tokenizer_path)
+    folder = save_llama()
     add_opening_token(folder)
     if kind == "names a first token":  # And puts it before texts without context only.
         shutil.copy(tokenizer_path, folder / "tokenizer.json")
@@ -282,8 +237,8 @@ def test_an_exported_folder_scores_as_its_checkpoint(
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tokenizer_path: Path) -> Path:
-    return save_llama(tmp_path / "llama", tokenizer_path)
+def folder(save_llama: Callable[..., Path]) -> Path:
+    return save_llama()
 
 
 def test_held_out_tasks_of_a_folder_come_from_the_newest_tokens(
@@ -363,10 +318,9 @@ def test_progress_is_told_within_a_task(
     kind: str,
     settings: EvaluationSettings,
     workspace: Workspace,
-    tokenizer_path: Path,
-    tmp_path: Path,
+    llama_of_kind: Callable[[str], Path],
 ) -> None:
-    folder = save_llama_of_kind(tmp_path / "other", tokenizer_path, kind)
+    folder = llama_of_kind(kind)
     heard = Heard()
     evaluate(folder, settings, workspace, progress=heard)
     assert heard.said == sorted(heard.said)

@@ -16,7 +16,6 @@ from orchestrator.evaluation import measuring
 from orchestrator.evaluation import suite as loading
 from orchestrator.models.folder import load_config
 from orchestrator.models.open import OpenedModel, open_model
-from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import ModelEvaluations
 from orchestrator.pipelines.models import export
 from orchestrator.records.evaluation import EvaluationResult
@@ -208,23 +207,3 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_measured(
     with pytest.raises(UserError, match=str(file)):
         evaluate(checkpoint, settings, workspace)
     assert not list(workspace.evaluations.glob("*"))
-
-
-@pytest.mark.slow
-def test_the_evaluation_is_a_run_with_its_quality(
-    checkpoint: Path, settings: EvaluationSettings, workspace: Workspace
-) -> None:
-    import mlflow
-
-    context = Context(workspace)
-    for _ in range(2):
-        found = evaluate_model(open_model(checkpoint), settings, context)
-    client = mlflow.MlflowClient(workspace.tracking_uri)
-    runs = client.search_runs([context.tracking.experiment_id])
-    assert len(runs) == 1
-    assert runs[0].data.tags["iiet.kind"] == "evaluation"
-    assert runs[0].data.metrics["quality/accuracy"] == pytest.approx(found.accuracy)
-    assert runs[0].data.params["schedule"] == "2,1"
-    [read] = runs[0].inputs.dataset_inputs
-    assert read.dataset.name == ", ".join(found.results)
-    assert read.tags[0].value == "evaluation"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 import tomllib
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from fake_tracking import untracked
+from lm_eval_tasks import write_task
 from one_evaluation import evaluate_model
 
 from iiet.config import ModelConfig
@@ -31,53 +33,6 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace
 
-TASKS = {
-    "choice": """\
-task: choice
-custom_dataset: !function items.choices
-test_split: test
-output_type: multiple_choice
-doc_to_text: context
-doc_to_choice: endings
-doc_to_target: label
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-""",
-    "rolling": """\
-task: rolling
-custom_dataset: !function items.texts
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: text
-metric_list:
-  - {metric: bits_per_byte}
-""",
-}
-ITEMS = """\
-import random
-
-import datasets
-
-draw = random.Random(1)
-
-
-def words(count):
-    return " ".join("".join(draw.choice("abcdefgh") for _ in range(4)) for _ in range(count))
-
-
-def choices(**settings):
-    rows = [
-        {"context": words(3), "endings": [" " + words(n) for n in (1, 2, 1)], "label": i % 3}
-        for i in range(40)
-    ]
-    return {"test": datasets.Dataset.from_list(rows)}
-
-
-def texts(**settings):
-    return {"test": datasets.Dataset.from_list([{"text": words(30)} for _ in range(5)])}
-"""
 STOCK = """
 import sys
 
@@ -129,18 +84,24 @@ def test_every_file_has_the_mode_of_the_umask(
 def test_stock_lm_eval_gives_our_numbers(
     checkpoint: Path, workspace: Workspace, tmp_path: Path
 ) -> None:
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    (tasks / "items.py").write_text(ITEMS)
-    for name, text in TASKS.items():
-        (tasks / f"{name}.yaml").write_text(text)
-    settings = EvaluationSettings(suite="choice,rolling", include_path=str(tasks))
+    draw = random.Random(1)
+
+    def words(count: int) -> str:
+        return " ".join("".join(draw.choice("abcdefgh") for _ in range(4)) for _ in range(count))
+
+    rows = [
+        {"context": words(3), "endings": [" " + words(n) for n in (1, 2, 1)], "label": number % 3}
+        for number in range(40)
+    ]
+    tasks = write_task(tmp_path / "tasks", "choices", rows)
+    write_task(tasks, "rolling", [{"text": words(30)} for _ in range(5)])
+    settings = EvaluationSettings(suite="choices,rolling", include_path=str(tasks))
     ours = evaluate_model(open_model(checkpoint), settings, untracked(workspace))
     folder = exported(checkpoint, tmp_path / "a model", ours)
     options = {
         "--model": "hf",
         "--model_args": f"pretrained={folder},trust_remote_code=True",
-        "--tasks": "choice,rolling",
+        "--tasks": "choices,rolling",
         "--include_path": str(tasks),
         "--output_path": str(tmp_path / "found"),
         "--device": "cpu",
@@ -168,11 +129,11 @@ def test_stock_lm_eval_gives_our_numbers(
         for name, value in metrics.items():
             if not name.endswith("_stderr"):
                 assert theirs[task][f"{name},none"] == pytest.approx(value, rel=1e-5), (task, name)
-    assert theirs["choice"]["acc_stderr,none"] == pytest.approx(
-        ours.tasks["choice"]["acc_stderr"], rel=1e-5
+    assert theirs["choices"]["acc_stderr,none"] == pytest.approx(
+        ours.tasks["choices"]["acc_stderr"], rel=1e-5
     )
     card = (folder / CARD).read_text()
-    assert f"| choice | acc | {ours.tasks['choice']['acc']:.4f} |" in card
+    assert f"| choices | acc | {ours.tasks['choices']['acc']:.4f} |" in card
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else(checkpoint: Path, tmp_path: Path) -> None:

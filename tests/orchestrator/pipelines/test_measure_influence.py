@@ -22,7 +22,7 @@ from orchestrator.pipelines.influence import InfluenceResult, plan_influence, ru
 from orchestrator.settings import InfluenceSettings, Settings
 from orchestrator.training.devices import on_cpu
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace
 
 SETTINGS = InfluenceSettings(num_tokens=512)
 
@@ -97,34 +97,6 @@ def test_it_is_found_again_until_something_changes(
     path.write_text('{"key"')
     assert measured_or_stored(checkpoint, context) == first
     assert len(measured) == 4
-
-
-@pytest.mark.slow
-def test_it_is_a_run_with_one_curve_a_layer(
-    make_checkpoint: Callable[..., Path], tiny_tokens: Path, tmp_path: Path
-) -> None:
-    import mlflow
-
-    workspace = open_workspace(tmp_path / "workspace")
-    shutil.copytree(tiny_tokens, workspace.tokens / tiny_tokens.name)
-    context = Context(workspace)
-    checkpoint = make_checkpoint()
-    for _ in range(2):
-        found = measured_or_stored(checkpoint, context)
-    client = mlflow.MlflowClient(workspace.tracking_uri)
-    (run,) = client.search_runs([context.tracking.experiment_id])
-    assert run.data.tags["iiet.kind"] == "influence"
-    history = client.get_metric_history(run.info.run_id, "influence/layer_01")
-    curve = {point.step: point.value for point in history}
-    assert curve == dict(enumerate(found.rows()[0], start=1))
-    residuals = client.get_metric_history(run.info.run_id, "residual/layer_01")
-    assert [point.value for point in residuals] == list(found.residual_rows[0])
-    layers = client.get_metric_history(run.info.run_id, "block_influence")
-    assert [point.value for point in layers] == list(found.layer_values)
-    (factor,) = client.get_metric_history(run.info.run_id, "contraction")
-    assert (factor.step, factor.value) == (1, found.contractions[0])
-    names = {file.path for file in client.list_artifacts(run.info.run_id, "influence")}
-    assert names == {"influence/influence-cosine.json", "influence/influence-cosine.png"}
 
 
 def test_a_model_without_corrections_or_of_other_tokens_is_refused(

@@ -152,26 +152,18 @@ def test_several_models_are_trained_and_found_again(
     assert stored.read_text() == before
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"training": {"num_tokens_per_step": 65}}, "multiple of the context length"),
-        ({"cluster": {"num_workers": 3000}}, "3000 workers cannot share"),
-        ({"cluster": {"num_gpus": 2}}, "cluster.num_gpus=2: this machine has"),
-    ],
-)
 def test_a_mistake_writes_nothing(
-    context: Context,
-    tiny_tokens: Path,
-    tracking: FakeTracking,
-    changes: dict[str, Any],
-    sentence: str,
+    context: Context, tiny_tokens: Path, tracking: FakeTracking
 ) -> None:
     tree = settings().model_dump(mode="json")
-    for section, values in changes.items():
-        tree[section] |= values
-    with pytest.raises(UserError, match=sentence):
-        train({"a": resolve_settings(tree)}, context, tiny_tokens)
+    for section, value, sentence in (
+        ("training", {"num_tokens_per_step": 65}, "multiple of the context length"),
+        ("cluster", {"num_workers": 3000}, "3000 workers cannot share"),
+        ("cluster", {"num_gpus": 2}, "cluster.num_gpus=2: this machine has"),
+    ):
+        wrong = resolve_settings({**tree, section: tree[section] | value})
+        with pytest.raises(UserError, match=sentence):
+            train({"a": wrong}, context, tiny_tokens)
     assert not context.workspace.runs.exists()
     assert tracking.statuses == []
 
@@ -267,24 +259,17 @@ def teacher(context: Context, tiny_tokens: Path) -> Path:
     return train({"a": settings()}, context, tiny_tokens)["a"].checkpoint
 
 
-def test_a_student_is_trained_and_found_again(
+def test_a_student_is_trained_and_found_again_and_a_wrong_schedule_trains_none(
     context: Context, teacher: Path, tiny_tokens: Path, tracking: FakeTracking
 ) -> None:
+    wrong = {"3": "more corrections than the teacher", "1,1,1": "2", "many": "many"}
+    for schedule, sentence in wrong.items():
+        with pytest.raises(UserError, match=sentence):
+            students(context, teacher, tiny_tokens, "1", schedule)
+    assert not context.workspace.trials.exists()
     (student,) = students(context, teacher, tiny_tokens, "1,0")
     assert student.schedule == load_config(student.checkpoint).corrections
     assert student.schedule.corrections == (1, 0)
     assert student.checkpoint.parent.parent == context.workspace.trials
     assert tracking.statuses[-1] == ("distill", "FINISHED")
     assert students(context, teacher, tiny_tokens, "1,0") == [student]
-
-
-@pytest.mark.parametrize(
-    ("schedule", "sentence"),
-    [("3", "more corrections than the teacher"), ("1,1,1", "2"), ("many", "many")],
-)
-def test_a_schedule_that_does_not_fit_is_refused(
-    context: Context, teacher: Path, tiny_tokens: Path, schedule: str, sentence: str
-) -> None:
-    with pytest.raises(UserError, match=sentence):
-        students(context, teacher, tiny_tokens, "1", schedule)
-    assert not context.workspace.trials.exists()
