@@ -49,7 +49,7 @@ from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.results import result_table
 from orchestrator.reporting.sections import bullets, markdown_table
-from orchestrator.sweeping.trials import ElasticFlops, elastic_flops
+from orchestrator.sweeping.students import elastic_flops
 from orchestrator.terminal.render import print_line
 from orchestrator.training.job import finished_outcome, pretraining_job
 from orchestrator.workspace.files import write_text
@@ -90,7 +90,7 @@ class Reading:
     times: float
     section: ElasticSection
     longer: Trial
-    flops: ElasticFlops
+    flops: tuple[float, float]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -240,7 +240,11 @@ def checks(reading: Reading) -> Iterator[tuple[str, float, float]]:
         elastic = reading.section.rows[0].elastic  # The costliest schedule.
         shortfall = _shortfall(full.quality, elastic, reading.longer)
         yield "the full schedule against the teacher trained on", shortfall, full.most
-    yield "share of the separate students' training FLOPs", reading.flops.share, MAX_FLOPS
+    yield (
+        "share of the separate students' training FLOPs",
+        reading.flops[0] / reading.flops[1],
+        MAX_FLOPS,
+    )
 
 
 def trade_off_chart(readings: Sequence[Reading]) -> Any:
@@ -256,7 +260,7 @@ def trade_off_chart(readings: Sequence[Reading]) -> Any:
         points = [
             {
                 "schedule": row.elastic.schedule_text,
-                "share": 100 * reading.flops.share,
+                "share": 100 * reading.flops[0] / reading.flops[1],
                 "worse": scale * _shortfall(bar.quality, row.elastic, row.student),
             }
             for reading in readings

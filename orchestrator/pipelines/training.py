@@ -34,7 +34,7 @@ from orchestrator.planning.machine import check_run_resources
 from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.command_tables import price_rows, training_rows, two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_yaml
-from orchestrator.sweeping.trials import distillation_job
+from orchestrator.sweeping.students import distillation_job
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import check_job, finished_outcome, pretraining_job

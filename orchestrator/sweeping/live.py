@@ -34,7 +34,7 @@ from orchestrator.reporting.training_curves import (
     history_folder,
 )
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
-from orchestrator.sweeping.trials import exact_cost, full_trial
+from orchestrator.sweeping.plan import exact_cost, full_trial
 from orchestrator.tracking import Tracking
 from orchestrator.training.watching import is_run_locked
 from orchestrator.workspace.journal import Journal, now_ms, read_journal, recorded_times

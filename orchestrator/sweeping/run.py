@@ -32,8 +32,8 @@ from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.sweeping.decode import with_costs, with_decoding
 from orchestrator.sweeping.live import LiveSweep
+from orchestrator.sweeping.plan import asha_rule, competing_trials, early_stops, full_trial
 from orchestrator.sweeping.trial import run_trial
-from orchestrator.sweeping.trials import asha_rule, competing_trials, early_stops, full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import note_saved_state, stop_requested
 from orchestrator.tracking import Tracking, status_after
@@ -128,7 +128,7 @@ def run_plan(
             if trial.key in stops:
                 live.on_end(trial, "KILLED", stops[trial.key].text)
         waiting, cached = _with_stored_answers(
-            waiting, search, full_config(plan), placed, workspace, live, progress
+            waiting, search, full_trial(plan).model, placed, workspace, live, progress
         )
         trials = SweepQueue(waiting, found, stopped, live, progress, search=search, num_all=num_all)
         try:
