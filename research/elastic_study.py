@@ -46,9 +46,8 @@ from orchestrator.cluster.ray import ray_cluster
 from orchestrator.data.preparation import find_prepared
 from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
-from orchestrator.reporting.elastic_section import ElasticSection
 from orchestrator.reporting.results import result_table
-from orchestrator.reporting.sections import bullets, markdown_table
+from orchestrator.reporting.sections import Section, bullets, markdown_table
 from orchestrator.sweeping.students import elastic_flops
 from orchestrator.terminal.render import print_line
 from orchestrator.training.job import finished_outcome, pretraining_job
@@ -88,9 +87,21 @@ class Reading:
 
     teacher: str
     times: float
-    section: ElasticSection
+    section: Section
     longer: Trial
     flops: tuple[float, float]
+    """Training FLOPs of the elastic weights, and of the separate students."""
+
+    @property
+    def share(self) -> float:
+        """Share of the separate students' FLOPs that the elastic weights take."""
+        return self.flops[0] / self.flops[1]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The schedules that were trained both ways, the costliest first."""
+        rows: list[dict[str, Any]] = self.section.data["elastic"]["schedules"]
+        return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -231,20 +242,16 @@ def _longer_teacher(settings: Settings) -> Settings:
 def checks(reading: Reading) -> Iterator[tuple[str, float, float]]:
     """Yield each bar: what is compared, how much worse it is, and how much it may be."""
     bar = BARS[reading.teacher]
-    for row in reading.section.rows:
-        schedule = row.elastic.schedule or ()
-        if not bar.schedules or schedule in bar.schedules:
-            name = f"({row.elastic.schedule_text}) against its student"
-            yield name, _shortfall(bar.quality, row.elastic, row.student), bar.most
+    for row in reading.rows:
+        if not bar.schedules or tuple(row["schedule"]) in bar.schedules:
+            yield f"({_text(row)}) against its student", _shortfall(bar.quality, row), bar.most
     if full := FULL_BAR.get(reading.teacher):
-        elastic = reading.section.rows[0].elastic  # The costliest schedule.
-        shortfall = _shortfall(full.quality, elastic, reading.longer)
+        longer = reading.longer.numbers
+        loss, accuracy = longer.get(LOSS), longer.get(ACCURACY)
+        against = {**reading.rows[0], "student_loss": loss, "student": accuracy}
+        shortfall = _shortfall(full.quality, against)
         yield "the full schedule against the teacher trained on", shortfall, full.most
-    yield (
-        "share of the separate students' training FLOPs",
-        reading.flops[0] / reading.flops[1],
-        MAX_FLOPS,
-    )
+    yield "share of the separate students' training FLOPs", reading.share, MAX_FLOPS
 
 
 def trade_off_chart(readings: Sequence[Reading]) -> Any:
@@ -259,13 +266,13 @@ def trade_off_chart(readings: Sequence[Reading]) -> Any:
         unit = "loss, 0.001 nats" if bar.quality == LOSS else "accuracy, points"
         points = [
             {
-                "schedule": row.elastic.schedule_text,
-                "share": 100 * reading.flops[0] / reading.flops[1],
-                "worse": scale * _shortfall(bar.quality, row.elastic, row.student),
+                "schedule": _text(row),
+                "share": 100 * reading.share,
+                "worse": scale * _shortfall(bar.quality, row),
             }
             for reading in readings
             if reading.teacher == teacher
-            for row in reading.section.rows
+            for row in reading.rows
         ]
         lines = altair.Chart(altair.InlineData(values=points), title=teacher).mark_line(point=True)
         lines = lines.encode(
@@ -279,9 +286,14 @@ def trade_off_chart(readings: Sequence[Reading]) -> Any:
     return altair.hconcat(*panels).resolve_scale(color="independent")
 
 
-def _shortfall(quality: str, model: Trial, other: Trial) -> float:
-    difference = (model.value(quality) or 0.0) - (other.value(quality) or 0.0)
-    return difference if quality == LOSS else -difference
+def _text(row: Mapping[str, Any]) -> str:
+    return ",".join(map(str, row["schedule"]))
+
+
+def _shortfall(quality: str, row: Mapping[str, Any]) -> float:
+    if quality == LOSS:
+        return float(row["elastic_loss"] - row["student_loss"])
+    return float(row["student"] - row["elastic"])
 
 
 def study_markdown(readings: Sequence[Reading]) -> str:
@@ -293,7 +305,7 @@ def study_markdown(readings: Sequence[Reading]) -> str:
             (name, f"{value:.4f}", f"{most:.4f}", "yes" if value <= most else "no")
             for name, value, most in found
         ]
-        longer, section = reading.longer, reading.section.section()
+        longer, section = reading.longer, reading.section
         full = [f"{metric.partition('/')[2]} {longer.value(metric):.4f}"
                 for metric in (LOSS, ACCURACY) if longer.value(metric) is not None]  # fmt: skip
         parts += [

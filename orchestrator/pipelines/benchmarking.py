@@ -34,6 +34,7 @@ from orchestrator.pipelines.result import Result
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.training import schedule_parameters
 from orchestrator.reporting import command_tables
+from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import ClusterSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import join_names
@@ -65,7 +66,7 @@ class BenchmarkPlan(Result):
         for name, value in asdict(self.conditions).items():
             text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
             rows.append((name.replace("_", " "), text))
-        yield command_tables.two_column_table("Plan of the benchmark", rows)
+        yield two_column_table("Plan of the benchmark", rows)
 
 
 class BenchmarkResult(Result):

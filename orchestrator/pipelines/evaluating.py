@@ -35,7 +35,6 @@ from orchestrator.reporting.command_tables import (
     average_notes,
     evaluation_table,
     tasks_with_other_items,
-    two_column_table,
 )
 from orchestrator.reporting.comparison import (
     Comparison,
@@ -43,6 +42,7 @@ from orchestrator.reporting.comparison import (
     comparison_findings,
     comparison_table,
 )
+from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.progress import Progress

@@ -31,7 +31,8 @@ from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
 from orchestrator.records.record import Influence
 from orchestrator.records.tracked_run import TrackedRun
-from orchestrator.reporting.command_tables import influence_terminal_table, two_column_table
+from orchestrator.reporting.command_tables import influence_tables
+from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.devices import OnDevice
@@ -107,7 +108,7 @@ class InfluenceResult(Result):
 
     def shown(self) -> Iterable[RenderableType]:
         """Return the table of layers and corrections."""
-        yield influence_terminal_table(self.table)
+        yield from influence_tables(self.table)
 
 
 def measure_influence(

@@ -40,8 +40,7 @@ from orchestrator.planning.estimate import (
     price_of_trials,
 )
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
-from orchestrator.reporting.command_tables import price_rows, two_column_table
-from orchestrator.reporting.elastic_section import ElasticSection
+from orchestrator.reporting.command_tables import price_rows
 from orchestrator.reporting.front import parse_axes
 from orchestrator.reporting.results import (
     CHANCE_TITLE,
@@ -50,7 +49,7 @@ from orchestrator.reporting.results import (
     load_sweep_results,
     newest_sweep,
 )
-from orchestrator.reporting.sections import Section, render_json, render_terminal
+from orchestrator.reporting.sections import Section, render_json, render_terminal, two_column_table
 from orchestrator.reporting.tables import model_rows
 from orchestrator.settings import Settings, flatten
 from orchestrator.sweeping.models import (
@@ -233,7 +232,7 @@ class ReportResult(Result):
     """A `Front`: every model with its place."""
     sentences: tuple[str, ...]
     """Notes on how to read the front, then its findings."""
-    elastic: ElasticSection | None = Field(exclude=True)
+    elastic: Section | None = Field(exclude=True)
     """Elastic weights against separate students; None if the sweep has not both."""
     sections: tuple[Section, ...] = Field(exclude=True)
     """What a terminal shows, and JSON holds."""
@@ -378,6 +377,7 @@ def sweep(
             result.
     """
     pretrains = teacher is None and settings.sweep.kind != "iterations"
+    check_sweep(settings)
     check_devices(settings, pretrains=pretrains)
     context = open_context(workspace, progress, loggers=settings.tracking.loggers)
     if teacher not in (None, NEWEST):

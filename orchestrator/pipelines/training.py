@@ -32,7 +32,8 @@ from orchestrator.pipelines.result import Result
 from orchestrator.planning.estimate import Estimate, Price, find_problems, price_of, run_devices
 from orchestrator.planning.machine import check_run_resources
 from orchestrator.records.training import TrainingJob
-from orchestrator.reporting.command_tables import price_rows, training_rows, two_column_table
+from orchestrator.reporting.command_tables import price_rows, training_rows
+from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_yaml
 from orchestrator.sweeping.students import distillation_job
 from orchestrator.terminal.progress import Progress

@@ -1,19 +1,13 @@
 """What single commands print: evaluations, costs, influence, and what trainings take.
 
-Each is made from its data once, in several layouts where a terminal may be too narrow for the
-widest. `comparison.py` and the sweep's report have their own chapters.
+`comparison.py` and the sweep's report have their own chapters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Literal
-
-from rich import box
-from rich.console import Group
-from rich.table import Table
 
 from iiet.cost import num_parameters
 from iiet.influence import InfluenceTable
@@ -29,9 +23,8 @@ from orchestrator.evaluation.cost_measurement import (
 )
 from orchestrator.planning.estimate import Estimate, Price
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
-from orchestrator.reporting.sections import markdown_table
+from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.terminal.render import (
-    ResponsiveLayout,
     format_byte_parts,
     format_bytes,
     format_count,
@@ -39,101 +32,36 @@ from orchestrator.terminal.render import (
     format_duration_range,
 )
 
-AVERAGE = "average"
-
-
-def number_table(
-    texts: Sequence[str],
-    numbers: Sequence[str],
-    rows: Iterable[Sequence[str] | None],
-    *,
-    folds: str = "",
-    title: str | None = None,
-) -> Table:
-    """Return a table of columns of texts, aligned left, and of numbers, aligned right.
-
-    Args:
-        texts: Titles of the first columns.
-        numbers: Titles of the others.
-        rows: Cells of each row; None draws a line.
-        folds: The column of texts that folds where the terminal is too narrow.
-        title: Stands above the table.
-    """
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in texts:
-        can_fold = name == folds
-        overflow: Literal["fold", "ellipsis"] = "fold" if can_fold else "ellipsis"
-        table.add_column(name, no_wrap=not can_fold, overflow=overflow)
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    for cells in rows:
-        if cells is None:
-            table.add_section()
-        else:
-            table.add_row(*cells)
-    return table
-
-
-def two_column_table(title: str | None, rows: Sequence[tuple[str, str]]) -> Table:
-    """Return names and texts as a table."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
-    table.add_column("what", no_wrap=True)
-    table.add_column("how much", overflow="fold")
-    for name, text in rows:
-        table.add_row(name, text)
-    return table
-
-
 # Evaluations
 
 
-def evaluation_table(evaluations: Mapping[str, EvaluationResult]) -> ResponsiveLayout:
-    """Return every task's metrics: a column for each model, or on narrow terminals a row.
+def evaluation_table(evaluations: Mapping[str, EvaluationResult]) -> Table:
+    """Return a row for each task's metrics, with a column for each model, by its name.
 
-    The evaluations are by name of the model; their tasks may differ.
+    The tasks of the models may differ; their average is over the metrics marked with a star.
     """
-    names, models = list(evaluations), list(evaluations.values())
-    rows: list[tuple[str, str, list[str], str]] = []  # Task, metric, cell of each model, items.
+    models = evaluations.values()
+
+    def row(task: str, metric: str, found: Sequence[Mapping[str, float]], items: int) -> TableRow:
+        cells = (_value_and_error(numbers, metric.removesuffix(" *")) for numbers in found)
+        return TableRow((task, metric, *cells, f"{items:,}"), is_first=task == "average")
+
+    rows = []
     for task in dict.fromkeys(name for model in models for name in model.results):
-        found = [model.results.get(task) for model in models]
-        measured = [result for result in found if result]
-        num_items = f"{measured[0].num_items:,}"
-        for metric in dict.fromkeys(name for result in measured for name in result.metrics):
+        results = [model.results.get(task) for model in models]
+        found = [result.metrics if result else {} for result in results]
+        one = next(result for result in results if result)
+        for metric in dict.fromkeys(name for numbers in found for name in numbers):
             if not metric.endswith(STDERR_SUFFIX):
-                cells = [_value_and_error(each.metrics if each else {}, metric) for each in found]
-                # The average is over the marked metrics.
-                mark = " *" if metric == measured[0].accuracy_metric else ""
-                rows.append((task, metric + mark, cells, num_items))
+                mark = " *" if metric == one.accuracy_metric else ""
+                rows.append(row(task, metric + mark, found, one.num_items))
     averages = [model.quality() for model in models]
     if any("accuracy" in average for average in averages):
-        cells = [_value_and_error(average, "accuracy") for average in averages]
-        num_items = f"{max(model.num_accuracy_items for model in models):,}"
-        rows.append((AVERAGE, "accuracy *", cells, num_items))
-
-    wide: list[list[str] | None] = []
-    by_task: list[list[str] | None] = []
-    by_model: list[list[str] | None] = []
-    for task, metrics in groupby(rows, key=lambda row: row[0]):
-        several = list(metrics)
-        if task == AVERAGE:
-            for layout in (wide, by_task, by_model):
-                layout.append(None)
-        by_task.append([f"{task}: {several[0][3]}"])
-        by_model.append([task, "", several[0][3]])
-        for _, metric, cells, num_items in several:
-            wide.append([task, metric, *cells, num_items])
-            by_task.append([f"  {metric}", *cells])
-            by_model.append([f"  {metric}", cells[0] if len(names) == 1 else "", ""])
-            if len(names) > 1:
-                by_model += [[f"    {name}", c, ""] for name, c in zip(names, cells, strict=True)]
-    heads = names if len(names) > 1 else ["value ± error"]
-    narrower = [cells and cells[:-1] for cells in wide]
-    return ResponsiveLayout(
-        number_table(["task", "metric"], [*heads, "items"], wide),
-        number_table(["task", "metric"], heads, narrower),
-        number_table(["task"], heads, by_task),
-        number_table(["task"], ["value ± error", "items"], by_model, folds="task"),
-    )
+        most = max(model.num_accuracy_items for model in models)
+        rows.append(row("average", "accuracy *", averages, most))
+    heads = evaluations if len(evaluations) > 1 else ["value ± error"]
+    texts = (Column("task", is_text=True), Column("metric", is_text=True))
+    return Table((*texts, *map(Column, heads), Column("items", 1)), rows)
 
 
 def average_notes(evaluations: Mapping[str, EvaluationResult]) -> list[str]:
@@ -164,80 +92,65 @@ def _value_and_error(metrics: Mapping[str, float], name: str) -> str:
     if name not in metrics:
         return ""
     error = metrics.get(name + STDERR_SUFFIX)
-    # No-break spaces, so that narrow terminals fold the names and not the numbers.
-    return text(metrics[name]) + ("" if error is None else f"\u00a0±\u00a0{text(error)}")
+    return text(metrics[name]) + ("" if error is None else f" ± {text(error)}")
 
 
 # Measured costs
 
-_Columns = Sequence[tuple[str, Callable[[MeasuredCost], str]]]
 
-
-def cost_and_share_tables(costs: Sequence[MeasuredCost]) -> list[ResponsiveLayout]:
+def cost_and_share_tables(costs: Sequence[MeasuredCost]) -> list[Table]:
     """Return a table of costs and, of several models, shares of the full model's time.
 
     A row is a model under a condition; errors are half quartile ranges. Shares are in percent,
     predicted and measured.
     """
-    several = len({cost.model for cost in costs}) > 1
 
-    def table(title: str, columns: _Columns) -> Table:
-        rows: list[list[str] | None] = []
+    def table(title: str, columns: Mapping[Column, Callable[[MeasuredCost], str]]) -> Table:
+        rows: list[TableRow] = []
         for condition, group in groupby(costs, lambda cost: f"{cost.batch_size} x {cost.context}"):
-            rows += [[condition, c.model, *(cell(c) for _, cell in columns)] for c in group]
-            if several:
-                rows.append(None)
-        heads = [name for name, _ in columns]
-        return number_table(["rows x\nprompt", "model"], heads, rows, folds="model", title=title)
+            for number, cost in enumerate(group):
+                cells = (condition, cost.model, *(cell(cost) for cell in columns.values()))
+                rows.append(TableRow(cells, is_first=not number and bool(rows)))
+        texts = (Column("rows x\nprompt", is_text=True), Column("model", is_text=True))
+        return Table((*texts, *columns), rows, title)
 
-    def shares(phase: str) -> ResponsiveLayout:
-        def percent(prediction: str) -> Callable[[MeasuredCost], str]:
-            return lambda cost: f"{100 * cost.shares[phase].predicted[prediction]:.1f}"
-
-        def residual(prediction: str) -> Callable[[MeasuredCost], str]:
-            return lambda cost: f"{cost.shares[phase].residual(prediction):+.1%}"
-
+    def shares(phase: str) -> Table:
         def measured(cost: MeasuredCost) -> str:
             share = cost.shares[phase]
             return f"{100 * share.measured:.1f} ± {100 * share.spread:.1f}"
 
-        columns: _Columns = [
-            ("measured", measured),
-            (f"by {PREDICTION}", percent(PREDICTION)),
-            ("off", residual(PREDICTION)),
-            ("by NFE", percent(SIMPLEST)),
-            ("off", residual(SIMPLEST)),
-        ]
-        title = f"Share of the full model's time, {phase}, in percent"
-        return ResponsiveLayout(table(title, columns), table(title, columns[:3]))
+        def predicted(name: str) -> Callable[[MeasuredCost], str]:
+            return lambda cost: f"{100 * cost.shares[phase].predicted[name]:.1f}"
 
-    times: _Columns = [
-        ("first token", lambda cost: f"{cost.first_token_ms:.2f} ± {cost.first_token_spread:.2f}"),
-        ("per token", lambda cost: f"{cost.decode_ms:.2f} ± {cost.decode_spread:.2f}"),
-    ]
-    others: _Columns = [
-        ("tokens/s", lambda cost: f"{cost.tokens_per_second:,.0f}"),
-        ("KV", lambda cost: _mebibytes(cost.kv_bytes)),
-        ("peak", lambda cost: _mebibytes(cost.peak_bytes)),
-    ]
-    narrow = Group(table("Milliseconds", times), table("Speed and MiB", others))
-    layouts = [ResponsiveLayout(table("Milliseconds and MiB", [*times, *others]), narrow)]
-    return layouts + [shares(phase) for phase in (DECODING, FIRST_TOKEN) if several]
+        def residual(name: str) -> Callable[[MeasuredCost], str]:
+            return lambda cost: f"{cost.shares[phase].residual(name):+.1%}"
+
+        columns = {
+            Column("measured"): measured,
+            Column(f"by {PREDICTION}"): predicted(PREDICTION),
+            Column(f"{PREDICTION} off"): residual(PREDICTION),
+            Column("by NFE", 1): predicted(SIMPLEST),
+            Column("NFE off", 1): residual(SIMPLEST),
+        }
+        return table(f"Share of the full model's time, {phase}, in percent", columns)
+
+    times = {
+        Column("first token"): lambda c: f"{c.first_token_ms:.2f} ± {c.first_token_spread:.2f}",
+        Column("per token"): lambda c: f"{c.decode_ms:.2f} ± {c.decode_spread:.2f}",
+        Column("tokens/s"): lambda c: f"{c.tokens_per_second:,.0f}",
+        Column("KV"): lambda c: _mebibytes(c.kv_bytes),
+        Column("peak"): lambda c: _mebibytes(c.peak_bytes),
+    }
+    several = len({cost.model for cost in costs}) > 1
+    tables = [table("Milliseconds and MiB", times)]
+    return tables + [shares(phase) for phase in (DECODING, FIRST_TOKEN) if several]
 
 
 def benchmark_sentences(costs: Sequence[MeasuredCost]) -> list[str]:
-    """Return sentences on the size of the weights and the errors of the predictions."""
+    """Return sentences on the size of the weights and, of several models, on the predictions."""
     sizes = dict.fromkeys(_mebibytes(cost.weight_bytes) for cost in costs)
-    weights = f"weights: {', '.join(sizes)} MiB, part of each peak"
-    return [weights, *prediction_error_sentences(costs)]
-
-
-def prediction_error_sentences(costs: Sequence[MeasuredCost]) -> list[str]:
-    """Return sentences on the errors of the predictions; none if there is only one model."""
-    if len({cost.model for cost in costs}) < 2:
-        return []
-    sentences = []
-    for phase in (DECODING, FIRST_TOKEN):
+    sentences = [f"weights: {', '.join(sizes)} MiB, part of each peak"]
+    for phase in (DECODING, FIRST_TOKEN) if len({cost.model for cost in costs}) > 1 else ():
         errors = {
             prediction: max(abs(cost.shares[phase].residual(prediction)) for cost in costs)
             for prediction in (PREDICTION, SIMPLEST)
@@ -265,60 +178,46 @@ def _mebibytes(num_bytes: int) -> str:
 # Influence
 
 
-def influence_terminal_table(influence: InfluenceTable) -> Group:
-    """Return the influence with standard errors, then the residuals; a row for each layer.
+def influence_tables(influence: InfluenceTable) -> list[Table]:
+    """Return the influence with standard errors, then the residuals, if they were measured.
 
-    A narrow terminal shows a table in parts, as few as its width allows. The column `whole layer`
-    is the layer's block influence, by which whole layers are dropped.
+    The column `whole layer` is the layer's block influence, by which whole layers are dropped.
     """
-
-    def in_parts(title: str, columns: Mapping[str, Sequence[str]]) -> ResponsiveLayout:
-        def part(first: int, count: int) -> Table:
-            heads = [*columns][first : first + count]
-            layers = map(str, range(1, len(influence.value_rows) + 1))
-            rows = zip(layers, *(columns[head] for head in heads), strict=True)
-            return number_table((), ["layer", *heads], rows, title=None if first else title)
-
-        counts = range(len(columns), 0, -1)
-        parts = ([part(n, count) for n in range(0, len(columns), count)] for count in counts)
-        return ResponsiveLayout(*(Group(*tables) for tables in parts))
-
     values = [
         [_with_error(*pair) for pair in zip(*rows, strict=True)]
         for rows in zip(influence.value_rows, influence.error_rows, strict=True)
     ]
     title = f"Influence ({influence.metric}, {influence.num_tokens:,} tokens)"
-    tables = [in_parts(title, _by_correction(values) | _whole_layers(influence))]
+    tables = [_by_layer(title, values, _whole_layers(influence))]
     if influence.residual_rows:
         residuals = [[f"{value:.2g}" for value in row] for row in influence.residual_rows]
         title = "Residual |g(e) - e| / |g(e)|, and its contraction factor"
-        tables.append(in_parts(title, _by_correction(residuals) | _contractions(influence, ".2g")))
-    return Group(*tables)
+        tables.append(_by_layer(title, residuals, _contractions(influence, ".2g")))
+    return tables
 
 
-def influence_columns(influence: InfluenceTable) -> dict[str, list[str]]:
-    """Return the influence and contraction factors by title of a column, a cell for each layer."""
-    return {
-        "layer": [str(layer) for layer in range(1, len(influence.value_rows) + 1)],
-        **_by_correction([[f"{value:.3g}" for value in row] for row in influence.rows()]),
-        **_contractions(influence, ".3g"),
-        **_whole_layers(influence),
-    }
+def influence_table(influence: InfluenceTable) -> Table:
+    """Return the influence and contraction factors, a row for each layer, for files."""
+    values = [[f"{value:.3g}" for value in row] for row in influence.rows()]
+    return _by_layer("", values, _contractions(influence, ".3g") | _whole_layers(influence))
 
 
-def influence_markdown(influence: InfluenceTable) -> str:
-    """Return the influence and contraction factors in Markdown, one row for each layer."""
-    columns = influence_columns(influence)
-    return markdown_table(list(columns), zip(*columns.values(), strict=True), left=())
-
-
-def _by_correction(rows: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """Turn a row for each layer, of its corrections, into columns."""
+def _by_layer(
+    title: str, rows: Sequence[Sequence[str]], more: Mapping[str, Sequence[str]]
+) -> Table:
+    """Return a table of a row for each layer: its corrections, then further columns."""
     width = max(map(len, rows), default=0)
-    return {
-        f"correction {n + 1}": [row[n] if n < len(row) else "" for row in rows]
-        for n in range(width)
-    }
+    heads = ["layer", *(f"correction {n}" for n in range(1, width + 1)), *more]
+    cells = [
+        (
+            str(number),
+            *row,
+            *[""] * (width - len(row)),
+            *(column[number - 1] for column in more.values()),
+        )
+        for number, row in enumerate(rows, start=1)
+    ]
+    return Table([*map(Column, heads)], [*map(TableRow, cells)], title)
 
 
 def _contractions(influence: InfluenceTable, form: str) -> dict[str, list[str]]:
@@ -339,7 +238,7 @@ def _with_error(value: float, error: float) -> str:
     digits = 2
     if value and error:
         digits += max(0, math.floor(math.log10(abs(value))) - math.floor(math.log10(error)))
-    return f"{value:.{digits}g}\u00a0±\u00a0{error:.2g}"
+    return f"{value:.{digits}g} ± {error:.2g}"
 
 
 # What trainings take

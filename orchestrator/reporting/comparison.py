@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from orchestrator.records.evaluation import BITS_METRIC, EvaluationResult, TaskResult
-from orchestrator.reporting.command_tables import number_table
+from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.reporting.statistics import (
     INTERVAL_LEVEL,
     NUM_RESAMPLES,
@@ -29,7 +28,7 @@ from orchestrator.reporting.statistics import (
     pair_scores,
     shared_metric,
 )
-from orchestrator.terminal.render import ResponsiveLayout, format_count
+from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import UserError
 
 AVERAGE = "average"
@@ -73,6 +72,12 @@ class ComparedScore:
         """Write a score, or a difference with its sign; accuracies in percent without the mark."""
         sign = "+" if is_difference else ""
         return f"{100 * value:{sign}.2f}" if self.is_accuracy else f"{value:{sign}.4f}"
+
+    @property
+    def difference_texts(self) -> list[str]:
+        """The difference and the ends of its interval in words."""
+        ends = (self.difference.value, self.difference.low, self.difference.high)
+        return [self.text(number, is_difference=True) for number in ends]
 
     def to_row(self) -> dict[str, Any]:
         """Return plain values; `low` and `high` are the interval of `difference`."""
@@ -226,8 +231,7 @@ def _conclusion(row: ComparedScore, names: tuple[str, str]) -> str:
         items = format_count(row.num_items, "item")
         return f"{subject}: no difference, both are right on the same of {items}"
     interval = row.difference
-    ends = (interval.value, interval.low, interval.high)
-    value, low, high = (row.text(number, is_difference=True) for number in ends)
+    value, low, high = row.difference_texts
     unit = " points" if row.is_accuracy else ""
     test = ""
     if row.p_value is not None:
@@ -243,52 +247,29 @@ def _conclusion(row: ComparedScore, names: tuple[str, str]) -> str:
     return f"{subject}: {verdict} ({value}{unit}, 95 % interval {low} to {high}{test})"
 
 
-def comparison_table(comparison: Comparison) -> ResponsiveLayout:
-    """Return a row for each task and average; narrow terminals show fewer columns.
+def comparison_table(comparison: Comparison) -> Table:
+    """Return a row for each task and average.
 
     The columns `A` and `B` are the two models, `b` and `c` the items that only A, and only B, gets
     right.
     """
-
-    def layout(names: tuple[str, ...]) -> Table:
-        rows: list[list[str] | None] = [
-            [row.task, *(_cells(row)[name] for name in names)]
-            for row in (*comparison.tasks, *comparison.averages)
-        ]
-        if comparison.averages:
-            rows.insert(len(comparison.tasks), None)
-        texts = [name for name in names if name == "metric"]
-        return number_table(["task", *texts], names[len(texts) :], rows, folds="task")
-
-    return ResponsiveLayout(*map(layout, _LAYOUTS))
-
-
-_INTERVAL = "95 % interval"
-_LAYOUTS = (
-    ("metric", "A", "B", "B - A", _INTERVAL, "items", "left out", "b", "c", "p"),
-    ("metric", "A", "B", "B - A", _INTERVAL, "items", "p"),
-    ("A", "B", "B - A", _INTERVAL, "items", "p"),
-    ("A", "B", "B - A", "p"),
-    ("B - A", "p"),
-)
-
-
-def _cells(row: ComparedScore) -> dict[str, str]:
-    interval = row.difference
-    ends = (interval.value, interval.low, interval.high)
-    value, low, high = (row.text(number, is_difference=True) for number in ends)
-    return {
-        "metric": f"{row.metric}, %" if row.is_accuracy else row.metric,
-        "A": row.text(row.first),
-        "B": row.text(row.second),
-        "B - A": value,
-        _INTERVAL: f"{low} to {high}",
-        "items": f"{row.num_items:,}",
-        "left out": f"{row.num_left_out:,}",
-        "b": "" if row.only_first is None else f"{row.only_first:,}",
-        "c": "" if row.only_second is None else f"{row.only_second:,}",
-        "p": "" if row.p_value is None else _p_value_text(row.p_value),
-    }
+    columns = (
+        *(Column("task", is_text=True), Column("metric", 5, is_text=True), Column("A", 2)),
+        *(Column("B", 2), Column("B - A"), Column("95 % interval", 3), Column("items", 4)),
+        *(Column("left out", 8), Column("b", 7), Column("c", 6), Column("p")),
+    )
+    rows = []
+    for row in (*comparison.tasks, *comparison.averages):
+        value, low, high = row.difference_texts
+        counts = (row.num_items, row.num_left_out, row.only_first, row.only_second)
+        cells = (
+            *(row.task, f"{row.metric}, %" if row.is_accuracy else row.metric),
+            *(row.text(row.first), row.text(row.second), value, f"{low} to {high}"),
+            *("" if count is None else f"{count:,}" for count in counts),
+            "" if row.p_value is None else _p_value_text(row.p_value),
+        )
+        rows.append(TableRow(cells, is_first=row in comparison.averages[:1]))
+    return Table(columns, rows)
 
 
 def _p_value_text(p_value: float) -> str:

@@ -17,7 +17,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.heldout import is_heldout_task
 from orchestrator.evaluation.tasks import TASKS
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
-from orchestrator.reporting.command_tables import influence_markdown
+from orchestrator.reporting.command_tables import influence_table
 from orchestrator.reporting.sections import bullets, markdown_table
 from orchestrator.terminal.render import format_parameters, join_names
 
@@ -96,7 +96,7 @@ class ModelCard:
                 f"Measured over {table.num_tokens:,} tokens under the schedule "
                 f"`{table.schedule}`. A cheaper schedule leaves out the corrections below a "
                 "threshold.",
-                influence_markdown(table),
+                influence_table(table).to_markdown(),
             ]
         parts += ["## Provenance", bullets(_provenance(self.provenance)) or "Not recorded."]
         return "\n\n".join(part.rstrip() for part in parts if part) + "\n"

@@ -22,17 +22,13 @@ from orchestrator.reporting.charts import (
     influence_chart,
     save_chart,
 )
-from orchestrator.reporting.command_tables import influence_columns
-from orchestrator.reporting.elastic_section import ElasticSection
+from orchestrator.reporting.command_tables import influence_table
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import (
     Front,
 )
 from orchestrator.reporting.sections import (
-    Column,
     Section,
-    Table,
-    TableRow,
     render_json,
     render_markdown,
     render_page,
@@ -76,7 +72,7 @@ class SweepReport:
     """Title of a list -> names and values, such as settings and provenance."""
     notes: Sequence[str] = ()
     """Sentences to read before the findings, such as that the tasks differ."""
-    elastic: ElasticSection | None = None
+    elastic: Section | None = None
     """Elastic weights against separate students, if the sweep has both."""
 
     @property
@@ -97,7 +93,7 @@ class SweepReport:
         """Return what a terminal shows: the front and its findings, and elastic weights."""
         table = models_table(self.front, self.title)
         front = Section(tables=[table], notes=self.sentences, data=front_values(self.front))
-        return [front, *([self.elastic.section()] if self.elastic else [])]
+        return [front, *([self.elastic] if self.elastic else [])]
 
     def sections(self, folder: Path | None = None) -> list[Section]:
         """Return all sections; for files in a `folder`, paths in its workspace are relative."""
@@ -116,7 +112,7 @@ class SweepReport:
         if tasks := task_tables(front):
             found.append(Section(title="Task by task", sentences=[TASK_TABLES_NOTE], tables=tasks))
         if self.elastic is not None:
-            found.append(self.elastic.section())
+            found.append(self.elastic)
         if self.influence is not None and any(self.influence.rows()):
             found.append(_influence_section(self.influence, front))
         for title, curves in self.curves.items():
@@ -147,8 +143,7 @@ class SweepReport:
 
 
 def _influence_section(table: InfluenceTable, front: Front) -> Section:
-    cells, knee = influence_columns(table), front.knee
-    heads, rows = map(Column, cells), map(TableRow, zip(*cells.values(), strict=True))
+    knee = front.knee
     chart = influence_chart(
         table.rows(),
         metric=table.metric,
@@ -161,7 +156,7 @@ def _influence_section(table: InfluenceTable, front: Front) -> Section:
         sentences=[INFLUENCE_LEGEND],
         chart=chart,
         picture="influence",
-        tables=[Table(tuple(heads), tuple(rows))],
+        tables=[influence_table(table)],
     )
 
 

@@ -1,8 +1,8 @@
 """Sections of a report, and their four renderers: terminal, Markdown, HTML and JSON.
 
-A report is a list of sections; each renderer shows any list. The terminal shows tables and notes,
-and drops the least important columns of a table until it fits. The page needs no server and no
-network: charts and the scripts that draw them are inside.
+A report is a list of sections; each renderer shows any list. All tables of this program are a
+`Table`, which arranges itself for the terminal's width. The page needs no server and no network:
+charts and the scripts that draw them are inside.
 """
 
 from __future__ import annotations
@@ -48,20 +48,22 @@ class Column:
 class TableRow:
     """A row of a table; the key of a model links it to the chart."""
 
-    cells: tuple[str, ...]
+    cells: Sequence[str]
     kind: str = ""
     """How a model is shown: `baseline`, `member`, `full` or `dominated`."""
     key: str = ""
     schedule: tuple[int, ...] | None = None
     """The page shows it as a strip with a cell for each layer."""
+    is_first: bool = False
+    """Whether it begins a group of rows, with a line above."""
 
 
 @dataclass(frozen=True)
 class Table:
     """A table of texts."""
 
-    columns: tuple[Column, ...]
-    rows: tuple[TableRow, ...]
+    columns: Sequence[Column]
+    rows: Sequence[TableRow]
     title: str = ""
 
     @property
@@ -79,19 +81,42 @@ class Table:
         return markdown_table([column.title for column in self.columns], rows, left=left)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield the table with the columns that the terminal has room for."""
+        """Yield what the terminal has room for; no name and no number is broken.
+
+        First the least important columns are dropped. If the others are still too wide, the numbers
+        follow each other in several tables, each with the names before them.
+        """
         widths = [
-            max(map(cell_len, [column.title, *(row.cells[number] for row in self.rows)]))
-            for number, column in enumerate(self.columns)
+            max(cell_len(line) for text in (column.title, *texts) for line in text.split("\n"))
+            for column, texts in zip(self.columns, self._texts(), strict=True)
         ]
+
+        def width(columns: Iterable[int]) -> int:
+            # Two spaces after each column, one before all.
+            return sum(widths[number] + 2 for number in columns) + 1
+
         shown = [*range(len(self.columns))]
-        # Two spaces after each column, one before all.
-        while sum(widths[number] + 2 for number in shown) + 1 > options.max_width:
+        while width(shown) > options.max_width:
             least = max(shown, key=lambda number: self.columns[number].priority)
             if not self.columns[least].priority:
                 break
             shown.remove(least)
-        table = RichTable(title=self.title or None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        names = [n for n in shown if self.columns[n].is_text or not n]
+        parts: list[list[int]] = [[]]
+        for number in shown:
+            if number not in names:
+                if parts[-1] and width([*names, *parts[-1], number]) > options.max_width:
+                    parts.append([])
+                parts[-1].append(number)
+        for part in parts:
+            columns = sorted([*names, *part])
+            yield self._part(columns, widths, self.title if part is parts[0] else "")
+
+    def _texts(self) -> list[list[str]]:
+        return [[row.cells[number] for row in self.rows] for number in range(len(self.columns))]
+
+    def _part(self, shown: Sequence[int], widths: Sequence[int], title: str) -> RichTable:
+        table = RichTable(title=title or None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.title_justify = "left"
         for number in shown:
             column = self.columns[number]
@@ -100,8 +125,20 @@ class Table:
             justify: Any = "left" if column.is_text else "right"
             table.add_column(column.title, justify=justify, no_wrap=True, min_width=width)
         for row in self.rows:
+            if row.is_first:
+                table.add_section()
             table.add_row(*(row.cells[n] for n in shown), style=ROW_STYLES.get(row.kind, ""))
-        yield table
+        return table
+
+
+def two_column_table(title: str | None, rows: Iterable[tuple[str, str]]) -> RichTable:
+    """Return names and texts, which may be long, for a terminal."""
+    table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from rich import box
-from rich.table import Table
+from typing import TYPE_CHECKING, Literal
 
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
@@ -45,6 +42,7 @@ from orchestrator.records.trial import (
     TrialSuite,
     teacher_or_costliest,
 )
+from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.settings import EvaluationSettings, SearchSettings, Settings, SweepSettings
 from orchestrator.settings.training import default_precision
 from orchestrator.sweeping.models import (
@@ -56,7 +54,7 @@ from orchestrator.sweeping.models import (
 )
 from orchestrator.sweeping.students import Students, checkpoint_trial, choose_members, make_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.terminal.render import ResponsiveLayout, format_bytes, format_count
+from orchestrator.terminal.render import format_bytes, format_count
 from orchestrator.training.job import finished_outcome, job_key, pretraining_job
 from orchestrator.training.shared_steps import share_first_stages
 from orchestrator.workspace.errors import UserError
@@ -435,7 +433,7 @@ def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
     return states
 
 
-def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> ResponsiveLayout:
+def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> Table:
     """Return a table of a plan's trials and their states; narrow terminals show fewer columns.
 
     Learning rates and numbers of layers are shown if they differ.
@@ -444,37 +442,23 @@ def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> ResponsiveLayou
     full_flops = inference_cost(full_trial(plan).model).decode_flops_per_token
     costs = [inference_cost(trial.model) for trial in trials]
     rates = [f"{trial.job.recipe.learning_rate:g}" if trial.job else "" for trial in trials]
+    layers = [str(trial.model.num_layers) for trial in trials]
     columns = {
-        "model": [trial.label for trial in trials],
-        "thresholds": [trial.threshold_text for trial in trials],
-        "rate": rates if len({*rates} - {""}) > 1 else [],
-        "layers": [str(trial.model.num_layers) for trial in trials],
-        "NFE": [str(cost.evaluations_per_token) for cost in costs],
-        "FLOPs": [f"{cost.decode_flops_per_token / full_flops:.0%}" for cost in costs],
-        "KV/token": [format_bytes(cost.kv_bytes_per_token) for cost in costs],
-        "state": [
+        Column("model", is_text=True): [trial.label for trial in trials],
+        Column("thresholds", 3, is_text=True): [trial.threshold_text for trial in trials],
+        Column("rate", 2): rates if len({*rates} - {""}) > 1 else [],
+        Column("layers", 1): layers if len({*layers}) > 1 else [],
+        Column("NFE"): [str(cost.evaluations_per_token) for cost in costs],
+        Column("FLOPs", 4): [f"{cost.decode_flops_per_token / full_flops:.0%}" for cost in costs],
+        Column("KV/token", 5): [format_bytes(cost.kv_bytes_per_token) for cost in costs],
+        Column("state", is_text=True): [
             f"from step {state.steps_done:,}" if state.steps_done else state.name
             for state in states
         ],
     }
-    if len({*columns["layers"]}) == 1:
-        del columns["layers"]
-    columns = {title: cells for title, cells in columns.items() if any(cells)}
-    less_important = ("KV/token", "FLOPs", "thresholds", "rate", "layers")
-    layouts = [less_important[:number] for number in range(len(less_important) + 1)]
-    return ResponsiveLayout(*(_table(plan.name, columns, left_out) for left_out in layouts))
-
-
-def _table(name: str, columns: Mapping[str, list[str]], left_out: Collection[str]) -> Table:
-    table = Table(title=f"Plan of {name}", title_justify="left", box=box.SIMPLE_HEAD)
-    shown = {title: cells for title, cells in columns.items() if title not in left_out}
-    for title in shown:
-        own: dict[str, Any] = {"overflow": "fold"} if title == "model" else {"no_wrap": True}
-        is_text = title in ("model", "thresholds", "state")
-        table.add_column(title, justify="left" if is_text else "right", **own)
-    for row in zip(*shown.values(), strict=True):
-        table.add_row(*row)
-    return table
+    shown = {column: cells for column, cells in columns.items() if any(cells)}
+    rows = [TableRow(cells) for cells in zip(*shown.values(), strict=True)]
+    return Table([*shown], rows, f"Plan of {plan.name}")
 
 
 def plan_sentences(

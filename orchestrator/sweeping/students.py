@@ -175,7 +175,7 @@ def student_estimate(
     """Return what a student takes whose teacher need not be trained."""
     is_distilled = settings.distillation.control == "distill"
     loss = _loss_of(settings.distillation) if is_distilled else DistillationConfig()
-    cache = answers_plan(teacher, recipe, loss, teacher_key="unknown", tokens="unknown")
+    cache = answers_plan(teacher, recipe, loss)
     return Estimate(
         config=config,
         recipe=recipe,

@@ -71,7 +71,7 @@ def test_the_residual_is_zero_if_time_follows_the_cost_model(
             else:
                 assert share.predicted["evaluations"] == 2 / 5
                 assert share.predicted["evaluations"] < share.predicted["FLOPs"] < 1
-    lines = command_tables.prediction_error_sentences(costs)
+    lines = command_tables.benchmark_sentences(costs)[1:]
     assert lines[0].startswith("decoding: FLOPs predict every share within 0.0% of it")
 
     metrics = costs[0].metrics()
@@ -90,7 +90,7 @@ def test_a_share_that_differs_from_the_prediction_is_reported(
 ) -> None:
     full = inference_cost(decoders["full"].config, context_length=6).decode_flops_per_token
     costs = measure_by_flops(decoders, monkeypatch, constant=full)
-    assert "decoding" in (line := command_tables.prediction_error_sentences(costs)[0])
+    assert "decoding" in (line := command_tables.benchmark_sentences(costs)[1])
     shares = [cost.shares[DECODING] for cost in costs if cost.model == "none"]
     none = shares[0]
     assert none.residual() == pytest.approx(none.measured / none.predicted["FLOPs"] - 1)
