@@ -76,8 +76,8 @@ LINES = {
     "orchestrator/cluster": 2_198,
     "orchestrator/reporting": 4_204,
     "orchestrator/sweeping": 3_080,
-    "orchestrator/pipelines": 4_605,
-    "orchestrator/cli": 1_885,
+    "orchestrator/pipelines": 4_519,
+    "orchestrator/cli": 1_896,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""
