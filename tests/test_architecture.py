@@ -68,7 +68,7 @@ LINES = {
     "orchestrator/settings": 1_631,
     "orchestrator/records": 948,
     "orchestrator/models": 1_726,
-    "orchestrator/data": 2_558,
+    "orchestrator/data": 2_455,
     "orchestrator/tracking": 1_529,
     "orchestrator/training": 3_587,
     "orchestrator/evaluation": 3_215,
