@@ -327,6 +327,7 @@ def sweep(
             result.
     """
     pretrains = teacher is None and settings.sweep.kind != "iterations"
+    check_sweep(settings)
     check_devices(settings, pretrains=pretrains)
     context = open_context(workspace, progress, loggers=settings.tracking.loggers)
     if teacher not in (None, NEWEST):

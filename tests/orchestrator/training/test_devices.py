@@ -352,7 +352,7 @@ def test_the_planned_memory_is_that_of_a_step(
         num_passes=num_passes,
     )
     # The plan counts gradients from the first pass on, and here they grow while activations go.
-    assert live.peak < plan.total - plan.optimizer < 1.5 * live.peak
+    assert live.peak < sum(plan.values()) - plan["AdamW"] < 1.5 * live.peak
 
 
 @pytest.mark.parametrize("num_shards", [2, 3])
