@@ -59,7 +59,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_861,
+    "iiet": 7_782,
     "benchmarks": 3_627,
     "examples": 278,
     "research": 2_000,
