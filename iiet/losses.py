@@ -286,6 +286,9 @@ def hidden_state_error(
     The error is relative, because hidden states grow with depth and the last layers would dominate.
     It is relative at each position, so that the parts of a batch add up to the whole. The teacher
     gets no gradient.
+
+    Raises:
+        ValueError: there are no layers, or their numbers differ.
     """
     if not teacher_hidden or len(teacher_hidden) != len(student_hidden):
         raise ValueError(
@@ -345,6 +348,9 @@ def kl_divergence(
         jensen_shannon   (KL(p || m) + KL(q || m)) / 2
 
     T^2 keeps the gradient's size when the temperature T rises. The teacher gets no gradient.
+
+    Raises:
+        ValueError: the shapes differ, or the temperature or the kind is not allowed.
     """
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(
