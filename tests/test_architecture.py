@@ -59,7 +59,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_782,
+    "iiet": 7_665,
     "benchmarks": 3_627,
     "examples": 278,
     "research": 2_000,
