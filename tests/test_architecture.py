@@ -65,7 +65,7 @@ LINES = {
     "research": 2_000,
     "orchestrator/workspace": 1_053,
     "orchestrator/terminal": 584,
-    "orchestrator/settings": 1_631,
+    "orchestrator/settings": 1_589,
     "orchestrator/records": 948,
     "orchestrator/models": 1_686,
     "orchestrator/data": 2_558,
