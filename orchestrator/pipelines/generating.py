@@ -33,9 +33,9 @@ from orchestrator.evaluation.answers import (
 from orchestrator.models.folder import (
     DTYPES,
     is_checkpoint,
-    known_schedules,
     read_config,
     resolve_checkpoint,
+    served_schedules,
 )
 from orchestrator.models.lookup import (
     find_model_folder,
@@ -164,7 +164,8 @@ def _model_folder(
     context: Context, model: Path | str | None
 ) -> tuple[Path, IterationSchedule | None]:
     """Return the folder of the model that is meant, and its schedule if that is not its own."""
-    workspace, path = context.workspace, local_model(context, model)
+    workspace = context.workspace
+    path = local_model(model, workspace, context.progress)
     if path is None:
         return resolve_model(workspace, note=context.progress.note)
     is_run = path.exists() or (workspace.runs / path).exists()
@@ -212,7 +213,7 @@ class TextGenerator:
                 stream_tokens,
                 draft=text if text == "auto" else parse_schedule(text, checkpoint, "--draft"),
                 draft_tokens=drafting.num_tokens,
-                family=known_schedules(checkpoint),
+                family=served_schedules(checkpoint),
                 record=self.record,
             )
 

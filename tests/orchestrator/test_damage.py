@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from changed_trials import stop_early
+from one_evaluation import evaluate_model
 from sample_texts import help_texts, lines_of
 from small_size import SMALL
 
@@ -30,7 +31,6 @@ from orchestrator.models.folder import newest_checkpoint
 from orchestrator.models.lookup import Picked, load_influence_table
 from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.syncing import sync
 from orchestrator.records.trial import SweepPlan
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
