@@ -1,7 +1,7 @@
 """`@Command`: a function and the settings that it takes become a command of `iiet-orch`.
 
 A command's options are its own parameters (the `Args:` of its docstring are their help; those of a
-pydantic model are its fields), then settings by their key (type, range, choices and help are those
+dataclass are its fields), then settings by their key (type, range, choices and help are those
 of the field), then what commands share: settings file, `--set`, workspace, `--dry-run`, `--json`,
 `--quiet`. The function gets a `Call` and returns a plan or a result, which is printed here.
 """
@@ -12,7 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -154,10 +154,10 @@ class Command:
 
     def build(self) -> Callable[..., None]:
         """Return a function that has all options in its signature, for Typer."""
-        self.models = {
+        self.groups: dict[str, Any] = {
             name: own.annotation
             for name, own in _signature(self.function).items()
-            if hasattr(own.annotation, "model_fields")
+            if is_dataclass(own.annotation)
         }
         parameters = [*_parameters(self.function)]
         parameters += [_of_setting(flags, setting) for flags, setting in self.settings.items()]
@@ -186,8 +186,8 @@ class Command:
         settings = None
         if self.options or self.config is not None:
             settings = read_settings_of(config, changes, options, train_on=shared.get("device"))
-        for name, model in self.models.items():
-            values[name] = model(**{own: values.pop(own) for own in model.model_fields})
+        for name, group in self.groups.items():
+            values[name] = group(**{own.name: values.pop(own.name) for own in fields(group)})
         as_json, dry_run = shared.get("as_json", False), shared.get("dry_run", False)
         with open_session(
             shared.get("workspace"),
@@ -302,14 +302,12 @@ def _described(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
 
 
 def _parameters(function: Callable[..., Any]) -> Iterator[inspect.Parameter]:
-    """Yield the parameters of a function but its call, with the fields of those that are models."""
+    """Yield the parameters of a function but its call; of a dataclass, those are its fields."""
     helps = _described(function)[1]
     for name, own in _signature(function).items():
-        if model := getattr(own.annotation, "model_fields", None):
-            for field_name, found in model.items():
-                text = " ".join((found.description or "").split())
-                kind = found.annotation
-                yield _parameter(field_name, found.default, kind, text, *found.metadata)
+        if is_dataclass(own.annotation):
+            group: Any = own.annotation
+            yield from _parameters(group)
         else:
             yield _parameter(name, own.default, own.annotation, helps.get(name))
 

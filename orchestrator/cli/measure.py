@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.cli.command import Call, Command, Setting
 from orchestrator.cli.options import (
@@ -116,21 +116,23 @@ def compare(
     return call.finish(plan, run_compare)
 
 
-class BenchmarkOptions(BaseModel):
-    """The conditions of `benchmark`."""
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """The conditions of `benchmark`.
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    Args:
+        batch_sizes: Comma-separated numbers of rows that are decoded together.
+        contexts: Tokens of the prompt (default: 32 and half the context).
+        new_tokens: Tokens decoded after it.
+        repetitions: Measurements of each model, in turns.
+        threads: Threads of PyTorch on a CPU.
+    """
 
     batch_sizes: str = "1,8"
-    """Comma-separated numbers of rows that are decoded together."""
     contexts: str | None = None
-    """Tokens of the prompt (default: 32 and half the context)."""
-    new_tokens: int = Field(default=32, ge=2, le=MAX_COUNT)
-    """Tokens decoded after it."""
-    repetitions: int = Field(default=9, ge=1, le=10_000)
-    """Measurements of each model, in turns."""
-    threads: int = Field(default=1, ge=1, le=1024)
-    """Threads of PyTorch on a CPU."""
+    new_tokens: Annotated[int, typer.Option(min=2, max=MAX_COUNT)] = 32
+    repetitions: Annotated[int, typer.Option(min=1, max=10_000)] = 9
+    threads: Annotated[int, typer.Option(min=1, max=1024)] = 1
 
 
 @Command("benchmark", group="Measure", options=CLUSTER, plans=True)

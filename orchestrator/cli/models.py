@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.cli.command import Call, Command
 from orchestrator.cli.options import (
@@ -37,37 +37,39 @@ ReplaceModelOption = Annotated[
 ]
 
 
-class GenerateOptions(BaseModel):
-    """What `generate` continues, and how."""
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What `generate` continues, and how.
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    Args:
+        prompt: Text to continue; several run as one batch.
+        chat: Answer the prompt as a user's message, with the model's chat template.
+        system: With --chat: the system's message, before the user's.
+        max_new_tokens: Maximum number of tokens to add (default: 64, or what fits the context).
+        temperature: 0 always takes the likeliest token.
+        top_k: Sample among the N likeliest tokens.
+        top_p: Sample among the likeliest tokens that together hold this probability.
+        seed: Random seed for sampling (default: random).
+        stop: A text that ends the continuation; may be repeated.
+        kv: Cache slots: `exact`, one per evaluation, or `last`, one per layer.
+        draft: Draft under a cheaper schedule, or the best one (auto); no token changes.
+        draft_tokens: Tokens to draft at once (default: as many as pay).
+    """
 
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p")] = None
-    """Text to continue; several run as one batch."""
     chat: bool = False
-    """Answer the prompt as a user's message, with the model's chat template."""
     system: str | None = None
-    """With --chat: the system's message, before the user's."""
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", "-n", min=1, max=MAX_COUNT)
     ] = None
-    """Maximum number of tokens to add (default: 64, or what fits the context)."""
     temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0)] = 0.0
-    """0 always takes the likeliest token."""
-    top_k: int | None = Field(default=None, ge=1, le=MAX_COUNT)
-    """Sample among the N likeliest tokens."""
+    top_k: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None
     top_p: float | None = None
-    """Sample among the likeliest tokens that together hold this probability."""
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
-    """Random seed for sampling (default: random)."""
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED)] = None
     stop: list[str] | None = None
-    """A text that ends the continuation; may be repeated."""
     kv: Literal["exact", "last"] = "exact"
-    """Cache slots: `exact`, one per evaluation, or `last`, one per layer."""
     draft: str | None = None
-    """Draft under a cheaper schedule, or the best one (auto); no token changes."""
-    draft_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
-    """Tokens to draft at once (default: as many as pay)."""
+    draft_tokens: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None
 
 
 @Command("generate", group="Models", options={"--device": "cluster.device"}, workspace="read")
@@ -101,9 +103,9 @@ def generate(
             raise UserError("there is nothing to continue; give --prompt TEXT, or pipe a text in")
     from orchestrator.pipelines.generating import Drafting, Sampling, open_generator
 
-    same = {"max_new_tokens", "temperature", "top_k", "top_p", "seed"}
+    same = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     sampling = Sampling(
-        **options.model_dump(include=same),
+        **{name: getattr(options, name) for name in same},
         stop=tuple(options.stop or ()),
         kv_strategy=options.kv,
     )
@@ -161,17 +163,19 @@ def import_folder(
     return call.answer({"checkpoint": str(checkpoint)}, [f"checkpoint: {checkpoint}"])
 
 
-class UploadOptions(BaseModel):
-    """Where `export` uploads a model."""
+@dataclass(frozen=True)
+class UploadOptions:
+    """Where `export` uploads a model.
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    Args:
+        push_to_hub: Upload the folder to the Hugging Face hub, too.
+        private: Who sees a new repository (default: as its owner's settings say).
+        token: Token of the hub (default: HF_TOKEN, or that of `hf auth login`).
+    """
 
     push_to_hub: Annotated[str | None, typer.Option(metavar="OWNER/NAME")] = None
-    """Upload the folder to the Hugging Face hub, too."""
     private: Annotated[bool | None, typer.Option("--private/--public", show_default=False)] = None
-    """Who sees a new repository (default: as its owner's settings say)."""
     token: str | None = None
-    """Token of the hub (default: HF_TOKEN, or that of `hf auth login`)."""
 
 
 @Command("export", group="Models", options={"--device": "cluster.device"}, config=ConfigOption)
@@ -222,25 +226,27 @@ def export(
     return call.answer({"folder": str(folder), "hub": address}, lines)
 
 
-class PickOptions(BaseModel):
-    """The rules of `pick`, of which it takes one."""
+@dataclass(frozen=True)
+class PickOptions:
+    """The rules of `pick`, of which it takes one.
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    Args:
+        keep: Cheapest that keeps this share of the quality, such as 0.99.
+        confidence: With --keep: how sure that must be, such as 0.9.
+        budget: Best that costs at most this much, in the unit of --cost.
+        knee: Farthest above the line between the ends.
+        best: Highest quality.
+        cheapest: Lowest cost.
+        draft_for: Fastest draft of this full model, such as teacher, by its name.
+    """
 
     keep: float | None = None
-    """Cheapest that keeps this share of the quality, such as 0.99."""
     confidence: float = 0.0
-    """With --keep: how sure that must be, such as 0.9."""
     budget: float | None = None
-    """Best that costs at most this much, in the unit of --cost."""
     knee: bool = False
-    """Farthest above the line between the ends."""
     best: bool = False
-    """Highest quality."""
     cheapest: bool = False
-    """Lowest cost."""
     draft_for: Annotated[str | None, typer.Option(metavar="MODEL")] = None
-    """Fastest draft of this full model, such as teacher, by its name."""
 
 
 @Command("pick", group="Models", plans=True)
@@ -263,8 +269,8 @@ def pick(
     if call.dry_run and to is not None:
         raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
     confidence = rules.confidence
-    given = rules.model_dump(exclude={"confidence"}, exclude_none=True)
-    asked = {name: value for name, value in given.items() if value is not False}
+    asked = {n: v for n, v in asdict(rules).items() if v is not None and v is not False}
+    del asked["confidence"]
     if len(asked) > 1:
         options = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
         raise UserError(f"pick takes one rule; got {options}")

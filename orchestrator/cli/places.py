@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
-from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.cli.command import Call, Command
 from orchestrator.cli.options import MAX_COUNT
@@ -177,25 +177,27 @@ def list_sweeps(call: Call) -> Result:
     )
 
 
-class InitOptions(BaseModel):
-    """What a new settings file is for."""
+@dataclass(frozen=True)
+class InitOptions:
+    """What a new settings file is for.
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    Args:
+        data: Your text: a file, folder or pattern; may be repeated.
+        hub: A data set of the hub instead.
+        source: Copy a shipped sweep; `config list` names them.
+        size: Size of the model (default: tiny).
+        tokenizer: train, the path of a tokenizer.json, or hub:NAME.
+        steps: Optimizer steps of the teacher.
+        gpus: GPUs to use.
+    """
 
     data: Annotated[list[str] | None, typer.Option(metavar="PATH")] = None
-    """Your text: a file, folder or pattern; may be repeated."""
     hub: Annotated[str | None, typer.Option(metavar="NAME")] = None
-    """A data set of the hub instead."""
     source: Annotated[str | None, typer.Option("--from", metavar="SWEEP")] = None
-    """Copy a shipped sweep; `config list` names them."""
     size: Size | None = None
-    """Size of the model (default: tiny)."""
     tokenizer: str = "train"
-    """train, the path of a tokenizer.json, or hub:NAME."""
-    steps: int | None = Field(default=None, ge=1, le=MAX_COUNT)
-    """Optimizer steps of the teacher."""
-    gpus: int | None = Field(default=None, ge=0, le=MAX_COUNT)
-    """GPUs to use."""
+    steps: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None
+    gpus: Annotated[int | None, typer.Option(min=0, max=MAX_COUNT)] = None
 
 
 @Command("init", group="Settings", workspace=None, has_json=False)
@@ -242,7 +244,9 @@ def init(
             size or "tiny",
             files=data or (),
             hub_name=hub,
-            **options.model_dump(include={"tokenizer", "steps", "gpus"}),
+            tokenizer=options.tokenizer,
+            steps=options.steps,
+            gpus=options.gpus,
         )
         if settings.data.source == "files":
             from orchestrator.data.text import find_files, read_file
