@@ -59,13 +59,13 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_861,
+    "iiet": 7_665,
     "benchmarks": 3_627,
     "examples": 278,
     "research": 2_000,
     "orchestrator/workspace": 1_053,
     "orchestrator/terminal": 584,
-    "orchestrator/settings": 1_631,
+    "orchestrator/settings": 1_589,
     "orchestrator/records": 948,
     "orchestrator/models": 1_686,
     "orchestrator/data": 2_558,
