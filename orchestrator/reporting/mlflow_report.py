@@ -43,7 +43,6 @@ from orchestrator.tracking import (
     Tracking,
     reason_tags,
     tag_filter,
-    view_tag,
 )
 from orchestrator.training.job import stored_job
 from orchestrator.training.watching import trial_model
@@ -238,7 +237,7 @@ def report_changes(report: SweepReport, files: Sequence[Path]) -> dict[str, Any]
         "points": without_step(front_metrics(front)),
         "files": {ARTIFACT_FOLDER: paths},
         "texts": {path: _table_json(rows) for path, rows in found.items()},
-        "views": dict([view_tag(view)]),
+        "views": dict([view.tag]),
         "tags": {
             NOTE_TAG: run_note(report),
             VIEW_TAG: view.key,
@@ -266,7 +265,7 @@ def front_so_far(front: Front, *, name: str, notes: Sequence[str], folder: Path)
     view = front_chart_view(report)
     return {
         "files": {ARTIFACT_FOLDER: [str(path) for path in pictures]},
-        "views": dict([view_tag(view)]),
+        "views": dict([view.tag]),
         "tags": {NOTE_TAG: run_note(report), VIEW_TAG: view.key},
     }
 

@@ -21,11 +21,10 @@ from orchestrator.records.tracked_run import (
     RegisteredModel,
     Status,
     TrackedRun,
-    tracked_path,
 )
 from orchestrator.settings import MLFLOW
 from orchestrator.tracking import models
-from orchestrator.tracking.chart_view import VIEW_TAG_PREFIX, ChartView
+from orchestrator.tracking.chart_view import ChartView
 from orchestrator.tracking.loggers import LoggedRuns
 from orchestrator.tracking.publisher import Publisher
 from orchestrator.tracking.store import (
@@ -49,7 +48,6 @@ from orchestrator.workspace.layout import Workspace
 VIEW_TAG, REPORT_TAG = "iiet.chart_view", "iiet.report"
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 30.0, 600.0
 MAX_WAIT_SECONDS, SHORT_WAIT_SECONDS = 60.0, 2.0
-TRAINING_PAGES = "workflowType=machine_learning"
 OWN_PREFIXES = ("iiet.", "mlflow.")
 
 Warn = Callable[[str], None]
@@ -73,10 +71,8 @@ class Tracking:
         """
         self.store, self._workspace = Store(workspace), workspace
         self._warn = warn or logging.getLogger(__name__).warning
-        others = [
-            LoggedRuns(name, workspace.root, warn=self._warn) for name in loggers if name != MLFLOW
-        ]
-        self._publishers = [Publisher(self.publish_now), *(Publisher(o.publish) for o in others)]
+        self._loggers = {n: LoggedRuns(n, workspace.root) for n in loggers if n != MLFLOW}
+        self._publisher = Publisher(self._publish)
         self._pause_seconds = self._paused_until = 0.0
         self._has_lost = False
         self.copied: CopiedStoreError | None = None
@@ -94,15 +90,24 @@ class Tracking:
                     "work continues, and running the same command again stores it"
                 )
             self._has_lost = True
-        for publisher in self._publishers:
-            publisher.put(*runs)
+        self._publisher.put(*runs)
 
     def stored(self, kind: str, key: str, parent: str | None = None) -> TrackedRun | None:
         """Return a run as the workspace holds it; None if it holds none, or a damaged one."""
-        try:
-            return TrackedRun.read(tracked_path(self._workspace, kind, key, parent))
-        except UserError:
-            return None
+        return TrackedRun.stored(self._workspace, kind, key, parent)
+
+    def _publish(self, runs: Sequence[TrackedRun]) -> Iterator[bool]:
+        for name, logger in list(self._loggers.items()):
+            try:
+                for run in runs:
+                    logger.log(run)
+            except Exception as error:  # A logger runs its own code.
+                del self._loggers[name]
+                self._warn(
+                    f"the logger {name} cannot log to {logger.folder} "
+                    f"({first_line(error, with_type=True)}); the work continues without it"
+                )
+        yield from self.publish_now(runs)
 
     def publish_now(self, runs: Sequence[TrackedRun]) -> Iterator[bool]:
         """Show runs in MLflow; yields after each whether it is shown, or refused for good."""
@@ -146,7 +151,8 @@ class Tracking:
         if self.is_store_down or (run := self.store.known(model.run)) is None:
             return
         try:
-            models.register(self.store.connect(), run, model, moves_alias=moves_alias)
+            with self.store.lock():
+                models.register(self.store.connect(), run, model, moves_alias=moves_alias)
         except FAILURES as error:
             if not is_refusal(error):
                 self.pause(error)
@@ -155,15 +161,14 @@ class Tracking:
 
     def wait(self, *, briefly: bool = False) -> None:
         """Wait until the store has everything, as long as it responds; or for two seconds."""
-        for publisher in self._publishers:
-            is_over, seconds = False, MAX_WAIT_SECONDS
-            if briefly or self._pause_seconds:  # It did not respond last time.
-                seconds = SHORT_WAIT_SECONDS
-            try:
-                is_over = publisher.wait(seconds, in_all=briefly)
-            finally:
-                if not is_over and publisher is self._publishers[0]:  # Also after Ctrl-C.
-                    self.pause(TimeoutError("no answer yet"))
+        # It did not respond last time?
+        is_short, is_over = briefly or self._pause_seconds > 0, False
+        try:
+            seconds = SHORT_WAIT_SECONDS if is_short else MAX_WAIT_SECONDS
+            is_over = self._publisher.wait(seconds, in_all=briefly)
+        finally:
+            if not is_over:  # Also after Ctrl-C.
+                self.pause(TimeoutError("no answer yet"))
 
     def run_id(self, run: TrackedRun) -> str | None:
         """Return MLflow's id of a published run; None if the store does not respond."""
@@ -209,7 +214,7 @@ class Tracking:
         """
         try:
             client, experiment_id = self.store.connect(), str(self.store.experiment_id)
-            client.set_experiment_tag(experiment_id, *view_tag(overview))
+            client.set_experiment_tag(experiment_id, *overview.tag)
             sweeps = client.search_runs(
                 [experiment_id],
                 tag_filter({KIND_TAG: "sweep"}),
@@ -219,19 +224,23 @@ class Tracking:
         except FAILURES as error:
             self.pause(error)
             return []
-        lines = [
-            f"training runs: {page_links(base_url, experiment_id, view=overview.key)['table']}"
-        ]
+        runs = f"{base_url.rstrip('/')}/#/experiments/{experiment_id}/runs"
+        # A plain address would show neither losses nor nested runs.
+        training = "workflowType=machine_learning"
+        charts = f"{runs}?{training}&compareRunsMode={{}}&viewStateShareKey={{}}"
+        lines = [f"training runs: {charts.format('TABLE', overview.key)}"]
         for run in sweeps:
-            pages = page_links(
-                base_url,
-                experiment_id,
-                run_id=run.info.run_id,
-                view=run.data.tags.get(VIEW_TAG),
-                report=run.data.tags.get(REPORT_TAG),
-            )
-            name = f"sweep {run.info.run_name}"
-            lines += [f"{name}, {page + ':':<7} {link}" for page, link in pages.items()]
+            view, report = run.data.tags.get(VIEW_TAG), run.data.tags.get(REPORT_TAG)
+            own = f"{runs}/{run.info.run_id}"
+            pages = {
+                "charts": charts.format("CHART", view) if view else "",
+                "table": charts.format("TABLE", view) if view else "",
+                "report": f"{own}/artifacts/{report}?{training}" if report else "",
+                "run": f"{own}?{training}",
+            }
+            for page, link in pages.items():
+                if link:
+                    lines.append(f"sweep {run.info.run_name}, {page + ':':<7} {link}")
         return lines
 
     def added_by_people(self) -> list[str]:
@@ -288,41 +297,6 @@ def open_tracking(
             f"move the file away, or {valid}"
         ) from None
     return tracking
-
-
-def page_links(
-    base_url: str,
-    experiment_id: str,
-    *,
-    run_id: str | None = None,
-    view: str | None = None,
-    report: str | None = None,
-) -> dict[str, str]:
-    """Return addresses of MLflow's pages; a plain one would show neither losses nor nested runs.
-
-    Args:
-        base_url: Address of the server, with the path at which it is served, if it has one.
-        experiment_id: The experiment.
-        run_id: A run.
-        view: Key of a saved chart view.
-        report: Path of a file among the run's artifacts.
-    """
-    experiment = f"{base_url.rstrip('/')}/#/experiments/{experiment_id}"
-    runs, pages = f"{experiment}/runs", {}
-    if view:
-        shown = f"viewStateShareKey={view}"
-        pages["charts"] = f"{runs}?{TRAINING_PAGES}&compareRunsMode=CHART&{shown}"
-        pages["table"] = f"{runs}?{TRAINING_PAGES}&compareRunsMode=TABLE&{shown}"
-    if run_id and report:
-        pages["report"] = f"{runs}/{run_id}/artifacts/{report}?{TRAINING_PAGES}"
-    if run_id:
-        pages["run"] = f"{runs}/{run_id}?{TRAINING_PAGES}"
-    return pages
-
-
-def view_tag(view: ChartView) -> tuple[str, str]:
-    """Return the experiment's tag that holds a chart view, and its value."""
-    return VIEW_TAG_PREFIX + view.key, view.tag_value()
 
 
 def status_after(error: BaseException | None) -> Status:
