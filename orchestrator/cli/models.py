@@ -240,7 +240,7 @@ def pick(
     if call.dry_run and to is not None:
         raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
     from orchestrator.pipelines.models import plan_pick, run_pick
-    from orchestrator.reporting.pick_rules import PickRule
+    from orchestrator.reporting.findings import PickRule
 
     valued = {"keep": keep, "budget": budget, "draft": draft_for}
     flags = {"knee": knee, "best": best, "cheapest": cheapest}

@@ -21,8 +21,8 @@ from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.elastic_section import ELASTIC_TITLE, elastic_section
+from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
-from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.settings import Settings, resolve_settings
 from orchestrator.sweeping import trial as trial_module
 from orchestrator.sweeping.live import LiveSweep
