@@ -10,9 +10,9 @@ TESTS ?=
 # Words of the names of faults in tests/mutants.toml that `make mutants` tries; all if empty.
 MUTANTS ?=
 INSTALLED := $(VENV)/.installed
-# Two test files at a time, each with its own Ray; more would only wait for each other's processes.
+# Two test files at a time, and all files that need Ray in one process (tests/conftest.py).
 # If a process crashes, the run ends and names the test; pytest-xdist may hang after a restart.
-PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder --max-worker-restart 0
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-quick test-long test-floors test-wheel mutants wheel lint format docs docs-links bench gpu ui clean

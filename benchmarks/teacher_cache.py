@@ -149,8 +149,8 @@ def _stored(teacher: Decoder, batches: Tensor, size: _Size, folder: Path) -> Cac
     )
 
     @torch.no_grad()
-    def answers(step: int) -> tuple[Tensor, Tensor]:
-        return batches[step], teacher(batches[step])
+    def answers(_: str) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((batch, teacher(batch)) for batch in batches)
 
     cache = open_cache(write_cache(plan, folder, answers), plan)
     assert cache is not None

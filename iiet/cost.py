@@ -1,29 +1,40 @@
-"""Inference and training cost, computed from config and schedule; nothing is run.
+"""Inference and training cost, from config and schedule; the model itself is never run.
 
 FLOPs are those of matrix products (m x k by k x n: 2 m k n), of attention over the tokens that a
-token really sees, and of the mix or gates, which the method states. Norms, activations, softmax,
-rotary angles, residual and Runge-Kutta sums are left out, together about a hundredth of the rest.
-Bytes are what a decoding step reads from memory: weights once per step, whatever the batch, keys
-and values for each row. Source: this project.
+token really sees, and of the weighted sums of the method. Norms, activations, softmax, rotary
+angles and plain sums are left out, together about a hundredth of the rest. Bytes are what a
+decoding step reads from memory: weights once per step, whatever the batch, keys and values for each
+row.
+
+Sizes are those of a decoder on the meta device. What a method computes and keeps beside its fields
+is counted by running its layers, without fields, on a few tokens. Source: this project.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 
 from iiet.cache import KvStrategy, check_kv_strategy
 from iiet.config import ModelConfig
+from iiet.decoder import Decoder
 from iiet.methods import METHODS
+from iiet.methods.base import LayerCall
 from iiet.schedule import ScheduleLike
 
 __all__ = [
     "InferenceCost",
+    "LayerCounts",
+    "field_parameters",
     "inference_cost",
+    "layer_counts",
     "member_flops_per_token",
     "num_parameters",
     "training_flops_per_token",
@@ -85,11 +96,9 @@ def inference_cost(
     check_kv_strategy(kv_strategy)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if processor_cache_bytes < 0:
-        raise ValueError(f"processor_cache_bytes must be at least 0, got {processor_cache_bytes}")
     evaluations, num_layers = sum(config.evaluations_per_layer()), config.num_layers
     head = 2 * config.dim * config.vocab_size
-    body = _body_flops(config, evaluations, mean_tokens_seen=(context_length + 1) / 2)
+    body = _body_flops(config, mean_tokens_seen=(context_length + 1) / 2)
     kv_bytes = bytes_per_value * 2 * config.num_kv_heads * config.head_dim  # of a token in a slot
     kv_bytes_seen = context_length * kv_bytes
     field_bytes = bytes_per_value * field_parameters(config)
@@ -101,8 +110,7 @@ def inference_cost(
         evaluations_per_token=evaluations,
         forward_flops_per_token=body + head,
         prefill_flops_per_token=body + head / context_length,
-        decode_flops_per_token=head
-        + _body_flops(config, evaluations, mean_tokens_seen=context_length),
+        decode_flops_per_token=head + _body_flops(config, mean_tokens_seen=context_length),
         kv_bytes_per_token=kv_bytes * (evaluations if kv_strategy == "exact" else num_layers),
         kv_bytes_read_per_token=kv_bytes_seen * evaluations,
         # Each row reads the embedding of its own token.
@@ -123,11 +131,7 @@ def training_flops_per_token(
     """
     forward = inference_cost(config, schedule, context_length=context_length)
     config, context_length = _checked(config, schedule, context_length)
-    method = METHODS[config.method]
-    differentiated = sum(
-        method.num_differentiated(config.corrections, layer, config.options)
-        for layer in range(config.num_layers)
-    )
+    differentiated = sum(counts.num_differentiated for counts in _all_layers(config))
     constant = _field_flops(config, mean_tokens_seen=(context_length + 1) / 2) * (
         forward.evaluations_per_token - differentiated
     )
@@ -148,24 +152,56 @@ def num_parameters(config: ModelConfig, *, include_mix: bool = True) -> int:
 
     `include_mix=False` leaves out the method's own (mix, norms, stages), as published sizes do.
     """
-    embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
-    fields = config.num_layers * field_parameters(config)
-    own = 0
-    if include_mix:
-        own = _method_parameters(config.method, config.num_layers, config.dim, config.options)
-    return embeddings + fields + config.dim + own
+    sizes = _sizes(_without_corrections(config))
+    return sizes.all - (0 if include_mix else sizes.of_method)
 
 
-@lru_cache
-def _method_parameters(name: str, num_layers: int, dim: int, options: Any) -> int:
-    """Count the parameters beside the fields, of layers that are built without memory."""
-    method = METHODS[name]
-    sizes: dict[str, Any] = {"dim": dim, "layer_norm_eps": 1e-5, "options": options}
+def field_parameters(config: ModelConfig) -> int:
+    """Count the parameters of one field."""
+    return _sizes(_without_corrections(config)).field
+
+
+class LayerCounts(NamedTuple):
+    """What a layer does and keeps beside its field."""
+
+    num_differentiated: int
+    """Evaluations that training differentiates."""
+    flops: int
+    """For one token."""
+    num_kept: int
+    """Tensors of the hidden state's size that the layer keeps for its backward pass, without what
+    it leaves for later layers."""
+
+
+def layer_counts(config: ModelConfig, layer: int) -> LayerCounts:
+    """Count what the config's method does in a layer, the first being 0, under its schedule."""
+    return _counted_layers(
+        config.method, config.options, config.dim, config.num_layers, config.corrections[layer]
+    )[layer]
+
+
+class _Sizes(NamedTuple):
+    all: int
+    of_method: int
+    field: int
+    matrices: int  # Of a field.
+
+
+@lru_cache(maxsize=64)
+def _sizes(config: ModelConfig) -> _Sizes:
     with torch.device("meta"):
-        parts = [method(nn.Identity(), layer, **sizes) for layer in range(num_layers)]
-        shared = method.make_shared(**sizes)
-    modules = nn.ModuleList([*parts, shared] if shared else parts)
-    return sum(parameter.numel() for parameter in modules.parameters())
+        decoder = Decoder(config)
+    field = list(decoder.fields[0].parameters())
+    return _Sizes(
+        sum(p.numel() for p in decoder.parameters()),
+        sum(p.numel() for p in decoder.method_parameters().values()),
+        sum(p.numel() for p in field),
+        sum(p.numel() for p in field if p.dim() == 2),
+    )
+
+
+def _without_corrections(config: ModelConfig) -> ModelConfig:
+    return config if config.schedule is None else config.with_schedule(0)
 
 
 def _checked(
@@ -183,26 +219,100 @@ def _checked(
     return config, context_length
 
 
-def _projection_values(config: ModelConfig) -> int:
-    """Entries of a field's matrices: query, key, value, output, gate, up, down."""
-    kv_dim = config.num_kv_heads * config.head_dim
-    return config.dim * (2 * config.dim + 2 * kv_dim + 3 * config.ffn_dim)
-
-
-def field_parameters(config: ModelConfig) -> int:
-    return _projection_values(config) + 2 * config.dim  # matrices and both RMSNorms
-
-
 def _field_flops(config: ModelConfig, *, mean_tokens_seen: float) -> float:
     """Count one evaluation for one token; attention's are its scores and weighted values."""
-    return 2 * _projection_values(config) + 4 * config.dim * mean_tokens_seen
+    matrices = _sizes(_without_corrections(config)).matrices
+    return 2 * matrices + 4 * config.dim * mean_tokens_seen
 
 
-def _body_flops(config: ModelConfig, evaluations: int, *, mean_tokens_seen: float) -> float:
+def _body_flops(config: ModelConfig, *, mean_tokens_seen: float) -> float:
     """Count all but the head, for one token."""
-    method = METHODS[config.method]
-    own = sum(
-        method.flops_beside_fields(config.corrections, layer, config.dim, config.options)
-        for layer in range(config.num_layers)
-    )
+    evaluations = sum(config.evaluations_per_layer())
+    own = sum(counts.flops for counts in _all_layers(config))
     return evaluations * _field_flops(config, mean_tokens_seen=mean_tokens_seen) + own
+
+
+def _all_layers(config: ModelConfig) -> Iterator[LayerCounts]:
+    return (layer_counts(config, layer) for layer in range(config.num_layers))
+
+
+@lru_cache(maxsize=256)
+def _counted_layers(
+    name: str, options: Any, dim: int, num_layers: int, num_corrections: int
+) -> tuple[LayerCounts, ...]:
+    """Run layers without fields, each with as many corrections; count what each one does."""
+    method = METHODS[name]
+    sizes: dict[str, Any] = {"dim": dim, "layer_norm_eps": 1e-5, "options": options}
+    counter, counts = _Counter(dim), []
+    with (
+        torch.random.fork_rng(devices=[]),  # Whoever asks for a cost keeps the random numbers.
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        saved_tensors_hooks(counter.keep, lambda tensor: tensor),
+        counter,
+    ):
+        layers = [method(_NoField(), number, **sizes) for number in range(num_layers)]
+        shared = method.make_shared(**sizes)
+        hidden = torch.zeros(1, _NUM_TOKENS, dim, requires_grad=True)
+        # One layer more, so that the last one, too, leaves its estimate for a later one.
+        state = method.start(hidden, num_layers + 1)
+        for layer in layers:
+            counter.start()
+            call: Any = LayerCall(num_corrections, counter, shared=shared)  # type: ignore[arg-type]
+            hidden, state = layer(hidden, state, call)
+            counts.append(counter.counts())
+    # A method that repeats the stack runs each layer once for each correction more.
+    times = 1 + num_corrections if method.repeats_stack else 1
+    return tuple(LayerCounts(*(times * value for value in each)) for each in counts)
+
+
+_NUM_TOKENS = 16  # So that hidden states are larger than all else that a layer keeps.
+
+
+class _NoField(nn.Module):
+    """Stands for a field: its output has a gradient, and needs nothing for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, counter: _Counter, _: int | None) -> Tensor:
+        counter.num_differentiated += torch.is_grad_enabled()
+        return x + self.weight
+
+
+class _Counter(TorchFunctionMode):
+    """Counts the FLOPs of a layer, and the values that it keeps."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self._num_values = _NUM_TOKENS * dim
+        self.start()
+
+    def start(self) -> None:
+        """Begin with another layer."""
+        self.num_differentiated = self._flops = 0
+        self._kept: dict[int, Tensor] = {}
+
+    def counts(self) -> LayerCounts:
+        """Return the counts since the start."""
+        kept = sum(tensor.numel() // self._num_values for tensor in self._kept.values())
+        return LayerCounts(self.num_differentiated, self._flops // _NUM_TOKENS, kept)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Take a tensor that autograd saves, which may be another's memory."""
+        self._kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        # A product of (..., k) makes each number of its result from k pairs.
+        match function.__name__:
+            case "matmul" | "mm" | "linear":
+                self._flops += 2 * args[0].size(-1) * result.numel()
+            case "addcmul":
+                self._flops += 2 * result.numel()
+        return result

@@ -2,15 +2,13 @@
 
 A table holds this project's own classes. Another package adds one by an entry point in its
 metadata: the table's group, a name, and the place of the class. Names are read from the metadata; a
-class is imported when it is first used, so a broken package is an error only for what uses it. In a
-running process, packages that are installed later are not seen.
+class is imported when it is first used, so a broken package is an error only for what uses it.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar, cast
@@ -30,66 +28,37 @@ class UnknownExtension(ExtensionError, KeyError):
     __str__ = Exception.__str__  # A KeyError would show the text in quotes.
 
 
-def _nothing(_: str) -> bool:
-    return False
-
-
 class ExtensionNames(Collection[str]):
     """The names of a table, known without an import: its own, then those of other packages.
 
     Args:
         group: The group of the entry points, such as `iiet.methods`.
         kind: What a name stands for, such as `method`; for messages.
-        own: The names of this project.
-        is_reserved: Whether a name means something else already.
+        own: The names of this project, which no package can replace.
     """
 
-    def __init__(
-        self,
-        group: str,
-        kind: str,
-        own: Collection[str],
-        *,
-        is_reserved: Callable[[str], bool] = _nothing,
-    ) -> None:
+    def __init__(self, group: str, kind: str, own: Collection[str]) -> None:
         self.group, self.kind, self.own = group, kind, tuple(own)
-        self._is_reserved = is_reserved
 
     def __iter__(self) -> Iterator[str]:
-        others = {entry.name for entry in self.entry_points()}
-        return iter([*self.own, *sorted(others - set(self.own))])
+        return iter([*self.own, *sorted(entry.name for entry in self.entry_points())])
 
     def __contains__(self, name: object) -> bool:
         return name in self.own or any(entry.name == name for entry in self.entry_points())
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self.own) + len(self.entry_points())
 
     def entry_points(self) -> tuple[EntryPoint, ...]:
-        """Return what other packages add."""
-        return _entry_points(self.group, tuple(sys.path))
+        """Return what other packages add; of one name, the first on the path."""
+        found = {
+            entry.name: entry for entry in reversed(_entry_points(self.group, tuple(sys.path)))
+        }
+        return tuple(entry for name, entry in found.items() if name not in self.own)
 
     def package(self, name: str) -> str | None:
         """Return the package that adds a name, with its version; None for this project's own."""
-        entry = self.entry_point(name)
-        return None if entry is None else package_of(entry)
-
-    def entry_point(self, name: str) -> EntryPoint | None:
-        """Return the entry point of a name; None for this project's own and for unknown names.
-
-        Raises:
-            ExtensionError: two packages have the name, or it means something else already.
-        """
-        found = [entry for entry in self.entry_points() if entry.name == name]
-        owners = [package_of(entry) for entry in found]
-        if found and (name in self.own or self._is_reserved(name)):
-            owners.insert(0, "iiet-orch itself")
-        if len(owners) > 1:
-            raise ExtensionError(
-                f"the {self.kind} {name!r} is defined by {' and by '.join(owners)}; "
-                "uninstall one of them, or give it another name"
-            )
-        return found[0] if found else None
+        return next((package_of(e) for e in self.entry_points() if e.name == name), None)
 
 
 class ExtensionTable(Mapping[str, T]):
@@ -104,43 +73,24 @@ class ExtensionTable(Mapping[str, T]):
     def __init__(
         self, names: ExtensionNames, own: Mapping[str, T], *, bases: tuple[type, ...]
     ) -> None:
-        assert set(own) == set(names.own)
-        self.names = names
-        self._bases = bases
+        self.names, self.bases = names, bases
         self._classes = dict(own)
-        self._checked: set[str] = set()
-
-    def register(self, name: str, added: T) -> None:
-        """Add a class to this process.
-
-        Raises:
-            ValueError: the name is taken, or the class is not of the table's kind.
-        """
-        if self._classes.get(name, added) is not added:
-            raise ValueError(f"the {self.names.kind} {name!r} exists already: {self[name]}")
-        if problem := self._problem(added):
-            raise ValueError(f"the {self.names.kind} {name!r} {problem}")
-        self._classes[name] = added
-        self._checked.add(name)
 
     def __getitem__(self, name: str) -> T:
         """Return the class of a name.
 
         Raises:
             UnknownExtension: there is no such name; it is a KeyError, too.
-            ExtensionError: two packages have the name, or the class cannot be imported, or is not
-                of the table's kind.
+            ExtensionError: the class cannot be imported, or is not of the table's kind.
         """
-        if name not in self._checked:
-            entry = self.names.entry_point(name)
-            if entry is not None:
-                self._classes[name] = self._loaded(entry)
-            if name not in self._classes:
+        if name not in self._classes:
+            entries = [entry for entry in self.names.entry_points() if entry.name == name]
+            if not entries:
                 raise UnknownExtension(
                     f"there is no {self.names.kind} {name!r}; known: {', '.join(self)}; a package "
                     "that adds it must be installed here"
                 )
-            self._checked.add(name)  # Compiled code looks names up, too, but reads no metadata.
+            self._classes[name] = self._loaded(entries[0])
         return self._classes[name]
 
     def __contains__(self, name: object) -> bool:
@@ -162,18 +112,10 @@ class ExtensionTable(Mapping[str, T]):
                 f"{what} cannot be imported from {entry.value} ({reason}); repair the package, or "
                 "uninstall it"
             ) from error
-        if problem := self._problem(found):
-            raise ExtensionError(f"{what} {problem}")
+        if not (isinstance(found, type) and issubclass(found, self.bases)):
+            bases = " or ".join(f"{base.__module__}.{base.__qualname__}" for base in self.bases)
+            raise ExtensionError(f"{what} must be a subclass of {bases}, got {found!r}")
         return cast(T, found)
-
-    def _problem(self, found: object) -> str | None:
-        if not (isinstance(found, type) and issubclass(found, self._bases)):
-            bases = " or ".join(f"{base.__module__}.{base.__qualname__}" for base in self._bases)
-            return f"must be a subclass of {bases}, got {found!r}"
-        if inspect.isabstract(found):
-            missing = ", ".join(sorted(vars(found)["__abstractmethods__"]))
-            return f"must define {missing}, got {found!r}"
-        return None
 
 
 def package_of(entry: EntryPoint) -> str:

@@ -57,15 +57,6 @@ class Mix(KeepsFloat32):
         for row in (self.inner, self.outer):
             nn.init.constant_(row, 1.0 / len(row))
 
-    @staticmethod
-    def num_flops(layer: int, dim: int, *, num_points: int) -> int:
-        """Count the FLOPs of the weighted sums for one token and `num_points` points."""
-        earlier = layer + 1
-        # The first point sums the earlier estimates, each point adds its own; so does the hidden
-        # state.
-        points = earlier + num_points if num_points else 0
-        return 2 * dim * (points + earlier + 1)
-
     def forward(self, history: History, *, dtype: torch.dtype, corrects: bool) -> LayerMix:
         """Sum the earlier estimates; points and hidden states are rounded to `dtype`.
 

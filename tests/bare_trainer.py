@@ -49,11 +49,8 @@ class BareTrainer(Trainer):
         batch = batch.counted_as(batch.num_targets, batch.num_positions)
         return {name: float(value) for name, value in self.compute_gradients(batch, 0).items()}
 
-    def should_stop(self) -> bool:
-        return False
-
-    def should_save(self, step: int) -> bool:
-        return False
+    def wishes(self, step: int) -> dict[str, float]:
+        return {"stop": 0.0, "save": 0.0}
 
     def save(self) -> None:
         pass

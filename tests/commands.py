@@ -130,6 +130,14 @@ def run_command(
     return printed
 
 
+def run_workers(code: str, number: int, *arguments: str) -> None:
+    """Run a Python text in several processes at once, each with its rank as the first argument."""
+    started = [Started(str(rank), *arguments, code=code) for rank in range(number)]
+    for process in started:
+        printed, _ = process.communicate()
+        assert process.returncode == 0, printed
+
+
 def settings_options(settings: Iterable[str]) -> list[str]:
     """Return the options `--set` of values such as `training.seed=3`."""
     return [f"--set={setting}" for setting in settings]

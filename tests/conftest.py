@@ -25,6 +25,10 @@ from terminal import unanswered
 from orchestrator.cluster.ray import address_variables
 
 ROOT = Path(__file__).resolve().parent.parent
+SECONDS = "iiet/seconds"
+"""Name of the seconds of each test file in pytest's cache."""
+TAKEN: Counter[str] = Counter()
+"""Seconds of each file in this run."""
 
 # No deadline: on a busy machine any example may take a second.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -44,16 +48,48 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # Before pytest reads the marks for `-m`.
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Add the marks that follow from others; run files with many slow tests first, so that no
-    process waits at the end.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Add the marks that follow from others, and say who runs a test and when.
+
+    A file runs in one process, because of its fixtures, and all files that need Ray in the same.
+    They come first; the others follow by their seconds in the last run, where it is known, so that
+    no process waits for the other at the end.
     """
     for mark, implied in (("installs", "long"), ("long", "slow")):
         for item in items:
             if item.get_closest_marker(mark):
                 item.add_marker(implied)
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    slow = Counter(item.path.stem for item in items if item.get_closest_marker("slow"))
+    seconds = {**slow, **_stored_seconds(config)}
+    with_ray = {item.path.stem for item in items if "ray_session" in _fixtures(item)}
+    for item in items:
+        group = "ray" if item.path.stem in with_ray else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda i: (i.path.stem not in with_ray, -seconds.get(i.path.stem, 0)))
+
+
+def _fixtures(item: pytest.Item) -> list[str]:
+    names: list[str] = getattr(item, "fixturenames", [])
+    return names
+
+
+def _stored_seconds(config: pytest.Config) -> dict[str, float]:
+    cache: Any = getattr(config, "cache", None)  # It can be switched off.
+    found: dict[str, float] = cache.get(SECONDS, {}) if cache else {}
+    return found
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up the seconds of each file."""
+    TAKEN[Path(report.location[0]).stem] += report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Store the seconds of each file for the order of the next run."""
+    config = session.config
+    cache: Any = getattr(config, "cache", None)
+    if cache and not hasattr(config, "workerinput"):
+        cache.set(SECONDS, {**_stored_seconds(config), **TAKEN})
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -48,7 +48,6 @@ def on_path(folder: Path) -> Iterator[None]:
         patch.syspath_prepend(str(folder))
         for table in extension_points():
             patch.setattr(table, "_classes", dict(table._classes))
-            patch.setattr(table, "_checked", set[str]())
         yield
     for name in [name for name, module in sys.modules.items() if _lies_in(module, folder)]:
         del sys.modules[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from commands import Started
+from commands import Started, run_workers
 
 from orchestrator.data.store import TokenStore
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.training.checkpoint import load_training_state
-from orchestrator.training.devices import World
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints
@@ -171,20 +168,28 @@ def recipe(**changes: Any) -> Disturbance:
     return lambda job: job.model_copy(update={"recipe": job.recipe.model_copy(update=changes)})
 
 
+WORKER = """
+import os, sys, torch
+from orchestrator.records.training import TrainingJob
+from orchestrator.training.devices import World
+from orchestrator.training.trainer import run_job
+
+rank, number, parallel, meeting, job = sys.argv[1:]
+torch.set_num_threads(1)
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+address = {"init_method": f"file://{meeting}", "rank": int(rank), "world_size": int(number)}
+torch.distributed.init_process_group("gloo", **address)
+world = World(rank=int(rank), size=int(number), parallel=parallel)
+run_job(TrainingJob.model_validate_json(job), world=world)
+torch.distributed.destroy_process_group()
+"""
+
+
 def workers(number: int, parallel: str = "ddp") -> Disturbance:
     """Train the whole job on several workers."""
 
     def disturb(job: TrainingJob) -> None:
-        arguments = (str(job.folder) + "-meeting", job.model_dump(mode="json"), parallel, number)
-        mp.spawn(_work, arguments, nprocs=number)
+        meeting = f"{job.folder}-meeting"
+        run_workers(WORKER, number, str(number), parallel, meeting, job.model_dump_json())
 
     return disturb
-
-
-def _work(rank: int, meeting: str, job: dict[str, Any], parallel: str, number: int) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    address = {"init_method": f"file://{meeting}", "rank": rank, "world_size": number}
-    torch.distributed.init_process_group("gloo", **address)
-    run_job(TrainingJob.model_validate(job), world=World(rank=rank, size=number, parallel=parallel))
-    torch.distributed.destroy_process_group()

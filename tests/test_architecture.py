@@ -59,25 +59,25 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_908,
+    "iiet": 7_861,
     "benchmarks": 3_627,
     "examples": 278,
     "research": 2_000,
     "orchestrator/workspace": 1_053,
     "orchestrator/terminal": 584,
-    "orchestrator/settings": 1_619,
+    "orchestrator/settings": 1_631,
     "orchestrator/records": 948,
     "orchestrator/models": 1_726,
     "orchestrator/data": 2_558,
     "orchestrator/tracking": 1_529,
-    "orchestrator/training": 3_699,
-    "orchestrator/evaluation": 3_220,
-    "orchestrator/planning": 1_293,
+    "orchestrator/training": 3_587,
+    "orchestrator/evaluation": 3_215,
+    "orchestrator/planning": 1_172,
     "orchestrator/cluster": 2_198,
     "orchestrator/reporting": 4_204,
-    "orchestrator/sweeping": 3_084,
-    "orchestrator/pipelines": 4_604,
-    "orchestrator/cli": 1_885,
+    "orchestrator/sweeping": 3_080,
+    "orchestrator/pipelines": 4_519,
+    "orchestrator/cli": 1_896,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,13 +29,7 @@ from benchmarks.gpu.report import (
 )
 
 SKIPPED_ON_CPUS = {"synchronizations"}
-SLOW = {
-    "evaluation": pytest.mark.slow,
-    "compiled": pytest.mark.long,
-    "resume": pytest.mark.long,
-    "workers": pytest.mark.long,
-    "sweep": pytest.mark.long,
-}
+START_PROCESSES = ("evaluation", "compiled", "resume", "workers", "sweep")
 """Sections that start processes or a compiler."""
 
 
@@ -47,7 +40,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[SLOW[n]] if n in SLOW else []) for n in SECTIONS]
+    "name",
+    [pytest.param(n, marks=[pytest.mark.long] * (n in START_PROCESSES)) for n in SECTIONS],
 )
 def test_a_section_passes_on_a_cpu_or_says_why_it_is_skipped(name: str, toy: Setup) -> None:
     result = run_section(SECTIONS[name], toy)
@@ -112,45 +106,18 @@ def test_a_gradient_that_differs_fails_the_section(
     assert result.problems == ["vanilla, bf16: wrong gradient"]
 
 
-def test_all_sections_together_take_an_hour_at_most() -> None:
-    assert sum(section.limit_minutes for section in SECTIONS.values()) <= 60
-
-
 def section(measure: object) -> Section:
     return Section(name="one", question="?", measure=measure, limit_minutes=1)  # type: ignore[arg-type]
 
 
-def test_what_was_found_before_an_error_is_kept(toy: Setup) -> None:
-    def measure(_: Setup) -> Iterator[Finding]:
-        yield Finding(what="first", figures={"value": 1.0})
-        raise RuntimeError("an illegal memory access\nand a long explanation")
-
-    result = run_section(section(measure), toy)
-    assert [finding.what for finding in result.findings] == ["first"]
-    assert result.status == "failed"
-    assert result.reasons == ["RuntimeError: an illegal memory access"]
-    assert "Traceback" in result.details
+def failing(_: Setup) -> Iterator[Finding]:
+    yield Finding(what="first", figures={"value": 1.0})
+    raise RuntimeError("an illegal memory access\nand a long explanation")
 
 
-def test_a_skipped_section_says_why(toy: Setup) -> None:
-    def measure(_: Setup) -> Iterator[Finding]:
-        raise Skipped("needs 2 GPUs, and this machine has 1")
-        yield
-
-    result = run_section(section(measure), toy)
-    assert (result.status, result.reasons) == (
-        "skipped",
-        ["needs 2 GPUs, and this machine has 1"],
-    )
-
-
-@pytest.mark.slow
-def test_a_section_that_takes_too_long_is_ended_and_fails(toy: Setup) -> None:
-    started = time.monotonic()
-    result = run_in_process(SECTIONS["parity"], toy, limit_seconds=0.2)
-    assert result.status == "failed"
-    assert "took longer than" in result.reasons[-1]
-    assert time.monotonic() - started < 60
+def skipping(_: Setup) -> Iterator[Finding]:
+    raise Skipped("needs 2 GPUs, and this machine has 1")
+    yield
 
 
 def killed(_: Setup) -> Iterator[Finding]:
@@ -159,12 +126,25 @@ def killed(_: Setup) -> Iterator[Finding]:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_what_was_found_before_an_error_is_kept_and_a_skipped_section_says_why(toy: Setup) -> None:
+    result = run_section(section(failing), toy)
+    assert [finding.what for finding in result.findings] == ["first"]
+    assert result.status == "failed"
+    assert result.reasons == ["RuntimeError: an illegal memory access"]
+    assert "Traceback" in result.details
+    result = run_section(section(skipping), toy)
+    assert (result.status, result.reasons) == ("skipped", ["needs 2 GPUs, and this machine has 1"])
+
+
 @pytest.mark.slow
-def test_a_section_whose_process_dies_keeps_what_it_found(toy: Setup) -> None:
+def test_a_section_whose_process_dies_or_takes_too_long_keeps_what_it_found(toy: Setup) -> None:
     result = run_in_process(section(killed), toy)
     assert [finding.what for finding in result.findings] == ["first"]
     assert result.reasons == ["its process ended with exit code -9"]
     assert "a last word" in result.details
+    result = run_in_process(SECTIONS["parity"], toy, limit_seconds=0.2)
+    assert result.status == "failed"
+    assert "took longer than" in result.reasons[-1]
 
 
 def test_waits_are_counted_by_step_and_place() -> None:

@@ -1,56 +1,115 @@
-"""The files for people who use, cite or change the project name what exists."""
+"""The files around the code say what is true: changelog, citation, Makefile, workflow, archives."""
 
 from __future__ import annotations
 
+import configparser
+import email
 import re
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from new_environment import ROOT, build
 
-ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+from orchestrator.workspace.files import VERIFIED_NAME
 
 
 def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_the_changelog_begins_with_this_version() -> None:
+PYPROJECT = tomllib.loads(read("pyproject.toml"))
+PROJECT = PYPROJECT["project"]
+PREFIX = "Programming Language :: Python :: "
+VERSIONS = [c.removeprefix(PREFIX) for c in PROJECT["classifiers"] if c.startswith(PREFIX)]
+TARGETS = set(re.findall(r"^([a-z-]+):.*##", read("Makefile"), flags=re.MULTILINE))
+TESTS = {"test", "test-quick", "test-long", "test-floors", "test-wheel"}
+STEM = f"iiet_orch-{PROJECT['version']}"
+PACKAGES = ("iiet", "orchestrator")
+
+
+def test_changelog_and_citation_are_of_this_version() -> None:
     versions = re.findall(r"^## (\S+)", read("CHANGELOG.md"), flags=re.MULTILINE)
     assert versions[0] == PROJECT["version"]
     assert versions == sorted(versions, reverse=True)
-
-
-def test_the_citation_is_of_this_version_and_of_the_paper() -> None:
     citation = yaml.safe_load(read("CITATION.cff"))
-    own = {name: PROJECT[name] for name in ("version", "license")}
-    assert {name: citation[name] for name in own} == own
-    assert citation["title"] == PROJECT["name"]
-    assert set(citation["keywords"]) <= set(PROJECT["keywords"])
-    paper = citation["preferred-citation"]
-    assert paper["year"] == 2025
-    assert len(paper["authors"]) == 9
-    assert paper["url"] in read("README.md")
+    assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
+    assert citation["preferred-citation"]["url"] in read("README.md")
 
 
-@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "SECURITY.md"])
-def test_links_and_paths_of_a_page_exist(name: str) -> None:
-    text = read(name)
-    links = re.findall(r"\]\((?!http)([^)#]+)", text)
-    paths = re.findall(r"`((?:tests|orchestrator|iiet|docs|\.github)/[\w./]*)`", text)
-    assert links
-    for path in links + paths:
-        assert (ROOT / path).exists(), path
-
-
-def test_make_targets_and_marks_of_the_page_for_contributors_exist() -> None:
+def test_paths_targets_and_marks_of_the_page_for_contributors_exist() -> None:
+    for name in ("CONTRIBUTING.md", "SECURITY.md"):
+        links = re.findall(r"\]\((?!http)([^)#]+)", read(name))
+        paths = re.findall(r"`((?:tests|orchestrator|iiet|docs|\.github)/[\w./]*)`", read(name))
+        assert links
+        assert not [path for path in links + paths if not (ROOT / path).exists()]
     text = read("CONTRIBUTING.md")
-    targets = re.findall(r"^([a-z-]+):.*##", read("Makefile"), flags=re.MULTILINE)
-    named = re.findall(r"make ([a-z-]+)", text)
-    assert {"lint", "test", "test-quick", "test-long", "test-floors", "test-wheel"} <= set(named)
-    assert set(named) <= set(targets)
-    settings = tomllib.loads(read("pyproject.toml"))["tool"]["pytest"]["ini_options"]
-    marks = {mark.partition(":")[0] for mark in settings["markers"]}
+    named = set(re.findall(r"make ([a-z-]+)", text))
+    assert {"lint", *TESTS} <= named <= TARGETS
+    marks = {m.partition(":")[0] for m in PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]}
     assert marks == set(re.findall(r"marked `(\w+)`", text))
+
+
+def test_the_workflow_tests_every_python_by_targets_of_the_makefile() -> None:
+    assert PROJECT["requires-python"] == f">={VERSIONS[0]}"
+    assert [f"3.{minor}" for minor in range(11, 11 + len(VERSIONS))] == VERSIONS
+    [file] = (ROOT / ".github" / "workflows").glob("*.yml")
+    workflow: dict[Any, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert workflow["permissions"] == {"contents": "read"}
+    assert {"push", "pull_request", "schedule"} <= set(workflow[True])  # YAML reads `on` as true.
+    called = set()
+    for name, job in workflow["jobs"].items():
+        [used] = [s["with"]["python-version"] for s in job["steps"] if "setup" in str(s)]
+        matrix = job.get("strategy", {}).get("matrix", {}).get("python")
+        pythons = matrix if used == "${{ matrix.python }}" else [used]
+        assert pythons == (VERSIONS if name == "quick" else VERSIONS[:1])
+        assert ("if" in job, job["timeout-minutes"] > 60) == (name == "long",) * 2
+        called |= {step["run"] for step in job["steps"] if "run" in step}
+    assert called == {f"make {target}" for target in ("lint", "wheel", *TESTS)}
+
+
+def sources(*folders: str) -> set[str]:
+    """Return the files in folders of this checkout, as paths relative to it."""
+    found = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file())
+    made = {"__pycache__", VERIFIED_NAME}  # By the interpreter, and by tests that read a run.
+    return {str(path.relative_to(ROOT)) for path in found if made.isdisjoint(path.parts)}
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_packages_sweeps_commands_and_metadata(tmp_path: Path) -> None:
+    wheel = zipfile.ZipFile(build("wheel", tmp_path))
+    own = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
+    sweeps = {f"orchestrator/{path}" for path in sources("sweeps")}
+    info = f"{STEM}.dist-info"
+    assert set(wheel.namelist()) == {
+        *sources(*PACKAGES), *sweeps, *(f"{info}/{name}" for name in own),
+    }  # fmt: skip
+    entries = configparser.ConfigParser()
+    entries.read_string(wheel.read(f"{info}/entry_points.txt").decode())
+    assert dict(entries["console_scripts"]) == PROJECT["scripts"]
+    metadata = email.message_from_bytes(wheel.read(f"{info}/METADATA"))
+    assert metadata["Version"] == PROJECT["version"]
+    assert "# iiet-orch" in metadata.get_payload()
+    extras = PROJECT["optional-dependencies"]
+    assert set(metadata.get_all("Provides-Extra", [])) == set(extras)
+    inherited = [r for name in ("dev", "test") for r in extras[name] if r.startswith("iiet-orch[")]
+    listed = {extra for r in inherited for extra in re.findall(r"[\w-]+", r.partition("[")[2])}
+    assert {"test", "cluster", "gguf", "gpu", "tensorboard"} <= listed <= set(extras)
+
+
+@pytest.mark.slow
+def test_a_wheel_can_be_built_and_tested_from_the_source_archive(tmp_path: Path) -> None:
+    with tarfile.open(build("sdist", tmp_path)) as archive:
+        names = {member.name.removeprefix(f"{STEM}/") for member in archive if member.isfile()}
+    folders = (*PACKAGES, "sweeps", "benchmarks", "examples", "research", "tests", "docs")
+    assert names >= sources(*folders)
+    assert {name.partition("/")[0] for name in names} == {
+        *folders,
+        *(".github", ".gitignore", ".pre-commit-config.yaml", "Makefile", "PKG-INFO"),
+        *("pyproject.toml", "README.md", "LICENSE"),
+        *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md"),
+    }

@@ -2,7 +2,8 @@
 
 A layer owns its field and what the method learns for it (norms, rows of the mix, gates). State is
 passed, never kept: a layer gets the hidden state and what earlier layers left, and returns both
-for the next one. The class also states what a layer costs, so a config is enough to compute cost.
+for the next one. The class states how many evaluations a layer makes; all other costs are counted
+on layers (`iiet.cost`).
 """
 
 # ruff: noqa: ARG003 - all methods share their signatures; not all need all of them
@@ -165,23 +166,6 @@ class Layer(nn.Module, ABC):
     def num_runs(cls, schedule: IterationSchedule) -> int:
         """Count how often a pass runs the stack of layers."""
         return 1 + schedule.max_corrections if cls.repeats_stack else 1
-
-    @classmethod
-    def num_differentiated(cls, schedule: IterationSchedule, layer: int, options: Any) -> int:
-        """Count the evaluations of a layer that training differentiates."""
-        return cls.evaluations_per_layer(schedule, layer)
-
-    @classmethod
-    def flops_beside_fields(
-        cls, schedule: IterationSchedule, layer: int, dim: int, options: Any
-    ) -> int:
-        """Count a layer's FLOPs for one token, without evaluations, norms and plain sums."""
-        return 0
-
-    @classmethod
-    def num_kept(cls, schedule: IterationSchedule, layer: int, options: Any) -> int:
-        """Count the tensors of the hidden state's size that a layer keeps beside its field's."""
-        return 0
 
     @abstractmethod
     def advance(

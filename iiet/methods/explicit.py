@@ -47,15 +47,7 @@ class ExplicitEuler(Layer):
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
         return 1
 
-    def advance(
-        self,
-        evaluate: Evaluate,
-        hidden: Tensor,
-        state: Any,
-        *,
-        num_corrections: int,
-        shared: nn.Module | None,
-    ) -> Advance:
+    def advance(self, evaluate: Evaluate, hidden: Tensor, state: Any, **_: Any) -> Advance:
         return Advance(evaluate(hidden), state)
 
 
@@ -117,15 +109,7 @@ class ExplicitRK2(Layer):
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
         return len(cls.coefficients)
 
-    def advance(
-        self,
-        evaluate: Evaluate,
-        hidden: Tensor,
-        state: Any,
-        *,
-        num_corrections: int,
-        shared: nn.Module | None,
-    ) -> Advance:
+    def advance(self, evaluate: Evaluate, hidden: Tensor, state: Any, **_: Any) -> Advance:
         stages = runge_kutta_stages(_increments(evaluate), hidden, len(self.coefficients))
         for coefficient, stage in zip(self.coefficients, stages, strict=True):
             hidden = torch.add(hidden, stage, alpha=coefficient)
@@ -164,25 +148,7 @@ class GatedRK2(Layer):
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
         return 2
 
-    @classmethod
-    def flops_beside_fields(
-        cls, schedule: IterationSchedule, layer: int, dim: int, options: Any
-    ) -> int:
-        return 2 * 2 * dim  # the gate
-
-    @classmethod
-    def num_kept(cls, schedule: IterationSchedule, layer: int, options: Any) -> int:
-        return 4  # both stages, as the sum and as the gate keep them
-
-    def advance(
-        self,
-        evaluate: Evaluate,
-        hidden: Tensor,
-        state: Any,
-        *,
-        num_corrections: int,
-        shared: nn.Module | None,
-    ) -> Advance:
+    def advance(self, evaluate: Evaluate, hidden: Tensor, state: Any, **_: Any) -> Advance:
         first, second = runge_kutta_stages(_increments(evaluate), hidden, 2)
         gate = torch.sigmoid(self.gate(torch.cat([first, second], -1)))
         return Advance(hidden + torch.lerp(second, first, gate.to(first.dtype)), state)

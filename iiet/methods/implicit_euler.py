@@ -6,14 +6,12 @@ an iteration converges. Damping as in Bai et al. 2019 (deep equilibrium models),
 backward pass as in truncated backpropagation through time.
 """
 
-# ruff: noqa: ARG002 - all methods share their signatures
-
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -138,33 +136,6 @@ class ImplicitEuler(Layer):
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
         return 1 + schedule[layer]
 
-    @classmethod
-    def num_differentiated(
-        cls, schedule: IterationSchedule, layer: int, options: ImplicitEulerOptions
-    ) -> int:
-        last = options.differentiated_corrections
-        return 1 + schedule[layer] if last is None or schedule[layer] <= last else last
-
-    @classmethod
-    def flops_beside_fields(
-        cls, schedule: IterationSchedule, layer: int, dim: int, options: ImplicitEulerOptions
-    ) -> int:
-        reinjects = options.reinject_prediction and schedule[layer] > 0
-        return Mix.num_flops(layer, dim, num_points=schedule[layer]) + 2 * dim * reinjects
-
-    @classmethod
-    def num_kept(
-        cls, schedule: IterationSchedule, layer: int, options: ImplicitEulerOptions
-    ) -> int:
-        """Count the input of each norm and the estimate before each correction; with learned
-        damping, also each correction without its damping; and a prediction that is a constant, if
-        it is reinjected.
-        """
-        norms = cls.num_differentiated(schedule, layer, options)
-        corrections = min(norms, schedule[layer])
-        constant = options.reinject_prediction and norms == corrections > 0
-        return norms + corrections * (1 + options.learn_damping) + constant
-
     def reset_parameters(self) -> None:
         self.mix.reset_parameters()
         if self.damping is not None:
@@ -179,7 +150,7 @@ class ImplicitEuler(Layer):
         state: History,
         *,
         num_corrections: int,
-        shared: nn.Module | None,
+        **_: Any,
     ) -> Advance:
         mix = self.mix(state, dtype=hidden.dtype, corrects=num_corrections > 0)
         has_gradients = torch.is_grad_enabled()

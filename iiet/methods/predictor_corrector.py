@@ -1,6 +1,6 @@
 """PCformer: a Runge-Kutta prediction, corrected once through the mix."""
 
-# ruff: noqa: ARG002, ARG003 - all methods share their signatures
+# ruff: noqa: ARG003 - all methods share their signatures
 
 from __future__ import annotations
 
@@ -91,17 +91,6 @@ class PredictorCorrectorRK2(Layer):
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
         return cls.order + 1  # the corrector
 
-    @classmethod
-    def flops_beside_fields(
-        cls, schedule: IterationSchedule, layer: int, dim: int, options: Any
-    ) -> int:
-        return Mix.num_flops(layer, dim, num_points=1)
-
-    @classmethod
-    def num_kept(cls, schedule: IterationSchedule, layer: int, options: Any) -> int:
-        """Stages and prediction, each before and after its norm, and the corrector's output."""
-        return 2 * cls.order + 2 + 1
-
     def reset_parameters(self) -> None:
         self.mix.reset_parameters()
 
@@ -111,8 +100,8 @@ class PredictorCorrectorRK2(Layer):
         hidden: Tensor,
         state: History,
         *,
-        num_corrections: int,
         shared: nn.Module | None,
+        **_: Any,
     ) -> Advance:
         assert shared is not None
         prediction = self.prediction_norm(shared(evaluate, hidden))

@@ -4,6 +4,6 @@ Each command imports what it needs when it runs, so that `--help` is instant.
 """
 
 from orchestrator.cli.app import main
-from orchestrator.cli.application import build_app
+from orchestrator.cli.command import build_app
 
 __all__ = ["build_app", "main"]

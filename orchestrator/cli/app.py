@@ -14,7 +14,7 @@ from rich.console import Console
 
 # The order is that of --help.
 from orchestrator.cli import measure, models, places, submit, train  # noqa: F401
-from orchestrator.cli.application import NO_COLOR, build_app
+from orchestrator.cli.command import NO_COLOR, build_app
 from orchestrator.terminal.render import print_line
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, path_error_message
 
@@ -54,19 +54,16 @@ def exit_code_of(error: BaseException) -> int:
     """Print why a command failed and return its exit code; raise unexpected errors."""
     if isinstance(error, SystemExit):  # Typer has printed what was wrong
         return error.code if isinstance(error.code, int) else 0
+    sentence = str(error)
     if isinstance(error, Interrupted):
-        _complain(str(error) or "interrupted; run the same command again to resume")
-        return 130
-    if isinstance(error, UserError | RunFailed):
-        _complain(str(error))
-        return 2 if isinstance(error, UserError) else 1
-    if isinstance(error, OSError) and (sentence := path_error_message(error)):
-        _complain(sentence)
-        return 2
-    raise error
-
-
-def _complain(text: str) -> None:
+        code, sentence = 130, sentence or "interrupted; run the same command again to resume"
+    elif isinstance(error, UserError | RunFailed):
+        code = 2 if isinstance(error, UserError) else 1
+    elif isinstance(error, OSError) and (of_path := path_error_message(error)):
+        code, sentence = 2, of_path
+    else:
+        raise error
     # File names may hold bytes that are not text; those are printed as escapes.
-    text = text.encode("utf-8", "backslashreplace").decode()
-    print_line(Console(stderr=True), f"iiet-orch: {text}")
+    sentence = sentence.encode("utf-8", "backslashreplace").decode()
+    print_line(Console(stderr=True), f"iiet-orch: {sentence}")
+    return code

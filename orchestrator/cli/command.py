@@ -1,16 +1,16 @@
 """`@Command`: a function and the settings that it takes become a command of `iiet-orch`.
 
-A command's options are its own parameters (the `Args:` of its docstring are their help), then
-settings by their key (type, range, choices and help are those of the field), then what commands
-share: settings file, `--set`, workspace, `--dry-run`, `--json`, `--quiet`. The function gets a
-`Call` and returns a plan or a result, which is printed here.
+A command's options are its own parameters (the `Args:` of its docstring are their help; those of a
+pydantic model are its fields), then settings by their key (type, range, choices and help are those
+of the field), then what commands share: settings file, `--set`, workspace, `--dry-run`, `--json`,
+`--quiet`. The function gets a `Call` and returns a plan or a result, which is printed here.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property, partial
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
-from typer.models import OptionInfo as Option
+from typer.models import ArgumentInfo, OptionInfo
 
 from orchestrator.cli.options import read_settings_of, split_list
 from orchestrator.cli.session import Place, Session, Warnings, open_session
+from orchestrator.workspace.provenance import installed_version
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.context import Context
@@ -31,6 +32,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 METAVARS = {bool: "", int: "N", float: "X", str: "TEXT", Path: "PATH", list: "TEXT"}
 """What the help says of an option's type; Typer's own are wide, and Python's names."""
+NO_COLOR = "--no-color"
 COMMANDS: dict[str, Command] = {}
 """All commands by name, in the order of `--help`."""
 
@@ -51,44 +53,42 @@ class Setting:
     """Whether the help leaves it out."""
 
 
-@dataclass(frozen=True)
-class Call:
+@dataclass(frozen=True, kw_only=True)
+class Call(Session):
     """What a command works with."""
 
-    session: Session
     settings: Any
     """The resolved settings, if the command has options that are settings."""
-    dry_run: bool = False
-    as_json: bool = False
-    logs_training: bool = False
+    dry_run: bool
+    as_json: bool
 
     @property
-    def workspace(self) -> Any:
-        """The workspace."""
-        return self.session.workspace
+    def common(self) -> dict[str, Any]:
+        """The keyword arguments that every function of pipelines takes."""
+        return {"workspace": self.workspace, "progress": self.progress}
 
     @cached_property
     def context(self) -> Context:
         """What a pipeline runs in, the same at each use."""
         from orchestrator.pipelines.context import Context
 
-        loggers = self.settings.tracking.loggers if self.logs_training else ()
-        return Context(self.session.workspace, self.session.progress, loggers=loggers)
+        return Context(self.workspace, self.progress)
 
-    @property
-    def is_quiet(self) -> bool:
-        """Whether the user wants results and warnings only."""
-        return isinstance(self.session.progress, Warnings)
+    def finish(self, plan: Any, run: Callable[[Any, Context], Result]) -> Result:
+        """Return a plan for a dry run, else what it gives."""
+        return plan if self.dry_run else run(plan, self.context)
 
-    def note(self, text: str) -> None:
-        """Say something beside the result, on standard error."""
-        self.session.progress.note(text)
+    def imported(self, model: Path | None) -> Path | None:
+        """Return a model as it is named in the workspace; one of the hub is imported first."""
+        from orchestrator.pipelines.models import local_model
+
+        return model if self.dry_run else local_model(model, **self.common)
 
     def show(self, result: Result) -> None:
         """Print what a terminal shows of a result."""
         from orchestrator.pipelines.result import show
 
-        show(result, self.session.console)
+        show(result, self.console)
 
     def answer(self, values: dict[str, Any], lines: list[Any]) -> Result:
         """Return a result of a few values and lines."""
@@ -97,9 +97,9 @@ class Call:
         return Answer(values=values, lines=lines)
 
     @property
-    def common(self) -> dict[str, Any]:
-        """The keyword arguments that every function of pipelines takes."""
-        return {"workspace": self.session.workspace, "progress": self.session.progress}
+    def is_quiet(self) -> bool:
+        """Whether the user wants results and warnings only."""
+        return isinstance(self.progress, Warnings)
 
 
 @dataclass
@@ -154,20 +154,16 @@ class Command:
 
     def build(self) -> Callable[..., None]:
         """Return a function that has all options in its signature, for Typer."""
-        parameters = _parameters(self.function)
-        for flags, setting in self.settings.items():
-            parameters.append(_parameter(_name(flags), None, _option(flags, setting)))
+        self.models = {
+            name: own.annotation
+            for name, own in _signature(self.function).items()
+            if hasattr(own.annotation, "model_fields")
+        }
+        parameters = [*_parameters(self.function)]
+        parameters += [_of_setting(flags, setting) for flags, setting in self.settings.items()]
         if self.config is not None:
             parameters.append(_parameter("config", self.config_default, self.config))
         parameters += [shared for shared in _parameters(_shared) if shared.name in self.shared]
-
-        for parameter in parameters:
-            kind = _plain_type(parameter.annotation)
-            for info in parameter.annotation.__metadata__:
-                if isinstance(info, Option) and info.metavar is None:
-                    info.metavar = METAVARS.get(kind, "CHOICE")
-                    if get_origin(kind) is Literal:
-                        info.help = f"{', '.join(get_args(kind))}. {info.help or ''}"
 
         run: Any = partial(self.run)
         run.__signature__ = inspect.Signature(parameters)
@@ -190,6 +186,8 @@ class Command:
         settings = None
         if self.options or self.config is not None:
             settings = read_settings_of(config, changes, options, train_on=shared.get("device"))
+        for name, model in self.models.items():
+            values[name] = model(**{own: values.pop(own) for own in model.model_fields})
         as_json, dry_run = shared.get("as_json", False), shared.get("dry_run", False)
         with open_session(
             shared.get("workspace"),
@@ -199,8 +197,7 @@ class Command:
             dry_run=dry_run,
             as_json=as_json,
         ) as session:
-            logs_training = "--logger" in self.options
-            call = Call(session, settings, dry_run, as_json, logs_training)
+            call = Call(**vars(session), settings=settings, dry_run=dry_run, as_json=as_json)
             result = self.function(call, **values)
             if result is None:
                 return
@@ -233,64 +230,131 @@ def _shared(
     """
 
 
-def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, default=default, annotation=annotation)
+def build_app(word: str | None = None) -> typer.Typer:
+    """Return the application; given a word, other commands than this have their names alone.
+
+    To import the settings and to inspect the options of all commands would take longer than most
+    commands do.
+    """
+    options: dict[str, Any] = {
+        "no_args_is_help": True,
+        "pretty_exceptions_enable": False,
+        "rich_markup_mode": "rich",
+        "context_settings": {"help_option_names": ["-h", "--help"]},
+    }
+    text = "Pretrain, sweep and distill iterative Transformers; show accuracy against cost."
+    app = typer.Typer(name="iiet-orch", help=text, **options)
+    app.callback()(_options_of_all)
+    config = typer.Typer(help="Show the settings, their schema, shipped sweeps.", **options)
+    for name, command in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        is_built = word is None or word in (name, group)
+        (config if group else app).command(
+            last,
+            rich_help_panel=None if group else command.group,
+            context_settings=command.context_settings,
+        )(command.build() if is_built else _named(command.text))
+    app.add_typer(config, name="config", rich_help_panel="Settings")
+    return app
 
 
-def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Return the parameters of a function but its call; their help is in its docstring."""
-    helps, parameters = _described(function)[1], []
+def _named(text: str) -> Callable[[], None]:
+    def command() -> None:
+        raise AssertionError("only the command that is called is built")
+
+    command.__doc__ = text
+    return command
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"iiet-orch {installed_version('iiet-orch')}")
+        raise typer.Exit
+
+
+def _options_of_all(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version."),
+    ] = False,
+    _no_color: Annotated[
+        bool, typer.Option(NO_COLOR, help="Print no colours; so does NO_COLOR=1.")
+    ] = False,
+) -> None:
+    pass
+
+
+# Options from parameters, from the fields of a model, and from settings
+
+
+def _signature(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     # The result's type takes time to import, and is not looked at.
-    signature = inspect.signature(function, eval_str=True, locals={"Result": Any})
-    for name, own in signature.parameters.items():
-        kind, info = own.annotation, None
-        if kind is Call:
-            continue
-        if get_origin(kind) is Annotated:
-            kind, info = get_args(kind)
-        elif own.default is False:  # A switch has no opposite.
-            info = typer.Option(f"--{name.replace('_', '-')}")
-        info = copy(info or typer.Option())  # Commands may share it.
-        info.help = info.help or helps.pop(name)
-        parameters.append(_parameter(name, own.default, Annotated[kind, info]))
-    assert not helps, f"{function.__name__} has no parameters {[*helps]}"
-    return parameters
+    found = inspect.signature(function, eval_str=True, locals={"Result": Any})
+    return {name: own for name, own in found.parameters.items() if own.annotation is not Call}
 
 
 def _described(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     """Return a docstring without its `Args:`, and the text of each argument by name."""
     text, _, arguments = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:\n")
     parts = re.split(r"^ {4}(\w+): ", arguments, flags=re.MULTILINE)[1:]
-    helps = {
-        name: " ".join(text.split()) for name, text in zip(parts[::2], parts[1::2], strict=True)
-    }
-    return text, helps
+    names = parts[::2]
+    return text, dict(zip(names, (" ".join(part.split()) for part in parts[1::2]), strict=True))
 
 
-def _option(flags: str, setting: Setting) -> Any:
-    """Return the annotation of an option for a setting."""
+def _parameters(function: Callable[..., Any]) -> Iterator[inspect.Parameter]:
+    """Yield the parameters of a function but its call, with the fields of those that are models."""
+    helps = _described(function)[1]
+    for name, own in _signature(function).items():
+        if model := getattr(own.annotation, "model_fields", None):
+            for field_name, found in model.items():
+                text = " ".join((found.description or "").split())
+                kind = found.annotation
+                yield _parameter(field_name, found.default, kind, text, *found.metadata)
+        else:
+            yield _parameter(name, own.default, own.annotation, helps.get(name))
+
+
+def _of_setting(flags: str, setting: Setting) -> inspect.Parameter:
     from orchestrator.settings import find_field
 
     found = find_field(setting.key)
-    kind, extras = setting.type or _plain_type(found.annotation), dict[str, Any]()
-    if kind is int:
-        for bound in found.metadata:
-            if hasattr(bound, "ge"):
-                extras["min"] = bound.ge
-            elif hasattr(bound, "gt"):
-                extras["min"] = bound.gt + 1
-    elif kind is tuple:
-        kind, extras["metavar"] = str, "A,B,..."
+    kind = setting.type or _plain_type(found.annotation)
+    limits = found.metadata if kind is int else ()
+    info = typer.Option(*flags.split(","), show_default=False, hidden=setting.hidden)
+    if kind is tuple:
+        kind, info.metavar = str, "A,B,..."
     text = setting.help or " ".join((found.description or "").split())
-    info = typer.Option(
-        *flags.split(","), help=text, show_default=False, hidden=setting.hidden, **extras
-    )
-    return Annotated[kind | None, info]
+    return _parameter(_name(flags), None, kind | None, text, info, *limits)
+
+
+def _parameter(
+    name: str, default: Any, kind: Any, text: str | None = None, *metadata: Any
+) -> inspect.Parameter:
+    """Return a parameter for Typer, with the option among its metadata, or one of its name."""
+    if get_origin(kind) is Annotated:
+        kind, *own = get_args(kind)
+        metadata = (*own, *metadata)
+    found = [each for each in metadata if isinstance(each, OptionInfo | ArgumentInfo)]
+    # A switch has no opposite, unless its own option says so.
+    flags = [f"--{name.replace('_', '-')}"] if default is False else []
+    info = copy(found[0]) if found else typer.Option(*flags)  # Commands may share it.
+    info.help = info.help or text
+    for limit in metadata:
+        if hasattr(limit, "gt"):  # Of whole numbers.
+            info.min = limit.gt + 1
+        info.min = getattr(limit, "ge", info.min)
+        info.max = getattr(limit, "le", info.max)
+    plain = _plain_type(kind)
+    if isinstance(info, OptionInfo) and info.metavar is None:
+        info.metavar = METAVARS.get(plain, "CHOICE")
+        if get_origin(plain) is Literal:
+            info.help = f"{', '.join(get_args(plain))}. {info.help or ''}"
+    only = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, only, default=default, annotation=Annotated[kind, info])
 
 
 def _plain_type(annotation: Any) -> Any:
-    """Return the type of an option: a choice, bool, int, float, tuple (with commas) or str."""
+    """Return the type of an option: a choice, bool, int, float, list, tuple or str."""
     origin, kinds = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _plain_type(kinds[0])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.cli.command import Call, Command, Setting
 from orchestrator.cli.options import (
@@ -19,8 +20,9 @@ from orchestrator.cli.options import (
     TrustRemoteCodeOption,
     complete_models,
     complete_sweeps,
-    whole_numbers,
+    split_list,
 )
+from orchestrator.workspace.errors import UserError, quoted
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
@@ -48,11 +50,10 @@ def influence(call: Call, model: TeacherArgument = None) -> Result:
 
     Example: iiet-orch influence my-run --metric loss
     """
-    from orchestrator.pipelines.influence import measure_influence, plan_influence
+    from orchestrator.pipelines.influence import plan_influence, run_influence
 
-    if call.dry_run:
-        return plan_influence(call.settings, workspace=call.workspace, model=model)
-    return measure_influence(call.settings, model=model, **call.common)
+    plan = plan_influence(call.settings, model=call.imported(model), **call.common)
+    return call.finish(plan, run_influence)
 
 
 @Command("evaluate", group="Measure", options={**TASKS, **CLUSTER}, config=ConfigOption,
@@ -75,13 +76,14 @@ def evaluate(
     from orchestrator.pipelines.evaluating import plan_evaluate, run_evaluate
 
     plan = plan_evaluate(
-        call.settings, models=models or [], schedules=schedule or [], **call.common
+        call.settings,
+        models=models or (),
+        schedules=schedule or (),
+        log_samples=log_samples,
+        trust_remote_code=trust_remote_code,
+        **call.common,
     )
-    if call.dry_run:
-        return plan
-    return run_evaluate(
-        plan, call.context, log_samples=log_samples, trust_remote_code=trust_remote_code
-    )
+    return call.finish(plan, run_evaluate)
 
 
 @Command("compare", group="Measure", options={**TASKS, **CLUSTER}, config=ConfigOption, plans=True)
@@ -105,23 +107,38 @@ def compare(
     from orchestrator.pipelines.evaluating import plan_compare, run_compare
 
     plan = plan_compare(
-        call.settings, models=(first, second), schedules=schedule or [], **call.common
+        call.settings,
+        models=(first, second),
+        schedules=schedule or (),
+        trust_remote_code=trust_remote_code,
+        **call.common,
     )
-    if call.dry_run:
-        return plan
-    return run_compare(plan, call.context, trust_remote_code=trust_remote_code)
+    return call.finish(plan, run_compare)
+
+
+class BenchmarkOptions(BaseModel):
+    """The conditions of `benchmark`."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    batch_sizes: str = "1,8"
+    """Comma-separated numbers of rows that are decoded together."""
+    contexts: str | None = None
+    """Tokens of the prompt (default: 32 and half the context)."""
+    new_tokens: int = Field(default=32, ge=2, le=MAX_COUNT)
+    """Tokens decoded after it."""
+    repetitions: int = Field(default=9, ge=1, le=10_000)
+    """Measurements of each model, in turns."""
+    threads: int = Field(default=1, ge=1, le=1024)
+    """Threads of PyTorch on a CPU."""
 
 
 @Command("benchmark", group="Measure", options=CLUSTER, plans=True)
 def benchmark(
     call: Call,
+    conditions: BenchmarkOptions,
     models: ModelsArgument = None,
     schedule: SchedulesOption = None,
-    batch_sizes: str = "1,8",
-    contexts: str | None = None,
-    new_tokens: Annotated[int, typer.Option(min=2, max=MAX_COUNT)] = 32,
-    repetitions: Annotated[int, typer.Option(min=1, max=10_000)] = 9,
-    threads: Annotated[int, typer.Option(min=1, max=1024)] = 1,
 ) -> Result:
     """Measure latency, throughput and memory, and compare them with the cost model.
 
@@ -129,30 +146,41 @@ def benchmark(
 
     Args:
         schedule: Iteration schedule; may be repeated. One IIET without it: from full to none.
-        batch_sizes: Comma-separated numbers of rows that are decoded together.
-        contexts: Tokens of the prompt (default: 32 and half the context).
-        new_tokens: Tokens decoded after it.
-        repetitions: Measurements of each model, in turns.
-        threads: Threads of PyTorch on a CPU.
     """
-    batches = whole_numbers(batch_sizes, "--batch-sizes")
-    prompts = whole_numbers(contexts or "", "--contexts")
+    batches = whole_numbers(conditions.batch_sizes, "--batch-sizes")
+    prompts = whole_numbers(conditions.contexts or "", "--contexts")
     from orchestrator.evaluation.cost_measurement import MeasurementSettings
     from orchestrator.pipelines.benchmarking import plan_benchmark, run_benchmark
 
     plan = plan_benchmark(
-        models=models or [],
-        schedules=schedule or [],
+        models=models or (),
+        schedules=schedule or (),
         conditions=MeasurementSettings(
             batch_sizes=batches,
             contexts=prompts,
-            new_tokens=new_tokens,
-            repetitions=repetitions,
-            num_threads=threads,
+            new_tokens=conditions.new_tokens,
+            repetitions=conditions.repetitions,
+            num_threads=conditions.threads,
         ),
+        cluster=call.settings.cluster,
         **call.common,
     )
-    return plan if call.dry_run else run_benchmark(plan, call.context, call.settings.cluster)
+    return call.finish(plan, run_benchmark)
+
+
+def whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Read whole numbers from 1 on with commas between them, without repetitions.
+
+    Raises:
+        UserError: If one is not such a number; names the option.
+    """
+    found = split_list(text)
+    if not all(isinstance(number, int) and 1 <= number <= MAX_COUNT for number in found):
+        raise UserError(
+            f"{option} takes whole numbers from 1 to {MAX_COUNT} with commas between them; got "
+            f"{quoted(text)}"
+        )
+    return tuple(dict.fromkeys(found))
 
 
 @Command("report", group="Results", workspace="read")

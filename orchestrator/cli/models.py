@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.cli.command import Call, Command
 from orchestrator.cli.options import (
     MAX_COUNT,
-    MAX_SEED,
     ConfigOption,
     CostOption,
-    FolderToWriteOption,
     NameOption,
     QualityOption,
-    ReplaceModelOption,
     SchedulesOption,
     complete_models,
     complete_sweeps,
@@ -29,27 +27,56 @@ from orchestrator.workspace.errors import UserError
 if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
 
+MAX_SEED = 2**32 - 1
+"""Largest seed that every library's random generator takes."""
+FolderToWriteOption = Annotated[
+    Path | None, typer.Option("--to", help="Folder to write (default: inside the workspace).")
+]
+ReplaceModelOption = Annotated[
+    bool, typer.Option("--force", help="With --to: replace an export of another model.")
+]
+
+
+class GenerateOptions(BaseModel):
+    """What `generate` continues, and how."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p")] = None
+    """Text to continue; several run as one batch."""
+    chat: bool = False
+    """Answer the prompt as a user's message, with the model's chat template."""
+    system: str | None = None
+    """With --chat: the system's message, before the user's."""
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", "-n", min=1, max=MAX_COUNT)
+    ] = None
+    """Maximum number of tokens to add (default: 64, or what fits the context)."""
+    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0)] = 0.0
+    """0 always takes the likeliest token."""
+    top_k: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    """Sample among the N likeliest tokens."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that together hold this probability."""
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    """Random seed for sampling (default: random)."""
+    stop: list[str] | None = None
+    """A text that ends the continuation; may be repeated."""
+    kv: Literal["exact", "last"] = "exact"
+    """Cache slots: `exact`, one per evaluation, or `last`, one per layer."""
+    draft: str | None = None
+    """Draft under a cheaper schedule, or the best one (auto); no token changes."""
+    draft_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    """Tokens to draft at once (default: as many as pay)."""
+
 
 @Command("generate", group="Models", options={"--device": "cluster.device"}, workspace="read")
 def generate(
     call: Call,
+    options: GenerateOptions,
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="[MODEL]", autocompletion=complete_models)
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p")] = None,
-    chat: bool = False,
-    system: str | None = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", "-n", min=1, max=MAX_COUNT)
-    ] = None,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0)] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None,
-    top_p: float | None = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED)] = None,
-    stop: list[str] | None = None,
-    kv: Literal["exact", "last"] = "exact",
-    draft: str | None = None,
-    draft_tokens: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None,
     schedule: SchedulesOption = None,
 ) -> Result | None:
     """Continue a text and print it while it is generated.
@@ -62,75 +89,54 @@ def generate(
     Args:
         checkpoint: Checkpoint, run or exported folder, by path or name, a sweep (its picked model),
             or hub:OWNER/NAME; by default the newest of finished runs and what `pick` chose last.
-        prompt: Text to continue; several run as one batch.
-        chat: Answer the prompt as a user's message, with the model's chat template.
-        system: With --chat: the system's message, before the user's.
-        max_new_tokens: Maximum number of tokens to add (default: 64, or what fits the context).
-        temperature: 0 always takes the likeliest token.
-        top_k: Sample among the N likeliest tokens.
-        top_p: Sample among the likeliest tokens that together hold this probability.
-        seed: Random seed for sampling (default: random).
-        stop: A text that ends the continuation; may be repeated.
-        kv: Cache slots: `exact`, one per evaluation, or `last`, one per layer.
-        draft: Draft under a cheaper schedule, or the best one (auto); no token changes.
-        draft_tokens: Tokens to draft at once (default: as many as pay).
         schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
     """
+    draft, draft_tokens = options.draft, options.draft_tokens
     if draft is None and draft_tokens is not None:
         raise UserError(f"--draft-tokens {draft_tokens} needs --draft SCHEDULE or --draft auto")
-    prompts = prompt if prompt is not None else [_piped_prompt()]
-    from orchestrator.pipelines import generating
+    prompts = options.prompt
+    if prompts is None:
+        prompts = ["" if sys.stdin.isatty() else sys.stdin.read().rstrip("\n")]
+        if prompts == [""]:
+            raise UserError("there is nothing to continue; give --prompt TEXT, or pipe a text in")
+    from orchestrator.pipelines.generating import Drafting, Sampling, open_generator
 
-    sampling = generating.Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop=tuple(stop or ()),
-        kv_strategy=kv,
+    same = {"max_new_tokens", "temperature", "top_k", "top_p", "seed"}
+    sampling = Sampling(
+        **options.model_dump(include=same),
+        stop=tuple(options.stop or ()),
+        kv_strategy=options.kv,
     )
-    drafting = draft and generating.Drafting(draft=draft, num_tokens=draft_tokens or "auto")
-    writer = generating.open_generator(
+    writer = open_generator(
         call.workspace,
         checkpoint,
         one_schedule(schedule),
-        drafting or None,
+        Drafting(draft=draft, num_tokens=draft_tokens or "auto") if draft else None,
         device=call.settings.cluster.device,
         # The text goes to standard output, so warnings go elsewhere.
-        progress=Warnings(call.session.terminal),
+        progress=Warnings(call.terminal),
     )
-    asked = writer.as_asked(prompts, chat=chat, system=system)
+    asked = writer.as_asked(prompts, chat=options.chat, system=options.system)
     own = writer.decoder.config.schedule
     if not call.is_quiet:
         under = f"schedule {own}" if own else "no corrections"
-        typer.echo(f"model: {writer.checkpoint}, {under}", file=call.session.terminal)
-    if call.as_json or len(prompts) > 1:
-        pairs = list(zip(prompts, writer.continue_all(asked, sampling), strict=True))
-        values: dict[str, Any] = {
-            "model": str(writer.checkpoint),
-            "schedule": None if own is None else list(own),
-            "texts": [{"prompt": text, "text": written} for text, written in pairs],
-        }
-        if call.as_json:
-            return call.answer(values, [])
-        for text, written in pairs:
-            typer.echo(f"{text}{': ' if chat else ''}{written}\n")
+        typer.echo(f"model: {writer.checkpoint}, {under}", file=call.terminal)
+    if not call.as_json and len(prompts) == 1:
+        pieces = writer.stream(asked[0], sampling)
+        if not options.chat:  # An answer is printed without its question.
+            typer.echo(prompts[0], nl=False)
+        for piece in pieces:
+            typer.echo(piece, nl=False)
+        typer.echo()
         return None
-    pieces = writer.stream(asked[0], sampling)
-    if not chat:  # An answer is printed without its question.
-        typer.echo(prompts[0], nl=False)
-    for piece in pieces:
-        typer.echo(piece, nl=False)
-    typer.echo()
-    return None
-
-
-def _piped_prompt() -> str:
-    text = "" if sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
-    if not text:
-        raise UserError("there is nothing to continue; give --prompt TEXT, or pipe a text in")
-    return text
+    texts = writer.continue_all(asked, sampling)
+    values: dict[str, Any] = {
+        "model": str(writer.checkpoint),
+        "schedule": None if own is None else list(own),
+        "texts": [{"prompt": p, "text": text} for p, text in zip(prompts, texts, strict=True)],
+    }
+    between = ": " if options.chat else ""
+    return call.answer(values, [f"{p}{between}{t}\n" for p, t in zip(prompts, texts, strict=True)])
 
 
 @Command("import", group="Models")
@@ -155,17 +161,28 @@ def import_folder(
     return call.answer({"checkpoint": str(checkpoint)}, [f"checkpoint: {checkpoint}"])
 
 
+class UploadOptions(BaseModel):
+    """Where `export` uploads a model."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    push_to_hub: Annotated[str | None, typer.Option(metavar="OWNER/NAME")] = None
+    """Upload the folder to the Hugging Face hub, too."""
+    private: Annotated[bool | None, typer.Option("--private/--public", show_default=False)] = None
+    """Who sees a new repository (default: as its owner's settings say)."""
+    token: str | None = None
+    """Token of the hub (default: HF_TOKEN, or that of `hf auth login`)."""
+
+
 @Command("export", group="Models", options={"--device": "cluster.device"}, config=ConfigOption)
 def export(
     call: Call,
+    upload: UploadOptions,
     checkpoint: Annotated[Path | None, typer.Argument(autocompletion=complete_models)] = None,
     to: FolderToWriteOption = None,
     force: ReplaceModelOption = False,
     schedule: SchedulesOption = None,
     measure: bool = True,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="OWNER/NAME")] = None,
-    private: Annotated[bool | None, typer.Option("--private/--public", show_default=False)] = None,
-    token: str | None = None,
 ) -> Result:
     """Export a folder that transformers and lm-eval load without this package.
 
@@ -176,19 +193,17 @@ def export(
             finished runs and what `pick` chose last.
         schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
         measure: Evaluate the model for its card, unless that is done.
-        push_to_hub: Upload the folder to the Hugging Face hub, too.
-        private: Who sees a new repository (default: as its owner's settings say).
-        token: Token of the hub (default: HF_TOKEN, or that of `hf auth login`).
     """
-    if push_to_hub is None and (private is not None or token):
+    repository, token = upload.push_to_hub, upload.token
+    if repository is None and (upload.private is not None or token):
         raise UserError(
             "--private, --public and --token are for --push-to-hub; name the repository"
         )
     from orchestrator.models.hub import check_upload, upload_model
     from orchestrator.pipelines import models
 
-    if push_to_hub is not None:
-        check_upload(push_to_hub, token)  # Before anything is measured.
+    if repository is not None:
+        check_upload(repository, token)  # Before anything is measured.
     folder = models.export(
         call.settings,
         model=checkpoint,
@@ -199,25 +214,40 @@ def export(
         **call.common,
     )
     lines, address = [f"exported: {folder}"], None
-    if push_to_hub is not None:
-        call.session.progress.start("push")
-        address = upload_model(folder, push_to_hub, private=private, token=token)
-        call.session.progress.finish(address)
+    if repository is not None:
+        call.progress.start("push")
+        address = upload_model(folder, repository, private=upload.private, token=token)
+        call.progress.finish(address)
         lines.append(f"pushed: {address}")
     return call.answer({"folder": str(folder), "hub": address}, lines)
+
+
+class PickOptions(BaseModel):
+    """The rules of `pick`, of which it takes one."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    keep: float | None = None
+    """Cheapest that keeps this share of the quality, such as 0.99."""
+    confidence: float = 0.0
+    """With --keep: how sure that must be, such as 0.9."""
+    budget: float | None = None
+    """Best that costs at most this much, in the unit of --cost."""
+    knee: bool = False
+    """Farthest above the line between the ends."""
+    best: bool = False
+    """Highest quality."""
+    cheapest: bool = False
+    """Lowest cost."""
+    draft_for: Annotated[str | None, typer.Option(metavar="MODEL")] = None
+    """Fastest draft of this full model, such as teacher, by its name."""
 
 
 @Command("pick", group="Models", plans=True)
 def pick(
     call: Call,
+    rules: PickOptions,
     sweep: Annotated[str | None, typer.Argument(autocompletion=complete_sweeps)] = None,
-    keep: float | None = None,
-    confidence: float = 0.0,
-    budget: float | None = None,
-    knee: bool = False,
-    best: bool = False,
-    cheapest: bool = False,
-    draft_for: Annotated[str | None, typer.Option(metavar="MODEL")] = None,
     cost: CostOption = None,
     quality: QualityOption = None,
     to: FolderToWriteOption = None,
@@ -229,36 +259,31 @@ def pick(
 
     Args:
         sweep: Name of a sweep (default: the newest).
-        keep: Cheapest that keeps this share of the quality, such as 0.99.
-        confidence: With --keep: how sure that must be, such as 0.9.
-        budget: Best that costs at most this much, in the unit of --cost.
-        knee: Farthest above the line between the ends.
-        best: Highest quality.
-        cheapest: Lowest cost.
-        draft_for: Fastest draft of this full model, such as teacher, by its name.
     """
     if call.dry_run and to is not None:
         raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
+    confidence = rules.confidence
+    given = rules.model_dump(exclude={"confidence"}, exclude_none=True)
+    asked = {name: value for name, value in given.items() if value is not False}
+    if len(asked) > 1:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
+        raise UserError(f"pick takes one rule; got {options}")
+    name, value = next(iter(asked.items()), ("keep", None))
+    if confidence and name != "keep":
+        raise UserError("--confidence can be used with --keep only")
     from orchestrator.pipelines.models import plan_pick, run_pick
     from orchestrator.reporting.findings import PickRule
 
-    valued = {"keep": keep, "budget": budget, "draft": draft_for}
-    flags = {"knee": knee, "best": best, "cheapest": cheapest}
-    asked = [name for name, is_set in flags.items() if is_set]
-    asked += [name for name, value in valued.items() if value is not None]
-    if len(asked) > 1:
-        options = ("--draft-for" if name == "draft" else f"--{name}" for name in asked)
-        raise UserError(f"pick takes one rule; got {' and '.join(options)}")
-    rule_name: Any = asked[0] if asked else "keep"
-    if confidence and rule_name != "keep":
-        raise UserError("--confidence can be used with --keep only")
-    numbers = {"share": keep, "budget": budget, "model": draft_for}
-    given: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
+    kind: Any = name.removesuffix("_for")
+    number = {"keep": "share", "budget": "budget", "draft": "model"}.get(kind)
+    numbers: dict[str, Any] = {number: value} if number and value is not None else {}
     plan = plan_pick(
         sweep=sweep,
-        rule=PickRule(name=rule_name, confidence=confidence, **given),
+        rule=PickRule(name=kind, confidence=confidence, **numbers),
         cost=cost,
         quality=quality,
+        to=to,
+        force=force,
         **call.common,
     )
-    return plan if call.dry_run else run_pick(plan, call.context, to=to, force=force)
+    return call.finish(plan, run_pick)

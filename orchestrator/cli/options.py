@@ -15,8 +15,6 @@ from orchestrator.workspace.layout import check_name_option
 
 MAX_COUNT = 1_000_000
 """Largest count that an option takes; a larger one is a typing error."""
-MAX_SEED = 2**32 - 1
-"""Largest seed that every library's random generator takes."""
 
 
 def complete_models(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -71,12 +69,6 @@ QualityOption = Annotated[
     Literal["accuracy", "bits", "perplexity", "loss"] | None,
     typer.Option(help="Quality of the front."),
 ]
-FolderToWriteOption = Annotated[
-    Path | None, typer.Option("--to", help="Folder to write (default: inside the workspace).")
-]
-ReplaceModelOption = Annotated[
-    bool, typer.Option("--force", help="With --to: replace an export of another model.")
-]
 NameOption = Annotated[
     str | None,
     typer.Option(help="Name (default: from the content).", callback=check_name_option),
@@ -109,38 +101,15 @@ def one_schedule(texts: list[str] | None) -> str | None:
     return texts[0] if texts else None
 
 
-def split_list(text: str) -> list[int | float | str]:
+def split_list(text: str) -> Any:
     """Read names or numbers with commas between them, also in brackets as in a settings file."""
+    from orchestrator.settings.resolve import YamlProblem, parse_yaml
+
     text = text.strip()
-    if text.startswith("[") and text.endswith("]"):
-        text = text[1:-1]
-    return [_value(part.strip()) for part in text.split(",") if part.strip()]
-
-
-def whole_numbers(text: str, option: str) -> tuple[int, ...]:
-    """Read whole numbers from 1 on with commas between them, without repetitions.
-
-    Raises:
-        UserError: If one is not such a number; names the option.
-    """
-    found = split_list(text)
-    numbers = [n for n in found if isinstance(n, int) and 1 <= n <= MAX_COUNT]
-    if len(numbers) < len(found):
-        raise UserError(
-            f"{option} takes whole numbers from 1 to {MAX_COUNT} with commas between them; got "
-            f"{quoted(text)}"
-        )
-    return tuple(dict.fromkeys(numbers))
-
-
-def _value(text: str) -> int | float | str:
-    """Return a number as a number, other texts as they are; the settings refuse what is wrong."""
-    if re.fullmatch("-?[0-9]{1,18}", text):
-        return int(text)
     try:
-        return float(text) if re.fullmatch("[-+.0-9eE]{1,40}", text) else text
-    except ValueError:
-        return text
+        return parse_yaml(text if text.startswith("[") else f"[{text}]")
+    except YamlProblem as error:
+        raise UserError(f"cannot read the list {quoted(text)}: {error}") from None
 
 
 def read_settings_of(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
+from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.cli.command import Call, Command
 from orchestrator.cli.options import MAX_COUNT
@@ -65,7 +66,7 @@ def list_workspace(
     """
     from orchestrator.pipelines.listing import list_workspace as listing
 
-    return listing(call.workspace, kind, with_checkpoints=call.as_json, note=call.note)
+    return listing(call.workspace, kind, with_checkpoints=call.as_json, note=call.progress.note)
 
 
 @Command("status", group="Workspace", workspace="existing")
@@ -76,7 +77,7 @@ def status(call: Call) -> Result:
     """
     from orchestrator.pipelines.listing import show_status
 
-    return show_status(call.workspace, note=call.note)
+    return show_status(call.workspace, note=call.progress.note)
 
 
 @Command("clean", group="Workspace", workspace="existing", plans=True)
@@ -97,7 +98,7 @@ def clean(
     """
     from orchestrator.pipelines import upkeep
 
-    plan = upkeep.plan_clean(call.workspace, kinds or (), note=call.note)
+    plan = upkeep.plan_clean(call.workspace, kinds or (), note=call.progress.note)
     if call.dry_run or not plan.found or (call.as_json and not yes):
         return plan
     if not call.as_json:
@@ -176,17 +177,32 @@ def list_sweeps(call: Call) -> Result:
     )
 
 
+class InitOptions(BaseModel):
+    """What a new settings file is for."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    data: Annotated[list[str] | None, typer.Option(metavar="PATH")] = None
+    """Your text: a file, folder or pattern; may be repeated."""
+    hub: Annotated[str | None, typer.Option(metavar="NAME")] = None
+    """A data set of the hub instead."""
+    source: Annotated[str | None, typer.Option("--from", metavar="SWEEP")] = None
+    """Copy a shipped sweep; `config list` names them."""
+    size: Size | None = None
+    """Size of the model (default: tiny)."""
+    tokenizer: str = "train"
+    """train, the path of a tokenizer.json, or hub:NAME."""
+    steps: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    """Optimizer steps of the teacher."""
+    gpus: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    """GPUs to use."""
+
+
 @Command("init", group="Settings", workspace=None, has_json=False)
 def init(
     call: Call,
+    options: InitOptions,
     file: Annotated[Path | None, typer.Argument()] = None,
-    data: Annotated[list[str] | None, typer.Option(metavar="PATH")] = None,
-    hub: Annotated[str | None, typer.Option(metavar="NAME")] = None,
-    copied: Annotated[str | None, typer.Option("--from", metavar="SWEEP")] = None,
-    size: Size | None = None,
-    tokenizer: str = "train",
-    steps: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None,
-    gpus: Annotated[int | None, typer.Option(min=0, max=MAX_COUNT)] = None,
     force: bool = False,
 ) -> Result:
     """Write a commented settings file for your own data and size; asks for what is missing.
@@ -197,13 +213,6 @@ def init(
 
     Args:
         file: File to write (default: my-sweep.yaml).
-        data: Your text: a file, folder or pattern; may be repeated.
-        hub: A data set of the hub instead.
-        copied: Copy a shipped sweep; `config list` names them.
-        size: Size of the model (default: tiny).
-        tokenizer: train, the path of a tokenizer.json, or hub:NAME.
-        steps: Optimizer steps of the teacher.
-        gpus: GPUs to use.
         force: Replace a file that exists.
     """
     from orchestrator.settings.files import (
@@ -214,14 +223,14 @@ def init(
     )
     from orchestrator.workspace.files import write_text
 
-    if (data is not None) + (hub is not None) + (copied is not None) > 1:
+    data, hub, source = options.data, options.hub, options.source
+    if (data is not None) + (hub is not None) + (source is not None) > 1:
         raise UserError("--data, --hub and --from name different sources; leave all but one out")
-    if copied is not None:
-        source = shipped_sweeps().get(copied) or find_settings_file(copied)
-        file = file or Path(f"{source.stem}.yaml")
-        text = source.read_text(encoding="utf-8")
+    if source is not None:
+        copied = shipped_sweeps().get(source) or find_settings_file(source)
+        file, text = file or Path(f"{copied.stem}.yaml"), copied.read_text(encoding="utf-8")
     else:
-        file = file or Path("my-sweep.yaml")
+        file, size = file or Path("my-sweep.yaml"), options.size
         if not data and not hub:
             if not sys.stdin.isatty():
                 raise UserError("name your text with --data PATH, or a data set with --hub NAME")
@@ -230,17 +239,17 @@ def init(
             if size not in get_args(Size):
                 raise UserError(f"the size is one of {', '.join(get_args(Size))}; got {size!r}")
         settings = starting_settings(
-            size or "tiny", files=data or (), hub_name=hub, tokenizer=tokenizer, steps=steps,
-            gpus=gpus,
-        )  # fmt: skip
+            size or "tiny",
+            files=data or (),
+            hub_name=hub,
+            **options.model_dump(include={"tokenizer", "steps", "gpus"}),
+        )
         if settings.data.source == "files":
             from orchestrator.data.text import find_files, read_file
 
             for path in find_files(settings.data):
-                if path.suffix == ".txt":
-                    next(
-                        read_file(path, settings.data.text_field), None
-                    )  # Raises if it is not text.
+                if path.suffix == ".txt":  # Raises if it is not text.
+                    next(read_file(path, settings.data.text_field), None)
         text = starting_yaml(settings)
     if file.exists() and not (force and file.is_file()):
         raise UserError(f"{file} exists; give another name, or replace a file with --force")

@@ -28,7 +28,7 @@ from orchestrator.workspace.errors import (
 Place = Literal["made", "read", "existing", "named"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Session:
     """What a command works with; see the module's docstring."""
 
@@ -72,82 +72,87 @@ def open_session(
         dry_run: Write no log, and nothing else.
         as_json: Show progress on standard error; standard output is for the JSON.
     """
-    from orchestrator.workspace.layout import locate_workspace
+    from orchestrator.workspace.layout import find_workspace, locate_workspace, open_workspace
 
     # Bound now: `sys.stdout` is replaced while libraries are silenced.
-    output = sys.stdout
+    output, terminal, log = sys.stdout, sys.stderr, None
     console = Console(file=output, highlight=False)
+    space: Any = locate_workspace(path) if place else None
     if place not in ("made", "read"):
-        space = locate_workspace(path) if place else None
-        if space and place == "existing" and not space.root.is_dir():
+        if place == "existing" and not space.root.is_dir():
             raise UserError(
                 f"there is no workspace {space.root}; name one with --workspace, or "
                 "`iiet-orch quickstart` makes one"
             )
-        yield Session(space, Warnings(sys.stderr), console, sys.stderr, output)
+        yield Session(
+            workspace=space,
+            progress=Warnings(terminal),
+            console=console,
+            terminal=terminal,
+            output=output,
+        )
         return
 
     from orchestrator.terminal.logs import command_log
-    from orchestrator.workspace.layout import find_workspace, open_workspace
 
-    with _full_disk_as_failure(locate_workspace(path).root), ExitStack() as stack:
-        if dry_run:
-            from orchestrator.models.hub import DRY_RUN, offline
-
-            stack.enter_context(offline(DRY_RUN))
-            space = find_workspace(path)
-        else:
-            space = open_workspace(path, must_write=place == "made")
-        without_log = bool(verbose) or dry_run or not space.is_writable
-        log, terminal = stack.enter_context(command_log(space.logs, command, verbose=without_log))
-        if not space.is_writable:
-            Warnings(terminal).note(f"{space.root} cannot be written, so nothing is stored")
-        if as_json:
-            console = Console(file=terminal, highlight=False)
-            # What libraries print, or Ray's workers, must not get between the JSON.
-            stack.enter_context(redirect_stdout(sys.stderr))
+    with ExitStack() as stack:
         try:
-            with Warnings(terminal) if verbose is False else terminal_progress(console) as progress:
-                yield Session(space, progress, console, terminal, output)
-        except (UserError, Interrupted):
-            raise
+            if dry_run:
+                from orchestrator.models.hub import DRY_RUN, offline
+
+                stack.enter_context(offline(DRY_RUN))
+                space = find_workspace(path)
+            else:
+                space = open_workspace(path, must_write=place == "made")
+            without_log = bool(verbose) or dry_run or not space.is_writable
+            log, terminal = stack.enter_context(
+                command_log(space.logs, command, verbose=without_log)
+            )
+            if not space.is_writable:
+                Warnings(terminal).note(f"{space.root} cannot be written, so nothing is stored")
+            if as_json:
+                console = Console(file=terminal, highlight=False)
+                # What libraries print, or Ray's workers, must not get between the JSON.
+                stack.enter_context(redirect_stdout(sys.stderr))
+            quiet = Warnings(terminal) if verbose is False else None
+            with quiet or terminal_progress(console) as progress:
+                yield Session(
+                    workspace=space,
+                    progress=progress,
+                    console=console,
+                    terminal=terminal,
+                    output=output,
+                )
         except KeyboardInterrupt:
             raise Interrupted from None
-        except RunFailed as error:
-            raise RunFailed(f"{error}\nThe log is {log}" if log else str(error)) from error
         except Exception as error:
-            extensions = sys.modules.get("iiet.extensions")  # Imported here, it would load torch.
-            if extensions and isinstance(error, extensions.ExtensionError):
-                raise UserError(str(error)) from error
-            if is_disk_full(error):
+            if (shown := _as_shown(error, log, space.root)) is error:
                 raise
-            if log is not None:
-                with log.open("a", encoding="utf-8") as file:
-                    file.write(mask_secrets("".join(traceback.format_exception(error))))
-            if isinstance(error, OSError) and (sentence := path_error_message(error)):
-                raise UserError(sentence) from error
-            if log is None:
-                raise
-            raise RunFailed(
-                f"{type(error).__name__}: {error}{_notes(error)}\nThe traceback is in {log}"
-            ) from error
+            raise shown from error
 
 
-@contextmanager
-def _full_disk_as_failure(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except (RunFailed, Interrupted):
-        raise
-    except Exception as error:
-        if not is_disk_full(error):
-            raise
-        raise RunFailed(
+def _as_shown(error: Exception, log: Path | None, root: Path) -> Exception:
+    """Return what the user sees of an error; the traceback of an unexpected one goes to the log."""
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    if isinstance(error, RunFailed | Interrupted):
+        named = isinstance(error, RunFailed) and log
+        return RunFailed(f"{error}\nThe log is {log}") if named else error
+    if is_disk_full(error):
+        return RunFailed(
             f"no space is left on the disk of {root}, of another folder to write, or of temporary "
             "files; free some space, then run the same command again to resume from what was "
-            f"saved{_notes(error)}"
-        ) from error
-
-
-def _notes(error: BaseException) -> str:
-    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+            f"saved{notes}"
+        )
+    if isinstance(error, UserError):
+        return error
+    extensions = sys.modules.get("iiet.extensions")  # Imported here, it would load torch.
+    if extensions and isinstance(error, extensions.ExtensionError):
+        return UserError(str(error))
+    if log is not None:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(mask_secrets("".join(traceback.format_exception(error))))
+    if isinstance(error, OSError) and (sentence := path_error_message(error)):
+        return UserError(sentence)
+    if log is None:
+        return error
+    return RunFailed(f"{type(error).__name__}: {error}{notes}\nThe traceback is in {log}")

@@ -11,8 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.cli.application import build_app
-from orchestrator.cli.command import Call, Command
+from orchestrator.cli.command import Call, Command, build_app
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import ENVIRONMENT_NAME, check_name_option
 

@@ -137,18 +137,12 @@ def pretrain(
     """
     if mfu is not None and not call.dry_run:
         raise UserError("--mfu is an assumption of the plan; use it with --dry-run")
-    _check_resources(call, local=local)
     from orchestrator.pipelines.training import plan_pretrain, run_pretrain
 
     plan = plan_pretrain(
-        call.settings,
-        workspace=call.workspace,
-        continued=continue_,
-        name=name,
-        local=local,
-        mfu=mfu,
+        call.settings, continued=continue_, name=name, local=local, mfu=mfu, **call.common
     )
-    return plan if call.dry_run else run_pretrain(plan, call.context)
+    return call.finish(plan, run_pretrain)
 
 
 @Command(
@@ -185,26 +179,16 @@ def distill(
             "--schedule says how many corrections the student's layers make, such as --schedule 1 "
             "or --schedule 2,1,1,0,0,0"
         )
-    _check_resources(call, local=local)
-    from orchestrator.pipelines.models import local_model
     from orchestrator.pipelines.training import plan_distill, run_distill
 
     plan = plan_distill(
         call.settings,
-        workspace=call.workspace,
         schedules=schedule,
-        teacher=teacher if call.dry_run else local_model(call.context, teacher),
+        teacher=call.imported(teacher),
         local=local,
+        **call.common,
     )
-    return plan if call.dry_run else run_distill(plan, call.context)
-
-
-def _check_resources(call: Call, *, local: bool) -> None:
-    """Refuse too few CPUs or GPUs before heavy imports."""
-    from orchestrator.planning.machine import check_run_resources
-
-    if not call.dry_run:
-        check_run_resources(call.settings.cluster, local=local)
+    return call.finish(plan, run_distill)
 
 
 @Command("sweep", group="Sweeps", options=CLUSTER, config=Annotated[str, typer.Argument(

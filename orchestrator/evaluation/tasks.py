@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from iiet.extensions import ExtensionError, ExtensionNames, ExtensionTable
-from orchestrator.evaluation.heldout import is_heldout_task, item_sets
+from orchestrator.evaluation.heldout import item_sets
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.workspace.errors import UserError
 
@@ -63,12 +63,7 @@ class Paper(TaskGroup):
 
 
 TASKS: ExtensionTable[type[EvaluationTask] | type[TaskGroup]] = ExtensionTable(
-    ExtensionNames(
-        "iiet_orch.tasks",
-        "task",
-        ("paper",),
-        is_reserved=lambda name: name == HELDOUT or is_heldout_task(name),
-    ),
+    ExtensionNames("iiet_orch.tasks", "task", ("paper",)),
     {"paper": Paper},
     bases=(EvaluationTask, TaskGroup),
 )

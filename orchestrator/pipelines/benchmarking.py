@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field, computed_field
 from rich.console import RenderableType
 
 from iiet.decoder import Decoder
@@ -29,7 +30,7 @@ from orchestrator.evaluation.cost_measurement import (
 from orchestrator.models.folder import DTYPES, known_schedules
 from orchestrator.models.lookup import load_influence_table
 from orchestrator.models.open import OpenedModel, open_model, open_models, short_names
-from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.result import Result
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.training import schedule_parameters
@@ -52,17 +53,20 @@ SHORT_CONTEXT = 32
 class BenchmarkPlan(Result):
     """Models, each under its schedule, and the conditions that they are measured under."""
 
-    models: dict[str, OpenedModel]
+    opened: dict[str, OpenedModel] = Field(exclude=True)
     """By the names of the result."""
+    cluster: ClusterSettings = Field(exclude=True)
     conditions: MeasurementSettings
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the models' names and the conditions."""
-        return {"models": list(self.models), "conditions": asdict(self.conditions)}
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def models(self) -> list[str]:
+        """Their names."""
+        return list(self.opened)
 
     def shown(self) -> Iterable[RenderableType]:
         """Return the models' names and the conditions."""
-        rows = [("models", join_names(list(self.models)))]
+        rows = [("models", join_names(self.models))]
         for name, value in asdict(self.conditions).items():
             text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
             rows.append((name.replace("_", " "), text))
@@ -107,7 +111,7 @@ class BenchmarkResult(Result):
         yield f"  written to {self.path}"
 
 
-def benchmark(
+def plan_benchmark(
     *,
     workspace: Workspace | Path | str,
     models: Sequence[Path | str] = (),
@@ -115,8 +119,8 @@ def benchmark(
     conditions: MeasurementSettings | None = None,
     cluster: ClusterSettings | None = None,
     progress: Progress | None = None,
-) -> BenchmarkResult:
-    """Measure latency, throughput and memory of models side by side.
+) -> BenchmarkPlan:
+    """Open the models, and choose schedules and contexts.
 
     Args:
         models: Checkpoints or runs, by path or name, or model folders; when empty, the
@@ -130,26 +134,6 @@ def benchmark(
     Raises:
         UserError: If a model is missing, damaged or no decoder, or a condition does not fit it.
     """
-    context = open_context(workspace, progress)
-    plan = plan_benchmark(
-        workspace=context.workspace,
-        models=models,
-        schedules=schedules,
-        conditions=conditions,
-        progress=context.progress,
-    )
-    return run_benchmark(plan, context, cluster)
-
-
-def plan_benchmark(
-    *,
-    workspace: Workspace | Path | str,
-    models: Sequence[Path | str] = (),
-    schedules: Sequence[str] = (),
-    conditions: MeasurementSettings | None = None,
-    progress: Progress | None = None,
-) -> BenchmarkPlan:
-    """Open the models; arguments and errors as `benchmark`."""
     space, note = find_workspace(workspace), (progress or Progress()).note
     opened = open_models(space, list(map(Path, models)), schedules, note=note)
     if len(opened) == 1 and not schedules:
@@ -158,21 +142,24 @@ def plan_benchmark(
     if not conditions.contexts:
         usual = usual_contexts(opened, conditions.new_tokens)
         conditions = replace(conditions, contexts=usual)
-    models_by_name = dict(zip(short_names(opened), opened, strict=True))
-    conditions.check({name: model.context_length for name, model in models_by_name.items()})
-    return BenchmarkPlan(models=models_by_name, conditions=conditions)
+    by_name = dict(zip(short_names(opened), opened, strict=True))
+    conditions.check({name: model.context_length for name, model in by_name.items()})
+    return BenchmarkPlan(
+        opened=by_name, conditions=conditions, cluster=cluster or ClusterSettings()
+    )
 
 
-def run_benchmark(
-    plan: BenchmarkPlan, context: Context, cluster: ClusterSettings | None = None
-) -> BenchmarkResult:
-    """Measure models; those with the same weights share them. Raises as `benchmark`."""
-    on_device = command_device(cluster or ClusterSettings(), context.workspace.root)
+def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
+    """Measure latency, throughput and memory of models side by side.
+
+    Those with the same weights share them.
+    """
+    on_device = command_device(plan.cluster, context.workspace.root)
     context.progress.start("benchmark")  # Models take their time to load.
     conditions = plan.conditions
-    measure = partial(_measure, plan.models, conditions)
+    measure = partial(_measure, plan.opened, conditions)
     costs, device, dtype = on_device(measure, context.progress)
-    keys = [list(model.key) for model in plan.models.values()]
+    keys = [list(model.key) for model in plan.opened.values()]
     key = content_key("benchmark", keys, asdict(conditions), device, environment())
     result = BenchmarkResult(
         path=context.workspace.benchmarks / f"{key}.json",
@@ -185,7 +172,7 @@ def run_benchmark(
     # The workspace may be moved, so the file does not name itself.
     write_json(result.path, result.model_dump(mode="json", exclude={"path"}))
     context.progress.finish(f"{len(plan.models)} models, {len(costs)} measurements")
-    for name, model in plan.models.items():
+    for name, model in plan.opened.items():
         assert model.config is not None, "what was measured is a decoder"
         own = [cost.metrics() for cost in costs if cost.model == name]
         context.log_measurement(
@@ -204,6 +191,9 @@ def run_benchmark(
             )
         )
     return result
+
+
+benchmark = in_one_call(plan_benchmark, run_benchmark)
 
 
 def family_of(model: OpenedModel) -> list[OpenedModel]:

@@ -1,11 +1,14 @@
-"""The context that every pipeline opens."""
+"""The context that every pipeline runs in, and the calls that plan and run at once."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from orchestrator.pipelines.result import Result
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.settings import MLFLOW
 from orchestrator.terminal.progress import Progress
@@ -13,6 +16,10 @@ from orchestrator.workspace.layout import Workspace, open_workspace
 
 if TYPE_CHECKING:
     from orchestrator.tracking import Tracking
+
+Asked = ParamSpec("Asked")
+Planned = TypeVar("Planned", bound=Result)
+Made = TypeVar("Made")
 
 
 class Context:
@@ -24,23 +31,23 @@ class Context:
         progress: Progress | None = None,
         *,
         tracking: Tracking | None = None,
-        loggers: Collection[str] = (),
     ) -> None:
-        """Name the workspace; the store is opened at first use unless `tracking` is given.
+        """Name the workspace; the store is opened at first use unless `tracking` is given."""
+        self.workspace, self.progress = workspace, progress or Progress()
+        self._tracking, self._loggers = tracking, tuple[str, ...]()
 
-        `loggers` are those of the settings, for pipelines that train.
+    def use_loggers(self, names: Collection[str]) -> None:
+        """Log trainings by these loggers, too; call it before the store is opened.
 
         Raises:
             UserError: If the package of a logger is missing or broken.
         """
-        if others := [name for name in loggers if name != MLFLOW]:
+        if others := [name for name in names if name != MLFLOW]:
             from orchestrator.tracking.loggers import logger_class  # Imports MLflow.
 
             for name in others:
                 logger_class(name)
-        self.workspace, self._loggers = workspace, loggers
-        self.progress = progress or Progress()
-        self._tracking = tracking
+        self._loggers = tuple(names)
 
     @property
     def tracking(self) -> Tracking:
@@ -64,19 +71,44 @@ class Context:
             self.tracking.wait()
 
 
-def open_context(
-    workspace: Workspace | Path | str,
-    progress: Progress | None = None,
-    *,
-    loggers: Collection[str] = (),
-) -> Context:
+def open_context(workspace: Workspace | Path | str, progress: Progress | None = None) -> Context:
     """Open the workspace; its folder is made if it is missing.
 
-    `loggers` as for `Context`.
-
     Raises:
-        UserError: If the folder cannot be used, see `open_workspace`; or as `Context`.
+        UserError: If the folder cannot be used, see `open_workspace`.
     """
     if not isinstance(workspace, Workspace):
         workspace = open_workspace(Path(workspace))
-    return Context(workspace, progress, loggers=loggers)
+    return Context(workspace, progress)
+
+
+def in_one_call(
+    plan: Callable[Asked, Planned],
+    run: Callable[[Planned, Context], Made],
+    **local: Callable[[Any, Workspace | Path | str, Progress | None], Any],
+) -> Callable[Asked, Made]:
+    """Return the function that takes what `plan` takes, and runs the plan.
+
+    It says what `run` says that it does, and takes and raises what `plan` says.
+
+    Args:
+        plan: Takes `workspace` and `progress`, and writes nothing.
+        local: Of an argument that may name a model of the hub, the function that imports it.
+    """
+
+    @wraps(plan)
+    def call(*args: Asked.args, **options: Asked.kwargs) -> Made:
+        given: dict[str, Any] = options
+        place = (given["workspace"], given.get("progress"))
+        for name, imported in local.items():
+            given[name] = imported(given.get(name), *place)
+        found = plan(*args, **options)
+        found.check()
+        return run(found, open_context(*place))
+
+    made, arguments = (function.__doc__ or "" for function in (run, plan))
+    call.__name__ = call.__qualname__ = run.__name__.removeprefix("run_")
+    call.__doc__ = made.partition("\n\n")[0] + "\n\n" + arguments.partition("\n\n")[2]
+    returned = signature(run).return_annotation
+    call.__signature__ = signature(plan).replace(return_annotation=returned)  # type: ignore[attr-defined]
+    return call

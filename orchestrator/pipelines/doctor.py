@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from pydantic import Field
 from rich.text import Text
 
 from orchestrator.pipelines.listing import show_status
@@ -45,7 +46,7 @@ Found = Iterator[tuple[bool, str, str]]
 class Finding(Result):
     """The result of one check."""
 
-    check: str
+    name: str = Field(serialization_alias="check")
     """What was looked at."""
     state: Literal["ok", "broken"]
     """`broken`: some command will fail."""
@@ -56,7 +57,7 @@ class Finding(Result):
 
     def shown(self) -> Iterator[str | Text]:
         """Return a line with a mark, and the remedy."""
-        yield Text.assemble(MARKS[self.state], f" {self.check}: {self.text}")
+        yield Text.assemble(MARKS[self.state], f" {self.name}: {self.text}")
         if self.remedy:
             yield f"    {self.remedy}"
 
@@ -68,7 +69,7 @@ class Findings(Result):
 
     def raise_failures(self) -> None:
         """Raise `RunFailed` if something is broken."""
-        if broken := [each.check for each in self.findings if each.state == "broken"]:
+        if broken := [each.name for each in self.findings if each.state == "broken"]:
             raise RunFailed(f"broken: {', '.join(dict.fromkeys(broken))}")
 
 
@@ -79,13 +80,13 @@ def examine(workspace: Workspace) -> Iterator[Finding]:
         try:
             for works, text, remedy in check(workspace):
                 state: Literal["ok", "broken"] = "ok" if works else "broken"
-                yield Finding(check=name, state=state, text=text, remedy="" if works else remedy)
+                yield Finding(name=name, state=state, text=text, remedy="" if works else remedy)
         except UserError as error:
             text, _, remedy = str(error).partition("; ")
-            yield Finding(check=name, state="broken", text=text, remedy=remedy)
+            yield Finding(name=name, state="broken", text=text, remedy=remedy)
         except Exception as error:
             problem = mask_secrets(f"{type(error).__name__}: {error}")
-            yield Finding(check=name, state="broken", text=problem)
+            yield Finding(name=name, state="broken", text=problem)
 
 
 def _versions(_: Workspace) -> Found:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, computed_field
 from rich.console import RenderableType
 
 from orchestrator.cluster.task import command_device
@@ -26,7 +27,7 @@ from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.hub import offline
 from orchestrator.models.open import OpenedModel, best_device, open_models, short_names
 from orchestrator.models.tokenizer import check_template
-from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.tracked_run import TrackedRun
@@ -47,7 +48,6 @@ from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count, format_with_error
-from orchestrator.training.devices import OnDevice, on_cpu
 from orchestrator.training.watching import evaluated_model
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import expand_user
@@ -61,8 +61,26 @@ NEEDS_HUB = "needs the hub, which a dry run does not ask"
 class ModelEvaluations(Result):
     """Evaluations of one model or several."""
 
-    evaluations: dict[str, EvaluationResult]
+    evaluations: dict[str, EvaluationResult] = Field(exclude=True)
     """Name of the model, with its schedule where that was asked for, to what was measured."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def models(self) -> list[dict[str, Any]]:
+        """The qualities, tasks, and tasks that could not run, of each model."""
+        facts = {"version", "num_items", "num_fewshot", "metrics"}
+        return [
+            {
+                "name": name,
+                "quality": found.quality(),
+                "tasks": {
+                    task: result.model_dump(mode="json", include=facts)
+                    for task, result in found.results.items()
+                },
+                "skipped": dict(found.skipped),
+            }
+            for name, found in self.evaluations.items()
+        ]
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per model, task and metric: value, standard error, number of items."""
@@ -81,24 +99,6 @@ class ModelEvaluations(Result):
             if not metric.endswith(STDERR_SUFFIX)
         ]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return for each model its qualities, tasks, and tasks that could not run."""
-        facts = {"version", "num_items", "num_fewshot", "metrics"}
-        return {
-            "models": [
-                {
-                    "name": name,
-                    "quality": found.quality(),
-                    "tasks": {
-                        task: result.model_dump(mode="json", include=facts)
-                        for task, result in found.results.items()
-                    },
-                    "skipped": dict(found.skipped),
-                }
-                for name, found in self.evaluations.items()
-            ]
-        }
-
     def shown(self) -> Iterable[RenderableType]:
         """Return the table of tasks, and which averages are of what."""
         yield evaluation_table(self.evaluations)
@@ -106,33 +106,40 @@ class ModelEvaluations(Result):
 
 
 class EvaluatePlan(Result):
-    """Models that are open, each under its schedule, and the settings of their evaluation."""
+    """Models that are open, each under its schedule, and how they are evaluated."""
 
-    settings: Settings
-    workspace: Any
-    models: tuple[OpenedModel, ...]
+    row_key = "tasks"
 
-    def rows(self) -> list[dict[str, str]]:
-        """Return model, task and state: stored, or what is to measure.
+    settings: Settings = Field(exclude=True)
+    workspace: Any = Field(exclude=True)
+    opened: tuple[OpenedModel, ...] = Field(exclude=True)
+    """The models, each under its schedule."""
+    log_samples: Path | None = Field(default=None, exclude=True)
+    """Folder that gets results and samples in lm-eval's files."""
+    trust_remote_code: bool = Field(default=False, exclude=True)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @cached_property
+    def tasks(self) -> list[dict[str, str]]:
+        """Model, task and state: stored, or what is to measure.
 
         A precision that is not set is that of this machine's best device.
         """
         return [
             {"model": label, "task": task, "state": state}
-            for label, model in zip(short_names(self.models), self.models, strict=True)
-            for task, state in self.states_of(model)
+            for label, model in zip(short_names(self.opened), self.opened, strict=True)
+            for task, state in self._states_of(model).items()
         ]
 
-    def states_of(self, model: OpenedModel) -> list[tuple[str, str]]:
-        """Return each task of a model and how far it is."""
+    def _states_of(self, model: OpenedModel) -> dict[str, str]:
         evaluation, cluster = self.settings.evaluation, self.settings.cluster
         tokens = tokens_of_tasks(model, evaluation, self.workspace, lambda _: None)
         asked = select_tasks(evaluation, tokens, context_length=model.context_length)
-        states: list[tuple[str, str]] = []
+        states: dict[str, str] = {}
         if asked.heldout and not asked.heldout.is_dir():
-            missing = tuple(filter(is_heldout_task, asked.names))
-            states = [(name, "to measure, its items are not made yet") for name in missing]
-            others = tuple(name for name in asked.names if name not in missing)
+            missing = filter(is_heldout_task, asked.names)
+            states = dict.fromkeys(missing, "to measure, its items are not made yet")
+            others = tuple(name for name in asked.names if name not in states)
             if not others:
                 return states
             asked = replace(asked, names=others, heldout=None)
@@ -140,7 +147,7 @@ class EvaluatePlan(Result):
             with offline():
                 suite = load_suite(asked)
         except RunFailed:
-            return [*states, *((name, NEEDS_HUB) for name in asked.names)]
+            return states | dict.fromkeys(asked.names, NEEDS_HUB)
         precision, device = evaluation.precision, cluster.device
         command_device(cluster, self.workspace.root)  # Raises if this machine lacks the device.
         is_elsewhere = cluster.num_gpus or (device == "cuda" and cluster.ray_address != LOCAL)
@@ -150,31 +157,22 @@ class EvaluatePlan(Result):
             precision=precision, limit=evaluation.limit, device=device or str(best_device())
         )
         store = EvaluationStore(self.workspace.evaluations, lambda _: None)
-        for name, num_answers in (
-            ModelMeasurer(model, store, conditions).stored_answers(suite).items()
-        ):
+        stored = ModelMeasurer(model, store, conditions).stored_answers(suite)
+        for name, num_answers in stored.items():
             items = format_count(suite.num_items(name, evaluation.limit), "item")
-            if num_answers is None:
-                states.append((name, f"{items}, stored"))
-            else:
-                resumes = f"; resumes after {num_answers:,} answers" if num_answers else ""
-                states.append((name, f"{items} to measure{resumes}"))
-        return [*states, *((name, NEEDS_HUB) for name in suite.skipped)]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the tasks."""
-        return {"tasks": self.rows()}
+            resumes = f"; resumes after {num_answers:,} answers" if num_answers else ""
+            states[name] = (
+                f"{items}, stored" if num_answers is None else f"{items} to measure{resumes}"
+            )
+        return states | dict.fromkeys(suite.skipped, NEEDS_HUB)
 
     def shown(self) -> Iterable[RenderableType]:
         """Return a table of the tasks, with their models if there are several."""
-        several = len(self.models) > 1
-        yield two_column_table(
-            "Plan of the evaluation",
-            [
-                (f"{row['model']}: {row['task']}" if several else row["task"], row["state"])
-                for row in self.rows()
-            ],
-        )
+        rows = []
+        for task in self.tasks:
+            model = f"{task['model']}: " if len(self.opened) > 1 else ""
+            rows.append((model + task["task"], task["state"]))
+        yield two_column_table("Plan of the evaluation", rows)
 
 
 def plan_evaluate(
@@ -183,64 +181,14 @@ def plan_evaluate(
     workspace: Workspace | Path | str,
     models: Sequence[Path | str] = (),
     schedules: Sequence[str] = (),
+    log_samples: Path | str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> EvaluatePlan:
-    """Open the models of an evaluation; arguments and errors as `evaluate`.
-
-    All models are opened first: a mistake in the last must not cost the time of the others.
-    """
-    space, note = find_workspace(workspace), (progress or Progress()).note
-    opened = open_models(space, list(map(Path, models)), schedules, note=note)
-    return EvaluatePlan(settings=settings, workspace=space, models=tuple(opened))
-
-
-def run_evaluate(
-    plan: EvaluatePlan,
-    context: Context,
-    *,
-    log_samples: Path | str | None = None,
-    trust_remote_code: bool = False,
-) -> ModelEvaluations:
-    """Evaluate the models of a plan; stored results are read again. Errors as `evaluate`."""
-    names = short_names(plan.models)
-    folder = None
-    if log_samples is not None:
-        folder = expand_user(log_samples).absolute()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--log-samples: cannot make the folder {log_samples}: {error.strerror}"
-            ) from None
-    evaluations = evaluate_opened(
-        plan.models,
-        plan.settings,
-        context,
-        log_samples=folder,
-        trust_remote_code=trust_remote_code,
-    )
-    if different := tasks_with_other_items(evaluations):
-        context.progress.note(
-            f"not comparable: {', '.join(different)} had other items for some of the models, "
-            "which were trained on different tokens"
-        )
-    return ModelEvaluations(evaluations=dict(zip(names, evaluations, strict=True)))
-
-
-def evaluate(
-    settings: Settings,
-    *,
-    workspace: Workspace | Path | str,
-    models: Sequence[Path | str] = (),
-    schedules: Sequence[str] = (),
-    log_samples: Path | str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> ModelEvaluations:
-    """Evaluate models, each under each schedule; stored results are read again.
+    """Open all models: a mistake in the last must not cost the time of the others.
 
     Args:
-        settings: Section `evaluation`.
+        settings: Sections `evaluation` and `cluster`.
         models: Checkpoints or runs, by path or name, or transformers folders; when
             empty, the newest of finished runs and the last pick.
         schedules: Iteration schedules as typed; each model's own when empty.
@@ -252,68 +200,50 @@ def evaluate(
             in the workspace, it has no chat template where one is wanted, or a task does not exist.
         RunFailed: If the hub gives none of the tasks.
     """
-    context = open_context(workspace, progress)
-    plan = plan_evaluate(
-        settings,
-        workspace=context.workspace,
-        models=models,
-        schedules=schedules,
-        progress=context.progress,
+    space, note = find_workspace(workspace), (progress or Progress()).note
+    opened = open_models(space, list(map(Path, models)), schedules, note=note)
+    return EvaluatePlan(
+        settings=settings,
+        workspace=space,
+        opened=tuple(opened),
+        log_samples=expand_user(log_samples).absolute() if log_samples else None,
+        trust_remote_code=trust_remote_code,
     )
-    return run_evaluate(plan, context, log_samples=log_samples, trust_remote_code=trust_remote_code)
 
 
-def evaluate_opened(
-    models: Sequence[OpenedModel],
-    settings: Settings,
-    context: Context,
-    *,
-    log_samples: Path | None = None,
-    trust_remote_code: bool = False,
-) -> list[EvaluationResult]:
-    """Evaluate models that are open, each under its schedule.
-
-    Args:
-        log_samples: Gets a folder with lm-eval's files for each model.
-
-    Raises:
-        UserError, RunFailed: As `evaluate`.
-    """
-    if prompts := settings.evaluation.prompts:
-        for model in models:
-            check_template(model.tokenizer(trust_remote_code=trust_remote_code), prompts)
-    return [
-        evaluate_model(
-            model,
-            settings.evaluation,
-            context,
-            on_device=command_device(settings.cluster, context.workspace.root),
-            output=log_samples and log_samples / name.replace("/", "__"),
-            trust_remote_code=trust_remote_code,
+def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
+    """Evaluate models, each under each schedule; stored results are read again."""
+    names, folder = short_names(plan.opened), plan.log_samples
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--log-samples: cannot make the folder {folder}: {error.strerror}"
+            ) from None
+    if prompts := plan.settings.evaluation.prompts:
+        for model in plan.opened:
+            check_template(model.tokenizer(trust_remote_code=plan.trust_remote_code), prompts)
+    evaluations = {}
+    for model, name in zip(plan.opened, names, strict=True):
+        output = folder and folder / name.replace("/", "__")
+        evaluations[name] = _evaluate_model(model, plan, context, output)
+    if different := tasks_with_other_items([*evaluations.values()]):
+        context.progress.note(
+            f"not comparable: {', '.join(different)} had other items for some of the models, "
+            "which were trained on different tokens"
         )
-        for model, name in zip(models, short_names(models), strict=True)
-    ]
+    return ModelEvaluations(evaluations=evaluations)
 
 
-def evaluate_model(
-    model: OpenedModel,
-    settings: EvaluationSettings,
-    context: Context,
-    *,
-    on_device: OnDevice = on_cpu,
-    output: Path | None = None,
-    trust_remote_code: bool = False,
+evaluate = in_one_call(plan_evaluate, run_evaluate)
+
+
+def _evaluate_model(
+    model: OpenedModel, plan: EvaluatePlan, context: Context, output: Path | None
 ) -> EvaluationResult:
-    """Return an evaluation of a model; only tasks without a stored result are run.
-
-    Args:
-        on_device: Runs these tasks.
-        output: Folder that gets lm-eval's files of the evaluation.
-
-    Raises:
-        UserError, RunFailed: As `evaluate`.
-    """
-    workspace, progress = context.workspace, context.progress
+    """Return an evaluation of a model; only tasks without a stored result are run."""
+    settings, workspace, progress = plan.settings.evaluation, context.workspace, context.progress
     progress.start("evaluate")  # Tasks and models take their time to load.
     tokens = tokens_of_tasks(model, settings, workspace, progress.note)
     asked = select_tasks(settings, tokens, context_length=model.context_length, make=progress)
@@ -327,13 +257,15 @@ def evaluate_model(
         precision=settings.precision,
         limit=settings.limit,
         batch_size=settings.batch_size,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=plan.trust_remote_code,
     )
     measure = partial(_measure, model, asked, conditions, workspace.evaluations)
     store = EvaluationStore(workspace.evaluations, progress.note)
     # If no precision is set, it follows from the device where the tasks run.
-    is_stored = settings.precision and ModelMeasurer(model, store, conditions).has_stored(suite)
-    measured = measure("cpu", progress) if is_stored else on_device(measure, progress)
+    if settings.precision and ModelMeasurer(model, store, conditions).has_stored(suite):
+        measured = measure("cpu", progress)
+    else:
+        measured = command_device(plan.settings.cluster, workspace.root)(measure, progress)
     evaluation, config = measured.evaluation, model.config
     progress.finish(_summary(evaluation) + ("" if measured.num_run else ", found again"))
 
@@ -411,59 +343,54 @@ def _summary(evaluation: EvaluationResult) -> str:
 class ComparePlan(Result):
     """Two sides of a comparison: outputs of lm-eval, or models to evaluate."""
 
-    names: tuple[str, str]
+    row_key = "tasks"
+
+    models: tuple[str, str]
     """What to call them: outputs of lm-eval as typed."""
-    logged: tuple[LoggedRun | None, LoggedRun | None]
+    logged: tuple[LoggedRun | None, LoggedRun | None] = Field(exclude=True)
     """The outputs of lm-eval; None for a side that is evaluated."""
-    evaluated: EvaluatePlan
+    evaluated: EvaluatePlan = Field(exclude=True)
     """The other sides."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the names, and the tasks of the sides that are evaluated."""
-        return {"models": list(self.names), **self.evaluated.to_json()}
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def tasks(self) -> list[dict[str, str]]:
+        """The tasks of the sides that are evaluated, and how far they are."""
+        return self.evaluated.tasks
 
     def shown(self) -> Iterable[RenderableType]:
         """Return the names, and the tasks of the sides that are evaluated."""
-        yield f"A: {self.names[0]}\nB: {self.names[1]}"
+        yield f"A: {self.models[0]}\nB: {self.models[1]}"
         yield from self.evaluated.shown()
 
 
 class CompareResult(Result):
     """Two models on the items that both answered."""
 
-    comparison: Comparison
+    row_key = "rows"
 
-    @property
-    def findings(self) -> tuple[str, ...]:
-        """What can be concluded, as sentences."""
-        return tuple(comparison_findings(self.comparison))
+    comparison: Comparison = Field(exclude=True)
+    models: tuple[str, str]
+    """Names of both."""
+    differences: list[dict[str, Any]] = Field(serialization_alias="rows")
+    """One row of plain values per task and average.
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one row of plain values per task and average.
-
-        `difference` is the second model minus the first; `low` and `high` are its 95 % interval,
-        `only_first` and `only_second` count the items that only one of them gets right.
-        """
-        return [row.to_row() for row in (*self.comparison.tasks, *self.comparison.averages)]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return names, rows, conclusions and notes."""
-        return {
-            "models": list(self.comparison.names),
-            "rows": self.rows(),
-            "findings": list(self.findings),
-            "notes": list(self.comparison.notes),
-        }
+    `difference` is the second model minus the first; `low` and `high` are its 95 % interval,
+    `only_first` and `only_second` count the items that only one of them gets right.
+    """
+    findings: tuple[str, ...]
+    """What can be concluded, as sentences."""
+    notes: tuple[str, ...]
+    """What to know about it."""
 
     def shown(self) -> Iterable[RenderableType]:
         """Return the names, a table, and what can be concluded."""
-        first, second = self.comparison.names
-        yield f"A: {first}\nB: {second}"
+        yield f"A: {self.models[0]}\nB: {self.models[1]}"
         yield comparison_table(self.comparison)
-        yield from (f"  {sentence}" for sentence in (*self.findings, *self.comparison.notes))
+        yield from (f"  {sentence}" for sentence in (*self.findings, *self.notes))
 
 
-def compare(
+def plan_compare(
     settings: Settings,
     *,
     workspace: Workspace | Path | str,
@@ -471,8 +398,8 @@ def compare(
     schedules: Sequence[str] = (),
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> CompareResult:
-    """Compare two models on the same items; stored results are read, others are measured.
+) -> ComparePlan:
+    """Find the outputs of lm-eval, and open the other models.
 
     Args:
         settings: Section `evaluation`. With an output of lm-eval on one side and
@@ -490,72 +417,54 @@ def compare(
             for them, or nothing can be compared.
         RunFailed: If the hub gives none of the tasks.
     """
-    context = open_context(workspace, progress)
-    plan = plan_compare(
-        settings,
-        workspace=context.workspace,
-        models=models,
-        schedules=schedules,
-        progress=context.progress,
-    )
-    return run_compare(plan, context, trust_remote_code=trust_remote_code)
-
-
-def plan_compare(
-    settings: Settings,
-    *,
-    workspace: Workspace | Path | str,
-    models: tuple[Path | str, Path | str],
-    schedules: Sequence[str] = (),
-    progress: Progress | None = None,
-) -> ComparePlan:
-    """Find the outputs of lm-eval, and open the other models; arguments and errors as `compare`."""
-    first, second = (find_logged_run(Path(model)) for model in models)
     if len(schedules) > 2:
         raise UserError(
             f"--schedule: got {len(schedules)} schedules for 2 models; give one for both, or two"
         )
-    opened: list[OpenedModel] = []
-    wanted = [[schedules[0]], [schedules[-1]]] if schedules else [[], []]
-    space = find_workspace(workspace)
-    for model, run, schedule in zip(models, (first, second), wanted, strict=True):
-        if schedules and run and (len(schedules) == 2 or (first and second)):
+    space, opened = find_workspace(workspace), list[OpenedModel]()
+    first, second = (find_logged_run(Path(model)) for model in models)
+    own = ([schedules[0]], [schedules[-1]]) if schedules else ([], [])
+    for model, run, schedule in zip(models, (first, second), own, strict=True):
+        if run is None:
+            note = (progress or Progress()).note
+            opened += open_models(space, [Path(model)], schedule, note=note)
+        elif schedules and (len(schedules) == 2 or (first and second)):
             raise UserError(
                 f"--schedule: {model} is an output of lm-eval, which has no iteration schedule"
             )
-        if not run:
-            note = (progress or Progress()).note
-            opened += open_models(space, [Path(model)], schedule, note=note)
-    evaluation, outputs = settings.evaluation, [run for run in (first, second) if run]
-    if outputs and evaluation.suite == EvaluationSettings().suite:
-        evaluation = evaluation.model_copy(update={"suite": ",".join(outputs[0].tasks)})
+    if (logged := first or second) and settings.evaluation.suite == EvaluationSettings().suite:
+        evaluation = settings.evaluation.model_copy(update={"suite": ",".join(logged.tasks)})
         settings = settings.model_copy(update={"evaluation": evaluation})
     labels = iter(short_names(opened))
-    names = [
+    a, b = (
         str(model) if run else next(labels)
         for model, run in zip(models, (first, second), strict=True)
-    ]
-    if names[0] == names[1]:
-        names = [f"{names[0]} (A)", f"{names[1]} (B)"]
+    )
     return ComparePlan(
-        names=(names[0], names[1]),
+        models=(f"{a} (A)", f"{b} (B)") if a == b else (a, b),
         logged=(first, second),
-        evaluated=EvaluatePlan(settings=settings, workspace=space, models=tuple(opened)),
-    )
-
-
-def run_compare(
-    plan: ComparePlan, context: Context, *, trust_remote_code: bool = False
-) -> CompareResult:
-    """Evaluate what is not an output of lm-eval, and compare; errors as `compare`."""
-    sides = [run and run.read() for run in plan.logged]
-    evaluated = iter(
-        evaluate_opened(
-            plan.evaluated.models,
-            plan.evaluated.settings,
-            context,
+        evaluated=EvaluatePlan(
+            settings=settings,
+            workspace=space,
+            opened=tuple(opened),
             trust_remote_code=trust_remote_code,
-        )
+        ),
     )
+
+
+def run_compare(plan: ComparePlan, context: Context) -> CompareResult:
+    """Compare two models on the same items; stored results are read, others are measured."""
+    sides = [run and run.read() for run in plan.logged]
+    evaluated = iter(run_evaluate(plan.evaluated, context).evaluations.values())
     first, second = (side or next(evaluated) for side in sides)
-    return CompareResult(comparison=compare_evaluations(first, second, plan.names))
+    found = compare_evaluations(first, second, plan.models)
+    return CompareResult(
+        comparison=found,
+        models=found.names,
+        differences=[row.to_row() for row in (*found.tasks, *found.averages)],
+        findings=tuple(comparison_findings(found)),
+        notes=found.notes,
+    )
+
+
+compare = in_one_call(plan_compare, run_compare)

@@ -164,7 +164,8 @@ def _model_folder(
     context: Context, model: Path | str | None
 ) -> tuple[Path, IterationSchedule | None]:
     """Return the folder of the model that is meant, and its schedule if that is not its own."""
-    workspace, path = context.workspace, local_model(context, model)
+    workspace = context.workspace
+    path = local_model(model, workspace, context.progress)
     if path is None:
         return resolve_model(workspace, note=context.progress.note)
     is_run = path.exists() or (workspace.runs / path).exists()

@@ -26,14 +26,14 @@ from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.models.folder import load_config, weights_key
 from orchestrator.models.lookup import resolve_teacher
 from orchestrator.models.open import load_model
-from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.context import Context, in_one_call
 from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
 from orchestrator.records.record import Influence
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.reporting.command_tables import influence_tables
 from orchestrator.reporting.sections import two_column_table
-from orchestrator.settings import Settings
+from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.devices import OnDevice
 from orchestrator.workspace.errors import UserError
@@ -57,14 +57,19 @@ class InfluencePlan(Result):
     """Held-out tokens that are read."""
     path: Path
     """File of the table, beside the weights."""
-    is_stored: bool
-    """Whether it is measured already."""
     table: InfluenceTable | None = Field(exclude=True)
     """The stored table."""
     key: str = Field(exclude=True)
     """Hash of all that determines the table."""
     notes: tuple[str, ...] = Field(exclude=True)
     """What a run says: that the stored table is damaged."""
+    cluster: ClusterSettings = Field(exclude=True)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def is_stored(self) -> bool:
+        """Whether it is measured already."""
+        return self.table is not None
 
     def shown(self) -> Iterable[RenderableType]:
         """Return whether the table is stored."""
@@ -111,14 +116,14 @@ class InfluenceResult(Result):
         yield from influence_tables(self.table)
 
 
-def measure_influence(
+def plan_influence(
     settings: Settings,
     *,
     workspace: Workspace | Path | str,
     model: Path | str | None = None,
-    progress: Progress | None = None,
-) -> InfluenceResult:
-    """Measure how much each correction of each layer matters; a stored table is read again.
+    progress: Progress | None = None,  # noqa: ARG001  # As of every plan.
+) -> InfluencePlan:
+    """Return the stored influence of a checkpoint, or what is to measure.
 
     Args:
         settings: Sections `influence` and `cluster`.
@@ -126,23 +131,8 @@ def measure_influence(
             corrections when unset.
 
     Raises:
-        UserError: If there is no such model, it makes no corrections, or its tokens are not in the
-            workspace.
-    """
-    context = open_context(workspace, progress)
-    device = command_device(settings.cluster, context.workspace.root)
-    plan = plan_influence(settings, workspace=context.workspace, model=local_model(context, model))
-    return run_influence(plan, context, on_device=device)
-
-
-def plan_influence(
-    settings: Settings, *, workspace: Workspace | Path | str, model: Path | str | None = None
-) -> InfluencePlan:
-    """Return the stored influence of a checkpoint, or what is to measure.
-
-    Raises:
-        UserError: As `measure_influence`; or if the checkpoint or the tokens are damaged, or do not
-            go together.
+        UserError: If there is no such model, it makes no corrections, its tokens are not in the
+            workspace, or the checkpoint or the tokens are damaged, or do not go together.
     """
     space = find_workspace(workspace)
     checkpoint = resolve_teacher(space, model)
@@ -192,20 +182,23 @@ def plan_influence(
         tokens_folder=tokens_folder,
         num_tokens=num_tokens,
         path=path,
-        is_stored=table is not None,
-        key=key,
         table=table,
+        key=key,
         notes=tuple(notes),
+        cluster=settings.cluster,
     )
 
 
-def run_influence(plan: InfluencePlan, context: Context, *, on_device: OnDevice) -> InfluenceResult:
-    """Measure and store what a plan lacks, and log it in MLflow.
+def run_influence(
+    plan: InfluencePlan, context: Context, *, on_device: OnDevice | None = None
+) -> InfluenceResult:
+    """Measure how much each correction of each layer matters; a stored table is read again.
 
     Args:
-        on_device: Runs the measurement.
+        on_device: Runs the measurement (default: as the settings say).
     """
     progress, table = context.progress, plan.table
+    on_device = on_device or command_device(plan.cluster, context.workspace.root)
     for note in plan.notes:
         progress.note(note)
     progress.start(f"influence ({plan.metric})", plan.num_tokens)
@@ -223,7 +216,7 @@ def run_influence(plan: InfluencePlan, context: Context, *, on_device: OnDevice)
             write_json(plan.path, {"key": plan.key, **table.to_dict()})
         except OSError as error:
             progress.note(f"cannot store the influence beside the weights: {error}")
-    progress.finish(summary(table) + (", found again" if plan.table else ""))
+    progress.finish(summary(table) + (", found again" if plan.is_stored else ""))
 
     points = [
         (f"{name}/layer_{layer:02d}", value, correction)
@@ -251,6 +244,9 @@ def run_influence(plan: InfluencePlan, context: Context, *, on_device: OnDevice)
         )
     )
     return InfluenceResult(checkpoint=plan.checkpoint, table=table)
+
+
+measure_influence = in_one_call(plan_influence, run_influence, model=local_model)
 
 
 def _measure(

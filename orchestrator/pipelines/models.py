@@ -20,13 +20,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pydantic import Field
+
 from iiet.config import ModelConfig
 from iiet.cost import num_parameters
 from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, MODEL_TYPE
-from orchestrator.cluster.task import command_device
 from orchestrator.models.config import model_family
 from orchestrator.models.folder import (
     GENERATION_CONFIG,
@@ -61,7 +62,7 @@ from orchestrator.models.tokenizer import (
     text_files_of,
     tokenizer_path,
 )
-from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.context import Context, in_one_call, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
@@ -98,7 +99,9 @@ MANIFEST = "MANIFEST.sha256"
 # Import
 
 
-def local_model(context: Context, model: Path | str | None) -> Path | None:
+def local_model(
+    model: Path | str | None, workspace: Workspace | Path | str, progress: Progress | None = None
+) -> Path | None:
     """Return a model as the functions of `models.lookup` take it; None stays None.
 
     `hub:OWNER/NAME` is downloaded and imported as the run `NAME`; the same import is found again.
@@ -107,7 +110,7 @@ def local_model(context: Context, model: Path | str | None) -> Path | None:
         UserError: As `import_model`.
     """
     if model and is_hub_name(model):
-        return import_model(model, workspace=context.workspace, progress=context.progress)
+        return import_model(model, workspace=workspace, progress=progress)
     return Path(model) if model else None
 
 
@@ -240,7 +243,9 @@ def export(
     """
     context = open_context(workspace, progress)
     note = context.progress.note
-    checkpoint, picked = resolve_model(context.workspace, local_model(context, model), note)
+    checkpoint, picked = resolve_model(
+        context.workspace, local_model(model, context.workspace, context.progress), note
+    )
     wanted = parse_schedule(schedule, checkpoint) or picked
     name = checkpoint.parent.name + (f"-r{wanted}".replace(",", "") if wanted else "")
     folder = resolve_path(to) if to else context.workspace.exports / name
@@ -249,13 +254,12 @@ def export(
     check_target(folder, None if replaces else (checkpoint, decoder.config))
     evaluation = None
     if measure:
-        from orchestrator.pipelines.evaluating import evaluate_model  # Imports lm-eval.
+        from orchestrator.pipelines.evaluating import EvaluatePlan, run_evaluate  # lm-eval's.
 
+        opened = (open_model(checkpoint, wanted),)
+        plan = EvaluatePlan(settings=settings, workspace=context.workspace, opened=opened)
         try:
-            device = command_device(settings.cluster, context.workspace.root)
-            evaluation = evaluate_model(
-                open_model(checkpoint, wanted), settings.evaluation, context, on_device=device
-            )
+            (evaluation,) = run_evaluate(plan, context).evaluations.values()
         except (UserError, RunFailed) as error:
             note(f"the card is without quality: {error}")
     metric = settings.influence.metric
@@ -420,16 +424,14 @@ def model_card(
 class PickResult(Result):
     """The model that was picked from a sweep; as a plan, it is not exported yet."""
 
-    sweep: StoredSweep
-    axes: FrontAxes
-    alias: str
-    """The rule."""
-    point: Trial
-    """The model, with means over its seeds."""
-    model: Trial
-    """The one whose weights are used: of several seeds the lowest, of a draft its full model."""
+    name: str
+    """Of the model, as of its method and schedule; numbers are means over its seeds."""
+    method: str
+    schedule: tuple[int, ...] | None
     sentence: str
     """Its schedule, quality and cost, and how certain they are."""
+    metrics: dict[str, float]
+    checkpoint: str | None
     folder: Path | None = None
     """Where it was exported to; None if it was not."""
     version: str | None = None
@@ -438,31 +440,28 @@ class PickResult(Result):
     The name is that of method and preset, and the alias that of the rule. So another pick by the
     same rule, also from another sweep, moves the alias to its own version.
     """
+    sweep: StoredSweep = Field(exclude=True)
+    axes: FrontAxes = Field(exclude=True)
+    alias: str = Field(exclude=True)
+    """The rule."""
+    point: Trial = Field(exclude=True)
+    """The model, with means over its seeds."""
+    model: Trial = Field(exclude=True)
+    """The one whose weights are used: of several seeds the lowest, of a draft its full model."""
+    target: Path | None = Field(exclude=True)
+    """Folder to export to; under the workspace when unset."""
+    force: bool = Field(exclude=True)
+    """Whether to replace an export of another model there."""
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row: the model's parameters and metrics."""
-        result = self.point
-        return [{"name": result.name, **result.params(), **result.metrics()}]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the model, its numbers, and where it was exported and registered."""
-        result = self.point
-        return {
-            "name": result.name,
-            "method": result.method,
-            "schedule": result.schedule,
-            "sentence": self.sentence,
-            "metrics": result.metrics(),
-            "checkpoint": result.checkpoint,
-            "folder": self.folder and str(self.folder),
-            "version": self.version,
-        }
+        return [{"name": self.name, **self.point.params(), **self.metrics}]
 
     def shown(self) -> Iterator[str]:
         """Return the choice, and where it is."""
         yield f"{self.alias}: {self.sentence}"
         if self.folder is None:
-            yield f"checkpoint: {self.point.checkpoint}"
+            yield f"checkpoint: {self.checkpoint}"
         else:
             yield f"exported: {self.folder}"
             yield f"registered: {self.version}"
@@ -475,9 +474,25 @@ def plan_pick(
     rule: PickRule | None = None,
     cost: str | None = None,
     quality: str | None = None,
+    to: Path | str | None = None,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> PickResult:
-    """Choose a model from a sweep's front; arguments and errors as `pick`."""
+    """Choose a model from a sweep's front.
+
+    `generate` then takes it by default, until a model is trained or imported.
+
+    Args:
+        sweep: Name of the sweep; the newest when unset.
+        rule: How to choose; the cheapest that keeps 99% of the quality when unset.
+        cost, quality: Axes of the front, as in `report`.
+        to: Folder to export to; under the workspace when unset.
+        force: Replace an export of another model there.
+
+    Raises:
+        UserError: If there is no such sweep, no model meets the rule, its weights are gone, or the
+            folder cannot be used.
+    """
     from orchestrator.reporting.findings import describe_model
     from orchestrator.reporting.report import sweep_front  # Imports MLflow.
 
@@ -499,19 +514,24 @@ def plan_pick(
         number = f"{len(seeds)} seeds, its checkpoint is that of seed {result.seed}"
         sentence += f"; its numbers are means over {number}"
     return PickResult(
+        name=picked["trial"].name,
+        method=picked["trial"].method,
+        schedule=picked["trial"].schedule,
+        sentence=sentence,
+        metrics=picked["trial"].metrics(),
+        checkpoint=picked["trial"].checkpoint,
         sweep=found,
         axes=axes,
         alias=rule.alias,
         point=picked["trial"],
         model=result,
-        sentence=sentence,
+        target=resolve_path(to) if to else None,
+        force=force,
     )
 
 
-def run_pick(
-    plan: PickResult, context: Context, *, to: Path | str | None = None, force: bool = False
-) -> PickResult:
-    """Export the model of a plan and register it; as `pick`."""
+def run_pick(plan: PickResult, context: Context) -> PickResult:
+    """Choose a model from a sweep's front; export and register it."""
     # Both import MLflow.
     from orchestrator.reporting.mlflow_report import run_name
     from orchestrator.training.watching import trial_model
@@ -528,10 +548,11 @@ def run_pick(
     chosen = f"`{plan.alias}` of the sweep `{sweep.name}`: {plan.sentence}."
     folder = export_checkpoint(
         checkpoint,
-        resolve_path(to) if to else workspace.exports / sweep.name / plan.alias,
+        plan.target or workspace.exports / sweep.name / plan.alias,
         decoder=decoder,
         card=replace(card, chosen=chosen),
-        replaces=force or to is None,  # The workspace's own folder is that of the rule.
+        # The workspace's own folder is that of the rule.
+        replaces=plan.force or plan.target is None,
         progress=context.progress,
     )
 
@@ -564,39 +585,4 @@ def run_pick(
     return plan.model_copy(update={"folder": folder, "version": version})
 
 
-def pick(
-    *,
-    workspace: Workspace | Path | str,
-    sweep: str | None = None,
-    rule: PickRule | None = None,
-    cost: str | None = None,
-    quality: str | None = None,
-    to: Path | str | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> PickResult:
-    """Choose a model from a sweep's front; export and register it.
-
-    `generate` then takes it by default, until a model is trained or imported.
-
-    Args:
-        sweep: Name of the sweep; the newest when unset.
-        rule: How to choose; the cheapest that keeps 99% of the quality when unset.
-        cost, quality: Axes of the front, as in `report`.
-        to: Folder to export to; under the workspace when unset.
-        force: Replace an export of another model there.
-
-    Raises:
-        UserError: If there is no such sweep, no model meets the rule, its weights are gone, or the
-            folder cannot be used.
-    """
-    context = open_context(workspace, progress)
-    plan = plan_pick(
-        workspace=context.workspace,
-        sweep=sweep,
-        rule=rule,
-        cost=cost,
-        quality=quality,
-        progress=context.progress,
-    )
-    return run_pick(plan, context, to=to, force=force)
+pick = in_one_call(plan_pick, run_pick)

@@ -24,10 +24,12 @@ class Result(BaseModel):
 
     merged: ClassVar[tuple[str, ...]] = ()
     """Fields whose parts stand beside the other fields in JSON."""
+    row_key: ClassVar[str] = ""
+    """The key in JSON of the list that `rows` returns, if the result is a table."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints: names and plain values."""
-        values = self.model_dump(mode="json")
+        values = self.model_dump(mode="json", by_alias=True)
         for name in self.merged:
             values |= values.pop(name)
         return values
@@ -38,7 +40,9 @@ class Result(BaseModel):
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the result as a table, if it is one: a row of plain values for each item."""
-        raise NotImplementedError(f"{type(self).__name__} is not a table; use its fields")
+        if not self.row_key:
+            raise NotImplementedError(f"{type(self).__name__} is not a table; use its fields")
+        return list(self.to_json()[self.row_key])
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return `rows` as a table of pandas."""
@@ -49,6 +53,13 @@ class Result(BaseModel):
     def shown(self) -> Iterable[RenderableType]:
         """Return what the terminal shows: sentences, and Rich's tables."""
         return []
+
+    def check(self) -> None:
+        """Check that a plan can be run on this machine, before anything is made.
+
+        Raises:
+            UserError: If it cannot; says what would help.
+        """
 
     def raise_failures(self) -> None:
         """Raise `RunFailed` if a part failed; called when the result is printed."""

@@ -327,10 +327,12 @@ def sweep(
             result.
     """
     pretrains = teacher is None and settings.sweep.kind != "iterations"
+    check_sweep(settings)
     check_devices(settings, pretrains=pretrains)
-    context = open_context(workspace, progress, loggers=settings.tracking.loggers)
+    context = open_context(workspace, progress)
+    context.use_loggers(settings.tracking.loggers)
     if teacher not in (None, NEWEST):
-        teacher = local_model(context, teacher)
+        teacher = local_model(teacher, context.workspace, progress)
     plan = plan_sweep(
         settings,
         workspace=context.workspace,

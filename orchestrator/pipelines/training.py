@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import field_serializer
+from pydantic import computed_field, field_serializer
 
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.ray import check_ray_can_run
@@ -26,7 +26,7 @@ from orchestrator.data.preparation import ExpectedTokens, expected_tokens, find_
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.models.hub import DRY_RUN, offline
 from orchestrator.models.lookup import resolve_teacher
-from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.context import Context, in_one_call, open_context
 from orchestrator.pipelines.models import local_model
 from orchestrator.pipelines.result import Result
 from orchestrator.planning.estimate import Estimate, Price, find_problems, price_of, run_devices
@@ -123,20 +123,25 @@ class TrainingPlan(Result):
         if problem := next(iter(self.problems.values())):
             raise UserError(problem)
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def students(self) -> list[dict[str, Any]]:
+        """The model, the state, the price, and what does not fit, of each training."""
+        return [
+            {
+                "method": job.model.method,
+                "schedule": list(job.model.corrections),
+                "state": self.states[label],
+                "price": self._price_of(label).model_dump(mode="json"),
+                "problems": self._problems_of(label),
+            }
+            for label, job in self.jobs.items()
+        ]
+
     def to_json(self) -> dict[str, Any]:
-        """Return the model, the state, the price, and what does not fit, of each student."""
-        parts = []
-        for label, job in self.jobs.items():
-            parts.append(
-                {
-                    "method": job.model.method,
-                    "schedule": list(job.model.corrections),
-                    "state": self.states[label],
-                    "price": self._price_of(label).model_dump(mode="json"),
-                    "problems": self._problems_of(label),
-                }
-            )
-        return {"students": parts} if self.kind == "distill" else parts[0]
+        """Return the students; of a pretraining its only model."""
+        students = self.students
+        return {"students": students} if self.kind == "distill" else students[0]
 
     def shown(self) -> Iterable[RenderableType]:
         """Return a table for each training."""
@@ -213,35 +218,6 @@ class StudentsResult(Result):
         return [line for student in self.students for line in student.shown()]
 
 
-def pretrain(
-    settings: Settings,
-    *,
-    workspace: Workspace | Path | str,
-    continued: Path | str | None = None,
-    name: str | None = None,
-    local: bool = False,
-    progress: Progress | None = None,
-) -> PretrainResult:
-    """Pretrain one model, tokens included; a finished run is found again.
-
-    Args:
-        settings: Sections `data`, `model`, `training` and `cluster`.
-        continued: Finished run to continue, by path or name; the settings are those in its
-            `settings.yaml`, with more steps. The result is bitwise that of one longer training.
-        name: Name of the run's folder; made from method, schedule and content when unset.
-        local: Train in this process, without Ray.
-
-    Raises:
-        UserError: If the settings do not go together or do not fit this machine.
-        Interrupted: After Ctrl-C; says at which step the state is saved.
-        RunFailed: If the run failed or diverged.
-    """
-    check_run_resources(settings.cluster, local=local)
-    plan = plan_pretrain(settings, workspace=workspace, continued=continued, name=name, local=local)
-    plan.check()  # Before the workspace is made.
-    return run_pretrain(plan, open_context(workspace, progress, loggers=settings.tracking.loggers))
-
-
 @offline(DRY_RUN)
 def plan_pretrain(
     settings: Settings,
@@ -251,14 +227,22 @@ def plan_pretrain(
     name: str | None = None,
     local: bool = False,
     mfu: float | None = None,
+    progress: Progress | None = None,  # noqa: ARG001  # As of every plan.
 ) -> TrainingPlan:
-    """Return what `pretrain` does with the same arguments, and what that takes.
+    """Return what a pretraining is, and what it takes.
 
     Args:
-        mfu: Share of the peak FLOP/s that training is assumed to reach; a usual range if unset.
+        settings: Sections `data`, `model`, `training` and `cluster`.
+        continued: Finished run to continue, by path or name; the settings are those in its
+            `settings.yaml`, with more steps. The result is bitwise that of one longer training.
+        name: Name of the run's folder; made from method, schedule and content when unset.
+        local: Train in this process, without Ray.
+        mfu: Share of the peak FLOP/s that the plan assumes; a usual range if unset.
 
     Raises:
-        UserError: If the settings do not go together on any machine.
+        UserError: If the settings do not go together or do not fit this machine.
+        Interrupted: After Ctrl-C; says at which step the state is saved.
+        RunFailed: If the run failed or diverged.
     """
     space, earlier = find_workspace(workspace), None
     if continued is None:
@@ -344,9 +328,10 @@ def _plan(
 
 
 def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
-    """Prepare the tokens if they are missing, and train the model; as `pretrain`."""
+    """Pretrain one model, tokens included; a finished run is found again."""
     plan.check()
     (settings,), cluster = plan.models.values(), plan.cluster
+    context.use_loggers(settings.tracking.loggers)  # Found missing before tokens are prepared.
     check = partial(check_run_resources, cluster)
     joined = joined_cluster(cluster, context.workspace.root, check, context.progress)
     with nullcontext() if plan.local else joined:
@@ -359,40 +344,7 @@ def run_pretrain(plan: TrainingPlan, context: Context) -> PretrainResult:
     return result
 
 
-def distill(
-    settings: Settings,
-    *,
-    workspace: Workspace | Path | str,
-    schedule: str | IterationSchedule,
-    teacher: Path | str | None = None,
-    local: bool = False,
-    progress: Progress | None = None,
-) -> DistillResult:
-    """Distill a teacher into itself under a cheaper schedule; a finished student is found again.
-
-    Args:
-        settings: Sections `distillation` and `cluster`.
-        schedule: The student's corrections: `1`, or one number a layer (`2,1,1,0,0,0`).
-        teacher: A checkpoint or run, by path or name; the newest finished IIET with
-            corrections when unset.
-        local: Train in this process, without Ray.
-
-    Raises:
-        UserError: If there is no such teacher, the schedule does not fit it, or the control trains
-            nothing.
-        Interrupted: After Ctrl-C; says at which step the state is saved.
-        RunFailed: If the run failed or diverged.
-    """
-    check_run_resources(settings.cluster, local=local)
-    context = open_context(workspace, progress, loggers=settings.tracking.loggers)
-    plan = plan_distill(
-        settings,
-        workspace=context.workspace,
-        schedules=[schedule],
-        teacher=local_model(context, teacher),
-        local=local,
-    )
-    return run_distill(plan, context).students[0]
+pretrain = in_one_call(plan_pretrain, run_pretrain)
 
 
 @offline(DRY_RUN)
@@ -403,11 +355,22 @@ def plan_distill(
     schedules: Sequence[str | IterationSchedule],
     teacher: Path | str | None = None,
     local: bool = False,
+    progress: Progress | None = None,  # noqa: ARG001  # As of every plan.
 ) -> TrainingPlan:
-    """Return what `distill` does under each schedule; equal schedules give one student.
+    """Return what is distilled under each schedule; equal schedules give one student.
+
+    Args:
+        settings: Sections `distillation` and `cluster`.
+        schedules: The students' corrections: `1`, or one number a layer (`2,1,1,0,0,0`).
+        teacher: A checkpoint or run, by path or name; the newest finished IIET with
+            corrections when unset.
+        local: Train in this process, without Ray.
 
     Raises:
-        UserError: As `distill`.
+        UserError: If there is no such teacher, a schedule does not fit it, or the control trains
+            nothing.
+        Interrupted: After Ctrl-C; says at which step the state is saved.
+        RunFailed: If the run failed or diverged.
     """
     space = find_workspace(workspace)
     checkpoint = resolve_teacher(space, teacher)
@@ -421,7 +384,7 @@ def plan_distill(
 
 
 def run_distill(plan: TrainingPlan, context: Context) -> StudentsResult:
-    """Train the students; as `distill`."""
+    """Distill a teacher into itself under cheaper schedules; a finished student is found again."""
     if not plan.local:
         check_ray_can_run(plan.cluster.ray_address)
     students = [
@@ -429,6 +392,29 @@ def run_distill(plan: TrainingPlan, context: Context) -> StudentsResult:
         for label, result in run_trainings(plan, context).items()
     ]
     return StudentsResult(students=students)
+
+
+distill_all = in_one_call(plan_distill, run_distill, teacher=local_model)
+
+
+def distill(
+    settings: Settings,
+    *,
+    workspace: Workspace | Path | str,
+    schedule: str | IterationSchedule,
+    teacher: Path | str | None = None,
+    local: bool = False,
+    progress: Progress | None = None,
+) -> DistillResult:
+    """Distill a teacher into itself under one schedule; arguments and errors as `plan_distill`."""
+    return distill_all(
+        settings,
+        workspace=workspace,
+        schedules=[schedule],
+        teacher=teacher,
+        local=local,
+        progress=progress,
+    ).students[0]
 
 
 def run_trainings(plan: TrainingPlan, context: Context) -> dict[str, PretrainResult]:
@@ -442,6 +428,7 @@ def run_trainings(plan: TrainingPlan, context: Context) -> dict[str, PretrainRes
 
     plan.check()
     jobs, cluster, progress = plan.jobs, plan.cluster, context.progress
+    context.use_loggers(next(iter(plan.models.values())).tracking.loggers)
     for job in jobs.values():
         for num_gpus in {cluster.num_gpus, cluster.fewest_gpus}:
             check_job(job, num_workers=num_gpus or cluster.num_workers)

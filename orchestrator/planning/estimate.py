@@ -14,11 +14,11 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from itertools import chain
+from functools import cached_property
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +51,6 @@ from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import (
     format_byte_parts,
     format_bytes,
-    format_count,
     format_duration,
 )
 from orchestrator.training.devices import World
@@ -89,10 +88,6 @@ WRITE_BYTES_PER_SECOND = 300e6
 """Assumed speed of a checkpoint that is gathered, hashed and flushed to a shared disk."""
 UPLOAD_BYTES_PER_SECOND = 100e6
 """Assumed speed of a copy to the run's storage."""
-
-
-HOST_PROCESS_BYTES = 2 * 2**30
-"""Roughly what PyTorch with CUDA and NCCL takes of the machine's memory in each worker on a GPU."""
 LARGEST_SHARE = 0.8
 """Share of a failed plan's bytes that a proposal may take: the plan left something out."""
 
@@ -109,8 +104,8 @@ class Devices:
     """Most trainings at the same time."""
     sharing_a_gpu: int = 1
     """Most of them that share a GPU."""
-    parallel: Literal["ddp", "fsdp"] | None = None
-    """`fsdp`: the workers share the model; None if the settings offer no choice."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """`fsdp`: the workers share the model."""
     shards: int | None = None
     """With `fsdp`, workers that share one copy of the model, if not all."""
     are_trials: bool = False
@@ -251,7 +246,7 @@ class Estimate:
     def worker_memory(self) -> dict[str, int]:
         """What takes memory -> bytes that one worker needs for it."""
         devices, schedule_at = self.devices, schedule_by_step(self.config.corrections, self.recipe)
-        memory = training_memory(
+        parts = training_memory(
             self.config,
             schedule_at(self.recipe.num_steps - 1),  # No earlier one makes more corrections.
             num_sequences=self.sequences_per_pass,
@@ -263,18 +258,11 @@ class Estimate:
             has_teacher=self.teacher is not None,
             has_members=self.num_members > 0,
         )
-        parts = {
-            "weights": memory.weights,
-            "gradients": memory.gradients,
-            "AdamW": memory.optimizer,
-            "activations": memory.activations,
+        if not devices.on_gpus:
             # By the first worker, while training continues; workers on CPUs share memory.
-            "a copy for the checkpoint": 0
-            if devices.on_gpus
-            else self.checkpoint_bytes // devices.num_workers,
-            "PyTorch": PROCESS_BYTES + int(memory.activations * (ALLOCATOR_FACTOR - 1)),
-        }
-        return {name: value for name, value in parts.items() if value}
+            parts["a copy for the checkpoint"] = self.checkpoint_bytes // devices.num_workers
+        kept_free = int(parts["activations"] * (ALLOCATOR_FACTOR - 1))
+        return {**parts, "PyTorch": PROCESS_BYTES + kept_free}
 
     @property
     def worker_bytes(self) -> int:
@@ -315,20 +303,6 @@ class Rate(Record):
     """What the peak is of, as text."""
 
 
-def assumed_rate(training: Estimate, share: float | None = None) -> Rate:
-    """Return the rate of an installed GPU, else of an H100, or of a CPU core; see `price_of`."""
-    given = (share, share) if share else None
-    if not training.devices.on_gpus:
-        shares, source = given or CPU_SHARES, "a CPU core, assumed"
-        return Rate(peak_flops=CPU_PEAK_FLOPS, shares=shares, source=source)
-    precision = training.recipe.precision
-    names = [*(gpu.name for gpu in installed_gpus()[:1]), ASSUMED_GPU]
-    name = next(name for name in names if gpu_peak_flops(name, precision))
-    peak = gpu_peak_flops(name, precision) or math.nan
-    source = f"{name}, {precision}, dense"
-    return Rate(peak_flops=peak, shares=given or GPU_SHARES, source=source)
-
-
 class Price(Record):
     """What trainings take from here on."""
 
@@ -358,6 +332,18 @@ class Price(Record):
     """Most trainings that save their state at the same time after a request to stop."""
     stop_seconds: float = 0.0
     """Longest time, without a step, until they have."""
+
+
+def assumed_rate(training: Estimate, share: float | None = None) -> Rate:
+    """Return the rate of an installed GPU, else of an H100, or of a CPU core; see `price_of`."""
+    peak, shares, source = CPU_PEAK_FLOPS, CPU_SHARES, "a CPU core, assumed"
+    if training.devices.on_gpus:
+        precision, shares = training.recipe.precision, GPU_SHARES
+        for name in [*(gpu.name for gpu in installed_gpus()[:1]), ASSUMED_GPU]:
+            if known := gpu_peak_flops(name, precision):
+                peak, source = known, f"{name}, {precision}, dense"
+                break
+    return Rate(peak_flops=peak, shares=(share, share) if share else shares, source=source)
 
 
 def groups_by_devices(trainings: Iterable[Estimate]) -> list[list[Estimate]]:
@@ -393,6 +379,7 @@ def price_of(
         mfu: Share of the peak FLOP/s that is assumed; a usual range if unset.
     """
     groups = groups_by_devices(trainings)
+    left = [*chain(*groups)]
     read = sum(each.num_teacher_tokens for each in trainings)
     teacher = teacher or TeacherWork(read)
     model = next((each.teacher for each in trainings if each.teacher), None)
@@ -439,9 +426,9 @@ def price_of(
     return Price(
         is_upper_bound=is_upper_bound,
         num_trainings=len(trainings),
-        num_tokens=sum(each.num_tokens for each in chain(*groups)),
+        num_tokens=sum(each.num_tokens for each in left),
         num_teacher_tokens=teacher.num_tokens,
-        flops=sum(each.flops for each in chain(*groups)) + teacher.num_tokens * per_token,
+        flops=sum(each.flops for each in left) + teacher.num_tokens * per_token,
         hours=(hours[0], hours[1]),
         num_devices=num_devices,
         uses_gpus=any(each.devices.on_gpus for each in trainings),
@@ -452,94 +439,6 @@ def price_of(
         num_saving=num_saving,
         stop_seconds=stop_seconds,
     )
-
-
-def run_devices(cluster: ClusterSettings) -> Devices:
-    """Return the devices of a run's trainings: one after another on GPUs, side by side on CPUs."""
-    num_workers, on_gpus = cluster.num_gpus or cluster.num_workers, cluster.num_gpus > 0
-    places = 1 if on_gpus else local_resources(count_gpus=False).cpus // num_workers
-    return Devices(
-        num_workers=num_workers,
-        on_gpus=on_gpus,
-        at_once=max(1, places),
-        parallel=cluster.parallel,
-        shards=cluster.num_shards,
-    )
-
-
-def on_trial_devices(trainings: Iterable[Estimate], settings: Settings) -> list[Estimate]:
-    """Return trainings on the devices of a sweep's trials; see `assign_trial_gpus`."""
-    devices = trial_devices(settings)
-    return [replace(each, devices=devices) for each in trainings]
-
-
-def trial_devices(settings: Settings) -> Devices:
-    """Return the devices of a sweep's trials."""
-    sweep, cluster = settings.sweep, settings.cluster
-    gpus, num_workers = sweep.gpus_per_trial or 0, sweep.num_workers_per_trial
-    places = max(1, local_resources(count_gpus=False).cpus // num_workers)
-    return Devices(
-        num_workers=num_workers,
-        on_gpus=gpus > 0,
-        at_once=(sweep.trials_at_once or 1)
-        if gpus
-        else min(sweep.trials_at_once or places, places),
-        sharing_a_gpu=num_sharing(gpus) if gpus else 1,
-        parallel=cluster.parallel,
-        shards=cluster.shards_of(num_workers),
-        are_trials=True,
-    )
-
-
-def assign_trial_gpus(
-    settings: Settings, trainings: Sequence[Estimate] = (), *, gpu_bytes: int | None = None
-) -> Settings:
-    """Return the settings with the GPUs of a sweep's trials filled in.
-
-    If the run has GPUs, each trial gets the smallest number on which every trial fits (by default
-    on this machine's GPU, or on the assumed one), and as many run at once as there are GPUs for.
-
-    Raises:
-        UserError: If trials are sent to CPUs although the run has GPUs, or ask for more GPUs than
-            it has.
-    """
-
-    def filled(**changes: float) -> Settings:
-        sweep = settings.sweep.model_copy(update=changes)
-        return settings.model_copy(update={"sweep": sweep})
-
-    cluster, sweep, per_trial = settings.cluster, settings.sweep, settings.sweep.gpus_per_trial
-    num_gpus = cluster.num_gpus
-    if not num_gpus:
-        return filled(gpus_per_trial=per_trial or 0)
-    if per_trial == 0:
-        raise UserError(
-            f"sweep.gpus_per_trial=0 trains trials on CPUs, and cluster.num_gpus={num_gpus} names "
-            "GPUs; leave sweep.gpus_per_trial out, or set cluster.num_gpus=0 to train everything "
-            "on CPUs"
-        )
-    if per_trial is None and sweep.workers_per_trial > 1:
-        per_trial = sweep.workers_per_trial
-    if per_trial is None:
-        if gpu_bytes is None and cluster.ray_address == LOCAL:
-            gpu_bytes = next((gpu.free_bytes for gpu in installed_gpus()), None)
-        for number in range(1, num_gpus + 1):
-            per_trial = number
-            try:
-                placed = on_trial_devices(trainings, filled(gpus_per_trial=number))
-                needed = [each.worker_bytes for each in placed]
-            except UserError:
-                continue  # The sequences of a step cannot be divided evenly among these workers.
-            if max(needed, default=0) <= (gpu_bytes or ASSUMED_GPU_BYTES):
-                break
-    assert per_trial is not None, "the run has GPUs"
-    if per_trial > num_gpus:
-        raise UserError(
-            f"a trial asks for {per_trial:g} GPUs (sweep.gpus_per_trial, sweep.workers_per_trial), "
-            f"and the run has {num_gpus} (cluster.num_gpus); lower the first or raise the second"
-        )
-    most = num_gpus * num_sharing(per_trial) // math.ceil(per_trial)
-    return filled(gpus_per_trial=per_trial, trials_at_once=min(sweep.trials_at_once or most, most))
 
 
 def price_of_trials(
@@ -562,8 +461,73 @@ def price_of_trials(
     return price_of([*before, *trainings], teachers.parent, teacher=teacher, **others)
 
 
+def run_devices(cluster: ClusterSettings) -> Devices:
+    """Return the devices of a run's trainings: one after another on GPUs, side by side on CPUs."""
+    num_workers, on_gpus = cluster.num_gpus or cluster.num_workers, cluster.num_gpus > 0
+    return Devices(
+        num_workers=num_workers,
+        on_gpus=on_gpus,
+        at_once=1 if on_gpus else _places_on_cpus(num_workers),
+        parallel=cluster.parallel,
+        shards=cluster.num_shards,
+    )
+
+
+def _places_on_cpus(num_workers: int) -> int:
+    return max(1, local_resources(count_gpus=False).cpus // num_workers)
+
+
+def on_trial_devices(trainings: Iterable[Estimate], settings: Settings) -> list[Estimate]:
+    """Return trainings on the devices of a sweep's trials; see `assign_trial_gpus`."""
+    sweep, cluster = settings.sweep, settings.cluster
+    gpus, num_workers = sweep.gpus_per_trial or 0, sweep.num_workers_per_trial
+    places = _places_on_cpus(num_workers)
+    devices = Devices(
+        num_workers=num_workers,
+        on_gpus=gpus > 0,
+        at_once=sweep.trials_at_once or 1 if gpus else min(sweep.trials_at_once or places, places),
+        sharing_a_gpu=num_sharing(gpus) if gpus else 1,
+        parallel=cluster.parallel,
+        shards=cluster.shards_of(num_workers),
+        are_trials=True,
+    )
+    return [replace(each, devices=devices) for each in trainings]
+
+
+def assign_trial_gpus(
+    settings: Settings, trainings: Sequence[Estimate] = (), *, gpu_bytes: int | None = None
+) -> Settings:
+    """Return the settings with the GPUs of a sweep's trials filled in.
+
+    If the run has GPUs, each trial gets the smallest number on which every trial fits (by default
+    on this machine's GPU, or on the assumed one), and as many run at once as there are GPUs for.
+    """
+
+    def filled(**changes: float) -> Settings:
+        sweep = settings.sweep.model_copy(update=changes)
+        return settings.model_copy(update={"sweep": sweep})
+
+    cluster, sweep, per_trial = settings.cluster, settings.sweep, settings.sweep.gpus_per_trial
+    if not cluster.num_gpus:
+        return filled(gpus_per_trial=per_trial or 0)
+    if per_trial is None and sweep.workers_per_trial > 1:
+        per_trial = sweep.workers_per_trial
+    if per_trial is None:
+        if gpu_bytes is None and cluster.ray_address == LOCAL:
+            gpu_bytes = next((gpu.free_bytes for gpu in installed_gpus()), None)
+        for per_trial in range(1, cluster.num_gpus + 1):
+            with suppress(UserError):  # These workers cannot share a step's sequences evenly.
+                placed = on_trial_devices(trainings, filled(gpus_per_trial=per_trial))
+                needed = max((each.worker_bytes for each in placed), default=0)
+                if needed <= (gpu_bytes or ASSUMED_GPU_BYTES):
+                    break
+    assert per_trial, "the rules of a sweep hold"
+    most = int(cluster.num_gpus * num_sharing(per_trial) // math.ceil(per_trial))
+    return filled(gpus_per_trial=per_trial, trials_at_once=min(sweep.trials_at_once or most, most))
+
+
 def seconds_to_save(
-    jobs: Collection[TrainingJob], note: Callable[[str], None] | None = None
+    jobs: Iterable[TrainingJob], note: Callable[[str], None] | None = None
 ) -> float:
     """Return the longest time from a request to stop until jobs on one disk have saved their state.
 
@@ -582,8 +546,8 @@ def seconds_to_save(
         size = CHECKPOINT_BYTES_PER_PARAMETER * num_parameters(job.model)
         num_bytes += size
         seconds += 2 * _write_seconds(size, job.storage, records)
-        metrics = [record["values"] for record in records if record["kind"] == "metrics"]
-        if known := [values[SPEED_METRIC] for values in metrics if values.get(SPEED_METRIC)]:
+        speeds = [r["values"].get(SPEED_METRIC) for r in records if r["kind"] == "metrics"]
+        if known := [speed for speed in speeds if speed]:
             num_tokens = recipe.num_tokens_per_step + recipe.num_validation_tokens
             step = max(step, num_tokens / known[-1])
     seconds += step
@@ -619,95 +583,66 @@ def find_problems(
     The first place is this machine. Without the GPUs that are asked for, an assumed one is another.
 
     Args:
-        trainings, disk: As in `check_fit`.
+        trainings, disk: As in `reasons_not_to_fit`.
         folder: A folder on the workspace's disk; it need not exist.
         address: Of the Ray cluster; on one that is joined, only the disk is checked.
         checks: Raise `UserError` if this machine has too few CPUs or GPUs.
     """
-
-    def problem_of(*checks: Callable[[], None]) -> str | None:
-        found = []
-        for check in checks:
-            try:
-                check()
-            except UserError as error:
-                found.append(str(error))
-        return ". Also: ".join(found) or None
-
     is_far = address != LOCAL
     place = "this machine" + " (the cluster's memory is unknown)" * is_far
-    free, here = local_free_bytes(folder), () if is_far else trainings
-    problems = {place: problem_of(*checks, partial(check_fit, here, disk, free))}
+    free, found = local_free_bytes(folder), []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            found.append(str(error))
+    places = {place: [*found, *reasons_not_to_fit(() if is_far else trainings, disk, free)]}
     if any(each.devices.on_gpus for each in trainings) and not free.gpus:
         # The memory of the machine that has this GPU is not known.
         assumed = FreeBytes(gpus=(ASSUMED_GPU_BYTES,), gpu_name=f"an {ASSUMED_GPU}")
-        problems[assumed.gpu_name] = problem_of(partial(check_fit, trainings, disk, assumed))
-    return problems
+        places[assumed.gpu_name] = reasons_not_to_fit(trainings, disk, assumed)
+    return {place: ". Also: ".join(reasons) or None for place, reasons in places.items()}
 
 
-def check_fit(trainings: Sequence[Estimate], disk: Mapping[str, int], free: FreeBytes) -> None:
-    """Refuse trainings that would run out of memory (each of them) or disk (all together).
+def reasons_not_to_fit(
+    trainings: Sequence[Estimate], disk: Mapping[str, int], free: FreeBytes
+) -> list[str]:
+    """Return why trainings would run out of memory (each of them) or of disk (all together).
 
     Args:
         disk: Name -> bytes of what is written; see `Price`.
         free: What is free where they run.
-
-    Raises:
-        UserError: If they do not fit; says what would.
     """
-    for group in groups_by_devices(trainings):
-        _check_memory(group, free)
+    problems = [_memory_problem(group, free) for group in groups_by_devices(trainings)]
     needed = sum(disk.values())
     if free.disk is not None and needed > free.disk:
-        raise UserError(
+        problems.append(
             f"the run would write about {format_bytes(needed)} ({format_byte_parts(disk)}), and "
             f"the workspace's disk has {format_bytes(free.disk)} free; free some space, or choose "
             "another place with --workspace"
         )
+    return list(filter(None, problems))
 
 
-def _check_memory(group: Sequence[Estimate], free: FreeBytes) -> None:
+def _memory_problem(group: Sequence[Estimate], free: FreeBytes) -> str | None:
     devices, largest = group[0].devices, max(group, key=lambda each: each.worker_bytes)
     workers, at_once = devices.num_workers, min(devices.at_once, len(group))
-    # A training on GPUs has its own memory, or a share of it. On CPUs those that run at the same
-    # time share it, and of the trials of a sweep fewer can be asked for.
+    # A worker on a GPU has its memory, or a share of it. All on CPUs share this machine's.
     if devices.on_gpus:
         memory, place = min(free.gpus[:workers], default=None), free.gpu_name
+        sharing = min(devices.sharing_a_gpu, at_once)
     else:
-        sharing = workers * (1 if devices.are_trials else at_once)
-        memory, place = free.memory and free.memory // sharing, THIS_MACHINE
-    if memory is None:
-        return
-    on_same_gpu = min(devices.sharing_a_gpu, at_once)
-    memory //= on_same_gpu
-    if on_same_gpu > 1:
-        place += f", shared by {on_same_gpu} trials,"
-    if largest.worker_bytes > memory:
-        each = f" for each of {workers} workers" * (workers > 1)
-        raise UserError(
-            f"training would take about {format_bytes(largest.worker_bytes)}{each} "
-            f"({format_byte_parts(largest.worker_memory)}), and {place} has {format_bytes(memory)} "
-            f"free{' for each' * (workers > 1)}; {advice(largest, memory)}"
-        )
-    parts = {name: workers * value for name, value in largest.worker_memory.items()}
-    machine: int | None = memory * workers
-    if devices.on_gpus:
-        # PyTorch rounds each pinned buffer up to a power of two. Files that are mapped do not
-        # count: the system drops them if it needs memory.
-        pinned = 2 * largest.checkpoint_bytes
-        parts = {"PyTorch": workers * HOST_PROCESS_BYTES, "pinned buffers for checkpoints": pinned}
-        machine = free.memory
-    needed = sum(parts.values())
-    fewer = "sweep.trials_at_once" if devices.are_trials else "cluster.num_gpus"
-    is_checked = devices.on_gpus or devices.are_trials
-    if is_checked and machine is not None and at_once * needed > machine:
-        many = f"{at_once} trainings at once" if at_once > 1 else "training"
-        on = format_count(devices.num_used(at_once), "GPU" if devices.on_gpus else "CPU")
-        raise UserError(
-            f"{many} on {on} would take about {format_bytes(at_once * needed)} of the machine's "
-            f"own memory ({format_byte_parts(parts)}{' for each' * (at_once > 1)}), and it has "
-            f"{format_bytes(machine)} free; set {fewer} lower"
-        )
+        memory, place, sharing = free.memory, THIS_MACHINE, workers * at_once
+    if memory is None or largest.worker_bytes <= memory // sharing:
+        return None
+    each = f" for each of {sharing if sharing > 1 else workers} workers" * (sharing * workers > 1)
+    fewer = ", or set sweep.trials_at_once lower" * (devices.are_trials and at_once > 1)
+    return (
+        f"training would take about {format_bytes(largest.worker_bytes)}{each} "
+        f"({format_byte_parts(largest.worker_memory)}), and {place} has "
+        f"{format_bytes(memory // sharing)} free{' for each' * bool(each)}; "
+        f"{advice(largest, memory // sharing)}{fewer}"
+    )
 
 
 def advice(training: Estimate, most_bytes: int) -> str:
@@ -726,37 +661,33 @@ def smaller_settings(training: Estimate, most_bytes: int) -> list[str] | None:
     Args:
         most_bytes: Memory that the worker may take.
     """
-    devices, recipe, section = training.devices, training.recipe, training.section
-    sharded: list[tuple[list[str], Devices]] = [([], devices)]
-    if devices.parallel == "ddp" and devices.num_workers > 1:
-        sharded.append((["cluster.parallel=fsdp"], replace(devices, parallel="fsdp")))
-    per_pass = training.sequences_per_pass
-    for sharding, placed in sharded:
-        for recomputes in dict.fromkeys((recipe.activation_checkpointing, True)):
-            for number in (per_pass >> halvings for halvings in range(per_pass.bit_length())):
-                changed = {"num_sequences_per_pass": number, "activation_checkpointing": recomputes}
-                smaller = recipe.model_copy(update=changed)
-                other = replace(training, recipe=smaller, devices=placed)
-                if other.worker_bytes <= most_bytes:
-                    changes = list(sharding)
-                    if recomputes and not recipe.activation_checkpointing:
-                        changes.append(f"{section}.activation_checkpointing=true")
-                    if number < per_pass:
-                        changes.append(f"{section}.num_sequences_per_pass={number}")
-                    return changes
+    section, per_pass = training.section, training.sequences_per_pass
+    parallels = [training.devices.parallel]
+    if training.devices.num_workers > 1:
+        parallels.append("fsdp")
+    recomputed = training.recipe.activation_checkpointing, True
+    numbers = [per_pass >> halvings for halvings in range(per_pass.bit_length())]
+    for parallel, recomputes, number in product(parallels, recomputed, numbers):
+        changed = {"num_sequences_per_pass": number, "activation_checkpointing": recomputes}
+        recipe = training.recipe.model_copy(update=changed)
+        devices = replace(training.devices, parallel=parallel)
+        if replace(training, recipe=recipe, devices=devices).worker_bytes <= most_bytes:
+            changes = {
+                "cluster.parallel=fsdp": parallel != training.devices.parallel,
+                f"{section}.activation_checkpointing=true": recomputes != recomputed[0],
+                f"{section}.num_sequences_per_pass={number}": number < per_pass,
+            }
+            return [change for change, is_made in changes.items() if is_made]
     return None
 
 
 @contextmanager
 def out_of_memory_explained(
-    job: TrainingJob, world: World, parallel: Literal["ddp", "fsdp"] | None = None
+    job: TrainingJob, world: World, parallel: Literal["ddp", "fsdp"] = "ddp"
 ) -> Iterator[None]:
     """Turn PyTorch's out-of-memory error in the block, which trains a job, into a `DeviceError`.
 
     Trying again would end the same way.
-
-    Args:
-        parallel: How the workers share the model; None if the settings offer no choice.
 
     Raises:
         DeviceError: Says what was planned, and the nearest setting that takes clearly less.

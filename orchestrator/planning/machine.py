@@ -12,8 +12,9 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,14 +147,10 @@ def local_resources(*, count_gpus: bool = True) -> Resources:
 def check_run_resources(
     cluster: ClusterSettings, resources: Resources | None = None, *, local: bool = False
 ) -> None:
-    """Check that a training gets its workers and GPUs.
+    """Check that a training gets its workers and GPUs; see `check_available`.
 
     Args:
-        resources: Nodes of a cluster that was joined; this machine's when unset.
         local: Whether it runs in this process, without Ray.
-
-    Raises:
-        UserError: If it does not.
     """
     if local and max(cluster.num_workers, cluster.num_gpus) > 1:
         asked = "num_gpus" if cluster.num_gpus > 1 else "num_workers"
@@ -161,51 +158,40 @@ def check_run_resources(
             f"--local trains in this process alone, and cluster.{asked}="
             f"{getattr(cluster, asked)} asks for several; leave it out, or set it to 1"
         )
-    num_workers, num_gpus = cluster.num_workers, cluster.num_gpus
-    if resources:
-        check_available(num_workers, num_gpus, resources, min_gpus=cluster.min_gpus)
-    else:
-        check_resources(num_workers, num_gpus, LOCAL if local else cluster.ray_address)
-
-
-def check_resources(
-    num_workers: int, num_gpus: float, address: str = LOCAL, *, per_trial: bool = False
-) -> None:
-    """Check that one training gets its CPUs and GPUs; see `check_available`.
-
-    Args:
-        address: Of the Ray cluster; one that is joined says itself what it has.
-    """
-    if num_gpus and num_workers not in (1, num_gpus):
-        key = "sweep.workers_per_trial" if per_trial else "cluster.num_workers"
-        raise UserError(
-            f"{num_workers} workers on {num_gpus:g} GPUs were asked for, but each worker has one; "
-            f"leave {key} out, or type --set {key}={math.ceil(num_gpus)}"
-        )
-    if address == LOCAL:
-        resources = local_resources(count_gpus=num_gpus > 0)
-        check_available(num_workers, num_gpus, resources, per_trial=per_trial)
+    check_available(
+        cluster.num_workers,
+        cluster.num_gpus,
+        resources,
+        address=LOCAL if local else cluster.ray_address,
+        min_gpus=cluster.min_gpus if resources else None,
+    )
 
 
 def check_available(
     num_workers: int,
     num_gpus: float,
-    resources: Resources,
+    resources: Resources | None = None,
     *,
+    address: str = LOCAL,
     min_gpus: int | None = None,
     per_trial: bool = False,
 ) -> None:
-    """Check that one training's workers find places on these nodes.
+    """Check that one training's workers find places.
 
     Args:
         num_workers: Data-parallel workers; with GPUs, 1 or the number of GPUs.
         num_gpus: GPUs of the training, one per worker, or a share of one; 0 trains on CPUs.
+        resources: Nodes of a cluster that was joined; this machine's when unset.
+        address: Of the Ray cluster; before one is joined, nothing is known of it.
         min_gpus: Fewest GPUs with which it starts, if their number may vary.
         per_trial: Whether a trial of a sweep is meant, which has settings of its own.
 
     Raises:
         UserError: If there are too few CPUs or GPUs; says how many there are and what to type.
     """
+    if resources is None and address != LOCAL:
+        return
+    resources = resources or local_resources(count_gpus=num_gpus > 0)
     num_gpus = min_gpus or num_gpus
     num_workers = math.ceil(num_gpus) or num_workers
     places = num_places(resources.nodes, 1, 1, num_gpus / num_workers)
@@ -241,8 +227,10 @@ def check_device(device: str) -> None:
     """
     if problem := device_problem(device):
         raise UserError(f"--device {quoted(device)}: {problem}")
-    gpus = 0 if device == "cpu" else local_resources().gpus
-    if device != "cpu" and int(device.partition(":")[2] or 0) >= gpus:
+    if device == "cpu":
+        return
+    gpus = local_resources().gpus
+    if int(device.partition(":")[2] or 0) >= gpus:
         found = ", ".join(f"cuda:{number}" for number in range(gpus))
         raise UserError(
             f"--device {device}: this machine has {found or f'no GPU{_torch_build()}'}; leave it "
@@ -267,10 +255,18 @@ def local_free_bytes(folder: Path) -> FreeBytes:
 def free_memory(groups: Iterable[Path] | None = None) -> int:
     """Return the machine's free bytes, or what a container's limit leaves, whichever is less.
 
-    The limits are those of control groups (version 2), by default of this process.
+    Args:
+        groups: Folders of control groups (version 2); by default those of this process.
     """
+    if groups is None:
+        groups = []
+        with suppress(OSError):
+            path = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
+            # In a container the path may be the host's, and the container's group is the root.
+            own = CONTROL_GROUPS / path.lstrip("/")
+            groups = [g for g in (own, *own.parents) if g.is_relative_to(CONTROL_GROUPS)]
     free = int(psutil.virtual_memory().available)
-    for group in _memory_groups() if groups is None else groups:
+    for group in groups:
         with suppress(OSError, ValueError):  # A file is missing, or says "max".
             limit, used = (int((group / f"memory.{n}").read_text()) for n in ("max", "current"))
             # Tokenizing leaves gigabytes of cached files. The system drops them if it needs memory,
@@ -283,58 +279,46 @@ def free_memory(groups: Iterable[Path] | None = None) -> int:
     return free
 
 
-def _memory_groups() -> Iterator[Path]:
-    """Yield the folders of the control groups of this process, from the inside out."""
-    with suppress(OSError):
-        path = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
-        # In a container the path may be the host's, and the container's group is the root.
-        own = CONTROL_GROUPS / path.lstrip("/")
-        yield from (g for g in (own, *own.parents) if g.is_relative_to(CONTROL_GROUPS))
-
-
-def nvml_module() -> Any:
-    """Return the module `pynvml`; None where the extra `gpu` is not installed."""
+@contextmanager
+def _open_nvml(nvml: Any) -> Iterator[Any]:
+    """Yield NVML's module; None without the extra `gpu` or NVIDIA's driver."""
     try:
-        import pynvml
+        nvml = nvml or import_module("pynvml")
+        nvml.nvmlInit()
     except ModuleNotFoundError:
-        return None
-    return pynvml
+        yield None
+    except nvml.NVMLError:
+        yield None
+    else:
+        with suppress(nvml.NVMLError):  # No such GPU, or one that has fallen off the bus.
+            yield nvml
+        nvml.nvmlShutdown()
 
 
 def driver_version(nvml: Any = None) -> str | None:
     """Return the version of NVIDIA's driver; None without it or without NVML."""
-    nvml = nvml or nvml_module()
-    if nvml:
-        with suppress(nvml.NVMLError):
-            nvml.nvmlInit()
-            version = str(nvml.nvmlSystemGetDriverVersion())
-            nvml.nvmlShutdown()
-            return version
-    return None
+    found = []
+    with _open_nvml(nvml) as opened:
+        found += [str(opened.nvmlSystemGetDriverVersion())] if opened else []
+    return found[0] if found else None
 
 
 def installed_gpus(nvml: Any = None) -> list[InstalledGpu]:
     """Return the GPUs that `CUDA_VISIBLE_DEVICES` leaves, in its order; empty without NVML."""
-    nvml = nvml or nvml_module()
     found: list[InstalledGpu] = []
-    if nvml is None:
-        return found
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError:
-        return found
-    with suppress(nvml.NVMLError):  # No such GPU, or one that has fallen off the bus.
-        numbers = ",".join(map(str, range(nvml.nvmlDeviceGetCount())))
+    with _open_nvml(nvml) as opened:
+        if opened is None:
+            return found
+        numbers = ",".join(map(str, range(opened.nvmlDeviceGetCount())))
         for entry in map(str.strip, os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")):
             # CUDA numbers unequal GPUs by speed unless CUDA_DEVICE_ORDER says PCI_BUS_ID; NVML
             # numbers them as they are plugged in. Equal GPUs are alike in any order. As CUDA, stop
             # at the first that does not exist.
             handle = (
-                nvml.nvmlDeviceGetHandleByIndex(int(entry))
+                opened.nvmlDeviceGetHandleByIndex(int(entry))
                 if entry.isdecimal()
-                else nvml.nvmlDeviceGetHandleByUUID(entry)
+                else opened.nvmlDeviceGetHandleByUUID(entry)
             )
-            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-            found.append(InstalledGpu(nvml.nvmlDeviceGetName(handle), int(memory.free)))
-    nvml.nvmlShutdown()
+            memory = opened.nvmlDeviceGetMemoryInfo(handle)
+            found.append(InstalledGpu(opened.nvmlDeviceGetName(handle), int(memory.free)))
     return found

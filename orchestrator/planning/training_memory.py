@@ -12,40 +12,20 @@ Source: this project.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from iiet.chunked_loss import CHUNK_ELEMENTS
 from iiet.config import ModelConfig
-from iiet.cost import field_parameters, num_parameters
+from iiet.cost import field_parameters, layer_counts, num_parameters
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
-
-__all__ = ["TrainingMemory", "training_memory"]
 
 _FULL, _HALF = 4, 2  # bytes of a float32 and of a bfloat16 value
 _FEED_FORWARD_TEMPORARIES = 4  # tensors of width ffn_dim at once in its backward pass
 # Tensors like the logits of a chunk, float32: log-probabilities and two gradients; with a teacher,
 # its distribution, the divergence's terms and its gradient.
 _LOGITS_AT_ONCE, _LOGITS_WITH_TEACHER = 3, 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingMemory:
-    """Bytes that one worker needs while it trains."""
-
-    weights: int
-    """Float32 weights, and their bfloat16 copies where the arithmetic is bfloat16."""
-    gradients: int
-    """Float32 gradients."""
-    optimizer: int
-    """AdamW's two moments."""
-    activations: int
-    """What the forward pass keeps, and what the backward pass adds at its peak."""
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
 
 
 def training_memory(
@@ -60,19 +40,15 @@ def training_memory(
     num_passes: int = 1,
     has_teacher: bool = False,
     has_members: bool = False,
-) -> TrainingMemory:
-    """Estimate the memory of a training step.
+) -> dict[str, int]:
+    """Return the bytes of weights, gradients, AdamW's moments and activations of one worker.
 
     Args:
-        config: the model.
         schedule: the costliest one that is trained; the config's own if None.
         num_sequences: sequences of one forward pass, each as long as the context.
-        precision: of the arithmetic; weights, gradients and moments are float32.
-        on_gpus: with bf16, a teacher's weights are then bfloat16.
-        activation_checkpointing: whether each layer is recomputed in the backward pass.
+        on_gpus: with bf16, a teacher's weights are then bfloat16; all others are float32.
         num_shards: workers that share weights, gradients and moments; 1 if each has all.
-        num_passes: passes of a step; a sharded model stays gathered between them, its gradients do
-            not. Replicated ones have all in any case.
+        num_passes: passes of a step; a sharded model stays gathered between them.
         has_teacher: whether a frozen model of the same size runs beside it.
         has_members: whether cheaper schedules learn from it in the same step (`iiet.distillation`).
     """
@@ -80,39 +56,30 @@ def training_memory(
     parameters = num_parameters(config)
     width = _FULL if precision == "fp32" else _HALF
     shard = -(-parameters // num_shards) * _FULL
-    gathered, reduced = _gathered_bytes(config, width, num_passes) if num_shards > 1 else (0, 0)
-    copies = 0
+    weights, gradients = shard, shard
+    if num_shards > 1:
+        # What belongs to no field stays for the whole step, in float32. So do the fields of a step
+        # of several passes; in a single pass, the next layer is gathered while one runs.
+        layer = field_parameters(config)
+        others = (parameters - config.num_layers * layer) * _FULL
+        gathered = config.num_layers if num_passes > 1 else min(2, config.num_layers)
+        weights += others + gathered * layer * width
+        # A layer's gradients are copied to float32 to be summed over the workers. Where the stack
+        # repeats, those of all layers wait for their earlier runs (`_peak_bytes`).
+        gradients += others + layer * (width + _FULL)
     if precision == "bf16":
         # The backward pass needs the copies of all layers, or of the one that is recomputed. Of
         # a sharded model, layers are gathered as bfloat16, and the head is copied.
         copied = parameters // (config.num_layers if activation_checkpointing else 1)
-        copies = copied if num_shards == 1 else config.vocab_size * config.dim
-    tokens = num_sequences * config.context_length
-    teacher = parameters * (width if on_gpus else _FULL) if has_teacher else 0
+        weights += (copied if num_shards == 1 else config.vocab_size * config.dim) * _HALF
+    if has_teacher:
+        weights += parameters * (width if on_gpus else _FULL)
+    tokens, compares = num_sequences * config.context_length, has_teacher or has_members
+    peak = _peak_bytes(config, tokens, width, activation_checkpointing, num_shards, compares)
     # The last hidden states of the full schedule stay for the members.
     kept = tokens * config.dim * _FULL if has_members else 0
-    compares = has_teacher or has_members
-    return TrainingMemory(
-        weights=shard + gathered + teacher + copies * _HALF,
-        gradients=shard + reduced,
-        optimizer=2 * shard,
-        activations=kept
-        + _peak_bytes(config, tokens, width, activation_checkpointing, num_shards, compares),
-    )
-
-
-def _gathered_bytes(config: ModelConfig, width: int, num_passes: int) -> tuple[int, int]:
-    """Count the weights and gradients of a sharded model that a worker holds in full.
-
-    What belongs to no field stays for the whole step, in float32. So do the fields of a step of
-    several passes; in a single pass, the next layer is gathered while one runs.
-    """
-    layer = field_parameters(config)
-    others = (num_parameters(config) - config.num_layers * layer) * _FULL
-    layers = config.num_layers if num_passes > 1 else min(2, config.num_layers)
-    # A layer's gradients are copied to float32 to be summed over the workers. Where the stack
-    # repeats, those of all layers wait for their earlier runs (`_peak_bytes`).
-    return others + layers * layer * width, others + layer * (width + _FULL)
+    memory = {"weights": weights, "gradients": gradients, "AdamW": 2 * shard}
+    return {**memory, "activations": peak + kept}
 
 
 def _peak_bytes(
@@ -160,13 +127,10 @@ def _peak_bytes(
 
 
 def _layer_bytes(config: ModelConfig, layer: int, width: int) -> int:
-    method, dim = METHODS[config.method], config.dim
+    dim, counts = config.dim, layer_counts(config, layer)
     kv_dim = config.num_kv_heads * config.head_dim
     # The point, its norm, and the state between attention and feed-forward network. In the
     # arithmetic's precision: queries, keys, values, attention's output, the network's input, gate
     # and up.
     evaluation = 3 * dim * _FULL + (3 * dim + 2 * kv_dim + 2 * config.ffn_dim) * width
-    of_layer = config.corrections, layer, config.options
-    return (
-        method.num_differentiated(*of_layer) * evaluation + method.num_kept(*of_layer) * dim * _FULL
-    )
+    return counts.num_differentiated * evaluation + counts.num_kept * dim * _FULL

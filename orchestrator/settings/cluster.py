@@ -21,9 +21,7 @@ ADDRESS_VARIABLE = "RAY_ADDRESS"
 
 MLFLOW, TENSORBOARD = "mlflow", "tensorboard"
 
-LOGGERS = ExtensionNames(
-    "iiet_orch.loggers", "logger", (TENSORBOARD,), is_reserved=lambda name: name == MLFLOW
-)
+LOGGERS = ExtensionNames("iiet_orch.loggers", "logger", (TENSORBOARD,))
 """Names of loggers beside MLflow, also of other packages; `orchestrator.tracking.loggers` has
 their classes."""
 

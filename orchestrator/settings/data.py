@@ -44,12 +44,7 @@ def parse_task_name(name: str) -> tuple[str, int]:
     return match[1], depth
 
 
-TEXT_SOURCES = ExtensionNames(
-    "iiet_orch.data_sources",
-    "data source",
-    ("python", "files", "hub"),
-    is_reserved=lambda name: name in OTHER_SOURCES or is_depth_task(name),
-)
+TEXT_SOURCES = ExtensionNames("iiet_orch.data_sources", "data source", ("python", "files", "hub"))
 """Names of text sources, also of other packages; their classes: `orchestrator.data.text`."""
 
 

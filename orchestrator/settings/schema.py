@@ -130,6 +130,8 @@ def _of_data_and_devices(settings: Settings) -> Iterator[str]:
         yield "cluster.min_gpus, cluster.num_gpus: the first must not be above the second"
     if cluster.min_gpus and cluster.parallel == "fsdp":
         yield "cluster.min_gpus, cluster.parallel: fsdp needs a fixed number of workers; take ddp"
+    if cluster.num_gpus and cluster.num_workers not in (1, cluster.num_gpus):
+        yield "cluster.num_workers, cluster.num_gpus: each worker has one GPU; leave the first out"
     num_workers = cluster.num_gpus or cluster.num_workers
     if cluster.num_shards and cluster.parallel == "ddp":
         yield "cluster.num_shards, cluster.parallel: shards need cluster.parallel=fsdp"
@@ -176,6 +178,25 @@ def _of_trainings(settings: Settings) -> Iterator[str]:
 
 def _of_sweep(settings: Settings) -> Iterator[str]:
     sweep, kind, distillation = settings.sweep, settings.sweep.kind, settings.distillation
+    gpus, num_gpus, workers = (
+        sweep.gpus_per_trial,
+        settings.cluster.num_gpus,
+        sweep.workers_per_trial,
+    )
+    if num_gpus and gpus == 0:
+        yield (
+            "sweep.gpus_per_trial, cluster.num_gpus: the first trains trials on CPUs, and the "
+            "second names GPUs; leave the first out, or set the second to 0 to train everything "
+            "on CPUs"
+        )
+    if num_gpus and (gpus or workers) > num_gpus:
+        asked = "workers_per_trial" if gpus is None else "gpus_per_trial"
+        yield f"sweep.{asked}, cluster.num_gpus: a trial asks for more GPUs than the run has"
+    if gpus and workers not in (1, gpus):
+        yield (
+            "sweep.workers_per_trial, sweep.gpus_per_trial: each worker has one GPU; leave the "
+            "first out"
+        )
     if kind != "iterations" and min(sweep.thresholds, default=0) < 0:
         from iiet.influence_metrics import INFLUENCE_METRICS  # Imports PyTorch.
 

@@ -46,7 +46,7 @@ class OneOf:
     """Annotation of a text: one of the names to which other packages add (`iiet.extensions`).
 
     Raises:
-        ValueError: In the validation, if there is no such name, two packages have it, or the class
+        ValueError: In the validation, if there is no such name, or the class
             of another package cannot be imported.
     """
 
@@ -83,6 +83,4 @@ class OneOf:
             raise ValueError(f"input should be {', '.join(others)} or {last}")
         if isinstance(known, ExtensionTable):
             known[name]  # Imports the class.
-        else:
-            known.entry_point(name)
         return name

@@ -25,7 +25,6 @@ from orchestrator.planning.estimate import assign_trial_gpus
 from orchestrator.planning.machine import (
     Resources,
     check_available,
-    check_resources,
     check_run_resources,
 )
 from orchestrator.settings import (
@@ -217,7 +216,6 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
     """
     if broken := broken_sweep_rules(settings):
         raise UserError(list_of_problems("settings", broken))
-    assign_trial_gpus(settings)
     if settings.sweep.asha and not any(
         len(learning_rates(settings, model)) > 1 for model in swept_models(settings)
     ):
@@ -243,10 +241,8 @@ def check_devices(
     """
     sweep, cluster = assign_trial_gpus(settings).sweep, settings.cluster
     num_workers, num_gpus = sweep.workers_per_trial, sweep.gpus_per_trial or 0
-    if resources:
-        check_available(num_workers, num_gpus, resources, per_trial=True)
-    else:
-        check_resources(num_workers, num_gpus, cluster.ray_address, per_trial=True)
+    address = cluster.ray_address
+    check_available(num_workers, num_gpus, resources, address=address, per_trial=True)
     if pretrains:
         check_run_resources(cluster, resources)
 

@@ -252,7 +252,7 @@ def student_estimates(
     for seed in settings.sweep.seeds or (settings.distillation.training.seed,):
         for config, training in models:
             recipe = training.model_copy(update={"seed": seed})
-            cache = answers_plan(teacher, recipe, loss, teacher_key="unknown", tokens="unknown")
+            cache = answers_plan(teacher, recipe, loss)
             found.append(
                 Estimate(
                     config=config,

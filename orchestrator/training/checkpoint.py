@@ -1,10 +1,10 @@
 """Write checkpoints: folders `step_00000100/` that are complete or absent.
 
-A background thread writes: a step waits only for a copy of the state in memory, on GPUs only its
-update of the weights. One checkpoint is written at a time: the next one, a stop and the end of the
-run wait for it, and raise its error (full disk) on all workers. A killed process loses at most that
-checkpoint. `provenance.json` holds the SHA-256 of every other file, which finds later damage.
-Nothing is unpickled: weights are safetensors, the training state loads with `weights_only=True`.
+A background thread writes: a step waits only for a copy of the state in the host's memory. One
+checkpoint is written at a time: the next one, a stop and the end of the run wait for it, and raise
+its error (full disk) on all workers. A killed process loses at most that checkpoint.
+`provenance.json` holds the SHA-256 of every other file, which finds later damage. Nothing is
+unpickled: weights are safetensors, the training state loads with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -131,25 +131,34 @@ def save_checkpoint(
     return folder
 
 
-def load_training_state(folder: Path, *, mapped: bool = False) -> dict[str, Any]:
+def load_training_state(folder: Path) -> dict[str, Any]:
     """Load the state of the optimizer and the loop from a verified checkpoint.
 
-    Args:
-        mapped: Leave the tensors in the file until they are read. If they are copied to a GPU, its
-            workers then need no memory of the machine for them.
+    Tensors stay in the file until they are read: a worker reads its own rows only.
 
     Raises:
         UserError: If it holds objects that are neither tensors nor plain values.
     """
     file = folder / TRAINING_STATE
     try:
-        state: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu", mmap=mapped)
+        state: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
     except UnpicklingError:
         raise UserError(
             f"{file} holds objects that are neither tensors nor plain values, which could run "
             f"code, so it is not loaded; {REMEDY}"
         ) from None
     return state
+
+
+def best_checkpoint(run_folder: Path) -> Path | None:
+    """Return the checkpoint that `best.json` names; None if there is none or it was deleted.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    name = (read_json(run_folder / BEST) or {}).get("checkpoint")
+    folder = run_folder / str(name)
+    return folder if is_valid_name(name) and folder.is_dir() else None
 
 
 def record_best(checkpoint: Path, step: int, validation_loss: float) -> None:
@@ -163,18 +172,6 @@ def record_best(checkpoint: Path, step: int, validation_loss: float) -> None:
     if is_better and math.isfinite(validation_loss):
         found = {"checkpoint": checkpoint.name, "step": step, "validation_loss": validation_loss}
         write_json(path, found)
-
-
-def best_checkpoint(run_folder: Path) -> Path | None:
-    """Return the checkpoint that `best.json` names; None if there is none or it was deleted.
-
-    Raises:
-        UserError: If the file is damaged.
-    """
-    best = read_json(run_folder / BEST)
-    name = best.get("checkpoint") if best else None
-    folder = run_folder / str(name)
-    return folder if is_valid_name(name) and folder.is_dir() else None
 
 
 def prune_checkpoints(
@@ -230,21 +227,24 @@ class CheckpointWriter:
         Raises:
             CheckpointWriteFailed: If the previous checkpoint could not be written.
         """
+        world = self._world
         if position.step in (0, self._saved_step):
             return
-        run_on_first(self.finish, self._world)
+        run_on_first(self.finish, world)
         self._saved_step, self._saved_at = position.step, time.monotonic()
-        is_first = self._world.is_first
-        if not (is_first or self._world.is_sharded):
+        if not (world.is_first or world.is_sharded):
             return
-        self._copies.order_updates(optimizer)
         state = {"weights": decoder.state_dict(), "optimizer": optimizer.state_dict()}
-        copied = self._copies.copy(state, keep=is_first)
-        if is_first:
+        copied = self._copies.copy(state, keep=world.is_first)
+        if world.is_first:
+            # No step draws random numbers yet; saving their state allows dropout to be added.
+            random = {"cpu": torch.get_rng_state()}
+            if world.is_gpu:
+                random["cuda"] = torch.cuda.get_rng_state(world.device)
             training_state = {
                 "optimizer": copied["optimizer"],
                 "position": asdict(position),
-                "random": _random_state(self._world),
+                "random": random,
             }
             arguments = replace(position), copied["weights"], training_state
             self._writing = self._pool.submit(self._write, *arguments)
@@ -316,14 +316,6 @@ class CheckpointWriter:
             self.remote.upload(step, self._event)
 
 
-def _random_state(world: World) -> dict[str, Tensor]:
-    # No step draws random numbers yet; saving the state allows dropout to be added.
-    state = {"cpu": torch.get_rng_state()}
-    if world.is_gpu:
-        state["cuda"] = torch.cuda.get_rng_state(world.device)
-    return state
-
-
 def set_random_state(state: Mapping[str, Tensor], world: World) -> None:
     """Restore the state of the random number generators from a checkpoint."""
     torch.set_rng_state(state["cpu"])
@@ -331,39 +323,16 @@ def set_random_state(state: Mapping[str, Tensor], world: World) -> None:
         torch.cuda.set_rng_state(state["cuda"], world.device)
 
 
-def _pinned_like(tensor: Tensor) -> Tensor:
-    # PyTorch rounds the bytes up to a power of two.
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-
-
 class HostCopies:
     """Copies nested dictionaries of tensors to the host; one copy at a time, as they share buffers.
 
-    From a GPU, tensors are copied by a stream of their own into pinned buffers, which every copy
-    uses again: neither this process nor the next step's forward and backward pass wait for them.
-    Only the next update of the weights does, on the GPU. The rest of a sharded model waits for each
-    tensor that is gathered for the copy, so that no two of them take memory at once.
+    A GPU copies to pinned buffers between two steps; this process does not wait for it.
     """
 
-    def __init__(
-        self,
-        device: str,
-        *,
-        streams: Any = torch.cuda,
-        new_buffer: Callable[[Tensor], Tensor] = _pinned_like,
-    ) -> None:
-        """Copy from a device.
-
-        Args:
-            device: Such as `cpu` or `cuda:0`.
-            streams: Makes and orders streams, like `torch.cuda`.
-            new_buffer: Returns a buffer of the host for a tensor of a GPU.
-        """
-        self._streams, self._new_buffer = streams, new_buffer
-        self._stream = streams.Stream(device) if device.startswith("cuda") else None
+    def __init__(self, device: str) -> None:
+        self._device = device if device.startswith("cuda") else None
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
-        self._done: Any = None
-        self._ordered: set[int] = set()
+        self._done: torch.cuda.Event | None = None
 
     def copy(self, state: Any, *, keep: bool) -> Any:
         """Start to copy; `wait` says when the result is complete.
@@ -372,24 +341,14 @@ class HostCopies:
         place of each tensor.
         """
         copied = self._copied(state, (), keep)
-        self._done = self._stream.record_event() if self._stream else None
+        if self._device:
+            self._done = torch.cuda.current_stream(self._device).record_event()
         return copied
 
     def wait(self) -> None:
         """Wait until the last copy is complete; called by the thread that reads it."""
         if self._done:
             self._done.synchronize()
-
-    def order_updates(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the updates of an optimizer begin after the copies that started before them."""
-
-        def wait_for_copy(*_: Any) -> None:
-            if self._done:
-                self._streams.current_stream().wait_event(self._done)
-
-        if self._stream and id(optimizer) not in self._ordered:
-            self._ordered.add(id(optimizer))
-            optimizer.register_step_pre_hook(wait_for_copy)
 
     def _copied(self, value: Any, path: tuple[Any, ...], keep: bool) -> Any:
         if isinstance(value, dict):
@@ -399,17 +358,12 @@ class HostCopies:
             return type(value)(self._copied(part, (*path, n), keep) for n, part in parts)
         if not isinstance(value, Tensor):
             return value
-        tensor = value.detach()
-        whole = full_tensor(tensor)
+        whole = full_tensor(value.detach())
         if not keep:
             return None
-        if self._stream is None:
+        if not self._device:
             return whole.to("cpu", copy=True)
         if path not in self._buffers:
-            self._buffers[path] = self._new_buffer(whole)
-        self._stream.wait_stream(self._streams.current_stream())
-        with self._streams.stream(self._stream):
-            copied = self._buffers[path].copy_(whole, non_blocking=True)
-        if whole is not tensor:  # It was gathered for the copy, and its memory is used again.
-            self._streams.current_stream().wait_stream(self._stream)
-        return copied
+            # PyTorch rounds the bytes up to a power of two.
+            self._buffers[path] = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=True)
+        return self._buffers[path].copy_(whole, non_blocking=True)

@@ -301,19 +301,20 @@ def own_rows(full: Tensor, parameter: Any) -> Tensor:
 
 
 def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the full state of an optimizer; of a sharded parameter this worker's rows.
+    """Load the full state of an optimizer from tensors that are mapped from a file.
 
-    Of tensors that are mapped from a file, only the worker's own rows are read.
+    Of a sharded parameter, this worker's rows are read.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def own(value: Tensor, parameter: Any) -> Tensor:
-        # Only moments have the shape of their parameter; the step count is a scalar.
-        if not hasattr(parameter, "device_mesh") or value.shape != parameter.shape:
-            return value
+        if value.shape != parameter.shape:  # The step count is a scalar.
+            return value.clone()
+        rows = own_rows(value, parameter).to(parameter.device, copy=True)
+        if not hasattr(parameter, "device_mesh"):
+            return rows
         from torch.distributed.tensor import DTensor
 
-        rows = own_rows(value, parameter).to(parameter.device, copy=True)  # Of a mapped file.
         mesh, placements, stride = parameter.device_mesh, parameter.placements, parameter.stride()
         return DTensor.from_local(rows, mesh, placements, shape=value.shape, stride=stride)
 
@@ -439,21 +440,18 @@ def compile_fields(
     One graph serves all evaluations, layers and iteration schedules; another number of sequences,
     or a mask, needs another one. Passes without gradients run as they are: a graph of their own
     would take longer than the few validations of a run. After a failure of the compiler training
-    continues uncompiled, and what exceeds PyTorch's limit on graphs runs uncompiled.
+    continues uncompiled.
 
     Args:
         decoder: The model.
         event: Gets `compiled` with the seconds, or `not compiled` with a text.
         backend: PyTorch's name of a compiler, or a function from graph and inputs to a callable.
     """
-    # Importing them takes two seconds.
-    from torch._dynamo import config as dynamo
-    from torch._dynamo import lookup_backend
-    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+    from torch._dynamo import lookup_backend  # Importing them takes two seconds.
+    from torch._dynamo.exc import TorchDynamoException
     from torch._functorch import config
 
     torch.compiler.reset()  # Each job has its own backend, and Dynamo keeps graphs for eight.
-    dynamo.fail_on_recompile_limit_hit = True  # Else only a log tells of it.
     warnings.filterwarnings("ignore", message=r"The \.grad attribute", category=UserWarning)
     make = lookup_backend(backend) if isinstance(backend, str) else backend
     # An older PyTorch lacks some of these; the graphs are right without them.
@@ -475,12 +473,6 @@ def compile_fields(
             if has_failed or not torch.is_grad_enabled():
                 return plain(*args, **options)
             try:
-                return fast(*args, **options)
-            except FailOnRecompileLimitHit:
-                dynamo.fail_on_recompile_limit_hit = False
-                text = "training needs more compiled graphs than PyTorch keeps "
-                text += "(torch._dynamo.config.recompile_limit), so some passes run uncompiled"
-                event("not compiled", text=f"{text}, slower on GPUs")
                 return fast(*args, **options)
             except TorchDynamoException as error:
                 has_failed = True

@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,8 +50,11 @@ from orchestrator.workspace.provenance import content_key
 ANSWERS, MANIFEST = "answers.bin", "manifest.json"
 FORMAT_VERSION = 2
 
-AnswersByStep = Callable[[int], tuple[Tensor, Tensor]]
-"""Number of a teaching step, from 0 -> its sequences (batch, time), and the teacher's logits."""
+Answers = Callable[[str], Iterable[tuple[Tensor, Tensor]]]
+"""Device -> for each step that needs the teacher, its sequences (batch, time) and the logits."""
+
+
+# The plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,128 +94,44 @@ class CachePlan:
 
 
 def cache_plan(job: TrainingJob) -> CachePlan | None:
-    """Return the content of a job's teacher cache; as `answers_plan`, of which tokens and teacher
-    must exist."""
+    """Return the `answers_plan` of a job, whose tokens and teacher must exist."""
     if job.objective != "distill" or not job.teacher_folder:
         return None
     folder, loss = Path(job.teacher_folder), job.distillation or DistillationConfig()
-    keys = {"teacher_key": weights_key(folder), "tokens": open_data(job.tokens_folder).fingerprint}
-    return answers_plan(load_config(folder), job.recipe, loss, **keys)
+    origin = {"teacher": weights_key(folder), "tokens": open_data(job.tokens_folder).fingerprint}
+    return answers_plan(load_config(folder), job.recipe, loss, **origin)
 
 
 def answers_plan(
-    teacher: ModelConfig,
-    recipe: TrainingSettings,
-    loss: DistillationConfig,
-    *,
-    teacher_key: str,
-    tokens: str,
+    model: ModelConfig, recipe: TrainingSettings, loss: DistillationConfig, **origin: str
 ) -> CachePlan | None:
     """Return the logits that a recipe and a loss need; None if none, or hidden states are, too.
 
     Args:
-        teacher_key: Hash of the teacher's weights; any text if only the size matters.
-        tokens: Fingerprint of the tokens; likewise.
+        model: The teacher's configuration.
+        origin: Keys of its weights and of the tokens; not needed if only the size matters.
 
     Raises:
         UserError: If the batch is not a whole number of sequences.
     """
-    steps = _teaching_steps(recipe, loss)
+    steps = list(filter(loss.uses_teacher, range(recipe.num_steps)))
     if loss.hidden_weight or not steps:
         return None
     return CachePlan(
         origin={
-            "teacher": teacher_key,
-            "model": teacher.to_dict(),
-            "tokens": tokens,
+            **origin,
+            "model": model.to_dict(),
             "seed": recipe.seed,
             "first_step": steps[0],
             # The last bits of a row can depend on how many rows are computed together.
             "sequences_per_pass": recipe.num_sequences_per_pass,
         },
         num_steps=len(steps),
-        num_sequences=sequences_per_step(recipe, teacher),
-        context_length=teacher.context_length,
-        vocab_size=teacher.vocab_size,
+        num_sequences=sequences_per_step(recipe, model),
+        context_length=model.context_length,
+        vocab_size=model.vocab_size,
         precision=recipe.precision,
     )
-
-
-def _teaching_steps(recipe: TrainingSettings, loss: DistillationConfig) -> list[int]:
-    return [step for step in range(recipe.num_steps) if loss.uses_teacher(step)]
-
-
-def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | None:
-    """Return the frozen teacher on this worker's device; None if the job has none.
-
-    Stored answers replace the teacher if they are complete; incomplete ones are ignored.
-    """
-    if job.objective != "distill" or job.teacher_folder is None:
-        return None
-    plan = cache_plan(job) if job.teacher_cache else None
-    if plan and (cached := open_cache(Path(str(job.teacher_cache)), plan)):
-        return cached
-    dtype = frozen_dtype(job.recipe.precision, world.device)
-    folder = Path(job.teacher_folder)
-    return load_model(folder, device=world.device, dtype=dtype, check=False, frozen=True)
-
-
-@dataclass(frozen=True)
-class CachedTeacher:
-    """A teacher that reads its logits from a cache; called like a decoder.
-
-    It finds a sequence by the hash of its tokens: an unknown one is an error, never a wrong answer.
-    The file is memory-mapped, so the workers and trials of one machine share it.
-    """
-
-    folder: Path
-    _stored: np.ndarray
-    _numbers: dict[bytes, int]
-
-    def __call__(self, input_ids: Tensor) -> Tensor:
-        """Return the teacher's logits for sequences (batch, time) of the plan, in any order.
-
-        Raises:
-            KeyError: If a sequence is not part of the plan.
-        """
-        try:
-            numbers = [self._numbers[digest] for digest in _digests(input_ids.cpu().numpy())]
-        except KeyError:
-            raise KeyError(f"{self.folder} has no answer for a requested sequence") from None
-        logits = torch.from_numpy(self._stored["logits"][numbers]).to(input_ids.device)
-        return logits.view(torch.bfloat16) if logits.dtype == torch.int16 else logits
-
-
-def _digests(sequences: np.ndarray) -> Iterator[bytes]:
-    rows = sequences.astype("<i4", copy=False)
-    return (hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows)
-
-
-def open_cache(folder: Path, plan: CachePlan) -> CachedTeacher | None:
-    """Open a cache; None if it is missing, incomplete or has other content."""
-    # This compares sizes; `write_cache` verifies checksums once for all readers.
-    if find_cache_damage(folder, plan, read=False):
-        return None
-    try:
-        stored = np.memmap(folder / ANSWERS, plan.dtype, "r")
-    except FileNotFoundError:  # Another process has just deleted it.
-        return None
-    numbers = {digest: number for number, digest in enumerate(_digests(stored["tokens"]))}
-    return CachedTeacher(folder, stored, numbers)
-
-
-def find_cache_damage(folder: Path, plan: CachePlan, *, read: bool = True) -> str | None:
-    """Return what is wrong with a cache; None if nothing is. `read` verifies checksums, too."""
-    manifest, path = None, folder / ANSWERS
-    with suppress(UserError):
-        manifest = read_json(folder / MANIFEST)
-    if manifest is None:
-        return f"{MANIFEST} is missing or damaged"
-    if manifest.get("plan") != asdict(plan) or "checksums" not in manifest:
-        return "it holds other answers"
-    if not path.is_file() or path.stat().st_size != plan.num_bytes:
-        return f"{ANSWERS} is incomplete"
-    return damaged_file(folder, manifest["checksums"], names=[ANSWERS]) if read else None
 
 
 class TeacherWork(NamedTuple):
@@ -238,17 +157,80 @@ def teacher_work(
     """
     num_live = sum(tokens for plan, tokens in zip(plans, tokens_left, strict=True) if plan is None)
     planned = {plan.key: plan for plan in plans if plan}
-    missing = [p for k, p in planned.items() if find_cache_damage(parent / k, p, read=False)]
-    num_stored, num_bytes = (
-        sum(plan.num_tokens for plan in missing),
-        sum(plan.num_bytes for plan in missing),
-    )
+    missing = [plan for key, plan in planned.items() if not open_cache(parent / key, plan)]
+    num_stored = sum(plan.num_tokens for plan in missing)
+    num_bytes = sum(plan.num_bytes for plan in missing)
     if num_bytes > (free := free_disk(parent)):
         raise UserError(
             f"distillation.teacher_cache needs {format_bytes(num_bytes)}, and {parent} has "
             f"{format_bytes(free)} free; set it to false, or shorten distillation.training"
         )
     return TeacherWork(num_live + num_stored, num_stored, num_bytes)
+
+
+# Reading
+
+
+def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | None:
+    """Return the frozen teacher on this worker's device; None if the job has none.
+
+    Stored answers replace the teacher if they are intact; others are ignored.
+    """
+    if job.objective != "distill" or job.teacher_folder is None:
+        return None
+    plan = cache_plan(job) if job.teacher_cache else None
+    if plan and (cached := open_cache(Path(str(job.teacher_cache)), plan)):
+        return cached
+    dtype = frozen_dtype(job.recipe.precision, world.device)
+    folder = Path(job.teacher_folder)
+    return load_model(folder, device=world.device, dtype=dtype, check=False, frozen=True)
+
+
+def open_cache(folder: Path, plan: CachePlan) -> CachedTeacher | None:
+    """Open a cache; None if it is missing or damaged, or has other content."""
+    with suppress(UserError, FileNotFoundError):  # Another process may delete it at any time.
+        manifest = read_json(folder / MANIFEST) or {}
+        is_right = manifest.get("plan") == asdict(plan)
+        if is_right and not damaged_file(folder, manifest["checksums"]):
+            return CachedTeacher(folder, np.memmap(folder / ANSWERS, plan.dtype, "r"))
+    return None
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """A teacher that reads its logits from a cache; called like a decoder.
+
+    It finds a sequence by the hash of its tokens: an unknown one is an error, never a wrong answer.
+    The file is memory-mapped, so the workers and trials of one machine share it.
+    """
+
+    folder: Path
+    stored: np.ndarray
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """Return the teacher's logits for sequences (batch, time) of the plan, in any order.
+
+        Raises:
+            KeyError: If a sequence is not part of the plan.
+        """
+        try:
+            numbers = [self._numbers[digest] for digest in _digests(input_ids.cpu().numpy())]
+        except KeyError:
+            raise KeyError(f"{self.folder} has no answer for a requested sequence") from None
+        logits = torch.from_numpy(self.stored["logits"][numbers]).to(input_ids.device)
+        return logits.view(torch.bfloat16) if logits.dtype == torch.int16 else logits
+
+    @cached_property
+    def _numbers(self) -> dict[bytes, int]:
+        return {digest: number for number, digest in enumerate(_digests(self.stored["tokens"]))}
+
+
+def _digests(sequences: np.ndarray) -> Iterator[bytes]:
+    rows = sequences.astype("<i4", copy=False)
+    return (hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows)
+
+
+# Writing
 
 
 def store_answers(
@@ -276,54 +258,45 @@ def store_answers(
         progress.start("teacher", plan.num_steps)
         try:
             # A damaged cache is written again; an intact one needs no teacher and no device.
-            if find_cache_damage(parent / plan.key, plan):
-                on_device(partial(_write_answers, job, plan, parent), progress)
+            if not open_cache(parent / plan.key, plan):
+                on_device(partial(write_cache, plan, parent, partial(answers_of, job)), progress)
         except OSError as error:
             raise RunFailed(
                 f"cannot store the teacher's answers in {parent} ({error.strerror or error}); "
                 "free disk space, or set distillation.teacher_cache=false"
             ) from None
-        size = format_bytes(plan.num_bytes)
-        progress.finish(f"answers for {plan.num_tokens:,} tokens, {size}")
-    folders = [str(parent / plan.key) if plan else None for plan in plans]
+        progress.finish(f"answers for {plan.num_tokens:,} tokens, {format_bytes(plan.num_bytes)}")
     return [
-        job.model_copy(update={"teacher_cache": folder}) if folder else job
-        for job, folder in zip(jobs, folders, strict=True)
+        job.model_copy(update={"teacher_cache": str(parent / plan.key)}) if plan else job
+        for job, plan in zip(jobs, plans, strict=True)
     ], work
 
 
-def _write_answers(
-    job: TrainingJob, plan: CachePlan, parent: Path, device: str, progress: Progress
-) -> None:
-    write_cache(plan, parent, answers_by_step(job, device=device), progress=progress)
-
-
-def answers_by_step(job: TrainingJob, *, device: str = "cpu") -> AnswersByStep:
-    """Return a function that computes the teacher's logits of a step as the job itself would."""
+def answers_of(job: TrainingJob, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what `write_cache` stores, computed as the job itself would."""
     data, recipe, world = open_data(job.tokens_folder), job.recipe, World(device=device)
-    steps = _teaching_steps(recipe, job.distillation or DistillationConfig())
-    # Loaded at the first call: a complete cache needs no teacher.
-    live = job.model_copy(update={"teacher_cache": None})
-    teacher: Callable[[], Any] = cache(lambda: load_teacher(live, world))
-
-    @torch.no_grad()
-    def answers(number: int) -> tuple[Tensor, Tensor]:
+    teacher: Any = load_teacher(job.model_copy(update={"teacher_cache": None}), world)
+    loss = job.distillation or DistillationConfig()
+    for step in filter(loss.uses_teacher, range(recipe.num_steps)):
         sequences = data.batch(
-            steps[number],
+            step,
             context_length=job.model.context_length,
             seed=recipe.seed,
             global_batch=sequences_per_step(recipe, job.model),
         ).input_ids
-        with autocast(recipe.precision, world):
+        with torch.no_grad(), autocast(recipe.precision, world):
             # The device keeps the logits of one pass only, as in the job itself.
             parts = torch.split(sequences, recipe.num_sequences_per_pass or len(sequences))
-            return sequences, torch.cat([teacher()(part.to(device)).cpu() for part in parts])
-
-    return answers
+            logits = torch.cat([teacher(part.to(device)).cpu() for part in parts])
+        yield sequences, logits
 
 
 def write_cache(
-    plan: CachePlan, parent: Path, answers: AnswersByStep, *, progress: Progress | None = None
+    plan: CachePlan,
+    parent: Path,
+    answers: Answers,
+    device: str = "cpu",
+    progress: Progress | None = None,
 ) -> Path:
     """Write a cache into `parent`/<key>, unless an intact one exists; return its folder.
 
@@ -332,21 +305,19 @@ def write_cache(
     """
     progress, folder = progress or Progress(), parent / plan.key
     with lock_file(parent / f".{plan.key}.lock"):
-        problem = find_cache_damage(folder, plan)
-        if problem is None:
+        if open_cache(folder, plan):
             return folder
         if folder.exists():
-            progress.note(f"{folder} is damaged ({problem}) and is written again")
+            progress.note(f"{folder} is damaged and is written again")
         with new_folder(folder) as temporary:
             with (temporary / ANSWERS).open("wb") as file:
-                for number in range(plan.num_steps):
-                    sequences, logits = answers(number)
+                for number, (sequences, logits) in enumerate(answers(device), start=1):
                     stored = np.empty(plan.num_sequences, plan.dtype)
                     stored["tokens"] = sequences.numpy()
                     is_half = logits.dtype == torch.bfloat16
                     stored["logits"] = (logits.view(torch.int16) if is_half else logits).numpy()
                     file.write(stored.tobytes())
-                    progress.advance(number + 1)
+                    progress.advance(number)
             checksums = checksums_of(temporary, [ANSWERS])
             write_json(temporary / MANIFEST, {"plan": asdict(plan), "checksums": checksums})
     return folder

@@ -27,11 +27,9 @@ from torch import Tensor, nn
 from iiet.batch import Batch
 from iiet.decoder import Decoder
 from iiet.distillation import Model, RememberingTeacher
-from iiet.schedule import IterationSchedule
 from orchestrator.data.mixture import open_data
 from orchestrator.models.folder import check_checkpoint, newest_checkpoint
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.stop import stop_requested
 from orchestrator.training.checkpoint import (
     CheckpointWriter,
@@ -129,41 +127,34 @@ def run_job(
     # Replicas may have unequal shares of a step. Shards make the same number of passes.
     num_workers = world.size if world.is_sharded else 1
     run_on_first(lambda: check_job(job, num_workers=num_workers), world)
+    with ExitStack() as stack:
 
-    def open_folder() -> TrainingOutcome | None:
-        write_job_file(job)
-        delete_leftovers(job.folder)
-        return finished_outcome(job)
+        def open_folder() -> TrainingOutcome | None:
+            # Workers outlive a killed driver by seconds, and the lock of a lost node outlives the
+            # node. Two commands on one folder do not meet here: `watching.py` lets the second wait.
+            lock = lock_file(job.folder / WORKERS_LOCK_NAME, seconds=LOCK_SECONDS)
+            if not stack.enter_context(lock):
+                raise RunFailed(
+                    f"another process trained in {job.folder} for {LOCK_SECONDS:g} s; wait for it, "
+                    "stop it, or choose another name"
+                )
+            write_job_file(job)
+            delete_leftovers(job.folder)
+            return finished_outcome(job)
 
-    with _locked(job.folder, world):
         if outcome := run_on_first(open_folder, world):
             return outcome
         check_precision(job.recipe.precision, world.device, section=job.section)
-        with closing(Trainer(job, world, should_stop, should_save, report)) as trainer:
-            trainer.prepare()
-            try:
-                finished = trainer.train()
-                run_on_first(trainer.writer.finish, world)
-            except Diverged as error:
-                raise run_on_first(partial(trainer.with_advice, error), world) from None
-            return trainer.end(finished)
-
-
-@contextmanager
-def _locked(folder: Path, world: World) -> Iterator[None]:
-    # Workers outlive a killed driver by seconds, and the lock of a lost node outlives the node. Two
-    # commands on one folder do not meet here: `watching.py` lets the second one wait.
-    with ExitStack() as stack:
-
-        def acquire() -> None:
-            if not stack.enter_context(lock_file(folder / WORKERS_LOCK_NAME, seconds=LOCK_SECONDS)):
-                raise RunFailed(
-                    f"another process trained in {folder} for {LOCK_SECONDS:g} s; wait for it, "
-                    "stop it, or choose another name"
-                )
-
-        run_on_first(acquire, world)
-        yield
+        trainer = stack.enter_context(
+            closing(Trainer(job, world, should_stop, should_save, report))
+        )
+        trainer.prepare()
+        try:
+            finished = trainer.train()
+            run_on_first(trainer.writer.finish, world)
+        except Diverged as error:
+            raise run_on_first(partial(trainer.with_advice, error), world) from None
+        return trainer.end(finished)
 
 
 class Trainer:
@@ -176,9 +167,6 @@ class Trainer:
     objective: Objective
     passes: Passes
     """The losses whose sum is minimized: `objective`, and in elastic training those of members."""
-    position: Position
-    recipe: TrainingSettings
-    world: World
 
     def __init__(
         self,
@@ -218,18 +206,15 @@ class Trainer:
 
     def close(self) -> None:
         """End the threads, and close the journal."""
-        if self._profiler:
-            self._profiler.close()
-        self._batches.close()
-        self.writer.close()
-        if self.journal:
-            self.journal.close()
+        for part in (self._profiler, self._batches, self.writer, self.journal):
+            if part:
+                part.close()
 
     def prepare(self) -> None:
         """Make model, optimizer and losses, with the state of the newest checkpoint if there is
         one."""
         job, recipe, world, teacher = self.job, self.recipe, self.world, self.teacher
-        checkpoint = run_on_first(self._start, world)
+        checkpoint = run_on_first(self._find_start, world)
         self.decoder = decoder_to_train(job, world, checkpoint)
         self.decoder.activation_checkpointing = recipe.activation_checkpointing
         if world.is_gpu if recipe.compile is None else recipe.compile:
@@ -240,7 +225,6 @@ class Trainer:
             "parallel": world.parallel,
             "num_shards": world.num_shards,
             "device": world.device,
-            "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
             "num_threads": torch.get_num_threads(),
             "reads_teacher": isinstance(teacher, CachedTeacher),
             "pid": os.getpid(),
@@ -248,8 +232,7 @@ class Trainer:
         if checkpoint is None:
             self.event("started", **hardware)
         else:
-            mapped = world.is_gpu or world.is_sharded
-            state = load_training_state(checkpoint, mapped=mapped)
+            state = load_training_state(checkpoint)
             load_moments(self.optimizer, state["optimizer"])
             self.position = Position(**state["position"])
             if checkpoint.parent != job.folder:
@@ -261,8 +244,7 @@ class Trainer:
         taught_by: Model | None = teacher
         self.passes = single_pass
         if recipe.elastic:
-            if teacher is not None:
-                taught_by = RememberingTeacher(teacher)
+            taught_by = RememberingTeacher(teacher) if teacher else None
             drawn_at = drawn_by_step(job.model.corrections, recipe)
             self.passes = elastic_passes(drawn_at, recipe.elastic, taught_by, job.distillation)
         names = self.data.source_names
@@ -270,12 +252,10 @@ class Trainer:
         self.model = replicate(self.decoder, world)
         self._meter = ThroughputMeter(self.position, world, recipe.precision)
 
-    def _start(self) -> Path | None:
+    def _find_start(self) -> Path | None:
         # The checkpoint to continue: the run's own, one of its storage, or that of another run with
         # the same first steps, whose metrics are then those of this run.
-        def warn(text: str) -> None:
-            self.event("damaged", text=text)
-
+        warn: Callable[[str], None] = lambda text: self.event("damaged", text=text)  # noqa: E731
         own = newest_checkpoint(self.job.folder, warn, with_training_state=True)
         if own is None and self.writer.remote:
             own = self.writer.remote.download(warn)
@@ -309,7 +289,7 @@ class Trainer:
         record_every = max(1, recipe.num_steps // NUM_RECORDED_POINTS)
         self.model.train()
         batch = self.batch(position.step)
-        agreed = mean_over_workers({**_counts(batch), **self._wishes(position.step)}, world)
+        agreed = mean_over_workers({**_counts(batch), **self.wishes(position.step)}, world)
         with _rare_garbage_collections() as collect_garbage:
             while True:
                 if agreed["stop"] or agreed["save"]:
@@ -333,7 +313,7 @@ class Trainer:
                     batch = self.batch(step)
                     ending |= _counts(batch)
                 if not validates:
-                    ending |= self._wishes(step)
+                    ending |= self.wishes(step)
                 agreed = mean_over_workers(ending, world)
 
                 # The update, if loss and gradient are good.
@@ -366,7 +346,7 @@ class Trainer:
                 if is_last:
                     return True
                 if validates:  # Its result may be a reason to stop.
-                    agreed |= mean_over_workers(self._wishes(step), world)
+                    agreed |= mean_over_workers(self.wishes(step), world)
                 if step % STEPS_BETWEEN_COLLECTIONS == 0:
                     collect_garbage()
 
@@ -394,12 +374,6 @@ class Trainer:
             for name, value in {"loss": loss, **parts}.items():
                 totals[name] = totals.get(name, 0.0) + share * value.detach().double()
         return {**totals, "gradient_norm": clip_gradients(self.model, self.recipe.clip_norm)}
-
-    def _wishes(self, step: int) -> dict[str, float]:
-        # Whether the first worker wants to stop or to save after a step; asked once for each.
-        if not self.world.is_first:
-            return {"stop": 0.0, "save": 0.0}
-        return {"stop": float(self.should_stop()), "save": float(self.should_save(step))}
 
     def _is_good(self, numbers: Mapping[str, float]) -> bool:
         # Whether to update the weights; if not, the step is counted as skipped.
@@ -463,14 +437,14 @@ class Trainer:
 
     # What the loop asks and tells: a test replaces these, and needs no files then.
 
-    def should_stop(self) -> bool:
-        """Return whether a stop was requested; asked on the first worker."""
-        return self._should_stop()
-
-    def should_save(self, step: int) -> bool:
-        """Return whether to save after a step, in addition to the recipe's steps; likewise."""
+    def wishes(self, step: int) -> dict[str, float]:
+        """Return whether the first worker wants to stop or to save after a step; asked once for
+        each."""
+        if not self.world.is_first:
+            return {"stop": 0.0, "save": 0.0}
         asked = self._should_save is not None and self._should_save()
-        return asked or self.writer.is_due(step)
+        saves = asked or self.writer.is_due(step)
+        return {"stop": float(self._should_stop()), "save": float(saves)}
 
     def save(self) -> None:
         """Start to write a checkpoint."""
@@ -481,25 +455,22 @@ class Trainer:
         workers, and of an elastic model also the loss of its cheapest schedule.
         """
         job, recipe, last = self.job, self.recipe, self.position.step - 1
-        global_batch = sequences_per_step(recipe, job.model)
+        per_worker = sequences_per_step(recipe, job.model) // self.world.size
         batches = list(
             self.data.validation_batches(
                 context_length=job.model.context_length,
                 num_tokens=recipe.num_validation_tokens,
-                batch_size=recipe.num_sequences_per_pass or global_batch // self.world.size,
+                batch_size=recipe.num_sequences_per_pass or per_worker,
             )
         )
-
-        def metrics_of(schedule: IterationSchedule) -> dict[str, float]:
-            return validation_metrics(
-                self.decoder,
-                batches,
-                schedule,
-                precision=recipe.precision,
-                world=self.world,
-                source_names=self.data.source_names,
-            )
-
+        metrics_of = partial(
+            validation_metrics,
+            self.decoder,
+            batches,
+            precision=recipe.precision,
+            world=self.world,
+            source_names=self.data.source_names,
+        )
         metrics = metrics_of(self.schedule_at(last))
         if members := members_by_step(job.model.corrections, recipe)(last):
             metrics[CHEAPEST_METRIC] = metrics_of(members[-1])[VALIDATION_METRIC]

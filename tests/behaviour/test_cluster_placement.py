@@ -9,12 +9,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pretended_cluster import run_driver
-
-from orchestrator.workspace.journal import read_journal
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
 CLUSTER = """
@@ -87,84 +84,29 @@ TABLE = {
         r"^\| `--gpus(?:-per-trial)? ([\d.]+)` \| (\d+) \| (\d+) \|$", TEXT, flags=re.MULTILINE
     )
 }
-COMMANDS = f"""{CLUSTER}
-add(64, 8)
-for gpus in (9, 8):
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestrator.cli", "pretrain", "--gpus", str(gpus), *sys.argv[1:]],
-        capture_output=True, text=True,
-    )
-    tokens = os.path.exists(sys.argv[1].partition("=")[2] + "/tokens")
-    print(json.dumps([done.returncode, tokens, done.stdout, done.stderr]))
-cluster.shutdown()
-"""
 CASES = {
     "documented": [*[[gpus, 200] for gpus in TABLE], [3, 200]],
     "unequal": [[8, 100], [12, 100], [4, 100], [0.5, 100]],
 }
 
-pytestmark = pytest.mark.slow
 
-
-def run_with_cluster(code: str, *arguments: str) -> str:
-    return run_driver(code, *arguments, timeout=300, variables={"IIET_PRETENDED_GPUS": "1"})
-
-
-@pytest.fixture(scope="module")
-def found() -> Any:
-    return json.loads(run_with_cluster(PLACE, json.dumps(CASES)).splitlines()[-1])
-
-
-def test_every_documented_number_of_gpus_is_placed_as_the_table_says(
-    found: dict[str, Any],
-) -> None:
+@pytest.mark.slow
+def test_jobs_are_placed_as_the_table_says_and_on_nodes_of_unequal_size() -> None:
+    variables = {"IIET_PRETENDED_GPUS": "1"}
+    printed = run_driver(PLACE, json.dumps(CASES), timeout=300, variables=variables)
+    found = json.loads(printed.splitlines()[-1])
+    notes, still_waits = found["waited"]  # For a node that joined later.
+    assert notes == ["waiting for 8 free GPUs; the cluster has 1 node with 8 CPUs"]
+    assert not still_waits
     assert set(TABLE) >= DOCUMENTED | {0.25, 16, 24}
-    for (gpus, (num_nodes, at_once)), placed in zip(
-        TABLE.items(), found["documented"], strict=False
-    ):
+    *documented, threes = found["documented"]
+    for (gpus, (num_nodes, at_once)), placed in zip(TABLE.items(), documented, strict=True):
         assert placed["ready"], gpus
         assert placed["nodes"] == [num_nodes] * at_once, gpus
         assert placed["cpus"] == (2 if gpus < 1 else 8)
-
-
-def test_processes_of_trials_are_spread_over_the_nodes(found: dict[str, Any]) -> None:
-    threes = found["documented"][-1]
     assert (threes["ready"], threes["nodes"]) == (True, [1] * 8)
-    assert threes["nodes_of_trials"] > 1
-
-
-def test_jobs_are_placed_on_nodes_of_unequal_size(found: dict[str, Any]) -> None:
+    assert threes["nodes_of_trials"] > 1, "processes of trials are spread over the nodes"
     eight, twelve, four, halves = found["unequal"]
     assert all(placed["ready"] for placed in found["unequal"])
     assert (eight["nodes"], eight["cpus"]) == ([1], 4)
-    assert twelve["nodes"] == [2]
-    assert four["nodes"] == [1] * 3
-    assert halves["nodes"] == [1] * 24
-
-
-def test_a_job_waits_for_a_node_that_joins_later(found: dict[str, Any]) -> None:
-    notes, still_waits = found["waited"]
-    assert notes == ["waiting for 8 free GPUs; the cluster has 1 node with 8 CPUs"]
-    assert not still_waits
-
-
-@pytest.mark.long
-def test_pretrain_runs_on_eight_gpus_and_is_refused_on_nine_before_tokens_are_prepared(
-    tmp_path: Path,
-) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"document {n}: " + "some words " * 40 for n in range(100)))
-    settings = [
-        "training.num_steps=2", "training.num_tokens_per_step=1024",
-        "training.num_validation_tokens=64", "model.preset=tiny", "model.context_length=16",
-        "data.source=files", f"data.files=[{text}]", "data.vocab_size=300",
-    ]  # fmt: skip
-    options = [word for assignment in settings for word in ("--set", assignment)]
-    printed = run_with_cluster(COMMANDS, f"--workspace={tmp_path / 'space'}", *options)
-    refused, done = (json.loads(line) for line in printed.splitlines())
-    assert refused[:2] == [2, False]
-    assert "cluster.num_gpus=9: the cluster at" in refused[3]
-    assert done[:2] == [0, True], done[3]
-    (job,) = (tmp_path / "space" / "runs").iterdir()
-    started = next(r for r in read_journal(job)[0] if r.get("name") == "started")
-    assert started["num_workers"] == 8
+    assert (twelve["nodes"], four["nodes"], halves["nodes"]) == ([2], [1] * 3, [1] * 24)

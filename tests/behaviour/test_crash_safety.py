@@ -257,7 +257,7 @@ CASES = {
     "tokens": Case(nothing, some_tokens, tokens, resumes=True),
     "teacher-outputs": Case(
         nothing,
-        lambda folder: write_cache(PLAN, folder, outputs_of),
+        lambda folder: write_cache(PLAN, folder, lambda _: map(outputs_of, range(PLAN.num_steps))),
         teacher_outputs,
     ),
     "replaced-folder": Case(a_folder("a", "b"), a_folder("b", "c"), files_of, is_replaced=True),

@@ -5,20 +5,22 @@ in this one.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from commands import Started, run_command, settings_options
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 from small_size import SMALL
 
 from orchestrator import cli
@@ -33,22 +35,13 @@ def small(*more: str) -> list[str]:
     return settings_options([*SMALL, *more])
 
 
-def run(*arguments: str, workspace: Path) -> str:
-    """Run a command in a process of its own and return its output."""
-    return run_command(*arguments, "--workspace", str(workspace))
-
-
 def answer(*arguments: str, workspace: Path) -> str:
     """Run a command in this process, and return its output."""
     with redirect_stdout(StringIO()) as out, redirect_stderr(out):
         code = cli.main([*arguments, "--workspace", str(workspace)])
-    assert code == 0, out.getvalue() + _newest_log(workspace)
-    return out.getvalue()
-
-
-def _newest_log(workspace: Path) -> str:
     logs = sorted((workspace / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
-    return f"\n--- {logs[-1].name}\n{logs[-1].read_text()[-4000:]}" if logs else ""
+    assert code == 0, out.getvalue() + "".join(log.read_text()[-4000:] for log in logs[-1:])
+    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -58,30 +51,73 @@ def finished(small_sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     return workspace, small_sweep.with_suffix(".txt").read_text()
 
 
-def test_a_sweep_ends_with_a_front(finished: tuple[Path, str]) -> None:
+def results_of(workspace: Path) -> list[dict[str, Any]]:
+    [file] = workspace.glob("sweeps/toy-*/results.json")
+    found: list[dict[str, Any]] = json.loads(file.read_text())["results"]
+    return found
+
+
+def runs(workspace: Path) -> list[Run]:
+    """Return what MLflow's pages would show."""
+    if not (workspace / "mlflow.db").exists():
+        return []
+    try:
+        client = MlflowClient(f"sqlite:///{workspace}/mlflow.db")
+        ids = [experiment.experiment_id for experiment in client.search_experiments()]
+        return list(client.search_runs(ids, max_results=100))
+    except MlflowException:
+        return []  # The tables are being made.
+
+
+def kind(run: Run) -> str:
+    return str(run.data.tags["iiet.kind"])
+
+
+def losses(workspace: Path, run: Run) -> list[int]:
+    """Return the steps of a run's losses in MLflow."""
+    client = MlflowClient(f"sqlite:///{workspace}/mlflow.db")
+    return [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
+
+
+def test_a_sweep_ends_with_a_front_in_its_folder_and_in_mlflow(
+    finished: tuple[Path, str],
+) -> None:
     workspace, printed = finished
-    for word in ("vanilla", "r = 0", "teacher", "iiet-orch ui", "front.html"):
+    for word in ("vanilla", "r = 0", "teacher", "iiet-orch ui", "front.html", "answers for "):
         assert word in printed
-    folder = next((workspace / "sweeps").iterdir())
+    [folder] = (workspace / "sweeps").iterdir()
     names = {path.name for path in folder.iterdir()}
     assert {"plan.json", "results.json", "settings.yaml"} <= names
-    assert {f"front.{kind}" for kind in ("png", "svg", "json", "csv", "md", "html")} <= names
-    results = json.loads((folder / "results.json").read_text())["results"]
-    roles = [result["role"] for result in results]
-    assert roles == ["teacher", "trial", "trial", "trial", "baseline", "baseline"]
+    assert {f"front.{end}" for end in ("png", "svg", "json", "csv", "md", "html")} <= names
+    results = results_of(workspace)
+    assert [r["role"] for r in results] == ["teacher", *["trial"] * 3, *["baseline"] * 2]
+    expected = {f"quality/{name}" for name in ("accuracy", "accuracy_stderr", "bits_per_byte")}
+    expected |= {f"cost/{name}" for name in ("flops_per_token", "kv_bytes_per_token")}
     for result in results:
-        expected = {f"quality/{n}" for n in ("accuracy", "accuracy_stderr", "bits_per_byte")}
-        expected |= {f"cost/{n}" for n in ("evaluations", "flops_per_token", "kv_bytes_per_token")}
         assert expected <= set(result["numbers"])
         assert result["numbers"]["cost/decode_ms_per_token"] > 0
-    evaluations = [r["numbers"]["cost/evaluations"] for r in results if r["role"] == "trial"]
-    assert evaluations[0] == 9
-    assert evaluations[-1] == 3
-    assert "teacher: answers for " in printed
-    trials = [r for r in results if r["role"] == "trial"]
-    journals = [workspace / Path(r["checkpoint"]).parent / "journal.jsonl" for r in trials]
-    assert all('"reads_teacher": true' in journal.read_text() for journal in journals)
+    trials = [result for result in results if result["role"] == "trial"]
+    evaluations = [result["numbers"]["cost/evaluations"] for result in trials]
+    assert (evaluations[0], evaluations[-1]) == (9, 3)
+    for trial in trials:
+        journal = workspace / Path(trial["checkpoint"]).parent / "journal.jsonl"
+        assert '"reads_teacher": true' in journal.read_text()
     assert not list((workspace / "teachers").glob("*/")), "and not kept behind the sweep"
+
+    tracked = runs(workspace)
+    assert {run.info.status for run in tracked} == {"FINISHED"}
+    kinds = [kind(run) for run in tracked]
+    assert [kinds.count(word) for word in ("sweep", "trial", "pretrain", "influence")] == [
+        *(1, 3, 3, 1)
+    ]
+    sweep = tracked[kinds.index("sweep")]
+    parents = [run.data.tags.get("mlflow.parentRunId") for run in tracked]
+    assert parents.count(sweep.info.run_id) == 6
+    assert "front/front." in sweep.data.tags["mlflow.note.content"]
+    trial = tracked[kinds.index("trial")]
+    assert {"schedule", "r_01", "threshold"} <= set(trial.data.params)
+    assert {"quality/accuracy", "cost/flops_per_token", "train/loss"} <= set(trial.data.metrics)
+    assert len(losses(workspace, trial)) == 3
 
 
 def test_a_copy_of_the_workspace_finds_everything_again(small_sweep: Path, tmp_path: Path) -> None:
@@ -98,93 +134,56 @@ def test_a_copy_of_the_workspace_finds_everything_again(small_sweep: Path, tmp_p
     assert str(copy) in "".join(answer("report", workspace=copy).split())
 
 
-def test_mlflow_holds_the_sweep_and_its_trials(finished: tuple[Path, str]) -> None:
-    workspace, _ = finished
-    script = (
-        "import sys; from mlflow import MlflowClient\n"
-        "client = MlflowClient(f'sqlite:///{sys.argv[1]}/mlflow.db')\n"
-        "ids = [e.experiment_id for e in client.search_experiments()]\n"
-        "runs = client.search_runs(ids, max_results=100)\n"
-        "kinds = [run.data.tags.get('iiet.kind') for run in runs]\n"
-        "[sweep] = [run for run in runs if run.data.tags.get('iiet.kind') == 'sweep']\n"
-        "parent = 'mlflow.parentRunId'\n"
-        "children = [r for r in runs if r.data.tags.get(parent) == sweep.info.run_id]\n"
-        "trial = next(r for r in children if r.data.tags['iiet.kind'] == 'trial')\n"
-        "losses = client.get_metric_history(trial.info.run_id, 'train/loss')\n"
-        "files = [f.path for f in client.list_artifacts(sweep.info.run_id, 'front')]\n"
-        "import json; print(json.dumps({'kinds': kinds, 'children': len(children),\n"
-        "  'note': sweep.data.tags['mlflow.note.content'], 'files': files, 'losses': len(losses),\n"
-        "  'status': sorted({r.info.status for r in runs}), 'params': trial.data.params,\n"
-        "  'metrics': sorted(trial.data.metrics)}))\n"
-    )
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(workspace)],
-        capture_output=True, text=True, env=environment, check=True,
-    )  # fmt: skip
-    found = json.loads(done.stdout)
-    assert found["kinds"].count("trial") == 3
-    assert found["kinds"].count("pretrain") == 3
-    assert found["kinds"].count("influence") == 1
-    assert found["children"] == 6
-    assert found["status"] == ["FINISHED"]
-    assert found["losses"] == 3
-    assert "front/front." in found["note"]
-    assert {f"front/front.{kind}" for kind in ("png", "html", "json", "csv")} <= set(found["files"])
-    assert {"schedule", "r_01", "threshold"} <= set(found["params"])
-    assert {"quality/accuracy", "cost/flops_per_token", "train/loss"} <= set(found["metrics"])
-
-
-def test_a_rerun_reuses_everything(finished: tuple[Path, str], ray_session: None) -> None:
-    workspace, first = finished
-    before = _checkpoints(workspace)
-    second = answer("sweep", "toy", *small(), workspace=workspace)
-    assert "found again" in second
-    assert _checkpoints(workspace) == before, "nothing was trained again"
-    assert _table(second) == _table(first)
-
-
-def test_other_thresholds_reuse_equal_trials(finished: tuple[Path, str]) -> None:
-    workspace, _ = finished
-    options = small("sweep.num_schedules=2")
-    plan = answer("sweep-threshold", "--dry-run", *options, workspace=workspace)
-    assert "5 of 5 trials are finished and reused" in plan
-
-
-def test_what_the_sweep_measured_is_not_measured_again(finished: tuple[Path, str]) -> None:
-    workspace, _ = finished
-    folder = next((workspace / "sweeps").iterdir())
-    results = json.loads((folder / "results.json").read_text())["results"]
-    before = {path: path.stat().st_mtime_ns for path in (workspace / "evaluations").iterdir()}
-    folders = [str(workspace / result["checkpoint"]) for result in results]
-    assert "found again" in answer("evaluate", *folders, *small(), workspace=workspace)
-    answer("export", folders[1], *small(), workspace=workspace)
-    answer("pick", "--best", workspace=workspace)
-    after = {path: path.stat().st_mtime_ns for path in (workspace / "evaluations").iterdir()}
-    assert after == before
-
-
-def test_another_suite_measures_without_training(
+def test_later_commands_reuse_what_the_sweep_trained_and_measured(
     finished: tuple[Path, str], ray_session: None
 ) -> None:
-    workspace, _ = finished
-    before, num_before = _checkpoints(workspace), len(list((workspace / "evaluations").iterdir()))
+    workspace, first = finished
+
+    def times(pattern: str) -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in workspace.glob(pattern)}
+
+    def table(printed: str) -> list[str]:
+        """Return the rows of the front's table, including times, which are measured once."""
+        rows = printed.partition("ms/token")[2].partition("report:")[0].splitlines()
+        assert [row for row in rows if row.split()[:1] == ["teacher"]], printed
+        return rows
+
+    weights, measured = times("**/model.safetensors"), times("evaluations/*")
+    again = answer("sweep", "toy", *small(), workspace=workspace)
+    assert "found again" in again
+    assert table(again) == table(first)
+    fewer = small("sweep.num_schedules=2")
+    plan = answer("sweep-threshold", "--dry-run", *fewer, workspace=workspace)
+    assert "5 of 5 trials are finished and reused" in plan
+    folders = [str(workspace / result["checkpoint"]) for result in results_of(workspace)]
+    assert "found again" in answer("evaluate", *folders, *small(), workspace=workspace)
+    assert times("**/model.safetensors") == weights
+    answer("export", folders[1], *small(), workspace=workspace)
+    answer("pick", "--best", workspace=workspace)
+    assert times("evaluations/*") == measured
+    exported = times("**/model.safetensors")
     answer("sweep-threshold", *small("evaluation.limit=5"), workspace=workspace)
-    assert _checkpoints(workspace) == before
-    assert len(list((workspace / "evaluations").iterdir())) > num_before
+    assert len(times("evaluations/*")) > len(measured), "another suite is measured"
+    assert times("**/model.safetensors") == exported, "without training"
+    influence = answer("influence", "--metric", "relative", *small(), workspace=workspace)
+    assert "correction 2" in influence
+    assert "lastword" in answer("evaluate", "--schedule", "1", *small(), workspace=workspace)
+    assert "checkpoint:" in answer("distill", "-r", "1,0,1", *small(), workspace=workspace)
 
 
 @pytest.mark.long
-def test_distilled_baselines_stand_beside_the_front(finished: tuple[Path, str]) -> None:
+def test_distilled_baselines_stand_beside_the_front(
+    finished: tuple[Path, str], ray_session: None
+) -> None:
     workspace, _ = finished
     arguments = ["sweep-threshold", "--distilled-baselines", "vanilla,fewer_layers"]
     arguments += ["--name", "fair", *small()]
-    plan = run(*arguments, "--dry-run", workspace=workspace)
+    plan = answer(*arguments, "--dry-run", workspace=workspace)
     labels = ["vanilla, 3 layers, distilled", "1 of 3 layers", "2 of 3 layers"]
     assert all(label in plan for label in labels), plan
     assert "3 distinct schedules; 4 distilled baselines" in plan
-    run(*arguments, workspace=workspace)
-    again = run(*arguments, "--dry-run", workspace=workspace)
+    answer(*arguments, workspace=workspace)
+    again = answer(*arguments, "--dry-run", workspace=workspace)
     assert "10 of 10 trials are finished and reused" in again
     folder = workspace / "sweeps" / "fair"
     table = (folder / "front.md").read_text()
@@ -192,83 +191,16 @@ def test_distilled_baselines_stand_beside_the_front(finished: tuple[Path, str]) 
     results = json.loads((folder / "results.json").read_text())["results"]
     distilled = {r["label"]: r for r in results if r["role"] == "baseline" and r["parent"]}
     assert len(distilled) == 4
-    students = [result for result in results if result["role"] == "trial"]
-    cost = {label: r["numbers"]["cost/flops_per_token"] for label, r in distilled.items()}
-    assert cost[labels[0]] == pytest.approx(
-        students[-1]["numbers"]["cost/flops_per_token"], rel=0.05
-    )
-    journals = {
-        label: (workspace / Path(r["checkpoint"]).parent / "journal.jsonl").read_text()
-        for label, r in distilled.items()
-    }
-    assert all("train/kl" in journal for journal in journals.values())
-    rows = json.loads((folder / "front.json").read_text())
+    flops = "cost/flops_per_token"
+    [*_, student] = [result for result in results if result["role"] == "trial"]
+    cost = distilled[labels[0]]["numbers"][flops]
+    assert cost == pytest.approx(student["numbers"][flops], rel=0.05)
+    for result in distilled.values():
+        journal = workspace / Path(result["checkpoint"]).parent / "journal.jsonl"
+        assert "train/kl" in journal.read_text()
     assert "1 of 3 layers" in (folder / "front.html").read_text()
-    assert "1 of 3 layers" in json.dumps(rows)
-    picked = run("pick", "fair", "--cheapest", "--dry-run", workspace=workspace)
+    picked = answer("pick", "fair", "--cheapest", "--dry-run", workspace=workspace)
     assert " layers" not in picked, "a baseline is never picked"
-
-
-def test_commands_run_one_by_one(finished: tuple[Path, str], ray_session: None) -> None:
-    workspace, _ = finished
-    influence = answer("influence", "--metric", "relative", *small(), workspace=workspace)
-    assert "correction 2" in influence
-    assert "lastword" in answer("evaluate", "--schedule", "1", *small(), workspace=workspace)
-    assert "front.html" in answer("report", workspace=workspace)
-    assert "checkpoint:" in answer("distill", "-r", "1,0,1", *small(), workspace=workspace)
-
-
-def _checkpoints(workspace: Path) -> dict[str, float]:
-    return {
-        str(path.relative_to(workspace)): path.stat().st_mtime
-        for path in workspace.rglob("model.safetensors")
-    }
-
-
-def _table(printed: str) -> list[str]:
-    """Return the rows of the front's table, including times, which are measured once."""
-    rows = printed.partition("ms/token")[2].partition("report:")[0].splitlines()
-    assert [row for row in rows if row.split()[:1] == ["teacher"]], printed
-    return rows
-
-
-def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path: Path, ray_session: None) -> None:
-    options = small(
-        "training.num_steps=300", "training.validate_every_steps=150",
-        "training.checkpoint_every_steps=1000000",
-    )  # fmt: skip
-    process = Started("pretrain", *options, "--workspace", str(tmp_path))
-    _wait_for(lambda: any(_journal_steps(tmp_path)), process)
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, printed
-    _, alive = psutil.wait_procs(family, timeout=30)
-    assert not alive, f"left behind: {alive}"
-    saved = sorted(path.name for path in tmp_path.glob("runs/*/step_*"))
-    assert len(saved) == 1
-    step = int(saved[0].removeprefix("step_"))
-    assert 0 < step < 300
-    before = _journal_steps(tmp_path)
-    assert "checkpoint:" in answer("pretrain", *options, workspace=tmp_path)
-    after = _journal_steps(tmp_path)[len(before) :]
-    assert min(after) > step, "it went on, not over"
-    assert max(after) == 300
-
-
-def _journal_steps(workspace: Path) -> list[int]:
-    journals = [path.read_text() for path in workspace.glob("runs/*/journal.jsonl")]
-    lines = [line for journal in journals for line in journal.splitlines()]
-    records = [json.loads(line) for line in lines if line.endswith("}")]
-    return [r["step"] for r in records if r["kind"] == "metrics"]
-
-
-def _wait_for(condition: object, process: Started, seconds: float = 150.0) -> None:
-    give_up = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < give_up, "it did not come that far in time"
-        time.sleep(0.1)
 
 
 def test_sweep_iterations_compares_methods_at_their_best_rates(
@@ -287,33 +219,77 @@ def test_sweep_iterations_compares_methods_at_their_best_rates(
     assert "5 trials, 1 stopped early" in printed
 
 
-SWEEP_TO_END = small(
-    "sweep.methods=[vanilla, iiet]", "sweep.iterations=[1]", "sweep.trials_at_once=1",
-    "training.num_steps=500", "training.checkpoint_every_steps=20",
-)  # fmt: skip
+def wait_for(condition: Callable[[], object], process: Started) -> None:
+    give_up = time.monotonic() + 400
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < give_up, "it did not come that far in time"
+        time.sleep(0.1)
 
 
-def _sweep_in_its_second_trial(workspace: Path) -> Started:
-    """Start a sweep and return when one trial is finished and another one has a checkpoint."""
-    process = Started("sweep-iterations", *SWEEP_TO_END, "--workspace", str(workspace))
+def interrupted(process: Started) -> str:
+    """Send Ctrl-C, check that all processes end, and return what the command printed."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate()
+    assert process.returncode == 130, printed
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive, f"left behind: {alive}"
+    return printed
 
-    def one_is_finished_and_one_is_running() -> bool:
-        finished = {path.parent for path in workspace.glob("runs/*/done.json")}
-        saved = {path for path in workspace.glob("runs/*") if find_checkpoints(path)}
-        running = saved - finished
-        return bool(finished and running)
 
-    _wait_for(one_is_finished_and_one_is_running, process)
+def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path: Path, ray_session: None) -> None:
+    options = small(
+        "training.num_steps=300", "training.validate_every_steps=150",
+        "training.checkpoint_every_steps=1000000",
+    )  # fmt: skip
+
+    def steps() -> list[int]:
+        records = [r for run in tmp_path.glob("runs/*") for r in read_journal(run)[0]]
+        return [record["step"] for record in records if record["kind"] == "metrics"]
+
+    process = Started("pretrain", *options, "--workspace", str(tmp_path))
+    wait_for(lambda: any(steps()), process)
+    interrupted(process)
+    [saved] = tmp_path.glob("runs/*/step_*")
+    step = int(saved.name.removeprefix("step_"))
+    assert 0 < step < 300
+    before = steps()
+    assert "checkpoint:" in answer("pretrain", *options, workspace=tmp_path)
+    after = steps()[len(before) :]
+    assert min(after) > step, "it went on, not over"
+    assert max(after) == 300
+
+
+TWO_TRIALS = [
+    "sweep-iterations",
+    *small(
+        "sweep.methods=[vanilla, iiet]", "sweep.iterations=[1]", "sweep.trials_at_once=1",
+        "training.num_steps=500", "training.checkpoint_every_steps=20",
+    ),
+]  # fmt: skip
+
+
+@pytest.fixture
+def second_trial(tmp_path: Path) -> Started:
+    """A sweep of which one trial is finished, and another one has a checkpoint."""
+    process = Started(*TWO_TRIALS, "--workspace", str(tmp_path))
+
+    def has_come() -> bool:
+        finished = {path.parent for path in tmp_path.glob("runs/*/done.json")}
+        saved = {path for path in tmp_path.glob("runs/*") if find_checkpoints(path)}
+        return bool(finished and saved - finished)
+
+    wait_for(has_come, process)
     return process
 
 
-def _ends_from_where_it_was(workspace: Path) -> None:
+def ends_from_where_it_was(workspace: Path) -> None:
     """Run the sweep again and check that it trained nothing twice."""
     finished = {path.parent for path in workspace.glob("runs/*/done.json")}
     newest = {p: find_checkpoints(p)[-1] for p in workspace.glob("runs/*") if find_checkpoints(p)}
     assert len(finished) < len(newest) == 2
-    printed = run("sweep-iterations", *SWEEP_TO_END, workspace=workspace)
-    assert "of them found finished" in printed
+    assert "of them found finished" in run_command(*TWO_TRIALS, "--workspace", str(workspace))
     assert len(list(workspace.glob("runs/*/done.json"))) == 2
     for folder, checkpoint in newest.items():
         records = read_journal(folder)[0]
@@ -322,41 +298,51 @@ def _ends_from_where_it_was(workspace: Path) -> None:
         assert resumed == ([] if folder in finished else [place])
 
 
-@pytest.mark.long
-def test_a_sweep_resumes_after_its_driver_is_killed(tmp_path: Path) -> None:
-    process = _sweep_in_its_second_trial(tmp_path)
-    trainers = [p for p in psutil.Process(process.pid).children(recursive=True) if _trains(p)]
-    process.kill()
-    process.communicate(timeout=60)
-    _, alive = psutil.wait_procs(trainers, timeout=30)
+def test_a_sweep_resumes_after_its_driver_is_killed(tmp_path: Path, second_trial: Started) -> None:
+    family = psutil.Process(second_trial.pid).children(recursive=True)
+    # Tune's, around a trial.
+    trainers = [p for p in family if "ImplicitFunc.train" in " ".join(p.cmdline())]
+    second_trial.kill()
+    second_trial.communicate()
+    _, alive = psutil.wait_procs(trainers, timeout=60)
     assert trainers
     assert not alive, "who trains ends with the driver"
-    _ends_from_where_it_was(tmp_path)
+    ends_from_where_it_was(tmp_path)
 
 
 @pytest.mark.long
-def test_ctrl_c_of_a_sweep_saves_its_running_trial_and_the_same_command_resumes(
-    tmp_path: Path,
+def test_a_sweep_is_watched_in_mlflow_interrupted_and_resumed(
+    tmp_path: Path, second_trial: Started
 ) -> None:
-    process = _sweep_in_its_second_trial(tmp_path)
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, printed
-    _, alive = psutil.wait_procs(family, timeout=30)
-    assert not alive, f"left behind: {alive}"
-    (stopped,) = [
-        (folder, record["step"])
+    live = {"train/loss", "train/learning_rate", "train/tokens_per_second", "train/memory_gb"}
+    watched: list[Run] = []
+
+    def is_shown() -> bool:
+        watched[:] = [run for run in runs(tmp_path) if run.info.status == "RUNNING"]
+        return any(live <= run.data.metrics.keys() for run in watched)
+
+    wait_for(is_shown, second_trial)
+    printed = interrupted(second_trial)
+    stopped = {
+        folder: record["step"]
         for folder in tmp_path.glob("runs/*")
         for record in read_journal(folder)[0]
         if record.get("name") == "stopped"
-    ]
-    folder, step = stopped
-    assert 20 <= step < 500
+    }
+    [(folder, step)] = stopped.items()
     assert find_checkpoints(folder)[-1].name == f"step_{step:08}", "all of its steps are saved"
     assert re.search(rf"iiet-orch: interrupted; .* of 2 trials .*: saved at step {step};", printed)
-    _ends_from_where_it_was(tmp_path)
+    assert sorted(run.info.status for run in runs(tmp_path)) == ["FINISHED", "KILLED", "KILLED"]
 
-
-def _trains(process: psutil.Process) -> bool:
-    return "ImplicitFunc.train" in " ".join(process.cmdline())  # Tune's, around a trial
+    ends_from_where_it_was(tmp_path)
+    found = {run.info.run_id: run for run in runs(tmp_path)}
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    keys = [(kind(run), run.data.tags["iiet.key"]) for run in found.values()]
+    assert len(keys) == len(set(keys))
+    for before in watched:
+        again = found[before.info.run_id]
+        assert again.info.start_time == before.info.start_time
+        if kind(again) != "sweep":
+            assert "quality/accuracy" in again.data.metrics
+            steps = losses(tmp_path, again)
+            assert steps == sorted(set(steps))

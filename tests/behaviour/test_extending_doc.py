@@ -91,7 +91,7 @@ def test_the_page_names_every_group_and_contract(place: Place) -> None:
     for point in extension_points():
         [row] = [row for row in table.splitlines() if f"`{point.names.group}`" in row]
         module, *names = re.findall(r"`([\w.]+)`", row.split("|")[3])
-        bases = [f"{base.__module__}.{base.__qualname__}" for base in point._bases]
+        bases = [f"{base.__module__}.{base.__qualname__}" for base in point.bases]
         package, _, _ = module.rpartition(".")
         known = {module, *(f"{package}.{name}" for name in names)}
         # `iiet.methods` exports what `iiet.methods.base` defines.

@@ -25,12 +25,11 @@ SECONDS_TO_CLOSE = 8.0  # Ray's processes, on a busy machine.
     ("command", "section", "folders"),
     [
         (["pretrain", "--local"], "training", "runs/*"),
-        pytest.param(["pretrain"], "training", "runs/*", marks=pytest.mark.long),
         pytest.param(
             ["sweep-threshold"], "distillation.training", "trials/*", marks=pytest.mark.long
         ),
     ],
-    ids=["here", "under Ray", "a sweep"],
+    ids=["here", "a sweep"],
 )
 def test_ctrl_c_is_answered_at_once_while_mlflow_hangs(
     command: list[str], section: str, folders: str, silent_server: str, tmp_path: Path

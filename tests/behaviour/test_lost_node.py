@@ -1,11 +1,14 @@
-"""A job that has no place waits for one, and a job or trial whose Ray node is lost resumes on
-another node that joins later: two nodes in one machine, one of them removed."""
+"""A job that has no place waits for one; a job or trial whose Ray node is lost resumes on another
+node that joins later; a job with `cluster.min_gpus` goes on with fewer workers, and grows back.
+
+The nodes are several in one machine, in a process of its own; one of them is removed.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +19,13 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.journal import read_journal
 
-DRIVER = """
-import json, os, pathlib, sys, time
+NODES = """
+import contextlib, json, os, pathlib, signal, sys, time
 import orchestrator.cluster  # sets what Ray reads when it is imported
 from ray.cluster_utils import Cluster
 
-small = {"object_store_memory": 80 * 2**20, "num_gpus": 0}
+kind = sys.argv[2]
+small = {"object_store_memory": 80 * 2**20, "num_cpus": 1, "num_gpus": int(kind == "fewer")}
 # A node is given up after about two seconds instead of half a minute.
 patience = {
     "health_check_initial_delay_ms": 500,
@@ -29,35 +33,44 @@ patience = {
     "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 3,
 }
-head = {**small, "num_cpus": 0, "include_dashboard": False, "_system_config": patience}
-nodes = Cluster(initialize_head=True, head_node_args=head)
-doomed = nodes.add_node(num_cpus=1, **small)
+head = {**small, "num_cpus": 0, "num_gpus": 0, "include_dashboard": False}
+nodes = Cluster(initialize_head=True, head_node_args={**head, "_system_config": patience})
+if kind == "fewer":
+    nodes.add_node(**small)
+doomed = nodes.add_node(**small)
 os.environ["RAY_ADDRESS"] = nodes.address
 
-from orchestrator.cluster.train import run_train_jobs
-from orchestrator.cluster.tune import run_trials
+from orchestrator.cluster import train
 from orchestrator.cluster.ray import ray_cluster
+from orchestrator.cluster.tune import run_trials
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.settings import ClusterSettings, SweepSettings
-from orchestrator.models.folder import (find_checkpoints)
+from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.journal import read_journal
-
-import ray
-from ray._raylet import GcsClient
-from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+from orchestrator.workspace.layout import find_checkpoints
 
 job = TrainingJob.model_validate(json.loads(pathlib.Path(sys.argv[1]).read_text()))
-kind = sys.argv[2]
-notes, events, deadline = [], [], time.time()
-
-class Guest:
-    def has_come(self):
-        return True
+events = []
 
 def once(event):
     if event not in events:
         events.append(event)
+        return True
+
+def records():
+    return read_journal(job.folder)[0] if job.folder.exists() else []
+"""
+
+LOST = """
+import ray
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+
+notes, deadline = [], time.time()
+
+class Guest:
+    def has_come(self):
         return True
 
 def watch(_=None):
@@ -65,18 +78,14 @@ def watch(_=None):
     # The driver says that it waits before the guest leaves, and again before a new node joins.
     if len(notes) == 1 and once("guest leaves"):
         ray.kill(guest)
-    trains = any(r["kind"] == "metrics" for r in read_journal(job.folder)[0])
-    if kind == "job after a notice" and trains and once("notice"):
+    if kind == "notice" and any(r["kind"] == "metrics" for r in records()) and once("notice"):
         deadline = time.time() + 10
         client, milliseconds = GcsClient(address=nodes.address), int(1000 * deadline)
         client.drain_node(doomed.node_id, DRAIN_NODE_REASON_PREEMPTION, "spot", milliseconds)
     if find_checkpoints(job.folder) and time.time() > deadline and once("node is lost"):
         nodes.remove_node(doomed, allow_graceful=False)
     if "node is lost" in events and (len(notes) == 2 or kind == "trial") and once("node joins"):
-        nodes.add_node(num_cpus=1, **small)
-
-def train(trial, place):
-    return trial if place.train(trial.job).finished else None
+        nodes.add_node(**small)
 
 class OneTrial:
     is_over, num_taken, ended = False, 0, None
@@ -104,51 +113,104 @@ class OneTrial:
 
     watch = staticmethod(watch)
 
+def train_trial(trial, place):
+    return trial if place.train(trial.job).finished else None
+
 try:
     with ray_cluster():
         if kind == "trial":
             queue, folder = OneTrial(), job.folder.with_name("sweep")
-            run_trials(train, queue, folder, SweepSettings(), ClusterSettings(), num_trials=1)
+            run_trials(train_trial, queue, folder, SweepSettings(), ClusterSettings(), num_trials=1)
             assert queue.ended[0], queue.ended
         else:
             guest = ray.remote(num_cpus=1)(Guest).remote()
             ray.get(guest.has_come.remote())
             # A loss that was announced is no failure; another one is.
             settings = ClusterSettings(max_failures=int(kind == "job"))
-            run_train_jobs([job], settings, watch=watch, note=notes.append)
-            assert notes == ["lost waits for a place: 0 of 1 CPUs are free"] * 2, notes
+            train.run_train_jobs([job], settings, watch=watch, note=notes.append)
+            assert notes == ["disturbed waits for a place: 0 of 1 CPUs are free"] * 2, notes
             assert "guest leaves" in events
 finally:
     nodes.shutdown()
 assert "node joins" in events
 """
 
+FEWER = """
+train.GROW_SECONDS = 5.0  # instead of minutes
 
-@pytest.mark.long
-@pytest.mark.parametrize("kind", ["job after a notice", "job", "trial"])
-def test_a_lost_node_changes_no_loss(
-    kind: str, tmp_path: Path, tiny_job: Callable[..., TrainingJob]
-) -> None:
-    def job(name: str) -> TrainingJob:
-        # After a notice, a checkpoint is written although none is due.
-        steps, every = (5000, 5000) if kind == "job after a notice" else (800, 20)
-        recipe = {"num_steps": steps, "validate_every_steps": steps}
-        return tiny_job(name, **recipe, checkpoint_every_steps=every)
+def watch():
+    resumed = [r["num_workers"] for r in records() if r.get("name") == "resumed"]
+    if find_checkpoints(job.folder) and once("node is lost"):
+        nodes.remove_node(doomed, allow_graceful=False)
+    if resumed == [1] and once("node joins"):
+        nodes.add_node(**small)
+    if resumed == [1, 2] and records()[-1].get("name") == "checkpoint" and once("stop"):
+        os.kill(os.getpid(), signal.SIGINT)
 
-    path = tmp_path / "job.json"
-    path.write_text(json.dumps(job("lost").model_dump(mode="json")))
+try:
+    with contextlib.suppress(Interrupted):
+        train.run_train_jobs([job], ClusterSettings(num_gpus=2, min_gpus=1), watch=watch)
+finally:
+    nodes.shutdown()
+"""
+
+
+def disturbed(
+    code: str,
+    kind: str,
+    tiny_job: Callable[..., TrainingJob],
+    num_steps: int,
+    every: int,
+    **more: Any,
+) -> tuple[TrainingJob, TrainingJob, list[dict[str, Any]]]:
+    """Run a job on the nodes; return it, its twin that has not run, and its starts."""
+    steps = {"num_steps": num_steps, "validate_every_steps": num_steps}
+    job, whole = (
+        tiny_job(name, **steps, checkpoint_every_steps=every, **more)
+        for name in ("disturbed", "whole")
+    )
+    path = job.folder.with_suffix(".json")
+    path.write_text(json.dumps(job.model_dump(mode="json")))
     soon = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}  # A notice is heard sooner.
-    run_driver(DRIVER, str(path), kind, timeout=400, variables=soon)
-    records = read_journal(tmp_path / "lost")[0]
-    started, resumed = (r for r in records if r.get("name") in ("started", "resumed"))
+    variables = {**soon, "IIET_PRETENDED_GPUS": "1"} if kind == "fewer" else soon
+    run_driver(NODES + code, str(path), kind, timeout=500, variables=variables)
+    records = read_journal(job.folder)[0]
+    return job, whole, [r for r in records if r.get("name") in ("started", "resumed")]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("job", marks=pytest.mark.slow),
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("notice", "trial")),
+    ],
+)
+def test_a_lost_node_changes_no_loss(kind: str, tiny_job: Callable[..., TrainingJob]) -> None:
+    # After a notice, a checkpoint is written although none is due.
+    steps, every = (5000, 5000) if kind == "notice" else (800, 20)
+    job, whole, (started, resumed) = disturbed(LOST, kind, tiny_job, steps, every)
     assert (started["name"], resumed["name"]) == ("started", "resumed")
     assert started["pid"] != resumed["pid"]
-    assert resumed["step"] >= (1 if kind == "job after a notice" else 20)
-
+    assert resumed["step"] >= (1 if kind == "notice" else 20)
     before = torch.get_num_threads()
     torch.set_num_threads(started["num_threads"])
     try:
-        run_job(job("whole"))
+        run_job(whole)
     finally:
         torch.set_num_threads(before)
-    assert curve(job("lost")) == curve(job("whole"))
+    assert curve(job) == curve(whole)
+
+
+@pytest.mark.long
+def test_a_job_goes_on_with_fewer_workers_and_grows_back(
+    tiny_job: Callable[..., TrainingJob],
+) -> None:
+    # A low rate: rounding does not grow over thousands of steps.
+    job, whole, starts = disturbed(FEWER, "fewer", tiny_job, 25_000, 1000, learning_rate=1e-5)
+    assert [start["num_workers"] for start in starts] == [2, 1, 2]
+    assert [start["step"] % 1000 for start in starts[1:]] == [0, 0], "from the newest checkpoint"
+    varied = curve(job)
+    assert max(varied) > starts[2]["step"]
+    steps = iter(range(10**6))
+    run_job(whole, should_stop=lambda: next(steps) == max(varied))
+    assert varied == pytest.approx(curve(whole), abs=1e-4)

@@ -22,25 +22,23 @@ PAUSED = [
     "pretrain", "--local", "--name", "paused", *SETTINGS,
     "--set", "training.num_steps=300", "--set", "training.checkpoint_every_steps=20",
 ]  # fmt: skip
-READ_MODEL = """
+
+READ_MLFLOW = """
 import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
-from mlflow import MlflowClient, artifacts
+from mlflow import MlflowClient
 uri = f"sqlite:///{sys.argv[1]}/mlflow.db"
 client = MlflowClient(uri, registry_uri=uri)
-(model,) = client.search_registered_models()
-for alias in model.aliases:
-    source = client.get_model_version_by_alias(model.name, alias).source
-    folder = Path(unquote(urlsplit(source).path))
-    assert (folder / "config.json").is_file() and folder.is_relative_to(sys.argv[1]), source
-ids = [experiment.experiment_id for experiment in client.search_experiments()]
-runs = client.search_runs(ids)
-print(len(runs))
+[model] = client.search_registered_models()
+places = [client.get_model_version_by_alias(model.name, a).source for a in model.aliases]
+runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
 for run in runs:
-    for file in client.list_artifacts(run.info.run_id, "front"):
-        folder = unquote(urlsplit(run.info.artifact_uri).path)
-        assert Path(folder, file.path).is_file() and folder.startswith(sys.argv[1]), folder
+    files = client.list_artifacts(run.info.run_id, "front")
+    places += [f"{run.info.artifact_uri}/{file.path}" for file in files]
+for path in (Path(unquote(urlsplit(place).path)) for place in places):
+    assert path.exists() and path.is_relative_to(sys.argv[1]), path
+print(len(runs))
 """
 
 
@@ -49,7 +47,8 @@ def run(*arguments: str, workspace: Path, code: int = 0) -> str:
 
 
 def num_tracked_runs(workspace: Path) -> int:
-    reading = Started(str(workspace), code=READ_MODEL)
+    """Return how many runs MLflow has; all of their files must lie in the workspace."""
+    reading = Started(str(workspace), code=READ_MLFLOW)
     printed, _ = reading.communicate()
     assert reading.returncode == 0, printed
     return int(printed)
@@ -77,22 +76,14 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workspace
 
 
-def test_no_stored_file_names_the_place_of_the_workspace(original: Path) -> None:
-    naming = [
-        name
-        for name, content in contents(original).items()
-        if name.suffix != ".db" and str(original).encode() in content
-    ]
-    assert naming == []
-
-
 def test_a_copy_goes_on_and_the_original_stays(original: Path, tmp_path: Path) -> None:
-    there = tmp_path / "a new place"
     before, num_runs = contents(original), num_tracked_runs(original)
+    place = str(original).encode()
+    naming = [name for name, data in before.items() if name.suffix != ".db" and place in data]
+    assert naming == []
+    there = tmp_path / "a new place"
     shutil.copytree(original, there, copy_function=shutil.copy)  # With new times, as cp gives.
-    report_and_resume(there)
-    publish_anew(there)
-    assert num_tracked_runs(there) == num_runs
+    goes_on(there, num_runs)
     run("pick", "--cheapest", workspace=there)
     finished = {path: path.stat().st_mtime for path in there.glob("*/*/done.json")}
     printed = run("sweep", "toy", *SETTINGS, workspace=there)
@@ -104,27 +95,12 @@ def test_a_copy_goes_on_and_the_original_stays(original: Path, tmp_path: Path) -
 
 def test_a_moved_workspace_goes_on(original: Path, tmp_path: Path) -> None:
     num_runs = num_tracked_runs(original)
-    there = Path(shutil.move(original, tmp_path / "a new place"))
-    report_and_resume(there)
-    publish_anew(there)
-    assert num_tracked_runs(there) == num_runs
+    goes_on(Path(shutil.move(original, tmp_path / "a new place")), num_runs)
 
 
-def publish_anew(there: Path) -> None:
-    """Make MLflow's database anew, after `sync` has named what would be lost."""
-    uri = f"sqlite:///{there}/mlflow.db"
-    client = MlflowClient(uri, registry_uri=uri)
-    [experiment] = [e for e in client.search_experiments() if e.name == "iiet-orch"]
-    noted = client.search_runs([experiment.experiment_id], "tags.`iiet.kind` = 'pretrain'")[0]
-    client.set_tag(noted.info.run_id, "reviewer", "ann")
-    said = " ".join(run("sync", workspace=there, code=2).split())
-    assert "`iiet-orch sync --replace` makes it anew" in said
-    assert f"Lost with it: the tag reviewer of {noted.info.run_name}" in said
-    run("sync", "--replace", workspace=there)
-
-
-def report_and_resume(there: Path) -> None:
-    """Report the sweep and resume the interrupted training."""
+def goes_on(there: Path, num_runs: int) -> None:
+    """Report the sweep, resume the interrupted training, and make MLflow's database anew, after
+    `sync` has named what would be lost."""
     [page] = there.glob("sweeps/*/front.html")
     assert str(page) in " ".join(run("report", workspace=there).split())
     paused = there / "runs" / "paused"
@@ -133,3 +109,13 @@ def report_and_resume(there: Path) -> None:
     events = [record for record in read_journal(paused)[0] if record["kind"] == "event"]
     assert [event["step"] for event in events if event["name"] == "resumed"] == [stopped_at]
     assert events[-1]["name"] == "finished"
+
+    client = MlflowClient(f"sqlite:///{there}/mlflow.db")
+    [experiment] = [e for e in client.search_experiments() if e.name == "iiet-orch"]
+    noted = client.search_runs([experiment.experiment_id], "tags.`iiet.kind` = 'pretrain'")[0]
+    client.set_tag(noted.info.run_id, "reviewer", "ann")
+    said = " ".join(run("sync", workspace=there, code=2).split())
+    assert "`iiet-orch sync --replace` makes it anew" in said
+    assert f"Lost with it: the tag reviewer of {noted.info.run_name}" in said
+    run("sync", "--replace", workspace=there)
+    assert num_tracked_runs(there) == num_runs

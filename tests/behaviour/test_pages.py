@@ -1,16 +1,14 @@
-"""README and docs/ agree with the program: commands, options, settings, files and links exist.
+"""README and docs/ agree with the program: commands, settings, files, links and figures exist.
 
-Commands of `iiet-orch` are parsed by its own parser, with the settings that `--set` names; of
-commands within sentences, which have placeholders, only names and options are checked. Programs of
-this repository are looked up with their options; other programs are listed.
+Commands of `iiet-orch` are parsed by its own parser, with the settings that `--set` names;
+test_page_commands.py runs them. Of commands within sentences, which have placeholders, only names
+and options are checked.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib
 import re
-import tomllib
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +16,18 @@ import packages_figure
 import pytest
 import typer
 import yaml
-from documented import FENCE, PAGES, ROOT, Line, blocks, inline_commands, shell_lines
+from documented import FENCE, PAGES, ROOT, blocks, inline_commands, shell_lines
 
-import orchestrator
 from orchestrator import cli
 from orchestrator.cli.submit import parse_command
 from orchestrator.settings import Settings, read_settings, resolve_settings
 from orchestrator.settings.files import shipped_sweeps
 
-OTHER_PROGRAMS = {
-    *("curl", "export", "git", "kubectl", "lm_eval", "mlflow", "optuna-dashboard", "ray", "sbatch"),
-    *("scancel", "ssh", "tensorboard"),
-}
 GROUP: Any = typer.main.get_command(cli.build_app())
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
-SHELL = shell_lines()
-# Commands of troubleshooting.md are wrong by intent, those of extending.md need its package; both
-# are run by a test of their own.
-OWN = [
-    line
-    for line in SHELL
-    if line.words[0] == "iiet-orch" and line.page not in ("troubleshooting.md", "extending.md")
-]
-OTHERS = [line for line in SHELL if line.words[0] != "iiet-orch"]
-GLOSSARY = (
-    *("correction", "schedule", "NFE", "influence", "threshold family", "teacher", "student"),
-    *("elastic", "front", "knee", "draft"),
-)
+UNUSUAL = ("troubleshooting.md", "extending.md")
+"""Pages whose commands are wrong by intent, or need a package; both have a test of their own."""
+FIRST = re.compile(r"([\d.,]+( \w+)? to )?[\d.,]+ ?\w*")
 
 
 def parsed(words: tuple[str, ...]) -> dict[str, Any]:
@@ -57,79 +40,37 @@ def parsed(words: tuple[str, ...]) -> dict[str, Any]:
     return options
 
 
-@pytest.mark.parametrize("line", OWN, ids=str)
-def test_a_shell_line_is_accepted(line: Line) -> None:
-    words = tuple(word for word in line.words[1:] if word != "&")
-    options = parsed(words)
-    if words[0] == "submit":
-        options = parse_command(options["words"])
-    sweep = options.get("config") or options.get("file")
-    name = sweep if sweep in shipped_sweeps() else None
-    assert read_settings(name, options.get("set_") or [])
+def test_shell_lines_are_accepted_with_their_settings() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for line in shell_lines():
+        program, *words = [word for word in line.words if word != "&"]
+        if program == "iiet-orch" and line.page not in UNUSUAL:
+            options = parsed(tuple(words))
+            if words[0] == "submit":
+                options = parse_command(options["words"])
+            sweep = options.get("config") or options.get("file")
+            name = sweep if sweep in shipped_sweeps() else None
+            assert read_settings(name, options.get("set_") or []), line
+        elif program == "make":
+            assert set(words) <= set(targets), line
+        elif program.endswith("python"):
+            path = ROOT.joinpath(*words[1].split(".")) if words[0] == "-m" else ROOT / words[0]
+            assert path.is_dir() or path.with_suffix(".py").is_file(), line
 
 
-def test_a_wrong_line_is_refused() -> None:
-    for words in (("pretrain", "--step", "3"), ("sweep",), ("pick", "--cost", "euros")):
-        with pytest.raises(Exception, match=r"step|config|FILE|euros"):
-            parsed(words)
-    with pytest.raises(KeyError):
-        parsed(("pretend",))
-
-
-@pytest.mark.parametrize("line", inline_commands(), ids=str)
-def test_a_command_within_a_sentence_exists(line: Line) -> None:
-    words = [word for word in line.words[1:] if word not in ("...", "…")]
-    known, command = {"--version", "--help", "--install-completion"}, GROUP
-    for word in words:
-        if word in getattr(command, "commands", {}):
-            command = command.commands[word]
-            known |= {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
-            if command.name == "submit":
-                command = GROUP  # A command for the cluster follows.
-    if words[0] != "COMMAND":
-        assert words[0].startswith("--") or words[0] in GROUP.commands
-    used = {word for word in words if re.match("--?[a-z]", word)}
-    assert used <= known
-
-
-@pytest.mark.parametrize("line", OTHERS, ids=str)
-def test_another_program_is_known(line: Line) -> None:
-    program, *words = line.words
-    program = program.removeprefix(".venv/bin/")
-    if program == "make":
-        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-        assert set(words) <= set(targets)
-    elif program == "pip":
-        assert words[0] == "install"
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        for extras in re.findall(r"\[(.*)\]", " ".join(words)):
-            assert set(extras.split(",")) <= set(project["optional-dependencies"])
-    elif program == "python":
-        path = ROOT.joinpath(*words[1].split(".")) if words[0] == "-m" else ROOT / words[0]
-        if words[0] == "-m":
-            sources = [*path.glob("*.py")] if path.is_dir() else [path.with_suffix(".py")]
-        else:
-            sources = [path, *path.parent.glob("*.py")]
-        text = "".join(source.read_text(encoding="utf-8") for source in sources)
-        before_others = words[: words.index("--")] if "--" in words else words
-        for option in (word for word in before_others if word.startswith("--")):
-            assert f'"{option}"' in text, option
-    else:
-        assert program in OTHER_PROGRAMS
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_and_settings_of_a_page_are_valid_and_nothing_is_left_to_do(page: Path) -> None:
-    for block in blocks(page, "python"):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and node.module in ("iiet", "orchestrator"):
-                module = importlib.import_module(node.module)
-                assert all(hasattr(module, alias.name) for alias in node.names)
-    for block in blocks(page, "yaml"):
-        tree = yaml.safe_load(block)
-        if set(tree) <= set(Settings.model_fields):
-            resolve_settings(tree)
-    assert not [word for word in ("TODO", "TBD", "@@") if word in TEXTS[page.name]]
+def test_commands_within_sentences_exist() -> None:
+    for line in inline_commands():
+        words = [word for word in line.words[1:] if word not in ("...", "…")]
+        known, command = {"--version", "--help", "--install-completion"}, GROUP
+        for word in words:
+            if word in getattr(command, "commands", {}):
+                command = command.commands[word]
+                known |= {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
+                if command.name == "submit":
+                    command = GROUP  # A command for the cluster follows.
+        is_known = words[0].startswith("--") or words[0] in GROUP.commands
+        assert is_known or words[0] == "COMMAND", line
+        assert {word for word in words if re.match("--?[a-z]", word)} <= known, line
 
 
 def anchors(page: Path) -> set[str]:
@@ -139,44 +80,26 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
-def test_links_lead_to_files_and_headings(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8"))
-    for target, anchor in links:
-        found = page.parent / target if target else page
-        assert found.exists(), target
-        assert not anchor or anchor in anchors(found), f"{target}#{anchor}"
+def test_settings_and_links_of_pages_are_valid() -> None:
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
+        for tree in map(yaml.safe_load, blocks(page, "yaml")):
+            if set(tree) <= set(Settings.model_fields):
+                resolve_settings(tree)
+        text = page.read_text(encoding="utf-8")
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            found = page.parent / target if target else page
+            assert found.exists(), (page, target)
+            assert not anchor or anchor in anchors(found), f"{page}: {target}#{anchor}"
 
 
-def test_the_first_pages_name_every_command_page_word_and_sweep() -> None:
+def test_the_first_pages_name_every_command_page_and_sweep() -> None:
     for name in ("README.md", "commands.md"):
         assert set(re.findall(r"`iiet-orch ([a-z][a-z-]+)", TEXTS[name])) == set(GROUP.commands)
     linked = set(re.findall(r"\]\(docs/([\w-]+\.md)\)", TEXTS["README.md"]))
     assert linked == set(TEXTS) - {"README.md", "index.md"}
-    assert len(TEXTS["README.md"].splitlines()) <= 200
-    for word in GLOSSARY:
-        assert re.search(rf"^\| {word} \| [A-Z].*\.", TEXTS["README.md"], flags=re.MULTILINE), word
-    listed = re.search(r"or a shipped one by name: ([a-z0-9, -]+) \|", TEXTS["commands.md"])
-    assert listed
-    assert set(listed[1].split(", ")) == set(shipped_sweeps())
-    for path in shipped_sweeps().values():
-        assert path.read_text(encoding="utf-8").startswith("# ")
-        read_settings(path)
+    [listed] = re.findall(r"or a shipped one by name: ([a-z0-9, -]+) \|", TEXTS["commands.md"])
+    assert set(listed.split(", ")) == set(shipped_sweeps())
     assert read_settings(shipped_sweeps()["toy"]) == Settings(), "it spells out the defaults"
-
-
-FUNCTIONS = {
-    "influence": "measure_influence", "import": "import_model", "search": "sweep",
-    "sweep-threshold": "sweep", "sweep-iterations": "sweep",
-}  # fmt: skip
-"""The functions of commands that have another name."""
-
-
-def test_the_commands_that_are_python_functions_are_those_that_a_page_names() -> None:
-    public = {name for name in GROUP.commands if hasattr(orchestrator, FUNCTIONS.get(name, name))}
-    page = " ".join(TEXTS["python.md"].split())
-    (others,) = re.findall(r"Every command is also a function, but for (.*?)\.", page)
-    assert set(re.findall(r"`(.+?)`", others)) == GROUP.commands.keys() - public
 
 
 def test_the_architecture_names_what_exists() -> None:
@@ -184,18 +107,29 @@ def test_the_architecture_names_what_exists() -> None:
     for path in re.findall(r"`([\w/]+\.py)`", text):
         is_whole = path.startswith(("iiet/", "tests/", "examples/", "research/", "docs/"))
         assert (ROOT / path if is_whole else ROOT / "orchestrator" / path).is_file(), path
-    for folder in re.findall(r"^- `([a-z/_]+)/`: ", text, flags=re.MULTILINE):
-        assert (ROOT / folder).is_dir(), folder
-    named = re.findall(r"^\| `(\w+)/` \|", text, flags=re.MULTILINE)
-    assert set(named) == {p.parent.name for p in (ROOT / "orchestrator").glob("*/__init__.py")}
+    for path in re.findall(r"`(tests/[\w/.]+)`", TEXTS["scaling.md"]):
+        assert (ROOT / path).exists(), path
+    named = set(re.findall(r"^\| `(\w+)/` \|", text, flags=re.MULTILINE))
+    assert named == {p.parent.name for p in (ROOT / "orchestrator").glob("*/__init__.py")}
     assert {*packages_figure.PLACES, *packages_figure.USED_BY_ALL} == {*named, "iiet"}
-    ends = {end for giver, receiver, _ in packages_figure.FLOWS for end in (giver, receiver)}
-    assert ends == set(packages_figure.PLACES)
 
 
-def test_the_drawn_packages_are_shown(tmp_path: Path) -> None:
-    (drawn,) = packages_figure.write_figure(tmp_path / "packages")
-    image = re.findall(r"!\[.*?\]\((images/packages.png)\)", TEXTS["architecture.md"])[0]
-    width_and_height = slice(16, 24)  # Of a PNG file.
-    shown = ROOT / "docs" / image
-    assert drawn.read_bytes()[width_and_height] == shown.read_bytes()[width_and_height]
+def test_the_table_of_scaling_is_what_its_commands_print_and_every_row_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("estimate", "machine"):  # Machines with a GPU would plan for that one.
+        monkeypatch.setattr(f"orchestrator.planning.{module}.installed_gpus", lambda: [])
+    row_pattern = r"^\| `(iiet-orch pretrain --dry-run[^`]*)` \| (.*) \|$"
+    rows = re.findall(row_pattern, TEXTS["scaling.md"], flags=re.MULTILINE)
+    assert len(rows) == 10
+    for command, row in rows:
+        assert cli.main([*shlex.split(command)[1:], "-w", str(tmp_path)]) == 0
+        output = capsys.readouterr().out
+        cells = []
+        for name in ("parameters", "memory", "time", "a checkpoint"):
+            [text] = re.findall(rf"^  {name}  +(\S.*)$", output, flags=re.MULTILINE)
+            found = FIRST.match(text)
+            assert found
+            cells.append(found[0].strip())
+        assert row.split(" | ") == cells, command
+        assert re.search(r"on an H100 +it fits", output), command

@@ -93,7 +93,7 @@ def test_trials_share_a_model_that_is_too_large_for_one_gpu(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_trials_on_cpus_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"sweep\.gpus_per_trial=0 .* names GPUs"):
+    with pytest.raises(UserError, match=r"sweep\.gpus_per_trial=0.* names GPUs"):
         planned(name, tmp_path, "sweep.gpus_per_trial=0")
 
 

@@ -111,7 +111,6 @@ def site(tmp_path, monkeypatch):
         (folder / name).write_text(text)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(METHODS, "_classes", dict(METHODS._classes))
-    monkeypatch.setattr(METHODS, "_checked", set())
     yield folder
     sys.modules.pop("relaxed_methods", None)
 

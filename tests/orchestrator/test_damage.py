@@ -1,8 +1,8 @@
 """The damage table: whatever is damaged in a workspace, no reader gives a wrong answer in silence.
 
-Each row is a kind of file with its readers, which are commands or functions; each is damaged in
-every way. A reader then gives its usual answer, or says which file is damaged, or ends with one
-sentence that names it.
+Each row is a kind of file with its readers, which are commands or functions. A reader of a damaged
+file gives its usual answer, or says which file is damaged, or ends with one sentence that names it.
+Each file is damaged in every way for its first reader; `make test-long` does so for all readers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from changed_trials import stop_early
+from one_evaluation import evaluate_model
 from sample_texts import help_texts, lines_of
 from small_size import SMALL
 
@@ -30,7 +31,6 @@ from orchestrator.models.folder import newest_checkpoint
 from orchestrator.models.lookup import Picked, load_influence_table
 from orchestrator.models.open import open_model
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.syncing import sync
 from orchestrator.records.trial import SweepPlan
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
@@ -42,7 +42,7 @@ from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.training.devices import World
 from orchestrator.training.job import pretraining_job
-from orchestrator.training.teacher_cache import answers_by_step, load_teacher, store_answers
+from orchestrator.training.teacher_cache import answers_of, load_teacher, store_answers
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import write_text
@@ -171,7 +171,7 @@ def _train_the_second_stage(workspace: Workspace, notes: Notes) -> Any:
 def _read_stored_outputs(workspace: Workspace, notes: Notes) -> Any:
     job = next(trial.job for trial in _plan(workspace).trials if trial.job)
     [job], _ = store_answers([job], workspace.teachers, progress=notes)
-    teacher, (sequences, _) = load_teacher(job, World()), answers_by_step(job)(0)
+    teacher, (sequences, _) = load_teacher(job, World()), next(answers_of(job))
     assert teacher
     return teacher(sequences).tolist()
 
@@ -393,44 +393,57 @@ def _timeless(value: Any) -> Any:
     return sorted(map(_timeless, value), key=str) if isinstance(value, list) else value
 
 
-OF_TEXT, BINARY = ("nested", "foreign"), (".bin", ".pt", ".safetensors", ".db")
+def _harms(pattern: str, number: int, *, is_long: bool) -> list[str]:
+    """Return in which ways a file is damaged for its reader of this number."""
+    is_binary = pattern.endswith((".bin", ".pt", ".safetensors", ".db"))
+    harms = [harm for harm in HARMS if not is_binary or harm not in ("nested", "foreign")]
+    usual = harms if number == 0 else [harms[number % 2], "missing"]
+    return [harm for harm in harms if (harm in usual) != is_long]
 
 
-@pytest.mark.slow
+def _problem(
+    copies: Copies, pattern: str, harm: str, name: str, capfd: pytest.CaptureFixture[str]
+) -> str:
+    """Damage a file for a reader, and return what is wrong with its answer."""
+    copies.restore(exports=name == "import")
+    path = min(copies.root.glob(pattern))
+    HARMS[harm](path)
+    gc.collect()
+    gc.disable()  # A finalizer that ran deep inside a parser's recursion would fail by it.
+    try:
+        code, answer, words = _ask(copies, name, capfd)
+    finally:
+        gc.enable()
+    is_named = path.name in "".join(words.split())
+    is_named |= any(said in words for said in SAID_OTHERWISE.get(pattern, ()))
+    if harm in ("missing", "a folder"):
+        is_named |= any(said in words for said in SAID.get(pattern, ()))
+    is_right = code == 0 and (answer == copies.usual[name] or is_named)
+    folder = "/".join(path.parts[-3:-1])
+    is_one_sentence = code in (1, 2) and (is_named or folder in words) and len(words) < 1000
+    log = "".join(words.partition("The traceback is in ")[2].split())
+    if not log and (is_right or is_one_sentence):
+        return ""
+    usual = str(copies.usual[name])
+    new = [line for line in words.splitlines() if line.strip(" ,") not in usual]
+    found = f"{pattern} {harm}: {name} ended with {code}: {new or words}"
+    return found + (Path(log).read_text()[-1500:] if log else "")
+
+
+@pytest.mark.parametrize("pattern", READERS)
 @pytest.mark.parametrize(
-    ("pattern", "harm"),
-    [(p, h) for p in READERS for h in HARMS if h not in OF_TEXT or not p.endswith(BINARY)],
+    "is_long",
+    [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.long)],
 )
 def test_each_damage_is_harmless_or_named(
-    pattern: str, harm: str, copies: Copies, capfd: pytest.CaptureFixture[str]
+    pattern: str, is_long: bool, copies: Copies, capfd: pytest.CaptureFixture[str]
 ) -> None:
     problems = []
-    for name in READERS[pattern]:
+    for number, name in enumerate(READERS[pattern]):
         if name not in copies.usual:
             copies.restore(exports=name == "import")
             code, copies.usual[name], words = _ask(copies, name, capfd)
-            print(name, words[-1500:])
             assert code == 0, words
-        copies.restore(exports=name == "import")
-        path = min(copies.root.glob(pattern))
-        HARMS[harm](path)
-        gc.collect()
-        gc.disable()  # A finalizer that ran deep inside a parser's recursion would fail by it.
-        try:
-            code, answer, words = _ask(copies, name, capfd)
-        finally:
-            gc.enable()
-        is_named = path.name in "".join(words.split())
-        is_named |= any(said in words for said in SAID_OTHERWISE.get(pattern, ()))
-        if harm in ("missing", "a folder"):
-            is_named |= any(said in words for said in SAID.get(pattern, ()))
-        is_right = code == 0 and (answer == copies.usual[name] or is_named)
-        folder = "/".join(path.parts[-3:-1])
-        is_one_sentence = code in (1, 2) and (is_named or folder in words) and len(words) < 1000
-        if "The traceback is in" in words or not (is_right or is_one_sentence):
-            usual = str(copies.usual[name])
-            new = [line for line in words.splitlines() if line.strip(" ,") not in usual]
-            problems.append(f"{name} ended with {code}: {new or words}")
-            if log := words.partition("The traceback is in ")[2].strip():
-                problems.append(Path("".join(log.split())).read_text()[-1500:])
-    assert not problems, "\n".join(problems)
+        for harm in _harms(pattern, number, is_long=is_long):
+            problems.append(_problem(copies, pattern, harm, name, capfd))
+    assert not any(problems), "\n".join(filter(None, problems))

@@ -17,10 +17,11 @@ from orchestrator.models.open import open_models
 from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.evaluating import (
     CompareResult,
+    EvaluatePlan,
     compare,
-    evaluate_opened,
     plan_compare,
     run_compare,
+    run_evaluate,
 )
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.workspace.errors import UserError
@@ -137,7 +138,15 @@ def test_written_files_compare_as_the_stored_evaluations_do(
     context = untracked(workspace)
     stored = compare_models(settings, ("tiny", "tiny"), context, schedules=["2,1", "0"])
     opened = open_models(workspace, [checkpoint], ["2,1", "0"])
-    evaluate_opened(opened, settings, context, log_samples=tmp_path / "own")
+    run_evaluate(
+        EvaluatePlan(
+            settings=settings,
+            workspace=workspace,
+            opened=tuple(opened),
+            log_samples=tmp_path / "own",
+        ),
+        context,
+    )
     assert runs == 2 * ["red", "blue"], "the responses come from the store"
     folders = tmp_path / "own" / "r=2,1", tmp_path / "own" / "r=0"
     written = compare_models(settings, folders, context)
@@ -224,4 +233,4 @@ def test_the_commands_write_and_compare_lm_evals_files(
     assert stored["rows"] == written["rows"]
     assert stored["rows"][0]["num_items"] == 36
     assert cli.main(["evaluate", "tiny", "--log-samples", "tasks/red.yaml", *options]) == 2
-    assert "--log-samples: cannot make the folder tasks/red.yaml" in capsys.readouterr().err
+    assert "--log-samples: cannot make the folder" in capsys.readouterr().err

@@ -16,6 +16,7 @@ import pytest
 import torch
 from fake_tracking import untracked
 from lm_eval_tasks import logged_responses
+from one_evaluation import evaluate_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -28,7 +29,6 @@ from orchestrator.evaluation.heldout import HeldoutSuite
 from orchestrator.evaluation.suite import load_suite
 from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.open import OpenedModel, load_model, open_model
-from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.trial import Trial, TrialSuite
@@ -92,12 +92,12 @@ def evaluate(
     *,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
-    output: Path | None = None,
+    log_samples: Path | None = None,
 ) -> EvaluationResult:
     model = open_model(model) if isinstance(model, Path) else model
     context = untracked(workspace, progress)
     return evaluate_model(
-        model, settings, context, output=output, trust_remote_code=trust_remote_code
+        model, settings, context, log_samples=log_samples, trust_remote_code=trust_remote_code
     )
 
 
@@ -114,10 +114,11 @@ def scored(
             model,
             settings,
             workspace,
-            output=Path(folder),
+            log_samples=Path(folder),
             trust_remote_code=trust_remote_code,
         )
-        return logged_responses(Path(folder))
+        (of_model,) = Path(folder).iterdir()
+        return logged_responses(of_model)
 
 
 def assert_alike(

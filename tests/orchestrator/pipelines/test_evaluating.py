@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fake_tracking import untracked
 from lm_eval_tasks import logged_responses, write_choices
+from one_evaluation import evaluate_model
 
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation import measuring
@@ -18,7 +19,7 @@ from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.models.folder import load_config
 from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.pipelines.context import Context
-from orchestrator.pipelines.evaluating import ModelEvaluations, evaluate_model
+from orchestrator.pipelines.evaluating import ModelEvaluations
 from orchestrator.pipelines.models import export
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.results import load_item_values

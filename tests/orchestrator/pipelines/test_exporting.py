@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from fake_tracking import untracked
+from one_evaluation import evaluate_model
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
@@ -22,7 +23,6 @@ from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import weights_key
 from orchestrator.models.open import load_model, open_model
-from orchestrator.pipelines.evaluating import evaluate_model
 from orchestrator.pipelines.models import CARD, MANIFEST, export, export_checkpoint
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.reporting.model_card import REQUIREMENTS, ModelCard

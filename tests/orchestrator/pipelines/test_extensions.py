@@ -11,7 +11,7 @@ import pytest
 from installed_package import PACKAGE, install, on_path
 from small_size import SMALL
 
-from iiet import METHODS, preset
+from iiet import METHODS
 from iiet.extensions import ExtensionError
 from iiet.influence_metrics import INFLUENCE_METRICS
 from orchestrator.cli import main
@@ -26,17 +26,13 @@ GROUPS = {table.names.group: table for table in extension_points()}
 SOURCE = """
 from itertools import product
 
-from iiet.influence_metrics import Comparison, InfluenceMetric
+from iiet.influence_metrics import Comparison
 from orchestrator.data.text import TextSource
 
 
 class Distance(Comparison):
     def compare(self, before, after):
         return (after - before).norm(dim=-1)
-
-
-class Unfinished(InfluenceMetric):
-    pass
 
 
 class Letters(TextSource):
@@ -56,7 +52,6 @@ class Letters(TextSource):
 NAMES = {
     "iiet.influence_metrics": {
         "distance": "of_mine:Distance",
-        "unfinished": "of_mine:Unfinished",
         "no_class": "of_mine:SOURCE",
         "broken": "of_mine_broken:Metric",
     },
@@ -93,9 +88,9 @@ def test_the_tables_hold_this_projects_classes_first() -> None:
 
 def test_names_of_packages_come_after_and_are_looked_up_when_used(site: Path) -> None:
     assert list(INFLUENCE_METRICS) == [
-        "cosine", "relative", "loss", "broken", "distance", "no_class", "unfinished",
+        "cosine", "relative", "loss", "broken", "distance", "no_class",
     ]  # fmt: skip
-    assert len(INFLUENCE_METRICS) == 7
+    assert len(INFLUENCE_METRICS) == 6
     assert INFLUENCE_METRICS["distance"].__module__ == "of_mine"
     assert INFLUENCE_METRICS.names.package("distance") == f"{PACKAGE} 1.0"
     assert INFLUENCE_METRICS.names.package("cosine") is None
@@ -117,11 +112,10 @@ def test_names_of_packages_come_after_and_are_looked_up_when_used(site: Path) ->
             "from of_mine_broken:Metric (ImportError: libfoo.so is missing); repair the package",
         ),
         ("no_class", "must be a subclass of iiet.influence_metrics.InfluenceMetric, got 1"),
-        ("unfinished", "must define measure, got <class 'of_mine.Unfinished'>"),
         (
             "angel",
-            "influence.metric: input should be 'cosine', 'relative', 'loss', 'broken', 'distance', "
-            "'no_class' or 'unfinished'; got 'angel'",
+            "influence.metric: input should be 'cosine', 'relative', 'loss', 'broken', 'distance' "
+            "or 'no_class'; got 'angel'",
         ),
     ],
 )
@@ -217,33 +211,12 @@ def test_what_is_broken_is_found_before_the_work(
         assert words in " ".join(capsys.readouterr().err.split())
 
 
-def test_two_packages_of_one_name_are_an_error_for_who_uses_it(site: Path) -> None:
-    others = {"iiet.influence_metrics": {"distance": "a:B"}, "iiet.methods": {"iiet": "a:B"}}
-    install(site / "other", {}, others, name="other")
+def test_of_one_name_the_projects_own_class_is_used(site: Path) -> None:
+    own = METHODS["iiet"]
+    install(site / "other", {}, {"iiet.methods": {"iiet": "a:B"}}, name="other")
     with on_path(site / "other"):
-        assert INFLUENCE_METRICS["cosine"]
-        assert METHODS["vanilla"]
-        with pytest.raises(ExtensionError, match=r"by other 1\.0 and by my-ext.* 1\.0;"):
-            INFLUENCE_METRICS["distance"]
-        with pytest.raises(ExtensionError, match=r"by iiet-orch itself and by other 1\.0"):
-            preset("tiny")
-    assert preset("tiny")
-
-
-@pytest.mark.parametrize(
-    ("group", "name"),
-    [
-        ("iiet_orch.data_sources", "depth"),
-        ("iiet_orch.data_sources", "phop_3"),
-        ("iiet_orch.tasks", "lastword"),
-        ("iiet_orch.tasks", "heldout"),
-        ("iiet_orch.loggers", "mlflow"),
-    ],
-)
-def test_a_name_that_means_something_else_is_refused(tmp_path: Path, group: str, name: str) -> None:
-    install(tmp_path, {}, {group: {name: "a:B"}})
-    with on_path(tmp_path), pytest.raises(ExtensionError, match="is defined by iiet-orch itself"):
-        GROUPS[group][name]
+        assert METHODS["iiet"] is own
+        assert METHODS.names.package("iiet") is None
 
 
 def test_doctor_lists_what_packages_add(
@@ -252,7 +225,7 @@ def test_doctor_lists_what_packages_add(
     assert main(["doctor", "--json", "--workspace", str(tmp_path / "ws")]) == 1
     findings = json.loads(capsys.readouterr().out)["findings"]
     found = [finding for finding in findings if finding["check"] == "extensions"]
-    assert len(found) == 9
+    assert len(found) == 8
     usable = {
         f"the {what} of {PACKAGE} 1.0"
         for what in ("influence metric distance", "data source letters")

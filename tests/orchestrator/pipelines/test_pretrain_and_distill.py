@@ -16,7 +16,6 @@ from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.training import (
     DistillResult,
     PretrainResult,
-    distill,
     plan_distill,
     plan_models,
     plan_pretrain,
@@ -172,23 +171,16 @@ def test_a_mistake_writes_nothing(
     assert tracking.statuses == []
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ("num_gpus=800", "cluster.num_gpus=800"),
-        ("num_workers=3000", "num_workers=3000: this machine"),
-    ],
-)
 def test_too_few_resources_are_reported_before_the_workspace_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: str, sentence: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    chosen = resolve_settings({}, [f"cluster.{changes}"])
-    with pytest.raises(UserError, match=sentence):
-        pretrain(chosen, workspace=tmp_path / "workspace")
-    with pytest.raises(UserError, match=sentence):
-        distill(chosen, workspace=tmp_path / "workspace", schedule="1")
-    assert not (tmp_path / "workspace").exists()
+    for name, number in (("num_gpus", 800), ("num_workers", 3000)):
+        step = f"training.num_tokens_per_step={128 * number}"
+        chosen = resolve_settings({}, [f"cluster.{name}={number}", step])
+        with pytest.raises(UserError, match=f"{name}={number}: this machine"):
+            pretrain(chosen, workspace=tmp_path / "workspace")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

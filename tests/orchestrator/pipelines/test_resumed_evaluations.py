@@ -12,11 +12,12 @@ import pytest
 import torch
 from fake_tracking import untracked
 from lm_eval_tasks import write_task
+from one_evaluation import evaluate_model
 
 from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import load_config
 from orchestrator.models.open import open_model
-from orchestrator.pipelines.evaluating import evaluate_model, plan_evaluate
+from orchestrator.pipelines.evaluating import plan_evaluate
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.plan import load_tasks, plan_suite

@@ -152,12 +152,6 @@ def test_trials_share_the_gpus_of_the_run() -> None:
     assert assigned("sweep.gpus_per_trial=2") == (2, None), "of a run on CPUs, as many as there are"
 
 
-@pytest.mark.parametrize("gpus", [1.5, 0.001])
-def test_a_part_of_several_gpus_is_refused(gpus: float) -> None:
-    with pytest.raises(UserError, match=f"{gpus} GPUs are neither whole GPUs nor a share of one"):
-        assigned(f"sweep.gpus_per_trial={gpus}")
-
-
 def test_a_trial_gets_the_smallest_number_of_gpus_on_which_it_fits() -> None:
     settings = resolve_settings({}, ["model.preset=340m", "model.corrections=3"])
     config = build_model_config(settings.model, vocab_size=32_000)
@@ -172,21 +166,6 @@ def test_a_trial_gets_the_smallest_number_of_gpus_on_which_it_fits() -> None:
     # Three cannot share 32 sequences evenly.
     assert assigned("cluster.num_gpus=8", trainings=(training,)) == (4, 2)
     assert assigned("cluster.num_gpus=2", trainings=(training,)) == (2, 1), "refused later"
-
-
-@pytest.mark.parametrize(
-    ("assignments", "words"),
-    [
-        (["sweep.gpus_per_trial=0"], r"sweep\.gpus_per_trial=0 .* cluster\.num_gpus=8 names GPUs"),
-        (["sweep.gpus_per_trial=9"], "asks for 9 GPUs"),
-        (["sweep.workers_per_trial=16"], "asks for 16 GPUs"),
-    ],
-)
-def test_trials_never_use_cpus_if_the_settings_name_gpus(
-    assignments: list[str], words: str
-) -> None:
-    with pytest.raises(UserError, match=words):
-        assigned("cluster.num_gpus=8", *assignments)
 
 
 @pytest.fixture

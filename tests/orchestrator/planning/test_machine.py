@@ -1,4 +1,4 @@
-"""What this machine has, and that too few CPUs or GPUs are an error that says what to type."""
+"""CPUs, GPUs and memory of a machine: what fits, what is refused, and what is free."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from orchestrator.planning.machine import (
     Node,
     Resources,
     check_available,
-    check_resources,
     check_run_resources,
     driver_version,
     free_memory,
@@ -31,94 +30,47 @@ TWO_GPUS = Resources((Node(16, 2),))
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "num_gpus", "resources"),
+    ("num_workers", "num_gpus", "resources", "per_trial", "words"),
     [
-        (1, 0, TWO_CPUS),
-        (2, 0, TWO_CPUS),
-        (1, 2, TWO_GPUS),
-        (2, 2, TWO_GPUS),
-        (4, 0, TWO_GPUS),
-    ],
-)
-def test_a_job_that_fits_passes(num_workers: int, num_gpus: int, resources: Resources) -> None:
-    check_available(num_workers, num_gpus, resources)
-
-
-@pytest.mark.parametrize(
-    ("num_workers", "num_gpus", "resources", "words"),
-    [
-        (1, 8, TWO_CPUS, ["2 CPUs and no GPU", "set cluster.num_gpus=0", "cluster.address"]),
-        (1, 8, TWO_GPUS, ["and 2 GPUs", "type --set cluster.num_gpus=2", "cluster.address"]),
-        (3, 0, TWO_CPUS, ["num_workers=3", "2 CPUs", "type --set cluster.num_workers=2"]),
-        (2, 0, Resources((Node(1),), "the cluster at x"), ["the cluster at x", "1 CPU,"]),
+        (1, 8, TWO_CPUS, False, ["2 CPUs and no GPU", "cluster.num_gpus=0", "cluster.address"]),
+        (1, 8, TWO_GPUS, False, ["2 GPUs", "type --set cluster.num_gpus=2", "cluster.address"]),
+        (3, 0, TWO_CPUS, False, ["num_workers=3", "type --set cluster.num_workers=2"]),
+        (2, 0, Resources((Node(1),), "the cluster at x"), False, ["the cluster at x", "1 CPU,"]),
+        (3, 0, TWO_CPUS, True, ["type --set sweep.workers_per_trial=2"]),
+        (1, 8, TWO_GPUS, True, ["type --set sweep.gpus_per_trial=2"]),
+        (1, 1, TWO_CPUS, True, ["leave sweep.gpus_per_trial out and set cluster.num_gpus=0"]),
+        (100_000, 0, None, False, ["this machine"]),
     ],
 )
 def test_a_job_that_does_not_fit_is_refused_with_what_would(
-    num_workers: int, num_gpus: int, resources: Resources, words: list[str]
+    num_workers: int, num_gpus: int, resources: Resources, per_trial: bool, words: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        check_available(num_workers, num_gpus, resources)
+        check_available(num_workers, num_gpus, resources, per_trial=per_trial)
     for word in words:
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("workers", "gpus", "words"), [(2, 0, "num_workers=2"), (1, 8, "num_gpus=8")]
-)
-def test_one_process_cannot_run_several_workers(workers: int, gpus: int, words: str) -> None:
-    cluster = ClusterSettings(num_workers=workers, num_gpus=gpus)
-    with pytest.raises(
-        UserError, match=f"--local trains in this process alone, and cluster.{words}"
-    ):
-        check_run_resources(cluster, local=True)
-
-
-@pytest.mark.parametrize(
-    ("num_workers", "num_gpus", "resources", "words"),
-    [
-        (3, 0, TWO_CPUS, "type --set sweep.workers_per_trial=2"),
-        (1, 8, TWO_GPUS, "type --set sweep.gpus_per_trial=2"),
-        (1, 1, TWO_CPUS, "leave sweep.gpus_per_trial out and set cluster.num_gpus=0"),
-    ],
-)
-def test_a_trials_error_names_the_settings_of_trials(
-    num_workers: int, num_gpus: int, resources: Resources, words: str
-) -> None:
-    with pytest.raises(UserError, match=words):
-        check_available(num_workers, num_gpus, resources, per_trial=True)
-
-
-@pytest.mark.parametrize(
-    ("per_trial", "words"),
-    [(False, "leave cluster.num_workers out"), (True, "type --set sweep.workers_per_trial=2")],
-)
-def test_gpus_have_one_worker_each(per_trial: bool, words: str) -> None:
-    with pytest.raises(UserError, match=f"3 workers on 2 GPUs .* {words}"):
-        check_resources(3, 2, per_trial=per_trial)
-
-
-def test_resources_default_to_this_machine() -> None:
-    with pytest.raises(UserError, match="this machine"):
-        check_resources(100_000, 0)
-
-
-def test_a_remote_cluster_is_not_compared_with_this_machine() -> None:
-    check_resources(1, 800, address="ray.example:6379")
-    check_run_resources(ClusterSettings(num_gpus=800, address="ray.example:6379"))
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinity")
-def test_cpus_are_those_this_process_may_use() -> None:
-    found = local_resources(count_gpus=False).cpus
-    assert 1 <= found <= len(os.sched_getaffinity(0))
+def test_a_job_that_fits_passes_and_nothing_is_known_of_a_cluster_elsewhere() -> None:
+    for num_workers, num_gpus, resources in (
+        (1, 0, TWO_CPUS), (2, 0, TWO_CPUS), (1, 2, TWO_GPUS), (2, 2, TWO_GPUS), (4, 0, TWO_GPUS),
+    ):  # fmt: skip
+        check_available(num_workers, num_gpus, resources)
+    check_available(1, 800, address="ray.example:6379")
+    far = ClusterSettings(num_gpus=800, address="ray.example:6379")
+    check_run_resources(far)
+    with pytest.raises(UserError, match=r"--local trains in this process .* cluster.num_gpus=800"):
+        check_run_resources(far, local=True)
 
 
 def test_asking_for_cpus_imports_neither_ray_nor_torch() -> None:
     import subprocess
 
+    if hasattr(os, "sched_getaffinity"):
+        assert 1 <= local_resources(count_gpus=False).cpus <= len(os.sched_getaffinity(0))
     code = (
-        "import sys; from orchestrator.planning.machine import check_resources; "
-        "check_resources(1, 0); "
+        "import sys; from orchestrator.planning.machine import check_available; "
+        "check_available(1, 0); "
         "sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -149,9 +101,6 @@ def test_cached_files_of_a_container_are_free_memory(tmp_path: Path) -> None:
     no_limit = make_group(tmp_path / "no limit", "max", 5 * MIB, 0)
     for groups in ([], [no_limit], [tmp_path / "nothing"], None):
         assert free_memory(groups) > 100 * MIB
-
-
-def test_free_bytes_are_those_of_the_machine_and_of_the_folders_disk(tmp_path: Path) -> None:
     free = local_free_bytes(tmp_path / "not" / "there")
     assert free.memory == pytest.approx(free_memory(), rel=0.2)
     assert free.disk
@@ -216,15 +165,14 @@ def test_only_visible_gpus_count(monkeypatch: pytest.MonkeyPatch) -> None:
         assert machine.users == 0
 
 
-def test_a_machine_without_nvml_has_no_known_gpu() -> None:
+def test_without_a_driver_or_the_extra_gpu_no_gpu_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class WithoutDriver(MachineWithTwoGpus):
         def nvmlInit(self) -> None:  # noqa: N802
             raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
     assert installed_gpus(WithoutDriver()) == []
-
-
-def test_without_the_extra_gpu_no_gpu_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)  # Importing it fails as if it were missing.
     assert installed_gpus() == []
     assert driver_version() is None

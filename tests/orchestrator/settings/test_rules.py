@@ -26,6 +26,10 @@ ELASTIC = "distillation.training.elastic"
         ("data.source_options={letters: {}}", "letters is not read"),
         ("cluster={min_gpus: 16, num_gpus: 8}", "cluster.min_gpus=16, cluster.num_gpus=8: "),
         ("cluster={min_gpus: 4, num_gpus: 8, parallel: fsdp}", "cluster.parallel='fsdp': fsdp"),
+        (
+            "cluster={num_workers: 3, num_gpus: 2}",
+            "cluster.num_workers=3, cluster.num_gpus=2: each",
+        ),
         ("cluster.num_shards=2", "cluster.parallel='ddp': shards need cluster.parallel=fsdp"),
         ("cluster={parallel: fsdp, num_shards: 3, num_workers: 4}", "divide the 4 workers"),
         ("cluster={parallel: fsdp, num_shards: 8, num_gpus: 12}", "divide the 12 workers"),
@@ -59,6 +63,14 @@ def test_what_a_control_does_not_read_may_be_anything() -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
+        (
+            "threshold",
+            "gpus_per_trial=0; cluster.num_gpus=8",
+            "cluster.num_gpus=8: the first trains",
+        ),
+        ("threshold", "gpus_per_trial=9; cluster.num_gpus=8", "sweep.gpus_per_trial=9.0, cluster"),
+        ("search", "workers_per_trial=16; cluster.num_gpus=8", "sweep.workers_per_trial=16, cl"),
+        ("search", "workers_per_trial=3; sweep.gpus_per_trial=2", "each worker has one GPU"),
         ("threshold", "thresholds=[-0.1]", "influence.metric='cosine': no influence of this"),
         ("threshold", "asha=true", "sweep.asha=True, sweep.kind='threshold': "),
         ("iterations", "asha=true; sweep.seeds=[0, 1]", "sweep.asha=True, sweep.seeds=(0, 1): "),
@@ -99,3 +111,9 @@ def test_importing_and_resolving_settings_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_part_of_several_gpus_is_refused() -> None:
+    for gpus in (1.5, 0.001):
+        with pytest.raises(UserError, match=f"{gpus} GPUs are neither whole GPUs nor a share of"):
+            resolve_settings({}, [f"sweep.gpus_per_trial={gpus}"])

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from same_run import events, same_run, state_of, steps_of, stop_at
-from torch import Tensor, nn
+from torch import Tensor
 
 from iiet.config import ModelConfig, preset
 from iiet.decoder import Decoder
@@ -96,10 +96,9 @@ def test_a_saved_checkpoint_loads_unchanged_and_its_weights_have_a_key(
     assert loaded.config == decoder.config
     for name, tensor in decoder.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
-    for mapped in (False, True):
-        state = load_training_state(folder, mapped=mapped)
-        assert state["step"] == 100
-        assert torch.equal(state["moments"], torch.ones(2))
+    state = load_training_state(folder)
+    assert state["step"] == 100
+    assert torch.equal(state["moments"], torch.ones(2))
     assert load_provenance(folder)["tokens"] == "abc"
     assert weights_key(first) == weights_key(second)
     with torch.no_grad():
@@ -117,12 +116,11 @@ class RunsCode:
         return os.mkdir, (str(self.folder),)
 
 
-@pytest.mark.parametrize("mapped", [True, False])
-def test_a_training_state_runs_no_code(run: Path, tmp_path: Path, mapped: bool) -> None:
+def test_a_training_state_runs_no_code(run: Path, tmp_path: Path) -> None:
     folder, made = find_checkpoints(run)[-1], tmp_path / "made"
     torch.save({"step": 100, "moments": RunsCode(made)}, folder / TRAINING_STATE)
     with pytest.raises(UserError, match=f"{TRAINING_STATE} holds objects .* could run code"):
-        load_training_state(folder, mapped=mapped)
+        load_training_state(folder)
     assert not made.exists()
     torch.load(folder / TRAINING_STATE, weights_only=False)
     assert made.exists(), "the file would have run it"
@@ -280,42 +278,6 @@ def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(
 # Copies in the host's memory
 
 
-class Streams:
-    """Stands in for `torch.cuda`: writes down what waits for what; copies happen at once."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.current = FakeStream("main", self.log)
-
-    def Stream(self, device: str) -> FakeStream:  # noqa: N802
-        assert device == "cuda:0"
-        return FakeStream("side", self.log)
-
-    def current_stream(self) -> FakeStream:
-        return self.current
-
-    @contextmanager
-    def stream(self, stream: FakeStream) -> Iterator[None]:
-        self.log.append(f"copy on {stream.name}")
-        yield
-
-
-class FakeStream:
-    def __init__(self, name: str, log: list[str]) -> None:
-        self.name, self.log = name, log
-
-    def wait_stream(self, other: FakeStream) -> None:
-        self.log.append(f"{self.name} waits for {other.name}")
-
-    wait_event = wait_stream
-
-    def record_event(self) -> FakeStream:
-        return FakeStream(f"the end of {self.name}", self.log)
-
-    def synchronize(self) -> None:
-        self.log.append(f"the writer waits for {self.name}")
-
-
 class Gathered(Tensor):
     """Stands in for a sharded tensor."""
 
@@ -323,53 +285,15 @@ class Gathered(Tensor):
         return self.as_subclass(Tensor).clone()
 
 
-def test_a_copy_on_the_cpu_shares_no_memory() -> None:
+def test_a_copy_shares_no_memory_and_holds_whole_tensors() -> None:
+    sharded = torch.ones(2).as_subclass(Gathered)
     original = {"weights": {"a": torch.ones(2, 3)}, "optimizer": {0: [torch.zeros(4), 0.5]}}
-    copied = HostCopies("cpu").copy(original, keep=True)
+    copied = HostCopies("cpu").copy({**original, "shard": sharded}, keep=True)
     original["weights"]["a"].zero_()
     assert torch.equal(copied["weights"]["a"], torch.ones(2, 3))
     assert copied["optimizer"][0][1] == 0.5
+    assert type(copied["shard"]) is Tensor
     assert HostCopies("cpu").copy(original, keep=False)["weights"] == {"a": None}
-
-
-def test_updates_begin_after_the_copy_and_buffers_are_used_again() -> None:
-    streams, made = Streams(), list[Tensor]()
-
-    def new_buffer(tensor: Tensor) -> Tensor:
-        made.append(torch.empty_like(tensor))
-        return made[-1]
-
-    copies = HostCopies("cuda:0", streams=streams, new_buffer=new_buffer)
-    weight = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    for _ in range(2):
-        copies.order_updates(optimizer)
-    weight.grad = torch.ones(2)
-    optimizer.step()
-    assert streams.log == []
-    for value in (0.0, -1.0):
-        copied = copies.copy({"weight": weight}, keep=True)
-        assert copied["weight"] is made[0]
-        optimizer.step()
-        copies.wait()
-        assert torch.equal(copied["weight"], torch.full((2,), value))
-        assert streams.log == [
-            "side waits for main",
-            "copy on side",
-            "main waits for the end of side",
-            "the writer waits for the end of side",
-        ]
-        streams.log.clear()
-    assert len(made) == 1
-
-
-def test_training_waits_for_tensors_that_are_gathered_for_the_copy() -> None:
-    streams = Streams()
-    copies = HostCopies("cuda:0", streams=streams, new_buffer=torch.empty_like)
-    sharded = torch.ones(2).as_subclass(Gathered)
-    assert torch.equal(copies.copy([sharded], keep=True)[0], torch.ones(2))
-    assert streams.log == ["side waits for main", "copy on side", "main waits for side"]
-    assert copies.copy([sharded], keep=False) == [None]
 
 
 # Copies in the run's storage

@@ -136,21 +136,6 @@ def test_every_training_of_a_process_compiles() -> None:
     assert found == ["compiled"] * 3
 
 
-def test_the_limit_of_graphs_is_one_event_and_changes_nothing() -> None:
-    found: list[Any] = []
-    plain, decoder = tiny_decoder(2), tiny_decoder(2)
-    decoder.load_state_dict(plain.state_dict())
-    compile_fields(decoder, lambda *event, **details: found.append((*event, details)), "eager")
-    ids, mask = torch.randint(13, (2, 8)), torch.ones(2, 8, dtype=torch.bool)
-    mask[0, 0] = False
-    with torch._dynamo.config.patch(recompile_limit=1):
-        for masks in ({}, {"attention_mask": mask}) * 2:
-            torch.testing.assert_close(decoder(ids, **masks), plain(ids, **masks))
-    (compiled, _), (limited, details) = found
-    assert (compiled, limited) == ("compiled", "not compiled")
-    assert "more compiled graphs than PyTorch keeps" in details["text"]
-
-
 def test_other_errors_are_not_taken_for_a_failure_of_the_compiler() -> None:
     def out_of_memory(*_: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -367,7 +352,7 @@ def test_the_planned_memory_is_that_of_a_step(
         num_passes=num_passes,
     )
     # The plan counts gradients from the first pass on, and here they grow while activations go.
-    assert live.peak < plan.total - plan.optimizer < 1.5 * live.peak
+    assert live.peak < sum(plan.values()) - plan["AdamW"] < 1.5 * live.peak
 
 
 @pytest.mark.parametrize("num_shards", [2, 3])

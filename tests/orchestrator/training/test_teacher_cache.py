@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from same_run import curve, state_of
+from torch import Tensor
 
 from iiet.batch import Batch
 from iiet.decoder import Decoder
@@ -26,10 +28,9 @@ from orchestrator.training.teacher_cache import (
     CachedTeacher,
     CachePlan,
     TeacherWork,
-    answers_by_step,
+    answers_of,
     cache_plan,
     delete_answers,
-    find_cache_damage,
     load_teacher,
     open_cache,
     store_answers,
@@ -38,7 +39,6 @@ from orchestrator.training.teacher_cache import (
 )
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import delete_folder
 from orchestrator.workspace.journal import read_journal
 
 RECIPE: dict[str, Any] = {
@@ -120,30 +120,29 @@ def test_a_run_with_stored_answers_is_bitwise_equal_to_one_with_a_live_teacher(
     assert isinstance(load_teacher(reading, World()), Decoder)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 4])
 def test_any_part_of_a_step_in_any_order_finds_its_answers(
-    student: MakeStudent, tmp_path: Path, num_workers: int
+    student: MakeStudent, tmp_path: Path
 ) -> None:
     job = stored(student(), tmp_path / "t")
     cache, decoder = load_teacher(job, World()), load_model(Path(str(job.teacher_folder)))
     assert isinstance(cache, CachedTeacher)
-    for step in (0, 5):
-        sequences, _ = answers_by_step(job)(step)
-        for share in sequences.flip(0).chunk(num_workers):
+    steps = [sequences for sequences, _ in answers_of(job)]
+    for num_workers in (1, 2, 4):
+        for share in steps[num_workers].flip(0).chunk(num_workers):
             with torch.no_grad():
                 torch.testing.assert_close(cache(share), decoder(share))
     with pytest.raises(KeyError, match="no answer"):
         cache(torch.zeros(1, 16, dtype=torch.long))
-    # Every mask is served, and masked answers do not matter.
-    tokens, config = sequences, DistillationConfig()
-    for batch in (Batch.of_text(tokens), Batch.of_text(tokens, tokens > tokens[:, :1])):
-        taught, _ = distillation_loss(decoder, decoder, batch, config=config)
-        read, _ = distillation_loss(decoder, cache, batch, config=config)
-        assert read.item() == pytest.approx(taught.item(), abs=1e-6)
-        if batch.taught is not None:
-            spoiled = cache(tokens).masked_fill(~batch.taught.unsqueeze(-1), math.nan)
-            loss, _ = distillation_loss(decoder, lambda _, s=spoiled: s, batch, config=config)
-            assert loss.item() == read.item()
+    # Masked answers do not matter.
+    tokens, config = steps[0], DistillationConfig()
+    batch = Batch.of_text(tokens, tokens > tokens[:, :1])
+    taught, _ = distillation_loss(decoder, decoder, batch, config=config)
+    read, _ = distillation_loss(decoder, cache, batch, config=config)
+    assert read.item() == pytest.approx(taught.item(), abs=1e-6)
+    assert batch.taught is not None
+    spoiled = cache(tokens).masked_fill(~batch.taught.unsqueeze(-1), math.nan)
+    loss, _ = distillation_loss(decoder, lambda _: spoiled, batch, config=config)
+    assert loss.item() == read.item()
 
 
 def test_the_key_of_a_cache_depends_on_what_changes_the_answers(
@@ -172,41 +171,33 @@ def test_the_key_of_a_cache_depends_on_what_changes_the_answers(
 
 
 def test_a_damaged_cache_is_reported_and_written_again_and_never_read(
-    student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    student: MakeStudent, tmp_path: Path
 ) -> None:
     job, notes, devices = stored(student(), tmp_path / "t"), Notes(), list[str]()
     folder, plan = Path(str(job.teacher_cache)), plan_of(job)
-    compute = answers_by_step
 
-    def watched(job: TrainingJob, *, device: str) -> Any:
-        devices.append(device)
-        return compute(job)
+    def on_device(work: Any, progress: Progress) -> None:
+        devices.append("cpu")
+        work("cpu", progress)
 
     def store() -> None:
-        on_gpu: Any = lambda work, progress: work("cuda", progress)  # noqa: E731
-        store_answers([job, student("b")], tmp_path / "t", on_device=on_gpu, progress=notes)
+        jobs = [job, student("b")]
+        store_answers(jobs, tmp_path / "t", on_device=on_device, progress=notes)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(teacher_cache, "answers_by_step", watched)
     store()
     assert devices == [], "an intact cache needs no device"
     good = (folder / ANSWERS).read_bytes()
     for bad in (good[:-4], good[:-4] + b"\0\1\2\3"):
         (folder / ANSWERS).write_bytes(bad)
-        assert find_cache_damage(folder, plan)
+        assert isinstance(load_teacher(job, World()), Decoder), "the teacher runs instead"
         store()
         assert (folder / ANSWERS).read_bytes() == good
-    assert devices == ["cuda", "cuda"]
-    assert [note.partition("(")[2].partition(")")[0] for note in notes.notes] == [
-        "answers.bin is incomplete",
-        "answers.bin was changed after writing",
-    ]
-    other = plan_of(student(recipe={"seed": 1}))
-    assert open_cache(folder, other) is None
-    assert "other answers" in str(find_cache_damage(folder, other))
-    (folder / ANSWERS).write_bytes(good[:-4])
-    assert run_job(job).finished, "a job with an incomplete cache runs the teacher"
-    monkeypatch.setattr(teacher_cache, "find_cache_damage", lambda f, *_, **__: delete_folder(f))
-    assert open_cache(folder, plan) is None, "it was deleted while it was opened"
+    assert len(devices) == len(notes.notes) == 2
+    assert notes.notes[0] == f"{folder} is damaged and is written again"
+    assert open_cache(folder, plan)
+    assert open_cache(folder, plan_of(student(recipe={"seed": 1}))) is None
+    (folder / ANSWERS).unlink()
+    assert open_cache(folder, plan) is None
 
 
 def work_of(jobs: list[TrainingJob], parent: Path, *, is_stored: bool = True) -> TeacherWork:
@@ -243,12 +234,11 @@ def test_what_does_not_fit_on_the_disk_is_refused_and_a_full_disk_leaves_nothing
     student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [student(f"{seed}", recipe={"seed": seed}) for seed in range(3)]
-    plan, answers = plan_of(jobs[0]), answers_by_step(jobs[0])
+    plan = plan_of(jobs[0])
 
-    def full_after_half(number: int) -> Any:
-        if number == plan.num_steps // 2:
-            raise OSError(28, "No space left on device")
-        return answers(number)
+    def full_after_half(_: str) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from islice(answers_of(jobs[0]), plan.num_steps // 2)
+        raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
         write_cache(plan, tmp_path / "t", full_after_half)
@@ -273,6 +263,6 @@ def test_the_logits_of_one_pass_only_are_computed_at_once(
         return forward(self, input_ids, **more)
 
     monkeypatch.setattr(Decoder, "forward", watched)
-    sequences, logits = answers_by_step(student(recipe={"num_sequences_per_pass": 3}))(0)
+    sequences, logits = next(answers_of(student(recipe={"num_sequences_per_pass": 3})))
     assert max(sizes) == 3
     assert sum(sizes) == len(sequences) == len(logits)
