@@ -9,6 +9,7 @@ import random
 import shutil
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -240,8 +241,8 @@ def small_sweep(pytestconfig: pytest.Config) -> Path:
     """A workspace after `iiet-orch sweep toy` at the small size, and beside it, with the ending
     `.txt`, what the command printed.
 
-    It is made once, and kept in pytest's cache until a source or a library changes. Its users are
-    marked slow, and copy it.
+    It is made once, and kept in pytest's cache until a source or a library changes; then for one
+    day more, as another run may still read it. Its users are marked slow, and copy it.
     """
     from orchestrator.workspace.locks import lock_file
 
@@ -258,7 +259,8 @@ def small_sweep(pytestconfig: pytest.Config) -> Path:
     with lock_file(kept / "lock"):
         if not printed.is_file():
             for older in kept.glob("*/"):
-                shutil.rmtree(older)
+                if time.time() - older.stat().st_mtime > 24 * 3600:
+                    shutil.rmtree(older)
             found = run_command("sweep", "toy", *options, "--workspace", str(workspace))
             printed.write_text(found)
     return workspace

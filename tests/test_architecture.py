@@ -59,24 +59,24 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_861,
+    "iiet": 7_665,
     "benchmarks": 3_627,
     "examples": 278,
     "research": 2_000,
     "orchestrator/workspace": 1_053,
     "orchestrator/terminal": 584,
-    "orchestrator/settings": 1_631,
+    "orchestrator/settings": 1_589,
     "orchestrator/records": 948,
-    "orchestrator/models": 1_726,
-    "orchestrator/data": 2_558,
+    "orchestrator/models": 1_686,
+    "orchestrator/data": 2_455,
     "orchestrator/tracking": 1_529,
     "orchestrator/training": 3_587,
-    "orchestrator/evaluation": 3_215,
+    "orchestrator/evaluation": 3_070,
     "orchestrator/planning": 1_172,
     "orchestrator/cluster": 2_198,
     "orchestrator/reporting": 4_204,
     "orchestrator/sweeping": 3_080,
-    "orchestrator/pipelines": 4_519,
+    "orchestrator/pipelines": 4_518,
     "orchestrator/cli": 1_896,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from commands import settings_options
 from small_size import SMALL
 
 from orchestrator import measure_influence, plan_sweep, prepare, sweep
@@ -37,7 +38,7 @@ for name, arguments in json.loads(sys.argv[1]).items():
     assert name in ("pick", "evaluate", "compare") or not loaded, (name, loaded)
 print(json.dumps(found))
 """
-OPTIONS = [f"--set={assignment}" for assignment in SMALL]
+OPTIONS = settings_options(SMALL)
 FROM_SETTINGS = {
     "pretrain": ["pretrain", *OPTIONS],
     "quickstart": ["quickstart", *OPTIONS],
@@ -70,23 +71,19 @@ def dry_runs(workspace: Path) -> dict[str, tuple[int, str]]:
     return {name: (code, printed) for name, (code, printed) in json.loads(found.stdout).items()}
 
 
-def tree(folder: Path) -> dict[str, tuple[int, int]]:
+def tree(folder: Path) -> dict[Path, tuple[int, int]]:
     """Return size and time of everything in a folder."""
-    return {
-        str(path.relative_to(folder)): (path.lstat().st_size, path.lstat().st_mtime_ns)
-        for path in [folder, *folder.rglob("*")]
-    }
+    paths = [folder, *folder.rglob("*")]
+    return {path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in paths}
 
 
 def test_every_command_with_a_dry_run_is_run_here() -> None:
     commands = typer.main.get_command(build_app()).commands  # type: ignore[attr-defined]
-    names = {
-        name
-        for name, command in commands.items()
-        if any("--dry-run" in parameter.opts for parameter in command.params)
+    with_option = {n for n, c in commands.items() if any("--dry-run" in p.opts for p in c.params)}
+    # `clean` asks before it deletes; test_clean.py runs it.
+    assert with_option - {"clean"} == {
+        arguments[0] for arguments in (FROM_SETTINGS | FROM_MODELS).values()
     }
-    names -= {"clean"}  # It asks before it deletes; test_clean.py runs it.
-    assert names == {arguments[0] for arguments in (FROM_SETTINGS | FROM_MODELS).values()}
 
 
 @pytest.mark.slow
@@ -180,12 +177,3 @@ def test_prepared_tokens_are_named_in_a_plan(tmp_path: Path, settings: Settings)
     # The teacher and the model without corrections share a first stage.
     shared = round(settings.training.num_steps * settings.training.iterate_from_fraction)
     assert prepared.price.num_tokens == number - shared * settings.training.num_tokens_per_step
-
-
-def test_a_sweep_on_gpus_says_how_many_each_trial_gets(tmp_path: Path) -> None:
-    chosen = resolve_settings({}, ["sweep.kind=iterations", "cluster.num_gpus=8"])
-    found = plan_sweep(chosen, workspace=tmp_path).sentences
-    assert "each trial runs on 1 GPU, at most 5 at once" in found
-    assert any("no GPU" in sentence for sentence in found)
-    on_cpus = plan_sweep(resolve_settings({}, ["sweep.kind=iterations"]), workspace=tmp_path)
-    assert not any("each trial runs on" in sentence for sentence in on_cpus.sentences)

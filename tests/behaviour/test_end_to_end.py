@@ -52,7 +52,7 @@ def finished(small_sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 
 def results_of(workspace: Path) -> list[dict[str, Any]]:
-    [file] = workspace.glob("sweeps/toy-*/results.json")
+    [file] = workspace.glob("sweeps/*/results.json")
     found: list[dict[str, Any]] = json.loads(file.read_text())["results"]
     return found
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 from installed_package import install, on_path
-from method_suite import assert_passes_suite
 from small_size import SMALL
 
 from orchestrator import cli
@@ -86,17 +85,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         yield Place(tmp_path_factory.mktemp("extending"))
 
 
-def test_the_page_names_every_group_and_contract(place: Place) -> None:
-    [table] = re.findall(r"\n\| what .*?\n\n", PAGE, flags=re.DOTALL)
-    for point in extension_points():
-        [row] = [row for row in table.splitlines() if f"`{point.names.group}`" in row]
-        module, *names = re.findall(r"`([\w.]+)`", row.split("|")[3])
-        bases = [f"{base.__module__}.{base.__qualname__}" for base in point.bases]
-        package, _, _ = module.rpartition(".")
-        known = {module, *(f"{package}.{name}" for name in names)}
-        # `iiet.methods` exports what `iiet.methods.base` defines.
-        assert known == {base.replace("methods.base.", "methods.") for base in bases}
-    assert set(PYPROJECT["project"]["entry-points"]) == {p.names.group for p in extension_points()}
+def test_the_package_of_the_page_extends_everything_that_can_be(place: Place) -> None:
+    groups = {point.names.group for point in extension_points()}
+    assert set(PYPROJECT["project"]["entry-points"]) == groups
     assert PYPROJECT["tool"]["setuptools"]["py-modules"] == list(MODULES)
     with on_path(place.site):
         found = [f for f in examine(Workspace(place.workspace)) if f.check == "extensions"]
@@ -130,11 +121,6 @@ def test_the_method_trains_in_ray_and_is_missed_where_its_package_is_not(
         assert "is a model of the method 'heavy_ball', which the package my-extensions 1.0" in error
     assert cli.main(["list", "--workspace", str(place.workspace)]) == 0
     assert "heavy" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_shared_suite_of_methods_tests_it(place: Place) -> None:
-    assert_passes_suite("heavy_ball", place.site)
 
 
 @pytest.mark.slow

@@ -148,36 +148,40 @@ def sound_assignments(draw: st.DrawFn) -> str:
 
 
 PLANS = st.sampled_from(
-    [
-        "pretrain",
-        "pretrain",
-        "sweep-threshold",
-        "sweep-iterations",
-        "sweep-threshold --search 2",
-        "sweep toy",
-    ]
+    ["pretrain", "sweep-threshold", "sweep-iterations", "sweep-threshold --search 2", "sweep toy"]
 )
 SCHEDULES = st.text(alphabet="0123456789,.*()[] -²", max_size=12) | WORDS
 LISTS = st.text(alphabet="0123456789,.-+eEnaif² ", max_size=12) | WORDS
+PRETRAIN, GENERATE, SWEEP = "pretrain --dry-run", "generate -p a -n 2", "sweep-threshold --dry-run"
+TAKEN = (
+    (PRETRAIN, SCHEDULES, ("--schedule",)),
+    (PRETRAIN, LISTS, ("--steps", "--workers", "--mfu")),
+    (PRETRAIN, WORDS, ("--preset", "--method", "--storage", "--name")),
+    (GENERATE, SCHEDULES, ("--schedule",)),
+    (GENERATE, LISTS, ("--seed", "--top-p", "--top-k", "--temperature")),
+    (GENERATE, WORDS, ("--prompt", "--stop")),
+    (SWEEP, LISTS, ("--thresholds", "--budgets", "--seeds")),
+    (SWEEP, WORDS, ("--cost", "--name")),
+    ("pick --dry-run", LISTS, ("--keep", "--budget", "--confidence")),
+    ("pick --dry-run", WORDS, ("--cost",)),
+)
+"""A command, values, and options that may get them."""
+NAMED = ("report", "pick --dry-run", "evaluate", "generate -p a", "prepare", "export", "import")
+"""Commands that take a name or a path."""
 
 
 def _argument(text: str) -> str:
-    """Return text that a command line can pass on: no NUL, and no option by chance."""
+    """Return text that a command line can pass on: no NUL."""
     return text.replace("\0", "").encode("utf-8", "replace").decode()
 
 
 @st.composite
 def questions(draw: st.DrawFn) -> tuple[list[str], str | bytes | None]:
     """A command that trains nothing, and the content of the file `FILE` in its arguments."""
-    kinds = ["tree", "soup", "bytes", "set", "set", "plausible", "plausible", "option", "name"]
-    kind = draw(st.sampled_from(kinds))
-    if kind == "tree":
-        content = yaml.dump(draw(trees()))
+    kind = draw(st.sampled_from(["file", "set", "set", "plausible", "plausible", "option", "name"]))
+    if kind == "file":
+        content = draw(trees().map(yaml.dump) | SOUP | st.binary(max_size=60))
         return ["pretrain", "--dry-run", "--config", "FILE"], content
-    if kind == "soup":
-        return ["pretrain", "--dry-run", "--config", "FILE"], draw(SOUP)
-    if kind == "bytes":
-        return ["pretrain", "--dry-run", "--config", "FILE"], draw(st.binary(max_size=60))
     if kind == "set":
         several = draw(st.lists(ASSIGNMENTS, min_size=1, max_size=3))
         return ["pretrain", "--dry-run", *(f"--set={_argument(text)}" for text in several)], None
@@ -186,45 +190,11 @@ def questions(draw: st.DrawFn) -> tuple[list[str], str | bytes | None]:
         changes = [f"--set={text}" for text in several]
         return [*draw(PLANS).split(), "--dry-run", *OPTIONS, *changes], None
     if kind == "option":
-        command, option, values = draw(
-            st.sampled_from(
-                [
-                    ("pretrain --dry-run", "--schedule", SCHEDULES),
-                    ("pretrain --dry-run", "--steps", LISTS),
-                    ("pretrain --dry-run", "--workers", LISTS),
-                    ("pretrain --dry-run", "--preset", WORDS),
-                    ("pretrain --dry-run", "--method", WORDS),
-                    ("pretrain --dry-run", "--storage", WORDS),
-                    ("pretrain --dry-run", "--name", WORDS),
-                    ("pretrain --dry-run", "--mfu", LISTS),
-                    ("generate --prompt=a -n 2", "--schedule", SCHEDULES),
-                    ("generate --prompt=a -n 2", "--seed", LISTS),
-                    ("generate --prompt=a -n 2 --temperature=1", "--top-p", LISTS),
-                    ("generate --prompt=a -n 2 --temperature=1", "--top-k", LISTS),
-                    ("generate --prompt=a -n 2", "--temperature", LISTS),
-                    ("generate -n 2", "--prompt", WORDS),
-                    ("generate --prompt=a -n 2", "--stop", WORDS),
-                    ("sweep-threshold --dry-run", "--thresholds", LISTS),
-                    ("sweep-threshold --dry-run", "--budgets", LISTS),
-                    ("sweep-threshold --dry-run", "--cost", WORDS),
-                    ("sweep-threshold --dry-run", "--seeds", LISTS),
-                    ("sweep-threshold --dry-run", "--name", WORDS),
-                    ("search --dry-run", "--seed", LISTS),
-                    ("pick --dry-run", "--keep", LISTS),
-                    ("pick --dry-run", "--budget", LISTS),
-                    ("pick --dry-run", "--confidence", LISTS),
-                    ("pick --dry-run", "--cost", WORDS),
-                ]
-            )
-        )
-        small = OPTIONS if "sweep" in command or "search" in command else []
-        return [*command.split(), *small, f"{option}={_argument(draw(values))}"], None
-    command = draw(
-        st.sampled_from(
-            ["report", "pick --dry-run", "evaluate", "generate -p a", "prepare", "export", "import"]
-        )
-    )
-    return [*command.split(), "--", _argument(draw(WORDS | SOUP))], None
+        command, values, options = draw(st.sampled_from(TAKEN))
+        small = OPTIONS if command == SWEEP else []
+        option = f"{draw(st.sampled_from(options))}={_argument(draw(values))}"
+        return [*command.split(), *small, option], None
+    return [*draw(st.sampled_from(NAMED)).split(), "--", _argument(draw(WORDS | SOUP))], None
 
 
 @pytest.mark.long

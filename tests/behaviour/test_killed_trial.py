@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 from changed_trials import in_folder, with_job
 from list_queue import ListQueue, run_queue
-from same_run import curve
+from same_run import curve, events
 
 from orchestrator.cluster.tune import TrialPlace
 from orchestrator.models.folder import weights_key
 from orchestrator.records.trial import SweepPlan, Trial
-from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints
 
 
@@ -23,10 +21,6 @@ def long_trial(trial: Trial, folder: Path) -> Trial:
     """Return the trial with another folder and more frequent checkpoints."""
     longer = with_job(trial, {"num_steps": 400, "checkpoint_every_steps": 20})
     return in_folder(longer, folder, key=folder.name, label=folder.name)
-
-
-def events(trial: Trial, name: str) -> list[dict[str, Any]]:
-    return [r for r in read_journal(Path(trial.folder))[0] if r.get("name") == name]
 
 
 @pytest.mark.slow
@@ -49,28 +43,27 @@ def test_a_killed_process_loses_only_the_steps_since_the_last_checkpoint(
         module.measure_trial = measure
         return module.run_trial(trial, place, wait=False)
 
+    jobs = [trial.job for trial in (killed, whole)]
+    first, second = jobs
+    assert first
+    assert second
+
     def kill() -> None:
-        if not saved and (found := find_checkpoints(Path(killed.folder))):
-            os.kill(events(killed, "started")[0]["pid"], signal.SIGKILL)
+        if not saved and (found := find_checkpoints(first.folder)):
+            os.kill(events(first, "started")[0]["pid"], signal.SIGKILL)
             saved.append(int(found[-1].name.removeprefix("step_")))
 
     ended = run_queue(ListQueue([killed, whole], watch=kill), train, tmp_path)
     assert ended == {"killed": (killed.result(), ""), "whole": (whole.result(), "")}
-    (started,), (resumed,) = events(killed, "started"), events(killed, "resumed")
+    [started], [resumed] = events(first, "started"), events(first, "resumed")
     assert resumed["pid"] != started["pid"]
     assert saved[0] <= resumed["step"] < 400
     assert resumed["step"] % 20 == 0
-    assert not events(whole, "resumed")
+    assert not events(second, "resumed")
 
-    results = [killed.result(), whole.result()]
-    assert results[0]
-    assert results[1]
-    numbers = [result.numbers for result in results if result]
-    assert numbers[0].keys() == numbers[1].keys()
-    for name in numbers[0].keys() - {"train/seconds"}:
-        assert numbers[0][name] == numbers[1][name]
-    assert killed.job
-    assert whole.job
-    assert curve(killed.job) == curve(whole.job)
-    weights = [weights_key(Path(str(result.checkpoint))) for result in results if result]
-    assert weights[0] == weights[1]
+    one, other = (result for result, _ in ended.values())
+    assert one
+    assert other
+    assert {**one.numbers, "train/seconds": 0} == {**other.numbers, "train/seconds": 0}
+    assert curve(first) == curve(second)
+    assert weights_key(Path(str(one.checkpoint))) == weights_key(Path(str(other.checkpoint)))

@@ -16,8 +16,6 @@ from orchestrator.settings import Settings, read_settings
 from orchestrator.settings.files import shipped_sweeps
 from orchestrator.workspace.layout import Workspace, open_workspace
 
-pytestmark = pytest.mark.slow
-
 HERE = [
     *SMALL,
     "data.tokenizer=train", "model.preset=tiny",
@@ -58,15 +56,6 @@ def run(workspace: Workspace, name: str, *more: str) -> SweepResult:
     return result
 
 
-def plan(workspace: Workspace, name: str, *more: str) -> str:
-    return "\n".join(plan_sweep(settings_of(name, *more), workspace=workspace).sentences)
-
-
-def done_in(folder: Path) -> set[Path]:
-    """Return the finished trainings in a folder."""
-    return set(folder.glob("*/done.json"))
-
-
 def test_every_shipped_sweep_is_run_here() -> None:
     assert {*FRONTS, "search"} == set(shipped_sweeps())
 
@@ -82,29 +71,26 @@ def test_a_shipped_sweep_ends_with_its_front(name: str, workspace: Workspace) ->
     assert len(result.to_pandas()) == len(result.trials)
 
 
-def test_a_plan_names_what_is_known_and_what_follows_later(workspace: Workspace) -> None:
-    for name in ("iterations", "methods"):
-        found = plan_sweep(settings_of(name), workspace=workspace)
-        assert "vanilla" in set(found.to_pandas()["name"])
-    found = plan_sweep(settings_of("toy", "training.seed=5"), workspace=workspace)
-    assert "teacher" in set(found.to_pandas()["name"])
-    assert "the teacher is not trained" in " ".join(found.sentences)
-
-
 @pytest.mark.long
 def test_a_search_continues_from_the_family(workspace: Workspace) -> None:
+    def plan(*more: str) -> str:
+        settings = settings_of("search", *more)
+        return "\n".join(plan_sweep(settings, workspace=workspace).sentences)
+
+    def trained() -> set[Path]:
+        return set(workspace.trials.glob("*/done.json"))
+
     options = ("search.num_trials=2", "search.population_size=2")
     run(workspace, "toy")
-    before = done_in(workspace.trials)
-    assert "tries at most 2 more of 27 schedules" in plan(workspace, "search", *options)
-    many = plan(workspace, "search", "search.num_trials=99")
-    assert "tries at most 24 more of 27 schedules" in many
+    before = trained()
+    assert "tries at most 2 more of 27 schedules" in plan(*options)
+    assert "tries at most 24 more of 27 schedules" in plan("search.num_trials=99")
     run(workspace, "search", *options)
-    after = done_in(workspace.trials)
+    after = trained()
     assert len(after - before) == 2, "the family was not trained again"
     again = run(workspace, "search", *options)
     assert again.name.startswith("search-")
-    assert done_in(workspace.trials) == after
+    assert trained() == after
     backend = JournalFileBackend(str(workspace.sweeps / again.name / "optuna.journal"))
     study = optuna.load_study(study_name=None, storage=JournalStorage(backend))
     complete = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))

@@ -11,8 +11,10 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from changed_trials import with_accuracy, with_job
 from commands import Started
+from same_run import curve, events, in_folder
 
 from orchestrator.cluster import task
 from orchestrator.cluster.task import run_local_jobs
@@ -24,18 +26,16 @@ from orchestrator.sweeping.trial import Place, run_trial
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import jobs_to_train
-from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints
 
 # With the argument `hold`, pauses after its first checkpoint until its standard input is closed.
 DRIVER = """
 import json, sys
 from orchestrator.cluster import task
-from orchestrator.planning.machine import Node
-from orchestrator.planning.machine import Resources
-from orchestrator.models.folder import (find_checkpoints)
+from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob
 from orchestrator.workspace.errors import Interrupted
+from orchestrator.workspace.layout import find_checkpoints
 
 jobs = [TrainingJob.model_validate(value) for value in json.loads(sys.argv[1])]
 task.POLL_SECONDS = 0.0
@@ -98,18 +98,16 @@ def start() -> Iterator[Start]:
         process.communicate()
 
 
-@pytest.fixture
-def first(job: TrainingJob, start: Start) -> Started:
-    """A process that trains the job and pauses after its first checkpoint."""
+def holding(start: Start, job: TrainingJob) -> Started:
+    """Return a process that trains the job and pauses after its first checkpoint."""
     process = start(job, hold=True)
     wait_for(lambda: find_checkpoints(job.folder), process)
     return process
 
 
-@pytest.fixture
-def second(job: TrainingJob, start: Start, first: Started) -> Started:
-    """A process that waits for the first one."""
-    process = start(job)
+def waiting(start: Start, job: TrainingJob, **options: Any) -> Started:
+    """Return a process that waits for another one."""
+    process = start(job, **options)
     assert line(process) == WAITING
     return process
 
@@ -122,8 +120,8 @@ def wait_for(condition: Callable[[], object], process: Started) -> None:
         time.sleep(0.02)
 
 
-def events(job: TrainingJob, *names: str) -> list[dict[str, Any]]:
-    return [r for r in read_journal(job.folder)[0] if r.get("name") in names]
+def num_starts(job: TrainingJob) -> int:
+    return len(events(job, "started")) + len(events(job, "resumed"))
 
 
 def line(process: Started) -> str:
@@ -139,60 +137,49 @@ def result(process: Started) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_both_processes_return_the_outcome_of_one_training(
-    job: TrainingJob, first: Started, second: Started
+def test_all_return_the_outcome_of_one_training_and_may_stop_waiting(
+    job: TrainingJob, start: Start
 ) -> None:
+    first = holding(start, job)
+    second, *impatient = [waiting(start, job) for _ in range(3)]
+    for process, number in zip(impatient, (signal.SIGINT, signal.SIGTERM), strict=True):
+        process.send_signal(number)
+        assert "interrupted while waiting;" in line(process)
+        assert process.wait(timeout=60) == 130
     assert not finished_outcome(job)
     first.stdin.close()
     assert result(first) == result(second)
-    assert len(events(job, "started", "resumed")) == 1
+    assert num_starts(job) == 1
 
 
 @pytest.mark.slow
-def test_a_waiting_process_takes_over_from_a_killed_one(
-    job: TrainingJob, first: Started, second: Started, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_who_waits_takes_over_from_who_is_killed_or_interrupted(
+    number: int, job: TrainingJob, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first.kill()
-    (outcome,) = result(second)
-    (resumed,) = events(job, "resumed")
-    assert resumed["step"] >= 10
+    first = holding(start, job)
+    second = waiting(start, job)
+    first.send_signal(number)
+    if number == signal.SIGINT:
+        first.stdin.close()
+        assert "interrupted; saved at step " in line(first)
+        assert first.wait(timeout=60) == 130
+    [outcome] = result(second)
+    [resumed] = events(job, "resumed")
     assert resumed["pid"] == second.pid
+    stopped = [event["step"] for event in events(job, "stopped")]
+    assert [resumed["step"]] == stopped if stopped else resumed["step"] >= 10
     monkeypatch.setattr(task, "local_resources", lambda **_: Resources((Node(1),)))
-    (whole,) = run_local_jobs([job.model_copy(update={"run_folder": f"{job.run_folder}-whole"})])
+    [whole] = run_local_jobs([in_folder(job, "whole")])
     assert outcome["validation_loss"] == whole.validation_loss
     assert weights_key(Path(outcome["checkpoint"])) == weights_key(Path(str(whole.checkpoint)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_wait_does_not_disturb_the_other_process(
-    number: int, job: TrainingJob, first: Started, second: Started
+def test_jobs_in_opposite_orders_or_named_twice_are_each_trained_once(
+    job: TrainingJob, start: Start
 ) -> None:
-    second.send_signal(number)
-    assert "interrupted while waiting;" in line(second)
-    assert second.wait(timeout=30) == 130
-    first.stdin.close()
-    assert result(first)
-    assert len(events(job, "started", "resumed")) == 1
-
-
-@pytest.mark.slow
-def test_after_the_first_is_interrupted_the_second_continues(
-    job: TrainingJob, first: Started, second: Started
-) -> None:
-    first.send_signal(signal.SIGINT)
-    first.stdin.close()
-    assert "interrupted; saved at step " in line(first)
-    assert first.wait(timeout=30) == 130
-    assert result(second)
-    (stopped,) = events(job, "stopped")
-    (resumed,) = events(job, "resumed")
-    assert resumed["step"] == stopped["step"] < 40
-
-
-@pytest.mark.slow
-def test_jobs_in_opposite_orders_are_each_trained_once(job: TrainingJob, start: Start) -> None:
-    jobs = [job.model_copy(update={"run_folder": f"{job.run_folder}-{name}"}) for name in "abc"]
+    jobs = [in_folder(job, f"run-{name}") for name in "abc"]
     first = start(*jobs[:2], hold=True)
     wait_for(lambda: find_checkpoints(jobs[0].folder), first)
     second = start(*reversed(jobs))
@@ -200,14 +187,10 @@ def test_jobs_in_opposite_orders_are_each_trained_once(job: TrainingJob, start: 
     assert finished_outcome(jobs[2]), "it trained what was free"
     first.stdin.close()
     assert result(second)[::-1][:2] == result(first)
-    for each in jobs:
-        assert len(events(each, "started", "resumed")) == 1
-
-
-def test_a_job_named_twice_is_trained_once(job: TrainingJob) -> None:
+    assert [num_starts(each) for each in jobs] == [1, 1, 1]
     outcomes: dict[str, TrainingOutcome] = {}
-    for jobs in jobs_to_train([job, job], outcomes):
-        assert jobs == [job]
+    for chosen in jobs_to_train([job, job], outcomes):
+        assert chosen == [job]
         run_job(job)
     assert outcomes[job.run_folder].finished
 
@@ -222,13 +205,12 @@ def test_a_trial_and_a_training_job_of_one_folder_wait_for_each_other(
     trial = with_checkpoints(tiny_plan.trials[1])
     job = trial.job
     assert job
-    driver = start(job, hold=True)
-    wait_for(lambda: find_checkpoints(job.folder), driver)
+    driver = holding(start, job)
     assert run_trial(trial, wait=False) is None
     driver.stdin.close()
     assert run_trial(trial), "measured; trained by the other one"
     assert result(driver)
-    assert len(events(job, "started", "resumed")) == 1
+    assert num_starts(job) == 1
 
     other = with_checkpoints(tiny_plan.trials[2])
     job = other.job
@@ -243,7 +225,7 @@ def test_a_trial_and_a_training_job_of_one_folder_wait_for_each_other(
 
     assert run_trial(other, Begins())
     assert result(drivers[0])
-    assert len(events(job, "started", "resumed")) == 1
+    assert num_starts(job) == 1
 
 
 def with_checkpoints(trial: Trial) -> Trial:
@@ -260,12 +242,19 @@ def test_under_ray_a_waiting_driver_takes_over_from_a_killed_one(
     trainer = psutil.Process(events(job, "started")[0]["pid"])
     wait_for(lambda: find_checkpoints(job.folder), killed)
     trainer.suspend()
-    processes = [start(job, script=UNDER_RAY) for _ in range(2)]
-    assert [line(process) for process in processes] == [WAITING, WAITING]
+    processes = [waiting(start, job, script=UNDER_RAY) for _ in range(2)]
     killed.kill()
     killed.wait()
     trainer.resume()
     first, second = (result(process) for process in processes)
     assert first == second
-    (resumed,) = events(job, "resumed")
+    [resumed] = events(job, "resumed")
     assert resumed["step"] >= 10
+    before = torch.get_num_threads()
+    torch.set_num_threads(resumed["num_threads"])
+    try:
+        whole = run_job(in_folder(job, "whole"))
+    finally:
+        torch.set_num_threads(before)
+    assert curve(job) == curve(in_folder(job, "whole"))
+    assert weights_key(Path(first[0]["checkpoint"])) == weights_key(Path(str(whole.checkpoint)))

