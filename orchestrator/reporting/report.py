@@ -277,8 +277,8 @@ def _overlay_report(
     if len(name) > MAX_FOLDER_NAME_LENGTH:
         name = f"{names[0]}+{len(names) - 1}-{content_key(name)[:8]}"
     folder = workspace.overlays / (f"{name}-{axes.slug}" if axes.slug else name)
-    files = report.write_files(folder) if workspace.is_writable else []
-    return WrittenReport(report, folder, tuple(files))
+    files = tuple(report.write_files(folder)) if workspace.is_writable else ()
+    return WrittenReport(report, folder, files)
 
 
 def sweep_front(
