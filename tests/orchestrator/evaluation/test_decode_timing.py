@@ -263,8 +263,6 @@ def test_the_peak_includes_weights_and_cache(decoders: dict[str, Decoder]) -> No
 
 def test_conditions_that_do_not_fit_are_an_error() -> None:
     wrong = MeasurementSettings(contexts=(1, 15), new_tokens=2)
-    with pytest.raises(
-        UserError, match=r"short reads 16 tokens, not the 15 \+ 2 of prompt"
-    ):
+    with pytest.raises(UserError, match=r"short reads 16 tokens, not the 15 \+ 2 of prompt"):
         wrong.check({"long": 99, "short": 16})
     wrong.check({"long": 99, "short": 17})
