@@ -45,8 +45,8 @@ def test_each_measurement_is_one_run(
     for run in client.search_runs([str(context.tracking.experiment_id)]):
         runs.setdefault(run.data.tags["iiet.kind"], []).append(run)
     assert {kind: len(found) for kind, found in runs.items()} == {
-        "evaluation": 1, "influence": 1, "benchmark": 3,
-    }  # fmt: skip
+        "evaluation": 1, "influence": 1, "benchmark": 4,
+    }, "the benchmark has the schedules of the influence"  # fmt: skip
 
     (run,) = runs["evaluation"]
     assert run.data.metrics["quality/accuracy"] == pytest.approx(evaluation.accuracy)
