@@ -34,6 +34,12 @@ class CommandFailed(Exception):
     """A command ended with another exit code than 0; holds the end of its output."""
 
 
+WEIGHT_TOLERANCE = 1e-2
+"""On GPUs: relative difference of the weights of a resumed training after the last step."""
+NUM_WORKERS = 2
+NUM_TRIALS = 2
+
+
 @dataclass(frozen=True)
 class _Run:
     """The journal of a run that a command has made."""
@@ -55,6 +61,11 @@ class _Run:
     def events(self, name: str) -> list[Record]:
         return [record for record in self.records if record.get("name") == name]
 
+    @property
+    def tokens_per_second(self) -> float:
+        values = list(self.values("train/tokens_per_second").values())
+        return statistics.median(values[len(values) // 2 :])
+
 
 class _Commands:
     """`iiet-orch` commands of one workspace, in processes of their own."""
@@ -62,9 +73,8 @@ class _Commands:
     def __init__(self, setup: Setup, name: str) -> None:
         self.workspace = open_workspace(setup.folder / name)
         self._log = self.workspace.root / "commands.log"
-        data = setup.data
         self._settings: dict[str, Any] = {
-            "data.vocab_size": data.vocab_size,
+            "data.vocab_size": setup.data.vocab_size,
             "model.corrections": 1,
             "training.iterate_from_fraction": 0.0,
             "training.learning_rate": 1e-3,
@@ -73,7 +83,7 @@ class _Commands:
         if setup.is_toy:
             shape = {name: size for name, size in TOY_MODEL.items() if name != "vocab_size"}
             self._settings |= {f"model.{name}": size for name, size in shape.items()} | {
-                "data.max_documents": data.max_documents,
+                "data.max_documents": setup.data.max_documents,
                 "model.context_length": 64,
                 "training.num_tokens_per_step": 4 * 64,
                 "training.num_validation_tokens": 64,
@@ -87,10 +97,7 @@ class _Commands:
         return _Run(self.workspace.runs / name)
 
     def run(
-        self,
-        *arguments: str,
-        settings: Mapping[str, Any],
-        kill_when: Callable[[], bool] | None = None,
+        self, *arguments: str, settings: Mapping[str, Any], kill_when: Callable[[], bool] = bool
     ) -> float:
         """Run a command to its end, or kill it as soon as a condition holds; return its seconds.
 
@@ -104,22 +111,16 @@ class _Commands:
             process = subprocess.Popen(
                 [*call, "--workspace", str(self.workspace.root)], stdout=log, stderr=log
             )
-        while process.poll() is None and not (kill_when and kill_when()):
+        while process.poll() is None and not kill_when():
             time.sleep(0.02)
         if process.poll() is None:
             process.kill()
             process.wait()
-        elif process.returncode or kill_when:
+        elif process.returncode or kill_when is not bool:
             lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
             what = f"iiet-orch {arguments[0]} ended with exit code {process.returncode}"
             raise CommandFailed("\n".join([what, *lines[-15:]]))
         return time.monotonic() - started
-
-
-WEIGHT_TOLERANCE = 1e-2
-"""On GPUs: relative difference of the weights of a resumed training after the last step."""
-NUM_WORKERS = 2
-NUM_TRIALS = 2
 
 
 def resume(setup: Setup) -> Iterator[Finding]:
@@ -128,7 +129,7 @@ def resume(setup: Setup) -> Iterator[Finding]:
     On a CPU losses and weights must be bitwise those of the whole run; on a GPU they agree up to
     rounding, because some kernels add in another order each time.
     """
-    commands = _Commands(setup, "resume")
+    commands, on_gpu = _Commands(setup, "resume"), setup.device == "cuda"
     steps, every = (120, 30) if setup.is_toy else (60, 20)
     settings = {
         "training.num_steps": steps,
@@ -136,7 +137,7 @@ def resume(setup: Setup) -> Iterator[Finding]:
         "training.validate_every_steps": steps,
     }
     # Ray takes seconds to start, which a toy does not have.
-    place = ["--gpus", "1"] if setup.device == "cuda" else ["--local"]
+    place = ["--gpus", "1"] if on_gpu else ["--local"]
     commands.run("pretrain", "--name", "whole", *place, settings=settings)
     whole, killed = commands.run_record("whole"), commands.run_record("killed")
     again = ["pretrain", "--name", "killed", *place]
@@ -154,23 +155,20 @@ def resume(setup: Setup) -> Iterator[Finding]:
     if ours.keys() != theirs.keys():
         yield Finding(what="losses", problem="the runs recorded other steps")
         return
-    difference = max(abs(ours[step] - theirs[step]) for step in theirs)
-    tolerance = ROUNDED_LOSS if setup.device == "cuda" else 0.0
-    yield Finding(
-        what=f"losses of {len(theirs)} steps",
-        figures={"largest difference": difference, "tolerance": tolerance},
-        problem=problem_unless(difference, tolerance, f"they differ by {difference:.2g} nats"),
-    )
-
     weights = [load_file(find_checkpoints(r.folder)[-1] / WEIGHTS) for r in (killed, whole)]
     flat = [torch.cat([w[name].double().flatten() for name in weights[1]]) for w in weights]
-    difference = ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
-    tolerance = WEIGHT_TOLERANCE if setup.device == "cuda" else 0.0
-    yield Finding(
-        what="weights after the last step",
-        figures={"relative difference": difference, "tolerance": tolerance},
-        problem=problem_unless(difference, tolerance, f"they differ by {difference:.2g}"),
-    )
+    losses = max(abs(ours[step] - theirs[step]) for step in theirs)
+    last = ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
+    for what, name, difference, tolerance in (
+        (f"losses of {len(theirs)} steps", "largest difference", losses, ROUNDED_LOSS),
+        ("weights after the last step", "relative difference", last, WEIGHT_TOLERANCE),
+    ):
+        allowed = tolerance if on_gpu else 0.0
+        yield Finding(
+            what=what,
+            figures={name: difference, "tolerance": allowed},
+            problem=problem_unless(difference, allowed, f"they differ by {difference:.2g}"),
+        )
 
 
 def workers(setup: Setup) -> Iterator[Finding]:
@@ -188,7 +186,7 @@ def workers(setup: Setup) -> Iterator[Finding]:
     settings = {f"training.{name}": steps for name in names}
     commands.run("pretrain", "--name", "one", count, "1", settings=settings)
     one = commands.run_record("one")
-    yield Finding(what="one worker", figures={"tokens/s": _tokens_per_second(one)})
+    yield Finding(what="one worker", figures={"tokens/s": one.tokens_per_second})
     alone = one.values("train/loss")
     compared = sorted(alone)[:NUM_COMPARED]
     tolerance = ROUNDED_LOSS if setup.device == "cuda" else 1e-4
@@ -205,18 +203,13 @@ def workers(setup: Setup) -> Iterator[Finding]:
         yield Finding(
             what=f"{NUM_WORKERS} workers, {parallel}",
             figures={
-                "tokens/s": _tokens_per_second(run),
-                "two / one": _tokens_per_second(run) / _tokens_per_second(one),
+                "tokens/s": run.tokens_per_second,
+                "two / one": run.tokens_per_second / one.tokens_per_second,
                 f"largest loss difference, {len(compared)} steps": difference,
                 "tolerance": tolerance,
             },
             problem=problem,
         )
-
-
-def _tokens_per_second(run: _Run) -> float:
-    values = list(run.values("train/tokens_per_second").values())
-    return statistics.median(values[len(values) // 2 :])
 
 
 def sweep(setup: Setup) -> Iterator[Finding]:
