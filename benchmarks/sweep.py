@@ -65,7 +65,7 @@ class _Bench:
 
     def __init__(self, folder: Path, *, quick: bool) -> None:
         dim, num_layers = (16, 2) if quick else (128, 6)
-        self.num_steps, self.num_trials, self.num_items = (2, 3, 20) if quick else (50, 5, 60)
+        self.num_steps, self.num_trials, self.num_items = (6, 3, 20) if quick else (50, 5, 60)
         self.folder = folder
         data = DataSettings(vocab_size=_VOCABULARY, max_documents=_NUM_DOCUMENTS)
         self.tokens = prepare(data, open_workspace(folder / "prepared"), Progress())
