@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from fake_tracking import FakeTracking
 from mlflow import MlflowClient
-from sample_trials import with_items
+from sample_trials import sample_front, with_items
 
 from iiet.influence import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
@@ -148,6 +148,10 @@ def test_seeds_have_curves_paired_errors_and_runs(
             results.append(result.model_copy(update=changes))
     found = {r.key: sample_evaluations[r.key.partition("-")[0]] for r in results}
     seeded = changed(sweep, results=with_items(workspace, results, found))
+    teacher, trial = sweep.results[:2]  # A pruned teacher was only measured.
+    pruned = trial.model_copy(update={"checkpoint": teacher.checkpoint})
+    both = changed(sweep, results=(teacher, pruned))
+    assert [both.journal_of(each) is None for each in (teacher, pruned)] == [False, True]
     alone, several = (write_sweep_report(workspace, each).report.curves for each in (sweep, seeded))
     assert list(several) == list(alone)
     title = "Validation loss while training"
@@ -234,31 +238,6 @@ def test_mlflow_holds_the_sweep_once(
     assert {result.run_id for result in stored.results} == {run.info.run_id for run in nested}
 
 
-@pytest.mark.slow
-def test_a_long_note_refers_to_the_artifacts(workspace: Workspace, sweep: StoredSweep) -> None:
-    many = [
-        result.model_copy(update={"key": f"{result.key}{n}"})
-        for n in range(12)
-        for result in sweep.results
-    ]
-    written = write_sweep_report(workspace, changed(sweep, results=tuple(many)))
-    front, said = written.report.front, written.report.sentences
-    note = run_note(front, said, ["front"])
-    assert len(note) <= 8000
-    assert "front/table.json" in note
-    note = run_note(front, ["x" * 200] * 40, ["front"])
-    assert len(note) <= 8000
-    assert "- More: `front/front.md` under Artifacts." in note
-
-
-def test_a_model_that_was_only_measured_has_no_journal_of_its_own(sweep: StoredSweep) -> None:
-    teacher, trial = sweep.results[:2]
-    pruned = trial.model_copy(update={"checkpoint": teacher.checkpoint})
-    sweep = changed(sweep, results=(teacher, pruned))
-    assert sweep.journal_of(teacher) is not None
-    assert sweep.journal_of(pruned) is None
-
-
 def test_what_is_left_out_is_said_first(
     workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
@@ -290,6 +269,14 @@ def test_a_sweep_without_measured_results_has_a_report(
         bare.append(result.model_copy(update={"numbers": numbers}))
     written = write_sweep_report(workspace, changed(sweep, results=tuple(bare)))
     assert written.page is None
+    front, said = written.report.front, ["x" * 200] * 40
+    note = run_note(front, said, ["front"])  # A long note refers to the artifacts.
+    assert len(note) <= 8000
+    assert "- More: `front/front.md` under Artifacts." in note
+    many = [t.model_copy(update={"key": f"{t.key}{n}"}) for n in range(12) for t in sweep.results]
+    note = run_note(sample_front(many), [], ["front"])
+    assert len(note) <= 8000
+    assert "front/table.json" in note
     assert "No trial has been measured" in (written.folder / "front.md").read_text("utf-8")
     pairs = zip(sweep.results, bare, strict=True)
     placed = tuple(full if full.role == "baseline" else less for full, less in pairs)
