@@ -71,7 +71,7 @@ LINES = {
     "orchestrator/data": 2_455,
     "orchestrator/tracking": 1_446,
     "orchestrator/training": 3_587,
-    "orchestrator/evaluation": 3_061,
+    "orchestrator/evaluation": 3_049,
     "orchestrator/planning": 1_172,
     "orchestrator/cluster": 2_198,
     "orchestrator/reporting": 4_153,
