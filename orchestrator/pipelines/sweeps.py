@@ -334,7 +334,7 @@ def report(
     Raises:
         UserError: If there is no such sweep, or a cost or quality has another name.
     """
-    from orchestrator.reporting.sweep_report import write_sweep_report  # Imports Altair.
+    from orchestrator.reporting.report import write_sweep_report  # Imports Altair.
 
     axes = parse_axes(cost, quality)
     context = open_context(workspace, progress)
@@ -574,7 +574,7 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
 
 
 def _write_report(planned: PlannedSweep, outcome: SweepOutcome, context: Context) -> SweepResult:
-    from orchestrator.reporting.sweep_report import write_sweep_report
+    from orchestrator.reporting.report import write_sweep_report
 
     settings, workspace = planned.asked["settings"], context.workspace
     plan, finished = outcome.plan, {result.key for result in outcome.results}

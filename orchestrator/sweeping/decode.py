@@ -27,8 +27,8 @@ from orchestrator.models.folder import DTYPES
 from orchestrator.models.open import load_model
 from orchestrator.records.record import Record
 from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.reporting.findings import draft_targets
 from orchestrator.reporting.front import shown_trials
-from orchestrator.reporting.pick_rules import draft_targets
 from orchestrator.settings import Settings
 from orchestrator.sweeping.plan import exact_cost, full_trial
 from orchestrator.terminal.progress import Progress
