@@ -59,7 +59,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_665,
+    "iiet": 7_742,
     "benchmarks": 3_623,
     "examples": 278,
     "research": 2_006,
