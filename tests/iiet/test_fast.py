@@ -12,9 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iiet import Decoder, KeyValueCache, fast, next_token_loss, plain_formulas, preset
-from iiet.context import make_context
+from iiet.context import Rope, make_context, rotate
 from iiet.fast import can_use_fast_linear, few_rows_product, gated_product, project_heads, rms_norm
-from iiet.layers import Attention, FeedForward, RMSNorm, Rope, rotate
+from iiet.layers import Attention, FeedForward, RMSNorm
 
 
 def tensor(*shape):
