@@ -28,9 +28,9 @@ from orchestrator.reporting.front import (
     is_accuracy,
     metric_title,
 )
+from orchestrator.reporting.results import Curve
 from orchestrator.reporting.statistics import KEEPS_METRIC, ON_FRONT_METRIC, difference_metric
 from orchestrator.reporting.tables import confidence_text, model_rows
-from orchestrator.reporting.training_curves import Curve
 from orchestrator.workspace.files import new_file
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"

@@ -11,17 +11,17 @@ from sample_trials import sample_front, sample_trial
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.findings import findings
-from orchestrator.reporting.front import Front, with_confidence
-from orchestrator.reporting.mlflow_report import front_metrics
-from orchestrator.reporting.pick_rules import (
+from orchestrator.reporting.findings import (
     PickRule,
     best_drafts,
     draft_sentences,
     draft_targets,
+    findings,
     pick_draft,
     pick_from_front,
 )
+from orchestrator.reporting.front import Front, with_confidence
+from orchestrator.reporting.mlflow_report import front_metrics
 from orchestrator.reporting.statistics import KEEPS_METRIC
 from orchestrator.reporting.tables import models_table
 from orchestrator.settings import TrainingSettings

@@ -6,7 +6,6 @@ import json
 import shutil
 import sqlite3
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,15 +20,16 @@ from orchestrator.records.trial import Trial, TrialSuite
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import FrontAxes, parse_axes
 from orchestrator.reporting.mlflow_report import chart_view_key, run_note, track_results
+from orchestrator.reporting.report import sweep_front, write_sweep_report
 from orchestrator.reporting.results import (
+    HYPERVOLUME_BY_TRIALS,
     LEFT_OUT_TITLE,
     StoredSweep,
+    history_folder,
     load_sweep_results,
 )
 from orchestrator.reporting.statistics import SUMMARY_METRICS
-from orchestrator.reporting.sweep_report import sweep_front, write_sweep_report
 from orchestrator.reporting.tables import model_rows
-from orchestrator.reporting.training_curves import HYPERVOLUME_BY_TRIALS, history_folder
 from orchestrator.tracking import Tracking, open_tracking
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
@@ -242,10 +242,11 @@ def test_a_long_note_refers_to_the_artifacts(workspace: Workspace, sweep: Stored
         for result in sweep.results
     ]
     written = write_sweep_report(workspace, changed(sweep, results=tuple(many)))
-    note = run_note(written.report)
+    front, said = written.report.front, written.report.sentences
+    note = run_note(front, said, ["front"])
     assert len(note) <= 8000
     assert "front/table.json" in note
-    note = run_note(replace(written.report, notes=["x" * 200] * 40))
+    note = run_note(front, ["x" * 200] * 40, ["front"])
     assert len(note) <= 8000
     assert "- More: `front/front.md` under Artifacts." in note
 
@@ -274,7 +275,7 @@ def test_what_is_left_out_is_said_first(
     for text in (
         written.page.read_text(encoding="utf-8"),
         (written.folder / "front.md").read_text(encoding="utf-8"),
-        run_note(written.report),
+        run_note(written.report.front, written.report.sentences, ["front"]),
     ):
         assert all(sentence in text for sentence in sentences)
 

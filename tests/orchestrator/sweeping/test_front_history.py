@@ -10,7 +10,7 @@ from sample_trials import sample_front
 
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial
-from orchestrator.reporting.training_curves import (
+from orchestrator.reporting.results import (
     HISTORY_CHARTS,
     HYPERVOLUME_BY_GFLOPS,
     HYPERVOLUME_BY_TRIALS,

@@ -27,7 +27,7 @@ def chart_view(**changes: object) -> ChartView:
 
 
 def test_a_view_holds_filter_axes_and_every_layer() -> None:
-    tag = json.loads(chart_view().tag_value())
+    tag = json.loads(chart_view().tag[1])
     state = json.loads(tag["state"])
     assert tag["name"] == "Front of toy"
     assert state["searchFilter"] == "tags.`iiet.sweep` = 'toy'"
@@ -52,4 +52,4 @@ def test_a_view_holds_filter_axes_and_every_layer() -> None:
 
 def test_a_view_too_large_for_a_tag_is_an_error() -> None:
     with pytest.raises(ValueError, match="20000 characters"):
-        chart_view(parallel_params=[f"r_{n:05d}" for n in range(5000)]).tag_value()
+        _ = chart_view(parallel_params=[f"r_{n:05d}" for n in range(5000)]).tag

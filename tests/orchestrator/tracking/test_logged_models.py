@@ -124,19 +124,6 @@ def test_a_model_whose_files_are_in_the_workspace_says_so(tracking: Tracking) ->
         mlflow.pyfunc.load_model(found.artifact_location)
 
 
-def test_two_processes_keep_one_model(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, others = client(tracking), []
-    create = store.create_logged_model
-
-    def create_after_another(*given: Any, **more: Any) -> LoggedModel:
-        others.append(create(*given, **more))
-        return create(*given, **more)
-
-    monkeypatch.setattr(store, "create_logged_model", create_after_another)
-    show(tracking, "raced", model_of("raced", **{"cost/nfe": None}), cost_nfe=4)
-    assert [model.model_id for model in logged(tracking, "raced")] == [others[0].model_id]
-
-
 def test_a_model_has_one_version_for_each_key_and_aliases_move(
     tracking: Tracking, tmp_path: Path
 ) -> None:

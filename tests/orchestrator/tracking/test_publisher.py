@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from orchestrator.records.tracked_run import Status, TrackedRun
-from orchestrator.tracking import publisher as publishing
-from orchestrator.tracking.publisher import SECONDS_BETWEEN_COPIES, Publisher
+from orchestrator.tracking import tracker as publishing
+from orchestrator.tracking.tracker import SECONDS_BETWEEN_COPIES, Publisher
 
 
 def run(key: str, status: Status = "FINISHED", name: str = "") -> TrackedRun:

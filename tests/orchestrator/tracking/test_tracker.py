@@ -15,7 +15,7 @@ from mlflow.entities import Run
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from orchestrator.records.tracked_run import RUN_ID, RegisteredModel, TrackedModel, TrackedRun
-from orchestrator.tracking import NOTE_TAG, Tracking, open_tracking
+from orchestrator.tracking import NOTE_TAG, REPORT_TAG, VIEW_TAG, ChartView, Tracking, open_tracking
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import Workspace, open_workspace
@@ -418,3 +418,22 @@ def test_a_dataset_is_logged_once_with_its_digest(tracking: Tracking) -> None:
 def test_no_run_ends_before_its_start(tracking: Tracking) -> None:
     info = show(tracking, run_of("short", status="FINISHED", ended_ms=1)).info
     assert info.end_time == info.start_time > 1
+
+
+def test_links_open_the_training_pages_also_of_a_server_below_a_path(
+    tracking: Tracking, workspace: Workspace
+) -> None:
+    tags = {VIEW_TAG: "front-toy", REPORT_TAG: "front/front.html"}
+    plain = show(tracking, run_of("plain", kind="sweep", started_ms=10**14))
+    linked = show(tracking, run_of("linked", kind="sweep", tags=tags, started_ms=10**14 + 1))
+    view = ChartView(key="all", name="All", run_filter="", order_by="attributes.created")
+    runs = f"https://host/team/mlflow/#/experiments/{tracking.experiment_id}/runs"
+    training, shown = "workflowType=machine_learning", "viewStateShareKey=front-toy"
+    assert tracking.links("https://host/team/mlflow/", view, 2) == [
+        f"training runs: {runs}?{training}&compareRunsMode=TABLE&viewStateShareKey=all",
+        f"sweep linked, charts: {runs}?{training}&compareRunsMode=CHART&{shown}",
+        f"sweep linked, table:  {runs}?{training}&compareRunsMode=TABLE&{shown}",
+        f"sweep linked, report: {runs}/{linked.info.run_id}/artifacts/front/front.html?{training}",
+        f"sweep linked, run:    {runs}/{linked.info.run_id}?{training}",
+        f"sweep plain, run:    {runs}/{plain.info.run_id}?{training}",
+    ]

@@ -19,7 +19,7 @@ from orchestrator.models.folder import load_config, read_text_files
 from orchestrator.models.open import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
-from orchestrator.sweeping.trials import student_job
+from orchestrator.sweeping.students import student_job
 from orchestrator.training.devices import World, decoder_to_train
 from orchestrator.training.dropping import kept_config
 from orchestrator.training.job import job_key
@@ -53,10 +53,9 @@ def student(
             teacher=teacher,
             config=ModelConfig.from_dict({**tiny_model, "schedule": schedule}),
             tokens_folder=str(tiny_tokens),
-            run_folder=str(tmp_path / name),
         )
         assert job
-        return job
+        return job.model_copy(update={"run_folder": str(tmp_path / name)})
 
     return make
 
