@@ -182,7 +182,7 @@ def test_two_workers_distill_hidden_states_like_one(
 def test_a_control_is_trained_without_a_teacher(
     control: str, student: MakeJob, teacher: Path
 ) -> None:
-    job = student(control=control)
+    job = student(control=control, recipe={"seed": 1})
     assert load_teacher(job, World()) is None
     assert (job.initial_folder is None) == (control == "scratch")
     start = decoder_to_train(job, World(), None).state_dict()
