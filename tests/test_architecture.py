@@ -74,7 +74,7 @@ LINES = {
     "orchestrator/evaluation": 3_049,
     "orchestrator/planning": 1_172,
     "orchestrator/cluster": 2_198,
-    "orchestrator/reporting": 4_153,
+    "orchestrator/reporting": 4_166,
     "orchestrator/sweeping": 2_788,
     "orchestrator/pipelines": 4_543,
     "orchestrator/cli": 1_896,
