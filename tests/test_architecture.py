@@ -70,7 +70,7 @@ LINES = {
     "orchestrator/models": 1_686,
     "orchestrator/data": 2_455,
     "orchestrator/tracking": 1_446,
-    "orchestrator/training": 3_587,
+    "orchestrator/training": 3_521,
     "orchestrator/evaluation": 3_049,
     "orchestrator/planning": 1_172,
     "orchestrator/cluster": 2_198,
