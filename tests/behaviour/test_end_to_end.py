@@ -14,6 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import psutil
 import pytest
@@ -120,8 +121,11 @@ def test_a_sweep_ends_with_a_front_in_its_folder_and_in_mlflow(
     assert len(losses(workspace, trial)) == 3
 
 
-def test_a_copy_of_the_workspace_finds_everything_again(small_sweep: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(small_sweep, tmp_path / "copy")
+def test_a_copy_of_the_workspace_goes_on_and_names_its_own_place(
+    small_sweep: Path, tmp_path: Path, ray_session: None
+) -> None:
+    copy = tmp_path / "a new place"
+    shutil.copytree(small_sweep, copy, copy_function=shutil.copy)  # With new times, as cp gives.
     naming = [
         path
         for path in copy.rglob("*")
@@ -132,6 +136,30 @@ def test_a_copy_of_the_workspace_finds_everything_again(small_sweep: Path, tmp_p
     plan = answer("sweep", "toy", *small(), "--dry-run", workspace=copy)
     assert "6 of 6 trials are finished" in plan
     assert str(copy) in "".join(answer("report", workspace=copy).split())
+    said = " ".join(answer("sync", "--replace", workspace=copy).split())
+    assert "made anew" in said or "published" in said
+    answer("pick", "--best", workspace=copy)
+    uri = f"sqlite:///{copy}/mlflow.db"
+    client = MlflowClient(uri, registry_uri=uri)
+    [model] = client.search_registered_models()
+    places = [client.get_model_version_by_alias(model.name, a).source for a in model.aliases]
+    for run in runs(copy):
+        files = client.list_artifacts(run.info.run_id, "front")
+        places += [f"{run.info.artifact_uri}/{file.path}" for file in files]
+    paths = [Path(unquote(urlsplit(place).path)) for place in places]
+    assert len(paths) > 5
+    assert all(path.exists() and path.is_relative_to(copy) for path in paths), paths
+
+    # Its teacher as an interrupted training leaves it.
+    [teacher] = copy.glob("runs/iiet-r2-*")
+    *_, before, last = find_checkpoints(teacher)
+    weights = (last / "model.safetensors").read_bytes()
+    shutil.rmtree(last)
+    (teacher / "done.json").unlink()
+    answer("sweep", "toy", *small("sweep.num_schedules=2"), workspace=copy)
+    *_, resumed = (r["step"] for r in read_journal(teacher)[0] if r.get("name") == "resumed")
+    assert resumed == int(before.name.removeprefix("step_"))
+    assert (last / "model.safetensors").read_bytes() == weights
 
 
 def test_later_commands_reuse_what_the_sweep_trained_and_measured(

@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from changed_trials import with_accuracy, with_job
 from commands import Started
 from same_run import curve, events, in_folder
 
@@ -21,8 +20,6 @@ from orchestrator.cluster.task import run_local_jobs
 from orchestrator.models.folder import weights_key
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.records.trial import SweepPlan, Trial
-from orchestrator.sweeping.trial import Place, run_trial
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import jobs_to_train
@@ -193,43 +190,6 @@ def test_jobs_in_opposite_orders_or_named_twice_are_each_trained_once(
         assert chosen == [job]
         run_job(job)
     assert outcomes[job.run_folder].finished
-
-
-@pytest.mark.slow
-def test_a_trial_and_a_training_job_of_one_folder_wait_for_each_other(
-    tiny_plan: SweepPlan, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from orchestrator.sweeping import trial as trial_module
-
-    monkeypatch.setattr(trial_module, "measure_trial", with_accuracy)
-    trial = with_checkpoints(tiny_plan.trials[1])
-    job = trial.job
-    assert job
-    driver = holding(start, job)
-    assert run_trial(trial, wait=False) is None
-    driver.stdin.close()
-    assert run_trial(trial), "measured; trained by the other one"
-    assert result(driver)
-    assert num_starts(job) == 1
-
-    other = with_checkpoints(tiny_plan.trials[2])
-    job = other.job
-    assert job
-    drivers = []
-
-    class Begins(Place):
-        def report(self, *_: Any) -> None:
-            if not drivers:
-                drivers.append(start(job))
-                assert line(drivers[0]).startswith("waiting")
-
-    assert run_trial(other, Begins())
-    assert result(drivers[0])
-    assert num_starts(job) == 1
-
-
-def with_checkpoints(trial: Trial) -> Trial:
-    return with_job(trial, {"checkpoint_every_steps": 10})
 
 
 @pytest.mark.long
