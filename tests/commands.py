@@ -14,7 +14,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -90,6 +91,14 @@ class Started:
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired("iiet-orch", timeout or 0.0)
         return self._process.exitcode
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Wait while this process runs, until something has happened."""
+        give_up_at = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert self.poll() is None, self.communicate()[0]
+            assert time.monotonic() < give_up_at, "it did not come that far in time"
+            time.sleep(0.05)
 
     def communicate(self, timeout: float = PATIENCE_SECONDS) -> tuple[str, str]:
         """Close its input, wait for its end, and return what it printed, and an empty text."""

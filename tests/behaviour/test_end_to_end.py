@@ -8,8 +8,6 @@ import json
 import re
 import shutil
 import signal
-import time
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -247,14 +245,6 @@ def test_sweep_iterations_compares_methods_at_their_best_rates(
     assert "5 trials, 1 stopped early" in printed
 
 
-def wait_for(condition: Callable[[], object], process: Started) -> None:
-    give_up = time.monotonic() + 400
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < give_up, "it did not come that far in time"
-        time.sleep(0.1)
-
-
 def interrupted(process: Started) -> str:
     """Send Ctrl-C, check that all processes end, and return what the command printed."""
     family = psutil.Process(process.pid).children(recursive=True)
@@ -277,7 +267,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path: Path, ray_session: 
         return [record["step"] for record in records if record["kind"] == "metrics"]
 
     process = Started("pretrain", *options, "--workspace", str(tmp_path))
-    wait_for(lambda: any(steps()), process)
+    process.wait_for(lambda: any(steps()))
     interrupted(process)
     [saved] = tmp_path.glob("runs/*/step_*")
     step = int(saved.name.removeprefix("step_"))
@@ -308,7 +298,7 @@ def second_trial(tmp_path: Path) -> Started:
         saved = {path for path in tmp_path.glob("runs/*") if find_checkpoints(path)}
         return bool(finished and saved - finished)
 
-    wait_for(has_come, process)
+    process.wait_for(has_come)
     return process
 
 
@@ -349,7 +339,7 @@ def test_a_sweep_is_watched_in_mlflow_interrupted_and_resumed(
         watched[:] = [run for run in runs(tmp_path) if run.info.status == "RUNNING"]
         return any(live <= run.data.metrics.keys() for run in watched)
 
-    wait_for(is_shown, second_trial)
+    second_trial.wait_for(is_shown)
     printed = interrupted(second_trial)
     stopped = {
         folder: record["step"]

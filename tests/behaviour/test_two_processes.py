@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,7 @@ def start() -> Iterator[Start]:
 def holding(start: Start, job: TrainingJob) -> Started:
     """Return a process that trains the job and pauses after its first checkpoint."""
     process = start(job, hold=True)
-    wait_for(lambda: find_checkpoints(job.folder), process)
+    process.wait_for(lambda: find_checkpoints(job.folder))
     return process
 
 
@@ -107,14 +106,6 @@ def waiting(start: Start, job: TrainingJob, **options: Any) -> Started:
     process = start(job, **options)
     assert line(process) == WAITING
     return process
-
-
-def wait_for(condition: Callable[[], object], process: Started) -> None:
-    give_up_at = time.monotonic() + 150.0
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < give_up_at, "the condition did not become true in time"
-        time.sleep(0.02)
 
 
 def num_starts(job: TrainingJob) -> int:
@@ -178,7 +169,7 @@ def test_jobs_in_opposite_orders_or_named_twice_are_each_trained_once(
 ) -> None:
     jobs = [in_folder(job, f"run-{name}") for name in "abc"]
     first = start(*jobs[:2], hold=True)
-    wait_for(lambda: find_checkpoints(jobs[0].folder), first)
+    first.wait_for(lambda: find_checkpoints(jobs[0].folder))
     second = start(*reversed(jobs))
     assert line(second) == WAITING.replace("run", "run-b, run-a")
     assert finished_outcome(jobs[2]), "it trained what was free"
@@ -198,9 +189,9 @@ def test_under_ray_a_waiting_driver_takes_over_from_a_killed_one(
 ) -> None:
     job = job.model_copy(update={"recipe": job.recipe.model_copy(update={"num_steps": 400})})
     killed = start(job, script=UNDER_RAY)
-    wait_for(lambda: events(job, "started"), killed)
+    killed.wait_for(lambda: events(job, "started"))
     trainer = psutil.Process(events(job, "started")[0]["pid"])
-    wait_for(lambda: find_checkpoints(job.folder), killed)
+    killed.wait_for(lambda: find_checkpoints(job.folder))
     trainer.suspend()
     processes = [waiting(start, job, script=UNDER_RAY) for _ in range(2)]
     killed.kill()
