@@ -8,8 +8,7 @@ from typing import Any
 from iiet.config import ModelConfig
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
-from orchestrator.evaluation.lm_eval_files import MeasuredTask
-from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.evaluation.store import EvaluationStore, MeasuredTask
 from orchestrator.records.evaluation import (
     FILTER_MARK,
     NO_FILTER,

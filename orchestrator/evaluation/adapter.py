@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from lm_eval import evaluator, utils
@@ -24,10 +24,9 @@ from lm_eval.api.task import Task
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from iiet.decoder import Decoder
-from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
-from orchestrator.evaluation.lm_eval_files import MeasuredTask, item_values
 from orchestrator.evaluation.scoring import Score, score_continuations
+from orchestrator.evaluation.store import AnswerJournal, MeasuredTask, item_values
 from orchestrator.models.hub import offline
 from orchestrator.models.tokenizer import Message, ModelTokenizer
 from orchestrator.records.evaluation import FILTER_MARK, NO_FILTER, STDERR_SUFFIX, standard_error
@@ -53,13 +52,13 @@ class ChatModel:
     prompts = Prompts()
     progress = Progress()
     journal = AnswerJournal()
+    tokenizer_name = ""
+    """Part of lm-eval's key of stored requests, which are not used here."""
+    num_items_before = 0
+    """Items of the tasks before the current one."""
+    num_cut = 0
+    """Prompts that lost their beginning."""
     _noted = False
-    _num_items = _num_items_done = 0
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Part of lm-eval's key of stored requests, which are not used here."""
-        return ""
 
     def apply_chat_template(
         self, chat_history: list[Message], add_generation_prompt: bool = True
@@ -72,17 +71,16 @@ class ChatModel:
         Raises:
             UserError: If the model has no such template, or it fails.
         """
-        options: dict[str, Any] = {
-            "opens_answer": add_generation_prompt,
-            "template": self.prompts.template_name,
-        }
+        write = partial(
+            self.text.chat, opens_answer=add_generation_prompt, template=self.prompts.template_name
+        )
         try:
-            return self.text.chat(chat_history, **options)
+            return write(chat_history)
         except UserError as error:
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history) or self.prompts.system_instruction is not None:
                 raise
-            text = self.text.chat(others, **options)
+            text = write(others)
             if not self._noted:
                 self.progress.note(f"the description of the task is left out: {error}")
                 self._noted = True
@@ -90,9 +88,8 @@ class ChatModel:
 
     def start_requests(self, requests: Sequence[Instance]) -> Callable[[int, int], None]:
         """Return what shows the progress of these requests in items, as (done, total)."""
-        before = self._num_items_done
+        before = self.num_items_before
         count = len({(request.task_name, request.doc_id) for request in requests})
-        self._num_items_done += count
         return lambda done, total: self.progress.advance(before + count * done // max(1, total))
 
 
@@ -111,7 +108,6 @@ class DecoderModel(ChatModel, TemplateLM):  # type: ignore[misc]
         super().__init__()
         self.text, self.prompts = tokenizer, prompts or Prompts()
         self.progress = progress or Progress()
-        self.num_cut = 0
         # The choices of a question follow each other, and each encodes the same context.
         self._ids = lru_cache(maxsize=8)(tokenizer.encode)
         self._decoder, self._batch_size = decoder.eval(), batch_size
@@ -130,16 +126,14 @@ class DecoderModel(ChatModel, TemplateLM):  # type: ignore[misc]
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         symbol = self.text.symbol_id(continuation)
         if symbol is None or context[-1:].isspace():
-            pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
-            return pair
+            return super()._encode_pair(context, continuation)  # type: ignore[no-any-return]
         # The context is not encoded again for each of many symbols.
         return self.tok_encode(context), [symbol]
 
-    def loglikelihood(self, requests: list[Instance], **_: Any) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance], **_: Any) -> Any:
         """Score (context, continuation) texts."""
         self._advance = self.start_requests(requests)
-        scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return scored
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
@@ -236,11 +230,7 @@ def answer_settings(options: Mapping[str, Any], context_length: int) -> AnswerSe
 
 
 def check_answer_settings(tasks: Mapping[str, Task], context_length: int) -> None:
-    """Check that a decoder can generate the answers of all tasks, before one of them runs.
-
-    Raises:
-        UserError: Names each task that it cannot run, and why.
-    """
+    """Raise `UserError` for tasks whose answers a decoder cannot generate, before any runs."""
     problems = []
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "generate_until":

@@ -19,8 +19,8 @@ from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from iiet.generation import stream
 from iiet.sampling import LogitsNotFinite
-from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.scoring import BatchLimit
+from orchestrator.evaluation.store import AnswerJournal
 from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.provenance import content_key
@@ -92,7 +92,7 @@ def generate_answers(
         batch_size: Largest number of contexts that are decoded together; fewer if their keys and
             values need more than half of the free memory.
         on_answered: Called after each batch with the number of answers so far.
-        note: Called with a sentence if a batch runs out of a GPU's memory; smaller ones follow.
+        note: As `BatchLimit`.
         journal: Gets the answers of each batch; questions that it holds are not asked again.
         decode: Yields the tokens of a batch, step by step, as `iiet.generation.stream` does.
 
@@ -109,11 +109,14 @@ def generate_answers(
         else:
             by_settings.setdefault(question.settings, []).append(number)
     limit = BatchLimit(batch_size, "questions", note)
+    size = decoder.embedding.weight.element_size()
+    bytes_per_token = inference_cost(decoder.config, bytes_per_value=size).kv_bytes_per_token
     for settings, numbers in by_settings.items():
         numbers.sort(key=lambda number: -len(questions[number].context))
         while numbers:  # The first of a batch is its longest.
             length = len(questions[numbers[0]].context) + settings.max_new_tokens
-            batch = numbers[: min(limit.size, _rows_that_fit(decoder, length))]
+            row = bytes_per_token * min(length, decoder.config.context_length)
+            batch = numbers[: max(1, min(limit.size, _free_bytes(decoder.device) // 2 // row))]
             asked = [questions[number] for number in batch]
             work = partial(_answer, decoder, tokenizer, asked, decode)
             texts = limit.run(work, size=len(batch), can_split=len(batch) > 1)
@@ -127,18 +130,11 @@ def generate_answers(
     return [answers[number] for number in range(len(questions))]
 
 
-def _rows_that_fit(decoder: Decoder, length: int) -> int:
-    """Return how many rows of keys and values half of the free memory holds; at least 1."""
-    if decoder.device.type == "cuda":
-        unused = torch.cuda.memory_reserved(decoder.device)
-        unused -= torch.cuda.memory_allocated(decoder.device)
-        free = torch.cuda.mem_get_info(decoder.device)[0] + unused
-    else:
-        free = psutil.virtual_memory().available
-    size = decoder.embedding.weight.element_size()
-    bytes_per_token = inference_cost(decoder.config, bytes_per_value=size).kv_bytes_per_token
-    length = min(length, decoder.config.context_length)
-    return max(1, free // 2 // (bytes_per_token * length))
+def _free_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def _answer(

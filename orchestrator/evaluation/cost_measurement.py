@@ -7,10 +7,14 @@ the models ran one after the other, so a slow phase of the machine affects both.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from iiet.cost import inference_cost
@@ -33,7 +37,6 @@ DECODING = "decoding"
 FIRST_TOKEN = "first token"
 HOW_MEASURED = "bytes that PyTorch's allocator handed out at once, weights included"
 STEPS_FOR_MEMORY = 3
-"""Memory does not grow after these steps: the cache is allocated as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +62,21 @@ class MeasurementSettings:
         Raises:
             UserError: If a condition is out of range, or does not fit a model.
         """
-        least = {"new_tokens": 2, "batch_sizes": 1, "contexts": 1, "repetitions": 1}
         problems = [
-            f"{name} must be at least {least[name]}, got {number}"
-            for name, value in asdict(self).items()
-            if name in least
-            for number in (value if isinstance(value, tuple) else (value,))
-            if number < least[name]
+            f"{name} must be at least {least}, got {value}"
+            for name, least, value in (
+                ("batch_sizes", 1, min(self.batch_sizes)),
+                ("contexts", 1, min(self.contexts)),
+                ("new_tokens", 2, self.new_tokens),
+                ("repetitions", 1, self.repetitions),
+            )
+            if value < least
         ]
-        short = min(context_lengths, key=context_lengths.__getitem__)
-        prompt, length = max(self.contexts), context_lengths[short]
-        if prompt + self.new_tokens > length:
+        length, short = min((length, name) for name, length in context_lengths.items())
+        if max(self.contexts) + self.new_tokens > length:
             problems.append(
-                f"{short} reads {length} tokens, not the {prompt} + {self.new_tokens} of prompt "
-                "and new tokens"
+                f"{short} reads {length} tokens, not the {max(self.contexts)} + {self.new_tokens} "
+                "of prompt and new tokens"
             )
         if problems:
             raise UserError("benchmark: " + "; ".join(problems))
@@ -150,33 +154,51 @@ def measure_costs(
         def advance(done: int, before: int = number * num_each) -> None:
             progress.advance(before + done, f"batch {batch_size}, context {context}")  # noqa: B023
 
+        new_tokens = conditions.new_tokens
         with threads(conditions.num_threads):
             timings = decode_milliseconds(
                 decoders,
                 prompt_tokens=context,
-                new_tokens=conditions.new_tokens,
+                new_tokens=new_tokens,
                 batch_size=batch_size,
                 repetitions=conditions.repetitions,
                 on_done=advance,
             )
-            peaks = {
-                name: _peak_of_decoding(decoder, batch_size, context, conditions.new_tokens)
-                for name, decoder in decoders.items()
+            peaks = {}
+            for name, decoder in decoders.items():
+                prompt = random_prompt(decoder, batch_size, context)
+                work = partial(_first_steps, decoder, prompt, new_tokens)
+                peaks[name] = peak_bytes(work, decoder.device)
+        predicted = {}
+        for name, decoder in decoders.items():
+            first = inference_cost(decoder.config, context_length=context)
+            # Each step attends to one token more than the last; the middle one represents all.
+            step = inference_cost(decoder.config, context_length=context + new_tokens // 2)
+            evaluations = {SIMPLEST: float(step.evaluations_per_token)}
+            predicted[name] = {
+                DECODING: {PREDICTION: step.decode_flops_per_token, **evaluations},
+                FIRST_TOKEN: {PREDICTION: first.prefill_flops_per_token, **evaluations},
             }
-        predicted = {
-            name: _predictions(decoder, context, conditions.new_tokens)
-            for name, decoder in decoders.items()
-        }
         full = max(decoders, key=lambda name: predicted[name][DECODING][PREDICTION])
         for name, decoder in decoders.items():
             timing, whole = timings[name], timings[full]
+            shares = {}
+            for phase, own, others in (
+                (DECODING, timing.steps, whole.steps),
+                (FIRST_TOKEN, timing.first_tokens, whole.first_tokens),
+            ):
+                ratios = [one / other for one, other in zip(own, others, strict=True)]
+                shares[phase] = RelativeTime(
+                    measured=statistics.median(ratios),
+                    spread=half_quartile_distance(ratios),
+                    predicted={
+                        kind: value / predicted[full][phase][kind]
+                        for kind, value in predicted[name][phase].items()
+                    },
+                )
             weights = sum(parameter.nbytes for parameter in decoder.parameters())
             size = next(decoder.parameters()).element_size()
             cache = inference_cost(decoder.config, bytes_per_value=size).kv_bytes_per_token
-            phases = {
-                DECODING: (timing.steps, whole.steps),
-                FIRST_TOKEN: (timing.first_tokens, whole.first_tokens),
-            }
             costs.append(
                 MeasuredCost(
                     model=name,
@@ -188,52 +210,18 @@ def measure_costs(
                     decode_spread=timing.spread,
                     tokens_per_second=1e3 * batch_size / timing.median,
                     weight_bytes=weights,
-                    kv_bytes=cache * batch_size * (context + conditions.new_tokens),
+                    kv_bytes=cache * batch_size * (context + new_tokens),
                     peak_bytes=weights + peaks[name],
-                    shares={
-                        phase: _share(*times, predicted[name][phase], predicted[full][phase])
-                        for phase, times in phases.items()
-                    },
+                    shares=shares,
                 )
             )
     return costs
 
 
-def _predictions(decoder: Decoder, context: int, new_tokens: int) -> dict[str, dict[str, float]]:
-    """Return what the cost model says of a step, and of a token of the prompt, by phase."""
-    prompt = inference_cost(decoder.config, context_length=context)
-    # Each step attends to one token more than the last; the middle one represents all.
-    step = inference_cost(decoder.config, context_length=context + new_tokens // 2)
-    evaluations = {SIMPLEST: float(step.evaluations_per_token)}
-    return {
-        DECODING: {PREDICTION: step.decode_flops_per_token, **evaluations},
-        FIRST_TOKEN: {PREDICTION: prompt.prefill_flops_per_token, **evaluations},
-    }
-
-
-def _share(
-    times: Sequence[float],
-    full_times: Sequence[float],
-    predicted: Mapping[str, float],
-    full_predicted: Mapping[str, float],
-) -> RelativeTime:
-    ratios = [own / whole for own, whole in zip(times, full_times, strict=True)]
-    return RelativeTime(
-        measured=statistics.median(ratios),
-        spread=half_quartile_distance(ratios),
-        predicted={name: value / full_predicted[name] for name, value in predicted.items()},
-    )
-
-
-def _peak_of_decoding(decoder: Decoder, batch_size: int, context: int, new_tokens: int) -> int:
-    prompt = random_prompt(decoder, batch_size, context)
-
-    def work() -> None:
-        steps = stream(decoder, prompt, max_new_tokens=new_tokens)
-        for _ in range(min(STEPS_FOR_MEMORY, new_tokens)):
-            next(steps)
-
-    return peak_bytes(work, decoder.device)
+def _first_steps(decoder: Decoder, prompt: Tensor, new_tokens: int) -> None:
+    # Memory does not grow after them: the cache is allocated as a whole.
+    steps = stream(decoder, prompt, max_new_tokens=new_tokens)
+    deque(islice(steps, STEPS_FOR_MEMORY), maxlen=0)
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -> int:

@@ -75,16 +75,12 @@ def decode_milliseconds(
         on_done: Called with the number of measurements done.
     """
     graphs = {name: _graphs(decoder) for name, decoder in decoders.items()}
-    starts = {
-        name: partial(
-            stream, decoder, random_prompt(decoder, batch_size, prompt_tokens), steps=graphs[name]
-        )
-        for name, decoder in decoders.items()
-    }
 
     def timed(name: str, tokens: int) -> tuple[float, float]:
-        start = partial(starts[name], max_new_tokens=tokens)
-        return time_stream(start, tokens, decoders[name].device)
+        decoder = decoders[name]
+        prompt = random_prompt(decoder, batch_size, prompt_tokens)
+        start = partial(stream, decoder, prompt, steps=graphs[name], max_new_tokens=tokens)
+        return time_stream(start, tokens, decoder.device)
 
     for name in decoders:
         # A GPU's warm-up needs all lengths of the cache, each of which may have its own graph.
@@ -98,11 +94,8 @@ def decode_milliseconds(
             times[name].append(timed(name, new_tokens))
             if on_done:
                 on_done(repetition * len(names) + place)
-    found = {}
-    for name in names:
-        firsts, steps = zip(*times[name], strict=True)
-        found[name] = Timing(first_tokens=firsts, steps=steps)
-    return found
+    columns = {name: tuple(zip(*pairs, strict=True)) for name, pairs in times.items()}
+    return {n: Timing(first_tokens=firsts, steps=steps) for n, (firsts, steps) in columns.items()}
 
 
 def time_per_token(

@@ -17,7 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from heapq import heappop, heappush
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -334,8 +335,9 @@ def text_rows(
     def num_tokens(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False).ids)
 
+    sources, texts = _sample(stores, SOURCE_BYTES_PER_ITEM * num_items, MAX_ROLLING_BYTES)
     found: dict[str, dict[str, Any]] = {}
-    for text in _sample(stores, SOURCE_BYTES_PER_ITEM * num_items):
+    for text in sources:
         for item in _last_words(text, singles, pairs, num_tokens, max_tokens):
             # A passage that ends in the same words as another one is the same question.
             end = " ".join([*item["context"].split()[-4:], item["word"]])
@@ -351,8 +353,7 @@ def text_rows(
             "the held-out documents give no test items: they contain too little English prose; "
             "give more text, or set evaluation.suite to tasks of lm-eval"
         )
-    texts = [{"text": text} for text in _sample(stores, MAX_ROLLING_BYTES)]
-    return {LAST_WORD: rows, BITS_PER_BYTE: texts}
+    return {LAST_WORD: rows, BITS_PER_BYTE: [{"text": text} for text in texts]}
 
 
 def _last_words(
@@ -388,24 +389,31 @@ def _last_words(
                 break
 
 
-def _sample(stores: Sequence[TokenStore], num_bytes: int) -> Iterator[str]:
-    """Yield held-out documents of `num_bytes` or a little more, those with the smallest hashes."""
-    sizes = sorted(
-        (_hash(text), len(text.encode("utf-8", "replace"))) for text in _held_out(stores)
-    )
-    largest, total = b"", 0
-    for digest, size in sizes:
-        if total >= num_bytes:
-            break
-        largest, total = digest, total + size
-    yield from (text for text in _held_out(stores) if _hash(text) <= largest)
+def _sample(stores: Sequence[TokenStore], *sizes: int) -> list[list[str]]:
+    """Return for each size the held-out documents with the smallest hashes, in their order.
 
-
-def _held_out(stores: Sequence[TokenStore]) -> Iterator[str]:
-    """Yield the held-out documents in their order."""
+    Together they have that many bytes or a little more; nothing else is kept in memory.
+    """
+    kept: list[tuple[int, int, int, str]] = []  # A heap: the document of the largest hash is first.
+    total, numbers = 0, count()
     for store in stores:
         with store.validation_documents_path.open(encoding="utf-8") as lines:
-            yield from (json.loads(line)["text"] for line in lines)
+            for line in lines:
+                text = json.loads(line)["text"]
+                size = len(text.encode("utf-8", "replace"))
+                heappush(kept, (-int.from_bytes(_hash(text)), -size, next(numbers), text))
+                total += size
+                while total + kept[0][1] >= max(sizes):
+                    total += heappop(kept)[1]
+    samples = []
+    for size in sizes:
+        chosen, total = dict[int, str](), 0
+        for _, minus_bytes, number, text in sorted(kept, reverse=True):
+            if total < size:
+                chosen[number] = text
+                total -= minus_bytes
+        samples.append([chosen[number] for number in sorted(chosen)])
+    return samples
 
 
 def _hash(text: str) -> bytes:

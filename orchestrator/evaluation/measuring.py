@@ -16,9 +16,8 @@ from orchestrator.evaluation.adapter import (
     check_answer_settings,
     run_task,
 )
-from orchestrator.evaluation.lm_eval_files import MeasuredTask
 from orchestrator.evaluation.scoring import BatchLimit
-from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.evaluation.store import EvaluationStore, MeasuredTask
 from orchestrator.evaluation.suite import Suite
 from orchestrator.models.folder import DTYPES
 from orchestrator.models.open import OpenedModel
@@ -102,28 +101,27 @@ class ModelMeasurer:
         found = {name: self._store.read(key) for name, key in keys.items()}
         results = {name: result for name, result in found.items() if result}
         missing = suite.only([name for name in suite.tasks if name not in results])
-        limit, progress = self._conditions.limit, self._progress
-        model = self._lm_eval_model(missing) if missing.tasks else ChatModel()
         if missing.tasks:
-            progress.start(
-                "evaluate", sum(missing.num_items(name, limit) for name in missing.tasks)
-            )
-        num_done = 0
-        for name, task in missing.tasks.items():
-            with self._store.journal(keys[name], name) as model.journal:
-                if count := model.journal.num_answers:
-                    progress.note(f"{name}: {count:,} answers were stored before an interruption")
-                measured = run_task(name, task, model, limit)
-            # One by one: what is measured survives an interruption.
-            self._store.write(keys[name], measured, self._about(suite))
-            results[name] = measured.result
-            num_done += measured.result.num_items
-            progress.advance(num_done)
-        if num_cut := getattr(model, "num_cut", 0):
-            progress.note(
-                f"{num_cut} prompts lost their beginning: they are longer than the "
-                f"{self._model.context_length} tokens of the model's context"
-            )
+            limit, progress = self._conditions.limit, self._progress
+            model = self._lm_eval_model(missing)
+            num_items = sum(missing.num_items(name, limit) for name in missing.tasks)
+            progress.start("evaluate", num_items)
+            for name, task in missing.tasks.items():
+                with self._store.journal(keys[name], name) as model.journal:
+                    if count := model.journal.num_answers:
+                        said = f"{name}: {count:,} answers were stored before an interruption"
+                        progress.note(said)
+                    measured = run_task(name, task, model, limit)
+                # One by one: what is measured survives an interruption.
+                self._store.write(keys[name], measured, self._about(suite))
+                results[name] = measured.result
+                model.num_items_before += measured.result.num_items
+                progress.advance(model.num_items_before)
+            if model.num_cut:
+                progress.note(
+                    f"{model.num_cut} prompts lost their beginning: they are longer than the "
+                    f"{self._model.context_length} tokens of the model's context"
+                )
         stored = EvaluationKeys(tasks=keys, groups=suite.groups, skipped=suite.skipped)
         evaluation = EvaluationResult(
             results={name: results[name] for name in suite.tasks},

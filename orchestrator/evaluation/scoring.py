@@ -9,16 +9,18 @@ beyond rounding. Batches have rows of similar length, and are halved when a GPU 
 from __future__ import annotations
 
 import math
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from iiet.decoder import Decoder
-from orchestrator.evaluation.answer_journal import AnswerJournal
+from orchestrator.evaluation.store import AnswerJournal
 from orchestrator.workspace.errors import DeviceError, out_of_memory_text
 from orchestrator.workspace.provenance import content_key
 
@@ -52,15 +54,11 @@ class Segment(NamedTuple):
 class BatchLimit:
     """The largest size of a batch, in some unit; halved after a batch that did not fit.
 
-    Args:
-        size: The limit at first.
-        unit: What is counted, for messages.
-        note: Called with a sentence when the limit is halved.
+    `note` is called with a sentence when the limit is halved.
     """
 
     def __init__(self, size: int, unit: str, note: Callable[[str], None] | None = None) -> None:
-        self.size = size
-        self._unit, self._note = unit, note
+        self.size, self._unit, self._note = size, unit, note
 
     def run(self, work: Callable[[], T], *, size: int, can_split: bool) -> T | None:
         """Return the result of work on a batch; None if it did not fit, and is to be split.
@@ -109,14 +107,22 @@ def score_continuations(
         batch_size: Sequences of full length in one forward pass; of shorter sequences, as many as
             have the same number of tokens. On a CPU at most `MAX_TOKENS_ON_CPU` tokens.
         on_scored: Called after each pass with the number of segments done and their total.
-        note: Called with a sentence if a batch runs out of a GPU's memory; smaller ones follow.
+        note: As `BatchLimit`.
         journal: Gets the scores of each batch; batches that it holds are not run again.
 
     Raises:
         DeviceError: If the memory is too small for one sequence.
     """
     longest = decoder.config.context_length
-    split = [_segments(tuple(a), tuple(b), longest) for a, b in pairs]
+    split: list[list[Segment]] = []
+    for before, continuation in ((tuple(a), tuple(b)) for a, b in pairs):
+        split.append([])
+        for start in range(0, len(continuation), longest):
+            part = continuation[start : start + longest]
+            # The last token is predicted, never read, so it takes no place in the context.
+            split[-1].append(Segment(before[-(longest + 1 - len(part)) :], part))
+            before += part
+
     max_tokens = batch_size * longest
     if decoder.device.type == "cpu":
         max_tokens = min(max_tokens, MAX_TOKENS_ON_CPU)
@@ -129,8 +135,8 @@ def score_continuations(
             key = content_key("scores", batch)
             found: list[Score] | None = [Score(*stored) for stored in journal.get(key) or ()]
             if not found:
+                size = len(rows) * rows[0].num_tokens
                 work = partial(_score_rows, decoder, rows)
-                size = len(rows) * len(rows[0].tokens)
                 found = limit.run(work, size=size, can_split=len(batch) > 1)
                 if found is None:
                     break  # Divide what is left into smaller batches.
@@ -149,79 +155,57 @@ def score_continuations(
     ]
 
 
-def _segments(context: Tokens, continuation: Tokens, context_length: int) -> list[Segment]:
-    segments = []
-    before = context
-    for start in range(0, len(continuation), context_length):
-        part = continuation[start : start + context_length]
-        # The last token is predicted, never read, so it takes no place in the context.
-        segments.append(Segment(before[-(context_length + 1 - len(part)) :], part))
-        before += part
-    return segments
-
-
+@dataclass
 class Row:
-    """A context, and behind it the tokens that are read of its continuations, as branches."""
+    """One sequence of a batch: a context, followed by its continuations without their last tokens.
 
-    def __init__(self, context: Tokens) -> None:
-        self.tokens = list(context)
-        self.positions = list(range(len(context)))
-        """For each column, its position in its sequence."""
-        self.branches = [0] * len(context)
-        """For each column, the number of its branch; 0 for the context, which all see."""
-        self.segments: list[Segment] = []
-        self.columns: list[list[int]] = []
-        """For each segment, the columns whose successors are the tokens of its continuation."""
-        self.num_branches = self._num_wasted = 0
-        self._length = len(context)
+    Each continuation is a branch, which sees the context and itself.
+    """
 
-    def takes(self, num_read: int, *, max_tokens: int, keys_per_token: int) -> bool:
-        """Return whether a branch should share this row: that saves more than the row costs.
+    context: Tokens
+    branches: dict[Tokens, list[Segment]] = field(default_factory=dict)
+    """Continuation without its last token -> segments; empty for those of a single token."""
+    num_tokens: int = 0
 
-        The kernel computes all pairs of query and key, and the mask drops those of different
-        branches. So a row is full when it has wasted as much as the context costs in a new row.
-        """
-        wasted = self._num_wasted + num_read * (len(self.tokens) - self._length)
-        return len(self.tokens) + num_read <= max_tokens and wasted <= self._length * keys_per_token
+    @property
+    def is_shared(self) -> bool:
+        """Whether there are several branches, so that a mask is needed."""
+        return sum(map(bool, self.branches)) > 1
 
-    def add(self, read: Tokens, segments: Iterable[Segment]) -> None:
-        """Add segments of which the same tokens are read; none of choices of one token each."""
-        first = len(self.tokens)
-        self._num_wasted += len(read) * (first - self._length)
-        self.num_branches += bool(read)
-        self.tokens += read
-        self.positions += range(self._length, self._length + len(read))
-        self.branches += [self.num_branches] * len(read)
-        columns = [self._length - 1, *range(first, len(self.tokens))]
-        for segment in segments:
-            self.segments.append(segment)
-            self.columns.append(columns)
+    @property
+    def segments(self) -> list[Segment]:
+        """All segments, branch by branch."""
+        return [segment for segments in self.branches.values() for segment in segments]
 
 
 def make_rows(segments: Iterable[Segment], *, max_tokens: int, keys_per_token: int) -> list[Row]:
-    """Return rows that hold all segments, the longest first; those without branches come first.
+    """Return rows that hold all segments, the longest first; those that need no mask come first.
+
+    The kernel computes all pairs of query and key, and the mask drops those of different branches.
+    So a row is full when it has wasted as much as the context costs in a new row.
 
     Args:
         max_tokens: Most tokens of a row with several branches.
         keys_per_token: Number of keys that a query can look at in the time of one token's other
             arithmetic.
     """
-    by_context: dict[Tokens, defaultdict[Tokens, list[Segment]]] = {}
+    by_context: dict[Tokens, dict[Tokens, list[Segment]]] = {}
     for segment in segments:
-        by_read = by_context.setdefault(segment.context, defaultdict(list))
-        by_read[segment.continuation[:-1]].append(segment)
-    most = min(max_tokens, MAX_SHARED_TOKENS)
+        by_read = by_context.setdefault(segment.context, {})
+        by_read.setdefault(segment.continuation[:-1], []).append(segment)
     rows = []
     for context, by_read in by_context.items():
-        row = Row(context)
-        for read, group in by_read.items():
-            fits = row.takes(len(read), max_tokens=most, keys_per_token=keys_per_token)
-            if row.segments and not fits:
+        row, num_wasted = Row(context, num_tokens=len(context)), 0
+        for read, of_read in by_read.items():
+            num_wasted += len(read) * (row.num_tokens - len(context))
+            is_full = row.num_tokens + len(read) > min(max_tokens, MAX_SHARED_TOKENS)
+            if row.branches and (is_full or num_wasted > len(context) * keys_per_token):
                 rows.append(row)
-                row = Row(context)
-            row.add(read, group)
+                row, num_wasted = Row(context, num_tokens=len(context)), 0
+            row.branches[read] = of_read
+            row.num_tokens += len(read)
         rows.append(row)
-    return sorted(rows, key=lambda row: (row.num_branches > 1, -len(row.tokens)))
+    return sorted(rows, key=lambda row: (row.is_shared, -row.num_tokens))
 
 
 def _batches(
@@ -231,58 +215,59 @@ def _batches(
     # A layer's other arithmetic is about 24 d^2 per token, that of a key 4 d at a lower speed.
     batch: list[Row] = []
     for row in make_rows(segments, max_tokens=max_tokens, keys_per_token=keys_per_token):
-        is_alike = batch and (batch[0].num_branches > 1) == (row.num_branches > 1)
-        if not (is_alike and (len(batch) + 1) * len(batch[0].tokens) <= max_tokens):
-            if batch:
-                yield batch
+        is_alike = batch and batch[0].is_shared == row.is_shared
+        if batch and not (is_alike and (len(batch) + 1) * batch[0].num_tokens <= max_tokens):
+            yield batch
             batch = []
         batch.append(row)
     yield batch
 
 
 def _score_rows(decoder: Decoder, rows: list[Row]) -> list[Score]:
-    """Score the segments of all rows, padded on the right."""
+    """Score the segments of all rows, padded on the right to the length of the first."""
+    tokens, places, owners = list[Tensor](), list[Tensor](), list[Tensor]()
+    wanted: list[tuple[int, int]] = []
+    needed: dict[int, int] = {}  # Continuations that begin alike need the logits of a column once.
+    for number, row in enumerate(rows):
+        read, length = [*row.context], len(row.context)
+        positions, branches = [*range(length)], [0] * length
+        for branch, (more, segments) in enumerate(row.branches.items(), 1):
+            columns = [length - 1, *range(len(read), len(read) + len(more))]
+            for segment in segments:
+                for column, target in zip(columns, segment.continuation, strict=True):
+                    place = number * rows[0].num_tokens + column
+                    wanted.append((needed.setdefault(place, len(needed)), target))
+            read += more
+            positions += range(length, length + len(more))
+            branches += [branch] * len(more)
+        for found, values in ((tokens, read), (places, positions), (owners, branches)):
+            found.append(torch.tensor(values))
+
     device = decoder.device
-    inputs = _padded([row.tokens for row in rows], device)
-    positions = mask = None
-    if rows[0].num_branches > 1:
-        positions = _padded([row.positions for row in rows], device)
-        branches = _padded([row.branches for row in rows], device, value=-1)
-        columns = torch.arange(inputs.size(1), device=device)
-        queries, keys = branches[:, :, None], branches[:, None]
-        mask = (columns <= columns[:, None]) & ((keys == 0) | (keys == queries))
+    inputs = pad_sequence(tokens, batch_first=True).to(device)
+    position_ids = mask = None
+    if rows[0].is_shared:
+        position_ids = pad_sequence(places, batch_first=True).to(device)
+        # The context, branch 0, is seen by all; padding by none.
+        owner = pad_sequence(owners, batch_first=True, padding_value=-1).to(device)
+        order = torch.arange(inputs.size(1), device=device)
+        keys = owner[:, None]
+        mask = (order <= order[:, None]) & ((keys == 0) | (keys == owner[:, :, None]))
     states = decoder.hidden_states(
-        decoder.embedding(inputs), attention_mask=mask, position_ids=positions
+        decoder.embedding(inputs), attention_mask=mask, position_ids=position_ids
     )
     # One after the other, so that those of earlier layers are freed.
     (hidden,) = deque(states, maxlen=1)
-
-    # Continuations that begin alike need the logits of a column once.
-    needed: dict[int, int] = {}
-    wanted: list[tuple[int, int]] = []
-    for start, row in zip(range(0, inputs.numel(), inputs.size(1)), rows, strict=True):
-        for segment, of_segment in zip(row.segments, row.columns, strict=True):
-            for column, target in zip(of_segment, segment.continuation, strict=True):
-                wanted.append((needed.setdefault(start + column, len(needed)), target))
     selected = hidden.flatten(0, 1)[torch.tensor(list(needed), device=device)]
-    found = zip(*_token_scores(decoder, selected, torch.tensor(wanted, device=device)), strict=True)
+    scored = _token_scores(decoder, selected, torch.tensor(wanted, device=device))
     scores = []
     for segment in (segment for row in rows for segment in row.segments):
-        losses, hits = zip(*(next(found) for _ in segment.continuation), strict=True)
+        losses, hits = zip(*(next(scored) for _ in segment.continuation), strict=True)
         scores.append(Score(-math.fsum(losses), all(hits)))
     return scores
 
 
-def _padded(sequences: Sequence[Sequence[int]], device: torch.device, *, value: int = 0) -> Tensor:
-    """Return (batch, time), padded on the right."""
-    time = max(map(len, sequences))
-    rows = [[*sequence, *[value] * (time - len(sequence))] for sequence in sequences]
-    return torch.tensor(rows, device=device)
-
-
-def _token_scores(
-    decoder: Decoder, hidden: Tensor, wanted: Tensor
-) -> tuple[list[float], list[bool]]:
+def _token_scores(decoder: Decoder, hidden: Tensor, wanted: Tensor) -> Iterator[tuple[float, bool]]:
     """Return the loss of each wanted token, and whether it is the likeliest.
 
     Args:
@@ -299,4 +284,4 @@ def _token_scores(
         columns, targets = (wanted[here] - wanted.new_tensor([start, 0])).unbind(1)
         losses[here] = -logits.log_softmax(-1)[columns, targets].double()
         hits[here] = (logits.argmax(-1)[columns] == targets).to(hits.dtype)
-    return losses.tolist(), hits.bool().tolist()
+    return zip(losses.tolist(), hits.bool().tolist(), strict=True)

@@ -31,16 +31,19 @@ def select_tasks(
     context_length: int,
     make: Progress | None = None,
 ) -> TaskSelection:
-    """Return the tasks to run; if the held-out ones are not made, all that the data offer.
+    """Return the tasks that the settings ask for.
+
+    `heldout` becomes the names of the tasks in the suite of these tokens. If that suite is not made
+    yet, these are the tasks that the tokens can give.
 
     Args:
         tokens: Folder of prepared tokens, if held-out tasks are requested; see `needs_heldout`.
         context_length: Tokens that the model reads; every held-out item fits into them.
-        make: Makes the held-out tasks that are missing, and is told about it.
+        make: Makes a missing suite, and is told about it.
 
     Raises:
-        UserError: If the tokens do not give the held-out tasks, or those are damaged; when they are
-            made, also if the documents give no items.
+        UserError: If the tokens do not give the held-out tasks, or the suite is damaged, or cannot
+            be made because the documents give no items.
     """
     names, heldout = named_tasks(settings), None
     if tokens is not None:
@@ -70,19 +73,19 @@ def named_tasks(settings: EvaluationSettings) -> list[str]:
     return [name.strip() for name in settings.suite.split(",") if name.strip()]
 
 
+def _lm_eval_names(settings: EvaluationSettings) -> list[str]:
+    return [n for n in named_tasks(settings) if n != HELDOUT and not is_heldout_task(n)]
+
+
 def needs_heldout(settings: EvaluationSettings) -> bool:
     """Return whether the suite has held-out tasks."""
-    return any(map(_is_heldout, named_tasks(settings)))
+    return len(_lm_eval_names(settings)) < len(named_tasks(settings))
 
 
 def needs_lm_eval(settings: EvaluationSettings) -> bool:
     """Return whether the suite has tasks besides held-out ones."""
-    names = named_tasks(settings)
-    return not all(map(_is_heldout, names)) if names else bool(settings.include_path)
-
-
-def _is_heldout(name: str) -> bool:
-    return name == HELDOUT or is_heldout_task(name)
+    names_all = not named_tasks(settings) and bool(settings.include_path)
+    return names_all or bool(_lm_eval_names(settings))
 
 
 def user_task_folders(settings: EvaluationSettings) -> tuple[Path, ...]:
@@ -120,11 +123,7 @@ def newest_tokens(workspace: Workspace) -> Path:
 
 
 def check_offered(settings: EvaluationSettings, offered: Collection[str]) -> None:
-    """Raise `UserError` if the suite names held-out tasks that the data do not offer.
-
-    Args:
-        offered: Held-out tasks that the data can give.
-    """
+    """Raise `UserError` if the suite names held-out tasks that are not among those offered."""
     names = filter(is_heldout_task, named_tasks(settings))
     if missing := [name for name in names if name not in offered]:
         raise UserError(
@@ -140,13 +139,11 @@ def check_sweep_tasks(settings: Settings, offered: Collection[str]) -> None:
         UserError: As `check_offered`; or if a search is to improve bits per byte, and no task gives
             them.
     """
-    check_offered(settings.evaluation, offered)
     evaluation, objective = settings.evaluation, settings.search.objective
-    names = named_tasks(evaluation)
-    given = set(offered) if HELDOUT in names else set(offered) & set(names)
-    if settings.sweep.kind != "search" or objective != BITS_METRIC or needs_lm_eval(evaluation):
-        return
-    if BITS_METRIC not in given:
+    check_offered(evaluation, offered)
+    wants_bits = settings.sweep.kind == "search" and objective == BITS_METRIC
+    has_bits = BITS_METRIC in offered and {HELDOUT, BITS_METRIC} & set(named_tasks(evaluation))
+    if wants_bits and not has_bits and not needs_lm_eval(evaluation):
         raise UserError(
             f"search.objective={objective}: no task of evaluation.suite={evaluation.suite} gives "
             "bits per byte on these data; set it to accuracy or validation_loss"
@@ -191,7 +188,7 @@ def lm_eval_task_fingerprints(
         from orchestrator.evaluation.suite import load_suite
 
         others = TaskSelection(
-            names=tuple(name for name in names if not _is_heldout(name)),
+            names=tuple(_lm_eval_names(settings)),
             folders=folders,
             num_fewshot=settings.num_fewshot,
             prompts=settings.prompts,

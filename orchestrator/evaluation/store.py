@@ -1,35 +1,52 @@
 """The store of evaluations, shared by all commands: each task is measured once for each model.
 
 A folder holds lm-eval's files of one task under the hash of all that determines it: weights and
-precision, configuration with its schedule, tokenizer, the task's items and metrics, limit. Beside
-them, `items.json` has hashes and values of the items in one compact array, so that a report parses
-no samples. The loss over held-out tokens is an entry like a task. So a further task costs only that
-task, and sweeps, `evaluate`, `export` and `pick` share what was measured.
+precision, configuration with its schedule, tokenizer, the task's items and metrics, limit. They are
+`results_DATE.json` and `samples_TASK_DATE.jsonl`: one line per item and filter, with the document,
+the prompt, what the model said and the value of each metric. Beside them, `items.json` has hashes
+and values of the items in one compact array, so that a report parses no samples. The loss over
+held-out tokens is an entry like a task. So a further task costs only that task, and sweeps,
+`evaluate`, `export` and `pick` share what was measured.
 
-While a task runs, its answers are stored beside, so that an interrupted evaluation resumes.
+While a task runs, its answers are stored beside, so that an interrupted evaluation resumes. Outputs
+of stock lm-eval (`--log_samples`) are read here, too: its hash of a document matches items between
+evaluations, whoever measured them.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from orchestrator.evaluation.answer_journal import AnswerJournal
-from orchestrator.evaluation.lm_eval_files import MeasuredTask
-from orchestrator.records.evaluation import EvaluationKeys, EvaluationResult, TaskResult
+from iiet.weights import CONFIG
+from orchestrator.records.evaluation import (
+    HASH_LENGTH,
+    STDERR_SUFFIX,
+    EvaluationKeys,
+    EvaluationResult,
+    TaskResult,
+    metric_label,
+    plain_value,
+)
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import (
     checksums_of,
     damage_as_user_error,
     damaged_file,
+    expand_user,
     new_folder,
     read_json,
     write_json,
@@ -38,6 +55,70 @@ from orchestrator.workspace.files import (
 
 ITEMS = "items.json"
 REMEDY = "it is measured again"
+SECONDS_BETWEEN_WRITES = 1.0
+
+_DATE = r"(\d{4}-\d\d-\d\dT[\d.\-]+)"
+_SAMPLES = re.compile(rf"samples_(.+)_{_DATE}\.jsonl")
+_RESULTS = re.compile(rf"(?:.+_)?{_DATE}\.json")
+_LOG_AGAIN = "run lm_eval again with --log_samples"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredTask:
+    """One task under one model: lm-eval's results and samples, and the values of the items."""
+
+    name: str
+    run: dict[str, Any]
+    """What lm-eval writes as `results_DATE.json`."""
+    samples: Sequence[dict[str, Any]] = ()
+    items: list[str] = field(default_factory=list)
+    """A hash of each document."""
+    values: dict[str, list[Any]] = field(default_factory=dict)
+    """Metric to one value per item."""
+
+    @property
+    def result(self) -> TaskResult:
+        """What tables and reports read of it."""
+        metrics = {}
+        for key, value in (self.run["results"].get(self.name) or {}).items():
+            metric, comma, filter_name = key.partition(",")
+            if comma and isinstance(value, int | float):
+                plain = metric.removesuffix(STDERR_SUFFIX)
+                label = metric_label(plain, filter_name)
+                metrics[label + metric.removeprefix(plain)] = float(value)
+        return TaskResult(
+            name=self.name,
+            version=str(self.run["versions"].get(self.name)),
+            num_items=len(self.items),
+            num_fewshot=int(self.run["n-shot"].get(self.name) or 0),
+            metrics=metrics,
+            items=self.items,
+            values=self.values,
+        )
+
+
+def item_values(samples: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, list[Any]]]:
+    """Return the hashes of the items, and each metric's value per item.
+
+    Metrics over texts, such as those that BLEU compares, have no values.
+
+    Raises:
+        ValueError: If the filters of the task have different items, or there is none.
+    """
+    by_filter: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        by_filter.setdefault(sample["filter"], []).append(sample)
+    hashes, values = [], {}
+    for filter_name, of_filter in by_filter.items():
+        of_filter.sort(key=lambda sample: int(sample["doc_id"]))
+        hashes.append([sample["doc_hash"][:HASH_LENGTH] for sample in of_filter])
+        for metric in of_filter[0]["metrics"]:
+            found = [plain_value(sample.get(metric)) for sample in of_filter]
+            if None not in found:
+                values[metric_label(metric, filter_name)] = found
+    if not hashes or any(others != hashes[0] for others in hashes):
+        raise ValueError("its filters have different items" if hashes else "it is empty")
+    return hashes[0], values
 
 
 class EvaluationStore:
@@ -103,7 +184,7 @@ class EvaluationStore:
             "date": time.time(),
             **about,
         }
-        # As it will be read: what is no JSON value becomes a text.
+        # As it will be read: a value of another type becomes a text.
         run = json.loads(json.dumps(run, default=handle_non_serializable))
         try:
             with new_folder(self._folder / key) as folder:
@@ -167,3 +248,189 @@ def _opened(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
 
 def _date_now() -> str:
     return datetime.now().isoformat(timespec="microseconds").replace(":", "-")
+
+
+# Answers of a task that is not finished
+
+
+class AnswerJournal(AbstractContextManager["AnswerJournal"]):
+    """The answers of one task under one model; in memory only without a file.
+
+    A line holds the answers of a batch, or of some questions, under the hash of what was asked, and
+    begins with a checksum: a line that a crash cut off, or that was damaged since, is as good as
+    missing. So a batch is found again only if it would be the same batch, and a resumed evaluation
+    ends with the same bits as one that was not interrupted.
+
+    Use it as a context: the last answers are written if an error or Ctrl-C ends the block.
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        *,
+        failed: Callable[[OSError], None] = lambda _: None,
+        seconds_between_writes: float = SECONDS_BETWEEN_WRITES,
+    ) -> None:
+        """Read the file; `failed` is called if it cannot be written, and then nothing more is."""
+        self._path, self._failed, self._seconds = path, failed, seconds_between_writes
+        self._waiting: list[str] = []
+        self._written = time.monotonic()
+        self._stored: dict[str, Any] = {}
+        try:
+            lines = path.read_bytes().splitlines() if path else []
+        except OSError:
+            lines = []
+        for line in lines:
+            checksum, _, text = line.decode(errors="replace").partition(" ")
+            if checksum == _checksum(text):
+                self._stored |= json.loads(text)
+
+    @property
+    def num_answers(self) -> int:
+        """Answers that the file held."""
+        return sum(len(v) if isinstance(v, list) else 1 for v in self._stored.values())
+
+    def get(self, key: str) -> Any | None:
+        """Return the JSON value that was stored under a key, if any."""
+        return self._stored.get(key)
+
+    def add(self, answers: Mapping[str, Any]) -> None:
+        """Store JSON values by key; they are in the file after a second at the latest call."""
+        text = json.dumps(answers, separators=(",", ":"))
+        self._waiting.append(f"{_checksum(text)} {text}\n")
+        if time.monotonic() - self._written >= self._seconds:
+            self._write()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._write()
+
+    def _write(self) -> None:
+        if self._path and self._waiting:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("ab", buffering=0) as file:
+                    # After an empty line, because a crash may have cut the last one off.
+                    file.write("".join(["\n", *self._waiting]).encode())
+            except OSError as error:
+                self._path = None
+                self._failed(error)
+        self._waiting.clear()
+        self._written = time.monotonic()
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# Outputs of stock lm-eval
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """Files of one or several runs of lm-eval on one model; of each task the newest count."""
+
+    results: Mapping[str, Path]
+    """Date in the name -> results of that run."""
+    samples: Mapping[str, tuple[str, Path]]
+    """Task -> date in the name, and the newest samples."""
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks."""
+        return list(self.samples)
+
+    def read(self) -> EvaluationResult:
+        """Read the newest samples of each task.
+
+        Raises:
+            UserError: If a file is damaged, or of a version of lm-eval without hashes.
+        """
+        tasks: dict[str, TaskResult] = {}
+        groups: dict[str, tuple[str, ...]] = {}
+        for date in dict.fromkeys(date for date, _ in self.samples.values()):
+            run = read_json(self.results[date], remedy=_LOG_AGAIN) or {}
+            with damage_as_user_error(self.results[date], remedy=_LOG_AGAIN):
+                groups |= top_groups(run.get("group_subtasks") or {})
+            files = {name: path for name, (of, path) in self.samples.items() if of == date}
+            # In the order in which lm-eval ran them.
+            order = [name for name in run.get("results") or () if name in files]
+            for name in dict.fromkeys([*order, *files]):
+                with damage_as_user_error(files[name], remedy=_LOG_AGAIN):
+                    items, values = item_values(_read_samples(files[name]))
+                    task = MeasuredTask(name=name, run=run, items=items, values=values)
+                    tasks[name] = task.result
+        return EvaluationResult(results=tasks, groups=groups)
+
+
+def find_logged_run(path: Path) -> LoggedRun | None:
+    """Return the run of lm-eval at a path; None if there is none, as in a model's folder.
+
+    Args:
+        path: A results file, its folder, or the folder that was given to lm-eval as `--output_path`
+            if it holds results of one model.
+
+    Raises:
+        UserError: If there are several models, or results without samples.
+    """
+    path = expand_user(path)
+    if path.is_file():
+        folder, results = path.parent, _results_of([path])
+    elif not path.is_dir() or (path / CONFIG).is_file():
+        return None
+    else:
+        found = {one: _results_of(one.glob("*.json")) for one in (path, *sorted(path.iterdir()))}
+        folders = [one for one, of_model in found.items() if of_model]
+        if len(folders) > 1 and folders[0] != path:
+            names = ", ".join(one.name for one in folders)
+            raise UserError(
+                f"{path} has results of several models; name one of its folders: {names}"
+            )
+        folder = folders[0] if folders else path
+        results = found[folder]
+    if not results:
+        return None
+    samples: dict[str, tuple[str, Path]] = {}
+    for file in sorted(folder.glob("samples_*.jsonl")):
+        named = _SAMPLES.fullmatch(file.name)
+        if named and named[2] in results:
+            samples[named[1]] = max(samples.get(named[1], ("", file)), (named[2], file))
+    if not samples:
+        raise UserError(f"{folder} has results of lm-eval but no samples of them; {_LOG_AGAIN}")
+    return LoggedRun(results, samples)
+
+
+def _results_of(paths: Iterable[Path]) -> dict[str, Path]:
+    """Return those of the files that are results, by the date in their names."""
+    named = {path: _RESULTS.fullmatch(path.name) for path in sorted(paths)}
+    return {found[1]: path for path, found in named.items() if found}
+
+
+def top_groups(subtasks: Mapping[str, list[str]]) -> dict[str, tuple[str, ...]]:
+    """Return the groups that are part of no other group, each with all tasks below it."""
+
+    def tasks_below(name: str) -> list[str]:
+        members = subtasks.get(name) or []
+        return [t for member in members for t in tasks_below(member)] if members else [name]
+
+    inner = {member for members in subtasks.values() for member in members}
+    tops = [name for name, members in subtasks.items() if members and name not in inner]
+    return {name: tuple(dict.fromkeys(tasks_below(name))) for name in tops}
+
+
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    """Read of each sample what items need; prompts and documents need much memory."""
+    samples = []
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            sample = json.loads(line)
+            if "doc_hash" not in sample:
+                raise UserError(f"{path} has no `doc_hash`: it is of an old lm-eval; {_LOG_AGAIN}")
+            kept = ("doc_id", "doc_hash", "filter", "metrics", *sample["metrics"])
+            samples.append({key: sample[key] for key in kept})
+    return samples

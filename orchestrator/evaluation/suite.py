@@ -2,8 +2,9 @@
 
 A name without a task, and a local task that cannot be loaded or scored, are errors: an average over
 the rest would be another number under the same name. Only tasks that the hub does not provide are
-skipped. The hub is asked at most once, and only if a task needs it: lm-eval alone would try again
-for 23 seconds per task. Nor are all of lm-eval's 14,000 task files parsed, which takes 8 seconds.
+skipped. The hub is asked at most once, and only if its cache lacks a task's data: lm-eval alone
+would try again for 23 seconds per task. Nor are all of lm-eval's 14,000 task files parsed, which
+takes 8 seconds.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Hashable
-from contextlib import nullcontext
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 
@@ -27,17 +27,13 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from orchestrator.evaluation.adapter import suppress_output
 from orchestrator.evaluation.heldout import heldout_configs
-from orchestrator.evaluation.tasks import TASKS, TaskSelection, expand_groups
+from orchestrator.evaluation.tasks import TaskSelection, expand_groups
 from orchestrator.models.hub import hub_problem, offline
 from orchestrator.records.evaluation import ACCURACY_METRICS
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.workspace.errors import RunFailed, UserError, first_line
 from orchestrator.workspace.provenance import content_key
 
-MAX_LOADED = 4
-"""Suites that a process keeps; the models of one command have one to a few."""
-LOCAL_FORMATS = ("json", "csv", "text", "parquet", "arrow")
-"""Values of `dataset_path` of tasks that read files of this machine."""
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 
 
@@ -95,9 +91,6 @@ def _task_hash(task: Task) -> str:
     return content_key(text, str(task.VERSION), metadata.version("lm_eval"))
 
 
-_LOADED: dict[Hashable, Suite] = {}
-
-
 def load_suite(asked: TaskSelection, planned: Collection[str] | None = None) -> Suite:
     """Load tasks by name; in one process, tasks of the same files are loaded once.
 
@@ -109,13 +102,12 @@ def load_suite(asked: TaskSelection, planned: Collection[str] | None = None) -> 
         UserError: If a name has no task, or a local task cannot be loaded or scored.
         RunFailed: If the hub provides none of the tasks, or a planned task cannot be loaded.
     """
-    key = (replace(asked, prompts=None), _state(*asked.folders, asked.heldout))
-    suite = _LOADED.get(key) or _load(asked)
-    if not suite.skipped:  # The hub may provide them later.
-        _LOADED[key] = suite
-        if len(_LOADED) > MAX_LOADED:
-            del _LOADED[next(iter(_LOADED))]
-    suite = replace(suite, prompts=asked.prompts)
+    folders = [folder for folder in (*asked.folders, asked.heldout) if folder]
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    state = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
+    suite = replace(_load(replace(asked, prompts=None), state), prompts=asked.prompts)
+    if suite.skipped:
+        _load.cache_clear()  # The hub may provide them later.
     if planned is None:
         return suite
     own = heldout_configs(asked.heldout) if asked.heldout else {}
@@ -131,79 +123,60 @@ def load_suite(asked: TaskSelection, planned: Collection[str] | None = None) -> 
     return replace(suite.only(wanted), skipped=suite.skipped | dict.fromkeys(others, reason))
 
 
-def _state(*folders: Path | None) -> tuple[tuple[Path, int, int], ...]:
-    """Return all files of the folders with their time and size."""
-    files = [file for folder in folders if folder for file in sorted(folder.rglob("*"))]
-    status = [(file, file.stat()) for file in files if file.is_file()]
-    return tuple((file, found.st_mtime_ns, found.st_size) for file, found in status)
-
-
-def _load(asked: TaskSelection) -> Suite:
+@lru_cache(maxsize=4)
+def _load(asked: TaskSelection, _state: tuple[tuple[Path, int, int], ...]) -> Suite:
+    """Load tasks whose files have this state."""
     for folder in asked.folders:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder} to find lm-eval task files in")
     manager = TaskManager(include_path=list(asked.folders), include_defaults=False)
+    _check_files(manager, asked.folders)
     own = heldout_configs(asked.heldout) if asked.heldout else {}
-    wanted, in_python = expand_groups(asked.names or sorted({*manager.all_subtasks, *own}))
-    if not wanted:
+    names, in_python = expand_groups(asked.names or sorted({*manager.all_subtasks, *own}))
+    if not names:
         places = ", ".join(map(str, asked.folders))
         raise UserError(
             f"there are no lm-eval task files in {places}" if places else "no task was named"
         )
-    for name in in_python:
-        for known, origin in (
-            (manager.task_index, "evaluation.include_path"),
-            (index_names(LM_EVAL_TASKS), "lm-eval"),
-        ):
-            if name in known:
-                raise UserError(
-                    f"evaluation.suite: the task {name!r} is defined by "
-                    f"{TASKS.names.package(name)} and by {origin}; uninstall the package, or give "
-                    "one of them another name"
-                )
-    _check_files(manager, asked.folders)
-    with suppress_output():
-        made = {n: ConfigurableTask(config=c) for n, c in {**own, **in_python}.items()}
-
-    # Find the others, in the folders of lm-eval that define them, too.
-    others, problems = [name for name in wanted if name not in made], dict[str, str]()
-    if any(name not in manager.task_index for name in others):
+    configs, builtin = {**own, **in_python}, dict[str, set[str]]()
+    if any(name not in configs and name not in manager.task_index for name in names):
+        # Of lm-eval's own tasks, only the folders that define these names are read.
         builtin = index_names(LM_EVAL_TASKS)
-        having: set[str] = set().union(*(builtin.get(name, set()) for name in others))
+        having: set[str] = set().union(*(builtin.get(name, set()) for name in names))
         with suppress_output():
             manager = TaskManager(
                 include_path=[*sorted(having), *asked.folders], include_defaults=False
             )
-        for name in (name for name in others if name not in manager.task_index):
-            known_names = [*manager.task_index, *builtin]
-            near = difflib.get_close_matches(name, known_names, n=1, cutoff=0.75)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            problems[name] = f"there is no such task{hint}"
 
     # Load them; only what the hub does not give is skipped.
     tasks: dict[str, Task] = {}
     groups: dict[str, tuple[str, ...]] = {}
-    skipped: dict[str, str] = {}
-    known = [name for name in others if name not in problems]
-    needing_hub = {name for name in known if _reads_hub(manager, name)}
-    without_hub = hub_problem() if needing_hub else None
-    for name in wanted:
-        if name in made:
-            tasks[name] = made[name]
-        if name not in known:
+    problems, skipped = dict[str, str](), dict[str, str]()
+    without_hub = cache(hub_problem)
+    for name in names:
+        if name not in configs and name not in manager.task_index:
+            near = difflib.get_close_matches(name, [*manager.task_index, *builtin], 1, 0.75)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems[name] = f"there is no such task{hint}"
             continue
-        online = name in needing_hub and without_hub is None
         try:
-            with suppress_output(), nullcontext() if online else offline():
-                loaded = manager.load([name])["tasks"]
+            with suppress_output(), offline():
+                if name in configs:
+                    loaded: dict[str, Task] = {name: ConfigurableTask(config=configs[name])}
+                else:
+                    loaded = manager.load([name])["tasks"]
+        except ConnectionError:  # It is not in the hub's cache.
+            try:
+                if problem := without_hub():
+                    raise RunFailed(f"it needs the hub, and {problem}") from None
+                with suppress_output():
+                    loaded = manager.load([name])["tasks"]
+            except Exception as error:  # The hub's libraries raise dozens of kinds.
+                skipped[name] = first_line(error, with_type=not isinstance(error, RunFailed))
+                continue
         except Exception as error:  # Tasks run their own code; data sets raise many types.
-            reason = first_line(error, with_type=True)
-            if name in needing_hub:
-                lacking = f"it needs the hub, and {without_hub}"
-                skipped[name] = lacking if without_hub else reason
-            else:
-                file = manager.task_index[name].yaml_path
-                problems[name] = f"{reason} ({file})" if file else reason
+            file = name not in configs and manager.task_index[name].yaml_path
+            problems[name] = first_line(error, with_type=True) + (f" ({file})" if file else "")
             continue
         flags = ("UNSAFE_CODE", "MULTIMODAL")
         if any(getattr(task, flag, False) for task in loaded.values() for flag in flags):
@@ -239,21 +212,6 @@ def _check_files(manager: TaskManager, folders: Collection[Path]) -> None:
             raise UserError(f"cannot read the task file {file}: {reason}") from None
         if not config:
             raise UserError(f"the task file {file} is empty")
-
-
-def _reads_hub(manager: TaskManager, name: str) -> bool:
-    """Return whether a task, or a member of a group or tag, takes its data from the hub."""
-    entry = manager.task_index[name]
-    members = entry.tags if entry.cfg is None else entry.cfg.get("task")
-    if entry.cfg is None or not isinstance(members, str | None):
-        known = [str(member) for member in members or () if str(member) in manager.task_index]
-        # A member that is defined inside the group, or unknown, may need the hub.
-        return len(known) < len(members or [1]) or any(_reads_hub(manager, n) for n in known)
-    config = entry.cfg
-    if "dataset_path" not in config:
-        return not {"custom_dataset", "class"} & set(config)
-    path = str(config["dataset_path"])
-    return "custom_dataset" not in config and path not in LOCAL_FORMATS and not Path(path).exists()
 
 
 def _as_text(reasons: dict[str, str]) -> str:

@@ -26,41 +26,28 @@ SEED = 1234
 
 
 class TransformersModel(ChatModel, HFLM):  # type: ignore[misc]
-    """Reports the number of items done after each forward pass, and stores scores."""
+    """Tells how far it is with the choices of a task, and stores their scores."""
 
-    _num_requests = _num_done = 0
-
-    def loglikelihood(self, requests: list[Instance], **options: Any) -> Any:
-        """Score (context, continuation) texts."""
-        self._begin(requests)
-        return super().loglikelihood(requests, **options)
-
-    def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> Any:
-        """Score tokens, with one call of lm-eval's method for each of its batches."""
-        tokens = [[*context, *continuation] for _, context, continuation in requests]
-        order = sorted(range(len(requests)), key=lambda n: (-len(tokens[n]), tokens[n]))
+    def loglikelihood(self, requests: list[Instance], **_: Any) -> list[Any]:
+        """Score (context, continuation) texts, with one call of lm-eval's method for each batch."""
+        advance = self.start_requests(requests)
+        texts = ["".join(request.args) for request in requests]
+        order = sorted(range(len(requests)), key=lambda n: (-len(texts[n]), texts[n]))
         scores: dict[int, Any] = {}
         for start in range(0, len(order), self.batch_size):
             numbers = order[start : start + self.batch_size]
             batch = [requests[number] for number in numbers]
-            key = content_key("scores", [request[1:] for request in batch])
+            key = content_key("scores", [request.args for request in batch])
             found = self.journal.get(key)
             if found is None:
-                found = super()._loglikelihood_tokens(batch, **options)
+                found = super().loglikelihood(batch, disable_tqdm=True)
                 self.journal.add({key: found})
-            else:
-                self._count(len(batch))
             scores |= zip(numbers, map(tuple, found), strict=True)
+            advance(len(scores), len(requests))
         return [scores[number] for number in range(len(requests))]
-
-    def loglikelihood_rolling(self, requests: list[Instance], **options: Any) -> Any:
-        """Score whole texts."""
-        self._begin(requests)
-        return super().loglikelihood_rolling(requests, **options)
 
     def generate_until(self, requests: list[Instance], **options: Any) -> Any:
         """Generate the answer to each (context, generation_kwargs)."""
-        self._begin(requests)
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(SEED)
@@ -75,25 +62,6 @@ class TransformersModel(ChatModel, HFLM):  # type: ignore[misc]
     def max_gen_toks(self) -> int:
         """Largest number of tokens of an answer, for tasks that set none."""
         return usual_max_new_tokens(self.max_length)
-
-    def _begin(self, requests: list[Instance]) -> None:
-        self._advance = self.start_requests(requests)
-        self._num_requests, self._num_done = len(requests), 0
-
-    def _model_call(self, inps: torch.Tensor, **options: Any) -> Any:
-        logits = super()._model_call(inps, **options)
-        self._count(len(inps))
-        return logits
-
-    def _model_generate(self, context: torch.Tensor, **options: Any) -> Any:
-        tokens = super()._model_generate(context, **options)
-        self._count(len(context))
-        return tokens
-
-    def _count(self, num_sequences: int) -> None:
-        # A text of several windows is more than one sequence.
-        self._num_done = min(self._num_requests, self._num_done + num_sequences)
-        self._advance(self._num_done, self._num_requests)
 
 
 def load_transformers_model(

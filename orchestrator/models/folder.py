@@ -103,18 +103,16 @@ def load_config(folder: Path) -> ModelConfig:
     try:
         return config_from_json(values)
     except ExtensionError as error:
-        method = values.get("method")
         package = load_provenance(folder).get(METHOD_PACKAGE)
-        if package is None or method in METHODS:
+        if package is None or values.get("method") in METHODS:
             raise UserError(f"cannot use {folder}: {shortened(str(error))}") from None
         raise UserError(
-            f"{folder} is a model of the method {method!r}, which the package {package} adds; "
-            "install that package, and run the command again"
+            f"{folder} is a model of the method {values.get('method')!r}, which the package "
+            f"{package} adds; install that package, and run the command again"
         ) from None
     except INVALID_VALUE_ERRORS as error:
-        raise UserError(
-            f"cannot read the model's configuration in {folder}: {shortened(str(error))}"
-        ) from None
+        reason = shortened(str(error))
+        raise UserError(f"cannot read the model's configuration in {folder}: {reason}") from None
 
 
 def decoder_config(folder: Path) -> ModelConfig | None:
@@ -196,17 +194,13 @@ def tokenizer_file(folder: Path) -> Path:
 
 def read_text_files(folder: Path) -> dict[str, bytes]:
     """Return the `TEXT_FILES` in a folder: name -> content."""
-    return {file.name: file.read_bytes() for file in _text_files(folder)}
+    return {n: (folder / n).read_bytes() for n in TEXT_FILES if (folder / n).is_file()}
 
 
 def text_files_key(folder: Path) -> str | None:
     """Return the hash of a model's `TEXT_FILES`; None if it has none."""
-    files = _text_files(folder)
+    files = [folder / name for name in TEXT_FILES if (folder / name).is_file()]
     return content_key([(file.name, file_key(file)) for file in files]) if files else None
-
-
-def _text_files(folder: Path) -> list[Path]:
-    return [folder / name for name in TEXT_FILES if (folder / name).is_file()]
 
 
 # Checkpoints
@@ -255,21 +249,25 @@ def load_provenance(folder: Path) -> dict[str, Any]:
     if provenance is None:
         raise UserError(f"{folder} is not a checkpoint: it has no {PROVENANCE}")
     if not isinstance(provenance.get("checksums", {}), dict):
-        raise UserError(
-            f"the checkpoint {folder} is damaged: {PROVENANCE}: checksums is no object; {REMEDY}"
-        )
+        raise _damaged(folder, f"checksums must be an object; {REMEDY}")
     return provenance
+
+
+def _damaged(folder: Path, problem: str) -> UserError:
+    return UserError(f"the checkpoint {folder} is damaged: {PROVENANCE}: {problem}")
 
 
 def served_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
     """Return the schedules that a checkpoint's weights learned, costliest first.
 
     These are the model's own, and of elastic weights the family; none for a method without
-    corrections.
+    corrections. Of a model folder from elsewhere none are known.
 
     Raises:
-        UserError: If the folder is not a checkpoint, or the file is damaged.
+        UserError: If the checkpoint is damaged.
     """
+    if not is_checkpoint(folder):
+        return ()
     config, members = load_config(folder), load_provenance(folder).get(ELASTIC, [])
     if not METHODS[config.method].has_corrections:
         return ()
@@ -277,10 +275,7 @@ def served_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
     try:
         return (config.corrections, *map(parse, members))
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"the checkpoint {folder} is damaged: {PROVENANCE}: {ELASTIC}: "
-            f"{shortened(str(error))}; {REMEDY}"
-        ) from None
+        raise _damaged(folder, f"{ELASTIC}: {shortened(str(error))}; {REMEDY}") from None
 
 
 def weights_key(folder: Path) -> str:
@@ -316,42 +311,24 @@ def check_checkpoint(
         raise UserError(f"the checkpoint {folder} is damaged: {damage}")
 
 
-def known_schedules(folder: Path) -> tuple[IterationSchedule, ...]:
-    """Return the `served_schedules` of a checkpoint; of another model folder none are known.
-
-    Raises:
-        UserError: If the checkpoint is damaged.
-    """
-    return served_schedules(folder) if is_checkpoint(folder) else ()
-
-
-def newest_intact_checkpoint(
-    run_folder: Path, *, up_to_step: float = math.inf, with_training_state: bool = False
-) -> tuple[Path | None, list[str]]:
-    """Return the newest intact checkpoint of a run or None, and what is wrong with newer ones."""
-    damage = []
-    for folder in reversed(find_checkpoints(run_folder)):
-        if step_of(folder) > up_to_step:
-            continue
-        try:
-            check_checkpoint(folder, with_training_state=with_training_state)
-        except UserError as error:
-            damage.append(str(error))
-        else:
-            return folder, damage
-    return None, damage
-
-
 def newest_checkpoint(
     run_folder: Path,
-    warn: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] = lambda _: None,
     *,
+    up_to_step: float = math.inf,
     with_training_state: bool = False,
 ) -> Path | None:
     """Return the newest intact checkpoint of a run, or None; warn of each damaged newer one."""
-    newest, damage = newest_intact_checkpoint(run_folder, with_training_state=with_training_state)
-    if warn is not None:
-        instead = f"{newest} is used instead" if newest else "no older one is left"
-        for problem in damage:
-            warn(f"{problem}; {instead}")
+    damage, newest = [], None
+    for folder in reversed(find_checkpoints(run_folder)):
+        if step_of(folder) <= up_to_step:
+            try:
+                check_checkpoint(folder, with_training_state=with_training_state)
+            except UserError as error:
+                damage.append(str(error))
+            else:
+                newest = folder
+                break
+    for problem in damage:
+        warn(f"{problem}; {f'{newest} is used instead' if newest else 'no older one is left'}")
     return newest

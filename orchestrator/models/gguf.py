@@ -113,16 +113,12 @@ def _check_supported(path: Path, metadata: dict[str, Any], tensors: list[str]) -
         )
     prefix = f"{_ARCHITECTURE}."
     values = {n.removeprefix(prefix): v for n, v in metadata.items() if n.startswith(prefix)}
-    if missing := [name for name in _REQUIRED if name not in values]:
-        raise UserError(f"{path} does not say {prefix}{f', {prefix}'.join(missing)}")
+    numbers = {name: values.get(name) for name in _REQUIRED}
+    wrong = {n: v for n, v in numbers.items() if not (isinstance(v, int | float) and v > 0)}
     known = {*_REQUIRED, *_OTHERS, *_HEAD_SIZES}
-    problems = [
-        f"{prefix}{name}={value!r}"
-        for name, value in sorted(values.items())
-        if (name not in known and value not in _SWITCHED_OFF)
-        or (name in _REQUIRED and not (isinstance(value, int | float) and value > 0))
-    ]
-    if not problems:
+    wrong |= {n: v for n, v in values.items() if n not in known and v not in _SWITCHED_OFF}
+    problems = [f"{prefix}{name}={value!r}" for name, value in sorted(wrong.items())]
+    if not wrong:
         size = values["embedding_length"] // values["attention.head_count"]
         problems = [
             f"{prefix}{name}={values[name]!r} with heads of {size}"

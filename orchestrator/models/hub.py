@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from orchestrator.models.folder import TOKENIZER_PATTERNS
-from orchestrator.workspace.errors import UserError, first_line, mask_secrets, quoted
+from orchestrator.workspace.errors import UserError, first_line, mask_secrets
 
 HUB_PREFIX = "hub:"
 MODEL_PATTERNS = (*TOKENIZER_PATTERNS, "*.json", "*.safetensors", "*.model", "*.py")
@@ -153,16 +153,9 @@ def check_upload(repository: str, token: str | None = None) -> None:
             f"and `hf upload {repository} FOLDER` uploads the folder later"
         )
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import LocalTokenNotFoundError
 
     with _errors_explained(f"--push-to-hub {repository}"):
-        try:
-            HfApi(endpoint=_endpoint(), token=token).whoami()
-        except LocalTokenNotFoundError:
-            raise UserError(
-                f"--push-to-hub {repository} needs a token of the hub: set HF_TOKEN, give --token, "
-                "or log in with `hf auth login`"
-            ) from None
+        HfApi(endpoint=_endpoint(), token=token).whoami()
 
 
 def upload_model(
@@ -197,20 +190,21 @@ def _download(name: str, patterns: tuple[str, ...]) -> Path:
     problem = hub_problem()
     with _errors_explained(name), offline() if problem else nullcontext():
         try:
-            folder = snapshot_download(
-                repository,
-                revision=revision or None,
-                endpoint=_endpoint(),
-                allow_patterns=list(patterns),
-                ignore_patterns=list(OTHER_FORMATS),
-                local_files_only=problem is not None,
+            return Path(
+                snapshot_download(
+                    repository,
+                    revision=revision or None,
+                    endpoint=_endpoint(),
+                    allow_patterns=list(patterns),
+                    ignore_patterns=list(OTHER_FORMATS),
+                    local_files_only=problem is not None,
+                )
             )
         except LocalEntryNotFoundError as error:
             raise UserError(
                 f"{name} is not in the hub's cache ({constants.HF_HUB_CACHE}), and "
                 f"{problem or first_line(error)}"
             ) from None
-    return Path(folder)
 
 
 def _endpoint() -> str | None:
@@ -218,27 +212,25 @@ def _endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT") or None
 
 
+_REFUSALS = {
+    "GatedRepoError": " is gated: accept its terms on its page, then set HF_TOKEN, or log in with "
+    "`hf auth login`",
+    "RevisionNotFoundError": ": the hub has no such branch, tag or commit of it",
+    "RepositoryNotFoundError": ": the hub has no such model, or it is private and the token may "
+    "not read it",
+    "LocalTokenNotFoundError": " needs a token of the hub: set HF_TOKEN, give --token, or log in "
+    "with `hf auth login`",
+}
+"""Errors of the hub's library that users are likely to meet."""
+
+
 @contextmanager
 def _errors_explained(subject: str) -> Iterator[None]:
     """Turn what the hub's library raises into a `UserError` that begins with the subject."""
-    from huggingface_hub import errors
-
     try:
         yield
     except UserError:
         raise
-    except errors.HFValidationError as error:
-        raise UserError(f"{quoted(subject)}: {first_line(error)}") from None
-    except errors.GatedRepoError:
-        raise UserError(
-            f"{subject} is gated: accept its terms on its page, then set HF_TOKEN, or log in with "
-            "`hf auth login`"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{subject}: the hub has no such branch, tag or commit of it") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"{subject}: the hub has no such model, or it is private and the token may not read it"
-        ) from None
     except Exception as error:  # The client and its libraries raise dozens of kinds.
-        raise UserError(f"{subject}: {first_line(error, with_type=True)}") from None
+        reason = _REFUSALS.get(type(error).__name__, f": {first_line(error, with_type=True)}")
+        raise UserError(f"{subject}{reason}") from None

@@ -68,7 +68,6 @@ def resolve_model(
     """Return the checkpoint that the user means, and a pick's schedule; None for its own.
 
     Args:
-        workspace: Where names are looked up.
         path: As `resolve_teacher`; if None, the newest of the finished runs and the last pick.
         note: As `resolve_teacher`.
 
@@ -97,7 +96,6 @@ def resolve_teacher(
     """Return the checkpoint that the user means.
 
     Args:
-        workspace: Where names are looked up.
         path: A checkpoint, or a run: its newest checkpoint is used. See `find_model_folder`. If
             None, the newest finished run of an IIET with corrections.
         note: Called with a sentence that says which checkpoint is used if none is named.
@@ -106,12 +104,12 @@ def resolve_teacher(
         UserError: If there is no checkpoint, it is damaged, or it is a model of the hub, which is
             imported first.
     """
-    if path is not None and is_hub_name(path):
-        raise UserError(
-            f"{path} becomes a run of the workspace at first use, and a dry run writes nothing;"
-            f" `iiet-orch import {path}` imports it"
-        )
     if path is not None:
+        if is_hub_name(path):
+            raise UserError(
+                f"{path} becomes a run of the workspace at first use, and a dry run writes nothing;"
+                f" `iiet-orch import {path}` imports it"
+            )
         return resolve_checkpoint(find_model_folder(workspace, Path(path)))
     others = []
     for run in _finished_runs(workspace):

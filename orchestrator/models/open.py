@@ -102,9 +102,9 @@ def load_model(
             decoder = decoder_from_published(read_config(folder), _weights(folder))
         if schedule is not None:
             decoder = decoder.with_schedule(schedule)
-    except UserError:
-        raise
     except ValueError as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"this version of the program cannot use {folder}: {error}") from None
     device = best_device(device)
     use_tf32(device)
@@ -266,21 +266,18 @@ def short_names(models: Sequence[OpenedModel]) -> list[str]:
     if len(models) > 1 and is_one_model and len(set(schedules)) == len(models):
         return [f"r={shortest_schedule(tuple(schedule))}" for schedule in schedules]
     label_of = {(model.path, model.name): model.name for model in models}
-    longest = max((len(path.parts) for path, _ in label_of), default=0)
-    for num_parts in range(2, longest + 1):
+    for num_parts in range(2, max((len(path.parts) for path, _ in label_of), default=0) + 1):
         counts = Counter(label_of.values())
         for model in models:
-            shown = shown_path(model.path)
             if counts[label_of[model.path, model.name]] > 1:
+                shown = shown_path(model.path)
                 folder = shown.name if model.is_external else model.path.parent.name
                 schedule = model.name.removeprefix(folder)
                 label_of[model.path, model.name] = "/".join(shown.parts[-num_parts:]) + schedule
-    labels: list[str] = []
-    for model in models:
-        label = numbered = label_of[model.path, model.name]
-        number = 1
-        while numbered in labels:  # The same model was given twice.
-            number += 1
-            numbered = f"{label} ({number})"
-        labels.append(numbered)
-    return labels
+    labels = [label_of[model.path, model.name] for model in models]
+    # The same model was given twice.
+    times = [labels[:number].count(label) + 1 for number, label in enumerate(labels)]
+    return [
+        f"{label} ({time})" if time > 1 else label
+        for label, time in zip(labels, times, strict=True)
+    ]

@@ -27,7 +27,7 @@ from orchestrator.evaluation.cost_measurement import (
     MeasurementSettings,
     measure_costs,
 )
-from orchestrator.models.folder import DTYPES, known_schedules
+from orchestrator.models.folder import DTYPES, served_schedules
 from orchestrator.models.lookup import load_influence_table
 from orchestrator.models.open import OpenedModel, open_model, open_models, short_names
 from orchestrator.pipelines.context import Context, in_one_call
@@ -206,7 +206,7 @@ def family_of(model: OpenedModel) -> list[OpenedModel]:
     if config is None or not config.corrections.num_corrections:
         return [model]
     influence = None if model.is_external else load_influence_table(model.path)
-    served = known_schedules(model.path)
+    served = served_schedules(model.path)
     if len(served) > 1 and config.corrections == served[0]:
         schedules = list(served)
     elif influence is not None and influence.schedule == config.corrections:

@@ -18,10 +18,9 @@ from rich.console import RenderableType
 from orchestrator.cluster.task import command_device
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.evaluation.heldout import heldout_chances, is_heldout_task
-from orchestrator.evaluation.lm_eval_files import LoggedRun, find_logged_run
 from orchestrator.evaluation.measuring import Conditions, Measured, ModelMeasurer
 from orchestrator.evaluation.selection import needs_heldout, newest_tokens, select_tasks
-from orchestrator.evaluation.store import EvaluationStore
+from orchestrator.evaluation.store import EvaluationStore, LoggedRun, find_logged_run
 from orchestrator.evaluation.suite import load_suite
 from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.hub import offline

@@ -33,9 +33,9 @@ from orchestrator.evaluation.answers import (
 from orchestrator.models.folder import (
     DTYPES,
     is_checkpoint,
-    known_schedules,
     read_config,
     resolve_checkpoint,
+    served_schedules,
 )
 from orchestrator.models.lookup import (
     find_model_folder,
@@ -213,7 +213,7 @@ class TextGenerator:
                 stream_tokens,
                 draft=text if text == "auto" else parse_schedule(text, checkpoint, "--draft"),
                 draft_tokens=drafting.num_tokens,
-                family=known_schedules(checkpoint),
+                family=served_schedules(checkpoint),
                 record=self.record,
             )
 

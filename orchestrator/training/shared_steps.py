@@ -21,7 +21,7 @@ from pathlib import Path
 
 from iiet.methods import METHODS
 from orchestrator.data.model_tokens import tokens_folder_of
-from orchestrator.models.folder import check_checkpoint, newest_intact_checkpoint
+from orchestrator.models.folder import check_checkpoint, newest_checkpoint
 from orchestrator.models.lookup import find_run_folder
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import SETTINGS_NAME, Settings, TrainingSettings, read_settings
@@ -244,9 +244,9 @@ def continue_job(
             f"{earlier.folder} cannot be continued with other settings ({difference}); train a new "
             "run with them"
         )
-    common = shared_steps(earlier, longer)
-    start, damage = newest_intact_checkpoint(
-        earlier.folder, up_to_step=common, with_training_state=True
+    common, damage = shared_steps(earlier, longer), list[str]()
+    start = newest_checkpoint(
+        earlier.folder, damage.append, up_to_step=common, with_training_state=True
     )
     if start is None:
         steps = ", ".join(f"{step_of(folder):,}" for folder in find_checkpoints(earlier.folder))

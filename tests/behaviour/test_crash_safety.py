@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 
 from iiet.config import ModelConfig
 from orchestrator.data.store import is_complete, verify_data
-from orchestrator.evaluation.answer_journal import AnswerJournal
+from orchestrator.evaluation.store import AnswerJournal
 from orchestrator.models.folder import check_checkpoint
 from orchestrator.training.checkpoint import load_training_state, prune_checkpoints, save_checkpoint
 from orchestrator.training.teacher_cache import CachePlan, open_cache, write_cache

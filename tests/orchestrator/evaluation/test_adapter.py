@@ -1,20 +1,13 @@
-"""lm-eval's tasks on a decoder: numbers equal a direct computation and lm-eval's own class.
-
-The last tests run official items (LAMBADA, PIQA, ...) if a folder of them is beside the repository.
-"""
+"""lm-eval's tasks on a decoder: numbers and answers equal those of lm-eval's own class."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-import yaml
 from lm_eval_tasks import write_task
 
 from iiet.config import ModelConfig
@@ -28,7 +21,7 @@ from orchestrator.evaluation.adapter import (
     suppress_output,
 )
 from orchestrator.evaluation.answers import AnswerSettings, Question, generate_answers
-from orchestrator.evaluation.lm_eval_files import MeasuredTask
+from orchestrator.evaluation.store import MeasuredTask
 from orchestrator.evaluation.suite import Suite, load_suite
 from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.tokenizer import Message, ModelTokenizer
@@ -36,9 +29,6 @@ from orchestrator.reporting.statistics import shared_metric
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[3]
-OFFICIAL_TASKS = ROOT.parent / "shared" / "data" / "tasks"
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "lastword": [
@@ -69,82 +59,63 @@ def run(
     return {name: run_task(name, task, model, limit) for name, task in suite.tasks.items()}
 
 
+def scores_of_sample(sample: dict[str, Any]) -> list[float]:
+    first = [responses[0] for responses in sample["resps"]]
+    return [r[0] if isinstance(r, tuple) else r for r in first]
+
+
 def scores_of(task: MeasuredTask) -> list[list[float]]:
     """Return the log-likelihoods by item."""
-    by_item = [[responses[0] for responses in sample["resps"]] for sample in task.samples]
-    return [[r[0] if isinstance(r, tuple) else r for r in of_item] for of_item in by_item]
+    return [scores_of_sample(sample) for sample in task.samples]
 
 
-@torch.no_grad()
-def directly(decoder: Decoder, ids: list[int], num_scored: int) -> float:
-    """Score the last tokens of a sequence that fits the context, by one plain forward pass."""
-    log_probabilities = decoder(torch.tensor([ids[:-1]]))[0, -num_scored:].double().log_softmax(-1)
-    return float(log_probabilities[range(num_scored), ids[-num_scored:]].sum())
-
-
-def pair_directly(decoder: Decoder, text: ModelTokenizer, context: str, continuation: str) -> float:
-    before = text.tokenizer.encode(context).ids or [text.prefix_id]
-    whole = text.tokenizer.encode(context + continuation).ids
-    scored = whole[len(before) :] if context else whole
-    longest = decoder.config.context_length
-    total = 0.0
-    for start in range(0, len(scored), longest):
-        part = scored[start : start + longest]
-        ids = (before + scored[:start])[-(longest + 1 - len(part)) :] + part
-        total += directly(decoder, ids, len(part))
-    return total
-
-
-def rolling_directly(decoder: Decoder, text: ModelTokenizer, document: str) -> float:
-    """Score windows of the context's length; the last one starts earlier, so that it is full."""
-    ids, longest = text.tokenizer.encode(document).ids, decoder.config.context_length
-    total, done = 0.0, 0
-    while done < len(ids):
-        end = min(done + longest, len(ids))
-        sequence = [text.prefix_id, *ids][max(0, end - longest) : end + 1]
-        total += directly(decoder, sequence, end - done)
-        done = end
-    return total
-
-
-def test_each_item_equals_a_direct_computation(
-    suite: Suite, decoder: Decoder, tokenizer: ModelTokenizer, capfd: pytest.CaptureFixture[str]
+def test_numbers_and_answers_equal_those_of_lm_evals_hugging_face_class(
+    suite: Suite,
+    decoder: Decoder,
+    tokenizer: ModelTokenizer,
+    tiny_tokens: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    from lm_eval import evaluator
     from lm_eval.api.metrics import mean_stderr
+    from lm_eval.models.huggingface import HFLM
 
-    found = run(suite, decoder, tokenizer)
-    expected = {
-        "lastword": [
-            [pair_directly(decoder, tokenizer, row["context"], f" {row['word']}")]
-            for row in ROWS["lastword"]
-        ],
-        "choices": [
-            [pair_directly(decoder, tokenizer, row["context"], f" {e}") for e in row["endings"]]
-            for row in ROWS["choices"]
-        ],
-        "rolling": [[rolling_directly(decoder, tokenizer, row["text"])] for row in ROWS["rolling"]],
-    }
-    assert set(found) == set(expected)
-    for name, wanted in expected.items():
-        for scores, right in zip(scores_of(found[name]), wanted, strict=True):
-            assert scores == pytest.approx(right, abs=1e-4), name
-    results = {name: task.result for name, task in found.items()}
-    picks = [max(range(3), key=scores.__getitem__) for scores in expected["choices"]]
-    choices = results["choices"]
-    assert choices.metrics["acc"] == sum(pick == 0 for pick in picks) / len(picks)
-    for metric in ("acc", "acc_norm"):
-        assert choices.metrics[f"{metric}_stderr"] == pytest.approx(
-            mean_stderr(choices.values[metric])
+    from iiet.exporting import fast_tokenizer, transformers_model
+
+    tasks = suite.tasks | questions(tmp_path / "asked", decoder, tokenizer).tasks
+    ours = {n: run_task(n, t, DecoderModel(decoder, tokenizer)) for n, t in tasks.items()}
+    assert capfd.readouterr() == ("", "")
+    model = transformers_model(decoder)
+    text = fast_tokenizer(
+        tiny_tokens / "tokenizer.json", end_of_text="<|endoftext|>", context_length=48
+    )
+    with suppress_output():
+        theirs = evaluator.evaluate(
+            lm=HFLM(
+                pretrained=model, tokenizer=text, max_length=48, batch_size=1, logits_cache=False
+            ),
+            task_dict={"tasks": tasks},
+            bootstrap_iters=0,
         )
-    bits = -sum(s[0] for s in expected["rolling"]) / math.log(2)
-    num_bytes = sum(len(row["text"]) for row in ROWS["rolling"])
-    rolling = results["rolling"].metrics
-    assert rolling["bits_per_byte"] == pytest.approx(bits / num_bytes, rel=1e-5)
-    assert results["lastword"].version == "2.0"
-    assert [result.num_items for result in results.values()] == [4, 5, 3]
+    for name, task in ours.items():
+        for metric, value in task.result.metrics.items():
+            if not metric.endswith("_stderr"):
+                assert theirs["results"][name][f"{metric},none"] == pytest.approx(value, rel=1e-5)
+        samples = theirs["samples"][name]
+        if name == "questions":
+            assert answers_of(task) == [sample["resps"][0] for sample in samples]
+            continue
+        for scores, sample in zip(scores_of(task), samples, strict=True):
+            assert scores == pytest.approx(scores_of_sample(sample), abs=1e-4), name
+    result = ours["choices"].result
+    for metric in ("acc", "acc_norm"):
+        error = mean_stderr(result.values[metric])
+        assert result.metrics[f"{metric}_stderr"] == pytest.approx(error)
+    assert ours["lastword"].result.version == "2.0"
+    assert [task.result.num_items for task in ours.values()] == [4, 5, 3, 6]
     limited = run(suite, decoder, tokenizer, limit=2)
     assert [task.result.num_items for task in limited.values()] == [2, 2, 2]
-    assert capfd.readouterr() == ("", "")
 
 
 def test_prompts_have_their_examples_and_lose_their_beginning_with_a_note(
@@ -261,105 +232,27 @@ def test_settings_of_a_task_become_those_of_the_generator(
 # Chat templates
 
 
-class NoSystem:
-    """The tokenizer of a model whose template refuses messages of the system."""
+def test_a_description_that_the_template_refuses_is_left_out_with_one_note() -> None:
+    notes: list[str] = []
 
-    def chat(self, messages: Sequence[Message], *, opens_answer: bool, template: str | None) -> str:
-        if any(message["role"] == "system" for message in messages):
+    class Notes(Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    def chat(messages: Sequence[Message], *, opens_answer: bool, template: str | None) -> str:
+        if messages[0]["role"] == "system":
             raise UserError("the system role is not supported")
         text = "/".join(message["content"] for message in messages)
         return f"{template}: {text}{' ->' if opens_answer else ''}"
 
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
-def test_a_description_that_the_template_refuses_is_left_out_with_one_note() -> None:
     messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1"}]
-    model, progress = ChatModel(), Notes()
-    model.text = NoSystem()  # type: ignore[assignment]
-    model.prompts, model.progress = Prompts(chat_template="short"), progress
+    model = ChatModel()
+    model.text = SimpleNamespace(chat=chat)  # type: ignore[assignment]
+    model.prompts, model.progress = Prompts(chat_template="short"), Notes()
     assert model.apply_chat_template(messages) == "short: 1 + 1 ->"
     assert model.apply_chat_template(messages, add_generation_prompt=False) == "short: 1 + 1"
-    assert progress.notes == [
-        "the description of the task is left out: the system role is not supported"
-    ]
+    assert notes == ["the description of the task is left out: the system role is not supported"]
     # An instruction of the user is never left out.
     model.prompts = Prompts(chat_template="short", system_instruction="Add.")
     with pytest.raises(UserError, match="the system role is not supported"):
         model.apply_chat_template(messages)
-
-
-# Against lm-eval's own class, and official items
-
-
-@pytest.mark.slow
-def test_numbers_and_answers_equal_those_of_lm_evals_hugging_face_class(
-    suite: Suite, decoder: Decoder, tokenizer: ModelTokenizer, tiny_tokens: Path, tmp_path: Path
-) -> None:
-    from lm_eval import evaluator
-    from lm_eval.models.huggingface import HFLM
-
-    from iiet.exporting import fast_tokenizer, transformers_model
-
-    asked = questions(tmp_path / "asked", decoder, tokenizer)
-    tasks = suite.tasks | asked.tasks
-    ours = {n: run_task(n, t, DecoderModel(decoder, tokenizer)) for n, t in tasks.items()}
-    model = transformers_model(decoder)
-    text = fast_tokenizer(
-        tiny_tokens / "tokenizer.json", end_of_text="<|endoftext|>", context_length=48
-    )
-    with suppress_output():
-        theirs = evaluator.evaluate(
-            lm=HFLM(
-                pretrained=model, tokenizer=text, max_length=48, batch_size=1, logits_cache=False
-            ),
-            task_dict={"tasks": tasks},
-            bootstrap_iters=0,
-        )
-    for name, task in ours.items():
-        for metric, value in task.result.metrics.items():
-            if not metric.endswith("_stderr"):
-                assert theirs["results"][name][f"{metric},none"] == pytest.approx(value, rel=1e-5)
-    samples = theirs["samples"]["questions"]
-    assert answers_of(ours["questions"]) == [sample["resps"][0] for sample in samples]
-
-
-def official_files() -> list[Path]:
-    return sorted(OFFICIAL_TASKS.glob("*/*.yaml"))
-
-
-@pytest.mark.skipif(not official_files(), reason="no official task files beside the repository")
-@pytest.mark.parametrize("path", official_files(), ids=lambda path: path.stem)
-def test_official_items_equal_a_direct_computation(
-    path: Path,
-    decoder: Decoder,
-    tokenizer: ModelTokenizer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    config = yaml.safe_load(path.read_text())
-    files = config["dataset_kwargs"]["data_files"]
-    for split, name in files.items():  # Relative to the repository's root.
-        source = ROOT / name
-        with gzip.open(source, "rt") if source.suffix == ".gz" else source.open() as lines:
-            rows = [json.loads(next(lines)) for _ in range(6)]
-        files[split] = str(tmp_path / f"{split}.jsonl")
-        Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / path.name).write_text(yaml.safe_dump(config))
-    wide = Decoder(ModelConfig.from_dict({**decoder.config.to_dict(), "context_length": 96}))
-    suite = load_suite(TaskSelection(names=(config["task"],), folders=(tmp_path,)))
-    measured = run(suite, wide, tokenizer)[config["task"]]
-    assert measured.result.num_items == 6
-    scores = scores_of(measured)
-    for request in suite.tasks[config["task"]].instances:
-        direct = pair_directly(wide, tokenizer, *request.args)
-        assert scores[request.doc_id][request.idx] == pytest.approx(direct, abs=2e-3)

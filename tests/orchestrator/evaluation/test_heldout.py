@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -15,6 +16,7 @@ from sample_texts import tokens_of
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import prepare
 from orchestrator.data.store import open_tokens
+from orchestrator.evaluation import heldout
 from orchestrator.evaluation.heldout import (
     TEXT_TASKS,
     HeldoutSuite,
@@ -95,22 +97,42 @@ def test_items_are_diverse_slices_of_the_held_out_documents(
     assert not {"a", "an", "the"} & set(counts)
 
 
-def test_a_suite_is_reused_and_depends_on_its_settings(tokens: Path, suite: HeldoutSuite) -> None:
+def test_the_same_documents_and_settings_give_the_same_suite(
+    tokens: Path, suite: HeldoutSuite, tmp_path: Path
+) -> None:
     other = build_heldout(tokens, num_items=20, context_length=CONTEXT_LENGTH)
     assert other.folder != suite.folder
     assert other.tasks["lastword"] <= 20
     assert any("standard error" in note for note in other.notes)
     written = (suite.folder / "suite.json").stat().st_mtime_ns
-    again = build_heldout(tokens, num_items=NUM_ITEMS, context_length=CONTEXT_LENGTH)
-    assert again == suite
-    assert (suite.folder / "suite.json").stat().st_mtime_ns == written
-
-
-def test_the_same_documents_give_the_same_items(tokens: Path, suite: HeldoutSuite) -> None:
     before = {name: rows(suite, name) for name in TEXT_TASKS}
+    assert build_heldout(tokens, num_items=NUM_ITEMS, context_length=CONTEXT_LENGTH) == suite
+    assert (suite.folder / "suite.json").stat().st_mtime_ns == written
+    # The fingerprint does not depend on the path.
+    copy = Path(shutil.copytree(suite.folder, tmp_path / suite.folder.name))
+    here, there = (load_suite(TaskSelection(heldout=f)) for f in (suite.folder, copy))
+    for name in TEXT_TASKS:
+        assert there.fingerprint(name) == here.fingerprint(name)
+        assert "custom_dataset" in here.tasks[name].dump_config()
+    assert len({here.fingerprint(name) for name in TEXT_TASKS}) == len(TEXT_TASKS)
+    # Made again.
     (suite.folder / "suite.json").unlink()
     build_heldout(tokens, num_items=NUM_ITEMS, context_length=CONTEXT_LENGTH)
     assert {name: rows(suite, name) for name in TEXT_TASKS} == before
+
+
+def test_the_documents_with_the_smallest_hashes_are_sampled(tokens: Path) -> None:
+    texts = held_out(tokens).split("\0")
+    digest = {text: hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts}
+    sizes = (1, 6000, 1500, 10**9)
+    sampled = heldout._sample([open_tokens(tokens)], *sizes)
+    for num_bytes, found in zip(sizes, sampled, strict=True):
+        chosen, total = set[str](), 0
+        for text in sorted(texts, key=digest.__getitem__):
+            if total < num_bytes:
+                chosen.add(text)
+                total += len(text.encode())
+        assert found == [text for text in texts if text in chosen]
 
 
 def test_code_in_the_folder_is_never_run(tokens: Path, suite: HeldoutSuite, tmp_path: Path) -> None:
@@ -125,15 +147,6 @@ def test_code_in_the_folder_is_never_run(tokens: Path, suite: HeldoutSuite, tmp_
     assert set(found.tasks) == set(TEXT_TASKS)
     assert found.num_items("lastword") == suite.tasks["lastword"]
     assert not ran.exists()
-
-
-def test_a_suite_does_not_depend_on_its_path(suite: HeldoutSuite, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(suite.folder, tmp_path / suite.folder.name))
-    here, there = (load_suite(TaskSelection(heldout=f)) for f in (suite.folder, copy))
-    for name in TEXT_TASKS:
-        assert there.fingerprint(name) == here.fingerprint(name)
-        assert "custom_dataset" in here.tasks[name].dump_config()
-    assert len({here.fingerprint(name) for name in TEXT_TASKS}) == len(TEXT_TASKS)
 
 
 def test_text_without_sentences_is_one_error(tmp_path: Path) -> None:

@@ -151,35 +151,21 @@ def test_a_task_of_the_data_can_be_named_by_itself(tmp_path: Path) -> None:
     assert list(load_suite(asked, planned=()).tasks) == ["chain_2"]
 
 
-def test_a_search_for_bits_per_byte_is_refused_where_there_are_none(tmp_path: Path) -> None:
-    wish = {"sweep.kind": "search", "search.objective": "bits_per_byte"}
-    settings = depth_settings("phop_2", **wish, **{"model.context_length": 16})
-    with pytest.raises(UserError, match="gives bits per byte on these data; set it to accuracy"):
-        plan_sweep(settings, workspace=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("source", "suite", "reason"),
-    [
-        ("depth", "phop_4", "names phop_4, which the data cannot make; they can make phop_2$"),
-        ("depth", "heldout,lastword", "names lastword, which the data cannot make"),
-        ("python", "phop_2", "names phop_2, which .* they can make lastword, bits_per_byte"),
-    ],
-)
-def test_a_task_that_the_data_cannot_make_is_an_error_before_any_work(
-    tmp_path: Path, source: str, suite: str, reason: str
-) -> None:
-    options = {"evaluation.suite": suite, "model.context_length": 16}
-    is_depth = source == "depth"
-    settings = (
-        depth_settings("phop_2", **options) if is_depth else resolve_settings({}, options=options)
-    )
-    with pytest.raises(UserError, match=reason):
-        plan_sweep(settings, workspace=tmp_path)
-    assert not list(tmp_path.iterdir())
-    if is_depth:
+def test_tasks_that_the_data_cannot_give_are_errors_before_any_work(tmp_path: Path) -> None:
+    bits = {"sweep.kind": "search", "search.objective": "bits_per_byte"}
+    depth, text = {"data.source": "depth", "data.depth.tasks": ("phop_2",)}, {}
+    for options, reason in (
+        ({**depth, "evaluation.suite": "phop_4"}, "names phop_4, which .* they can make phop_2$"),
+        ({**depth, "evaluation.suite": "heldout,lastword"}, "names lastword, which the data cann"),
+        ({**text, "evaluation.suite": "phop_2"}, "phop_2, which .* make lastword, bits_per_byte"),
+        ({**depth, **bits}, "gives bits per byte on these data; set it to accuracy"),
+    ):
+        sizes = {"data.depth.length": 16, "model.context_length": 16}
         with pytest.raises(UserError, match=reason):
-            chosen(suite, prepared(tmp_path, "phop_2"))
+            plan_sweep(resolve_settings({}, options={**sizes, **options}), workspace=tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="names phop_4, which the data cannot make"):
+        chosen("phop_4", prepared(tmp_path, "phop_2"))
 
 
 def test_a_text_that_is_no_symbol_is_an_error(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from iiet.decoder import Decoder
 from iiet.generation import generate
 from iiet.methods import METHODS
 from orchestrator.evaluation import scoring
-from orchestrator.evaluation.answer_journal import AnswerJournal
 from orchestrator.evaluation.cost_measurement import peak_bytes
 from orchestrator.evaluation.measuring import heldout_loss
-from orchestrator.evaluation.scoring import Segment, make_rows, score_continuations
+from orchestrator.evaluation.scoring import Score, Segment, make_rows, score_continuations
+from orchestrator.evaluation.store import AnswerJournal
 from orchestrator.workspace.errors import DeviceError
 
 VOCAB, CONTEXT = 60, 24
@@ -81,16 +81,16 @@ def mixed_pairs() -> list[tuple[list[int], list[int]]]:
     return pairs
 
 
+def assert_equal(found: Sequence[Score], expected: Sequence[tuple[float, bool]]) -> None:
+    for score, (log_likelihood, is_greedy) in zip(found, expected, strict=True):
+        assert score.log_likelihood == pytest.approx(log_likelihood, abs=1e-9)
+        assert score.is_greedy == is_greedy
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_pair_equals_a_direct_computation(method: str) -> None:
-    decoder = make_decoder(method)
-    pairs = mixed_pairs()
-    for (context, continuation), score in zip(
-        pairs, score_continuations(decoder, pairs), strict=True
-    ):
-        total, greedy = directly(decoder, context, continuation)
-        assert score.log_likelihood == pytest.approx(total, abs=1e-9)
-        assert score.is_greedy == greedy
+    decoder, pairs = make_decoder(method), mixed_pairs()
+    assert_equal(score_continuations(decoder, pairs), [directly(decoder, *pair) for pair in pairs])
 
 
 def test_long_contexts_are_cut_and_long_continuations_split(small: Decoder) -> None:
@@ -98,13 +98,12 @@ def test_long_contexts_are_cut_and_long_continuations_split(small: Decoder) -> N
     context = tokens(draw, 40, 40)
     pairs = [(context, tokens(draw, n, n)) for n in (1, 5, 5, 24, 25, 60)]
     pairs += [([7], tokens(draw, 24, 24)), (tokens(draw, 24, 24), tokens(draw, 24, 24))]
-    for pair, score in zip(pairs, score_continuations(small, pairs), strict=True):
-        assert score.log_likelihood == pytest.approx(directly(small, *pair)[0], abs=1e-9)
+    assert_equal(score_continuations(small, pairs), [directly(small, *pair) for pair in pairs])
 
 
 @pytest.mark.parametrize("keys_per_token", [0, 4, 64])
 @pytest.mark.parametrize("max_tokens", [1, 40, 1000])
-def test_every_segment_is_in_one_row_under_its_own_tokens(
+def test_every_segment_is_in_one_row_that_is_not_too_long(
     keys_per_token: int, max_tokens: int
 ) -> None:
     draw = random.Random(0)
@@ -114,18 +113,14 @@ def test_every_segment_is_in_one_row_under_its_own_tokens(
     }
     rows = make_rows(segments, max_tokens=max_tokens, keys_per_token=keys_per_token)
     assert sorted(s for row in rows for s in row.segments) == sorted(segments)
-    keys = [(row.num_branches > 1, -len(row.tokens)) for row in rows]
+    keys = [(row.is_shared, -row.num_tokens) for row in rows]
     assert keys == sorted(keys)
     longest = max(len(context) + len(rest) - 1 for context, rest in segments)
     for row in rows:
-        assert len(row.tokens) <= max(max_tokens, longest)
-        for segment, columns in zip(row.segments, row.columns, strict=True):
-            own = row.branches[columns[-1]] or None
-            seen = [c for c in range(columns[-1] + 1) if row.branches[c] in (0, own)]
-            read = (*segment.context, *segment.continuation)[:-1]
-            assert tuple(row.tokens[column] for column in seen) == read
-            assert [row.positions[column] for column in seen] == list(range(len(seen)))
-            assert seen[len(segment.context) - 1 :] == columns
+        assert row.num_tokens == len(row.context) + sum(map(len, row.branches))
+        assert row.num_tokens <= max(max_tokens, longest)
+        for read, of_read in row.branches.items():
+            assert {(s.context, s.continuation[:-1]) for s in of_read} == {(row.context, read)}
 
 
 def test_what_is_shared_is_evaluated_once_where_that_pays(small: Decoder) -> None:
@@ -145,7 +140,22 @@ def test_what_is_shared_is_evaluated_once_where_that_pays(small: Decoder) -> Non
     assert [len(row.segments) for row in rows] == [1] * len(endings)
 
 
-def test_batches_do_not_change_scores(small: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def limit_tokens(decoder: Decoder, most: int) -> list[int]:
+    """Let passes of more tokens run out of memory; return the sizes of the passes, as they come."""
+    sizes: list[int] = []
+
+    def check(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        sizes.append(arguments[0].numel())
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. 1 GiB is free. And more")
+
+    decoder.embedding.register_forward_pre_hook(check)
+    return sizes
+
+
+def test_batches_do_not_change_scores_also_where_they_do_not_fit(
+    small: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pairs, seen = mixed_pairs(), list[tuple[int, int]]()
     usual = score_continuations(small, pairs)
     monkeypatch.setattr(scoring, "MAX_LOGITS_AT_ONCE", 3 * VOCAB)
@@ -153,14 +163,22 @@ def test_batches_do_not_change_scores(small: Decoder, monkeypatch: pytest.Monkey
         again = score_continuations(
             small, pairs, batch_size=batch_size, on_scored=lambda *done: seen.append(done)
         )
-        for one, other in zip(usual, again, strict=True):
-            assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-10)
-            assert one.is_greedy == other.is_greedy
+        assert_equal(again, usual)
         assert len(seen) > 1 or batch_size == 64
         assert seen == sorted(seen)
         assert seen[-1][0] == seen[-1][1]
         seen.clear()
     assert score_continuations(small, []) == []
+    for most in (120, 40, 24):
+        narrow, notes = make_decoder(), list[str]()
+        sizes = limit_tokens(narrow, most)
+        assert_equal(score_continuations(narrow, pairs, note=notes.append), usual)
+        too_large = [size for size in sizes if size > most]
+        assert len(notes) == len(too_large) < 10, "each halves the limit for all that follow"
+        assert "from here on, it has at most" in notes[0]
+    limit_tokens(small, 10)
+    with pytest.raises(DeviceError, match=r"one sequence ran out .* \(.* 1 GiB is free\); use"):
+        score_continuations(small, pairs)
 
 
 def test_scoring_resumes_to_the_same_bits(small: Decoder, tmp_path: Path) -> None:
@@ -197,38 +215,6 @@ def test_the_output_of_greedy_decoding_is_greedy_and_a_scored_decoder_can_be_tra
     assert small.embedding.weight.grad is not None
 
 
-# A batch that does not fit a GPU's memory
-
-
-def limit_tokens(decoder: Decoder, most: int) -> list[int]:
-    """Let passes of more tokens run out of memory; return the sizes of the passes, as they come."""
-    sizes: list[int] = []
-
-    def check(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        sizes.append(arguments[0].numel())
-        if sizes[-1] > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. 1 GiB is free. And more")
-
-    decoder.embedding.register_forward_pre_hook(check)
-    return sizes
-
-
-@pytest.mark.parametrize("most", [120, 40, 24])
-def test_scores_of_smaller_batches_are_the_same(small: Decoder, most: int) -> None:
-    usual = score_continuations(small, mixed_pairs())
-    sizes, notes = limit_tokens(small, most), list[str]()
-    scores = score_continuations(small, mixed_pairs(), note=notes.append)
-    for score, expected in zip(scores, usual, strict=True):
-        assert score.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-10)
-        assert score.is_greedy == expected.is_greedy
-    too_large = [size for size in sizes if size > most]
-    assert len(notes) == len(too_large) < 10, "each halves the limit for all that follow"
-    assert "from here on, it has at most" in notes[0]
-    limit_tokens(small, 10)
-    with pytest.raises(DeviceError, match=r"one sequence ran out .* \(.* 1 GiB is free\); use"):
-        score_continuations(small, mixed_pairs())
-
-
 def test_the_validation_loss_of_smaller_batches_is_the_same(
     decoder: Decoder, tiny_tokens: Path
 ) -> None:
@@ -239,9 +225,8 @@ def test_the_validation_loss_of_smaller_batches_is_the_same(
     assert notes
 
 
-@pytest.mark.parametrize("method", ["vanilla", "pcformer"])
-def test_scoring_keeps_the_last_hidden_state_only(tiny_model: dict[str, Any], method: str) -> None:
-    sizes = {"num_layers": 16, "method": method, "schedule": None, "context_length": 64}
+def test_scoring_keeps_the_last_hidden_state_only(tiny_model: dict[str, Any]) -> None:
+    sizes = {"num_layers": 16, "method": "pcformer", "schedule": None, "context_length": 64}
     decoder = Decoder(ModelConfig.from_dict({**tiny_model, **sizes})).eval()
     one_state = 32 * 64 * decoder.config.dim * 4
     ids = torch.zeros(32, 64, dtype=torch.long)

@@ -28,7 +28,7 @@ from orchestrator.models.gguf import read_gguf
 from orchestrator.models.open import load_model
 from orchestrator.models.tokenizer import ModelTokenizer, token_ids
 from orchestrator.pipelines import generating
-from orchestrator.pipelines.generating import Sampling, TextGenerator
+from orchestrator.pipelines.generating import Sampling
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.workspace.errors import UserError
@@ -76,21 +76,21 @@ SQUARE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
 """Rows of 256 numbers hold whole blocks of every type."""
 
 
-@pytest.mark.parametrize("kind", READ)
-def test_a_type_is_unpacked_as_the_package_unpacks_it(kind: str, tmp_path: Path) -> None:
-    path = write_llama(tmp_path / "tiny.gguf", tiny_llama(**SQUARE), kind=kind)
-    weights = published_from_decoder(read_gguf(path))
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+def test_a_type_is_unpacked_as_the_package_unpacks_it(tmp_path: Path) -> None:
     names = {
         "token_embd.weight": "model.embed_tokens.weight",
         "blk.0.ffn_up.weight": "model.layers.0.mlp.up_proj.weight",
     }
-    for theirs, ours in names.items():
-        data, stored_as = stored[theirs].data, stored[theirs].tensor_type
-        assert stored_as.name == kind
-        expected = torch.from_numpy(np.array(gguf.dequantize(data, stored_as)))
-        assert expected.std() > 0
-        assert torch.equal(weights[ours], expected)
+    for kind in READ:
+        path = write_llama(tmp_path / f"{kind}.gguf", tiny_llama(**SQUARE), kind=kind)
+        weights = published_from_decoder(read_gguf(path))
+        stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        for theirs, ours in names.items():
+            data, stored_as = stored[theirs].data, stored[theirs].tensor_type
+            assert stored_as.name == kind
+            expected = torch.from_numpy(np.array(gguf.dequantize(data, stored_as)))
+            assert expected.std() > 0
+            assert torch.equal(weights[ours], expected)
 
 
 def test_left_out_settings_have_the_formats_defaults(tmp_path: Path) -> None:
@@ -115,10 +115,7 @@ ROPE = {"rope_freqs.weight": np.ones(8, dtype=np.float32)}
         ({"metadata": {"llama.expert_count": 8}}, r"does not do: llama\.expert_count=8$"),
         ({"metadata": {"llama.attention.key_length": 32}}, "key_length=32 with heads of 16"),
         ({"metadata": {"llama.attention.head_count": [4, 2]}}, r"head_count=\[4, 2\]"),
-        (
-            {"metadata": {"llama.attention.head_count_kv": None}},
-            r"not say llama\.attention\.head_c",
-        ),
+        ({"metadata": {"llama.attention.head_count_kv": None}}, r"head_count_kv=None"),
         ({"tensors": ROPE}, r"the tensor rope_freqs\.weight"),
         ({"left_out": ["blk.1.attn_k.weight"]}, r"missing model\.layers\.1\.self_attn\.k_proj"),
         ({"left_out": ["token_embd.weight"]}, r"missing .*embed_tokens"),
@@ -306,34 +303,3 @@ def test_answers_are_those_of_transformers(
     with torch.no_grad():
         again = load_model(import_model(folder, workspace=workspace))
         torch.testing.assert_close(again(tokens), stock(tokens).logits, rtol=0, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_it_can_be_trained_further_on_other_text(
-    file: Path, workspace: Workspace, tmp_path: Path
-) -> None:
-    """The command is that of a control experiment: the model itself, without a teacher."""
-    checkpoint = import_model(file, workspace=workspace, name="tiny")
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"a bag and the fog had {n} dogs and pigs " * 5 for n in range(60)))
-    where = ["--workspace", str(workspace.root)]
-    tokenizer = f"data.tokenizer={checkpoint / 'tokenizer.json'}"
-    assert cli.main(["prepare", str(text), "--set", tokenizer, *where]) == 0
-    recipe = {
-        "num_steps": 6, "num_tokens_per_step": 256, "num_validation_tokens": 256,
-        "learning_rate": 1e-3,
-    }  # fmt: skip
-    changes = [f"--set=distillation.training.{name}={value}" for name, value in recipe.items()]
-    command = ["distill", "tiny", "-r", "0", "--control", "cross_entropy", "--local", *changes]
-    assert cli.main([*command, *where]) == 0
-    (trained,) = workspace.trials.glob("*/step_00000006")
-    before, after = TextGenerator(checkpoint), TextGenerator(trained)
-    assert after.chat("a bag") == before.chat("a bag")
-    ids = torch.tensor([before.text.encode_document("a bag and the fog had 7 dogs and pigs")])
-
-    def loss(writer: TextGenerator) -> float:
-        with torch.no_grad():
-            logits = writer.decoder(ids)[0, :-1]
-        return torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
-
-    assert loss(after) < loss(before)

@@ -73,23 +73,19 @@ def pushed(
     return printed(capfd)
 
 
-def test_a_pushed_export_is_the_exported_folder(
-    hub: LocalHub, space: Workspace, pushed: str
-) -> None:
-    assert f"pushed: {hub.address}/me/tiny" in pushed
-    folder = space.exports / "tiny"
-    assert hub.files["me/tiny"] == {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert hub.private["me/tiny"] in (True, "private")
-
-
-def test_a_pushed_model_is_used_by_its_name(
+def test_a_pushed_model_is_the_exported_folder_and_used_by_its_name(
     hub: LocalHub,
     space: Workspace,
     pushed: str,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    other = tmp_path / "other"
+    assert f"pushed: {hub.address}/me/tiny" in pushed
+    folder = space.exports / "tiny"
+    assert hub.files["me/tiny"] == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert hub.private["me/tiny"] in (True, "private")
+
+    other, third = tmp_path / "other", tmp_path / "third"
     assert run(other, "import", NAME) == 0
     (checkpoint,) = (other / "runs" / "tiny").glob("step_*")
     assert load_provenance(checkpoint)["imported"]["from"] == "me/tiny"
@@ -97,15 +93,18 @@ def test_a_pushed_model_is_used_by_its_name(
     ours = load_model(next((space.runs / "tiny").glob("step_*"))).state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in ours.items())
     # Commands that need a checkpoint import it at first use, and find it again.
-    printed(capfd)
-    assert run(tmp_path / "third", "generate", NAME, "--prompt", "abc", "-n", "2") == 0
-    assert run(tmp_path / "third", "export", NAME, "--no-measure", "--to", str(tmp_path / "e")) == 0
-    assert [path.name for path in (tmp_path / "third" / "runs").iterdir()] == ["tiny"]
+    assert run(third, "generate", NAME, "--prompt", "abc", "-n", "2") == 0
+    assert run(third, "export", NAME, "--no-measure", "--to", str(tmp_path / "e")) == 0
+    assert [path.name for path in (third / "runs").iterdir()] == ["tiny"]
     assert load_model(tmp_path / "e").schedule == load_config(checkpoint).corrections
     # It has no tokens of this workspace, which a teacher needs.
     printed(capfd)
-    assert run(tmp_path / "third", "influence", NAME) == 2
+    assert run(third, "influence", NAME) == 2
     assert "has no tokens of this model's tokenizer" in printed(capfd)
+    # Models of one name are told apart by their owners.
+    hub.add("you/tiny", folder)
+    models = open_models(space, [Path(NAME), Path("hub:you/tiny")], ["1"])
+    assert short_names(models) == ["me/tiny r=1", "you/tiny r=1"]
 
 
 def test_what_is_in_the_cache_needs_no_network(
@@ -124,14 +123,6 @@ def test_what_is_in_the_cache_needs_no_network(
             download_model("hub:me/other")
     with pytest.raises(UserError, match=r"hub:me/other is not in the hub's cache .* be reached"):
         download_model("hub:me/other")
-
-
-def test_models_of_one_name_are_told_apart_by_their_owners(
-    hub: LocalHub, space: Workspace, pushed: str
-) -> None:
-    hub.add("you/tiny", space.exports / "tiny")
-    models = open_models(space, [Path(NAME), Path("hub:you/tiny")], ["1"])
-    assert short_names(models) == ["me/tiny r=1", "you/tiny r=1"]
 
 
 def test_only_files_of_a_model_are_downloaded(hub: LocalHub, space: Workspace, pushed: str) -> None:
@@ -153,28 +144,39 @@ def _closed_address() -> str:
         return f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["evaluate", "hub:me/none"], "hub:me/none: the hub has no such model, or it is private"),
-        (["evaluate", "hub:me/tiny@old"], "the hub has no such branch, tag or commit of it"),
-        (["import", "hub:me/gated"], "hub:me/gated is gated: accept its terms"),
-        (["import", "hub:a/b/c"], "hub:a/b/c"),
-        (["generate", "hub:me/none", "--prompt", "x"], "the hub has no such model"),
-        (["distill", "hub:me/tiny", "-r", "0", "--dry-run"], "`iiet-orch import hub:me/tiny`"),
-        (["evaluate", "me/tiny"], "For a model of the Hugging Face hub write hub:me/tiny"),
-        (["import", "me/tiny"], "For a model of the Hugging Face hub write hub:me/tiny"),
-        (["export", "tiny", "--push-to-hub", "me/x"], "needs a token of the hub: set HF_TOKEN"),
-        (["export", "tiny", "--push-to-hub", "me/x", "--token", "no"], "Invalid user token"),
-        (["export", "tiny", "--private"], "are for --push-to-hub"),
-        (["prepare", "--set", "data.tokenizer=hub:me/none"], "the hub has no such model"),
-    ],
-)
-def test_a_mistake_is_one_sentence(
+MISTAKES = [
+    ("evaluate hub:me/none", "hub:me/none: the hub has no such model, or it is private"),
+    ("evaluate hub:me/tiny@old", "the hub has no such branch, tag or commit of it"),
+    ("import hub:me/gated", "hub:me/gated is gated: accept its terms"),
+    ("import hub:a/b/c", "hub:a/b/c"),
+    ("generate hub:me/none --prompt x", "the hub has no such model"),
+    ("distill hub:me/tiny -r 0 --dry-run", "`iiet-orch import hub:me/tiny`"),
+    ("evaluate me/tiny", "For a model of the Hugging Face hub write hub:me/tiny"),
+    ("import me/tiny", "For a model of the Hugging Face hub write hub:me/tiny"),
+    ("export tiny --push-to-hub me/x", "needs a token of the hub: set HF_TOKEN"),
+    ("export tiny --push-to-hub me/x --token no", "Invalid user token"),
+    ("export tiny --private", "are for --push-to-hub"),
+    ("prepare --set data.tokenizer=hub:me/none", "the hub has no such model"),
+]
+NEEDS_NETWORK = [
+    "evaluate hub:me/tiny",
+    "benchmark hub:me/tiny",
+    "compare tiny hub:me/tiny",
+    "influence hub:me/tiny",
+    "distill hub:me/tiny -r 0",
+    "sweep-threshold hub:me/tiny",
+    "generate hub:me/tiny --prompt x",
+    "import hub:me/tiny",
+    "import tiny --tokenizer hub:me/tiny",
+    "export hub:me/tiny",
+    "export tiny --push-to-hub me/tiny",
+    "prepare --set data.tokenizer=hub:me/tiny",
+]
+
+
+def test_a_mistake_and_a_missing_network_are_one_sentence(
     hub: LocalHub,
     space: Workspace,
-    words: list[str],
-    sentence: str,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -182,42 +184,16 @@ def test_a_mistake_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     hub.files |= {"me/tiny": {"config.json": b"{}"}, "me/gated": {}}
     hub.gated.add("me/gated")
-    assert run(space.root, *words) == 2
-    assert sentence in printed(capfd)
-    assert not space.exports.exists()
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["evaluate", NAME],
-        ["benchmark", NAME],
-        ["compare", "tiny", NAME],
-        ["influence", NAME],
-        ["distill", NAME, "-r", "0"],
-        ["sweep-threshold", NAME],
-        ["generate", NAME, "--prompt", "x"],
-        ["import", NAME],
-        ["import", "tiny", "--tokenizer", NAME],
-        ["export", NAME],
-        ["export", "tiny", "--push-to-hub", "me/tiny"],
-        ["prepare", "--set", f"data.tokenizer={NAME}"],
-    ],
-    ids=lambda words: " ".join(words[:2]),
-)
-def test_without_a_network_it_is_one_sentence(
-    hub: LocalHub,
-    space: Workspace,
-    words: list[str],
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    for command, sentence in MISTAKES:
+        assert run(space.root, *command.split()) == 2, command
+        assert sentence in printed(capfd)
     monkeypatch.setenv("HF_ENDPOINT", _closed_address())
     monkeypatch.chdir(space.runs)
-    assert run(space.root, *words) == 2
-    text = printed(capfd)
-    assert "127.0.0.1 cannot be reached" in text
-    assert NAME in text or "--push-to-hub me/tiny" in text
+    for command in NEEDS_NETWORK:
+        assert run(space.root, *command.split()) == 2, command
+        text = printed(capfd)
+        assert "127.0.0.1 cannot be reached" in text
+        assert NAME in text or "--push-to-hub me/tiny" in text
     assert not space.exports.exists()
 
 

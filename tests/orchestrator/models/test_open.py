@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from iiet.schedule import IterationSchedule
 from orchestrator.models.open import load_model, open_model
 from orchestrator.workspace.errors import UserError
 
+WEIGHTS = "model.safetensors"
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
@@ -86,51 +88,48 @@ def test_an_exported_folder_gives_the_same_model(tmp_path: Path) -> None:
         load_model(folder)
 
 
-def spoil(folder: Path, name: str) -> None:
-    config, file = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
-    weights = load_file(file)
-    if name == "no config":
-        (folder / "config.json").unlink()
-    elif name == "no weights":
-        file.unlink()
-    elif name == "cut off":
-        file.write_bytes(file.read_bytes()[:-100])
-    elif name == "no number":
-        weights["model.norm.weight"][3] = float("nan")
-        save_file(weights, file)
-    elif name == "outside":
-        file.rename(folder.parent / "secret.safetensors")
-        index = {"weight_map": {"model.norm.weight": "../secret.safetensors"}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    elif name == "twice":
-        save_file({"model.norm.weight": weights["model.norm.weight"]}, folder / "old.safetensors")
-    elif name == "other model":
-        (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
-    elif name == "sliding window":
-        (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 128}))
-    else:
-        (folder / "config.json").write_text("[1, 2")
+def changed_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        ("no config", "is not a model folder"),
-        ("no weights", "has no safetensors"),
-        ("cut off", "cannot read"),
-        ("no number", "model.norm.weight has 1 values that are NaN"),
-        ("outside", r"cannot read .*llama/secret\.safetensors"),
-        ("twice", r"model\.norm\.weight in several files, the last of which is old\.safetensors"),
-        ("other model", "'gpt2'"),
-        ("sliding window", "sliding_window 128"),
-        ("broken config", r"config\.json is damaged"),
-    ],
-)
-def test_unreadable_folders_are_errors(damage: str, words: str, tmp_path: Path) -> None:
-    llama_folder(tmp_path / "llama")
-    spoil(tmp_path / "llama", damage)
-    with pytest.raises(UserError, match=words):
-        load_model(tmp_path / "llama")
+def with_nan(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / WEIGHTS)
+
+
+def outside(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder.parent / "secret.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../secret.safetensors"}}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
+def twice(folder: Path) -> None:
+    norm = load_file(folder / WEIGHTS)["model.norm.weight"]
+    save_file({"model.norm.weight": norm}, folder / "old.safetensors")
+
+
+def test_unreadable_folders_are_errors(tmp_path: Path) -> None:
+    llama_folder(tmp_path / "whole")
+    harms: list[tuple[Callable[[Path], object], str]] = [
+        (lambda f: (f / "config.json").unlink(), "is not a model folder"),
+        (lambda f: (f / WEIGHTS).unlink(), "has no safetensors"),
+        (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), "cannot read"),
+        (with_nan, "model.norm.weight has 1 values that are NaN"),
+        (outside, r"cannot read .*llama/secret\.safetensors"),
+        (twice, r"model\.norm\.weight in several files, the last of which is old\.safetensors"),
+        (lambda f: changed_config(f, model_type="gpt2"), "'gpt2'"),
+        (lambda f: changed_config(f, sliding_window=128), "sliding_window 128"),
+        (lambda f: (f / "config.json").write_text("[1, 2"), r"config\.json is damaged"),
+    ]
+    for harm, words in harms:
+        folder = tmp_path / "llama"
+        shutil.copytree(tmp_path / "whole", folder)
+        harm(folder)
+        with pytest.raises(UserError, match=words):
+            load_model(folder)
+        shutil.rmtree(folder)
 
 
 def test_a_llama_has_no_schedule_and_its_key_follows_its_files(tmp_path: Path) -> None:
@@ -144,5 +143,5 @@ def test_a_llama_has_no_schedule_and_its_key_follows_its_files(tmp_path: Path) -
     assert open_model(moved).key == before
     (moved / "tokenizer_config.json").write_text('{"bos_token": "a"}')
     changed = open_model(moved).key
-    spoil(moved, "no number")
+    with_nan(moved)
     assert before != changed != open_model(moved).key != before

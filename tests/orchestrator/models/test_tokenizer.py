@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from orchestrator.models.tokenizer import (
     END_OF_TEXT,
@@ -18,25 +20,13 @@ from orchestrator.workspace.errors import UserError
 TEXTS = ["The cat sat on the mat, and the dog sat on the cat.", "A dog and a cat are not one."] * 9
 
 
-def test_decoding_restores_any_text() -> None:
+def test_a_trained_tokenizer_restores_any_text_and_is_the_same_again(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(TEXTS, 300)
     for text in ("The cat", " leading space", "naïve — 猫\n\n\ttab", "\x00\x7f"):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
-
-
-def test_training_is_deterministic() -> None:
-    first, second = (train_tokenizer(iter(TEXTS), 290).to_str() for _ in range(2))
-    assert first == second
-
-
-def test_end_of_text_is_token_zero_and_the_vocabulary_is_bounded() -> None:
-    tokenizer = train_tokenizer(TEXTS, 270)
+    assert tokenizer.to_str() == train_tokenizer(iter(TEXTS), 300).to_str()
     assert end_of_text_id(tokenizer) == 0 == tokenizer.token_to_id(END_OF_TEXT)
-    assert num_token_ids(tokenizer) == 270
-
-
-def test_a_tokenizer_is_loaded_from_its_file_or_folder(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer(TEXTS, 290)
+    assert num_token_ids(train_tokenizer(TEXTS, 270)) == 270
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         assert load_tokenizer(path).to_str() == tokenizer.to_str()
@@ -53,10 +43,5 @@ def test_a_missing_or_damaged_tokenizer_is_a_clear_error(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="hub:gpt2 is not in the hub's cache"):
         load_tokenizer("hub:gpt2")
-
-
-def test_a_tokenizer_without_an_end_of_text_token_is_refused() -> None:
-    from tokenizers import Tokenizer, models
-
     with pytest.raises(UserError, match="no end-of-text token"):
-        end_of_text_id(Tokenizer(models.BPE(vocab={"a": 0}, merges=[])))
+        end_of_text_id(Tokenizer(BPE(vocab={"a": 0}, merges=[])))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.evaluation import measuring
-from orchestrator.evaluation.lm_eval_files import MeasuredTask
+from orchestrator.evaluation.store import MeasuredTask
 
 
 @pytest.fixture

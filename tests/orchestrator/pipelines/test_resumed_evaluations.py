@@ -173,14 +173,13 @@ def test_a_model_of_transformers_resumes_too(
     PreTrainedTokenizerFast(
         tokenizer_file=str(open_tokens(tiny_tokens).tokenizer_path), eos_token="<|endoftext|>"
     ).save_pretrained(tmp_path / "gpt2")
-    for name in ("choices", "rolling"):
-        only = settings.model_copy(update={"suite": name})
-        usual = evaluate(tmp_path / "gpt2", only, open_workspace(tmp_path / "other"), Progress())
-        workspace = open_workspace(tmp_path / "workspace")
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(tmp_path / "gpt2", only, workspace, StopsAfter(1))
-        assert list(workspace.evaluations.glob("*.answers"))
-        progress = StopsAfter()
-        assert evaluate(tmp_path / "gpt2", only, workspace, progress) == usual
-        assert f"{name}: " in progress.notes[0]
-        assert not list(workspace.evaluations.glob("*.answers"))
+    only = settings.model_copy(update={"suite": "choices"})
+    usual = evaluate(tmp_path / "gpt2", only, open_workspace(tmp_path / "other"), Progress())
+    workspace = open_workspace(tmp_path / "workspace")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path / "gpt2", only, workspace, StopsAfter(1))
+    assert list(workspace.evaluations.glob("*.answers"))
+    progress = StopsAfter()
+    assert evaluate(tmp_path / "gpt2", only, workspace, progress) == usual
+    assert "choices: " in progress.notes[0]
+    assert not list(workspace.evaluations.glob("*.answers"))

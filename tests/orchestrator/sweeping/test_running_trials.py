@@ -270,13 +270,11 @@ def test_trials_of_one_process_load_their_tasks_once(
         "generation_kwargs: {until: ['.'], max_gen_toks: 3}\nmetric_list: [{metric: exact_match}]\n"
     )
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
-    loads: list[Any] = []
-    load = loading._load
-    monkeypatch.setattr(loading, "_load", lambda *a: loads.append(a) or load(*a))
+    loading._load.cache_clear()
     changes = {"tasks": ("questions",), "include_folder": str(folder), "suite": ""}
     for trial in trials[:2]:
         suite = trial.suite.model_copy(update=changes)
         result = run_trial(trial.model_copy(update={"suite": suite}))
         assert result is not None
         assert {"quality/accuracy", "quality/questions/exact_match"} < set(result.numbers)
-    assert len(loads) == 1
+    assert loading._load.cache_info().misses == 1

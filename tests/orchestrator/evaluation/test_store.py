@@ -1,9 +1,10 @@
-"""lm-eval's files: ours are those that it writes itself, and both read as the same evaluation."""
+"""The store: its files are those of lm-eval, and what is damaged is as good as missing."""
 
 from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,14 @@ from lm_eval_tasks import write_task
 
 from iiet.decoder import Decoder
 from orchestrator.evaluation.adapter import DecoderModel, run_task, suppress_output
-from orchestrator.evaluation.lm_eval_files import MeasuredTask, find_logged_run, top_groups
-from orchestrator.evaluation.store import ITEMS, EvaluationStore
+from orchestrator.evaluation.store import (
+    ITEMS,
+    AnswerJournal,
+    EvaluationStore,
+    MeasuredTask,
+    find_logged_run,
+    top_groups,
+)
 from orchestrator.evaluation.suite import Suite, load_suite
 from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.tokenizer import ModelTokenizer
@@ -143,7 +150,7 @@ def test_what_is_damaged_is_measured_again_and_never_copied(
     assert notes == ["cannot store the result of choices: File exists"]
 
 
-def test_of_each_task_the_newest_samples_count(output: Path) -> None:
+def test_of_each_task_the_newest_samples_count_and_damage_is_named(output: Path) -> None:
     folder = output / "org__tiny"
     [results] = folder.glob("results_*.json")
     [samples] = folder.glob("samples_choices_*.jsonl")
@@ -159,9 +166,6 @@ def test_of_each_task_the_newest_samples_count(output: Path) -> None:
     assert found["answers"].num_items == 7
     assert read(results).results["choices"].num_items == 7
 
-
-def test_damaged_outputs_are_named(output: Path) -> None:
-    [samples] = output.rglob("samples_choices_*.jsonl")
     for content, reason in (
         ("{", "is damaged"),
         ('{"doc_id": 0, "filter": "none", "metrics": ["acc"], "acc": 1}\n', "has no `doc_hash`"),
@@ -170,19 +174,16 @@ def test_damaged_outputs_are_named(output: Path) -> None:
         ('{"doc_hash": "a", "doc_id": 0, "filter": "none", "metrics": ["acc"]}', "is damaged"),
     ):
         samples.write_text(content)
-        with pytest.raises(UserError, match=reason) as error:
-            read(output)
-        assert str(samples) in str(error.value)
-        assert "--log_samples" in str(error.value)
-    os.renames(output / "org__tiny", output / "a")
+        with pytest.raises(UserError, match=rf"{samples.name}.*{reason}.*--log_samples"):
+            read(results)
+    os.renames(folder, output / "a")
     (output / "b").mkdir()
     (output / "b" / "results_2024-01-01T00-00-00.000001.json").write_text("{}")
     with pytest.raises(UserError, match="results of several models; name one of its folders: a, b"):
         find_logged_run(output)
     with pytest.raises(UserError, match="results of lm-eval but no samples of them"):
         find_logged_run(output / "b")
-    assert find_logged_run(output / "org__tiny") is None
-    assert find_logged_run(output.parent / "tasks") is None
+    assert find_logged_run(folder) is find_logged_run(output.parent / "tasks") is None
 
 
 def test_a_group_of_groups_holds_all_tasks_below_it() -> None:
@@ -197,3 +198,61 @@ def test_a_number_without_items_is_stored_like_a_task(tmp_path: Path) -> None:
     found = store.read("key")
     assert found is not None
     assert (found.metrics, found.num_items) == ({"loss": 0.5}, 0)
+
+
+# Answers of a task that is not finished
+
+SCORES = {"a": [[-1.25, True], [-0.1 - 0.2, False]], "b": "a text\nof two lines, ü"}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "evaluations" / "key.answers"
+
+
+def write(path: Path, answers: dict[str, object] = SCORES) -> None:
+    AnswerJournal(path, seconds_between_writes=0).add(answers)
+
+
+def test_values_come_back_exactly(path: Path) -> None:
+    write(path)
+    write(path, {"c": [[float("-inf"), False]]})
+    journal = AnswerJournal(path)
+    assert {key: journal.get(key) for key in ("a", "b", "c", "d")} == {
+        **SCORES,
+        "c": [[float("-inf"), False]],
+        "d": None,
+    }
+    assert journal.num_answers == 4
+
+
+def test_each_damaged_line_is_as_good_as_missing(path: Path) -> None:
+    for key in "abc":
+        write(path, {key: [[-1.5, True]]})
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'{"b":[[-1.5', b'{"b":[[-2.5')[:-4])
+    write(path, {"d": "after a cut line"})
+    journal = AnswerJournal(path)
+    assert [journal.get(key) is not None for key in "abcd"] == [True, False, False, True]
+    path.write_bytes(b"\xff\x00" * 99 + b"\n[]\n" + whole)
+    assert AnswerJournal(path).num_answers == 3
+
+
+def test_a_second_passes_between_writes_and_an_error_writes_the_rest(path: Path) -> None:
+    with AnswerJournal(path, seconds_between_writes=1e9) as journal:
+        journal.add(SCORES)
+    assert not path.exists(), "a finished task has no use for its journal"
+    with suppress(KeyboardInterrupt), AnswerJournal(path, seconds_between_writes=1e9) as journal:
+        journal.add(SCORES)
+        raise KeyboardInterrupt
+    assert AnswerJournal(path).get("b") == SCORES["b"]
+
+
+def test_a_file_that_cannot_be_written_is_said_once(path: Path) -> None:
+    path.parent.write_text("not a folder")
+    errors: list[OSError] = []
+    journal = AnswerJournal(path, failed=errors.append, seconds_between_writes=0)
+    assert journal.num_answers == 0
+    for _ in range(2):
+        journal.add(SCORES)
+    assert len(errors) == 1
