@@ -16,7 +16,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from io import StringIO
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
@@ -137,6 +138,17 @@ def run_command(
     printed, _ = started.communicate()
     assert started.returncode == code, printed
     return printed
+
+
+def run_here(*words: str, workspace: Path) -> str:
+    """Run a command in this process, and return what it printed."""
+    from orchestrator.cli import main
+
+    with redirect_stdout(StringIO()) as printed, redirect_stderr(printed):
+        code = main([*words, "--workspace", str(workspace)])
+    logs = sorted((workspace / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
+    assert code == 0, printed.getvalue() + "".join(log.read_text()[-4000:] for log in logs[-1:])
+    return printed.getvalue()
 
 
 def run_workers(code: str, number: int, *arguments: str) -> None:

@@ -8,21 +8,18 @@ import json
 import re
 import shutil
 import signal
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import psutil
 import pytest
-from commands import Started, run_command, settings_options
+from commands import Started, run_command, run_here, settings_options
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from small_size import SMALL
 
-from orchestrator import cli
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints
 
@@ -32,15 +29,6 @@ pytestmark = pytest.mark.slow
 def small(*more: str) -> list[str]:
     """Return `--set` options for the small size."""
     return settings_options([*SMALL, *more])
-
-
-def answer(*arguments: str, workspace: Path) -> str:
-    """Run a command in this process, and return its output."""
-    with redirect_stdout(StringIO()) as out, redirect_stderr(out):
-        code = cli.main([*arguments, "--workspace", str(workspace)])
-    logs = sorted((workspace / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
-    assert code == 0, out.getvalue() + "".join(log.read_text()[-4000:] for log in logs[-1:])
-    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +119,12 @@ def test_a_copy_of_the_workspace_goes_on_and_names_its_own_place(
         if str(small_sweep).encode() in path.read_bytes()
     ]
     assert naming == []
-    plan = answer("sweep", "toy", *small(), "--dry-run", workspace=copy)
+    plan = run_here("sweep", "toy", *small(), "--dry-run", workspace=copy)
     assert "6 of 6 trials are finished" in plan
-    assert str(copy) in "".join(answer("report", workspace=copy).split())
-    said = " ".join(answer("sync", "--replace", workspace=copy).split())
+    assert str(copy) in "".join(run_here("report", workspace=copy).split())
+    said = " ".join(run_here("sync", "--replace", workspace=copy).split())
     assert "made anew" in said or "published" in said
-    answer("pick", "--best", workspace=copy)
+    run_here("pick", "--best", workspace=copy)
     uri = f"sqlite:///{copy}/mlflow.db"
     client = MlflowClient(uri, registry_uri=uri)
     [model] = client.search_registered_models()
@@ -154,7 +142,7 @@ def test_a_copy_of_the_workspace_goes_on_and_names_its_own_place(
     weights = (last / "model.safetensors").read_bytes()
     shutil.rmtree(last)
     (teacher / "done.json").unlink()
-    answer("sweep", "toy", *small("sweep.num_schedules=2"), workspace=copy)
+    run_here("sweep", "toy", *small("sweep.num_schedules=2"), workspace=copy)
     *_, resumed = (r["step"] for r in read_journal(teacher)[0] if r.get("name") == "resumed")
     assert resumed == int(before.name.removeprefix("step_"))
     assert (last / "model.safetensors").read_bytes() == weights
@@ -175,26 +163,26 @@ def test_later_commands_reuse_what_the_sweep_trained_and_measured(
         return rows
 
     weights, measured = times("**/model.safetensors"), times("evaluations/*")
-    again = answer("sweep", "toy", *small(), workspace=workspace)
+    again = run_here("sweep", "toy", *small(), workspace=workspace)
     assert "found again" in again
     assert table(again) == table(first)
     fewer = small("sweep.num_schedules=2")
-    plan = answer("sweep-threshold", "--dry-run", *fewer, workspace=workspace)
+    plan = run_here("sweep-threshold", "--dry-run", *fewer, workspace=workspace)
     assert "5 of 5 trials are finished and reused" in plan
     folders = [str(workspace / result["checkpoint"]) for result in results_of(workspace)]
-    assert "found again" in answer("evaluate", *folders, *small(), workspace=workspace)
+    assert "found again" in run_here("evaluate", *folders, *small(), workspace=workspace)
     assert times("**/model.safetensors") == weights
-    answer("export", folders[1], *small(), workspace=workspace)
-    answer("pick", "--best", workspace=workspace)
+    run_here("export", folders[1], *small(), workspace=workspace)
+    run_here("pick", "--best", workspace=workspace)
     assert times("evaluations/*") == measured
     exported = times("**/model.safetensors")
-    answer("sweep-threshold", *small("evaluation.limit=5"), workspace=workspace)
+    run_here("sweep-threshold", *small("evaluation.limit=5"), workspace=workspace)
     assert len(times("evaluations/*")) > len(measured), "another suite is measured"
     assert times("**/model.safetensors") == exported, "without training"
-    influence = answer("influence", "--metric", "relative", *small(), workspace=workspace)
+    influence = run_here("influence", "--metric", "relative", *small(), workspace=workspace)
     assert "correction 2" in influence
-    assert "lastword" in answer("evaluate", "--schedule", "1", *small(), workspace=workspace)
-    assert "checkpoint:" in answer("distill", "-r", "1,0,1", *small(), workspace=workspace)
+    assert "lastword" in run_here("evaluate", "--schedule", "1", *small(), workspace=workspace)
+    assert "checkpoint:" in run_here("distill", "-r", "1,0,1", *small(), workspace=workspace)
 
 
 @pytest.mark.long
@@ -204,12 +192,12 @@ def test_distilled_baselines_stand_beside_the_front(
     workspace, _ = finished
     arguments = ["sweep-threshold", "--distilled-baselines", "vanilla,fewer_layers"]
     arguments += ["--name", "fair", *small()]
-    plan = answer(*arguments, "--dry-run", workspace=workspace)
+    plan = run_here(*arguments, "--dry-run", workspace=workspace)
     labels = ["vanilla, 3 layers, distilled", "1 of 3 layers", "2 of 3 layers"]
     assert all(label in plan for label in labels), plan
     assert "3 distinct schedules; 4 distilled baselines" in plan
-    answer(*arguments, workspace=workspace)
-    again = answer(*arguments, "--dry-run", workspace=workspace)
+    run_here(*arguments, workspace=workspace)
+    again = run_here(*arguments, "--dry-run", workspace=workspace)
     assert "10 of 10 trials are finished and reused" in again
     folder = workspace / "sweeps" / "fair"
     table = (folder / "front.md").read_text()
@@ -225,7 +213,7 @@ def test_distilled_baselines_stand_beside_the_front(
         journal = workspace / Path(result["checkpoint"]).parent / "journal.jsonl"
         assert "train/kl" in journal.read_text()
     assert "1 of 3 layers" in (folder / "front.html").read_text()
-    picked = answer("pick", "fair", "--cheapest", "--dry-run", workspace=workspace)
+    picked = run_here("pick", "fair", "--cheapest", "--dry-run", workspace=workspace)
     assert " layers" not in picked, "a baseline is never picked"
 
 
@@ -236,9 +224,9 @@ def test_sweep_iterations_compares_methods_at_their_best_rates(
         "sweep.methods=[vanilla, pcformer, iiet]", "sweep.iterations=[0, 1]",
         "sweep.learning_rates={vanilla: [1.0e-2, 1.0e-5]}", "sweep.trials_at_once=1",
     )  # fmt: skip
-    plan = answer("sweep-iterations", "--asha", "--dry-run", *options, workspace=tmp_path)
+    plan = run_here("sweep-iterations", "--asha", "--dry-run", *options, workspace=tmp_path)
     assert "one of 2 learning rates of a model continues at 0.25, 0.5 of the steps (ASHA)" in plan
-    printed = answer("sweep-iterations", "--asha", *options, workspace=tmp_path)
+    printed = run_here("sweep-iterations", "--asha", *options, workspace=tmp_path)
     for label in ("vanilla, rate 0.01", "pcformer", "r = 0", "r = 1"):
         assert label in printed
     assert "trial vanilla, rate 1e-05 stopped early at step 6 of 12" in printed
@@ -273,7 +261,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path: Path, ray_session: 
     step = int(saved.name.removeprefix("step_"))
     assert 0 < step < 300
     before = steps()
-    assert "checkpoint:" in answer("pretrain", *options, workspace=tmp_path)
+    assert "checkpoint:" in run_here("pretrain", *options, workspace=tmp_path)
     after = steps()[len(before) :]
     assert min(after) > step, "it went on, not over"
     assert max(after) == 300
