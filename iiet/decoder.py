@@ -26,12 +26,11 @@ from torch import Tensor, nn
 from iiet.arithmetic import product_dtype
 from iiet.batch import Batch
 from iiet.cache import KeyValueCache, KvStrategy, evaluation_slots
-from iiet.chunked_loss import LazyLogits, Logits
 from iiet.config import ModelConfig
 from iiet.context import DecodingCache, Rope, agreed_record, make_context
 from iiet.fast import accelerate, can_step, few_rows_product, is_bare, may_read_weights
 from iiet.layers import Field, RMSNorm, draw_weights, make_embedding
-from iiet.losses import batch_cross_entropy
+from iiet.losses import LazyLogits, Logits, batch_cross_entropy
 from iiet.methods import METHODS, Evaluation, Layer, Observer
 from iiet.methods.base import LayerCall
 from iiet.schedule import IterationSchedule, ScheduleLike

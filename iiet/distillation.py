@@ -32,14 +32,17 @@ import torch
 from torch import Tensor, nn
 
 from iiet.batch import Batch
-from iiet.chunked_loss import LazyLogits, Logits, loss_by_chunks
 from iiet.decoder import Decoder
 from iiet.losses import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
     DivergenceKind,
+    LazyLogits,
+    Logits,
     batch_cross_entropy,
-    check_temperature,
     hidden_state_error,
     kl_divergence,
+    loss_by_chunks,
 )
 
 __all__ = [
@@ -71,23 +74,25 @@ class DistillationConfig:
     """First step after those with a teacher; None: all later steps have one."""
 
     def __post_init__(self) -> None:
+        in_range = {
+            "kl_weight must be at least 0": self.kl_weight >= 0,
+            "hidden_weight must be at least 0": self.hidden_weight >= 0,
+            "start_step must be at least 0": self.start_step >= 0,
+            f"temperature must be from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}": (
+                MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE
+            ),
+            f"divergence must be one of {get_args(DivergenceKind)}": (
+                self.divergence in get_args(DivergenceKind)
+            ),
+            f"end_step must not lie before start_step={self.start_step}": (
+                self.end_step is None or self.end_step >= self.start_step
+            ),
+        }
         problems = [
-            f"{name} must be at least 0, got {getattr(self, name)}"
-            for name in ("kl_weight", "hidden_weight", "start_step")
-            if not getattr(self, name) >= 0
+            f"{rule}, got {getattr(self, rule.split()[0])!r}"
+            for rule, holds in in_range.items()
+            if not holds
         ]
-        try:
-            check_temperature(self.temperature)
-        except ValueError as error:
-            problems.append(str(error))
-        if self.divergence not in get_args(DivergenceKind):
-            problems.append(
-                f"divergence must be one of {get_args(DivergenceKind)}, got {self.divergence!r}"
-            )
-        if self.end_step is not None and self.end_step < self.start_step:
-            problems.append(
-                f"end_step must not lie before start_step={self.start_step}, got {self.end_step}"
-            )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -104,7 +109,7 @@ class DistillationConfig:
 Model = Callable[..., Any]
 """`model(input_ids) -> logits`; with `return_hidden=True`, `(logits, one hidden state per layer)`.
 A decoder, a wrapped one, or a cache of a teacher's logits. Only of a `Decoder` the logits are
-computed in chunks (`iiet.chunked_loss`)."""
+computed in chunks (`iiet.losses`)."""
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -201,16 +206,21 @@ def student_loss(
         if answer is None or config.kl_weight == 0:
             entropy = batch_cross_entropy(part, span)
             return entropy, entropy
+        if isinstance(answer, LazyLogits):
+            theirs = answer.at(rows)
+        else:
+            theirs = answer if rows is None else answer.flatten(0, -2)[None, rows]
         # The divergence comes first, and frees the teacher's logits before the cross-entropy keeps
         # a tensor of their size.
         divergence = kl_divergence(
-            _positions(answer, rows),
+            theirs,
             part,
             temperature=config.temperature,
             kind=config.divergence,
             mask=span.taught,
             count=span.position_count,
         )
+        del theirs
         entropy = batch_cross_entropy(part, span)
         return config.kl_weight * divergence + entropy, entropy, divergence
 
@@ -256,10 +266,7 @@ def member_loss(
 ) -> Callable[[Logits], tuple[Tensor, dict[str, Tensor]]]:
     """Return `cross_entropy + kl_weight * KL(answer || member)` as a decoder's `finish`.
 
-    Args:
-        answer: of the full schedule, for this batch; see `AnswerKeeper`.
-        batch: what the member predicts.
-        config: weight and temperature of the divergence.
+    `answer` is the full schedule's for this batch, from an `AnswerKeeper`.
     """
 
     def loss_of(logits: Logits) -> tuple[Tensor, dict[str, Tensor]]:
@@ -283,10 +290,3 @@ def _run(model: Model, input_ids: Tensor, finish: Callable[..., Any], *, with_hi
 
 def _both(answer: Logits, hidden: Sequence[Tensor] = ()) -> tuple[Logits, Sequence[Tensor]]:
     return answer, hidden
-
-
-def _positions(answer: Logits, rows: slice | None) -> Tensor:
-    """Return the answer at some positions, counted row by row; None: all, in their shape."""
-    if isinstance(answer, LazyLogits):
-        return answer.whole() if rows is None else answer.at(rows)
-    return answer if rows is None else answer.flatten(0, -2)[None, rows]

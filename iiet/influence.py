@@ -6,39 +6,35 @@ and for each layer its block influence, by which whole layers can be dropped.
 What counts as influence is a metric's business (`iiet.influence_metrics`).
 
 Evaluations are compared as the decoder makes them, so only the last output is kept in memory beside
-the pass itself. An accumulator holds a few hundred numbers per batch and sums them with
-`math.fsum`, whose result does not depend on the order. So any number of workers, merged in any
-order, give a bitwise equal table.
-
-Layers may make different numbers of corrections, so a table has two forms. Rows, one per layer and
-of different lengths, are stored, printed and turned into schedules. Arrays, (layers, corrections)
-with NaN where a layer makes no such correction, are for computing. Source: this project.
+the pass itself. Means over batches are made by `math.fsum`, so they do not depend on the order.
+Source: this project.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from iiet.batch import NO_TARGET, Batch
 from iiet.decoder import Decoder
-from iiet.influence_metrics import INFLUENCE_METRICS, MeasuredBatch, Rows, checked_metric
+from iiet.influence_metrics import INFLUENCE_METRICS, MeasuredBatch, Rows
 from iiet.pruning import suffix_maxima
 from iiet.schedule import IterationSchedule
 
-__all__ = ["InfluenceAccumulator", "InfluenceTable", "influence_table"]
+__all__ = ["InfluenceTable", "influence_table"]
 
 
 @dataclass(frozen=True)
 class InfluenceTable:
     """The influence of each correction, its standard error, and how well the iteration converged.
 
-    Unpacks into two arrays: `values, errors = table`.
+    Unpacks into two arrays, (layers, corrections), with NaN where a layer makes no such correction:
+    `values, errors = table`.
     """
 
     metric: str
@@ -52,10 +48,10 @@ class InfluenceTable:
     residual_rows: Rows = ()
     """Relative residual of each correction, the mean of `|g(e) - e| / |g(e)|` over tokens: `e` is
     the estimate that it starts from, `g(e)` its normalized output. Methods that correct
-    without a schedule have rows, too. Tables from before version 0.2 have none."""
+    without a schedule have rows, too."""
     layer_values: tuple[float, ...] = ()
     """Block influence of each layer, the mean of `1 - cos(h_{l-1}, h_l)` over tokens: by how much
-    the whole layer turns the hidden state. Tables of earlier versions have none."""
+    the whole layer turns the hidden state."""
     accuracy_lost_rows: Rows = ()
     """With `loss`, what stopping a layer before each correction costs in accuracy, the share of
     targets that get the largest logit. Text has none: its targets are not answers."""
@@ -71,31 +67,22 @@ class InfluenceTable:
         return _padded(self.value_rows)
 
     @property
-    def errors(self) -> Tensor:
-        """The standard errors as an array, (layers, corrections), float64."""
-        return _padded(self.error_rows)
-
-    @property
-    def residuals(self) -> Tensor:
-        """The residuals as an array, (layers, corrections), float64."""
-        return _padded(self.residual_rows)
-
-    @property
     def contractions(self) -> tuple[float, ...]:
         """The contraction factor of each layer: the ratio of one correction's residual to that of
         the correction before, as a geometric mean. Below 1 the iteration contracts; NaN where a
         layer makes fewer than two corrections.
         """
-        return tuple(map(_contraction, self.residual_rows))
+        return tuple(
+            (row[-1] / row[0]) ** (1 / (len(row) - 1)) if len(row) > 1 and row[0] > 0 else math.nan
+            for row in self.residual_rows
+        )
 
     def rows(self) -> Rows:
         """Return the values, as `iiet.pruning` takes them."""
         return self.value_rows
 
     def worths(self) -> Rows:
-        """Return what each correction adds if those before it are kept.
-
-        The sum over its corrections is what a schedule is worth.
+        """Return what each correction adds if those before it are kept; may be summed.
 
         Most metrics compare a correction with the evaluation before it, so these are the values
         themselves. `loss` compares stopping before a correction with the full layer, so a
@@ -113,11 +100,7 @@ class InfluenceTable:
         return tuple(suffix_maxima(row) for row in self.value_rows)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.values, self.errors))
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        array = self.values.numpy()
-        return array if dtype is None else array.astype(dtype)
+        return iter((self.values, _padded(self.error_rows)))
 
     def __str__(self) -> str:
         """Return a table: a line per layer, with the influence of each correction."""
@@ -154,16 +137,10 @@ class InfluenceTable:
             value_rows=_rows_of(table["values"]),
             error_rows=_rows_of(table["errors"]),
             num_tokens=int(table["num_tokens"]),
-            residual_rows=_rows_of(table.get("residuals", ())),
-            layer_values=tuple(map(float, table.get("layers", ()))),
-            accuracy_lost_rows=_rows_of(table.get("accuracy_lost", ())),
+            residual_rows=_rows_of(table["residuals"]),
+            layer_values=tuple(map(float, table["layers"])),
+            accuracy_lost_rows=_rows_of(table["accuracy_lost"]),
         )
-
-
-def _contraction(residuals: Sequence[float]) -> float:
-    if len(residuals) < 2 or residuals[0] <= 0:
-        return math.nan
-    return float((residuals[-1] / residuals[0]) ** (1 / (len(residuals) - 1)))
 
 
 def _padded(rows: Rows) -> Tensor:
@@ -184,108 +161,6 @@ def _rows_of(rows: Iterable[Iterable[Any]]) -> Rows:
 BatchLike = Batch | Tensor | Mapping[str, Tensor]
 """A batch; or the tokens of text, (batch, time) of integers; or a mapping with these as `input_ids`
 and an `attention_mask` of the same shape, false for padding, which is then ignored."""
-
-
-@dataclass(frozen=True)
-class _BatchMeans:
-    """Means over one batch."""
-
-    num_tokens: int
-    values: Rows
-    residuals: Rows
-    layers: tuple[float, ...]
-    accuracy_lost: Rows = ()
-
-
-@dataclass
-class InfluenceAccumulator:
-    """Influence of the batches seen so far; those of several workers can be merged.
-
-    Raises:
-        ValueError: an unknown metric, or one whose package is broken.
-    """
-
-    metric: str
-    """What to measure: a key of `iiet.INFLUENCE_METRICS`."""
-    batches: list[_BatchMeans] = field(default_factory=list)
-    """One entry per batch."""
-
-    def __post_init__(self) -> None:
-        checked_metric(self.metric)
-
-    @torch.no_grad()
-    def add(self, decoder: Decoder, batch: BatchLike) -> None:
-        """Measure one batch at the positions that count.
-
-        Args:
-            decoder: measured under its own iteration schedule.
-            batch: tokens and targets, or text, perhaps with a mask of its padding.
-
-        Raises:
-            ValueError: the batch does not have two axes, or has nothing to measure: no tokens, or
-                no targets for a metric that needs them; the decoder's method repeats the stack; or
-                the metric returns other rows than the schedule has.
-        """
-        if decoder.method.repeats_stack:
-            raise ValueError(
-                f"method {decoder.config.method!r} repeats the whole stack, so no layer has "
-                "corrections of its own whose influence could be measured"
-            )
-        known, attention_mask = _as_batch(batch, decoder.device)
-        metric = INFLUENCE_METRICS[self.metric]()
-        counted = _counted(known, needs_targets=metric.needs_targets)
-        measured = MeasuredBatch(decoder, known, attention_mask, counted)
-        if measured.num_tokens == 0:
-            shape = tuple(known.input_ids.shape)
-            raise ValueError(f"a batch of shape {shape} holds nothing to measure")
-        found = metric.measure(measured)
-        if tuple(map(len, found.values)) != tuple(decoder.schedule):
-            raise ValueError(
-                f"the influence metric {self.metric!r} must return a value for each correction of "
-                f"the schedule {decoder.schedule}, got {found.values!r}"
-            )
-        if not measured.layer_values:
-            measured.run()
-        means = _BatchMeans(
-            measured.num_tokens,
-            found.values,
-            measured.residuals,
-            measured.layer_values,
-            () if known.is_text else found.accuracy_lost,
-        )
-        self.batches.append(means)
-
-    def merge(self, other: InfluenceAccumulator) -> None:
-        """Add the batches that another worker measured with the same decoder and metric.
-
-        Raises:
-            ValueError: the metrics or the schedules differ.
-        """
-        if other.metric != self.metric:
-            raise ValueError(f"cannot merge influence {other.metric!r} into {self.metric!r}")
-        shapes = {tuple(map(len, batch.values)) for batch in (*self.batches, *other.batches)}
-        if len(shapes) > 1:
-            raise ValueError(f"cannot merge influence under different schedules: {sorted(shapes)}")
-        self.batches.extend(other.batches)
-
-    def table(self) -> InfluenceTable:
-        """Compute the means over tokens, and their standard errors over batches.
-
-        Raises:
-            ValueError: no batch was added.
-        """
-        if not self.batches:
-            raise ValueError("no batch was measured; the influence needs at least one")
-        counts = [batch.num_tokens for batch in self.batches]
-        values, errors = _means_and_errors([batch.values for batch in self.batches], counts)
-        residuals, _ = _means_and_errors([batch.residuals for batch in self.batches], counts)
-        (layers,), _ = _means_and_errors([(batch.layers,) for batch in self.batches], counts)
-        # In a mixture, some batches are text, which has no accuracy.
-        answers = [batch for batch in self.batches if batch.accuracy_lost]
-        lost, _ = _means_and_errors(
-            [batch.accuracy_lost for batch in answers], [batch.num_tokens for batch in answers]
-        )
-        return InfluenceTable(self.metric, values, errors, sum(counts), residuals, layers, lost)
 
 
 def influence_table(
@@ -317,16 +192,67 @@ def influence_table(
         The table, with one row per layer; rows are empty where a method makes no corrections.
 
     Raises:
-        ValueError: an unknown metric, or no batches.
+        ValueError: an unknown or broken metric; no batches, or one with nothing to measure; the
+            decoder's method repeats the stack.
     """
-    accumulator = InfluenceAccumulator(metric)
+    if metric not in INFLUENCE_METRICS:
+        raise ValueError(f"metric must be one of {tuple(INFLUENCE_METRICS)}, got {metric!r}")
+    if decoder.method.repeats_stack:
+        raise ValueError(
+            f"method {decoder.config.method!r} repeats the whole stack, so no layer has "
+            "corrections of its own whose influence could be measured"
+        )
     if isinstance(batches, Batch | Mapping) or (isinstance(batches, Tensor) and batches.ndim == 2):
         batches = [batches]
+    means: list[_BatchMeans] = []
     for done, batch in enumerate(batches, start=1):
-        accumulator.add(decoder, batch)
+        means.append(_measure(decoder, batch, metric))
         if progress is not None:
             progress(done)
-    return accumulator.table()
+    if not means:
+        raise ValueError("no batch was measured; the influence needs at least one")
+    counts = [each.num_tokens for each in means]
+    values, errors = _means_and_errors([each.values for each in means], counts)
+    residuals, _ = _means_and_errors([each.residuals for each in means], counts)
+    (layers,), _ = _means_and_errors([(each.layers,) for each in means], counts)
+    # In a mixture, some batches are text, which has no accuracy.
+    answers = [each for each in means if each.accuracy_lost]
+    lost, _ = _means_and_errors(
+        [each.accuracy_lost for each in answers], [each.num_tokens for each in answers]
+    )
+    return InfluenceTable(metric, values, errors, sum(counts), residuals, layers, lost)
+
+
+class _BatchMeans(NamedTuple):
+    num_tokens: int
+    values: Rows
+    residuals: Rows
+    layers: tuple[float, ...]
+    accuracy_lost: Rows
+
+
+@torch.no_grad()
+def _measure(decoder: Decoder, given: BatchLike, name: str) -> _BatchMeans:
+    batch, attention_mask = _as_batch(given, decoder.device)
+    metric = INFLUENCE_METRICS[name]()
+    counted = batch.counted if metric.needs_targets else batch.taught
+    if counted is None:
+        counted = torch.ones_like(batch.targets).bool()
+    measured = MeasuredBatch(decoder, batch, attention_mask, counted)
+    if measured.num_tokens == 0:
+        shape = tuple(batch.input_ids.shape)
+        raise ValueError(f"a batch of shape {shape} holds nothing to measure")
+    found = metric.measure(measured)
+    if tuple(map(len, found.values)) != tuple(decoder.schedule):
+        raise ValueError(
+            f"the influence metric {name!r} must return a value for each correction of "
+            f"the schedule {decoder.schedule}, got {found.values!r}"
+        )
+    if not measured.layer_values:
+        measured.run()
+    lost = () if batch.is_text else found.accuracy_lost
+    num_tokens, residuals = measured.num_tokens, measured.residuals
+    return _BatchMeans(num_tokens, found.values, residuals, measured.layer_values, lost)
 
 
 def _as_batch(batch: BatchLike, device: torch.device) -> tuple[Batch, Tensor | None]:
@@ -339,35 +265,25 @@ def _as_batch(batch: BatchLike, device: torch.device) -> tuple[Batch, Tensor | N
         return text, None
     # Padding does not count, neither as a position nor as the target of the one before it.
     is_real = attention_mask.to(device).bool()
-    padded = replace(text, mask=is_real)
     targets = text.targets.masked_fill(~is_real.roll(-1, dims=1), NO_TARGET)
-    return replace(padded, targets=targets), is_real
-
-
-def _counted(batch: Batch, *, needs_targets: bool) -> Tensor:
-    """Return the positions that the means run over, (batch, time) of bool."""
-    if needs_targets:
-        return batch.counted
-    return torch.ones_like(batch.targets).bool() if batch.taught is None else batch.taught
+    return replace(text, mask=is_real, targets=targets), is_real
 
 
 def _means_and_errors(of_batches: Sequence[Rows], counts: Sequence[int]) -> tuple[Rows, Rows]:
-    """Average the batches' rows, and estimate how far each mean may be off."""
-    cells = [
-        [_mean_and_error(means, counts) for means in zip(*rows, strict=True)]
-        for rows in zip(*of_batches, strict=True)
-    ]
-    return (
-        tuple(tuple(mean for mean, _ in row) for row in cells),
-        tuple(tuple(error for _, error in row) for row in cells),
-    )
-
-
-def _mean_and_error(means: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """Weigh batch means by their tokens; the error is that of a weighted mean over batches."""
+    """Average the batches' rows by their tokens, and estimate how far each mean may be off."""
     total = sum(counts)
-    mean = math.fsum(m * n for m, n in zip(means, counts, strict=True)) / total
-    if len(means) == 1:
-        return mean, math.nan
-    squares = math.fsum((n * (m - mean)) ** 2 for m, n in zip(means, counts, strict=True))
-    return mean, math.sqrt(squares * len(means) / (len(means) - 1)) / total
+
+    def mean(cells: Sequence[float]) -> float:
+        return math.fsum(m * n for m, n in zip(cells, counts, strict=True)) / total
+
+    def error(cells: Sequence[float]) -> float:
+        """Of a weighted mean over batches."""
+        if len(cells) == 1:
+            return math.nan
+        middle = mean(cells)
+        squares = math.fsum((n * (m - middle)) ** 2 for m, n in zip(cells, counts, strict=True))
+        return math.sqrt(squares * len(cells) / (len(cells) - 1)) / total
+
+    table = [list(zip(*rows, strict=True)) for rows in zip(*of_batches, strict=True)]
+    means, errors = (tuple(tuple(map(measure, row)) for row in table) for measure in (mean, error))
+    return means, errors

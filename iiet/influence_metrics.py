@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,6 @@ __all__ = [
     "InfluenceMetric",
     "MeasuredBatch",
     "Rows",
-    "checked_metric",
 ]
 
 Rows = tuple[tuple[float, ...], ...]
@@ -72,7 +71,7 @@ class MeasuredBatch:
 
         Logits are not computed: they would need more memory than everything else.
         """
-        return self._run(_Observer(self))
+        return self._run(None)[0]
 
     def compare(self, compare: Compare) -> Rows:
         """Run the layers, and compare each evaluation of a layer with the one before it.
@@ -84,9 +83,7 @@ class MeasuredBatch:
         Returns:
             The means over the positions that count, per layer and correction.
         """
-        observer = _Observer(self, compare)
-        self._run(observer)
-        return _numbers(observer.values)
+        return self._run(compare)[1]
 
     def mean(self, measure: Compare, a: Tensor, b: Tensor) -> Tensor:
         """Average a measure of two tensors, (batch, time, dim), over the positions that count."""
@@ -98,40 +95,31 @@ class MeasuredBatch:
         ]
         return torch.stack(sums).sum() / self.num_tokens
 
-    def _run(self, observer: _Observer) -> Tensor:
+    def _run(self, compare: Compare | None) -> tuple[Tensor, Rows]:
+        schedule = self.decoder.schedule
+        values: list[list[Tensor]] = [[] for _ in schedule]
+        residuals: list[list[Tensor]] = [[] for _ in schedule]
+        layers: list[Tensor] = []
+        previous: Tensor | None = None  # The last output is all that is kept.
+
+        def observe(seen: Evaluation) -> None:
+            nonlocal previous
+            if compare is not None and 1 <= seen.k <= schedule[seen.layer]:
+                assert previous is not None
+                values[seen.layer].append(self.mean(compare, previous, seen.output))
+            previous = seen.output
+            if seen.residual is not None and seen.estimate is not None:
+                size = self.mean(_relative_size, seen.residual, seen.estimate)
+                residuals[seen.layer].append(size)
+
         before: Tensor = self.decoder.embedding(self.batch.input_ids)
         for after in self.decoder.hidden_states(
-            before, attention_mask=self.attention_mask, observe=observer
+            before, attention_mask=self.attention_mask, observe=observe
         ):
-            observer.layers.append(self.mean(_cosine_distance, before, after))
+            layers.append(self.mean(_cosine_distance, before, after))
             before = after
-        self.residuals, (self.layer_values,) = (
-            _numbers(observer.residuals),
-            _numbers([observer.layers]),
-        )
-        return before
-
-
-class _Observer:
-    """Compares each evaluation of a pass with the one before it, and keeps only means."""
-
-    def __init__(self, measured: MeasuredBatch, compare: Compare | None = None) -> None:
-        schedule = measured.decoder.schedule
-        self.values: list[list[Tensor]] = [[] for _ in schedule]
-        self.residuals: list[list[Tensor]] = [[] for _ in schedule]
-        self.layers: list[Tensor] = []
-        self._schedule, self._mean, self._compare = schedule, measured.mean, compare
-        self._previous: Tensor | None = None
-
-    def __call__(self, seen: Evaluation) -> None:
-        if self._compare is not None and 1 <= seen.k <= self._schedule[seen.layer]:
-            assert self._previous is not None
-            change = self._mean(self._compare, self._previous, seen.output)
-            self.values[seen.layer].append(change)
-        self._previous = seen.output
-        if seen.residual is not None and seen.estimate is not None:
-            size = self._mean(_relative_size, seen.residual, seen.estimate)
-            self.residuals[seen.layer].append(size)
+        self.residuals, (self.layer_values,) = _numbers(residuals), _numbers([layers])
+        return before, _numbers(values)
 
 
 class InfluenceMetric(ABC):
@@ -188,7 +176,7 @@ class LossRise(InfluenceMetric):
     is_of_stopping = True
 
     def measure(self, measured: MeasuredBatch) -> BatchInfluence:
-        decoder, batch = measured.decoder, measured.batch
+        decoder, batch, full = measured.decoder, measured.batch, measured.decoder.schedule
         sequences = replace(batch, target_count=None).split(1)
         counts = [sequence.num_targets for sequence in sequences]
 
@@ -204,20 +192,22 @@ class LossRise(InfluenceMetric):
                 for means in zip(*found, strict=True)
             )
 
-        def stopped(layer: int, corrections: int) -> tuple[float, ...]:
-            schedule = full.with_layer(layer, corrections)
-            mask = measured.attention_mask
-            return loss_and_accuracy(
-                decoder(batch.input_ids, schedule=schedule, attention_mask=mask)
-            )
-
-        full = decoder.schedule
         full_loss, full_accuracy = loss_and_accuracy(decoder.logits(measured.run()))
-        found = [[stopped(layer, i) for i in range(count)] for layer, count in enumerate(full)]
-        return BatchInfluence(
-            tuple(tuple(loss - full_loss for loss, _ in row) for row in found),
-            tuple(tuple(full_accuracy - accuracy for _, accuracy in row) for row in found),
-        )
+        rises, lost = [], []
+        for layer, count in enumerate(full):
+            stopped = [
+                loss_and_accuracy(
+                    decoder(
+                        batch.input_ids,
+                        schedule=full.with_layer(layer, corrections),
+                        attention_mask=measured.attention_mask,
+                    )
+                )
+                for corrections in range(count)
+            ]
+            rises.append(tuple(loss - full_loss for loss, _ in stopped))
+            lost.append(tuple(full_accuracy - accuracy for _, accuracy in stopped))
+        return BatchInfluence(tuple(rises), tuple(lost))
 
 
 INFLUENCE_METRICS: ExtensionTable[type[InfluenceMetric]] = ExtensionTable(
@@ -226,18 +216,6 @@ INFLUENCE_METRICS: ExtensionTable[type[InfluenceMetric]] = ExtensionTable(
     bases=(InfluenceMetric,),
 )
 """Metrics by name; the keys are the values of the setting `influence.metric`."""
-
-
-def checked_metric(metric: Any) -> str:
-    """Return the name of a metric.
-
-    Raises:
-        ValueError: there is none of this name, or its package is broken.
-    """
-    if metric not in INFLUENCE_METRICS:
-        raise ValueError(f"metric must be one of {tuple(INFLUENCE_METRICS)}, got {metric!r}")
-    INFLUENCE_METRICS[metric]
-    return str(metric)
 
 
 def _cosine_distance(before: Tensor, after: Tensor) -> Tensor:
@@ -252,6 +230,6 @@ def _relative_size(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def _numbers(rows: Sequence[Sequence[Tensor]]) -> Rows:
-    """Read tensors of one number each."""
+    """Read tensors of one number each, in one copy from the device."""
     numbers = iter(torch.stack([n for row in rows for n in row]).tolist() if any(rows) else ())
     return tuple(tuple(next(numbers) for _ in row) for row in rows)

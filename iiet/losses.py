@@ -4,56 +4,181 @@ In: logits, (batch, time, vocab), or hidden states, (batch, time, dim). `mask`, 
 bool, says which positions count (default: all); values at the others, NaN included, have no effect.
 Out: the mean over the positions that count, a scalar; 0 if there are none. `count` replaces their
 number as the divisor, so that the parts of a batch add up to the whole's mean (`Batch.split`).
-
-The divergences are exactly 0, with gradient 0, where teacher and student agree. Logits are the
-largest tensor of a training step, and autograd would keep several of that size for a divergence. So
-the forward pass computes the gradient by its closed form, chunk by chunk, and keeps nothing else.
 Shapes that differ, and values out of range, are a ValueError.
-Source: Hinton et al. 2015 (temperature and its square); this project (gradients).
+
+Logits are the largest tensor of a training step, and a loss and its gradient need several of that
+size. So losses go over positions in chunks. `loss_by_chunks` computes logits from hidden states
+(`LazyLogits`), their loss and its gradients, frees them, and keeps gradients with respect to hidden
+states and weight; the backward pass only scales what was kept. Logits that fit into one chunk give
+bitwise the same results as whole ones. `kl_divergence` keeps its gradient in closed form, exactly 0
+where teacher and student agree.
+Source: Hinton et al. 2015 (temperature and its square); Liger Kernel (Hsu et al. 2024), where a
+loss in chunks is a hand-written kernel; this project (gradients).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iiet import chunked_loss
-from iiet.arithmetic import at_least_float32
+from iiet.arithmetic import at_least_float32, product_dtype
 from iiet.batch import NO_TARGET, Batch, Count
-from iiet.chunked_loss import Logits, loss_by_chunks
 
 __all__ = [
+    "CHUNK_ELEMENTS",
     "DivergenceKind",
+    "LazyLogits",
+    "Logits",
     "batch_cross_entropy",
     "cross_entropy",
     "cross_entropy_and_accuracy",
     "cross_entropy_by_source",
     "hidden_state_error",
     "kl_divergence",
-    "mean_divergence",
+    "loss_by_chunks",
     "next_token_loss",
-    "rows_at_once",
-    "softened",
 ]
 
 DivergenceKind = Literal["forward", "reverse", "jensen_shannon"]
 
-# A divergence has half a dozen temporary tensors. On a CPU each is this share of the logits, so all
-# are smaller than the logits. Below the lower bound a core is not busy; above the upper one no time
-# is saved.
-CHUNK_SHARE = 16
-FEWEST_ELEMENTS = 1 << 16
-CHUNK_ELEMENTS = 1 << 21
+CHUNK_ELEMENTS = 1 << 25
+"""Most logits at once: 128 MiB in float32. A GPU needs milliseconds for them, so the number of
+kernels does not matter, and the half dozen tensors of this size are small beside a model."""
+# On a CPU, each of the half dozen temporaries of a divergence is this share of its logits. Below
+# the lower bound a core is not busy; above the upper one no time is saved.
+CPU_SHARE, CPU_ELEMENTS = 16, (1 << 16, 1 << 21)
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
-"""Of a divergence."""
+"""Of a divergence. Beyond, a quotient or the square is infinite in float32."""
 
-Compare = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
-"""(rows, the student's logits / T of these rows) -> (divergence of each row, its gradient with
-respect to logits / T)."""
+
+@dataclass(frozen=True, eq=False)
+class LazyLogits:
+    """Logits that are not computed yet: `hidden @ weight.T`."""
+
+    hidden: Tensor
+    """(batch, time, dim), after the final norm."""
+    weight: Tensor
+    """(vocab, dim), of the head."""
+
+    def at(self, rows: slice | None) -> Tensor:
+        """Compute the logits of some positions, counted row by row, (1, positions, vocab); None:
+        all, (batch, time, vocab)."""
+        points = self.hidden if rows is None else self.hidden.flatten(0, -2)[None, rows]
+        return F.linear(points, self.weight)
+
+    def chunks(self) -> Iterator[slice]:
+        """Yield the positions of each chunk; all chunks but the last have the same size."""
+        num_rows = self.hidden.shape[:-1].numel()
+        num_chunks = max(1, -(-num_rows * len(self.weight) // CHUNK_ELEMENTS))
+        return _slices(num_rows, max(1, -(-num_rows // num_chunks)))
+
+    def detached(self) -> LazyLogits:
+        """Return the same without gradients, and with the weight in the precision of products."""
+        # Autocast would convert the weight again for each chunk.
+        weight = self.weight.detach().to(product_dtype(self.weight))
+        return LazyLogits(self.hidden.detach(), weight)
+
+
+Logits = Tensor | LazyLogits
+
+LossOfChunk = Callable[[Tensor, Batch, slice | None], tuple[Tensor, ...]]
+"""(logits, their batch, which positions; None: all) -> the loss and other sums over positions."""
+
+
+def loss_by_chunks(logits: Logits, batch: Batch, loss_of: LossOfChunk) -> tuple[Tensor, ...]:
+    """Compute what `loss_of` gives for all positions; whole logits are one chunk.
+
+    Only the first value, the loss, has a gradient. The counts of a chunk's batch are those of the
+    whole, so that its means add up.
+    """
+    if isinstance(logits, Tensor):
+        loss, *others = loss_of(logits, batch, None)
+        return loss, *(value.detach() for value in others)
+    if logits.hidden.shape[:-1] != batch.input_ids.shape:
+        raise ValueError(
+            f"the batch must be (batch, time) as the hidden states, here "
+            f"{tuple(logits.hidden.shape[:-1])}, got {tuple(batch.input_ids.shape)}"
+        )
+    flat = batch.flattened()
+
+    def of_rows(part: Tensor, rows: slice) -> tuple[Tensor, ...]:
+        return loss_of(part, flat.span(rows), rows)
+
+    hidden, weight = logits.hidden, logits.weight
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        values: tuple[Tensor, ...] = _LossByChunks.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, of_rows
+        )
+        return values
+    fixed = logits.detached()
+    return _sums([of_rows(fixed.at(rows), rows) for rows in fixed.chunks()])
+
+
+class _LossByChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        loss_of: Callable[[Tensor, slice], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        fixed = LazyLogits(hidden, weight).detached()
+        head = fixed.weight.requires_grad_(needs_weight)
+        points = fixed.hidden.flatten(0, -2)
+        hidden_grad = torch.empty_like(points) if needs_hidden else None
+        weight_grad: Tensor | None = None
+        values = []
+        for rows in fixed.chunks():
+            point = points[rows].requires_grad_(needs_hidden)
+            with torch.enable_grad():
+                loss, *others = loss_of(F.linear(point[None], head), rows)
+            wanted = [leaf for leaf in (point, head) if leaf.requires_grad]
+            gradients = list(torch.autograd.grad(loss, wanted))
+            if needs_weight:
+                # Summed in float32, whatever the precision of the product.
+                part = gradients.pop()
+                weight_grad = (
+                    at_least_float32(part) if weight_grad is None else weight_grad.add_(part)
+                )
+            if hidden_grad is not None:
+                hidden_grad[rows] = gradients.pop()
+            values.append((loss.detach(), *(value.detach() for value in others)))
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.shape, ctx.dtype = hidden.shape, weight.dtype
+        sums = _sums(values)
+        ctx.mark_non_differentiable(*sums[1:])
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # `once_differentiable` would return constants.
+            raise RuntimeError(
+                "the gradient of a loss in chunks has no gradient itself; run both passes within "
+                "iiet.plain_formulas()"
+            )
+        hidden_grad, weight_grad = ctx.saved_tensors
+        if hidden_grad is not None:
+            hidden_grad = (hidden_grad * upstream).view(ctx.shape)
+        if weight_grad is not None:
+            weight_grad = (weight_grad * upstream).to(ctx.dtype)
+        return hidden_grad, weight_grad, None
+
+
+def _slices(num_rows: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, num_rows, size))
+
+
+def _sums(of_chunks: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.stack(values).sum() if len(values) > 1 else values[0]
+        for values in zip(*of_chunks, strict=True)
+    )
 
 
 def cross_entropy(
@@ -63,12 +188,12 @@ def cross_entropy(
 
     Positions whose target is `NO_TARGET` do not count, whatever the mask says.
     """
-    total, counted = target_losses(logits, targets, mask, reduction="sum")
-    return total / divisor_of(count, counted, total.dtype)
+    total, counted = _target_losses(logits, targets, mask, "sum")
+    return total / _divisor(count, counted, total.dtype)
 
 
-def target_losses(
-    logits: Tensor, targets: Tensor, mask: Tensor | None, *, reduction: Literal["sum", "none"]
+def _target_losses(
+    logits: Tensor, targets: Tensor, mask: Tensor | None, reduction: Literal["sum", "none"]
 ) -> tuple[Tensor, Tensor]:
     """Return the sum, or the losses of all positions in one row; and which positions count."""
     if logits.shape[:-1] != targets.shape:
@@ -97,19 +222,17 @@ def batch_cross_entropy(logits: Logits, batch: Batch) -> Tensor:
     """Compute the `cross_entropy` of a batch's targets."""
 
     def loss_of(part: Tensor, span: Batch, _: slice | None) -> tuple[Tensor]:
-        loss = cross_entropy(part, span.targets, mask=span.taught, count=span.target_count)
-        return (loss,)
+        return (cross_entropy(part, span.targets, mask=span.taught, count=span.target_count),)
 
-    (loss,) = loss_by_chunks(logits, batch, loss_of)
-    return loss
+    return loss_by_chunks(logits, batch, loss_of)[0]
 
 
 def cross_entropy_and_accuracy(logits: Logits, batch: Batch) -> tuple[Tensor, Tensor]:
     """Compute the `cross_entropy` of a batch, and the share of its targets that are likeliest."""
 
     def loss_of(part: Tensor, span: Batch, _: slice | None) -> tuple[Tensor, Tensor]:
-        losses, counted = target_losses(part, span.targets, span.taught, reduction="sum")
-        divisor = divisor_of(span.target_count, counted, losses.dtype)
+        losses, counted = _target_losses(part, span.targets, span.taught, "sum")
+        divisor = _divisor(span.target_count, counted, losses.dtype)
         is_right = (part.argmax(dim=-1) == span.targets) & counted
         return losses / divisor, is_right.sum() / divisor
 
@@ -129,8 +252,8 @@ def cross_entropy_by_source(
 
     def loss_of(part: Tensor, span: Batch, _: slice | None) -> tuple[Tensor, ...]:
         assert span.sources is not None
-        losses, counted = target_losses(part, span.targets, span.taught, reduction="none")
-        divisor = divisor_of(span.target_count, counted, losses.dtype)
+        losses, counted = _target_losses(part, span.targets, span.taught, "none")
+        divisor = _divisor(span.target_count, counted, losses.dtype)
         # All sources at once: a GPU launches as many kernels for many as for one.
         numbers = torch.arange(num_sources, device=losses.device)
         is_own = span.sources.reshape(-1, 1) == numbers
@@ -149,45 +272,6 @@ def next_token_loss(logits: Logits, input_ids: Tensor, *, mask: Tensor | None = 
     """
     # Shifting the targets instead of the logits avoids a copy of the logits.
     return batch_cross_entropy(logits, Batch.of_text(input_ids, mask))
-
-
-def kl_divergence(
-    teacher_logits: Tensor,
-    student_logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    count: Count = None,
-    kind: DivergenceKind = "forward",
-) -> Tensor:
-    """Compute the mean divergence between next-token distributions, times T^2.
-
-    With `p = softmax(teacher / T)`, `q = softmax(student / T)` and `m = (p + q) / 2`:
-
-        forward          KL(p || q) = sum p log(p / q)
-        reverse          KL(q || p)
-        jensen_shannon   (KL(p || m) + KL(q || m)) / 2
-
-    T^2 keeps the gradient's size when the temperature T rises. The teacher gets no gradient.
-
-    Raises:
-        ValueError: the shapes differ, or the temperature or the kind is not allowed.
-    """
-    if teacher_logits.shape != student_logits.shape:
-        raise ValueError(
-            f"teacher and student differ in shape: {tuple(teacher_logits.shape)} and "
-            f"{tuple(student_logits.shape)}; they need the same tokens and vocabulary"
-        )
-    check_temperature(temperature)
-    if kind not in _DIVERGENCES:
-        raise ValueError(f"divergence must be one of {tuple(_DIVERGENCES)}, got {kind!r}")
-    theirs = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
-
-    def compare(rows: slice, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = torch.log_softmax(softened(theirs[rows], temperature), dim=-1)
-        return _DIVERGENCES[kind](log_p, torch.log_softmax(scaled, dim=-1))
-
-    return mean_divergence(student_logits, compare, temperature, mask, count)
 
 
 def hidden_state_error(
@@ -222,16 +306,7 @@ def hidden_state_error(
         size = target.square().sum(dim=-1).clamp(min=torch.finfo(target.dtype).tiny)
         errors.append((difference.square().sum(dim=-1) / size).sum())
     error = torch.stack(errors).mean()
-    return error / divisor_of(count, counted, error.dtype)
-
-
-def check_temperature(temperature: float) -> None:
-    # Beyond, a quotient or the square is infinite in float32, and the divergence NaN.
-    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-        raise ValueError(
-            f"temperature must be from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}, "
-            f"got {temperature}"
-        )
+    return error / _divisor(count, counted, error.dtype)
 
 
 def _counted(mask: Tensor | None, values: Tensor) -> Tensor:
@@ -247,7 +322,7 @@ def _counted(mask: Tensor | None, values: Tensor) -> Tensor:
     return mask.bool()
 
 
-def divisor_of(count: Count, counted: Tensor, dtype: torch.dtype) -> Tensor:
+def _divisor(count: Count, counted: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the divisor of a mean over the positions that count, a scalar."""
     if count is None or isinstance(count, Tensor):
         count = counted.sum() if count is None else count
@@ -255,31 +330,43 @@ def divisor_of(count: Count, counted: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.full((), count or 1.0, dtype=dtype, device=counted.device)
 
 
-def softened(logits: Tensor, temperature: float) -> Tensor:
-    """Compute `logits / T`, in float32 or better."""
-    logits = at_least_float32(logits)
-    return logits if temperature == 1 else logits / temperature
-
-
-def rows_at_once(logits: Tensor) -> int:
-    """Return how many rows of logits, (rows, vocab), are compared with a teacher's together."""
-    elements = min(CHUNK_ELEMENTS, max(FEWEST_ELEMENTS, logits.numel() // CHUNK_SHARE))
-    if not logits.is_cpu:  # Each chunk is three dozen kernels, whose launches cost time.
-        elements = chunked_loss.CHUNK_ELEMENTS
-    return max(1, elements // logits.shape[-1])
-
-
-def mean_divergence(
+def kl_divergence(
+    teacher_logits: Tensor,
     student_logits: Tensor,
-    compare: Compare,
-    temperature: float,
-    mask: Tensor | None,
-    count: Count,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    count: Count = None,
+    kind: DivergenceKind = "forward",
 ) -> Tensor:
-    """Compute the mean of the divergence that `compare` gives, times T^2."""
+    """Compute the mean divergence between next-token distributions, times T^2.
+
+    With `p = softmax(teacher / T)`, `q = softmax(student / T)` and `m = (p + q) / 2`:
+
+        forward          KL(p || q) = sum p log(p / q)
+        reverse          KL(q || p)
+        jensen_shannon   (KL(p || m) + KL(q || m)) / 2
+
+    T^2 keeps the gradient's size when the temperature T rises. The teacher gets no gradient.
+
+    Raises:
+        ValueError: the shapes differ, or the temperature or the kind is not allowed.
+    """
+    if teacher_logits.shape != student_logits.shape:
+        raise ValueError(
+            f"teacher and student differ in shape: {tuple(teacher_logits.shape)} and "
+            f"{tuple(student_logits.shape)}; they need the same tokens and vocabulary"
+        )
+    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        raise ValueError(
+            f"temperature must be from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}, "
+            f"got {temperature}"
+        )
+    if kind not in _DIVERGENCES:
+        raise ValueError(f"divergence must be one of {tuple(_DIVERGENCES)}, got {kind!r}")
     keep_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     divergence: Tensor = _MeanDivergence.apply(  # type: ignore[no-untyped-call]
-        student_logits, compare, temperature, mask, count, keep_gradient
+        student_logits, teacher_logits.detach(), kind, temperature, mask, count, keep_gradient
     )
     return divergence
 
@@ -289,24 +376,30 @@ class _MeanDivergence(torch.autograd.Function):
     def forward(
         ctx: Any,
         student: Tensor,
-        compare: Compare,
+        teacher: Tensor,
+        kind: DivergenceKind,
         temperature: float,
         mask: Tensor | None,
         count: Count,
         keep_gradient: bool,
     ) -> Tensor:
-        vocab = student.shape[-1]
-        ours = student.reshape(-1, vocab)
+        ours, theirs = student.flatten(0, -2), teacher.flatten(0, -2)
         counted = _counted(mask, student).flatten()
-        divisor = divisor_of(count, counted, torch.promote_types(student.dtype, torch.float32))
+        divisor = _divisor(count, counted, torch.promote_types(student.dtype, torch.float32))
         values = ours.new_zeros(len(ours), dtype=divisor.dtype)
         # float16 would round most of the gradient to 0 before the loss scale arrives in `backward`.
         kept = torch.float32 if ours.dtype == torch.float16 else ours.dtype
         gradient = torch.zeros_like(ours, dtype=kept) if keep_gradient else None
-        chunk = rows_at_once(ours)
-        for start in range(0, len(ours), chunk):
-            rows = slice(start, start + chunk)
-            value, slope = compare(rows, softened(ours[rows], temperature))
+        least, most = CPU_ELEMENTS
+        elements = (
+            min(most, max(least, ours.numel() // CPU_SHARE)) if ours.is_cpu else CHUNK_ELEMENTS
+        )
+        for rows in _slices(len(ours), max(1, elements // ours.size(1))):
+            log_p, log_q = (
+                torch.log_softmax(at_least_float32(logits[rows]).div(temperature), dim=-1)
+                for logits in (theirs, ours)
+            )
+            value, slope = _DIVERGENCES[kind](log_p, log_q)
             # Rounding can take a tiny divergence below zero. Positions that do not count may hold
             # NaN, which a product would spread.
             values[rows] = value.clamp(min=0).masked_fill(~counted[rows], 0)
@@ -324,7 +417,7 @@ class _MeanDivergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         scaled = gradient * upstream.to(gradient.dtype)
-        return scaled.to(ctx.dtype), None, None, None, None, None
+        return scaled.to(ctx.dtype), None, None, None, None, None, None
 
 
 # Each of these returns the divergence of each row and its slope, the gradient with respect to the
@@ -334,13 +427,13 @@ class _MeanDivergence(torch.autograd.Function):
 def _forward(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || q); slope q - p."""
     p = log_p.exp()
-    return expected(p, log_p - log_q), log_q.exp() - p
+    return _product(p, log_p - log_q).sum(-1), log_q.exp() - p
 
 
 def _reverse(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p); slope q (log(q/p) - KL)."""
     q, log_ratio = log_q.exp(), log_q - log_p
-    value = expected(q, log_ratio)
+    value = _product(q, log_ratio).sum(-1)
     return value, _product(q, log_ratio - value.unsqueeze(-1))
 
 
@@ -351,13 +444,10 @@ def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     # log((1 + e^-|d|) / 2) is exactly 0 at d = 0, which log(m) from rounded p and q is not.
     half = torch.log1p(torch.expm1(-difference.abs()) / 2)
     log_ratio = difference.clamp(max=0) - half
-    student_value = expected(q, log_ratio)
-    teacher_value = expected(p, (-difference).clamp(max=0) - half)
+    student_value = _product(q, log_ratio).sum(-1)
+    teacher_value = _product(p, (-difference).clamp(max=0) - half).sum(-1)
     slope = _product(q, log_ratio - student_value.unsqueeze(-1)) / 2
     return (teacher_value + student_value) / 2, slope
-
-
-_DIVERGENCES = {"forward": _forward, "reverse": _reverse, "jensen_shannon": _jensen_shannon}
 
 
 def _product(probability: Tensor, value: Tensor) -> Tensor:
@@ -365,5 +455,4 @@ def _product(probability: Tensor, value: Tensor) -> Tensor:
     return torch.where(probability > 0, probability * value, 0)
 
 
-def expected(probability: Tensor, value: Tensor) -> Tensor:
-    return _product(probability, value).sum(dim=-1)
+_DIVERGENCES = {"forward": _forward, "reverse": _reverse, "jensen_shannon": _jensen_shannon}

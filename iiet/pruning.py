@@ -36,13 +36,11 @@ __all__ = [
 
 @runtime_checkable
 class HasRows(Protocol):
-    """A measured influence, such as `iiet.influence.InfluenceTable`."""
+    """A measured influence: `iiet.influence.InfluenceTable`, which explains both."""
 
-    def rows(self) -> Sequence[Sequence[float]]:
-        """Return what thresholds act on."""
+    def rows(self) -> Sequence[Sequence[float]]: ...
 
-    def worths(self) -> Sequence[Sequence[float]]:
-        """Return what each correction adds if those before it are kept; may be summed."""
+    def worths(self) -> Sequence[Sequence[float]]: ...
 
 
 Influence = Sequence[Sequence[float]] | HasRows
@@ -96,14 +94,8 @@ def suffix_maxima(row: Sequence[float]) -> tuple[float, ...]:
 
 
 def schedule_at_threshold(influence: Influence, threshold: float) -> IterationSchedule:
-    """Keep `#{i : M[i] >= threshold}` corrections in each layer.
-
-    Raises:
-        ValueError: the threshold is NaN, or the table is malformed.
-    """
+    """Keep `#{i : M[i] >= threshold}` corrections in each layer."""
     threshold = float(threshold)  # An array's entry would make the comparison below an array, too.
-    if math.isnan(threshold):
-        raise ValueError("the threshold is NaN; give a number")
     return IterationSchedule(
         tuple(
             sum(value >= threshold for value in suffix_maxima(row))
@@ -155,24 +147,15 @@ def spread_over_cost(
 
 def influence_rows(influence: Influence) -> tuple[tuple[float, ...], ...]:
     """Return the table as tuples of finite floats, the NaN at the end of rows removed."""
-    table = influence.rows() if isinstance(influence, HasRows) else influence
     rows: list[tuple[float, ...]] = []
-    for layer, given in enumerate(table, start=1):
-        try:
-            row = [float(value) for value in given]
-        except TypeError:
-            raise ValueError(
-                f"influence of layer {layer} must be a row of numbers, one per correction, "
-                f"got {given!r}"
-            ) from None
+    for given in influence.rows() if isinstance(influence, HasRows) else influence:
+        row = [float(value) for value in given]
         while row and math.isnan(row[-1]):
             row.pop()
-        for correction, value in enumerate(row, start=1):
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"influence of layer {layer}, correction {correction} is {value}; "
-                    "only the end of a row may be NaN"
-                )
+        if not all(map(math.isfinite, row)):
+            raise ValueError(
+                f"the influence of layer {len(rows) + 1} is {row}; only its end may be NaN"
+            )
         rows.append(tuple(row))
     if not rows:
         raise ValueError("the influence table has no layers")

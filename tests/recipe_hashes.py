@@ -20,7 +20,8 @@ import torch
 from method_schedules import schedule_for
 
 from iiet import METHODS, Decoder, IterationSchedule, preset
-from orchestrator.data.depth import open_depth, write_depth
+from orchestrator.data.depth import write_depth
+from orchestrator.data.mixture import open_data
 from orchestrator.data.order import SourceOrder, WindowOrder, positions_of_step
 from orchestrator.data.tokenize import is_validation
 from orchestrator.settings import (
@@ -90,7 +91,7 @@ def _sequences(task: str) -> list[list[int]]:
     depth = DepthSettings(tasks=(task,), length=CONTEXT)
     with TemporaryDirectory() as parent:
         folder = write_depth(DataSettings(source="depth", depth=depth), Path(parent))
-        data = open_depth(folder)
+        data = open_data(folder)
         batch = data.sequences(POSITIONS[:8], context_length=CONTEXT, seed=0)
     return [*batch.input_ids.tolist(), *batch.targets.tolist()]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain, count, islice, permutations
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from iiet.batch import NO_TARGET, Batch
 from orchestrator.data.order import SourceOrder, random_bits, uniform_below
-from orchestrator.data.store import PreparedData, checked_manifest, finish_folder, is_complete
+from orchestrator.data.store import PreparedData, finish_folder, is_complete
 from orchestrator.models.tokenizer import END_OF_TEXT, load_tokenizer
 from orchestrator.settings import DataSettings
-from orchestrator.settings.data import DepthSettings, parse_task_name
+from orchestrator.settings.data import parse_task_name
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import new_folder
 from orchestrator.workspace.provenance import content_key
@@ -252,37 +252,65 @@ def products() -> np.ndarray:
     )
 
 
-def make_tasks(settings: DepthSettings) -> tuple[DepthTask, ...]:
-    """Return the tasks that the settings name.
+class DepthTasks(NamedTuple):
+    """The depth tasks of some data."""
 
-    Raises:
-        UserError: If a sequence cannot hold its task.
-    """
-    makers = {
-        "phop": lambda depth: PHopInduction(
-            depth, num_symbols=settings.num_symbols, length=settings.length
-        ),
-        "chain": lambda depth: PointerChains(depth, num_chains=settings.num_chains),
-        "s5": PermutationWords,
-    }
-    return tuple(makers[kind](depth) for kind, depth in map(parse_task_name, settings.tasks))
+    tasks: tuple[DepthTask, ...]
+    has_markers: bool
+    """Whether each sequence begins with the token of its task."""
 
+    @classmethod
+    def of(cls, settings: DataSettings) -> DepthTasks:
+        """Return the tasks of data that hold nothing else, or of a mixture.
 
-# Vocabulary
+        Raises:
+            UserError: If there must be tasks and none is named, or a sequence cannot hold its task.
+        """
+        is_mixed = settings.source == "mixture"
+        depth = settings.tasks if is_mixed else settings.depth
+        if not (is_mixed or depth.tasks):
+            raise UserError(
+                "data.source is `depth`, but data.depth.tasks is empty; name depth tasks, such as "
+                "--set 'data.depth.tasks=[phop_6]'"
+            )
+        tasks: list[DepthTask] = []
+        for kind, steps in map(parse_task_name, depth.tasks):
+            if kind == "phop":
+                sizes = {"num_symbols": depth.num_symbols, "length": depth.length}
+                tasks.append(PHopInduction(steps, **sizes))
+            elif kind == "chain":
+                tasks.append(PointerChains(steps, num_chains=depth.num_chains))
+            else:
+                tasks.append(PermutationWords(steps))
+        return cls(tuple(tasks), is_mixed or len(tasks) > 1)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of the longest sequence; 0 if there are no tasks."""
+        return max((task.length + self.has_markers for task in self.tasks), default=0)
+
+    def check_length(self, context_length: int) -> None:
+        """Raise a `UserError` if a model's context is shorter than the longest sequence."""
+        if self.sequence_length > context_length:
+            raise UserError(
+                f"the depth tasks have sequences of {self.sequence_length} tokens, more than "
+                f"model.context_length={context_length}; set it to {self.sequence_length}, or make "
+                "the tasks shorter"
+            )
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The texts of all tokens: symbols, then the tasks' markers."""
+        symbols = {symbol: None for task in self.tasks for symbol in task.symbols}
+        # Shared symbols first and in their order, so that a longer alphabet extends a shorter one.
+        shared = [symbol for symbol in numbered_symbols(len(symbols)) if symbol in symbols]
+        ordered = dict.fromkeys([*shared, *symbols])
+        return (*ordered, *(task.marker for task in self.tasks if self.has_markers))
 
 
 def numbered_symbols(num: int) -> tuple[str, ...]:
     """Return the texts of the symbols that several kinds of tasks share."""
     return tuple(f"<|{number}|>" for number in range(num))
-
-
-def vocabulary(tasks: Sequence[DepthTask], *, with_markers: bool) -> tuple[str, ...]:
-    """Return the texts of all tokens of the tasks: symbols, then the tasks' markers."""
-    symbols = {symbol: None for task in tasks for symbol in task.symbols}
-    # Shared symbols first and in their order, so that a longer alphabet extends a shorter one.
-    shared = [symbol for symbol in numbered_symbols(len(symbols)) if symbol in symbols]
-    ordered = dict.fromkeys([*shared, *symbols])
-    return (*ordered, *(task.marker for task in tasks if with_markers))
 
 
 def symbol_tokenizer(texts: Sequence[str]) -> Tokenizer:
@@ -315,12 +343,7 @@ class DepthStore(PreparedData):
 
     tasks: tuple[DepthTask, ...]
     has_markers: bool
-    """Whether each sequence begins with the token of its task."""
-
-    @property
-    def sequence_length(self) -> int:
-        """Tokens of the longest sequence."""
-        return longest_sequence(self.tasks, with_markers=self.has_markers)
+    """As of `DepthTasks`."""
 
     @property
     def profile(self) -> dict[str, Any]:
@@ -334,10 +357,11 @@ class DepthStore(PreparedData):
 
     def describe(self) -> str:
         tasks = ", ".join(task.name_with_chance for task in self.tasks)
-        return f"{tasks}, sequences of {self.sequence_length} tokens"
+        length = DepthTasks(self.tasks, self.has_markers).sequence_length
+        return f"{tasks}, sequences of {length} tokens"
 
     def check_length(self, context_length: int) -> None:
-        check_depth_length(self.sequence_length, context_length)
+        DepthTasks(self.tasks, self.has_markers).check_length(context_length)
 
     def sequences(self, positions: np.ndarray, *, context_length: int, seed: int) -> Batch:
         return self._sequences(positions, context_length, "train", seed)
@@ -352,8 +376,7 @@ class DepthStore(PreparedData):
 
     def items(self, task: DepthTask, num_items: int) -> Iterator[DepthItem]:
         """Return questions of a task; no stream of training or validation holds their sequences."""
-        firsts = count(step=_SEQUENCES_PER_ROUND)
-        rounds = (self._round_of_items(task, first) for first in firsts)
+        rounds = (self._round_of_items(task, first) for first in count(step=_SEQUENCES_PER_ROUND))
         return islice(chain.from_iterable(rounds), num_items)
 
     def _round_of_items(self, task: DepthTask, first: int) -> Iterator[DepthItem]:
@@ -367,11 +390,7 @@ class DepthStore(PreparedData):
                 yield DepthItem(start + context, texts[answers[row, place]])
 
     def _sequences(
-        self,
-        positions: np.ndarray,
-        context_length: int,
-        stream: Literal["train", "validation"],
-        seed: int,
+        self, positions: np.ndarray, context_length: int, stream: str, seed: int
     ) -> Batch:
         ids = np.full((len(positions), context_length), self.manifest.end_of_text_id)
         targets = np.full_like(ids, NO_TARGET)
@@ -407,62 +426,18 @@ def content_number(*parts: str | int) -> int:
     return int(content_key(*parts)[:16], 16)
 
 
-def longest_sequence(tasks: tuple[DepthTask, ...], *, with_markers: bool) -> int:
-    """Return the tokens of the longest sequence of some tasks; 0 if there are none."""
-    return max((task.length + with_markers for task in tasks), default=0)
-
-
-def check_depth_length(sequence_length: int, context_length: int) -> None:
-    """Raise a `UserError` if a model's context is shorter than the longest sequence."""
-    if sequence_length > context_length:
-        raise UserError(
-            f"the depth tasks have sequences of {sequence_length} tokens, more than "
-            f"model.context_length={context_length}; set it to {sequence_length}, or make the "
-            "tasks shorter"
-        )
-
-
-def only_tasks(settings: DataSettings) -> tuple[DepthTask, ...]:
-    """Return the tasks of data that hold nothing else.
-
-    Raises:
-        UserError: If the settings name none, or a sequence cannot hold its task.
-    """
-    if not settings.depth.tasks:
-        raise UserError(
-            "data.source is `depth`, but data.depth.tasks is empty; name depth tasks, such as "
-            "--set 'data.depth.tasks=[phop_6]'"
-        )
-    return make_tasks(settings.depth)
-
-
-def depth_tokenizer(settings: DataSettings) -> Tokenizer:
-    """Return the tokenizer of data that hold nothing but depth tasks."""
-    tasks = only_tasks(settings)
-    return symbol_tokenizer(vocabulary(tasks, with_markers=len(tasks) > 1))
-
-
 def depth_folder(settings: DataSettings, parent: Path) -> Path:
     """Return the folder in `parent` of prepared depth tasks, whether it exists or not."""
-    tokenizer = depth_tokenizer(settings).to_str()
-    return parent / content_key(
-        "depth", GENERATOR_VERSION, settings.depth.model_dump(mode="json"), tokenizer
-    )
+    tokenizer = symbol_tokenizer(DepthTasks.of(settings).vocabulary).to_str()
+    depth = settings.depth.model_dump(mode="json")
+    return parent / content_key("depth", GENERATOR_VERSION, depth, tokenizer)
 
 
 def write_depth(settings: DataSettings, parent: Path) -> Path:
     """Write the folder of depth tasks, unless it exists; it holds no sequences."""
     folder = depth_folder(settings, parent)
     if not is_complete(folder):
+        tokenizer = symbol_tokenizer(DepthTasks.of(settings).vocabulary)
         with new_folder(folder) as filling:
-            finish_folder(
-                filling, folder.name, settings.read_by_source(), depth_tokenizer(settings)
-            )
+            finish_folder(filling, folder.name, settings.read_by_source(), tokenizer)
     return folder
-
-
-def open_depth(folder: Path) -> DepthStore:
-    """Open a folder of nothing but depth tasks."""
-    manifest = checked_manifest(folder)
-    tasks = make_tasks(DepthSettings.model_validate(manifest.settings["depth"]))
-    return DepthStore(folder, manifest, tasks, has_markers=len(tasks) > 1)

@@ -26,12 +26,10 @@ from iiet.batch import Batch
 from orchestrator.data.depth import (
     GENERATOR_VERSION,
     DepthStore,
+    DepthTasks,
     add_symbols,
     content_number,
-    make_tasks,
-    open_depth,
     symbol_tokenizer,
-    vocabulary,
 )
 from orchestrator.data.order import SourceOrder
 from orchestrator.data.store import (
@@ -161,7 +159,7 @@ def mixture_tokenizer(settings: DataSettings, text: Tokenizer | None) -> Tokeniz
     Raises:
         UserError: If the tokenizer of the texts has the symbols of the tasks.
     """
-    symbols = vocabulary(make_tasks(settings.tasks), with_markers=True)
+    symbols = DepthTasks.of(settings).vocabulary
     if text is None:
         return symbol_tokenizer(symbols)
     whole = Tokenizer.from_str(text.to_str())
@@ -199,46 +197,28 @@ def write_mixture(
     )
     folder = parent / fingerprint
     if not is_complete(folder):
-        counts = [checked_manifest(path) for path in texts.values()]
+        train, validation = SplitCounts(), SplitCounts()
+        for manifest in map(checked_manifest, texts.values()):
+            for total, own in ((train, manifest.train), (validation, manifest.validation)):
+                total.documents += own.documents
+                total.tokens += own.tokens
+                total.bytes += own.bytes
         with new_folder(folder) as filling:
             finish_folder(
                 filling,
                 fingerprint,
                 settings.read_by_source(),
                 whole,
-                train=_total([manifest.train for manifest in counts]),
-                validation=_total([manifest.validation for manifest in counts]),
+                train=train,
+                validation=validation,
                 texts=names,
             )
     return folder
 
 
-def _total(counts: list[SplitCounts]) -> SplitCounts:
-    units = SplitCounts.model_fields
-    return SplitCounts(**{unit: sum(getattr(one, unit) for one in counts) for unit in units})
-
-
 def _order_of(settings: DataSettings) -> SourceOrder:
     shares = settings.shares
     return SourceOrder.of_shares([shares[name] for name in source_order(shares)])
-
-
-def _open_mixture(folder: Path) -> MixtureStore:
-    manifest = checked_manifest(folder)
-    try:
-        settings = DataSettings.model_validate(manifest.settings)
-    except ValidationError as error:  # The package of a text's source is not installed.
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"cannot read the mixture in {folder}: {reason}") from None
-    folders = manifest.text_folders(folder)
-    tasks = {task.name: task for task in make_tasks(settings.tasks)}
-    sources = {
-        name: open_tokens(folders[name])
-        if name in folders
-        else DepthStore(folder, manifest, (tasks[name],), has_markers=True)
-        for name in source_order(settings.shares)
-    }
-    return MixtureStore(folder, manifest, sources, _order_of(settings))
 
 
 def open_data(folder: Path | str) -> PreparedData:
@@ -249,9 +229,25 @@ def open_data(folder: Path | str) -> PreparedData:
             source is not installed.
     """
     folder = Path(folder)
-    openers = {"depth": open_depth, "mixture": _open_mixture}
-    source = checked_manifest(folder).settings.get("source")
-    return openers.get(str(source), open_tokens)(folder)
+    manifest = checked_manifest(folder)
+    if manifest.settings.get("source") not in ("depth", "mixture"):
+        return open_tokens(folder)
+    try:
+        settings = DataSettings.model_validate(manifest.settings)
+    except ValidationError as error:  # The package of a text's source is not installed.
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"cannot read the data in {folder}: {reason}") from None
+    tasks = DepthTasks.of(settings)
+    if settings.source == "depth":
+        return DepthStore(folder, manifest, *tasks)
+    folders, tasks_by_name = manifest.text_folders(folder), {task.name: task for task in tasks[0]}
+    sources = {
+        name: open_tokens(folders[name])
+        if name in folders
+        else DepthStore(folder, manifest, (tasks_by_name[name],), has_markers=True)
+        for name in source_order(settings.shares)
+    }
+    return MixtureStore(folder, manifest, sources, _order_of(settings))
 
 
 @lru_cache(maxsize=64)

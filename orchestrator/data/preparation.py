@@ -17,16 +17,12 @@ from tokenizers import Tokenizer
 
 from orchestrator.data.depth import (
     GENERATOR_VERSION,
-    check_depth_length,
+    DepthTasks,
     depth_folder,
-    depth_tokenizer,
-    longest_sequence,
-    make_tasks,
-    only_tasks,
-    vocabulary,
+    symbol_tokenizer,
     write_depth,
 )
-from orchestrator.data.mixture import MIXTURE_VERSION, mixture_tokenizer, open_data, write_mixture
+from orchestrator.data.mixture import MIXTURE_VERSION, open_data, write_mixture
 from orchestrator.data.store import TokenStore, is_complete, verify_data
 from orchestrator.data.text import source_state, text_source
 from orchestrator.data.tokenize import TOKENIZER_CHARACTERS, can_resume, sample_texts, write_text
@@ -63,11 +59,6 @@ def prepare(
     """
     progress, parent = progress or Progress(), workspace.tokens
     folder = find_prepared(settings, parent)
-    if folder is None and settings.source == "depth":
-        progress.start("corpus")
-        folder = write_depth(settings, parent)
-        progress.finish(_summary(folder))
-        return folder
     if folder is None:
         # One process at a time: two would write the same files.
         with lock_file(parent / ".lock"):
@@ -83,6 +74,9 @@ def prepare(
 
 
 def _write(settings: DataSettings, parent: Path, progress: Progress) -> Path:
+    if settings.source == "depth":
+        progress.start("corpus")
+        return write_depth(settings, parent)
     key = source_key(settings)
     index = _index_file(key, parent)
     if index.exists():
@@ -96,26 +90,14 @@ def _write(settings: DataSettings, parent: Path, progress: Progress) -> Path:
         for name, alone in settings.texts.items():
             assert tokenizer is not None
             text_key = source_key(alone, "mixture", tokenizer.to_str())
-            texts[name] = find_folder(text_key, parent) or _write_text(
-                alone, parent, text_key, progress, tokenizer
-            )
+            found = find_folder(text_key, parent)
+            texts[name] = found or write_text(alone, parent, text_key, progress, tokenizer)
+            _store_folder(text_key, texts[name])
         folder = write_mixture(settings, parent, texts, tokenizer)
-        _store_folder(key, folder)
     else:
-        folder = _write_text(settings, parent, key, progress)
-    verify_data(folder, remember=True)
-    return folder
-
-
-def _write_text(
-    settings: DataSettings,
-    parent: Path,
-    key: str,
-    progress: Progress,
-    tokenizer: Tokenizer | None = None,
-) -> Path:
-    folder = write_text(settings, parent, key, progress, tokenizer)
+        folder = write_text(settings, parent, key, progress)
     _store_folder(key, folder)
+    verify_data(folder, remember=True)
     return folder
 
 
@@ -223,16 +205,23 @@ def expected_tokens(settings: DataSettings, prepared: Path | None) -> ExpectedTo
     Raises:
         UserError: If files or a tokenizer that the settings name are missing.
     """
+    is_mixture = settings.source == "mixture"
+    texts = settings.texts if is_mixture else {settings.source: settings}
     num_train_tokens, new_bytes = None, 0
-    if settings.source == "depth":
-        vocab_size, origin = num_token_ids(depth_tokenizer(settings)), "of the depth tasks"
+    if settings.source == "depth" or not (texts or prepared):
+        tasks = DepthTasks.of(settings)
+        vocab_size = num_token_ids(symbol_tokenizer(tasks.vocabulary))
+        origin = "of the depth tasks"
     elif prepared is not None:
         data = open_data(prepared)
         vocab_size, origin = data.vocab_size, "of the prepared tokens"
         num_train_tokens = len(data.train) if isinstance(data, TokenStore) else None
     else:
-        vocab_size, origin = _vocabulary(settings)
-        texts = settings.texts if settings.source == "mixture" else {settings.source: settings}
+        vocab_size, origin = _text_vocabulary(settings)
+        if is_mixture:
+            num_symbols = len(DepthTasks.of(settings).vocabulary)
+            origin = f"{num_symbols} symbols, and {vocab_size:,}: {origin}"
+            vocab_size += num_symbols
         new_bytes = sum(_bytes_to_write(text, vocab_size) for text in texts.values())
     return ExpectedTokens(
         vocab_size=vocab_size,
@@ -250,7 +239,7 @@ def sequence_length(settings: DataSettings) -> int | None:
         UserError: If depth tasks are wanted, and none is named or a sequence cannot hold one.
     """
     has_text = settings.source not in ("depth", "mixture") or settings.texts
-    return None if has_text else _longest_task(settings)
+    return None if has_text else DepthTasks.of(settings).sequence_length
 
 
 def check_context_length(settings: DataSettings, context_length: int) -> None:
@@ -260,24 +249,7 @@ def check_context_length(settings: DataSettings, context_length: int) -> None:
         UserError: If it does not, or a sequence cannot hold its task.
     """
     if settings.source in ("depth", "mixture"):
-        check_depth_length(_longest_task(settings), context_length)
-
-
-def _longest_task(settings: DataSettings) -> int:
-    if settings.source == "depth":
-        tasks = only_tasks(settings)
-        return longest_sequence(tasks, with_markers=len(tasks) > 1)
-    return longest_sequence(make_tasks(settings.tasks), with_markers=True)
-
-
-def _vocabulary(settings: DataSettings) -> tuple[int, str]:
-    if settings.source == "mixture":
-        if not settings.texts:
-            return num_token_ids(mixture_tokenizer(settings, None)), "of the depth tasks"
-        num_symbols = len(vocabulary(make_tasks(settings.tasks), with_markers=True))
-        size, origin = _text_vocabulary(settings)
-        return size + num_symbols, f"{num_symbols} symbols, and {size:,}: {origin}"
-    return _text_vocabulary(settings)
+        DepthTasks.of(settings).check_length(context_length)
 
 
 def _text_vocabulary(settings: DataSettings) -> tuple[int, str]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from orchestrator.models.tokenizer import end_of_text_id, num_token_ids
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import (
     checksums_of,
+    damage_as_user_error,
     damaged_file,
     read_json,
     write_json,
@@ -284,11 +285,8 @@ def checked_manifest(folder: Path) -> Manifest:
         raise UserError(f"there are no prepared tokens at {folder}; run `iiet-orch prepare`")
     if values.get("format") != FORMAT_VERSION:
         raise UserError(f"{folder} was written by another version of the program; {remedy}")
-    try:
+    with damage_as_user_error(path, remedy=remedy):
         manifest = Manifest.model_validate(values)
-    except ValidationError as error:
-        fields = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
-        raise UserError(f"{path} is damaged (missing or invalid: {fields}); {remedy}") from None
     for name in manifest.sha256:
         file, size = folder / name, manifest.sizes.get(name)
         if not file.is_file():

@@ -17,13 +17,14 @@ import io
 import json
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from pydoc_data.topics import topics
 from statistics import median
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 from iiet.extensions import ExtensionError, ExtensionTable
 from iiet.methods.base import NoOptions
@@ -53,8 +54,7 @@ class RecordError(ValueError):
     """A record does not hold the text that is wanted; says why and what to do, but not where."""
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """A text, stripped and valid UTF-8, and where it comes from."""
 
     text: str
@@ -112,29 +112,18 @@ class PythonTopics(TextSource):
     """The help topics that come with every Python: its reference manual, in English."""
 
     def state(self) -> Any:
-        return ["pydoc topics", content_key(self._topics)]
+        return ["pydoc topics", content_key(topics)]
 
     def documents(self, shard: Any) -> Iterator[tuple[str, str]]:  # noqa: ARG002 - one shard
-        for name in sorted(self._topics):
-            yield from ((text, f"topics/{name}") for text in split_long(self._topics[name]))
-
-    @property
-    def _topics(self) -> dict[str, str]:
-        try:
-            from pydoc_data.topics import topics
-        except ImportError:
-            raise UserError(
-                "this Python has no help topics; use data.source=files with files of this machine"
-            ) from None
-        return dict(topics)
+        for name in sorted(topics):
+            yield from ((text, f"topics/{name}") for text in split_long(topics[name]))
 
 
 class TextFiles(TextSource):
     """The files that `data.files` names; a shard is a list of pieces (path, first, end)."""
 
     def state(self) -> Any:
-        stats = [(str(path), path.stat()) for path in find_files(self.settings)]
-        return ["files", [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+        return ["files", _stamps({str(path): path for path in find_files(self.settings)})]
 
     def shards(self) -> Sequence[Any]:
         shards: list[list[Any]] = []
@@ -161,9 +150,7 @@ class HubDataset(TextSource):
     """The data set `data.hub_name` of the hub, streamed; its shards are those of the data set."""
 
     def state(self) -> Any:
-        self._check_settings()
-        state = ["hub", self.settings.hub_name, self.settings.hub_config]
-        folder = Path(self.settings.hub_name)
+        state, folder = ["hub", self._name, self.settings.hub_config], Path(self._name)
         if not folder.is_dir():
             return state
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -171,22 +158,20 @@ class HubDataset(TextSource):
             package = PACKAGES_TO_DECOMPRESS.get(path.suffix)
             if package and find_spec(package) is None:
                 raise UserError(f"{path} needs {package}; run `pip install {package}`")
-        stats = [(str(path.relative_to(folder)), path.stat()) for path in files]
-        return [*state, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+        return [*state, _stamps({str(path.relative_to(folder)): path for path in files})]
 
     def shards(self) -> Sequence[Any]:
         return range(self._stream.num_shards)
 
     def documents(self, shard: Any) -> Iterator[tuple[str, str]]:
-        name, number = self.settings.hub_name, 0
-        stream = self._stream.shard(num_shards=self._stream.num_shards, index=shard)
+        number = 0
         try:
-            for record in stream:
+            for record in self._stream.shard(num_shards=self._stream.num_shards, index=shard):
                 number += 1
                 text = record_text(record, self.settings.text_field)
-                yield from ((passage, name) for passage in split_long(text))
+                yield from ((passage, self._name) for passage in split_long(text))
         except RecordError as error:
-            raise UserError(f"{name}, record {number} of shard {shard}: {error}") from None
+            raise UserError(f"{self._name}, record {number} of shard {shard}: {error}") from None
         except Exception as error:  # the hub's client raises dozens of kinds
             raise self._unreadable(error, f", shard {shard}, after record {number}") from None
 
@@ -195,29 +180,33 @@ class HubDataset(TextSource):
 
     @cached_property
     def _stream(self) -> Any:
-        self._check_settings()
-        name = self.settings.hub_name
-        if not Path(name).is_dir():
-            require_hub(f"the data set {name}")
+        if not Path(self._name).is_dir():
+            require_hub(f"the data set {self._name}")
         import datasets
 
+        options = {"split": "train", "streaming": True}
         try:
-            return datasets.load_dataset(
-                name, self.settings.hub_config, split="train", streaming=True
-            )
+            return datasets.load_dataset(self._name, self.settings.hub_config, **options)
         except Exception as error:  # as above
             raise self._unreadable(error) from None
 
     def _unreadable(self, error: Exception, place: str = "") -> UserError:
         reason = " ".join(str(error).split())
-        return UserError(f"cannot read the data set {self.settings.hub_name}{place}: {reason}")
+        return UserError(f"cannot read the data set {self._name}{place}: {reason}")
 
-    def _check_settings(self) -> None:
+    @property
+    def _name(self) -> str:
         if not self.settings.hub_name:
             raise UserError(
                 "the source `hub` reads data.hub_name, which is empty; name a data set, such as "
                 "--set data.hub_name=cerebras/SlimPajama-627B"
             )
+        return self.settings.hub_name
+
+
+def _stamps(files: Mapping[str, Path]) -> list[Any]:
+    stats = [(name, path.stat()) for name, path in files.items()]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 DATA_SOURCES: ExtensionTable[type[TextSource]] = ExtensionTable(
@@ -291,36 +280,29 @@ def find_files(settings: DataSettings) -> list[Path]:
         )
     found: set[Path] = set()
     for pattern in settings.files:
-        try:
-            found.update(_matching_files(pattern))
-        except (OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"data.files: {quoted(pattern)} is not a valid path or file pattern ({error})"
-            ) from None
-    for path in sorted(found):
-        if not path.name.endswith(SUFFIXES):
-            raise UserError(f"data.files: cannot read {path}; the kinds are {', '.join(SUFFIXES)}")
-    return sorted(found)
-
-
-def _matching_files(pattern: str) -> list[Path]:
-    if not pattern:
-        raise UserError("data.files: a name is empty; name a file, a folder or a pattern")
-    path = Path.cwd() / expand_user(pattern)
-    if path.is_dir():
-        files = [f for f in path.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file()]
-        problem = f"the folder {path} holds no text; the kinds are {', '.join(SUFFIXES)}"
-    else:
-        root = Path(path.anchor)
-        # A file that exists is taken literally, even with brackets in its name.
-        matches = [path] if path.is_file() else root.glob(str(path.relative_to(root)))
-        files = [match for match in matches if match.is_file()]
+        if not pattern:
+            raise UserError("data.files: a name is empty; name a file, a folder or a pattern")
+        path, kinds = Path.cwd() / expand_user(pattern), ", ".join(SUFFIXES)
         problem = f"no file matches {quoted(pattern)} (searched from {Path.cwd()})"
-    if not files:
-        raise UserError(f"data.files: {problem}")
-    return [file.resolve() for file in files]
+        try:
+            if path.is_dir():
+                matches = [each for each in path.rglob("*") if each.name.endswith(SUFFIXES)]
+                problem = f"the folder {path} holds no text; the kinds are {kinds}"
+            elif path.is_file():  # Taken literally, even with brackets in its name.
+                matches = [path]
+            else:
+                root = Path(path.anchor)
+                matches = list(root.glob(str(path.relative_to(root))))
+            files = [match.resolve() for match in matches if match.is_file()]
+        except (OSError, ValueError) as error:
+            problem, files = f"{quoted(pattern)} is not a valid path or file pattern ({error})", []
+        if not files:
+            raise UserError(f"data.files: {problem}")
+        for file in files:
+            if not file.name.endswith(SUFFIXES):
+                raise UserError(f"data.files: cannot read {file}; the kinds are {kinds}")
+        found.update(files)
+    return sorted(found)
 
 
 def _pieces(path: Path) -> Iterator[tuple[int, int | None, int]]:
@@ -350,6 +332,7 @@ def read_file(path: Path, text_field: str, first: int = 0, end: int | None = Non
         UserError: If it cannot be read, is not UTF-8 text, or a record has no `text_field`; names
             the file, and the line or the row.
     """
+    position, line = first, b""
     try:
         if path.suffix == ".txt":
             text = path.read_text(encoding="utf-8-sig")
@@ -360,16 +343,13 @@ def read_file(path: Path, text_field: str, first: int = 0, end: int | None = Non
             yield from _read_parquet(path, text_field, first, end)
         else:
             for position, line in _read_lines(path, first, end):
-                try:
-                    record = json.loads(line.decode("utf-8" if position else "utf-8-sig"))
-                    yield record_text(record, text_field)
-                except (ValueError, RecursionError) as error:
-                    place = f"{path}, line {_line_number(path, position)}"
-                    raise UserError(f"{place}: {_problem(error, line)}") from None
+                record = json.loads(line.decode("utf-8" if position else "utf-8-sig"))
+                yield record_text(record, text_field)
     except UserError:
         raise
-    except ValueError as error:
-        raise UserError(f"{path}: {_problem(error)}") from None
+    except (ValueError, RecursionError) as error:
+        place = f", line {_line_number(path, position)}" if line else ""
+        raise UserError(f"{path}{place}: {_problem(error, line)}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
@@ -432,8 +412,7 @@ def _read_parquet(path: Path, text_field: str, first: int, end: int | None) -> I
     import pyarrow
 
     file = _parquet(path)
-    names = file.schema_arrow.names
-    record_text(dict.fromkeys(names, ""), text_field)  # Is there such a column?
+    record_text(dict.fromkeys(file.schema_arrow.names, ""), text_field)  # Is there such a column?
     groups = range(first, file.num_row_groups if end is None else end)
     number = sum(file.metadata.row_group(group).num_rows for group in range(first))
     try:
@@ -441,10 +420,8 @@ def _read_parquet(path: Path, text_field: str, first: int, end: int | None) -> I
             for text in batch.column(0).to_pylist():
                 number += 1
                 yield record_text({text_field: "" if text is None else text}, text_field)
-    except RecordError as error:
+    except (RecordError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}, row {number}: {error}") from None
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not readable after row {number}: {error}") from None
 
 
 def record_text(record: Any, text_field: str) -> str:

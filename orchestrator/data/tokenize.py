@@ -19,9 +19,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, suppress
-from itertools import chain, islice
+from contextlib import ExitStack
+from itertools import chain, compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +70,7 @@ RECORD = np.dtype(
 )
 """What is known of a document: `key` and `check` are its hash, whose first half tells copies."""
 _PLAN, _TOKENIZER, _SUMS = "plan.json", "tokenizer.json", "sha256.json"
+_QUEUE, _DIGITS = "queue", 8
 _TOKENS, _TEXTS, _RECORDS = "tokens.bin", "held_out.jsonl", "records.npy"
 
 Report = Callable[[int, int], None]
@@ -174,7 +174,7 @@ def sample_texts(settings: DataSettings, num_characters: int) -> tuple[Iterator[
         )
     fraction = settings.validation_fraction
     if 1 < len(read) < FEW_DOCUMENTS:
-        smallest = min(hash_fraction(text, "split") for text in read)
+        smallest = min(_place_in_split(text) for text in read)
         fraction = max(fraction, math.nextafter(smallest, 1.0))
     return (text for text in read if not is_validation(text, fraction)), fraction
 
@@ -191,13 +191,13 @@ def _first_of_their_kind(documents: Iterator[Document]) -> Iterator[tuple[Docume
 
 def is_validation(text: str, fraction: float) -> bool:
     """Return whether a document is held out: its own text decides, no other document."""
-    return hash_fraction(text, "split") < fraction
+    return _place_in_split(text) < fraction
 
 
-def hash_fraction(text: str, purpose: str) -> float:
-    """Return a hash of a text as a number in [0, 1), independent for each purpose."""
+def _place_in_split(text: str) -> float:
+    # A hash in [0, 1).
     data = text.encode("utf-8", "replace")
-    digest = hashlib.blake2b(data, digest_size=8, person=purpose.encode()).digest()
+    digest = hashlib.blake2b(data, digest_size=8, person=b"split").digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
@@ -302,11 +302,8 @@ class _Rates:
         self._tokens += num_tokens
         self._bytes += num_bytes
         seconds = max(1e-9, time.monotonic() - self._started)
-        self._progress.advance(
-            self._shards,
-            f"{self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s, "
-            f"{format_bytes(self._bytes / seconds)}/s",
-        )
+        tokens = f"{self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s"
+        self._progress.advance(self._shards, f"{tokens}, {format_bytes(self._bytes / seconds)}/s")
 
     def end_shard(self) -> None:
         self._shards += 1
@@ -325,43 +322,36 @@ def _run_processes(
     code = f"from {__name__} import serve; serve()"
     # -P: a file in the working directory must not stand for a library.
     command = [sys.executable, "-P", "-c", code, str(folder)]
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    waiting = iter(numbers)
-
-    def drive(process: subprocess.Popen[str]) -> None:
-        assert process.stdin
-        assert process.stdout
-        for number in waiting:  # Threads share the iterator.
-            with suppress(BrokenPipeError):
-                process.stdin.write(f"{number}\n")
-                process.stdin.flush()
-            for line in process.stdout:
+    # All processes inherit the place where this file is read, so each takes the next number; and
+    # one pipe, in which no short line is torn.
+    (folder / _QUEUE).write_text("".join(f"{number:{_DIGITS}}" for number in numbers))
+    processes: list[subprocess.Popen[bytes]] = []
+    receiving, sending = os.pipe()
+    with ExitStack() as stack:
+        queue = stack.enter_context((folder / _QUEUE).open("rb", buffering=0))
+        answers = stack.enter_context(os.fdopen(receiving))
+        try:
+            for _ in range(num_processes):
+                process = subprocess.Popen(command, env=environment, stdin=queue, stdout=sending)
+                processes.append(stack.enter_context(process))
+            os.close(sending)
+            for line in answers:
                 answer = json.loads(line)
                 if isinstance(answer, str):
                     raise UserError(answer)
                 if answer is None:
                     report.end_shard()
-                    break
-                report(*answer)
-            else:
-                raise RuntimeError(f"a process that tokenizes ended with code {process.wait()}")
-
-    with ExitStack() as stack:
-        processes = [
-            stack.enter_context(subprocess.Popen(command, env=environment, **pipes))
-            for _ in range(num_processes)
-        ]
-        pool = stack.enter_context(ThreadPoolExecutor(num_processes))
-        try:
-            for done in as_completed([pool.submit(drive, process) for process in processes]):
-                done.result()
+                else:
+                    report(*answer)
+            if codes := [process.returncode for process in processes if process.wait()]:
+                raise RuntimeError(f"a process that tokenizes ended with code {codes[0]}")
         finally:
             for process in processes:
                 process.kill()
 
 
 def serve() -> None:
-    """Tokenize the shards whose numbers are read from standard input; run by `write_text`.
+    """Tokenize shards whose numbers stand in the file that is standard input; run by `write_text`.
 
     Each answer is a line of JSON: tokens and bytes, null at the end of a shard, or an error.
     """
@@ -375,8 +365,8 @@ def serve() -> None:
 
     try:
         writer = ShardWriter(Path(sys.argv[1]))
-        for line in sys.stdin:
-            writer.write(int(line), lambda *numbers: answer(numbers))
+        while number := os.read(0, _DIGITS):
+            writer.write(int(number), lambda *numbers: answer(numbers))
             answer(None)
     except UserError as error:
         answer(str(error))
@@ -388,55 +378,59 @@ def serve() -> None:
 
 
 def _join(folder: Path, shards: Sequence[Path], plan: Plan, parent: Path) -> Path:
-    keys = [np.load(shard / _RECORDS)["key"].copy() for shard in shards]
-    is_kept = first_occurrences(np.concatenate(keys))
+    records = [np.load(shard / _RECORDS, mmap_mode="r") for shard in shards]
+    is_kept = first_occurrences(np.concatenate([some["key"] for some in records]))
     if plan.settings.max_documents is not None:
         is_kept &= np.cumsum(is_kept) <= plan.settings.max_documents
-    kept = np.split(is_kept, np.cumsum([len(some) for some in keys])[:-1])
+    kept = np.split(is_kept, np.cumsum([len(some) for some in records])[:-1])
     sides = {False: SplitCounts(), True: SplitCounts()}
     documents = hashlib.sha256()
-    for shard, chosen in zip(shards, kept, strict=True):
-        records = np.load(shard / _RECORDS)[chosen]
-        documents.update(records.tobytes())
+    for some, chosen in zip(records, kept, strict=True):
+        documents.update(some[chosen].tobytes())
         for is_held_out, counts in sides.items():
-            own = records[records["held_out"] == is_held_out]
+            own = some[chosen & (some["held_out"] == is_held_out)]
             counts.documents += len(own)
             counts.tokens += int(own["tokens"].sum(dtype=np.int64))
             counts.bytes += int(own["bytes"].sum(dtype=np.int64))
-    _check_counts(sides[False], sides[True], plan.fraction)
+    train, validation = sides.values()
+    num_documents = train.documents + validation.documents
+    if num_documents == 1:
+        raise UserError(
+            f"the corpus is a single document of {train.tokens + validation.tokens} tokens, too "
+            "little to train on one part and to hold out another; give more text"
+        )
+    if not (train.documents and validation.documents):
+        name = "validation" if train.documents else "training"
+        raise UserError(
+            f"none of the {num_documents} documents falls to {name} with "
+            f"data.validation_fraction={plan.fraction:g}; choose another fraction or give more text"
+        )
 
     fingerprint = content_key(documents.hexdigest(), file_digest(folder / _TOKENIZER))
     final = parent / fingerprint
-    if not is_complete(final):
-        tokenizer = load_tokenizer(folder / _TOKENIZER)
-        dtype = np.dtype(token_dtype(num_token_ids(tokenizer))).newbyteorder("<")
-        with new_folder(final) as filling:
-            with (
-                (filling / TRAIN_NAME).open("wb") as train,
-                (filling / VALIDATION_NAME).open("wb") as validation,
-                (filling / TEXTS_NAME).open("wb") as texts,
-            ):
-                for shard, chosen in zip(shards, kept, strict=True):
-                    records = np.load(shard / _RECORDS)
-                    with (shard / _TEXTS).open("rb") as rows:
-                        flags = chosen[records["held_out"]]
-                        texts.writelines(row for row, flag in zip(rows, flags, strict=True) if flag)
-                    with (shard / _TOKENS).open("rb") as file:
-                        for first in range(0, len(records), DOCUMENTS_COPIED_TOGETHER):
-                            some = records[first : first + DOCUMENTS_COPIED_TOGETHER]
-                            flags = chosen[first : first + DOCUMENTS_COPIED_TOGETHER]
-                            tokens = np.fromfile(file, dtype, int(some["tokens"].sum()))
-                            for out, side in ((train, False), (validation, True)):
-                                own = flags & (some["held_out"] == side)
-                                out.write(tokens[np.repeat(own, some["tokens"])].tobytes())
-            finish_folder(
-                filling,
-                fingerprint,
-                plan.settings.read_by_source(),
-                tokenizer,
-                train=sides[False],
-                validation=sides[True],
-            )
+    if is_complete(final):
+        return final
+    tokenizer = load_tokenizer(folder / _TOKENIZER)
+    dtype = np.dtype(token_dtype(num_token_ids(tokenizer))).newbyteorder("<")
+    with new_folder(final) as filling:
+        with (
+            (filling / TRAIN_NAME).open("wb") as train_file,
+            (filling / VALIDATION_NAME).open("wb") as validation_file,
+            (filling / TEXTS_NAME).open("wb") as texts,
+        ):
+            for shard, of_shard, chosen in zip(shards, records, kept, strict=True):
+                with (shard / _TEXTS).open("rb") as rows:
+                    texts.writelines(compress(rows, chosen[of_shard["held_out"]]))
+                with (shard / _TOKENS).open("rb") as file:
+                    for first in range(0, len(of_shard), DOCUMENTS_COPIED_TOGETHER):
+                        part = slice(first, first + DOCUMENTS_COPIED_TOGETHER)
+                        some, flags = of_shard[part], chosen[part]
+                        tokens = np.fromfile(file, dtype, int(some["tokens"].sum()))
+                        for out, side in ((train_file, False), (validation_file, True)):
+                            own = flags & (some["held_out"] == side)
+                            out.write(tokens[np.repeat(own, some["tokens"])].tobytes())
+        settings = plan.settings.read_by_source()
+        finish_folder(filling, fingerprint, settings, tokenizer, train=train, validation=validation)
     return final
 
 
@@ -452,18 +446,3 @@ def first_occurrences(keys: np.ndarray) -> np.ndarray:
         _, first = np.unique(keys[places], return_index=True)
         is_first[places[first]] = True
     return is_first
-
-
-def _check_counts(train: SplitCounts, validation: SplitCounts, fraction: float) -> None:
-    num_documents = train.documents + validation.documents
-    if num_documents == 1:
-        raise UserError(
-            f"the corpus is a single document of {train.tokens + validation.tokens} tokens, too "
-            "little to train on one part and to hold out another; give more text"
-        )
-    for name, counts in (("training", train), ("validation", validation)):
-        if counts.documents == 0:
-            raise UserError(
-                f"none of the {num_documents} documents falls to {name} with "
-                f"data.validation_fraction={fraction:g}; choose another fraction or give more text"
-            )

@@ -15,9 +15,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from iiet.chunked_loss import CHUNK_ELEMENTS
 from iiet.config import ModelConfig
 from iiet.cost import field_parameters, layer_counts, num_parameters
+from iiet.losses import CHUNK_ELEMENTS
 from iiet.methods import METHODS
 from iiet.schedule import IterationSchedule
 

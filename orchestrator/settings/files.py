@@ -6,6 +6,7 @@ import difflib
 import json
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -49,12 +50,10 @@ def shipped_sweeps() -> dict[str, Path]:
 
 def find_settings_file(name: str) -> Path:
     """Return the file of a path, or of the name of a shipped sweep; a `UserError` for others."""
-    try:
-        path = Path(name).expanduser()
-        if path.is_file():
+    # A text may be none of a path on this machine, such as one that is too long.
+    with suppress(OSError, ValueError, RuntimeError):
+        if (path := Path(name).expanduser()).is_file():
             return path
-    except (OSError, ValueError, RuntimeError):
-        pass  # A text that cannot be a path on this machine, such as one that is too long.
     shipped = shipped_sweeps()
     if name in shipped:
         return shipped[name]
@@ -75,13 +74,10 @@ def read_settings(
     Raises:
         UserError: If the file is missing or is not a YAML mapping, or a setting is wrong.
     """
+    if path is None:
+        return resolve_settings({}, assignments, options)
     if isinstance(path, str):
         path = find_settings_file(path)
-    tree = _read_yaml(path) if path else {}
-    return resolve_settings(tree, assignments, options, origin=str(path) if path else "settings")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8-sig") as file:
             tree = parse_yaml(file.read(MAX_CHARACTERS + 1))  # However large the file is.
@@ -95,7 +91,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} must hold names and values such as `training:`, not a {type(tree).__name__}"
         )
-    return tree
+    return resolve_settings(tree, assignments, options, origin=str(path))
 
 
 def to_yaml(settings: Section) -> str:
@@ -163,8 +159,7 @@ def starting_settings(
     Raises:
         UserError: If they are not valid.
     """
-    sweep = shipped_sweeps()[_SWEEP_OF_SIZE[size]]
-    data: dict[str, Any] = {
+    options: dict[str, Any] = {
         "data.source": "hub" if hub_name else "files",
         "data.files": list(files),
         "data.hub_name": hub_name or "",
@@ -172,23 +167,25 @@ def starting_settings(
         "data.max_documents": None,
     }
     if size != "tiny":
-        data["data.vocab_size"] = _VOCABULARY_OF_PAPER
-    given = {"training.num_steps": steps, "cluster.num_gpus": gpus}
-    return read_settings(sweep, (), data | {k: v for k, v in given.items() if v is not None})
+        options["data.vocab_size"] = _VOCABULARY_OF_PAPER
+    if steps is not None:
+        options["training.num_steps"] = steps
+    if gpus is not None:
+        options["cluster.num_gpus"] = gpus
+    return read_settings(shipped_sweeps()[_SWEEP_OF_SIZE[size]], (), options)
 
 
 def starting_yaml(settings: Settings) -> str:
     """Return such settings as a commented YAML file."""
     unused = "data.files" if settings.data.source == "hub" else "data.hub_name"
-    written = _lines(
-        settings,
-        DEFAULTS,
-        lambda key, is_usual: key != unused and (key in _ALWAYS_WRITTEN or not is_usual),
-        explain=True,
-    )
+
+    def choose(key: str, is_usual: bool) -> bool:
+        return key != unused and (key in _ALWAYS_WRITTEN or not is_usual)
+
     head = (
         f"# A sweep on your own text: a {settings.model.preset} teacher, its influence, and\n"
         "# a front of distilled schedules. What is not written here has its default:\n"
         "# `iiet-orch config show` prints all settings.\n\n"
     )
-    return head + "".join(written).rstrip("\n") + "\n"
+    written = "".join(_lines(settings, DEFAULTS, choose, explain=True))
+    return head + written.rstrip("\n") + "\n"

@@ -1,9 +1,8 @@
 """Build the settings from defaults, a YAML file, `--set a.b=c` and option values, in this order.
 
 All values end in one nested mapping, which pydantic validates once. YAML is read by PyYAML's safe
-loader, within limits. A name appears once in a mapping. Numbers are read as people write them:
-`3e-4` is a number, and neither `017` (octal in YAML 1.1) nor `1:30` (there in base 60) nor a date
-is a whole number.
+loader, with three differences: a name appears once in a mapping, `3e-4` is a number, and a text is
+at most a million characters long, also with its anchors written out.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from orchestrator.workspace.errors import UserError, quoted, shortened
 
 DEFAULTS = Settings()
 MAX_PROBLEMS_SHOWN = 20
+MAX_CHARACTERS = 1_000_000
+"""Longest text, also with every alias of an anchor written out."""
 
 
 def resolve_settings(
@@ -41,15 +42,13 @@ def resolve_settings(
 
     Raises:
         UserError: Names every unknown key and every bad value at once, or else every broken rule;
-            and `origin` unless all of them were set by `assignments` or `options`.
+            and `origin` if the tree alone has problems, too.
     """
     merged = _unshared_copy(tree or {})
     problems: list[str] = []
-    changed: list[str] = []
     for change in (*assignments, *(options or {}).items()):
         try:
             name, value = _parse_assignment(change) if isinstance(change, str) else change
-            changed.append(name)
             _set_value(merged, name.split("."), value)
         except UserError as error:
             problems.append(str(error))
@@ -57,13 +56,13 @@ def resolve_settings(
         # Merged here, not by pydantic: both recipes have one type, but different defaults.
         settings = Settings.model_validate(_merge(DEFAULTS.model_dump(), merged))
     except ValidationError as error:
-        found = [text for problem in error.errors() for text in _described(problem)]
-        if all(_concerns(text, changed) for text in found):
-            origin = "settings"
-        problems += found
-    if problems:
-        raise UserError(list_of_problems(origin, problems))
-    return _fill_precisions(settings, merged)
+        problems += [text for problem in error.errors() for text in _described(problem)]
+    if not problems:
+        return _fill_precisions(settings, merged)
+    if assignments or options:
+        resolve_settings(tree, origin=origin)  # Blames the file for its own problems.
+        origin = "settings"
+    raise UserError(list_of_problems(origin, problems))
 
 
 def list_of_problems(origin: str, problems: Iterable[str]) -> str:
@@ -99,19 +98,16 @@ def _parse_assignment(assignment: str) -> tuple[str, Any]:
     try:
         return ".".join(keys), parse_yaml(text)
     except YamlProblem as error:
-        raise UserError(
-            f"--set {shortened(name)}: cannot read the value {quoted(text)}: {error}"
-        ) from None
+        place = f"--set {shortened(name)}"
+        raise UserError(f"{place}: cannot read the value {quoted(text)}: {error}") from None
 
 
 def _set_value(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         child = tree[key] = {} if tree.get(key) is None else tree[key]
         if not isinstance(child, dict):
-            raise UserError(
-                f"cannot set {shortened('.'.join(keys))}: {shortened(key)} is a value, "
-                "not a section"
-            )
+            name = shortened(".".join(keys))
+            raise UserError(f"cannot set {name}: {shortened(key)} is a value, not a section")
         tree = child
     tree[keys[-1]] = value
 
@@ -132,16 +128,12 @@ def _merge(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
-def _concerns(problem: str, changed: Iterable[str]) -> bool:
-    # A problem begins with the setting, or, of a rule, names all settings that break it.
-    setting = problem.partition(":")[0]
-    return any(name in problem or name.startswith(f"{setting}.") for name in changed)
-
-
 def _described(problem: Any) -> list[str]:
-    location = [str(part) for part in problem["loc"]]
-    if not location:  # Broken rules, one a line; or the whole tree is not a mapping.
-        return str(problem["msg"]).removeprefix("Value error, ").split("\n")
+    """Return pydantic's message after the setting's name, or the broken rules, one a line."""
+    location, message = [str(part) for part in problem["loc"]], problem["msg"]
+    message = message.removeprefix("Value error, ")
+    if not location:
+        return str(message).split("\n")
     if problem["type"] == "extra_forbidden":
         known = fields_of(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1)
@@ -153,8 +145,7 @@ def _described(problem: Any) -> list[str]:
     while len(location) > 1 and location[-1] not in fields_of(location[:-1]):
         location.pop()
     # YAML has lists; the settings keep them as tuples.
-    message = problem["msg"].removeprefix("Value error, ").replace("tuple", "list")
-    message = message[0].lower() + message[1:]
+    message = message[0].lower() + message[1:].replace("tuple", "list")
     return [f"{shortened('.'.join(location))}: {message}; got {quoted(problem['input'])}"]
 
 
@@ -166,73 +157,23 @@ def _fill_precisions(settings: Settings, given: Mapping[str, Any]) -> Settings:
     """
     trials = settings.trials_use_gpus
     run = trials if settings.sweep.kind == "iterations" else settings.cluster.num_gpus > 0
-    training, distillation, evaluation = (
-        settings.training, settings.distillation, settings.evaluation,
-    )  # fmt: skip
+    training, distillation = settings.training, settings.distillation
+    changes: dict[str, Any] = {}
     if "precision" not in (given.get("training") or {}):
-        training = training.model_copy(update={"precision": default_precision(on_gpus=run)})
+        precision = {"precision": default_precision(on_gpus=run)}
+        changes["training"] = training.model_copy(update=precision)
     if "precision" not in ((given.get("distillation") or {}).get("training") or {}):
-        recipe = distillation.training.model_copy(
-            update={"precision": default_precision(on_gpus=trials)}
-        )
-        distillation = distillation.model_copy(update={"training": recipe})
+        precision = {"precision": default_precision(on_gpus=trials)}
+        recipe = distillation.training.model_copy(update=precision)
+        changes["distillation"] = distillation.model_copy(update={"training": recipe})
     # Without GPUs it stays open: `evaluate` loads models on a GPU if this machine has one.
-    if trials and not evaluation.precision:
-        evaluation = evaluation.model_copy(update={"precision": "bf16"})
-    return settings.model_copy(
-        update={"training": training, "distillation": distillation, "evaluation": evaluation}
-    )
-
-
-MAX_CHARACTERS = 1_000_000
-"""Longest text, also with every alias of an anchor written out."""
-_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-_REPLACED = (_INT, _FLOAT, "tag:yaml.org,2002:timestamp")
-_NUMBERS = {
-    _INT: r"[-+]?(0|[1-9](_?[0-9]){0,18})$",
-    _FLOAT: r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|nan)$",
-}
+    if trials and not settings.evaluation.precision:
+        changes["evaluation"] = settings.evaluation.model_copy(update={"precision": "bf16"})
+    return settings.model_copy(update=changes)
 
 
 class YamlProblem(ValueError):
     """A YAML text that is invalid or refused; its message is one line."""
-
-
-def parse_yaml(text: str) -> Any:
-    """Return the plain values that a YAML text holds.
-
-    Raises:
-        YamlProblem: If the text is invalid or too long, or a name appears twice.
-    """
-    if len(text) > MAX_CHARACTERS:
-        raise YamlProblem(f"it has more than {MAX_CHARACTERS:,} characters")
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _length(node, {}) > MAX_CHARACTERS:
-            raise YamlProblem(
-                f"it has more than {MAX_CHARACTERS:,} characters with its anchors written out"
-            )
-        return loader.construct_document(node)
-    except YamlProblem:
-        raise
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        words = ", ".join(part for part in (error.context, error.problem) if part)
-        raise YamlProblem(shortened(" ".join(words.split())) + where) from None
-    except RecursionError:
-        raise YamlProblem("it is nested too deeply") from None
-    except Exception as error:  # PyYAML converts values with a tag, such as !!int, unchecked.
-        words = shortened(" ".join(str(error).split()))
-        raise YamlProblem(f"it holds a value that cannot be read ({words})") from None
-
-
-def dump_yaml(values: Any, **options: Any) -> str:
-    """Return plain values as YAML that `parse_yaml` reads."""
-    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, **options))
 
 
 class _Loader(yaml.SafeLoader):
@@ -241,8 +182,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
                 if key.value in seen:
-                    problem = f"{shortened(key.value)} appears more than once"
-                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+                    where = f"(line {key.start_mark.line + 1})"
+                    raise YamlProblem(f"{shortened(key.value)} appears more than once {where}")
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
@@ -251,13 +192,33 @@ class _Dumper(yaml.SafeDumper):
     """Quotes also those texts that `_Loader` would read as numbers."""
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [found for found in resolvers if found[0] not in _REPLACED]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _pattern in _NUMBERS.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
-_Dumper.add_implicit_resolver(_FLOAT, re.compile(_NUMBERS[_FLOAT]), list("-+.0123456789"))
+for _form in (_Loader, _Dumper):
+    _number = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+    _form.add_implicit_resolver("tag:yaml.org,2002:float", _number, list("-+.0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the plain values that a YAML text holds.
+
+    Raises:
+        YamlProblem: If the text is invalid or too long, or a name appears twice.
+    """
+    try:
+        loader = _Loader(text[: MAX_CHARACTERS + 1])
+        node = loader.get_single_node() if len(text) <= MAX_CHARACTERS else None
+        if len(text) > MAX_CHARACTERS or (node and _length(node, {}) > MAX_CHARACTERS):
+            words = "characters, as it is or with its anchors written out"
+            raise YamlProblem(f"it has more than {MAX_CHARACTERS:,} {words}")
+        return loader.construct_document(node) if node else None
+    except RecursionError:
+        raise YamlProblem("it is nested too deeply") from None
+    except Exception as error:  # PyYAML converts values with a tag, such as !!int, unchecked.
+        raise YamlProblem(shortened(" ".join(str(error).split()))) from None
+
+
+def dump_yaml(values: Any, **options: Any) -> str:
+    """Return plain values as YAML that `parse_yaml` reads."""
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, **options))
 
 
 def _length(node: yaml.Node, known: dict[int, float]) -> float:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from iiet import Decoder, next_token_loss, plain_formulas, preset
 from iiet.batch import NO_TARGET, Batch
-from iiet.chunked_loss import LazyLogits
 from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
-from iiet.losses import batch_cross_entropy
+from iiet.losses import LazyLogits, batch_cross_entropy
 from orchestrator.training.devices import World
 from orchestrator.training.objective import make_objective, validation_metrics
 
@@ -27,7 +26,7 @@ ELEMENTS = SEQUENCES * TIME * VOCAB
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut 36 positions into chunks of 8, the last one smaller."""
-    monkeypatch.setattr("iiet.chunked_loss.CHUNK_ELEMENTS", 8 * VOCAB)
+    monkeypatch.setattr("iiet.losses.CHUNK_ELEMENTS", 8 * VOCAB)
 
 
 def fresh_decoder(*, tied: bool = True) -> Decoder:
@@ -90,16 +89,6 @@ def test_values_and_gradients_equal_those_of_whole_logits(loss: str, tied: bool,
         total, parts = distillation_loss(student, guide, batch, config=DistillationConfig(**config))
         results.append([*value_and_gradients(decoder, total), *parts.values()])
     torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-14)
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_stored_answers_of_a_teacher_serve_as_well() -> None:
-    decoder, batch = fresh_decoder(), some_batch("text")
-    teacher = some_teacher(decoder)
-    config, answer = DistillationConfig(), teacher(batch.input_ids)
-    live, _ = distillation_loss(decoder, teacher, batch, config=config)
-    stored, _ = distillation_loss(decoder, lambda _: answer, batch, config=config)
-    assert stored.item() == pytest.approx(live.item(), rel=1e-12)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -196,19 +185,9 @@ def test_frozen_weights_get_no_gradient(frozen: str) -> None:
     torch.testing.assert_close(value_and_gradients(decoder, loss), expected)
 
 
-@pytest.mark.usefixtures("small_chunks")
-def test_a_graph_can_be_walked_twice() -> None:
-    decoder, batch = fresh_decoder(), some_batch("text")
-    loss = decoder(batch.input_ids, finish=partial(batch_cross_entropy, batch=batch))
-    first, second = (
-        torch.autograd.grad(loss, decoder.embedding.weight, retain_graph=True) for _ in range(2)
-    )
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-
-
 @pytest.fixture(params=[8 * VOCAB, 1 << 25], ids=["chunks", "whole"])
 def chunk_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("iiet.chunked_loss.CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr("iiet.losses.CHUNK_ELEMENTS", request.param)
 
 
 @pytest.mark.usefixtures("chunk_elements")

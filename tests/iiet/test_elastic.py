@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from iiet import chunked_loss
+from iiet import losses
 from iiet.arithmetic import plain_formulas
 from iiet.batch import Batch
 from iiet.config import ModelConfig
@@ -48,11 +48,11 @@ def test_the_full_schedule_teaches_itself_nothing(decoder: Decoder, batch: Batch
     torch.testing.assert_close(found, list(expected), rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("chunk", [chunked_loss.CHUNK_ELEMENTS, 64])
+@pytest.mark.parametrize("chunk", [losses.CHUNK_ELEMENTS, 64])
 def test_a_member_learns_as_from_a_frozen_copy(
     decoder: Decoder, batch: Batch, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
     parts, found = member_gradients(decoder, batch, (0, 1), kl_weight=0.7, temperature=2.0)
 
     def teacher(input_ids: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 
 from iiet import INFLUENCE_METRICS, Decoder, influence_table, preset
 from iiet.extensions import ExtensionError
-from iiet.influence import InfluenceAccumulator, InfluenceTable
+from iiet.influence import InfluenceTable
 from iiet.influence_metrics import BatchInfluence, Comparison, InfluenceMetric, LossRise
 
 
@@ -114,4 +114,4 @@ def test_a_table_can_be_read_without_its_metric():
     with pytest.raises(ExtensionError, match="there is no influence metric 'constant'; known: cos"):
         table.worths()
     with pytest.raises(ValueError, match="metric must be one of"):
-        InfluenceAccumulator("constant")
+        influence_table(decoder(), [TOKENS], metric="constant")

@@ -65,7 +65,7 @@ def test_equals_the_sums_written_out(kind, temperature):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_equals_finite_differences(kind, monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 8)
+    monkeypatch.setattr(losses, "CPU_ELEMENTS", (1, 8))
     teacher = random_logits(2, 3, 5)
     student = random_logits(2, 3, 5, seed=1).requires_grad_()
     mask = torch.tensor([[True, True, False], [False, True, True]])
@@ -96,30 +96,15 @@ def test_forward_and_reverse_mirror_each_other_and_jensen_shannon_is_symmetric()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunks_change_nothing(kind, monkeypatch):
-    teacher, student = random_logits(3, 7, 11), random_logits(3, 7, 11, seed=1)
-    results = []
-    for elements in (1, 40, 1 << 20):
-        monkeypatch.setattr(losses, "CHUNK_ELEMENTS", elements)
-        leaf = student.clone().requires_grad_()
-        loss = kl_divergence(teacher, leaf, kind=kind)
-        (3 * loss).backward()
-        results.append((loss.item(), leaf.grad))
-    for value, gradient in results[1:]:
-        assert value == pytest.approx(results[0][0], rel=1e-13)
-        torch.testing.assert_close(gradient, results[0][1], rtol=1e-12, atol=1e-15)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_chunks_that_grow_with_the_logits_keep_results_bitwise_equal(
     kind, temperature, monkeypatch
 ):
     teacher, student = random_logits(2, 8 * 701, scale=3.0).float().view(2, 2, 4, 701)
-    monkeypatch.setattr(losses, "FEWEST_ELEMENTS", 1)
+    monkeypatch.setattr(losses, "CPU_ELEMENTS", (1, 1 << 21))
     results = []
     for share in (1, 3, 16):
-        monkeypatch.setattr(losses, "CHUNK_SHARE", share)
+        monkeypatch.setattr(losses, "CPU_SHARE", share)
         leaf = student.clone().requires_grad_()
         loss = kl_divergence(teacher, leaf, temperature=temperature, kind=kind)
         loss.backward()
@@ -141,16 +126,6 @@ def test_masked_positions_have_no_effect(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_counted_positions_the_loss_is_zero(kind):
-    student = random_logits(2, 4, 6).requires_grad_()
-    mask = torch.zeros(2, 4, dtype=torch.bool)
-    loss = kl_divergence(random_logits(2, 4, 6, seed=1), student, mask=mask, kind=kind)
-    loss.backward()
-    assert loss.item() == 0
-    assert student.grad.abs().max() == 0
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_tokens_that_both_models_exclude_do_no_harm(kind):
     teacher, student = random_logits(1, 2, 6), random_logits(1, 2, 6, seed=1)
     impossible = torch.tensor([False] * 5 + [True])
@@ -160,13 +135,6 @@ def test_tokens_that_both_models_exclude_do_no_harm(kind):
     smaller = kl_divergence(teacher[..., :5], student[..., :5], kind=kind)
     assert loss.item() == pytest.approx(smaller.item(), rel=1e-12)
     assert leaf.grad.isfinite().all()
-
-
-def test_jensen_shannon_is_finite_if_one_model_is_certain():
-    teacher = torch.tensor([[[0.0, -math.inf]]])
-    student = torch.tensor([[[-math.inf, 0.0]]])
-    loss = kl_divergence(teacher, student, kind="jensen_shannon")
-    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
 
 
 @pytest.mark.parametrize("loss", KINDS)
@@ -263,15 +231,6 @@ def test_cross_entropy_and_its_gradient_equal_a_sum_over_single_positions(count)
         torch.testing.assert_close(torch.autograd.grad(loss, dirty)[0], gradient)
 
 
-def test_next_token_loss_is_the_cross_entropy_of_text():
-    logits, tokens = random_logits(2, 5, 7).float(), torch.arange(10).view(2, 5) % 7
-    mask = torch.tensor([[True, True, False, True, False], [True, False, False, False, True]])
-    for counted in (None, mask):
-        batch = Batch.of_text(tokens, counted)
-        loss = cross_entropy(logits, batch.targets, mask=batch.mask)
-        assert next_token_loss(logits, tokens, mask=counted).item() == loss.item()
-
-
 @pytest.mark.parametrize("count", [None, 0.0])
 def test_a_loss_over_nothing_is_zero_and_flat(count):
     logits = random_logits(2, 4, 6).requires_grad_()
@@ -286,28 +245,6 @@ def test_a_loss_over_nothing_is_zero_and_flat(count):
         assert torch.autograd.grad(loss, logits)[0].abs().max() == 0
 
 
-def test_cross_entropy_of_equal_logits_is_the_log_of_the_vocabulary():
-    loss = next_token_loss(torch.zeros(2, 9, 50, dtype=torch.bfloat16), torch.ones(2, 9).long())
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(math.log(50), rel=1e-6)
-
-
-def test_cross_entropy_of_nothing_is_zero():
-    logits, tokens = random_logits(2, 5, 7).requires_grad_(), torch.zeros(2, 5, dtype=torch.long)
-    loss = next_token_loss(logits, tokens, mask=torch.zeros(2, 5, dtype=torch.bool))
-    loss.backward()
-    assert loss.item() == 0
-    assert logits.grad.abs().max() == 0
-    assert next_token_loss(logits[:, :1], tokens[:, :1]).item() == 0
-
-
-def test_the_last_position_gets_no_gradient():
-    logits = random_logits(2, 5, 7).requires_grad_()
-    next_token_loss(logits, torch.zeros(2, 5, dtype=torch.long)).backward()
-    assert logits.grad[:, -1].abs().max() == 0
-    assert logits.grad[:, :-1].abs().min() > 0
-
-
 def test_hidden_state_error_is_relative_and_flat_at_equality():
     teacher = [random_logits(2, 3, 4, seed=seed, scale=10.0**seed) for seed in range(3)]
     ours = [h.clone().requires_grad_() for h in teacher]
@@ -317,16 +254,6 @@ def test_hidden_state_error_is_relative_and_flat_at_equality():
     assert all(h.grad.abs().max() == 0 for h in ours)
     # 10% off in every layer, whatever its size, is an error of 0.01.
     assert hidden_state_error(teacher, [1.1 * h for h in teacher]).item() == pytest.approx(0.01)
-
-
-def test_hidden_state_error_of_a_batch_is_the_mean_of_its_parts():
-    teacher, ours = ([random_logits(4, 3, 5, seed=s + 10 * n) for n in range(2)] for s in (0, 1))
-    teacher[0][:2] *= 10
-    parts = [
-        hidden_state_error([h[part] for h in teacher], [h[part] for h in ours]).item()
-        for part in (slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4))
-    ]
-    assert hidden_state_error(teacher, ours).item() == pytest.approx(sum(parts) / 4, rel=1e-12)
 
 
 def test_hidden_state_error_leaves_masked_positions_out():

@@ -76,23 +76,15 @@ def test_a_changed_local_data_set_is_prepared_again(
         plan_pretrain(Settings(data=settings), workspace=workspace)
 
 
-@pytest.mark.parametrize("record", ['{"fingerprint": "../../elsewhere"}', "{}", "[]"])
-def test_a_record_without_a_folder_name_is_an_error(
-    workspace: Workspace, settings: DataSettings, record: str
-) -> None:
-    prepare(settings, workspace)
-    [path] = (workspace.tokens / "sources").iterdir()
-    path.write_text(record)
-    with pytest.raises(UserError, match=rf"{path.name} is damaged .*delete it"):
-        prepare(settings, workspace)
-    path.unlink()
-    prepare(settings, workspace)
-
-
-def test_damaged_content_of_finished_tokens_is_named(
-    workspace: Workspace, settings: DataSettings
-) -> None:
+def test_damaged_tokens_and_records_are_named(workspace: Workspace, settings: DataSettings) -> None:
     folder = prepare(settings, workspace)
+    [record] = (workspace.tokens / "sources").iterdir()
+    for content in ('{"fingerprint": "../../elsewhere"}', "{}", "[]"):
+        record.write_text(content)
+        with pytest.raises(UserError, match=rf"{record.name} is damaged .*delete it"):
+            prepare(settings, workspace)
+    record.unlink()
+    assert prepare(settings, workspace) == folder
     path = folder / "train.bin"
     before = path.stat()
     data = bytearray(path.read_bytes())

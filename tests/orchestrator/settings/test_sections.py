@@ -1,0 +1,134 @@
+"""Sections: addresses, variables, loggers and names, and a precision that follows the devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli import main
+from orchestrator.settings import (
+    ClusterSettings,
+    Settings,
+    find_field,
+    read_settings,
+    resolve_settings,
+    to_yaml,
+)
+from orchestrator.settings import cluster as tracking_settings
+from orchestrator.workspace.errors import UserError
+
+
+def test_the_address_in_the_settings_counts_before_the_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for setting, variable, expected in (
+        (None, None, "local"),
+        (None, "", "local"),
+        (None, "head:6379", "head:6379"),
+        ("other:6379", "head:6379", "other:6379"),
+        ("local", "head:6379", "local"),
+        ("auto", "head:6379", "auto"),
+        ("[fe80::1]:6379", None, "[fe80::1]:6379"),
+        ("a-b.example:1", None, "a-b.example:1"),
+    ):
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        if variable is not None:
+            monkeypatch.setenv("RAY_ADDRESS", variable)
+        assert ClusterSettings(address=setting).ray_address == expected
+    for address, words in (
+        ("ray://head:10001", "Ray Client"),
+        ("http://head:8265", "HOST:PORT"),
+        ("head", "HOST:PORT"),
+        ("head:0", "HOST:PORT"),
+        ("head:65536", "HOST:PORT"),
+        ("head:6379 x", "HOST:PORT"),
+    ):
+        with pytest.raises(UserError, match=f"cluster.address: .*{words}"):
+            resolve_settings({"cluster": {"address": address}})
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(UserError, match=f"RAY_ADDRESS: .*{words}"):
+            ClusterSettings().ray_address  # noqa: B018
+
+
+def test_workers_that_share_a_model_and_the_fewest_gpus() -> None:
+    cluster = ClusterSettings(num_gpus=32, parallel="fsdp", num_shards=8)
+    # A trial with too few workers is one shard.
+    assert {n: cluster.shards_of(n) for n in (4, 8, 12, 16)} == {4: None, 8: 8, 12: None, 16: 8}
+    assert ClusterSettings(num_gpus=8).fewest_gpus == 8
+    assert ClusterSettings(num_gpus=8, min_gpus=2).fewest_gpus == 2
+
+
+def test_secrets_are_not_given_by_value_and_are_not_repeated() -> None:
+    for entry in ("HF_TOKEN", "AWS_*", "NCCL_DEBUG=INFO", "KEY_FILE=/a b", "A="):
+        assert resolve_settings({"cluster": {"env": [entry]}}).cluster.env == (entry,)
+    for entry, words in (
+        ("*", "the name of a variable"),
+        ("1A", "the name of a variable"),
+        ("A B=c", "the name of a variable"),
+        ("HF_TOKEN=hf_abc", "give only its name"),
+        ("MY_SECRET_KEY=abc", "give only its name"),
+        ("PROXY=http://me:hf_abc@host", "give only its name"),
+    ):
+        with pytest.raises(UserError, match=f"cluster.env: .*{words}") as caught:
+            resolve_settings({}, [f"cluster.env=['{entry}']"])
+        assert "abc" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("mlflow,tensorboard", "`pip install 'iiet-orch[tensorboard]'` installs it"),
+        ("mlflow,wandb", "'mlflow' or 'tensorboard'"),
+    ],
+)
+def test_mlflow_logs_alone_or_with_loggers_that_are_installed(
+    names: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert resolve_settings({}).tracking.loggers == ("mlflow",)
+    both = resolve_settings({}, ["tracking.loggers=[mlflow, tensorboard]"])
+    assert both.tracking.loggers == ("mlflow", "tensorboard")
+    with pytest.raises(UserError, match="mlflow always logs"):
+        resolve_settings({}, ["tracking.loggers=[tensorboard]"])
+    monkeypatch.setattr(tracking_settings, "find_spec", lambda name: None)
+    for command in (["pretrain"], ["sweep", "toy"]):
+        assert main([*command, "--logger", names]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_precision_that_nobody_set_is_that_of_the_devices(tmp_path: Path) -> None:
+    for assignments, expected in (
+        ((), ("fp32", "fp32", None)),
+        (("cluster.num_gpus=8",), ("bf16", "bf16", "bf16")),
+        (("cluster.num_gpus=8", "training.precision=fp32"), ("fp32", "bf16", "bf16")),
+        (("cluster.num_gpus=1", "distillation.training.precision=fp32"), ("bf16", "fp32", "bf16")),
+        (("cluster.num_gpus=1", "evaluation.precision=fp32"), ("bf16", "bf16", "fp32")),
+        # A run on CPUs whose trials have GPUs: only what the trials do is in bf16.
+        (("sweep.gpus_per_trial=1",), ("fp32", "bf16", "bf16")),
+        (("sweep.gpus_per_trial=1", "sweep.kind=iterations"), ("bf16", "bf16", "bf16")),
+    ):
+        found = resolve_settings({}, assignments)
+        recipes = found.training, found.distillation.training, found.evaluation
+        assert tuple(each.precision for each in recipes) == expected
+    assert resolve_settings({}) == Settings()
+    # Stored settings keep their precision on other devices.
+    path = tmp_path / "settings.yaml"
+    path.write_text(to_yaml(resolve_settings({}, ["cluster.num_gpus=8"])))
+    assert read_settings(path, ["cluster.num_gpus=0"]).training.precision == "bf16"
+    path.write_text("cluster: {num_gpus: 8}\n")
+    assert read_settings(path, ["cluster.num_gpus=0"]).training.precision == "fp32"
+
+
+def test_every_setting_has_a_description_and_is_found_by_its_key() -> None:
+    def walk(section: type) -> None:
+        for name, field in section.model_fields.items():  # type: ignore[attr-defined]
+            assert field.description, f"{section.__name__}.{name} has no description"
+            if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+                walk(field.annotation)
+
+    walk(Settings)
+    field = find_field("distillation.training.elastic.num_drawn")
+    assert (field.annotation, field.default) == (int, 1)
+    for key in ("num_steps", "training.steps", "training.num_steps.x", ""):
+        with pytest.raises(KeyError):
+            find_field(key)
