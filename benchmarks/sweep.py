@@ -31,8 +31,9 @@ from orchestrator.data.preparation import prepare
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import DataSettings, Settings, resolve_settings
-from orchestrator.sweeping.plan import choose_members, load_tasks, plan_suite, threshold_plan
+from orchestrator.sweeping.plan import load_tasks, plan_suite, students_plan
 from orchestrator.sweeping.run import run_plan
+from orchestrator.sweeping.students import Students
 from orchestrator.sweeping.trial import measure_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import open_tracking
@@ -128,13 +129,8 @@ class _Bench:
         """Return the plan of a threshold sweep."""
         settings = self.settings(**sweep)
         asked = settings.evaluation, self.tokens, self.config
-        return threshold_plan(
-            settings,
-            workspace,
-            teacher=self.teacher,
-            members=choose_members(self.influence, settings.sweep),
-            suite=plan_suite(*asked, load_tasks(*asked, Progress())),
-        )
+        suite = plan_suite(*asked, load_tasks(*asked, Progress()))
+        return students_plan(Students(settings, workspace, self.teacher, suite), self.influence)
 
     def overhead(self) -> tuple[list[Row], list[str]]:
         """Train the same students under Ray Tune and in a loop."""

@@ -48,7 +48,7 @@ from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
 from orchestrator.reporting.results import result_table
 from orchestrator.reporting.sections import Section, bullets, markdown_table
-from orchestrator.sweeping.trials import ElasticFlops, elastic_flops
+from orchestrator.sweeping.students import elastic_flops
 from orchestrator.terminal.render import print_line
 from orchestrator.training.job import finished_outcome, pretraining_job
 from orchestrator.workspace.files import write_text
@@ -89,7 +89,13 @@ class Reading:
     times: float
     section: Section
     longer: Trial
-    flops: ElasticFlops
+    flops: tuple[float, float]
+    """Training FLOPs of the elastic weights, and of the separate students."""
+
+    @property
+    def share(self) -> float:
+        """Share of the separate students' FLOPs that the elastic weights take."""
+        return self.flops[0] / self.flops[1]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -245,7 +251,7 @@ def checks(reading: Reading) -> Iterator[tuple[str, float, float]]:
         against = {**reading.rows[0], "student_loss": loss, "student": accuracy}
         shortfall = _shortfall(full.quality, against)
         yield "the full schedule against the teacher trained on", shortfall, full.most
-    yield "share of the separate students' training FLOPs", reading.flops.share, MAX_FLOPS
+    yield "share of the separate students' training FLOPs", reading.share, MAX_FLOPS
 
 
 def trade_off_chart(readings: Sequence[Reading]) -> Any:
@@ -261,7 +267,7 @@ def trade_off_chart(readings: Sequence[Reading]) -> Any:
         points = [
             {
                 "schedule": _text(row),
-                "share": 100 * reading.flops.share,
+                "share": 100 * reading.share,
                 "worse": scale * _shortfall(bar.quality, row),
             }
             for reading in readings

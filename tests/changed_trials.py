@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.records.trial import EarlyStop, Trial
 from orchestrator.settings import SweepSettings
-from orchestrator.sweeping.trials import asha_rule
+from orchestrator.sweeping.plan import asha_rule
 from orchestrator.workspace.layout import STOPPED_NAME
 
 

@@ -201,7 +201,8 @@ def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> 
     from orchestrator.records.training import TrainingJob
     from orchestrator.records.trial import TrialSuite
     from orchestrator.settings import resolve_settings
-    from orchestrator.sweeping.plan import choose_members, threshold_plan
+    from orchestrator.sweeping.plan import students_plan
+    from orchestrator.sweeping.students import Students
     from orchestrator.training.trainer import run_job
     from orchestrator.workspace.layout import open_workspace
 
@@ -218,13 +219,11 @@ def tiny_plan(tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, Any]) -> 
     )
     values, errors = ((0.5, 0.1), (0.3,)), ((0.0, 0.0), (0.0,))
     table = InfluenceTable(metric="cosine", value_rows=values, error_rows=errors, num_tokens=64)
-    return threshold_plan(
-        settings,
-        open_workspace(tmp_path),
-        teacher=Path(str(outcome.checkpoint)),
-        members=choose_members(table, settings.sweep),
-        suite=TrialSuite(suite="x", tokens_folder=str(tiny_tokens)),
+    teacher, suite = (
+        Path(str(outcome.checkpoint)),
+        TrialSuite(suite="x", tokens_folder=str(tiny_tokens)),
     )
+    return students_plan(Students(settings, open_workspace(tmp_path), teacher, suite), table)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def end_trials(monkeypatch: pytest.MonkeyPatch, end: Callable[[Trial], Trial | s
     Times per token are measured with few tokens.
     """
 
-    def run_queue(trials: run.SweepQueue, *_: Any) -> None:
+    def run_trials(_: Any, trials: run.SweepQueue, *__: Any, **___: Any) -> None:
         while not trials.is_over:
             trial = trials.take()
             assert trial is not None, "no trial of these waits for another process"
@@ -30,9 +31,9 @@ def end_trials(monkeypatch: pytest.MonkeyPatch, end: Callable[[Trial], Trial | s
                 trials.on_end(trial.key, ended, "")
             else:
                 trials.on_end(trial.key, None, ended)
-        trials.publish()
 
-    monkeypatch.setattr(run, "run_queue", run_queue)
+    monkeypatch.setattr(run, "ray_cluster", lambda *_, **__: nullcontext())
+    monkeypatch.setattr("orchestrator.cluster.tune.run_trials", run_trials)
     monkeypatch.setattr(decode_timing, "SWEEP_PROMPT_TOKENS", 4)
     monkeypatch.setattr(decode_timing, "SWEEP_NEW_TOKENS", 2)
 

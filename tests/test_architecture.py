@@ -60,9 +60,9 @@ ORDER = (
 
 LINES = {
     "iiet": 7_665,
-    "benchmarks": 3_627,
+    "benchmarks": 3_623,
     "examples": 278,
-    "research": 2_000,
+    "research": 2_006,
     "orchestrator/workspace": 1_053,
     "orchestrator/terminal": 584,
     "orchestrator/settings": 1_589,
@@ -75,8 +75,8 @@ LINES = {
     "orchestrator/planning": 1_172,
     "orchestrator/cluster": 2_198,
     "orchestrator/reporting": 4_204,
-    "orchestrator/sweeping": 3_080,
-    "orchestrator/pipelines": 4_518,
+    "orchestrator/sweeping": 2_788,
+    "orchestrator/pipelines": 4_543,
     "orchestrator/cli": 1_896,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

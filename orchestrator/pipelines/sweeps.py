@@ -1,7 +1,7 @@
 """Sweeps and searches: from settings, or from a teacher's checkpoint, to the front and its report.
 
 A plan is made by reading only: the trials, how far each is, and what the rest takes. What is not
-known yet, the students of a teacher that is not trained or measured, has an upper bound. A run
+known yet, the students of a teacher that is not trained or measured, has a simple bound. A run
 makes what the plan lacks (tokens, tasks, models, influence), plans again, and runs exactly these
 trials. The same call resumes an interrupted sweep; for a finished one, it only writes the report.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ from pydantic import Field
 from iiet.influence import InfluenceTable
 from orchestrator.cluster.task import joined_cluster, trial_device
 from orchestrator.data.mixture import open_data
-from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.evaluation.heldout import heldout_chances, offered_tasks
@@ -62,27 +61,21 @@ from orchestrator.sweeping.models import (
 )
 from orchestrator.sweeping.plan import (
     SweepModel,
+    TrialState,
+    asha_rule,
+    competing_trials,
+    exact_cost,
+    full_trial,
     iterations_plan,
     load_tasks,
     plan_iterations,
-    plan_students,
-    schedule_search,
-    students_upper_bound,
-)
-from orchestrator.sweeping.trial_states import (
-    TrialState,
     plan_sentences,
+    plan_students,
     plan_table,
-    requested_noun,
+    schedule_search,
     trial_states,
 )
-from orchestrator.sweeping.trials import (
-    asha_rule,
-    competing_trials,
-    elastic_savings,
-    exact_cost,
-    full_config,
-)
+from orchestrator.sweeping.students import elastic_flops, unknown_students
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import RunFailed, UserError
@@ -107,23 +100,58 @@ class PlannedSweep(Result):
     plan: SweepPlan
     """Its trials, as far as they are known."""
     states: tuple[TrialState, ...]
-    """How far each trial is."""
-    notes: tuple[str, ...]
-    """What is reused, and what is not known yet."""
-    price: Price
-    """Tokens, FLOPs, hours, memory and disk of what is left."""
-    problems: dict[str, str | None]
-    """Place -> why the trainings do not fit there; None if they do. The first is this machine."""
+    """How far each is, and each model that is pretrained first."""
+    trainings: tuple[Estimate, ...]
+    """What is left to train of them."""
+    unknown: tuple[Estimate, ...]
+    """A bound of the trainings that are not known yet."""
+    said: tuple[str, ...]
+    """What is not prepared, trained, measured or known yet."""
     asked: dict[str, Any]
     """The arguments of `plan_sweep`."""
-    placed: Settings
-    """The settings, with the GPUs of the trials."""
+    workspace: Workspace
+    new_token_bytes: int = 0
+    """Bytes of the tokens that are prepared first."""
     pretraining: TrainingPlan | None = None
     """The teacher and its baselines, if the sweep trains them itself."""
     influence: InfluenceTable | None = None
     """Of the teacher, if it is measured."""
     search: Any = None
     """What suggests further trials, if the sweep is a search."""
+
+    @cached_property
+    def placed(self) -> Settings:
+        """The settings, with the GPUs of the trials."""
+        return assign_trial_gpus(self.asked["settings"], [*self.trainings, *self.unknown])
+
+    @cached_property
+    def _parts(self) -> tuple[list[Estimate], list[Estimate]]:
+        """The trainings before the trials, and those of the trials, on their devices."""
+        before = self.pretraining.left() if self.pretraining else []
+        return before, on_trial_devices([*self.trainings, *self.unknown], self.placed)
+
+    @cached_property
+    def price(self) -> Price:
+        """Tokens, FLOPs, hours, memory and disk of what is left."""
+        before, trials = self._parts
+        return price_of_trials(
+            trials,
+            self.placed,
+            self.workspace.teachers,
+            before,
+            new_token_bytes=self.new_token_bytes,
+            is_upper_bound=bool(self.unknown),
+        )
+
+    @cached_property
+    def problems(self) -> dict[str, str | None]:
+        """Place -> why the trainings do not fit there; None if they do. First this machine."""
+        before, trials = self._parts
+        address = self.placed.cluster.ray_address
+        check = partial(check_devices, self.placed, pretrains=bool(before))
+        return find_problems(
+            [*before, *trials], self.price.disk, self.workspace.root, address, check
+        )
 
     def check(self) -> None:
         """Check that the trainings fit on this machine.
@@ -135,6 +163,28 @@ class PlannedSweep(Result):
             raise UserError(problem)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What is reused, and what is not known yet."""
+        sweep, trials = self.placed.sweep, self._parts[1]
+        notes = [*plan_sentences(self.plan, sweep, self.states), *self.said]
+        if elastic := [trial for trial in self.plan.trials if trial.is_elastic]:
+            own, separate = elastic_flops(self.placed, elastic, self.workspace.teachers)
+            jobs = [trial.job for trial in elastic if trial.job]
+            runs = "one elastic training" if len(jobs) == 1 else f"{len(jobs):,} elastic trainings"
+            notes.append(
+                f"{runs} of {jobs[0].recipe.num_steps:,} steps: {own:.3g} FLOPs, "
+                f"{own / separate:.0%} of the {separate:.3g} of "
+                f"{format_count(len(elastic), 'separate student')}"
+            )
+        if sweep.gpus_per_trial and trials:
+            gpus = format_count(sweep.num_workers_per_trial, "GPU")
+            at_once = min(sweep.trials_at_once or 1, len(trials))
+            notes.append(f"each trial runs on {gpus}, at most {at_once} at once")
+        if competing_trials(self.plan, sweep):
+            notes.append(asha_rule(sweep).text)
+        return tuple(notes)
+
+    @property
     def sentences(self) -> tuple[str, ...]:
         """All of it in words, but for the trials."""
         rows = price_rows(self.price, self.problems)
@@ -142,7 +192,7 @@ class PlannedSweep(Result):
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per trial: label, role, schedule, exact costs, state."""
-        full = full_config(self.plan)
+        full = full_trial(self.plan).model
         return [
             {
                 "name": state.trial.label,
@@ -367,7 +417,92 @@ def plan_sweep(
     Raises:
         UserError: If the settings do not go together.
     """
-    own, kind = settings.sweep, settings.sweep.kind
+    _check_arguments(kind := settings.sweep.kind, teacher, models)
+    check_sweep(settings)
+    space, progress = find_workspace(workspace), progress or Progress()
+    asked: dict[str, Any] = {"settings": settings, "baselines": baselines}
+    asked |= {"models": models, "name": name}
+    said: list[str] = []
+    unknown: list[Estimate] = []
+    pretraining: TrainingPlan | None = None
+    search: ScheduleSearch | None = None
+    checkpoint: Path | None = None
+    new_token_bytes = 0
+
+    # What is trained first: models, or a teacher whose students follow.
+    if teacher is not None:
+        checkpoint = asked["teacher"] = resolve_teacher(
+            space, None if teacher == NEWEST else teacher
+        )
+    else:
+        check_sweep_tasks(settings, tasks_of_source(settings.data))
+        if models is None:
+            check_models(settings)
+        tokens = find_prepared(settings.data, space.tokens)
+        if tokens is None:
+            said.append(UNPREPARED)
+            new_token_bytes = expected_tokens(settings.data, None).new_bytes
+        if kind == "iterations":
+            name = name or (None if tokens else "the sweep")  # Names follow from the tokens.
+            plan = plan_iterations(settings, space, tokens, models, name=name, hashes=fingerprints)
+        else:
+            pretraining = plan_models(teacher_and_baselines(settings), space, tokens)
+            said += pretraining.damaged
+            baselines = {**pretraining.finished}
+            checkpoint = baselines.pop(TEACHER, None)
+
+    # The students of a teacher that is trained; else a bound of them.
+    if checkpoint:
+        if influence is None:
+            measurement = plan_influence(settings, workspace=space, model=checkpoint)
+            influence = measurement.table
+            for note in measurement.notes:
+                progress.note(note)
+        options: dict[str, Any] = {"baselines": baselines, "name": name, "hashes": fingerprints}
+        plan = plan_students(settings, space, checkpoint, influence, note=progress.note, **options)
+        if influence is None:
+            unknown, counts = unknown_students(settings, load_config(checkpoint))
+            said.append(f"the teacher's influence is not measured, so {counts}")
+        elif kind == "search":
+            search = schedule_search(settings, space, plan, checkpoint)
+            plan = plan.model_copy(update={"trials": (*plan.trials, *search.known_trials())})
+            unknown = [Estimate.of(job) for job in search.jobs_left()]
+            said.append(search.text)
+    elif pretraining:
+        plan = _models_plan(pretraining, pretraining.jobs)
+        unknown, counts = unknown_students(settings, pretraining.jobs[TEACHER].model)
+        said.append(f"the teacher is not trained, so {counts}")
+
+    # How far it is.
+    states = trial_states(plan, settings.sweep)
+    trainings = [state.training for state in states if state.training]
+    if pretraining and not checkpoint:
+        trainings = []  # They are the models that are pretrained.
+    elif pretraining and pretraining.left():
+        left = [label for label in pretraining.jobs if label not in pretraining.finished]
+        states += trial_states(_models_plan(pretraining, left), settings.sweep)
+    suite = plan.trials[0].suite
+    is_loaded = fingerprints is not None or suite.fingerprints or not suite.tasks
+    if needs_lm_eval(settings.evaluation) and not is_loaded:
+        said.append("the tasks of lm-eval are not loaded, so no trial can be found measured")
+    planned = PlannedSweep(
+        plan=plan,
+        states=tuple(states),
+        trainings=tuple(trainings),
+        unknown=tuple(unknown),
+        said=tuple(said),
+        asked=asked,
+        workspace=space,
+        new_token_bytes=new_token_bytes,
+        pretraining=pretraining,
+        influence=influence,
+        search=search,
+    )
+    planned.price  # noqa: B018  # raises if the workers cannot share a step
+    return planned
+
+
+def _check_arguments(kind: str, teacher: Any, models: Any) -> None:
     if kind == "iterations" and teacher is not None:
         raise UserError(
             f"sweep.kind=iterations trains every model from scratch, and a teacher was given "
@@ -378,116 +513,6 @@ def plan_sweep(
             f"sweep.kind={kind} distills students of one teacher, and models were given; leave "
             "them out, or set sweep.kind to iterations"
         )
-    check_sweep(settings)
-    space, progress = find_workspace(workspace), progress or Progress()
-    asked: dict[str, Any] = {"settings": settings, "baselines": baselines}
-    asked |= {"models": models, "name": name}
-    notes: list[str] = []
-    unknown: list[Estimate] = []
-    pretraining: TrainingPlan | None = None
-    search: ScheduleSearch | None = None
-    checkpoint: Path | None = None
-    new_token_bytes = 0
-
-    # What is trained: models, or a teacher whose students follow.
-    if teacher is not None:
-        wanted = None if teacher == NEWEST else teacher
-        checkpoint = asked["teacher"] = resolve_teacher(space, wanted)
-    else:
-        check_sweep_tasks(settings, tasks_of_source(settings.data))
-        tokens = find_prepared(settings.data, space.tokens)
-        if tokens is None:
-            notes.append(UNPREPARED)
-            new_token_bytes = expected_tokens(settings.data, None).new_bytes
-        if kind != "iterations" or models is None:
-            check_models(settings)
-    if kind == "iterations":
-        name = name or (None if tokens else "the sweep")  # Names follow from the tokens.
-        plan = plan_iterations(settings, space, tokens, models, name=name, hashes=fingerprints)
-    elif checkpoint is None:
-        pretraining = plan_models(teacher_and_baselines(settings), space, tokens)
-        notes += pretraining.damaged
-        baselines = {**pretraining.finished}
-        checkpoint = baselines.pop(TEACHER, None)
-        if checkpoint is None:
-            plan = _models_plan(pretraining, pretraining.jobs)
-            unknown, counts = students_upper_bound(settings, pretraining.jobs[TEACHER].model)
-            notes.append(f"the teacher is not trained, so {counts}")
-    if checkpoint:
-        tokens = tokens_folder_of(checkpoint, space)
-        if influence is None:
-            measurement = plan_influence(settings, workspace=space, model=checkpoint)
-            influence = measurement.table
-            for note in measurement.notes:
-                progress.note(note)
-        options: dict[str, Any] = {"baselines": baselines, "name": name, "hashes": fingerprints}
-        options["note"] = progress.note
-        plan = plan_students(settings, space, checkpoint, influence, **options)
-        if influence is None:
-            unknown, counts = students_upper_bound(settings, load_config(checkpoint))
-            notes.append(f"the teacher's influence is not measured, so {counts}")
-        elif kind == "search":
-            search = schedule_search(settings, space, plan, checkpoint)
-            plan = plan.model_copy(update={"trials": (*plan.trials, *search.known_trials())})
-            unknown = [Estimate.of(job) for job in search.jobs_left()]
-            notes.append(
-                f"the search tries at most {search.num_wanted:,} more of {search.num_schedules:,} "
-                f"schedules; which ones follows from the results, {search.num_left:,} are not "
-                "known yet and priced as if each made all of the teacher's corrections"
-                if search.num_wanted
-                else "the search has nothing to try beside the family"
-            )
-
-    # How far it is, and what the rest takes.
-    states = trial_states(plan, own)
-    trials = [state.training for state in states if state.training]
-    before = pretraining.left() if pretraining else []
-    if pretraining and checkpoint is None:
-        trials = []  # They are the models that are pretrained.
-    elif pretraining and before:
-        left = [label for label in pretraining.jobs if label not in pretraining.finished]
-        states += trial_states(_models_plan(pretraining, left), own)
-    if elastic := [trial for trial in plan.trials if trial.is_elastic]:
-        notes.append(elastic_savings(settings, elastic, space.teachers))
-    suite = plan.trials[0].suite
-    is_loaded = fingerprints is not None or suite.fingerprints or not suite.tasks
-    if needs_lm_eval(settings.evaluation) and not is_loaded:
-        notes.append("the tasks of lm-eval are not loaded, so no trial can be found measured")
-    trials += unknown
-    placed = assign_trial_gpus(settings, trials)
-    trials = on_trial_devices(trials, placed)
-    price = price_of_trials(
-        trials,
-        placed,
-        space.teachers,
-        before,
-        new_token_bytes=new_token_bytes,
-        is_upper_bound=bool(unknown),
-    )
-    if placed.sweep.gpus_per_trial and trials:
-        gpus = format_count(placed.sweep.num_workers_per_trial, "GPU")
-        at_once = min(placed.sweep.trials_at_once or 1, len(trials))
-        notes.append(f"each trial runs on {gpus}, at most {at_once} at once")
-    if competing_trials(plan, own):
-        notes.append(asha_rule(own).text)
-    return PlannedSweep(
-        plan=plan,
-        states=tuple(states),
-        notes=(*plan_sentences(plan, requested_noun(plan, own), states), *notes),
-        price=price,
-        problems=find_problems(
-            [*before, *trials],
-            price.disk,
-            space.root,
-            settings.cluster.ray_address,
-            partial(check_devices, placed, pretrains=bool(before)),
-        ),
-        asked=asked,
-        placed=placed,
-        pretraining=pretraining,
-        influence=influence,
-        search=search,
-    )
 
 
 def _models_plan(pretraining: TrainingPlan, labels: Iterable[str]) -> SweepPlan:

@@ -35,7 +35,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.reporting.command_tables import price_rows, training_rows
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import SETTINGS_NAME, ClusterSettings, Settings, to_yaml
-from orchestrator.sweeping.trials import distillation_job
+from orchestrator.sweeping.students import distillation_job
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import check_job, finished_outcome, pretraining_job

@@ -30,7 +30,7 @@ from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.front import shown_trials
 from orchestrator.reporting.pick_rules import draft_targets
 from orchestrator.settings import Settings
-from orchestrator.sweeping.trials import exact_cost, full_config
+from orchestrator.sweeping.plan import exact_cost, full_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.training.devices import device_precision
@@ -63,7 +63,7 @@ def with_costs(
 
     Of many models, those are measured that tables show.
     """
-    full = full_config(plan)
+    full = full_trial(plan).model
     counted = [t.with_numbers("cost", exact_cost(t.model, full)) for t in found]
     times = _decode_times(shown_trials(counted), folder, settings, progress)
     return [t.with_numbers("cost", vars(times[t.key])) if t.key in times else t for t in counted]

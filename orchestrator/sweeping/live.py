@@ -34,7 +34,7 @@ from orchestrator.reporting.training_curves import (
     history_folder,
 )
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
-from orchestrator.sweeping.trials import exact_cost, full_trial
+from orchestrator.sweeping.plan import exact_cost, full_trial
 from orchestrator.tracking import Tracking
 from orchestrator.training.watching import is_run_locked
 from orchestrator.workspace.journal import Journal, now_ms, read_journal, recorded_times
@@ -104,13 +104,11 @@ class LiveSweep:
         self._open |= {trial.key: trial for trial in new}
         self._show(new, "RUNNING")
         if self._new_front and self._clock() >= self._next_front:
-            num_measured = self.history.num_measured
+            num_measured, folder = self.history.num_measured, self.history.folder
             notes = [f"{num_measured} of {self._num_trials} models are measured so far."]
             notes += [f"{label} failed: {reason}" for label, reason in self._failures.items()]
-            folder = self.history.folder
-            self.change(
-                **front_so_far(self._new_front, name=self._name, notes=notes, folder=folder)
-            )
+            changes = front_so_far(self._new_front, name=self._name, notes=notes, folder=folder)
+            self.change(**changes)
             self._new_front, self._next_front = None, self._clock() + SECONDS_BETWEEN_FRONTS
 
     def on_results(self, results: Sequence[Trial], *, at_end: bool = False) -> None:
@@ -141,24 +139,16 @@ class LiveSweep:
                 self.on_end(trial, "KILLED")
 
     def _show(self, trials: Sequence[Trial], status: Status, reason: str = "") -> None:
+        ended: dict[str, Any] = {"status": status, "reason": reason}
         runs = []
         for trial in trials:
+            # A teacher or a baseline that was trained before has its own training's journal.
+            journal = Path(trial.folder) if trial.job else None
+            if not trial.job and trial.checkpoint and trial.role != "trial":
+                journal = Path(trial.checkpoint).parent
             costed = self.history.with_cost(trial)
-            journal = journal_folder(trial)
-            runs.append(
-                trial_run(self._name, self._run.key, costed, journal, status=status, reason=reason)
-            )
+            runs.append(trial_run(self._name, self._run.key, costed, journal, **ended))
         self._tracking.publish(*runs)
-
-
-def journal_folder(trial: Trial) -> Path | None:
-    """Return the folder with the journal of a trial's training.
-
-    For a teacher or a baseline that was trained before, this is the training of its checkpoint.
-    """
-    if trial.job:
-        return Path(trial.folder)
-    return Path(trial.checkpoint).parent if trial.checkpoint and trial.role != "trial" else None
 
 
 class FrontHistory:
@@ -241,10 +231,9 @@ def sweep_parameters(plan: SweepPlan, settings: Settings) -> dict[str, str]:
     sweep = settings.sweep
     params: dict[str, Any] = {"kind": plan.kind, "num_trials": len(plan.trials)}
     if plan.kind == "iterations":
-        params |= {name: getattr(sweep, name) for name in ("methods", "iterations", "num_layers")}
-        if sweep.asha:
-            names = [name for name in type(sweep).model_fields if "asha" in name]
-            params |= {name: getattr(sweep, name) for name in names}
+        names = ["methods", "iterations", "num_layers"]
+        names += [name for name in type(sweep).model_fields if sweep.asha and "asha" in name]
+        params |= {name: getattr(sweep, name) for name in names}
     else:
         choice = [name for name in SCHEDULE_CHOICES if getattr(sweep, name)][-1]
         params |= {

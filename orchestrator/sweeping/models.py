@@ -1,16 +1,17 @@
-"""The models that a sweep trains from scratch, and what its settings must fulfil together.
+"""The models that a sweep trains from scratch or finds beside a teacher, and whether they can be.
 
 A threshold sweep and a search train a teacher, vanilla and the model without corrections. An
-iterations sweep trains methods and iteration counts, with learning rates and seeds. Single settings
-are checked where they are read. Text may take hours to prepare and a teacher days to train, so a
-missing task or an impossible model is found here, before anything is read or trained.
+iterations sweep trains methods and iteration counts, with learning rates and seeds. Text may take
+hours to prepare and a teacher days to train, so a missing task or an impossible model is found
+here, before anything is read or trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from iiet.config import PRESETS, ModelConfig
@@ -21,28 +22,36 @@ from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import sequence_length
 from orchestrator.evaluation.selection import lm_eval_task_fingerprints
 from orchestrator.models.config import build_model_config
+from orchestrator.models.folder import check_checkpoint, load_config, load_provenance
+from orchestrator.models.lookup import run_folders
 from orchestrator.planning.estimate import assign_trial_gpus
 from orchestrator.planning.machine import (
     Resources,
     check_available,
     check_run_resources,
 )
+from orchestrator.records.training import TrainingOutcome
 from orchestrator.settings import (
     BASELINE_METHOD,
     DEFAULT_METHOD,
     ModelSettings,
     Settings,
     SweepSettings,
+    TrainingSettings,
 )
 from orchestrator.settings.resolve import list_of_problems
 from orchestrator.settings.schema import broken_sweep_rules
 from orchestrator.settings.sweep import has_layers
-from orchestrator.sweeping.trials import check_student_batch
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
+from orchestrator.training.job import NON_KEY_FIELDS, sequences_per_step
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.journal import last_recorded
+from orchestrator.workspace.layout import DONE_NAME, Workspace, checkpoint_name, find_checkpoints
 
 TEACHER = "teacher"
+STUDENTS_SECTION = "distillation.training"
+"""Settings section of the students' recipe."""
 T = TypeVar("T")
 
 
@@ -58,18 +67,6 @@ def model_label(method: str, corrections: object, num_layers: int | None = None)
     if num_layers is not None:
         parts.append(format_count(num_layers, "layer"))
     return ", ".join(parts)
-
-
-def values_of_model(
-    setting: Mapping[str, T | tuple[T, ...]], names: Iterable[str], *, default: T
-) -> tuple[T, ...]:
-    """Return what a setting by model holds for one: under the first of its names that is a key.
-
-    Args:
-        names: The model's label first, its method last.
-    """
-    found = next((setting[name] for name in names if name in setting), default)
-    return found if isinstance(found, tuple) else (found,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,19 +104,32 @@ class ModelVariant:
         return self.group + ("" if self.seed is None else f", seed {self.seed}")
 
 
+def _values_of(
+    setting: Mapping[str, T | tuple[T, ...]], names: Iterable[str], usual: T
+) -> tuple[T, ...]:
+    """Return what a setting by model holds under the first of a model's names that is a key."""
+    found = next((setting[name] for name in names if name in setting), usual)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def learning_rates(settings: Settings, model: ModelVariant) -> tuple[float, ...]:
+    """Return the learning rates of a model: its own, its method's, else those of all."""
+    return _values_of(settings.sweep.learning_rates, model.keys, settings.training.learning_rate)
+
+
+def _at_each_depth(settings: Settings, model: ModelVariant) -> Iterator[ModelVariant]:
+    shape = settings.model  # An unknown preset is refused where the model is built.
+    own = shape.num_layers or PRESETS.get(shape.preset, {}).get("num_layers")
+    for number in _values_of(settings.sweep.num_layers, model.keys, own):
+        yield replace(model, num_layers=None if number == own else number)
+
+
 def swept_models(settings: Settings) -> Iterator[ModelVariant]:
     """Yield the methods, iteration counts and numbers of layers that a sweep trains."""
     for method in settings.sweep.methods:
         counts = settings.sweep.iterations if METHODS[method].has_corrections else (None,)
         for count in counts:
             yield from _at_each_depth(settings, ModelVariant(method=method, corrections=count))
-
-
-def _at_each_depth(settings: Settings, model: ModelVariant) -> Iterator[ModelVariant]:
-    shape = settings.model  # An unknown preset is refused where the model is built.
-    own = shape.num_layers or PRESETS.get(shape.preset, {}).get("num_layers")
-    for number in values_of_model(settings.sweep.num_layers, model.keys, default=own):
-        yield replace(model, num_layers=None if number == own else number)
 
 
 def swept_variants(settings: Settings) -> Iterator[ModelVariant]:
@@ -131,10 +141,11 @@ def swept_variants(settings: Settings) -> Iterator[ModelVariant]:
                 yield replace(model, learning_rate=rate, seed=seed)
 
 
-def learning_rates(settings: Settings, model: ModelVariant) -> tuple[float, ...]:
-    """Return the learning rates of a model: its own, its method's, else those of all."""
-    usual = settings.training.learning_rate
-    return values_of_model(settings.sweep.learning_rates, model.keys, default=usual)
+def baseline_models(settings: Settings) -> list[ModelVariant]:
+    """Return the baselines of the settings' teacher, each at its numbers of layers."""
+    usual = ModelVariant(method=BASELINE_METHOD)
+    none = ModelVariant(method=settings.model.method, corrections=0)
+    return [model for one in (usual, none) for model in _at_each_depth(settings, one)]
 
 
 def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
@@ -160,17 +171,96 @@ def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
 def teacher_and_baselines(settings: Settings) -> dict[str, Settings]:
     """Return the settings of the teacher and the baselines that a sweep trains."""
     model = settings.model
-    teacher = ModelVariant(method=model.method, corrections=model.corrections)
-    baselines = baseline_models(settings)
-    named = {TEACHER: teacher, **{baseline.name: baseline for baseline in baselines}}
+    named = {TEACHER: ModelVariant(method=model.method, corrections=model.corrections)}
+    named |= {baseline.name: baseline for baseline in baseline_models(settings)}
     return {name: settings_of(settings, variant) for name, variant in named.items()}
 
 
-def baseline_models(settings: Settings) -> list[ModelVariant]:
-    """Return the baselines of the settings' teacher, each at its numbers of layers."""
-    usual = ModelVariant(method=BASELINE_METHOD)
-    none = ModelVariant(method=settings.model.method, corrections=0)
-    return [model for one in (usual, none) for model in _at_each_depth(settings, one)]
+# Baselines of a given teacher
+
+
+def find_baselines(
+    workspace: Workspace, teacher: Path, layers: Mapping[str, int | tuple[int, ...]]
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Return the workspace's newest models without corrections that can be a teacher's baselines.
+
+    They have its tokens, shape and recipe. Damaged runs are reported. A run that was trained
+    differently is reported only if there is no other model of its kind.
+
+    Args:
+        layers: Numbers of layers that differ from the teacher's, as in `sweep.num_layers`.
+
+    Returns:
+        Label -> checkpoint, and name of a run that is left out -> reason.
+    """
+    found: dict[str, Path] = {}
+    left_out: dict[str, str] = {}
+    unlike: dict[str, tuple[str, str]] = {}
+    full = load_config(teacher)
+    wanted = _comparable(full, load_provenance(teacher))
+    for run in sorted(run_folders(workspace), key=last_recorded):
+        damage: list[UserError] = []
+        for checkpoint in reversed(find_checkpoints(run)):
+            try:
+                config, provenance = load_config(checkpoint), load_provenance(checkpoint)
+                break
+            except UserError as error:
+                damage.append(error)
+        else:
+            if damage:
+                left_out[run.name] = f"the run {run.name} is left out: {damage[0]}"
+            continue
+        if config.corrections.num_corrections or "imported" in provenance:
+            continue
+
+        label, number = model_label(config.method, 0), config.num_layers
+        asked = _values_of(layers, (label, config.method), full.num_layers)
+        if number in asked and number != full.num_layers:
+            label = model_label(config.method, 0, number)
+        own = _comparable(config, provenance)
+        due = wanted | ({"model.num_layers": number} if number in asked else {})
+        differing = [
+            f"{name} is {own.get(name)!r} and the teacher's {due.get(name)!r}"
+            for name in dict.fromkeys([*own, *due])
+            if own.get(name) != due.get(name)
+        ]
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            reason = ", ".join(differing[:3]) + more
+        elif number not in asked:
+            reason = f"it has {format_count(number, 'layer')}, which sweep.num_layers leaves out"
+        else:
+            reason = "" if (run / DONE_NAME).exists() else "its training is not finished"
+        if reason:
+            unlike[label] = (run.name, f"{label} is left out: {reason}")
+            continue
+
+        remedy = "delete it, and the same training again writes it"
+        try:
+            outcome = TrainingOutcome.read(run / DONE_NAME, remedy=remedy)
+            assert outcome, "the file exists"
+            check_checkpoint(run / checkpoint_name(outcome.step))
+            found[label] = run / checkpoint_name(outcome.step)
+        except UserError as error:
+            left_out[run.name] = f"{label} is left out: {error}"
+    return found, left_out | dict(pair for label, pair in unlike.items() if label not in found)
+
+
+def _comparable(config: ModelConfig, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    # Each method may have its own best learning rate, and only corrections have two stages.
+    free = ("iterate_from_fraction", "iterate_ramp_fraction", "learning_rate", *NON_KEY_FIELDS)
+    # A checkpoint from before a setting existed was made as its default makes one.
+    recipe = {**TrainingSettings().model_dump(mode="json"), **provenance.get("recipe", {})}
+    of_method = ("method", "method_options", "schedule")
+    shape = {name: value for name, value in config.to_dict().items() if name not in of_method}
+    return {
+        **{f"model.{name}": value for name, value in shape.items()},
+        "tokens": provenance.get("tokens"),
+        **{f"training.{name}": value for name, value in recipe.items() if name not in free},
+    }
+
+
+# What must hold before anything starts
 
 
 def schedule_cost(unit: str, full: ModelConfig) -> Cost:
@@ -187,21 +277,6 @@ def schedule_cost(unit: str, full: ModelConfig) -> Cost:
         return float(cost.decode_flops_per_token if unit == "flops" else cost.kv_bytes_per_token)
 
     return counted
-
-
-def check_budgets(sweep: SweepSettings, full: ModelConfig) -> None:
-    """Check that every budget is enough for a model without corrections.
-
-    Raises:
-        UserError: Names the budgets that are not.
-    """
-    least = schedule_cost(sweep.budget_unit, full)(full.corrections.none(full.num_layers))
-    short = [f"{budget:g}" for budget in sweep.budgets if budget < least]
-    if short:
-        raise UserError(
-            f"sweep.budgets: no schedule costs at most {' or '.join(short)} {sweep.budget_unit}; "
-            f"the cheapest costs {least:,.10g}"
-        )
 
 
 def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
@@ -247,6 +322,25 @@ def check_devices(
         check_run_resources(cluster, resources)
 
 
+def check_teacher(sweep: SweepSettings, full: ModelConfig) -> None:
+    """Check that a teacher has what its sweep asks for.
+
+    Raises:
+        UserError: If a budget is less than the cheapest schedule costs, or it has no layer to drop.
+    """
+    least = schedule_cost(sweep.budget_unit, full)(full.corrections.none(full.num_layers))
+    if short := [f"{budget:g}" for budget in sweep.budgets if budget < least]:
+        raise UserError(
+            f"sweep.budgets: no schedule costs at most {' or '.join(short)} {sweep.budget_unit}; "
+            f"the cheapest costs {least:,.10g}"
+        )
+    if "fewer_layers" in sweep.distilled_baselines and full.num_layers == 1:
+        raise UserError(
+            "sweep.distilled_baselines: a teacher of one layer has no layer to drop; leave "
+            "fewer_layers out"
+        )
+
+
 def check_models(settings: Settings) -> None:
     """Check that the models of a sweep can be built, without any data.
 
@@ -261,30 +355,29 @@ def check_models(settings: Settings) -> None:
             "evaluation.apply_chat_template: models that are trained from scratch have no chat "
             "template; leave it out, or distill an imported model that has one"
         )
-    kind = settings.sweep.kind
-    build = partial(
-        build_model_config,
-        vocab_size=settings.data.vocab_size,
-        context_length=sequence_length(settings.data),
-    )
+    kind, data = settings.sweep.kind, settings.data
+
+    def build(own: Settings) -> ModelConfig:
+        length = sequence_length(data)
+        return build_model_config(own.model, vocab_size=data.vocab_size, context_length=length)
+
     if kind == "iterations":
-        problems = []
-        models = list(swept_models(settings))
+        problems, models = [], list(swept_models(settings))
         for model in models:
             try:
-                build(settings_of(settings, model).model)
+                build(settings_of(settings, model))
             except UserError as error:
                 problems.append(str(error))
         problems += _settings_of_no_model(settings, models)
         if problems:
             raise UserError("; ".join(dict.fromkeys(problems)))
         return
-    config = build(settings.model)
+    config = build(settings)
     if problems := _settings_of_no_model(settings, baseline_models(settings)):
         raise UserError("; ".join(problems))
     if settings.distillation.control != "pruned":
-        check_student_batch(settings.distillation, config)
-    check_budgets(settings.sweep, config)
+        sequences_per_step(settings.distillation.training, config, section=STUDENTS_SECTION)
+    check_teacher(settings.sweep, config)
     if METHODS[config.method].repeats_stack:
         raise UserError(
             f"a {kind} sweep prunes the corrections of single layers, and model.method="
@@ -308,15 +401,15 @@ def _settings_of_no_model(settings: Settings, models: Sequence[ModelVariant]) ->
     sweep, names = settings.sweep, ", ".join(model.name for model in models)
     known = {key for model in models for key in model.keys}
     rates = [name for name in sweep.learning_rates if name not in {*METHODS, *known}]
-    if sweep.kind == "iterations":
-        trained = f"is not swept; swept are {names}"
-    else:
+    trained = f"is not swept; swept are {names}"
+    if sweep.kind != "iterations":
         # Other rates may be those of the teacher, or of an iterations sweep from the same file.
         rates = [name for name in rates if has_layers(name)]
         trained = f"is no baseline of this sweep; baselines are {names}"
     layers = [name for name in sweep.num_layers if name not in known]
-    problems = [
-        (f"sweep.learning_rates has a rate of {', '.join(rates)}", rates),
-        (f"sweep.num_layers has a number of layers of {', '.join(layers)}", layers),
+    problems = {"learning_rates has a rate": rates, "num_layers has a number of layers": layers}
+    return [
+        f"sweep.{setting} of {', '.join(found)}, which {trained}"
+        for setting, found in problems.items()
+        if found
     ]
-    return [f"{problem}, which {trained}" for problem, found in problems if found]

@@ -1,32 +1,26 @@
-"""Plan a sweep, by reading only: its trials, what they are measured on, and what is not known yet.
+"""Plan a sweep, by reading only: its trials, what they are measured on, and how far each is.
 
 An iterations sweep pretrains models from scratch. A threshold sweep and a search distill students
 of one teacher under schedules that its influence gives: the threshold's nested family, or the
 knapsack's best schedule at each cost; those of given thresholds or budgets, or a number of them
-spread evenly over cost. Without a measured influence, there is an upper bound of what they take.
+spread evenly over cost.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from iiet.config import ModelConfig
+from iiet.cost import inference_cost
 from iiet.influence import InfluenceTable
 from iiet.methods import METHODS
-from iiet.pruning import (
-    Cost,
-    FamilyMember,
-    knapsack,
-    num_evaluations,
-    schedule_family,
-    spread_over_cost,
-)
-from iiet.schedule import IterationSchedule
+from iiet.pruning import FamilyMember
 from orchestrator.data.mixture import open_data
 from orchestrator.data.model_tokens import tokens_folder_of
 from orchestrator.evaluation.selection import (
@@ -40,32 +34,32 @@ from orchestrator.models.folder import load_config, text_files_key, weights_key
 from orchestrator.models.tokenizer import ModelTokenizer, check_template
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
+from orchestrator.records.trial import (
+    AshaRule,
+    EarlyStop,
+    SweepPlan,
+    Trial,
+    TrialSuite,
+    teacher_or_costliest,
+)
+from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.settings import EvaluationSettings, SearchSettings, Settings, SweepSettings
 from orchestrator.settings.training import default_precision
-from orchestrator.sweeping.baselines import (
-    baselines_upper_bound,
-    distilled_baseline_trials,
+from orchestrator.sweeping.models import (
+    check_teacher,
     find_baselines,
+    schedule_cost,
+    settings_of,
+    swept_variants,
 )
-from orchestrator.sweeping.models import schedule_cost, settings_of, swept_variants
-from orchestrator.sweeping.trials import (
-    checkpoint_trial,
-    elastic_trials,
-    elastic_upper_bound,
-    evaluation_key,
-    num_models,
-    student_estimates,
-    student_trial,
-    without_elastic,
-)
+from orchestrator.sweeping.students import Students, checkpoint_trial, choose_members, make_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.terminal.render import format_count
-from orchestrator.training.job import job_key, pretraining_job
+from orchestrator.terminal.render import format_bytes, format_count
+from orchestrator.training.job import finished_outcome, job_key, pretraining_job
 from orchestrator.training.shared_steps import share_first_stages
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import last_recorded
-from orchestrator.workspace.layout import PLAN_FILE, Workspace
+from orchestrator.workspace.layout import PLAN_FILE, STOPPED_NAME, Workspace
 from orchestrator.workspace.provenance import content_key
 
 if TYPE_CHECKING:
@@ -93,7 +87,12 @@ def plan_iterations(
     name: str | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> SweepPlan:
-    """Plan a sweep of models trained from scratch on the same tokens; arguments as `plan_sweep`."""
+    """Plan a sweep of models trained from scratch on the same tokens.
+
+    Args:
+        models: Those of the settings when unset.
+        hashes: Of lm-eval's tasks, if they are loaded.
+    """
     if models is None:
         models = [
             SweepModel(
@@ -106,8 +105,7 @@ def plan_iterations(
     jobs = [pretraining_job(model.settings, workspace, tokens) for model in models]
     suite = TrialSuite(tokens_folder="")
     if tokens is not None:
-        config, sweeps = jobs[0].model, workspace.sweeps
-        suite = plan_suite(settings.evaluation, tokens, config, hashes, sweeps=sweeps)
+        suite = plan_suite(settings.evaluation, tokens, jobs[0].model, hashes, workspace=workspace)
     return iterations_plan(models, jobs, suite=suite, name=name)
 
 
@@ -118,31 +116,23 @@ def iterations_plan(
     suite: TrialSuite,
     name: str | None = None,
 ) -> SweepPlan:
-    """Plan a sweep that pretrains several models from scratch.
+    """Plan a sweep that pretrains models, each by its job; those with the same job are one trial.
 
-    Models with the same job are one trial. The name is made from the plan's key when unset.
-
-    Args:
-        jobs: The training of each model, in the folder of a pretraining run of its settings.
+    The name is made from the plan's key when unset.
     """
     trials = {}
     for model, job in zip(models, share_first_stages(jobs), strict=True):
         is_baseline = not METHODS[job.model.method].has_corrections
-        trial = Trial(
-            key=evaluation_key(job_key(job), suite),
-            role="baseline" if is_baseline else "trial",
-            label=model.label,
-            model=job.model,
-            folder=job.run_folder,
-            job=job,
-            suite=suite,
-            seed=job.recipe.seed if model.group else None,
-            group=model.group,
+        role: Literal["baseline", "trial"] = "baseline" if is_baseline else "trial"
+        trial = make_trial(
+            role, model.label, job_key(job), suite, model=job.model, folder=job.run_folder, job=job
         )
-        trials[trial.key] = trial
+        seed = job.recipe.seed if model.group else None
+        changes = {"seed": seed, "group": model.group}
+        trials[trial.key] = trial.model_copy(update=changes)
     seeds = {job.recipe.seed for model, job in zip(models, jobs, strict=True) if model.group}
     num_requested = len(models) // (len(seeds) or 1)
-    return make_plan("iterations", name, [*trials.values()], suite, num_requested, teacher=None)
+    return _named_plan("iterations", name, [*trials.values()], num_requested, teacher=None)
 
 
 def plan_students(
@@ -166,93 +156,61 @@ def plan_students(
         hashes: Of lm-eval's tasks, if they are loaded.
         note: Called with a sentence for each run that cannot be a baseline.
     """
-    full = load_config(teacher)
+    sweep, full = settings.sweep, load_config(teacher)
     left_out: dict[str, str] = {}
     if baselines is None:
-        known = find_baselines(workspace, teacher, settings.sweep.num_layers)
-        baselines, left_out = known.found, known.left_out
+        baselines, left_out = find_baselines(workspace, teacher, sweep.num_layers)
         for run, reason in left_out.items():
             note(f"run {run}: {reason}")
+    check_teacher(sweep, full)
     tokens = tokens_folder_of(teacher, workspace)
     suite = plan_suite(
-        settings.evaluation, tokens, full, hashes, teacher=teacher, sweeps=workspace.sweeps
+        settings.evaluation, tokens, full, hashes, teacher=teacher, workspace=workspace
     )
     if suite.prompts:
         check_template(ModelTokenizer(teacher), suite.prompts)
-    cost = schedule_cost(settings.sweep.budget_unit, full)
-    is_search = settings.sweep.kind == "search"
-    members = choose_members(influence, settings.sweep, cost=cost) if influence else ()
-    elastic: list[Trial] = []
-    if settings.sweep.elastic:
-        if influence:
-            elastic = elastic_trials(
-                settings, workspace, teacher=teacher, members=members, suite=suite
-            )
-        settings = without_elastic(settings)
-    beside = [
-        checkpoint_trial("baseline", label, folder, load_config(folder), suite, workspace)
-        for label, folder in baselines.items()
-    ]
-    if influence:
-        beside += distilled_baseline_trials(
-            settings, workspace, teacher=teacher, members=members, influence=influence, suite=suite
-        )
-    plan = threshold_plan(
-        settings,
-        workspace,
-        teacher=teacher,
-        members=members,
-        suite=suite,
-        elastic=elastic,
-        baselines=beside,
-        left_out=left_out,
-        name=None if is_search else name,
-    )
-    return search_plan(plan, settings.search, name) if is_search else plan
+    plan = students_plan(
+        Students(settings, workspace, teacher, suite),
+        influence,
+        baselines=baselines,
+        name=None if sweep.kind == "search" else name,
+    ).model_copy(update={"left_out": left_out})
+    return search_plan(plan, settings.search, name) if sweep.kind == "search" else plan
 
 
-def threshold_plan(
-    settings: Settings,
-    workspace: Workspace,
+def students_plan(
+    students: Students,
+    influence: InfluenceTable | None,
     *,
-    teacher: Path,
-    members: Sequence[FamilyMember],
-    suite: TrialSuite,
-    elastic: Sequence[Trial] = (),
-    baselines: Sequence[Trial] = (),
-    left_out: Mapping[str, str] | None = None,
+    baselines: Mapping[str, Path] | None = None,
     name: str | None = None,
 ) -> SweepPlan:
     """Plan the teacher, elastic weights, students under the chosen schedules, and the baselines.
 
-    Elastic weights take the students' place, unless the two are compared. Students that are pruned
-    but not trained have no seeds: each schedule is one trial.
+    Elastic weights take the students' place, unless the two are compared.
 
     Args:
-        settings: Sections `sweep` and `distillation`.
-        workspace: Where trials are stored.
-        teacher: Checkpoint of the full model.
-        members: The schedules, costliest first; see `choose_members`.
-        suite: What is measured.
-        elastic: The trials of elastic weights; see `elastic_trials`.
-        baselines: Models that stand beside the front.
-        left_out: Name of a run that cannot be a baseline -> reason.
+        influence: The teacher's table; without it the plan has no students.
+        baselines: Label -> checkpoint.
         name: Name of the sweep; made from its key when unset.
     """
-    full = load_config(teacher)
-    trials = [checkpoint_trial("teacher", "teacher", teacher, full, suite, workspace)]
-    trials += elastic
-    sweep, is_trained = settings.sweep, settings.distillation.control != "pruned"
-    for seed in (is_trained and sweep.seeds) or (None,):
-        for member in members if not elastic or sweep.compare else ():
-            config = replace(full, schedule=member.schedule)
-            trials.append(
-                student_trial(settings, workspace, teacher, config, member, suite, seed=seed)
-            )
-    trials += baselines
+    sweep, full, suite, workspace = (
+        students.settings.sweep, students.full, students.suite, students.workspace
+    )  # fmt: skip
+    trials = [checkpoint_trial("teacher", "teacher", students.teacher, full, suite, workspace)]
+    cost = schedule_cost(sweep.budget_unit, full)
+    members = choose_members(influence, sweep, cost=cost) if influence else ()
+    if influence and sweep.elastic:
+        trials += students.elastic(members)
+    if not sweep.elastic or sweep.compare:
+        trials += students.family(members)
+    for label, folder in (baselines or {}).items():
+        config = load_config(folder)
+        trials.append(checkpoint_trial("baseline", label, folder, config, suite, workspace))
+    if influence:
+        trials += students.distilled_baselines(members, influence)
     num_requested = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
-    plan = make_plan("threshold", name, trials, suite, num_requested, teacher=teacher)
-    return plan.model_copy(update={"left_out": dict(left_out or {})})
+    return _named_plan("threshold", name, trials, num_requested, teacher=students.teacher)
 
 
 def search_plan(family: SweepPlan, settings: SearchSettings, name: str | None = None) -> SweepPlan:
@@ -266,57 +224,47 @@ def search_plan(family: SweepPlan, settings: SearchSettings, name: str | None = 
     return family.model_copy(update={"key": key, "kind": "search", "name": name})
 
 
-def students_upper_bound(settings: Settings, teacher: ModelConfig) -> tuple[list[Estimate], str]:
-    """Return the trainings of a teacher's students at most, and a sentence that counts them.
-
-    Their schedules are unknown, so each student makes all of the teacher's corrections.
-    """
-    sweep, distillation = settings.sweep, settings.distillation
-    is_pruned, num_seeds = distillation.control == "pruned", max(1, len(sweep.seeds))
-    number = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
-    number = min(number, 1 + sum(teacher.corrections))
-    if sweep.kind == "search":
-        number = min(number + settings.search.num_trials, teacher.corrections.num_within)
-    baselines = student_estimates(settings, teacher, baselines_upper_bound(settings, teacher))
-    trainings, counts = [], format_count(number if is_pruned else number * num_seeds, "student")
-    if not is_pruned and (sweep.compare or not sweep.elastic):
-        student = teacher, distillation.training
-        trainings = student_estimates(settings, teacher, [student] * number)
-    if sweep.elastic:
-        elastic = elastic_upper_bound(settings, teacher)
-        trainings = student_estimates(settings, teacher, [elastic]) + trainings
-        beside = f", and {counts}" if sweep.compare else ""
-        counts = f"{format_count(num_seeds, 'elastic training')}{beside}"
-    more = f" and {format_count(len(baselines), 'distilled baseline')}" if baselines else ""
-    trainings += baselines
-    priced = "they are priced as if each made all of the teacher's corrections"
-    return trainings, (
-        f"its students' schedules are not known yet: at most {counts}{more}; "
-        f"{priced if trainings else 'none of them is trained'}"
-    )
-
-
 def schedule_search(
     settings: Settings, workspace: Workspace, plan: SweepPlan, teacher: Path
 ) -> ScheduleSearch:
     """Return what suggests further trials for the plan of a search."""
     from orchestrator.sweeping.search import ScheduleSearch, finished_schedules  # Imports optuna.
 
-    full, suite = load_config(teacher), plan.trials[0].suite
-
-    def make_trial(schedule: IterationSchedule) -> Trial:
-        member = FamilyMember(schedule, math.nan, math.nan)
-        config = replace(full, schedule=schedule)
-        return student_trial(settings, workspace, teacher, config, member, suite)
-
+    students = Students(settings, workspace, teacher, plan.trials[0].suite)
     return ScheduleSearch(
         plan,
-        full.corrections,
+        students.full.corrections,
         settings.search,
-        make_trial,
+        lambda schedule: students.student(FamilyMember(schedule, math.nan, math.nan)),
         folder=workspace.sweeps / plan.name,
         others=finished_schedules(workspace, weights_key(teacher)),
     )
+
+
+def _named_plan(
+    kind: str,
+    name: str | None,
+    trials: Sequence[Trial],
+    num_requested: int,
+    *,
+    teacher: Path | None,
+) -> SweepPlan:
+    # Two measures of influence may lead to the same schedules by other thresholds.
+    shown = [[t.key, t.threshold_above, t.threshold_up_to] for t in trials]
+    key = content_key("sweep", kind, shown)
+    return SweepPlan(
+        key=key,
+        name=name or f"{kind}-{key[:8]}",
+        kind=kind,
+        tokens_folder=trials[0].suite.tokens_folder,
+        teacher=str(teacher) if teacher else None,
+        num_requested=num_requested,
+        trials=tuple(trials),
+        num_distinct=num_models(trials),
+    )
+
+
+# What is measured
 
 
 def load_tasks(
@@ -340,7 +288,7 @@ def plan_suite(
     hashes: Mapping[str, str] | None = None,
     *,
     teacher: Path | None = None,
-    sweeps: Path | None = None,
+    workspace: Workspace | None = None,
 ) -> TrialSuite:
     """Return how trials are evaluated.
 
@@ -348,12 +296,13 @@ def plan_suite(
         hashes: What `load_tasks` returns: held-out tasks are named by their content, others may
             change under their names.
         teacher: Checkpoint of the full model; an imported one reads text with its own tokenizer.
-        sweeps: Folder of sweeps; hashes that are not known are those that the newest sweep found.
+        workspace: Hashes that are not known are those that its newest sweep found.
     """
     folder = tokens if needs_heldout(settings) else None
     asked = select_tasks(settings, folder, context_length=config.context_length)
     # Held-out tasks alone need no names: they are all tasks of their folder.
     is_heldout_alone = settings.suite == HELDOUT and not settings.include_path
+    vocabulary = text_files_key(teacher) if teacher else None
     suite = TrialSuite(
         tokens=open_data(tokens).fingerprint,
         tokens_folder=str(tokens),
@@ -367,92 +316,176 @@ def plan_suite(
         prompts=settings.prompts,
         precision=settings.precision or default_precision(on_gpus=False),
         fingerprints=dict(hashes) if hashes else None,
-        **(text_of_teacher(teacher) if teacher else {}),
+        vocabulary=vocabulary or None,
+        vocabulary_folder=str(teacher) if vocabulary else None,
     )
-    stored = sorted(sweeps.glob("*/"), key=last_recorded, reverse=True) if sweeps else []
-    for folder in stored if hashes is None else ():
-        with suppress(UserError):
-            if plan := SweepPlan.read(folder / PLAN_FILE):
-                known = plan.trials[0].suite
-                found = suite.model_copy(update={"fingerprints": known.fingerprints})
-                if found.key == known.key:
-                    return found
+    if hashes is None and workspace:
+        for sweep in sorted(workspace.sweeps.glob("*/"), key=last_recorded, reverse=True):
+            with suppress(UserError):
+                if plan := SweepPlan.read(sweep / PLAN_FILE):
+                    known = plan.trials[0].suite
+                    found = suite.model_copy(update={"fingerprints": known.fingerprints})
+                    if found.key == known.key:
+                        return found
     return suite
 
 
-def text_of_teacher(teacher: Path) -> dict[str, str]:
-    """Return the fields of a suite that read text as an imported teacher does; none for others."""
-    key = text_files_key(teacher)
-    return {"vocabulary": key, "vocabulary_folder": str(teacher)} if key else {}
+# What a plan says of its trials
 
 
-def make_plan(
-    kind: str,
-    name: str | None,
-    trials: Sequence[Trial],
-    suite: TrialSuite,
-    num_requested: int,
-    *,
-    teacher: Path | None,
-) -> SweepPlan:
-    """Return the plan of these trials, named by their keys where the user gave no name."""
-    # Two measures of influence may lead to the same schedules by other thresholds.
-    shown = [[t.key, t.threshold_above, t.threshold_up_to] for t in trials]
-    key = content_key("sweep", kind, shown)
-    return SweepPlan(
-        key=key,
-        name=name or f"{kind}-{key[:8]}",
-        kind=kind,
-        tokens_folder=suite.tokens_folder,
-        teacher=str(teacher) if teacher else None,
-        num_requested=num_requested,
-        trials=tuple(trials),
-        num_distinct=num_models(trials),
+def exact_cost(config: ModelConfig, full: ModelConfig) -> dict[str, float]:
+    """Return the cost of a model in all units that follow from shapes, and relative to `full`."""
+    cost, most = inference_cost(config), inference_cost(full)
+    return {
+        "evaluations": cost.evaluations_per_token,
+        "relative_evaluations": cost.evaluations_per_token / most.evaluations_per_token,
+        "flops_per_token": cost.decode_flops_per_token,
+        "relative_flops": cost.decode_flops_per_token / most.decode_flops_per_token,
+        "prefill_flops_per_token": cost.prefill_flops_per_token,
+        "kv_bytes_per_token": cost.kv_bytes_per_token,
+        "weight_bytes_per_token": cost.weight_bytes_per_token,
+        "num_parameters": cost.num_parameters,
+    }
+
+
+def full_trial(plan: SweepPlan) -> Trial:
+    """Return the trial that the others are compared with; see `teacher_or_costliest`."""
+    found = teacher_or_costliest(
+        plan.trials,
+        role=lambda trial: trial.role,
+        cost=lambda trial: inference_cost(trial.model).evaluations_per_token,
     )
+    assert found is not None, "a plan has trials"
+    return found
 
 
-def choose_members(
-    influence: InfluenceTable,
-    sweep: SweepSettings,
-    *,
-    cost: Cost = num_evaluations,
-) -> tuple[FamilyMember, ...]:
-    """Return the schedules of a threshold sweep, costliest first, each once.
+def num_models(trials: Sequence[Trial]) -> int:
+    """Return the number of schedules or models that a sweep is about; seeds count once.
 
-    Args:
-        influence: The teacher's table.
-        sweep: Thresholds, budgets or a number of schedules; and the selection.
-        cost: Unit of the budgets, and the scale over which schedules are spread.
-
-    Returns:
-        Members with the thresholds that give them; those of a knapsack have none (NaN).
-
-    Raises:
-        UserError: If a budget is less than the cheapest schedule costs.
+    Of a teacher's students, schedules count: an elastic one and a separate one are the same.
+    Baselines count where all models are trained from scratch.
     """
-    family = schedule_family(influence)
-    if sweep.thresholds:
-        wanted = {
-            member.schedule
-            for threshold in sweep.thresholds
-            for member in family
-            if member.threshold_above < threshold <= member.threshold_up_to
-        }
-    elif sweep.budgets:
-        try:
-            wanted = {family.within(most, of=cost) for most in sweep.budgets}
-        except ValueError as error:
-            raise UserError(f"sweep.budgets, in {sweep.budget_unit}: {error}") from None
-    else:
-        number = min(sweep.num_schedules, len(family))
-        wanted = {member.schedule for member in spread_over_cost(family, number, cost=cost)}
-    chosen = tuple(member for member in family if member.schedule in wanted)
-    if sweep.selection != "knapsack":
-        return chosen
-    # The best schedule under each budget, or else at the cost of each chosen member.
-    if sweep.budgets:
-        budgets = sorted(sweep.budgets, reverse=True)
-        best = [knapsack(influence, budget, cost=cost) for budget in budgets]
-    else:
-        best = [knapsack(influence, member.schedule.num_evaluations) for member in chosen]
-    return tuple(FamilyMember(schedule, math.nan, math.nan) for schedule in dict.fromkeys(best))
+    own = [t for t in trials if t.role == "trial" or (t.job and t.parent is None)]
+    return len({t.schedule if t.parent else t.group or t.key for t in own})
+
+
+def asha_rule(sweep: SweepSettings) -> AshaRule:
+    """Return when trials are compared, and how many continue."""
+    return AshaRule(first_rung=sweep.asha_first_rung, reduction_factor=sweep.asha_reduction_factor)
+
+
+def competing_trials(plan: SweepPlan, sweep: SweepSettings) -> list[list[Trial]]:
+    """Return, for each model with several learning rates, its trials; none without ASHA."""
+    if plan.kind != "iterations" or not sweep.asha:
+        return []
+    models: dict[str, list[Trial]] = {}
+    for trial in plan.trials:
+        if trial.job:
+            recipe = trial.job.recipe.model_copy(update={"learning_rate": None})
+            changes = {"recipe": recipe, "run_folder": "", "first_stages": None}
+            same = trial.job.model_copy(update=changes).model_dump_json(warnings=False)
+            models.setdefault(same, []).append(trial)
+    return [trials for trials in models.values() if len(trials) > 1]
+
+
+def early_stops(plan: SweepPlan, sweep: SweepSettings) -> dict[str, EarlyStop]:
+    """Return key -> reason of the trials that were stopped early: by this rule, for a competitor
+    that is in the plan. Those that have a result are among them."""
+    found: dict[str, EarlyStop] = {}
+    for trials in competing_trials(plan, sweep):
+        labels = {trial.label for trial in trials}
+        for trial in trials:
+            stop = EarlyStop.read(Path(trial.folder) / STOPPED_NAME)
+            if stop and stop.rule == asha_rule(sweep) and stop.competitor in labels - {trial.label}:
+                found[trial.key] = stop
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialState:
+    """How far a trial is."""
+
+    trial: Trial
+    name: Literal["finished", "stopped early", "to measure", "to train"]
+    """Its state, or what is done next."""
+    training: Estimate | None = None
+    """Its training, if that is not finished."""
+
+    @property
+    def steps_done(self) -> int:
+        """Training steps that it resumes after."""
+        return self.training.steps_done if self.training else 0
+
+
+def trial_states(plan: SweepPlan, sweep: SweepSettings) -> list[TrialState]:
+    """Return how far each trial of a plan is."""
+    stops, states = early_stops(plan, sweep), []
+    for trial in plan.trials:
+        if trial.result():
+            states.append(TrialState(trial=trial, name="finished"))
+        elif trial.key in stops:
+            states.append(TrialState(trial=trial, name="stopped early"))
+        elif trial.job is None or finished_outcome(trial.job):
+            states.append(TrialState(trial=trial, name="to measure"))
+        else:
+            training = Estimate.of(trial.job)
+            states.append(TrialState(trial=trial, name="to train", training=training))
+    return states
+
+
+def plan_table(plan: SweepPlan, states: Sequence[TrialState]) -> Table:
+    """Return a table of a plan's trials and their states; narrow terminals show fewer columns.
+
+    Learning rates and numbers of layers are shown if they differ.
+    """
+    trials = [state.trial for state in states]  # A plan may lack those that the run pretrains.
+    full_flops = inference_cost(full_trial(plan).model).decode_flops_per_token
+    costs = [inference_cost(trial.model) for trial in trials]
+    rates = [f"{trial.job.recipe.learning_rate:g}" if trial.job else "" for trial in trials]
+    layers = [str(trial.model.num_layers) for trial in trials]
+    columns = {
+        Column("model", is_text=True): [trial.label for trial in trials],
+        Column("thresholds", 3, is_text=True): [trial.threshold_text for trial in trials],
+        Column("rate", 2): rates if len({*rates} - {""}) > 1 else [],
+        Column("layers", 1): layers if len({*layers}) > 1 else [],
+        Column("NFE"): [str(cost.evaluations_per_token) for cost in costs],
+        Column("FLOPs", 4): [f"{cost.decode_flops_per_token / full_flops:.0%}" for cost in costs],
+        Column("KV/token", 5): [format_bytes(cost.kv_bytes_per_token) for cost in costs],
+        Column("state", is_text=True): [
+            f"from step {state.steps_done:,}" if state.steps_done else state.name
+            for state in states
+        ],
+    }
+    shown = {column: cells for column, cells in columns.items() if any(cells)}
+    rows = [TableRow(cells) for cells in zip(*shown.values(), strict=True)]
+    return Table([*shown], rows, f"Plan of {plan.name}")
+
+
+def plan_sentences(
+    plan: SweepPlan, sweep: SweepSettings, states: Sequence[TrialState]
+) -> list[str]:
+    """Say what was merged, and what is reused."""
+    asked = "model"
+    if plan.kind != "iterations":
+        asked = "threshold" if sweep.thresholds else "budget" if sweep.budgets else "schedule"
+    made = "" if asked == "model" else " schedule" if plan.num_distinct == 1 else " schedules"
+    first = (
+        f"{format_count(plan.num_requested, asked)} asked for, {plan.num_distinct:,} distinct{made}"
+    )
+    if num_seeds := len({trial.seed for trial in plan.trials if trial.seed is not None}):
+        first += f", each under {format_count(num_seeds, 'seed')}"
+    if baselines := {t.group or t.key for t in plan.trials if t.is_distilled_baseline}:
+        first += f"; {format_count(len(baselines), 'distilled baseline')}"
+    if num_more := num_models(plan.trials) - plan.num_distinct:
+        first += f"; {num_more:,} more that the search suggested"
+
+    names = Counter(state.name for state in states)
+    are = "is" if len(states) == 1 else "are"
+    found = (
+        f"{names['finished']:,} of {format_count(len(states), 'trial')} {are} finished and reused"
+    )
+    if num_stopped := names["stopped early"]:
+        found += f", {num_stopped:,} stopped early and left so"
+    if num_begun := sum(bool(state.steps_done) for state in states):
+        found += f", {num_begun:,} partly trained"
+    return [first, found] if plan.num_distinct else [found]

@@ -7,8 +7,9 @@ plan's trials. A trial that another process runs stays in the queue until that p
 died, so two sweeps at the same time share the work and make no trial twice. Whoever waits holds no
 lock and no CPUs that others wait for, so two processes cannot wait for each other.
 
-After each trial the sweep's MLflow run gets the front so far. Milliseconds are measured last, the
-models in turns, because trials that run at the same time would disturb the clock.
+A trial's process stores its result; `SweepQueue.on_end` gets it, and the sweep's MLflow run shows
+it with the front so far. Milliseconds are measured last, the models in turns, because trials that
+run at the same time would disturb the clock.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from orchestrator.cluster.ray import ray_cluster, wait_for_gpus
 from orchestrator.cluster.task import trial_device
@@ -30,10 +30,10 @@ from orchestrator.planning.estimate import seconds_to_save
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
-from orchestrator.sweeping.decode import with_costs, with_decoding
+from orchestrator.sweeping.decode import with_costs
 from orchestrator.sweeping.live import LiveSweep
+from orchestrator.sweeping.plan import asha_rule, competing_trials, early_stops, full_trial
 from orchestrator.sweeping.trial import run_trial
-from orchestrator.sweeping.trials import asha_rule, competing_trials, early_stops, full_config
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import note_saved_state, stop_requested
 from orchestrator.tracking import Tracking, status_after
@@ -100,20 +100,20 @@ def run_plan(
         search: Suggests further trials when these have ended.
 
     Raises:
-        UserError: If a training cannot run, such as if its workers cannot share a batch.
+        UserError: If a training cannot run, such as if its workers cannot share a batch; or there
+            are too few CPUs or GPUs for one trial.
         Interrupted: After Ctrl-C; finished trials stay finished.
         RunFailed: If no trial at all could be finished, or one failed while it was stopping.
     """
     progress, placed = progress or Progress(), placed or settings
+    sweep, cluster, folder = placed.sweep, placed.cluster, workspace.sweeps / plan.name
     found = {trial.key: result for trial in plan.trials if (result := trial.result())}
-    stops = {key: s for key, s in early_stops(plan, placed.sweep).items() if key not in found}
-    stopped = {trial.label: stops[trial.key] for trial in plan.trials if trial.key in stops}
+    stops = {key: s for key, s in early_stops(plan, sweep).items() if key not in found}
     waiting = [trial for trial in plan.trials if trial.key not in found and trial.key not in stops]
     jobs = [trial.job for trial in waiting if trial.job]
     for job in [*jobs, *(search.jobs_left()[:1] if search else [])]:
-        check_job(job, num_workers=placed.sweep.num_workers_per_trial)
+        check_job(job, num_workers=sweep.num_workers_per_trial)
 
-    folder = workspace.sweeps / plan.name
     _note_other_plan(plan, folder, progress)
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     journal = Journal(folder)
@@ -127,12 +127,45 @@ def run_plan(
         for trial in plan.trials:
             if trial.key in stops:
                 live.on_end(trial, "KILLED", stops[trial.key].text)
-        waiting, cached = _with_stored_answers(
-            waiting, search, full_config(plan), placed, workspace, live, progress
-        )
+        cached: list[TrainingJob] = []
+        if settings.distillation.teacher_cache:
+            waiting, cached, points = _with_stored_answers(
+                waiting, search, full_trial(plan), placed, workspace, progress
+            )
+            live.change(points=points)
+        stopped = {trial.label: stops[trial.key] for trial in plan.trials if trial.key in stops}
         trials = SweepQueue(waiting, found, stopped, live, progress, search=search, num_all=num_all)
+        progress.start("sweep", num_all)
         try:
-            run_queue(trials, plan, placed, folder)
+            if not trials.is_over:
+                say = partial(progress.advance, trials.num_ended)
+                with ray_cluster(cluster, folder=folder, say=say):
+                    # It imports Ray, which reads its environment then.
+                    from orchestrator.cluster import tune
+
+                    if cluster.wait_for_gpus:
+                        wait_for_gpus(sweep.gpus_per_trial or 0, progress.note)
+                    tune.run_trials(
+                        partial(run_trial, wait=False),
+                        trials,
+                        # One folder a process: the same sweep may run twice at the same time.
+                        folder / f"ray-{socket.gethostname()}-{os.getpid()}",
+                        sweep,
+                        cluster,
+                        num_trials=trials.num_ready,
+                        scheduler=tune.AshaByModel(asha_rule(sweep), competing_trials(plan, sweep)),
+                    )
+            if search:
+                search.enter(trials.results)  # With what another process has made.
+            trials.publish()
+            progress.finish(trials.summary())
+        except Interrupted:
+            if not trials.failed_while_stopping:
+                raise
+            failed = trials.failed_while_stopping.items()
+            error = RunFailed("; ".join(f"trial {name} failed: {why}" for name, why in failed))
+            note_saved_state(error, trials.saved())
+            raise error from None
         finally:
             trials.publish()
             live.close()
@@ -147,16 +180,13 @@ def run_plan(
         if trials.stopped:
             saved = sum(stop.share_saved for stop in trials.stopped.values())
             text = "; ".join(f"{label} {stop.text}" for label, stop in trials.stopped.items())
-            live.change(
-                points=[("sweep/trainings_saved", saved, len(plan.trials))],
-                tags={STOPPED_TAG: text},
-            )
+            points = [("sweep/trainings_saved", saved, len(plan.trials))]
+            live.change(points=points, tags={STOPPED_TAG: text})
         results = [trials.results[t.key] for t in plan.trials if t.key in trials.results]
         if not results:
             reasons = "; ".join(f"{label}: {reason}" for label, reason in trials.failures.items())
             raise RunFailed(f"no trial of the sweep {plan.name} could be finished: {reasons}")
         results = with_costs(results, plan, folder, settings, progress)
-        results = with_decoding(results, plan, folder, settings, progress)
     except BaseException as error:
         live.finish(status_after(error))
         raise
@@ -171,62 +201,16 @@ def run_plan(
     )
 
 
-def run_queue(trials: SweepQueue, plan: SweepPlan, settings: Settings, folder: Path) -> None:
-    """Run the trials of a queue to their ends, in Ray if there is anything to run.
-
-    Raises:
-        UserError: If there are too few CPUs or GPUs for one trial.
-        Interrupted: After Ctrl-C; finished trials stay finished.
-        RunFailed: If a trial failed while it was stopping after Ctrl-C.
-    """
-    sweep, progress = settings.sweep, trials.progress
-    progress.start("sweep", trials.num_all)
-    if not trials.is_over:
-        say = partial(progress.advance, trials.num_ended)
-        with ray_cluster(settings.cluster, folder=folder, say=say):
-            # It imports Ray, which reads its environment then.
-            from orchestrator.cluster.tune import AshaByModel, run_trials
-
-            if settings.cluster.wait_for_gpus:
-                wait_for_gpus(sweep.gpus_per_trial or 0, progress.note)
-            try:
-                run_trials(
-                    partial(run_trial, wait=False),
-                    trials,
-                    # One folder for each process: the same sweep may run twice at the same time.
-                    folder / f"ray-{socket.gethostname()}-{os.getpid()}",
-                    sweep,
-                    settings.cluster,
-                    num_trials=trials.num_ready,
-                    scheduler=AshaByModel(asha_rule(sweep), competing_trials(plan, sweep)),
-                )
-            except Interrupted:
-                trials.publish()
-                if not trials.failed_while_stopping:
-                    raise
-                failed = trials.failed_while_stopping.items()
-                error = RunFailed("; ".join(f"trial {name} failed: {why}" for name, why in failed))
-                note_saved_state(error, trials.saved())
-                raise error from None
-    if trials.search:
-        trials.search.enter(trials.results)  # With what another process has made.
-    trials.publish()
-    progress.finish(trials.summary())
-
-
 def _with_stored_answers(
     waiting: Sequence[Trial],
     search: ScheduleSearch | None,
-    teacher: ModelConfig,
+    teacher: Trial,
     settings: Settings,
     workspace: Workspace,
-    live: LiveSweep,
     progress: Progress,
-) -> tuple[list[Trial], list[TrainingJob]]:
-    """Store the teacher's answers once for all students if the settings say so, and return the
-    trials that read them, with the jobs that do."""
-    if not settings.distillation.teacher_cache:
-        return list(waiting), []
+) -> tuple[list[Trial], list[TrainingJob], list[tuple[str, float, int]]]:
+    """Store the teacher's answers once for all students; return the trials that read them, the jobs
+    that do, and what MLflow shows of the work."""
     # A trial that is only measured needs no teacher.
     jobs = {t.key: t.job for t in waiting if t.job and finished_outcome(t.job) is None}
     shared, work = store_answers(
@@ -235,16 +219,17 @@ def _with_stored_answers(
         on_device=trial_device(settings, workspace.root),
         progress=progress,
     )
-    if num_tokens := work.num_stored_tokens:
+    points: list[tuple[str, float, int]] = []
+    if num_tokens := float(work.num_stored_tokens):
         # A teacher that runs in each trial is in the trials' own FLOPs.
-        flops = num_tokens * inference_cost(teacher).forward_flops_per_token
-        numbers, step = {"teacher_tokens": num_tokens, "teacher_flops": flops}, len(waiting)
-        live.change(points=[(f"sweep/{n}", float(v), step) for n, v in numbers.items()])
+        flops = num_tokens * inference_cost(teacher.model).forward_flops_per_token
+        points = [("sweep/teacher_tokens", num_tokens, len(waiting))]
+        points.append(("sweep/teacher_flops", flops, len(waiting)))
     if search and len(shared) > len(jobs):
         search.teacher_cache = shared[-1].teacher_cache
     jobs = dict(zip(jobs, shared, strict=False))
     changed = [t.model_copy(update={"job": jobs[t.key]}) if t.key in jobs else t for t in waiting]
-    return changed, shared
+    return changed, shared, points
 
 
 def _note_other_plan(plan: SweepPlan, folder: Path, progress: Progress) -> None:
@@ -304,16 +289,15 @@ class SweepQueue:
     # Called in Tune's thread.
 
     @property
-    def is_over(self) -> bool:
-        """Whether all trials have ended."""
-        num_left = self.search.num_left if self.search else 0
-        return not (self._waiting or self._taken or num_left)
-
-    @property
     def num_ready(self) -> int:
         """Number of trials that can start now, those of a search among them."""
-        num_left = self.search.num_left if self.search else 0
-        return sum(not self._lacks_weights(trial) for trial in self._waiting) + num_left
+        ready = sum(not self._lacks_weights(trial) for trial in self._waiting)
+        return ready + (self.search.num_left if self.search else 0)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all trials have ended."""
+        return not (self._waiting or self._taken or (self.search and self.search.num_left))
 
     @property
     def num_taken(self) -> int:
@@ -343,10 +327,10 @@ class SweepQueue:
             if self._taken:
                 return None  # The search learns from all of these.
             self.search.open(self.results)
-        if trial_of_search := self.search.suggest():
-            self._known.add(trial_of_search.key)
-            self._taken[trial_of_search.key] = trial_of_search
-            return trial_of_search
+        if suggested := self.search.suggest():
+            self._known.add(suggested.key)
+            self._taken[suggested.key] = suggested
+            return suggested
         # Another process may have suggested others, and may run them.
         more = [trial for trial in self.search.known_trials() if trial.key not in self._known]
         self._known |= {trial.key for trial in more}
@@ -404,14 +388,11 @@ class SweepQueue:
             if result:
                 self._journals.pop(trial.key, None)
                 self._live.on_results([result])
-            elif error:
-                self.progress.note(f"trial {trial.label} failed: {error}")
-                self._live.on_end(trial, "FAILED", error)
-            else:
-                stop = self.stopped.get(trial.label)
-                if stop:
-                    self.progress.note(f"trial {trial.label} {stop.text}")
-                self._live.on_end(trial, "KILLED", stop.text if stop else "")
+                continue
+            stop = self.stopped.get(trial.label)
+            if reason := f"failed: {error}" if error else stop.text if stop else "":
+                self.progress.note(f"trial {trial.label} {reason}")
+            self._live.on_end(trial, "FAILED" if error else "KILLED", error or reason)
 
     def watch(self) -> None:
         """Show what runs and what has ended."""
@@ -423,29 +404,26 @@ class SweepQueue:
                 self.progress.note(waiting_text([trial.label for trial in others]))
                 self._has_told = True
             running = others
-        shares = {trial.label: self._share_done(trial) for trial in running}
+        shares = {}
+        for trial in running:
+            if trial.job:
+                journal = self._journals.setdefault(trial.key, JournalReader(Path(trial.folder)))
+                journal.read()
+                shares[trial.label] = TRAINING_SHARE * journal.step / trial.job.recipe.num_steps
         begun = [label for label, share in shares.items() if share]
         self.progress.advance(self.num_ended + sum(shares.values()), "; ".join(begun[:MAX_NAMED]))
         self._live.watch(running)
 
-    def _share_done(self, trial: Trial) -> float:
-        if not trial.job:
-            return 0.0
-        journal = self._journals.setdefault(trial.key, JournalReader(Path(trial.folder)))
-        journal.read()
-        return TRAINING_SHARE * journal.step / trial.job.recipe.num_steps
-
     def saved(self) -> str:
         """Say how many trials are finished, and what the others have saved."""
-        trials = [*self._taken.values(), *self._interrupted]
-        begun = {f"trial {t.label}": t.job for t in trials if t.job and self._has_begun(t)}
+        begun = {}
+        for trial in [*self._taken.values(), *self._interrupted]:
+            # A long training may have a checkpoint before its first recorded step.
+            journal = self._journals.get(trial.key)
+            if trial.job and ((journal and journal.step) or find_checkpoints(Path(trial.folder))):
+                begun[f"trial {trial.label}"] = trial.job
         text = f"{len(self.results)} of {self.num_all} trials are finished"
         return f"{text}; {describe_saved_state(begun, named=True)}" if begun else text
-
-    def _has_begun(self, trial: Trial) -> bool:
-        # A long training may have a checkpoint before its first recorded step.
-        journal = self._journals.get(trial.key)
-        return bool((journal and journal.step) or find_checkpoints(Path(trial.folder)))
 
     def seconds_to_save(self) -> float:
         """Return the longest time until all running trials are saved."""

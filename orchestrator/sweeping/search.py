@@ -118,6 +118,17 @@ class ScheduleSearch:
         return max(0, self.num_wanted - len(self._suggested))
 
     @property
+    def text(self) -> str:
+        """What it will try, in a plan."""
+        if not self.num_wanted:
+            return "the search has nothing to try beside the family"
+        return (
+            f"the search tries at most {self.num_wanted:,} more of {self.num_schedules:,} "
+            f"schedules; which ones follows from the results, {self.num_left:,} are not "
+            "known yet and priced as if each made all of the teacher's corrections"
+        )
+
+    @property
     def is_open(self) -> bool:
         """Whether it can suggest schedules."""
         return self._study is not None

@@ -17,7 +17,7 @@ from orchestrator.cluster.tune import AshaByModel, TrialFunction, TrialPlace
 from orchestrator.models.open import load_model
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings, resolve_settings
-from orchestrator.sweeping.trials import asha_rule, competing_trials, early_stops
+from orchestrator.sweeping.plan import asha_rule, competing_trials, early_stops
 from orchestrator.training.job import job_key
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import Interrupted, UserError

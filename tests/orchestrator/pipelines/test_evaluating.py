@@ -25,8 +25,8 @@ from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.reporting.results import load_item_values
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.plan import load_tasks, plan_suite
+from orchestrator.sweeping.students import checkpoint_trial
 from orchestrator.sweeping.trial import run_trial
-from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, open_workspace

@@ -21,8 +21,8 @@ from orchestrator.pipelines.evaluating import plan_evaluate
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.sweeping.plan import load_tasks, plan_suite
+from orchestrator.sweeping.students import checkpoint_trial
 from orchestrator.sweeping.trial import run_trial
-from orchestrator.sweeping.trials import checkpoint_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import Workspace, open_workspace
 

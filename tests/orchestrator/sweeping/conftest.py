@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from iiet.config import ModelConfig
+from iiet.influence import InfluenceTable
 from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import TrialSuite
 from orchestrator.settings import resolve_settings
+from orchestrator.sweeping.students import Students
 from orchestrator.training.trainer import run_job
+from orchestrator.workspace.layout import Workspace, open_workspace
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +35,31 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_tokens: Path) -> Path
         )
     )
     return Path(str(outcome.checkpoint))
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Workspace:
+    return open_workspace(tmp_path)
+
+
+@pytest.fixture
+def table() -> InfluenceTable:
+    """The teacher's influence: its family is 2,1 then 1,1 then 1,0 then 0,0."""
+    return InfluenceTable(
+        metric="cosine",
+        value_rows=((0.5, 0.1), (0.3,)),
+        error_rows=((0.0, 0.0), (0.0,)),
+        num_tokens=64,
+        layer_values=(0.2, 0.7),
+    )
+
+
+@pytest.fixture
+def students(space: Workspace, teacher: Path, tiny_tokens: Path) -> Callable[..., Students]:
+    """A function that returns the teacher's students under settings, as `name=value` texts."""
+
+    def make(*assignments: str, **suite: str) -> Students:
+        measured = TrialSuite(**{"suite": "x", "tokens_folder": str(tiny_tokens), **suite})
+        return Students(resolve_settings({}, assignments), space, teacher, measured)
+
+    return make

@@ -24,8 +24,8 @@ from orchestrator.evaluation.suite import Suite
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
+from orchestrator.sweeping.plan import asha_rule, competing_trials, early_stops
 from orchestrator.sweeping.trial import Place, run_trial
-from orchestrator.sweeping.trials import asha_rule, competing_trials, early_stops
 from orchestrator.terminal.stop import stop_when
 from orchestrator.training.watching import is_run_locked
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal

@@ -14,7 +14,8 @@ from orchestrator.settings import DataSettings, Settings, resolve_settings
 from orchestrator.settings.data import DepthSettings
 from orchestrator.sweeping import decode
 from orchestrator.sweeping.decode import with_decoding
-from orchestrator.sweeping.trials import checkpoint_trial, exact_cost
+from orchestrator.sweeping.plan import exact_cost
+from orchestrator.sweeping.students import checkpoint_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import open_workspace
 

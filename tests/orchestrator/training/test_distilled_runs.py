@@ -24,8 +24,8 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
 from orchestrator.sweeping import trial as trial_module
+from orchestrator.sweeping.students import Students, student_job
 from orchestrator.sweeping.trial import run_trial
-from orchestrator.sweeping.trials import student_job, student_trial
 from orchestrator.training import devices, teacher_cache, trainer
 from orchestrator.training.devices import World, decoder_to_train
 from orchestrator.training.dropping import kept_config
@@ -61,10 +61,9 @@ def student(
             teacher=teacher,
             config=ModelConfig.from_dict({**tiny_model, "schedule": schedule}),
             tokens_folder=str(tiny_tokens),
-            run_folder=str(tmp_path / name),
         )
         assert job
-        return job
+        return job.model_copy(update={"run_folder": str(tmp_path / name)})
 
     return make
 
@@ -197,14 +196,12 @@ def test_a_control_is_trained_without_a_teacher(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     schedule = IterationSchedule((1, 0))
-    trial = student_trial(
+    trial = Students(
         resolve_settings({"distillation": {"control": control, "training": {**RECIPE, "seed": 1}}}),
         open_workspace(tmp_path),
         teacher,
-        ModelConfig.from_dict({**tiny_model, "schedule": [1, 0]}),
-        FamilyMember(schedule=schedule, threshold_above=0.1, threshold_up_to=0.2),
         TrialSuite(suite="x", tokens_folder=str(tiny_tokens)),
-    )
+    ).student(FamilyMember(schedule=schedule, threshold_above=0.1, threshold_up_to=0.2))
     starts, loaded = list[dict[str, torch.Tensor]](), list[Path]()
     load = devices.load_model
 

@@ -1,0 +1,549 @@
+"""One teacher's students: their schedules, trainings and trials, and the baselines beside them.
+
+A trial's key is the hash of all that determines its result, and its folder is named by the hash of
+all that determines its weights. So a second sweep, another range of thresholds or a restart finds
+finished trials, and other tasks are measured with the same weights without training again.
+
+Elastic weights are one training, and a trial for each schedule. The trial of the full schedule
+trains them; the others are measured with its checkpoint, so they wait for it, and their keys follow
+from the training.
+
+Distilled baselines are other ways to save the FLOPs that students save. `vanilla` is a plain
+decoder of the teacher's width with random weights, and as many layers as a student has evaluations.
+`fewer_layers` is the teacher without its least important layers, by block influence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from iiet.config import ModelConfig
+from iiet.cost import inference_cost
+from iiet.distillation import DistillationConfig
+from iiet.influence import InfluenceTable
+from iiet.pruning import (
+    Cost,
+    FamilyMember,
+    knapsack,
+    num_evaluations,
+    schedule_family,
+    spread_over_cost,
+)
+from iiet.schedule import IterationSchedule
+from orchestrator.models.folder import load_config, load_provenance, weights_key
+from orchestrator.planning.estimate import Estimate, price_of_trials
+from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import Role, Trial, TrialSuite
+from orchestrator.settings import (
+    BASELINE_METHOD,
+    DistillationSettings,
+    ElasticSettings,
+    Settings,
+    SweepSettings,
+    TrainingSettings,
+)
+from orchestrator.settings.training import MAX_LAYERS, MAX_STEPS
+from orchestrator.sweeping.models import STUDENTS_SECTION, ModelVariant, learning_rates
+from orchestrator.terminal.render import format_count
+from orchestrator.training.dropping import kept_config, most_important_layers
+from orchestrator.training.job import folder_of_weights, job_key, sequences_per_step
+from orchestrator.training.schedules import checked_family
+from orchestrator.training.teacher_cache import answers_plan
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import Workspace, checkpoint_name
+from orchestrator.workspace.provenance import content_key
+
+
+def choose_members(
+    influence: InfluenceTable, sweep: SweepSettings, *, cost: Cost = num_evaluations
+) -> tuple[FamilyMember, ...]:
+    """Return the schedules of a threshold sweep, costliest first, each once.
+
+    Args:
+        influence: The teacher's table.
+        sweep: Thresholds, budgets or a number of schedules; and the selection.
+        cost: Unit of the budgets, and the scale over which schedules are spread.
+
+    Returns:
+        Members with the thresholds that give them; those of a knapsack have none (NaN).
+
+    Raises:
+        ValueError: If a budget is less than the cheapest schedule costs; see `check_teacher`.
+    """
+    family = schedule_family(influence)
+    if sweep.thresholds:
+        wanted = {
+            member.schedule
+            for threshold in sweep.thresholds
+            for member in family
+            if member.threshold_above < threshold <= member.threshold_up_to
+        }
+    elif sweep.budgets:
+        wanted = {family.within(most, of=cost) for most in sweep.budgets}
+    else:
+        number = min(sweep.num_schedules, len(family))
+        wanted = {member.schedule for member in spread_over_cost(family, number, cost=cost)}
+    chosen = tuple(member for member in family if member.schedule in wanted)
+    if sweep.selection != "knapsack":
+        return chosen
+    # The best schedule under each budget, or else at the cost of each chosen member.
+    if sweep.budgets:
+        budgets = sorted(sweep.budgets, reverse=True)
+        best = [knapsack(influence, budget, cost=cost) for budget in budgets]
+    else:
+        best = [knapsack(influence, member.schedule.num_evaluations) for member in chosen]
+    return tuple(FamilyMember(schedule, math.nan, math.nan) for schedule in dict.fromkeys(best))
+
+
+# Trainings
+
+
+def student_job(
+    distillation: DistillationSettings, *, teacher: Path, config: ModelConfig, tokens_folder: str
+) -> TrainingJob | None:
+    """Return the job that trains a student; None for the control without training.
+
+    Raises:
+        UserError: If a step of the training is not a whole number of sequences.
+    """
+    if distillation.control == "pruned":
+        return None
+    sequences_per_step(distillation.training, config, section=STUDENTS_SECTION)
+    is_scratch = distillation.control == "scratch"
+    is_distilled = distillation.control == "distill"
+    return TrainingJob(
+        run_folder="",
+        tokens_folder=tokens_folder,
+        model=config,
+        recipe=checked_family(distillation.training, config, section=STUDENTS_SECTION),
+        objective="pretrain" if is_scratch else "distill" if is_distilled else "cross_entropy",
+        teacher_folder=str(teacher) if is_distilled else None,
+        initial_folder=None if is_scratch else str(teacher),
+        distillation=_loss_of(distillation) if is_distilled else None,
+        section=STUDENTS_SECTION,
+        provenance={"teacher": weights_key(teacher)},
+    )
+
+
+def _loss_of(distillation: DistillationSettings) -> DistillationConfig:
+    return DistillationConfig(
+        kl_weight=distillation.kl_weight,
+        temperature=distillation.temperature,
+        divergence=distillation.divergence,
+        hidden_weight=distillation.hidden_weight,
+        start_step=distillation.teacher_from_step,
+        end_step=distillation.teacher_until_step,
+    )
+
+
+def distillation_job(
+    settings: Settings, workspace: Workspace, teacher: Path, schedule: str, tokens: Path
+) -> TrainingJob:
+    """Return the job that distills a teacher under a schedule, in the folder of a sweep's trial.
+
+    Raises:
+        UserError: If the schedule does not fit the teacher, or the control trains nothing.
+    """
+    full, distillation = load_config(teacher), settings.distillation
+    try:
+        wanted = IterationSchedule.parse(schedule, num_layers=full.num_layers)
+        config = replace(full, schedule=wanted)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not wanted.is_within(full.corrections):
+        raise UserError(
+            f"the schedule {wanted} asks for more corrections than the teacher makes, "
+            f"{full.corrections}"
+        )
+    job = student_job(distillation, teacher=teacher, config=config, tokens_folder=str(tokens))
+    if job is None:
+        raise UserError(
+            "distillation.control=pruned trains nothing; "
+            "`iiet-orch evaluate --schedule` measures it"
+        )
+    return job.model_copy(update={"run_folder": str(workspace.trials / job_key(job))})
+
+
+def student_estimate(
+    settings: Settings, teacher: ModelConfig, config: ModelConfig, recipe: TrainingSettings
+) -> Estimate:
+    """Return what a student takes whose teacher need not be trained."""
+    is_distilled = settings.distillation.control == "distill"
+    loss = _loss_of(settings.distillation) if is_distilled else DistillationConfig()
+    cache = answers_plan(teacher, recipe, loss)
+    return Estimate(
+        config=config,
+        recipe=recipe,
+        section=STUDENTS_SECTION,
+        teacher=teacher if is_distilled else None,
+        loss=loss,
+        cache=cache if is_distilled else None,
+    )
+
+
+def unknown_students(settings: Settings, teacher: ModelConfig) -> tuple[list[Estimate], str]:
+    """Return a simple bound of what a teacher's students take, and a sentence that counts them.
+
+    Their schedules are unknown, so each student makes all of the teacher's corrections.
+    """
+    sweep, recipe = settings.sweep, settings.distillation.training
+    is_pruned, num_seeds = settings.distillation.control == "pruned", max(1, len(sweep.seeds))
+    number = len(sweep.thresholds) or len(sweep.budgets) or sweep.num_schedules
+    number = min(number, 1 + sum(teacher.corrections))
+    if sweep.kind == "search":
+        number = min(number + settings.search.num_trials, teacher.corrections.num_within)
+    counts = format_count(number if is_pruned else number * num_seeds, "student")
+    models: list[tuple[ModelConfig, TrainingSettings]] = []
+    if not is_pruned and (sweep.compare or not sweep.elastic):
+        models = [(teacher, recipe)] * number
+    if sweep.elastic:
+        # A family that costs as much as any: each member drops one correction of the one before.
+        schedule, chain = teacher.corrections, []
+        while schedule.num_corrections:
+            layer = max(range(len(schedule)), key=lambda n: schedule[n])
+            schedule = schedule.with_layer(layer, schedule[layer] - 1)
+            chain.append(schedule)
+        most = (recipe.elastic or ElasticSettings()).num_drawn
+        models.insert(0, (teacher, _elastic(settings, chain[:most]).training))
+        beside = f", and {counts}" if sweep.compare else ""
+        counts = f"{format_count(num_seeds, 'elastic training')}{beside}"
+    kinds, most = {*sweep.distilled_baselines}, sweep.num_distilled_baselines
+    if kinds:
+        counts += f" and {format_count(len(kinds) * most * num_seeds, 'distilled baseline')}"
+    if "fewer_layers" in kinds:
+        models += [(teacher, recipe)] * most
+    if "vanilla" in kinds:
+        num_tokens = settings.training.num_steps * settings.training.num_tokens_per_step
+        models += [(_vanilla(teacher)[-1].config, vanilla_recipe(settings, num_tokens))] * most
+    trainings = [
+        student_estimate(settings, teacher, config, own.model_copy(update={"seed": seed}))
+        for seed in sweep.seeds or (recipe.seed,)
+        for config, own in models
+    ]
+    priced = "they are priced as if each made all of the teacher's corrections"
+    return trainings, (
+        f"its students' schedules are not known yet: at most {counts}; "
+        f"{priced if trainings else 'none of them is trained'}"
+    )
+
+
+def without_elastic(settings: Settings) -> Settings:
+    """Return the settings of students, each trained under one schedule."""
+    distillation = settings.distillation
+    recipe = distillation.training.model_copy(update={"elastic": None})
+    students = distillation.model_copy(update={"training": recipe})
+    return settings.model_copy(update={"distillation": students})
+
+
+def _elastic(settings: Settings, schedules: Sequence[IterationSchedule]) -> DistillationSettings:
+    """Return the settings of an elastic training from a teacher."""
+    distillation, recipe = settings.distillation, settings.distillation.training
+    elastic = recipe.elastic or ElasticSettings()
+    changes = {
+        "elastic": elastic.model_copy(update={"schedules": tuple(map(str, schedules))}),
+        "num_steps": settings.sweep.elastic_steps or recipe.num_steps,
+    }
+    return distillation.model_copy(update={"training": recipe.model_copy(update=changes)})
+
+
+def elastic_flops(
+    settings: Settings, trials: Sequence[Trial], teachers: Path
+) -> tuple[float, float]:
+    """Return the training FLOPs, from the first step on, of elastic weights and of the separate
+    students of their schedules; with what teachers compute, for all seeds.
+
+    Args:
+        settings: Sections `sweep` and `distillation`.
+        trials: Those of elastic weights; at least one.
+        teachers: Folder of stored teacher outputs.
+    """
+    jobs = [trial.job for trial in trials if trial.job]
+    own = [replace(Estimate.of(job), steps_done=0) for job in jobs]
+    recipe = without_elastic(settings).distillation.training
+    separate = [
+        student_estimate(
+            settings, jobs[0].model, model, recipe.model_copy(update={"seed": job.recipe.seed})
+        )
+        for job in jobs
+        for model in {trial.model.corrections: trial.model for trial in trials}.values()
+    ]
+    return (
+        price_of_trials(own, settings, teachers).flops,
+        price_of_trials(separate, settings, teachers).flops,
+    )
+
+
+def vanilla_recipe(settings: Settings, teacher_tokens: int) -> TrainingSettings:
+    """Return how distilled vanilla models train: as students, but from random weights.
+
+    So they take the learning rate of vanilla models that are trained from scratch, and train on as
+    many tokens as the students' weights have seen, in the teacher's training and in their own.
+
+    Args:
+        teacher_tokens: Tokens that the teacher was trained on.
+    """
+    recipe = settings.distillation.training
+    rate = learning_rates(settings, ModelVariant(method=BASELINE_METHOD))[0]
+    own_steps = recipe.num_steps + math.ceil(teacher_tokens / recipe.num_tokens_per_step)
+    steps = settings.sweep.distilled_vanilla_steps or min(own_steps, MAX_STEPS)
+    return recipe.model_copy(update={"learning_rate": rate, "num_steps": steps})
+
+
+# Trials
+
+
+def make_trial(
+    role: Role, label: str, weights: str, suite: TrialSuite, seed: int | None = None, **fields: Any
+) -> Trial:
+    """Return a trial whose key follows from its weights and from what is measured.
+
+    Args:
+        label: Name without the seed.
+        weights: Key of the training, or of a checkpoint under a schedule.
+        seed: Seed of the training if the sweep has several.
+        fields: Other fields of the trial.
+    """
+    return Trial(
+        key=content_key("trial", weights, suite.key),
+        role=role,
+        label=label if seed is None else f"{label}, seed {seed}",
+        suite=suite,
+        seed=seed,
+        group=None if seed is None else label,
+        **fields,
+    )
+
+
+def checkpoint_trial(
+    role: Role,
+    label: str,
+    checkpoint: Path,
+    config: ModelConfig,
+    suite: TrialSuite,
+    workspace: Workspace,
+    **fields: Any,
+) -> Trial:
+    """Return the trial that measures a checkpoint without training it."""
+    # A pruned student under all corrections is another trial than its teacher.
+    kind = "pruned" if role == "trial" else "as it is"
+    weights = content_key(kind, weights_key(checkpoint), config.to_dict())
+    folder = str(workspace.trials / weights)
+    fields |= {"model": config, "folder": folder, "checkpoint": str(checkpoint)}
+    return make_trial(role, label, weights, suite, **fields)
+
+
+@dataclass(frozen=True)
+class Students:
+    """The trials of one teacher's students, and of what is distilled beside them."""
+
+    settings: Settings
+    """Sections `sweep` and `distillation` count."""
+    workspace: Workspace
+    """Where trials are stored."""
+    teacher: Path
+    """Checkpoint of the full model."""
+    suite: TrialSuite
+    """What is measured."""
+
+    @cached_property
+    def full(self) -> ModelConfig:
+        """The teacher."""
+        return load_config(self.teacher)
+
+    def _job(self, distillation: DistillationSettings, config: ModelConfig) -> TrainingJob | None:
+        tokens = self.suite.tokens_folder
+        return student_job(distillation, teacher=self.teacher, config=config, tokens_folder=tokens)
+
+    def _trained(
+        self, role: Role, label: str, job: TrainingJob, seed: int | None, **fields: Any
+    ) -> Trial:
+        if seed is not None:
+            job = job.model_copy(update={"recipe": job.recipe.model_copy(update={"seed": seed})})
+        weights, trials = job_key(job), self.workspace.trials
+        # The folder is that of a finished training, or follows from its key.
+        folder = str(folder_of_weights(self.workspace, weights, trials / weights))
+        fields |= {
+            "model": job.model,
+            "folder": folder,
+            "job": job.model_copy(update={"run_folder": folder}),
+            "parent": job.provenance.get("teacher"),
+        }
+        return make_trial(role, label, weights, self.suite, seed, **fields)
+
+    def student(self, member: FamilyMember, seed: int | None = None) -> Trial:
+        """Return the trial that trains and measures a student, or a control, under a schedule.
+
+        Args:
+            member: The schedule, and the thresholds that give it; NaN if none does.
+            seed: Seed of the training if the sweep has several; the recipe's when unset.
+        """
+        config = replace(self.full, schedule=member.schedule)
+        control, label = self.settings.distillation.control, str(config.corrections)
+        if control != "distill":
+            label += f", {control.replace('_', ' ')}"
+        if job := self._job(without_elastic(self.settings).distillation, config):
+            return self._trained("trial", label, job, seed, **_thresholds(member))
+        fields = {"parent": weights_key(self.teacher), **_thresholds(member)}
+        return checkpoint_trial(
+            "trial", label, self.teacher, config, self.suite, self.workspace, **fields
+        )
+
+    def family(self, members: Sequence[FamilyMember]) -> list[Trial]:
+        """Return the trials of these schedules, under each of the sweep's seeds.
+
+        Students that are pruned but not trained have no seeds: each schedule is one trial.
+        """
+        is_trained = self.settings.distillation.control != "pruned"
+        seeds = (is_trained and self.settings.sweep.seeds) or (None,)
+        return [self.student(member, seed) for seed in seeds for member in members]
+
+    def elastic(self, members: Sequence[FamilyMember]) -> list[Trial]:
+        """Return the trials of elastic weights, for each seed the full schedule's first.
+
+        Args:
+            members: The schedules, costliest first; the full one is always measured, too.
+
+        Raises:
+            UserError: If no schedule is below the full one.
+        """
+        full, of_schedule = self.full, {member.schedule: member for member in members}
+        cheaper = [schedule for schedule in of_schedule if schedule != full.corrections]
+        if not cheaper:
+            raise UserError(
+                "sweep.elastic trains schedules that are cheaper than the teacher's, and this "
+                "sweep has none; set lower sweep.budgets, or higher sweep.thresholds than those "
+                f"that keep {full.corrections}"
+            )
+        job = self._job(_elastic(self.settings, cheaper), full)
+        assert job is not None, "check_sweep refuses controls"
+        trials = []
+        for seed in self.settings.sweep.seeds or (None,):
+            thresholds = _thresholds(of_schedule.get(full.corrections))
+            label = f"{full.corrections}, elastic"
+            trained = self._trained("trial", label, job, seed, is_elastic=True, **thresholds)
+            trials.append(trained)
+            assert trained.job is not None
+            for schedule in cheaper:
+                # The key is that of the training: the weights are not known before it.
+                config = replace(full, schedule=schedule)
+                weights = content_key("elastic", job_key(trained.job), config.to_dict())
+                last = trained.job.folder / checkpoint_name(job.recipe.num_steps)
+                trials.append(
+                    make_trial(
+                        "trial",
+                        f"{schedule}, elastic",
+                        weights,
+                        self.suite,
+                        seed,
+                        model=config,
+                        folder=str(self.workspace.trials / weights),
+                        checkpoint=str(last),
+                        parent=trained.parent,
+                        is_elastic=True,
+                        **_thresholds(of_schedule[schedule]),
+                    )
+                )
+        return trials
+
+    def distilled_baselines(
+        self, members: Sequence[FamilyMember], influence: InfluenceTable
+    ) -> list[Trial]:
+        """Return the trials of the baselines that the sweep asks for, with each of its seeds."""
+        provenance = load_provenance(self.teacher)
+        per_step = provenance.get("recipe", {}).get("num_tokens_per_step", 0)
+        num_tokens = int(provenance.get("step", 0) * per_step)
+        sweep, trials = self.settings.sweep, []
+        for seed in sweep.seeds or (None,):
+            for baseline in choose_distilled_baselines(sweep, self.full, members, influence):
+                job = self._job(without_elastic(self.settings).distillation, baseline.config)
+                assert job is not None, "check_sweep refuses controls"
+                own: dict[str, Any] = {"kept_layers": baseline.kept_layers}
+                if baseline.kept_layers is None:
+                    own = {"recipe": vanilla_recipe(self.settings, num_tokens)}
+                    own["initial_folder"] = None
+                job = job.model_copy(update=own)
+                trials.append(self._trained("baseline", baseline.label, job, seed))
+        return trials
+
+
+def _thresholds(member: FamilyMember | None) -> dict[str, float | None]:
+    names = "threshold_above", "threshold_up_to"
+    return {name: getattr(member, name) for name in names if member}
+
+
+class DistilledBaseline(NamedTuple):
+    """A baseline that learns from the teacher as its students do."""
+
+    label: str
+    """Name in tables and figures."""
+    config: ModelConfig
+    """The model."""
+    kept_layers: tuple[int, ...] | None = None
+    """Layers of the teacher that it starts from; None starts from random weights."""
+
+
+def choose_distilled_baselines(
+    sweep: SweepSettings,
+    full: ModelConfig,
+    members: Sequence[FamilyMember],
+    influence: InfluenceTable,
+) -> list[DistilledBaseline]:
+    """Return the baselines that a sweep asks for, cheapest first within each kind.
+
+    For each student the one whose FLOPs per decoded token are nearest is taken, and of these the
+    number asked for, spread from the cheapest to the costliest.
+
+    Args:
+        sweep: Kinds and number of baselines.
+        full: The teacher.
+        members: Schedules of the students; the teacher's own counts only if it is the only one.
+        influence: The teacher's table.
+    """
+
+    def flops(config: ModelConfig) -> float:
+        return inference_cost(config).decode_flops_per_token
+
+    schedules, most = {member.schedule for member in members}, sweep.num_distilled_baselines
+    cheaper = (schedules - {full.schedule}) or schedules
+    costs = [flops(replace(full, schedule=schedule)) for schedule in cheaper]
+    found: list[DistilledBaseline] = []
+    for kind in dict.fromkeys(sweep.distilled_baselines):
+        candidates = _vanilla(full) if kind == "vanilla" else _fewer_layers(full, influence)
+        own = [flops(candidate.config) for candidate in candidates]
+        nearest = sorted({min(range(len(own)), key=lambda n: abs(own[n] - cost)) for cost in costs})
+        if len(nearest) > most:
+            last = len(nearest) - 1
+            places = [round(n * last / (most - 1)) for n in range(most)] if most > 1 else []
+            nearest = [nearest[place] for place in places or [len(nearest) // 2]]
+        found += [candidates[number] for number in nearest]
+    return found
+
+
+def _vanilla(full: ModelConfig) -> list[DistilledBaseline]:
+    """Return the vanilla models of one layer and more, up to the teacher's evaluations."""
+    vanilla = replace(full, method=BASELINE_METHOD, method_options=None, schedule=None)
+    most = min(MAX_LAYERS, sum(full.evaluations_per_layer()))
+    return [
+        DistilledBaseline(
+            f"{BASELINE_METHOD}, {format_count(count, 'layer')}, distilled",
+            replace(vanilla, num_layers=count),
+        )
+        for count in range(1, 1 + most)
+    ]
+
+
+def _fewer_layers(full: ModelConfig, influence: InfluenceTable) -> list[DistilledBaseline]:
+    """Return the teacher with one layer, with two, and so on; not with all."""
+    values, num_layers = influence.layer_values, full.num_layers
+    kept = [most_important_layers(values, count) for count in range(1, num_layers)]
+    return [
+        DistilledBaseline(
+            f"{len(layers)} of {num_layers} layers", kept_config(full, layers), layers
+        )
+        for layers in kept
+    ]

@@ -1,0 +1,445 @@
+"""Models that a sweep trains are named by what they are, and what cannot be is refused first."""
+
+from __future__ import annotations
+
+import re
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from sample_texts import tokens_of
+
+from iiet.config import ModelConfig
+from iiet.methods import METHODS
+from iiet.methods.implicit_euler import ImplicitEuler
+from iiet.schedule import IterationSchedule
+from orchestrator.models.config import build_model_config
+from orchestrator.pipelines import sweeps
+from orchestrator.pipelines.result import show
+from orchestrator.pipelines.sweeps import plan_sweep, sweep
+from orchestrator.planning.machine import Node, Resources
+from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.settings import Settings, TrainingSettings, resolve_settings
+from orchestrator.sweeping.models import (
+    ModelVariant,
+    check_devices,
+    check_models,
+    check_sweep,
+    find_baselines,
+    learning_rates,
+    model_label,
+    schedule_cost,
+    settings_of,
+    swept_models,
+    swept_variants,
+    teacher_and_baselines,
+)
+from orchestrator.terminal.progress import Progress
+from orchestrator.training.trainer import run_job
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import Workspace, find_checkpoints
+
+
+class Other(ImplicitEuler):
+    """A method with corrections that this project does not know by name."""
+
+
+@pytest.fixture
+def other(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(METHODS, "_classes", {**METHODS._classes, "other": Other})
+    return "other"
+
+
+def iterations(*assignments: str) -> Settings:
+    return resolve_settings({}, ["sweep.kind=iterations", *assignments])
+
+
+# Which models
+
+
+def test_models_are_named_by_method_corrections_depth_rate_and_seed(other: str) -> None:
+    labels = {name: model_label(name, 3) for name in ("vanilla", "pcformer", "iiet", "looped")}
+    assert labels == {
+        "vanilla": "vanilla", "pcformer": "pcformer", "iiet": "r = 3", "looped": "looped, r = 3",
+    }  # fmt: skip
+    assert model_label(other, 3) == "other, r = 3"
+    settings = iterations("sweep.methods=[vanilla, iiet, other]", "sweep.iterations=[0, 2]")
+    check_models(settings)
+    assert {model.name: (model.method, model.corrections) for model in swept_models(settings)} == {
+        "vanilla": ("vanilla", None),
+        "r = 0": ("iiet", 0),
+        "r = 2": ("iiet", 2),
+        "other, r = 0": ("other", 0),
+        "other, r = 2": ("other", 2),
+    }
+    rates = "sweep.learning_rates={vanilla: 4.0e-3, r = 1: [1.0e-3, 5.0e-4]}"
+    settings = iterations(rates, "sweep.iterations=[1]", "sweep.seeds=[0, 7]")
+    trainings = {v.label: settings_of(settings, v).training for v in swept_variants(settings)}
+    assert {label: (t.learning_rate, t.seed) for label, t in trainings.items()} == {
+        "vanilla, seed 0": (4e-3, 0),
+        "vanilla, seed 7": (4e-3, 7),
+        "r = 1, rate 0.001, seed 0": (1e-3, 0),
+        "r = 1, rate 0.001, seed 7": (1e-3, 7),
+        "r = 1, rate 0.0005, seed 0": (5e-4, 0),
+        "r = 1, rate 0.0005, seed 7": (5e-4, 7),
+    }
+
+
+def test_learning_rates_are_those_of_the_most_specific_name(other: str) -> None:
+    rates = "sweep.learning_rates={other: 3.0e-3, 'other, r = 2': [1.0e-3, 5.0e-4], r = 2: 7.0e-3}"
+    settings = resolve_settings({}, [rates, "training.learning_rate=2e-3"])
+    of = {
+        (method, count): learning_rates(settings, ModelVariant(method=method, corrections=count))
+        for method in (other, "iiet")
+        for count in (1, 2)
+    }
+    assert of == {
+        (other, 1): (3e-3,), (other, 2): (1e-3, 5e-4), ("iiet", 1): (2e-3,), ("iiet", 2): (7e-3,),
+    }  # fmt: skip
+    settings = iterations(
+        "sweep.iterations=[1]", "model.num_layers=2", "sweep.seeds=[7]",
+        "sweep.num_layers={vanilla: [2, 8], r = 1: 4}",
+        "sweep.learning_rates={vanilla: 4.0e-3, 'vanilla, 8 layers': [1.0e-3, 2.0e-3], r = 1: "
+        "3.0e-3}",
+    )  # fmt: skip
+    check_models(settings)
+    found = {}
+    for variant in swept_variants(settings):
+        own = settings_of(settings, variant)
+        config = build_model_config(own.model, vocab_size=300)
+        found[variant.label] = (config.num_layers, own.training.learning_rate)
+    assert found == {
+        "vanilla, seed 7": (2, 4e-3),
+        "vanilla, 8 layers, rate 0.001, seed 7": (8, 1e-3),
+        "vanilla, 8 layers, rate 0.002, seed 7": (8, 2e-3),
+        "r = 1, 4 layers, seed 7": (4, 3e-3),
+    }
+    settings = iterations(
+        "sweep.methods=[looped]", "sweep.iterations=[3]", "model.num_layers=1",
+        "sweep.num_layers={'looped, r = 3': [1, 2]}",
+        "sweep.learning_rates={'looped, r = 3, 2 layers': 0.001}",
+    )  # fmt: skip
+    check_models(settings)
+    looped = {v.label: learning_rates(settings, v) for v in swept_variants(settings)}
+    assert looped == {"looped, r = 3": (2e-3,), "looped, r = 3, 2 layers": (1e-3,)}
+    usual = list(swept_variants(iterations()))
+    for number in ("6", "[6]"):  # That of the preset.
+        assert list(swept_variants(iterations(f"sweep.num_layers={{iiet: {number}}}"))) == usual
+
+
+def test_a_teacher_stands_beside_vanilla_and_its_own_start(other: str) -> None:
+    settings = resolve_settings(
+        {},
+        [
+            "model.num_layers=2", "sweep.num_layers={vanilla: [2, 8], r = 0: [1]}",
+            "sweep.learning_rates={vanilla: 4.0e-3, 'vanilla, 8 layers': 1.0e-3}",
+        ],
+    )  # fmt: skip
+    check_models(settings)
+    models = teacher_and_baselines(settings)
+    assert {n: (m.model.num_layers, m.training.learning_rate) for n, m in models.items()} == {
+        "teacher": (2, 2e-3), "vanilla": (2, 4e-3), "vanilla, 8 layers": (8, 1e-3),
+        "r = 0, 1 layer": (1, 2e-3),
+    }  # fmt: skip
+    settings = resolve_settings({}, ["model.method=other", "model.corrections=2"])
+    check_models(settings)
+    shapes = {name: own.model for name, own in teacher_and_baselines(settings).items()}
+    assert {name: (model.method, model.corrections) for name, model in shapes.items()} == {
+        "teacher": ("other", 2), "vanilla": ("vanilla", 2), "other, r = 0": ("other", 0),
+    }  # fmt: skip
+
+
+def test_options_are_of_the_models_own_method(other: str) -> None:
+    damping = "model.method_options={damping: 0.5}"
+    settings = iterations("sweep.methods=[vanilla, iiet, other]", damping)
+    options = {
+        own.name: build_model_config(settings_of(settings, own).model, vocab_size=300).to_dict()
+        for own in swept_models(settings)
+    }
+    damped = {name: c["method_options"] for name, c in options.items() if "method_options" in c}
+    assert damped == {f"r = {count}": {"damping": 0.5} for count in range(4)}
+    check_models(settings)
+    for changes, words in (
+        (["model.method_options={dampng: 0.5}"], "no option 'dampng'; its options: damping"),
+        (["model.method_options.damping=2"], "damping must be a number from 0 to 1, got 2"),
+        ([damping, "model.method=vanilla"], "method 'vanilla' has no option 'damping'; its op"),
+    ):
+        with pytest.raises(UserError, match=words):
+            build_model_config(resolve_settings({}, changes).model, vocab_size=300)
+
+
+def test_counted_units_follow_from_the_shape(tiny_model: dict[str, object]) -> None:
+    full = ModelConfig.from_dict(tiny_model)
+    most, none = IterationSchedule((2, 1)), IterationSchedule((0, 0))
+    assert schedule_cost("evaluations", full)(most) == 5
+    bytes_of, flops = schedule_cost("kv", full), schedule_cost("flops", full)
+    # A key and a value of 16 numbers of 4 bytes in each of 5 slots.
+    assert (bytes_of(most), bytes_of(none)) == (5 * 2 * 16 * 4, 2 * 2 * 16 * 4)
+    assert flops(most) > 1.5 * flops(none) > 0
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("threshold", ["sweep.asha=true"], "it compares learning rates"),
+        ("iterations", ["sweep.asha=true"], "no model has more than one"),
+        ("threshold", ["model.method=vanilla"], "model.method=vanilla .* has none"),
+        ("threshold", ["model.method=looped"], "model.method=looped repeats the whole stack"),
+        (
+            "iterations",
+            ["sweep.methods=[looped]", "sweep.iterations=[1, 3..0]"],
+            "'looped' repeats the whole stack, .* got schedule 3,2,2,1,1,0",
+        ),
+        ("search", ["model.corrections=0"], "a search sweep prunes its teacher's corrections"),
+        ("threshold", ["model.num_heads=7"], "multiple of twice num_heads"),
+        ("threshold", ["sweep.budgets=[1, 9]"], "no schedule costs at most 1 evaluations; the che"),
+        (
+            "threshold",
+            ["sweep.distilled_baselines=[fewer_layers]", "model.num_layers=1"],
+            "leave fewer_layers out",
+        ),
+        ("iterations", ["sweep.iterations=[0, -1, x]"], "from 0 to 1000, got -1.*; model: 'x' is"),
+        (
+            "iterations",
+            ["sweep.iterations=[0, 1]", "sweep.learning_rates={r = 7: 0.001}"],
+            "a rate of r = 7, which is not swept; swept are vanilla, r = 0, r = 1",
+        ),
+        (
+            "threshold",
+            ["sweep.learning_rates={'vanilla, 8 layers': 0.001}"],
+            "a rate of vanilla, 8 layers, which is no baseline of this sweep",
+        ),
+        (
+            "iterations",
+            ["sweep.num_layers={pcformer: 2, r = 9: 3}"],
+            "layers of pcformer, r = 9, which is not swept; swept are vanilla, r = 0",
+        ),
+        (
+            "search",
+            ["sweep.num_layers={r = 2: 3}"],
+            "layers of r = 2, which is no baseline of this sweep; baselines are vanilla, r = 0",
+        ),
+        (
+            "iterations",
+            ["model.num_layers=2", "sweep.iterations=['2,1']", "sweep.num_layers={iiet: [2, 4]}"],
+            "the iteration schedule 2,1 is for 2 layers, the model has 4",
+        ),
+        ("threshold", ["sweep.gpus_per_trial=64"], "sweep.gpus_per_trial=64"),
+        ("threshold", ["sweep.gpus_per_trial=0", "cluster.num_gpus=8"], "second names GPUs"),
+        ("iterations", ["sweep.gpus_per_trial=9", "cluster.num_gpus=8"], "asks for more GPUs"),
+        ("iterations", ["evaluation.suite=heldout,no_such_task"], "no_such_task"),
+        ("iterations", ["evaluation.include_path=/no/such/folder", "evaluation.suite=x"], "folder"),
+        ("iterations", ["evaluation.apply_chat_template=true"], "have no chat template"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_starts(
+    kind: str,
+    settings: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something was started")
+
+    monkeypatch.setattr(sweeps, "prepare_tokens", never)
+    with pytest.raises(UserError, match=words):
+        sweep(resolve_settings({}, [f"sweep.kind={kind}", *settings]), workspace=tmp_path / "w")
+
+
+def test_arguments_of_another_kind_of_sweep_are_refused(space: Workspace) -> None:
+    for kind, options, words in (
+        ("iterations", {"teacher": "newest"}, "from scratch, and a teacher was given"),
+        ("threshold", {"models": []}, "students of one teacher, and models were given"),
+    ):
+        asked: dict[str, Any] = {**options, "workspace": space}
+        with pytest.raises(UserError, match=words):
+            plan_sweep(resolve_settings({}, [f"sweep.kind={kind}"]), **asked)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("sweep.seeds=[0, 1, 0]", "sweep.seeds: a value is given twice"),
+        ("sweep.learning_rates={iiet: []}", r"sweep\.learning_rates: .* at least 1 item"),
+        ("sweep.learning_rates={iiet: [0.1, 0]}", "greater than 0; got 0"),
+        ("sweep.learning_rates={'none, r = 2': 0.1}", "is not a model"),
+        ("sweep.learning_rates={r = x: 0.1}", "is not a model"),
+        ("sweep.methods=[vanila, iiet]", "sweep.methods: input should be 'vanilla', .*; got 'vani"),
+        ("sweep.num_layers={vanilla: [2, 1001]}", "less than or equal to 1000; got 1001"),
+        ("sweep.num_layers={vanilla: [2, 2]}", "a value is given twice"),
+        ("sweep.num_layers={'vanilla, 8 layers': 2}", "'vanilla, 8 layers' is not a model"),
+        ("sweep.iterations=[]", r"sweep\.iterations: .* at least 1 item"),
+    ],
+)
+def test_what_no_sweep_can_have_is_refused_where_it_is_read(setting: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        resolve_settings({}, [setting])
+
+
+def test_rates_to_end_may_be_those_of_another_method(other: str) -> None:
+    rates = "sweep.learning_rates={'other, r = 2': [0.001, 0.002]}"
+    with pytest.raises(UserError, match="no model has more than one"):
+        check_sweep(iterations("sweep.asha=true", rates))
+    check_sweep(iterations("sweep.asha=true", rates, "sweep.methods=[vanilla, other]"))
+
+
+def test_a_suite_without_an_accuracy_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "items.json").write_text('{"context": "a", "target": "b"}\n')
+    task = (
+        f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/items.json}}}}\n"
+        'test_split: test\ndoc_to_text: "{{context}}"\ndoc_to_target: "{{target}}"\n'
+    )
+    bits = "task: bits\noutput_type: loglikelihood_rolling\nmetric_list: [{metric: bits_per_byte}]"
+    right = "task: right\noutput_type: loglikelihood\nmetric_list: [{metric: acc}]"
+    (tmp_path / "bits.yaml").write_text(f"{task}{bits}\n")
+    (tmp_path / "right.yaml").write_text(f"{task}{right}\n")
+
+    def check(suite: str) -> None:
+        chosen = [f"evaluation.suite={suite}", f"evaluation.include_path={tmp_path}"]
+        check_sweep(resolve_settings({}, chosen), Progress())
+
+    with pytest.raises(
+        UserError, match=r"no task of evaluation\.suite=bits reports one; .*heldout"
+    ):
+        check("bits")
+    check("bits,right")
+    check("bits,heldout")
+
+
+def test_a_cluster_has_the_gpus_of_a_trial_and_of_the_teacher() -> None:
+    settings = resolve_settings({}, ["cluster.num_gpus=8"])
+    one = Resources((Node(16, 1),), "the cluster at x")
+    check_devices(settings, Resources((Node(16, 8),)), pretrains=True)
+    check_devices(settings, one, pretrains=False)
+    with pytest.raises(UserError, match=r"cluster\.num_gpus=8: the cluster at x has 1"):
+        check_devices(settings, one, pretrains=True)
+    with pytest.raises(UserError, match=r"gpus_per_trial=1: the cluster at x has .* and no GPU"):
+        check_devices(settings, Resources((Node(16),), "the cluster at x"), pretrains=False)
+
+
+@pytest.mark.parametrize(("kind", "students"), [("threshold", 2), ("search", 7)])
+def test_the_plan_of_a_file_whose_teacher_is_not_trained_is_that_of_its_training(
+    space: Workspace, kind: str, students: int
+) -> None:
+    depths = ["model.num_layers=2", "sweep.num_layers={vanilla: [2, 8]}"]
+    assignments = [f"sweep.kind={kind}", "sweep.thresholds=[0.1, 0.2]", "search.num_trials=5"]
+    found = plan_sweep(resolve_settings({}, [*assignments, *depths]), workspace=space)
+    names = ["teacher", "vanilla", "vanilla, 8 layers", "r = 0"]
+    assert found.to_pandas()["name"].tolist() == names
+    console = Console(file=StringIO(), width=120)
+    show(found, console)
+    told = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert all(f"{name} " in told for name in names)
+    assert "vanilla, 8 layers 0.004 8 8" in told
+    assert "4 models asked for, 4 distinct 0 of 4 trials are finished" in told
+    assert "the tokens are not prepared" in told
+    assert f"at most {students} students" in told
+    assert not list(space.runs.glob("*"))
+
+
+# Baselines of a given teacher
+
+VANILLA = {"method": "vanilla", "schedule": None}
+
+
+@pytest.fixture
+def pretrain(space: Workspace, tiny_tokens: Path, tiny_model: dict[str, Any]) -> Any:
+    """A function that trains a run of two steps and returns its checkpoint: the run's name, changes
+    of the model, and those of the recipe."""
+
+    def make(name: str, model: dict[str, Any], tokens: Path = tiny_tokens, **recipe: Any) -> Path:
+        usual = {"num_steps": 2, "num_tokens_per_step": 64, "num_validation_tokens": 64}
+        job = TrainingJob(
+            run_folder=str(space.runs / name),
+            tokens_folder=str(tokens),
+            model={**tiny_model, **model},
+            recipe=TrainingSettings(**{**usual, **recipe}),
+        )
+        return Path(str(run_job(job).checkpoint))
+
+    return make
+
+
+def test_a_baseline_may_be_saved_and_watched_in_another_way(
+    space: Workspace, pretrain: Any
+) -> None:
+    ways = {
+        "checkpoint_every_steps": 1, "num_checkpoints_kept": 1, "keep_best": True,
+        "validate_every_steps": 1, "num_sequences_per_pass": 1, "activation_checkpointing": True,
+        "skip_bad_steps": 3, "checkpoint_every_minutes": 9.0, "learning_rate": 1e-3,
+    }  # fmt: skip
+    # It needs none of the options of its teacher's method.
+    teacher = pretrain("teacher", {"method_options": {"damping": 0.5}})
+    vanilla, none = pretrain("v", VANILLA, **ways), pretrain("n", {"schedule": [0, 0]})
+    assert find_baselines(space, teacher, {}) == ({"vanilla": vanilla, "r = 0": none}, {})
+
+
+def test_a_baseline_of_another_recipe_or_of_other_tokens_is_left_out_with_the_difference(
+    space: Workspace, pretrain: Any, tmp_path: Path
+) -> None:
+    teacher = pretrain("teacher", {})
+    words = [f"word {number} " * 40 for number in range(40)]
+    tokens = tokens_of(words, tmp_path / "other tokens", vocab_size=300)
+    pretrain("others", VANILLA, tokens)
+    found, left_out = find_baselines(space, teacher, {})
+    assert not found
+    assert "vanilla is left out: tokens is " in left_out["others"]
+    pretrain("long", VANILLA, num_steps=3)
+    found, left_out = find_baselines(space, teacher, {})
+    assert not found
+    assert left_out["long"] == ("vanilla is left out: training.num_steps is 3 and the teacher's 2")
+    alike = pretrain("alike", VANILLA)
+    assert find_baselines(space, teacher, {}) == ({"vanilla": alike}, {}), "one stands there"
+
+
+def test_baselines_of_other_depths_are_found_if_they_are_asked_for(
+    space: Workspace, pretrain: Any
+) -> None:
+    teacher, own = pretrain("teacher", {}), pretrain("own", VANILLA)
+    deep = pretrain("deep", {**VANILLA, "num_layers": 3})
+    assert find_baselines(space, teacher, {}) == ({"vanilla": own}, {})
+    assert find_baselines(space, teacher, {"vanilla": 3}) == (
+        {"vanilla, 3 layers": deep},
+        {"own": "vanilla is left out: it has 2 layers, which sweep.num_layers leaves out"},
+    )
+    pretrain("long", {**VANILLA, "num_layers": 1}, num_steps=3)
+    assert find_baselines(space, teacher, {"vanilla": (1, 2, 3)}) == (
+        {"vanilla": own, "vanilla, 3 layers": deep},
+        {"long": "vanilla, 1 layer is left out: training.num_steps is 3 and the teacher's 2"},
+    )
+
+
+def test_a_baseline_that_cannot_be_used_is_left_out_with_the_reason(
+    space: Workspace, pretrain: Any
+) -> None:
+    teacher, run = pretrain("teacher", {}), space.runs / "v"
+    pretrain("v", VANILLA, checkpoint_every_steps=1)
+    done, newest = run / "done.json", find_checkpoints(run)[-1]
+    record, weights = done.read_bytes(), newest / "model.safetensors"
+
+    def reason() -> str:
+        found, left_out = find_baselines(space, teacher, {})
+        assert not found
+        assert list(left_out) == ["v"]
+        return left_out["v"]
+
+    for text in ("{", "[]", '{"step": 7}'):
+        done.write_text(text)
+        assert re.search("^vanilla is left out: .*done.json is damaged", reason())
+    TrainingOutcome(checkpoint=None, step=7, finished=True).write(done)
+    assert re.search("^vanilla is left out: .*no checkpoint folder .*07", reason())
+    done.unlink()
+    assert reason() == "vanilla is left out: its training is not finished"
+    done.write_bytes(record)
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert re.search("^vanilla is left out: .*step_00000002 is damaged", reason())
+    for config in run.glob("step_*/config.json"):
+        config.unlink()
+        config.symlink_to(config)
+    assert re.search("^the run v is left out: .*config.json", reason())

@@ -1,0 +1,408 @@
+"""What a dry run tells of a sweep, against numbers made by hand.
+
+The tiny model's training FLOPs of a token are 114,816 under 2,1, then 97,728, 80,448 and 63,264
+under 1,1, 1,0 and 0,0; its forward pass takes a third; it has 10,146 parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from changed_trials import stop_early, with_job
+from rich.console import Console
+
+from iiet.config import ModelConfig
+from iiet.cost import inference_cost
+from iiet.influence import InfluenceTable
+from iiet.schedule import IterationSchedule
+from orchestrator.planning.estimate import (
+    LEAST_SECONDS,
+    WRITE_BYTES_PER_SECOND,
+    Price,
+    assign_trial_gpus,
+    on_trial_devices,
+    price_of_trials,
+)
+from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
+from orchestrator.reporting.command_tables import price_rows
+from orchestrator.settings import EvaluationSettings, Settings, resolve_settings
+from orchestrator.sweeping.plan import (
+    SweepModel,
+    exact_cost,
+    iterations_plan,
+    load_tasks,
+    plan_sentences,
+    plan_suite,
+    plan_table,
+    students_plan,
+    trial_states,
+)
+from orchestrator.sweeping.students import Students
+from orchestrator.terminal.progress import Progress
+from orchestrator.training.trainer import run_job
+from orchestrator.workspace.errors import UserError
+
+STEP = 64
+"""Tokens of a step."""
+ALL_FOUR = 114_816 + 97_728 + 80_448 + 63_264
+TEACHER = 38_272
+
+
+def settings(*assignments: str) -> Settings:
+    return resolve_settings({}, assignments)
+
+
+def price_left(plan: SweepPlan, chosen: Settings, teachers: Path) -> Price:
+    trainings = [state.training for state in trial_states(plan, chosen.sweep) if state.training]
+    placed = assign_trial_gpus(chosen)
+    return price_of_trials(on_trial_devices(trainings, placed), placed, teachers)
+
+
+def told(plan: SweepPlan, chosen: Settings) -> list[str]:
+    return plan_sentences(plan, chosen.sweep, trial_states(plan, chosen.sweep))
+
+
+def rows(plan: SweepPlan, chosen: Settings, *others: SweepPlan) -> list[str]:
+    states = [state for one in (plan, *others) for state in trial_states(one, chosen.sweep)]
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(plan_table(plan, states))
+    return [" ".join(line.split()) for line in captured.get().splitlines()]
+
+
+def begin(trial: Trial, num_steps: int) -> float:
+    """Train a trial until it is stopped, and return the FLOPs so far."""
+    done = 0
+
+    def should_stop() -> bool:
+        nonlocal done
+        done += 1
+        return done > num_steps
+
+    assert trial.job
+    outcome = run_job(trial.job, should_stop=should_stop)
+    assert outcome.step == num_steps
+    return outcome.training_flops
+
+
+# Tables and prices
+
+
+def test_each_trial_is_a_row_also_one_that_is_pretrained_before(tiny_plan: SweepPlan) -> None:
+    tiny_plan.trials[-1].write(tiny_plan.trials[-1].result_path)
+    found = rows(tiny_plan, settings())
+    assert "model thresholds NFE FLOPs KV/token state" in found
+    # Keys and values of 16 numbers in each evaluation; FLOPs beside the 40,672 of the full model.
+    assert "teacher 5 100% 640 B to measure" in found
+    assert "2,1 <=0.1 5 100% 640 B to train" in found
+    assert "1,1 0.1 to 0.3 4 85% 512 B to train" in found
+    assert "1,0 0.3 to 0.5 3 69% 384 B to train" in found
+    assert "0,0 >0.5 2 54% 256 B finished" in found
+    rated = with_job(tiny_plan.trials[1], {"learning_rate": 1.0})
+    beside = tiny_plan.model_copy(update={"trials": (rated,)})
+    found = rows(tiny_plan, settings(), beside)
+    assert "model thresholds rate NFE FLOPs KV/token state" in found
+    assert "2,1 <=0.1 1 5 100% 640 B to train" in found
+
+
+def test_the_price_by_hand(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+    chosen = settings("sweep.trials_at_once=1", "distillation.teacher_cache=true")
+    price = price_left(tiny_plan, chosen, tmp_path)
+    assert price.num_tokens == 4 * 40 * STEP
+    assert price.num_teacher_tokens == 40 * STEP, "its answers are stored once"
+    assert price.flops == 40 * STEP * (ALL_FOUR + TEACHER)
+    shortest, longest = price.hours
+    assert price.rate
+    highest = price.rate.peak_flops * price.rate.shares[1] * price.num_devices
+    assert shortest == pytest.approx(price.flops / highest / 3600)
+    assert longest == pytest.approx(5 * shortest), "a CPU reaches 10 to 50% of its peak"
+    assert price.disk == {
+        "checkpoints": 4 * 12 * 10_138,
+        "teacher outputs": 40 * STEP * (300 * 4 + 4),  # Logits in float32, and the token.
+    }
+    words = dict(price_rows(price, {"this machine": None}))
+    assert words["to train"] == (
+        "4 trainings: 10,240 tokens, and the teacher reads 2,560; 1.01e+09 FLOPs"
+    )
+    assert "at 10 to 50% of 0.1 TFLOP/s each (a CPU core, assumed)" in words["time"]
+    assert words["disk"].startswith(
+        "at most 3.4 MiB: checkpoints 475 KiB, teacher outputs 2.94 MiB; "
+    )
+    assert words["on this machine"] == "it fits"
+    assert words["stop"].startswith("at most 4 s after the step of the signal, to save two")
+    # Two that are stopped at the same time write on the same disk.
+    both = price_left(tiny_plan, settings("sweep.trials_at_once=2"), tmp_path)
+    writing = 2 * 12 * 10_138 / WRITE_BYTES_PER_SECOND
+    assert price.stop_seconds == pytest.approx(LEAST_SECONDS + writing, abs=writing / 4)
+    assert both.stop_seconds == pytest.approx(LEAST_SECONDS + 2 * writing, abs=writing / 4)
+    assert "of each of the 2 that train at once" in dict(price_rows(both, {}))["stop"]
+
+
+def test_a_teacher_that_is_asked_live_reads_for_each(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+    live, two = "distillation.teacher_cache=false", ["gpus_per_trial=1", "trials_at_once=2"]
+    chosen = settings(live, *(f"sweep.{one}" for one in two))
+    cheapest_first = tiny_plan.model_copy(update={"trials": tiny_plan.trials[::-1]})
+    price = price_left(cheapest_first, chosen, tmp_path)
+    assert price.num_teacher_tokens == 4 * 40 * STEP
+    assert "teacher outputs" not in price.disk
+    assert price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
+    assert price.uses_gpus
+    # The longest training starts first: one GPU trains 2,1 and 0,0, the other one 1,1 and 1,0.
+    assert price.rate
+    seconds = 3600 * price.hours[0] * price.rate.peak_flops * price.rate.shares[1]
+    assert seconds == pytest.approx(40 * STEP * (97_728 + 80_448 + 2 * TEACHER))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flops"),
+    [
+        ({"iterate_from_fraction": 0.0}, 10 * 114_816),
+        ({"iterate_from_fraction": 0.6}, 6 * 63_264 + 4 * 114_816),
+        (
+            {"iterate_from_fraction": 0.6, "iterate_ramp_fraction": 0.2},
+            6 * 63_264 + 97_728 + 3 * 114_816,
+        ),
+    ],
+)
+def test_each_stage_has_its_own_price(
+    tiny_plan: SweepPlan, tmp_path: Path, recipe: dict[str, float], flops: int
+) -> None:
+    asked = {"num_steps": 10, **recipe}
+    student = with_job(tiny_plan.trials[1], asked, objective="cross_entropy", teacher_folder=None)
+    plan = tiny_plan.model_copy(update={"trials": (student,)})
+    assert price_left(plan, settings(), tmp_path).flops == STEP * flops
+
+
+def test_only_what_is_left_has_a_price(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+    chosen = settings("distillation.teacher_cache=false")
+    student = tiny_plan.trials[1]
+    spent = begin(student, 30)
+    states = trial_states(tiny_plan, chosen.sweep)
+    assert [state.steps_done for state in states] == [0, 30, 0, 0, 0]
+    price = price_left(tiny_plan, chosen, tmp_path)
+    assert price.num_tokens == (3 * 40 + 10) * STEP
+    assert spent == 30 * STEP * (114_816 + TEACHER)
+    assert spent + price.flops == 40 * STEP * (ALL_FOUR + 4 * TEACHER)
+    assert "2,1 <=0.1 5 100% 640 B from step 30" in rows(tiny_plan, chosen)
+    assert told(tiny_plan, chosen)[1] == ("0 of 5 trials are finished and reused, 1 partly trained")
+    begin(student, 40)
+    assert trial_states(tiny_plan, chosen.sweep)[1].name == "to measure"
+
+
+def test_what_is_finished_or_was_stopped_costs_nothing(
+    tiny_plan: SweepPlan, tmp_path: Path
+) -> None:
+    *first, better, worse = tiny_plan.trials
+    rated = with_job(better, {"learning_rate": 1.0})
+    worse = worse.model_copy(update={"job": rated.job})
+    trials = (*first, better, worse)
+    plan = tiny_plan.model_copy(update={"kind": "iterations", "trials": trials})
+    chosen = settings("sweep.asha=true")
+    for trial in first:
+        trial.write(trial.result_path)
+    stop_early(worse, better, chosen.sweep, 20)
+    assert price_left(plan, chosen, tmp_path).num_tokens == 40 * STEP
+    assert told(plan, chosen)[1] == (
+        "3 of 5 trials are finished and reused, 1 stopped early and left so"
+    )
+    for trial in (better, worse):
+        trial.write(trial.result_path)
+    assert told(plan, chosen)[1:] == ["5 of 5 trials are finished and reused"]
+    nothing = price_left(plan, chosen, tmp_path)
+    assert list(price_rows(nothing, {})) == [("to train", "nothing is left")]
+
+
+def test_what_was_asked_for_is_told_apart_from_what_is_distinct(
+    students: Callable[..., Students], teacher: Path, tiny_plan: SweepPlan
+) -> None:
+    table = InfluenceTable(
+        metric="cosine", value_rows=((0.8, 0.4), (0.6,)), error_rows=((0.0, 0.0), (0.0,)),
+        num_tokens=64, layer_values=(0.2, 0.7),
+    )  # fmt: skip
+
+    def first_line(*assignments: str) -> str:
+        own = students(*assignments)
+        plan = students_plan(own, table, baselines={"vanilla": teacher})
+        return told(plan, own.settings)[0]
+
+    fifty = f"sweep.thresholds={[round(0.02 * n, 2) for n in range(50)]}"
+    assert first_line(fifty) == "50 thresholds asked for, 4 distinct schedules"
+    assert first_line(fifty, "sweep.seeds=[0, 1, 2]") == (
+        "50 thresholds asked for, 4 distinct schedules, each under 3 seeds"
+    )
+    assert first_line("sweep.budgets=[5]") == "1 budget asked for, 1 distinct schedule"
+    assert first_line("sweep.distilled_baselines=[fewer_layers]", "sweep.seeds=[0, 1]") == (
+        "7 schedules asked for, 4 distinct schedules, each under 2 seeds; 1 distilled baseline"
+    )
+    search = tiny_plan.model_copy(update={"kind": "search", "num_requested": 3, "num_distinct": 3})
+    assert told(search, settings("sweep.num_schedules=3"))[0] == (
+        "3 schedules asked for, 3 distinct schedules; 1 more that the search suggested"
+    )
+
+
+# Models from scratch
+
+
+@pytest.fixture
+def plan_of(tiny_model: dict[str, Any], tiny_tokens: Path, tmp_path: Path) -> Any:
+    """A function that plans models from scratch, each given by changes of the model, and the recipe
+    of all; `seeds` and `rates` multiply them."""
+
+    def make(
+        models: list[dict[str, Any]], *, seeds: tuple[int, ...] = (), rates: tuple[float, ...] = (),
+        **recipe: Any,
+    ) -> SweepPlan:  # fmt: skip
+        own = settings("training.num_steps=10", "training.num_tokens_per_step=64").training
+        found, jobs = [], []
+        for number, model in enumerate(models):
+            for seed in seeds or (None,):
+                group = None if seed is None else f"model {number}"
+                changes = {**recipe, **({} if seed is None else {"seed": seed})}
+                if rates:
+                    changes["learning_rate"] = rates[number]
+                label = f"model {number}, seed {seed}"
+                found.append(SweepModel(label=label, settings=settings(), group=group))
+                jobs.append(
+                    TrainingJob(
+                        run_folder=str(tmp_path / f"{model}-{seed}"),
+                        tokens_folder=str(tiny_tokens),
+                        model={**tiny_model, **model},
+                        recipe=own.model_copy(update=changes),
+                        first_stages=str(tmp_path / "first_stages"),
+                    )
+                )
+        suite = TrialSuite(suite="x", tokens_folder=str(tiny_tokens))
+        return iterations_plan(found, jobs, suite=suite)
+
+    return make
+
+
+def test_models_from_scratch_are_counted_with_baselines_and_without_seeds(plan_of: Any) -> None:
+    models = [{"method": "vanilla", "schedule": None}, {"schedule": [1, 1]}, {"schedule": [1, 1]}]
+    alone, seeded = plan_of(models), plan_of(models, seeds=(0, 1))
+    assert [trial.role for trial in alone.trials] == ["baseline", "trial"]
+    assert told(alone, settings())[0] == "3 models asked for, 2 distinct"
+    assert told(seeded, settings())[0] == "3 models asked for, 2 distinct, each under 2 seeds"
+    assert "thresholds" not in " ".join(rows(alone, settings()))
+    two = [{"schedule": [0, 0]}, {"schedule": [1, 1]}]
+    found = rows(plan_of(two, rates=(2e-3, 4e-3)), settings())
+    assert "model rate NFE FLOPs KV/token state" in found
+    assert any(row.startswith("model 1, seed None 0.004 4 ") for row in found), found
+    assert "model NFE FLOPs KV/token state" in rows(plan_of(two), settings())
+
+
+def test_a_first_stage_in_common_is_paid_once(plan_of: Any, tmp_path: Path) -> None:
+    models = [{"schedule": schedule} for schedule in ([2, 1], [1, 1], [0, 0])]
+    plan = plan_of(models, iterate_from_fraction=0.6)
+    price = price_left(plan, settings(), tmp_path)
+    behind = 4 * (114_816 + 97_728 + 63_264)
+    assert price.num_tokens == (6 + 3 * 4) * STEP
+    assert price.flops == STEP * (6 * 63_264 + behind)
+    run_job(plan.trials[0].job)
+    states = trial_states(plan, settings().sweep)
+    assert [(s.name, s.steps_done) for s in states] == [
+        ("to measure", 0), ("to train", 6), ("to train", 6)
+    ]  # fmt: skip
+    price = price_left(plan, settings(), tmp_path)
+    assert price.flops == STEP * 4 * (97_728 + 63_264)
+
+
+# What is stored
+
+
+def test_a_plan_is_strict_json(tiny_plan: SweepPlan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    tiny_plan.write(path)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    stored = json.loads(path.read_text(), parse_constant=refuse)
+    trials = [Trial.parse(values, path) for values in stored["trials"]]
+    assert trials == list(tiny_plan.trials), "-infinity is back"
+    assert [trial.threshold_text for trial in trials] == [
+        "", "<=0.1", "0.1 to 0.3", "0.3 to 0.5", ">0.5",
+    ]  # fmt: skip
+    sent = sum(len(trial.model_dump_json()) for trial in tiny_plan.trials)
+    assert sent < 4096 * len(trials), "what travels to a trial: no weights, no tokens"
+
+
+def test_relative_costs_relate_to_the_full_model(tiny_model: dict[str, Any]) -> None:
+    full = ModelConfig.from_dict(tiny_model)
+    none = ModelConfig.from_dict({**tiny_model, "schedule": [0, 0]})
+    cost = exact_cost(none, full)
+    assert (cost["evaluations"], cost["relative_evaluations"]) == (2, 2 / 5)
+    most = inference_cost(full).decode_flops_per_token
+    assert cost["relative_flops"] == inference_cost(none).decode_flops_per_token / most
+    assert cost["relative_flops"] != 2 / 5, "the head is not evaluated more often"
+    assert exact_cost(full, full)["relative_flops"] == 1.0
+    assert none.corrections == IterationSchedule((0, 0))
+
+
+TASK = """task: first
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{context}}}}"
+doc_to_target: "{{{{target}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_other_items_under_the_same_name_and_another_precision_are_other_trials(
+    tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, object]
+) -> None:
+    config = ModelConfig.from_dict(tiny_model)
+
+    def suite_of(folder: str, words: str, *changes: tuple[str, str], **options: Any) -> Any:
+        file = tmp_path / folder / "first.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f'{{"context": "a", "target": " {words}"}}\n')
+        text = TASK.format(file=file)
+        for old, new in changes:
+            text = text.replace(old, new)
+        (file.parent / "first.yaml").write_text(text)
+        own = EvaluationSettings(suite="first", include_path=str(file.parent), **options)
+        suite = plan_suite(
+            own, tiny_tokens, config, load_tasks(own, tiny_tokens, config, Progress())
+        )
+        values = suite.model_dump(mode="json").items()
+        return {name: value for name, value in values if not name.endswith("_folder")}
+
+    first = suite_of("one", "b")
+    assert suite_of("one", "b") == first
+    assert suite_of("two", "b") == first, "where the files stand does not matter"
+    assert suite_of("two", "c") != first
+    assert suite_of("one", "b", precision="fp32") == first
+    assert suite_of("one", "b", precision="bf16") == {**first, "precision": "bf16"}
+    told = suite_of("one", "b", system_instruction="Answer.")
+    assert told["fingerprints"] != first["fingerprints"]
+    long = ("metric: acc}]", "metric: exact_match}]\ngeneration_kwargs: {max_gen_toks: 999}")
+    with pytest.raises(UserError, match=r"first: its answers have up to 999 tokens"):
+        suite_of("one", "b", long, (": loglikelihood", ": generate_until"))
+
+
+def test_models_of_a_sweep_are_measured_as_an_imported_teacher_reads_text(
+    teacher: Path, tmp_path: Path, tiny_tokens: Path, tiny_model: dict[str, object]
+) -> None:
+    config, own = ModelConfig.from_dict(tiny_model), EvaluationSettings(suite="")
+
+    def suite_of(folder: Path) -> TrialSuite:
+        return plan_suite(own, tiny_tokens, config, {}, teacher=folder)
+
+    assert suite_of(teacher).vocabulary is None, "trained here: the tokens say it all"
+    imported = tmp_path / "imported" / teacher.name
+    shutil.copytree(teacher, imported)
+    (imported / "generation_config.json").write_text('{"eos_token_id": 2}')
+    suite = suite_of(imported)
+    assert suite.vocabulary_folder == str(imported)
+    moved = suite.model_copy(update={"vocabulary_folder": "elsewhere"})
+    (imported / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert suite.key == moved.key != suite_of(imported).key

@@ -1,0 +1,405 @@
+"""Students of a teacher: thresholds are labels, schedules are trials, keys say what is finished."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iiet.config import ModelConfig, preset
+from iiet.cost import inference_cost, training_flops_per_token
+from iiet.influence import InfluenceTable
+from iiet.pruning import FamilyMember
+from iiet.schedule import IterationSchedule
+from orchestrator.data.model_tokens import tokens_folder_of
+from orchestrator.models.folder import load_config
+from orchestrator.planning.estimate import Estimate
+from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import SweepPlan
+from orchestrator.settings import DistillationSettings, SweepSettings, resolve_settings
+from orchestrator.sweeping.plan import num_models, students_plan
+from orchestrator.sweeping.students import (
+    Students,
+    choose_distilled_baselines,
+    choose_members,
+    distillation_job,
+    elastic_flops,
+    student_job,
+    unknown_students,
+)
+from orchestrator.training.job import finished_outcome
+from orchestrator.training.trainer import run_job
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import Workspace
+
+Make = Callable[..., Students]
+Plan = Callable[..., SweepPlan]
+SMALL = (
+    "distillation.training.num_steps=3",
+    "distillation.training.num_tokens_per_step=64",
+    "distillation.training.num_validation_tokens=64",
+)
+
+
+@pytest.fixture
+def plan(students: Make, table: InfluenceTable) -> Plan:
+    """A function that plans the teacher's sweep under settings, as `name=value` texts."""
+
+    def make(*assignments: str, **suite: str) -> SweepPlan:
+        return students_plan(students(*assignments, **suite), table)
+
+    return make
+
+
+# Schedules
+
+
+@pytest.mark.parametrize(
+    ("assignments", "schedules"),
+    [
+        ([], ["2,1", "1,1", "1,0", "0,0"]),
+        (["sweep.num_schedules=2"], ["2,1", "0,0"]),
+        # A threshold keeps a correction of exactly its influence.
+        (["sweep.thresholds=[0.3]"], ["1,1"]),
+        (["sweep.thresholds=[0.11, 0.15, 0.2, 0.29, 0.45]"], ["1,1", "1,0"]),
+        (["sweep.budgets=[2, 4.5]"], ["1,1", "0,0"]),
+        (["sweep.selection=knapsack", "sweep.num_schedules=3"], ["2,1", "1,1", "0,0"]),
+        (["sweep.selection=knapsack", "sweep.budgets=[3]"], ["1,0"]),
+        (["sweep.selection=knapsack", "sweep.budgets=[2, 99, 4.5]"], ["2,1", "1,1", "0,0"]),
+    ],
+)
+def test_schedules_by_number_threshold_budget_and_knapsack(
+    assignments: list[str], schedules: list[str], table: InfluenceTable
+) -> None:
+    members = choose_members(table, resolve_settings({}, assignments).sweep)
+    assert [str(member.schedule) for member in members] == schedules
+
+
+def test_a_knapsack_weighs_ties_units_and_what_each_correction_adds() -> None:
+    def chosen(table: InfluenceTable, *assignments: str) -> list[tuple[int, ...]]:
+        sweep = resolve_settings({}, assignments).sweep
+        return [tuple(member.schedule) for member in choose_members(table, sweep)]
+
+    def of(metric: str, *rows: tuple[float, ...]) -> InfluenceTable:
+        errors = tuple((0.0,) * len(row) for row in rows)
+        return InfluenceTable(metric=metric, value_rows=rows, error_rows=errors, num_tokens=64)
+
+    tied, best = of("cosine", (0.3, 0.3), (0.3, 0.1)), "sweep.selection=knapsack"
+    for unit in ("evaluations", "kv"):
+        asked = "sweep.budgets=[4]", f"sweep.budget_unit={unit}"
+        assert chosen(tied, *asked) == [(0, 0)], "ties keep the threshold from spending it"
+        assert chosen(tied, *asked, best) == [(2, 0)]
+    # Without both corrections of layer 1 the loss rises by 0.5, without the second by 0.45: the
+    # first one is worth 0.05, less than the only one of layer 2.
+    losses = of("loss", (0.5, 0.45), (0.1,))
+    assert chosen(losses, best, "sweep.budgets=[3, 4]") == [(2, 0), (0, 1)]
+
+
+# Keys, folders and labels
+
+
+def test_a_trial_is_its_schedule_and_a_threshold_its_label(plan: Plan) -> None:
+    usual = plan()
+    assert [t.role for t in usual.trials] == ["teacher", *["trial"] * 4]
+    assert len({t.key for t in usual.trials}) == 5
+    few = plan("sweep.num_schedules=2")
+    assert {t.key for t in few.trials} < {t.key for t in usual.trials}, "of another sweep"
+    assert few.key != usual.key
+    asked = plan("sweep.thresholds=[0.11, 0.15, 0.2, 0.29, 0.45]")
+    assert asked.num_requested == 5
+    bounds = [(t.threshold_above, t.threshold_up_to) for t in asked.trials[1:]]
+    assert bounds == [(0.1, 0.3), (0.3, 0.5)]
+    trial = usual.trials[1]
+    stored = json.loads(json.dumps(trial.model_dump(mode="json"), allow_nan=False))
+    assert type(trial).model_validate(stored) == trial
+    assert trial.result() is None
+    trial.model_copy(update={"role": "baseline", "label": "another"}).write(trial.result_path)
+    found = trial.result()
+    assert found is not None
+    assert (found.role, found.label) == ("trial", trial.label), "under the names of this sweep"
+
+
+def test_what_changes_the_weights_changes_the_folder_and_what_is_measured_the_key(
+    plan: Plan,
+) -> None:
+    usual = plan()
+    for change in ("kl_weight=0.5", "training.num_steps=7", "training.seed=1"):
+        other = plan(f"distillation.{change}")
+        pairs = list(zip(usual.trials, other.trials, strict=True))
+        assert all(a.folder != b.folder and a.key != b.key for a, b in pairs[1:])
+        assert pairs[0][0].key == pairs[0][1].key, "the teacher is measured as it is"
+    for change in ("training.checkpoint_every_steps=3", "teacher_cache=true"):
+        other = plan(f"distillation.{change}")
+        assert [t.key for t in usual.trials] == [t.key for t in other.trials]
+    other, moved = plan(suite="y"), plan(suite_folder="/b")
+    for a, b, c in zip(usual.trials, other.trials, moved.trials, strict=True):
+        assert a.folder == b.folder == c.folder, "other tasks are put to the same weights"
+        assert a.key != b.key
+        assert a.key == c.key, "where files stand does not matter"
+
+
+def test_controls_differ_in_what_they_train_and_pruned_ones_have_no_seeds(
+    plan: Plan, teacher: Path
+) -> None:
+    config = replace(load_config(teacher), schedule=IterationSchedule((1, 0)))
+    kinds, sections = {}, set()
+    for control in ("distill", "cross_entropy", "pruned", "scratch"):
+        settings = DistillationSettings.model_validate({"control": control})
+        job = student_job(settings, teacher=teacher, config=config, tokens_folder="t")
+        if job:
+            kinds[control] = job.objective, bool(job.teacher_folder), bool(job.initial_folder)
+            sections.add(job.section)
+    assert kinds == {
+        "distill": ("distill", True, True),
+        "cross_entropy": ("cross_entropy", False, True),
+        "scratch": ("pretrain", False, False),
+    }
+    assert sections == {"distillation.training"}, "advice names the settings they are trained by"
+    two = "sweep.num_schedules=2"
+    seeded, alone = plan("sweep.seeds=[0, 1]", two).trials[1:], plan(two).trials[1:]
+    assert [(t.group, t.seed) for t in seeded] == [
+        ("2,1", 0), ("0,0", 0), ("2,1", 1), ("0,0", 1)
+    ]  # fmt: skip
+    assert len({t.key for t in seeded}) == 4
+    # The recipe's own seed is 0: what a sweep without seeds has trained is found again.
+    assert alone[0].key == seeded[0].key
+    pruned = plan("sweep.seeds=[0, 1, 2]", two, "distillation.control=pruned").trials[1:]
+    assert [(t.label, t.seed, t.job) for t in pruned] == [
+        ("2,1, pruned", None, None), ("0,0, pruned", None, None)
+    ]  # fmt: skip
+    assert len({t.key for t in pruned}) == 2
+
+
+def test_finished_weights_are_found_whatever_they_were_trained_for(
+    students: Make, space: Workspace
+) -> None:
+    assignments = [*SMALL, "distillation.control=scratch"]
+    member = FamilyMember(IterationSchedule((2, 1)), 0.0, 1.0)
+    usual = students(*assignments).student(member)
+    assert Path(usual.folder).parent == space.trials
+    assert usual.job
+    run_job(usual.job.model_copy(update={"run_folder": str(space.runs / "mine")}))
+    found = students(*assignments).student(member)
+    assert (found.key, found.folder) == (usual.key, str(space.runs / "mine"))
+    assert found.job
+    assert finished_outcome(found.job), "nothing is left to train"
+    # What was begun in its usual place goes on there.
+    run_job(usual.job, should_stop=lambda: True)
+    assert students(*assignments).student(member).folder == usual.folder
+
+
+def test_tokens_that_are_missing_or_outside_the_workspace_are_named(
+    teacher: Path, space: Workspace, tiny_tokens: Path
+) -> None:
+    path = teacher / "provenance.json"
+    text = path.read_text()
+    for name in (None, "..", f"../../{tiny_tokens.name}", str(tiny_tokens)):
+        if name:
+            path.write_text(json.dumps({**json.loads(text), "tokens": name}))
+        with pytest.raises(UserError, match="iiet-orch prepare"):
+            tokens_folder_of(teacher, space)
+    path.write_text(text)
+
+
+# Elastic weights
+
+ELASTIC = (*SMALL, "sweep.elastic=true")
+
+
+def test_one_training_serves_all_schedules(plan: Plan, teacher: Path) -> None:
+    found = plan(*ELASTIC, "sweep.elastic_steps=5")
+    assert [trial.label for trial in found.trials] == [
+        "teacher", "2,1, elastic", "1,1, elastic", "1,0, elastic", "0,0, elastic",
+    ]  # fmt: skip
+    _, trained, *served = found.trials
+    (job,) = [trial.job for trial in found.trials if trial.job]
+    assert trained.job is job
+    assert job.objective == "distill"
+    assert job.teacher_folder == job.initial_folder == str(teacher)
+    assert job.recipe.num_steps == 5
+    assert job.recipe.elastic
+    assert job.recipe.elastic.schedules == ("1,1", "1,0", "0,0")
+    assert {trial.checkpoint for trial in served} == {f"{trained.folder}/step_00000005"}
+    assert len({trial.key for trial in found.trials}) == 5
+    assert served[0].threshold_text == "0.1 to 0.3"
+    assert found.num_distinct == 4
+    # Another family, or other steps, give other weights.
+    for change in ("sweep.thresholds=[0.2]", "sweep.elastic_steps=6"):
+        assert plan(*ELASTIC, change).trials[1].key != trained.key
+
+    seeded = plan(*ELASTIC, "sweep.seeds=[3, 4]")
+    assert [t.label for t in seeded.trials[1::4]] == [
+        "2,1, elastic, seed 3", "2,1, elastic, seed 4"
+    ]  # fmt: skip
+    assert {t.group for t in seeded.trials if t.schedule == (0, 0)} == {"0,0, elastic"}
+    assert len({trial.folder for trial in seeded.trials if trial.job}) == 2
+    assert seeded.num_distinct == 4
+
+    compared, plain = plan(*ELASTIC, "sweep.compare=true"), plan(*SMALL)
+    keys = {trial.key for trial in compared.trials}
+    assert {trial.key for trial in plain.trials} < keys
+    assert len(keys) == len(plain.trials) + 4
+    assert compared.num_distinct == plain.num_distinct == 4
+    with pytest.raises(UserError, match=r"^sweep.elastic trains schedules that are cheaper"):
+        plan(*ELASTIC, "sweep.thresholds=[0.01]")
+
+
+def test_a_distilled_elastic_student_learns_from_its_teacher(
+    space: Workspace, teacher: Path, tiny_tokens: Path
+) -> None:
+    def job(schedule: str, *changes: str) -> TrainingJob:
+        family = "distillation.training.elastic.schedules=['1,0']"
+        settings = resolve_settings({}, [*SMALL, family, *changes])
+        return distillation_job(settings, space, teacher, schedule, tiny_tokens)
+
+    distilled = job("2,1", "distillation.kl_weight=2")
+    assert (distilled.objective, distilled.teacher_folder) == ("distill", str(teacher))
+    assert distilled.distillation is not None
+    assert distilled.distillation.kl_weight == 2.0
+    with pytest.raises(UserError, match=r"^distillation.training.elastic.schedules: .* below"):
+        job("0,1")
+    # The control has no teacher, so the members learn from the full schedule.
+    own = "distillation.training.elastic.kl_weight=2"
+    assert job("2,1", "distillation.control=cross_entropy", own).objective == "cross_entropy"
+    with pytest.raises(UserError, match=r"elastic.kl_weight=2.0: .* set distillation.kl_weight"):
+        job("2,1", own)
+
+
+def test_what_elastic_weights_save_is_counted_from_shapes(
+    plan: Plan, teacher: Path, space: Workspace
+) -> None:
+    assignments = [*ELASTIC, "distillation.teacher_cache=false"]
+    settings, trials = resolve_settings({}, assignments), plan(*assignments).trials[1:]
+    full, job = load_config(teacher), trials[0].job
+    assert job
+    forward = inference_cost(full).forward_flops_per_token
+    own = Estimate(config=full, recipe=job.recipe, teacher=full).flops + 3 * 64 * forward
+    per_token = sum(training_flops_per_token(full, t.model.corrections) for t in trials)
+    separate = 3 * 64 * (per_token + 4 * forward)
+    assert elastic_flops(settings, trials, space.teachers) == (own, separate)
+    (unknown,), _ = unknown_students(settings, full)
+    assert unknown.flops >= own - 3 * 64 * forward, "a family that costs as much as any"
+
+
+# Distilled baselines
+
+FULL = preset("tiny", schedule=2)  # 6 layers, 18 evaluations
+SCHEDULES = ("0", "1,0,0,1,0,0", "1", "2,2,1,1,1,1", "2")  # 6, 8, 12, 14, 18 evaluations
+IMPORTANCE = (0.9, 0.1, 0.3, 0.2, 0.5, 0.4)
+BOTH = ["fewer_layers", "vanilla"]
+
+
+def chosen(*schedules: str, **sweep: Any) -> list[Any]:
+    members = [
+        FamilyMember(IterationSchedule.parse(schedule, num_layers=6), math.nan, math.nan)
+        for schedule in schedules
+    ]
+    rows = tuple((0.1,) * count for count in FULL.corrections)
+    table = InfluenceTable("cosine", rows, rows, 64, rows, IMPORTANCE)
+    settings = SweepSettings.model_validate({"num_distilled_baselines": 9, **sweep})
+    return choose_distilled_baselines(settings, FULL, members, table)
+
+
+def flops(config: ModelConfig) -> float:
+    return inference_cost(config).decode_flops_per_token
+
+
+def test_a_vanilla_model_has_as_many_layers_as_a_student_has_evaluations() -> None:
+    found = chosen(*SCHEDULES, distilled_baselines=["vanilla"])
+    assert [baseline.label for baseline in found] == [
+        f"vanilla, {count} layers, distilled" for count in (6, 8, 12, 14)
+    ], "a student that saves nothing needs no baseline"
+    for baseline, schedule in zip(found, SCHEDULES, strict=False):
+        assert (baseline.config.method, baseline.kept_layers) == ("vanilla", None)
+        same = replace(baseline.config, method="iiet", num_layers=6, schedule=FULL.schedule)
+        assert same == FULL, "the same shape apart from the layers"
+        student = replace(FULL, schedule=IterationSchedule.parse(schedule, num_layers=6))
+        assert flops(baseline.config) == pytest.approx(flops(student), rel=0.02)
+        assert flops(baseline.config) < flops(FULL)
+
+
+def test_fewer_layers_are_the_most_important_ones_with_all_corrections() -> None:
+    found = chosen(*SCHEDULES, distilled_baselines=["fewer_layers"])
+    assert {baseline.label: baseline.kept_layers for baseline in found} == {
+        "2 of 6 layers": (0, 4),  # 6 evaluations
+        "3 of 6 layers": (0, 4, 5),
+        "4 of 6 layers": (0, 2, 4, 5),
+        "5 of 6 layers": (0, 2, 3, 4, 5),
+    }
+    assert all(set(baseline.config.corrections) == {2} for baseline in found)
+
+
+def test_equal_ones_are_one_and_too_many_are_spread_over_cost() -> None:
+    def labels(*schedules: str, most: int) -> list[str]:
+        found = chosen(*schedules, distilled_baselines=BOTH, num_distilled_baselines=most)
+        return [b.label.removesuffix(", distilled") for b in found]
+
+    assert labels("0", "0,0,0,0,0,1", most=9) == [
+        "2 of 6 layers", "vanilla, 6 layers", "vanilla, 7 layers"
+    ]  # fmt: skip
+    assert labels(*SCHEDULES, most=2) == [
+        "2 of 6 layers", "5 of 6 layers", "vanilla, 6 layers", "vanilla, 14 layers"
+    ]  # fmt: skip
+    assert labels(*SCHEDULES, most=3)[3:] == [
+        "vanilla, 6 layers", "vanilla, 12 layers", "vanilla, 14 layers"
+    ]  # fmt: skip
+    assert labels(*SCHEDULES, most=1) == ["4 of 6 layers", "vanilla, 12 layers"]
+    assert labels("2", most=1) == ["5 of 6 layers", "vanilla, 18 layers"]
+    assert chosen(*SCHEDULES) == []
+
+
+def test_distilled_baselines_are_trained_as_students_and_are_no_schedules(plan: Plan) -> None:
+    asked = ["sweep.distilled_baselines=[vanilla, fewer_layers]", "sweep.seeds=[3, 4]"]
+    asked.append("sweep.num_distilled_baselines=1")
+    whole, longer = plan(*asked), plan(*asked, "sweep.distilled_vanilla_steps=500")
+    jobs, others = ({t.label: t.job for t in one.trials if t.job} for one in (whole, longer))
+    baselines = [t for t in whole.trials if t.role == "baseline"]
+    assert [(t.group, t.seed) for t in baselines] == [
+        ("vanilla, 3 layers, distilled", 3), ("1 of 2 layers", 3),
+        ("vanilla, 3 layers, distilled", 4), ("1 of 2 layers", 4),
+    ]  # fmt: skip
+    assert num_models(whole.trials) == 4
+    assert all(t.parent == whole.trials[1].parent and not t.threshold_text for t in baselines)
+    student = jobs["1,0, seed 3"]
+    vanilla, smaller = (jobs[baseline.label] for baseline in baselines[:2])
+    assert smaller.kept_layers == (1,)
+    assert smaller.initial_folder == student.initial_folder
+    assert vanilla.initial_folder is None
+    for job in (smaller, vanilla):
+        assert job.teacher_folder == student.teacher_folder
+        assert (job.objective, job.distillation) == ("distill", student.distillation)
+    assert smaller.recipe == student.recipe
+    # The rate is that of vanilla models which start from random weights, and the tokens are those
+    # that the student's weights have seen.
+    steps = student.recipe.num_steps + math.ceil(2 * 64 / student.recipe.num_tokens_per_step)
+    changes = {"learning_rate": 4e-3, "num_steps": steps}
+    assert vanilla.recipe == student.recipe.model_copy(update=changes)
+    assert others["vanilla, 3 layers, distilled, seed 3"].recipe.num_steps == 500
+    assert others["1 of 2 layers, seed 3"] == smaller
+    assert others["1,0, seed 3"] == student
+
+
+def test_what_is_not_known_is_bounded_by_as_many_of_the_costliest() -> None:
+    kinds = "sweep.distilled_baselines=[vanilla, fewer_layers]"
+    changes = [kinds, "sweep.seeds=[1, 2]", "sweep.distilled_vanilla_steps=500"]
+    trainings, sentence = unknown_students(resolve_settings({}, changes), FULL)
+    assert len(trainings) == 2 * (7 + 3 + 3)
+    assert "at most 14 students and 12 distilled baselines; they are priced" in sentence
+    known = [baseline.config for baseline in chosen(*SCHEDULES, distilled_baselines=BOTH)]
+    most = max(flops(each.config) for each in trainings)
+    assert most >= max(map(flops, [FULL, *known]))
+    steps = {each.config.method: each.recipe.num_steps for each in trainings}
+    assert steps == {"vanilla": 500, "iiet": trainings[0].recipe.num_steps}
+    assert all(each.teacher == FULL and each.cache for each in trainings)
+    search = resolve_settings({}, ["sweep.kind=search", "search.num_trials=5"])
+    assert len(unknown_students(search, FULL)[0]) == 7 + 5
+    nothing, sentence = unknown_students(
+        resolve_settings({}, ["distillation.control=pruned", "sweep.thresholds=[0.1]"]), FULL
+    )
+    assert nothing == []
+    assert "at most 1 student; none of them is trained" in sentence
