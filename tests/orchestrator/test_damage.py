@@ -309,7 +309,9 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copies]:
         Path("texts.jsonl").write_text(lines_of(help_texts(60)))
         workspace = open_workspace(folder / "whole")
         _fill(workspace)
+        gc.freeze()  # What is collected below is then little.
         yield Copies(workspace.root)
+        gc.unfreeze()
 
 
 def _fill(workspace: Workspace) -> None:
