@@ -71,7 +71,7 @@ LINES = {
     "orchestrator/data": 2_455,
     "orchestrator/tracking": 1_529,
     "orchestrator/training": 3_587,
-    "orchestrator/evaluation": 3_070,
+    "orchestrator/evaluation": 3_061,
     "orchestrator/planning": 1_172,
     "orchestrator/cluster": 2_198,
     "orchestrator/reporting": 4_204,

@@ -8,7 +8,6 @@ lm-eval's own command (`lm_eval run --include_path . --tasks heldout ...` in the
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -50,40 +49,32 @@ LARGEST_STANDARD_ERROR = 0.02
 MAX_ITEM_TOKENS = 64
 """Longest passage with its last word: two or three sentences, for any context length."""
 
-_MEAN_ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
-_BITS = (
-    ("bits_per_byte", "bits_per_byte"),
-    ("byte_perplexity", "weighted_perplexity"),
-    ("word_perplexity", "weighted_perplexity"),
-)
-_TEXT_CONFIGS: dict[str, dict[str, Any]] = {
-    LAST_WORD: {
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{context}}",
-        "doc_to_target": "{{' ' + word}}",
-        "metric_list": [
-            _MEAN_ACCURACY,
-            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-        ],
-    },
-    BITS_PER_BYTE: {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [
-            {"metric": name, "aggregation": aggregation, "higher_is_better": False}
-            for name, aggregation in _BITS
-        ],
-    },
-}
-_DEPTH_CONFIG: dict[str, Any] = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{context}}",
-    "doc_to_choice": "choices",
-    "doc_to_target": "label",
-    "target_delimiter": "",
-    "metric_list": [_MEAN_ACCURACY],
-}
+_CONFIGS = """
+lastword:
+  output_type: loglikelihood
+  doc_to_text: "{{context}}"
+  doc_to_target: "{{' ' + word}}"
+  metric_list:
+    - {metric: acc, aggregation: mean, higher_is_better: true}
+    - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+bits_per_byte:
+  output_type: loglikelihood_rolling
+  doc_to_text: ""
+  doc_to_target: "{{text}}"
+  metric_list:
+    - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
+    - {metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
+    - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
+depth:
+  output_type: multiple_choice
+  doc_to_text: "{{context}}"
+  doc_to_choice: choices
+  doc_to_target: label
+  target_delimiter: ""
+  metric_list:
+    - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+"""How a task asks and scores, in the form of lm-eval's task files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,8 +229,8 @@ def _read_items(path: Path, **_settings: Any) -> dict[str, Any]:
 
 def _task_config(name: str) -> dict[str, Any]:
     """Return how a task asks and scores."""
-    is_text = name in _TEXT_CONFIGS
-    config = copy.deepcopy(_TEXT_CONFIGS[name] if is_text else _DEPTH_CONFIG)
+    is_text = name in TEXT_TASKS
+    config = yaml.safe_load(_CONFIGS)[name if is_text else "depth"]
     return {**config, "metadata": {"version": TEXT_VERSION if is_text else DEPTH_VERSION}}
 
 
