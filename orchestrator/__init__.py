@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         pretrain,
     )
     from orchestrator.records.trial import Trial
-    from orchestrator.reporting.pick_rules import PickRule
+    from orchestrator.reporting.findings import PickRule
     from orchestrator.settings import Settings, read_settings
     from orchestrator.sweeping.plan import SweepModel
     from orchestrator.terminal.progress import Progress, terminal_progress
@@ -90,7 +90,7 @@ _MODULES = {
         "pretrain",
     ),
     "records.trial": ("Trial",),
-    "reporting.pick_rules": ("PickRule",),
+    "reporting.findings": ("PickRule",),
     "settings": ("Settings", "read_settings"),
     "sweeping.plan": ("SweepModel",),
     "terminal.progress": ("Progress", "terminal_progress"),

@@ -272,7 +272,7 @@ def pick(
     if confidence and name != "keep":
         raise UserError("--confidence can be used with --keep only")
     from orchestrator.pipelines.models import plan_pick, run_pick
-    from orchestrator.reporting.pick_rules import PickRule
+    from orchestrator.reporting.findings import PickRule
 
     kind: Any = name.removesuffix("_for")
     number = {"keep": "share", "budget": "budget", "draft": "model"}.get(kind)

@@ -67,14 +67,14 @@ from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.front import FrontAxes, parse_axes
-from orchestrator.reporting.model_card import ModelCard
-from orchestrator.reporting.pick_rules import (
+from orchestrator.reporting.findings import (
     PickRule,
     draft_sentence,
     draft_targets,
     pick_from_front,
 )
+from orchestrator.reporting.front import FrontAxes, parse_axes
+from orchestrator.reporting.model_card import ModelCard
 from orchestrator.reporting.results import (
     StoredSweep,
     load_item_values,
@@ -494,7 +494,7 @@ def plan_pick(
             folder cannot be used.
     """
     from orchestrator.reporting.findings import describe_model
-    from orchestrator.reporting.sweep_report import sweep_front  # Imports MLflow.
+    from orchestrator.reporting.report import sweep_front  # Imports MLflow.
 
     rule, axes = rule or PickRule(name="keep"), parse_axes(cost, quality)
     workspace = find_workspace(workspace)

@@ -8,12 +8,14 @@ runs in MLflow, and `sync` makes all of them again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PlainSerializer, SerializationInfo
 
 from orchestrator.records.record import Record, WorkspacePath
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, portable_path
 
@@ -96,6 +98,15 @@ class TrackedRun(Record):
         """Make a run whose parameters are any values, and whose `metrics` have no step."""
         texts = {name: str(value) for name, value in params.items()}
         return cls(params=texts, points=[*without_step(metrics or {}), *points], **fields)
+
+    @classmethod
+    def stored(
+        cls, workspace: Workspace, kind: str, key: str, parent: str | None = None
+    ) -> Self | None:
+        """Return a run as a workspace holds it; None if it holds none, or a damaged one."""
+        with suppress(UserError):
+            return cls.read(tracked_path(workspace, kind, key, parent))
+        return None
 
     @property
     def place(self) -> tuple[str, str, str | None]:

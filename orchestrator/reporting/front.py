@@ -14,7 +14,8 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import moocore
 import numpy as np
@@ -89,11 +90,6 @@ class FrontAxes:
         return not self.quality.endswith(LOWER_IS_BETTER)
 
     @property
-    def error(self) -> str:
-        """Tracked name of the quality's standard error."""
-        return f"{self.quality}_stderr"
-
-    @property
     def in_words(self) -> str:
         """Both axes, as `accuracy and NFE per token`."""
         return f"{metric_title(self.quality).lower()} and {metric_title(self.cost)}"
@@ -145,8 +141,7 @@ class ConfidenceBasis:
     num_resamples: int
 
 
-@dataclass(frozen=True)
-class HypervolumeBox:
+class HypervolumeBox(NamedTuple):
     """The hypervolume is a share of this box; one corner is the full model."""
 
     cost: float
@@ -177,14 +172,12 @@ class Front:
     @cached_property
     def rows(self) -> list[Row]:
         """The placed models, cheapest first."""
-        rows: list[Row] = self.table[self.table["is_placed"]].to_dict("records")
-        return rows
+        return _rows(self.table[self.table["is_placed"]])
 
     @cached_property
     def unmeasured(self) -> list[Row]:
         """The models that lack one of both metrics."""
-        rows: list[Row] = self.table[~self.table["is_placed"]].to_dict("records")
-        return rows
+        return _rows(self.table[~self.table["is_placed"]])
 
     @property
     def trials(self) -> list[Trial]:
@@ -202,25 +195,30 @@ class Front:
         """
         if len(self.rows) <= MAX_SHOWN:
             return self.rows
-        always = {
-            row["key"]
-            for row in self.rows
-            if row["on_front"] or not row["is_candidate"] or row is self.full
-        }
         costs = [member["cost"] for member in self.members]
 
         def shortfall(row: Row) -> float:
+            if row["on_front"] or not row["is_candidate"] or row is self.full:
+                return -math.inf
             best = self.members[bisect_right(costs, row["cost"]) - 1]
             return float(best["goodness"] - row["goodness"])
 
-        others = sorted((row for row in self.rows if row["key"] not in always), key=shortfall)
-        keys = always | {row["key"] for row in others[: max(0, MAX_SHOWN - len(always))]}
+        nearest = sorted(self.rows, key=shortfall)
+        num_always = sum(shortfall(row) == -math.inf for row in nearest)
+        keys = {row["key"] for row in nearest[: max(MAX_SHOWN, num_always)]}
         return [row for row in self.rows if row["key"] in keys]
 
     @cached_property
     def shown_seeds(self) -> list[Trial]:
         """The trials whose means are shown."""
         return [seed for row in self.shown for seed in row["seeds"]]
+
+    @property
+    def with_curves(self) -> list[Row]:
+        """The rows whose training is shown: of many models, those that matter."""
+        if len(self.shown) == len(self.rows):
+            return self.rows
+        return [row for row in self.shown if row["on_front"] or row["role"] != "trial"]
 
     @cached_property
     def members(self) -> list[Row]:
@@ -251,15 +249,15 @@ class Front:
         Both axes are scaled to one.
         """
         cheapest, best = self.cheapest, self.best
-        if cheapest is None or best is None or cheapest["cost"] == best["cost"]:
-            return None
-        width, height = best["cost"] - cheapest["cost"], best["goodness"] - cheapest["goodness"]
-        if height <= 0:
-            return None
+        if not cheapest or not best or best["goodness"] <= cheapest["goodness"]:
+            return None  # Of members, the best then costs more than the cheapest.
 
         def above_chord(row: Row) -> float:
-            gain = (row["goodness"] - cheapest["goodness"]) / height
-            return float((gain - (row["cost"] - cheapest["cost"]) / width) / math.sqrt(2))
+            gain, dearer = (
+                (row[name] - cheapest[name]) / (best[name] - cheapest[name])
+                for name in ("goodness", "cost")
+            )
+            return float((gain - dearer) / math.sqrt(2))
 
         knee = max(self.members, key=above_chord)
         return knee if above_chord(knee) > 1e-12 else None
@@ -366,7 +364,7 @@ def find_front(table: DataFrame, axes: FrontAxes | None = None) -> Front:
     import pandas
 
     axes = axes or FrontAxes()
-    names = {"cost": axes.cost, "quality": axes.quality, "error": axes.error}
+    names = {"cost": axes.cost, "quality": axes.quality, "error": f"{axes.quality}_stderr"}
     numbers = {n: table[m].astype(float) if m in table else math.nan for n, m in names.items()}
     table = table.assign(**numbers)
     has_teacher = (table["role"] == "teacher").any()
@@ -460,32 +458,28 @@ def with_confidence(
     others = [full, *(r for r in shown if r["role"] == "baseline" and r is not full)]
     compared_with = {r["label"]: number_of[r["key"]] for r in others if r["key"] in number_of}
 
-    measured = {**({axes.quality: scores} if scores is not None else {}), **paired.scores}
     intervals: dict[tuple[str, str, str], Interval] = {}
-    columns: dict[str, dict[str, float]] = {}
-    for key, number in number_of.items():
-        of_model = {}
-        for name, drawn in measured.items():
-            intervals[key, name, ""] = drawn.interval(number)
-            prefix = "" if name == axes.quality else f"{name}/"
-            for other, other_number in compared_with.items():
-                if other_number != number:
-                    interval = drawn.difference(number, other_number)
-                    intervals[key, name, other] = of_model[difference_metric(other, prefix)] = (
-                        interval
-                    )
-        keeps = None
-        if scores is not None and full["key"] in number_of:
-            # For a loss, the full model's over this one's, as in `Front.share`.
-            pair = (number, number_of[full["key"]])
-            if ratio := scores.ratio(*(pair if axes.higher_is_better else pair[::-1])):
-                of_model[SHARE_METRIC], keeps = ratio[0], (ratio[1] >= kept_share).mean()
-        columns[key] = {}
-        for name, interval in of_model.items():
-            columns[key] |= {name: interval.value}
-            columns[key] |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
-        if keeps is not None:
-            columns[key][keeps_metric(kept_share)] = float(keeps)
+    columns: dict[str, dict[str, float]] = {key: {} for key in number_of}
+
+    def note(key: str, name: str, interval: Interval) -> None:
+        ends = {f"{name}_low": interval.low, f"{name}_high": interval.high}
+        columns[key] |= {name: interval.value, **ends}
+
+    measured = {**({} if scores is None else {axes.quality: scores}), **paired.scores}
+    for (key, number), (name, drawn) in product(number_of.items(), measured.items()):
+        intervals[key, name, ""] = drawn.interval(number)
+        prefix = "" if name == axes.quality else f"{name}/"
+        for other, other_number in compared_with.items():
+            if other_number != number:
+                intervals[key, name, other] = drawn.difference(number, other_number)
+                note(key, difference_metric(other, prefix), intervals[key, name, other])
+    for key, number in number_of.items() if full["key"] in number_of else ():
+        # For a loss, the full model's over this one's, as in `Front.share`.
+        pair = (number, number_of[full["key"]])
+        ratio = scores and scores.ratio(*(pair if axes.higher_is_better else pair[::-1]))
+        if ratio:
+            note(key, SHARE_METRIC, ratio[0])
+            columns[key][keeps_metric(kept_share)] = float((ratio[1] >= kept_share).mean())
 
     # Without draws of all candidates none is sure to be on the front: the others could beat it.
     costs = {row["key"]: row["cost"] for row in shown if row["is_candidate"]}
@@ -505,3 +499,8 @@ def with_confidence(
     names = sorted({name for numbers in columns.values() for name in numbers})
     table = front.table.join(DataFrame.from_dict(columns, orient="index", columns=None)[names])
     return replace(front, table=table, intervals=intervals, basis=basis, kept_share=kept_share)
+
+
+def _rows(table: DataFrame) -> list[Row]:
+    rows: list[Row] = table.to_dict("records")
+    return rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,15 @@ from orchestrator.records.tracked_run import (
     without_step,
 )
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.charts import save_chart
+from orchestrator.reporting.charts import front_chart, save_chart
+from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import Front, known
-from orchestrator.reporting.report import SweepReport
-from orchestrator.reporting.results import StoredSweep
+from orchestrator.reporting.results import (
+    ACCURACY_CHARTS,
+    STUDENT_CHARTS,
+    StoredSweep,
+    history_folder,
+)
 from orchestrator.reporting.sections import bullets
 from orchestrator.reporting.statistics import (
     KEEPS_METRIC,
@@ -34,7 +39,6 @@ from orchestrator.reporting.statistics import (
     SUMMARY_METRICS,
 )
 from orchestrator.reporting.tables import interval_rows, model_rows, models_table
-from orchestrator.reporting.training_curves import ACCURACY_CHARTS, STUDENT_CHARTS, history_folder
 from orchestrator.tracking import (
     NOTE_TAG,
     REPORT_TAG,
@@ -43,7 +47,6 @@ from orchestrator.tracking import (
     Tracking,
     reason_tags,
     tag_filter,
-    view_tag,
 )
 from orchestrator.training.job import stored_job
 from orchestrator.training.watching import trial_model
@@ -218,12 +221,25 @@ def tracked_metrics(result: Trial) -> dict[str, float]:
     }
 
 
-def report_changes(report: SweepReport, files: Sequence[Path]) -> dict[str, Any]:
+def report_changes(
+    front: Front,
+    *,
+    name: str,
+    sentences: Sequence[str],
+    charts: Collection[str],
+    files: Sequence[Path],
+) -> dict[str, Any]:
     """Return what a report changes of its sweep's run, for `TrackedRun.changed`.
 
     A front on other axes only adds a folder of files.
+
+    Args:
+        name: Name of the sweep.
+        sentences: Notes and findings.
+        charts: Titles of the report's curves.
+        files: Files of the report.
     """
-    front, paths = report.front, [str(path) for path in files]
+    paths = [str(path) for path in files]
     if slug := front.axes.slug:
         return {"files": {f"{ARTIFACT_FOLDER}/{slug}": paths}}
     models = [  # Differences to other models have their own table.
@@ -231,16 +247,20 @@ def report_changes(report: SweepReport, files: Sequence[Path]) -> dict[str, Any]
         for row in model_rows(front, files[0].parent)
     ]
     tables = {"table": models, "intervals": interval_rows(front)}
-    found = {f"{ARTIFACT_FOLDER}/{name}.json": rows for name, rows in tables.items() if rows}
+    found = {f"{ARTIFACT_FOLDER}/{table}.json": rows for table, rows in tables.items() if rows}
     shown = [{"path": path, "type": "table"} for path in found]
-    view = front_chart_view(report)
+    view = front_chart_view(front, name, charts)
     return {
         "points": without_step(front_metrics(front)),
         "files": {ARTIFACT_FOLDER: paths},
-        "texts": {path: _table_json(rows) for path, rows in found.items()},
-        "views": dict([view_tag(view)]),
+        # MLflow's own `log_table` appends to an existing table; a new report must replace it.
+        "texts": {
+            path: json.dumps({"columns": [*rows[0]], "data": [[*row.values()] for row in rows]})
+            for path, rows in found.items()
+        },
+        "views": dict([view.tag]),
         "tags": {
-            NOTE_TAG: run_note(report),
+            NOTE_TAG: run_note(front, sentences, [p.stem for p in files if p.suffix == ".svg"]),
             VIEW_TAG: view.key,
             REPORT_TAG: f"{ARTIFACT_FOLDER}/front.html",
             TABLES_TAG: json.dumps(shown) if shown else "",
@@ -256,87 +276,70 @@ def front_so_far(front: Front, *, name: str, notes: Sequence[str], folder: Path)
         notes: Sentences that come first.
         folder: Folder of the picture, `front.svg`.
     """
-    report = SweepReport(
-        name=name,
-        front=front,
-        notes=[*notes, BEATEN_NOTE],
-        curves=dict.fromkeys(STUDENT_CHARTS, ()),  # They are in the trials' runs.
-    )
-    pictures = save_chart(report.front_chart(), folder / "front", kinds=("svg",))
-    view = front_chart_view(report)
+    chart = front_chart(front, title=f"Sweep {name}", mark_paper=True)
+    pictures = save_chart(chart, folder / "front", kinds=("svg",))
+    view = front_chart_view(front, name, STUDENT_CHARTS)  # The curves are in the trials' runs.
+    sentences = [*notes, BEATEN_NOTE, *findings(front)]
     return {
         "files": {ARTIFACT_FOLDER: [str(path) for path in pictures]},
-        "views": dict([view_tag(view)]),
-        "tags": {NOTE_TAG: run_note(report), VIEW_TAG: view.key},
+        "views": dict([view.tag]),
+        "tags": {NOTE_TAG: run_note(front, sentences, ["front"]), VIEW_TAG: view.key},
     }
 
 
-def _table_json(rows: Sequence[Mapping[str, Any]]) -> str:
-    # MLflow's own `log_table` appends to an existing table; a new report must replace it.
-    columns = list(rows[0])
-    return json.dumps({"columns": columns, "data": [[row.get(c) for c in columns] for row in rows]})
-
-
-def run_note(report: SweepReport) -> str:
-    """Return the note of a sweep's run in Markdown: findings, picture and table.
+def run_note(front: Front, sentences: Sequence[str], pictures: Sequence[str]) -> str:
+    """Return the note of a sweep's run in Markdown: findings, pictures and the table of models.
 
     A part that does not fit into a tag is replaced by the name of its artifact.
     """
     # MLflow first shows only the top of a note, so the findings come first.
-    sentences = report.sentences
     lengths = itertools.accumulate(len(sentence) + 3 for sentence in sentences)
     num_shown = sum(length <= MAX_FINDINGS_CHARACTERS for length in lengths)
     shown = list(sentences[:num_shown])
     if num_shown < len(sentences):
         shown.append(f"More: `{ARTIFACT_FOLDER}/front.md` under Artifacts.")
-    parts = [bullets(shown)]
-    if report.front.rows:
-        parts.append(_picture("front"))
-    table = models_table(report.front).to_markdown()
-    if sum(map(len, parts)) + len(table) > MAX_NOTE_CHARACTERS:
-        table = f"All models: `{ARTIFACT_FOLDER}/table.json` under Artifacts."
-    parts.append(table)
-    if report.influence is not None:
-        parts.append(_picture("influence"))
-    return "\n\n".join(parts)
-
-
-def _picture(name: str) -> str:
     # An SVG fits the page's width; a PNG has more pixels and would be cut off. The address is
     # relative, because MLflow may be served below a path.
-    return f"![{name}](get-artifact?path={ARTIFACT_FOLDER}/{name}.svg&run_uuid={RUN_ID})"
+    images = {
+        name: f"![{name}](get-artifact?path={ARTIFACT_FOLDER}/{name}.svg&run_uuid={RUN_ID})"
+        for name in pictures
+    }
+    parts = [bullets(shown), images.pop("front", "")]
+    table = models_table(front).to_markdown()
+    if sum(map(len, parts)) + len(table) > MAX_NOTE_CHARACTERS:
+        table = f"All models: `{ARTIFACT_FOLDER}/table.json` under Artifacts."
+    return "\n\n".join(part for part in (*parts, table, *images.values()) if part)
 
 
-def front_chart_view(report: SweepReport) -> ChartView:
+def front_chart_view(front: Front, name: str, charts: Collection[str]) -> ChartView:
     """Return the chart view of a sweep: cost against quality, corrections, curves, columns."""
-    front = report.front
     num_layers = max((len(row["trial"].schedule or ()) for row in front.rows), default=0)
     layers = [f"r_{layer:02d}" for layer in range(1, min(num_layers, MAX_PARALLEL_LAYERS) + 1)]
-    measured = {name for row in front.rows for name in row["trial"].metrics()}
+    measured = {metric for row in front.rows for metric in row["trial"].metrics()}
     cost, quality = front.axes.cost, front.axes.quality
     time, bits = "cost/decode_ms_per_token", "quality/bits_per_byte"
     others = ("cost/relative_flops", time, "cost/kv_bytes_per_token")
-    wanted = dict.fromkeys([cost, quality, front.axes.error, bits, *others])
-    metrics = [name for name in wanted if name in measured]
+    wanted = dict.fromkeys([cost, quality, f"{quality}_stderr", bits, *others])
+    metrics = [metric for metric in wanted if metric in measured]
     scatters = [(cost, quality)]
     for pair in ((time, quality), (cost, bits)):
         if set(pair) <= measured and pair not in scatters:
             scatters.append(pair)
-    curves = [VALIDATION_METRIC, "train/loss"] if report.curves else []
-    if set(ACCURACY_CHARTS) & set(report.curves):
+    curves = [VALIDATION_METRIC, "train/loss"] if charts else []
+    if not set(ACCURACY_CHARTS).isdisjoint(charts):
         curves.insert(0, ACCURACY_METRIC)
     return ChartView(
-        key=chart_view_key(report.name),
-        name=f"Front of {report.name}",
+        key=chart_view_key(name),
+        name=f"Front of {name}",
         # The sweep's own run has no cost and would be an empty row in the charts.
-        run_filter=tag_filter({SWEEP_TAG: report.name}) + " and tags.`iiet.kind` != 'sweep'",
+        run_filter=tag_filter({SWEEP_TAG: name}) + " and tags.`iiet.kind` != 'sweep'",
         order_by=f"metrics.{cost}",
-        columns=["params.schedule", "params.threshold", *(f"metrics.{name}" for name in metrics)],
+        columns=["params.schedule", "params.threshold", *(f"metrics.{m}" for m in metrics)],
         scatters=scatters,
         parallel_params=layers,
         parallel_metrics=[cost, quality],
         curves=curves,
-        folded_groups=sorted({name.rpartition("/")[0] for name in [*measured, *curves]}),
+        folded_groups=sorted({each.rpartition("/")[0] for each in [*measured, *curves]}),
     )
 
 

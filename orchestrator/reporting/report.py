@@ -1,8 +1,10 @@
-"""The report of a sweep, or of several on one front: its sections and its files.
+"""The report of a sweep, or of several on one front: its sections, its files, and its MLflow run.
 
 `front.png` and `front.svg` for papers, `front.html` for browsing, `front.md` for an appendix,
 `front.csv` and `front.json` for programs, `influence.png` and `influence.svg`. The same results
-give the same bytes.
+give the same bytes. Writing a report again replaces the old one and makes no second MLflow run. A
+front on other axes gets its own folder, in the workspace and in MLflow, and changes nothing else of
+the run.
 """
 
 from __future__ import annotations
@@ -16,23 +18,37 @@ from iiet.influence import InfluenceTable
 from orchestrator.reporting.charts import (
     PAPER_COST_SHARE,
     PAPER_QUALITY_SHARE,
-    Spec,
     curves_chart,
     front_chart,
     influence_chart,
     save_chart,
 )
 from orchestrator.reporting.command_tables import influence_table
+from orchestrator.reporting.elastic_section import elastic_section
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import (
+    COSTS,
     Front,
+    FrontAxes,
+    evaluations,
+    find_front,
+    left_out_notes,
+    with_confidence,
 )
-from orchestrator.reporting.sections import (
-    Section,
-    render_json,
-    render_markdown,
-    render_page,
+from orchestrator.reporting.mlflow_report import report_changes, sweep_run, track_results
+from orchestrator.reporting.results import (
+    Curve,
+    StoredSweep,
+    history_folder,
+    item_notes,
+    load_item_values,
+    load_sweep_results,
+    read_history_curves,
+    read_training_curves,
+    result_table,
 )
+from orchestrator.reporting.sections import Section, render_json, render_markdown, render_page
+from orchestrator.reporting.statistics import KEPT_SHARE
 from orchestrator.reporting.tables import (
     TASK_TABLES_NOTE,
     front_values,
@@ -41,10 +57,11 @@ from orchestrator.reporting.tables import (
     models_table,
     task_tables,
 )
-from orchestrator.reporting.training_curves import (
-    Curve,
-)
+from orchestrator.tracking import Tracking
 from orchestrator.workspace.files import json_text, write_text
+from orchestrator.workspace.journal import now_ms, recorded_times
+from orchestrator.workspace.layout import Workspace
+from orchestrator.workspace.provenance import content_key
 
 LEGEND = (
     "Star: full model. Filled: on the front. Hollow and faint: dominated. Diamond: baseline. "
@@ -56,6 +73,7 @@ INFLUENCE_LEGEND = (
     "How much each correction matters, on a logarithmic scale. A threshold drops corrections from "
     "a layer's last one backwards."
 )
+MAX_FOLDER_NAME_LENGTH = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,25 +103,21 @@ class SweepReport:
         """Heading of picture and page."""
         return f"Sweeps {self.name}" if self.front.sweeps else f"Sweep {self.name}"
 
-    def front_chart(self) -> Spec:
-        """Return the chart of the front."""
-        return front_chart(self.front, title=self.title, mark_paper=True)
-
     def brief(self) -> list[Section]:
         """Return what a terminal shows: the front and its findings, and elastic weights."""
         table = models_table(self.front, self.title)
         front = Section(tables=[table], notes=self.sentences, data=front_values(self.front))
-        return [front, *([self.elastic] if self.elastic else [])]
+        return [front, self.elastic] if self.elastic else [front]
 
     def sections(self, folder: Path | None = None) -> list[Section]:
         """Return all sections; for files in a `folder`, paths in its workspace are relative."""
-        front = self.front
+        front, influence, knee = self.front, self.influence, self.front.knee
         found = [Section(notes=self.sentences)]
         if front.rows:
             volume = hypervolume_text(front)
             counts = f"{len(front.rows)} models, {len(front.members)} on the front"
             sentences = [f"{counts}; {volume}." if volume else f"{counts}.", LEGEND]
-            chart = self.front_chart()
+            chart = front_chart(front, title=self.title, mark_paper=True)
             found.append(
                 Section(title="The front", sentences=sentences, chart=chart, picture="front")
             )
@@ -111,10 +125,25 @@ class SweepReport:
         found.append(Section(title="All models, cheapest first", tables=[models], data=data))
         if tasks := task_tables(front):
             found.append(Section(title="Task by task", sentences=[TASK_TABLES_NOTE], tables=tasks))
-        if self.elastic is not None:
+        if self.elastic:
             found.append(self.elastic)
-        if self.influence is not None and any(self.influence.rows()):
-            found.append(_influence_section(self.influence, front))
+        if influence is not None and any(influence.rows()):
+            chart = influence_chart(
+                influence.rows(),
+                metric=influence.metric,
+                title="Influence of each correction",
+                kept=knee["trial"].schedule if knee else None,
+                kept_name=f"{knee['label']} (knee)" if knee else "",
+            )
+            found.append(
+                Section(
+                    title=f"Influence of each correction ({influence.metric})",
+                    sentences=[INFLUENCE_LEGEND],
+                    chart=chart,
+                    picture="influence",
+                    tables=[influence_table(influence)],
+                )
+            )
         for title, curves in self.curves.items():
             found.append(Section(title=title, chart=curves_chart(title, curves)))
         return found + [Section(title=title, facts=facts) for title, facts in self.facts.items()]
@@ -142,24 +171,6 @@ class SweepReport:
         return paths
 
 
-def _influence_section(table: InfluenceTable, front: Front) -> Section:
-    knee = front.knee
-    chart = influence_chart(
-        table.rows(),
-        metric=table.metric,
-        title="Influence of each correction",
-        kept=None if knee is None else knee["trial"].schedule,
-        kept_name="" if knee is None else f"{knee['label']} (knee)",
-    )
-    return Section(
-        title=f"Influence of each correction ({table.metric})",
-        sentences=[INFLUENCE_LEGEND],
-        chart=chart,
-        picture="influence",
-        tables=[influence_table(table)],
-    )
-
-
 @dataclass(frozen=True)
 class WrittenReport:
     """A report and where it was written."""
@@ -174,3 +185,143 @@ class WrittenReport:
     def page(self) -> Path | None:
         """The HTML file; None if no result is on the front's axes."""
         return next((path for path in self.files if path.suffix == ".html"), None)
+
+
+def write_sweep_report(
+    workspace: Workspace,
+    *sweeps: StoredSweep | str,
+    axes: FrontAxes | None = None,
+    tracking: Tracking | None = None,
+) -> WrittenReport:
+    """Write the report of a sweep, or of several on one front.
+
+    Of several sweeps, a result that they share counts once, for the first of them. If they were
+    measured on different tasks or texts, a note says that their qualities do not compare.
+
+    Args:
+        workspace: Holds the sweeps.
+        sweeps: Their results, or their names to use the stored ones.
+        axes: Cost and quality; NFE and accuracy by default.
+        tracking: MLflow, where the report of one sweep is tracked; None to track nothing.
+
+    Raises:
+        UserError: If there is no such sweep, or one has no result yet.
+    """
+    axes = axes or FrontAxes()
+    loaded = (load_sweep_results(workspace, s) if isinstance(s, str) else s for s in sweeps)
+    found = list({sweep.name: sweep for sweep in loaded}.values())
+    if len(found) > 1:
+        return _overlay_report(workspace, found, axes)
+    [sweep] = found
+    front, notes = sweep_front(workspace, found, axes)
+    if workspace.is_writable:
+        sweep.store(workspace)
+    run = sweep_run(tracking, sweep, workspace) if tracking else None
+    if tracking and run and not axes.slug:
+        tracking.publish(run)  # Before its trials, which would make it without its name.
+        sweep, front = track_results(tracking, sweep, front)
+        sweep.store(workspace)
+    curves = dict(read_training_curves(sweep, front.with_curves))
+    if not axes.slug:
+        curves |= read_history_curves(history_folder(sweep.folder(workspace), sweep.key))
+    elastic = None
+    if any(result.is_elastic for result in sweep.results):
+        elastic = elastic_section(front, load_item_values(workspace, sweep.results))
+    report = SweepReport(
+        name=sweep.name,
+        front=front,
+        influence=sweep.influence,
+        curves=curves,
+        facts=sweep.facts,
+        notes=[*sweep.notes, *notes],
+        elastic=elastic,
+    )
+    folder = sweep.folder(workspace) / axes.slug
+    files = report.write_files(folder) if workspace.is_writable else []
+    if tracking is None or run is None:
+        return WrittenReport(report, folder, tuple(files))
+    _, ended_ms = recorded_times(sweep.folder(workspace)) or (now_ms(), None)
+    changes = report_changes(
+        front, name=sweep.name, sentences=report.sentences, charts=curves, files=files
+    )
+    run = run.changed(**changes, status="FINISHED", ended_ms=run.ended_ms or ended_ms)
+    tracking.publish(run)
+    return WrittenReport(report, folder, tuple(files), tracking.run_id(run))
+
+
+def _overlay_report(
+    workspace: Workspace, sweeps: Sequence[StoredSweep], axes: FrontAxes
+) -> WrittenReport:
+    """Write the report of several sweeps, which has its own folder and no run in MLflow."""
+    front, notes = sweep_front(workspace, sweeps, axes)
+    common = list(dict.fromkeys(note for each in sweeps for note in each.notes))
+    common += _suite_notes(sweeps)
+    if axes.cost == COSTS["ms"]:
+        common.append(
+            "Milliseconds were measured separately for each sweep: differences between sweeps "
+            "include those of the machine and of its other load."
+        )
+    names = [sweep.name for sweep in sweeps]
+    report = SweepReport(
+        name=" + ".join(names),
+        front=front,
+        curves={
+            f"{title}: {sweep.name}": curves
+            for sweep in sweeps
+            for title, curves in read_training_curves(sweep, front.with_curves).items()
+        },
+        facts={f"{title}: {s.name}": facts for s in sweeps for title, facts in s.facts.items()},
+        notes=[*common, *notes],
+    )
+    name = "+".join(names)
+    if len(name) > MAX_FOLDER_NAME_LENGTH:
+        name = f"{names[0]}+{len(names) - 1}-{content_key(name)[:8]}"
+    folder = workspace.overlays / (f"{name}-{axes.slug}" if axes.slug else name)
+    files = tuple(report.write_files(folder)) if workspace.is_writable else ()
+    return WrittenReport(report, folder, files)
+
+
+def sweep_front(
+    workspace: Workspace,
+    sweeps: Sequence[StoredSweep],
+    axes: FrontAxes,
+    *,
+    kept_share: float = KEPT_SHARE,
+) -> tuple[Front, list[str]]:
+    """Return the front of the results with the confidence of each place, and its notes.
+
+    The notes are sentences on models that are not shown or have no confidence. `kept_share` is that
+    of `with_confidence`. Models of several sweeps that share a name are named with their sweep.
+    """
+    import pandas
+
+    table = pandas.concat([result_table(s.results).assign(sweep=s.name) for s in sweeps])
+    table = table[~table.index.duplicated()]
+    if len(sweeps) == 1:
+        table = table.drop(columns="sweep")
+    else:
+        is_shared = table["label"].duplicated(keep=False)
+        table.loc[is_shared, "label"] += " (" + table["sweep"] + ")"
+    front = find_front(table, axes)
+    items = load_item_values(workspace, front.shown_seeds)
+    notes = [*left_out_notes(front), *item_notes(front.shown_seeds, items)]
+    return with_confidence(front, evaluations(table, items), kept_share=kept_share), notes
+
+
+def _suite_notes(sweeps: Sequence[StoredSweep]) -> list[str]:
+    """Return the sentence on sweeps that were not measured alike; none if they were."""
+    # Folders and the size of a batch change no result.
+    suites = []
+    for sweep in sweeps:
+        suite = sweep.results[0].suite.model_dump(mode="json")
+        unlike = [n for n in suite if n.endswith("_folder") or n == "batch_size"]
+        suites.append({name: suite[name] for name in suite if name not in unlike})
+    names = dict.fromkeys(name for suite in suites for name in suite)
+    values = {name: [str(suite.get(name)) for suite in suites] for name in names}
+    parts = [f"{name} {' / '.join(v)}" for name, v in values.items() if len(set(v)) > 1]
+    if not parts:
+        return []
+    return [
+        f"{' and '.join(sweep.name for sweep in sweeps)} were not measured on the same tasks and "
+        f"texts ({'; '.join(parts)}): qualities of different sweeps do not compare."
+    ]

@@ -1,8 +1,8 @@
-"""The results of a sweep: stored in `sweeps/NAME/results.json`, and as a table of its models.
+"""The results of a sweep: stored in `results.json`, as a table of its models, and its curves.
 
-Reports are made from this file alone, without Ray or MLflow. The values of single items lie in the
-store of evaluations; a report without them lacks only the paired errors. `result_table` gives the
-table that fronts, tables, charts and files read: one row per model, its seeds averaged.
+Reports are made from this file and the journals, without Ray or MLflow. The values of single items
+lie in the store of evaluations; a report without them lacks only the paired errors. `result_table`
+gives the table that fronts, tables, charts and files read: one row per model, its seeds averaged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from orchestrator.records.record import Influence, Record
 from orchestrator.records.trial import Trial
 from orchestrator.terminal.render import format_schedule
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.journal import last_recorded
+from orchestrator.workspace.journal import (
+    ACCURACY_METRIC,
+    VALIDATION_METRIC,
+    last_recorded,
+    read_journal,
+)
 from orchestrator.workspace.layout import RESULTS_FILE, Workspace, check_name, is_valid_name
 from orchestrator.workspace.provenance import content_key
 
@@ -223,3 +228,92 @@ def _mean_of_seeds(seeds: Sequence[Trial]) -> Trial:
             "group": None,
         }
     )
+
+
+# Curves, read from journals
+
+Curve = tuple[str, Sequence[tuple[int, float]]]
+"""A name and its points: step and value."""
+HYPERVOLUME_BY_TRIALS = "sweep/hypervolume"
+"""Metric whose step is the number of finished models."""
+HYPERVOLUME_BY_GFLOPS = "sweep/hypervolume_by_gflops"
+"""Metric whose step is the training so far in 1e9 FLOPs, rounded."""
+STUDENT_CHARTS = {
+    "Validation loss while training": VALIDATION_METRIC,
+    "Divergence from the teacher (KL) while training": "train/kl",
+    "Loss while training": "train/loss",
+}
+"""Title -> metric; the report shows the first chart that has a curve. Short trainings are validated
+too rarely for the first one."""
+BASELINE_CHART = "Validation loss of full model and baselines"
+ACCURACY_CHARTS = (
+    "Validation accuracy while training",
+    "Validation accuracy of full model and baselines",
+)
+"""Titles for the students, and for the others; only where data have answers."""
+HISTORY_CHARTS = {
+    "Hypervolume against trials finished": HYPERVOLUME_BY_TRIALS,
+    "Hypervolume against training in GFLOPs": HYPERVOLUME_BY_GFLOPS,
+}
+"""Title -> metric; the horizontal axis is named after the word `against`."""
+MAX_CURVE_POINTS = 400
+"""A page cannot show more."""
+
+
+def read_training_curves(
+    sweep: StoredSweep, rows: Iterable[Mapping[str, Any]]
+) -> Mapping[str, Sequence[Curve]]:
+    """Return the losses during training by chart title, cheapest model first, a curve per seed.
+
+    `rows` are models of the table of results; those of other sweeps are left out. The full model
+    and the baselines have their own chart, because they start from random weights and would flatten
+    the students' curves.
+    """
+    students: list[tuple[str, Path]] = []
+    others: list[tuple[str, Path]] = []
+    own = {result.key for result in sweep.results}
+    for row in rows:
+        seeds = [seed for seed in row["seeds"] if seed.key in own]
+        for result in seeds:
+            name = row["label"] + (f", seed {result.seed}" if len(seeds) > 1 else "")
+            if folder := sweep.journal_of(result):
+                (students if result.role == "trial" else others).append((name, folder))
+    charts: dict[str, Sequence[Curve]] = {}
+    for title, metric in STUDENT_CHARTS.items():
+        if curves := _read_curves(students, metric):
+            charts[title] = curves
+            break
+    if curves := _read_curves(others, VALIDATION_METRIC):
+        charts[BASELINE_CHART] = curves
+    for title, runs in zip(ACCURACY_CHARTS, (students, others), strict=True):
+        if curves := _read_curves(runs, ACCURACY_METRIC):
+            charts[title] = curves
+    return charts
+
+
+def read_history_curves(folder: Path) -> Mapping[str, Sequence[Curve]]:
+    """Return the hypervolume while the sweep ran, by chart title; see `history_folder`."""
+    charts = {title: _read_curves([("front", folder)], m) for title, m in HISTORY_CHARTS.items()}
+    return {title: curves for title, curves in charts.items() if curves}
+
+
+def history_folder(sweep_folder: Path, plan_key: str) -> Path:
+    """Return the folder of a sweep's hypervolume journal; each plan of a sweep has its own."""
+    return sweep_folder / "history" / plan_key
+
+
+def _read_curves(journals: Sequence[tuple[str, Path]], metric: str) -> list[Curve]:
+    curves = [(name, _read_points(folder, metric)) for name, folder in journals]
+    return [(name, points) for name, points in curves if len(points) > 1]
+
+
+def _read_points(folder: Path, metric: str) -> list[tuple[int, float]]:
+    records, _ = read_journal(folder)
+    # A resumed run repeats some steps; the last record of a step counts.
+    points = {
+        record["step"]: float(record["values"][metric])
+        for record in records
+        if record.get("kind") == "metrics" and metric in record["values"]
+    }
+    every = -(-len(points) // MAX_CURVE_POINTS)
+    return sorted(points.items())[:: max(every, 1)]

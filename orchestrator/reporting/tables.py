@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,13 @@ SHORT_TITLES = {
     "quality/validation_loss": "loss",
     "cost/flops_per_token": "FLOPs/token",
 }
+COST_COLUMNS: dict[str, tuple[str, int, Callable[[float], str]]] = {
+    COSTS["evaluations"]: ("NFE", 0, "{:g}".format),
+    "cost/relative_flops": ("FLOPs", 4, "{:.0%}".format),
+    COSTS["kv"]: ("KV/token", 7, format_bytes),
+    COSTS["ms"]: ("ms/token", 3, "{:.2f}".format),
+}
+"""Tracked name -> title, priority, and how a number is written."""
 TASK_TABLES_NOTE = (
     f"Each score has its {INTERVAL_LEVEL:.0%} interval over the draws, and so has each difference "
     "over the same items; differences of an accuracy are in points. An interval without zero is a "
@@ -110,17 +117,22 @@ def models_table(front: Front, title: str = "") -> Table:
     """
     quality, cost = front.axes.quality, front.axes.cost
     full = front.basis.full if front.basis else "full"
+    columns: list[tuple[Column, Callable[[Row], str]]] = []
 
-    def number(name: str, form: str) -> Callable[[Row], str]:
-        return lambda row: "" if (value := known(row, name)) is None else f"{value:{form}}"
+    def text(title: str, cell: Callable[[Row], str], priority: int = 0) -> None:
+        columns.append((Column(title, priority, is_text=not priority), cell))
 
-    def formatted(name: str, form: Callable[[float], str]) -> Callable[[Row], str]:
-        return lambda row: "" if (value := known(row, name)) is None else form(value)
+    def number(title: str, priority: int, name: str, form: Callable[[float], str]) -> None:
+        column = Column(title, 0 if name in (quality, cost) else priority)
+        columns.append((column, lambda row: "" if (v := known(row, name)) is None else form(v)))
+
+    def computed(title: str, priority: int, cell: Callable[[Row], str | None]) -> None:
+        columns.append((Column(title, priority), lambda row: cell(row) or ""))
 
     def threshold(row: Row) -> str:
         # The largest threshold that gives the schedule, which a user would type.
-        text = str(row["threshold"])
-        return text if text.startswith(">") else text.removeprefix("<=").rpartition(" to ")[2]
+        shown = str(row["threshold"])
+        return shown if shown.startswith(">") else shown.removeprefix("<=").rpartition(" to ")[2]
 
     def kept(row: Row) -> str:
         share = front.share(row)
@@ -130,61 +142,47 @@ def models_table(front: Front, title: str = "") -> Table:
         interval = front.intervals.get((row["key"], quality, full))
         return difference_text(interval, is_percent=is_accuracy(quality)) if interval else ""
 
-    def keeps(row: Row) -> str:
-        return "" if row is front.full else confidence_text(front.keeps(row))
-
-    costs: dict[str, tuple[Column, Callable[[Row], str]]] = {
-        COSTS["evaluations"]: (Column("NFE"), number(COSTS["evaluations"], "g")),
-        "cost/relative_flops": (Column("FLOPs", 4), number("cost/relative_flops", ".0%")),
-        COSTS["kv"]: (Column("KV/token", 7), formatted(COSTS["kv"], format_bytes)),
-        COSTS["ms"]: (Column("ms/token", 3), number(COSTS["ms"], ".2f")),
-    }
-    if cost in costs:
-        column, cell = costs[cost]
-        costs[cost] = (replace(column, priority=0), cell)
-    else:
-        own = Column(SHORT_TITLES.get(cost, metric_title(cost)))
-        costs = {cost: (own, number(cost, ".4g")), **costs}
-
-    sizes: list[tuple[Column, Callable[[Row], str]]] = []
+    text("schedule", lambda row: str(row["label"]))
+    if front.sweeps:
+        text("sweep", lambda row: str(row["sweep"]))
+    computed("threshold", 6, threshold)
+    if cost not in COST_COLUMNS:
+        number(SHORT_TITLES.get(cost, metric_title(cost)), 0, cost, "{:.4g}".format)
+    for name, (head, priority, form) in COST_COLUMNS.items():
+        number(head, priority, name, form)
     if len({row["num_layers"] for row in front.rows}) > 1:
-        sizes.append((Column("layers", 4), lambda row: str(row["num_layers"])))
-    parameters = "cost/num_parameters"
-    counts = [count for row in front.rows if (count := known(row, parameters))]
+        computed("layers", 4, lambda row: str(row["num_layers"]))
+    counts = [count for row in front.rows if (count := known(row, "cost/num_parameters"))]
     if counts and max(counts) >= NOTABLE_SIZE_RATIO * min(counts):
-        sizes.append((Column("parameters", 4), formatted(parameters, format_parameters)))
-    bits = "quality/bits_per_byte"
-    columns: list[tuple[Column, Callable[[Row], str]]] = [
-        (Column("schedule", is_text=True), lambda row: str(row["label"])),
-        *([(Column("sweep", is_text=True), lambda row: str(row["sweep"]))] if front.sweeps else []),
-        (Column("threshold", 6), threshold),
-        *costs.values(),
-        *sizes,
-        (
-            Column(SHORT_TITLES.get(quality, metric_title(quality))),
-            lambda row: quality_text(front, row),
-        ),
-        *([(Column("bits/byte", 5), number(bits, ".3f"))] if quality != bits else []),
-        (Column("of full", 2), kept),
-        (Column(f"vs {full}", 8), difference),
-        (Column(f"P({KEPT_SHARE:.0%})", 9), keeps),
-        (Column("P(front)", 10), lambda row: confidence_text(known(row, ON_FRONT_METRIC))),
-        (Column("accepted", 12), number("decoding/acceptance", ".0%")),
-        (Column("exact ms", 11), number("decoding/exact_ms_per_token", ".2f")),
-        (Column("front", is_text=True), front.verdict),
-    ]
+        number("parameters", 4, "cost/num_parameters", format_parameters)
+    heading = SHORT_TITLES.get(quality, metric_title(quality))
+    computed(heading, 0, lambda row: quality_text(front, row))
+    if quality != "quality/bits_per_byte":
+        number("bits/byte", 5, "quality/bits_per_byte", "{:.3f}".format)
+    computed("of full", 2, kept)
+    computed(f"vs {full}", 8, difference)
+    computed(
+        f"P({KEPT_SHARE:.0%})",
+        9,
+        lambda row: None if row is front.full else confidence_text(front.keeps(row)),
+    )
+    number("P(front)", 10, ON_FRONT_METRIC, confidence_text)
+    number("accepted", 12, "decoding/acceptance", "{:.0%}".format)
+    number("exact ms", 11, "decoding/exact_ms_per_token", "{:.2f}".format)
+    text("front", front.verdict)
+
     cells = [[cell(row) for row in front.shown] for _, cell in columns]
     shown = [n for n, (column, _) in enumerate(columns) if not column.priority or any(cells[n])]
-    rows = tuple(
+    rows = [
         TableRow(
-            tuple(cells[n][number] for n in shown),
+            [cells[n][number] for n in shown],
             kind=row_kind(row),
             key=row["key"],
             schedule=row["trial"].schedule,
         )
         for number, row in enumerate(front.shown)
-    )
-    return Table(tuple(columns[n][0] for n in shown), rows, title)
+    ]
+    return Table([columns[n][0] for n in shown], rows, title)
 
 
 def task_tables(front: Front) -> list[Table]:
@@ -213,8 +211,7 @@ def task_tables(front: Front) -> list[Table]:
             rows.append(TableRow(cells, kind=row_kind(row), key=row["key"]))
         score = "score %" if is_percent else "score"
         heads = (score, f"{INTERVAL_LEVEL:.0%} interval", *(f"vs {name}" for name in names))
-        columns = (Column("model", is_text=True), *(Column(head) for head in heads))
-        return Table(columns, tuple(rows), title)
+        return Table([Column("model", is_text=True), *map(Column, heads)], rows, title)
 
     metrics = front.basis.metrics
     tables = [table(quality, metric_title(quality), is_percent=is_accuracy(quality))]

@@ -26,12 +26,12 @@ from orchestrator.records.training import job_parameters, shared_parameters
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.front import Front, find_front
 from orchestrator.reporting.mlflow_report import SWEEP_TAG, front_so_far, trial_run
-from orchestrator.reporting.results import result_table
-from orchestrator.reporting.training_curves import (
+from orchestrator.reporting.results import (
     HYPERVOLUME_BY_GFLOPS,
     HYPERVOLUME_BY_TRIALS,
     MAX_CURVE_POINTS,
     history_folder,
+    result_table,
 )
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.sweeping.plan import exact_cost, full_trial

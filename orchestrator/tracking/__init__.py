@@ -28,7 +28,6 @@ from orchestrator.tracking.tracker import (
     open_tracking,
     reason_tags,
     status_after,
-    view_tag,
 )
 
 __all__ = [
@@ -42,5 +41,4 @@ __all__ = [
     "reason_tags",
     "status_after",
     "tag_filter",
-    "view_tag",
 ]

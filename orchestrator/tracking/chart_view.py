@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +47,13 @@ class ChartView:
     folded_groups: Sequence[str] = ()
     """Groups of metrics (the part before the last `/`) whose automatic charts stay folded."""
 
-    def tag_value(self) -> str:
-        """Return the value of the experiment's tag; a ValueError if it is too large for MLflow."""
+    @property
+    def tag(self) -> tuple[str, str]:
+        """The experiment's tag that holds the view, and its value.
+
+        Raises:
+            ValueError: If it is too large for MLflow.
+        """
         now = now_ms()
         state = json.dumps(self.state(), separators=(",", ":"))
         tag = {"name": self.name, "createdAt": now, "updatedAt": now, "state": state}
@@ -57,7 +62,7 @@ class ChartView:
             raise ValueError(
                 f"a chart view takes up to {MAX_VIEW_CHARACTERS} characters, got {len(text)}"
             )
-        return text
+        return VIEW_TAG_PREFIX + self.key, text
 
     def state(self) -> dict[str, Any]:
         """Return the state of MLflow's page: filter, table and charts."""
@@ -65,22 +70,10 @@ class ChartView:
         own = {"name": self.name, "display": True, "isGenerated": False}
         own |= {"columns": 2, "cardHeight": CARD_HEIGHT_PIXELS}
         # MLflow adds a section for each group of metrics; listing it here keeps it folded.
-        groups = [{"name": g, "display": False, "isGenerated": True} for g in self.folded_groups]
-        sections = [
-            {"uuid": self._id(name), "isReordered": False, "deleted": False, **section}
-            for name, section in [("section", own), *((str(g["name"]), g) for g in groups)]
-        ]
-        charts = [
-            {
-                "uuid": self._id(chart["displayName"]),
-                "runsCountToCompare": 100,
-                "metricSectionId": self._id("section"),
-                "deleted": False,
-                "isGenerated": False,
-                **chart,
-            }
-            for chart in self._charts()
-        ]
+        groups = {g: {"name": g, "display": False, "isGenerated": True} for g in self.folded_groups}
+        sections = {"section": own, **groups}
+        shared = {"runsCountToCompare": 100, "metricSectionId": self._id("section")}
+        shared |= {"deleted": False, "isGenerated": False}
         return {
             "searchFilter": self.run_filter,
             "orderByKey": self.order_by if is_attribute else _column(self.order_by),
@@ -92,10 +85,16 @@ class ChartView:
             **{key: [] for key in ("datasetsFilter", "columnOrder", "runsPinned", "runsHidden")},
             **{key: {} for key in ("columnWidths", "runsExpanded", "runsVisibilityMap")},
             "runsHiddenMode": "SHOW_ALL",
-            "compareRunSections": sections,
+            "compareRunSections": [
+                {"uuid": self._id(name), "isReordered": False, "deleted": False, **section}
+                for name, section in sections.items()
+            ],
             # Otherwise MLflow sorts its own sections between ours by name.
             "isAccordionReordered": True,
-            "compareRunCharts": charts,
+            "compareRunCharts": [
+                {"uuid": self._id(chart["displayName"]), **shared, **chart}
+                for chart in self._charts()
+            ],
             "viewMaximized": False,
             "runListHidden": False,
             "hideEmptyCharts": True,
@@ -104,28 +103,26 @@ class ChartView:
             "globalLineChartConfig": {"xAxisKey": "step"},
         }
 
-    def _charts(self) -> list[dict[str, Any]]:
-        charts: list[dict[str, Any]] = []
-        for x, y in self.scatters:
-            axes = [{"key": key, "type": "METRIC", "dataAccessKey": key} for key in (x, y)]
-            charts.append({"type": "SCATTER", "displayName": f"{y} against {x}"})
-            charts[-1] |= {"xaxis": axes[0], "yaxis": axes[1]}
+    def _charts(self) -> Iterator[dict[str, Any]]:
+        for pair in self.scatters:
+            x, y = ({"key": name, "type": "METRIC", "dataAccessKey": name} for name in pair)
+            name = f"{pair[1]} against {pair[0]}"
+            yield {"type": "SCATTER", "displayName": name, "xaxis": x, "yaxis": y}
         if self.parallel_params:
-            charts.append(
-                {
-                    "type": "PARALLEL",
-                    "displayName": "Corrections per layer",
-                    "selectedParams": list(self.parallel_params),
-                    "selectedMetrics": list(self.parallel_metrics),
-                    "showAllRuns": True,
-                }
-            )
+            yield {
+                "type": "PARALLEL",
+                "displayName": "Corrections per layer",
+                "selectedParams": list(self.parallel_params),
+                "selectedMetrics": list(self.parallel_metrics),
+                "showAllRuns": True,
+            }
         for metric in self.curves:
-            chart: dict[str, Any] = {"type": "LINE", "displayName": metric, "metricKey": metric}
-            chart |= {"selectedMetricKeys": [metric], "xAxisKey": "step", "scaleType": "linear"}
-            # Otherwise curves are smoothed, and their ends are no values of the run.
-            charts.append({**chart, "lineSmoothness": 0, "useGlobalLineSmoothing": False})
-        return charts
+            yield {
+                **{"type": "LINE", "displayName": metric, "metricKey": metric},
+                **{"selectedMetricKeys": [metric], "xAxisKey": "step", "scaleType": "linear"},
+                # Otherwise curves are smoothed, and their ends are no values of the run.
+                **{"lineSmoothness": 0, "useGlobalLineSmoothing": False},
+            }
 
     def _id(self, part: str) -> str:
         # Saving the same view again must give the same ids.

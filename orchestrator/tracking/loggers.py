@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.settings.cluster import LOGGERS as LOGGER_NAMES
 from orchestrator.settings.cluster import TENSORBOARD
 from orchestrator.tracking.store import CurveReader
-from orchestrator.workspace.errors import UserError, first_line
+from orchestrator.workspace.errors import UserError
 
 
 class RunLogger(ABC):
@@ -82,40 +82,25 @@ def logger_class(name: str) -> type[RunLogger]:
 class LoggedRuns:
     """Passes runs on to one logger, whose files lie in `folder`/SWEEP/RUN."""
 
-    def __init__(self, name: str, root: Path, *, warn: Callable[[str], None]) -> None:
-        """Use a logger in a workspace's root; `warn` is called once if it fails."""
+    def __init__(self, name: str, root: Path) -> None:
+        """Use a logger in a workspace's root."""
         self._class = logger_class(name)
-        self._folder = root / (name if name == TENSORBOARD else f"loggers/{name}")
+        self.folder = root / (name if name == TENSORBOARD else f"loggers/{name}")
         self._runs: dict[Path, tuple[RunLogger, CurveReader | None]] = {}
-        self._name, self._warn, self._has_failed = name, warn, False
 
-    def publish(self, runs: Sequence[TrackedRun]) -> Iterator[bool]:
-        """Pass runs on; yields after each of them."""
-        for run in runs:
-            try:
-                if not self._has_failed:
-                    self._publish(run)
-            except Exception as error:  # A logger runs its own code.
-                self._has_failed = True
-                self._warn(
-                    f"the logger {self._name} cannot log to {self._folder} "
-                    f"({first_line(error, with_type=True)}); the work continues without it"
-                )
-            yield True
-
-    def _publish(self, run: TrackedRun) -> None:
+    def log(self, run: TrackedRun) -> None:
+        """Pass on what is new of a run."""
         sweep = run.tags.get("iiet.sweep", "") if run.parent else ""
         # Other systems take neither slashes nor colons in names of files.
-        place = self._folder.joinpath(*(re.sub(r"[^\w.,=+ -]", "_", n) for n in (sweep, run.name)))
+        place = self.folder.joinpath(*(re.sub(r"[^\w.,=+ -]", "_", n) for n in (sweep, run.name)))
         if place in self._runs and self._runs[place][0].run.place != run.place:  # Of one name.
             place = place.with_name(f"{place.name} {run.key}")
         if place not in self._runs:
             reader = CurveReader(Path(run.journal)) if run.journal else None
             self._runs[place] = self._class(place, run), reader
         logger, reader = self._runs[place]
-        for (step, time), points in groupby(
-            reader.read() if reader else [], key=lambda point: (point.step, point.time_ms)
-        ):
+        curves = reader.read() if reader else []
+        for (step, time), points in groupby(curves, lambda point: (point.step, point.time_ms)):
             logger.log(step, {point.name: point.value for point in points}, time=time / 1000)
         results = sorted(run.points, key=lambda point: point[2])
         for step, of_step in groupby(results, key=lambda point: point[2]):

@@ -154,12 +154,29 @@ def write_flavor(folder: Path, given: RegisteredModel, model_id: str, run_id: st
 
 def _logged_model(client: MlflowClient, run: StoredRun, given: TrackedModel) -> LoggedModel:
     """Find or create a logged model, as an output of the run."""
-    known = _find(client, run, given.key)
-    model = known or _create(client, run, given)
+    found = client.search_logged_models([run.experiment_id], tag_filter({KEY_TAG: given.key}))
+    if found:
+        model = min(found, key=lambda m: (m.creation_timestamp, m.model_id))
+    else:
+        tags, params = {KEY_TAG: given.key, EXTERNAL_TAG: "true"}, dict(given.params)
+        if checkpoint := params.get(CHECKPOINT_PARAM):
+            checkpoint = portable_path(checkpoint, workspace_root(Path(checkpoint)))
+            params[CHECKPOINT_PARAM] = checkpoint
+            tags[NOTE_TAG] = (
+                f"Weights: `{checkpoint}` in the workspace. MLflow holds the files of the models "
+                "that `iiet-orch pick` has registered."
+            )
+        model = client.create_logged_model(
+            run.experiment_id,
+            name="".join("_" if c in "/:.%\"'" else c for c in given.name),
+            source_run_id=run.id,
+            tags=tags,
+            params=params,
+        )
     # MLflow would store the link again each time.
     is_linked = any(point.run_id == run.id for point in model.metrics or ())
-    if (known or model.source_run_id != run.id) and not is_linked:
-        outputs = client.get_run(run.id).outputs
+    if not is_linked:
+        outputs = client.get_run(run.id).outputs if found else None
         if not outputs or model.model_id not in [o.model_id for o in outputs.model_outputs]:
             client.log_outputs(run.id, [LoggedModelOutput(model.model_id, step=0)])
     if model.status != LoggedModelStatus.READY:
@@ -168,42 +185,11 @@ def _logged_model(client: MlflowClient, run: StoredRun, given: TrackedModel) -> 
             "model_id": model.model_id,
             "model_uuid": model.model_id,
             "run_id": run.id,
-            "flavors": {},
-            "metadata": {EXTERNAL_TAG: True},
         }
+        external |= {"flavors": {}, "metadata": {EXTERNAL_TAG: True}}
         with TemporaryDirectory() as folder:
             path = Path(folder, "MLmodel")
             path.write_text(yaml.safe_dump(external), encoding="utf-8")
             client.log_model_artifact(model.model_id, str(path))
         model = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     return model
-
-
-def _find(client: MlflowClient, run: StoredRun, key: str) -> LoggedModel | None:
-    found = client.search_logged_models([run.experiment_id], tag_filter({KEY_TAG: key}))
-    return min(found, key=lambda m: (m.creation_timestamp, m.model_id), default=None)
-
-
-def _create(client: MlflowClient, run: StoredRun, given: TrackedModel) -> LoggedModel:
-    tags, params = {KEY_TAG: given.key, EXTERNAL_TAG: "true"}, dict(given.params)
-    if checkpoint := params.get(CHECKPOINT_PARAM):
-        checkpoint = portable_path(checkpoint, workspace_root(Path(checkpoint)))
-        params[CHECKPOINT_PARAM] = checkpoint
-        tags[NOTE_TAG] = (
-            f"Weights: `{checkpoint}` in the workspace. MLflow holds the files of the models that "
-            "`iiet-orch pick` has registered."
-        )
-    model = client.create_logged_model(
-        run.experiment_id,
-        name="".join("_" if c in "/:.%\"'" else c for c in given.name),
-        source_run_id=run.id,
-        tags=tags,
-        params=params,
-    )
-    # Another process may have created it meanwhile; all keep the first one.
-    first = _find(client, run, given.key)
-    if first is None or first.model_id == model.model_id:
-        client.log_outputs(run.id, [LoggedModelOutput(model.model_id, step=0)])
-        return model
-    client.delete_logged_model(model.model_id)
-    return first

@@ -16,7 +16,7 @@ import os
 import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -29,8 +29,8 @@ from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.git_utils import get_git_commit
 from sqlalchemy.exc import SQLAlchemyError
 
-from orchestrator.records.tracked_run import RUN_ID, TrackedRun, tracked_path
-from orchestrator.workspace.errors import UserError, strip_credentials
+from orchestrator.records.tracked_run import RUN_ID, TrackedRun
+from orchestrator.workspace.errors import strip_credentials
 from orchestrator.workspace.journal import Record, now_ms, read_journal
 from orchestrator.workspace.layout import Workspace, portable_path
 from orchestrator.workspace.locks import lock_file
@@ -166,11 +166,9 @@ class Store:
         self.experiment_name = os.environ.get(EXPERIMENT_VARIABLE) or EXPERIMENT_NAME
         self.experiment_id: str | None = None
         self._workspace = workspace
-        self._lock = workspace.root / ".tracking.lock"
         self._client: MlflowClient | None = None
         self._views: dict[str, str] = {}
         self._runs: dict[Place, StoredRun] = {}
-        self._searched: set[str] = set()  # root keys
 
     def connect(self) -> MlflowClient:
         """Return the client; create the database and the experiment if they are missing.
@@ -180,7 +178,7 @@ class Store:
         """
         if self._client is None:
             _check_database(self.uri)
-            with lock_file(self._lock):
+            with self.lock():
                 client = MlflowClient(tracking_uri=self.uri)  # This creates the database.
                 found = client.get_experiment_by_name(self.experiment_name)
                 artifacts = self._workspace.artifacts.as_uri()
@@ -247,7 +245,7 @@ class Store:
             and not _is_same(stored.values.get(valid_name(name)), last[name])
         ]
         points += curves
-        self._send(client, stored, run.params, tags, points)
+        self._send(stored, run.params, tags, points)
 
         if run.dataset and run.dataset[1] not in stored.datasets:
             name, digest, profile = run.dataset
@@ -271,7 +269,8 @@ class Store:
                 client.set_experiment_tag(str(self.experiment_id), tag, view)
                 self._views[tag] = view
         if run.model and log_model and stored.sent.get("") != (run.model, last):
-            log_model(client, stored, run)
+            with self.lock():
+                log_model(client, stored, run)
             stored.sent[""] = run.model, last
 
         if run.status not in ("RUNNING", stored.status):
@@ -286,12 +285,24 @@ class Store:
         if not unknown:
             return
         client = self.connect()
-        with lock_file(self._lock):  # Two processes must not create the same run.
+        with self.lock():
             for root in dict.fromkeys(run.parent or run.key for run in unknown):
-                self._search(client, root, [r.key for r in unknown if root in (r.parent, r.key)])
+                # The first time with all runs that are nested in it.
+                wanted = {ROOT_TAG: root}
+                keys = [run.key for run in unknown if root in (run.parent, run.key)]
+                if keys == [root] or (len(keys) == 1 and ("sweep", root, None) in self._runs):
+                    wanted[KEY_TAG] = keys[0]
+                found = client.search_runs(
+                    [str(self.experiment_id)], tag_filter(wanted), max_results=MAX_RUNS_FOUND
+                )
+                for old in map(StoredRun.of, found):
+                    parent = root if PARENT_TAG in old.tags else None
+                    place = old.tags.get(KIND_TAG, ""), old.tags.get(KEY_TAG, ""), parent
+                    self._runs.setdefault(place, old)
             parents = dict.fromkeys(run.parent for run in unknown if run.parent)
-            missing = [key for key in parents if ("sweep", key, None) not in self._runs]
-            for run in [*map(self._sweep, missing), *unknown]:
+            sweeps = [TrackedRun.stored(self._workspace, "sweep", key) for key in parents]
+            named = [TrackedRun(key=key, kind="sweep", name=key) for key in parents]
+            for run in [*filter(None, sweeps), *named, *unknown]:
                 if run.place in self._runs:
                     continue
                 tags = {KEY_TAG: run.key, KIND_TAG: run.kind, ROOT_TAG: run.parent or run.key}
@@ -302,13 +313,9 @@ class Store:
                 )
                 self._runs[run.place] = StoredRun.of(created)
 
-    def _sweep(self, key: str) -> TrackedRun:
-        """Return a sweep as the workspace holds it; its name, if it does not."""
-        path = tracked_path(self._workspace, "sweep", key, None)
-        with suppress(UserError):  # It is damaged.
-            if found := TrackedRun.read(path):
-                return found
-        return TrackedRun(key=key, kind="sweep", name=key)
+    def lock(self) -> AbstractContextManager[bool]:
+        """Return the lock of the store: two processes must not create the same run or model."""
+        return lock_file(self._workspace.root / ".tracking.lock")
 
     def known(self, place: Place) -> StoredRun | None:
         """Return a run that this process has found or created before, without asking the store."""
@@ -317,32 +324,17 @@ class Store:
     def forget(self, run: TrackedRun) -> None:
         """Search for a run and its sweep again, because the store may have changed."""
         root = run.parent or run.key
-        self._searched.discard(root)
         self._runs = {p: known for p, known in self._runs.items() if root not in (p[1], p[2])}
-
-    def _search(self, client: MlflowClient, root: str, keys: Sequence[str]) -> None:
-        """Search for a run with those nested in it; later on, for the runs with these keys."""
-        wanted = {ROOT_TAG: root}
-        if root in self._searched and len(keys) == 1:
-            wanted[KEY_TAG] = keys[0]
-        self._searched.add(root)
-        found = client.search_runs(
-            [str(self.experiment_id)], tag_filter(wanted), max_results=MAX_RUNS_FOUND
-        )
-        for run in map(StoredRun.of, found):
-            parent = root if PARENT_TAG in run.tags else None
-            place = run.tags.get(KIND_TAG, ""), run.tags.get(KEY_TAG, ""), parent
-            self._runs.setdefault(place, run)
 
     def _send(
         self,
-        client: MlflowClient,
         run: StoredRun,
         params: Mapping[str, str],
         tags: Mapping[str, str],
         points: Sequence[Point],
     ) -> None:
         """Send what the run does not hold yet, in one request where it fits."""
+        client = self.connect()
         root = self._workspace.root
         texts = {
             valid_name(name): portable_path(text, root)[:MAX_PARAM_CHARACTERS]
@@ -390,9 +382,8 @@ def context_tags() -> dict[str, str]:
 
 
 def tag_filter(tags: Mapping[str, str]) -> str:
-    """Return a search expression for runs with all of the tags."""
-    quoted = {name: f'"{value}"' if "'" in value else f"'{value}'" for name, value in tags.items()}
-    return " and ".join(f"tags.`{name}` = {value}" for name, value in quoted.items())
+    """Return a search expression for runs with all of the tags, whose values are names or keys."""
+    return " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
 
 
 def valid_name(name: str) -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -21,13 +22,11 @@ from orchestrator.records.tracked_run import (
     RegisteredModel,
     Status,
     TrackedRun,
-    tracked_path,
 )
 from orchestrator.settings import MLFLOW
 from orchestrator.tracking import models
-from orchestrator.tracking.chart_view import VIEW_TAG_PREFIX, ChartView
+from orchestrator.tracking.chart_view import ChartView
 from orchestrator.tracking.loggers import LoggedRuns
-from orchestrator.tracking.publisher import Publisher
 from orchestrator.tracking.store import (
     FAILURES,
     KEY_TAG,
@@ -46,10 +45,95 @@ from orchestrator.tracking.store import (
 from orchestrator.workspace.errors import Interrupted, UserError, first_line, is_disk_full
 from orchestrator.workspace.layout import Workspace
 
+SECONDS_BETWEEN_COPIES = 4.0
+
+Place = tuple[str, str, str | None]
+
+
+class Publisher:
+    """Calls a function with runs, in order, in a background thread."""
+
+    def __init__(self, publish: Callable[[Sequence[TrackedRun]], Iterable[bool]]) -> None:
+        """Use `publish`, which yields after each run whether it need not be tried again."""
+        self._publish = publish
+        self._waiting: dict[Place, TrackedRun] = {}
+        self._running: dict[Place, TrackedRun] = {}
+        self._has_new = self._is_busy = False
+        self._num_published = 0
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def put(self, *runs: TrackedRun) -> None:
+        """Publish runs soon, the run of a sweep before those of its trials; returns at once."""
+        with self._changed:
+            for run in runs:
+                self._running.pop(run.place, None)
+                self._waiting[run.place] = run
+                if run.status == "RUNNING":
+                    self._running[run.place] = run
+            self._has_new = True
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def wait(self, seconds: float, *, in_all: bool = False) -> bool:
+        """Return whether everything that was put was tried.
+
+        Args:
+            seconds: Longest wait for something to be published.
+            in_all: Whether this is the longest wait for all of it.
+
+        Raises:
+            BaseException: What `publish` raised.
+        """
+        is_over, num_before = False, -1
+        while not is_over and num_before < self._num_published:
+            num_before = self._num_published
+            with self._changed:
+                is_over = self._changed.wait_for(
+                    lambda: not (self._has_new or self._is_busy), seconds
+                )
+            if in_all:
+                break
+        with self._changed:
+            error, self._error = self._error, None
+        if error:
+            raise error
+        return is_over
+
+    def _work(self) -> None:
+        copy_at = time.monotonic() + SECONDS_BETWEEN_COPIES
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._has_new, max(0, copy_at - time.monotonic()))
+                batch, self._waiting = self._waiting, {}
+                if time.monotonic() >= copy_at:
+                    batch = {**self._running, **batch}
+                    copy_at = time.monotonic() + SECONDS_BETWEEN_COPIES
+                self._has_new, self._is_busy = False, True
+            left: dict[Place, TrackedRun] = {}
+            try:
+                runs = list(batch.values())
+                for run, is_done in zip(runs, self._publish(runs), strict=True):
+                    self._num_published += is_done
+                    if not is_done:
+                        left[run.place] = run
+            except BaseException as error:
+                self._error = error
+            with self._changed:
+                self._waiting = {**left, **self._waiting}
+                self._is_busy = self._has_new
+                self._changed.notify_all()
+                if not (self._waiting or self._running):
+                    self._thread = None
+                    return
+
+
 VIEW_TAG, REPORT_TAG = "iiet.chart_view", "iiet.report"
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 30.0, 600.0
 MAX_WAIT_SECONDS, SHORT_WAIT_SECONDS = 60.0, 2.0
-TRAINING_PAGES = "workflowType=machine_learning"
 OWN_PREFIXES = ("iiet.", "mlflow.")
 
 Warn = Callable[[str], None]
@@ -73,10 +157,8 @@ class Tracking:
         """
         self.store, self._workspace = Store(workspace), workspace
         self._warn = warn or logging.getLogger(__name__).warning
-        others = [
-            LoggedRuns(name, workspace.root, warn=self._warn) for name in loggers if name != MLFLOW
-        ]
-        self._publishers = [Publisher(self.publish_now), *(Publisher(o.publish) for o in others)]
+        self._loggers = {n: LoggedRuns(n, workspace.root) for n in loggers if n != MLFLOW}
+        self._publisher = Publisher(self._publish)
         self._pause_seconds = self._paused_until = 0.0
         self._has_lost = False
         self.copied: CopiedStoreError | None = None
@@ -94,15 +176,24 @@ class Tracking:
                     "work continues, and running the same command again stores it"
                 )
             self._has_lost = True
-        for publisher in self._publishers:
-            publisher.put(*runs)
+        self._publisher.put(*runs)
 
     def stored(self, kind: str, key: str, parent: str | None = None) -> TrackedRun | None:
         """Return a run as the workspace holds it; None if it holds none, or a damaged one."""
-        try:
-            return TrackedRun.read(tracked_path(self._workspace, kind, key, parent))
-        except UserError:
-            return None
+        return TrackedRun.stored(self._workspace, kind, key, parent)
+
+    def _publish(self, runs: Sequence[TrackedRun]) -> Iterator[bool]:
+        for name, logger in list(self._loggers.items()):
+            try:
+                for run in runs:
+                    logger.log(run)
+            except Exception as error:  # A logger runs its own code.
+                del self._loggers[name]
+                self._warn(
+                    f"the logger {name} cannot log to {logger.folder} "
+                    f"({first_line(error, with_type=True)}); the work continues without it"
+                )
+        yield from self.publish_now(runs)
 
     def publish_now(self, runs: Sequence[TrackedRun]) -> Iterator[bool]:
         """Show runs in MLflow; yields after each whether it is shown, or refused for good."""
@@ -146,7 +237,8 @@ class Tracking:
         if self.is_store_down or (run := self.store.known(model.run)) is None:
             return
         try:
-            models.register(self.store.connect(), run, model, moves_alias=moves_alias)
+            with self.store.lock():
+                models.register(self.store.connect(), run, model, moves_alias=moves_alias)
         except FAILURES as error:
             if not is_refusal(error):
                 self.pause(error)
@@ -155,15 +247,14 @@ class Tracking:
 
     def wait(self, *, briefly: bool = False) -> None:
         """Wait until the store has everything, as long as it responds; or for two seconds."""
-        for publisher in self._publishers:
-            is_over, seconds = False, MAX_WAIT_SECONDS
-            if briefly or self._pause_seconds:  # It did not respond last time.
-                seconds = SHORT_WAIT_SECONDS
-            try:
-                is_over = publisher.wait(seconds, in_all=briefly)
-            finally:
-                if not is_over and publisher is self._publishers[0]:  # Also after Ctrl-C.
-                    self.pause(TimeoutError("no answer yet"))
+        # It did not respond last time?
+        is_short, is_over = briefly or self._pause_seconds > 0, False
+        try:
+            seconds = SHORT_WAIT_SECONDS if is_short else MAX_WAIT_SECONDS
+            is_over = self._publisher.wait(seconds, in_all=briefly)
+        finally:
+            if not is_over:  # Also after Ctrl-C.
+                self.pause(TimeoutError("no answer yet"))
 
     def run_id(self, run: TrackedRun) -> str | None:
         """Return MLflow's id of a published run; None if the store does not respond."""
@@ -209,7 +300,7 @@ class Tracking:
         """
         try:
             client, experiment_id = self.store.connect(), str(self.store.experiment_id)
-            client.set_experiment_tag(experiment_id, *view_tag(overview))
+            client.set_experiment_tag(experiment_id, *overview.tag)
             sweeps = client.search_runs(
                 [experiment_id],
                 tag_filter({KIND_TAG: "sweep"}),
@@ -219,19 +310,23 @@ class Tracking:
         except FAILURES as error:
             self.pause(error)
             return []
-        lines = [
-            f"training runs: {page_links(base_url, experiment_id, view=overview.key)['table']}"
-        ]
+        runs = f"{base_url.rstrip('/')}/#/experiments/{experiment_id}/runs"
+        # A plain address would show neither losses nor nested runs.
+        training = "workflowType=machine_learning"
+        charts = f"{runs}?{training}&compareRunsMode={{}}&viewStateShareKey={{}}"
+        lines = [f"training runs: {charts.format('TABLE', overview.key)}"]
         for run in sweeps:
-            pages = page_links(
-                base_url,
-                experiment_id,
-                run_id=run.info.run_id,
-                view=run.data.tags.get(VIEW_TAG),
-                report=run.data.tags.get(REPORT_TAG),
-            )
-            name = f"sweep {run.info.run_name}"
-            lines += [f"{name}, {page + ':':<7} {link}" for page, link in pages.items()]
+            view, report = run.data.tags.get(VIEW_TAG), run.data.tags.get(REPORT_TAG)
+            own = f"{runs}/{run.info.run_id}"
+            pages = {
+                "charts": charts.format("CHART", view) if view else "",
+                "table": charts.format("TABLE", view) if view else "",
+                "report": f"{own}/artifacts/{report}?{training}" if report else "",
+                "run": f"{own}?{training}",
+            }
+            for page, link in pages.items():
+                if link:
+                    lines.append(f"sweep {run.info.run_name}, {page + ':':<7} {link}")
         return lines
 
     def added_by_people(self) -> list[str]:
@@ -288,41 +383,6 @@ def open_tracking(
             f"move the file away, or {valid}"
         ) from None
     return tracking
-
-
-def page_links(
-    base_url: str,
-    experiment_id: str,
-    *,
-    run_id: str | None = None,
-    view: str | None = None,
-    report: str | None = None,
-) -> dict[str, str]:
-    """Return addresses of MLflow's pages; a plain one would show neither losses nor nested runs.
-
-    Args:
-        base_url: Address of the server, with the path at which it is served, if it has one.
-        experiment_id: The experiment.
-        run_id: A run.
-        view: Key of a saved chart view.
-        report: Path of a file among the run's artifacts.
-    """
-    experiment = f"{base_url.rstrip('/')}/#/experiments/{experiment_id}"
-    runs, pages = f"{experiment}/runs", {}
-    if view:
-        shown = f"viewStateShareKey={view}"
-        pages["charts"] = f"{runs}?{TRAINING_PAGES}&compareRunsMode=CHART&{shown}"
-        pages["table"] = f"{runs}?{TRAINING_PAGES}&compareRunsMode=TABLE&{shown}"
-    if run_id and report:
-        pages["report"] = f"{runs}/{run_id}/artifacts/{report}?{TRAINING_PAGES}"
-    if run_id:
-        pages["run"] = f"{runs}/{run_id}?{TRAINING_PAGES}"
-    return pages
-
-
-def view_tag(view: ChartView) -> tuple[str, str]:
-    """Return the experiment's tag that holds a chart view, and its value."""
-    return VIEW_TAG_PREFIX + view.key, view.tag_value()
 
 
 def status_after(error: BaseException | None) -> Status:

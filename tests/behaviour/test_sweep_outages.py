@@ -13,8 +13,8 @@ from mlflow import MlflowClient
 from orchestrator.cluster.tune import TrialFunction, TrialPlace
 from orchestrator.pipelines.syncing import sync
 from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
-from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.settings import SweepSettings, resolve_settings
 from orchestrator.sweeping.run import run_plan
 from orchestrator.tracking import Tracking

@@ -36,11 +36,11 @@ from orchestrator.records.trial import SweepPlan
 from orchestrator.reporting.results import StoredSweep, load_sweep_results
 from orchestrator.settings import SETTINGS_NAME, read_settings, to_yaml
 from orchestrator.sweeping import decode
-from orchestrator.sweeping.decode import with_costs, with_decoding
+from orchestrator.sweeping.decode import with_costs, with_drafts
 from orchestrator.sweeping.plan import plan_iterations, plan_students, schedule_search
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.devices import World
+from orchestrator.training.devices import World, on_cpu
 from orchestrator.training.job import pretraining_job
 from orchestrator.training.teacher_cache import answers_of, load_teacher, store_answers
 from orchestrator.training.trainer import run_job
@@ -56,7 +56,7 @@ SETTINGS = [
     "training.decay=constant", "distillation.training.num_steps=1",
     "distillation.teacher_cache=true",
     "influence.num_tokens=128", "evaluation.num_items=8", "evaluation.limit=3",
-    "sweep.num_schedules=2", "sweep.measure_drafts=true",
+    "sweep.num_schedules=2",
 ]  # fmt: skip
 """Last assignments count."""
 OPTIONS = [f"--set={assignment}" for assignment in SETTINGS]
@@ -184,8 +184,8 @@ def _time_the_models(workspace: Workspace, notes: Notes) -> Any:
 
 def _time_the_drafts(workspace: Workspace, notes: Notes) -> Any:
     plan, results = _plan(workspace), load_sweep_results(workspace, "s").results
-    settings, folder = read_settings(None, SETTINGS), workspace.sweeps / "s"
-    found = with_decoding(results, plan, folder, settings, notes)
+    tokens, folder = Path(plan.tokens_folder), workspace.sweeps / "s"
+    found = with_drafts(results, tokens, folder, notes, on_cpu)
     return [trial.numbers for trial in found]
 
 
@@ -332,7 +332,7 @@ def _fill(workspace: Workspace) -> None:
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     results = [result for trial in plan.trials if (result := run_trial(trial))]
     results = with_costs(results, plan, folder, settings, context.progress)
-    results = with_decoding(results, plan, folder, settings, context.progress)
+    results = with_drafts(results, Path(plan.tokens_folder), folder, context.progress, on_cpu)
     found = StoredSweep(name="s", key=plan.key, results=tuple(results), influence=influence)
     journal = Journal(folder)
     journal.event("finished")

@@ -24,7 +24,7 @@ from orchestrator.pipelines.generating import open_generator
 from orchestrator.pipelines.models import PickResult, export, pick, plan_pick
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.tracked_run import RegisteredModel, TrackedModel, TrackedRun
-from orchestrator.reporting.pick_rules import PickRule
+from orchestrator.reporting.findings import PickRule
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import read_settings
 from orchestrator.training.checkpoint import save_checkpoint

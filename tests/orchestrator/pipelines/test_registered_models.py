@@ -28,7 +28,7 @@ from orchestrator.models.open import load_model
 from orchestrator.models.tokenizer import end_of_text_id, load_tokenizer
 from orchestrator.pipelines.generating import Sampling, TextGenerator
 from orchestrator.pipelines.models import pick
-from orchestrator.reporting.pick_rules import PickRule
+from orchestrator.reporting.findings import PickRule
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.workspace.layout import Workspace, open_workspace
 

@@ -23,8 +23,8 @@ from orchestrator.pipelines.syncing import sync
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
-from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.settings import SETTINGS_NAME, resolve_settings, to_yaml
 from orchestrator.sweeping.run import run_plan
 from orchestrator.tracking import NOTE_TAG

@@ -23,8 +23,8 @@ from browser import BROWSER, page_text
 
 from orchestrator.pipelines.ui import serve
 from orchestrator.records.trial import Trial
+from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
-from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.tracking import open_tracking
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import open_workspace

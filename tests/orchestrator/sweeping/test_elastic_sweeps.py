@@ -18,8 +18,8 @@ from orchestrator.models.open import load_model
 from orchestrator.records.evaluation import EvaluationResult, TaskResult
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.elastic_section import ELASTIC_TITLE, elastic_section
+from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
-from orchestrator.reporting.sweep_report import write_sweep_report
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
 from orchestrator.sweeping.live import LiveSweep

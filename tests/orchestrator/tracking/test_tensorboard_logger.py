@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +39,12 @@ def write(journal: Path, steps: range, **more: float) -> None:
     file.close()
 
 
-class Log:
-    """TensorBoard's files of a workspace, written by one process."""
-
-    def __init__(self, root: Path) -> None:
-        self._runs = LoggedRuns("tensorboard", root, warn=pytest.fail)
-
-    def show(self, run: TrackedRun) -> None:
-        assert list(self._runs.publish([run])) == [True]
-
-
 def test_every_point_is_there_at_its_time(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write(tmp_path / "run", range(1, 4))
     write(tmp_path / "run", range(4, 5), **{"validation/loss": 4.5})
-    Log(tmp_path).show(run_of(tmp_path / "run", "FINISHED"))
+    LoggedRuns("tensorboard", tmp_path).log(run_of(tmp_path / "run", "FINISHED"))
     folder = tmp_path / "tensorboard" / "toy" / "2,1"
     assert points(folder) == {
         "train/loss": [(1, 4.9), (2, 4.8), (3, 4.7), (4, 4.6)],
@@ -67,38 +58,38 @@ def test_every_point_is_there_at_its_time(tmp_path: Path) -> None:
 
 def test_a_resumed_training_has_each_point_once(tmp_path: Path) -> None:
     journal, folder = tmp_path / "run", tmp_path / "tensorboard" / "toy" / "2,1"
-    log = Log(tmp_path)
+    log = LoggedRuns("tensorboard", tmp_path)
     write(journal, range(1, 4))
-    log.show(run_of(journal))
+    log.log(run_of(journal))
     write(journal, range(3, 6))  # It was killed, and repeats a step.
-    log.show(run_of(journal))
+    log.log(run_of(journal))
     expected = {"train/loss": [(step, round(5 - step / 10, 4)) for step in range(1, 6)]}
     assert points(folder) == expected
     # Another process, which finds what this one has written.
-    again = Log(tmp_path)
-    again.show(run_of(journal))
-    again.show(run_of(journal, "FINISHED"))
+    again = LoggedRuns("tensorboard", tmp_path)
+    again.log(run_of(journal))
+    again.log(run_of(journal, "FINISHED"))
     assert points(folder) == expected
     assert len(list(folder.iterdir())) == 1
 
 
 def test_metrics_after_the_end_are_added(tmp_path: Path) -> None:
-    log = Log(tmp_path)
+    log = LoggedRuns("tensorboard", tmp_path)
     write(tmp_path / "run", range(1, 2))
-    log.show(run_of(tmp_path / "run", "FINISHED"))
+    log.log(run_of(tmp_path / "run", "FINISHED"))
     write(tmp_path / "run", range(2, 3), **{"train/kl": math.nan})
-    log.show(run_of(tmp_path / "run", "FINISHED"))
+    log.log(run_of(tmp_path / "run", "FINISHED"))
     found = points(tmp_path / "tensorboard" / "toy" / "2,1")
     assert found["train/loss"] == [(1, 4.9), (2, 4.8)]
     assert math.isnan(found["train/kl"][0][1])
 
 
 def test_two_runs_of_one_name_have_two_folders(tmp_path: Path) -> None:
-    log = Log(tmp_path)
+    log = LoggedRuns("tensorboard", tmp_path)
     for key in ("a", "b"):
         write(tmp_path / key, range(1, 3))
         alone = {"key": key, "name": "a/b: c", "parent": None}
-        log.show(run_of(tmp_path / key, "FINISHED", **alone))
+        log.log(run_of(tmp_path / key, "FINISHED", **alone))
     assert sorted(path.name for path in (tmp_path / "tensorboard").iterdir()) == [
         "a_b_ c",
         "a_b_ c b",
@@ -106,21 +97,11 @@ def test_two_runs_of_one_name_have_two_folders(tmp_path: Path) -> None:
     assert len(points(tmp_path / "tensorboard" / "a_b_ c b")["train/loss"]) == 2
 
 
-def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path) -> None:
-    (tmp_path / "tensorboard").write_text("a file")
-    warnings: list[str] = []
-    log = LoggedRuns("tensorboard", tmp_path, warn=warnings.append)
-    for step in (1, 2):
-        write(tmp_path / "run", range(step, step + 1))
-        assert list(log.publish([run_of(tmp_path / "run")])) == [True]
-    [warning] = warnings
-    assert warning.startswith("the logger tensorboard cannot log to ")
-
-
 @pytest.mark.slow
 def test_tracked_runs_are_mirrored_if_the_setting_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A folder that cannot be written is one warning."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     workspace = Workspace(tmp_path / "ws")
     workspace.root.mkdir()
@@ -135,3 +116,12 @@ def test_tracked_runs_are_mirrored_if_the_setting_says_so(
     assert len(points(workspace.root / "tensorboard" / "iiet")["train/loss"]) == 3
     client = tracking.store.connect()
     assert len(client.get_metric_history(str(run_id), "train/loss")) == 3
+    shutil.rmtree(workspace.root / "tensorboard")
+    (workspace.root / "tensorboard").write_text("a file")
+    warnings: list[str] = []
+    tracking = open_tracking(workspace, warn=warnings.append, loggers=loggers)
+    for _ in range(2):
+        tracking.publish(run)
+        assert tracking.run_id(run) == run_id
+    [warning] = warnings
+    assert warning.startswith("the logger tensorboard cannot log to ")
