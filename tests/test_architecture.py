@@ -59,7 +59,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_665,
+    "iiet": 7_737,
     "benchmarks": 3_800,
     "examples": 278,
     "research": 2_006,
