@@ -126,6 +126,8 @@ class BenchmarkOptions:
         new_tokens: Tokens decoded after it.
         repetitions: Measurements of each model, in turns.
         threads: Threads of PyTorch on a CPU.
+        drafts: Instead measure the schedules of this sweep as drafts of its full models, for its
+            report.
     """
 
     batch_sizes: str = "1,8"
@@ -133,6 +135,7 @@ class BenchmarkOptions:
     new_tokens: Annotated[int, typer.Option(min=2, max=MAX_COUNT)] = 32
     repetitions: Annotated[int, typer.Option(min=1, max=10_000)] = 9
     threads: Annotated[int, typer.Option(min=1, max=1024)] = 1
+    drafts: str | None = None
 
 
 @Command("benchmark", group="Measure", options=CLUSTER, plans=True)
@@ -149,6 +152,13 @@ def benchmark(
     Args:
         schedule: Iteration schedule; may be repeated. One IIET without it: from full to none.
     """
+    if conditions.drafts:
+        from orchestrator.pipelines.sweeps import plan_drafts, run_drafts
+
+        cluster = call.settings.cluster
+        return call.finish(
+            plan_drafts(conditions.drafts, cluster=cluster, **call.common), run_drafts
+        )
     batches = whole_numbers(conditions.batch_sizes, "--batch-sizes")
     prompts = whole_numbers(conditions.contexts or "", "--contexts")
     from orchestrator.evaluation.cost_measurement import MeasurementSettings

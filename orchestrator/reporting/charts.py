@@ -320,19 +320,19 @@ def _front_data(front: Front, fronts: Sequence[Front], rows: Sequence[Row]) -> l
 
     A row knows by the number of the pair of axes on which fronts it is.
     """
-    members: dict[str, list[int]] = {}
-    knees: dict[str, list[int]] = {}
-    unnamed: dict[str, list[int]] = {}
+    marks: dict[str, dict[str, list[int]]] = {
+        row["key"]: {"members": [], "knees": [], "unnamed": []} for row in rows
+    }
     for number, placed in enumerate(fronts):
         picks = [row["key"] for row in placed.picks.values()]
         for row in placed.members:
-            members.setdefault(row["key"], []).append(number)
+            marks[row["key"]]["members"].append(number)
             if len(placed.members) > MAX_NAMES and row["key"] not in picks:
-                unnamed.setdefault(row["key"], []).append(number)
+                marks[row["key"]]["unnamed"].append(number)
         if placed.knee is not None:
-            knees.setdefault(placed.knee["key"], []).append(number)
+            marks[placed.knee["key"]]["knees"].append(number)
     are_all_shown = len(front.shown) == len(front.rows)
-    needed = {row["key"] for row in front.shown} | set(members)
+    needed = {row["key"] for row in front.shown} | {k for k, m in marks.items() if m["members"]}
     found = []
     for row, place in zip(rows, (*front.rows, *front.unmeasured), strict=True):
         key, sweep = row["key"], row.get("sweep")
@@ -351,9 +351,7 @@ def _front_data(front: Front, fronts: Sequence[Front], rows: Sequence[Row]) -> l
                 "label": _label(place),
                 "group": roles.get(row["role"], sweep or TRIAL),
                 "color": SERIES_COLORS[number % len(SERIES_COLORS)],
-                "members": members.get(key, []),
-                "knees": knees.get(key, []),
-                "unnamed": unnamed.get(key, []),
+                **marks[key],
                 "tip": _tooltip(front, row),
                 "key": key,
             }

@@ -193,6 +193,19 @@ def _quality(front: Front, row: Row) -> str:
     return f"{name} {quality_text(front, row)}{'%' if is_accuracy(front.axes.quality) else ''}"
 
 
+# Rules that pick a model, and drafts of full models.
+#
+# keep      the cheapest that keeps a share of the full model's quality, if asked with a confidence
+# budget    the best within a cost
+# knee      the member farthest above the chord from the cheapest to the best
+# best      the member of highest quality
+# cheapest  the member of lowest cost
+# draft     the one that speeds up the exact output of a full model most
+#
+# A trial drafts for the costliest schedule of its own weights. One whose weights have no costlier
+# schedule in the sweep, such as a distilled student, drafts for the teacher. Acceptance and speed
+# are measured by `sweeping`.
+
 COST, SPEED_UP = "cost/evaluations", "decoding/speed_up"
 PickRuleName = Literal["keep", "budget", "knee", "best", "cheapest", "draft"]
 
@@ -323,8 +336,8 @@ def pick_draft(results: Sequence[Trial], model: str) -> Trial:
     best = best_drafts(results)
     if not best:
         raise UserError(
-            "this sweep has no measured drafts; they are measured for text, at the end of a sweep "
-            "with several schedules if sweep.measure_drafts is true; the same sweep again adds them"
+            "this sweep has no measured drafts; `iiet-orch benchmark --drafts SWEEP` measures them "
+            "for sweeps over text"
         )
     if model not in best:
         raise UserError(

@@ -230,6 +230,8 @@ def _mean_of_seeds(seeds: Sequence[Trial]) -> Trial:
     )
 
 
+# Curves, read from journals
+
 Curve = tuple[str, Sequence[tuple[int, float]]]
 """A name and its points: step and value."""
 HYPERVOLUME_BY_TRIALS = "sweep/hypervolume"

@@ -1,62 +1,66 @@
-"""A trial result survives JSON, and gives MLflow finite numbers."""
+"""A trial survives its file, also where the workspace moved, and gives MLflow names and numbers."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sample_trials import sample_trial
 
-from orchestrator.records.trial import Trial
+from iiet.config import ModelConfig
+from iiet.distillation import DistillationConfig
+from orchestrator.records.training import (
+    TrainingJob,
+    job_parameters,
+    model_parameters,
+    schedule_parameters,
+    shared_parameters,
+)
+from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import open_workspace
+
+IIET = sample_trial(schedule=(2, 1)).model
+VANILLA = sample_trial(method="vanilla", schedule=(0, 0)).model
 
 
-def a_trial() -> Trial:
-    return sample_trial(
-        key="0123",
-        role="trial",
-        method="iiet",
-        schedule=(2, 1, 0),
-        label="threshold 0.004",
-        threshold_above=0.003,
-        threshold_up_to=0.004,
-        cost={"evaluations": 6, "relative_flops": 0.5},
-        quality={"accuracy": 0.42, "accuracy_stderr": 0.01, "lastword/acc": 0.3},
-        train={"steps": 150},
-    )
+def again(trial: Trial) -> Trial:
+    """Return a trial from its strict JSON."""
+    text = json.dumps(trial.model_dump(mode="json"), allow_nan=False)
+    return Trial.model_validate(json.loads(text))
 
 
-def test_a_json_round_trip_changes_nothing() -> None:
-    trial = a_trial()
-    assert Trial.model_validate(json.loads(json.dumps(trial.model_dump(mode="json")))) == trial
-
-
-def test_metrics_hold_every_number_and_params_every_layer() -> None:
-    metrics, params = a_trial().metrics(), a_trial().params()
-    assert metrics["cost/evaluations"] == 6.0
-    assert metrics["quality/lastword/acc"] == 0.3
-    assert set(metrics) == {
-        "cost/evaluations",
-        "cost/relative_flops",
-        "quality/accuracy",
-        "quality/accuracy_stderr",
-        "quality/lastword/acc",
-        "train/steps",
-    }
+def test_numbers_and_parameters_have_their_tracked_names() -> None:
+    quality = {"accuracy": 0.42, "accuracy_stderr": 0.01, "lastword/acc": 0.3, "other": math.nan}
+    trial = sample_trial(
+        schedule=(2, 1, 0), threshold_above=0.003, threshold_up_to=0.004, quality=quality,
+        cost={"evaluations": 6, "relative_flops": 0.5}, train={"steps": 150},
+    )  # fmt: skip
+    assert again(trial) == trial
+    assert trial.metrics() == {
+        "cost/evaluations": 6.0, "cost/relative_flops": 0.5, "quality/accuracy": 0.42,
+        "quality/accuracy_stderr": 0.01, "quality/lastword/acc": 0.3, "train/steps": 150.0,
+    }  # fmt: skip
+    assert (trial.value("quality/other"), trial.value("nonsense")) == (None, None)
+    params = trial.params()
     assert params["schedule"] == "2,1,0"
     assert [params[f"r_{layer:02d}"] for layer in (1, 2, 3)] == ["2", "1", "0"]
-    assert params["threshold"] == "0.004"
-    assert params["threshold_range"] == "0.003 to 0.004"
+    assert (params["threshold"], params["threshold_range"]) == ("0.004", "0.003 to 0.004")
+    lossy = sample_trial(quality={"validation_loss": 2.0})
+    assert lossy.metrics()["quality/perplexity"] == lossy.value("quality/perplexity") == math.exp(2)
+    assert lossy.model_dump(mode="json")["numbers"] == {"quality/validation_loss": 2.0}
+    assert sample_trial(quality={"validation_loss": 1e9}).value("quality/perplexity") is None
 
 
 @pytest.mark.parametrize(
     ("above", "up_to", "text", "threshold"),
     [
-        (0.003, 0.004, "0.003 to 0.004", "0.004"),
         (-math.inf, 0.0003, "<=0.0003", "0.0003"),
-        (None, 0.0003, "<=0.0003", "0.0003"),
         (0.0266, math.inf, ">0.027", "inf"),
         (None, None, "", None),
     ],
@@ -64,42 +68,92 @@ def test_metrics_hold_every_number_and_params_every_layer() -> None:
 def test_an_unbounded_threshold_range_survives_strict_json(
     above: float | None, up_to: float | None, text: str, threshold: str | None
 ) -> None:
-    trial = sample_trial(
-        key="k", role="trial", method="iiet", threshold_above=above, threshold_up_to=up_to
-    )
-    again = Trial.model_validate(
-        json.loads(json.dumps(trial.model_dump(mode="json"), allow_nan=False))
-    )
-    assert again.threshold_text == trial.threshold_text == text
-    assert again.params().get("threshold") == threshold
+    trial = again(sample_trial(threshold_above=above, threshold_up_to=up_to))
+    assert trial.threshold_text == text
+    assert trial.params().get("threshold") == threshold
 
 
-def test_value_is_none_if_not_measured() -> None:
-    trial = sample_trial(key="k", role="baseline", method="vanilla", quality={"accuracy": math.nan})
-    assert trial.value("quality/accuracy") is None
-    assert trial.value("cost/evaluations") is None
-    assert trial.value("nonsense") is None
-    assert trial.schedule_text == ""
-
-
-def test_a_stored_trial_names_the_first_wrong_field(tmp_path: Path) -> None:
-    stored = {**a_trial().model_dump(mode="json"), "colour": "blue"}
+def test_a_damaged_trial_names_the_first_wrong_field(tmp_path: Path) -> None:
+    stored = {**sample_trial().model_dump(mode="json"), "colour": "blue"}
     with pytest.raises(UserError, match=r"x.json is damaged \(colour: Extra inputs"):
         Trial.parse(stored, tmp_path / "x.json")
     del stored["colour"], stored["model"]["dim"]
     with pytest.raises(UserError, match=r"damaged \(model: .*missing key 'dim'.*; delete it"):
         Trial.parse(stored, tmp_path / "x.json")
-
-
-def test_an_unknown_role_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"'trial', 'teacher' or 'baseline'.*'student'"):
         sample_trial(role="student")
 
 
-def test_perplexity_is_exp_of_the_loss() -> None:
-    trial = sample_trial(key="0", role="trial", method="iiet", quality={"validation_loss": 2.0})
-    assert trial.value("quality/perplexity") == pytest.approx(math.exp(2.0))
-    assert trial.metrics()["quality/perplexity"] == pytest.approx(math.exp(2.0))
-    assert trial.model_dump(mode="json")["numbers"] == {"quality/validation_loss": 2.0}
-    huge = sample_trial(key="0", role="trial", method="iiet", quality={"validation_loss": 1e9})
-    assert huge.value("quality/perplexity") is None
+def test_paths_of_nested_records_follow_the_workspace(tmp_path: Path) -> None:
+    root = open_workspace(tmp_path / "old").root
+    trial = sample_trial(key="t", folder=f"{root}/trials/t", checkpoint="/elsewhere/step_1")
+    plan = SweepPlan(
+        key="k", name="n", kind="threshold", tokens_folder=f"{root}/tokens/f",
+        teacher=f"{root}/runs/teacher/step_2", num_requested=1, trials=(trial,),
+    )  # fmt: skip
+    path = root / "sweeps" / "n" / "plan.json"
+    plan.write(path)
+    assert str(root) not in path.read_text()
+    assert SweepPlan.read(path) == plan
+    moved = root.rename(tmp_path / "new")
+    found = SweepPlan.read(moved / "sweeps" / "n" / "plan.json")
+    assert found is not None
+    assert (found.tokens_folder, found.trials[0].folder) == (
+        f"{moved}/tokens/f", f"{moved}/trials/t",
+    )  # fmt: skip
+    assert found.trials[0].checkpoint == "/elsewhere/step_1"
+    trial.write(tmp_path / "trial.json")  # Outside of a workspace, paths stay absolute.
+    assert Trial.read(tmp_path / "trial.json") == trial
+
+
+# Parameters
+
+
+def parameters(model: ModelConfig, /, **job: Any) -> dict[str, str]:
+    given = {"run_folder": "", "tokens_folder": "", "recipe": TrainingSettings(), **job}
+    return job_parameters(TrainingJob(model=model, **given))
+
+
+def test_a_run_has_the_parameters_that_apply_to_it() -> None:
+    iiet, vanilla = parameters(IIET), parameters(VANILLA)
+    assert iiet.keys() - vanilla.keys() == {"schedule", "r_01", "r_02", "iterate_from_fraction"}
+    assert vanilla.keys() <= iiet.keys()
+    assert "iterate_from_fraction" not in parameters(replace(IIET, schedule=VANILLA.corrections))
+    # One thing has one name, whoever is trained.
+    folders = dict.fromkeys(("teacher_folder", "initial_folder"), "runs/t/step_1")
+    student = parameters(
+        IIET, objective="distill", provenance={"teacher": "0123"},
+        recipe=TrainingSettings(learning_rate=5e-4), **folders,
+    )  # fmt: skip
+    assert (iiet["learning_rate"], student["learning_rate"]) == ("0.002", "0.0005")
+    loss = {"kl_weight", "temperature", "divergence", "teacher"}
+    assert student.keys() - iiet.keys() == loss
+    assert student["teacher"] == "runs/t/step_1"
+    # What is off, or changes no result, is no parameter.
+    assert not any("elastic" in name or name in ("spike_factor", "kl_weight") for name in iiet)
+    assert not {"compile", "checkpoint_every_steps", "num_sequences_per_pass"} & iiet.keys()
+    off = DistillationConfig(kl_weight=0.0, hidden_weight=0.5)
+    hidden = parameters(IIET, objective="distill", distillation=off, **folders)
+    assert hidden["hidden_weight"] == "0.5"
+    assert "divergence" not in hidden
+    on = TrainingSettings(elastic=ElasticSettings(schedules=("1,1", 0)), skip_bad_steps=3)
+    elastic = parameters(IIET, recipe=on)
+    assert (elastic["elastic.schedules"], elastic["skip_bad_steps"]) == ("1,1 0", "3")
+    for decay, names in (
+        ("constant", set()),
+        ("cosine", {"final_learning_rate_fraction"}),
+        ("wsd", {"final_learning_rate_fraction", "decay_fraction"}),
+    ):
+        found = parameters(VANILLA, recipe=TrainingSettings(decay=decay))
+        assert {name for name in found if "fraction" in name} == names
+
+
+def test_a_model_has_its_method_and_the_options_that_were_chosen() -> None:
+    damped = ModelConfig.from_dict({**IIET.to_dict(), "method_options": {"damping": 0.5}})
+    changed = model_parameters(damped).items() - model_parameters(IIET).items()
+    assert changed == {("option.damping", "0.5")}
+    assert schedule_parameters(VANILLA) == {"method": "vanilla"}
+    expected = {"method": "iiet", "schedule": "2,1", "r_01": "2", "r_02": "1"}
+    assert schedule_parameters(IIET) == expected
+    runs = [{"a": "1", "b": "2"}, {"a": "1", "b": "3"}, {"a": "1", "c": "2"}]
+    assert (shared_parameters(runs), shared_parameters([])) == ({"a": "1"}, {})

@@ -74,7 +74,7 @@ def drawn(chart: Spec) -> str:
     return str(vl_convert.vegalite_to_svg(chart))
 
 
-def test_the_front_shows_roles_steps_and_names(sample_results: list[Trial]) -> None:
+def test_the_front_shows_roles_steps_and_names(sample_results: list[Trial], tmp_path: Path) -> None:
     front = sample_front(sample_results)
     svg = drawn(front_chart(front, title="Toy", mark_paper=True))
     assert {"Toy", "trial", FULL_MODEL, BASELINE, PAPER_MARK} <= set(texts_in(svg))
@@ -82,13 +82,31 @@ def test_the_front_shows_roles_steps_and_names(sample_results: list[Trial]) -> N
     assert {"011111 (knee)", "000000", "vanilla", "teacher"} <= set(names)
     others = [row for row in front.rows if row["role"] == "trial" and not row["on_front"]]
     assert others
-    assert len(names) == len(front.rows) - len(others)
+    assert len(names) == len(front.rows) - len(others) > 5
+    for one, other in itertools.combinations(names.values(), 2):
+        assert min(math.dist(*pair) for pair in itertools.product(one, other)) > LETTER_SIZE
     bars = re.findall(r'<line [^>]*x2="0" y2="(-?[\d.]+)"[^>]*stroke-width="1.2"', svg)
     errors = sorted(row["error"] for row in front.rows)
     lengths = sorted(abs(float(bar)) for bar in bars)
     assert [length / lengths[-1] for length in lengths] == pytest.approx(
         [error / errors[-1] for error in errors], rel=1e-3
     )
+    for chart in (save_chart(front_chart(front), tmp_path / name) for name in "ab"):
+        assert [path.suffix for path in chart] == [".png", ".svg"]
+    for kind in ("png", "svg"):  # The same picture has the same bytes.
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+
+    # Deeper baselines are named by their layers; a model with an infinite loss is not drawn on it.
+    (vanilla,) = (r for r in sample_results if r.label == "vanilla")
+    model = dataclasses.replace(vanilla.model, num_layers=8)
+    deep = vanilla.model_copy(update={"key": "d", "label": "vanilla, 8 layers", "model": model})
+    deep = deep.with_numbers("cost", {"evaluations": 8.0})
+    infinite = {"cost/evaluations": 1.0, "quality/validation_loss": math.inf}
+    lost = deep.model_copy(update={"key": "lost", "label": "lost", "numbers": infinite})
+    axes = FrontAxes(quality="quality/validation_loss")
+    names = names_in(drawn(front_chart(sample_front([*sample_results, deep, lost], axes))))
+    assert {"vanilla", "vanilla, 8 layers"} <= set(names)
+    assert "lost" not in names
     with pytest.raises(ValueError, match="at least one result"):
         front_chart(sample_front([]))
 
@@ -109,14 +127,6 @@ def test_every_pair_of_axes_has_its_front(sample_results: list[Trial]) -> None:
         full = expected.full
         assert full
         assert [float(part) for part in fulls[number]] == [full["cost"], full["quality"]]
-
-
-def test_names_do_not_overlap(sample_results: list[Trial]) -> None:
-    svg = drawn(front_chart(sample_front(sample_results), mark_paper=True))
-    names = names_in(svg)
-    assert len(names) > 5
-    for one, other in itertools.combinations(names.values(), 2):
-        assert min(math.dist(*pair) for pair in itertools.product(one, other)) > LETTER_SIZE
 
 
 def test_a_loss_has_an_inverted_axis(sample_results: list[Trial]) -> None:
@@ -143,21 +153,6 @@ def test_the_trials_of_each_sweep_have_a_color_and_a_shape(sample_results: list[
     assert steps == ["2"], "one line: the front of all"
 
 
-def test_a_model_with_an_infinite_number_is_not_drawn() -> None:
-    costs = {"a": 1.0, "b": 2.0}
-    results = [
-        sample_trial(
-            key=key,
-            label=key,
-            cost={"evaluations": cost},
-            quality={"accuracy": cost, "validation_loss": math.inf if key == "a" else 1.0},
-        )
-        for key, cost in costs.items()
-    ]
-    axes = FrontAxes(quality="quality/validation_loss")
-    assert [*names_in(drawn(front_chart(sample_front(results, axes))))] == ["000000"]
-
-
 def test_tooltips_say_how_certain_a_place_is(
     sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
@@ -170,32 +165,6 @@ def test_tooltips_say_how_certain_a_place_is(
     assert 0 < float(tip["Confidence: on the front"].lstrip("<>")) < 1
 
 
-def test_deeper_baselines_are_named_by_their_layers(sample_results: list[Trial]) -> None:
-    (vanilla,) = (r for r in sample_results if r.label == "vanilla")
-    deep = [
-        vanilla.model_copy(
-            update={
-                "key": f"deep{count}",
-                "label": f"vanilla, {count} layers",
-                "model": dataclasses.replace(vanilla.model, num_layers=count),
-                "numbers": {**vanilla.numbers, "cost/evaluations": count},
-            }
-        )
-        for count in (8, 16)
-    ]
-    names = names_in(drawn(front_chart(sample_front([*sample_results, *deep]))))
-    assert {"vanilla", "vanilla, 8 layers", "vanilla, 16 layers"} <= set(names)
-
-
-def test_the_same_picture_has_the_same_bytes(sample_results: list[Trial], tmp_path: Path) -> None:
-    front = sample_front(sample_results)
-    first = save_chart(front_chart(front), tmp_path / "a")
-    second = save_chart(front_chart(front), tmp_path / "b")
-    assert [path.name for path in first] == ["a.png", "a.svg"]
-    for one, other in zip(first, second, strict=True):
-        assert one.read_bytes() == other.read_bytes()
-
-
 def test_the_heat_map_has_every_number_and_the_cut(
     sample_influence: tuple[tuple[float, ...], ...],
 ) -> None:
@@ -206,9 +175,7 @@ def test_the_heat_map_has_every_number_and_the_cut(
     assert {f"{value:.2g}" for row in sample_influence for value in row} <= set(texts_in(svg))
     cut = next(rows for rows in chart["datasets"].values() if "order" in rows[0])
     assert [corner["from"] for corner in cut] == [0.5, 0.5, *[1.5] * 10]
-
-
-def test_the_heat_map_takes_ragged_rows_zeros_and_gaps() -> None:
+    # Rows may differ in length, and have zeros and gaps.
     chart = influence_chart([[0.1], [0.2, 0.0], [math.nan, math.nan]], metric="loss")
     [cells] = chart["datasets"].values()
     assert sorted(cell["text"] for cell in cells) == ["0", "0.1", "0.2"]

@@ -61,15 +61,10 @@ def test_the_difference_is_paired_and_its_interval_far_shorter_than_an_unpaired_
     assert row.difference.high - row.difference.low == pytest.approx(2 * 1.96 * error, rel=0.06)
     assert (row.only_first, row.only_second) == (0, 20)
     assert (row.num_items, row.num_left_out) == (500, 0)
-    assert found.averages == ()
-    assert found.overall == (row,)
-
-
-def test_items_of_one_model_only_are_left_out_and_counted() -> None:
-    first, second = task(answers(6, 4)), task([1.0] * 8, first=4)
-    [row] = compared([first], [second]).tasks
-    assert (row.num_items, row.num_left_out) == (6, 6)
-    assert (row.first, row.second) == (2 / 6, 1)
+    assert (found.averages, found.overall) == ((), (row,))
+    # Items of one model only are left out and counted.
+    [row] = compared([task(answers(6, 4))], [task([1.0] * 8, first=4)]).tasks
+    assert (row.num_items, row.num_left_out, row.first, row.second) == (6, 6, 2 / 6, 1)
 
 
 def test_the_average_counts_a_group_once_and_tests_all_items_together() -> None:
@@ -121,11 +116,6 @@ def test_what_cannot_be_compared_is_an_error_that_says_why(
     assert reason in "; ".join(found.notes)
 
 
-def test_other_numbers_of_solved_examples_are_compared_with_a_note() -> None:
-    found = compared([task(answers(5, 5))], [task(answers(5, 5), num_fewshot=5)])
-    assert "0 solved examples for base and 5 for new" in found.notes[0]
-
-
 @pytest.mark.parametrize(
     ("right", "offset", "conclusion"),
     [
@@ -156,15 +146,17 @@ def test_tasks_are_decided_by_p_values_for_all_of_them_together() -> None:
     assert "by task: none is decided" in fewer
 
 
-@pytest.mark.parametrize("width", [40, 60, 80, 200])
-def test_the_table_breaks_no_number(width: int) -> None:
+def test_the_table_breaks_no_number_and_a_note_says_what_differs() -> None:
     tasks = [task(answers(500, 500), name=name) for name in ("arc_challenge", "lambada_openai")]
-    better = [task(answers(530, 470), name=t.name) for t in tasks]
-    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-    console.print(comparison_table(compared(tasks, better)))
-    assert isinstance(console.file, io.StringIO)
-    text = console.file.getvalue()
-    assert max(map(len, text.splitlines())) <= width
-    assert text.count("+3.00") == 3
-    assert ("95 % interval" in text) == (width >= 80)
-    assert ("left out" in text) == (width >= 200)
+    better = [task(answers(530, 470), name=t.name, num_fewshot=5) for t in tasks]
+    found = compared(tasks, better)
+    assert "0 solved examples for base and 5 for new" in found.notes[0]
+    for width in (40, 60, 80, 200):
+        console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+        console.print(comparison_table(found))
+        assert isinstance(console.file, io.StringIO)
+        text = console.file.getvalue()
+        assert max(map(len, text.splitlines())) <= width
+        assert text.count("+3.00") == 3
+        assert ("95 % interval" in text) == (width >= 80)
+        assert ("left out" in text) == (width >= 200)

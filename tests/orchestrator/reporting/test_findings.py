@@ -153,17 +153,21 @@ def test_rules_pick_the_model_they_say(front: Front) -> None:
     chosen = pick_from_front(front, PickRule(name="budget", budget=12))
     assert chosen["quality"] == max(r["quality"] for r in front.members if r["cost"] <= 12)
 
-    judged = keeping_by_cost(front)
+    aliases = {  # Names that MLflow takes.
+        "keep-99": PickRule(name="keep"),
+        "keep-98_5-sure-90": PickRule(name="keep", share=0.985, confidence=0.9),
+        "budget-1_5e09": PickRule(name="budget", budget=1.5e9),
+        "knee": PickRule(name="knee"),
+    }
+    assert [rule.alias for rule in aliases.values()] == [*aliases]
+
+    judged = keeping(front, {row["key"]: row["cost"] / 24 for row in front.rows})
     chosen = pick_from_front(judged, PickRule(name="keep", confidence=0.5))
     assert chosen["cost"] == min(
         r["cost"] for r in judged.rows if r["is_candidate"] and r["cost"] >= 12
     )
     # The full model keeps all of itself, whatever the draws.
     assert pick_from_front(judged, PickRule(name="keep", confidence=0.999))["cost"] == 24
-
-
-def keeping_by_cost(front: Front) -> Front:
-    return keeping(front, {row["key"]: row["cost"] / 24 for row in front.rows})
 
 
 def test_a_rule_that_no_model_meets_names_the_nearest(front: Front) -> None:
@@ -181,16 +185,6 @@ def test_a_rule_that_no_model_meets_names_the_nearest(front: Front) -> None:
     for numbers in wrong:
         with pytest.raises(UserError, match=r"got -?\d"):
             PickRule(name="keep", **numbers)
-
-
-def test_aliases_are_names_that_mlflow_takes() -> None:
-    rules = {
-        "keep-99": PickRule(name="keep"),
-        "keep-98_5-sure-90": PickRule(name="keep", share=0.985, confidence=0.9),
-        "budget-1_5e09": PickRule(name="budget", budget=1.5e9),
-        "knee": PickRule(name="knee"),
-    }
-    assert [rule.alias for rule in rules.values()] == list(rules)
 
 
 # Drafts

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import BROWSER, page_text
 from sample_trials import sample_front
 
 from iiet.influence import InfluenceTable
@@ -18,8 +17,6 @@ from orchestrator.records.trial import Trial
 from orchestrator.reporting.front import Front, with_confidence
 from orchestrator.reporting.report import SweepReport
 from orchestrator.reporting.sections import _scripts, render_page, sort_value
-
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture
@@ -66,7 +63,7 @@ def test_text_from_outside_cannot_become_markup(sample_results: list[Trial]) -> 
     assert bad in json.dumps(charts_in(page))
 
 
-def test_tasks_and_sweeps_are_distinguished(
+def test_tables_have_sweeps_tasks_strips_and_what_a_phone_shows(
     sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
 ) -> None:
     sweep_of = {r.key: "a & b" if n % 2 else "second" for n, r in enumerate(sample_results)}
@@ -75,23 +72,15 @@ def test_tasks_and_sweeps_are_distinguished(
     assert page.count("<details") == 3
     assert page.count("<tr class=") == 4 * len(front.rows)
     assert "a &amp; b" in page
-
-
-def test_a_phone_shows_the_most_important_columns(
-    sample_results: list[Trial], sample_evaluations: dict[str, EvaluationResult]
-) -> None:
-    front = with_confidence(sample_front(sample_results), sample_evaluations, num_resamples=100)
-    head = page_of(front).partition("</thead>")[0]
-    titles = re.findall(r'<th class="(?![^"]*minor)[^"]*"><button>(.*?)<', head)
-    assert titles == ["schedule", "NFE", "ms/token", "accuracy %", "of full", "front"]
-
-
-def test_a_strip_has_a_cell_for_each_layer(front: Front) -> None:
-    rows = re.findall(r'data-key="([^"]*)">(.*?)</tr>', page_of(front), re.DOTALL)
-    assert len(rows) == len(front.rows)
+    titles = re.findall(
+        r'<th class="(?![^"]*minor)[^"]*"><button>(.*?)<', page.partition("</thead>")[0]
+    )
+    assert titles == ["schedule", "sweep", "NFE", "ms/token", "accuracy %", "of full", "front"]
+    rows = re.findall(r'data-key="([^"]*)">(.*?)</tr>', page, re.DOTALL)[: len(front.rows)]
     strips = {key: [int(r) for r in re.findall(r">(\d)</i>", cells)] for key, cells in rows}
-    for row in front.rows:
-        assert strips[row["key"]] == list(row["trial"].schedule or ())
+    assert strips == {row["key"]: list(row["trial"].schedule or ()) for row in front.rows}
+    for cells in (["900 B", "6 KiB", "1.5 MiB", "1 GiB"], ["8.6 K", "340 M", "1.34 B"]):
+        assert sorted(cells, key=lambda text: float(sort_value(text))) == cells
 
 
 @pytest.mark.slow
@@ -102,7 +91,7 @@ def test_a_browser_draws_front_and_curves(sample_results: list[Trial], tmp_path:
     curves = {"Validation loss": [("a", [(0, 3.0), (10, 2.0)]), ("b", [(0, 3.0), (10, 1.0)])]}
     path = tmp_path / "front.html"
     path.write_text(page_of(front, curves=curves), encoding="utf-8")
-    dom = read_in_browser(path.as_uri(), tmp_path / "profile")
+    dom = page_text(path.as_uri(), tmp_path / "profile")
     assert 'data-ready="yes"' in dom
     assert dom.count('<svg xmlns="http://www.w3.org/2000/svg"') == 2
     lines = re.findall(r'<path (?![^>]*transform=)[^>]*d="M[^"]*L[^"]*"[^>]*>', dom)
@@ -113,21 +102,3 @@ def test_a_browser_draws_front_and_curves(sample_results: list[Trial], tmp_path:
     assert widths.count("1.8") == 2, "two curves"
     assert dom.count("<select") == 2, "menus of the axes"
     assert {"first", "second", "full model"} <= set(re.findall(r"<text[^>]*>([^<]*)<", dom))
-
-
-def read_in_browser(url: str, profile: Path) -> str:
-    """Return the page's elements after its scripts ran."""
-    assert BROWSER is not None
-    command = [
-        *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
-        *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
-        *("--disable-sync", f"--user-data-dir={profile}", "--virtual-time-budget=5000"),
-        *("--dump-dom", url),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout
-
-
-def test_cells_with_units_are_sorted_by_size() -> None:
-    for cells in (["900 B", "6 KiB", "1.5 MiB", "1 GiB"], ["8.6 K", "340 M", "1.34 B"]):
-        assert sorted(cells, key=lambda text: float(sort_value(text))) == cells

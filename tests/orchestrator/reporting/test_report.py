@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from fake_tracking import FakeTracking
 from mlflow import MlflowClient
-from sample_trials import with_items
+from sample_trials import sample_front, with_items
 
 from iiet.influence import InfluenceTable
 from orchestrator.records.evaluation import EvaluationResult
@@ -125,6 +125,18 @@ def test_paired_errors_come_from_the_stored_items(
     assert said.startswith("These models have no paired errors, because the files with their")
     assert said.endswith(f": {lost.name}.")
     assert said in write_sweep_report(workspace, "toy", "toy").report.sentences
+    # What is left out is said first.
+    skipped = {"skipped": {"piqa": "it needs the hub"}}
+    less = {key: found.model_copy(update=skipped) for key, found in sample_evaluations.items()}
+    reason = "vanilla is left out: done.json is damaged"
+    facts = {**sweep.facts, LEFT_OUT_TITLE: {"v-1": reason}}
+    results = with_items(workspace, sweep.results, less)
+    written = write_sweep_report(workspace, changed(sweep, results=results, facts=facts))
+    sentences = [f"Run v-1: {reason}.", "Averages do not include piqa: it needs the hub."]
+    assert written.report.sentences[:2] == sentences
+    for name in ("front.html", "front.md"):
+        text = (written.folder / name).read_text(encoding="utf-8")
+        assert all(sentence in text for sentence in sentences)
 
 
 def test_seeds_have_curves_paired_errors_and_runs(
@@ -148,6 +160,10 @@ def test_seeds_have_curves_paired_errors_and_runs(
             results.append(result.model_copy(update=changes))
     found = {r.key: sample_evaluations[r.key.partition("-")[0]] for r in results}
     seeded = changed(sweep, results=with_items(workspace, results, found))
+    teacher, trial = sweep.results[:2]  # A pruned teacher was only measured.
+    pruned = trial.model_copy(update={"checkpoint": teacher.checkpoint})
+    both = changed(sweep, results=(teacher, pruned))
+    assert [both.journal_of(each) is None for each in (teacher, pruned)] == [False, True]
     alone, several = (write_sweep_report(workspace, each).report.curves for each in (sweep, seeded))
     assert list(several) == list(alone)
     title = "Validation loss while training"
@@ -234,52 +250,6 @@ def test_mlflow_holds_the_sweep_once(
     assert {result.run_id for result in stored.results} == {run.info.run_id for run in nested}
 
 
-@pytest.mark.slow
-def test_a_long_note_refers_to_the_artifacts(workspace: Workspace, sweep: StoredSweep) -> None:
-    many = [
-        result.model_copy(update={"key": f"{result.key}{n}"})
-        for n in range(12)
-        for result in sweep.results
-    ]
-    written = write_sweep_report(workspace, changed(sweep, results=tuple(many)))
-    front, said = written.report.front, written.report.sentences
-    note = run_note(front, said, ["front"])
-    assert len(note) <= 8000
-    assert "front/table.json" in note
-    note = run_note(front, ["x" * 200] * 40, ["front"])
-    assert len(note) <= 8000
-    assert "- More: `front/front.md` under Artifacts." in note
-
-
-def test_a_model_that_was_only_measured_has_no_journal_of_its_own(sweep: StoredSweep) -> None:
-    teacher, trial = sweep.results[:2]
-    pruned = trial.model_copy(update={"checkpoint": teacher.checkpoint})
-    sweep = changed(sweep, results=(teacher, pruned))
-    assert sweep.journal_of(teacher) is not None
-    assert sweep.journal_of(pruned) is None
-
-
-def test_what_is_left_out_is_said_first(
-    workspace: Workspace, sweep: StoredSweep, sample_evaluations: dict[str, EvaluationResult]
-) -> None:
-    skipped = {"skipped": {"piqa": "it needs the hub"}}
-    less = {key: found.model_copy(update=skipped) for key, found in sample_evaluations.items()}
-    reason = "vanilla is left out: done.json is damaged"
-    facts = {**sweep.facts, LEFT_OUT_TITLE: {"v-1": reason}}
-    results = with_items(workspace, sweep.results, less)
-    write_sweep_report(workspace, changed(sweep, results=results, facts=facts))
-    written = write_sweep_report(workspace, "toy")
-    sentences = [f"Run v-1: {reason}.", "Averages do not include piqa: it needs the hub."]
-    assert written.report.sentences[:2] == sentences
-    assert written.page is not None
-    for text in (
-        written.page.read_text(encoding="utf-8"),
-        (written.folder / "front.md").read_text(encoding="utf-8"),
-        run_note(written.report.front, written.report.sentences, ["front"]),
-    ):
-        assert all(sentence in text for sentence in sentences)
-
-
 def test_a_sweep_without_measured_results_has_a_report(
     workspace: Workspace, sweep: StoredSweep
 ) -> None:
@@ -290,6 +260,14 @@ def test_a_sweep_without_measured_results_has_a_report(
         bare.append(result.model_copy(update={"numbers": numbers}))
     written = write_sweep_report(workspace, changed(sweep, results=tuple(bare)))
     assert written.page is None
+    front, said = written.report.front, ["x" * 200] * 40
+    note = run_note(front, said, ["front"])  # A long note refers to the artifacts.
+    assert len(note) <= 8000
+    assert "- More: `front/front.md` under Artifacts." in note
+    many = [t.model_copy(update={"key": f"{t.key}{n}"}) for n in range(12) for t in sweep.results]
+    note = run_note(sample_front(many), [], ["front"])
+    assert len(note) <= 8000
+    assert "front/table.json" in note
     assert "No trial has been measured" in (written.folder / "front.md").read_text("utf-8")
     pairs = zip(sweep.results, bare, strict=True)
     placed = tuple(full if full.role == "baseline" else less for full, less in pairs)
@@ -323,23 +301,21 @@ def test_missing_and_damaged_sweeps_are_user_errors(
     assert stored.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["../../outside", "../ws/sweeps/toy", "/tmp/outside", "..", ""])
 def test_a_name_cannot_lead_out_of_the_sweeps_folder(
-    workspace: Workspace, sweep: StoredSweep, tmp_path: Path, name: str
+    workspace: Workspace, sweep: StoredSweep, tmp_path: Path
 ) -> None:
-    outside = sweep.store(open_workspace(tmp_path / "outside" / "in")).parent
-    outside.rename(tmp_path / "elsewhere")
     write_json(tmp_path / "outside" / RESULTS_FILE, sweep.model_dump(mode="json"))
-    write_sweep_report(workspace, sweep)
+    sweep.store(workspace)
     before = sorted(tmp_path.rglob("*"))
-    # From the command line, and from a file in a shared workspace.
-    with pytest.raises(UserError, match="a name has letters, digits"):
-        write_sweep_report(workspace, name)
-    for part in ("name", "key"):
-        stored = {**sweep.model_dump(mode="json"), part: name}
-        write_json(workspace.sweeps / "toy" / RESULTS_FILE, stored)
-        with pytest.raises(UserError, match=rf"results\.json is damaged: {part}"):
-            write_sweep_report(workspace, "toy")
+    for name in ("../../outside", "../ws/sweeps/toy", "/tmp/outside", "..", ""):
+        # From the command line, and from a file in a shared workspace.
+        with pytest.raises(UserError, match="a name has letters, digits"):
+            write_sweep_report(workspace, name)
+        for part in ("name", "key"):
+            stored = {**sweep.model_dump(mode="json"), part: name}
+            write_json(workspace.sweeps / "toy" / RESULTS_FILE, stored)
+            with pytest.raises(UserError, match=rf"results\.json is damaged: {part}"):
+                write_sweep_report(workspace, "toy")
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -77,6 +77,7 @@ def test_equal_models_differ_by_exactly_zero() -> None:
     found = scores.ratio(0, 2)
     assert found is not None
     assert (found[0].low, found[0].high) == (1.0, 1.0)
+    assert drawn(np.array([[1.0, 1.0], [0.0, 0.0]])).ratio(0, 1) is None
 
 
 def test_an_interval_covers_the_truth_at_its_level() -> None:
@@ -89,10 +90,6 @@ def test_an_interval_covers_the_truth_at_its_level() -> None:
         covered += interval.low <= truth <= interval.high
     # 95% of 200, less three standard errors and the few items' too narrow percentiles.
     assert 0.88 <= covered / num_trials <= 0.99
-
-
-def test_there_is_no_ratio_to_a_score_of_zero() -> None:
-    assert drawn(np.array([[1.0, 1.0], [0.0, 0.0]])).ratio(0, 1) is None
 
 
 def test_seeds_are_drawn_before_items() -> None:
@@ -133,12 +130,6 @@ def test_a_mean_over_tasks_has_the_error_of_independent_parts() -> None:
     assert whole.drawn.std() == pytest.approx(math.hypot(*errors) / 3, rel=0.05)
 
 
-def test_a_clearly_separated_front_has_shares_of_zero_and_one() -> None:
-    goodness = np.array([[0.1, 0.2, 0.15, 0.3]]) + np.zeros((10, 1))
-    costs = np.array([1.0, 2.0, 3.0, 4.0])
-    assert list(front_shares(costs, goodness)) == [1.0, 1.0, 0.0, 1.0]
-
-
 def test_front_shares_follow_the_definition_of_a_front() -> None:
     rng = np.random.default_rng(9)
     costs = np.array([2.0, 1.0, 2.0, 3.0, 1.0])
@@ -160,26 +151,20 @@ def test_an_interval_contains_its_share_of_the_draws() -> None:
     assert interval.excludes_zero
 
 
-@pytest.mark.parametrize("counts", [(0, 0), (0, 1), (5, 0), (6, 6), (3, 14), (120, 171)])
-def test_the_p_value_is_that_of_the_binomial_distribution(counts: tuple[int, int]) -> None:
-    num_items = sum(counts)
-    tail = sum(comb(num_items, k) for k in range(min(counts) + 1))
-    exact = min(Fraction(1), Fraction(2 * tail, 2**num_items))
-    assert mcnemar_p_value(*counts) == pytest.approx(float(exact), rel=1e-10)
-    assert mcnemar_p_value(*counts[::-1]) == mcnemar_p_value(*counts)
-
-
-def test_many_items_neither_overflow_nor_vanish() -> None:
+def test_the_p_value_is_that_of_the_binomial_distribution() -> None:
+    for counts in ((0, 0), (0, 1), (5, 0), (6, 6), (3, 14), (120, 171)):
+        num_items = sum(counts)
+        tail = sum(comb(num_items, k) for k in range(min(counts) + 1))
+        exact = min(Fraction(1), Fraction(2 * tail, 2**num_items))
+        assert mcnemar_p_value(*counts) == pytest.approx(float(exact), rel=1e-10)
+        assert mcnemar_p_value(*counts[::-1]) == mcnemar_p_value(*counts)
     # A difference of two standard deviations, sqrt(200,000), has the p-value of a normal deviate.
     assert mcnemar_p_value(99_553, 100_447) == pytest.approx(0.0456, abs=3e-4)
 
 
-def test_right_and_wrong_items_are_counted_and_other_values_refused() -> None:
+def test_items_are_counted_and_p_values_adjusted_by_the_number_of_tests() -> None:
     values = np.array([[1, 1, 0, 0, 1], [1, 0, 1, 0, 0]], dtype=float)
     assert count_discordant(values) == (2, 1)
-    assert count_discordant(values * 0.5) is None
-
-
-def test_holm_multiplies_the_smallest_by_the_number_of_tests_and_keeps_the_order() -> None:
+    assert count_discordant(values * 0.5) is None, "items are neither right nor wrong"
     adjusted = adjust_by_holm({"a": 0.04, "b": 0.01, "c": 0.03, "d": 0.9})
     assert adjusted == pytest.approx({"b": 0.04, "c": 0.09, "a": 0.09, "d": 0.9})

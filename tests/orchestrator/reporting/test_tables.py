@@ -155,6 +155,15 @@ def test_csv_and_json_hold_every_number(
     assert values["results"][0]["details"] in [
         result.model_dump(mode="json", exclude={"job", "suite"}) for result in sample_results
     ]
+    changes = {"key": "lacking", "numbers": {"cost/evaluations": 1.0}}
+    lacking = sample_results[1].model_copy(update=changes)
+    with_gap = sample_front([*sample_results, lacking])
+    row = model_rows(with_gap)[-1]
+    assert (row["verdict"], row["quality/accuracy"]) == ("not measured", None)
+    assert "NaN" not in json.dumps(front_values(with_gap), allow_nan=False)
+    empty = sample_front([])
+    assert (model_rows(empty), task_tables(empty), front_values(empty)["front"]) == ([], [], [])
+    assert lines(empty, 80)
     values = json.loads(json.dumps(front_values(sure_front), allow_nan=False))
     row = next(r for r in values["results"] if r["schedule"] == "0,1,1,1,1,1")
     assert row["paired/vs_teacher"] == pytest.approx(-0.003)
@@ -162,22 +171,6 @@ def test_csv_and_json_hold_every_number(
     assert 0 < row["paired/confidence_keeps_99"] < 1
     assert values["confidence_basis"]["num_items"] == 2000
     assert "paired/lastword/vs_r_0_from_scratch_high" in model_table(sure_front)
-
-
-def test_an_unmeasured_result_is_listed_with_null_and_an_empty_front_has_tables(
-    sample_results: list[Trial],
-) -> None:
-    changes = {"key": "lacking", "numbers": {"cost/evaluations": 1.0}}
-    lacking = sample_results[1].model_copy(update=changes)
-    lacking = lacking.with_numbers("quality", {"accuracy": float("nan")})
-    front = sample_front([*sample_results, lacking])
-    row = model_rows(front)[-1]
-    assert (row["verdict"], row["quality/accuracy"]) == ("not measured", None)
-    assert "NaN" not in json.dumps(front_values(front), allow_nan=False)
-    empty = sample_front([])
-    assert (model_rows(empty), len(model_table(empty)), task_tables(empty)) == ([], 0, [])
-    assert json.loads(json.dumps(front_values(empty), allow_nan=False))["front"] == []
-    assert lines(empty, 80)
 
 
 def test_markdown_has_a_row_for_each_model_and_a_table_for_each_task(

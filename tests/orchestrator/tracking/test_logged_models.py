@@ -101,7 +101,10 @@ def test_a_model_has_the_metrics_and_data_of_all_its_runs_once(
         assert [output.model_id for output in outputs] == [found.model_id]
 
 
-def test_a_metric_that_is_measured_later_or_again_is_added(tracking: Tracking) -> None:
+@pytest.mark.filterwarnings("ignore")  # MLflow warns of its own types while it is imported.
+def test_what_is_measured_later_or_again_is_added_to_a_model_in_the_workspace(
+    tracking: Tracking,
+) -> None:
     model = model_of("later", **{"quality/loss": TOKENS, "cost/ms": None})
     show(tracking, "later", model, quality_loss=2.5)
     show(tracking, "later", model, quality_loss=2.5, cost_ms=1.5)
@@ -114,12 +117,6 @@ def test_a_metric_that_is_measured_later_or_again_is_added(tracking: Tracking) -
     assert client(tracking).get_run(run_id).data.metrics["quality/loss"] == 2.0
     history = client(tracking).get_metric_history(run_id, "quality/loss")
     assert [point.value for point in history] == [2.5, 2.0]
-
-
-@pytest.mark.filterwarnings("ignore")  # MLflow warns of its own types while it is imported.
-def test_a_model_whose_files_are_in_the_workspace_says_so(tracking: Tracking) -> None:
-    show(tracking, "external", model_of("external"), cost_nfe=4)
-    (found,) = logged(tracking, "external")
     with pytest.raises(MlflowException, match="artifacts are external"):
         mlflow.pyfunc.load_model(found.artifact_location)
 
@@ -140,23 +137,21 @@ def test_a_model_has_one_version_for_each_key_and_aliases_move(
     assert json.loads((place / "config.json").read_text()) == {"size": "small"}
 
 
-@pytest.mark.parametrize("corrections", [[2, 1], None])
 def test_the_signature_names_what_a_model_takes_and_returns(
-    tracking: Tracking, tmp_path: Path, corrections: list[int] | None
+    tracking: Tracking, tmp_path: Path
 ) -> None:
-    key = f"signed {corrections}"
-    folder = folder_of(tmp_path / "model", corrections=corrections)
-    register(tracking, "signed", folder, key=key, alias="best", example="Once")
-    found = client(tracking).get_model_version_by_alias("signed", "best")
-    source = found.source.removeprefix("file://")
-    model = mlflow.models.Model.load(source)
-    params = {spec.name: spec.default for spec in model.signature.params}
-    assert params["output"] == "text"
-    assert {"schedule", "draft"} <= params.keys() or corrections is None
-    assert not {"schedule", "draft"} & params.keys() or corrections is not None
-    assert model.signature.outputs.input_names() == ["text", "logprob"]
-    assert model.load_input_example(source) == ["Once"]
-    assert json.loads(str(model.get_serving_input(source))) == {"inputs": ["Once"]}
+    for key, corrections in (("iiet", [2, 1]), ("vanilla", None)):
+        folder = folder_of(tmp_path / key, corrections=corrections)
+        register(tracking, "signed", folder, key=key, alias="best", example="Once")
+        found = client(tracking).get_model_version_by_alias("signed", "best")
+        source = found.source.removeprefix("file://")
+        model = mlflow.models.Model.load(source)
+        params = {spec.name: spec.default for spec in model.signature.params}
+        assert params["output"] == "text"
+        assert sum(name in params for name in ("schedule", "draft")) == (2 if corrections else 0)
+        assert model.signature.outputs.input_names() == ["text", "logprob"]
+        assert model.load_input_example(source) == ["Once"]
+        assert json.loads(str(model.get_serving_input(source))) == {"inputs": ["Once"]}
     requirements = Path(source, "requirements.txt").read_text()
     assert "transformers==" in requirements
     assert "+" not in requirements

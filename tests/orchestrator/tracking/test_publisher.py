@@ -89,32 +89,27 @@ def test_running_ones_are_published_again_until_they_end(
     assert shown.names[-1] == "end"
 
 
-def test_what_a_dead_server_missed_is_published_when_it_is_back(
-    shown: Shown, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_dead_server_missed_is_published_when_it_is_back(shown: Shown) -> None:
     shown.is_down = True
     publisher = Publisher(shown.publish)
-    publisher.put(run("a"), run("b", name="old"))
-    assert publisher.wait(60), "it was tried"
-    publisher.put(run("b", name="new"), run("c"))
-    assert publisher.wait(60)
+    for runs in ((run("a"), run("b", name="old")), (run("b", name="new"), run("c"))):
+        publisher.put(*runs)
+        assert publisher.wait(60), "it was tried"
     assert shown.names == []
     shown.is_down = False
     publisher.put(run("d"))
     assert publisher.wait(60)
     assert shown.names == ["a", "new", "c", "d"]
 
-
-def test_an_unexpected_error_is_raised_where_it_is_waited_for(shown: Shown) -> None:
     def fail(each: TrackedRun) -> None:
-        if each.key == "a":
+        if each.key == "bad":
             raise ValueError("a mistake in this program")
 
+    # An unexpected error is raised where it is waited for.
     shown.before = fail
-    publisher = Publisher(shown.publish)
-    publisher.put(run("a"))
+    publisher.put(run("bad"))
     with pytest.raises(ValueError, match="a mistake"):
         publisher.wait(60)
-    publisher.put(run("b"))
+    publisher.put(run("e"))
     assert publisher.wait(60)
-    assert shown.names == ["b"]
+    assert shown.names[-1] == "e"

@@ -88,33 +88,23 @@ def test_the_same_values_at_the_same_step_add_no_points(tracking: Tracking) -> N
     assert history(tracking, found, "g") == [(1, 1.0), (2, 1.0)]
 
 
-def test_a_journal_record_is_copied_once(tracking: Tracking, tmp_path: Path) -> None:
-    run, journal = run_of("journal", journal=str(tmp_path)), Journal(tmp_path)
-    journal.metrics(10, {"train/loss": 5.0, "train/acc,none": 0.5})
-    journal.event("checkpoint", step=10)
-    show(tracking, run)
-    show(tracking, run)
-    journal.metrics(20, {"train/loss": 4.0})
-    journal.close()
-    found = show(tracking, run)
-    assert history(tracking, found, "train/loss") == [(10, 5.0), (20, 4.0)]
-    assert found.data.metrics["train/acc_none"] == 0.5
-
-
 def test_a_resumed_training_repeats_no_step(
     tracking: Tracking, workspace: Workspace, tmp_path: Path
 ) -> None:
     run, journal = run_of("resumed", journal=str(tmp_path)), Journal(tmp_path)
     for step in (1, 2, 3):
-        journal.metrics(step, {"train/loss": 5.0 - step, "train/tokens_per_second": step})
+        journal.metrics(step, {"train/loss": 5.0 - step, "train/acc,none": step})
+    journal.event("checkpoint", step=3)
+    show(tracking, run)
     first = show(tracking, run)
     # It goes on from its checkpoint at step 1; another process, which knows nothing, copies it.
     for step in (2, 3, 4):
-        journal.metrics(step, {"train/loss": 5.0 - step, "train/tokens_per_second": 10.0 * step})
+        journal.metrics(step, {"train/loss": 5.0 - step, "train/acc,none": 10.0 * step})
     journal.close()
     show(tracking, run)
     again = show(open_tracking(workspace, warn=pytest.fail), run)
     assert again.info.run_id == first.info.run_id
+    assert again.data.metrics["train/acc_none"] == 40.0
     assert history(tracking, first, "train/loss") == [(1, 4), (2, 3), (3, 2), (4, 1)]
 
 
@@ -164,6 +154,12 @@ def test_a_run_has_the_times_of_its_training(tracking: Tracking) -> None:
     assert found.info.status == "FINISHED"
     assert NOTE_TAG not in found.data.tags
     assert found.data.tags["a"] == "b"
+    # A finished one stays finished, with its end.
+    for status in ("RUNNING", "FINISHED"):
+        info = show(tracking, again.changed(status=status, ended_ms=10**13)).info
+        assert (info.status, info.end_time) == ("FINISHED", 4_000)
+    info = show(tracking, run_of("short", status="FINISHED", ended_ms=1)).info
+    assert info.end_time == info.start_time > 1
 
 
 def test_a_run_is_searched_once_and_unchanged_values_are_not_sent(
@@ -211,25 +207,6 @@ def test_a_run_that_was_deleted_meanwhile_is_created_again(tracking: Tracking) -
     assert (parent.info.lifecycle_stage, parent.info.run_name) == ("active", "all")
 
 
-def test_an_interrupted_run_resumes_and_a_finished_one_stays(tracking: Tracking) -> None:
-    run = run_of("states", kind="pretrain")
-    assert show(tracking, run.changed(status="KILLED")).info.status == "KILLED"
-    assert show(tracking, run).info.status == "RUNNING"
-    found = show(tracking, run.changed(status="FINISHED"))
-    assert show(tracking, run).info.status == "FINISHED"
-    again = show(tracking, run.changed(status="FINISHED", ended_ms=10**13))
-    assert again.info.status == "FINISHED"
-    assert again.info.end_time == found.info.end_time
-
-
-def test_a_parameter_keeps_its_first_value(tracking: Tracking) -> None:
-    show(tracking, run_of("params", params={"seed": "1"}))
-    params = {"seed": "2", **{f"setting.{n}": str(n) for n in range(150)}}
-    found = show(tracking, run_of("params", params=params)).data.params
-    assert found["seed"] == "1"
-    assert found["setting.149"] == "149"
-
-
 def test_artifacts_and_texts_replace_earlier_ones(
     tracking: Tracking, workspace: Workspace, tmp_path: Path
 ) -> None:
@@ -262,24 +239,6 @@ def test_what_is_refused_is_reported_and_the_rest_is_shown(workspace: Workspace)
     assert not tracking.is_store_down
 
 
-def test_a_full_disk_and_a_dead_server_stop_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    warnings: list[str] = []
-    workspace = open_workspace(tmp_path)
-    tracking = open_tracking(workspace, warn=warnings.append)
-    workspace.tracked.touch()  # Writing fails, as on a full disk.
-    for value in (1.0, 2.0):
-        tracking.publish(run_of("dead", points=[("loss", value, 0)]))
-        tracking.wait()
-    assert sorted(text.split(";")[0].split(" (")[0] for text in warnings) == [
-        "MLflow at http://127.0.0.1:9 does not respond",
-        f"cannot store what MLflow shows in {workspace.tracked}",
-    ]
-
-
 def test_a_dead_server_costs_one_warning_and_gets_the_last_state_later(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -298,6 +257,16 @@ def test_a_dead_server_costs_one_warning_and_gets_the_last_state_later(
     assert tracking.run_id(trial) is None
     assert len(warnings) == 1
     assert "iiet-orch sync" in warnings[0]
+    full = open_workspace(tmp_path / "full")
+    full.tracked.touch()  # Writing fails, as on a full disk.
+    stopped = open_tracking(full, warn=warnings.append)
+    for value in (1.0, 2.0):
+        stopped.publish(run_of("full", points=[("loss", value, 0)]))
+        stopped.wait()
+    assert sorted(text.split(";")[0].split(" (")[0] for text in warnings[1:]) == [
+        "MLflow at http://127.0.0.1:9 does not respond",
+        f"cannot store what MLflow shows in {full.tracked}",
+    ]
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     back = open_tracking(workspace, warn=pytest.fail)
@@ -317,38 +286,30 @@ def test_a_dead_server_costs_one_warning_and_gets_the_last_state_later(
 def test_a_store_that_cannot_be_opened_is_a_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workspace = open_workspace(tmp_path)
-    (tmp_path / "mlflow.db").write_text("this is no database, but it is long enough to look at\n")
-    with pytest.raises(UserError, match=r"mlflow\.db.*not a sqlite database.*move the file away"):
-        open_tracking(workspace)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
-    with pytest.raises(UserError, match="sqlite:///FILE"):
-        open_tracking(workspace)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+nothing://user:geh3im@host/db")
-    with pytest.raises(UserError, match=r"cannot open MLflow's store|needs the module") as caught:
-        open_tracking(workspace)
-    assert "geh3im" not in str(caught.value)
-
-
-@pytest.mark.parametrize("what", ["a folder", "a link to itself", "a text"])
-def test_an_invalid_database_is_found_before_mlflow_opens_it(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    path = tmp_path / "mlflow.db"
-    if what == "a folder":
-        path.mkdir()
-    elif what == "a text":
-        path.write_text("no database")
-    else:
-        path.symlink_to(path)
-
     def never(*_: object, **__: object) -> None:
-        raise AssertionError("MLflow was called")
+        raise AssertionError("MLflow would retry for minutes")
 
-    monkeypatch.setattr("orchestrator.tracking.store.MlflowClient", never)
-    with pytest.raises(UserError, match=r"cannot open MLflow's store .*mlflow\.db.* move the file"):
-        open_tracking(open_workspace(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    workspace, database = open_workspace(tmp_path), tmp_path / "mlflow.db"
+    with monkeypatch.context() as patch:
+        patch.setattr("orchestrator.tracking.store.MlflowClient", never)
+        for make in (
+            database.mkdir,
+            lambda: database.write_text("no database"),
+            lambda: database.symlink_to(database),
+        ):
+            make()
+            with pytest.raises(UserError, match=r"cannot open .*mlflow\.db.* move the file away"):
+                open_tracking(workspace)
+            _ = database.rmdir() if database.is_dir() else database.unlink()
+    for uri, said in (
+        (f"file://{tmp_path}/mlruns", "sqlite:///FILE"),
+        ("postgresql+nothing://user:geh3im@host/db", "cannot open MLflow's store|needs the module"),
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(UserError, match=said) as caught:
+            open_tracking(workspace)
+        assert "geh3im" not in str(caught.value)
 
 
 def test_a_copy_shows_nothing_new_and_names_what_people_have_added(
@@ -404,20 +365,19 @@ def test_no_tracked_file_names_the_place_of_the_workspace(
     assert (stored.folder, stored.files) == (run.folder, run.files)
 
 
-def test_a_dataset_is_logged_once_with_its_digest(tracking: Tracking) -> None:
+def test_a_dataset_is_logged_once_and_a_parameter_keeps_its_first_value(
+    tracking: Tracking,
+) -> None:
     data = ("tokens", "0123456789abcdef", {"train_tokens": 7})
+    many = {f"setting.{n}": str(n) for n in range(150)}
     for kind, context in (("pretrain", "training"), ("influence", "evaluation")):
-        for _ in range(2):
-            run = show(tracking, run_of("data", kind=kind, dataset=data))
+        for params in ({"seed": "1"}, {"seed": "2", **many}):
+            run = show(tracking, run_of("data", kind=kind, dataset=data, params=params))
         (found,) = run.inputs.dataset_inputs
         assert (found.dataset.name, found.dataset.digest) == data[:2]
         assert json.loads(found.dataset.profile) == {"train_tokens": 7}
         assert found.tags[0].value == context
-
-
-def test_no_run_ends_before_its_start(tracking: Tracking) -> None:
-    info = show(tracking, run_of("short", status="FINISHED", ended_ms=1)).info
-    assert info.end_time == info.start_time > 1
+        assert run.data.params == {"seed": "1", **many}
 
 
 def test_links_open_the_training_pages_also_of_a_server_below_a_path(
