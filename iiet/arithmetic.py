@@ -21,6 +21,7 @@ __all__ = [
     "KeepsFloat32",
     "at_least_float32",
     "fast_forms_allowed",
+    "float32_product",
     "needs_all_derivatives",
     "plain_formulas",
     "product_dtype",
@@ -41,6 +42,19 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
     if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return tensor.dtype
     return torch.get_autocast_dtype(device)
+
+
+def float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """Compute `a @ b` in the dtype of both, also under autocast and where a GPU uses TF32."""
+    with torch.autocast(a.device.type, enabled=False):
+        if not a.is_cuda or torch.get_float32_matmul_precision() == "highest":
+            return a @ b
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            return a @ b
+        finally:
+            torch.set_float32_matmul_precision(precision)
 
 
 class KeepsFloat32(nn.Module):
@@ -79,11 +93,12 @@ def plain_formulas() -> Iterator[None]:
 
 
 def fast_forms_allowed() -> bool:
+    """Return whether formulas that are differentiable once may be used now."""
     return not torch.compiler.is_compiling() and not needs_all_derivatives()
 
 
 def needs_all_derivatives() -> bool:
-    """Tell whether other derivatives than a first backward pass may be needed."""
+    """Return whether other derivatives than a first backward pass may be needed."""
     return not torch.compiler.is_compiling() and (
         _plain_contexts > 0
         or torch._C._are_functorch_transforms_active()

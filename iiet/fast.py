@@ -185,22 +185,12 @@ def project_heads(
     """Project x, (batch, time, dim), to queries, keys and values and rotate the first two.
 
     All three are views of one buffer, each (batch, its heads, time, head_dim). The rows of `weight`
-    are queries, then keys, then values; `cos` and `sin` are as in `iiet.context`.
+    are queries, then keys, then values; `cos` and `sin` are `RopeTables`.
     """
-    if not torch.is_grad_enabled():
-        return _project(x, weight, cos, sin, num_heads, num_kv_heads)
     heads: tuple[Tensor, Tensor, Tensor] = _ProjectHeads.apply(  # type: ignore[no-untyped-call]
         x, weight, cos, sin, num_heads, num_kv_heads
     )
     return heads
-
-
-def _project(
-    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    qkv = F.linear(x, weight).view(x.size(0), x.size(1), -1, cos.size(-1))
-    _rotate_in_place(qkv.narrow(2, 0, num_heads + num_kv_heads), cos, sin)
-    return _split(qkv, num_heads, num_kv_heads)
 
 
 def _split(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,7 +209,7 @@ def _rotate_in_place(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 class _ProjectHeads(torch.autograd.Function):
-    """`_project`; the backward pass, too, writes its three gradients into one buffer."""
+    """The backward pass, too, writes its three gradients into one buffer."""
 
     @staticmethod
     def forward(
@@ -233,7 +223,9 @@ class _ProjectHeads(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(x, weight, cos, sin)
         ctx.num_heads, ctx.num_kv_heads = num_heads, num_kv_heads
-        return _project(x, weight, cos, sin, num_heads, num_kv_heads)
+        qkv = F.linear(x, weight).view(x.size(0), x.size(1), -1, cos.size(-1))
+        _rotate_in_place(qkv.narrow(2, 0, num_heads + num_kv_heads), cos, sin)
+        return _split(qkv, num_heads, num_kv_heads)
 
     @staticmethod
     @once_differentiable
@@ -270,22 +262,16 @@ class FastFeedForward(FeedForward):
 
 def gated_product(gate_up: Tensor, down: Tensor) -> Tensor:
     """Compute `(silu(gate) * up) @ down.T`; `gate_up` is (..., 2 ffn_dim), gate then up."""
-    if not torch.is_grad_enabled():
-        return _gated_product(gate_up, down)
     result: Tensor = _GatedProduct.apply(gate_up, down)  # type: ignore[no-untyped-call]
     return result
-
-
-def _gated_product(gate_up: Tensor, down: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.linear(F.silu(gate).mul_(up), down)
 
 
 class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, down: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up, down)
-        return _gated_product(gate_up, down)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.linear(F.silu(gate).mul_(up), down)
 
     @staticmethod
     @once_differentiable

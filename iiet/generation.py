@@ -13,17 +13,16 @@ With a draft, the tokens are the same ones, from fewer passes (`iiet.speculative
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator
 from itertools import islice
-from typing import Any, Final, Literal, SupportsIndex, overload
+from typing import Any, Final, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from iiet.cache import KvStrategy
 from iiet.decoder import Decoder
-from iiet.sampling import LogitsNotFinite, Sampler, not_finite, row_keys
+from iiet.sampling import LogitsNotFinite, Request, Sampling, make_sampler, not_finite
 from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord, draft_models, drafted_steps
 from iiet.static_steps import StaticSteps, keep_steps, kept_steps
@@ -89,10 +88,6 @@ def stream(
     input_ids: Tensor,
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: SupportsIndex | Sequence[SupportsIndex] | None = None,
     stop_tokens: Collection[int] = (),
     attention_mask: Tensor | None = None,
     kv_strategy: KvStrategy = "exact",
@@ -101,6 +96,7 @@ def stream(
     family: Collection[IterationSchedule] = (),
     record: DraftRecord | None = None,
     steps: StaticSteps | None = None,
+    **sampling: Unpack[Sampling],
 ) -> Iterator[Tensor]:
     """Continue prompts, one step at a time: yield the next tokens, (batch,).
 
@@ -108,10 +104,6 @@ def stream(
         decoder: the model, under its own schedule.
         input_ids: prompts, (batch, time).
         max_new_tokens: at least 1.
-        temperature: 0 takes the likeliest token; above, sample from `softmax(logits / T)`.
-        top_k: sample among the k likeliest tokens.
-        top_p: sample among the likeliest tokens that together hold this probability, in (0, 1].
-        seed: random seed for sampling, or one for each row (default: random).
         stop_tokens: tokens that end a row; they are part of the result.
         attention_mask: (batch, time), false for padding.
         kv_strategy: `exact`, or `last` for one cache slot per layer.
@@ -126,6 +118,7 @@ def stream(
         steps: decodes in steps of fixed shapes, and lets several generations, one after the other,
             share a cache and graphs. None: on a GPU those that the decoder keeps, and steps that
             follow the number of tokens elsewhere.
+        sampling: `temperature`, `top_k`, `top_p` and `seed`; see `iiet.sampling.Sampling`.
 
     Raises:
         ValueError: a setting out of range, or more tokens than the context holds; at the call, not
@@ -133,9 +126,7 @@ def stream(
     """
     problems = _problems(decoder, input_ids, max_new_tokens, attention_mask)
     try:
-        sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p)
-        if temperature:
-            sampler = replace(sampler, row_keys=row_keys(seed, len(input_ids), input_ids.device))
+        sampler = make_sampler(len(input_ids), input_ids.device, **sampling)
     except ValueError as error:
         problems.append(str(error))
     if draft is not None and kv_strategy != "exact":
@@ -146,67 +137,61 @@ def stream(
         )
     if draft_tokens != "auto" and (not isinstance(draft_tokens, int) or draft_tokens < 0):
         problems.append(f"draft_tokens must be 'auto' or at least 0, got {draft_tokens!r}")
+    if steps is not None and steps.decoder is not decoder:
+        problems.append("steps decode with another decoder")
     if problems:
         raise ValueError("; ".join(problems))
+    record = DraftRecord() if record is None else record
+    request = Request(input_ids, max_new_tokens, sampler, stop_tokens, attention_mask)
     if draft is not None:
-        num_tokens = input_ids.size(1) + max_new_tokens
-        drafts = draft_models(decoder, draft, family=family, num_tokens=num_tokens)
+        drafts = draft_models(decoder, draft, family=family, num_tokens=request.num_tokens)
         if drafts:
-            return drafted_steps(
-                decoder,
-                drafts,
-                input_ids,
-                sampler,
-                max_new_tokens=max_new_tokens,
-                draft_tokens=draft_tokens,
-                stop_tokens=stop_tokens,
-                attention_mask=attention_mask,
-                record=DraftRecord() if record is None else record,
-            )
-    if steps is not None and steps.decoder is not decoder:
-        raise ValueError("steps decode with another decoder")
+            return drafted_steps(decoder, drafts, request, draft_tokens=draft_tokens, record=record)
     keeps = steps is None and decoder.device.type == "cuda"
     if keeps:
         steps = kept_steps(decoder)
+    chosen = _chosen(_next_logits(decoder, request, kv_strategy, steps), request, record)
+    found = _until_all_end(chosen, STOP_INTERVAL if decoder.device.type == "cuda" else 1)
+    return keep_steps(decoder, steps, found) if keeps and steps is not None else found
+
+
+def _next_logits(
+    decoder: Decoder, request: Request, strategy: KvStrategy, steps: StaticSteps | None
+) -> Callable[[Tensor | None], Tensor]:
+    """Return a function of the latest tokens, (batch,), or None for the prompts, that returns the
+    next logits, (batch, vocab)."""
     cache = (decoder.new_cache if steps is None else steps.empty_cache)(
-        batch_size=input_ids.size(0),
-        max_tokens=input_ids.size(1) + max_new_tokens,
-        strategy=kv_strategy,
+        batch_size=len(request.input_ids), max_tokens=request.num_tokens, strategy=strategy
     )
 
     def next_logits(tokens: Tensor | None) -> Tensor:
         if tokens is not None and steps is not None:
             return steps(tokens)
         # The cache remembers the padding of the prompts, so later passes need no mask.
-        given, mask = (input_ids, attention_mask) if tokens is None else (tokens.unsqueeze(1), None)
+        given, mask = request.input_ids, request.attention_mask
+        if tokens is not None:
+            given, mask = tokens.unsqueeze(1), None
         logits: Tensor = decoder(given, cache=cache, attention_mask=mask, last_only=True)
         if steps is not None:
-            steps.begin(max_new_tokens - 1)
+            steps.begin(request.max_new_tokens - 1)
         return logits[:, -1]
 
-    stops = torch.tensor(sorted(stop_tokens), dtype=input_ids.dtype, device=input_ids.device)
-    chosen = _chosen(next_logits, sampler, stops, max_new_tokens, record)
-    found = _until_all_end(chosen, STOP_INTERVAL if decoder.device.type == "cuda" else 1)
-    return keep_steps(decoder, steps, found) if keeps and steps is not None else found
+    return next_logits
 
 
 def _chosen(
-    next_logits: Callable[[Tensor | None], Tensor],
-    sampler: Sampler,
-    stops: Tensor,
-    max_new_tokens: int,
-    record: DraftRecord | None,
+    next_logits: Callable[[Tensor | None], Tensor], request: Request, record: DraftRecord
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the next tokens, (batch,), and whether all rows have ended and whether logits
     are not finite, (2,); wait for nothing."""
+    stops = request.stops()
     following = ended = None
-    for position in range(max_new_tokens):
+    for position in range(request.max_new_tokens):
         with torch.inference_mode():
             logits = next_logits(following)
-            if following is not None and record is not None:
-                record.plain_steps += len(logits)
-            latest = sampler(logits, position)
+            latest = request.sampler(logits, position)
             if following is not None and ended is not None:
+                record.plain_steps += len(logits)
                 latest = torch.where(ended, following, latest)
             following = latest
             # `isin` would wait for a GPU.
@@ -249,14 +234,13 @@ def _problems(
         )
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if attention_mask is not None:
-        if attention_mask.shape != input_ids.shape:
-            problems.append(
-                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, "
-                f"got {tuple(attention_mask.shape)}"
-            )
-        elif not bool(attention_mask[:, -1].all()):
-            problems.append(
-                "prompts must be padded on the left, the mask's last column is not all true"
-            )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        problems.append(
+            f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    elif attention_mask is not None and not bool(attention_mask[:, -1].all()):
+        problems.append(
+            "prompts must be padded on the left, the mask's last column is not all true"
+        )
     return problems

@@ -395,10 +395,7 @@ class _MeanDivergence(torch.autograd.Function):
             min(most, max(least, ours.numel() // CPU_SHARE)) if ours.is_cpu else CHUNK_ELEMENTS
         )
         for rows in _slices(len(ours), max(1, elements // ours.size(1))):
-            log_p, log_q = (
-                torch.log_softmax(at_least_float32(logits[rows]).div(temperature), dim=-1)
-                for logits in (theirs, ours)
-            )
+            log_p, log_q = (_log_softened(logits[rows], temperature) for logits in (theirs, ours))
             value, slope = _DIVERGENCES[kind](log_p, log_q)
             # Rounding can take a tiny divergence below zero. Positions that do not count may hold
             # NaN, which a product would spread.
@@ -418,6 +415,11 @@ class _MeanDivergence(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         scaled = gradient * upstream.to(gradient.dtype)
         return scaled.to(ctx.dtype), None, None, None, None, None, None
+
+
+def _log_softened(logits: Tensor, temperature: float) -> Tensor:
+    logits = at_least_float32(logits)
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
 # Each of these returns the divergence of each row and its slope, the gradient with respect to the

@@ -14,6 +14,7 @@ matrix products over one buffer. Source: the PCformer and IIET papers; the two f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from iiet.arithmetic import KeepsFloat32, at_least_float32, fast_forms_allowed
+from iiet.arithmetic import KeepsFloat32, at_least_float32, fast_forms_allowed, float32_product
 
 __all__ = [
     "EstimateNorm",
@@ -193,18 +194,28 @@ def _add_scaled(base: Tensor, estimate: Tensor, weight: Tensor, dtype: torch.dty
 
 def _products(rows: Tensor, tensors: Tensor) -> Tensor:
     """Compute `sum_k rows[:, k] tensors[k]`."""
-    return _exact_product(rows, tensors.flatten(1)).view(len(rows), *tensors.shape[1:])
+    return float32_product(rows, tensors.flatten(1)).view(len(rows), *tensors.shape[1:])
 
 
-def _inner_products(grads: Tensor, estimates: Tensor) -> Tensor:
-    return _exact_product(grads.flatten(1), estimates.flatten(1).t())
+def _inner_products(grads: Tensor, estimates: Tensor, num_blocks: int = 1) -> Tensor:
+    """Compute the inner product of each of (rows, batch, time, dim) and (count, batch, time, dim).
+
+    A product of two dozen numbers over millions of terms leaves a GPU idle; blocks of tokens keep
+    it busy. A CPU sums in one block.
+    """
+    if num_blocks == 1:
+        return float32_product(grads.flatten(1), estimates.flatten(1).t())
+    left = grads.view(len(grads), num_blocks, -1).transpose(0, 1)
+    right = estimates.view(len(estimates), num_blocks, -1).permute(1, 2, 0)
+    return float32_product(left, right).sum(0)
 
 
-def _exact_product(a: Tensor, b: Tensor) -> Tensor:
-    if not torch.is_autocast_enabled(a.device.type):
-        return a @ b
-    with torch.autocast(a.device.type, enabled=False):  # Autocast would round the sums.
-        return a @ b
+def _num_blocks(tensor: Tensor) -> int:
+    """Return how many blocks the tokens of (batch, time, dim) make on their device."""
+    return math.gcd(tensor.size(0) * tensor.size(1), _MAX_BLOCKS) if tensor.is_cuda else 1
+
+
+_MAX_BLOCKS = 256
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
@@ -246,7 +257,9 @@ class _Sums(torch.autograd.Function):
             return buffer_grad, None, None
         like = ctx.estimates[0]
         grads = torch.stack([torch.zeros_like(like) if g is None else g for g in sum_grads])
-        rows_grad = _inner_products(grads, ctx.estimates) if ctx.needs_input_grad[1] else None
+        rows_grad = None
+        if ctx.needs_input_grad[1]:
+            rows_grad = _inner_products(grads, ctx.estimates, _num_blocks(like))
         if not ctx.needs_input_grad[0]:
             return None, rows_grad, None
         if buffer_grad is None:

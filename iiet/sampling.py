@@ -18,15 +18,23 @@ is from Steele, Lea, Flood 2014.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Collection, Sequence, Sized
 from dataclasses import dataclass
 from operator import index
-from typing import Final, SupportsIndex
+from typing import Final, NamedTuple, SupportsIndex, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-__all__ = ["LogitsNotFinite", "Sampler", "not_finite", "row_keys"]
+__all__ = [
+    "LogitsNotFinite",
+    "Request",
+    "Sampler",
+    "Sampling",
+    "make_sampler",
+    "not_finite",
+    "row_keys",
+]
 
 _STEP: Final = 0x9E3779B97F4A7C15
 _FIRST_FACTOR: Final = 0xBF58476D1CE4E5B9
@@ -121,6 +129,60 @@ class Sampler:
         # The largest 63 bits. Near 0, where the noise decides, floats are dense.
         bits = _mixed(keys.unsqueeze(-1) + _counted(tokens)) >> 1 & (1 << 63) - 1
         return bits.float().add_(0.5).mul_(-(2.0**-63)).log1p_().neg_()
+
+
+class Sampling(TypedDict, total=False):
+    """How the tokens of a batch are chosen; all may be left out."""
+
+    temperature: float
+    """0 (the default) takes the likeliest token; above, sample from `softmax(logits / T)`."""
+    top_k: int | None
+    """Sample among the k likeliest tokens."""
+    top_p: float | None
+    """Sample among the likeliest tokens that together hold this probability, in (0, 1]."""
+    seed: SupportsIndex | Sequence[SupportsIndex] | None
+    """Random seed, or one for each row (default: random)."""
+
+
+def make_sampler(
+    batch_size: int, device: torch.device | str = "cpu", **sampling: Unpack[Sampling]
+) -> Sampler:
+    """Return the sampler of a batch.
+
+    Raises:
+        ValueError: a setting is out of range, or there is another number of seeds.
+    """
+    seed, temperature = sampling.get("seed"), sampling.get("temperature", 0.0)
+    return Sampler(
+        temperature=temperature,
+        top_k=sampling.get("top_k"),
+        top_p=sampling.get("top_p"),
+        row_keys=row_keys(seed, batch_size, device) if temperature > 0 else None,
+    )
+
+
+class Request(NamedTuple):
+    """What to generate."""
+
+    input_ids: Tensor
+    """Prompts, (batch, time)."""
+    max_new_tokens: int
+    """At least 1."""
+    sampler: Sampler
+    """Chooses the tokens."""
+    stop_tokens: Collection[int] = ()
+    """Tokens that end a row."""
+    attention_mask: Tensor | None = None
+    """(batch, time), false for padding on the left."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and continuation together, at most."""
+        return self.input_ids.size(1) + self.max_new_tokens
+
+    def stops(self) -> Tensor:
+        """Return the stop tokens on the device of the prompts."""
+        return self.input_ids.new_tensor(sorted(self.stop_tokens))
 
 
 def not_finite(logits: Tensor) -> Tensor:

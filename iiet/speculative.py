@@ -44,7 +44,7 @@ from iiet.cache import KeyValueCache
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.decoder import Decoder
-from iiet.sampling import LogitsNotFinite, Sampler, not_finite
+from iiet.sampling import LogitsNotFinite, Request, not_finite
 from iiet.schedule import IterationSchedule
 
 __all__ = [
@@ -237,17 +237,16 @@ class _Draft:
         self._is_view = decoder.layers is model.layers and decoder.schedule.is_within(
             model.schedule
         )
-        weight, num_tokens = model.embedding.weight, cache.max_tokens
-        self._cache = (
-            cache.view(decoder.config)
-            if self._is_view
-            else decoder.new_cache(batch_size=cache.batch_size, max_tokens=num_tokens)
-        )
+        weight, num_tokens, batch_size = model.embedding.weight, cache.max_tokens, cache.batch_size
+        if self._is_view:
+            self._cache = cache.view(decoder.config)
+        else:
+            self._cache = decoder.new_cache(batch_size=batch_size, max_tokens=num_tokens)
         self._costs = counted_costs(
             model.config,
             decoder.config,
             num_tokens=num_tokens,
-            batch_size=cache.batch_size,
+            batch_size=batch_size,
             bytes_per_value=weight.element_size(),
             device=weight.device.type,
         )
@@ -261,8 +260,8 @@ class _Draft:
 
     def best(self, counts: Iterable[int]) -> tuple[float, int]:
         """Return the largest expected gain, and the number of drafted tokens that has it."""
-        kept, tried = _FIRST_ACCEPTANCE * _FIRST_WEIGHT + self._num_kept, _FIRST_WEIGHT
-        acceptance = kept / (tried + self.num_tried)
+        kept = _FIRST_ACCEPTANCE * _FIRST_WEIGHT + self._num_kept
+        acceptance = kept / (_FIRST_WEIGHT + self.num_tried)
         draft, token = self._costs
         gains = [
             (expected_gain(acceptance, count, draft_cost=draft, token_cost=token), count)
@@ -270,46 +269,76 @@ class _Draft:
         ]
         return max(gains, key=lambda found: found[0])
 
-    def propose(
-        self,
-        tokens: Tensor,
-        length: int,
-        count: int,
-        sampler: Sampler,
-        *,
-        num_prompt: int,
-        attention_mask: Tensor | None,
-    ) -> None:
-        """Write `count` tokens after the first `length` of each row, (batch, time), step by step.
+    def propose(self, decided: _Decided, count: int) -> None:
+        """Write `count` tokens after the decided ones of each row, step by step.
 
         The first step reads what an own cache lacks: all tokens, at the first call, and what
         verification decided since the last.
         """
+        request, tokens, length = decided.request, decided.tokens, decided.length
         start, mask = min(self._num_held, length - 1), None
         if self._is_view:
             start = length - 1
-        elif start == 0 and attention_mask is not None:
-            mask = F.pad(attention_mask.bool(), (0, length - num_prompt), value=True)
+        elif start == 0 and request.attention_mask is not None:
+            num_decided = length - decided.num_prompt
+            mask = F.pad(request.attention_mask.bool(), (0, num_decided), value=True)
         for column in range(length, length + count):
             self._cache.set_length(start)
             logits = self._decoder(
                 tokens[:, start:column], cache=self._cache, attention_mask=mask, last_only=True
             )
-            tokens[:, column] = sampler(logits[:, -1], column - num_prompt)
+            tokens[:, column] = request.sampler(logits[:, -1], column - decided.num_prompt)
             start, mask = column, None
         self._num_held = length + count - 1  # The last proposed token was not read.
+
+
+class _Decided:
+    """The tokens of a request: prompts, then what is decided, then what is drafted."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.tokens = F.pad(request.input_ids, (0, request.max_new_tokens))
+        self.num_prompt = self.length = request.input_ids.size(1)
+        self.has_ended = torch.zeros(len(self.tokens), dtype=torch.bool, device=self.tokens.device)
+
+    @property
+    def num_left(self) -> int:
+        """How many tokens a row may still get; 0 where all rows have ended."""
+        return 0 if self.has_ended.all() else self.tokens.size(1) - self.length
+
+    def accept(self, logits: Tensor, num_drafted: int) -> tuple[list[Tensor], list[int]]:
+        """Choose tokens by the model's logits, (batch, 1 + drafted, vocab), and keep the drafted
+        ones that equal its choices in every row, and the choice after them.
+
+        Returns the new tokens, each (batch,), and how many drafted ones each open row has equal.
+        """
+        if not_finite(logits):
+            raise LogitsNotFinite
+        tokens, length = self.tokens, self.length
+        positions = torch.arange(logits.size(1), device=tokens.device) + (length - self.num_prompt)
+        chosen = self.request.sampler(logits, positions[None])
+        is_equal = tokens[:, length : length + num_drafted] == chosen[:, :num_drafted]
+        num_equal = is_equal.long().cumprod(1).sum(1)[~self.has_ended].tolist()
+        num_new = min(num_equal, default=0) + 1
+        stops, new = self.request.stops(), []
+        for column in range(num_new):
+            # A row that has ended repeats its last token.
+            latest = torch.where(self.has_ended, tokens[:, self.length - 1], chosen[:, column])
+            tokens[:, self.length] = latest
+            new.append(latest)
+            self.length += 1
+            self.has_ended.logical_or_((latest.unsqueeze(1) == stops).any(1))
+            if len(stops) and self.has_ended.all():
+                break
+        return new, num_equal
 
 
 def drafted_steps(
     decoder: Decoder,
     drafts: dict[str, Decoder],
-    input_ids: Tensor,
-    sampler: Sampler,
+    request: Request,
     *,
-    max_new_tokens: int,
     draft_tokens: int | Literal["auto"],
-    stop_tokens: Collection[int],
-    attention_mask: Tensor | None,
     record: DraftRecord,
 ) -> Iterator[Tensor]:
     """Yield the next tokens, (batch,), in bursts of one or more; see `iiet.generation.stream`.
@@ -320,86 +349,66 @@ def drafted_steps(
         decoder: verifies.
         drafts: at least one, from `draft_models`. Of several, each drafts a few tokens, then the
             one with the largest expected gain stays.
-        input_ids: prompts, (batch, time).
-        sampler: chooses tokens, for the draft as for the model.
-        max_new_tokens: this and the next three as in `iiet.generation.stream`.
-        draft_tokens: see there.
-        stop_tokens: see there.
-        attention_mask: see there.
+        request: what to generate; its sampler chooses for the draft as for the model.
+        draft_tokens: how many tokens to draft at once, or `auto`.
         record: gets what happened, while it happens.
     """
-    batch, num_prompt = input_ids.shape
-    end = num_prompt + max_new_tokens
-    # Prompts, then what is decided, then what is drafted.
-    tokens = F.pad(input_ids, (0, max_new_tokens))
-    stops = tokens.new_tensor(sorted(stop_tokens))
-    has_ended = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
-    length = num_prompt
-
-    def decide(logits: Tensor, num_drafted: int) -> tuple[int, list[int]]:
-        """Write the model's tokens after `length`; return how many, and how many drafted ones
-        each open row has equal."""
-        if not_finite(logits):
-            raise LogitsNotFinite
-        positions = torch.arange(logits.size(1), device=tokens.device) + (length - num_prompt)
-        chosen = sampler(logits, positions[None])
-        is_equal = tokens[:, length : length + num_drafted] == chosen[:, :num_drafted]
-        num_equal = is_equal.long().cumprod(1).sum(1)[~has_ended].tolist()
-        num_new = min(num_equal, default=0) + 1
-        for column in range(num_new):
-            # A row that has ended repeats its last token.
-            latest = torch.where(has_ended, tokens[:, length + column - 1], chosen[:, column])
-            tokens[:, length + column] = latest
-            has_ended.logical_or_((latest.unsqueeze(1) == stops).any(1))
-            if stop_tokens and has_ended.all():
-                return column + 1, num_equal
-        return num_new, num_equal
-
+    decided, num_prompts = _Decided(request), len(request.input_ids)
     with torch.inference_mode():
-        cache = decoder.new_cache(batch_size=batch, max_tokens=end)
-        logits = decoder(input_ids, cache=cache, attention_mask=attention_mask, last_only=True)
-        num_new, _ = decide(logits, 0)
+        cache = decoder.new_cache(batch_size=num_prompts, max_tokens=decided.tokens.size(1))
+        logits = decoder(
+            request.input_ids, cache=cache, attention_mask=request.attention_mask, last_only=True
+        )
+        new, _ = decided.accept(logits, 0)
         candidates = [_Draft(name, draft, decoder, cache) for name, draft in drafts.items()]
     while True:
-        for column in range(length, length + num_new):
-            yield tokens[:, column].clone()
-        length += num_new
-        if length == end or has_ended.all():
+        for latest in new:  # A clone made outside of inference mode is an ordinary tensor.
+            yield latest.clone()
+        if decided.num_left == 0:
             return
-        # How many tokens to draft, and with which draft.
-        most = end - length - 1
-        fixed = None if draft_tokens == "auto" else min(draft_tokens, most)
-        counts = range(1, min(MAX_DRAFT_TOKENS, most) + 1) if fixed is None else [fixed]
-        found: _Draft | None = None
-        num_drafted = 0
-        if candidates and counts:
-            if len(candidates) > 1 and all(d.num_tried >= _MEASURED_TOKENS for d in candidates):
-                candidates = [max(candidates, key=lambda draft: draft.best(counts)[0])]
-            found = min(candidates, key=lambda draft: min(draft.num_tried, _MEASURED_TOKENS))
-            gain, num_drafted = found.best(counts)
-            if fixed is None and gain <= 1.0:
-                candidates.remove(found)
-                num_drafted = 0
+
+        # Which draft, and how many tokens. The last token is the model's own.
+        draft, num_drafted = _chosen_draft(candidates, draft_tokens, decided.num_left - 1)
         with torch.inference_mode():
-            if found is not None and num_drafted:
-                found.propose(
-                    tokens,
-                    length,
-                    num_drafted,
-                    sampler,
-                    num_prompt=num_prompt,
-                    attention_mask=attention_mask,
-                )
-            cache.set_length(length - 1)
-            logits = decoder(tokens[:, length - 1 : length + num_drafted], cache=cache)
-            num_new, num_equal = decide(logits, num_drafted)
+            # 1. Draft
+            if draft is not None and num_drafted:
+                draft.propose(decided, num_drafted)
+            # 2. Verify
+            start = decided.length - 1
+            cache.set_length(start)
+            logits = decoder(decided.tokens[:, start : start + 1 + num_drafted], cache=cache)
+            # 3. Accept
+            new, num_equal = decided.accept(logits, num_drafted)
+
         num_open = len(num_equal)
-        if found is None or not num_drafted:
+        if draft is None or not num_drafted:
             record.plain_steps += num_open
             continue
-        found.saw(min(num_equal), num_drafted)
+        draft.saw(min(num_equal), num_drafted)
         record.drafted += num_drafted * num_open
         record.accepted += sum(num_equal)
         record.verifications += num_open
-        record.verified += num_new * num_open
-        record.rounds_by_draft[found.name] = record.rounds_by_draft.get(found.name, 0) + 1
+        record.verified += len(new) * num_open
+        record.rounds_by_draft[draft.name] = record.rounds_by_draft.get(draft.name, 0) + 1
+
+
+def _chosen_draft(
+    candidates: list[_Draft], draft_tokens: int | Literal["auto"], most: int
+) -> tuple[_Draft | None, int]:
+    """Choose a draft and how many tokens it drafts, at most `most`.
+
+    Each candidate is measured first, then the best stays; with `auto`, one that is not expected to
+    pay goes.
+    """
+    fixed = None if draft_tokens == "auto" else min(draft_tokens, most)
+    counts = range(1, min(MAX_DRAFT_TOKENS, most) + 1) if fixed is None else [fixed]
+    if not candidates or not counts:
+        return None, 0
+    if len(candidates) > 1 and all(d.num_tried >= _MEASURED_TOKENS for d in candidates):
+        candidates[:] = [max(candidates, key=lambda draft: draft.best(counts)[0])]
+    found = min(candidates, key=lambda draft: min(draft.num_tried, _MEASURED_TOKENS))
+    gain, num_drafted = found.best(counts)
+    if fixed is None and gain <= 1.0:
+        candidates.remove(found)
+        num_drafted = 0
+    return found, num_drafted

@@ -1,8 +1,9 @@
 """Decode with steps of fixed shapes, so that a GPU can replay a step as one CUDA graph.
 
-Decoding a token of one row launches over a thousand kernels, and each launch takes longer than its
-kernel. A CUDA graph launches all kernels at once, but always with the same arguments. So values
-that change from token to token are stored on the device (`iiet.context`). Attention reads the cache
+To decode one token, a GPU runs over a thousand kernels. Starting each of them takes the CPU longer
+than the kernel runs. A CUDA graph is a recorded list of kernels that start together, always with
+the same arguments. So values that change from token to token are stored on the device
+(`iiet.context`). Attention reads the cache
 up to a multiple of `WINDOW` tokens. There is one graph for each decoder (with its iteration
 schedule), batch size and multiple. A decoder keeps the graphs that were used last, also after a
 generation.

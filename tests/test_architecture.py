@@ -59,25 +59,25 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_665,
-    "benchmarks": 3_623,
+    "iiet": 7_737,
+    "benchmarks": 3_800,
     "examples": 278,
     "research": 2_006,
     "orchestrator/workspace": 1_053,
     "orchestrator/terminal": 584,
-    "orchestrator/settings": 1_589,
+    "orchestrator/settings": 1_586,
     "orchestrator/records": 959,
     "orchestrator/models": 1_686,
     "orchestrator/data": 2_455,
     "orchestrator/tracking": 1_446,
-    "orchestrator/training": 3_587,
-    "orchestrator/evaluation": 3_061,
+    "orchestrator/training": 3_521,
+    "orchestrator/evaluation": 3_049,
     "orchestrator/planning": 1_172,
     "orchestrator/cluster": 2_198,
-    "orchestrator/reporting": 4_153,
-    "orchestrator/sweeping": 2_788,
-    "orchestrator/pipelines": 4_543,
-    "orchestrator/cli": 1_896,
+    "orchestrator/reporting": 4_166,
+    "orchestrator/sweeping": 2_780,
+    "orchestrator/pipelines": 4_586,
+    "orchestrator/cli": 1_905,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

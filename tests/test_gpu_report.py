@@ -29,7 +29,7 @@ from benchmarks.gpu.report import (
 )
 
 SKIPPED_ON_CPUS = {"synchronizations"}
-START_PROCESSES = ("evaluation", "compiled", "resume", "workers", "sweep")
+START_PROCESSES = ("evaluation", "compiled", "resume", "node", "sweep")
 """Sections that start processes or a compiler."""
 
 

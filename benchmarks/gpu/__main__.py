@@ -21,8 +21,9 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.gpu.commands import resume, sweep, workers
+from benchmarks.gpu.commands import resume, sweep
 from benchmarks.gpu.inference import decoding, evaluation
+from benchmarks.gpu.node import node
 from benchmarks.gpu.report import (
     Section,
     SectionResult,
@@ -48,7 +49,7 @@ SECTIONS: dict[str, Section] = {
         (compiled, 8, "Does the compiled model train equally, and how much faster?"),
         (speed, 14, "Tokens per second, MFU, and does memory agree with the plan?"),
         (resume, 6, "Does a killed training resume to the same result?"),
-        (workers, 6, "Do two workers (DDP, FSDP) train as one, and how much faster?"),
+        (node, 9, "Do all GPUs train as one, survive one that fails, and share a sweep?"),
         (sweep, 6, "Does a sweep of two trials use its GPUs?"),
         (decoding, 5, "How far is decoding from the memory bandwidth; does L2 keep a layer?"),
         (evaluation, 4, "How many items per second does an evaluation score?"),

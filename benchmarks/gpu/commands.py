@@ -1,8 +1,8 @@
-"""Sections that run `iiet-orch` as a user would: a killed training, two workers, a sweep."""
+"""Sections that run `iiet-orch` as a user would: a killed training, and a sweep."""
 
 from __future__ import annotations
 
-import statistics
+import signal
 import subprocess
 import sys
 import time
@@ -15,13 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.gpu.report import (
-    NUM_COMPARED,
     ROUNDED_LOSS,
     TOY_MODEL,
     Figure,
     Finding,
     Setup,
-    Skipped,
     problem_unless,
 )
 from iiet.weights import WEIGHTS
@@ -35,7 +33,7 @@ class CommandFailed(Exception):
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """The journal of a run that a command has made."""
 
     folder: Path
@@ -56,7 +54,7 @@ class _Run:
         return [record for record in self.records if record.get("name") == name]
 
 
-class _Commands:
+class Commands:
     """`iiet-orch` commands of one workspace, in processes of their own."""
 
     def __init__(self, setup: Setup, name: str) -> None:
@@ -82,20 +80,25 @@ class _Commands:
         else:
             self._settings |= {"model.preset": "55m", "training.num_tokens_per_step": 8 * 2048}
 
-    def run_record(self, name: str) -> _Run:
+    def run_record(self, name: str) -> Run:
         """Return the journal of `pretrain --name NAME`."""
-        return _Run(self.workspace.runs / name)
+        return Run(self.workspace.runs / name)
 
     def run(
         self,
         *arguments: str,
         settings: Mapping[str, Any],
-        kill_when: Callable[[], bool] | None = None,
+        watch: Callable[[subprocess.Popen[bytes]], None] = lambda _: None,
+        expected: int = 0,
     ) -> float:
-        """Run a command to its end, or kill it as soon as a condition holds; return its seconds.
+        """Run a command to its end, and return its seconds.
+
+        Args:
+            watch: Called many times a second while it runs; may kill it.
+            expected: Its exit code.
 
         Raises:
-            CommandFailed: If its exit code is not 0, or if it ends before it is killed.
+            CommandFailed: If it has another one.
         """
         options = [f"--set={key}={value}" for key, value in {**self._settings, **settings}.items()]
         call = [sys.executable, "-m", "orchestrator.cli", *arguments, *options]
@@ -104,12 +107,10 @@ class _Commands:
             process = subprocess.Popen(
                 [*call, "--workspace", str(self.workspace.root)], stdout=log, stderr=log
             )
-        while process.poll() is None and not (kill_when and kill_when()):
+        while process.poll() is None:
+            watch(process)
             time.sleep(0.02)
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        elif process.returncode or kill_when:
+        if process.returncode != expected:
             lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
             what = f"iiet-orch {arguments[0]} ended with exit code {process.returncode}"
             raise CommandFailed("\n".join([what, *lines[-15:]]))
@@ -118,7 +119,6 @@ class _Commands:
 
 WEIGHT_TOLERANCE = 1e-2
 """On GPUs: relative difference of the weights of a resumed training after the last step."""
-NUM_WORKERS = 2
 NUM_TRIALS = 2
 
 
@@ -128,7 +128,7 @@ def resume(setup: Setup) -> Iterator[Finding]:
     On a CPU losses and weights must be bitwise those of the whole run; on a GPU they agree up to
     rounding, because some kernels add in another order each time.
     """
-    commands = _Commands(setup, "resume")
+    commands = Commands(setup, "resume")
     steps, every = (120, 30) if setup.is_toy else (60, 20)
     settings = {
         "training.num_steps": steps,
@@ -140,7 +140,12 @@ def resume(setup: Setup) -> Iterator[Finding]:
     commands.run("pretrain", "--name", "whole", *place, settings=settings)
     whole, killed = commands.run_record("whole"), commands.run_record("killed")
     again = ["pretrain", "--name", "killed", *place]
-    commands.run(*again, settings=settings, kill_when=lambda: bool(find_checkpoints(killed.folder)))
+
+    def kill(process: subprocess.Popen[bytes]) -> None:
+        if find_checkpoints(killed.folder):
+            process.kill()
+
+    commands.run(*again, settings=settings, watch=kill, expected=-signal.SIGKILL)
     seconds = commands.run(*again, settings=settings)
     resumed = [event["step"] for event in killed.events("resumed")]
     if not resumed:
@@ -173,52 +178,6 @@ def resume(setup: Setup) -> Iterator[Finding]:
     )
 
 
-def workers(setup: Setup) -> Iterator[Finding]:
-    """Train with one worker, and with two (DDP, FSDP) that share the same global batch.
-
-    Raises:
-        Skipped: If there is one GPU.
-    """
-    if setup.device == "cuda" and setup.num_gpus < NUM_WORKERS:
-        raise Skipped(f"needs {NUM_WORKERS} GPUs, and this machine has {setup.num_gpus}")
-    commands = _Commands(setup, "workers")
-    count = "--gpus" if setup.device == "cuda" else "--workers"
-    steps = 6 if setup.is_toy else 40
-    names = ("num_steps", "validate_every_steps", "checkpoint_every_steps")
-    settings = {f"training.{name}": steps for name in names}
-    commands.run("pretrain", "--name", "one", count, "1", settings=settings)
-    one = commands.run_record("one")
-    yield Finding(what="one worker", figures={"tokens/s": _tokens_per_second(one)})
-    alone = one.values("train/loss")
-    compared = sorted(alone)[:NUM_COMPARED]
-    tolerance = ROUNDED_LOSS if setup.device == "cuda" else 1e-4
-    for parallel in ("ddp", "fsdp"):
-        arguments = ["pretrain", "--name", parallel, count, str(NUM_WORKERS)]
-        commands.run(*arguments, settings={**settings, "cluster.parallel": parallel})
-        run = commands.run_record(parallel)
-        ours = run.values("train/loss")
-        difference = max(abs(ours[step] - alone[step]) for step in compared)
-        differ = f"losses differ by {difference:.2g} nats from those of one worker"
-        problem = problem_unless(difference, tolerance, differ)
-        if (num_workers := run.events("started")[0]["num_workers"]) != NUM_WORKERS:
-            problem = f"it ran with {num_workers} workers"
-        yield Finding(
-            what=f"{NUM_WORKERS} workers, {parallel}",
-            figures={
-                "tokens/s": _tokens_per_second(run),
-                "two / one": _tokens_per_second(run) / _tokens_per_second(one),
-                f"largest loss difference, {len(compared)} steps": difference,
-                "tolerance": tolerance,
-            },
-            problem=problem,
-        )
-
-
-def _tokens_per_second(run: _Run) -> float:
-    values = list(run.values("train/tokens_per_second").values())
-    return statistics.median(values[len(values) // 2 :])
-
-
 def sweep(setup: Setup) -> Iterator[Finding]:
     """Run a sweep of two trials with each share of a GPU that this machine allows.
 
@@ -231,7 +190,7 @@ def sweep(setup: Setup) -> Iterator[Finding]:
         shares |= {"half a GPU for each trial": 0.5} if setup.num_gpus == 1 else {}
     for what, share in shares.items():
         # A workspace of its own: another sweep's finished trials would be found again.
-        commands = _Commands(setup, what.replace(" ", "-"))
+        commands = Commands(setup, what.replace(" ", "-"))
         steps = 4 if setup.is_toy else 60
         settings: dict[str, Any] = {
             "sweep.methods": "[vanilla, iiet]",
@@ -243,7 +202,7 @@ def sweep(setup: Setup) -> Iterator[Finding]:
             settings["cluster.num_gpus"] = min(setup.num_gpus, NUM_TRIALS)
             settings["sweep.gpus_per_trial"] = share
         seconds = commands.run("sweep-iterations", "--name", "two", settings=settings)
-        runs = [_Run(path) for path in sorted(commands.workspace.runs.iterdir())]
+        runs = [Run(path) for path in sorted(commands.workspace.runs.iterdir())]
         spans = [(run.records[0]["time"], run.records[-1]["time"]) for run in runs]
         overlap = min(end for _, end in spans) - max(start for start, _ in spans)
         figures: dict[str, Figure] = {

@@ -131,6 +131,8 @@ class BenchmarkOptions(BaseModel):
     """Measurements of each model, in turns."""
     threads: int = Field(default=1, ge=1, le=1024)
     """Threads of PyTorch on a CPU."""
+    drafts: str | None = None
+    """Instead measure the schedules of this sweep as drafts of its full models, for its report."""
 
 
 @Command("benchmark", group="Measure", options=CLUSTER, plans=True)
@@ -147,6 +149,13 @@ def benchmark(
     Args:
         schedule: Iteration schedule; may be repeated. One IIET without it: from full to none.
     """
+    if conditions.drafts:
+        from orchestrator.pipelines.sweeps import plan_drafts, run_drafts
+
+        cluster = call.settings.cluster
+        return call.finish(
+            plan_drafts(conditions.drafts, cluster=cluster, **call.common), run_drafts
+        )
     batches = whole_numbers(conditions.batch_sizes, "--batch-sizes")
     prompts = whole_numbers(conditions.contexts or "", "--contexts")
     from orchestrator.evaluation.cost_measurement import MeasurementSettings

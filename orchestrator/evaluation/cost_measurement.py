@@ -54,32 +54,20 @@ class MeasurementSettings:
     """PyTorch threads on a CPU."""
 
     def check(self, context_lengths: Mapping[str, int]) -> None:
-        """Check that the conditions fit models.
+        """Check that prompt and new tokens fit models.
 
         Args:
             context_lengths: Name of a model -> tokens that it reads.
 
         Raises:
-            UserError: If a condition is out of range, or does not fit a model.
+            UserError: If they do not fit the model that reads least.
         """
-        problems = [
-            f"{name} must be at least {least}, got {value}"
-            for name, least, value in (
-                ("batch_sizes", 1, min(self.batch_sizes)),
-                ("contexts", 1, min(self.contexts)),
-                ("new_tokens", 2, self.new_tokens),
-                ("repetitions", 1, self.repetitions),
-            )
-            if value < least
-        ]
         length, short = min((length, name) for name, length in context_lengths.items())
         if max(self.contexts) + self.new_tokens > length:
-            problems.append(
-                f"{short} reads {length} tokens, not the {max(self.contexts)} + {self.new_tokens} "
-                "of prompt and new tokens"
+            raise UserError(
+                f"benchmark: {short} reads {length} tokens, not the {max(self.contexts)} + "
+                f"{self.new_tokens} of prompt and new tokens"
             )
-        if problems:
-            raise UserError("benchmark: " + "; ".join(problems))
 
 
 @dataclass(frozen=True, kw_only=True)

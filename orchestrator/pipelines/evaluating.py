@@ -47,7 +47,7 @@ from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count, format_with_error
-from orchestrator.training.watching import evaluated_model
+from orchestrator.training.watching import tracked_model
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import expand_user
 from orchestrator.workspace.layout import Workspace, find_workspace
@@ -277,7 +277,7 @@ def _evaluate_model(
     if config is not None:
         params |= {**schedule_parameters(config), "precision": measured.precision}
     if config is not None and not model.is_external:
-        tracked = evaluated_model(model.path, config, dict.fromkeys(metrics, data))
+        tracked = tracked_model(str(model.path), config, dict.fromkeys(metrics, data))
     context.log_measurement(
         TrackedRun.of(
             key=content_key("evaluation", measured.keys.tasks),

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.terminal.render import print_line
+from orchestrator.workspace.errors import UserError
 
 if TYPE_CHECKING:
     import pandas
@@ -54,12 +55,19 @@ class Result(BaseModel):
         """Return what the terminal shows: sentences, and Rich's tables."""
         return []
 
+    @property
+    def problems(self) -> dict[str, str | None]:
+        """Place -> why a plan does not fit there; None if it does. First this machine."""
+        return {}
+
     def check(self) -> None:
         """Check that a plan can be run on this machine, before anything is made.
 
         Raises:
             UserError: If it cannot; says what would help.
         """
+        if problem := next(iter(self.problems.values()), None):
+            raise UserError(problem)
 
     def raise_failures(self) -> None:
         """Raise `RunFailed` if a part failed; called when the result is printed."""

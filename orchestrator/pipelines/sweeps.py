@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from iiet.influence import InfluenceTable
-from orchestrator.cluster.task import joined_cluster, trial_device
+from orchestrator.cluster.task import command_device, joined_cluster, trial_device
 from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
@@ -41,7 +41,8 @@ from orchestrator.planning.estimate import (
 )
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.command_tables import price_rows
-from orchestrator.reporting.front import parse_axes
+from orchestrator.reporting.findings import draft_targets
+from orchestrator.reporting.front import parse_axes, shown_trials
 from orchestrator.reporting.results import (
     CHANCE_TITLE,
     LEFT_OUT_TITLE,
@@ -51,7 +52,8 @@ from orchestrator.reporting.results import (
 )
 from orchestrator.reporting.sections import Section, render_json, render_terminal, two_column_table
 from orchestrator.reporting.tables import model_rows
-from orchestrator.settings import Settings, flatten
+from orchestrator.settings import ClusterSettings, Settings, flatten
+from orchestrator.sweeping.decode import text_of, with_drafts
 from orchestrator.sweeping.models import (
     TEACHER,
     check_devices,
@@ -152,15 +154,6 @@ class PlannedSweep(Result):
         return find_problems(
             [*before, *trials], self.price.disk, self.workspace.root, address, check
         )
-
-    def check(self) -> None:
-        """Check that the trainings fit on this machine.
-
-        Raises:
-            UserError: If they do not; says what would.
-        """
-        if problem := next(iter(self.problems.values())):
-            raise UserError(problem)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -344,6 +337,58 @@ def report(
     found = [load_sweep_results(space, name) for name in names]
     tracking = context.tracking if space.is_writable and len(found) == 1 else None
     return ReportResult.of(write_sweep_report(space, *found, axes=axes, tracking=tracking), space)
+
+
+class DraftsPlan(Result):
+    """A sweep whose schedules are measured as drafts of its full models."""
+
+    sweep: str
+    drafts: list[str]
+    """Names of the schedules, those included that are measured already."""
+    stored: StoredSweep = Field(exclude=True)
+    cluster: ClusterSettings = Field(exclude=True)
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return what is measured."""
+        return [f"drafts of {self.sweep}: {'; '.join(self.drafts)}"]
+
+
+def plan_drafts(
+    sweep: str,
+    *,
+    workspace: Workspace | Path | str,
+    cluster: ClusterSettings | None = None,
+    progress: Progress | None = None,  # noqa: ARG001 - as the other plans
+) -> DraftsPlan:
+    """Return which schedules of a finished sweep can draft for its full models.
+
+    Raises:
+        UserError: If there is no such sweep, or its data has no text.
+    """
+    space = find_workspace(workspace)
+    stored = load_sweep_results(space, sweep)
+    text_of(Path(stored.results[0].suite.tokens_folder))
+    targets = draft_targets(stored.results)
+    names = [trial.name for trial in shown_trials(stored.results) if trial.key in targets]
+    return DraftsPlan(
+        sweep=sweep, drafts=names, stored=stored, cluster=cluster or ClusterSettings()
+    )
+
+
+def run_drafts(plan: DraftsPlan, context: Context) -> ReportResult:
+    """Measure the drafts that are not measured yet, and write the sweep's report with them."""
+    from orchestrator.reporting.report import write_sweep_report  # Imports Altair.
+
+    space, stored = context.workspace, plan.stored
+    results = with_drafts(
+        stored.results,
+        Path(stored.results[0].suite.tokens_folder),
+        stored.folder(space),
+        context.progress,
+        command_device(plan.cluster, space.root),
+    )
+    found = stored.model_copy(update={"results": tuple(results)})
+    return ReportResult.of(write_sweep_report(space, found, tracking=context.tracking), space)
 
 
 def sweep(

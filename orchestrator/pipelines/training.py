@@ -40,7 +40,6 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.training.job import check_job, finished_outcome, pretraining_job
 from orchestrator.training.shared_steps import continue_job, continued_settings, share_first_stages
-from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_text
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import Workspace, find_workspace
@@ -113,15 +112,6 @@ class TrainingPlan(Result):
     def problems(self) -> dict[str, str | None]:
         """Place -> why the trainings do not fit there; None if they do. First this machine."""
         return self._problems_of(*self.jobs)
-
-    def check(self) -> None:
-        """Check that the trainings fit on this machine.
-
-        Raises:
-            UserError: If they do not; says what would.
-        """
-        if problem := next(iter(self.problems.values())):
-            raise UserError(problem)
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -336,8 +336,8 @@ def pick_draft(results: Sequence[Trial], model: str) -> Trial:
     best = best_drafts(results)
     if not best:
         raise UserError(
-            "this sweep has no measured drafts; they are measured for text, at the end of a sweep "
-            "with several schedules if sweep.measure_drafts is true; the same sweep again adds them"
+            "this sweep has no measured drafts; `iiet-orch benchmark --drafts SWEEP` measures them "
+            "for sweeps over text"
         )
     if model not in best:
         raise UserError(

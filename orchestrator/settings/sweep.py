@@ -119,9 +119,6 @@ class SweepSettings(Section):
     """Numbers of layers that differ from `model.num_layers`, by method, or by the corrections of an
     IIET (`r = 3`). Of several numbers, each is a trial of `sweep-iterations`. In other sweeps they
     are those of the baselines (vanilla and the teacher without corrections)."""
-    measure_drafts: StrictBool = False
-    """At the end of a sweep over text, measure each schedule as a draft of the full model, too:
-    acceptance, and the time per token of its exact output."""
     seeds: Annotated[tuple[_Seed, ...], _Different] = ()
     """Train every model with each of these seeds; tables show mean and error (default: the
     recipe's seed alone)."""

@@ -30,7 +30,7 @@ from orchestrator.planning.estimate import seconds_to_save
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
-from orchestrator.sweeping.decode import with_costs
+from orchestrator.sweeping.decode import with_costs, with_drafts
 from orchestrator.sweeping.live import LiveSweep
 from orchestrator.sweeping.plan import asha_rule, competing_trials, early_stops, full_trial
 from orchestrator.sweeping.trial import run_trial
@@ -187,6 +187,7 @@ def run_plan(
             reasons = "; ".join(f"{label}: {reason}" for label, reason in trials.failures.items())
             raise RunFailed(f"no trial of the sweep {plan.name} could be finished: {reasons}")
         results = with_costs(results, plan, folder, settings, progress)
+        results = with_drafts(results, Path(plan.tokens_folder), folder, progress)
     except BaseException as error:
         live.finish(status_after(error))
         raise

@@ -78,9 +78,9 @@ class ScheduleSearch:
         self._space: dict[str, BaseDistribution] = {
             _name(n): IntDistribution(0, most) for n, most in enumerate(full) if most
         }
-        self._family = {t.model.corrections: t for t in plan.trials if t.role == "trial"}
-        self._given: dict[IterationSchedule, Trial] = {}
-        self._suggested: dict[IterationSchedule, Trial] = {}
+        self._trials = {t.model.corrections: t for t in plan.trials if t.role == "trial"}
+        """All that is known: the family, what other searches have finished, what is suggested."""
+        self._family, self._suggested = set(self._trials), dict[IterationSchedule, Trial]()
         self._asked: dict[str, int] = {}
         """Key of a trial that was suggested here and runs -> its number in the study."""
         self._study: optuna.Study | None = None
@@ -94,10 +94,10 @@ class ScheduleSearch:
                     self._read(optuna.load_study(study_name=self._name, storage=storage))
         for schedule in others:
             is_possible = len(schedule) == len(full) and all(map(int.__le__, schedule, full))
-            if is_possible and schedule not in self._known():
+            if is_possible and schedule not in self._trials:
                 trial = make_trial(schedule)
                 if trial.result():
-                    self._given[schedule] = trial
+                    self._trials[schedule] = trial
 
     @property
     def num_schedules(self) -> int:
@@ -107,8 +107,8 @@ class ScheduleSearch:
     @property
     def num_wanted(self) -> int:
         """Largest number of schedules that the search suggests, over all restarts."""
-        known = len(self._family) + len(self._given)
-        return min(self._settings.num_trials, self.num_schedules - known)
+        num_given = len(self._trials) - len(self._suggested)
+        return min(self._settings.num_trials, self.num_schedules - num_given)
 
     @property
     def num_left(self) -> int:
@@ -135,7 +135,9 @@ class ScheduleSearch:
 
     def known_trials(self) -> list[Trial]:
         """Return the trials beside the family: of other searches, and those suggested so far."""
-        return [*self._given.values(), *self._suggested.values()]
+        own = self._family | self._suggested.keys()
+        given = [trial for schedule, trial in self._trials.items() if schedule not in own]
+        return [*given, *self._suggested.values()]
 
     def jobs_left(self) -> list[TrainingJob]:
         """Return a job for each trial that is not suggested yet, each of the full schedule."""
@@ -152,7 +154,18 @@ class ScheduleSearch:
         Raises:
             UserError: If the study is damaged, or no trial has the objective.
         """
-        self._check_objective(results)
+        keys = {trial.key for trial in self._trials.values()}
+        named = {
+            name.removeprefix("quality/")
+            for key, result in results.items()
+            for name in result.numbers
+            if key in keys and name.startswith("quality/")
+        }
+        if named and self._settings.objective not in named:
+            raise UserError(
+                f"search.objective={self._settings.objective}: the tasks of this sweep do not give "
+                f"it; they give {', '.join(sorted(named))}"
+            )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._damage():
             if self._path.exists():  # Optuna would append to a line that a crash cut off.
@@ -165,28 +178,14 @@ class ScheduleSearch:
                 load_if_exists=True,
             )
             self._read(study)
-            num_given = len(self._family) + len(self._given)
+            num_given = len(self._trials) - len(self._suggested)
             study.sampler = _sampler(self._settings, num_given, len(study.trials))
             for stored in study.get_trials(states=(TrialState.RUNNING,)):
-                trial = self._known().get(self._schedule(stored))
+                trial = self._trials.get(self._schedule(stored))
                 if self._is_whole(stored) and trial and not is_run_locked(Path(trial.folder)):
                     study.tell(stored.number, state=TrialState.FAIL)
             self._study = study
             self.enter(results)
-
-    def _check_objective(self, results: Mapping[str, Trial]) -> None:
-        keys = {trial.key for trial in self._known().values()}
-        named = {
-            name.removeprefix("quality/")
-            for key, result in results.items()
-            for name in result.numbers
-            if key in keys and name.startswith("quality/")
-        }
-        if named and self._settings.objective not in named:
-            raise UserError(
-                f"search.objective={self._settings.objective}: the tasks of this sweep do not give "
-                f"it; they give {', '.join(sorted(named))}"
-            )
 
     def suggest(self) -> Trial | None:
         """Return the trial of a schedule that is not known yet; None if enough were suggested."""
@@ -198,10 +197,10 @@ class ScheduleSearch:
                 self._enqueue_unknown(self._study)
             asked = self._study.ask(self._space)
             schedule = self._schedule(asked)
-            if schedule in self._known():
+            if schedule in self._trials:
                 self._study.tell(asked, state=TrialState.FAIL)
                 continue
-            trial = self._suggested[schedule] = self._make_trial(schedule)
+            trial = self._add(schedule)
             self._asked[trial.key] = asked.number
             if not (trial.job and self.teacher_cache):
                 return trial
@@ -224,7 +223,7 @@ class ScheduleSearch:
         complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         entered = {self._schedule(stored) for stored in complete}
         newest = max((stored.system_attrs.get(GENERATION, 0) for stored in complete), default=0)
-        for schedule, trial in self._known().items():
+        for schedule, trial in self._trials.items():
             result = results.get(trial.key)
             values = self._values(result) if result else None
             if values and schedule not in entered:
@@ -246,21 +245,23 @@ class ScheduleSearch:
 
     def _enqueue_unknown(self, study: optuna.Study) -> None:
         """Make the study suggest a schedule next that is not known, a random one."""
-        known = self._known()
-        draw, schedule = random.Random(len(study.trials)), next(iter(known))
-        while schedule in known:
+        draw, schedule = random.Random(len(study.trials)), next(iter(self._trials))
+        while schedule in self._trials:
             schedule = IterationSchedule(tuple(draw.randint(0, most) for most in self._full))
         study.enqueue_trial(self._point(schedule))
 
+    def _add(self, schedule: IterationSchedule, *, is_given: bool = False) -> Trial:
+        trial = self._trials[schedule] = self._make_trial(schedule)
+        if not is_given:
+            self._suggested[schedule] = trial
+        return trial
+
     def _read(self, study: optuna.Study) -> None:
         """Take over the schedules in the study that are not known yet."""
-        known = self._known()
         for stored in study.get_trials(deepcopy=False)[self._num_read :]:
             schedule = self._schedule(stored)
-            if self._is_whole(stored) and schedule not in known:
-                known[schedule] = self._make_trial(schedule)
-                kind = self._given if stored.user_attrs.get(GIVEN) else self._suggested
-                kind[schedule] = known[schedule]
+            if self._is_whole(stored) and schedule not in self._trials:
+                self._add(schedule, is_given=bool(stored.user_attrs.get(GIVEN)))
             # One that runs may still get the rest of its schedule.
             if stored.number == self._num_read and stored.state.is_finished():
                 self._num_read += 1
@@ -268,9 +269,6 @@ class ScheduleSearch:
     def _is_whole(self, stored: FrozenTrial) -> bool:
         # A process that is killed while it asks leaves a part of a schedule.
         return stored.params.keys() == self._space.keys()
-
-    def _known(self) -> dict[IterationSchedule, Trial]:
-        return self._family | self._given | self._suggested
 
     def _schedule(self, stored: FrozenTrial | optuna.Trial) -> IterationSchedule:
         layers = range(len(self._full))

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.distillation import Model
 from iiet.layers import initial_weights
@@ -32,8 +31,6 @@ from orchestrator.training.dropping import drop_layers
 from orchestrator.workspace.errors import DeviceError, shortened
 
 T = TypeVar("T")
-Capability = Callable[[torch.device], tuple[int, int]]
-"""Returns the compute capability of a GPU."""
 DeviceWork = Callable[[str, Progress], T]
 """Work that needs one device: gets its name and a progress display. Function and result can be
 pickled."""
@@ -307,8 +304,8 @@ def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def own(value: Tensor, parameter: Any) -> Tensor:
-        if value.shape != parameter.shape:  # The step count is a scalar.
+    def own(name: str, value: Tensor, parameter: Any) -> Tensor:
+        if name == "step":
             return value.clone()
         rows = own_rows(value, parameter).to(parameter.device, copy=True)
         if not hasattr(parameter, "device_mesh"):
@@ -319,7 +316,7 @@ def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
         return DTensor.from_local(rows, mesh, placements, shape=value.shape, stride=stride)
 
     moments = {
-        number: {name: own(value, parameters[number]) for name, value in of_one.items()}
+        number: {name: own(name, value, parameters[number]) for name, value in of_one.items()}
         for number, of_one in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": moments})
@@ -337,45 +334,28 @@ def decoder_to_train(job: TrainingJob, world: World, checkpoint: Path | None) ->
     """
     torch.manual_seed(job.recipe.seed)
     use_tf32(world.device)
-    source = _source(job, checkpoint)
+    source, schedule = None, job.model.corrections
+    if checkpoint is None and job.initial_folder and job.kept_layers is not None:
+        whole = load_model(Path(job.initial_folder), check=False, frozen=True)
+        source = drop_layers(whole, job.kept_layers).with_schedule(schedule)
+    elif folder := checkpoint or job.initial_folder:
+        source = load_model(Path(folder), schedule=schedule, check=False, frozen=True)
     config = source.config if source else job.model
-    decoder = _without_weights(config)
+    with torch.device("meta"):
+        decoder, pattern = Decoder(config), Decoder(config)
     if world.is_sharded:
         shard(decoder, world, precision=job.recipe.precision)
     decoder.to_empty(device=world.device)
-    if source is None:
-        weights = initial_weights(_without_weights(config), config.initializer_std)
-    else:
-        weights = iter(source.state_dict().items())
-    _fill(decoder, weights)
-    return decoder.train()
 
-
-def _source(job: TrainingJob, checkpoint: Path | None) -> Decoder | None:
-    """Return the decoder to copy, mapped from its file where possible; None for random weights."""
-    schedule = job.model.corrections
-    folder = checkpoint or job.initial_folder
-    if folder is None:
-        return None
-    if checkpoint is None and job.kept_layers is not None:
-        whole = load_model(Path(folder), check=False, frozen=True)
-        return drop_layers(whole, job.kept_layers).with_schedule(schedule)
-    return load_model(Path(folder), schedule=schedule, check=False, frozen=True)
-
-
-def _without_weights(config: ModelConfig) -> Decoder:
-    with torch.device("meta"):
-        return Decoder(config)
-
-
-@torch.no_grad()
-def _fill(decoder: Decoder, weights: Iterator[tuple[str, Tensor]]) -> None:
+    drawn = initial_weights(pattern, config.initializer_std)
     missing = dict(decoder.named_parameters())
-    for name, whole in weights:
-        parameter = missing.pop(name)
-        own = getattr(parameter, "to_local", lambda parameter=parameter: parameter)()
-        own.copy_(own_rows(whole, parameter))
+    with torch.no_grad():
+        for name, tensor in source.state_dict().items() if source else drawn:
+            parameter: Any = missing.pop(name)
+            own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            own.copy_(own_rows(tensor, parameter))
     assert not missing, f"no weights for {sorted(missing)}"
+    return decoder.train()
 
 
 # Precision
@@ -388,22 +368,14 @@ def autocast(precision: str, world: World) -> AbstractContextManager[None]:
     return torch.autocast(torch.device(world.device).type, dtype=torch.bfloat16)
 
 
-def device_precision(
-    device: str | torch.device, capability: Capability = torch.cuda.get_device_capability
-) -> Precision:
+def device_precision(device: str | torch.device) -> Precision:
     """Return the precision that a model on this device is evaluated in if none is set."""
     device = torch.device(device)
-    is_gpu = device.type == "cuda"
-    return default_precision(on_gpus=is_gpu and capability(device) >= FIRST_WITH_BF16)
+    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_WITH_BF16
+    return default_precision(on_gpus=has_bf16)
 
 
-def check_precision(
-    precision: str,
-    device: str | torch.device,
-    *,
-    section: str,
-    capability: Capability = torch.cuda.get_device_capability,
-) -> None:
+def check_precision(precision: str, device: str | torch.device, *, section: str) -> None:
     """Check that a training's device has its precision, which the section of the settings names.
 
     A silent change to float32 would give another model than the plan and its key say.
@@ -414,7 +386,7 @@ def check_precision(
     device = torch.device(device)
     if precision != "bf16" or device.type != "cuda":
         return
-    found = capability(device)
+    found = torch.cuda.get_device_capability(device)
     if found < FIRST_WITH_BF16:
         raise DeviceError(
             f"{section}.precision is bf16, and {device} has compute capability "

@@ -11,10 +11,10 @@ memory that they allocate.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -63,16 +63,13 @@ _PEAK_TFLOPS = {
 }
 _NOT_IN_THE_NAME = re.compile(r"NVIDIA|GEFORCE|TESLA|\d+GB")
 
-Sensors = Mapping[str, Callable[[torch.device], float]]
-SENSORS: Sensors = MappingProxyType(
-    {
-        "memory_usage_megabytes": lambda device: _used_memory(device)[0] / MEGABYTE,
-        "memory_usage_percentage": lambda device: 100.0 * _used_memory(device)[1],
-        # PyTorch asks NVML for these, and finds the GPU that CUDA_VISIBLE_DEVICES means.
-        "utilization_percentage": lambda device: float(torch.cuda.utilization(device)),
-        "power_usage_watts": lambda device: torch.cuda.power_draw(device) / 1000.0,
-    }
-)
+SENSORS: dict[str, Callable[[torch.device], float]] = {
+    "memory_usage_megabytes": lambda device: _used_memory(device)[0] / MEGABYTE,
+    "memory_usage_percentage": lambda device: 100.0 * _used_memory(device)[1],
+    # PyTorch asks NVML for these, and finds the GPU that CUDA_VISIBLE_DEVICES means.
+    "utilization_percentage": lambda device: float(torch.cuda.utilization(device)),
+    "power_usage_watts": lambda device: torch.cuda.power_draw(device) / 1000.0,
+}
 """Name of a GPU's metric -> what reads it."""
 
 
@@ -85,7 +82,7 @@ def gpu_peak_flops(name: str, precision: str) -> float | None:
     return peak * 1e12 if peak else None
 
 
-def gpu_loads(world: World, *, sensors: Sensors = SENSORS) -> dict[str, float]:
+def gpu_loads(world: World) -> dict[str, float]:
     """Return `system/gpu_RANK_SENSOR` of all workers; empty on CPUs. Call it on every worker.
 
     A GPU that does not answer has no such metric; none has utilization and power where the extra
@@ -94,11 +91,9 @@ def gpu_loads(world: World, *, sensors: Sensors = SENSORS) -> dict[str, float]:
     if not world.is_gpu:
         return {}
     load = {}
-    for name, read in sensors.items():
-        try:
+    for name, read in SENSORS.items():
+        with suppress(Exception):  # No NVML, no such sensor, a part of a GPU: each has its error.
             load[name] = read(torch.device(world.device))
-        except Exception:  # No NVML, no such sensor, a part of a GPU: each has its own error.
-            continue
     return {
         f"system/gpu_{rank}_{name}": value
         for rank, load_of_one in enumerate(gathered(load, world))

@@ -20,7 +20,7 @@ from iiet.losses import batch_cross_entropy, cross_entropy_and_accuracy, cross_e
 from iiet.schedule import IterationSchedule
 from orchestrator.settings import ElasticSettings, TrainingSettings
 from orchestrator.training.devices import World, autocast, mean_over_workers, with_all_gradients
-from orchestrator.training.schedules import ScheduleByStep, SchedulesByStep, member_distillation
+from orchestrator.training.schedules import ScheduleByStep, SchedulesByStep
 from orchestrator.workspace.journal import ACCURACY_METRIC, VALIDATION_METRIC
 
 Loss = tuple[Tensor, Mapping[str, Tensor]]
@@ -109,7 +109,7 @@ def elastic_passes(
             that computes its answers should be a `RememberingTeacher`.
         distillation: What they learn from a teacher.
     """
-    own = member_distillation(elastic)
+    own = DistillationConfig(kl_weight=elastic.kl_weight, temperature=elastic.temperature)
 
     def passes_of(objective: Objective, step: int) -> Sequence[Objective]:
         members = drawn_at(step)

@@ -131,11 +131,6 @@ def checked_family(
     return recipe.model_copy(update={"elastic": elastic.model_copy(update={"schedules": names})})
 
 
-def member_distillation(elastic: ElasticSettings) -> DistillationConfig:
-    """Return what members learn from the full schedule if there is no teacher."""
-    return DistillationConfig(kl_weight=elastic.kl_weight, temperature=elastic.temperature)
-
-
 def members_read_full(elastic: ElasticSettings | None, *, has_teacher: bool) -> bool:
     """Return whether the loss of a member needs what the full schedule predicts."""
     return elastic is not None and elastic.kl_weight > 0 and not has_teacher

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,6 @@ def jobs_to_train(
         return job.run_folder in outcomes
 
     while left := [job for job in jobs if not is_finished(job)]:
-        stamps = [_done_stamp(job) for job in left]
         with ExitStack() as stack:
             locked = [job for job in left if stack.enter_context(lock_run_folder(job.folder))]
             # Ask again: the process that held the lock before may have finished the job.
@@ -110,33 +110,15 @@ def jobs_to_train(
                     named = {job.folder.name: job for job in unfinished}
                     raise Interrupted(interruption_text(describe_saved_state(named)))
         if not locked:
-            _wait_for_one(left, stamps, watch, note)
+            names = [job.folder.name for job in left]
+            begin = partial(note, waiting_text(names)) if note else None
+            folders = [job.folder for job in left]
+            wait_interruptibly(
+                lambda: not all(map(is_run_locked, folders)),  # noqa: B023 - called at once
+                begin=begin,
+                watch=watch,
+            )
             note = None
-
-
-def _wait_for_one(
-    jobs: Sequence[TrainingJob],
-    stamps: Sequence[int | None],
-    watch: Callable[[], None] | None,
-    note: Callable[[str], None] | None,
-) -> None:
-    def is_over() -> bool:
-        return any(
-            _done_stamp(job) != stamp or not is_run_locked(job.folder)
-            for job, stamp in zip(jobs, stamps, strict=True)
-        )
-
-    def begin() -> None:
-        if note:
-            note(waiting_text([job.folder.name for job in jobs]))
-
-    wait_interruptibly(is_over, begin=begin, watch=watch)
-
-
-def _done_stamp(job: TrainingJob) -> int | None:
-    # `finished_outcome` verifies the checksums of a checkpoint: too slow to call twice a second.
-    path = job.folder / DONE_NAME
-    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def waiting_text(names: Sequence[str]) -> str:
@@ -146,24 +128,20 @@ def waiting_text(names: Sequence[str]) -> str:
 
 def describe_saved_state(jobs: Mapping[str, TrainingJob], *, named: bool = False) -> str:
     """Say what each run, by its name, has saved; a single run is named only if `named`."""
-    texts = {name: _saved_state(job) for name, job in jobs.items()}
-    if len(texts) == 1 and not named:
-        return next(iter(texts.values()))
-    return "; ".join(f"{name}: {text}" for name, text in texts.items())
-
-
-def _saved_state(job: TrainingJob) -> str:
-    if (job.folder / DONE_NAME).is_file():
-        return "the training is finished"
-    if checkpoints := find_checkpoints(job.folder):
-        return f"saved at step {step_of(checkpoints[-1])}"
-    if job.continued_from:
-        return f"saved at step {step_of(Path(job.continued_from))}"
-    with suppress(UserError):  # Its tokens or its teacher were deleted.
-        stage = first_stage_of(job)
-        if stage and stage.exists:
-            return f"saved at step {stage.num_steps}"
-    return "nothing was saved"
+    texts = []
+    for name, job in jobs.items():
+        steps = [step_of(path) for path in find_checkpoints(job.folder)[-1:]]
+        if job.continued_from:
+            steps.append(step_of(Path(job.continued_from)))
+        with suppress(UserError):  # Its tokens or its teacher were deleted.
+            stage = first_stage_of(job)
+            if stage and stage.exists:
+                steps.append(stage.num_steps)
+        text = f"saved at step {steps[0]}" if steps else "nothing was saved"
+        if (job.folder / DONE_NAME).is_file():
+            text = "the training is finished"
+        texts.append(f"{name}: {text}" if named or len(jobs) > 1 else text)
+    return "; ".join(texts)
 
 
 # Progress
@@ -213,27 +191,25 @@ class RunMonitor:
     def poll(self) -> None:
         """Show new records; call it often."""
         self._read()
-        num_done = sum(journal.step for journal in self._journals.values())
-        running = {
-            label: numbers
-            for label, numbers in self._numbers.items()
-            if "train/loss" in numbers
-            and self._journals[label].step < self._jobs[label].recipe.num_steps
-        }
+        num_done, losses, total_speed, times = 0, [], 0.0, []
+        for label, job in self._jobs.items():
+            numbers, step = self._numbers[label], self._journals[label].step
+            num_done += step
+            if "train/loss" not in numbers or step >= job.recipe.num_steps:
+                continue
+            losses.append(f"{label} {numbers['train/loss']:.2f}")
+            speed = numbers.get(SPEED_METRIC, 0.0)
+            total_speed += speed
+            if speed and step:
+                # Steps are weighted by FLOPs: corrections make them slower.
+                costs = self._costs[label]
+                steps_left = costs[step] / (costs[step - 1] - costs[step])
+                times.append(steps_left * job.recipe.num_tokens_per_step / speed)
         text = "" if num_done else "waiting for the first step"
-        if running:
-            losses = "; ".join(f"{label} {n['train/loss']:.2f}" for label, n in running.items())
-            speed = sum(n.get(SPEED_METRIC, 0.0) for n in running.values())
-            text = f"loss {losses}" + (f", {speed:,.0f} tokens/s" if speed else "")
-        # The longest job decides. Steps are weighted by FLOPs: corrections make them slower.
-        times = []
-        for label, numbers in running.items():
-            costs, step = self._costs[label], self._journals[label].step
-            own_speed = numbers.get(SPEED_METRIC)
-            if own_speed and step:
-                now = costs[step - 1] - costs[step]
-                num_tokens = self._jobs[label].recipe.num_tokens_per_step
-                times.append(costs[step] / now * num_tokens / own_speed)
+        if losses:
+            text = f"loss {'; '.join(losses)}"
+            text += f", {total_speed:,.0f} tokens/s" if total_speed else ""
+        # The longest job decides.
         self._progress.advance(num_done, text, seconds_left=max(times, default=None))
 
     def _read(self) -> None:
@@ -247,13 +223,14 @@ class RunMonitor:
                     self._numbers[label].pop(SPEED_METRIC, None)  # Of an earlier process.
 
     def _note(self, label: str, event: Mapping[str, Any]) -> None:
-        if event["name"] == "profiled":
+        name = event["name"]
+        if name == "profiled":
             self._progress.note(f"{event['text']}: {self._jobs[label].folder / PROFILE_NAME}")
-        elif event["name"] == "compiled":
+        elif name == "compiled":
             self._progress.note(f"{label}: compiled in {format_duration(event['seconds'])}")
-        elif event["name"] in ("damaged", "not copied", "not profiled", "not compiled"):
+        elif name in ("damaged", "not copied", "not profiled", "not compiled"):
             self._progress.note(event["text"])
-        elif event["name"] == "skipped":
+        elif name == "skipped":
             self._progress.note(
                 f"{label}: step {event['step']} was skipped: loss {event['loss']:g}, "
                 f"gradient norm {event['gradient_norm']:g}"
@@ -332,47 +309,43 @@ def job_model(job: TrainingJob) -> TrackedModel | None:
     It is linked with what was measured on the validation data at its last step.
     """
     outcome = finished_outcome(job)
-    if outcome is None or outcome.checkpoint is None:
+    if outcome is None:
         return None
-    data = _prepared_data(job.tokens_folder)
-    datasets = dict.fromkeys((VALIDATION_METRIC, ACCURACY_METRIC), data)
-    return _tracked_model(outcome.checkpoint, job.model, datasets, seed=job.recipe.seed)
+    datasets = dict.fromkeys((VALIDATION_METRIC, ACCURACY_METRIC), _dataset(job.tokens_folder))
+    return tracked_model(outcome.checkpoint, job.model, datasets, seed=job.recipe.seed)
 
 
 def trial_model(trial: Trial) -> TrackedModel | None:
     """Describe the model of a measured trial, with its costs and qualities; None if its folder is
     gone.
     """
-    if trial.checkpoint is None:
-        return None
-    data, suite = _prepared_data(trial.suite.tokens_folder), trial.suite
+    data, suite = _dataset(trial.suite.tokens_folder), trial.suite
     tasks = (", ".join(suite.tasks)[:100] or "held-out tasks", suite.key)
     datasets: dict[str, Dataset | None] = {}
     for name in trial.metrics():
         is_loss = name in ("quality/validation_loss", "quality/perplexity")
         datasets[name] = data if is_loss else tasks if name.startswith("quality/") else None
     seed = trial.job.recipe.seed if trial.job else trial.seed
-    return _tracked_model(trial.checkpoint, trial.model, datasets, seed=seed)
+    return tracked_model(trial.checkpoint, trial.model, datasets, seed=seed)
 
 
-def evaluated_model(
-    checkpoint: Path, config: ModelConfig, datasets: Mapping[str, Dataset]
-) -> TrackedModel | None:
-    """Describe a checkpoint that was evaluated; None if its folder is gone.
-
-    Args:
-        datasets: What was measured -> the data that it was measured on.
-    """
-    return _tracked_model(str(checkpoint), config, datasets)
-
-
-def _tracked_model(
-    checkpoint: str,
+def tracked_model(
+    checkpoint: str | None,
     config: ModelConfig,
     datasets: Mapping[str, Dataset | None],
     *,
     seed: int | None = None,
 ) -> TrackedModel | None:
+    """Describe a checkpoint that was measured; None if there is none, or its folder is gone.
+
+    Args:
+        checkpoint: Its folder.
+        config: The model, with the iteration schedule that was measured.
+        datasets: What was measured -> the data that it was measured on.
+        seed: Of its training, if known.
+    """
+    if checkpoint is None:
+        return None
     try:
         weights = weights_key(Path(checkpoint))
     except UserError:
@@ -387,8 +360,7 @@ def _tracked_model(
     return TrackedModel(key=key, name=name, params=params, datasets=dict(datasets))
 
 
-def _prepared_data(folder: str) -> Dataset | None:
+def _dataset(tokens_folder: str) -> Dataset | None:
     with suppress(UserError):  # The tokens of an old sweep may be gone.
-        name, digest, _ = describe_data(folder)
-        return name, digest
+        return describe_data(tokens_folder)[:2]
     return None

@@ -15,15 +15,6 @@ def parameters_of(config):
     return {name: parameter.numel() for name, parameter in decoder.named_parameters()}
 
 
-@pytest.mark.parametrize(("name", "millions"), [("55m", 54.9), ("340m", 341.0), ("1.3b", 1334.7)])
-def test_published_parameter_counts(name, millions):
-    """The published counts are those of the matrices; the norms' weights add 0.02% at most."""
-    counts = parameters_of(preset(name, method="vanilla"))
-    matrices = sum(count for name, count in counts.items() if "norm" not in name)
-    assert int(matrices / 1e5) / 10 == millions
-    assert sum(counts.values()) == pytest.approx(1e6 * millions, rel=1e-3)
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_with_every_method(name, method):
@@ -32,12 +23,6 @@ def test_every_preset_with_every_method(name, method):
     corrects = METHODS[method].has_corrections
     assert config.corrections == IterationSchedule.uniform(config.num_layers, 3 if corrects else 0)
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-
-
-def test_740m_is_near_its_name():
-    assert sum(parameters_of(preset("740m", method="vanilla")).values()) == pytest.approx(
-        740e6, rel=0.02
-    )
 
 
 def test_overrides():
@@ -107,10 +92,6 @@ def test_weights_start_as_configured():
         elif name.endswith("bias"):
             assert not parameter.any(), name
     assert "head.weight" in dict(decoder.named_parameters())
-
-
-def test_a_tied_head_is_stored_once():
-    assert "head.weight" not in Decoder(preset("tiny")).state_dict()
 
 
 def test_plain_values_hold_only_options_that_differ_from_the_defaults():

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from iiet import Decoder, IterationSchedule, KeyValueCache, generate, preset, stream
-from iiet.cache import evaluation_slots
 from iiet.sampling import LogitsNotFinite
 
 VOCAB = 31
@@ -31,10 +30,6 @@ def prompt(batch=2, time=5):
 def cache_of(decoder, **settings):
     settings = {"batch_size": 2, "max_tokens": 12, "dtype": torch.float64, **settings}
     return KeyValueCache(decoder.config, **settings)
-
-
-def test_slots_start_like_a_plain_decoder():
-    assert evaluation_slots((3, 1, 2)) == ((0, 3, 4), (1,), (2, 5))
 
 
 def test_a_cache_holds_a_slot_per_evaluation_and_copies_nothing():
@@ -175,31 +170,10 @@ def test_greedy_equals_the_full_forward_token_by_token(schedule):
         assert torch.equal(decoder(tokens[:, :time])[:, -1].argmax(-1), tokens[:, time])
 
 
-def test_left_padded_rows_continue_as_they_do_alone():
-    decoder = decoder_of()
-    long, short = prompt(1, 7), prompt(1, 4)
-    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), short], 1)
-    mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4]).bool()
-    together = generate(decoder, torch.cat([long, padded]), max_new_tokens=6, attention_mask=mask)
-    assert torch.equal(together[0], generate(decoder, long, max_new_tokens=6)[0])
-    assert torch.equal(together[1, 3:], generate(decoder, short, max_new_tokens=6)[0])
-
-
 def padded(batch=2, time=9, num_padding=3):
     mask = torch.ones(batch, time).bool()
     mask[1:, :num_padding] = False
     return prompt(batch, time), mask
-
-
-@pytest.mark.parametrize("strategy", ["exact", "last"])
-@torch.no_grad()
-def test_steps_after_a_padded_prompt_need_no_mask(strategy):
-    decoder, (tokens, mask) = decoder_of("0,0,0" if strategy == "last" else "2,0,1"), padded()
-    cache = cache_of(decoder, strategy=strategy)
-    decoder(tokens[:, :6], cache=cache, attention_mask=mask[:, :6])
-    steps = [decoder(part, cache=cache) for part in tokens[:, 6:].split([1, 2], 1)]
-    expected = decoder(tokens, attention_mask=mask)[:, 6:]
-    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=0, atol=1e-11)
 
 
 @torch.no_grad()
@@ -299,12 +273,6 @@ def test_all_problems_at_once_and_at_the_call():
         assert name in str(caught.value)
     with pytest.raises(ValueError, match="not empty"):
         generate(decoder, prompt()[:, :0], max_new_tokens=1)
-
-
-def test_generated_tokens_can_be_trained_on():
-    decoder = decoder_of()
-    tokens = generate(decoder, prompt(), max_new_tokens=3)
-    decoder(tokens).sum().backward()
 
 
 def test_the_mask_of_a_gpu_that_continues_a_cache_is_the_causal_one():

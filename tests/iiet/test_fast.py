@@ -140,12 +140,6 @@ def test_a_model_is_the_same_with_and_without_them(method, monkeypatch):
     assert any(not torch.equal(off[name], value) for name, value in found.items())
 
 
-def test_only_modules_of_a_decoder_get_them():
-    kinds = {type(module) for module in small_decoder().modules()}
-    assert {fast.FastField, fast.FastAttention, fast.FastFeedForward, fast.FastRMSNorm} < kinds
-    assert not {Attention, FeedForward, RMSNorm} & kinds
-
-
 @pytest.mark.slow
 def test_the_environment_turns_them_off():
     assert (os.environ.get("IIET_CPU_KERNELS") != "0") == fast.ENABLED
@@ -247,12 +241,3 @@ def test_rotation_keeps_lengths_and_depends_on_distances_alone():
     assert abs(products[5, 2] - products[5, 3]) > 1e-6
     torch.testing.assert_close(turned[0, 0], vectors)
     torch.testing.assert_close(rotate(turned, cos, -sin), vectors.expand(1, 32, 2, 8))
-
-
-def test_rotation_angles_are_the_formula():
-    cos, _ = tables(10, head_dim=6, theta=50.0)
-    for position in (0, 3, 9):
-        for pair in range(3):
-            angle = torch.tensor(position / 50.0 ** (2 * pair / 6), dtype=torch.float64)
-            torch.testing.assert_close(cos[position, 0, pair], angle.cos())
-            torch.testing.assert_close(cos[position, 0, pair + 3], angle.cos())

@@ -1,11 +1,8 @@
 """Methods as numerical mathematics: orders, limits and fixed points, on fields with a solution."""
 
-import math
-
 import pytest
 import torch
 
-from iiet import METHODS, Decoder, IterationSchedule, ModelConfig
 from iiet.methods.base import LayerCall
 from iiet.methods.explicit import ExplicitRK2, ExplicitRK4, GatedRK2, runge_kutta_stages
 from iiet.methods.implicit_euler import ImplicitEuler, fixed_point
@@ -43,14 +40,6 @@ def growth(layer, z):
     """One layer on `x' = z x`, whose field with the residual inside is `F(x) = x + z x`."""
     layer.field.function = lambda x: x + z * x
     return float(advanced(layer, torch.ones(1, 1, DIM, dtype=torch.float64))[0, 0, 0])
-
-
-@pytest.mark.parametrize(("method", "order"), [("vanilla", 1), ("ode_rk2", 2), ("ode_rk4", 4)])
-def test_order_of_convergence(method, order):
-    """Halving the step divides the error of one step by `2^(order + 1)`."""
-    stepper = layer_of(METHODS[method], None)
-    errors = [abs(growth(stepper, z) - math.exp(z)) for z in (0.02, 0.01)]
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(order + 1, abs=0.05)
 
 
 @pytest.mark.parametrize("method", [ExplicitRK2, ExplicitRK4])
@@ -139,26 +128,6 @@ def test_corrections_converge_to_the_implicit_solution():
     residuals = [residual(r) for r in (1, 2, 4, 8)]
     assert residuals == sorted(residuals, reverse=True)
     assert residuals[-1] < 1e-2 * residuals[0]
-
-
-def test_without_corrections_and_mix_iiet_is_the_normalized_vanilla_model():
-    """With rows of C that pick the layer's own estimate, `h_l = P_l(F_l(h_{l-1}))`."""
-    sizes = {"vocab_size": 19, "dim": DIM, "num_layers": 3, "num_heads": 2, "num_kv_heads": 2}
-    sizes |= {"ffn_dim": 12, "context_length": 8}
-    torch.manual_seed(0)
-    iiet = Decoder(ModelConfig(method="iiet", schedule=IterationSchedule.none(3), **sizes)).double()
-    vanilla = Decoder(ModelConfig(method="vanilla", **sizes)).double()
-    own = iiet.method_parameters()
-    shared = {name: weight for name, weight in iiet.state_dict().items() if name not in own}
-    vanilla.load_state_dict(shared)
-    with torch.no_grad():
-        for layer, plain in zip(iiet.layers, vanilla.layers, strict=True):
-            layer.mix.outer.zero_()[-1] = 1.0
-            norm = layer.prediction_norm
-            norm.weight.normal_()
-            plain.field.register_forward_hook(lambda _module, _x, y, norm=norm: norm(y))
-    tokens = torch.randint(19, (2, 7))
-    torch.testing.assert_close(iiet(tokens), vanilla(tokens), rtol=0, atol=1e-12)
 
 
 def test_a_layer_alone_in_its_model_starts_from_the_mean_of_embeddings_and_estimate():

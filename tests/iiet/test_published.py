@@ -58,17 +58,6 @@ def test_a_plain_llama_of_transformers(tied):
     assert all(torch.equal(back[name], llama.state_dict()[name]) for name in back)
 
 
-def test_weights_are_copied():
-    weights = weights_of(CONFIG)
-    decoder = decoder_from_published(CONFIG, weights)
-    before = decoder(torch.tensor([[1, 2]]))
-    for weight in weights.values():
-        weight.zero_()
-    assert torch.equal(decoder(torch.tensor([[1, 2]])), before)
-    published_from_decoder(decoder)["model.norm.weight"].zero_()
-    assert torch.equal(decoder(torch.tensor([[1, 2]])), before)
-
-
 def test_the_names_of_weights_show_the_kind_if_the_config_does_not():
     plain = {key: value for key, value in CONFIG.items() if key != "kind"}
     assert config_from_published(plain, {}).method == "vanilla"
@@ -101,13 +90,6 @@ def test_a_weight_of_another_shape():
     weights[name.format("q")], weights[name.format("k")] = torch.zeros(20, 16), torch.zeros(12, 16)
     with pytest.raises(ValueError, match=r"q_proj.weight has shape \(20, 16\), expected \(16, 16"):
         decoder_from_published(CONFIG, weights)
-
-
-def test_names_without_meaning_are_ignored():
-    weights = weights_of(CONFIG)
-    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    decoder_from_published(CONFIG, weights)
 
 
 def test_a_tied_head_of_its_own_is_refused_and_not_dropped():

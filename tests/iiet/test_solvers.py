@@ -9,7 +9,7 @@ from live_tensors import LiveTensors
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iiet import Decoder, IterationSchedule, KeyValueCache, next_token_loss, preset
+from iiet import Decoder, IterationSchedule, next_token_loss, preset
 from iiet.context import make_context
 from iiet.methods.implicit_euler import fixed_point
 
@@ -95,25 +95,6 @@ def test_a_learned_damping_of_zero_starts_as_the_model_without_corrections():
     assert not torch.equal(decoder(tokens()), decoder(tokens(), schedule=IterationSchedule.none(3)))
 
 
-def test_each_layer_learns_its_own_damping():
-    decoder = small_decoder(schedule=2, **OPTIONS["learned"])
-    names = [name for name in decoder.method_parameters() if name.endswith("damping")]
-    assert names == [f"layers.{layer}.damping" for layer in range(3)]
-    fixed = small_decoder(schedule=2, damping=0.25)
-    assert torch.equal(fixed(tokens()), decoder(tokens()))
-    found = gradients(decoder)
-    step = 1e-6
-    for name in names:
-        losses = []
-        for move in (step, -2 * step):
-            with torch.no_grad():
-                decoder.get_parameter(name).add_(move)
-                losses.append(next_token_loss(decoder(tokens()), tokens()).item())
-        with torch.no_grad():
-            decoder.get_parameter(name).add_(step)
-        assert found[name].item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-5)
-
-
 @pytest.mark.parametrize("damping", [1.0, 0.4])
 @torch.no_grad()
 def test_each_correction_also_reads_the_prediction(damping):
@@ -162,31 +143,6 @@ def test_a_reinjection_starts_as_the_plain_model_and_is_learned(options):
             assert abs(found[name].item()) > 1e-6
         else:
             assert found[name].item() == pytest.approx(slope, rel=1e-5)
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-@torch.no_grad()
-def test_decoding_with_a_cache_equals_the_full_forward(options):
-    decoder = small_decoder(**OPTIONS[options])
-    cache = KeyValueCache(decoder.config, batch_size=2, max_tokens=11, dtype=torch.float64)
-    parts = [decoder(tokens()[:, :4], cache=cache)]
-    parts += [decoder(tokens()[:, t : t + 1], cache=cache) for t in range(4, 11)]
-    torch.testing.assert_close(torch.cat(parts, 1), decoder(tokens()), rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-@torch.no_grad()
-def test_options_survive_a_folder(options, tmp_path):
-    decoder = small_decoder(dtype=torch.float32, **OPTIONS[options])
-    for layer in decoder.layers:
-        if layer.damping is not None:
-            layer.damping.add_(0.1 * (1 + layer.index))
-    assert decoder.config.options.reinject_prediction == (decoder.layers[0].reinjection is not None)
-    expected = decoder(tokens())
-    decoder.save(tmp_path / "own")
-    again = Decoder.load(tmp_path / "own")
-    assert again.config == decoder.config
-    assert torch.equal(again(tokens()), expected)
 
 
 @pytest.mark.parametrize(
@@ -272,33 +228,6 @@ def test_a_truncated_backward_pass_is_that_of_the_truncated_graph(last, reinject
     assert (found["layers.0.prediction_norm.weight"] is None) == (last < 3)
 
 
-def test_a_truncated_backward_pass_keeps_less():
-    def kept(**options):
-        decoder = small_decoder(schedule=3, **options)
-        with LiveTensors(decoder) as live:
-            loss = next_token_loss(decoder(tokens()), tokens())
-            assert loss.requires_grad
-            return live.now
-
-    whole, last_two, last = (
-        kept(),
-        kept(differentiated_corrections=2),
-        kept(differentiated_corrections=1),
-    )
-    assert last < 0.4 * whole
-    assert last < last_two < 0.65 * whole
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-def test_half_precision_weights(options):
-    exact = small_decoder(dtype=torch.float32, **OPTIONS[options])
-    decoder = small_decoder(dtype=torch.float32, **OPTIONS[options]).bfloat16()
-    assert all(g is None or g.isfinite().all() for g in gradients(decoder).values())
-    with torch.no_grad():
-        expected = exact(tokens())
-        assert (decoder(tokens()).float() - expected).abs().max() < 0.25 * expected.std()
-
-
 def test_a_recomputed_layer_keeps_its_last_correction_alone():
     """Not the prediction, which counts as a constant."""
 
@@ -312,41 +241,12 @@ def test_a_recomputed_layer_keeps_its_last_correction_alone():
     assert peak(differentiated_corrections=1) < 0.58 * peak()
 
 
-@pytest.mark.parametrize("options", ["truncated", "all"])
-def test_a_truncated_backward_pass_under_autocast(options):
-    """Weights that are cast without gradients must not be used again with them."""
-    decoder = small_decoder(dtype=torch.float32, **OPTIONS[options])
-    kept, cast_anew = (
-        gradients(decoder, torch.autocast("cpu", torch.bfloat16, cache_enabled=cached))
-        for cached in (True, False)
-    )
-    exact = gradients(decoder)
-    for name, gradient in kept.items():
-        assert (gradient is None) == (exact[name] is None), name
-        if gradient is not None:
-            assert gradient.dtype == torch.float32
-            torch.testing.assert_close(gradient, cast_anew[name], rtol=0.05, atol=2e-3)
-
-
 def test_the_solver_forgets_weights_that_were_cast_without_gradients():
     linear = torch.nn.Linear(4, 4)
     with torch.autocast("cpu", torch.bfloat16):
         value = fixed_point(linear, lambda: torch.ones(1, 4), 3, num_differentiated=1)
     value.float().sum().backward()
     assert linear.weight.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("options", ["truncated", "all"])
-def test_a_truncated_backward_pass_with_activation_checkpointing(options, half):
-    decoder = small_decoder(dtype=torch.float32, **OPTIONS[options])
-
-    def found():
-        return gradients(decoder, torch.autocast("cpu", torch.bfloat16) if half else None)
-
-    kept = found()
-    decoder.activation_checkpointing = True
-    assert_same(found(), kept)
 
 
 def test_parameters_that_a_truncated_backward_pass_leaves_out_do_not_stop_ddp():
@@ -367,13 +267,3 @@ def test_parameters_that_a_truncated_backward_pass_leaves_out_do_not_stop_ddp():
                 torch.testing.assert_close(parameter.grad, alone[name])
     finally:
         dist.destroy_process_group()
-
-
-def test_schedules_of_a_call_decide_what_is_truncated():
-    decoder = small_decoder(**OPTIONS["truncated"])
-    config = dataclasses.replace(decoder.config, method_options=None)
-    whole = Decoder(config).double()
-    whole.load_state_dict(decoder.state_dict())
-    one = IterationSchedule.uniform(3, 1)
-    twins = decoder.with_schedule(one), whole.with_schedule(one)
-    assert_same(*(gradients(twin) for twin in twins))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from iiet import METHODS, Decoder, next_token_loss, preset
+from iiet import Decoder, next_token_loss, preset
 
 
 def decoder_of(method="iiet", **changes):
@@ -23,27 +23,6 @@ def tokens():
 
 def dtypes_of(decoder):
     return {name: tensor.dtype for name, tensor in decoder.state_dict().items()}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_loading_returns_what_was_saved(method, tmp_path):
-    decoder = decoder_of(method, tie_embeddings=False)
-    decoder.save(tmp_path / "new" / "folder")
-    again = Decoder.load(tmp_path / "new" / "folder")
-    assert again.config == decoder.config
-    assert torch.equal(again(tokens()), decoder(tokens()))
-    assert {file.name for file in (tmp_path / "new" / "folder").iterdir()} == {
-        "config.json",
-        "model.safetensors",
-    }
-
-
-def test_options_of_the_method_are_saved(tmp_path):
-    decoder = decoder_of(method_options={"damping": 0.5, "learn_damping": True})
-    decoder.save(tmp_path)
-    again = Decoder.load(tmp_path)
-    assert again.config.options.damping == 0.5
-    assert torch.equal(again(tokens()), decoder(tokens()))
 
 
 def test_without_a_dtype_each_weight_keeps_that_of_the_file(tmp_path):

@@ -246,15 +246,12 @@ def test_mixtures_of_texts_alone_or_of_tasks_alone(text: Path, workspace: Worksp
         tasks.check_length(8)
 
 
-@pytest.mark.parametrize(
-    ("tree", "reason"),
-    [
-        ({"shares": {"python": 0.6, "phop_6": 0.3}}, r"sum to 0\.9; they must sum to 1"),
-        ({"shares": {"python": 1.0, "phop_6": 0}}, r"share of phop_6 is 0; it must be above 0"),
-        ({"shares": {"python": 0.5, "pjop_6": 0.5}}, "'pjop_6' is not a source; sources are pyt"),
-        ({"shares": {"python": 0.5, "phop_0": 0.5}}, "phop_0 has depth 0"),
-    ],
-)
-def test_bad_mixtures_are_errors(tree: dict[str, object], reason: str) -> None:
-    with pytest.raises(UserError, match=reason):
-        resolve_settings({"data": {"source": "mixture", **tree}})
+def test_bad_mixtures_are_errors() -> None:
+    for shares, reason in (
+        ({"python": 0.6, "phop_6": 0.3}, r"sum to 0\.9; they must sum to 1"),
+        ({"python": 1.0, "phop_6": 0}, r"share of phop_6 is 0; it must be above 0"),
+        ({"python": 0.5, "pjop_6": 0.5}, "'pjop_6' is not a source; sources are pyt"),
+        ({"python": 0.5, "phop_0": 0.5}, "phop_0 has depth 0"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            resolve_settings({"data": {"source": "mixture", "shares": shares}})

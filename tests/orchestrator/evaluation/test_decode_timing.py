@@ -261,14 +261,8 @@ def test_the_peak_includes_weights_and_cache(decoders: dict[str, Decoder]) -> No
     assert by_name["full", 1, 6] < by_name["full", 3, 6]
 
 
-def test_conditions_that_do_not_fit_are_one_error() -> None:
-    wrong = MeasurementSettings(batch_sizes=(0,), contexts=(15,), new_tokens=1, repetitions=0)
-    with pytest.raises(UserError) as error:
-        wrong.check({"long": 99, "short": 15})
-    for part in (
-        "batch_sizes must be at least 1, got 0",
-        "new_tokens must be at least 2, got 1",
-        "repetitions must be at least 1, got 0",
-        "short reads 15 tokens, not the 15 + 1 of prompt and new tokens",
-    ):
-        assert part in str(error.value)
+def test_conditions_that_do_not_fit_are_an_error() -> None:
+    wrong = MeasurementSettings(contexts=(1, 15), new_tokens=2)
+    with pytest.raises(UserError, match=r"short reads 16 tokens, not the 15 \+ 2 of prompt"):
+        wrong.check({"long": 99, "short": 16})
+    wrong.check({"long": 99, "short": 17})

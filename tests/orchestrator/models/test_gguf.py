@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from iiet.published import published_from_decoder
 from orchestrator import cli
-from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import load_provenance
 from orchestrator.models.gguf import read_gguf
 from orchestrator.models.open import load_model
@@ -32,20 +31,10 @@ from orchestrator.pipelines.generating import Sampling
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace
 
 TOKENS = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(0))
 TEXT = "a bag and the fog had\n\n12  dogs in 2024, don't you é 好"
-
-
-@pytest.fixture
-def tokenizer(tiny_tokens: Path) -> Path:
-    return open_tokens(tiny_tokens).tokenizer_path
-
-
-@pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
-    return open_workspace(tmp_path / "workspace")
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from iiet.decoder import Decoder
 from iiet.exporting import export
 from iiet.modeling_iiet import IIETConfig
 from orchestrator.data.model_tokens import tokens_folder_of
-from orchestrator.data.store import open_tokens
 from orchestrator.models.folder import tokenizer_file
 from orchestrator.models.lookup import resolve_model
 from orchestrator.models.open import load_model
@@ -28,20 +27,10 @@ from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.reporting.model_card import ModelCard
 from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import Workspace, open_workspace
+from orchestrator.workspace.layout import Workspace
 
 CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 FEW = Sampling(max_new_tokens=12)
-
-
-@pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
-    return open_workspace(tmp_path / "workspace")
-
-
-@pytest.fixture
-def tokenizer(tiny_tokens: Path) -> Path:
-    return open_tokens(tiny_tokens).tokenizer_path
 
 
 # The model

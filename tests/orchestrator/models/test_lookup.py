@@ -21,12 +21,7 @@ from orchestrator.models.lookup import (
 from orchestrator.models.open import open_models
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import write_json
-from orchestrator.workspace.layout import DONE_NAME, JOB_NAME, Workspace, open_workspace
-
-
-@pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
-    return open_workspace(tmp_path / "ws")
+from orchestrator.workspace.layout import DONE_NAME, JOB_NAME, Workspace
 
 
 @pytest.fixture

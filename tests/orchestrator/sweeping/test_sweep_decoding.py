@@ -1,22 +1,27 @@
-"""The end of a sweep: drafts and cache strategies are measured once, for text."""
+"""Drafts of a sweep's models are measured when asked, once, for text."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from iiet.schedule import IterationSchedule
+from orchestrator import cli
 from orchestrator.data.depth import write_depth
 from orchestrator.records.trial import SweepPlan, Trial
-from orchestrator.settings import DataSettings, Settings, resolve_settings
+from orchestrator.reporting.results import StoredSweep, load_sweep_results
+from orchestrator.settings import DataSettings
 from orchestrator.settings.data import DepthSettings
 from orchestrator.sweeping import decode
-from orchestrator.sweeping.decode import with_decoding
+from orchestrator.sweeping.decode import text_of, with_drafts
 from orchestrator.sweeping.plan import exact_cost
 from orchestrator.sweeping.students import checkpoint_trial
 from orchestrator.terminal.progress import Progress
+from orchestrator.training.devices import on_cpu
+from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import open_workspace
 
 
@@ -39,33 +44,40 @@ def results(tiny_plan: SweepPlan, tmp_path: Path) -> list[Trial]:
     ]
 
 
-def measured(
-    results: list[Trial], plan: SweepPlan, folder: Path, *, drafts: bool = True
-) -> tuple[Trial, Trial]:
-    settings: Settings = resolve_settings({}, [f"sweep.measure_drafts={str(drafts).lower()}"])
-    full, pruned = with_decoding(results, plan, folder, settings, Progress())
-    return full, pruned
-
-
-def test_the_pruned_teacher_is_measured_as_the_teachers_draft(
+def test_the_pruned_teacher_is_measured_as_the_teachers_draft_when_asked(
     results: list[Trial], tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full, pruned = measured(results, tiny_plan, tmp_path)
+    tokens = Path(tiny_plan.tokens_folder)
+    assert with_drafts(results, tokens, tmp_path, Progress()) == results, "nothing is measured"
+    full, pruned = with_drafts(results, tokens, tmp_path, Progress(), on_cpu)
     names = {"decoding/acceptance", "decoding/exact_ms_per_token", "decoding/speed_up"}
-    assert set(full.numbers) & names == set()
+    assert not set(full.numbers) & names
     assert set(pruned.numbers) >= names
     assert 0 <= pruned.metrics()["decoding/acceptance"] <= 1
-
     monkeypatch.setattr(decode, "_measure_drafts", pytest.fail)
-    assert measured(results, tiny_plan, tmp_path) == (full, pruned)
-    off = measured(results, tiny_plan, tmp_path, drafts=False)
-    assert list(off) == results
+    for on_device in (on_cpu, None):  # What is stored stays in the report of a later run, too.
+        found = with_drafts(results, tokens, tmp_path, Progress(), on_device)
+        assert found == [full, pruned]
 
 
-def test_depth_tasks_are_not_generated(
-    results: list[Trial], tiny_plan: SweepPlan, tmp_path: Path
+def test_the_command_adds_drafts_to_the_report_of_a_sweep(
+    results: list[Trial], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    space = open_workspace(tmp_path)
+    measured = [trial.with_numbers("quality", {"accuracy": 0.5}) for trial in results]
+    StoredSweep(name="s", key="k", results=tuple(measured)).store(space)
+    command = ["benchmark", "--drafts", "s", "--json", "-w", str(tmp_path)]
+    assert cli.main([*command, "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"sweep": "s", "drafts": ["0,0"]}
+    assert cli.main(command) == 0
+    assert "0,0" in capsys.readouterr().out
+    teacher, pruned = load_sweep_results(space, "s").results
+    assert "decoding/speed_up" in pruned.numbers
+    assert "decoding/speed_up" not in teacher.numbers
+
+
+def test_depth_tasks_are_not_generated(tmp_path: Path) -> None:
     depth = DepthSettings(tasks=("phop_2",), num_symbols=2, length=8)
     tokens = write_depth(DataSettings(source="depth", depth=depth), tmp_path)
-    plan = tiny_plan.model_copy(update={"tokens_folder": str(tokens)})
-    assert list(measured(results, plan, tmp_path)) == results
+    with pytest.raises(UserError, match="--drafts measures generated text"):
+        text_of(tokens)

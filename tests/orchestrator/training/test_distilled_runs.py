@@ -10,30 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from changed_trials import with_accuracy
 from same_run import curve, same_run, workers
 
 from iiet.config import ModelConfig
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig
-from iiet.pruning import FamilyMember
-from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import load_config, read_text_files
 from orchestrator.models.open import load_model
 from orchestrator.records.training import TrainingJob
-from orchestrator.records.trial import TrialSuite
 from orchestrator.settings import DistillationSettings, TrainingSettings, resolve_settings
-from orchestrator.sweeping import trial as trial_module
-from orchestrator.sweeping.students import Students, student_job
-from orchestrator.sweeping.trial import run_trial
-from orchestrator.training import devices, teacher_cache, trainer
+from orchestrator.sweeping.students import student_job
 from orchestrator.training.devices import World, decoder_to_train
 from orchestrator.training.dropping import kept_config
 from orchestrator.training.job import job_key
 from orchestrator.training.teacher_cache import load_teacher
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.layout import open_workspace
 
 RECIPE: dict[str, Any] = {
     "num_steps": 6, "num_tokens_per_step": 64, "num_validation_tokens": 64, "learning_rate": 1e-2,
@@ -188,49 +180,17 @@ def test_two_workers_distill_hidden_states_like_one(
 
 @pytest.mark.parametrize("control", ["cross_entropy", "scratch"])
 def test_a_control_is_trained_without_a_teacher(
-    control: str,
-    teacher: Path,
-    tiny_tokens: Path,
-    tiny_model: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    control: str, student: MakeJob, teacher: Path
 ) -> None:
-    schedule = IterationSchedule((1, 0))
-    trial = Students(
-        resolve_settings({"distillation": {"control": control, "training": {**RECIPE, "seed": 1}}}),
-        open_workspace(tmp_path),
-        teacher,
-        TrialSuite(suite="x", tokens_folder=str(tiny_tokens)),
-    ).student(FamilyMember(schedule=schedule, threshold_above=0.1, threshold_up_to=0.2))
-    starts, loaded = list[dict[str, torch.Tensor]](), list[Path]()
-    load = devices.load_model
-
-    def watched(*arguments: Any) -> Decoder:
-        decoder = decoder_to_train(*arguments)
-        starts.append({name: tensor.clone() for name, tensor in decoder.state_dict().items()})
-        return decoder
-
-    def counted(folder: Path, **options: Any) -> Decoder:
-        loaded.append(folder)
-        return load(folder, **options)
-
-    monkeypatch.setattr(trial_module, "measure_trial", with_accuracy)
-    monkeypatch.setattr(trainer, "decoder_to_train", watched)
-    monkeypatch.setattr(devices, "load_model", counted)
-    monkeypatch.setattr(teacher_cache, "load_model", counted)
-    result = run_trial(trial)
-    assert result
-    assert result.numbers["train/steps"] == RECIPE["num_steps"]
-    job = trial.job
-    assert job
+    job = student(control=control, recipe={"seed": 1})
     assert load_teacher(job, World()) is None
-    assert curve(job, "train/kl") == {}
-    assert len(curve(job)) == RECIPE["num_steps"]
+    assert (job.initial_folder is None) == (control == "scratch")
+    start = decoder_to_train(job, World(), None).state_dict()
     torch.manual_seed(job.recipe.seed)
-    fresh, taught = Decoder(trial.model).state_dict(), load_model(teacher).state_dict()
+    fresh, taught = Decoder(job.model).state_dict(), load_model(teacher).state_dict()
     expected, other = (fresh, taught) if control == "scratch" else (taught, fresh)
-    (start,) = starts
     assert all(torch.equal(start[name], expected[name]) for name in expected)
     assert not all(torch.equal(start[name], other[name]) for name in other)
-    # The teacher's folder is read only for the student's initial weights.
-    assert loaded == ([] if control == "scratch" else [teacher])
+    run_job(job)
+    assert curve(job, "train/kl") == {}
+    assert len(curve(job)) == RECIPE["num_steps"]

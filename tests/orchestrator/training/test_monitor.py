@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -19,9 +17,7 @@ from orchestrator.training.checkpoint import Position
 from orchestrator.training.devices import World
 from orchestrator.training.monitor import (
     ASSUMED_GPU,
-    SENSORS,
     STEPS_BEFORE,
-    StepProfiler,
     ThroughputMeter,
     gpu_loads,
     gpu_peak_flops,
@@ -32,33 +28,25 @@ from orchestrator.workspace.journal import read_journal
 MakeJob = Callable[..., TrainingJob]
 
 
-@pytest.mark.parametrize(
-    ("name", "bf16", "fp32"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989, 494),
-        ("NVIDIA H100 PCIe", 756, 378),
-        ("NVIDIA H200", 989, 494),
-        ("NVIDIA B200", 2250, 1100),
-        ("NVIDIA A100-SXM4-80GB", 312, 156),
-        ("NVIDIA A100-PCIE-40GB", 312, 156),
-        ("NVIDIA A100 80GB PCIe", 312, 156),
-        ("NVIDIA A10", 125, 62.5),
-        ("NVIDIA L4", 121, 60),
-        ("NVIDIA L40S", 362, 183),
-        ("NVIDIA GeForce RTX 4090", 165, 82.6),
-        ("Tesla V100-SXM2-16GB", None, 15.7),
-        # A card of the same family does not get the peak of another.
-        ("NVIDIA H100 NVL", None, None),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None, None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
-        ("NVIDIA A10G", None, None),
-        ("NVIDIA L40", None, None),
-        ("GeForce", None, None),
-    ],
-)
-def test_peaks_are_found_by_full_name(name: str, bf16: float | None, fp32: float | None) -> None:
-    assert gpu_peak_flops(name, "bf16") == (bf16 and bf16 * 1e12)
-    assert gpu_peak_flops(name, "fp32") == (fp32 and fp32 * 1e12)
+PEAKS: dict[str, tuple[float | None, float | None]] = {
+    "NVIDIA H100 80GB HBM3": (989, 494),
+    "NVIDIA H100 PCIe": (756, 378),
+    "NVIDIA A100-SXM4-80GB": (312, 156),
+    "NVIDIA A100 80GB PCIe": (312, 156),
+    "NVIDIA GeForce RTX 4090": (165, 82.6),
+    "Tesla V100-SXM2-16GB": (None, 15.7),
+    # A card of the same family does not get the peak of another.
+    "NVIDIA H100 NVL": (None, None),
+    "NVIDIA H100 80GB HBM3 MIG 1g.10gb": (None, None),
+    "NVIDIA GeForce RTX 4090 Laptop GPU": (None, None),
+    "NVIDIA A10G": (None, None),
+}
+
+
+def test_peaks_are_found_by_full_name() -> None:
+    for name, (bf16, fp32) in PEAKS.items():
+        assert gpu_peak_flops(name, "bf16") == (bf16 and bf16 * 1e12)
+        assert gpu_peak_flops(name, "fp32") == (fp32 and fp32 * 1e12)
     assert gpu_peak_flops(ASSUMED_GPU, "bf16") == 989e12
 
 
@@ -74,19 +62,13 @@ def test_the_gpus_of_all_workers_have_metrics_by_rank_and_what_fails_has_none(
 
     monkeypatch.setattr(monitor, "gathered", gather)
     sensors = {"power_usage_watts": lambda d: 300.0 + d.index, "utilization_percentage": broken}
-    assert gpu_loads(World(rank=1, size=2, device="cuda:5"), sensors=sensors) == {
+    monkeypatch.setattr(monitor, "SENSORS", sensors)
+    assert gpu_loads(World(rank=1, size=2, device="cuda:5")) == {
         "system/gpu_0_power_usage_watts": 310.0,
         "system/gpu_0_utilization_percentage": 97.0,
         "system/gpu_1_power_usage_watts": 305.0,
     }
     assert gpu_loads(World()) == {}
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_answers() -> None:
-    found = gpu_loads(World(device="cuda:0"))
-    assert set(found) == {f"system/gpu_0_{name}" for name in SENSORS}
-    assert 0 <= found["system/gpu_0_utilization_percentage"] <= 100
 
 
 def test_speed_counts_the_steps_since_the_last_call() -> None:
@@ -155,25 +137,3 @@ def test_a_profile_holds_its_steps_and_changes_no_result(tiny_job: MakeJob) -> N
     assert event["text"] == "no profile: it begins after 3 steps, and the run ended before"
     run_job(job)
     assert [event["text"] for event in events(job, "profiled")] == ["profile of 3 steps"]
-
-
-def test_on_a_gpu_the_memory_of_the_same_steps_is_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[Any] = []
-    monkeypatch.setattr(
-        torch.cuda.memory,
-        "_record_memory_history",
-        lambda enabled="all", **_: calls.append((profiler._num_done, enabled)),
-    )
-    monkeypatch.setattr(
-        torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"snapshot")
-    )
-    profiler = StepProfiler(tmp_path, 2, "cuda:0", lambda *_, **__: None)
-    for _ in range(STEPS_BEFORE + 4):
-        torch.ones(2).sum()
-        profiler.end_step()
-    profiler.close()
-    assert calls == [(STEPS_BEFORE, "all"), (STEPS_BEFORE + 2, None)]
-    names = sorted(path.name for path in (tmp_path / "profile").iterdir())
-    assert names == ["memory.pickle", "trace.json.gz"]

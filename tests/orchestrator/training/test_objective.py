@@ -171,15 +171,12 @@ def test_validation_weighs_batches_by_their_targets(source: Source) -> None:
     assert math.isnan(empty[VALIDATION_METRIC])
 
 
-@pytest.mark.parametrize("per_pass", [None, 3])
-def test_losses_by_source_are_those_of_each_source_and_weigh_up_to_the_total(
-    per_pass: int | None,
-) -> None:
+def test_losses_by_source_are_those_of_each_source_and_weigh_up_to_the_total() -> None:
     names = ("files", "phop_2")
     objective = make_objective(lambda _: SCHEDULE, source_names=names)
-    decoder, numbers = trained(of_two_sources, objective, per_pass=per_pass)
+    decoder, numbers = trained(of_two_sources, objective, per_pass=3)
     objective = make_objective(lambda _: SCHEDULE)
-    plain, plain_numbers = trained(of_two_sources, objective, per_pass=per_pass)
+    plain, plain_numbers = trained(of_two_sources, objective, per_pass=3)
     batch, first = of_two_sources(0), numbers[0]
     logits, total = fresh_decoder()(batch.input_ids), 0.0
     for number, name in enumerate(names):
@@ -222,10 +219,9 @@ def test_validation_by_source_weighs_up_to_the_total() -> None:
 FULL, NONE = IterationSchedule((2, 2)), IterationSchedule((0, 0))
 
 
-@pytest.mark.parametrize("num_drawn", [1, 2])
-@pytest.mark.parametrize("per_pass", [None, 1])
+@pytest.mark.parametrize(("num_drawn", "per_pass"), [(1, None), (2, 1)])
 def test_the_gradients_are_those_of_the_sum_written_plainly(
-    per_pass: int | None, num_drawn: int
+    num_drawn: int, per_pass: int | None
 ) -> None:
     decoder = fresh_decoder(schedule=FULL)
     tokens = torch.randint(decoder.config.vocab_size, (2, LENGTH))
@@ -375,15 +371,13 @@ MISFITS = [
 ]
 
 
-@pytest.mark.parametrize(("model", "family", "problem"), MISFITS)
-def test_a_family_that_does_not_fit_is_refused(
-    model: str, family: str, problem: str, tmp_path: Path
-) -> None:
-    settings = resolve_settings({}, [model, f"training.elastic.{family}"])
-    with pytest.raises(UserError) as caught:
-        pretraining_job(settings, Workspace(tmp_path), None)
-    assert str(caught.value).startswith("training.elastic")
-    assert problem in str(caught.value)
+def test_a_family_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    for model, family, problem in MISFITS:
+        settings = resolve_settings({}, [model, f"training.elastic.{family}"])
+        with pytest.raises(UserError) as caught:
+            pretraining_job(settings, Workspace(tmp_path), None)
+        assert str(caught.value).startswith("training.elastic")
+        assert problem in str(caught.value)
 
 
 def test_a_family_has_one_key_however_it_is_written_and_models_without_corrections_none(

@@ -22,12 +22,10 @@ from same_run import (
     state_of,
     steps_of,
     stop,
-    stop_at,
     workers,
 )
 
 from iiet.batch import Batch
-from iiet.decoder import Decoder
 from orchestrator.models.open import load_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.training import trainer as trainer_module
@@ -141,30 +139,6 @@ def test_options_of_a_method_are_trained_saved_and_part_of_the_key(
     dampings = [p for name, p in decoder.named_parameters() if name.endswith("damping")]
     assert len(dampings) == 2
     assert all(damping.item() != 0 for damping in dampings)
-
-
-def test_no_weights_are_drawn_in_a_resumed_run_and_none_are_corrected_in_the_first_stage(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    devices: list[str] = []
-    used: list[int] = []
-    built, forward = Decoder.__init__, Decoder.forward
-
-    def counted(self: Decoder, *arguments: Any) -> None:
-        devices.append(str(torch.get_default_device()))
-        built(self, *arguments)
-
-    def watched(self: Decoder, *args: Any, **kwargs: Any) -> Any:
-        if self.training:
-            used.append(kwargs["schedule"].num_corrections)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(Decoder, "forward", watched)
-    run_job(make_job(), should_stop=stop_at(4))
-    monkeypatch.setattr(Decoder, "__init__", counted)
-    assert run_job(make_job()).finished
-    assert set(devices) == {"meta"}
-    assert used == [0] * 6 + [3] * 6
 
 
 def test_two_seeds_are_two_initial_models(make_job: MakeJob) -> None:
@@ -292,21 +266,14 @@ def test_a_folder_in_use_is_refused(make_job: MakeJob, monkeypatch: pytest.Monke
         run_job(make_job(), report=lambda *_: run_job(make_job()) and None)
 
 
-# Batches that are gathered ahead
-
-
-def batch_of(step: int) -> Batch:
-    if step == 3:
-        raise OSError("the disk is gone")
-    return Batch.of_text(torch.full((1, 4), step))
-
-
 def test_each_step_gets_its_batch_in_any_order_and_its_own_error() -> None:
-    asked = []
+    asked = list[int]()
 
     def gather(step: int) -> Batch:
         asked.append(step)
-        return batch_of(step)
+        if step == 3:
+            raise OSError("the disk is gone")
+        return Batch.of_text(torch.full((1, 4), step))
 
     with closing(BatchPrefetcher(gather, num_steps=8, pin=False)) as batches:
         # A resumed run starts anywhere; benchmarks ask for a step twice.

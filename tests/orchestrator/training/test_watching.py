@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import time
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from rich.console import Console
 from sample_trials import sample_trial
 
 from iiet.config import preset
@@ -21,7 +19,7 @@ from orchestrator.records.trial import TrialSuite
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
 from orchestrator.training.trainer import run_job
-from orchestrator.training.watching import RunMonitor, evaluated_model, job_model, trial_model
+from orchestrator.training.watching import RunMonitor, job_model, tracked_model, trial_model
 from orchestrator.workspace.journal import Journal
 
 
@@ -58,25 +56,17 @@ def test_the_time_left_accounts_for_corrections(job: TrainingJob) -> None:
     journal.metrics(60, speed)
     monitor.poll()
     assert progress.shown[-1][2] == pytest.approx(40 * 0.1)
-    journal.metrics(100, speed)
-    monitor.poll()
-    assert progress.shown[-1] == (100, "", None)
-    journal.close()
-
-
-def test_a_speed_of_an_earlier_process_is_not_shown(job: TrainingJob) -> None:
-    progress, journal = RecordingProgress(), Journal(job.folder)
-    journal.metrics(60, {"train/loss": 5.5, "train/tokens_per_second": 640.0})
-    time.sleep(0.01)  # Records are stamped in milliseconds.
-    monitor = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
+    # A worker died, or this is another process: the speed was that of an earlier one.
+    journal.event("resumed", step=60)
     monitor.poll()
     assert progress.shown[-1] == (60, "loss iiet 5.50", None)
-    journal.metrics(70, {"train/tokens_per_second": 320.0})
-    monitor.poll()
-    assert progress.shown[-1][1] == "loss iiet 5.50, 320 tokens/s"
-    journal.event("resumed", step=60)  # A worker died.
-    monitor.poll()
-    assert progress.shown[-1][1] == "loss iiet 5.50"
+    time.sleep(0.01)  # Records are stamped in milliseconds.
+    later = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
+    later.poll()
+    assert progress.shown[-1] == (60, "loss iiet 5.50", None)
+    journal.metrics(100, speed)
+    later.poll()
+    assert progress.shown[-1] == (100, "", None)
     journal.close()
 
 
@@ -120,7 +110,7 @@ def test_a_trained_and_a_measured_model_are_one(
     assert measured is not None
     assert other is not None
     assert measured.key == trained.key != other.key
-    evaluated = evaluated_model(Path(checkpoint), job.model, {"quality/accuracy": ("copy", "1")})
+    evaluated = tracked_model(checkpoint, job.model, {"quality/accuracy": ("copy", "1")})
     assert evaluated is not None
     assert evaluated.key == trained.key
     assert evaluated.datasets == {"quality/accuracy": ("copy", "1")}
@@ -133,20 +123,6 @@ def test_a_trained_and_a_measured_model_are_one(
     shutil.rmtree(checkpoint)
     assert trial_model(teacher) is None
     assert trial_model(sample_trial(checkpoint=None)) is None
-
-
-def test_lines_and_bar_show_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.terminal.progress.SECONDS_BETWEEN_LINES", -1.0)
-    out = io.StringIO()
-    with Progress(Console(file=out, width=100)) as plain:
-        plain.start("pretrain", 100)
-        plain.advance(10, "loss 5.5", seconds_left=150.0)
-    assert "pretrain: 10/100 loss 5.5, 2.5 min left" in out.getvalue()
-    out = io.StringIO()
-    with Progress(Console(file=out, width=100, force_terminal=True)) as bar:
-        bar.start("pretrain", 100)
-        bar.advance(10, "loss 5.5", seconds_left=7200.0)
-    assert "2 h left" in out.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -31,25 +31,6 @@ from orchestrator.workspace.layout import RUN_LOCK_NAME, open_workspace
 from orchestrator.workspace.locks import lock_file
 
 
-class SweepTracking(FakeTracking):
-    """Stands for MLflow, with what the sweep's own run shows."""
-
-    @property
-    def sweep(self) -> TrackedRun:
-        [run] = [run for run in self.runs.values() if run.kind == "sweep"]
-        return run
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        return {name: value for name, value, _ in self.sweep.points}
-
-    @property
-    def ended(self) -> dict[str, str]:
-        trials = [run for run in self.runs.values() if run.parent]
-        assert all(run.parent == self.sweep.key for run in trials)
-        return {run.key: run.status for run in trials}
-
-
 class Shown(Progress):
     """Remembers what was shown last."""
 
@@ -63,32 +44,65 @@ class Shown(Progress):
         self.notes.append(text)
 
     def finish(self, summary: str) -> None:
-        self.summary = summary
+        self.summary = summary if "trials" in summary else self.summary
 
 
-def queue_of(
-    plan: SweepPlan, folder: Path, trials: list[Trial], progress: Progress | None = None
-) -> SweepQueue:
-    tracking = cast("Tracking", SweepTracking())
-    found = {t.key: r for t in plan.trials if t not in trials and (r := t.result())}
-    num_all = len(found) + len(trials)
-    live = LiveSweep(plan, resolve_settings({}), tracking, folder, num_trials=num_all)
-    return SweepQueue(trials, found, {}, live, progress or Progress(), num_all=num_all)
+class Sweep:
+    """Runs plans in a workspace, with a stand-in for MLflow."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.tracking = folder, FakeTracking()
+
+    def run(
+        self, plan: SweepPlan, *assignments: str, progress: Progress | None = None
+    ) -> SweepOutcome:
+        return run_plan(
+            plan, resolve_settings({}, assignments), open_workspace(self.folder),
+            progress=progress, tracking=cast("Tracking", self.tracking),
+        )  # fmt: skip
+
+    def queue(self, plan: SweepPlan, trials: list[Trial], progress: Progress) -> SweepQueue:
+        found = {t.key: r for t in plan.trials if t not in trials and (r := t.result())}
+        tracking, number = cast("Tracking", self.tracking), len(found) + len(trials)
+        settings, folder = resolve_settings({}), self.folder / "sweep"
+        live = LiveSweep(plan, settings, tracking, folder, num_trials=number)
+        return SweepQueue(trials, found, {}, live, progress, num_all=number)
+
+    @property
+    def shown(self) -> TrackedRun:
+        """The sweep's own run."""
+        [run] = [run for run in self.tracking.runs.values() if run.kind == "sweep"]
+        return run
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {name: value for name, value, _ in self.shown.points}
+
+    @property
+    def ended(self) -> dict[str, str]:
+        """Key of a trial -> how its run ended."""
+        trials = [run for run in self.tracking.runs.values() if run.parent]
+        assert all(run.parent == self.shown.key for run in trials)
+        return {run.key: run.status for run in trials}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    return Sweep(tmp_path)
 
 
 def test_what_was_stopped_is_told_and_trained_on_without_stopping(
-    tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_plan: SweepPlan, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped, better = tiny_plan.trials[1], tiny_plan.trials[2]
+    teacher, stopped, better, *others = tiny_plan.trials
     rated = with_job(stopped, {"learning_rate": 1.0})
     better = better.model_copy(update={"job": rated.job})
-    trials = (tiny_plan.trials[0], stopped, better, *tiny_plan.trials[3:])
+    trials = (teacher, stopped, better, *others)
     plan = tiny_plan.model_copy(update={"kind": "iterations", "trials": trials})
     for trial in trials:
         if trial is not stopped:
             finished(trial)
-    sweep = resolve_settings({}, ["sweep.asha=true"]).sweep
-    stop = stop_early(stopped, better, sweep, 30)
+    stop = stop_early(stopped, better, resolve_settings({}, ["sweep.asha=true"]).sweep, 30)
     asked: list[str] = []
 
     def end(trial: Trial) -> str:
@@ -96,61 +110,51 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
         return "no luck"
 
     end_trials(monkeypatch, end)
-    tracking = SweepTracking()
-
-    def outcome_of(*assignments: str) -> SweepOutcome:
-        settings = resolve_settings({}, assignments)
-        workspace = open_workspace(tmp_path)
-        return run_plan(plan, settings, workspace, tracking=cast("Tracking", tracking))
-
-    outcome = outcome_of("sweep.asha=true")
+    outcome = sweep.run(plan, "sweep.asha=true")
     assert asked == []
     assert outcome.stopped == {stopped.label: stop.text}
     assert outcome.failures == {}
     assert [result.key for result in outcome.results] == [t.key for t in trials if t != stopped]
     assert outcome.reused == {result.key for result in outcome.results}
-    assert better.label in tracking.sweep.tags[STOPPED_TAG]
-    assert tracking.metrics == {"sweep/trainings_saved": pytest.approx(0.25)}
-    records, _ = read_journal(Path(str(tracking.sweep.journal)))
+    assert better.label in sweep.shown.tags[STOPPED_TAG]
+    assert sweep.metrics == {"sweep/trainings_saved": pytest.approx(0.25)}
+    records, _ = read_journal(Path(str(sweep.shown.journal)))
     assert len(records) == 2, "the front over time, from what was found finished"
-    assert tracking.ended.pop(stopped.key) == "KILLED"
-    assert set(tracking.ended.values()) == {"KILLED", "FINISHED"}
+    ended = sweep.ended
+    assert ended.pop(stopped.key) == "KILLED"
+    assert set(ended.values()) == {"KILLED", "FINISHED"}
 
-    outcome = outcome_of()
+    outcome = sweep.run(plan)
     assert (outcome.stopped, outcome.failures) == ({}, {stopped.label: "no luck"})
     assert asked == [stopped.key]
-    assert tracking.ended[stopped.key] == "FAILED"
+    assert sweep.ended[stopped.key] == "FAILED"
 
 
 def test_what_a_stored_teacher_costs_is_counted_once(
-    tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_plan: SweepPlan, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def end(trial: Trial) -> Trial:
         assert trial.job is None or trial.job.teacher_cache
         return finished(trial)
 
     end_trials(monkeypatch, end)
-    tracking = SweepTracking()
-    settings = resolve_settings({}, ["distillation.teacher_cache=true"])
-    outcome = run_plan(
-        tiny_plan, settings, open_workspace(tmp_path), tracking=cast("Tracking", tracking)
-    )
+    outcome = sweep.run(tiny_plan, "distillation.teacher_cache=true")
     assert outcome.reused == frozenset()
     job = tiny_plan.trials[-1].job
     assert job
     num_tokens = job.recipe.num_steps * job.recipe.num_tokens_per_step
     forward = inference_cost(tiny_plan.trials[0].model).forward_flops_per_token
-    assert tracking.metrics["sweep/teacher_tokens"] == num_tokens
-    assert tracking.metrics["sweep/teacher_flops"] == num_tokens * forward
+    assert sweep.metrics["sweep/teacher_tokens"] == num_tokens
+    assert sweep.metrics["sweep/teacher_flops"] == num_tokens * forward
 
 
 def test_progress_counts_ended_and_running_trials_and_what_is_saved(
-    tiny_plan: SweepPlan, tmp_path: Path
+    tiny_plan: SweepPlan, sweep: Sweep
 ) -> None:
     teacher, first, second, third, *_ = tiny_plan.trials
     finished(teacher)
     shown = Shown()
-    queue = queue_of(tiny_plan, tmp_path / "s", [first, second, third], shown)
+    queue = sweep.queue(tiny_plan, [first, second, third], shown)
     assert queue.saved() == "1 of 4 trials are finished"
     taken = [queue.take() for _ in range(3)]
     assert {trial.key for trial in taken if trial} == {first.key, second.key, third.key}
@@ -181,13 +185,6 @@ def test_progress_counts_ended_and_running_trials_and_what_is_saved(
     assert queue.summary() == "4 trials, 1 of them found finished, 1 failed"
 
 
-def test_what_travels_to_a_trial_is_small(tiny_plan: SweepPlan) -> None:
-    sent = sum(len(trial.model_dump_json()) for trial in tiny_plan.trials)
-    tokens = Path(tiny_plan.tokens_folder)
-    assert sent < 4096 * len(tiny_plan.trials), "paths and settings; no weights, no tokens"
-    assert sum(path.stat().st_size for path in tokens.rglob("*")) > sent
-
-
 def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> None:
     """Make trials of this process and of Tune's measure nothing, which would take tasks.
 
@@ -216,7 +213,7 @@ def without_tasks(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> No
 
 @pytest.mark.slow
 def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
-    tiny_plan: SweepPlan, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+    tiny_plan: SweepPlan, sweep: Sweep, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_tasks(monkeypatch)
     plan = tiny_plan.model_copy(update={"trials": tiny_plan.trials[:4]})
@@ -229,32 +226,21 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
     class Told(Shown):
         def note(self, text: str) -> None:
             super().note(text)
-            assert [trial.result() is not None for trial in plan.trials] == [
-                True,
-                True,
-                False,
-                False,
-            ]
+            finished_so_far = [trial.result() is not None for trial in plan.trials]
+            assert finished_so_far == [True, True, False, False]
             locks[left.key].close()  # Its process died.
             finished(made_elsewhere)
             locks[made_elsewhere.key].close()
 
-        def finish(self, summary: str) -> None:
-            if "trials" in summary:
-                super().finish(summary)
-
-    progress, tracking = Told(), SweepTracking()
-    outcome = run_plan(
-        plan, resolve_settings({}), open_workspace(tmp_path), progress=progress,
-        tracking=cast("Tracking", tracking),
-    )  # fmt: skip
+    progress = Told()
+    outcome = sweep.run(plan, progress=progress)
     (waited,) = progress.notes
     assert waited.startswith("waiting for another process, which trains ")
     assert {left.label, made_elsewhere.label} <= {*waited.split(" trains ")[1].split("; ")}
     assert progress.summary == "4 trials, 1 made by another process meanwhile"
     assert outcome.reused == {made_elsewhere.key}
     assert outcome.failures == {}
-    assert set(tracking.ended.values()) == {"FINISHED"}
+    assert set(sweep.ended.values()) == {"FINISHED"}
     started = [
         [r.get("name") for r in read_journal(Path(t.folder))[0]].count("started")
         for t in plan.trials
@@ -265,32 +251,29 @@ def test_a_sweep_passes_over_what_another_is_at_and_comes_back_to_it(
 @pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_an_interrupted_sweep_says_what_is_saved_and_a_trial_that_failed_meanwhile(
-    fails: bool, tiny_plan: SweepPlan, tmp_path: Path, ray_session: None,
+    fails: bool, tiny_plan: SweepPlan, sweep: Sweep, ray_session: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     without_tasks(monkeypatch, fails=fails)
     teacher, begun, *_ = tiny_plan.trials
     long = {"num_steps": 10**6, "checkpoint_every_steps": 10**6}
-    begun = in_folder(with_job(begun, long), tmp_path / "trials" / "begun", key="begun")
+    folder = sweep.folder / "trials" / "begun"
+    begun = in_folder(with_job(begun, long), folder, key="begun")
     run_trial(teacher)
     plan = tiny_plan.model_copy(update={"trials": (teacher, begun)})
 
     class Pressing(Shown):
         def advance(self, done: float, text: str = "", **more: Any) -> None:
             super().advance(done, text, **more)
-            if any(r["kind"] == "metrics" for r in read_journal(Path(begun.folder))[0]):
+            if any(r["kind"] == "metrics" for r in read_journal(folder)[0]):
                 os.kill(os.getpid(), signal.SIGINT)
                 monkeypatch.setattr(self, "advance", lambda *_, **__: None)
 
-    tracking = SweepTracking()
     with pytest.raises(RunFailed if fails else Interrupted) as caught:
-        run_plan(
-            plan, resolve_settings({}), open_workspace(tmp_path), progress=Pressing(),
-            tracking=cast("Tracking", tracking),
-        )  # fmt: skip
+        sweep.run(plan, progress=Pressing())
     text = str(caught.value)
     assert f"1 of 2 trials are finished; trial {begun.label}: saved at step " in text
     if fails:
         assert text.startswith(f"trial {begun.label} failed: OSError: no room; ")
-    assert tracking.ended == {teacher.key: "FINISHED", "begun": "FAILED" if fails else "KILLED"}
-    assert tracking.sweep.status == ("FAILED" if fails else "KILLED")
+    assert sweep.ended == {teacher.key: "FINISHED", "begun": "FAILED" if fails else "KILLED"}
+    assert sweep.shown.status == ("FAILED" if fails else "KILLED")

@@ -1,0 +1,302 @@
+"""Laws that hold for every registered method, on random models of it, in float64.
+
+A new method is tested as soon as it is registered. Equal results agree closely, because the models
+are small. That an exported model equals the core is in `test_modeling.py`.
+"""
+
+import copy
+import math
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_cases import VOCAB, cheaper, make_model, models, paddings, tokens
+
+from iiet import METHODS, Decoder, IterationSchedule, generate, next_token_loss, plain_formulas
+from iiet.batch import Batch
+from iiet.config import ModelConfig
+
+TIME = 9
+NEAR = {"rtol": 0, "atol": 1e-9}
+
+
+def of_every_method(*others, max_examples=5):
+    """Run a law on random models of each method, with more that is drawn."""
+
+    def decorate(law):
+        @pytest.mark.parametrize("method", METHODS)
+        @settings(max_examples=max_examples)
+        @given(st.data())
+        def test(method, data):
+            law(data.draw(models((method,))), *map(data.draw, others))
+
+        test.__name__ = test.__qualname__ = law.__name__
+        return test
+
+    return decorate
+
+
+def gradients(decoder, loss=None):
+    decoder.zero_grad()
+    ids = tokens(2, TIME)
+    (next_token_loss(decoder(ids), ids) if loss is None else loss).backward()
+    return {name: parameter.grad for name, parameter in decoder.named_parameters()}
+
+
+def assert_same(found, expected, **tolerance):
+    for name, gradient in found.items():
+        assert (gradient is None) == (expected[name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(gradient, expected[name], **tolerance)
+
+
+@of_every_method(paddings(time=TIME), st.lists(st.integers(1, 4), max_size=6))
+@torch.no_grad()
+def test_cached_equals_full(decoder, mask, cuts):
+    """In any number of passes, those of a single token among them; later ones need no mask."""
+    ids, cache = tokens(2, TIME), decoder.new_cache(batch_size=2, max_tokens=TIME)
+    ends, num_padding = [end for end in accumulate(cuts) if end < TIME], (~mask).sum(1).max()
+    parts = []
+    for start, end in pairwise((0, *ends, TIME)):
+        seen = mask[:, :end] if start <= num_padding else None
+        parts.append(decoder(ids[:, start:end], cache=cache, attention_mask=seen))
+    expected = decoder(ids, attention_mask=mask)
+    torch.testing.assert_close(torch.cat(parts, 1)[mask], expected[mask], **NEAR)
+    assert cache.get_seq_length() == TIME
+
+
+@of_every_method()
+def test_fast_forms_equal_the_plain_formulas_and_inference_equals_training(decoder):
+    ids, found = tokens(2, TIME), gradients(decoder)
+    with torch.no_grad():
+        without = decoder(ids)
+    torch.testing.assert_close(decoder(ids), without, **NEAR)
+    with plain_formulas():
+        torch.testing.assert_close(decoder(ids), without, **NEAR)
+        assert_same(found, gradients(decoder), rtol=1e-8, atol=1e-9)
+
+
+@of_every_method()
+def test_activation_checkpointing_and_a_second_run_change_no_bit(decoder):
+    kept = gradients(decoder)
+    assert_same(gradients(copy.deepcopy(decoder)), kept, rtol=0, atol=0)
+    decoder.activation_checkpointing = True
+    assert_same(gradients(decoder), kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_save_and_load(method, tmp_path):
+    options = {"damping": 0.5, "learn_damping": True} if method == "iiet" else None
+    decoder = make_model(method, method_options=options, dtype=torch.float32)
+    decoder.save(tmp_path)
+    again = Decoder.load(tmp_path)
+    assert again.config == decoder.config == ModelConfig.from_dict(decoder.config.to_dict())
+    found, expected = again.state_dict(), decoder.state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    # The file's weights lie elsewhere in memory, which may change the order of a sum.
+    torch.testing.assert_close(again(tokens(2, TIME)), decoder(tokens(2, TIME)))
+
+
+@of_every_method(paddings(), st.sampled_from(["0", "1", "3"]), st.integers(1, 4), max_examples=4)
+def test_drafted_tokens_are_those_of_plain_decoding(decoder, mask, schedule, draft_tokens):
+    """Greedy and sampled; under cheaper and costlier drafts."""
+    drafted = {"draft": schedule if decoder.method.has_corrections else "auto"}
+    for sampling in ({}, {"temperature": 1.0, "seed": 3, "top_k": 9}):
+        options = {"max_new_tokens": 16, "attention_mask": mask, **sampling}
+        expected = generate(decoder, tokens(2, TIME), **options)
+        found = generate(decoder, tokens(2, TIME), draft_tokens=draft_tokens, **drafted, **options)
+        assert torch.equal(found, expected)
+
+
+@of_every_method(paddings(batch=3, time=TIME))
+def test_parts_of_a_batch_add_up_and_rows_are_independent(decoder, mask):
+    ids = tokens(3, TIME)
+    batch = Batch.of_text(ids, mask)
+    whole = gradients(decoder, decoder.loss(batch))
+    counted = batch.counted_as(batch.num_targets, batch.num_positions)
+    parts = sum(len(part) / 3 * decoder.loss(part) for part in counted.split(2))
+    assert_same(gradients(decoder, parts), whole, rtol=1e-8, atol=1e-10)
+    with torch.no_grad():
+        together = decoder(ids, attention_mask=mask)
+        for row, own in enumerate(mask):
+            alone = decoder(ids[row : row + 1, own])
+            torch.testing.assert_close(together[row : row + 1, own], alone, **NEAR)
+
+
+@of_every_method(st.integers(1, TIME - 1))
+@torch.no_grad()
+def test_only_earlier_tokens_matter(decoder, place):
+    ids = tokens(2, TIME)
+    changed = ids.clone()
+    changed[:, place] = (ids[:, place] + 1) % VOCAB
+    difference = (decoder(ids) - decoder(changed)).abs().amax(-1)
+    assert difference[:, :place].max() < 1e-12
+    assert difference[:, place:].min() > 1e-9
+
+
+@of_every_method()
+@torch.no_grad()
+def test_branches_of_a_row_equal_their_own_rows(decoder):
+    """Two continuations, of the second token of each row on, behind each other in one row."""
+    ids = tokens(2, TIME)
+    first, second = ids[:, :5], torch.cat([ids[:, :2], ids[:, 5:]], 1)
+    row = torch.cat([first, second[:, 2:]], 1)
+    visible = torch.ones(2, TIME, TIME, dtype=torch.bool).tril()
+    visible[:, 5:, 2:5] = False
+    positions = torch.tensor([[*range(5), *range(2, second.size(1))]])
+    logits = decoder(row, attention_mask=visible, position_ids=positions)
+    expected = torch.cat([decoder(first), decoder(second)[:, 2:]], 1)
+    torch.testing.assert_close(logits, expected, **NEAR)
+    packed = decoder(row, position_ids=torch.tensor([[*range(5), *range(TIME - 5)]]))
+    torch.testing.assert_close(packed[:, 5:], decoder(row[:, 5:]), **NEAR)
+
+
+@of_every_method()
+def test_half_precision_is_close_and_trains(decoder):
+    ids, exact = tokens(2, TIME), decoder(tokens(2, TIME)).detach()
+    decoder.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = decoder(ids)
+        loss = next_token_loss(logits, ids)
+    for gradient in gradients(decoder, loss).values():
+        assert gradient is None or (gradient.dtype == torch.float32 and gradient.isfinite().all())
+    halved = decoder.bfloat16()(ids)
+    for found in (logits, halved):
+        assert (found.double() - exact).norm() < 0.3 * exact.norm()
+    next_token_loss(halved, ids).backward()
+
+
+@of_every_method(max_examples=3)
+def test_the_gradient_equals_finite_differences_and_reaches_every_used_parameter(decoder):
+    """Along a random direction through all parameters at once."""
+    if getattr(decoder.config.options, "differentiated_corrections", None) is not None:
+        return  # The gradient is then another one, on purpose.
+    found, ids = gradients(decoder), tokens(2, TIME)
+    used = {name: gradient for name, gradient in found.items() if gradient is not None}
+    of_corrections = ("correction_norm", "mix.inner", "damping", "reinjection")
+    for name in found.keys() - used.keys():
+        assert decoder.method.has_corrections, name
+        assert any(part in name for part in of_corrections), name
+    torch.manual_seed(2)
+    direction = {name: torch.randn_like(gradient) for name, gradient in used.items()}
+    slope = sum(float((used[name] * direction[name]).sum()) for name in used)
+    losses = []
+    for step in (1e-6, -2e-6):
+        with torch.no_grad():
+            for name, change in direction.items():
+                decoder.get_parameter(name).add_(step * change)
+            losses.append(float(next_token_loss(decoder(ids), ids)))
+    assert slope == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=2e-4, abs=1e-6)
+
+
+@of_every_method()
+@torch.no_grad()
+def test_evaluations_made_are_those_claimed_and_seen(decoder):
+    ids, claimed = tokens(2, TIME), decoder.evaluations_per_layer()
+    places = [(layer, k) for layer, count in enumerate(claimed) for k in range(count)]
+    outputs, inputs = decoder.evaluations(ids), decoder.evaluations(ids, inputs=True)
+    assert sorted(outputs) == sorted(inputs) == places
+    torch.testing.assert_close(inputs[0, 0], decoder.embedding(ids))
+    logits, hidden = decoder(ids, return_hidden=True)
+    assert len(hidden) == decoder.config.num_layers
+    torch.testing.assert_close(decoder.logits(hidden[-1]), logits)
+    torch.testing.assert_close(decoder(ids, last_only=True), logits[:, -1:])
+    calls = []
+    for field in decoder.fields:
+        field.register_forward_hook(lambda *_: calls.append(None))
+    decoder(ids)
+    assert len(calls) == sum(claimed)
+
+
+@of_every_method()
+def test_a_schedule_of_a_call_is_that_of_a_twin_with_the_same_weights(decoder):
+    ids, other = tokens(2, TIME), cheaper(decoder)
+    if not decoder.method.has_corrections:
+        with pytest.raises(ValueError, match="makes no corrections"):
+            decoder(ids, schedule=IterationSchedule.uniform(decoder.config.num_layers, 3))
+        return
+    other = other or IterationSchedule.uniform(decoder.config.num_layers, 1)
+    twin, copied = decoder.with_schedule(other), decoder.copy(schedule=other)
+    assert torch.equal(twin(ids), decoder(ids, schedule=other))
+    assert torch.equal(twin(ids), copied(ids))
+    assert twin.schedule == other
+    for mine, theirs, own in zip(
+        twin.parameters(), decoder.parameters(), copied.parameters(), strict=True
+    ):
+        assert mine is theirs
+        assert own is not theirs
+    with pytest.raises(ValueError, match="layers, the model has"):
+        decoder(ids, schedule=IterationSchedule((1,) * 9))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_tokens_than_the_context_are_refused(method):
+    decoder = make_model(method, context_length=16).requires_grad_(False)
+    with pytest.raises(ValueError, match="17 tokens do not fit a context_length of 16"):
+        decoder(tokens(1, 17))
+    cache = decoder.new_cache(batch_size=1, max_tokens=20)
+    decoder(tokens(1, 10), cache=cache)
+    with pytest.raises(ValueError, match="context_length"):
+        decoder(tokens(1, 10), cache=cache)
+
+
+@settings(max_examples=10)
+@given(models(("iiet",)))
+def test_without_corrections_and_mix_iiet_is_the_normalized_vanilla_model(decoder):
+    """With rows of C that pick the layer's own estimate, `h_l = P_l(F_l(h_{l-1}))`."""
+    iiet = decoder.with_schedule(0)
+    config = decoder.config
+    vanilla = make_model(
+        "vanilla",
+        (0,) * config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        tie_embeddings=config.tie_embeddings,
+    )
+    own = iiet.method_parameters()
+    vanilla.load_state_dict({n: w for n, w in iiet.state_dict().items() if n not in own})
+    with torch.no_grad():
+        for layer, plain in zip(iiet.layers, vanilla.layers, strict=True):
+            layer.mix.outer.zero_()[-1] = 1.0
+            norm = layer.prediction_norm
+            plain.field.register_forward_hook(lambda _module, _x, y, norm=norm: norm(y))
+        torch.testing.assert_close(iiet(tokens(2, TIME)), vanilla(tokens(2, TIME)), **NEAR)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 3), st.integers(1, 3))
+def test_a_looped_model_is_a_deeper_vanilla_one_whose_layers_share_their_weights(r, num_layers):
+    looped = make_model("looped", (r,) * num_layers)
+    deep = make_model("vanilla", (0,) * ((1 + r) * num_layers))
+    deep.load_state_dict(
+        {name: w for name, w in looped.state_dict().items() if "layers" not in name}, strict=False
+    )
+    deep.layers = torch.nn.ModuleList([*looped.layers] * (1 + r))
+    logits, hidden = looped(tokens(2, TIME), return_hidden=True)
+    expected, deep_hidden = deep(tokens(2, TIME), return_hidden=True)
+    assert torch.equal(logits, expected)
+    assert all(map(torch.equal, hidden, deep_hidden[-num_layers:]))
+    if num_layers > 1:
+        with pytest.raises(ValueError, match="repeats the whole stack"):
+            looped(tokens(2, TIME), schedule=(r + 1, *(r,) * (num_layers - 1)))
+
+
+@pytest.mark.parametrize(("method", "order"), [("vanilla", 1), ("ode_rk2", 2), ("ode_rk4", 4)])
+@settings(max_examples=10)
+@given(z=st.floats(0.005, 0.02))
+def test_order_of_convergence(method, order, z):
+    """Halving the step of `x' = z x` divides the error of one step by `2^(order + 1)`."""
+
+    class Linear(torch.nn.Module):
+        def forward(self, x, context, slot):
+            return x + self.z * x
+
+    decoder = make_model(method, (0,))
+    decoder.layers[0].field = field = Linear()
+    errors = []
+    for field.z in (2 * z, z):
+        ones = torch.ones(1, 1, decoder.config.dim, dtype=torch.float64)
+        (hidden,) = decoder.hidden_states(ones)
+        errors.append(abs(hidden[0, 0, 0].item() - math.exp(field.z)))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order + 1, abs=0.05)

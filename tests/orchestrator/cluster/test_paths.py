@@ -1,0 +1,177 @@
+"""A command reaches the optimizer's step through few calls, and a debugger shows each of them.
+
+`iiet-orch pretrain --workers 2` and `iiet-orch sweep-iterations`; functions of this repository
+only. The sweep's path stands in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from small_size import SMALL
+
+import orchestrator
+from orchestrator import cli
+
+ROOT = str(Path(orchestrator.__file__).parent.parent)
+PAGE = Path(ROOT) / "docs" / "architecture.md"
+COMMAND = ["cli/app.main", "cli/command.run", "cli/train.pretrain", "cli/command.finish"]
+PIPELINE = ["pipelines/training.run_pretrain", "pipelines/training.run_trainings"]
+IN_DRIVER = [*COMMAND, *PIPELINE, "cluster/train.run_train_jobs", "cluster/train._run_together"]
+IN_WORKER = ["cluster/train._train_worker", "training/trainer.run_job", "training/trainer.train"]
+DEPTH = (
+    "data.source=depth data.depth.tasks=[phop_2] data.depth.num_symbols=2 data.depth.length=8 "
+    "model.context_length=8"
+)
+
+
+def own_calls(frame: FrameType | None = None) -> list[str]:
+    """Return the functions of this repository's packages on the stack, outermost first."""
+    return [
+        call.filename.removeprefix(f"{ROOT}/").removeprefix("orchestrator/")[:-3] + f".{call.name}"
+        for call in traceback.extract_stack(frame)
+        if call.filename.startswith((f"{ROOT}/orchestrator/", f"{ROOT}/iiet/"))
+        if call.name != "<listcomp>"  # A frame until Python 3.11.
+    ]
+
+
+def arguments(command: str, workspace: Path, *options: str) -> list[str]:
+    """Return a command that trains the smallest model for a step."""
+    settings = [*SMALL, *DEPTH.split(), "training.num_steps=1"]
+    sets = [word for setting in settings for word in ("--set", setting)]
+    return [command, "--workspace", str(workspace), *options, *sets]
+
+
+def test_the_path_of_a_pretraining_without_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacks: list[list[str]] = []
+    step = torch.optim.AdamW.step
+
+    def recorded(self: torch.optim.AdamW, closure: Any = None) -> Any:
+        stacks.append(own_calls(sys._getframe(1)))
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    assert cli.main(arguments("pretrain", tmp_path / "workspace", "--local")) == 0
+    (stack,) = stacks
+    assert stack == [*COMMAND, *PIPELINE, "cluster/task.run_local_jobs", *IN_WORKER[1:]]
+
+
+@pytest.mark.slow
+def test_the_path_of_a_pretraining_with_two_workers(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.train.torch
+
+    from orchestrator.cluster import train
+
+    in_driver: list[list[str]] = []
+    submit = concurrent.futures.ThreadPoolExecutor.submit
+
+    def recorded_submit(self: Any, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        if function is train.fit_job:
+            in_driver.append(own_calls(sys._getframe(1)))
+        return submit(self, function, *given, **named)
+
+    monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", recorded_submit)
+    in_thread: list[list[str]] = []
+    trainer: Any = ray.train.torch.TorchTrainer
+    fit = trainer.fit
+
+    def recorded_fit(self: Any) -> Any:
+        in_thread.append(own_calls(sys._getframe(1)))
+        return fit(self)
+
+    monkeypatch.setattr(trainer, "fit", recorded_fit)
+    recorded = recording(train._train_worker, tmp_path / "stack", ROOT)
+    monkeypatch.setattr(train, "_train_worker", recorded)
+    assert cli.main(arguments("pretrain", tmp_path / "workspace", "--workers", "2")) == 0
+    assert in_driver == [IN_DRIVER]
+    assert in_thread == [["cluster/train.fit_job"]]
+    in_worker = (tmp_path / "stack").read_text().splitlines()
+    assert in_worker == IN_WORKER
+    assert len(in_driver[0]) + len(in_thread[0]) + len(in_worker) == 12
+
+
+def recording(train_worker: Callable[..., Any], path: Path, root: str) -> Callable[..., Any]:
+    """Return a worker function that writes the stack of the first worker's step into a file."""
+
+    def worker(config: dict[str, Any]) -> Any:
+        import traceback
+
+        import torch
+
+        step = torch.optim.AdamW.step
+
+        def recorded(self: torch.optim.AdamW, closure: Any = None) -> Any:
+            lines = [
+                call.filename.removeprefix(f"{root}/orchestrator/")[:-3] + f".{call.name}\n"
+                for call in traceback.extract_stack()[:-1]
+                if call.filename.startswith((f"{root}/orchestrator/", f"{root}/iiet/"))
+            ]
+            if torch.distributed.get_rank() == 0:
+                path.write_text("".join(lines))
+            return step(self, closure)
+
+        torch.optim.AdamW.step = recorded  # type: ignore[method-assign]
+        try:
+            return train_worker(config)
+        finally:
+            torch.optim.AdamW.step = step  # type: ignore[method-assign]
+
+    return worker
+
+
+def test_the_path_of_a_sweep_is_the_documented_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.cluster import ray, tune
+    from orchestrator.sweeping import run
+
+    section = PAGE.read_text("utf-8").partition("## A command: ")[2].partition("\n## ")[0]
+    found = re.findall(r"^\| `([a-z_/]+)\.py` \| `([\w.]+)` \|", section, flags=re.MULTILINE)
+    documented = [f"{file}.{name.split('.')[-1]}" for file, name in found]
+    stacks: list[list[str]] = []
+    given: list[Any] = []
+    run_trials, resources = tune.run_trials, ray.local_resources(count_gpus=False)
+
+    def noted(*arguments: Any, **named: Any) -> None:
+        given.extend(arguments)
+        run_trials(*arguments, **named)
+
+    def run_interruptibly(_: Any, **__: Any) -> None:
+        stacks.append(own_calls(sys._getframe(1)))
+        function, trial = given[0], given[1].take()
+        config = {"key": trial.key, "trial": trial.model_dump_json()}
+        placement = tune.trial_placement(tune.SweepSettings(), 1, resources)
+        place = tune.TrialPlace(placement, tune.ClusterSettings())
+        tune._run_in_tune(config, function=function, place=place, stop=None)  # type: ignore[arg-type]
+
+    def step(*_: Any, **__: Any) -> None:
+        stacks.append(own_calls(sys._getframe(1)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "run_trials", noted)
+    for module in (tune, run):
+        monkeypatch.setattr(module, "ray_cluster", lambda *_, **__: nullcontext(resources))
+    monkeypatch.setattr(tune, "run_interruptibly", run_interruptibly)
+    monkeypatch.setattr(tune, "looks_for", lambda _: lambda: False)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    options = ["-r", "1", "--methods", "iiet"]
+    assert cli.main(arguments("sweep-iterations", tmp_path / "workspace", *options)) == 130
+    driver, inside = stacks
+    worker = inside[inside.index("cluster/tune._run_in_tune") :]
+    assert [*driver, *worker] == [*documented, "training/trainer.train"]
+    assert len({call.split(".")[0] for call in [*driver, *worker]}) <= 8, "files"
+    assert len(driver) + len(worker) <= 13

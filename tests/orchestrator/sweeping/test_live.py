@@ -1,0 +1,293 @@
+"""A sweep can be watched in MLflow: trials appear when they start, and the front grows."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from changed_trials import with_job
+from fake_runs import finished
+from mlflow.entities import Run
+from sample_trials import sample_front
+
+from orchestrator.records.training import TrainingJob
+from orchestrator.records.trial import SweepPlan, Trial
+from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
+from orchestrator.settings import TrainingSettings, resolve_settings
+from orchestrator.sweeping import live
+from orchestrator.sweeping.live import (
+    HYPERVOLUME_BY_GFLOPS,
+    HYPERVOLUME_BY_TRIALS,
+    MAX_CURVE_POINTS,
+    SECONDS_BETWEEN_FRONTS,
+    FrontHistory,
+    LiveSweep,
+    sweep_parameters,
+)
+from orchestrator.tracking import NOTE_TAG, REASON_TAG, VIEW_TAG, open_tracking
+from orchestrator.training.watching import lock_run_folder
+from orchestrator.workspace.journal import Journal, read_journal, recorded_times
+from orchestrator.workspace.layout import open_workspace
+
+# Runs in MLflow
+
+
+class Watched:
+    """A sweep of which nothing is finished, and a clock that only tests set."""
+
+    def __init__(self, plan: SweepPlan, folder: Path) -> None:
+        workspace = open_workspace(folder)
+        self.tracking, self.plan, self.now = open_tracking(workspace, warn=pytest.fail), plan, 0.0
+        self.live = LiveSweep(
+            plan, resolve_settings({}), self.tracking, workspace.sweeps / "toy",
+            num_trials=len(plan.trials), clock=lambda: self.now,
+        )  # fmt: skip
+
+    def runs(self, filter_string: str) -> list[Run]:
+        self.tracking.wait()
+        client, experiment = self.tracking.store.connect(), str(self.tracking.store.experiment_id)
+        return list(client.search_runs([experiment], filter_string))
+
+    @property
+    def sweep(self) -> Run:
+        [run] = self.runs("tags.`iiet.kind` = 'sweep'")
+        return run
+
+    def trials(self) -> list[Run]:
+        return self.runs("tags.`iiet.kind` != 'sweep'")
+
+    def trial(self, trial: Trial) -> Run:
+        [run] = self.runs(f"tags.`iiet.key` = '{trial.key}'")
+        return run
+
+    def losses(self, trial: Trial) -> list[int]:
+        run_id = self.trial(trial).info.run_id
+        history = self.tracking.store.connect().get_metric_history(run_id, "train/loss")
+        return [point.step for point in history]
+
+    def finish(self, trial: Trial, accuracy: float) -> None:
+        self.live.on_results([finished(trial, accuracy)])
+
+
+@pytest.fixture
+def watched(tiny_plan: SweepPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Watched(tiny_plan, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_sweep_is_seen_while_it_runs(watched: Watched) -> None:
+    teacher, first, second, *_ = watched.plan.trials
+    assert not watched.trials()
+
+    # The teacher is only measured; its run has the times and the curve of its own training.
+    watched.live.watch([teacher])
+    assert watched.trial(teacher).info.status == "RUNNING"
+    times = recorded_times(Path(str(teacher.checkpoint)).parent)
+    watched.finish(teacher, 0.5)
+    found = watched.trial(teacher)
+    assert (found.info.start_time, found.info.end_time) == times
+    assert found.info.status == "FINISHED"
+    assert watched.losses(teacher)
+
+    # A trial appears when it starts, with its parameters and its cost, and has a curve soon.
+    journal = Journal(Path(first.folder))
+    journal.event("started")
+    watched.live.watch([first])
+    found = watched.trial(first)
+    assert found.info.status == "RUNNING"
+    assert found.data.params["schedule"] == first.schedule_text
+    assert 0 < found.data.metrics["cost/relative_evaluations"] <= 1
+    for step in (1, 2):
+        journal.metrics(step, {"train/loss": 4.0 - step, "train/learning_rate": 1e-3})
+    watched.live.watch([first])
+    while watched.losses(first) != [1, 2]:
+        time.sleep(0.1)
+    assert watched.trial(first).data.metrics["train/learning_rate"] == 1e-3
+
+    # The front so far is in the sweep's run, with its picture.
+    noted = watched.sweep
+    assert f"1 of {len(watched.plan.trials)} models" in noted.data.tags[NOTE_TAG]
+    picture = f"get-artifact?path={ARTIFACT_FOLDER}/front.svg&run_uuid={noted.info.run_id}"
+    assert picture in noted.data.tags[NOTE_TAG]
+    assert VIEW_TAG in noted.data.tags
+    files = watched.tracking.store.connect().list_artifacts(noted.info.run_id, ARTIFACT_FOLDER)
+    assert [file.path for file in files] == [f"{ARTIFACT_FOLDER}/front.svg"]
+
+    journal.metrics(3, {"train/loss": 1.0})
+    journal.close()
+    watched.finish(first, 0.49)
+    found, times = watched.trial(first), recorded_times(Path(first.folder))
+    assert watched.losses(first) == [1, 2, 3]
+    assert (found.info.start_time, found.info.end_time) == times
+    assert found.data.metrics["quality/accuracy"] == 0.49
+    for num_shown in (1, 2):
+        watched.live.watch([second])
+        note = watched.sweep.data.tags[NOTE_TAG]
+        assert f"{num_shown} of {len(watched.plan.trials)} models" in note
+        watched.now += SECONDS_BETWEEN_FRONTS
+
+
+@pytest.mark.slow
+def test_a_trial_without_a_result_says_why_until_it_is_tried_again(watched: Watched) -> None:
+    teacher, first, second, third, *_ = watched.plan.trials
+    watched.live.watch([first, second, third])
+    watched.live.on_end(first, "FAILED", "its loss is not finite")
+    watched.live.on_end(second, "KILLED", "stopped early at step 3 of 40: another was better")
+    with lock_run_folder(Path(teacher.folder)):  # Another process runs it.
+        watched.live.watch([teacher])
+        watched.live.close()
+    found = watched.trial(first)
+    assert found.info.status == "FAILED"
+    assert found.data.tags[REASON_TAG] == "its loss is not finite"
+    assert found.data.tags[NOTE_TAG] == "**Failed:** Its loss is not finite"
+    found = watched.trial(second)
+    assert (found.info.status, found.data.tags[NOTE_TAG][:13]) == ("KILLED", "Stopped early")
+    assert watched.trial(third).info.status == "KILLED"
+    assert REASON_TAG not in watched.trial(third).data.tags
+    assert watched.trial(teacher).info.status == "RUNNING"
+
+    watched.finish(teacher, 0.5)
+    watched.live.watch([first])
+    assert "its loss is not finite" in watched.sweep.data.tags[NOTE_TAG]
+    found = watched.trial(first)
+    assert found.info.status == "RUNNING"
+    assert not {REASON_TAG, NOTE_TAG} & found.data.tags.keys()
+    assert len(watched.trials()) == 4, "no run is made twice"
+
+
+# The front over time
+
+
+class Past:
+    """A sweep whose trials have results as they come, and the journal of its front."""
+
+    def __init__(self, results: list[Trial], folder: Path) -> None:
+        self.results, self.folder = results, folder
+        job = TrainingJob(
+            run_folder="", tokens_folder="", model=results[0].model, recipe=TrainingSettings(),
+            objective="distill",
+        )  # fmt: skip
+        trials = [
+            result.model_copy(update={"job": job if result.role == "trial" else None})
+            for result in results
+        ]
+        self.plan = SweepPlan(
+            key="k", name="n", kind="threshold", tokens_folder="", teacher="t", num_requested=9,
+            trials=tuple(trials),
+        )  # fmt: skip
+
+    def history(self, num_trials: int | None = None) -> FrontHistory:
+        number = num_trials or len(self.plan.trials)
+        return FrontHistory(self.plan, self.folder, num_trials=number)
+
+    def record(self, *numbers: int) -> bool:
+        """Record the front of these results in a process of its own."""
+        history = self.history()
+        for number in numbers:
+            history.add(self.plan.trials[number])
+        return history.record()
+
+    def series(self, metric: str) -> list[tuple[int, float]]:
+        records = [r for r in read_journal(self.folder)[0] if metric in r["values"]]
+        return [(record["step"], record["values"][metric]) for record in records]
+
+
+@pytest.fixture
+def past(sample_results: list[Trial], tmp_path: Path) -> Past:
+    return Past(sample_results, tmp_path / "history")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_grows_in_any_order_and_ends_at_the_front(past: Past, seed: int) -> None:
+    order = [*range(1, len(past.results))]
+    random.Random(seed).shuffle(order)
+    order.insert(0, 0)  # The teacher spans the box.
+    for number in range(len(order)):
+        assert past.record(*order[: number + 1])
+        assert not past.record(*order[: number + 1]), "what is known is not written again"
+    found = past.series(HYPERVOLUME_BY_TRIALS)
+    assert [step for step, _ in found] == list(range(1, len(order) + 1))
+    volumes = [volume for _, volume in found]
+    assert volumes == sorted(volumes), "the box is the same all along"
+    assert volumes[0] < volumes[-1]
+    assert volumes[-1] == pytest.approx(sample_front(past.results).hypervolume)
+    spent = past.series("sweep/training_flops")
+    assert spent[-1][1] == pytest.approx(9 * 1.2e12), "that of the students; no one else has a job"
+    assert past.series(HYPERVOLUME_BY_GFLOPS)[-1] == (10_800, volumes[-1])
+
+
+def test_it_waits_for_the_full_model_and_spends_what_two_have_in_common_once(past: Past) -> None:
+    shared = past.plan.trials[2].with_numbers("train", {"shared_flops": 0.9e12})
+    trials = (*past.plan.trials[:2], shared, *past.plan.trials[3:])
+    past.plan = past.plan.model_copy(update={"trials": trials})
+    assert not past.record(1, 2)
+    assert past.record(1, 2, 0)
+    [(_, spent)] = past.series("sweep/training_flops")
+    assert spent == pytest.approx(1.2e12 + 0.3e12)
+
+
+def test_a_lucky_seed_is_no_front(past: Past) -> None:
+    teacher, cheap = past.results[0], past.results[5]
+    seeds = [
+        cheap.model_copy(update={"key": f"seed{n}", "seed": n, "group": "cheap"}).with_numbers(
+            "quality", {"accuracy": accuracy}
+        )
+        for n, accuracy in enumerate((0.1, 0.5))
+    ]
+    past.plan = past.plan.model_copy(update={"trials": (teacher, *seeds)})
+    assert past.record(0, 1, 2)
+    [(_, volume)] = past.series(HYPERVOLUME_BY_TRIALS)
+    usual = cheap.with_numbers("quality", {"accuracy": 0.3})
+    assert volume == pytest.approx(sample_front([teacher, usual]).hypervolume)
+
+
+def test_many_trials_are_recorded_as_often_as_curves_show(past: Past) -> None:
+    history = past.history(4 * MAX_CURVE_POINTS)
+    for trial in past.plan.trials:
+        history.add(trial)
+        history.add(trial)
+        history.record()
+    number = len(past.results)
+    steps = [step for step, _ in past.series(HYPERVOLUME_BY_TRIALS)]
+    assert steps == list(range(4, number + 1, 4))
+    assert history.record(at_end=True) == (number % 4 > 0)
+    assert not history.record(at_end=True)
+
+
+# Parameters of the sweep's run
+
+
+def test_each_kind_has_its_own_parameters_and_those_that_its_trainings_share(
+    tiny_plan: SweepPlan,
+) -> None:
+    def parameters(kind: str, *assignments: str, **changes: Any) -> dict[str, str]:
+        settings = resolve_settings({}, [f"sweep.kind={kind}", *assignments])
+        return sweep_parameters(tiny_plan.model_copy(update={"kind": kind, **changes}), settings)
+
+    threshold, search = parameters("threshold"), parameters("search", "search.seed=0")
+    scratch = parameters("iterations")
+    assert {"num_schedules", "influence_metric", "selection", "control"} <= set(threshold)
+    assert not any(name.startswith(("search.", "asha")) for name in threshold)
+    own = ("num_trials", "objective", "sampler", "population_size", "seed")
+    assert set(search) - set(threshold) == {f"search.{name}" for name in own}
+    assert scratch["iterations"] == "0, 1, 2, 3"
+    assert not {"num_schedules", "influence_metric", "control", "asha"} & set(scratch)
+    assert len(scratch) < 40
+    assert "asha_first_rung" in parameters("iterations", "sweep.asha=true")
+    for given, name in (("thresholds=[0.1, 0.2]", "thresholds"), ("budgets=[8, 12]", "budgets")):
+        found = parameters("threshold", f"sweep.{given}")
+        assert {"num_schedules", *live.SCHEDULE_CHOICES} & set(found) == {name}
+        assert ("budget_unit" in found) == (name == "budgets")
+
+    trials = [
+        with_job(trial, {"learning_rate": rate, "num_steps": 7})
+        for trial, rate in zip(tiny_plan.trials[1:], (0.1, 0.2), strict=False)
+    ]
+    found = parameters("iterations", trials=tuple(trials))
+    assert found["num_steps"] == "7"
+    assert "learning_rate" not in found
+    assert not any(name.startswith("r_") for name in found)
