@@ -14,8 +14,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from io import StringIO
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
@@ -91,6 +93,14 @@ class Started:
             raise subprocess.TimeoutExpired("iiet-orch", timeout or 0.0)
         return self._process.exitcode
 
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Wait while this process runs, until something has happened."""
+        give_up_at = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert self.poll() is None, self.communicate()[0]
+            assert time.monotonic() < give_up_at, "it did not come that far in time"
+            time.sleep(0.05)
+
     def communicate(self, timeout: float = PATIENCE_SECONDS) -> tuple[str, str]:
         """Close its input, wait for its end, and return what it printed, and an empty text."""
         self.stdin.close()
@@ -128,6 +138,17 @@ def run_command(
     printed, _ = started.communicate()
     assert started.returncode == code, printed
     return printed
+
+
+def run_here(*words: str, workspace: Path) -> str:
+    """Run a command in this process, and return what it printed."""
+    from orchestrator.cli import main
+
+    with redirect_stdout(StringIO()) as printed, redirect_stderr(printed):
+        code = main([*words, "--workspace", str(workspace)])
+    logs = sorted((workspace / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
+    assert code == 0, printed.getvalue() + "".join(log.read_text()[-4000:] for log in logs[-1:])
+    return printed.getvalue()
 
 
 def run_workers(code: str, number: int, *arguments: str) -> None:

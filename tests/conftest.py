@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
-from commands import run_command, settings_options
+from commands import run_here, settings_options
 from copied_database import copy_databases
 from hypothesis import HealthCheck, settings
 from small_size import SMALL
@@ -236,7 +236,7 @@ def ray_session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def small_sweep(pytestconfig: pytest.Config) -> Path:
+def small_sweep(pytestconfig: pytest.Config, ray_session: None) -> Path:
     """A workspace after `iiet-orch sweep toy` at the small size, and beside it, with the ending
     `.txt`, what the command printed.
 
@@ -260,8 +260,8 @@ def small_sweep(pytestconfig: pytest.Config) -> Path:
             for older in kept.glob("*/"):
                 if time.time() - older.stat().st_mtime > 24 * 3600:
                     shutil.rmtree(older)
-            found = run_command("sweep", "toy", *options, "--workspace", str(workspace))
-            printed.write_text(found)
+            shutil.rmtree(workspace, ignore_errors=True)  # It was interrupted.
+            printed.write_text(run_here("sweep", "toy", *options, workspace=workspace))
     return workspace
 
 

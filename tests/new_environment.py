@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import venv
@@ -56,12 +55,3 @@ def build(target: str, folder: Path) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     [file] = folder.glob("*.whl" if target == "wheel" else "*.tar.gz")
     return file
-
-
-def interpreter(version: str) -> str | None:
-    """Return the program of a version of Python, such as `3.12`; None if it does not run here."""
-    found = shutil.which(f"python{version}")
-    if found is None:
-        return None
-    done = subprocess.run([found, "-c", "import ensurepip"], capture_output=True)
-    return found if done.returncode == 0 else None

@@ -60,7 +60,7 @@ ORDER = (
 
 LINES = {
     "iiet": 7_737,
-    "benchmarks": 3_800,
+    "benchmarks": 3_526,
     "examples": 278,
     "research": 2_006,
     "orchestrator/workspace": 1_053,

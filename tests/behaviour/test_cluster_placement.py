@@ -14,8 +14,8 @@ import pytest
 from pretended_cluster import run_driver
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
-CLUSTER = """
-import json, os, subprocess, sys, threading
+PLACE = """
+import json, os, sys, threading
 import orchestrator.cluster  # sets what Ray reads when it is imported
 import ray
 from ray.cluster_utils import Cluster
@@ -54,10 +54,8 @@ def place(num_gpus, num_jobs):
         "cpus": job.cpus,
     }
 
-"""
-PLACE = f"""{CLUSTER}
 cases = json.loads(sys.argv[1])
-found = {{}}
+found = {}
 with ray_cluster():
     waiting, notes = threading.Event(), []
     waiter = threading.Thread(

@@ -13,13 +13,13 @@ import typer
 from commands import settings_options
 from small_size import SMALL
 
-from orchestrator import measure_influence, plan_sweep, prepare, sweep
+from orchestrator import PlannedSweep, measure_influence, plan_sweep, prepare, sweep
 from orchestrator.cli import build_app
 from orchestrator.records.trial import SweepPlan
-from orchestrator.settings import Settings, resolve_settings
+from orchestrator.settings import resolve_settings
 from orchestrator.settings.files import shipped_sweeps
 from orchestrator.workspace.files import VERIFIED_NAME
-from orchestrator.workspace.layout import PLAN_FILE, Workspace, open_workspace
+from orchestrator.workspace.layout import PLAN_FILE, open_workspace
 
 OFFLINE = """
 import contextlib, io, json, socket, sys
@@ -97,71 +97,51 @@ def test_a_missing_workspace_stays_missing(tmp_path: Path) -> None:
     assert not (tmp_path / "ws").exists()
 
 
-@pytest.fixture(scope="module")
-def settings() -> Settings:
-    return resolve_settings({}, SMALL)
-
-
-@pytest.fixture(scope="module")
-def trained(
-    small_sweep: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    settings: Settings,
-    ray_session: None,
-) -> Workspace:
-    """A workspace with the run `full`, its influence, and the sweep `mine` of its students."""
-    folder = shutil.copytree(small_sweep, tmp_path_factory.mktemp("trained") / "workspace")
-    workspace = open_workspace(folder)
-    (teacher,) = workspace.runs.glob("iiet-r2-*")
-    full = teacher.rename(workspace.root / "full")
-    for file in full.glob("step_*/influence-*"):
+@pytest.mark.slow
+def test_a_dry_run_names_what_the_sweep_does_and_changes_no_file(
+    small_sweep: Path, tmp_path: Path, ray_session: None
+) -> None:
+    # Only the teacher is left of the finished sweep, without its influence.
+    workspace = open_workspace(shutil.copytree(small_sweep, tmp_path / "workspace"))
+    [teacher] = workspace.runs.glob("iiet-r2-*")
+    for file in teacher.glob("step_*/influence-*"):
         file.unlink()
     shutil.rmtree(workspace.trials)
+    teacher = teacher.rename(tmp_path / "full")
     shutil.rmtree(workspace.runs)
     workspace.runs.mkdir()
-    full.rename(workspace.runs / "full")
-    unknown = plan_sweep(settings, workspace=workspace, teacher="full", name="mine")
+    teacher.rename(workspace.runs / "full")
+    settings = resolve_settings({}, SMALL)
+
+    def plan() -> PlannedSweep:
+        return plan_sweep(settings, workspace=workspace, teacher="full", name="mine")
+
+    unknown = plan()
     assert "the teacher's influence is not measured" in " ".join(unknown.sentences)
     assert unknown.price.num_trainings == settings.sweep.num_schedules
     measure_influence(settings, workspace=workspace, model="full")
-    planned = plan_sweep(settings, workspace=workspace, teacher="full", name="mine")
+    planned = plan()
     assert unknown.price.flops > planned.price.flops > 0, "an upper bound"
     assert unknown.price.hours > planned.price.hours
     assert sum(unknown.price.disk.values()) >= sum(planned.price.disk.values())
     sweep(settings, workspace=workspace, teacher="full", name="mine")
     assert SweepPlan.read(workspace.sweeps / "mine" / PLAN_FILE) == planned.plan
-    for stamp in workspace.root.rglob(VERIFIED_NAME):
-        stamp.unlink()
-    return workspace
-
-
-@pytest.mark.slow
-def test_a_dry_run_changes_no_file(trained: Workspace) -> None:
-    before = tree(trained.root)
-    for name, (code, printed) in dry_runs(trained.root).items():
-        assert code == 0, printed
-        if name in ("sweep-threshold", "search"):
-            assert "4 of 4 trials are finished and reused" in printed
-    assert tree(trained.root) == before
-
-
-@pytest.mark.slow
-def test_the_plan_of_a_dry_run_is_the_plan_of_the_sweep(
-    trained: Workspace, settings: Settings
-) -> None:
-    chosen = resolve_settings(
-        {}, [*SMALL, "sweep={kind: iterations, methods: [vanilla, iiet], iterations: [0, 1]}"]
-    )
-    planned = plan_sweep(chosen, workspace=trained, name="models")
-    assert {state.name for state in planned.states} == {"to train"}
-    sweep(chosen, workspace=trained, name="models")
-    assert SweepPlan.read(trained.sweeps / "models" / PLAN_FILE) == planned.plan
-    again = plan_sweep(chosen, workspace=trained, name="models")
+    again = plan()
     assert {state.name for state in again.states} == {"finished"}
     assert again.price.num_trainings == 0
 
+    for stamp in workspace.root.rglob(VERIFIED_NAME):
+        stamp.unlink()
+    before = tree(workspace.root)
+    for name, (code, printed) in dry_runs(workspace.root).items():
+        assert code == 0, printed
+        if name in ("sweep-threshold", "search"):
+            assert "4 of 4 trials are finished and reused" in printed
+    assert tree(workspace.root) == before
 
-def test_prepared_tokens_are_named_in_a_plan(tmp_path: Path, settings: Settings) -> None:
+
+def test_prepared_tokens_are_named_in_a_plan(tmp_path: Path) -> None:
+    settings = resolve_settings({}, SMALL)
     unprepared = plan_sweep(settings, workspace=tmp_path)
     prepare(settings, workspace=tmp_path)
     before = tree(tmp_path)
@@ -170,10 +150,9 @@ def test_prepared_tokens_are_named_in_a_plan(tmp_path: Path, settings: Settings)
     assert "tokens are not prepared" in " ".join(unprepared.sentences)
     assert "tokens are not prepared" not in " ".join(prepared.sentences)
     assert "the teacher is not trained" in " ".join(prepared.sentences)
-    assert prepared.price.num_tokens == unprepared.price.num_tokens
-    number = 3 * settings.training.num_steps * settings.training.num_tokens_per_step
-    recipe = settings.distillation.training
-    number += settings.sweep.num_schedules * recipe.num_steps * recipe.num_tokens_per_step
     # The teacher and the model without corrections share a first stage.
-    shared = round(settings.training.num_steps * settings.training.iterate_from_fraction)
-    assert prepared.price.num_tokens == number - shared * settings.training.num_tokens_per_step
+    recipe, student = settings.training, settings.distillation.training
+    num_steps = 3 * recipe.num_steps - round(recipe.num_steps * recipe.iterate_from_fraction)
+    number = num_steps * recipe.num_tokens_per_step
+    number += settings.sweep.num_schedules * student.num_steps * student.num_tokens_per_step
+    assert prepared.price.num_tokens == unprepared.price.num_tokens == number

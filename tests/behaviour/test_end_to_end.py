@@ -8,22 +8,18 @@ import json
 import re
 import shutil
 import signal
-import time
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import psutil
 import pytest
-from commands import Started, run_command, settings_options
+from commands import Started, run_command, run_here, settings_options
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from small_size import SMALL
 
-from orchestrator import cli
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import find_checkpoints
 
@@ -33,15 +29,6 @@ pytestmark = pytest.mark.slow
 def small(*more: str) -> list[str]:
     """Return `--set` options for the small size."""
     return settings_options([*SMALL, *more])
-
-
-def answer(*arguments: str, workspace: Path) -> str:
-    """Run a command in this process, and return its output."""
-    with redirect_stdout(StringIO()) as out, redirect_stderr(out):
-        code = cli.main([*arguments, "--workspace", str(workspace)])
-    logs = sorted((workspace / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
-    assert code == 0, out.getvalue() + "".join(log.read_text()[-4000:] for log in logs[-1:])
-    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +107,11 @@ def test_a_sweep_ends_with_a_front_in_its_folder_and_in_mlflow(
     assert len(losses(workspace, trial)) == 3
 
 
-def test_a_copy_of_the_workspace_finds_everything_again(small_sweep: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(small_sweep, tmp_path / "copy")
+def test_a_copy_of_the_workspace_finds_everything_and_names_its_own_place(
+    small_sweep: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "a new place"
+    shutil.copytree(small_sweep, copy, copy_function=shutil.copy)  # With new times, as cp gives.
     naming = [
         path
         for path in copy.rglob("*")
@@ -129,9 +119,25 @@ def test_a_copy_of_the_workspace_finds_everything_again(small_sweep: Path, tmp_p
         if str(small_sweep).encode() in path.read_bytes()
     ]
     assert naming == []
-    plan = answer("sweep", "toy", *small(), "--dry-run", workspace=copy)
-    assert "6 of 6 trials are finished" in plan
-    assert str(copy) in "".join(answer("report", workspace=copy).split())
+    # In other processes: MLflow keeps open what it has read.
+    place = ("--workspace", str(copy))
+    assert "6 of 6 trials are finished" in run_command(
+        "sweep", "toy", *small(), "--dry-run", *place
+    )
+    reported = "".join(run_command("report", *place).split())
+    assert str(copy).replace(" ", "") in reported
+    run_command("sync", "--replace", *place)
+    run_command("pick", "--best", *place)
+    uri = f"sqlite:///{copy}/mlflow.db"
+    client = MlflowClient(uri, registry_uri=uri)
+    [model] = client.search_registered_models()
+    places = [client.get_model_version_by_alias(model.name, a).source for a in model.aliases]
+    for run in runs(copy):
+        files = client.list_artifacts(run.info.run_id, "front")
+        places += [f"{run.info.artifact_uri}/{file.path}" for file in files]
+    paths = [Path(unquote(urlsplit(place).path)) for place in places]
+    assert len(paths) > 5
+    assert all(path.exists() and path.is_relative_to(copy) for path in paths), paths
 
 
 def test_later_commands_reuse_what_the_sweep_trained_and_measured(
@@ -149,26 +155,26 @@ def test_later_commands_reuse_what_the_sweep_trained_and_measured(
         return rows
 
     weights, measured = times("**/model.safetensors"), times("evaluations/*")
-    again = answer("sweep", "toy", *small(), workspace=workspace)
+    again = run_here("sweep", "toy", *small(), workspace=workspace)
     assert "found again" in again
     assert table(again) == table(first)
     fewer = small("sweep.num_schedules=2")
-    plan = answer("sweep-threshold", "--dry-run", *fewer, workspace=workspace)
+    plan = run_here("sweep-threshold", "--dry-run", *fewer, workspace=workspace)
     assert "5 of 5 trials are finished and reused" in plan
     folders = [str(workspace / result["checkpoint"]) for result in results_of(workspace)]
-    assert "found again" in answer("evaluate", *folders, *small(), workspace=workspace)
+    assert "found again" in run_here("evaluate", *folders, *small(), workspace=workspace)
     assert times("**/model.safetensors") == weights
-    answer("export", folders[1], *small(), workspace=workspace)
-    answer("pick", "--best", workspace=workspace)
+    run_here("export", folders[1], *small(), workspace=workspace)
+    run_here("pick", "--best", workspace=workspace)
     assert times("evaluations/*") == measured
     exported = times("**/model.safetensors")
-    answer("sweep-threshold", *small("evaluation.limit=5"), workspace=workspace)
+    run_here("sweep-threshold", *small("evaluation.limit=5"), workspace=workspace)
     assert len(times("evaluations/*")) > len(measured), "another suite is measured"
     assert times("**/model.safetensors") == exported, "without training"
-    influence = answer("influence", "--metric", "relative", *small(), workspace=workspace)
+    influence = run_here("influence", "--metric", "relative", *small(), workspace=workspace)
     assert "correction 2" in influence
-    assert "lastword" in answer("evaluate", "--schedule", "1", *small(), workspace=workspace)
-    assert "checkpoint:" in answer("distill", "-r", "1,0,1", *small(), workspace=workspace)
+    assert "lastword" in run_here("evaluate", "--schedule", "1", *small(), workspace=workspace)
+    assert "checkpoint:" in run_here("distill", "-r", "1,0,1", *small(), workspace=workspace)
 
 
 @pytest.mark.long
@@ -178,12 +184,12 @@ def test_distilled_baselines_stand_beside_the_front(
     workspace, _ = finished
     arguments = ["sweep-threshold", "--distilled-baselines", "vanilla,fewer_layers"]
     arguments += ["--name", "fair", *small()]
-    plan = answer(*arguments, "--dry-run", workspace=workspace)
+    plan = run_here(*arguments, "--dry-run", workspace=workspace)
     labels = ["vanilla, 3 layers, distilled", "1 of 3 layers", "2 of 3 layers"]
     assert all(label in plan for label in labels), plan
     assert "3 distinct schedules; 4 distilled baselines" in plan
-    answer(*arguments, workspace=workspace)
-    again = answer(*arguments, "--dry-run", workspace=workspace)
+    run_here(*arguments, workspace=workspace)
+    again = run_here(*arguments, "--dry-run", workspace=workspace)
     assert "10 of 10 trials are finished and reused" in again
     folder = workspace / "sweeps" / "fair"
     table = (folder / "front.md").read_text()
@@ -199,7 +205,7 @@ def test_distilled_baselines_stand_beside_the_front(
         journal = workspace / Path(result["checkpoint"]).parent / "journal.jsonl"
         assert "train/kl" in journal.read_text()
     assert "1 of 3 layers" in (folder / "front.html").read_text()
-    picked = answer("pick", "fair", "--cheapest", "--dry-run", workspace=workspace)
+    picked = run_here("pick", "fair", "--cheapest", "--dry-run", workspace=workspace)
     assert " layers" not in picked, "a baseline is never picked"
 
 
@@ -210,21 +216,13 @@ def test_sweep_iterations_compares_methods_at_their_best_rates(
         "sweep.methods=[vanilla, pcformer, iiet]", "sweep.iterations=[0, 1]",
         "sweep.learning_rates={vanilla: [1.0e-2, 1.0e-5]}", "sweep.trials_at_once=1",
     )  # fmt: skip
-    plan = answer("sweep-iterations", "--asha", "--dry-run", *options, workspace=tmp_path)
+    plan = run_here("sweep-iterations", "--asha", "--dry-run", *options, workspace=tmp_path)
     assert "one of 2 learning rates of a model continues at 0.25, 0.5 of the steps (ASHA)" in plan
-    printed = answer("sweep-iterations", "--asha", *options, workspace=tmp_path)
+    printed = run_here("sweep-iterations", "--asha", *options, workspace=tmp_path)
     for label in ("vanilla, rate 0.01", "pcformer", "r = 0", "r = 1"):
         assert label in printed
     assert "trial vanilla, rate 1e-05 stopped early at step 6 of 12" in printed
     assert "5 trials, 1 stopped early" in printed
-
-
-def wait_for(condition: Callable[[], object], process: Started) -> None:
-    give_up = time.monotonic() + 400
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < give_up, "it did not come that far in time"
-        time.sleep(0.1)
 
 
 def interrupted(process: Started) -> str:
@@ -249,13 +247,13 @@ def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path: Path, ray_session: 
         return [record["step"] for record in records if record["kind"] == "metrics"]
 
     process = Started("pretrain", *options, "--workspace", str(tmp_path))
-    wait_for(lambda: any(steps()), process)
+    process.wait_for(lambda: any(steps()))
     interrupted(process)
     [saved] = tmp_path.glob("runs/*/step_*")
     step = int(saved.name.removeprefix("step_"))
     assert 0 < step < 300
     before = steps()
-    assert "checkpoint:" in answer("pretrain", *options, workspace=tmp_path)
+    assert "checkpoint:" in run_here("pretrain", *options, workspace=tmp_path)
     after = steps()[len(before) :]
     assert min(after) > step, "it went on, not over"
     assert max(after) == 300
@@ -280,7 +278,7 @@ def second_trial(tmp_path: Path) -> Started:
         saved = {path for path in tmp_path.glob("runs/*") if find_checkpoints(path)}
         return bool(finished and saved - finished)
 
-    wait_for(has_come, process)
+    process.wait_for(has_come)
     return process
 
 
@@ -321,7 +319,7 @@ def test_a_sweep_is_watched_in_mlflow_interrupted_and_resumed(
         watched[:] = [run for run in runs(tmp_path) if run.info.status == "RUNNING"]
         return any(live <= run.data.metrics.keys() for run in watched)
 
-    wait_for(is_shown, second_trial)
+    second_trial.wait_for(is_shown)
     printed = interrupted(second_trial)
     stopped = {
         folder: record["step"]

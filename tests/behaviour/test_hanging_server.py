@@ -27,9 +27,7 @@ def test_ctrl_c_is_answered_at_once_while_mlflow_hangs(silent_server: str, tmp_p
     environment = {**os.environ, "MLFLOW_TRACKING_URI": silent_server}
     process = Started(*command, "--workspace", str(tmp_path), environment=environment)
     # The first request gets no answer for half a minute; the training does not wait for it.
-    while not any(map(find_checkpoints, tmp_path.glob("runs/*"))):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
+    process.wait_for(lambda: any(map(find_checkpoints, tmp_path.glob("runs/*"))))
     asked_at = time.monotonic()
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=120)

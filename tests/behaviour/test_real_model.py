@@ -21,8 +21,8 @@ from orchestrator.models.open import load_model
 from orchestrator.pipelines.generating import Sampling, TextGenerator
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "real-model.md").read_text(encoding="utf-8")
-EXECUTED, _, _ = PAGE.partition("## Train it further")
+PAGE = ROOT / "docs" / "real-model.md"
+EXECUTED, _, _ = PAGE.read_text(encoding="utf-8").partition("## Train it further")
 LINES = [
     line
     for block in re.findall(r"```bash\n(.*?)```", EXECUTED, flags=re.DOTALL)

@@ -142,15 +142,3 @@ def test_a_submitted_training_is_stopped_after_its_checkpoint_and_resumes(
         if event == "started":
             printed, _ = job.communicate()
             assert (job.returncode, "saved at step" in printed) == (130, True), printed
-
-    mistakes = {
-        "Failed to connect to Ray": (["--server", "http://127.0.0.1:1", "report"], {}),
-        "takes no job: ": (["--server", server, "report"], {"RAY_AUTH_TOKEN": "wrong" * 8}),
-    }
-    for sentence, (mistake, variables) in mistakes.items():
-        process = start("iiet-orch", "submit", *mistake, folder=folder,
-                        IIET_WORKSPACE=str(space), **variables)  # fmt: skip
-        printed, _ = process.communicate(timeout=PATIENCE_SECONDS)
-        assert process.returncode == 2, printed
-        assert sentence in printed
-        assert len(printed.splitlines()) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from changed_trials import with_accuracy, with_job
 from commands import Started
 from same_run import curve, events, in_folder
 
@@ -21,8 +19,6 @@ from orchestrator.cluster.task import run_local_jobs
 from orchestrator.models.folder import weights_key
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
-from orchestrator.records.trial import SweepPlan, Trial
-from orchestrator.sweeping.trial import Place, run_trial
 from orchestrator.training.job import finished_outcome
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import jobs_to_train
@@ -101,7 +97,7 @@ def start() -> Iterator[Start]:
 def holding(start: Start, job: TrainingJob) -> Started:
     """Return a process that trains the job and pauses after its first checkpoint."""
     process = start(job, hold=True)
-    wait_for(lambda: find_checkpoints(job.folder), process)
+    process.wait_for(lambda: find_checkpoints(job.folder))
     return process
 
 
@@ -110,14 +106,6 @@ def waiting(start: Start, job: TrainingJob, **options: Any) -> Started:
     process = start(job, **options)
     assert line(process) == WAITING
     return process
-
-
-def wait_for(condition: Callable[[], object], process: Started) -> None:
-    give_up_at = time.monotonic() + 150.0
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < give_up_at, "the condition did not become true in time"
-        time.sleep(0.02)
 
 
 def num_starts(job: TrainingJob) -> int:
@@ -181,7 +169,7 @@ def test_jobs_in_opposite_orders_or_named_twice_are_each_trained_once(
 ) -> None:
     jobs = [in_folder(job, f"run-{name}") for name in "abc"]
     first = start(*jobs[:2], hold=True)
-    wait_for(lambda: find_checkpoints(jobs[0].folder), first)
+    first.wait_for(lambda: find_checkpoints(jobs[0].folder))
     second = start(*reversed(jobs))
     assert line(second) == WAITING.replace("run", "run-b, run-a")
     assert finished_outcome(jobs[2]), "it trained what was free"
@@ -195,52 +183,15 @@ def test_jobs_in_opposite_orders_or_named_twice_are_each_trained_once(
     assert outcomes[job.run_folder].finished
 
 
-@pytest.mark.slow
-def test_a_trial_and_a_training_job_of_one_folder_wait_for_each_other(
-    tiny_plan: SweepPlan, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from orchestrator.sweeping import trial as trial_module
-
-    monkeypatch.setattr(trial_module, "measure_trial", with_accuracy)
-    trial = with_checkpoints(tiny_plan.trials[1])
-    job = trial.job
-    assert job
-    driver = holding(start, job)
-    assert run_trial(trial, wait=False) is None
-    driver.stdin.close()
-    assert run_trial(trial), "measured; trained by the other one"
-    assert result(driver)
-    assert num_starts(job) == 1
-
-    other = with_checkpoints(tiny_plan.trials[2])
-    job = other.job
-    assert job
-    drivers = []
-
-    class Begins(Place):
-        def report(self, *_: Any) -> None:
-            if not drivers:
-                drivers.append(start(job))
-                assert line(drivers[0]).startswith("waiting")
-
-    assert run_trial(other, Begins())
-    assert result(drivers[0])
-    assert num_starts(job) == 1
-
-
-def with_checkpoints(trial: Trial) -> Trial:
-    return with_job(trial, {"checkpoint_every_steps": 10})
-
-
 @pytest.mark.long
 def test_under_ray_a_waiting_driver_takes_over_from_a_killed_one(
     job: TrainingJob, start: Start
 ) -> None:
     job = job.model_copy(update={"recipe": job.recipe.model_copy(update={"num_steps": 400})})
     killed = start(job, script=UNDER_RAY)
-    wait_for(lambda: events(job, "started"), killed)
+    killed.wait_for(lambda: events(job, "started"))
     trainer = psutil.Process(events(job, "started")[0]["pid"])
-    wait_for(lambda: find_checkpoints(job.folder), killed)
+    killed.wait_for(lambda: find_checkpoints(job.folder))
     trainer.suspend()
     processes = [waiting(start, job, script=UNDER_RAY) for _ in range(2)]
     killed.kill()
