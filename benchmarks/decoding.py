@@ -23,9 +23,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +31,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
 from benchmarks.report import Goal, Quantity, Report, Row, checked
-from benchmarks.shape import fresh_decoder, random_tokens, shaped_config
-from benchmarks.timing import Line, Spread, paired_ratio, stopwatch, take_turns
+from benchmarks.shape import SHAPE, fresh_decoder, random_tokens, shaped_config
+from benchmarks.timing import Spread, stopwatch, take_turns
 from iiet import (
     Decoder,
     IterationSchedule,
@@ -53,79 +50,40 @@ _GOAL_SHARE = {(512, 1): Goal("at least", 0.75)}
 _GOAL_LINE = Goal("at most", 0.1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Size:
-    dims: tuple[int, ...] = (256, 512)
-    num_layers: int = 12
-    vocab_size: int = 8192
-    prompt_tokens: int = 128
-    new_tokens: int = 128
-    """Tokens that each program decodes, or steps of each schedule."""
-    batch_sizes: tuple[int, ...] = (1, 8)
-    repetitions: int = 5
-
-
-_FULL = _Size()
-_QUICK = _Size(
-    dims=(64,),
-    num_layers=4,
-    vocab_size=256,
-    prompt_tokens=8,
-    new_tokens=6,
-    batch_sizes=(1, 2),
-    repetitions=2,
-)
-
-
 def measure(*, quick: bool, say: Callable[[str], None], gguf: Path | None = None) -> Report:
-    """Measure milliseconds per token of both programs, and the bound.
-
-    `quick`: tiny sizes, which only test the benchmark. `say` reports progress. `gguf`: a file with
-    the only model to measure, at its own size.
-    """
-    size = _QUICK if quick else _FULL
+    """Measure milliseconds per token of both programs, and the bound: of random weights, or of
+    those of a GGUF file."""
+    layers, vocabulary, prompt_tokens, new_tokens = (
+        (4, 256, 8, 6) if quick else (12, 8192, 128, 128)
+    )
+    batch_sizes, repetitions = ((1, 2), 2) if quick else ((1, 8), 5)
     rows: list[Row] = []
     checks: list[str] = []
-    drawn = [partial(_models, size, dim) for dim in size.dims]
-    for models in drawn if gguf is None else [partial(_read_models, gguf)]:
-        decoder, llama = models()
+    for dim in (0,) if gguf else (64,) if quick else (256, 512):
+        if gguf:
+            llama: Any = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation="sdpa"
+            )
+            llama.generation_config.eos_token_id = None  # Both programs generate all tokens.
+            decoder, llama = read_gguf(gguf).eval(), llama.eval()
+        else:
+            length = prompt_tokens + new_tokens
+            config = shaped_config(dim, layers, vocabulary, length, method="vanilla")
+            decoder = fresh_decoder(config).eval()
+            llama = llama_of(config, published_from_decoder(decoder))
         config = decoder.config
-        for batch_size in size.batch_sizes:
+        for batch_size in batch_sizes:
             say(f"decoding: d {config.dim}, batch {batch_size}")
-            prompt = random_tokens(config.vocab_size, batch_size, size.prompt_tokens)
-            checks.append(_check_against_llama(decoder, llama, prompt, size.new_tokens))
-            rows += _rows(decoder, llama, prompt, size)
-    model = (
-        f"heads of 64, ffn 2.75 d, vocabulary {size.vocab_size}, tied head"
-        if gguf is None
-        else f"weights of {gguf.name}"
-    )
+            prompt = random_tokens(config.vocab_size, batch_size, prompt_tokens)
+            checks.append(_check_against_llama(decoder, llama, prompt, new_tokens))
+            rows += _rows(decoder, llama, prompt, new_tokens, repetitions)
+    drawn = f"{SHAPE}, vocabulary {vocabulary}, tied head"
     setting = (
-        f"vanilla, {config.num_layers} layers, {model}, float32; prompt {size.prompt_tokens}, "
-        f"{size.new_tokens} new tokens, greedy; a step decodes one token in each row; "
-        f"{size.repetitions} repetitions in turns"
+        f"vanilla, {config.num_layers} layers, {f'weights of {gguf.name}' if gguf else drawn}; "
+        f"prompt {prompt_tokens}, {new_tokens} new tokens, greedy; a step decodes one token in "
+        f"each row; {repetitions} repetitions in turns"
     )
-    return Report(title="decoding", setting=setting, rows=tuple(rows), checks=tuple(checks))
-
-
-def _models(size: _Size, dim: int) -> tuple[Decoder, Any]:
-    config = shaped_config(
-        dim,
-        num_layers=size.num_layers,
-        vocab_size=size.vocab_size,
-        context_length=size.prompt_tokens + size.new_tokens,
-        method="vanilla",
-    )
-    decoder = fresh_decoder(config).eval()
-    return decoder, llama_of(config, published_from_decoder(decoder))
-
-
-def _read_models(gguf: Path) -> tuple[Decoder, Any]:
-    llama: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation="sdpa"
-    )
-    llama.generation_config.eos_token_id = None  # Both programs generate all tokens.
-    return read_gguf(gguf).eval(), llama.eval()
+    return Report(title="decoding", setting=setting, rows=rows, checks=checks)
 
 
 def llama_of(config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
@@ -168,39 +126,34 @@ def _check_against_llama(decoder: Decoder, llama: Any, prompt: Tensor, new_token
     return checked(what, difference, _TOLERANCE)
 
 
-def _rows(decoder: Decoder, llama: Any, prompt: Tensor, size: _Size) -> list[Row]:
+def _rows(
+    decoder: Decoder, llama: Any, prompt: Tensor, new_tokens: int, repetitions: int
+) -> list[Row]:
     matrices = [p.detach().clone() for p in decoder.parameters() if p.dim() == 2]
     all_bytes = sum(parameter.nbytes for parameter in decoder.parameters())
     scale = all_bytes / sum(matrix.nbytes for matrix in matrices)
-    seconds = take_turns(
+    pairs = take_turns(
         {
-            "ours": lambda: _time_ours(decoder, prompt, size.new_tokens),
-            "transformers": lambda: _time_llama(llama, prompt, size.new_tokens),
-            "bound": lambda: _time_bound(matrices, size.new_tokens, scale),
+            "ours": lambda: _time_ours(decoder, prompt, new_tokens),
+            "transformers": lambda: _time_llama(llama, prompt, new_tokens),
+            "bound": lambda: _time_bound(matrices, new_tokens, scale),
         },
-        repetitions=size.repetitions,
+        repetitions=repetitions,
     )
     # Seconds per token: of the whole run, and after the prefill.
-    whole, after = (
-        {name: [pair[number] for pair in pairs] for name, pairs in seconds.items()}
-        for number in (0, 1)
-    )
+    whole, after = ({name: [pair[i] for pair in pairs[name]] for name in pairs} for i in (0, 1))
     place = decoder.config.dim, len(prompt)
-
-    def row(what: str, name: str, times: dict[str, list[float]], goals: Any) -> Row:
-        return Row(
-            what=f"{what}, d {place[0]}, batch {place[1]}",
-            quantities=tuple(Quantity.milliseconds(n, times[n]) for n in (name, "ours")),
-            ratio=paired_ratio(times[name], times["ours"]),
-            goal=goals.get(place),
-        )
-
-    after_prefill = "per step after the prefill, transformers / ours"
-    bound = f"share of the bound ({all_bytes / 1e6:.1f} MB of weights)"
+    size, per_step = f"d {place[0]}, batch {place[1]}", "transformers / ours"
+    bound = f"share of the bound ({all_bytes / 1e6:.1f} MB of weights), {size}"
+    ratio, share = _GOAL_RATIO.get(place), _GOAL_SHARE.get(place)
     return [
-        row(after_prefill, "transformers", after, _GOAL_RATIO),
-        row("per step, prefill included, transformers / ours", "transformers", whole, _GOAL_RATIO),
-        row(bound, "bound", after, _GOAL_SHARE),
+        Row.paired(
+            f"per step after the prefill, {per_step}, {size}", after, "transformers", "ours", ratio
+        ),
+        Row.paired(
+            f"per step, prefill included, {per_step}, {size}", whole, "transformers", "ours", ratio
+        ),
+        Row.paired(bound, after, "bound", "ours", share),
     ]
 
 
@@ -249,84 +202,61 @@ def _time_bound(matrices: list[Tensor], new_tokens: int, scale: float) -> tuple[
 
 
 def measure_schedules(*, quick: bool, say: Callable[[str], None]) -> Report:
-    """Measure milliseconds per token under several iteration schedules.
-
-    `quick`: tiny sizes, which only test the benchmark. `say` reports progress.
-    """
-    size = _QUICK if quick else _FULL
-    layers = size.num_layers
+    """Measure milliseconds per token under several iteration schedules."""
+    layers, vocabulary, prompt_tokens, new_tokens = (
+        (4, 256, 8, 6) if quick else (12, 8192, 128, 128)
+    )
     few = max(1, layers // 4)
     fitted = {
         "r = 0": IterationSchedule.uniform(layers, 0),
-        "r = 0, 1 in turn": IterationSchedule(tuple(islice(cycle((0, 1)), layers))),
+        "r = 0, 1 in turn": IterationSchedule(((0, 1) * layers)[:layers]),
         **{f"r = {r}": IterationSchedule.uniform(layers, r) for r in (1, 2, 3)},
     }
     concentrated = {  # As many evaluations as `r = 1`.
         "few": IterationSchedule((0,) * (layers - few) + (layers // few,) * few),
         "one": IterationSchedule((0,) * (layers - 1) + (layers,)),
     }
-    schedules = fitted | concentrated
+    counts = [schedule.num_evaluations for schedule in fitted.values()]
     rows: list[Row] = []
     checks: list[str] = []
-    for dim in size.dims:
+    for dim in (64,) if quick else (256, 512):
         say(f"schedules: d {dim}")
-        config = shaped_config(
-            dim,
-            num_layers=layers,
-            vocab_size=size.vocab_size,
-            # Two more tokens: the warm-up and a spare one.
-            context_length=size.prompt_tokens + size.new_tokens + 2,
-        )
-        decoder = fresh_decoder(config).eval()
+        # Two more tokens: the warm-up and a spare one.
+        config = shaped_config(dim, layers, vocabulary, prompt_tokens + new_tokens + 2)
+        decoder, schedules = fresh_decoder(config).eval(), fitted | concentrated
         decoders = {name: decoder.with_schedule(each) for name, each in schedules.items()}
         what = f"logits of a cached step and the full forward, {len(schedules)} schedules, d {dim},"
         checks.append(checked(what, max(map(_cached_difference, decoders.values())), _TOLERANCE))
-        tasks = {name: _token_step(one, size) for name, one in decoders.items()}
-        seconds = take_turns(tasks, repetitions=size.new_tokens)
-        for name, schedule in fitted.items():
-            each = [value / schedule.num_evaluations for value in seconds[name]]
-            rows.append(
-                Row(
-                    what=f"d {dim}, {name}: {schedule.num_evaluations} evaluations",
-                    quantities=(
-                        Quantity.milliseconds("token", seconds[name]),
-                        Quantity.milliseconds("per evaluation", each),
-                    ),
-                )
-            )
-        line = Line.through(
-            [schedule.num_evaluations for schedule in fitted.values()],
-            [1e3 * statistics.median(seconds[name]) for name in fitted],
-        )
+        tasks = {name: _token_step(one, prompt_tokens) for name, one in decoders.items()}
+        seconds = take_turns(tasks, repetitions=new_tokens)
+        for name, count in zip(fitted, counts, strict=True):
+            each = [value / count for value in seconds[name]]
+            token = Quantity.milliseconds("token", seconds[name])
+            both = token, Quantity.milliseconds("per evaluation", each)
+            rows.append(Row(what=f"d {dim}, {name}: {count} evaluations", quantities=both))
+        medians = [1e3 * statistics.median(seconds[name]) for name in fitted]
+        slope, start = statistics.linear_regression(counts, medians)
+        residuals = [abs(start + slope * x - y) / y for x, y in zip(counts, medians, strict=True)]
         rows.append(
             Row(
                 what=f"d {dim}, line through {len(fitted)} schedules: largest relative residual",
                 quantities=(
-                    Quantity.one("start", line.start, "ms"),
-                    Quantity.one("per evaluation", line.slope, "ms"),
+                    Quantity.one("start", start, "ms"),
+                    Quantity.one("per evaluation", slope, "ms"),
                 ),
-                ratio=Spread.of([line.largest_relative_residual]),
+                ratio=Spread.of([max(residuals)]),
                 goal=None if quick else _GOAL_LINE,
             )
         )
-        rows += [
-            Row(
-                what=f"d {dim}, {schedule.num_evaluations} evaluations, corrections on {name} "
-                f"({schedule}) / on all",
-                quantities=(
-                    Quantity.milliseconds(f"on {name}", seconds[name]),
-                    Quantity.milliseconds("on all", seconds["r = 1"]),
-                ),
-                ratio=paired_ratio(seconds[name], seconds["r = 1"]),
-            )
-            for name, schedule in concentrated.items()
-        ]
+        for name, schedule in concentrated.items():
+            what = f"d {dim}, {schedule.num_evaluations} evaluations, corrections on {name}"
+            times = {f"on {name}": seconds[name], "on all": seconds["r = 1"]}
+            rows.append(Row.paired(f"{what} ({schedule}) / on all", times, f"on {name}", "on all"))
     setting = (
-        f"IIET, {layers} layers, heads of 64, ffn 2.75 d, vocabulary {size.vocab_size}, "
-        f"tied head, float32; batch 1 after a prompt of {size.prompt_tokens} tokens, "
-        f"{size.new_tokens} tokens each, in turns token by token"
+        f"IIET, {layers} layers, {SHAPE}, vocabulary {vocabulary}, tied head; batch 1 after a "
+        f"prompt of {prompt_tokens} tokens, {new_tokens} tokens each, in turns token by token"
     )
-    return Report(title="schedules", setting=setting, rows=tuple(rows), checks=tuple(checks))
+    return Report(title="schedules", setting=setting, rows=rows, checks=checks)
 
 
 @torch.inference_mode()
@@ -339,17 +269,15 @@ def _cached_difference(decoder: Decoder) -> float:
     return float((step - full).abs().max() / full.std())
 
 
-def _token_step(decoder: Decoder, size: _Size) -> Callable[[], float]:
+def _token_step(decoder: Decoder, prompt_tokens: int) -> Callable[[], float]:
     """Return a task that decodes one more token after a prompt and returns the seconds."""
     config = decoder.config
     cache = KeyValueCache(config, batch_size=1, max_tokens=config.context_length)
     token = torch.ones(1, 1, dtype=torch.long)
-    prompt = random_tokens(config.vocab_size, 1, size.prompt_tokens)
-    with torch.inference_mode():
-        decoder(prompt, cache=cache, last_only=True)
 
     @torch.inference_mode()
-    def step() -> None:
-        decoder(token, cache=cache, last_only=True)
+    def read(tokens: Tensor) -> None:
+        decoder(tokens, cache=cache, last_only=True)
 
-    return stopwatch(step)
+    read(random_tokens(config.vocab_size, 1, prompt_tokens))
+    return stopwatch(lambda: read(token))

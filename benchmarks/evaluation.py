@@ -35,7 +35,7 @@ from orchestrator.evaluation.adapter import DecoderModel, run_task, suppress_out
 from orchestrator.evaluation.heldout import build_heldout
 from orchestrator.evaluation.suite import Suite, load_suite
 from orchestrator.evaluation.tasks import TaskSelection
-from orchestrator.models.open import OpenedModel, open_model
+from orchestrator.models.open import open_model
 from orchestrator.records.evaluation import STDERR_SUFFIX, TaskResult
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
@@ -47,10 +47,9 @@ _OFFICIAL_NAMES = {
     "ARC easy": "local_arc_easy",
     "LAMBADA": "local_lambada_openai",
 }
-_HELDOUT = "held-out suite"
 _TOLERANCE = 1e-4
-_END_OF_TEXT = "<|endoftext|>"
 _GOAL = Goal("at least", 1.3)
+_END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,120 +63,86 @@ class _Size:
     """Items of each task."""
     batch_sizes: tuple[int, ...] = (16, 32)
     repetitions: int = 3
-    has_goals: bool = True
+    goal: Goal | None = _GOAL
 
 
-_FULL = _Size()
 _QUICK = _Size(
-    dim=16,
-    num_layers={"llama": 2, "iiet": 2},
-    vocab_size=512,
-    max_documents=200,
-    context_length=64,
-    num_items=4,
-    batch_sizes=(2,),
-    repetitions=2,
-    has_goals=False,
-)
+    dim=16, num_layers={"llama": 2, "iiet": 2}, vocab_size=512, max_documents=200,
+    context_length=64, num_items=4, batch_sizes=(2,), repetitions=2, goal=None,
+)  # fmt: skip
 
 
 def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
-    """Measure items per second of both programs.
-
-    `quick`: tiny sizes and the held-out suite only, which only tests the benchmark. `say` reports
-    progress.
-    """
-    size = _QUICK if quick else _FULL
+    """Measure items per second of both programs; `quick`: of the held-out suite only."""
+    size = _QUICK if quick else _Size()
     rows: list[Row] = []
     checks: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = _Inputs(size, Path(folder))
+    given = None if quick else os.environ.get(_OFFICIAL_VARIABLE)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = DataSettings(vocab_size=size.vocab_size, max_documents=size.max_documents)
+        tokens = prepare(data, open_workspace(folder / "workspace"), Progress())
+        heldout = build_heldout(
+            tokens, num_items=size.num_items, context_length=size.context_length
+        )
+        compared = {name: [task] for name, task in _OFFICIAL_NAMES.items()} if given else {}
+        compared["held-out suite"] = list(heldout.tasks)
+        selection = TaskSelection(
+            names=tuple(task for tasks in compared.values() for task in tasks),
+            folders=(Path(given),) if given else (),
+            heldout=heldout.folder,
+        )
+        suite = load_suite(selection)
         for kind, layers in size.num_layers.items():
             say(f"evaluation: {kind}")
-            model = open_model(inputs.save_model(kind))
-            pair = _Pair(model, inputs.suite, size)
-            for name, tasks in inputs.rows(is_quick=quick).items():
+            pair = _Pair(_save_model(kind, size, tokens, folder / kind), suite, size)
+            for name, tasks in compared.items():
                 say(f"evaluation: {kind}, {name}")
                 shape = f"{layers} layers" + (", r = 2" if kind == "iiet" else "")
                 row, check = pair.compare(f"{name}, {kind} ({shape})", tasks)
                 rows.append(row)
                 checks.append(check)
+        vocab_size = open_tokens(tokens).vocab_size
     setting = (
-        f"width {size.dim}, vocabulary {inputs.vocab_size:,}, float32, up to {size.num_items} "
+        f"width {size.dim}, vocabulary {vocab_size:,}, float32, up to {size.num_items} "
         f"items per task, lm-eval with the best batch size of {size.batch_sizes}; ratios of CPU "
         f"seconds; {size.repetitions} repetitions in turns"
     )
-    return Report(title="evaluation", setting=setting, rows=tuple(rows), checks=tuple(checks))
+    return Report(title="evaluation", setting=setting, rows=rows, checks=checks)
 
 
-class _Inputs:
-    """A tokenizer with its held-out tasks, and the folders of models."""
-
-    def __init__(self, size: _Size, folder: Path) -> None:
-        self._size, self._folder = size, folder
-        data = DataSettings(vocab_size=size.vocab_size, max_documents=size.max_documents)
-        tokens = prepare(data, open_workspace(folder / "workspace"), Progress())
-        store = open_tokens(tokens)
-        self._tokenizer_path, self.vocab_size = store.tokenizer_path, store.vocab_size
-        heldout = build_heldout(
-            tokens, num_items=size.num_items, context_length=size.context_length
-        )
-        self._heldout_names = list(heldout.tasks)
-        given = os.environ.get(_OFFICIAL_VARIABLE)
-        folders = (Path(given),) if given else ()
-        self._has_official = bool(folders)
-        names = [*_OFFICIAL_NAMES.values()] if folders else []
-        self.suite = load_suite(
-            TaskSelection(
-                names=(*names, *self._heldout_names), folders=folders, heldout=heldout.folder
-            )
-        )
-
-    def rows(self, *, is_quick: bool) -> dict[str, list[str]]:
-        """Return the tasks of each row."""
-        official = {} if is_quick or not self._has_official else _OFFICIAL_NAMES
-        return {name: [task] for name, task in official.items()} | {_HELDOUT: self._heldout_names}
-
-    def save_model(self, kind: str) -> Path:
-        """Write a folder for transformers with random weights, and return it."""
-        size, folder = self._size, self._folder / kind
-        config = shaped_config(
-            size.dim,
-            num_layers=size.num_layers[kind],
-            vocab_size=self.vocab_size,
-            context_length=size.context_length,
-            method="vanilla" if kind == "llama" else kind,
-            num_corrections=2 if kind == "iiet" else None,
-        )
-        decoder = fresh_decoder(config)
+def _save_model(kind: str, size: _Size, tokens: Path, folder: Path) -> Path:
+    """Write a folder for transformers with random weights, and return it."""
+    store = open_tokens(tokens)
+    config = shaped_config(
+        size.dim,
+        size.num_layers[kind],
+        store.vocab_size,
+        size.context_length,
+        method="vanilla" if kind == "llama" else kind,
+        schedule=2 if kind == "iiet" else None,
+    )
+    decoder, file = fresh_decoder(config), store.tokenizer_path
+    with suppress_output():
         if kind == "iiet":
-            with suppress_output():
-                return export(
-                    decoder, folder, tokenizer_file=self._tokenizer_path, end_of_text=_END_OF_TEXT
-                )
-        with suppress_output():
-            llama_of(config, published_from_decoder(decoder)).save_pretrained(folder)
-        fast_tokenizer(
-            self._tokenizer_path, end_of_text=_END_OF_TEXT, context_length=size.context_length
-        ).save_pretrained(folder)
-        return folder
+            return export(decoder, folder, tokenizer_file=file, end_of_text=_END_OF_TEXT)
+        llama_of(config, published_from_decoder(decoder)).save_pretrained(folder)
+    tokenizer = fast_tokenizer(file, end_of_text=_END_OF_TEXT, context_length=size.context_length)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 class _Pair:
     """One model, loaded by both programs."""
 
-    def __init__(self, model: OpenedModel, suite: Suite, size: _Size) -> None:
+    def __init__(self, folder: Path, suite: Suite, size: _Size) -> None:
         self._suite, self._size = suite, size
+        model = open_model(folder)
         self._decoder, self._tokenizer = model.decoder(), model.tokenizer()
+        options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "trust_remote_code": True}
         with suppress_output():
             self._by_batch_size = {
-                batch_size: HFLM(
-                    pretrained=str(model.path),
-                    device="cpu",
-                    dtype="float32",
-                    batch_size=batch_size,
-                    trust_remote_code=True,
-                )
+                batch_size: HFLM(pretrained=str(folder), batch_size=batch_size, **options)
                 for batch_size in size.batch_sizes
             }
 
@@ -191,28 +156,32 @@ class _Pair:
             times[batch_size] = time.process_time() - started
         check = checked(f"numbers of {what}", _largest_difference(found, reference), _TOLERANCE)
         best = self._by_batch_size[min(times, key=times.__getitem__)]
-        seconds = take_turns(
+
+        def timed(work: Callable[[], object]) -> tuple[float, float]:
+            """Return the seconds of processor and clock."""
+            cpu, wall = time.process_time(), time.perf_counter()
+            work()
+            return time.process_time() - cpu, time.perf_counter() - wall
+
+        pairs = take_turns(
             {
-                "lm-eval": lambda: _timed(lambda: self._stock(best, tasks)),
-                "ours": lambda: _timed(lambda: self._ours(tasks)),
+                "lm-eval": lambda: timed(lambda: self._stock(best, tasks)),
+                "ours": lambda: timed(lambda: self._ours(tasks)),
             },
             repetitions=self._size.repetitions,
             warm_ups=0,
         )
         num_items = sum(self._suite.num_items(name, self._size.num_items) for name in tasks)
-        cpu, wall = (
-            {name: [pair[number] for pair in pairs] for name, pairs in seconds.items()}
-            for number in (0, 1)
-        )
+        cpu, wall = ({name: [pair[i] for pair in pairs[name]] for name in pairs} for i in (0, 1))
         row = Row(
             what=f"lm-eval / ours, {what}",
             quantities=tuple(
                 Quantity(f"{name}, {clock}", Spread.of([num_items / t for t in each]), "items/s")
-                for clock, times in (("cpu", cpu), ("wall", wall))
-                for name, each in times.items()
+                for clock, seconds in (("cpu", cpu), ("wall", wall))
+                for name, each in seconds.items()
             ),
             ratio=paired_ratio(cpu["lm-eval"], cpu["ours"]),
-            goal=_GOAL if self._size.has_goals else None,
+            goal=self._size.goal,
         )
         return row, check
 
@@ -234,13 +203,6 @@ class _Pair:
                 )
                 results[name] = output["results"][name]
         return results
-
-
-def _timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Return the seconds of processor and clock."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    work()
-    return time.process_time() - cpu, time.perf_counter() - wall
 
 
 def _largest_difference(

@@ -29,12 +29,14 @@ from torch import Tensor
 
 from benchmarks.report import Goal, Quantity, Report, Row, checked
 from benchmarks.shape import fresh_decoder, shaped_config
-from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
+from benchmarks.timing import Spread, stopwatch, take_turns
 from iiet import Decoder, next_token_loss
 from iiet.methods.implicit_euler import ImplicitEuler
 
 Variant = Literal["lean", "stacked", "checkpointed"]
 _VARIANTS: tuple[Variant, ...] = get_args(Variant)
+_COMPARED: tuple[Variant, ...] = ("lean", "checkpointed")
+"""Variants that are compared with `stacked`."""
 _MAX_TIMED_LAYERS = 24
 """Deeper models take minutes; only their memory is measured."""
 _GOALS = {"memory, lean": 0.6, "memory, checkpointed": 0.2, "time, lean": 0.97}
@@ -60,21 +62,14 @@ _QUICK = (StepSize(num_layers=4, dim=64, num_tokens=128, vocab_size=256),)
 
 
 def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
-    """Measure memory and time of training steps.
-
-    `quick`: tiny sizes, which only test the benchmark. `say` reports progress.
-    """
+    """Measure memory and time of training steps."""
     sizes, repetitions = (_QUICK, 2) if quick else (_FULL, 3)
     one = sizes[0]  # One depth is enough for the check: the code is the same for all.
-    kinds: tuple[Variant, ...] = ("stacked", "checkpointed")
-    checks = tuple(
-        checked(
-            f"loss and gradients of lean and {kind}, {one.num_layers} layers in float64,",
-            largest_difference(one, kind),
-            1e-9,
-        )
-        for kind in kinds
-    )
+    what = f"{one.num_layers} layers in float64,"
+    checks = [
+        checked(f"loss and gradients of lean and {v}, {what}", largest_difference(one, v), 1e-9)
+        for v in ("stacked", "checkpointed")
+    ]
     rows: list[Row] = []
     for size in sizes:
         say(f"mix: memory at {size.num_layers} layers")
@@ -88,8 +83,7 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
                 ratio=Spread.of([peaks[variant] / peaks["stacked"]]),
                 goal=_goal(size, f"memory, {variant}"),
             )
-            for variant in _VARIANTS
-            if variant != "stacked"
+            for variant in _COMPARED
         ]
         if size.num_layers <= _MAX_TIMED_LAYERS:
             say(f"mix: time at {size.num_layers} layers")
@@ -100,7 +94,7 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
         f"{one.num_tokens} tokens, float32; memory beyond weights and gradients, one fresh process "
         f"each; time of forward and backward, {repetitions} repetitions in turns"
     )
-    return Report(title="mix", setting=setting, rows=tuple(rows), checks=checks)
+    return Report(title="mix", setting=setting, rows=rows, checks=checks)
 
 
 def _time_rows(size: StepSize, repetitions: int) -> list[Row]:
@@ -115,14 +109,14 @@ def _time_rows(size: StepSize, repetitions: int) -> list[Row]:
 
     seconds = take_turns({v: task(v) for v in _VARIANTS}, repetitions=repetitions)
     return [
-        Row(
-            what=f"step time, {variant}, {size.num_layers} layers",
-            quantities=tuple(Quantity.milliseconds(v, seconds[v]) for v in (variant, "stacked")),
-            ratio=paired_ratio(seconds[variant], seconds["stacked"]),
-            goal=_goal(size, f"time, {variant}"),
+        Row.paired(
+            f"step time, {variant}, {size.num_layers} layers",
+            seconds,
+            variant,
+            "stacked",
+            _goal(size, f"time, {variant}"),
         )
-        for variant in _VARIANTS
-        if variant != "stacked"
+        for variant in _COMPARED
     ]
 
 
@@ -138,11 +132,7 @@ def _goal(size: StepSize, claim: str) -> Goal | None:
 def build(size: StepSize) -> tuple[Decoder, Tensor]:
     """Return a decoder whose rows of the mix all differ, and a batch of random tokens."""
     config = shaped_config(
-        size.dim,
-        num_layers=size.num_layers,
-        vocab_size=size.vocab_size,
-        context_length=size.num_tokens,
-        num_corrections=size.num_corrections,
+        size.dim, size.num_layers, size.vocab_size, size.num_tokens, schedule=size.num_corrections
     )
     decoder = fresh_decoder(config)
     with torch.no_grad():
@@ -234,11 +224,9 @@ def peak_bytes(size: StepSize, variant: Variant) -> int:
     Raises:
         RuntimeError: the process failed; the message holds the end of its error output.
     """
+    arguments = json.dumps(asdict(size)), variant, str(torch.get_num_threads())
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.mix"),
-            *(json.dumps(asdict(size)), variant, str(torch.get_num_threads())),
-        ],
+        [sys.executable, "-m", "benchmarks.mix", *arguments],
         env={**os.environ, **_ALLOCATOR},
         cwd=Path(__file__).resolve().parent.parent,
         capture_output=True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import torch
 import transformers
 from rich.table import Table
 
-from benchmarks.timing import Spread
+from benchmarks.timing import Spread, paired_ratio
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,20 @@ class Row:
     goal: Goal | None = None
     """The goal at this size; None without a claim."""
 
+    @classmethod
+    def paired(
+        cls,
+        what: str,
+        seconds: Mapping[str, Sequence[float]],
+        first: str,
+        second: str,
+        goal: Goal | None = None,
+    ) -> Row:
+        """Compare two of the tasks whose seconds were measured in turns."""
+        ratio = paired_ratio(seconds[first], seconds[second])
+        both = tuple(Quantity.milliseconds(name, seconds[name]) for name in (first, second))
+        return cls(what=what, quantities=both, ratio=ratio, goal=goal)
+
     @property
     def met(self) -> bool | None:
         """Whether the goal is met; None without one."""
@@ -84,14 +98,14 @@ class Report:
     title: str
     setting: str
     """Sizes and conditions in one sentence."""
-    rows: tuple[Row, ...]
-    checks: tuple[str, ...] = ()
+    rows: Sequence[Row]
+    checks: Sequence[str] = ()
     """The equalities checked before measuring."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, with `met` in each row."""
         rows = [{**asdict(row), "met": row.met} for row in self.rows]
-        return {**asdict(self), "checks": list(self.checks), "rows": rows}
+        return {**asdict(self), "rows": rows}
 
     def table(self) -> Table:
         """Return the report as a table."""

@@ -7,21 +7,23 @@ from torch import Tensor
 
 from iiet import Decoder, ModelConfig, generate, preset
 
+SHAPE = "heads of 64, ffn 2.75 d, float32"
+"""What `shaped_config` does not take as an argument, for the reports."""
+
 
 def shaped_config(
     dim: int,
-    *,
     num_layers: int,
     vocab_size: int,
     context_length: int,
+    *,
     method: str = "iiet",
-    num_corrections: int | None = None,
+    schedule: int | None = None,
 ) -> ModelConfig:
     """Return a config with heads of 64 (below that width one head) and a feed-forward of 2.75 d.
 
-    `num_corrections` is per layer; None: the preset's.
+    `schedule`: corrections of each layer; None: the preset's.
     """
-    schedule = {} if num_corrections is None else {"schedule": num_corrections}
     return preset(
         "tiny",
         method=method,
@@ -31,7 +33,7 @@ def shaped_config(
         ffn_dim=dim * 11 // 4,
         vocab_size=vocab_size,
         context_length=context_length,
-        **schedule,
+        **({} if schedule is None else {"schedule": schedule}),
     )
 
 
@@ -56,5 +58,4 @@ def largest_regret(decoder: Decoder, prompt: Tensor, new_tokens: int) -> float:
     with torch.inference_mode():
         logits = decoder(tokens)[:, prompt.size(1) - 1 : -1].float()
     chosen = logits.gather(-1, tokens[:, prompt.size(1) :, None])
-    regret = (logits.amax(-1, keepdim=True) - chosen).max() / logits.std()
-    return float(regret)
+    return float((logits.amax(-1, keepdim=True) - chosen).max() / logits.std())

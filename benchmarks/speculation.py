@@ -25,16 +25,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 
 from benchmarks.report import Goal, Quantity, Report, Row, checked
-from benchmarks.shape import fresh_decoder, shaped_config
+from benchmarks.shape import SHAPE, fresh_decoder, shaped_config
 from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
-from iiet import (
-    Decoder,
-    DraftRecord,
-    IterationSchedule,
-    KeyValueCache,
-    generate,
-    next_token_loss,
-)
+from iiet import Decoder, DraftRecord, IterationSchedule, KeyValueCache, generate, next_token_loss
 from iiet.speculative import MAX_DRAFT_TOKENS
 from orchestrator.data.preparation import prepare
 from orchestrator.data.store import open_tokens
@@ -62,20 +55,11 @@ class _Size:
     repetitions: int = 5
 
 
-_FULL = _Size()
 _QUICK = _Size(
-    dims=(64,),
-    num_layers=2,
-    num_corrections=1,
-    vocab_size=300,
-    max_documents=30,
-    training_steps=3,
-    context_length=32,
-    prompt_tokens=8,
-    new_tokens=8,
-    batch_sizes=(1, 2),
+    dims=(64,), num_layers=2, num_corrections=1, vocab_size=300, max_documents=30,
+    training_steps=3, context_length=32, prompt_tokens=8, new_tokens=8, batch_sizes=(1, 2),
     repetitions=1,
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,12 +71,14 @@ class _Models:
 
 
 def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
-    """Measure milliseconds per token with each draft and without.
-
-    `quick`: tiny sizes, which only test the benchmark. `say` reports progress.
-    """
-    size = _QUICK if quick else _FULL
-    train, held_out = _read_text(size)
+    """Measure milliseconds per token with each draft and without."""
+    size = _QUICK if quick else _Size()
+    data = DataSettings(vocab_size=size.vocab_size, max_documents=size.max_documents)
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_tokens(prepare(data, open_workspace(Path(folder)), Progress()))
+        train, held_out = (
+            torch.from_numpy(part.astype("int64")) for part in (store.train, store.validation)
+        )
     rows: list[Row] = []
     checks: list[str] = []
     for dim in size.dims:
@@ -104,24 +90,13 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
             checks.append(_check(models, prompt))
             rows += _rows(models, prompt, size)
     setting = (
-        f"IIET, r = {size.num_corrections}, {size.num_layers} layers, heads of 64, ffn 2.75 d, "
-        f"vocabulary {size.vocab_size}, tied head, float32; {size.training_steps} training steps "
-        f"of 8 x {size.context_length} tokens of Python's help topics; "
-        f"draft r = 0; vanilla draft of 2 layers, half the width; prompt {size.prompt_tokens}, "
-        f"{size.new_tokens} new tokens, temperature 1; {size.repetitions} repetitions in turns"
+        f"IIET, r = {size.num_corrections}, {size.num_layers} layers, {SHAPE}, vocabulary "
+        f"{size.vocab_size}, tied head; {size.training_steps} training steps of 8 x "
+        f"{size.context_length} tokens of Python's help topics; draft r = 0; vanilla draft of 2 "
+        f"layers, half the width; prompt {size.prompt_tokens}, {size.new_tokens} new tokens, "
+        f"temperature 1; {size.repetitions} repetitions in turns"
     )
-    return Report(title="speculation", setting=setting, rows=tuple(rows), checks=tuple(checks))
-
-
-def _read_text(size: _Size) -> tuple[Tensor, Tensor]:
-    """Return Python's help topics as tokens: those for training, and the held-out ones."""
-    data = DataSettings(vocab_size=size.vocab_size, max_documents=size.max_documents)
-    with tempfile.TemporaryDirectory() as folder:
-        store = open_tokens(prepare(data, open_workspace(Path(folder)), Progress()))
-        train, held_out = (
-            torch.from_numpy(part.astype("int64")) for part in (store.train, store.validation)
-        )
-    return train, held_out
+    return Report(title="speculation", setting=setting, rows=rows, checks=checks)
 
 
 def _windows(tokens: Tensor, count: int, num_tokens: int, *, seed: int) -> Tensor:
@@ -131,18 +106,13 @@ def _windows(tokens: Tensor, count: int, num_tokens: int, *, seed: int) -> Tenso
 
 
 def _trained(size: _Size, dim: int, tokens: Tensor) -> _Models:
-    shape: dict[str, Any] = {
-        "vocab_size": size.vocab_size,
-        # Both ends of a step of fixed length fit.
-        "context_length": size.prompt_tokens + size.new_tokens + MAX_DRAFT_TOKENS,
-    }
-    config = shaped_config(
-        dim, num_layers=size.num_layers, num_corrections=size.num_corrections, **shape
-    )
+    # Both ends of a step of fixed length fit.
+    shape = size.vocab_size, size.prompt_tokens + size.new_tokens + MAX_DRAFT_TOKENS
+    config = shaped_config(dim, size.num_layers, *shape, schedule=size.num_corrections)
     full = fresh_decoder(config)
     none = IterationSchedule.none(size.num_layers)
     _train(full, [full.schedule, none], size, tokens)
-    small = fresh_decoder(shaped_config(dim // 2, num_layers=2, method="vanilla", **shape))
+    small = fresh_decoder(shaped_config(dim // 2, 2, *shape, method="vanilla"))
     _train(small, [None], size, tokens)
     return _Models(full.eval(), full.eval().with_schedule(none), small.eval())
 
@@ -175,62 +145,67 @@ def _check(models: _Models, prompt: Tensor) -> str:
 
 
 def _rows(models: _Models, prompt: Tensor, size: _Size) -> list[Row]:
-    place = f"d {models.full.config.dim}, batch {len(prompt)}"
-    drafts = {"r = 0": models.cheap.schedule, "vanilla draft": models.small}
-    records = {name: DraftRecord() for name in [*drafts, "fixed"]}
+    cheap: Any = models.cheap.schedule
+    drafts: dict[str, tuple[Any, Any]] = {  # Name -> the draft, and its tokens.
+        "r = 0": (cheap, "auto"),
+        "vanilla draft": (models.small, "auto"),
+        "fixed": (cheap, _FIXED),
+    }
+    records = {name: DraftRecord() for name in drafts}
 
-    def with_draft(name: str, draft: Any, draft_tokens: Any) -> Callable[[], float]:
-        return lambda: _seconds(
-            models.full,
-            prompt,
-            size,
-            draft=draft,
-            draft_tokens=draft_tokens,
-            record=records[name],
-        )
+    def task(**drafting: Any) -> Callable[[], float]:
+        """Return a task that generates, and returns the seconds per step with the prefill."""
+        options: dict[str, Any] = {"temperature": 1.0, "seed": list(range(len(prompt)))}
 
-    tasks = {"plain": lambda: _seconds(models.full, prompt, size)}
-    tasks |= {name: with_draft(name, draft, "auto") for name, draft in drafts.items()}
-    tasks["fixed"] = with_draft("fixed", models.cheap.schedule, _FIXED)
+        def run() -> float:
+            started = time.perf_counter()
+            generate(models.full, prompt, max_new_tokens=size.new_tokens, **options, **drafting)
+            return (time.perf_counter() - started) / size.new_tokens
+
+        return run
+
+    tasks = {"plain": task()} | {
+        name: task(draft=draft, draft_tokens=tokens, record=records[name])
+        for name, (draft, tokens) in drafts.items()
+    }
     seconds = take_turns(tasks, repetitions=size.repetitions)
-    rows = [
-        Row(
-            what=f"plain / {name}, {place}",
-            quantities=(
-                Quantity.milliseconds("plain", seconds["plain"]),
-                Quantity.milliseconds(name, seconds[name]),
-                *_acceptance(records[name]),
-            ),
-            ratio=paired_ratio(seconds["plain"], seconds[name]),
-            goal=_GOAL.get((models.full.config.dim, len(prompt))) if name == "r = 0" else None,
+    width = models.full.config.dim
+    place, goal = f"d {width}, batch {len(prompt)}", _GOAL.get((width, len(prompt)))
+    rows = []
+    for name in ("r = 0", "vanilla draft"):
+        times = tuple(Quantity.milliseconds(n, seconds[n]) for n in ("plain", name))
+        rows.append(
+            Row(
+                what=f"plain / {name}, {place}",
+                quantities=(*times, *_acceptance(records[name])),
+                ratio=paired_ratio(seconds["plain"], seconds[name]),
+                goal=goal if name == "r = 0" else None,
+            )
         )
-        for name in drafts
-    ]
-    costs = _costs(models, prompt, size)
-    return [*rows, _prediction_row(place, costs, records["fixed"], seconds)]
 
-
-def _prediction_row(
-    place: str, costs: tuple[float, float], record: DraftRecord, seconds: dict[str, list[float]]
-) -> Row:
-    """Predict the speed-up of a fixed number of drafted tokens from what each round kept."""
-    tokens = record.tokens_per_verification or 1.0
-    draft_cost, token_cost = costs
-    predicted = tokens / (1.0 + _FIXED * (draft_cost + token_cost))
-    measured = paired_ratio(seconds["plain"], seconds["fixed"])
-    return Row(
-        what=f"speed-up with {_FIXED} drafted tokens, predicted / measured, {place}",
-        quantities=(
-            Quantity.one("predicted", predicted, "times"),
-            Quantity("measured", measured, "times"),
-            Quantity.one("draft step", draft_cost, "plain steps"),
-            Quantity.one("further verified token", token_cost, "plain steps"),
-            *_acceptance(record),
-        ),
-        ratio=Spread(
-            predicted / measured.median, predicted / measured.high, predicted / measured.low
-        ),
+    # The speed-up of a fixed number of drafted tokens, predicted from what each round kept, and
+    # from a step under r = 0 and a further verified token, in plain steps.
+    passes = {
+        "step": _pass(models.full, prompt, 1),
+        "verify": _pass(models.full, prompt, 1 + _FIXED),
+        "draft": _pass(models.cheap, prompt, 1),
+    }
+    costs = take_turns(passes, repetitions=10 * size.repetitions)
+    draft_cost = paired_ratio(costs["draft"], costs["step"]).median
+    token_cost = max(0.0, paired_ratio(costs["verify"], costs["step"]).median - 1.0) / _FIXED
+    record, measured = records["fixed"], paired_ratio(seconds["plain"], seconds["fixed"])
+    kept = record.tokens_per_verification or 1.0
+    predicted = kept / (1.0 + _FIXED * (draft_cost + token_cost))
+    quantities = (
+        Quantity.one("predicted", predicted, "times"),
+        Quantity("measured", measured, "times"),
+        Quantity.one("draft step", draft_cost, "plain steps"),
+        Quantity.one("further verified token", token_cost, "plain steps"),
+        *_acceptance(record),
     )
+    what = f"speed-up with {_FIXED} drafted tokens, predicted / measured, {place}"
+    shares = (predicted / each for each in (measured.median, measured.high, measured.low))
+    return [*rows, Row(what=what, quantities=quantities, ratio=Spread(*shares))]
 
 
 def _acceptance(record: DraftRecord) -> tuple[Quantity, ...]:
@@ -242,35 +217,10 @@ def _acceptance(record: DraftRecord) -> tuple[Quantity, ...]:
     )
 
 
-def _seconds(decoder: Decoder, prompt: Tensor, size: _Size, **drafting: Any) -> float:
-    """Return the seconds per step of a generation, prefill included."""
-    options: dict[str, Any] = {
-        "max_new_tokens": size.new_tokens,
-        "temperature": 1.0,
-        "seed": list(range(len(prompt))),
-    }
-    started = time.perf_counter()
-    generate(decoder, prompt, **options, **drafting)
-    return (time.perf_counter() - started) / size.new_tokens
-
-
-def _costs(models: _Models, prompt: Tensor, size: _Size) -> tuple[float, float]:
-    """Measure a step under r = 0 and a further verified token, in plain steps."""
-    tasks = {
-        "step": _pass(models.full, prompt, 1),
-        "verify": _pass(models.full, prompt, 1 + _FIXED),
-        "draft": _pass(models.cheap, prompt, 1),
-    }
-    seconds = take_turns(tasks, repetitions=10 * size.repetitions)
-    further = paired_ratio(seconds["verify"], seconds["step"]).median - 1.0
-    return paired_ratio(seconds["draft"], seconds["step"]).median, max(0.0, further) / _FIXED
-
-
 def _pass(decoder: Decoder, prompt: Tensor, num_tokens: int) -> Callable[[], float]:
     """Return a task that reads some tokens after a prompt and returns the seconds."""
-    cache = KeyValueCache(
-        decoder.config, batch_size=len(prompt), max_tokens=prompt.size(1) + num_tokens
-    )
+    length = prompt.size(1) + num_tokens
+    cache = KeyValueCache(decoder.config, batch_size=len(prompt), max_tokens=length)
     tokens = prompt[:, :1].expand(-1, num_tokens)
     with torch.inference_mode():
         decoder(prompt, cache=cache, last_only=True)

@@ -15,7 +15,6 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,66 +40,41 @@ from orchestrator.training.trainer import run_job
 from orchestrator.workspace.layout import DONE_NAME, Workspace, open_workspace
 
 _MINUTE = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Size:
-    dim: int
-    num_layers: int
-    num_steps: int
-    num_trials: int
-    """Trials trained in each of the two ways."""
-    num_items: int
-    """Items of each held-out task."""
-    has_goals: bool = False
-
-
-_FULL = _Size(dim=128, num_layers=6, num_steps=50, num_trials=5, num_items=60, has_goals=True)
-_QUICK = _Size(dim=16, num_layers=2, num_steps=2, num_trials=3, num_items=20)
 _CONTEXT = 64
 _VOCABULARY = 1024
 _NUM_DOCUMENTS = 400
 
 
 def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
-    """Measure a sweep's overhead, and its second call.
-
-    `quick`: tiny sizes, which only test the benchmark. `say` reports progress.
-    """
-    size = _QUICK if quick else _FULL
+    """Measure a sweep's overhead, and its second call."""
     with tempfile.TemporaryDirectory() as folder:
-        bench = _Bench(size, Path(folder))
-        say(f"sweep: {size.num_trials} trials, under Ray Tune and in a loop")
-        overhead, checks = bench.overhead()
+        bench = _Bench(Path(folder), quick=quick)
+        say(f"sweep: {bench.num_trials} trials, under Ray Tune and in a loop")
+        overhead, check = bench.overhead(Goal("at most", 1.05) if not quick else None)
         say("sweep: rerun of a finished sweep, and resume of a stopped trial")
-        resumed = (bench.resumed(), bench.stopped())
+        rows = [*overhead, bench.resumed(), bench.stopped()]
     setting = (
-        f"IIET, d {size.dim}, {size.num_layers} layers, r = 2, trials of {size.num_steps} steps, "
-        "one at a time; the first and Ray's start not counted"
+        f"IIET, d {bench.config.dim}, {bench.config.num_layers} layers, r = 2, trials of "
+        f"{bench.num_steps} steps, one at a time; the first and Ray's start not counted"
     )
-    return Report(title="sweep", setting=setting, rows=(*overhead, *resumed), checks=tuple(checks))
+    return Report(title="sweep", setting=setting, rows=rows, checks=[check])
 
 
 class _Bench:
     """A teacher, a made-up influence table, and the plans made from them."""
 
-    def __init__(self, size: _Size, folder: Path) -> None:
-        self.size, self.folder = size, folder
+    def __init__(self, folder: Path, *, quick: bool) -> None:
+        dim, num_layers = (16, 2) if quick else (128, 6)
+        self.num_steps, self.num_trials, self.num_items = (6, 3, 20) if quick else (50, 5, 60)
+        self.folder = folder
         data = DataSettings(vocab_size=_VOCABULARY, max_documents=_NUM_DOCUMENTS)
         self.tokens = prepare(data, open_workspace(folder / "prepared"), Progress())
-        self.config = shaped_config(
-            size.dim,
-            num_layers=size.num_layers,
-            vocab_size=_VOCABULARY,
-            context_length=_CONTEXT,
-            num_corrections=2,
-        )
+        self.config = shaped_config(dim, num_layers, _VOCABULARY, _CONTEXT, schedule=2)
         draw = random.Random(0)
-        values = tuple((draw.random(), draw.random() / 4) for _ in range(size.num_layers))
         self.influence = InfluenceTable(
             metric="cosine",
-            value_rows=values,
-            error_rows=tuple((0.0, 0.0) for _ in values),
+            value_rows=tuple((draw.random(), draw.random() / 4) for _ in range(num_layers)),
+            error_rows=((0.0, 0.0),) * num_layers,
             num_tokens=_CONTEXT,
         )
         job = TrainingJob(
@@ -114,13 +88,12 @@ class _Bench:
     def settings(self, **sweep: Any) -> Settings:
         """Return settings of the bench's size."""
         recipe = {"num_tokens_per_step": 8 * _CONTEXT, "num_validation_tokens": _CONTEXT}
-        longer = {**recipe, "num_steps": self.size.num_steps}
+        longer = {**recipe, "num_steps": self.num_steps}
         return resolve_settings(
             {
                 "training": {**recipe, "num_steps": 1},
-                # No cache: in the loop each trial runs its teacher, too.
-                "distillation": {"training": longer, "teacher_cache": "live"},
-                "evaluation": {"num_items": self.size.num_items},
+                "distillation": {"training": longer},
+                "evaluation": {"num_items": self.num_items},
                 "sweep": sweep,
             }
         )
@@ -132,17 +105,16 @@ class _Bench:
         suite = plan_suite(*asked, load_tasks(*asked, Progress()))
         return students_plan(Students(settings, workspace, self.teacher, suite), self.influence)
 
-    def overhead(self) -> tuple[list[Row], list[str]]:
+    def overhead(self, goal: Goal | None) -> tuple[list[Row], str]:
         """Train the same students under Ray Tune and in a loop."""
-        asked = {"num_schedules": self.size.num_trials, "trials_at_once": 1}
+        asked = {"num_schedules": self.num_trials, "trials_at_once": 1}
         here, there = (open_workspace(self.folder / name) for name in ("swept", "looped"))
         swept, looped = (
             [trial for trial in self.plan(space, **asked).trials if trial.job]
             for space in (here, there)
         )
         tracking = open_tracking(here)
-        threads = torch.get_num_threads()
-        with ray_cluster(num_cpus=threads):
+        with ray_cluster(num_cpus=torch.get_num_threads()):
             run_plan(self.plan(here, **asked), self.settings(**asked), here, tracking=tracking)
         ends = sorted(trial.result_path.stat().st_mtime for trial in swept)
         loop_ends: list[float] = []
@@ -152,29 +124,26 @@ class _Bench:
             measure_trial(trial.model_copy(update={"checkpoint": outcome.checkpoint}), "cpu")
             loop_ends.append(time.time())
         pairs = zip(_losses(swept), _losses(looped), strict=True)
-        check = checked(
-            "losses of a sweep's trials and a loop's", max(abs(a - b) for a, b in pairs), 0.0
-        )
+        largest = max(abs(a - b) for a, b in pairs)
+        check = checked("losses of a sweep's trials and a loop's", largest, 0.0)
         # From the end of the first trial on: the time before it is the start.
         swept_each, looped_each = ([b - a for a, b in pairwise(t)] for t in (ends, loop_ends))
         extra = [a - b for a, b in zip(swept_each, looped_each, strict=True)]
+        sweep = Quantity("sweep", Spread.of(swept_each), "s")
         rows = [
             Row(
                 what="a trial in a sweep / in a loop",
-                quantities=(
-                    Quantity("sweep", Spread.of(swept_each), "s"),
-                    Quantity("loop", Spread.of(looped_each), "s"),
-                ),
+                quantities=(sweep, Quantity("loop", Spread.of(looped_each), "s")),
                 ratio=paired_ratio(swept_each, looped_each),
             ),
             Row(
                 what="the same for trials of a minute (at most 3 s more)",
                 quantities=(Quantity("added by the sweep", Spread.of(extra), "s"),),
                 ratio=Spread.of([(_MINUTE + seconds) / _MINUTE for seconds in extra]),
-                goal=Goal("at most", 1.05) if self.size.has_goals else None,
+                goal=goal,
             ),
         ]
-        return rows, [check]
+        return rows, check
 
     def resumed(self) -> Row:
         """Run a finished sweep again."""
@@ -188,12 +157,10 @@ class _Bench:
             run_plan(plan, self.settings(), workspace, tracking=open_tracking(workspace))
             seconds.append(time.perf_counter() - started)
         # The first run creates the database and measures the time per token.
+        again = Quantity("again", Spread.of(seconds[1:]), "s")
         return Row(
             what=f"a rerun of a finished sweep of {len(plan.trials)} models",
-            quantities=(
-                Quantity("again", Spread.of(seconds[1:]), "s"),
-                Quantity.one("first", seconds[0], "s"),
-            ),
+            quantities=(again, Quantity.one("first", seconds[0], "s")),
         )
 
     def stopped(self) -> Row:
@@ -205,18 +172,16 @@ class _Bench:
         def report(step: int, _: Mapping[str, float]) -> None:
             reported.append((step, time.perf_counter()))
 
-        half = self.size.num_steps // 2
+        half = self.num_steps // 2
         run_job(job, should_stop=lambda: bool(reported and reported[-1][0] >= half), report=report)
         step = (reported[-1][1] - reported[0][1]) / max(reported[-1][0] - reported[0][0], 1)
         reported.clear()
         started = time.perf_counter()
         run_job(job, report=report)
+        resumed = Quantity.one("resumed", reported[0][1] - started, "s")
         return Row(
             what=f"a trial stopped at step {half}: from the call to its first new numbers",
-            quantities=(
-                Quantity.one("resumed", reported[0][1] - started, "s"),
-                Quantity.one("a step", step, "s"),
-            ),
+            quantities=(resumed, Quantity.one("a step", step, "s")),
         )
 
 

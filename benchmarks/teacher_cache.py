@@ -7,8 +7,7 @@ clipping and AdamW, at a learning rate of 0 so that all variants keep the same w
 on disk as in a sweep, and each step reads other rows. They were written just before, so the
 operating system still holds them in memory, as it does for all students of a sweep but the first.
 
-Exact outputs must give a bitwise equal loss before anything is timed. Coarse outputs give another
-loss, so their times have no goal.
+Stored outputs must give a bitwise equal loss before anything is timed.
 """
 
 from __future__ import annotations
@@ -22,17 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.report import Goal, Quantity, Report, Row, checked
+from benchmarks.report import Goal, Report, Row, checked
 from benchmarks.shape import fresh_decoder, random_tokens, shaped_config
-from benchmarks.timing import paired_ratio, stopwatch, take_turns
+from benchmarks.timing import stopwatch, take_turns
 from iiet import Decoder, DistillationConfig, IterationSchedule, distillation_loss
 from iiet.distillation import Model, frozen_teacher
-from orchestrator.training.teacher_cache import (
-    CachedTeacher,
-    CachePlan,
-    open_cache,
-    write_cache,
-)
+from orchestrator.training.teacher_cache import CachedTeacher, CachePlan, open_cache, write_cache
 
 _TEACHER_CORRECTIONS = 3
 _STUDENTS = (0, 1, 2)
@@ -62,10 +56,7 @@ _QUICK = (_Size(dim=32, num_layers=2, vocab_size=64, batch_size=2, num_tokens=16
 
 
 def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
-    """Measure a distillation step with and without a teacher cache.
-
-    `quick`: tiny sizes, which only test the benchmark. `say` reports progress.
-    """
+    """Measure a distillation step with and without a teacher cache."""
     sizes, repetitions = (_QUICK, 2) if quick else (_FULL, 5)
     rows: list[Row] = []
     checks: list[str] = []
@@ -80,23 +71,16 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
         f"float32, KL at T = 1; a step of loss, backward, clipping and AdamW, {repetitions} "
         "repetitions in turns; outputs memory-mapped, in the operating system's cache"
     )
-    return Report(title="teacher_cache", setting=setting, rows=tuple(rows), checks=tuple(checks))
+    return Report(title="teacher_cache", setting=setting, rows=rows, checks=checks)
 
 
 def _measure_size(size: _Size, folder: Path, repetitions: int) -> tuple[list[Row], str]:
-    decoder = fresh_decoder(
-        shaped_config(
-            size.dim,
-            num_layers=size.num_layers,
-            vocab_size=size.vocab_size,
-            context_length=size.num_tokens,
-            num_corrections=_TEACHER_CORRECTIONS,
-        )
-    )
+    shape = size.dim, size.num_layers, size.vocab_size, size.num_tokens
+    decoder = fresh_decoder(shaped_config(*shape, schedule=_TEACHER_CORRECTIONS))
     live = frozen_teacher(decoder)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.0, weight_decay=0.0)
     batches = random_tokens(size.vocab_size, size.num_steps, size.batch_size, size.num_tokens)
-    exact = _stored(live, batches, size, folder)
+    stored = _stored(live, batches, size, folder)
     students = {
         r: decoder.with_schedule(IterationSchedule.uniform(size.num_layers, r)) for r in _STUDENTS
     }
@@ -104,7 +88,7 @@ def _measure_size(size: _Size, folder: Path, repetitions: int) -> tuple[list[Row
     def loss(teacher: Model, r: int, batch: Tensor) -> Tensor:
         return distillation_loss(students[r], teacher, batch, config=DistillationConfig())[0]
 
-    differences = [loss(live, _HALF, batch) - loss(exact, _HALF, batch) for batch in batches]
+    differences = [loss(live, _HALF, batch) - loss(stored, _HALF, batch) for batch in batches]
     what = f"losses of a live teacher and its stored outputs, d {size.dim},"
     check = checked(what, max(abs(each.item()) for each in differences), 0.0)
 
@@ -121,18 +105,16 @@ def _measure_size(size: _Size, folder: Path, repetitions: int) -> tuple[list[Row
 
         return stopwatch(step)
 
-    tasks = {f"live {r}": task(live, r) for r in _STUDENTS}
-    tasks |= {f"exact {r}": task(exact, r) for r in _STUDENTS}
+    tasks = {f"runs it, {r}": task(live, r) for r in _STUDENTS}
+    tasks |= {f"reads it, {r}": task(stored, r) for r in _STUDENTS}
     seconds = take_turns(tasks, repetitions=repetitions)
     rows = [
-        Row(
-            what=f"d {size.dim}, step that runs its teacher / reads it: student r = {r}",
-            quantities=(
-                Quantity.milliseconds("runs", seconds[f"live {r}"]),
-                Quantity.milliseconds("reads", seconds[f"exact {r}"]),
-            ),
-            ratio=paired_ratio(seconds[f"live {r}"], seconds[f"exact {r}"]),
-            goal=size.goal if r <= _HALF else None,
+        Row.paired(
+            f"d {size.dim}, step that runs its teacher / reads it: student r = {r}",
+            seconds,
+            f"runs it, {r}",
+            f"reads it, {r}",
+            size.goal if r <= _HALF else None,
         )
         for r in _STUDENTS
     ]

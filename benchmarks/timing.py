@@ -77,20 +77,3 @@ def stopwatch(task: Callable[[], object], clock: Clock = time.perf_counter) -> C
 def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
     """Summarize the ratios of values measured in the same repetition."""
     return Spread.of([a / b for a, b in zip(numerators, denominators, strict=True)])
-
-
-@dataclass(frozen=True)
-class Line:
-    """A straight line through measured points, `y = start + slope * x`, by least squares."""
-
-    start: float
-    slope: float
-    largest_relative_residual: float
-    """The largest `|line - y| / y` over the points."""
-
-    @classmethod
-    def through(cls, xs: Sequence[float], ys: Sequence[float]) -> Line:
-        """Fit positive values at two or more different x."""
-        slope, start = statistics.linear_regression(xs, ys)
-        residuals = [abs(start + slope * x - y) / y for x, y in zip(xs, ys, strict=True)]
-        return cls(start, slope, max(residuals))

@@ -89,20 +89,15 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
     largest = max(abs(a - b) for a, b in pairs)
     checks.append(checked("losses of one worker and of two", largest, 1e-4))
     step = {name: [run.median for run in found[name]] for name in tasks}
-    rows.append(
-        Row(
-            what="a step of one worker / of two, the same global batch",
-            quantities=tuple(Quantity.milliseconds(name, step[name]) for name in tasks),
-            ratio=paired_ratio(step["one"], step["two"]),
-        )
-    )
+    what = "a step of one worker / of two, the same global batch"
+    rows.append(Row.paired(what, step, "one", "two"))
     setting = (
         f"IIET r = 1, d {size.dim}, {size.num_layers} layers, vocabulary {size.vocab_size}, "
         f"{size.num_sequences} x {size.context_length} tokens a step, float32, runs of "
         f"{size.num_steps} steps in turns, {repetitions} repetitions; a step is from one report of "
         "the loss to the next, without validation; workers average by gloo, one thread each"
     )
-    return Report(title="training", setting=setting, rows=tuple(rows), checks=tuple(checks))
+    return Report(title="training", setting=setting, rows=rows, checks=checks)
 
 
 def _rows(runs: _Runs, repetitions: int, *, has_goals: bool) -> list[Row]:
@@ -121,26 +116,19 @@ def _rows(runs: _Runs, repetitions: int, *, has_goals: bool) -> list[Row]:
     ]
     interval = [_INTERVAL * seconds for seconds in step["whole"]]
     with_save = [a + max(stall, 0.0) for a, stall in zip(interval, stalls, strict=True)]
-    loading = [runs.loading() for _ in range(repetitions)]
-    whole = Quantity.milliseconds("whole", step["whole"])
+    step["batch"] = [runs.loading() for _ in range(repetitions)]
+    overhead, batch = (Goal("at most", limit) if has_goals else None for limit in (1.03, 0.01))
+    stall = Quantity.milliseconds("checkpoint", stalls)
     return [
-        Row(
-            what="a step of the whole loop / of a bare PyTorch loop",
-            quantities=(whole, Quantity.milliseconds("bare", step["bare"])),
-            ratio=paired_ratio(step["whole"], step["bare"]),
-            goal=Goal("at most", 1.03) if has_goals else None,
+        Row.paired(
+            "a step of the whole loop / of a bare PyTorch loop", step, "whole", "bare", overhead
         ),
         Row(
             what=f"{_INTERVAL} steps with one checkpoint / without",
-            quantities=(Quantity.milliseconds("checkpoint", stalls), whole),
+            quantities=(stall, Quantity.milliseconds("whole", step["whole"])),
             ratio=paired_ratio(with_save, interval),
         ),
-        Row(
-            what="a step's batch from the tokens / the step",
-            quantities=(Quantity.milliseconds("batch", loading), whole),
-            ratio=paired_ratio(loading, step["whole"]),
-            goal=Goal("at most", 0.01) if has_goals else None,
-        ),
+        Row.paired("a step's batch from the tokens / the step", step, "batch", "whole", batch),
     ]
 
 
@@ -176,17 +164,11 @@ class _Runs:
     def job(self, *, checkpoint_every_steps: int | None = None) -> TrainingJob:
         """Return a job with a new folder."""
         size = self.size
-        config = shaped_config(
-            size.dim,
-            num_layers=size.num_layers,
-            vocab_size=size.vocab_size,
-            context_length=size.context_length,
-            num_corrections=1,
-        )
+        shape = size.dim, size.num_layers, size.vocab_size, size.context_length
         return TrainingJob(
             run_folder=str(self.folder / f"run-{next(self._numbers)}"),
             tokens_folder=str(self.tokens),
-            model=config,
+            model=shaped_config(*shape, schedule=1),
             recipe=TrainingSettings(
                 num_steps=size.num_steps,
                 num_tokens_per_step=size.num_sequences * size.context_length,
@@ -261,8 +243,12 @@ class _Runs:
         processes = [
             subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "benchmarks.training"),
-                    *(str(request), str(rank), str(num_workers)),
+                    sys.executable,
+                    "-m",
+                    "benchmarks.training",
+                    str(request),
+                    str(rank),
+                    str(num_workers),
                 ],
                 stderr=subprocess.PIPE,
                 text=True,
@@ -274,11 +260,8 @@ class _Runs:
         errors = [process.communicate()[1] for process in processes]
         if any(process.returncode for process in processes):
             raise RuntimeError(f"{num_workers} workers failed: {''.join(errors)[-2000:]}")
-        records = [
-            record["values"]
-            for record in read_journal(job.folder)[0]
-            if "train/loss" in record.get("values", {})
-        ]
+        found = [record.get("values", {}) for record in read_journal(job.folder)[0]]
+        records = [values for values in found if "train/loss" in values]
         tokens = job.recipe.num_tokens_per_step
         return _Steps(
             [tokens / values["train/tokens_per_second"] for values in records[1:]],

@@ -59,8 +59,8 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_737,
-    "benchmarks": 3_800,
+    "iiet": 7_732,
+    "benchmarks": 3_526,
     "examples": 278,
     "research": 2_006,
     "orchestrator/workspace": 1_053,

@@ -14,7 +14,7 @@ from gguf_files import tiny_llama, write_llama
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.mix import StepSize, largest_difference
 from benchmarks.report import Goal, Quantity, Row, checked
-from benchmarks.timing import Line, Spread, paired_ratio, stopwatch, take_turns
+from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
 
 START_PROCESSES = ("mix", "training", "evaluation", "sweep")
 
@@ -82,15 +82,6 @@ def test_turns_rotate_and_paired_ratios_ignore_a_machine_that_slows_down() -> No
     ratio = paired_ratio(seconds["b"], seconds["a"])
     assert (ratio.low, ratio.median, ratio.high) == pytest.approx((1.5, 1.5, 1.5))
     assert Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Spread(3.0, 2.0, 4.0)
-
-
-def test_line_finds_start_slope_and_the_largest_residual() -> None:
-    exact = Line.through([12, 18, 24], [2.5 + 0.5 * x for x in (12, 18, 24)])
-    assert (exact.start, exact.slope) == pytest.approx((2.5, 0.5))
-    # Least squares through (0, 1), (1, 4), (2, 1) is the constant 2.
-    bent = Line.through([0, 1, 2], [1, 4, 1])
-    assert (bent.start, bent.slope) == pytest.approx((2.0, 0.0))
-    assert bent.largest_relative_residual == pytest.approx(1.0)
 
 
 def test_a_goal_judges_the_median() -> None:

@@ -159,23 +159,20 @@ def resume(setup: Setup) -> Iterator[Finding]:
     if ours.keys() != theirs.keys():
         yield Finding(what="losses", problem="the runs recorded other steps")
         return
-    difference = max(abs(ours[step] - theirs[step]) for step in theirs)
-    tolerance = ROUNDED_LOSS if setup.device == "cuda" else 0.0
-    yield Finding(
-        what=f"losses of {len(theirs)} steps",
-        figures={"largest difference": difference, "tolerance": tolerance},
-        problem=problem_unless(difference, tolerance, f"they differ by {difference:.2g} nats"),
-    )
-
     weights = [load_file(find_checkpoints(r.folder)[-1] / WEIGHTS) for r in (killed, whole)]
     flat = [torch.cat([w[name].double().flatten() for name in weights[1]]) for w in weights]
-    difference = ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
-    tolerance = WEIGHT_TOLERANCE if setup.device == "cuda" else 0.0
-    yield Finding(
-        what="weights after the last step",
-        figures={"relative difference": difference, "tolerance": tolerance},
-        problem=problem_unless(difference, tolerance, f"they differ by {difference:.2g}"),
-    )
+    losses = max(abs(ours[step] - theirs[step]) for step in theirs)
+    last = ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
+    for what, name, difference, tolerance in (
+        (f"losses of {len(theirs)} steps", "largest difference", losses, ROUNDED_LOSS),
+        ("weights after the last step", "relative difference", last, WEIGHT_TOLERANCE),
+    ):
+        allowed = tolerance if setup.device == "cuda" else 0.0
+        yield Finding(
+            what=what,
+            figures={name: difference, "tolerance": allowed},
+            problem=problem_unless(difference, allowed, f"they differ by {difference:.2g}"),
+        )
 
 
 def sweep(setup: Setup) -> Iterator[Finding]:

@@ -26,6 +26,7 @@ from orchestrator.data.preparation import prepare
 from orchestrator.reporting.sections import bullets, markdown_table
 from orchestrator.settings import DataSettings
 from orchestrator.training.devices import World
+from orchestrator.workspace.errors import first_line
 from orchestrator.workspace.layout import open_workspace
 
 Figure = float | int | str
@@ -139,7 +140,7 @@ class SectionResult:
 
 
 def run_section(
-    section: Section, setup: Setup, keep: Callable[[Finding], None] | None = None
+    section: Section, setup: Setup, keep: Callable[[Finding], None] = lambda _: None
 ) -> SectionResult:
     """Run a section in this process; an error becomes part of its result.
 
@@ -148,26 +149,28 @@ def run_section(
     """
     started = time.monotonic()
     findings: list[Finding] = []
-    skipped = error = None
-    details = ""
+    outcome: dict[str, str] = {}
     try:
         for finding in section.measure(setup):
             findings.append(finding)
-            if keep:
-                keep(finding)
+            keep(finding)
     except Skipped as reason:
-        skipped = str(reason)
-    except Exception as problem:  # The report shows it, and the other sections still run.
-        error = f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
-        details = traceback.format_exc()
+        outcome["skipped"] = str(reason)
+    except Exception as error:  # The report shows it, and the other sections still run.
+        outcome["error"] = first_line(error, with_type=True)
+        outcome["details"] = traceback.format_exc()
+    return _result(section, findings, started, **outcome)
+
+
+def _result(
+    section: Section, findings: Sequence[Finding], started: float, **outcome: str
+) -> SectionResult:
     return SectionResult(
         name=section.name,
         question=section.question,
         findings=tuple(findings),
         seconds=time.monotonic() - started,
-        skipped=skipped,
-        error=error,
-        details=details,
+        **outcome,
     )
 
 
@@ -188,36 +191,22 @@ def run_in_process(
     process.start()
     sender.close()
 
-    findings: list[Finding] = []
-    result: SectionResult | None = None
-    reason = f"it took longer than {limit / 60:g} minutes and was ended"
-    while not result and receiver.poll(max(0.0, started + limit - time.monotonic())):
-        try:
-            message = receiver.recv()
-        except EOFError:
-            process.join()
-            reason = f"its process ended with exit code {process.exitcode}"
-            break
-        if isinstance(message, SectionResult):
-            result = message
-        else:
-            findings.append(message)
-    if result:
+    messages: list[Finding | SectionResult] = []
+    error = f"it took longer than {limit / 60:g} minutes and was ended"
+    try:
+        while receiver.poll(max(0.0, started + limit - time.monotonic())):
+            messages.append(receiver.recv())
+    except EOFError:
         process.join(timeout=60)
+        error = f"its process ended with exit code {process.exitcode}"
     _end_family(process.pid)
     process.join()
-    if result:
-        return result
-
+    if messages and isinstance(messages[-1], SectionResult):
+        return messages[-1]
     lines = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
-    return SectionResult(
-        name=section.name,
-        question=section.question,
-        findings=tuple(findings),
-        seconds=time.monotonic() - started,
-        error=reason,
-        details="\n".join(lines.splitlines()[-NUM_LINES_SHOWN:]),
-    )
+    details = "\n".join(lines.splitlines()[-NUM_LINES_SHOWN:])
+    findings = [message for message in messages if isinstance(message, Finding)]
+    return _result(section, findings, started, error=error, details=details)
 
 
 def _run_and_send(section: Section, setup: Setup, output: Path, sender: Connection) -> None:
@@ -269,36 +258,20 @@ def to_markdown(results: Sequence[SectionResult], facts: Mapping[str, Any]) -> s
         markdown_table(heads, verdicts, left=(0, 1, 2, 4)),
     ]
     for result in results:
-        parts += [f"## {result.name}", result.question, *_tables(result.findings)]
+        parts += [f"## {result.name}", result.question]
+        # One table for the findings of equal columns, so that no cell is empty.
+        tables: dict[tuple[str, ...], list[list[str]]] = {}
+        for finding in (finding for finding in result.findings if finding.figures):
+            figures = map(_three_digits, finding.figures.values())
+            row = [finding.what, *figures, "failed" if finding.problem else ""]
+            tables.setdefault(tuple(finding.figures), []).append(row)
+        parts += [markdown_table(["", *heads, ""], rows) for heads, rows in tables.items()]
         notes = [f"{f.what}: not measured, {f.skipped}" for f in result.findings if f.skipped]
         notes += [f"**{problem}**" for problem in result.problems]
         notes += [result.skipped] if result.skipped else []
         parts += [bullets(notes)] if notes else []
         parts += [f"```text\n{result.details.strip()}\n```"] if result.details else []
     return "\n\n".join(parts) + "\n"
-
-
-def _tables(findings: Sequence[Finding]) -> Iterator[str]:
-    """Show findings that share most of their columns in one table, so that few cells are empty."""
-    groups: list[list[Finding]] = []
-    for finding in (finding for finding in findings if finding.figures):
-        for group in groups:
-            if 2 * len(finding.figures.keys() & group[0].figures.keys()) > len(finding.figures):
-                group.append(finding)
-                break
-        else:
-            groups.append([finding])
-    for group in groups:
-        columns = list(dict.fromkeys(name for finding in group for name in finding.figures))
-        rows = [
-            [
-                finding.what,
-                *(_three_digits(finding.figures.get(name, "")) for name in columns),
-                "failed" if finding.problem else "",
-            ]
-            for finding in group
-        ]
-        yield markdown_table(["", *columns, ""], rows)
 
 
 def _three_digits(value: Figure) -> str:

@@ -33,7 +33,7 @@ from orchestrator.workspace.journal import Journal, read_journal
 from orchestrator.workspace.layout import DONE_NAME
 
 
-def test_batches_passes_and_tokens() -> None:
+def test_a_step_is_shared_by_workers_and_passes_and_so_is_a_snapshot() -> None:
     recipe = TrainingSettings(
         num_steps=30000, num_tokens_per_step=524288, num_sequences_per_pass=12
     )
@@ -42,6 +42,18 @@ def test_batches_passes_and_tokens() -> None:
     assert estimate.sequences_per_worker == 32
     assert (estimate.num_passes, estimate.sequences_per_pass) == (3, 12)
     assert sum(estimate.stages.values()) == 30000
+    uneven = TrainingSettings(num_tokens_per_step=128 * 9)
+    training = Estimate(config=preset("tiny"), recipe=uneven, devices=Devices(num_workers=8))
+    with pytest.raises(UserError, match=r"9 sequences.*8 workers.*num_tokens_per_step=2048"):
+        assert training.worker_bytes
+    config, recipe = preset("tiny"), TrainingSettings(num_tokens_per_step=1024)
+    alone = Estimate(config=config, recipe=recipe)
+    shared = Estimate(config=config, recipe=recipe, devices=Devices(num_workers=2))
+    name = "a copy for the checkpoint"
+    assert alone.worker_memory[name] == alone.checkpoint_bytes == 2 * shared.worker_memory[name]
+    assert sum(alone.worker_memory.values()) == alone.worker_bytes
+    on_gpus = Estimate(config=config, recipe=recipe, devices=Devices(on_gpus=True))
+    assert name not in on_gpus.worker_memory
 
 
 def test_each_stage_of_a_two_stage_training_is_counted_under_its_schedule() -> None:
@@ -58,13 +70,14 @@ def test_each_stage_of_a_two_stage_training_is_counted_under_its_schedule() -> N
     # The memory is that of the costliest stage.
     full = Estimate(config=config, recipe=recipe.model_copy(update={"iterate_from_fraction": 0.0}))
     assert estimate.worker_memory == full.worker_memory
-
-
-def test_a_batch_that_cannot_be_divided_is_refused_with_one_that_can() -> None:
-    recipe = TrainingSettings(num_tokens_per_step=128 * 9)
-    training = Estimate(config=preset("tiny"), recipe=recipe, devices=Devices(num_workers=8))
-    with pytest.raises(UserError, match=r"9 sequences.*8 workers.*num_tokens_per_step=2048"):
-        assert training.worker_bytes
+    # Only the steps that are left count.
+    whole = replace(estimate, teacher=config)
+    half = replace(whole, steps_done=5)
+    assert (half.num_tokens, half.num_teacher_tokens) == (5 * 1024, 5 * 1024)
+    assert whole.flops - half.flops == pytest.approx(
+        5 * 1024 * training_flops_per_token(config, none)
+    )
+    assert half.worker_memory == whole.worker_memory
 
 
 def test_flops_and_checkpoint_bytes_equal_those_of_a_run(
@@ -97,17 +110,6 @@ def test_flops_and_checkpoint_bytes_equal_those_of_a_run(
     assert finished.new_bytes < 0.1 * finished.checkpoint_bytes, "new ones replace the two"
 
 
-def test_workers_share_one_checkpoint_snapshot() -> None:
-    config, recipe = preset("tiny"), TrainingSettings(num_tokens_per_step=1024)
-    alone = Estimate(config=config, recipe=recipe)
-    shared = Estimate(config=config, recipe=recipe, devices=Devices(num_workers=2))
-    name = "a copy for the checkpoint"
-    assert alone.worker_memory[name] == alone.checkpoint_bytes == 2 * shared.worker_memory[name]
-    assert sum(alone.worker_memory.values()) == alone.worker_bytes
-    on_gpus = Estimate(config=config, recipe=recipe, devices=Devices(on_gpus=True))
-    assert name not in on_gpus.worker_memory
-
-
 def test_all_kept_checkpoints_are_counted() -> None:
     def kept(**recipe: object) -> float:
         values = {"num_steps": 1000, "num_checkpoints_kept": 2, **recipe}
@@ -120,17 +122,6 @@ def test_all_kept_checkpoints_are_counted() -> None:
     assert kept(decay="wsd") == 4, "the one before the decay stays"
     assert kept(checkpoint_every_steps=1000) == 1
     assert kept(checkpoint_every_steps=1000, checkpoint_every_minutes=1) == 3
-
-
-def test_only_the_steps_that_are_left_count() -> None:
-    config = preset("tiny", schedule=2)
-    recipe = TrainingSettings(num_steps=10, num_tokens_per_step=1024, iterate_from_fraction=0.6)
-    whole = Estimate(config=config, recipe=recipe, teacher=config)
-    half = Estimate(config=config, recipe=recipe, teacher=config, steps_done=5)
-    assert (half.num_tokens, half.num_teacher_tokens) == (5 * 1024, 5 * 1024)
-    none = training_flops_per_token(config, IterationSchedule.none(6))
-    assert whole.flops - half.flops == pytest.approx(5 * 1024 * none)
-    assert half.worker_memory == whole.worker_memory
 
 
 def assigned(*assignments: str, trainings: tuple[Estimate, ...] = ()) -> tuple[float, int | None]:

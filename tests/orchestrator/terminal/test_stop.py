@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -20,66 +22,64 @@ from orchestrator.terminal.stop import (
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
 
 
-def saved() -> str:
-    return "saved at step 40"
-
-
 def press(number: int = signal.SIGINT) -> None:
     os.kill(os.getpid(), number)
 
 
-def test_the_result_is_returned_and_the_handlers_are_restored() -> None:
+def run(work: Callable[[], Any], **changes: Any) -> Any:
+    """Run work that saves step 40 within an hour; `pressed`: the signals during it, in order."""
+    pressed = iter(changes.pop("pressed", ()))
+    options: dict[str, Any] = {"ask_to_stop": lambda: 3600.0, "saved": lambda: "saved at step 40"}
+
+    def watch() -> None:
+        if number := next(pressed, None):
+            press(number)
+
+    return run_interruptibly(work, **{**options, "watch": watch, **changes})
+
+
+def test_results_and_errors_are_those_of_the_jobs_and_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    assert run_interruptibly(lambda: 42, ask_to_stop=lambda: 3600.0, saved=saved) == 42
+    assert run(lambda: 42) == 42
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
-def test_the_results_of_several_jobs_are_in_their_order() -> None:
     meeting = threading.Barrier(2)
-    calls: list[int] = []
 
-    def work(number: int) -> int:
-        calls.append(number)
+    def meet(number: int) -> int:
         meeting.wait(timeout=30)
         return number
 
     with ThreadPoolExecutor(2) as pool, stop_on_signals():
-        futures = [pool.submit(work, number) for number in range(6)]
-        results = wait_for_work(futures, ask_to_stop=float, saved=saved)
-    assert results == [*range(6)]
-    assert sorted(calls) == [*range(6)]
-
-
-def test_an_error_of_the_job_is_raised() -> None:
-    def fail() -> None:
-        raise ValueError("the job's own")
-
-    with pytest.raises(ValueError, match="the job's own"):
-        run_interruptibly(fail, ask_to_stop=lambda: 3600.0, saved=saved)
+        futures = [pool.submit(meet, number) for number in range(6)]
+        assert wait_for_work(futures, ask_to_stop=float, saved=str) == [*range(6)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_requests_a_stop_once_and_waits_for_the_state(number: int) -> None:
     asked = threading.Event()
     requests: list[bool] = []
-    pressed: list[int] = []
 
     def ask() -> float:
         requests.append(True)
         asked.set()
         return 3600.0
 
-    def watch() -> None:
-        if not pressed:
-            pressed.append(number)
-            press(number)
-
     with pytest.raises(Interrupted, match=r"^interrupted; saved at step 40; "):
-        run_interruptibly(asked.wait, ask_to_stop=ask, watch=watch, saved=saved)
+        run(asked.wait, ask_to_stop=ask, pressed=[number])
     assert len(requests) == 1
 
 
-def test_the_next_block_begins_without_the_signals_of_the_last() -> None:
+def test_a_message_is_a_request_while_it_is_looked_for_and_a_signal_within_its_block() -> None:
+    posted: list[str] = []
+    with stop_when(lambda: bool(posted)), stop_when(lambda: False):
+        assert not stop_requested()
+        posted.append("stop")
+        assert stop_requested()
+        with pytest.raises(Interrupted, match="while waiting"):
+            wait_interruptibly(lambda: True)
+    assert not stop_requested()
+
     def press_twice() -> None:
         with stop_on_signals(second_ends=True):
             press()
@@ -91,42 +91,14 @@ def test_the_next_block_begins_without_the_signals_of_the_last() -> None:
     assert not stop_requested()
 
 
-def test_a_message_is_a_request_while_it_is_looked_for() -> None:
-    posted: list[str] = []
-    with stop_when(lambda: bool(posted)), stop_when(lambda: False):
-        assert not stop_requested()
-        posted.append("stop")
-        assert stop_requested()
-        with pytest.raises(Interrupted, match="while waiting"):
-            wait_interruptibly(lambda: True)
-    assert not stop_requested()
-
-
-def test_a_second_signal_ends_the_wait() -> None:
+def test_a_second_signal_ends_the_wait_and_nothing_to_save_is_not_waited_for() -> None:
     never, newest = threading.Event(), ["step 40"]
     with pytest.raises(Interrupted) as caught:
-        run_interruptibly(
-            never.wait, ask_to_stop=lambda: 3600.0, watch=press, saved=lambda: newest[-1]
-        )
+        run(never.wait, saved=lambda: newest[-1], pressed=[signal.SIGINT] * 9)
     newest.append("step 50")  # A worker finishes its save while Ray ends.
     assert "not saved in time; step 50" in str(caught.value)
-    never.set()
-
-
-def test_there_is_no_wait_if_there_is_nothing_to_save() -> None:
-    never = threading.Event()
-    pressed = iter([press])
-
-    def press_once() -> None:
-        next(pressed, lambda: None)()
-
-    with pytest.raises(Interrupted, match=r"^interrupted; nothing was saved; "):
-        run_interruptibly(
-            never.wait,
-            ask_to_stop=lambda: 0.0,
-            watch=press_once,
-            saved=lambda: "nothing was saved",
-        )
+    with pytest.raises(Interrupted, match=r"^interrupted; nothing; "):
+        run(never.wait, ask_to_stop=float, saved=lambda: "nothing", pressed=[signal.SIGINT])
     never.set()
 
 
@@ -136,7 +108,6 @@ def test_an_error_after_a_signal_also_says_what_is_saved(
     error: type[Exception], what_fails: str
 ) -> None:
     asked = threading.Event()
-    pressed = iter([press])
 
     def ask() -> float:
         if what_fails == "the request":
@@ -149,9 +120,7 @@ def test_an_error_after_a_signal_also_says_what_is_saved(
         raise error("the disk is full")
 
     with pytest.raises(error) as caught:
-        run_interruptibly(
-            fail, ask_to_stop=ask, watch=lambda: next(pressed, lambda: None)(), saved=saved
-        )
+        run(fail, ask_to_stop=ask, pressed=[signal.SIGINT])
     asked.set()
     text = "; ".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
     assert text == "the disk is full; it happened while the run was stopping; saved at step 40"

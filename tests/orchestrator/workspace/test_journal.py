@@ -1,4 +1,4 @@
-"""A journal is readable from any position, also after a crash."""
+"""A journal is readable from any position and after a copy; keys depend on content alone."""
 
 from __future__ import annotations
 
@@ -10,35 +10,28 @@ from pathlib import Path
 
 from orchestrator.workspace.journal import Journal, last_recorded, read_journal
 from orchestrator.workspace.layout import open_workspace
+from orchestrator.workspace.provenance import content_key, file_key
 
 
-def test_records_are_read_from_any_offset(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
+def test_records_are_read_from_any_offset_and_the_last_one_has_the_time(tmp_path: Path) -> None:
+    assert read_journal(tmp_path / "nothing") == ([], 0)
+    os.utime(tmp_path, (7, 7))
+    assert last_recorded(tmp_path) == 7
+    run = tmp_path / "run"
+    journal = Journal(run)
     journal.metrics(1, {"loss": 2.5})
-    first, offset = read_journal(tmp_path)
-    journal.event("checkpoint", step=1)
-    second, end = read_journal(tmp_path, offset)
+    first, offset = read_journal(run)
+    before = time.time()
+    journal.event("checkpoint", step=1, text="x" * 100_000)
+    second, end = read_journal(run, offset)
+    journal.event("finished")
     journal.close()
     assert [r["values"] for r in first] == [{"loss": 2.5}]
     assert [(r["name"], r["step"]) for r in second] == [("checkpoint", 1)]
-    assert read_journal(tmp_path, end) == ([], end)
-
-
-def test_a_missing_journal_is_empty(tmp_path: Path) -> None:
-    assert read_journal(tmp_path / "nothing") == ([], 0)
-
-
-def test_the_time_of_the_last_record_survives_a_copy(tmp_path: Path) -> None:
-    os.utime(tmp_path, (7, 7))
-    assert last_recorded(tmp_path) == 7
-    journal = Journal(tmp_path / "run")
-    journal.event("started", text="x" * 100_000)
-    before = time.time()
-    journal.event("finished")
-    journal.close()
-    copy = Path(shutil.copytree(tmp_path / "run", tmp_path / "copy"))
+    assert [r["name"] for r in read_journal(run, end)[0]] == ["finished"]
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
     os.utime(copy, (7, 7))
-    assert before - 0.01 < last_recorded(copy) == last_recorded(tmp_path / "run") <= time.time()
+    assert before - 0.01 < last_recorded(copy) == last_recorded(run) <= time.time()
 
 
 def test_events_of_a_journal_name_files_relative_to_the_workspace(tmp_path: Path) -> None:
@@ -55,3 +48,14 @@ def test_events_of_a_journal_name_files_relative_to_the_workspace(tmp_path: Path
     outside.event("resumed", path="/a/b")
     outside.close()
     assert json.loads(outside.path.read_text())["path"] == "/a/b"
+
+
+def test_keys_depend_on_content_alone(tmp_path: Path) -> None:
+    assert content_key({"a": 1, "b": [1, 2]}) == content_key({"b": [1, 2], "a": 1})
+    assert content_key({"a": 1}) != content_key({"a": 2})
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"x" * 3_000_000)
+    two.write_bytes(b"x" * 3_000_000)
+    assert file_key(one) == file_key(two)
+    two.write_bytes(b"x" * 2_999_999 + b"y")
+    assert file_key(one) != file_key(two)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from file_modes import only_readable
 
 from orchestrator import cli
 from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import (
-    write_json,
-)
+from orchestrator.workspace.files import write_json
 from orchestrator.workspace.layout import (
     WORKSPACE_FILE_NAME,
     absolute_path,
@@ -26,32 +23,25 @@ from orchestrator.workspace.layout import (
 from orchestrator.workspace.provenance import RECIPE_VERSION
 
 
-def test_the_environment_sets_the_workspace(
+def test_the_workspace_and_its_mlflow_store_are_where_the_environment_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("IIET_WORKSPACE", str(tmp_path / "here"))
     assert open_workspace().root == tmp_path / "here"
-    assert open_workspace(tmp_path / "there").root == tmp_path / "there"
-
-
-def test_the_mlflow_store_is_in_the_workspace_unless_the_environment_sets_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    space = open_workspace(tmp_path / "there")
+    assert space.root == tmp_path / "there"
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    space = open_workspace(tmp_path)
-    assert space.tracking_uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert space.tracking_uri == f"sqlite:///{tmp_path / 'there' / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     assert space.tracking_uri == "http://127.0.0.1:1"
 
 
-def test_a_workspace_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("")
+def test_a_workspace_that_cannot_be_written_is_refused_if_the_command_must_write(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--workspace"):
-        open_workspace(path)
-
-
-def test_a_read_only_workspace_is_refused_if_the_command_must_write(tmp_path: Path) -> None:
+        open_workspace(tmp_path / "file")
     assert open_workspace(tmp_path).is_writable
     with only_readable(tmp_path):
         with pytest.raises(UserError, match=r"cannot use the workspace .*Permission denied"):
@@ -59,36 +49,23 @@ def test_a_read_only_workspace_is_refused_if_the_command_must_write(tmp_path: Pa
         assert not open_workspace(tmp_path, must_write=False).is_writable
 
 
-@pytest.fixture
-def used(tmp_path: Path) -> Path:
-    """A workspace with a run in it."""
-    workspace = open_workspace(tmp_path / "used")
-    run = workspace.runs / "toy"
-    write_json(run / "job.json", {"job": {"run_folder": str(run)}})
-    return workspace.root
-
-
-def test_a_copied_workspace_is_used_where_it_is(used: Path, tmp_path: Path) -> None:
+def test_a_copied_workspace_is_used_where_it_is_and_one_of_another_version_not_at_all(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    used = open_workspace(tmp_path / "used").root
+    write_json(used / "runs" / "toy" / "job.json", {"job": {"run_folder": f"{used}/runs/toy"}})
+    (used / "tokens" / "abc").mkdir(parents=True)
     copy = Path(shutil.copytree(used, tmp_path / "copy"))
     assert open_workspace(copy).root == copy
     assert str(used) not in (copy / WORKSPACE_FILE_NAME).read_text()
-
-
-def test_tokens_alone_can_be_copied(used: Path, tmp_path: Path) -> None:
-    (used / "tokens" / "abc").mkdir(parents=True)
     shutil.copytree(used / "tokens", tmp_path / "other" / "tokens")
     assert open_workspace(tmp_path / "other").root == tmp_path / "other"
-
-
-@pytest.mark.parametrize("record", [{"root": "/a"}, {"recipe_version": RECIPE_VERSION}])
-def test_a_workspace_of_another_version_is_refused_and_not_changed(
-    record: Any, used: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    write_json(used / WORKSPACE_FILE_NAME, record)
-    before = {path: path.read_bytes() for path in used.rglob("*") if path.is_file()}
-    assert cli.main(["report", "--workspace", str(used)]) == 2
-    assert "is of another version of this program" in " ".join(capfd.readouterr().err.split())
-    assert {path: path.read_bytes() for path in used.rglob("*") if path.is_file()} == before
+    for record in ({"root": "/a"}, {"recipe_version": RECIPE_VERSION}):
+        write_json(used / WORKSPACE_FILE_NAME, record)
+        before = {path: path.read_bytes() for path in used.rglob("*") if path.is_file()}
+        assert cli.main(["report", "--workspace", str(used)]) == 2
+        assert "is of another version of this program" in " ".join(capfd.readouterr().err.split())
+        assert {path: path.read_bytes() for path in used.rglob("*") if path.is_file()} == before
 
 
 def test_a_path_to_another_place_is_not_a_valid_name() -> None:
@@ -113,9 +90,6 @@ def test_a_path_comes_back_from_its_stored_form(tmp_path: Path) -> None:
         assert portable_path(path, tmp_path) == stored
         assert absolute_path(stored, tmp_path) == path
         assert portable_path(path, None) == absolute_path(path, None) == path
-
-
-def test_the_nearest_workspace_is_found(tmp_path: Path) -> None:
     assert workspace_root(tmp_path) is None
     outer = open_workspace(tmp_path / "outer").root
     inner = open_workspace(outer / "runs" / "inner").root

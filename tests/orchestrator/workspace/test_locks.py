@@ -50,16 +50,26 @@ def test_a_lock_is_released_at_the_end_of_its_block(path: Path) -> None:
     with lock_file(path) as is_ours:
         assert is_ours
         assert is_locked(path)
+        assert lock_holder(path) == os.getpid()
         with lock_file(path, seconds=0.0) as is_ours_again:
             assert not is_ours_again
     assert not is_locked(path)
+    assert LOCK_SECONDS > 90.0, "network file systems release the locks of a lost node after that"
 
 
-def test_a_lock_of_another_process_is_waited_for(path: Path, holder: subprocess.Popen[str]) -> None:
+def test_a_lock_of_another_process_is_waited_for_and_its_holder_is_known(
+    path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     started = time.monotonic()
     with lock_file(path, seconds=0.1) as is_ours:
         assert not is_ours
+        assert lock_holder(path) == holder.pid
     assert 0.1 <= time.monotonic() - started < 5.0
+    with lock_file(path, should_stop=lambda: True) as is_ours:
+        assert not is_ours, "the wait ends on request"
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: "another-node")
+        assert lock_holder(path) is None, "its id says nothing here"
     asked: list[int] = []
 
     def kill_then_stop() -> bool:
@@ -67,36 +77,10 @@ def test_a_lock_of_another_process_is_waited_for(path: Path, holder: subprocess.
         if len(asked) == 2:
             holder.kill()
             holder.wait()
+            assert path.read_text()
+            assert lock_holder(path) is None, "the process that wrote its id has ended"
         return False
 
     with lock_file(path, should_stop=kill_then_stop) as is_ours:
         assert is_ours, "the system releases the lock of a killed process"
     assert len(asked) >= 2
-
-
-def test_a_wait_ends_on_request(path: Path, holder: subprocess.Popen[str]) -> None:
-    with lock_file(path, should_stop=lambda: True) as is_ours:
-        assert not is_ours
-    assert is_locked(path)
-
-
-def test_the_holder_is_known_while_it_holds_the_lock(
-    path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert lock_holder(path) == holder.pid
-    with lock_file(path, seconds=0.0) as is_ours:
-        assert not is_ours
-        assert lock_holder(path) == holder.pid
-    with monkeypatch.context() as patch:
-        patch.setattr(socket, "gethostname", lambda: "another-node")
-        assert lock_holder(path) is None, "its id says nothing here"
-    holder.kill()
-    holder.wait()
-    assert path.read_text()
-    assert lock_holder(path) is None, "the process that wrote its id has ended"
-    with lock_file(path):
-        assert lock_holder(path) == os.getpid()
-
-
-def test_the_lock_of_a_lost_node_is_waited_for() -> None:
-    assert LOCK_SECONDS > 90.0, "network file systems release the locks of a lost node after that"
