@@ -152,13 +152,13 @@ def num_parameters(config: ModelConfig, *, include_mix: bool = True) -> int:
 
     `include_mix=False` leaves out the method's own (mix, norms, stages), as published sizes do.
     """
-    sizes = _sizes(_without_corrections(config))
+    sizes = _sizes(config)
     return sizes.all - (0 if include_mix else sizes.of_method)
 
 
 def field_parameters(config: ModelConfig) -> int:
     """Count the parameters of one field."""
-    return _sizes(_without_corrections(config)).field
+    return _sizes(config).field
 
 
 class LayerCounts(NamedTuple):
@@ -187,8 +187,13 @@ class _Sizes(NamedTuple):
     matrices: int  # Of a field.
 
 
-@lru_cache(maxsize=64)
 def _sizes(config: ModelConfig) -> _Sizes:
+    """Count the parameters, which are the same for all schedules."""
+    return _sizes_of(config if config.schedule is None else config.with_schedule(0))
+
+
+@lru_cache(maxsize=64)
+def _sizes_of(config: ModelConfig) -> _Sizes:
     with torch.device("meta"):
         decoder = Decoder(config)
     field = list(decoder.fields[0].parameters())
@@ -198,10 +203,6 @@ def _sizes(config: ModelConfig) -> _Sizes:
         sum(p.numel() for p in field),
         sum(p.numel() for p in field if p.dim() == 2),
     )
-
-
-def _without_corrections(config: ModelConfig) -> ModelConfig:
-    return config if config.schedule is None else config.with_schedule(0)
 
 
 def _checked(
@@ -221,8 +222,7 @@ def _checked(
 
 def _field_flops(config: ModelConfig, *, mean_tokens_seen: float) -> float:
     """Count one evaluation for one token; attention's are its scores and weighted values."""
-    matrices = _sizes(_without_corrections(config)).matrices
-    return 2 * matrices + 4 * config.dim * mean_tokens_seen
+    return 2 * _sizes(config).matrices + 4 * config.dim * mean_tokens_seen
 
 
 def _body_flops(config: ModelConfig, *, mean_tokens_seen: float) -> float:

@@ -23,7 +23,6 @@ from torch import Tensor
 from iiet.batch import NO_TARGET, Batch
 from iiet.decoder import Decoder
 from iiet.influence_metrics import INFLUENCE_METRICS, MeasuredBatch, Rows
-from iiet.pruning import suffix_maxima
 from iiet.schedule import IterationSchedule
 
 __all__ = ["InfluenceTable", "influence_table"]
@@ -94,10 +93,6 @@ class InfluenceTable:
             tuple(now - later for now, later in zip(row, (*row, 0.0)[1:], strict=True))
             for row in self.value_rows
         )
-
-    def suffix_maxima(self) -> Rows:
-        """Return `M[l, i] = max_{k>=i} I[l, k]`, on which thresholds act."""
-        return tuple(suffix_maxima(row) for row in self.value_rows)
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.values, _padded(self.error_rows)))

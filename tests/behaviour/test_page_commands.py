@@ -31,8 +31,12 @@ PAGES = list(dict.fromkeys(line.page for line in LINES))
 
 LEFT_OUT = re.compile(r"iiet-orch (ui|submit)\b|.*(hub|s3://)")
 """A server or a cluster, the Hugging Face Hub, storage in a cloud."""
-REPLACED = {"heldout,piqa": "heldout", "--search": "--search=3", "30": ""}
-"""Tasks of the hub are left out of a suite, and a search is shorter."""
+REPLACED = {
+    **{"heldout,piqa": "heldout", "--search": "--search=3", "30": ""},
+    **{"--keep": "--cheapest", "0.97": ""},
+}
+"""Tasks of the hub are left out of a suite, a search is shorter, and models that have learned
+nothing keep no share of a quality."""
 
 MAY_REFUSE = {"--knee": "this front has no knee"}
 """Word of a command to the sentence with which it may end here: models this small learn nothing."""

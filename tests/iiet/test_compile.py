@@ -11,7 +11,7 @@ import torch
 from method_schedules import schedule_for
 from torch._dynamo.testing import CompileCounter
 
-from iiet import METHODS, Decoder, KeyValueCache, ModelConfig, next_token_loss
+from iiet import METHODS, Decoder, KeyValueCache, next_token_loss, preset
 
 BATCH, TIME, VOCAB = 2, 6, 29
 GRAPHS = {"backend": "aot_eager", "fullgraph": True}
@@ -21,18 +21,11 @@ FOLDER = Path(__file__).resolve().parent
 def decoder_of(method, num_layers=1):
     torch.manual_seed(0)
     corrections = (1, 0)[:num_layers]
-    config = ModelConfig(
-        method=method,
-        vocab_size=VOCAB,
-        dim=16,
-        num_layers=num_layers,
-        num_heads=2,
-        num_kv_heads=1,
-        ffn_dim=24,
-        context_length=8,
+    config = preset(
+        "tiny", method=method, vocab_size=VOCAB, dim=16, num_layers=num_layers, num_heads=2,
+        num_kv_heads=1, ffn_dim=24, context_length=8, initializer_std=0.3,
         schedule=schedule_for(method, corrections),
-        initializer_std=0.3,
-    )
+    )  # fmt: skip
     return Decoder(config).double()
 
 

@@ -5,7 +5,7 @@ import torch
 from method_schedules import schedule_for
 from torch.autograd import gradgradcheck
 
-from iiet import METHODS, Decoder, ModelConfig, plain_formulas
+from iiet import METHODS, Decoder, plain_formulas, preset
 
 DIM, VOCAB = 8, 7
 OPTIONS = {"iiet": {"damping": 0.7, "learn_damping": True, "reinject_prediction": True}}
@@ -17,19 +17,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWa
 def small_decoder(method, num_kv_heads=1):
     """Two layers in float64, far from their starting point."""
     torch.manual_seed(0)
-    config = ModelConfig(
-        method=method,
-        vocab_size=VOCAB,
-        dim=DIM,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=num_kv_heads,
-        ffn_dim=8,
-        context_length=8,
-        schedule=schedule_for(method, (1, 2)),
-        method_options=METHODS[method].Options(**OPTIONS.get(method, {})),
-        initializer_std=0.3,
-    )
+    config = preset(
+        "tiny", method=method, vocab_size=VOCAB, dim=DIM, num_layers=2, num_heads=2, ffn_dim=8,
+        num_kv_heads=num_kv_heads, context_length=8, initializer_std=0.3,
+        schedule=schedule_for(method, (1, 2)), method_options=OPTIONS.get(method),
+    )  # fmt: skip
     decoder = Decoder(config).double()
     with torch.no_grad():
         for parameter in decoder.parameters():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from iiet.batch import NO_TARGET, Batch
-from iiet.config import ModelConfig
+from iiet.config import preset
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig, distillation_loss, frozen_teacher
 from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
@@ -19,17 +19,10 @@ TOKENS = torch.randint(0, 32, (4, 12), generator=torch.Generator().manual_seed(3
 
 def full_decoder():
     torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=32,
-        dim=16,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=2,
-        ffn_dim=24,
-        context_length=16,
-        schedule=IterationSchedule((2, 2)),
-        initializer_std=0.2,
-    )
+    config = preset(
+        "tiny", vocab_size=32, dim=16, num_layers=2, num_heads=2, ffn_dim=24, context_length=16,
+        schedule=(2, 2), initializer_std=0.2,
+    )  # fmt: skip
     return Decoder(config)
 
 

@@ -32,18 +32,9 @@ OPTIONS = {
 def small_decoder(schedule=(3, 0, 2), dtype=torch.float64, **options):
     torch.manual_seed(0)
     config = preset(
-        "tiny",
-        vocab_size=VOCAB,
-        dim=16,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        ffn_dim=24,
-        context_length=16,
-        schedule=schedule,
-        initializer_std=0.2,
-        method_options=options,
-    )
+        "tiny", vocab_size=VOCAB, dim=16, num_layers=3, num_heads=4, num_kv_heads=2, ffn_dim=24,
+        context_length=16, schedule=schedule, initializer_std=0.2, method_options=options,
+    )  # fmt: skip
     decoder = Decoder(config).to(dtype)
     for layer in decoder.layers:
         if layer.reinjection is not None:  # It starts at 0, where nothing would be seen of it.

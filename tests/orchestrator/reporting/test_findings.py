@@ -146,8 +146,8 @@ def test_rules_pick_the_model_they_say(front: Front) -> None:
     for share in (0.9, 0.93, 0.97, 0.985, 0.99, 1.0):
         chosen = pick_from_front(front, PickRule(name="keep", share=share))
         costs.append(chosen["cost"])
-        keeping = [row for row in front.members if (front.share(row) or 0) >= share]
-        assert chosen["cost"] == min(row["cost"] for row in keeping)
+        kept = [row for row in front.members if (front.share(row) or 0) >= share]
+        assert chosen["cost"] == min(row["cost"] for row in kept)
     assert costs == sorted(costs)
     assert costs[0] < costs[-1]
     chosen = pick_from_front(front, PickRule(name="budget", budget=12))
