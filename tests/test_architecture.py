@@ -77,7 +77,7 @@ LINES = {
     "orchestrator/reporting": 4_166,
     "orchestrator/sweeping": 2_780,
     "orchestrator/pipelines": 4_586,
-    "orchestrator/cli": 1_905,
+    "orchestrator/cli": 1_916,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""
