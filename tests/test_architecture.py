@@ -64,7 +64,7 @@ LINES = {
     "examples": 278,
     "research": 2_006,
     "orchestrator/workspace": 1_053,
-    "orchestrator/terminal": 584,
+    "orchestrator/terminal": 546,
     "orchestrator/settings": 1_586,
     "orchestrator/records": 959,
     "orchestrator/models": 1_686,
@@ -76,7 +76,7 @@ LINES = {
     "orchestrator/cluster": 2_198,
     "orchestrator/reporting": 4_166,
     "orchestrator/sweeping": 2_780,
-    "orchestrator/pipelines": 4_586,
+    "orchestrator/pipelines": 4_595,
     "orchestrator/cli": 1_916,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

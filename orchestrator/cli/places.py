@@ -164,8 +164,8 @@ def list_sweeps(call: Call) -> Result:
 
     Example: iiet-orch config list
     """
+    from orchestrator.reporting.sections import two_column_table
     from orchestrator.settings.files import shipped_sweeps
-    from orchestrator.terminal.render import plain_table
 
     rows = []
     for name, path in shipped_sweeps().items():
@@ -173,7 +173,7 @@ def list_sweeps(call: Call) -> Result:
             rows.append((name, file.readline().removeprefix("# ").strip()))
     return call.answer(
         {"sweeps": [{"name": name, "text": text} for name, text in rows]},
-        [plain_table(("name", "what it does"), rows)],
+        [two_column_table(None, rows)],
     )
 
 

@@ -27,12 +27,11 @@ from pydantic import (
 )
 
 from orchestrator.pipelines.result import Result
+from orchestrator.reporting.sections import Column, Table, TableRow
 from orchestrator.terminal.render import (
-    ResponsiveLayout,
     format_bytes,
     format_count,
     format_duration,
-    plain_table,
     shortest_schedule,
 )
 from orchestrator.workspace import layout
@@ -259,6 +258,17 @@ class Entry(Result):
     """Seconds since 1970 of the last record, or of the folder."""
 
 
+_COLUMNS = (
+    Column("name", is_text=True),
+    Column("label", is_text=True),
+    Column("state", is_text=True),
+    Column("model", priority=2, is_text=True),
+    Column("loss", priority=2),
+    Column("size"),
+    Column("changed", priority=1, is_text=True),
+)
+
+
 class Listing(Result):
     """What a workspace holds."""
 
@@ -278,15 +288,14 @@ class Listing(Result):
         for kind, entries in self.entries.items():
             size = f", {format_bytes(sum(entry.bytes for entry in entries))}" if entries else ""
             yield f"{'exported models' if kind == 'models' else kind}: {len(entries)}{size}"
-            columns: dict[str, list[str]] = {"name": [], "label": [], "state": [], "model": []}
-            columns |= {"loss>": [], "size>": [], "changed": []}
+            rows = []
             for entry in entries:
                 details, state = entry.model_extra or {}, entry.state
                 if trials := details.get("trials"):
                     state += f", {details['finished']}/{trials} trials"
                 schedule, loss = details.get("schedule"), details.get("validation_loss")
                 corrections = shortest_schedule(schedule) if schedule and any(schedule) else ""
-                texts = (
+                cells = (
                     entry.name,
                     details.get("label", ""),
                     state,
@@ -295,15 +304,15 @@ class Listing(Result):
                     format_bytes(entry.bytes),
                     f"{datetime.fromtimestamp(entry.changed):%Y-%m-%d %H:%M}",
                 )
-                for column, text in zip(columns.values(), texts, strict=True):
-                    column.append(text)
-            filled = {title: column for title, column in columns.items() if any(column)}
-            narrow = {title: filled[title] for title in filled if title not in ("loss>", "model")}
+                rows.append(cells)
+            filled = [n for n in range(len(_COLUMNS)) if any(cells[n] for cells in rows)]
             if entries:
-                yield ResponsiveLayout(
-                    *(plain_table([*c], zip(*c.values(), strict=True)) for c in (filled, narrow))
+                yield Table(
+                    [_COLUMNS[n] for n in filled],
+                    [TableRow([cells[n] for n in filled]) for cells in rows],
                 )
-            yield ""
+            else:
+                yield ""
 
 
 def list_workspace(

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.measure import Measurement
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -101,42 +99,6 @@ def format_with_error(value: float, error: float | None, *, is_percent: bool) ->
     scale, digits = scale_and_digits(value, is_percent=is_percent)
     text = f"{scale * value:.{digits}f}"
     return text if not error else f"{text} ± {scale * error:.{digits}f}"
-
-
-def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Return a table without lines: names stay whole, long texts fold.
-
-    A title that ends with `>` aligns its column to the right.
-    """
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left")
-    for title in columns:
-        table.add_column(
-            title.removesuffix(">"),
-            justify="right" if title.endswith(">") else "left",
-            overflow="fold",
-        )
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-class ResponsiveLayout:
-    """Layouts of the same content, widest first; prints the first that fits the terminal.
-
-    A narrow terminal shows less or arranges it differently, but never breaks a name or a number.
-    """
-
-    def __init__(self, *layouts: RenderableType) -> None:
-        self.layouts = layouts
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield the layout for this width; the last one if none fits."""
-        unlimited = options.update(width=10_000)
-        for layout in self.layouts[:-1]:
-            if Measurement.get(console, unlimited, layout).maximum <= options.max_width:
-                yield layout
-                return
-        yield self.layouts[-1]
 
 
 def print_line(console: Console, line: str | Text) -> None:

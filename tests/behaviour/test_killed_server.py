@@ -22,8 +22,8 @@ from mlflow import MlflowClient
 
 from orchestrator.pipelines.syncing import sync
 from orchestrator.records.trial import SweepPlan, Trial
-from orchestrator.reporting.results import StoredSweep
 from orchestrator.reporting.report import write_sweep_report
+from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping.run import run_plan
 from orchestrator.tracking import open_tracking

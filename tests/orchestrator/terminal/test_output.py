@@ -14,7 +14,6 @@ from orchestrator.cli.session import open_session
 from orchestrator.evaluation.adapter import suppress_output
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import (
-    ResponsiveLayout,
     format_bytes,
     format_count,
     format_duration,
@@ -125,13 +124,6 @@ def test_the_bar_shows_no_share_before_the_first_unit() -> None:
         bar.advance(25)
         bar._bar.refresh()
         assert "25%" in printed(console)
-
-
-def test_the_first_layout_that_fits_is_printed() -> None:
-    for width, shown in ((40, "wide layout"), (10, "narrow"), (3, "narrow")):
-        console = terminal(width)
-        console.print(ResponsiveLayout(Text("wide layout"), Text("narrow")), soft_wrap=True)
-        assert printed(console).strip() == shown
 
 
 def test_texts_of_numbers() -> None:
