@@ -95,7 +95,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Copy MLflow's databases once MLflow is imported; before the fixtures that make some."""
+    """Copy MLflow's databases once MLflow is imported; before the fixtures that make some.
+
+    Each test begins with one thread, as a process of its own would: a trial that ran in this
+    process sets its own number, and two threads add numbers in another order.
+    """
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     temporary: pytest.TempPathFactory = item.config._tmp_path_factory  # type: ignore[attr-defined]
     copy_databases(temporary.getbasetemp() / "mlflow-template.db")
 

@@ -90,7 +90,7 @@ def test_the_package_of_the_page_extends_everything_that_can_be(place: Place) ->
     assert set(PYPROJECT["project"]["entry-points"]) == groups
     assert PYPROJECT["tool"]["setuptools"]["py-modules"] == list(MODULES)
     with on_path(place.site):
-        found = [f for f in examine(Workspace(place.workspace)) if f.check == "extensions"]
+        found = [f for f in examine(Workspace(place.workspace)) if f.name == "extensions"]
     assert [each.state for each in found] == ["ok"] * 7
 
 

@@ -226,7 +226,7 @@ SAID = {
     "sweeps/s/results.json": ("'has_report': False", "has no finished sweep"),
     "runs/full/step_00000002/influence-cosine.json": ("influence is not",),
     "sweeps/s/times.json": ("time per token",),
-    "sweeps/s/decoding.json": ("decoding",),
+    "sweeps/s/decoding.json": ("drafts",),
     "runs/*/stopped-early.json": ("'state': 'empty'", "'state': 'to train'"),
 }
 """Where a missing file is what an interrupted command leaves: words of the right answer."""
