@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -201,14 +202,13 @@ def server(picked: Picked, tmp_path: Path) -> Iterator[str]:
         env=picked.environment(tmp_path), start_new_session=True,
     )  # fmt: skip
     try:
-        assert process.stdout is not None
-        printed = []
-        for line in process.stdout:
-            printed.append(line)
-            if "startup complete" in line:
-                break
-        else:
-            pytest.fail("".join(printed))
+        # It says that its start is complete before it listens.
+        while True:
+            with socket.socket() as tried:
+                if tried.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/invocations"
     finally:
         os.killpg(process.pid, signal.SIGTERM)
