@@ -60,10 +60,11 @@ def test_the_time_left_accounts_for_corrections(job: TrainingJob) -> None:
     journal.event("resumed", step=60)
     monitor.poll()
     assert progress.shown[-1] == (60, "loss iiet 5.50", None)
+    journal.metrics(70, speed)
     time.sleep(0.01)  # Records are stamped in milliseconds.
     later = RunMonitor({"iiet": job}, cast("Tracking", None), progress)
     later.poll()
-    assert progress.shown[-1] == (60, "loss iiet 5.50", None)
+    assert progress.shown[-1] == (70, "loss iiet 5.50", None)
     journal.metrics(100, speed)
     later.poll()
     assert progress.shown[-1] == (100, "", None)
