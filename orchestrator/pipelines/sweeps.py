@@ -425,7 +425,6 @@ def sweep(
     check_sweep(settings)
     check_devices(settings, pretrains=pretrains)
     context = open_context(workspace, progress)
-    context.use_loggers(settings.tracking.loggers)
     if teacher not in (None, NEWEST):
         teacher = local_model(teacher, context.workspace, progress)
     plan = plan_sweep(
@@ -582,6 +581,7 @@ def run_sweep(plan: PlannedSweep, context: Context) -> SweepResult:
         return found
 
     plan.check()
+    context.use_loggers(settings.tracking.loggers)
     check = partial(check_devices, settings, pretrains=pretrains)
     with joined_cluster(settings.cluster, root, check, progress):
         check_sweep(settings, progress)
