@@ -201,11 +201,7 @@ def test_under_ray_a_waiting_driver_takes_over_from_a_killed_one(
     assert first == second
     [resumed] = events(job, "resumed")
     assert resumed["step"] >= 10
-    before = torch.get_num_threads()
     torch.set_num_threads(resumed["num_threads"])
-    try:
-        whole = run_job(in_folder(job, "whole"))
-    finally:
-        torch.set_num_threads(before)
+    whole = run_job(in_folder(job, "whole"))
     assert curve(job) == curve(in_folder(job, "whole"))
     assert weights_key(Path(first[0]["checkpoint"])) == weights_key(Path(str(whole.checkpoint)))

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from same_run import curve, events
 
 from orchestrator.cluster import train
 from orchestrator.cluster.placement import Placement
@@ -25,7 +26,7 @@ from orchestrator.settings import ClusterSettings
 from orchestrator.training.checkpoint import CheckpointWriteFailed
 from orchestrator.training.trainer import Diverged, run_job
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
-from orchestrator.workspace.journal import Journal, read_journal
+from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import checkpoint_name, find_checkpoints, step_of
 
 MakeJob = Callable[..., TrainingJob]
@@ -47,19 +48,6 @@ def make_job(tiny_job: MakeJob) -> MakeJob:
         return tiny_job(name, **{**values, **recipe})
 
     return make
-
-
-def metric(job: TrainingJob, name: str = "train/loss") -> list[float]:
-    values = {
-        record["step"]: record["values"][name]
-        for record in read_journal(job.folder)[0]
-        if name in record.get("values", {})
-    }
-    return [values[step] for step in sorted(values)]
-
-
-def events(job: TrainingJob, name: str) -> list[dict[str, Any]]:
-    return [r for r in read_journal(job.folder)[0] if r.get("name") == name]
 
 
 class Listeners:
@@ -97,7 +85,7 @@ def test_two_workers_train_on_the_same_global_batch(ray_session: None, make_job:
     (shared,) = run_train_jobs([job], cluster, watch=listeners.watch)
     assert listeners.are_local(), listeners.found
     assert not (job.folder / "ray").exists(), "where they met is gone"
-    assert metric(job) == pytest.approx(metric(make_job("alone")), abs=1e-5)
+    assert curve(job) == pytest.approx(curve(make_job("alone")), abs=1e-5)
     assert shared.validation_loss == pytest.approx(alone.validation_loss, abs=1e-5)
     assert (shared.num_tokens, shared.training_flops) == (alone.num_tokens, alone.training_flops)
     (started,) = events(job, "started")
@@ -149,7 +137,7 @@ def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_f
     assert 20 <= first["step"] < second["step"], "a new checkpoint renews the number of failures"
     assert first["num_workers"] == 2
     assert not events(whole, "resumed")
-    assert metric(killed) == metric(whole)
+    assert curve(killed) == curve(whole)
     assert outcomes[0].validation_loss == outcomes[1].validation_loss
     assert [outcome.finished for outcome in outcomes] == [True, True]
     folders = [Path(outcome.checkpoint or "").parent for outcome in outcomes]
@@ -271,7 +259,7 @@ def test_a_disk_that_is_full_at_ctrl_c_is_the_error_and_nothing_is_called_saved(
     pressed: list[int] = []
 
     def watch() -> None:
-        if not pressed and metric(job):
+        if not pressed and curve(job):
             pressed.append(events(job, "started")[0]["pid"])
             # The system refuses to write more into one file of the worker, as a full disk does.
             psutil.Process(pressed[0]).rlimit(psutil.RLIMIT_FSIZE, (15_000, 15_000))
@@ -315,7 +303,7 @@ def test_sigterm_waits_for_a_slow_writer(
             looks.append(len(looks))
             if len(looks) == 10:
                 gate.touch()
-        elif metric(job):
+        elif curve(job):
             looks.append(0)
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -27,15 +26,6 @@ from orchestrator.planning.training_memory import training_memory
 
 FACTOR = 1.2
 """How far estimate and measurement may lie apart, either way."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine take minutes for these small sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def measured_bytes(
