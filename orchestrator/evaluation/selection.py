@@ -33,8 +33,8 @@ def select_tasks(
 ) -> TaskSelection:
     """Return the tasks that the settings ask for.
 
-    `heldout` becomes the names of the tasks in the suite of these tokens. If that suite is not made
-    yet, these are the tasks that the tokens can give.
+    `heldout` stands for all tasks in the held-out suite of these tokens. Before the suite is made,
+    it stands for the tasks that can be made from the tokens.
 
     Args:
         tokens: Folder of prepared tokens, if held-out tasks are requested; see `needs_heldout`.

@@ -1,7 +1,7 @@
-"""Run a sweep: the unfinished trials of a plan under Ray Tune, then their time per token.
+"""Run the unfinished trials of a sweep's plan with Ray Tune, then measure all times per token.
 
-The sweep's folder holds its plan and settings. What is finished is read once, at the start, and not
-run again; so the same command resumes after any interruption. Tune takes the trials from a queue:
+The sweep's folder holds its plan and settings. Finished trials are read once, at the start, and are
+not run again; so the same command resumes after any interruption. Tune takes trials from a queue:
 one that measures the weights of another waits for it, and the suggestions of a search follow the
 plan's trials. A trial that another process runs stays in the queue until that process has ended or
 died, so two sweeps at the same time share the work and make no trial twice. Whoever waits holds no

@@ -481,14 +481,14 @@ class Trainer:
         return self._meter.measure(self.position)
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Record metrics after so many steps; the first worker's are written."""
+        """Record the metrics of a step; only the first worker writes them."""
         if self.journal:
             self.journal.metrics(step, numbers)
             if self._report:
                 self._report(step, numbers)
 
     def event(self, name: str, **details: Any) -> None:
-        """Record an unusual event; the first worker's is written."""
+        """Record an unusual event; only the first worker writes it."""
         if self.journal:
             self.journal.event(name, **details)
 
