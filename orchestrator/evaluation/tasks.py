@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from iiet.extensions import ExtensionError, ExtensionNames, ExtensionTable
+from iiet.extensions import ExtensionError, ExtensionTable
 from orchestrator.evaluation.heldout import item_sets
 from orchestrator.settings.evaluation import Prompts
 from orchestrator.workspace.errors import UserError
@@ -63,9 +63,11 @@ class Paper(TaskGroup):
 
 
 TASKS: ExtensionTable[type[EvaluationTask] | type[TaskGroup]] = ExtensionTable(
-    ExtensionNames("iiet_orch.tasks", "task", ("paper",)),
-    {"paper": Paper},
-    bases=(EvaluationTask, TaskGroup),
+    "iiet_orch.tasks",
+    "task",
+    {"paper": f"{__name__}:Paper"},
+    f"{__name__}:EvaluationTask",
+    f"{__name__}:TaskGroup",
 )
 """Groups and tasks in Python by the names that `evaluation.suite` takes; other packages add to it
 by entry points of the group `iiet_orch.tasks`."""
