@@ -51,11 +51,9 @@ class ExtensionTable(Mapping[str, T]):
             ExtensionError: the class cannot be imported, or is not of the table's kind; or, as a
                 KeyError too, there is no such name.
         """
-        if name not in self.own:
-            return self._added(name)
-        if isinstance(self.own[name], str):
+        if isinstance(self.own.get(name), str):
             self.own[name] = pkgutil.resolve_name(self.own[name])
-        found: T = self.own[name]
+        found: T = self.own[name] if name in self.own else self._added(name)
         return found
 
     def _added(self, name: str) -> Any:
