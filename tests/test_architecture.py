@@ -59,7 +59,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_718,
+    "iiet": 7_716,
     "benchmarks": 3_526,
     "examples": 278,
     "research": 2_006,
