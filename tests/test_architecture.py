@@ -59,24 +59,24 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_731,
+    "iiet": 7_716,
     "benchmarks": 3_526,
     "examples": 278,
     "research": 2_006,
     "orchestrator/workspace": 1_053,
     "orchestrator/terminal": 546,
-    "orchestrator/settings": 1_586,
+    "orchestrator/settings": 1_591,
     "orchestrator/records": 959,
     "orchestrator/models": 1_686,
-    "orchestrator/data": 2_455,
-    "orchestrator/tracking": 1_446,
+    "orchestrator/data": 2_447,
+    "orchestrator/tracking": 1_440,
     "orchestrator/training": 3_521,
-    "orchestrator/evaluation": 3_049,
+    "orchestrator/evaluation": 3_051,
     "orchestrator/planning": 1_172,
     "orchestrator/cluster": 2_198,
     "orchestrator/reporting": 4_166,
     "orchestrator/sweeping": 2_780,
-    "orchestrator/pipelines": 4_595,
+    "orchestrator/pipelines": 4_594,
     "orchestrator/cli": 1_916,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

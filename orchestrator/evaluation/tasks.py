@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from iiet.extensions import ExtensionError, ExtensionNames, ExtensionTable
+from iiet.extensions import ExtensionError, ExtensionTable
 from orchestrator.data.mixture import open_data
 from orchestrator.evaluation.heldout import (
     TEXT_TASKS,
@@ -91,9 +91,11 @@ class Paper(TaskGroup):
 
 
 TASKS: ExtensionTable[type[EvaluationTask] | type[TaskGroup]] = ExtensionTable(
-    ExtensionNames("iiet_orch.tasks", "task", ("paper",)),
-    {"paper": Paper},
-    bases=(EvaluationTask, TaskGroup),
+    "iiet_orch.tasks",
+    "task",
+    {"paper": f"{__name__}:Paper"},
+    f"{__name__}:EvaluationTask",
+    f"{__name__}:TaskGroup",
 )
 """Groups and tasks in Python by the names that `evaluation.suite` takes; other packages add to it
 by entry points of the group `iiet_orch.tasks`."""
