@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 
-from iiet.extensions import ExtensionError, ExtensionTable
+from iiet.extensions import ExtensionError
 from orchestrator.records.tracked_run import TrackedRun
-from orchestrator.settings.cluster import LOGGERS as LOGGER_NAMES
-from orchestrator.settings.cluster import TENSORBOARD
+from orchestrator.settings.cluster import LOGGERS, TENSORBOARD
 from orchestrator.tracking.store import CurveReader, Point
 from orchestrator.workspace.errors import UserError
 
@@ -58,12 +57,6 @@ class TensorBoardLogger(RunLogger):
 
     def close(self, status: str) -> None:  # noqa: ARG002 - TensorBoard shows no state
         self._writer.close()
-
-
-LOGGERS: ExtensionTable[type[RunLogger]] = ExtensionTable(
-    LOGGER_NAMES, {TENSORBOARD: TensorBoardLogger}, bases=(RunLogger,)
-)
-"""Loggers beside MLflow by name; the keys are values of the setting `tracking.loggers`."""
 
 
 class LoggedRuns:
