@@ -199,7 +199,7 @@ def _reading(
     own = _of_length(settings, factor)
     both = run(own, f"x{factor:g}")
     longer = run(_longer_teacher(own), f"longer-x{factor:g}")
-    section = both.report.elastic
+    section = both.elastic
     if section is None:
         raise RunFailed(f"the sweep {both.name} has no schedule that was trained both ways")
     trials = result_table(longer.trials)["trial"]

@@ -63,13 +63,7 @@ from orchestrator.terminal.stop import (
     stop_requested,
     wait_interruptibly,
 )
-from orchestrator.workspace.errors import (
-    DeviceError,
-    Interrupted,
-    RunFailed,
-    UserError,
-    first_line,
-)
+from orchestrator.workspace.errors import DeviceError, Interrupted, RunFailed, UserError, first_line
 from orchestrator.workspace.files import make_scratch_folder
 from orchestrator.workspace.locks import lock_descriptor
 from orchestrator.workspace.provenance import (
@@ -178,12 +172,9 @@ def ray_environment(address: str, folder: Path | None = None) -> Iterator[None]:
 
 
 def worker_variables(entries: Iterable[str], address: str) -> dict[str, str]:
-    """Return the environment variables that Ray sets for its workers.
+    """Return the variables that `cluster.env` names for Ray's workers.
 
     Those of a local Ray inherit what is set here.
-
-    Args:
-        entries: As in the setting `cluster.env`.
     """
     found = {}
     for entry in (PRETENDED_GPUS, *entries):
@@ -411,10 +402,7 @@ def alive_nodes() -> tuple[Node, ...]:
 
 
 def check_nodes(folder: Path | None = None) -> None:
-    """Check all nodes with CPUs or GPUs at the same time.
-
-    Args:
-        folder: The workspace, or a folder in it; not checked when unset.
+    """Check all nodes with CPUs or GPUs at the same time, and whether they share a folder.
 
     Raises:
         UserError: Names the first node that cannot be used, what differs and what to do.
@@ -633,10 +621,7 @@ def use_fake_gpus() -> bool:
 
 
 def worker_device(*, use_gpu: bool) -> str:
-    """Return the device of this process, which is a Ray task or actor: `cpu` or `cuda`.
-
-    Args:
-        use_gpu: Whether it has reserved a GPU.
+    """Return the device of this process, a Ray task or actor that may have reserved a GPU.
 
     Raises:
         DeviceError: If PyTorch cannot use the GPU that Ray reserved.
@@ -669,10 +654,9 @@ def asked_places(bundles: Sequence[dict[str, float]], strategy: str = "PACK") ->
 
 
 def wait_for_gpus(num_gpus: float, note: Callable[[str], None] | None = None) -> None:
-    """Wait until a job's GPUs are free, each with a CPU.
+    """Wait until a job's GPUs, or its share of one, are free, each with a CPU.
 
     Args:
-        num_gpus: GPUs of the job, or a share of one; 0 returns at once.
         note: Called with a sentence if there is something to wait for.
 
     Raises:

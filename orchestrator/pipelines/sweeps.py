@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
@@ -235,11 +235,11 @@ class ReportResult(Result):
     """The HTML page; None if no model could be placed."""
     workspace: Path = Field(exclude=True)
 
-    @staticmethod
-    def of(written: WrittenReport, workspace: Workspace) -> ReportResult:
+    @classmethod
+    def of(cls, written: WrittenReport, workspace: Workspace, **more: Any) -> Self:
         """Return a report that was written."""
         report = written.report
-        return ReportResult(
+        return cls(
             title=report.title,
             front=report.front,
             sentences=tuple(report.sentences),
@@ -248,6 +248,7 @@ class ReportResult(Result):
             folder=written.folder,
             page=written.page,
             workspace=workspace.root,
+            **more,
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -267,8 +268,8 @@ class ReportResult(Result):
         yield f"MLflow: iiet-orch ui --workspace {self.workspace}"
 
 
-class SweepResult(Result):
-    """A sweep that has ended."""
+class SweepResult(ReportResult):
+    """A sweep that has ended, and its report."""
 
     name: str
     """Name of the sweep; `report` and `pick` find it by this."""
@@ -278,20 +279,6 @@ class SweepResult(Result):
     """Label to reason of the trials that failed; the same call tries them again."""
     stopped: dict[str, str]
     """Label to reason of the trials that a rule stopped early."""
-    report: ReportResult = Field(exclude=True)
-    """The front, and the files of its report."""
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one row per trial: cost, quality, place on the front, checkpoint."""
-        return self.report.rows()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return name, failed and stopped trials, and the values of the report."""
-        return {**super().to_json(), **self.report.to_json()}
-
-    def shown(self) -> Iterable[RenderableType]:
-        """Return what the report shows."""
-        return self.report.shown()
 
     def raise_failures(self) -> None:
         """Raise `RunFailed` with the names of the trials that failed, if there are any."""
@@ -461,7 +448,17 @@ def plan_sweep(
     Raises:
         UserError: If the settings do not go together.
     """
-    _check_arguments(kind := settings.sweep.kind, teacher, models)
+    kind = settings.sweep.kind
+    if kind == "iterations" and teacher is not None:
+        raise UserError(
+            f"sweep.kind=iterations trains every model from scratch, and a teacher was given "
+            f"({teacher}); leave it out, or set sweep.kind to threshold or search"
+        )
+    if kind != "iterations" and models is not None:
+        raise UserError(
+            f"sweep.kind={kind} distills students of one teacher, and models were given; leave "
+            "them out, or set sweep.kind to iterations"
+        )
     check_sweep(settings)
     space, progress = find_workspace(workspace), progress or Progress()
     asked: dict[str, Any] = {"settings": settings, "baselines": baselines}
@@ -509,7 +506,7 @@ def plan_sweep(
             said.append(f"the teacher's influence is not measured, so {counts}")
         elif kind == "search":
             search = schedule_search(settings, space, plan, checkpoint)
-            plan = plan.model_copy(update={"trials": (*plan.trials, *search.known_trials())})
+            plan = plan.model_copy(update={"trials": (*plan.trials, *search.suggested_trials())})
             unknown = [Estimate.of(job) for job in search.jobs_left()]
             said.append(search.text)
     elif pretraining:
@@ -544,19 +541,6 @@ def plan_sweep(
     )
     planned.price  # noqa: B018  # raises if the workers cannot share a step
     return planned
-
-
-def _check_arguments(kind: str, teacher: Any, models: Any) -> None:
-    if kind == "iterations" and teacher is not None:
-        raise UserError(
-            f"sweep.kind=iterations trains every model from scratch, and a teacher was given "
-            f"({teacher}); leave it out, or set sweep.kind to threshold or search"
-        )
-    if kind != "iterations" and models is not None:
-        raise UserError(
-            f"sweep.kind={kind} distills students of one teacher, and models were given; leave "
-            "them out, or set sweep.kind to iterations"
-        )
 
 
 def _models_plan(pretraining: TrainingPlan, labels: Iterable[str]) -> SweepPlan:
@@ -662,10 +646,11 @@ def _write_report(planned: PlannedSweep, outcome: SweepOutcome, context: Context
     journal = Journal(outcome.folder)
     journal.event("finished")  # Commands without a name take the newest sweep.
     journal.close()
-    return SweepResult(
+    return SweepResult.of(
+        written,
+        workspace,
         name=plan.name,
         trials=outcome.results,
         failures=outcome.failures,
         stopped=outcome.stopped,
-        report=ReportResult.of(written, workspace),
     )

@@ -17,8 +17,8 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
 from orchestrator.settings import TrainingSettings, resolve_settings
-from orchestrator.sweeping import live
-from orchestrator.sweeping.live import (
+from orchestrator.sweeping import run
+from orchestrator.sweeping.run import (
     HYPERVOLUME_BY_GFLOPS,
     HYPERVOLUME_BY_TRIALS,
     MAX_CURVE_POINTS,
@@ -69,7 +69,7 @@ class Watched:
         return [point.step for point in history]
 
     def finish(self, trial: Trial, accuracy: float) -> None:
-        self.live.on_results([finished(trial, accuracy)])
+        self.live.on_results(finished(trial, accuracy))
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def test_each_kind_has_its_own_parameters_and_those_that_its_trainings_share(
     assert "asha_first_rung" in parameters("iterations", "sweep.asha=true")
     for given, name in (("thresholds=[0.1, 0.2]", "thresholds"), ("budgets=[8, 12]", "budgets")):
         found = parameters("threshold", f"sweep.{given}")
-        assert {"num_schedules", *live.SCHEDULE_CHOICES} & set(found) == {name}
+        assert {"num_schedules", *run.SCHEDULE_CHOICES} & set(found) == {name}
         assert ("budget_unit" in found) == (name == "budgets")
 
     trials = [
