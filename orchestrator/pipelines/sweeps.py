@@ -77,7 +77,7 @@ from orchestrator.sweeping.plan import (
     schedule_search,
     trial_states,
 )
-from orchestrator.sweeping.students import elastic_flops, unknown_students
+from orchestrator.sweeping.students import unknown_students
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import RunFailed, UserError
@@ -160,15 +160,6 @@ class PlannedSweep(Result):
         """What is reused, and what is not known yet."""
         sweep, trials = self.placed.sweep, self._parts[1]
         notes = [*plan_sentences(self.plan, sweep, self.states), *self.said]
-        if elastic := [trial for trial in self.plan.trials if trial.is_elastic]:
-            own, separate = elastic_flops(self.placed, elastic, self.workspace.teachers)
-            jobs = [trial.job for trial in elastic if trial.job]
-            runs = "one elastic training" if len(jobs) == 1 else f"{len(jobs):,} elastic trainings"
-            notes.append(
-                f"{runs} of {jobs[0].recipe.num_steps:,} steps: {own:.3g} FLOPs, "
-                f"{own / separate:.0%} of the {separate:.3g} of "
-                f"{format_count(len(elastic), 'separate student')}"
-            )
         if sweep.gpus_per_trial and trials:
             gpus = format_count(sweep.num_workers_per_trial, "GPU")
             at_once = min(sweep.trials_at_once or 1, len(trials))

@@ -33,7 +33,7 @@ from iiet.pruning import (
 )
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import load_config, load_provenance, weights_key
-from orchestrator.planning.estimate import Estimate, price_of_trials
+from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Role, Trial, TrialSuite
 from orchestrator.settings import (
@@ -242,32 +242,6 @@ def _elastic(settings: Settings, schedules: Sequence[IterationSchedule]) -> Dist
         "num_steps": settings.sweep.elastic_steps or recipe.num_steps,
     }
     return distillation.model_copy(update={"training": recipe.model_copy(update=changes)})
-
-
-def elastic_flops(
-    settings: Settings, trials: Sequence[Trial], teachers: Path
-) -> tuple[float, float]:
-    """Return the training FLOPs of elastic weights, and of separate students of their schedules;
-    with what teachers compute, for all seeds.
-
-    Args:
-        trials: Those of elastic weights; at least one.
-        teachers: Folder of stored teacher outputs.
-    """
-    jobs = [trial.job for trial in trials if trial.job]
-    own = [replace(Estimate.of(job), steps_done=0) for job in jobs]
-    recipe = without_elastic(settings).distillation.training
-    separate = [
-        student_estimate(
-            settings, jobs[0].model, model, recipe.model_copy(update={"seed": job.recipe.seed})
-        )
-        for job in jobs
-        for model in {trial.model.corrections: trial.model for trial in trials}.values()
-    ]
-    return (
-        price_of_trials(own, settings, teachers).flops,
-        price_of_trials(separate, settings, teachers).flops,
-    )
 
 
 def vanilla_recipe(settings: Settings, teacher_tokens: int) -> TrainingSettings:

@@ -230,21 +230,6 @@ def test_it_waits_for_the_full_model_and_spends_what_two_have_in_common_once(pas
     assert spent == pytest.approx(1.2e12 + 0.3e12)
 
 
-def test_a_lucky_seed_is_no_front(past: Past) -> None:
-    teacher, cheap = past.results[0], past.results[5]
-    seeds = [
-        cheap.model_copy(update={"key": f"seed{n}", "seed": n, "group": "cheap"}).with_numbers(
-            "quality", {"accuracy": accuracy}
-        )
-        for n, accuracy in enumerate((0.1, 0.5))
-    ]
-    past.plan = past.plan.model_copy(update={"trials": (teacher, *seeds)})
-    assert past.record(0, 1, 2)
-    [(_, volume)] = past.series(HYPERVOLUME_BY_TRIALS)
-    usual = cheap.with_numbers("quality", {"accuracy": 0.3})
-    assert volume == pytest.approx(sample_front([teacher, usual]).hypervolume)
-
-
 def test_many_trials_are_recorded_as_often_as_curves_show(past: Past) -> None:
     history = past.history(4 * MAX_CURVE_POINTS)
     for trial in past.plan.trials:

@@ -23,7 +23,7 @@ from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.settings import SearchSettings, resolve_settings
 from orchestrator.sweeping.plan import search_plan
 from orchestrator.sweeping.run import LiveSweep, SweepQueue
-from orchestrator.sweeping.search import GENERATION, STUDY_FILE, ScheduleSearch
+from orchestrator.sweeping.search import STUDY_FILE, ScheduleSearch
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
 from orchestrator.workspace.errors import UserError
@@ -118,24 +118,6 @@ class World:
             tuple(stored.params.get(f"r_{n:02d}", 0) for n in range(1, 7))
             for stored in self.study().get_trials(states=(TrialState.COMPLETE,))
         ]
-
-
-@pytest.mark.parametrize(("attributes", "generation"), [({}, 0), ({GENERATION: 0}, 1)])
-def test_nsga2_breeds_from_added_trials_if_they_have_a_generation(
-    attributes: dict[str, int], generation: int
-) -> None:
-    space = {"r_01": IntDistribution(0, 9)}
-    study = optuna.create_study(
-        directions=[StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE],
-        sampler=optuna.samplers.NSGAIISampler(population_size=2, seed=0),
-    )
-    for r in (3, 4):
-        added = optuna.trial.create_trial(
-            params={"r_01": r}, distributions=space, values=[r, r], system_attrs=attributes
-        )
-        study.add_trial(added)
-    study.ask(space)
-    assert study.trials[-1].system_attrs[GENERATION] == generation
 
 
 @pytest.mark.parametrize("sampler", ["nsga2", "tpe", "gp"])
