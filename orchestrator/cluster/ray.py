@@ -7,11 +7,10 @@ a joined cluster are checked before they get work: they need the same code and l
 workspace with locks that reach all of them, because otherwise two runs could write to one folder.
 
 A job is one process, or several data-parallel workers of equal CPUs, with one GPU each or none. As
-many jobs run at the same time as the nodes hold with all of their workers, so none waits for half
-of them. Jobs on CPUs share all CPUs evenly; a worker with a GPU gets the CPUs that belong to it.
-Each worker uses as many threads as CPUs. A machine without GPUs can rehearse how jobs are placed on
-a cluster of GPUs: start Ray with `--num-gpus 8`, and set `IIET_PRETENDED_GPUS=1` for Ray and for
-the command.
+many jobs run at the same time as the nodes hold with all of their workers. Jobs on CPUs share all
+CPUs evenly; a worker with a GPU gets the CPUs that belong to it. Each worker uses as many threads
+as CPUs. A machine without GPUs can rehearse how jobs are placed on GPUs: start Ray with
+`--num-gpus 8`, and set `IIET_PRETENDED_GPUS=1` for Ray and for the command.
 """
 
 from __future__ import annotations
@@ -120,8 +119,7 @@ _imported_for_local: bool | None = None
 def address_variables(address: str) -> dict[str, str | None]:
     """Return the variables of a Ray that is started here or joined; None: not set.
 
-    What the user has set stays, except `RAY_ADDRESS`: parts of Ray read it themselves, so it
-    follows the address.
+    What the user has set stays, except `RAY_ADDRESS`, which parts of Ray read themselves.
     """
     defaults = _LOCAL_ENVIRONMENT if address == LOCAL else _JOINING_ENVIRONMENT
     variables: dict[str, str | None] = {
@@ -554,11 +552,10 @@ class Placement:
 
     @property
     def trial_resources(self) -> dict[str, float]:
-        """What Ray reserves for a trial's own process.
+        """What Ray reserves for a trial's own process: a single worker is that process.
 
-        A single worker is that process. If there are several, they reserve their own CPUs and GPUs,
-        and a trial that took some, too, could keep them from its workers. By its memory, Ray
-        spreads the processes over the nodes.
+        Several reserve their own; if the process took CPUs or GPUs, too, it could keep them from
+        its workers. By its memory, Ray spreads such processes over the nodes.
         """
         return self.worker_resources if self.workers == 1 else {"memory": TRIAL_PROCESS_BYTES}
 
@@ -582,12 +579,9 @@ def job_placement(
     """Share CPUs and GPUs among jobs.
 
     Args:
-        num_jobs: Jobs that wait.
         num_workers: Data-parallel workers of each job; with GPUs, 1 or the number of GPUs.
         num_gpus: GPUs of each job, one for each worker, or a share of one; 0 runs on CPUs.
-        resources: What the Ray that runs has.
         min_gpus: Fewest GPUs of a job, if their number may vary.
-        most_at_once: Limit of jobs at the same time.
         per_trial: Whether the jobs are trials of a sweep, for the error.
 
     Raises:

@@ -164,10 +164,10 @@ class JobRun:
         return not self.waits_for and self._journal_bytes() > self._num_bytes
 
     def fit(self) -> None:
-        """Run the job to its end, or until it was asked to stop.
+        """Run the job to its end, or until it was asked to stop; its folder has the outcome.
 
-        The caller watches for signals, and reads the outcome from the job's folder. It is started
-        again `cluster.max_failures` times after a worker died, if no checkpoint is newer.
+        It is started again `cluster.max_failures` times after a worker died, if no checkpoint is
+        newer.
 
         Raises:
             UserError: If the job cannot run as described, or does not fit into its workers' memory.

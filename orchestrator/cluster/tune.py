@@ -110,10 +110,9 @@ class TrialPlace:
             tune.report({STEP: step, LOSS: numbers[VALIDATION_METRIC]})
 
     def train(self, job: TrainingJob, report: Report | None = None) -> TrainingOutcome:
-        """Train a job here, or on the trial's workers; as `run_job`.
+        """Train a job here, or on the trial's workers, whose first one writes losses; as `run_job`.
 
-        Of several workers, losses come from the journal that the first one writes. If one dies, the
-        trial fails and is tried again, which resumes from the newest checkpoint.
+        If a worker dies, the trial fails and is tried again, from its newest checkpoint.
         """
         num_workers = self.placement.workers
         if num_workers == 1:
