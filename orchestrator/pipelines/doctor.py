@@ -20,8 +20,8 @@ from packaging.specifiers import SpecifierSet
 from pydantic import Field
 from rich.text import Text
 
-from orchestrator.pipelines.listing import show_status
 from orchestrator.pipelines.result import Result
+from orchestrator.pipelines.upkeep import show_status
 from orchestrator.settings import ClusterSettings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes
