@@ -3,6 +3,7 @@
 Each command imports what it needs when it runs, so that `--help` is instant.
 """
 
-from orchestrator.cli.app import build_app, main
+from orchestrator.cli.app import main
+from orchestrator.cli.command import build_app
 
 __all__ = ["build_app", "main"]

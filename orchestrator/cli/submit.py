@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.cli.command import Command
+from orchestrator.cli.command import Command, build_app
 from orchestrator.cli.session import Call
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import ENVIRONMENT_NAME, check_name_option
@@ -81,8 +81,6 @@ def parse_command(words: Sequence[str]) -> dict[str, Any]:
     """
     if words[0] in ("submit", "ui"):
         raise UserError(f"`iiet-orch {words[0]}` does not run on a cluster; name another command")
-    from orchestrator.cli.app import build_app  # It imports this file.
-
     group: Any = typer.main.get_command(build_app(words[0]))
     context = group.make_context("iiet-orch", list(words))
     name, found, rest = group.resolve_command(context, list(words))
