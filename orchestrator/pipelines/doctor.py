@@ -144,12 +144,12 @@ def _memory_and_disk(workspace: Workspace) -> Found:
 def _gpus(_: Workspace) -> Found:
     import torch
 
-    from orchestrator.planning.machine import driver_version, installed_gpus
+    from orchestrator.planning.machine import read_nvml
 
-    gpus, usable = installed_gpus(), torch.cuda.device_count()
+    (driver, gpus), usable = read_nvml(), torch.cuda.device_count()
     listed = ", ".join(f"{gpu.name} ({format_bytes(gpu.free_bytes)} free)" for gpu in gpus)
     build = torch.version.cuda or getattr(torch.version, "hip", None) or "CPUs"
-    text = f"{listed or usable or 'none'}; driver {driver_version() or 'unknown'}; "
+    text = f"{listed or usable or 'none'}; driver {driver or 'unknown'}; "
     text += f"PyTorch {torch.__version__}, built for {build}, uses {usable}"
     remedy = "install a PyTorch for this driver (pytorch.org), and see nvidia-smi"
     yield usable >= len(gpus), text, remedy
