@@ -32,9 +32,8 @@ from iiet.exporting import export, fast_tokenizer
 from orchestrator.data.preparation import prepare
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.adapter import DecoderModel, run_task, suppress_output
-from orchestrator.evaluation.heldout import build_heldout
-from orchestrator.evaluation.suite import Suite, load_suite
-from orchestrator.evaluation.tasks import TaskSelection
+from orchestrator.evaluation.heldout import heldout_folder, read_suite
+from orchestrator.evaluation.tasks import Suite, TaskSelection, load_suite
 from orchestrator.models.open import open_model
 from orchestrator.records.evaluation import STDERR_SUFFIX, TaskResult
 from orchestrator.settings import DataSettings
@@ -82,15 +81,18 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
         folder = Path(name)
         data = DataSettings(vocab_size=size.vocab_size, max_documents=size.max_documents)
         tokens = prepare(data, open_workspace(folder / "workspace"), Progress())
-        heldout = build_heldout(
-            tokens, num_items=size.num_items, context_length=size.context_length
+        heldout = heldout_folder(
+            tokens,
+            num_items=size.num_items,
+            context_length=size.context_length,
+            make=Progress(),
         )
         compared = {name: [task] for name, task in _OFFICIAL_NAMES.items()} if given else {}
-        compared["held-out suite"] = list(heldout.tasks)
+        compared["held-out suite"] = list((read_suite(heldout) or {})["tasks"])
         selection = TaskSelection(
             names=tuple(task for tasks in compared.values() for task in tasks),
             folders=(Path(given),) if given else (),
-            heldout=heldout.folder,
+            heldout=heldout,
         )
         suite = load_suite(selection)
         for kind, layers in size.num_layers.items():

@@ -134,6 +134,7 @@ def _stored(teacher: Decoder, batches: Tensor, size: _Size, folder: Path) -> Cac
     def answers(_: str) -> Iterator[tuple[Tensor, Tensor]]:
         return ((batch, teacher(batch)) for batch in batches)
 
-    cache = open_cache(write_cache(plan, folder, answers), plan)
+    write_cache(plan, folder, answers)
+    cache = open_cache(folder / plan.key, plan)
     assert cache is not None
     return cache

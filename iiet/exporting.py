@@ -88,7 +88,7 @@ def modeling_file(method: str) -> Path:
         ValueError: the method is of another package, which has none.
     """
     layer = METHODS[method]
-    if METHODS.names.package(method) is None and layer.__module__.startswith("iiet."):
+    if METHODS.package(method) is None and layer.__module__.startswith("iiet."):
         return Path(__file__).with_name(CODE)
     if layer.modeling_file is None:
         raise ValueError(

@@ -1,19 +1,21 @@
 """Tables of what other packages can add, by name: methods, influence metrics, and more.
 
-A table holds this project's own classes. Another package adds one by an entry point in its
-metadata: the table's group, a name, and the place of the class. Names are read from the metadata; a
-class is imported when it is first used, so a broken package is an error only for what uses it.
+A table knows the places of this project's own classes. Another package adds one by an entry point
+in its metadata: the table's group, a name, and the place of the class. Names are known without an
+import; a class is imported when it is first used, so a broken package is an error only for what
+uses it, and settings read the names without PyTorch.
 """
 
 from __future__ import annotations
 
+import pkgutil
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
-__all__ = ["ExtensionError", "ExtensionNames", "ExtensionTable", "UnknownExtension", "package_of"]
+__all__ = ["INFLUENCE_METRICS", "METHODS", "ExtensionError", "ExtensionTable", "package_of"]
 
 T = TypeVar("T")
 
@@ -28,82 +30,40 @@ class UnknownExtension(ExtensionError, KeyError):
     __str__ = Exception.__str__  # A KeyError would show the text in quotes.
 
 
-class ExtensionNames(Collection[str]):
-    """The names of a table, known without an import: its own, then those of other packages.
+class ExtensionTable(Mapping[str, T]):
+    """Classes by name: this project's own, then those of other packages.
 
     Args:
         group: The group of the entry points, such as `iiet.methods`.
         kind: What a name stands for, such as `method`; for messages.
-        own: The names of this project, which no package can replace.
+        own: Names of this project, which no package can replace, and their classes, or the places
+            of classes that were not used yet.
+        bases: Places; every class is a subclass of one of these.
     """
 
-    def __init__(self, group: str, kind: str, own: Collection[str]) -> None:
-        self.group, self.kind, self.own = group, kind, tuple(own)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([*self.own, *sorted(entry.name for entry in self.entry_points())])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.own or any(entry.name == name for entry in self.entry_points())
-
-    def __len__(self) -> int:
-        return len(self.own) + len(self.entry_points())
-
-    def entry_points(self) -> tuple[EntryPoint, ...]:
-        """Return what other packages add; of one name, the first on the path."""
-        found = {
-            entry.name: entry for entry in reversed(_entry_points(self.group, tuple(sys.path)))
-        }
-        return tuple(entry for name, entry in found.items() if name not in self.own)
-
-    def package(self, name: str) -> str | None:
-        """Return the package that adds a name, with its version; None for this project's own."""
-        return next((package_of(e) for e in self.entry_points() if e.name == name), None)
-
-
-class ExtensionTable(Mapping[str, T]):
-    """Classes by name; looking up one of another package imports it.
-
-    Args:
-        names: The names that are known.
-        own: The classes of this project, one for each of its own names.
-        bases: Every class is a subclass of one of these.
-    """
-
-    def __init__(
-        self, names: ExtensionNames, own: Mapping[str, T], *, bases: tuple[type, ...]
-    ) -> None:
-        self.names, self.bases = names, bases
-        self._classes = dict(own)
+    def __init__(self, group: str, kind: str, own: dict[str, Any], *bases: str) -> None:
+        self.group, self.kind, self.own, self.bases = group, kind, own, bases
 
     def __getitem__(self, name: str) -> T:
-        """Return the class of a name.
+        """Return the class of a name; imports it, once.
 
         Raises:
-            UnknownExtension: there is no such name; it is a KeyError, too.
-            ExtensionError: the class cannot be imported, or is not of the table's kind.
+            ExtensionError: the class cannot be imported, or is not of the table's kind; or, as a
+                KeyError too, there is no such name.
         """
-        if name not in self._classes:
-            entries = [entry for entry in self.names.entry_points() if entry.name == name]
-            if not entries:
-                raise UnknownExtension(
-                    f"there is no {self.names.kind} {name!r}; known: {', '.join(self)}; a package "
-                    "that adds it must be installed here"
-                )
-            self._classes[name] = self._loaded(entries[0])
-        return self._classes[name]
+        if isinstance(self.own.get(name), str):
+            self.own[name] = pkgutil.resolve_name(self.own[name])
+        found: T = self.own[name] if name in self.own else self._added(name)
+        return found
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._classes or name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._classes, *self.names]))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def _loaded(self, entry: EntryPoint) -> T:
-        what = f"the {self.names.kind} {entry.name!r} of the package {package_of(entry)}"
+    def _added(self, name: str) -> Any:
+        entry = next((entry for entry in self.entry_points() if entry.name == name), None)
+        if entry is None:
+            raise UnknownExtension(
+                f"there is no {self.kind} {name!r}; known: {', '.join(self)}; a package that adds "
+                "it must be installed here"
+            )
+        what = f"the {self.kind} {name!r} of the package {package_of(entry)}"
         try:
             found = entry.load()
         except Exception as error:  # A module runs its own code.
@@ -112,10 +72,30 @@ class ExtensionTable(Mapping[str, T]):
                 f"{what} cannot be imported from {entry.value} ({reason}); repair the package, or "
                 "uninstall it"
             ) from error
-        if not (isinstance(found, type) and issubclass(found, self.bases)):
-            bases = " or ".join(f"{base.__module__}.{base.__qualname__}" for base in self.bases)
-            raise ExtensionError(f"{what} must be a subclass of {bases}, got {found!r}")
-        return cast(T, found)
+        bases = tuple(map(pkgutil.resolve_name, self.bases))
+        if not (isinstance(found, type) and issubclass(found, bases)):
+            names = " or ".join(self.bases)
+            raise ExtensionError(f"{what} must be a subclass of {names}, got {found!r}")
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == known for known in self)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.own, *sorted(entry.name for entry in self.entry_points())])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)  # `list` would ask for the length.
+
+    def entry_points(self) -> list[EntryPoint]:
+        """Return what other packages add; of one name, the first on the path."""
+        known = reversed(_entry_points(self.group, tuple(sys.path)))
+        found = {entry.name: entry for entry in known if entry.name not in self.own}
+        return list(found.values())
+
+    def package(self, name: str) -> str | None:
+        """Return the package that adds a name, with its version; None for this project's own."""
+        return next((package_of(e) for e in self.entry_points() if e.name == name), None)
 
 
 def package_of(entry: EntryPoint) -> str:
@@ -127,3 +107,32 @@ def package_of(entry: EntryPoint) -> str:
 def _entry_points(group: str, _: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     # Reading all metadata takes milliseconds; the result depends on the path.
     return tuple(entry_points(group=group))
+
+
+METHODS: ExtensionTable[Any] = ExtensionTable(
+    "iiet.methods",
+    "method",
+    {
+        "vanilla": "iiet.methods:ExplicitEuler",
+        "iiet": "iiet.methods:ImplicitEuler",
+        "pcformer": "iiet.methods:PredictorCorrectorRK2",
+        "pcformer_rk4": "iiet.methods:PredictorCorrectorRK4",
+        "ode_rk2": "iiet.methods:ExplicitRK2",
+        "ode_rk4": "iiet.methods:ExplicitRK4",
+        "ode_rk2_gated": "iiet.methods:GatedRK2",
+        "looped": "iiet.methods:Looped",
+    },
+    "iiet.methods:Layer",
+)
+"""Methods, by the papers' names; class and file names carry the mathematics."""
+INFLUENCE_METRICS: ExtensionTable[Any] = ExtensionTable(
+    "iiet.influence_metrics",
+    "influence metric",
+    {
+        "cosine": "iiet.influence_metrics:Cosine",
+        "relative": "iiet.influence_metrics:Relative",
+        "loss": "iiet.influence_metrics:LossRise",
+    },
+    "iiet.influence_metrics:InfluenceMetric",
+)
+"""Influence metrics; the names are the values of the setting `influence.metric`."""

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from iiet import extensions
 from iiet.batch import Batch
 from iiet.decoder import Decoder
 from iiet.extensions import ExtensionTable
 from iiet.losses import cross_entropy_and_accuracy
 from iiet.methods import Evaluation
-from iiet.names import INFLUENCE_METRIC_NAMES
 
 __all__ = [
     "INFLUENCE_METRICS",
@@ -210,12 +210,8 @@ class LossRise(InfluenceMetric):
         return BatchInfluence(tuple(rises), tuple(lost))
 
 
-INFLUENCE_METRICS: ExtensionTable[type[InfluenceMetric]] = ExtensionTable(
-    INFLUENCE_METRIC_NAMES,
-    {"cosine": Cosine, "relative": Relative, "loss": LossRise},
-    bases=(InfluenceMetric,),
-)
-"""Metrics by name; the keys are the values of the setting `influence.metric`."""
+INFLUENCE_METRICS: ExtensionTable[type[InfluenceMetric]] = extensions.INFLUENCE_METRICS
+"""All influence metrics by name."""
 
 
 def _cosine_distance(before: Tensor, after: Tensor) -> Tensor:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.pipelines.doctor import extension_points
-
 PACKAGE = "my-extensions"
 
 
@@ -46,8 +44,6 @@ def on_path(folder: Path) -> Iterator[None]:
     """Let this process find what is installed in a folder; afterwards it knows nothing of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        for table in extension_points():
-            patch.setattr(table, "_classes", dict(table._classes))
         yield
     for name in [name for name, module in sys.modules.items() if _lies_in(module, folder)]:
         del sys.modules[name]

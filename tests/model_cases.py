@@ -46,7 +46,7 @@ def tokens(*shape: int, seed: int = 1) -> Tensor:
 
 
 @st.composite
-def models(draw: st.DrawFn, methods: tuple[str, ...] = tuple(METHODS.names.own)) -> Decoder:
+def models(draw: st.DrawFn, methods: tuple[str, ...] = tuple(METHODS.own)) -> Decoder:
     """Draw a model: method, schedule, options, grouped heads, tying and seed."""
     method = draw(st.sampled_from(methods))
     schedule = tuple(draw(st.lists(st.integers(0, 3), min_size=1, max_size=3)))

@@ -140,7 +140,7 @@ def read_settings_of(
     if train_on == "cuda" and not settings.cluster.num_gpus:
         settings = read_settings(config or None, changes, options | {"cluster.num_gpus": 1})
     if settings.evaluation.include_path:
-        from orchestrator.evaluation.selection import user_task_folders
+        from orchestrator.evaluation.tasks import user_task_folders
 
         user_task_folders(settings.evaluation)
     return settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.data.store import verify_data
+from orchestrator.data.store import MANIFEST_NAME, TOKENIZER_NAME, verify_data
 from orchestrator.models.folder import load_provenance, tokenizer_file
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, is_valid_name
@@ -21,7 +21,7 @@ def tokens_folder_of(checkpoint: Path, workspace: Workspace) -> Path:
     """
     provenance = load_provenance(checkpoint)
     if "imported" in provenance:
-        return _tokens_by_tokenizer(tokenizer_file(checkpoint), workspace)
+        return newest_tokens(workspace, tokenizer_file(checkpoint))
     fingerprint = provenance.get("tokens", "")
     folder = workspace.tokens / str(fingerprint)
     if not is_valid_name(fingerprint) or not folder.is_dir():
@@ -33,14 +33,23 @@ def tokens_folder_of(checkpoint: Path, workspace: Workspace) -> Path:
     return folder
 
 
-def _tokens_by_tokenizer(tokenizer: Path, workspace: Workspace) -> Path:
-    wanted = file_key(tokenizer)
-    files = [f for f in workspace.tokens.glob("*/tokenizer.json") if file_key(f) == wanted]
-    if not files:
-        raise UserError(
-            f"{workspace.root} has no tokens of this model's tokenizer; "
-            f"`iiet-orch prepare --set data.tokenizer={tokenizer}` makes them"
-        )
-    folder = max(files, key=lambda file: file.stat().st_mtime).parent
+def newest_tokens(workspace: Workspace, tokenizer: Path | None = None) -> Path:
+    """Return the workspace's newest tokens, for models that were not trained on tokens of it.
+
+    Args:
+        tokenizer: The `tokenizer.json` that they were made with, if that matters.
+
+    Raises:
+        UserError: If it has none.
+    """
+    manifests = list(workspace.tokens.glob(f"*/{MANIFEST_NAME}"))
+    hint = ""
+    if tokenizer:
+        wanted, hint = file_key(tokenizer), f" --set data.tokenizer={tokenizer}"
+        manifests = [m for m in manifests if file_key(m.with_name(TOKENIZER_NAME)) == wanted]
+    if not manifests:
+        of = "tokens of this model's tokenizer" if tokenizer else "prepared data"
+        raise UserError(f"{workspace.root} has no {of}; `iiet-orch prepare{hint}` makes them")
+    folder = max(manifests, key=lambda path: path.stat().st_mtime).parent
     verify_data(folder)
     return folder

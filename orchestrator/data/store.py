@@ -7,6 +7,7 @@ sequences, which identifies the data in all keys.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -161,10 +162,10 @@ class TokenStore(PreparedData):
     validation: np.ndarray
     """Flat validation tokens, in the same form."""
 
-    @property
-    def validation_documents_path(self) -> Path:
-        """JSON lines of the held-out documents: `text`, `source`."""
-        return self.folder / TEXTS_NAME
+    def validation_texts(self) -> Iterator[str]:
+        """Yield the held-out documents."""
+        with (self.folder / TEXTS_NAME).open(encoding="utf-8") as lines:
+            yield from (json.loads(line)["text"] for line in lines)
 
     @property
     def profile(self) -> dict[str, Any]:

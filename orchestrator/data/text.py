@@ -26,7 +26,7 @@ from pydoc_data.topics import topics
 from statistics import median
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
-from iiet.extensions import ExtensionError, ExtensionTable
+from iiet.extensions import ExtensionError
 from iiet.methods.base import NoOptions
 from orchestrator.models.hub import require_hub
 from orchestrator.settings import DataSettings
@@ -209,14 +209,6 @@ def _stamps(files: Mapping[str, Path]) -> list[Any]:
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-DATA_SOURCES: ExtensionTable[type[TextSource]] = ExtensionTable(
-    TEXT_SOURCES,
-    {"python": PythonTopics, "files": TextFiles, "hub": HubDataset},
-    bases=(TextSource,),
-)
-"""Text sources by name; the keys are values of the setting `data.source`."""
-
-
 def text_source(settings: DataSettings) -> TextSource:
     """Return the text source that the settings name, with its options.
 
@@ -225,7 +217,7 @@ def text_source(settings: DataSettings) -> TextSource:
     """
     name = settings.source
     try:
-        kind = DATA_SOURCES[name]
+        kind: type[TextSource] = TEXT_SOURCES[name]
     except ExtensionError as error:
         raise UserError(f"data.source: {error}") from None
     options = settings.source_options.get(name, {})

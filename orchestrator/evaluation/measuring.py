@@ -18,7 +18,7 @@ from orchestrator.evaluation.adapter import (
 )
 from orchestrator.evaluation.scoring import BatchLimit
 from orchestrator.evaluation.store import EvaluationStore, MeasuredTask
-from orchestrator.evaluation.suite import Suite
+from orchestrator.evaluation.tasks import Suite
 from orchestrator.models.folder import DTYPES
 from orchestrator.models.open import OpenedModel
 from orchestrator.models.tokenizer import check_template

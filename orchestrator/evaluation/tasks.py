@@ -1,23 +1,51 @@
-"""Tasks by name: the table of groups and tasks in Python, and what is asked of lm-eval.
+"""Tasks by name: which ones the settings ask for, checked before anything is trained, and loaded.
 
 A name in `evaluation.suite` is that of a held-out task of the prepared data (`heldout` stands for
 all of them), of an entry of `TASKS`, of a task file in `evaluation.include_path`, or of lm-eval's
-own. This module imports no lm-eval, which takes seconds; `suite` loads the tasks.
+own. A name without a task, and a local task that cannot be loaded or scored, are errors: an average
+over the rest would be another number under the same name. Only tasks that the hub does not provide
+are skipped. The hub is asked at most once, and only if its cache lacks a task's data: lm-eval alone
+would try again for 23 seconds per task. Nor are all of lm-eval's 14,000 task files parsed, which
+takes 8 seconds. lm-eval is imported where tasks are loaded, as it takes seconds, too.
 """
 
 from __future__ import annotations
 
+import difflib
+import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from iiet.extensions import ExtensionError, ExtensionNames, ExtensionTable
-from orchestrator.evaluation.heldout import item_sets
+from iiet.extensions import ExtensionError, ExtensionTable
+from orchestrator.data.mixture import open_data
+from orchestrator.evaluation.heldout import (
+    TEXT_TASKS,
+    has_accuracy,
+    heldout_configs,
+    heldout_folder,
+    is_heldout_task,
+    offered_tasks,
+    task_config,
+)
+from orchestrator.models.hub import hub_problem, offline
+from orchestrator.records.evaluation import ACCURACY_METRICS, BITS_METRIC
+from orchestrator.settings import DataSettings, EvaluationSettings, Settings
 from orchestrator.settings.evaluation import Prompts
-from orchestrator.workspace.errors import UserError
+from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.errors import RunFailed, UserError, first_line, shortened
+from orchestrator.workspace.files import expand_user
+from orchestrator.workspace.provenance import content_key
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
 
 HELDOUT = "heldout"
 """Stands for all tasks that the prepared data give."""
@@ -63,52 +91,17 @@ class Paper(TaskGroup):
 
 
 TASKS: ExtensionTable[type[EvaluationTask] | type[TaskGroup]] = ExtensionTable(
-    ExtensionNames("iiet_orch.tasks", "task", ("paper",)),
-    {"paper": Paper},
-    bases=(EvaluationTask, TaskGroup),
+    "iiet_orch.tasks",
+    "task",
+    {"paper": f"{__name__}:Paper"},
+    f"{__name__}:EvaluationTask",
+    f"{__name__}:TaskGroup",
 )
 """Groups and tasks in Python by the names that `evaluation.suite` takes; other packages add to it
 by entry points of the group `iiet_orch.tasks`."""
 
 
-def expand_groups(names: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """Return the names, each once, with the members of groups in their place.
-
-    Returns:
-        The names, and the configuration for lm-eval of those that are tasks in Python.
-
-    Raises:
-        UserError: If the package of a name is broken, or its task has no items.
-    """
-    expanded: list[str] = []
-    configs: dict[str, dict[str, Any]] = {}
-    for name in names:
-        try:
-            kind = TASKS.get(name)
-        except ExtensionError as error:
-            raise UserError(f"evaluation.suite: {error}") from None
-        if kind is not None and issubclass(kind, TaskGroup):
-            members, below = expand_groups(kind.names)
-            expanded += members
-            configs |= below
-            continue
-        expanded.append(name)
-        if kind is None:
-            continue
-        task = kind()
-        splits = {"test": [*task.items()], "train": [*task.examples()]}
-        if not splits["test"]:
-            raise UserError(f"evaluation.suite: the task {name} of {kind.__module__} has no items")
-        given = {split: rows for split, rows in splits.items() if rows}
-        configs[name] = {
-            "task": name,
-            "custom_dataset": partial(item_sets, given),
-            "test_split": "test",
-            **({"fewshot_split": "train"} if "train" in given else {}),
-            **task.config(),
-            "metadata": {"version": kind.version},
-        }
-    return list(dict.fromkeys(expanded)), configs
+# What the settings ask for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,3 +118,395 @@ class TaskSelection:
     """Solved examples before each item, unless a task fixes 0; if unset, the task's own number."""
     prompts: Prompts | None = None
     """How items become prompts, if not as the tasks' files say."""
+
+
+def select_tasks(
+    settings: EvaluationSettings,
+    tokens: Path | None,
+    *,
+    context_length: int,
+    make: Progress | None = None,
+) -> TaskSelection:
+    """Return the tasks that the settings ask for; `heldout` stands for all of the data.
+
+    Args:
+        tokens: Folder of prepared tokens, if held-out tasks are requested; see `needs_heldout`.
+        context_length: Tokens that the model reads; every held-out item fits into them.
+        make: Makes missing held-out tasks, and is told about it.
+
+    Raises:
+        UserError: If the tokens do not give the held-out tasks, or these are damaged, or cannot be
+            made because the documents give no items.
+    """
+    names, heldout = named_tasks(settings), None
+    if tokens is not None:
+        offered = offered_tasks(open_data(tokens))
+        check_offered(settings, offered)
+        heldout = heldout_folder(
+            tokens, num_items=settings.num_items, context_length=context_length, make=make
+        )
+        if HELDOUT in names:
+            place = names.index(HELDOUT)
+            names[place : place + 1] = offered
+    return TaskSelection(
+        names=tuple(dict.fromkeys(names)),
+        folders=user_task_folders(settings),
+        heldout=heldout,
+        num_fewshot=settings.num_fewshot,
+        prompts=settings.prompts,
+    )
+
+
+def named_tasks(settings: EvaluationSettings) -> list[str]:
+    """Return the names in `evaluation.suite`."""
+    return [name.strip() for name in settings.suite.split(",") if name.strip()]
+
+
+def _lm_eval_names(settings: EvaluationSettings) -> list[str]:
+    return [n for n in named_tasks(settings) if n != HELDOUT and not is_heldout_task(n)]
+
+
+def needs_heldout(settings: EvaluationSettings) -> bool:
+    """Return whether the suite has held-out tasks."""
+    return len(_lm_eval_names(settings)) < len(named_tasks(settings))
+
+
+def needs_lm_eval(settings: EvaluationSettings) -> bool:
+    """Return whether the suite has tasks besides held-out ones."""
+    names_all = not named_tasks(settings) and bool(settings.include_path)
+    return names_all or bool(_lm_eval_names(settings))
+
+
+def user_task_folders(settings: EvaluationSettings) -> tuple[Path, ...]:
+    """Return the user's folder of task files as an absolute path, or nothing if none is set.
+
+    Raises:
+        UserError: If it does not exist.
+    """
+    if not settings.include_path:
+        return ()
+    folder = expand_user(settings.include_path).absolute()
+    if not folder.is_dir():
+        raise UserError(
+            f"evaluation.include_path: there is no folder {shortened(settings.include_path)} to "
+            "find lm-eval task files in"
+        )
+    return (folder,)
+
+
+def check_offered(settings: EvaluationSettings, offered: Collection[str]) -> None:
+    """Raise `UserError` if the suite names held-out tasks that are not among those offered."""
+    names = filter(is_heldout_task, named_tasks(settings))
+    if missing := [name for name in names if name not in offered]:
+        raise UserError(
+            f"evaluation.suite names {', '.join(missing)}, which the data cannot make; they can "
+            f"make {', '.join(offered)}"
+        )
+
+
+def check_sweep_tasks(settings: Settings, offered: Collection[str]) -> None:
+    """Check the tasks of a sweep before it begins.
+
+    Raises:
+        UserError: As `check_offered`; or if a search is to improve bits per byte, and no task gives
+            them.
+    """
+    evaluation, objective = settings.evaluation, settings.search.objective
+    check_offered(evaluation, offered)
+    wants_bits = settings.sweep.kind == "search" and objective == BITS_METRIC
+    has_bits = BITS_METRIC in offered and {HELDOUT, BITS_METRIC} & set(named_tasks(evaluation))
+    if wants_bits and not has_bits and not needs_lm_eval(evaluation):
+        raise UserError(
+            f"search.objective={objective}: no task of evaluation.suite={evaluation.suite} gives "
+            "bits per byte on these data; set it to accuracy or validation_loss"
+        )
+
+
+def tasks_of_source(settings: DataSettings) -> tuple[str, ...]:
+    """Return the held-out tasks that data of these settings offer, prepared or not."""
+    if settings.source == "mixture":
+        return (*(TEXT_TASKS if settings.texts else ()), *settings.tasks.tasks)
+    return settings.depth.tasks if settings.source == "depth" else TEXT_TASKS
+
+
+def lm_eval_task_fingerprints(
+    settings: EvaluationSettings,
+    progress: Progress | None = None,
+    *,
+    needs_accuracy: bool = False,
+    context_length: int | None = None,
+) -> dict[str, str]:
+    """Load the suite's tasks, without held-out tasks; return by name a hash of items and metrics.
+
+    Args:
+        progress: Shows which tasks are skipped.
+        needs_accuracy: Whether one task of the suite must report an accuracy.
+        context_length: Tokens that the models read, if answers to the tasks must fit into them.
+
+    Raises:
+        UserError: If a task does not exist, cannot be read or not be answered, or none reports an
+            accuracy although one is needed.
+        RunFailed: If the hub provides none of the tasks.
+    """
+    folders, names = user_task_folders(settings), named_tasks(settings)
+    is_accuracy_known = any(name == HELDOUT or has_accuracy(name) for name in names)
+    fingerprints = {}
+    if needs_lm_eval(settings):
+        from orchestrator.evaluation.adapter import check_answer_settings
+
+        loaded = load_suite(
+            TaskSelection(
+                names=tuple(_lm_eval_names(settings)),
+                folders=folders,
+                num_fewshot=settings.num_fewshot,
+                prompts=settings.prompts,
+            )
+        )
+        for name, reason in loaded.skipped.items():
+            (progress or Progress()).note(f"skipped {name}: {reason}")
+        metrics = {metric for task in loaded.tasks.values() for metric in task.aggregation()}
+        is_accuracy_known |= bool(metrics & set(ACCURACY_METRICS))
+        if context_length is not None:
+            check_answer_settings(loaded.tasks, context_length)
+        fingerprints = {name: loaded.fingerprint(name) for name in sorted(loaded.tasks)}
+    if needs_accuracy and not is_accuracy_known:
+        raise UserError(
+            f"a sweep's front needs an accuracy, and no task of evaluation.suite={settings.suite} "
+            f"reports one; add a task such as {HELDOUT}: {settings.suite},{HELDOUT}"
+        )
+    return fingerprints
+
+
+# Loading
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Loaded tasks, and those that the hub did not provide."""
+
+    tasks: dict[str, Task]
+    """Task by name, in the requested order."""
+    groups: dict[str, tuple[str, ...]]
+    """Requested group or tag -> names of its tasks."""
+    skipped: dict[str, str]
+    """Name of a task -> why it is not run."""
+    prompts: Prompts | None = None
+    """How items become prompts, if not as the tasks' files say."""
+
+    def only(self, names: Collection[str]) -> Suite:
+        """Return the suite with only these tasks."""
+        return replace(self, tasks={k: task for k, task in self.tasks.items() if k in names})
+
+    def num_items(self, name: str, limit: int | None = None) -> int:
+        """Return the number of items that a run with this limit scores."""
+        available = len(self.tasks[name].eval_docs)
+        return available if limit is None else min(available, limit)
+
+    def fingerprint(self, name: str) -> str:
+        """Return a hash of all that determines items, prompts and metrics, but no file paths."""
+        key = _task_hash(self.tasks[name])
+        return content_key(key, self.prompts.key) if self.prompts else key
+
+
+@lru_cache(maxsize=64)
+def _task_hash(task: Task) -> str:
+    # The source of the documents does not matter: the documents themselves are hashed.
+    config = {
+        name: value
+        for name, value in task.dump_config().items()
+        if not name.startswith("dataset_") and name != "custom_dataset"
+    }
+    notes = config.get("metadata") or {}
+    config["metadata"] = {k: v for k, v in notes.items() if k != "config_source"}
+    documents = [*task.eval_docs]
+    if config.get("num_fewshot"):
+        documents += task.fewshot_docs() or []
+    text = json.dumps([config, documents], default=str, sort_keys=True)
+    # A function without source code prints as its address.
+    text = re.sub(r" at 0x[0-9a-f]+", "", text)
+    return content_key(text, str(task.VERSION), metadata.version("lm_eval"))
+
+
+def load_suite(asked: TaskSelection, planned: Collection[str] | None = None) -> Suite:
+    """Load tasks by name; in one process, tasks of the same files are loaded once.
+
+    Args:
+        planned: Names of tasks found when a sweep was planned, without held-out ones. The suite
+            gets exactly these, so that all models have an average over the same tasks.
+
+    Raises:
+        UserError: If a name has no task, or a local task cannot be loaded or scored.
+        RunFailed: If the hub provides none of the tasks, or a planned task cannot be loaded.
+    """
+    folders = [folder for folder in (*asked.folders, asked.heldout) if folder]
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    state = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
+    suite = replace(_load(replace(asked, prompts=None), state), prompts=asked.prompts)
+    if suite.skipped:
+        _load.cache_clear()  # The hub may provide them later.
+    if planned is None:
+        return suite
+    own = heldout_configs(asked.heldout) if asked.heldout else {}
+    wanted = {*planned, *(name for name in own if not asked.names or name in asked.names)}
+    if missing := [name for name in wanted if name not in suite.tasks]:
+        reasons = f" ({_as_text(suite.skipped)})" if suite.skipped else ""
+        raise RunFailed(
+            f"{', '.join(sorted(missing))} could be loaded when the sweep was planned, and "
+            f"cannot now{reasons}; the same command tries again"
+        )
+    others = [name for name in suite.tasks if name not in wanted]
+    reason = "it could not be loaded when the sweep was planned"
+    return replace(suite.only(wanted), skipped=suite.skipped | dict.fromkeys(others, reason))
+
+
+@lru_cache(maxsize=4)
+def _load(asked: TaskSelection, _state: tuple[tuple[Path, int, int], ...]) -> Suite:
+    """Load tasks whose files have this state."""
+    import lm_eval.tasks
+    from lm_eval.api.task import ConfigurableTask
+
+    from orchestrator.evaluation.adapter import suppress_output
+
+    def manager_of(*folders: Path) -> TaskManager:
+        with suppress_output():
+            return lm_eval.tasks.TaskManager(include_path=[*folders], include_defaults=False)
+
+    # Find them.
+    for folder in asked.folders:
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder} to find lm-eval task files in")
+    manager = manager_of(*asked.folders)
+    _check_files(manager, asked.folders)
+    configs = heldout_configs(asked.heldout) if asked.heldout else {}
+    names = _expanded(asked.names or sorted({*manager.all_subtasks, *configs}), configs)
+    if not names:
+        places = ", ".join(map(str, asked.folders))
+        raise UserError(
+            f"there are no lm-eval task files in {places}" if places else "no task was named"
+        )
+    builtin: dict[str, set[Path]] = {}
+    if any(name not in configs and name not in manager.task_index for name in names):
+        # Of lm-eval's own tasks, only the folders that define these names are read.
+        builtin = _builtin_folders(Path(lm_eval.tasks.__file__).parent)
+        having: set[Path] = set().union(*(builtin.get(name, set()) for name in names))
+        manager = manager_of(*sorted(having), *asked.folders)
+
+    # Load them; only what the hub does not give is skipped.
+    tasks: dict[str, Task] = {}
+    groups: dict[str, tuple[str, ...]] = {}
+    problems, skipped = dict[str, str](), dict[str, str]()
+    without_hub = cache(hub_problem)
+    for name in names:
+        if name not in configs and name not in manager.task_index:
+            near = difflib.get_close_matches(name, [*manager.task_index, *builtin], 1, 0.75)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems[name] = f"there is no such task{hint}"
+            continue
+        try:
+            with suppress_output(), offline():
+                if name in configs:
+                    loaded: dict[str, Task] = {name: ConfigurableTask(config=configs[name])}
+                else:
+                    loaded = manager.load([name])["tasks"]
+        except ConnectionError:  # It is not in the hub's cache.
+            try:
+                if problem := without_hub():
+                    raise RunFailed(f"it needs the hub, and {problem}") from None
+                with suppress_output():
+                    loaded = manager.load([name])["tasks"]
+            except Exception as error:  # The hub's libraries raise dozens of kinds.
+                skipped[name] = first_line(error, with_type=not isinstance(error, RunFailed))
+                continue
+        except Exception as error:  # Tasks run their own code; data sets raise many types.
+            file = name not in configs and manager.task_index[name].yaml_path
+            problems[name] = first_line(error, with_type=True) + (f" ({file})" if file else "")
+            continue
+        flags = ("UNSAFE_CODE", "MULTIMODAL")
+        if any(getattr(task, flag, False) for task in loaded.values() for flag in flags):
+            problems[name] = "it runs code that a model wrote, or needs more than text"
+            continue
+        tasks |= loaded
+        if list(loaded) != [name]:
+            groups[name] = tuple(loaded)
+    if problems:
+        raise UserError(
+            f"cannot evaluate {_as_text(problems)}; correct evaluation.suite, or leave out what "
+            "cannot be evaluated (an average over the rest alone would be another number)"
+        )
+    if not tasks:
+        raise RunFailed(f"nothing is left to evaluate: {_as_text(skipped)}")
+    for task in tasks.values():
+        if asked.num_fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config("num_fewshot", asked.num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+    return Suite(tasks=tasks, groups=groups, skipped=skipped)
+
+
+def _expanded(names: Sequence[str], configs: dict[str, dict[str, Any]]) -> list[str]:
+    # The names, each once, with the members of groups in their place. Adds the configurations of
+    # the tasks in Python.
+    expanded: list[str] = []
+    for name in names:
+        try:
+            kind = TASKS.get(name)
+        except ExtensionError as error:
+            raise UserError(f"evaluation.suite: {error}") from None
+        if kind is not None and issubclass(kind, TaskGroup):
+            expanded += _expanded(kind.names, configs)
+            continue
+        expanded.append(name)
+        if kind is not None:
+            task = kind()
+            splits = {"test": [*task.items()], "train": [*task.examples()]}
+            if not splits["test"]:
+                raise UserError(
+                    f"evaluation.suite: the task {name} of {kind.__module__} has no items"
+                )
+            fewshot = {"fewshot_split": "train"} if splits["train"] else {}
+            given = {split: rows for split, rows in splits.items() if rows}
+            configs[name] = task_config(name, {**fewshot, **task.config()}, kind.version, given)
+    return list(dict.fromkeys(expanded))
+
+
+def _check_files(manager: TaskManager, folders: Collection[Path]) -> None:
+    # A damaged task file is an error; lm-eval would ignore it silently.
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    read = {entry.yaml_path for entry in manager.task_index.values()}
+    files = [file for folder in folders for file in sorted(folder.glob("**/*.yaml"))]
+    for file in (file for file in files if file not in read):
+        try:
+            config = load_yaml(file, resolve_func=False)
+        except Exception as error:
+            reason = first_line(error, with_type=True)
+            raise UserError(f"cannot read the task file {file}: {reason}") from None
+        if not config:
+            raise UserError(f"the task file {file} is empty")
+
+
+def _as_text(reasons: dict[str, str]) -> str:
+    by_reason: defaultdict[str, list[str]] = defaultdict(list)
+    for name, reason in reasons.items():
+        by_reason[reason].append(name)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
+
+
+_NAMED = re.compile(rb"^(task|group|tag):[ \t]*[\"']?([\w.:+-]+)", re.MULTILINE)
+_TAG_LIST = re.compile(rb"^tag:[ \t]*\n((?:[ \t]*-[ \t]*[\w.:+-]+[ \t]*\n?)+)", re.MULTILINE)
+_ITEM = re.compile(rb"-[ \t]*([\w.:+-]+)")
+
+
+@cache
+def _builtin_folders(root: Path) -> dict[str, set[Path]]:
+    # Each name of a task, group or tag -> the folders to load it from. A task needs its own folder.
+    # A group may use tasks elsewhere in its family, so it needs the whole family: the top folder.
+    folders: defaultdict[str, set[Path]] = defaultdict(set)
+    for file in root.rglob("*.yaml"):
+        text = file.read_bytes()
+        for kind, name in _NAMED.findall(text):
+            family = root / file.relative_to(root).parts[0]
+            folders[name.decode()].add(family if kind == b"group" else file.parent)
+        for name in (name for block in _TAG_LIST.findall(text) for name in _ITEM.findall(block)):
+            folders[name.decode()].add(file.parent)
+    return dict(folders)

@@ -106,24 +106,23 @@ def _versions(_: Workspace) -> Found:
 
 def extension_points() -> tuple[ExtensionTable[Any], ...]:
     """Return the tables to which other packages add."""
-    from iiet.influence_metrics import INFLUENCE_METRICS
-    from iiet.methods import METHODS
-    from orchestrator.data.text import DATA_SOURCES
+    from iiet.extensions import INFLUENCE_METRICS, METHODS
     from orchestrator.evaluation.tasks import TASKS
-    from orchestrator.tracking.loggers import LOGGERS
+    from orchestrator.settings.cluster import LOGGERS
+    from orchestrator.settings.data import TEXT_SOURCES
 
-    return (METHODS, INFLUENCE_METRICS, TASKS, DATA_SOURCES, LOGGERS)
+    return (METHODS, INFLUENCE_METRICS, TASKS, TEXT_SOURCES, LOGGERS)
 
 
 def _extensions(_: Workspace) -> Found:
     from iiet.extensions import ExtensionError, package_of
 
     for table in extension_points():
-        for entry in sorted(table.names.entry_points(), key=lambda entry: entry.name):
+        for entry in sorted(table.entry_points(), key=lambda entry: entry.name):
             package = package_of(entry)
             try:
                 table[entry.name]
-                yield True, f"the {table.names.kind} {entry.name} of {package}", ""
+                yield True, f"the {table.kind} {entry.name} of {package}", ""
             except ExtensionError as error:
                 yield False, str(error), f"repair the package {package}, or uninstall it"
 

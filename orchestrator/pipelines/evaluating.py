@@ -16,13 +16,16 @@ from pydantic import Field, computed_field
 from rich.console import RenderableType
 
 from orchestrator.cluster.task import command_device
-from orchestrator.data.model_tokens import tokens_folder_of
+from orchestrator.data.model_tokens import newest_tokens, tokens_folder_of
 from orchestrator.evaluation.heldout import heldout_chances, is_heldout_task
 from orchestrator.evaluation.measuring import Conditions, Measured, ModelMeasurer
-from orchestrator.evaluation.selection import needs_heldout, newest_tokens, select_tasks
 from orchestrator.evaluation.store import EvaluationStore, LoggedRun, find_logged_run
-from orchestrator.evaluation.suite import load_suite
-from orchestrator.evaluation.tasks import TaskSelection
+from orchestrator.evaluation.tasks import (
+    TaskSelection,
+    load_suite,
+    needs_heldout,
+    select_tasks,
+)
 from orchestrator.models.hub import offline
 from orchestrator.models.open import OpenedModel, best_device, open_models, short_names
 from orchestrator.models.tokenizer import check_template
@@ -237,7 +240,7 @@ def _evaluate_model(
     progress.start("evaluate")  # Tasks and models take their time to load.
     tokens = tokens_of_tasks(model, settings, workspace, progress.note)
     asked = select_tasks(settings, tokens, context_length=model.context_length, make=progress)
-    for name, chance in (heldout_chances(asked.heldout) if asked.heldout else {}).items():
+    for name, chance in heldout_chances(asked.heldout).items():
         if name in asked.names:
             progress.note(f"chance of {name}: {chance}")
     suite = load_suite(asked)

@@ -22,7 +22,7 @@ from orchestrator.data.mixture import open_data
 from orchestrator.data.preparation import expected_tokens, find_prepared
 from orchestrator.data.preparation import prepare as prepare_tokens
 from orchestrator.evaluation.heldout import heldout_chances, offered_tasks
-from orchestrator.evaluation.selection import check_sweep_tasks, needs_lm_eval, tasks_of_source
+from orchestrator.evaluation.tasks import check_sweep_tasks, needs_lm_eval, tasks_of_source
 from orchestrator.models.folder import load_config
 from orchestrator.models.hub import DRY_RUN, offline
 from orchestrator.models.lookup import resolve_teacher
@@ -624,7 +624,7 @@ def _write_report(planned: PlannedSweep, outcome: SweepOutcome, context: Context
     settings, workspace = planned.asked["settings"], context.workspace
     plan, finished = outcome.plan, {result.key for result in outcome.results}
     suite = plan.trials[0].suite
-    chances = heldout_chances(Path(suite.suite_folder)) if suite.suite_folder else {}
+    chances = heldout_chances(Path(suite.suite_folder) if suite.suite_folder else None)
     chances = {n: text for n, text in chances.items() if not suite.tasks or n in suite.tasks}
     ends: dict[str, str] = {}
     for trial in plan.trials:

@@ -42,7 +42,7 @@ from orchestrator.training.devices import World
 from orchestrator.training.job import sequences_per_step
 from orchestrator.training.monitor import ASSUMED_GPU, ASSUMED_GPU_BYTES, gpu_peak_flops
 from orchestrator.training.shared_steps import FirstStage, first_stage_of
-from orchestrator.training.teacher_cache import CachePlan, TeacherWork, cache_plan, teacher_work
+from orchestrator.training.teacher_cache import CachePlan, cache_plan, missing_caches
 from orchestrator.workspace.errors import DeviceError, UserError, out_of_memory_text
 from orchestrator.workspace.files import free_disk
 from orchestrator.workspace.journal import SPEED_METRIC, read_tail
@@ -335,7 +335,7 @@ def price_of(
     *,
     new_token_bytes: int = 0,
     is_upper_bound: bool = False,
-    teacher: TeacherWork | None = None,
+    teachers: Path | None = None,
     mfu: float | None = None,
 ) -> Price:
     """Return the price of trainings; those on other devices run one after another.
@@ -345,17 +345,20 @@ def price_of(
         folder: A folder on the workspace's disk; it need not exist.
         new_token_bytes: Bytes of the tokens that are prepared first.
         is_upper_bound: Whether some of them stand for others that are not known yet.
-        teacher: What their teacher computes; by default it runs in each training.
+        teachers: Folder of stored teacher outputs, if trainings read them.
         mfu: Share of the peak FLOP/s that is assumed; a usual range if unset.
     """
     groups = groups_by_devices(trainings)
     left = [*chain(*groups)]
-    read = sum(each.num_teacher_tokens for each in trainings)
-    teacher = teacher or TeacherWork(read)
     model = next((each.teacher for each in trainings if each.teacher), None)
     per_token = cost.inference_cost(model).forward_flops_per_token if model else 0.0
-    stored = teacher.num_stored_tokens * per_token
-    live = (teacher.num_tokens * per_token - stored) / max(1, read)
+    new_caches = missing_caches([each.cache for each in left], teachers) if teachers else []
+    num_stored = sum(plan.num_tokens for plan in new_caches)
+
+    def num_live(each: Estimate) -> int:
+        return 0 if teachers and each.cache else each.num_teacher_tokens
+
+    num_teacher_tokens = num_stored + sum(map(num_live, left))
 
     hours, rate = [0.0, 0.0], None
     num_devices = num_saving = in_writing = 0
@@ -368,12 +371,12 @@ def price_of(
         # The longest training starts first, and each next one where one ends. A teacher that runs
         # in a training slows it; its stored outputs are computed before, on one GPU or all CPUs.
         places = [0.0] * at_once
-        works = (each.flops + live * each.num_teacher_tokens for each in group)
+        works = (each.flops + per_token * num_live(each) for each in group)
         for work in sorted(works, reverse=True):
             heapq.heapreplace(places, places[0] + work)
         flops = max(places) * at_once / num_used
         if any(each.teacher for each in group):
-            flops += stored / (1 if devices.on_gpus else num_used)
+            flops += num_stored * per_token / (1 if devices.on_gpus else num_used)
         rate = assumed_rate(group[0], mfu)
         for number, share in enumerate(reversed(rate.shares)):
             hours[number] += flops / (rate.peak_flops * share) / 3600
@@ -392,15 +395,15 @@ def price_of(
         "tokens": new_token_bytes,
         "checkpoints": sum(each.disk_bytes[0] for each in trainings) + in_writing,
         "shared first stages": sum(stages.values()),
-        "teacher outputs": teacher.num_bytes,
+        "teacher outputs": sum(plan.num_bytes for plan in new_caches),
     }
     largest = max(trainings, key=lambda each: each.worker_bytes, default=None)
     return Price(
         is_upper_bound=is_upper_bound,
         num_trainings=len(trainings),
         num_tokens=sum(each.num_tokens for each in left),
-        num_teacher_tokens=teacher.num_tokens,
-        flops=sum(each.flops for each in left) + teacher.num_tokens * per_token,
+        num_teacher_tokens=num_teacher_tokens,
+        flops=sum(each.flops for each in left) + num_teacher_tokens * per_token,
         hours=(hours[0], hours[1]),
         num_devices=num_devices,
         uses_gpus=any(each.devices.on_gpus for each in trainings),
@@ -424,13 +427,9 @@ def price_of_trials(
 
     Args:
         teachers: Folder of stored teacher outputs.
-
-    Raises:
-        UserError: If a teacher's outputs do not fit on the disk.
     """
-    is_stored, read = settings.distillation.teacher_cache, [e.num_teacher_tokens for e in trainings]
-    teacher = teacher_work([e.cache if is_stored else None for e in trainings], read, teachers)
-    return price_of([*before, *trainings], teachers.parent, teacher=teacher, **others)
+    stored = teachers if settings.distillation.teacher_cache else None
+    return price_of([*before, *trainings], teachers.parent, teachers=stored, **others)
 
 
 def run_devices(cluster: ClusterSettings) -> Devices:

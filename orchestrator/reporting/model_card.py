@@ -141,7 +141,7 @@ def _quality(evaluation: EvaluationResult) -> str:
     heads = ("task", "metric", "value", "standard error", "items")
     lines = [markdown_table(heads, rows, left=(0, 1)), ""]
     own = [name for name in evaluation.results if is_heldout_task(name)]
-    added = {name: TASKS.names.package(name) for name in evaluation.results if name in TASKS}
+    added = {name: TASKS.package(name) for name in evaluation.results if name in TASKS}
     others = [name for name in evaluation.results if name not in {*own, *added}]
     if own:
         names = ", ".join(f"`{name}`" for name in own)

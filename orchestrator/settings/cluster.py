@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from importlib.util import find_spec
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, ValidationInfo, field_validator
 
-from iiet.extensions import ExtensionNames
+from iiet.extensions import ExtensionTable
 from orchestrator.settings.section import OneOf, Section
 from orchestrator.workspace.errors import UserError, has_secret, is_secret_name, quoted
 
@@ -21,9 +21,13 @@ ADDRESS_VARIABLE = "RAY_ADDRESS"
 
 MLFLOW, TENSORBOARD = "mlflow", "tensorboard"
 
-LOGGERS = ExtensionNames("iiet_orch.loggers", "logger", (TENSORBOARD,))
-"""Names of loggers beside MLflow, also of other packages; `orchestrator.tracking.loggers` has
-their classes."""
+LOGGERS: ExtensionTable[Any] = ExtensionTable(
+    "iiet_orch.loggers",
+    "logger",
+    {TENSORBOARD: "orchestrator.tracking.loggers:TensorBoardLogger"},
+    "orchestrator.tracking.loggers:RunLogger",
+)
+"""Loggers beside MLflow by name, also those of other packages."""
 
 _VARIABLE = re.compile(r"[A-Za-z_]\w*(\*|=.*)?", flags=re.ASCII | re.DOTALL)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, StrictFloat, StrictInt, field_validator
 
-from iiet.extensions import ExtensionNames
+from iiet.extensions import ExtensionTable
 from orchestrator.settings.section import MAX_COUNT, OneOf, Section
 from orchestrator.workspace.errors import quoted
 
@@ -44,8 +44,17 @@ def parse_task_name(name: str) -> tuple[str, int]:
     return match[1], depth
 
 
-TEXT_SOURCES = ExtensionNames("iiet_orch.data_sources", "data source", ("python", "files", "hub"))
-"""Names of text sources, also of other packages; their classes: `orchestrator.data.text`."""
+TEXT_SOURCES: ExtensionTable[Any] = ExtensionTable(
+    "iiet_orch.data_sources",
+    "data source",
+    {
+        "python": "orchestrator.data.text:PythonTopics",
+        "files": "orchestrator.data.text:TextFiles",
+        "hub": "orchestrator.data.text:HubDataset",
+    },
+    "orchestrator.data.text:TextSource",
+)
+"""Text sources by name, also those of other packages; the values of `data.source`."""
 
 
 def source_order(names: Iterable[str]) -> list[str]:

@@ -6,12 +6,12 @@ from typing import Annotated
 
 from pydantic import Field, StrictBool, StrictInt
 
-from iiet.names import INFLUENCE_METRIC_NAMES
+from iiet.extensions import INFLUENCE_METRICS
 from orchestrator.settings.section import MAX_COUNT, OneOf, Section
 from orchestrator.settings.training import Precision
 from orchestrator.workspace.provenance import content_key
 
-METRIC = OneOf(INFLUENCE_METRIC_NAMES, table="iiet.influence_metrics:INFLUENCE_METRICS")
+METRIC = OneOf(INFLUENCE_METRICS)
 
 
 class InfluenceSettings(Section):

@@ -5,7 +5,6 @@ Sections use pydantic's strict types, so that `true` is not the number 1, and a 
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import core_schema
 
-from iiet.extensions import ExtensionNames, ExtensionTable
+from iiet.extensions import ExtensionTable
 
 MAX_COUNT = 2**31 - 1
 """Largest count that libraries below can hold in 32 bits."""
@@ -50,14 +49,12 @@ class OneOf:
             of another package cannot be imported.
     """
 
-    names: ExtensionNames
+    table: ExtensionTable[Any]
     also: tuple[str, ...] = ()
     """Further names, which no package may add."""
-    table: str | None = None
-    """Place of the table of classes, `module:NAME`; read for names of other packages only."""
 
     def __iter__(self) -> Iterator[str]:
-        return iter((*self.also, *self.names))
+        return iter((*self.also, *self.table))
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -73,14 +70,9 @@ class OneOf:
 
     def checked(self, name: str) -> str:
         """Return the name if it can be used."""
-        if name in self.also:
-            return name
-        known: ExtensionNames | ExtensionTable[Any] = self.names
-        if self.table and name not in self.names.own:
-            known = pkgutil.resolve_name(self.table)
-        if name not in known:
-            *others, last = map(repr, (*self.also, *known))
+        if name not in (*self.also, *self.table):
+            *others, last = map(repr, self)
             raise ValueError(f"input should be {', '.join(others)} or {last}")
-        if isinstance(known, ExtensionTable):
-            known[name]  # Imports the class.
+        if name in self.table and name not in self.table.own:
+            self.table[name]  # Imports the class of another package.
         return name

@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
-from iiet.names import METHOD_NAMES
+from iiet.extensions import METHODS
 from orchestrator.settings.section import OneOf, Section
 
 DEFAULT_METHOD = "iiet"
 BASELINE_METHOD = "vanilla"
-METHOD = OneOf(METHOD_NAMES, table="iiet.methods:METHODS")
+METHOD = OneOf(METHODS)
 MAX_LAYERS = 1000
 """A larger number is a typing error and would only fill the memory."""
 MAX_STEPS = 1_000_000

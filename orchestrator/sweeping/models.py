@@ -20,7 +20,7 @@ from iiet.methods import METHODS
 from iiet.pruning import Cost, num_evaluations
 from iiet.schedule import IterationSchedule
 from orchestrator.data.preparation import sequence_length
-from orchestrator.evaluation.selection import lm_eval_task_fingerprints
+from orchestrator.evaluation.tasks import lm_eval_task_fingerprints
 from orchestrator.models.config import build_model_config
 from orchestrator.models.folder import check_checkpoint, load_config, load_provenance
 from orchestrator.models.lookup import run_folders

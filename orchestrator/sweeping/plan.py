@@ -23,13 +23,13 @@ from iiet.methods import METHODS
 from iiet.pruning import FamilyMember
 from orchestrator.data.mixture import open_data
 from orchestrator.data.model_tokens import tokens_folder_of
-from orchestrator.evaluation.selection import (
+from orchestrator.evaluation.tasks import (
+    HELDOUT,
     lm_eval_task_fingerprints,
     needs_heldout,
     select_tasks,
     user_task_folders,
 )
-from orchestrator.evaluation.tasks import HELDOUT
 from orchestrator.models.folder import load_config, text_files_key, weights_key
 from orchestrator.models.tokenizer import ModelTokenizer, check_template
 from orchestrator.planning.estimate import Estimate

@@ -18,6 +18,7 @@ import os
 import queue
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import note_saved_state, stop_requested
 from orchestrator.tracking import Tracking, status_after
 from orchestrator.training.job import check_job, finished_outcome
-from orchestrator.training.teacher_cache import delete_answers, store_answers
+from orchestrator.training.teacher_cache import store_answers
 from orchestrator.training.watching import (
     JournalReader,
     describe_saved_state,
@@ -46,7 +47,7 @@ from orchestrator.training.watching import (
     waiting_text,
 )
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
-from orchestrator.workspace.files import write_text
+from orchestrator.workspace.files import delete_folder, write_text
 from orchestrator.workspace.journal import Journal
 from orchestrator.workspace.layout import PLAN_FILE, STOPPED_NAME, Workspace, find_checkpoints
 
@@ -176,7 +177,9 @@ def run_plan(
                 plan.write(folder / PLAN_FILE)
         live.on_results([], at_end=True)
         if not trials.failures:  # A failed student will need them again.
-            delete_answers(cached)
+            for stored in {job.teacher_cache for job in cached if job.teacher_cache}:
+                with suppress(OSError):
+                    delete_folder(Path(stored))
         if trials.stopped:
             saved = sum(stop.share_saved for stop in trials.stopped.values())
             text = "; ".join(f"{label} {stop.text}" for label, stop in trials.stopped.items())
@@ -214,17 +217,17 @@ def _with_stored_answers(
     that do, and what MLflow shows of the work."""
     # A trial that is only measured needs no teacher.
     jobs = {t.key: t.job for t in waiting if t.job and finished_outcome(t.job) is None}
-    shared, work = store_answers(
+    shared, num_tokens = store_answers(
         [*jobs.values(), *(search.jobs_left() if search else [])],
         workspace.teachers,
         on_device=trial_device(settings, workspace.root),
         progress=progress,
     )
     points: list[tuple[str, float, int]] = []
-    if num_tokens := float(work.num_stored_tokens):
+    if num_tokens:
         # A teacher that runs in each trial is in the trials' own FLOPs.
         flops = num_tokens * inference_cost(teacher.model).forward_flops_per_token
-        points = [("sweep/teacher_tokens", num_tokens, len(waiting))]
+        points = [("sweep/teacher_tokens", float(num_tokens), len(waiting))]
         points.append(("sweep/teacher_flops", flops, len(waiting)))
     if search and len(shared) > len(jobs):
         search.teacher_cache = shared[-1].teacher_cache

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.evaluation.suite import load_suite
-from orchestrator.evaluation.tasks import TaskSelection
+from orchestrator.evaluation.tasks import TaskSelection, load_suite
 from orchestrator.models.folder import load_provenance
 from orchestrator.models.open import open_model
 from orchestrator.records.training import TrainingJob, TrainingOutcome

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 
-from iiet.extensions import ExtensionError, ExtensionTable
+from iiet.extensions import ExtensionError
 from orchestrator.records.tracked_run import TrackedRun
-from orchestrator.settings.cluster import LOGGERS as LOGGER_NAMES
-from orchestrator.settings.cluster import TENSORBOARD
+from orchestrator.settings.cluster import LOGGERS, TENSORBOARD
 from orchestrator.tracking.store import CurveReader
 from orchestrator.workspace.errors import UserError
 
@@ -61,12 +60,6 @@ class TensorBoardLogger(RunLogger):
         self._writer.close()
 
 
-LOGGERS: ExtensionTable[type[RunLogger]] = ExtensionTable(
-    LOGGER_NAMES, {TENSORBOARD: TensorBoardLogger}, bases=(RunLogger,)
-)
-"""Loggers beside MLflow by name; the keys are values of the setting `tracking.loggers`."""
-
-
 def logger_class(name: str) -> type[RunLogger]:
     """Return a logger's class.
 
@@ -74,7 +67,8 @@ def logger_class(name: str) -> type[RunLogger]:
         UserError: If its package is missing or broken.
     """
     try:
-        return LOGGERS[name]
+        found: type[RunLogger] = LOGGERS[name]
+        return found
     except ExtensionError as error:
         raise UserError(f"tracking.loggers: {error}") from None
 

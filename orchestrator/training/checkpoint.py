@@ -124,7 +124,7 @@ def save_checkpoint(
         checksums = checksums_of(temporary)
         key = checksums[WEIGHTS][:KEY_LENGTH]
         record = {**provenance, "step": step, "weights": key, "checksums": checksums}
-        if package := METHODS.names.package(config.method):
+        if package := METHODS.package(config.method):
             record[METHOD_PACKAGE] = package
         text = json.dumps(record, indent=2) + "\n"
         (temporary / PROVENANCE).write_text(text, encoding="utf-8")

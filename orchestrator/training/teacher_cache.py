@@ -1,11 +1,9 @@
 """A teacher's logits on disk: computed once, read by all students of a sweep.
 
-    teachers/KEY/answers.bin      for each sequence, in the order of the steps, its tokens (int32)
-                                  and its logits (time, vocab), float32, or the bits of bfloat16
-    teachers/KEY/manifest.json    what determines them, and the file's checksum
-
-A student gets the same losses to the last bit, on the same machine with the same number of threads,
-and saves a forward pass of the teacher in each step. `distillation.teacher_cache` asks for it.
+`teachers/KEY/answers.bin` holds for each sequence, in the order of the steps, its tokens (int32)
+and its logits (time, vocab), as float32 or the bits of bfloat16; `manifest.json` what determines
+them, and a checksum. A student that reads them gets the same losses to the last bit, on the same
+machine with the same number of threads, and saves a forward pass of the teacher in each step.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,14 +30,12 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.settings import TrainingSettings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes
-from orchestrator.training.devices import OnDevice, World, autocast, frozen_dtype, on_cpu
+from orchestrator.training.devices import OnDevice, World, autocast, frozen_dtype
 from orchestrator.training.job import sequences_per_step
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import (
     checksums_of,
     damaged_file,
-    delete_folder,
-    free_disk,
     new_folder,
     read_json,
     write_json,
@@ -49,12 +45,6 @@ from orchestrator.workspace.provenance import content_key
 
 ANSWERS, MANIFEST = "answers.bin", "manifest.json"
 FORMAT_VERSION = 2
-
-Answers = Callable[[str], Iterable[tuple[Tensor, Tensor]]]
-"""Device -> for each step that needs the teacher, its sequences (batch, time) and the logits."""
-
-
-# The plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +100,6 @@ def answers_plan(
     Args:
         model: The teacher's configuration.
         origin: Keys of its weights and of the tokens; not needed if only the size matters.
-
-    Raises:
-        UserError: If the batch is not a whole number of sequences.
     """
     steps = list(filter(loss.uses_teacher, range(recipe.num_steps)))
     if loss.hidden_weight or not steps:
@@ -134,66 +121,13 @@ def answers_plan(
     )
 
 
-class TeacherWork(NamedTuple):
-    """Tokens that teachers have yet to compute, those of them to store, and the bytes to store."""
-
-    num_tokens: int = 0
-    num_stored_tokens: int = 0
-    num_bytes: int = 0
-
-
-def teacher_work(
-    plans: Sequence[CachePlan | None], tokens_left: Sequence[int], parent: Path
-) -> TeacherWork:
-    """Return what teachers will compute for trainings whose plans are to be stored.
-
-    Args:
-        plans: The logits that each training reads from the disk; None if its teacher runs in it.
-        tokens_left: Tokens that a teacher reads which runs in the training.
-        parent: Folder of all caches.
-
-    Raises:
-        UserError: If the logits do not fit on the disk.
-    """
-    num_live = sum(tokens for plan, tokens in zip(plans, tokens_left, strict=True) if plan is None)
+def missing_caches(plans: Iterable[CachePlan | None], parent: Path) -> list[CachePlan]:
+    """Return those of the plans, each once, that have no intact cache in a folder."""
     planned = {plan.key: plan for plan in plans if plan}
-    missing = [plan for key, plan in planned.items() if not open_cache(parent / key, plan)]
-    num_stored = sum(plan.num_tokens for plan in missing)
-    num_bytes = sum(plan.num_bytes for plan in missing)
-    if num_bytes > (free := free_disk(parent)):
-        raise UserError(
-            f"distillation.teacher_cache needs {format_bytes(num_bytes)}, and {parent} has "
-            f"{format_bytes(free)} free; set it to false, or shorten distillation.training"
-        )
-    return TeacherWork(num_live + num_stored, num_stored, num_bytes)
+    return [plan for key, plan in planned.items() if not open_cache(parent / key, plan)]
 
 
 # Reading
-
-
-def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | None:
-    """Return the frozen teacher on this worker's device; None if the job has none.
-
-    Stored answers replace the teacher if they are intact; others are ignored.
-    """
-    if job.objective != "distill" or job.teacher_folder is None:
-        return None
-    plan = cache_plan(job) if job.teacher_cache else None
-    if plan and (cached := open_cache(Path(str(job.teacher_cache)), plan)):
-        return cached
-    dtype = frozen_dtype(job.recipe.precision, world.device)
-    folder = Path(job.teacher_folder)
-    return load_model(folder, device=world.device, dtype=dtype, check=False, frozen=True)
-
-
-def open_cache(folder: Path, plan: CachePlan) -> CachedTeacher | None:
-    """Open a cache; None if it is missing or damaged, or has other content."""
-    with suppress(UserError, FileNotFoundError):  # Another process may delete it at any time.
-        manifest = read_json(folder / MANIFEST) or {}
-        is_right = manifest.get("plan") == asdict(plan)
-        if is_right and not damaged_file(folder, manifest["checksums"]):
-            return CachedTeacher(folder, np.memmap(folder / ANSWERS, plan.dtype, "r"))
-    return None
 
 
 @dataclass(frozen=True)
@@ -230,50 +164,69 @@ def _digests(sequences: np.ndarray) -> Iterator[bytes]:
     return (hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows)
 
 
+def open_cache(folder: Path, plan: CachePlan) -> CachedTeacher | None:
+    """Open a cache; None if it is missing or damaged, or has other content."""
+    with suppress(UserError, FileNotFoundError):  # Another process may delete it at any time.
+        manifest = read_json(folder / MANIFEST) or {}
+        is_right = manifest.get("plan") == asdict(plan)
+        if is_right and not damaged_file(folder, manifest["checksums"]):
+            return CachedTeacher(folder, np.memmap(folder / ANSWERS, plan.dtype, "r"))
+    return None
+
+
+def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | None:
+    """Return the frozen teacher on this worker's device, or its stored answers if they are intact;
+    None if the job has none.
+    """
+    if job.objective != "distill" or job.teacher_folder is None:
+        return None
+    plan = cache_plan(job) if job.teacher_cache else None
+    if plan and (cached := open_cache(Path(str(job.teacher_cache)), plan)):
+        return cached
+    dtype = frozen_dtype(job.recipe.precision, world.device)
+    folder = Path(job.teacher_folder)
+    return load_model(folder, device=world.device, dtype=dtype, check=False, frozen=True)
+
+
 # Writing
 
 
 def store_answers(
-    jobs: Sequence[TrainingJob],
-    parent: Path,
-    *,
-    on_device: OnDevice = on_cpu,
-    progress: Progress | None = None,
-) -> tuple[list[TrainingJob], TeacherWork]:
-    """Store what the teachers of jobs answer; return the jobs, which then read it, and the work.
+    jobs: Sequence[TrainingJob], parent: Path, *, on_device: OnDevice, progress: Progress
+) -> tuple[list[TrainingJob], int]:
+    """Store what the teachers of jobs answer.
 
     Args:
         parent: Folder of all caches.
         on_device: Runs the teacher.
 
+    Returns:
+        The jobs, which then read it, and the number of tokens that a teacher has read.
+
     Raises:
-        UserError: If the logits do not fit on the disk.
         RunFailed: If the disk fills up.
     """
-    progress, plans = progress or Progress(), [cache_plan(job) for job in jobs]
-    work = teacher_work(plans, [0] * len(plans), parent)
-    for number, (job, plan) in enumerate(zip(jobs, plans, strict=True)):
-        if plan is None or plan in plans[:number]:
-            continue
+    plans = [cache_plan(job) for job in jobs]
+    missing = missing_caches(plans, parent)
+    for plan in missing:  # An intact cache needs no teacher and no device.
         progress.start("teacher", plan.num_steps)
         try:
-            # A damaged cache is written again; an intact one needs no teacher and no device.
-            if not open_cache(parent / plan.key, plan):
-                on_device(partial(write_cache, plan, parent, partial(answers_of, job)), progress)
+            answers = partial(answers_of, jobs[plans.index(plan)])
+            on_device(partial(write_cache, plan, parent, answers), progress)
         except OSError as error:
             raise RunFailed(
                 f"cannot store the teacher's answers in {parent} ({error.strerror or error}); "
                 "free disk space, or set distillation.teacher_cache=false"
             ) from None
         progress.finish(f"answers for {plan.num_tokens:,} tokens, {format_bytes(plan.num_bytes)}")
-    return [
-        job.model_copy(update={"teacher_cache": str(parent / plan.key)}) if plan else job
-        for job, plan in zip(jobs, plans, strict=True)
-    ], work
+    folders = [str(parent / plan.key) if plan else None for plan in plans]
+    changes = zip(jobs, folders, strict=True)
+    reading = [job.model_copy(update={"teacher_cache": folder}) for job, folder in changes]
+    return reading, sum(plan.num_tokens for plan in missing)
 
 
 def answers_of(job: TrainingJob, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what `write_cache` stores, computed as the job itself would."""
+    """Yield the sequences and logits of each step, computed as the job itself would."""
     data, recipe, world = open_data(job.tokens_folder), job.recipe, World(device=device)
     teacher: Any = load_teacher(job.model_copy(update={"teacher_cache": None}), world)
     loss = job.distillation or DistillationConfig()
@@ -294,21 +247,22 @@ def answers_of(job: TrainingJob, device: str = "cpu") -> Iterator[tuple[Tensor, 
 def write_cache(
     plan: CachePlan,
     parent: Path,
-    answers: Answers,
+    answers: Callable[[str], Iterable[tuple[Tensor, Tensor]]],
     device: str = "cpu",
     progress: Progress | None = None,
-) -> Path:
-    """Write a cache into `parent`/<key>, unless an intact one exists; return its folder.
+) -> None:
+    """Write a cache into `parent`/<key>, unless an intact one exists.
+
+    Args:
+        answers: Device -> for each step, its sequences (batch, time) and the logits.
 
     Raises:
         OSError: If the disk is full.
     """
-    progress, folder = progress or Progress(), parent / plan.key
+    folder = parent / plan.key
     with lock_file(parent / f".{plan.key}.lock"):
-        if open_cache(folder, plan):
-            return folder
-        if folder.exists():
-            progress.note(f"{folder} is damaged and is written again")
+        if open_cache(folder, plan):  # Another process has written it.
+            return
         with new_folder(folder) as temporary:
             with (temporary / ANSWERS).open("wb") as file:
                 for number, (sequences, logits) in enumerate(answers(device), start=1):
@@ -317,17 +271,6 @@ def write_cache(
                     is_half = logits.dtype == torch.bfloat16
                     stored["logits"] = (logits.view(torch.int16) if is_half else logits).numpy()
                     file.write(stored.tobytes())
-                    progress.advance(number)
+                    (progress or Progress()).advance(number)
             checksums = checksums_of(temporary, [ANSWERS])
             write_json(temporary / MANIFEST, {"plan": asdict(plan), "checksums": checksums})
-    return folder
-
-
-def delete_answers(jobs: Iterable[TrainingJob]) -> None:
-    """Delete what was stored for jobs that are finished.
-
-    A process that has opened it can read on; a later one runs the teacher.
-    """
-    for folder in {job.teacher_cache for job in jobs if job.teacher_cache}:
-        with suppress(OSError):
-            delete_folder(Path(folder))

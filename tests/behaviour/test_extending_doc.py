@@ -86,7 +86,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 def test_the_package_of_the_page_extends_everything_that_can_be(place: Place) -> None:
-    groups = {point.names.group for point in extension_points()}
+    groups = {point.group for point in extension_points()}
     assert set(PYPROJECT["project"]["entry-points"]) == groups
     assert PYPROJECT["tool"]["setuptools"]["py-modules"] == list(MODULES)
     with on_path(place.site):

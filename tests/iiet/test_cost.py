@@ -321,7 +321,7 @@ class Noisy(ExplicitEuler):
 
 
 def test_a_recomputed_layer_draws_the_same_random_numbers_again(monkeypatch):
-    monkeypatch.setitem(METHODS._classes, "noisy", Noisy)
+    monkeypatch.setitem(METHODS.own, "noisy", Noisy)
     decoder = Decoder(wide("noisy"))
     ids = torch.randint(32, (2, TIME))
     found = []

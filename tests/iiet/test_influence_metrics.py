@@ -52,7 +52,7 @@ def registered(monkeypatch):
         "slope": Slope,
         "stop": type("Stop", (LossRise,), {}),
     }
-    monkeypatch.setattr(INFLUENCE_METRICS, "_classes", {**INFLUENCE_METRICS._classes, **added})
+    monkeypatch.setattr(INFLUENCE_METRICS, "own", {**INFLUENCE_METRICS.own, **added})
 
 
 def decoder():
@@ -108,7 +108,7 @@ def test_worths_follow_what_the_metric_declares():
 
 def test_a_table_can_be_read_without_its_metric():
     stored = influence_table(decoder(), [TOKENS], metric="constant").to_dict()
-    del INFLUENCE_METRICS._classes["constant"]
+    del INFLUENCE_METRICS.own["constant"]
     table = InfluenceTable.from_dict(stored)
     assert table.value_rows == Constant.rows
     with pytest.raises(ExtensionError, match="there is no influence metric 'constant'; known: cos"):

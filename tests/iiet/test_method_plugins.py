@@ -110,7 +110,6 @@ def site(tmp_path, monkeypatch):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setattr(METHODS, "_classes", dict(METHODS._classes))
     yield folder
     sys.modules.pop("relaxed_methods", None)
 

@@ -237,7 +237,7 @@ def test_schedules_are_read_as_by_the_core(text):
 
 
 def test_every_method_has_a_layer():
-    assert list(LAYERS) == list(METHODS.names.own)
+    assert list(LAYERS) == list(METHODS.own)
     assert IIETConfig().to_dict()["rope_theta"] == 10000.0
 
 
@@ -322,7 +322,7 @@ def test_an_export_needs_a_known_end_of_text_and_code_for_its_method(
     class Local(METHODS["iiet"]):
         pass
 
-    monkeypatch.setitem(METHODS._classes, "local", Local)
+    monkeypatch.setitem(METHODS.own, "local", Local)
     with pytest.raises(
         ValueError, match=r"'local' of another package .* does not set modeling_file"
     ):

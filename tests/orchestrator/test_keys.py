@@ -20,8 +20,7 @@ from iiet.methods.implicit_euler import ImplicitEulerOptions
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation.measuring import Conditions, ModelMeasurer
 from orchestrator.evaluation.store import EvaluationStore
-from orchestrator.evaluation.suite import load_suite
-from orchestrator.evaluation.tasks import TaskSelection
+from orchestrator.evaluation.tasks import TaskSelection, load_suite
 from orchestrator.models.open import open_model
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import TrialSuite

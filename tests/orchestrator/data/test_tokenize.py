@@ -66,7 +66,7 @@ def test_the_tokens_are_the_documents(tmp_path: Path, monkeypatch: pytest.Monkey
     assert split_documents(store, store.validation) == validation
     counts = store.manifest.validation
     assert (counts.documents, counts.bytes) == (len(validation), sum(map(len, validation)))
-    lines = store.validation_documents_path.read_text().splitlines()
+    lines = (store.folder / "validation.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == [
         {"text": each, "source": "texts.jsonl"} for each in validation
     ]

@@ -25,17 +25,18 @@ from orchestrator.evaluation import heldout
 from orchestrator.evaluation.adapter import DecoderModel, run_task
 from orchestrator.evaluation.heldout import (
     TEXT_TASKS,
-    HeldoutSuite,
-    build_heldout,
+    heldout_chances,
+    heldout_folder,
     offered_tasks,
 )
-from orchestrator.evaluation.selection import (
+from orchestrator.evaluation.tasks import (
+    Suite,
+    TaskSelection,
     lm_eval_task_fingerprints,
+    load_suite,
     select_tasks,
     tasks_of_source,
 )
-from orchestrator.evaluation.suite import Suite, load_suite
-from orchestrator.evaluation.tasks import TaskSelection
 from orchestrator.models.tokenizer import ModelTokenizer, load_tokenizer
 from orchestrator.pipelines.sweeps import plan_sweep
 from orchestrator.records.evaluation import EvaluationResult
@@ -93,13 +94,17 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tokens_of(texts, folder, vocab_size=400, validation_fraction=0.3)
 
 
+def built(data: Path, num_items: int = NUM_ITEMS, context_length: int = CONTEXT_LENGTH) -> Path:
+    return heldout_folder(data, num_items=num_items, context_length=context_length, make=Progress())
+
+
 @pytest.fixture(scope="module")
-def suite(tokens: Path) -> HeldoutSuite:
-    return build_heldout(tokens, num_items=NUM_ITEMS, context_length=CONTEXT_LENGTH)
+def suite(tokens: Path) -> Path:
+    return built(tokens)
 
 
-def rows(suite: HeldoutSuite, name: str) -> list[dict[str, Any]]:
-    lines = (suite.folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+def rows(suite: Path, name: str) -> list[dict[str, Any]]:
+    lines = (suite / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -108,9 +113,7 @@ def held_out(tokens: Path) -> str:
     return "\0".join(json.loads(line)["text"] for line in lines)
 
 
-def test_items_are_diverse_slices_of_the_held_out_documents(
-    tokens: Path, suite: HeldoutSuite
-) -> None:
+def test_items_are_diverse_slices_of_the_held_out_documents(tokens: Path, suite: Path) -> None:
     text, tokenizer = held_out(tokens), load_tokenizer(tokens)
     train = tokenizer.decode(open_tokens(tokens).train.tolist())
     items = rows(suite, "lastword")
@@ -129,34 +132,37 @@ def test_items_are_diverse_slices_of_the_held_out_documents(
 
 
 def test_the_same_documents_and_settings_give_the_same_suite(
-    tokens: Path, suite: HeldoutSuite, tmp_path: Path
+    tokens: Path, suite: Path, tmp_path: Path
 ) -> None:
-    other = build_heldout(tokens, num_items=20, context_length=CONTEXT_LENGTH)
-    assert other.folder != suite.folder
-    assert other.tasks["lastword"] <= 20
-    assert any("standard error" in note for note in other.notes)
-    written = (suite.folder / "suite.json").stat().st_mtime_ns
-    before = {name: rows(suite, name) for name in TEXT_TASKS}
-    assert build_heldout(tokens, num_items=NUM_ITEMS, context_length=CONTEXT_LENGTH) == suite
-    assert (suite.folder / "suite.json").stat().st_mtime_ns == written
+    other = built(tokens, 20)
+    assert other != suite
+    assert len(rows(other, "lastword")) <= 20
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in suite.iterdir()}
+    assert built(tokens) == suite
+    assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in suite.iterdir()} == before
     # The fingerprint does not depend on the path.
-    copy = Path(shutil.copytree(suite.folder, tmp_path / suite.folder.name))
-    here, there = (load_suite(TaskSelection(heldout=f)) for f in (suite.folder, copy))
+    copy = Path(shutil.copytree(suite, tmp_path / suite.name))
+    here, there = (load_suite(TaskSelection(heldout=folder)) for folder in (suite, copy))
+    assert set(here.tasks) == set(TEXT_TASKS)
     for name in TEXT_TASKS:
         assert there.fingerprint(name) == here.fingerprint(name)
         assert "custom_dataset" in here.tasks[name].dump_config()
     assert len({here.fingerprint(name) for name in TEXT_TASKS}) == len(TEXT_TASKS)
-    # Made again.
-    (suite.folder / "suite.json").unlink()
-    build_heldout(tokens, num_items=NUM_ITEMS, context_length=CONTEXT_LENGTH)
-    assert {name: rows(suite, name) for name in TEXT_TASKS} == before
+    # Made again; a damaged one is an error.
+    (suite / "suite.json").unlink()
+    built(tokens)
+    for name in ("lastword.jsonl", "bits_per_byte.jsonl", "suite.json"):
+        assert (suite / name).read_bytes() == before[name][1]
+    (copy / "lastword.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"damaged: lastword\.jsonl was .* delete the folder"):
+        load_suite(TaskSelection(heldout=copy))
 
 
 def test_the_documents_with_the_smallest_hashes_are_sampled(tokens: Path) -> None:
     texts = held_out(tokens).split("\0")
     digest = {text: hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts}
     sizes = (1, 6000, 1500, 10**9)
-    sampled = heldout._sample([open_tokens(tokens)], *sizes)
+    sampled = heldout._sampled([open_tokens(tokens)], *sizes)
     for num_bytes, found in zip(sizes, sampled, strict=True):
         chosen, total = set[str](), 0
         for text in sorted(texts, key=digest.__getitem__):
@@ -166,25 +172,11 @@ def test_the_documents_with_the_smallest_hashes_are_sampled(tokens: Path) -> Non
         assert found == [text for text in texts if text in chosen]
 
 
-def test_code_in_the_folder_is_never_run(tokens: Path, suite: HeldoutSuite, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(suite.folder, tmp_path / "tokens" / suite.folder.name))
-    ran = tmp_path / "ran"
-    code = f"open({str(ran)!r}, 'w')\ndef lastword(**_): raise SystemExit\n"
-    (folder / "heldout_reader.py").write_text(code)
-    for name in suite.tasks:
-        text = f"task: {name}\ncustom_dataset: !function heldout_reader.lastword\n"
-        (folder / f"{name}.yaml").write_text(text)
-    found = load_suite(TaskSelection(heldout=folder))
-    assert set(found.tasks) == set(TEXT_TASKS)
-    assert found.num_items("lastword") == suite.tasks["lastword"]
-    assert not ran.exists()
-
-
 def test_text_without_sentences_is_one_error(tmp_path: Path) -> None:
     texts = [f"{i} " + "0x1f;" * i for i in range(1, 20)]
     folder = tokens_of(texts, tmp_path, vocab_size=300)
     with pytest.raises(UserError, match="give no test items"):
-        build_heldout(folder, num_items=50, context_length=64)
+        built(folder, 50, 64)
     assert not list(folder.glob("*heldout*"))
 
 
@@ -207,45 +199,23 @@ def test_a_mixture_gives_tasks_of_all_texts_together_and_of_its_depth_tasks(
     data = prepare(settings, Workspace(tmp_path / "workspace"))
     names = (*TEXT_TASKS, "s5_4")
     assert tasks_of_source(settings) == offered_tasks(open_data(data)) == names
-    suite = build_heldout(data, num_items=NUM_ITEMS, context_length=CONTEXT_LENGTH)
-    assert suite.tasks.keys() == set(names)
-    assert suite.tasks["s5_4"] == NUM_ITEMS
+    suite = built(data)
+    assert {path.stem for path in suite.glob("*.jsonl")} == set(names)
+    assert len(rows(suite, "s5_4")) == NUM_ITEMS
     whole = [row["text"].partition(":")[0] for row in rows(suite, "bits_per_byte")]
     assert set(whole) == {"files", "hub"}
 
 
-@pytest.mark.slow
-def test_lm_eval_runs_the_tasks(
-    suite: HeldoutSuite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import datasets
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    monkeypatch.chdir(suite.folder)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    manager = TaskManager(include_path=".", include_defaults=False)
-    tasks = manager.load(["heldout"])
-    # No bootstrap: it forks, and a process with threads of Ray or PyTorch may then hang.
-    wrong = HandMade(lambda _: "")
-    results = lm_eval.evaluate(lm=wrong, task_dict=tasks, bootstrap_iters=0)
-    found = results["results"]
-    assert set(TEXT_TASKS) <= set(found)
-    assert found["lastword"]["acc,none"] == 0.0
-    assert found["bits_per_byte"]["bits_per_byte,none"] == pytest.approx(1.4427, abs=1e-3)
-    assert results["n-samples"]["lastword"]["effective"] == suite.tasks["lastword"]
-
-
 def test_a_suite_can_mix_held_out_and_other_tasks(
-    tokens: Path, suite: HeldoutSuite, tmp_path: Path
+    tokens: Path, suite: Path, tmp_path: Path
 ) -> None:
     settings = EvaluationSettings(
         suite="first, heldout, last", num_items=NUM_ITEMS, include_path=str(tmp_path)
     )
     asked = select_tasks(settings, tokens, context_length=CONTEXT_LENGTH)
-    assert asked.names == ("first", *suite.tasks, "last")
+    assert asked.names == ("first", *TEXT_TASKS, "last")
     assert asked.folders == (tmp_path,)
-    assert asked.heldout == suite.folder
+    assert asked.heldout == suite
 
 
 # Depth tasks
@@ -256,10 +226,6 @@ NUM_DEPTH_ITEMS = 150
 def prepared(folder: Path, *tasks: str) -> Path:
     depth = {"data.source": "depth", "data.depth.tasks": tasks, "data.depth.length": 16}
     return prepare(resolve_settings({}, options=depth).data, Workspace(folder))
-
-
-def built(data: Path) -> HeldoutSuite:
-    return build_heldout(data, num_items=NUM_DEPTH_ITEMS, context_length=32)
 
 
 def hops(context: str, count: int) -> str:
@@ -278,8 +244,8 @@ def run_model(suite: Suite, model: LM) -> EvaluationResult:
 
 
 def test_a_perfect_model_has_all_items_right_and_a_guess_is_at_chance(tmp_path: Path) -> None:
-    data = built(prepared(tmp_path, "phop_2", "phop_3"))
-    suite = load_suite(TaskSelection(heldout=data.folder))
+    folder = built(prepared(tmp_path, "phop_2", "phop_3"), NUM_DEPTH_ITEMS, 32)
+    suite, chances = load_suite(TaskSelection(heldout=folder)), heldout_chances(folder)
     perfect = run_model(suite, HandMade(lambda text: hops(text, int(text[7]))))
     assert perfect.accuracies["phop_2"][0] == perfect.accuracies["phop_3"][0] == 1.0
     draw = random.Random(0)
@@ -291,7 +257,7 @@ def test_a_perfect_model_has_all_items_right_and_a_guess_is_at_chance(tmp_path: 
     }
     for name, (what, model) in repeats.items():
         repeated = 100 * run_model(suite, model).accuracies[name][0]
-        assert data.chances[name] == f"25.0%, or {repeated:.1f}% by repeating the {what}"
+        assert chances[name] == f"25.0%, or {repeated:.1f}% by repeating the {what}"
         assert guess.accuracies[name][0] < 0.45
         mean, error = constant.accuracies[name]
         assert abs(mean - 0.25) < 4 * error
@@ -317,12 +283,11 @@ def test_accuracy_is_that_of_the_likeliest_symbol(tmp_path: Path, name: str) -> 
             initializer_std=0.5,
         )
     ).eval()
-    suite = built(data)
-    loaded = load_suite(TaskSelection(heldout=suite.folder))
+    suite = built(data, NUM_DEPTH_ITEMS, 32)
+    loaded = load_suite(TaskSelection(heldout=suite))
     result = run_task(name, loaded.tasks[name], DecoderModel(decoder, tokenizer)).result
-    lines = (suite.folder / f"{name}.jsonl").read_text().splitlines()
     values = []
-    for row in map(json.loads, lines):
+    for row in rows(suite, name):
         context = torch.tensor([tokenizer.encode(row["context"], add_special_tokens=False)])
         ids = [tokenizer.tokenizer.token_to_id(choice) for choice in row["choices"]]
         with torch.no_grad():
@@ -346,7 +311,7 @@ def test_a_task_of_the_data_can_be_named_by_itself(tmp_path: Path) -> None:
     assert lm_eval_task_fingerprints(settings, needs_accuracy=True) == {}
     with pytest.raises(UserError, match="a sweep's front needs an accuracy"):
         lm_eval_task_fingerprints(EvaluationSettings(suite="bits_per_byte"), needs_accuracy=True)
-    folder = build_heldout(data, num_items=20, context_length=32).folder
+    folder = built(data, 20, 32)
     asked = TaskSelection(names=("chain_2",), heldout=folder)
     assert list(load_suite(asked, planned=()).tasks) == ["chain_2"]
 

@@ -21,8 +21,7 @@ from orchestrator.evaluation.store import (
     find_logged_run,
     top_groups,
 )
-from orchestrator.evaluation.suite import Suite, load_suite
-from orchestrator.evaluation.tasks import TaskSelection
+from orchestrator.evaluation.tasks import Suite, TaskSelection, load_suite
 from orchestrator.models.tokenizer import ModelTokenizer
 from orchestrator.records.evaluation import EvaluationKeys
 from orchestrator.workspace.errors import RunFailed, UserError

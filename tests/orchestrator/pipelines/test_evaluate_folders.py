@@ -22,10 +22,8 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from orchestrator.data.store import open_tokens
-from orchestrator.evaluation import selection
-from orchestrator.evaluation.heldout import HeldoutSuite
-from orchestrator.evaluation.suite import load_suite
-from orchestrator.evaluation.tasks import TaskSelection
+from orchestrator.evaluation import tasks
+from orchestrator.evaluation.tasks import TaskSelection, load_suite
 from orchestrator.models.open import OpenedModel, load_model, open_model
 from orchestrator.pipelines.models import export_checkpoint, import_model
 from orchestrator.records.evaluation import EvaluationResult
@@ -251,13 +249,11 @@ def test_held_out_tasks_of_a_folder_come_from_the_newest_tokens(
     shutil.copytree(tiny_tokens, workspace.tokens / "newer")
     asked: list[Path | str] = []
 
-    def build(tokens: Path | str, **_: Any) -> HeldoutSuite:
+    def build(tokens: Path | str, **_: Any) -> Path:
         asked.append(tokens)
-        tasks = Path(__file__).parent  # without any: what follows is another test's
-        return HeldoutSuite(folder=tasks, tasks={}, notes=(), chances={})
+        return Path(__file__).parent  # without any: what follows is another test's
 
-    monkeypatch.setattr(selection, "build_heldout", build)
-    monkeypatch.setattr(selection, "find_heldout", build)
+    monkeypatch.setattr(tasks, "heldout_folder", build)
     with pytest.raises(UserError, match="no held-out tasks"):
         evaluate(folder, EvaluationSettings(), workspace)
     assert set(asked) == {workspace.tokens / "newer"}

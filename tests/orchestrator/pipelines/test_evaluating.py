@@ -13,7 +13,7 @@ from one_evaluation import evaluate_model
 
 from iiet.schedule import IterationSchedule
 from orchestrator.evaluation import measuring
-from orchestrator.evaluation import suite as loading
+from orchestrator.evaluation import tasks as loading
 from orchestrator.models.folder import load_config
 from orchestrator.models.open import OpenedModel, open_model
 from orchestrator.pipelines.evaluating import ModelEvaluations

@@ -22,7 +22,7 @@ from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 from orchestrator.workspace.provenance import extension_packages
 
-GROUPS = {table.names.group: table for table in extension_points()}
+GROUPS = {table.group: table for table in extension_points()}
 SOURCE = """
 from itertools import product
 
@@ -81,8 +81,8 @@ def test_the_tables_hold_this_projects_classes_first() -> None:
         "iiet_orch.loggers": "tensorboard",
     }
     for table in extension_points():
-        assert all(table[name] for name in table.names.own)
-        assert not table.names.entry_points()
+        assert all(table[name] for name in table.own)
+        assert not table.entry_points()
     assert extension_packages() == {}
 
 
@@ -92,8 +92,8 @@ def test_names_of_packages_come_after_and_are_looked_up_when_used(site: Path) ->
     ]  # fmt: skip
     assert len(INFLUENCE_METRICS) == 6
     assert INFLUENCE_METRICS["distance"].__module__ == "of_mine"
-    assert INFLUENCE_METRICS.names.package("distance") == f"{PACKAGE} 1.0"
-    assert INFLUENCE_METRICS.names.package("cosine") is None
+    assert INFLUENCE_METRICS.package("distance") == f"{PACKAGE} 1.0"
+    assert INFLUENCE_METRICS.package("cosine") is None
     assert extension_packages() == {PACKAGE: "1.0"}
     assert METHODS["iiet"], "a broken package does not disturb what does not use it"
     with pytest.raises(KeyError):
@@ -114,7 +114,7 @@ def test_what_cannot_be_used_is_one_sentence_before_the_work(
             "the influence metric 'broken' of the package my-extensions 1.0 cannot be imported "
             "from of_mine_broken:Metric (ImportError: libfoo.so is missing); repair the package",
         ),
-        ("influence", "influence.metric=no_class", "iiet.influence_metrics.InfluenceMetric, got 1"),
+        ("influence", "influence.metric=no_class", "iiet.influence_metrics:InfluenceMetric, got 1"),
         (
             "influence", "influence.metric=angel",
             "influence.metric: input should be 'cosine', 'relative', 'loss', 'broken', 'distance' "
@@ -197,7 +197,7 @@ def test_of_one_name_the_projects_own_class_is_used(site: Path) -> None:
     install(site / "other", {}, {"iiet.methods": {"iiet": "a:B"}}, name="other")
     with on_path(site / "other"):
         assert METHODS["iiet"] is own
-        assert METHODS.names.package("iiet") is None
+        assert METHODS.package("iiet") is None
 
 
 def test_doctor_lists_what_packages_add(

@@ -30,7 +30,7 @@ from orchestrator.settings import Settings, resolve_settings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes
 from orchestrator.training.devices import World
-from orchestrator.training.teacher_cache import TeacherWork
+from orchestrator.training.teacher_cache import CachePlan
 from orchestrator.workspace.errors import DeviceError, UserError
 
 GIB = 2**30
@@ -112,7 +112,9 @@ def test_the_proposal_takes_clearly_less_than_the_plan_that_failed(
     assert request(*given, change, num_workers=4, on_gpus=True).worker_bytes <= most
 
 
-def test_the_disk_holds_all_checkpoints_that_exist_at_one_time(tiny_plan: SweepPlan) -> None:
+def test_the_disk_holds_all_checkpoints_that_exist_at_one_time(
+    tiny_plan: SweepPlan, tmp_path: Path
+) -> None:
     asked = request("training.num_checkpoints_kept=4", "training.num_steps=100000")
     one = asked.checkpoint_bytes
     message = refused(asked, disk=3 * one)
@@ -129,9 +131,13 @@ def test_the_disk_holds_all_checkpoints_that_exist_at_one_time(tiny_plan: SweepP
     assert refused(*trials, disk=4 * one) == ""
     message = r"the run would write about 475 KiB \(checkpoints .* has 357 KiB free"
     assert re.search(message, refused(*trials, disk=3 * one))
-    stored = TeacherWork(num_bytes=one)
-    assert "teacher outputs 119 KiB" in refused(*trials, disk=4.5 * one, teacher=stored)
-    assert refused(*trials, disk=5 * one, teacher=stored) == ""
+    answers = CachePlan(origin={}, num_steps=4, num_sequences=1, context_length=10, vocab_size=750)
+    num_bytes = 4 * 10 * 4 * (1 + 750)
+    taught = [replace(each, cache=answers) for each in trials]
+    assert refused(*taught, disk=4.5 * one) == ""
+    message = refused(*taught, disk=4.5 * one, teachers=tmp_path)
+    assert f"teacher outputs {format_bytes(num_bytes)}" in message
+    assert refused(*taught, disk=4 * one + num_bytes, teachers=tmp_path) == ""
     # Each keeps two, and each that runs at the same time writes one more.
     often = {"checkpoint_every_steps": 10, "num_checkpoints_kept": 2}
     trials = [replace(each, recipe=each.recipe.model_copy(update=often)) for each in trials]

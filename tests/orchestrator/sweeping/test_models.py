@@ -48,7 +48,7 @@ class Other(ImplicitEuler):
 
 @pytest.fixture
 def other(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(METHODS, "_classes", {**METHODS._classes, "other": Other})
+    monkeypatch.setattr(METHODS, "own", {**METHODS.own, "other": Other})
     return "other"
 
 

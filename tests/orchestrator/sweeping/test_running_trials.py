@@ -19,8 +19,8 @@ from changed_trials import in_folder, with_accuracy, with_job
 from iiet.decoder import Decoder
 from orchestrator.cluster.tune import AshaByModel
 from orchestrator.evaluation import measuring
-from orchestrator.evaluation import suite as loading
-from orchestrator.evaluation.suite import Suite
+from orchestrator.evaluation import tasks as loading
+from orchestrator.evaluation.tasks import Suite
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module

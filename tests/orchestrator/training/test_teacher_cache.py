@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,27 +20,25 @@ from iiet.batch import Batch
 from iiet.decoder import Decoder
 from iiet.distillation import DistillationConfig, distillation_loss
 from orchestrator.models.open import load_model
-from orchestrator.planning.estimate import Estimate
+from orchestrator.planning.estimate import Estimate, price_of
 from orchestrator.records.training import TrainingJob
 from orchestrator.terminal.progress import Progress
 from orchestrator.training import teacher_cache
-from orchestrator.training.devices import World
+from orchestrator.training.devices import OnDevice, World, on_cpu
 from orchestrator.training.teacher_cache import (
     ANSWERS,
     CachedTeacher,
     CachePlan,
-    TeacherWork,
     answers_of,
     cache_plan,
-    delete_answers,
     load_teacher,
+    missing_caches,
     open_cache,
     store_answers,
-    teacher_work,
     write_cache,
 )
 from orchestrator.training.trainer import run_job
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import read_journal
 
 RECIPE: dict[str, Any] = {
@@ -67,16 +67,6 @@ def student(
     return make
 
 
-class Notes(Progress):
-    """Records the notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def plan_of(job: TrainingJob) -> CachePlan:
     plan = cache_plan(job)
     assert plan
@@ -84,8 +74,12 @@ def plan_of(job: TrainingJob) -> CachePlan:
 
 
 def stored(job: TrainingJob, parent: Path) -> TrainingJob:
-    [job], _ = store_answers([job], parent)
+    [job], _ = store(parent, job)
     return job
+
+
+def store(parent: Path, *jobs: TrainingJob, on_device: OnDevice = on_cpu) -> Any:
+    return store_answers(jobs, parent, on_device=on_device, progress=Progress())
 
 
 @pytest.mark.parametrize(
@@ -115,7 +109,7 @@ def test_a_run_with_stored_answers_is_bitwise_equal_to_one_with_a_live_teacher(
     assert found.training_flops < expected.training_flops, "only a teacher that runs counts"
     started = [read_journal(job.folder)[0][0] for job in (live, reading)]
     assert ['"reads_teacher": true' in json.dumps(event) for event in started] == [False, True]
-    delete_answers([reading])
+    shutil.rmtree(str(reading.teacher_cache))
     monkeypatch.undo()
     assert isinstance(load_teacher(reading, World()), Decoder)
 
@@ -170,40 +164,30 @@ def test_the_key_of_a_cache_depends_on_what_changes_the_answers(
         assert cache_plan(student(**without)) is None
 
 
-def test_a_damaged_cache_is_reported_and_written_again_and_never_read(
+def test_a_damaged_cache_is_written_again_and_never_read(
     student: MakeStudent, tmp_path: Path
 ) -> None:
-    job, notes, devices = stored(student(), tmp_path / "t"), Notes(), list[str]()
+    job, devices = stored(student(), tmp_path / "t"), list[str]()
     folder, plan = Path(str(job.teacher_cache)), plan_of(job)
 
     def on_device(work: Any, progress: Progress) -> None:
         devices.append("cpu")
         work("cpu", progress)
 
-    def store() -> None:
-        jobs = [job, student("b")]
-        store_answers(jobs, tmp_path / "t", on_device=on_device, progress=notes)  # type: ignore[arg-type]
-
-    store()
+    again = partial(store, tmp_path / "t", job, student("b"), on_device=on_device)  # type: ignore[arg-type]
+    again()
     assert devices == [], "an intact cache needs no device"
     good = (folder / ANSWERS).read_bytes()
     for bad in (good[:-4], good[:-4] + b"\0\1\2\3"):
         (folder / ANSWERS).write_bytes(bad)
         assert isinstance(load_teacher(job, World()), Decoder), "the teacher runs instead"
-        store()
+        again()
         assert (folder / ANSWERS).read_bytes() == good
-    assert len(devices) == len(notes.notes) == 2
-    assert notes.notes[0] == f"{folder} is damaged and is written again"
+    assert len(devices) == 2
     assert open_cache(folder, plan)
     assert open_cache(folder, plan_of(student(recipe={"seed": 1}))) is None
     (folder / ANSWERS).unlink()
     assert open_cache(folder, plan) is None
-
-
-def work_of(jobs: list[TrainingJob], parent: Path, *, is_stored: bool = True) -> TeacherWork:
-    trainings = list(map(Estimate.of, jobs))
-    plans = [each.cache if is_stored else None for each in trainings]
-    return teacher_work(plans, [each.num_teacher_tokens for each in trainings], parent)
 
 
 def test_all_students_of_a_teacher_read_one_file_that_is_planned_once(
@@ -216,40 +200,39 @@ def test_all_students_of_a_teacher_read_one_file_that_is_planned_once(
         student("hidden", distillation=DistillationConfig(hidden_weight=0.5)),
         student("other seed", recipe={"seed": 1}),
     ]
-    num_tokens, size = 6 * 64, plan_of(jobs[0]).num_bytes
-    assert work_of(jobs, tmp_path / "t", is_stored=False) == TeacherWork(4 * num_tokens)
-    planned = TeacherWork(3 * num_tokens, 2 * num_tokens, 2 * size)  # One is live.
-    assert work_of(jobs, tmp_path / "t") == planned
-    shared, work = store_answers(jobs, tmp_path / "t")
-    assert work == TeacherWork(2 * num_tokens, 2 * num_tokens, 2 * size)
+    num_tokens, size, folder = 6 * 64, plan_of(jobs[0]).num_bytes, tmp_path / "t"
+    price = partial(price_of, list(map(Estimate.of, jobs)), tmp_path)
+    assert price().num_teacher_tokens == 4 * num_tokens
+    assert price(teachers=folder).num_teacher_tokens == 3 * num_tokens, "one is live"
+    assert price(teachers=folder).disk["teacher outputs"] == 2 * size
+    shared, num_read = store(folder, *jobs)
+    assert num_read == 2 * num_tokens
     assert [bool(job.teacher_cache) for job in shared] == [True, False, True, False, True]
     assert shared[0].teacher_cache == shared[2].teacher_cache != shared[4].teacher_cache
-    sizes = [path.stat().st_size for path in (tmp_path / "t").glob(f"*/{ANSWERS}")]
+    sizes = [path.stat().st_size for path in folder.glob(f"*/{ANSWERS}")]
     assert sizes == [size, size]
-    assert store_answers(jobs, tmp_path / "t") == (shared, TeacherWork())
-    assert work_of(jobs, tmp_path / "t") == TeacherWork(num_tokens)
+    assert store(folder, *jobs) == (shared, 0)
+    assert missing_caches(map(cache_plan, jobs), folder) == []
+    assert price(teachers=folder).num_teacher_tokens == num_tokens
 
 
-def test_what_does_not_fit_on_the_disk_is_refused_and_a_full_disk_leaves_nothing(
-    student: MakeStudent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    jobs = [student(f"{seed}", recipe={"seed": seed}) for seed in range(3)]
-    plan = plan_of(jobs[0])
+def test_a_full_disk_leaves_nothing(student: MakeStudent, tmp_path: Path) -> None:
+    job = student()
+    plan = plan_of(job)
 
     def full_after_half(_: str) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from islice(answers_of(jobs[0]), plan.num_steps // 2)
+        yield from islice(answers_of(job), plan.num_steps // 2)
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
         write_cache(plan, tmp_path / "t", full_after_half)
     assert [path.name for path in (tmp_path / "t").iterdir()] == [f".{plan.key}.lock"]
-    needed = 3 * plan.num_bytes
-    monkeypatch.setattr(teacher_cache, "free_disk", lambda _: needed - 1)
-    with pytest.raises(UserError, match=r"distillation\.teacher_cache needs .* set it to false"):
-        store_answers(jobs, tmp_path / "t")
-    monkeypatch.setattr(teacher_cache, "free_disk", lambda _: needed)
-    assert work_of(jobs, tmp_path / "t").num_bytes == needed
-    assert len(store_answers(jobs, tmp_path / "t")[0]) == 3
+
+    def full(work: Any, progress: Progress) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunFailed, match=r"No space left .* set distillation\.teacher_cache=false"):
+        store(tmp_path / "t", job, on_device=full)  # type: ignore[arg-type]
 
 
 def test_the_logits_of_one_pass_only_are_computed_at_once(

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 from lm_eval_tasks import write_task
 
-from orchestrator.evaluation import suite
-from orchestrator.evaluation.suite import Suite, load_suite
-from orchestrator.evaluation.tasks import TaskSelection
+from orchestrator.evaluation import tasks
+from orchestrator.evaluation.tasks import Suite, TaskSelection, load_suite
 from orchestrator.workspace.errors import RunFailed, UserError
 
 LAST_WORDS = [{"context": f"one {word} and {word}", "word": word} for word in ("bag", "cab")]
@@ -40,7 +39,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     # A data set's loader must fail at once: no retries, no look-up.
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("asked the network"))
-    monkeypatch.setattr(suite, "hub_problem", no_hub)
+    monkeypatch.setattr(tasks, "hub_problem", no_hub)
     return asked
 
 
