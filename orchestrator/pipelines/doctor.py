@@ -171,7 +171,7 @@ def _workspace(workspace: Workspace) -> Found:
     if not os.access(workspace.root, os.W_OK):
         raise UserError(f"{workspace.root} cannot be written; choose another with --workspace")
     damage: list[str] = []
-    names = ", ".join(a.name for a in show_status(workspace, note=damage.append).activities)
+    names = ", ".join(a["name"] for a in show_status(workspace, note=damage.append).activities)
     for sentence in damage:
         yield False, sentence, "`iiet-orch clean damaged` lists what can go"
     yield True, f"{workspace.root}; {names or 'nothing'} runs in it", ""

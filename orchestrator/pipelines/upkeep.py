@@ -18,10 +18,10 @@ from datetime import datetime
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import psutil
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from orchestrator.pipelines.result import Result
 from orchestrator.reporting.sections import Column, Table, TableRow
@@ -55,21 +55,6 @@ Found = Iterator[tuple[Any, ...]]
 # List
 
 
-class Entry(Result):
-    """One thing in the workspace. What else is known of it are further fields."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str
-    """Its name, as commands take it."""
-    state: str
-    """How far it is, such as `finished`, `running` or `stopped at 40/100`."""
-    bytes: int
-    """Size of its files."""
-    changed: float
-    """Seconds since 1970 of the last record, or of the folder."""
-
-
 _COLUMNS = (
     Column("name", is_text=True),
     Column("label", is_text=True),
@@ -87,37 +72,29 @@ class Listing(Result):
     merged = ("entries",)
 
     workspace: str
-    entries: dict[Kind, list[Entry]]
-    """The newest first."""
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return a row for each entry."""
-        found = self.entries.items()
-        return [{"kind": kind, **entry.to_json()} for kind, group in found for entry in group]
+    entries: dict[Kind, list[dict[str, Any]]]
+    """The newest first: name, state, bytes, time of the last record, and what else is known."""
 
     def shown(self) -> Iterator[RenderableType]:
         """Return a table for each kind; a narrow one leaves loss and model out."""
         for kind, entries in self.entries.items():
-            total = render.format_bytes(sum(entry.bytes for entry in entries))
+            total = render.format_bytes(sum(entry["bytes"] for entry in entries))
             title = "exported models" if kind == "models" else kind
             yield f"{title}: {len(entries)}" + (f", {total}" if entries else "")
             rows = []
             for entry in entries:
-                details, state = entry.model_extra or {}, entry.state
-                if trials := details.get("trials"):
-                    state += f", {details['finished']}/{trials} trials"
-                schedule, loss = details.get("schedule"), details.get("validation_loss")
-                corrections = (
-                    render.shortest_schedule(schedule) if schedule and any(schedule) else ""
-                )
+                trials, schedule = entry.get("trials"), entry.get("schedule") or ()
+                done = f", {entry['finished']}/{trials} trials" if trials else ""
+                corrections = render.shortest_schedule(schedule) if any(schedule) else ""
+                loss, when = entry.get("validation_loss"), datetime.fromtimestamp(entry["changed"])
                 cells = [
-                    entry.name,
-                    details.get("label", ""),
-                    state,
-                    f"{details.get('method', '')} {corrections}".strip(),
+                    entry["name"],
+                    entry.get("label", ""),
+                    entry["state"] + done,
+                    f"{entry.get('method', '')} {corrections}".strip(),
                     "" if loss is None else f"{loss:.4g}",
-                    render.format_bytes(entry.bytes),
-                    f"{datetime.fromtimestamp(entry.changed):%Y-%m-%d %H:%M}",
+                    render.format_bytes(entry["bytes"]),
+                    f"{when:%Y-%m-%d %H:%M}",
                 ]
                 rows.append(TableRow(cells))
             yield Table(_COLUMNS, rows) if entries else ""
@@ -132,14 +109,15 @@ def list_workspace(
 ) -> Listing:
     """Return what a workspace holds; `note` is called once with a sentence on each damaged file."""
     kinds = [kind] if kind else [k for k in KINDS if with_checkpoints or k != "checkpoints"]
-    found, note = dict[Kind, list[Entry]](), cache(note)
+    found, note = dict[Kind, list[dict[str, Any]]](), cache(note)
     for each in kinds:
         entries = []
         for name, folder, state, details in _find_entries(workspace, each, note):
             known = {key: value for key, value in details.items() if value is not None}
             size, changed = size_of(folder), round(last_recorded(folder), 3)
-            entries.append(Entry(name=name, state=state, bytes=size, changed=changed, **known))
-        found[each] = sorted(entries, key=lambda entry: entry.changed, reverse=True)
+            entry = {"name": name, "state": state, "bytes": size, "changed": changed}
+            entries.append(entry | known)
+        found[each] = sorted(entries, key=lambda entry: entry["changed"], reverse=True)
     return Listing(workspace=str(workspace.root), entries=found)
 
 
@@ -193,85 +171,46 @@ def _find_entries(
 # Status
 
 
-class Activity(Result):
-    """Something that a process does now."""
-
-    kind: Literal["command", "queued", "training", "measuring", "preparing", "teacher outputs"]
-    """What it does; a `queued` training waits for its turn, `measuring` is the end of a trial."""
-    name: str
-    """The command, or run or trial, relative to the workspace."""
-    process: int | None = None
-    """Id of the process, if it is known: it runs on this machine."""
-    sweeps: tuple[str, ...] = ()
-    """Sweeps that the trial is part of."""
-    label: str | None = None
-    """Name of the trial in its sweep."""
-    step: int | None = None
-    steps: int | None = None
-    loss: float | None = None
-    """Latest training loss."""
-    tokens_per_second: float | None = None
-    seconds_left: float | None = None
-    """Estimate of the time to the last step."""
-    seconds_since_record: float | None = None
-    """Time since the last line of its journal; long if it hangs."""
-
-    def shown(self) -> Iterator[str]:
-        """Return a sentence."""
-        sweeps, speed, age = (
-            ", ".join(self.sweeps),
-            self.tokens_per_second,
-            self.seconds_since_record,
-        )
-        left = self.seconds_left
-        facts = [
-            sweeps and f"{self.label} in {sweeps}",
-            self.steps and f"step {self.step or 0:,} of {self.steps:,}",
-            "" if self.loss is None else f"loss {self.loss:.4g}",
-            speed and f"{speed:,.0f} tokens/s",
-            "" if left is None else f"{render.format_duration(left)} left",
-            age and age >= 60 and f"last record {render.format_duration(age)} ago",
-            self.process and f"process {self.process}",
-        ]
-        yield f"{self.kind} {self.name}: {', '.join(fact for fact in facts if fact)}"
-
-
-class RunningSweep(Result):
-    """A sweep with a trial that runs now."""
-
-    name: str
-    finished: int
-    """Trials that have ended."""
-    trials: int
-    seconds_left: float | None
-    """Estimate: trials that are left, as long as the finished ones took."""
-
-    def shown(self) -> Iterator[str]:
-        """Return a sentence."""
-        left = self.seconds_left and f", about {render.format_duration(self.seconds_left)} left"
-        done = f"{self.finished} of {render.format_count(self.trials, 'trial')} finished"
-        yield f"sweep {self.name}: {done}{left or ''}"
-
-
 class WorkspaceStatus(Result):
-    """What runs in a workspace now."""
+    """What runs in a workspace now; docs/json.md names the keys."""
 
     workspace: str
-    activities: list[Activity]
-    sweeps: list[RunningSweep]
+    activities: list[dict[str, Any]]
+    """What a process does, one entry each."""
+    sweeps: list[dict[str, Any]]
+    """Sweeps with a trial that runs."""
 
     def shown(self) -> Iterator[RenderableType]:
         """Return a sentence for each sweep and each activity."""
         if not self.activities:
             yield f"nothing runs in {self.workspace}"
-        for part in (*self.sweeps, *self.activities):
-            yield from part.shown()
+        for sweep in self.sweeps:
+            left = sweep["seconds_left"]
+            left = f", about {render.format_duration(left)} left" if left else ""
+            trials = render.format_count(sweep["trials"], "trial")
+            yield f"sweep {sweep['name']}: {sweep['finished']} of {trials} finished{left}"
+        for found in self.activities:
+            sweeps, step, steps = ", ".join(found["sweeps"]), found["step"] or 0, found["steps"]
+            loss, speed = found["loss"], found["tokens_per_second"]
+            left, age = found["seconds_left"], found["seconds_since_record"] or 0
+            facts = [
+                f"{found['label']} in {sweeps}" if sweeps else "",
+                f"step {step:,} of {steps:,}" if steps else "",
+                "" if loss is None else f"loss {loss:.4g}",
+                f"{speed:,.0f} tokens/s" if speed else "",
+                "" if left is None else f"{render.format_duration(left)} left",
+                f"last record {render.format_duration(age)} ago" if age >= 60 else "",
+                f"process {found['process']}" if found["process"] else "",
+            ]
+            yield f"{found['kind']} {found['name']}: {', '.join(filter(None, facts))}"
 
 
 def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> WorkspaceStatus:
     """Return what runs in a workspace now; `note` as in `list_workspace`."""
-    root, activities, note = workspace.root, list[Activity](), cache(note)
-    locks: list[tuple[Any, str, Path]] = [("preparing", "tokens", workspace.tokens / ".lock")]
+    root, activities, note = workspace.root, list[dict[str, Any]](), cache(note)
+    progress = ("step", "steps", "loss", "tokens_per_second", "seconds_left")
+    unknown = dict.fromkeys(("label", *progress, "seconds_since_record"))
+    locks = [("preparing", "tokens", workspace.tokens / ".lock")]
     for log in sorted(workspace.logs.glob("*.log")):  # Such as `DATE-TIME-pretrain-4711.log`.
         locks.append(("command", log.stem.split("-", 2)[-1].rpartition("-")[0], log))
     for lock in sorted(workspace.teachers.glob(".*.lock")):
@@ -279,37 +218,39 @@ def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> Workspa
         locks.append(("teacher outputs", f"teachers/{name}", lock))
     for kind, name, lock in locks:
         if is_locked(lock):
-            activities.append(Activity(kind=kind, name=name, process=lock_holder(lock)))
+            who = {"kind": kind, "name": name, "process": lock_holder(lock)}
+            activities.append({**who, "sweeps": [], **unknown})
 
     stored = [Training(folder, note) for folder in training_folders(workspace)]
     planned = trials_by_folder(workspace, note) if any(run.lock for run in stored) else {}
     for run in stored:
         if not run.lock:
             continue
-        own, records = planned.get(run.folder, []), run.records
+        own = planned.get(run.folder, [])
         is_trained = is_locked(run.folder / layout.WORKERS_LOCK_NAME)
         is_measured = run.is_finished or (own and not own[0][1].job)
-        activity = Activity(
-            kind="training" if is_trained else "measuring" if is_measured else "queued",
-            name=str(run.folder.relative_to(root)),
-            process=lock_holder(run.lock),
-            sweeps=tuple(sweep for sweep, _ in own),
-            label=own[0][1].label or None if own else None,
-            step=run.step,
-            steps=run.num_steps or None,
-            loss=run.metrics.get("train/loss"),
-            tokens_per_second=run.metrics.get(SPEED_METRIC) if is_trained else None,
-            seconds_left=run.seconds_left if is_trained else None,
-            seconds_since_record=time.time() - records[-1]["time"] / 1000 if records else None,
+        activities.append(
+            {
+                "kind": "training" if is_trained else "measuring" if is_measured else "queued",
+                "name": str(run.folder.relative_to(root)),
+                "process": lock_holder(run.lock),
+                "sweeps": [sweep for sweep, _ in own],
+                "label": own[0][1].label or None if own else None,
+                "step": run.step,
+                "steps": run.num_steps or None,
+                "loss": run.metrics.get("train/loss"),
+                "tokens_per_second": run.metrics.get(SPEED_METRIC) if is_trained else None,
+                "seconds_left": run.seconds_left if is_trained else None,
+                "seconds_since_record": time.time() - run.recorded if run.recorded else None,
+            }
         )
-        activities.append(activity)
 
-    running, sweeps = [name for activity in activities for name in activity.sweeps], []
+    running, sweeps = [name for activity in activities for name in activity["sweeps"]], []
     for name in dict.fromkeys(running):
         sweep = Sweep(workspace.sweeps / name)
-        trials, left = len(sweep.trials), sweep.seconds_left(running.count(name))
-        finished = trials - len(sweep.left)
-        sweeps.append(RunningSweep(name=name, finished=finished, trials=trials, seconds_left=left))
+        counts = {"finished": len(sweep.trials) - len(sweep.left), "trials": len(sweep.trials)}
+        left = sweep.seconds_left(running.count(name))
+        sweeps.append({"name": name, **counts, "seconds_left": left})
     return WorkspaceStatus(workspace=str(root), activities=activities, sweeps=sweeps)
 
 

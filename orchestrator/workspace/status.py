@@ -106,6 +106,8 @@ class Training:
                 self.metrics |= record["values"]
             elif record["name"] == "resumed":
                 self.metrics.pop(SPEED_METRIC, None)  # That of the process before.
+        self.recorded = self.records[-1]["time"] / 1000 if self.records else None
+        """Time of the last record in seconds."""
         self.num_steps = self.job.num_steps if self.job else 0
         self.is_finished = bool(
             end and end.finished and (folder / layout.checkpoint_name(end.step)).is_dir()
