@@ -59,7 +59,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_716,
+    "iiet": 7_540,
     "benchmarks": 3_529,
     "examples": 278,
     "research": 2_006,
@@ -69,7 +69,7 @@ LINES = {
     "orchestrator/records": 959,
     "orchestrator/models": 1_686,
     "orchestrator/data": 2_457,
-    "orchestrator/tracking": 1_440,
+    "orchestrator/tracking": 1_428,
     "orchestrator/training": 3_464,
     "orchestrator/evaluation": 2_897,
     "orchestrator/planning": 1_171,
