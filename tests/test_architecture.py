@@ -73,7 +73,7 @@ LINES = {
     "orchestrator/training": 3_464,
     "orchestrator/evaluation": 2_897,
     "orchestrator/planning": 1_171,
-    "orchestrator/cluster": 2_198,
+    "orchestrator/cluster": 1_966,
     "orchestrator/reporting": 4_166,
     "orchestrator/sweeping": 2_782,
     "orchestrator/pipelines": 4_597,
