@@ -23,7 +23,7 @@ from orchestrator import cli
 
 ROOT = str(Path(orchestrator.__file__).parent.parent)
 PAGE = Path(ROOT) / "docs" / "architecture.md"
-COMMAND = ["cli/app.main", "cli/command.run", "cli/train.pretrain", "cli/command.finish"]
+COMMAND = ["cli/app.main", "cli/command.run", "cli/train.pretrain", "cli/session.finish"]
 PIPELINE = ["pipelines/training.run_pretrain", "pipelines/training.run_trainings"]
 DEPTH = (
     "data.source=depth data.depth.tasks=[phop_2] data.depth.num_symbols=2 data.depth.length=8 "
