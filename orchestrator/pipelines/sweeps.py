@@ -634,7 +634,7 @@ def _write_report(planned: PlannedSweep, outcome: SweepOutcome, context: Context
         },
     )
     written = write_sweep_report(workspace, found, tracking=context.tracking)
-    journal = Journal(outcome.folder)
+    journal = Journal(workspace.sweeps / plan.name)
     journal.event("finished")  # Commands without a name take the newest sweep.
     journal.close()
     return SweepResult.of(

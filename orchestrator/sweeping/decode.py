@@ -54,10 +54,7 @@ class _Measured(Record):
 def with_costs(
     found: Sequence[Trial], plan: SweepPlan, folder: Path, settings: Settings, progress: Progress
 ) -> list[Trial]:
-    """Add what each model costs: exact counts, and measured milliseconds.
-
-    Of many models, those are measured that tables show.
-    """
+    """Add what each model costs: exact counts, and milliseconds of those that tables show."""
     full = full_trial(plan).model
     counted = [t.with_numbers("cost", exact_cost(t.model, full)) for t in found]
     shown = {trial.key: trial for trial in shown_trials(counted)}
@@ -113,11 +110,7 @@ def with_drafts(
 
 
 def text_of(tokens_folder: Path) -> TokenStore:
-    """Return the text of prepared data, whose beginnings are continued.
-
-    Raises:
-        UserError: If the data has none.
-    """
+    """Return the text of prepared data, whose beginnings are continued, or raise `UserError`."""
     parts = open_data(tokens_folder).parts
     if found := next((part for part in parts if isinstance(part, TokenStore)), None):
         return found

@@ -178,10 +178,8 @@ def find_baselines(
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Return the workspace's newest models without corrections that can be a teacher's baselines.
 
-    They have its tokens, shape and recipe. A run that was trained differently is reported only if
-    there is no other model of its kind.
-
-    Other numbers of layers are allowed as in `sweep.num_layers`.
+    They have its tokens, shape and recipe, or a number of layers that `sweep.num_layers` names. A
+    run that was trained differently is reported only if there is no other model of its kind.
 
     Returns:
         Label -> checkpoint, and name of a run that is left out -> reason.

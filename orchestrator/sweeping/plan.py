@@ -261,8 +261,7 @@ def load_tasks(
     """Make the held-out items that are missing, load lm-eval's tasks, and return their hashes.
 
     Raises:
-        UserError: If the held-out text is too poor, a task does not exist, or its answers are too
-            long for the models.
+        UserError: If the text is too poor, a task is missing, or its answers are too long.
     """
     length, folder = config.context_length, tokens if needs_heldout(settings) else None
     select_tasks(settings, folder, context_length=length, make=progress)

@@ -92,8 +92,6 @@ class SweepOutcome:
 
     plan: SweepPlan
     """All trials, with those that a search found."""
-    folder: Path
-    """The sweep's folder."""
     results: tuple[Trial, ...]
     """Finished trials in the plan's order, the teacher and the baselines among them."""
     failures: dict[str, str]
@@ -216,7 +214,6 @@ def run_plan(
     live.finish("FINISHED")
     return SweepOutcome(
         plan=plan,
-        folder=folder,
         results=tuple(results),
         failures=trials.failures,
         stopped={label: stop.text for label, stop in trials.stopped.items()},

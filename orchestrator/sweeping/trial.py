@@ -81,8 +81,7 @@ def run_trial(trial: Trial, place: TrialPlace | None = None, *, wait: bool = Tru
 def measure_trial(trial: Trial, device: str) -> Trial:
     """Return a trial with its quality, measured on a device; its checkpoint is known.
 
-    Quality is `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`; `_stderr` where
-    known. The results of the tasks are in the workspace's store of evaluations.
+    Quality is `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`, with `_stderr`.
     """
     suite = trial.suite
     asked = TaskSelection(
