@@ -25,7 +25,7 @@ from orchestrator import cli
 
 ROOT = str(Path(orchestrator.__file__).parent.parent)
 PAGE = Path(ROOT) / "docs" / "architecture.md"
-COMMAND = ["cli/app.main", "cli/command.run", "cli/train.pretrain", "cli/command.finish"]
+COMMAND = ["cli/app.main", "cli/command.run", "cli/train.pretrain", "cli/session.finish"]
 PIPELINE = ["pipelines/training.run_pretrain", "pipelines/training.run_trainings"]
 IN_DRIVER = [*COMMAND, *PIPELINE, "cluster/train.run_train_jobs", "cluster/train._run_together"]
 IN_WORKER = ["cluster/train._train_worker", "training/trainer.run_job", "training/trainer.train"]
