@@ -10,14 +10,12 @@ Elastic training makes one set of weights learn every schedule of a family:
 
     loss = L(full) + weight * sum over drawn members m of L(m)
 
-A step runs the full schedule first, then each member of the family that is drawn, forward and
-backward one after another. With a teacher, L is the distillation loss of each (`student_loss`).
-Without one, L(full) is the cross-entropy, and L(m) = CE(m) + kl_weight * KL(full || m): the members
-learn from what the full schedule predicted in this step, without a gradient to it and without
-another forward pass (`AnswerKeeper`, `member_loss`). Its last hidden states are kept, and the
-logits are computed again in the chunks of the loss, so a member costs its own forward and backward
-pass, and the head's product. Source: slimmable networks (Yu et al. 2018) and in-place distillation
-(Yu and Huang 2019) for widths; per layer and correction: this project.
+A step runs the full schedule first, then each drawn member. With a teacher, L is the distillation
+loss of each (`student_loss`). Without one, L(full) is the cross-entropy, and the members learn from
+what the full schedule predicted in this step (`AnswerKeeper`, `member_loss`):
+L(m) = CE(m) + kl_weight * KL(full || m). Only its last hidden states are kept, and the logits are
+computed again in the chunks of the loss. Source: slimmable networks (Yu et al. 2018) and in-place
+distillation (Yu and Huang 2019) for widths; per layer and correction: this project.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +32,13 @@ from torch import Tensor, nn
 from iiet.batch import Batch
 from iiet.decoder import Decoder
 from iiet.losses import (
-    MAX_TEMPERATURE,
-    MIN_TEMPERATURE,
     DivergenceKind,
     LazyLogits,
     Logits,
     batch_cross_entropy,
     hidden_state_error,
     kl_divergence,
+    logits_at,
     loss_by_chunks,
 )
 
@@ -58,7 +55,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """What the student learns from its teacher; a ValueError names all fields out of range."""
+    """What the student learns from its teacher."""
 
     kl_weight: float = 1.0
     """Weight of the divergence from the teacher; 0 turns it off. The cross-entropy has weight 1."""
@@ -72,29 +69,6 @@ class DistillationConfig:
     """First step with a teacher."""
     end_step: int | None = None
     """First step after those with a teacher; None: all later steps have one."""
-
-    def __post_init__(self) -> None:
-        in_range = {
-            "kl_weight must be at least 0": self.kl_weight >= 0,
-            "hidden_weight must be at least 0": self.hidden_weight >= 0,
-            "start_step must be at least 0": self.start_step >= 0,
-            f"temperature must be from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}": (
-                MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE
-            ),
-            f"divergence must be one of {get_args(DivergenceKind)}": (
-                self.divergence in get_args(DivergenceKind)
-            ),
-            f"end_step must not lie before start_step={self.start_step}": (
-                self.end_step is None or self.end_step >= self.start_step
-            ),
-        }
-        problems = [
-            f"{rule}, got {getattr(self, rule.split()[0])!r}"
-            for rule, holds in in_range.items()
-            if not holds
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
 
     def uses_teacher(self, step: int) -> bool:
         """Whether the loss of this step, counted from 0, needs the teacher."""
@@ -135,12 +109,12 @@ class RememberingTeacher:
     def __init__(self, teacher: Model) -> None:
         self._teacher = teacher
         self._input_ids: Tensor | None = None
-        self._answer: tuple[Logits, Sequence[Tensor]]
+        self._answer: tuple[Any, ...] = ()
 
     def __call__(self, input_ids: Tensor, *, return_hidden: bool = False) -> Any:
         """Return the teacher's answer; it is computed once for each tensor of token ids."""
         if input_ids is not self._input_ids:
-            self._answer = _run(self._teacher, input_ids, _both, with_hidden=return_hidden)
+            self._answer = _answer_of(self._teacher, input_ids, with_hidden=return_hidden)
             self._input_ids = input_ids
         return self._answer if return_hidden else self._answer[0]
 
@@ -174,10 +148,7 @@ def distillation_loss(
     batch = Batch.of_text(batch) if isinstance(batch, Tensor) else batch
     config = config or DistillationConfig()
     loss_of = student_loss(teacher, batch, config=config, step=step)
-    result: tuple[Tensor, dict[str, Tensor]] = _run(
-        student, batch.input_ids, loss_of, with_hidden=config.needs_hidden(step)
-    )
-    return result
+    return loss_of(*_answer_of(student, batch.input_ids, with_hidden=config.needs_hidden(step)))
 
 
 def student_loss(
@@ -188,8 +159,7 @@ def student_loss(
     It takes the student's logits (and its hidden states, where the config `needs_hidden`), so it
     may be a decoder's `finish`. Arguments and errors are those of `distillation_loss`.
     """
-    answer: Logits | None = None
-    teacher_hidden: Sequence[Tensor] = ()
+    answer: tuple[Any, ...] = ()
     if config.uses_teacher(step):
         if teacher is None:
             raise ValueError(
@@ -198,38 +168,31 @@ def student_loss(
         if isinstance(teacher, nn.Module):
             teacher.eval()
         with torch.no_grad():
-            answer, teacher_hidden = _run(
-                teacher, batch.input_ids, _both, with_hidden=config.needs_hidden(step)
-            )
+            answer = _answer_of(teacher, batch.input_ids, with_hidden=config.needs_hidden(step))
 
-    def of_logits(part: Tensor, span: Batch, rows: slice | None) -> tuple[Tensor, ...]:
-        if answer is None or config.kl_weight == 0:
+    def of_logits(part: Tensor, span: Batch, rows: slice) -> tuple[Tensor, ...]:
+        if not answer or config.kl_weight == 0:
             entropy = batch_cross_entropy(part, span)
             return entropy, entropy
-        if isinstance(answer, LazyLogits):
-            theirs = answer.at(rows)
-        else:
-            theirs = answer if rows is None else answer.flatten(0, -2)[None, rows]
         # The divergence comes first, and frees the teacher's logits before the cross-entropy keeps
         # a tensor of their size.
         divergence = kl_divergence(
-            theirs,
+            logits_at(answer[0], rows),
             part,
             temperature=config.temperature,
             kind=config.divergence,
             mask=span.taught,
             count=span.position_count,
         )
-        del theirs
         entropy = batch_cross_entropy(part, span)
         return config.kl_weight * divergence + entropy, entropy, divergence
 
     def loss_of(logits: Logits, hidden: Sequence[Tensor] = ()) -> tuple[Tensor, dict[str, Tensor]]:
         loss, *details = loss_by_chunks(logits, batch, of_logits)
         parts = dict(zip(("cross_entropy", "kl"), details, strict=False))
-        if teacher_hidden:
+        if config.needs_hidden(step):
             error = hidden_state_error(
-                teacher_hidden, hidden, mask=batch.taught, count=batch.position_count
+                answer[1], hidden, mask=batch.taught, count=batch.position_count
             )
             loss, parts["hidden"] = loss + config.hidden_weight * error, error.detach()
         return loss, parts
@@ -252,10 +215,7 @@ class AnswerKeeper:
         """Call the model; its answer is kept within its forward pass."""
 
         def keep(logits: Logits, *others: Any) -> Any:
-            if isinstance(logits, LazyLogits):
-                self.answer = LazyLogits(logits.hidden.detach(), logits.weight.detach())
-            else:
-                self.answer = logits.detach()
+            self.answer = logits.detach()
             return finish(logits, *others)
 
         return self._model(*inputs, finish=keep, **options)
@@ -273,20 +233,16 @@ def member_loss(
         fixed = answer
         if isinstance(answer, LazyLogits) and isinstance(logits, LazyLogits):
             # The weights are those of this step. A sharded model may have moved them meanwhile.
-            fixed = LazyLogits(answer.hidden, logits.weight).detached()
+            fixed = LazyLogits(answer.hidden, logits.weight).detach()
         return student_loss(lambda _: fixed, batch, config=config)(logits)
 
     return loss_of
 
 
-def _run(model: Model, input_ids: Tensor, finish: Callable[..., Any], *, with_hidden: bool) -> Any:
-    """Call `finish` with a model's logits, and its hidden states if wanted; return its result."""
-    options = {"return_hidden": True} if with_hidden else {}
+def _answer_of(model: Model, input_ids: Tensor, *, with_hidden: bool) -> tuple[Any, ...]:
+    """Return a model's logits, and its hidden states if wanted."""
+    options: dict[str, Any] = {"return_hidden": True} if with_hidden else {}
     if isinstance(model, Decoder):
-        return model(input_ids, finish=finish, **options)
-    found = model(input_ids, **options)
-    return finish(*found) if with_hidden else finish(found)
-
-
-def _both(answer: Logits, hidden: Sequence[Tensor] = ()) -> tuple[Logits, Sequence[Tensor]]:
-    return answer, hidden
+        options["finish"] = lambda *answer: answer
+    found: Any = model(input_ids, **options)
+    return found if isinstance(found, tuple) else (found,)

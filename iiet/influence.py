@@ -13,16 +13,16 @@ Source: this project.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from iiet.batch import NO_TARGET, Batch
+from iiet.batch import Batch
 from iiet.decoder import Decoder
-from iiet.influence_metrics import INFLUENCE_METRICS, MeasuredBatch, Rows
+from iiet.influence_metrics import INFLUENCE_METRICS, BatchInfluence, MeasuredBatch, Rows
 from iiet.schedule import IterationSchedule
 
 __all__ = ["InfluenceTable", "influence_table"]
@@ -30,11 +30,7 @@ __all__ = ["InfluenceTable", "influence_table"]
 
 @dataclass(frozen=True)
 class InfluenceTable:
-    """The influence of each correction, its standard error, and how well the iteration converged.
-
-    Unpacks into two arrays, (layers, corrections), with NaN where a layer makes no such correction:
-    `values, errors = table`.
-    """
+    """The influence of each correction, its error, and how well the iteration converged."""
 
     metric: str
     """What was measured: a key of `iiet.INFLUENCE_METRICS`."""
@@ -59,11 +55,6 @@ class InfluenceTable:
     def schedule(self) -> IterationSchedule:
         """The iteration schedule under which this was measured."""
         return IterationSchedule(tuple(len(row) for row in self.value_rows))
-
-    @property
-    def values(self) -> Tensor:
-        """The influence as an array, (layers, corrections), float64."""
-        return _padded(self.value_rows)
 
     @property
     def contractions(self) -> tuple[float, ...]:
@@ -94,9 +85,6 @@ class InfluenceTable:
             for row in self.value_rows
         )
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.values, _padded(self.error_rows)))
-
     def __str__(self) -> str:
         """Return a table: a line per layer, with the influence of each correction."""
         most = max(map(len, self.value_rows), default=0)
@@ -121,14 +109,9 @@ class InfluenceTable:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> InfluenceTable:
-        """Build a table from plain values; the inverse of `to_dict`.
-
-        The package of its metric need not be installed.
-        """
-        if not isinstance(table["metric"], str):
-            raise TypeError(f"metric must be a text, got {table['metric']!r}")
+        """Build a table from `to_dict`; the package of its metric need not be installed."""
         return cls(
-            metric=table["metric"],
+            metric=str(table["metric"]),
             value_rows=_rows_of(table["values"]),
             error_rows=_rows_of(table["errors"]),
             num_tokens=int(table["num_tokens"]),
@@ -136,12 +119,6 @@ class InfluenceTable:
             layer_values=tuple(map(float, table["layers"])),
             accuracy_lost_rows=_rows_of(table["accuracy_lost"]),
         )
-
-
-def _padded(rows: Rows) -> Tensor:
-    width = max(map(len, rows), default=0)
-    padded = [(*row, *[math.nan] * (width - len(row))) for row in rows]
-    return torch.tensor(padded, dtype=torch.float64)
 
 
 def _finite(value: float) -> float | None:
@@ -153,9 +130,7 @@ def _rows_of(rows: Iterable[Iterable[Any]]) -> Rows:
     return tuple(tuple(math.nan if x is None else float(x) for x in row) for row in rows)
 
 
-BatchLike = Batch | Tensor | Mapping[str, Tensor]
-"""A batch; or the tokens of text, (batch, time) of integers; or a mapping with these as `input_ids`
-and an `attention_mask` of the same shape, false for padding, which is then ignored."""
+BatchLike = Batch | Tensor
 
 
 def influence_table(
@@ -179,7 +154,7 @@ def influence_table(
     Args:
         decoder: measured under its own iteration schedule, in the precision of the surrounding
             autocast; the comparisons themselves are made in float64, a sequence at a time.
-        batches: the calibration set, each item a `BatchLike`; or a single one.
+        batches: the calibration set; text may be its tokens, (batch, time). Or a single batch.
         metric: a key of `iiet.INFLUENCE_METRICS`.
         progress: called after each batch with the number of batches done.
 
@@ -197,43 +172,32 @@ def influence_table(
             f"method {decoder.config.method!r} repeats the whole stack, so no layer has "
             "corrections of its own whose influence could be measured"
         )
-    if isinstance(batches, Batch | Mapping) or (isinstance(batches, Tensor) and batches.ndim == 2):
+    if isinstance(batches, Batch) or (isinstance(batches, Tensor) and batches.ndim == 2):
         batches = [batches]
-    means: list[_BatchMeans] = []
+    measured: list[tuple[MeasuredBatch, BatchInfluence]] = []
     for done, batch in enumerate(batches, start=1):
-        means.append(_measure(decoder, batch, metric))
+        measured.append(_measure(decoder, batch, metric))
         if progress is not None:
             progress(done)
-    if not means:
+    if not measured:
         raise ValueError("no batch was measured; the influence needs at least one")
-    counts = [each.num_tokens for each in means]
-    values, errors = _means_and_errors([each.values for each in means], counts)
-    residuals, _ = _means_and_errors([each.residuals for each in means], counts)
-    (layers,), _ = _means_and_errors([(each.layers,) for each in means], counts)
-    # In a mixture, some batches are text, which has no accuracy.
-    answers = [each for each in means if each.accuracy_lost]
+    counts = [batch.num_tokens for batch, _ in measured]
+    values, errors = _means_and_errors([found.values for _, found in measured], counts)
+    residuals, _ = _means_and_errors([batch.residuals for batch, _ in measured], counts)
+    (layers,), _ = _means_and_errors([(batch.layer_values,) for batch, _ in measured], counts)
+    # In a mixture, some batches are text, which has no accuracy: its targets are not answers.
+    answers = [each for each in measured if not each[0].batch.is_text]
     lost, _ = _means_and_errors(
-        [each.accuracy_lost for each in answers], [each.num_tokens for each in answers]
+        [found.accuracy_lost for _, found in answers], [batch.num_tokens for batch, _ in answers]
     )
     return InfluenceTable(metric, values, errors, sum(counts), residuals, layers, lost)
 
 
-class _BatchMeans(NamedTuple):
-    num_tokens: int
-    values: Rows
-    residuals: Rows
-    layers: tuple[float, ...]
-    accuracy_lost: Rows
-
-
 @torch.no_grad()
-def _measure(decoder: Decoder, given: BatchLike, name: str) -> _BatchMeans:
-    batch, attention_mask = _as_batch(given, decoder.device)
+def _measure(decoder: Decoder, given: BatchLike, name: str) -> tuple[MeasuredBatch, BatchInfluence]:
     metric = INFLUENCE_METRICS[name]()
-    counted = batch.counted if metric.needs_targets else batch.taught
-    if counted is None:
-        counted = torch.ones_like(batch.targets).bool()
-    measured = MeasuredBatch(decoder, batch, attention_mask, counted)
+    batch = (given if isinstance(given, Batch) else Batch.of_text(given)).to(decoder.device)
+    measured = MeasuredBatch(decoder, batch, needs_targets=metric.needs_targets)
     if measured.num_tokens == 0:
         shape = tuple(batch.input_ids.shape)
         raise ValueError(f"a batch of shape {shape} holds nothing to measure")
@@ -245,40 +209,22 @@ def _measure(decoder: Decoder, given: BatchLike, name: str) -> _BatchMeans:
         )
     if not measured.layer_values:
         measured.run()
-    lost = () if batch.is_text else found.accuracy_lost
-    num_tokens, residuals = measured.num_tokens, measured.residuals
-    return _BatchMeans(num_tokens, found.values, residuals, measured.layer_values, lost)
-
-
-def _as_batch(batch: BatchLike, device: torch.device) -> tuple[Batch, Tensor | None]:
-    """Return the batch and its attention mask (None: no padding), both on the device."""
-    if isinstance(batch, Batch):
-        return batch.to(device), None
-    attention_mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    text = Batch.of_text(batch["input_ids"] if isinstance(batch, Mapping) else batch).to(device)
-    if attention_mask is None:
-        return text, None
-    # Padding does not count, neither as a position nor as the target of the one before it.
-    is_real = attention_mask.to(device).bool()
-    targets = text.targets.masked_fill(~is_real.roll(-1, dims=1), NO_TARGET)
-    return replace(text, mask=is_real, targets=targets), is_real
+    return measured, found
 
 
 def _means_and_errors(of_batches: Sequence[Rows], counts: Sequence[int]) -> tuple[Rows, Rows]:
     """Average the batches' rows by their tokens, and estimate how far each mean may be off."""
-    total = sum(counts)
+    total, num_batches = sum(counts), len(counts)
 
-    def mean(cells: Sequence[float]) -> float:
-        return math.fsum(m * n for m, n in zip(cells, counts, strict=True)) / total
+    def mean_and_error(cells: Sequence[float]) -> tuple[float, float]:
+        mean = math.fsum(m * n for m, n in zip(cells, counts, strict=True)) / total
+        if num_batches == 1:
+            return mean, math.nan
+        squares = math.fsum((n * (m - mean)) ** 2 for m, n in zip(cells, counts, strict=True))
+        return mean, math.sqrt(squares * num_batches / (num_batches - 1)) / total
 
-    def error(cells: Sequence[float]) -> float:
-        """Of a weighted mean over batches."""
-        if len(cells) == 1:
-            return math.nan
-        middle = mean(cells)
-        squares = math.fsum((n * (m - middle)) ** 2 for m, n in zip(cells, counts, strict=True))
-        return math.sqrt(squares * len(cells) / (len(cells) - 1)) / total
-
-    table = [list(zip(*rows, strict=True)) for rows in zip(*of_batches, strict=True)]
-    means, errors = (tuple(tuple(map(measure, row)) for row in table) for measure in (mean, error))
+    table = [
+        list(map(mean_and_error, zip(*rows, strict=True))) for rows in zip(*of_batches, strict=True)
+    ]
+    means, errors = (tuple(tuple(cell[i] for cell in row) for row in table) for i in (0, 1))
     return means, errors

@@ -53,49 +53,31 @@ class BatchInfluence(NamedTuple):
 class MeasuredBatch:
     """A batch, and the decoder that is measured on it under its own iteration schedule."""
 
-    def __init__(
-        self, decoder: Decoder, batch: Batch, attention_mask: Tensor | None, counted: Tensor
-    ) -> None:
-        self.decoder, self.batch, self.attention_mask = decoder, batch, attention_mask
-        self.counted = counted
+    def __init__(self, decoder: Decoder, batch: Batch, *, needs_targets: bool) -> None:
+        self.decoder, self.batch = decoder, batch
+        counted = batch.counted if needs_targets else batch.taught
+        self.counted = torch.ones_like(batch.targets).bool() if counted is None else counted
         """Positions that the means run over, (batch, time) of bool."""
-        self.num_tokens = int(counted.sum())
+        self.num_tokens = int(self.counted.sum())
         """How many these are."""
         self.residuals: Rows = ()
         """Relative residual of each correction, after `run`."""
         self.layer_values: tuple[float, ...] = ()
         """Block influence of each layer, after `run`."""
 
-    def run(self) -> Tensor:
-        """Run the layers under the full schedule; return the last hidden state, (batch, time, dim).
+    def run(self, compare: Compare | None = None) -> tuple[Tensor, Rows]:
+        """Run the layers under the full schedule.
 
         Logits are not computed: they would need more memory than everything else.
-        """
-        return self._run(None)[0]
-
-    def compare(self, compare: Compare) -> Rows:
-        """Run the layers, and compare each evaluation of a layer with the one before it.
 
         Args:
-            compare: Called for each sequence with the outputs of two consecutive evaluations,
-                (time, dim) in float64; returns a number for each position, (time,).
+            compare: Called for each sequence with the outputs of two consecutive evaluations of a
+                layer, (time, dim) in float64; returns a number for each position, (time,).
 
         Returns:
-            The means over the positions that count, per layer and correction.
+            The last hidden state, (batch, time, dim); and for each layer and correction the mean of
+            `compare` over the positions that count.
         """
-        return self._run(compare)[1]
-
-    def mean(self, measure: Compare, a: Tensor, b: Tensor) -> Tensor:
-        """Average a measure of two tensors, (batch, time, dim), over the positions that count."""
-        # In float64, because float32 keeps few digits of a cosine's distance from one; by sequence,
-        # to spare memory.
-        sums = [
-            torch.where(counted, measure(one.double(), other.double()), 0.0).sum()
-            for one, other, counted in zip(a, b, self.counted, strict=True)
-        ]
-        return torch.stack(sums).sum() / self.num_tokens
-
-    def _run(self, compare: Compare | None) -> tuple[Tensor, Rows]:
         schedule = self.decoder.schedule
         values: list[list[Tensor]] = [[] for _ in schedule]
         residuals: list[list[Tensor]] = [[] for _ in schedule]
@@ -113,13 +95,21 @@ class MeasuredBatch:
                 residuals[seen.layer].append(size)
 
         before: Tensor = self.decoder.embedding(self.batch.input_ids)
-        for after in self.decoder.hidden_states(
-            before, attention_mask=self.attention_mask, observe=observe
-        ):
+        for after in self.decoder.hidden_states(before, observe=observe):
             layers.append(self.mean(_cosine_distance, before, after))
             before = after
         self.residuals, (self.layer_values,) = _numbers(residuals), _numbers([layers])
         return before, _numbers(values)
+
+    def mean(self, measure: Compare, a: Tensor, b: Tensor) -> Tensor:
+        """Average a measure of two tensors, (batch, time, dim), over the positions that count."""
+        # In float64, because float32 keeps few digits of a cosine's distance from one; by sequence,
+        # to spare memory.
+        sums = [
+            torch.where(counted, measure(one.double(), other.double()), 0.0).sum()
+            for one, other, counted in zip(a, b, self.counted, strict=True)
+        ]
+        return torch.stack(sums).sum() / self.num_tokens
 
 
 class InfluenceMetric(ABC):
@@ -151,7 +141,7 @@ class Comparison(InfluenceMetric):
         """Compare two outputs of a layer's field, (time, dim) in float64; return (time,)."""
 
     def measure(self, measured: MeasuredBatch) -> BatchInfluence:
-        return BatchInfluence(measured.compare(self.compare))
+        return BatchInfluence(measured.run(self.compare)[1])
 
 
 class Cosine(Comparison):
@@ -192,18 +182,12 @@ class LossRise(InfluenceMetric):
                 for means in zip(*found, strict=True)
             )
 
-        full_loss, full_accuracy = loss_and_accuracy(decoder.logits(measured.run()))
+        full_loss, full_accuracy = loss_and_accuracy(decoder.logits(measured.run()[0]))
         rises, lost = [], []
         for layer, count in enumerate(full):
             stopped = [
-                loss_and_accuracy(
-                    decoder(
-                        batch.input_ids,
-                        schedule=full.with_layer(layer, corrections),
-                        attention_mask=measured.attention_mask,
-                    )
-                )
-                for corrections in range(count)
+                loss_and_accuracy(decoder(batch.input_ids, schedule=full.with_layer(layer, kept)))
+                for kept in range(count)
             ]
             rises.append(tuple(loss - full_loss for loss, _ in stopped))
             lost.append(tuple(full_accuracy - accuracy for _, accuracy in stopped))

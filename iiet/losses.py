@@ -3,22 +3,20 @@
 In: logits, (batch, time, vocab), or hidden states, (batch, time, dim). `mask`, (batch, time) of
 bool, says which positions count (default: all); values at the others, NaN included, have no effect.
 Out: the mean over the positions that count, a scalar; 0 if there are none. `count` replaces their
-number as the divisor, so that the parts of a batch add up to the whole's mean (`Batch.split`).
-Shapes that differ, and values out of range, are a ValueError.
+number as the divisor (`Batch.split`). Shapes that differ are a ValueError.
 
 Logits are the largest tensor of a training step, and a loss and its gradient need several of that
-size. So losses go over positions in chunks. `loss_by_chunks` computes logits from hidden states
-(`LazyLogits`), their loss and its gradients, frees them, and keeps gradients with respect to hidden
-states and weight; the backward pass only scales what was kept. Logits that fit into one chunk give
-bitwise the same results as whole ones. `kl_divergence` keeps its gradient in closed form, exactly 0
-where teacher and student agree.
+size. So `loss_by_chunks` goes over positions: it computes logits from hidden states (`LazyLogits`),
+their loss and its gradients, frees them, and keeps gradients of hidden states and weight, which the
+backward pass only scales. Logits of one chunk give bitwise the same results as whole ones.
+`kl_divergence` keeps its gradient in closed form, exactly 0 where teacher and student agree.
 Source: Hinton et al. 2015 (temperature and its square); Liger Kernel (Hsu et al. 2024), where a
 loss in chunks is a hand-written kernel; this project (gradients).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +38,7 @@ __all__ = [
     "cross_entropy_by_source",
     "hidden_state_error",
     "kl_divergence",
+    "logits_at",
     "loss_by_chunks",
     "next_token_loss",
 ]
@@ -49,11 +48,9 @@ DivergenceKind = Literal["forward", "reverse", "jensen_shannon"]
 CHUNK_ELEMENTS = 1 << 25
 """Most logits at once: 128 MiB in float32. A GPU needs milliseconds for them, so the number of
 kernels does not matter, and the half dozen tensors of this size are small beside a model."""
-# On a CPU, each of the half dozen temporaries of a divergence is this share of its logits. Below
-# the lower bound a core is not busy; above the upper one no time is saved.
-CPU_SHARE, CPU_ELEMENTS = 16, (1 << 16, 1 << 21)
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
-"""Of a divergence. Beyond, a quotient or the square is infinite in float32."""
+CPU_ELEMENTS = 1 << 18
+"""Numbers in each of the half dozen temporaries of a divergence on a CPU, so that its cache holds
+them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,19 +62,7 @@ class LazyLogits:
     weight: Tensor
     """(vocab, dim), of the head."""
 
-    def at(self, rows: slice | None) -> Tensor:
-        """Compute the logits of some positions, counted row by row, (1, positions, vocab); None:
-        all, (batch, time, vocab)."""
-        points = self.hidden if rows is None else self.hidden.flatten(0, -2)[None, rows]
-        return F.linear(points, self.weight)
-
-    def chunks(self) -> Iterator[slice]:
-        """Yield the positions of each chunk; all chunks but the last have the same size."""
-        num_rows = self.hidden.shape[:-1].numel()
-        num_chunks = max(1, -(-num_rows * len(self.weight) // CHUNK_ELEMENTS))
-        return _slices(num_rows, max(1, -(-num_rows // num_chunks)))
-
-    def detached(self) -> LazyLogits:
+    def detach(self) -> LazyLogits:
         """Return the same without gradients, and with the weight in the precision of products."""
         # Autocast would convert the weight again for each chunk.
         weight = self.weight.detach().to(product_dtype(self.weight))
@@ -86,8 +71,17 @@ class LazyLogits:
 
 Logits = Tensor | LazyLogits
 
-LossOfChunk = Callable[[Tensor, Batch, slice | None], tuple[Tensor, ...]]
-"""(logits, their batch, which positions; None: all) -> the loss and other sums over positions."""
+
+def logits_at(logits: Logits, rows: slice) -> Tensor:
+    """Return the logits of some positions, counted row by row, (1, positions, vocab)."""
+    if isinstance(logits, Tensor):
+        return logits.flatten(0, -2)[None, rows]
+    return F.linear(logits.hidden.flatten(0, -2)[None, rows], logits.weight)
+
+
+LossOfChunk = Callable[[Tensor, Batch, slice], tuple[Tensor, ...]]
+"""(logits, (1, positions, vocab); their batch; which positions these are, counted row by row) ->
+the loss and other sums over positions."""
 
 
 def loss_by_chunks(logits: Logits, batch: Batch, loss_of: LossOfChunk) -> tuple[Tensor, ...]:
@@ -96,82 +90,92 @@ def loss_by_chunks(logits: Logits, batch: Batch, loss_of: LossOfChunk) -> tuple[
     Only the first value, the loss, has a gradient. The counts of a chunk's batch are those of the
     whole, so that its means add up.
     """
-    if isinstance(logits, Tensor):
-        loss, *others = loss_of(logits, batch, None)
-        return loss, *(value.detach() for value in others)
-    if logits.hidden.shape[:-1] != batch.input_ids.shape:
+    points = logits if isinstance(logits, Tensor) else logits.hidden
+    if points.shape[:-1] != batch.input_ids.shape:
         raise ValueError(
-            f"the batch must be (batch, time) as the hidden states, here "
-            f"{tuple(logits.hidden.shape[:-1])}, got {tuple(batch.input_ids.shape)}"
+            f"the batch must be (batch, time) as the logits, here {tuple(points.shape[:-1])}, got "
+            f"{tuple(batch.input_ids.shape)}"
         )
     flat = batch.flattened()
 
     def of_rows(part: Tensor, rows: slice) -> tuple[Tensor, ...]:
         return loss_of(part, flat.span(rows), rows)
 
-    hidden, weight = logits.hidden, logits.weight
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        values: tuple[Tensor, ...] = _LossByChunks.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, of_rows
+    if isinstance(logits, Tensor):
+        loss, *others = of_rows(logits_at(logits, slice(None)), slice(None))
+        return loss, *(value.detach() for value in others)
+    if not torch.is_grad_enabled() or not (points.requires_grad or logits.weight.requires_grad):
+        fixed = logits.detach()
+        chunks = _chunks(points, len(fixed.weight))
+        return _sums([of_rows(logits_at(fixed, rows), rows) for rows in chunks])
+    return _with_gradients(logits, of_rows)
+
+
+def _with_gradients(
+    logits: LazyLogits, of_rows: Callable[[Tensor, slice], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """Compute losses and their gradients chunk by chunk, and add them up."""
+    needs_hidden, needs_weight = logits.hidden.requires_grad, logits.weight.requires_grad
+    fixed = logits.detach()
+    head = fixed.weight.requires_grad_(needs_weight)
+    points = fixed.hidden.flatten(0, -2)
+    hidden_grad = torch.empty_like(points) if needs_hidden else None
+    weight_grad: Tensor | None = None
+    values = []
+    for rows in _chunks(points, len(head)):
+        point = points[rows].requires_grad_(needs_hidden)
+        loss, *others = of_rows(F.linear(point[None], head), rows)
+        gradients = list(
+            torch.autograd.grad(loss, [leaf for leaf in (point, head) if leaf.requires_grad])
         )
-        return values
-    fixed = logits.detached()
-    return _sums([of_rows(fixed.at(rows), rows) for rows in fixed.chunks()])
+        if needs_weight:
+            # Summed in float32, whatever the precision of the product.
+            part = gradients.pop()
+            weight_grad = at_least_float32(part) if weight_grad is None else weight_grad.add_(part)
+        if hidden_grad is not None:
+            hidden_grad[rows] = gradients.pop()
+        values.append((loss.detach(), *(value.detach() for value in others)))
+    loss, *others = _sums(values)
+    if hidden_grad is not None:
+        hidden_grad = hidden_grad.view_as(logits.hidden)
+    known = _KnownGradients.apply(  # type: ignore[no-untyped-call]
+        loss, (hidden_grad, weight_grad), logits.hidden, logits.weight
+    )
+    return known, *others
 
 
-class _LossByChunks(torch.autograd.Function):
+class _KnownGradients(torch.autograd.Function):
+    """Gives a value, (), the gradients that were computed with it; they are only scaled later."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        loss_of: Callable[[Tensor, slice], tuple[Tensor, ...]],
-    ) -> tuple[Tensor, ...]:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        fixed = LazyLogits(hidden, weight).detached()
-        head = fixed.weight.requires_grad_(needs_weight)
-        points = fixed.hidden.flatten(0, -2)
-        hidden_grad = torch.empty_like(points) if needs_hidden else None
-        weight_grad: Tensor | None = None
-        values = []
-        for rows in fixed.chunks():
-            point = points[rows].requires_grad_(needs_hidden)
-            with torch.enable_grad():
-                loss, *others = loss_of(F.linear(point[None], head), rows)
-            wanted = [leaf for leaf in (point, head) if leaf.requires_grad]
-            gradients = list(torch.autograd.grad(loss, wanted))
-            if needs_weight:
-                # Summed in float32, whatever the precision of the product.
-                part = gradients.pop()
-                weight_grad = (
-                    at_least_float32(part) if weight_grad is None else weight_grad.add_(part)
-                )
-            if hidden_grad is not None:
-                hidden_grad[rows] = gradients.pop()
-            values.append((loss.detach(), *(value.detach() for value in others)))
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.shape, ctx.dtype = hidden.shape, weight.dtype
-        sums = _sums(values)
-        ctx.mark_non_differentiable(*sums[1:])
-        return sums
+        ctx: Any, value: Tensor, gradients: tuple[Tensor | None, ...], *inputs: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [each.dtype for each in inputs]
+        return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # `once_differentiable` would return constants.
             raise RuntimeError(
-                "the gradient of a loss in chunks has no gradient itself; run both passes within "
-                "iiet.plain_formulas()"
+                "the gradient of this loss has no gradient itself; a cross-entropy's has one if "
+                "both passes run within iiet.plain_formulas()"
             )
-        hidden_grad, weight_grad = ctx.saved_tensors
-        if hidden_grad is not None:
-            hidden_grad = (hidden_grad * upstream).view(ctx.shape)
-        if weight_grad is not None:
-            weight_grad = (weight_grad * upstream).to(ctx.dtype)
-        return hidden_grad, weight_grad, None
+        scaled = (
+            None if gradient is None else (gradient * upstream).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return None, None, *scaled
 
 
-def _slices(num_rows: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, num_rows, size))
+def _chunks(points: Tensor, vocab: int, elements: int | None = None) -> list[slice]:
+    """Divide the positions of (..., any) into chunks of one size, but for the last; each has at
+    most so many logits."""
+    num_rows = points.shape[:-1].numel()
+    num_chunks = max(1, -(-num_rows * vocab // (elements or CHUNK_ELEMENTS)))
+    size = max(1, -(-num_rows // num_chunks))
+    return [slice(start, start + size) for start in range(0, num_rows, size)]
 
 
 def _sums(of_chunks: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -221,7 +225,7 @@ def _target_losses(
 def batch_cross_entropy(logits: Logits, batch: Batch) -> Tensor:
     """Compute the `cross_entropy` of a batch's targets."""
 
-    def loss_of(part: Tensor, span: Batch, _: slice | None) -> tuple[Tensor]:
+    def loss_of(part: Tensor, span: Batch, _: slice) -> tuple[Tensor]:
         return (cross_entropy(part, span.targets, mask=span.taught, count=span.target_count),)
 
     return loss_by_chunks(logits, batch, loss_of)[0]
@@ -230,7 +234,7 @@ def batch_cross_entropy(logits: Logits, batch: Batch) -> Tensor:
 def cross_entropy_and_accuracy(logits: Logits, batch: Batch) -> tuple[Tensor, Tensor]:
     """Compute the `cross_entropy` of a batch, and the share of its targets that are likeliest."""
 
-    def loss_of(part: Tensor, span: Batch, _: slice | None) -> tuple[Tensor, Tensor]:
+    def loss_of(part: Tensor, span: Batch, _: slice) -> tuple[Tensor, Tensor]:
         losses, counted = _target_losses(part, span.targets, span.taught, "sum")
         divisor = _divisor(span.target_count, counted, losses.dtype)
         is_right = (part.argmax(dim=-1) == span.targets) & counted
@@ -250,7 +254,7 @@ def cross_entropy_by_source(
         targets. The loss is the sum of the parts, and the mean of a source is part / share.
     """
 
-    def loss_of(part: Tensor, span: Batch, _: slice | None) -> tuple[Tensor, ...]:
+    def loss_of(part: Tensor, span: Batch, _: slice) -> tuple[Tensor, ...]:
         assert span.sources is not None
         losses, counted = _target_losses(part, span.targets, span.taught, "none")
         divisor = _divisor(span.target_count, counted, losses.dtype)
@@ -286,15 +290,7 @@ def hidden_state_error(
     The error is relative, because hidden states grow with depth and the last layers would dominate.
     It is relative at each position, so that the parts of a batch add up to the whole. The teacher
     gets no gradient.
-
-    Raises:
-        ValueError: there are no layers, or their numbers differ.
     """
-    if not teacher_hidden or len(teacher_hidden) != len(student_hidden):
-        raise ValueError(
-            f"got hidden states of {len(teacher_hidden)} teacher and {len(student_hidden)} student "
-            "layers; they must be the same number, at least 1"
-        )
     counted = _counted(mask, student_hidden[0])
     errors = []
     for theirs, ours in zip(teacher_hidden, student_hidden, strict=True):
@@ -357,64 +353,35 @@ def kl_divergence(
             f"teacher and student differ in shape: {tuple(teacher_logits.shape)} and "
             f"{tuple(student_logits.shape)}; they need the same tokens and vocabulary"
         )
-    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-        raise ValueError(
-            f"temperature must be from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}, "
-            f"got {temperature}"
-        )
+    if not 1e-3 <= temperature <= 1e3:  # Beyond, its square is infinite in float32.
+        raise ValueError(f"temperature must be from 0.001 to 1000, got {temperature}")
     if kind not in _DIVERGENCES:
         raise ValueError(f"divergence must be one of {tuple(_DIVERGENCES)}, got {kind!r}")
-    keep_gradient = student_logits.requires_grad and torch.is_grad_enabled()
-    divergence: Tensor = _MeanDivergence.apply(  # type: ignore[no-untyped-call]
-        student_logits, teacher_logits.detach(), kind, temperature, mask, count, keep_gradient
-    )
-    return divergence
-
-
-class _MeanDivergence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        kind: DivergenceKind,
-        temperature: float,
-        mask: Tensor | None,
-        count: Count,
-        keep_gradient: bool,
-    ) -> Tensor:
-        ours, theirs = student.flatten(0, -2), teacher.flatten(0, -2)
-        counted = _counted(mask, student).flatten()
-        divisor = _divisor(count, counted, torch.promote_types(student.dtype, torch.float32))
-        values = ours.new_zeros(len(ours), dtype=divisor.dtype)
-        # float16 would round most of the gradient to 0 before the loss scale arrives in `backward`.
+    ours, theirs = (logits.detach().flatten(0, -2) for logits in (student_logits, teacher_logits))
+    counted = _counted(mask, student_logits).flatten()
+    divisor = _divisor(count, counted, torch.promote_types(ours.dtype, torch.float32))
+    values = ours.new_zeros(len(ours), dtype=divisor.dtype)
+    gradient = None
+    if student_logits.requires_grad and torch.is_grad_enabled():
+        # float16 would round most of the gradient to 0 before the loss scale arrives.
         kept = torch.float32 if ours.dtype == torch.float16 else ours.dtype
-        gradient = torch.zeros_like(ours, dtype=kept) if keep_gradient else None
-        least, most = CPU_ELEMENTS
-        elements = (
-            min(most, max(least, ours.numel() // CPU_SHARE)) if ours.is_cpu else CHUNK_ELEMENTS
-        )
-        for rows in _slices(len(ours), max(1, elements // ours.size(1))):
-            log_p, log_q = (_log_softened(logits[rows], temperature) for logits in (theirs, ours))
-            value, slope = _DIVERGENCES[kind](log_p, log_q)
-            # Rounding can take a tiny divergence below zero. Positions that do not count may hold
-            # NaN, which a product would spread.
-            values[rows] = value.clamp(min=0).masked_fill(~counted[rows], 0)
-            if gradient is not None:
-                # `slope` is with respect to logits / T: one T of T^2 remains.
-                slope *= temperature / divisor
-                gradient[rows] = slope.masked_fill_(~counted[rows, None], 0)
+        gradient = torch.zeros_like(ours, dtype=kept)
+    for rows in _chunks(ours, ours.size(1), CPU_ELEMENTS if ours.is_cpu else CHUNK_ELEMENTS):
+        log_p, log_q = (_log_softened(logits[rows], temperature) for logits in (theirs, ours))
+        value, slope = _DIVERGENCES[kind](log_p, log_q)
+        # Rounding can take a tiny divergence below zero. Positions that do not count may hold NaN,
+        # which a product would spread.
+        values[rows] = value.clamp(min=0).masked_fill(~counted[rows], 0)
         if gradient is not None:
-            ctx.save_for_backward(gradient.view_as(student))
-            ctx.dtype = student.dtype
-        return values.sum() * (temperature**2 / divisor)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        scaled = gradient * upstream.to(gradient.dtype)
-        return scaled.to(ctx.dtype), None, None, None, None, None, None
+            # `slope` is with respect to logits / T: one T of T^2 remains.
+            slope *= temperature / divisor
+            gradient[rows] = slope.masked_fill_(~counted[rows, None], 0)
+    divergence = values.sum() * (temperature**2 / divisor)
+    if gradient is not None:
+        divergence = _KnownGradients.apply(  # type: ignore[no-untyped-call]
+            divergence, (gradient.view_as(student_logits),), student_logits
+        )
+    return divergence
 
 
 def _log_softened(logits: Tensor, temperature: float) -> Tensor:

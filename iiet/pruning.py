@@ -11,7 +11,7 @@ Source: this project.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, pairwise
@@ -44,7 +44,7 @@ class HasRows(Protocol):
 
 
 Influence = Sequence[Sequence[float]] | HasRows
-"""One row per layer; rows may differ in length, or end in NaN for corrections that do not exist."""
+"""One row per layer, one number per correction; rows may differ in length."""
 
 Cost = Callable[[IterationSchedule], float]
 """The cost of a schedule in any unit, such as evaluations, FLOPs or bytes."""
@@ -95,7 +95,6 @@ def suffix_maxima(row: Sequence[float]) -> tuple[float, ...]:
 
 def schedule_at_threshold(influence: Influence, threshold: float) -> IterationSchedule:
     """Keep `#{i : M[i] >= threshold}` corrections in each layer."""
-    threshold = float(threshold)  # An array's entry would make the comparison below an array, too.
     return IterationSchedule(
         tuple(
             sum(value >= threshold for value in suffix_maxima(row))
@@ -146,26 +145,16 @@ def spread_over_cost(
 
 
 def influence_rows(influence: Influence) -> tuple[tuple[float, ...], ...]:
-    """Return the table as tuples of finite floats, the NaN at the end of rows removed."""
-    rows: list[tuple[float, ...]] = []
-    for given in influence.rows() if isinstance(influence, HasRows) else influence:
-        row = [float(value) for value in given]
-        while row and math.isnan(row[-1]):
-            row.pop()
-        if not all(map(math.isfinite, row)):
-            raise ValueError(
-                f"the influence of layer {len(rows) + 1} is {row}; only its end may be NaN"
-            )
-        rows.append(tuple(row))
-    if not rows:
-        raise ValueError("the influence table has no layers")
-    return tuple(rows)
+    """Return the table as tuples of floats, all finite."""
+    given = influence.rows() if isinstance(influence, HasRows) else influence
+    rows = tuple(tuple(map(float, row)) for row in given)
+    if not rows or not all(math.isfinite(value) for row in rows for value in row):
+        raise ValueError(f"an influence table has a row of finite numbers per layer, got {rows}")
+    return rows
 
 
-# Largest relative rounding error of a cost.
 ROUNDING = Fraction(1, 10**12)
-State = tuple[Fraction, Fraction, tuple[int, ...]]
-"""Worth, minus the cost, and corrections of the layers so far; the larger one is better."""
+"""Largest relative rounding error of a cost."""
 
 
 def knapsack(
@@ -184,53 +173,35 @@ def knapsack(
         cost: must add up over layers, as FLOPs and bytes do.
 
     Raises:
-        ValueError: the budget does not pay for the predictions, or the cost does not add up.
+        ValueError: the budget does not pay for the predictions.
     """
     rows = influence_rows(influence.worths() if isinstance(influence, HasRows) else influence)
     full, none = IterationSchedule(tuple(map(len, rows))), IterationSchedule.none(len(rows))
-    if not max_cost >= cost(none):
+    least = Fraction(cost(none))
+    if not max_cost >= least:
         raise ValueError(
             f"a budget of {max_cost} does not pay for the {len(rows)} predictions that the layers "
             f"always make, which cost {cost(none)}"
         )
-    prices = _prices(full, cost)
     # Prices are differences of rounded costs, so allow slightly more here; the end checks the cost.
-    budget = Fraction(min(max_cost, 2 * cost(full))) * (1 + ROUNDING) - Fraction(cost(none))
-    states: list[State] = [(Fraction(0), Fraction(0), ())]
-    for row, layer_prices in zip(rows, prices, strict=True):
+    budget = Fraction(min(max_cost, 2 * cost(full))) * (1 + ROUNDING) - least
+    # Worth, minus the cost, and corrections of the layers so far; the larger one is better.
+    states: list[tuple[Fraction, Fraction, tuple[int, ...]]] = [(Fraction(0), Fraction(0), ())]
+    for layer, row in enumerate(rows):
+        prices = [
+            Fraction(cost(none.with_layer(layer, kept))) - least for kept in range(len(row) + 1)
+        ]
         worths = accumulate(map(Fraction, row), initial=Fraction(0))
-        choices = list(enumerate(zip(worths, layer_prices, strict=True)))
-        states = _worth_keeping(
+        choices = list(enumerate(zip(worths, prices, strict=True)))
+        longer = [
             (worth + more, minus_spent - price, (*counts, kept))
             for worth, minus_spent, counts in states
             for kept, (more, price) in choices
             if price - minus_spent <= budget
-        )
+        ]
+        states = []
+        for state in sorted(longer, key=lambda one: (one[1], one[0], one[2]), reverse=True):
+            if not states or state[0] > states[-1][0]:
+                states.append(state)
     schedules = [IterationSchedule(counts) for _, _, counts in sorted(states, reverse=True)]
     return next((one for one in schedules if cost(one) <= max_cost), none)
-
-
-def _prices(full: IterationSchedule, cost: Cost) -> list[list[Fraction]]:
-    """By layer: what 0, 1, ... corrections add to the cost of no corrections."""
-    none = IterationSchedule.none(len(full))
-    least = Fraction(cost(none))
-    prices = [
-        [Fraction(cost(none.with_layer(layer, kept))) - least for kept in range(most + 1)]
-        for layer, most in enumerate(full)
-    ]
-    together = float(least + sum(own[-1] for own in prices))
-    if not math.isclose(together, cost(full), rel_tol=1e-9):
-        raise ValueError(
-            f"the cost does not add up over layers: ({full}) costs {cost(full)}, its layers one by "
-            f"one {together}"
-        )
-    return prices
-
-
-def _worth_keeping(states: Iterable[State]) -> list[State]:
-    """Drop each state whose worth another one reaches at no higher cost."""
-    kept: list[State] = []
-    for state in sorted(states, key=lambda one: (one[1], one[0], one[2]), reverse=True):
-        if not kept or state[0] > kept[-1][0]:
-            kept.append(state)
-    return kept

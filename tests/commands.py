@@ -27,6 +27,7 @@ CONTEXT.set_forkserver_preload(
     [
         *("orchestrator.cli", "orchestrator.pipelines.sweeps", "torch", "mlflow", "datasets"),
         *("transformers", "ray.train", "ray.tune", "lm_eval", "optuna", "altair", "scipy.stats"),
+        *("torch._dynamo", "torch.distributed.fsdp"),  # PyTorch imports them at the first step.
     ]
 )
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}

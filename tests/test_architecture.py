@@ -59,25 +59,25 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_716,
+    "iiet": 7_414,
     "benchmarks": 3_529,
     "examples": 278,
     "research": 2_006,
-    "orchestrator/workspace": 1_053,
+    "orchestrator/workspace": 1_270,
     "orchestrator/terminal": 546,
-    "orchestrator/settings": 1_591,
+    "orchestrator/settings": 1_567,
     "orchestrator/records": 959,
     "orchestrator/models": 1_686,
     "orchestrator/data": 2_457,
-    "orchestrator/tracking": 1_440,
+    "orchestrator/tracking": 1_428,
     "orchestrator/training": 3_464,
     "orchestrator/evaluation": 2_897,
-    "orchestrator/planning": 1_171,
-    "orchestrator/cluster": 2_198,
+    "orchestrator/planning": 1_118,
+    "orchestrator/cluster": 1_966,
     "orchestrator/reporting": 4_166,
     "orchestrator/sweeping": 2_782,
-    "orchestrator/pipelines": 4_597,
-    "orchestrator/cli": 1_916,
+    "orchestrator/pipelines": 4_151,
+    "orchestrator/cli": 1_793,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -34,7 +34,7 @@ from benchmarks.gpu.report import (
 )
 from benchmarks.gpu.training import compiled, parity, speed, synchronizations
 from benchmarks.report import machine_facts
-from orchestrator.planning.machine import driver_version
+from orchestrator.planning.machine import read_nvml
 from orchestrator.training.monitor import gpu_peak_flops
 
 NAME = "gpu-report"
@@ -116,7 +116,7 @@ def _facts(setup: Setup) -> dict[str, Any]:
         "L2 cache (MB)": round(getattr(properties, "L2_cache_size", 0) / 1e6, 1),
         "compute capability": f"{properties.major}.{properties.minor}",
         "bf16 peak (TFLOP/s)": peak / 1e12 if peak else "unknown, so there is no MFU",
-        "driver": driver_version() or "unknown",
+        "driver": read_nvml()[0] or "unknown",
         "CUDA of PyTorch": torch.version.cuda,
         "NCCL": nccl,
         **shared,

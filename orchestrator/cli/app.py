@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 
@@ -26,28 +24,16 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: The words after `iiet-orch` (default: those of this process).
     """
     words = sys.argv[1:] if arguments is None else arguments
-    with _colors_off() if NO_COLOR in words else nullcontext():
-        words = [word for word in words if word != NO_COLOR]  # It may stand anywhere.
-        completes = "_IIET_ORCH_COMPLETE" in os.environ
-        try:
-            app = build_app(None if completes else words[0] if words else "")
-            app(words, prog_name="iiet-orch")
-        except BaseException as error:
-            return exit_code_of(error)
-    return 0
-
-
-@contextmanager
-def _colors_off() -> Iterator[None]:
-    """Set the variable that Rich reads, which prints our text and Typer's."""
-    before = os.environ.get("NO_COLOR")
-    os.environ["NO_COLOR"] = "1"
+    if NO_COLOR in words:  # It may stand anywhere; Rich reads the variable.
+        os.environ["NO_COLOR"] = "1"
+    words = [word for word in words if word != NO_COLOR]
+    completes = "_IIET_ORCH_COMPLETE" in os.environ
     try:
-        yield
-    finally:
-        del os.environ["NO_COLOR"]
-        if before is not None:
-            os.environ["NO_COLOR"] = before
+        app = build_app(None if completes else words[0] if words else "")
+        app(words, prog_name="iiet-orch")
+    except BaseException as error:
+        return exit_code_of(error)
+    return 0
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -1,9 +1,8 @@
 """`@Command`: a function and the settings that it takes become a command of `iiet-orch`.
 
-A command's options are its own parameters (the `Args:` of its docstring are their help; those of a
-dataclass are its fields), then settings by their key (type, range, choices and help are those
-of the field), then what commands share: settings file, `--set`, workspace, `--dry-run`, `--json`,
-`--quiet`. The function gets a `Call` and returns a plan or a result, which is printed here.
+A command's options are its own parameters (the `Args:` of its docstring are their help), then
+settings by their key (type, range, choices and help are those of the field), then what commands
+share. The function gets a `Call` and returns a plan or a result, which is printed here.
 """
 
 from __future__ import annotations
@@ -12,21 +11,17 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
-from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass
-from functools import cached_property, partial
+from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
-from orchestrator.cli.options import read_settings_of, split_list
-from orchestrator.cli.session import Place, Session, Warnings, open_session
+from orchestrator.cli.options import split_list
+from orchestrator.cli.session import Call, Place
 from orchestrator.workspace.provenance import installed_version
-
-if TYPE_CHECKING:
-    from orchestrator.pipelines.context import Context
-    from orchestrator.pipelines.result import Result
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -35,71 +30,6 @@ METAVARS = {bool: "", int: "N", float: "X", str: "TEXT", Path: "PATH", list: "TE
 NO_COLOR = "--no-color"
 COMMANDS: dict[str, Command] = {}
 """All commands by name, in the order of `--help`."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """An option for a setting whose field does not say all."""
-
-    key: str
-    """Such as `training.num_steps`."""
-    type: Any = None
-    """The option's type (default: the field's)."""
-    convert: Callable[[Any], Any] | None = None
-    """From the option's value to the setting's."""
-    help: str | None = None
-    """(Default: the field's description.)"""
-    hidden: bool = False
-    """Whether the help leaves it out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call(Session):
-    """What a command works with."""
-
-    settings: Any
-    """The resolved settings, if the command has options that are settings."""
-    dry_run: bool
-    as_json: bool
-
-    @property
-    def common(self) -> dict[str, Any]:
-        """The keyword arguments that every function of pipelines takes."""
-        return {"workspace": self.workspace, "progress": self.progress}
-
-    @cached_property
-    def context(self) -> Context:
-        """What a pipeline runs in, the same at each use."""
-        from orchestrator.pipelines.context import Context
-
-        return Context(self.workspace, self.progress)
-
-    def finish(self, plan: Any, run: Callable[[Any, Context], Result]) -> Result:
-        """Return a plan for a dry run, else what it gives."""
-        return plan if self.dry_run else run(plan, self.context)
-
-    def imported(self, model: Path | None) -> Path | None:
-        """Return a model as it is named in the workspace; one of the hub is imported first."""
-        from orchestrator.pipelines.models import local_model
-
-        return model if self.dry_run else local_model(model, **self.common)
-
-    def show(self, result: Result) -> None:
-        """Print what a terminal shows of a result."""
-        from orchestrator.pipelines.result import show
-
-        show(result, self.console)
-
-    def answer(self, values: dict[str, Any], lines: list[Any]) -> Result:
-        """Return a result of a few values and lines."""
-        from orchestrator.pipelines.result import Answer
-
-        return Answer(values=values, lines=lines)
-
-    @property
-    def is_quiet(self) -> bool:
-        """Whether the user wants results and warnings only."""
-        return isinstance(self.progress, Warnings)
 
 
 @dataclass
@@ -111,15 +41,10 @@ class Command:
     _: KW_ONLY
     group: str
     """Panel of `--help`."""
-    options: Mapping[str, str | Setting] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
     """`--flag` or `--flag,-f` to the key of a setting."""
-    config: Any = None
-    """Annotation of the option or argument that names the settings file; None for commands that
-    read none."""
-    config_default: Any = None
-    adjust: Callable[[dict[str, Any], dict[str, Any]], str | None] | None = None
-    """Gets the command's values and the settings among its options by key; may change the latter,
-    and returns another settings file, or None."""
+    config: Literal["option", "argument"] | None = None
+    """Whether it reads a settings file, which `--config` or an argument of its own names."""
     workspace: Place | None = "made"
     """How the workspace is opened, see `open_session`; None if the command has none."""
     trains: bool = False
@@ -134,13 +59,15 @@ class Command:
     def __call__(self, function: Function) -> Function:
         """Register the function as this command."""
         self.function, (self.text, _) = function, _described(function)
-        self.settings = {
-            flags: setting if isinstance(setting, Setting) else Setting(setting)
-            for flags, setting in self.options.items()
-        }
+        COMMANDS[self.name] = self
+        return function
+
+    def build(self) -> Callable[..., None]:
+        """Return a function that has all options in its signature, for Typer."""
         has_log = self.workspace in ("made", "read")
         shared = {
             "device": self.trains,
+            "config": self.config == "option",
             "set_": self.config is not None,
             "workspace": self.workspace is not None,
             "dry_run": self.plans,
@@ -148,61 +75,29 @@ class Command:
             "verbose": has_log,
             "quiet": has_log,
         }
-        self.shared = [name for name, has_it in shared.items() if has_it]
-        COMMANDS[self.name] = self
-        return function
-
-    def build(self) -> Callable[..., None]:
-        """Return a function that has all options in its signature, for Typer."""
-        self.groups: dict[str, Any] = {
-            name: own.annotation
-            for name, own in _signature(self.function).items()
-            if is_dataclass(own.annotation)
-        }
-        parameters = [*_parameters(self.function)]
-        parameters += [_of_setting(flags, setting) for flags, setting in self.settings.items()]
-        if self.config is not None:
-            parameters.append(_parameter("config", self.config_default, self.config))
-        parameters += [shared for shared in _parameters(_shared) if shared.name in self.shared]
-
+        own = [*_parameters(self.function)]
+        own += [_of_setting(flags, key) for flags, key in self.options.items()]
+        parameters = [*own, *(each for each in _parameters(_shared) if shared[each.name])]
         run: Any = partial(self.run)
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        run.__doc__ = self.text
         return run  # type: ignore[no-any-return]
 
     def run(self, **values: Any) -> None:
-        """Read the settings, open the workspace, call the function and print what it returns."""
-        options: dict[str, Any] = {}
-        for flags, setting in self.settings.items():
-            value = values.pop(_name(flags))
-            if value is not None and value != []:
-                convert = setting.convert or partial(_converted, setting.key)
-                options[setting.key] = convert(value)
-        config, changes = values.pop("config", None), values.pop("set_", None) or []
-        shared = {name: values.pop(name) for name in self.shared if name in values}
-        if self.adjust:
-            config = self.adjust({**values, **shared, "config": config}, options) or config
-        settings = None
-        if self.options or self.config is not None:
-            settings = read_settings_of(config, changes, options, train_on=shared.get("device"))
-        for name, group in self.groups.items():
-            values[name] = group(**{own.name: values.pop(own.name) for own in fields(group)})
-        as_json, dry_run = shared.get("as_json", False), shared.get("dry_run", False)
-        with open_session(
-            shared.get("workspace"),
-            self.name,
-            place=self.workspace,
-            verbose=True if shared.get("verbose") else False if shared.get("quiet") else None,
-            dry_run=dry_run,
-            as_json=as_json,
-        ) as session:
-            call = Call(**vars(session), settings=settings, dry_run=dry_run, as_json=as_json)
-            result = self.function(call, **values)
-            if result is None:
+        """Call the function with the values of its parameters, and print what it returns."""
+        from orchestrator.settings import find_field
+
+        own = {key: values.pop(_name(flags)) for flags, key in self.options.items()}
+        shared = {name: values.pop(name) for name in SHARED if name in values}
+        call = Call(self.name, self.workspace, shared, bool(self.options or self.config))
+        for key, value in own.items():
+            is_list = isinstance(value, str) and _plain_type(find_field(key).annotation) is tuple
+            call.set(key, split_list(value) if is_list else value)
+        with call.stack:
+            if (result := self.function(call, **values)) is None:
                 return
-            if as_json:
-                print(result.to_text(), file=session.output)
+            if call.as_json:
+                print(result.to_text(), file=call.session.output)
             else:
                 call.show(result)
             result.raise_failures()
@@ -210,6 +105,7 @@ class Command:
 
 def _shared(
     device: Literal["cpu", "cuda"] | None = None,
+    config: Annotated[str | None, typer.Option("--config", "-c")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE")] = None,
     workspace: Annotated[Path | None, typer.Option("--workspace", "-w")] = None,
     dry_run: bool = False,
@@ -221,6 +117,7 @@ def _shared(
 
     Args:
         device: Where to train (default: as cluster.num_gpus says).
+        config: Settings: a YAML file, or the name of a shipped sweep.
         set_: Change a setting: training.num_steps=500.
         workspace: Folder for all results (default: IIET_WORKSPACE, else ./iiet-workspace).
         dry_run: Print what would be done and what it takes; do nothing.
@@ -228,6 +125,9 @@ def _shared(
         verbose: Show the output of libraries, too.
         quiet: Show no progress, only results and warnings.
     """
+
+
+SHARED = tuple(inspect.signature(_shared).parameters)
 
 
 def build_app(word: str | None = None) -> typer.Typer:
@@ -251,19 +151,16 @@ def build_app(word: str | None = None) -> typer.Typer:
         is_built = word is None or word in (name, group)
         (config if group else app).command(
             last,
+            help=command.text,
             rich_help_panel=None if group else command.group,
             context_settings=command.context_settings,
-        )(command.build() if is_built else _named(command.text))
+        )(command.build() if is_built else _not_built)
     app.add_typer(config, name="config", rich_help_panel="Settings")
     return app
 
 
-def _named(text: str) -> Callable[[], None]:
-    def command() -> None:
-        raise AssertionError("only the command that is called is built")
-
-    command.__doc__ = text
-    return command
+def _not_built() -> None:
+    raise AssertionError("only the command that is called is built")
 
 
 def _print_version(is_asked: bool) -> None:
@@ -284,44 +181,35 @@ def _options_of_all(
     pass
 
 
-# Options from parameters, from the fields of a model, and from settings
-
-
-def _signature(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    # The result's type takes time to import, and is not looked at.
-    found = inspect.signature(function, eval_str=True, locals={"Result": Any})
-    return {name: own for name, own in found.parameters.items() if own.annotation is not Call}
-
-
 def _described(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     """Return a docstring without its `Args:`, and the text of each argument by name."""
     text, _, arguments = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:\n")
     parts = re.split(r"^ {4}(\w+): ", arguments, flags=re.MULTILINE)[1:]
-    names = parts[::2]
-    return text, dict(zip(names, (" ".join(part.split()) for part in parts[1::2]), strict=True))
+    return text, {
+        name: " ".join(t.split()) for name, t in zip(parts[::2], parts[1::2], strict=True)
+    }
 
 
 def _parameters(function: Callable[..., Any]) -> Iterator[inspect.Parameter]:
-    """Yield the parameters of a function but its call; of a dataclass, those are its fields."""
+    """Yield the parameters of a function but its call, for Typer."""
     helps = _described(function)[1]
-    for name, own in _signature(function).items():
-        if is_dataclass(own.annotation):
-            group: Any = own.annotation
-            yield from _parameters(group)
-        else:
+    # The result's type takes time to import, and is not looked at.
+    found = inspect.signature(function, eval_str=True, locals={"Result": Any}).parameters
+    for name, own in found.items():
+        if own.annotation is not Call:
             yield _parameter(name, own.default, own.annotation, helps.get(name))
 
 
-def _of_setting(flags: str, setting: Setting) -> inspect.Parameter:
+def _of_setting(flags: str, key: str) -> inspect.Parameter:
     from orchestrator.settings import find_field
 
-    found = find_field(setting.key)
-    kind = setting.type or _plain_type(found.annotation)
+    found = find_field(key)
+    kind = _plain_type(found.annotation)
     limits = found.metadata if kind is int else ()
-    info = typer.Option(*flags.split(","), show_default=False, hidden=setting.hidden)
+    info = typer.Option(*flags.split(","), show_default=False)
     if kind is tuple:
         kind, info.metavar = str, "A,B,..."
-    text = setting.help or " ".join((found.description or "").split())
+    text = " ".join((found.description or "").split())
     return _parameter(_name(flags), None, kind | None, text, info, *limits)
 
 
@@ -362,12 +250,6 @@ def _plain_type(annotation: Any) -> Any:
     if inner:
         return _plain_type(inner[0]) if len(inner) == 1 else str
     return annotation if annotation in METAVARS else str
-
-
-def _converted(key: str, value: Any) -> Any:
-    from orchestrator.settings import find_field
-
-    return split_list(value) if _plain_type(find_field(key).annotation) is tuple else value
 
 
 def _name(flags: str) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.command import Call, Command, Setting
+from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
     MAX_COUNT,
-    ConfigOption,
     CostOption,
     ModelsArgument,
     QualityOption,
@@ -22,29 +20,32 @@ from orchestrator.cli.options import (
     complete_sweeps,
     split_list,
 )
+from orchestrator.cli.session import Call
 from orchestrator.workspace.errors import UserError, quoted
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
 
 CLUSTER = {"--device": "cluster.device", "--address": "cluster.address"}
-TASKS: dict[str, str | Setting] = {
+TASKS = {
     "--suite": "evaluation.suite",
     "--include-path": "evaluation.include_path",
     "--num-fewshot": "evaluation.num_fewshot",
-    "--apply-chat-template": Setting(
-        "evaluation.apply_chat_template", bool, help="Write prompts with the model's chat template."
-    ),
-    "--chat-template": Setting(
-        "evaluation.apply_chat_template", str, help="The same, with one of its named templates."
-    ),
     "--limit": "evaluation.limit",
     "--batch-size": "evaluation.batch_size",
 }
+ChatTemplateOption = Annotated[
+    bool,
+    typer.Option("--apply-chat-template", help="Write prompts with the model's chat template."),
+]
+NamedTemplateOption = Annotated[
+    str | None,
+    typer.Option("--chat-template", help="The same, with one of its named templates."),
+]
 
 
 @Command("influence", group="Measure", options={"--metric": "influence.metric", **CLUSTER},
-         config=ConfigOption, plans=True)  # fmt: skip
+         config="option", plans=True)  # fmt: skip
 def influence(call: Call, model: TeacherArgument = None) -> Result:
     """Measure how much each correction of each layer matters.
 
@@ -56,13 +57,15 @@ def influence(call: Call, model: TeacherArgument = None) -> Result:
     return call.finish(plan, run_influence)
 
 
-@Command("evaluate", group="Measure", options={**TASKS, **CLUSTER}, config=ConfigOption,
+@Command("evaluate", group="Measure", options={**TASKS, **CLUSTER}, config="option",
          workspace="read", plans=True)  # fmt: skip
 def evaluate(
     call: Call,
     models: ModelsArgument = None,
     schedule: SchedulesOption = None,
     log_samples: Annotated[Path | None, typer.Option(metavar="FOLDER")] = None,
+    apply_chat_template: ChatTemplateOption = False,
+    chat_template: NamedTemplateOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
 ) -> Result:
     """Measure accuracy and bits per byte with lm-eval; resumes after an interruption.
@@ -75,6 +78,7 @@ def evaluate(
     """
     from orchestrator.pipelines.evaluating import plan_evaluate, run_evaluate
 
+    call.set("evaluation.apply_chat_template", chat_template or apply_chat_template or None)
     plan = plan_evaluate(
         call.settings,
         models=models or (),
@@ -86,12 +90,14 @@ def evaluate(
     return call.finish(plan, run_evaluate)
 
 
-@Command("compare", group="Measure", options={**TASKS, **CLUSTER}, config=ConfigOption, plans=True)
+@Command("compare", group="Measure", options={**TASKS, **CLUSTER}, config="option", plans=True)
 def compare(
     call: Call,
     first: Annotated[str, typer.Argument(metavar="A", autocompletion=complete_models)],
     second: Annotated[str, typer.Argument(metavar="B", autocompletion=complete_models)],
     schedule: SchedulesOption = None,
+    apply_chat_template: ChatTemplateOption = False,
+    chat_template: NamedTemplateOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
 ) -> Result:
     """Compare two models on the same items: paired differences, intervals, McNemar's test.
@@ -106,6 +112,7 @@ def compare(
     """
     from orchestrator.pipelines.evaluating import plan_compare, run_compare
 
+    call.set("evaluation.apply_chat_template", chat_template or apply_chat_template or None)
     plan = plan_compare(
         call.settings,
         models=(first, second),
@@ -116,11 +123,24 @@ def compare(
     return call.finish(plan, run_compare)
 
 
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    """The conditions of `benchmark`.
+@Command("benchmark", group="Measure", options=CLUSTER, plans=True)
+def benchmark(
+    call: Call,
+    models: ModelsArgument = None,
+    schedule: SchedulesOption = None,
+    batch_sizes: str = "1,8",
+    contexts: str | None = None,
+    new_tokens: Annotated[int, typer.Option(min=2, max=MAX_COUNT)] = 32,
+    repetitions: Annotated[int, typer.Option(min=1, max=10_000)] = 9,
+    threads: Annotated[int, typer.Option(min=1, max=1024)] = 1,
+    drafts: str | None = None,
+) -> Result:
+    """Measure latency, throughput and memory, and compare them with the cost model.
+
+    Example: iiet-orch benchmark my-run --batch-sizes 1,8
 
     Args:
+        schedule: Iteration schedule; may be repeated. One IIET without it: from full to none.
         batch_sizes: Comma-separated numbers of rows that are decoded together.
         contexts: Tokens of the prompt (default: 32 and half the context).
         new_tokens: Tokens decoded after it.
@@ -129,38 +149,13 @@ class BenchmarkOptions:
         drafts: Instead measure the schedules of this sweep as drafts of its full models, for its
             report.
     """
-
-    batch_sizes: str = "1,8"
-    contexts: str | None = None
-    new_tokens: Annotated[int, typer.Option(min=2, max=MAX_COUNT)] = 32
-    repetitions: Annotated[int, typer.Option(min=1, max=10_000)] = 9
-    threads: Annotated[int, typer.Option(min=1, max=1024)] = 1
-    drafts: str | None = None
-
-
-@Command("benchmark", group="Measure", options=CLUSTER, plans=True)
-def benchmark(
-    call: Call,
-    conditions: BenchmarkOptions,
-    models: ModelsArgument = None,
-    schedule: SchedulesOption = None,
-) -> Result:
-    """Measure latency, throughput and memory, and compare them with the cost model.
-
-    Example: iiet-orch benchmark my-run --batch-sizes 1,8
-
-    Args:
-        schedule: Iteration schedule; may be repeated. One IIET without it: from full to none.
-    """
-    if conditions.drafts:
+    if drafts:
         from orchestrator.pipelines.sweeps import plan_drafts, run_drafts
 
         cluster = call.settings.cluster
-        return call.finish(
-            plan_drafts(conditions.drafts, cluster=cluster, **call.common), run_drafts
-        )
-    batches = whole_numbers(conditions.batch_sizes, "--batch-sizes")
-    prompts = whole_numbers(conditions.contexts or "", "--contexts")
+        return call.finish(plan_drafts(drafts, cluster=cluster, **call.common), run_drafts)
+    batches = whole_numbers(batch_sizes, "--batch-sizes")
+    prompts = whole_numbers(contexts or "", "--contexts")
     from orchestrator.evaluation.cost_measurement import MeasurementSettings
     from orchestrator.pipelines.benchmarking import plan_benchmark, run_benchmark
 
@@ -170,9 +165,9 @@ def benchmark(
         conditions=MeasurementSettings(
             batch_sizes=batches,
             contexts=prompts,
-            new_tokens=conditions.new_tokens,
-            repetitions=conditions.repetitions,
-            num_threads=conditions.threads,
+            new_tokens=new_tokens,
+            repetitions=repetitions,
+            num_threads=threads,
         ),
         cluster=call.settings.cluster,
         **call.common,

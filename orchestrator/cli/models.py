@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from orchestrator.cli.command import Call, Command
+from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
     MAX_COUNT,
-    ConfigOption,
     CostOption,
     NameOption,
     QualityOption,
@@ -21,7 +19,7 @@ from orchestrator.cli.options import (
     complete_sweeps,
     one_schedule,
 )
-from orchestrator.cli.session import Warnings
+from orchestrator.cli.session import Call, Warnings
 from orchestrator.workspace.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,11 +35,39 @@ ReplaceModelOption = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class GenerateOptions:
-    """What `generate` continues, and how.
+@Command("generate", group="Models", options={"--device": "cluster.device"}, workspace="read")
+def generate(
+    call: Call,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="[MODEL]", autocompletion=complete_models)
+    ] = None,
+    schedule: SchedulesOption = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p")] = None,
+    chat: bool = False,
+    system: str | None = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", "-n", min=1, max=MAX_COUNT)
+    ] = None,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0)] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None,
+    top_p: float | None = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED)] = None,
+    stop: list[str] | None = None,
+    kv: Literal["exact", "last"] = "exact",
+    draft: str | None = None,
+    draft_tokens: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None,
+) -> Result | None:
+    """Continue a text and print it while it is generated.
+
+    The prompt is not changed; --chat puts it into the chat template of an imported model. With
+    --draft, the model's cheaper schedule drafts tokens and the model verifies several at once.
+
+    Example: iiet-orch generate my-run --prompt "The list is" -n 40
 
     Args:
+        checkpoint: Checkpoint, run or exported folder, by path or name, a sweep (its picked model),
+            or hub:OWNER/NAME; by default the newest of finished runs and what `pick` chose last.
+        schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
         prompt: Text to continue; several run as one batch.
         chat: Answer the prompt as a user's message, with the model's chat template.
         system: With --chat: the system's message, before the user's.
@@ -55,77 +81,42 @@ class GenerateOptions:
         draft: Draft under a cheaper schedule, or the best one (auto); no token changes.
         draft_tokens: Tokens to draft at once (default: as many as pay).
     """
-
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p")] = None
-    chat: bool = False
-    system: str | None = None
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", "-n", min=1, max=MAX_COUNT)
-    ] = None
-    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0)] = 0.0
-    top_k: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None
-    top_p: float | None = None
-    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED)] = None
-    stop: list[str] | None = None
-    kv: Literal["exact", "last"] = "exact"
-    draft: str | None = None
-    draft_tokens: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None
-
-
-@Command("generate", group="Models", options={"--device": "cluster.device"}, workspace="read")
-def generate(
-    call: Call,
-    options: GenerateOptions,
-    checkpoint: Annotated[
-        Path | None, typer.Argument(metavar="[MODEL]", autocompletion=complete_models)
-    ] = None,
-    schedule: SchedulesOption = None,
-) -> Result | None:
-    """Continue a text and print it while it is generated.
-
-    The prompt is not changed; --chat puts it into the chat template of an imported model. With
-    --draft, the model's cheaper schedule drafts tokens and the model verifies several at once.
-
-    Example: iiet-orch generate my-run --prompt "The list is" -n 40
-
-    Args:
-        checkpoint: Checkpoint, run or exported folder, by path or name, a sweep (its picked model),
-            or hub:OWNER/NAME; by default the newest of finished runs and what `pick` chose last.
-        schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
-    """
-    draft, draft_tokens = options.draft, options.draft_tokens
     if draft is None and draft_tokens is not None:
         raise UserError(f"--draft-tokens {draft_tokens} needs --draft SCHEDULE or --draft auto")
-    prompts = options.prompt
-    if prompts is None:
+    prompts = prompt or []
+    if prompt is None:
         prompts = ["" if sys.stdin.isatty() else sys.stdin.read().rstrip("\n")]
         if prompts == [""]:
             raise UserError("there is nothing to continue; give --prompt TEXT, or pipe a text in")
     from orchestrator.pipelines.generating import Drafting, Sampling, open_generator
 
-    same = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     sampling = Sampling(
-        **{name: getattr(options, name) for name in same},
-        stop=tuple(options.stop or ()),
-        kv_strategy=options.kv,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        kv_strategy=kv,
     )
+    terminal = call.session.terminal
     writer = open_generator(
-        call.workspace,
+        call.session.workspace,
         checkpoint,
         one_schedule(schedule),
         Drafting(draft=draft, num_tokens=draft_tokens or "auto") if draft else None,
         device=call.settings.cluster.device,
         # The text goes to standard output, so warnings go elsewhere.
-        progress=Warnings(call.terminal),
+        progress=Warnings(terminal),
     )
-    asked = writer.as_asked(prompts, chat=options.chat, system=options.system)
+    asked = writer.as_asked(prompts, chat=chat, system=system)
     own = writer.decoder.config.schedule
-    if not call.is_quiet:
+    if not isinstance(call.session.progress, Warnings):
         under = f"schedule {own}" if own else "no corrections"
-        typer.echo(f"model: {writer.checkpoint}, {under}", file=call.terminal)
+        typer.echo(f"model: {writer.checkpoint}, {under}", file=terminal)
     if not call.as_json and len(prompts) == 1:
         pieces = writer.stream(asked[0], sampling)
-        if not options.chat:  # An answer is printed without its question.
+        if not chat:  # An answer is printed without its question.
             typer.echo(prompts[0], nl=False)
         for piece in pieces:
             typer.echo(piece, nl=False)
@@ -137,7 +128,7 @@ def generate(
         "schedule": None if own is None else list(own),
         "texts": [{"prompt": p, "text": text} for p, text in zip(prompts, texts, strict=True)],
     }
-    between = ": " if options.chat else ""
+    between = ": " if chat else ""
     return call.answer(values, [f"{p}{between}{t}\n" for p, t in zip(prompts, texts, strict=True)])
 
 
@@ -163,30 +154,17 @@ def import_folder(
     return call.answer({"checkpoint": str(checkpoint)}, [f"checkpoint: {checkpoint}"])
 
 
-@dataclass(frozen=True)
-class UploadOptions:
-    """Where `export` uploads a model.
-
-    Args:
-        push_to_hub: Upload the folder to the Hugging Face hub, too.
-        private: Who sees a new repository (default: as its owner's settings say).
-        token: Token of the hub (default: HF_TOKEN, or that of `hf auth login`).
-    """
-
-    push_to_hub: Annotated[str | None, typer.Option(metavar="OWNER/NAME")] = None
-    private: Annotated[bool | None, typer.Option("--private/--public", show_default=False)] = None
-    token: str | None = None
-
-
-@Command("export", group="Models", options={"--device": "cluster.device"}, config=ConfigOption)
+@Command("export", group="Models", options={"--device": "cluster.device"}, config="option")
 def export(
     call: Call,
-    upload: UploadOptions,
     checkpoint: Annotated[Path | None, typer.Argument(autocompletion=complete_models)] = None,
     to: FolderToWriteOption = None,
     force: ReplaceModelOption = False,
     schedule: SchedulesOption = None,
     measure: bool = True,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="OWNER/NAME")] = None,
+    private: Annotated[bool | None, typer.Option("--private/--public", show_default=False)] = None,
+    token: str | None = None,
 ) -> Result:
     """Export a folder that transformers and lm-eval load without this package.
 
@@ -197,17 +175,19 @@ def export(
             finished runs and what `pick` chose last.
         schedule: Another iteration schedule: 1, or 2,1,1,0,0,0.
         measure: Evaluate the model for its card, unless that is done.
+        push_to_hub: Upload the folder to the Hugging Face hub, too.
+        private: Who sees a new repository (default: as its owner's settings say).
+        token: Token of the hub (default: HF_TOKEN, or that of `hf auth login`).
     """
-    repository, token = upload.push_to_hub, upload.token
-    if repository is None and (upload.private is not None or token):
+    if push_to_hub is None and (private is not None or token):
         raise UserError(
             "--private, --public and --token are for --push-to-hub; name the repository"
         )
     from orchestrator.models.hub import check_upload, upload_model
     from orchestrator.pipelines import models
 
-    if repository is not None:
-        check_upload(repository, token)  # Before anything is measured.
+    if push_to_hub is not None:
+        check_upload(push_to_hub, token)  # Before anything is measured.
     folder = models.export(
         call.settings,
         model=checkpoint,
@@ -218,42 +198,25 @@ def export(
         **call.common,
     )
     lines, address = [f"exported: {folder}"], None
-    if repository is not None:
-        call.progress.start("push")
-        address = upload_model(folder, repository, private=upload.private, token=token)
-        call.progress.finish(address)
+    if push_to_hub is not None:
+        call.session.progress.start("push")
+        address = upload_model(folder, push_to_hub, private=private, token=token)
+        call.session.progress.finish(address)
         lines.append(f"pushed: {address}")
     return call.answer({"folder": str(folder), "hub": address}, lines)
-
-
-@dataclass(frozen=True)
-class PickOptions:
-    """The rules of `pick`, of which it takes one.
-
-    Args:
-        keep: Cheapest that keeps this share of the quality, such as 0.99.
-        confidence: With --keep: how sure that must be, such as 0.9.
-        budget: Best that costs at most this much, in the unit of --cost.
-        knee: Farthest above the line between the ends.
-        best: Highest quality.
-        cheapest: Lowest cost.
-        draft_for: Fastest draft of this full model, such as teacher, by its name.
-    """
-
-    keep: float | None = None
-    confidence: float = 0.0
-    budget: float | None = None
-    knee: bool = False
-    best: bool = False
-    cheapest: bool = False
-    draft_for: Annotated[str | None, typer.Option(metavar="MODEL")] = None
 
 
 @Command("pick", group="Models", plans=True)
 def pick(
     call: Call,
-    rules: PickOptions,
     sweep: Annotated[str | None, typer.Argument(autocompletion=complete_sweeps)] = None,
+    keep: float | None = None,
+    confidence: float = 0.0,
+    budget: float | None = None,
+    knee: bool = False,
+    best: bool = False,
+    cheapest: bool = False,
+    draft_for: Annotated[str | None, typer.Option(metavar="MODEL")] = None,
     cost: CostOption = None,
     quality: QualityOption = None,
     to: FolderToWriteOption = None,
@@ -265,12 +228,27 @@ def pick(
 
     Args:
         sweep: Name of a sweep (default: the newest).
+        keep: Cheapest that keeps this share of the quality, such as 0.99.
+        confidence: With --keep: how sure that must be, such as 0.9.
+        budget: Best that costs at most this much, in the unit of --cost.
+        knee: Farthest above the line between the ends.
+        best: Highest quality.
+        cheapest: Lowest cost.
+        draft_for: Fastest draft of this full model, such as teacher, by its name.
     """
     if call.dry_run and to is not None:
         raise UserError("--dry-run exports nothing, and --to says where to; leave one out")
-    confidence = rules.confidence
-    asked = {n: v for n, v in asdict(rules).items() if v is not None and v is not False}
-    del asked["confidence"]
+    rules: dict[str, Any] = {
+        "keep": keep,
+        "budget": budget,
+        "knee": knee,
+        "best": best,
+        "cheapest": cheapest,
+    }
+    rules["draft_for"] = draft_for
+    asked = {
+        name: value for name, value in rules.items() if value is not None and value is not False
+    }
     if len(asked) > 1:
         options = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
         raise UserError(f"pick takes one rule; got {options}")

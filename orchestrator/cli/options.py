@@ -41,10 +41,6 @@ def _names_in(ctx: typer.Context, pattern: str, incomplete: str) -> list[str]:
     return []
 
 
-ConfigOption = Annotated[
-    str | None,
-    typer.Option("--config", "-c", help="Settings: a YAML file, or the name of a shipped sweep."),
-]
 TeacherArgument = Annotated[
     Path | None,
     typer.Argument(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
-from orchestrator.cli.command import Call, Command
+from orchestrator.cli.command import Command
 from orchestrator.cli.options import MAX_COUNT
+from orchestrator.cli.session import Call
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Kind, RemovableKind
 
@@ -36,7 +36,7 @@ def ui(
     from orchestrator.pipelines.ui import serve
     from orchestrator.workspace.layout import open_workspace
 
-    serve(open_workspace(call.workspace.root), port=port)
+    serve(open_workspace(call.session.workspace.root), port=port)
 
 
 @Command("sync", group="Results")
@@ -64,9 +64,11 @@ def list_workspace(
     Args:
         kind: runs, checkpoints, trials, sweeps or models (default: all but checkpoints).
     """
-    from orchestrator.pipelines.listing import list_workspace as listing
+    from orchestrator.pipelines.upkeep import list_workspace as listing
 
-    return listing(call.workspace, kind, with_checkpoints=call.as_json, note=call.progress.note)
+    return listing(
+        call.session.workspace, kind, with_checkpoints=call.as_json, note=call.session.progress.note
+    )
 
 
 @Command("status", group="Workspace", workspace="existing")
@@ -75,9 +77,9 @@ def status(call: Call) -> Result:
 
     Example: iiet-orch status --json
     """
-    from orchestrator.pipelines.listing import show_status
+    from orchestrator.pipelines.upkeep import show_status
 
-    return show_status(call.workspace, note=call.progress.note)
+    return show_status(call.session.workspace, note=call.session.progress.note)
 
 
 @Command("clean", group="Workspace", workspace="existing", plans=True)
@@ -98,7 +100,7 @@ def clean(
     """
     from orchestrator.pipelines import upkeep
 
-    plan = upkeep.plan_clean(call.workspace, kinds or (), note=call.progress.note)
+    plan = upkeep.plan_clean(call.session.workspace, kinds or (), note=call.session.progress.note)
     if call.dry_run or not plan.found or (call.as_json and not yes):
         return plan
     if not call.as_json:
@@ -110,7 +112,7 @@ def clean(
             )
         if not typer.confirm(f"Delete all of this ({plan.size})?"):
             return None
-    return upkeep.run_clean(plan, call.workspace)
+    return upkeep.run_clean(plan, call.session.workspace)
 
 
 @Command("doctor", group="Workspace", workspace="named")
@@ -124,24 +126,28 @@ def doctor(call: Call) -> Result:
     from orchestrator.pipelines.doctor import Findings, examine
 
     found = []
-    for finding in examine(call.workspace):  # Each is shown as soon as it is found.
+    for finding in examine(call.session.workspace):  # Each is shown as soon as it is found.
         found.append(finding)
         if not call.as_json:
             call.show(finding)
     return Findings(findings=found)
 
 
-@Command("config show", group="Settings", config=Annotated[str | None, typer.Argument(
-    metavar="[FILE]", help="A YAML file, or a shipped sweep (default: the defaults)."
-)], workspace=None, has_json=False)  # fmt: skip
-def show_settings(call: Call, changed: bool = False) -> None:
+@Command("config show", group="Settings", config="argument", workspace=None, has_json=False)
+def show_settings(
+    call: Call,
+    file: Annotated[str | None, typer.Argument(metavar="[FILE]")] = None,
+    changed: bool = False,
+) -> None:
     """Print the resolved settings as YAML; what differs from its default is marked.
 
     Example: iiet-orch config show demo --changed
 
     Args:
+        file: A YAML file, or a shipped sweep (default: the defaults).
         changed: Only what differs from the defaults.
     """
+    call.config = file
     from orchestrator.settings.files import marked_yaml
 
     typer.echo(marked_yaml(call.settings, only_changed=changed), nl=False)
@@ -177,34 +183,17 @@ def list_sweeps(call: Call) -> Result:
     )
 
 
-@dataclass(frozen=True)
-class InitOptions:
-    """What a new settings file is for.
-
-    Args:
-        data: Your text: a file, folder or pattern; may be repeated.
-        hub: A data set of the hub instead.
-        source: Copy a shipped sweep; `config list` names them.
-        size: Size of the model (default: tiny).
-        tokenizer: train, the path of a tokenizer.json, or hub:NAME.
-        steps: Optimizer steps of the teacher.
-        gpus: GPUs to use.
-    """
-
-    data: Annotated[list[str] | None, typer.Option(metavar="PATH")] = None
-    hub: Annotated[str | None, typer.Option(metavar="NAME")] = None
-    source: Annotated[str | None, typer.Option("--from", metavar="SWEEP")] = None
-    size: Size | None = None
-    tokenizer: str = "train"
-    steps: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None
-    gpus: Annotated[int | None, typer.Option(min=0, max=MAX_COUNT)] = None
-
-
 @Command("init", group="Settings", workspace=None, has_json=False)
 def init(
     call: Call,
-    options: InitOptions,
     file: Annotated[Path | None, typer.Argument()] = None,
+    data: Annotated[list[str] | None, typer.Option(metavar="PATH")] = None,
+    hub: Annotated[str | None, typer.Option(metavar="NAME")] = None,
+    source: Annotated[str | None, typer.Option("--from", metavar="SWEEP")] = None,
+    size: Size | None = None,
+    tokenizer: str = "train",
+    steps: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT)] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, max=MAX_COUNT)] = None,
     force: bool = False,
 ) -> Result:
     """Write a commented settings file for your own data and size; asks for what is missing.
@@ -215,6 +204,13 @@ def init(
 
     Args:
         file: File to write (default: my-sweep.yaml).
+        data: Your text: a file, folder or pattern; may be repeated.
+        hub: A data set of the hub instead.
+        source: Copy a shipped sweep; `config list` names them.
+        size: Size of the model (default: tiny).
+        tokenizer: train, the path of a tokenizer.json, or hub:NAME.
+        steps: Optimizer steps of the teacher.
+        gpus: GPUs to use.
         force: Replace a file that exists.
     """
     from orchestrator.settings.files import (
@@ -225,14 +221,13 @@ def init(
     )
     from orchestrator.workspace.files import write_text
 
-    data, hub, source = options.data, options.hub, options.source
     if (data is not None) + (hub is not None) + (source is not None) > 1:
         raise UserError("--data, --hub and --from name different sources; leave all but one out")
     if source is not None:
         copied = shipped_sweeps().get(source) or find_settings_file(source)
         file, text = file or Path(f"{copied.stem}.yaml"), copied.read_text(encoding="utf-8")
     else:
-        file, size = file or Path("my-sweep.yaml"), options.size
+        file = file or Path("my-sweep.yaml")
         if not data and not hub:
             if not sys.stdin.isatty():
                 raise UserError("name your text with --data PATH, or a data set with --hub NAME")
@@ -244,9 +239,9 @@ def init(
             size or "tiny",
             files=data or (),
             hub_name=hub,
-            tokenizer=options.tokenizer,
-            steps=options.steps,
-            gpus=options.gpus,
+            tokenizer=tokenizer,
+            steps=steps,
+            gpus=gpus,
         )
         if settings.data.source == "files":
             from orchestrator.data.text import find_files, read_file

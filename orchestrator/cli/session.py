@@ -1,20 +1,24 @@
-"""The workspace, progress display and console of a command, and a log of the libraries' output.
+"""What a command works with: its settings, the workspace, a progress display and a console.
 
-An unexpected error becomes one sentence on the terminal and a traceback in that log.
+While a command runs, the libraries' output goes to a log file. An unexpected error becomes one
+sentence on the terminal and a traceback in that log.
 """
 
 from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from rich.console import Console
 
+from orchestrator.cli.options import read_settings_of
+from orchestrator.terminal.logs import command_log
 from orchestrator.terminal.progress import Progress, terminal_progress
 from orchestrator.workspace.errors import (
     Interrupted,
@@ -25,12 +29,16 @@ from orchestrator.workspace.errors import (
     path_error_message,
 )
 
+if TYPE_CHECKING:
+    from orchestrator.pipelines.context import Context
+    from orchestrator.pipelines.result import Result
+
 Place = Literal["made", "read", "existing", "named"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What a command works with; see the module's docstring."""
+    """An open workspace, and where to print."""
 
     workspace: Any
     progress: Progress
@@ -39,6 +47,80 @@ class Session:
     """The terminal's standard error; `sys.stderr` goes to the log meanwhile."""
     output: TextIO
     """Standard output; `sys.stdout` may go to the log meanwhile."""
+
+
+class Call:
+    """One call of a command: at first use, the settings are read, then the workspace is opened."""
+
+    def __init__(
+        self, name: str, place: Place | None, shared: dict[str, Any], has_settings: bool
+    ) -> None:
+        """Take the command's name, its kind of workspace, and the options that commands share."""
+        self.name, self._place, self._shared = name, place, shared
+        self._has_settings, self.options = has_settings, dict[str, Any]()
+        self.stack = ExitStack()
+        """Closes the workspace."""
+        self.config: str | None = shared.get("config")
+        """The settings file; a command may name another."""
+        self.path: Path | None = shared.get("workspace")
+        """The workspace, if the user named one."""
+        self.dry_run: bool = shared.get("dry_run", False)
+        self.as_json: bool = shared.get("as_json", False)
+
+    def set(self, key: str, value: Any) -> None:
+        """Change a setting before they are read, unless the value is missing or empty."""
+        if value is not None and value != []:
+            self.options[key] = value
+
+    @cached_property
+    def settings(self) -> Any:
+        """The resolved settings."""
+        changes, device = self._shared.get("set_") or [], self._shared.get("device")
+        return read_settings_of(self.config, changes, self.options, train_on=device)
+
+    @cached_property
+    def session(self) -> Session:
+        """The workspace and where to print."""
+        if self._has_settings:
+            self.settings  # noqa: B018  # A mistake in them makes no workspace.
+        session = open_session(
+            self.path,
+            self.name,
+            place=self._place,
+            verbose=self._shared.get("verbose") or (False if self._shared.get("quiet") else None),
+            dry_run=self.dry_run,
+            as_json=self.as_json,
+        )
+        return self.stack.enter_context(session)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """The keyword arguments that every function of pipelines takes."""
+        return {"workspace": self.session.workspace, "progress": self.session.progress}
+
+    def finish(self, plan: Any, run: Callable[[Any, Context], Result]) -> Result:
+        """Return a plan for a dry run, else what it gives."""
+        from orchestrator.pipelines.context import Context
+
+        return plan if self.dry_run else run(plan, Context(**self.common))
+
+    def imported(self, model: Path | None) -> Path | None:
+        """Return a model as it is named in the workspace; one of the hub is imported first."""
+        from orchestrator.pipelines.models import local_model
+
+        return model if self.dry_run else local_model(model, **self.common)
+
+    def show(self, result: Result) -> None:
+        """Print what a terminal shows of a result."""
+        from orchestrator.pipelines.result import show
+
+        show(result, self.session.console)
+
+    def answer(self, values: dict[str, Any], lines: list[Any]) -> Result:
+        """Return a result of a few values and lines."""
+        from orchestrator.pipelines.result import Answer
+
+        return Answer(values=values, lines=lines)
 
 
 class Warnings(Progress):
@@ -78,23 +160,16 @@ def open_session(
     output, terminal, log = sys.stdout, sys.stderr, None
     console = Console(file=output, highlight=False)
     space: Any = locate_workspace(path) if place else None
-    if place not in ("made", "read"):
-        if place == "existing" and not space.root.is_dir():
-            raise UserError(
-                f"there is no workspace {space.root}; name one with --workspace, or "
-                "`iiet-orch quickstart` makes one"
-            )
-        yield Session(
-            workspace=space,
-            progress=Warnings(terminal),
-            console=console,
-            terminal=terminal,
-            output=output,
+    if place == "existing" and not space.root.is_dir():
+        raise UserError(
+            f"there is no workspace {space.root}; name one with --workspace, or "
+            "`iiet-orch quickstart` makes one"
         )
+    streams: dict[str, Any] = {"terminal": terminal, "output": output}
+    if place not in ("made", "read"):
+        notes = Warnings(terminal)
+        yield Session(workspace=space, progress=notes, console=console, **streams)
         return
-
-    from orchestrator.terminal.logs import command_log
-
     with ExitStack() as stack:
         try:
             if dry_run:
@@ -115,14 +190,9 @@ def open_session(
                 # What libraries print, or Ray's workers, must not get between the JSON.
                 stack.enter_context(redirect_stdout(sys.stderr))
             quiet = Warnings(terminal) if verbose is False else None
+            streams = {"terminal": terminal, "output": output}
             with quiet or terminal_progress(console) as progress:
-                yield Session(
-                    workspace=space,
-                    progress=progress,
-                    console=console,
-                    terminal=terminal,
-                    output=output,
-                )
+                yield Session(workspace=space, progress=progress, console=console, **streams)
         except KeyboardInterrupt:
             raise Interrupted from None
         except Exception as error:

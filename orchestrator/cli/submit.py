@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.cli.command import Call, Command, build_app
+from orchestrator.cli.command import Command, build_app
+from orchestrator.cli.session import Call
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import ENVIRONMENT_NAME, check_name_option
 

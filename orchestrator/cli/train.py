@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.command import Call, Command, Setting
+from orchestrator.cli.command import Command
 from orchestrator.cli.options import (
-    ConfigOption,
     LocalOption,
     NameOption,
     SchedulesOption,
@@ -19,7 +18,9 @@ from orchestrator.cli.options import (
     read_schedules,
     split_list,
 )
+from orchestrator.cli.session import Call
 from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.layout import locate_workspace
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.result import Result
@@ -34,34 +35,20 @@ TRIALS = {
 }
 
 
-def _switch(name: str, key: str) -> dict[str, str | Setting]:
-    """Return `--NAME`, and `--no-NAME` for files that switch it on; the help shows the first."""
-    off = Setting(key, bool, lambda _: False, hidden=True)
-    return {f"--{name}": key, f"--no-{name}": off}
-
-
-@Command("quickstart", group="All steps", options=HERE, config=ConfigOption,
-         config_default="demo", trains=True, plans=True)  # fmt: skip
+@Command("quickstart", group="All steps", options=HERE, config="option", trains=True, plans=True)
 def quickstart(call: Call) -> Result:
     """Run all steps on a CPU, from a generated task to the front, in minutes.
 
-    With --config, run the sweep of that file, or of that name: `toy` reads text.
+    With --config, run the sweep of that file, or of that name, instead of `demo`: `toy` reads text.
 
     Example: iiet-orch quickstart --workspace my-workspace
     """
+    call.config = call.config or "demo"
     return _sweep(call)
 
 
-def _files(values: dict[str, Any], options: dict[str, Any]) -> None:
-    if values["files"]:
-        options |= {"data.source": "files", "data.files": values["files"]}
-
-
-@Command("prepare", group="Train", config=ConfigOption, adjust=_files)
-def prepare(
-    call: Call,
-    files: Annotated[list[str] | None, typer.Argument()] = None,  # noqa: ARG001  # _files reads it
-) -> Result:
+@Command("prepare", group="Train", config="option")
+def prepare(call: Call, files: Annotated[list[str] | None, typer.Argument()] = None) -> Result:
     """Read a corpus, train or load its tokenizer, and write token shards.
 
     Example: iiet-orch prepare my-texts/ --set data.vocab_size=4096
@@ -71,28 +58,11 @@ def prepare(
     """
     from orchestrator.pipelines import training
 
+    if files:
+        call.set("data.source", "files")
+        call.set("data.files", files)
     folder = training.prepare(call.settings, **call.common)
     return call.answer({"tokens": str(folder)}, [f"tokens: {folder}"])
-
-
-def _settings_to_continue(values: dict[str, Any], options: dict[str, Any]) -> str | None:
-    if values["continue_"] is None:
-        return None
-    if values["config"] is not None:
-        raise UserError("--continue takes the run's own settings; use it without --config")
-    from orchestrator.models.lookup import find_run_folder
-    from orchestrator.settings import SETTINGS_NAME
-    from orchestrator.workspace.layout import locate_workspace
-
-    path = find_run_folder(locate_workspace(values["workspace"]), values["continue_"])
-    path = path / SETTINGS_NAME
-    if not path.is_file():
-        raise UserError(
-            f"{path.parent} was not made by `iiet-orch pretrain`: it has no {path.name}"
-        )
-    # A continued run is not profiled because the finished one was.
-    options.setdefault("training.profile_steps", 0)
-    return str(path)
 
 
 @Command(
@@ -103,7 +73,6 @@ def _settings_to_continue(values: dict[str, Any], options: dict[str, Any]) -> st
         "--workers": "cluster.num_workers",
         "--preset": "model.preset",
         "--method": "model.method",
-        "--schedule,-r": Setting("model.corrections", list[str], one_schedule),
         "--steps": "training.num_steps",
         "--seed": "training.seed",
         "--lr": "training.learning_rate",
@@ -113,13 +82,13 @@ def _settings_to_continue(values: dict[str, Any], options: dict[str, Any]) -> st
         "--storage": "cluster.storage",
         **CLUSTER,
     },
-    config=ConfigOption,
-    adjust=_settings_to_continue,
+    config="option",
     trains=True,
     plans=True,
 )
 def pretrain(
     call: Call,
+    schedule: SchedulesOption = None,
     continue_: Annotated[
         Path | None, typer.Option("--continue", metavar="RUN", autocompletion=complete_models)
     ] = None,
@@ -132,6 +101,7 @@ def pretrain(
     Example: iiet-orch pretrain --preset tiny -r 2,2,1,1,1,1 --steps 500 --seed 1
 
     Args:
+        schedule: Corrections per layer (the iteration schedule): 3, or 2,2,1,1,1,1.
         continue_: Finished run, by path or name, to continue to more --steps (wsd or constant).
         mfu: Share of the peak FLOP/s that --dry-run assumes.
     """
@@ -139,6 +109,17 @@ def pretrain(
         raise UserError("--mfu is an assumption of the plan; use it with --dry-run")
     from orchestrator.pipelines.training import plan_pretrain, run_pretrain
 
+    call.set("model.corrections", one_schedule(schedule))
+    if continue_ is not None:
+        if call.config is not None:
+            raise UserError("--continue takes the run's own settings; use it without --config")
+        from orchestrator.models.lookup import find_run_folder
+        from orchestrator.settings import SETTINGS_NAME
+
+        folder = find_run_folder(locate_workspace(call.path), continue_)
+        call.config = str(folder / SETTINGS_NAME)
+        # A continued run is not profiled because the finished one was.
+        call.options.setdefault("training.profile_steps", 0)
     plan = plan_pretrain(
         call.settings, continued=continue_, name=name, local=local, mfu=mfu, **call.common
     )
@@ -156,7 +137,7 @@ def pretrain(
         "--profile": "distillation.training.profile_steps",
         **HERE,
     },
-    config=ConfigOption,
+    config="option",
     trains=True,
     plans=True,
 )
@@ -191,19 +172,17 @@ def distill(
     return call.finish(plan, run_distill)
 
 
-@Command("sweep", group="Sweeps", options=CLUSTER, config=Annotated[str, typer.Argument(
-    metavar="FILE", help="A YAML file, or the name of a shipped sweep."
-)], config_default=..., trains=True, plans=True)  # fmt: skip
-def sweep_file(call: Call) -> Result:
+@Command("sweep", group="Sweeps", options=CLUSTER, config="argument", trains=True, plans=True)
+def sweep_file(call: Call, file: Annotated[str, typer.Argument(metavar="FILE")]) -> Result:
     """Run a whole sweep from its file, pretraining included.
 
     Example: iiet-orch sweep toy --set training.num_steps=300
+
+    Args:
+        file: A YAML file, or the name of a shipped sweep.
     """
+    call.config = file
     return _sweep(call)
-
-
-def _threshold_kind(_: dict[str, Any], options: dict[str, Any]) -> None:
-    options["sweep.kind"] = "search" if "search.num_trials" in options else "threshold"
 
 
 @Command(
@@ -215,20 +194,16 @@ def _threshold_kind(_: dict[str, Any], options: dict[str, Any]) -> None:
         "--budgets": "sweep.budgets",
         "--cost": "sweep.budget_unit",
         "--selection": "sweep.selection",
-        "--search": Setting(
-            "search.num_trials",
-            help="Then search: try at most this many schedules with any count in any layer.",
-        ),
+        "--search": "search.num_trials",
         "--distilled-baselines": "sweep.distilled_baselines",
-        **_switch("elastic", "sweep.elastic"),
-        **_switch("compare", "sweep.compare"),
+        "--elastic": "sweep.elastic",
+        "--compare": "sweep.compare",
         "--metric": "influence.metric",
         "--control": "distillation.control",
         **TRIALS,
         **CLUSTER,
     },
-    config=ConfigOption,
-    adjust=_threshold_kind,
+    config="option",
     trains=True,
     plans=True,
 )
@@ -239,46 +214,45 @@ def sweep_threshold(call: Call, teacher: TeacherArgument = None, name: NameOptio
 
     Example: iiet-orch sweep-threshold my-run --schedules 7 --dry-run
     """
+    call.set("sweep.kind", "search" if "search.num_trials" in call.options else "threshold")
     return _sweep(call, teacher or "newest", name)
-
-
-def _iterations_kind(_: dict[str, Any], options: dict[str, Any]) -> None:
-    options["sweep.kind"] = "iterations"
-
-
-def _rates_of_all(text: str) -> dict[str, Any]:
-    from iiet.methods import METHODS
-
-    return dict.fromkeys(METHODS, split_list(text))
 
 
 @Command(
     "sweep-iterations",
     group="Sweeps",
     options={
-        "--schedule,-r": Setting("sweep.iterations", list[str], read_schedules),
         "--methods": "sweep.methods",
         "--steps": "training.num_steps",
-        "--rates": Setting(
-            "sweep.learning_rates",
-            str,
-            _rates_of_all,
-            "Peak learning rates of every model, with commas between: 1e-3,2e-3,4e-3.",
-        ),
-        **_switch("asha", "sweep.asha"),
+        "--asha": "sweep.asha",
         **TRIALS,
         **CLUSTER,
     },
-    config=ConfigOption,
-    adjust=_iterations_kind,
+    config="option",
     trains=True,
     plans=True,
 )
-def sweep_iterations(call: Call, name: NameOption = None) -> Result:
+def sweep_iterations(
+    call: Call,
+    schedule: SchedulesOption = None,
+    rates: Annotated[str | None, typer.Option(metavar="A,B,...")] = None,
+    name: NameOption = None,
+) -> Result:
     """Pretrain methods and iteration counts on the same tokens and show them on one front.
 
     Example: iiet-orch sweep-iterations --methods vanilla,iiet -r 0 -r 1 -r 3..0 --seeds 0,1
+
+    Args:
+        schedule: Corrections of the IIETs: for all layers (3), a ramp (3..0), or per layer
+            (2,2,1,1,1,1); may be repeated.
+        rates: Peak learning rates of every model, with commas between: 1e-3,2e-3,4e-3.
     """
+    call.set("sweep.kind", "iterations")
+    call.set("sweep.iterations", read_schedules(schedule or []))
+    if rates is not None:
+        from iiet.methods import METHODS
+
+        call.set("sweep.learning_rates", dict.fromkeys(METHODS, split_list(rates)))
     return _sweep(call, None, name)
 
 

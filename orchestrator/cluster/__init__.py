@@ -7,7 +7,7 @@ importing it takes two seconds. So `ray.py`, `train.py` and `task.py` import it 
 import os
 
 PRETENDED_GPUS = "IIET_PRETENDED_GPUS"
-"""Variable that lets work that reserved a GPU run on the CPU; see `placement.py`."""
+"""Variable that lets work that reserved a GPU run on the CPU; see `ray.py`."""
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Names of the options of PyTorch's allocator; all versions read the first, newer ones both."""
 

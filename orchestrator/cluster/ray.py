@@ -1,14 +1,24 @@
-"""Start Ray on this machine for a block of code, or join the cluster that the settings name.
+"""Start Ray on this machine for a block of code, or join the cluster that the settings name; place
+jobs on its nodes, and ask them to stop.
 
 A local Ray listens on loopback only, with a token of its own, in a short temporary folder (a
 socket's path is limited to 107 characters). At the end, all of its processes are gone. The nodes of
-a joined cluster are checked before they get work. A `Signal` asks processes on any node to stop.
+a joined cluster are checked before they get work: they need the same code and libraries, and one
+workspace with locks that reach all of them, because otherwise two runs could write to one folder.
+
+A job is one process, or several data-parallel workers of equal CPUs, with one GPU each or none. As
+many jobs run at the same time as the nodes hold with all of their workers, so none waits for half
+of them. Jobs on CPUs share all CPUs evenly; a worker with a GPU gets the CPUs that belong to it.
+Each worker uses as many threads as CPUs. A machine without GPUs can rehearse how jobs are placed on
+a cluster of GPUs: start Ray with `--num-gpus 8`, and set `IIET_PRETENDED_GPUS=1` for Ray and for
+the command.
 """
 
 from __future__ import annotations
 
 import atexit
 import fnmatch
+import hashlib
 import logging
 import math
 import os
@@ -22,17 +32,27 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import psutil
 
 from orchestrator.cluster import PRETENDED_GPUS
-from orchestrator.cluster.nodes import alive_nodes, check_nodes, check_shared_memory, shared_memory
-from orchestrator.planning.machine import Resources, describe_nodes, local_resources
+from orchestrator.planning.machine import (
+    THIS_MACHINE,
+    Node,
+    Resources,
+    check_available,
+    cpus_of_cpu_worker,
+    cpus_of_gpu_worker,
+    describe_nodes,
+    local_resources,
+    num_places,
+)
 from orchestrator.settings import ClusterSettings
 from orchestrator.settings.cluster import ADDRESS_VARIABLE, AUTO, LOCAL
 from orchestrator.terminal.stop import (
@@ -43,8 +63,21 @@ from orchestrator.terminal.stop import (
     stop_requested,
     wait_interruptibly,
 )
-from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, first_line
-from orchestrator.workspace.files import ScratchFolder, make_scratch_folder
+from orchestrator.workspace.errors import (
+    DeviceError,
+    Interrupted,
+    RunFailed,
+    UserError,
+    first_line,
+)
+from orchestrator.workspace.files import make_scratch_folder
+from orchestrator.workspace.locks import lock_descriptor
+from orchestrator.workspace.provenance import (
+    KEY_LENGTH,
+    NOT_INSTALLED,
+    environment,
+    extension_packages,
+)
 
 LONGEST_TEMPORARY_FOLDER = 38  # characters; Ray's folder and a socket add up to 68, of 107 at most
 OBJECT_STORE_BYTES = 128 * 2**20
@@ -58,8 +91,16 @@ SHUTDOWN_SECONDS = 60.0  # after a normal end
 EXIT_CODE_INTERRUPTED = 130
 PLACEMENT_SECONDS = 2.0
 """Ray finds a place on nodes that are free within this time."""
+ANSWER_SECONDS = 25.0
+"""Longest wait for the nodes, each of which starts a process."""
+SEEN_SECONDS = 5.0
+"""How long a node looks for a file; network file systems show it late."""
+CODE = "the code of iiet-orch"
+TRIAL_PROCESS_BYTES = 256 * 2**20
+"""Memory of a process that imports PyTorch and waits for its workers."""
 
-# Environment of Ray and its processes.
+
+# Environment of Ray and its processes
 
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 WATCHER_SWITCH = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
@@ -98,8 +139,11 @@ def address_variables(address: str) -> dict[str, str | None]:
 
 
 @contextmanager
-def ray_environment(address: str) -> Iterator[None]:
+def ray_environment(address: str, folder: Path | None = None) -> Iterator[None]:
     """Set the variables of a local or a joined Ray in a block, in which Ray is imported.
+
+    Args:
+        folder: Where a local Ray writes; it opens its folder to every user, so one inside ours.
 
     Raises:
         UserError: If Ray was imported before, in the environment of the other kind.
@@ -109,31 +153,28 @@ def ray_environment(address: str) -> Iterator[None]:
         _imported_for_local = os.environ.get(LOOPBACK_SWITCH) == "0"
     if _imported_for_local not in (None, address == LOCAL):
         raise UserError(
-            "this process has imported Ray "
-            + (
-                "before iiet-orch could keep it on loopback; import orchestrator and start the run "
-                f"first, or set {LOOPBACK_SWITCH}=0 before Ray is imported"
-                if address == LOCAL
-                else "for this machine alone; join a cluster from another process"
-            )
+            "this process has imported Ray in another environment: a local one is kept on loopback "
+            f"by {LOOPBACK_SWITCH}=0, with which no cluster can be joined; start another process, "
+            "in which orchestrator is imported before Ray"
         )
     variables = address_variables(address)
+    if folder:
+        variables["RAY_TMPDIR"] = str(folder)
     before = {name: os.environ.get(name) for name in variables}
-    _set(variables)
+
+    def set_all(values: dict[str, str | None]) -> None:
+        for name, value in values.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+    set_all(variables)
     try:
         yield
     finally:
         if "ray" in sys.modules:
             _imported_for_local = address == LOCAL
-        _set(before)
-
-
-def _set(values: dict[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+        set_all(before)
 
 
 def worker_variables(entries: Iterable[str], address: str) -> dict[str, str]:
@@ -154,7 +195,7 @@ def worker_variables(entries: Iterable[str], address: str) -> dict[str, str]:
     return found
 
 
-# Start and end.
+# Start and end
 
 _running: Resources | None = None
 """What the jobs of the running Ray may use."""
@@ -169,6 +210,10 @@ def ray_cluster(
     say: Callable[[str], None] | None = None,
 ) -> Iterator[Resources]:
     """Start or join Ray until the block ends, or use the one that runs; yield what jobs may use.
+
+    The kernel ends Ray's processes with the thread that started them, so one thread starts Ray and
+    shuts it down. The main thread handles signals: one that interrupted `ray.init` would later
+    crash the interpreter.
 
     Args:
         cluster: Says which cluster is joined; the default settings when unset.
@@ -187,36 +232,13 @@ def ray_cluster(
         return
     cluster = cluster or ClusterSettings()
     address = cluster.ray_address
+    is_local = address == LOCAL
     if say:
-        say("starting Ray" if address == LOCAL else f"joining the Ray cluster at {address}")
+        say("starting Ray" if is_local else f"joining the Ray cluster at {address}")
     check_ray_can_run(address)
-    with ray_environment(address):
-        variables = worker_variables(cluster.env, address)
-        options: dict[str, Any] = {
-            "runtime_env": {"env_vars": variables} if variables else None,
-            "log_to_driver": False,
-            "logging_level": logging.WARNING,
-        }
-        scratch = make_scratch_folder(longest_path=LONGEST_TEMPORARY_FOLDER)
-        if address == LOCAL:
-            start = partial(_start_here, scratch.folder, num_cpus, options)
-        else:
-            start = partial(_join, address, folder, options)
-        with _ray_in_thread(start, scratch) as _running:
-            try:
-                yield _running
-            finally:
-                _running = None
-
-
-@contextmanager
-def _ray_in_thread(start: Callable[[], Resources], scratch: ScratchFolder) -> Iterator[Resources]:
-    """Start Ray in a thread, which shuts it down after the block.
-
-    The kernel ends Ray's processes with the thread that started them, so the thread stays. The main
-    thread handles signals: one that interrupted `ray.init` would later crash the interpreter.
-    """
+    scratch = make_scratch_folder(longest_path=LONGEST_TEMPORARY_FOLDER)
     earlier = {process.pid for process in psutil.Process().children()}
+    processes: list[psutil.Process] = []
     started: Future[Resources] = Future()
     is_over = threading.Event()
 
@@ -224,7 +246,7 @@ def _ray_in_thread(start: Callable[[], Resources], scratch: ScratchFolder) -> It
         # Ray's processes inherit this. A closed terminal must not end them before they have saved.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         try:
-            started.set_result(start())
+            started.set_result(_start(cluster, folder, num_cpus))
         except BaseException as error:
             started.set_exception(error)
         is_over.wait()
@@ -232,70 +254,87 @@ def _ray_in_thread(start: Callable[[], Resources], scratch: ScratchFolder) -> It
 
         ray.shutdown()
 
+    def delete_remains() -> None:
+        for process in psutil.wait_procs(processes, timeout=0.5)[1]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        scratch.delete()
+
+    def exit_now() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        delete_remains()
+        os._exit(EXIT_CODE_INTERRUPTED)
+
     thread = threading.Thread(target=run, daemon=True)
     seconds = SHUTDOWN_SECONDS
-    try:
-        with signal_handlers((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler):
-            with stop_on_signals():
-                thread.start()
-                deadline = math.inf
-                while not started.done() and time.monotonic() < deadline:
-                    wait((started,), timeout=POLL_SECONDS)
+    with ray_environment(address, scratch.folder if is_local else None):
+        try:
+            with signal_handlers((signal.SIGTERM, signal.SIGHUP), signal.default_int_handler):
+                with stop_on_signals():
+                    thread.start()
+                    deadline = math.inf
+                    while not started.done() and time.monotonic() < deadline:
+                        wait((started,), timeout=POLL_SECONDS)
+                        if stop_requested():
+                            deadline = min(deadline, time.monotonic() + INTERRUPTED_START_SECONDS)
                     if stop_requested():
-                        deadline = min(deadline, time.monotonic() + INTERRUPTED_START_SECONDS)
-                if stop_requested():
-                    raise KeyboardInterrupt
-            yield started.result()
-    except (KeyboardInterrupt, Interrupted):
-        seconds = INTERRUPTED_SHUTDOWN_SECONDS
-        raise
-    finally:
-        with signal_handlers(SIGNALS, signal.SIG_IGN):
-            processes = _ray_processes(earlier)
-            is_over.set()
-            if started.done():
-                thread.join(seconds)
-            if thread.is_alive() and seconds < SHUTDOWN_SECONDS:
-                # A native thread that is still busy would crash the interpreter's own end.
-                atexit.register(_kill_and_exit, processes, scratch)
-            else:
-                _kill(psutil.wait_procs(processes, timeout=0.5)[1])
-                scratch.delete()
+                        raise KeyboardInterrupt
+                _running = started.result()
+                yield _running
+        except (KeyboardInterrupt, Interrupted):
+            seconds = INTERRUPTED_SHUTDOWN_SECONDS
+            raise
+        finally:
+            _running = None
+            with signal_handlers(SIGNALS, signal.SIG_IGN):
+                for child in psutil.Process().children():
+                    with suppress(psutil.Error):
+                        words = child.cmdline()
+                        is_ray = any("/ray/" in word or word.startswith("ray::") for word in words)
+                        if is_ray and child.pid not in earlier:
+                            processes += [child, *child.children(recursive=True)]
+                is_over.set()
+                if started.done():
+                    thread.join(seconds)
+                if thread.is_alive() and seconds < SHUTDOWN_SECONDS:
+                    # A native thread that is still busy would crash the interpreter's own end.
+                    atexit.register(exit_now)
+                else:
+                    delete_remains()
 
 
-def _start_here(scratch: Path, num_cpus: int | None, options: dict[str, Any]) -> Resources:
+def _start(cluster: ClusterSettings, folder: Path | None, num_cpus: int | None) -> Resources:
     import ray
 
-    resources = local_resources()
-    _send_messages_to_log()
-    before = os.environ.get("RAY_TMPDIR")
-    os.environ["RAY_TMPDIR"] = str(scratch)  # Ray opens its folder to every user: one inside ours.
-    try:
-        ray.init(
-            LOCAL,
-            num_cpus=num_cpus or resources.cpus,
-            num_gpus=resources.gpus,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **options,
-        )
-    except Exception as error:
-        raise RunFailed(f"Ray did not start: {error}") from error
-    finally:
-        _set({"RAY_TMPDIR": before})
-    return Resources(alive_nodes())
-
-
-def _join(address: str, folder: Path | None, options: dict[str, Any]) -> Resources:
-    import ray
-
+    address = cluster.ray_address
+    is_local = address == LOCAL
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if variables := worker_variables(cluster.env, address):
+        options["runtime_env"] = {"env_vars": variables}
+    if is_local:
+        here = local_resources()
+        options |= {
+            "num_cpus": num_cpus or here.cpus,
+            "num_gpus": here.gpus,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
     _send_messages_to_log()
     try:
         ray.init(address, **options)
     except Exception as error:
-        raise UserError(joining_problem(error, address)) from error
-    check_nodes(folder)
-    return Resources(alive_nodes(), f"the cluster at {address}")
+        if is_local:
+            raise RunFailed(f"Ray did not start: {error}") from error
+        # Ray's reason, such as the versions there and here, may have several lines.
+        problem = f"cannot be joined ({' '.join(str(error).split())}); {_ADVICE}"
+        if re.search("Unauthenticated|AuthenticationError", "".join(format_exception(error))):
+            problem = "asks for another token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the "
+            problem += "token that the cluster was started with"
+        raise UserError(f"the cluster at {address} {problem}") from error
+    if not is_local:
+        check_nodes(folder)
+    return Resources(alive_nodes(), THIS_MACHINE if is_local else f"the cluster at {address}")
 
 
 def _send_messages_to_log() -> None:
@@ -318,52 +357,23 @@ def _send_messages_to_log() -> None:
         worker.print_to_stdstream = log
 
 
-def _ray_processes(earlier: set[int]) -> list[psutil.Process]:
-    # Without other children of this process, and those from before the start.
-    found = []
-    for child in psutil.Process().children():
-        with suppress(psutil.Error):
-            words = child.cmdline()
-            is_ray = any("/ray/" in word or word.startswith("ray::") for word in words)
-            if child.pid not in earlier and is_ray:
-                found += [child, *child.children(recursive=True)]
-    return found
-
-
-def _kill(processes: Iterable[psutil.Process]) -> None:
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def _kill_and_exit(processes: list[psutil.Process], scratch: ScratchFolder) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    _kill(processes)
-    scratch.delete()
-    os._exit(EXIT_CODE_INTERRUPTED)
-
-
-# What can be known in seconds about an address: Ray itself tries for 40 seconds or longer.
+# What can be known in seconds: Ray itself tries an address for 40 seconds or longer
 
 _ADVICE = (
     f"start it (`ray start --head`), correct cluster.address or {ADDRESS_VARIABLE}, or set "
     f"cluster.address={LOCAL} to use this machine"
 )
-_VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
 
 
 def check_ray_can_run(address: str) -> None:
     """Check what can be known in seconds, before anything is prepared for Ray.
 
-    Here it needs shared memory. A cluster's head node must answer, and one of its nodes must be
-    this machine.
+    A cluster's head node must answer, and one of its nodes must be this machine.
 
     Raises:
         UserError: Says what is wrong.
     """
     if address == LOCAL:
-        check_shared_memory(OBJECT_STORE_BYTES, shared_memory().free)
         return
     host, _, port = address.rpartition(":")
     try:
@@ -374,51 +384,273 @@ def check_ray_can_run(address: str) -> None:
         raise UserError(f"no Ray cluster answers at {address} ({reason}); {_ADVICE}") from None
     # A command talks to the cluster through the node of its own machine. Ray looks for it for a
     # minute.
-    if not any(process.info["name"] == "raylet" for process in psutil.process_iter(["name"])):
-        raise UserError(_not_a_node(address))
-
-
-def joining_problem(error: BaseException, address: str) -> str:
-    """Say in one sentence why Ray could not join a cluster.
-
-    Args:
-        error: What `ray.init` raised.
-    """
-    texts = []
-    cause: BaseException | None = error
-    while cause:
-        texts.append(f"{type(cause).__name__}: {cause}")
-        cause = cause.__cause__
-    text = "\n".join(texts)
-    versions = _VERSIONS.findall(text)
-    if "Version mismatch" in text and len(versions) > 1:
-        (theirs, python), (ours, own_python) = versions[:2]
-        return (
-            f"the cluster at {address} runs Ray {theirs} and Python {python}, and this command "
-            f"Ray {ours} and Python {own_python}; install the same versions on all nodes"
-        )
-    if "Unauthenticated" in text or "AuthenticationError" in text:
-        return (
-            f"the cluster at {address} asks for another token; set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN to the token that the cluster was started with"
-        )
-    if "No node info found" in text:
-        return _not_a_node(address)
-    if "Could not find any running Ray instance" in text:
-        return _not_a_node(AUTO)
-    return f"the Ray cluster at {address} cannot be joined ({first_line(error)}); {_ADVICE}"
-
-
-def _not_a_node(address: str) -> str:
+    if any(process.info["name"] == "raylet" for process in psutil.process_iter(["name"])):
+        return
     if address == AUTO:
-        return f"no Ray cluster runs on this machine; {_ADVICE}"
-    return (
+        raise UserError(f"no Ray cluster runs on this machine; {_ADVICE}")
+    raise UserError(
         f"this machine is not a node of the cluster at {address}; run the command on one of its "
         f"nodes, or `ray start --address {address}` here first"
     )
 
 
-# Places and signals.
+# Nodes
+
+
+def _alive() -> list[dict[str, Any]]:
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [n for n in nodes if n["Alive"] and {"CPU", "GPU"} & set(n["Resources"])]
+
+
+def alive_nodes() -> tuple[Node, ...]:
+    """Return the nodes that have CPUs or GPUs."""
+    found = [node["Resources"] for node in _alive()]
+    return tuple(Node(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in found)
+
+
+def check_nodes(folder: Path | None = None) -> None:
+    """Check all nodes with CPUs or GPUs at the same time.
+
+    Args:
+        folder: The workspace, or a folder in it; not checked when unset.
+
+    Raises:
+        UserError: Names the first node that cannot be used, what differs and what to do.
+        RunFailed: If a node does not answer.
+    """
+    import ray
+    import ray.exceptions
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes, ours = _alive(), versions()
+    if not nodes:
+        return  # They may join later.
+    with locked_file(folder.absolute()) if folder else nullcontext() as probe:
+        task: Any = ray.remote(num_cpus=0, max_retries=0)(_look_around)
+        asked = {}
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[task.options(scheduling_strategy=there).remote(probe)] = node
+        answered, late = ray.wait([*asked], num_returns=len(asked), timeout=ANSWER_SECONDS)
+        if late:
+            raise RunFailed(
+                f"{len(late)} of {len(asked)} nodes did not answer within {ANSWER_SECONDS:g} s; "
+                "see whether their file systems hang and whether they have memory for a process"
+            )
+        for answer in answered:
+            place = f"the node {asked[answer]['NodeManagerAddress']}"
+            try:
+                problem, theirs = ray.get(answer)
+            except (ray.exceptions.NodeDiedError, ray.exceptions.TaskUnschedulableError):
+                continue  # The node has left; jobs are placed on the others.
+            except ray.exceptions.RayError as error:
+                raise UserError(
+                    f"{place} cannot run a process of iiet-orch "
+                    f"({first_line(error, with_type=True)}); install the same on all nodes"
+                ) from None
+            if problem:
+                raise UserError(
+                    f"{place} {problem} in {folder}; the workspace must be one folder on a file "
+                    "system that all nodes share, under the same path and with locks (NFS 4, "
+                    "Lustre with -o flock); choose it with --workspace"
+                )
+            check_versions(theirs, ours, place)
+
+
+def _look_around(probe: Path | None) -> tuple[str, dict[str, str]]:
+    """Run on a node: return why it cannot share the workspace, and its versions."""
+    return workspace_problem(probe) if probe else "", versions()
+
+
+@contextmanager
+def locked_file(folder: Path) -> Iterator[Path]:
+    """Hold the lock of a new file in a folder, whose name no other machine can guess.
+
+    Raises:
+        UserError: If the file system has no locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".nodes-{secrets.token_hex(8)}"
+    try:
+        with path.open("x") as file:
+            lock_descriptor(file.fileno())
+            yield path
+    except OSError as error:
+        raise UserError(
+            f"the file system of {folder} does not lock files ({error.strerror}), and two runs "
+            "could write to one folder; mount it with locks (Lustre: -o flock), or choose another "
+            "place with --workspace"
+        ) from None
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def workspace_problem(path: Path) -> str:
+    """Return why a file that another machine has locked is not shared with it; or nothing."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not path.is_file():
+        if time.monotonic() > deadline:
+            return "does not see what this machine writes"
+        time.sleep(POLL_SECONDS)
+    try:
+        with path.open("r+") as file:
+            lock_descriptor(file.fileno())
+    except BlockingIOError:
+        return ""
+    except OSError as error:
+        return f"cannot write or lock files ({error.strerror})"
+    return "gets locks that this machine holds"
+
+
+def versions() -> dict[str, str]:
+    """Return what must be the same on all nodes: versions of libraries, and a hash of the code."""
+    found = environment()
+    del found["machine"]
+    root = Path(__file__).parents[2]
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("iiet/**/*.py"), *root.glob("orchestrator/**/*.py")]):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return {**found, **extension_packages(), CODE: digest.hexdigest()[:KEY_LENGTH]}
+
+
+def check_versions(theirs: dict[str, str], ours: dict[str, str], place: str) -> None:
+    """Compare the versions of a node with those of this machine.
+
+    Raises:
+        UserError: Names what differs first.
+    """
+    for name, version in ours.items():
+        other = theirs.get(name, NOT_INSTALLED)
+        if other != version:
+            raise UserError(
+                f"{name}: {other} on {place}, and {version} on this machine; install the same on "
+                "all nodes"
+            )
+
+
+# Places of jobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What each of the jobs that run at the same time gets."""
+
+    jobs_at_once: int
+    workers: int
+    """Workers of each job."""
+    cpus: int
+    """CPUs and threads of each worker; a job has `workers` times as many."""
+    gpus: float = 0
+    """GPUs of each worker: 1, a share of one, or 0."""
+    on_one_node: bool = False
+    """Whether all workers of a job must lie on the same node."""
+    min_workers: int | None = None
+    """Fewest workers of a job whose number varies with the nodes; None: always `workers`."""
+
+    @property
+    def use_gpu(self) -> bool:
+        """Whether each worker has a GPU, or a share of one."""
+        return self.gpus > 0
+
+    @property
+    def strategy(self) -> str:
+        """How Ray packs a job's workers: on one node, or on as few as there is room on."""
+        return "STRICT_PACK" if self.on_one_node else "PACK"
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray reserves for each worker."""
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+
+    @property
+    def trial_resources(self) -> dict[str, float]:
+        """What Ray reserves for a trial's own process.
+
+        A single worker is that process. If there are several, they reserve their own CPUs and GPUs,
+        and a trial that took some, too, could keep them from its workers. By its memory, Ray
+        spreads the processes over the nodes.
+        """
+        return self.worker_resources if self.workers == 1 else {"memory": TRIAL_PROCESS_BYTES}
+
+    def num_places(self, workers: int | None = None) -> int:
+        """Return how many jobs, of their fewest or of this many workers, the nodes hold now."""
+        workers = workers or self.min_workers or self.workers
+        alive = alive_nodes()
+        return num_places(alive, workers, self.cpus, self.gpus, on_one_node=self.on_one_node)
+
+
+def job_placement(
+    num_jobs: int,
+    num_workers: int,
+    num_gpus: float,
+    resources: Resources,
+    *,
+    min_gpus: int | None = None,
+    most_at_once: int | None = None,
+    per_trial: bool = False,
+) -> Placement:
+    """Share CPUs and GPUs among jobs.
+
+    Args:
+        num_jobs: Jobs that wait.
+        num_workers: Data-parallel workers of each job; with GPUs, 1 or the number of GPUs.
+        num_gpus: GPUs of each job, one for each worker, or a share of one; 0 runs on CPUs.
+        resources: What the Ray that runs has.
+        min_gpus: Fewest GPUs of a job, if their number may vary.
+        most_at_once: Limit of jobs at the same time.
+        per_trial: Whether the jobs are trials of a sweep, for the error.
+
+    Raises:
+        UserError: If there is too little for one job.
+    """
+    # A cluster elsewhere may have less than is asked for; nothing else could know before.
+    check_available(num_workers, num_gpus, resources, min_gpus=min_gpus, per_trial=per_trial)
+    nodes = resources.nodes
+    workers = math.ceil(num_gpus) or num_workers
+    gpus = num_gpus / workers
+    cpus = cpus_of_gpu_worker(nodes, gpus) if gpus else 1
+    # GPUs of one node are connected best, so a job waits for a node rather than lie on two.
+    # One whose number of workers varies takes what there is.
+    can_wait = gpus > 0 and min_gpus is None
+    on_one_node = can_wait and num_places(nodes, workers, cpus, gpus, on_one_node=True) > 0
+    places = num_places(nodes, workers, cpus, gpus, on_one_node=on_one_node)
+    at_once = max(1, min(most_at_once or places, places, num_jobs))
+    return Placement(
+        jobs_at_once=at_once,
+        workers=workers,
+        cpus=cpus if gpus else cpus_of_cpu_worker(nodes, workers, at_once),
+        gpus=gpus,
+        on_one_node=on_one_node,
+        min_workers=min_gpus,
+    )
+
+
+def use_fake_gpus() -> bool:
+    """Return whether Ray's GPUs are only names, and work that reserves one runs on CPUs."""
+    return os.environ.get(PRETENDED_GPUS) == "1"
+
+
+def worker_device(*, use_gpu: bool) -> str:
+    """Return the device of this process, which is a Ray task or actor: `cpu` or `cuda`.
+
+    Args:
+        use_gpu: Whether it has reserved a GPU.
+
+    Raises:
+        DeviceError: If PyTorch cannot use the GPU that Ray reserved.
+    """
+    if not use_gpu or use_fake_gpus():
+        return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"Ray reserved a GPU on {os.uname().nodename}, but PyTorch {torch.__version__} cannot "
+            "use it; install a CUDA build of PyTorch and a driver that it supports on each node"
+        )
+    return "cuda"
 
 
 @contextmanager
@@ -456,42 +688,43 @@ def wait_for_gpus(num_gpus: float, note: Callable[[str], None] | None = None) ->
             wait_interruptibly(partial(group.wait, 0), begin=partial(note, text) if note else None)
 
 
+# Requests to stop
+
 NAMESPACE = "iiet-orch"
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
-@dataclass(frozen=True)
 class Signal:
     """Something that is sent once to the processes of a driver on any node.
 
-    It is sent when Ray has an actor of its name, which ends with the driver that sent it. Looking
-    for it asks Ray's head, and takes less than a millisecond.
+    It is sent when Ray has an actor of its name, which ends with the driver that sent it.
     """
 
-    key: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Name of the actor; unique, so that only copies of one object share a signal."""
-
-    def part(self, name: str) -> Signal:
-        """Return the signal of a part, such as one of several trials."""
-        return Signal(f"{self.key}/{name}")
+    def __init__(self) -> None:
+        """Make a signal that was not sent; only its copies share it."""
+        self._key = uuid.uuid4().hex
+        self._is_sent, self._next_look = False, -math.inf
 
     def send(self) -> None:
         """Send it, if it was not sent before."""
         import ray
 
         actor: Any = ray.remote(num_cpus=0)(_Sent)
-        name = {"name": self.key, "namespace": NAMESPACE, "get_if_exists": True}
+        name = {"name": self._key, "namespace": NAMESPACE, "get_if_exists": True}
         _sent.append(actor.options(**name).remote())
 
     def is_sent(self) -> bool:
-        """Return whether it was sent."""
+        """Return whether it was sent; asks Ray's head twice a second, for a millisecond."""
         import ray
+        import ray.exceptions
 
-        try:
-            ray.get_actor(self.key, namespace=NAMESPACE)
-        except ValueError:
-            return False
-        return True
+        if not self._is_sent and time.monotonic() >= self._next_look:
+            # There is no such actor; or Ray's head is busy, or gone and ends us.
+            with suppress(ValueError, ray.exceptions.RayError):
+                ray.get_actor(self._key, namespace=NAMESPACE)
+                self._is_sent = True
+            self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
+        return self._is_sent
 
 
 class _Sent:
@@ -500,20 +733,3 @@ class _Sent:
 
 _sent: list[Any] = []
 """An actor lives as long as somebody holds it."""
-
-
-def looks_for(sent: Signal) -> Callable[[], bool]:
-    """Return a function that says whether a signal was sent, and asks Ray twice a second."""
-    import ray.exceptions
-
-    is_sent, next_look = False, -math.inf
-
-    def look() -> bool:
-        nonlocal is_sent, next_look
-        if not is_sent and time.monotonic() >= next_look:
-            with suppress(ray.exceptions.RayError):  # Ray's head is busy, or gone and ends us.
-                is_sent = sent.is_sent()
-            next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
-        return is_sent
-
-    return look

@@ -19,8 +19,8 @@ from typing import Any
 from orchestrator.terminal.stop import SIGNALS, signal_handlers
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, first_line
 
-STOP_SECONDS = 3600
-"""How long Ray waits for a stopped job to save its state; its own default is three seconds."""
+STOP_SECONDS = "3600"
+"""How long Ray waits for a stopped job to save its state, instead of three seconds."""
 
 
 def run_as_job(
@@ -34,15 +34,10 @@ def run_as_job(
 ) -> int:
     """Submit `iiet-orch` with these words; return the exit code of the job, or 0 unless `follow`.
 
-    Args:
-        server: Address of the job server, such as `http://head:8265`.
-        name: What the job's id begins with.
-        variables: Environment of the job, beside that of the head.
-        follow: Write the job's output until it ends.
-        write: Called with the job's id, and with its output.
+    The job's id begins with `name`. `write` gets it, and with `follow` the job's output.
 
     Raises:
-        UserError: If no job server answers, or it refuses the job.
+        UserError: If no job server answers at `server`, or it refuses the job.
         Interrupted: After Ctrl-C or SIGTERM; the job keeps running.
         RunFailed: If the job did not start, or the connection is lost.
     """
@@ -50,13 +45,12 @@ def run_as_job(
     if has_token or (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # As `ray start` does.
     os.environ["RAY_API_SERVER_ADDRESS"] = server  # Ray prefers it to an address that is named.
-    environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **variables}
-    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
-    for name in [*logging.Logger.manager.loggerDict]:
-        if name.startswith("ray."):
-            logging.getLogger(name).setLevel(logging.WARNING)  # Some set levels of their own.
+    for logger in [*logging.Logger.manager.loggerDict]:
+        if logger.startswith("ray."):
+            logging.getLogger(logger).setLevel(logging.WARNING)  # Some set levels of their own.
+    environment = {"RAY_JOB_STOP_WAIT_TIME_S": STOP_SECONDS, **variables}
     try:
         client = JobSubmissionClient(server)
         job: str = client.submit_job(
@@ -64,7 +58,7 @@ def run_as_job(
             submission_id=f"{name}-{secrets.token_hex(3)}",
             runtime_env={"working_dir": str(Path.cwd()), "env_vars": environment},
         )
-    except (RayError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:
         # Ray's message says what is wrong: no server, no token, no `ray[default]`, too large.
         raise UserError(f"--server {server} takes no job: {first_line(error)}") from None
     again = f"type `ray job logs --follow {job}` to see its output, `ray job stop {job}` to stop it"
@@ -76,15 +70,15 @@ def run_as_job(
         async for lines in client.tail_job_logs(job):
             write(lines)
 
+    again = f"the job {job} keeps running; {again}"
     try:
         with signal_handlers(SIGNALS, signal.default_int_handler):
             asyncio.run(show())
             found = client.get_job_info(job)
     except KeyboardInterrupt:
-        raise Interrupted(f"the job {job} keeps running; {again}") from None
+        raise Interrupted(again) from None
     except Exception as error:
-        lost = f"the connection to the job {job} is lost ({first_line(error)})"
-        raise RunFailed(f"{lost}; it keeps running; {again}") from error
+        raise RunFailed(f"the connection is lost ({first_line(error)}); {again}") from error
     if found.status.value == "STOPPED":
         return 130
     if found.driver_exit_code is None:

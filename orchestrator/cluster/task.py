@@ -21,8 +21,12 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.cluster.placement import worker_device
-from orchestrator.cluster.ray import check_ray_can_run, ray_cluster, ray_environment
+from orchestrator.cluster.ray import (
+    check_ray_can_run,
+    ray_cluster,
+    ray_environment,
+    worker_device,
+)
 from orchestrator.planning.machine import (
     Resources,
     check_available,
@@ -81,7 +85,7 @@ def joined_cluster(
         yield
 
 
-# Work that needs one device.
+# Work that needs one device
 
 
 def trial_device(settings: Settings, folder: Path) -> OnDevice:
@@ -90,8 +94,9 @@ def trial_device(settings: Settings, folder: Path) -> OnDevice:
     Args:
         folder: The workspace, or a folder in it; the GPU may be on another node.
     """
-    on_gpu = settings.trials_use_gpus
-    return partial(_run_on_device, cluster=settings.cluster, folder=folder, on_gpu=on_gpu)
+    if not settings.trials_use_gpus:
+        return on_cpu
+    return partial(_run_on_best, cluster=settings.cluster, folder=folder, needs_gpu=True)
 
 
 def command_device(cluster: ClusterSettings, folder: Path) -> OnDevice:
@@ -104,36 +109,34 @@ def command_device(cluster: ClusterSettings, folder: Path) -> OnDevice:
     Raises:
         UserError: If this machine does not have that device.
     """
-    on_gpu = cluster.num_gpus > 0 or None
-    if cluster.device == "cuda" and cluster.ray_address != LOCAL:
-        on_gpu = True
-    elif cluster.device and not (cluster.device == "cuda" and on_gpu):
-        check_device(cluster.device)
-        return partial(_run_here, device=cluster.device)
-    return partial(_run_on_device, cluster=cluster, folder=folder, on_gpu=on_gpu)
+    device, needs_gpu = cluster.device, cluster.num_gpus > 0
+    if device == "cuda" and (needs_gpu or cluster.ray_address != LOCAL):
+        device, needs_gpu = None, True
+    if device is None:
+        return partial(_run_on_best, cluster=cluster, folder=folder, needs_gpu=needs_gpu)
+    check_device(device)
+
+    def run_here(work: DeviceWork[T], progress: Progress) -> T:
+        if device != "cpu":
+            import torch
+
+            torch.cuda.set_device(device)
+        return work(device, progress)
+
+    return run_here
 
 
-def _run_here(work: DeviceWork[T], progress: Progress, *, device: str) -> T:
-    if device != "cpu":
-        import torch
-
-        torch.cuda.set_device(device)
-    return work(device, progress)
-
-
-def _run_on_device(
+def _run_on_best(
     work: DeviceWork[T],
     progress: Progress,
     *,
     cluster: ClusterSettings,
     folder: Path,
-    on_gpu: bool | None,
+    needs_gpu: bool,
 ) -> T:
-    if on_gpu is False:
-        return on_cpu(work, progress)
-    if on_gpu or cluster.ray_address != LOCAL:
+    if needs_gpu or cluster.ray_address != LOCAL:
         with ray_cluster(cluster, folder=folder, say=partial(progress.advance, 0)) as resources:
-            if on_gpu or resources.gpus:
+            if needs_gpu or resources.gpus:
                 if not cluster.wait_for_gpus:
                     check_available(1, 1, resources)
                 return run_gpu_task(work, progress)
@@ -235,7 +238,7 @@ class _SendingProgress(Progress):
         self._send(methodcaller("finish", summary))
 
 
-# Training jobs.
+# Training jobs
 
 
 def job_runner(*, local: bool) -> Callable[..., list[TrainingOutcome]]:
@@ -270,31 +273,10 @@ def run_local_jobs(
     from orchestrator.planning.estimate import out_of_memory_explained
     from orchestrator.training.devices import World
     from orchestrator.training.trainer import run_job
-    from orchestrator.training.watching import jobs_to_train
+    from orchestrator.training.watching import describe_saved_state, jobs_to_train
 
     world = World(device="cuda:0" if cluster and cluster.num_gpus else "cpu")
     outcomes: dict[str, TrainingOutcome] = {}
-    with closing(jobs_to_train(jobs, outcomes, watch=watch, note=note)) as parts:
-        for ours in parts:
-            cpus = local_resources(count_gpus=False).cpus
-            with _saving_on_signals(ours, watch) as should_stop, threads(cpus):
-                for job in ours:
-                    with out_of_memory_explained(job, world):
-                        outcome = run_job(job, world=world, should_stop=should_stop)
-                    if watch:
-                        watch()
-                    if not outcome.finished:
-                        break
-    return [outcomes[job.run_folder] for job in jobs]
-
-
-@contextmanager
-def _saving_on_signals(
-    jobs: Sequence[TrainingJob], watch: Callable[[], None] | None
-) -> Iterator[Callable[[], bool]]:
-    """Yield a function that shows progress and returns whether to save and stop."""
-    from orchestrator.training.watching import describe_saved_state
-
     watched_at = time.monotonic()
 
     def should_stop() -> bool:
@@ -304,17 +286,25 @@ def _saving_on_signals(
             watched_at = time.monotonic()
         return stop_requested()
 
-    def saved() -> str:
-        return describe_saved_state({job.folder.name: job for job in jobs})
-
-    with stop_on_signals(second_ends=True):
-        try:
-            yield should_stop
-        except KeyboardInterrupt:
-            raise Interrupted(interruption_text(saved(), in_time=False)) from None
-        except Exception as error:
-            if stop_requested():
-                note_saved_state(error, saved())
-            raise
-        if stop_requested():
-            raise Interrupted(interruption_text(saved()))
+    with closing(jobs_to_train(jobs, outcomes, watch=watch, note=note)) as parts:
+        for ours in parts:
+            saved = partial(describe_saved_state, {job.folder.name: job for job in ours})
+            cpus = local_resources(count_gpus=False).cpus
+            with stop_on_signals(second_ends=True), threads(cpus):
+                try:
+                    for job in ours:
+                        with out_of_memory_explained(job, world):
+                            outcome = run_job(job, world=world, should_stop=should_stop)
+                        if watch:
+                            watch()
+                        if not outcome.finished:
+                            break
+                except KeyboardInterrupt:
+                    raise Interrupted(interruption_text(saved(), in_time=False)) from None
+                except Exception as error:
+                    if stop_requested():
+                        note_saved_state(error, saved())
+                    raise
+                if stop_requested():
+                    raise Interrupted(interruption_text(saved()))
+    return [outcomes[job.run_folder] for job in jobs]

@@ -2,7 +2,7 @@
 
 A job resumes from its own folder, so Ray's own records, which a crash can damage, are deleted. Ray
 would start workers again also after a mistake that trying again cannot help, and it would wait for
-a place without an end. So Ray makes one attempt at a time, and `fit_job` decides about the next. A
+a place without an end. So Ray makes one attempt at a time, and `JobRun` decides about the next. A
 worker that fails raises its error, which ends the others: they may wait for it for ever.
 """
 
@@ -16,32 +16,28 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
 
-from orchestrator.cluster.nodes import alive_nodes
-from orchestrator.cluster.placement import (
-    Placement,
-    pretraining_placement,
-    use_fake_gpus,
-    worker_device,
-)
 from orchestrator.cluster.ray import (
     PLACEMENT_SECONDS,
     WATCHER_SWITCH,
+    Placement,
     Signal,
+    alive_nodes,
     asked_places,
-    looks_for,
+    job_placement,
     ray_cluster,
+    use_fake_gpus,
     wait_for_gpus,
+    worker_device,
 )
 from orchestrator.planning.estimate import out_of_memory_explained, seconds_to_save
 from orchestrator.records.training import TrainingJob, TrainingOutcome
@@ -104,257 +100,268 @@ def run_train_jobs(
                 if cluster.wait_for_gpus:
                     wait_for_gpus(cluster.fewest_gpus, note)
                     resources = replace(resources, nodes=alive_nodes())
-                placement = pretraining_placement(cluster, len(ours), resources)
-                _run_together(ours, placement, cluster, watch, note)
+                placement = job_placement(
+                    len(ours),
+                    cluster.num_workers,
+                    cluster.num_gpus,
+                    resources,
+                    min_gpus=cluster.min_gpus,
+                    # On GPUs, one job at a time has all that the settings name.
+                    most_at_once=1 if cluster.num_gpus else None,
+                )
+                stop = Signal()
+                runs = [JobRun(job, placement, cluster, stop) for job in ours]
+                _run_together(runs, watch, note)
     return [outcomes[job.run_folder] for job in jobs]
 
 
 def _run_together(
-    jobs: Sequence[TrainingJob],
-    placement: Placement,
-    cluster: ClusterSettings,
+    runs: Sequence[JobRun],
     watch: Callable[[], None] | None,
     note: Callable[[str], None] | None,
 ) -> None:
     """Run each job in a thread until all have ended; after a signal, ask them to save."""
-    stop = Signal()
-    sizes = {job.run_folder: _journal_bytes(job) for job in jobs}
-    waits: dict[str, str] = {}  # Run folder -> what the job waits for; empty while it runs.
-    said: dict[str, str] = {}
+    said: dict[JobRun, str] = {}
 
     def show() -> None:
-        for folder, text in [*waits.items()]:
-            if note and text and text != said.get(folder):
+        for run in runs:
+            text = run.waits_for
+            if note and text and text != said.get(run):
                 note(text)
-            said[folder] = text
+            said[run] = text
         if watch:
             watch()
 
     def ask_to_stop() -> float:
-        stop.send()
-        # A job that waits for a node has nothing to save, nor one that has written nothing yet.
-        begun = [
-            job
-            for job in jobs
-            if not waits.get(job.run_folder) and _journal_bytes(job) > sizes[job.run_folder]
-        ]
+        runs[0].stop.send()
+        begun = [run.job for run in runs if run.has_something_to_save]
         return seconds_to_save(begun, note) if begun else 0.0
 
-    pool = ThreadPoolExecutor(placement.jobs_at_once)
-    trainings = [
-        pool.submit(
-            fit_job,
-            job,
-            placement,
-            stop=stop,
-            parallel=cluster.parallel,
-            shards=cluster.num_shards,
-            max_failures=cluster.max_failures,
-            node_wait_minutes=cluster.node_wait_minutes,
-            announce=partial(waits.__setitem__, job.run_folder),
-        )
-        for job in jobs
-    ]
+    pool = ThreadPoolExecutor(runs[0].placement.jobs_at_once)
+    trainings = [pool.submit(run.fit) for run in runs]
     pool.shutdown(wait=False)  # It runs what was submitted, and ends.
-    saved = partial(describe_saved_state, {job.folder.name: job for job in jobs})
+    saved = partial(describe_saved_state, {run.job.folder.name: run.job for run in runs})
     wait_for_work(trainings, ask_to_stop=ask_to_stop, saved=saved, watch=show)
 
 
-def _journal_bytes(job: TrainingJob) -> int:
-    path = job.folder / JOURNAL_NAME
-    return path.stat().st_size if path.exists() else 0
+class JobRun:
+    """One job in the Ray that runs already, from the driver or inside a trial."""
 
+    def __init__(
+        self, job: TrainingJob, placement: Placement, cluster: ClusterSettings, stop: Signal
+    ) -> None:
+        """Prepare a job; nothing is started yet.
 
-def fit_job(
-    job: TrainingJob,
-    placement: Placement,
-    *,
-    stop: Signal,
-    parallel: Literal["ddp", "fsdp"] | None = None,
-    shards: int | None = None,
-    max_failures: int = 0,
-    node_wait_minutes: float | None = None,
-    announce: Callable[[str], object] = lambda _: None,
-) -> None:
-    """Run one job in the Ray that runs already, from the driver or inside a trial.
+        Args:
+            cluster: How workers share the model, how often and how long to try.
+            stop: Asks the workers to save and return.
+        """
+        self.job, self.placement, self.cluster, self.stop = job, placement, cluster, stop
+        self.waits_for = ""
+        """What it waits for, as a sentence; empty while it runs."""
+        self._num_bytes = self._journal_bytes()
 
-    Nothing is started if the job was asked to stop. The caller watches for signals, and reads the
-    outcome from the job's folder.
+    def _journal_bytes(self) -> int:
+        path = self.job.folder / JOURNAL_NAME
+        return path.stat().st_size if path.exists() else 0
 
-    Args:
-        stop: Asks the workers to save and return.
-        parallel: `ddp`, each worker has the whole model, or `fsdp`, they share it; None for `ddp`
-            if the settings offer no choice.
-        shards: With `fsdp`, workers that share one copy of the model; None for all.
-        max_failures: How often it is started again after a worker died, without a new checkpoint.
-        node_wait_minutes: Longest wait for a node that replaces a lost one; None waits for ever.
-        announce: Called with what the job waits for, and with an empty text when it starts.
+    @property
+    def has_something_to_save(self) -> bool:
+        """Whether its workers run and have written something."""
+        return not self.waits_for and self._journal_bytes() > self._num_bytes
 
-    Raises:
-        UserError: If the job cannot run as described, or does not fit into its workers' memory.
-        Diverged: If a loss is not finite.
-        RunFailed: If it failed too often, or waited too long.
-    """
-    import ray.exceptions
-    import ray.train
+    def fit(self) -> None:
+        """Run the job to its end, or until it was asked to stop.
 
-    train: Any = ray.train  # Type checkers see the API before version 2 there.
-    failed = f"training in {job.folder} failed: "
-    newest, num_failures, num_failed_starts = find_checkpoints(job.folder)[-1:], 0, 0
-    while _find_place(job, placement, stop, node_wait_minutes, announce):
-        size = _journal_bytes(job)
-        try:
-            _trainer(job, placement, stop, parallel, shards).fit()
-            return
-        except train.PreemptionError:
-            continue  # A loss that was announced.
-        except train.ControllerError as error:
-            num_failed_starts = 1 if _journal_bytes(job) > size else num_failed_starts + 1
-            if num_failed_starts > MAX_FAILED_STARTS:
-                reason = f"the workers did not start: {failure_reason(error)}"
+        The caller watches for signals, and reads the outcome from the job's folder. It is started
+        again `cluster.max_failures` times after a worker died, if no checkpoint is newer.
+
+        Raises:
+            UserError: If the job cannot run as described, or does not fit into its workers' memory.
+            Diverged: If a loss is not finite.
+            RunFailed: If it failed too often, or waited too long.
+        """
+        import ray.exceptions
+        import ray.train
+
+        train: Any = ray.train  # Type checkers see the API before version 2 there.
+        folder = self.job.folder
+        failed = f"training in {folder} failed: "
+        newest, num_failures, num_failed_starts = find_checkpoints(folder)[-1:], 0, 0
+        while self._find_place():
+            size = self._journal_bytes()
+            try:
+                self._start_once()
+                return
+            except train.PreemptionError:
+                continue  # A loss that was announced.
+            except train.ControllerError as error:
+                num_failed_starts = 1 if self._journal_bytes() > size else num_failed_starts + 1
+                if num_failed_starts > MAX_FAILED_STARTS:
+                    reason = f"the workers did not start: {failure_reason(error)}"
+                    raise RunFailed(failed + reason) from error
+            except train.WorkerGroupError as error:
+                errors = [*error.worker_failures.values()]
+                # Of a worker that died; the others then fail because they lost the connection to
+                # it.
+                deaths = [d for e in errors if (d := getattr(e, "health_check_failure", None))]
+                for final in errors:
+                    if isinstance(final, FINAL_ERRORS):
+                        raise final from None
+                if any(getattr(death, "preempted", False) for death in deaths):
+                    continue
+                before, newest = newest, find_checkpoints(folder)[-1:]
+                num_failures = 1 if newest != before else num_failures + 1
+                if num_failures > self.cluster.max_failures or self.stop.is_sent():
+                    raise RunFailed(failed + failure_reason([*deaths, *errors][0])) from error
+            except ray.exceptions.RayError as error:  # Ray's controller died, not the training.
+                saved = describe_saved_state({"": self.job})
+                reason = f"{failure_reason(error)}; {saved}; run the same command again to resume"
                 raise RunFailed(failed + reason) from error
-        except train.WorkerGroupError as error:
-            errors = [*error.worker_failures.values()]
-            # Of a worker that died; the others then fail because they lost the connection to it.
-            deaths = [d for e in errors if (d := getattr(e, "health_check_failure", None))]
-            for final in errors:
-                if isinstance(final, FINAL_ERRORS):
-                    raise final from None
-            if any(getattr(death, "preempted", False) for death in deaths):
-                continue
-            before, newest = newest, find_checkpoints(job.folder)[-1:]
-            num_failures = 1 if newest != before else num_failures + 1
-            if num_failures > max_failures or stop.is_sent():
-                raise RunFailed(failed + failure_reason([*deaths, *errors][0])) from error
-        except ray.exceptions.RayError as error:  # Ray's controller died, not the training.
-            saved = describe_saved_state({"": job})
-            reason = f"{failure_reason(error)}; {saved}; run the same command again to resume"
-            raise RunFailed(failed + reason) from error
-        finally:
-            shutil.rmtree(job.folder / RAY_FOLDER, ignore_errors=True)
+            finally:
+                shutil.rmtree(folder / RAY_FOLDER, ignore_errors=True)
 
+    def _find_place(self) -> bool:
+        """Wait until as many workers as the job needs find a place; return False after a stop."""
+        placement = self.placement
+        bundles = [placement.worker_resources] * (placement.min_workers or placement.workers)
+        with asked_places(bundles, placement.strategy) as group:
+            return self._wait(partial(group.wait, PLACEMENT_SECONDS))
 
-def _find_place(
-    job: TrainingJob,
-    placement: Placement,
-    stop: Signal,
-    minutes: float | None,
-    announce: Callable[[str], object],
-) -> bool:
-    """Wait until as many workers as the job needs find a place; return False after a stop.
+    def _start_once(self) -> None:
+        """Start the workers once, and wait until they end.
 
-    Raises:
-        RunFailed: If it has waited for too long.
-    """
-    import ray
+        Ray waits without an end for the fewest workers of a job of variable size, if their nodes
+        are lost while it starts them. So this waits beside it, and leaves Ray's wait alone: it ends
+        with the cluster.
+        """
+        trainer = self._trainer()
+        if not self.placement.min_workers:
+            trainer.fit()
+            return
+        pool = ThreadPoolExecutor(1)
+        fitting = pool.submit(trainer.fit)
+        pool.shutdown(wait=False)
 
-    is_first = not _journal_bytes(job)
-    seconds = FIRST_START_SECONDS if is_first else math.inf if minutes is None else 60 * minutes
-    num_workers = placement.min_workers or placement.workers
-    kind, each = ("GPU", placement.gpus) if placement.use_gpu else ("CPU", placement.cpus)
-    is_stopped, begun = looks_for(stop), time.monotonic()
-    failed = f"training in {job.folder} failed: "
-    with asked_places([placement.worker_resources] * num_workers, placement.strategy) as group:
-        while not is_stopped() and not group.wait(PLACEMENT_SECONDS):
+        def is_over() -> bool:
+            wait([fitting], timeout=PLACEMENT_SECONDS)
+            return fitting.done() or self.placement.num_places() > 0
+
+        while not fitting.done():
+            if not self._wait(is_over) and not is_over():
+                return  # No worker is left that could save.
+        fitting.result()
+
+    def _wait(self, is_over: Callable[[], bool]) -> bool:
+        """Wait for a place; return False after a stop.
+
+        Raises:
+            RunFailed: If it has waited for too long.
+        """
+        import ray
+
+        placement, minutes = self.placement, self.cluster.node_wait_minutes
+        seconds = math.inf if minutes is None else 60 * minutes
+        if not self._journal_bytes():
+            seconds = FIRST_START_SECONDS
+        kind, each = ("GPU", placement.gpus) if placement.use_gpu else ("CPU", placement.cpus)
+        needed = (placement.min_workers or placement.workers) * each
+        begun = time.monotonic()
+        while not self.stop.is_sent() and not is_over():
             free = ray.available_resources().get(kind, 0.0)  # type: ignore[no-untyped-call]
-            needed = num_workers * each
             found = f"{min(free, needed):g} of {needed:g} {kind}s are free"
-            announce(f"{job.folder.name} waits for a place: {found}")
-            if time.monotonic() - begun < seconds:
-                continue
-            if is_first:
+            self.waits_for = f"{self.job.folder.name} waits for a place: {found}"
+            if time.monotonic() - begun >= seconds:
                 raise RunFailed(
-                    f"{failed}there was no place for {format_duration(seconds)} ({found}); wait "
-                    "until others have finished, or ask for fewer"
+                    f"training in {self.job.folder} failed: there was no place for "
+                    f"{format_duration(seconds)} ({found}); add nodes or wait until others have "
+                    "finished, and run the same command again; cluster.node_wait_minutes says how "
+                    "long a node that replaces a lost one is waited for"
                 )
-            raise RunFailed(
-                f"{failed}no node replaced a lost one within {minutes:g} min ({found}); add a node "
-                "and run the same command again, or raise cluster.node_wait_minutes"
-            )
-    announce("")
-    return not is_stopped()
+        self.waits_for = ""
+        return not self.stop.is_sent()
 
+    def _trainer(self) -> Any:
+        """Return a trainer that starts the workers once, and waits until they end."""
+        import ray.train.backend
+        import ray.train.torch
 
-def _trainer(
-    job: TrainingJob,
-    placement: Placement,
-    stop: Signal,
-    parallel: Literal["ddp", "fsdp"] | None,
-    shards: int | None,
-) -> Any:
-    """Return a trainer that starts the workers of a job once, and waits until they end."""
-    import ray.train.backend
-    import ray.train.torch
+        class SharedGpus(ray.train.backend.Backend):
+            """Each worker sees all GPUs of the job on its node, so that NCCL can connect them."""
 
-    class SharedGpus(ray.train.backend.Backend):
-        """Each worker sees all GPUs of the job on its node, so that NCCL can connect them."""
+            share_cuda_visible_devices = True
 
-        share_cuda_visible_devices = True
+        class OwnRendezvous(ray.train.torch.TorchConfig):
+            """The workers connect themselves; Ray would listen on every address of the machine."""
 
-    class OwnRendezvous(ray.train.torch.TorchConfig):
-        """The workers connect themselves; Ray would listen on every address of the machine."""
+            @property
+            def backend_cls(self) -> Any:
+                return SharedGpus
 
-        @property
-        def backend_cls(self) -> Any:
-            return SharedGpus
-
-    train: Any = ray.train
-    fewest, most = placement.min_workers, placement.workers
-    storage = job.folder / RAY_FOLDER
-    shutil.rmtree(storage, ignore_errors=True)
-    meeting = storage / "meeting"
-    meeting.mkdir(parents=True, mode=0o700)
-    return train.torch.TorchTrainer(
-        _train_worker,
-        train_loop_config={
-            "job": job.model_dump(mode="json"),
-            "stop": stop,
-            "placement": placement,
-            "parallel": parallel,
-            "shards": shards,
-            "meeting": meeting,
-        },
-        scaling_config=train.ScalingConfig(
-            num_workers=(fewest, most) if fewest else most,
-            use_gpu=placement.use_gpu,
-            resources_per_worker=placement.worker_resources,
-            placement_strategy=placement.strategy,
-            elastic_resize_monitor_interval_s=GROW_SECONDS,
-        ),
-        torch_config=OwnRendezvous(),
-        run_config=train.RunConfig(
-            name="train",
-            storage_path=str(storage),
-            failure_config=train.FailureConfig(
-                max_failures=0, controller_failure_limit=1, max_preemption_failures=0
+        train: Any = ray.train
+        fewest, most = self.placement.min_workers, self.placement.workers
+        storage = self.job.folder / RAY_FOLDER
+        shutil.rmtree(storage, ignore_errors=True)
+        meeting = storage / "meeting"
+        meeting.mkdir(parents=True, mode=0o700)
+        return train.torch.TorchTrainer(
+            _train_worker,
+            train_loop_config={
+                "job": self.job.model_dump(mode="json"),
+                "stop": self.stop,
+                "placement": self.placement,
+                "cluster": self.cluster,
+                "meeting": meeting,
+            },
+            scaling_config=train.ScalingConfig(
+                num_workers=(fewest, most) if fewest else most,
+                use_gpu=self.placement.use_gpu,
+                resources_per_worker=self.placement.worker_resources,
+                placement_strategy=self.placement.strategy,
+                elastic_resize_monitor_interval_s=GROW_SECONDS,
             ),
-            logging_config=train.LoggingConfig(log_level="WARNING"),
-        ),
-    )
+            torch_config=OwnRendezvous(),
+            run_config=train.RunConfig(
+                name="train",
+                storage_path=str(storage),
+                failure_config=train.FailureConfig(
+                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                ),
+                logging_config=train.LoggingConfig(log_level="WARNING"),
+            ),
+        )
 
 
 def _train_worker(config: dict[str, Any]) -> None:
     """Run in each worker of a job."""
     import ray.train
 
-    context = ray.train.get_context()
+    train: Any = ray.train
+    context = train.get_context()
     job, placement = TrainingJob.model_validate(config["job"]), config["placement"]
     torch.set_num_threads(placement.cpus)
     device = worker_device(use_gpu=placement.use_gpu)
     if device != "cpu":
         # The workers of one node see all of their GPUs; Ray knows which one is whose.
-        device = str(ray.train.torch.get_device())
+        device = str(train.torch.get_device())
         torch.cuda.set_device(device)
     world = World(
         rank=context.get_world_rank(),
         size=context.get_world_size(),
         device=device,
-        parallel=config["parallel"] or "ddp",
-        shards=config["shards"],
+        parallel=config["cluster"].parallel,
+        shards=config["cluster"].num_shards,
     )
     if world.size > 1:
-        _meet(world, placement, config["meeting"], context.get_local_world_size() == world.size)
+        _meet(world, config, is_one_machine=context.get_local_world_size() == world.size)
     noticed = threading.Event()
+
+    def wait_for_notice() -> None:
+        # Ray says that a worker's node will be taken away, such as a spot instance. It answers once
+        # all workers have asked, so all ask the same number of times.
+        while train.get_preemption_info() is None:
+            time.sleep(NOTICE_SECONDS)
+        noticed.set()
 
     def take_notice() -> bool:
         is_new = noticed.is_set()
@@ -362,28 +369,15 @@ def _train_worker(config: dict[str, Any]) -> None:
         return is_new
 
     if os.environ.get(WATCHER_SWITCH) != "0":
-        threading.Thread(target=_wait_for_notice, args=(noticed,), daemon=True).start()
+        threading.Thread(target=wait_for_notice, daemon=True).start()
     with (
-        stop_when(looks_for(config["stop"])),
-        out_of_memory_explained(job, world, config["parallel"]),
+        stop_when(config["stop"].is_sent),
+        out_of_memory_explained(job, world, config["cluster"].parallel),
     ):
         run_job(job, world=world, should_save=take_notice)
 
 
-def _wait_for_notice(noticed: threading.Event) -> None:
-    """Wait until Ray says that a worker's node will be taken away, such as a spot instance.
-
-    All workers ask the same number of times: Ray answers once all have asked.
-    """
-    import ray.train
-
-    train: Any = ray.train
-    while train.get_preemption_info() is None:
-        time.sleep(NOTICE_SECONDS)
-    noticed.set()
-
-
-def _meet(world: World, placement: Placement, folder: Path, is_one_machine: bool) -> None:
+def _meet(world: World, config: dict[str, Any], *, is_one_machine: bool) -> None:
     """Connect the workers of a job; those of one machine talk over loopback.
 
     Workers of one machine find each other through a file that only this user can read; the driver
@@ -392,30 +386,24 @@ def _meet(world: World, placement: Placement, folder: Path, is_one_machine: bool
     import ray.util
     from ray.train.collective import broadcast_from_rank_zero
 
-    address = f"file://{folder / uuid.uuid4().hex}"
+    address = f"file://{config['meeting'] / uuid.uuid4().hex}"
     if not is_one_machine:
         with socket.socket() as free:
             free.bind(("", 0))
             own: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
             address = f"tcp://{own}:{free.getsockname()[1]}"
-    elif loopback := _loopback():
-        for variable in INTERFACE_VARIABLES:
-            os.environ.setdefault(variable, loopback)
+    else:  # The loopback interface is `lo` on Linux, and `lo0` on macOS.
+        for interface, addresses in psutil.net_if_addrs().items():
+            if any(each.address == "127.0.0.1" for each in addresses):
+                for variable in INTERFACE_VARIABLES:
+                    os.environ.setdefault(variable, interface)
     torch.distributed.init_process_group(
-        "nccl" if placement.use_gpu and not use_fake_gpus() else "gloo",
+        "nccl" if config["placement"].use_gpu and not use_fake_gpus() else "gloo",
         init_method=broadcast_from_rank_zero(address),
         rank=world.rank,
         world_size=world.size,
-        timeout=timedelta(seconds=placement.collective_timeout_seconds),
+        timeout=timedelta(seconds=config["cluster"].collective_timeout_seconds),
     )
-
-
-def _loopback() -> str | None:
-    """Return the name of the loopback interface: `lo` on Linux, `lo0` on macOS."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address == "127.0.0.1" for address in addresses):
-            return name
-    return None
 
 
 def failure_reason(error: BaseException) -> str:

@@ -19,18 +19,21 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-from orchestrator.cluster.nodes import alive_nodes
-from orchestrator.cluster.placement import Placement, trial_placement, worker_device
-from orchestrator.cluster.ray import Signal, looks_for, ray_cluster
-from orchestrator.cluster.train import FINAL_ERRORS, failure_reason, fit_job
+from orchestrator.cluster.ray import (
+    Placement,
+    Signal,
+    job_placement,
+    ray_cluster,
+    worker_device,
+)
+from orchestrator.cluster.train import FINAL_ERRORS, JobRun, failure_reason
 from orchestrator.planning.estimate import out_of_memory_explained
-from orchestrator.planning.machine import num_places
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.records.trial import AshaRule, EarlyStop, Trial
 from orchestrator.settings import ClusterSettings, SweepSettings
@@ -63,11 +66,13 @@ logger = logging.getLogger(__name__)
 
 
 class TrialQueue(Protocol):
-    """The trials of a sweep, in the order in which they start."""
+    """The trials of a sweep, in the order in which they start. Tune's thread calls the first five,
+    the thread of `run_trials` the others.
+    """
 
     @property
     def is_over(self) -> bool:
-        """Whether all trials have ended. Called in Tune's thread, as the next four."""
+        """Whether all trials have ended."""
 
     @property
     def num_taken(self) -> int:
@@ -83,7 +88,7 @@ class TrialQueue(Protocol):
         """Note how a trial ended: with a result, an error, or unfinished without either."""
 
     def watch(self) -> None:
-        """Called a few times a second in the thread that called `run_trials`."""
+        """Called a few times a second."""
 
     def saved(self) -> str:
         """Say what is finished and saved; called after a signal."""
@@ -111,40 +116,32 @@ class TrialPlace:
             tune.report({STEP: step, LOSS: numbers[VALIDATION_METRIC]})
 
     def train(self, job: TrainingJob, report: Report | None = None) -> TrainingOutcome:
-        """Train a job here, or on the trial's workers; as `run_job`."""
-        if self.placement.workers > 1:
-            return self._train_on_workers(job, report)
-        world = World(device=self.device)
-        with out_of_memory_explained(job, world):
-            return run_job(job, world=world, report=report)
+        """Train a job here, or on the trial's workers; as `run_job`.
 
-    def _train_on_workers(self, job: TrainingJob, report: Report | None) -> TrainingOutcome:
-        """Train a job on the trial's workers; a finished one takes no time.
-
-        This process reads losses from the journal that the first worker writes. If a worker dies,
-        the trial fails and is tried again, which resumes from the newest checkpoint.
+        Of several workers, losses come from the journal that the first one writes. If one dies, the
+        trial fails and is tried again, which resumes from the newest checkpoint.
         """
+        num_workers = self.placement.workers
+        if num_workers == 1:
+            world = World(device=self.device)
+            with out_of_memory_explained(job, world):
+                return run_job(job, world=world, report=report)
         if outcome := finished_outcome(job):
             return outcome
         tail = JournalReader(job.folder)
         tail.read()  # What is there already was reported before.
-        stop, num_workers = Signal(), self.placement.workers
+        shards = self.cluster.shards_of(num_workers)
+        cluster = self.cluster.model_copy(update={"num_shards": shards, "max_failures": 0})
+        run = JobRun(job, self.placement, cluster, Signal())
         with ThreadPoolExecutor(1) as pool:
-            training = pool.submit(
-                fit_job,
-                job,
-                self.placement,
-                stop=stop,
-                parallel=self.cluster.parallel,
-                shards=self.cluster.shards_of(num_workers),
-            )
+            training = pool.submit(run.fit)
             while not training.done():
                 wait((training,), timeout=POLL_SECONDS)
                 for record in tail.read():
                     if report and record["kind"] == "metrics":
                         report(record["step"], record["values"])
                 if stop_requested():
-                    stop.send()
+                    run.stop.send()
         training.result()
         unfinished = TrainingOutcome(checkpoint=None, step=tail.step, finished=False)
         return finished_outcome(job) or unfinished
@@ -192,9 +189,13 @@ def run_trials(
         Interrupted: After Ctrl-C or SIGTERM.
     """
     with ray_cluster() as resources:
-        placement = replace(
-            trial_placement(sweep, num_trials, resources),
-            collective_timeout_seconds=cluster.collective_timeout_seconds,
+        placement = job_placement(
+            num_trials,
+            sweep.workers_per_trial,
+            sweep.gpus_per_trial or 0,
+            resources,
+            most_at_once=sweep.trials_at_once,
+            per_trial=True,
         )
         logger.info("trials: %s", placement)
         stop, suggester = Signal(), _Suggester(queue, placement, sweep.trials_at_once)
@@ -240,7 +241,7 @@ def _run_in_tune(
 ) -> None:
     torch.set_num_threads(place.placement.cpus * place.placement.workers)
     result, text = None, ""
-    with stop_when(looks_for(stop)):
+    with stop_when(stop.is_sent):
         if not stop_requested():
             try:
                 result = function(Trial.model_validate_json(config["trial"]), place)
@@ -266,20 +267,10 @@ class _Suggester(search.Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> Any:  # noqa: ARG002 - trials have keys of their own
         if self.is_stopping or self._queue.is_over:
             return search.Searcher.FINISHED
-        if self._queue.num_taken >= min(self._most, self._num_places()):
+        if self._queue.num_taken >= min(self._most, self._placement.num_places()):
             return None
         trial = self._queue.take()
         return trial and {"key": trial.key, "trial": json.dumps(trial.model_dump(mode="json"))}
-
-    def _num_places(self) -> int:
-        placement = self._placement
-        return num_places(
-            alive_nodes(),
-            placement.workers,
-            placement.cpus,
-            placement.gpus,
-            on_one_node=placement.on_one_node,
-        )
 
     def on_trial_complete(self, *_: Any, **__: Any) -> None:
         pass  # `_Listener` hears more of it.
@@ -329,57 +320,55 @@ class AshaByModel(schedulers.FIFOScheduler):  # type: ignore[misc]
         """Prepare a bracket for each model; `models` are its trials."""
         super().__init__()
         self._rule, self._losses = rule, defaultdict[str, dict[int, float]](dict)
-        self._model = {trial.key: number for number, own in enumerate(models) for trial in own}
         self._trials = {trial.key: trial for own in models for trial in own}
-        self._brackets = [
-            schedulers.ASHAScheduler(
+        self._rivals = {trial.key: own for own in models for trial in own}
+        self._brackets: dict[str, Any] = {}
+        for own in models:
+            num_all = num_steps(own[0])
+            bracket = schedulers.ASHAScheduler(
                 time_attr=STEP,
                 metric=LOSS,
                 mode="min",
-                max_t=num_steps(own[0]),
-                grace_period=max(1, math.ceil(rule.first_rung * num_steps(own[0]))),
+                max_t=num_all,
+                grace_period=max(1, math.ceil(rule.first_rung * num_all)),
                 reduction_factor=rule.reduction_factor,
                 stop_last_trials=False,
             )
-            for own in models
-        ]
+            self._brackets |= {trial.key: bracket for trial in own}
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
         """Add a trial to the bracket of its model."""
-        if trial.config["key"] in self._model:
-            self._brackets[self._model[trial.config["key"]]].on_trial_add(controller, trial)
+        if bracket := self._brackets.get(trial.config["key"]):
+            bracket.on_trial_add(controller, trial)
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide about a trial after a validation; to Tune, it always continues."""
+        """Decide about a trial after a validation; to Tune, it always continues.
+
+        The reason for its end names the competitor with the lowest loss by then.
+        """
         key, loss = trial.config["key"], result.get(LOSS, math.nan)
         # A loss that is not finite ends its training by itself.
-        if key in self._model and math.isfinite(loss):
-            self._losses[key][result[STEP]] = loss
-            bracket = self._brackets[self._model[key]]
-            decision = bracket.on_trial_result(controller, trial, result)
-            num_all = num_steps(self._trials[key])
-            if decision == schedulers.TrialScheduler.STOP and result[STEP] < num_all:
-                self._early_stop(key, result[STEP], loss).write(
-                    Path(self._trials[key].folder) / STOPPED_NAME
-                )
+        if key not in self._brackets or not math.isfinite(loss):
+            return str(schedulers.TrialScheduler.CONTINUE)
+        step, num_all = result[STEP], num_steps(self._trials[key])
+        self._losses[key][step] = loss
+        decision = self._brackets[key].on_trial_result(controller, trial, result)
+        if decision == schedulers.TrialScheduler.STOP and step < num_all:
+            rivals = {
+                rival.label: min((abs(at - step), value) for at, value in losses.items())[1]
+                for rival in self._rivals[key]
+                if (losses := self._losses.get(rival.key))
+            }
+            best = min(rivals, key=lambda label: rivals[label])
+            stop = EarlyStop(
+                rule=self._rule,
+                step=step,
+                num_steps=num_all,
+                competitor=best,
+                reason=f"its validation loss is {loss:.3f}, {best} had {rivals[best]:.3f}",
+            )
+            stop.write(Path(self._trials[key].folder) / STOPPED_NAME)
         return str(schedulers.TrialScheduler.CONTINUE)
-
-    def _early_stop(self, key: str, step: int, loss: float) -> EarlyStop:
-        """Return why a trial is stopped; it names the competitor with the lowest loss by then."""
-        rivals = {
-            other: min((abs(at - step), value) for at, value in losses.items())[1]
-            for other, losses in self._losses.items()
-            if self._model[other] == self._model[key]
-        }
-        best = min(rivals, key=lambda other: rivals[other])
-        label = self._trials[best].label
-        return EarlyStop(
-            rule=self._rule,
-            step=step,
-            num_steps=num_steps(self._trials[key]),
-            competitor=label,
-            reason=f"its validation loss is {loss:.3f}, {label} had {rivals[best]:.3f}",
-        )
 
 
 def num_steps(trial: Trial) -> int:

@@ -21,12 +21,7 @@ from iiet.decoder import Decoder
 from iiet.pruning import schedule_family, spread_over_cost
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.task import command_device
-from orchestrator.evaluation.cost_measurement import (
-    HOW_MEASURED,
-    MeasuredCost,
-    MeasurementSettings,
-    measure_costs,
-)
+from orchestrator.evaluation import cost_measurement
 from orchestrator.models.folder import DTYPES, served_schedules
 from orchestrator.models.lookup import load_influence_table
 from orchestrator.models.open import OpenedModel, open_model, open_models, short_names
@@ -56,7 +51,7 @@ class BenchmarkPlan(Result):
     opened: dict[str, OpenedModel] = Field(exclude=True)
     """By the names of the result."""
     cluster: ClusterSettings = Field(exclude=True)
-    conditions: MeasurementSettings
+    conditions: cost_measurement.MeasurementSettings
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -84,11 +79,11 @@ class BenchmarkResult(Result):
     """Type of the weights."""
     machine: dict[str, Any]
     """Versions and hardware."""
-    conditions: MeasurementSettings
+    conditions: cost_measurement.MeasurementSettings
     """Batch sizes, contexts, repetitions, threads."""
-    peak_bytes: str = HOW_MEASURED
+    peak_bytes: str = cost_measurement.HOW_MEASURED
     """How memory was measured."""
-    costs: list[MeasuredCost]
+    costs: list[cost_measurement.MeasuredCost]
     """By condition, then by model in the order given."""
 
     def rows(self) -> list[dict[str, Any]]:
@@ -116,7 +111,7 @@ def plan_benchmark(
     workspace: Workspace | Path | str,
     models: Sequence[Path | str] = (),
     schedules: Sequence[str] = (),
-    conditions: MeasurementSettings | None = None,
+    conditions: cost_measurement.MeasurementSettings | None = None,
     cluster: ClusterSettings | None = None,
     progress: Progress | None = None,
 ) -> BenchmarkPlan:
@@ -138,7 +133,7 @@ def plan_benchmark(
     opened = open_models(space, list(map(Path, models)), schedules, note=note)
     if len(opened) == 1 and not schedules:
         opened = family_of(opened[0])
-    conditions = conditions or MeasurementSettings(contexts=())
+    conditions = conditions or cost_measurement.MeasurementSettings(contexts=())
     if not conditions.contexts:
         usual = usual_contexts(opened, conditions.new_tokens)
         conditions = replace(conditions, contexts=usual)
@@ -230,10 +225,10 @@ def usual_contexts(models: Sequence[OpenedModel], new_tokens: int) -> tuple[int,
 
 def _measure(
     models: Mapping[str, OpenedModel],
-    conditions: MeasurementSettings,
+    conditions: cost_measurement.MeasurementSettings,
     device: str,
     progress: Progress,
-) -> tuple[list[MeasuredCost], str, str]:
+) -> tuple[list[cost_measurement.MeasuredCost], str, str]:
     """Return the costs, the name of the device, and the dtype of the weights."""
     loaded: dict[Path, Decoder] = {}
     decoders: dict[str, Decoder] = {}
@@ -244,7 +239,7 @@ def _measure(
         assert model.config is not None, "OpenedModel.decoder refuses what is no decoder"
         decoders[name] = loaded[model.path].with_schedule(model.config.corrections)
     some = next(iter(decoders.values()))
-    costs = measure_costs(decoders, conditions, progress)
+    costs = cost_measurement.measure_costs(decoders, conditions, progress)
     dtype_name = str(next(some.parameters()).dtype).removeprefix("torch.")
     on_gpu = some.device.type == "cuda"
     name = torch.cuda.get_device_name(some.device) if on_gpu else str(some.device)

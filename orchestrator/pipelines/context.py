@@ -43,10 +43,10 @@ class Context:
             UserError: If the package of a logger is missing or broken.
         """
         if others := [name for name in names if name != MLFLOW]:
-            from orchestrator.tracking.loggers import logger_class  # Imports MLflow.
+            from orchestrator.tracking.loggers import LoggedRuns  # Imports MLflow.
 
             for name in others:
-                logger_class(name)
+                LoggedRuns(name, self.workspace.root)
         self._loggers = tuple(names)
 
     @property

@@ -20,8 +20,8 @@ from packaging.specifiers import SpecifierSet
 from pydantic import Field
 from rich.text import Text
 
-from orchestrator.pipelines.listing import show_status
 from orchestrator.pipelines.result import Result
+from orchestrator.pipelines.upkeep import show_status
 from orchestrator.settings import ClusterSettings
 from orchestrator.settings.cluster import LOCAL
 from orchestrator.terminal.render import format_bytes
@@ -143,12 +143,12 @@ def _memory_and_disk(workspace: Workspace) -> Found:
 def _gpus(_: Workspace) -> Found:
     import torch
 
-    from orchestrator.planning.machine import driver_version, installed_gpus
+    from orchestrator.planning.machine import read_nvml
 
-    gpus, usable = installed_gpus(), torch.cuda.device_count()
+    (driver, gpus), usable = read_nvml(), torch.cuda.device_count()
     listed = ", ".join(f"{gpu.name} ({format_bytes(gpu.free_bytes)} free)" for gpu in gpus)
     build = torch.version.cuda or getattr(torch.version, "hip", None) or "CPUs"
-    text = f"{listed or usable or 'none'}; driver {driver_version() or 'unknown'}; "
+    text = f"{listed or usable or 'none'}; driver {driver or 'unknown'}; "
     text += f"PyTorch {torch.__version__}, built for {build}, uses {usable}"
     remedy = "install a PyTorch for this driver (pytorch.org), and see nvidia-smi"
     yield usable >= len(gpus), text, remedy
@@ -171,7 +171,7 @@ def _workspace(workspace: Workspace) -> Found:
     if not os.access(workspace.root, os.W_OK):
         raise UserError(f"{workspace.root} cannot be written; choose another with --workspace")
     damage: list[str] = []
-    names = ", ".join(a.name for a in show_status(workspace, note=damage.append).activities)
+    names = ", ".join(a["name"] for a in show_status(workspace, note=damage.append).activities)
     for sentence in damage:
         yield False, sentence, "`iiet-orch clean damaged` lists what can go"
     yield True, f"{workspace.root}; {names or 'nothing'} runs in it", ""

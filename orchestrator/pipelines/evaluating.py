@@ -34,17 +34,8 @@ from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.training import schedule_parameters
-from orchestrator.reporting.command_tables import (
-    average_notes,
-    evaluation_table,
-    tasks_with_other_items,
-)
-from orchestrator.reporting.comparison import (
-    Comparison,
-    compare_evaluations,
-    comparison_findings,
-    comparison_table,
-)
+from orchestrator.reporting import command_tables
+from orchestrator.reporting import comparison as comparing
 from orchestrator.reporting.sections import two_column_table
 from orchestrator.settings import EvaluationSettings, Settings
 from orchestrator.settings.cluster import LOCAL
@@ -103,8 +94,8 @@ class ModelEvaluations(Result):
 
     def shown(self) -> Iterable[RenderableType]:
         """Return the table of tasks, and which averages are of what."""
-        yield evaluation_table(self.evaluations)
-        yield from (f"  {sentence}" for sentence in average_notes(self.evaluations))
+        yield command_tables.evaluation_table(self.evaluations)
+        yield from (f"  {sentence}" for sentence in command_tables.average_notes(self.evaluations))
 
 
 class EvaluatePlan(Result):
@@ -230,7 +221,7 @@ def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
     for model, name in zip(plan.opened, names, strict=True):
         output = folder and folder / name.replace("/", "__")
         evaluations[name] = _evaluate_model(model, plan, context, output)
-    if different := tasks_with_other_items([*evaluations.values()]):
+    if different := command_tables.tasks_with_other_items([*evaluations.values()]):
         context.progress.note(
             f"not comparable: {', '.join(different)} had other items for some of the models, "
             "which were trained on different tokens"
@@ -371,7 +362,7 @@ class CompareResult(Result):
 
     row_key = "rows"
 
-    comparison: Comparison = Field(exclude=True)
+    comparison: comparing.Comparison = Field(exclude=True)
     models: tuple[str, str]
     """Names of both."""
     differences: list[dict[str, Any]] = Field(serialization_alias="rows")
@@ -388,7 +379,7 @@ class CompareResult(Result):
     def shown(self) -> Iterable[RenderableType]:
         """Return the names, a table, and what can be concluded."""
         yield f"A: {self.models[0]}\nB: {self.models[1]}"
-        yield comparison_table(self.comparison)
+        yield comparing.comparison_table(self.comparison)
         yield from (f"  {sentence}" for sentence in (*self.findings, *self.notes))
 
 
@@ -459,12 +450,12 @@ def run_compare(plan: ComparePlan, context: Context) -> CompareResult:
     sides = [run and run.read() for run in plan.logged]
     evaluated = iter(run_evaluate(plan.evaluated, context).evaluations.values())
     first, second = (side or next(evaluated) for side in sides)
-    found = compare_evaluations(first, second, plan.models)
+    found = comparing.compare_evaluations(first, second, plan.models)
     return CompareResult(
         comparison=found,
         models=found.names,
         differences=[row.to_row() for row in (*found.tasks, *found.averages)],
-        findings=tuple(comparison_findings(found)),
+        findings=tuple(comparing.comparison_findings(found)),
         notes=found.notes,
     )
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -30,22 +30,11 @@ from orchestrator.evaluation.answers import (
     TokenChoice,
     generate_answers,
 )
-from orchestrator.models.folder import (
-    DTYPES,
-    is_checkpoint,
-    read_config,
-    resolve_checkpoint,
-    served_schedules,
-)
-from orchestrator.models.lookup import (
-    find_model_folder,
-    parse_schedule,
-    picked_model,
-    resolve_model,
-)
+from orchestrator.models import folder as model_folders
+from orchestrator.models import lookup
 from orchestrator.models.open import best_device, load_model
 from orchestrator.models.tokenizer import Message, ModelTokenizer
-from orchestrator.pipelines.context import Context, open_context
+from orchestrator.pipelines.context import open_context
 from orchestrator.pipelines.models import local_model, plan_pick
 from orchestrator.planning.machine import check_device
 from orchestrator.terminal.progress import Progress
@@ -128,16 +117,13 @@ def generate_stream(
     *,
     workspace: Workspace | Path | str,
     model: Path | str | None = None,
-    schedule: str | None = None,
     sampling: Sampling | None = None,
-    drafting: Drafting | None = None,
-    device: str | None = None,
     chat: bool = False,
     system: str | None = None,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> Iterator[str]:
     """Yield the continuation of one prompt, piece by piece; arguments and errors as `generate`."""
-    writer = open_generator(workspace, model, schedule, drafting, device=device, progress=progress)
+    writer = open_generator(workspace, model, **options)
     (text,) = writer.as_asked([prompt], chat=chat, system=system)
     return writer.stream(text, sampling or Sampling())
 
@@ -155,32 +141,24 @@ def open_generator(
     if device is not None:
         check_device(device)
     context = open_context(workspace, progress)
-    folder, own = _model_folder(context, model)
-    wanted = parse_schedule(schedule, folder) or own
-    return TextGenerator(folder, wanted, drafting, device=device, note=context.progress.note)
-
-
-def _model_folder(
-    context: Context, model: Path | str | None
-) -> tuple[Path, IterationSchedule | None]:
-    """Return the folder of the model that is meant, and its schedule if that is not its own."""
-    workspace = context.workspace
-    path = local_model(model, workspace, context.progress)
+    space, note = context.workspace, context.progress.note
+    path, own = local_model(model, space, context.progress), None
+    folder = None
     if path is None:
-        return resolve_model(workspace, note=context.progress.note)
-    is_run = path.exists() or (workspace.runs / path).exists()
-    if (workspace.sweeps / path).is_dir() and not is_run:
-        if picked := picked_model(workspace, path.name):
-            return picked.model
-        trial = plan_pick(workspace=workspace, sweep=path.name).model
-        if trial.checkpoint:
+        folder, own = lookup.resolve_model(space, note=note)
+    elif (space.sweeps / path).is_dir() and not (path.exists() or (space.runs / path).exists()):
+        if picked := lookup.picked_model(space, path.name):
+            folder, own = picked.model
+        elif (trial := plan_pick(workspace=space, sweep=path.name).model).checkpoint:
+            folder = Path(trial.checkpoint)
             own = None if trial.schedule is None else IterationSchedule(trial.schedule)
-            return Path(trial.checkpoint), own
-    folder = find_model_folder(workspace, path, model_folders=True)
-    is_export = not is_checkpoint(folder) and (folder / CONFIG).is_file()
-    if is_export and read_config(folder).get("model_type") == MODEL_TYPE:
-        return folder, None
-    return resolve_checkpoint(folder), None
+    if folder is None:
+        folder = lookup.find_model_folder(space, Path(str(path)), model_folders=True)
+        is_export = not model_folders.is_checkpoint(folder) and (folder / CONFIG).is_file()
+        if not is_export or model_folders.read_config(folder).get("model_type") != MODEL_TYPE:
+            folder = model_folders.resolve_checkpoint(folder)
+    wanted = lookup.parse_schedule(schedule, folder) or own
+    return TextGenerator(folder, wanted, drafting, device=device, note=note)
 
 
 class TextGenerator:
@@ -202,7 +180,7 @@ class TextGenerator:
         self.checkpoint, self._note = checkpoint, note
         self.text = ModelTokenizer(checkpoint)
         where = device or best_device()
-        dtype = DTYPES[device_precision(where)]  # As it is evaluated.
+        dtype = model_folders.DTYPES[device_precision(where)]  # As it is evaluated.
         self.decoder: Decoder = load_model(checkpoint, device=where, dtype=dtype, schedule=schedule)
         self._stream: Decode = stream_tokens
         self.record: DraftRecord | None = None
@@ -211,9 +189,11 @@ class TextGenerator:
             self.record, text = DraftRecord(), drafting.draft
             self._stream = partial(
                 stream_tokens,
-                draft=text if text == "auto" else parse_schedule(text, checkpoint, "--draft"),
+                draft=text
+                if text == "auto"
+                else lookup.parse_schedule(text, checkpoint, "--draft"),
                 draft_tokens=drafting.num_tokens,
-                family=served_schedules(checkpoint),
+                family=model_folders.served_schedules(checkpoint),
                 record=self.record,
             )
 
@@ -230,14 +210,12 @@ class TextGenerator:
                 f"the system's message {quoted(system)} is for a chat; give --system together with "
                 "--chat"
             )
-        return [self.chat(prompt, system) for prompt in prompts] if chat else list(prompts)
-
-    def chat(self, prompt: str, system: str | None = None) -> str:
-        """Return a user's message as the model's chat template writes it, ready to be answered."""
-        messages: list[Message] = [{"role": "user", "content": prompt}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        return self.text.chat(messages, opens_answer=True, template=None)
+        texts = list(prompts)
+        if chat:
+            first: list[Message] = [{"role": "system", "content": system}] if system else []
+            chats = [[*first, Message(role="user", content=prompt)] for prompt in prompts]
+            texts = [self.text.chat(each, opens_answer=True, template=None) for each in chats]
+        return texts
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Yield the continuation of a prompt in pieces of whole characters.

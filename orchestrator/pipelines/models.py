@@ -28,60 +28,21 @@ from iiet.decoder import Decoder
 from iiet.influence import InfluenceTable
 from iiet.schedule import IterationSchedule
 from iiet.weights import CONFIG, MODEL_TYPE
+from orchestrator.models import folder as folders
+from orchestrator.models import lookup
+from orchestrator.models import tokenizer as tokenizers
 from orchestrator.models.config import model_family
-from orchestrator.models.folder import (
-    GENERATION_CONFIG,
-    TOKENIZER,
-    is_checkpoint,
-    load_config,
-    load_provenance,
-    model_files_key,
-    read_config,
-    read_text_files,
-    resolve_checkpoint,
-    served_schedules,
-    text_files_key,
-    weights_key,
-)
 from orchestrator.models.gguf import read_gguf
 from orchestrator.models.hub import download_model, is_hub_name, shown_name
-from orchestrator.models.lookup import (
-    Picked,
-    find_checkpoint_by_weights,
-    hub_hint,
-    load_influence_table,
-    parse_schedule,
-    resolve_model,
-)
 from orchestrator.models.open import load_model, open_model
-from orchestrator.models.tokenizer import (
-    ModelTokenizer,
-    end_of_text_id,
-    load_tokenizer,
-    num_token_ids,
-    text_files_of,
-    tokenizer_path,
-)
 from orchestrator.pipelines.context import Context, in_one_call, open_context
 from orchestrator.pipelines.result import Result
 from orchestrator.records.evaluation import EvaluationResult
 from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.findings import (
-    PickRule,
-    draft_sentence,
-    draft_targets,
-    pick_from_front,
-)
+from orchestrator.reporting import findings, results
 from orchestrator.reporting.front import FrontAxes, parse_axes
 from orchestrator.reporting.model_card import ModelCard
-from orchestrator.reporting.results import (
-    StoredSweep,
-    load_item_values,
-    load_sweep_results,
-    lowest_seed,
-    newest_sweep,
-)
 from orchestrator.settings import Settings
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes, format_parameters
@@ -140,53 +101,58 @@ def import_model(
     path = download_model(folder) if is_hub_name(folder) else resolve_path(folder)
     if not path.exists():
         missing = f"{path} is not a model folder: there is nothing of this name"
-        raise UserError(f"{missing}{hub_hint(Path(folder))}")
-    given = tokenizer_path(tokenizer).absolute() if tokenizer else None
+        raise UserError(f"{missing}{lookup.hub_hint(Path(folder))}")
+    given = tokenizers.tokenizer_path(tokenizer).absolute() if tokenizer else None
     with TemporaryDirectory() as scratch:
         if path.is_file():
             kind, source, run_name, texts = "a GGUF file", path.name, path.stem, Path(scratch)
             decoder, key = read_gguf(path, texts, with_tokenizer=given is None), file_key(path)
         else:
             if find_checkpoints(path):
-                path = resolve_checkpoint(path)
+                path = folders.resolve_checkpoint(path)
             elif not (path / CONFIG).is_file() and (ggufs := sorted(path.glob("*.gguf"))):
                 raise UserError(
                     f"{path} is not a model folder; name the GGUF file in it: {ggufs[0]}"
                 )
             decoder, source, texts = load_model(path), shown_name(path), path
-            if is_checkpoint(path):
+            if folders.is_checkpoint(path):
                 kind = "a checkpoint"
-            elif read_config(path).get("model_type") == MODEL_TYPE:
+            elif folders.read_config(path).get("model_type") == MODEL_TYPE:
                 kind = "an exported folder"
             else:
                 is_llama = decoder.config.method == "vanilla"
                 kind = "a Llama folder" if is_llama else "the published naming"
             is_of_run = path in find_checkpoints(path.parent)
             run_name = path.parent.name if is_of_run else source.rpartition("/")[2]
-            key = model_files_key(path)
+            key = folders.model_files_key(path)
 
         # What it reads and writes as text.
-        config, own = decoder.config, texts / TOKENIZER
+        config, own = decoder.config, texts / folders.TOKENIZER
         file = given or (own if own.is_file() else None)
         if file is None:
             progress.note(
                 f"{texts} has no tokenizer.json: the model can be used with token ids only; "
                 "import it with --tokenizer FILE to generate and evaluate"
             )
-        elif (num_ids := num_token_ids(load_tokenizer(file))) > config.vocab_size:
+        elif (
+            num_ids := tokenizers.num_token_ids(tokenizers.load_tokenizer(file))
+        ) > config.vocab_size:
             raise UserError(
                 f"the tokenizer {given or f'of {source}'} has {num_ids} entries, the model only "
                 f"{config.vocab_size}"
             )
-        key = content_key(key, given and [file_key(given), text_files_key(given.parent)])
+        key = content_key(key, given and [file_key(given), folders.text_files_key(given.parent)])
 
         # The checkpoint, unless it is there.
         run = context.workspace.runs / (name or re.sub(r"[^\w.-]+", "-", run_name))
         checkpoint = None
         if run.exists():
             found = find_checkpoints(run)
-            if found and load_provenance(found[-1]).get("imported", {}).get("source") == key:
-                checkpoint = resolve_checkpoint(run)
+            if (
+                found
+                and folders.load_provenance(found[-1]).get("imported", {}).get("source") == key
+            ):
+                checkpoint = folders.resolve_checkpoint(run)
             else:
                 raise UserError(
                     f"the workspace has another run named {run.name}; choose one with --name"
@@ -198,7 +164,7 @@ def import_model(
             weights=decoder.state_dict(),
             training_state={},
             tokenizer_path=file,
-            text_files=text_files_of(texts, file, vocab_size=config.vocab_size),
+            text_files=tokenizers.text_files_of(texts, file, vocab_size=config.vocab_size),
             provenance={
                 "objective": "import",
                 "imported": {"from": source, "read as": kind, "source": key},
@@ -243,10 +209,10 @@ def export(
     """
     context = open_context(workspace, progress)
     note = context.progress.note
-    checkpoint, picked = resolve_model(
+    checkpoint, picked = lookup.resolve_model(
         context.workspace, local_model(model, context.workspace, context.progress), note
     )
-    wanted = parse_schedule(schedule, checkpoint) or picked
+    wanted = lookup.parse_schedule(schedule, checkpoint) or picked
     name = checkpoint.parent.name + (f"-r{wanted}".replace(",", "") if wanted else "")
     folder = resolve_path(to) if to else context.workspace.exports / name
     decoder = load_model(checkpoint, schedule=wanted)
@@ -298,13 +264,17 @@ def export_checkpoint(
     model = None if replaces else (checkpoint, decoder.config)
     check_target(folder, model)
     progress.start("export")
-    file, text_files, end_of_text = checkpoint / TOKENIZER, read_text_files(checkpoint), ""
+    file, text_files, end_of_text = (
+        checkpoint / folders.TOKENIZER,
+        folders.read_text_files(checkpoint),
+        "",
+    )
     if file.is_file() and not text_files:
-        tokenizer = load_tokenizer(file)
-        end_of_text = str(tokenizer.id_to_token(end_of_text_id(tokenizer)))
+        tokenizer = tokenizers.load_tokenizer(file)
+        end_of_text = str(tokenizer.id_to_token(tokenizers.end_of_text_id(tokenizer)))
     token_ids = None
-    if GENERATION_CONFIG in text_files:
-        values = json.loads(text_files[GENERATION_CONFIG])
+    if folders.GENERATION_CONFIG in text_files:
+        values = json.loads(text_files[folders.GENERATION_CONFIG])
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         token_ids = {name: values.get(name) for name in names}
     try:
@@ -369,7 +339,10 @@ def check_target(folder: Path, model: tuple[Path, ModelConfig] | None = None) ->
     checkpoint, wanted = model
     # The card, which is as the export wrote it unless it is gone, names the weights.
     card = (folder / CARD).read_text("utf-8") if (folder / CARD).is_file() else ""
-    if f"weights: `{weights_key(checkpoint)}`" not in card or load_config(folder) != wanted:
+    if (
+        f"weights: `{folders.weights_key(checkpoint)}`" not in card
+        or folders.load_config(folder) != wanted
+    ):
         raise UserError(
             f"{folder} is an export of another model; replace it with --force, or choose another "
             "folder with --to"
@@ -394,14 +367,16 @@ def model_card(
             of the model itself.
         metric: Metric of the table to look for.
     """
-    provenance, warn = load_provenance(checkpoint), context.progress.note
-    teacher = find_checkpoint_by_weights(context.workspace, str(provenance.get("teacher") or ""))
-    full = load_config(teacher or checkpoint)
+    provenance, warn = folders.load_provenance(checkpoint), context.progress.note
+    teacher = lookup.find_checkpoint_by_weights(
+        context.workspace, str(provenance.get("teacher") or "")
+    )
+    full = folders.load_config(teacher or checkpoint)
     if influence is None and teacher:
-        influence = load_influence_table(teacher, metric, warn)
-    prompt, file = ModelCard.prompt, checkpoint / TOKENIZER
+        influence = lookup.load_influence_table(teacher, metric, warn)
+    prompt, file = ModelCard.prompt, checkpoint / folders.TOKENIZER
     if file.is_file():
-        tokenizer = ModelTokenizer(file)
+        tokenizer = tokenizers.ModelTokenizer(file)
         try:
             tokenizer.encode(prompt, add_special_tokens=False)
         except UserError:  # It reads symbols alone.
@@ -409,10 +384,10 @@ def model_card(
     return ModelCard(
         name=f"{config.method} {checkpoint.parent.name}",
         config=config,
-        provenance={**provenance, "weights": weights_key(checkpoint)},
+        provenance={**provenance, "weights": folders.weights_key(checkpoint)},
         evaluation=evaluation,
-        influence=influence or load_influence_table(checkpoint, metric, warn),
-        served=served_schedules(checkpoint),
+        influence=influence or lookup.load_influence_table(checkpoint, metric, warn),
+        served=folders.served_schedules(checkpoint),
         full=full if full.corrections != config.corrections else None,
         prompt=prompt,
     )
@@ -440,7 +415,7 @@ class PickResult(Result):
     The name is that of method and preset, and the alias that of the rule. So another pick by the
     same rule, also from another sweep, moves the alias to its own version.
     """
-    sweep: StoredSweep = Field(exclude=True)
+    sweep: results.StoredSweep = Field(exclude=True)
     axes: FrontAxes = Field(exclude=True)
     alias: str = Field(exclude=True)
     """The rule."""
@@ -471,7 +446,7 @@ def plan_pick(
     *,
     workspace: Workspace | Path | str,
     sweep: str | None = None,
-    rule: PickRule | None = None,
+    rule: findings.PickRule | None = None,
     cost: str | None = None,
     quality: str | None = None,
     to: Path | str | None = None,
@@ -496,18 +471,18 @@ def plan_pick(
     from orchestrator.reporting.findings import describe_model
     from orchestrator.reporting.report import sweep_front  # Imports MLflow.
 
-    rule, axes = rule or PickRule(name="keep"), parse_axes(cost, quality)
+    rule, axes = rule or findings.PickRule(name="keep"), parse_axes(cost, quality)
     workspace = find_workspace(workspace)
-    found = load_sweep_results(workspace, sweep or newest_sweep(workspace))
+    found = results.load_sweep_results(workspace, sweep or results.newest_sweep(workspace))
     front, notes = sweep_front(workspace, [found], axes, kept_share=rule.share)
     for line in notes:
         (progress or Progress()).note(line)
-    picked = pick_from_front(front, rule)
+    picked = findings.pick_from_front(front, rule)
     sentence, seeds = describe_model(front, picked), picked["seeds"]
-    result = lowest_seed(seeds)
+    result = results.lowest_seed(seeds)
     if rule.name == "draft":
-        full = draft_targets(found.results)[result.key]
-        sentence += f"; {draft_sentence(picked['trial'], full.name)}"
+        full = findings.draft_targets(found.results)[result.key]
+        sentence += f"; {findings.draft_sentence(picked['trial'], full.name)}"
         # A cheaper schedule of the same weights is no model of its own: the full one is exported.
         result = full if full.checkpoint == result.checkpoint else result
     if len(seeds) > 1:
@@ -540,10 +515,10 @@ def run_pick(plan: PickResult, context: Context) -> PickResult:
     model = trial_model(result)
     if result.checkpoint is None or model is None:
         raise UserError(f"the sweep {sweep.name} has no weights of {result.name}")
-    checkpoint = resolve_checkpoint(Path(result.checkpoint))
+    checkpoint = folders.resolve_checkpoint(Path(result.checkpoint))
     schedule = None if result.schedule is None else IterationSchedule(result.schedule)
     decoder = load_model(checkpoint, schedule=schedule)
-    evaluation = load_item_values(workspace, [result]).get(result.key)
+    evaluation = results.load_item_values(workspace, [result]).get(result.key)
     card = model_card(context, checkpoint, decoder.config, evaluation, influence=sweep.influence)
     chosen = f"`{plan.alias}` of the sweep `{sweep.name}`: {plan.sentence}."
     folder = export_checkpoint(
@@ -575,7 +550,7 @@ def run_pick(plan: PickResult, context: Context) -> PickResult:
         example=card.prompt,
     )
     context.tracking.register(registered)
-    Picked(
+    lookup.Picked(
         sweep=sweep.name,
         checkpoint=str(checkpoint),
         schedule=result.schedule,

@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import computed_field, field_serializer
+from pydantic import field_serializer
 
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.ray import check_ray_can_run
@@ -76,14 +76,6 @@ class TrainingPlan(Result):
     """Label -> settings; section `cluster` of the first says where all of them run."""
     jobs: dict[str, TrainingJob]
     """Label -> training; without prepared tokens it can be planned, but not run."""
-    estimates: dict[str, Estimate]
-    """Label -> what is left of it, on the devices of the settings."""
-    states: dict[str, str]
-    """Label -> whether it is finished, or where it begins."""
-    finished: dict[str, Path]
-    """Label of each finished training -> its checkpoint."""
-    damaged: tuple[str, ...]
-    """Which ends of trainings are damaged, so they are trained again."""
     workspace: Workspace
     tokens: ExpectedTokens | None = None
     """Tokens of a pretraining, prepared or not."""
@@ -113,24 +105,52 @@ class TrainingPlan(Result):
         """Place -> why the trainings do not fit there; None if they do. First this machine."""
         return self._problems_of(*self.jobs)
 
-    @computed_field  # type: ignore[prop-decorator]
+    @cached_property
+    def estimates(self) -> dict[str, Estimate]:
+        """Label -> what is left of it, on the devices of the settings."""
+        devices = run_devices(self.cluster)
+        return {label: replace(Estimate.of(j), devices=devices) for label, j in self.jobs.items()}
+
+    @cached_property
+    def ends(self) -> dict[str, Path | list[str]]:
+        """Label -> the checkpoint of a finished training; of others, what is damaged at its end."""
+        ends: dict[str, Path | list[str]] = {}
+        for label, job in self.jobs.items():
+            damage: list[str] = []
+            outcome = finished_outcome(job, damage.append) if job.tokens_folder else None
+            ends[label] = Path(str(outcome.checkpoint)) if outcome else damage
+        return ends
+
     @property
-    def students(self) -> list[dict[str, Any]]:
-        """The model, the state, the price, and what does not fit, of each training."""
-        return [
+    def finished(self) -> dict[str, Path]:
+        """Label of each finished training -> its checkpoint."""
+        return {label: end for label, end in self.ends.items() if isinstance(end, Path)}
+
+    @property
+    def damaged(self) -> list[str]:
+        """Which ends of trainings are damaged, so they are trained again."""
+        return [text for end in self.ends.values() if isinstance(end, list) for text in end]
+
+    def state_of(self, label: str) -> str:
+        """Return whether a training is finished, or where it begins."""
+        end, job, done = self.ends[label], self.jobs[label], self.estimates[label].steps_done
+        if isinstance(end, Path):
+            return f"finished: {job.folder}"
+        begin = f"from step {done:,}" if done else "not begun"
+        return "; ".join([*end, begin]) if job.tokens_folder else UNPREPARED
+
+    def to_json(self) -> dict[str, Any]:
+        """Return model, state, price and problems of each student; of a pretraining its model's."""
+        students = [
             {
                 "method": job.model.method,
                 "schedule": list(job.model.corrections),
-                "state": self.states[label],
+                "state": self.state_of(label),
                 "price": self._price_of(label).model_dump(mode="json"),
                 "problems": self._problems_of(label),
             }
             for label, job in self.jobs.items()
         ]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the students; of a pretraining its only model."""
-        students = self.students
         return {"students": students} if self.kind == "distill" else students[0]
 
     def shown(self) -> Iterable[RenderableType]:
@@ -140,7 +160,7 @@ class TrainingPlan(Result):
             workers = "GPU" if devices.on_gpus else "CPU worker"
             rows = [
                 *training_rows(training, self.tokens),
-                ("state", self.states[label]),
+                ("state", self.state_of(label)),
                 *price_rows(self._price_of(label), self._problems_of(label)),
             ]
             title = f"Plan: {training.config.method}, {format_count(devices.num_workers, workers)}"
@@ -267,50 +287,15 @@ def plan_models(
     jobs = [pretraining_job(own, workspace, tokens, name) for own in models.values()]
     if earlier:
         jobs = [continue_job(earlier, job, notes.append) for job in jobs]
-    return _plan(
-        "pretrain",
-        models,
-        dict(zip(models, share_first_stages(jobs), strict=True)),
-        workspace,
+    plan = TrainingPlan(
+        kind="pretrain",
+        models=dict(models),
+        jobs=dict(zip(models, share_first_stages(jobs), strict=True)),
+        workspace=workspace,
         tokens=expected_tokens(next(iter(models.values())).data, tokens),
         name=name,
         is_continued=earlier is not None,
         notes=tuple(notes),
-        **options,
-    )
-
-
-def _plan(
-    kind: Literal["pretrain", "distill"],
-    models: Mapping[str, Settings],
-    jobs: Mapping[str, TrainingJob],
-    workspace: Workspace,
-    **options: Any,
-) -> TrainingPlan:
-    devices = run_devices(next(iter(models.values())).cluster)
-    estimates = {label: replace(Estimate.of(job), devices=devices) for label, job in jobs.items()}
-    states: dict[str, str] = {}
-    finished: dict[str, Path] = {}
-    damaged: list[str] = []
-    for label, job in jobs.items():
-        num_damaged, steps_done = len(damaged), estimates[label].steps_done
-        begin = f"from step {steps_done:,}" if steps_done else "not begun"
-        if not job.tokens_folder:
-            states[label] = UNPREPARED
-        elif outcome := finished_outcome(job, damaged.append):
-            finished[label] = Path(str(outcome.checkpoint))
-            states[label] = f"finished: {job.folder}"
-        else:
-            states[label] = "; ".join([*damaged[num_damaged:], begin])
-    plan = TrainingPlan(
-        kind=kind,
-        models=dict(models),
-        jobs=dict(jobs),
-        estimates=estimates,
-        states=states,
-        finished=finished,
-        damaged=tuple(damaged),
-        workspace=workspace,
         **options,
     )
     plan.price  # noqa: B018  # raises if the workers cannot share a step
@@ -370,7 +355,10 @@ def plan_distill(
         for schedule in schedules
     ]
     jobs = {str(job.model.corrections): job for job in students}
-    return _plan("distill", dict.fromkeys(jobs, settings), jobs, space, local=local)
+    models = dict.fromkeys(jobs, settings)
+    plan = TrainingPlan(kind="distill", models=models, jobs=jobs, workspace=space, local=local)
+    plan.price  # noqa: B018  # raises if the workers cannot share a step
+    return plan
 
 
 def run_distill(plan: TrainingPlan, context: Context) -> StudentsResult:

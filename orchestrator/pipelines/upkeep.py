@@ -1,4 +1,4 @@
-"""Delete what a workspace no longer needs.
+"""List what a workspace holds, show what runs in it, and delete what it no longer needs.
 
 PyTorch is imported only to look into checkpoints. Finished weights, what evaluations refer to, and
 what a process holds are never found. Before something is deleted its lock is taken, and it is
@@ -12,46 +12,249 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from datetime import datetime
+from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from pydantic import Field
 
-from orchestrator.pipelines.listing import (
+from orchestrator.pipelines.result import Result
+from orchestrator.reporting.sections import Column, Table, TableRow
+from orchestrator.terminal import render
+from orchestrator.workspace import files, layout
+from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.journal import SPEED_METRIC, VALIDATION_METRIC, last_recorded
+from orchestrator.workspace.layout import KINDS, Kind, RemovableKind, Workspace, find_checkpoints
+from orchestrator.workspace.locks import is_locked, lock_file, lock_holder
+from orchestrator.workspace.status import (
     Note,
+    Sweep,
+    Training,
     folders_in,
-    noted_once,
+    is_in_use,
     run_locks,
-    show_status,
     size_of,
     training_folders,
+    trials_by_folder,
 )
-from orchestrator.pipelines.result import Result
-from orchestrator.terminal.render import format_bytes, format_count
-from orchestrator.workspace.errors import UserError
-from orchestrator.workspace.files import abandoned_folders, delete_folder, leftovers, read_json
-from orchestrator.workspace.layout import (
-    DONE_NAME,
-    JOB_NAME,
-    PLAN_FILE,
-    RAY_FOLDER,
-    RESULTS_FILE,
-    TEMPORARY_PREFIX,
-    RemovableKind,
-    Workspace,
-    checkpoint_name,
-    find_checkpoints,
-)
-from orchestrator.workspace.locks import is_locked, lock_file
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 SECONDS_OF_WRITING = 3600.0
 """A file is not written for longer; an older temporary one was left by a killed process."""
 Found = Iterator[tuple[Any, ...]]
 """Path, reason, and the files to lock while it is deleted."""
+
+
+# List
+
+
+_COLUMNS = (
+    Column("name", is_text=True),
+    Column("label", is_text=True),
+    Column("state", is_text=True),
+    Column("model", priority=2, is_text=True),
+    Column("loss", priority=2),
+    Column("size"),
+    Column("changed", priority=1, is_text=True),
+)
+
+
+class Listing(Result):
+    """What a workspace holds."""
+
+    merged = ("entries",)
+
+    workspace: str
+    entries: dict[Kind, list[dict[str, Any]]]
+    """The newest first: name, state, bytes, time of the last record, and what else is known."""
+
+    def shown(self) -> Iterator[RenderableType]:
+        """Return a table for each kind; a narrow one leaves loss and model out."""
+        for kind, entries in self.entries.items():
+            total = render.format_bytes(sum(entry["bytes"] for entry in entries))
+            title = "exported models" if kind == "models" else kind
+            yield f"{title}: {len(entries)}" + (f", {total}" if entries else "")
+            rows = []
+            for entry in entries:
+                trials, schedule = entry.get("trials"), entry.get("schedule") or ()
+                done = f", {entry['finished']}/{trials} trials" if trials else ""
+                corrections = render.shortest_schedule(schedule) if any(schedule) else ""
+                loss, when = entry.get("validation_loss"), datetime.fromtimestamp(entry["changed"])
+                cells = [
+                    entry["name"],
+                    entry.get("label", ""),
+                    entry["state"] + done,
+                    f"{entry.get('method', '')} {corrections}".strip(),
+                    "" if loss is None else f"{loss:.4g}",
+                    render.format_bytes(entry["bytes"]),
+                    f"{when:%Y-%m-%d %H:%M}",
+                ]
+                rows.append(TableRow(cells))
+            yield Table(_COLUMNS, rows) if entries else ""
+
+
+def list_workspace(
+    workspace: Workspace,
+    kind: Kind | None = None,
+    *,
+    with_checkpoints: bool = False,
+    note: Note = lambda _: None,
+) -> Listing:
+    """Return what a workspace holds; `note` is called once with a sentence on each damaged file."""
+    kinds = [kind] if kind else [k for k in KINDS if with_checkpoints or k != "checkpoints"]
+    found, note = dict[Kind, list[dict[str, Any]]](), cache(note)
+    for each in kinds:
+        entries = []
+        for name, folder, state, details in _find_entries(workspace, each, note):
+            known = {key: value for key, value in details.items() if value is not None}
+            size, changed = size_of(folder), round(last_recorded(folder), 3)
+            entry = {"name": name, "state": state, "bytes": size, "changed": changed}
+            entries.append(entry | known)
+        found[each] = sorted(entries, key=lambda entry: entry["changed"], reverse=True)
+    return Listing(workspace=str(workspace.root), entries=found)
+
+
+def _find_entries(
+    workspace: Workspace, kind: Kind, note: Note
+) -> Iterator[tuple[str, Path, str, dict[str, Any]]]:
+    """Yield name, folder, state and details of everything of a kind."""
+    if kind == "models":
+        for config in sorted(workspace.exports.glob("**/config.json")):
+            yield str(config.parent.relative_to(workspace.root)), config.parent, "exported", {}
+    elif kind == "checkpoints":
+        for folder in training_folders(workspace):
+            for saved in find_checkpoints(folder):
+                is_complete = (saved / layout.PROVENANCE).is_file()
+                state = "complete" if is_complete else "damaged"
+                yield str(saved.relative_to(workspace.root)), saved, state, {}
+    elif kind == "sweeps":
+        for folder in folders_in(workspace.sweeps):
+            sweep = Sweep(folder, note)
+            if not sweep.trials:
+                state = "damaged" if sweep.is_damaged else "without a plan"
+            elif any(is_in_use(sweep.run_of(trial)) for trial in sweep.left):
+                state = "running"
+            else:
+                state = "interrupted" if sweep.left else "finished"
+            finished, trials = len(sweep.trials) - len(sweep.left), len(sweep.trials)
+            has_report = (folder / layout.RESULTS_FILE).is_file()
+            counts = {"finished": finished, "trials": trials, "has_report": has_report}
+            yield folder.name, folder, state, {"kind": sweep.kind, **counts}
+    else:
+        planned = trials_by_folder(workspace, note) if kind == "trials" else {}
+        for folder in folders_in(workspace.root / kind):
+            training = Training(folder, note)
+            job, end, state = training.job, training.outcome, training.state()
+            # A trial without a training holds the results of a model that was trained elsewhere.
+            if kind == "trials" and state in ("finished", "empty"):
+                state = "finished" if any(folder.glob("result-*.json")) else "to measure"
+            loss = end.validation_loss if end else training.metrics.get(VALIDATION_METRIC)
+            details: dict[str, Any] = {
+                "method": job and job.method,
+                "schedule": job and job.schedule,
+                "step": (end and end.step) or training.step or None,
+                "steps": training.num_steps or None,
+                "validation_loss": loss,
+            }
+            if own := planned.get(folder):
+                details |= {"label": own[0][1].label, "sweeps": [sweep for sweep, _ in own]}
+            yield folder.name, folder, state, details
+
+
+# Status
+
+
+class WorkspaceStatus(Result):
+    """What runs in a workspace now; docs/json.md names the keys."""
+
+    workspace: str
+    activities: list[dict[str, Any]]
+    """What a process does, one entry each."""
+    sweeps: list[dict[str, Any]]
+    """Sweeps with a trial that runs."""
+
+    def shown(self) -> Iterator[RenderableType]:
+        """Return a sentence for each sweep and each activity."""
+        if not self.activities:
+            yield f"nothing runs in {self.workspace}"
+        for sweep in self.sweeps:
+            left = sweep["seconds_left"]
+            left = f", about {render.format_duration(left)} left" if left else ""
+            trials = render.format_count(sweep["trials"], "trial")
+            yield f"sweep {sweep['name']}: {sweep['finished']} of {trials} finished{left}"
+        for found in self.activities:
+            sweeps, step, steps = ", ".join(found["sweeps"]), found["step"] or 0, found["steps"]
+            loss, speed = found["loss"], found["tokens_per_second"]
+            left, age = found["seconds_left"], found["seconds_since_record"] or 0
+            facts = [
+                f"{found['label']} in {sweeps}" if sweeps else "",
+                f"step {step:,} of {steps:,}" if steps else "",
+                "" if loss is None else f"loss {loss:.4g}",
+                f"{speed:,.0f} tokens/s" if speed else "",
+                "" if left is None else f"{render.format_duration(left)} left",
+                f"last record {render.format_duration(age)} ago" if age >= 60 else "",
+                f"process {found['process']}" if found["process"] else "",
+            ]
+            yield f"{found['kind']} {found['name']}: {', '.join(filter(None, facts))}"
+
+
+def show_status(workspace: Workspace, *, note: Note = lambda _: None) -> WorkspaceStatus:
+    """Return what runs in a workspace now; `note` as in `list_workspace`."""
+    root, activities, note = workspace.root, list[dict[str, Any]](), cache(note)
+    progress = ("step", "steps", "loss", "tokens_per_second", "seconds_left")
+    unknown = dict.fromkeys(("label", *progress, "seconds_since_record"))
+    locks = [("preparing", "tokens", workspace.tokens / ".lock")]
+    for log in sorted(workspace.logs.glob("*.log")):  # Such as `DATE-TIME-pretrain-4711.log`.
+        locks.append(("command", log.stem.split("-", 2)[-1].rpartition("-")[0], log))
+    for lock in sorted(workspace.teachers.glob(".*.lock")):
+        name = lock.name.removeprefix(".").removesuffix(".lock")
+        locks.append(("teacher outputs", f"teachers/{name}", lock))
+    for kind, name, lock in locks:
+        if is_locked(lock):
+            who = {"kind": kind, "name": name, "process": lock_holder(lock)}
+            activities.append({**who, "sweeps": [], **unknown})
+
+    stored = [Training(folder, note) for folder in training_folders(workspace)]
+    planned = trials_by_folder(workspace, note) if any(run.lock for run in stored) else {}
+    for run in stored:
+        if not run.lock:
+            continue
+        own = planned.get(run.folder, [])
+        is_trained = is_locked(run.folder / layout.WORKERS_LOCK_NAME)
+        is_measured = run.is_finished or (own and not own[0][1].job)
+        activities.append(
+            {
+                "kind": "training" if is_trained else "measuring" if is_measured else "queued",
+                "name": str(run.folder.relative_to(root)),
+                "process": lock_holder(run.lock),
+                "sweeps": [sweep for sweep, _ in own],
+                "label": own[0][1].label or None if own else None,
+                "step": run.step,
+                "steps": run.num_steps or None,
+                "loss": run.metrics.get("train/loss"),
+                "tokens_per_second": run.metrics.get(SPEED_METRIC) if is_trained else None,
+                "seconds_left": run.seconds_left if is_trained else None,
+                "seconds_since_record": time.time() - run.recorded if run.recorded else None,
+            }
+        )
+
+    running, sweeps = [name for activity in activities for name in activity["sweeps"]], []
+    for name in dict.fromkeys(running):
+        sweep = Sweep(workspace.sweeps / name)
+        counts = {"finished": len(sweep.trials) - len(sweep.left), "trials": len(sweep.trials)}
+        left = sweep.seconds_left(running.count(name))
+        sweeps.append({"name": name, **counts, "seconds_left": left})
+    return WorkspaceStatus(workspace=str(root), activities=activities, sweeps=sweeps)
+
+
+# Clean
 
 
 class Removable(Result):
@@ -63,43 +266,39 @@ class Removable(Result):
     """Disk space that it frees: a file that has another link frees none."""
     reason: str
     """Why it can go, and what it costs if it is needed again."""
-    locks: tuple[Path, ...] = Field(default=(), exclude=True)
+    locks: list[Path] = Field(default=[], exclude=True)
     """Files to lock while it is deleted."""
 
 
 class CleanPlan(Result):
-    """What can go."""
+    """What can go, and what is deleted."""
 
     root: Path = Field(exclude=True)
     found: tuple[Removable, ...]
     deleted: tuple[Removable, ...] = ()
+    is_done: bool = Field(default=False, exclude=True)
+    """Whether something has been deleted, and not only looked for."""
 
     @property
     def size(self) -> str:
         """The disk space that all of it takes."""
-        return format_bytes(sum(item.bytes for item in self.found))
+        return render.format_bytes(sum(item.bytes for item in self.found))
 
     def shown(self) -> Iterable[str]:
-        """Return a line for each kind, and one for each item."""
+        """Return how much is deleted; before that a line for each kind and each item."""
+        if self.is_done:
+            freed = render.format_bytes(sum(item.bytes for item in self.deleted))
+            yield f"deleted {len(self.deleted)} of {len(self.found)}: {freed}"
+            return
         if not self.found:
             yield f"nothing to delete in {self.root}"
         for kind, items in groupby(self.found, key=lambda item: item.kind):
             group = list(items)
-            size = format_bytes(sum(item.bytes for item in group))
-            yield f"{kind}: {format_count(len(group), 'item')}, {size}"
+            size = render.format_bytes(sum(item.bytes for item in group))
+            yield f"{kind}: {render.format_count(len(group), 'item')}, {size}"
             for item in group:
-                inside = item.path.is_relative_to(self.root)
-                name = item.path.relative_to(self.root) if inside else item.path
-                yield f"  {name}, {format_bytes(item.bytes)}: {item.reason}"
-
-
-class CleanResult(CleanPlan):
-    """What could go, and what is deleted."""
-
-    def shown(self) -> Iterable[str]:
-        """Return how much is deleted; `CleanPlan` shows what."""
-        freed = format_bytes(sum(item.bytes for item in self.deleted))
-        yield f"deleted {len(self.deleted)} of {len(self.found)}: {freed}"
+                name = str(item.path).removeprefix(f"{self.root}/")
+                yield f"  {name}, {render.format_bytes(item.bytes)}: {item.reason}"
 
 
 def plan_clean(
@@ -112,90 +311,81 @@ def plan_clean(
 
     `note` is called with a sentence for each damaged file for which checkpoints are kept.
     """
-    note, order = noted_once(note), tuple(RemovableKind)
-    found = []
-    for kind in kinds or order:
-        for path, reason, *locks in _FINDERS[kind](workspace, note):
-            size = size_of(path, links=False)
-            found.append(
-                Removable(kind=kind, path=path, bytes=size, reason=reason, locks=tuple(locks))
-            )
+    note, order = cache(note), tuple(RemovableKind)
     paths: dict[Path, Removable] = {}
-    for item in sorted(found, key=lambda item: (order.index(item.kind), item.path)):
-        # A damaged checkpoint may also be one that a finished run no longer needs.
-        if not paths.keys() & {item.path, *item.path.parents}:
-            paths[item.path] = item
+    for kind in sorted(kinds or order, key=order.index):
+        found = sorted(_find_removable(kind, workspace, note), key=lambda each: each[0])
+        for path, reason, *locks in found:
+            # A damaged checkpoint may also be one that a finished run no longer needs.
+            if not paths.keys() & {path, *path.parents}:
+                size = size_of(path, links=False)
+                item = Removable(kind=kind, path=path, bytes=size, reason=reason, locks=locks)
+                paths[path] = item
     return CleanPlan(root=workspace.root, found=tuple(paths.values()))
 
 
-def run_clean(plan: CleanPlan, workspace: Workspace) -> CleanResult:
+def run_clean(plan: CleanPlan, workspace: Workspace) -> CleanPlan:
     """Delete what can still go: it is looked for again; what a process has taken stays."""
     kinds = tuple(dict.fromkeys(item.kind for item in plan.found))
     still = {item.path for item in plan_clean(workspace, kinds).found} if kinds else set()
-    deleted = tuple(item for item in plan.found if item.path in still and _delete(item))
-    return CleanResult(root=plan.root, found=plan.found, deleted=deleted)
-
-
-def _delete(item: Removable) -> bool:
-    with ExitStack() as stack:
-        for path in item.locks:
-            if not stack.enter_context(lock_file(path, seconds=0.0)):
-                return False
-        with suppress(OSError):
+    deleted = []
+    for item in plan.found:
+        with ExitStack() as stack, suppress(OSError):
+            free = all(stack.enter_context(lock_file(path, seconds=0.0)) for path in item.locks)
+            if item.path not in still or not free:
+                continue
             if not item.path.is_dir():
                 item.path.unlink()
             elif item.kind in (RemovableKind.TEMPORARY, RemovableKind.RAY):
                 shutil.rmtree(item.path)
             else:
-                delete_folder(item.path)  # For readers it is gone at once.
-            return True
-    return False
+                files.delete_folder(item.path)  # For readers it is gone at once.
+            deleted.append(item)
+    return plan.model_copy(update={"deleted": tuple(deleted), "is_done": True})
 
 
-def _temporary(workspace: Workspace, _: Note) -> Found:
-    for folder in leftovers(workspace.root, below=True):
-        yield folder, "half-written or half-deleted by a process that ended"
-    for file in workspace.root.rglob(".*.tmp"):
-        if file.is_file() and time.time() - file.stat().st_mtime > SECONDS_OF_WRITING:
-            yield file, "half-written by a process that ended"
-    places = ((workspace.tokens, "tokens"), (workspace.teachers, "teacher outputs"))
-    for parent, what in places:
-        for folder in parent.glob(f"{TEMPORARY_PREFIX}*"):
-            key = folder.name.removeprefix(TEMPORARY_PREFIX)
-            lock = parent / (".lock" if parent == workspace.tokens else f".{key}.lock")
-            if not is_locked(lock):
-                yield folder, f"{what} of an interrupted command, which would resume there", lock
-
-
-def _ray_files(workspace: Workspace, _: Note) -> Found:
-    for folder in abandoned_folders():
-        yield folder, "Ray's temporary files of a command that ended"
-    for folder in workspace.sweeps.glob(f"*/{RAY_FOLDER}-*"):
-        if not _has_driver(folder):
-            yield folder, "Ray Tune's files of a command that ended"
-    for run in training_folders(workspace):
-        folder = run / RAY_FOLDER
-        if folder.is_dir() and not _is_in_use(run):
-            yield folder, "Ray Train's files of a command that ended", *run_locks(run)
-
-
-def _teachers(workspace: Workspace, _: Note) -> Found:
-    for folder in _unused(workspace, workspace.teachers):
+def _find_removable(kind: RemovableKind, workspace: Workspace, note: Note) -> Found:
+    if kind == RemovableKind.CHECKPOINTS:
+        yield from _intermediate_checkpoints(workspace, note)
+    elif kind == RemovableKind.DAMAGED:
+        yield from _damaged(workspace)
+    elif kind == RemovableKind.FIRST_STAGES:
+        reason = "steps that models of one recipe share; another such model trains them again"
+        yield from ((folder, reason) for folder in _unused(workspace, workspace.first_stages))
+    elif kind == RemovableKind.TEACHERS:
         reason = "teacher outputs for distillation; they are computed again when needed"
-        yield folder, reason, folder.with_name(f".{folder.name}.lock")
+        for folder in _unused(workspace, workspace.teachers):
+            yield folder, reason, folder.with_name(f".{folder.name}.lock")
+    elif kind == RemovableKind.RAY:
+        for folder in files.abandoned_folders():
+            yield folder, "Ray's temporary files of a command that ended"
+        for folder in workspace.sweeps.glob(f"*/{layout.RAY_FOLDER}-*"):
+            if not _has_driver(folder):
+                yield folder, "Ray Tune's files of a command that ended"
+        for run in training_folders(workspace):
+            folder = run / layout.RAY_FOLDER
+            if folder.is_dir() and not is_in_use(run):
+                yield folder, "Ray Train's files of a command that ended", *run_locks(run)
+    else:
+        for folder in files.leftovers(workspace.root, below=True):
+            yield folder, "half-written or half-deleted by a process that ended"
+        for file in workspace.root.rglob(".*.tmp"):
+            if file.is_file() and time.time() - file.stat().st_mtime > SECONDS_OF_WRITING:
+                yield file, "half-written by a process that ended"
+        for parent in (workspace.tokens, workspace.teachers):
+            for folder in parent.glob(f"{layout.TEMPORARY_PREFIX}*"):
+                key = folder.name.removeprefix(layout.TEMPORARY_PREFIX)
+                lock = parent / (".lock" if parent == workspace.tokens else f".{key}.lock")
+                if not is_locked(lock):
+                    yield folder, "of an interrupted command, which would resume there", lock
 
 
-def _first_stages(workspace: Workspace, _: Note) -> Found:
-    for folder in _unused(workspace, workspace.first_stages):
-        yield folder, "steps that models of one recipe share; another such model trains them again"
-
-
-def _checkpoints(workspace: Workspace, note: Note) -> Found:
+def _intermediate_checkpoints(workspace: Workspace, note: Note) -> Found:
     needed: set[Path] = set()
-    for pattern in (JOB_NAME, "result-*.json", PLAN_FILE, RESULTS_FILE):
+    for pattern in (layout.JOB_NAME, "result-*.json", layout.PLAN_FILE, layout.RESULTS_FILE):
         for file in workspace.root.glob(f"*/*/{pattern}"):
             try:
-                stored = read_json(file, remedy="all checkpoints are kept")
+                stored = files.read_json(file, remedy="all checkpoints are kept")
             except UserError as error:  # It may have named any of them.
                 note(str(error))
                 return
@@ -204,7 +394,7 @@ def _checkpoints(workspace: Workspace, note: Note) -> Found:
             needed |= {workspace.root / name for name in names}
     for folder in training_folders(workspace):
         checkpoints = find_checkpoints(folder)
-        if _is_in_use(folder) or len(checkpoints) < 2:
+        if is_in_use(folder) or len(checkpoints) < 2:
             continue
         try:
             kept = _kept_checkpoints(folder)
@@ -225,24 +415,24 @@ def _kept_checkpoints(folder: Path) -> set[Path]:
     from orchestrator.training.job import finished_outcome
     from orchestrator.training.schedules import stable_steps
 
-    stored = read_json(folder / JOB_NAME)
+    stored = files.read_json(folder / layout.JOB_NAME)
     if stored is None:
-        if (folder / DONE_NAME).exists():
-            raise UserError(f"{folder / JOB_NAME} is missing")
+        if (folder / layout.DONE_NAME).exists():
+            raise UserError(f"{folder / layout.JOB_NAME} is missing")
         return set()
-    job = TrainingJob.parse(stored.get("job", {}), folder / JOB_NAME)
+    job = TrainingJob.parse(stored.get("job", {}), folder / layout.JOB_NAME)
     outcome = finished_outcome(job.model_copy(update={"run_folder": str(folder)}))
     if outcome is None or not outcome.finished:
         return set()
-    stable = folder / checkpoint_name(stable_steps(job.recipe))
+    stable = folder / layout.checkpoint_name(stable_steps(job.recipe))
     return {Path(str(outcome.checkpoint)), best_checkpoint(folder) or stable, stable}
 
 
-def _damaged(workspace: Workspace, _: Note) -> Found:
+def _damaged(workspace: Workspace) -> Found:
     from orchestrator.models.folder import check_checkpoint
 
     for folder in training_folders(workspace):
-        for checkpoint in find_checkpoints(folder) if not _is_in_use(folder) else ():
+        for checkpoint in find_checkpoints(folder) if not is_in_use(folder) else ():
             try:
                 check_checkpoint(checkpoint)
             except UserError as error:
@@ -251,24 +441,14 @@ def _damaged(workspace: Workspace, _: Note) -> Found:
     for parent in (workspace.evaluations, workspace.benchmarks, workspace.tracked):
         for file in sorted(parent.rglob("*.json")):
             try:
-                read_json(file, remedy="it is measured again")
+                files.read_json(file, remedy="it is measured again")
             except UserError as error:
                 yield file, str(error).removeprefix(f"{file} ")
 
 
-_FINDERS: dict[RemovableKind, Callable[[Workspace, Note], Found]] = {
-    RemovableKind.TEMPORARY: _temporary,
-    RemovableKind.RAY: _ray_files,
-    RemovableKind.TEACHERS: _teachers,
-    RemovableKind.FIRST_STAGES: _first_stages,
-    RemovableKind.CHECKPOINTS: _checkpoints,
-    RemovableKind.DAMAGED: _damaged,
-}
-
-
 def _has_driver(folder: Path) -> bool:
     """Return whether the command of a sweep's Ray folder may still run."""
-    process = folder.name.removeprefix(f"{RAY_FOLDER}-{socket.gethostname()}-")
+    process = folder.name.removeprefix(f"{layout.RAY_FOLDER}-{socket.gethostname()}-")
     return not process.isdecimal() or psutil.pid_exists(int(process))
 
 
@@ -278,9 +458,5 @@ def _unused(workspace: Workspace, parent: Path) -> list[Path]:
     if not folders or show_status(workspace).activities:
         return []
     # A sweep between two trials holds no lock.
-    drivers = map(_has_driver, workspace.sweeps.glob(f"*/{RAY_FOLDER}-*"))
+    drivers = map(_has_driver, workspace.sweeps.glob(f"*/{layout.RAY_FOLDER}-*"))
     return [] if any(drivers) else folders
-
-
-def _is_in_use(run: Path) -> bool:
-    return any(map(is_locked, run_locks(run)))

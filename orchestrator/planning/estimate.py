@@ -25,44 +25,22 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from iiet import cost
 from iiet.config import ModelConfig
-from iiet.cost import (
-    inference_cost,
-    member_flops_per_token,
-    num_parameters,
-    training_flops_per_token,
-)
 from iiet.distillation import DistillationConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import load_config, load_provenance, newest_checkpoint
-from orchestrator.planning.machine import (
-    THIS_MACHINE,
-    FreeBytes,
-    installed_gpus,
-    local_free_bytes,
-    local_resources,
-    num_sharing,
-)
+from orchestrator.planning import machine
 from orchestrator.planning.training_memory import training_memory
 from orchestrator.records.record import Record
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings, Settings, TrainingSettings
 from orchestrator.settings.cluster import LOCAL
-from orchestrator.terminal.render import (
-    format_byte_parts,
-    format_bytes,
-    format_duration,
-)
+from orchestrator.terminal.render import format_byte_parts, format_bytes, format_duration
+from orchestrator.training import schedules
 from orchestrator.training.devices import World
 from orchestrator.training.job import sequences_per_step
 from orchestrator.training.monitor import ASSUMED_GPU, ASSUMED_GPU_BYTES, gpu_peak_flops
-from orchestrator.training.schedules import (
-    drawn_by_step,
-    elastic_family,
-    members_read_full,
-    schedule_by_step,
-    stable_steps,
-)
 from orchestrator.training.shared_steps import FirstStage, first_stage_of
 from orchestrator.training.teacher_cache import CachePlan, cache_plan, missing_caches
 from orchestrator.workspace.errors import DeviceError, UserError, out_of_memory_text
@@ -110,11 +88,6 @@ class Devices:
     """With `fsdp`, workers that share one copy of the model, if not all."""
     are_trials: bool = False
     """Whether the trainings are trials of a sweep, so `sweep.trials_at_once` limits them."""
-
-    def num_used(self, num_trainings: int) -> int:
-        """Return how many GPUs the trainings use together, or this machine's CPUs."""
-        gpus = -(-min(self.at_once, num_trainings) * self.num_workers // self.sharing_a_gpu)
-        return gpus if self.on_gpus else local_resources(count_gpus=False).cpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,47 +144,47 @@ class Estimate:
         )
 
     @property
+    def steps_left(self) -> range:
+        """The steps that are left."""
+        return range(self.steps_done, self.recipe.num_steps)
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens of the steps that are left."""
-        return (self.recipe.num_steps - self.steps_done) * self.recipe.num_tokens_per_step
+        """Tokens of these steps."""
+        return len(self.steps_left) * self.recipe.num_tokens_per_step
 
     @cached_property
     def num_teacher_tokens(self) -> int:
-        """Tokens that a teacher which runs in this training reads in these steps."""
-        steps = sum(map(self.loss.uses_teacher, self._steps_left)) if self.teacher else 0
+        """Tokens that a teacher which runs in this training reads in them."""
+        steps = sum(map(self.loss.uses_teacher, self.steps_left)) if self.teacher else 0
         return steps * self.recipe.num_tokens_per_step
 
     @cached_property
     def stages(self) -> dict[IterationSchedule, int]:
-        """Iteration schedule -> number of the steps that are left under it."""
-        schedule_at = schedule_by_step(self.config.corrections, self.recipe)
-        return dict(Counter(map(schedule_at, self._steps_left)))
+        """Iteration schedule -> number of these steps under it."""
+        schedule_at = schedules.schedule_by_step(self.config.corrections, self.recipe)
+        return dict(Counter(map(schedule_at, self.steps_left)))
 
     @cached_property
     def flops(self) -> float:
         """Training FLOPs of these steps, without a teacher's."""
         trained = [
-            times * training_flops_per_token(self.config, schedule)
-            for schedule, times in self.stages.items()
+            n * cost.training_flops_per_token(self.config, s) for s, n in self.stages.items()
         ]
-        if self.recipe.elastic:
-            drawn_at = drawn_by_step(self.config.corrections, self.recipe)
-            reads_full = members_read_full(self.recipe.elastic, has_teacher=bool(self.teacher))
-            drawn = Counter(chain.from_iterable(map(drawn_at, self._steps_left)))
+        if elastic := self.recipe.elastic:
+            drawn_at = schedules.drawn_by_step(self.config.corrections, self.recipe)
+            reads_full = schedules.members_read_full(elastic, has_teacher=bool(self.teacher))
+            drawn = Counter(chain.from_iterable(map(drawn_at, self.steps_left)))
             trained += [
-                times * member_flops_per_token(self.config, member, reads_full=reads_full)
+                times * cost.member_flops_per_token(self.config, member, reads_full=reads_full)
                 for member, times in drawn.items()
             ]
         return self.recipe.num_tokens_per_step * sum(trained)
 
     @property
-    def _steps_left(self) -> range:
-        return range(self.steps_done, self.recipe.num_steps)
-
-    @property
     def num_members(self) -> int:
         """Schedules of an elastic training that a step trains beside the full one."""
-        family = elastic_family(self.config.corrections, self.recipe.elastic)
+        family = schedules.elastic_family(self.config.corrections, self.recipe.elastic)
         return min(len(family), self.recipe.elastic.num_drawn) if self.recipe.elastic else 0
 
     @property
@@ -245,7 +218,8 @@ class Estimate:
     @cached_property
     def worker_memory(self) -> dict[str, int]:
         """What takes memory -> bytes that one worker needs for it."""
-        devices, schedule_at = self.devices, schedule_by_step(self.config.corrections, self.recipe)
+        devices = self.devices
+        schedule_at = schedules.schedule_by_step(self.config.corrections, self.recipe)
         parts = training_memory(
             self.config,
             schedule_at(self.recipe.num_steps - 1),  # No earlier one makes more corrections.
@@ -272,26 +246,22 @@ class Estimate:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint."""
-        return CHECKPOINT_BYTES_PER_PARAMETER * num_parameters(self.config)
+        return CHECKPOINT_BYTES_PER_PARAMETER * cost.num_parameters(self.config)
 
     @property
-    def new_bytes(self) -> int:
-        """Bytes of all checkpoints that are kept, beside those that exist."""
-        return max(0, self.checkpoint_bytes * self._num_checkpoints(0) - self.present_bytes)
+    def disk_bytes(self) -> tuple[int, int]:
+        """Bytes of all checkpoints that are kept, beside those that exist, and of one in writing.
 
-    @property
-    def bytes_in_writing(self) -> int:
-        """Bytes of the checkpoint that is written while all others are still kept."""
-        return self.checkpoint_bytes * (self._num_checkpoints(1) - self._num_checkpoints(0))
-
-    def _num_checkpoints(self, num_more: int) -> int:
+        The second is 0 if the training writes no more checkpoints than it keeps.
+        """
         recipe = self.recipe
-        has_stable = 0 < stable_steps(recipe) < recipe.num_steps
-        number = recipe.num_checkpoints_kept + num_more + recipe.keep_best + has_stable
-        if recipe.checkpoint_every_minutes is None:
-            num_written = -(-recipe.num_steps // recipe.checkpoint_every_steps) + has_stable
-            number = min(number, num_written)
-        return number
+        has_stable = 0 < schedules.stable_steps(recipe) < recipe.num_steps
+        kept = recipe.num_checkpoints_kept + recipe.keep_best + has_stable
+        written = -(-recipe.num_steps // recipe.checkpoint_every_steps) + has_stable
+        most = written if recipe.checkpoint_every_minutes is None else kept + 1
+        numbers = min(kept, most), min(kept + 1, most)
+        new = max(0, self.checkpoint_bytes * numbers[0] - self.present_bytes)
+        return new, self.checkpoint_bytes * (numbers[1] - numbers[0])
 
 
 class Rate(Record):
@@ -339,7 +309,7 @@ def assumed_rate(training: Estimate, share: float | None = None) -> Rate:
     peak, shares, source = CPU_PEAK_FLOPS, CPU_SHARES, "a CPU core, assumed"
     if training.devices.on_gpus:
         precision, shares = training.recipe.precision, GPU_SHARES
-        for name in [*(gpu.name for gpu in installed_gpus()[:1]), ASSUMED_GPU]:
+        for name in [*(gpu.name for gpu in machine.installed_gpus()[:1]), ASSUMED_GPU]:
             if known := gpu_peak_flops(name, precision):
                 peak, source = known, f"{name}, {precision}, dense"
                 break
@@ -381,7 +351,7 @@ def price_of(
     groups = groups_by_devices(trainings)
     left = [*chain(*groups)]
     model = next((each.teacher for each in trainings if each.teacher), None)
-    per_token = inference_cost(model).forward_flops_per_token if model else 0.0
+    per_token = cost.inference_cost(model).forward_flops_per_token if model else 0.0
     new_caches = missing_caches([each.cache for each in left], teachers) if teachers else []
     num_stored = sum(plan.num_tokens for plan in new_caches)
 
@@ -395,7 +365,9 @@ def price_of(
     stop_seconds = 0.0
     for group in groups:
         devices = group[0].devices
-        at_once, num_used = min(devices.at_once, len(group)), devices.num_used(len(group))
+        at_once, cpus = min(devices.at_once, len(group)), machine.num_cpus()
+        gpus = -(-at_once * devices.num_workers // devices.sharing_a_gpu)
+        num_used = gpus if devices.on_gpus else cpus
         # The longest training starts first, and each next one where one ends. A teacher that runs
         # in a training slows it; its stored outputs are computed before, on one GPU or all CPUs.
         places = [0.0] * at_once
@@ -409,7 +381,7 @@ def price_of(
         for number, share in enumerate(reversed(rate.shares)):
             hours[number] += flops / (rate.peak_flops * share) / 3600
 
-        in_writing += sum(sorted(each.bytes_in_writing for each in group)[-at_once:])
+        in_writing += sum(sorted(each.disk_bytes[1] for each in group)[-at_once:])
         seconds = sorted(_write_seconds(each.checkpoint_bytes, each.storage) for each in group)
         stop_seconds = max(stop_seconds, LEAST_SECONDS + 2 * sum(seconds[-at_once:]))
         num_devices, num_saving = max(num_devices, num_used), max(num_saving, at_once)
@@ -421,7 +393,7 @@ def price_of(
     }
     disk = {
         "tokens": new_token_bytes,
-        "checkpoints": sum(each.new_bytes for each in trainings) + in_writing,
+        "checkpoints": sum(each.disk_bytes[0] for each in trainings) + in_writing,
         "shared first stages": sum(stages.values()),
         "teacher outputs": sum(plan.num_bytes for plan in new_caches),
     }
@@ -466,26 +438,22 @@ def run_devices(cluster: ClusterSettings) -> Devices:
     return Devices(
         num_workers=num_workers,
         on_gpus=on_gpus,
-        at_once=1 if on_gpus else _places_on_cpus(num_workers),
+        at_once=1 if on_gpus else max(1, machine.num_cpus() // num_workers),
         parallel=cluster.parallel,
         shards=cluster.num_shards,
     )
-
-
-def _places_on_cpus(num_workers: int) -> int:
-    return max(1, local_resources(count_gpus=False).cpus // num_workers)
 
 
 def on_trial_devices(trainings: Iterable[Estimate], settings: Settings) -> list[Estimate]:
     """Return trainings on the devices of a sweep's trials; see `assign_trial_gpus`."""
     sweep, cluster = settings.sweep, settings.cluster
     gpus, num_workers = sweep.gpus_per_trial or 0, sweep.num_workers_per_trial
-    places = _places_on_cpus(num_workers)
+    places = max(1, machine.num_cpus() // num_workers)
     devices = Devices(
         num_workers=num_workers,
         on_gpus=gpus > 0,
         at_once=sweep.trials_at_once or 1 if gpus else min(sweep.trials_at_once or places, places),
-        sharing_a_gpu=num_sharing(gpus) if gpus else 1,
+        sharing_a_gpu=machine.num_sharing(gpus) if gpus else 1,
         parallel=cluster.parallel,
         shards=cluster.shards_of(num_workers),
         are_trials=True,
@@ -513,7 +481,7 @@ def assign_trial_gpus(
         per_trial = sweep.workers_per_trial
     if per_trial is None:
         if gpu_bytes is None and cluster.ray_address == LOCAL:
-            gpu_bytes = next((gpu.free_bytes for gpu in installed_gpus()), None)
+            gpu_bytes = next((gpu.free_bytes for gpu in machine.installed_gpus()), None)
         for per_trial in range(1, cluster.num_gpus + 1):
             with suppress(UserError):  # These workers cannot share a step's sequences evenly.
                 placed = on_trial_devices(trainings, filled(gpus_per_trial=per_trial))
@@ -521,7 +489,7 @@ def assign_trial_gpus(
                 if needed <= (gpu_bytes or ASSUMED_GPU_BYTES):
                     break
     assert per_trial, "the rules of a sweep hold"
-    most = int(cluster.num_gpus * num_sharing(per_trial) // math.ceil(per_trial))
+    most = int(cluster.num_gpus * machine.num_sharing(per_trial) // math.ceil(per_trial))
     return filled(gpus_per_trial=per_trial, trials_at_once=min(sweep.trials_at_once or most, most))
 
 
@@ -542,7 +510,7 @@ def seconds_to_save(
         if (job.folder / DONE_NAME).is_file():
             continue
         records, recipe = read_tail(job.folder), job.recipe
-        size = CHECKPOINT_BYTES_PER_PARAMETER * num_parameters(job.model)
+        size = CHECKPOINT_BYTES_PER_PARAMETER * cost.num_parameters(job.model)
         num_bytes += size
         seconds += 2 * _write_seconds(size, job.storage, records)
         speeds = [r["values"].get(SPEED_METRIC) for r in records if r["kind"] == "metrics"]
@@ -589,7 +557,7 @@ def find_problems(
     """
     is_far = address != LOCAL
     place = "this machine" + " (the cluster's memory is unknown)" * is_far
-    free, found = local_free_bytes(folder), []
+    free, found = machine.local_free_bytes(folder), []
     for check in checks:
         try:
             check()
@@ -598,13 +566,13 @@ def find_problems(
     places = {place: [*found, *reasons_not_to_fit(() if is_far else trainings, disk, free)]}
     if any(each.devices.on_gpus for each in trainings) and not free.gpus:
         # The memory of the machine that has this GPU is not known.
-        assumed = FreeBytes(gpus=(ASSUMED_GPU_BYTES,), gpu_name=f"an {ASSUMED_GPU}")
+        assumed = machine.FreeBytes(gpus=(ASSUMED_GPU_BYTES,), gpu_name=f"an {ASSUMED_GPU}")
         places[assumed.gpu_name] = reasons_not_to_fit(trainings, disk, assumed)
     return {place: ". Also: ".join(reasons) or None for place, reasons in places.items()}
 
 
 def reasons_not_to_fit(
-    trainings: Sequence[Estimate], disk: Mapping[str, int], free: FreeBytes
+    trainings: Sequence[Estimate], disk: Mapping[str, int], free: machine.FreeBytes
 ) -> list[str]:
     """Return why trainings would run out of memory (each of them) or of disk (all together).
 
@@ -612,48 +580,37 @@ def reasons_not_to_fit(
         disk: Name -> bytes of what is written; see `Price`.
         free: What is free where they run.
     """
-    problems = [_memory_problem(group, free) for group in groups_by_devices(trainings)]
+    reasons = []
+    for group in groups_by_devices(trainings):
+        devices, largest = group[0].devices, max(group, key=lambda each: each.worker_bytes)
+        workers, at_once = devices.num_workers, min(devices.at_once, len(group))
+        # A worker on a GPU has its memory, or a share of it. All on CPUs share this machine's.
+        memory, place, sharing = free.memory, machine.THIS_MACHINE, workers * at_once
+        if devices.on_gpus:
+            memory, place = min(free.gpus[:workers], default=None), free.gpu_name
+            sharing = min(devices.sharing_a_gpu, at_once)
+        if memory is None or largest.worker_bytes <= memory // sharing:
+            continue
+        number, fewer = sharing if sharing > 1 else workers, devices.are_trials and at_once > 1
+        reasons.append(
+            f"training would take about {format_bytes(largest.worker_bytes)}"
+            + f" for each of {number} workers" * (number > 1)
+            + f" ({format_byte_parts(largest.worker_memory)}), and {place} has "
+            f"{format_bytes(memory // sharing)} free{' for each' * (number > 1)}; "
+            f"{advice(largest, memory // sharing)}" + ", or set sweep.trials_at_once lower" * fewer
+        )
     needed = sum(disk.values())
     if free.disk is not None and needed > free.disk:
-        problems.append(
+        reasons.append(
             f"the run would write about {format_bytes(needed)} ({format_byte_parts(disk)}), and "
             f"the workspace's disk has {format_bytes(free.disk)} free; free some space, or choose "
             "another place with --workspace"
         )
-    return list(filter(None, problems))
-
-
-def _memory_problem(group: Sequence[Estimate], free: FreeBytes) -> str | None:
-    devices, largest = group[0].devices, max(group, key=lambda each: each.worker_bytes)
-    workers, at_once = devices.num_workers, min(devices.at_once, len(group))
-    # A worker on a GPU has its memory, or a share of it. All on CPUs share this machine's.
-    if devices.on_gpus:
-        memory, place = min(free.gpus[:workers], default=None), free.gpu_name
-        sharing = min(devices.sharing_a_gpu, at_once)
-    else:
-        memory, place, sharing = free.memory, THIS_MACHINE, workers * at_once
-    if memory is None or largest.worker_bytes <= memory // sharing:
-        return None
-    each = f" for each of {sharing if sharing > 1 else workers} workers" * (sharing * workers > 1)
-    fewer = ", or set sweep.trials_at_once lower" * (devices.are_trials and at_once > 1)
-    return (
-        f"training would take about {format_bytes(largest.worker_bytes)}{each} "
-        f"({format_byte_parts(largest.worker_memory)}), and {place} has "
-        f"{format_bytes(memory // sharing)} free{' for each' * bool(each)}; "
-        f"{advice(largest, memory // sharing)}{fewer}"
-    )
+    return reasons
 
 
 def advice(training: Estimate, most_bytes: int) -> str:
-    """Return, in words, the smallest change of settings with which a worker fits into memory."""
-    changes = smaller_settings(training, most_bytes)
-    if changes is None:
-        return "no setting needs as little; take a smaller model, or more memory"
-    return f"the nearest setting that fits: {' '.join(f'--set {change}' for change in changes)}"
-
-
-def smaller_settings(training: Estimate, most_bytes: int) -> list[str] | None:
-    """Return the smallest change of settings with which a worker fits into memory, if there is one.
+    """Return, in words, the smallest change of settings with which a worker fits into memory.
 
     Fewer sequences per pass come first, then recomputed layers, then a shared model.
 
@@ -661,23 +618,22 @@ def smaller_settings(training: Estimate, most_bytes: int) -> list[str] | None:
         most_bytes: Memory that the worker may take.
     """
     section, per_pass = training.section, training.sequences_per_pass
-    parallels = [training.devices.parallel]
-    if training.devices.num_workers > 1:
-        parallels.append("fsdp")
-    recomputed = training.recipe.activation_checkpointing, True
+    usual, recomputed = training.devices.parallel, training.recipe.activation_checkpointing
+    parallels = [usual, "fsdp"] if training.devices.num_workers > 1 else [usual]
     numbers = [per_pass >> halvings for halvings in range(per_pass.bit_length())]
-    for parallel, recomputes, number in product(parallels, recomputed, numbers):
+    for parallel, recomputes, number in product(parallels, (recomputed, True), numbers):
         changed = {"num_sequences_per_pass": number, "activation_checkpointing": recomputes}
         recipe = training.recipe.model_copy(update=changed)
         devices = replace(training.devices, parallel=parallel)
         if replace(training, recipe=recipe, devices=devices).worker_bytes <= most_bytes:
             changes = {
-                "cluster.parallel=fsdp": parallel != training.devices.parallel,
-                f"{section}.activation_checkpointing=true": recomputes != recomputed[0],
+                "cluster.parallel=fsdp": parallel != usual,
+                f"{section}.activation_checkpointing=true": recomputes != recomputed,
                 f"{section}.num_sequences_per_pass={number}": number < per_pass,
             }
-            return [change for change, is_made in changes.items() if is_made]
-    return None
+            made = " ".join(f"--set {change}" for change, is_made in changes.items() if is_made)
+            return f"the nearest setting that fits: {made}"
+    return "no setting needs as little; take a smaller model, or more memory"
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -128,20 +128,23 @@ def describe_nodes(nodes: Sequence[Node]) -> str:
     )
 
 
-def local_resources(*, count_gpus: bool = True) -> Resources:
-    """Return what this process may use of this machine; counting GPUs imports PyTorch."""
-    num_gpus = 0
-    if count_gpus:
-        import torch
-
-        num_gpus = torch.cuda.device_count()
-    # The affinity of this process or the quota of its container, whichever is smaller.
+def num_cpus() -> int:
+    """Return the CPUs of this process's affinity, or of its container's quota if that is less."""
     has_affinity = hasattr(os, "sched_getaffinity")
     cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     with suppress(OSError, ValueError):
         quota, period = map(int, (CONTROL_GROUPS / "cpu.max").read_text().split())
         cpus = max(1, min(cpus, math.ceil(quota / period)))
-    return Resources((Node(cpus, num_gpus),))
+    return cpus
+
+
+def local_resources(*, count_gpus: bool = True) -> Resources:
+    """Return what this process may use of this machine; counting GPUs imports PyTorch."""
+    if not count_gpus:
+        return Resources((Node(num_cpus()),))
+    import torch
+
+    return Resources((Node(num_cpus(), torch.cuda.device_count()),))
 
 
 def check_run_resources(
@@ -279,46 +282,34 @@ def free_memory(groups: Iterable[Path] | None = None) -> int:
     return free
 
 
-@contextmanager
-def _open_nvml(nvml: Any) -> Iterator[Any]:
-    """Yield NVML's module; None without the extra `gpu` or NVIDIA's driver."""
+def installed_gpus(nvml: Any = None) -> list[InstalledGpu]:
+    """Return the GPUs that `CUDA_VISIBLE_DEVICES` leaves, in its order; empty without NVML."""
+    return read_nvml(nvml)[1]
+
+
+def read_nvml(nvml: Any = None) -> tuple[str | None, list[InstalledGpu]]:
+    """Return the version of NVIDIA's driver, and `installed_gpus`.
+
+    Without the driver or the extra `gpu`, these are None and empty.
+    """
+    found: list[InstalledGpu] = []
     try:
         nvml = nvml or import_module("pynvml")
         nvml.nvmlInit()
     except ModuleNotFoundError:
-        yield None
+        return None, found
     except nvml.NVMLError:
-        yield None
-    else:
-        with suppress(nvml.NVMLError):  # No such GPU, or one that has fallen off the bus.
-            yield nvml
-        nvml.nvmlShutdown()
-
-
-def driver_version(nvml: Any = None) -> str | None:
-    """Return the version of NVIDIA's driver; None without it or without NVML."""
-    found = []
-    with _open_nvml(nvml) as opened:
-        found += [str(opened.nvmlSystemGetDriverVersion())] if opened else []
-    return found[0] if found else None
-
-
-def installed_gpus(nvml: Any = None) -> list[InstalledGpu]:
-    """Return the GPUs that `CUDA_VISIBLE_DEVICES` leaves, in its order; empty without NVML."""
-    found: list[InstalledGpu] = []
-    with _open_nvml(nvml) as opened:
-        if opened is None:
-            return found
-        numbers = ",".join(map(str, range(opened.nvmlDeviceGetCount())))
+        return None, found
+    version = str(nvml.nvmlSystemGetDriverVersion())
+    numbers = ",".join(map(str, range(nvml.nvmlDeviceGetCount())))
+    # CUDA numbers unequal GPUs by speed unless CUDA_DEVICE_ORDER says PCI_BUS_ID; NVML numbers them
+    # as they are plugged in. Equal GPUs are alike in any order. As CUDA, stop at the first that
+    # does not exist.
+    with suppress(nvml.NVMLError):
         for entry in map(str.strip, os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")):
-            # CUDA numbers unequal GPUs by speed unless CUDA_DEVICE_ORDER says PCI_BUS_ID; NVML
-            # numbers them as they are plugged in. Equal GPUs are alike in any order. As CUDA, stop
-            # at the first that does not exist.
-            handle = (
-                opened.nvmlDeviceGetHandleByIndex(int(entry))
-                if entry.isdecimal()
-                else opened.nvmlDeviceGetHandleByUUID(entry)
-            )
-            memory = opened.nvmlDeviceGetMemoryInfo(handle)
-            found.append(InstalledGpu(opened.nvmlDeviceGetName(handle), int(memory.free)))
-    return found
+            by_number, by_id = nvml.nvmlDeviceGetHandleByIndex, nvml.nvmlDeviceGetHandleByUUID
+            handle = by_number(int(entry)) if entry.isdecimal() else by_id(entry)
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            found.append(InstalledGpu(nvml.nvmlDeviceGetName(handle), int(memory.free)))
+    nvml.nvmlShutdown()
+    return version, found

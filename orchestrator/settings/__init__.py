@@ -23,27 +23,9 @@ from orchestrator.settings.training import (
 )
 
 __all__ = [
-    "BASELINE_METHOD",
-    "DEFAULT_METHOD",
-    "MLFLOW",
-    "SETTINGS_NAME",
-    "ClusterSettings",
-    "DataSettings",
-    "DistillationSettings",
-    "ElasticSettings",
-    "EvaluationSettings",
-    "InfluenceSettings",
-    "ModelSettings",
-    "SearchSettings",
-    "Section",
-    "Settings",
-    "SweepSettings",
-    "TrackingSettings",
-    "TrainingSettings",
-    "find_field",
-    "flatten",
-    "read_settings",
-    "resolve_settings",
-    "storage_problem",
-    "to_yaml",
-]
+    "BASELINE_METHOD", "DEFAULT_METHOD", "MLFLOW", "SETTINGS_NAME", "ClusterSettings",
+    "DataSettings", "DistillationSettings", "ElasticSettings", "EvaluationSettings",
+    "InfluenceSettings", "ModelSettings", "SearchSettings", "Section", "Settings",
+    "SweepSettings", "TrackingSettings", "TrainingSettings", "find_field", "flatten",
+    "read_settings", "resolve_settings", "storage_problem", "to_yaml",
+]  # fmt: skip

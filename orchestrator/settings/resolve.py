@@ -44,7 +44,7 @@ def resolve_settings(
         UserError: Names every unknown key and every bad value at once, or else every broken rule;
             and `origin` if the tree alone has problems, too.
     """
-    merged = _unshared_copy(tree or {})
+    merged = _merge({}, tree or {})  # A copy for each alias of a YAML anchor.
     problems: list[str] = []
     for change in (*assignments, *(options or {}).items()):
         try:
@@ -112,17 +112,12 @@ def _set_value(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     tree[keys[-1]] = value
 
 
-def _unshared_copy(tree: Mapping[str, Any]) -> dict[str, Any]:
-    # `copy.deepcopy` would keep one mapping for all aliases of a YAML anchor.
-    return {k: _unshared_copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
-
-
 def _merge(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(defaults)
     for name, value in values.items():
         default = merged.get(name)
-        if isinstance(default, Mapping) and isinstance(value, Mapping):
-            merged[name] = _merge(default, value)
+        if isinstance(value, Mapping):
+            merged[name] = _merge(default if isinstance(default, Mapping) else {}, value)
         elif value is not None or not isinstance(default, Mapping):
             merged[name] = value  # An empty section keeps its defaults.
     return merged

@@ -93,22 +93,21 @@ def find_field(key: str) -> FieldInfo:
     return fields_of(sections)[name]
 
 
-def broken_rules(settings: Settings) -> list[str]:
-    """Return which rules of the whole tree are broken, with the values that break them."""
-    return _with_values(settings, [*_of_data_and_devices(settings), *_of_trainings(settings)])
+def broken_rules(settings: Settings, *, of_sweep: bool = False) -> list[str]:
+    """Return which rules are broken, with the values that break them.
 
+    Args:
+        of_sweep: Apply the rules of a sweep, too, which other commands do not run.
+    """
+    rules = [*_of_data_and_devices(settings), *_of_trainings(settings)]
+    if of_sweep:
+        rules += [*_of_sweep(settings), *_of_elastic_sweep(settings)]
 
-def broken_sweep_rules(settings: Settings) -> list[str]:
-    """Return which rules of a sweep are broken; see `broken_rules`."""
-    return _with_values(settings, [*_of_sweep(settings), *_of_elastic_sweep(settings)])
-
-
-def _with_values(settings: Settings, rules: list[str]) -> list[str]:
-    def shown(match: re.Match[str]) -> str:
+    def with_value(match: re.Match[str]) -> str:
         return f"{match[0]}={quoted(attrgetter(match[0])(settings))}"
 
-    split = [rule.partition(": ") for rule in rules]
-    return [re.sub(r"[\w.]+", shown, names) + f": {advice}" for names, _, advice in split]
+    split = (rule.partition(": ") for rule in rules)
+    return [re.sub(r"[\w.]+", with_value, names) + f": {advice}" for names, _, advice in split]
 
 
 def _of_data_and_devices(settings: Settings) -> Iterator[str]:

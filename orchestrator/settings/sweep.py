@@ -160,7 +160,7 @@ class SearchSettings(Section):
     """Search for schedules outside the threshold's family."""
 
     num_trials: StrictInt = Field(default=24, ge=0)
-    """Most schedules to try after those of the threshold sweep."""
+    """Most schedules, with any count in any layer, to try after those of the threshold sweep."""
     objective: Literal["accuracy", "bits_per_byte", "validation_loss"] = "accuracy"
     """Quality to optimize together with the number of evaluations."""
     sampler: Literal["nsga2", "tpe", "gp"] = "nsga2"

@@ -40,7 +40,7 @@ from orchestrator.settings import (
     TrainingSettings,
 )
 from orchestrator.settings.resolve import list_of_problems
-from orchestrator.settings.schema import broken_sweep_rules
+from orchestrator.settings.schema import broken_rules
 from orchestrator.settings.sweep import has_layers
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
@@ -289,7 +289,7 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
     Raises:
         UserError: Says which settings do not go together and what to change.
     """
-    if broken := broken_sweep_rules(settings):
+    if broken := broken_rules(settings, of_sweep=True):
         raise UserError(list_of_problems("settings", broken))
     if settings.sweep.asha and not any(
         len(learning_rates(settings, model)) > 1 for model in swept_models(settings)

@@ -30,9 +30,7 @@ cluster.add_node(
 )
 os.environ["RAY_ADDRESS"] = cluster.address
 
-from orchestrator.cluster.nodes import alive_nodes
-from orchestrator.cluster.placement import job_placement
-from orchestrator.cluster.ray import ray_cluster, wait_for_gpus
+from orchestrator.cluster.ray import alive_nodes, job_placement, ray_cluster, wait_for_gpus
 from orchestrator.planning.machine import Resources
 
 def place(num_gpus, num_jobs):

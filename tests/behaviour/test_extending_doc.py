@@ -94,10 +94,8 @@ def test_the_package_of_the_page_extends_everything_that_can_be(place: Place) ->
     assert [each.state for each in found] == ["ok"] * 7
 
 
-@pytest.mark.slow
-def test_the_method_trains_in_ray_and_is_missed_where_its_package_is_not(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.long
+def test_the_method_trains_in_ray(place: Place) -> None:
     # In a process of its own, whose Ray starts its workers with this path.
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator.cli", *line_with("--method heavy_ball")],
@@ -108,6 +106,14 @@ def test_the_method_trains_in_ray_and_is_missed_where_its_package_is_not(
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert load_provenance(place.checkpoint("heavy"))[METHOD_PACKAGE] == "my-extensions 1.0"
+
+
+@pytest.mark.slow
+def test_the_method_trains_and_is_missed_where_its_package_is_not(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.run("--method heavy_ball")
     checkpoint = place.checkpoint("heavy")
     config = json.loads((checkpoint / "config.json").read_text())
     assert (config["method"], config["method_options"]) == ("heavy_ball", {"momentum": 0.2})

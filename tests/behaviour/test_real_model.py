@@ -160,7 +160,7 @@ def test_the_model_is_that_of_transformers(walk: Walk, stock: Any) -> None:
             return_dict=True,
         ).input_ids
         sampling = Sampling(max_new_tokens=num_tokens)
-        answer = "".join(writer.stream(writer.chat(question), sampling))
+        answer = "".join(writer.stream(*writer.as_asked([question], chat=True), sampling))
         assert answer == greedy_text(stock, tokenizer, ids, num_tokens)
         if num_tokens == 64:
             [command] = [c for c in walk.outputs if "--chat" in c and "--system" not in c]

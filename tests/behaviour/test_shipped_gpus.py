@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import PlannedSweep, plan_sweep
-from orchestrator.planning import estimate, machine
+from orchestrator.planning import machine
 from orchestrator.settings import read_settings
 from orchestrator.settings.files import shipped_sweeps
 from orchestrator.workspace.errors import UserError
@@ -21,8 +21,7 @@ PER_PASS = "num_sequences_per_pass"
 @pytest.fixture(autouse=True)
 def _no_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
     # Machines with a GPU of their own would plan for that one.
-    for module in (estimate, machine):
-        monkeypatch.setattr(module, "installed_gpus", list)
+    monkeypatch.setattr(machine, "installed_gpus", list)
 
 
 def planned(name: str, workspace: Path, *assignments: str) -> PlannedSweep:

@@ -159,30 +159,10 @@ def test_batches_of_different_sizes_weigh_by_their_tokens(metric):
         assert row == pytest.approx(expected, rel=1e-10, abs=1e-12)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("metric", ["cosine", "relative", "loss"])
-def test_padding_has_no_effect(metric, side):
-    decoder = small_decoder().double()
-    lengths = (8, 3, 5)
-    alone = [torch.cat(random_batches(1))[:1, :length] for length in lengths]
-    tokens, mask = torch.full((3, 8), 31), torch.zeros(3, 8, dtype=torch.long)
-    for row, part in enumerate(alone):
-        place = slice(8 - lengths[row], 8) if side == "left" else slice(0, lengths[row])
-        tokens[row, place], mask[row, place] = part[0], 1
-    padded = influence_table(
-        decoder, [{"input_ids": tokens, "attention_mask": mask}], metric=metric
-    )
-    expected = influence_table(decoder, alone, metric=metric)
-    assert padded.num_tokens == expected.num_tokens == sum(lengths) - 3 * (metric == "loss")
-    assert padded.layer_values == pytest.approx(expected.layer_values, rel=1e-9)
-    for row, expected_row in zip(padded.value_rows, expected.value_rows, strict=True):
-        assert row == pytest.approx(expected_row, rel=1e-9, abs=1e-12)
-
-
-def test_batches_come_as_tensors_or_mappings():
+def test_batches_come_as_tensors_or_batches():
     decoder, (batch,) = small_decoder(), random_batches(1)
     expected = influence_table(decoder, [batch])
-    for one in (batch, {"input_ids": batch}, Batch.of_text(batch)):
+    for one in (batch, Batch.of_text(batch)):
         for given in (one, [one]):
             assert influence_table(decoder, given).to_dict() == expected.to_dict()
     with pytest.raises(ValueError, match=r"\(batch, time\).*\(8,\)"):
@@ -230,19 +210,10 @@ def test_errors_are_the_standard_errors_over_batches():
     )
 
 
-def test_ragged_rows_pad_with_nan_and_lead_to_a_family():
+def test_rows_are_as_long_as_layers_correct_and_lead_to_a_family():
     table = influence_table(small_decoder(), random_batches(2))
     assert [len(row) for row in table.rows()] == [2, 0, 1]
-    values, errors = table
-    assert values.dtype == errors.dtype == torch.float64
-    absent = [[False, False], [True, True], [False, True]]
-    assert values.isnan().tolist() == errors.isnan().tolist() == absent
-    for array, rows in ((values, table.value_rows), (errors, table.error_rows)):
-        assert [array[layer, : len(row)].tolist() for layer, row in enumerate(rows)] == [
-            list(row) for row in rows
-        ]
-    for form in (values, values.numpy(), values.tolist(), table.rows()):
-        assert schedule_family(form) == schedule_family(table)
+    assert schedule_family(table) == schedule_family(table.rows())
     assert schedule_family(table)[0].schedule == table.schedule
 
 
@@ -250,7 +221,6 @@ def test_a_method_without_corrections_has_empty_rows():
     config = dataclasses.replace(small_decoder().config, method="vanilla", schedule=None)
     table = influence_table(Decoder(config), random_batches(2))
     assert table.value_rows == ((), (), ())
-    assert table.values.shape == (3, 0)
     assert len(schedule_family(table)) == 1
 
 

@@ -37,7 +37,7 @@ class Slope(InfluenceMetric):
     def measure(self, measured):
         with torch.enable_grad():
             weight = measured.decoder.fields[0].feed_forward.down.weight
-            hidden = measured.run()
+            hidden, _ = measured.run()
             (gradient,) = torch.autograd.grad(hidden.square().sum(), weight)
         size = gradient.norm().item()
         return BatchInfluence(tuple((size,) * r for r in measured.decoder.schedule))

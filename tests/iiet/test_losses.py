@@ -5,7 +5,6 @@ differences, and the cross-entropy also from the stored reference cases.
 """
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 
 from iiet import losses
 from iiet.batch import NO_TARGET, Batch
-from iiet.distillation import DistillationConfig
 from iiet.losses import cross_entropy, hidden_state_error, kl_divergence, next_token_loss
 
 KINDS = ("forward", "reverse", "jensen_shannon")
@@ -65,7 +63,7 @@ def test_equals_the_sums_written_out(kind, temperature):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_equals_finite_differences(kind, monkeypatch):
-    monkeypatch.setattr(losses, "CPU_ELEMENTS", (1, 8))
+    monkeypatch.setattr(losses, "CPU_ELEMENTS", 8)
     teacher = random_logits(2, 3, 5)
     student = random_logits(2, 3, 5, seed=1).requires_grad_()
     mask = torch.tensor([[True, True, False], [False, True, True]])
@@ -101,10 +99,9 @@ def test_chunks_that_grow_with_the_logits_keep_results_bitwise_equal(
     kind, temperature, monkeypatch
 ):
     teacher, student = random_logits(2, 8 * 701, scale=3.0).float().view(2, 2, 4, 701)
-    monkeypatch.setattr(losses, "CPU_ELEMENTS", (1, 1 << 21))
     results = []
-    for share in (1, 3, 16):
-        monkeypatch.setattr(losses, "CPU_SHARE", share)
+    for elements in (1, 3000, 1 << 21):
+        monkeypatch.setattr(losses, "CPU_ELEMENTS", elements)
         leaf = student.clone().requires_grad_()
         loss = kl_divergence(teacher, leaf, temperature=temperature, kind=kind)
         loss.backward()
@@ -182,17 +179,14 @@ def test_wrong_use_is_named():
     with pytest.raises(ValueError, match="shape"):
         kl_divergence(teacher, student)
     for temperature in (0.0, 1e-42, 1e30, math.inf, math.nan):
-        for use in (partial(kl_divergence, teacher, teacher), DistillationConfig):
-            with pytest.raises(ValueError, match=r"temperature must be from 0\.001 to 1000, got"):
-                use(temperature=temperature)
+        with pytest.raises(ValueError, match=r"temperature must be from 0\.001 to 1000, got"):
+            kl_divergence(teacher, teacher, temperature=temperature)
     for temperature in (1e-3, 1e3):
         assert kl_divergence(teacher, -teacher, temperature=temperature).isfinite()
     with pytest.raises(ValueError, match="backward"):
         kl_divergence(teacher, teacher, kind="backward")
     with pytest.raises(ValueError, match=r"targets must be .* here \(1, 2\), got \(1, 3\)"):
         cross_entropy(teacher, torch.zeros(1, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match="1 teacher and 0 student"):
-        hidden_state_error([teacher], [])
 
 
 def test_cross_entropy_equals_the_definition():

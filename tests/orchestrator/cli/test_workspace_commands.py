@@ -123,7 +123,6 @@ def test_status_shows_a_running_training_and_its_sweep(
     [activity] = found["activities"]
     assert (activity["kind"], activity["label"]) == ("training", trial.label)
     assert (activity["step"], activity["steps"]) == (30, 40)
-    # All steps of a student cost the same.
     tokens = 10 * trial.job.recipe.num_tokens_per_step
     assert activity["seconds_left"] == pytest.approx(tokens / activity["tokens_per_second"])
     [sweep] = found["sweeps"]
@@ -179,19 +178,6 @@ def test_status_shows_commands_and_what_is_prepared(space: Workspace, run: Run) 
     assert kinds == {"preparing": "tokens", "teacher outputs": "teachers/abc"}
 
 
-def test_corrections_that_are_still_off_lengthen_the_estimate(
-    space: Workspace, tiny_job: Callable[..., Any], run: Run
-) -> None:
-    # 2 layers with corrections 2,1: a step costs 2 field evaluations, later 5.
-    job = tiny_job("runs/staged", num_steps=20, iterate_from_fraction=0.5)
-    run_job(job, should_stop=_stop_after(4))
-    with lock_file(job.folder / WORKERS_LOCK_NAME):
-        [activity] = json.loads(run("status", "--json"))["activities"]
-    steps_of_now = 6 + 10 * 5 / 2
-    expected = steps_of_now * job.recipe.num_tokens_per_step / activity["tokens_per_second"]
-    assert activity["seconds_left"] == pytest.approx(expected)
-
-
 FOREIGN = [None, "x", 3, 1e400, True, [], {"a": 1}]
 
 
@@ -208,7 +194,7 @@ def _replaced(value: Any) -> Iterator[Any]:
 
 
 OUTCOME = {"step": 2, "finished": True, "validation_loss": 5.5}
-MODEL = {"method": "iiet", "schedule": [2, 1], "num_layers": 2}
+MODEL = {"method": "iiet", "schedule": [2, 1]}
 RECIPE = {"num_steps": 2, "num_tokens_per_step": 64}
 TRIAL = {"key": "k", "folder": "runs/half", "label": "half"}
 

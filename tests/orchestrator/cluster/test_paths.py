@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ from orchestrator import cli
 
 ROOT = str(Path(orchestrator.__file__).parent.parent)
 PAGE = Path(ROOT) / "docs" / "architecture.md"
-COMMAND = ["cli/app.main", "cli/command.run", "cli/train.pretrain", "cli/command.finish"]
+COMMAND = ["cli/app.main", "cli/command.run", "cli/train.pretrain", "cli/session.finish"]
 PIPELINE = ["pipelines/training.run_pretrain", "pipelines/training.run_trainings"]
 IN_DRIVER = [*COMMAND, *PIPELINE, "cluster/train.run_train_jobs", "cluster/train._run_together"]
 IN_WORKER = ["cluster/train._train_worker", "training/trainer.run_job", "training/trainer.train"]
@@ -80,7 +80,7 @@ def test_the_path_of_a_pretraining_with_two_workers(
     submit = concurrent.futures.ThreadPoolExecutor.submit
 
     def recorded_submit(self: Any, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        if function is train.fit_job:
+        if getattr(function, "__func__", None) is train.JobRun.fit:
             in_driver.append(own_calls(sys._getframe(1)))
         return submit(self, function, *given, **named)
 
@@ -98,10 +98,10 @@ def test_the_path_of_a_pretraining_with_two_workers(
     monkeypatch.setattr(train, "_train_worker", recorded)
     assert cli.main(arguments("pretrain", tmp_path / "workspace", "--workers", "2")) == 0
     assert in_driver == [IN_DRIVER]
-    assert in_thread == [["cluster/train.fit_job"]]
+    assert in_thread == [["cluster/train.fit", "cluster/train._start_once"]]
     in_worker = (tmp_path / "stack").read_text().splitlines()
     assert in_worker == IN_WORKER
-    assert len(in_driver[0]) + len(in_thread[0]) + len(in_worker) == 12
+    assert len(in_driver[0]) + len(in_thread[0]) + len(in_worker) == 13
 
 
 def recording(train_worker: Callable[..., Any], path: Path, root: str) -> Callable[..., Any]:
@@ -154,9 +154,10 @@ def test_the_path_of_a_sweep_is_the_documented_one(
         stacks.append(own_calls(sys._getframe(1)))
         function, trial = given[0], given[1].take()
         config = {"key": trial.key, "trial": trial.model_dump_json()}
-        placement = tune.trial_placement(tune.SweepSettings(), 1, resources)
+        placement = tune.job_placement(1, 1, 0, resources)
         place = tune.TrialPlace(placement, tune.ClusterSettings())
-        tune._run_in_tune(config, function=function, place=place, stop=None)  # type: ignore[arg-type]
+        stop = SimpleNamespace(is_sent=lambda: False)
+        tune._run_in_tune(config, function=function, place=place, stop=stop)  # type: ignore[arg-type]
 
     def step(*_: Any, **__: Any) -> None:
         stacks.append(own_calls(sys._getframe(1)))
@@ -166,7 +167,6 @@ def test_the_path_of_a_sweep_is_the_documented_one(
     for module in (tune, run):
         monkeypatch.setattr(module, "ray_cluster", lambda *_, **__: nullcontext(resources))
     monkeypatch.setattr(tune, "run_interruptibly", run_interruptibly)
-    monkeypatch.setattr(tune, "looks_for", lambda _: lambda: False)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     options = ["-r", "1", "--methods", "iiet"]
     assert cli.main(arguments("sweep-iterations", tmp_path / "workspace", *options)) == 130

@@ -9,12 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from orchestrator.cluster.placement import (
-    Placement,
-    job_placement,
-    pretraining_placement,
-    trial_placement,
-)
+from orchestrator.cluster.ray import Placement, job_placement
 from orchestrator.planning.estimate import assign_trial_gpus
 from orchestrator.planning.machine import Node, Resources
 from orchestrator.settings import SweepSettings, resolve_settings
@@ -31,8 +26,14 @@ CLUSTERS = [
 
 
 def placement(cpus: int, gpus: int = 0, num_trials: int = 100, **sweep: float) -> Placement:
-    resources = Resources((Node(cpus, gpus),))
-    return trial_placement(SweepSettings.model_validate(sweep), num_trials, resources)
+    return trial_placement(SweepSettings.model_validate(sweep), num_trials, (Node(cpus, gpus),))
+
+
+def trial_placement(sweep: SweepSettings, num_trials: int, nodes: tuple[Node, ...]) -> Placement:
+    return job_placement(
+        num_trials, sweep.workers_per_trial, sweep.gpus_per_trial or 0, Resources(nodes),
+        most_at_once=sweep.trials_at_once, per_trial=True,
+    )  # fmt: skip
 
 
 @dataclass
@@ -129,11 +130,8 @@ def test_a_run_uses_its_own_gpus_only_of_a_larger_cluster(gpus_per_trial: float 
     if gpus_per_trial:
         assignments.append(f"sweep.gpus_per_trial={gpus_per_trial}")
     settings = resolve_settings({}, assignments)
-    resources = Resources(DOCUMENTED)
-    trials = trial_placement(assign_trial_gpus(settings).sweep, 100, resources)
-    models = pretraining_placement(settings.cluster, 3, resources)
-    for found in (trials, models):
-        assert found.jobs_at_once * found.workers * found.gpus == 4
+    found = trial_placement(assign_trial_gpus(settings).sweep, 100, DOCUMENTED)
+    assert found.jobs_at_once * found.workers * found.gpus == 4
 
 
 def test_a_job_of_variable_size_starts_with_the_fewest_gpus_on_any_nodes() -> None:

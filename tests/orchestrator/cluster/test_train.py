@@ -17,9 +17,8 @@ import torch
 from same_run import curve, events
 
 from orchestrator.cluster import train
-from orchestrator.cluster.placement import Placement
-from orchestrator.cluster.ray import Signal
-from orchestrator.cluster.train import MAX_FAILED_STARTS, fit_job, run_train_jobs
+from orchestrator.cluster.ray import Placement, Signal
+from orchestrator.cluster.train import MAX_FAILED_STARTS, JobRun, run_train_jobs
 from orchestrator.planning import estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import ClusterSettings
@@ -184,8 +183,8 @@ def test_when_a_job_is_started_again(
             elif word != "done":
                 raise errors[word]
 
-    monkeypatch.setattr(train, "_trainer", lambda *_: SimpleNamespace(fit=fit))
-    monkeypatch.setattr(train, "_find_place", lambda *_: True)
+    monkeypatch.setattr(JobRun, "_trainer", lambda _: SimpleNamespace(fit=fit))
+    monkeypatch.setattr(JobRun, "_find_place", lambda _: True)
     monkeypatch.setattr(Signal, "is_sent", lambda _: False)
     placement = Placement(jobs_at_once=1, workers=1, cpus=1)
     pattern = {
@@ -196,7 +195,7 @@ def test_when_a_job_is_started_again(
     is_done = ends.endswith("done")
     expected = nullcontext() if is_done else pytest.raises((UserError, RunFailed), match=pattern)
     with expected:
-        fit_job(job, placement, stop=Signal(), max_failures=1)
+        JobRun(job, placement, ClusterSettings(max_failures=1), Signal()).fit()
     assert len(starts) == num_starts
 
 
@@ -343,11 +342,12 @@ def test_a_job_without_a_place_says_so_is_not_waited_for_and_fails_in_time(
         with pytest.raises(Interrupted, match=r"^interrupted; nothing"):
             run_train_jobs([job], watch=press, note=notes.append)
         assert notes == ["run waits for a place: 0 of 2 CPUs are free"]
-        monkeypatch.setattr(train, "FIRST_START_SECONDS", 0.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "FIRST_START_SECONDS", 0.0)
+            with pytest.raises(RunFailed, match=r"failed: there was no place for 0 s \(0 of 2 CP"):
+                run_train_jobs([job])
+        start_and_lose(job)  # One that has run before waits as long as the setting says.
         with pytest.raises(RunFailed, match=r"failed: there was no place for 0 s \(0 of 2 CPUs"):
-            run_train_jobs([job])
-        start_and_lose(job)
-        with pytest.raises(RunFailed, match=r"failed: no node replaced a lost one within 0 min"):
             run_train_jobs([job], ClusterSettings(node_wait_minutes=0))
     finally:
         remove_placement_group(others)

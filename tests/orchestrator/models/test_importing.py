@@ -182,7 +182,7 @@ def test_generation_begins_and_ends_as_in_transformers(
 
 def test_a_chat_is_written_by_the_models_template(llama: Path, workspace: Workspace) -> None:
     writer = TextGenerator(import_model(llama, workspace=workspace))
-    asked = writer.chat("a bag")
+    asked = writer.as_asked(["a bag"], chat=True)[0]
     assert asked == "<s>user: a bag\n"
     ids = list(writer.text.encode_document(asked))
     assert ids.count(300) == 1
@@ -192,11 +192,11 @@ def test_a_chat_is_written_by_the_models_template(llama: Path, workspace: Worksp
     template.write_text("{{ raise_exception('only in French') }}")
     french = TextGenerator(import_model(llama, workspace=workspace, name="french"))
     with pytest.raises(UserError, match="only in French"):
-        french.chat("a bag")
+        french.as_asked(["a bag"], chat=True)
     template.unlink()
     plain = TextGenerator(import_model(llama, workspace=workspace, name="plain"))
     with pytest.raises(UserError, match="no chat template"):
-        plain.chat("a bag")
+        plain.as_asked(["a bag"], chat=True)
     templates = [{"name": name, "template": name} for name in ("default", "rag")]
     change(llama / "tokenizer_config.json", chat_template=templates)
     named = TextGenerator(import_model(llama, workspace=workspace, name="named")).text

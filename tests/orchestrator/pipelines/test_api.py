@@ -40,7 +40,7 @@ def test_every_name_exists_and_editors_see_the_same_names() -> None:
     lazy = {
         (f"orchestrator.{module}", name)
         for module, names in orchestrator._MODULES.items()
-        for name in names
+        for name in names.split()
     }
     assert typed == lazy
     assert {name for _, name in lazy} == set(orchestrator.__all__)

@@ -232,7 +232,7 @@ def test_a_finished_run_is_continued_on_its_own_tokens(
     train({"a": wsd}, context, tokens, name="short")
 
     plan = plan_pretrain(longer, workspace=context.workspace, continued="short")
-    assert [*plan.states.values()] == ["from step 4"]
+    assert [*map(plan.state_of, plan.jobs)] == ["from step 4"]
     assert plan.price.num_tokens == (12 - 4) * 64
     result = run_pretrain(
         plan_pretrain(longer, workspace=context.workspace, continued="short", name="long"), context

@@ -104,10 +104,10 @@ def test_flops_and_checkpoint_bytes_equal_those_of_a_run(
     folder = Path(str(outcome.checkpoint))
     written = sum((folder / name).stat().st_size for name in (WEIGHTS, TRAINING_STATE))
     assert estimate.checkpoint_bytes == pytest.approx(written, rel=0.05)
-    assert estimate.new_bytes + estimate.bytes_in_writing == 3 * estimate.checkpoint_bytes
+    assert sum(estimate.disk_bytes) == 3 * estimate.checkpoint_bytes
     finished = Estimate.of(job)
     assert (finished.steps_done, finished.flops) == (6, 0)
-    assert finished.new_bytes < 0.1 * finished.checkpoint_bytes, "new ones replace the two"
+    assert finished.disk_bytes[0] < 0.1 * finished.checkpoint_bytes, "new ones replace the two"
 
 
 def test_all_kept_checkpoints_are_counted() -> None:
@@ -115,7 +115,7 @@ def test_all_kept_checkpoints_are_counted() -> None:
         values = {"num_steps": 1000, "num_checkpoints_kept": 2, **recipe}
         own = TrainingSettings.model_validate(values)
         estimate = Estimate(config=preset("tiny"), recipe=own)
-        return (estimate.new_bytes + estimate.bytes_in_writing) / estimate.checkpoint_bytes
+        return sum(estimate.disk_bytes) / estimate.checkpoint_bytes
 
     assert kept() == 3
     assert kept(keep_best=True) == 4

@@ -17,11 +17,11 @@ from orchestrator.planning.estimate import (
     LARGEST_SHARE,
     Devices,
     Estimate,
+    advice,
     find_problems,
     out_of_memory_explained,
     price_of,
     reasons_not_to_fit,
-    smaller_settings,
 )
 from orchestrator.planning.machine import FreeBytes
 from orchestrator.records.training import TrainingJob
@@ -108,7 +108,7 @@ def test_the_proposal_takes_clearly_less_than_the_plan_that_failed(
     given = f"model.preset={preset}", *assignments
     failed = request(*given, num_workers=4, on_gpus=True)
     most = int(LARGEST_SHARE * failed.worker_bytes)
-    assert smaller_settings(failed, most) == [change]
+    assert follow(advice(failed, most)) == [change]
     assert request(*given, change, num_workers=4, on_gpus=True).worker_bytes <= most
 
 

@@ -16,11 +16,11 @@ from orchestrator.planning.machine import (
     Resources,
     check_available,
     check_run_resources,
-    driver_version,
     free_memory,
     installed_gpus,
     local_free_bytes,
     local_resources,
+    read_nvml,
 )
 from orchestrator.settings import ClusterSettings
 from orchestrator.workspace.errors import UserError
@@ -125,6 +125,9 @@ class MachineWithTwoGpus:
     def nvmlShutdown(self) -> None:  # noqa: N802
         self.users -= 1
 
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        return "570.1"
+
     def nvmlDeviceGetCount(self) -> int:  # noqa: N802
         return 2
 
@@ -175,4 +178,4 @@ def test_without_a_driver_or_the_extra_gpu_no_gpu_is_known(
     assert installed_gpus(WithoutDriver()) == []
     monkeypatch.setitem(sys.modules, "pynvml", None)  # Importing it fails as if it were missing.
     assert installed_gpus() == []
-    assert driver_version() is None
+    assert read_nvml() == (None, [])

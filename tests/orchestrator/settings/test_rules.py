@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from orchestrator.settings import resolve_settings
-from orchestrator.settings.schema import broken_sweep_rules
+from orchestrator.settings.schema import broken_rules
 from orchestrator.workspace.errors import UserError
 
 ELASTIC = "distillation.training.elastic"
@@ -91,7 +91,7 @@ def test_a_rule_of_sweeps_is_checked_where_a_sweep_is_planned(
     kind: str, changes: str, words: str
 ) -> None:
     settings = resolve_settings({}, [f"sweep.kind={kind}", *f"sweep.{changes}".split("; ")])
-    (broken,) = broken_sweep_rules(settings)
+    (broken,) = broken_rules(settings, of_sweep=True)
     assert words in broken
 
 

@@ -84,17 +84,21 @@ def test_metrics_after_the_end_are_added(tmp_path: Path) -> None:
     assert math.isnan(found["train/kl"][0][1])
 
 
-def test_two_runs_of_one_name_have_two_folders(tmp_path: Path) -> None:
-    log = LoggedRuns("tensorboard", tmp_path)
-    for key in ("a", "b"):
-        write(tmp_path / key, range(1, 3))
-        alone = {"key": key, "name": "a/b: c", "parent": None}
-        log.log(run_of(tmp_path / key, "FINISHED", **alone))
-    assert sorted(path.name for path in (tmp_path / "tensorboard").iterdir()) == [
-        "a_b_ c",
-        "a_b_ c b",
-    ]
-    assert len(points(tmp_path / "tensorboard" / "a_b_ c b")["train/loss"]) == 2
+def test_results_follow_once_and_measurements_without_a_training_are_left_out(
+    tmp_path: Path,
+) -> None:
+    log, name = LoggedRuns("tensorboard", tmp_path), "a/b: c"
+    write(tmp_path / "run", range(1, 3))
+    alone = {"key": "a", "name": name, "parent": None}
+    log.log(TrackedRun(kind="evaluate", points=[("accuracy", 0.5, 0)], **alone))
+    log.log(run_of(tmp_path / "run", **alone))
+    for accuracy in (0.5, 0.5, 0.75):
+        measured = [("accuracy", accuracy, 2), ("train/loss", 4.0, 2)]
+        log.log(run_of(tmp_path / "run", "FINISHED", points=measured, **alone))
+    [folder] = (tmp_path / "tensorboard").iterdir()
+    assert folder.name == "a_b_ c"
+    losses = [(1, 4.9), (2, 4.8)]
+    assert points(folder) == {"accuracy": [(2, 0.5), (2, 0.75)], "train/loss": losses}
 
 
 @pytest.mark.slow

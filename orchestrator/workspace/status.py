@@ -1,0 +1,217 @@
+"""What exists in a workspace, how far it is, and what runs: trainings, sweeps, locks that are held.
+
+Everything is read from small files, nothing is written, and PyTorch is not imported, so that an
+answer takes a moment also while trainings run. Anyone may have edited a file, so what is read is
+checked here, once: a damaged file is noted, and as good as missing.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
+from math import nan
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AliasPath, BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from orchestrator.workspace import layout
+from orchestrator.workspace.errors import UserError, first_problem
+from orchestrator.workspace.files import read_json
+from orchestrator.workspace.journal import SPEED_METRIC, read_tail
+from orchestrator.workspace.layout import Workspace, find_checkpoints
+from orchestrator.workspace.locks import is_locked
+
+Note = Callable[[str], None]
+"""Called with a sentence on each damaged file."""
+
+
+class _Stored(BaseModel, strict=True):
+    pass
+
+
+T = TypeVar("T", bound=_Stored)
+_PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+
+
+def _of_job(*names: str) -> Any:
+    return Field(validation_alias=AliasPath("job", *names))
+
+
+class _Job(_Stored):
+    method: str = _of_job("model", "method")
+    schedule: list[NonNegativeInt] = _of_job("model", "schedule")
+    num_steps: PositiveInt = _of_job("recipe", "num_steps")
+    num_tokens_per_step: PositiveInt = _of_job("recipe", "num_tokens_per_step")
+
+
+class _Outcome(_Stored):
+    step: NonNegativeInt
+    finished: bool
+    validation_loss: float = nan
+    train_seconds: float = 0.0
+
+
+class _Trial(_Stored):
+    key: _PathText
+    folder: _PathText
+    label: str = ""
+    job: dict[str, Any] | None = None
+
+
+class _Plan(_Stored):
+    kind: str | None = None
+    trials: list[_Trial] = []
+
+
+def _read(path: Path, kind: type[T], note: Note) -> T | None:
+    """Return the checked fields of a file; None if it is missing, or damaged, which is noted."""
+    try:
+        found = read_json(path)
+        return None if found is None else kind.model_validate(found)
+    except UserError as error:
+        note(str(error))
+    except ValidationError as error:
+        note(f"{path} is damaged ({first_problem(error)})")
+    return None
+
+
+class Training:
+    """What the folder of a run or trial says about its training."""
+
+    def __init__(self, folder: Path, note: Note) -> None:
+        """Read the folder; damaged files are noted."""
+        self.folder = folder
+        damage: list[str] = []
+        self.job = _read(folder / layout.JOB_NAME, _Job, damage.append)
+        self.outcome = end = _read(folder / layout.DONE_NAME, _Outcome, damage.append)
+        if end and not self.job and not damage:
+            damage.append(f"{folder / layout.JOB_NAME} is missing")
+        for sentence in damage:
+            note(sentence)
+        self.is_damaged = bool(damage)
+        self.lock = next(filter(is_locked, run_locks(folder)), None)
+        """The lock that a process holds now; None if none runs here."""
+        self.saved = find_checkpoints(folder)
+        self.records = read_tail(folder)
+        self.metrics: dict[str, float] = {}
+        """The last value of each metric in these records."""
+        self.step = layout.step_of(self.saved[-1]) if self.saved else 0
+        """Last step in its journal, or of its newest checkpoint."""
+        for record in self.records:
+            if record["kind"] == "metrics":
+                self.step = max(self.step, record["step"])
+                self.metrics |= record["values"]
+            elif record["name"] == "resumed":
+                self.metrics.pop(SPEED_METRIC, None)  # That of the process before.
+        self.recorded = self.records[-1]["time"] / 1000 if self.records else None
+        """Time of the last record in seconds."""
+        self.num_steps = self.job.num_steps if self.job else 0
+        self.is_finished = bool(
+            end and end.finished and (folder / layout.checkpoint_name(end.step)).is_dir()
+        )
+
+    def state(self) -> str:
+        """Return how far the training is."""
+        if self.lock:
+            return "measuring" if self.is_finished else "running"
+        if self.is_damaged:
+            return "damaged"
+        if (self.folder / layout.STOPPED_NAME).is_file():
+            return "stopped early"
+        if self.is_finished:
+            return "finished"
+        if not self.job:
+            return "imported" if self.saved else "empty"
+        events = [record for record in self.records if record["kind"] == "event"]
+        verb = "diverged" if events and events[-1]["name"] == "diverged" else "stopped"
+        return f"{verb} at {self.step:,}/{self.num_steps:,}"
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The steps that are left, as fast as the last ones; None before this process's first."""
+        if not self.job or not (speed := self.metrics.get(SPEED_METRIC)):
+            return None
+        return max(0, self.num_steps - self.step) * self.job.num_tokens_per_step / speed
+
+
+class Sweep:
+    """The plan of a sweep; one that cannot be read has no trials."""
+
+    def __init__(self, folder: Path, note: Note = lambda _: None) -> None:
+        """Read the plan; a damaged one is noted."""
+        damage: list[str] = []
+        plan = _read(folder / layout.PLAN_FILE, _Plan, damage.append) or _Plan()
+        for sentence in damage:
+            note(sentence)
+        self.folder, self.is_damaged = folder, bool(damage)
+        self.kind, self.trials = plan.kind, plan.trials
+
+    def run_of(self, trial: _Trial) -> Path:
+        """Return the folder of a trial."""
+        return self.folder.parents[1] / trial.folder
+
+    @cached_property
+    def left(self) -> list[_Trial]:
+        """The trials that have not ended."""
+        ends = ("result-{}.json", layout.STOPPED_NAME)
+        return [
+            trial
+            for trial in self.trials
+            if not any((self.run_of(trial) / name.format(trial.key)).exists() for name in ends)
+        ]
+
+    def seconds_left(self, at_once: int) -> float | None:
+        """Estimate the time of the trials that are left: as long as the finished ones took."""
+        left = {trial.key for trial in self.left}
+        ended = [self.run_of(t) for t in self.trials if t.job and t.key not in left]
+        ends = [_read(run / layout.DONE_NAME, _Outcome, lambda _: None) for run in ended]
+        seconds = [end.train_seconds for end in ends if end and end.train_seconds]
+        mean = sum(seconds) / len(seconds) if seconds else None
+        return mean and len(self.left) / max(1, at_once) * mean
+
+
+def trials_by_folder(workspace: Workspace, note: Note) -> dict[Path, list[tuple[str, _Trial]]]:
+    """Return folder -> sweeps that plan a trial there, with the trial."""
+    found: dict[Path, list[tuple[str, _Trial]]] = {}
+    for sweep in (Sweep(folder, note) for folder in folders_in(workspace.sweeps)):
+        for trial in sweep.trials:
+            found.setdefault(sweep.run_of(trial), []).append((sweep.folder.name, trial))
+    return found
+
+
+def folders_in(parent: Path) -> list[Path]:
+    """Return the folders in another one by name, without temporary ones, which begin with a dot."""
+    return sorted(p for p in parent.glob("*") if p.is_dir() and not p.name.startswith("."))
+
+
+def training_folders(workspace: Workspace) -> list[Path]:
+    """Return the folders of all runs and trials."""
+    return [*folders_in(workspace.runs), *folders_in(workspace.trials)]
+
+
+def run_locks(folder: Path) -> tuple[Path, Path]:
+    """Return the files that processes lock while they train or measure in a folder."""
+    return folder / layout.RUN_LOCK_NAME, folder / layout.WORKERS_LOCK_NAME
+
+
+def is_in_use(folder: Path) -> bool:
+    """Return whether a process trains or measures in a folder."""
+    return any(map(is_locked, run_locks(folder)))
+
+
+def size_of(path: Path, *, links: bool = True) -> int:
+    """Return the bytes of a file, or of all files in a folder.
+
+    Args:
+        links: Count also files that have another name elsewhere; deleting those frees nothing.
+    """
+    total = 0
+    for file in [path] if path.is_file() else path.rglob("*"):
+        with suppress(OSError):  # Deleted meanwhile.
+            found = file.lstat()
+            is_counted = stat.S_ISREG(found.st_mode) and (links or found.st_nlink == 1)
+            total += found.st_size if is_counted else 0
+    return total
