@@ -59,10 +59,10 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_414,
+    "iiet": 7_350,
     "benchmarks": 3_529,
     "examples": 278,
-    "research": 2_006,
+    "research": 2_033,
     "orchestrator/workspace": 1_270,
     "orchestrator/terminal": 546,
     "orchestrator/settings": 1_567,
@@ -73,10 +73,10 @@ LINES = {
     "orchestrator/training": 3_464,
     "orchestrator/evaluation": 2_897,
     "orchestrator/planning": 1_118,
-    "orchestrator/cluster": 1_966,
+    "orchestrator/cluster": 1_910,
     "orchestrator/reporting": 4_166,
-    "orchestrator/sweeping": 2_782,
-    "orchestrator/pipelines": 4_151,
+    "orchestrator/sweeping": 2_529,
+    "orchestrator/pipelines": 4_127,
     "orchestrator/cli": 1_793,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
