@@ -21,6 +21,7 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from orchestrator.cli.options import split_list
 from orchestrator.cli.session import Call, Place
+from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.provenance import installed_version
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -93,14 +94,17 @@ class Command:
         for key, value in own.items():
             is_list = isinstance(value, str) and _plain_type(find_field(key).annotation) is tuple
             call.set(key, split_list(value) if is_list else value)
-        with call.stack:
-            if (result := self.function(call, **values)) is None:
-                return
-            if call.as_json:
-                print(result.to_text(), file=call.session.output)
-            else:
-                call.show(result)
-            result.raise_failures()
+        try:
+            with call.stack:
+                if (result := self.function(call, **values)) is None:
+                    return
+                if call.as_json:
+                    print(result.to_text(), file=call.session.output)
+                else:
+                    call.show(result)
+                result.raise_failures()
+        except KeyboardInterrupt:
+            raise Interrupted from None
 
 
 def _shared(
