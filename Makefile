@@ -13,6 +13,8 @@ INSTALLED := $(VENV)/.installed
 # Two test files at a time, and all files that need Ray in one process (tests/conftest.py).
 # If a process crashes, the run ends and names the test; pytest-xdist may hang after a restart.
 PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder --max-worker-restart 0
+# Without stored bytecode each of hundreds of processes would compile the packages anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-quick test-long test-floors test-wheel mutants wheel lint format docs docs-links bench gpu ui clean

@@ -13,16 +13,16 @@ With a draft, the tokens are the same ones, from fewer passes (`iiet.speculative
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from itertools import islice
-from typing import Any, Final, Literal, Unpack, overload
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from iiet.cache import KvStrategy
 from iiet.decoder import Decoder
-from iiet.sampling import LogitsNotFinite, Request, Sampling, make_sampler, not_finite
+from iiet.sampling import LogitsNotFinite, Request, Sampler, Seed, not_finite, row_keys
 from iiet.schedule import IterationSchedule
 from iiet.speculative import DraftRecord, draft_models, drafted_steps
 from iiet.static_steps import StaticSteps, keep_steps, kept_steps
@@ -33,28 +33,6 @@ STOP_INTERVAL: Final = 8
 """Steps of a GPU between two looks at whether all rows have ended; a CPU looks at each."""
 
 
-@overload
-def generate(
-    decoder: Decoder,
-    input_ids: Tensor,
-    *,
-    max_new_tokens: int,
-    return_record: Literal[False] = False,
-    **options: Any,
-) -> Tensor: ...
-
-
-@overload
-def generate(
-    decoder: Decoder,
-    input_ids: Tensor,
-    *,
-    max_new_tokens: int,
-    return_record: Literal[True],
-    **options: Any,
-) -> tuple[Tensor, DraftRecord]: ...
-
-
 def generate(
     decoder: Decoder,
     input_ids: Tensor,
@@ -62,7 +40,7 @@ def generate(
     max_new_tokens: int,
     return_record: bool = False,
     **options: Any,
-) -> Tensor | tuple[Tensor, DraftRecord]:
+) -> Any:
     """Continue prompts; all other arguments are those of `stream`.
 
     Args:
@@ -72,10 +50,8 @@ def generate(
         return_record: also return what drafts did.
 
     Returns:
-        Prompts and continuations, (batch, time + new), new at most `max_new_tokens`.
-
-    Raises:
-        ValueError: as `stream`.
+        Prompts and continuations, (batch, time + new), new at most `max_new_tokens`; with
+        `return_record` these and a `DraftRecord`.
     """
     record = options.pop("record", None) or DraftRecord()
     steps = stream(decoder, input_ids, max_new_tokens=max_new_tokens, record=record, **options)
@@ -96,7 +72,10 @@ def stream(
     family: Collection[IterationSchedule] = (),
     record: DraftRecord | None = None,
     steps: StaticSteps | None = None,
-    **sampling: Unpack[Sampling],
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: Seed = None,
 ) -> Iterator[Tensor]:
     """Continue prompts, one step at a time: yield the next tokens, (batch,).
 
@@ -118,7 +97,10 @@ def stream(
         steps: decodes in steps of fixed shapes, and lets several generations, one after the other,
             share a cache and graphs. None: on a GPU those that the decoder keeps, and steps that
             follow the number of tokens elsewhere.
-        sampling: `temperature`, `top_k`, `top_p` and `seed`; see `iiet.sampling.Sampling`.
+        temperature: 0 takes the likeliest token; above, sample from `softmax(logits / T)`.
+        top_k: sample among the k likeliest tokens.
+        top_p: sample among the likeliest tokens that together hold this probability, in (0, 1].
+        seed: one, or one for each row; None: a random one.
 
     Raises:
         ValueError: a setting out of range, or more tokens than the context holds; at the call, not
@@ -126,7 +108,8 @@ def stream(
     """
     problems = _problems(decoder, input_ids, max_new_tokens, attention_mask)
     try:
-        sampler = make_sampler(len(input_ids), input_ids.device, **sampling)
+        keys = row_keys(seed, len(input_ids), input_ids.device) if temperature > 0 else None
+        sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, row_keys=keys)
     except ValueError as error:
         problems.append(str(error))
     if draft is not None and kv_strategy != "exact":
@@ -150,49 +133,40 @@ def stream(
     keeps = steps is None and decoder.device.type == "cuda"
     if keeps:
         steps = kept_steps(decoder)
-    chosen = _chosen(_next_logits(decoder, request, kv_strategy, steps), request, record)
-    found = _until_all_end(chosen, STOP_INTERVAL if decoder.device.type == "cuda" else 1)
+    plain = _plain_steps(decoder, request, kv_strategy, steps, record)
+    found = _until_all_end(plain, STOP_INTERVAL if decoder.device.type == "cuda" else 1)
     return keep_steps(decoder, steps, found) if keeps and steps is not None else found
 
 
-def _next_logits(
-    decoder: Decoder, request: Request, strategy: KvStrategy, steps: StaticSteps | None
-) -> Callable[[Tensor | None], Tensor]:
-    """Return a function of the latest tokens, (batch,), or None for the prompts, that returns the
-    next logits, (batch, vocab)."""
+def _plain_steps(
+    decoder: Decoder,
+    request: Request,
+    strategy: KvStrategy,
+    steps: StaticSteps | None,
+    record: DraftRecord,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the next tokens, (batch,), and whether all rows have ended and whether logits are not
+    finite, (2,); wait for nothing."""
     cache = (decoder.new_cache if steps is None else steps.empty_cache)(
         batch_size=len(request.input_ids), max_tokens=request.num_tokens, strategy=strategy
     )
-
-    def next_logits(tokens: Tensor | None) -> Tensor:
-        if tokens is not None and steps is not None:
-            return steps(tokens)
-        # The cache remembers the padding of the prompts, so later passes need no mask.
-        given, mask = request.input_ids, request.attention_mask
-        if tokens is not None:
-            given, mask = tokens.unsqueeze(1), None
-        logits: Tensor = decoder(given, cache=cache, attention_mask=mask, last_only=True)
-        if steps is not None:
-            steps.begin(request.max_new_tokens - 1)
-        return logits[:, -1]
-
-    return next_logits
-
-
-def _chosen(
-    next_logits: Callable[[Tensor | None], Tensor], request: Request, record: DraftRecord
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the next tokens, (batch,), and whether all rows have ended and whether logits
-    are not finite, (2,); wait for nothing."""
     stops = request.stops()
     following = ended = None
     for position in range(request.max_new_tokens):
         with torch.inference_mode():
-            logits = next_logits(following)
-            latest = request.sampler(logits, position)
-            if following is not None and ended is not None:
+            if following is None or ended is None:
+                given, mask = request.input_ids, request.attention_mask
+                logits = decoder(given, cache=cache, attention_mask=mask, last_only=True)[:, -1]
+                if steps is not None:
+                    steps.begin(request.max_new_tokens - 1)
+                latest = request.sampler(logits, position)
+            else:
+                if steps is not None:
+                    logits = steps(following)
+                else:  # The cache remembers the padding of the prompts.
+                    logits = decoder(following.unsqueeze(1), cache=cache, last_only=True)[:, -1]
                 record.plain_steps += len(logits)
-                latest = torch.where(ended, following, latest)
+                latest = torch.where(ended, following, request.sampler(logits, position))
             following = latest
             # `isin` would wait for a GPU.
             ended = (following.unsqueeze(1) == stops).any(1)

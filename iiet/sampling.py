@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence, Sized
 from dataclasses import dataclass
 from operator import index
-from typing import Final, NamedTuple, SupportsIndex, TypedDict, Unpack
+from typing import Final, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -30,12 +30,13 @@ __all__ = [
     "LogitsNotFinite",
     "Request",
     "Sampler",
-    "Sampling",
-    "make_sampler",
+    "Seed",
     "not_finite",
     "row_keys",
 ]
 
+Seed = SupportsIndex | Sequence[SupportsIndex] | None
+"""A random seed, or one for each row; None: a random one."""
 _STEP: Final = 0x9E3779B97F4A7C15
 _FIRST_FACTOR: Final = 0xBF58476D1CE4E5B9
 _SECOND_FACTOR: Final = 0x94D049BB133111EB
@@ -131,36 +132,6 @@ class Sampler:
         return bits.float().add_(0.5).mul_(-(2.0**-63)).log1p_().neg_()
 
 
-class Sampling(TypedDict, total=False):
-    """How the tokens of a batch are chosen; all may be left out."""
-
-    temperature: float
-    """0 (the default) takes the likeliest token; above, sample from `softmax(logits / T)`."""
-    top_k: int | None
-    """Sample among the k likeliest tokens."""
-    top_p: float | None
-    """Sample among the likeliest tokens that together hold this probability, in (0, 1]."""
-    seed: SupportsIndex | Sequence[SupportsIndex] | None
-    """Random seed, or one for each row (default: random)."""
-
-
-def make_sampler(
-    batch_size: int, device: torch.device | str = "cpu", **sampling: Unpack[Sampling]
-) -> Sampler:
-    """Return the sampler of a batch.
-
-    Raises:
-        ValueError: a setting is out of range, or there is another number of seeds.
-    """
-    seed, temperature = sampling.get("seed"), sampling.get("temperature", 0.0)
-    return Sampler(
-        temperature=temperature,
-        top_k=sampling.get("top_k"),
-        top_p=sampling.get("top_p"),
-        row_keys=row_keys(seed, batch_size, device) if temperature > 0 else None,
-    )
-
-
 class Request(NamedTuple):
     """What to generate."""
 
@@ -191,11 +162,7 @@ def not_finite(logits: Tensor) -> Tensor:
     return (largest - largest).ne(0).any()  # NaN for what is not finite; `isfinite` takes longer.
 
 
-def row_keys(
-    seed: SupportsIndex | Sequence[SupportsIndex] | None,
-    batch_size: int,
-    device: torch.device | str = "cpu",
-) -> Tensor:
+def row_keys(seed: Seed, batch_size: int, device: torch.device | str = "cpu") -> Tensor:
     """Return the numbers by which the rows of a batch draw their noise, (batch,).
 
     Args:

@@ -6,28 +6,22 @@
                  any row, and the model's choice after them
 
 The output is what the model alone generates from the same seed, token for token, up to rounding:
-each token is the model's choice, and its noise belongs to row and position (`iiet.sampling`). The
-draft decides only how many tokens a pass yields.
+each token is the model's choice, and its noise belongs to row and position (`iiet.sampling`).
 
 A draft with no more corrections in any layer reads and writes the model's own cache, in the slots
 of its evaluations, and verification overwrites what it wrote: no second cache, no second prefill.
 Any other draft has a cache of its own.
 
 How many tokens to draft: with acceptance a (the chance that the next drafted token is kept), g
-drafted tokens yield 1 + a + ... + a^g tokens and cost g draft steps and one verification:
-
-    gain(g) = (1 - a^(g+1)) / ((1 - a) (g c + 1 + g w))
-
-c is the cost of a draft step and w that of each further token in a verification, both in plain
-steps: counted, not timed, so the choice is the same in each run. Acceptance is seen. Where no gain
-exceeds 1, decoding is plain from there on.
+drafted tokens yield 1 + a + ... + a^g tokens, and cost g draft steps c and one verification
+1 + g w, in plain steps. Costs are counted, not timed, so the choice is the same in each run;
+acceptance is seen. Where no g gains anything, decoding is plain from there on.
 
 Passes are not of fixed shapes, so a GPU runs them without the CUDA graphs of plain decoding, which
 gain more there than drafts do: on a GPU, `auto` drafts nothing.
 
-Source: Leviathan, Kalman, Matias 2023 (the gain is theorem 3.8, with a cost for each token);
-drafting with the model's own weights as in LayerSkip (Elhoushi et al. 2024); exact sampling as in
-Daliri, Musco, Suresh 2024.
+Source: Leviathan, Kalman, Matias 2023 (theorem 3.8); own weights as in LayerSkip (Elhoushi et al.
+2024); exact sampling as in Daliri, Musco, Suresh 2024.
 """
 
 from __future__ import annotations
@@ -51,10 +45,9 @@ __all__ = [
     "MAX_DRAFT_TOKENS",
     "DraftRecord",
     "cheaper_schedules",
-    "counted_costs",
     "draft_models",
     "drafted_steps",
-    "expected_gain",
+    "step_costs",
 ]
 
 MAX_DRAFT_TOKENS: Final = 16
@@ -62,9 +55,10 @@ MAX_DRAFT_TOKENS: Final = 16
 _MEASURED_TOKENS: Final = 16  # Of each draft, before `auto` keeps the best.
 _FIRST_ACCEPTANCE: Final = 0.9  # High, so that each draft is tried.
 _FIRST_WEIGHT: Final = 8.0  # In tokens.
-_FLOPS_PER_BYTE: Final = {"cpu": 2.0, "cuda": 100.0}
-"""FLOPs that take as long as reading a byte of weights. On a CPU, one core verified a further token
-of one row for 16 to 26 % of a step; a GPU computes far faster than it reads."""
+_CPU_FLOPS_PER_BYTE: Final = 2.0
+"""FLOPs that take as long as reading a byte of weights: one core verified a further token of one
+row for 16 to 26 % of a step. A GPU computes far faster than it reads."""
+_GPU_FLOPS_PER_BYTE: Final = 100.0
 
 
 @dataclass
@@ -134,7 +128,6 @@ def draft_models(
                 f"{theirs.vocab_size} and {theirs.context_length}"
             )
         return {f"{theirs.method} of width {theirs.dim}": draft}
-    method = decoder.config.method
     if draft == "auto":
         is_gpu = decoder.device.type == "cuda"
         found = [] if is_gpu else cheaper_schedules(decoder.schedule, family)
@@ -144,8 +137,8 @@ def draft_models(
         found = [IterationSchedule.parse(draft, num_layers=decoder.config.num_layers)]
     else:
         raise ValueError(
-            f"draft={str(draft)!r}: the method {method!r} makes no corrections, so no schedule is "
-            "cheaper than its own; draft with another decoder, or decode without a draft"
+            f"draft={str(draft)!r}: the method {decoder.config.method!r} makes no corrections, so "
+            "no schedule is cheaper; draft with another decoder, or decode without a draft"
         )
     return {str(schedule): decoder.with_schedule(schedule) for schedule in found}
 
@@ -165,93 +158,50 @@ def cheaper_schedules(
     return sorted(found, key=lambda s: (s.num_evaluations, s.corrections))
 
 
-def expected_gain(
-    acceptance: float, num_drafted: int, *, draft_cost: float, token_cost: float
-) -> float:
-    """Return the tokens per cost of a round, against plain decoding; 1 for no drafted token.
-
-    Args:
-        acceptance: the chance that the next drafted token is kept.
-        num_drafted: tokens that are drafted at once.
-        draft_cost: of a step of the draft, in plain steps.
-        token_cost: of each token that a verification reads beyond the first, in plain steps.
-    """
-    most = num_drafted + 1
-    tokens = most if acceptance == 1.0 else (1.0 - acceptance**most) / (1.0 - acceptance)
-    return tokens / (1.0 + num_drafted * (draft_cost + token_cost))
-
-
-def counted_costs(
-    config: ModelConfig,
-    draft: ModelConfig,
-    *,
-    num_tokens: int,
-    batch_size: int = 1,
-    bytes_per_value: int = 4,
-    device: str = "cpu",
+def step_costs(
+    model: Decoder, draft: Decoder, *, batch_size: int, num_tokens: int
 ) -> tuple[float, float]:
-    """Count `draft_cost` and `token_cost` of `expected_gain`.
+    """Count a draft's step, and each further token of a verification, in plain steps.
 
-    A pass takes as long as its bytes and, at the device's rate, its FLOPs together.
-
-    Args:
-        config: the verifying model, under its schedule.
-        draft: the draft, under its schedule.
-        num_tokens: tokens that a step sees.
-        batch_size: rows of a step.
-        bytes_per_value: of weights, keys and values.
-        device: `cpu` or `cuda`; others count as `cuda`.
+    A pass takes as long as its bytes and, at the device's rate, its FLOPs together. The step has
+    `batch_size` rows and sees `num_tokens` tokens.
     """
-    rate = _FLOPS_PER_BYTE.get(device, _FLOPS_PER_BYTE["cuda"])
+    weight = model.embedding.weight
+    rate = _CPU_FLOPS_PER_BYTE if weight.device.type == "cpu" else _GPU_FLOPS_PER_BYTE
 
-    def counted(model: ModelConfig) -> tuple[float, float]:
+    def counted(config: ModelConfig) -> tuple[float, float]:
         cost = inference_cost(
-            model,
-            context_length=min(num_tokens, model.context_length),
+            config,
+            context_length=min(num_tokens, config.context_length),
             batch_size=batch_size,
-            bytes_per_value=bytes_per_value,
+            bytes_per_value=weight.element_size(),
         )
         token = batch_size * cost.decode_flops_per_token / rate
         read = cost.weight_bytes_per_token + cost.kv_bytes_read_per_token
         return batch_size * read + token, token
 
-    step, token = counted(config)
-    return counted(draft)[0] / step, token / step
+    step, token = counted(model.config)
+    return counted(draft.config)[0] / step, token / step
 
 
 class _Draft:
     """A draft of a model with its cache, its costs, and how many of its tokens were kept.
 
-    Args:
-        name: in the record.
-        decoder: proposes tokens.
-        model: verifies them.
-        cache: the model's, with the prompts; a draft within its schedule gets a view of it, which
-            verification fills with the decided tokens.
+    A draft within the model's schedule gets a view of the model's cache, which holds the prompts;
+    verification fills it with the decided tokens.
     """
 
     def __init__(self, name: str, decoder: Decoder, model: Decoder, cache: KeyValueCache) -> None:
-        self.name = name
-        self.num_tried = 0
-        self._decoder = decoder
-        self._is_view = decoder.layers is model.layers and decoder.schedule.is_within(
-            model.schedule
-        )
-        weight, num_tokens, batch_size = model.embedding.weight, cache.max_tokens, cache.batch_size
+        self.name, self._decoder = name, decoder
+        self.num_tried = self._num_kept = self._num_held = 0
+        rows, num_tokens = cache.batch_size, cache.max_tokens
+        is_own = decoder.layers is model.layers
+        self._is_view = is_own and decoder.schedule.is_within(model.schedule)
         if self._is_view:
             self._cache = cache.view(decoder.config)
         else:
-            self._cache = decoder.new_cache(batch_size=batch_size, max_tokens=num_tokens)
-        self._costs = counted_costs(
-            model.config,
-            decoder.config,
-            num_tokens=num_tokens,
-            batch_size=batch_size,
-            bytes_per_value=weight.element_size(),
-            device=weight.device.type,
-        )
-        self._num_held = 0
-        self._num_kept = 0
+            self._cache = decoder.new_cache(batch_size=rows, max_tokens=num_tokens)
+        self._costs = step_costs(model, decoder, batch_size=rows, num_tokens=num_tokens)
 
     def saw(self, num_kept: int, num_drafted: int) -> None:
         """Count a round; nothing is known of the tokens after the first rejected one."""
@@ -262,75 +212,31 @@ class _Draft:
         """Return the largest expected gain, and the number of drafted tokens that has it."""
         kept = _FIRST_ACCEPTANCE * _FIRST_WEIGHT + self._num_kept
         acceptance = kept / (_FIRST_WEIGHT + self.num_tried)
-        draft, token = self._costs
+        cost = sum(self._costs)
         gains = [
-            (expected_gain(acceptance, count, draft_cost=draft, token_cost=token), count)
+            (sum(acceptance**k for k in range(count + 1)) / (1 + count * cost), count)
             for count in counts
         ]
         return max(gains, key=lambda found: found[0])
 
-    def propose(self, decided: _Decided, count: int) -> None:
-        """Write `count` tokens after the decided ones of each row, step by step.
+    def propose(self, request: Request, tokens: Tensor, length: int, count: int) -> None:
+        """Write `count` tokens after the first `length` of each row, step by step.
 
         The first step reads what an own cache lacks: all tokens, at the first call, and what
         verification decided since the last.
         """
-        request, tokens, length = decided.request, decided.tokens, decided.length
-        start, mask = min(self._num_held, length - 1), None
-        if self._is_view:
-            start = length - 1
-        elif start == 0 and request.attention_mask is not None:
-            num_decided = length - decided.num_prompt
-            mask = F.pad(request.attention_mask.bool(), (0, num_decided), value=True)
+        num_prompt, mask = request.input_ids.size(1), None
+        start = length - 1 if self._is_view else min(self._num_held, length - 1)
+        if start == 0 and request.attention_mask is not None:
+            mask = F.pad(request.attention_mask.bool(), (0, length - num_prompt), value=True)
         for column in range(length, length + count):
             self._cache.set_length(start)
             logits = self._decoder(
                 tokens[:, start:column], cache=self._cache, attention_mask=mask, last_only=True
             )
-            tokens[:, column] = request.sampler(logits[:, -1], column - decided.num_prompt)
+            tokens[:, column] = request.sampler(logits[:, -1], column - num_prompt)
             start, mask = column, None
         self._num_held = length + count - 1  # The last proposed token was not read.
-
-
-class _Decided:
-    """The tokens of a request: prompts, then what is decided, then what is drafted."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.tokens = F.pad(request.input_ids, (0, request.max_new_tokens))
-        self.num_prompt = self.length = request.input_ids.size(1)
-        self.has_ended = torch.zeros(len(self.tokens), dtype=torch.bool, device=self.tokens.device)
-
-    @property
-    def num_left(self) -> int:
-        """How many tokens a row may still get; 0 where all rows have ended."""
-        return 0 if self.has_ended.all() else self.tokens.size(1) - self.length
-
-    def accept(self, logits: Tensor, num_drafted: int) -> tuple[list[Tensor], list[int]]:
-        """Choose tokens by the model's logits, (batch, 1 + drafted, vocab), and keep the drafted
-        ones that equal its choices in every row, and the choice after them.
-
-        Returns the new tokens, each (batch,), and how many drafted ones each open row has equal.
-        """
-        if not_finite(logits):
-            raise LogitsNotFinite
-        tokens, length = self.tokens, self.length
-        positions = torch.arange(logits.size(1), device=tokens.device) + (length - self.num_prompt)
-        chosen = self.request.sampler(logits, positions[None])
-        is_equal = tokens[:, length : length + num_drafted] == chosen[:, :num_drafted]
-        num_equal = is_equal.long().cumprod(1).sum(1)[~self.has_ended].tolist()
-        num_new = min(num_equal, default=0) + 1
-        stops, new = self.request.stops(), []
-        for column in range(num_new):
-            # A row that has ended repeats its last token.
-            latest = torch.where(self.has_ended, tokens[:, self.length - 1], chosen[:, column])
-            tokens[:, self.length] = latest
-            new.append(latest)
-            self.length += 1
-            self.has_ended.logical_or_((latest.unsqueeze(1) == stops).any(1))
-            if len(stops) and self.has_ended.all():
-                break
-        return new, num_equal
 
 
 def drafted_steps(
@@ -353,43 +259,70 @@ def drafted_steps(
         draft_tokens: how many tokens to draft at once, or `auto`.
         record: gets what happened, while it happens.
     """
-    decided, num_prompts = _Decided(request), len(request.input_ids)
+    # Prompts, then what is decided, then what is drafted.
+    tokens = F.pad(request.input_ids, (0, request.max_new_tokens))
+    batch_size, num_prompt = request.input_ids.shape
     with torch.inference_mode():
-        cache = decoder.new_cache(batch_size=num_prompts, max_tokens=decided.tokens.size(1))
-        logits = decoder(
-            request.input_ids, cache=cache, attention_mask=request.attention_mask, last_only=True
-        )
-        new, _ = decided.accept(logits, 0)
-        candidates = [_Draft(name, draft, decoder, cache) for name, draft in drafts.items()]
+        cache = decoder.new_cache(batch_size=batch_size, max_tokens=tokens.size(1))
+    has_ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
+    stops, length, start = request.stops(), num_prompt, 0
+    candidates: list[_Draft] = []
+    draft, num_drafted = None, 0  # The first pass reads the prompts.
     while True:
-        for latest in new:  # A clone made outside of inference mode is an ordinary tensor.
-            yield latest.clone()
-        if decided.num_left == 0:
-            return
-
-        # Which draft, and how many tokens. The last token is the model's own.
-        draft, num_drafted = _chosen_draft(candidates, draft_tokens, decided.num_left - 1)
         with torch.inference_mode():
             # 1. Draft
             if draft is not None and num_drafted:
-                draft.propose(decided, num_drafted)
+                draft.propose(request, tokens, length, num_drafted)
+
             # 2. Verify
-            start = decided.length - 1
             cache.set_length(start)
-            logits = decoder(decided.tokens[:, start : start + 1 + num_drafted], cache=cache)
+            logits = decoder(
+                tokens[:, start : length + num_drafted],
+                cache=cache,
+                attention_mask=request.attention_mask if start == 0 else None,
+                last_only=start == 0,
+            )
+            if not_finite(logits):
+                raise LogitsNotFinite
+            positions = torch.arange(logits.size(1), device=tokens.device) + (length - num_prompt)
+            chosen = request.sampler(logits, positions[None])
+
             # 3. Accept
-            new, num_equal = decided.accept(logits, num_drafted)
+            is_equal = tokens[:, length : length + num_drafted] == chosen[:, :num_drafted]
+            num_equal = is_equal.long().cumprod(1).sum(1)[~has_ended].tolist()
+            num_new = min(num_equal, default=0) + 1
+            new: list[Tensor] = []
+            for column in range(num_new):
+                # A row that has ended repeats its last token.
+                latest = torch.where(has_ended, tokens[:, length - 1], chosen[:, column])
+                tokens[:, length] = latest
+                new.append(latest)
+                length += 1
+                has_ended = has_ended | (latest.unsqueeze(1) == stops).any(1)
+                if len(stops) and has_ended.all():
+                    break
 
         num_open = len(num_equal)
-        if draft is None or not num_drafted:
+        if draft is not None and num_drafted:
+            draft.saw(min(num_equal), num_drafted)
+            record.drafted += num_drafted * num_open
+            record.accepted += sum(num_equal)
+            record.verifications += num_open
+            record.verified += len(new) * num_open
+            record.rounds_by_draft[draft.name] = record.rounds_by_draft.get(draft.name, 0) + 1
+        elif start > 0:
             record.plain_steps += num_open
-            continue
-        draft.saw(min(num_equal), num_drafted)
-        record.drafted += num_drafted * num_open
-        record.accepted += sum(num_equal)
-        record.verifications += num_open
-        record.verified += len(new) * num_open
-        record.rounds_by_draft[draft.name] = record.rounds_by_draft.get(draft.name, 0) + 1
+        for latest in new:  # A clone made outside of inference mode is an ordinary tensor.
+            yield latest.clone()
+
+        num_left = tokens.size(1) - length
+        if num_left == 0 or has_ended.all():
+            return
+        if start == 0:
+            candidates = [_Draft(name, each, decoder, cache) for name, each in drafts.items()]
+        # The last token is the model's own.
+        draft, num_drafted = _chosen_draft(candidates, draft_tokens, num_left - 1)
+        start = length - 1
 
 
 def _chosen_draft(

@@ -59,7 +59,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_540,
+    "iiet": 7_350,
     "benchmarks": 3_529,
     "examples": 278,
     "research": 2_006,

@@ -10,8 +10,11 @@ from iiet import extensions
 from iiet.extensions import ExtensionTable
 from iiet.methods.base import Advance, Evaluate, Evaluation, Layer, Observer
 from iiet.methods.explicit import ExplicitEuler, ExplicitRK2, ExplicitRK4, GatedRK2, Looped
-from iiet.methods.implicit_euler import ImplicitEuler
-from iiet.methods.predictor_corrector import PredictorCorrectorRK2, PredictorCorrectorRK4
+from iiet.methods.implicit_euler import (
+    ImplicitEuler,
+    PredictorCorrectorRK2,
+    PredictorCorrectorRK4,
+)
 
 __all__ = [
     "METHODS",

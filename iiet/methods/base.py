@@ -2,8 +2,7 @@
 
 A layer owns its field and what the method learns for it (norms, rows of the mix, gates). State is
 passed, never kept: a layer gets the hidden state and what earlier layers left, and returns both
-for the next one. The class states how many evaluations a layer makes; all other costs are counted
-on layers (`iiet.cost`).
+for the next one. The class states its evaluations; other costs are counted on layers (`iiet.cost`).
 """
 
 # ruff: noqa: ARG003 - all methods share their signatures; not all need all of them
@@ -55,7 +54,7 @@ class Advance(NamedTuple):
 
 
 class LayerCall(NamedTuple):
-    """The arguments of a layer in one pass."""
+    """What a layer gets in one pass beside hidden state and state."""
 
     num_corrections: int
     """How many corrections the layer makes; 0 if its method makes none."""
@@ -125,6 +124,8 @@ class Layer(nn.Module, ABC):
     modeling_file: ClassVar[str | None] = None
     """Of a method of another package: a file beside its module that an export ships as
     `modeling_iiet.py`, for transformers. Without one the method cannot be exported."""
+    num_evaluations: ClassVar[int] = 1
+    """Field evaluations of a layer beside the corrections of the schedule."""
     has_corrections: ClassVar[bool] = False
     """Whether an iteration schedule sets how often a layer corrects its prediction."""
     repeats_stack: ClassVar[bool] = False
@@ -158,9 +159,9 @@ class Layer(nn.Module, ABC):
         return None
 
     @classmethod
-    @abstractmethod
     def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
         """Count the field evaluations of a layer, the first layer being 0."""
+        return cls.num_evaluations + (schedule[layer] if cls.has_corrections else 0)
 
     @classmethod
     def num_runs(cls, schedule: IterationSchedule) -> int:
@@ -187,23 +188,15 @@ class Layer(nn.Module, ABC):
 
     def forward(self, hidden: Tensor, state: Any, call: LayerCall) -> Advance:
         """Run `advance`, recomputed in the backward pass where the call asks for it."""
-        if call.recompute and call.observe is None and torch.is_grad_enabled():
-            advance: Advance = checkpoint(
-                self._advance,
-                hidden,
-                state,
-                call,
-                use_reentrant=False,
-                preserve_rng_state=self.is_random,
-            )
-            return advance
-        return self._advance(hidden, state, call)
 
-    def _advance(self, hidden: Tensor, state: Any, call: LayerCall) -> Advance:
-        return self.advance(
-            Evaluate(self, call),
-            hidden,
-            state,
-            num_corrections=call.num_corrections,
-            shared=call.shared,
+        def advance(hidden: Tensor, state: Any) -> Advance:
+            evaluate, number = Evaluate(self, call), call.num_corrections
+            return self.advance(evaluate, hidden, state, num_corrections=number, shared=call.shared)
+
+        if not call.recompute or call.observe is not None or not torch.is_grad_enabled():
+            return advance(hidden, state)
+        keep = self.is_random
+        recomputed: Any = checkpoint(
+            advance, hidden, state, use_reentrant=False, preserve_rng_state=keep
         )
+        return Advance(*recomputed)

@@ -9,8 +9,6 @@ blocks):
     RK4   k1 = K(h); k2 = K(h + k1/2); k3 = K(h + k2/2); k4 = K(h + k3)
 """
 
-# ruff: noqa: ARG002, ARG003 - all methods share their signatures
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -20,16 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from iiet.methods.base import Advance, Evaluate, Layer
-from iiet.schedule import IterationSchedule
 
 __all__ = [
-    "ExplicitEuler",
-    "ExplicitRK2",
-    "ExplicitRK4",
-    "GatedRK2",
-    "Looped",
-    "runge_kutta_stages",
-]
+    "ExplicitEuler", "ExplicitRK2", "ExplicitRK4", "GatedRK2", "Looped", "runge_kutta_stages",
+]  # fmt: skip
 
 
 class ExplicitEuler(Layer):
@@ -42,10 +34,6 @@ class ExplicitEuler(Layer):
     Not to be confused with: implicit Euler without corrections, which costs the same but has the
     learned mix.
     """
-
-    @classmethod
-    def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
-        return 1
 
     def advance(self, evaluate: Evaluate, hidden: Tensor, state: Any, **_: Any) -> Advance:
         return Advance(evaluate(hidden), state)
@@ -69,10 +57,6 @@ class Looped(ExplicitEuler):
 
     has_corrections: ClassVar[bool] = True
     repeats_stack: ClassVar[bool] = True
-
-    @classmethod
-    def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
-        return 1 + schedule[layer]
 
 
 _STEPS: Final = {2: (1.0,), 4: (0.5, 0.5, 1.0)}
@@ -102,18 +86,20 @@ class ExplicitRK2(Layer):
     Not to be confused with: PCformer's predictor, which has norms and learned weights.
     """
 
+    num_evaluations: ClassVar[int] = 2
     coefficients: ClassVar[tuple[float, ...]] = (1 / 2, 1 / 2)
     """Weights of the stages; they sum to one."""
 
-    @classmethod
-    def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
-        return len(cls.coefficients)
-
     def advance(self, evaluate: Evaluate, hidden: Tensor, state: Any, **_: Any) -> Advance:
-        stages = runge_kutta_stages(_increments(evaluate), hidden, len(self.coefficients))
+        # G(x), the same for all stages.
+        stages = runge_kutta_stages(lambda _, x: evaluate(x) - x, hidden, self.num_evaluations)
+        return Advance(self.combine(hidden, stages), state)
+
+    def combine(self, hidden: Tensor, stages: list[Tensor]) -> Tensor:
+        """Add the stages to the hidden state, each (batch, time, dim)."""
         for coefficient, stage in zip(self.coefficients, stages, strict=True):
             hidden = torch.add(hidden, stage, alpha=coefficient)
-        return Advance(hidden, state)
+        return hidden
 
 
 class ExplicitRK4(ExplicitRK2):
@@ -126,10 +112,11 @@ class ExplicitRK4(ExplicitRK2):
     Not to be confused with: `pcformer_rk4`, a predictor followed by a corrector.
     """
 
+    num_evaluations: ClassVar[int] = 4
     coefficients: ClassVar[tuple[float, ...]] = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 
 
-class GatedRK2(Layer):
+class GatedRK2(ExplicitRK2):
     """Advance by two stages that a gate weighs for each token.
 
         g = sigmoid(W_l [k1, k2] + b_l);   h_l = h + g k1 + (1 - g) k2, stages as in `ExplicitRK2`
@@ -141,18 +128,10 @@ class GatedRK2(Layer):
     Not to be confused with: PCformer's learned a, one number for the whole model.
     """
 
-    def build(self, dim: int, layer_norm_eps: float) -> None:
+    def build(self, dim: int, layer_norm_eps: float) -> None:  # noqa: ARG002
         self.gate = nn.Linear(2 * dim, 1)
 
-    @classmethod
-    def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
-        return 2
-
-    def advance(self, evaluate: Evaluate, hidden: Tensor, state: Any, **_: Any) -> Advance:
-        first, second = runge_kutta_stages(_increments(evaluate), hidden, 2)
-        gate = torch.sigmoid(self.gate(torch.cat([first, second], -1)))
-        return Advance(hidden + torch.lerp(second, first, gate.to(first.dtype)), state)
-
-
-def _increments(evaluate: Evaluate) -> Callable[[int, Tensor], Tensor]:
-    return lambda _, point: evaluate(point) - point  # G(x), the same for all stages
+    def combine(self, hidden: Tensor, stages: list[Tensor]) -> Tensor:
+        gate = torch.sigmoid(self.gate(torch.cat(stages, -1)))
+        first, second = stages
+        return hidden + torch.lerp(second, first, gate.to(first.dtype))

@@ -1,14 +1,15 @@
-"""The implicit Euler method, solved by a fixed number of fixed-point corrections. This is IIET.
+"""The methods that read earlier layers' estimates through the learned mix: IIET and PCformer.
 
-There is no stopping rule: the number of corrections is the cost, and cost is planned before
-anything runs. Only observers (`Decoder.forward(observe=)`) compute residuals, which show how well
-an iteration converges. Damping as in Bai et al. 2019 (deep equilibrium models), the truncated
-backward pass as in truncated backpropagation through time.
+IIET is the implicit Euler method, solved by a fixed number of fixed-point corrections. There is no
+stopping rule: the number of corrections is the cost, and cost is planned before anything runs.
+Damping as in Bai et al. 2019 (deep equilibrium models), the truncated backward pass as in truncated
+backpropagation through time. PCformer corrects a Runge-Kutta prediction once.
 """
+
+# ruff: noqa: ARG003 - all methods share their signatures
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,12 +17,33 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from iiet.arithmetic import at_least_float32
+from iiet.arithmetic import KeepsFloat32, at_least_float32
 from iiet.methods.base import Advance, Evaluate, Layer
+from iiet.methods.explicit import runge_kutta_stages
 from iiet.mix import EstimateNorm, History, Mix, start
-from iiet.schedule import IterationSchedule
 
-__all__ = ["ImplicitEuler", "ImplicitEulerOptions", "fixed_point"]
+__all__ = [
+    "ImplicitEuler", "ImplicitEulerOptions", "MixedLayer", "MovingAverageRungeKutta",
+    "PredictorCorrectorRK2", "PredictorCorrectorRK4", "fixed_point",
+]  # fmt: skip
+
+
+class MixedLayer(Layer):
+    """Base of the methods that read the earlier layers' estimates."""
+
+    num_left: ClassVar[int] = 1
+
+    def build(self, dim: int, layer_norm_eps: float) -> None:
+        self.prediction_norm = EstimateNorm(dim, eps=layer_norm_eps)
+        self.correction_norm = EstimateNorm(dim, eps=layer_norm_eps)
+        self.mix = Mix(self.index)
+
+    @classmethod
+    def start(cls, embeddings: Tensor, num_layers: int) -> History:
+        return start(embeddings, num_layers)
+
+    def reset_parameters(self) -> None:
+        self.mix.reset_parameters()
 
 
 def fixed_point(
@@ -80,25 +102,27 @@ class ImplicitEulerOptions:
     starts at 0."""
 
     def __post_init__(self) -> None:
-        problems: list[str] = []
-        for name in ("learn_damping", "reinject_prediction"):
-            if type(getattr(self, name)) is not bool:
-                problems.append(f"{name} must be true or false, got {getattr(self, name)!r}")
-        damping = self.damping
-        if type(damping) not in (int, float) or not math.isfinite(damping) or not 0 <= damping <= 1:
-            problems.append(f"damping must be a number from 0 to 1, got {damping!r}")
-        elif damping == 0 and not self.learn_damping:
-            problems.append(
-                "damping 0 takes nothing of a correction; set learn_damping=true with it"
-            )
-        last = self.differentiated_corrections
-        if last is not None and (type(last) is not int or last < 1):
-            problems.append(f"differentiated_corrections must be at least 1 or None, got {last!r}")
+        damping, last = self.damping, self.differentiated_corrections
+        in_range = {
+            "learn_damping must be true or false": type(self.learn_damping) is bool,
+            "reinject_prediction must be true or false": type(self.reinject_prediction) is bool,
+            "damping must be a number from 0 to 1 (0: with learn_damping=true)": (
+                type(damping) in (int, float)
+                and (0 < damping <= 1 or (damping == 0 and self.learn_damping))
+            ),
+            "differentiated_corrections must be at least 1 or None": last is None
+            or (type(last) is int and last >= 1),
+        }
+        problems = [
+            f"{rule}, got {getattr(self, rule.split()[0])!r}"
+            for rule, holds in in_range.items()
+            if not holds
+        ]
         if problems:
             raise ValueError("; ".join(problems))
 
 
-class ImplicitEuler(Layer):
+class ImplicitEuler(MixedLayer):
     """Predict once, then correct `r_l` times towards the fixed point.
 
         e   = P_l(F_l(h_{l-1}))                                        prediction
@@ -117,40 +141,23 @@ class ImplicitEuler(Layer):
 
     Options = ImplicitEulerOptions
     has_corrections: ClassVar[bool] = True
-    num_left: ClassVar[int] = 1
 
     def build(self, dim: int, layer_norm_eps: float) -> None:
-        self.prediction_norm = EstimateNorm(dim, eps=layer_norm_eps)
-        self.correction_norm = EstimateNorm(dim, eps=layer_norm_eps)
-        self.mix = Mix(self.index)
+        super().build(dim, layer_norm_eps)
         options = self.options
         self.damping = nn.Parameter(torch.empty(1)) if options.learn_damping else None
         self.reinjection = nn.Parameter(torch.empty(1)) if options.reinject_prediction else None
         self.reset_parameters()
 
-    @classmethod
-    def start(cls, embeddings: Tensor, num_layers: int) -> History:
-        return start(embeddings, num_layers)
-
-    @classmethod
-    def evaluations_per_layer(cls, schedule: IterationSchedule, layer: int) -> int:
-        return 1 + schedule[layer]
-
     def reset_parameters(self) -> None:
-        self.mix.reset_parameters()
+        super().reset_parameters()
         if self.damping is not None:
             nn.init.constant_(self.damping, self.options.damping)
         if self.reinjection is not None:
             nn.init.zeros_(self.reinjection)
 
     def advance(
-        self,
-        evaluate: Evaluate,
-        hidden: Tensor,
-        state: History,
-        *,
-        num_corrections: int,
-        **_: Any,
+        self, evaluate: Evaluate, hidden: Tensor, state: History, *, num_corrections: int, **_: Any
     ) -> Advance:
         mix = self.mix(state, dtype=hidden.dtype, corrects=num_corrections > 0)
         has_gradients = torch.is_grad_enabled()
@@ -168,17 +175,92 @@ class ImplicitEuler(Layer):
         def correct(estimate: Tensor) -> Tensor:
             return evaluate(mix.point(estimate), norm=self.correction_norm, previous=estimate)
 
+        damping = self.options.damping if self.damping is None else at_least_float32(self.damping)
         estimate = fixed_point(
             correct,
             predict,
             num_corrections,
-            damping=self._damping(),
+            damping=None if self.damping is None and damping == 1.0 else damping,
             num_differentiated=self.options.differentiated_corrections,
         )
         return Advance(*mix.leave(estimate))
 
-    def _damping(self) -> Tensor | float | None:
-        if self.damping is not None:
-            return at_least_float32(self.damping)
-        damping: float = self.options.damping
-        return None if damping == 1.0 else damping
+
+class MovingAverageRungeKutta(KeepsFloat32):
+    """Predict a layer's output from `order` (2 or 4) evaluations, the later ones weighing most.
+
+        k_j = R_j(F(...));   p = h + sum_j a (1-a)^(order-j) k_j
+
+    The norms R_j and the learned a are shared by all layers.
+    """
+
+    def __init__(self, order: int, dim: int, layer_norm_eps: float) -> None:
+        super().__init__()
+        self.order = order
+        self.norms = nn.ModuleList(EstimateNorm(dim, eps=layer_norm_eps) for _ in range(order))
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start a at one half."""
+        nn.init.constant_(self.alpha, 0.5)
+
+    def coefficients(self) -> Tensor:
+        """Return the weights of the stages, (order,)."""
+        powers = torch.arange(self.order - 1, -1, -1, device=self.alpha.device)
+        return self.alpha * (1 - self.alpha) ** powers
+
+    def forward(self, evaluate: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+        """Return the prediction p, (batch, time, dim)."""
+
+        def stage(number: int, point: Tensor) -> Tensor:
+            return evaluate(point.to(hidden.dtype), norm=self.norms[number])
+
+        prediction = hidden
+        stages = runge_kutta_stages(stage, hidden, self.order)
+        for coefficient, value in zip(self.coefficients(), stages, strict=True):
+            prediction = torch.addcmul(prediction, value, coefficient)
+        return prediction
+
+
+class PredictorCorrectorRK2(MixedLayer):
+    """Predict with a Runge-Kutta step of order 2, correct once.
+
+        p   = RK2(F_l, h_{l-1}), see `runge_kutta`
+        s_l = N_l(F_l(sum_{k<l} A[l,k] s_k + A[l,l] P_l(p)))
+        h_l = sum_{k<=l} C[l,k] s_k
+
+    The predictor's norms and coefficient are shared by all layers.
+
+    Cost: 3 evaluations per layer.
+    Source: Li et al. 2024 (PCformer), checked against its published code.
+    Not to be confused with: IIET with two corrections, whose prediction is one plain evaluation.
+    """
+
+    num_evaluations: ClassVar[int] = 3
+    order: ClassVar[int] = 2
+    """Order of the predictor, and the number of its evaluations, each with a norm."""
+
+    @classmethod
+    def make_shared(cls, *, dim: int, layer_norm_eps: float, options: Any) -> nn.Module:
+        return MovingAverageRungeKutta(cls.order, dim, layer_norm_eps)
+
+    def advance(
+        self, evaluate: Evaluate, hidden: Tensor, state: History, *, shared: Any, **_: Any
+    ) -> Advance:
+        prediction = self.prediction_norm(shared(evaluate, hidden))
+        mix = self.mix(state, dtype=hidden.dtype, corrects=True)
+        estimate = evaluate(mix.point(prediction), norm=self.correction_norm, previous=prediction)
+        return Advance(*mix.leave(estimate))
+
+
+class PredictorCorrectorRK4(PredictorCorrectorRK2):
+    """Predict with a Runge-Kutta step of order 4, correct once.
+
+    Cost: 5 evaluations per layer.
+    Source: Li et al. 2024 (PCformer).
+    Not to be confused with: `ode_rk4`, which has fixed coefficients and neither corrector nor mix.
+    """
+
+    num_evaluations: ClassVar[int] = 5
+    order: ClassVar[int] = 4

@@ -86,7 +86,7 @@ CASES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_jobs_are_placed_as_the_table_says_and_on_nodes_of_unequal_size() -> None:
     variables = {"IIET_PRETENDED_GPUS": "1"}
     printed = run_driver(PLACE, json.dumps(CASES), timeout=300, variables=variables)

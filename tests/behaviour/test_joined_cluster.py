@@ -124,7 +124,7 @@ def joined(folder: Path, cases: str, other_code: Path = ROOT) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_command_finds_its_variables_on_good_nodes_and_refuses_others(tmp_path: Path) -> None:
     may_mount = subprocess.run(["unshare", "--mount", "true"], check=False).returncode == 0
     report = joined(tmp_path, "token good workspace" if may_mount else "token good")

@@ -5,8 +5,7 @@ import torch
 
 from iiet.methods.base import LayerCall
 from iiet.methods.explicit import ExplicitRK2, ExplicitRK4, GatedRK2, runge_kutta_stages
-from iiet.methods.implicit_euler import ImplicitEuler, fixed_point
-from iiet.methods.predictor_corrector import MovingAverageRungeKutta
+from iiet.methods.implicit_euler import ImplicitEuler, MovingAverageRungeKutta, fixed_point
 from iiet.mix import start
 
 DIM = 8

@@ -9,12 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iiet import Decoder, DraftRecord, IterationSchedule, generate, preset, stream
 from iiet.cache import KeyValueCache
-from iiet.speculative import (
-    cheaper_schedules,
-    counted_costs,
-    draft_models,
-    expected_gain,
-)
+from iiet.speculative import cheaper_schedules, draft_models, step_costs
 
 VOCAB = 37
 SIZES = {"dim": 16, "num_layers": 3, "num_heads": 2, "ffn_dim": 24, "vocab_size": VOCAB}
@@ -178,17 +173,6 @@ def test_the_stream_is_plain_tensors_and_the_same_twice():
     decoder(tokens).sum().backward()
 
 
-def test_the_gain_is_the_published_formula():
-    """Leviathan et al.: (1 - a^(g+1)) / ((1 - a)(g c + 1))."""
-    cheap = {"draft_cost": 0.25, "token_cost": 0.0}
-    assert expected_gain(0.9, 3, **cheap) == pytest.approx((1 - 0.9**4) / (0.1 * 1.75))
-    assert expected_gain(0.9, 3, draft_cost=0.25, token_cost=0.2) == pytest.approx(
-        (1 - 0.9**4) / (0.1 * 2.35)
-    )
-    assert expected_gain(1.0, 4, **cheap) == pytest.approx(5 / 2)
-    assert expected_gain(0.5, 0, **cheap) == 1
-
-
 def test_the_number_of_drafted_tokens_follows_the_acceptance():
     """A draft that says nearly what the model says drafts many tokens, one of other weights few."""
     decoder = decoder_of(None, "vanilla", num_layers=8)
@@ -208,12 +192,12 @@ def test_the_number_of_drafted_tokens_follows_the_acceptance():
 
 
 def test_counted_costs_fall_with_corrections_and_rise_with_rows():
-    full, none = preset("tiny", schedule=3), preset("tiny", schedule=0)
-    one, many = (counted_costs(full, none, num_tokens=64, batch_size=rows) for rows in (1, 8))
+    full = Decoder(preset("tiny", schedule=3))
+    none, sizes = full.with_schedule(0), {"num_tokens": 64}
+    one, many = (step_costs(full, none, batch_size=rows, **sizes) for rows in (1, 8))
     assert 0.2 < one[0] < 0.6
     assert 0.1 < one[1] < many[1] < 1
-    assert counted_costs(full, full, num_tokens=64)[0] == 1
-    assert counted_costs(full, none, num_tokens=64, device="cuda")[1] < 0.05
+    assert step_costs(full, full, batch_size=1, **sizes)[0] == 1
 
 
 def test_schedules_that_may_draft():

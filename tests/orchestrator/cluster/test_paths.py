@@ -68,7 +68,7 @@ def test_the_path_of_a_pretraining_without_ray(
     assert stack == [*COMMAND, *PIPELINE, "cluster/task.run_local_jobs", *IN_WORKER[1:]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_path_of_a_pretraining_with_two_workers(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

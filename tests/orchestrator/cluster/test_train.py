@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from same_run import curve, events
+from same_run import curve, events, state_of, workers
 
 from orchestrator.cluster import train
 from orchestrator.cluster.ray import Placement, Signal
@@ -76,71 +76,46 @@ class Listeners:
         return self.found <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
-@pytest.mark.slow
-def test_two_workers_train_on_the_same_global_batch(ray_session: None, make_job: MakeJob) -> None:
-    alone, job = run_job(make_job("alone")), make_job("shared", num_sequences_per_pass=1)
-    listeners = Listeners(job)
-    cluster = ClusterSettings(num_workers=2, parallel="fsdp")
-    (shared,) = run_train_jobs([job], cluster, watch=listeners.watch)
-    assert listeners.are_local(), listeners.found
-    assert not (job.folder / "ray").exists(), "where they met is gone"
-    assert curve(job) == pytest.approx(curve(make_job("alone")), abs=1e-5)
-    assert shared.validation_loss == pytest.approx(alone.validation_loss, abs=1e-5)
-    assert (shared.num_tokens, shared.training_flops) == (alone.num_tokens, alone.training_flops)
-    (started,) = events(job, "started")
-    assert (started["num_workers"], started["num_threads"]) == (2, 1)
-    assert started["parallel"] == "fsdp"
-
-
 def test_finished_jobs_start_nothing(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = run_job(make_job("done"))
     monkeypatch.setattr(train, "ray_cluster", None)
     assert run_train_jobs([make_job("done")]) == [outcome]
 
 
-def kill_first_worker(
-    job: TrainingJob, times: int, *, after_checkpoint: bool
-) -> Callable[[], None]:
-    """Return a watch that kills the job's first worker after each of its starts, `times` times.
-
-    With `after_checkpoint`, it does so once the worker has written a checkpoint.
-    """
-    killed: list[int] = []
-
-    def watch() -> None:
-        starts = [*events(job, "started"), *events(job, "resumed")]
-        if len(starts) > len(killed) < times:
-            start = starts[len(killed)]
-            saved = find_checkpoints(job.folder)
-            if not after_checkpoint or (saved and str(saved[-1]) != start.get("path")):
-                killed.append(start["pid"])
-                os.kill(killed[-1], signal.SIGKILL)
-
-    return watch
-
-
-LONG = {"num_steps": 200, "checkpoint_every_steps": 20, "validate_every_steps": 200}
-
-
 @pytest.mark.slow
 def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_for_bit(
     ray_session: None, make_job: MakeJob
 ) -> None:
-    killed, whole = make_job("killed", **LONG), make_job("whole", **LONG)
-    outcomes = run_train_jobs(
-        [killed, whole],
-        ClusterSettings(num_workers=2, max_failures=1),
-        watch=kill_first_worker(killed, 2, after_checkpoint=True),
+    long = {"num_steps": 100, "checkpoint_every_steps": 20, "validate_every_steps": 100}
+    job, whole, alone = (
+        make_job(name, num_sequences_per_pass=1, **long) for name in ("killed", "whole", "alone")
     )
-    first, second = events(killed, "resumed")
-    assert 20 <= first["step"] < second["step"], "a new checkpoint renews the number of failures"
-    assert first["num_workers"] == 2
-    assert not events(whole, "resumed")
-    assert curve(killed) == curve(whole)
-    assert outcomes[0].validation_loss == outcomes[1].validation_loss
-    assert [outcome.finished for outcome in outcomes] == [True, True]
-    folders = [Path(outcome.checkpoint or "").parent for outcome in outcomes]
-    assert folders == [killed.folder, whole.folder], "in the order of the jobs"
+    listeners, killed = Listeners(job), list[int]()
+
+    def watch() -> None:
+        listeners.watch()
+        if not killed and listeners.workers and find_checkpoints(job.folder):
+            killed.append(events(job, "started")[0]["pid"])
+            os.kill(killed[0], signal.SIGKILL)
+
+    cluster = ClusterSettings(num_workers=2, parallel="fsdp", max_failures=1)
+    (outcome,) = run_train_jobs([job], cluster, watch=watch)
+    assert listeners.are_local(), listeners.found
+    assert not (job.folder / "ray").exists(), "where they met is gone"
+    [started], [resumed] = events(job, "started"), events(job, "resumed")
+    assert (started["num_workers"], started["num_threads"]) == (2, 1)
+    assert (started["parallel"], resumed["num_workers"]) == ("fsdp", 2)
+    assert resumed["step"] >= 20
+    assert outcome.finished
+    workers(2, "fsdp")(whole)  # Without Ray.
+    assert curve(job) == curve(whole)
+    assert state_of(outcome) == state_of(run_job(whole))
+    expected = run_job(alone)
+    assert curve(job) == pytest.approx(curve(alone), abs=1e-4)
+    assert outcome.validation_loss == pytest.approx(expected.validation_loss, abs=1e-4)
+    assert (outcome.num_tokens, outcome.training_flops) == (
+        *(expected.num_tokens, expected.training_flops),
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,19 +174,18 @@ def test_when_a_job_is_started_again(
     assert len(starts) == num_starts
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "retries", "error", "sentence"),
     [
-        ("mistake", 5, UserError, "^a mistake$"),
-        (
-            "out of memory",
-            5,
-            UserError,
-            r"ran out of memory on cpu \(no space\)",
-        ),
-        ("silence", 0, RunFailed, "failed: .*([Tt]imed out|timeout)"),
-        ("killed", 1, RunFailed, "failing failed: .*died"),
+        pytest.param(*case, marks=pytest.mark.slow if n == 0 else pytest.mark.long)
+        for n, case in enumerate(
+            [
+                ("mistake", 5, UserError, "^a mistake$"),
+                ("out of memory", 5, UserError, r"ran out of memory on cpu \(no space\)"),
+                ("silence", 0, RunFailed, "failed: .*([Tt]imed out|timeout)"),
+                ("killed", 1, RunFailed, "failing failed: .*died"),
+            ]
+        )
     ],
 )
 def test_a_worker_that_fails_alone_ends_the_job_within_a_minute(
@@ -250,7 +224,7 @@ def test_a_worker_that_fails_alone_ends_the_job_within_a_minute(
     assert len(events(job, "started")) == num_starts
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_disk_that_is_full_at_ctrl_c_is_the_error_and_nothing_is_called_saved(
     ray_session: None, make_job: MakeJob
 ) -> None:
@@ -353,7 +327,7 @@ def test_a_job_without_a_place_says_so_is_not_waited_for_and_fails_in_time(
         remove_placement_group(others)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_trying_again_cannot_help_is_not_tried_again(
     ray_session: None, make_job: MakeJob
 ) -> None:
