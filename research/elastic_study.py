@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,10 @@ from orchestrator.cluster.ray import ray_cluster
 from orchestrator.data.preparation import find_prepared
 from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
+from orchestrator.planning.estimate import Estimate, price_of_trials
 from orchestrator.reporting.results import result_table
 from orchestrator.reporting.sections import Section, bullets, markdown_table
-from orchestrator.sweeping.students import elastic_flops
+from orchestrator.sweeping.students import student_estimate, without_elastic
 from orchestrator.terminal.render import print_line
 from orchestrator.training.job import finished_outcome, pretraining_job
 from orchestrator.workspace.files import write_text
@@ -199,7 +200,7 @@ def _reading(
     own = _of_length(settings, factor)
     both = run(own, f"x{factor:g}")
     longer = run(_longer_teacher(own), f"longer-x{factor:g}")
-    section = both.report.elastic
+    section = both.elastic
     if section is None:
         raise RunFailed(f"the sweep {both.name} has no schedule that was trained both ways")
     trials = result_table(longer.trials)["trial"]
@@ -209,6 +210,32 @@ def _reading(
         section=section,
         longer=next(trial for trial in trials if trial.role == "trial"),
         flops=elastic_flops(own, [t for t in both.trials if t.is_elastic], workspace.teachers),
+    )
+
+
+def elastic_flops(
+    settings: Settings, trials: Sequence[Trial], teachers: Path
+) -> tuple[float, float]:
+    """Return the training FLOPs of elastic weights, and of separate students of their schedules;
+    with what teachers compute, for all seeds.
+
+    Args:
+        trials: Those of elastic weights; at least one.
+        teachers: Folder of stored teacher outputs.
+    """
+    jobs = [trial.job for trial in trials if trial.job]
+    own = [replace(Estimate.of(job), steps_done=0) for job in jobs]
+    recipe = without_elastic(settings).distillation.training
+    separate = [
+        student_estimate(
+            settings, jobs[0].model, model, recipe.model_copy(update={"seed": job.recipe.seed})
+        )
+        for job in jobs
+        for model in {trial.model.corrections: trial.model for trial in trials}.values()
+    ]
+    return (
+        price_of_trials(own, settings, teachers).flops,
+        price_of_trials(separate, settings, teachers).flops,
     )
 
 

@@ -7,11 +7,10 @@ a joined cluster are checked before they get work: they need the same code and l
 workspace with locks that reach all of them, because otherwise two runs could write to one folder.
 
 A job is one process, or several data-parallel workers of equal CPUs, with one GPU each or none. As
-many jobs run at the same time as the nodes hold with all of their workers, so none waits for half
-of them. Jobs on CPUs share all CPUs evenly; a worker with a GPU gets the CPUs that belong to it.
-Each worker uses as many threads as CPUs. A machine without GPUs can rehearse how jobs are placed on
-a cluster of GPUs: start Ray with `--num-gpus 8`, and set `IIET_PRETENDED_GPUS=1` for Ray and for
-the command.
+many jobs run at the same time as the nodes hold with all of their workers. Jobs on CPUs share all
+CPUs evenly; a worker with a GPU gets the CPUs that belong to it. Each worker uses as many threads
+as CPUs. A machine without GPUs can rehearse how jobs are placed on GPUs: start Ray with
+`--num-gpus 8`, and set `IIET_PRETENDED_GPUS=1` for Ray and for the command.
 """
 
 from __future__ import annotations
@@ -63,13 +62,7 @@ from orchestrator.terminal.stop import (
     stop_requested,
     wait_interruptibly,
 )
-from orchestrator.workspace.errors import (
-    DeviceError,
-    Interrupted,
-    RunFailed,
-    UserError,
-    first_line,
-)
+from orchestrator.workspace.errors import DeviceError, Interrupted, RunFailed, UserError, first_line
 from orchestrator.workspace.files import make_scratch_folder
 from orchestrator.workspace.locks import lock_descriptor
 from orchestrator.workspace.provenance import (
@@ -126,8 +119,7 @@ _imported_for_local: bool | None = None
 def address_variables(address: str) -> dict[str, str | None]:
     """Return the variables of a Ray that is started here or joined; None: not set.
 
-    What the user has set stays, except `RAY_ADDRESS`: parts of Ray read it themselves, so it
-    follows the address.
+    What the user has set stays, except `RAY_ADDRESS`, which parts of Ray read themselves.
     """
     defaults = _LOCAL_ENVIRONMENT if address == LOCAL else _JOINING_ENVIRONMENT
     variables: dict[str, str | None] = {
@@ -178,12 +170,9 @@ def ray_environment(address: str, folder: Path | None = None) -> Iterator[None]:
 
 
 def worker_variables(entries: Iterable[str], address: str) -> dict[str, str]:
-    """Return the environment variables that Ray sets for its workers.
+    """Return the variables that `cluster.env` names for Ray's workers.
 
     Those of a local Ray inherit what is set here.
-
-    Args:
-        entries: As in the setting `cluster.env`.
     """
     found = {}
     for entry in (PRETENDED_GPUS, *entries):
@@ -411,10 +400,7 @@ def alive_nodes() -> tuple[Node, ...]:
 
 
 def check_nodes(folder: Path | None = None) -> None:
-    """Check all nodes with CPUs or GPUs at the same time.
-
-    Args:
-        folder: The workspace, or a folder in it; not checked when unset.
+    """Check all nodes with CPUs or GPUs at the same time, and whether they share a folder.
 
     Raises:
         UserError: Names the first node that cannot be used, what differs and what to do.
@@ -566,11 +552,10 @@ class Placement:
 
     @property
     def trial_resources(self) -> dict[str, float]:
-        """What Ray reserves for a trial's own process.
+        """What Ray reserves for a trial's own process: a single worker is that process.
 
-        A single worker is that process. If there are several, they reserve their own CPUs and GPUs,
-        and a trial that took some, too, could keep them from its workers. By its memory, Ray
-        spreads the processes over the nodes.
+        Several reserve their own; if the process took CPUs or GPUs, too, it could keep them from
+        its workers. By its memory, Ray spreads such processes over the nodes.
         """
         return self.worker_resources if self.workers == 1 else {"memory": TRIAL_PROCESS_BYTES}
 
@@ -594,12 +579,9 @@ def job_placement(
     """Share CPUs and GPUs among jobs.
 
     Args:
-        num_jobs: Jobs that wait.
         num_workers: Data-parallel workers of each job; with GPUs, 1 or the number of GPUs.
         num_gpus: GPUs of each job, one for each worker, or a share of one; 0 runs on CPUs.
-        resources: What the Ray that runs has.
         min_gpus: Fewest GPUs of a job, if their number may vary.
-        most_at_once: Limit of jobs at the same time.
         per_trial: Whether the jobs are trials of a sweep, for the error.
 
     Raises:
@@ -633,10 +615,7 @@ def use_fake_gpus() -> bool:
 
 
 def worker_device(*, use_gpu: bool) -> str:
-    """Return the device of this process, which is a Ray task or actor: `cpu` or `cuda`.
-
-    Args:
-        use_gpu: Whether it has reserved a GPU.
+    """Return the device of this process, a Ray task or actor that may have reserved a GPU.
 
     Raises:
         DeviceError: If PyTorch cannot use the GPU that Ray reserved.
@@ -669,10 +648,9 @@ def asked_places(bundles: Sequence[dict[str, float]], strategy: str = "PACK") ->
 
 
 def wait_for_gpus(num_gpus: float, note: Callable[[str], None] | None = None) -> None:
-    """Wait until a job's GPUs are free, each with a CPU.
+    """Wait until a job's GPUs, or its share of one, are free, each with a CPU.
 
     Args:
-        num_gpus: GPUs of the job, or a share of one; 0 returns at once.
         note: Called with a sentence if there is something to wait for.
 
     Raises:

@@ -19,19 +19,11 @@ from typing import Any
 from orchestrator.terminal.stop import SIGNALS, signal_handlers
 from orchestrator.workspace.errors import Interrupted, RunFailed, UserError, first_line
 
-STOP_SECONDS = "3600"
-"""How long Ray waits for a stopped job to save its state, instead of three seconds."""
-
 
 def run_as_job(
-    words: Sequence[str],
-    *,
-    server: str,
-    name: str,
-    variables: Mapping[str, str],
-    follow: bool,
+    words: Sequence[str], *, server: str, name: str, variables: Mapping[str, str], follow: bool,
     write: Callable[[str], Any],
-) -> int:
+) -> int:  # fmt: skip
     """Submit `iiet-orch` with these words; return the exit code of the job, or 0 unless `follow`.
 
     The job's id begins with `name`. `write` gets it, and with `follow` the job's output.
@@ -50,7 +42,8 @@ def run_as_job(
     for logger in [*logging.Logger.manager.loggerDict]:
         if logger.startswith("ray."):
             logging.getLogger(logger).setLevel(logging.WARNING)  # Some set levels of their own.
-    environment = {"RAY_JOB_STOP_WAIT_TIME_S": STOP_SECONDS, **variables}
+    # How long Ray waits for a stopped job to save its state; its own default is three seconds.
+    environment = {"RAY_JOB_STOP_WAIT_TIME_S": "3600", **variables}
     try:
         client = JobSubmissionClient(server)
         job: str = client.submit_job(

@@ -21,18 +21,8 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.cluster.ray import (
-    check_ray_can_run,
-    ray_cluster,
-    ray_environment,
-    worker_device,
-)
-from orchestrator.planning.machine import (
-    Resources,
-    check_available,
-    check_device,
-    local_resources,
-)
+from orchestrator.cluster.ray import check_ray_can_run, ray_cluster, ray_environment, worker_device
+from orchestrator.planning.machine import Resources, check_available, check_device, local_resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import ClusterSettings, Settings
 from orchestrator.settings.cluster import LOCAL
@@ -58,10 +48,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def joined_cluster(
-    cluster: ClusterSettings,
-    folder: Path,
-    check: Callable[[Resources], None],
-    progress: Progress,
+    cluster: ClusterSettings, folder: Path, check: Callable[[Resources], None], progress: Progress
 ) -> Iterator[None]:
     """Join the cluster that the settings name for a block of code, and check it first.
 

@@ -116,9 +116,7 @@ def run_train_jobs(
 
 
 def _run_together(
-    runs: Sequence[JobRun],
-    watch: Callable[[], None] | None,
-    note: Callable[[str], None] | None,
+    runs: Sequence[JobRun], watch: Callable[[], None] | None, note: Callable[[str], None] | None
 ) -> None:
     """Run each job in a thread until all have ended; after a signal, ask them to save."""
     said: dict[JobRun, str] = {}
@@ -150,12 +148,7 @@ class JobRun:
     def __init__(
         self, job: TrainingJob, placement: Placement, cluster: ClusterSettings, stop: Signal
     ) -> None:
-        """Prepare a job; nothing is started yet.
-
-        Args:
-            cluster: How workers share the model, how often and how long to try.
-            stop: Asks the workers to save and return.
-        """
+        """Prepare a job; `stop` asks its workers to save and return."""
         self.job, self.placement, self.cluster, self.stop = job, placement, cluster, stop
         self.waits_for = ""
         """What it waits for, as a sentence; empty while it runs."""
@@ -171,10 +164,10 @@ class JobRun:
         return not self.waits_for and self._journal_bytes() > self._num_bytes
 
     def fit(self) -> None:
-        """Run the job to its end, or until it was asked to stop.
+        """Run the job to its end, or until it was asked to stop; its folder has the outcome.
 
-        The caller watches for signals, and reads the outcome from the job's folder. It is started
-        again `cluster.max_failures` times after a worker died, if no checkpoint is newer.
+        It is started again `cluster.max_failures` times after a worker died, if no checkpoint is
+        newer.
 
         Raises:
             UserError: If the job cannot run as described, or does not fit into its workers' memory.

@@ -25,13 +25,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from orchestrator.cluster.ray import (
-    Placement,
-    Signal,
-    job_placement,
-    ray_cluster,
-    worker_device,
-)
+from orchestrator.cluster.ray import Placement, Signal, job_placement, ray_cluster, worker_device
 from orchestrator.cluster.train import FINAL_ERRORS, JobRun, failure_reason
 from orchestrator.planning.estimate import out_of_memory_explained
 from orchestrator.records.training import TrainingJob, TrainingOutcome
@@ -116,10 +110,9 @@ class TrialPlace:
             tune.report({STEP: step, LOSS: numbers[VALIDATION_METRIC]})
 
     def train(self, job: TrainingJob, report: Report | None = None) -> TrainingOutcome:
-        """Train a job here, or on the trial's workers; as `run_job`.
+        """Train a job here, or on the trial's workers, whose first one writes losses; as `run_job`.
 
-        Of several workers, losses come from the journal that the first one writes. If one dies, the
-        trial fails and is tried again, which resumes from the newest checkpoint.
+        If a worker dies, the trial fails and is tried again, from its newest checkpoint.
         """
         num_workers = self.placement.workers
         if num_workers == 1:

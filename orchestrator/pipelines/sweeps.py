@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
@@ -77,7 +77,7 @@ from orchestrator.sweeping.plan import (
     schedule_search,
     trial_states,
 )
-from orchestrator.sweeping.students import elastic_flops, unknown_students
+from orchestrator.sweeping.students import unknown_students
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
 from orchestrator.workspace.errors import RunFailed, UserError
@@ -160,15 +160,6 @@ class PlannedSweep(Result):
         """What is reused, and what is not known yet."""
         sweep, trials = self.placed.sweep, self._parts[1]
         notes = [*plan_sentences(self.plan, sweep, self.states), *self.said]
-        if elastic := [trial for trial in self.plan.trials if trial.is_elastic]:
-            own, separate = elastic_flops(self.placed, elastic, self.workspace.teachers)
-            jobs = [trial.job for trial in elastic if trial.job]
-            runs = "one elastic training" if len(jobs) == 1 else f"{len(jobs):,} elastic trainings"
-            notes.append(
-                f"{runs} of {jobs[0].recipe.num_steps:,} steps: {own:.3g} FLOPs, "
-                f"{own / separate:.0%} of the {separate:.3g} of "
-                f"{format_count(len(elastic), 'separate student')}"
-            )
         if sweep.gpus_per_trial and trials:
             gpus = format_count(sweep.num_workers_per_trial, "GPU")
             at_once = min(sweep.trials_at_once or 1, len(trials))
@@ -235,11 +226,11 @@ class ReportResult(Result):
     """The HTML page; None if no model could be placed."""
     workspace: Path = Field(exclude=True)
 
-    @staticmethod
-    def of(written: WrittenReport, workspace: Workspace) -> ReportResult:
+    @classmethod
+    def of(cls, written: WrittenReport, workspace: Workspace, **more: Any) -> Self:
         """Return a report that was written."""
         report = written.report
-        return ReportResult(
+        return cls(
             title=report.title,
             front=report.front,
             sentences=tuple(report.sentences),
@@ -248,6 +239,7 @@ class ReportResult(Result):
             folder=written.folder,
             page=written.page,
             workspace=workspace.root,
+            **more,
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -267,8 +259,8 @@ class ReportResult(Result):
         yield f"MLflow: iiet-orch ui --workspace {self.workspace}"
 
 
-class SweepResult(Result):
-    """A sweep that has ended."""
+class SweepResult(ReportResult):
+    """A sweep that has ended, and its report."""
 
     name: str
     """Name of the sweep; `report` and `pick` find it by this."""
@@ -278,20 +270,6 @@ class SweepResult(Result):
     """Label to reason of the trials that failed; the same call tries them again."""
     stopped: dict[str, str]
     """Label to reason of the trials that a rule stopped early."""
-    report: ReportResult = Field(exclude=True)
-    """The front, and the files of its report."""
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one row per trial: cost, quality, place on the front, checkpoint."""
-        return self.report.rows()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return name, failed and stopped trials, and the values of the report."""
-        return {**super().to_json(), **self.report.to_json()}
-
-    def shown(self) -> Iterable[RenderableType]:
-        """Return what the report shows."""
-        return self.report.shown()
 
     def raise_failures(self) -> None:
         """Raise `RunFailed` with the names of the trials that failed, if there are any."""
@@ -461,7 +439,17 @@ def plan_sweep(
     Raises:
         UserError: If the settings do not go together.
     """
-    _check_arguments(kind := settings.sweep.kind, teacher, models)
+    kind = settings.sweep.kind
+    if kind == "iterations" and teacher is not None:
+        raise UserError(
+            f"sweep.kind=iterations trains every model from scratch, and a teacher was given "
+            f"({teacher}); leave it out, or set sweep.kind to threshold or search"
+        )
+    if kind != "iterations" and models is not None:
+        raise UserError(
+            f"sweep.kind={kind} distills students of one teacher, and models were given; leave "
+            "them out, or set sweep.kind to iterations"
+        )
     check_sweep(settings)
     space, progress = find_workspace(workspace), progress or Progress()
     asked: dict[str, Any] = {"settings": settings, "baselines": baselines}
@@ -509,7 +497,7 @@ def plan_sweep(
             said.append(f"the teacher's influence is not measured, so {counts}")
         elif kind == "search":
             search = schedule_search(settings, space, plan, checkpoint)
-            plan = plan.model_copy(update={"trials": (*plan.trials, *search.known_trials())})
+            plan = plan.model_copy(update={"trials": (*plan.trials, *search.suggested_trials())})
             unknown = [Estimate.of(job) for job in search.jobs_left()]
             said.append(search.text)
     elif pretraining:
@@ -544,19 +532,6 @@ def plan_sweep(
     )
     planned.price  # noqa: B018  # raises if the workers cannot share a step
     return planned
-
-
-def _check_arguments(kind: str, teacher: Any, models: Any) -> None:
-    if kind == "iterations" and teacher is not None:
-        raise UserError(
-            f"sweep.kind=iterations trains every model from scratch, and a teacher was given "
-            f"({teacher}); leave it out, or set sweep.kind to threshold or search"
-        )
-    if kind != "iterations" and models is not None:
-        raise UserError(
-            f"sweep.kind={kind} distills students of one teacher, and models were given; leave "
-            "them out, or set sweep.kind to iterations"
-        )
 
 
 def _models_plan(pretraining: TrainingPlan, labels: Iterable[str]) -> SweepPlan:
@@ -659,13 +634,14 @@ def _write_report(planned: PlannedSweep, outcome: SweepOutcome, context: Context
         },
     )
     written = write_sweep_report(workspace, found, tracking=context.tracking)
-    journal = Journal(outcome.folder)
+    journal = Journal(workspace.sweeps / plan.name)
     journal.event("finished")  # Commands without a name take the newest sweep.
     journal.close()
-    return SweepResult(
+    return SweepResult.of(
+        written,
+        workspace,
         name=plan.name,
         trials=outcome.results,
         failures=outcome.failures,
         stopped=outcome.stopped,
-        report=ReportResult.of(written, workspace),
     )

@@ -1,9 +1,8 @@
 """What the models of a sweep cost, and when asked how they draft for the full one; measured once.
 
-Costs are exact counts, and milliseconds per token. For these only the shapes of the models count,
-not the values of their weights, so the weights are random, and all schedules of one shape share
-them. Of each schedule's drafts: the acceptance, and the time per token of the full model's exact
-output. Only text is generated, so sweeps on other data have no drafts.
+Milliseconds depend on the shapes of the models only, so the weights are random, and all schedules
+of one shape share them. Drafts have an acceptance, and a time per token of the full model's exact
+output; sweeps on other data than text have none.
 """
 
 from __future__ import annotations
@@ -55,10 +54,7 @@ class _Measured(Record):
 def with_costs(
     found: Sequence[Trial], plan: SweepPlan, folder: Path, settings: Settings, progress: Progress
 ) -> list[Trial]:
-    """Add what each model costs: exact counts, and measured milliseconds.
-
-    Of many models, those are measured that tables show.
-    """
+    """Add what each model costs: exact counts, and milliseconds of those that tables show."""
     full = full_trial(plan).model
     counted = [t.with_numbers("cost", exact_cost(t.model, full)) for t in found]
     shown = {trial.key: trial for trial in shown_trials(counted)}
@@ -92,9 +88,7 @@ def with_drafts(
 ) -> list[Trial]:
     """Add how the models that tables show draft for their full models; costs must be known.
 
-    Args:
-        folder: The sweep's folder; what is stored there is not measured again.
-        on_device: Where the others are measured; they are left out when unset.
+    What is not stored in the sweep's folder is measured on a device, if one is given.
     """
     targets = draft_targets(results)
     pairs = {
@@ -116,11 +110,7 @@ def with_drafts(
 
 
 def text_of(tokens_folder: Path) -> TokenStore:
-    """Return the text of prepared data, whose beginnings are continued.
-
-    Raises:
-        UserError: If the data has none.
-    """
+    """Return the text of prepared data, whose beginnings are continued, or raise `UserError`."""
     parts = open_data(tokens_folder).parts
     if found := next((part for part in parts if isinstance(part, TokenStore)), None):
         return found

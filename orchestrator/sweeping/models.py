@@ -8,7 +8,7 @@ here, before anything is read or trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,11 +25,7 @@ from orchestrator.models.config import build_model_config
 from orchestrator.models.folder import check_checkpoint, load_config, load_provenance
 from orchestrator.models.lookup import run_folders
 from orchestrator.planning.estimate import assign_trial_gpus
-from orchestrator.planning.machine import (
-    Resources,
-    check_available,
-    check_run_resources,
-)
+from orchestrator.planning.machine import Resources, check_available, check_run_resources
 from orchestrator.records.training import TrainingOutcome
 from orchestrator.settings import (
     BASELINE_METHOD,
@@ -56,10 +52,8 @@ T = TypeVar("T")
 
 
 def model_label(method: str, corrections: object, num_layers: int | None = None) -> str:
-    """Return the name of a model in tables.
-
-    `vanilla` for a method without corrections, `r = 3` for the default method, else `other, r = 3`;
-    with a number of layers `vanilla, 8 layers`.
+    """Return the name of a model in tables: `vanilla`, `r = 3` for the default method, else
+    `other, r = 3`; with a number of layers `vanilla, 8 layers`.
     """
     parts = [method] if method != DEFAULT_METHOD else []
     if METHODS[method].has_corrections:
@@ -184,11 +178,8 @@ def find_baselines(
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Return the workspace's newest models without corrections that can be a teacher's baselines.
 
-    They have its tokens, shape and recipe. Damaged runs are reported. A run that was trained
-    differently is reported only if there is no other model of its kind.
-
-    Args:
-        layers: Numbers of layers that differ from the teacher's, as in `sweep.num_layers`.
+    They have its tokens, shape and recipe, or a number of layers that `sweep.num_layers` names. A
+    run that was trained differently is reported only if there is no other model of its kind.
 
     Returns:
         Label -> checkpoint, and name of a run that is left out -> reason.
@@ -199,50 +190,31 @@ def find_baselines(
     full = load_config(teacher)
     wanted = _comparable(full, load_provenance(teacher))
     for run in sorted(run_folders(workspace), key=last_recorded):
-        damage: list[UserError] = []
-        for checkpoint in reversed(find_checkpoints(run)):
+        for checkpoint in find_checkpoints(run)[-1:]:
+            label = f"the run {run.name}"
             try:
                 config, provenance = load_config(checkpoint), load_provenance(checkpoint)
-                break
+                if config.corrections.num_corrections or "imported" in provenance:
+                    continue
+                label, number = model_label(config.method, 0), config.num_layers
+                asked = _values_of(layers, (label, config.method), full.num_layers)
+                if number in asked and number != full.num_layers:
+                    label = model_label(config.method, 0, number)
+                own = _comparable(config, provenance)
+                due = {**wanted, "model.num_layers": number if number in asked else asked[0]}
+                remedy = "delete it, and the same training again writes it"
+                outcome = TrainingOutcome.read(run / DONE_NAME, remedy=remedy)
+                reason = "" if outcome else "its training is not finished"
+                if differing := [n for n in {**own, **due} if own.get(n) != due.get(n)]:
+                    name = differing[0]
+                    reason = f"{name} is {own.get(name)!r}, and {due.get(name)!r} is needed"
+                if reason or not outcome:
+                    unlike[label] = run.name, f"{label} is left out: {reason}"
+                    continue
+                check_checkpoint(run / checkpoint_name(outcome.step))
+                found[label] = run / checkpoint_name(outcome.step)
             except UserError as error:
-                damage.append(error)
-        else:
-            if damage:
-                left_out[run.name] = f"the run {run.name} is left out: {damage[0]}"
-            continue
-        if config.corrections.num_corrections or "imported" in provenance:
-            continue
-
-        label, number = model_label(config.method, 0), config.num_layers
-        asked = _values_of(layers, (label, config.method), full.num_layers)
-        if number in asked and number != full.num_layers:
-            label = model_label(config.method, 0, number)
-        own = _comparable(config, provenance)
-        due = wanted | ({"model.num_layers": number} if number in asked else {})
-        differing = [
-            f"{name} is {own.get(name)!r} and the teacher's {due.get(name)!r}"
-            for name in dict.fromkeys([*own, *due])
-            if own.get(name) != due.get(name)
-        ]
-        if differing:
-            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-            reason = ", ".join(differing[:3]) + more
-        elif number not in asked:
-            reason = f"it has {format_count(number, 'layer')}, which sweep.num_layers leaves out"
-        else:
-            reason = "" if (run / DONE_NAME).exists() else "its training is not finished"
-        if reason:
-            unlike[label] = (run.name, f"{label} is left out: {reason}")
-            continue
-
-        remedy = "delete it, and the same training again writes it"
-        try:
-            outcome = TrainingOutcome.read(run / DONE_NAME, remedy=remedy)
-            assert outcome, "the file exists"
-            check_checkpoint(run / checkpoint_name(outcome.step))
-            found[label] = run / checkpoint_name(outcome.step)
-        except UserError as error:
-            left_out[run.name] = f"{label} is left out: {error}"
+                left_out[run.name] = f"{label} is left out: {error}"
     return found, left_out | dict(pair for label, pair in unlike.items() if label not in found)
 
 
@@ -280,11 +252,7 @@ def schedule_cost(unit: str, full: ModelConfig) -> Cost:
 
 
 def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
-    """Check that a sweep's settings go together.
-
-    Args:
-        settings: All sections.
-        progress: Gets a note of each task that is skipped; tasks are not checked when unset.
+    """Check that a sweep's settings go together, and with a progress display also its tasks.
 
     Raises:
         UserError: Says which settings do not go together and what to change.
@@ -305,11 +273,8 @@ def check_sweep(settings: Settings, progress: Progress | None = None) -> None:
 def check_devices(
     settings: Settings, resources: Resources | None = None, *, pretrains: bool
 ) -> None:
-    """Check that there are the CPUs and GPUs of one trial.
-
-    Args:
-        resources: Nodes of a cluster that was joined; this machine's when unset.
-        pretrains: Whether the sweep trains a teacher first, on the devices of section `cluster`.
+    """Check that a joined cluster, or this machine, has the CPUs and GPUs of one trial, and those
+    of a teacher that is trained first.
 
     Raises:
         UserError: If there are too few.
@@ -344,9 +309,6 @@ def check_teacher(sweep: SweepSettings, full: ModelConfig) -> None:
 def check_models(settings: Settings) -> None:
     """Check that the models of a sweep can be built, without any data.
 
-    Args:
-        settings: Sections `model` and `sweep` count, and `evaluation.apply_chat_template`.
-
     Raises:
         UserError: Names everything that is wrong with the models, all at once.
     """
@@ -355,61 +317,40 @@ def check_models(settings: Settings) -> None:
             "evaluation.apply_chat_template: models that are trained from scratch have no chat "
             "template; leave it out, or distill an imported model that has one"
         )
-    kind, data = settings.sweep.kind, settings.data
-
-    def build(own: Settings) -> ModelConfig:
-        length = sequence_length(data)
-        return build_model_config(own.model, vocab_size=data.vocab_size, context_length=length)
-
-    if kind == "iterations":
-        problems, models = [], list(swept_models(settings))
-        for model in models:
-            try:
-                build(settings_of(settings, model))
-            except UserError as error:
-                problems.append(str(error))
-        problems += _settings_of_no_model(settings, models)
-        if problems:
-            raise UserError("; ".join(dict.fromkeys(problems)))
+    sweep, data = settings.sweep, settings.data
+    is_scratch = sweep.kind == "iterations"
+    models = [*swept_models(settings)] if is_scratch else baseline_models(settings)
+    problems = []
+    for own in [settings_of(settings, model) for model in models] if is_scratch else [settings]:
+        try:
+            config = build_model_config(
+                own.model, vocab_size=data.vocab_size, context_length=sequence_length(data)
+            )
+        except UserError as error:
+            problems.append(str(error))
+    known = {key for model in models for key in model.keys}
+    rates = {name for name in sweep.learning_rates if name not in {*METHODS, *known}}
+    if not is_scratch:
+        # Other rates may be those of the teacher, or of an iterations sweep from the same file.
+        rates = {name for name in rates if has_layers(name)}
+    for name in [*sweep.learning_rates, *sweep.num_layers]:
+        if name in rates or (name in sweep.num_layers and name not in known):
+            setting = "learning_rates" if name in rates else "num_layers"
+            what = "swept" if is_scratch else "a baseline of this sweep"
+            names = ", ".join(model.name for model in models)
+            problems.append(f"sweep.{setting}: {name} is not {what}; such models are {names}")
+    if problems:
+        raise UserError("; ".join(dict.fromkeys(problems)))
+    if is_scratch:
         return
-    config = build(settings)
-    if problems := _settings_of_no_model(settings, baseline_models(settings)):
-        raise UserError("; ".join(problems))
     if settings.distillation.control != "pruned":
         sequences_per_step(settings.distillation.training, config, section=STUDENTS_SECTION)
-    check_teacher(settings.sweep, config)
-    if METHODS[config.method].repeats_stack:
+    check_teacher(sweep, config)
+    method = METHODS[config.method]
+    if method.repeats_stack or not method.has_corrections or not sum(config.corrections):
+        has = "repeats the whole stack" if method.repeats_stack else "has none"
         raise UserError(
-            f"a {kind} sweep prunes the corrections of single layers, and model.method="
-            f"{config.method} repeats the whole stack; take method iiet, or compare numbers of "
-            "repetitions with sweep.kind=iterations"
+            f"a {sweep.kind} sweep prunes the corrections of its teacher's layers, and a teacher "
+            f"of model.method={config.method} and model.corrections={settings.model.corrections} "
+            f"{has}; take method iiet with 1 correction or more, or sweep.kind=iterations"
         )
-    if not METHODS[config.method].has_corrections or not sum(config.corrections):
-        raise UserError(
-            f"a {kind} sweep prunes its teacher's corrections, and a teacher of "
-            f"model.method={settings.model.method} and model.corrections="
-            f"{settings.model.corrections} has none; take method iiet with 1 correction or more"
-        )
-
-
-def _settings_of_no_model(settings: Settings, models: Sequence[ModelVariant]) -> list[str]:
-    """Return which learning rates and numbers of layers are those of a model that is not trained.
-
-    Args:
-        models: What is trained, apart from a teacher and its students.
-    """
-    sweep, names = settings.sweep, ", ".join(model.name for model in models)
-    known = {key for model in models for key in model.keys}
-    rates = [name for name in sweep.learning_rates if name not in {*METHODS, *known}]
-    trained = f"is not swept; swept are {names}"
-    if sweep.kind != "iterations":
-        # Other rates may be those of the teacher, or of an iterations sweep from the same file.
-        rates = [name for name in rates if has_layers(name)]
-        trained = f"is no baseline of this sweep; baselines are {names}"
-    layers = [name for name in sweep.num_layers if name not in known]
-    problems = {"learning_rates has a rate": rates, "num_layers has a number of layers": layers}
-    return [
-        f"sweep.{setting} of {', '.join(found)}, which {trained}"
-        for setting, found in problems.items()
-        if found
-    ]

@@ -1,9 +1,7 @@
 """Plan a sweep, by reading only: its trials, what they are measured on, and how far each is.
 
 An iterations sweep pretrains models from scratch. A threshold sweep and a search distill students
-of one teacher under schedules that its influence gives: the threshold's nested family, or the
-knapsack's best schedule at each cost; those of given thresholds or budgets, or a number of them
-spread evenly over cost.
+of one teacher under schedules that its influence gives.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from orchestrator.evaluation.tasks import (
     select_tasks,
     user_task_folders,
 )
-from orchestrator.models.folder import load_config, text_files_key, weights_key
+from orchestrator.models.folder import load_config, text_files_key
 from orchestrator.models.tokenizer import ModelTokenizer, check_template
 from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
@@ -116,10 +114,7 @@ def iterations_plan(
     suite: TrialSuite,
     name: str | None = None,
 ) -> SweepPlan:
-    """Plan a sweep that pretrains models, each by its job; those with the same job are one trial.
-
-    The name is made from the plan's key when unset.
-    """
+    """Plan a sweep that pretrains models, each by its job; those of one job are one trial."""
     trials = {}
     for model, job in zip(models, share_first_stages(jobs), strict=True):
         is_baseline = not METHODS[job.model.method].has_corrections
@@ -149,12 +144,10 @@ def plan_students(
     """Plan a threshold sweep or a search: the trials that are known before any has run.
 
     Args:
-        teacher: Checkpoint of the full model.
-        influence: Its table; without it the plan has no students.
-        baselines: Label to checkpoint; when unset, the workspace's models without corrections that
-            have the teacher's shape and tokens; `sweep.num_layers` allows other depths.
-        hashes: Of lm-eval's tasks, if they are loaded.
+        influence: The teacher's table; without it the plan has no students.
         note: Called with a sentence for each run that cannot be a baseline.
+        baselines: Label to checkpoint; those of `find_baselines` when unset.
+        hashes: Of lm-eval's tasks, if they are loaded.
     """
     sweep, full = settings.sweep, load_config(teacher)
     left_out: dict[str, str] = {}
@@ -187,12 +180,8 @@ def students_plan(
 ) -> SweepPlan:
     """Plan the teacher, elastic weights, students under the chosen schedules, and the baselines.
 
-    Elastic weights take the students' place, unless the two are compared.
-
-    Args:
-        influence: The teacher's table; without it the plan has no students.
-        baselines: Label -> checkpoint.
-        name: Name of the sweep; made from its key when unset.
+    Elastic weights take the students' place, unless the two are compared. The name is made from
+    the plan's key when unset.
     """
     sweep, full, suite, workspace = (
         students.settings.sweep, students.full, students.suite, students.workspace
@@ -228,7 +217,7 @@ def schedule_search(
     settings: Settings, workspace: Workspace, plan: SweepPlan, teacher: Path
 ) -> ScheduleSearch:
     """Return what suggests further trials for the plan of a search."""
-    from orchestrator.sweeping.search import ScheduleSearch, finished_schedules  # Imports optuna.
+    from orchestrator.sweeping.search import ScheduleSearch  # Imports optuna.
 
     students = Students(settings, workspace, teacher, plan.trials[0].suite)
     return ScheduleSearch(
@@ -237,7 +226,6 @@ def schedule_search(
         settings.search,
         lambda schedule: students.student(FamilyMember(schedule, math.nan, math.nan)),
         folder=workspace.sweeps / plan.name,
-        others=finished_schedules(workspace, weights_key(teacher)),
     )
 
 
@@ -273,8 +261,7 @@ def load_tasks(
     """Make the held-out items that are missing, load lm-eval's tasks, and return their hashes.
 
     Raises:
-        UserError: If the held-out text is too poor, a task does not exist, or its answers are too
-            long for the models.
+        UserError: If the text is too poor, a task is missing, or its answers are too long.
     """
     length, folder = config.context_length, tokens if needs_heldout(settings) else None
     select_tasks(settings, folder, context_length=length, make=progress)
@@ -293,10 +280,8 @@ def plan_suite(
     """Return how trials are evaluated.
 
     Args:
-        hashes: What `load_tasks` returns: held-out tasks are named by their content, others may
-            change under their names.
+        hashes: What `load_tasks` returns; when unset, those that the newest sweep found count.
         teacher: Checkpoint of the full model; an imported one reads text with its own tokenizer.
-        workspace: Hashes that are not known are those that its newest sweep found.
     """
     folder = tokens if needs_heldout(settings) else None
     asked = select_tasks(settings, folder, context_length=config.context_length)
@@ -362,7 +347,6 @@ def full_trial(plan: SweepPlan) -> Trial:
 def num_models(trials: Sequence[Trial]) -> int:
     """Return the number of schedules or models that a sweep is about; seeds count once.
 
-    Of a teacher's students, schedules count: an elastic one and a separate one are the same.
     Baselines count where all models are trained from scratch.
     """
     own = [t for t in trials if t.role == "trial" or (t.job and t.parent is None)]

@@ -1,15 +1,18 @@
 """Run the unfinished trials of a sweep's plan with Ray Tune, then measure all times per token.
 
-The sweep's folder holds its plan and settings. Finished trials are read once, at the start, and are
-not run again; so the same command resumes after any interruption. Tune takes trials from a queue:
-one that measures the weights of another waits for it, and the suggestions of a search follow the
-plan's trials. A trial that another process runs stays in the queue until that process has ended or
-died, so two sweeps at the same time share the work and make no trial twice. Whoever waits holds no
-lock and no CPUs that others wait for, so two processes cannot wait for each other.
+Finished trials are read once, at the start, and are not run again; so the same command resumes
+after any interruption. Tune takes trials from a queue: one that measures the weights of another
+waits for it, and the suggestions of a search follow the plan's trials. A trial that another process
+runs stays in the queue until that process has ended or died, so two sweeps at the same time share
+the work and make no trial twice. Whoever waits holds no lock and no CPUs, so two processes cannot
+wait for each other.
 
-A trial's process stores its result; `SweepQueue.on_end` gets it, and the sweep's MLflow run shows
-it with the front so far. Milliseconds are measured last, the models in turns, because trials that
-run at the same time would disturb the clock.
+A trial's process stores its result while it holds the trial's lock, and returns it;
+`SweepQueue.on_end` gets it, and MLflow shows it with the front so far (`LiveSweep`). A journal in
+the sweep's folder holds the hypervolume of that front, of NFE and accuracy, against the number of
+finished models and against the FLOPs of the sweep's own training; it is a share of a box that the
+full model spans, so the curves start once that model is measured. Milliseconds are measured last,
+because trials that run at the same time would disturb the clock.
 """
 
 from __future__ import annotations
@@ -17,23 +20,40 @@ from __future__ import annotations
 import os
 import queue
 import socket
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from iiet.cost import inference_cost
 from orchestrator.cluster.ray import ray_cluster, wait_for_gpus
 from orchestrator.cluster.task import trial_device
+from orchestrator.data.mixture import describe_data
 from orchestrator.planning.estimate import seconds_to_save
-from orchestrator.records.training import TrainingJob
+from orchestrator.records.tracked_run import Status, TrackedRun
+from orchestrator.records.training import TrainingJob, job_parameters, shared_parameters
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
+from orchestrator.reporting.front import Front, find_front
+from orchestrator.reporting.mlflow_report import SWEEP_TAG, front_so_far, trial_run
+from orchestrator.reporting.results import (
+    HYPERVOLUME_BY_GFLOPS,
+    HYPERVOLUME_BY_TRIALS,
+    MAX_CURVE_POINTS,
+    history_folder,
+    result_table,
+)
 from orchestrator.settings import SETTINGS_NAME, Settings, to_yaml
 from orchestrator.sweeping.decode import with_costs, with_drafts
-from orchestrator.sweeping.live import LiveSweep
-from orchestrator.sweeping.plan import asha_rule, competing_trials, early_stops, full_trial
+from orchestrator.sweeping.plan import (
+    asha_rule,
+    competing_trials,
+    early_stops,
+    exact_cost,
+    full_trial,
+)
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import note_saved_state, stop_requested
@@ -46,9 +66,9 @@ from orchestrator.training.watching import (
     is_run_locked,
     waiting_text,
 )
-from orchestrator.workspace.errors import Interrupted, RunFailed, UserError
+from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.files import delete_folder, write_text
-from orchestrator.workspace.journal import Journal
+from orchestrator.workspace.journal import Journal, now_ms, read_journal, recorded_times
 from orchestrator.workspace.layout import PLAN_FILE, STOPPED_NAME, Workspace, find_checkpoints
 
 if TYPE_CHECKING:
@@ -59,6 +79,11 @@ TRAINING_SHARE = 0.9
 """Share of a trial's progress that is its training; the rest is its measurement."""
 MAX_NAMED = 3
 """Most running trials that the progress bar names."""
+SECONDS_BETWEEN_FRONTS = 30.0
+"""A picture takes up to a second of the process that waits for the trials."""
+FLOPS_PER_STEP = 1e9
+SCHEDULE_CHOICES = ("num_schedules", "thresholds", "budgets")
+"""Settings of which one decides how many students there are; a later one wins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +92,6 @@ class SweepOutcome:
 
     plan: SweepPlan
     """All trials, with those that a search found."""
-    folder: Path
-    """The sweep's folder."""
     results: tuple[Trial, ...]
     """Finished trials in the plan's order, the teacher and the baselines among them."""
     failures: dict[str, str]
@@ -92,12 +115,7 @@ def run_plan(
     """Run the unfinished trials of a plan, measure the time per token, and store the results.
 
     Args:
-        plan: The trials.
-        settings: Section `sweep` says how many run at once and how often one may fail.
-        workspace: Where trials and the sweep are stored.
         placed: The settings with the GPUs of the trials, if they are not the same.
-        tracking: Logs the sweep's run.
-        progress: Progress display.
         search: Suggests further trials when these have ended.
 
     Raises:
@@ -115,7 +133,6 @@ def run_plan(
     for job in [*jobs, *(search.jobs_left()[:1] if search else [])]:
         check_job(job, num_workers=sweep.num_workers_per_trial)
 
-    _note_other_plan(plan, folder, progress)
     write_text(folder / SETTINGS_NAME, to_yaml(settings))
     journal = Journal(folder)
     journal.event("started")
@@ -124,7 +141,7 @@ def run_plan(
     live = LiveSweep(plan, settings, tracking, folder, num_trials=num_all)
     try:
         plan.write(folder / PLAN_FILE)
-        live.on_results([*found.values()])
+        live.on_results(*found.values())
         for trial in plan.trials:
             if trial.key in stops:
                 live.on_end(trial, "KILLED", stops[trial.key].text)
@@ -172,10 +189,10 @@ def run_plan(
             live.close()
             if search:
                 known = {trial.key for trial in plan.trials}
-                new = [trial for trial in search.known_trials() if trial.key not in known]
+                new = [trial for trial in search.suggested_trials() if trial.key not in known]
                 plan = plan.model_copy(update={"trials": (*plan.trials, *new)})
                 plan.write(folder / PLAN_FILE)
-        live.on_results([], at_end=True)
+        live.on_results(at_end=True)
         if not trials.failures:  # A failed student will need them again.
             for stored in {job.teacher_cache for job in cached if job.teacher_cache}:
                 with suppress(OSError):
@@ -197,7 +214,6 @@ def run_plan(
     live.finish("FINISHED")
     return SweepOutcome(
         plan=plan,
-        folder=folder,
         results=tuple(results),
         failures=trials.failures,
         stopped={label: stop.text for label, stop in trials.stopped.items()},
@@ -236,20 +252,6 @@ def _with_stored_answers(
     return changed, shared, points
 
 
-def _note_other_plan(plan: SweepPlan, folder: Path, progress: Progress) -> None:
-    """Note that a sweep of this name had other trials before, or that its plan is damaged."""
-    try:
-        earlier = SweepPlan.read(folder / PLAN_FILE, remedy="it is written anew")
-    except UserError as error:
-        progress.note(str(error))
-        return
-    if earlier and earlier.key != plan.key:
-        progress.note(
-            f"the sweep {plan.name} had another plan before; its front is replaced by this one's, "
-            "its trials stay"
-        )
-
-
 class SweepQueue:
     """The trials of a sweep that are not finished: Tune takes them in its own thread, and hears how
     they ended; the main thread shows it."""
@@ -265,12 +267,9 @@ class SweepQueue:
         search: ScheduleSearch | None = None,
         num_all: int,
     ) -> None:
-        """Queue the trials that wait.
+        """Queue the trials that wait, beside results by key and early stops by label from before.
 
-        Args:
-            found: Key -> result of the trials that were finished before.
-            stopped: Label -> reason of those that were stopped early before.
-            num_all: Trials of the sweep, with all of these and what the search will suggest.
+        All of these and what the search will suggest are `num_all`.
         """
         self.results, self.failures, self.search = dict(found), dict[str, str](), search
         self.progress, self.num_all = progress, num_all
@@ -279,9 +278,14 @@ class SweepQueue:
         self.failed_while_stopping: dict[str, str] = {}
         self._live, self._num_before = live, len(found)
         self._known = {*found, *(trial.key for trial in waiting)}
-        # The teacher comes first, because it spans the box of hypervolumes. Then the costly ones,
-        # so that none runs alone at the end.
-        self._waiting = sorted(waiting, key=lambda t: (t.role != "teacher", -_expected_work(t)))
+
+        def order(trial: Trial) -> tuple[bool, float]:
+            # The teacher comes first, because it spans the box of hypervolumes. Then the costly
+            # ones, so that none runs alone at the end; a training is three evaluations.
+            work = inference_cost(trial.model).evaluations_per_token * (3.0 if trial.job else 1.0)
+            return trial.role != "teacher", -work
+
+        self._waiting = sorted(waiting, key=order)
         self._taken: dict[str, Trial] = {}
         self._running: set[str] = set()
         self._elsewhere: set[str] = set()
@@ -336,7 +340,7 @@ class SweepQueue:
             self._taken[suggested.key] = suggested
             return suggested
         # Another process may have suggested others, and may run them.
-        more = [trial for trial in self.search.known_trials() if trial.key not in self._known]
+        more = [trial for trial in self.search.suggested_trials() if trial.key not in self._known]
         self._known |= {trial.key for trial in more}
         self._waiting += more
         return self.take() if more else None
@@ -391,7 +395,7 @@ class SweepQueue:
             trial, result, error = self._ended.get()
             if result:
                 self._journals.pop(trial.key, None)
-                self._live.on_results([result])
+                self._live.on_results(result)
                 continue
             stop = self.stopped.get(trial.label)
             if reason := f"failed: {error}" if error else stop.text if stop else "":
@@ -447,6 +451,203 @@ class SweepQueue:
         return f"{self.num_all} trials{''.join(parts)}"
 
 
-def _expected_work(trial: Trial) -> float:
-    evaluations = inference_cost(trial.model).evaluations_per_token
-    return evaluations * (3.0 if trial.job else 1.0)
+# What MLflow shows while a sweep runs
+
+
+class LiveSweep:
+    """The runs of a sweep and of its trials from their start to their end, and the front so far.
+
+    The process that waits for the trials says what changes; MLflow's background thread shows it.
+    """
+
+    def __init__(
+        self,
+        plan: SweepPlan,
+        settings: Settings,
+        tracking: Tracking,
+        folder: Path,
+        *,
+        num_trials: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Show the sweep as running from now on; what its run showed before stays.
+
+        Its `num_trials` include those that a search will suggest.
+        """
+        self._name, self._num_trials, self._tracking = plan.name, num_trials, tracking
+        self.history = FrontHistory(plan, history_folder(folder, plan.key), num_trials=num_trials)
+        self._open: dict[str, Trial] = {}
+        self._failures: dict[str, str] = {}
+        self._new_front: Front | None = None
+        self._clock, self._next_front = clock, clock()
+        started_ms, _ = recorded_times(folder) or (now_ms(), 0)
+        self._run = tracking.stored("sweep", plan.key) or TrackedRun(
+            key=plan.key,
+            kind="sweep",
+            name=plan.name,
+            folder=str(folder),
+            journal=str(self.history.folder),
+            started_ms=started_ms,
+        )
+        self.change(
+            status="RUNNING",
+            params=sweep_parameters(plan, settings),
+            tags={SWEEP_TAG: plan.name},
+            dataset=describe_data(plan.tokens_folder),
+            texts={SETTINGS_NAME: to_yaml(settings)},
+        )
+
+    def change(self, **changes: Any) -> None:
+        """Show changes of the sweep's own run, as `TrackedRun.changed` takes them."""
+        self._run = self._run.changed(**changes)
+        self._tracking.publish(self._run)
+
+    def finish(self, status: Status) -> None:
+        """End the sweep's run; after a failure, wait only a moment for the store."""
+        self.change(status=status, ended_ms=now_ms())
+        self._tracking.wait(briefly=status != "FINISHED")
+
+    def watch(self, running: Iterable[Trial]) -> None:
+        """Show the trials that have started; call it a few times a second with those that run."""
+        new = [trial for trial in running if trial.key not in self._open]
+        self._open |= {trial.key: trial for trial in new}
+        self._show(new, "RUNNING")
+        if self._new_front and self._clock() >= self._next_front:
+            num_measured, folder = self.history.num_measured, self.history.folder
+            notes = [f"{num_measured} of {self._num_trials} models are measured so far."]
+            notes += [f"{label} failed: {reason}" for label, reason in self._failures.items()]
+            changes = front_so_far(self._new_front, name=self._name, notes=notes, folder=folder)
+            self.change(**changes)
+            self._new_front, self._next_front = None, self._clock() + SECONDS_BETWEEN_FRONTS
+
+    def on_results(self, *results: Trial, at_end: bool = False) -> None:
+        """End the runs of measured trials, and show the front soon; `at_end`, no trial follows."""
+        for result in results:
+            self._open.pop(result.key, None)
+            self.history.add(result)
+        self._show(results, "FINISHED")
+        if self.history.record(at_end=at_end):
+            self._new_front = self.history.front
+
+    def on_end(self, trial: Trial, status: Status, reason: str = "") -> None:
+        """End the run of a trial without a result, as FAILED or KILLED."""
+        self._open.pop(trial.key, None)
+        if status == "FAILED":
+            self._failures[trial.label] = reason
+        self._show([trial], status, reason)
+
+    def close(self) -> None:
+        """End the runs of the trials that were running, but not of those that others run."""
+        for trial in list(self._open.values()):
+            if not is_run_locked(Path(trial.folder)):
+                self.on_end(trial, "KILLED")
+
+    def _show(self, trials: Sequence[Trial], status: Status, reason: str = "") -> None:
+        runs = []
+        for trial in trials:
+            # A teacher or a baseline that was trained before has its own training's journal.
+            journal = Path(trial.folder) if trial.job else None
+            if not trial.job and trial.checkpoint and trial.role != "trial":
+                journal = Path(trial.checkpoint).parent
+            costed = self.history.with_cost(trial)
+            ended: dict[str, Any] = {"status": status, "reason": reason}
+            runs.append(trial_run(self._name, self._run.key, costed, journal, **ended))
+        self._tracking.publish(*runs)
+
+
+class FrontHistory:
+    """The front of a sweep while it runs, and its journal."""
+
+    def __init__(self, plan: SweepPlan, folder: Path, *, num_trials: int) -> None:
+        """Read the journal in `folder`; `num_trials` will be finished at the end."""
+        self.folder, self._full = folder, full_trial(plan)
+        self._results: dict[str, Trial] = {}
+        records, _ = read_journal(folder)
+        steps = [r["step"] for r in records if HYPERVOLUME_BY_TRIALS in r.get("values", {})]
+        self._last, self._interval = max(steps, default=0), max(1, num_trials // MAX_CURVE_POINTS)
+        self.front: Front | None = None
+        """The front that was recorded last."""
+
+    @property
+    def num_measured(self) -> int:
+        """Number of finished trials."""
+        return len(self._results)
+
+    def with_cost(self, trial: Trial) -> Trial:
+        """Return a trial with its exact cost."""
+        return trial.with_numbers("cost", exact_cost(trial.model, self._full.model))
+
+    def add(self, result: Trial) -> None:
+        """Take in a measured trial; one that is known already changes nothing."""
+        self._results[result.key] = self.with_cost(result)
+
+    def record(self, *, at_end: bool = False) -> bool:
+        """Record the hypervolume of the trials that are finished now; return whether it was.
+
+        It is not while the full model is not measured, if that has no accuracy, or if too few
+        trials were finished since the last time; the last point is always recorded.
+        """
+        if self.num_measured < self._last + (1 if at_end else self._interval):
+            return False
+        front = find_front(result_table([*self._results.values()]))
+        if front.hypervolume is None or self._full.key not in self._results:
+            return False
+        # A first stage in common counts for the model that made it.
+        flops = sum(
+            trial.numbers.get("train/flops", 0.0) - trial.numbers.get("train/shared_flops", 0.0)
+            for trial in self._results.values()
+            if trial.job
+        )
+        numbers = {
+            HYPERVOLUME_BY_TRIALS: front.hypervolume,
+            "sweep/front_size": len(front.members),
+            "sweep/training_flops": flops,
+        }
+        journal = Journal(self.folder)
+        journal.metrics(self.num_measured, numbers)
+        by_flops = {HYPERVOLUME_BY_GFLOPS: front.hypervolume}
+        journal.metrics(round(flops / FLOPS_PER_STEP), by_flops)
+        journal.close()
+        self._last, self.front = self.num_measured, front
+        return True
+
+
+def sweep_parameters(plan: SweepPlan, settings: Settings) -> dict[str, str]:
+    """Return the parameters that apply to this kind of sweep, and those that its trainings share.
+
+    A setting that is off, or an empty list, is left out.
+    """
+    sweep = settings.sweep
+    params: dict[str, Any] = {"kind": plan.kind, "num_trials": len(plan.trials)}
+    if plan.kind == "iterations":
+        names = ["methods", "iterations", "num_layers"]
+        names += [name for name in type(sweep).model_fields if sweep.asha and "asha" in name]
+        params |= {name: getattr(sweep, name) for name in names}
+    else:
+        choice = [name for name in SCHEDULE_CHOICES if getattr(sweep, name)][-1]
+        params |= {
+            "teacher": plan.teacher,
+            "influence_metric": settings.influence.metric,
+            choice: getattr(sweep, choice),
+            "selection": sweep.selection,
+            "control": settings.distillation.control,
+            "elastic": sweep.elastic or None,
+            "distilled_baselines": sweep.distilled_baselines,
+        }
+        if choice == "budgets" or sweep.budget_unit != "evaluations":
+            params["budget_unit"] = sweep.budget_unit
+    if plan.kind == "search":
+        params |= {f"search.{name}": value for name, value in settings.search}
+    params["seeds"] = sweep.seeds
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{key}: {text(each)}" for key, each in value.items())
+        return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+    jobs = [t.job for t in plan.trials if t.job and not t.is_distilled_baseline]
+    shared = shared_parameters([job_parameters(job) for job in jobs])
+    return {
+        **{n: str(v) for n, v in shared.items() if n != "schedule" and not n.startswith("r_")},
+        **{name: text(value) for name, value in params.items() if value not in (None, (), {})},
+    }

@@ -1,17 +1,16 @@
 """Search free schedules, any number of corrections in any layer, with Optuna's samplers.
 
-The study is stored in the sweep's folder, where `optuna-dashboard` can open it. Students that were
-not suggested by it enter it as finished trials: the family's, and those of other searches with the
-same teacher and recipe. A suggestion that is known already is closed at once, so that it is not
-trained again, and the sampler is asked again.
+The study is stored in the sweep's folder, where `optuna-dashboard` can open it. The students of the
+family enter it as finished trials. A suggestion that is known already is closed at once, so that it
+is not trained again, and the sampler is asked again.
 """
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
@@ -29,24 +28,12 @@ from orchestrator.settings.sweep import MAX_SEED
 from orchestrator.training.watching import is_run_locked
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import damage_as_user_error
-from orchestrator.workspace.layout import Workspace
 
 STUDY_FILE = "optuna.journal"
-GIVEN = "given"
-"""Attribute of the study's trials that this search did not suggest."""
 GENERATION = "NSGAIISampler:generation"
 """Attribute without which NSGA-II ignores a trial that is added."""
 MAX_DUPLICATES = 20
 """After this many known points in a row, an unknown one is tried instead of the sampler's."""
-
-
-def finished_schedules(workspace: Workspace, teacher: str) -> Iterator[IterationSchedule]:
-    """Yield the schedules of a teacher's students that are measured; `teacher` is its key."""
-    for path in sorted(workspace.trials.glob("*/result-*.json")):
-        with suppress(UserError):  # A damaged result is no knowledge.
-            trial = Trial.read(path)
-            if trial and trial.role == "trial" and trial.parent == teacher:
-                yield trial.model.corrections
 
 
 class ScheduleSearch:
@@ -60,17 +47,13 @@ class ScheduleSearch:
         make_trial: Callable[[IterationSchedule], Trial],
         *,
         folder: Path,
-        others: Iterable[IterationSchedule] = (),
     ) -> None:
         """Read the stored study, if there is one. Nothing is written before `open`.
 
         Args:
             plan: The search's plan, with the trials of the family.
             full: Largest number of corrections of each layer.
-            settings: Number of trials, objective and sampler.
-            make_trial: Returns the trial of a schedule.
             folder: The sweep's folder.
-            others: Schedules that other searches may have finished.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._full, self._settings, self._make_trial = full, settings, make_trial
@@ -79,8 +62,8 @@ class ScheduleSearch:
             _name(n): IntDistribution(0, most) for n, most in enumerate(full) if most
         }
         self._trials = {t.model.corrections: t for t in plan.trials if t.role == "trial"}
-        """All that is known: the family, what other searches have finished, what is suggested."""
-        self._family, self._suggested = set(self._trials), dict[IterationSchedule, Trial]()
+        """All that is known: the family, then what is suggested."""
+        self._num_given = len(self._trials)
         self._asked: dict[str, int] = {}
         """Key of a trial that was suggested here and runs -> its number in the study."""
         self._study: optuna.Study | None = None
@@ -92,12 +75,6 @@ class ScheduleSearch:
                 storage = JournalStorage(JournalFileBackend(str(self._path)))
                 if self._name in optuna.get_all_study_names(storage):
                     self._read(optuna.load_study(study_name=self._name, storage=storage))
-        for schedule in others:
-            is_possible = len(schedule) == len(full) and all(map(int.__le__, schedule, full))
-            if is_possible and schedule not in self._trials:
-                trial = make_trial(schedule)
-                if trial.result():
-                    self._trials[schedule] = trial
 
     @property
     def num_schedules(self) -> int:
@@ -107,15 +84,14 @@ class ScheduleSearch:
     @property
     def num_wanted(self) -> int:
         """Largest number of schedules that the search suggests, over all restarts."""
-        num_given = len(self._trials) - len(self._suggested)
-        return min(self._settings.num_trials, self.num_schedules - num_given)
+        return min(self._settings.num_trials, self.num_schedules - self._num_given)
 
     @property
     def num_left(self) -> int:
         """Number of those that are not suggested yet."""
         if self._study:
             self._read(self._study)  # Another process may search, too.
-        return max(0, self.num_wanted - len(self._suggested))
+        return max(0, self.num_wanted - (len(self._trials) - self._num_given))
 
     @property
     def text(self) -> str:
@@ -133,11 +109,9 @@ class ScheduleSearch:
         """Whether it can suggest schedules."""
         return self._study is not None
 
-    def known_trials(self) -> list[Trial]:
-        """Return the trials beside the family: of other searches, and those suggested so far."""
-        own = self._family | self._suggested.keys()
-        given = [trial for schedule, trial in self._trials.items() if schedule not in own]
-        return [*given, *self._suggested.values()]
+    def suggested_trials(self) -> list[Trial]:
+        """Return the trials that were suggested so far, also by another process."""
+        return [*self._trials.values()][self._num_given :]
 
     def jobs_left(self) -> list[TrainingJob]:
         """Return a job for each trial that is not suggested yet, each of the full schedule."""
@@ -178,8 +152,7 @@ class ScheduleSearch:
                 load_if_exists=True,
             )
             self._read(study)
-            num_given = len(self._trials) - len(self._suggested)
-            study.sampler = _sampler(self._settings, num_given, len(study.trials))
+            study.sampler = _sampler(self._settings, self._num_given, len(study.trials))
             for stored in study.get_trials(states=(TrialState.RUNNING,)):
                 trial = self._trials.get(self._schedule(stored))
                 if self._is_whole(stored) and trial and not is_run_locked(Path(trial.folder)):
@@ -189,18 +162,22 @@ class ScheduleSearch:
 
     def suggest(self) -> Trial | None:
         """Return the trial of a schedule that is not known yet; None if enough were suggested."""
-        assert self._study is not None, "call open first"
-        number = 0
+        study, number = self._study, 0
+        assert study is not None, "call open first"
         while self.num_left:
             number += 1
             if number % MAX_DUPLICATES == 0:
-                self._enqueue_unknown(self._study)
-            asked = self._study.ask(self._space)
+                draw, schedule = random.Random(len(study.trials)), self._full
+                while schedule in self._trials:
+                    points = tuple(draw.randint(0, most) for most in self._full)
+                    schedule = IterationSchedule(points)
+                study.enqueue_trial(self._point(schedule))
+            asked = study.ask(self._space)
             schedule = self._schedule(asked)
             if schedule in self._trials:
-                self._study.tell(asked, state=TrialState.FAIL)
+                study.tell(asked, state=TrialState.FAIL)
                 continue
-            trial = self._add(schedule)
+            trial = self._trials[schedule] = self._make_trial(schedule)
             self._asked[trial.key] = asked.number
             if not (trial.job and self.teacher_cache):
                 return trial
@@ -232,7 +209,6 @@ class ScheduleSearch:
                         params=self._point(schedule),
                         distributions=self._space,
                         values=values,
-                        user_attrs={GIVEN: schedule not in self._suggested},
                         system_attrs={GENERATION: newest},
                     )
                 )
@@ -243,25 +219,12 @@ class ScheduleSearch:
         cost = float(result.model.corrections.num_evaluations)
         return None if quality is None else [quality, cost]
 
-    def _enqueue_unknown(self, study: optuna.Study) -> None:
-        """Make the study suggest a schedule next that is not known, a random one."""
-        draw, schedule = random.Random(len(study.trials)), next(iter(self._trials))
-        while schedule in self._trials:
-            schedule = IterationSchedule(tuple(draw.randint(0, most) for most in self._full))
-        study.enqueue_trial(self._point(schedule))
-
-    def _add(self, schedule: IterationSchedule, *, is_given: bool = False) -> Trial:
-        trial = self._trials[schedule] = self._make_trial(schedule)
-        if not is_given:
-            self._suggested[schedule] = trial
-        return trial
-
     def _read(self, study: optuna.Study) -> None:
         """Take over the schedules in the study that are not known yet."""
         for stored in study.get_trials(deepcopy=False)[self._num_read :]:
             schedule = self._schedule(stored)
             if self._is_whole(stored) and schedule not in self._trials:
-                self._add(schedule, is_given=bool(stored.user_attrs.get(GIVEN)))
+                self._trials[schedule] = self._make_trial(schedule)
             # One that runs may still get the rest of its schedule.
             if stored.number == self._num_read and stored.state.is_finished():
                 self._num_read += 1

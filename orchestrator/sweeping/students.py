@@ -1,16 +1,13 @@
 """One teacher's students: their schedules, trainings and trials, and the baselines beside them.
 
 A trial's key is the hash of all that determines its result, and its folder is named by the hash of
-all that determines its weights. So a second sweep, another range of thresholds or a restart finds
-finished trials, and other tasks are measured with the same weights without training again.
+all that determines its weights. So any sweep or restart finds finished trials, and other tasks are
+measured with the same weights.
 
-Elastic weights are one training, and a trial for each schedule. The trial of the full schedule
-trains them; the others are measured with its checkpoint, so they wait for it, and their keys follow
-from the training.
-
-Distilled baselines are other ways to save the FLOPs that students save. `vanilla` is a plain
-decoder of the teacher's width with random weights, and as many layers as a student has evaluations.
-`fewer_layers` is the teacher without its least important layers, by block influence.
+Elastic weights are one training, and a trial for each schedule: that of the full schedule trains
+them, and the others wait for its checkpoint. Distilled baselines are other ways to save FLOPs:
+`vanilla`, a plain decoder with as many layers as a student has evaluations, and `fewer_layers`, the
+teacher without its least important layers.
 """
 
 from __future__ import annotations
@@ -36,7 +33,7 @@ from iiet.pruning import (
 )
 from iiet.schedule import IterationSchedule
 from orchestrator.models.folder import load_config, load_provenance, weights_key
-from orchestrator.planning.estimate import Estimate, price_of_trials
+from orchestrator.planning.estimate import Estimate
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import Role, Trial, TrialSuite
 from orchestrator.settings import (
@@ -71,9 +68,6 @@ def choose_members(
 
     Returns:
         Members with the thresholds that give them; those of a knapsack have none (NaN).
-
-    Raises:
-        ValueError: If a budget is less than the cheapest schedule costs; see `check_teacher`.
     """
     family = schedule_family(influence)
     if sweep.thresholds:
@@ -200,16 +194,12 @@ def unknown_students(settings: Settings, teacher: ModelConfig) -> tuple[list[Est
     counts = format_count(number if is_pruned else number * num_seeds, "student")
     models: list[tuple[ModelConfig, TrainingSettings]] = []
     if not is_pruned and (sweep.compare or not sweep.elastic):
-        models = [(teacher, recipe)] * number
+        models += [(teacher, recipe)] * number
     if sweep.elastic:
-        # A family that costs as much as any: each member drops one correction of the one before.
-        schedule, chain = teacher.corrections, []
-        while schedule.num_corrections:
-            layer = max(range(len(schedule)), key=lambda n: schedule[n])
-            schedule = schedule.with_layer(layer, schedule[layer] - 1)
-            chain.append(schedule)
-        most = (recipe.elastic or ElasticSettings()).num_drawn
-        models.insert(0, (teacher, _elastic(settings, chain[:most]).training))
+        # Each step trains the full schedule and those that are drawn: as so many students.
+        passes = 1 + (recipe.elastic or ElasticSettings()).num_drawn
+        steps = sweep.elastic_steps or recipe.num_steps
+        models += [(teacher, recipe.model_copy(update={"num_steps": steps}))] * passes
         beside = f", and {counts}" if sweep.compare else ""
         counts = f"{format_count(num_seeds, 'elastic training')}{beside}"
     kinds, most = {*sweep.distilled_baselines}, sweep.num_distilled_baselines
@@ -219,9 +209,12 @@ def unknown_students(settings: Settings, teacher: ModelConfig) -> tuple[list[Est
         models += [(teacher, recipe)] * most
     if "vanilla" in kinds:
         num_tokens = settings.training.num_steps * settings.training.num_tokens_per_step
-        models += [(_vanilla(teacher)[-1].config, vanilla_recipe(settings, num_tokens))] * most
+        costliest = baseline_candidates("vanilla", teacher)[-1].config
+        models += [(costliest, vanilla_recipe(settings, num_tokens))] * most
     trainings = [
-        student_estimate(settings, teacher, config, own.model_copy(update={"seed": seed}))
+        student_estimate(
+            settings, teacher, config, own.model_copy(update={"seed": seed, "elastic": None})
+        )
         for seed in sweep.seeds or (recipe.seed,)
         for config, own in models
     ]
@@ -251,41 +244,11 @@ def _elastic(settings: Settings, schedules: Sequence[IterationSchedule]) -> Dist
     return distillation.model_copy(update={"training": recipe.model_copy(update=changes)})
 
 
-def elastic_flops(
-    settings: Settings, trials: Sequence[Trial], teachers: Path
-) -> tuple[float, float]:
-    """Return the training FLOPs, from the first step on, of elastic weights and of the separate
-    students of their schedules; with what teachers compute, for all seeds.
-
-    Args:
-        settings: Sections `sweep` and `distillation`.
-        trials: Those of elastic weights; at least one.
-        teachers: Folder of stored teacher outputs.
-    """
-    jobs = [trial.job for trial in trials if trial.job]
-    own = [replace(Estimate.of(job), steps_done=0) for job in jobs]
-    recipe = without_elastic(settings).distillation.training
-    separate = [
-        student_estimate(
-            settings, jobs[0].model, model, recipe.model_copy(update={"seed": job.recipe.seed})
-        )
-        for job in jobs
-        for model in {trial.model.corrections: trial.model for trial in trials}.values()
-    ]
-    return (
-        price_of_trials(own, settings, teachers).flops,
-        price_of_trials(separate, settings, teachers).flops,
-    )
-
-
 def vanilla_recipe(settings: Settings, teacher_tokens: int) -> TrainingSettings:
     """Return how distilled vanilla models train: as students, but from random weights.
 
     So they take the learning rate of vanilla models that are trained from scratch, and train on as
-    many tokens as the students' weights have seen, in the teacher's training and in their own.
-
-    Args:
-        teacher_tokens: Tokens that the teacher was trained on.
+    many tokens as the students' weights have seen: the teacher's and their own.
     """
     recipe = settings.distillation.training
     rate = learning_rates(settings, ModelVariant(method=BASELINE_METHOD))[0]
@@ -303,10 +266,8 @@ def make_trial(
     """Return a trial whose key follows from its weights and from what is measured.
 
     Args:
-        label: Name without the seed.
         weights: Key of the training, or of a checkpoint under a schedule.
-        seed: Seed of the training if the sweep has several.
-        fields: Other fields of the trial.
+        seed: Seed of the training if the sweep has several; added to the label.
     """
     return Trial(
         key=content_key("trial", weights, suite.key),
@@ -376,12 +337,7 @@ class Students:
         return make_trial(role, label, weights, self.suite, seed, **fields)
 
     def student(self, member: FamilyMember, seed: int | None = None) -> Trial:
-        """Return the trial that trains and measures a student, or a control, under a schedule.
-
-        Args:
-            member: The schedule, and the thresholds that give it; NaN if none does.
-            seed: Seed of the training if the sweep has several; the recipe's when unset.
-        """
+        """Return the trial that trains and measures a student, or a control, under a schedule."""
         config = replace(self.full, schedule=member.schedule)
         control, label = self.settings.distillation.control, str(config.corrections)
         if control != "distill":
@@ -394,10 +350,7 @@ class Students:
         )
 
     def family(self, members: Sequence[FamilyMember]) -> list[Trial]:
-        """Return the trials of these schedules, under each of the sweep's seeds.
-
-        Students that are pruned but not trained have no seeds: each schedule is one trial.
-        """
+        """Return the trials of these schedules, under each seed if they are trained."""
         is_trained = self.settings.distillation.control != "pruned"
         seeds = (is_trained and self.settings.sweep.seeds) or (None,)
         return [self.student(member, seed) for seed in seeds for member in members]
@@ -496,13 +449,8 @@ def choose_distilled_baselines(
     """Return the baselines that a sweep asks for, cheapest first within each kind.
 
     For each student the one whose FLOPs per decoded token are nearest is taken, and of these the
-    number asked for, spread from the cheapest to the costliest.
-
-    Args:
-        sweep: Kinds and number of baselines.
-        full: The teacher.
-        members: Schedules of the students; the teacher's own counts only if it is the only one.
-        influence: The teacher's table.
+    number asked for, spread from the cheapest to the costliest. The teacher's own schedule counts
+    only if it is the only one.
     """
 
     def flops(config: ModelConfig) -> float:
@@ -513,7 +461,7 @@ def choose_distilled_baselines(
     costs = [flops(replace(full, schedule=schedule)) for schedule in cheaper]
     found: list[DistilledBaseline] = []
     for kind in dict.fromkeys(sweep.distilled_baselines):
-        candidates = _vanilla(full) if kind == "vanilla" else _fewer_layers(full, influence)
+        candidates = baseline_candidates(kind, full, influence)
         own = [flops(candidate.config) for candidate in candidates]
         nearest = sorted({min(range(len(own)), key=lambda n: abs(own[n] - cost)) for cost in costs})
         if len(nearest) > most:
@@ -524,26 +472,28 @@ def choose_distilled_baselines(
     return found
 
 
-def _vanilla(full: ModelConfig) -> list[DistilledBaseline]:
-    """Return the vanilla models of one layer and more, up to the teacher's evaluations."""
-    vanilla = replace(full, method=BASELINE_METHOD, method_options=None, schedule=None)
-    most = min(MAX_LAYERS, sum(full.evaluations_per_layer()))
-    return [
-        DistilledBaseline(
-            f"{BASELINE_METHOD}, {format_count(count, 'layer')}, distilled",
-            replace(vanilla, num_layers=count),
-        )
-        for count in range(1, 1 + most)
+def baseline_candidates(
+    kind: str, full: ModelConfig, influence: InfluenceTable | None = None
+) -> list[DistilledBaseline]:
+    """Return the baselines of a kind: vanilla models of one layer up to the teacher's evaluations,
+    or the teacher with one layer, with two, and so on; not with all.
+    """
+    if kind == "vanilla":
+        vanilla = replace(full, method=BASELINE_METHOD, method_options=None, schedule=None)
+        return [
+            DistilledBaseline(
+                f"{BASELINE_METHOD}, {format_count(count, 'layer')}, distilled",
+                replace(vanilla, num_layers=count),
+            )
+            for count in range(1, 1 + min(MAX_LAYERS, sum(full.evaluations_per_layer())))
+        ]
+    assert influence, "it says which layers are important"
+    kept = [
+        most_important_layers(influence.layer_values, count) for count in range(1, full.num_layers)
     ]
-
-
-def _fewer_layers(full: ModelConfig, influence: InfluenceTable) -> list[DistilledBaseline]:
-    """Return the teacher with one layer, with two, and so on; not with all."""
-    values, num_layers = influence.layer_values, full.num_layers
-    kept = [most_important_layers(values, count) for count in range(1, num_layers)]
     return [
         DistilledBaseline(
-            f"{len(layers)} of {num_layers} layers", kept_config(full, layers), layers
+            f"{len(layers)} of {full.num_layers} layers", kept_config(full, layers), layers
         )
         for layers in kept
     ]

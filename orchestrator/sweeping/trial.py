@@ -2,8 +2,6 @@
 
 A Ray Tune trial calls this, and a debugger can, without Ray. It is idempotent: a finished trial
 returns its result, a trained one is only measured, an interrupted one resumes from its checkpoint.
-The trial's folder is locked meanwhile, so two processes never run one trial at the same time.
-Milliseconds are not measured here: trials that run at the same time would disturb the clock.
 
 A trial that competes with the same model at other learning rates may be stopped early, by ASHA
 (`cluster/tune.py`). The reason then lies in its folder. It keeps its checkpoint and has no result,
@@ -12,7 +10,7 @@ so a sweep without ASHA, or with another rule, trains it to its end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -23,10 +21,10 @@ from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.evaluation.tasks import TaskSelection, load_suite
 from orchestrator.models.folder import load_provenance
 from orchestrator.models.open import open_model
-from orchestrator.records.training import TrainingJob, TrainingOutcome
+from orchestrator.records.training import TrainingOutcome
 from orchestrator.records.trial import Trial
 from orchestrator.terminal.stop import stop_requested, stop_when
-from orchestrator.training.trainer import Report, run_job
+from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import lock_run_folder
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import DONE_NAME, STOPPED_NAME, Workspace
@@ -35,27 +33,10 @@ if TYPE_CHECKING:
     from orchestrator.cluster.tune import TrialPlace
 
 
-class Place:
-    """Where a trial runs: this process, on the CPU. `cluster/tune.py` has others."""
-
-    def report(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Take the numbers of a training step; the trial then looks whether it was stopped."""
-
-    def train(self, job: TrainingJob, report: Report) -> TrainingOutcome:
-        """Train a job; as `run_job`."""
-        return run_job(job, report=report)
-
-    def on_device(self, work: Callable[[str], Trial]) -> Trial:
-        """Call a function with the name of a device, where that device is."""
-        return work("cpu")
-
-
-def run_trial(
-    trial: Trial, place: Place | TrialPlace | None = None, *, wait: bool = True
-) -> Trial | None:
+def run_trial(trial: Trial, place: TrialPlace | None = None, *, wait: bool = True) -> Trial | None:
     """Run a trial to its result, or return the result of the process that ran it.
 
-    The result is written while the folder is locked, so that no process makes it again.
+    The folder is locked until the result is written, so two sweeps at once make no trial twice.
 
     Args:
         trial: What is trained and measured.
@@ -66,12 +47,13 @@ def run_trial(
         The trial with what was measured; None if another process runs it and `wait` is unset, after
         a request to stop, or if it was stopped early.
     """
-    place, folder, is_beaten = place or Place(), Path(trial.folder), False
+    folder, is_beaten = Path(trial.folder), False
     verdict = folder / STOPPED_NAME
 
     def report(step: int, numbers: Mapping[str, float]) -> None:
         nonlocal is_beaten
-        place.report(step, numbers)
+        if place:
+            place.report(step, numbers)
         is_beaten = verdict.exists()
 
     with lock_run_folder(folder, wait=wait) as is_ours:
@@ -83,13 +65,15 @@ def run_trial(
         outcome = None
         if trial.job:
             with stop_when(lambda: is_beaten):
-                outcome = place.train(trial.job, report)
+                train = place.train if place else run_job
+                outcome = train(trial.job, report=report)
             if not outcome.finished or stop_requested():
                 return None
         trained = trial.with_numbers("train", _training_numbers(trial, outcome))
         if outcome:
             trained = trained.model_copy(update={"checkpoint": outcome.checkpoint})
-        measured = place.on_device(partial(measure_trial, trained))
+        measure = partial(measure_trial, trained)
+        measured = place.on_device(measure) if place else measure("cpu")
         measured.write(trial.result_path)
         return measured
 
@@ -97,8 +81,7 @@ def run_trial(
 def measure_trial(trial: Trial, device: str) -> Trial:
     """Return a trial with its quality, measured on a device; its checkpoint is known.
 
-    Quality is `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`; `_stderr` where
-    known. The results of the tasks are in the workspace's store of evaluations.
+    Quality is `accuracy`, `bits_per_byte`, `validation_loss` and `TASK/METRIC`, with `_stderr`.
     """
     suite = trial.suite
     asked = TaskSelection(

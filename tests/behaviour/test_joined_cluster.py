@@ -155,5 +155,5 @@ def test_no_secret_is_written_by_workers_and_a_node_with_other_code_is_refused(
     files = [path for path in space.rglob("*") if path.is_file()]
     assert len(files) > 10
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
-    assert "has the code of iiet-orch" in report["code"]
+    assert "the code of iiet-orch: " in report["code"]
     assert "install the same on all nodes" in report["code"]

@@ -64,9 +64,9 @@ def test_every_shipped_sweep_is_run_here() -> None:
 @pytest.mark.parametrize("name", FRONTS)
 def test_a_shipped_sweep_ends_with_its_front(name: str, workspace: Workspace) -> None:
     result = run(workspace, name)
-    assert result.report.page is not None
-    assert result.report.page.is_file()
-    stored = json.loads((result.report.folder / "results.json").read_text())["results"]
+    assert result.page is not None
+    assert result.page.is_file()
+    stored = json.loads((result.folder / "results.json").read_text())["results"]
     assert FRONTS[name] <= {each["label"] for each in stored}
     assert len(result.to_pandas()) == len(result.trials)
 

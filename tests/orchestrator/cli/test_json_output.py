@@ -192,7 +192,7 @@ def test_what_is_tracked_has_the_keys_of_the_page(
     _check("sync", run("sync")[0])
     _check("doctor", run("doctor")[0])
     result = report(workspace=space, sweeps=["two"])
-    ended = SweepResult(name="two", trials=(), failures={}, stopped={}, report=result)
+    ended = SweepResult(**dict(result), name="two", trials=(), failures={}, stopped={})
     _check("sweep", ended.to_json())
 
 

@@ -8,13 +8,7 @@ import pytest
 from installed_package import PACKAGE, install, on_path
 
 from orchestrator.cluster import ray
-from orchestrator.cluster.ray import (
-    CODE,
-    check_versions,
-    locked_file,
-    versions,
-    workspace_problem,
-)
+from orchestrator.cluster.ray import CODE, check_versions, locked_file, versions, workspace_problem
 from orchestrator.workspace.errors import UserError
 
 

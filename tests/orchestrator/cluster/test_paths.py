@@ -1,16 +1,14 @@
 """A command reaches the optimizer's step through few calls, and a debugger shows each of them.
 
-`iiet-orch pretrain --workers 2` and `iiet-orch sweep-iterations`; functions of this repository
-only. The sweep's path stands in docs/architecture.md.
+`iiet-orch pretrain --local` and `iiet-orch sweep-iterations`; functions of this repository only.
+The sweep's path stands in docs/architecture.md.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import re
 import sys
 import traceback
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -27,8 +25,6 @@ ROOT = str(Path(orchestrator.__file__).parent.parent)
 PAGE = Path(ROOT) / "docs" / "architecture.md"
 COMMAND = ["cli/app.main", "cli/command.run", "cli/train.pretrain", "cli/session.finish"]
 PIPELINE = ["pipelines/training.run_pretrain", "pipelines/training.run_trainings"]
-IN_DRIVER = [*COMMAND, *PIPELINE, "cluster/train.run_train_jobs", "cluster/train._run_together"]
-IN_WORKER = ["cluster/train._train_worker", "training/trainer.run_job", "training/trainer.train"]
 DEPTH = (
     "data.source=depth data.depth.tasks=[phop_2] data.depth.num_symbols=2 data.depth.length=8 "
     "model.context_length=8"
@@ -65,72 +61,8 @@ def test_the_path_of_a_pretraining_without_ray(
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
     assert cli.main(arguments("pretrain", tmp_path / "workspace", "--local")) == 0
     (stack,) = stacks
-    assert stack == [*COMMAND, *PIPELINE, "cluster/task.run_local_jobs", *IN_WORKER[1:]]
-
-
-@pytest.mark.long
-def test_the_path_of_a_pretraining_with_two_workers(
-    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import ray.train.torch
-
-    from orchestrator.cluster import train
-
-    in_driver: list[list[str]] = []
-    submit = concurrent.futures.ThreadPoolExecutor.submit
-
-    def recorded_submit(self: Any, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        if getattr(function, "__func__", None) is train.JobRun.fit:
-            in_driver.append(own_calls(sys._getframe(1)))
-        return submit(self, function, *given, **named)
-
-    monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", recorded_submit)
-    in_thread: list[list[str]] = []
-    trainer: Any = ray.train.torch.TorchTrainer
-    fit = trainer.fit
-
-    def recorded_fit(self: Any) -> Any:
-        in_thread.append(own_calls(sys._getframe(1)))
-        return fit(self)
-
-    monkeypatch.setattr(trainer, "fit", recorded_fit)
-    recorded = recording(train._train_worker, tmp_path / "stack", ROOT)
-    monkeypatch.setattr(train, "_train_worker", recorded)
-    assert cli.main(arguments("pretrain", tmp_path / "workspace", "--workers", "2")) == 0
-    assert in_driver == [IN_DRIVER]
-    assert in_thread == [["cluster/train.fit", "cluster/train._start_once"]]
-    in_worker = (tmp_path / "stack").read_text().splitlines()
-    assert in_worker == IN_WORKER
-    assert len(in_driver[0]) + len(in_thread[0]) + len(in_worker) == 13
-
-
-def recording(train_worker: Callable[..., Any], path: Path, root: str) -> Callable[..., Any]:
-    """Return a worker function that writes the stack of the first worker's step into a file."""
-
-    def worker(config: dict[str, Any]) -> Any:
-        import traceback
-
-        import torch
-
-        step = torch.optim.AdamW.step
-
-        def recorded(self: torch.optim.AdamW, closure: Any = None) -> Any:
-            lines = [
-                call.filename.removeprefix(f"{root}/orchestrator/")[:-3] + f".{call.name}\n"
-                for call in traceback.extract_stack()[:-1]
-                if call.filename.startswith((f"{root}/orchestrator/", f"{root}/iiet/"))
-            ]
-            if torch.distributed.get_rank() == 0:
-                path.write_text("".join(lines))
-            return step(self, closure)
-
-        torch.optim.AdamW.step = recorded  # type: ignore[method-assign]
-        try:
-            return train_worker(config)
-        finally:
-            torch.optim.AdamW.step = step  # type: ignore[method-assign]
-
-    return worker
+    trains = ["cluster/task.run_local_jobs", "training/trainer.run_job", "training/trainer.train"]
+    assert stack == [*COMMAND, *PIPELINE, *trains]
 
 
 def test_the_path_of_a_sweep_is_the_documented_one(

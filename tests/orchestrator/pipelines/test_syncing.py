@@ -118,7 +118,7 @@ def workspace(
     assert set(outcome.failures.values()) == {"no space"}
     found = StoredSweep(name=tiny_plan.name, key=tiny_plan.key, results=outcome.results)
     write_sweep_report(workspace, found, tracking=context.tracking)
-    journal = Journal(outcome.folder)
+    journal = Journal(workspace.sweeps / outcome.plan.name)
     journal.event("finished")
     journal.close()
     context.tracking.wait()

@@ -22,9 +22,8 @@ from orchestrator.reporting.report import write_sweep_report
 from orchestrator.reporting.results import StoredSweep
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
-from orchestrator.sweeping.live import LiveSweep
 from orchestrator.sweeping.plan import exact_cost, students_plan
-from orchestrator.sweeping.run import SweepQueue
+from orchestrator.sweeping.run import LiveSweep, SweepQueue
 from orchestrator.sweeping.students import Students
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress

@@ -17,8 +17,8 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.reporting.mlflow_report import ARTIFACT_FOLDER
 from orchestrator.settings import TrainingSettings, resolve_settings
-from orchestrator.sweeping import live
-from orchestrator.sweeping.live import (
+from orchestrator.sweeping import run
+from orchestrator.sweeping.run import (
     HYPERVOLUME_BY_GFLOPS,
     HYPERVOLUME_BY_TRIALS,
     MAX_CURVE_POINTS,
@@ -69,7 +69,7 @@ class Watched:
         return [point.step for point in history]
 
     def finish(self, trial: Trial, accuracy: float) -> None:
-        self.live.on_results([finished(trial, accuracy)])
+        self.live.on_results(finished(trial, accuracy))
 
 
 @pytest.fixture
@@ -230,21 +230,6 @@ def test_it_waits_for_the_full_model_and_spends_what_two_have_in_common_once(pas
     assert spent == pytest.approx(1.2e12 + 0.3e12)
 
 
-def test_a_lucky_seed_is_no_front(past: Past) -> None:
-    teacher, cheap = past.results[0], past.results[5]
-    seeds = [
-        cheap.model_copy(update={"key": f"seed{n}", "seed": n, "group": "cheap"}).with_numbers(
-            "quality", {"accuracy": accuracy}
-        )
-        for n, accuracy in enumerate((0.1, 0.5))
-    ]
-    past.plan = past.plan.model_copy(update={"trials": (teacher, *seeds)})
-    assert past.record(0, 1, 2)
-    [(_, volume)] = past.series(HYPERVOLUME_BY_TRIALS)
-    usual = cheap.with_numbers("quality", {"accuracy": 0.3})
-    assert volume == pytest.approx(sample_front([teacher, usual]).hypervolume)
-
-
 def test_many_trials_are_recorded_as_often_as_curves_show(past: Past) -> None:
     history = past.history(4 * MAX_CURVE_POINTS)
     for trial in past.plan.trials:
@@ -280,7 +265,7 @@ def test_each_kind_has_its_own_parameters_and_those_that_its_trainings_share(
     assert "asha_first_rung" in parameters("iterations", "sweep.asha=true")
     for given, name in (("thresholds=[0.1, 0.2]", "thresholds"), ("budgets=[8, 12]", "budgets")):
         found = parameters("threshold", f"sweep.{given}")
-        assert {"num_schedules", *live.SCHEDULE_CHOICES} & set(found) == {name}
+        assert {"num_schedules", *run.SCHEDULE_CHOICES} & set(found) == {name}
         assert ("budget_unit" in found) == (name == "budgets")
 
     trials = [

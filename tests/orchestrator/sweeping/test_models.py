@@ -192,13 +192,13 @@ def test_counted_units_follow_from_the_shape(tiny_model: dict[str, object]) -> N
         ("threshold", ["sweep.asha=true"], "it compares learning rates"),
         ("iterations", ["sweep.asha=true"], "no model has more than one"),
         ("threshold", ["model.method=vanilla"], "model.method=vanilla .* has none"),
-        ("threshold", ["model.method=looped"], "model.method=looped repeats the whole stack"),
+        ("threshold", ["model.method=looped"], "model.method=looped .* repeats the whole stack"),
         (
             "iterations",
             ["sweep.methods=[looped]", "sweep.iterations=[1, 3..0]"],
             "'looped' repeats the whole stack, .* got schedule 3,2,2,1,1,0",
         ),
-        ("search", ["model.corrections=0"], "a search sweep prunes its teacher's corrections"),
+        ("search", ["model.corrections=0"], "a search sweep prunes the corrections"),
         ("threshold", ["model.num_heads=7"], "multiple of twice num_heads"),
         ("threshold", ["sweep.budgets=[1, 9]"], "no schedule costs at most 1 evaluations; the che"),
         (
@@ -210,22 +210,22 @@ def test_counted_units_follow_from_the_shape(tiny_model: dict[str, object]) -> N
         (
             "iterations",
             ["sweep.iterations=[0, 1]", "sweep.learning_rates={r = 7: 0.001}"],
-            "a rate of r = 7, which is not swept; swept are vanilla, r = 0, r = 1",
+            "learning_rates: r = 7 is not swept; such models are vanilla, r = 0, r = 1",
         ),
         (
             "threshold",
             ["sweep.learning_rates={'vanilla, 8 layers': 0.001}"],
-            "a rate of vanilla, 8 layers, which is no baseline of this sweep",
+            "learning_rates: vanilla, 8 layers is not a baseline of this sweep",
         ),
         (
             "iterations",
             ["sweep.num_layers={pcformer: 2, r = 9: 3}"],
-            "layers of pcformer, r = 9, which is not swept; swept are vanilla, r = 0",
+            "num_layers: pcformer is not swept; .*; sweep.num_layers: r = 9 is not swept; such",
         ),
         (
             "search",
             ["sweep.num_layers={r = 2: 3}"],
-            "layers of r = 2, which is no baseline of this sweep; baselines are vanilla, r = 0",
+            "num_layers: r = 2 is not a baseline of this sweep; such models are vanilla, r = 0",
         ),
         (
             "iterations",
@@ -265,24 +265,18 @@ def test_arguments_of_another_kind_of_sweep_are_refused(space: Workspace) -> Non
             plan_sweep(resolve_settings({}, [f"sweep.kind={kind}"]), **asked)
 
 
-@pytest.mark.parametrize(
-    ("setting", "words"),
-    [
+def test_what_no_sweep_can_have_is_refused_where_it_is_read() -> None:
+    for setting, words in (
         ("sweep.seeds=[0, 1, 0]", "sweep.seeds: a value is given twice"),
-        ("sweep.learning_rates={iiet: []}", r"sweep\.learning_rates: .* at least 1 item"),
         ("sweep.learning_rates={iiet: [0.1, 0]}", "greater than 0; got 0"),
-        ("sweep.learning_rates={'none, r = 2': 0.1}", "is not a model"),
         ("sweep.learning_rates={r = x: 0.1}", "is not a model"),
         ("sweep.methods=[vanila, iiet]", "sweep.methods: input should be 'vanilla', .*; got 'vani"),
         ("sweep.num_layers={vanilla: [2, 1001]}", "less than or equal to 1000; got 1001"),
-        ("sweep.num_layers={vanilla: [2, 2]}", "a value is given twice"),
         ("sweep.num_layers={'vanilla, 8 layers': 2}", "'vanilla, 8 layers' is not a model"),
         ("sweep.iterations=[]", r"sweep\.iterations: .* at least 1 item"),
-    ],
-)
-def test_what_no_sweep_can_have_is_refused_where_it_is_read(setting: str, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        resolve_settings({}, [setting])
+    ):
+        with pytest.raises(UserError, match=words):
+            resolve_settings({}, [setting])
 
 
 def test_rates_to_end_may_be_those_of_another_method(other: str) -> None:
@@ -396,7 +390,7 @@ def test_a_baseline_of_another_recipe_or_of_other_tokens_is_left_out_with_the_di
     pretrain("long", VANILLA, num_steps=3)
     found, left_out = find_baselines(space, teacher, {})
     assert not found
-    assert left_out["long"] == ("vanilla is left out: training.num_steps is 3 and the teacher's 2")
+    assert left_out["long"] == "vanilla is left out: training.num_steps is 3, and 2 is needed"
     alike = pretrain("alike", VANILLA)
     assert find_baselines(space, teacher, {}) == ({"vanilla": alike}, {}), "one stands there"
 
@@ -409,12 +403,12 @@ def test_baselines_of_other_depths_are_found_if_they_are_asked_for(
     assert find_baselines(space, teacher, {}) == ({"vanilla": own}, {})
     assert find_baselines(space, teacher, {"vanilla": 3}) == (
         {"vanilla, 3 layers": deep},
-        {"own": "vanilla is left out: it has 2 layers, which sweep.num_layers leaves out"},
+        {"own": "vanilla is left out: model.num_layers is 2, and 3 is needed"},
     )
     pretrain("long", {**VANILLA, "num_layers": 1}, num_steps=3)
     assert find_baselines(space, teacher, {"vanilla": (1, 2, 3)}) == (
         {"vanilla": own, "vanilla, 3 layers": deep},
-        {"long": "vanilla, 1 layer is left out: training.num_steps is 3 and the teacher's 2"},
+        {"long": "vanilla, 1 layer is left out: training.num_steps is 3, and 2 is needed"},
     )
 
 

@@ -20,8 +20,7 @@ from orchestrator.evaluation import decode_timing
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import resolve_settings
-from orchestrator.sweeping.live import LiveSweep
-from orchestrator.sweeping.run import STOPPED_TAG, SweepOutcome, SweepQueue, run_plan
+from orchestrator.sweeping.run import STOPPED_TAG, LiveSweep, SweepOutcome, SweepQueue, run_plan
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking

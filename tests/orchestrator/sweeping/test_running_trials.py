@@ -25,8 +25,9 @@ from orchestrator.records.trial import SweepPlan, Trial
 from orchestrator.settings import resolve_settings
 from orchestrator.sweeping import trial as trial_module
 from orchestrator.sweeping.plan import asha_rule, competing_trials, early_stops
-from orchestrator.sweeping.trial import Place, run_trial
+from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.stop import stop_when
+from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import is_run_locked
 from orchestrator.workspace.journal import VALIDATION_METRIC, read_journal
 from orchestrator.workspace.layout import DONE_NAME, RUN_LOCK_NAME
@@ -223,7 +224,9 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
     assert competing_trials(plan, sweep) == [[low, high]], "other steps are another model"
     scheduler = AshaByModel(asha_rule(sweep), competing_trials(plan, sweep))
 
-    class UnderTune(Place):
+    class UnderTune:
+        train = staticmethod(run_job)
+
         def __init__(self, trial: Trial) -> None:
             self.tune_trial = SimpleNamespace(config={"key": trial.key}, trial_id=trial.key)
             scheduler.on_trial_add(None, self.tune_trial)
@@ -234,9 +237,16 @@ def test_the_worse_of_two_rates_ends_at_a_rung_and_can_continue_later(
                 decision = scheduler.on_trial_result(None, self.tune_trial, result)
                 assert decision == "CONTINUE", "Tune kills nothing"
 
-    assert run_trial(high, UnderTune(high)) is not None, "the first continues"
-    assert run_trial(low, UnderTune(low)) is None
-    assert run_trial(alone, UnderTune(alone)) is not None, "nobody competes with it"
+        def on_device(self, measure: Any) -> Trial:
+            found: Trial = measure("cpu")
+            return found
+
+    def run(trial: Trial) -> Trial | None:
+        return run_trial(trial, UnderTune(trial))  # type: ignore[arg-type]
+
+    assert run(high) is not None, "the first continues"
+    assert run(low) is None
+    assert run(alone) is not None, "nobody competes with it"
     stop = early_stops(plan, sweep)[low.key]
     assert stop.step == 10
     assert stop.text.startswith("stopped early at step 10 of 40: its validation loss is ")

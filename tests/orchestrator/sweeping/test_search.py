@@ -21,10 +21,9 @@ from iiet.config import ModelConfig
 from iiet.schedule import IterationSchedule
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.settings import SearchSettings, resolve_settings
-from orchestrator.sweeping.live import LiveSweep
 from orchestrator.sweeping.plan import search_plan
-from orchestrator.sweeping.run import SweepQueue
-from orchestrator.sweeping.search import GENERATION, STUDY_FILE, ScheduleSearch, finished_schedules
+from orchestrator.sweeping.run import LiveSweep, SweepQueue
+from orchestrator.sweeping.search import STUDY_FILE, ScheduleSearch
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
 from orchestrator.workspace.errors import UserError
@@ -74,9 +73,8 @@ class World:
 
     def search(self, **settings: Any) -> ScheduleSearch:
         own = SearchSettings(**settings)
-        others = finished_schedules(self.workspace, "parent")
         plan = search_plan(self.family, own, "search")
-        return ScheduleSearch(plan, self.full, own, self.trial, folder=self.folder, others=others)
+        return ScheduleSearch(plan, self.full, own, self.trial, folder=self.folder)
 
     def run(
         self, *, failing: str = "", at_once: int = 1, most: int = 10**6, **settings: Any
@@ -86,7 +84,7 @@ class World:
         It is killed once it has suggested `most` schedules.
         """
         search, suggested = self.search(**settings), []
-        for trial in (*self.family.trials, *search.known_trials()):
+        for trial in (*self.family.trials, *search.suggested_trials()):
             self.finish(trial)
         search.open(self.results(search))
         running: list[Trial] = []
@@ -106,7 +104,7 @@ class World:
         return suggested
 
     def results(self, search: ScheduleSearch) -> dict[str, Trial]:
-        trials = [*self.family.trials, *search.known_trials()]
+        trials = [*self.family.trials, *search.suggested_trials()]
         return {trial.key: result for trial in trials if (result := trial.result())}
 
     def study(self) -> optuna.Study:
@@ -120,24 +118,6 @@ class World:
             tuple(stored.params.get(f"r_{n:02d}", 0) for n in range(1, 7))
             for stored in self.study().get_trials(states=(TrialState.COMPLETE,))
         ]
-
-
-@pytest.mark.parametrize(("attributes", "generation"), [({}, 0), ({GENERATION: 0}, 1)])
-def test_nsga2_breeds_from_added_trials_if_they_have_a_generation(
-    attributes: dict[str, int], generation: int
-) -> None:
-    space = {"r_01": IntDistribution(0, 9)}
-    study = optuna.create_study(
-        directions=[StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE],
-        sampler=optuna.samplers.NSGAIISampler(population_size=2, seed=0),
-    )
-    for r in (3, 4):
-        added = optuna.trial.create_trial(
-            params={"r_01": r}, distributions=space, values=[r, r], system_attrs=attributes
-        )
-        study.add_trial(added)
-    study.ask(space)
-    assert study.trials[-1].system_attrs[GENERATION] == generation
 
 
 @pytest.mark.parametrize("sampler", ["nsga2", "tpe", "gp"])
@@ -155,7 +135,7 @@ def test_each_schedule_once_and_the_same_command_trains_nothing(
     assert len(world.complete()) == len(set(world.complete())) == num_trials + len(FAMILY)
     made = world.made
     assert world.run(sampler=sampler, num_trials=num_trials) == []
-    assert [trial.label for trial in world.search(sampler=sampler).known_trials()] == first
+    assert [trial.label for trial in world.search(sampler=sampler).suggested_trials()] == first
     assert len(world.run(sampler=sampler, num_trials=num_trials + 1)) == 1, "a longer one goes on"
     assert world.made == made + 1
 
@@ -183,7 +163,7 @@ def test_a_search_follows_the_family_and_learns_from_all_of_it(
         queue.on_end(trial.key, trial.result(), "")
         queue.watch()
     assert shown == [1, 2, 3, 4], "what is not suggested yet is not done"
-    assert [trial for trial in (queue.take(), queue.take()) if trial] == search.known_trials()
+    assert [trial for trial in (queue.take(), queue.take()) if trial] == search.suggested_trials()
     assert len(world.complete()) == len(FAMILY), "the teacher is one of them"
     assert not queue.is_over
 
@@ -200,7 +180,7 @@ def test_a_search_that_was_killed_resumes_its_study_and_trains_nothing_twice(
     before = world.run(num_trials=12, at_once=3, most=6)
     running = world.study().get_trials(states=(TrialState.RUNNING,))
     assert len(running) == 2, "as a killed process leaves them"
-    half_trained = [trial for trial in world.search().known_trials() if not trial.result()]
+    half_trained = [trial for trial in world.search().suggested_trials() if not trial.result()]
     assert len(half_trained) == 2, "they are run first"
     made = world.made
     after = world.run(num_trials=12, at_once=3)
@@ -213,7 +193,7 @@ def test_a_search_that_was_killed_resumes_its_study_and_trains_nothing_twice(
 def test_what_another_process_runs_is_neither_closed_nor_suggested_again(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.run(num_trials=12, at_once=2, most=4)
-    [theirs] = [trial for trial in world.search().known_trials() if not trial.result()]
+    [theirs] = [trial for trial in world.search().suggested_trials() if not trial.result()]
     search = world.search(num_trials=12)
     with lock_file(Path(theirs.folder) / RUN_LOCK_NAME):
         search.open(world.results(search))
@@ -222,17 +202,6 @@ def test_what_another_process_runs_is_neither_closed_nor_suggested_again(tmp_pat
     others = [trial.label for _ in range(8) if (trial := search.suggest())]
     assert len(others) == 8
     assert theirs.label not in others
-
-
-def test_what_other_searches_have_finished_is_known(tmp_path: Path) -> None:
-    world = World(tmp_path)
-    first = world.run(num_trials=6)
-    second = world.run(num_trials=6, sampler="tpe")
-    assert not set(first) & set(second), "each model is trained once"
-    assert world.made == 12 + len(FAMILY)
-    search = world.search(sampler="tpe", num_trials=6)
-    assert [trial.label for trial in search.known_trials()] == [*sorted(first), *second]
-    assert (search.num_wanted, search.num_left) == (6, 0)
 
 
 def test_a_small_space_is_searched_through_and_that_is_the_end(tmp_path: Path) -> None:
@@ -274,7 +243,7 @@ def test_a_failed_trial_does_not_end_the_search(tmp_path: Path) -> None:
     victim = world.run(num_trials=3)[1]
     other = World(tmp_path / "other")
     assert len(set(other.run(num_trials=12, failing=victim))) == 12
-    [left] = [trial for trial in other.search().known_trials() if not trial.result()]
+    [left] = [trial for trial in other.search().suggested_trials() if not trial.result()]
     assert left.label == victim, "the same command tries it again"
 
 
@@ -326,5 +295,5 @@ def test_a_schedule_of_which_a_killed_process_stored_a_part_is_none(tmp_path: Pa
     world = World(tmp_path)
     world.run(num_trials=2)
     world.study().ask({"r_01": IntDistribution(0, 2)})
-    assert len(world.search(num_trials=3).known_trials()) == 2
+    assert len(world.search(num_trials=3).suggested_trials()) == 2
     assert len(world.run(num_trials=3)) == 1
