@@ -60,7 +60,7 @@ ORDER = (
 
 LINES = {
     "iiet": 7_350,
-    "benchmarks": 3_529,
+    "benchmarks": 3_231,
     "examples": 278,
     "research": 2_033,
     "orchestrator/workspace": 1_270,
