@@ -41,7 +41,7 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, SystemExit):  # Typer has printed what was wrong
         return error.code if isinstance(error.code, int) else 0
     sentence = str(error)
-    if isinstance(error, Interrupted):
+    if isinstance(error, Interrupted | KeyboardInterrupt):
         code, sentence = 130, sentence or "interrupted; run the same command again to resume"
     elif isinstance(error, UserError | RunFailed):
         code = 2 if isinstance(error, UserError) else 1

@@ -21,6 +21,7 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from orchestrator.cli.options import split_list
 from orchestrator.cli.session import Call, Place
+from orchestrator.workspace.errors import Interrupted
 from orchestrator.workspace.provenance import installed_version
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -85,22 +86,23 @@ class Command:
 
     def run(self, **values: Any) -> None:
         """Call the function with the values of its parameters, and print what it returns."""
-        from orchestrator.settings import find_field
-
         own = {key: values.pop(_name(flags)) for flags, key in self.options.items()}
         shared = {name: values.pop(name) for name in SHARED if name in values}
         call = Call(self.name, self.workspace, shared, bool(self.options or self.config))
         for key, value in own.items():
-            is_list = isinstance(value, str) and _plain_type(find_field(key).annotation) is tuple
+            is_list = isinstance(value, str) and _plain_type(_field(key).annotation) is tuple
             call.set(key, split_list(value) if is_list else value)
-        with call.stack:
-            if (result := self.function(call, **values)) is None:
-                return
-            if call.as_json:
-                print(result.to_text(), file=call.session.output)
-            else:
-                call.show(result)
-            result.raise_failures()
+        try:
+            with call.stack:
+                if (result := self.function(call, **values)) is None:
+                    return
+                if call.as_json:
+                    print(result.to_text(), file=call.session.output)
+                else:
+                    call.show(result)
+                result.raise_failures()
+        except KeyboardInterrupt:
+            raise Interrupted from None
 
 
 def _shared(
@@ -154,13 +156,9 @@ def build_app(word: str | None = None) -> typer.Typer:
             help=command.text,
             rich_help_panel=None if group else command.group,
             context_settings=command.context_settings,
-        )(command.build() if is_built else _not_built)
+        )(command.build() if is_built else lambda: None)
     app.add_typer(config, name="config", rich_help_panel="Settings")
     return app
-
-
-def _not_built() -> None:
-    raise AssertionError("only the command that is called is built")
 
 
 def _print_version(is_asked: bool) -> None:
@@ -200,10 +198,14 @@ def _parameters(function: Callable[..., Any]) -> Iterator[inspect.Parameter]:
             yield _parameter(name, own.default, own.annotation, helps.get(name))
 
 
-def _of_setting(flags: str, key: str) -> inspect.Parameter:
-    from orchestrator.settings import find_field
+def _field(key: str) -> Any:
+    from orchestrator.settings import find_field  # Of commands that have settings.
 
-    found = find_field(key)
+    return find_field(key)
+
+
+def _of_setting(flags: str, key: str) -> inspect.Parameter:
+    found = _field(key)
     kind = _plain_type(found.annotation)
     limits = found.metadata if kind is int else ()
     info = typer.Option(*flags.split(","), show_default=False)

@@ -193,8 +193,6 @@ def open_session(
             streams = {"terminal": terminal, "output": output}
             with quiet or terminal_progress(console) as progress:
                 yield Session(workspace=space, progress=progress, console=console, **streams)
-        except KeyboardInterrupt:
-            raise Interrupted from None
         except Exception as error:
             if (shown := _as_shown(error, log, space.root)) is error:
                 raise

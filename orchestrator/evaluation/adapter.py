@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import lru_cache, partial
 from typing import Any
 
@@ -58,7 +58,6 @@ class ChatModel:
     """Items of the tasks before the current one."""
     num_cut = 0
     """Prompts that lost their beginning."""
-    _noted = False
 
     def apply_chat_template(
         self, chat_history: list[Message], add_generation_prompt: bool = True
@@ -74,17 +73,12 @@ class ChatModel:
         write = partial(
             self.text.chat, opens_answer=add_generation_prompt, template=self.prompts.template_name
         )
-        try:
-            return write(chat_history)
-        except UserError as error:
-            others = [message for message in chat_history if message["role"] != "system"]
-            if len(others) == len(chat_history) or self.prompts.system_instruction is not None:
-                raise
-            text = write(others)
-            if not self._noted:
-                self.progress.note(f"the description of the task is left out: {error}")
-                self._noted = True
-            return text
+        others = [message for message in chat_history if message["role"] != "system"]
+        if len(others) < len(chat_history) and self.prompts.system_instruction is None:
+            with suppress(UserError):
+                return write(chat_history)
+            chat_history = others
+        return write(chat_history)
 
     def start_requests(self, requests: Sequence[Instance]) -> Callable[[int, int], None]:
         """Return what shows the progress of these requests in items, as (done, total)."""
@@ -146,14 +140,10 @@ class DecoderModel(ChatModel, TemplateLM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
         """Score whole texts in windows of the decoder's context, each token once."""
         self._advance = self.start_requests(requests)
-        by_text = []
+        length, by_text = self._decoder.config.context_length, []
         for request in requests:
-            rolled = utils.get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self._decoder.config.context_length,
-                context_len=1,
-            )
+            ids = self.tok_encode(request.args[0])
+            rolled = utils.get_rolling_token_windows(ids, self.prefix_token_id, length, 1)
             by_text.append([utils.make_disjoint_window(window) for window in rolled])
         scores = iter(self._score([window for windows in by_text for window in windows]))
         return [sum(next(scores).log_likelihood for _ in windows) for windows in by_text]
@@ -215,11 +205,10 @@ def answer_settings(options: Mapping[str, Any], context_length: int) -> AnswerSe
         top_k=found.pop("top_k", None) or None,
         top_p=found.pop("top_p", None),
     )
-    others = {k: v for k, v in found.items() if k not in NEUTRAL or v != NEUTRAL[k]}
-    if others:
+    if others := [f"{k}={v}" for k, v in found.items() if (k, v) not in NEUTRAL.items()]:
         raise UserError(
-            f"its generation_kwargs ask for {', '.join(f'{k}={v}' for k, v in others.items())}; "
-            "supported are until, max_gen_toks, do_sample, temperature, top_k and top_p"
+            f"its generation_kwargs ask for {', '.join(others)}; supported are until, "
+            "max_gen_toks, do_sample, temperature, top_k and top_p"
         )
     if settings.max_new_tokens >= context_length:
         raise UserError(
@@ -230,19 +219,17 @@ def answer_settings(options: Mapping[str, Any], context_length: int) -> AnswerSe
 
 
 def check_answer_settings(tasks: Mapping[str, Task], context_length: int) -> None:
-    """Raise `UserError` for tasks whose answers a decoder cannot generate, before any runs."""
-    problems = []
+    """Raise `UserError` for a task whose answers a decoder cannot generate, before any runs."""
     for name, task in tasks.items():
         if task.OUTPUT_TYPE == "generate_until":
             try:
                 answer_settings(task.get_config("generation_kwargs") or {}, context_length)
             except UserError as error:
-                problems.append(f"{name}: {error}")
-    if problems:
-        raise UserError(
-            f"cannot generate answers for {'; '.join(problems)}. Leave the task out, or write one "
-            "with other generation_kwargs (`include: NAME` in a file of evaluation.include_path)"
-        )
+                raise UserError(
+                    f"cannot generate answers for {name}: {error}. Leave the task out, or write "
+                    "one with other generation_kwargs (`include: NAME` in a file of "
+                    "evaluation.include_path)"
+                ) from None
 
 
 def run_task(name: str, task: Task, model: LM, limit: int | None = None) -> MeasuredTask:

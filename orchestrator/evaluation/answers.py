@@ -6,16 +6,15 @@ changes no answer: padding is masked, and each sampled context has a seed of its
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
-import psutil
 import torch
 from torch import Tensor
 
 from iiet.cache import KvStrategy
-from iiet.cost import inference_cost
 from iiet.decoder import Decoder
 from iiet.generation import stream
 from iiet.sampling import LogitsNotFinite
@@ -89,8 +88,7 @@ def generate_answers(
         decoder: The model in evaluation mode, under its own schedule.
         tokenizer: Its tokenizer; its end tokens end an answer, too.
         questions: In any order; those of the same settings and similar lengths are one batch.
-        batch_size: Largest number of contexts that are decoded together; fewer if their keys and
-            values need more than half of the free memory.
+        batch_size: Largest number of contexts that are decoded together.
         on_answered: Called after each batch with the number of answers so far.
         note: As `BatchLimit`.
         journal: Gets the answers of each batch; questions that it holds are not asked again.
@@ -101,40 +99,24 @@ def generate_answers(
         ValueError: If a setting is out of range.
     """
     journal = journal or AnswerJournal()
-    answers: dict[int, str] = {}
-    by_settings: dict[AnswerSettings, list[int]] = {}
-    for number, question in enumerate(questions):
-        if (stored := journal.get(question.key)) is not None:
-            answers[number] = stored
-        else:
-            by_settings.setdefault(question.settings, []).append(number)
+    answers = {number: journal.get(question.key) for number, question in enumerate(questions)}
+    left: defaultdict[AnswerSettings, list[int]] = defaultdict(list)
+    for number in sorted(answers, key=lambda number: -len(questions[number].context)):
+        if answers[number] is None:
+            left[questions[number].settings].append(number)
     limit = BatchLimit(batch_size, "questions", note)
-    size = decoder.embedding.weight.element_size()
-    bytes_per_token = inference_cost(decoder.config, bytes_per_value=size).kv_bytes_per_token
-    for settings, numbers in by_settings.items():
-        numbers.sort(key=lambda number: -len(questions[number].context))
-        while numbers:  # The first of a batch is its longest.
-            length = len(questions[numbers[0]].context) + settings.max_new_tokens
-            row = bytes_per_token * min(length, decoder.config.context_length)
-            batch = numbers[: max(1, min(limit.size, _free_bytes(decoder.device) // 2 // row))]
+    for numbers in left.values():
+        while batch := numbers[: limit.size]:
             asked = [questions[number] for number in batch]
             work = partial(_answer, decoder, tokenizer, asked, decode)
             texts = limit.run(work, size=len(batch), can_split=len(batch) > 1)
-            if texts is None:
-                continue
-            numbers = numbers[len(batch) :]
-            answers |= dict(zip(batch, texts, strict=True))
-            journal.add({questions[number].key: answers[number] for number in batch})
-            if on_answered:
-                on_answered(len(answers))
-    return [answers[number] for number in range(len(questions))]
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + unused
+            if texts is not None:
+                del numbers[: len(batch)]
+                answers |= zip(batch, texts, strict=True)
+                journal.add({questions[number].key: answers[number] for number in batch})
+                if on_answered:
+                    on_answered(sum(answer is not None for answer in answers.values()))
+    return [str(answers[number]) for number in range(len(questions))]
 
 
 def _answer(
@@ -145,13 +127,13 @@ def _answer(
     room = decoder.config.context_length - settings.max_new_tokens
     contexts = [question.context[-room:] for question in questions]
     length = max(map(len, contexts))
-    padded = [[0] * (length - len(context)) + [*context] for context in contexts]
-    is_token = [[False] * (length - len(context)) + [True] * len(context) for context in contexts]
-    needs_mask = min(map(len, contexts)) < length
+    missing = [length - len(context) for context in contexts]
+    padded = [[0] * num + [*context] for num, context in zip(missing, contexts, strict=True)]
+    is_token = torch.arange(length) >= torch.tensor(missing)[:, None]
     steps = decode(
         decoder,
         torch.tensor(padded, device=device),
-        attention_mask=torch.tensor(is_token, device=device) if needs_mask else None,
+        attention_mask=is_token.to(device) if any(missing) else None,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         top_k=settings.top_k,

@@ -107,11 +107,10 @@ class ModelMeasurer:
             num_items = sum(missing.num_items(name, limit) for name in missing.tasks)
             progress.start("evaluate", num_items)
             for name, task in missing.tasks.items():
-                with self._store.journal(keys[name], name) as model.journal:
-                    if count := model.journal.num_answers:
-                        said = f"{name}: {count:,} answers were stored before an interruption"
-                        progress.note(said)
-                    measured = run_task(name, task, model, limit)
+                model.journal = self._store.journal(keys[name], name)
+                if count := model.journal.num_answers:
+                    progress.note(f"{name}: {count:,} answers were stored before an interruption")
+                measured = run_task(name, task, model, limit)
                 # One by one: what is measured survives an interruption.
                 self._store.write(keys[name], measured, self._about(suite))
                 results[name] = measured.result

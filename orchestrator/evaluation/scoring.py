@@ -9,9 +9,8 @@ beyond rounding. Batches have rows of similar length, and are halved when a GPU 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -49,6 +48,23 @@ class Segment(NamedTuple):
 
     context: Tokens
     continuation: Tokens
+
+
+class Row(NamedTuple):
+    """One sequence of a batch: a context, followed by continuations without their last tokens."""
+
+    context: Tokens
+    segments: list[Segment]
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the sequence."""
+        return len(self.context) + sum(len(each.continuation) - 1 for each in self.segments)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there are several branches, so that a mask is needed."""
+        return sum(len(each.continuation) > 1 for each in self.segments) > 1
 
 
 class BatchLimit:
@@ -130,7 +146,7 @@ def score_continuations(
     left = dict.fromkeys(segment for segments in split for segment in segments)
     total, scores = len(left), dict[Segment, Score]()
     while left:
-        for rows in _batches(left, limit.size, keys_per_token=decoder.config.dim):
+        for rows in _batches(make_rows(left, limit.size, decoder.config.dim), limit.size):
             batch = [segment for row in rows for segment in row.segments]
             key = content_key("scores", batch)
             found: list[Score] | None = [Score(*stored) for stored in journal.get(key) or ()]
@@ -155,30 +171,7 @@ def score_continuations(
     ]
 
 
-@dataclass
-class Row:
-    """One sequence of a batch: a context, followed by its continuations without their last tokens.
-
-    Each continuation is a branch, which sees the context and itself.
-    """
-
-    context: Tokens
-    branches: dict[Tokens, list[Segment]] = field(default_factory=dict)
-    """Continuation without its last token -> segments; empty for those of a single token."""
-    num_tokens: int = 0
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether there are several branches, so that a mask is needed."""
-        return sum(map(bool, self.branches)) > 1
-
-    @property
-    def segments(self) -> list[Segment]:
-        """All segments, branch by branch."""
-        return [segment for segments in self.branches.values() for segment in segments]
-
-
-def make_rows(segments: Iterable[Segment], *, max_tokens: int, keys_per_token: int) -> list[Row]:
+def make_rows(segments: Iterable[Segment], max_tokens: int, keys_per_token: int) -> list[Row]:
     """Return rows that hold all segments, the longest first; those that need no mask come first.
 
     The kernel computes all pairs of query and key, and the mask drops those of different branches.
@@ -187,34 +180,30 @@ def make_rows(segments: Iterable[Segment], *, max_tokens: int, keys_per_token: i
     Args:
         max_tokens: Most tokens of a row with several branches.
         keys_per_token: Number of keys that a query can look at in the time of one token's other
-            arithmetic.
+            arithmetic: a layer's is about 24 d^2 per token, that of a key 4 d at a lower speed.
     """
-    by_context: dict[Tokens, dict[Tokens, list[Segment]]] = {}
+    by_context: defaultdict[Tokens, list[Segment]] = defaultdict(list)
     for segment in segments:
-        by_read = by_context.setdefault(segment.context, {})
-        by_read.setdefault(segment.continuation[:-1], []).append(segment)
+        by_context[segment.context].append(segment)
     rows = []
-    for context, by_read in by_context.items():
-        row, num_wasted = Row(context, num_tokens=len(context)), 0
-        for read, of_read in by_read.items():
-            num_wasted += len(read) * (row.num_tokens - len(context))
-            is_full = row.num_tokens + len(read) > min(max_tokens, MAX_SHARED_TOKENS)
-            if row.branches and (is_full or num_wasted > len(context) * keys_per_token):
+    for context, of_context in by_context.items():
+        row, num_wasted = Row(context, []), 0
+        for segment in of_context:
+            read = len(segment.continuation) - 1
+            num_wasted += read * (row.num_tokens - len(context))
+            is_full = row.num_tokens + read > min(max_tokens, MAX_SHARED_TOKENS)
+            if row.segments and (is_full or num_wasted > len(context) * keys_per_token):
                 rows.append(row)
-                row, num_wasted = Row(context, num_tokens=len(context)), 0
-            row.branches[read] = of_read
-            row.num_tokens += len(read)
+                row, num_wasted = Row(context, []), 0
+            row.segments.append(segment)
         rows.append(row)
     return sorted(rows, key=lambda row: (row.is_shared, -row.num_tokens))
 
 
-def _batches(
-    segments: Iterable[Segment], max_tokens: int, *, keys_per_token: int
-) -> Iterator[list[Row]]:
+def _batches(rows: Iterable[Row], max_tokens: int) -> Iterator[list[Row]]:
     """Yield batches of rows of similar length, padded to at most `max_tokens` tokens."""
-    # A layer's other arithmetic is about 24 d^2 per token, that of a key 4 d at a lower speed.
     batch: list[Row] = []
-    for row in make_rows(segments, max_tokens=max_tokens, keys_per_token=keys_per_token):
+    for row in rows:
         is_alike = batch and batch[0].is_shared == row.is_shared
         if batch and not (is_alike and (len(batch) + 1) * batch[0].num_tokens <= max_tokens):
             yield batch
@@ -226,17 +215,17 @@ def _batches(
 def _score_rows(decoder: Decoder, rows: list[Row]) -> list[Score]:
     """Score the segments of all rows, padded on the right to the length of the first."""
     tokens, places, owners = list[Tensor](), list[Tensor](), list[Tensor]()
-    wanted: list[tuple[int, int]] = []
+    wanted: list[tuple[int, int]] = []  # A column of the batch, and the token that it predicts.
     needed: dict[int, int] = {}  # Continuations that begin alike need the logits of a column once.
     for number, row in enumerate(rows):
         read, length = [*row.context], len(row.context)
         positions, branches = [*range(length)], [0] * length
-        for branch, (more, segments) in enumerate(row.branches.items(), 1):
-            columns = [length - 1, *range(len(read), len(read) + len(more))]
-            for segment in segments:
-                for column, target in zip(columns, segment.continuation, strict=True):
-                    place = number * rows[0].num_tokens + column
-                    wanted.append((needed.setdefault(place, len(needed)), target))
+        for branch, segment in enumerate(row.segments, 1):
+            more = segment.continuation[:-1]
+            own = [length - 1, *range(len(read), len(read) + len(more))]
+            for column, target in zip(own, segment.continuation, strict=True):
+                place = number * rows[0].num_tokens + column
+                wanted.append((needed.setdefault(place, len(needed)), target))
             read += more
             positions += range(length, length + len(more))
             branches += [branch] * len(more)
@@ -259,29 +248,22 @@ def _score_rows(decoder: Decoder, rows: list[Row]) -> list[Score]:
     # One after the other, so that those of earlier layers are freed.
     (hidden,) = deque(states, maxlen=1)
     selected = hidden.flatten(0, 1)[torch.tensor(list(needed), device=device)]
-    scored = _token_scores(decoder, selected, torch.tensor(wanted, device=device))
-    scores = []
-    for segment in (segment for row in rows for segment in row.segments):
-        losses, hits = zip(*(next(scored) for _ in segment.continuation), strict=True)
-        scores.append(Score(-math.fsum(losses), all(hits)))
-    return scores
 
-
-def _token_scores(decoder: Decoder, hidden: Tensor, wanted: Tensor) -> Iterator[tuple[float, bool]]:
-    """Return the loss of each wanted token, and whether it is the likeliest.
-
-    Args:
-        hidden: (columns, dim).
-        wanted: (tokens, 2): the column that predicts it, and the token.
-    """
-    losses, hits = hidden.new_zeros(len(wanted), dtype=torch.float64), wanted.new_zeros(len(wanted))
+    # The loss of each wanted token, and whether it is the likeliest.
+    asked = torch.tensor(wanted, device=device)
+    losses, hits = hidden.new_zeros(len(asked), dtype=torch.float64), asked.new_zeros(len(asked))
     num_at_once = max(1, MAX_LOGITS_AT_ONCE // decoder.config.vocab_size)
-    for start in range(0, len(hidden), num_at_once):
-        logits = decoder.logits(hidden[start : start + num_at_once])
+    for start in range(0, len(selected), num_at_once):
+        logits = decoder.logits(selected[start : start + num_at_once])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        is_here = (wanted[:, 0] >= start) & (wanted[:, 0] < start + len(logits))
+        is_here = (asked[:, 0] >= start) & (asked[:, 0] < start + len(logits))
         (here,) = is_here.nonzero().unbind(1)
-        columns, targets = (wanted[here] - wanted.new_tensor([start, 0])).unbind(1)
+        columns, targets = (asked[here] - asked.new_tensor([start, 0])).unbind(1)
         losses[here] = -logits.log_softmax(-1)[columns, targets].double()
         hits[here] = (logits.argmax(-1)[columns] == targets).to(hits.dtype)
-    return zip(losses.tolist(), hits.bool().tolist(), strict=True)
+    scored = zip(losses.tolist(), hits.bool().tolist(), strict=True)
+    scores = []
+    for segment in (segment for row in rows for segment in row.segments):
+        losses_of, hits_of = zip(*(next(scored) for _ in segment.continuation), strict=True)
+        scores.append(Score(-math.fsum(losses_of), all(hits_of)))
+    return scores

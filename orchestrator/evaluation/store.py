@@ -22,13 +22,11 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from iiet.weights import CONFIG
@@ -55,7 +53,6 @@ from orchestrator.workspace.files import (
 
 ITEMS = "items.json"
 REMEDY = "it is measured again"
-SECONDS_BETWEEN_WRITES = 1.0
 
 _DATE = r"(\d{4}-\d\d-\d\dT[\d.\-]+)"
 _SAMPLES = re.compile(rf"samples_(.+)_{_DATE}\.jsonl")
@@ -253,28 +250,20 @@ def _date_now() -> str:
 # Answers of a task that is not finished
 
 
-class AnswerJournal(AbstractContextManager["AnswerJournal"]):
+class AnswerJournal:
     """The answers of one task under one model; in memory only without a file.
 
     A line holds the answers of a batch, or of some questions, under the hash of what was asked, and
     begins with a checksum: a line that a crash cut off, or that was damaged since, is as good as
     missing. So a batch is found again only if it would be the same batch, and a resumed evaluation
     ends with the same bits as one that was not interrupted.
-
-    Use it as a context: the last answers are written if an error or Ctrl-C ends the block.
     """
 
     def __init__(
-        self,
-        path: Path | None = None,
-        *,
-        failed: Callable[[OSError], None] = lambda _: None,
-        seconds_between_writes: float = SECONDS_BETWEEN_WRITES,
+        self, path: Path | None = None, failed: Callable[[OSError], None] = lambda _: None
     ) -> None:
         """Read the file; `failed` is called if it cannot be written, and then nothing more is."""
-        self._path, self._failed, self._seconds = path, failed, seconds_between_writes
-        self._waiting: list[str] = []
-        self._written = time.monotonic()
+        self._path, self._failed = path, failed
         self._stored: dict[str, Any] = {}
         try:
             lines = path.read_bytes().splitlines() if path else []
@@ -295,33 +284,18 @@ class AnswerJournal(AbstractContextManager["AnswerJournal"]):
         return self._stored.get(key)
 
     def add(self, answers: Mapping[str, Any]) -> None:
-        """Store JSON values by key; they are in the file after a second at the latest call."""
+        """Store JSON values by key."""
+        if self._path is None:
+            return
         text = json.dumps(answers, separators=(",", ":"))
-        self._waiting.append(f"{_checksum(text)} {text}\n")
-        if time.monotonic() - self._written >= self._seconds:
-            self._write()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is not None:
-            self._write()
-
-    def _write(self) -> None:
-        if self._path and self._waiting:
-            try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("ab", buffering=0) as file:
-                    # After an empty line, because a crash may have cut the last one off.
-                    file.write("".join(["\n", *self._waiting]).encode())
-            except OSError as error:
-                self._path = None
-                self._failed(error)
-        self._waiting.clear()
-        self._written = time.monotonic()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab", buffering=0) as file:
+                # After an empty line, because a crash may have cut the last one off.
+                file.write(f"\n{_checksum(text)} {text}\n".encode())
+        except OSError as error:
+            self._path = None
+            self._failed(error)
 
 
 def _checksum(text: str) -> str:

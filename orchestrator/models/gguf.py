@@ -23,17 +23,14 @@ from iiet.weights import CONFIG
 from orchestrator.models.hub import offline
 from orchestrator.workspace.errors import UserError, first_line, quoted
 
-REMEDY = "give the model's own tokenizer.json with --tokenizer FILE"
-
-_MAGIC = b"GGUF"
-_ARCHITECTURE = "llama"
+_PREFIX = "llama."
 # transformers takes its own defaults for missing ones, and reads weights wrongly without the heads.
-_REQUIRED = (
+_REQUIRED = {
     *("embedding_length", "block_count", "feed_forward_length", "context_length"),
     *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
-)
-_OTHERS = ("rope.freq_base", "vocab_size", "tensor_data_layout")
-_HEAD_SIZES = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+}
+_HEAD_SIZES = {"rope.dimension_count", "attention.key_length", "attention.value_length"}
+_KNOWN = {*_REQUIRED, *_HEAD_SIZES, "rope.freq_base", "vocab_size", "tensor_data_layout"}
 _SWITCHED_OFF = (0, False, "", "none")
 _KNOWN_TENSORS = re.compile(
     r"(token_embd|output_norm|output|blk\.\d+\.(attn_(norm|q|k|v|output)|ffn_(norm|gate|up|down)))"
@@ -62,13 +59,6 @@ def read_gguf(path: Path, texts: Path | None = None, *, with_tokenizer: bool = T
         UserError: If it is not a GGUF file, is damaged, holds another architecture or what the
             decoder does not do, or has no tokenizer of a known kind.
     """
-    with path.open("rb") as file:
-        start = file.read(len(_MAGIC))
-    if start != _MAGIC:
-        raise UserError(
-            f"{path} is not a GGUF file, as it begins with {start!r} and not with {_MAGIC!r}; "
-            "import takes a GGUF file or a model folder"
-        )
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -81,12 +71,33 @@ def read_gguf(path: Path, texts: Path | None = None, *, with_tokenizer: bool = T
         metadata: dict[str, Any] = {n: field.contents() for n, field in reader.fields.items()}
     except Exception as error:  # A damaged file fails in many ways.
         raise UserError(
-            f"cannot read {path}, which is damaged, not complete, or newer than the installed "
-            f"package gguf ({first_line(error, with_type=True)}); copy it again"
+            f"cannot read {path}: it is not a GGUF file, is damaged, or is newer than the "
+            f"installed package gguf ({first_line(error, with_type=True)})"
         ) from None
-    _check_supported(path, metadata, [tensor.name for tensor in reader.tensors])
+
+    # What transformers would ignore.
+    values = {n.removeprefix(_PREFIX): v for n, v in metadata.items() if n.startswith(_PREFIX)}
+    wrong = {n: v for n, v in values.items() if n not in _KNOWN and v not in _SWITCHED_OFF}
+    wrong |= {n: values.get(n) for n in _REQUIRED if not isinstance(values.get(n), int | float)}
+    if not wrong:
+        size = values["embedding_length"] // values["attention.head_count"]
+        wrong = {name: values[name] for name in _HEAD_SIZES if values.get(name, size) != size}
+    problems = [f"{_PREFIX}{name}={value!r}" for name, value in sorted(wrong.items())]
+    names = [tensor.name for tensor in reader.tensors]
+    problems += [f"the tensor {name}" for name in names if not _KNOWN_TENSORS.fullmatch(name)]
+    if (architecture := metadata.get("general.architecture")) != "llama":
+        problems = [f"the architecture {architecture!r}"]
+    if problems:
+        raise UserError(f"{path} needs what the decoder does not do: {', '.join(problems[:5])}")
+
     if texts:
-        _write_texts(path, metadata, texts, with_tokenizer=with_tokenizer)
+        tokens = ("bos", "eos", "eot", "padding")
+        first, *ends, pad = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in tokens)
+        ends = [number for number in dict.fromkeys(ends) if number is not None]
+        ids = {"bos_token_id": first, "eos_token_id": ends or None, "pad_token_id": pad}
+        (texts / CONFIG).write_text(json.dumps({"model_type": "llama", **ids}))
+        if with_tokenizer:
+            _write_tokenizer(path, metadata, texts)
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
@@ -104,56 +115,18 @@ def read_gguf(path: Path, texts: Path | None = None, *, with_tokenizer: bool = T
         raise UserError(f"cannot use {path}: {line}") from None
 
 
-def _check_supported(path: Path, metadata: dict[str, Any], tensors: list[str]) -> None:
-    architecture = metadata.get("general.architecture")
-    if architecture != _ARCHITECTURE:
-        raise UserError(
-            f"{path} holds a model of the architecture {architecture!r}; only {_ARCHITECTURE!r} "
-            "can be imported"
-        )
-    prefix = f"{_ARCHITECTURE}."
-    values = {n.removeprefix(prefix): v for n, v in metadata.items() if n.startswith(prefix)}
-    numbers = {name: values.get(name) for name in _REQUIRED}
-    wrong = {n: v for n, v in numbers.items() if not (isinstance(v, int | float) and v > 0)}
-    known = {*_REQUIRED, *_OTHERS, *_HEAD_SIZES}
-    wrong |= {n: v for n, v in values.items() if n not in known and v not in _SWITCHED_OFF}
-    problems = [f"{prefix}{name}={value!r}" for name, value in sorted(wrong.items())]
-    if not wrong:
-        size = values["embedding_length"] // values["attention.head_count"]
-        problems = [
-            f"{prefix}{name}={values[name]!r} with heads of {size}"
-            for name in _HEAD_SIZES
-            if values.get(name, size) != size
-        ]
-    problems += [f"the tensor {name}" for name in tensors if not _KNOWN_TENSORS.fullmatch(name)]
-    if problems:
-        raise UserError(f"{path} needs what the decoder does not do: {', '.join(problems[:5])}")
-
-
-def _write_texts(
-    path: Path, metadata: dict[str, Any], folder: Path, *, with_tokenizer: bool
-) -> None:
-    first, end, turn, pad = (
-        metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding")
-    )
-    ends = [number for number in dict.fromkeys((end, turn)) if number is not None]
-    ids = {"bos_token_id": first, "eos_token_id": ends or None, "pad_token_id": pad}
-    (folder / CONFIG).write_text(json.dumps({"model_type": _ARCHITECTURE, **ids}))
-    if not with_tokenizer:
-        return
-    if "tokenizer.ggml.tokens" not in metadata:
-        raise UserError(f"{path} has no tokenizer (tokenizer.ggml.tokens); {REMEDY}")
-    kind, rule = (metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    is_sentencepiece = kind == "llama" and metadata.get("tokenizer.ggml.add_space_prefix", True)
-    if not is_sentencepiece and (kind != "gpt2" or rule not in _RULES):
-        raise UserError(
-            f"the tokenizer of {path} is of the kind {quoted(kind)} and cuts words by the rule "
-            f"{quoted(rule)}; known are gpt2 with the rules {', '.join(sorted(_RULES))}, and llama "
-            f"with a space before each text; {REMEDY}"
-        )
+def _write_tokenizer(path: Path, metadata: dict[str, Any], folder: Path) -> None:
     from transformers import AutoTokenizer
 
+    kind, rule = (metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    is_sentencepiece = kind == "llama" and metadata.get("tokenizer.ggml.add_space_prefix", True)
     try:
+        if not is_sentencepiece and (kind != "gpt2" or rule not in _RULES):
+            raise ValueError(
+                f"it is of the kind {quoted(kind)} and cuts by the rule {quoted(rule)}; known are "
+                f"gpt2 with the rules {', '.join(sorted(_RULES))}, and llama with a space "
+                "before each text"
+            )
         with offline():
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         if not is_sentencepiece:
@@ -161,5 +134,6 @@ def _write_texts(
         tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(
-            f"cannot build the tokenizer of {path} ({first_line(error, with_type=True)}); {REMEDY}"
+            f"cannot build the tokenizer of {path}: {first_line(error)}; give the model's own "
+            "tokenizer.json with --tokenizer FILE"
         ) from None

@@ -23,12 +23,10 @@ from orchestrator.models.folder import (
 from orchestrator.models.hub import HUB_PREFIX, download_model, is_hub_name
 from orchestrator.records.record import Record, WorkspacePath
 from orchestrator.settings import InfluenceSettings
-from orchestrator.workspace.errors import UserError
+from orchestrator.workspace.errors import UserError, shortened
 from orchestrator.workspace.files import INVALID_VALUE_ERRORS, expand_user, read_json
 from orchestrator.workspace.journal import last_recorded
 from orchestrator.workspace.layout import DONE_NAME, JOB_NAME, Workspace, find_checkpoints
-
-MAX_RUNS_NAMED = 20
 
 Note = Callable[[str], None]
 
@@ -63,42 +61,19 @@ def picked_model(workspace: Workspace, sweep: str | None = None) -> Picked | Non
 
 
 def resolve_model(
-    workspace: Workspace, path: Path | str | None = None, note: Note | None = None
+    workspace: Workspace,
+    path: Path | str | None = None,
+    note: Note | None = None,
+    *,
+    with_corrections: bool = False,
 ) -> tuple[Path, IterationSchedule | None]:
     """Return the checkpoint that the user means, and a pick's schedule; None for its own.
 
     Args:
-        path: As `resolve_teacher`; if None, the newest of the finished runs and the last pick.
-        note: As `resolve_teacher`.
-
-    Raises:
-        UserError: As `resolve_teacher`.
-    """
-    if path is not None:
-        return resolve_teacher(workspace, path), None
-    runs, picked = _finished_runs(workspace), picked_model(workspace)
-    if picked and (not runs or picked.time > last_recorded(runs[0])):
-        checkpoint, schedule = picked.model
-        checkpoint = resolve_checkpoint(checkpoint)
-        what = f"that `pick` chose from the sweep {picked.sweep}"
-    elif runs:
-        checkpoint, schedule, what = resolve_checkpoint(runs[0]), None, "of the newest run"
-    else:
-        raise _no_model(workspace, "no finished run")
-    if note:
-        note(f"the model is {checkpoint}, {what}")
-    return checkpoint, schedule
-
-
-def resolve_teacher(
-    workspace: Workspace, path: Path | str | None = None, note: Note | None = None
-) -> Path:
-    """Return the checkpoint that the user means.
-
-    Args:
         path: A checkpoint, or a run: its newest checkpoint is used. See `find_model_folder`. If
-            None, the newest finished run of an IIET with corrections.
+            None, the newest of the finished runs and the last pick.
         note: Called with a sentence that says which checkpoint is used if none is named.
+        with_corrections: If none is named, only runs of an IIET with corrections count.
 
     Raises:
         UserError: If there is no checkpoint, it is damaged, or it is a model of the hub, which is
@@ -110,18 +85,45 @@ def resolve_teacher(
                 f"{path} becomes a run of the workspace at first use, and a dry run writes nothing;"
                 f" `iiet-orch import {path}` imports it"
             )
-        return resolve_checkpoint(find_model_folder(workspace, Path(path)))
-    others = []
-    for run in _finished_runs(workspace):
-        checkpoint = find_checkpoints(run)[-1]
-        config = load_config(checkpoint)
-        if config.corrections.num_corrections and not METHODS[config.method].repeats_stack:
-            if note:
-                note(f"the model is {checkpoint}, of the newest run with corrections")
-            return resolve_checkpoint(run)
-        others.append(f"{run.name} ({config.method})")
-    only = f", only {', '.join(others)}" if others else ""
-    raise _no_model(workspace, f"no IIET checkpoint with corrections{only}")
+        return resolve_checkpoint(find_model_folder(workspace, Path(path))), None
+    runs = [
+        run
+        for run in run_folders(workspace)  # An imported one has no training.
+        if find_checkpoints(run) and ((run / DONE_NAME).is_file() or not (run / JOB_NAME).is_file())
+    ]
+    runs.sort(key=last_recorded, reverse=True)
+    what, missing, others = "of the newest run", "no finished run", list[str]()
+    picked = None if with_corrections else picked_model(workspace)
+    if with_corrections:
+        missing, what = "no IIET checkpoint with corrections", f"{what} with corrections"
+        while runs:
+            config = load_config(find_checkpoints(runs[0])[-1])
+            if config.corrections.num_corrections and not METHODS[config.method].repeats_stack:
+                break
+            others.append(f"{runs.pop(0).name} ({config.method})")
+    schedule = None
+    if picked and (not runs or picked.time > last_recorded(runs[0])):
+        checkpoint, schedule = picked.model
+        what = f"that `pick` chose from the sweep {picked.sweep}"
+    elif runs:
+        checkpoint = runs[0]
+    else:
+        only = f", only {', '.join(others)}" if others else ""
+        raise UserError(
+            f"{workspace.root} has {missing}{only}; `iiet-orch pretrain` makes one, `iiet-orch "
+            "quickstart` does the whole job, or give a path or the name of a run as argument"
+        )
+    checkpoint = resolve_checkpoint(checkpoint)
+    if note:
+        note(f"the model is {checkpoint}, {what}")
+    return checkpoint, schedule
+
+
+def resolve_teacher(
+    workspace: Workspace, path: Path | str | None = None, note: Note | None = None
+) -> Path:
+    """Return the checkpoint that the user means, or that of the newest IIET with corrections."""
+    return resolve_model(workspace, path, note, with_corrections=True)[0]
 
 
 def find_model_folder(workspace: Workspace, path: Path, *, model_folders: bool = False) -> Path:
@@ -153,10 +155,8 @@ def find_model_folder(workspace: Workspace, path: Path, *, model_folders: bool =
                 "checkpoint of it"
             )
         return places[0].resolve()
-    runs = sorted(run_folders(workspace), key=last_recorded, reverse=True)
-    names = ", ".join(sorted(run.name for run in runs[:MAX_RUNS_NAMED]))
-    newest = "newest " if len(runs) > MAX_RUNS_NAMED else ""
-    known = f"its {newest}runs are {names}" if runs else "it has no runs yet"
+    names = shortened(", ".join(sorted(run.name for run in run_folders(workspace))))
+    known = f"its runs are {names}" if names else "it has no runs yet"
     raise UserError(
         f"there is no folder {path}, and nothing of that name in the workspace {workspace.root}; "
         f"{known}{hub_hint(path)}"
@@ -183,23 +183,6 @@ def find_run_folder(workspace: Workspace, path: Path) -> Path:
 def run_folders(workspace: Workspace) -> list[Path]:
     """Return the folders of the workspace's runs."""
     return [path for path in workspace.runs.glob("*") if path.is_dir()]
-
-
-def _finished_runs(workspace: Workspace) -> list[Path]:
-    """Return the runs that are finished, the newest first; an imported one has no training."""
-    finished = [
-        run
-        for run in run_folders(workspace)
-        if find_checkpoints(run) and ((run / DONE_NAME).is_file() or not (run / JOB_NAME).is_file())
-    ]
-    return sorted(finished, key=last_recorded, reverse=True)
-
-
-def _no_model(workspace: Workspace, what: str) -> UserError:
-    return UserError(
-        f"{workspace.root} has {what}; `iiet-orch pretrain` makes one, `iiet-orch quickstart` does "
-        "the whole job, or give a path or the name of a run as argument"
-    )
 
 
 def find_checkpoint_by_weights(workspace: Workspace, key: str) -> Path | None:

@@ -259,23 +259,20 @@ def short_names(models: Sequence[OpenedModel]) -> list[str]:
     """Return a unique label for each model.
 
     For one model under several schedules, the labels are the schedules. Otherwise they are names;
-    equal names get the checkpoint, then parent folders, and finally a number.
+    equal names get the checkpoint, and then a number.
     """
     schedules = [model.config.corrections for model in models if model.config]
     is_one_model = len({model.path for model in models}) == 1
     if len(models) > 1 and is_one_model and len(set(schedules)) == len(models):
         return [f"r={shortest_schedule(tuple(schedule))}" for schedule in schedules]
-    label_of = {(model.path, model.name): model.name for model in models}
-    for num_parts in range(2, max((len(path.parts) for path, _ in label_of), default=0) + 1):
-        counts = Counter(label_of.values())
-        for model in models:
-            if counts[label_of[model.path, model.name]] > 1:
-                shown = shown_path(model.path)
-                folder = shown.name if model.is_external else model.path.parent.name
-                schedule = model.name.removeprefix(folder)
-                label_of[model.path, model.name] = "/".join(shown.parts[-num_parts:]) + schedule
-    labels = [label_of[model.path, model.name] for model in models]
-    # The same model was given twice.
+    clashes = Counter(name for _, name in {(model.path, model.name) for model in models})
+    labels: list[str] = []
+    for model in models:
+        label, shown = model.name, shown_path(model.path)
+        if clashes[label] > 1:
+            folder = shown.name if model.is_external else model.path.parent.name
+            label = "/".join(shown.parts[-2:]) + label.removeprefix(folder)
+        labels.append(label)
     times = [labels[:number].count(label) + 1 for number, label in enumerate(labels)]
     return [
         f"{label} ({time})" if time > 1 else label

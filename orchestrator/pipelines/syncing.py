@@ -17,10 +17,10 @@ from orchestrator.records.tracked_run import RegisteredModel, TrackedRun
 from orchestrator.records.trial import SweepPlan
 from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_count
-from orchestrator.training.watching import is_run_locked
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import recorded_times
 from orchestrator.workspace.layout import PLAN_FILE, Workspace
+from orchestrator.workspace.status import is_in_use
 
 MAX_NAMED = 20
 
@@ -92,7 +92,7 @@ def sync(
             continue
         if run and (run.folder is None or Path(run.folder).is_dir()):
             runs.append(_as_left(run))
-    locked = {run.place for run in runs if run.folder and is_run_locked(Path(run.folder))}
+    locked = {run.place for run in runs if run.folder and is_in_use(Path(run.folder))}
     locked |= {("sweep", parent, None) for _, _, parent in locked if parent}
     left = [run for run in runs if run.place not in locked]
     published: dict[str, list[str]] = {}

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -409,50 +410,40 @@ def compile_fields(
 ) -> None:
     """Compile each field in place, at its first call with gradients; only rounding changes.
 
-    One graph serves all evaluations, layers and iteration schedules; another number of sequences,
-    or a mask, needs another one. Passes without gradients run as they are: a graph of their own
-    would take longer than the few validations of a run. After a failure of the compiler training
-    continues uncompiled.
-
-    Args:
-        decoder: The model.
-        event: Gets `compiled` with the seconds, or `not compiled` with a text.
-        backend: PyTorch's name of a compiler, or a function from graph and inputs to a callable.
+    One graph serves all evaluations, layers and iteration schedules. Passes without gradients run
+    as they are: a graph of their own would take longer than the few validations of a run. After a
+    failure of the compiler training continues uncompiled. `event` gets `compiled` with the seconds
+    of the first call, or `not compiled` with a text.
     """
-    from torch._dynamo import lookup_backend  # Importing them takes two seconds.
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import TorchDynamoException  # Importing it takes two seconds.
     from torch._functorch import config
 
     torch.compiler.reset()  # Each job has its own backend, and Dynamo keeps graphs for eight.
     warnings.filterwarnings("ignore", message=r"The \.grad attribute", category=UserWarning)
-    make = lookup_backend(backend) if isinstance(backend, str) else backend
-    # An older PyTorch lacks some of these; the graphs are right without them.
-    options = {name: value for name, value in _COMPILED_GRAPHS.items() if hasattr(config, name)}
-    has_failed = False
-
-    def make_graph(graph: Any, inputs: list[Any]) -> Any:
-        started = time.perf_counter()
-        with config.patch(options):
-            made = make(graph, inputs)
-        event("compiled", seconds=time.perf_counter() - started)
-        return made
+    for name in filter(partial(hasattr, config), _COMPILED_GRAPHS):  # An older PyTorch lacks some.
+        setattr(config, name, _COMPILED_GRAPHS[name])
+    ends: set[str] = set()
 
     def compiled(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        fast = torch.compile(plain, backend=make_graph)
+        fast = torch.compile(plain, backend=backend)
 
         def run(*args: Any, **options: Any) -> Tensor:
-            nonlocal has_failed
-            if has_failed or not torch.is_grad_enabled():
+            if "not compiled" in ends or not torch.is_grad_enabled():
                 return plain(*args, **options)
+            started = time.perf_counter()
             try:
-                return fast(*args, **options)
+                found = fast(*args, **options)
             except TorchDynamoException as error:
-                has_failed = True
+                ends.add("not compiled")
                 cause = getattr(error, "inner_exception", error)
                 reason = shortened(" ".join(f"{type(cause).__name__}: {cause}".split()))
                 text = "torch.compile failed, so training runs uncompiled, slower on GPUs"
                 event("not compiled", text=f"{text}: {reason}")
                 return plain(*args, **options)
+            if not ends:
+                ends.add("compiled")
+                event("compiled", seconds=time.perf_counter() - started)
+            return found
 
         return run
 

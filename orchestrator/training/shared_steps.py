@@ -105,19 +105,12 @@ class FirstStage:
             OSError: If the disk is full.
         """
         with new_folder(self.folder) as temporary:
-            shutil.copytree(checkpoint, temporary / checkpoint.name, copy_function=_link)
+            # Checkpoints are never modified; links take no disk space while the run keeps its own.
+            shutil.copytree(checkpoint, temporary / checkpoint.name, copy_function=os.link)
             journal = Journal(temporary)
             for step, values in metrics_until(checkpoint):
                 journal.metrics(step, values)
             journal.close()
-
-
-def _link(source: str, target: str) -> None:
-    # Checkpoints are never modified; a link takes no disk space while the run keeps its own.
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def first_stage_of(job: TrainingJob) -> FirstStage | None:

@@ -186,19 +186,8 @@ class Trainer:
         self.schedule_at = schedule_by_step(job.model.corrections, job.recipe)
         self.flops_per_token = flops_per_token_by_step(job, self.teacher)
         self._should_stop, self._should_save, self._report = should_stop, should_save, report
-        self._batches = BatchPrefetcher(
-            partial(
-                self.data.batch,
-                context_length=job.model.context_length,
-                seed=job.recipe.seed,
-                global_batch=sequences_per_step(job.recipe, job.model),
-                rank=world.rank,
-                world_size=world.size,
-            ),
-            num_steps=job.recipe.num_steps,
-            pin=world.is_gpu,
-        )
-        self.batch = self._batches.batch
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: dict[int, Future[Batch]] = {}
         self._profiler: StepProfiler | None = None
         if job.recipe.profile_steps and world.is_first:
             steps = job.recipe.profile_steps
@@ -206,7 +195,8 @@ class Trainer:
 
     def close(self) -> None:
         """End the threads, and close the journal."""
-        for part in (self._profiler, self._batches, self.writer, self.journal):
+        self._pool.shutdown(cancel_futures=True)
+        for part in (self._profiler, self.writer, self.journal):
             if part:
                 part.close()
 
@@ -437,6 +427,30 @@ class Trainer:
 
     # What the loop asks and tells: a test replaces these, and needs no files then.
 
+    def batch(self, step: int) -> Batch:
+        """Return a step's batch, on the CPU, and gather the next one in a thread.
+
+        So a step does not wait for the disk. A batch depends on its step only: a run that resumes
+        gets the same ones. An error of the thread is raised in the step that needs the batch.
+        """
+        ahead = self._ahead.pop(step, None)
+        batch = ahead.result() if ahead else self._gather(step)
+        if step + 1 < self.recipe.num_steps:
+            self._ahead = {step + 1: self._pool.submit(self._gather, step + 1)}
+        return batch
+
+    def _gather(self, step: int) -> Batch:
+        job, world = self.job, self.world
+        batch = self.data.batch(
+            step,
+            context_length=job.model.context_length,
+            seed=job.recipe.seed,
+            global_batch=sequences_per_step(job.recipe, job.model),
+            rank=world.rank,
+            world_size=world.size,
+        )
+        return batch.pinned() if world.is_gpu else batch  # Read by a GPU without blocking.
+
     def wishes(self, step: int) -> dict[str, float]:
         """Return whether the first worker wants to stop or to save after a step; asked once for
         each."""
@@ -520,42 +534,3 @@ def _rare_garbage_collections() -> Iterator[Callable[[], object]]:
         gc.unfreeze()
         if was_enabled:
             gc.enable()
-
-
-class BatchPrefetcher:
-    """Gathers the next step's batch in a background thread while this step runs.
-
-    The thread reads the memory map, so a step does not wait for the disk, and pins the batch if it
-    goes to a GPU, so that it is copied without blocking. A batch depends on its step only: a run
-    that resumes gets the same batches, whatever was gathered ahead. Close it to end its thread.
-    """
-
-    def __init__(self, gather: Callable[[int], Batch], *, num_steps: int, pin: bool) -> None:
-        """Make no batch yet; no step from `num_steps` on is gathered ahead.
-
-        Args:
-            pin: Whether to move batches to pinned memory, which GPUs read without blocking.
-        """
-        self._gather, self._num_steps, self._pin = gather, num_steps, pin
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._next: tuple[int, Future[Batch]] | None = None
-
-    def batch(self, step: int) -> Batch:
-        """Return a step's batch, on the CPU, and start to gather the following one.
-
-        An error of the thread is raised here, in the step that needs the batch.
-        """
-        ahead, self._next = self._next, None
-        is_ready = ahead is not None and ahead[0] == step
-        batch = ahead[1].result() if ahead and is_ready else self._make(step)
-        if step + 1 < self._num_steps:
-            self._next = step + 1, self._pool.submit(self._make, step + 1)
-        return batch
-
-    def _make(self, step: int) -> Batch:
-        batch = self._gather(step)
-        return batch.pinned() if self._pin else batch
-
-    def close(self) -> None:
-        """Wait for the thread to end; a batch that nobody asked for is dropped."""
-        self._pool.shutdown(cancel_futures=True)

@@ -343,7 +343,7 @@ def test_an_answer_journal_that_is_cut_anywhere_gives_a_whole_prefix(tmp_path: P
     path, keys = tmp_path / "answers", "ab"
 
     def write(key: str) -> None:
-        AnswerJournal(path, seconds_between_writes=0).add({key: [0.1, "x\ny"]})
+        AnswerJournal(path).add({key: [0.1, "x\ny"]})
 
     def found() -> str:
         return "".join(key for key in "abcd" if AnswerJournal(path).get(key) == [0.1, "x\ny"])

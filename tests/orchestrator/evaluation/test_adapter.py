@@ -26,7 +26,6 @@ from orchestrator.evaluation.tasks import Suite, TaskSelection, load_suite
 from orchestrator.models.tokenizer import Message, ModelTokenizer
 from orchestrator.reporting.statistics import shared_metric
 from orchestrator.settings.evaluation import Prompts
-from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.errors import UserError
 
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -230,13 +229,7 @@ def test_settings_of_a_task_become_those_of_the_generator(
 # Chat templates
 
 
-def test_a_description_that_the_template_refuses_is_left_out_with_one_note() -> None:
-    notes: list[str] = []
-
-    class Notes(Progress):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
+def test_a_description_that_the_template_refuses_is_left_out() -> None:
     def chat(messages: Sequence[Message], *, opens_answer: bool, template: str | None) -> str:
         if messages[0]["role"] == "system":
             raise UserError("the system role is not supported")
@@ -246,10 +239,9 @@ def test_a_description_that_the_template_refuses_is_left_out_with_one_note() -> 
     messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1"}]
     model = ChatModel()
     model.text = SimpleNamespace(chat=chat)  # type: ignore[assignment]
-    model.prompts, model.progress = Prompts(chat_template="short"), Notes()
+    model.prompts = Prompts(chat_template="short")
     assert model.apply_chat_template(messages) == "short: 1 + 1 ->"
     assert model.apply_chat_template(messages, add_generation_prompt=False) == "short: 1 + 1"
-    assert notes == ["the description of the task is left out: the system role is not supported"]
     # An instruction of the user is never left out.
     model.prompts = Prompts(chat_template="short", system_instruction="Add.")
     with pytest.raises(UserError, match="the system role is not supported"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,22 +68,6 @@ def test_a_batch_answers_as_each_context_alone(
     answers = generate_answers(decoder, tokenizer, asked, batch_size=batch_size)
     assert answers == [slowly(decoder, tokenizer, question) for question in asked]
     assert len(set(answers)) > 12
-
-
-def test_a_batch_is_smaller_where_the_memory_is(
-    decoder: Decoder, tokenizer: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Keys and values of 16 numbers of 4 bytes, in 5 slots, of at most 48 tokens.
-    free = 2 * 3 * (2 * 16 * 4 * 5 * 48)
-    memory = SimpleNamespace(available=free)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
-    asked = questions(tokenizer, AnswerSettings(max_new_tokens=40), ["one two " * 9] * 6)
-    done: list[int] = []
-    generate_answers(decoder, tokenizer, asked, on_answered=done.append)
-    assert done == [3, 6]
-    memory.available = 1
-    generate_answers(decoder, tokenizer, asked[:2], on_answered=done.append)
-    assert done[2:] == [1, 2]
 
 
 def test_stop_texts_end_an_answer_also_across_tokens(

@@ -17,7 +17,7 @@ from iiet.decoder import Decoder
 from iiet.generation import generate
 from iiet.methods import METHODS
 from orchestrator.evaluation import scoring
-from orchestrator.evaluation.cost_measurement import peak_bytes
+from orchestrator.evaluation.decode_timing import peak_bytes
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.evaluation.scoring import Score, Segment, make_rows, score_continuations
 from orchestrator.evaluation.store import AnswerJournal
@@ -111,16 +111,14 @@ def test_every_segment_is_in_one_row_that_is_not_too_long(
         Segment(tuple(draw.choices((1, 2), k=draw.randint(1, 4))), tuple(draw.choices((1, 2), k=k)))
         for k in draw.choices(range(1, 9), k=200)
     }
-    rows = make_rows(segments, max_tokens=max_tokens, keys_per_token=keys_per_token)
+    rows = make_rows(segments, max_tokens, keys_per_token)
     assert sorted(s for row in rows for s in row.segments) == sorted(segments)
     keys = [(row.is_shared, -row.num_tokens) for row in rows]
     assert keys == sorted(keys)
     longest = max(len(context) + len(rest) - 1 for context, rest in segments)
     for row in rows:
-        assert row.num_tokens == len(row.context) + sum(map(len, row.branches))
         assert row.num_tokens <= max(max_tokens, longest)
-        for read, of_read in row.branches.items():
-            assert {(s.context, s.continuation[:-1]) for s in of_read} == {(row.context, read)}
+        assert {segment.context for segment in row.segments} == {row.context}
 
 
 def test_what_is_shared_is_evaluated_once_where_that_pays(small: Decoder) -> None:
@@ -136,7 +134,7 @@ def test_what_is_shared_is_evaluated_once_where_that_pays(small: Decoder) -> Non
     assert (shapes[1:], heads) == ([(1, 16)], [1])
     # A short context is not worth a long row.
     endings = [Segment((1,), (*[n] * 50, 1)) for n in range(2, 30)]
-    rows = make_rows(endings, max_tokens=10_000, keys_per_token=256)
+    rows = make_rows(endings, 10_000, 256)
     assert [len(row.segments) for row in rows] == [1] * len(endings)
 
 
@@ -191,12 +189,13 @@ def test_scoring_resumes_to_the_same_bits(small: Decoder, tmp_path: Path) -> Non
         if len(passes) == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), AnswerJournal(path) as journal:
-        score_continuations(decoder, pairs, batch_size=2, on_scored=stop, journal=journal)
+    with pytest.raises(KeyboardInterrupt):
+        score_continuations(
+            decoder, pairs, batch_size=2, on_scored=stop, journal=AnswerJournal(path)
+        )
     lines = path.read_bytes().splitlines()
-    path.write_bytes(b"\n".join([*lines[:2], lines[2][:-9], *lines[3:]]))
-    with AnswerJournal(path) as journal:
-        again = score_continuations(decoder, pairs, batch_size=2, journal=journal)
+    path.write_bytes(b"\n".join([*lines[:3], lines[3][:-9], *lines[4:]]))
+    again = score_continuations(decoder, pairs, batch_size=2, journal=AnswerJournal(path))
     assert again == usual
     num_batches, passes[:] = len(passes) - 1, []
     score_continuations(decoder, pairs, batch_size=2)

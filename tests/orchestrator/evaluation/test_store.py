@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +209,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def write(path: Path, answers: dict[str, object] = SCORES) -> None:
-    AnswerJournal(path, seconds_between_writes=0).add(answers)
+    AnswerJournal(path).add(answers)
 
 
 def test_values_come_back_exactly(path: Path) -> None:
@@ -237,20 +236,10 @@ def test_each_damaged_line_is_as_good_as_missing(path: Path) -> None:
     assert AnswerJournal(path).num_answers == 3
 
 
-def test_a_second_passes_between_writes_and_an_error_writes_the_rest(path: Path) -> None:
-    with AnswerJournal(path, seconds_between_writes=1e9) as journal:
-        journal.add(SCORES)
-    assert not path.exists(), "a finished task has no use for its journal"
-    with suppress(KeyboardInterrupt), AnswerJournal(path, seconds_between_writes=1e9) as journal:
-        journal.add(SCORES)
-        raise KeyboardInterrupt
-    assert AnswerJournal(path).get("b") == SCORES["b"]
-
-
 def test_a_file_that_cannot_be_written_is_said_once(path: Path) -> None:
     path.parent.write_text("not a folder")
     errors: list[OSError] = []
-    journal = AnswerJournal(path, failed=errors.append, seconds_between_writes=0)
+    journal = AnswerJournal(path, failed=errors.append)
     assert journal.num_answers == 0
     for _ in range(2):
         journal.add(SCORES)

@@ -11,7 +11,7 @@ import pytest
 from fake_tracking import untracked
 
 from iiet.schedule import IterationSchedule
-from orchestrator.evaluation.cost_measurement import MeasurementSettings
+from orchestrator.evaluation.decode_timing import MeasurementSettings
 from orchestrator.models.open import open_model, open_models, short_names
 from orchestrator.pipelines.benchmarking import (
     family_of,
@@ -70,7 +70,7 @@ def test_no_two_labels_are_alike_and_all_is_written_with_its_conditions(
     first, other, plain = (save_tiny(tmp_path / name) for name in ("a/run", "b/run", "plain"))
     second = save_tiny(tmp_path / "a/run", step=2)
     assert labels(first, second) == ["run/step_00000001", "run/step_00000002"]
-    assert labels(first, other) == ["a/run/step_00000001", "b/run/step_00000001"]
+    assert labels(first, other) == ["run/step_00000001", "run/step_00000001 (2)"]
     assert labels(first, plain, second) == ["run/step_00000001", "plain", "run/step_00000002"]
     assert labels(first.parent, second) == ["run", "run (2)"]
     assert labels(first, schedules=["1", "1,1", "0"]) == ["run r=1", "run r=1 (2)", "run r=0"]

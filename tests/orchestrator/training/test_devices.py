@@ -133,7 +133,7 @@ def test_other_errors_are_not_taken_for_a_failure_of_the_compiler() -> None:
     compile_fields(decoder, lambda name, **_: found.append(name), backend=lambda *_: out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         decoder(torch.randint(13, (2, 8)))
-    assert found == ["compiled"]
+    assert found == []
 
 
 def test_one_graph_serves_all_layers_schedules_and_lists_of_estimates() -> None:

@@ -143,7 +143,7 @@ def test_a_full_disk_only_prevents_sharing_and_leaves_nothing(
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("orchestrator.training.shared_steps._link", refuse)
+    monkeypatch.setattr("os.link", refuse)
     job = staged((2, 1))
     assert run_job(job).finished
     assert "No space left" in events(job, "not shared")[0]["text"]

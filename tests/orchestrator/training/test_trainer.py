@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from orchestrator.records.training import TrainingJob
 from orchestrator.training import trainer as trainer_module
 from orchestrator.training.checkpoint import load_training_state
 from orchestrator.training.job import finished_outcome, job_key
-from orchestrator.training.trainer import BatchPrefetcher, Diverged, run_job
+from orchestrator.training.trainer import Diverged, Trainer, run_job
 from orchestrator.workspace.errors import RunFailed
 from orchestrator.workspace.journal import read_journal
 from orchestrator.workspace.layout import DONE_NAME
@@ -275,12 +276,14 @@ def test_each_step_gets_its_batch_in_any_order_and_its_own_error() -> None:
             raise OSError("the disk is gone")
         return Batch.of_text(torch.full((1, 4), step))
 
-    with closing(BatchPrefetcher(gather, num_steps=8, pin=False)) as batches:
+    with ThreadPoolExecutor(1) as pool:
+        recipe = SimpleNamespace(num_steps=8)
+        trainer: Any = SimpleNamespace(_ahead={}, _gather=gather, _pool=pool, recipe=recipe)
         # A resumed run starts anywhere; benchmarks ask for a step twice.
         for step in (0, 1, 1, 5, 6, 7, 2):
-            assert int(batches.batch(step).input_ids[0, 0]) == step
+            assert int(Trainer.batch(trainer, step).input_ids[0, 0]) == step
         with pytest.raises(OSError, match="the disk is gone"):
-            batches.batch(3)
-        assert int(batches.batch(4).input_ids[0, 0]) == 4
+            Trainer.batch(trainer, 3)
+        assert int(Trainer.batch(trainer, 4).input_ids[0, 0]) == 4
     assert max(asked) == 7
     assert asked.count(6) == asked.count(7) == 1
