@@ -5,9 +5,7 @@ Python's help topics. One set of weights learns its full schedule and none (r = 
 draft is a vanilla model of two layers and half the width, trained on the same tokens. All continue
 the same held-out prompts by sampling.
 
-Each rival drafts as many tokens as its acceptance and its counted costs suggest, or none. Then the
-speed-up at a fixed number of drafted tokens is predicted from measured costs and acceptance, and
-stands beside the measured one.
+Each rival drafts as many tokens as its acceptance and its counted costs suggest, or none.
 """
 
 from __future__ import annotations
@@ -26,8 +24,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from benchmarks.report import Goal, Quantity, Report, Row, checked
 from benchmarks.shape import SHAPE, fresh_decoder, shaped_config
-from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
-from iiet import Decoder, DraftRecord, IterationSchedule, KeyValueCache, generate, next_token_loss
+from benchmarks.timing import paired_ratio, take_turns
+from iiet import Decoder, DraftRecord, IterationSchedule, generate, next_token_loss
 from iiet.speculative import MAX_DRAFT_TOKENS
 from orchestrator.data.preparation import prepare
 from orchestrator.data.store import open_tokens
@@ -36,8 +34,6 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.workspace.layout import open_workspace
 
 _GOAL = {(256, 1): Goal("at least", 1.2), (512, 1): Goal("at least", 1.2)}
-_FIXED = 4
-"""Drafted tokens where prediction and measurement are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +141,7 @@ def _check(models: _Models, prompt: Tensor) -> str:
 
 
 def _rows(models: _Models, prompt: Tensor, size: _Size) -> list[Row]:
-    cheap: Any = models.cheap.schedule
-    drafts: dict[str, tuple[Any, Any]] = {  # Name -> the draft, and its tokens.
-        "r = 0": (cheap, "auto"),
-        "vanilla draft": (models.small, "auto"),
-        "fixed": (cheap, _FIXED),
-    }
+    drafts: dict[str, Any] = {"r = 0": models.cheap.schedule, "vanilla draft": models.small}
     records = {name: DraftRecord() for name in drafts}
 
     def task(**drafting: Any) -> Callable[[], float]:
@@ -165,47 +156,23 @@ def _rows(models: _Models, prompt: Tensor, size: _Size) -> list[Row]:
         return run
 
     tasks = {"plain": task()} | {
-        name: task(draft=draft, draft_tokens=tokens, record=records[name])
-        for name, (draft, tokens) in drafts.items()
+        name: task(draft=draft, record=records[name]) for name, draft in drafts.items()
     }
     seconds = take_turns(tasks, repetitions=size.repetitions)
     width = models.full.config.dim
     place, goal = f"d {width}, batch {len(prompt)}", _GOAL.get((width, len(prompt)))
-    rows = []
-    for name in ("r = 0", "vanilla draft"):
-        times = tuple(Quantity.milliseconds(n, seconds[n]) for n in ("plain", name))
-        rows.append(
-            Row(
-                what=f"plain / {name}, {place}",
-                quantities=(*times, *_acceptance(records[name])),
-                ratio=paired_ratio(seconds["plain"], seconds[name]),
-                goal=goal if name == "r = 0" else None,
-            )
+    return [
+        Row(
+            what=f"plain / {name}, {place}",
+            quantities=(
+                *(Quantity.milliseconds(n, seconds[n]) for n in ("plain", name)),
+                *_acceptance(records[name]),
+            ),
+            ratio=paired_ratio(seconds["plain"], seconds[name]),
+            goal=goal if name == "r = 0" else None,
         )
-
-    # The speed-up of a fixed number of drafted tokens, predicted from what each round kept, and
-    # from a step under r = 0 and a further verified token, in plain steps.
-    passes = {
-        "step": _pass(models.full, prompt, 1),
-        "verify": _pass(models.full, prompt, 1 + _FIXED),
-        "draft": _pass(models.cheap, prompt, 1),
-    }
-    costs = take_turns(passes, repetitions=10 * size.repetitions)
-    draft_cost = paired_ratio(costs["draft"], costs["step"]).median
-    token_cost = max(0.0, paired_ratio(costs["verify"], costs["step"]).median - 1.0) / _FIXED
-    record, measured = records["fixed"], paired_ratio(seconds["plain"], seconds["fixed"])
-    kept = record.tokens_per_verification or 1.0
-    predicted = kept / (1.0 + _FIXED * (draft_cost + token_cost))
-    quantities = (
-        Quantity.one("predicted", predicted, "times"),
-        Quantity("measured", measured, "times"),
-        Quantity.one("draft step", draft_cost, "plain steps"),
-        Quantity.one("further verified token", token_cost, "plain steps"),
-        *_acceptance(record),
-    )
-    what = f"speed-up with {_FIXED} drafted tokens, predicted / measured, {place}"
-    shares = (predicted / each for each in (measured.median, measured.high, measured.low))
-    return [*rows, Row(what=what, quantities=quantities, ratio=Spread(*shares))]
+        for name in drafts
+    ]
 
 
 def _acceptance(record: DraftRecord) -> tuple[Quantity, ...]:
@@ -215,19 +182,3 @@ def _acceptance(record: DraftRecord) -> tuple[Quantity, ...]:
         Quantity.one("per verification", tokens, "tokens"),
         Quantity.one("plain steps", record.plain_steps, "in all"),
     )
-
-
-def _pass(decoder: Decoder, prompt: Tensor, num_tokens: int) -> Callable[[], float]:
-    """Return a task that reads some tokens after a prompt and returns the seconds."""
-    length = prompt.size(1) + num_tokens
-    cache = KeyValueCache(decoder.config, batch_size=len(prompt), max_tokens=length)
-    tokens = prompt[:, :1].expand(-1, num_tokens)
-    with torch.inference_mode():
-        decoder(prompt, cache=cache, last_only=True)
-
-    @torch.inference_mode()
-    def read() -> None:
-        cache.set_length(prompt.size(1))
-        decoder(tokens, cache=cache)
-
-    return stopwatch(read)

@@ -1,11 +1,9 @@
-"""The overhead of a sweep, its saved trials, and the time of a rerun.
+"""The overhead of a sweep.
 
 Overhead: a whole sweep under Ray Tune, one trial at a time, with its locks, its front over time and
 MLflow's records in a local database, is compared with the same trainings and evaluations in a plain
 loop of this process with as many threads. The first trial and Ray's start are one-time costs and do
 not count. Trials are compared one by one; a second row shows the overhead for trials of a minute.
-Resume: a rerun of a finished sweep; and a trial stopped halfway, from the call to its first new
-step.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -46,18 +44,16 @@ _NUM_DOCUMENTS = 400
 
 
 def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
-    """Measure a sweep's overhead, and its second call."""
+    """Measure a sweep's overhead."""
     with tempfile.TemporaryDirectory() as folder:
         bench = _Bench(Path(folder), quick=quick)
         say(f"sweep: {bench.num_trials} trials, under Ray Tune and in a loop")
         overhead, check = bench.overhead(Goal("at most", 1.05) if not quick else None)
-        say("sweep: rerun of a finished sweep, and resume of a stopped trial")
-        rows = [*overhead, bench.resumed(), bench.stopped()]
     setting = (
         f"IIET, d {bench.config.dim}, {bench.config.num_layers} layers, r = 2, trials of "
         f"{bench.num_steps} steps, one at a time; the first and Ray's start not counted"
     )
-    return Report(title="sweep", setting=setting, rows=rows, checks=[check])
+    return Report(title="sweep", setting=setting, rows=overhead, checks=[check])
 
 
 class _Bench:
@@ -144,45 +140,6 @@ class _Bench:
             ),
         ]
         return rows, check
-
-    def resumed(self) -> Row:
-        """Run a finished sweep again."""
-        workspace = open_workspace(self.folder / "resumed")
-        plan = self.plan(workspace)
-        for trial in plan.trials:
-            trial.with_numbers("quality", {"accuracy": 0.5}).write(trial.result_path)
-        seconds = []
-        for _ in range(3):
-            started = time.perf_counter()
-            run_plan(plan, self.settings(), workspace, tracking=open_tracking(workspace))
-            seconds.append(time.perf_counter() - started)
-        # The first run creates the database and measures the time per token.
-        again = Quantity("again", Spread.of(seconds[1:]), "s")
-        return Row(
-            what=f"a rerun of a finished sweep of {len(plan.trials)} models",
-            quantities=(again, Quantity.one("first", seconds[0], "s")),
-        )
-
-    def stopped(self) -> Row:
-        """Stop a trial halfway and resume it."""
-        plan = self.plan(open_workspace(self.folder / "stopped"), num_schedules=2)
-        job = next(t.job for t in plan.trials if t.job)
-        reported: list[tuple[int, float]] = []
-
-        def report(step: int, _: Mapping[str, float]) -> None:
-            reported.append((step, time.perf_counter()))
-
-        half = self.num_steps // 2
-        run_job(job, should_stop=lambda: bool(reported and reported[-1][0] >= half), report=report)
-        step = (reported[-1][1] - reported[0][1]) / max(reported[-1][0] - reported[0][0], 1)
-        reported.clear()
-        started = time.perf_counter()
-        run_job(job, report=report)
-        resumed = Quantity.one("resumed", reported[0][1] - started, "s")
-        return Row(
-            what=f"a trial stopped at step {half}: from the call to its first new numbers",
-            quantities=(resumed, Quantity.one("a step", step, "s")),
-        )
 
 
 def _losses(trials: Sequence[Trial]) -> list[float]:

@@ -1,23 +1,18 @@
 """The overhead of the orchestrator's training loop.
 
-Four questions, at steps of about half a second: how much longer is a step than that of a plain
+Three questions, at steps of about half a second: how much longer is a step than that of a plain
 PyTorch loop on the same weights and batches; what does a checkpoint cost at a given interval; what
-share of a step waits for its batch; how much faster are two workers than one with the same global
-batch. The losses of both loops must be bitwise equal before anything is timed.
+share of a step waits for its batch. The losses of both loops must be bitwise equal before anything
+is timed.
 
 A step's time is from one report of the loss to the next, so everything between two steps counts,
-but nothing before the first or after the last. Workers connect through a file and average by gloo,
-as under Ray Train, whose start would take longer than the benchmark.
+but nothing before the first or after the last.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +21,6 @@ from itertools import count, pairwise
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from benchmarks.report import Goal, Quantity, Report, Row, checked
@@ -41,12 +35,10 @@ from orchestrator.data.tokenize import write_text
 from orchestrator.records.training import TrainingJob
 from orchestrator.settings import DataSettings, TrainingSettings
 from orchestrator.terminal.progress import Progress
-from orchestrator.training.devices import World
 from orchestrator.training.job import sequences_per_step
 from orchestrator.training.objective import make_optimizer, set_learning_rate
 from orchestrator.training.schedules import learning_rate_at
 from orchestrator.training.trainer import run_job
-from orchestrator.workspace.journal import read_journal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,20 +74,11 @@ def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
         largest = max(abs(a - b) for a, b in pairs)
         checks = [checked("losses of the whole loop and of a bare one", largest, 0.0)]
         rows = _rows(runs, repetitions, has_goals=not quick)
-        say("training: one worker and two")
-        tasks = {"one": lambda: runs.workers(1), "two": lambda: runs.workers(2)}
-        found = take_turns(tasks, repetitions=1 if quick else 3, warm_ups=0)
-    pairs = zip(found["one"][0].losses, found["two"][0].losses, strict=True)
-    largest = max(abs(a - b) for a, b in pairs)
-    checks.append(checked("losses of one worker and of two", largest, 1e-4))
-    step = {name: [run.median for run in found[name]] for name in tasks}
-    what = "a step of one worker / of two, the same global batch"
-    rows.append(Row.paired(what, step, "one", "two"))
     setting = (
         f"IIET r = 1, d {size.dim}, {size.num_layers} layers, vocabulary {size.vocab_size}, "
         f"{size.num_sequences} x {size.context_length} tokens a step, float32, runs of "
         f"{size.num_steps} steps in turns, {repetitions} repetitions; a step is from one report of "
-        "the loss to the next, without validation; workers average by gloo, one thread each"
+        "the loss to the next, without validation"
     )
     return Report(title="training", setting=setting, rows=rows, checks=checks)
 
@@ -229,57 +212,3 @@ class _Runs:
         for step in range(self.size.num_steps):
             self.batch(job, step)
         return (time.perf_counter() - started) / self.size.num_steps
-
-    def workers(self, num_workers: int) -> _Steps:
-        """Run the whole loop in processes of one thread each.
-
-        Raises:
-            RuntimeError: a process failed; the message holds the end of its error output.
-        """
-        job = self.job()
-        job.folder.mkdir()
-        request = self.folder / f"{job.folder.name}.json"
-        request.write_text(job.model_dump_json(), encoding="utf-8")
-        processes = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.training",
-                    str(request),
-                    str(rank),
-                    str(num_workers),
-                ],
-                stderr=subprocess.PIPE,
-                text=True,
-                cwd=Path(__file__).resolve().parent.parent,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            for rank in range(num_workers)
-        ]
-        errors = [process.communicate()[1] for process in processes]
-        if any(process.returncode for process in processes):
-            raise RuntimeError(f"{num_workers} workers failed: {''.join(errors)[-2000:]}")
-        found = [record.get("values", {}) for record in read_journal(job.folder)[0]]
-        records = [values for values in found if "train/loss" in values]
-        tokens = job.recipe.num_tokens_per_step
-        return _Steps(
-            [tokens / values["train/tokens_per_second"] for values in records[1:]],
-            [values["train/loss"] for values in records],
-        )
-
-
-def _run_worker(request: Path, rank: int, size: int) -> None:
-    """Run the part of one of several workers in this process."""
-    torch.set_num_threads(1)
-    if size > 1:
-        meeting = f"file://{request}.meeting"
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
-    job = TrainingJob.model_validate(json.loads(request.read_text(encoding="utf-8")))
-    run_job(job, world=World(rank=rank, size=size))
-    if size > 1:
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _run_worker(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.evaluation.cost_measurement import MeasurementSettings
+    from orchestrator.evaluation.decode_timing import MeasurementSettings
     from orchestrator.pipelines.benchmarking import BenchmarkResult, benchmark
     from orchestrator.pipelines.evaluating import (
         CompareResult,
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from orchestrator.workspace.layout import Workspace
 
 _MODULES = {
-    "evaluation.cost_measurement": "MeasurementSettings",
+    "evaluation.decode_timing": "MeasurementSettings",
     "pipelines.benchmarking": "BenchmarkResult benchmark",
     "pipelines.evaluating": (
         "CompareResult EvaluatePlan ModelEvaluations compare evaluate plan_evaluate"

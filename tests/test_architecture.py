@@ -60,7 +60,7 @@ ORDER = (
 
 LINES = {
     "iiet": 7_350,
-    "benchmarks": 3_529,
+    "benchmarks": 3_231,
     "examples": 278,
     "research": 2_033,
     "orchestrator/workspace": 1_270,
@@ -71,7 +71,7 @@ LINES = {
     "orchestrator/data": 2_457,
     "orchestrator/tracking": 1_428,
     "orchestrator/training": 3_423,
-    "orchestrator/evaluation": 2_821,
+    "orchestrator/evaluation": 2_798,
     "orchestrator/planning": 1_118,
     "orchestrator/cluster": 1_910,
     "orchestrator/reporting": 4_166,

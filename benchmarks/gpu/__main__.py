@@ -49,9 +49,9 @@ SECTIONS: dict[str, Section] = {
         (compiled, 8, "Does the compiled model train equally, and how much faster?"),
         (speed, 14, "Tokens per second, MFU, and does memory agree with the plan?"),
         (resume, 6, "Does a killed training resume to the same result?"),
-        (node, 9, "Do all GPUs train as one, survive one that fails, and share a sweep?"),
+        (node, 9, "Do all GPUs train as one, and survive one that fails?"),
         (sweep, 6, "Does a sweep of two trials use its GPUs?"),
-        (decoding, 5, "How far is decoding from the memory bandwidth; does L2 keep a layer?"),
+        (decoding, 5, "How far is decoding from the memory bandwidth?"),
         (evaluation, 4, "How many items per second does an evaluation score?"),
     )
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,6 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.training.trainer import run_job
 
 CORRECTIONS = 3
-GAIN = 0.9
-"""A correction that takes less than this share of a prediction gains from the cache."""
 REGRET_TOLERANCE = 0.1
 """By how much the logit of a decoded token may be below the largest: bf16 rounds by about 0.01."""
 
@@ -36,11 +34,6 @@ def decoding(setup: Setup) -> Iterator[Finding]:
     full forward pass finds likeliest. A step has to read the weights of each evaluation, and its
     keys and values. The bound is these bytes (`iiet/cost.py`) divided by the bandwidth, which is
     measured here.
-
-    An IIET evaluates a layer 1 + r times in a row: if the layer's weights stay in the L2 cache, a
-    correction costs less than a prediction. The rows `matrices only` measure that without anything
-    else. A correction that takes less time than its weights take from memory proves it; small
-    kernels take longer than both.
     """
     device = setup.world.device
     bandwidth = _bytes_per_second(device, 2**22 if setup.is_toy else 2**30)
@@ -60,7 +53,6 @@ def decoding(setup: Setup) -> Iterator[Finding]:
             problem=problem_unless(regret, REGRET_TOLERANCE, "they are not the full forward's"),
         )
         yield from _decoded(setup, label, decoder, bandwidth)
-        yield _matrices_only(setup, label, decoder, bandwidth)
 
 
 def _decoded(setup: Setup, label: str, decoder: Decoder, bandwidth: float) -> Iterator[Finding]:
@@ -90,75 +82,17 @@ def _decoded(setup: Setup, label: str, decoder: Decoder, bandwidth: float) -> It
         yield Finding(what=f"{label}, {name}", figures=figures)
 
 
-def _matrices_only(setup: Setup, label: str, decoder: Decoder, bandwidth: float) -> Finding:
-    """Multiply each layer's matrices with a vector, once, and as often in a row as the layer is
-    evaluated: then they are found in the processor's cache if they fit."""
-    layers = [[p for p in field.parameters() if p.dim() == 2] for field in decoder.fields]
-    vectors = {matrix.size(1): torch.randn_like(matrix[0]) for matrix in layers[0]}
-    device, repetitions = setup.world.device, 3 if setup.is_toy else 20
-
-    def read(times_each: int) -> None:
-        for matrices in layers:
-            for _ in range(times_each):
-                for matrix in matrices:
-                    torch.mv(matrix, vectors[matrix.size(1)])
-
-    with torch.inference_mode():
-        once = _best_seconds(lambda: read(1), device, repetitions)
-        often = _best_seconds(lambda: read(1 + CORRECTIONS), device, repetitions)
-    layer_bytes = sum(matrix.nbytes for matrix in layers[0])
-    prediction, correction = once / len(layers), (often - once) / (CORRECTIONS * len(layers))
-    return Finding(
-        what=f"{label}, matrices only",
-        figures={
-            "MB of a layer": layer_bytes / 1e6,
-            "us/evaluation": 1e6 * often / ((1 + CORRECTIONS) * len(layers)),
-            "us/prediction": 1e6 * prediction,
-            "us/correction": 1e6 * correction,
-            "us from memory": 1e6 * layer_bytes / bandwidth,
-            "correction / prediction": correction / prediction,
-            "the cache saves time": "yes" if correction < GAIN * prediction else "no",
-        },
-    )
-
-
 def _bytes_per_second(device: str, num_bytes: int) -> float:
+    """Copy a block; the shortest time counts, as nothing makes memory faster than it is."""
     block = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(block)
-    # A copy reads and writes the block once.
-    return 2 * num_bytes / _best_seconds(lambda: target.copy_(block), device, 20)
-
-
-def _best_seconds(work: Callable[[], object], device: str, repetitions: int) -> float:
-    """Return the shortest time of some work: nothing can make memory faster than it is.
-
-    On a GPU the work is captured as a CUDA graph, so that starting kernels takes no time.
-    """
-    num_warm_ups, times = 3, []
-    if device == "cpu":
-        for _ in range(num_warm_ups + repetitions):
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
-        return min(times[num_warm_ups:])
-    cuda: Any = torch.cuda  # Parts of it have no types.
-    side = cuda.Stream()
-    side.wait_stream(cuda.current_stream())
-    with cuda.stream(side):  # Capture requires warm-ups on another stream.
-        for _ in range(num_warm_ups):
-            work()
-    cuda.current_stream().wait_stream(side)
-    graph = cuda.CUDAGraph()
-    with cuda.graph(graph):
-        work()
-    for _ in range(num_warm_ups + repetitions):
-        start, end = (cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return min(times[num_warm_ups:])
+    target, times = torch.empty_like(block), []
+    for _ in range(20):
+        started = time.perf_counter()
+        target.copy_(block)
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return 2 * num_bytes / min(times)  # A copy reads and writes the block once.
 
 
 BITS_TOLERANCE = 0.01

@@ -1,4 +1,4 @@
-"""A section for a whole node: all of its GPUs in one training, what ends one, and a full sweep.
+"""A section for a whole node: all of its GPUs in one training, and what ends one.
 
 On a machine without GPUs, two CPU workers rehearse it. Each training is a command as a user types
 it, in a process of its own; a rank fails by what a machine does to it: a killed process, or a file
@@ -13,12 +13,9 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
-from torch.multiprocessing.spawn import spawn
 
 from benchmarks.gpu.commands import Commands, Run
 from benchmarks.gpu.report import (
@@ -29,7 +26,6 @@ from benchmarks.gpu.report import (
     Skipped,
     problem_unless,
 )
-from orchestrator.reporting.results import load_sweep_results
 from orchestrator.workspace.layout import DONE_NAME, find_checkpoints
 
 END_SECONDS = 60
@@ -37,7 +33,7 @@ END_SECONDS = 60
 
 
 def node(setup: Setup) -> Iterator[Finding]:
-    """Train on all GPUs, lose a rank, stop, and run one trial more than there are GPUs.
+    """Train on all GPUs, lose a rank, and stop.
 
     Raises:
         Skipped: If there is one GPU.
@@ -77,8 +73,6 @@ def node(setup: Setup) -> Iterator[Finding]:
     # A toy step takes a millisecond, and the training must not end before it is disturbed.
     long = _steps(steps * (100 if setup.is_toy else 6), steps)
     yield from _failures(commands, [*all_workers, "--name"], long)
-    yield _full_sweep(setup, number)
-    yield _bandwidth(setup, number)
 
 
 def _steps(steps: int, every: int | None = None) -> dict[str, Any]:
@@ -152,66 +146,3 @@ def _failures(commands: Commands, call: list[str], settings: dict[str, Any]) -> 
         elif not find_checkpoints(run.folder):
             problem = "nothing was saved"
         yield Finding(what=what, figures=figures, problem=problem)
-
-
-def _full_sweep(setup: Setup, number: int) -> Finding:
-    """Run one trial more than there are GPUs, each on one of them."""
-    commands, steps = Commands(setup, "full-sweep"), 4 if setup.is_toy else 60
-    rates = ", ".join(f"{1e-3 * (1 + n / 10):.4f}" for n in range(number + 1))
-    settings: dict[str, Any] = {
-        **_steps(steps),
-        "sweep.methods": "[iiet]",
-        "sweep.iterations": "[1]",
-        "sweep.learning_rates": f"{{iiet: [{rates}]}}",
-    }
-    if setup.device == "cuda":
-        settings |= {"cluster.num_gpus": number, "sweep.gpus_per_trial": 1}
-    seconds = commands.run("sweep-iterations", "--name", "full", settings=settings)
-    starts = [Run(path).events("started")[0] for path in commands.workspace.runs.iterdir()]
-    gpus = {str(start.get("visible_gpus")) for start in starts}
-    results = load_sweep_results(commands.workspace, "full").results
-    problem = None
-    if len(results) != number + 1:
-        problem = f"{len(results)} of {number + 1} trials are finished"
-    elif setup.device == "cuda" and len(gpus) != number:
-        problem = f"only {len(gpus)} of {number} GPUs were used"
-    figures = {"seconds": seconds, "trials": len(results), "GPUs used": len(gpus)}
-    return Finding(
-        what=f"{number + 1} trials on {number} devices", figures=figures, problem=problem
-    )
-
-
-def _bandwidth(setup: Setup, number: int) -> Finding:
-    """Time the all-reduce of NCCL (on a CPU: gloo) between all devices."""
-    num_bytes, path = 2**20 if setup.is_toy else 2**28, setup.folder / "bandwidth"
-    arguments = number, setup.device, str(path), num_bytes
-    spawn(_all_reduce, arguments, nprocs=number)  # type: ignore[no-untyped-call]
-    seconds = float(path.with_suffix(".txt").read_text("utf-8"))
-    bus = 2 * (number - 1) / number * num_bytes / seconds / 1e9
-    figures = {"all-reduce (ms)": 1e3 * seconds, "MiB": num_bytes / 2**20, "bus (GB/s)": bus}
-    return Finding(what="NCCL" if setup.device == "cuda" else "gloo", figures=figures)
-
-
-def _all_reduce(rank: int, number: int, device: str, path: str, num_bytes: int) -> None:
-    """Run in each process: write the median time of an all-reduce."""
-    place = f"cuda:{rank}" if device == "cuda" else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(place)
-    torch.distributed.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        init_method=f"file://{path}",
-        rank=rank,
-        world_size=number,
-    )
-    numbers, times = torch.ones(num_bytes // 4, device=place), []
-    for _ in range(8):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        torch.distributed.all_reduce(numbers)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    if rank == 0:
-        Path(path).with_suffix(".txt").write_text(str(statistics.median(times[3:])), "utf-8")
-    torch.distributed.destroy_process_group()

@@ -156,7 +156,7 @@ def benchmark(
         return call.finish(plan_drafts(drafts, cluster=cluster, **call.common), run_drafts)
     batches = whole_numbers(batch_sizes, "--batch-sizes")
     prompts = whole_numbers(contexts or "", "--contexts")
-    from orchestrator.evaluation.cost_measurement import MeasurementSettings
+    from orchestrator.evaluation.decode_timing import MeasurementSettings
     from orchestrator.pipelines.benchmarking import plan_benchmark, run_benchmark
 
     plan = plan_benchmark(

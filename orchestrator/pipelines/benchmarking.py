@@ -21,7 +21,7 @@ from iiet.decoder import Decoder
 from iiet.pruning import schedule_family, spread_over_cost
 from iiet.schedule import IterationSchedule
 from orchestrator.cluster.task import command_device
-from orchestrator.evaluation import cost_measurement
+from orchestrator.evaluation import decode_timing
 from orchestrator.models.folder import DTYPES, served_schedules
 from orchestrator.models.lookup import load_influence_table
 from orchestrator.models.open import OpenedModel, open_model, open_models, short_names
@@ -51,7 +51,7 @@ class BenchmarkPlan(Result):
     opened: dict[str, OpenedModel] = Field(exclude=True)
     """By the names of the result."""
     cluster: ClusterSettings = Field(exclude=True)
-    conditions: cost_measurement.MeasurementSettings
+    conditions: decode_timing.MeasurementSettings
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -79,11 +79,11 @@ class BenchmarkResult(Result):
     """Type of the weights."""
     machine: dict[str, Any]
     """Versions and hardware."""
-    conditions: cost_measurement.MeasurementSettings
+    conditions: decode_timing.MeasurementSettings
     """Batch sizes, contexts, repetitions, threads."""
-    peak_bytes: str = cost_measurement.HOW_MEASURED
+    peak_bytes: str = decode_timing.HOW_MEASURED
     """How memory was measured."""
-    costs: list[cost_measurement.MeasuredCost]
+    costs: list[decode_timing.MeasuredCost]
     """By condition, then by model in the order given."""
 
     def rows(self) -> list[dict[str, Any]]:
@@ -111,7 +111,7 @@ def plan_benchmark(
     workspace: Workspace | Path | str,
     models: Sequence[Path | str] = (),
     schedules: Sequence[str] = (),
-    conditions: cost_measurement.MeasurementSettings | None = None,
+    conditions: decode_timing.MeasurementSettings | None = None,
     cluster: ClusterSettings | None = None,
     progress: Progress | None = None,
 ) -> BenchmarkPlan:
@@ -133,7 +133,7 @@ def plan_benchmark(
     opened = open_models(space, list(map(Path, models)), schedules, note=note)
     if len(opened) == 1 and not schedules:
         opened = family_of(opened[0])
-    conditions = conditions or cost_measurement.MeasurementSettings(contexts=())
+    conditions = conditions or decode_timing.MeasurementSettings(contexts=())
     if not conditions.contexts:
         usual = usual_contexts(opened, conditions.new_tokens)
         conditions = replace(conditions, contexts=usual)
@@ -225,10 +225,10 @@ def usual_contexts(models: Sequence[OpenedModel], new_tokens: int) -> tuple[int,
 
 def _measure(
     models: Mapping[str, OpenedModel],
-    conditions: cost_measurement.MeasurementSettings,
+    conditions: decode_timing.MeasurementSettings,
     device: str,
     progress: Progress,
-) -> tuple[list[cost_measurement.MeasuredCost], str, str]:
+) -> tuple[list[decode_timing.MeasuredCost], str, str]:
     """Return the costs, the name of the device, and the dtype of the weights."""
     loaded: dict[Path, Decoder] = {}
     decoders: dict[str, Decoder] = {}
@@ -239,7 +239,7 @@ def _measure(
         assert model.config is not None, "OpenedModel.decoder refuses what is no decoder"
         decoders[name] = loaded[model.path].with_schedule(model.config.corrections)
     some = next(iter(decoders.values()))
-    costs = cost_measurement.measure_costs(decoders, conditions, progress)
+    costs = decode_timing.measure_costs(decoders, conditions, progress)
     dtype_name = str(next(some.parameters()).dtype).removeprefix("torch.")
     on_gpu = some.device.type == "cuda"
     name = torch.cuda.get_device_name(some.device) if on_gpu else str(some.device)

@@ -12,7 +12,7 @@ from itertools import groupby
 from iiet.cost import num_parameters
 from iiet.influence import InfluenceTable
 from orchestrator.data.preparation import ExpectedTokens
-from orchestrator.evaluation.cost_measurement import (
+from orchestrator.evaluation.decode_timing import (
     DECODING,
     FIRST_TOKEN,
     HOW_MEASURED,

@@ -17,17 +17,15 @@ from iiet.generation import generate
 from iiet.schedule import IterationSchedule
 from iiet.static_steps import StaticSteps
 from orchestrator.evaluation import decode_timing
-from orchestrator.evaluation.cost_measurement import (
+from orchestrator.evaluation.decode_timing import (
     DECODING,
     FIRST_TOKEN,
     MeasuredCost,
     MeasurementSettings,
-    measure_costs,
-    peak_bytes,
-)
-from orchestrator.evaluation.decode_timing import (
     decode_milliseconds,
+    measure_costs,
     measure_draft,
+    peak_bytes,
     random_decoders,
     sweep_prompt_length,
     time_per_token,

@@ -17,7 +17,7 @@ from iiet.decoder import Decoder
 from iiet.generation import generate
 from iiet.methods import METHODS
 from orchestrator.evaluation import scoring
-from orchestrator.evaluation.cost_measurement import peak_bytes
+from orchestrator.evaluation.decode_timing import peak_bytes
 from orchestrator.evaluation.measuring import heldout_loss
 from orchestrator.evaluation.scoring import Score, Segment, make_rows, score_continuations
 from orchestrator.evaluation.store import AnswerJournal

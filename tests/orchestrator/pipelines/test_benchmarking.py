@@ -11,7 +11,7 @@ import pytest
 from fake_tracking import untracked
 
 from iiet.schedule import IterationSchedule
-from orchestrator.evaluation.cost_measurement import MeasurementSettings
+from orchestrator.evaluation.decode_timing import MeasurementSettings
 from orchestrator.models.open import open_model, open_models, short_names
 from orchestrator.pipelines.benchmarking import (
     family_of,

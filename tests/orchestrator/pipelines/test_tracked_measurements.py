@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from one_evaluation import evaluate_model
 
-from orchestrator.evaluation.cost_measurement import MeasurementSettings
+from orchestrator.evaluation.decode_timing import MeasurementSettings
 from orchestrator.models.open import open_model
 from orchestrator.pipelines.benchmarking import plan_benchmark, run_benchmark
 from orchestrator.pipelines.context import Context

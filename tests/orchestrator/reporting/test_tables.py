@@ -14,7 +14,7 @@ from rich.text import Text
 from sample_trials import sample_front
 
 from iiet.influence import InfluenceTable
-from orchestrator.evaluation.cost_measurement import (
+from orchestrator.evaluation.decode_timing import (
     DECODING,
     FIRST_TOKEN,
     MeasuredCost,
