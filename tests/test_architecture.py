@@ -59,7 +59,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_350,
+    "iiet": 7_274,
     "benchmarks": 3_231,
     "examples": 278,
     "research": 2_033,
