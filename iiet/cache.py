@@ -164,7 +164,7 @@ class KeyValueCache:
         return view
 
     def check(self, evaluations_per_layer: tuple[int, ...]) -> None:
-        """Refuse a pass that makes other numbers of evaluations than the cache was made for."""
+        """Raise a ValueError if a pass makes other evaluations than the cache was made for."""
         if self.evaluations_per_layer != evaluations_per_layer:
             there, here = (
                 ",".join(map(str, counts))
