@@ -76,8 +76,8 @@ LINES = {
     "orchestrator/cluster": 1_910,
     "orchestrator/reporting": 4_166,
     "orchestrator/sweeping": 2_529,
-    "orchestrator/pipelines": 4_127,
-    "orchestrator/cli": 1_793,
+    "orchestrator/pipelines": 4_129,
+    "orchestrator/cli": 1_779,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

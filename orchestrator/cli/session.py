@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from rich.console import Console
 
-from orchestrator.cli.options import read_settings_of
 from orchestrator.terminal.logs import command_log
 from orchestrator.terminal.progress import Progress, terminal_progress
 from orchestrator.workspace.errors import (
@@ -74,9 +73,34 @@ class Call:
 
     @cached_property
     def settings(self) -> Any:
-        """The resolved settings."""
-        changes, device = self._shared.get("set_") or [], self._shared.get("device")
-        return read_settings_of(self.config, changes, self.options, train_on=device)
+        """The resolved settings: those of the file, changed by `--set` and by options.
+
+        Raises:
+            UserError: If the settings are wrong, or `--device cpu` and GPUs are asked for.
+        """
+        from orchestrator.settings import read_settings
+        from orchestrator.settings.files import shipped_sweeps
+
+        file, options, device = self.config, self.options, self._shared.get("device")
+        if file in shipped_sweeps() and Path(file).is_file():
+            path = Path(file).absolute()
+            print(f"settings: the file {path}, not the shipped sweep {file}", file=sys.stderr)
+        if device == "cpu":
+            gpus = {"--gpus": "cluster.num_gpus", "--gpus-per-trial": "sweep.gpus_per_trial"}
+            for option, key in gpus.items():
+                if number := options.get(key):
+                    raise UserError(f"--device cpu and {option} {number:g}: leave one out")
+            options |= {**dict.fromkeys(gpus.values()), "cluster.num_gpus": 0}
+            options["cluster.min_gpus"] = None
+        changes = self._shared.get("set_") or []
+        settings = read_settings(file or None, changes, options)
+        if device == "cuda" and not settings.cluster.num_gpus:
+            settings = read_settings(file or None, changes, options | {"cluster.num_gpus": 1})
+        if settings.evaluation.include_path:
+            from orchestrator.evaluation.tasks import user_task_folders
+
+            user_task_folders(settings.evaluation)
+        return settings
 
     @cached_property
     def session(self) -> Session:

@@ -96,8 +96,10 @@ class Listing(Result):
                     render.format_bytes(entry["bytes"]),
                     f"{when:%Y-%m-%d %H:%M}",
                 ]
-                rows.append(TableRow(cells))
-            yield Table(_COLUMNS, rows) if entries else ""
+                rows.append(cells)
+            filled = [n for n in range(len(_COLUMNS)) if any(cells[n] for cells in rows)]
+            shown = [TableRow([cells[n] for n in filled]) for cells in rows]
+            yield Table([_COLUMNS[n] for n in filled], shown) if entries else ""
 
 
 def list_workspace(

@@ -363,24 +363,11 @@ def pretrain(space: Workspace, tiny_tokens: Path, tiny_model: dict[str, Any]) ->
     return make
 
 
-def test_a_baseline_may_be_saved_and_watched_in_another_way(
-    space: Workspace, pretrain: Any
-) -> None:
-    ways = {
-        "checkpoint_every_steps": 1, "num_checkpoints_kept": 1, "keep_best": True,
-        "validate_every_steps": 1, "num_sequences_per_pass": 1, "activation_checkpointing": True,
-        "skip_bad_steps": 3, "checkpoint_every_minutes": 9.0, "learning_rate": 1e-3,
-    }  # fmt: skip
-    # It needs none of the options of its teacher's method.
-    teacher = pretrain("teacher", {"method_options": {"damping": 0.5}})
-    vanilla, none = pretrain("v", VANILLA, **ways), pretrain("n", {"schedule": [0, 0]})
-    assert find_baselines(space, teacher, {}) == ({"vanilla": vanilla, "r = 0": none}, {})
-
-
-def test_a_baseline_of_another_recipe_or_of_other_tokens_is_left_out_with_the_difference(
+def test_baselines_have_the_recipe_the_tokens_and_a_depth_that_is_asked_for(
     space: Workspace, pretrain: Any, tmp_path: Path
 ) -> None:
-    teacher = pretrain("teacher", {})
+    # It needs none of the options of its teacher's method.
+    teacher = pretrain("teacher", {"method_options": {"damping": 0.5}})
     words = [f"word {number} " * 40 for number in range(40)]
     tokens = tokens_of(words, tmp_path / "other tokens", vocab_size=300)
     pretrain("others", VANILLA, tokens)
@@ -388,27 +375,29 @@ def test_a_baseline_of_another_recipe_or_of_other_tokens_is_left_out_with_the_di
     assert not found
     assert "vanilla is left out: tokens is " in left_out["others"]
     pretrain("long", VANILLA, num_steps=3)
-    found, left_out = find_baselines(space, teacher, {})
-    assert not found
-    assert left_out["long"] == "vanilla is left out: training.num_steps is 3, and 2 is needed"
-    alike = pretrain("alike", VANILLA)
-    assert find_baselines(space, teacher, {}) == ({"vanilla": alike}, {}), "one stands there"
+    reason = "vanilla is left out: training.num_steps is 3, and 2 is needed"
+    assert find_baselines(space, teacher, {}) == ({}, {"long": reason})
 
+    # One that is saved and watched in another way is alike.
+    ways = {
+        "checkpoint_every_steps": 1, "num_checkpoints_kept": 1, "keep_best": True,
+        "validate_every_steps": 1, "num_sequences_per_pass": 1, "activation_checkpointing": True,
+        "skip_bad_steps": 3, "checkpoint_every_minutes": 9.0, "learning_rate": 1e-3,
+    }  # fmt: skip
+    vanilla, none = pretrain("v", VANILLA, **ways), pretrain("n", {"schedule": [0, 0]})
+    both = {"vanilla": vanilla, "r = 0": none}
+    assert find_baselines(space, teacher, {}) == (both, {}), "one stands there"
 
-def test_baselines_of_other_depths_are_found_if_they_are_asked_for(
-    space: Workspace, pretrain: Any
-) -> None:
-    teacher, own = pretrain("teacher", {}), pretrain("own", VANILLA)
     deep = pretrain("deep", {**VANILLA, "num_layers": 3})
-    assert find_baselines(space, teacher, {}) == ({"vanilla": own}, {})
+    assert find_baselines(space, teacher, {}) == (both, {})
     assert find_baselines(space, teacher, {"vanilla": 3}) == (
-        {"vanilla, 3 layers": deep},
-        {"own": "vanilla is left out: model.num_layers is 2, and 3 is needed"},
+        {"vanilla, 3 layers": deep, "r = 0": none},
+        {"v": "vanilla is left out: model.num_layers is 2, and 3 is needed"},
     )
-    pretrain("long", {**VANILLA, "num_layers": 1}, num_steps=3)
+    pretrain("shallow", {**VANILLA, "num_layers": 1}, num_steps=3)
     assert find_baselines(space, teacher, {"vanilla": (1, 2, 3)}) == (
-        {"vanilla": own, "vanilla, 3 layers": deep},
-        {"long": "vanilla, 1 layer is left out: training.num_steps is 3, and 2 is needed"},
+        {**both, "vanilla, 3 layers": deep},
+        {"shallow": "vanilla, 1 layer is left out: training.num_steps is 3, and 2 is needed"},
     )
 
 
