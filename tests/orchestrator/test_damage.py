@@ -95,7 +95,6 @@ READERS: dict[str, tuple[str, ...]] = {
     "tokens/*/.verified.json": ("prepare", "evaluate"),
     "tokens/*/heldout-*/suite.json": ("evaluate", "plan"),
     "tokens/*/heldout-*/lastword.jsonl": ("evaluate", "plan"),
-    "tokens/*/heldout-*/lastword.yaml": ("evaluate",),
     "tokens/*/heldout-*/.verified.json": ("evaluate",),
     "tokens/sources/*.json": ("prepare",),
     "runs/full/job.json": ("list", "status", "clean", "plan", "pretrain"),
