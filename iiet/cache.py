@@ -163,18 +163,6 @@ class KeyValueCache:
         view.num_bytes = 0
         return view
 
-    def check(self, evaluations_per_layer: tuple[int, ...]) -> None:
-        """Raise a ValueError if a pass makes other evaluations than the cache was made for."""
-        if self.evaluations_per_layer != evaluations_per_layer:
-            there, here = (
-                ",".join(map(str, counts))
-                for counts in (self.evaluations_per_layer, evaluations_per_layer)
-            )
-            raise ValueError(
-                f"the cache is for {there} evaluations per layer, this pass makes {here}; decode "
-                "with the iteration schedule that the cache was made for, or make a new cache"
-            )
-
     def get_seq_length(self) -> int:
         """Return the number of tokens held.
 

@@ -260,8 +260,13 @@ class Decoder(nn.Module):
         those of `forward`.
         """
         evaluations_per_layer = self.evaluations_per_layer(schedule)
-        if cache is not None:
-            cache.check(evaluations_per_layer)
+        if cache is not None and cache.evaluations_per_layer != evaluations_per_layer:
+            counts = cache.evaluations_per_layer, evaluations_per_layer
+            there, here = (",".join(map(str, each)) for each in counts)
+            raise ValueError(
+                f"the cache is for {there} evaluations per layer, this pass makes {here}; decode "
+                "with the iteration schedule that the cache was made for, or make a new cache"
+            )
         context = make_context(
             embeddings,
             self.rope,
