@@ -256,8 +256,11 @@ class Decoder(nn.Module):
     ) -> Iterator[Tensor]:
         """Yield `h_1, ..., h_L`, each (batch, time, dim); the only loop over layers.
 
-        Where the method repeats the stack, they are those of the last run. Arguments and errors are
-        those of `forward`.
+        Where the method repeats the stack, they are those of the last run. Arguments are those of
+        `forward`.
+
+        Raises:
+            ValueError: as `forward`.
         """
         evaluations_per_layer = self.evaluations_per_layer(schedule)
         if cache is not None and cache.evaluations_per_layer != evaluations_per_layer:
