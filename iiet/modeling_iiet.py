@@ -4,10 +4,10 @@ An exported folder contains this file, so `AutoModelForCausalLM.from_pretrained(
 trust_remote_code=True)` works where the package is not installed. It computes what `iiet.Decoder`
 computes, under the same names of weights, in plain formulas.
 
-The notation: a layer's *field* F is its whole Llama block. A *method* says how the layer advances
-the hidden state with evaluations of F; IIET predicts once, then corrects as often as the
-*iteration schedule* (`config.corrections`, one number per layer) says. Each layer leaves an
-*estimate* s_l, and every later layer reads all of them through learned rows, the *mix*.
+A layer's *field* F is its whole Llama block. A *method* says how the layer advances the hidden
+state with evaluations of F; IIET predicts once, then corrects as often as the *iteration schedule*
+(`config.corrections`) says. Each layer leaves an *estimate* s_l, and every later layer reads all of
+them through learned rows, the *mix*.
 """
 
 # No `from __future__ import annotations`: as strings they would turn the config's type checks off.
@@ -108,8 +108,7 @@ class IIETConfig(PreTrainedConfig):
 def parse_schedule(written: str | int | Iterable[int], num_layers: int) -> tuple[int, ...]:
     """Read "2", "2,0,1", "2*4,0*2", the ramp "3..0", one number, or one number for each layer.
 
-    Raises:
-        ValueError: it is not a schedule, or one for another number of layers.
+    What is not a schedule for so many layers is a ValueError.
     """
     if isinstance(written, str) and (ramp := re.fullmatch(r"\s*(\d+)\.\.(\d+)\s*", written)):
         first, last, steps = int(ramp[1]), int(ramp[2]), max(1, num_layers - 1)
@@ -242,10 +241,7 @@ class EstimateNorm(KeepsFloat32, nn.LayerNorm):
 
 
 class Mix(KeepsFloat32):
-    """A layer's rows of two lower-triangular matrices, which start as means.
-
-    The inner row gives the points at which the field is evaluated, the outer one the hidden state.
-    """
+    """A layer's rows of two matrices: the inner one gives the field's points, the outer h_l."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -372,9 +368,8 @@ class ImplicitEuler(MixedLayer):
         e = N(F(sum_{k<l} A[l,k] s_k + A[l,l] e))               correction, r times
         s_l = e;   h_l = sum_{k<=l} C[l,k] s_k
 
-    Options: `damping` is the share of each correction that is applied, perhaps learned; training
-    differentiates the last `differentiated_corrections` only; `reinject_prediction` adds the
-    prediction, by a learned weight, to the point of each correction.
+    Options: `damping`, the share of each correction that is applied, perhaps learned; training
+    differentiates the last `differentiated_corrections`; `reinject_prediction` adds the prediction.
     """
 
     has_corrections = True
@@ -541,14 +536,11 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Compute logits and, given labels, (batch, time) as the tokens, the loss.
 
-        The arguments are those of a Llama. Three things differ: positions never count padding
-        (zeros in `attention_mask`); a cache is not made unless `use_cache` is true, because scoring
-        would fill a slot per evaluation and throw them away; and it must be used under the schedule
-        that filled it. `past_key_values` is the older name of `cache`, `kwargs` go to the loss.
-
-        Raises:
-            ValueError: both or neither of tokens and embeddings, more tokens than the context, or a
-                cache of another iteration schedule.
+        The arguments are those of a Llama. Three things differ: positions never count padding;
+        a cache is made only if `use_cache` is true, because scoring would fill a slot per
+        evaluation and throw them away; and it must be used under the schedule that filled it.
+        `past_key_values` is the older name of `cache`, `kwargs` go to the loss. More tokens than
+        the context, or a cache of another schedule, are a ValueError.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -627,8 +619,7 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
     def with_schedule(self, schedule: str | int | Iterable[int]) -> "IIETForCausalLM":
         """Return a model with the same weights, shared, under another iteration schedule.
 
-        A cheaper one drafts: `generate(..., assistant_model=model.with_schedule("0"))`. A schedule
-        that does not fit is a ValueError.
+        A cheaper one drafts: `generate(..., assistant_model=model.with_schedule("0"))`.
         """
         twin = copy.copy(self)
         for name, value in self.__dict__.items():  # A hook or module set on one is not the other's.
