@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from iiet.config import ModelConfig
-from iiet.context import CacheRecord, Window, get_record, set_record
 
-__all__ = ["KeyValueCache", "KvStrategy", "check_kv_strategy", "evaluation_slots"]
+__all__ = ["KeyValueCache", "KvStrategy", "Window", "check_kv_strategy", "evaluation_slots"]
 
 KvStrategy = Literal["exact", "last"]
 
@@ -41,6 +40,58 @@ def evaluation_slots(evaluations_per_layer: tuple[int, ...]) -> tuple[tuple[int,
     return tuple(slots)
 
 
+class Window:
+    """Where a decoding step of fixed shapes writes into a cache, and which tokens it sees.
+
+    What changes from token to token is a value on the device, never a number in Python, so all
+    steps run the same kernels with the same arguments, and a CUDA graph can replay them. Attention
+    reads a fixed number of the cache's tokens; a mask hides the unused ones. The mask is added to
+    the scores: PyTorch would make such a mask of a boolean one in every call. cuDNN's kernel (half
+    precision) and the memory-efficient kernel accept it. The flash kernel accepts no mask; its form
+    for lengths on the device has no padding on the left, no float32, and no CPU version.
+
+    `dtype` is that of the queries.
+    """
+
+    def __init__(
+        self, batch_size: int, max_tokens: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.size = max_tokens
+        """Attention reads the cache's first `size` tokens."""
+        self.columns = torch.zeros(1, dtype=torch.long, device=device)
+        """Where the step writes: the number of tokens before it, (1,)."""
+        self._num_padding = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self._bias = torch.zeros(batch_size, 1, 1, max_tokens, dtype=dtype, device=device)
+
+    def move(self, length: int, attention_mask: Tensor | None) -> None:
+        """Set the window after `length` tokens; the mask, (batch, length), is false for padding."""
+        self.columns.fill_(length)
+        self._num_padding.zero_()
+        self._bias.fill_(-torch.inf)
+        seen = self._bias[:, 0, 0, :length]
+        seen.zero_()
+        if attention_mask is not None:
+            seen.masked_fill_(~attention_mask, -torch.inf)
+            self._num_padding.copy_((~attention_mask).sum(1, keepdim=True))
+
+    def positions(self) -> Tensor:
+        """Return the position of each row's token, (batch, 1); positions do not count padding."""
+        return self.columns - self._num_padding
+
+    def mask(self) -> Tensor:
+        """Show the step its own token; return 0 for seen tokens, -inf else, (batch, 1, 1, size)."""
+        self._bias.index_fill_(3, self.columns, 0.0)
+        return self._bias.narrow(3, 0, self.size)
+
+    def advance(self) -> None:
+        """Set the window after one more token."""
+        self.columns.add_(1)
+
+    def write(self, held: Tensor, new: Tensor) -> None:
+        """Put keys or values of the step's token, (batch, heads, 1, head_dim), into the cache's."""
+        held.index_copy_(2, self.columns, new)
+
+
 class KeyValueCache:
     """Keys and values of at most `max_tokens` tokens, prompt and continuation together."""
 
@@ -55,8 +106,7 @@ class KeyValueCache:
         strategy: KvStrategy = "exact",
     ) -> None:
         check_kv_strategy(strategy)
-        self._evaluations_per_layer = evaluations_per_layer = config.evaluations_per_layer()
-        set_record(self, CacheRecord(evaluations_per_layer))
+        self.evaluations_per_layer = evaluations_per_layer = config.evaluations_per_layer()
         self.batch_size = batch_size
         self.max_tokens = max_tokens
         self.dtype = dtype
@@ -77,6 +127,8 @@ class KeyValueCache:
         ]
         self._lengths = [0] * len(rows)
         self.num_bytes = sum(held.nbytes for held in storage)
+        self.attention_mask: Tensor | None = None
+        """(batch, held) bool, false for padding among the tokens held; None where there is none."""
         self.window: Window | None = None
         """Where a pass writes and looks; None: passes follow the tokens held."""
 
@@ -90,7 +142,7 @@ class KeyValueCache:
             ValueError: a layer makes more evaluations, or has other heads.
         """
         counts, heads = config.evaluations_per_layer(), self._keys[0].size(1)
-        own = self._evaluations_per_layer
+        own = self.evaluations_per_layer
         is_within = len(counts) == len(own) and all(map(int.__le__, counts, own))
         if not is_within or config.num_kv_heads != heads:
             raise ValueError(
@@ -103,15 +155,12 @@ class KeyValueCache:
             for their_slot, our_slot in zip(theirs, ours, strict=False):
                 slots[their_slot] = our_slot
         view = copy.copy(self)
-        view._evaluations_per_layer = counts
+        view.evaluations_per_layer = counts
         view._slots = [self._slots[slot] for slot in slots]
         view._keys = [self._keys[slot] for slot in slots]
         view._values = [self._values[slot] for slot in slots]
         view._lengths = [self.get_seq_length()] * len(slots)
         view.num_bytes = 0
-        record = get_record(self)
-        mask = None if record is None else record.attention_mask
-        set_record(view, CacheRecord(counts, mask))
         return view
 
     def get_seq_length(self) -> int:
@@ -134,8 +183,7 @@ class KeyValueCache:
     def clear(self) -> None:
         """Forget all tokens, which of them were padding, and the window."""
         self.set_length(0)
-        self.window = None
-        set_record(self, CacheRecord(self._evaluations_per_layer))
+        self.window = self.attention_mask = None
 
     def zero_unused(self) -> None:
         """Overwrite what is not held with zeros, for passes that read all of the cache."""

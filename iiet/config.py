@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
-from iiet.extensions import ExtensionError
-from iiet.methods import METHODS
+from iiet.extensions import METHODS, ExtensionError
 from iiet.schedule import IterationSchedule, ScheduleLike
 
 __all__ = ["PRESETS", "ModelConfig", "preset"]

@@ -12,24 +12,20 @@ Source: Su et al. 2021, RoFormer, section 3.2.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from iiet.cache import KeyValueCache
+
 __all__ = [
-    "CacheRecord",
-    "DecodingCache",
     "PassContext",
     "Rope",
     "RopeTables",
-    "Window",
-    "agreed_record",
-    "get_record",
     "make_context",
     "rotate",
-    "set_record",
 ]
 
 
@@ -89,113 +85,6 @@ class Rope:
         )
 
 
-class Window:
-    """Where a decoding step of fixed shapes writes into a cache, and which tokens it sees.
-
-    What changes from token to token is a value on the device, never a number in Python, so all
-    steps run the same kernels with the same arguments, and a CUDA graph can replay them. Attention
-    reads a fixed number of the cache's tokens; a mask hides the unused ones. The mask is added to
-    the scores: PyTorch would make such a mask of a boolean one in every call. cuDNN's kernel (half
-    precision) and the memory-efficient kernel accept it. The flash kernel accepts no mask; its form
-    for lengths on the device has no padding on the left, no float32, and no CPU version.
-
-    `dtype` is that of the queries.
-    """
-
-    def __init__(
-        self, batch_size: int, max_tokens: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.size = max_tokens
-        """Attention reads the cache's first `size` tokens."""
-        self.columns = torch.zeros(1, dtype=torch.long, device=device)
-        """Where the step writes: the number of tokens before it, (1,)."""
-        self._num_padding = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
-        self._bias = torch.zeros(batch_size, 1, 1, max_tokens, dtype=dtype, device=device)
-
-    def move(self, length: int, attention_mask: Tensor | None) -> None:
-        """Set the window after `length` tokens; the mask, (batch, length), is false for padding."""
-        self.columns.fill_(length)
-        self._num_padding.zero_()
-        self._bias.fill_(-torch.inf)
-        seen = self._bias[:, 0, 0, :length]
-        seen.zero_()
-        if attention_mask is not None:
-            seen.masked_fill_(~attention_mask, -torch.inf)
-            self._num_padding.copy_((~attention_mask).sum(1, keepdim=True))
-
-    def positions(self) -> Tensor:
-        """Return the position of each row's token, (batch, 1); positions do not count padding."""
-        return self.columns - self._num_padding
-
-    def mask(self) -> Tensor:
-        """Show the step its own token; return 0 for seen tokens, -inf else, (batch, 1, 1, size)."""
-        self._bias.index_fill_(3, self.columns, 0.0)
-        return self._bias.narrow(3, 0, self.size)
-
-    def advance(self) -> None:
-        """Set the window after one more token."""
-        self.columns.add_(1)
-
-    def write(self, held: Tensor, new: Tensor) -> None:
-        """Put keys or values of the step's token, (batch, heads, 1, head_dim), into the cache's."""
-        held.index_copy_(2, self.columns, new)
-
-
-class DecodingCache(Protocol):
-    """The cache methods that a decoder uses; `KeyValueCache` and transformers' caches have them."""
-
-    def get_seq_length(self) -> int: ...
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, /
-    ) -> tuple[Tensor, Tensor]:
-        """Append (batch, kv_heads, new, head_dim) to a slot and return all its keys and values."""
-        ...
-
-
-@dataclass
-class CacheRecord:
-    """What a cache was filled with; later passes must match it."""
-
-    evaluations_per_layer: tuple[int, ...]
-    attention_mask: Tensor | None = None
-    """(batch, held) bool, false for padding among the cached tokens; None where there is none."""
-
-
-def agreed_record(cache: DecodingCache, evaluations_per_layer: tuple[int, ...]) -> CacheRecord:
-    """Return a cache's record; a new cache of transformers gets one here.
-
-    A cache that was made for other numbers of evaluations is a ValueError.
-    """
-    record = get_record(cache)
-    if record is None:
-        record = CacheRecord(evaluations_per_layer)
-        set_record(cache, record)
-    if record.evaluations_per_layer != evaluations_per_layer:
-        there, here = (
-            ",".join(map(str, counts))
-            for counts in (record.evaluations_per_layer, evaluations_per_layer)
-        )
-        raise ValueError(
-            f"the cache is for {there} evaluations per layer, this pass makes {here}; decode with "
-            "the iteration schedule that the cache was made for, or make a new cache"
-        )
-    return record
-
-
-def get_record(cache: DecodingCache) -> CacheRecord | None:
-    """Return a cache's record; None for a transformers cache that was not used yet."""
-    record: CacheRecord | None = getattr(cache, _RECORD, None)
-    return record
-
-
-def set_record(cache: DecodingCache, record: CacheRecord | None) -> None:
-    setattr(cache, _RECORD, record)
-
-
-_RECORD = "iiet_record"  # An attribute of the cache, so that copies of the cache keep it.
-
-
 @dataclass(frozen=True)
 class PassContext:
     """What all evaluations of one forward pass share."""
@@ -207,23 +96,10 @@ class PassContext:
     None."""
     is_causal: bool
     """Whether the kernel's own causal mask applies; false with a mask."""
-    total: int
-    """Tokens that queries may see: the cached ones and those of this pass."""
-    cache: DecodingCache | None
+    cache: KeyValueCache | None
     """Keys and values of earlier tokens; None when all tokens are in this pass."""
     is_token_step: bool = False
     """Whether this is a decoding step that `iiet.fast` computes."""
-
-    def append(self, keys: Tensor, values: Tensor, slot: int) -> tuple[Tensor, Tensor]:
-        """Append keys and values, (batch, kv_heads, time, head_dim), to the cache's `slot`.
-
-        Returns all that queries may see, (batch, kv_heads, total, head_dim).
-        """
-        assert self.cache is not None
-        keys, values = self.cache.update(keys, values, slot)
-        if keys.size(2) != self.total:  # A cache of fixed size returns its empty end too.
-            keys, values = keys[:, :, : self.total], values[:, :, : self.total]
-        return keys, values
 
 
 def make_context(
@@ -231,8 +107,7 @@ def make_context(
     rope: Rope,
     *,
     is_token_step: bool = False,
-    cache: DecodingCache | None = None,
-    record: CacheRecord | None = None,
+    cache: KeyValueCache | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> PassContext:
@@ -244,25 +119,23 @@ def make_context(
         hidden: the embeddings.
         rope: tables for the positions of the model's context.
         is_token_step: see `PassContext`.
-        cache: keys and values of earlier tokens.
-        record: the cache's record; its padding is read and updated.
+        cache: keys and values of earlier tokens; what it knows of padding is read and updated.
         attention_mask: None: only the padding that the cache remembers counts.
         position_ids: None: positions count all tokens but padding.
     """
-    window: Window | None = getattr(cache, "window", None)
-    if window is not None:
+    if cache is not None and cache.window is not None:
+        window = cache.window
         assert hidden.size(1) == window.columns.size(-1), "a pass has as many tokens as its window"
         return PassContext(
             rope=rope.at(window.positions(), hidden.device, hidden.dtype),
             mask=window.mask(),
             is_causal=False,
-            total=window.size,
             cache=cache,
             is_token_step=is_token_step,
         )
     batch, time = hidden.shape[:2]
     device = hidden.device
-    past = 0 if cache is None else int(cache.get_seq_length())
+    past = 0 if cache is None else cache.get_seq_length()
     total = past + time
     if position_ids is None and total > rope.num_positions:
         raise ValueError(
@@ -273,9 +146,10 @@ def make_context(
     if attention_mask is not None and attention_mask.dim() == 3:
         visible, attention_mask = attention_mask, None
         _check_visible(visible, hidden, is_positioned=position_ids is not None and cache is None)
-    real = _real_tokens(attention_mask, record, batch=batch, past=past, time=time)
-    if record is not None:
-        record.attention_mask = real
+    held = None if cache is None or not past else cache.attention_mask
+    real = _real_tokens(attention_mask, held, batch=batch, past=past, time=time)
+    if cache is not None:
+        cache.attention_mask = real
     positions: Tensor | slice = slice(past, total)
     if position_ids is not None:
         _check_positions(position_ids, batch=batch, time=time, num_positions=rope.num_positions)
@@ -295,7 +169,6 @@ def make_context(
         rope=rope.at(positions, device, hidden.dtype),
         mask=mask,
         is_causal=mask is None and time > 1,
-        total=total,
         cache=cache,
         is_token_step=is_token_step,
     )
@@ -311,13 +184,12 @@ def _check_visible(visible: Tensor, hidden: Tensor, *, is_positioned: bool) -> N
 
 
 def _real_tokens(
-    attention_mask: Tensor | None, record: CacheRecord | None, *, batch: int, past: int, time: int
+    attention_mask: Tensor | None, held: Tensor | None, *, batch: int, past: int, time: int
 ) -> Tensor | None:
     """Return (batch, past + time) bool, false for padding; None where no token is padding."""
-    held = None
-    if past and record is not None and record.attention_mask is not None:
-        held = record.attention_mask[:, :past]
-        # Steps of fixed shapes do not extend the record; their tokens are no padding.
+    if held is not None:
+        held = held[:, :past]
+        # Steps of fixed shapes do not extend the mask; their tokens are no padding.
         held = F.pad(held, (0, past - held.size(1)), value=True)
     if attention_mask is None:
         if held is None:

@@ -27,7 +27,7 @@ from iiet.arithmetic import product_dtype
 from iiet.batch import Batch
 from iiet.cache import KeyValueCache, KvStrategy, evaluation_slots
 from iiet.config import ModelConfig
-from iiet.context import DecodingCache, Rope, agreed_record, make_context
+from iiet.context import Rope, make_context
 from iiet.fast import accelerate, can_step, few_rows_product, is_bare, may_read_weights
 from iiet.layers import Field, RMSNorm, draw_weights, make_embedding
 from iiet.losses import LazyLogits, Logits, batch_cross_entropy
@@ -179,7 +179,7 @@ class Decoder(nn.Module):
         *,
         inputs_embeds: Tensor | None = None,
         schedule: ScheduleLike | None = None,
-        cache: DecodingCache | None = None,
+        cache: KeyValueCache | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         last_only: bool = False,
@@ -250,22 +250,31 @@ class Decoder(nn.Module):
         *,
         schedule: ScheduleLike | None = None,
         attention_mask: Tensor | None = None,
-        cache: DecodingCache | None = None,
+        cache: KeyValueCache | None = None,
         position_ids: Tensor | None = None,
         observe: Observer | None = None,
     ) -> Iterator[Tensor]:
         """Yield `h_1, ..., h_L`, each (batch, time, dim); the only loop over layers.
 
-        Where the method repeats the stack, they are those of the last run. Arguments and errors are
-        those of `forward`.
+        Where the method repeats the stack, they are those of the last run. Arguments are those of
+        `forward`.
+
+        Raises:
+            ValueError: as `forward`.
         """
         evaluations_per_layer = self.evaluations_per_layer(schedule)
+        if cache is not None and cache.evaluations_per_layer != evaluations_per_layer:
+            counts = cache.evaluations_per_layer, evaluations_per_layer
+            there, here = (",".join(map(str, each)) for each in counts)
+            raise ValueError(
+                f"the cache is for {there} evaluations per layer, this pass makes {here}; decode "
+                "with the iteration schedule that the cache was made for, or make a new cache"
+            )
         context = make_context(
             embeddings,
             self.rope,
             is_token_step=cache is not None and can_step(embeddings, self.fields),
             cache=cache,
-            record=None if cache is None else agreed_record(cache, evaluations_per_layer),
             attention_mask=attention_mask,
             position_ids=position_ids,
         )

@@ -16,7 +16,6 @@ other derivatives than a first backward pass. Tests hold all equal to the plain 
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -184,8 +183,7 @@ def project_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project x, (batch, time, dim), to queries, keys and values and rotate the first two.
 
-    All three are views of one buffer, each (batch, its heads, time, head_dim). The rows of `weight`
-    are queries, then keys, then values; `cos` and `sin` are `RopeTables`.
+    All three are views of one buffer, each (batch, its heads, time, head_dim).
     """
     heads: tuple[Tensor, Tensor, Tensor] = _ProjectHeads.apply(  # type: ignore[no-untyped-call]
         x, weight, cos, sin, num_heads, num_kv_heads
@@ -327,6 +325,7 @@ class FastField(Field):
         if not context.is_token_step:
             return super().forward(x, context, slot)
         assert slot is not None
+        assert context.cache is not None
         attention, network, batch = self.attention, self.feed_forward, len(x)
         num_heads, num_kv_heads = attention.num_heads, attention.num_kv_heads
         qkv = few_rows_product(_normalized(x, self.attention_norm), attention.qkv, batch)
@@ -334,12 +333,7 @@ class FastField(Field):
         heads = qkv.view(batch, -1, 1, attention.head_dim)
         _rotate_in_place(heads.narrow(1, 0, num_heads + num_kv_heads), *context.rope)
         new = heads.narrow(1, num_heads, 2 * num_kv_heads)
-        append = getattr(context.cache, "append", None)
-        if append is None:  # A cache of transformers.
-            keys, values = new.chunk(2, 1)
-            keys, values = context.append(keys, values, slot)
-        else:
-            keys, values = append(new, slot)
+        keys, values = context.cache.append(new, slot)
         queries = heads.narrow(1, 0, num_heads)
         mixed = attend(queries, keys, values, mask=context.mask, is_causal=False)
         u = _add_few_rows_product(x, mixed, attention.out, batch)
@@ -398,7 +392,7 @@ def _is_intel() -> bool:
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # Not Linux.
-        return "GenuineIntel" in platform.processor()
+        return False
 
 
 def _add_few_rows_product(base: Tensor, x: Tensor, linear: nn.Linear, rows: int) -> Tensor:

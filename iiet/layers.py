@@ -66,8 +66,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: PassContext, slot: int | None) -> Tensor:
         """Attend within `x` and to the tokens in the cache's `slot`."""
         queries, keys, values = self.heads(x, context.rope)
-        if slot is not None:
-            keys, values = context.append(keys, values, slot)
+        if slot is not None and context.cache is not None:
+            keys, values = context.cache.update(keys, values, slot)
         mixed = attend(queries, keys, values, mask=context.mask, is_causal=context.is_causal)
         result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return result

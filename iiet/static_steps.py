@@ -24,8 +24,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from iiet.cache import KeyValueCache, KvStrategy
-from iiet.context import Window, get_record
+from iiet.cache import KeyValueCache, KvStrategy, Window
 from iiet.decoder import Decoder
 from iiet.fast import may_read_weights
 
@@ -93,14 +92,13 @@ class StaticSteps:
     def begin(self, num_steps: int) -> None:
         """Prepare to continue the tokens in the cache by at most `num_steps` steps."""
         assert self._buffers is not None
-        cache, record = self._buffers.cache, get_record(self._buffers.cache)
-        assert record is not None
+        cache = self._buffers.cache
         self._length = cache.get_seq_length()
         self._end = self._length + num_steps
         # Unused tokens have no weight in attention, but zero times infinity is not zero.
         cache.zero_unused()
         cache.window = self._buffers.window
-        cache.window.move(self._length, record.attention_mask)
+        cache.window.move(self._length, cache.attention_mask)
         self._may_capture = self._capture is not None and _has_no_hooks(self.decoder)
         if not self._may_capture or _addresses(self.decoder) != self._weights:
             self._buffers.steps.clear()

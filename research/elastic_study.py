@@ -46,7 +46,7 @@ from orchestrator.cluster.ray import ray_cluster
 from orchestrator.data.preparation import find_prepared
 from orchestrator.pipelines.result import show
 from orchestrator.pipelines.sweeps import raise_failures
-from orchestrator.planning.estimate import Estimate, price_of_trials
+from orchestrator.planning.estimate import Estimate, price_of
 from orchestrator.reporting.results import result_table
 from orchestrator.reporting.sections import Section, bullets, markdown_table
 from orchestrator.sweeping.students import student_estimate, without_elastic
@@ -233,9 +233,10 @@ def elastic_flops(
         for job in jobs
         for model in {trial.model.corrections: trial.model for trial in trials}.values()
     ]
+    stored = teachers if settings.distillation.teacher_cache else None
     return (
-        price_of_trials(own, settings, teachers).flops,
-        price_of_trials(separate, settings, teachers).flops,
+        price_of(own, teachers.parent, teachers=stored).flops,
+        price_of(separate, teachers.parent, teachers=stored).flops,
     )
 
 

@@ -59,10 +59,10 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_350,
+    "iiet": 7_270,
     "benchmarks": 3_231,
     "examples": 278,
-    "research": 2_033,
+    "research": 2_034,
     "orchestrator/workspace": 1_270,
     "orchestrator/terminal": 546,
     "orchestrator/settings": 1_567,
@@ -72,11 +72,11 @@ LINES = {
     "orchestrator/tracking": 1_428,
     "orchestrator/training": 3_423,
     "orchestrator/evaluation": 2_798,
-    "orchestrator/planning": 1_118,
+    "orchestrator/planning": 1_093,
     "orchestrator/cluster": 1_910,
     "orchestrator/reporting": 4_166,
     "orchestrator/sweeping": 2_529,
-    "orchestrator/pipelines": 4_129,
+    "orchestrator/pipelines": 4_126,
     "orchestrator/cli": 1_779,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs

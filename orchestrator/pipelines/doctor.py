@@ -81,12 +81,10 @@ def examine(workspace: Workspace) -> Iterator[Finding]:
             for works, text, remedy in check(workspace):
                 state: Literal["ok", "broken"] = "ok" if works else "broken"
                 yield Finding(name=name, state=state, text=text, remedy="" if works else remedy)
-        except UserError as error:
-            text, _, remedy = str(error).partition("; ")
-            yield Finding(name=name, state="broken", text=text, remedy=remedy)
         except Exception as error:
-            problem = mask_secrets(f"{type(error).__name__}: {error}")
-            yield Finding(name=name, state="broken", text=problem)
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            text, _, remedy = mask_secrets(f"{kind}{error}").partition("; ")
+            yield Finding(name=name, state="broken", text=text, remedy=remedy)
 
 
 def _versions(_: Workspace) -> Found:
@@ -159,8 +157,7 @@ def _ray(_: Workspace) -> Found:
 
     address = ClusterSettings().ray_address
     check_ray_can_run(address)
-    where = "starts on this machine" if address == LOCAL else f"answers at {address}"
-    yield True, f"Ray {where}", ""
+    yield True, "Ray " + ("starts here" if address == LOCAL else f"answers at {address}"), ""
 
 
 def _workspace(workspace: Workspace) -> Found:

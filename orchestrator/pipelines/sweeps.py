@@ -37,7 +37,7 @@ from orchestrator.planning.estimate import (
     assign_trial_gpus,
     find_problems,
     on_trial_devices,
-    price_of_trials,
+    price_of,
 )
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
 from orchestrator.reporting.command_tables import price_rows
@@ -136,13 +136,13 @@ class PlannedSweep(Result):
     def price(self) -> Price:
         """Tokens, FLOPs, hours, memory and disk of what is left."""
         before, trials = self._parts
-        return price_of_trials(
-            trials,
-            self.placed,
-            self.workspace.teachers,
-            before,
+        is_stored = self.placed.distillation.teacher_cache
+        return price_of(
+            [*before, *trials],
+            self.workspace.root,
             new_token_bytes=self.new_token_bytes,
             is_upper_bound=bool(self.unknown),
+            teachers=self.workspace.teachers if is_stored else None,
         )
 
     @cached_property

@@ -416,22 +416,6 @@ def price_of(
     )
 
 
-def price_of_trials(
-    trainings: Sequence[Estimate],
-    settings: Settings,
-    teachers: Path,
-    before: Sequence[Estimate] = (),
-    **others: Any,
-) -> Price:
-    """Return the price of a sweep's trials, and of what the run trains before; see `price_of`.
-
-    Args:
-        teachers: Folder of stored teacher outputs.
-    """
-    stored = teachers if settings.distillation.teacher_cache else None
-    return price_of([*before, *trainings], teachers.parent, teachers=stored, **others)
-
-
 def run_devices(cluster: ClusterSettings) -> Devices:
     """Return the devices of a run's trainings: one after another on GPUs, side by side on CPUs."""
     num_workers, on_gpus = cluster.num_gpus or cluster.num_workers, cluster.num_gpus > 0

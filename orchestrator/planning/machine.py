@@ -150,7 +150,7 @@ def local_resources(*, count_gpus: bool = True) -> Resources:
 def check_run_resources(
     cluster: ClusterSettings, resources: Resources | None = None, *, local: bool = False
 ) -> None:
-    """Check that a training gets its workers and GPUs; see `check_available`.
+    """Check that a training gets its workers and GPUs, see `check_available`.
 
     Args:
         local: Whether it runs in this process, without Ray.
@@ -161,13 +161,9 @@ def check_run_resources(
             f"--local trains in this process alone, and cluster.{asked}="
             f"{getattr(cluster, asked)} asks for several; leave it out, or set it to 1"
         )
-    check_available(
-        cluster.num_workers,
-        cluster.num_gpus,
-        resources,
-        address=LOCAL if local else cluster.ray_address,
-        min_gpus=cluster.min_gpus if resources else None,
-    )
+    address, fewest = LOCAL if local else cluster.ray_address, cluster.min_gpus
+    workers = cluster.num_workers, cluster.num_gpus
+    check_available(*workers, resources, address=address, min_gpus=fewest if resources else None)
 
 
 def check_available(
@@ -209,7 +205,11 @@ def check_available(
     found, needs = describe_nodes(resources.nodes), "a CPU" + " and a GPU" * bool(num_gpus)
     changes = [f"type --set {key}={places}"] if places else []
     if num_gpus and not resources.gpus:
-        found += " and no GPU" + _torch_build() * is_here
+        import torch
+
+        is_cpu_build = torch.version.cuda is None and getattr(torch.version, "hip", None) is None
+        build = " (a build without GPU support)" * is_cpu_build
+        found += " and no GPU" + f" that PyTorch {torch.__version__}{build} can use" * is_here
         leave_out = "leave sweep.gpus_per_trial out and " * per_trial
         changes.append(f"{leave_out}set cluster.num_gpus=0 to train on CPUs")
     if num_gpus:
@@ -230,23 +230,14 @@ def check_device(device: str) -> None:
     """
     if problem := device_problem(device):
         raise UserError(f"--device {quoted(device)}: {problem}")
-    if device == "cpu":
-        return
-    gpus = local_resources().gpus
-    if int(device.partition(":")[2] or 0) >= gpus:
-        found = ", ".join(f"cuda:{number}" for number in range(gpus))
-        raise UserError(
-            f"--device {device}: this machine has {found or f'no GPU{_torch_build()}'}; leave it "
-            "out to use the best device"
+    gpus = 0 if device == "cpu" else local_resources().gpus
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= gpus:
+        found = (
+            ", ".join(f"cuda:{number}" for number in range(gpus)) or "no GPU that PyTorch can use"
         )
-
-
-def _torch_build() -> str:
-    import torch
-
-    is_cpu_build = torch.version.cuda is None and getattr(torch.version, "hip", None) is None
-    build = " (a build without GPU support)" * is_cpu_build
-    return f" that PyTorch {torch.__version__}{build} can use"
+        raise UserError(
+            f"--device {device}: this machine has {found}; leave it out to use the best device"
+        )
 
 
 def local_free_bytes(folder: Path) -> FreeBytes:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from fake_tracking import untracked
+from kept_progress import KeptProgress
 from lm_eval_tasks import KINDS, logged_responses, write_task
 from one_evaluation import evaluate_model
 from safetensors.torch import load_file, save_file
@@ -301,14 +302,6 @@ def test_what_is_missing_is_named(
     refused("cannot load a tokenizer")
 
 
-class Heard(Progress):
-    def __init__(self) -> None:
-        self.said: list[float] = []
-
-    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
-        self.said.append(done)
-
-
 @pytest.mark.parametrize("kind", ["decoder", "transformers"])
 def test_progress_is_told_within_a_task(
     kind: str,
@@ -317,12 +310,12 @@ def test_progress_is_told_within_a_task(
     llama_of_kind: Callable[[str], Path],
 ) -> None:
     folder = llama_of_kind(kind)
-    heard = Heard()
+    heard = KeptProgress()
     evaluate(folder, settings, workspace, progress=heard)
-    assert heard.said == sorted(heard.said)
-    assert heard.said[-1] == 12 * len(TASKS)
-    assert any(0 < done < 12 for done in heard.said), heard.said
-    assert all(isinstance(done, int) for done in heard.said), heard.said
+    assert heard.done == sorted(heard.done)
+    assert heard.done[-1] == 12 * len(TASKS)
+    assert any(0 < done < 12 for done in heard.done), heard.done
+    assert all(isinstance(done, int) for done in heard.done), heard.done
 
 
 def test_trusted_code_of_a_folder_runs(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fake_tracking import untracked
+from kept_progress import KeptProgress
 from lm_eval_tasks import logged_responses, write_choices
 from one_evaluation import evaluate_model
 
@@ -47,20 +48,6 @@ def settings(tmp_path: Path) -> EvaluationSettings:
     return EvaluationSettings(suite="first, second", include_path=str(tmp_path / "tasks"))
 
 
-class Lines(Progress):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.summary = ""
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def finish(self, summary: str) -> None:
-        self.summary = summary
-
-
 def evaluate(
     model: Path | OpenedModel,
     settings: EvaluationSettings,
@@ -88,10 +75,10 @@ def test_each_task_is_run_once(
     checkpoint: Path, settings: EvaluationSettings, workspace: Workspace, runs: list[str]
 ) -> None:
     evaluate(checkpoint, settings.model_copy(update={"suite": "first"}), workspace)
-    fresh, lines = evaluate(checkpoint, settings, workspace), Lines()
+    fresh, lines = evaluate(checkpoint, settings, workspace), KeptProgress()
     assert evaluate(checkpoint, settings, workspace, progress=lines) == fresh
     assert runs == ["first", "second"]
-    assert "5 items, found again" in lines.summary
+    assert "5 items, found again" in lines.summaries[-1]
     assert len(list(workspace.evaluations.iterdir())) == 2
     # Of each model, task and metric, a row.
     table = ModelEvaluations(evaluations={"full": fresh}).to_pandas()
@@ -184,12 +171,12 @@ def test_what_the_hub_does_not_give_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loading, "hub_problem", lambda: "it is far away")
-    lines = Lines()
+    lines = KeptProgress()
     both = settings.model_copy(update={"suite": "first,piqa"})
     found = evaluate(checkpoint, both, workspace, progress=lines)
     assert list(found.results) == ["first"]
     assert lines.notes == ["skipped piqa: it needs the hub, and it is far away"]
-    assert "without piqa" in lines.summary
+    assert "without piqa" in lines.summaries[-1]
 
 
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_measured(

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 from fake_tracking import FakeTracking
+from kept_progress import KeptProgress
 
 from orchestrator.models.folder import load_config, weights_key
 from orchestrator.pipelines import training
@@ -26,7 +27,6 @@ from orchestrator.pipelines.training import (
 )
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import SETTINGS_NAME, Settings, read_settings, resolve_settings, to_yaml
-from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
 from orchestrator.training.job import pretraining_job
 from orchestrator.training.trainer import run_job
@@ -41,20 +41,6 @@ RECIPE = {
     "num_validation_tokens": 64,
     "checkpoint_every_steps": 2,
 }
-
-
-class Notes(Progress):
-    """Keeps what the user would read."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.summaries: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def finish(self, summary: str) -> None:
-        self.summaries.append(summary)
 
 
 def train(
@@ -111,17 +97,17 @@ def tracking() -> FakeTracking:
 
 
 @pytest.fixture
-def notes() -> Notes:
-    return Notes()
+def notes() -> KeptProgress:
+    return KeptProgress()
 
 
 @pytest.fixture
-def context(workspace: Workspace, notes: Notes, tracking: FakeTracking) -> Context:
+def context(workspace: Workspace, notes: KeptProgress, tracking: FakeTracking) -> Context:
     return Context(workspace, notes, tracking=cast("Tracking", tracking))
 
 
 def test_several_models_are_trained_and_found_again(
-    context: Context, tiny_tokens: Path, tracking: FakeTracking, notes: Notes
+    context: Context, tiny_tokens: Path, tracking: FakeTracking, notes: KeptProgress
 ) -> None:
     models = {"teacher": settings(), "vanilla": settings("vanilla")}
     first = train(models, context, tiny_tokens)
@@ -202,7 +188,7 @@ def test_the_tracked_run_ends_with_the_status_of_the_training(
 
 
 def test_a_damaged_checkpoint_is_reported_once(
-    context: Context, tiny_tokens: Path, notes: Notes
+    context: Context, tiny_tokens: Path, notes: KeptProgress
 ) -> None:
     job = pretraining_job(settings(), context.workspace, tiny_tokens)
     steps = iter(range(100))
@@ -216,7 +202,7 @@ def test_a_damaged_checkpoint_is_reported_once(
 
 
 def test_a_finished_run_is_continued_on_its_own_tokens(
-    context: Context, tiny_tokens: Path, tracking: FakeTracking, notes: Notes
+    context: Context, tiny_tokens: Path, tracking: FakeTracking, notes: KeptProgress
 ) -> None:
     tokens = context.workspace.tokens / tiny_tokens.name
     shutil.copytree(tiny_tokens, tokens)

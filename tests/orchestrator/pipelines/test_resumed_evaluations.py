@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fake_tracking import untracked
+from kept_progress import KeptProgress
 from lm_eval_tasks import write_task
 from one_evaluation import evaluate_model
 
@@ -33,23 +34,6 @@ TASKS: dict[str, dict[str, Any]] = {
     "rolling": {},
     "questions": {"generation_kwargs": SAMPLED},
 }
-
-
-class StopsAfter(Progress):
-    """Raises like Ctrl-C when the progress is reported once too often; keeps notes and reports."""
-
-    def __init__(self, reports: int | None = None) -> None:
-        self.reports_left, self.notes, self.seen = reports, list[str](), list[float]()
-
-    def advance(self, done: float, text: str = "", *, seconds_left: float | None = None) -> None:
-        self.seen.append(done)
-        if self.reports_left is not None:
-            self.reports_left -= 1
-            if self.reports_left < 0:
-                raise KeyboardInterrupt
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture
@@ -108,10 +92,10 @@ def test_the_same_command_does_only_the_rest(
         usual = evaluate(checkpoint, settings, open_workspace(tmp_path / "other"), Progress())
     workspace = open_workspace(tmp_path / "workspace")
     with counted_passes() as before, pytest.raises(KeyboardInterrupt):
-        evaluate(checkpoint, settings, workspace, StopsAfter(1))
+        evaluate(checkpoint, settings, workspace, KeptProgress(1))
     assert [path.suffix for path in workspace.evaluations.iterdir()] == [".answers"]
     states = [planned(checkpoint, settings, workspace)]
-    progress = StopsAfter()
+    progress = KeptProgress()
     with counted_passes() as rest:
         resumed = evaluate(checkpoint, settings, workspace, progress)
     assert before
@@ -120,7 +104,7 @@ def test_the_same_command_does_only_the_rest(
     assert resumed == usual
     assert f"{name}: " in progress.notes[0]
     assert "answers were stored before an interruption" in progress.notes[0]
-    assert progress.seen == sorted(progress.seen)
+    assert progress.done == sorted(progress.done)
     assert all(path.is_dir() for path in workspace.evaluations.iterdir())
     states.append(planned(checkpoint, settings, workspace))
     assert re.fullmatch(r"8 items to measure; resumes after \d+ answers", states[0][name])
@@ -133,7 +117,7 @@ def test_a_trial_uses_what_an_interrupted_command_measured(
     settings = settings.model_copy(update={"suite": "choices"})
     workspace, other = (open_workspace(tmp_path / name) for name in ("workspace", "other"))
     with counted_passes() as before, pytest.raises(KeyboardInterrupt):
-        evaluate(checkpoint, settings, workspace, StopsAfter(1))
+        evaluate(checkpoint, settings, workspace, KeptProgress(1))
     config, found = load_config(checkpoint), []
     fingerprints = load_tasks(settings, tiny_tokens, config, Progress())
     suite = plan_suite(settings, tiny_tokens, config, fingerprints)
@@ -149,7 +133,7 @@ def test_a_trial_uses_what_an_interrupted_command_measured(
     # Other batches may round otherwise, so they use no answer of these.
     wider = settings.model_copy(update={"batch_size": 3, "limit": 7})
     with pytest.raises(KeyboardInterrupt):
-        evaluate(checkpoint, wider.model_copy(update={"batch_size": 2}), workspace, StopsAfter(1))
+        evaluate(checkpoint, wider.model_copy(update={"batch_size": 2}), workspace, KeptProgress(1))
     found_here = evaluate(checkpoint, wider, workspace, Progress())
     assert found_here == evaluate(checkpoint, wider, other, Progress())
 
@@ -170,9 +154,9 @@ def test_a_model_of_transformers_resumes_too(
     usual = evaluate(tmp_path / "gpt2", only, open_workspace(tmp_path / "other"), Progress())
     workspace = open_workspace(tmp_path / "workspace")
     with pytest.raises(KeyboardInterrupt):
-        evaluate(tmp_path / "gpt2", only, workspace, StopsAfter(1))
+        evaluate(tmp_path / "gpt2", only, workspace, KeptProgress(1))
     assert list(workspace.evaluations.glob("*.answers"))
-    progress = StopsAfter()
+    progress = KeptProgress()
     assert evaluate(tmp_path / "gpt2", only, workspace, progress) == usual
     assert "choices: " in progress.notes[0]
     assert not list(workspace.evaluations.glob("*.answers"))

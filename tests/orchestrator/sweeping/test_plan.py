@@ -26,7 +26,7 @@ from orchestrator.planning.estimate import (
     Price,
     assign_trial_gpus,
     on_trial_devices,
-    price_of_trials,
+    price_of,
 )
 from orchestrator.records.training import TrainingJob
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
@@ -61,7 +61,8 @@ def settings(*assignments: str) -> Settings:
 def price_left(plan: SweepPlan, chosen: Settings, teachers: Path) -> Price:
     trainings = [state.training for state in trial_states(plan, chosen.sweep) if state.training]
     placed = assign_trial_gpus(chosen)
-    return price_of_trials(on_trial_devices(trainings, placed), placed, teachers)
+    stored = teachers if chosen.distillation.teacher_cache else None
+    return price_of(on_trial_devices(trainings, placed), teachers.parent, teachers=stored)
 
 
 def told(plan: SweepPlan, chosen: Settings) -> list[str]:
