@@ -11,7 +11,6 @@ from iiet.config import preset
 from iiet.cost import inference_cost
 from iiet.pruning import (
     knapsack,
-    num_evaluations,
     schedule_at_threshold,
     schedule_family,
     spread_over_cost,
@@ -57,14 +56,6 @@ def test_any_threshold_gives_the_member_whose_interval_holds_it(influence, thres
         if member.threshold_above < threshold <= member.threshold_up_to
     ]
     assert [member.schedule.corrections for member in holders] == [by_hand]
-
-
-@given(influences)
-def test_interval_ends_belong_to_the_stated_member(influence):
-    for member in schedule_family(influence):
-        assert schedule_at_threshold(influence, member.threshold_up_to) == member.schedule
-        above = math.nextafter(member.threshold_above, math.inf)
-        assert schedule_at_threshold(influence, above) == member.schedule
 
 
 def test_a_table_without_layers_or_numbers_is_refused():
@@ -160,20 +151,6 @@ def test_knapsack_of_any_cost_that_adds_up_equals_trying_every_schedule(score, m
     best = knapsack(score, max_cost, cost=cost)
     assert best in allowed
     assert worth(best) == pytest.approx(max(map(worth, allowed)), abs=1e-12)
-
-
-@pytest.mark.parametrize("price", [0.1, 1 / 3, 2.3])
-def test_knapsack_of_a_schedules_own_cost_is_worth_as_much(price):
-    score = [[1.0, 0.5], [0.8], [0.9, 0.7, 0.3]]
-
-    def cost(schedule):
-        return price * num_evaluations(schedule)
-
-    assert knapsack(score, math.inf, cost=cost).corrections == (2, 1, 3)
-    assert knapsack(score, 1e9, cost=cost).corrections == (2, 1, 3)
-    for evaluations in range(3, 10):
-        best = knapsack(score, evaluations)
-        assert knapsack(score, cost(best), cost=cost) == best
 
 
 def test_knapsack_of_flops_stays_within_the_budget():
