@@ -303,7 +303,7 @@ def test_a_sweep_resumes_after_its_driver_is_killed(
 ) -> None:
     family = psutil.Process(second_trial.pid).children(recursive=True)
     # Tune's, around a trial.
-    trainers = [p for p in family if "ImplicitFunc.train" in " ".join(p.cmdline())]
+    trainers = [p for p in family if "ImplicitFunc" in " ".join(p.cmdline())]
     second_trial.kill()
     second_trial.communicate()
     _, alive = psutil.wait_procs(trainers, timeout=60)

@@ -304,6 +304,8 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copies]:
         for name in ("SWEEP_NEW_TOKENS", "SWEEP_REPETITIONS"):
             patch.setattr(decode_timing, name, 2)
         patch.setattr(decode, "NUM_TEXTS", 2)
+        # Commands that other tests kill leave some while `clean` looks.
+        patch.setattr("orchestrator.workspace.files.abandoned_folders", lambda: [])
         patch.chdir(folder)
         Path("texts.jsonl").write_text(lines_of(help_texts(60)))
         workspace = open_workspace(folder / "whole")
