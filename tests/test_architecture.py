@@ -59,7 +59,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_270,
+    "iiet": 7_261,
     "benchmarks": 3_231,
     "examples": 278,
     "research": 2_034,
