@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from iiet.extensions import ExtensionError
 from orchestrator.records.tracked_run import TrackedRun
@@ -69,7 +70,7 @@ class LoggedRuns:
         except ExtensionError as error:
             raise UserError(f"tracking.loggers: {error}") from None
         self.folder = root / (name if name == TENSORBOARD else f"loggers/{name}")
-        self._runs: dict[Path, tuple[RunLogger, CurveReader, set[Point]]] = {}
+        self._runs: dict[Path, tuple[RunLogger, CurveReader, set[tuple[Any, ...]]]] = {}
 
     def log(self, run: TrackedRun) -> None:
         """Pass on what is new of a run, if it is a training."""
@@ -82,8 +83,8 @@ class LoggedRuns:
             self._runs[place] = self._class(place, run), CurveReader(Path(run.journal)), set()
         logger, reader, logged = self._runs[place]
         new, ended_ms = reader.read(), run.ended_ms or run.started_ms
-        results = [Point(name, value, step, ended_ms) for name, value, step in run.points]
-        new += [each for each in results if each.name not in reader.last and each not in logged]
+        results = [point for point in run.points if point[0] not in reader.last]
+        new += [Point(*point, ended_ms) for point in results if point not in logged]
         logged.update(results)
         for (step, time), points in groupby(new, lambda point: (point.step, point.time_ms)):
             logger.log(step, {point.name: point.value for point in points}, time=time / 1000)

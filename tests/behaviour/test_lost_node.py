@@ -235,7 +235,7 @@ def test_a_job_goes_on_with_fewer_workers_and_grows_back(
     assert varied == pytest.approx(curve(whole), abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_of_variable_size_that_loses_all_nodes_while_it_starts_fails_in_time(
     tiny_job: Callable[..., TrainingJob], tmp_path: Path
 ) -> None:

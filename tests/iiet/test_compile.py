@@ -115,11 +115,8 @@ def test_longer_decoding_recompiles_nothing():
 @pytest.mark.parametrize(
     ("method", "masked"),
     [
-        pytest.param("iiet", [False], marks=pytest.mark.slow, id="iiet"),
-        *(
-            pytest.param(name, [True, False], marks=pytest.mark.long, id=f"{name}, masked or not")
-            for name in METHODS
-        ),
+        pytest.param(name, [True, False], marks=pytest.mark.long, id=f"{name}, masked or not")
+        for name in METHODS
     ],
 )
 def test_a_fresh_process_compiles(method, masked):

@@ -120,7 +120,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_task_runs_on_a_node_with_a_gpu_and_all_that_it_says_comes_back(tmp_path: Path) -> None:
     with pretended_cluster() as environment:
         done = subprocess.run(
@@ -222,7 +222,7 @@ def at_step(job: TrainingJob, step: int, act: Callable[[], None]) -> Callable[[]
     return watch
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_losses_and_weights_are_those_of_ray_to_the_last_bit(
     ray_session: None, job: TrainingJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:

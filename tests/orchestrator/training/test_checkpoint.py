@@ -381,7 +381,7 @@ def run_with_slow_storage(rank: int, folder: str, job: dict[str, Any]) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_uploads_may_take_longer_than_workers_wait_for_each_other(
     make_job: MakeJob, tmp_path: Path
 ) -> None:
