@@ -69,7 +69,7 @@ LINES = {
     "orchestrator/records": 959,
     "orchestrator/models": 1_640,
     "orchestrator/data": 2_457,
-    "orchestrator/tracking": 1_428,
+    "orchestrator/tracking": 1_429,
     "orchestrator/training": 3_423,
     "orchestrator/evaluation": 2_798,
     "orchestrator/planning": 1_093,
