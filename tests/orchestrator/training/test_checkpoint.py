@@ -373,7 +373,7 @@ def run_with_slow_storage(rank: int, folder: str, job: dict[str, Any]) -> None:
     upload = RemoteCopy.upload
 
     def upload_slowly(copy: RemoteCopy, *arguments: Any) -> None:
-        time.sleep(8)
+        time.sleep(6)
         upload(copy, *arguments)
 
     RemoteCopy.upload = upload_slowly  # type: ignore[method-assign]
@@ -381,7 +381,7 @@ def run_with_slow_storage(rank: int, folder: str, job: dict[str, Any]) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_uploads_may_take_longer_than_workers_wait_for_each_other(
     make_job: MakeJob, tmp_path: Path
 ) -> None:

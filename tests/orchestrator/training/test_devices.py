@@ -119,9 +119,10 @@ def test_every_training_of_a_process_compiles() -> None:
     found: list[str] = []
     with torch._dynamo.config.patch(recompile_limit=2):
         for _ in range(3):
-            decoder = tiny_decoder(1)
-            compile_fields(decoder, lambda name, **_: found.append(name), backend="eager")
+            decoder, graphs = tiny_decoder(1), CompileCounter()
+            compile_fields(decoder, lambda name, **_: found.append(name), backend=graphs)
             decoder(torch.zeros(2, 8, dtype=torch.long))
+            assert graphs.frame_count
     assert found == ["compiled"] * 3
 
 
