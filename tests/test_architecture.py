@@ -59,7 +59,7 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_261,
+    "iiet": 7_260,
     "benchmarks": 3_231,
     "examples": 278,
     "research": 2_034,
@@ -75,7 +75,7 @@ LINES = {
     "orchestrator/planning": 1_093,
     "orchestrator/cluster": 1_910,
     "orchestrator/reporting": 4_166,
-    "orchestrator/sweeping": 2_529,
+    "orchestrator/sweeping": 2_521,
     "orchestrator/pipelines": 4_126,
     "orchestrator/cli": 1_779,
 }

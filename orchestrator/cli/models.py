@@ -244,8 +244,8 @@ def pick(
         "knee": knee,
         "best": best,
         "cheapest": cheapest,
+        "draft_for": draft_for,
     }
-    rules["draft_for"] = draft_for
     asked = {
         name: value for name, value in rules.items() if value is not None and value is not False
     }

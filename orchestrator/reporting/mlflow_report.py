@@ -57,7 +57,6 @@ from orchestrator.workspace.journal import (
     now_ms,
     recorded_times,
 )
-from orchestrator.workspace.layout import Workspace
 
 ARTIFACT_FOLDER = "front"
 SWEEP_TAG = "iiet.sweep"
@@ -72,17 +71,16 @@ MAX_PARALLEL_LAYERS = 24
 BEATEN_NOTE = "Models that another one beats are left out until the end."
 
 
-def sweep_run(tracking: Tracking, sweep: StoredSweep, workspace: Workspace) -> TrackedRun:
-    """Return the run of a sweep as it was stored last, or a new one."""
-    folder = sweep.folder(workspace)
+def sweep_run(tracking: Tracking, name: str, key: str, folder: Path) -> TrackedRun:
+    """Return the run of a sweep in a folder as it was stored last, or a new one."""
     started_ms, _ = recorded_times(folder) or (now_ms(), None)
-    return tracking.stored("sweep", sweep.key) or TrackedRun(
-        key=sweep.key,
+    return tracking.stored("sweep", key) or TrackedRun(
+        key=key,
         kind="sweep",
-        name=sweep.name,
+        name=name,
         folder=str(folder),
-        journal=str(history_folder(folder, sweep.key)),
-        tags={SWEEP_TAG: sweep.name},
+        journal=str(history_folder(folder, key)),
+        tags={SWEEP_TAG: name},
         started_ms=started_ms,
     )
 

@@ -216,7 +216,9 @@ def write_sweep_report(
     front, notes = sweep_front(workspace, found, axes)
     if workspace.is_writable:
         sweep.store(workspace)
-    run = sweep_run(tracking, sweep, workspace) if tracking else None
+    run = None
+    if tracking:
+        run = sweep_run(tracking, sweep.name, sweep.key, sweep.folder(workspace))
     if tracking and run and not axes.slug:
         tracking.publish(run)  # Before its trials, which would make it without its name.
         sweep, front = track_results(tracking, sweep, front)

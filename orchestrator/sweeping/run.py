@@ -33,11 +33,11 @@ from orchestrator.cluster.ray import ray_cluster, wait_for_gpus
 from orchestrator.cluster.task import trial_device
 from orchestrator.data.mixture import describe_data
 from orchestrator.planning.estimate import seconds_to_save
-from orchestrator.records.tracked_run import Status, TrackedRun
+from orchestrator.records.tracked_run import Status
 from orchestrator.records.training import TrainingJob, job_parameters, shared_parameters
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
 from orchestrator.reporting.front import Front, find_front
-from orchestrator.reporting.mlflow_report import SWEEP_TAG, front_so_far, trial_run
+from orchestrator.reporting.mlflow_report import SWEEP_TAG, front_so_far, sweep_run, trial_run
 from orchestrator.reporting.results import (
     HYPERVOLUME_BY_GFLOPS,
     HYPERVOLUME_BY_TRIALS,
@@ -68,7 +68,7 @@ from orchestrator.training.watching import (
 )
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.files import delete_folder, write_text
-from orchestrator.workspace.journal import Journal, now_ms, read_journal, recorded_times
+from orchestrator.workspace.journal import Journal, now_ms, read_journal
 from orchestrator.workspace.layout import PLAN_FILE, STOPPED_NAME, Workspace, find_checkpoints
 
 if TYPE_CHECKING:
@@ -480,15 +480,7 @@ class LiveSweep:
         self._failures: dict[str, str] = {}
         self._new_front: Front | None = None
         self._clock, self._next_front = clock, clock()
-        started_ms, _ = recorded_times(folder) or (now_ms(), 0)
-        self._run = tracking.stored("sweep", plan.key) or TrackedRun(
-            key=plan.key,
-            kind="sweep",
-            name=plan.name,
-            folder=str(folder),
-            journal=str(self.history.folder),
-            started_ms=started_ms,
-        )
+        self._run = sweep_run(tracking, plan.name, plan.key, folder)
         self.change(
             status="RUNNING",
             params=sweep_parameters(plan, settings),
