@@ -170,8 +170,7 @@ class _KnownGradients(torch.autograd.Function):
 
 
 def _chunks(points: Tensor, vocab: int, elements: int | None = None) -> list[slice]:
-    """Divide the positions of (..., any) into chunks of one size, but for the last; each has at
-    most so many logits."""
+    """Return slices of the positions of (..., any) with at most `elements` logits each."""
     num_rows = points.shape[:-1].numel()
     num_chunks = max(1, -(-num_rows * vocab // (elements or CHUNK_ELEMENTS)))
     size = max(1, -(-num_rows // num_chunks))

@@ -115,13 +115,13 @@ def offered_tasks(data: PreparedData) -> tuple[str, ...]:
 def heldout_folder(
     tokens: Path | str, *, num_items: int, context_length: int, make: Progress | None = None
 ) -> Path:
-    """Return the folder of the `offered_tasks` of prepared data.
+    """Return the folder with the held-out tasks of prepared data; make it if `make` is given.
 
     Args:
         tokens: Folder of the data.
         num_items: Largest number of items of each accuracy task.
         context_length: Tokens that the model reads; every item fits into them.
-        make: Makes a missing suite, and is told about it.
+        make: Shows the progress of making a missing suite; without it, none is made.
 
     Raises:
         UserError: If the data or the suite are damaged, or the documents give no items.

@@ -127,12 +127,12 @@ def select_tasks(
     context_length: int,
     make: Progress | None = None,
 ) -> TaskSelection:
-    """Return the tasks that the settings ask for; `heldout` stands for all of the data.
+    """Return the tasks that the settings ask for; `heldout` means all held-out tasks of the data.
 
     Args:
         tokens: Folder of prepared tokens, if held-out tasks are requested; see `needs_heldout`.
         context_length: Tokens that the model reads; every held-out item fits into them.
-        make: Makes missing held-out tasks, and is told about it.
+        make: Shows the progress of making missing held-out tasks; without it, none are made.
 
     Raises:
         UserError: If the tokens do not give the held-out tasks, or these are damaged, or cannot be
