@@ -264,8 +264,7 @@ class PredictorCorrectorRK2(MixedLayer):
                 left: Tensor = self.prediction_norm(shared(hidden, [value]))
                 return left
             point = make_mix().point(left_at(0, stages[0]))
-            left = self.correction_norm(evaluate.unseen(point))
-            return left
+            return self.correction_norm(evaluate.unseen(point))
 
         def stage(number: int, point: Tensor) -> Tensor:
             norm, leaves = shared.norms[number], partial(left_at, number)
