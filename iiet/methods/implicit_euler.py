@@ -260,11 +260,10 @@ class PredictorCorrectorRK2(MixedLayer):
 
         def left_at(number: int, value: Tensor) -> Tensor:
             """Return what the layer would leave at the level whose last evaluation this is."""
-            if number == 0:
-                left: Tensor = self.prediction_norm(shared(hidden, [value]))
-                return left
-            point = make_mix().point(left_at(0, stages[0]))
-            return self.correction_norm(evaluate.unseen(point))
+            left: Tensor = self.prediction_norm(shared(hidden, [stages[0] if number else value]))
+            if number > 0:
+                left = self.correction_norm(evaluate.unseen(make_mix().point(left)))
+            return left
 
         def stage(number: int, point: Tensor) -> Tensor:
             norm, leaves = shared.norms[number], partial(left_at, number)
