@@ -74,7 +74,7 @@ LINES = {
     "orchestrator/evaluation": 2_798,
     "orchestrator/planning": 1_093,
     "orchestrator/cluster": 1_910,
-    "orchestrator/reporting": 4_166,
+    "orchestrator/reporting": 4_261,
     "orchestrator/sweeping": 2_521,
     "orchestrator/pipelines": 4_126,
     "orchestrator/cli": 1_779,
