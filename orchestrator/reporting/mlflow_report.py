@@ -27,6 +27,7 @@ from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import Front, known
 from orchestrator.reporting.results import (
     ACCURACY_CHARTS,
+    OVERHEADS,
     STUDENT_CHARTS,
     StoredSweep,
     history_folder,
@@ -109,18 +110,19 @@ def front_metrics(front: Front) -> dict[str, float]:
 def track_results(
     tracking: Tracking, sweep: StoredSweep, front: Front
 ) -> tuple[StoredSweep, Front]:
-    """Track every result as a run nested in the sweep's run, with its confidence.
+    """Track every result as a run nested in the sweep's run, with its overhead and its confidence.
 
-    Each seed of a model gets the confidence of the mean over seeds. The returned results have the
+    Each seed of a model gets those of the mean over seeds. The returned results have the
     ids of their runs.
     """
-    paired = {
-        seed.key: {n: value for n in SUMMARY_METRICS if (value := known(row, n)) is not None}
+    names = (*SUMMARY_METRICS, *sum(OVERHEADS.values(), ()))
+    compared = {
+        seed.key: {n: value for n in names if (value := known(row, n)) is not None}
         for row in front.rows
         for seed in row["seeds"]
     }
     runs = [
-        trial_run(sweep.name, sweep.key, result, sweep.journal_of(result), paired.get(result.key))
+        trial_run(sweep.name, sweep.key, result, sweep.journal_of(result), compared.get(result.key))
         for result in sweep.results
     ]
     tracking.publish(*runs)

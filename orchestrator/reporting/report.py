@@ -16,8 +16,8 @@ from typing import Any
 
 from iiet.influence import InfluenceTable
 from orchestrator.reporting.charts import (
-    PAPER_COST_SHARE,
-    PAPER_QUALITY_SHARE,
+    PAPER_KEPT_SHARE,
+    PAPER_OVERHEAD_SHARE,
     curves_chart,
     front_chart,
     influence_chart,
@@ -46,6 +46,7 @@ from orchestrator.reporting.results import (
     read_history_curves,
     read_training_curves,
     result_table,
+    with_overhead,
 )
 from orchestrator.reporting.sections import Section, render_json, render_markdown, render_page
 from orchestrator.reporting.statistics import KEPT_SHARE
@@ -66,8 +67,8 @@ from orchestrator.workspace.provenance import content_key
 LEGEND = (
     "Star: full model. Filled: on the front. Hollow and faint: dominated. Diamond: baseline. "
     "Bars: one standard error. Line: the best quality at each cost budget."
-    f" Cross: the paper's headline, {1 - PAPER_COST_SHARE:.0%} less cost at "
-    f"{PAPER_QUALITY_SHARE:.1%} of the accuracy, on this full model."
+    f" Cross: the paper's headline, {1 - PAPER_OVERHEAD_SHARE:.0%} less overhead (cost beyond "
+    f"vanilla of the same shape) at {PAPER_KEPT_SHARE:.1%} of the accuracy, on this full model."
 )
 INFLUENCE_LEGEND = (
     "How much each correction matters, on a logarithmic scale. A threshold drops corrections from "
@@ -302,6 +303,7 @@ def sweep_front(
     if len(sweeps) == 1:
         table = table.drop(columns="sweep")
     else:
+        table = with_overhead(table)
         is_shared = table["label"].duplicated(keep=False)
         table.loc[is_shared, "label"] += " (" + table["sweep"] + ")"
     front = find_front(table, axes)
