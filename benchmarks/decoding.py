@@ -47,7 +47,7 @@ from iiet import (
 )
 from orchestrator.models.gguf import read_gguf
 
-_FULL, _QUICK = (12, 8192, 128, 128), (4, 256, 8, 6)
+_FULL, _QUICK = (12, 8192, 128, 64), (4, 256, 8, 6)
 """Layers, vocabulary, tokens of the prompt, new tokens."""
 _TOLERANCE = 1e-3
 _GOAL_RATIO = {(256, 1): Goal("at least", 1.5), (256, 8): Goal("at least", 1.4)}
