@@ -77,7 +77,7 @@ LINES = {
     "orchestrator/reporting": 4_261,
     "orchestrator/sweeping": 2_513,
     "orchestrator/pipelines": 4_126,
-    "orchestrator/cli": 1_779,
+    "orchestrator/cli": 1_785,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""
