@@ -76,7 +76,7 @@ LINES = {
     "orchestrator/cluster": 1_910,
     "orchestrator/reporting": 4_681,
     "orchestrator/sweeping": 2_513,
-    "orchestrator/pipelines": 4_178,
+    "orchestrator/pipelines": 4_193,
     "orchestrator/cli": 1_801,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
