@@ -74,10 +74,10 @@ LINES = {
     "orchestrator/evaluation": 2_798,
     "orchestrator/planning": 1_093,
     "orchestrator/cluster": 1_910,
-    "orchestrator/reporting": 4_261,
+    "orchestrator/reporting": 4_681,
     "orchestrator/sweeping": 2_513,
-    "orchestrator/pipelines": 4_126,
-    "orchestrator/cli": 1_779,
+    "orchestrator/pipelines": 4_193,
+    "orchestrator/cli": 1_801,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -57,6 +57,7 @@ from orchestrator.terminal.render import format_count, format_with_error
 from orchestrator.training.watching import tracked_model
 from orchestrator.workspace.errors import RunFailed, UserError
 from orchestrator.workspace.files import expand_user
+from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import content_key
 
@@ -288,6 +289,7 @@ def _evaluate_model(
 ) -> EvaluationResult:
     """Return an evaluation of a model; only tasks without a stored result are run."""
     settings, workspace, progress = plan.settings.evaluation, context.workspace, context.progress
+    started_ms = now_ms()
     progress.start("evaluate")  # Tasks and models take their time to load.
     tokens = tokens_of_tasks(model, settings, workspace, progress.note)
     asked = select_tasks(settings, tokens, context_length=model.context_length, make=progress)
@@ -332,7 +334,8 @@ def _evaluate_model(
             dataset=(*data, {"source": "tasks", "num_items": evaluation.num_items, **tasks}),
             metrics=metrics,
             model=tracked,
-        )
+        ),
+        started_ms,
     )
     if output is not None:
         store.copy(measured.keys, output, pretrained=str(model.path))

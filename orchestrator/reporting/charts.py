@@ -20,6 +20,7 @@ import altair
 import vl_convert
 from altair import Axis, Chart, Color, InlineData, Legend, Scale, X, Y
 
+from orchestrator.reporting.claims import PAPER_KEPT_SHARE, PAPER_OVERHEAD_SHARE
 from orchestrator.reporting.front import (
     COSTS,
     Front,
@@ -64,8 +65,6 @@ MANY_NAMES, MAX_NAMES = 6, 24
 """From the first number of members on, their names are tilted; beyond the second, only the picks of
 the front are named."""
 MAX_LAYERS_WITH_COMMAS, MAX_LABELED_LAYERS = 4, 12
-PAPER_OVERHEAD_SHARE, PAPER_KEPT_SHARE = 0.45, 0.994
-"""The paper's headline: E-IIET has 55% less inference overhead, and 99.4% of IIET's accuracy."""
 PAPER_MARK = "paper: 55% less overhead, 99.4% kept"
 TOOLTIP_METRICS = (
     *("cost/evaluations", "cost/relative_flops", "cost/decode_ms_per_token"),
