@@ -255,7 +255,7 @@ def _uniform_models(path: Path) -> list[OpenedModel]:
 
 def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
     """Evaluate models, each under each schedule; stored results are read again."""
-    names, folder = short_names(plan.opened), plan.log_samples
+    names, folder, started_ms = short_names(plan.opened), plan.log_samples, now_ms()
     if folder is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -276,7 +276,7 @@ def run_evaluate(plan: EvaluatePlan, context: Context) -> ModelEvaluations:
             "which were trained on different tokens"
         )
     if plan.is_depth_curve:
-        curve = _store_depth_curve(plan, [*evaluations.values()], context)
+        curve = _store_depth_curve(plan, [*evaluations.values()], context, started_ms)
         return DepthEvaluations(evaluations=evaluations, depth_curve=curve)
     return ModelEvaluations(evaluations=evaluations)
 
@@ -344,7 +344,10 @@ def _evaluate_model(
 
 
 def _store_depth_curve(
-    plan: EvaluatePlan, evaluations: Sequence[EvaluationResult], context: Context
+    plan: EvaluatePlan,
+    evaluations: Sequence[EvaluationResult],
+    context: Context,
+    started_ms: int,
 ) -> DepthCurve:
     """Return the curve; store it beside the weights of a checkpoint, and show it in MLflow."""
     from orchestrator.reporting.charts import save_chart  # Imports Altair.
@@ -385,7 +388,8 @@ def _store_depth_curve(
                 for name, value in point.quality.items()
             ],
             files={"depth": [str(path), str(path.with_suffix(".png"))]},
-        )
+        ),
+        started_ms,
     )
     return curve
 
