@@ -76,7 +76,7 @@ LINES = {
     "orchestrator/cluster": 1_910,
     "orchestrator/reporting": 4_787,
     "orchestrator/sweeping": 2_513,
-    "orchestrator/pipelines": 4_291,
+    "orchestrator/pipelines": 4_295,
     "orchestrator/cli": 1_804,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
