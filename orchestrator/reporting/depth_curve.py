@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from altair import Axis, Chart, InlineData, Scale, X, Y, layer
-
 from orchestrator.records.evaluation import DepthCurve
 from orchestrator.records.trial import Trial
-from orchestrator.reporting.charts import BLUE, GRAY, HEIGHT, WIDTH, Spec, chart_spec
+from orchestrator.reporting.charts import DEPTH_TITLE, depth_chart
 from orchestrator.reporting.front import is_accuracy, metric_title
 from orchestrator.reporting.sections import Column, Section, Table, TableRow
 from orchestrator.terminal.render import format_with_error, shortest_schedule
@@ -21,7 +19,6 @@ from orchestrator.workspace.errors import UserError
 
 DEPTH_CURVE = "depth-curve"
 """Name of the file beside the weights, and of the picture."""
-DEPTH_TITLE = "Quality by corrections at inference"
 
 
 def teacher_depth(results: Iterable[Trial], notes: list[str]) -> Section | None:
@@ -67,33 +64,3 @@ def depth_section(curve: DepthCurve) -> Section:
         tables=[Table(columns, rows)],
         data={"depth_curve": curve.model_dump(mode="json")},
     )
-
-
-def depth_chart(curve: DepthCurve) -> Spec:
-    """Return the chart of the first of the qualities against the corrections of every layer."""
-    quality = curve.qualities[0]
-    scale, unit = (100, " (%)") if is_accuracy(quality) else (1, "")
-    values: list[dict[str, float]] = []
-    for point in curve.points:
-        value, error = (scale * (number or 0.0) for number in point.measured(quality))
-        ends = {"value": value, "low": value - error, "high": value + error}
-        values.append({"r": point.corrections, **ends})
-    last = curve.points[-1].corrections
-    axis = Axis(values=[*range(last + 1)], format="d", grid=False)
-    domain = Scale(domain=[-0.2, last + 0.2], nice=False)
-    x = X("r:Q", title="Corrections of every layer", axis=axis, scale=domain)
-    title = metric_title(f"quality/{quality}") + unit
-    y = Y("value:Q", title=title, scale=Scale(zero=False))
-    chart = Chart(InlineData(values=values)).encode(x=x)
-    layers = [
-        chart.mark_line(color=BLUE, strokeWidth=1.8).encode(y=y),
-        chart.mark_rule(color=BLUE, clip=False).encode(y=Y("low:Q"), y2="high:Q"),
-        chart.mark_point(color=BLUE, filled=True, size=70, opacity=1, clip=False).encode(y=y),
-    ]
-    if len(set(curve.trained)) == 1:
-        trained = Chart(InlineData(values=[{"r": curve.trained[0], "name": "trained"}]))
-        rule = trained.mark_rule(color=GRAY, strokeDash=[4, 4]).encode(x=x)
-        text = trained.mark_text(color=GRAY, align="left", dx=6, y=HEIGHT * 3 // 4 - 10)
-        layers = [rule, text.encode(x=x, text="name:N"), *layers]
-    whole = layer(*layers).properties(width=WIDTH, height=HEIGHT * 3 // 4)
-    return chart_spec(whole, title=DEPTH_TITLE)
