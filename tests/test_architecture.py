@@ -74,7 +74,7 @@ LINES = {
     "orchestrator/evaluation": 2_798,
     "orchestrator/planning": 1_093,
     "orchestrator/cluster": 1_910,
-    "orchestrator/reporting": 4_787,
+    "orchestrator/reporting": 4_786,
     "orchestrator/sweeping": 2_513,
     "orchestrator/pipelines": 4_295,
     "orchestrator/cli": 1_804,
