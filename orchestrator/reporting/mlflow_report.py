@@ -23,6 +23,7 @@ from orchestrator.records.tracked_run import (
 )
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.charts import front_chart, save_chart
+from orchestrator.reporting.claims import Claim, claim_metrics
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import Front, known
 from orchestrator.reporting.results import (
@@ -226,6 +227,7 @@ def report_changes(
     *,
     name: str,
     sentences: Sequence[str],
+    claims: Sequence[Claim],
     charts: Collection[str],
     files: Sequence[Path],
 ) -> dict[str, Any]:
@@ -236,6 +238,7 @@ def report_changes(
     Args:
         name: Name of the sweep.
         sentences: Notes and findings.
+        claims: What the sweep shows of the paper's claims.
         charts: Titles of the report's curves.
         files: Files of the report.
     """
@@ -251,7 +254,7 @@ def report_changes(
     shown = [{"path": path, "type": "table"} for path in found]
     view = front_chart_view(front, name, charts)
     return {
-        "points": without_step(front_metrics(front)),
+        "points": without_step({**front_metrics(front), **claim_metrics(claims)}),
         "files": {ARTIFACT_FOLDER: paths},
         # MLflow's own `log_table` appends to an existing table; a new report must replace it.
         "texts": {

@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from iiet.influence import InfluenceTable
-from orchestrator.reporting.charts import (
+from orchestrator.reporting.charts import curves_chart, front_chart, influence_chart, save_chart
+from orchestrator.reporting.claims import (
+    CLAIMS_TITLE,
     PAPER_KEPT_SHARE,
     PAPER_OVERHEAD_SHARE,
-    curves_chart,
-    front_chart,
-    influence_chart,
-    save_chart,
+    Claim,
+    claims_section,
+    find_claims,
 )
 from orchestrator.reporting.command_tables import influence_table
+from orchestrator.reporting.depth_curve import teacher_depth
 from orchestrator.reporting.elastic_section import elastic_section
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import (
@@ -91,8 +93,12 @@ class SweepReport:
     """Title of a list -> names and values, such as settings and provenance."""
     notes: Sequence[str] = ()
     """Sentences to read before the findings, such as that the tasks differ."""
+    depth: Section | None = None
+    """The depth curve of the teacher, if it was measured."""
     elastic: Section | None = None
     """Elastic weights against separate students, if the sweep has both."""
+    claims: Sequence[Claim] = ()
+    """The paper's claims, if the models say anything of one."""
 
     @property
     def sentences(self) -> list[str]:
@@ -105,10 +111,11 @@ class SweepReport:
         return f"Sweeps {self.name}" if self.front.sweeps else f"Sweep {self.name}"
 
     def brief(self) -> list[Section]:
-        """Return what a terminal shows: the front and its findings, and elastic weights."""
+        """Return what a terminal shows: the front and its findings, elastic weights, claims."""
         table = models_table(self.front, self.title)
         front = Section(tables=[table], notes=self.sentences, data=front_values(self.front))
-        return [front, self.elastic] if self.elastic else [front]
+        claims = claims_section(self.claims, CLAIMS_TITLE) if self.claims else None
+        return [section for section in (front, self.elastic, claims) if section]
 
     def sections(self, folder: Path | None = None) -> list[Section]:
         """Return all sections; for files in a `folder`, paths in its workspace are relative."""
@@ -122,6 +129,8 @@ class SweepReport:
             found.append(
                 Section(title="The front", sentences=sentences, chart=chart, picture="front")
             )
+        if self.claims:
+            found.append(claims_section(self.claims))
         models, data = models_table(front), front_values(front, folder)
         found.append(Section(title="All models, cheapest first", tables=[models], data=data))
         if tasks := task_tables(front):
@@ -145,6 +154,8 @@ class SweepReport:
                     tables=[influence_table(influence)],
                 )
             )
+        if self.depth:
+            found.append(self.depth)
         for title, curves in self.curves.items():
             found.append(Section(title=title, chart=curves_chart(title, curves)))
         return found + [Section(title=title, facts=facts) for title, facts in self.facts.items()]
@@ -230,6 +241,7 @@ def write_sweep_report(
     elastic = None
     if any(result.is_elastic for result in sweep.results):
         elastic = elastic_section(front, load_item_values(workspace, sweep.results))
+    depth = teacher_depth(sweep.results, notes)
     report = SweepReport(
         name=sweep.name,
         front=front,
@@ -237,7 +249,9 @@ def write_sweep_report(
         curves=curves,
         facts=sweep.facts,
         notes=[*sweep.notes, *notes],
+        depth=depth,
         elastic=elastic,
+        claims=_measured_claims(workspace, front),
     )
     folder = sweep.folder(workspace) / axes.slug
     files = report.write_files(folder) if workspace.is_writable else []
@@ -245,7 +259,12 @@ def write_sweep_report(
         return WrittenReport(report, folder, tuple(files))
     _, ended_ms = recorded_times(sweep.folder(workspace)) or (now_ms(), None)
     changes = report_changes(
-        front, name=sweep.name, sentences=report.sentences, charts=curves, files=files
+        front,
+        name=sweep.name,
+        sentences=report.sentences,
+        claims=report.claims,
+        charts=curves,
+        files=files,
     )
     run = run.changed(**changes, status="FINISHED", ended_ms=run.ended_ms or ended_ms)
     tracking.publish(run)
@@ -258,7 +277,7 @@ def _overlay_report(
     """Write the report of several sweeps, which has its own folder and no run in MLflow."""
     front, notes = sweep_front(workspace, sweeps, axes)
     common = list(dict.fromkeys(note for each in sweeps for note in each.notes))
-    common += _suite_notes(sweeps)
+    common += suite_notes(sweeps)
     if axes.cost == COSTS["ms"]:
         common.append(
             "Milliseconds were measured separately for each sweep: differences between sweeps "
@@ -275,6 +294,7 @@ def _overlay_report(
         },
         facts={f"{title}: {s.name}": facts for s in sweeps for title, facts in s.facts.items()},
         notes=[*common, *notes],
+        claims=_measured_claims(workspace, front),
     )
     name = "+".join(names)
     if len(name) > MAX_FOLDER_NAME_LENGTH:
@@ -312,7 +332,17 @@ def sweep_front(
     return with_confidence(front, evaluations(table, items), kept_share=kept_share), notes
 
 
-def _suite_notes(sweeps: Sequence[StoredSweep]) -> list[str]:
+def front_claims(workspace: Workspace, front: Front) -> list[Claim]:
+    """Return what the models of a front show of each of the paper's claims."""
+    return find_claims(front.table, load_item_values(workspace, front.shown_seeds))
+
+
+def _measured_claims(workspace: Workspace, front: Front) -> list[Claim]:
+    claims = front_claims(workspace, front)
+    return claims if any(claim.is_measured for claim in claims) else []
+
+
+def suite_notes(sweeps: Sequence[StoredSweep]) -> list[str]:
     """Return the sentence on sweeps that were not measured alike; none if they were."""
     # Folders and the size of a batch change no result.
     suites = []

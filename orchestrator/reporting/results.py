@@ -227,14 +227,15 @@ def with_overhead(table: DataFrame) -> DataFrame:
     return table.drop(columns=sum(OVERHEADS.values(), ()), errors="ignore").assign(**changes)
 
 
+def shape_of(config: ModelConfig) -> ModelConfig:
+    """Return the vanilla model of the same shape."""
+    return replace(config, method=BASELINE_METHOD, method_options=None, schedule=None)
+
+
 def vanilla_of(table: DataFrame) -> dict[str, str]:
     """Return key of a model -> key of the vanilla model of its shape, where the table has one."""
-
-    def plain(config: ModelConfig) -> ModelConfig:
-        return replace(config, method=BASELINE_METHOD, method_options=None, schedule=None)
-
     found: dict[ModelConfig, str] = {}
-    shapes = {str(key): plain(trial.model) for key, trial in table["trial"].items()}
+    shapes = {str(key): shape_of(trial.model) for key, trial in table["trial"].items()}
     for key, trial in table["trial"].items():
         # One that was trained from scratch comes before those that were distilled.
         is_new = trial.parent is None or shapes[key] not in found
