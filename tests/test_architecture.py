@@ -60,7 +60,7 @@ ORDER = (
 
 LINES = {
     "iiet": 7_335,
-    "benchmarks": 3_230,
+    "benchmarks": 2_885,
     "examples": 278,
     "research": 2_035,
     "orchestrator/workspace": 1_270,
