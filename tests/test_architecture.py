@@ -62,7 +62,7 @@ LINES = {
     "iiet": 7_335,
     "benchmarks": 2_885,
     "examples": 278,
-    "research": 2_035,
+    "research": 2_142,
     "orchestrator/workspace": 1_270,
     "orchestrator/terminal": 546,
     "orchestrator/settings": 1_567,
