@@ -44,13 +44,18 @@ TRIALS = [
     for row in json.loads(REPORT.read_text("utf-8"))["results"]
 ]
 """The models of the demo."""
-STUDENTS = {trial.schedule: trial for trial in TRIALS if trial.role == "trial"}
+LAST_USE = {
+    trial.model.corrections: trial.threshold_up_to or 0.0
+    for trial in TRIALS
+    if trial.role == "trial"
+}
+"""Schedule -> the highest threshold that gives it."""
 INFLUENCE = [
     [
-        max(t.threshold_up_to for kept, t in STUDENTS.items() if kept and kept[layer] > correction)
+        max(threshold for kept, threshold in LAST_USE.items() if kept[layer] > correction)
         for correction in range(count)
     ]
-    for layer, count in enumerate(max(STUDENTS))
+    for layer, count in enumerate(max(LAST_USE, key=lambda schedule: sum(schedule)))
 ]
 """Of the demo's teacher: where its family changes, by layer and correction."""
 
