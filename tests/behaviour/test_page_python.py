@@ -13,6 +13,7 @@ from typing import TextIO
 import pytest
 import torch
 from documented import ROOT, blocks
+from fake_runs import end_trials, trained
 from small_size import SMALL
 from terminal import run_in_terminal
 
@@ -78,10 +79,10 @@ def test_the_commands_in_python_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     small_sweep: Path,
-    ray_session: None,
     terminal: TextIO,
 ) -> None:
     monkeypatch.setattr("sys.stdin", terminal)
+    end_trials(monkeypatch, trained)
 
     def read_small(name: str, changes: list[str] | None = None) -> Settings:
         return read_settings(name, [*SMALL, *(changes or [])])

@@ -174,18 +174,14 @@ def test_when_a_job_is_started_again(
     assert len(starts) == num_starts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("fault", "retries", "error", "sentence"),
     [
-        pytest.param(*case, marks=pytest.mark.slow if n == 0 else pytest.mark.long)
-        for n, case in enumerate(
-            [
-                ("mistake", 5, UserError, "^a mistake$"),
-                ("out of memory", 5, UserError, r"ran out of memory on cpu \(no space\)"),
-                ("silence", 0, RunFailed, "failed: .*([Tt]imed out|timeout)"),
-                ("killed", 1, RunFailed, "failing failed: .*died"),
-            ]
-        )
+        ("mistake", 5, UserError, "^a mistake$"),
+        ("out of memory", 5, UserError, r"ran out of memory on cpu \(no space\)"),
+        ("silence", 0, RunFailed, "failed: .*([Tt]imed out|timeout)"),
+        ("killed", 1, RunFailed, "failing failed: .*died"),
     ],
 )
 def test_a_worker_that_fails_alone_ends_the_job_within_a_minute(
@@ -244,7 +240,7 @@ def test_a_disk_that_is_full_at_ctrl_c_is_the_error_and_nothing_is_called_saved(
     assert not find_checkpoints(job.folder)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigterm_waits_for_a_slow_writer(
     ray_session: None, tmp_path: Path, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
