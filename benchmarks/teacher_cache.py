@@ -135,6 +135,6 @@ def _stored(teacher: Decoder, batches: Tensor, size: _Size, folder: Path) -> Cac
         return ((batch, teacher(batch)) for batch in batches)
 
     write_cache(plan, folder, answers)
-    cache = open_cache(folder / plan.key, plan)
+    cache = open_cache(folder, plan)
     assert cache is not None
     return cache

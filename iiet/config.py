@@ -44,7 +44,7 @@ class ModelConfig:
     """Longest sequence in tokens, prompt and continuation together; longer ones are refused."""
     schedule: IterationSchedule | None = None
     """Corrections per layer, in any form that `IterationSchedule.parse` reads. Required where the
-    method makes corrections, else None or zeros."""
+    method makes corrections, else None or zeros. Of PCformer, levels; None gives the full one."""
     method_options: Any = None
     """Options of the method, an instance of `METHODS[method].Options`; None for its defaults."""
     tie_embeddings: bool = True
@@ -60,6 +60,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         given: Any = self.schedule
+        if given is None and self.method in METHODS:
+            given = METHODS[self.method].full_level
         if given is not None and type(self.num_layers) is int and self.num_layers > 0:
             parsed = IterationSchedule.parse(given, num_layers=self.num_layers)
             object.__setattr__(self, "schedule", parsed)
@@ -206,6 +208,11 @@ def _method_problems(config: ModelConfig) -> list[str]:
                 f"method {config.method!r} repeats the whole stack, so all layers must make the "
                 f"same number of corrections, got schedule {schedule}"
             )
+        elif (most := METHODS[config.method].full_level) is not None and max(schedule) > most:
+            problems.append(
+                f"method {config.method!r} has levels 0 to {most} for each layer, got schedule "
+                f"{schedule}"
+            )
     elif schedule is not None and schedule.num_corrections:
         problems.append(f"method {config.method!r} makes no corrections, got schedule {schedule}")
     return problems
@@ -236,7 +243,8 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
     """Build the config of a named size, a key of `PRESETS`, with any fields replaced.
 
     By default there are as many key/value heads as query heads, and three corrections per layer
-    where the method makes any. `overrides` take the forms that `ModelConfig.from_dict` reads.
+    (PCformer: the full level) where the method makes any. `overrides` take the forms that
+    `ModelConfig.from_dict` reads.
 
     Raises:
         ValueError: unknown preset, or fields that do not fit together.
@@ -247,5 +255,5 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
     values.setdefault("num_kv_heads", values["num_heads"])
     method = METHODS.get(values["method"])
     if "schedule" not in values and method is not None and method.has_corrections:
-        values["schedule"] = _USUAL_CORRECTIONS
+        values["schedule"] = method.full_level or _USUAL_CORRECTIONS
     return ModelConfig.from_dict(values)

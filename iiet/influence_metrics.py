@@ -72,7 +72,8 @@ class MeasuredBatch:
 
         Args:
             compare: Called for each sequence with the outputs of two consecutive evaluations of a
-                layer, (time, dim) in float64; returns a number for each position, (time,).
+                layer, or its estimates at two levels, (time, dim) in float64; returns a number for
+                each position, (time,).
 
         Returns:
             The last hidden state, (batch, time, dim); and for each layer and correction the mean of
@@ -86,10 +87,12 @@ class MeasuredBatch:
 
         def observe(seen: Evaluation) -> None:
             nonlocal previous
-            if compare is not None and 1 <= seen.k <= schedule[seen.layer]:
-                assert previous is not None
-                values[seen.layer].append(self.mean(compare, previous, seen.output))
-            previous = seen.output
+            if compare is not None and schedule[seen.layer] > 0:
+                output = seen.output if seen.left_here is None else seen.left_here()
+                if seen.k > 0:
+                    assert previous is not None
+                    values[seen.layer].append(self.mean(compare, previous, output))
+                previous = output
             if seen.residual is not None and seen.estimate is not None:
                 size = self.mean(_relative_size, seen.residual, seen.estimate)
                 residuals[seen.layer].append(size)

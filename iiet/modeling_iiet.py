@@ -61,8 +61,8 @@ class IIETConfig(PreTrainedConfig):
     method_options: dict[str, Any] | None = None
     """Options of the method that are not at their defaults; see `ImplicitEuler`."""
     corrections: list[int] | tuple[int, ...] | str | int | None = None
-    """The iteration schedule: corrections per layer, text ("1,0,0", "3..0"), or one number for all
-    layers; None for methods without corrections."""
+    """The iteration schedule: corrections per layer (PCformer: levels, None for the full one), text
+    ("1,0,0", "3..0"), or one number for all layers; None for methods without corrections."""
     vocab_size: int = 32000
     hidden_size: int = 512
     num_hidden_layers: int = 12
@@ -84,7 +84,8 @@ class IIETConfig(PreTrainedConfig):
     @property
     def schedule(self) -> tuple[int, ...]:
         """Corrections per layer, zeros for methods without corrections."""
-        return parse_schedule(self.corrections or 0, self.num_hidden_layers)
+        full = LAYERS[self.method].full_level if self.corrections is None else self.corrections
+        return parse_schedule(full or 0, self.num_hidden_layers)
 
     def check(self) -> None:
         """Raise a ValueError for values that do not fit together."""
@@ -97,10 +98,12 @@ class IIETConfig(PreTrainedConfig):
             raise ValueError("num_key_value_heads must divide num_attention_heads")
         if unknown := set(self.method_options or {}) - set(layer.options):
             raise ValueError(f"method {self.method!r} has no option {', '.join(sorted(unknown))}")
-        if layer.has_corrections and self.corrections is None:
+        if layer.has_corrections and not layer.full_level and self.corrections is None:
             raise ValueError(f"method {self.method!r} needs corrections")
         if not layer.has_corrections and any(self.schedule):
             raise ValueError(f"method {self.method!r} makes no corrections")
+        if layer.full_level and max(self.schedule) > layer.full_level:
+            raise ValueError(f"method {self.method!r} has levels 0 to {layer.full_level}")
         if layer.repeats_stack and len(set(self.schedule)) > 1:
             raise ValueError(f"all layers of method {self.method!r} make the same corrections")
 
@@ -274,6 +277,8 @@ class Layer(GradientCheckpointingLayer):
     num_evaluations: ClassVar[int] = 1
     """Field evaluations beside the corrections of the schedule."""
     has_corrections: ClassVar[bool] = False
+    full_level: ClassVar[int | None] = None
+    """Highest level of a layer, where the schedule gives levels."""
     has_mix: ClassVar[bool] = False
     repeats_stack: ClassVar[bool] = False
     predictor_order: ClassVar[int] = 0
@@ -309,7 +314,7 @@ class Looped(ExplicitEuler):
 def runge_kutta_stages(stage: Callable[[int, Tensor], Tensor], h: Tensor, order: int) -> list[Any]:
     """RK2: k1 = K(h), k2 = K(h + k1). RK4: k2 = K(h + k1/2), k3 = K(h + k2/2), k4 = K(h + k3)."""
     stages = [stage(0, h)]
-    for number, step in enumerate({2: (1.0,), 4: (0.5, 0.5, 1.0)}[order], start=1):
+    for number, step in enumerate({1: (), 2: (1.0,), 4: (0.5, 0.5, 1.0)}[order], start=1):
         stages.append(stage(number, h + step * stages[-1]))
     return stages
 
@@ -424,7 +429,6 @@ class MovingAverageRungeKutta(KeepsFloat32):
 
     def __init__(self, config: IIETConfig, order: int) -> None:
         super().__init__()
-        self.order = order
         self.norms = nn.ModuleList(
             EstimateNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(order)
         )
@@ -435,38 +439,49 @@ class MovingAverageRungeKutta(KeepsFloat32):
         """Start a at one half."""
         nn.init.constant_(self.alpha, 0.5)
 
-    def forward(self, evaluate: Evaluate, hidden: Tensor) -> Tensor:
+    def forward(self, evaluate: Evaluate, hidden: Tensor, order: int) -> Tensor:
         """Return the prediction, (batch, time, dim)."""
 
         def stage(number: int, point: Tensor) -> Tensor:
             return self.norms[number](evaluate(point.to(hidden.dtype)))
 
         prediction = hidden
-        for number, k in enumerate(runge_kutta_stages(stage, hidden, self.order), start=1):
-            weight = self.alpha * (1 - self.alpha) ** (self.order - number)
-            prediction = prediction + weight * k
+        for number, k in enumerate(runge_kutta_stages(stage, hidden, order), start=1):
+            prediction = prediction + self.alpha * (1 - self.alpha) ** (order - number) * k
         return prediction
 
 
 class PredictorCorrectorRK2(MixedLayer):
-    """PCformer: a Runge-Kutta prediction, corrected once through the mix."""
+    """PCformer: a Runge-Kutta prediction, corrected once through the mix (level 2). At level 1 the
+    prediction has order 1; at level 0 it is not corrected."""
 
-    num_evaluations = 3
+    has_corrections = True
+    full_level = 2
     predictor_order = 2
 
     def forward(
-        self, hidden: Tensor, *estimates: Tensor, evaluate: Evaluate, shared: nn.Module, **_: Any
+        self,
+        hidden: Tensor,
+        *estimates: Tensor,
+        evaluate: Evaluate,
+        corrections: int,
+        shared: nn.Module,
     ) -> Advance:
-        prediction = self.prediction_norm(shared(evaluate, hidden))
-        point = self.mix.sum(self.mix.inner, [*estimates, prediction]).to(hidden.dtype)
-        estimate = self.correction_norm(evaluate(point))
+        level = corrections if self.has_corrections else 2
+        order = self.predictor_order if level == 2 else 1
+        estimate = self.prediction_norm(shared(evaluate, hidden, order))
+        if level > 0:
+            point = self.mix.sum(self.mix.inner, [*estimates, estimate]).to(hidden.dtype)
+            estimate = self.correction_norm(evaluate(point))
         return self.mix.sum(self.mix.outer, [*estimates, estimate]).to(hidden.dtype), estimate
 
 
 class PredictorCorrectorRK4(PredictorCorrectorRK2):
-    """The same with a prediction of order 4."""
+    """The same with a prediction of order 4, and without levels."""
 
     num_evaluations = 5
+    has_corrections = False
+    full_level = None
     predictor_order = 4
 
 
@@ -505,7 +520,7 @@ class IIETForCausalLM(PreTrainedModel, GenerationMixin):
         config.check()
         super().__init__(config)
         method = LAYERS[config.method]
-        if config.corrections is not None:
+        if method.has_corrections:
             config.corrections = list(config.schedule)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(

@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from iiet.methods import METHODS
 from orchestrator import (
     Settings,
     SweepModel,
@@ -54,6 +53,7 @@ from orchestrator.settings import BASELINE_METHOD
 from orchestrator.sweeping.models import (
     check_models,
     check_sweep,
+    has_counts,
     learning_rates,
     model_label,
     settings_of,
@@ -142,7 +142,7 @@ class IiadStudy:
         if len(set(choices.seeds)) < len(choices.seeds):
             raise UserError(f"--seeds: a seed is given twice in {list(choices.seeds)}")
         counts = [r for r in settings.sweep.iterations if isinstance(r, int) and r]
-        correcting = [name for name in settings.sweep.methods if METHODS[name].has_corrections]
+        correcting = [name for name in settings.sweep.methods if has_counts(name)]
         if not correcting or not counts:
             raise UserError(
                 "a study needs an IIET with corrections: put iiet into sweep.methods and a number "
@@ -358,7 +358,7 @@ def _claims(phases: Phases, ways: Mapping[str, Sequence[Trial]]) -> Iterator[str
     against += [
         (name, model_label(result.method, 0))
         for name, result in phases.tokens.items()
-        if METHODS[result.method].has_corrections
+        if has_counts(result.method)
     ]
     for name, other in against:
         if other in phases.tokens and name != other:

@@ -60,10 +60,10 @@ ORDER = (
 
 
 LINES = {
-    "iiet": 7_260,
-    "benchmarks": 3_231,
+    "iiet": 7_335,
+    "benchmarks": 3_230,
     "examples": 278,
-    "research": 2_034,
+    "research": 2_035,
     "orchestrator/workspace": 1_270,
     "orchestrator/terminal": 546,
     "orchestrator/settings": 1_567,
@@ -71,14 +71,14 @@ LINES = {
     "orchestrator/models": 1_640,
     "orchestrator/data": 2_457,
     "orchestrator/tracking": 1_429,
-    "orchestrator/training": 3_423,
+    "orchestrator/training": 3_407,
     "orchestrator/evaluation": 2_798,
     "orchestrator/planning": 1_093,
     "orchestrator/cluster": 1_910,
-    "orchestrator/reporting": 4_166,
-    "orchestrator/sweeping": 2_521,
-    "orchestrator/pipelines": 4_126,
-    "orchestrator/cli": 1_779,
+    "orchestrator/reporting": 4_681,
+    "orchestrator/sweeping": 2_513,
+    "orchestrator/pipelines": 4_178,
+    "orchestrator/cli": 1_801,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

@@ -142,13 +142,12 @@ def parity(setup: Setup) -> Iterator[Finding]:
     # TF32 is an arithmetic of GPUs; on them it is what `fp32` means in a training.
     kinds = ["fp32", "tf32", "bf16"] if setup.device == "cuda" else ["fp32", "bf16"]
     for method, distills in [*((method, False) for method in METHODS), ("iiet", True)]:
-        corrections = {"schedule": 3} if METHODS[method].has_corrections else {}
         # Heads of 128, as in the published sizes.
         sizes: dict[str, int] = {**TOY_MODEL, "context_length": 32}
         if not setup.is_toy:
             sizes = {"dim": 512, "num_layers": 4, "num_heads": 4, "ffn_dim": 1408}
             sizes |= {"context_length": 512, "vocab_size": 2048}
-        config = preset("tiny", method=method, **sizes, **corrections)
+        config = preset("tiny", method=method, **sizes)
         expected = model_outputs(config, World(), "fp32", distills=distills)
         for kind in kinds:
             found = model_outputs(config, setup.world, kind, distills=distills)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -39,6 +40,9 @@ class Evaluation(NamedTuple):
     """The normalized output, g(e) for a correction, (batch, time, dim); None without a norm."""
     residual: Tensor | None
     """`g(e) - e`: how far the correction moves the previous estimate; None for predictions."""
+    left_here: Callable[[], Tensor] | None = None
+    """Where the output is not what the layer would leave if it ended here (a Runge-Kutta stage):
+    computes that estimate, (batch, time, dim)."""
 
 
 Observer = Callable[[Evaluation], None]
@@ -85,10 +89,12 @@ class Evaluate:
         x: Tensor,
         norm: Callable[[Tensor], Tensor] | None = None,
         previous: Tensor | None = None,
+        leaves: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Return F(x), or norm(F(x)), for x of (batch, time, dim).
 
-        `previous`, the estimate that this evaluation corrects, is for observers.
+        For observers: `previous` is the estimate that this evaluation corrects, and `leaves` makes
+        of the returned value what the layer would leave if it ended here.
         """
         call, k = self._call, self._k
         self._k += 1
@@ -97,8 +103,15 @@ class Evaluate:
         estimate = None if norm is None else norm(output)
         if call.observe is not None:
             moved = None if estimate is None or previous is None else estimate - previous
-            call.observe(Evaluation(self._layer.index, k, x, output, estimate, moved))
+            result = output if estimate is None else estimate
+            left_here = None if leaves is None else partial(leaves, result)
+            call.observe(Evaluation(self._layer.index, k, x, output, estimate, moved, left_here))
         return output if estimate is None else estimate
+
+    def unseen(self, x: Tensor) -> Tensor:
+        """Return F(x) without counting: neither observers nor caches see this evaluation."""
+        output: Tensor = self._layer.field(x, replace(self._call.context, cache=None), None)
+        return output
 
 
 @dataclass(frozen=True)
@@ -128,6 +141,10 @@ class Layer(nn.Module, ABC):
     """Field evaluations of a layer beside the corrections of the schedule."""
     has_corrections: ClassVar[bool] = False
     """Whether an iteration schedule sets how often a layer corrects its prediction."""
+    full_level: ClassVar[int | None] = None
+    """Where a schedule gives each layer one of a few levels: the highest, at which the method is
+    the published one, and which a model without a schedule gets. None: any number of corrections.
+    A level costs as many evaluations as corrections do."""
     repeats_stack: ClassVar[bool] = False
     """Whether a correction is another run of all layers, one after the other, so that all layers
     make as many; else each layer makes all of its evaluations before the next one begins."""

@@ -59,14 +59,14 @@ class Looped(ExplicitEuler):
     repeats_stack: ClassVar[bool] = True
 
 
-_STEPS: Final = {2: (1.0,), 4: (0.5, 0.5, 1.0)}
+_STEPS: Final = {1: (), 2: (1.0,), 4: (0.5, 0.5, 1.0)}
 """By order: how far along the previous stage each stage after the first is evaluated."""
 
 
 def runge_kutta_stages(
     stage: Callable[[int, Tensor], Tensor], start: Tensor, order: int
 ) -> list[Tensor]:
-    """Compute `k_1, ..., k_order` from h, (batch, time, dim); the order is 2 or 4.
+    """Compute `k_1, ..., k_order` from h, (batch, time, dim); the order is 1, 2 or 4.
 
     `stage` computes K from a stage's number, the first being 0, and its point.
     """

@@ -10,8 +10,9 @@ backpropagation through time. PCformer corrects a Runge-Kutta prediction once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -187,16 +188,15 @@ class ImplicitEuler(MixedLayer):
 
 
 class MovingAverageRungeKutta(KeepsFloat32):
-    """Predict a layer's output from `order` (2 or 4) evaluations, the later ones weighing most.
+    """Predict a layer's output from the stages of a Runge-Kutta step, the last weighing most.
 
-        k_j = R_j(F(...));   p = h + sum_j a (1-a)^(order-j) k_j
+        p = h + sum_j a (1-a)^(n-j) k_j,   k_j = R_j(F(...)),   n stages
 
-    The norms R_j and the learned a are shared by all layers.
+    The norms R_j of at most `order` stages and the learned a are shared by all layers.
     """
 
     def __init__(self, order: int, dim: int, layer_norm_eps: float) -> None:
         super().__init__()
-        self.order = order
         self.norms = nn.ModuleList(EstimateNorm(dim, eps=layer_norm_eps) for _ in range(order))
         self.alpha = nn.Parameter(torch.empty(1))
         self.reset_parameters()
@@ -205,20 +205,15 @@ class MovingAverageRungeKutta(KeepsFloat32):
         """Start a at one half."""
         nn.init.constant_(self.alpha, 0.5)
 
-    def coefficients(self) -> Tensor:
-        """Return the weights of the stages, (order,)."""
-        powers = torch.arange(self.order - 1, -1, -1, device=self.alpha.device)
+    def coefficients(self, num_stages: int) -> Tensor:
+        """Return the weights of the stages, (num_stages,)."""
+        powers = torch.arange(num_stages - 1, -1, -1, device=self.alpha.device)
         return self.alpha * (1 - self.alpha) ** powers
 
-    def forward(self, evaluate: Callable[..., Tensor], hidden: Tensor) -> Tensor:
-        """Return the prediction p, (batch, time, dim)."""
-
-        def stage(number: int, point: Tensor) -> Tensor:
-            return evaluate(point.to(hidden.dtype), norm=self.norms[number])
-
+    def forward(self, hidden: Tensor, stages: Sequence[Tensor]) -> Tensor:
+        """Return the prediction p from h and the stages, each (batch, time, dim)."""
         prediction = hidden
-        stages = runge_kutta_stages(stage, hidden, self.order)
-        for coefficient, value in zip(self.coefficients(), stages, strict=True):
+        for coefficient, value in zip(self.coefficients(len(stages)), stages, strict=True):
             prediction = torch.addcmul(prediction, value, coefficient)
         return prediction
 
@@ -226,41 +221,78 @@ class MovingAverageRungeKutta(KeepsFloat32):
 class PredictorCorrectorRK2(MixedLayer):
     """Predict with a Runge-Kutta step of order 2, correct once.
 
-        p   = RK2(F_l, h_{l-1}), see `runge_kutta`
-        s_l = N_l(F_l(sum_{k<l} A[l,k] s_k + A[l,l] P_l(p)))
+        k1  = R_1(F_l(h_{l-1}));   k2 = R_2(F_l(h_{l-1} + k1))
+        p   = h_{l-1} + a (1-a) k1 + a k2                              prediction
+        s_l = N_l(F_l(sum_{k<l} A[l,k] s_k + A[l,l] P_l(p)))           correction
         h_l = sum_{k<=l} C[l,k] s_k
 
-    The predictor's norms and coefficient are shared by all layers.
+    R_1, R_2 and a are shared by all layers. That is level 2, the published method. A schedule may
+    give a layer less: level 1 corrects the prediction `p = h + a k1` of order 1, and at level 0
+    this is all, `s_l = P_l(h + a k1)`.
 
-    Cost: 3 evaluations per layer.
-    Source: Li et al. 2024 (PCformer), checked against its published code.
+    Cost: `1 + level` evaluations per layer.
+    Source: Li et al. 2024 (PCformer), checked against its published code; levels: this project.
     Not to be confused with: IIET with two corrections, whose prediction is one plain evaluation.
     """
 
-    num_evaluations: ClassVar[int] = 3
+    has_corrections: ClassVar[bool] = True
+    full_level: ClassVar[int | None] = 2
     order: ClassVar[int] = 2
-    """Order of the predictor, and the number of its evaluations, each with a norm."""
+    """Order of the predictor at the full level, and the number of its evaluations."""
 
     @classmethod
     def make_shared(cls, *, dim: int, layer_norm_eps: float, options: Any) -> nn.Module:
         return MovingAverageRungeKutta(cls.order, dim, layer_norm_eps)
 
     def advance(
-        self, evaluate: Evaluate, hidden: Tensor, state: History, *, shared: Any, **_: Any
+        self,
+        evaluate: Evaluate,
+        hidden: Tensor,
+        state: History,
+        *,
+        num_corrections: int,
+        shared: Any,
+        **_: Any,
     ) -> Advance:
-        prediction = self.prediction_norm(shared(evaluate, hidden))
-        mix = self.mix(state, dtype=hidden.dtype, corrects=True)
-        estimate = evaluate(mix.point(prediction), norm=self.correction_norm, previous=prediction)
+        level = num_corrections if self.has_corrections else 2
+        make_mix = partial(self.mix, state, dtype=hidden.dtype, corrects=level > 0)
+        stages: list[Tensor] = []
+
+        def left_at(number: int, value: Tensor) -> Tensor:
+            """Return what the layer would leave at the level whose last evaluation this is."""
+            left: Tensor = self.prediction_norm(shared(hidden, [stages[0] if number else value]))
+            if number > 0:
+                left = self.correction_norm(evaluate.unseen(make_mix().point(left)))
+            return left
+
+        def stage(number: int, point: Tensor) -> Tensor:
+            norm, leaves = shared.norms[number], partial(left_at, number)
+            value = evaluate(point.to(hidden.dtype), norm=norm, leaves=leaves)
+            stages.append(value)
+            return value
+
+        runge_kutta_stages(stage, hidden, self.order if level == 2 else 1)
+        estimate = prediction = self.prediction_norm(shared(hidden, stages))
+        mix = make_mix()
+        if level > 0:
+            estimate = evaluate(
+                mix.point(prediction),
+                norm=self.correction_norm,
+                previous=prediction,
+                leaves=lambda estimate: estimate,
+            )
         return Advance(*mix.leave(estimate))
 
 
 class PredictorCorrectorRK4(PredictorCorrectorRK2):
     """Predict with a Runge-Kutta step of order 4, correct once.
 
-    Cost: 5 evaluations per layer.
+    Cost: 5 evaluations per layer; there are no levels.
     Source: Li et al. 2024 (PCformer).
     Not to be confused with: `ode_rk4`, which has fixed coefficients and neither corrector nor mix.
     """
 
     num_evaluations: ClassVar[int] = 5
+    has_corrections: ClassVar[bool] = False
+    full_level: ClassVar[int | None] = None
     order: ClassVar[int] = 4

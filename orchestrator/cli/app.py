@@ -10,7 +10,7 @@ import sys
 
 from rich.console import Console
 
-# The order is that of --help.
+# Each registers its commands.
 from orchestrator.cli import measure, models, places, submit, train  # noqa: F401
 from orchestrator.cli.command import NO_COLOR, build_app
 from orchestrator.terminal.render import print_line

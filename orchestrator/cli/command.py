@@ -29,8 +29,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 METAVARS = {bool: "", int: "N", float: "X", str: "TEXT", Path: "PATH", list: "TEXT"}
 """What the help says of an option's type; Typer's own are wide, and Python's names."""
 NO_COLOR = "--no-color"
+Group = Literal[
+    "All steps", "Settings", "Train", "Measure", "Sweeps",
+    "Results", "Models", "Workspace", "Clusters",
+]  # fmt: skip
+"""Panels of `--help`, in their order."""
 COMMANDS: dict[str, Command] = {}
-"""All commands by name, in the order of `--help`."""
+"""All commands by name."""
 
 
 @dataclass
@@ -40,7 +45,7 @@ class Command:
     name: str
     """A name with a space is a command of a group, `config show`."""
     _: KW_ONLY
-    group: str
+    group: Group
     """Panel of `--help`."""
     options: Mapping[str, str] = field(default_factory=dict)
     """`--flag` or `--flag,-f` to the key of a setting."""
@@ -148,7 +153,8 @@ def build_app(word: str | None = None) -> typer.Typer:
     app = typer.Typer(name="iiet-orch", help=text, **options)
     app.callback()(_options_of_all)
     config = typer.Typer(help="Show the settings, their schema, shipped sweeps.", **options)
-    for name, command in COMMANDS.items():
+    panels = get_args(Group)
+    for name, command in sorted(COMMANDS.items(), key=lambda item: panels.index(item[1].group)):
         group, _, last = name.rpartition(" ")
         is_built = word is None or word in (name, group)
         (config if group else app).command(

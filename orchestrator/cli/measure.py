@@ -1,4 +1,5 @@
-"""Commands that measure models and show fronts: influence, evaluate, compare, benchmark, report."""
+"""Commands that measure models and show results: influence, evaluate, compare, benchmark, report,
+claims."""
 
 from __future__ import annotations
 
@@ -34,6 +35,9 @@ TASKS = {
     "--limit": "evaluation.limit",
     "--batch-size": "evaluation.batch_size",
 }
+SweepsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="SWEEP", autocompletion=complete_sweeps)
+]
 ChatTemplateOption = Annotated[
     bool,
     typer.Option("--apply-chat-template", help="Write prompts with the model's chat template."),
@@ -193,9 +197,7 @@ def whole_numbers(text: str, option: str) -> tuple[int, ...]:
 @Command("report", group="Results", workspace="read")
 def report(
     call: Call,
-    sweeps: Annotated[
-        list[str] | None, typer.Argument(metavar="SWEEP", autocompletion=complete_sweeps)
-    ] = None,
+    sweeps: SweepsArgument = None,
     cost: CostOption = None,
     quality: QualityOption = None,
 ) -> Result:
@@ -209,3 +211,17 @@ def report(
     from orchestrator.pipelines.sweeps import report as write_report
 
     return write_report(sweeps=sweeps or [], cost=cost, quality=quality, **call.common)
+
+
+@Command("claims", group="Results", workspace="read")
+def claims(call: Call, sweeps: SweepsArgument = None) -> Result:
+    """Show the paper's five claims, each beside what one or several sweeps measured of it.
+
+    Example: iiet-orch claims --json
+
+    Args:
+        sweeps: Names of sweeps, several on one front (default: the newest).
+    """
+    from orchestrator.pipelines.sweeps import claims as claims_of
+
+    return claims_of(sweeps=sweeps or [], **call.common)

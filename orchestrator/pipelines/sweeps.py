@@ -40,9 +40,10 @@ from orchestrator.planning.estimate import (
     price_of,
 )
 from orchestrator.records.trial import SweepPlan, Trial, TrialSuite
+from orchestrator.reporting.claims import claims_section
 from orchestrator.reporting.command_tables import price_rows
 from orchestrator.reporting.findings import draft_targets
-from orchestrator.reporting.front import parse_axes, shown_trials
+from orchestrator.reporting.front import FrontAxes, parse_axes, shown_trials
 from orchestrator.reporting.results import (
     CHANCE_TITLE,
     LEFT_OUT_TITLE,
@@ -315,6 +316,57 @@ def report(
     found = [load_sweep_results(space, name) for name in names]
     tracking = context.tracking if space.is_writable and len(found) == 1 else None
     return ReportResult.of(write_sweep_report(space, *found, axes=axes, tracking=tracking), space)
+
+
+class ClaimsResult(Result):
+    """What sweeps show of the paper's claims."""
+
+    row_key = "claims"
+
+    title: str
+    """The sweeps."""
+    notes: tuple[str, ...]
+    """Notes on how to read the results."""
+    claims: list[dict[str, Any]]
+    """A row for each claim: the paper's number, the one measured, its interval, the verdict."""
+    section: Section = Field(exclude=True)
+    """What a terminal shows."""
+
+    def shown(self) -> Iterable[RenderableType]:
+        """Return the table, and which models it compares."""
+        yield ""
+        yield from render_terminal([self.section])
+        yield from (f"  {note}" for note in self.notes)
+
+
+def claims(
+    *,
+    workspace: Workspace | Path | str,
+    sweeps: Sequence[str] = (),
+    progress: Progress | None = None,  # noqa: ARG001 - as all pipelines
+) -> ClaimsResult:
+    """Return what sweeps show of the paper's five claims; nothing is written.
+
+    Args:
+        sweeps: Names of sweeps, several on one front; the newest one when empty.
+
+    Raises:
+        UserError: If there is no such sweep.
+    """
+    from orchestrator.reporting.report import front_claims, suite_notes, sweep_front
+
+    space = find_workspace(workspace)
+    names = dict.fromkeys(sweeps or [newest_sweep(space)])
+    found = [load_sweep_results(space, name) for name in names]
+    front, notes = sweep_front(space, found, FrontAxes())
+    title = f"Claims of the paper in {' + '.join(names)}"
+    section = claims_section(front_claims(space, front), title)
+    return ClaimsResult(
+        title=title,
+        notes=(*(suite_notes(found) if len(found) > 1 else ()), *notes),
+        claims=section.data["claims"],
+        section=section,
+    )
 
 
 class DraftsPlan(Result):

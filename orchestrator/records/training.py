@@ -59,7 +59,7 @@ class TrainingJob(Record):
     distillation: DistillationConfig | None = None
     """The distillation loss; defaults when unset."""
     teacher_cache: WorkspacePath | None = None
-    """Folder of the teacher's stored outputs."""
+    """Folder of all stored outputs of teachers; the teacher runs where its own are missing."""
     first_stages: WorkspacePath | None = None
     """Folder of first stages shared between models; nothing is shared when unset."""
     storage: str | None = None

@@ -23,10 +23,12 @@ from orchestrator.records.tracked_run import (
 )
 from orchestrator.records.trial import Trial
 from orchestrator.reporting.charts import front_chart, save_chart
+from orchestrator.reporting.claims import Claim, claim_metrics
 from orchestrator.reporting.findings import findings
 from orchestrator.reporting.front import Front, known
 from orchestrator.reporting.results import (
     ACCURACY_CHARTS,
+    OVERHEADS,
     STUDENT_CHARTS,
     StoredSweep,
     history_folder,
@@ -109,18 +111,19 @@ def front_metrics(front: Front) -> dict[str, float]:
 def track_results(
     tracking: Tracking, sweep: StoredSweep, front: Front
 ) -> tuple[StoredSweep, Front]:
-    """Track every result as a run nested in the sweep's run, with its confidence.
+    """Track every result as a run nested in the sweep's run, with its overhead and its confidence.
 
-    Each seed of a model gets the confidence of the mean over seeds. The returned results have the
+    Each seed of a model gets those of the mean over seeds. The returned results have the
     ids of their runs.
     """
-    paired = {
-        seed.key: {n: value for n in SUMMARY_METRICS if (value := known(row, n)) is not None}
+    names = (*SUMMARY_METRICS, *sum(OVERHEADS.values(), ()))
+    compared = {
+        seed.key: {n: value for n in names if (value := known(row, n)) is not None}
         for row in front.rows
         for seed in row["seeds"]
     }
     runs = [
-        trial_run(sweep.name, sweep.key, result, sweep.journal_of(result), paired.get(result.key))
+        trial_run(sweep.name, sweep.key, result, sweep.journal_of(result), compared.get(result.key))
         for result in sweep.results
     ]
     tracking.publish(*runs)
@@ -224,6 +227,7 @@ def report_changes(
     *,
     name: str,
     sentences: Sequence[str],
+    claims: Sequence[Claim],
     charts: Collection[str],
     files: Sequence[Path],
 ) -> dict[str, Any]:
@@ -234,6 +238,7 @@ def report_changes(
     Args:
         name: Name of the sweep.
         sentences: Notes and findings.
+        claims: What the sweep shows of the paper's claims.
         charts: Titles of the report's curves.
         files: Files of the report.
     """
@@ -249,7 +254,7 @@ def report_changes(
     shown = [{"path": path, "type": "table"} for path in found]
     view = front_chart_view(front, name, charts)
     return {
-        "points": without_step(front_metrics(front)),
+        "points": without_step({**front_metrics(front), **claim_metrics(claims)}),
         "files": {ARTIFACT_FOLDER: paths},
         # MLflow's own `log_table` appends to an existing table; a new report must replace it.
         "texts": {

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from iiet.influence import InfluenceTable
-from orchestrator.reporting.charts import (
-    PAPER_COST_SHARE,
-    PAPER_QUALITY_SHARE,
-    curves_chart,
-    front_chart,
-    influence_chart,
-    save_chart,
+from orchestrator.reporting.charts import curves_chart, front_chart, influence_chart, save_chart
+from orchestrator.reporting.claims import (
+    CLAIMS_TITLE,
+    PAPER_KEPT_SHARE,
+    PAPER_OVERHEAD_SHARE,
+    Claim,
+    claims_section,
+    find_claims,
 )
 from orchestrator.reporting.command_tables import influence_table
 from orchestrator.reporting.elastic_section import elastic_section
@@ -46,6 +47,7 @@ from orchestrator.reporting.results import (
     read_history_curves,
     read_training_curves,
     result_table,
+    with_overhead,
 )
 from orchestrator.reporting.sections import Section, render_json, render_markdown, render_page
 from orchestrator.reporting.statistics import KEPT_SHARE
@@ -66,8 +68,8 @@ from orchestrator.workspace.provenance import content_key
 LEGEND = (
     "Star: full model. Filled: on the front. Hollow and faint: dominated. Diamond: baseline. "
     "Bars: one standard error. Line: the best quality at each cost budget."
-    f" Cross: the paper's headline, {1 - PAPER_COST_SHARE:.0%} less cost at "
-    f"{PAPER_QUALITY_SHARE:.1%} of the accuracy, on this full model."
+    f" Cross: the paper's headline, {1 - PAPER_OVERHEAD_SHARE:.0%} less overhead (cost beyond "
+    f"vanilla of the same shape) at {PAPER_KEPT_SHARE:.1%} of the accuracy, on this full model."
 )
 INFLUENCE_LEGEND = (
     "How much each correction matters, on a logarithmic scale. A threshold drops corrections from "
@@ -92,6 +94,8 @@ class SweepReport:
     """Sentences to read before the findings, such as that the tasks differ."""
     elastic: Section | None = None
     """Elastic weights against separate students, if the sweep has both."""
+    claims: Sequence[Claim] = ()
+    """The paper's claims, if the models say anything of one."""
 
     @property
     def sentences(self) -> list[str]:
@@ -104,10 +108,11 @@ class SweepReport:
         return f"Sweeps {self.name}" if self.front.sweeps else f"Sweep {self.name}"
 
     def brief(self) -> list[Section]:
-        """Return what a terminal shows: the front and its findings, and elastic weights."""
+        """Return what a terminal shows: the front and its findings, elastic weights, claims."""
         table = models_table(self.front, self.title)
         front = Section(tables=[table], notes=self.sentences, data=front_values(self.front))
-        return [front, self.elastic] if self.elastic else [front]
+        claims = claims_section(self.claims, CLAIMS_TITLE) if self.claims else None
+        return [section for section in (front, self.elastic, claims) if section]
 
     def sections(self, folder: Path | None = None) -> list[Section]:
         """Return all sections; for files in a `folder`, paths in its workspace are relative."""
@@ -121,6 +126,8 @@ class SweepReport:
             found.append(
                 Section(title="The front", sentences=sentences, chart=chart, picture="front")
             )
+        if self.claims:
+            found.append(claims_section(self.claims))
         models, data = models_table(front), front_values(front, folder)
         found.append(Section(title="All models, cheapest first", tables=[models], data=data))
         if tasks := task_tables(front):
@@ -237,6 +244,7 @@ def write_sweep_report(
         facts=sweep.facts,
         notes=[*sweep.notes, *notes],
         elastic=elastic,
+        claims=_measured_claims(workspace, front),
     )
     folder = sweep.folder(workspace) / axes.slug
     files = report.write_files(folder) if workspace.is_writable else []
@@ -244,7 +252,12 @@ def write_sweep_report(
         return WrittenReport(report, folder, tuple(files))
     _, ended_ms = recorded_times(sweep.folder(workspace)) or (now_ms(), None)
     changes = report_changes(
-        front, name=sweep.name, sentences=report.sentences, charts=curves, files=files
+        front,
+        name=sweep.name,
+        sentences=report.sentences,
+        claims=report.claims,
+        charts=curves,
+        files=files,
     )
     run = run.changed(**changes, status="FINISHED", ended_ms=run.ended_ms or ended_ms)
     tracking.publish(run)
@@ -257,7 +270,7 @@ def _overlay_report(
     """Write the report of several sweeps, which has its own folder and no run in MLflow."""
     front, notes = sweep_front(workspace, sweeps, axes)
     common = list(dict.fromkeys(note for each in sweeps for note in each.notes))
-    common += _suite_notes(sweeps)
+    common += suite_notes(sweeps)
     if axes.cost == COSTS["ms"]:
         common.append(
             "Milliseconds were measured separately for each sweep: differences between sweeps "
@@ -274,6 +287,7 @@ def _overlay_report(
         },
         facts={f"{title}: {s.name}": facts for s in sweeps for title, facts in s.facts.items()},
         notes=[*common, *notes],
+        claims=_measured_claims(workspace, front),
     )
     name = "+".join(names)
     if len(name) > MAX_FOLDER_NAME_LENGTH:
@@ -302,6 +316,7 @@ def sweep_front(
     if len(sweeps) == 1:
         table = table.drop(columns="sweep")
     else:
+        table = with_overhead(table)
         is_shared = table["label"].duplicated(keep=False)
         table.loc[is_shared, "label"] += " (" + table["sweep"] + ")"
     front = find_front(table, axes)
@@ -310,7 +325,17 @@ def sweep_front(
     return with_confidence(front, evaluations(table, items), kept_share=kept_share), notes
 
 
-def _suite_notes(sweeps: Sequence[StoredSweep]) -> list[str]:
+def front_claims(workspace: Workspace, front: Front) -> list[Claim]:
+    """Return what the models of a front show of each of the paper's claims."""
+    return find_claims(front.table, load_item_values(workspace, front.shown_seeds))
+
+
+def _measured_claims(workspace: Workspace, front: Front) -> list[Claim]:
+    claims = front_claims(workspace, front)
+    return claims if any(claim.is_measured for claim in claims) else []
+
+
+def suite_notes(sweeps: Sequence[StoredSweep]) -> list[str]:
     """Return the sentence on sweeps that were not measured alike; none if they were."""
     # Folders and the size of a batch change no result.
     suites = []

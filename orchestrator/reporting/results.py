@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from orchestrator.evaluation.store import EvaluationStore
 from orchestrator.records.evaluation import STDERR_SUFFIX, EvaluationResult
 from orchestrator.records.record import Influence, Record
 from orchestrator.records.trial import Trial
+from orchestrator.settings import BASELINE_METHOD
 from orchestrator.terminal.render import format_schedule
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.journal import (
@@ -33,6 +35,14 @@ from orchestrator.workspace.provenance import content_key
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from iiet.config import ModelConfig
+
+OVERHEADS = {
+    "cost/evaluations": ("cost/overhead_evaluations", "cost/overhead_share"),
+    "cost/decode_ms_per_token": ("cost/overhead_ms_per_token", "cost/overhead_ms_share"),
+}
+"""Cost -> what a model costs beyond vanilla of its shape, and a student as a share of its
+teacher's."""
 LEFT_OUT_TITLE = "Left out"
 """Title of the facts that list the models left out of the front, with the reasons."""
 CHANCE_TITLE = "Chance"
@@ -193,7 +203,67 @@ def result_table(trials: Iterable[Trial]) -> DataFrame:
     numbers = sorted({name for row in rows for name in row if "/" in name})
     columns = ["trial", "seeds", "label", *DESCRIBING_COLUMNS, *numbers]
     columns += ["key", "checkpoint", "run_id"]
-    return DataFrame(rows, columns=columns, index=[row["key"] for row in rows])
+    return with_overhead(DataFrame(rows, columns=columns, index=[row["key"] for row in rows]))
+
+
+def with_overhead(table: DataFrame) -> DataFrame:
+    """Return a table of results with the columns of `OVERHEADS`, by the models that it holds.
+
+    Milliseconds need a vanilla model of the same shape that was timed; its evaluations are known
+    without it. A column of which no number is known is left out.
+    """
+    trials, vanilla, teachers = table["trial"], vanilla_of(table), teachers_of(table)
+    changes = {}
+    for cost, (overhead, share) in OVERHEADS.items():
+        known = table[cost].to_dict() if cost in table else {}
+        plain = {key: known.get(other, math.nan) for key, other in vanilla.items()}
+        if cost == "cost/evaluations":
+            plain = {key: trial.model.num_layers for key, trial in trials.items()}
+        beyond = {key: known.get(key, math.nan) - plain.get(key, math.nan) for key in table.index}
+        of_teacher = {key: beyond[other] for key, other in teachers.items() if beyond[other] > 0}
+        changes[overhead] = [beyond[key] for key in table.index]
+        changes[share] = [beyond[key] / of_teacher.get(key, math.nan) for key in table.index]
+    changes = {name: values for name, values in changes.items() if not all(map(math.isnan, values))}
+    return table.drop(columns=sum(OVERHEADS.values(), ()), errors="ignore").assign(**changes)
+
+
+def shape_of(config: ModelConfig) -> ModelConfig:
+    """Return the vanilla model of the same shape."""
+    return replace(config, method=BASELINE_METHOD, method_options=None, schedule=None)
+
+
+def vanilla_of(table: DataFrame) -> dict[str, str]:
+    """Return key of a model -> key of the vanilla model of its shape, where the table has one."""
+    found: dict[ModelConfig, str] = {}
+    shapes = {str(key): shape_of(trial.model) for key, trial in table["trial"].items()}
+    for key, trial in table["trial"].items():
+        # One that was trained from scratch comes before those that were distilled.
+        is_new = trial.parent is None or shapes[key] not in found
+        if trial.method == BASELINE_METHOD and is_new:
+            found[shapes[key]] = str(key)
+    return {key: found[shape] for key, shape in shapes.items() if shape in found}
+
+
+def teachers_of(table: DataFrame) -> dict[str, str]:
+    """Return key of a student -> key of its teacher, where the table has both.
+
+    Students share their teacher's weights key, and one that was trained, or only pruned, also says
+    where these weights are.
+    """
+    own: dict[str, str] = {}
+    teacher_weights: dict[str, str] = {}
+    for key, seeds in table["seeds"].items():
+        for seed in seeds:
+            if seed.parent is None:
+                own[str(seed.checkpoint)] = str(key)
+            elif seed.job:
+                folder = seed.job.teacher_folder or seed.job.initial_folder
+                teacher_weights[seed.parent] = str(folder)
+            elif not seed.is_elastic:
+                teacher_weights[seed.parent] = str(seed.checkpoint)
+    parents = {str(k): trial.parent for k, trial in table["trial"].items() if trial.role == "trial"}
+    found = {key: own.get(teacher_weights.get(str(parent), "")) for key, parent in parents.items()}
+    return {key: teacher for key, teacher in found.items() if teacher}
 
 
 def shown_name(trial: Trial) -> str:

@@ -4,9 +4,10 @@ Two models mostly err on the same items, so their difference is known far better
 Items are matched by hash, task by task, over all models at once; items that only some models have
 are left out and counted. Then a bootstrap: each draw takes as many items as there are, with
 replacement, and scores all models on them, so what the items have in common cancels in differences
-and ratios. Each task is drawn separately. For a model that was trained with several seeds, each
-draw first draws its seeds. A draw is a count for each item and a score is a ratio of sums, so one
-matrix product scores all models.
+and ratios. Each task is drawn separately. For models that were trained with several seeds, each
+draw first draws seeds, the same ones for all models that have as many: those of one seed read the
+same batches, and a student comes from its seed's teacher. A draw is a count for each item and a
+score is a ratio of sums, so one matrix product scores all models.
 
 The intervals do not cover other trainings of models with one seed, nor other texts to take items
 from. Bootstrap intervals are too short where few items differ, hence McNemar's exact test beside
@@ -279,12 +280,14 @@ def draw_seed_weights(
 ) -> Floats:
     """Return the weight of each run (seed) in each draw, (resamples, runs).
 
-    The weights of one model's runs sum to one.
+    The weights of one model's runs sum to one; models with as many runs have the same weights.
     """
     weights = np.empty((num_resamples, len(model_of_run)))
+    drawn_of: dict[int, NDArray[np.int64]] = {}
     for model in range(int(model_of_run.max()) + 1):
         runs = np.flatnonzero(model_of_run == model)
-        drawn = rng.integers(len(runs), size=(num_resamples, len(runs)))
+        size = (num_resamples, len(runs))
+        drawn = drawn_of.setdefault(len(runs), rng.integers(len(runs), size=size))
         for number, run in enumerate(runs):
             weights[:, run] = (drawn == number).mean(axis=1)
     return weights

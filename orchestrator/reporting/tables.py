@@ -42,6 +42,9 @@ COST_COLUMNS: dict[str, tuple[str, int, Callable[[float], str]]] = {
     "cost/relative_flops": ("FLOPs", 4, "{:.0%}".format),
     COSTS["kv"]: ("KV/token", 7, format_bytes),
     COSTS["ms"]: ("ms/token", 3, "{:.2f}".format),
+    "cost/overhead_evaluations": ("+NFE", 8, "{:g}".format),
+    "cost/overhead_ms_per_token": ("+ms", 8, "{:.2f}".format),
+    "cost/overhead_share": ("overhead", 6, "{:.0%}".format),
 }
 """Tracked name -> title, priority, and how a number is written."""
 TASK_TABLES_NOTE = (
@@ -235,7 +238,7 @@ def model_table(front: Front, folder: Path | None = None) -> DataFrame:
         share_of_full=[math.nan if share is None else share for share in shares],
     )
     paired = sorted(name for name in table.columns if name.startswith("paired/"))
-    measured = [name for name in table.columns if "/" in name and name not in paired]
+    measured = sorted(name for name in table.columns if "/" in name and name not in paired)
     numbers = ["share_of_full", *measured, *paired]
     table[numbers] = table[numbers].astype(float).map(_rounded)
     if root := folder and workspace_root(folder):

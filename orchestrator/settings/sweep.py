@@ -20,8 +20,8 @@ from orchestrator.settings.training import (
 from orchestrator.workspace.errors import quoted
 
 T = TypeVar("T")
-_MODEL_WITH_COUNT = re.compile(r"((?P<method>.+), )?r = [0-9.,*]+")
-"""How users write a model with its corrections: `r = 3`, `other, r = 3..0`."""
+_MODEL_WITH_COUNT = re.compile(r"((?P<method>.+), )?(r = [0-9.,*]+|level [0-9])")
+"""How users write a model with its corrections: `r = 3`, `other, r = 3..0`, `pcformer, level 0`."""
 _WITH_LAYERS = re.compile(r"(?P<model>.+), [1-9][0-9,]* layers?")
 """A model with its number of layers: `vanilla, 8 layers`, `r = 3, 1 layer`."""
 

@@ -36,7 +36,7 @@ class ModelSettings(Section):
     corrections: StrictInt | str | tuple[StrictInt, ...] = 2
     """Corrections per layer (the iteration schedule): `3`, or one number per layer, `2,2,1,1,1,1`.
     Only methods with corrections, such as iiet, read it; looped takes one number, and repeats the
-    stack of layers that often."""
+    stack of layers that often; pcformer reads levels, 0 to 2, of which 2 is the whole method."""
     method_options: dict[str, Any] = Field(default={})
     """Options of the method by name, such as `damping` of iiet (default: the method's defaults).
     Models of other methods in the same sweep use their defaults."""
@@ -113,7 +113,7 @@ class TrainingSettings(Section):
     """Largest norm of the gradient."""
     iterate_from_fraction: StrictFloat = Field(default=0.6, ge=0.0, lt=1.0)
     """Two-stage training: no corrections (r = 0) before this share of the steps, the full schedule
-    after."""
+    after. A pcformer is trained at its own levels from the first step on."""
     iterate_ramp_fraction: StrictFloat = Field(default=0.0, ge=0.0, le=1.0)
     """Share of the steps, after `iterate_from_fraction`, in which corrections grow: 1, 2, ... up to
     the full schedule, each for the same time; 0 starts all of them at once."""

@@ -51,13 +51,23 @@ STUDENTS_SECTION = "distillation.training"
 T = TypeVar("T")
 
 
+def has_counts(method: str) -> bool:
+    """Return whether a sweep trains models of a method with several counts of corrections; one that
+    has levels is trained at its full level."""
+    return METHODS[method].has_corrections and METHODS[method].full_level is None
+
+
 def model_label(method: str, corrections: object, num_layers: int | None = None) -> str:
     """Return the name of a model in tables: `vanilla`, `r = 3` for the default method, else
-    `other, r = 3`; with a number of layers `vanilla, 8 layers`.
+    `other, r = 3`, below its full level `pcformer, level 0`; with a number of layers `vanilla, 8
+    layers`.
     """
     parts = [method] if method != DEFAULT_METHOD else []
-    if METHODS[method].has_corrections:
+    full = METHODS[method].full_level
+    if has_counts(method):
         parts.append(f"r = {corrections}")
+    elif full is not None and corrections not in (None, full):
+        parts.append(f"level {corrections}")
     if num_layers is not None:
         parts.append(format_count(num_layers, "layer"))
     return ", ".join(parts)
@@ -121,7 +131,7 @@ def _at_each_depth(settings: Settings, model: ModelVariant) -> Iterator[ModelVar
 def swept_models(settings: Settings) -> Iterator[ModelVariant]:
     """Yield the methods, iteration counts and numbers of layers that a sweep trains."""
     for method in settings.sweep.methods:
-        counts = settings.sweep.iterations if METHODS[method].has_corrections else (None,)
+        counts = settings.sweep.iterations if has_counts(method) else (None,)
         for count in counts:
             yield from _at_each_depth(settings, ModelVariant(method=method, corrections=count))
 
@@ -144,9 +154,9 @@ def baseline_models(settings: Settings) -> list[ModelVariant]:
 
 def settings_of(settings: Settings, variant: ModelVariant) -> Settings:
     """Return the settings of a variant, at its learning rate, or else its model's first one."""
-    changes: dict[str, Any] = {"method": variant.method}
-    if variant.corrections is not None:
-        changes["corrections"] = variant.corrections
+    full, changes = METHODS[variant.method].full_level, dict[str, Any](method=variant.method)
+    if variant.corrections is not None or full is not None:
+        changes["corrections"] = full if variant.corrections is None else variant.corrections
     if variant.num_layers is not None:
         changes["num_layers"] = variant.num_layers
     if variant.method != settings.model.method:
@@ -176,7 +186,8 @@ def teacher_and_baselines(settings: Settings) -> dict[str, Settings]:
 def find_baselines(
     workspace: Workspace, teacher: Path, layers: Mapping[str, int | tuple[int, ...]]
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """Return the workspace's newest models without corrections that can be a teacher's baselines.
+    """Return the workspace's newest models that can be a teacher's baselines: those without
+    corrections, and PCformer at its full level.
 
     They have its tokens, shape and recipe, or a number of layers that `sweep.num_layers` names. A
     run that was trained differently is reported only if there is no other model of its kind.
@@ -194,12 +205,16 @@ def find_baselines(
             label = f"the run {run.name}"
             try:
                 config, provenance = load_config(checkpoint), load_provenance(checkpoint)
-                if config.corrections.num_corrections or "imported" in provenance:
+                count, level = config.corrections[0], METHODS[config.method].full_level
+                is_other = config.method != full.method and set(config.corrections) == {level}
+                if (
+                    config.corrections.num_corrections and not is_other
+                ) or "imported" in provenance:
                     continue
-                label, number = model_label(config.method, 0), config.num_layers
+                label, number = model_label(config.method, count), config.num_layers
                 asked = _values_of(layers, (label, config.method), full.num_layers)
                 if number in asked and number != full.num_layers:
-                    label = model_label(config.method, 0, number)
+                    label = model_label(config.method, count, number)
                 own = _comparable(config, provenance)
                 due = {**wanted, "model.num_layers": number if number in asked else asked[0]}
                 remedy = "delete it, and the same training again writes it"
@@ -352,5 +367,5 @@ def check_models(settings: Settings) -> None:
         raise UserError(
             f"a {sweep.kind} sweep prunes the corrections of its teacher's layers, and a teacher "
             f"of model.method={config.method} and model.corrections={settings.model.corrections} "
-            f"{has}; take method iiet with 1 correction or more, or sweep.kind=iterations"
+            f"{has}; take method iiet with 1 correction or more, pcformer, or sweep.kind=iterations"
         )

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Literal
 from iiet.config import ModelConfig
 from iiet.cost import inference_cost
 from iiet.influence import InfluenceTable
-from iiet.methods import METHODS
 from iiet.pruning import FamilyMember
 from orchestrator.data.mixture import open_data
 from orchestrator.data.model_tokens import tokens_folder_of
@@ -46,6 +45,7 @@ from orchestrator.settings.training import default_precision
 from orchestrator.sweeping.models import (
     check_teacher,
     find_baselines,
+    has_counts,
     schedule_cost,
     settings_of,
     swept_variants,
@@ -117,8 +117,8 @@ def iterations_plan(
     """Plan a sweep that pretrains models, each by its job; those of one job are one trial."""
     trials = {}
     for model, job in zip(models, share_first_stages(jobs), strict=True):
-        is_baseline = not METHODS[job.model.method].has_corrections
-        role: Literal["baseline", "trial"] = "baseline" if is_baseline else "trial"
+        is_swept = has_counts(job.model.method)
+        role: Literal["baseline", "trial"] = "trial" if is_swept else "baseline"
         trial = make_trial(
             role, model.label, job_key(job), suite, model=job.model, folder=job.run_folder, job=job
         )

@@ -34,7 +34,7 @@ from orchestrator.cluster.task import trial_device
 from orchestrator.data.mixture import describe_data
 from orchestrator.planning.estimate import seconds_to_save
 from orchestrator.records.tracked_run import Status
-from orchestrator.records.training import TrainingJob, job_parameters, shared_parameters
+from orchestrator.records.training import job_parameters, shared_parameters
 from orchestrator.records.trial import EarlyStop, SweepPlan, Trial
 from orchestrator.reporting.front import Front, find_front
 from orchestrator.reporting.mlflow_report import SWEEP_TAG, front_so_far, sweep_run, trial_run
@@ -59,7 +59,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.stop import note_saved_state, stop_requested
 from orchestrator.tracking import Tracking, status_after
 from orchestrator.training.job import check_job, finished_outcome
-from orchestrator.training.teacher_cache import store_answers
+from orchestrator.training.teacher_cache import cache_plan, store_answers
 from orchestrator.training.watching import (
     JournalReader,
     describe_saved_state,
@@ -145,12 +145,22 @@ def run_plan(
         for trial in plan.trials:
             if trial.key in stops:
                 live.on_end(trial, "KILLED", stops[trial.key].text)
-        cached: list[TrainingJob] = []
-        if settings.distillation.teacher_cache:
-            waiting, cached, points = _with_stored_answers(
-                waiting, search, full_trial(plan), placed, workspace, progress
+        # A trial that is only measured needs no teacher.
+        taught = [job for job in jobs if job.teacher_cache and finished_outcome(job) is None]
+        if search and settings.distillation.teacher_cache:
+            taught += search.jobs_left()
+        if taught:
+            num_tokens = store_answers(
+                taught,
+                workspace.teachers,
+                on_device=trial_device(placed, workspace.root),
+                progress=progress,
             )
-            live.change(points=points)
+            # A teacher that runs in each trial is in the trials' own FLOPs.
+            flops = num_tokens * inference_cost(full_trial(plan).model).forward_flops_per_token
+            work = {"sweep/teacher_tokens": float(num_tokens), "sweep/teacher_flops": flops}
+            if num_tokens:
+                live.change(points=[(name, value, len(waiting)) for name, value in work.items()])
         stopped = {trial.label: stops[trial.key] for trial in plan.trials if trial.key in stops}
         trials = SweepQueue(waiting, found, stopped, live, progress, search=search, num_all=num_all)
         progress.start("sweep", num_all)
@@ -194,9 +204,9 @@ def run_plan(
                 plan.write(folder / PLAN_FILE)
         live.on_results(at_end=True)
         if not trials.failures:  # A failed student will need them again.
-            for stored in {job.teacher_cache for job in cached if job.teacher_cache}:
+            for key in {stored.key for job in taught if (stored := cache_plan(job))}:
                 with suppress(OSError):
-                    delete_folder(Path(stored))
+                    delete_folder(workspace.teachers / key)
         if trials.stopped:
             saved = sum(stop.share_saved for stop in trials.stopped.values())
             text = "; ".join(f"{label} {stop.text}" for label, stop in trials.stopped.items())
@@ -219,37 +229,6 @@ def run_plan(
         stopped={label: stop.text for label, stop in trials.stopped.items()},
         reused=frozenset(trials.found),
     )
-
-
-def _with_stored_answers(
-    waiting: Sequence[Trial],
-    search: ScheduleSearch | None,
-    teacher: Trial,
-    settings: Settings,
-    workspace: Workspace,
-    progress: Progress,
-) -> tuple[list[Trial], list[TrainingJob], list[tuple[str, float, int]]]:
-    """Store the teacher's answers once for all students; return the trials that read them, the jobs
-    that do, and what MLflow shows of the work."""
-    # A trial that is only measured needs no teacher.
-    jobs = {t.key: t.job for t in waiting if t.job and finished_outcome(t.job) is None}
-    shared, num_tokens = store_answers(
-        [*jobs.values(), *(search.jobs_left() if search else [])],
-        workspace.teachers,
-        on_device=trial_device(settings, workspace.root),
-        progress=progress,
-    )
-    points: list[tuple[str, float, int]] = []
-    if num_tokens:
-        # A teacher that runs in each trial is in the trials' own FLOPs.
-        flops = num_tokens * inference_cost(teacher.model).forward_flops_per_token
-        points = [("sweep/teacher_tokens", float(num_tokens), len(waiting))]
-        points.append(("sweep/teacher_flops", flops, len(waiting)))
-    if search and len(shared) > len(jobs):
-        search.teacher_cache = shared[-1].teacher_cache
-    jobs = dict(zip(jobs, shared, strict=False))
-    changed = [t.model_copy(update={"job": jobs[t.key]}) if t.key in jobs else t for t in waiting]
-    return changed, shared, points
 
 
 class SweepQueue:

@@ -68,8 +68,6 @@ class ScheduleSearch:
         """Key of a trial that was suggested here and runs -> its number in the study."""
         self._study: optuna.Study | None = None
         self._num_read = 0
-        self.teacher_cache: str | None = None
-        """Folder of the teacher's stored outputs, for the trials that are suggested."""
         if self._path.exists():
             with self._damage():
                 storage = JournalStorage(JournalFileBackend(str(self._path)))
@@ -179,10 +177,7 @@ class ScheduleSearch:
                 continue
             trial = self._trials[schedule] = self._make_trial(schedule)
             self._asked[trial.key] = asked.number
-            if not (trial.job and self.teacher_cache):
-                return trial
-            job = trial.job.model_copy(update={"teacher_cache": self.teacher_cache})
-            return trial.model_copy(update={"job": job})
+            return trial
         return None
 
     def tell(self, trial: Trial, result: Trial | None) -> None:

@@ -318,7 +318,10 @@ class Students:
 
     def _job(self, distillation: DistillationSettings, config: ModelConfig) -> TrainingJob | None:
         tokens = self.suite.tokens_folder
-        return student_job(distillation, teacher=self.teacher, config=config, tokens_folder=tokens)
+        job = student_job(distillation, teacher=self.teacher, config=config, tokens_folder=tokens)
+        if job and job.objective == "distill" and distillation.teacher_cache:
+            return job.model_copy(update={"teacher_cache": str(self.workspace.teachers)})
+        return job
 
     def _trained(
         self, role: Role, label: str, job: TrainingJob, seed: int | None, **fields: Any

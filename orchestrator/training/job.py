@@ -76,11 +76,15 @@ def pretraining_job(
         settings.model, vocab_size=expected.vocab_size, context_length=expected.context_length
     )
     check_context_length(settings.data, config.context_length)
+    recipe = checked_family(settings.training, config)
+    if METHODS[config.method].full_level is not None:  # Its levels are no stages of a training.
+        stages = {"iterate_from_fraction": 0.0, "iterate_ramp_fraction": 0.0}
+        recipe = recipe.model_copy(update=stages)
     job = TrainingJob(
         run_folder="",
         tokens_folder=str(tokens or ""),
         model=config,
-        recipe=checked_family(settings.training, config),
+        recipe=recipe,
         first_stages=str(workspace.first_stages),
         storage=settings.cluster.storage,
     )

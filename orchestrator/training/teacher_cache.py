@@ -1,9 +1,9 @@
 """A teacher's logits on disk: computed once, read by all students of a sweep.
 
 `teachers/KEY/answers.bin` holds for each sequence, in the order of the steps, its tokens (int32)
-and its logits (time, vocab), as float32 or the bits of bfloat16; `manifest.json` what determines
-them, and a checksum. A student that reads them gets the same losses to the last bit, on the same
-machine with the same number of threads, and saves a forward pass of the teacher in each step.
+and its logits (time, vocab), as float32 or the bits of bfloat16; `manifest.json` has its checksum.
+The key stands for all that determines them. A student that reads them gets the same losses to the
+last bit, on the same machine with the same number of threads, and runs no teacher.
 """
 
 from __future__ import annotations
@@ -32,14 +32,8 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import format_bytes
 from orchestrator.training.devices import OnDevice, World, autocast, frozen_dtype
 from orchestrator.training.job import sequences_per_step
+from orchestrator.workspace import files
 from orchestrator.workspace.errors import RunFailed, UserError
-from orchestrator.workspace.files import (
-    checksums_of,
-    damaged_file,
-    new_folder,
-    read_json,
-    write_json,
-)
 from orchestrator.workspace.locks import lock_file
 from orchestrator.workspace.provenance import content_key
 
@@ -52,7 +46,7 @@ class CachePlan:
     """Content of a cache, known before it is written."""
 
     origin: dict[str, Any]
-    """JSON-able: everything else that determines the logits; part of the key."""
+    """JSON-able: everything else that determines the logits."""
     num_steps: int
     """Steps whose loss needs the teacher."""
     num_sequences: int
@@ -121,16 +115,6 @@ def answers_plan(
     )
 
 
-def missing_caches(plans: Iterable[CachePlan | None], parent: Path) -> list[CachePlan]:
-    """Return those of the plans, each once, that have no intact cache in a folder."""
-    planned = {plan.key: plan for plan in plans if plan}
-    return [plan for key, plan in planned.items() if not open_cache(parent / key, plan)]
-
-
-# Reading
-
-
-@dataclass(frozen=True)
 class CachedTeacher:
     """A teacher that reads its logits from a cache; called like a decoder.
 
@@ -138,8 +122,8 @@ class CachedTeacher:
     The file is memory-mapped, so the workers and trials of one machine share it.
     """
 
-    folder: Path
-    stored: np.ndarray
+    def __init__(self, path: Path, plan: CachePlan) -> None:
+        self._path, self._stored = path, np.memmap(path, plan.dtype, "r")
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Return the teacher's logits for sequences (batch, time) of the plan, in any order.
@@ -150,13 +134,13 @@ class CachedTeacher:
         try:
             numbers = [self._numbers[digest] for digest in _digests(input_ids.cpu().numpy())]
         except KeyError:
-            raise KeyError(f"{self.folder} has no answer for a requested sequence") from None
-        logits = torch.from_numpy(self.stored["logits"][numbers]).to(input_ids.device)
+            raise KeyError(f"{self._path} has no answer for a requested sequence") from None
+        logits = torch.from_numpy(self._stored["logits"][numbers]).to(input_ids.device)
         return logits.view(torch.bfloat16) if logits.dtype == torch.int16 else logits
 
     @cached_property
     def _numbers(self) -> dict[bytes, int]:
-        return {digest: number for number, digest in enumerate(_digests(self.stored["tokens"]))}
+        return {digest: number for number, digest in enumerate(_digests(self._stored["tokens"]))}
 
 
 def _digests(sequences: np.ndarray) -> Iterator[bytes]:
@@ -164,14 +148,20 @@ def _digests(sequences: np.ndarray) -> Iterator[bytes]:
     return (hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows)
 
 
-def open_cache(folder: Path, plan: CachePlan) -> CachedTeacher | None:
-    """Open a cache; None if it is missing or damaged, or has other content."""
+def open_cache(parent: Path, plan: CachePlan) -> CachedTeacher | None:
+    """Open the cache of a plan in the folder of all caches; None if it is missing or damaged."""
+    folder = parent / plan.key
     with suppress(UserError, FileNotFoundError):  # Another process may delete it at any time.
-        manifest = read_json(folder / MANIFEST) or {}
-        is_right = manifest.get("plan") == asdict(plan)
-        if is_right and not damaged_file(folder, manifest["checksums"]):
-            return CachedTeacher(folder, np.memmap(folder / ANSWERS, plan.dtype, "r"))
+        manifest = files.read_json(folder / MANIFEST)
+        if manifest and not files.damaged_file(folder, manifest["checksums"]):
+            return CachedTeacher(folder / ANSWERS, plan)
     return None
+
+
+def missing_caches(plans: Iterable[CachePlan | None], parent: Path) -> list[CachePlan]:
+    """Return those of the plans, each once, that have no intact cache in a folder."""
+    planned = {plan.key: plan for plan in plans if plan}
+    return [plan for plan in planned.values() if not open_cache(parent, plan)]
 
 
 def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | None:
@@ -188,20 +178,14 @@ def load_teacher(job: TrainingJob, world: World) -> Decoder | CachedTeacher | No
     return load_model(folder, device=world.device, dtype=dtype, check=False, frozen=True)
 
 
-# Writing
-
-
 def store_answers(
     jobs: Sequence[TrainingJob], parent: Path, *, on_device: OnDevice, progress: Progress
-) -> tuple[list[TrainingJob], int]:
-    """Store what the teachers of jobs answer.
+) -> int:
+    """Store what the teachers of jobs answer, and return the number of tokens that they have read.
 
     Args:
         parent: Folder of all caches.
         on_device: Runs the teacher.
-
-    Returns:
-        The jobs, which then read it, and the number of tokens that a teacher has read.
 
     Raises:
         RunFailed: If the disk fills up.
@@ -219,10 +203,7 @@ def store_answers(
                 "free disk space, or set distillation.teacher_cache=false"
             ) from None
         progress.finish(f"answers for {plan.num_tokens:,} tokens, {format_bytes(plan.num_bytes)}")
-    folders = [str(parent / plan.key) if plan else None for plan in plans]
-    changes = zip(jobs, folders, strict=True)
-    reading = [job.model_copy(update={"teacher_cache": folder}) for job, folder in changes]
-    return reading, sum(plan.num_tokens for plan in missing)
+    return sum(plan.num_tokens for plan in missing)
 
 
 def answers_of(job: TrainingJob, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
@@ -251,7 +232,7 @@ def write_cache(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> None:
-    """Write a cache into `parent`/<key>, unless an intact one exists.
+    """Write the cache of a plan, unless an intact one exists.
 
     Args:
         answers: Device -> for each step, its sequences (batch, time) and the logits.
@@ -259,18 +240,17 @@ def write_cache(
     Raises:
         OSError: If the disk is full.
     """
-    folder = parent / plan.key
     with lock_file(parent / f".{plan.key}.lock"):
-        if open_cache(folder, plan):  # Another process has written it.
+        if open_cache(parent, plan):  # Another process has written it.
             return
-        with new_folder(folder) as temporary:
+        with files.new_folder(parent / plan.key) as temporary:
             with (temporary / ANSWERS).open("wb") as file:
                 for number, (sequences, logits) in enumerate(answers(device), start=1):
                     stored = np.empty(plan.num_sequences, plan.dtype)
-                    stored["tokens"] = sequences.numpy()
                     is_half = logits.dtype == torch.bfloat16
+                    stored["tokens"] = sequences.numpy()
                     stored["logits"] = (logits.view(torch.int16) if is_half else logits).numpy()
                     file.write(stored.tobytes())
                     (progress or Progress()).advance(number)
-            checksums = checksums_of(temporary, [ANSWERS])
-            write_json(temporary / MANIFEST, {"plan": asdict(plan), "checksums": checksums})
+            checksums = files.checksums_of(temporary, [ANSWERS])
+            files.write_json(temporary / MANIFEST, {"checksums": checksums})

@@ -216,7 +216,7 @@ def outputs_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def teacher_outputs(folder: Path) -> Answer:
-    cache = open_cache(folder / PLAN.key, PLAN)
+    cache = open_cache(folder, PLAN)
     return cache and [cache(outputs_of(step)[0]).tolist() for step in range(PLAN.num_steps)]
 
 

@@ -101,6 +101,15 @@ def test_a_sweep_ends_with_a_front_in_its_folder_and_in_mlflow(
     parents = [run.data.tags.get("mlflow.parentRunId") for run in tracked]
     assert parents.count(sweep.info.run_id) == 6
     assert "front/front." in sweep.data.tags["mlflow.note.content"]
+    # Few items decide no claim; those that need PCformer are not measured.
+    claims = json.loads(run_command("claims", "--json", "--workspace", str(workspace)))["claims"]
+    assert [claim["number"] for claim in claims] == [1, 2, 3, 3, 4, 4, 5]
+    assert [c["number"] for c in claims if "no PCformer" in c["about"]] == [2, 5]
+    assert json.loads((folder / "front.json").read_text())["claims"] == claims
+    for claim in claims:
+        is_measured = claim["verdict"] != "not measured"
+        assert (f"claims/{claim['key']}" in sweep.data.metrics) == is_measured
+        assert f"{claim['number']} {claim['text']}: {claim['about']}."[:60] in printed
     trial = tracked[kinds.index("trial")]
     assert {"schedule", "r_01", "threshold"} <= set(trial.data.params)
     assert {"quality/accuracy", "cost/flops_per_token", "train/loss"} <= set(trial.data.metrics)

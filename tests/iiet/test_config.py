@@ -20,8 +20,8 @@ def parameters_of(config):
 def test_every_preset_with_every_method(name, method):
     config = preset(name, method=method)
     assert config.method == method
-    corrects = METHODS[method].has_corrections
-    assert config.corrections == IterationSchedule.uniform(config.num_layers, 3 if corrects else 0)
+    usual = METHODS[method].full_level or (3 if METHODS[method].has_corrections else 0)
+    assert config.corrections == IterationSchedule.uniform(config.num_layers, usual)
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -56,6 +56,14 @@ def test_all_problems_at_once():
         ({"method": "euler"}, "method must be one of vanilla, iiet.* got 'euler'"),
         ({"schedule": None}, "schedule is required for method 'iiet'"),
         ({"method": "vanilla"}, "method 'vanilla' makes no corrections, got schedule 3,3"),
+        (
+            {"method": "pcformer"},
+            "method 'pcformer' has levels 0 to 2 for each layer, got",
+        ),
+        (
+            {"method": "pcformer_rk4"},
+            "method 'pcformer_rk4' makes no corrections, got",
+        ),
         ({"num_layers": 5}, "schedule 3,3,3,3,3,3 is for 6 layers, the model has 5"),
         ({"schedule": (3, 3)}, "is for 2 layers, the model has 6"),
         ({"num_layers": True}, "num_layers must be a positive integer, got True"),

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from live_tensors import LiveTensors
+from model_cases import make_model, tokens
 from safetensors.torch import load_file
 
+from iiet.arithmetic import plain_formulas
 from iiet.batch import NO_TARGET, Batch
 from iiet.config import preset
 from iiet.decoder import Decoder
@@ -271,7 +273,7 @@ def test_the_contraction_factor_is_the_mean_ratio_of_residuals():
 
 
 def test_methods_without_a_schedule_have_no_influence_and_perhaps_residuals():
-    for method, num_residuals in (("vanilla", 0), ("pcformer", 1)):
+    for method, num_residuals in (("vanilla", 0), ("pcformer_rk4", 1)):
         config = dataclasses.replace(small_decoder().config, method=method, schedule=None)
         table = influence_table(Decoder(config), random_batches(2))
         assert table.value_rows == ((), (), ())
@@ -279,6 +281,40 @@ def test_methods_without_a_schedule_have_no_influence_and_perhaps_residuals():
         assert all(map(math.isnan, table.contractions))
         assert len(schedule_family(table)) == 1
         assert InfluenceTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("metric", ["cosine", "relative"])
+def test_levels_are_compared_by_the_estimates_that_the_layer_would_leave(metric):
+    """What layer l leaves at a level is read from a pass in which only its level differs."""
+    decoder, ids = make_model("pcformer", (2, 1, 0, 2)), tokens(3, 9)
+    full = decoder.schedule
+    left = {}
+    for layer, level in enumerate(full):
+        for lower in range(level + 1):
+            hook = decoder.layers[layer].register_forward_hook(
+                lambda *args, place=(layer, lower): left.update({place: args[-1].state})
+            )
+            with plain_formulas():
+                decoder(ids, schedule=full.with_layer(layer, lower))
+            hook.remove()
+    left = {place: history.estimates[-1] for place, history in left.items()}
+
+    def compared(before, after):
+        if metric == "cosine":
+            return 1 - torch.cosine_similarity(before, after, dim=-1)
+        return (after - before).norm(dim=-1) / after.norm(dim=-1)
+
+    table = influence_table(decoder, ids, metric=metric)
+    assert table.schedule == full
+    for layer, row in enumerate(table.value_rows):
+        expected = [
+            compared(left[layer, level - 1], left[layer, level]).mean().item()
+            for level in range(1, full[layer] + 1)
+        ]
+        assert row == pytest.approx(expected, rel=1e-9)
+    assert [len(row) for row in table.residual_rows] == [1, 1, 0, 1]
+    assert schedule_family(table)[-1].schedule == IterationSchedule.none(4)
 
 
 def test_wrong_use_is_named():

@@ -102,6 +102,8 @@ def test_save_and_load(method, tmp_path):
 @of_every_method(paddings(), st.sampled_from(["0", "1", "3"]), st.integers(1, 4), max_examples=4)
 def test_drafted_tokens_are_those_of_plain_decoding(decoder, mask, schedule, draft_tokens):
     """Greedy and sampled; under cheaper and costlier drafts."""
+    if (most := decoder.method.full_level) is not None:
+        schedule = str(min(most, int(schedule)))
     drafted = {"draft": schedule if decoder.method.has_corrections else "auto"}
     for sampling in ({}, {"temperature": 1.0, "seed": 3, "top_k": 9}):
         options = {"max_new_tokens": 16, "attention_mask": mask, **sampling}
@@ -175,7 +177,7 @@ def test_the_gradient_equals_finite_differences_and_reaches_every_used_parameter
         return  # The gradient is then another one, on purpose.
     found, ids = gradients(decoder), tokens(2, TIME)
     used = {name: gradient for name, gradient in found.items() if gradient is not None}
-    of_corrections = ("correction_norm", "mix.inner", "damping", "reinjection")
+    of_corrections = ("correction_norm", "mix.inner", "damping", "reinjection", "shared.norms.1")
     for name in found.keys() - used.keys():
         assert decoder.method.has_corrections, name
         assert any(part in name for part in of_corrections), name

@@ -83,11 +83,12 @@ def test_stages_are_evaluated_where_the_formulas_say():
 )
 def test_moving_average_coefficients(order, expected):
     predictor = MovingAverageRungeKutta(order, DIM, 1e-5)
-    assert predictor.coefficients().tolist() == pytest.approx(
+    assert predictor.coefficients(order).tolist() == pytest.approx(
         [0.5**power for power in range(order, 0, -1)]
     )
     torch.nn.init.constant_(predictor.alpha, 0.3)
-    assert predictor.coefficients().tolist() == pytest.approx(expected)
+    assert predictor.coefficients(order).tolist() == pytest.approx(expected)
+    assert predictor.coefficients(1).tolist() == pytest.approx([0.3])
 
 
 def test_the_solver_applies_the_map_as_often_as_asked():

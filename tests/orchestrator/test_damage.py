@@ -169,7 +169,8 @@ def _train_the_second_stage(workspace: Workspace, notes: Notes) -> Any:
 
 def _read_stored_outputs(workspace: Workspace, notes: Notes) -> Any:
     job = next(trial.job for trial in _plan(workspace).trials if trial.job)
-    [job], _ = store_answers([job], workspace.teachers, on_device=on_cpu, progress=notes)
+    assert job
+    store_answers([job], workspace.teachers, on_device=on_cpu, progress=notes)
     teacher, (sequences, _) = load_teacher(job, World()), next(answers_of(job))
     assert teacher
     return teacher(sequences).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from small_size import SMALL
 from typer.main import get_command
 
 from orchestrator import cli
+from orchestrator.cli.command import Group
 from orchestrator.cli.submit import parse_command
 from orchestrator.reporting.front import COSTS, QUALITIES
 from orchestrator.settings import (
@@ -72,13 +74,17 @@ def test_a_help_fits_80_columns_and_has_an_example_that_the_command_accepts(
         assert parse_command(inner)["workspace"]
 
 
-def test_the_list_of_commands_fits_80_columns(
+def test_the_list_of_commands_fits_80_columns_and_begins_with_quickstart(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    for words in ([], ["config"]):
+    for words in (["config"], []):
         assert cli.main([*words, "--help"]) == 0
-        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+        printed = capsys.readouterr().out
+        assert max(map(len, printed.splitlines())) <= 80
+    panels = [*dict.fromkeys(re.findall(r"─ ([A-Z][A-Za-z ]+) ─", printed))]
+    assert panels == ["Options", *get_args(Group)]
+    assert printed.index("quickstart") < printed.index("pretrain") < printed.index("submit")
 
 
 @pytest.fixture

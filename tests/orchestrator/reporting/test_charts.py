@@ -129,6 +129,25 @@ def test_every_pair_of_axes_has_its_front(sample_results: list[Trial]) -> None:
         assert [float(part) for part in fulls[number]] == [full["cost"], full["quality"]]
 
 
+@pytest.mark.parametrize("cost", ["cost/evaluations", "cost/decode_ms_per_token"])
+def test_the_papers_mark_stands_between_vanilla_and_the_full_model(
+    sample_results: list[Trial], cost: str
+) -> None:
+    def place(pattern: str) -> float:
+        found = re.search(r'<path transform="translate\(([\d.]+),[\d.]+\)" ' + pattern, svg)
+        assert found
+        return float(found[1])
+
+    few = [result for result in sample_results if result.role != "trial"][:2]
+    svg = drawn(front_chart(sample_front(few, FrontAxes(cost)), mark_paper=True))
+    vanilla, full = place('d="M-[\\d.]+,0L0,-'), place('d="M0,-')
+    mark = place('[^>]*stroke="white" stroke-width="8"')
+    assert (mark - vanilla) / (full - vanilla) == pytest.approx(0.45)
+    # Without vanilla its evaluations are known, but not its time.
+    svg = drawn(front_chart(sample_front(few[:1], FrontAxes(cost)), mark_paper=True))
+    assert ('stroke-width="8"' in svg) == (cost == "cost/evaluations")
+
+
 def test_a_loss_has_an_inverted_axis(sample_results: list[Trial]) -> None:
     def heights(quality: str) -> tuple[float, float]:
         axes = FrontAxes("cost/decode_ms_per_token", quality)

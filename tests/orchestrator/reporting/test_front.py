@@ -9,8 +9,10 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,7 +32,7 @@ from orchestrator.reporting.front import (
     with_confidence,
 )
 from orchestrator.reporting.report import SweepReport
-from orchestrator.reporting.results import result_table
+from orchestrator.reporting.results import result_table, with_overhead
 from orchestrator.reporting.statistics import Interval, pair_scores
 from orchestrator.reporting.tables import models_table
 
@@ -212,6 +214,32 @@ def test_the_error_of_seeds_combines_their_spread_and_that_over_items() -> None:
     table = result_table([alone, other])
     assert [*table["trial"]] == [alone, other]
     assert table["seeds"].to_dict() == {alone.key: (alone,), "other": (other,)}
+
+
+def test_overhead_is_what_a_model_costs_beyond_vanilla_of_its_shape() -> None:
+    def costing(ms: float | None, schedule: tuple[int, ...], **more: Any) -> Trial:
+        cost = {"evaluations": 2 + sum(schedule), "decode_ms_per_token": ms}
+        return sample_trial(schedule=schedule, cost=cost, **more)
+
+    vanilla = costing(1.0, (0, 0), key="v", method="vanilla", role="baseline", checkpoint="v")
+    teacher = costing(3.0, (2, 2), key="t", role="teacher", checkpoint="t")
+    pruned = costing(1.8, (1, 0), key="p", parent="w", checkpoint="t")
+    trained = costing(None, (0, 0), key="s", parent="w", checkpoint="s", is_elastic=True)
+    other = costing(5.0, (3, 3, 3), key="o", checkpoint="o")
+    found, nan = result_table([vanilla, teacher, pruned, trained, other]), math.nan
+    expected = {
+        "cost/overhead_evaluations": [0, 4, 1, 0, 8],
+        "cost/overhead_share": [nan, nan, 0.25, 0.0, nan],
+        "cost/overhead_ms_per_token": [0, 2, 0.8, nan, nan],
+        "cost/overhead_ms_share": [nan, nan, 0.4, nan, nan],
+    }
+    for name, values in expected.items():
+        assert [*found[name]] == pytest.approx(values, nan_ok=True)
+    # Without vanilla, only its evaluations are known; a sweep on the same front may bring it.
+    alone = result_table([teacher, pruned])
+    assert [name for name in expected if name in alone] == [*expected][:2]
+    both = with_overhead(pandas.concat([alone, result_table([vanilla])]))
+    assert [*both["cost/overhead_ms_per_token"]] == pytest.approx([2, 0.8, 0])
 
 
 # Confidence

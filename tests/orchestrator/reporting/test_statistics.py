@@ -101,6 +101,10 @@ def test_seeds_are_drawn_before_items() -> None:
     weights = draw_seed_weights(model_of_run, 8000, np.random.default_rng(5))
     assert np.allclose(weights[:, :4].sum(axis=1), 1.0)
     assert np.all(weights[:, 4] == 1.0)
+    # Models that have as many seeds share them, so what a seed does to both cancels.
+    both = draw_seed_weights(np.array([0, 0, 1, 1]), 100, np.random.default_rng(5))
+    assert np.array_equal(both[:, :2], both[:, 2:])
+    assert len(np.unique(both[:, 0])) == 3
     scores = resample(
         ItemValues("acc", values, np.ones(50)), weights, model_of_run, np.random.default_rng(6)
     )

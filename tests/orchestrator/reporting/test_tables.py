@@ -78,7 +78,10 @@ def test_the_terminal_table_fits_and_keeps_what_matters(
     sample_results: list[Trial], front: Front, sure_front: Front
 ) -> None:
     for width, titles in (
-        (120, "schedule threshold NFE FLOPs KV/token ms/token accuracy bits/byte of front"),
+        (
+            120,
+            "schedule threshold NFE FLOPs KV/token ms/token +NFE +ms accuracy bits/byte of front",
+        ),
         (100, "schedule threshold NFE FLOPs ms/token accuracy bits/byte of front"),
         (80, "schedule NFE FLOPs ms/token accuracy of front"),
         (56, "schedule NFE accuracy front"),

@@ -23,6 +23,7 @@ from orchestrator.planning.machine import Node, Resources
 from orchestrator.records.training import TrainingJob, TrainingOutcome
 from orchestrator.settings import Settings, TrainingSettings, resolve_settings
 from orchestrator.sweeping.models import (
+    TEACHER,
     ModelVariant,
     check_devices,
     check_models,
@@ -37,6 +38,7 @@ from orchestrator.sweeping.models import (
     teacher_and_baselines,
 )
 from orchestrator.terminal.progress import Progress
+from orchestrator.training.job import pretraining_job
 from orchestrator.training.trainer import run_job
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.layout import Workspace, find_checkpoints
@@ -60,11 +62,12 @@ def iterations(*assignments: str) -> Settings:
 
 
 def test_models_are_named_by_method_corrections_depth_rate_and_seed(other: str) -> None:
-    labels = {name: model_label(name, 3) for name in ("vanilla", "pcformer", "iiet", "looped")}
-    assert labels == {
-        "vanilla": "vanilla", "pcformer": "pcformer", "iiet": "r = 3", "looped": "looped, r = 3",
-    }  # fmt: skip
+    labels = {name: model_label(name, 3) for name in ("vanilla", "iiet", "looped")}
+    assert labels == {"vanilla": "vanilla", "iiet": "r = 3", "looped": "looped, r = 3"}
     assert model_label(other, 3) == "other, r = 3"
+    assert [model_label("pcformer", level) for level in (None, 2, 1, 0)] == [
+        "pcformer", "pcformer", "pcformer, level 1", "pcformer, level 0",
+    ]  # fmt: skip
     settings = iterations("sweep.methods=[vanilla, iiet, other]", "sweep.iterations=[0, 2]")
     check_models(settings)
     assert {model.name: (model.method, model.corrections) for model in swept_models(settings)} == {
@@ -399,6 +402,27 @@ def test_baselines_have_the_recipe_the_tokens_and_a_depth_that_is_asked_for(
         {**both, "vanilla, 3 layers": deep},
         {"shallow": "vanilla, 1 layer is left out: training.num_steps is 3, and 2 is needed"},
     )
+
+
+def test_pcformer_stands_beside_others_at_its_full_level_and_sweeps_its_levels(
+    space: Workspace, pretrain: Any, tiny_tokens: Path
+) -> None:
+    """Trained at its own levels from the first step on, whatever stages an IIET has."""
+    settings = iterations("sweep.methods=[vanilla, pcformer, iiet]", "sweep.iterations=[0, 3]")
+    check_models(settings)
+    whole = {v.name: settings_of(settings, v).model.corrections for v in swept_models(settings)}
+    assert whole == {"vanilla": 2, "pcformer": 2, "r = 0": 0, "r = 3": 3}
+    of_file = resolve_settings({}, ["model.method=pcformer", "training.iterate_from_fraction=0.6"])
+    job = pretraining_job(of_file, space, tiny_tokens)
+    assert (str(job.model.schedule), job.recipe.iterate_from_fraction) == ("2,2,2,2,2,2", 0.0)
+    assert [*teacher_and_baselines(of_file)] == [TEACHER, "vanilla", "pcformer, level 0"]
+
+    teacher = pretrain("iiet", {})
+    levels = {text: {"method": "pcformer", "schedule": text} for text in ("2,2", "2,1", "0,0")}
+    other, _, none = [pretrain(f"levels {text}", model) for text, model in levels.items()]
+    found = {"pcformer": other, "pcformer, level 0": none}
+    assert find_baselines(space, teacher, {}) == (found, {})
+    assert find_baselines(space, other, {}) == ({"pcformer, level 0": none}, {})
 
 
 def test_a_baseline_that_cannot_be_used_is_left_out_with_the_reason(

@@ -24,6 +24,7 @@ from orchestrator.sweeping.run import STOPPED_TAG, LiveSweep, SweepOutcome, Swee
 from orchestrator.sweeping.trial import run_trial
 from orchestrator.terminal.progress import Progress
 from orchestrator.tracking import Tracking
+from orchestrator.training.teacher_cache import ANSWERS
 from orchestrator.workspace.errors import Interrupted, RunFailed
 from orchestrator.workspace.journal import Journal, read_journal
 from orchestrator.workspace.layout import RUN_LOCK_NAME, open_workspace
@@ -132,12 +133,16 @@ def test_what_was_stopped_is_told_and_trained_on_without_stopping(
 def test_what_a_stored_teacher_costs_is_counted_once(
     tiny_plan: SweepPlan, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    teachers = sweep.folder / "teachers"
+    teacher, *students = tiny_plan.trials
+    reading = [with_job(student, {}, teacher_cache=str(teachers)) for student in students]
+
     def end(trial: Trial) -> Trial:
-        assert trial.job is None or trial.job.teacher_cache
+        assert len(list(teachers.glob(f"*/{ANSWERS}"))) == 1, "before the first trial"
         return finished(trial)
 
     end_trials(monkeypatch, end)
-    outcome = sweep.run(tiny_plan, "distillation.teacher_cache=true")
+    outcome = sweep.run(tiny_plan.model_copy(update={"trials": (teacher, *reading)}))
     assert outcome.reused == frozenset()
     job = tiny_plan.trials[-1].job
     assert job
@@ -145,6 +150,7 @@ def test_what_a_stored_teacher_costs_is_counted_once(
     forward = inference_cost(tiny_plan.trials[0].model).forward_flops_per_token
     assert sweep.metrics["sweep/teacher_tokens"] == num_tokens
     assert sweep.metrics["sweep/teacher_flops"] == num_tokens * forward
+    assert not list(teachers.glob("*/")), "all students are finished"
 
 
 def test_progress_counts_ended_and_running_trials_and_what_is_saved(

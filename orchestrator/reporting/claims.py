@@ -1,0 +1,391 @@
+"""The paper's five claims, each beside what a table of results shows of it.
+
+1. IIET is better than vanilla of the same layers. 2. IIET is better than PCformer. 3. A student of
+IIAD keeps the accuracy at less overhead. 4. The best student at vanilla's speed is better than
+vanilla. 5. IIET keeps by distillation what PCformer loses.
+
+A claim holds if the 95% interval of a difference lies wholly above zero, and does not hold if it
+lies wholly below; `statistics` draws the items, and the seeds of models that have several. Claim 3
+is about how surely a student keeps the accuracy. Claim 4 chooses a student by one half of the items
+and judges it by the other: the best of several looks better than it is. Of several IIETs, the
+costliest stands for the method, and all models that it is compared with have its shape.
+
+Source: arXiv 2509.22463, abstract.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+from zlib import crc32
+
+import numpy as np
+
+from orchestrator.records.evaluation import EvaluationResult, TaskResult
+from orchestrator.records.trial import Trial
+from orchestrator.reporting.front import COSTS, Row, evaluations, known
+from orchestrator.reporting.results import OVERHEADS, shape_of, teachers_of
+from orchestrator.reporting.sections import Column, Section, Table, TableRow
+from orchestrator.reporting.statistics import (
+    NUM_RESAMPLES,
+    Floats,
+    Interval,
+    Scores,
+    interval_of,
+    pair_scores,
+)
+from orchestrator.reporting.tables import difference_text
+from orchestrator.settings import BASELINE_METHOD, DEFAULT_METHOD
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+PAPER_OVERHEAD_SHARE, PAPER_KEPT_SHARE = 0.45, 0.994
+"""The paper's headline: E-IIET has 55% less inference overhead, and 99.4% of IIET's accuracy."""
+CONFIDENCE = 0.95
+"""Of keeping `PAPER_KEPT_SHARE` of the teacher's accuracy."""
+COMPARABLE, TOO_SMALL = 1.1, 1.2
+"""A student of comparable speed costs at most the first times vanilla's cost. Where a model without
+corrections takes more than the second times vanilla's time, the models are too small: their time
+is not that of the large products."""
+MAX_REASON_LENGTH = 28
+"""Of a reason beside a claim that is not measured; the notes have all of them."""
+CLAIMS_TITLE = "The paper's claims"
+PCFORMER = "pcformer"
+NAMES = {DEFAULT_METHOD: "IIET with corrections", BASELINE_METHOD: "vanilla", PCFORMER: "PCformer"}
+ACCURACY, NFE, TIME = "quality/accuracy", COSTS["evaluations"], COSTS["ms"]
+UNITS = {NFE: "NFE", TIME: "ms"}
+
+Verdict = Literal["holds", "does not hold", "not decided", "not measured"]
+VERDICT_NUMBERS: dict[Verdict, int] = {"holds": 1, "not decided": 0, "does not hold": -1}
+"""As a metric."""
+EXPLANATION = (
+    "Differences of accuracies are in points, with their 95% intervals over the same items, and "
+    "over seeds where models have several. A claim holds if the interval lies wholly above zero, "
+    "and does not hold if it lies wholly below. Overhead is cost beyond vanilla of the same shape; "
+    "beside what is saved of it stands the interval of the share of the teacher's accuracy that "
+    f"is kept, which must be {PAPER_KEPT_SHARE:.1%} with a confidence of {CONFIDENCE}."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One claim of the paper, and what was measured."""
+
+    number: int
+    """The claim's number; 3 and 4 are measured in NFE and in time."""
+    key: str
+    """Name of its metric."""
+    text: str
+    """Its name in tables."""
+    paper: float | None
+    """The paper's number: points of accuracy, or percent of overhead; None if there is none."""
+    verdict: Verdict = "not measured"
+    here: float | None = None
+    """What was measured, in the paper's unit."""
+    low: float | None = None
+    """Lower end of the 95% interval; of claim 3, that of the kept share, in percent."""
+    high: float | None = None
+    """Upper end."""
+    about: str = ""
+    """The models that are compared; of a claim that is not measured, what is missing."""
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the results say anything of it."""
+        return self.verdict != "not measured"
+
+    def judged(self, difference: Interval, about: str) -> Claim:
+        """Return the claim with a difference of two shares, and the verdict that follows."""
+        verdict: Verdict = "not decided"
+        if difference.excludes_zero:
+            verdict = "holds" if difference.low > 0 else "does not hold"
+        value, low, high = (100 * n for n in (difference.value, difference.low, difference.high))
+        return replace(self, verdict=verdict, here=value, low=low, high=high, about=about)
+
+
+CLAIMS = (
+    Claim(number=1, key="iiet_over_vanilla", text="IIET beats vanilla", paper=2.65),
+    Claim(number=2, key="iiet_over_pcformer", text="IIET beats PCformer", paper=0.8),
+    Claim(number=3, key="saved_overhead_nfe", text="overhead saved, NFE", paper=55),
+    Claim(number=3, key="saved_overhead_ms", text="overhead saved, ms", paper=55),
+    Claim(number=4, key="student_over_vanilla_nfe", text="student at vanilla's NFE", paper=1.6),
+    Claim(number=4, key="student_over_vanilla_ms", text="student at vanilla's ms", paper=1.6),
+    Claim(number=5, key="kept_over_pcformer", text="keeps more than PCformer", paper=None),
+)
+"""All claims, without what is measured of them."""
+
+
+class _Missing(Exception):
+    """Why a claim is not measured."""
+
+
+def find_claims(
+    table: DataFrame,
+    items: Mapping[str, EvaluationResult],
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+) -> list[Claim]:
+    """Return what a table of results shows of each claim.
+
+    Args:
+        table: From `result_table`, of one sweep, or of several that were measured alike.
+        items: Values of single items, by key of a trial.
+        num_resamples: Number of draws.
+    """
+    evidence = _Evidence(table, evaluations(table, items), num_resamples)
+    judges: Sequence[Callable[[Claim], Claim]] = (
+        *(partial(evidence.iiet_over, method) for method in (BASELINE_METHOD, PCFORMER)),
+        *(partial(evidence.saved_overhead, cost) for cost in UNITS),
+        *(partial(evidence.student_over_vanilla, cost) for cost in UNITS),
+        evidence.kept_over_pcformer,
+    )
+    found = []
+    for claim, judge in zip(CLAIMS, judges, strict=True):
+        try:
+            found.append(judge(claim))
+        except _Missing as reason:
+            found.append(replace(claim, about=str(reason)))
+    return found
+
+
+class _Evidence:
+    """The models that claims compare, and their scores on the same items."""
+
+    def __init__(
+        self,
+        table: DataFrame,
+        runs: Mapping[str, Sequence[EvaluationResult]],
+        num_resamples: int,
+    ) -> None:
+        self._rows: list[Row] = table.to_dict("records")
+        self._runs, self._num_resamples = runs, num_resamples
+        self._teachers = teachers_of(table)
+        iiets = self._trained(DEFAULT_METHOD)
+        shape = shape_of(iiets[-1]["trial"].model) if iiets else None
+        self._rows = [row for row in self._rows if shape_of(row["trial"].model) == shape]
+
+    def _trained(self, method: str) -> list[Row]:
+        """Return the models of a method that were trained from scratch, the costliest last."""
+        own = [r for r in self._rows if r["method"] == method and r["trial"].parent is None]
+        if method != BASELINE_METHOD:
+            own = [row for row in own if (known(row, OVERHEADS[NFE][0]) or 0) > 0]
+        return sorted(own, key=lambda row: row[NFE])
+
+    def _model(self, method: str) -> Row:
+        if not (own := self._trained(method)):
+            raise _Missing(f"no {NAMES[method]} on this front")
+        return own[-1]
+
+    def _students(self, teacher: Row) -> list[Row]:
+        own = [r for r in self._rows if self._teachers.get(r["key"]) == teacher["key"]]
+        if not own:
+            raise _Missing(f"no students of {teacher['label']} on this front")
+        return own
+
+    def _scores(self, rows: Iterable[Row], half: int | None = None) -> tuple[Scores, int]:
+        """Return the accuracies of these models on the items that all answered, and their number.
+
+        Args:
+            half: 0 or 1 counts only one half of the items.
+        """
+        named = {row["key"]: row["label"] for row in rows}
+        if lacking := [label for key, label in named.items() if key not in self._runs]:
+            raise _Missing(f"no values of single items of {', '.join(lacking)}")
+        runs = {key: self._runs[key] for key in named}
+        if half is not None:
+            runs = {key: [_half_of(run, half) for run in seeds] for key, seeds in runs.items()}
+        paired = pair_scores(runs, num_resamples=self._num_resamples)
+        scores = paired and paired.quality(ACCURACY)
+        if not paired or not scores:
+            raise _Missing("no task with an accuracy that all models answered")
+        return scores, paired.num_items
+
+    def _kept(self, pairs: Sequence[tuple[Row, Row]]) -> list[tuple[Interval, Floats]]:
+        """Return the share that each student keeps of its teacher's accuracy, and its draws.
+
+        Args:
+            pairs: Student and teacher.
+        """
+        rows = {row["key"]: row for pair in pairs for row in pair}
+        scores, place = self._scores(rows.values())[0], {key: n for n, key in enumerate(rows)}
+        found = [scores.ratio(place[one["key"]], place[other["key"]]) for one, other in pairs]
+        ratios = [ratio for ratio in found if ratio]
+        if len(ratios) < len(found):
+            raise _Missing("a teacher that answers more than nothing in every draw")
+        return ratios
+
+    def iiet_over(self, method: str, claim: Claim) -> Claim:
+        """Judge whether IIET is better than another method."""
+        full, other = self._model(DEFAULT_METHOD), self._model(method)
+        scores, _ = self._scores([full, other])
+        return claim.judged(scores.difference(0, 1), f"{_described(full)}; {_described(other)}")
+
+    def saved_overhead(self, cost: str, claim: Claim) -> Claim:
+        """Find the student that saves most of the overhead among those that keep the accuracy."""
+        full, (overhead, share) = self._model(DEFAULT_METHOD), OVERHEADS[cost]
+        if (known(full, overhead) or 0) <= 0:
+            raise _Missing("no time of vanilla on this front that is below its IIET's")
+        cheaper = [row for row in self._students(full) if row.get(share, math.nan) < 1]
+        if not cheaper:
+            raise _Missing(f"no student costs less than {full['label']}")
+        kept = [
+            (row, interval, float((draws >= PAPER_KEPT_SHARE).mean()))
+            for row, (interval, draws) in zip(
+                cheaper, self._kept([(row, full) for row in cheaper]), strict=True
+            )
+        ]
+        if sure := [each for each in kept if each[2] >= CONFIDENCE]:
+            row, interval, confidence = min(sure, key=lambda each: each[0][share])
+        else:  # The likeliest is shown.
+            row, interval, confidence = max(kept, key=lambda each: each[2])
+        failed: Verdict = "does not hold" if confidence <= 1 - CONFIDENCE else "not decided"
+        return replace(
+            claim,
+            verdict="holds" if sure else failed,
+            here=100 * (1 - row[share]),
+            low=100 * interval.low,
+            high=100 * interval.high,
+            about=(
+                f"{_described(row)} has {row[overhead]:.3g} of {full[overhead]:.3g} {UNITS[cost]} "
+                f"beyond vanilla; it keeps {PAPER_KEPT_SHARE:.1%} of the accuracy of "
+                f"{_described(full)} in {confidence:.1%} of the draws"
+            ),
+        )
+
+    def student_over_vanilla(self, cost: str, claim: Claim) -> Claim:
+        """Choose the best student at vanilla's speed by one half of the items, and judge it."""
+        self._model(DEFAULT_METHOD)  # No shape without it.
+        vanilla = self._model(BASELINE_METHOD)
+        if (least := known(vanilla, cost)) is None:
+            raise _Missing("no time of vanilla on this front")
+        own = [row for row in self._rows if row["method"] == DEFAULT_METHOD]
+        bare = [known(row, TIME) for row in own if known(row, OVERHEADS[NFE][0]) == 0]
+        slowness = max((ms / least for ms in bare if ms and cost == TIME), default=0)
+        if slowness > TOO_SMALL:
+            raise _Missing(f"too small: r = 0 takes {slowness:.2f} times vanilla's time per token")
+        students = [row for row in own if row["key"] in self._teachers]
+        near = [row for row in students if row[cost] <= COMPARABLE * least]
+        if not near:
+            raise _Missing(f"no student costs at most {COMPARABLE} times vanilla's {UNITS[cost]}")
+        (choice, num_before), (judge, num_after) = (
+            self._scores([vanilla, *near], half=half) for half in (0, 1)
+        )
+        best = int(np.argmax(choice.observed[1:]))
+        time, least_time = known(near[best], TIME), known(vanilla, TIME)
+        ratio = f" takes {time / least_time:.2f} times its time" if time and least_time else ""
+        return claim.judged(
+            judge.difference(1 + best, 0),
+            f"{_described(near[best])} beside {_described(vanilla)}{ratio}; it was chosen of "
+            f"{len(near)} on {num_before:,} items, and judged on {num_after:,} others",
+        )
+
+    def kept_over_pcformer(self, claim: Claim) -> Claim:
+        """Judge whether IIET's students keep more than those of PCformer that cost as much."""
+        self._model(DEFAULT_METHOD)  # No shape without it.
+        others = self._by_share(self._model(PCFORMER))
+        # The IIET that can be compared most often; of equal ones the costliest.
+        iiets = [self._by_share(teacher) for teacher in self._trained(DEFAULT_METHOD)]
+        own = max(iiets[::-1], key=lambda students: len(students.keys() & others.keys()))
+        shares = sorted(own.keys() & others.keys(), reverse=True)
+        if not shares:
+            raise _Missing("no students of both at equal shares of their teachers' evaluations")
+        pairs = [students[share] for students in (own, others) for share in shares]
+        if len({_recipe_of(student["trial"]) for student, _ in pairs}) > 1:
+            raise _Missing("the students of IIET and of PCformer were not distilled alike")
+        kept = self._kept(pairs)
+        means = [
+            (
+                sum(interval.value for interval, _ in half) / len(shares),
+                sum(draws for _, draws in half) / len(shares),
+            )
+            for half in (kept[: len(shares)], kept[len(shares) :])
+        ]
+        (mine, my_draws), (theirs, their_draws) = means
+        at = ", ".join(f"{share:.0%}" for share in shares)
+        return claim.judged(
+            interval_of(mine - theirs, np.asarray(my_draws - their_draws)),
+            f"students of {pairs[0][1]['label']} keep {mine:.1%}, of {pairs[-1][1]['label']} "
+            f"{theirs:.1%}, at {at} of their teachers' evaluations",
+        )
+
+    def _by_share(self, teacher: Row) -> dict[float, tuple[Row, Row]]:
+        """Return share of the teacher's evaluations -> the first student that costs it, and the
+        teacher."""
+        found: dict[float, tuple[Row, Row]] = {}
+        for student in self._students(teacher):
+            if student[NFE] < teacher[NFE]:
+                found.setdefault(round(student[NFE] / teacher[NFE], 9), (student, teacher))
+        return found
+
+
+def _half_of(evaluation: EvaluationResult, half: int) -> EvaluationResult:
+    """Return an evaluation with those items whose hash is even (0) or odd (1)."""
+
+    def part(result: TaskResult) -> TaskResult:
+        places = [n for n, item in enumerate(result.items) if crc32(item.encode()) % 2 == half]
+        items = [result.items[n] for n in places]
+        values = {name: [each[n] for n in places] for name, each in result.values.items()}
+        return result.model_copy(update={"items": items, "values": values})
+
+    results = {name: part(result) for name, result in evaluation.results.items()}
+    return evaluation.model_copy(update={"results": results})
+
+
+def _recipe_of(trial: Trial) -> str:
+    """Return how a student was trained, without its seed and its family of schedules."""
+    if trial.job is None:
+        return "elastic" if trial.is_elastic else "pruned"
+    recipe = trial.job.recipe.model_copy(update={"seed": 0, "elastic": None})
+    return repr((trial.is_elastic, trial.job.objective, recipe, trial.job.distillation))
+
+
+def _described(row: Row) -> str:
+    return f"{row['label']} ({row[ACCURACY]:.1%}, {row[NFE]:g} NFE)"
+
+
+# What reports show
+
+
+def claims_section(claims: Sequence[Claim], title: str = "") -> Section:
+    """Return the section on claims; the title is that of the table, for a terminal."""
+    columns = (
+        *(Column("claim", is_text=True), Column("paper"), Column("here", is_text=True)),
+        Column("verdict", is_text=True),
+    )
+    rows = [TableRow((f"{c.number} {c.text}", *_cells(c), c.verdict)) for c in claims]
+    return Section(
+        title=CLAIMS_TITLE,
+        sentences=[EXPLANATION],
+        tables=[Table(columns, rows, title)],
+        notes=[f"{c.number} {c.text}: {c.about}." for c in claims],
+        data={"claims": [asdict(c) for c in claims]},
+    )
+
+
+def _cells(claim: Claim) -> tuple[str, str]:
+    """Return the paper's number, and the number here with its interval."""
+    is_overhead = claim.number == 3
+    paper = "" if claim.paper is None else f"{claim.paper:+g}"
+    paper = f"{claim.paper:g}%" if is_overhead else paper
+    if claim.here is None or claim.low is None or claim.high is None:
+        short = claim.about.partition(":")[0]
+        return paper, short if len(short) <= MAX_REASON_LENGTH else ""
+    if is_overhead:
+        return paper, f"{claim.here:.0f}% ({claim.low:.1f} to {claim.high:.1f}% kept)"
+    interval = Interval(claim.here / 100, claim.low / 100, claim.high / 100)
+    return paper, difference_text(interval, is_percent=True)
+
+
+def claim_metrics(claims: Iterable[Claim]) -> dict[str, float]:
+    """Return the metrics of a sweep's run: numbers, ends of intervals, and verdicts: 1 holds, 0 is
+    not decided, -1 does not hold."""
+    found: dict[str, float | None] = {}
+    for claim in claims:
+        numbers = {"": claim.here, "_low": claim.low, "_high": claim.high}
+        numbers["_verdict"] = VERDICT_NUMBERS.get(claim.verdict)
+        found |= {f"claims/{claim.key}{end}": value for end, value in numbers.items()}
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,227 @@
+"""The paper's claims on small tables whose answers are known."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from sample_trials import sample_trial
+
+from orchestrator.records.evaluation import EvaluationResult, TaskResult
+from orchestrator.records.trial import Trial
+from orchestrator.reporting.claims import Claim, claim_metrics, claims_section, find_claims
+from orchestrator.reporting.results import result_table
+from orchestrator.reporting.sections import render_markdown, render_terminal
+
+HARDNESS = np.random.default_rng(0).permutation(2000) / 2000
+"""Of each item; a model answers those that are easier than its accuracy."""
+KEYS = (
+    *("iiet_over_vanilla", "iiet_over_pcformer", "saved_overhead_nfe", "saved_overhead_ms"),
+    *("student_over_vanilla_nfe", "student_over_vanilla_ms", "kept_over_pcformer"),
+)
+ACCURACIES = {
+    "vanilla": 0.70, "pcformer": 0.80, "pc 1,1": 0.72, "pc 1,0": 0.60,
+    "r = 2": 0.90, "1,1": 0.899, "1,0": 0.81, "0,0": 0.75,
+}  # fmt: skip
+"""Two layers: vanilla, two teachers, and their students. By default all claims hold."""
+
+
+def model(name: str, accuracy: float, **more: Any) -> Trial:
+    method = {"vanilla": "vanilla", "p": "pcformer"}.get(name if name == "vanilla" else name[0])
+    schedule = tuple(map(int, name[-3:].split(","))) if "," in name else (2, 2)
+    schedule = (0, 0) if method == "vanilla" else schedule
+    teacher = "pcformer" if method == "pcformer" else "r = 2"
+    nfe = 2 + sum(schedule)
+    if method != "vanilla" and "," in name:
+        more = {"parent": f"weights of {teacher}", "checkpoint": teacher, **more}
+    roles = {"vanilla": "baseline", "r = 2": "teacher", "pcformer": "teacher"}
+    given = {
+        "key": name,
+        "label": name,
+        "method": method or "iiet",
+        "schedule": schedule,
+        "role": roles.get(name, "trial"),
+        "checkpoint": name,
+        "cost": {"evaluations": nfe, "decode_ms_per_token": 0.9 + 0.1 * nfe - (nfe == 2) * 0.06},
+        "quality": {"accuracy": accuracy},
+    }
+    if method == "vanilla":
+        given["cost"]["decode_ms_per_token"] = 1.0
+    return sample_trial(**{**given, **more})
+
+
+def answers(trial: Trial) -> EvaluationResult:
+    right = (trial.numbers["quality/accuracy"] > HARDNESS).astype(float)
+    task = TaskResult(
+        name="hops", version="1", num_items=len(right), metrics={"acc": float(right.mean())},
+        items=[f"item {n}" for n in range(len(right))], values={"acc": right.tolist()},
+    )  # fmt: skip
+    return EvaluationResult(results={"hops": task})
+
+
+def found_of(trials: Sequence[Trial]) -> dict[str, Claim]:
+    items = {trial.key: answers(trial) for trial in trials}
+    found = find_claims(result_table(trials), items, num_resamples=400)
+    assert [claim.key for claim in found] == [*KEYS]
+    return {claim.key: claim for claim in found}
+
+
+def trials_with(changes: dict[str, float | None]) -> list[Trial]:
+    accuracies = {**ACCURACIES, **changes}
+    return [model(name, each) for name, each in accuracies.items() if each is not None]
+
+
+def test_all_claims_hold_by_what_was_made_up() -> None:
+    found = found_of(trials_with({}))
+    assert {claim.verdict for claim in found.values()} == {"holds"}
+    kept = (0.899 / 0.9 + 0.81 / 0.9) / 2 - (0.72 / 0.8 + 0.60 / 0.8) / 2
+    half = np.mean(HARDNESS < 0.75) - np.mean(HARDNESS < 0.7)
+    expected = [20, 10, 50, 40, 100 * half, 100 * half, 100 * kept]
+    for (key, claim), number in zip(found.items(), expected, strict=True):
+        assert claim.here == pytest.approx(number, abs=2.0 if "student" in key else 1e-6), key
+        assert claim.low is not None
+        assert claim.high is not None
+        if claim.number != 3:
+            assert 0 < claim.low < claim.here < claim.high < claim.here + 5
+    # Claim 3's interval is that of the kept share.
+    saved = found["saved_overhead_nfe"]
+    assert (saved.low, saved.high) == pytest.approx((99.7, 100), abs=0.2)
+    assert "1,1 (89.9%, 4 NFE) has 2 of 4 NFE beyond vanilla" in saved.about
+    assert "takes 1.04 times its time" in found["student_over_vanilla_ms"].about
+    metrics = claim_metrics(found.values())
+    assert metrics["claims/iiet_over_vanilla"] == pytest.approx(20)
+    assert metrics["claims/iiet_over_vanilla_verdict"] == 1
+
+
+OTHERS: dict[str, tuple[dict[str, float | None], dict[str, str]]] = {
+    "on the other side": (
+        {"vanilla": 0.95, "pcformer": 0.97, "pc 1,1": 0.97, "pc 1,0": 0.97, "1,1": 0.8},
+        dict.fromkeys(KEYS, "does not hold"),
+    ),
+    "equal models": (
+        {"vanilla": 0.9, "0,0": 0.9, "pcformer": 0.9, "pc 1,1": 0.9, "pc 1,0": 0.9, "1,1": 0.8946,
+         "1,0": 0.9},
+        {
+            **dict.fromkeys(KEYS, "not decided"),
+            "saved_overhead_nfe": "holds",  # By 0,0.
+            "saved_overhead_ms": "holds",
+            "kept_over_pcformer": "does not hold",
+        },
+    ),
+    "at the border": ({"1,1": 0.8946}, {"saved_overhead_nfe": "not decided"}),
+    "no PCformer": (
+        dict.fromkeys(["pcformer", "pc 1,1", "pc 1,0"]),
+        {"iiet_over_pcformer": "no PCformer on", "kept_over_pcformer": "no PCformer on"},
+    ),
+    "no vanilla": (
+        {"vanilla": None},
+        {"iiet_over_vanilla": "no vanilla on", "saved_overhead_ms": "no time of vanilla",
+         "student_over_vanilla_nfe": "no vanilla on", "saved_overhead_nfe": "holds"},
+    ),
+    "no IIET": (
+        dict.fromkeys(["r = 2", "1,1", "1,0"]),
+        dict.fromkeys(KEYS, "no IIET with corrections on"),
+    ),
+    "no students": (
+        dict.fromkeys(["1,1", "1,0", "0,0"]),
+        {"saved_overhead_nfe": "no students of r = 2", "kept_over_pcformer": "no students of r",
+         "student_over_vanilla_nfe": "no student costs at most 1.1 times vanilla's NFE"},
+    ),
+    "no equal shares": (
+        {"1,1": None, "pc 1,0": None}, {"kept_over_pcformer": "no students of both"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_each_verdict_follows_from_the_interval_or_names_what_is_missing(case: str) -> None:
+    changes, expected = OTHERS[case]
+    found = found_of(trials_with(changes))
+    for key, verdict in expected.items():
+        claim = found[key]
+        if verdict.startswith("no "):
+            assert (claim.verdict, claim.here) == ("not measured", None)
+            assert claim.about.startswith(verdict), claim
+            assert f"claims/{key}_verdict" not in claim_metrics([claim])
+        else:
+            assert claim.verdict == verdict, claim
+
+
+def test_what_a_model_is_too_small_for_and_what_does_not_compare_is_not_measured() -> None:
+    trials = trials_with({})
+    slow = [
+        t.with_numbers("cost", {"decode_ms_per_token": 1.3}) if t.key == "0,0" else t
+        for t in trials
+    ]
+    claim = found_of(slow)["student_over_vanilla_ms"]
+    assert claim.about == "too small: r = 0 takes 1.30 times vanilla's time per token"
+    untimed = [
+        t.model_copy(update={"numbers": {n: v for n, v in t.numbers.items() if "_ms" not in n}})
+        for t in trials
+    ]
+    found = found_of(untimed)
+    assert found["student_over_vanilla_ms"].about == "no time of vanilla on this front"
+    assert (
+        found["saved_overhead_nfe"].verdict == found["student_over_vanilla_nfe"].verdict == "holds"
+    )
+    # Two students of one share would be compared, if both were distilled alike.
+    other = [t.model_copy(update={"is_elastic": True}) if t.key == "pc 1,0" else t for t in trials]
+    assert "distilled alike" in found_of(other)["kept_over_pcformer"].about
+    found = {c.key: c for c in find_claims(result_table(trials), {}, num_resamples=10)}
+    assert found["iiet_over_vanilla"].about == "no values of single items of r = 2, vanilla"
+
+
+def test_seeds_of_a_student_are_compared_with_their_own_teachers() -> None:
+    trials = []
+    for seed, share in enumerate((1.0, 0.9, 0.8)):
+        for name in ("vanilla", "r = 2", "1,1"):
+            accuracy = share * (0.7 if name == "vanilla" else 0.9)
+            own = {
+                "key": f"{name}, {seed}",
+                "label": f"{name}, {seed}",
+                "seed": seed,
+                "group": name,
+            }
+            own["checkpoint"] = f"{name if name == 'vanilla' else 'r = 2'}, {seed}"
+            if name == "1,1":
+                own["parent"] = f"weights {seed}"
+            trials.append(model(name, accuracy, **own))
+    found = found_of(trials)
+    saved = found["saved_overhead_nfe"]
+    assert (saved.verdict, saved.here, saved.low, saved.high) == ("holds", 50, 100, 100)
+    over = found["iiet_over_vanilla"]
+    assert over.here == pytest.approx(18, abs=0.1)
+    assert (over.low, over.high) == pytest.approx((15.6, 20.4), abs=1)
+
+
+def test_the_table_fits_a_terminal_and_says_why() -> None:
+    found = [*found_of(trials_with(dict.fromkeys(["pcformer", "pc 1,1", "pc 1,0"]))).values()]
+    section = claims_section(found, "Claims")
+    console = Console(width=80, record=True, file=io.StringIO())
+    for part in render_terminal([section]):
+        console.print(part)
+    text = console.export_text()
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("claim " in line for line in lines) == 1, "one table"
+    (row,) = (line for line in lines if line.startswith(" 3 overhead saved, NFE"))
+    assert row.split() == [
+        "3",
+        "overhead",
+        "saved,",
+        "NFE",
+        "55%",
+        "50%",
+        "(99.7",
+        "to",
+        "100.0%",
+        "kept)",
+        "holds",
+    ]
+    (row,) = (line for line in lines if line.startswith(" 2 IIET"))
+    assert "+0.8  no PCformer on this front" in row
+    assert "| 1 IIET beats vanilla | +2.65 | +20.0 (" in render_markdown("", [section])
