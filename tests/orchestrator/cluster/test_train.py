@@ -240,7 +240,7 @@ def test_a_disk_that_is_full_at_ctrl_c_is_the_error_and_nothing_is_called_saved(
     assert not find_checkpoints(job.folder)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_sigterm_waits_for_a_slow_writer(
     ray_session: None, tmp_path: Path, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
