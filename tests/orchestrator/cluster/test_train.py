@@ -86,7 +86,7 @@ def test_finished_jobs_start_nothing(make_job: MakeJob, monkeypatch: pytest.Monk
 def test_two_workers_one_of_them_killed_go_on_from_their_newest_checkpoint_bit_for_bit(
     ray_session: None, make_job: MakeJob
 ) -> None:
-    long = {"num_steps": 100, "checkpoint_every_steps": 20, "validate_every_steps": 100}
+    long = {"num_steps": 60, "checkpoint_every_steps": 20, "validate_every_steps": 60}
     job, whole, alone = (
         make_job(name, num_sequences_per_pass=1, **long) for name in ("killed", "whole", "alone")
     )

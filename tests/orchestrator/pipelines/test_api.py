@@ -73,14 +73,14 @@ def test_a_project_runs_from_pretraining_to_a_picked_model(
     plan = orchestrator.plan_pretrain(settings, workspace=workspace, name="another")
     assert plan.price.num_tokens == sum(e.num_tokens for e in plan.estimates.values()) > 0
     assert orchestrator.plan_pretrain(settings, workspace=workspace).price.num_tokens == 0
-    trained = orchestrator.pretrain(settings, workspace=workspace)
-    full = trained.checkpoint.parent.name
-    steps = trained.to_pandas()
+    pretrained = orchestrator.pretrain(settings, workspace=workspace)
+    full = pretrained.checkpoint.parent.name
+    steps = pretrained.to_pandas()
     assert steps["step"].iloc[-1] == settings.training.num_steps
     assert steps["train/loss"].notna().any()
 
     influence = orchestrator.measure_influence(settings, workspace=str(workspace.root))
-    assert influence.checkpoint == trained.checkpoint
+    assert influence.checkpoint == pretrained.checkpoint
     assert set(influence.to_pandas().columns) >= {"layer", "correction", "influence"}
 
     dry_run = orchestrator.plan_sweep(settings, workspace=workspace, teacher=full, name="mine")
