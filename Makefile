@@ -68,7 +68,7 @@ bench: $(INSTALLED) ## Measure the ratios in docs/benchmarks.md
 	$(BIN)/python -m benchmarks
 
 gpu: $(INSTALLED) ## Check and measure this machine's GPUs, and write gpu-report.md (under an hour)
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks --gpu
 
 ui: $(INSTALLED) ## Browse the runs in MLflow
 	$(BIN)/iiet-orch ui

@@ -61,13 +61,13 @@ ORDER = (
 
 LINES = {
     "iiet": 7_335,
-    "benchmarks": 3_230,
+    "benchmarks": 2_885,
     "examples": 278,
-    "research": 2_035,
+    "research": 2_142,
     "orchestrator/workspace": 1_270,
     "orchestrator/terminal": 546,
     "orchestrator/settings": 1_567,
-    "orchestrator/records": 959,
+    "orchestrator/records": 990,
     "orchestrator/models": 1_640,
     "orchestrator/data": 2_457,
     "orchestrator/tracking": 1_429,
@@ -75,10 +75,10 @@ LINES = {
     "orchestrator/evaluation": 2_798,
     "orchestrator/planning": 1_093,
     "orchestrator/cluster": 1_910,
-    "orchestrator/reporting": 4_681,
+    "orchestrator/reporting": 4_786,
     "orchestrator/sweeping": 2_513,
-    "orchestrator/pipelines": 4_178,
-    "orchestrator/cli": 1_801,
+    "orchestrator/pipelines": 4_295,
+    "orchestrator/cli": 1_804,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
 more raises its number here and says why."""

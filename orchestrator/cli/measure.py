@@ -68,6 +68,7 @@ def evaluate(
     models: ModelsArgument = None,
     schedule: SchedulesOption = None,
     log_samples: Annotated[Path | None, typer.Option(metavar="FOLDER")] = None,
+    depth_curve: Annotated[bool, typer.Option("--depth-curve")] = False,
     apply_chat_template: ChatTemplateOption = False,
     chat_template: NamedTemplateOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
@@ -79,6 +80,7 @@ def evaluate(
     Args:
         schedule: Another iteration schedule: 1, or 2,1,1,0,0,0; may be repeated.
         log_samples: Write results and samples in lm-eval's files, for other tools.
+        depth_curve: One model with 0, 1, 2, ... corrections of every layer, without training.
     """
     from orchestrator.pipelines.evaluating import plan_evaluate, run_evaluate
 
@@ -88,6 +90,7 @@ def evaluate(
         models=models or (),
         schedules=schedule or (),
         log_samples=log_samples,
+        depth_curve=depth_curve,
         trust_remote_code=trust_remote_code,
         **call.common,
     )

@@ -36,6 +36,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.terminal.render import join_names
 from orchestrator.training.devices import device_precision
 from orchestrator.workspace.files import write_json
+from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import content_key, environment
 
@@ -149,7 +150,7 @@ def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
 
     Those with the same weights share them.
     """
-    on_device = command_device(plan.cluster, context.workspace.root)
+    on_device, started_ms = command_device(plan.cluster, context.workspace.root), now_ms()
     context.progress.start("benchmark")  # Models take their time to load.
     conditions = plan.conditions
     measure = partial(_measure, plan.opened, conditions)
@@ -183,7 +184,8 @@ def run_benchmark(plan: BenchmarkPlan, context: Context) -> BenchmarkResult:
                     "num_threads": conditions.num_threads,
                 },
                 metrics={metric: value for numbers in own for metric, value in numbers.items()},
-            )
+            ),
+            started_ms,
         )
     return result
 

@@ -12,6 +12,7 @@ from orchestrator.pipelines.result import Result
 from orchestrator.records.tracked_run import TrackedRun
 from orchestrator.settings import MLFLOW
 from orchestrator.terminal.progress import Progress
+from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 if TYPE_CHECKING:
@@ -64,10 +65,17 @@ class Context:
             )
         return self._tracking
 
-    def log_measurement(self, measured: TrackedRun) -> None:
-        """Show a measurement in MLflow, if the workspace can be written."""
+    def log_measurement(self, measured: TrackedRun, started_ms: int) -> None:
+        """Show a measurement in MLflow, if the workspace can be written.
+
+        Args:
+            started_ms: When it began; one that is found again keeps its times.
+        """
         if self.workspace.is_writable:
-            self.tracking.publish(measured)
+            known = self.tracking.stored(measured.kind, measured.key)
+            begin, end = (known.started_ms, known.ended_ms) if known else (started_ms, now_ms())
+            times = {"started_ms": begin, "ended_ms": end}
+            self.tracking.publish(measured.model_copy(update=times))
             self.tracking.wait()
 
 

@@ -38,6 +38,7 @@ from orchestrator.terminal.progress import Progress
 from orchestrator.training.devices import OnDevice
 from orchestrator.workspace.errors import UserError
 from orchestrator.workspace.files import damage_as_user_error, read_json, write_json
+from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import Workspace, find_workspace
 from orchestrator.workspace.provenance import content_key
 
@@ -197,7 +198,7 @@ def run_influence(
     Args:
         on_device: Runs the measurement (default: as the settings say).
     """
-    progress, table = context.progress, plan.table
+    progress, table, started_ms = context.progress, plan.table, now_ms()
     on_device = on_device or command_device(plan.cluster, context.workspace.root)
     for note in plan.notes:
         progress.note(note)
@@ -241,7 +242,8 @@ def run_influence(
             dataset=describe_data(plan.tokens_folder),
             points=points,
             files={"influence": [str(plan.path), str(plan.path.with_suffix(".png"))]},
-        )
+        ),
+        started_ms,
     )
     return InfluenceResult(checkpoint=plan.checkpoint, table=table)
 

@@ -95,7 +95,7 @@ def overview() -> ChartView:
         key="runs",
         name="All runs",
         run_filter="",
-        order_by="attributes.created",  # In quotes, MLflow would not fold trials into a sweep.
+        order_by="attributes.start_time",  # In quotes, MLflow would not fold trials into a sweep.
         is_ascending=False,
         columns=[f"metrics.{name}" for name in metrics] + [f"params.{name}" for name in params],
     )

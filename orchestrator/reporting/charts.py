@@ -20,6 +20,7 @@ import altair
 import vl_convert
 from altair import Axis, Chart, Color, InlineData, Legend, Scale, X, Y
 
+from orchestrator.records.evaluation import DepthCurve
 from orchestrator.reporting.claims import PAPER_KEPT_SHARE, PAPER_OVERHEAD_SHARE
 from orchestrator.reporting.front import (
     COSTS,
@@ -66,6 +67,7 @@ MANY_NAMES, MAX_NAMES = 6, 24
 the front are named."""
 MAX_LAYERS_WITH_COMMAS, MAX_LABELED_LAYERS = 4, 12
 PAPER_MARK = "paper: 55% less overhead, 99.4% kept"
+DEPTH_TITLE = "Quality by corrections at inference"
 TOOLTIP_METRICS = (
     *("cost/evaluations", "cost/relative_flops", "cost/decode_ms_per_token"),
     *("cost/kv_bytes_per_token", "cost/num_parameters", "quality/accuracy"),
@@ -519,3 +521,33 @@ def curves_chart(title: str, curves: Sequence[Curve]) -> Spec:
         strokeDash=dash,
     )
     return chart_spec(chart.properties(width=WIDTH, height=HEIGHT * 3 // 4))
+
+
+def depth_chart(curve: DepthCurve) -> Spec:
+    """Return the chart of the first of the qualities against the corrections of every layer."""
+    quality = curve.qualities[0]
+    scale, unit = (100, " (%)") if is_accuracy(quality) else (1, "")
+    values: list[dict[str, float]] = []
+    for point in curve.points:
+        value, error = (scale * (number or 0.0) for number in point.measured(quality))
+        ends = {"value": value, "low": value - error, "high": value + error}
+        values.append({"r": point.corrections, **ends})
+    last = curve.points[-1].corrections
+    axis = Axis(values=[*range(last + 1)], format="d", grid=False)
+    domain = Scale(domain=[-0.2, last + 0.2], nice=False)
+    x = X("r:Q", title="Corrections of every layer", axis=axis, scale=domain)
+    title = metric_title(f"quality/{quality}") + unit
+    y = Y("value:Q", title=title, scale=Scale(zero=False))
+    chart = Chart(InlineData(values=values)).encode(x=x)
+    layers = [
+        chart.mark_line(color=BLUE, strokeWidth=1.8).encode(y=y),
+        chart.mark_rule(color=BLUE, clip=False).encode(y=Y("low:Q"), y2="high:Q"),
+        chart.mark_point(color=BLUE, filled=True, size=70, opacity=1, clip=False).encode(y=y),
+    ]
+    if len(set(curve.trained)) == 1:
+        trained = Chart(InlineData(values=[{"r": curve.trained[0], "name": "trained"}]))
+        rule = trained.mark_rule(color=GRAY, strokeDash=[4, 4]).encode(x=x)
+        text = trained.mark_text(color=GRAY, align="left", dx=6, y=HEIGHT * 3 // 4 - 10)
+        layers = [rule, text.encode(x=x, text="name:N"), *layers]
+    whole = altair.layer(*layers).properties(width=WIDTH, height=HEIGHT * 3 // 4)
+    return chart_spec(whole, title=DEPTH_TITLE)

@@ -30,7 +30,7 @@ from orchestrator.sweeping.run import run_plan
 from orchestrator.tracking import NOTE_TAG
 from orchestrator.training.trainer import run_job
 from orchestrator.training.watching import RunMonitor, lock_run_folder
-from orchestrator.workspace.journal import Journal, recorded_times
+from orchestrator.workspace.journal import Journal, now_ms, recorded_times
 from orchestrator.workspace.layout import Workspace, open_workspace
 
 
@@ -97,7 +97,8 @@ def workspace(
             points=[("influence/layer_01", 0.5, 1), ("influence/layer_01", 0.25, 2)],
             dataset=describe_data(job.tokens_folder),
             files={"influence": [str(picture), str(tmp_path / "missing.png")]},
-        )
+        ),
+        now_ms() - 2000,
     )
 
     ended: list[Trial] = []

@@ -19,6 +19,7 @@ from orchestrator.pipelines.context import Context
 from orchestrator.pipelines.influence import plan_influence, run_influence
 from orchestrator.settings import EvaluationSettings, InfluenceSettings, Settings
 from orchestrator.training.devices import on_cpu
+from orchestrator.workspace.journal import now_ms
 from orchestrator.workspace.layout import open_workspace
 
 
@@ -34,10 +35,12 @@ def test_each_measurement_is_one_run(
     suite = EvaluationSettings(suite="first", include_path=str(tasks))
     conditions = MeasurementSettings(batch_sizes=(1,), contexts=(4,), new_tokens=3, repetitions=2)
     settings = Settings(influence=InfluenceSettings(num_tokens=512))
+    ends = []
     for _ in range(2):
         evaluation = evaluate_model(open_model(model), suite, context)
         plan = plan_influence(settings, model=model, **place)
         table = run_influence(plan, context, on_device=on_cpu).table
+        ends.append(now_ms())
     costs = run_benchmark(plan_benchmark(models=[model], conditions=conditions, **place), context)
 
     client = MlflowClient(workspace.tracking_uri)
@@ -47,6 +50,10 @@ def test_each_measurement_is_one_run(
     assert {kind: len(found) for kind, found in runs.items()} == {
         "evaluation": 1, "influence": 1, "benchmark": 4,
     }, "the benchmark has the schedules of the influence"  # fmt: skip
+
+    for run in (*runs["evaluation"], *runs["influence"]):
+        # What is found again keeps its times.
+        assert run.info.start_time < run.info.end_time <= ends[0]
 
     (run,) = runs["evaluation"]
     assert run.data.metrics["quality/accuracy"] == pytest.approx(evaluation.accuracy)

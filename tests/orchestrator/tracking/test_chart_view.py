@@ -41,8 +41,8 @@ def test_a_view_holds_filter_axes_and_every_layer() -> None:
     # A smoothed curve shows other values than the run has.
     assert (line["lineSmoothness"], line["useGlobalLineSmoothing"]) == (0, False)
     assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`cost/evaluations`", True)
-    newest = chart_view(order_by="attributes.created", is_ascending=False).state()
-    assert (newest["orderByKey"], newest["orderByAsc"]) == ("attributes.created", False)
+    newest = chart_view(order_by="attributes.start_time", is_ascending=False).state()
+    assert (newest["orderByKey"], newest["orderByAsc"]) == ("attributes.start_time", False)
     assert chart_view().state() == state, "saving a view again gives the same charts"
     section = state["compareRunSections"][0]["uuid"]
     assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == {section}

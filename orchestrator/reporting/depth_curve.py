@@ -1,0 +1,66 @@
+"""The depth curve: a model's quality when every layer makes 0, 1, 2, ... corrections.
+
+The weights are the same at each point, and nothing is trained. `evaluate --depth-curve` measures
+the points and stores them beside the weights; the report of a sweep shows those of its teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from orchestrator.records.evaluation import DepthCurve
+from orchestrator.records.trial import Trial
+from orchestrator.reporting.charts import DEPTH_TITLE, depth_chart
+from orchestrator.reporting.front import is_accuracy, metric_title
+from orchestrator.reporting.sections import Column, Section, Table, TableRow
+from orchestrator.terminal.render import format_with_error, shortest_schedule
+from orchestrator.workspace.errors import UserError
+
+DEPTH_CURVE = "depth-curve"
+"""Name of the file beside the weights, and of the picture."""
+
+
+def teacher_depth(results: Iterable[Trial], notes: list[str]) -> Section | None:
+    """Return the section of a sweep's teacher; None if its curve was not measured.
+
+    A sentence on a damaged file is added to the notes.
+    """
+    checkpoints = [result.checkpoint for result in results if result.role == "teacher"]
+    for checkpoint in filter(None, checkpoints):
+        path = Path(checkpoint) / f"{DEPTH_CURVE}.json"
+        try:
+            curve = DepthCurve.read(path, remedy="`evaluate --depth-curve` measures it again")
+        except UserError as error:
+            notes.append(f"{error}.")
+        else:
+            return depth_section(curve) if curve else None
+    return None
+
+
+def depth_section(curve: DepthCurve) -> Section:
+    """Return the section of a report: the chart and a table of the points."""
+    name, trained = shortest_schedule(curve.trained), set(curve.trained)
+    columns = [Column("corrections"), Column("NFE")]
+    columns += [Column(metric_title(f"quality/{quality}")) for quality in curve.qualities]
+    rows = []
+    for point in curve.points:
+        cells = [f"{point.corrections}", f"{point.evaluations}"]
+        for quality in curve.qualities:
+            value, error = point.measured(quality)
+            is_percent = is_accuracy(quality)
+            text = format_with_error(value, error, is_percent=is_percent)
+            cells.append(text + ("%" if is_percent else ""))
+        rows.append(TableRow(cells, kind="full" if trained == {point.corrections} else ""))
+    return Section(
+        title=DEPTH_TITLE,
+        sentences=[
+            "The same weights, without further training, when every layer makes as many "
+            f"corrections; trained with {name}. Tasks: {', '.join(curve.tasks)}. Bars: one "
+            "standard error."
+        ],
+        chart=depth_chart(curve) if curve.qualities else None,
+        picture=DEPTH_CURVE if curve.qualities else "",
+        tables=[Table(columns, rows)],
+        data={"depth_curve": curve.model_dump(mode="json")},
+    )
