@@ -66,7 +66,7 @@ LINES = {
     "research": 2_142,
     "orchestrator/workspace": 1_270,
     "orchestrator/terminal": 546,
-    "orchestrator/settings": 1_567,
+    "orchestrator/settings": 1_597,
     "orchestrator/records": 990,
     "orchestrator/models": 1_640,
     "orchestrator/data": 2_457,
@@ -75,9 +75,9 @@ LINES = {
     "orchestrator/evaluation": 2_798,
     "orchestrator/planning": 1_093,
     "orchestrator/cluster": 1_910,
-    "orchestrator/reporting": 4_786,
-    "orchestrator/sweeping": 2_513,
-    "orchestrator/pipelines": 4_295,
+    "orchestrator/reporting": 4_785,
+    "orchestrator/sweeping": 2_658,
+    "orchestrator/pipelines": 4_331,
     "orchestrator/cli": 1_804,
 }
 """Lines of Python in each folder, blanks and docstrings included. They fall; a commit that needs
