@@ -11,6 +11,9 @@ the same turns, by plain matrix-vector products over as many distinct matrices o
 the model has, so that processor caches help both alike. The share of the bound has a goal only
 where reading is the limit, for one row of a wide model: with eight rows, arithmetic takes time too.
 
+Then IIET without corrections against vanilla, by width: both do the same large products, and IIET
+adds a norm, a sum over the estimates and a copy per layer.
+
 `schedules`: one model decodes under several iteration schedules, in turns, token by token. A line
 through the medians, start + slope x evaluations, has as its start the cost of a token without
 evaluations (embedding, head); its largest relative residual shows how well the count predicts time.
@@ -22,15 +25,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
-from benchmarks.report import Goal, Quantity, Report, Row, checked
+from benchmarks.report import RATIO, Figure, Goal, Row, checked, milliseconds
+from benchmarks.runner import Setup
 from benchmarks.shape import SHAPE, fresh_decoder, random_tokens, shaped_config
 from benchmarks.timing import Spread, stopwatch, take_turns
 from iiet import (
@@ -44,22 +47,22 @@ from iiet import (
 )
 from orchestrator.models.gguf import read_gguf
 
+_FULL, _QUICK = (12, 8192, 128, 64), (4, 256, 8, 6)
+"""Layers, vocabulary, tokens of the prompt, new tokens."""
 _TOLERANCE = 1e-3
 _GOAL_RATIO = {(256, 1): Goal("at least", 1.5), (256, 8): Goal("at least", 1.4)}
 _GOAL_SHARE = {(512, 1): Goal("at least", 0.75)}
+_GOAL_WITHOUT_CORRECTIONS = {64: 1.2, 128: 1.2, 256: 1.05, 512: 1.05}
 _GOAL_LINE = Goal("at most", 0.1)
 
 
-def measure(*, quick: bool, say: Callable[[str], None], gguf: Path | None = None) -> Report:
+def decoding(setup: Setup) -> Iterator[Row]:
     """Measure milliseconds per token of both programs, and the bound: of random weights, or of
     those of a GGUF file."""
-    layers, vocabulary, prompt_tokens, new_tokens = (
-        (4, 256, 8, 6) if quick else (12, 8192, 128, 128)
-    )
-    batch_sizes, repetitions = ((1, 2), 2) if quick else ((1, 8), 5)
-    rows: list[Row] = []
-    checks: list[str] = []
-    for dim in (0,) if gguf else (64,) if quick else (256, 512):
+    layers, vocabulary, prompt_tokens, new_tokens = _QUICK if setup.is_toy else _FULL
+    batch_sizes, repetitions = ((1, 2), 2) if setup.is_toy else ((1, 8), 5)
+    gguf = setup.gguf
+    for dim in (0,) if gguf else (64,) if setup.is_toy else (256, 512):
         if gguf:
             llama: Any = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation="sdpa"
@@ -72,18 +75,51 @@ def measure(*, quick: bool, say: Callable[[str], None], gguf: Path | None = None
             decoder = fresh_decoder(config).eval()
             llama = llama_of(config, published_from_decoder(decoder))
         config = decoder.config
+        weights = f"weights of {gguf.name}" if gguf else f"{SHAPE}, tied head"
+        yield Row(
+            what=f"vanilla, d {config.dim}, {config.num_layers} layers, {weights}, vocabulary "
+            f"{config.vocab_size}; prompt {prompt_tokens}, {new_tokens} new tokens, greedy; a step "
+            f"decodes one token in each row; {repetitions} repetitions in turns"
+        )
         for batch_size in batch_sizes:
-            say(f"decoding: d {config.dim}, batch {batch_size}")
             prompt = random_tokens(config.vocab_size, batch_size, prompt_tokens)
-            checks.append(_check_against_llama(decoder, llama, prompt, new_tokens))
-            rows += _rows(decoder, llama, prompt, new_tokens, repetitions)
-    drawn = f"{SHAPE}, vocabulary {vocabulary}, tied head"
-    setting = (
-        f"vanilla, {config.num_layers} layers, {f'weights of {gguf.name}' if gguf else drawn}; "
-        f"prompt {prompt_tokens}, {new_tokens} new tokens, greedy; a step decodes one token in "
-        f"each row; {repetitions} repetitions in turns"
+            yield _check_against_llama(decoder, llama, prompt, new_tokens)
+            yield from _rows(decoder, llama, prompt, new_tokens, repetitions)
+
+    if not gguf:
+        yield from _without_corrections(setup)
+
+
+def _without_corrections(setup: Setup) -> Iterator[Row]:
+    layers, vocabulary, prompt_tokens, new_tokens = (
+        (2, 64, 4, 6) if setup.is_toy else (6, 256, 16, 96)
     )
-    return Report(title="decoding", setting=setting, rows=rows, checks=checks)
+    for dim, limit in _GOAL_WITHOUT_CORRECTIONS.items():
+        length = prompt_tokens + new_tokens
+        decoders = {
+            name: fresh_decoder(
+                shaped_config(dim, layers, vocabulary, length, method=method, schedule=schedule)
+            ).eval()
+            for name, method, schedule in (("r = 0", "iiet", 0), ("vanilla", "vanilla", None))
+        }
+        prompt = random_tokens(vocabulary, 1, prompt_tokens)
+
+        def task(decoder: Decoder, prompt: Tensor = prompt) -> Callable[[], float]:
+            def run() -> float:
+                steps = stream(decoder, prompt, max_new_tokens=new_tokens)
+                next(steps)
+                started = time.process_time()
+                for _ in steps:
+                    pass
+                return (time.process_time() - started) / (new_tokens - 1)
+
+            return run
+
+        tasks = {name: task(decoder) for name, decoder in decoders.items()}
+        seconds = take_turns(tasks, repetitions=2 if setup.is_toy else 9)
+        what = f"a step, CPU time, IIET without corrections, {layers} layers of width {dim}"
+        goal = None if setup.is_toy else Goal("at most", limit)
+        yield Row.paired(what, seconds, "r = 0", "vanilla", goal)
 
 
 def llama_of(config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
@@ -112,7 +148,7 @@ def llama_of(config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
     return llama.eval()
 
 
-def _check_against_llama(decoder: Decoder, llama: Any, prompt: Tensor, new_tokens: int) -> str:
+def _check_against_llama(decoder: Decoder, llama: Any, prompt: Tensor, new_tokens: int) -> Row:
     """Compare logits over our own continuation, and check that each of its tokens is the
     likeliest."""
     continued = generate(decoder, prompt, max_new_tokens=new_tokens)
@@ -128,7 +164,7 @@ def _check_against_llama(decoder: Decoder, llama: Any, prompt: Tensor, new_token
 
 def _rows(
     decoder: Decoder, llama: Any, prompt: Tensor, new_tokens: int, repetitions: int
-) -> list[Row]:
+) -> Iterator[Row]:
     matrices = [p.detach().clone() for p in decoder.parameters() if p.dim() == 2]
     all_bytes = sum(parameter.nbytes for parameter in decoder.parameters())
     scale = all_bytes / sum(matrix.nbytes for matrix in matrices)
@@ -143,28 +179,22 @@ def _rows(
     # Seconds per token: of the whole run, and after the prefill.
     whole, after = ({name: [pair[i] for pair in pairs[name]] for name in pairs} for i in (0, 1))
     place = decoder.config.dim, len(prompt)
-    size, per_step = f"d {place[0]}, batch {place[1]}", "transformers / ours"
+    size, both = f"d {place[0]}, batch {place[1]}", ("transformers", "ours")
     bound = f"share of the bound ({all_bytes / 1e6:.1f} MB of weights), {size}"
     ratio, share = _GOAL_RATIO.get(place), _GOAL_SHARE.get(place)
-    return [
-        Row.paired(
-            f"per step after the prefill, {per_step}, {size}", after, "transformers", "ours", ratio
-        ),
-        Row.paired(
-            f"per step, prefill included, {per_step}, {size}", whole, "transformers", "ours", ratio
-        ),
-        Row.paired(bound, after, "bound", "ours", share),
-    ]
+    yield Row.paired(f"a step after the prefill, {size}", after, *both, ratio)
+    yield Row.paired(f"a step, prefill included, {size}", whole, *both, ratio)
+    yield Row.paired(bound, after, "bound", "ours", share)
 
 
 def _time_ours(decoder: Decoder, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    started = time.perf_counter()
+    started = time.process_time()
     steps = stream(decoder, prompt, max_new_tokens=new_tokens)
     next(steps)
-    first = time.perf_counter()
+    first = time.process_time()
     for _ in steps:
         pass
-    ended = time.perf_counter()
+    ended = time.process_time()
     return (ended - started) / new_tokens, (ended - first) / (new_tokens - 1)
 
 
@@ -172,10 +202,10 @@ def _time_llama(llama: Any, prompt: Tensor, new_tokens: int) -> tuple[float, flo
     moments: list[float] = []
 
     def note(_: Tensor, scores: Tensor) -> Tensor:
-        moments.append(time.perf_counter())
+        moments.append(time.process_time())
         return scores
 
-    started = time.perf_counter()
+    started = time.process_time()
     with torch.inference_mode():
         llama.generate(
             prompt,
@@ -184,7 +214,7 @@ def _time_llama(llama: Any, prompt: Tensor, new_tokens: int) -> tuple[float, flo
             do_sample=False,
             logits_processor=LogitsProcessorList([note]),
         )
-    ended = time.perf_counter()
+    ended = time.process_time()
     assert len(moments) == new_tokens, (len(moments), new_tokens)
     return (ended - started) / new_tokens, (ended - moments[0]) / (new_tokens - 1)
 
@@ -193,19 +223,17 @@ def _time_bound(matrices: list[Tensor], new_tokens: int, scale: float) -> tuple[
     """Walk over all matrices, once per new token."""
     vectors = {matrix.size(1): torch.randn(matrix.size(1)) for matrix in matrices}
     with torch.inference_mode():
-        started = time.perf_counter()
+        started = time.process_time()
         for _ in range(new_tokens):
             for matrix in matrices:
                 torch.mv(matrix, vectors[matrix.size(1)])
-        per_token = scale * (time.perf_counter() - started) / new_tokens
+        per_token = scale * (time.process_time() - started) / new_tokens
     return per_token, per_token
 
 
-def measure_schedules(*, quick: bool, say: Callable[[str], None]) -> Report:
+def schedules(setup: Setup) -> Iterator[Row]:
     """Measure milliseconds per token under several iteration schedules."""
-    layers, vocabulary, prompt_tokens, new_tokens = (
-        (4, 256, 8, 6) if quick else (12, 8192, 128, 128)
-    )
+    layers, vocabulary, prompt_tokens, new_tokens = _QUICK if setup.is_toy else _FULL
     few = max(1, layers // 4)
     fitted = {
         "r = 0": IterationSchedule.uniform(layers, 0),
@@ -213,50 +241,40 @@ def measure_schedules(*, quick: bool, say: Callable[[str], None]) -> Report:
         **{f"r = {r}": IterationSchedule.uniform(layers, r) for r in (1, 2, 3)},
     }
     concentrated = {  # As many evaluations as `r = 1`.
-        "few": IterationSchedule((0,) * (layers - few) + (layers // few,) * few),
-        "one": IterationSchedule((0,) * (layers - 1) + (layers,)),
+        "few layers": IterationSchedule((0,) * (layers - few) + (layers // few,) * few),
+        "one layer": IterationSchedule((0,) * (layers - 1) + (layers,)),
     }
+    yield Row(
+        what=f"IIET, {layers} layers, {SHAPE}, vocabulary {vocabulary}, tied head; batch 1 after a "
+        f"prompt of {prompt_tokens} tokens, {new_tokens} tokens each, in turns token by token"
+    )
     counts = [schedule.num_evaluations for schedule in fitted.values()]
-    rows: list[Row] = []
-    checks: list[str] = []
-    for dim in (64,) if quick else (256, 512):
-        say(f"schedules: d {dim}")
+    for dim in (64,) if setup.is_toy else (256, 512):
         # Two more tokens: the warm-up and a spare one.
         config = shaped_config(dim, layers, vocabulary, prompt_tokens + new_tokens + 2)
-        decoder, schedules = fresh_decoder(config).eval(), fitted | concentrated
-        decoders = {name: decoder.with_schedule(each) for name, each in schedules.items()}
-        what = f"logits of a cached step and the full forward, {len(schedules)} schedules, d {dim},"
-        checks.append(checked(what, max(map(_cached_difference, decoders.values())), _TOLERANCE))
+        decoder, named = fresh_decoder(config).eval(), fitted | concentrated
+        decoders = {name: decoder.with_schedule(each) for name, each in named.items()}
+        what = f"logits of a cached step and the full forward, {len(named)} schedules, d {dim},"
+        yield checked(what, max(map(_cached_difference, decoders.values())), _TOLERANCE)
         tasks = {name: _token_step(one, prompt_tokens) for name, one in decoders.items()}
         seconds = take_turns(tasks, repetitions=new_tokens)
         for name, count in zip(fitted, counts, strict=True):
-            each = [value / count for value in seconds[name]]
-            token = Quantity.milliseconds("token", seconds[name])
-            both = token, Quantity.milliseconds("per evaluation", each)
-            rows.append(Row(what=f"d {dim}, {name}: {count} evaluations", quantities=both))
+            each = milliseconds([value / count for value in seconds[name]])
+            token = {"token (ms)": milliseconds(seconds[name]), "evaluation (ms)": each}
+            yield Row(what=f"d {dim}, {name}: {count} evaluations", figures=token)
         medians = [1e3 * statistics.median(seconds[name]) for name in fitted]
         slope, start = statistics.linear_regression(counts, medians)
         residuals = [abs(start + slope * x - y) / y for x, y in zip(counts, medians, strict=True)]
-        rows.append(
-            Row(
-                what=f"d {dim}, line through {len(fitted)} schedules: largest relative residual",
-                quantities=(
-                    Quantity.one("start", start, "ms"),
-                    Quantity.one("per evaluation", slope, "ms"),
-                ),
-                ratio=Spread.of([max(residuals)]),
-                goal=None if quick else _GOAL_LINE,
-            )
+        line: dict[str, Figure] = {"start (ms)": start, "per evaluation (ms)": slope}
+        yield Row(
+            what=f"d {dim}, line through {len(fitted)} schedules: largest relative residual",
+            figures={**line, RATIO: Spread.of([max(residuals)])},
+            goal=None if setup.is_toy else _GOAL_LINE,
         )
         for name, schedule in concentrated.items():
             what = f"d {dim}, {schedule.num_evaluations} evaluations, corrections on {name}"
-            times = {f"on {name}": seconds[name], "on all": seconds["r = 1"]}
-            rows.append(Row.paired(f"{what} ({schedule}) / on all", times, f"on {name}", "on all"))
-    setting = (
-        f"IIET, {layers} layers, {SHAPE}, vocabulary {vocabulary}, tied head; batch 1 after a "
-        f"prompt of {prompt_tokens} tokens, {new_tokens} tokens each, in turns token by token"
-    )
-    return Report(title="schedules", setting=setting, rows=rows, checks=checks)
+            times = {"there": seconds[name], "on all": seconds["r = 1"]}
+            yield Row.paired(f"{what} ({schedule})", times, "there", "on all")
 
 
 @torch.inference_mode()

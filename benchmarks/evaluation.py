@@ -13,9 +13,8 @@ environment variable `IIET_BENCHMARK_TASKS` names a folder with lm-eval's files 
 from __future__ import annotations
 
 import os
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,12 @@ from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 
 from benchmarks.decoding import llama_of
-from benchmarks.report import Goal, Quantity, Report, Row, checked
+from benchmarks.report import RATIO, Goal, Row, checked
+from benchmarks.runner import Setup
 from benchmarks.shape import fresh_decoder, shaped_config
 from benchmarks.timing import Spread, paired_ratio, take_turns
 from iiet import published_from_decoder
 from iiet.exporting import export, fast_tokenizer
-from orchestrator.data.preparation import prepare
 from orchestrator.data.store import open_tokens
 from orchestrator.evaluation.adapter import DecoderModel, run_task, suppress_output
 from orchestrator.evaluation.heldout import heldout_folder, read_suite
@@ -38,7 +37,6 @@ from orchestrator.models.open import open_model
 from orchestrator.records.evaluation import STDERR_SUFFIX, TaskResult
 from orchestrator.settings import DataSettings
 from orchestrator.terminal.progress import Progress
-from orchestrator.workspace.layout import open_workspace
 
 _OFFICIAL_VARIABLE = "IIET_BENCHMARK_TASKS"
 _OFFICIAL_NAMES = {
@@ -71,46 +69,34 @@ _QUICK = _Size(
 )  # fmt: skip
 
 
-def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
-    """Measure items per second of both programs; `quick`: of the held-out suite only."""
-    size = _QUICK if quick else _Size()
-    rows: list[Row] = []
-    checks: list[str] = []
-    given = None if quick else os.environ.get(_OFFICIAL_VARIABLE)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        data = DataSettings(vocab_size=size.vocab_size, max_documents=size.max_documents)
-        tokens = prepare(data, open_workspace(folder / "workspace"), Progress())
-        heldout = heldout_folder(
-            tokens,
-            num_items=size.num_items,
-            context_length=size.context_length,
-            make=Progress(),
-        )
-        compared = {name: [task] for name, task in _OFFICIAL_NAMES.items()} if given else {}
-        compared["held-out suite"] = list((read_suite(heldout) or {})["tasks"])
-        selection = TaskSelection(
-            names=tuple(task for tasks in compared.values() for task in tasks),
-            folders=(Path(given),) if given else (),
-            heldout=heldout,
-        )
-        suite = load_suite(selection)
-        for kind, layers in size.num_layers.items():
-            say(f"evaluation: {kind}")
-            pair = _Pair(_save_model(kind, size, tokens, folder / kind), suite, size)
-            for name, tasks in compared.items():
-                say(f"evaluation: {kind}, {name}")
-                shape = f"{layers} layers" + (", r = 2" if kind == "iiet" else "")
-                row, check = pair.compare(f"{name}, {kind} ({shape})", tasks)
-                rows.append(row)
-                checks.append(check)
-        vocab_size = open_tokens(tokens).vocab_size
-    setting = (
-        f"width {size.dim}, vocabulary {vocab_size:,}, float32, up to {size.num_items} "
-        f"items per task, lm-eval with the best batch size of {size.batch_sizes}; ratios of CPU "
-        f"seconds; {size.repetitions} repetitions in turns"
+def evaluation(setup: Setup) -> Iterator[Row]:
+    """Measure items per second of both programs; at toy size of the held-out suite only."""
+    size = _QUICK if setup.is_toy else _Size()
+    given = None if setup.is_toy else os.environ.get(_OFFICIAL_VARIABLE)
+    tokens = setup.tokens(
+        DataSettings(vocab_size=size.vocab_size, max_documents=size.max_documents)
     )
-    return Report(title="evaluation", setting=setting, rows=rows, checks=checks)
+    heldout = heldout_folder(
+        tokens, num_items=size.num_items, context_length=size.context_length, make=Progress()
+    )
+    compared = {name: [task] for name, task in _OFFICIAL_NAMES.items()} if given else {}
+    compared["held-out suite"] = list((read_suite(heldout) or {})["tasks"])
+    selection = TaskSelection(
+        names=tuple(task for tasks in compared.values() for task in tasks),
+        folders=(Path(given),) if given else (),
+        heldout=heldout,
+    )
+    suite = load_suite(selection)
+    yield Row(
+        what=f"width {size.dim}, vocabulary {open_tokens(tokens).vocab_size:,}, float32, up to "
+        f"{size.num_items} items per task, lm-eval with the best batch size of {size.batch_sizes};"
+        f" ratios of CPU seconds; {size.repetitions} repetitions in turns"
+    )
+    for kind, layers in size.num_layers.items():
+        pair = _Pair(_save_model(kind, size, tokens, setup.folder / kind), suite, size)
+        for name, tasks in compared.items():
+            shape = f"{layers} layers" + (", r = 2" if kind == "iiet" else "")
+            yield from pair.compare(f"{name}, {kind} ({shape})", tasks)
 
 
 def _save_model(kind: str, size: _Size, tokens: Path, folder: Path) -> Path:
@@ -148,7 +134,7 @@ class _Pair:
                 for batch_size in size.batch_sizes
             }
 
-    def compare(self, what: str, tasks: Sequence[str]) -> tuple[Row, str]:
+    def compare(self, what: str, tasks: Sequence[str]) -> Iterator[Row]:
         """Check that all numbers agree, and measure both programs on some tasks."""
         found = self._ours(tasks)
         times: dict[int, float] = {}
@@ -156,7 +142,7 @@ class _Pair:
             started = time.process_time()
             reference = self._stock(stock, tasks)
             times[batch_size] = time.process_time() - started
-        check = checked(f"numbers of {what}", _largest_difference(found, reference), _TOLERANCE)
+        yield checked(f"numbers of {what}", _largest_difference(found, reference), _TOLERANCE)
         best = self._by_batch_size[min(times, key=times.__getitem__)]
 
         def timed(work: Callable[[], object]) -> tuple[float, float]:
@@ -175,17 +161,13 @@ class _Pair:
         )
         num_items = sum(self._suite.num_items(name, self._size.num_items) for name in tasks)
         cpu, wall = ({name: [pair[i] for pair in pairs[name]] for name in pairs} for i in (0, 1))
-        row = Row(
-            what=f"lm-eval / ours, {what}",
-            quantities=tuple(
-                Quantity(f"{name}, {clock}", Spread.of([num_items / t for t in each]), "items/s")
-                for clock, seconds in (("cpu", cpu), ("wall", wall))
-                for name, each in seconds.items()
-            ),
-            ratio=paired_ratio(cpu["lm-eval"], cpu["ours"]),
-            goal=self._size.goal,
-        )
-        return row, check
+        speeds = {
+            f"{name}, {clock} (items/s)": Spread.of([num_items / t for t in each])
+            for clock, seconds in (("cpu", cpu), ("wall", wall))
+            for name, each in seconds.items()
+        }
+        ratio = paired_ratio(cpu["lm-eval"], cpu["ours"])
+        yield Row(what=what, figures={**speeds, RATIO: ratio}, goal=self._size.goal)
 
     def _ours(self, tasks: Sequence[str]) -> dict[str, TaskResult]:
         model, limit = DecoderModel(self._decoder, self._tokenizer), self._size.num_items

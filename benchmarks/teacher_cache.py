@@ -12,7 +12,6 @@ Stored outputs must give a bitwise equal loss before anything is timed.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
@@ -21,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.report import Goal, Report, Row, checked
+from benchmarks.report import Goal, Row, checked
+from benchmarks.runner import Setup
 from benchmarks.shape import fresh_decoder, random_tokens, shaped_config
 from benchmarks.timing import stopwatch, take_turns
 from iiet import Decoder, DistillationConfig, IterationSchedule, distillation_loss
@@ -55,26 +55,19 @@ _FULL = (
 _QUICK = (_Size(dim=32, num_layers=2, vocab_size=64, batch_size=2, num_tokens=16, num_steps=2),)
 
 
-def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
-    """Measure a distillation step with and without a teacher cache."""
-    sizes, repetitions = (_QUICK, 2) if quick else (_FULL, 5)
-    rows: list[Row] = []
-    checks: list[str] = []
-    for size in sizes:
-        say(f"teacher_cache: d {size.dim}")
-        with tempfile.TemporaryDirectory() as folder:
-            found, check = _measure_size(size, Path(folder), repetitions)
-        rows += found
-        checks.append(check)
-    setting = (
-        f"IIET, teacher with {_TEACHER_CORRECTIONS} corrections a layer, heads of 64, ffn 2.75 d, "
-        f"float32, KL at T = 1; a step of loss, backward, clipping and AdamW, {repetitions} "
-        "repetitions in turns; outputs memory-mapped, in the operating system's cache"
+def teacher_cache(setup: Setup) -> Iterator[Row]:
+    """Measure steps of several students with and without a teacher cache."""
+    sizes, repetitions = (_QUICK, 2) if setup.is_toy else (_FULL, 5)
+    yield Row(
+        what=f"IIET, teacher with {_TEACHER_CORRECTIONS} corrections a layer, heads of 64, ffn "
+        f"2.75 d, float32, KL at T = 1; a step of loss, backward, clipping and AdamW, {repetitions}"
+        " repetitions in turns; outputs memory-mapped, in the operating system's cache"
     )
-    return Report(title="teacher_cache", setting=setting, rows=rows, checks=checks)
+    for size in sizes:
+        yield from _measure_size(size, setup.folder / f"width-{size.dim}", repetitions)
 
 
-def _measure_size(size: _Size, folder: Path, repetitions: int) -> tuple[list[Row], str]:
+def _measure_size(size: _Size, folder: Path, repetitions: int) -> Iterator[Row]:
     shape = size.dim, size.num_layers, size.vocab_size, size.num_tokens
     decoder = fresh_decoder(shaped_config(*shape, schedule=_TEACHER_CORRECTIONS))
     live = frozen_teacher(decoder)
@@ -90,7 +83,7 @@ def _measure_size(size: _Size, folder: Path, repetitions: int) -> tuple[list[Row
 
     differences = [loss(live, _HALF, batch) - loss(stored, _HALF, batch) for batch in batches]
     what = f"losses of a live teacher and its stored outputs, d {size.dim},"
-    check = checked(what, max(abs(each.item()) for each in differences), 0.0)
+    yield checked(what, max(abs(each.item()) for each in differences), 0.0)
 
     def task(teacher: Model, r: int) -> Callable[[], float]:
         coming: Iterator[Tensor] = cycle(batches)
@@ -108,17 +101,10 @@ def _measure_size(size: _Size, folder: Path, repetitions: int) -> tuple[list[Row
     tasks = {f"runs it, {r}": task(live, r) for r in _STUDENTS}
     tasks |= {f"reads it, {r}": task(stored, r) for r in _STUDENTS}
     seconds = take_turns(tasks, repetitions=repetitions)
-    rows = [
-        Row.paired(
-            f"d {size.dim}, step that runs its teacher / reads it: student r = {r}",
-            seconds,
-            f"runs it, {r}",
-            f"reads it, {r}",
-            size.goal if r <= _HALF else None,
-        )
-        for r in _STUDENTS
-    ]
-    return rows, check
+    for r in _STUDENTS:
+        times = {name: seconds[f"{name}, {r}"] for name in ("runs it", "reads it")}
+        goal = size.goal if r <= _HALF else None
+        yield Row.paired(f"d {size.dim}, student r = {r}", times, "runs it", "reads it", goal)
 
 
 def _stored(teacher: Decoder, batches: Tensor, size: _Size, folder: Path) -> CachedTeacher:

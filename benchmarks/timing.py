@@ -3,8 +3,10 @@
 A machine that slows down for a while slows down all tasks of a repetition, so the ratio of two
 tasks within a repetition changes less than their times. Hence `paired_ratio` is the median of such
 ratios over repetitions, not the ratio of two medians. Each repetition starts with another task, so
-that no task always follows the slowest. Medians and quartiles are robust against outliers. The
-clock is an argument for the tests.
+that no task always follows the slowest. Medians and quartiles are robust against outliers.
+
+What only computes is timed by the seconds of its processor, which another program changes less than
+those of the clock; of several threads they add up.
 """
 
 from __future__ import annotations
@@ -63,8 +65,8 @@ def take_turns(
     return results
 
 
-def stopwatch(task: Callable[[], object], clock: Clock = time.perf_counter) -> Callable[[], float]:
-    """Return a task that runs another and returns its seconds."""
+def stopwatch(task: Callable[[], object], clock: Clock = time.process_time) -> Callable[[], float]:
+    """Return a task that runs another and returns its seconds, of its processor by default."""
 
     def timed() -> float:
         started = clock()

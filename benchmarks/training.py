@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import random
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, pairwise
 from pathlib import Path
@@ -23,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.report import Goal, Quantity, Report, Row, checked
+from benchmarks.report import RATIO, Goal, Row, checked, milliseconds
+from benchmarks.runner import Setup
 from benchmarks.shape import shaped_config
 from benchmarks.timing import paired_ratio, take_turns
 from iiet.batch import Batch
@@ -61,29 +61,20 @@ _INTERVAL = 200
 """Steps between checkpoints for which the share is computed; the recipe's default."""
 
 
-def measure(*, quick: bool, say: Callable[[str], None]) -> Report:
-    """Measure the overhead of the loop.
-
-    `quick`: a tiny size, which only tests the benchmark. `say` reports progress.
-    """
-    size, repetitions = (_QUICK, 2) if quick else (_FULL, 4)
-    with tempfile.TemporaryDirectory() as folder:
-        runs = _Runs(size, Path(folder))
-        say("training: bare loop and whole loop")
-        pairs = zip(runs.ours().losses, runs.bare().losses, strict=True)
-        largest = max(abs(a - b) for a, b in pairs)
-        checks = [checked("losses of the whole loop and of a bare one", largest, 0.0)]
-        rows = _rows(runs, repetitions, has_goals=not quick)
-    setting = (
-        f"IIET r = 1, d {size.dim}, {size.num_layers} layers, vocabulary {size.vocab_size}, "
+def training(setup: Setup) -> Iterator[Row]:
+    """Measure the overhead of the loop."""
+    size, repetitions = (_QUICK, 2) if setup.is_toy else (_FULL, 4)
+    runs = _Runs(size, setup.folder)
+    yield Row(
+        what=f"IIET r = 1, d {size.dim}, {size.num_layers} layers, vocabulary {size.vocab_size}, "
         f"{size.num_sequences} x {size.context_length} tokens a step, float32, runs of "
         f"{size.num_steps} steps in turns, {repetitions} repetitions; a step is from one report of "
         "the loss to the next, without validation"
     )
-    return Report(title="training", setting=setting, rows=rows, checks=checks)
+    pairs = zip(runs.ours().losses, runs.bare().losses, strict=True)
+    largest = max(abs(a - b) for a, b in pairs)
+    yield checked("losses of the whole loop and of a bare one", largest, 0.0)
 
-
-def _rows(runs: _Runs, repetitions: int, *, has_goals: bool) -> list[Row]:
     tasks: dict[str, Callable[[], _Steps]] = {
         "whole": runs.ours,
         "bare": runs.bare,
@@ -91,28 +82,24 @@ def _rows(runs: _Runs, repetitions: int, *, has_goals: bool) -> list[Row]:
     }
     found = take_turns(tasks, repetitions=repetitions)
     step = {name: [run.median for run in found[name]] for name in tasks}
+    overhead, batch = (None if setup.is_toy else Goal("at most", limit) for limit in (1.03, 0.01))
+    yield Row.paired("a step of the whole loop, of a bare one", step, "whole", "bare", overhead)
     # The last checkpoint comes after the last step's report.
-    num_saved = (runs.size.num_steps - 1) // _CHECKPOINT_EVERY
+    num_saved = (size.num_steps - 1) // _CHECKPOINT_EVERY
     stalls = [
         (sum(saving.seconds) - sum(whole.seconds)) / num_saved
         for saving, whole in zip(found["saving"], found["whole"], strict=True)
     ]
     interval = [_INTERVAL * seconds for seconds in step["whole"]]
     with_save = [a + max(stall, 0.0) for a, stall in zip(interval, stalls, strict=True)]
+    yield Row(
+        what=f"{_INTERVAL} steps with one checkpoint / without",
+        figures={
+            "checkpoint (ms)": milliseconds(stalls), RATIO: paired_ratio(with_save, interval)
+        },
+    )  # fmt: skip
     step["batch"] = [runs.loading() for _ in range(repetitions)]
-    overhead, batch = (Goal("at most", limit) if has_goals else None for limit in (1.03, 0.01))
-    stall = Quantity.milliseconds("checkpoint", stalls)
-    return [
-        Row.paired(
-            "a step of the whole loop / of a bare PyTorch loop", step, "whole", "bare", overhead
-        ),
-        Row(
-            what=f"{_INTERVAL} steps with one checkpoint / without",
-            quantities=(stall, Quantity.milliseconds("whole", step["whole"])),
-            ratio=paired_ratio(with_save, interval),
-        ),
-        Row.paired("a step's batch from the tokens / the step", step, "batch", "whole", batch),
-    ]
+    yield Row.paired("a step's batch from the tokens, the step", step, "batch", "whole", batch)
 
 
 @dataclass(frozen=True)

@@ -1,61 +1,93 @@
-"""The benchmarks run, check what they compare, and judge goals correctly; times are not tested."""
+"""The benchmarks run at toy size, check what they compare, and judge correctly.
+
+Times are not tested. Sections of a GPU machine run on a CPU; verdicts follow from their rows.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from gguf_files import tiny_llama, write_llama
 
-from benchmarks.__main__ import BENCHMARKS, main
+from benchmarks.__main__ import CPU_SECTIONS, GPU_SECTIONS, main
+from benchmarks.gpu import training
 from benchmarks.mix import StepSize, largest_difference
-from benchmarks.report import Goal, Quantity, Row, checked
+from benchmarks.report import RATIO, Goal, Row, SectionResult, checked, to_dict, to_markdown
+from benchmarks.runner import Section, Setup, Skipped, run_in_process, run_section
 from benchmarks.timing import Spread, paired_ratio, stopwatch, take_turns
 
-START_PROCESSES = ("mix", "training", "evaluation", "sweep")
+LONG = ("cpu training", "cpu evaluation", "cpu sweep", "gpu evaluation")
+LONG += ("gpu resume", "gpu node", "gpu sweep")
+"""Sections that train much, or start processes."""
+SECTIONS = {f"cpu {name}": section for name, section in CPU_SECTIONS.items()}
+SECTIONS |= {f"gpu {name}": section for name, section in GPU_SECTIONS.items()}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    return Setup(is_toy=True, folder=tmp_path_factory.mktemp("report"))
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.long] * (n in START_PROCESSES)) for n in BENCHMARKS]
+    "name", [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in SECTIONS]
 )
-def test_a_quick_run_checks_measures_and_stores(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_section_checks_and_measures_at_toy_size(name: str, toy: Setup) -> None:
+    result = run_section(SECTIONS[name], toy)
+    assert (result.status, result.problems) == ("passed", []), result.details
+    measured = [row for row in result.rows if row.figures]
+    assert measured
+    assert all(row.met is None for row in measured), "a tiny size has no goal"
+    if name.startswith("cpu"):
+        checks = [row for row in result.rows if row.what.startswith("checked: ")]
+        assert checks, "nothing was checked to be equal"
+        for spread in (row.figures[RATIO] for row in measured if RATIO in row.figures):
+            assert isinstance(spread, Spread)
+            assert 0 < spread.low <= spread.median <= spread.high < math.inf
+
+
+@pytest.mark.slow
+def test_the_command_measures_a_file_and_writes_both_reports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, more = tmp_path / "numbers.json", []
-    if name == "decoding":
-        more = ["--gguf", str(write_llama(tmp_path / "tiny.gguf", tiny_llama()))]
-    assert main([name, "--quick", "--json", str(file), *more]) == 0
-    stored = json.loads(file.read_text())
-    assert (stored["quick"], stored["machine"]["threads"]) == (True, 1)
-    [report] = stored["benchmarks"].values()
-    assert report["checks"], "nothing was checked to be equal"
-    assert report["rows"]
-    for row in report["rows"]:
-        assert (row["goal"], row["met"]) == (None, None), "a tiny size has no goal"
-        for quantity in row["quantities"]:
-            spread = quantity["spread"]
-            assert spread["low"] <= spread["median"] <= spread["high"]
-        if row["ratio"] is not None:
-            assert 0 < row["ratio"]["low"] <= row["ratio"]["high"] < math.inf
-    if name == "decoding":
-        assert "2 layers, weights of tiny.gguf" in report["setting"]
-    assert report["setting"][:40] in capsys.readouterr().out
+    file = write_llama(tmp_path / "tiny.gguf", tiny_llama())
+    assert main(["decoding", "--quick", "--gguf", str(file), "--to", str(tmp_path)]) == 0
+    stored = json.loads((tmp_path / "cpu-report.json").read_text())
+    [section] = stored["sections"]
+    assert (section["name"], section["status"]) == ("decoding", "passed")
+    assert (stored["machine"]["torch"], stored["machine"]["PyTorch threads"]) == (
+        torch.__version__,
+        1,
+    )
+    report, said = (tmp_path / "cpu-report.md").read_text(), capsys.readouterr().out
+    assert "| [decoding](#decoding) |" in report
+    for text in (report, said):
+        assert "2 layers, weights of tiny.gguf" in text
+    assert main(["parity", "--gpu", "--quick", "--to", str(tmp_path)]) == 0
+    assert "tiny: the figures mean nothing" in (tmp_path / "gpu-report.md").read_text()
 
 
 def test_mistakes_are_named_before_anything_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for arguments, words in (
-        (["mixx"], ("mixx", *BENCHMARKS)),
+    cases = [
+        (["mixx"], ("mixx", *CPU_SECTIONS)),
+        (["--gpu", "--quick", "sped"], ("sped", *GPU_SECTIONS)),
         (["--threads", "0"], ("--threads", "0")),
-        (["--json", str(tmp_path / "missing" / "file.json")], ("--json", "missing")),
+        (["--to", str(tmp_path / "missing")], ("--to", "missing")),
         (["decoding", "--gguf", str(tmp_path / "missing.gguf")], ("--gguf", "no such file")),
         (["mix", "--gguf", str(Path(__file__))], ("benchmarks decoding --gguf",)),
-    ):
+    ]
+    if not torch.cuda.is_available():
+        cases.append((["--gpu"], ("CUDA", "--gpu --quick")))
+    for arguments, words in cases:
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
@@ -85,7 +117,6 @@ def test_turns_rotate_and_paired_ratios_ignore_a_machine_that_slows_down() -> No
 
 
 def test_a_goal_judges_the_median() -> None:
-    one = Quantity("one", Spread.of([1.0]), "ms")
     for goal, met in (
         (Goal("at most", 0.6), True),
         (Goal("at most", 0.59), False),
@@ -93,12 +124,13 @@ def test_a_goal_judges_the_median() -> None:
         (Goal("at least", 0.61), False),
         (None, None),
     ):
-        row = Row(what="", quantities=(one,), ratio=Spread(0.6, 0.1, 0.9), goal=goal)
+        row = Row(what="", figures={RATIO: Spread(0.6, 0.1, 0.9)}, goal=goal)
         assert row.met is met
+        assert ("missed" in row.verdict) == (met is False)
 
 
 def test_programs_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "1.0e-12" in checked("a and b", 1e-12, 1e-9)
+    assert "1.0e-12" in checked("a and b", 1e-12, 1e-9).what
     for difference in (1e-6, math.nan, math.inf):
         with pytest.raises(ArithmeticError, match="a and b differ"):
             checked("a and b", difference, 1e-9)
@@ -109,3 +141,98 @@ def test_programs_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> 
         lambda weights, stacked, dims: torch.einsum("k,k...->...", weights.flip(0), stacked),
     )
     assert largest_difference(size, "stacked") > 1e-3
+
+
+def test_a_gradient_that_differs_fails_the_section(
+    toy: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = training.model_outputs
+    calls = iter(range(100))
+
+    def spoiled(*arguments: object, **options: object) -> training.Outputs:
+        outputs = computed(*arguments, **options)  # type: ignore[arg-type]
+        is_bf16_of_vanilla = next(calls) == 2
+        return outputs._replace(gradient=-outputs.gradient) if is_bf16_of_vanilla else outputs
+
+    monkeypatch.setattr(training, "model_outputs", spoiled)
+    result = run_section(GPU_SECTIONS["parity"], toy)
+    assert result.status == "failed"
+    assert result.problems == ["vanilla, bf16: wrong gradient"]
+
+
+def section(measure: object) -> Section:
+    return Section(measure, limit_minutes=1, question="?")  # type: ignore[arg-type]
+
+
+def failing(_: Setup) -> Iterator[Row]:
+    yield Row(what="first", figures={"value": 1.0})
+    raise RuntimeError("an illegal memory access\nand a long explanation")
+
+
+def skipping(_: Setup) -> Iterator[Row]:
+    raise Skipped("needs 2 GPUs, and this machine has 1")
+    yield
+
+
+def killed(_: Setup) -> Iterator[Row]:
+    yield Row(what="first", figures={"value": 1.0})
+    print("a last word", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_was_found_before_an_error_is_kept_and_a_skipped_section_says_why(toy: Setup) -> None:
+    result = run_section(section(failing), toy)
+    assert [row.what for row in result.rows] == ["first"]
+    assert result.status == "failed"
+    assert result.reasons == ["RuntimeError: an illegal memory access"]
+    assert "Traceback" in result.details
+    result = run_section(section(skipping), toy)
+    assert (result.status, result.reasons) == ("skipped", ["needs 2 GPUs, and this machine has 1"])
+
+
+@pytest.mark.slow
+def test_a_section_whose_process_dies_or_takes_too_long_keeps_what_it_found(toy: Setup) -> None:
+    result = run_in_process(section(killed), toy)
+    assert [row.what for row in result.rows] == ["first"]
+    assert result.reasons == ["its process ended with exit code -9"]
+    assert "a last word" in result.details
+    result = run_in_process(GPU_SECTIONS["parity"], toy, limit_seconds=0.2)
+    assert result.status == "failed"
+    assert "took longer than" in result.reasons[-1]
+
+
+def test_waits_are_counted_by_step_and_place() -> None:
+    text = "called a synchronizing CUDA operation"
+    with training.counted_waits() as (steps, end_step):
+        for number in (2, 0, 3):
+            for _ in range(number):
+                warnings.warn(text, stacklevel=1)
+            warnings.warn("another warning", stacklevel=1)
+            end_step()
+    assert [step.total() for step in steps] == [2, 0, 3]
+    [(place, count)] = steps[2].items()
+    assert place.startswith(f"{Path(__file__).name}:")
+    assert count == 3
+
+
+def test_the_report_shows_verdicts_first_and_every_problem() -> None:
+    rows = (
+        Row(what="a", figures={"ms": 12.345, "GB/s": 2345.6}),
+        Row(what="b", figures={"ms": 1.0}, problem="too | slow"),
+        Row(what="c", skipped="no memory"),
+        Row(what="d", figures={"nats": 0.5, "bits": math.nan}),
+    )
+    result = SectionResult(name="speed", question="How fast?", rows=rows, seconds=3.2)
+    text = to_markdown([result], {"name": "A card", "driver": "1.2"})
+    lines = text.splitlines()
+    assert lines[0] == "# Report of A card"
+    verdict = next(line for line in lines if line.startswith("| [speed](#speed)"))
+    assert "| failed | 3 |" in verdict
+    assert "b: too \\| slow" in verdict
+    assert "| a | 12.3 | 2,346 |  |" in lines
+    assert "| b | 1 | failed |" in lines
+    assert "- c: not measured, no memory" in lines
+    assert "| d | 0.5 | nan |  |" in lines, "other columns are another table"
+    [stored] = to_dict([result], {})["sections"]
+    assert (stored["status"], stored["problems"]) == ("failed", ["b: too | slow"])
+    assert "NaN" not in json.dumps(stored), "JSON has no such number"

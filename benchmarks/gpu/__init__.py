@@ -1,7 +1,12 @@
 """The first hour on a GPU machine: does everything work there, and how fast is it?
 
-`python -m benchmarks.gpu` runs its sections, each in a process of its own, and writes one report.
-Unlike the other benchmarks, sections judge what they find: correct results must be equal within a
-stated tolerance, and figures are compared with the plan or a bound. On a CPU at toy size
-(`--device cpu --size toy`) only the program itself is tested.
+`python -m benchmarks --gpu` runs these sections. Unlike the others they judge what they find:
+correct results must be equal within a stated tolerance, and figures are compared with the plan or a
+bound. With `--quick` on a machine without a GPU only the sections themselves are tested.
 """
+
+TOY_MODEL = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 64, "vocab_size": 400}
+ROUNDED_LOSS = 2e-2
+"""Largest difference of losses, in nats, of trainings that differ by bf16's rounding."""
+NUM_COMPARED = 10
+"""First steps whose losses are compared one by one: later, rounding has been amplified."""

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.report import TOY_MODEL, Figure, Finding, Setup, problem_unless
+from benchmarks.gpu import TOY_MODEL
 from benchmarks.gpu.training import training_job
+from benchmarks.report import Figure, Row, problem_unless
+from benchmarks.runner import Setup
 from benchmarks.shape import largest_regret
 from iiet.config import preset
 from iiet.cost import inference_cost
@@ -27,7 +29,7 @@ REGRET_TOLERANCE = 0.1
 """By how much the logit of a decoded token may be below the largest: bf16 rounds by about 0.01."""
 
 
-def decoding(setup: Setup) -> Iterator[Finding]:
+def decoding(setup: Setup) -> Iterator[Row]:
     """Time decoding under r = 0 and r = 3 for each size, and the reading of its weights.
 
     Tokens are decoded as `generate` does it, by CUDA graphs on a GPU, and must be those that the
@@ -37,7 +39,7 @@ def decoding(setup: Setup) -> Iterator[Finding]:
     """
     device = setup.world.device
     bandwidth = _bytes_per_second(device, 2**22 if setup.is_toy else 2**30)
-    yield Finding(what="memory bandwidth, by copying", figures={"GB/s": bandwidth / 1e9})
+    yield Row(what="memory bandwidth, by copying", figures={"GB/s": bandwidth / 1e9})
     # Eight layers of the largest size show the same as all.
     sizes: dict[str, Any] = {"55m": {}, "340m": {}, "1.3b": {"num_layers": 8}}
     for name, changes in ({"tiny": TOY_MODEL} if setup.is_toy else sizes).items():
@@ -47,7 +49,7 @@ def decoding(setup: Setup) -> Iterator[Finding]:
             decoder = Decoder(config).to(torch.bfloat16).eval()
         new = 8 if setup.is_toy else 128
         regret = largest_regret(decoder, random_prompt(decoder, 1, new), new)
-        yield Finding(
+        yield Row(
             what=f"{label}, decoded tokens",
             figures={"logits below the largest (std)": regret, "tolerance": REGRET_TOLERANCE},
             problem=problem_unless(regret, REGRET_TOLERANCE, "they are not the full forward's"),
@@ -55,7 +57,7 @@ def decoding(setup: Setup) -> Iterator[Finding]:
         yield from _decoded(setup, label, decoder, bandwidth)
 
 
-def _decoded(setup: Setup, label: str, decoder: Decoder, bandwidth: float) -> Iterator[Finding]:
+def _decoded(setup: Setup, label: str, decoder: Decoder, bandwidth: float) -> Iterator[Row]:
     prompt, new, repetitions = (8, 8, 3) if setup.is_toy else (128, 128, 7)
     none = decoder.schedule.none(decoder.config.num_layers)
     decoders = {"r = 0": decoder.with_schedule(none), f"r = {CORRECTIONS}": decoder}
@@ -79,7 +81,7 @@ def _decoded(setup: Setup, label: str, decoder: Decoder, bandwidth: float) -> It
             added = evaluations - before[1]
             figures["us/correction"] = 1e3 * (milliseconds - before[0]) / added
         before = milliseconds, evaluations
-        yield Finding(what=f"{label}, {name}", figures=figures)
+        yield Row(what=f"{label}, {name}", figures=figures)
 
 
 def _bytes_per_second(device: str, num_bytes: int) -> float:
@@ -113,7 +115,7 @@ class _Timer(Progress):
         return self._ended - self._started
 
 
-def evaluation(setup: Setup) -> Iterator[Finding]:
+def evaluation(setup: Setup) -> Iterator[Row]:
     """Evaluate one model, trained for a few steps, by `orchestrator.evaluate` in both precisions.
 
     The time is that of the tasks: without loading the model and opening MLflow's store. Accuracies
@@ -146,7 +148,7 @@ def evaluation(setup: Setup) -> Iterator[Finding]:
         difference = abs(quality["bits_per_byte"] - exact["bits_per_byte"])
         differ = f"bits per byte differ by {difference:.2g} from those in fp32"
         if what != "warm-up":
-            yield Finding(
+            yield Row(
                 what=what,
                 figures={
                     "items": result.num_items,

@@ -1,4 +1,4 @@
-"""Sections that train in this process: parity, waits for the GPU, compiled steps, speed."""
+"""Sections that train in their own process: parity with the CPU, and speed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.report import (
-    NUM_COMPARED,
-    ROUNDED_LOSS,
-    TOY_MODEL,
-    Figure,
-    Finding,
-    Setup,
-    problem_unless,
-)
+from benchmarks.gpu import NUM_COMPARED, ROUNDED_LOSS, TOY_MODEL
+from benchmarks.report import Figure, Row, problem_unless
+from benchmarks.runner import Setup
 from iiet.batch import Batch
 from iiet.config import ModelConfig, preset
 from iiet.decoder import Decoder
@@ -67,55 +61,6 @@ def training_job(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Steps:
-    """The measurements of a training."""
-
-    losses: list[float]
-    seconds: list[float]
-    """Seconds of each step, validation not included; the first from the call on."""
-    metrics: list[Mapping[str, float]]
-    """What the training reported at each step."""
-    compile_seconds: float
-    compiler_problem: str
-    """Why a training that was to be compiled was not; empty if there was no problem."""
-
-    @property
-    def settled_seconds(self) -> float:
-        """Median seconds of a step in the second half."""
-        return statistics.median(self.seconds[1 + len(self.seconds[1:]) // 2 :])
-
-    def settled(self, metric: str) -> float | None:
-        """Median of a metric in the second half; None if it was not reported."""
-        values = [found[metric] for found in self.metrics if metric in found]
-        return statistics.median(values[len(values) // 2 :]) if values else None
-
-
-def _run_steps(setup: Setup, job: TrainingJob, on_step: Callable[[], None] | None = None) -> _Steps:
-    """Train a job of at least three steps, and delete what it wrote (gigabytes at full size)."""
-    times: list[float] = [time.perf_counter()]
-    metrics: list[Mapping[str, float]] = []
-
-    def report(_: int, numbers: Mapping[str, float]) -> None:
-        # Reported before the validation of the step.
-        if "train/loss" in numbers:
-            times.append(time.perf_counter())
-            metrics.append(numbers)
-            if on_step:
-                on_step()
-
-    run_job(job, world=setup.world, report=report)
-    events = [record for record in read_journal(job.folder)[0] if "name" in record]
-    shutil.rmtree(job.folder)
-    return _Steps(
-        losses=[numbers["train/loss"] for numbers in metrics],
-        seconds=[after - before for before, after in pairwise(times)],
-        metrics=metrics,
-        compile_seconds=sum(e["seconds"] for e in events if e["name"] == "compiled"),
-        compiler_problem="".join(e["text"] for e in events if e["name"] == "not compiled"),
-    )
-
-
 PARITY_TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}
 """Arithmetic to the largest relative error of logits and gradients; their unit in the last place is
 1e-7, 1e-3 and 8e-3. A CPU's bf16 has errors of 0.7 to 1.1 % at these sizes."""
@@ -132,7 +77,7 @@ class Outputs(NamedTuple):
     """Of all parameters, (parameters,)."""
 
 
-def parity(setup: Setup) -> Iterator[Finding]:
+def parity(setup: Setup) -> Iterator[Row]:
     """Compare every method, and a distillation, in every arithmetic of the device.
 
     The CPU's formulas agree with the published code (`tests/iiet/test_parity.py`), so a device that
@@ -159,7 +104,7 @@ def parity(setup: Setup) -> Iterator[Finding]:
             allowed = dict.fromkeys(errors, tolerance) | {"loss": LOSS_SHARE * tolerance}
             # A comparison with NaN is false.
             wrong = [name for name, error in errors.items() if not error <= allowed[name]]
-            yield Finding(
+            yield Row(
                 what=f"{method}{', distilled' if distills else ''}, {kind}",
                 figures={**errors, "tolerance": tolerance},
                 problem=f"wrong {' and '.join(wrong)}" if wrong else None,
@@ -204,13 +149,71 @@ def model_outputs(config: ModelConfig, world: World, kind: str, *, distills: boo
 
 NUM_PASSES = 2
 """Forward and backward passes of one step."""
+MEMORY_TOLERANCE = 0.1
+"""Allowed relative difference of an eager step's peak memory from the plan."""
+USABLE_SHARE = 0.9
+"""Share of the GPU's memory that a plan may take here."""
+_FULL_MODELS = (("vanilla", 0), ("iiet", 1), ("iiet", 3))
+"""Method and corrections."""
+
+
+@dataclass
+class _Steps:
+    """The measurements of a training."""
+
+    losses: list[float]
+    seconds: list[float]
+    """Seconds of each step, validation not included; the first from the call on."""
+    metrics: list[Mapping[str, float]]
+    """What the training reported at each step."""
+    waits: list[Counter[str]]
+    """Where each step waited for the GPU, file and line to number of times."""
+    compile_seconds: float = 0.0
+    compiler_problem: str = ""
+    """Why a training that was to be compiled was not; empty if there was no problem."""
+
+    @property
+    def settled_seconds(self) -> float:
+        """Median seconds of a step in the second half."""
+        return statistics.median(self.seconds[1 + len(self.seconds[1:]) // 2 :])
+
+    def settled(self, metric: str) -> float | None:
+        """Median of a metric in the second half; None if it was not reported."""
+        values = [found[metric] for found in self.metrics if metric in found]
+        return statistics.median(values[len(values) // 2 :]) if values else None
+
+
+def _run_steps(setup: Setup, job: TrainingJob) -> _Steps:
+    """Train a job of at least three steps, and delete what it wrote (gigabytes at full size)."""
+    times: list[float] = [time.perf_counter()]
+    metrics: list[Mapping[str, float]] = []
+    with counted_waits() as (waits, end_step):
+
+        def report(_: int, numbers: Mapping[str, float]) -> None:
+            # Reported before the validation of the step.
+            if "train/loss" in numbers:
+                times.append(time.perf_counter())
+                metrics.append(numbers)
+                end_step()
+
+        run_job(job, world=setup.world, report=report)
+    losses = [numbers["train/loss"] for numbers in metrics]
+    steps = _Steps(losses, [after - before for before, after in pairwise(times)], metrics, waits)
+    for event in read_journal(job.folder)[0]:
+        if event.get("name") == "compiled":
+            steps.compile_seconds += event["seconds"]
+        elif event.get("name") == "not compiled":
+            steps.compiler_problem += event["text"]
+    shutil.rmtree(job.folder)
+    return steps
 
 
 @contextmanager
 def counted_waits() -> Iterator[tuple[list[Counter[str]], Callable[[], None]]]:
     """Count the operations of a block that wait for the GPU (`.item()`, a blocking copy).
 
-    PyTorch warns of them and names the line of Python; waits inside libraries are not seen.
+    PyTorch warns of them and names the line of Python; waits inside libraries are not seen. While
+    the host waits it starts no kernels, and the GPU is idle after the wait.
 
     Yields:
         Where each step waited, file and line to number of times; and a function that ends a step.
@@ -239,91 +242,14 @@ def counted_waits() -> Iterator[tuple[list[Counter[str]], Callable[[], None]]]:
                 torch.cuda.set_sync_debug_mode(before)
 
 
-def _fifty_steps(setup: Setup, name: str, **recipe: Any) -> TrainingJob:
-    toy = preset("tiny", **TOY_MODEL, schedule=1, context_length=32)
-    model, sequences = (toy, 4) if setup.is_toy else (preset("55m"), 8)
-    return training_job(
-        setup,
-        name,
-        model,
-        num_steps=6 if setup.is_toy else 50,
-        num_tokens_per_step=sequences * model.context_length,
-        num_sequences_per_pass=sequences // NUM_PASSES,
-        **recipe,
-    )
-
-
-def synchronizations(setup: Setup) -> Iterator[Finding]:
-    """Count the waits of each step of an eager training, against passes + 1.
-
-    While the host waits for the GPU it starts no kernels, and the GPU is idle after the wait. The
-    loop reads the numbers of a step once; the limit allows one wait more for each pass.
-    """
-    allowed = NUM_PASSES + 1
-    with counted_waits() as (waits, end_step):
-        steps = _run_steps(setup, _fifty_steps(setup, "waits"), on_step=end_step)
-    what = f"{len(steps.losses)} steps of {NUM_PASSES} passes"
-    if setup.device == "cpu":
-        yield Finding(what=what, skipped="the CPU has no queue to wait for; the steps ran")
-        return
-    # The first step allocates and loads kernels.
-    most = max(waits[1:], key=Counter.total)
-    yield Finding(
-        what=what,
-        figures={
-            "waits of a step, most": most.total(),
-            "allowed": allowed,
-            "first step": waits[0].total(),
-            "where": ", ".join(f"{place} ({count})" for place, count in most.most_common(8)),
-        },
-        problem=problem_unless(
-            most.total(), allowed, f"{most.total()} waits in a step, allowed are {allowed}"
-        ),
-    )
-
-
-def compiled(setup: Setup) -> Iterator[Finding]:
-    """Compare losses and speed of the same steps, eager and compiled."""
-    eager = _run_steps(setup, _fifty_steps(setup, "eager", compile=False))
-    times = {"first step (s)": eager.seconds[0], "step (ms)": 1e3 * eager.settled_seconds}
-    yield Finding(what="eager", figures=times)
-    fast = _run_steps(setup, _fifty_steps(setup, "compiled", compile=True))
-    if fast.compiler_problem:
-        yield Finding(what="compiled", problem=fast.compiler_problem)
-        return
-    times = {
-        "first step (s)": fast.seconds[0],
-        "step (ms)": 1e3 * fast.settled_seconds,
-        "compile time (s)": fast.compile_seconds,
-        "eager / compiled": eager.settled_seconds / fast.settled_seconds,
-    }
-    yield Finding(what="compiled", figures=times)
-    differences = [abs(a - b) for a, b in zip(eager.losses, fast.losses, strict=True)]
-    tolerance = ROUNDED_LOSS if setup.precision == "bf16" else 1e-3
-    mean = statistics.fmean(differences)
-    yield Finding(
-        what="losses, compiled - eager",
-        figures={
-            "mean difference (nats)": mean,
-            f"largest of the first {NUM_COMPARED}": max(differences[:NUM_COMPARED]),
-            "tolerance": tolerance,
-        },
-        problem=problem_unless(mean, tolerance, f"they differ by {mean:.2g} nats on average"),
-    )
-
-
-MEMORY_TOLERANCE = 0.1
-"""Allowed relative difference of an eager step's peak memory from the plan."""
-USABLE_SHARE = 0.9
-"""Share of the GPU's memory that a plan may take here."""
-
-
-def speed(setup: Setup) -> Iterator[Finding]:
-    """Train each size for some steps, eagerly and compiled: tokens/s, MFU, and peak memory.
+def speed(setup: Setup) -> Iterator[Row]:
+    """Train each size for some steps, eagerly and compiled: tokens/s, MFU, waits, peak memory.
 
     The plan (`orchestrator/planning/training_memory.py`) counts the tensors of an eager step, so
-    only that one must agree with it. MFU is the share of the GPU's peak FLOP/s
-    (`orchestrator/training/monitor.py`); where the GPU is not listed there, it is left out.
+    only that one must agree with it. The loop reads the numbers of a step once; an eager step may
+    wait once more for each pass. Compiled losses must be the eager ones up to rounding. MFU is the
+    share of the GPU's peak FLOP/s; where it is not in `orchestrator/training/monitor.py`, it is
+    left out.
     """
     models = [("vanilla", 0), ("iiet", 1)] if setup.is_toy else [*_FULL_MODELS]
     sizes = {"tiny": 2} if setup.is_toy else {"55m": 16, "340m": 4}
@@ -332,32 +258,37 @@ def speed(setup: Setup) -> Iterator[Finding]:
             toy = {**TOY_MODEL, "context_length": 32} if setup.is_toy else {}
             corrections = {"schedule": r} if method == "iiet" else {}
             config = preset(size, method=method, **corrections, **toy)
+            label = f"{size} {method}" + (f", r = {r}" if method == "iiet" else "")
+            eager: _Steps | None = None
             # A toy measures nothing, and compiling takes minutes on a CPU.
             for compiles in (False,) if setup.is_toy else (False, True):
-                label = f"{size} {method}" + (f", r = {r}" if method == "iiet" else "")
-                label += ", compiled" if compiles else ", eager"
+                name = f"{label}, {'compiled' if compiles else 'eager'}"
                 try:
-                    yield _measured_speed(setup, config, label, most_sequences, compiles=compiles)
+                    row, steps = _trained(setup, config, name, most_sequences, compiles=compiles)
+                    yield row
+                    if eager and steps and not steps.compiler_problem:
+                        yield _compared(label, eager, steps)
+                    eager = steps
                 except torch.OutOfMemoryError as error:
                     problem = f"out of memory: {str(error).splitlines()[0]}"
-                    yield Finding(what=label, problem=problem)
+                    yield Row(what=name, problem=problem)
                 gc.collect()
                 if setup.device == "cuda":
                     torch.cuda.empty_cache()
 
 
-_FULL_MODELS = (("vanilla", 0), ("iiet", 1), ("iiet", 3))
-"""Method and corrections."""
-
-
-def _measured_speed(
+def _trained(
     setup: Setup, config: ModelConfig, label: str, sequences: int, *, compiles: bool
-) -> Finding:
+) -> tuple[Row, _Steps | None]:
     def job() -> TrainingJob:
-        num_tokens = sequences * config.context_length
-        num_steps = 4 if setup.is_toy else 20
         return training_job(
-            setup, label, config, num_steps, num_tokens_per_step=num_tokens, compile=compiles
+            setup,
+            label,
+            config,
+            num_steps=4 if setup.is_toy else 30,
+            num_tokens_per_step=sequences * config.context_length,
+            num_sequences_per_pass=max(1, sequences // NUM_PASSES),
+            compile=compiles,
         )
 
     def planned_bytes() -> int:
@@ -371,7 +302,7 @@ def _measured_speed(
     planned = planned_bytes()
     if planned > usable:
         reason = f"needs {planned / GIB:.1f} GiB, and {usable / GIB:.1f} GiB are usable"
-        return Finding(what=label, skipped=reason)
+        return Row(what=label, skipped=reason), None
 
     if setup.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -380,16 +311,34 @@ def _measured_speed(
         "sequences": sequences,
         "tokens/s": steps.settled("train/tokens_per_second") or 0.0,
         "step (ms)": 1e3 * steps.settled_seconds,
+        "plan (GiB)": planned / GIB,
     }
     if (mfu := steps.settled("train/mfu")) is not None:
         figures["MFU (%)"] = 100 * mfu
     problem = steps.compiler_problem or None
-    if compiles:
-        figures["compile time (s)"] = steps.compile_seconds
     if setup.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
+        most = max(steps.waits[1:], key=Counter.total)  # The first step loads kernels.
         figures |= {"peak (GiB)": peak / GIB, "peak / plan": peak / planned}
-        if not compiles and abs(peak / planned - 1) > MEMORY_TOLERANCE:
+        figures["most waits of a step"] = most.total()
+        if not compiles and most.total() > NUM_PASSES + 1:
+            problem = f"{most.total()} waits, allowed are {NUM_PASSES + 1}: {most.most_common(8)}"
+        elif not compiles and abs(peak / planned - 1) > MEMORY_TOLERANCE:
             problem = f"the peak is {peak / planned:.2f} of the plan's {planned / GIB:.1f} GiB"
-    figures["plan (GiB)"] = planned / GIB
-    return Finding(what=label, figures=figures, problem=problem)
+    return Row(what=label, figures=figures, problem=problem), steps
+
+
+def _compared(label: str, eager: _Steps, compiled: _Steps) -> Row:
+    pairs = zip(eager.losses, compiled.losses, strict=True)
+    differences = [abs(a - b) for a, b in pairs]
+    mean = statistics.fmean(differences)
+    return Row(
+        what=f"{label}, compiled and eager",
+        figures={
+            "compile time (s)": compiled.compile_seconds,
+            "eager / compiled": eager.settled_seconds / compiled.settled_seconds,
+            "mean difference of losses": mean,
+            f"largest of the first {NUM_COMPARED}": max(differences[:NUM_COMPARED]),
+        },
+        problem=problem_unless(mean, ROUNDED_LOSS, f"they differ by {mean:.2g} nats on average"),
+    )

@@ -2,7 +2,7 @@
 
 Each row is a kind of file with its readers, which are commands or functions. A reader of a damaged
 file gives its usual answer, or says which file is damaged, or ends with one sentence that names it.
-Each reader meets some ways of damage, in turns; `make test-long` tries all others.
+The first readers meet some ways of damage, in turns; `make test-long` tries all others.
 """
 
 from __future__ import annotations
@@ -405,8 +405,8 @@ def _harms(pattern: str, number: int, *, is_long: bool) -> list[str]:
     """Return in which ways a file is damaged for its reader of this number."""
     is_binary = pattern.endswith((".bin", ".pt", ".safetensors", ".db"))
     harms = [harm for harm in HARMS if not is_binary or harm not in ("nested", "foreign")]
-    usual = {harms[(list(READERS).index(pattern) + number) % len(harms)]}
-    usual |= {"cut", "missing"} if number == 0 else set()
+    usual = {harms[(list(READERS).index(pattern) + number) % len(harms)]} if number < 2 else set()
+    usual |= {"cut"} if number == 0 else set()
     return [harm for harm in harms if (harm in usual) != is_long]
 
 
